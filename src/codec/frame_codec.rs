@@ -1,0 +1,140 @@
+use bytes::{Buf, BytesMut};
+
+use super::{Codec, Decoder, Encoder, FdQueue, SendBuf};
+use crate::{Error, Frame, Limits, SendError, limits::SCM_MAX_FD};
+
+/// The wire format of this crate, version 1: a header of 8 bytes, then the payload.
+///
+/// | offset | size | field |
+/// |---|---|---|
+/// | 0 | 1 | magic `0xFD` |
+/// | 1 | 1 | version in the high four bits (1), flags in the low four (0; others are refused) |
+/// | 2 | 2, big-endian | number of descriptors of this frame |
+/// | 4 | 4, big-endian | length of the payload in bytes |
+///
+/// The descriptors of a frame are the next ones in the order of arrival. Whoever has all bytes of a frame has all its
+/// descriptors.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct FrameCodec {
+    limits: Limits,
+}
+
+impl FrameCodec {
+    /// A codec that takes frames within these limits, in both directions.
+    pub const fn new(limits: Limits) -> Self {
+        Self { limits }
+    }
+
+    fn check(&self, header: Header) -> Result<(), Error> {
+        let Header { fds, payload_bytes } = header;
+        if payload_bytes > self.limits.max_payload_bytes {
+            return Err(Error::FrameTooLong { bytes: payload_bytes, limit: self.limits.max_payload_bytes });
+        }
+        if fds > self.limits.max_fds_per_frame {
+            return Err(Error::TooManyFds { fds, limit: self.limits.max_fds_per_frame });
+        }
+        if fds.div_ceil(SCM_MAX_FD) > header.frame_bytes() {
+            return Err(Error::TooManyFdsForLength { fds, bytes: header.frame_bytes() });
+        }
+        Ok(())
+    }
+}
+
+impl Codec for FrameCodec {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+}
+
+impl<F> Decoder<F> for FrameCodec {
+    type Item = Frame<F>;
+    type Error = Error;
+
+    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Frame<F>>, Error> {
+        let Some(header) = Header::read(src)? else { return Ok(None) };
+        self.check(header)?;
+        if src.len() < header.frame_bytes() {
+            return Ok(None);
+        }
+        let received = fds.len();
+        let Some(fds) = fds.take(header.fds) else {
+            return Err(Error::MissingFds { expected: header.fds, received });
+        };
+        src.advance(Header::LEN);
+        Ok(Some(Frame { payload: src.split_to(header.payload_bytes).freeze(), fds }))
+    }
+
+    fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
+        let header = Header::read(src).ok()??;
+        Some(header.frame_bytes() - src.len())
+    }
+}
+
+impl<F> Encoder<Frame<F>, F> for FrameCodec {
+    type Error = Error;
+
+    fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
+        let header = Header { fds: frame.fds.len(), payload_bytes: frame.payload.len() };
+        let encoded = match self.check(header).and_then(|()| header.to_bytes()) {
+            Ok(encoded) => encoded,
+            Err(error) => return Err(SendError::refused(frame, error)),
+        };
+        dst.put_slice(&encoded);
+        dst.announce_length();
+        dst.put_bytes(frame.payload);
+        dst.put_fds(frame.fds);
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Header {
+    fds: usize,
+    payload_bytes: usize,
+}
+
+impl Header {
+    const LEN: usize = 8;
+    const MAGIC: u8 = 0xFD;
+    const VERSION: u8 = 1;
+
+    /// Length of the whole frame. No overflow: the payload's length comes from 32 bits or from memory.
+    fn frame_bytes(self) -> usize {
+        Self::LEN.saturating_add(self.payload_bytes)
+    }
+
+    /// Refuses a byte as soon as it is there: a foreign peer may wait for an answer and never send eight.
+    fn read(src: &[u8]) -> Result<Option<Self>, Error> {
+        if let Some(&found) = src.first()
+            && found != Self::MAGIC
+        {
+            return Err(Error::BadMagic { found });
+        }
+        if let Some(&byte) = src.get(1) {
+            let (version, flags) = (byte >> 4, byte & 0x0F);
+            if version != Self::VERSION {
+                return Err(Error::UnsupportedVersion { found: version });
+            }
+            if flags != 0 {
+                return Err(Error::UnsupportedFlags { found: flags });
+            }
+        }
+        let Some(&[_, _, f0, f1, p0, p1, p2, p3]) = src.first_chunk::<{ Self::LEN }>() else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            fds: u16::from_be_bytes([f0, f1]).into(),
+            payload_bytes: u32::from_be_bytes([p0, p1, p2, p3]) as usize,
+        }))
+    }
+
+    fn to_bytes(self) -> Result<[u8; Self::LEN], Error> {
+        let fds = u16::try_from(self.fds).map_err(|_| Error::TooManyFds { fds: self.fds, limit: u16::MAX.into() })?;
+        let payload_bytes = u32::try_from(self.payload_bytes)
+            .map_err(|_| Error::FrameTooLong { bytes: self.payload_bytes, limit: u32::MAX as usize })?;
+        let mut bytes = [Self::MAGIC, Self::VERSION << 4, 0, 0, 0, 0, 0, 0];
+        bytes[2..4].copy_from_slice(&fds.to_be_bytes());
+        bytes[4..8].copy_from_slice(&payload_bytes.to_be_bytes());
+        Ok(bytes)
+    }
+}

@@ -1,0 +1,114 @@
+use std::os::fd::OwnedFd;
+
+use bytes::BytesMut;
+
+use super::{Decoder, FdQueue};
+use crate::Error;
+
+/// What arrived and is not decoded yet, and how far the receiving direction has come.
+///
+/// ```text
+///                 decode: message          decode_eof: message
+///                   ┌────┐                      ┌────┐
+///                   │    ▼                      │    ▼
+///            ┌────► Decoding              ┌───► Draining ────► Ended ◄──── any error
+///   received │         │ decode: none     │        decode_eof: none
+///            │         ▼                  │
+///            └────  Receiving ────────────┘
+///                                end of stream
+/// ```
+#[derive(Debug)]
+pub(crate) struct Inbound<F = OwnedFd> {
+    pub(crate) bytes: BytesMut,
+    pub(crate) fds: FdQueue<F>,
+    phase: Phase,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Decoding,
+    Receiving,
+    Draining,
+    Ended,
+}
+
+/// What comes next in the receiving direction.
+#[derive(Debug)]
+pub(crate) enum Step<T> {
+    /// A message.
+    Item(T),
+    /// Nothing complete: receive into the spare room of `bytes` and into `fds`, then say `received` or
+    /// `end_of_stream`.
+    Receive,
+    /// Nothing will come any more.
+    End,
+}
+
+/// What a packet holds at most unless it is the rest of a message whose length is known. Also a good size for reads.
+pub(crate) const SMALL_PACKET: usize = 64 << 10;
+
+impl<F> Inbound<F> {
+    pub(crate) fn new(bytes: BytesMut, fds: FdQueue<F>) -> Self {
+        Self { bytes, fds, phase: Phase::Decoding }
+    }
+
+    /// The next message, or what it takes to get one. After an error: the end.
+    pub(crate) fn next<D: Decoder<F>>(&mut self, decoder: &mut D) -> Result<Step<D::Item>, D::Error> {
+        loop {
+            match self.phase {
+                Phase::Decoding => match self.guard(|this| decoder.decode(&mut this.bytes, &mut this.fds))? {
+                    Some(item) => return Ok(Step::Item(item)),
+                    None => {
+                        let fds = self.fds.len();
+                        if fds > decoder.limits().max_queued_fds {
+                            self.phase = Phase::Ended;
+                            return Err(Error::UnclaimedFds { fds }.into());
+                        }
+                        self.phase = Phase::Receiving;
+                    }
+                },
+                Phase::Receiving => {
+                    let limit = decoder.limits().max_payload_bytes;
+                    let missing = decoder.missing_bytes(&self.bytes);
+                    self.reserve(missing.map_or(SMALL_PACKET, |missing| missing.min(limit).max(1)));
+                    return Ok(Step::Receive);
+                }
+                Phase::Draining => match self.guard(|this| decoder.decode_eof(&mut this.bytes, &mut this.fds))? {
+                    Some(item) => return Ok(Step::Item(item)),
+                    None => self.phase = Phase::Ended,
+                },
+                Phase::Ended => return Ok(Step::End),
+            }
+        }
+    }
+
+    /// Bytes or descriptors were added.
+    pub(crate) fn received(&mut self) {
+        self.phase = Phase::Decoding;
+    }
+
+    pub(crate) fn end_of_stream(&mut self) {
+        self.phase = Phase::Draining;
+    }
+
+    /// Nothing more can be received or decoded.
+    pub(crate) fn fail(&mut self) {
+        self.phase = Phase::Ended;
+    }
+
+    /// Makes room for at least `room` more bytes. Messages are sliced off the buffer and may live on, so a used-up one is
+    /// left to them; for the rest of a large message the new one is just large enough.
+    fn reserve(&mut self, room: usize) {
+        const BUFFER: usize = 4 * SMALL_PACKET;
+        if self.bytes.capacity() - self.bytes.len() >= room || self.bytes.try_reclaim(room) {
+            return;
+        }
+        let mut fresh = BytesMut::with_capacity(BUFFER.max(self.bytes.len() + room));
+        fresh.extend_from_slice(&self.bytes);
+        self.bytes = fresh;
+    }
+
+    fn guard<T, E>(&mut self, decode: impl FnOnce(&mut Self) -> Result<T, E>) -> Result<T, E> {
+        decode(self).inspect_err(|_| self.phase = Phase::Ended)
+    }
+}

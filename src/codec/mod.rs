@@ -1,0 +1,122 @@
+//! Bytes and descriptors in, messages out, and back: **sans-IO**. No socket, no tokio, no clock.
+//!
+//! Everything here is generic over the type `F` of a descriptor, so that the rules run in tests on plain integers,
+//! where a descriptor lost, doubled or given to the wrong message shows as a wrong number.
+
+mod fd_queue;
+mod frame_codec;
+mod inbound;
+#[cfg(test)]
+mod model;
+mod plan;
+mod send_buf;
+
+use std::os::fd::OwnedFd;
+
+use bytes::BytesMut;
+
+pub use fd_queue::FdQueue;
+pub use frame_codec::FrameCodec;
+pub(crate) use inbound::{Inbound, Step};
+pub(crate) use plan::{Carrier, Plan};
+pub use send_buf::SendBuf;
+
+use crate::{Error, Limits, SendError};
+
+/// What a codec says of its protocol, whichever direction it is used in. Every item has a default.
+pub trait Codec {
+    /// What a connection takes at most. Asked often: should only return a stored value.
+    fn limits(&self) -> Limits {
+        Limits::default()
+    }
+}
+
+/// Takes messages off the bytes and descriptors that arrived: `tokio_util`'s `Decoder` plus a queue of descriptors.
+///
+/// Descriptors are a second first-in first-out queue beside the bytes. On Linux the position of a descriptor in the
+/// bytes is not preserved exactly (one `recvmsg` may return bytes sent before it and after it), so a protocol says in its
+/// bytes how many descriptors a message has, or implies it by the kind of message.
+///
+/// ```
+/// use bytes::{Buf, BytesMut};
+/// use fdwire::{Codec, Decoder, Error, FdQueue};
+///
+/// /// One letter a message; `F` comes with a descriptor.
+/// struct Letters;
+///
+/// impl Codec for Letters {}
+///
+/// impl<F> Decoder<F> for Letters {
+///     type Item = (char, Option<F>);
+///     type Error = Error;
+///
+///     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Error> {
+///         if src.is_empty() {
+///             return Ok(None);
+///         }
+///         let letter = char::from(src.get_u8());
+///         let fd = match letter {
+///             'F' => Some(fds.pop().ok_or(Error::MissingFds { expected: 1, received: 0 })?),
+///             _ => None,
+///         };
+///         Ok(Some((letter, fd)))
+///     }
+/// }
+///
+/// let mut fds = FdQueue::from_iter([7]); // a test: descriptors are numbers
+/// let mut src = BytesMut::from("aF");
+/// assert_eq!(Letters.decode(&mut src, &mut fds)?, Some(('a', None)));
+/// assert_eq!(Letters.decode(&mut src, &mut fds)?, Some(('F', Some(7))));
+/// # Ok::<(), Error>(())
+/// ```
+pub trait Decoder<F = OwnedFd>: Codec {
+    /// A message.
+    type Item;
+
+    /// What makes the bytes unusable. Final: nothing is decoded after it.
+    type Error: From<Error>;
+
+    /// Takes the next message off `src` and its descriptors off `fds`. `None` means that more bytes are needed.
+    ///
+    /// # Errors
+    /// When the bytes, or the descriptors beside them, are none of this protocol's. The connection's stream yields
+    /// the error and ends; the bytes and descriptors still waiting are dropped.
+    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error>;
+
+    /// Takes the next message after the end of the stream. Called until it returns `None`.
+    ///
+    /// # Errors
+    /// By default what [`decode`](Self::decode) refuses, [`Error::UnexpectedEnd`] if bytes are left over, and
+    /// [`Error::UnclaimedFds`] if descriptors are.
+    fn decode_eof(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error> {
+        match self.decode(src, fds)? {
+            Some(item) => Ok(Some(item)),
+            None if !src.is_empty() => Err(Error::UnexpectedEnd { bytes: src.len() }.into()),
+            None if !fds.is_empty() => Err(Error::UnclaimedFds { fds: fds.len() }.into()),
+            None => Ok(None),
+        }
+    }
+
+    /// How many bytes the message that begins in `src` still needs, once that is known: the counterpart of
+    /// [`SendBuf::announce_length`]. Makes room for the rest of a large message in one piece. By default unknown.
+    ///
+    /// Asked after [`decode`](Self::decode) has returned `None`, and only believed up to the
+    /// [limits](Codec::limits).
+    fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
+        let _ = src;
+        None
+    }
+}
+
+/// Writes messages as bytes and descriptors: `tokio_util`'s `Encoder` with descriptors.
+pub trait Encoder<Item, F = OwnedFd>: Codec {
+    /// Why an item cannot be sent.
+    type Error: From<Error>;
+
+    /// Appends one message to `dst`.
+    ///
+    /// # Errors
+    /// When the item is not fit to be sent. It should come back in the error: check first, then write. What was
+    /// written to `dst` before an error is taken out again.
+    fn encode(&mut self, item: Item, dst: &mut SendBuf<F>) -> Result<(), SendError<Item, Self::Error>>;
+}

@@ -1,0 +1,395 @@
+//! The rules of the wire format as properties: random frames through a model of the kernel's two kinds of socket,
+//! with integers for descriptors.
+
+use std::collections::VecDeque;
+
+use bytes::{Bytes, BytesMut};
+use proptest::prelude::*;
+
+use super::{inbound::SMALL_PACKET, *};
+use crate::{Frame, limits::SCM_MAX_FD};
+
+/// What a socket's queue holds of one `sendmsg`.
+struct Chunk {
+    bytes: VecDeque<u8>,
+    /// Attached to the first byte.
+    fds: Vec<u32>,
+}
+
+/// The kernel's part: two connected sockets, one direction.
+struct Wire {
+    carrier: Carrier,
+    queue: VecDeque<Chunk>,
+}
+
+impl Wire {
+    /// A `sendmsg` of which the kernel takes only part of the bytes, but all descriptors. Packets go whole.
+    fn send(&mut self, buf: &mut SendBuf<u32>, short: f64) {
+        let plan = buf.plan(self.carrier);
+        assert!(plan.bytes > 0, "no progress");
+        assert!(plan.fds <= SCM_MAX_FD, "the kernel takes 253");
+        let bytes: Vec<u8> = buf.io_slices(plan.bytes).iter().flat_map(|slice| slice.to_vec()).collect();
+        assert_eq!(bytes.len(), plan.bytes);
+        assert!(buf.io_slices(plan.bytes).len() <= 1024, "IOV_MAX");
+        let taken = match self.carrier {
+            Carrier::Stream => (plan.bytes as f64 * short) as usize,
+            Carrier::Packets { .. } => plan.bytes,
+        };
+        let taken = taken.clamp(1, plan.bytes);
+        let fds = buf.first_fds(plan.fds).copied().collect();
+        self.queue.push_back(Chunk { bytes: bytes[..taken].iter().copied().collect(), fds });
+        buf.sent(plan, taken);
+    }
+
+    /// A `recvmsg`. Never returns descriptors of two sends; on a stream, it reads on from bytes without descriptors into
+    /// those with, and then stops.
+    fn recv(&mut self, inbound: &mut Inbound<u32>, most: usize) {
+        let room = inbound.bytes.capacity() - inbound.bytes.len();
+        assert!(room > 0, "no room");
+        if let Carrier::Packets { .. } = self.carrier {
+            let packet = self.queue.pop_front().unwrap();
+            assert!(packet.bytes.len() <= room, "packet of {} truncated to {room}", packet.bytes.len());
+            inbound.bytes.extend(packet.bytes);
+            inbound.fds.extend(packet.fds);
+        } else {
+            let mut left = room.min(most);
+            while left > 0
+                && let Some(chunk) = self.queue.front_mut()
+            {
+                let barrier = !chunk.fds.is_empty();
+                let taken = left.min(chunk.bytes.len());
+                inbound.bytes.extend(chunk.bytes.drain(..taken));
+                inbound.fds.extend(chunk.fds.drain(..));
+                left -= taken;
+                if chunk.bytes.is_empty() {
+                    self.queue.pop_front();
+                }
+                if barrier {
+                    break;
+                }
+            }
+        }
+        inbound.received();
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Encode { payload: usize, fds: usize },
+    Send { short: f64 },
+    Receive { most: usize },
+}
+
+const MAX_FDS: usize = 3000;
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let payload = prop_oneof![6 => 0..40usize, 3 => 0..5000usize, 1 => 0..300_000usize];
+    let fds = prop_oneof![6 => 0..3usize, 3 => 200..600usize, 1 => 0..=MAX_FDS];
+    let op = prop_oneof![
+        (payload, fds).prop_map(|(payload, fds)| Op::Encode { payload, fds }),
+        prop_oneof![1 => Just(0.0), 2 => Just(1.0), 2 => 0.0..1.0].prop_map(|short| Op::Send { short }),
+        prop_oneof![1 => 1..20usize, 1 => 1..100_000usize].prop_map(|most| Op::Receive { most }),
+    ];
+    prop::collection::vec(op, 1..80)
+}
+
+fn carriers() -> impl Strategy<Value = Carrier> {
+    let packets =
+        (1..=SMALL_PACKET, 0..400_000usize).prop_map(|(small, more)| Carrier::Packets { small, large: small + more });
+    prop_oneof![Just(Carrier::Stream), packets]
+}
+
+/// A connection: sender, kernel and receiver.
+struct Connection {
+    codec: FrameCodec,
+    outbound: SendBuf<u32>,
+    wire: Wire,
+    inbound: Inbound<u32>,
+    received: Vec<Frame<u32>>,
+}
+
+impl Connection {
+    fn new(carrier: Carrier) -> Self {
+        Self {
+            codec: FrameCodec::new(Limits::default().max_fds_per_frame(MAX_FDS)),
+            outbound: SendBuf::new(),
+            wire: Wire { carrier, queue: VecDeque::new() },
+            inbound: Inbound::new(BytesMut::new(), FdQueue::new()),
+            received: Vec::new(),
+        }
+    }
+
+    fn encode(&mut self, frame: Frame<u32>) -> Result<(), Error> {
+        self.codec.encode(frame, &mut self.outbound)?;
+        self.outbound.commit()
+    }
+
+    /// Decodes what is complete and says whether bytes can be received.
+    fn decode(&mut self) -> Result<bool, Error> {
+        loop {
+            match self.inbound.next(&mut self.codec)? {
+                Step::Item(frame) => self.received.push(frame),
+                Step::Receive => return Ok(true),
+                Step::End => return Ok(false),
+            }
+        }
+    }
+
+    fn receive(&mut self, most: usize) -> Result<(), Error> {
+        assert!(self.decode()?);
+        if !self.wire.queue.is_empty() {
+            self.wire.recv(&mut self.inbound, most);
+            let bound = MAX_FDS + SCM_MAX_FD;
+            assert!(self.inbound.fds.len() <= bound, "{} descriptors wait, over {bound}", self.inbound.fds.len());
+        }
+        Ok(())
+    }
+
+    /// Everything queued arrives.
+    fn settle(&mut self) -> Result<(), Error> {
+        loop {
+            if !self.outbound.is_empty() {
+                self.wire.send(&mut self.outbound, 1.0);
+            } else if self.wire.queue.is_empty() {
+                self.decode()?;
+                return Ok(());
+            }
+            self.receive(usize::MAX)?;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn every_frame_arrives_once_with_its_own_descriptors(carrier in carriers(), ops in ops()) {
+        let mut connection = Connection::new(carrier);
+        let mut sent = Vec::new();
+        let mut fd_numbers = 0..;
+        for op in ops {
+            match op {
+                Op::Encode { payload, fds } => {
+                    let payload = Bytes::from_iter((0..payload).map(|i| (i + sent.len()) as u8));
+                    let frame = Frame { payload, fds: fd_numbers.by_ref().take(fds).collect() };
+                    // A frame of few bytes with too many descriptors is refused as a whole.
+                    let fits = fds <= SCM_MAX_FD * (8 + frame.payload.len());
+                    let encoded = connection.encode(frame.clone());
+                    prop_assert_eq!(encoded.is_ok(), fits);
+                    if fits {
+                        sent.push(frame);
+                    } else {
+                        connection.outbound.roll_back();
+                    }
+                }
+                Op::Send { .. } if connection.outbound.is_empty() => {}
+                Op::Send { short } => connection.wire.send(&mut connection.outbound, short),
+                Op::Receive { most } => connection.receive(most).unwrap(),
+            }
+        }
+        connection.settle().unwrap();
+        prop_assert_eq!(connection.outbound.fd_count(), 0);
+        prop_assert!(connection.received == sent);
+
+        connection.inbound.end_of_stream();
+        prop_assert!(!connection.decode().unwrap());
+        prop_assert_eq!(connection.inbound.fds.len(), 0);
+    }
+
+    /// Shipped or not: what waits is never lost sight of.
+    #[test]
+    fn what_was_not_sent_can_be_taken_out(ops in ops()) {
+        let mut connection = Connection::new(Carrier::Stream);
+        let (mut bytes, mut fds) = (0, 0);
+        for op in ops {
+            match op {
+                Op::Encode { payload, fds: count } if count <= SCM_MAX_FD * (8 + payload) => {
+                    bytes += 8 + payload;
+                    fds += count;
+                    let frame = Frame { payload: vec![0; payload].into(), fds: (0..count as u32).collect() };
+                    connection.encode(frame).unwrap();
+                }
+                Op::Send { short } if !connection.outbound.is_empty() => {
+                    connection.wire.send(&mut connection.outbound, short);
+                }
+                _ => {}
+            }
+        }
+        let on_the_wire = connection.wire.queue;
+        let (unsent_bytes, unsent_fds) = connection.outbound.into_parts();
+        prop_assert_eq!(unsent_bytes.len() + on_the_wire.iter().map(|chunk| chunk.bytes.len()).sum::<usize>(), bytes);
+        prop_assert_eq!(unsent_fds.len() + on_the_wire.iter().map(|chunk| chunk.fds.len()).sum::<usize>(), fds);
+    }
+
+    /// Garbage from a peer: an error or frames, never a panic, and never more room than the limit allows.
+    #[test]
+    fn any_bytes_are_frames_or_an_error(
+        chunks in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..40), 0..5u32), 0..20),
+        header in prop::option::of((0..5u16, 0..100u32)),
+    ) {
+        let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(64).max_fds_per_frame(3).max_queued_fds(6));
+        let mut inbound = Inbound::new(BytesMut::new(), FdQueue::new());
+        if let Some((fds, bytes)) = header {
+            inbound.bytes.extend_from_slice(&[0xFD, 0x10]);
+            inbound.bytes.extend_from_slice(&fds.to_be_bytes());
+            inbound.bytes.extend_from_slice(&bytes.to_be_bytes());
+        }
+        for (bytes, fds) in chunks {
+            inbound.bytes.extend_from_slice(&bytes);
+            inbound.fds.extend(0..fds);
+            inbound.received();
+            loop {
+                match inbound.next(&mut codec) {
+                    Ok(Step::Item(frame)) => prop_assert!(frame.payload.len() <= 64 && frame.fds.len() <= 3),
+                    Ok(Step::Receive) => break,
+                    Ok(Step::End) => return Ok(()),
+                    Err(_) => prop_assert!(matches!(inbound.next(&mut codec), Ok(Step::End))),
+                }
+            }
+            prop_assert!(inbound.bytes.capacity() <= 8 * SMALL_PACKET);
+            prop_assert!(inbound.fds.len() <= 6);
+        }
+    }
+}
+
+/// Sends `frames` whole and returns how many calls that took.
+fn calls(carrier: Carrier, frames: impl IntoIterator<Item = Frame<u32>>) -> usize {
+    let mut connection = Connection::new(carrier);
+    for frame in frames {
+        connection.encode(frame).unwrap();
+    }
+    std::iter::from_fn(|| {
+        (!connection.outbound.is_empty()).then(|| connection.wire.send(&mut connection.outbound, 1.0))
+    })
+    .count()
+}
+
+fn frame(payload: usize, fds: u32) -> Frame<u32> {
+    Frame { payload: vec![7; payload].into(), fds: (0..fds).collect() }
+}
+
+const PACKETS: Carrier = Carrier::Packets { small: SMALL_PACKET, large: 200_000 };
+
+#[test]
+fn waiting_frames_go_out_in_one_call() {
+    for carrier in [Carrier::Stream, PACKETS] {
+        assert_eq!(calls(carrier, (0..64).map(|_| frame(64, 1))), 1);
+        assert_eq!(calls(carrier, (0..64).map(|_| frame(0, 0))), 1);
+    }
+}
+
+#[test]
+fn more_than_253_descriptors_take_more_calls() {
+    for carrier in [Carrier::Stream, PACKETS] {
+        assert_eq!(calls(carrier, [frame(0, 253)]), 1);
+        assert_eq!(calls(carrier, [frame(0, 254)]), 2);
+        assert_eq!(calls(carrier, [frame(0, 2024)]), 8);
+        assert_eq!(calls(carrier, [frame(100, 1000), frame(100, 1000)]), 8);
+    }
+}
+
+#[test]
+fn the_rest_of_a_large_frame_goes_in_large_packets() {
+    assert_eq!(calls(PACKETS, [frame(SMALL_PACKET - 8, 0)]), 1);
+    assert_eq!(calls(PACKETS, [frame(SMALL_PACKET - 7, 0)]), 2);
+    assert_eq!(calls(PACKETS, [frame(SMALL_PACKET + 200_000 - 8, 0)]), 2);
+    assert_eq!(calls(PACKETS, [frame(1 << 20, 0)]), 1 + ((1 << 20) + 8 - SMALL_PACKET).div_ceil(200_000));
+}
+
+#[test]
+fn a_frame_that_fits_a_packet_is_not_cut() {
+    // The second does not fit beside the first, and would leave a packet of a few bytes.
+    assert_eq!(calls(PACKETS, [frame(40_000, 0), frame(40_000, 0), frame(20_000, 0)]), 2);
+}
+
+#[test]
+fn more_pieces_than_iov_max_take_more_calls() {
+    assert_eq!(calls(Carrier::Stream, (0..512).map(|_| frame(4096, 0))), 1);
+    assert_eq!(calls(Carrier::Stream, (0..513).map(|_| frame(4096, 1))), 3);
+}
+
+#[test]
+fn descriptors_do_not_run_far_ahead_of_short_writes() {
+    let mut connection = Connection::new(Carrier::Stream);
+    for _ in 0..1000 {
+        connection.encode(frame(10, 10)).unwrap();
+    }
+    // Each write takes one byte: without the rule, 1,000 writes would carry 10,000 descriptors.
+    let mut sent_fds = 0;
+    for sent_bytes in 1..1000 {
+        connection.wire.send(&mut connection.outbound, 0.0);
+        sent_fds += connection.wire.queue.back().unwrap().fds.len();
+        let begun = usize::div_ceil(sent_bytes, 18);
+        assert!(sent_fds <= begun * 10 + SCM_MAX_FD);
+    }
+}
+
+#[test]
+fn an_encoder_that_fails_leaves_nothing_behind() {
+    let mut buf = SendBuf::new();
+    buf.put_slice(b"whole");
+    buf.put_fd(1);
+    buf.commit().unwrap();
+
+    buf.put_slice(b"part");
+    buf.put_bytes(vec![0; 10_000].into());
+    buf.put_slice(b"more");
+    buf.put_fds([2, 3]);
+    assert_eq!(buf.roll_back(), [2, 3]);
+
+    assert_eq!((buf.len(), buf.fd_count()), (5, 1));
+    assert_eq!(buf.plan(Carrier::Stream), Plan { bytes: 5, fds: 1 });
+    let (bytes, fds) = buf.into_parts();
+    assert_eq!((&bytes[..], &fds[..]), (&b"whole"[..], &[1][..]));
+}
+
+#[test]
+fn descriptors_without_bytes_to_ride_on_are_refused() {
+    let mut buf = SendBuf::new();
+    buf.put_fd(1);
+    assert!(matches!(buf.commit(), Err(Error::TooManyFdsForLength { fds: 1, bytes: 0 })));
+    assert_eq!(buf.roll_back(), [1]);
+}
+
+fn faults(bytes: &[u8], fds: u32) -> Error {
+    let mut inbound = Inbound::new(BytesMut::from(bytes), FdQueue::from_iter(0..fds));
+    let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(100).max_fds_per_frame(300));
+    loop {
+        match inbound.next(&mut codec) {
+            Ok(Step::Item(_)) => {}
+            Ok(Step::Receive) => inbound.end_of_stream(),
+            Ok(Step::End) => panic!("no fault was found"),
+            Err(error) => {
+                assert!(matches!(inbound.next(&mut codec), Ok(Step::End)), "an error is followed by the end");
+                return error;
+            }
+        }
+    }
+}
+
+#[test]
+fn each_fault_has_its_error() {
+    assert!(matches!(faults(b"G", 0), Error::BadMagic { found: b'G' }));
+    assert!(matches!(faults(&[0xFD, 0x20], 0), Error::UnsupportedVersion { found: 2 }));
+    assert!(matches!(faults(&[0xFD, 0x18], 0), Error::UnsupportedFlags { found: 8 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 101], 0), Error::FrameTooLong { bytes: 101, limit: 100 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 255, 255, 255, 255], 0), Error::FrameTooLong { .. }));
+    assert!(matches!(faults(&[0xFD, 0x10, 1, 45, 0, 0, 0, 9], 0), Error::TooManyFds { fds: 301, limit: 300 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 2, 0, 0, 0, 0], 1), Error::MissingFds { expected: 2, received: 1 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 0], 1), Error::UnclaimedFds { fds: 1 }));
+    assert!(matches!(faults(&[], 554), Error::UnclaimedFds { fds: 554 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0], 0), Error::UnexpectedEnd { bytes: 3 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 3, 1], 0), Error::UnexpectedEnd { bytes: 9 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 0, 1], 0), Error::BadMagic { found: 1 }));
+}
+
+#[test]
+fn a_refused_frame_comes_back() {
+    let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(10).max_fds_per_frame(2));
+    for refused in [frame(11, 1), frame(1, 3)] {
+        let mut buf = SendBuf::new();
+        let error = codec.encode(refused.clone(), &mut buf).unwrap_err();
+        assert_eq!(error.item, Some(refused));
+        assert!(buf.is_empty());
+    }
+}

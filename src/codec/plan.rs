@@ -1,0 +1,71 @@
+use super::SendBuf;
+use crate::limits::SCM_MAX_FD;
+
+/// What one `sendmsg` is to carry: the first `bytes` that wait, and the first `fds`.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) bytes: usize,
+    pub(crate) fds: usize,
+}
+
+/// What a send may put into one call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    /// A byte stream: any number of bytes.
+    Stream,
+    /// Packets. A receiver that knows how much of a message is missing has room for that; otherwise it has room for
+    /// `small` bytes, and is sent no more.
+    Packets {
+        /// Most bytes of any packet.
+        small: usize,
+        /// Most bytes of a packet that holds only the rest of one message whose length the receiver knows.
+        large: usize,
+    },
+}
+
+impl<F> SendBuf<F> {
+    /// The next send: as many waiting messages as one call takes, their descriptors with them. Empty only if nothing
+    /// waits.
+    ///
+    /// Descriptors attach to the first byte of a `sendmsg`, even when a short write takes no more than that byte. So
+    /// it carries those of messages whose first byte is in it, at most 253, and fewer by those `ahead`: a receiver
+    /// never holds more than 253 descriptors of messages it has seen nothing of. A message whose descriptors do not all
+    /// fit is cut, and keeps a byte for each further send that they need.
+    ///
+    /// Always takes at least a byte. Let the first message have `u` unsent descriptors. If it is begun, `ahead` counts
+    /// only descriptors of later messages, and those go after all of its own: either `u = 0` or `ahead = 0`. If it is not,
+    /// `ahead` is what was sent of its own `n <= 253 * bytes`. Either way `u` less this send's share needs a byte less
+    /// than the message has left.
+    pub(crate) fn plan(&self, carrier: Carrier) -> Plan {
+        let (small, mut room) = match carrier {
+            Carrier::Stream => (usize::MAX, usize::MAX),
+            Carrier::Packets { small, large } => match self.messages.front() {
+                Some(message) if message.unsent_head == 0 => (small, large.min(message.unsent_bytes)),
+                _ => (small, small),
+            },
+        };
+        // Only as many bytes as there are pieces for, or what is cut off would lose its descriptors' place.
+        room = room.min(self.pieces().map(<[u8]>::len).sum());
+
+        let mut plan = Plan::default();
+        for message in &self.messages {
+            let whole_fits_later = message.unsent_bytes <= small;
+            if plan.bytes > 0 && message.unsent_bytes > room && (whole_fits_later || room < message.unsent_head) {
+                break; // cut only what is too long for a packet, and not inside its head
+            }
+            let fds = message.unsent_fds.min(SCM_MAX_FD - self.ahead - plan.fds);
+            let keep = (message.unsent_fds - fds).div_ceil(SCM_MAX_FD);
+            let bytes = room.min(message.unsent_bytes - keep);
+            if bytes == 0 {
+                break;
+            }
+            plan.bytes += bytes;
+            plan.fds += fds;
+            room -= bytes;
+            if bytes < message.unsent_bytes {
+                break;
+            }
+        }
+        plan
+    }
+}

@@ -1,0 +1,242 @@
+use std::{collections::VecDeque, io::IoSlice, os::fd::OwnedFd};
+
+use bytes::{Buf, Bytes, BytesMut};
+use smallvec::SmallVec;
+
+use super::Plan;
+use crate::{Error, limits::SCM_MAX_FD};
+
+/// Shared bytes from this length on go out from where they are; shorter ones are cheaper to copy than to point at.
+const SHARE_FROM: usize = 2048;
+
+/// Messages that wait to be sent: their bytes, and the descriptors that they carry.
+///
+/// An [`Encoder`](super::Encoder) appends to it. Each call of [`encode`](super::Encoder::encode) is one message.
+#[derive(Debug)]
+pub struct SendBuf<F = OwnedFd> {
+    /// Bytes that wait: `segments`, then `tail`.
+    segments: VecDeque<Bytes>,
+    tail: BytesMut,
+    bytes: usize,
+    /// Descriptors that wait, those of all messages in one row.
+    fds: VecDeque<F>,
+    /// `bytes` and `fds` cut into messages. The sums of both fields over all messages are `bytes` and `fds.len()`,
+    /// and each message has `unsent_fds <= SCM_MAX_FD * unsent_bytes`: what is left always finds bytes to ride on.
+    pub(super) messages: VecDeque<Message>,
+    /// The message that an encoder is writing; belongs to `bytes` and `fds` already, to `messages` not yet.
+    open: Message,
+    /// Descriptors already sent of messages whose first byte is not. At most `SCM_MAX_FD`.
+    pub(super) ahead: usize,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Message {
+    pub(super) unsent_bytes: usize,
+    pub(super) unsent_fds: usize,
+    sent_fds: usize,
+    /// Of the unsent bytes, those without which the receiver does not know the message's length.
+    pub(super) unsent_head: usize,
+    /// Whether the first byte has been sent.
+    pub(super) begun: bool,
+}
+
+impl<F> SendBuf<F> {
+    /// An empty buffer.
+    pub fn new() -> Self {
+        Self {
+            segments: VecDeque::new(),
+            tail: BytesMut::new(),
+            bytes: 0,
+            fds: VecDeque::new(),
+            messages: VecDeque::new(),
+            open: Message::default(),
+            ahead: 0,
+        }
+    }
+
+    /// Appends a copy of `bytes`.
+    pub fn put_slice(&mut self, bytes: &[u8]) {
+        self.tail.extend_from_slice(bytes);
+        self.bytes += bytes.len();
+        self.open.unsent_bytes += bytes.len();
+    }
+
+    /// Appends `bytes`, without copying them if they are long.
+    pub fn put_bytes(&mut self, bytes: Bytes) {
+        if bytes.len() < SHARE_FROM {
+            return self.put_slice(&bytes);
+        }
+        self.bytes += bytes.len();
+        self.open.unsent_bytes += bytes.len();
+        if !self.tail.is_empty() {
+            self.segments.push_back(self.tail.split().freeze());
+        }
+        self.segments.push_back(bytes);
+    }
+
+    /// Attaches a descriptor to the message.
+    pub fn put_fd(&mut self, fd: F) {
+        self.put_fds([fd]);
+    }
+
+    /// Attaches descriptors to the message, in their order.
+    pub fn put_fds(&mut self, fds: impl IntoIterator<Item = F>) {
+        let before = self.fds.len();
+        self.fds.extend(fds);
+        self.open.unsent_fds += self.fds.len() - before;
+    }
+
+    /// Says that a receiver which has the message's bytes up to here knows its length, and so has room for the rest
+    /// whatever the size of the packets it comes in ([`Decoder::missing_bytes`](super::Decoder::missing_bytes)).
+    /// Large messages then go in larger packets than 64 KiB.
+    pub fn announce_length(&mut self) {
+        self.open.unsent_head = self.open.unsent_bytes;
+    }
+
+    /// Number of bytes that wait.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether nothing waits. Descriptors never wait without bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Number of descriptors that wait.
+    pub fn fd_count(&self) -> usize {
+        self.fds.len()
+    }
+
+    /// Takes the waiting bytes and descriptors out.
+    pub fn into_parts(mut self) -> (BytesMut, Vec<F>) {
+        let mut bytes = BytesMut::with_capacity(self.bytes);
+        self.segments.drain(..).for_each(|segment| bytes.extend_from_slice(&segment));
+        bytes.extend_from_slice(&self.tail);
+        (bytes, self.fds.into())
+    }
+
+    /// Ends the message that was being written.
+    ///
+    /// # Errors
+    /// [`Error::TooManyFdsForLength`]. The message is still open then, for [`roll_back`](Self::roll_back).
+    pub(crate) fn commit(&mut self) -> Result<(), Error> {
+        let Message { unsent_bytes: bytes, unsent_fds: fds, .. } = self.open;
+        if fds.div_ceil(SCM_MAX_FD) > bytes {
+            return Err(Error::TooManyFdsForLength { fds, bytes });
+        }
+        let mut message = std::mem::take(&mut self.open);
+        if bytes > 0 {
+            if message.unsent_head == 0 {
+                message.unsent_head = bytes; // never announced
+            }
+            self.messages.push_back(message);
+        }
+        Ok(())
+    }
+
+    /// Takes out what was written since the last message ended. Returns its descriptors.
+    pub(crate) fn roll_back(&mut self) -> Vec<F> {
+        let open = std::mem::take(&mut self.open);
+        self.bytes -= open.unsent_bytes;
+        let mut surplus = open.unsent_bytes;
+        let in_tail = surplus.min(self.tail.len());
+        self.tail.truncate(self.tail.len() - in_tail);
+        surplus -= in_tail;
+        while surplus > 0 {
+            let last = self.segments.back_mut().expect("segments hold all bytes but the tail's");
+            let cut = surplus.min(last.len());
+            last.truncate(last.len() - cut);
+            surplus -= cut;
+            if last.is_empty() {
+                self.segments.pop_back();
+            }
+        }
+        self.fds.split_off(self.fds.len() - open.unsent_fds).into()
+    }
+
+    /// The first `limit` bytes that wait, as far as `IOV_MAX` pieces reach.
+    pub(crate) fn io_slices(&self, mut limit: usize) -> SmallVec<[IoSlice<'_>; 8]> {
+        let mut slices = SmallVec::new();
+        for piece in self.pieces() {
+            if limit == 0 {
+                break;
+            }
+            let piece = &piece[..limit.min(piece.len())];
+            limit -= piece.len();
+            slices.push(IoSlice::new(piece));
+        }
+        slices
+    }
+
+    /// The bytes that wait, in at most `IOV_MAX` pieces: one more makes `sendmsg` fail with `EMSGSIZE`.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = &[u8]> {
+        const IOV_MAX: usize = 1024;
+        self.segments.iter().map(|segment| &segment[..]).chain([&self.tail[..]]).take(IOV_MAX)
+    }
+
+    /// The first `count` descriptors that wait.
+    pub(crate) fn first_fds(&self, count: usize) -> impl ExactSizeIterator<Item = &F> {
+        self.fds.range(..count)
+    }
+
+    /// Removes what a send took: `bytes` of them, which may be fewer than planned, and all descriptors of the plan,
+    /// which went with the first byte however short the write was. Drops those descriptors.
+    pub(crate) fn sent(&mut self, plan: Plan, bytes: usize) {
+        debug_assert!(0 < bytes && bytes <= plan.bytes);
+        self.attribute_sent_fds(plan.fds);
+        self.fds.drain(..plan.fds);
+
+        let mut left = bytes;
+        while left > 0 {
+            let message = self.messages.front_mut().expect("messages hold all bytes");
+            if !message.begun {
+                message.begun = true;
+                self.ahead -= message.sent_fds;
+            }
+            let of_this = left.min(message.unsent_bytes);
+            left -= of_this;
+            message.unsent_bytes -= of_this;
+            message.unsent_head = message.unsent_head.saturating_sub(of_this);
+            if message.unsent_bytes == 0 {
+                self.messages.pop_front();
+            }
+        }
+        self.remove_bytes(bytes);
+    }
+
+    fn attribute_sent_fds(&mut self, mut fds: usize) {
+        for message in &mut self.messages {
+            if fds == 0 {
+                break;
+            }
+            let of_this = fds.min(message.unsent_fds);
+            fds -= of_this;
+            message.unsent_fds -= of_this;
+            message.sent_fds += of_this;
+            if !message.begun {
+                self.ahead += of_this;
+            }
+        }
+    }
+
+    fn remove_bytes(&mut self, mut count: usize) {
+        self.bytes -= count;
+        while let Some(first) = self.segments.front_mut() {
+            let of_this = count.min(first.len());
+            first.advance(of_this);
+            count -= of_this;
+            if !first.is_empty() {
+                return;
+            }
+            self.segments.pop_front();
+        }
+        self.tail.advance(count);
+    }
+}
+
+impl<F> Default for SendBuf<F> {
+    fn default() -> Self {
+        Self::new()
+    }
+}

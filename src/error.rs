@@ -1,0 +1,200 @@
+//! What can go wrong on a connection.
+
+use std::{fmt, io};
+
+/// What went wrong on a connection: one variant for each fault.
+///
+/// Errors are final for the direction they occurred in. A [`Stream`](futures::Stream) yields its error once and
+/// then ends; whatever had been received and not yet yielded is closed. A [`Sink`](futures::Sink) that failed
+/// repeats its error and hands every further item back in a [`SendError`].
+///
+/// Converts into [`io::Error`] for use in functions that speak `io::Result`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A system call failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+
+    /// A frame does not begin with the magic byte: the peer speaks another protocol, or the streams lost step.
+    #[error("bad magic byte {found:#04x} where a frame should begin")]
+    BadMagic {
+        /// The byte that was found.
+        found: u8,
+    },
+
+    /// A frame has a version of the wire format that is not spoken here.
+    #[error("wire format version {found} is not supported")]
+    UnsupportedVersion {
+        /// The version that the frame names.
+        found: u8,
+    },
+
+    /// A frame has flags set that have no meaning in this version of the wire format.
+    #[error("frame flags {found:#03x} are not supported")]
+    UnsupportedFlags {
+        /// The flags of the frame, a number of 4 bits.
+        found: u8,
+    },
+
+    /// A frame's payload is longer than [`Limits::max_payload_bytes`](crate::Limits::max_payload_bytes).
+    #[error("frame payload of {bytes} bytes is over the limit of {limit}")]
+    FrameTooLong {
+        /// Length of the payload in bytes.
+        bytes: usize,
+        /// The limit in bytes.
+        limit: usize,
+    },
+
+    /// A frame has more descriptors than [`Limits::max_fds_per_frame`](crate::Limits::max_fds_per_frame).
+    #[error("frame with {fds} descriptors is over the limit of {limit}")]
+    TooManyFds {
+        /// Number of descriptors of the frame.
+        fds: usize,
+        /// The limit.
+        limit: usize,
+    },
+
+    /// A message has more descriptors than its bytes can carry. One `sendmsg` takes at most 253, and each has to
+    /// take at least one byte of the message with it.
+    #[error("{fds} descriptors are too many for a message of {bytes} bytes: each byte carries at most 253")]
+    TooManyFdsForLength {
+        /// Number of descriptors of the message.
+        fds: usize,
+        /// Length of the whole message in bytes, its header included.
+        bytes: usize,
+    },
+
+    /// A frame is complete, but fewer descriptors came with it than its header says.
+    #[error("frame needs {expected} descriptors, {received} arrived")]
+    MissingFds {
+        /// Number of descriptors in the frame's header.
+        expected: usize,
+        /// Number of descriptors that had arrived.
+        received: usize,
+    },
+
+    /// Descriptors arrived that no message claims: more than
+    /// [`Limits::max_queued_fds`](crate::Limits::max_queued_fds), or some were left over at the end.
+    #[error("{fds} descriptors arrived that no message claims")]
+    UnclaimedFds {
+        /// Number of unclaimed descriptors. All of them have been closed.
+        fds: usize,
+    },
+
+    /// The kernel dropped descriptors on receipt (`MSG_CTRUNC`). The connection ends here: without them, later
+    /// descriptors would go to the wrong frames.
+    #[error(
+        "descriptors were lost on receipt (control data truncated); the likely cause is this process's RLIMIT_NOFILE"
+    )]
+    TruncatedControl,
+
+    /// A packet was longer than the room for it (`MSG_TRUNC`): the peer does not follow the packet sizes of the
+    /// wire format.
+    #[error("packet was longer than the wire format allows and lost its tail")]
+    TruncatedPacket,
+
+    /// The peer closed the connection inside a message.
+    #[error("connection ended inside a message, {bytes} bytes of it had arrived")]
+    UnexpectedEnd {
+        /// Number of bytes of the unfinished message.
+        bytes: usize,
+    },
+
+    /// The peer closed its end before it had read everything that was sent to it: what was sent last, descriptors
+    /// included, did not arrive. Reported after everything that the peer had sent, then the stream ends.
+    #[error("peer closed the connection without reading everything that was sent to it")]
+    Reset,
+
+    /// The sending side was closed before.
+    #[error("sending side is closed")]
+    Closed,
+}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        let kind = match error {
+            Error::Io(error) => return error,
+            Error::UnexpectedEnd { .. } => io::ErrorKind::UnexpectedEof,
+            Error::Reset => io::ErrorKind::ConnectionReset,
+            Error::Closed => io::ErrorKind::BrokenPipe,
+            _ => io::ErrorKind::InvalidData,
+        };
+        Self::new(kind, error)
+    }
+}
+
+/// An item could not be sent. Brings the item back where it was not taken.
+///
+/// `item` is `Some` if the item was refused: nothing of it was sent, and its descriptors are still open in it. It
+/// is `None` if the failure is not about one item (a failed flush), or the encoder had already taken it apart. Items
+/// accepted earlier and not sent are in [`into_parts`](crate::Framed::into_parts).
+///
+/// Converts into `E`, and for `E = Error` into [`io::Error`]; the conversions drop the item and so close its
+/// descriptors.
+pub struct SendError<I, E = Error> {
+    /// Why it could not be sent.
+    pub error: E,
+    /// The item, if it was refused.
+    pub item: Option<I>,
+}
+
+impl<I, E> SendError<I, E> {
+    /// An error that brings `item` back.
+    pub fn refused(item: I, error: impl Into<E>) -> Self {
+        Self { error: error.into(), item: Some(item) }
+    }
+}
+
+impl<I, E> From<E> for SendError<I, E> {
+    fn from(error: E) -> Self {
+        Self { error, item: None }
+    }
+}
+
+impl<I> From<SendError<I>> for Error {
+    fn from(error: SendError<I>) -> Self {
+        error.error
+    }
+}
+
+impl<I> From<SendError<I>> for io::Error {
+    fn from(error: SendError<I>) -> Self {
+        error.error.into()
+    }
+}
+
+impl<I, E: fmt::Debug> fmt::Debug for SendError<I, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SendError").field("error", &self.error).field("refused", &self.item.is_some()).finish()
+    }
+}
+
+impl<I, E: fmt::Display> fmt::Display for SendError<I, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<I, E: std::error::Error> std::error::Error for SendError<I, E> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_small_enough_to_be_returned_by_value() {
+        assert!(size_of::<Error>() <= 24);
+        assert!(size_of::<SendError<crate::Frame>>() <= 96);
+    }
+
+    #[test]
+    fn an_io_error_keeps_its_number() {
+        let error = Error::from(io::Error::from_raw_os_error(32));
+        assert_eq!(io::Error::from(error).raw_os_error(), Some(32));
+    }
+}

@@ -1,0 +1,12 @@
+//! Framed messages that carry open file descriptors between processes on one host.
+
+mod codec;
+mod error;
+mod frame;
+mod limits;
+mod sys;
+
+pub use codec::{Codec, Decoder, Encoder, FdQueue, FrameCodec, SendBuf};
+pub use error::{Error, SendError};
+pub use frame::{Fds, Frame, IntoIter};
+pub use limits::Limits;

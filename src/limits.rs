@@ -1,0 +1,74 @@
+//! What a connection takes at most.
+
+/// Most descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
+pub(crate) const SCM_MAX_FD: usize = 253;
+
+/// What a connection takes at most, in each direction. Every limit is checked before memory is reserved.
+///
+/// ```
+/// use fdwire::{FrameCodec, Limits};
+///
+/// let codec = FrameCodec::new(Limits::default().max_payload_bytes(64 << 20).max_fds_per_frame(1000));
+/// # let _ = codec;
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    pub(crate) max_payload_bytes: usize,
+    pub(crate) max_fds_per_frame: usize,
+    pub(crate) max_queued_fds: usize,
+    pub(crate) max_queued_bytes: usize,
+}
+
+impl Default for Limits {
+    /// 8 MiB of payload and 253 descriptors a frame; 506 descriptors and 256 KiB queued.
+    fn default() -> Self {
+        Self {
+            max_payload_bytes: 8 << 20,
+            max_fds_per_frame: SCM_MAX_FD,
+            max_queued_fds: 2 * SCM_MAX_FD,
+            max_queued_bytes: 256 << 10,
+        }
+    }
+}
+
+impl Limits {
+    /// Length of a frame's payload in bytes, sent or received. Default: 8 MiB. The wire format ends at 4 GiB - 1.
+    #[must_use]
+    pub const fn max_payload_bytes(mut self, bytes: usize) -> Self {
+        self.max_payload_bytes = bytes;
+        self
+    }
+
+    /// Number of descriptors of a frame, sent or received. Default: 253. The wire format ends at 65,535.
+    ///
+    /// Raises [`max_queued_fds`](Self::max_queued_fds) where it has to, to this number + 253.
+    #[must_use]
+    pub const fn max_fds_per_frame(mut self, fds: usize) -> Self {
+        self.max_fds_per_frame = fds;
+        if self.max_queued_fds < fds + SCM_MAX_FD {
+            self.max_queued_fds = fds + SCM_MAX_FD;
+        }
+        self
+    }
+
+    /// Number of descriptors that wait: received ahead of the message that claims them, or accepted for sending.
+    /// Default: 506.
+    ///
+    /// A sender of this crate lets descriptors run ahead of their frames by 253 at most, so a receiver holds at most
+    /// [`max_fds_per_frame`](Self::max_fds_per_frame) + 253 of them. A smaller number ends connections on which
+    /// frames with that many descriptors arrive ([`Error::UnclaimedFds`](crate::Error::UnclaimedFds)).
+    #[must_use]
+    pub const fn max_queued_fds(mut self, fds: usize) -> Self {
+        self.max_queued_fds = fds;
+        self
+    }
+
+    /// Number of bytes accepted for sending from which on a sink waits until some are sent. Default: 256 KiB.
+    ///
+    /// A sink takes an item as long as less than this is queued, so one frame may stand out above it.
+    #[must_use]
+    pub const fn max_queued_bytes(mut self, bytes: usize) -> Self {
+        self.max_queued_bytes = bytes;
+        self
+    }
+}

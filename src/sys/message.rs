@@ -1,0 +1,183 @@
+//! `sendmsg` and `recvmsg` with descriptors.
+//!
+//! Straight to libc: nix's `recvmsg` makes received descriptors unreachable when the control data was truncated, and
+//! its `sendmsg` allocates on each call.
+
+use std::{
+    io::{self, IoSlice},
+    mem::{self, MaybeUninit},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+};
+
+use bytes::{BufMut, BytesMut};
+use nix::{errno::Errno, libc};
+
+use crate::limits::SCM_MAX_FD;
+
+/// `SCM_PIDFD`, which libc 0.2 lacks: a control message that carries one descriptor, installed like any other.
+const SCM_PIDFD: libc::c_int = 4;
+
+/// Room for 253 descriptors (1,032 bytes), and for the credentials, the pidfd and the timestamps that another holder of
+/// the socket may have switched on: they come before the descriptors or after them, and must not push any out.
+const CONTROL_BYTES: usize = 1032 + 248;
+
+/// Control data of a call, aligned as `cmsghdr` wants it.
+#[repr(C)]
+union Control {
+    header: libc::cmsghdr,
+    bytes: [MaybeUninit<u8>; CONTROL_BYTES],
+}
+
+impl Control {
+    fn new() -> Self {
+        Self { bytes: [MaybeUninit::uninit(); CONTROL_BYTES] }
+    }
+}
+
+/// What a [`recvmsg`] brought, besides what it has appended.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Received {
+    /// Number of bytes. 0 is the end of the stream.
+    pub(crate) bytes: usize,
+    /// The kernel had descriptors for us that it could not install.
+    pub(crate) control_truncated: bool,
+    /// The packet was longer than the room for it.
+    pub(crate) packet_truncated: bool,
+}
+
+/// Sends bytes, and with their first byte descriptors, without blocking. Returns the number of bytes sent; the
+/// descriptors were sent even if that is not all bytes.
+///
+/// At most 253 descriptors and never without a byte: a stream would drop them silently.
+pub(crate) fn sendmsg<'fd>(
+    socket: BorrowedFd<'_>,
+    bytes: &[IoSlice<'_>],
+    fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>>,
+) -> io::Result<usize> {
+    debug_assert!(fds.len() <= SCM_MAX_FD);
+    let mut control = Control::new();
+    let mut message = empty_message();
+    message.msg_iov = bytes.as_ptr().cast_mut().cast(); // IoSlice has the layout of iovec, as std says
+    message.msg_iovlen = bytes.len() as _;
+    if fds.len() > 0 {
+        let payload_bytes = (fds.len() * size_of::<RawFd>()) as libc::c_uint;
+        // SAFETY: only computes a size.
+        message.msg_controllen = unsafe { libc::CMSG_SPACE(payload_bytes) } as _;
+        // SAFETY: only computes a size.
+        let length = unsafe { libc::CMSG_LEN(payload_bytes) };
+        let header = libc::cmsghdr { cmsg_len: length as _, cmsg_level: libc::SOL_SOCKET, cmsg_type: libc::SCM_RIGHTS };
+        control.header = header;
+        message.msg_control = (&raw mut control).cast();
+        // SAFETY: `msg_control` points to `control`, which begins with the header just written.
+        let data = unsafe { libc::CMSG_DATA(message.msg_control.cast()) };
+        for (index, fd) in fds.enumerate() {
+            let place = data.cast::<RawFd>().wrapping_add(index);
+            // SAFETY: `control` has room for 253 descriptors behind its header, and there are no more.
+            unsafe { place.write_unaligned(fd.as_raw_fd()) };
+        }
+    }
+    // SAFETY: the message points to `bytes` and `control`, valid for the lengths it names until the call returns.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+    Ok(Errno::result(sent)? as usize)
+}
+
+/// Receives into the spare room of `bytes`, without blocking. Every descriptor that arrives is appended to `fds`, close-on-exec,
+/// whatever else is wrong with the message.
+///
+/// `bytes` must have spare room, or the result looks like the end of the stream.
+pub(crate) fn recvmsg(
+    socket: BorrowedFd<'_>,
+    bytes: &mut BytesMut,
+    fds: &mut impl Extend<OwnedFd>,
+) -> io::Result<Received> {
+    let mut control = Control::new();
+    let room = bytes.spare_capacity_mut();
+    debug_assert!(!room.is_empty());
+    let mut place = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
+    let mut message = empty_message();
+    message.msg_iov = &raw mut place;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = CONTROL_BYTES as _;
+    let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
+    // SAFETY: the message points to the spare room of `bytes` and to `control`, both writable for the lengths it names.
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
+    let received = Errno::result(received)? as usize;
+    take_fds(&message, fds);
+    // SAFETY: the kernel has written that many bytes to the spare room, in which they fit: MSG_TRUNC was not asked for.
+    unsafe { bytes.advance_mut(received) };
+    Ok(Received {
+        bytes: received,
+        control_truncated: message.msg_flags & libc::MSG_CTRUNC != 0,
+        packet_truncated: message.msg_flags & libc::MSG_TRUNC != 0,
+    })
+}
+
+/// Takes ownership of every descriptor in a received message's control data.
+fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) {
+    // SAFETY: the kernel has set `msg_controllen` to what it wrote to `msg_control`.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
+    while !header.is_null() {
+        // SAFETY: not null, so it points to a whole header in the control data, which is aligned for it.
+        let libc::cmsghdr { cmsg_len, cmsg_level, cmsg_type } = unsafe { header.read() };
+        if cmsg_level == libc::SOL_SOCKET && (cmsg_type == libc::SCM_RIGHTS || cmsg_type == SCM_PIDFD) {
+            // SAFETY: `header` points to a header in the control data.
+            let data = unsafe { libc::CMSG_DATA(header) };
+            let payload_bytes = cmsg_len as usize - (data as usize - header as usize);
+            for index in 0..payload_bytes / size_of::<RawFd>() {
+                // SAFETY: `cmsg_len` covers this number. The place need not be aligned.
+                let raw = unsafe { data.cast::<RawFd>().wrapping_add(index).read_unaligned() };
+                // SCM_PIDFD holds a negative error number where the kernel could make no pidfd.
+                if raw >= 0 {
+                    // SAFETY: the kernel has just installed it in this process, for this message.
+                    let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+                    if cmsg_type == libc::SCM_RIGHTS {
+                        fds.extend([fd]);
+                    }
+                }
+            }
+        }
+        // SAFETY: `header` is one of the message's headers; the macro checks the bounds.
+        header = unsafe { libc::CMSG_NXTHDR(message, header) };
+    }
+}
+
+fn empty_message() -> libc::msghdr {
+    // `msghdr` has private padding on some C libraries, so it cannot be written as a literal.
+    // SAFETY: all zero is a valid value: null pointers, zero lengths.
+    unsafe { mem::zeroed() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, os::fd::AsFd, os::unix::net::UnixStream};
+
+    use super::*;
+
+    #[test]
+    fn control_holds_253_descriptors() {
+        // SAFETY: only computes a size.
+        let space = unsafe { libc::CMSG_SPACE((SCM_MAX_FD * size_of::<RawFd>()) as libc::c_uint) };
+        assert!(space as usize <= CONTROL_BYTES);
+        assert_eq!(mem::align_of::<Control>() % mem::align_of::<libc::cmsghdr>(), 0);
+    }
+
+    #[test]
+    fn descriptors_arrive_in_order_and_close_on_exec() -> io::Result<()> {
+        let (a, b) = UnixStream::pair()?;
+        let files = (0..SCM_MAX_FD).map(|_| File::open("/dev/null")).collect::<io::Result<Vec<_>>>()?;
+        let pipe = io::pipe()?.0;
+        let fds = files[1..].iter().map(AsFd::as_fd).chain([pipe.as_fd()]).collect::<Vec<_>>();
+        assert_eq!(sendmsg(a.as_fd(), &[IoSlice::new(b"hi")], fds.into_iter())?, 2);
+
+        let mut bytes = BytesMut::with_capacity(16);
+        let mut fds = Vec::new();
+        let received = recvmsg(b.as_fd(), &mut bytes, &mut fds)?;
+        assert_eq!((received.bytes, received.control_truncated, &bytes[..]), (2, false, &b"hi"[..]));
+        assert_eq!(fds.len(), SCM_MAX_FD);
+        assert!(nix::sys::stat::fstat(&fds[252]).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO));
+        let flags = nix::fcntl::fcntl(&fds[0], nix::fcntl::FcntlArg::F_GETFD)?;
+        assert_eq!(flags, libc::FD_CLOEXEC);
+        Ok(())
+    }
+}

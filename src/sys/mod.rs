@@ -1,0 +1,24 @@
+//! The system calls, and **all `unsafe` of the crate**: one block per call.
+#![allow(unsafe_code)]
+
+mod message;
+mod option;
+mod readiness;
+
+pub(crate) use message::{Received, recvmsg, sendmsg};
+pub(crate) use option::{Domain, PassPidfd, PassRights};
+pub(crate) use readiness::{readable, writable};
+
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+};
+
+use nix::sys::socket::{SockFlag, accept4};
+
+/// Takes a connection off a listener's queue: close-on-exec, non-blocking.
+pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    // SAFETY: accept4 has just returned this descriptor, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
