@@ -92,7 +92,7 @@ impl<F> Inbound<F> {
     }
 
     /// Nothing more can be received or decoded.
-    pub(crate) fn fail(&mut self) {
+    pub(crate) fn end(&mut self) {
         self.phase = Phase::Ended;
     }
 

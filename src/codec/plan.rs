@@ -1,4 +1,4 @@
-use super::SendBuf;
+use super::{SendBuf, inbound::SMALL_PACKET};
 use crate::limits::SCM_MAX_FD;
 
 /// What one `sendmsg` is to carry: the first `bytes` that wait, and the first `fds`.
@@ -21,6 +21,28 @@ pub(crate) enum Carrier {
         /// Most bytes of a packet that holds only the rest of one message whose length the receiver knows.
         large: usize,
     },
+}
+
+impl Carrier {
+    /// Packets on a socket with a send buffer of this size (`SO_SNDBUF`). The kernel takes packets of that less 32 bytes,
+    /// and none above 4,263,616.
+    pub(crate) fn packets(send_buffer_bytes: usize) -> Self {
+        let large = send_buffer_bytes.saturating_sub(32).clamp(Self::SMALLEST, 4_263_616);
+        Self::Packets { small: large.min(SMALL_PACKET), large }
+    }
+
+    /// The same with packets of half of `bytes` at most, after one of `bytes` was too large for the kernel. Large ones
+    /// need contiguous memory, which may be scarce. `None` if smaller ones are not to be had.
+    pub(crate) fn smaller_than(self, bytes: usize) -> Option<Self> {
+        match self {
+            Self::Packets { small, .. } if bytes >= 2 * Self::SMALLEST => {
+                Some(Self::Packets { small: small.min(bytes / 2), large: bytes / 2 })
+            }
+            _ => None,
+        }
+    }
+
+    const SMALLEST: usize = 2048;
 }
 
 impl<F> SendBuf<F> {

@@ -116,6 +116,11 @@ impl<F> SendBuf<F> {
         (bytes, self.fds.into())
     }
 
+    /// Takes the waiting descriptors out, and drops the bytes.
+    pub fn into_fds(self) -> Vec<F> {
+        self.fds.into()
+    }
+
     /// Ends the message that was being written.
     ///
     /// # Errors
@@ -176,7 +181,7 @@ impl<F> SendBuf<F> {
     }
 
     /// The first `count` descriptors that wait.
-    pub(crate) fn first_fds(&self, count: usize) -> impl ExactSizeIterator<Item = &F> {
+    pub(crate) fn first_fds(&self, count: usize) -> impl ExactSizeIterator<Item = &F> + Clone {
         self.fds.range(..count)
     }
 

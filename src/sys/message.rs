@@ -114,6 +114,7 @@ pub(crate) fn recvmsg(
 }
 
 /// Takes ownership of every descriptor in a received message's control data.
+#[allow(clippy::unnecessary_cast, reason = "`cmsg_len` is narrower on musl")]
 fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) {
     // SAFETY: the kernel has set `msg_controllen` to what it wrote to `msg_control`.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };

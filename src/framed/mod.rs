@@ -1,0 +1,244 @@
+//! Messages over a socket, as [`Stream`] and [`Sink`].
+
+mod read;
+mod write;
+
+use std::{
+    fmt, io,
+    os::fd::OwnedFd,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::BytesMut;
+use futures::{Sink, Stream};
+
+pub use read::ReadHalf;
+pub use write::{Permit, WriteHalf};
+
+use crate::{Codec, Decoder, Encoder, Error, FdQueue, SendBuf, SendError, Socket};
+
+/// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
+///
+/// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which [`into_split`](Self::into_split) gives away. They
+/// fail and end separately: what the peer had sent is still yielded after a write has failed.
+///
+/// `D` decodes and `E` encodes; mostly they are one codec, and the type is `Framed<FrameCodec>`.
+///
+/// The runtime's I/O driver and its timer have to be enabled.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
+/// use futures::{SinkExt, StreamExt};
+///
+/// let (a, b) = Socket::pair(SocketKind::SeqPacket)?;
+/// let mut tx = Framed::new(a, FrameCodec::default());
+/// let mut rx = Framed::new(b, FrameCodec::default());
+///
+/// let file = std::fs::File::open("/dev/null")?;
+/// tx.send(Frame::new("log file").with_fd(file)).await?;
+/// let Frame { payload, fds } = rx.next().await.ok_or("the peer is gone")??;
+/// assert_eq!((&payload[..], fds.len()), (&b"log file"[..], 1));
+/// # Ok(()) }
+/// ```
+///
+/// # Cancel safety
+/// `next()`, [`flush`](Self::flush), [`close`](Self::close) and [`reserve`](Self::reserve) can be dropped at any await
+/// and called again: nothing is lost. `send(item)`, `feed(item)` and `send_all` of
+/// [`SinkExt`](futures::SinkExt) lose the item, and close its descriptors, when they are dropped before they took it. Where that must
+/// not happen, `reserve` first.
+#[derive(Debug)]
+pub struct Framed<D, E = D> {
+    read: ReadHalf<D>,
+    write: WriteHalf<E>,
+}
+
+impl<C: Clone> Framed<C> {
+    /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the codec.
+    pub fn new(socket: Socket, codec: C) -> Self {
+        Self::with_codecs(socket, codec.clone(), codec)
+    }
+}
+
+impl<D, E> Framed<D, E> {
+    /// Messages of one codec's protocol in, of another's out.
+    pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
+        Self::from_parts(Parts {
+            socket,
+            decoder,
+            encoder,
+            received: BytesMut::new(),
+            received_fds: FdQueue::new(),
+            unsent: SendBuf::new(),
+        })
+    }
+
+    /// Continues where [`into_parts`](Self::into_parts) stopped.
+    pub fn from_parts(parts: Parts<D, E>) -> Self {
+        let Parts { socket, decoder, encoder, received, received_fds, unsent } = parts;
+        let socket = Arc::new(socket);
+        Self {
+            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds),
+            write: WriteHalf::new(socket, encoder, unsent),
+        }
+    }
+}
+
+impl<D, E> Framed<D, E> {
+    /// Takes everything apart: the socket, the codecs, what was received and not decoded, and what was accepted and not
+    /// sent. No message and no descriptor is lost; a message that was sent in part is in `unsent` with the rest of it.
+    pub fn into_parts(self) -> Parts<D, E> {
+        let (shared, decoder, received, received_fds) = self.read.into_parts();
+        let (socket, encoder, unsent) = self.write.into_parts();
+        drop(shared);
+        let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
+        Parts { socket, decoder, encoder, received, received_fds, unsent }
+    }
+
+    /// Splits into halves that can be moved to different tasks.
+    pub fn into_split(mut self) -> (ReadHalf<D>, WriteHalf<E>) {
+        self.write.shut_down_on_drop(true);
+        (self.read, self.write)
+    }
+
+    /// Puts halves together again.
+    ///
+    /// # Errors
+    /// Gives them back if they are of different sockets.
+    #[expect(clippy::result_large_err, reason = "the halves are as large when they are put together")]
+    pub fn reunite(read: ReadHalf<D>, mut write: WriteHalf<E>) -> Result<Self, ReuniteError<D, E>> {
+        if !Arc::ptr_eq(read.shared_socket(), write.shared_socket()) {
+            return Err(ReuniteError { read, write });
+        }
+        write.shut_down_on_drop(false);
+        Ok(Self { read, write })
+    }
+
+    /// The socket, for its options and its peer.
+    pub fn socket(&self) -> &Socket {
+        self.read.socket()
+    }
+
+    /// The receiving direction.
+    pub fn read_half(&mut self) -> &mut ReadHalf<D> {
+        &mut self.read
+    }
+
+    /// The sending direction.
+    pub fn write_half(&mut self) -> &mut WriteHalf<E> {
+        &mut self.write
+    }
+
+    /// See [`WriteHalf::flush`].
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Cancel safety
+    /// As there.
+    pub async fn flush(&mut self) -> Result<(), Error> {
+        self.write.flush().await
+    }
+
+    /// See [`WriteHalf::close`].
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Cancel safety
+    /// As there.
+    pub async fn close(&mut self) -> Result<(), Error> {
+        self.write.close().await
+    }
+}
+
+impl<D, E: Codec> Framed<D, E> {
+    /// See [`WriteHalf::reserve`].
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Cancel safety
+    /// As there.
+    pub async fn reserve(&mut self) -> Result<Permit<'_, E>, Error> {
+        self.write.reserve().await
+    }
+}
+
+impl<D: Decoder, E> Stream for Framed<D, E> {
+    type Item = Result<D::Item, D::Error>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        Pin::new(&mut self.get_mut().read).poll_next(cx)
+    }
+}
+
+impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
+    type Error = SendError<I, E::Error>;
+
+    fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Sink::<I>::poll_ready(Pin::new(&mut self.get_mut().write), cx)
+    }
+
+    fn start_send(self: Pin<&mut Self>, item: I) -> Result<(), Self::Error> {
+        Pin::new(&mut self.get_mut().write).start_send(item)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Sink::<I>::poll_flush(Pin::new(&mut self.get_mut().write), cx)
+    }
+
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Sink::<I>::poll_close(Pin::new(&mut self.get_mut().write), cx)
+    }
+}
+
+// Nothing in it is pinned: codecs are only ever used through `&mut`.
+impl<D, E> Unpin for Framed<D, E> {}
+
+/// What a [`Framed`] consists of.
+#[derive(Debug)]
+pub struct Parts<D, E = D> {
+    /// The socket.
+    pub socket: Socket,
+    /// Decodes what arrives.
+    pub decoder: D,
+    /// Encodes what is sent.
+    pub encoder: E,
+    /// Bytes received and not decoded.
+    pub received: BytesMut,
+    /// Descriptors received that no message has claimed.
+    pub received_fds: FdQueue<OwnedFd>,
+    /// Bytes and descriptors accepted and not sent.
+    pub unsent: SendBuf<OwnedFd>,
+}
+
+/// The halves are not of the same socket. Brings them back.
+pub struct ReuniteError<D, E = D> {
+    /// The receiving half.
+    pub read: ReadHalf<D>,
+    /// The sending half.
+    pub write: WriteHalf<E>,
+}
+
+impl<D, E> fmt::Debug for ReuniteError<D, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReuniteError").finish_non_exhaustive()
+    }
+}
+
+impl<D, E> fmt::Display for ReuniteError<D, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("halves of different sockets cannot be put together")
+    }
+}
+
+impl<D, E> std::error::Error for ReuniteError<D, E> {}
+
+impl<D, E> From<ReuniteError<D, E>> for io::Error {
+    fn from(error: ReuniteError<D, E>) -> Self {
+        Self::new(io::ErrorKind::InvalidInput, error.to_string())
+    }
+}

@@ -1,0 +1,137 @@
+use std::{
+    io,
+    os::fd::OwnedFd,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::BytesMut;
+use futures::Stream;
+use tokio::task::coop;
+
+use crate::{
+    Decoder, Error, FdQueue, Socket,
+    codec::{Inbound, Step},
+    socket::close_unwanted,
+};
+
+/// The receiving direction of a [`Framed`](crate::Framed): a [`Stream`] of messages.
+///
+/// Yields what is complete before it receives again. After an error it ends; what had been received by then is closed.
+/// Where the peer closed without reading everything, the last item is [`Error::Reset`], after all that the peer had sent.
+///
+/// # Cancel safety
+/// `next()` can be dropped at any await and called again: nothing is lost.
+#[derive(Debug)]
+pub struct ReadHalf<D> {
+    decoder: D,
+    receiver: Receiver,
+}
+
+impl<D> ReadHalf<D> {
+    pub(super) fn new(socket: Arc<Socket>, decoder: D, bytes: BytesMut, fds: FdQueue<OwnedFd>) -> Self {
+        Self { decoder, receiver: Receiver { socket, inbound: Inbound::new(bytes, fds), reset: false } }
+    }
+
+    /// The socket, for its options and its peer.
+    pub fn socket(&self) -> &Socket {
+        &self.receiver.socket
+    }
+
+    pub(super) fn shared_socket(&self) -> &Arc<Socket> {
+        &self.receiver.socket
+    }
+
+    /// The decoder.
+    pub fn decoder_mut(&mut self) -> &mut D {
+        &mut self.decoder
+    }
+
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>) {
+        let Inbound { bytes, fds, .. } = &mut self.receiver.inbound;
+        let (bytes, fds) = (std::mem::take(bytes), std::mem::take(fds));
+        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds)
+    }
+}
+
+impl<D: Decoder> Stream for ReadHalf<D> {
+    type Item = Result<D::Item, D::Error>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Self { decoder, receiver } = self.get_mut();
+        loop {
+            // Messages out of the buffer take no system call that would count, and a buffer holds thousands.
+            let coop = ready!(coop::poll_proceed(cx));
+            match receiver.inbound.next(decoder) {
+                Ok(Step::Item(item)) => {
+                    coop.made_progress();
+                    return Poll::Ready(Some(Ok(item)));
+                }
+                Ok(Step::Receive) => drop(coop),
+                Ok(Step::End) => {
+                    let reset = std::mem::take(&mut receiver.reset);
+                    return Poll::Ready(reset.then(|| Err(Error::Reset.into())));
+                }
+                Err(error) => {
+                    receiver.end();
+                    return Poll::Ready(Some(Err(error)));
+                }
+            }
+            if let Err(error) = ready!(receiver.poll_receive(cx)) {
+                receiver.end();
+                return Poll::Ready(Some(Err(error.into())));
+            }
+        }
+    }
+}
+
+// Nothing in it is pinned: the decoder is only ever used through `&mut`.
+impl<D> Unpin for ReadHalf<D> {}
+
+#[derive(Debug)]
+struct Receiver {
+    socket: Arc<Socket>,
+    inbound: Inbound,
+    /// The peer closed with unread data (`ECONNRESET`). The kernel says so once: on STREAM after the data that is left
+    /// to read, on SEQPACKET before it.
+    reset: bool,
+}
+
+impl Receiver {
+    /// Receives something, or the end.
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let Self { socket, inbound, reset } = self;
+        loop {
+            match ready!(socket.poll_recv(cx, &mut inbound.bytes, &mut inbound.fds)) {
+                Ok(received) if received.control_truncated => return Poll::Ready(Err(Error::TruncatedControl)),
+                Ok(received) if received.packet_truncated => return Poll::Ready(Err(Error::TruncatedPacket)),
+                Ok(received) if received.bytes == 0 => inbound.end_of_stream(),
+                Ok(_) => inbound.received(),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    *reset = true;
+                    continue;
+                }
+                Err(error) => return Poll::Ready(Err(error.into())),
+            }
+            return Poll::Ready(Ok(()));
+        }
+    }
+
+    /// Nothing is yielded any more.
+    fn end(&mut self) {
+        self.reset = false;
+        self.inbound.end();
+        self.close_fds();
+    }
+
+    fn close_fds(&mut self) {
+        close_unwanted(std::mem::take(&mut self.inbound.fds).into());
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.close_fds();
+    }
+}

@@ -1,0 +1,300 @@
+use std::{
+    future::poll_fn,
+    io,
+    net::Shutdown,
+    os::fd::{AsFd, OwnedFd},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use futures::Sink;
+use nix::libc;
+
+use crate::{
+    Codec, Encoder, Error, SendBuf, SendError, Socket, SocketKind,
+    codec::Carrier,
+    limits::Limits,
+    socket::{SendWait, close_unwanted},
+};
+
+/// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
+///
+/// Messages wait until they are flushed, or until as many wait as the [limits](Codec::limits) allow; all that wait go out
+/// together. A descriptor is closed right after the `sendmsg` that carried it.
+///
+/// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each flush. What was
+/// accepted before and not sent is in [`into_parts`](crate::Framed::into_parts).
+///
+/// Dropping it shuts down the sending direction (the peer sees the end of the stream) and closes what was not flushed.
+///
+/// # Cancel safety
+/// [`flush`](Self::flush), [`close`](Self::close) and [`reserve`](Self::reserve) can be dropped at any await and called
+/// again: nothing is lost. `send(item)` and `feed(item)` of [`SinkExt`](futures::SinkExt) lose the item, and close its
+/// descriptors, when they are dropped before they took it. Where that must not happen, `reserve` first.
+#[derive(Debug)]
+pub struct WriteHalf<E> {
+    encoder: E,
+    sender: Sender,
+}
+
+impl<E> WriteHalf<E> {
+    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf) -> Self {
+        let largest = match socket.kind() {
+            SocketKind::Stream => Carrier::Stream,
+            SocketKind::SeqPacket => Carrier::packets(socket.send_buffer_size().unwrap_or(0)),
+        };
+        Self {
+            encoder,
+            sender: Sender {
+                socket,
+                buf: unsent,
+                carrier: largest,
+                largest,
+                wait: SendWait::default(),
+                state: State::Open,
+                shut_down_on_drop: false,
+            },
+        }
+    }
+
+    /// The socket, for its options and its peer.
+    pub fn socket(&self) -> &Socket {
+        &self.sender.socket
+    }
+
+    pub(super) fn shared_socket(&self) -> &Arc<Socket> {
+        &self.sender.socket
+    }
+
+    pub(super) fn shut_down_on_drop(&mut self, yes: bool) {
+        self.sender.shut_down_on_drop = yes;
+    }
+
+    /// The encoder.
+    pub fn encoder_mut(&mut self) -> &mut E {
+        &mut self.encoder
+    }
+
+    /// Number of bytes and of descriptors that were accepted and are not sent.
+    pub fn unsent(&self) -> (usize, usize) {
+        (self.sender.buf.len(), self.sender.buf.fd_count())
+    }
+
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf) {
+        self.sender.shut_down_on_drop = false;
+        (Arc::clone(&self.sender.socket), self.encoder, std::mem::take(&mut self.sender.buf))
+    }
+
+    /// Sends everything that was accepted.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with what `sendmsg` said: `EPIPE` or `ECONNRESET` where the peer is gone, `EPERM` where it refuses
+    /// descriptors, `EINVAL` for a descriptor that cannot be passed (io_uring). The receiving direction goes on.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped. Call it again to send the rest.
+    pub async fn flush(&mut self) -> Result<(), Error> {
+        poll_fn(|cx| self.sender.poll_flush(cx)).await
+    }
+
+    /// Flushes, then shuts down the sending direction: the peer sees the end of the stream. The receiving direction goes
+    /// on.
+    ///
+    /// # Errors
+    /// As for [`flush`](Self::flush).
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped. Call it again to finish.
+    pub async fn close(&mut self) -> Result<(), Error> {
+        poll_fn(|cx| self.sender.poll_close(cx)).await
+    }
+}
+
+impl<E: Codec> WriteHalf<E> {
+    /// Waits for room for one message. [`Permit::send`] then takes it at once, so a cancelled task still has its item.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
+    /// # let (a, b) = Socket::pair(SocketKind::SeqPacket)?;
+    /// # let mut framed = Framed::new(a, FrameCodec::default());
+    /// # let connection = std::fs::File::open("/dev/null")?;
+    /// let permit = framed.reserve().await?; // dropped here: `connection` is still ours
+    /// permit.send(Frame::new("").with_fd(connection))?;
+    /// framed.flush().await?; // dropped here: it is in the queue, and the next flush sends it
+    /// # drop(b); Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As for [`flush`](Self::flush), and [`Error::Closed`].
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped.
+    pub async fn reserve(&mut self) -> Result<Permit<'_, E>, Error> {
+        let limits = self.encoder.limits();
+        poll_fn(|cx| self.sender.poll_ready(cx, &limits)).await?;
+        Ok(Permit { half: self })
+    }
+}
+
+/// Room for one message, from [`WriteHalf::reserve`].
+#[derive(Debug)]
+pub struct Permit<'a, E> {
+    half: &'a mut WriteHalf<E>,
+}
+
+impl<E> Permit<'_, E> {
+    /// Accepts the item for sending with the next flush.
+    ///
+    /// # Errors
+    /// What the encoder refuses.
+    pub fn send<I>(self, item: I) -> Result<(), SendError<I, E::Error>>
+    where
+        E: Encoder<I>,
+    {
+        Pin::new(self.half).start_send(item)
+    }
+}
+
+impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
+    type Error = SendError<I, E::Error>;
+
+    fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        let Self { encoder, sender } = self.get_mut();
+        // Ready in spite of an error: `start_send` then gives it together with the item, which `SinkExt::send` would drop
+        // here.
+        sender.poll_ready(cx, &encoder.limits()).map(|_| Ok(()))
+    }
+
+    fn start_send(self: Pin<&mut Self>, item: I) -> Result<(), Self::Error> {
+        let Self { encoder, sender } = self.get_mut();
+        if let Some(error) = sender.state.error() {
+            return Err(SendError::refused(item, error));
+        }
+        let encoded = encoder
+            .encode(item, &mut sender.buf)
+            .and_then(|()| sender.buf.commit().map_err(|error| SendError::from(E::Error::from(error))));
+        encoded.inspect_err(|_| close_unwanted(sender.buf.roll_back()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.get_mut().sender.poll_flush(cx).map_err(|error| SendError::from(E::Error::from(error)))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.get_mut().sender.poll_close(cx).map_err(|error| SendError::from(E::Error::from(error)))
+    }
+}
+
+// Nothing in it is pinned: the encoder is only ever used through `&mut`.
+impl<E> Unpin for WriteHalf<E> {}
+
+#[derive(Debug)]
+struct Sender {
+    socket: Arc<Socket>,
+    buf: SendBuf,
+    /// What one call carries at the moment, and what it does when the kernel has memory enough.
+    carrier: Carrier,
+    largest: Carrier,
+    wait: SendWait,
+    state: State,
+    shut_down_on_drop: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    Open,
+    Closed,
+    Failed(io::Error),
+}
+
+impl State {
+    /// Why nothing is accepted any more.
+    fn error(&self) -> Option<Error> {
+        match self {
+            Self::Open => None,
+            Self::Closed => Some(Error::Closed),
+            Self::Failed(error) => Some(Error::Io(repeat(error))),
+        }
+    }
+}
+
+fn repeat(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(number) => io::Error::from_raw_os_error(number),
+        None => io::Error::new(error.kind(), error.to_string()),
+    }
+}
+
+impl Sender {
+    /// Sends until there is room for one more message.
+    fn poll_ready(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<Result<(), Error>> {
+        let has_room =
+            |buf: &SendBuf| buf.len() < limits.max_queued_bytes.max(1) && buf.fd_count() < limits.max_queued_fds.max(1);
+        match self.state {
+            State::Closed => Poll::Ready(Err(Error::Closed)),
+            _ => self.poll_send_until(cx, has_room),
+        }
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        self.poll_send_until(cx, SendBuf::is_empty)
+    }
+
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        ready!(self.poll_flush(cx))?;
+        if let State::Open = self.state {
+            self.state = State::Closed;
+            match self.socket.shutdown(Shutdown::Write) {
+                Err(error) if error.kind() != io::ErrorKind::NotConnected => return Poll::Ready(Err(error.into())),
+                _ => {}
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_send_until(&mut self, cx: &mut Context<'_>, enough: impl Fn(&SendBuf) -> bool) -> Poll<Result<(), Error>> {
+        if let State::Failed(error) = &self.state {
+            return Poll::Ready(Err(repeat(error).into()));
+        }
+        while !enough(&self.buf) {
+            if let Err(error) = ready!(self.poll_send(cx)) {
+                self.state = State::Failed(repeat(&error));
+                return Poll::Ready(Err(error.into()));
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// One `sendmsg` of as much as it takes, if it takes any.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Self { socket, buf, carrier, wait, .. } = self;
+        let plan = buf.plan(*carrier);
+        let fds = buf.first_fds(plan.fds).map(OwnedFd::as_fd);
+        let sent = ready!(socket.poll_send(cx, wait, &buf.io_slices(plan.bytes), fds));
+        match sent {
+            Ok(sent) => {
+                buf.sent(plan, sent);
+                if buf.is_empty() {
+                    *carrier = self.largest;
+                }
+            }
+            Err(error) => match (error.raw_os_error(), carrier.smaller_than(plan.bytes)) {
+                (Some(libc::EMSGSIZE | libc::ENOBUFS), Some(smaller)) => *carrier = smaller,
+                (Some(libc::ENOBUFS), None) => wait.a_while(),
+                _ => return Poll::Ready(Err(error)),
+            },
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        if self.shut_down_on_drop {
+            let _ = self.socket.shutdown(Shutdown::Write);
+        }
+        close_unwanted(std::mem::take(&mut self.buf).into_fds());
+    }
+}

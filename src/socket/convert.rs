@@ -1,0 +1,168 @@
+//! From other sockets and into them.
+
+use std::{
+    io::{Error, ErrorKind, Result},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix,
+    },
+};
+
+use nix::{
+    errno::Errno,
+    libc,
+    sys::socket::{self, SockType, UnixAddr, getsockopt, setsockopt, sockopt},
+};
+use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
+
+use super::{Listener, Socket, SocketKind};
+use crate::sys;
+
+/// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other holders of the socket
+/// share them; `SO_PASSCRED` and `SO_PASSPIDFD` are switched off, because what they bring takes the descriptors' room.
+///
+/// # Errors
+/// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.
+impl TryFrom<OwnedFd> for Socket {
+    type Error = Error;
+
+    fn try_from(fd: OwnedFd) -> Result<Self> {
+        let kind = unix_socket_kind(&fd)?;
+        if getsockopt(&fd, sockopt::AcceptConn)? {
+            return Err(unfit("it is a listening socket"));
+        }
+        match socket::getpeername::<UnixAddr>(fd.as_raw_fd()) {
+            Err(Errno::ENOTCONN) => return Err(unfit("it is not connected")),
+            connected => drop(connected?),
+        }
+        setsockopt(&fd, sockopt::PassCred, &false)?;
+        match setsockopt(&fd, sys::PassPidfd, &false) {
+            Err(Errno::ENOPROTOOPT) => {} // a kernel before 6.5
+            switched_off => switched_off?,
+        }
+        Self::register(fd, kind)
+    }
+}
+
+pub(super) fn unix_socket_kind(fd: &OwnedFd) -> Result<SocketKind> {
+    match getsockopt(fd, sys::Domain) {
+        Err(Errno::ENOTSOCK) => return Err(unfit("it is not a socket")),
+        domain if domain? != libc::AF_UNIX => return Err(unfit("it is not a Unix socket")),
+        _ => {}
+    }
+    match getsockopt(fd, sockopt::SockType)? {
+        SockType::SeqPacket => Ok(SocketKind::SeqPacket),
+        SockType::Stream => Ok(SocketKind::Stream),
+        _ => Err(unfit("it is neither SOCK_SEQPACKET nor SOCK_STREAM")),
+    }
+}
+
+pub(super) fn unfit(reason: &str) -> Error {
+    Error::new(ErrorKind::InvalidInput, format!("descriptor cannot be used: {reason}"))
+}
+
+impl From<Socket> for OwnedFd {
+    fn from(socket: Socket) -> Self {
+        socket.io.into_inner()
+    }
+}
+
+impl TryFrom<unix::net::UnixStream> for Socket {
+    type Error = Error;
+
+    fn try_from(stream: unix::net::UnixStream) -> Result<Self> {
+        OwnedFd::from(stream).try_into()
+    }
+}
+
+impl TryFrom<tokio::net::UnixStream> for Socket {
+    type Error = Error;
+
+    fn try_from(stream: tokio::net::UnixStream) -> Result<Self> {
+        stream.into_std()?.try_into()
+    }
+}
+
+impl TryFrom<UnixSeqpacket> for Socket {
+    type Error = Error;
+
+    fn try_from(seqpacket: UnixSeqpacket) -> Result<Self> {
+        OwnedFd::from(seqpacket).try_into()
+    }
+}
+
+/// # Errors
+/// `InvalidInput` if the socket is not of kind [`SocketKind::Stream`]. It is closed then.
+impl TryFrom<Socket> for unix::net::UnixStream {
+    type Error = Error;
+
+    fn try_from(socket: Socket) -> Result<Self> {
+        match socket.kind() {
+            SocketKind::Stream => Ok(OwnedFd::from(socket).into()),
+            SocketKind::SeqPacket => Err(unfit("it is SOCK_SEQPACKET, SOCK_STREAM is expected")),
+        }
+    }
+}
+
+/// Makes the socket non-blocking, for every holder.
+///
+/// # Errors
+/// `InvalidInput` if the socket is not of kind [`SocketKind::Stream`]. It is closed then.
+impl TryFrom<Socket> for tokio::net::UnixStream {
+    type Error = Error;
+
+    fn try_from(socket: Socket) -> Result<Self> {
+        let stream = unix::net::UnixStream::try_from(socket)?;
+        stream.set_nonblocking(true)?;
+        Self::from_std(stream)
+    }
+}
+
+/// Makes the socket non-blocking, for every holder.
+///
+/// # Errors
+/// `InvalidInput` if the socket is not of kind [`SocketKind::SeqPacket`]. It is closed then.
+impl TryFrom<Socket> for UnixSeqpacket {
+    type Error = Error;
+
+    fn try_from(socket: Socket) -> Result<Self> {
+        match socket.kind() {
+            SocketKind::SeqPacket => {
+                set_nonblocking(&socket)?;
+                OwnedFd::from(socket).try_into()
+            }
+            SocketKind::Stream => Err(unfit("it is SOCK_STREAM, SOCK_SEQPACKET is expected")),
+        }
+    }
+}
+
+pub(super) fn set_nonblocking(fd: impl AsFd) -> Result<()> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+impl TryFrom<unix::net::UnixListener> for Listener {
+    type Error = Error;
+
+    fn try_from(listener: unix::net::UnixListener) -> Result<Self> {
+        OwnedFd::from(listener).try_into()
+    }
+}
+
+impl TryFrom<tokio::net::UnixListener> for Listener {
+    type Error = Error;
+
+    fn try_from(listener: tokio::net::UnixListener) -> Result<Self> {
+        listener.into_std()?.try_into()
+    }
+}
+
+impl TryFrom<UnixSeqpacketListener> for Listener {
+    type Error = Error;
+
+    fn try_from(listener: UnixSeqpacketListener) -> Result<Self> {
+        OwnedFd::from(listener).try_into()
+    }
+}

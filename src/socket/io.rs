@@ -1,0 +1,123 @@
+//! The one send loop and the one receive loop.
+
+use std::{
+    future::Future,
+    io::{IoSlice, Result},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::BytesMut;
+use nix::libc;
+use tokio::{io::unix::AsyncFd, task::coop, time::Sleep};
+
+use super::{Backoff, Socket};
+use crate::sys::{self, Received};
+
+impl Socket {
+    /// Receives into the spare room of `bytes`, of which there must be some, and appends what descriptors come to
+    /// `fds`. `ECONNRESET` is an error like any other here; data may follow it.
+    ///
+    /// Readiness is kept until `EAGAIN`: a read that ends at a barrier of descriptors leaves data behind, for which no
+    /// new event comes.
+    pub(crate) fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bytes: &mut BytesMut,
+        fds: &mut impl Extend<OwnedFd>,
+    ) -> Poll<Result<Received>> {
+        loop {
+            let mut ready = ready!(self.io.poll_read_ready(cx))?; // takes part in the cooperative budget
+            match sys::recvmsg(self.as_fd(), bytes, fds) {
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => ready.clear_ready(),
+                    Some(libc::EINTR) => {}
+                    _ => return Poll::Ready(Err(error)),
+                },
+                Ok(received) => return Poll::Ready(Ok(received)),
+            }
+        }
+    }
+
+    /// Sends bytes, and with their first byte descriptors. Returns the number of bytes sent; all descriptors are sent
+    /// then. Tries first and waits only when the socket takes nothing.
+    pub(crate) fn poll_send<'fd>(
+        &self,
+        cx: &mut Context<'_>,
+        wait: &mut SendWait,
+        bytes: &[IoSlice<'_>],
+        fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>> + Clone,
+    ) -> Poll<Result<usize>> {
+        loop {
+            ready!(wait.poll(cx))?;
+            let coop = ready!(coop::poll_proceed(cx));
+            match sys::sendmsg(self.as_fd(), bytes, fds.clone()) {
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => wait.until_writable(self.as_fd()),
+                    // Too many descriptors of this uid are in flight. They get fewer when receivers receive, which no
+                    // event announces: the socket reports writable all along.
+                    Some(libc::ETOOMANYREFS) => wait.a_while(),
+                    Some(libc::EINTR) => {}
+                    _ => return Poll::Ready(Err(error)),
+                },
+                Ok(sent) => {
+                    coop.made_progress();
+                    wait.backoff = Backoff::default();
+                    return Poll::Ready(Ok(sent));
+                }
+            }
+        }
+    }
+}
+
+/// What a sender waits for.
+#[derive(Debug, Default)]
+pub(crate) struct SendWait {
+    state: State,
+    backoff: Backoff,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Nothing,
+    /// A duplicate of the socket, registered for writing until it fires.
+    Writable(AsyncFd<OwnedFd>),
+    Timer(Pin<Box<Sleep>>),
+}
+
+impl SendWait {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        match &mut self.state {
+            State::Nothing => return Poll::Ready(Ok(())),
+            State::Writable(duplicate) => drop(ready!(duplicate.poll_write_ready(cx))?),
+            State::Timer(sleep) => ready!(sleep.as_mut().poll(cx)),
+        }
+        self.state = State::Nothing;
+        Poll::Ready(Ok(()))
+    }
+
+    fn until_writable(&mut self, socket: BorrowedFd<'_>) {
+        match socket.try_clone_to_owned().and_then(sys::writable) {
+            Ok(duplicate) => self.state = State::Writable(duplicate),
+            Err(_) => self.a_while(), // no descriptor left for the duplicate
+        }
+    }
+
+    /// Waits for a while, longer each time until a send succeeds.
+    pub(crate) fn a_while(&mut self) {
+        self.state = State::Timer(Box::pin(tokio::time::sleep(self.backoff.next())));
+    }
+}
+
+/// Closes descriptors that nobody wants, away from the runtime: the last `close` of a TCP socket with `SO_LINGER` and
+/// unsent data blocks until the data is gone or the time is up, non-blocking or not.
+pub(crate) fn close_unwanted(fds: Vec<OwnedFd>) {
+    if fds.is_empty() {
+        return;
+    }
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        runtime.spawn_blocking(move || drop(fds));
+    }
+}

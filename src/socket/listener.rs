@@ -1,0 +1,242 @@
+use std::{
+    future::poll_fn,
+    io::{Error, ErrorKind, Result},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        linux::net::SocketAddrExt,
+        unix::net::SocketAddr,
+    },
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+    task::{Context, Poll, ready},
+};
+
+use nix::{
+    libc,
+    sys::{
+        socket::{self, Backlog, UnixAddr, getsockopt, sockopt},
+        stat::{Mode, fchmod},
+    },
+};
+use tokio::io::unix::AsyncFd;
+
+use super::{
+    Socket, SocketKind,
+    convert::{set_nonblocking, unfit, unix_socket_kind},
+    new_socket,
+    path::{PathGuard, unix_addr},
+};
+use crate::sys;
+
+/// Listens for connections at a path or an abstract name.
+///
+/// **Who may connect.** A socket file is created with mode 0600. Whoever connects is admitted by uid (`SO_PEERCRED`):
+/// the own effective uid and root, unless [`allow_uids`](Self::allow_uids) or [`allow_any_uid`](Self::allow_any_uid)
+/// says otherwise. Others are closed at once and counted.
+///
+/// **Who owns the path.** A lock file beside it (`<path>.lock`) is held as long as the listener lives. A stale socket is replaced; one
+/// that a live process listens on is not, and neither is any other kind of file. On drop the socket is removed, if it is
+/// still the one that was bound. Converted into an `OwnedFd`, the listener leaves it in place for the next holder.
+///
+/// # Panics
+/// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not enabled.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+/// use fdwire::{Listener, Socket, SocketKind};
+///
+/// # let directory = tempfile::tempdir()?;
+/// # let path = directory.path().join("app.sock");
+/// let listener = Listener::bind(&path, SocketKind::SeqPacket)?;
+/// let (client, server) = tokio::join!(Socket::connect(&path, SocketKind::SeqPacket), listener.accept());
+/// # client?; server?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Listener {
+    io: AsyncFd<OwnedFd>,
+    kind: SocketKind,
+    admitted: Admitted,
+    refused: AtomicU64,
+    path: Option<PathGuard>,
+}
+
+#[derive(Debug)]
+enum Admitted {
+    Uids(Vec<u32>),
+    Any,
+}
+
+impl Listener {
+    /// Listens at a path, which gets mode 0600.
+    ///
+    /// # Errors
+    /// `AddrInUse` if a live process listens there, `AlreadyExists` if something other than a socket is there, and those
+    /// of bind(2).
+    pub fn bind(path: impl AsRef<Path>, kind: SocketKind) -> Result<Self> {
+        Self::bind_with_mode(path, kind, 0o600)
+    }
+
+    /// Listens at a path, which gets the given mode less the process's umask. Connecting takes write permission.
+    ///
+    /// # Errors
+    /// As for [`bind`](Self::bind).
+    pub fn bind_with_mode(path: impl AsRef<Path>, kind: SocketKind, mode: u32) -> Result<Self> {
+        let path = path.as_ref();
+        let addr = UnixAddr::new(path)?;
+        let mut guard = PathGuard::take(path)?;
+        let fd = new_socket(kind)?;
+        // Before bind, which makes the file: there is no moment at which it is open to others.
+        fchmod(&fd, Mode::from_bits_truncate(mode))?;
+        socket::bind(fd.as_raw_fd(), &addr)?;
+        guard.bound()?;
+        socket::listen(&fd, Backlog::MAXCONN)?;
+        Self::register(fd, kind, Some(guard))
+    }
+
+    /// Listens at an address; beside paths these are abstract names ([`std::os::linux::net::SocketAddrExt`]), which any
+    /// uid can connect to: admission is all that guards them.
+    ///
+    /// # Errors
+    /// As for [`bind`](Self::bind).
+    pub fn bind_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
+        if let Some(path) = addr.as_pathname() {
+            return Self::bind(path, kind);
+        }
+        let addr = unix_addr(addr)?;
+        let fd = new_socket(kind)?;
+        socket::bind(fd.as_raw_fd(), &addr)?;
+        socket::listen(&fd, Backlog::MAXCONN)?;
+        Self::register(fd, kind, None)
+    }
+
+    fn register(fd: OwnedFd, kind: SocketKind, path: Option<PathGuard>) -> Result<Self> {
+        let admitted = Admitted::Uids(vec![nix::unistd::geteuid().as_raw(), 0]);
+        Ok(Self { io: sys::readable(fd)?, kind, admitted, refused: AtomicU64::new(0), path })
+    }
+
+    /// Admits these uids too.
+    ///
+    /// ```no_run
+    /// # fn main() -> std::io::Result<()> {
+    /// use fdwire::{Listener, SocketKind};
+    ///
+    /// let www_data = 33;
+    /// let listener = Listener::bind_with_mode("/run/app.sock", SocketKind::SeqPacket, 0o666)?.allow_uids([www_data]);
+    /// # drop(listener); Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn allow_uids(mut self, uids: impl IntoIterator<Item = u32>) -> Self {
+        if let Admitted::Uids(admitted) = &mut self.admitted {
+            admitted.extend(uids);
+        }
+        self
+    }
+
+    /// Admits every uid that gets past the mode of the path.
+    #[must_use]
+    pub fn allow_any_uid(mut self) -> Self {
+        self.admitted = Admitted::Any;
+        self
+    }
+
+    /// Number of connections closed because their uid is not admitted.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// The kind of the sockets that it accepts.
+    pub fn kind(&self) -> SocketKind {
+        self.kind
+    }
+
+    /// The address it listens at.
+    ///
+    /// # Errors
+    /// Those of getsockname(2).
+    pub fn local_addr(&self) -> Result<SocketAddr> {
+        let addr = socket::getsockname::<UnixAddr>(self.io.as_raw_fd())?;
+        match (addr.path(), addr.as_abstract()) {
+            (Some(path), _) => SocketAddr::from_pathname(path),
+            (_, Some(name)) => SocketAddr::from_abstract_name(name),
+            _ => Err(Error::new(ErrorKind::InvalidData, "the listener has no name")),
+        }
+    }
+
+    /// Waits for the next connection of an admitted uid.
+    ///
+    /// # Errors
+    /// Those of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call.
+    ///
+    /// # Cancel safety
+    /// No connection is lost when dropped.
+    pub async fn accept(&self) -> Result<Socket> {
+        poll_fn(|cx| self.poll_accept(cx)).await
+    }
+
+    /// Polls for the next connection of an admitted uid. Only the task that polled last is woken.
+    ///
+    /// # Errors
+    /// As for [`accept`](Self::accept).
+    pub fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<Result<Socket>> {
+        loop {
+            let mut ready = ready!(self.io.poll_read_ready(cx))?;
+            let fd = match sys::accept(self.as_fd()) {
+                Ok(fd) => fd,
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => {
+                        ready.clear_ready();
+                        continue;
+                    }
+                    Some(libc::EINTR | libc::ECONNABORTED) => continue,
+                    _ => return Poll::Ready(Err(error)),
+                },
+            };
+            if self.admits(&fd)? {
+                return Poll::Ready(Socket::register(fd, self.kind));
+            }
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn admits(&self, peer: &OwnedFd) -> Result<bool> {
+        match &self.admitted {
+            Admitted::Uids(uids) => Ok(uids.contains(&getsockopt(peer, sockopt::PeerCredentials)?.uid())),
+            Admitted::Any => Ok(true),
+        }
+    }
+}
+
+/// Takes a listening Unix socket of either kind, inherited or received, and makes it non-blocking for every holder. The
+/// path, if it has one, stays as it is on drop.
+///
+/// # Errors
+/// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.
+impl TryFrom<OwnedFd> for Listener {
+    type Error = Error;
+
+    fn try_from(fd: OwnedFd) -> Result<Self> {
+        let kind = unix_socket_kind(&fd)?;
+        if !getsockopt(&fd, sockopt::AcceptConn)? {
+            return Err(unfit("it is not a listening socket"));
+        }
+        set_nonblocking(&fd)?; // accept has no flag for it
+        Self::register(fd, kind, None)
+    }
+}
+
+/// The socket file stays in place for the next holder of the descriptor.
+impl From<Listener> for OwnedFd {
+    fn from(listener: Listener) -> Self {
+        if let Some(guard) = listener.path {
+            guard.hand_on();
+        }
+        listener.io.into_inner()
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.io.get_ref().as_fd()
+    }
+}

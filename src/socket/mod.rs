@@ -1,0 +1,226 @@
+//! Connected `AF_UNIX` sockets that keep boundaries (SEQPACKET) or not (STREAM), on tokio's event loop.
+
+mod convert;
+mod io;
+mod listener;
+mod path;
+
+use std::{
+    io::Result,
+    net::Shutdown,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::net::SocketAddr,
+    },
+    path::Path,
+    time::Duration,
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{self, AddressFamily, SockFlag, SockType, getsockopt, setsockopt, sockopt},
+};
+use tokio::io::unix::AsyncFd;
+
+pub(crate) use io::{SendWait, close_unwanted};
+pub use listener::Listener;
+
+use crate::sys;
+
+/// The two kinds of socket.
+///
+/// Frames have the same meaning on both. SEQPACKET moves large payloads faster, STREAM is what most other programs
+/// speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SocketKind {
+    /// `SOCK_SEQPACKET`: connected, in order, in packets.
+    SeqPacket,
+    /// `SOCK_STREAM`: connected, in order, bytes.
+    Stream,
+}
+
+impl From<SocketKind> for SockType {
+    fn from(kind: SocketKind) -> Self {
+        match kind {
+            SocketKind::SeqPacket => Self::SeqPacket,
+            SocketKind::Stream => Self::Stream,
+        }
+    }
+}
+
+/// Who is at the other end: the process that called `connect`, `listen` or `socketpair`, at that time (`SO_PEERCRED`,
+/// unix(7)).
+///
+/// On a pair made by a parent that is the **parent**, not the child that uses the other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PeerCred {
+    /// Effective user id.
+    pub uid: u32,
+    /// Effective group id.
+    pub gid: u32,
+    /// Process id; `None` if the process is in another PID namespace.
+    pub pid: Option<i32>,
+}
+
+/// A connected Unix socket of either kind, registered with tokio.
+///
+/// Used through [`Framed`](crate::Framed). Converts from and into the sockets of std, tokio and tokio-seqpacket, and
+/// `OwnedFd`; a descriptor of another type is refused with a clear error. A socket made here is non-blocking, which
+/// stays with it when it is converted.
+///
+/// # Panics
+/// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not enabled.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+/// use fdwire::{Socket, SocketKind};
+///
+/// let (a, b) = Socket::pair(SocketKind::SeqPacket)?;
+/// assert_eq!(a.peer_cred()?.pid, Some(std::process::id() as i32));
+/// # drop(b); Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Socket {
+    io: AsyncFd<OwnedFd>,
+    kind: SocketKind,
+}
+
+impl Socket {
+    /// Two connected sockets.
+    ///
+    /// # Errors
+    /// Those of socketpair(2): no more descriptors, no memory.
+    pub fn pair(kind: SocketKind) -> Result<(Self, Self)> {
+        let (a, b) = socket::socketpair(AddressFamily::Unix, kind.into(), None, OUR_FLAGS)?;
+        Ok((Self::register(a, kind)?, Self::register(b, kind)?))
+    }
+
+    /// Connects to the listener at a path. Waits while the listener's backlog is full.
+    ///
+    /// # Errors
+    /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens), `PermissionDenied`, and
+    /// `EPROTOTYPE` (the listener is of the other kind).
+    ///
+    /// # Cancel safety
+    /// Nothing is left behind when dropped.
+    pub async fn connect(path: impl AsRef<Path>, kind: SocketKind) -> Result<Self> {
+        Self::connect_addr(&SocketAddr::from_pathname(path)?, kind).await
+    }
+
+    /// Connects to an address; beside paths these are abstract names ([`std::os::linux::net::SocketAddrExt`]). Waits
+    /// while the listener's backlog is full.
+    ///
+    /// # Errors
+    /// As for [`connect`](Self::connect).
+    ///
+    /// # Cancel safety
+    /// Nothing is left behind when dropped.
+    pub async fn connect_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
+        let addr = path::unix_addr(addr)?;
+        let fd = new_socket(kind)?;
+        let mut backoff = Backoff::default();
+        loop {
+            match socket::connect(fd.as_raw_fd(), &addr) {
+                Ok(()) => return Self::register(fd, kind),
+                // The backlog is full. Nothing was begun, so no event will tell when there is room.
+                Err(Errno::EAGAIN) => tokio::time::sleep(backoff.next()).await,
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Registers a connected socket. Nobody else knows the descriptor's number.
+    fn register(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
+        Ok(Self { io: sys::readable(fd)?, kind })
+    }
+
+    /// Which kind it is.
+    pub fn kind(&self) -> SocketKind {
+        self.kind
+    }
+
+    /// Who is at the other end.
+    ///
+    /// # Errors
+    /// Those of getsockopt(2).
+    pub fn peer_cred(&self) -> Result<PeerCred> {
+        let cred = getsockopt(&self.io, sockopt::PeerCredentials)?;
+        Ok(PeerCred { uid: cred.uid(), gid: cred.gid(), pid: Some(cred.pid()).filter(|&pid| pid != 0) })
+    }
+
+    /// A pidfd of the process that [`peer_cred`](Self::peer_cred) names: it becomes readable when that process ends, and
+    /// never means another one, as a reused process id may (`SO_PEERPIDFD`, Linux 6.5).
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` on an older kernel, `ENODATA` or `ESRCH` when the process is gone and was reaped.
+    pub fn peer_pidfd(&self) -> Result<OwnedFd> {
+        Ok(getsockopt(&self.io, sockopt::PeerPidfd)?)
+    }
+
+    /// Size of the send buffer in bytes as the kernel counts it (`SO_SNDBUF`, socket(7)). A packet holds at most this
+    /// less 32 bytes.
+    ///
+    /// # Errors
+    /// Those of getsockopt(2).
+    pub fn send_buffer_size(&self) -> Result<usize> {
+        Ok(getsockopt(&self.io, sockopt::SndBuf)?)
+    }
+
+    /// Asks for a send buffer of `bytes` bytes. The kernel doubles the number for its own bookkeeping, and caps it at
+    /// `/proc/sys/net/core/wmem_max`. To be set before the socket goes into a [`Framed`](crate::Framed).
+    ///
+    /// # Errors
+    /// Those of setsockopt(2).
+    pub fn set_send_buffer_size(&self, bytes: usize) -> Result<()> {
+        Ok(setsockopt(&self.io, sockopt::SndBuf, &bytes)?)
+    }
+
+    /// Refuses descriptors from the peer, or takes them again: while they are refused, the peer's send with descriptors
+    /// fails with `PermissionDenied` and sends nothing (`SO_PASSRIGHTS`, Linux 6.16).
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` on an older kernel.
+    pub fn set_refuse_fds(&self, refuse: bool) -> Result<()> {
+        Ok(setsockopt(&self.io, sys::PassRights, &!refuse)?)
+    }
+
+    /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read` the peer's sends fail
+    /// with `EPIPE`, and what it sent before stays readable.
+    ///
+    /// # Errors
+    /// `NotConnected`.
+    pub fn shutdown(&self, how: Shutdown) -> Result<()> {
+        let how = match how {
+            Shutdown::Read => socket::Shutdown::Read,
+            Shutdown::Write => socket::Shutdown::Write,
+            Shutdown::Both => socket::Shutdown::Both,
+        };
+        Ok(socket::shutdown(self.io.as_raw_fd(), how)?)
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.io.get_ref().as_fd()
+    }
+}
+
+const OUR_FLAGS: SockFlag = SockFlag::SOCK_CLOEXEC.union(SockFlag::SOCK_NONBLOCK);
+
+fn new_socket(kind: SocketKind) -> Result<OwnedFd> {
+    Ok(socket::socket(AddressFamily::Unix, kind.into(), OUR_FLAGS, None)?)
+}
+
+/// Waiting times for what no event announces: 1 ms, then twice as long each time, up to 64 ms.
+#[derive(Debug, Default)]
+pub(crate) struct Backoff(u32);
+
+impl Backoff {
+    pub(crate) fn next(&mut self) -> Duration {
+        let delay = Duration::from_millis(1 << self.0);
+        self.0 = (self.0 + 1).min(6);
+        delay
+    }
+}
