@@ -1,0 +1,103 @@
+//! What several test binaries need.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::{
+    fs::File,
+    future::Future,
+    io::{IoSlice, Write},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        unix::{fs::FileExt, process::CommandExt},
+    },
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use fdwire::{Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+
+pub(crate) const KINDS: [SocketKind; 2] = [SocketKind::SeqPacket, SocketKind::Stream];
+
+/// Runs a test in a runtime of its own, with a bound on how long it may hang.
+pub(crate) fn run<T>(test: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test hangs") })
+}
+
+/// Room for large frames with many descriptors.
+pub(crate) fn large() -> FrameCodec {
+    FrameCodec::new(Limits::default().max_payload_bytes(16 << 20).max_fds_per_frame(3000))
+}
+
+pub(crate) fn framed_pair(kind: SocketKind) -> (Framed<FrameCodec>, Framed<FrameCodec>) {
+    let (a, b) = Socket::pair(kind).unwrap();
+    (Framed::new(a, large()), Framed::new(b, large()))
+}
+
+/// A socket of ours and the bare descriptor of its peer, for a test that misbehaves.
+pub(crate) fn with_raw_peer(kind: SocketKind) -> (Framed<FrameCodec>, OwnedFd) {
+    let (a, b) = Socket::pair(kind).unwrap();
+    (Framed::new(a, large()), b.into())
+}
+
+/// A descriptor that can be told from others after it was passed.
+pub(crate) fn marked(mark: u32) -> OwnedFd {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&mark.to_be_bytes()).unwrap();
+    file.into()
+}
+
+pub(crate) fn mark_of(fd: &OwnedFd) -> u32 {
+    let mut mark = [0; 4];
+    File::from(fd.try_clone().unwrap()).read_exact_at(&mut mark, 0).unwrap();
+    u32::from_be_bytes(mark)
+}
+
+pub(crate) fn marks(frame: &Frame) -> Vec<u32> {
+    frame.fds.iter().map(mark_of).collect()
+}
+
+/// A frame as bytes, without the codec under test.
+pub(crate) fn encoded(payload: &[u8], fds: u16) -> Vec<u8> {
+    let mut bytes = vec![0xFD, 0x10];
+    bytes.extend_from_slice(&fds.to_be_bytes());
+    bytes.extend_from_slice(&(payload.len() as u32).to_be_bytes());
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+/// One `sendmsg` of exactly this, without the code under test.
+pub(crate) fn raw_send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) {
+    let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let control = [ControlMessage::ScmRights(&fds)];
+    let control = if fds.is_empty() { &[][..] } else { &control[..] };
+    let socket = socket.as_fd().as_raw_fd();
+    let sent = sendmsg::<UnixAddr>(socket, &[IoSlice::new(bytes)], control, MsgFlags::empty(), None).unwrap();
+    assert_eq!(sent, bytes.len());
+}
+
+/// Starts the test `name` of this binary again as a process of its own, with `socket` as standard input and
+/// `FDWIRE_ROLE` set.
+pub(crate) fn spawn_role(name: &str, uid: Option<u32>, socket: OwnedFd) -> Child {
+    // Not the path, which another uid may have no access to.
+    let mut command = Command::new("/proc/self/exe");
+    command.args([name, "--exact", "--nocapture"]).env("FDWIRE_ROLE", name).stdin(Stdio::from(socket));
+    if let Some(uid) = uid {
+        command.uid(uid).gid(uid);
+    }
+    command.spawn().unwrap()
+}
+
+/// In a process started by [`spawn_role`] for this test: standard input as a socket. `None` in the ordinary test run.
+pub(crate) fn role_socket(name: &str) -> Option<OwnedFd> {
+    (std::env::var("FDWIRE_ROLE").ok()? == name).then(|| std::io::stdin().as_fd().try_clone_to_owned().unwrap())
+}
+
+/// A uid without rights, where the test can change to it.
+pub(crate) fn other_uid() -> Option<u32> {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        eprintln!("skipped: needs root to change to another uid");
+    }
+    root.then_some(65534)
+}

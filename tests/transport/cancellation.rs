@@ -1,0 +1,133 @@
+//! A future dropped at an await loses nothing.
+
+use std::{future::Future, time::Duration};
+
+use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Socket};
+use futures::{SinkExt, StreamExt, TryStreamExt};
+use tokio::{task::yield_now, time::timeout};
+
+use crate::{
+    common::{encoded, framed_pair, large, marked, marks, raw_send, with_raw_peer},
+    counted,
+};
+
+/// Polls a future once and drops it, as a lost `select!` does.
+async fn once<T>(future: impl Future<Output = T>) -> Option<T> {
+    yield_now().await;
+    timeout(Duration::ZERO, future).await.ok()
+}
+
+#[test]
+fn receiving_can_be_cancelled_after_every_byte() {
+    counted(async |kind| {
+        let (mut rx, peer) = with_raw_peer(kind);
+        let bytes = encoded(b"payload", 2);
+        let mut frame = None;
+        for (index, byte) in bytes.iter().enumerate() {
+            assert!(once(rx.next()).await.is_none());
+            let fds = if index == 0 || index == 5 { vec![marked(index as u32)] } else { vec![] };
+            raw_send(&peer, &[*byte], &fds);
+            tokio::task::yield_now().await;
+        }
+        while frame.is_none() {
+            frame = once(rx.next()).await;
+        }
+        let frame = frame.unwrap().unwrap().unwrap();
+        assert_eq!((&frame.payload[..], marks(&frame)), (&b"payload"[..], vec![0, 5]));
+    });
+}
+
+#[test]
+fn flushing_can_be_cancelled_after_every_send() {
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        a.set_send_buffer_size(1).unwrap();
+        let (mut tx, mut rx) = (Framed::new(a, large()), Framed::new(b, large()));
+        let mut cancelled = 0;
+        for n in 0..50 {
+            tx.feed(Frame::new(vec![0; 20_000]).with_fd(marked(n)).with_fd(marked(n + 100))).await.unwrap();
+            while once(tx.flush()).await.is_none() {
+                cancelled += 1;
+                if let Some(frame) = once(rx.next()).await {
+                    assert_eq!(marks(&frame.unwrap().unwrap()), [n, n + 100]);
+                }
+            }
+            if n == 49 {
+                once(tx.close()).await.unwrap().unwrap();
+            }
+            if let Some(Some(frame)) = once(rx.next()).await {
+                assert_eq!(marks(&frame.unwrap()), [n, n + 100]);
+            }
+        }
+        assert!(cancelled > 50, "the flushes were never cut short");
+        assert!(rx.next().await.is_none());
+    });
+}
+
+#[test]
+fn waiting_for_room_can_be_cancelled() {
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        a.set_send_buffer_size(1).unwrap();
+        let codec = FrameCodec::new(Limits::default().max_queued_bytes(1));
+        let (mut tx, mut rx) = (Framed::new(a, codec), Framed::new(b, codec));
+        // Until the socket is full, and one frame waits.
+        let mut sent = 0;
+        let waiting = loop {
+            let Some(permit) = once(tx.reserve()).await else { break marked(sent) };
+            permit.unwrap().send(Frame::new(vec![0; 1000]).with_fd(marked(sent))).unwrap();
+            sent += 1;
+        };
+        let receive = async {
+            for n in 0..sent {
+                assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [n]);
+            }
+        };
+        let ((), flushed) = tokio::join!(receive, tx.flush());
+        flushed.unwrap();
+        tx.reserve().await.unwrap().send(Frame::new("").with_fd(waiting)).unwrap();
+        tx.flush().await.unwrap();
+        assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [sent]);
+    });
+}
+
+#[test]
+fn closing_can_be_cancelled() {
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        a.set_send_buffer_size(1).unwrap();
+        let (mut tx, mut rx) = (Framed::new(a, large()), Framed::new(b, large()));
+        tx.feed(Frame::new(vec![0; 1 << 20]).with_fd(marked(1))).await.unwrap();
+        assert!(once(tx.close()).await.is_none());
+        let (closed, received) = tokio::join!(tx.close(), rx.try_next());
+        closed.unwrap();
+        assert_eq!(marks(&received.unwrap().unwrap()), [1]);
+        assert!(rx.next().await.is_none());
+
+        let error = tx.send(Frame::new("late").with_fd(marked(2))).await.unwrap_err();
+        assert!(matches!(error.error, Error::Closed));
+        assert_eq!(marks(&error.item.unwrap()), [2]);
+        assert!(matches!(tx.reserve().await, Err(Error::Closed)));
+        tx.close().await.unwrap();
+    });
+}
+
+#[test]
+fn a_cancelled_send_loses_only_its_item_and_closes_it() {
+    counted(async |kind| {
+        let (mut tx, mut rx) = framed_pair(kind);
+        while once(tx.send(Frame::new(vec![0; 100_000]))).await.is_some() {}
+        let (reader, writer) = std::io::pipe().unwrap();
+        // Backpressure: over the limit nothing more is taken.
+        while once(tx.feed(Frame::new(vec![0; 100_000]))).await.is_some() {}
+        assert!(once(tx.send(Frame::new("").with_fd(writer))).await.is_none());
+        assert_eq!(std::io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");
+        let drain = async {
+            while let Some(frame) = rx.next().await {
+                assert_eq!(frame.unwrap().payload.len(), 100_000);
+            }
+        };
+        let ((), closed) = tokio::join!(drain, tx.close());
+        closed.unwrap();
+    });
+}

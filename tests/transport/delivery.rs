@@ -1,0 +1,277 @@
+//! What is sent arrives, whatever the sizes.
+
+use bytes::Bytes;
+use fdwire::{Error, Frame, FrameCodec, Framed, Parts, Socket, SocketKind};
+use futures::{SinkExt, StreamExt, TryStreamExt, stream};
+
+use crate::{
+    common::{encoded, framed_pair, large, mark_of, marked, marks, raw_send, with_raw_peer},
+    counted,
+};
+
+fn pattern(len: usize) -> Bytes {
+    (0..len).map(|i| (i % 251) as u8).collect()
+}
+
+#[test]
+fn payloads_of_every_size_arrive_whole() {
+    counted(async |kind| {
+        let (mut tx, mut rx) = framed_pair(kind);
+        for len in [0, 1, (64 << 10) - 9, (64 << 10) - 8, (64 << 10) - 1, 64 << 10, 1 << 20, 16 << 20] {
+            let sent = async { tx.send(Frame::new(pattern(len)).with_fd(marked(len as u32))).await.unwrap() };
+            let ((), received) = tokio::join!(sent, rx.try_next());
+            let frame = received.unwrap().unwrap();
+            assert!(frame.payload == pattern(len), "payload of {len} bytes on {kind:?}");
+            assert_eq!(marks(&frame), [len as u32]);
+        }
+    });
+}
+
+#[test]
+fn any_number_of_descriptors_arrives_in_order() {
+    counted(async |kind| {
+        let (mut tx, mut rx) = framed_pair(kind);
+        for count in [0, 1, 2, 252, 253, 254, 506, 1000, 2024] {
+            let frame = Frame::new("").with_fds((0..count).map(marked));
+            let ((), received) = tokio::join!(async { tx.send(frame).await.unwrap() }, rx.try_next());
+            assert!(marks(&received.unwrap().unwrap()).into_iter().eq(0..count), "{count} descriptors");
+        }
+    });
+}
+
+#[test]
+fn more_descriptors_than_bytes_to_carry_them_are_refused_and_come_back() {
+    counted(async |kind| {
+        let (mut tx, mut rx) = framed_pair(kind);
+        let error = tx.send(Frame::new("").with_fds((0..2025).map(marked))).await.unwrap_err();
+        assert!(matches!(error.error, Error::TooManyFdsForLength { fds: 2025, bytes: 8 }));
+        assert_eq!(error.item.unwrap().fds.len(), 2025);
+
+        tx.send(Frame::new("next")).await.unwrap();
+        assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "next");
+    });
+}
+
+/// Frames of many sizes, some with descriptors that carry their frame's number.
+fn mixed_frames(count: u32) -> impl Iterator<Item = Frame> {
+    (0..count).map(|n| {
+        let len = [0, 3, 100, 5000, 70_000, 300_000][n as usize % 6];
+        Frame::new(pattern(len)).with_fds((0..n % 5).map(|_| marked(n)))
+    })
+}
+
+async fn check_mixed_frames(rx: &mut Framed<FrameCodec>, count: u32) {
+    for n in 0..count {
+        let frame = rx.try_next().await.unwrap().unwrap();
+        assert!(frame.payload == pattern([0, 3, 100, 5000, 70_000, 300_000][n as usize % 6]), "frame {n}");
+        assert_eq!(marks(&frame), vec![n; n as usize % 5]);
+    }
+}
+
+#[test]
+fn short_writes_and_any_send_buffer_keep_descriptors_with_their_frames() {
+    counted(async |kind| {
+        // The smallest that the kernel allows makes nearly every write short; the largest, packets of many sizes.
+        for size in [1, 9000, 100_000, 4 << 20] {
+            let (a, b) = Socket::pair(kind).unwrap();
+            a.set_send_buffer_size(size).unwrap();
+            let (mut tx, mut rx) = (Framed::new(a, large()), Framed::new(b, large()));
+            let send = async {
+                tx.send_all(&mut stream::iter(mixed_frames(120).map(Ok))).await.unwrap();
+                tx.close().await.unwrap();
+            };
+            let receive = async {
+                check_mixed_frames(&mut rx, 120).await;
+                assert!(rx.next().await.is_none());
+            };
+            tokio::join!(send, receive);
+        }
+    });
+}
+
+#[test]
+fn send_buffer_made_smaller_in_between_is_found_out() {
+    counted(async |kind| {
+        let (mut tx, mut rx) = framed_pair(kind);
+        tx.socket().set_send_buffer_size(1).unwrap();
+        let frame = Frame::new(pattern(1 << 20)).with_fd(marked(1));
+        let ((), received) = tokio::join!(async { tx.send(frame).await.unwrap() }, rx.try_next());
+        assert!(received.unwrap().unwrap().payload == pattern(1 << 20));
+    });
+}
+
+#[test]
+fn both_directions_at_once_do_not_wait_for_each_other() {
+    counted(async |kind| {
+        let (a, b) = framed_pair(kind);
+        let ((mut a_rx, mut a_tx), (mut b_rx, mut b_tx)) = (a.into_split(), b.into_split());
+        let send = async |tx: &mut fdwire::WriteHalf<FrameCodec>| {
+            tx.send_all(&mut stream::iter(mixed_frames(60).map(Ok))).await.unwrap();
+        };
+        let receive = async |rx: &mut fdwire::ReadHalf<FrameCodec>| {
+            for n in 0..60 {
+                assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), vec![n; n as usize % 5]);
+            }
+        };
+        tokio::join!(send(&mut a_tx), receive(&mut b_rx), send(&mut b_tx), receive(&mut a_rx));
+    });
+}
+
+#[test]
+fn barriers_do_not_hide_what_lies_behind_them() {
+    counted(async |kind| {
+        let (mut rx, peer) = with_raw_peer(kind);
+        // Each send with descriptors ends a read on a stream; no new event announces the rest.
+        for n in 0..20 {
+            raw_send(&peer, &encoded(b"plain", 0), &[]);
+            raw_send(&peer, &encoded(b"marked", 2), &[marked(n), marked(n + 100)]);
+        }
+        for n in 0..20 {
+            assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "plain");
+            let frame = rx.try_next().await.unwrap().unwrap();
+            assert_eq!((&frame.payload[..], marks(&frame)), (&b"marked"[..], vec![n, n + 100]));
+        }
+    });
+}
+
+#[test]
+fn frames_in_any_pieces_are_put_together() {
+    counted(async |kind| {
+        let (mut rx, peer) = with_raw_peer(kind);
+        let bytes = [encoded(b"one", 1), encoded(b"", 0), encoded(b"three", 2)].concat();
+        // Descriptors come with the byte they are attached to, which may be long before their frame.
+        for (index, byte) in bytes.iter().enumerate() {
+            let fds = if index % 4 == 0 && index < 12 { vec![marked(index as u32)] } else { vec![] };
+            raw_send(&peer, &[*byte], &fds);
+        }
+        let frames =
+            [rx.try_next().await, rx.try_next().await, rx.try_next().await].map(|frame| frame.unwrap().unwrap());
+        assert_eq!(frames.each_ref().map(|frame| frame.payload.clone()), ["one", "", "three"]);
+        assert_eq!(frames.each_ref().map(marks), [vec![0], vec![], vec![4, 8]]);
+    });
+}
+
+#[test]
+fn the_same_descriptor_twice_arrives_as_two() {
+    counted(async |kind| {
+        let (mut tx, mut rx) = framed_pair(kind);
+        let fd = marked(7);
+        tx.send(Frame::new("").with_fd(fd.try_clone().unwrap()).with_fd(fd)).await.unwrap();
+        let [first, second] = rx.try_next().await.unwrap().unwrap().fds.into_array().unwrap();
+        assert_eq!((mark_of(&first), mark_of(&second)), (7, 7));
+    });
+}
+
+#[test]
+fn a_descriptor_is_closed_once_it_is_sent() {
+    counted(async |kind| {
+        let (mut tx, rx) = framed_pair(kind);
+        let (reader, writer) = std::io::pipe().unwrap();
+        tx.feed(Frame::new("").with_fd(writer)).await.unwrap();
+        assert_eq!(tx.write_half().unsent(), (8, 1));
+        tx.flush().await.unwrap();
+        assert_eq!(tx.write_half().unsent(), (0, 0));
+        drop(rx); // the kernel closes what was not received
+        assert_eq!(std::io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");
+    });
+}
+
+#[test]
+fn a_connection_continues_from_its_parts() {
+    counted(async |kind| {
+        let (mut tx, mut rx) = framed_pair(kind);
+        tx.feed(Frame::new("one").with_fd(marked(1))).await.unwrap();
+        tx.feed(Frame::new("two").with_fd(marked(2))).await.unwrap();
+        let parts: Parts<FrameCodec> = tx.into_parts();
+        assert_eq!((parts.unsent.len(), parts.unsent.fd_count()), (22, 2));
+        let mut tx = Framed::from_parts(parts);
+        tx.send(Frame::new("three").with_fd(marked(3))).await.unwrap();
+
+        assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [1]);
+        let parts = rx.into_parts(); // the others were received with the first
+        let mut rx = Framed::from_parts(parts);
+        assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [2]);
+        assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [3]);
+    });
+}
+
+#[test]
+fn halves_work_apart_and_together_again() {
+    counted(async |kind| {
+        let (a, mut b) = framed_pair(kind);
+        let (mut rx, mut tx) = a.into_split();
+        let task = tokio::spawn(async move { (rx.try_next().await.unwrap().unwrap(), rx) });
+        tx.send(Frame::new("out").with_fd(marked(1))).await.unwrap();
+        assert_eq!(marks(&b.try_next().await.unwrap().unwrap()), [1]);
+        b.send(Frame::new("in").with_fd(marked(2))).await.unwrap();
+        let (frame, rx) = task.await.unwrap();
+        assert_eq!(marks(&frame), [2]);
+
+        let (other_rx, other_tx) = framed_pair(kind).0.into_split();
+        let error = Framed::reunite(rx, other_tx).unwrap_err();
+        let mut a = Framed::reunite(error.read, tx).unwrap();
+        drop((other_rx, error.write));
+        a.send(Frame::new("again")).await.unwrap();
+        assert_eq!(b.try_next().await.unwrap().unwrap().payload, "again");
+    });
+}
+
+#[test]
+fn options_that_take_the_descriptors_room_are_switched_off() {
+    counted(async |kind| {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+        let ty = if kind == SocketKind::Stream { SockType::Stream } else { SockType::SeqPacket };
+        let (a, b) = socketpair(AddressFamily::Unix, ty, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        setsockopt(&b, sockopt::PassCred, &true).unwrap();
+        let mut rx = Framed::new(Socket::try_from(b).unwrap(), large());
+        raw_send(&a, &encoded(b"", 253), &(0..253).map(marked).collect::<Vec<_>>());
+        assert!(marks(&rx.try_next().await.unwrap().unwrap()).into_iter().eq(0..253));
+    });
+}
+
+#[test]
+fn a_blocking_socket_does_not_block_the_runtime() {
+    counted(async |kind| {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+        let ty = if kind == SocketKind::Stream { SockType::Stream } else { SockType::SeqPacket };
+        let (a, b) = socketpair(AddressFamily::Unix, ty, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let (a, b) = (Socket::try_from(a).unwrap(), Socket::try_from(b).unwrap());
+        let (mut tx, mut rx) = (Framed::new(a, large()), Framed::new(b, large()));
+        let frame = Frame::new(pattern(4 << 20));
+        let ((), received) = tokio::join!(async { tx.send(frame).await.unwrap() }, rx.try_next());
+        assert_eq!(received.unwrap().unwrap().payload.len(), 4 << 20);
+    });
+}
+
+#[test]
+fn a_fast_peer_does_not_starve_other_tasks() {
+    counted(async |kind| {
+        use std::sync::{
+            Arc,
+            atomic::{AtomicBool, AtomicUsize, Ordering},
+        };
+        let (mut tx, mut rx) = framed_pair(kind);
+        for _ in 0..1000 {
+            tx.feed(Frame::new("x")).await.unwrap();
+        }
+        tx.flush().await.unwrap();
+        assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "x"); // the others are in the buffer
+
+        let (turns, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let other = tokio::spawn({
+            let (turns, stop) = (Arc::clone(&turns), Arc::clone(&stop));
+            async move {
+                while !stop.load(Ordering::Relaxed) {
+                    turns.fetch_add(1, Ordering::Relaxed);
+                    tokio::task::yield_now().await;
+                }
+            }
+        });
+        for _ in 1..1000 {
+            rx.try_next().await.unwrap().unwrap();
+        }
+        assert!(turns.load(Ordering::Relaxed) > 3, "the other task had no turn");
+        stop.store(true, Ordering::Relaxed);
+        other.await.unwrap();
+    });
+}

@@ -1,0 +1,114 @@
+//! What a peer does wrong is named once, then the stream ends.
+
+use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
+use futures::{SinkExt, StreamExt, TryStreamExt};
+
+use crate::{
+    common::{encoded, marked, raw_send, with_raw_peer},
+    counted,
+};
+
+/// What the receiver says to these bytes, sent with so many descriptors, and then the end.
+async fn fault(kind: SocketKind, bytes: &[u8], fds: u32) -> Error {
+    let (a, peer) = Socket::pair(kind).unwrap();
+    let limits = Limits::default().max_payload_bytes(100).max_fds_per_frame(3);
+    let mut rx = Framed::new(a, FrameCodec::new(limits));
+    raw_send(&peer, bytes, &(0..fds).map(marked).collect::<Vec<_>>());
+    drop(peer);
+    loop {
+        match rx.next().await.expect("no fault was found") {
+            Ok(_) => {}
+            Err(error) => {
+                assert!(rx.next().await.is_none(), "an error is followed by the end");
+                assert!(rx.next().await.is_none());
+                return error;
+            }
+        }
+    }
+}
+
+#[test]
+fn foreign_bytes() {
+    counted(async |kind| {
+        assert!(matches!(fault(kind, b"GET / HTTP/1.1\r\n", 0).await, Error::BadMagic { found: b'G' }));
+        assert!(matches!(fault(kind, b"G", 3).await, Error::BadMagic { found: b'G' }));
+        let after_a_frame = [encoded(b"fine", 1), b"G".to_vec()].concat();
+        assert!(matches!(fault(kind, &after_a_frame, 2).await, Error::BadMagic { found: b'G' }));
+    });
+}
+
+#[test]
+fn unsupported_version_or_flags() {
+    counted(async |kind| {
+        assert!(matches!(fault(kind, &[0xFD, 0x20], 1).await, Error::UnsupportedVersion { found: 2 }));
+        assert!(matches!(fault(kind, &[0xFD, 0x11], 1).await, Error::UnsupportedFlags { found: 1 }));
+    });
+}
+
+#[test]
+fn frames_over_the_limits() {
+    counted(async |kind| {
+        let long = [0xFD, 0x10, 0, 1, 0xFF, 0xFF, 0xFF, 0xFF];
+        assert!(matches!(fault(kind, &long, 1).await, Error::FrameTooLong { bytes: 0xFFFF_FFFF, limit: 100 }));
+        assert!(matches!(fault(kind, &encoded(&[0; 101], 0), 0).await, Error::FrameTooLong { bytes: 101, limit: 100 }));
+        assert!(matches!(fault(kind, &encoded(b"", 4), 4).await, Error::TooManyFds { fds: 4, limit: 3 }));
+    });
+}
+
+#[test]
+fn descriptors_missing_or_surplus() {
+    counted(async |kind| {
+        assert!(matches!(fault(kind, &encoded(b"", 2), 1).await, Error::MissingFds { expected: 2, received: 1 }));
+        assert!(matches!(fault(kind, &encoded(b"", 1), 0).await, Error::MissingFds { expected: 1, received: 0 }));
+        assert!(matches!(fault(kind, &encoded(b"", 1), 2).await, Error::UnclaimedFds { fds: 1 }));
+    });
+}
+
+#[test]
+fn descriptors_that_nobody_claims_do_not_pile_up() {
+    counted(async |kind| {
+        let (mut rx, peer) = {
+            let (a, peer) = Socket::pair(kind).unwrap();
+            (Framed::new(a, FrameCodec::new(Limits::default().max_fds_per_frame(3))), peer)
+        };
+        for _ in 0..3 {
+            raw_send(&peer, &encoded(b"", 0), &(0..253).map(marked).collect::<Vec<_>>());
+        }
+        assert!(rx.next().await.unwrap().is_ok());
+        assert!(rx.next().await.unwrap().is_ok());
+        assert!(rx.next().await.unwrap().is_ok());
+        assert!(matches!(rx.next().await, Some(Err(Error::UnclaimedFds { fds: 759 }))));
+        assert!(rx.next().await.is_none());
+        drop(peer);
+    });
+}
+
+#[test]
+fn a_packet_longer_than_the_format_allows() {
+    counted(async |kind| {
+        if kind == SocketKind::Stream {
+            return;
+        }
+        let (mut rx, peer) = with_raw_peer(kind);
+        let peer = Socket::try_from(peer).unwrap();
+        peer.set_send_buffer_size(4 << 20).unwrap();
+        if peer.send_buffer_size().unwrap() < 400_000 {
+            return eprintln!("skipped: net.core.wmem_max is too small for a packet of this size");
+        }
+        raw_send(&peer, &encoded(&[0; 300_000], 1), &[marked(1)]);
+        assert!(matches!(rx.next().await, Some(Err(Error::TruncatedPacket))));
+        assert!(rx.next().await.is_none());
+    });
+}
+
+#[test]
+fn a_connection_with_a_fault_still_sends() {
+    counted(async |kind| {
+        let (mut rx, peer) = with_raw_peer(kind);
+        raw_send(&peer, b"?", &[]);
+        assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { found: b'?' }))));
+        rx.send(Frame::new("what was that?")).await.unwrap();
+        let mut peer = Framed::new(Socket::try_from(peer).unwrap(), FrameCodec::default());
+        assert_eq!(peer.try_next().await.unwrap().unwrap().payload, "what was that?");
+    });
+}
