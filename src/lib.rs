@@ -1,4 +1,72 @@
-//! Framed messages that carry open file descriptors between processes on one host.
+//! Framed messages that carry **open file descriptors** between processes on one host, for tokio.
+//!
+//! A message is bytes and any number of descriptors: files, pipes, listeners, accepted TCP connections. It goes over a
+//! Unix socket of either kind, [SEQPACKET or STREAM](SocketKind), and each descriptor arrives with the message that it
+//! was attached to. [`Framed`] is a [`Stream`](futures::Stream) and a [`Sink`](futures::Sink).
+//!
+//! The first use is handing an accepted TCP connection to another process without its client noticing:
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
+//! use futures::{SinkExt, StreamExt};
+//! use tokio::net::{TcpListener, TcpStream};
+//!
+//! let (here, there) = Socket::pair(SocketKind::SeqPacket)?; // the other end is mostly a child's standard input
+//!
+//! // One process accepts. `into_std` takes the connection out of its event loop, which must come before the sending.
+//! let listener = TcpListener::bind("127.0.0.1:0").await?;
+//! # let client = TcpStream::connect(listener.local_addr()?).await?;
+//! let (connection, peer) = listener.accept().await?;
+//! let mut workers = Framed::new(here, FrameCodec::default());
+//! workers.send(Frame::new(peer.to_string()).with_fd(connection.into_std()?)).await?;
+//!
+//! // Another serves.
+//! let mut offers = Framed::new(there, FrameCodec::default());
+//! while let Some(frame) = offers.next().await {
+//!     let Ok([connection]) = frame?.fds.into_array() else { continue };
+//!     let connection = TcpStream::from_std(std::net::TcpStream::from(connection))?;
+//!     # assert_eq!(connection.peer_addr()?, client.local_addr()?); break;
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! # What is guaranteed
+//!
+//! - **Descriptors belong to their messages**, however the kernel cuts and merges what is sent, and however many
+//!   there are (253 is the limit of one system call, not of a frame).
+//! - **Nothing leaks and nothing is lost.** A descriptor is owned by this process until the `sendmsg` that carried it has
+//!   succeeded, and by the receiving one from the `recvmsg` on, close-on-exec. A [refused item](SendError) comes back in the error; what
+//!   was accepted and not sent is in [`Framed::into_parts`].
+//! - **Cancel safety** is stated for each method: `next()` and `flush()` can be dropped and called again.
+//! - **A peer cannot harm.** Whatever it sends is a message or one typed [`Error`]; [`Limits`] are checked before memory is
+//!   reserved, and what it sent in vain is closed without blocking the runtime.
+//! - **It waits for what passes**: a full socket, too many descriptors in flight (`ETOOMANYREFS`), no descriptor left for
+//!   waiting. It tells of what does not: a receiver at its `RLIMIT_NOFILE` ([`Error::TruncatedControl`]), a peer that
+//!   closed without reading everything ([`Error::Reset`]).
+//! - A fast peer **does not starve the runtime**: both directions take part in tokio's cooperative budget.
+//!
+//! # What the kernel does with descriptors
+//!
+//! The rules of [`FrameCodec`]'s wire format follow from what Linux does; see unix(7) and cmsg(3). The descriptors of a
+//! `sendmsg` attach to its first byte, and are sent even if the write is short. A `recvmsg` never returns
+//! descriptors of two sends, but it may return bytes from before a send together with that send's bytes and descriptors: the
+//! position inside a read says nothing about the owner of a descriptor. So a header counts them, and they are taken in the
+//! order of arrival.
+//!
+//! Facts worth knowing when a descriptor is passed:
+//!
+//! - `O_NONBLOCK`, the file offset and locks belong to the open file, which sender and receiver share from then on.
+//! - A TCP connection ends when the **last** copy is closed; `shutdown` ends it at once, for all holders.
+//! - What the receiver never reads is closed by the kernel when the socket is: a client sees its connection end.
+//! - A Unix socket that is sent over itself is kept open by the kernel until its garbage collector runs.
+//!
+//! # Platform
+//!
+//! Linux. What only Linux has is in the modules `sys` and `socket`; frames and codecs know nothing of a system.
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("fdwire works on Linux");
 
 mod codec;
 mod error;

@@ -4,11 +4,10 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{Error, ErrorKind, Result},
     os::{
-        fd::AsRawFd,
         linux::net::SocketAddrExt,
         unix::{
             fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
-            net::SocketAddr,
+            net::{SocketAddr, UnixDatagram},
         },
     },
     path::{Path, PathBuf},
@@ -18,10 +17,8 @@ use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
     libc,
-    sys::socket::{self, UnixAddr},
+    sys::socket::UnixAddr,
 };
-
-use super::{SocketKind, new_socket};
 
 pub(super) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
     match (addr.as_pathname(), addr.as_abstract_name()) {
@@ -66,17 +63,19 @@ impl PathGuard {
             let reason = format!("{} exists and is not a socket", path.display());
             return Err(Error::new(ErrorKind::AlreadyExists, reason));
         }
-        // Not every listener takes the lock. A socket that nobody has open refuses; a live one of either kind answers in
-        // some other way.
-        let probe = new_socket(SocketKind::Stream)?;
-        match socket::connect(probe.as_raw_fd(), &UnixAddr::new(path)?) {
-            Err(Errno::ECONNREFUSED) => match fs::remove_file(path) {
-                Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-                _ => Ok(()),
+        // Not every listener takes the lock. Asked with a datagram socket, a live one refuses the type (EPROTOTYPE) and
+        // notices nothing; a socket that nobody has open refuses the connection.
+        match UnixDatagram::unbound()?.connect(path) {
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ECONNREFUSED) => match fs::remove_file(path) {
+                    Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+                    _ => Ok(()),
+                },
+                Some(libc::ENOENT) => Ok(()),
+                Some(libc::EPROTOTYPE) => Err(in_use(path)),
+                _ => Err(error),
             },
-            Err(Errno::ENOENT) => Ok(()),
-            Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => Err(in_use(path)),
-            Err(error) => Err(error.into()),
+            Ok(()) => Err(in_use(path)),
         }
     }
 

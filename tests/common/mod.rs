@@ -14,7 +14,10 @@ use std::{
 };
 
 use fdwire::{Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
-use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+use nix::sys::{
+    memfd::{MFdFlags, memfd_create},
+    socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg},
+};
 
 pub(crate) const KINDS: [SocketKind; 2] = [SocketKind::SeqPacket, SocketKind::Stream];
 
@@ -42,7 +45,7 @@ pub(crate) fn with_raw_peer(kind: SocketKind) -> (Framed<FrameCodec>, OwnedFd) {
 
 /// A descriptor that can be told from others after it was passed.
 pub(crate) fn marked(mark: u32) -> OwnedFd {
-    let mut file = tempfile::tempfile().unwrap();
+    let mut file = File::from(memfd_create("mark", MFdFlags::MFD_CLOEXEC).unwrap());
     file.write_all(&mark.to_be_bytes()).unwrap();
     file.into()
 }
@@ -85,7 +88,7 @@ pub(crate) fn spawn_role(name: &str, uid: Option<u32>, socket: OwnedFd) -> Child
     if let Some(uid) = uid {
         command.uid(uid).gid(uid);
     }
-    command.spawn().unwrap()
+    command.stdout(Stdio::null()).spawn().unwrap()
 }
 
 /// In a process started by [`spawn_role`] for this test: standard input as a socket. `None` in the ordinary test run.
