@@ -37,7 +37,7 @@ pub enum Error {
         found: u8,
     },
 
-    /// A frame's payload is longer than [`Limits::max_payload_bytes`](crate::Limits::max_payload_bytes).
+    /// A frame's payload is longer than [`Limits::max_payload_bytes`](crate::Limits#structfield.max_payload_bytes).
     #[error("frame payload of {bytes} bytes is over the limit of {limit}")]
     FrameTooLong {
         /// Length of the payload in bytes.
@@ -46,7 +46,7 @@ pub enum Error {
         limit: usize,
     },
 
-    /// A frame has more descriptors than [`Limits::max_fds_per_frame`](crate::Limits::max_fds_per_frame).
+    /// A frame has more descriptors than [`Limits::max_fds_per_frame`](crate::Limits#structfield.max_fds_per_frame).
     #[error("frame with {fds} descriptors is over the limit of {limit}")]
     TooManyFds {
         /// Number of descriptors of the frame.
@@ -75,7 +75,7 @@ pub enum Error {
     },
 
     /// Descriptors arrived that no message claims: more than
-    /// [`Limits::max_queued_fds`](crate::Limits::max_queued_fds), or some were left over at the end.
+    /// [`Limits::max_queued_fds`](crate::Limits#structfield.max_queued_fds), or some were left over at the end.
     #[error("{fds} descriptors arrived that no message claims")]
     UnclaimedFds {
         /// Number of unclaimed descriptors. All of them have been closed.

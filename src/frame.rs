@@ -1,6 +1,6 @@
 //! Frames and the descriptors they carry.
 
-use std::os::fd::OwnedFd;
+use std::{ops::Deref, os::fd::OwnedFd};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -55,7 +55,7 @@ impl<F> Frame<F> {
     }
 }
 
-/// The descriptors of a frame, in order. None or one take no allocation. Closed on drop.
+/// The descriptors of a frame, in order; lends them as a slice. None or one take no allocation. Closed on drop.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fds<F = OwnedFd>(SmallVec<[F; 1]>);
 
@@ -63,16 +63,6 @@ impl<F> Fds<F> {
     /// No descriptors.
     pub fn new() -> Self {
         Self(SmallVec::new())
-    }
-
-    /// Number of descriptors.
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
     }
 
     /// Adds a descriptor at the end.
@@ -83,11 +73,6 @@ impl<F> Fds<F> {
     /// Takes the last descriptor.
     pub fn pop(&mut self) -> Option<F> {
         self.0.pop()
-    }
-
-    /// Lends the descriptors in order.
-    pub fn iter(&self) -> std::slice::Iter<'_, F> {
-        self.0.iter()
     }
 
     /// Takes the descriptors as an array, if there are exactly `N` of them.
@@ -113,6 +98,14 @@ impl<F> Fds<F> {
     }
 }
 
+impl<F> Deref for Fds<F> {
+    type Target = [F];
+
+    fn deref(&self) -> &[F] {
+        &self.0
+    }
+}
+
 impl<F> Default for Fds<F> {
     fn default() -> Self {
         Self::new()
@@ -131,20 +124,29 @@ impl<F> FromIterator<F> for Fds<F> {
     }
 }
 
+impl<'a, F> IntoIterator for &'a Fds<F> {
+    type Item = &'a F;
+    type IntoIter = std::slice::Iter<'a, F>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
 impl<F> IntoIterator for Fds<F> {
     type Item = F;
-    type IntoIter = IntoIter<F>;
+    type IntoIter = FdsIntoIter<F>;
 
-    fn into_iter(self) -> IntoIter<F> {
-        IntoIter(self.0.into_iter())
+    fn into_iter(self) -> FdsIntoIter<F> {
+        FdsIntoIter(self.0.into_iter())
     }
 }
 
 /// Gives the descriptors of an [`Fds`] away in order. Those not taken are closed on drop.
 #[derive(Debug)]
-pub struct IntoIter<F>(smallvec::IntoIter<[F; 1]>);
+pub struct FdsIntoIter<F>(smallvec::IntoIter<[F; 1]>);
 
-impl<F> Iterator for IntoIter<F> {
+impl<F> Iterator for FdsIntoIter<F> {
     type Item = F;
 
     fn next(&mut self) -> Option<F> {
@@ -156,4 +158,4 @@ impl<F> Iterator for IntoIter<F> {
     }
 }
 
-impl<F> ExactSizeIterator for IntoIter<F> {}
+impl<F> ExactSizeIterator for FdsIntoIter<F> {}

@@ -78,7 +78,12 @@ mod sys;
 
 pub use codec::{Codec, Decoder, Encoder, FdQueue, FrameCodec, SendBuf};
 pub use error::{Error, SendError};
-pub use frame::{Fds, Frame, IntoIter};
+pub use frame::{Fds, FdsIntoIter, Frame};
 pub use framed::{Framed, Parts, Permit, ReadHalf, ReuniteError, WriteHalf};
 pub use limits::Limits;
 pub use socket::{Listener, PeerCred, Socket, SocketKind};
+
+/// Compiles what README shows.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

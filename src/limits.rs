@@ -12,11 +12,26 @@ pub(crate) const SCM_MAX_FD: usize = 253;
 /// # let _ = codec;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Limits {
-    pub(crate) max_payload_bytes: usize,
-    pub(crate) max_fds_per_frame: usize,
-    pub(crate) max_queued_fds: usize,
-    pub(crate) max_queued_bytes: usize,
+    /// Length of a frame's payload in bytes, sent or received. Default: 8 MiB. The wire format ends at 4 GiB - 1.
+    pub max_payload_bytes: usize,
+
+    /// Number of descriptors of a frame, sent or received. Default: 253. The wire format ends at 65,535.
+    pub max_fds_per_frame: usize,
+
+    /// Number of descriptors that wait: received ahead of the message that claims them, or accepted for sending.
+    /// Default: 506.
+    ///
+    /// A sender of this crate lets descriptors run ahead of their frames by 253 at most, so a receiver holds at most
+    /// [`max_fds_per_frame`](Self#structfield.max_fds_per_frame) + 253 of them. A smaller number ends connections on which
+    /// frames with that many descriptors arrive ([`Error::UnclaimedFds`](crate::Error::UnclaimedFds)).
+    pub max_queued_fds: usize,
+
+    /// Number of bytes accepted for sending from which on a sink waits until some are sent. Default: 256 KiB.
+    ///
+    /// A sink takes an item as long as less than this is queued, so one frame may stand out above it.
+    pub max_queued_bytes: usize,
 }
 
 impl Default for Limits {
@@ -32,40 +47,33 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Length of a frame's payload in bytes, sent or received. Default: 8 MiB. The wire format ends at 4 GiB - 1.
+    /// With another [`max_payload_bytes`](Self#structfield.max_payload_bytes).
     #[must_use]
     pub const fn max_payload_bytes(mut self, bytes: usize) -> Self {
         self.max_payload_bytes = bytes;
         self
     }
 
-    /// Number of descriptors of a frame, sent or received. Default: 253. The wire format ends at 65,535.
-    ///
-    /// Raises [`max_queued_fds`](Self::max_queued_fds) where it has to, to this number + 253.
+    /// With another [`max_fds_per_frame`](Self#structfield.max_fds_per_frame). Raises
+    /// [`max_queued_fds`](Self#structfield.max_queued_fds) to this number + 253 where it is less.
     #[must_use]
     pub const fn max_fds_per_frame(mut self, fds: usize) -> Self {
         self.max_fds_per_frame = fds;
-        if self.max_queued_fds < fds + SCM_MAX_FD {
-            self.max_queued_fds = fds + SCM_MAX_FD;
+        let queued = fds.saturating_add(SCM_MAX_FD);
+        if self.max_queued_fds < queued {
+            self.max_queued_fds = queued;
         }
         self
     }
 
-    /// Number of descriptors that wait: received ahead of the message that claims them, or accepted for sending.
-    /// Default: 506.
-    ///
-    /// A sender of this crate lets descriptors run ahead of their frames by 253 at most, so a receiver holds at most
-    /// [`max_fds_per_frame`](Self::max_fds_per_frame) + 253 of them. A smaller number ends connections on which
-    /// frames with that many descriptors arrive ([`Error::UnclaimedFds`](crate::Error::UnclaimedFds)).
+    /// With another [`max_queued_fds`](Self#structfield.max_queued_fds).
     #[must_use]
     pub const fn max_queued_fds(mut self, fds: usize) -> Self {
         self.max_queued_fds = fds;
         self
     }
 
-    /// Number of bytes accepted for sending from which on a sink waits until some are sent. Default: 256 KiB.
-    ///
-    /// A sink takes an item as long as less than this is queued, so one frame may stand out above it.
+    /// With another [`max_queued_bytes`](Self#structfield.max_queued_bytes).
     #[must_use]
     pub const fn max_queued_bytes(mut self, bytes: usize) -> Self {
         self.max_queued_bytes = bytes;

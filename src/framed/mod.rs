@@ -242,3 +242,19 @@ impl<D, E> From<ReuniteError<D, E>> for io::Error {
         Self::new(io::ErrorKind::InvalidInput, error.to_string())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::FrameCodec;
+
+    #[test]
+    fn everything_can_move_between_threads() {
+        fn check<T: Send + Sync + 'static>() {}
+        check::<Framed<FrameCodec>>();
+        check::<ReadHalf<FrameCodec>>();
+        check::<WriteHalf<FrameCodec>>();
+        check::<Error>();
+        check::<SendError<crate::Frame>>();
+    }
+}

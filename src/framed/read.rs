@@ -1,5 +1,4 @@
 use std::{
-    io,
     os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
@@ -31,7 +30,7 @@ pub struct ReadHalf<D> {
 
 impl<D> ReadHalf<D> {
     pub(super) fn new(socket: Arc<Socket>, decoder: D, bytes: BytesMut, fds: FdQueue<OwnedFd>) -> Self {
-        Self { decoder, receiver: Receiver { socket, inbound: Inbound::new(bytes, fds), reset: false } }
+        Self { decoder, receiver: Receiver { socket, inbound: Inbound::new(bytes, fds) } }
     }
 
     /// The socket, for its options and its peer.
@@ -70,8 +69,7 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                 }
                 Ok(Step::Receive) => drop(coop),
                 Ok(Step::End) => {
-                    let reset = std::mem::take(&mut receiver.reset);
-                    return Poll::Ready(reset.then(|| Err(Error::Reset.into())));
+                    return Poll::Ready(receiver.socket.take_reset().then(|| Err(Error::Reset.into())));
                 }
                 Err(error) => {
                     receiver.end();
@@ -93,34 +91,29 @@ impl<D> Unpin for ReadHalf<D> {}
 struct Receiver {
     socket: Arc<Socket>,
     inbound: Inbound,
-    /// The peer closed with unread data (`ECONNRESET`). The kernel says so once: on STREAM after the data that is left
-    /// to read, on SEQPACKET before it.
-    reset: bool,
 }
 
 impl Receiver {
     /// Receives something, or the end.
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        let Self { socket, inbound, reset } = self;
-        loop {
-            match ready!(socket.poll_recv(cx, &mut inbound.bytes, &mut inbound.fds)) {
-                Ok(received) if received.control_truncated => return Poll::Ready(Err(Error::TruncatedControl)),
-                Ok(received) if received.packet_truncated => return Poll::Ready(Err(Error::TruncatedPacket)),
-                Ok(received) if received.bytes == 0 => inbound.end_of_stream(),
-                Ok(_) => inbound.received(),
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                    *reset = true;
-                    continue;
-                }
-                Err(error) => return Poll::Ready(Err(error.into())),
-            }
-            return Poll::Ready(Ok(()));
+        let Self { socket, inbound } = self;
+        let received = ready!(socket.poll_recv(cx, &mut inbound.bytes, &mut inbound.fds))?;
+        if received.control_truncated {
+            return Poll::Ready(Err(Error::TruncatedControl));
         }
+        if received.packet_truncated {
+            return Poll::Ready(Err(Error::TruncatedPacket));
+        }
+        match received.bytes {
+            0 => inbound.end_of_stream(),
+            _ => inbound.received(),
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// Nothing is yielded any more.
     fn end(&mut self) {
-        self.reset = false;
+        self.socket.take_reset(); // one error is enough
         self.inbound.end();
         self.close_fds();
     }

@@ -5,6 +5,7 @@ use std::{
     io::{IoSlice, Result},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     pin::Pin,
+    sync::atomic::Ordering,
     task::{Context, Poll, ready},
 };
 
@@ -17,7 +18,7 @@ use crate::sys::{self, Received};
 
 impl Socket {
     /// Receives into the spare room of `bytes`, of which there must be some, and appends what descriptors come to
-    /// `fds`. `ECONNRESET` is an error like any other here; data may follow it.
+    /// `fds`. `ECONNRESET` is no error but something to [ask for](Self::take_reset) at the end.
     ///
     /// Readiness is kept until `EAGAIN`: a read that ends at a barrier of descriptors leaves data behind, for which no
     /// new event comes.
@@ -32,12 +33,19 @@ impl Socket {
             match sys::recvmsg(self.as_fd(), bytes, fds) {
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => ready.clear_ready(),
+                    Some(libc::ECONNRESET) => self.reset.store(true, Ordering::Relaxed),
                     Some(libc::EINTR) => {}
                     _ => return Poll::Ready(Err(error)),
                 },
                 Ok(received) => return Poll::Ready(Ok(received)),
             }
         }
+    }
+
+    /// Whether the peer has closed with unread data, since this was last asked. The kernel says so once, to a receive or
+    /// to a send: on STREAM after the data that is left to read, on SEQPACKET before it.
+    pub(crate) fn take_reset(&self) -> bool {
+        self.reset.swap(false, Ordering::Relaxed)
     }
 
     /// Sends bytes, and with their first byte descriptors. Returns the number of bytes sent; all descriptors are sent
@@ -59,6 +67,10 @@ impl Socket {
                     // event announces: the socket reports writable all along.
                     Some(libc::ETOOMANYREFS) => wait.a_while(),
                     Some(libc::EINTR) => {}
+                    Some(libc::ECONNRESET) => {
+                        self.reset.store(true, Ordering::Relaxed);
+                        return Poll::Ready(Err(error));
+                    }
                     _ => return Poll::Ready(Err(error)),
                 },
                 Ok(sent) => {

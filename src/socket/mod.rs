@@ -13,6 +13,7 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
+    sync::atomic::AtomicBool,
     time::Duration,
 };
 
@@ -84,6 +85,8 @@ pub struct PeerCred {
 pub struct Socket {
     io: AsyncFd<OwnedFd>,
     kind: SocketKind,
+    /// Whether the kernel has said `ECONNRESET`.
+    reset: AtomicBool,
 }
 
 impl Socket {
@@ -133,7 +136,7 @@ impl Socket {
 
     /// Registers a connected socket. Nobody else knows the descriptor's number.
     fn register(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
-        Ok(Self { io: sys::readable(fd)?, kind })
+        Ok(Self { io: sys::readable(fd)?, kind, reset: AtomicBool::new(false) })
     }
 
     /// Which kind it is.

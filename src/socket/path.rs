@@ -47,8 +47,9 @@ impl PathGuard {
     /// # Errors
     /// `AddrInUse` if a live process has it, `AlreadyExists` if something else than a socket is there.
     pub(super) fn take(path: &Path) -> Result<Self> {
-        let (lock_path, lock) = take_lock(path)?;
-        let guard = Self { path: path.to_owned(), lock_path, _lock: lock, bound: None };
+        let path = std::path::absolute(path)?; // the working directory may change before the drop
+        let (lock_path, lock) = take_lock(&path)?;
+        let guard = Self { path, lock_path, _lock: lock, bound: None };
         guard.remove_stale()?;
         Ok(guard)
     }

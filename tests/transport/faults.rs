@@ -112,3 +112,39 @@ fn a_connection_with_a_fault_still_sends() {
         assert_eq!(peer.try_next().await.unwrap().unwrap().payload, "what was that?");
     });
 }
+
+#[test]
+fn closing_what_nobody_claims_does_not_block_the_runtime() {
+    use nix::{
+        libc,
+        sys::socket::{setsockopt, sockopt},
+    };
+    use std::{
+        io::{Read, Write},
+        net::{TcpListener, TcpStream},
+    };
+    counted(async |kind| {
+        // The last close of a connection that lingers with unsent data blocks until its client has taken the data.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut lingering = listener.accept().unwrap().0;
+        setsockopt(&lingering, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 600 }).unwrap();
+        lingering.set_nonblocking(true).unwrap();
+        while lingering.write(&[0; 65536]).is_ok() {}
+
+        // Until then, or until it is clear that it blocks this thread.
+        let (go_on, told) = std::sync::mpsc::channel();
+        let client = std::thread::spawn(move || {
+            let told = told.recv_timeout(std::time::Duration::from_secs(10));
+            client.read_to_end(&mut Vec::new()).unwrap();
+            told
+        });
+
+        let (mut rx, peer) = with_raw_peer(kind);
+        raw_send(&peer, b"?", &[lingering.into()]);
+        assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { found: b'?' }))));
+        drop(rx);
+        let _ = go_on.send(());
+        client.join().unwrap().expect("the close blocked the runtime");
+    });
+}
