@@ -65,6 +65,10 @@ pub enum Error {
         bytes: usize,
     },
 
+    /// A message without a byte is to be sent as a packet of its own. A receiver could not tell it from the end.
+    #[error("an empty message cannot be sent as a packet")]
+    EmptyMessage,
+
     /// A frame is complete, but fewer descriptors came with it than its header says.
     #[error("frame needs {expected} descriptors, {received} arrived")]
     MissingFds {

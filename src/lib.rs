@@ -76,7 +76,9 @@ mod limits;
 mod socket;
 mod sys;
 
-pub use codec::{Codec, Decoder, Encoder, FdQueue, FrameCodec, SendBuf};
+pub use codec::{
+    Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
+};
 pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
 pub use framed::{Framed, Parts, Permit, ReadHalf, ReuniteError, WriteHalf};

@@ -31,6 +31,11 @@ impl<F> FdQueue<F> {
     pub fn take(&mut self, count: usize) -> Option<Fds<F>> {
         (count <= self.0.len()).then(|| self.0.drain(..count).collect())
     }
+
+    /// Takes all descriptors that wait.
+    pub fn take_all(&mut self) -> Fds<F> {
+        self.0.drain(..).collect()
+    }
 }
 
 impl<F> Default for FdQueue<F> {

@@ -6,8 +6,11 @@
 mod fd_queue;
 mod frame_codec;
 mod inbound;
+mod map;
 #[cfg(test)]
 mod model;
+mod packet_codec;
+mod payload;
 mod plan;
 mod send_buf;
 
@@ -18,6 +21,9 @@ use bytes::BytesMut;
 pub use fd_queue::FdQueue;
 pub use frame_codec::FrameCodec;
 pub(crate) use inbound::{Inbound, Step};
+pub use map::Map;
+pub use packet_codec::PacketCodec;
+pub use payload::{Payload, PayloadError};
 pub(crate) use plan::{Carrier, Plan};
 pub use send_buf::SendBuf;
 
@@ -29,6 +35,61 @@ pub trait Codec {
     fn limits(&self) -> Limits {
         Limits::default()
     }
+
+    /// How the messages it encodes share system calls. Asked for each message.
+    fn grouping(&self) -> Grouping {
+        Grouping::Free
+    }
+
+    /// The same protocol with values of your own for messages: `decoded` makes them of what was decoded, `encoded` makes
+    /// what is encoded of them. Both have the descriptors in hand.
+    ///
+    /// What `encoded` refuses comes back in its error. What the codec refuses after it does not.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::{fs::File, os::fd::OwnedFd};
+    ///
+    /// use fdwire::{Codec, Error, Frame, FrameCodec, Framed, Socket, SocketKind};
+    /// use futures::{SinkExt, StreamExt};
+    ///
+    /// let files = |name: &'static str| {
+    ///     FrameCodec::default().map(
+    ///         |frame: Frame| {
+    ///             let [file] = frame.fds.into_array().map_err(|fds| Error::MissingFds { expected: 1, received: fds.len() })?;
+    ///             Ok(File::from(file))
+    ///         },
+    ///         move |file: File| Ok(Frame::new(name).with_fd(file)),
+    ///     )
+    /// };
+    /// let (a, b) = Socket::pair(SocketKind::Stream)?;
+    /// let (mut a, mut b) = (Framed::new(a, files("a")), Framed::new(b, files("b")));
+    /// a.send(File::open("/dev/null")?).await?;
+    /// let file: File = b.next().await.ok_or("gone")??;
+    /// # drop(file); Ok(()) }
+    /// ```
+    fn map<D, E>(self, decoded: D, encoded: E) -> Map<Self, D, E>
+    where
+        Self: Sized,
+    {
+        Map { codec: self, decoded, encoded }
+    }
+}
+
+/// How messages share a `sendmsg`, and so what a receiver finds together.
+///
+/// All messages that wait go out in as few calls as this allows. [`Free`](Self::Free) is the fastest by far, and fit for
+/// receivers that count descriptors and take them in the order of arrival.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Grouping {
+    /// Any messages share a call, descriptors included.
+    #[default]
+    Free,
+    /// A message with descriptors begins a call, and no other message's descriptors come in it: they are attached to its own
+    /// first byte. For receivers that read one message at a time, or have room for one message's descriptors only.
+    FdsFirst,
+    /// A message has a call to itself. On SEQPACKET it is one packet, of at most [`SendBuf::max_packet_bytes`].
+    Alone,
 }
 
 /// Takes messages off the bytes and descriptors that arrived: `tokio_util`'s `Decoder` plus a queue of descriptors.

@@ -102,6 +102,7 @@ fn carriers() -> impl Strategy<Value = Carrier> {
 /// A connection: sender, kernel and receiver.
 struct Connection {
     codec: FrameCodec,
+    grouping: Grouping,
     outbound: SendBuf<u32>,
     wire: Wire,
     inbound: Inbound<u32>,
@@ -109,8 +110,9 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(carrier: Carrier) -> Self {
+    fn new(carrier: Carrier, grouping: Grouping) -> Self {
         Self {
+            grouping,
             codec: FrameCodec::new(Limits::default().max_fds_per_frame(MAX_FDS)),
             outbound: SendBuf::new(),
             wire: Wire { carrier, queue: VecDeque::new() },
@@ -121,7 +123,7 @@ impl Connection {
 
     fn encode(&mut self, frame: Frame<u32>) -> Result<(), Error> {
         self.codec.encode(frame, &mut self.outbound)?;
-        self.outbound.commit()
+        self.outbound.commit(self.grouping)
     }
 
     /// Decodes what is complete and says whether bytes can be received.
@@ -163,8 +165,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn every_frame_arrives_once_with_its_own_descriptors(carrier in carriers(), ops in ops()) {
-        let mut connection = Connection::new(carrier);
+    fn every_frame_arrives_once_with_its_own_descriptors(
+        carrier in carriers(),
+        grouping in prop_oneof![Just(Grouping::Free), Just(Grouping::FdsFirst)],
+        ops in ops(),
+    ) {
+        let mut connection = Connection::new(carrier, grouping);
         let mut sent = Vec::new();
         let mut fd_numbers = 0..;
         for op in ops {
@@ -199,7 +205,7 @@ proptest! {
     /// Shipped or not: what waits is never lost sight of.
     #[test]
     fn what_was_not_sent_can_be_taken_out(ops in ops()) {
-        let mut connection = Connection::new(Carrier::Stream);
+        let mut connection = Connection::new(Carrier::Stream, Grouping::Free);
         let (mut bytes, mut fds) = (0, 0);
         for op in ops {
             match op {
@@ -252,16 +258,24 @@ proptest! {
     }
 }
 
-/// Sends `frames` whole and returns how many calls that took.
-fn calls(carrier: Carrier, frames: impl IntoIterator<Item = Frame<u32>>) -> usize {
-    let mut connection = Connection::new(carrier);
+/// Sends `frames` whole and returns how many bytes and descriptors each call took.
+fn each_call(
+    carrier: Carrier,
+    grouping: Grouping,
+    frames: impl IntoIterator<Item = Frame<u32>>,
+) -> Vec<(usize, usize)> {
+    let mut connection = Connection::new(carrier, grouping);
     for frame in frames {
         connection.encode(frame).unwrap();
     }
-    std::iter::from_fn(|| {
-        (!connection.outbound.is_empty()).then(|| connection.wire.send(&mut connection.outbound, 1.0))
-    })
-    .count()
+    while !connection.outbound.is_empty() {
+        connection.wire.send(&mut connection.outbound, 1.0);
+    }
+    connection.wire.queue.iter().map(|chunk| (chunk.bytes.len(), chunk.fds.len())).collect()
+}
+
+fn calls(carrier: Carrier, frames: impl IntoIterator<Item = Frame<u32>>) -> usize {
+    each_call(carrier, Grouping::Free, frames).len()
 }
 
 fn frame(payload: usize, fds: u32) -> Frame<u32> {
@@ -276,6 +290,39 @@ fn waiting_frames_go_out_in_one_call() {
         assert_eq!(calls(carrier, (0..64).map(|_| frame(64, 1))), 1);
         assert_eq!(calls(carrier, (0..64).map(|_| frame(0, 0))), 1);
     }
+}
+
+#[test]
+fn codecs_choose_how_messages_share_calls() {
+    for carrier in [Carrier::Stream, PACKETS] {
+        let frames = || [frame(0, 0), frame(0, 2), frame(0, 0), frame(0, 1), frame(0, 254), frame(0, 0)];
+        assert_eq!(each_call(carrier, Grouping::Free, frames()), [(39, 253), (9, 4)]);
+        assert_eq!(
+            each_call(carrier, Grouping::FdsFirst, frames()),
+            [(8, 0), (16, 2), (8, 1), (7, 253), (9, 1)],
+            "a message with descriptors begins a call"
+        );
+        assert_eq!(
+            each_call(carrier, Grouping::Alone, frames()[..4].to_vec()),
+            [(8, 0), (8, 2), (8, 0), (8, 1)],
+            "a message has a call to itself"
+        );
+    }
+    assert_eq!(each_call(PACKETS, Grouping::Alone, [frame(100_000, 1), frame(1, 0)]), [(100_008, 1), (9, 0)]);
+}
+
+#[test]
+fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
+    let mut buf = SendBuf::new();
+    buf.set_max_packet_bytes(PACKETS.max_packet_bytes());
+    buf.put_slice(&[0; 200_001]);
+    assert!(matches!(buf.commit(Grouping::Alone), Err(Error::FrameTooLong { bytes: 200_001, limit: 200_000 })));
+    buf.roll_back();
+    buf.put_slice(b"two");
+    buf.put_fds(0..254);
+    assert!(matches!(buf.commit(Grouping::Alone), Err(Error::TooManyFds { fds: 254, limit: 253 })));
+    assert_eq!(buf.roll_back().len(), 254);
+    assert!(buf.is_empty());
 }
 
 #[test]
@@ -309,8 +356,17 @@ fn more_pieces_than_iov_max_take_more_calls() {
 }
 
 #[test]
+fn a_message_in_more_pieces_than_iov_max_is_cut() {
+    let mut buf = SendBuf::<u32>::new();
+    (0..1100).for_each(|_| buf.put_bytes(vec![0; 4096].into()));
+    buf.commit(Grouping::Free).unwrap();
+    let plan = buf.plan(Carrier::Stream);
+    assert_eq!((plan.bytes, buf.io_slices(plan.bytes).len()), (1024 * 4096, 1024));
+}
+
+#[test]
 fn descriptors_do_not_run_far_ahead_of_short_writes() {
-    let mut connection = Connection::new(Carrier::Stream);
+    let mut connection = Connection::new(Carrier::Stream, Grouping::Free);
     for _ in 0..1000 {
         connection.encode(frame(10, 10)).unwrap();
     }
@@ -329,7 +385,7 @@ fn an_encoder_that_fails_leaves_nothing_behind() {
     let mut buf = SendBuf::new();
     buf.put_slice(b"whole");
     buf.put_fd(1);
-    buf.commit().unwrap();
+    buf.commit(Grouping::Free).unwrap();
 
     buf.put_slice(b"part");
     buf.put_bytes(vec![0; 10_000].into());
@@ -347,7 +403,7 @@ fn an_encoder_that_fails_leaves_nothing_behind() {
 fn descriptors_without_bytes_to_ride_on_are_refused() {
     let mut buf = SendBuf::new();
     buf.put_fd(1);
-    assert!(matches!(buf.commit(), Err(Error::TooManyFdsForLength { fds: 1, bytes: 0 })));
+    assert!(matches!(buf.commit(Grouping::Free), Err(Error::TooManyFdsForLength { fds: 1, bytes: 0 })));
     assert_eq!(buf.roll_back(), [1]);
 }
 

@@ -1,4 +1,4 @@
-use super::{SendBuf, inbound::SMALL_PACKET};
+use super::{Grouping, SendBuf, inbound::SMALL_PACKET};
 use crate::limits::SCM_MAX_FD;
 
 /// What one `sendmsg` is to carry: the first `bytes` that wait, and the first `fds`.
@@ -42,6 +42,14 @@ impl Carrier {
         }
     }
 
+    /// Most bytes of any packet; `None` on a stream.
+    pub(crate) fn max_packet_bytes(self) -> Option<usize> {
+        match self {
+            Self::Stream => None,
+            Self::Packets { large, .. } => Some(large),
+        }
+    }
+
     const SMALLEST: usize = 2048;
 }
 
@@ -59,21 +67,31 @@ impl<F> SendBuf<F> {
     /// `ahead` is what was sent of its own `n <= 253 * bytes`. Either way `u` less this send's share needs a byte less
     /// than the message has left.
     pub(crate) fn plan(&self, carrier: Carrier) -> Plan {
+        let Some(first) = self.messages.front() else { return Plan::default() };
         let (small, mut room) = match carrier {
             Carrier::Stream => (usize::MAX, usize::MAX),
-            Carrier::Packets { small, large } => match self.messages.front() {
-                Some(message) if message.unsent_head == 0 => (small, large.min(message.unsent_bytes)),
-                _ => (small, small),
-            },
+            Carrier::Packets { small, .. } if first.grouping == Grouping::Alone => (small, first.unsent_bytes),
+            Carrier::Packets { small, large } if first.unsent_head == 0 => (small, large.min(first.unsent_bytes)),
+            Carrier::Packets { small, .. } => (small, small),
         };
         // Only as many bytes as there are pieces for, or what is cut off would lose its descriptors' place.
         room = room.min(self.pieces().map(<[u8]>::len).sum());
+        let first_keeps_apart = first.grouping != Grouping::Free && first.unsent_fds > 0;
 
         let mut plan = Plan::default();
         for message in &self.messages {
-            let whole_fits_later = message.unsent_bytes <= small;
-            if plan.bytes > 0 && message.unsent_bytes > room && (whole_fits_later || room < message.unsent_head) {
-                break; // cut only what is too long for a packet, and not inside its head
+            if plan.bytes > 0 {
+                let keeps_apart = first_keeps_apart || message.grouping != Grouping::Free;
+                if first.grouping == Grouping::Alone
+                    || message.grouping == Grouping::Alone
+                    || (keeps_apart && message.unsent_fds > 0)
+                {
+                    break;
+                }
+                let whole_fits_later = message.unsent_bytes <= small;
+                if message.unsent_bytes > room && (whole_fits_later || room < message.unsent_head) {
+                    break; // cut only what is too long for a packet, and not inside its head
+                }
             }
             let fds = message.unsent_fds.min(SCM_MAX_FD - self.ahead - plan.fds);
             let keep = (message.unsent_fds - fds).div_ceil(SCM_MAX_FD);

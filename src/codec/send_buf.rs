@@ -3,7 +3,7 @@ use std::{collections::VecDeque, io::IoSlice, os::fd::OwnedFd};
 use bytes::{Buf, Bytes, BytesMut};
 use smallvec::SmallVec;
 
-use super::Plan;
+use super::{Grouping, Plan};
 use crate::{Error, limits::SCM_MAX_FD};
 
 /// Shared bytes from this length on go out from where they are; shorter ones are cheaper to copy than to point at.
@@ -27,6 +27,8 @@ pub struct SendBuf<F = OwnedFd> {
     open: Message,
     /// Descriptors already sent of messages whose first byte is not. At most `SCM_MAX_FD`.
     pub(super) ahead: usize,
+    /// What a packet holds at most; `None` on a stream.
+    max_packet_bytes: Option<usize>,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -38,6 +40,7 @@ pub(super) struct Message {
     pub(super) unsent_head: usize,
     /// Whether the first byte has been sent.
     pub(super) begun: bool,
+    pub(super) grouping: Grouping,
 }
 
 impl<F> SendBuf<F> {
@@ -51,6 +54,7 @@ impl<F> SendBuf<F> {
             messages: VecDeque::new(),
             open: Message::default(),
             ahead: 0,
+            max_packet_bytes: None,
         }
     }
 
@@ -93,6 +97,16 @@ impl<F> SendBuf<F> {
         self.open.unsent_head = self.open.unsent_bytes;
     }
 
+    /// Most bytes of a packet that the socket takes; `None` on a stream. Messages of a codec that asks for
+    /// [`Grouping::Alone`] cannot be longer.
+    pub fn max_packet_bytes(&self) -> Option<usize> {
+        self.max_packet_bytes
+    }
+
+    pub(crate) fn set_max_packet_bytes(&mut self, bytes: Option<usize>) {
+        self.max_packet_bytes = bytes;
+    }
+
     /// Number of bytes that wait.
     pub fn len(&self) -> usize {
         self.bytes
@@ -121,16 +135,25 @@ impl<F> SendBuf<F> {
         self.fds.into()
     }
 
-    /// Ends the message that was being written.
+    /// Ends the message that was being written. A message of nothing at all vanishes.
     ///
     /// # Errors
-    /// [`Error::TooManyFdsForLength`]. The message is still open then, for [`roll_back`](Self::roll_back).
-    pub(crate) fn commit(&mut self) -> Result<(), Error> {
+    /// When no send can carry it. The message is still open then, for [`roll_back`](Self::roll_back).
+    pub(crate) fn commit(&mut self, grouping: Grouping) -> Result<(), Error> {
         let Message { unsent_bytes: bytes, unsent_fds: fds, .. } = self.open;
         if fds.div_ceil(SCM_MAX_FD) > bytes {
             return Err(Error::TooManyFdsForLength { fds, bytes });
         }
+        if let (Grouping::Alone, Some(limit)) = (grouping, self.max_packet_bytes) {
+            if bytes > limit {
+                return Err(Error::FrameTooLong { bytes, limit });
+            }
+            if fds > SCM_MAX_FD {
+                return Err(Error::TooManyFds { fds, limit: SCM_MAX_FD });
+            }
+        }
         let mut message = std::mem::take(&mut self.open);
+        message.grouping = grouping;
         if bytes > 0 {
             if message.unsent_head == 0 {
                 message.unsent_head = bytes; // never announced

@@ -97,6 +97,14 @@ impl<D, E> Framed<D, E> {
         Parts { socket, decoder, encoder, received, received_fds, unsent }
     }
 
+    /// Continues with other codecs: what was received and not decoded is decoded by the new one, and what was accepted by the
+    /// old one is sent as it is. For a handshake in another format.
+    pub fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
+        let Parts { socket, decoder, encoder, received, received_fds, unsent } = self.into_parts();
+        let (decoder, encoder) = map(decoder, encoder);
+        Framed::from_parts(Parts { socket, decoder, encoder, received, received_fds, unsent })
+    }
+
     /// Splits into halves that can be moved to different tasks.
     pub fn into_split(mut self) -> (ReadHalf<D>, WriteHalf<E>) {
         self.write.shut_down_on_drop(true);

@@ -39,11 +39,12 @@ pub struct WriteHalf<E> {
 }
 
 impl<E> WriteHalf<E> {
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf) -> Self {
+    pub(super) fn new(socket: Arc<Socket>, encoder: E, mut unsent: SendBuf) -> Self {
         let largest = match socket.kind() {
             SocketKind::Stream => Carrier::Stream,
             SocketKind::SeqPacket => Carrier::packets(socket.send_buffer_size().unwrap_or(0)),
         };
+        unsent.set_max_packet_bytes(largest.max_packet_bytes());
         Self {
             encoder,
             sender: Sender {
@@ -172,9 +173,9 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
         if let Some(error) = sender.state.error() {
             return Err(SendError::refused(item, error));
         }
-        let encoded = encoder
-            .encode(item, &mut sender.buf)
-            .and_then(|()| sender.buf.commit().map_err(|error| SendError::from(E::Error::from(error))));
+        let encoded = encoder.encode(item, &mut sender.buf).and_then(|()| {
+            sender.buf.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error)))
+        });
         encoded.inspect_err(|_| close_unwanted(sender.buf.roll_back()))
     }
 
@@ -281,8 +282,10 @@ impl Sender {
                 }
             }
             Err(error) => match (error.raw_os_error(), carrier.smaller_than(plan.bytes)) {
-                (Some(libc::EMSGSIZE | libc::ENOBUFS), Some(smaller)) => *carrier = smaller,
-                (Some(libc::ENOBUFS), None) => wait.a_while(),
+                (Some(libc::EMSGSIZE | libc::ENOBUFS), Some(smaller)) if buf.plan(smaller) != plan => {
+                    *carrier = smaller
+                }
+                (Some(libc::ENOBUFS), _) => wait.a_while(),
                 _ => return Poll::Ready(Err(error)),
             },
         }

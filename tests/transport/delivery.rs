@@ -219,11 +219,12 @@ fn halves_work_apart_and_together_again() {
 #[test]
 fn options_that_take_the_descriptors_room_are_switched_off() {
     counted(async |kind| {
-        use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, setsockopt, socketpair, sockopt};
         let ty = if kind == SocketKind::Stream { SockType::Stream } else { SockType::SeqPacket };
         let (a, b) = socketpair(AddressFamily::Unix, ty, None, SockFlag::SOCK_CLOEXEC).unwrap();
         setsockopt(&b, sockopt::PassCred, &true).unwrap();
         let mut rx = Framed::new(Socket::try_from(b).unwrap(), large());
+        assert!(!getsockopt(rx.socket(), sockopt::PassCred).unwrap());
         raw_send(&a, &encoded(b"", 253), &(0..253).map(marked).collect::<Vec<_>>());
         assert!(marks(&rx.try_next().await.unwrap().unwrap()).into_iter().eq(0..253));
     });

@@ -1,0 +1,56 @@
+use bytes::BytesMut;
+
+use super::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf};
+use crate::{Limits, SendError};
+
+/// Another codec's messages as values of your own, descriptors included. From [`Codec::map`].
+#[derive(Debug, Clone, Copy)]
+pub struct Map<C, D, E> {
+    pub(super) codec: C,
+    pub(super) decoded: D,
+    pub(super) encoded: E,
+}
+
+impl<C: Codec, D, E> Codec for Map<C, D, E> {
+    fn limits(&self) -> Limits {
+        self.codec.limits()
+    }
+
+    fn grouping(&self) -> Grouping {
+        self.codec.grouping()
+    }
+}
+
+impl<C, D, E, T, F> Decoder<F> for Map<C, D, E>
+where
+    C: Decoder<F>,
+    D: FnMut(C::Item) -> Result<T, C::Error>,
+{
+    type Item = T;
+    type Error = C::Error;
+
+    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<T>, C::Error> {
+        self.codec.decode(src, fds)?.map(&mut self.decoded).transpose()
+    }
+
+    fn decode_eof(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<T>, C::Error> {
+        self.codec.decode_eof(src, fds)?.map(&mut self.decoded).transpose()
+    }
+
+    fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
+        self.codec.missing_bytes(src)
+    }
+}
+
+impl<C, D, E, I, M, F> Encoder<I, F> for Map<C, D, E>
+where
+    C: Encoder<M, F>,
+    E: FnMut(I) -> Result<M, SendError<I, C::Error>>,
+{
+    type Error = C::Error;
+
+    fn encode(&mut self, item: I, dst: &mut SendBuf<F>) -> Result<(), SendError<I, C::Error>> {
+        let message = (self.encoded)(item)?;
+        self.codec.encode(message, dst).map_err(|refused| SendError::from(refused.error))
+    }
+}

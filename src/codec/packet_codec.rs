@@ -1,0 +1,101 @@
+use bytes::{Bytes, BytesMut};
+
+use super::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf};
+use crate::{Error, Frame, Limits, SendError};
+
+/// No header: on SEQPACKET one packet is one message, on STREAM what arrives together is one.
+///
+/// For peers that speak in packets, and for plain bytes with descriptors beside them. The kernel keeps a packet's bytes and
+/// descriptors together; on a stream only the order of descriptors is kept, and where a message ends is up to what the
+/// bytes say.
+///
+/// An empty message cannot be sent. A packet longer than the limit on payloads (256 KiB by default) loses its tail and
+/// ends the stream with [`Error::TruncatedPacket`].
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use fdwire::{Frame, Framed, PacketCodec, Socket, SocketKind};
+/// use futures::{SinkExt, StreamExt};
+///
+/// let (a, b) = Socket::pair(SocketKind::SeqPacket)?;
+/// let (mut a, mut b) = (Framed::new(a, PacketCodec::default()), Framed::new(b, PacketCodec::default()));
+/// a.send_all(&mut futures::stream::iter([Ok(Frame::new("one")), Ok(Frame::new("two"))])).await?;
+/// assert_eq!(b.next().await.ok_or("gone")??.payload, "one");
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub struct PacketCodec {
+    limits: Limits,
+}
+
+impl PacketCodec {
+    /// A codec that takes messages within these limits, in both directions.
+    pub const fn new(limits: Limits) -> Self {
+        Self { limits }
+    }
+}
+
+impl Default for PacketCodec {
+    /// Messages of up to 256 KiB, which is more than a packet holds at Linux's default send buffer.
+    fn default() -> Self {
+        Self::new(Limits::default().max_payload_bytes(256 << 10))
+    }
+}
+
+impl Codec for PacketCodec {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn grouping(&self) -> Grouping {
+        Grouping::Alone
+    }
+}
+
+impl<F> Decoder<F> for PacketCodec {
+    type Item = Frame<F>;
+    type Error = Error;
+
+    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Frame<F>>, Error> {
+        /// Shorter ones are copied, so that the room for the longest packet need not be made anew after each.
+        const SLICE_FROM: usize = 4096;
+
+        if src.is_empty() {
+            return Ok(None);
+        }
+        let payload = if src.len() < SLICE_FROM {
+            let copy = Bytes::copy_from_slice(src);
+            src.clear();
+            copy
+        } else {
+            src.split().freeze()
+        };
+        Ok(Some(Frame { payload, fds: fds.take_all() }))
+    }
+
+    fn missing_bytes(&self, _src: &BytesMut) -> Option<usize> {
+        Some(self.limits.max_payload_bytes)
+    }
+}
+
+impl<F> Encoder<Frame<F>, F> for PacketCodec {
+    type Error = Error;
+
+    fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
+        let bytes = frame.payload.len();
+        let limit = self.limits.max_payload_bytes.min(dst.max_packet_bytes().unwrap_or(usize::MAX));
+        if bytes == 0 {
+            return Err(SendError::refused(frame, Error::EmptyMessage));
+        }
+        if bytes > limit {
+            return Err(SendError::refused(frame, Error::FrameTooLong { bytes, limit }));
+        }
+        if frame.fds.len() > self.limits.max_fds_per_frame {
+            let (fds, limit) = (frame.fds.len(), self.limits.max_fds_per_frame);
+            return Err(SendError::refused(frame, Error::TooManyFds { fds, limit }));
+        }
+        dst.put_bytes(frame.payload);
+        dst.put_fds(frame.fds);
+        Ok(())
+    }
+}
