@@ -104,3 +104,14 @@ pub(crate) fn other_uid() -> Option<u32> {
     }
     root.then_some(65534)
 }
+
+/// The built example of this name. `cargo test` builds all of them; a run of a single test binary does not.
+pub(crate) fn example(name: &str) -> Command {
+    let directory = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("examples");
+    let program = directory.join(name);
+    if !program.exists() {
+        let built = Command::new(env!("CARGO")).args(["build", "--quiet", "--example", name]).status().unwrap();
+        assert!(built.success());
+    }
+    Command::new(program)
+}
