@@ -61,6 +61,11 @@
 //! - What the receiver never reads is closed by the kernel when the socket is: a client sees its connection end.
 //! - A Unix socket that is sent over itself is kept open by the kernel until its garbage collector runs.
 //!
+//! # Other wire formats
+//!
+//! [`FrameCodec`] is one of the codecs here; [`PacketCodec`] has no header, and [`Payload`] codes the payload of frames with any codec
+//! of `tokio_util`. For a protocol that exists, such as D-Bus or Wayland, [write a codec](guide).
+//!
 //! # Platform
 //!
 //! Linux. What only Linux has is in the modules `sys` and `socket`; frames and codecs know nothing of a system.
@@ -72,6 +77,8 @@ mod codec;
 mod error;
 mod frame;
 mod framed;
+#[doc = include_str!("guide.md")]
+pub mod guide {}
 mod limits;
 mod socket;
 mod sys;
