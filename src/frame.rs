@@ -22,7 +22,8 @@ use smallvec::SmallVec;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame<F = OwnedFd> {
-    /// The bytes.
+    /// The bytes. Of a frame that was received, a slice of the read buffer (256 KiB), which lives as long as any slice of it:
+    /// copy what is small and kept for long.
     pub payload: Bytes,
     /// The descriptors, in the order in which they were attached.
     pub fds: Fds<F>,
@@ -115,6 +116,12 @@ impl<F> Default for Fds<F> {
 impl<F> Extend<F> for Fds<F> {
     fn extend<I: IntoIterator<Item = F>>(&mut self, fds: I) {
         self.0.extend(fds);
+    }
+}
+
+impl<F> From<Vec<F>> for Fds<F> {
+    fn from(fds: Vec<F>) -> Self {
+        Self(fds.into())
     }
 }
 

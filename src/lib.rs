@@ -39,8 +39,8 @@
 //!   succeeded, and by the receiving one from the `recvmsg` on, close-on-exec. A [refused item](SendError) comes back in the error; what
 //!   was accepted and not sent is in [`Framed::into_parts`].
 //! - **Cancel safety** is stated for each method: `next()` and `flush()` can be dropped and called again.
-//! - **A peer cannot harm.** Whatever it sends is a message or one typed [`Error`]; [`Limits`] are checked before memory is
-//!   reserved, and what it sent in vain is closed without blocking the runtime.
+//! - **A peer cannot harm.** Whatever it sends is a message or one typed [`Error`]; [`FrameCodec`] checks its
+//!   [`Limits`] before memory is reserved, and what was sent in vain is closed without blocking the runtime.
 //! - **It waits for what passes**: a full socket, too many descriptors in flight (`ETOOMANYREFS`), no descriptor left for
 //!   waiting. It tells of what does not: a receiver at its `RLIMIT_NOFILE` ([`Error::TruncatedControl`]), a peer that
 //!   closed without reading everything ([`Error::Reset`]).

@@ -13,6 +13,7 @@ use std::{
             net::{SocketAddr, UnixDatagram, UnixListener, UnixStream},
         },
     },
+    sync::atomic::Ordering::SeqCst,
 };
 
 use common::{KINDS, marked, other_uid, role_socket, run, spawn_role};
@@ -118,6 +119,40 @@ fn a_cancelled_accept_loses_no_connection() {
 }
 
 #[test]
+fn several_tasks_may_wait_for_connections() {
+    run(async {
+        for kind in KINDS {
+            let addr = abstract_name("tasks");
+            let listener = std::sync::Arc::new(Listener::bind_addr(&addr, kind).unwrap());
+            let mut tasks = tokio::task::JoinSet::new();
+            for _ in 0..3 {
+                let listener = std::sync::Arc::clone(&listener);
+                tasks.spawn(async move { listener.accept().await.unwrap() });
+            }
+            tokio::task::yield_now().await; // all of them wait
+            assert!(listener.accept().now_or_never().is_none());
+            while !tasks.is_empty() {
+                let client = Socket::connect_addr(&addr, kind).await.unwrap();
+                check_connected(client, tasks.join_next().await.unwrap().unwrap()).await;
+            }
+        }
+    });
+}
+
+#[test]
+fn accepted_sockets_do_not_inherit_what_takes_the_descriptors_room() {
+    use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+    run(async {
+        let addr = abstract_name("inherit");
+        let listener = UnixListener::bind_addr(&addr).unwrap();
+        setsockopt(&listener, sockopt::PassCred, &true).unwrap();
+        let listener = Listener::try_from(listener).unwrap();
+        let (_client, accepted) = tokio::join!(Socket::connect_addr(&addr, SocketKind::Stream), listener.accept());
+        assert!(!getsockopt(&accepted.unwrap(), sockopt::PassCred).unwrap());
+    });
+}
+
+#[test]
 fn the_peer_is_known() {
     run(async {
         for kind in KINDS {
@@ -215,6 +250,30 @@ fn of_many_that_bind_at_once_one_wins() {
         assert_eq!(bound.len(), 1, "in round {round}");
         UnixStream::connect(&path).unwrap();
     }
+}
+
+#[test]
+fn a_path_can_be_taken_and_left_by_many_at_a_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let holders = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                run(async {
+                    for _ in 0..500 {
+                        if let Ok(listener) = Listener::bind(&path, SocketKind::Stream) {
+                            assert_eq!(holders.fetch_add(1, SeqCst), 0, "two hold the path");
+                            assert!(path.exists(), "the socket was removed by another");
+                            holders.fetch_sub(1, SeqCst);
+                            drop(listener);
+                        }
+                    }
+                });
+            });
+        }
+    });
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
 }
 
 #[test]

@@ -21,6 +21,10 @@ use crate::Error;
 pub(crate) struct Inbound<F = OwnedFd> {
     pub(crate) bytes: BytesMut,
     pub(crate) fds: FdQueue<F>,
+    /// What a packet may hold at least, whatever the decoder says; 1 on a stream.
+    least_room: usize,
+    /// Descriptors were lost, after those that are here.
+    truncated: bool,
     phase: Phase,
 }
 
@@ -48,8 +52,9 @@ pub(crate) enum Step<T> {
 pub(crate) const SMALL_PACKET: usize = 64 << 10;
 
 impl<F> Inbound<F> {
-    pub(crate) fn new(bytes: BytesMut, fds: FdQueue<F>) -> Self {
-        Self { bytes, fds, phase: Phase::Decoding }
+    pub(crate) fn new(packets: bool, bytes: BytesMut, fds: FdQueue<F>) -> Self {
+        let least_room = if packets { SMALL_PACKET } else { 1 };
+        Self { bytes, fds, least_room, truncated: false, phase: Phase::Decoding }
     }
 
     /// The next message, or what it takes to get one. After an error: the end.
@@ -59,6 +64,10 @@ impl<F> Inbound<F> {
                 Phase::Decoding => match self.guard(|this| decoder.decode(&mut this.bytes, &mut this.fds))? {
                     Some(item) => return Ok(Step::Item(item)),
                     None => {
+                        if self.truncated {
+                            self.phase = Phase::Ended;
+                            return Err(Error::TruncatedControl.into());
+                        }
                         let fds = self.fds.len();
                         if fds > decoder.limits().max_queued_fds {
                             self.phase = Phase::Ended;
@@ -70,7 +79,7 @@ impl<F> Inbound<F> {
                 Phase::Receiving => {
                     let limit = decoder.limits().max_payload_bytes;
                     let missing = decoder.missing_bytes(&self.bytes);
-                    self.reserve(missing.map_or(SMALL_PACKET, |missing| missing.min(limit).max(1)));
+                    self.reserve(missing.map_or(SMALL_PACKET, |missing| missing.min(limit)));
                     return Ok(Step::Receive);
                 }
                 Phase::Draining => match self.guard(|this| decoder.decode_eof(&mut this.bytes, &mut this.fds))? {
@@ -87,6 +96,13 @@ impl<F> Inbound<F> {
         self.phase = Phase::Decoding;
     }
 
+    /// Bytes and descriptors were added, and more descriptors were lost. The kernel loses the last ones, so messages that
+    /// are complete are still good.
+    pub(crate) fn received_truncated(&mut self) {
+        self.truncated = true;
+        self.phase = Phase::Decoding;
+    }
+
     pub(crate) fn end_of_stream(&mut self) {
         self.phase = Phase::Draining;
     }
@@ -100,15 +116,20 @@ impl<F> Inbound<F> {
     /// left to them; for the rest of a large message the new one is just large enough.
     fn reserve(&mut self, room: usize) {
         const BUFFER: usize = 4 * SMALL_PACKET;
-        if self.bytes.capacity() - self.bytes.len() >= room || self.bytes.try_reclaim(room) {
+        let least = room.max(self.least_room);
+        if self.bytes.capacity() - self.bytes.len() >= least || self.bytes.try_reclaim(least) {
             return;
         }
-        let mut fresh = BytesMut::with_capacity(BUFFER.max(self.bytes.len() + room));
+        // Enough for `least_room` to stay when `room` is filled, or the end of a large message would be moved once more.
+        let mut fresh = BytesMut::with_capacity(BUFFER.max(self.bytes.len() + room + self.least_room));
         fresh.extend_from_slice(&self.bytes);
         self.bytes = fresh;
     }
 
-    fn guard<T, E>(&mut self, decode: impl FnOnce(&mut Self) -> Result<T, E>) -> Result<T, E> {
-        decode(self).inspect_err(|_| self.phase = Phase::Ended)
+    fn guard<T, E: From<Error>>(&mut self, decode: impl FnOnce(&mut Self) -> Result<T, E>) -> Result<T, E> {
+        decode(self).map_err(|error| {
+            self.phase = Phase::Ended;
+            if self.truncated { Error::TruncatedControl.into() } else { error }
+        })
     }
 }

@@ -137,7 +137,8 @@ pub trait Decoder<F = OwnedFd>: Codec {
     /// What makes the bytes unusable. Final: nothing is decoded after it.
     type Error: From<Error>;
 
-    /// Takes the next message off `src` and its descriptors off `fds`. `None` means that more bytes are needed.
+    /// Takes the next message off `src` and its descriptors off `fds`. `None` means that more bytes are needed; a decoder
+    /// has to refuse a message that is too long before that, since `src` grows as long as it says so.
     ///
     /// # Errors
     /// When the bytes, or the descriptors beside them, are none of this protocol's. The connection's stream yields
@@ -161,8 +162,9 @@ pub trait Decoder<F = OwnedFd>: Codec {
     /// How many bytes the message that begins in `src` still needs, once that is known: the counterpart of
     /// [`SendBuf::announce_length`]. Makes room for the rest of a large message in one piece. By default unknown.
     ///
-    /// Asked after [`decode`](Self::decode) has returned `None`, and only believed up to the
-    /// [limits](Codec::limits).
+    /// Asked after [`decode`](Self::decode) has returned `None`, and believed up to
+    /// [`max_payload_bytes`](Limits#structfield.max_payload_bytes). A peer that announces lengths to a decoder that does not know
+    /// them sends packets it has no room for.
     fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
         let _ = src;
         None
@@ -174,7 +176,7 @@ pub trait Encoder<Item, F = OwnedFd>: Codec {
     /// Why an item cannot be sent.
     type Error: From<Error>;
 
-    /// Appends one message to `dst`.
+    /// Appends one message to `dst`. One without bytes and descriptors is not sent at all.
     ///
     /// # Errors
     /// When the item is not fit to be sent. It should come back in the error: check first, then write. What was

@@ -102,6 +102,8 @@ fn carriers() -> impl Strategy<Value = Carrier> {
 /// A connection: sender, kernel and receiver.
 struct Connection {
     codec: FrameCodec,
+    /// Whether the sender says where lengths stand.
+    announces: bool,
     grouping: Grouping,
     outbound: SendBuf<u32>,
     wire: Wire,
@@ -113,16 +115,20 @@ impl Connection {
     fn new(carrier: Carrier, grouping: Grouping) -> Self {
         Self {
             grouping,
+            announces: true,
             codec: FrameCodec::new(Limits::default().max_fds_per_frame(MAX_FDS)),
             outbound: SendBuf::new(),
             wire: Wire { carrier, queue: VecDeque::new() },
-            inbound: Inbound::new(BytesMut::new(), FdQueue::new()),
+            inbound: Inbound::new(carrier != Carrier::Stream, BytesMut::new(), FdQueue::new()),
             received: Vec::new(),
         }
     }
 
     fn encode(&mut self, frame: Frame<u32>) -> Result<(), Error> {
         self.codec.encode(frame, &mut self.outbound)?;
+        if !self.announces {
+            self.outbound.withdraw_announcement();
+        }
         self.outbound.commit(self.grouping)
     }
 
@@ -168,9 +174,11 @@ proptest! {
     fn every_frame_arrives_once_with_its_own_descriptors(
         carrier in carriers(),
         grouping in prop_oneof![Just(Grouping::Free), Just(Grouping::FdsFirst)],
+        announces: bool,
         ops in ops(),
     ) {
         let mut connection = Connection::new(carrier, grouping);
+        connection.announces = announces;
         let mut sent = Vec::new();
         let mut fd_numbers = 0..;
         for op in ops {
@@ -234,7 +242,7 @@ proptest! {
         header in prop::option::of((0..5u16, 0..100u32)),
     ) {
         let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(64).max_fds_per_frame(3).max_queued_fds(6));
-        let mut inbound = Inbound::new(BytesMut::new(), FdQueue::new());
+        let mut inbound = Inbound::new(false, BytesMut::new(), FdQueue::new());
         if let Some((fds, bytes)) = header {
             inbound.bytes.extend_from_slice(&[0xFD, 0x10]);
             inbound.bytes.extend_from_slice(&fds.to_be_bytes());
@@ -344,6 +352,18 @@ fn the_rest_of_a_large_frame_goes_in_large_packets() {
 }
 
 #[test]
+fn packets_get_smaller_without_memory_and_larger_again_with_it() {
+    let full = Carrier::packets(212_992);
+    assert_eq!(full, Carrier::Packets { small: SMALL_PACKET, large: 212_960 });
+    let scarce = full.smaller_than(20_000).smaller_than(10_000);
+    assert_eq!(scarce, Carrier::Packets { small: 5000, large: 5000 });
+    assert_eq!(scarce.larger(full), Carrier::Packets { small: 10_000, large: 10_000 });
+    assert_eq!((0..6).fold(scarce, |carrier, _| carrier.larger(full)), full);
+    assert_eq!(scarce.smaller_than(1), Carrier::Packets { small: 2048, large: 2048 });
+    assert_eq!(Carrier::Stream.smaller_than(1), Carrier::Stream);
+}
+
+#[test]
 fn a_frame_that_fits_a_packet_is_not_cut() {
     // The second does not fit beside the first, and would leave a packet of a few bytes.
     assert_eq!(calls(PACKETS, [frame(40_000, 0), frame(40_000, 0), frame(20_000, 0)]), 2);
@@ -408,7 +428,7 @@ fn descriptors_without_bytes_to_ride_on_are_refused() {
 }
 
 fn faults(bytes: &[u8], fds: u32) -> Error {
-    let mut inbound = Inbound::new(BytesMut::from(bytes), FdQueue::from_iter(0..fds));
+    let mut inbound = Inbound::new(false, BytesMut::from(bytes), FdQueue::from_iter(0..fds));
     let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(100).max_fds_per_frame(300));
     loop {
         match inbound.next(&mut codec) {

@@ -31,14 +31,24 @@ impl Carrier {
         Self::Packets { small: large.min(SMALL_PACKET), large }
     }
 
-    /// The same with packets of half of `bytes` at most, after one of `bytes` was too large for the kernel. Large ones
-    /// need contiguous memory, which may be scarce. `None` if smaller ones are not to be had.
-    pub(crate) fn smaller_than(self, bytes: usize) -> Option<Self> {
+    /// The same with packets of half of `bytes` at most, after the kernel had no memory for one of `bytes`: it has to be in
+    /// one piece. Not below 2 KiB.
+    pub(crate) fn smaller_than(self, bytes: usize) -> Self {
+        self.limited_to((bytes / 2).max(Self::SMALLEST))
+    }
+
+    /// The same with packets of twice the size, up to those of `largest`.
+    pub(crate) fn larger(self, largest: Self) -> Self {
         match self {
-            Self::Packets { small, .. } if bytes >= 2 * Self::SMALLEST => {
-                Some(Self::Packets { small: small.min(bytes / 2), large: bytes / 2 })
-            }
-            _ => None,
+            Self::Stream => self,
+            Self::Packets { large, .. } => largest.limited_to(2 * large),
+        }
+    }
+
+    fn limited_to(self, bytes: usize) -> Self {
+        match self {
+            Self::Stream => self,
+            Self::Packets { small, large } => Self::Packets { small: small.min(bytes), large: large.min(bytes) },
         }
     }
 

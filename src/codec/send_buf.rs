@@ -92,9 +92,14 @@ impl<F> SendBuf<F> {
 
     /// Says that a receiver which has the message's bytes up to here knows its length, and so has room for the rest
     /// whatever the size of the packets it comes in ([`Decoder::missing_bytes`](super::Decoder::missing_bytes)).
-    /// Large messages then go in larger packets than 64 KiB.
+    /// Large messages then go in larger packets than 64 KiB, which a receiver without `missing_bytes` would lose.
     pub fn announce_length(&mut self) {
         self.open.unsent_head = self.open.unsent_bytes;
+    }
+
+    #[cfg(test)]
+    pub(crate) fn withdraw_announcement(&mut self) {
+        self.open.unsent_head = 0;
     }
 
     /// Most bytes of a packet that the socket takes; `None` on a stream. Messages of a codec that asks for

@@ -88,7 +88,8 @@ impl<D, E> Framed<D, E> {
 
 impl<D, E> Framed<D, E> {
     /// Takes everything apart: the socket, the codecs, what was received and not decoded, and what was accepted and not
-    /// sent. No message and no descriptor is lost; a message that was sent in part is in `unsent` with the rest of it.
+    /// sent. No message and no descriptor is lost, except that descriptors received before an error of the receiving
+    /// direction are closed. Of a message that was sent in part, `unsent` has the rest.
     pub fn into_parts(self) -> Parts<D, E> {
         let (shared, decoder, received, received_fds) = self.read.into_parts();
         let (socket, encoder, unsent) = self.write.into_parts();
@@ -129,14 +130,19 @@ impl<D, E> Framed<D, E> {
         self.read.socket()
     }
 
-    /// The receiving direction.
-    pub fn read_half(&mut self) -> &mut ReadHalf<D> {
-        &mut self.read
+    /// The decoder.
+    pub fn decoder_mut(&mut self) -> &mut D {
+        self.read.decoder_mut()
     }
 
-    /// The sending direction.
-    pub fn write_half(&mut self) -> &mut WriteHalf<E> {
-        &mut self.write
+    /// The encoder.
+    pub fn encoder_mut(&mut self) -> &mut E {
+        self.write.encoder_mut()
+    }
+
+    /// Number of bytes and of descriptors that were accepted and are not sent.
+    pub fn unsent(&self) -> (usize, usize) {
+        self.write.unsent()
     }
 
     /// See [`WriteHalf::flush`].
@@ -206,8 +212,9 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
 // Nothing in it is pinned: codecs are only ever used through `&mut`.
 impl<D, E> Unpin for Framed<D, E> {}
 
-/// What a [`Framed`] consists of.
+/// What a [`Framed`] consists of, from [`Framed::into_parts`].
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Parts<D, E = D> {
     /// The socket.
     pub socket: Socket,
@@ -219,7 +226,7 @@ pub struct Parts<D, E = D> {
     pub received: BytesMut,
     /// Descriptors received that no message has claimed.
     pub received_fds: FdQueue<OwnedFd>,
-    /// Bytes and descriptors accepted and not sent.
+    /// Bytes and descriptors accepted and not sent. What you append is sent as one more message.
     pub unsent: SendBuf<OwnedFd>,
 }
 

@@ -10,15 +10,16 @@ use futures::Stream;
 use tokio::task::coop;
 
 use crate::{
-    Decoder, Error, FdQueue, Socket,
+    Decoder, Error, FdQueue, Socket, SocketKind,
     codec::{Inbound, Step},
-    socket::close_unwanted,
+    socket::{Received, close_unwanted},
 };
 
 /// The receiving direction of a [`Framed`](crate::Framed): a [`Stream`] of messages.
 ///
 /// Yields what is complete before it receives again. After an error it ends; what had been received by then is closed.
-/// Where the peer closed without reading everything, the last item is [`Error::Reset`], after all that the peer had sent.
+/// Where the peer closed without reading everything, the last item is [`Error::Reset`], after all that the peer had sent;
+/// unless a send on another thread is being told so at that moment.
 ///
 /// # Cancel safety
 /// `next()` can be dropped at any await and called again: nothing is lost.
@@ -30,7 +31,8 @@ pub struct ReadHalf<D> {
 
 impl<D> ReadHalf<D> {
     pub(super) fn new(socket: Arc<Socket>, decoder: D, bytes: BytesMut, fds: FdQueue<OwnedFd>) -> Self {
-        Self { decoder, receiver: Receiver { socket, inbound: Inbound::new(bytes, fds) } }
+        let inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
+        Self { decoder, receiver: Receiver { socket, inbound, over: false } }
     }
 
     /// The socket, for its options and its peer.
@@ -69,7 +71,7 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                 }
                 Ok(Step::Receive) => drop(coop),
                 Ok(Step::End) => {
-                    return Poll::Ready(receiver.socket.take_reset().then(|| Err(Error::Reset.into())));
+                    return Poll::Ready(receiver.last_word().map(|error| Err(error.into())));
                 }
                 Err(error) => {
                     receiver.end();
@@ -91,29 +93,33 @@ impl<D> Unpin for ReadHalf<D> {}
 struct Receiver {
     socket: Arc<Socket>,
     inbound: Inbound,
+    /// The last error, or the end, was yielded.
+    over: bool,
 }
 
 impl Receiver {
     /// Receives something, or the end.
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        let Self { socket, inbound } = self;
+        let Self { socket, inbound, .. } = self;
         let received = ready!(socket.poll_recv(cx, &mut inbound.bytes, &mut inbound.fds))?;
-        if received.control_truncated {
-            return Poll::Ready(Err(Error::TruncatedControl));
-        }
-        if received.packet_truncated {
-            return Poll::Ready(Err(Error::TruncatedPacket));
-        }
-        match received.bytes {
-            0 => inbound.end_of_stream(),
+        match received {
+            Received { packet_truncated: true, .. } => return Poll::Ready(Err(Error::TruncatedPacket)),
+            Received { control_truncated: true, .. } => inbound.received_truncated(),
+            Received { bytes: 0, .. } => inbound.end_of_stream(),
             _ => inbound.received(),
         }
         Poll::Ready(Ok(()))
     }
 
+    /// What is to be said at the end of the stream, once.
+    fn last_word(&mut self) -> Option<Error> {
+        let said = std::mem::replace(&mut self.over, true);
+        (!said && self.socket.was_reset()).then_some(Error::Reset)
+    }
+
     /// Nothing is yielded any more.
     fn end(&mut self) {
-        self.socket.take_reset(); // one error is enough
+        self.over = true;
         self.inbound.end();
         self.close_fds();
     }

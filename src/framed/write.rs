@@ -9,13 +9,12 @@ use std::{
 };
 
 use futures::Sink;
-use nix::libc;
 
 use crate::{
-    Codec, Encoder, Error, SendBuf, SendError, Socket, SocketKind,
+    Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket, SocketKind,
     codec::Carrier,
     limits::Limits,
-    socket::{SendWait, close_unwanted},
+    socket::{SendWait, TooLarge, close_unwanted},
 };
 
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
@@ -40,11 +39,13 @@ pub struct WriteHalf<E> {
 
 impl<E> WriteHalf<E> {
     pub(super) fn new(socket: Arc<Socket>, encoder: E, mut unsent: SendBuf) -> Self {
-        let largest = match socket.kind() {
-            SocketKind::Stream => Carrier::Stream,
-            SocketKind::SeqPacket => Carrier::packets(socket.send_buffer_size().unwrap_or(0)),
-        };
+        let largest = largest_carrier(&socket);
         unsent.set_max_packet_bytes(largest.max_packet_bytes());
+        // What a user has put there is a message.
+        let state = match unsent.commit(Grouping::Free) {
+            Ok(()) => State::Open,
+            Err(error) => State::Failed(error.into()),
+        };
         Self {
             encoder,
             sender: Sender {
@@ -53,7 +54,7 @@ impl<E> WriteHalf<E> {
                 carrier: largest,
                 largest,
                 wait: SendWait::default(),
-                state: State::Open,
+                state,
                 shut_down_on_drop: false,
             },
         }
@@ -99,8 +100,8 @@ impl<E> WriteHalf<E> {
         poll_fn(|cx| self.sender.poll_flush(cx)).await
     }
 
-    /// Flushes, then shuts down the sending direction: the peer sees the end of the stream. The receiving direction goes
-    /// on.
+    /// Flushes, then shuts down the sending direction, also where the flush has failed: the peer sees the end of the stream. The
+    /// receiving direction goes on.
     ///
     /// # Errors
     /// As for [`flush`](Self::flush).
@@ -141,6 +142,7 @@ impl<E: Codec> WriteHalf<E> {
 
 /// Room for one message, from [`WriteHalf::reserve`].
 #[derive(Debug)]
+#[must_use = "nothing is sent with a permit that is dropped"]
 pub struct Permit<'a, E> {
     half: &'a mut WriteHalf<E>,
 }
@@ -228,6 +230,13 @@ fn repeat(error: &io::Error) -> io::Error {
     }
 }
 
+fn largest_carrier(socket: &Socket) -> Carrier {
+    match socket.kind() {
+        SocketKind::Stream => Carrier::Stream,
+        SocketKind::SeqPacket => Carrier::packets(socket.send_buffer_size().unwrap_or(0)),
+    }
+}
+
 impl Sender {
     /// Sends until there is room for one more message.
     fn poll_ready(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<Result<(), Error>> {
@@ -244,15 +253,17 @@ impl Sender {
     }
 
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        ready!(self.poll_flush(cx))?;
-        if let State::Open = self.state {
-            self.state = State::Closed;
-            match self.socket.shutdown(Shutdown::Write) {
-                Err(error) if error.kind() != io::ErrorKind::NotConnected => return Poll::Ready(Err(error.into())),
-                _ => {}
-            }
+        let flushed = ready!(self.poll_flush(cx));
+        if let State::Closed = self.state {
+            return Poll::Ready(Ok(()));
         }
-        Poll::Ready(Ok(()))
+        let shut_down = self.socket.shutdown(Shutdown::Write);
+        flushed?;
+        self.state = State::Closed;
+        match shut_down {
+            Err(error) if error.kind() != io::ErrorKind::NotConnected => Poll::Ready(Err(error.into())),
+            _ => Poll::Ready(Ok(())),
+        }
     }
 
     fn poll_send_until(&mut self, cx: &mut Context<'_>, enough: impl Fn(&SendBuf) -> bool) -> Poll<Result<(), Error>> {
@@ -270,22 +281,26 @@ impl Sender {
 
     /// One `sendmsg` of as much as it takes, if it takes any.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Self { socket, buf, carrier, wait, .. } = self;
+        let Self { socket, buf, carrier, largest, wait, .. } = self;
         let plan = buf.plan(*carrier);
         let fds = buf.first_fds(plan.fds).map(OwnedFd::as_fd);
         let sent = ready!(socket.poll_send(cx, wait, &buf.io_slices(plan.bytes), fds));
         match sent {
             Ok(sent) => {
                 buf.sent(plan, sent);
-                if buf.is_empty() {
-                    *carrier = self.largest;
-                }
+                *carrier = carrier.larger(*largest);
             }
-            Err(error) => match (error.raw_os_error(), carrier.smaller_than(plan.bytes)) {
-                (Some(libc::EMSGSIZE | libc::ENOBUFS), Some(smaller)) if buf.plan(smaller) != plan => {
-                    *carrier = smaller
+            Err(error) => match TooLarge::from_error(&error) {
+                // The buffer has been made smaller, or else it is final.
+                Some(TooLarge::ForBuffer) if largest_carrier(socket) != *largest => {
+                    *largest = largest_carrier(socket);
+                    *carrier = *largest;
+                    buf.set_max_packet_bytes(largest.max_packet_bytes());
                 }
-                (Some(libc::ENOBUFS), _) => wait.a_while(),
+                Some(TooLarge::ForMemory) => match carrier.smaller_than(plan.bytes) {
+                    smaller if buf.plan(smaller) != plan => *carrier = smaller,
+                    _ => wait.a_while(socket),
+                },
                 _ => return Poll::Ready(Err(error)),
             },
         }

@@ -35,12 +35,17 @@ impl TryFrom<OwnedFd> for Socket {
             Err(Errno::ENOTCONN) => return Err(unfit("it is not connected")),
             connected => drop(connected?),
         }
-        setsockopt(&fd, sockopt::PassCred, &false)?;
-        match setsockopt(&fd, sys::PassPidfd, &false) {
-            Err(Errno::ENOPROTOOPT) => {} // a kernel before 6.5
-            switched_off => switched_off?,
-        }
+        only_fds(&fd)?;
         Self::register(fd, kind)
+    }
+}
+
+/// Switches off what takes the descriptors' room in control data, and keeps reads from merging what processes wrote.
+pub(super) fn only_fds(fd: &OwnedFd) -> Result<()> {
+    setsockopt(fd, sockopt::PassCred, &false)?;
+    match setsockopt(fd, sys::PassPidfd, &false) {
+        Err(Errno::ENOPROTOOPT) => Ok(()), // a kernel before 6.5
+        switched_off => Ok(switched_off?),
     }
 }
 

@@ -18,7 +18,7 @@ use crate::sys::{self, Received};
 
 impl Socket {
     /// Receives into the spare room of `bytes`, of which there must be some, and appends what descriptors come to
-    /// `fds`. `ECONNRESET` is no error but something to [ask for](Self::take_reset) at the end.
+    /// `fds`. `ECONNRESET` is no error but something to [ask for](Self::was_reset) at the end.
     ///
     /// Readiness is kept until `EAGAIN`: a read that ends at a barrier of descriptors leaves data behind, for which no
     /// new event comes.
@@ -42,10 +42,10 @@ impl Socket {
         }
     }
 
-    /// Whether the peer has closed with unread data, since this was last asked. The kernel says so once, to a receive or
-    /// to a send: on STREAM after the data that is left to read, on SEQPACKET before it.
-    pub(crate) fn take_reset(&self) -> bool {
-        self.reset.swap(false, Ordering::Relaxed)
+    /// Whether the peer has closed with unread data. The kernel says so once, to a receive or to a send: on STREAM after the
+    /// data that is left to read, on SEQPACKET before it.
+    pub(crate) fn was_reset(&self) -> bool {
+        self.reset.load(Ordering::Relaxed)
     }
 
     /// Sends bytes, and with their first byte descriptors. Returns the number of bytes sent; all descriptors are sent
@@ -62,10 +62,10 @@ impl Socket {
             let coop = ready!(coop::poll_proceed(cx));
             match sys::sendmsg(self.as_fd(), bytes, fds.clone()) {
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => wait.until_writable(self.as_fd()),
+                    Some(libc::EAGAIN) => wait.until_writable(self),
                     // Too many descriptors of this uid are in flight. They get fewer when receivers receive, which no
                     // event announces: the socket reports writable all along.
-                    Some(libc::ETOOMANYREFS) => wait.a_while(),
+                    Some(libc::ETOOMANYREFS) => wait.a_while(self),
                     Some(libc::EINTR) => {}
                     Some(libc::ECONNRESET) => {
                         self.reset.store(true, Ordering::Relaxed);
@@ -110,26 +110,46 @@ impl SendWait {
         Poll::Ready(Ok(()))
     }
 
-    fn until_writable(&mut self, socket: BorrowedFd<'_>) {
-        match socket.try_clone_to_owned().and_then(sys::writable) {
+    fn until_writable(&mut self, socket: &Socket) {
+        let _context = socket.runtime.enter();
+        match socket.as_fd().try_clone_to_owned().and_then(sys::writable) {
             Ok(duplicate) => self.state = State::Writable(duplicate),
-            Err(_) => self.a_while(), // no descriptor left for the duplicate
+            Err(_) => self.a_while(socket), // no descriptor left for the duplicate
         }
     }
 
     /// Waits for a while, longer each time until a send succeeds.
-    pub(crate) fn a_while(&mut self) {
+    pub(crate) fn a_while(&mut self, socket: &Socket) {
+        let _context = socket.runtime.enter();
         self.state = State::Timer(Box::pin(tokio::time::sleep(self.backoff.next())));
     }
 }
 
-/// Closes descriptors that nobody wants, away from the runtime: the last `close` of a TCP socket with `SO_LINGER` and
-/// unsent data blocks until the data is gone or the time is up, non-blocking or not.
+/// Closes descriptors that nobody wants, on a thread of its own: the last `close` of a TCP socket with `SO_LINGER` and unsent
+/// data blocks until the data is gone or the time is up, non-blocking or not. How long is the peer's choice, so no thread
+/// of the runtime may wait for it, nor the runtime's end.
 pub(crate) fn close_unwanted(fds: Vec<OwnedFd>) {
-    if fds.is_empty() {
-        return;
+    if !fds.is_empty() {
+        // Without a thread to be had, they are dropped with the closure.
+        let _ = std::thread::Builder::new().name("fdwire-close".to_owned()).spawn(move || drop(fds));
     }
-    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-        runtime.spawn_blocking(move || drop(fds));
+}
+
+/// What a send of a packet can do about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TooLarge {
+    /// The send buffer holds no packet of this size.
+    ForBuffer,
+    /// There is no kernel memory in one piece for it at the moment.
+    ForMemory,
+}
+
+impl TooLarge {
+    pub(crate) fn from_error(error: &std::io::Error) -> Option<Self> {
+        match error.raw_os_error()? {
+            libc::EMSGSIZE => Some(Self::ForBuffer),
+            libc::ENOBUFS => Some(Self::ForMemory),
+            _ => None,
+        }
     }
 }

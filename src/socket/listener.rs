@@ -1,5 +1,4 @@
 use std::{
-    future::poll_fn,
     io::{Error, ErrorKind, Result},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -18,11 +17,11 @@ use nix::{
         stat::{Mode, fchmod},
     },
 };
-use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     Socket, SocketKind,
-    convert::{set_nonblocking, unfit, unix_socket_kind},
+    convert::{only_fds, set_nonblocking, unfit, unix_socket_kind},
     new_socket,
     path::{PathGuard, unix_addr},
 };
@@ -169,9 +168,9 @@ impl Listener {
     /// Those of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call.
     ///
     /// # Cancel safety
-    /// No connection is lost when dropped.
+    /// No connection is lost when dropped. Any number of tasks may wait at a time.
     pub async fn accept(&self) -> Result<Socket> {
-        poll_fn(|cx| self.poll_accept(cx)).await
+        self.io.async_io(Interest::READABLE, |_| self.try_accept()).await
     }
 
     /// Polls for the next connection of an admitted uid. Only the task that polled last is woken.
@@ -181,19 +180,25 @@ impl Listener {
     pub fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<Result<Socket>> {
         loop {
             let mut ready = ready!(self.io.poll_read_ready(cx))?;
+            if let Ok(accepted) = ready.try_io(|_| self.try_accept()) {
+                return Poll::Ready(accepted);
+            }
+        }
+    }
+
+    /// # Errors
+    /// `WouldBlock` if nobody who is admitted waits.
+    fn try_accept(&self) -> Result<Socket> {
+        loop {
             let fd = match sys::accept(self.as_fd()) {
                 Ok(fd) => fd,
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => {
-                        ready.clear_ready();
-                        continue;
-                    }
                     Some(libc::EINTR | libc::ECONNABORTED) => continue,
-                    _ => return Poll::Ready(Err(error)),
+                    _ => return Err(error),
                 },
             };
             if self.admits(&fd)? {
-                return Poll::Ready(Socket::register(fd, self.kind));
+                return Socket::register(fd, self.kind);
             }
             self.refused.fetch_add(1, Ordering::Relaxed);
         }
@@ -221,6 +226,7 @@ impl TryFrom<OwnedFd> for Listener {
             return Err(unfit("it is not a listening socket"));
         }
         set_nonblocking(&fd)?; // accept has no flag for it
+        only_fds(&fd)?; // accepted sockets inherit it
         Self::register(fd, kind, None)
     }
 }

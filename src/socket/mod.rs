@@ -21,10 +21,12 @@ use nix::{
     errno::Errno,
     sys::socket::{self, AddressFamily, SockFlag, SockType, getsockopt, setsockopt, sockopt},
 };
-use tokio::io::unix::AsyncFd;
+use tokio::{io::unix::AsyncFd, runtime::Handle};
 
-pub(crate) use io::{SendWait, close_unwanted};
+pub(crate) use io::{SendWait, TooLarge, close_unwanted};
 pub use listener::Listener;
+
+pub(crate) use crate::sys::Received;
 
 use crate::sys;
 
@@ -85,6 +87,8 @@ pub struct PeerCred {
 pub struct Socket {
     io: AsyncFd<OwnedFd>,
     kind: SocketKind,
+    /// Where it is registered. Waiting has to register more, wherever it is polled from.
+    runtime: Handle,
     /// Whether the kernel has said `ECONNRESET`.
     reset: AtomicBool,
 }
@@ -136,7 +140,7 @@ impl Socket {
 
     /// Registers a connected socket. Nobody else knows the descriptor's number.
     fn register(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
-        Ok(Self { io: sys::readable(fd)?, kind, reset: AtomicBool::new(false) })
+        Ok(Self { io: sys::readable(fd)?, kind, runtime: Handle::current(), reset: AtomicBool::new(false) })
     }
 
     /// Which kind it is.

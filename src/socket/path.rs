@@ -114,7 +114,8 @@ fn take_lock(path: &Path) -> Result<(PathBuf, Flock<File>)> {
             .truncate(false)
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
-            .open(&lock_path)?;
+            .open(&lock_path)
+            .map_err(|error| Error::new(error.kind(), format!("{}: {error}", lock_path.display())))?;
         let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => lock,
             Err((_, Errno::EAGAIN)) => return Err(in_use(path)),

@@ -168,9 +168,9 @@ fn a_descriptor_is_closed_once_it_is_sent() {
         let (mut tx, rx) = framed_pair(kind);
         let (reader, writer) = std::io::pipe().unwrap();
         tx.feed(Frame::new("").with_fd(writer)).await.unwrap();
-        assert_eq!(tx.write_half().unsent(), (8, 1));
+        assert_eq!(tx.unsent(), (8, 1));
         tx.flush().await.unwrap();
-        assert_eq!(tx.write_half().unsent(), (0, 0));
+        assert_eq!(tx.unsent(), (0, 0));
         drop(rx); // the kernel closes what was not received
         assert_eq!(std::io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");
     });
@@ -274,5 +274,62 @@ fn a_fast_peer_does_not_starve_other_tasks() {
         assert!(turns.load(Ordering::Relaxed) > 3, "the other task had no turn");
         stop.store(true, Ordering::Relaxed);
         other.await.unwrap();
+    });
+}
+
+#[test]
+fn what_is_put_into_the_parts_is_sent() {
+    counted(async |kind| {
+        let (tx, mut rx) = framed_pair(kind);
+        let mut parts: Parts<FrameCodec> = tx.into_parts();
+        parts.unsent.put_slice(&encoded(b"by hand", 1));
+        parts.unsent.put_fd(marked(1));
+        let mut tx = Framed::from_parts(parts);
+        tx.send(Frame::new("and on")).await.unwrap();
+        assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [1]);
+        assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "and on");
+
+        let mut parts: Parts<FrameCodec> = tx.into_parts();
+        parts.unsent.put_fd(marked(1)); // a stream would drop it silently
+        let mut tx = Framed::from_parts(parts);
+        assert!(tx.flush().await.is_err());
+        assert_eq!(tx.into_parts().unsent.fd_count(), 1);
+    });
+}
+
+#[test]
+fn descriptors_of_other_control_messages_are_owned_too() {
+    counted(async |kind| {
+        use nix::libc;
+        use nix::{setsockopt_impl, sys::socket::SetSockOpt};
+        #[derive(Clone)]
+        struct PassPidfd;
+        const SO_PASSPIDFD: i32 = 76;
+        setsockopt_impl!(PassPidfd, libc::SOL_SOCKET, SO_PASSPIDFD, bool, nix::sys::socket::sockopt::SetBool);
+        let (mut rx, peer) = with_raw_peer(kind);
+        if PassPidfd.set(rx.socket(), &true).is_err() {
+            return eprintln!("skipped: SO_PASSPIDFD is not to be had");
+        }
+        raw_send(&peer, &encoded(b"", 253), &(0..253).map(marked).collect::<Vec<_>>());
+        assert!(marks(&rx.try_next().await.unwrap().unwrap()).into_iter().eq(0..253));
+    });
+}
+
+#[test]
+fn polling_outside_of_the_runtime_waits_too() {
+    counted(async |kind| {
+        let (mut tx, mut rx) = framed_pair(kind);
+        let receive = tokio::spawn(async move { rx.try_next().await.unwrap().unwrap() });
+        let send = std::thread::spawn(move || {
+            // An executor that knows nothing of tokio.
+            let waker = futures::task::noop_waker();
+            let mut context = std::task::Context::from_waker(&waker);
+            let mut sending = tx.send(Frame::new(vec![0; 4 << 20]).with_fd(marked(1)));
+            while futures::FutureExt::poll_unpin(&mut sending, &mut context).is_pending() {
+                std::thread::yield_now();
+            }
+        });
+        assert_eq!(marks(&receive.await.unwrap()), [1]);
+        send.join().unwrap();
     });
 }

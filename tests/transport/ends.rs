@@ -239,3 +239,61 @@ fn a_peer_that_takes_no_descriptors_is_an_error_that_sends_nothing() {
         assert!(b.next().await.is_none());
     });
 }
+
+#[test]
+fn nothing_follows_the_end() {
+    counted(async |kind| {
+        let (mut a, peer) = with_raw_peer(kind);
+        a.send(Frame::new("never read")).await.unwrap();
+        raw_send(&peer, b"?", &[]);
+        assert!(matches!(a.next().await, Some(Err(Error::BadMagic { .. }))));
+        assert!(a.next().await.is_none());
+        drop(peer);
+        assert!(a.send(Frame::new("learns of the reset")).await.is_err());
+        assert!(a.next().await.is_none());
+    });
+}
+
+#[test]
+fn closing_after_a_failure_still_ends_the_direction() {
+    counted(async |kind| {
+        let (mut a, mut b) = framed_pair(kind);
+        if b.socket().set_refuse_fds(true).is_err() {
+            return eprintln!("skipped: SO_PASSRIGHTS is not to be had");
+        }
+        assert!(a.send(Frame::new("").with_fd(marked(1))).await.is_err());
+        assert!(a.close().await.is_err());
+        assert!(b.next().await.is_none());
+    });
+}
+
+#[test]
+fn a_sender_whose_peer_is_killed_gets_back_what_was_not_sent() {
+    const ROLE: &str = "ends::a_sender_whose_peer_is_killed_gets_back_what_was_not_sent";
+    if let Some(socket) = role_socket(ROLE) {
+        return run(async {
+            let mut rx = Framed::new(Socket::try_from(socket).unwrap(), FrameCodec::default());
+            rx.send(Frame::new("ready")).await.unwrap();
+            rx.try_next().await.unwrap().unwrap();
+            kill(Pid::this(), Signal::SIGKILL).unwrap();
+        });
+    }
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        let mut tx = Framed::new(a, FrameCodec::default());
+        let mut child = spawn_role(ROLE, None, b.into());
+        assert_eq!(tx.try_next().await.unwrap().unwrap().payload, "ready");
+        let mut accepted = 0;
+        let refused = loop {
+            let frame = Frame::new(vec![0; 100_000]).with_fd(marked(accepted));
+            match tx.feed(frame).await {
+                Ok(()) => accepted += 1,
+                Err(refused) => break refused.item.unwrap(),
+            }
+        };
+        assert_eq!(marks(&refused), [accepted]);
+        let unsent = tx.into_parts().unsent.into_parts().1;
+        assert!(unsent.iter().map(crate::common::mark_of).eq(accepted - unsent.len() as u32..accepted));
+        child.wait().unwrap();
+    });
+}

@@ -25,6 +25,9 @@ fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
             let limit = open_fds() as u64 + 10;
             setrlimit(Resource::RLIMIT_NOFILE, limit, limit).unwrap();
             let before = open_fds();
+            // What was complete before the loss is still good.
+            assert_eq!(rx.try_next().await.unwrap().unwrap().fds.len(), 2);
+            assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "none");
             assert!(matches!(rx.next().await, Some(Err(Error::TruncatedControl))));
             assert!(rx.next().await.is_none());
             // They are closed on another thread.
@@ -38,7 +41,10 @@ fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
         let mut tx = Framed::new(a, FrameCodec::default());
         let child = spawn_role("limits::a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing", None, b.into());
         assert_eq!(tx.try_next().await.unwrap().unwrap().payload, "ready");
-        tx.send(Frame::new("many").with_fds((0..50).map(marked))).await.unwrap();
+        tx.feed(Frame::new("few").with_fds((0..2).map(marked))).await.unwrap();
+        tx.feed(Frame::new("none")).await.unwrap();
+        tx.feed(Frame::new("many").with_fds((0..50).map(marked))).await.unwrap();
+        tx.send(Frame::new("none, and too late")).await.unwrap();
         assert!(ended(child).await.success());
     });
 }
@@ -57,7 +63,7 @@ fn too_many_descriptors_in_flight_are_waited_for() {
             tx.send(frame(1)).await.unwrap();
             let stuck = timeout(Duration::from_millis(100), tx.send(frame(2))).await;
             assert!(stuck.is_err(), "80 descriptors of this uid are in flight, the limit of 64 is not there");
-            assert_eq!(tx.write_half().unsent(), (9, 40));
+            assert_eq!(tx.unsent(), (9, 40));
             std::fs::write("/proc/self/comm", "stuck").unwrap(); // for the parent
             tx.close().await.unwrap();
             assert!(tx.next().await.is_none());
@@ -109,7 +115,7 @@ fn a_sink_waits_when_its_limits_are_reached() {
         let mut sent = 0;
         while timeout(Duration::ZERO, tx.feed(Frame::new(vec![0; 50_000]).with_fd(marked(sent)))).await.is_ok() {
             sent += 1;
-            let (bytes, fds) = tx.write_half().unsent();
+            let (bytes, fds) = tx.unsent();
             assert!(bytes < (256 << 10) + 50_008 && fds <= 6);
         }
         let receive = async {
