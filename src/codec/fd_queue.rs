@@ -29,7 +29,10 @@ impl<F> FdQueue<F> {
 
     /// Takes the `count` descriptors that arrived first; none if fewer wait.
     pub fn take(&mut self, count: usize) -> Option<Fds<F>> {
-        (count <= self.0.len()).then(|| self.0.drain(..count).collect())
+        match count {
+            0 => Some(Fds::new()),
+            _ => (count <= self.0.len()).then(|| self.0.drain(..count).collect()),
+        }
     }
 
     /// Takes all descriptors that wait.
