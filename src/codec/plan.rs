@@ -1,4 +1,4 @@
-use super::{Grouping, SendBuf, inbound::SMALL_PACKET};
+use super::{Grouping, SendBuf, inbound::SMALL_PACKET, send_buf::Message};
 use crate::limits::SCM_MAX_FD;
 
 /// What one `sendmsg` is to carry: the first `bytes` that wait, and the first `fds`.
@@ -63,6 +63,17 @@ impl Carrier {
     const SMALLEST: usize = 2048;
 }
 
+impl Message {
+    /// Whether `later` may go out in a call that this message begins.
+    fn shares_a_call_with(&self, later: &Self) -> bool {
+        match (self.grouping, later.grouping) {
+            (Grouping::Free, Grouping::Free) => true,
+            (Grouping::Alone, _) | (_, Grouping::Alone) => false,
+            _ => later.unsent_fds == 0,
+        }
+    }
+}
+
 impl<F> SendBuf<F> {
     /// The next send: as many waiting messages as one call takes, their descriptors with them. Empty only if nothing
     /// waits.
@@ -78,34 +89,39 @@ impl<F> SendBuf<F> {
     /// than the message has left.
     pub(crate) fn plan(&self, carrier: Carrier) -> Plan {
         let Some(first) = self.messages.front() else { return Plan::default() };
-        let (small, mut room) = match carrier {
-            Carrier::Stream => (usize::MAX, usize::MAX),
-            Carrier::Packets { small, .. } if first.grouping == Grouping::Alone => (small, first.unsent_bytes),
-            Carrier::Packets { small, large } if first.unsent_head == 0 => (small, large.min(first.unsent_bytes)),
-            Carrier::Packets { small, .. } => (small, small),
+        let (small, large, mut room) = match carrier {
+            Carrier::Stream => (usize::MAX, usize::MAX, usize::MAX),
+            // Sent whole whatever its size. `commit` has seen to it that it fits.
+            Carrier::Packets { .. } if first.grouping == Grouping::Alone => {
+                (usize::MAX, usize::MAX, first.unsent_bytes)
+            }
+            Carrier::Packets { small, large } if first.unsent_head == 0 => {
+                (small, large, large.min(first.unsent_bytes))
+            }
+            Carrier::Packets { small, large } => (small, large, small),
         };
         // Only as many bytes as there are pieces for, or what is cut off would lose its descriptors' place.
         room = room.min(self.pieces().map(<[u8]>::len).sum());
-        let first_keeps_apart = first.grouping != Grouping::Free && first.unsent_fds > 0;
 
         let mut plan = Plan::default();
         for message in &self.messages {
+            let fits_a_packet = message.unsent_bytes <= small;
             if plan.bytes > 0 {
-                let keeps_apart = first_keeps_apart || message.grouping != Grouping::Free;
-                if first.grouping == Grouping::Alone
-                    || message.grouping == Grouping::Alone
-                    || (keeps_apart && message.unsent_fds > 0)
-                {
+                if !first.shares_a_call_with(message) {
                     break;
                 }
-                let whole_fits_later = message.unsent_bytes <= small;
-                if message.unsent_bytes > room && (whole_fits_later || room < message.unsent_head) {
+                if message.unsent_bytes > room && (fits_a_packet || room < message.unsent_head) {
                     break; // cut only what is too long for a packet, and not inside its head
                 }
             }
             let fds = message.unsent_fds.min(SCM_MAX_FD - self.ahead - plan.fds);
             let keep = (message.unsent_fds - fds).div_ceil(SCM_MAX_FD);
-            let bytes = room.min(message.unsent_bytes - keep);
+            let (most, head) = (room.min(message.unsent_bytes - keep), message.unsent_head);
+            // The receiver copies what comes with the head to where it has room for the rest. Let that be the head alone,
+            // unless the rest takes a packet more then.
+            let packets_after = |first: usize| (message.unsent_bytes - first).div_ceil(large);
+            let only_head = !fits_a_packet && 0 < head && head < most && packets_after(head) == packets_after(most);
+            let bytes = if only_head { head } else { most };
             if bytes == 0 {
                 break;
             }
