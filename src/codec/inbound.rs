@@ -52,12 +52,12 @@ pub(crate) enum Step<T> {
 pub(crate) const SMALL_PACKET: usize = 64 << 10;
 
 /// Usual size of a page. Where it is another, some receives are slower and nothing else.
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 /// The first bytes of a page, where no buffer is to begin. The kernel keeps data from the start of a page on, and on AMD
 /// processors a copy takes up to ten times as long if it goes up to 31 bytes further into a page than it comes from (`rep
 /// movsb`, <https://sourceware.org/bugzilla/show_bug.cgi?id=30994>). Large blocks of malloc begin 16 bytes into a page.
-const PAGE_START: usize = 64;
+pub(super) const PAGE_START: usize = 64;
 
 fn is_page_start(buffer: &BytesMut) -> bool {
     buffer.as_ptr().addr() % PAGE < PAGE_START

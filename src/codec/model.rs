@@ -290,7 +290,7 @@ fn frame(payload: usize, fds: u32) -> Frame<u32> {
     Frame { payload: vec![7; payload].into(), fds: (0..fds).collect() }
 }
 
-const PACKETS: Carrier = Carrier::Packets { small: SMALL_PACKET, large: 200_000 };
+const PACKETS: Carrier = Carrier::Packets { small: SMALL_PACKET, large: 196_608 };
 
 #[test]
 fn waiting_frames_go_out_in_one_call() {
@@ -323,8 +323,8 @@ fn codecs_choose_how_messages_share_calls() {
 fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
     let mut buf = SendBuf::new();
     buf.set_max_packet_bytes(PACKETS.max_packet_bytes());
-    buf.put_slice(&[0; 200_001]);
-    assert!(matches!(buf.commit(Grouping::Alone), Err(Error::FrameTooLong { bytes: 200_001, limit: 200_000 })));
+    buf.put_slice(&[0; 196_609]);
+    assert!(matches!(buf.commit(Grouping::Alone), Err(Error::FrameTooLong { bytes: 196_609, limit: 196_608 })));
     buf.roll_back();
     buf.put_slice(b"two");
     buf.put_fds(0..254);
@@ -347,8 +347,8 @@ fn more_than_253_descriptors_take_more_calls() {
 fn the_rest_of_a_large_frame_goes_in_large_packets() {
     assert_eq!(calls(PACKETS, [frame(SMALL_PACKET - 8, 0)]), 1);
     assert_eq!(calls(PACKETS, [frame(SMALL_PACKET - 7, 0)]), 2);
-    assert_eq!(calls(PACKETS, [frame(SMALL_PACKET + 200_000 - 8, 0)]), 2);
-    assert_eq!(calls(PACKETS, [frame(1 << 20, 0)]), 1 + ((1 << 20) + 8 - SMALL_PACKET).div_ceil(200_000));
+    assert_eq!(calls(PACKETS, [frame(SMALL_PACKET + 196_608 - 8, 0)]), 2);
+    assert_eq!(calls(PACKETS, [frame(1 << 20, 0)]), 1 + ((1 << 20) + 8 - SMALL_PACKET).div_ceil(196_608));
 }
 
 #[test]

@@ -1,4 +1,8 @@
-use super::{Grouping, SendBuf, inbound::SMALL_PACKET, send_buf::Message};
+use super::{
+    Grouping, SendBuf,
+    inbound::{PAGE, SMALL_PACKET},
+    send_buf::Message,
+};
 use crate::limits::SCM_MAX_FD;
 
 /// What one `sendmsg` is to carry: the first `bytes` that wait, and the first `fds`.
@@ -89,17 +93,17 @@ impl<F> SendBuf<F> {
     /// than the message has left.
     pub(crate) fn plan(&self, carrier: Carrier) -> Plan {
         let Some(first) = self.messages.front() else { return Plan::default() };
-        let (small, large, mut room) = match carrier {
-            Carrier::Stream => (usize::MAX, usize::MAX, usize::MAX),
-            // Sent whole whatever its size. `commit` has seen to it that it fits.
-            Carrier::Packets { .. } if first.grouping == Grouping::Alone => {
-                (usize::MAX, usize::MAX, first.unsent_bytes)
+        let (small, large) = match carrier {
+            // Whole pages: each packet of a message begins where the one before it began in a page, in the sender's memory and
+            // in the receiver's, and none strays to where copies are slow ([`PAGE_START`](super::inbound::PAGE_START)).
+            Carrier::Packets { small, large } if first.grouping != Grouping::Alone => {
+                (small, if large < PAGE { large } else { large - large % PAGE })
             }
-            Carrier::Packets { small, large } if first.unsent_head == 0 => {
-                (small, large, large.min(first.unsent_bytes))
-            }
-            Carrier::Packets { small, large } => (small, large, small),
+            // A message that has a packet to itself goes whole. `commit` has seen to it that it fits.
+            _ => (usize::MAX, usize::MAX),
         };
+        let rest_of_long_message = large < usize::MAX && first.unsent_head == 0;
+        let mut room = if rest_of_long_message { large.min(first.unsent_bytes) } else { small };
         // Only as many bytes as there are pieces for, or what is cut off would lose its descriptors' place.
         room = room.min(self.pieces().map(<[u8]>::len).sum());
 
