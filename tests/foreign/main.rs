@@ -1,0 +1,79 @@
+//! Protocols that are not ours, against the programs that speak them. Codecs are written as a user of the crate would
+//! write them, against its public face only.
+//!
+//! A test whose program is not installed skips itself and prints why; with `FDWIRE_REQUIRE_FOREIGN=1` it fails instead.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod dbus;
+
+use std::{
+    fs::File,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
+
+/// Where a program is. `None`, with the reason printed, where it is not installed.
+fn installed(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut directories: Vec<_> = std::env::split_paths(&path).collect();
+    directories.push("/usr/sbin".into());
+    let found = directories.into_iter().map(|directory| directory.join(program)).find(|path| path.is_file());
+    if found.is_none() {
+        skipped(&format!("{program} is not installed"));
+    }
+    found
+}
+
+fn skipped(reason: &str) {
+    assert!(std::env::var_os("FDWIRE_REQUIRE_FOREIGN").is_none(), "{reason}, and FDWIRE_REQUIRE_FOREIGN is set");
+    eprintln!("skipped: {reason}");
+}
+
+/// A program that runs until it is dropped; then it is killed with all that it started, and if the test has failed, its
+/// complaints are printed.
+struct Daemon {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Starts it with its standard error in a file of `directory`.
+    fn start(command: &mut Command, directory: &Path) -> Self {
+        let log = directory.join("log");
+        command.stderr(File::create(&log).unwrap()).process_group(0);
+        let child = command.spawn().unwrap();
+        Self { child, log }
+    }
+
+    /// Repeats what succeeds once the program is ready.
+    async fn ready<T, E>(&mut self, attempt: impl AsyncFn() -> Result<T, E>) -> T {
+        let mut interval = tokio::time::interval(Duration::from_millis(20));
+        for _ in 0..1000 {
+            interval.tick().await;
+            if let Ok(ready) = attempt().await {
+                return ready;
+            }
+            assert!(self.child.try_wait().unwrap().is_none(), "the program has ended");
+        }
+        panic!("the program is not ready after 20 seconds");
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = killpg(Pid::from_raw(self.child.id() as i32), Signal::SIGKILL);
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("{}", std::fs::read_to_string(&self.log).unwrap_or_default());
+        }
+    }
+}
