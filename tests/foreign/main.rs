@@ -7,6 +7,7 @@
 mod common;
 
 mod dbus;
+mod wayland;
 
 use std::{
     fs::File,
