@@ -7,6 +7,8 @@
 mod common;
 
 mod dbus;
+mod netcat;
+mod ssh;
 mod wayland;
 
 use std::{

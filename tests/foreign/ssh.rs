@@ -1,0 +1,103 @@
+//! A real `ssh` that gets its connection to a real `sshd` from the example `ssh_proxy`.
+
+use std::{
+    fs::Permissions,
+    net::TcpListener,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, Output, Stdio},
+};
+
+use tokio::net::TcpStream;
+
+use crate::{
+    Daemon,
+    common::{example, run},
+    installed, skipped,
+};
+
+fn generate_key(program: &Path, path: &Path) -> String {
+    let mut command = Command::new(program);
+    let made = command.args(["-q", "-t", "ed25519", "-N", "", "-C", "test", "-f"]).arg(path).status().unwrap();
+    assert!(made.success());
+    std::fs::read_to_string(path.with_extension("pub")).unwrap()
+}
+
+/// Keys, a configuration and a running server in `directory`. Returns its port when it listens.
+async fn start_sshd(program: &Path, keygen: &Path, directory: &Path) -> (Daemon, u16) {
+    std::fs::set_permissions(directory, Permissions::from_mode(0o700)).unwrap();
+    let path = |name: &str| directory.join(name);
+    let host_key = generate_key(keygen, &path("host_key"));
+    std::fs::write(path("authorized_keys"), generate_key(keygen, &path("key"))).unwrap();
+
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    std::fs::write(path("known_hosts"), format!("[127.0.0.1]:{port} {host_key}")).unwrap();
+    let config = format!(
+        "ListenAddress 127.0.0.1:{port}\nHostKey {0}/host_key\nAuthorizedKeysFile {0}/authorized_keys\n\
+         PidFile none\nStrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\n\
+         KbdInteractiveAuthentication no\n",
+        directory.display()
+    );
+    std::fs::write(path("sshd_config"), config).unwrap();
+
+    let mut command = Command::new(program);
+    command.args(["-D", "-e", "-f"]).arg(path("sshd_config")).stdin(Stdio::null()).stdout(Stdio::null());
+    let mut daemon = Daemon::start(&mut command, directory);
+    daemon.ready(async || TcpStream::connect(("127.0.0.1", port)).await).await;
+    (daemon, port)
+}
+
+/// Runs `echo hello` on the server through a proxy command.
+async fn ssh(program: &Path, directory: &Path, port: u16, proxy: &str) -> Output {
+    let path = |name: &str| directory.join(name).display().to_string();
+    let mut command = tokio::process::Command::new(program);
+    command.kill_on_drop(true).stdin(Stdio::null()).args(["-F", "none", "-i", &path("key"), "-p", &port.to_string()]);
+    for option in [
+        "ProxyUseFdpass=yes",
+        &format!("ProxyCommand={proxy}"),
+        &format!("UserKnownHostsFile={}", path("known_hosts")),
+        "GlobalKnownHostsFile=none",
+        "IdentitiesOnly=yes",
+        "IdentityAgent=none",
+        "BatchMode=yes",
+        "LogLevel=ERROR",
+    ] {
+        command.args(["-o", option]);
+    }
+    command.args(["127.0.0.1", "echo", "hello"]).output().await.unwrap()
+}
+
+#[test]
+fn ssh_speaks_on_the_connection_that_our_proxy_passed() {
+    let (Some(sshd), Some(client), Some(keygen)) = (installed("sshd"), installed("ssh"), installed("ssh-keygen"))
+    else {
+        return;
+    };
+    // Where an unprivileged child of sshd is confined to; Debian's unit file makes it, and root can.
+    if std::fs::create_dir_all("/run/sshd").is_err() {
+        return skipped("there is no /run/sshd");
+    }
+    let example = example("ssh_proxy");
+    let proxy = example.get_program().to_str().unwrap();
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let (_daemon, port) = start_sshd(&sshd, &keygen, directory.path()).await;
+        let output = ssh(&client, directory.path(), port, &format!("'{proxy}' %h %p")).await;
+        let complaints = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{complaints}");
+        assert_eq!(output.stdout, b"hello\n", "{complaints}");
+
+        let output = ssh(&client, directory.path(), port, &format!("'{proxy}' %h 1")).await;
+        assert!(!output.status.success());
+        let complaints = String::from_utf8_lossy(&output.stderr);
+        assert!(complaints.contains("ssh_proxy: 127.0.0.1 port 1: Connection refused"), "{complaints}");
+    });
+}
+
+#[test]
+fn the_proxy_says_clearly_that_ssh_does_not_want_a_descriptor() {
+    let output = example("ssh_proxy").args(["127.0.0.1", "1"]).output().unwrap();
+    assert!(!output.status.success());
+    let complaints = String::from_utf8(output.stderr).unwrap();
+    assert!(complaints.contains("use it with ProxyUseFdpass=yes"), "{complaints}");
+}
