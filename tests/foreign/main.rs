@@ -8,6 +8,7 @@ mod common;
 
 mod dbus;
 mod netcat;
+mod python;
 mod ssh;
 mod wayland;
 
