@@ -7,6 +7,8 @@
 mod common;
 
 mod dbus;
+mod kinds;
+mod lines;
 mod netcat;
 mod python;
 mod ssh;
@@ -14,15 +16,24 @@ mod wayland;
 
 use std::{
     fs::File,
-    os::unix::process::CommandExt,
+    io::IoSliceMut,
+    os::{
+        fd::{AsFd, AsRawFd, RawFd},
+        unix::process::CommandExt,
+    },
     path::{Path, PathBuf},
     process::{Child, Command},
     time::Duration,
 };
 
+use common::mark_of;
 use nix::{
-    sys::signal::{Signal, killpg},
-    unistd::Pid,
+    cmsg_space,
+    sys::{
+        signal::{Signal, killpg},
+        socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg},
+    },
+    unistd::{Pid, close},
 };
 
 /// Where a program is. `None`, with the reason printed, where it is not installed.
@@ -40,6 +51,26 @@ fn installed(program: &str) -> Option<PathBuf> {
 fn skipped(reason: &str) {
     assert!(std::env::var_os("FDWIRE_REQUIRE_FOREIGN").is_none(), "{reason}, and FDWIRE_REQUIRE_FOREIGN is set");
     eprintln!("skipped: {reason}");
+}
+
+/// One `recvmsg` of at most so many bytes, without the code under test: bytes, and the marks of the descriptors that came.
+fn raw_recv(socket: &impl AsFd, room: usize) -> (Vec<u8>, Vec<u32>) {
+    let (mut bytes, mut control) = (vec![0; room], cmsg_space!([RawFd; 253]));
+    let mut pieces = [IoSliceMut::new(&mut bytes)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let received = recvmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &mut pieces, Some(&mut control), flags)
+        .expect("something waits");
+    let mut marks = Vec::new();
+    for message in received.cmsgs().unwrap() {
+        let ControlMessageOwned::ScmRights(fds) = message else { continue };
+        for fd in fds {
+            marks.push(mark_of(&File::open(format!("/proc/self/fd/{fd}")).unwrap().into()));
+            close(fd).unwrap();
+        }
+    }
+    let count = received.bytes;
+    bytes.truncate(count);
+    (bytes, marks)
 }
 
 /// A program that runs until it is dropped; then it is killed with all that it started, and if the test has failed, its
