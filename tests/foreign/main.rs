@@ -10,8 +10,11 @@ mod dbus;
 mod kinds;
 mod lines;
 mod netcat;
+mod packets;
+mod payload;
 mod python;
 mod ssh;
+mod switch;
 mod wayland;
 
 use std::{
