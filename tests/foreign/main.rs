@@ -25,7 +25,7 @@ use std::{
         unix::process::CommandExt,
     },
     path::{Path, PathBuf},
-    process::{Child, Command},
+    process::{Child, Command, ExitStatus},
     time::Duration,
 };
 
@@ -92,17 +92,27 @@ impl Daemon {
         Self { child, log }
     }
 
-    /// Repeats what succeeds once the program is ready.
+    /// Repeats what succeeds once the program is ready. The test's own bound ends it otherwise.
     async fn ready<T, E>(&mut self, attempt: impl AsyncFn() -> Result<T, E>) -> T {
         let mut interval = tokio::time::interval(Duration::from_millis(20));
-        for _ in 0..1000 {
+        loop {
             interval.tick().await;
             if let Ok(ready) = attempt().await {
                 return ready;
             }
             assert!(self.child.try_wait().unwrap().is_none(), "the program has ended");
         }
-        panic!("the program is not ready after 20 seconds");
+    }
+
+    /// Waits until the program ends by itself.
+    async fn ended(&mut self) -> ExitStatus {
+        let mut interval = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            interval.tick().await;
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+        }
     }
 }
 

@@ -29,7 +29,7 @@ fn netcat_connects_and_passes_the_connection() {
         let mut command = Command::new(&program);
         command.args(["-F", "127.0.0.1", &server.local_addr().unwrap().port().to_string()]);
         command.stdin(Stdio::null()).stdout(OwnedFd::from(its_stdout));
-        let _netcat = Daemon::start(&mut command, directory.path());
+        let mut program = Daemon::start(&mut command, directory.path());
         drop(command); // and with it our copy of its standard output
 
         let mut netcat = Framed::new(Socket::try_from(ours).unwrap(), PacketCodec::default());
@@ -39,7 +39,8 @@ fn netcat_connects_and_passes_the_connection() {
         let mut client = TcpStream::from_std(connection.into()).unwrap();
         let (mut served, _) = server.accept().await.unwrap();
         assert_eq!(client.local_addr().unwrap(), served.peer_addr().unwrap());
-        assert!(netcat.try_next().await.unwrap().is_none(), "netcat has ended");
+        assert!(netcat.try_next().await.unwrap().is_none());
+        assert!(program.ended().await.success());
 
         client.write_all(b"over a passed connection").await.unwrap();
         client.shutdown().await.unwrap();

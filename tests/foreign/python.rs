@@ -88,7 +88,7 @@ fn frames_with_descriptors_go_to_python_and_back() {
             }
             python.close().await.unwrap();
             assert!(python.next().await.is_none());
-            assert!(daemon.child.wait().unwrap().success());
+            assert!(daemon.ended().await.success());
         });
     }
 }
