@@ -1,11 +1,12 @@
 //! Protocols of text with descriptors attached, and one that sends them with zero bytes in between.
 
+use std::os::fd::OwnedFd;
+
 use bytes::{Buf, Bytes, BytesMut};
 use fdwire::{
     Codec, Decoder, Encoder, Error, FdQueue, Frame, Framed, Grouping, SendBuf, SendError, Socket, SocketKind,
 };
 use futures::{SinkExt, StreamExt, TryStreamExt};
-use std::os::fd::OwnedFd;
 use tokio_util::codec::{self, LinesCodec, LinesCodecError};
 
 use crate::{
@@ -23,8 +24,6 @@ enum LineError {
     Wire(#[from] Error),
     #[error(transparent)]
     Line(#[from] LinesCodecError),
-    #[error(transparent)]
-    Io(#[from] std::io::Error),
 }
 
 impl Codec for LineFdCodec {}
