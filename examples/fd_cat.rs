@@ -1,0 +1,99 @@
+//! The "strange cat": `cat`, but the process that prints a file is not the one that opens it.
+//!
+//! A child opens the file and passes it, with its name, over a STREAM pair; the parent prints it. Shows how to start a
+//! child with a socket as its standard input, a frame with one descriptor, and a failure as a frame without one.
+//!
+//! ```sh
+//! cargo run --example fd_cat -- Cargo.toml
+//! cargo run --example fd_cat -- --verbose Cargo.toml    # tells on stderr what came
+//! cargo run --example fd_cat -- missing                 # error: missing: No such file or directory (os error 2)
+//! ```
+
+use std::{
+    error::Error,
+    fs::File,
+    io::{self, ErrorKind},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    process::{ExitCode, Stdio},
+};
+
+use clap::Parser;
+use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
+use futures::{SinkExt, TryStreamExt};
+use nix::libc;
+use tokio::{io::AsyncWriteExt, process::Command};
+
+/// Prints a file that another process has opened.
+#[derive(Parser)]
+struct Args {
+    /// Tells on standard error what came.
+    #[arg(long)]
+    verbose: bool,
+    /// The process that opens the file: standard input is its socket.
+    #[arg(long, hide = true)]
+    child: bool,
+    /// The file to print.
+    file: PathBuf,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let args = Args::parse();
+    let done = if args.child { open_and_pass(&args.file).await } else { receive_and_print(&args).await };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn receive_and_print(args: &Args) -> Result<(), Box<dyn Error>> {
+    let (ours, childs) = Socket::pair(SocketKind::Stream)?;
+    let mut child = Command::new(std::env::current_exe()?)
+        .args(["--child", "--"])
+        .arg(&args.file)
+        .stdin(Stdio::from(OwnedFd::from(childs)))
+        .spawn()
+        .map_err(|error| format!("cannot start the child: {error}"))?;
+
+    // Ends when the child does, however it ends: its socket is open nowhere else.
+    let Some(frame) = Framed::new(ours, FrameCodec::default()).try_next().await? else {
+        return Err(format!("the child is gone without an answer ({})", child.wait().await?).into());
+    };
+    let name = Path::new(std::ffi::OsStr::from_bytes(&frame.payload)).display();
+    let [file] = match frame.fds.into_array() {
+        Ok(file) => file.map(File::from),
+        Err(fds) if fds.is_empty() => return Err(name.to_string().into()), // what the child says instead
+        Err(fds) => return Err(format!("{} descriptors came for one file", fds.len()).into()),
+    };
+    if !file.metadata()?.is_file() {
+        return Err(format!("{name}: not a regular file").into());
+    }
+    if args.verbose {
+        eprintln!("{name}: opened by process {}, descriptor {} here", child.id().unwrap_or(0), file.as_raw_fd());
+    }
+    let mut out = tokio::io::stdout();
+    tokio::io::copy(&mut tokio::fs::File::from(file), &mut out).await.map_err(|error| format!("{name}: {error}"))?;
+    Ok(out.flush().await?)
+}
+
+/// Answers with the name and the file, or with one line that says why not.
+async fn open_and_pass(path: &Path) -> Result<(), Box<dyn Error>> {
+    let mut parent = Framed::new(Socket::try_from(io::stdin().as_fd().try_clone_to_owned()?)?, FrameCodec::default());
+    // Non-blocking, or a FIFO that nobody writes to would hold it up. Regular files don't care.
+    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let answer = match opened {
+        Ok(file) => Frame::new(path.as_os_str().as_bytes().to_vec()).with_fd(file),
+        Err(error) => Frame::new(format!("{}: {error}", path.display())),
+    };
+    match parent.send(answer).await.map_err(io::Error::from) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Err("the parent is gone".into()),
+        sent => Ok(sent?),
+    }
+}
