@@ -110,9 +110,26 @@ pub enum Error {
     #[error("peer closed the connection without reading everything that was sent to it")]
     Reset,
 
+    /// A message makes no sense in the protocol that it belongs to: for codecs of your own that need no error type of
+    /// their own. See [`invalid`](Self::invalid).
+    #[error("invalid message: {0}")]
+    Invalid(#[source] Box<dyn std::error::Error + Send + Sync>),
+
     /// The sending side was closed before.
     #[error("sending side is closed")]
     Closed,
+}
+
+impl Error {
+    /// [`Error::Invalid`] with a reason, which may be a text or an error.
+    ///
+    /// ```
+    /// let error = fdwire::Error::invalid("no such command");
+    /// assert_eq!(error.to_string(), "invalid message: no such command");
+    /// ```
+    pub fn invalid(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Invalid(reason.into())
+    }
 }
 
 impl From<Error> for io::Error {

@@ -1,15 +1,13 @@
 //! Runs the example `accept_handoff` as its user would: real processes, real signals, HTTP over TCP.
 
+mod common;
+
 use std::{
     collections::HashSet,
-    env, io,
+    io,
     net::SocketAddr,
-    path::PathBuf,
     process::{Output, Stdio},
-    sync::{
-        OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -263,27 +261,9 @@ async fn run(arguments: &[&str]) -> Output {
 }
 
 fn example() -> Command {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    let mut command = Command::new(BUILT.get_or_init(example_path));
+    let mut command = Command::from(common::example("accept_handoff"));
     command.stdin(Stdio::null()).kill_on_drop(true);
     command
-}
-
-/// Cargo puts examples beside the directory of the tests. It builds them too, unless only some tests were asked for.
-fn example_path() -> PathBuf {
-    let test = env::current_exe().unwrap();
-    let profile = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
-    let path = profile.join("examples/accept_handoff");
-    if !path.exists() {
-        let mut build = std::process::Command::new(env!("CARGO"));
-        build.args(["build", "--example", "accept_handoff", "--manifest-path"]);
-        build.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
-        if profile.ends_with("release") {
-            build.arg("--release");
-        }
-        assert!(build.status().unwrap().success());
-    }
-    path
 }
 
 fn ready_worker(line: &str) -> Option<Pid> {

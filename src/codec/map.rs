@@ -40,6 +40,10 @@ where
     fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
         self.codec.missing_bytes(src)
     }
+
+    fn max_receive_bytes(&self) -> usize {
+        self.codec.max_receive_bytes()
+    }
 }
 
 impl<C, D, E, I, M, F> Encoder<I, F> for Map<C, D, E>

@@ -56,7 +56,7 @@ pub trait Codec {
     /// let files = |name: &'static str| {
     ///     FrameCodec::default().map(
     ///         |frame: Frame| {
-    ///             let [file] = frame.fds.into_array().map_err(|fds| Error::MissingFds { expected: 1, received: fds.len() })?;
+    ///             let [file] = frame.fds.into_array().map_err(|fds| Error::invalid(format!("{} files", fds.len())))?;
     ///             Ok(File::from(file))
     ///         },
     ///         move |file: File| Ok(Frame::new(name).with_fd(file)),
@@ -168,6 +168,15 @@ pub trait Decoder<F = OwnedFd>: Codec {
     fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
         let _ = src;
         None
+    }
+
+    /// Most bytes to receive in one go. By default as many as there is room for, which may be more than was
+    /// [asked for](Self::missing_bytes).
+    ///
+    /// A protocol of packets says here how long one may be: the tail of a longer one is lost, and the stream ends with
+    /// [`Error::TruncatedPacket`].
+    fn max_receive_bytes(&self) -> usize {
+        usize::MAX
     }
 }
 

@@ -76,6 +76,10 @@ impl<F> Decoder<F> for PacketCodec {
     fn missing_bytes(&self, _src: &BytesMut) -> Option<usize> {
         Some(self.limits.max_payload_bytes)
     }
+
+    fn max_receive_bytes(&self) -> usize {
+        self.limits.max_payload_bytes.max(1) // a receive of nothing would look like the end
+    }
 }
 
 impl<F> Encoder<Frame<F>, F> for PacketCodec {

@@ -15,6 +15,8 @@ use bytes::BytesMut;
 use futures::{Sink, Stream};
 
 pub use read::ReadHalf;
+use read::Receiving;
+use write::Sending;
 pub use write::{Permit, WriteHalf};
 
 use crate::{Codec, Decoder, Encoder, Error, FdQueue, SendBuf, SendError, Socket};
@@ -72,38 +74,40 @@ impl<D, E> Framed<D, E> {
             received: BytesMut::new(),
             received_fds: FdQueue::new(),
             unsent: SendBuf::new(),
+            receiving: Receiving::default(),
+            sending: Sending::default(),
         })
     }
 
     /// Continues where [`into_parts`](Self::into_parts) stopped.
     pub fn from_parts(parts: Parts<D, E>) -> Self {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent } = parts;
+        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending } = parts;
         let socket = Arc::new(socket);
         Self {
-            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds),
-            write: WriteHalf::new(socket, encoder, unsent),
+            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving),
+            write: WriteHalf::new(socket, encoder, unsent, sending),
         }
     }
 }
 
 impl<D, E> Framed<D, E> {
     /// Takes everything apart: the socket, the codecs, what was received and not decoded, and what was accepted and not
-    /// sent. No message and no descriptor is lost, except that descriptors received before an error of the receiving
-    /// direction are closed. Of a message that was sent in part, `unsent` has the rest.
+    /// sent. No message and no descriptor is lost, except that after an error of the receiving direction nothing of it is
+    /// left. Of a message that was sent in part, `unsent` has the rest.
     pub fn into_parts(self) -> Parts<D, E> {
-        let (shared, decoder, received, received_fds) = self.read.into_parts();
-        let (socket, encoder, unsent) = self.write.into_parts();
+        let (shared, decoder, received, received_fds, receiving) = self.read.into_parts();
+        let (socket, encoder, unsent, sending) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        Parts { socket, decoder, encoder, received, received_fds, unsent }
+        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending }
     }
 
     /// Continues with other codecs: what was received and not decoded is decoded by the new one, and what was accepted by the
     /// old one is sent as it is. For a handshake in another format.
     pub fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent } = self.into_parts();
+        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending } = self.into_parts();
         let (decoder, encoder) = map(decoder, encoder);
-        Framed::from_parts(Parts { socket, decoder, encoder, received, received_fds, unsent })
+        Framed::from_parts(Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending })
     }
 
     /// Splits into halves that can be moved to different tasks.
@@ -228,6 +232,9 @@ pub struct Parts<D, E = D> {
     pub received_fds: FdQueue<OwnedFd>,
     /// Bytes and descriptors accepted and not sent. What you append is sent as one more message.
     pub unsent: SendBuf<OwnedFd>,
+    /// How far each direction has come: what has ended stays so.
+    receiving: Receiving,
+    sending: Sending,
 }
 
 /// The halves are not of the same socket. Brings them back.

@@ -30,9 +30,18 @@ pub struct ReadHalf<D> {
 }
 
 impl<D> ReadHalf<D> {
-    pub(super) fn new(socket: Arc<Socket>, decoder: D, bytes: BytesMut, fds: FdQueue<OwnedFd>) -> Self {
-        let inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
-        Self { decoder, receiver: Receiver { socket, inbound, over: false } }
+    pub(super) fn new(
+        socket: Arc<Socket>,
+        decoder: D,
+        bytes: BytesMut,
+        fds: FdQueue<OwnedFd>,
+        state: Receiving,
+    ) -> Self {
+        let mut inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
+        if state == Receiving::Over {
+            inbound.end();
+        }
+        Self { decoder, receiver: Receiver { socket, inbound, state } }
     }
 
     /// The socket, for its options and its peer.
@@ -49,10 +58,10 @@ impl<D> ReadHalf<D> {
         &mut self.decoder
     }
 
-    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>) {
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving) {
         let Inbound { bytes, fds, .. } = &mut self.receiver.inbound;
         let (bytes, fds) = (std::mem::take(bytes), std::mem::take(fds));
-        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds)
+        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, self.receiver.state)
     }
 }
 
@@ -78,7 +87,7 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                     return Poll::Ready(Some(Err(error)));
                 }
             }
-            if let Err(error) = ready!(receiver.poll_receive(cx)) {
+            if let Err(error) = ready!(receiver.poll_receive(cx, decoder.max_receive_bytes())) {
                 receiver.end();
                 return Poll::Ready(Some(Err(error.into())));
             }
@@ -93,15 +102,22 @@ impl<D> Unpin for ReadHalf<D> {}
 struct Receiver {
     socket: Arc<Socket>,
     inbound: Inbound,
+    state: Receiving,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Receiving {
+    #[default]
+    Open,
     /// The last error, or the end, was yielded.
-    over: bool,
+    Over,
 }
 
 impl Receiver {
     /// Receives something, or the end.
-    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+    fn poll_receive(&mut self, cx: &mut Context<'_>, max_bytes: usize) -> Poll<Result<(), Error>> {
         let Self { socket, inbound, .. } = self;
-        let received = ready!(socket.poll_recv(cx, &mut inbound.bytes, &mut inbound.fds))?;
+        let received = ready!(socket.poll_recv(cx, &mut inbound.bytes, max_bytes, &mut inbound.fds))?;
         match received {
             Received { packet_truncated: true, .. } => return Poll::Ready(Err(Error::TruncatedPacket)),
             Received { control_truncated: true, .. } => inbound.received_truncated(),
@@ -113,14 +129,15 @@ impl Receiver {
 
     /// What is to be said at the end of the stream, once.
     fn last_word(&mut self) -> Option<Error> {
-        let said = std::mem::replace(&mut self.over, true);
-        (!said && self.socket.was_reset()).then_some(Error::Reset)
+        let before = std::mem::replace(&mut self.state, Receiving::Over);
+        (before == Receiving::Open && self.socket.was_reset()).then_some(Error::Reset)
     }
 
     /// Nothing is yielded any more.
     fn end(&mut self) {
-        self.over = true;
+        self.state = Receiving::Over;
         self.inbound.end();
+        self.inbound.bytes.clear();
         self.close_fds();
     }
 

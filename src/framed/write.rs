@@ -38,13 +38,13 @@ pub struct WriteHalf<E> {
 }
 
 impl<E> WriteHalf<E> {
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, mut unsent: SendBuf) -> Self {
+    pub(super) fn new(socket: Arc<Socket>, encoder: E, mut unsent: SendBuf, state: Sending) -> Self {
         let largest = largest_carrier(&socket);
         unsent.set_max_packet_bytes(largest.max_packet_bytes());
         // What a user has put there is a message.
         let state = match unsent.commit(Grouping::Free) {
-            Ok(()) => State::Open,
-            Err(error) => State::Failed(error.into()),
+            Ok(()) => state,
+            Err(error) => Sending::Failed(error.into()),
         };
         Self {
             encoder,
@@ -83,9 +83,10 @@ impl<E> WriteHalf<E> {
         (self.sender.buf.len(), self.sender.buf.fd_count())
     }
 
-    pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf) {
-        self.sender.shut_down_on_drop = false;
-        (Arc::clone(&self.sender.socket), self.encoder, std::mem::take(&mut self.sender.buf))
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf, Sending) {
+        let Sender { socket, buf, state, shut_down_on_drop, .. } = &mut self.sender;
+        *shut_down_on_drop = false;
+        (Arc::clone(socket), self.encoder, std::mem::take(buf), std::mem::take(state))
     }
 
     /// Sends everything that was accepted.
@@ -201,18 +202,19 @@ struct Sender {
     carrier: Carrier,
     largest: Carrier,
     wait: SendWait,
-    state: State,
+    state: Sending,
     shut_down_on_drop: bool,
 }
 
-#[derive(Debug)]
-enum State {
+#[derive(Debug, Default)]
+pub(super) enum Sending {
+    #[default]
     Open,
     Closed,
     Failed(io::Error),
 }
 
-impl State {
+impl Sending {
     /// Why nothing is accepted any more.
     fn error(&self) -> Option<Error> {
         match self {
@@ -243,7 +245,7 @@ impl Sender {
         let has_room =
             |buf: &SendBuf| buf.len() < limits.max_queued_bytes.max(1) && buf.fd_count() < limits.max_queued_fds.max(1);
         match self.state {
-            State::Closed => Poll::Ready(Err(Error::Closed)),
+            Sending::Closed => Poll::Ready(Err(Error::Closed)),
             _ => self.poll_send_until(cx, has_room),
         }
     }
@@ -254,12 +256,12 @@ impl Sender {
 
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let flushed = ready!(self.poll_flush(cx));
-        if let State::Closed = self.state {
+        if let Sending::Closed = self.state {
             return Poll::Ready(Ok(()));
         }
         let shut_down = self.socket.shutdown(Shutdown::Write);
         flushed?;
-        self.state = State::Closed;
+        self.state = Sending::Closed;
         match shut_down {
             Err(error) if error.kind() != io::ErrorKind::NotConnected => Poll::Ready(Err(error.into())),
             _ => Poll::Ready(Ok(())),
@@ -267,12 +269,12 @@ impl Sender {
     }
 
     fn poll_send_until(&mut self, cx: &mut Context<'_>, enough: impl Fn(&SendBuf) -> bool) -> Poll<Result<(), Error>> {
-        if let State::Failed(error) = &self.state {
+        if let Sending::Failed(error) = &self.state {
             return Poll::Ready(Err(repeat(error).into()));
         }
         while !enough(&self.buf) {
             if let Err(error) = ready!(self.poll_send(cx)) {
-                self.state = State::Failed(repeat(&error));
+                self.state = Sending::Failed(repeat(&error));
                 return Poll::Ready(Err(error.into()));
             }
         }

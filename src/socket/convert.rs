@@ -3,7 +3,7 @@
 use std::{
     io::{Error, ErrorKind, Result},
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd},
         unix,
     },
 };
@@ -15,7 +15,7 @@ use nix::{
 };
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
-use super::{Listener, Socket, SocketKind};
+use super::{Listener, Socket, SocketKind, set_nonblocking};
 use crate::sys;
 
 /// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other holders of the socket
@@ -133,19 +133,12 @@ impl TryFrom<Socket> for UnixSeqpacket {
     fn try_from(socket: Socket) -> Result<Self> {
         match socket.kind() {
             SocketKind::SeqPacket => {
-                set_nonblocking(&socket)?;
+                set_nonblocking(&socket, true)?;
                 OwnedFd::from(socket).try_into()
             }
             SocketKind::Stream => Err(unfit("it is SOCK_STREAM, SOCK_SEQPACKET is expected")),
         }
     }
-}
-
-pub(super) fn set_nonblocking(fd: impl AsFd) -> Result<()> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
 }
 
 impl TryFrom<unix::net::UnixListener> for Listener {

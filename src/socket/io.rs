@@ -17,8 +17,8 @@ use super::{Backoff, Socket};
 use crate::sys::{self, Received};
 
 impl Socket {
-    /// Receives into the spare room of `bytes`, of which there must be some, and appends what descriptors come to
-    /// `fds`. `ECONNRESET` is no error but something to [ask for](Self::was_reset) at the end.
+    /// Receives at most `max_bytes` into the spare room of `bytes`, neither of which may be zero, and appends what descriptors
+    /// come to `fds`. `ECONNRESET` is no error but something to [ask for](Self::was_reset) at the end.
     ///
     /// Readiness is kept until `EAGAIN`: a read that ends at a barrier of descriptors leaves data behind, for which no
     /// new event comes.
@@ -26,11 +26,12 @@ impl Socket {
         &self,
         cx: &mut Context<'_>,
         bytes: &mut BytesMut,
+        max_bytes: usize,
         fds: &mut impl Extend<OwnedFd>,
     ) -> Poll<Result<Received>> {
         loop {
             let mut ready = ready!(self.io.poll_read_ready(cx))?; // takes part in the cooperative budget
-            match sys::recvmsg(self.as_fd(), bytes, fds) {
+            match sys::recvmsg(self.as_fd(), bytes, max_bytes, fds) {
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => ready.clear_ready(),
                     Some(libc::ECONNRESET) => self.reset.store(true, Ordering::Relaxed),

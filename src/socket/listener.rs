@@ -21,9 +21,10 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     Socket, SocketKind,
-    convert::{only_fds, set_nonblocking, unfit, unix_socket_kind},
+    convert::{only_fds, unfit, unix_socket_kind},
     new_socket,
     path::{PathGuard, unix_addr},
+    set_nonblocking,
 };
 use crate::sys;
 
@@ -225,7 +226,7 @@ impl TryFrom<OwnedFd> for Listener {
         if !getsockopt(&fd, sockopt::AcceptConn)? {
             return Err(unfit("it is not a listening socket"));
         }
-        set_nonblocking(&fd)?; // accept has no flag for it
+        set_nonblocking(&fd, true)?; // accept has no flag for it
         only_fds(&fd)?; // accepted sockets inherit it
         Self::register(fd, kind, None)
     }

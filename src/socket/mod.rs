@@ -19,6 +19,7 @@ use std::{
 
 use nix::{
     errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
     sys::socket::{self, AddressFamily, SockFlag, SockType, getsockopt, setsockopt, sockopt},
 };
 use tokio::{io::unix::AsyncFd, runtime::Handle};
@@ -69,8 +70,8 @@ pub struct PeerCred {
 /// A connected Unix socket of either kind, registered with tokio.
 ///
 /// Used through [`Framed`](crate::Framed). Converts from and into the sockets of std, tokio and tokio-seqpacket, and
-/// `OwnedFd`; a descriptor of another type is refused with a clear error. A socket made here is non-blocking, which
-/// stays with it when it is converted.
+/// `OwnedFd`; a descriptor of another type is refused with a clear error. `O_NONBLOCK`, which all holders of a socket
+/// share, is not needed and left alone: a socket made here is a blocking one for a child that gets it as standard input.
 ///
 /// # Panics
 /// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not enabled.
@@ -99,7 +100,7 @@ impl Socket {
     /// # Errors
     /// Those of socketpair(2): no more descriptors, no memory.
     pub fn pair(kind: SocketKind) -> Result<(Self, Self)> {
-        let (a, b) = socket::socketpair(AddressFamily::Unix, kind.into(), None, OUR_FLAGS)?;
+        let (a, b) = socket::socketpair(AddressFamily::Unix, kind.into(), None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self::register(a, kind)?, Self::register(b, kind)?))
     }
 
@@ -129,7 +130,10 @@ impl Socket {
         let mut backoff = Backoff::default();
         loop {
             match socket::connect(fd.as_raw_fd(), &addr) {
-                Ok(()) => return Self::register(fd, kind),
+                Ok(()) => {
+                    set_nonblocking(&fd, false)?;
+                    return Self::register(fd, kind);
+                }
                 // The backlog is full. Nothing was begun, so no event will tell when there is room.
                 Err(Errno::EAGAIN) => tokio::time::sleep(backoff.next()).await,
                 Err(Errno::EINTR) => {}
@@ -214,10 +218,18 @@ impl AsFd for Socket {
     }
 }
 
-const OUR_FLAGS: SockFlag = SockFlag::SOCK_CLOEXEC.union(SockFlag::SOCK_NONBLOCK);
-
+/// A socket for `connect` and `accept`, which have no flag for not blocking.
 fn new_socket(kind: SocketKind) -> Result<OwnedFd> {
-    Ok(socket::socket(AddressFamily::Unix, kind.into(), OUR_FLAGS, None)?)
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    Ok(socket::socket(AddressFamily::Unix, kind.into(), flags, None)?)
+}
+
+/// Changes `O_NONBLOCK` of the open file, for every holder.
+fn set_nonblocking(fd: impl AsFd, yes: bool) -> Result<()> {
+    let mut flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_NONBLOCK, yes);
+    fcntl(&fd, FcntlArg::F_SETFL(flags))?;
+    Ok(())
 }
 
 /// Waiting times for what no event announces: 1 ms, then twice as long each time, up to 64 ms.

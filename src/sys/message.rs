@@ -81,19 +81,20 @@ pub(crate) fn sendmsg<'fd>(
     Ok(Errno::result(sent)? as usize)
 }
 
-/// Receives into the spare room of `bytes`, without blocking. Every descriptor that arrives is appended to `fds`, close-on-exec,
-/// whatever else is wrong with the message.
+/// Receives at most `max_bytes` into the spare room of `bytes`, without blocking. Every descriptor that arrives is appended
+/// to `fds`, close-on-exec, whatever else is wrong with the message.
 ///
-/// `bytes` must have spare room, or the result looks like the end of the stream.
+/// Neither `max_bytes` nor the spare room may be zero, or the result looks like the end of the stream.
 pub(crate) fn recvmsg(
     socket: BorrowedFd<'_>,
     bytes: &mut BytesMut,
+    max_bytes: usize,
     fds: &mut impl Extend<OwnedFd>,
 ) -> io::Result<Received> {
     let mut control = Control::new();
     let room = bytes.spare_capacity_mut();
-    debug_assert!(!room.is_empty());
-    let mut place = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
+    debug_assert!(!room.is_empty() && max_bytes > 0);
+    let mut place = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len().min(max_bytes) };
     let mut message = empty_message();
     message.msg_iov = &raw mut place;
     message.msg_iovlen = 1;
@@ -173,7 +174,7 @@ mod tests {
 
         let mut bytes = BytesMut::with_capacity(16);
         let mut fds = Vec::new();
-        let received = recvmsg(b.as_fd(), &mut bytes, &mut fds)?;
+        let received = recvmsg(b.as_fd(), &mut bytes, usize::MAX, &mut fds)?;
         assert_eq!((received.bytes, received.control_truncated, &bytes[..]), (2, false, &b"hi"[..]));
         assert_eq!(fds.len(), SCM_MAX_FD);
         assert!(nix::sys::stat::fstat(&fds[252]).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO));

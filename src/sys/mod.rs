@@ -16,9 +16,9 @@ use std::{
 
 use nix::sys::socket::{SockFlag, accept4};
 
-/// Takes a connection off a listener's queue: close-on-exec, non-blocking.
+/// Takes a connection off a listener's queue, close-on-exec.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: accept4 has just returned this descriptor, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     future::Future,
     io::{IoSlice, Write},
@@ -10,6 +11,7 @@ use std::{
         unix::{fs::FileExt, process::CommandExt},
     },
     process::{Child, Command, Stdio},
+    sync::Mutex,
     time::Duration,
 };
 
@@ -106,13 +108,19 @@ pub(crate) fn other_uid() -> Option<u32> {
     root.then(|| 1_000_000 + std::process::id())
 }
 
-/// The built example of this name. `cargo test` builds all of them; a run of a single test binary does not.
+/// The example of this name. `cargo test` builds all of them; a run of a single test binary does not, and would find an
+/// old one.
 pub(crate) fn example(name: &str) -> Command {
-    let directory = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("examples");
-    let program = directory.join(name);
-    if !program.exists() {
-        let built = Command::new(env!("CARGO")).args(["build", "--quiet", "--example", name]).status().unwrap();
-        assert!(built.success());
+    let profile = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
+    static UP_TO_DATE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut up_to_date = UP_TO_DATE.lock().unwrap();
+    if up_to_date.insert(name.to_owned()) {
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--example", name]);
+        if profile.ends_with("release") {
+            build.arg("--release");
+        }
+        assert!(build.status().unwrap().success());
     }
-    Command::new(program)
+    Command::new(profile.join("examples").join(name))
 }

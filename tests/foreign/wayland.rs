@@ -176,7 +176,7 @@ impl Client {
     /// A number for a new object, which the decoder has to know before its first event.
     fn new_object(&mut self, interface: Interface) -> u32 {
         self.last_object += 1;
-        self.wire.read_half().decoder_mut().objects.insert(self.last_object, interface);
+        self.wire.decoder_mut().objects.insert(self.last_object, interface);
         self.last_object
     }
 

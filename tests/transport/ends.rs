@@ -297,3 +297,20 @@ fn a_sender_whose_peer_is_killed_gets_back_what_was_not_sent() {
         child.wait().unwrap();
     });
 }
+
+#[test]
+fn what_has_ended_stays_so_with_another_codec() {
+    counted(async |kind| {
+        let (mut a, peer) = with_raw_peer(kind);
+        raw_send(&peer, b"?", &[marked(1)]);
+        assert!(matches!(a.next().await, Some(Err(Error::BadMagic { .. }))));
+        // The descriptor of the first is gone; the second must not get the third's.
+        raw_send(&peer, &encoded(b"second", 1), &[]);
+        raw_send(&peer, &encoded(b"third", 1), &[marked(3)]);
+        a.close().await.unwrap();
+        let mut a = a.map_codecs(|decoder, encoder| (decoder, encoder));
+        assert!(a.next().await.is_none());
+        let refused = a.feed(Frame::new("").with_fd(marked(4))).await.unwrap_err();
+        assert!(matches!(refused.error, Error::Closed) && refused.item.is_some());
+    });
+}
