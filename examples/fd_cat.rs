@@ -12,9 +12,8 @@
 use std::{
     error::Error,
     fs::File,
-    io::{self, ErrorKind},
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::OpenOptionsExt},
     },
     path::{Path, PathBuf},
@@ -85,15 +84,15 @@ async fn receive_and_print(args: &Args) -> Result<(), Box<dyn Error>> {
 
 /// Answers with the name and the file, or with one line that says why not.
 async fn open_and_pass(path: &Path) -> Result<(), Box<dyn Error>> {
-    let mut parent = Framed::new(Socket::try_from(io::stdin().as_fd().try_clone_to_owned()?)?, FrameCodec::default());
+    let mut parent = Framed::new(Socket::from_stdin()?, FrameCodec::default());
     // Non-blocking, or a FIFO that nobody writes to would hold it up. Regular files don't care.
     let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     let answer = match opened {
         Ok(file) => Frame::new(path.as_os_str().as_bytes().to_vec()).with_fd(file),
         Err(error) => Frame::new(format!("{}: {error}", path.display())),
     };
-    match parent.send(answer).await.map_err(io::Error::from) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Err("the parent is gone".into()),
+    match parent.send(answer).await {
+        Err(refused) if refused.error.is_peer_gone() => Err("the parent is gone".into()),
         sent => Ok(sent?),
     }
 }

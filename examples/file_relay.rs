@@ -14,7 +14,7 @@ use std::{
     error::Error,
     fs::File,
     io::{self, Seek, Write},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{ExitCode, Stdio},
 };
@@ -96,7 +96,7 @@ async fn write_and_send(socket: Socket, directory: &Path) -> Result<(), Box<dyn 
 }
 
 async fn append() -> Result<ExitCode, Box<dyn Error>> {
-    let mut parent = Framed::new(Socket::try_from(io::stdin().as_fd().try_clone_to_owned()?)?, FrameCodec::default());
+    let mut parent = Framed::new(Socket::from_stdin()?, FrameCodec::default());
     while let Some(Frame { payload, fds }) = parent.try_next().await? {
         let name = String::from_utf8_lossy(&payload);
         let [file] = fds.into_array().map_err(|fds| format!("{name}: one descriptor expected, {} came", fds.len()))?;

@@ -75,7 +75,7 @@ fn replies() -> impl Decoder<Item = Reply, Error = Error> + Encoder<Reply, Error
 }
 
 fn nonsense(what: &str) -> Error {
-    io::Error::new(ErrorKind::InvalidData, format!("a {what} that makes no sense came")).into()
+    Error::invalid(format!("no {what} looks like this"))
 }
 
 #[tokio::main(flavor = "current_thread")]

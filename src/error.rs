@@ -121,6 +121,17 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether it says no more than that the peer has gone, which has several faces: [`Reset`](Self::Reset),
+    /// [`UnexpectedEnd`](Self::UnexpectedEnd), and what a send says to it. A stream that ends between messages ends without
+    /// an error.
+    pub fn is_peer_gone(&self) -> bool {
+        match self {
+            Self::Reset | Self::UnexpectedEnd { .. } => true,
+            Self::Io(error) => matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset),
+            _ => false,
+        }
+    }
+
     /// [`Error::Invalid`] with a reason, which may be a text or an error.
     ///
     /// ```
@@ -214,8 +225,16 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_that_is_gone_is_recognized() {
+        assert!(Error::Reset.is_peer_gone());
+        assert!(Error::from(io::Error::from_raw_os_error(nix::libc::EPIPE)).is_peer_gone());
+        assert!(!Error::from(io::Error::from_raw_os_error(nix::libc::EPERM)).is_peer_gone());
+        assert!(!Error::Closed.is_peer_gone());
+    }
+
+    #[test]
     fn an_io_error_keeps_its_number() {
-        let error = Error::from(io::Error::from_raw_os_error(32));
-        assert_eq!(io::Error::from(error).raw_os_error(), Some(32));
+        let error = Error::from(io::Error::from_raw_os_error(nix::libc::EPIPE));
+        assert_eq!(io::Error::from(error).raw_os_error(), Some(nix::libc::EPIPE));
     }
 }

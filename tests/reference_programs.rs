@@ -464,12 +464,12 @@ mod open_server {
             for (reply, line) in [
                 (Frame::new("F").with_fd(null()), "a file: not a regular file"),
                 (Frame::new(&b"E\0\0\0\x0d"[..]), "a file: Permission denied (os error 13)"),
-                (Frame::new("F"), "a reply that makes no sense came"),
-                (Frame::new("F").with_fd(null()).with_fd(null()), "a reply that makes no sense came"),
-                (Frame::new("Nwith a file").with_fd(null()), "a reply that makes no sense came"),
-                (Frame::new("E"), "a reply that makes no sense came"),
-                (Frame::new("?"), "a reply that makes no sense came"),
-                (Frame::new(""), "a reply that makes no sense came"),
+                (Frame::new("F"), "invalid message: no reply looks like this"),
+                (Frame::new("F").with_fd(null()).with_fd(null()), "invalid message: no reply looks like this"),
+                (Frame::new("Nwith a file").with_fd(null()), "invalid message: no reply looks like this"),
+                (Frame::new("E"), "invalid message: no reply looks like this"),
+                (Frame::new("?"), "invalid message: no reply looks like this"),
+                (Frame::new(""), "invalid message: no reply looks like this"),
             ] {
                 check(async |client| client.send(reply).await.unwrap(), line).await;
             }
@@ -493,7 +493,7 @@ mod open_server {
             assert_eq!((&reply.payload[..], reply.fds.len()), (&b"F"[..], 1));
 
             let ran = server.end().await;
-            assert_eq!((ran.code, &ran.err[..]), (Some(0), "server: a request that makes no sense came\n"));
+            assert_eq!((ran.code, &ran.err[..]), (Some(0), "server: invalid message: no request looks like this\n"));
         });
     }
 }

@@ -453,6 +453,28 @@ fn a_socket_whose_peer_is_gone_can_still_be_read() {
 }
 
 #[test]
+fn a_child_finds_its_socket_as_standard_input() {
+    const ROLE: &str = "a_child_finds_its_socket_as_standard_input";
+    if role_socket(ROLE).is_some() {
+        return run(async {
+            let mut parent = Framed::new(Socket::from_stdin().unwrap(), FrameCodec::default());
+            parent.send(Frame::new("here").with_fd(marked(1))).await.unwrap();
+        });
+    }
+    run(async {
+        for kind in KINDS {
+            let (ours, theirs) = Socket::pair(kind).unwrap();
+            let flags = nix::fcntl::fcntl(&theirs, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+            assert_eq!(flags & nix::libc::O_NONBLOCK, 0, "a child in another language would not expect it");
+            let mut child = spawn_role(ROLE, None, theirs.into());
+            let frame = Framed::new(ours, FrameCodec::default()).try_next().await.unwrap().unwrap();
+            assert_eq!((&frame.payload[..], common::mark_of(&frame.fds[0])), (&b"here"[..], 1));
+            assert!(child.wait().unwrap().success());
+        }
+    });
+}
+
+#[test]
 fn options_of_a_socket() {
     run(async {
         for kind in KINDS {

@@ -3,7 +3,6 @@
 use std::{
     convert::Infallible,
     io::{Error, Result},
-    os::fd::AsFd,
     pin::pin,
     process,
     time::Duration,
@@ -41,9 +40,7 @@ pub(crate) async fn run() -> Result<()> {
     // The front is in charge: a worker only listens, and stops at the end of its socket.
     let _ignored = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
 
-    // Descriptor 0 stays open beside this copy of it, until the process ends. So dropping the copy alone would not tell
-    // the front anything; the write half shuts its direction down when it is dropped, which every copy feels.
-    let socket = Socket::try_from(std::io::stdin().as_fd().try_clone_to_owned()?)?;
+    let socket = Socket::from_stdin()?;
 
     let (stop, stopping) = watch::channel(());
     let mut serving = JoinSet::new();

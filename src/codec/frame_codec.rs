@@ -13,7 +13,12 @@ use crate::{Error, Frame, Limits, SendError, limits::SCM_MAX_FD};
 /// | 4 | 4, big-endian | length of the payload in bytes |
 ///
 /// The descriptors of a frame are the next ones in the order of arrival. Whoever has all bytes of a frame has all its
-/// descriptors.
+/// descriptors: a sender gives them along with the frame's first byte, or with later ones of its bytes if they are more than
+/// one call takes. They may come before their frame, at most 253 of frames of which no byte has come.
+///
+/// The format is the same on both kinds of socket, and packet boundaries mean nothing. For those who receive it in another
+/// language: on SEQPACKET, a packet has at most 64 KiB as long as the header of an unfinished frame has not come whole; after
+/// that it may have all that is missing of that frame, and nothing else.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FrameCodec {
     limits: Limits,

@@ -6,7 +6,7 @@ mod listener;
 mod path;
 
 use std::{
-    io::Result,
+    io::{Error, Result},
     net::Shutdown,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -102,6 +102,22 @@ impl Socket {
     pub fn pair(kind: SocketKind) -> Result<(Self, Self)> {
         let (a, b) = socket::socketpair(AddressFamily::Unix, kind.into(), None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self::register(a, kind)?, Self::register(b, kind)?))
+    }
+
+    /// The socket that this process got as standard input: how a parent gives one to a child, by
+    /// `Command::stdin(OwnedFd::from(socket))`, with nothing to inherit by accident.
+    ///
+    /// It is a copy. Descriptor 0 stays open beside it until the process ends, so dropping the copy does not end the
+    /// connection; closing or dropping a [`WriteHalf`](crate::WriteHalf) does end that direction.
+    ///
+    /// # Errors
+    /// `InvalidInput` if standard input is not a connected Unix socket of either kind.
+    pub fn from_stdin() -> Result<Self> {
+        std::io::stdin()
+            .as_fd()
+            .try_clone_to_owned()
+            .and_then(Self::try_from)
+            .map_err(|error| Error::new(error.kind(), format!("standard input: {error}")))
     }
 
     /// Connects to the listener at a path. Waits while the listener's backlog is full.
