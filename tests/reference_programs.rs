@@ -278,7 +278,7 @@ mod fd_cat {
     fn its_child_wants_a_socket() {
         let mut child = example("fd_cat");
         child.args(["--child", "Cargo.toml"]).stdin(Stdio::null());
-        check_fails(&ran(child), "descriptor cannot be used: it is not a socket");
+        check_fails(&ran(child), "standard input: descriptor cannot be used: it is not a socket");
     }
 }
 
