@@ -42,7 +42,7 @@ use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::{
         resource::{Resource, getrlimit, setrlimit},
-        socket::{AddressFamily, SockFlag, getsockopt, setsockopt, socketpair, sockopt},
+        socket::{AddressFamily, SockFlag, SockType, getsockopt, setsockopt, socketpair, sockopt},
     },
     unistd::Pid,
 };
@@ -85,9 +85,9 @@ impl Load {
 
     /// The two ends of a connection. `None` if it would not take such messages in one packet each.
     fn pair(self, kind: SocketKind) -> Option<(OwnedFd, OwnedFd)> {
-        let (a, b) =
-            socketpair(AddressFamily::Unix, kind.into(), None, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
-                .expect("a socket pair");
+        let ty = if kind == Stream { SockType::Stream } else { SockType::SeqPacket };
+        let (a, b) = socketpair(AddressFamily::Unix, ty, None, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
+            .expect("a socket pair");
         if self.bytes >= 1 << 20 {
             for end in [&a, &b] {
                 let size = 2 << 20; // the kernel doubles it

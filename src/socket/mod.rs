@@ -43,11 +43,11 @@ pub enum SocketKind {
     Stream,
 }
 
-impl From<SocketKind> for SockType {
-    fn from(kind: SocketKind) -> Self {
-        match kind {
-            SocketKind::SeqPacket => Self::SeqPacket,
-            SocketKind::Stream => Self::Stream,
+impl SocketKind {
+    fn sock_type(self) -> SockType {
+        match self {
+            Self::SeqPacket => SockType::SeqPacket,
+            Self::Stream => SockType::Stream,
         }
     }
 }
@@ -100,7 +100,7 @@ impl Socket {
     /// # Errors
     /// Those of socketpair(2): no more descriptors, no memory.
     pub fn pair(kind: SocketKind) -> Result<(Self, Self)> {
-        let (a, b) = socket::socketpair(AddressFamily::Unix, kind.into(), None, SockFlag::SOCK_CLOEXEC)?;
+        let (a, b) = socket::socketpair(AddressFamily::Unix, kind.sock_type(), None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self::register(a, kind)?, Self::register(b, kind)?))
     }
 
@@ -237,7 +237,7 @@ impl AsFd for Socket {
 /// A socket for `connect` and `accept`, which have no flag for not blocking.
 fn new_socket(kind: SocketKind) -> Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    Ok(socket::socket(AddressFamily::Unix, kind.into(), flags, None)?)
+    Ok(socket::socket(AddressFamily::Unix, kind.sock_type(), flags, None)?)
 }
 
 /// Changes `O_NONBLOCK` of the open file, for every holder.
