@@ -8,7 +8,6 @@ use std::{
 use bytes::Bytes;
 use fdwire::{Frame, FrameCodec, Framed, PacketCodec, Socket, SocketKind};
 use futures::{SinkExt, StreamExt, TryStreamExt};
-use nix::sys::socket::{AddressFamily, SockFlag, socketpair};
 
 use crate::{
     Daemon,
@@ -56,15 +55,15 @@ while True:
     socket.send_fds(peer, [packet.upper()], fds)
 ";
 
-/// A Python program with a socket to us as its standard input. Our own `Socket::pair` would give it a non-blocking one.
+/// A Python program with a socket to us as its standard input.
 fn start(kind: SocketKind, program: &str) -> Option<(Daemon, tempfile::TempDir, Socket)> {
     let python = installed("python3")?;
     let directory = tempfile::tempdir().unwrap();
-    let (ours, its_stdin) = socketpair(AddressFamily::Unix, kind.into(), None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let (ours, its_stdin) = Socket::pair(kind).unwrap();
     let mut command = Command::new(python);
-    command.args(["-c", program]).stdin(its_stdin).stdout(Stdio::null());
+    command.args(["-c", program]).stdin(OwnedFd::from(its_stdin)).stdout(Stdio::null());
     let daemon = Daemon::start(&mut command, directory.path());
-    Some((daemon, directory, Socket::try_from(ours).unwrap()))
+    Some((daemon, directory, ours))
 }
 
 fn with_marks(payload: impl AsRef<[u8]>, marks: impl IntoIterator<Item = u32>) -> Frame {
