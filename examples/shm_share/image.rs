@@ -1,14 +1,7 @@
 //! The image in shared memory.
 
-use std::{
-    fs::File,
-    io,
-    os::fd::OwnedFd,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering::Relaxed},
-    },
-};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::{fs::File, os::fd::OwnedFd, sync::Arc};
 
 use nix::libc::{MAP_SHARED, PROT_READ, PROT_WRITE};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
@@ -19,8 +12,7 @@ use crate::Result;
 /// Neither process maps or receives more, whatever the other one says.
 pub(crate) const LARGEST_BYTES: usize = 256 << 20;
 
-/// With these the size is final. The last one keeps the receiver from adding others: sealed against writing, say.
-pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+pub(crate) const WRONG: &str = "the picture is not what was asked for";
 
 /// What the payload of the first frame says.
 #[derive(Clone, Copy)]
@@ -32,18 +24,12 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Rows begin at multiples of 64 bytes.
-    pub(crate) fn new(width: u32, height: u32) -> Self {
-        Self { width, height, stride: (width * 4).next_multiple_of(64) }
-    }
-
-    pub(crate) fn to_payload(self) -> String {
-        format!("{} {} {}", self.width, self.height, self.stride)
-    }
-
     pub(crate) fn from_payload(payload: &[u8]) -> Result<Self> {
-        let numbers = str::from_utf8(payload)?.split(' ').map(str::parse).collect::<std::result::Result<Vec<u32>, _>>();
-        let [width, height, stride] = numbers?[..] else { return Err("width, height and stride are expected".into()) };
+        let text = String::from_utf8_lossy(payload);
+        let numbers = text.split(' ').map(|number| number.parse().ok()).collect::<Option<Vec<u32>>>();
+        let [width, height, stride] = numbers.unwrap_or_default()[..] else {
+            return Err("no width, height and stride".into());
+        };
         let layout = Self { width, height, stride };
         let rows_fit = stride.is_multiple_of(4) && width <= stride / 4;
         if width == 0 || height == 0 || !rows_fit || layout.bytes() > LARGEST_BYTES {
@@ -56,17 +42,21 @@ impl Layout {
         (self.stride as usize).saturating_mul(self.height as usize)
     }
 
-    fn places(self) -> impl Iterator<Item = (u32, u32)> {
-        (0..self.height).flat_map(move |y| (0..self.width).map(move |x| (x, y)))
+    /// The pixels of picture `number`: where in memory, and the colour.
+    fn picture(self, number: u32) -> impl Iterator<Item = (usize, u32)> {
+        let offset = move |x: u32, y: u32| y as usize * self.stride as usize + 4 * x as usize;
+        let color = move |x: u32, y: u32| (x ^ y).wrapping_add(number).wrapping_mul(0x9E37_79B9);
+        (0..self.height).flat_map(move |y| (0..self.width).map(move |x| (offset(x, y), color(x, y))))
     }
-}
 
-/// A memfd of this size, with these seals.
-pub(crate) fn memfd(bytes: usize, seals: SealFlags) -> io::Result<File> {
-    let file = File::from(memfd_create("image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
-    file.set_len(bytes as u64)?;
-    fcntl_add_seals(&file, seals)?;
-    Ok(file)
+    /// The picture in memory of its own, to be copied.
+    pub(crate) fn draw_copy(self, number: u32) -> Vec<u8> {
+        let mut bytes = vec![0; self.bytes()];
+        for (offset, color) in self.picture(number) {
+            bytes[offset..offset + 4].copy_from_slice(&color.to_ne_bytes());
+        }
+        bytes
+    }
 }
 
 /// An image whose memory other processes may have mapped too.
@@ -82,10 +72,18 @@ pub(crate) struct Image {
 }
 
 impl Image {
+    pub(crate) fn new(layout: Layout) -> Result<Self> {
+        let file = File::from(memfd_create("image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+        file.set_len(layout.bytes() as u64)?;
+        // The last one keeps the receiver from adding others: sealed against writing, say.
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        Self::map(file.into(), layout)
+    }
+
     /// Maps the image, if nobody can take its memory away: touching a page that is gone kills a process (SIGBUS).
     pub(crate) fn map(fd: OwnedFd, layout: Layout) -> Result<Self> {
         // The seals before the size: whoever holds the descriptor could change it at any time without them.
-        let Ok(seals) = fcntl_get_seals(&fd) else { return Err("the descriptor is not a memfd".into()) };
+        let seals = fcntl_get_seals(&fd).map_err(|_| "the descriptor is not a memfd")?;
         if !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
             return Err("the memfd is not sealed against shrinking and growing".into());
         }
@@ -101,40 +99,19 @@ impl Image {
         Ok(Self { file, layout, memory })
     }
 
-    pub(crate) fn pixel(&self, x: u32, y: u32) -> Result<&AtomicU32> {
-        Ok(self.memory.get_atomic_ref(y as usize * self.layout.stride as usize + 4 * x as usize)?)
+    pub(crate) fn pixel(&self, offset: usize) -> Result<&AtomicU32> {
+        Ok(self.memory.get_atomic_ref(offset)?)
     }
 
     pub(crate) fn draw(&self, number: u32) -> Result<()> {
-        for (x, y) in self.layout.places() {
-            self.pixel(x, y)?.store(color(number, x, y), Relaxed);
-        }
-        Ok(())
+        self.layout
+            .picture(number)
+            .try_for_each(|(offset, color)| self.pixel(offset).map(|pixel| pixel.store(color, Relaxed)))
     }
 
-    /// Whether it is the picture of this number.
-    pub(crate) fn shows(&self, number: u32) -> Result<bool> {
-        for (x, y) in self.layout.places() {
-            if self.pixel(x, y)?.load(Relaxed) != color(number, x, y) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+    /// That it is the picture of this number.
+    pub(crate) fn check(&self, number: u32) -> Result<()> {
+        let is = |(offset, color)| self.pixel(offset).is_ok_and(|pixel| pixel.load(Relaxed) == color);
+        self.layout.picture(number).all(is).then_some(()).ok_or(WRONG.into())
     }
-}
-
-/// Picture `number` at this place.
-fn color(number: u32, x: u32, y: u32) -> u32 {
-    (x ^ y).wrapping_add(number).wrapping_mul(0x9E37_79B9)
-}
-
-/// The same picture in memory of its own, to be copied.
-pub(crate) fn draw_copy(layout: Layout, number: u32) -> Vec<u8> {
-    let mut bytes = vec![0; layout.bytes()];
-    for (y, row) in (0..).zip(bytes.chunks_exact_mut(layout.stride as usize)) {
-        for (x, pixel) in (0..layout.width).zip(row.chunks_exact_mut(4)) {
-            pixel.copy_from_slice(&color(number, x, y).to_ne_bytes());
-        }
-    }
-    bytes
 }

@@ -3,98 +3,59 @@
 //! ```text
 //!             frame: width, height, stride + memfd + eventfd
 //!   parent ───────────────────────────────────────────────────► child
-//!     │    ───────────────────────────────────────────────────►   │
-//!     │                   frame: draw picture 7                   │
-//!     │    ◄───────────────────────────────────────────────────   │
-//!     ▼                  eventfd: it is drawn                     ▼
+//!     │    ────────────────── frame: draw 7 ──────────────────►   │
+//!     │    ◄────────────── eventfd: it is drawn ───────────────   │
+//!     ▼                                                           ▼
 //!   reads ◄─────────────── the same memory ◄─────────────────── writes
 //! ```
 //!
-//! `image.rs` checks and maps the memory, `parent.rs` and `child.rs` are the two processes, `measure.rs` the figures.
-//!
-//! ```text
-//! cargo run --release --example shm_share
-//! cargo run --release --example shm_share -- --width 3840 --height 2160 --rounds 50
-//! cargo run --example shm_share -- --sabotage short       # or unsealed, kind, doorbell, gone: one line, exit code 1
-//! cargo run --example shm_share -- --sabotage untraceable # pidfd_getfd is refused, the rest works
-//! ```
-//!
-//! Prints a pixel before and after, then what it saves to share an image instead of copying it through the socket, and
-//! what it takes to get the descriptor by `pidfd_getfd` instead of in a frame. Drawing has its own price in shared
-//! memory, an atomic at a time, so what sharing saves shows where an image is handed over that is drawn already.
+//! `image.rs` checks and maps the memory. `measure.rs` shows what sharing saves against copying through the socket, and
+//! `pidfd_getfd` beside a descriptor in a frame: `cargo run --release --example shm_share -- --rounds 50`.
 
-mod child;
 mod image;
 mod measure;
-mod parent;
 
-use std::{
-    error::Error as StdError,
-    io::{self, ErrorKind},
-    process::ExitCode,
-};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::{error::Error, fs, io, io::Write, sync::atomic::Ordering::Relaxed};
 
-use clap::{Parser, ValueEnum};
-use fdwire::{Error, FrameCodec, Framed, Limits, Socket};
+use bytes::Bytes;
+use clap::{Parser, value_parser};
+use fdwire::{Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
+use futures::{SinkExt, TryStreamExt};
+use image::{Image, Layout};
+use rustix::event::{EventfdFlags, eventfd};
+use tokio::{io::AsyncReadExt, net::unix::pipe};
 
-type Result<T> = std::result::Result<T, Box<dyn StdError>>;
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// Shares the memory of an image with another process, and measures it against copying and against pidfd_getfd.
+/// Shares the memory of an image with another process, and measures it against copying.
 #[derive(Parser)]
-#[command(name = "shm_share")]
 struct Arguments {
     /// Width of the image in pixels
-    #[arg(long, value_name = "PIXELS", default_value_t = 1920, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    #[arg(long, default_value_t = 1920, value_parser = value_parser!(u32).range(1..=8192))]
     width: u32,
-
     /// Height of the image in pixels
-    #[arg(long, value_name = "PIXELS", default_value_t = 1080, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    #[arg(long, default_value_t = 1080, value_parser = value_parser!(u32).range(1..=8192))]
     height: u32,
-
     /// How often each way is measured
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 30, value_parser = value_parser!(u32).range(1..))]
     rounds: u32,
-
-    /// Show what happens when something is wrong
-    #[arg(long, value_name = "WHAT")]
-    sabotage: Option<Sabotage>,
-
     /// Be the other process, with the socket as standard input
     #[arg(long, hide = true)]
     child: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Sabotage {
-    /// The memfd is shorter than the image
-    Short,
-    /// The memfd can still be cut short
-    Unsealed,
-    /// A pipe comes in place of the memfd
-    Kind,
-    /// A pipe comes in place of the eventfd
-    Doorbell,
-    /// The child dies before it has drawn
-    Gone,
-    /// The child does not let itself be traced, and so nobody takes its descriptors
-    Untraceable,
-}
-
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let result = match arguments.child {
-        true => child::run(arguments.sabotage).await,
-        false => parent::run(&arguments).await,
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("shm_share: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    let done = if arguments.child { child().await } else { parent(&arguments).await };
+    let Err(error) = done else { return ExitCode::SUCCESS };
+    eprintln!("shm_share: {error}");
+    ExitCode::FAILURE
 }
+
+const GONE: &str = "the other process is gone";
 
 /// Frames that may be as long as the largest image.
 fn framed(socket: Socket) -> io::Result<Framed<FrameCodec>> {
@@ -103,10 +64,93 @@ fn framed(socket: Socket) -> io::Result<Framed<FrameCodec>> {
     Ok(Framed::new(socket, FrameCodec::new(Limits::default().max_payload_bytes(image::LARGEST_BYTES))))
 }
 
-/// Whether the error says only that the other process has ended.
-fn is_end(error: &Error) -> bool {
-    match error {
-        Error::Io(error) => error.kind() == ErrorKind::BrokenPipe,
-        error => matches!(error, Error::Reset),
+/// Owns the image and asks for drawings.
+async fn parent(arguments: &Arguments) -> Result<()> {
+    let (ours, theirs) = Socket::pair(SocketKind::SeqPacket)?;
+    let stdin = Stdio::from(OwnedFd::from(theirs));
+    let mut child = Command::new(std::env::current_exe()?).arg("--child").stdin(stdin).spawn()?;
+    let shared = share(arguments, framed(ours)?, &child).await;
+    // The socket is closed by now, so the child has ended or is about to. If it failed, that is the reason for all.
+    let status = child.wait()?;
+    if status.success() { shared } else { Err(format!("{GONE} ({status})").into()) }
+}
+
+async fn share(arguments: &Arguments, mut socket: Framed<FrameCodec>, child: &Child) -> Result<()> {
+    let Arguments { width, height, rounds, .. } = *arguments;
+    let stride = (width * 4).next_multiple_of(64);
+    let image = Image::new(Layout { width, height, stride })?;
+    let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    let frame = Frame::new(format!("{width} {height} {stride}"));
+    socket.send(frame.with_fd(image.file.try_clone()?).with_fd(doorbell.try_clone()?)).await?;
+    // To the event loop an eventfd is what a pipe is: readable or not. `unchecked`, since it is none.
+    let mut peer = Peer { socket, doorbell: pipe::Receiver::from_owned_fd_unchecked(doorbell)? };
+
+    let before = image.pixel(0)?.load(Relaxed);
+    peer.draw(7).await?;
+    image.check(7)?;
+    let (we, they, after) = (std::process::id(), child.id(), image.pixel(0)?.load(Relaxed));
+    writeln!(io::stdout(), "{width} x {height} pixels, {} bytes, in a sealed memfd", image.layout.bytes())?;
+    writeln!(io::stdout(), "{they} drew, and a pixel that {we} saw as {before:08x} is {after:08x}\n")?;
+    measure::run(&mut peer, &image, child, rounds).await
+}
+
+/// The child, from its parent.
+struct Peer {
+    socket: Framed<FrameCodec>,
+    doorbell: pipe::Receiver,
+}
+
+impl Peer {
+    async fn ask(&mut self, request: String) -> Result<Frame> {
+        self.socket.send(Frame::new(request)).await?;
+        Ok(self.socket.try_next().await?.ok_or(GONE)?)
     }
+
+    /// Returns when it is drawn. A process that died never rings, so its socket is watched too.
+    async fn draw(&mut self, number: u32) -> Result<()> {
+        self.socket.send(Frame::new(format!("draw {number}"))).await?;
+        let mut rings = [0; 8];
+        tokio::select! {
+            rung = self.doorbell.read_exact(&mut rings) => Ok(rung.map(drop)?),
+            other = self.socket.try_next() => Err(format!("a ring is expected, not {other:?}").into()),
+        }
+    }
+}
+
+/// Is given the image and draws in it. Believes nothing: neither the payload nor what kind of descriptors came.
+async fn child() -> Result<()> {
+    let mut parent = framed(Socket::try_from(io::stdin().as_fd().try_clone_to_owned()?)?)?;
+    let Frame { payload, fds } = parent.try_next().await?.ok_or(GONE)?;
+    let layout = Layout::from_payload(&payload)?;
+    let [memfd, doorbell] = fds.into_array().map_err(|fds| format!("two descriptors are due, not {}", fds.len()))?;
+    let image = Image::map(memfd, layout)?;
+    // No system call tells an eventfd from others, but a write to a full pipe would block.
+    if fs::read_link(format!("/proc/self/fd/{}", doorbell.as_raw_fd()))?.as_os_str() != "anon_inode:[eventfd]" {
+        return Err("the doorbell is not an eventfd".into());
+    }
+    let mut doorbell = fs::File::from(doorbell);
+
+    // What is asked for again is only handed over, so that this can be measured alone.
+    let (mut last, mut copy) = (Bytes::new(), Bytes::new());
+    while let Some(Frame { payload, .. }) = parent.try_next().await? {
+        let request = String::from_utf8_lossy(&payload);
+        let (what, number) = request.split_once(' ').unwrap_or((&request, ""));
+        let answer = match (what, number.parse().ok()) {
+            ("draw", Some(_)) if payload == last => None,
+            ("draw", Some(number)) => image.draw(number).map(|()| None)?,
+            ("copy", Some(number)) => {
+                copy = if payload == last { copy } else { layout.draw_copy(number).into() };
+                Some(Frame::new(copy.clone()))
+            }
+            ("descriptor", None) => Some(Frame::new("").with_fd(image.file.try_clone()?)),
+            ("number", None) => Some(Frame::new(image.file.as_raw_fd().to_string())),
+            _ => return Err(format!("request {request:?} is not known").into()),
+        };
+        last = payload;
+        match answer {
+            Some(frame) => parent.send(frame).await.map_err(|error| format!("{GONE}: {error}"))?,
+            None => doorbell.write_all(&1u64.to_ne_bytes())?,
+        }
+    }
+    Ok(())
 }
