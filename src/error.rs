@@ -8,7 +8,7 @@ use std::{fmt, io};
 /// then ends; whatever had been received and not yet yielded is closed. A [`Sink`](futures::Sink) that failed
 /// repeats its error and hands every further item back in a [`SendError`].
 ///
-/// Converts into [`io::Error`] for use in functions that speak `io::Result`.
+/// Converts into [`io::Error`] for use in functions that speak `io::Result`. Codecs of your own may use the variants too.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -69,7 +69,7 @@ pub enum Error {
     #[error("an empty message cannot be sent as a packet")]
     EmptyMessage,
 
-    /// A frame is complete, but fewer descriptors came with it than its header says.
+    /// A frame is complete, but fewer descriptors came with it than it has to have.
     #[error("frame needs {expected} descriptors, {received} arrived")]
     MissingFds {
         /// Number of descriptors in the frame's header.

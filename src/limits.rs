@@ -3,7 +3,10 @@
 /// Most descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
 pub(crate) const SCM_MAX_FD: usize = 253;
 
-/// What a connection takes at most, in each direction. Every limit is checked before memory is reserved.
+/// What a connection takes at most, in each direction.
+///
+/// [`FrameCodec`](crate::FrameCodec) checks its limits before memory is reserved. For codecs of your own see
+/// [`Codec::limits`](crate::Codec::limits).
 ///
 /// ```
 /// use fdwire::{FrameCodec, Limits};

@@ -32,6 +32,9 @@ use crate::{Error, Limits, SendError};
 /// What a codec says of its protocol, whichever direction it is used in. Every item has a default.
 pub trait Codec {
     /// What a connection takes at most. Asked often: should only return a stored value.
+    ///
+    /// [`Framed`](crate::Framed) sees to the queues; `max_payload_bytes` and `max_fds_per_frame` are the codec's own to
+    /// check, when it decodes and when it encodes.
     fn limits(&self) -> Limits {
         Limits::default()
     }
@@ -138,7 +141,8 @@ pub trait Decoder<F = OwnedFd>: Codec {
     type Error: From<Error>;
 
     /// Takes the next message off `src` and its descriptors off `fds`. `None` means that more bytes are needed; a decoder
-    /// has to refuse a message that is too long before that, since `src` grows as long as it says so.
+    /// has to refuse a message that is too long before that, since `src` grows as long as it says so. Also asked with an empty
+    /// `src`, which is no message.
     ///
     /// # Errors
     /// When the bytes, or the descriptors beside them, are none of this protocol's. The connection's stream yields

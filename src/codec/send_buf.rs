@@ -78,7 +78,8 @@ impl<F> SendBuf<F> {
         self.segments.push_back(bytes);
     }
 
-    /// Attaches a descriptor to the message.
+    /// Attaches a descriptor to the message. Between which of its bytes this is done makes no difference:
+    /// [`Grouping`] decides where it goes.
     pub fn put_fd(&mut self, fd: F) {
         self.put_fds([fd]);
     }
