@@ -12,6 +12,8 @@ mod model;
 mod packet_codec;
 mod payload;
 mod plan;
+#[cfg(test)]
+mod rules;
 mod send_buf;
 
 use std::os::fd::OwnedFd;

@@ -1,0 +1,210 @@
+//! The rules of the wire format by example. As properties they are in [`model`](super::model).
+
+use bytes::BytesMut;
+
+use super::{inbound::SMALL_PACKET, model::Connection, *};
+use crate::{Frame, limits::SCM_MAX_FD};
+
+/// Sends `frames` whole and returns how many bytes and descriptors each call took.
+fn each_call(
+    carrier: Carrier,
+    grouping: Grouping,
+    frames: impl IntoIterator<Item = Frame<u32>>,
+) -> Vec<(usize, usize)> {
+    let mut connection = Connection::new(carrier, grouping);
+    for frame in frames {
+        connection.encode(frame).unwrap();
+    }
+    while !connection.outbound.is_empty() {
+        connection.wire.send(&mut connection.outbound, 1.0);
+    }
+    connection.wire.queue.iter().map(|chunk| (chunk.bytes.len(), chunk.fds.len())).collect()
+}
+
+fn calls(carrier: Carrier, frames: impl IntoIterator<Item = Frame<u32>>) -> usize {
+    each_call(carrier, Grouping::Free, frames).len()
+}
+
+fn frame(payload: usize, fds: u32) -> Frame<u32> {
+    Frame { payload: vec![7; payload].into(), fds: (0..fds).collect() }
+}
+
+const PACKETS: Carrier = Carrier::Packets { small: SMALL_PACKET, large: 196_608 };
+
+#[test]
+fn waiting_frames_go_out_in_one_call() {
+    for carrier in [Carrier::Stream, PACKETS] {
+        assert_eq!(calls(carrier, (0..64).map(|_| frame(64, 1))), 1);
+        assert_eq!(calls(carrier, (0..64).map(|_| frame(0, 0))), 1);
+    }
+}
+
+#[test]
+fn codecs_choose_how_messages_share_calls() {
+    for carrier in [Carrier::Stream, PACKETS] {
+        let frames = || [frame(0, 0), frame(0, 2), frame(0, 0), frame(0, 1), frame(0, 254), frame(0, 0)];
+        assert_eq!(each_call(carrier, Grouping::Free, frames()), [(39, 253), (9, 4)]);
+        assert_eq!(
+            each_call(carrier, Grouping::FdsFirst, frames()),
+            [(8, 0), (16, 2), (8, 1), (7, 253), (9, 1)],
+            "a message with descriptors begins a call"
+        );
+        assert_eq!(
+            each_call(carrier, Grouping::Alone, frames()[..4].to_vec()),
+            [(8, 0), (8, 2), (8, 0), (8, 1)],
+            "a message has a call to itself"
+        );
+    }
+    assert_eq!(each_call(PACKETS, Grouping::Alone, [frame(100_000, 1), frame(1, 0)]), [(100_008, 1), (9, 0)]);
+}
+
+#[test]
+fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
+    let mut buf = SendBuf::new();
+    buf.set_max_packet_bytes(PACKETS.max_packet_bytes());
+    buf.put_slice(&[0; 196_609]);
+    assert!(matches!(buf.commit(Grouping::Alone), Err(Error::FrameTooLong { bytes: 196_609, limit: 196_608 })));
+    buf.roll_back();
+    buf.put_slice(b"two");
+    buf.put_fds(0..254);
+    assert!(matches!(buf.commit(Grouping::Alone), Err(Error::TooManyFds { fds: 254, limit: 253 })));
+    assert_eq!(buf.roll_back().len(), 254);
+    assert!(buf.is_empty());
+}
+
+#[test]
+fn more_than_253_descriptors_take_more_calls() {
+    for carrier in [Carrier::Stream, PACKETS] {
+        assert_eq!(calls(carrier, [frame(0, 253)]), 1);
+        assert_eq!(calls(carrier, [frame(0, 254)]), 2);
+        assert_eq!(calls(carrier, [frame(0, 2024)]), 8);
+        assert_eq!(calls(carrier, [frame(100, 1000), frame(100, 1000)]), 8);
+    }
+}
+
+#[test]
+fn the_rest_of_a_large_frame_goes_in_large_packets() {
+    assert_eq!(calls(PACKETS, [frame(SMALL_PACKET - 8, 0)]), 1);
+    assert_eq!(calls(PACKETS, [frame(SMALL_PACKET - 7, 0)]), 2);
+    assert_eq!(calls(PACKETS, [frame(SMALL_PACKET + 196_608 - 8, 0)]), 2);
+    assert_eq!(calls(PACKETS, [frame(1 << 20, 0)]), 1 + ((1 << 20) + 8 - SMALL_PACKET).div_ceil(196_608));
+}
+
+#[test]
+fn packets_get_smaller_without_memory_and_larger_again_with_it() {
+    let full = Carrier::packets(212_992);
+    assert_eq!(full, Carrier::Packets { small: SMALL_PACKET, large: 212_960 });
+    let scarce = full.smaller_than(20_000).smaller_than(10_000);
+    assert_eq!(scarce, Carrier::Packets { small: 5000, large: 5000 });
+    assert_eq!(scarce.larger(full), Carrier::Packets { small: 10_000, large: 10_000 });
+    assert_eq!((0..6).fold(scarce, |carrier, _| carrier.larger(full)), full);
+    assert_eq!(scarce.smaller_than(1), Carrier::Packets { small: 2048, large: 2048 });
+    assert_eq!(Carrier::Stream.smaller_than(1), Carrier::Stream);
+}
+
+#[test]
+fn a_frame_that_fits_a_packet_is_not_cut() {
+    // The second does not fit beside the first, and would leave a packet of a few bytes.
+    assert_eq!(calls(PACKETS, [frame(40_000, 0), frame(40_000, 0), frame(20_000, 0)]), 2);
+}
+
+#[test]
+fn more_pieces_than_iov_max_take_more_calls() {
+    assert_eq!(calls(Carrier::Stream, (0..512).map(|_| frame(4096, 0))), 1);
+    assert_eq!(calls(Carrier::Stream, (0..513).map(|_| frame(4096, 1))), 3);
+}
+
+#[test]
+fn a_message_in_more_pieces_than_iov_max_is_cut() {
+    let mut buf = SendBuf::<u32>::new();
+    (0..1100).for_each(|_| buf.put_bytes(vec![0; 4096].into()));
+    buf.commit(Grouping::Free).unwrap();
+    let plan = buf.plan(Carrier::Stream);
+    assert_eq!((plan.bytes, buf.io_slices(plan.bytes).len()), (1024 * 4096, 1024));
+}
+
+#[test]
+fn descriptors_do_not_run_far_ahead_of_short_writes() {
+    let mut connection = Connection::new(Carrier::Stream, Grouping::Free);
+    for _ in 0..1000 {
+        connection.encode(frame(10, 10)).unwrap();
+    }
+    // Each write takes one byte: without the rule, 1,000 writes would carry 10,000 descriptors.
+    let mut sent_fds = 0;
+    for sent_bytes in 1..1000 {
+        connection.wire.send(&mut connection.outbound, 0.0);
+        sent_fds += connection.wire.queue.back().unwrap().fds.len();
+        let begun = usize::div_ceil(sent_bytes, 18);
+        assert!(sent_fds <= begun * 10 + SCM_MAX_FD);
+    }
+}
+
+#[test]
+fn an_encoder_that_fails_leaves_nothing_behind() {
+    let mut buf = SendBuf::new();
+    buf.put_slice(b"whole");
+    buf.put_fd(1);
+    buf.commit(Grouping::Free).unwrap();
+
+    buf.put_slice(b"part");
+    buf.put_bytes(vec![0; 10_000].into());
+    buf.put_slice(b"more");
+    buf.put_fds([2, 3]);
+    assert_eq!(buf.roll_back(), [2, 3]);
+
+    assert_eq!((buf.len(), buf.fd_count()), (5, 1));
+    assert_eq!(buf.plan(Carrier::Stream), Plan { bytes: 5, fds: 1 });
+    let (bytes, fds) = buf.into_parts();
+    assert_eq!((&bytes[..], &fds[..]), (&b"whole"[..], &[1][..]));
+}
+
+#[test]
+fn descriptors_without_bytes_to_ride_on_are_refused() {
+    let mut buf = SendBuf::new();
+    buf.put_fd(1);
+    assert!(matches!(buf.commit(Grouping::Free), Err(Error::TooManyFdsForLength { fds: 1, bytes: 0 })));
+    assert_eq!(buf.roll_back(), [1]);
+}
+
+fn faults(bytes: &[u8], fds: u32) -> Error {
+    let mut inbound = Inbound::new(false, BytesMut::from(bytes), FdQueue::from_iter(0..fds));
+    let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(100).max_fds_per_frame(300));
+    loop {
+        match inbound.next(&mut codec) {
+            Ok(Step::Item(_)) => {}
+            Ok(Step::Receive) => inbound.end_of_stream(),
+            Ok(Step::End) => panic!("no fault was found"),
+            Err(error) => {
+                assert!(matches!(inbound.next(&mut codec), Ok(Step::End)), "an error is followed by the end");
+                return error;
+            }
+        }
+    }
+}
+
+#[test]
+fn each_fault_has_its_error() {
+    assert!(matches!(faults(b"G", 0), Error::BadMagic { found: b'G' }));
+    assert!(matches!(faults(&[0xFD, 0x20], 0), Error::UnsupportedVersion { found: 2 }));
+    assert!(matches!(faults(&[0xFD, 0x18], 0), Error::UnsupportedFlags { found: 8 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 101], 0), Error::FrameTooLong { bytes: 101, limit: 100 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 255, 255, 255, 255], 0), Error::FrameTooLong { .. }));
+    assert!(matches!(faults(&[0xFD, 0x10, 1, 45, 0, 0, 0, 9], 0), Error::TooManyFds { fds: 301, limit: 300 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 2, 0, 0, 0, 0], 1), Error::MissingFds { expected: 2, received: 1 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 0], 1), Error::UnclaimedFds { fds: 1 }));
+    assert!(matches!(faults(&[], 554), Error::UnclaimedFds { fds: 554 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0], 0), Error::UnexpectedEnd { bytes: 3 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 3, 1], 0), Error::UnexpectedEnd { bytes: 9 }));
+    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 0, 1], 0), Error::BadMagic { found: 1 }));
+}
+
+#[test]
+fn a_refused_frame_comes_back() {
+    let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(10).max_fds_per_frame(2));
+    for refused in [frame(11, 1), frame(1, 3)] {
+        let mut buf = SendBuf::new();
+        let error = codec.encode(refused.clone(), &mut buf).unwrap_err();
+        assert_eq!(error.item, Some(refused));
+        assert!(buf.is_empty());
+    }
+}
