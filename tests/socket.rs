@@ -1,22 +1,18 @@
-//! Sockets and listeners: who is connected, who may connect, who owns a path, and what becomes a socket.
+//! Sockets: who is connected to whom, and what becomes a socket.
 
 mod common;
 
 use std::{
     fs,
-    io::{ErrorKind, Read, Write},
+    io::ErrorKind,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         linux::net::SocketAddrExt,
-        unix::{
-            fs::{MetadataExt, PermissionsExt},
-            net::{SocketAddr, UnixDatagram, UnixListener, UnixStream},
-        },
+        unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream},
     },
-    sync::atomic::Ordering::SeqCst,
 };
 
-use common::{KINDS, marked, other_uid, role_socket, run, spawn_role};
+use common::{KINDS, abstract_name, check_connected, marked, role_socket, run, spawn_role};
 use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, bind, listen, socket};
@@ -27,20 +23,6 @@ fn sock_type(kind: SocketKind) -> SockType {
         SocketKind::SeqPacket => SockType::SeqPacket,
         SocketKind::Stream => SockType::Stream,
     }
-}
-
-/// Both ends can talk, descriptors included.
-async fn check_connected(a: Socket, b: Socket) {
-    let (mut a, mut b) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
-    a.send(Frame::new("hello").with_fd(marked(1))).await.unwrap();
-    let frame = b.try_next().await.unwrap().unwrap();
-    assert_eq!((&frame.payload[..], frame.fds.len()), (&b"hello"[..], 1));
-    b.close().await.unwrap();
-    assert!(a.next().await.is_none());
-}
-
-fn abstract_name(name: &str) -> SocketAddr {
-    SocketAddr::from_abstract_name(format!("fdwire-test-{name}-{}", std::process::id())).unwrap()
 }
 
 #[test]
@@ -169,196 +151,6 @@ fn the_peer_is_known() {
                 Err(error) => eprintln!("skipped: SO_PEERPIDFD is not to be had: {error}"),
             }
         }
-    });
-}
-
-#[test]
-fn a_socket_file_is_for_its_owner_only_and_goes_with_the_listener() {
-    run(async {
-        let directory = tempfile::tempdir().unwrap();
-        for kind in KINDS {
-            let path = directory.path().join("socket");
-            let listener = Listener::bind(&path, kind).unwrap();
-            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-            drop(listener);
-            let listener = Listener::bind_with_mode(&path, kind, 0o640).unwrap();
-            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
-            drop(listener);
-            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
-        }
-    });
-}
-
-#[test]
-fn a_live_listeners_path_is_not_taken() {
-    run(async {
-        let directory = tempfile::tempdir().unwrap();
-        for kind in KINDS {
-            let path = directory.path().join("ours");
-            let _listener = Listener::bind(&path, kind).unwrap();
-            for other in KINDS {
-                let error = Listener::bind(&path, other).unwrap_err();
-                assert_eq!(error.kind(), ErrorKind::AddrInUse);
-                assert!(error.to_string().contains("ours"), "{error}");
-            }
-        }
-        // One of another program, which takes no lock.
-        let path = directory.path().join("foreign");
-        let foreign = UnixListener::bind(&path).unwrap();
-        for kind in KINDS {
-            assert_eq!(Listener::bind(&path, kind).unwrap_err().kind(), ErrorKind::AddrInUse);
-        }
-        foreign.set_nonblocking(true).unwrap();
-        assert_eq!(foreign.accept().unwrap_err().kind(), ErrorKind::WouldBlock, "the owner was disturbed");
-        UnixStream::connect(&path).unwrap();
-    });
-}
-
-#[test]
-fn a_stale_socket_is_replaced_and_nothing_else() {
-    run(async {
-        let directory = tempfile::tempdir().unwrap();
-        for kind in KINDS {
-            let path = directory.path().join("socket");
-            drop(UnixListener::bind(&path).unwrap());
-            let listener = Listener::bind(&path, kind).unwrap();
-            let (a, b) = tokio::join!(Socket::connect(&path, kind), listener.accept());
-            check_connected(a.unwrap(), b.unwrap()).await;
-        }
-        let file = directory.path().join("file");
-        fs::write(&file, "precious").unwrap();
-        for kind in KINDS {
-            assert_eq!(Listener::bind(&file, kind).unwrap_err().kind(), ErrorKind::AlreadyExists);
-        }
-        assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
-    });
-}
-
-#[test]
-fn of_many_that_bind_at_once_one_wins() {
-    let directory = tempfile::tempdir().unwrap();
-    for round in 0..20 {
-        let path = directory.path().join(round.to_string());
-        drop(UnixListener::bind(&path).unwrap()); // stale: everybody wants to replace it
-        let bound: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..4)
-                .map(|_| scope.spawn(|| run(async { Listener::bind(&path, SocketKind::Stream).map(OwnedFd::from) })))
-                .collect();
-            threads.into_iter().filter_map(|thread| thread.join().unwrap().ok()).collect()
-        });
-        // Handed on at once, so a later thread finds the socket alive and leaves it.
-        assert_eq!(bound.len(), 1, "in round {round}");
-        UnixStream::connect(&path).unwrap();
-    }
-}
-
-#[test]
-fn a_path_can_be_taken_and_left_by_many_at_a_time() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("socket");
-    let holders = std::sync::atomic::AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                run(async {
-                    for _ in 0..500 {
-                        if let Ok(listener) = Listener::bind(&path, SocketKind::Stream) {
-                            assert_eq!(holders.fetch_add(1, SeqCst), 0, "two hold the path");
-                            assert!(path.exists(), "the socket was removed by another");
-                            holders.fetch_sub(1, SeqCst);
-                            drop(listener);
-                        }
-                    }
-                });
-            });
-        }
-    });
-    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
-}
-
-#[test]
-fn only_the_own_socket_is_removed() {
-    run(async {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("socket");
-        let listener = Listener::bind(&path, SocketKind::Stream).unwrap();
-        fs::remove_file(&path).unwrap();
-        let _other = UnixListener::bind(&path).unwrap();
-        let inode = fs::metadata(&path).unwrap().ino();
-        drop(listener);
-        assert_eq!(fs::metadata(&path).unwrap().ino(), inode);
-    });
-}
-
-#[test]
-fn a_listener_that_is_handed_on_keeps_its_path() {
-    run(async {
-        let directory = tempfile::tempdir().unwrap();
-        for kind in KINDS {
-            let path = directory.path().join("socket");
-            let handed_on = OwnedFd::from(Listener::bind(&path, kind).unwrap());
-            assert_eq!(Listener::bind(&path, kind).unwrap_err().kind(), ErrorKind::AddrInUse);
-            let listener = Listener::try_from(handed_on).unwrap();
-            let (a, b) = tokio::join!(Socket::connect(&path, kind), listener.accept());
-            check_connected(a.unwrap(), b.unwrap()).await;
-            drop(listener);
-            drop(Listener::bind(&path, kind).unwrap()); // stale now
-        }
-    });
-}
-
-#[test]
-fn other_uids_are_admitted_only_if_listed() {
-    const ROLE: &str = "other_uids_are_admitted_only_if_listed";
-    if let Some(stdin) = role_socket(ROLE) {
-        let mut stdin = UnixStream::from(stdin);
-        let mut name = String::new();
-        stdin.read_to_string(&mut name).unwrap();
-        let addr = SocketAddr::from_abstract_name(name).unwrap();
-        let mut client = UnixStream::connect_addr(&addr).unwrap();
-        let mut answer = String::new();
-        // Refused: the end, or a reset.
-        let _ = client.read_to_string(&mut answer);
-        stdin.write_all(format!("<{answer}>").as_bytes()).unwrap();
-        return;
-    }
-    let Some(uid) = other_uid() else { return };
-    run(async {
-        let as_other_uid = async |addr: &SocketAddr| {
-            let (mut a, b) = UnixStream::pair().unwrap();
-            let mut child = spawn_role(ROLE, Some(uid), b.into());
-            a.write_all(addr.as_abstract_name().unwrap()).unwrap();
-            a.shutdown(std::net::Shutdown::Write).unwrap();
-            tokio::task::spawn_blocking(move || {
-                let mut answer = String::new();
-                a.read_to_string(&mut answer).unwrap();
-                child.wait().unwrap();
-                answer
-            })
-            .await
-            .unwrap()
-        };
-        let addr = abstract_name("uid");
-        let greet = async |listener: &Listener| {
-            let mut client = UnixStream::try_from(listener.accept().await.unwrap()).unwrap();
-            client.write_all(b"welcome").unwrap();
-        };
-
-        let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap();
-        tokio::select! {
-            answer = as_other_uid(&addr) => assert_eq!(answer, "<>"),
-            () = greet(&listener) => panic!("admitted"),
-        }
-        assert_eq!(listener.refused(), 1);
-
-        let listener = listener.allow_uids([uid]);
-        let (answer, ()) = tokio::join!(as_other_uid(&addr), greet(&listener));
-        assert_eq!((&answer[..], listener.refused()), ("<welcome>", 1));
-        drop(listener);
-
-        let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap().allow_any_uid();
-        let (answer, ()) = tokio::join!(as_other_uid(&addr), greet(&listener));
-        assert_eq!(answer, "<welcome>");
     });
 }
 

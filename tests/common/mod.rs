@@ -8,7 +8,8 @@ use std::{
     io::{IoSlice, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
-        unix::{fs::FileExt, process::CommandExt},
+        linux::net::SocketAddrExt,
+        unix::{fs::FileExt, net::SocketAddr, process::CommandExt},
     },
     process::{Child, Command, Stdio},
     sync::Mutex,
@@ -16,6 +17,7 @@ use std::{
 };
 
 use fdwire::{Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
+use futures::{SinkExt, StreamExt, TryStreamExt};
 use nix::sys::{
     memfd::{MFdFlags, memfd_create},
     socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg},
@@ -123,4 +125,19 @@ pub(crate) fn example(name: &str) -> Command {
         assert!(build.status().unwrap().success());
     }
     Command::new(profile.join("examples").join(name))
+}
+
+/// Both ends can talk, descriptors included.
+pub(crate) async fn check_connected(a: Socket, b: Socket) {
+    let (mut a, mut b) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
+    a.send(Frame::new("hello").with_fd(marked(1))).await.unwrap();
+    let frame = b.try_next().await.unwrap().unwrap();
+    assert_eq!((&frame.payload[..], frame.fds.len()), (&b"hello"[..], 1));
+    b.close().await.unwrap();
+    assert!(a.next().await.is_none());
+}
+
+/// A name for one test of one run.
+pub(crate) fn abstract_name(name: &str) -> SocketAddr {
+    SocketAddr::from_abstract_name(format!("fdwire-test-{name}-{}", std::process::id())).unwrap()
 }
