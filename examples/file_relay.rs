@@ -75,7 +75,7 @@ async fn parent(args: Args) -> Result<ExitCode, Box<dyn Error>> {
         if content != [PARENTS_LINE, CHILDS_LINE].concat() {
             return Err(format!("{name}: the child's line is not where it should be: {content:?}").into());
         }
-        println!("parent: {name} holds {content:?}");
+        writeln!(std::io::stdout(), "parent: {name} holds {content:?}")?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -88,7 +88,7 @@ async fn write_and_send(socket: Socket, directory: &Path) -> Result<(), Box<dyn 
         let failed = |error: io::Error| format!("{}: {error}", path.display());
         let mut file = File::options().write(true).create_new(true).open(&path).map_err(failed)?;
         file.write_all(PARENTS_LINE.as_bytes()).map_err(failed)?;
-        println!("parent: {name}: wrote {} bytes, sends it and closes it", PARENTS_LINE.len());
+        writeln!(std::io::stdout(), "parent: {name}: wrote {} bytes, sends it and closes it", PARENTS_LINE.len())?;
         let frame = Frame::new(name).with_fd(file);
         child.send(frame).await.map_err(|error| format!("the child takes nothing any more: {error}"))?;
     }
@@ -107,8 +107,8 @@ async fn append() -> Result<ExitCode, Box<dyn Error>> {
         let failed = |error| format!("{name}: {error}");
         let offset = file.stream_position().map_err(failed)?;
         file.write_all(CHILDS_LINE.as_bytes()).map_err(failed)?;
-        println!("child:  {name}: came at offset {offset}, now at {}", file.stream_position()?);
+        writeln!(std::io::stdout(), "child:  {name}: came at offset {offset}, now at {}", file.stream_position()?)?;
     }
-    println!("child:  the stream has ended");
+    writeln!(std::io::stdout(), "child:  the stream has ended")?;
     Ok(ExitCode::SUCCESS)
 }

@@ -107,7 +107,7 @@ async fn share(
     // The terminal is closed here once it is sent: the client's end of it is then the end for the controller, too.
     let frame = Frame::new(&DATA[..]).with_fd(controller.try_clone()?).with_fd(terminal);
     connection.send(frame).await.map_err(|error| format!("the client takes nothing any more: {error}"))?;
-    println!("server: sent {} bytes and a pty of 24 x 80", DATA.len());
+    writeln!(std::io::stdout(), "server: sent {} bytes and a pty of 24 x 80", DATA.len())?;
 
     let controller = File::from(controller);
     let typist = controller.try_clone()?;
@@ -126,7 +126,7 @@ fn type_on(mut controller: File) -> io::Result<()> {
     let mut screen = BufReader::new(controller.try_clone()?).lines();
     let mut see = || -> io::Result<()> {
         let line = screen.next().ok_or(io::ErrorKind::UnexpectedEof)??;
-        println!("server: sees   {line:?}");
+        writeln!(std::io::stdout(), "server: sees   {line:?}")?;
         Ok(())
     };
     see()?;
@@ -170,10 +170,10 @@ fn converse(mut terminal: File) -> io::Result<()> {
     writeln!(terminal, "who is there?")?;
     // A hang-up is an error or the end of the file, whichever is noticed first.
     let Some(Ok(name)) = lines.next() else { return Err(io::Error::other("the other end is gone")) };
-    println!("client: reads  {name:?}");
+    writeln!(std::io::stdout(), "client: reads  {name:?}")?;
     writeln!(terminal, "welcome, {name}")?;
     match lines.next().transpose()? {
-        None => println!("client: reads  the end of the file"),
+        None => writeln!(std::io::stdout(), "client: reads  the end of the file")?,
         Some(line) => return Err(io::Error::other(format!("the end was expected, {line:?} came"))),
     }
     Ok(())

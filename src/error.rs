@@ -113,7 +113,7 @@ pub enum Error {
     /// A message makes no sense in the protocol that it belongs to: for codecs of your own that need no error type of
     /// their own. See [`invalid`](Self::invalid).
     #[error("invalid message: {0}")]
-    Invalid(#[source] Box<dyn std::error::Error + Send + Sync>),
+    Invalid(Box<dyn std::error::Error + Send + Sync>),
 
     /// The sending side was closed before.
     #[error("sending side is closed")]

@@ -100,6 +100,46 @@ fn of_many_that_bind_at_once_one_wins() {
 }
 
 #[test]
+fn peers_that_are_refused_do_not_keep_the_runtime_busy() {
+    const ROLE: &str = "peers_that_are_refused_do_not_keep_the_runtime_busy";
+    if let Some(stdin) = role_socket(ROLE) {
+        let mut stdin = UnixStream::from(stdin);
+        let mut name = String::new();
+        stdin.read_to_string(&mut name).unwrap();
+        let addr = SocketAddr::from_abstract_name(name).unwrap();
+        while UnixStream::connect_addr(&addr).is_ok() {} // until the listener is gone
+        return;
+    }
+    let Some(uid) = other_uid() else { return };
+    run(async {
+        let addr = abstract_name("busy");
+        let listener = std::sync::Arc::new(Listener::bind_addr(&addr, SocketKind::Stream).unwrap());
+        let mut children = Vec::new();
+        for _ in 0..3 {
+            let (mut a, b) = UnixStream::pair().unwrap();
+            children.push(spawn_role(ROLE, Some(uid), b.into()));
+            a.write_all(addr.as_abstract_name().unwrap()).unwrap();
+        }
+        let accepting = tokio::spawn({
+            let listener = std::sync::Arc::clone(&listener);
+            async move { drop(listener.accept().await) }
+        });
+        // This task gets its turns beside the other's, however many wait to be refused.
+        while listener.refused() < 5000 {
+            tokio::task::yield_now().await;
+        }
+        accepting.abort();
+        let _ = accepting.await;
+        let refused = listener.refused();
+        drop(listener);
+        for mut child in children {
+            child.wait().unwrap();
+        }
+        assert!(refused < 100_000, "{refused} were refused in a row");
+    });
+}
+
+#[test]
 fn a_path_can_be_taken_and_left_by_many_at_a_time() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");

@@ -4,40 +4,63 @@ use crate::Fds;
 
 /// Descriptors that arrived and that no message has claimed yet, first in first out.
 #[derive(Debug)]
-pub struct FdQueue<F = OwnedFd>(VecDeque<F>);
+pub struct FdQueue<F = OwnedFd> {
+    fds: VecDeque<F>,
+    /// More descriptors were sent behind these, and the kernel lost them.
+    lost: bool,
+    /// What was lost has been asked for.
+    fell_short: bool,
+}
 
 impl<F> FdQueue<F> {
     /// An empty queue.
     pub const fn new() -> Self {
-        Self(VecDeque::new())
+        Self { fds: VecDeque::new(), lost: false, fell_short: false }
     }
 
     /// Number of descriptors that wait.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.fds.len()
     }
 
     /// Whether none wait.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.fds.is_empty()
     }
 
     /// Takes the descriptor that arrived first.
     pub fn pop(&mut self) -> Option<F> {
-        self.0.pop_front()
+        self.fell_short |= self.lost && self.fds.is_empty();
+        self.fds.pop_front()
     }
 
     /// Takes the `count` descriptors that arrived first; none if fewer wait.
     pub fn take(&mut self, count: usize) -> Option<Fds<F>> {
+        self.fell_short |= self.lost && count > self.fds.len();
         match count {
             0 => Some(Fds::new()),
-            _ => (count <= self.0.len()).then(|| self.0.drain(..count).collect()),
+            _ => (count <= self.fds.len()).then(|| self.fds.drain(..count).collect()),
         }
     }
 
     /// Takes all descriptors that wait.
     pub fn take_all(&mut self) -> Fds<F> {
-        self.0.drain(..).collect()
+        self.fell_short |= self.lost;
+        self.fds.drain(..).collect()
+    }
+
+    /// From here on, messages may be without descriptors that they were sent with.
+    pub(crate) fn set_lost(&mut self) {
+        self.lost = true;
+    }
+
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Whether a message may have got fewer descriptors than it was sent with.
+    pub(crate) fn fell_short(&self) -> bool {
+        self.fell_short
     }
 }
 
@@ -49,18 +72,18 @@ impl<F> Default for FdQueue<F> {
 
 impl<F> Extend<F> for FdQueue<F> {
     fn extend<I: IntoIterator<Item = F>>(&mut self, fds: I) {
-        self.0.extend(fds);
+        self.fds.extend(fds);
     }
 }
 
 impl<F> FromIterator<F> for FdQueue<F> {
     fn from_iter<I: IntoIterator<Item = F>>(fds: I) -> Self {
-        Self(fds.into_iter().collect())
+        Self { fds: fds.into_iter().collect(), ..Self::new() }
     }
 }
 
 impl<F> From<FdQueue<F>> for Vec<F> {
     fn from(queue: FdQueue<F>) -> Self {
-        queue.0.into()
+        queue.fds.into()
     }
 }

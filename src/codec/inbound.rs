@@ -23,8 +23,6 @@ pub(crate) struct Inbound<F = OwnedFd> {
     pub(crate) fds: FdQueue<F>,
     /// What a packet may hold at least, whatever the decoder says; 1 on a stream.
     least_room: usize,
-    /// Descriptors were lost, after those that are here.
-    truncated: bool,
     phase: Phase,
 }
 
@@ -66,7 +64,7 @@ fn is_page_start(buffer: &BytesMut) -> bool {
 impl<F> Inbound<F> {
     pub(crate) fn new(packets: bool, bytes: BytesMut, fds: FdQueue<F>) -> Self {
         let least_room = if packets { SMALL_PACKET } else { 1 };
-        Self { bytes, fds, least_room, truncated: false, phase: Phase::Decoding }
+        Self { bytes, fds, least_room, phase: Phase::Decoding }
     }
 
     /// The next message, or what it takes to get one. After an error: the end.
@@ -74,12 +72,13 @@ impl<F> Inbound<F> {
         loop {
             match self.phase {
                 Phase::Decoding => match self.guard(|this| decoder.decode(&mut this.bytes, &mut this.fds))? {
+                    Some(item) if !self.fds.fell_short() => return Ok(Step::Item(item)),
+                    _ if self.fds.is_lost() => {
+                        self.phase = Phase::Ended;
+                        return Err(Error::TruncatedControl.into());
+                    }
                     Some(item) => return Ok(Step::Item(item)),
                     None => {
-                        if self.truncated {
-                            self.phase = Phase::Ended;
-                            return Err(Error::TruncatedControl.into());
-                        }
                         let fds = self.fds.len();
                         if fds > decoder.limits().max_queued_fds {
                             self.phase = Phase::Ended;
@@ -91,7 +90,11 @@ impl<F> Inbound<F> {
                 Phase::Receiving => {
                     let limit = decoder.limits().max_payload_bytes;
                     let missing = decoder.missing_bytes(&self.bytes);
-                    self.reserve(missing.map_or(SMALL_PACKET, |missing| missing.min(limit)));
+                    match missing {
+                        Some(missing) => self.reserve(missing.min(limit), 0),
+                        // A new buffer is twice as large, or a long message would be moved for every packet of it.
+                        None => self.reserve(SMALL_PACKET, self.bytes.len()),
+                    }
                     return Ok(Step::Receive);
                 }
                 Phase::Draining => match self.guard(|this| decoder.decode_eof(&mut this.bytes, &mut this.fds))? {
@@ -109,10 +112,10 @@ impl<F> Inbound<F> {
     }
 
     /// Bytes and descriptors were added, and more descriptors were lost. The kernel loses the last ones, so messages that
-    /// are complete are still good.
+    /// need none of them are still good.
     pub(crate) fn received_truncated(&mut self) {
-        self.truncated = true;
-        self.phase = Phase::Decoding;
+        self.fds.set_lost();
+        self.received();
     }
 
     pub(crate) fn end_of_stream(&mut self) {
@@ -124,15 +127,15 @@ impl<F> Inbound<F> {
         self.phase = Phase::Ended;
     }
 
-    /// Makes room for at least `room` more bytes. Messages are sliced off the buffer and may live on, so a used-up one is
+    /// Makes room for at least `room` more bytes, and in a new buffer for `extra` beside. Messages are sliced off the buffer and may live on, so a used-up one is
     /// left to them; for the rest of a large message the new one is just large enough.
-    fn reserve(&mut self, room: usize) {
+    fn reserve(&mut self, room: usize, extra: usize) {
         const BUFFER: usize = 4 * SMALL_PACKET;
         if self.bytes.capacity() - self.bytes.len() >= room.max(self.least_room) {
             return;
         }
         // Enough for `least_room` to stay when `room` is filled, or the end of a large message would be moved once more.
-        let needed = PAGE_START + self.bytes.len() + room + self.least_room;
+        let needed = PAGE_START + self.bytes.len() + room + extra + self.least_room;
         let reclaimed = self.bytes.try_reclaim(needed);
         if reclaimed && !is_page_start(&self.bytes) {
             return;
@@ -151,7 +154,7 @@ impl<F> Inbound<F> {
     fn guard<T, E: From<Error>>(&mut self, decode: impl FnOnce(&mut Self) -> Result<T, E>) -> Result<T, E> {
         decode(self).map_err(|error| {
             self.phase = Phase::Ended;
-            if self.truncated { Error::TruncatedControl.into() } else { error }
+            if self.fds.is_lost() { Error::TruncatedControl.into() } else { error }
         })
     }
 }
@@ -164,14 +167,14 @@ mod tests {
     fn no_buffer_begins_at_the_start_of_a_page() {
         let mut inbound = Inbound::<u32>::new(true, BytesMut::new(), FdQueue::new());
         for room in [SMALL_PACKET, 1 << 20, SMALL_PACKET, 3 << 20, 1, SMALL_PACKET, 1 << 20] {
-            inbound.reserve(room);
+            inbound.reserve(room, 0);
             assert!(inbound.bytes.capacity() - inbound.bytes.len() >= room);
             assert!(!is_page_start(&inbound.bytes), "{:?} for {room}", inbound.bytes.as_ptr());
 
             // What is held stays, and a used-up buffer is used again, moved to its beginning.
             inbound.bytes.put_bytes(7, room);
             inbound.bytes.advance(room - 1);
-            inbound.reserve(4 * SMALL_PACKET);
+            inbound.reserve(4 * SMALL_PACKET, 0);
             assert_eq!(inbound.bytes, [7][..]);
             inbound.bytes.clear();
         }

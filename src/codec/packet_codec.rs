@@ -9,7 +9,7 @@ use crate::{Error, Frame, Limits, SendError};
 /// descriptors together; on a stream only the order of descriptors is kept, and where a message ends is up to what the
 /// bytes say.
 ///
-/// An empty message cannot be sent. A packet longer than the limit on payloads (256 KiB by default) loses its tail and
+/// Switched to in mid-connection, it takes what was received before as one message, whatever packets it came in. An empty message cannot be sent. A packet longer than the limit on payloads (256 KiB by default) loses its tail and
 /// ends the stream with [`Error::TruncatedPacket`].
 ///
 /// ```
@@ -29,9 +29,15 @@ pub struct PacketCodec {
 }
 
 impl PacketCodec {
-    /// A codec that takes messages within these limits, in both directions.
+    /// A codec that takes messages within these limits, in both directions. Room for the longest is held ready on each
+    /// receive, so a large limit costs memory.
     pub const fn new(limits: Limits) -> Self {
         Self { limits }
+    }
+
+    /// Never zero: a receive of nothing would look like the end.
+    fn max_bytes(&self) -> usize {
+        self.limits.max_payload_bytes.max(1)
     }
 }
 
@@ -63,22 +69,26 @@ impl<F> Decoder<F> for PacketCodec {
         if src.is_empty() {
             return Ok(None);
         }
-        let payload = if src.len() < SLICE_FROM {
+        if fds.len() > self.limits.max_fds_per_frame {
+            return Err(Error::TooManyFds { fds: fds.len(), limit: self.limits.max_fds_per_frame });
+        }
+        let payload = if src.len() < SLICE_FROM.min(self.limits.max_payload_bytes) {
             let copy = Bytes::copy_from_slice(src);
             src.clear();
             copy
         } else {
-            src.split().freeze()
+            // More than the limit is there only of what another codec has left.
+            src.split_to(src.len().min(self.max_bytes())).freeze()
         };
         Ok(Some(Frame { payload, fds: fds.take_all() }))
     }
 
     fn missing_bytes(&self, _src: &BytesMut) -> Option<usize> {
-        Some(self.limits.max_payload_bytes)
+        Some(self.max_bytes())
     }
 
     fn max_receive_bytes(&self) -> usize {
-        self.limits.max_payload_bytes.max(1) // a receive of nothing would look like the end
+        self.max_bytes()
     }
 }
 

@@ -6,7 +6,8 @@ use crate::{Error, Fds, Frame, Limits, SendError};
 
 /// Our frames, with the payload coded by a codec of `tokio_util`: typed messages with descriptors beside them.
 ///
-/// An item is the inner codec's message and the frame's descriptors. Each frame holds exactly one message.
+/// An item is the inner codec's message and the frame's descriptors. Each frame holds exactly one message, so a codec whose
+/// messages can be empty does not fit.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -47,7 +48,7 @@ pub enum PayloadError<E> {
 
     /// The inner codec's error.
     #[error("payload: {0}")]
-    Payload(#[source] E),
+    Payload(E),
 
     /// The payload is not exactly one message of the inner codec.
     #[error("payload is not exactly one message")]
@@ -65,13 +66,15 @@ impl<C: codec::Decoder, F> Decoder<F> for Payload<C> {
     type Error = PayloadError<C::Error>;
 
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error> {
-        let Some(Frame { payload, fds }) = self.frames.decode(src, fds)? else { return Ok(None) };
-        let mut payload = BytesMut::from(payload); // without a copy where nothing else is in the buffer
-        let message = self.payload.decode_eof(&mut payload).map_err(PayloadError::Payload)?;
-        match message {
-            Some(message) if payload.is_empty() => Ok(Some((message, fds))),
-            _ => Err(PayloadError::NotOneMessage),
-        }
+        let Some(frame) = self.frames.decode(src, fds)? else { return Ok(None) };
+        let mut payload = BytesMut::from(frame.payload); // without a copy where nothing else is in the buffer
+        let error = match self.payload.decode_eof(&mut payload) {
+            Ok(Some(message)) if payload.is_empty() => return Ok(Some((message, frame.fds))),
+            Ok(_) => PayloadError::NotOneMessage,
+            Err(error) => PayloadError::Payload(error),
+        };
+        fds.extend(frame.fds); // closed away from the runtime, as what is left there is
+        Err(error)
     }
 
     fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {

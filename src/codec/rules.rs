@@ -115,12 +115,18 @@ fn more_pieces_than_iov_max_take_more_calls() {
 }
 
 #[test]
-fn a_message_in_more_pieces_than_iov_max_is_cut() {
-    let mut buf = SendBuf::<u32>::new();
-    (0..1100).for_each(|_| buf.put_bytes(vec![0; 4096].into()));
-    buf.commit(Grouping::Free).unwrap();
-    let plan = buf.plan(Carrier::Stream);
-    assert_eq!((plan.bytes, buf.io_slices(plan.bytes).len()), (1024 * 4096, 1024));
+fn a_message_in_any_number_of_pieces_goes_in_one_call() {
+    for grouping in [Grouping::Free, Grouping::Alone] {
+        let mut buf = SendBuf::<u32>::new();
+        (0..1100).for_each(|_| {
+            buf.put_slice(b"-");
+            buf.put_bytes(vec![0; 2048].into());
+        });
+        buf.commit(grouping).unwrap();
+        let plan = buf.plan(Carrier::Stream);
+        assert_eq!(plan.bytes, 1100 * 2049);
+        assert!(buf.io_slices(plan.bytes).len() <= 1024);
+    }
 }
 
 #[test]
@@ -196,6 +202,51 @@ fn each_fault_has_its_error() {
     assert!(matches!(faults(&[0xFD, 0x10, 0], 0), Error::UnexpectedEnd { bytes: 3 }));
     assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 3, 1], 0), Error::UnexpectedEnd { bytes: 9 }));
     assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 0, 1], 0), Error::BadMagic { found: 1 }));
+}
+
+#[test]
+fn after_a_loss_only_messages_that_need_none_of_it_are_good() {
+    /// Decodes three frames of 1, 0 and 2 descriptors of which the last was lost; returns those of the good ones.
+    fn good(mut codec: impl Decoder<u32, Item = Frame<u32>, Error = Error>) -> Vec<usize> {
+        let frames = [1, 0, 2].map(|fds| [0xFD, 0x10, 0, fds, 0, 0, 0, 0]).concat();
+        let mut inbound = Inbound::new(true, BytesMut::from(&frames[..]), FdQueue::from_iter([1, 2]));
+        inbound.received_truncated();
+        let mut good = Vec::new();
+        loop {
+            match inbound.next(&mut codec) {
+                Ok(Step::Item(frame)) => good.push(frame.fds.len()),
+                Ok(_) => panic!("the loss went unsaid"),
+                Err(Error::TruncatedControl) => return good,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    assert_eq!(good(FrameCodec::default()), [1, 0]); // headers count
+    assert!(good(PacketCodec::default()).is_empty()); // a packet has what came, and may lack some
+}
+
+#[test]
+fn a_long_message_of_unknown_length_is_not_moved_for_every_packet() {
+    /// Never finds an end.
+    struct Endless;
+    impl Codec for Endless {}
+    impl Decoder<u32> for Endless {
+        type Item = ();
+        type Error = Error;
+        fn decode(&mut self, _: &mut BytesMut, _: &mut FdQueue<u32>) -> Result<Option<()>, Error> {
+            Ok(None)
+        }
+    }
+    let mut inbound = Inbound::new(true, BytesMut::new(), FdQueue::new());
+    let mut moves = 0;
+    for _ in 0..1000 {
+        let before = inbound.bytes.as_ptr();
+        assert!(matches!(inbound.next(&mut Endless), Ok(Step::Receive)));
+        moves += usize::from(inbound.bytes.as_ptr() != before);
+        inbound.bytes.extend_from_slice(&[0; SMALL_PACKET]);
+        inbound.received();
+    }
+    assert!(moves < 20, "moved {moves} times");
 }
 
 #[test]

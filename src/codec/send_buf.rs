@@ -9,6 +9,9 @@ use crate::{Error, limits::SCM_MAX_FD};
 /// Shared bytes from this length on go out from where they are; shorter ones are cheaper to copy than to point at.
 const SHARE_FROM: usize = 2048;
 
+/// Most pieces of one `sendmsg`: one more makes it fail with `EMSGSIZE`.
+const IOV_MAX: usize = 1024;
+
 /// Messages that wait to be sent: their bytes, and the descriptors that they carry.
 ///
 /// An [`Encoder`](super::Encoder) appends to it. Each call of [`encode`](super::Encoder::encode) is one message.
@@ -25,6 +28,8 @@ pub struct SendBuf<F = OwnedFd> {
     pub(super) messages: VecDeque<Message>,
     /// The message that an encoder is writing; belongs to `bytes` and `fds` already, to `messages` not yet.
     open: Message,
+    /// In how many segments it is at most, the tail aside.
+    open_segments: usize,
     /// Descriptors already sent of messages whose first byte is not. At most `SCM_MAX_FD`.
     pub(super) ahead: usize,
     /// What a packet holds at most; `None` on a stream.
@@ -53,6 +58,7 @@ impl<F> SendBuf<F> {
             fds: VecDeque::new(),
             messages: VecDeque::new(),
             open: Message::default(),
+            open_segments: 0,
             ahead: 0,
             max_packet_bytes: None,
         }
@@ -67,9 +73,11 @@ impl<F> SendBuf<F> {
 
     /// Appends `bytes`, without copying them if they are long.
     pub fn put_bytes(&mut self, bytes: Bytes) {
-        if bytes.len() < SHARE_FROM {
+        // A packet is one call, and a call takes no more pieces than this.
+        if bytes.len() < SHARE_FROM || self.open_segments + 2 >= IOV_MAX {
             return self.put_slice(&bytes);
         }
+        self.open_segments += 2;
         self.bytes += bytes.len();
         self.open.unsent_bytes += bytes.len();
         if !self.tail.is_empty() {
@@ -158,6 +166,7 @@ impl<F> SendBuf<F> {
                 return Err(Error::TooManyFds { fds, limit: SCM_MAX_FD });
             }
         }
+        self.open_segments = 0;
         let mut message = std::mem::take(&mut self.open);
         message.grouping = grouping;
         if bytes > 0 {
@@ -171,6 +180,7 @@ impl<F> SendBuf<F> {
 
     /// Takes out what was written since the last message ended. Returns its descriptors.
     pub(crate) fn roll_back(&mut self) -> Vec<F> {
+        self.open_segments = 0;
         let open = std::mem::take(&mut self.open);
         self.bytes -= open.unsent_bytes;
         let mut surplus = open.unsent_bytes;
@@ -203,9 +213,8 @@ impl<F> SendBuf<F> {
         slices
     }
 
-    /// The bytes that wait, in at most `IOV_MAX` pieces: one more makes `sendmsg` fail with `EMSGSIZE`.
+    /// The bytes that wait, in at most `IOV_MAX` pieces.
     pub(super) fn pieces(&self) -> impl Iterator<Item = &[u8]> {
-        const IOV_MAX: usize = 1024;
         self.segments.iter().map(|segment| &segment[..]).chain([&self.tail[..]]).take(IOV_MAX)
     }
 

@@ -63,7 +63,7 @@ impl Socket {
             let coop = ready!(coop::poll_proceed(cx));
             match sys::sendmsg(self.as_fd(), bytes, fds.clone()) {
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => wait.until_writable(self),
+                    Some(libc::EAGAIN) => wait.until_writable(self)?,
                     // Too many descriptors of this uid are in flight. They get fewer when receivers receive, which no
                     // event announces: the socket reports writable all along.
                     Some(libc::ETOOMANYREFS) => wait.a_while(self),
@@ -111,12 +111,19 @@ impl SendWait {
         Poll::Ready(Ok(()))
     }
 
-    fn until_writable(&mut self, socket: &Socket) {
+    /// # Errors
+    /// When the socket's runtime has ended.
+    fn until_writable(&mut self, socket: &Socket) -> Result<()> {
         let _context = socket.runtime.enter();
         match socket.as_fd().try_clone_to_owned().and_then(sys::writable) {
             Ok(duplicate) => self.state = State::Writable(duplicate),
-            Err(_) => self.a_while(socket), // no descriptor left for the duplicate
+            Err(error) => match error.raw_os_error() {
+                // No descriptor left for the duplicate, or no memory for watching it.
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC) => self.a_while(socket),
+                _ => return Err(error),
+            },
         }
+        Ok(())
     }
 
     /// Waits for a while, longer each time until a send succeeds.

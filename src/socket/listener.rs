@@ -171,7 +171,11 @@ impl Listener {
     /// # Cancel safety
     /// No connection is lost when dropped. Any number of tasks may wait at a time.
     pub async fn accept(&self) -> Result<Socket> {
-        self.io.async_io(Interest::READABLE, |_| self.try_accept()).await
+        loop {
+            if let Some(socket) = self.io.async_io(Interest::READABLE, |_| self.try_accept()).await? {
+                return Ok(socket);
+            }
+        }
     }
 
     /// Polls for the next connection of an admitted uid. Only the task that polled last is woken.
@@ -181,28 +185,32 @@ impl Listener {
     pub fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<Result<Socket>> {
         loop {
             let mut ready = ready!(self.io.poll_read_ready(cx))?;
-            if let Ok(accepted) = ready.try_io(|_| self.try_accept()) {
-                return Poll::Ready(accepted);
+            if let Ok(accepted) = ready.try_io(|_| self.try_accept())
+                && let Some(socket) = accepted.transpose()
+            {
+                return Poll::Ready(socket);
             }
         }
     }
 
+    /// `None` after one that is not admitted: the next is another turn for the cooperative budget, or peers that are refused
+    /// could keep the runtime busy.
+    ///
     /// # Errors
-    /// `WouldBlock` if nobody who is admitted waits.
-    fn try_accept(&self) -> Result<Socket> {
-        loop {
-            let fd = match sys::accept(self.as_fd()) {
-                Ok(fd) => fd,
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EINTR | libc::ECONNABORTED) => continue,
-                    _ => return Err(error),
-                },
-            };
-            if self.admits(&fd)? {
-                return Socket::register(fd, self.kind);
-            }
-            self.refused.fetch_add(1, Ordering::Relaxed);
+    /// `WouldBlock` if nobody waits.
+    fn try_accept(&self) -> Result<Option<Socket>> {
+        let fd = match sys::accept(self.as_fd()) {
+            Ok(fd) => fd,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EINTR | libc::ECONNABORTED) => return Ok(None),
+                _ => return Err(error),
+            },
+        };
+        if self.admits(&fd)? {
+            return Socket::register(fd, self.kind).map(Some);
         }
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        Ok(None)
     }
 
     fn admits(&self, peer: &OwnedFd) -> Result<bool> {
@@ -213,8 +221,8 @@ impl Listener {
     }
 }
 
-/// Takes a listening Unix socket of either kind, inherited or received, and makes it non-blocking for every holder. The
-/// path, if it has one, stays as it is on drop.
+/// Takes a listening Unix socket of either kind, inherited or received, and makes it non-blocking for every holder: another
+/// one that makes it blocking again would have `accept` block the runtime. The path, if it has one, stays as it is on drop.
 ///
 /// # Errors
 /// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.

@@ -1,7 +1,7 @@
 //! `PacketCodec`: a message per packet on SEQPACKET, plain bytes on STREAM.
 
 use bytes::Bytes;
-use fdwire::{Codec, Error, Frame, Framed, Limits, PacketCodec, Socket, SocketKind};
+use fdwire::{Codec, Error, Frame, FrameCodec, Framed, Limits, PacketCodec, Socket, SocketKind};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 
 use crate::{
@@ -12,6 +12,25 @@ use crate::{
 fn pair(kind: SocketKind) -> (Framed<PacketCodec>, Framed<PacketCodec>) {
     let (a, b) = Socket::pair(kind).unwrap();
     (Framed::new(a, PacketCodec::default()), Framed::new(b, PacketCodec::default()))
+}
+
+#[test]
+fn limits_hold_for_descriptors_and_for_what_another_codec_has_left() {
+    run(async {
+        let limits = Limits::default().max_payload_bytes(10).max_fds_per_frame(1);
+        let (a, b) = Socket::pair(SocketKind::Stream).unwrap();
+        let (mut a, mut b) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
+        a.feed(Frame::new("hello")).await.unwrap();
+        let mut a = a.map_codecs(|_, _| (PacketCodec::default(), PacketCodec::default()));
+        a.send(Frame::new(vec![7; 25])).await.unwrap();
+        assert_eq!(b.try_next().await.unwrap().unwrap().payload, "hello");
+        let mut b = b.map_codecs(|_, _| (PacketCodec::new(limits), PacketCodec::new(limits)));
+        for length in [10, 10, 5] {
+            assert_eq!(b.try_next().await.unwrap().unwrap().payload.len(), length);
+        }
+        a.send(Frame::new("two").with_fds([marked(1), marked(2)])).await.unwrap();
+        assert!(matches!(b.try_next().await, Err(Error::TooManyFds { fds: 2, limit: 1 })));
+    });
 }
 
 #[test]
