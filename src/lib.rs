@@ -41,8 +41,8 @@
 //! - **Cancel safety** is stated for each method: `next()` and `flush()` can be dropped and called again.
 //! - **A peer cannot harm.** Whatever it sends is a message or one typed [`Error`]; [`FrameCodec`] checks its
 //!   [`Limits`] before memory is reserved, and what was sent in vain is closed without blocking the runtime.
-//! - **It waits for what passes**: a full socket, too many descriptors in flight (`ETOOMANYREFS`), no descriptor left for
-//!   waiting. It tells of what does not: a receiver at its `RLIMIT_NOFILE` ([`Error::TruncatedControl`]), a peer that
+//! - **It waits for what passes**: a full socket, too many descriptors in flight (`ETOOMANYREFS`), no kernel memory for a
+//!   large packet. It tells of what does not: a receiver at its `RLIMIT_NOFILE` ([`Error::TruncatedControl`]), a peer that
 //!   closed without reading everything ([`Error::Reset`]).
 //! - A fast peer **does not starve the runtime**: both directions take part in tokio's cooperative budget.
 //!

@@ -11,7 +11,7 @@ use std::{
 
 use bytes::BytesMut;
 use nix::libc;
-use tokio::{io::unix::AsyncFd, task::coop, time::Sleep};
+use tokio::{io::unix::AsyncFdReadyGuard, task::coop, time::Sleep};
 
 use super::{Backoff, Socket};
 use crate::sys::{self, Received};
@@ -59,11 +59,15 @@ impl Socket {
         fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>> + Clone,
     ) -> Poll<Result<usize>> {
         loop {
-            ready!(wait.poll(cx))?;
+            let mut ready = ready!(wait.poll(cx, self))?;
             let coop = ready!(coop::poll_proceed(cx));
             match sys::sendmsg(self.as_fd(), bytes, fds.clone()) {
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => wait.until_writable(self)?,
+                    // Readiness from before the send may be stale. Ask for it, and only if it is stale then, wait.
+                    Some(libc::EAGAIN) => match &mut ready {
+                        Some(ready) => ready.clear_ready(),
+                        None => wait.full = true,
+                    },
                     // Too many descriptors of this uid are in flight. They get fewer when receivers receive, which no
                     // event announces: the socket reports writable all along.
                     Some(libc::ETOOMANYREFS) => wait.a_while(self),
@@ -76,7 +80,7 @@ impl Socket {
                 },
                 Ok(sent) => {
                     coop.made_progress();
-                    wait.backoff = Backoff::default();
+                    *wait = SendWait::default();
                     return Poll::Ready(Ok(sent));
                 }
             }
@@ -87,49 +91,33 @@ impl Socket {
 /// What a sender waits for.
 #[derive(Debug, Default)]
 pub(crate) struct SendWait {
-    state: State,
+    /// The socket took nothing: to be asked whether it is writable.
+    full: bool,
+    timer: Option<Pin<Box<Sleep>>>,
     backoff: Backoff,
 }
 
-#[derive(Debug, Default)]
-enum State {
-    #[default]
-    Nothing,
-    /// A duplicate of the socket, registered for writing until it fires.
-    Writable(AsyncFd<OwnedFd>),
-    Timer(Pin<Box<Sleep>>),
-}
-
 impl SendWait {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
-        match &mut self.state {
-            State::Nothing => return Poll::Ready(Ok(())),
-            State::Writable(duplicate) => drop(ready!(duplicate.poll_write_ready(cx))?),
-            State::Timer(sleep) => ready!(sleep.as_mut().poll(cx)),
+    /// Waits for the timer, and for the socket where it was full.
+    fn poll<'a>(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &'a Socket,
+    ) -> Poll<Result<Option<AsyncFdReadyGuard<'a, OwnedFd>>>> {
+        if let Some(timer) = &mut self.timer {
+            ready!(timer.as_mut().poll(cx));
+            self.timer = None;
         }
-        self.state = State::Nothing;
-        Poll::Ready(Ok(()))
-    }
-
-    /// # Errors
-    /// When the socket's runtime has ended.
-    fn until_writable(&mut self, socket: &Socket) -> Result<()> {
-        let _context = socket.runtime.enter();
-        match socket.as_fd().try_clone_to_owned().and_then(sys::writable) {
-            Ok(duplicate) => self.state = State::Writable(duplicate),
-            Err(error) => match error.raw_os_error() {
-                // No descriptor left for the duplicate, or no memory for watching it.
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC) => self.a_while(socket),
-                _ => return Err(error),
-            },
+        match self.full {
+            true => socket.io.poll_write_ready(cx).map_ok(Some),
+            false => Poll::Ready(Ok(None)),
         }
-        Ok(())
     }
 
     /// Waits for a while, longer each time until a send succeeds.
     pub(crate) fn a_while(&mut self, socket: &Socket) {
         let _context = socket.runtime.enter();
-        self.state = State::Timer(Box::pin(tokio::time::sleep(self.backoff.next())));
+        self.timer = Some(Box::pin(tokio::time::sleep(self.backoff.next())));
     }
 }
 

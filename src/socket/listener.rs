@@ -112,7 +112,7 @@ impl Listener {
 
     fn register(fd: OwnedFd, kind: SocketKind, path: Option<PathGuard>) -> Result<Self> {
         let admitted = Admitted::Uids(vec![nix::unistd::geteuid().as_raw(), 0]);
-        Ok(Self { io: sys::readable(fd)?, kind, admitted, refused: AtomicU64::new(0), path })
+        Ok(Self { io: sys::register(fd, Interest::READABLE)?, kind, admitted, refused: AtomicU64::new(0), path })
     }
 
     /// Admits these uids too.

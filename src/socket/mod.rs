@@ -22,7 +22,10 @@ use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::socket::{self, AddressFamily, SockFlag, SockType, getsockopt, setsockopt, sockopt},
 };
-use tokio::{io::unix::AsyncFd, runtime::Handle};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    runtime::Handle,
+};
 
 pub(crate) use io::{SendWait, TooLarge, close_unwanted};
 pub use listener::Listener;
@@ -88,7 +91,7 @@ pub struct PeerCred {
 pub struct Socket {
     io: AsyncFd<OwnedFd>,
     kind: SocketKind,
-    /// Where it is registered. Waiting has to register more, wherever it is polled from.
+    /// Where it is registered, and where timers are made, wherever it is polled from.
     runtime: Handle,
     /// Whether the kernel has said `ECONNRESET`.
     reset: AtomicBool,
@@ -160,7 +163,12 @@ impl Socket {
 
     /// Registers a connected socket. Nobody else knows the descriptor's number.
     fn register(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
-        Ok(Self { io: sys::readable(fd)?, kind, runtime: Handle::current(), reset: AtomicBool::new(false) })
+        Ok(Self {
+            io: sys::register(fd, Interest::READABLE | Interest::WRITABLE)?,
+            kind,
+            runtime: Handle::current(),
+            reset: AtomicBool::new(false),
+        })
     }
 
     /// Which kind it is.

@@ -7,7 +7,7 @@ mod readiness;
 
 pub(crate) use message::{Received, recvmsg, sendmsg};
 pub(crate) use option::{Domain, PassPidfd, PassRights};
-pub(crate) use readiness::{readable, writable};
+pub(crate) use readiness::register;
 
 use std::{
     io,
