@@ -12,18 +12,11 @@ use std::{
     },
 };
 
-use common::{KINDS, abstract_name, check_connected, marked, role_socket, run, spawn_role};
+use common::{KINDS, abstract_name, check_connected, marked, role_socket, run, sock_type, spawn_role};
 use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, bind, listen, socket};
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
-
-fn sock_type(kind: SocketKind) -> SockType {
-    match kind {
-        SocketKind::SeqPacket => SockType::SeqPacket,
-        SocketKind::Stream => SockType::Stream,
-    }
-}
 
 #[test]
 fn connects_to_a_path_and_to_an_abstract_name() {

@@ -71,22 +71,23 @@ impl<F> Inbound<F> {
     pub(crate) fn next<D: Decoder<F>>(&mut self, decoder: &mut D) -> Result<Step<D::Item>, D::Error> {
         loop {
             match self.phase {
-                Phase::Decoding => match self.guard(|this| decoder.decode(&mut this.bytes, &mut this.fds))? {
-                    Some(item) if !self.fds.fell_short() => return Ok(Step::Item(item)),
-                    _ if self.fds.is_lost() => {
-                        self.phase = Phase::Ended;
-                        return Err(Error::TruncatedControl.into());
-                    }
-                    Some(item) => return Ok(Step::Item(item)),
-                    None => {
-                        let fds = self.fds.len();
-                        if fds > decoder.limits().max_queued_fds {
-                            self.phase = Phase::Ended;
-                            return Err(Error::UnclaimedFds { fds }.into());
+                Phase::Decoding => {
+                    let decoded = self.guard(|this| -> Result<_, D::Error> {
+                        let decoded = decoder.decode(&mut this.bytes, &mut this.fds)?;
+                        let fds = this.fds.len();
+                        if this.fds.fell_short() || (decoded.is_none() && this.fds.is_lost()) {
+                            Err(Error::TruncatedControl.into())
+                        } else if decoded.is_none() && fds > decoder.limits().max_queued_fds {
+                            Err(Error::UnclaimedFds { fds }.into())
+                        } else {
+                            Ok(decoded)
                         }
-                        self.phase = Phase::Receiving;
+                    })?;
+                    match decoded {
+                        Some(item) => return Ok(Step::Item(item)),
+                        None => self.phase = Phase::Receiving,
                     }
-                },
+                }
                 Phase::Receiving => {
                     let limit = decoder.limits().max_payload_bytes;
                     let missing = decoder.missing_bytes(&self.bytes);
@@ -127,8 +128,8 @@ impl<F> Inbound<F> {
         self.phase = Phase::Ended;
     }
 
-    /// Makes room for at least `room` more bytes, and in a new buffer for `extra` beside. Messages are sliced off the buffer and may live on, so a used-up one is
-    /// left to them; for the rest of a large message the new one is just large enough.
+    /// Makes room for at least `room` more bytes, and in a new buffer for `extra` beside. Messages are sliced off the buffer
+    /// and may live on, so a used-up one is left to them; for the rest of a large message the new one is just large enough.
     fn reserve(&mut self, room: usize, extra: usize) {
         const BUFFER: usize = 4 * SMALL_PACKET;
         if self.bytes.capacity() - self.bytes.len() >= room.max(self.least_room) {

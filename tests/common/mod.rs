@@ -20,7 +20,7 @@ use fdwire::{Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use nix::sys::{
     memfd::{MFdFlags, memfd_create},
-    socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg},
+    socket::{ControlMessage, MsgFlags, SockType, UnixAddr, sendmsg},
 };
 
 pub(crate) const KINDS: [SocketKind; 2] = [SocketKind::SeqPacket, SocketKind::Stream];
@@ -140,4 +140,11 @@ pub(crate) async fn check_connected(a: Socket, b: Socket) {
 /// A name for one test of one run.
 pub(crate) fn abstract_name(name: &str) -> SocketAddr {
     SocketAddr::from_abstract_name(format!("fdwire-test-{name}-{}", std::process::id())).unwrap()
+}
+
+pub(crate) fn sock_type(kind: SocketKind) -> SockType {
+    match kind {
+        SocketKind::SeqPacket => SockType::SeqPacket,
+        SocketKind::Stream => SockType::Stream,
+    }
 }

@@ -1,11 +1,11 @@
 //! What is sent arrives, whatever the sizes.
 
 use bytes::Bytes;
-use fdwire::{Error, Frame, FrameCodec, Framed, Parts, Socket, SocketKind};
+use fdwire::{Error, Frame, FrameCodec, Framed, Parts, Socket};
 use futures::{SinkExt, StreamExt, TryStreamExt, stream};
 
 use crate::{
-    common::{encoded, framed_pair, large, mark_of, marked, marks, raw_send, with_raw_peer},
+    common::{encoded, framed_pair, large, mark_of, marked, marks, raw_send, sock_type, with_raw_peer},
     counted,
 };
 
@@ -219,9 +219,8 @@ fn halves_work_apart_and_together_again() {
 #[test]
 fn options_that_take_the_descriptors_room_are_switched_off() {
     counted(async |kind| {
-        use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, setsockopt, socketpair, sockopt};
-        let ty = if kind == SocketKind::Stream { SockType::Stream } else { SockType::SeqPacket };
-        let (a, b) = socketpair(AddressFamily::Unix, ty, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        use nix::sys::socket::{AddressFamily, SockFlag, getsockopt, setsockopt, socketpair, sockopt};
+        let (a, b) = socketpair(AddressFamily::Unix, sock_type(kind), None, SockFlag::SOCK_CLOEXEC).unwrap();
         setsockopt(&b, sockopt::PassCred, &true).unwrap();
         let mut rx = Framed::new(Socket::try_from(b).unwrap(), large());
         assert!(!getsockopt(rx.socket(), sockopt::PassCred).unwrap());
@@ -233,9 +232,8 @@ fn options_that_take_the_descriptors_room_are_switched_off() {
 #[test]
 fn a_blocking_socket_does_not_block_the_runtime() {
     counted(async |kind| {
-        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-        let ty = if kind == SocketKind::Stream { SockType::Stream } else { SockType::SeqPacket };
-        let (a, b) = socketpair(AddressFamily::Unix, ty, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        use nix::sys::socket::{AddressFamily, SockFlag, socketpair};
+        let (a, b) = socketpair(AddressFamily::Unix, sock_type(kind), None, SockFlag::SOCK_CLOEXEC).unwrap();
         let (a, b) = (Socket::try_from(a).unwrap(), Socket::try_from(b).unwrap());
         let (mut tx, mut rx) = (Framed::new(a, large()), Framed::new(b, large()));
         let frame = Frame::new(pattern(4 << 20));
