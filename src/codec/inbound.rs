@@ -46,8 +46,9 @@ pub(crate) enum Step<T> {
     End,
 }
 
-/// What a packet holds at most unless it is the rest of a message whose length is known. Also a good size for reads.
-pub(crate) const SMALL_PACKET: usize = 64 << 10;
+/// What a packet holds at most unless it is the rest of a message whose length is known. Also a good size for reads. Above
+/// 64 KiB, so that a message of that many bytes and its header are one packet.
+pub(crate) const SMALL_PACKET: usize = (64 << 10) + 64;
 
 /// Usual size of a page. Where it is another, some receives are slower and nothing else.
 pub(super) const PAGE: usize = 4096;
@@ -136,20 +137,18 @@ impl<F> Inbound<F> {
             return;
         }
         // Enough for `least_room` to stay when `room` is filled, or the end of a large message would be moved once more.
-        let needed = PAGE_START + self.bytes.len() + room + extra + self.least_room;
-        let reclaimed = self.bytes.try_reclaim(needed);
-        if reclaimed && !is_page_start(&self.bytes) {
-            return;
+        let additional = PAGE_START + room + extra + self.least_room;
+        if !self.bytes.try_reclaim(additional) {
+            let mut fresh = BytesMut::with_capacity(BUFFER.max(self.bytes.len() + additional));
+            fresh.extend_from_slice(&self.bytes);
+            self.bytes = fresh;
         }
-        let mut held = std::mem::take(&mut self.bytes);
-        let mut fresh =
-            if reclaimed { held.split_off(held.len()) } else { BytesMut::with_capacity(BUFFER.max(needed)) };
-        if is_page_start(&fresh) {
-            fresh.put_bytes(0, PAGE_START);
-            fresh.advance(PAGE_START);
+        if is_page_start(&self.bytes) {
+            let held = self.bytes.len();
+            self.bytes.put_bytes(0, PAGE_START);
+            self.bytes.copy_within(..held, PAGE_START);
+            self.bytes.advance(PAGE_START);
         }
-        fresh.extend_from_slice(&held);
-        self.bytes = fresh;
     }
 
     fn guard<T, E: From<Error>>(&mut self, decode: impl FnOnce(&mut Self) -> Result<T, E>) -> Result<T, E> {
@@ -179,5 +178,20 @@ mod tests {
             assert_eq!(inbound.bytes, [7][..]);
             inbound.bytes.clear();
         }
+    }
+
+    #[test]
+    fn large_messages_that_are_not_kept_share_one_buffer() {
+        let mut inbound = Inbound::<u32>::new(true, BytesMut::new(), FdQueue::new());
+        let mut buffers = std::collections::HashSet::new();
+        for _ in 0..10 {
+            inbound.reserve(SMALL_PACKET, 0);
+            inbound.bytes.put_bytes(1, 8);
+            inbound.reserve(1 << 20, 0);
+            buffers.insert(inbound.bytes.as_ptr());
+            inbound.bytes.put_bytes(2, 1 << 20);
+            drop(inbound.bytes.split());
+        }
+        assert_eq!(buffers.len(), 1);
     }
 }
