@@ -101,7 +101,7 @@ impl<F> SendBuf<F> {
 
     /// Says that a receiver which has the message's bytes up to here knows its length, and so has room for the rest
     /// whatever the size of the packets it comes in ([`Decoder::missing_bytes`](super::Decoder::missing_bytes)).
-    /// Large messages then go in larger packets than 64 KiB, which a receiver without `missing_bytes` would lose.
+    /// Large messages then go in packets of more than 65,600 bytes, which a receiver without `missing_bytes` would lose.
     pub fn announce_length(&mut self) {
         self.open.unsent_head = self.open.unsent_bytes;
     }
