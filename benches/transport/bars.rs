@@ -1,0 +1,112 @@
+//! What the figures have to reach. Ratios, so they mean the same on any machine.
+
+use crate::{
+    results::{Measured, Results, RowResult},
+    rows::Role,
+};
+
+/// A figure and what it has to be.
+pub(crate) struct Bar {
+    pub(crate) row: String,
+    pub(crate) what: String,
+    pub(crate) figure: f64,
+    pub(crate) need: Need,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum Need {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+impl Bar {
+    pub(crate) fn is_met(&self) -> bool {
+        match self.need {
+            Need::AtMost(limit) => self.figure <= limit,
+            Need::AtLeast(limit) => self.figure >= limit,
+        }
+    }
+
+    pub(crate) fn need(&self) -> String {
+        match self.need {
+            Need::AtMost(limit) => format!("at most {limit}"),
+            Need::AtLeast(limit) => format!("at least {limit}"),
+        }
+    }
+
+    pub(crate) fn verdict(&self) -> &'static str {
+        if self.is_met() { "met" } else { "MISSED" }
+    }
+}
+
+/// The bars of all rows that were measured.
+pub(crate) fn bars(results: &Results) -> Vec<Bar> {
+    let mut bars = Vec::new();
+    let mut of = |id: &str, each: fn(&mut Bars<'_>, &Measured)| {
+        let Some(row) = results.row(id) else { return };
+        for fdwire in row.contenders.iter().filter(|contender| contender.role == Role::Fdwire) {
+            each(&mut Bars { row, bars: &mut bars }, fdwire);
+        }
+    };
+    of("64B-batched", |bars, fdwire| {
+        bars.times_bare(fdwire, 2.0);
+        bars.faster_than(fdwire, bars.row.contender("LengthDelimitedCodec"), 1.2);
+        bars.faster_than(fdwire, bars.row.fastest(passes_fds), 15.0);
+    });
+    of("64B-fd-batched", |bars, fdwire| {
+        bars.times_bare(fdwire, 1.3);
+        bars.faster_than(fdwire, bars.row.contender("anchovy, by hand"), 1.0);
+        bars.faster_than(fdwire, bars.row.fastest(passes_fds), 4.0);
+    });
+    for id in ["64B-round-trip", "64B-fd-round-trip"] {
+        of(id, |bars, fdwire| {
+            bars.times(fdwire, bars.row.contender("tokio-seqpacket"), 1.05);
+            bars.times_bare(fdwire, 1.15);
+        });
+    }
+    for id in ["64KiB", "1MiB", "16MiB"] {
+        of(id, |bars, fdwire| bars.faster_than(fdwire, bars.row.bare_for(fdwire), 0.9));
+        of(id, |bars, fdwire| {
+            // On the kind that is chosen for bulk.
+            if bars.row.fastest(|contender| contender.role == Role::Fdwire).is_some_and(|it| it.name == fdwire.name) {
+                bars.faster_than(fdwire, bars.row.fastest_peer(), 1.0);
+            }
+        });
+    }
+    bars
+}
+
+/// Peers that pass descriptors, message by message.
+fn passes_fds(contender: &Measured) -> bool {
+    contender.role == Role::Peer && contender.name != "LengthDelimitedCodec"
+}
+
+/// The bars of a row, as far as its contenders were measured.
+struct Bars<'a> {
+    row: &'a RowResult,
+    bars: &'a mut Vec<Bar>,
+}
+
+impl Bars<'_> {
+    fn push(&mut self, what: String, figure: f64, need: Need) {
+        self.bars.push(Bar { row: self.row.title.clone(), what, figure, need });
+    }
+
+    fn times(&mut self, fdwire: &Measured, other: Option<&Measured>, at_most: f64) {
+        if let Some(other) = other {
+            let what = format!("{}: time / {}", fdwire.name, other.name);
+            self.push(what, fdwire.times(other), Need::AtMost(at_most));
+        }
+    }
+
+    fn times_bare(&mut self, fdwire: &Measured, at_most: f64) {
+        self.times(fdwire, self.row.bare_for(fdwire), at_most);
+    }
+
+    fn faster_than(&mut self, fdwire: &Measured, other: Option<&Measured>, at_least: f64) {
+        if let Some(other) = other {
+            let what = format!("{}: rate / {}", fdwire.name, other.name);
+            self.push(what, other.times(fdwire), Need::AtLeast(at_least));
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! What users of interfaces to bare sockets write themselves: messages put together, and memory to receive into.
+
+use std::{
+    io::{IoSlice, Result},
+    os::fd::OwnedFd,
+};
+
+use ::fdwire::SocketKind;
+use bytes::{Buf, Bytes, BytesMut};
+use nix::{
+    libc,
+    sys::socket::{getsockopt, sockopt},
+};
+use smallvec::SmallVec;
+
+use super::{LONG_MESSAGE, Load, Setup};
+
+const PAGE: usize = 4096;
+
+/// Messages that wait to be sent together. Short ones are copied one behind the other, which is cheaper than a piece in
+/// the call for each.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    copied: Vec<u8>,
+    shared: Vec<Bytes>,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+impl Batch {
+    const COPY_UP_TO: usize = 1024;
+
+    pub(super) fn push(&mut self, payload: &Bytes, fd: Option<OwnedFd>) {
+        match payload.len() <= Self::COPY_UP_TO {
+            true => self.copied.extend_from_slice(payload),
+            false => self.shared.push(payload.clone()),
+        }
+        self.fds.extend(fd);
+    }
+
+    /// For interfaces that take bytes in one piece only.
+    pub(super) fn in_one_piece(&mut self) -> &[u8] {
+        if self.shared.len() > 1 {
+            for message in self.shared.drain(..) {
+                self.copied.extend_from_slice(&message);
+            }
+        }
+        self.shared.first().map_or(&self.copied, |message| &message[..])
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.copied.clear();
+        self.shared.clear();
+        self.fds.clear();
+    }
+
+    /// Sends everything: the descriptors with the first call, and all messages with it too, as far as the socket takes
+    /// them. A message longer than a packet is cut.
+    pub(super) async fn send_all(
+        &mut self,
+        max_packet: &mut usize,
+        mut call: impl AsyncFnMut(&[IoSlice<'_>], &mut Vec<OwnedFd>) -> Result<usize>,
+    ) {
+        let Self { copied, shared, fds } = self;
+        let first = (!copied.is_empty()).then_some(&copied[..]);
+        let pieces = first.into_iter().chain(shared.iter().map(|message| &message[..]));
+        let mut all = pieces.map(IoSlice::new).collect::<SmallVec<[_; 16]>>();
+        let mut pieces = &mut all[..];
+        while let [first, ..] = pieces {
+            let cut = [IoSlice::new(&first[..first.len().min(*max_packet)])];
+            match call(if first.len() > *max_packet { &cut } else { pieces }, fds).await {
+                Ok(sent) => {
+                    fds.clear();
+                    IoSlice::advance_slices(&mut pieces, sent);
+                }
+                // The kernel has no memory in one piece for a packet of that size.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) && *max_packet > PAGE => *max_packet /= 2,
+                Err(error) => panic!("sending: {error}"),
+            }
+        }
+        drop(all);
+        copied.clear();
+        shared.clear();
+    }
+}
+
+/// Most bytes of a packet that the socket takes, in whole pages, as fdwire cuts long messages.
+pub(super) fn max_packet(socket: &OwnedFd, setup: Setup) -> usize {
+    match setup.kind {
+        SocketKind::Stream => usize::MAX,
+        SocketKind::SeqPacket => {
+            let bytes = getsockopt(socket, sockopt::SndBuf).expect("SO_SNDBUF can be read") - 32;
+            bytes.min(4_263_616) / PAGE * PAGE
+        }
+    }
+}
+
+/// Memory to receive into. A long message is received whole into memory of its own: that of the message before it, which
+/// is not needed any more. So contenders that need initialised memory pay for that only once, as with a pool of buffers.
+#[derive(Debug)]
+pub(super) struct Room {
+    memory: BytesMut,
+    filled: usize,
+    of_one_message: bool,
+}
+
+impl Room {
+    pub(super) fn new(load: Load) -> Self {
+        let bytes = load.bytes.max(LONG_MESSAGE);
+        // It does not begin at the start of a page, as a plain large `Vec` does: some processors are ten times slower
+        // there, and the comparison would be between allocators.
+        let mut memory = BytesMut::zeroed(bytes + 2 * PAGE);
+        memory.advance(memory.as_ptr().align_offset(PAGE) + 64);
+        memory.truncate(bytes);
+        Self { memory, filled: 0, of_one_message: load.bytes >= LONG_MESSAGE }
+    }
+
+    /// Where to receive next.
+    pub(super) fn spare(&mut self) -> &mut [u8] {
+        &mut self.memory[self.filled..]
+    }
+
+    /// Some bytes have been received there.
+    pub(super) fn received(&mut self, bytes: usize) {
+        assert!(bytes > 0, "the peer is gone");
+        if self.of_one_message {
+            self.filled = (self.filled + bytes) % self.memory.len();
+        }
+    }
+}

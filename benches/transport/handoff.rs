@@ -1,0 +1,151 @@
+//! Connections that one process accepts and another one answers.
+//!
+//! Three processes: a client, the one that measures and accepts, and a worker. The client keeps connections open at a time,
+//! reads each to its end, and checks what it got. Its CPU time is not counted.
+
+use std::{
+    collections::VecDeque,
+    io::{Read, Write},
+    net::{self, Ipv4Addr, SocketAddr},
+    os::fd::OwnedFd,
+};
+
+use bytes::Bytes;
+use futures::future::{FutureExt, LocalBoxFuture};
+use nix::{
+    libc::linger,
+    sys::socket::{setsockopt, sockopt},
+};
+use tokio::net::TcpListener;
+
+use crate::{
+    contenders::{Link, Load, Received, Setup},
+    ends::End,
+    processes::{Control, Helper},
+};
+
+const ANSWER: &[u8] = b"hello";
+
+/// Connections that a client keeps open.
+const WINDOW: usize = 64;
+
+fn answer(connection: OwnedFd) {
+    net::TcpStream::from(connection).write_all(ANSWER).expect("the client is there");
+}
+
+/// Accepts, and hands over.
+struct Front<L> {
+    link: L,
+    load: Load,
+    metadata: Bytes,
+    listener: TcpListener,
+    client: Helper,
+}
+
+pub(crate) fn front<L: Link>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
+    let listener = net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port is free");
+    listener.set_nonblocking(true).expect("it is a socket");
+    let address = listener.local_addr().expect("it is bound");
+    Box::new(Front {
+        link: L::new(socket, setup),
+        load: setup.load,
+        metadata: vec![7; setup.load.bytes].into(),
+        listener: TcpListener::from_std(listener).expect("the socket can be registered"),
+        client: Helper::client(address),
+    })
+}
+
+impl<L: Link> End for Front<L> {
+    fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
+        let Self { link, load, metadata, listener, client } = self;
+        let run = async move {
+            client.control.say(count as u64);
+            let mut accepted = 0;
+            while accepted < count {
+                let mut next = Some(listener.accept().await);
+                let mut batch = 0;
+                while let Some(connection) = next {
+                    let connection = connection.expect("accepting").0.into_std().expect("deregistering");
+                    link.send(metadata, Some(connection.into())).await;
+                    (accepted, batch) = (accepted + 1, batch + 1);
+                    let more = batch < load.batch && accepted < count;
+                    next = if more { listener.accept().now_or_never() } else { None };
+                }
+                link.flush().await;
+            }
+            client.control.hear_in_runtime().await;
+        };
+        run.boxed_local()
+    }
+}
+
+/// Answers the connections that it gets.
+struct Worker<L> {
+    link: L,
+    load: Load,
+}
+
+pub(crate) fn worker<L: Link>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
+    Box::new(Worker { link: L::new(socket, setup), load: setup.load })
+}
+
+impl<L: Link> End for Worker<L> {
+    fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
+        let Self { link, load } = self;
+        let run = async move {
+            let (mut received, mut answered) = (Received::default(), 0);
+            while answered < count || received.bytes < count * load.bytes {
+                link.recv(&mut received).await;
+                answered += received.fds.len();
+                received.fds.drain(..).for_each(answer);
+            }
+            assert_eq!((received.bytes, answered), (count * load.bytes, count));
+        };
+        run.boxed_local()
+    }
+}
+
+/// No hand-over: the process that accepts also answers.
+pub(crate) struct InOneProcess;
+
+impl Link for InOneProcess {
+    fn new(_: OwnedFd, _: Setup) -> Self {
+        Self
+    }
+
+    async fn send(&mut self, _: &Bytes, connection: Option<OwnedFd>) {
+        connection.into_iter().for_each(answer);
+    }
+
+    async fn flush(&mut self) {}
+
+    async fn recv(&mut self, _: &mut Received) {
+        unreachable!("there is no worker");
+    }
+}
+
+/// The client's process.
+pub(crate) fn run_client(address: SocketAddr, mut control: Control) {
+    let connect = || {
+        let connection = net::TcpStream::connect(address).expect("the front listens");
+        // No connection is left in TIME_WAIT, or there would be no free ports after a while.
+        setsockopt(&connection, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 }).expect("it is a socket");
+        connection
+    };
+    while let Some(count) = control.hear() {
+        let mut open = VecDeque::with_capacity(WINDOW);
+        let mut left = count;
+        while left > 0 || !open.is_empty() {
+            while left > 0 && open.len() < WINDOW {
+                open.push_back(connect());
+                left -= 1;
+            }
+            if let Some(mut oldest) = open.pop_front() {
+                let mut got = Vec::with_capacity(2 * ANSWER.len());
+                oldest.read_to_end(&mut got).expect("an answer");
+                assert_eq!(got, ANSWER);
+            }
+        }
+        control.say(count);
+    }
+}

@@ -1,0 +1,159 @@
+//! The processes of a contender, what they say to each other, and where they run.
+
+use std::{
+    env,
+    io::{ErrorKind, Read, Write},
+    net::SocketAddr,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::{Child, Command, Stdio},
+    sync::LazyLock,
+    time::Duration,
+};
+
+use fdwire::SocketKind;
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    sys::{
+        resource::{UsageWho, getrusage},
+        socket::{AddressFamily, SockFlag, SockType, getsockopt, setsockopt, socketpair, sockopt},
+    },
+    unistd::Pid,
+};
+use tokio::runtime::{Builder, Runtime};
+
+/// A socket beside the one that is measured. What is said are numbers.
+#[derive(Debug)]
+pub(crate) struct Control(UnixStream);
+
+impl Control {
+    /// What a process has as its standard output.
+    pub(crate) fn from_stdout() -> Self {
+        Self(UnixStream::from(std::io::stdout().as_fd().try_clone_to_owned().expect("a descriptor is free")))
+    }
+
+    pub(crate) fn say(&mut self, number: u64) {
+        self.0.write_all(&number.to_ne_bytes()).expect("the other process is there");
+    }
+
+    /// `None` where the other process is gone.
+    pub(crate) fn hear(&mut self) -> Option<u64> {
+        let mut bytes = [0; 8];
+        match self.0.read_exact(&mut bytes) {
+            Ok(()) => Some(u64::from_ne_bytes(bytes)),
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => None,
+            Err(error) => panic!("control: {error}"),
+        }
+    }
+
+    /// Waits on another thread, so that the runtime goes on with what has been spawned.
+    pub(crate) async fn hear_in_runtime(&self) -> u64 {
+        let mut copy = Self(self.0.try_clone().expect("a descriptor is free"));
+        let heard = tokio::task::spawn_blocking(move || copy.hear()).await;
+        heard.expect("no panic").expect("the other process is there")
+    }
+}
+
+/// Another process of this executable. It ends when its control socket does.
+#[derive(Debug)]
+pub(crate) struct Helper {
+    pub(crate) control: Control,
+    child: Child,
+}
+
+impl Helper {
+    fn start(args: &[&str], stdin: Stdio) -> Self {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let mut command = Command::new(env::current_exe().expect("this executable is a file"));
+        command.args(args).stdin(stdin).stdout(OwnedFd::from(theirs));
+        Self { control: Control(ours), child: command.spawn().expect("this executable can be run") }
+    }
+
+    /// The other end of a contender, with this socket as its standard input.
+    pub(crate) fn far_end(row: &str, contender: &str, socket: OwnedFd) -> Self {
+        let core = CORES.two.map_or_else(String::new, |(_, far)| far.to_string());
+        Self::start(&["--far-end", row, "--contender", contender, "--cores", &core], socket.into())
+    }
+
+    /// The client of hand-offs, on any core.
+    pub(crate) fn client(address: SocketAddr) -> Self {
+        let cores = CORES.allowed.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        Self::start(&["--client", &address.to_string(), "--cores", &cores], Stdio::null())
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _ = self.control.0.shutdown(std::net::Shutdown::Both);
+        let ended = self.child.wait();
+        if !std::thread::panicking() {
+            assert!(ended.is_ok_and(|status| status.success()), "the other process failed");
+        }
+    }
+}
+
+/// A runtime of the kind that each process has.
+pub(crate) fn runtime() -> Runtime {
+    Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+/// User and system time of all threads of this process.
+pub(crate) fn cpu_time() -> Duration {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).expect("usage can be read");
+    [usage.user_time(), usage.system_time()]
+        .map(|time| Duration::from_micros((time.tv_sec() * 1_000_000 + time.tv_usec()).unsigned_abs()))
+        .iter()
+        .sum()
+}
+
+/// Where the process that measures, and those it starts, run. It is bound to its core when this is first asked for.
+pub(crate) static CORES: LazyLock<Cores> = LazyLock::new(Cores::choose);
+
+/// The cores of this process, and the two that the ends of a contender are bound to.
+#[derive(Debug)]
+pub(crate) struct Cores {
+    pub(crate) allowed: Vec<usize>,
+    /// Near, far. `None` if there is only one, or binding is not permitted.
+    pub(crate) two: Option<(usize, usize)>,
+}
+
+impl Cores {
+    fn choose() -> Self {
+        let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
+        let allowed = (0..CpuSet::count()).filter(|&core| set.is_set(core) == Ok(true)).collect::<Vec<_>>();
+        let two = match allowed[..] {
+            [near, far, ..] if bind(&[near]) => Some((near, far)),
+            _ => None,
+        };
+        Self { allowed, two }
+    }
+}
+
+/// Binds this process to cores.
+pub(crate) fn bind(cores: &[usize]) -> bool {
+    let mut set = CpuSet::new();
+    cores.iter().all(|&core| set.set(core).is_ok()) && sched_setaffinity(Pid::from_raw(0), &set).is_ok()
+}
+
+/// Two connected sockets, with larger send buffers for bulk. What is set is doubled by the kernel.
+pub(crate) fn socket_pair(kind: SocketKind, bulk: bool) -> (OwnedFd, OwnedFd) {
+    let ty = if kind == SocketKind::Stream { SockType::Stream } else { SockType::SeqPacket };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let (near, far) = socketpair(AddressFamily::Unix, ty, None, flags).expect("a socket pair");
+    if bulk {
+        for end in [&near, &far] {
+            let bytes = 2 << 20;
+            setsockopt(end, sockopt::SndBufForce, &bytes)
+                .or_else(|_| setsockopt(end, sockopt::SndBuf, &bytes))
+                .expect("SO_SNDBUF can be set");
+        }
+    }
+    (near, far)
+}
+
+/// What [`socket_pair`] gets.
+pub(crate) fn send_buffer(bulk: bool) -> usize {
+    getsockopt(&socket_pair(SocketKind::SeqPacket, bulk).0, sockopt::SndBuf).expect("SO_SNDBUF can be read")
+}

@@ -1,0 +1,152 @@
+//! The results as tables, for the terminal and for the documentation.
+
+use std::fmt::Write;
+
+use comfy_table::{CellAlignment, Table, TableStyle, presets};
+
+use crate::{
+    bars::bars,
+    results::{Machine, Measured, Results, RowResult},
+};
+
+pub(crate) fn print_machine(machine: &Machine) {
+    println!("{}\n", machine.lines().join("\n").replace("**", "").replace('`', ""));
+}
+
+pub(crate) fn print_row(row: &RowResult) {
+    println!("{}\n{}\n", row.title, table(&row_cells(row), presets::UTF8_HORIZONTAL_ONLY));
+}
+
+pub(crate) fn print_bars(results: &Results) {
+    println!("{}\n", table(&bar_cells(results), presets::UTF8_HORIZONTAL_ONLY));
+}
+
+pub(crate) fn print_all(results: &Results) {
+    print_machine(&results.machine);
+    results.rows.iter().for_each(print_row);
+    print_bars(results);
+}
+
+/// `BENCHMARKS.md`.
+pub(crate) fn markdown(results: &Results) -> String {
+    let mut text = String::from(INTRODUCTION);
+    for line in results.machine.lines() {
+        let _ = writeln!(text, "- {line}");
+    }
+    let _ = write!(text, "\n{HOW_TO_READ}\n");
+    for row in &results.rows {
+        let _ = write!(text, "\n## {}\n\n{}\n", row.title, table(&row_cells(row), presets::ASCII_MARKDOWN));
+    }
+    let _ = write!(text, "\n{BARS}\n{}\n", table(&bar_cells(results), presets::ASCII_MARKDOWN));
+    text
+}
+
+const INTRODUCTION: &str = "\
+# Benchmarks
+
+Written by `cargo bench --bench transport -- --report docs`. Do not edit.
+
+![Time of fdwire and its peers](benchmarks.svg)
+
+";
+
+const HOW_TO_READ: &str = "\
+Two processes, each on a core of its own. All contenders of a row take turns, round after round; a time is the median over
+the rounds with its quartiles, a ratio the median of the ratios within a round. CPU is user and system time of both
+processes. Compare within a row; between rows and machines only ratios mean something.
+
+- *bare*: `sendmsg` and `recvmsg` on tokio's `AsyncFd`. What is flushed together goes in one call with all its descriptors, and the
+  receiver does not take messages apart. It is the floor. The column *× bare* compares with it on the same kind of socket.
+- *by hand*: the user puts all messages of a batch, and all their descriptors, into one call of the peer's, and takes
+  them apart. Other rows of peers are what they do by themselves, message by message (`LengthDelimitedCodec`: fed and flushed
+  like fdwire). *× fastest peer* compares with the fastest of those.
+- Messages with a descriptor each start with one of their own, made by `dup`; the sender closes it after sending, and the
+  receiver closes what it gets. ipc-channel can pass only handles of its own: it sends a sender, the same each time,
+  without `dup`. It uses sockets of its own, with the system's default send buffer.
+- From 64 KiB on each message is received whole into memory of its own. Contenders that are given memory to receive into get the
+  same again for the next message, as from a pool. The shared memory of ipc-channel is mapped, and not read.
+- Tasks that share a socket send one message and let the others run. *mutex*: each locks, sends and flushes; *channel*:
+  a task feeds what waits in a `tokio::sync::mpsc` and flushes; *shared*: all call `send` on one socket.
+- A hand-off: a third process connects by TCP, one process accepts, passes the connection, and the worker
+  writes 5 bytes and closes it. fdwire and bare calls send together what was accepted together. The client's CPU is not counted.
+";
+
+const BARS: &str = "\
+## Bars
+
+What fdwire has to reach. *time* is its time in units of the other's, *rate* its messages a second.
+";
+
+fn row_cells(row: &RowResult) -> Vec<Vec<String>> {
+    let times = |contender: &Measured, other: Option<&Measured>| match other {
+        Some(other) if other.name == contender.name => "1".to_owned(),
+        Some(other) => ratio(contender.times(other)),
+        None => String::new(),
+    };
+    let unit = &row.unit;
+    let head = ["".to_owned(), format!("time / {unit}"), "quartiles".to_owned(), format!("{unit}s / s")];
+    let head = head.into_iter().chain([format!("CPU / {unit}"), "× bare".to_owned(), "× fastest peer".to_owned()]);
+    let mut cells = vec![head.collect::<Vec<_>>()];
+    for contender in &row.contenders {
+        let (low, high) = contender.quartiles_ns();
+        cells.push(vec![
+            contender.name.clone(),
+            time(contender.median_ns()),
+            format!("{} – {}", time(low), time(high)),
+            thousands(1e9 / contender.median_ns()),
+            time(contender.median_cpu_ns()),
+            times(contender, row.bare_for(contender)),
+            times(contender, row.fastest_peer()),
+        ]);
+    }
+    cells
+}
+
+fn bar_cells(results: &Results) -> Vec<Vec<String>> {
+    let mut cells = vec![["row", "figure", "bar", "is", ""].map(str::to_owned).to_vec()];
+    for bar in bars(results) {
+        cells.push(vec![bar.row.clone(), bar.what.clone(), bar.need(), ratio(bar.figure), bar.verdict().to_owned()]);
+    }
+    cells
+}
+
+/// A table with a head. Figures stand at the right.
+fn table(cells: &[Vec<String>], style: TableStyle) -> String {
+    let mut table = Table::new();
+    table.load_style(style).set_header(&cells[0]).add_rows(&cells[1..]);
+    for column in table.column_iter_mut() {
+        let figures = cells[1..].iter().all(|row| row[column.index].starts_with(|first: char| first.is_ascii_digit()));
+        if figures {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.trim_fmt()
+}
+
+/// Three figures with their unit.
+pub(crate) fn time(ns: f64) -> String {
+    let (value, unit) = match ns {
+        ..1e3 => (ns, "ns"),
+        ..1e6 => (ns / 1e3, "µs"),
+        _ => (ns / 1e6, "ms"),
+    };
+    format!("{} {unit}", three_figures(value))
+}
+
+fn three_figures(value: f64) -> String {
+    match value {
+        ..9.995 => format!("{value:.2}"),
+        ..99.95 => format!("{value:.1}"),
+        _ => format!("{value:.0}"),
+    }
+}
+
+fn ratio(ratio: f64) -> String {
+    three_figures(ratio)
+}
+
+fn thousands(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let parts = digits.as_bytes().rchunks(3).rev().map(|part| String::from_utf8_lossy(part).into_owned());
+    parts.collect::<Vec<_>>().join(",")
+}

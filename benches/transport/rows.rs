@@ -1,0 +1,196 @@
+//! What is measured: rows, and who takes part in each.
+
+use fdwire::SocketKind::{self, SeqPacket, Stream};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    contenders::{
+        Anchovy, Bare, Fdwire, IpcChannel, IpcSharedMem, LengthDelimited, Link, Load, Setup, Side, TokioSeqpacket,
+        TokioUnixIpc, UnixAncillary,
+    },
+    ends::{MakeEnd, client, echo, idle, receiver, sender},
+    handoff::{InOneProcess, front, worker},
+    tasks::{BareShared, FdwireChannel, FdwireMutex, SeqpacketShared, Shared, senders},
+};
+
+/// Contenders that do the same work.
+pub(crate) struct Row {
+    pub(crate) id: &'static str,
+    pub(crate) title: &'static str,
+    /// What there is one time of.
+    pub(crate) unit: &'static str,
+    load: Load,
+    /// Counts are multiples of this.
+    pub(crate) quantum: usize,
+    pub(crate) contenders: Vec<Contender>,
+}
+
+/// What a contender is to a comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Role {
+    Fdwire,
+    /// `sendmsg` and `recvmsg` on `AsyncFd`: the floor.
+    Bare,
+    /// What a crate does by itself.
+    Peer,
+    /// What a user can make of a crate that leaves putting messages together, and taking them apart, to him.
+    ByHand,
+    /// Something else to compare with.
+    Reference,
+}
+
+pub(crate) struct Contender {
+    pub(crate) name: String,
+    pub(crate) kind: SocketKind,
+    pub(crate) role: Role,
+    /// Whether it is flushed once a batch. Else, after each message.
+    batched: bool,
+    pub(crate) near: MakeEnd,
+    pub(crate) far: MakeEnd,
+}
+
+impl Row {
+    pub(crate) fn setup(&self, contender: &Contender, side: Side) -> Setup {
+        let batch = if contender.batched { self.load.batch } else { 1 };
+        Setup { kind: contender.kind, side, load: Load { batch, ..self.load } }
+    }
+
+    /// Whether its sockets have larger send buffers.
+    pub(crate) fn is_bulk(&self) -> bool {
+        self.load.bytes >= 4 << 10
+    }
+}
+
+/// How two ends are made of a [`Link`].
+#[derive(Clone, Copy)]
+enum Pattern {
+    OneWay,
+    RoundTrip,
+    HandOff,
+}
+
+fn contender<L: Link>(pattern: Pattern, name: &str, kind: SocketKind, role: Role) -> Contender {
+    let (near, far): (MakeEnd, MakeEnd) = match pattern {
+        Pattern::OneWay => (sender::<L>, receiver::<L>),
+        Pattern::RoundTrip => (client::<L>, echo::<L>),
+        Pattern::HandOff => (front::<L>, worker::<L>),
+    };
+    Contender { name: name.to_owned(), kind, role, batched: role != Role::Peer, near, far }
+}
+
+/// fdwire and the calls that it makes, on both kinds.
+fn ours(pattern: Pattern) -> Vec<Contender> {
+    vec![
+        contender::<Fdwire>(pattern, "fdwire SEQPACKET", SeqPacket, Role::Fdwire),
+        contender::<Fdwire>(pattern, "fdwire STREAM", Stream, Role::Fdwire),
+        contender::<Bare>(pattern, "bare SEQPACKET", SeqPacket, Role::Bare),
+        contender::<Bare>(pattern, "bare STREAM", Stream, Role::Bare),
+    ]
+}
+
+/// Peers that pass any descriptor, message by message.
+fn peers(pattern: Pattern) -> Vec<Contender> {
+    vec![
+        contender::<TokioSeqpacket>(pattern, "tokio-seqpacket", SeqPacket, Role::Peer),
+        contender::<UnixAncillary>(pattern, "unix-ancillary", Stream, Role::Peer),
+        contender::<Anchovy>(pattern, "anchovy", Stream, Role::Peer),
+        contender::<TokioUnixIpc>(pattern, "tokio-unix-ipc", Stream, Role::Peer),
+    ]
+}
+
+/// The same peers with whole batches put into one call by hand.
+fn by_hand(pattern: Pattern) -> Vec<Contender> {
+    let by_hand = |peer: Contender| Contender {
+        name: format!("{}, by hand", peer.name),
+        role: Role::ByHand,
+        batched: true,
+        ..peer
+    };
+    peers(pattern).into_iter().map(by_hand).collect()
+}
+
+fn ipc_channel(pattern: Pattern) -> Contender {
+    contender::<IpcChannel>(pattern, "ipc-channel", SeqPacket, Role::Peer)
+}
+
+/// It puts messages together itself.
+fn length_delimited(pattern: Pattern) -> Contender {
+    let contender = contender::<LengthDelimited>(pattern, "LengthDelimitedCodec", Stream, Role::Peer);
+    Contender { batched: true, ..contender }
+}
+
+fn one_way(id: &'static str, title: &'static str, load: Load) -> Row {
+    let pattern = Pattern::OneWay;
+    let mut contenders = ours(pattern);
+    if !load.fd {
+        contenders.push(length_delimited(pattern));
+    }
+    if load.batch > 1 {
+        contenders.extend(by_hand(pattern));
+    }
+    contenders.extend(peers(pattern));
+    contenders.push(ipc_channel(pattern));
+    if load.bytes >= 64 << 10 {
+        let name = "ipc-channel, shared memory";
+        contenders.push(contender::<IpcSharedMem>(pattern, name, SeqPacket, Role::Peer));
+    }
+    Row { id, title, unit: "message", load, quantum: load.batch, contenders }
+}
+
+fn round_trip(id: &'static str, title: &'static str, fd: bool) -> Row {
+    let pattern = Pattern::RoundTrip;
+    let mut contenders = ours(pattern);
+    if !fd {
+        contenders.push(length_delimited(pattern));
+    }
+    contenders.extend(peers(pattern));
+    contenders.push(ipc_channel(pattern));
+    Row { id, title, unit: "round trip", load: Load { bytes: 64, fd, batch: 1 }, quantum: 1, contenders }
+}
+
+fn shared<S: Shared, L: Link, const TASKS: usize>(name: &str, kind: SocketKind, role: Role) -> Contender {
+    let (near, far): (MakeEnd, MakeEnd) = (senders::<S, TASKS>, receiver::<L>);
+    Contender { name: name.to_owned(), kind, role, batched: false, near, far }
+}
+
+fn tasks<const TASKS: usize>(id: &'static str, title: &'static str) -> Row {
+    let contenders = vec![
+        shared::<FdwireMutex, Fdwire, TASKS>("fdwire SEQPACKET, mutex", SeqPacket, Role::Fdwire),
+        shared::<FdwireMutex, Fdwire, TASKS>("fdwire STREAM, mutex", Stream, Role::Fdwire),
+        shared::<FdwireChannel, Fdwire, TASKS>("fdwire SEQPACKET, channel", SeqPacket, Role::Fdwire),
+        shared::<FdwireChannel, Fdwire, TASKS>("fdwire STREAM, channel", Stream, Role::Fdwire),
+        shared::<BareShared, Bare, TASKS>("bare SEQPACKET, shared", SeqPacket, Role::Bare),
+        shared::<SeqpacketShared, TokioSeqpacket, TASKS>("tokio-seqpacket, shared", SeqPacket, Role::Peer),
+    ];
+    Row { id, title, unit: "message", load: Load { bytes: 64, fd: false, batch: 1 }, quantum: TASKS, contenders }
+}
+
+fn hand_off(id: &'static str, title: &'static str) -> Row {
+    let pattern = Pattern::HandOff;
+    let here = contender::<InOneProcess>(pattern, "answered where accepted", SeqPacket, Role::Reference);
+    let mut contenders = vec![Contender { far: idle, ..here }];
+    contenders.extend(ours(pattern));
+    contenders.extend(peers(pattern));
+    let load = Load { bytes: 16, fd: true, batch: 64 };
+    Row { id, title, unit: "hand-off", load, quantum: 64, contenders }
+}
+
+pub(crate) fn all() -> Vec<Row> {
+    let load = |bytes, fd, batch| Load { bytes, fd, batch };
+    vec![
+        one_way("64B-batched", "64 B one way, 64 fed and then flushed", load(64, false, 64)),
+        one_way("64B-each", "64 B one way, message by message", load(64, false, 1)),
+        one_way("64B-fd-batched", "64 B + 1 descriptor one way, 64 fed and then flushed", load(64, true, 64)),
+        one_way("64B-fd-each", "64 B + 1 descriptor one way, message by message", load(64, true, 1)),
+        round_trip("64B-round-trip", "64 B there and back", false),
+        round_trip("64B-fd-round-trip", "64 B + 1 descriptor there and back", true),
+        one_way("4KiB", "4 KiB one way, 8 fed and then flushed", load(4 << 10, false, 8)),
+        one_way("64KiB", "64 KiB one way, message by message", load(64 << 10, false, 1)),
+        one_way("1MiB", "1 MiB one way, message by message", load(1 << 20, false, 1)),
+        one_way("16MiB", "16 MiB one way, message by message", load(16 << 20, false, 1)),
+        tasks::<64>("64-tasks", "64 B from 64 tasks into one socket"),
+        tasks::<1000>("1000-tasks", "64 B from 1,000 tasks into one socket"),
+        hand_off("hand-off", "TCP connections accepted here, answered there"),
+    ]
+}
