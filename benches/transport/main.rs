@@ -49,7 +49,7 @@ struct Args {
     words: Vec<String>,
 
     /// Rounds in which all contenders of a row take turns
-    #[arg(long, default_value_t = 9)]
+    #[arg(long, default_value_t = 15)]
     rounds: usize,
 
     /// Time of one contender in one round, in milliseconds

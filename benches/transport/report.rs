@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use comfy_table::{CellAlignment, Table, TableStyle, presets};
+use comfy_table::{CellAlignment, Table, presets};
 
 use crate::{
     bars::bars,
@@ -14,11 +14,11 @@ pub(crate) fn print_machine(machine: &Machine) {
 }
 
 pub(crate) fn print_row(row: &RowResult) {
-    println!("{}\n{}\n", row.title, table(&row_cells(row), presets::UTF8_HORIZONTAL_ONLY));
+    println!("{}\n{}\n", row.title, table(&row_cells(row)));
 }
 
 pub(crate) fn print_bars(results: &Results) {
-    println!("{}\n", table(&bar_cells(results), presets::UTF8_HORIZONTAL_ONLY));
+    println!("{}\n", table(&bar_cells(results)));
 }
 
 pub(crate) fn print_all(results: &Results) {
@@ -35,9 +35,9 @@ pub(crate) fn markdown(results: &Results) -> String {
     }
     let _ = write!(text, "\n{HOW_TO_READ}\n");
     for row in &results.rows {
-        let _ = write!(text, "\n## {}\n\n{}\n", row.title, table(&row_cells(row), presets::ASCII_MARKDOWN));
+        let _ = write!(text, "\n## {}\n\n{}\n", row.title, table(&row_cells(row)));
     }
-    let _ = write!(text, "\n{BARS}\n{}\n", table(&bar_cells(results), presets::ASCII_MARKDOWN));
+    let _ = write!(text, "\n{BARS}\n{}\n", table(&bar_cells(results)));
     text
 }
 
@@ -63,6 +63,7 @@ processes. Compare within a row; between rows and machines only ratios mean some
 - Messages with a descriptor each start with one of their own, made by `dup`; the sender closes it after sending, and the
   receiver closes what it gets. ipc-channel can pass only handles of its own: it sends a sender, the same each time,
   without `dup`. It uses sockets of its own, with the system's default send buffer.
+- On STREAM, a receiver that takes bytes takes all that is there: several messages, where they have no descriptors.
 - From 64 KiB on each message is received whole into memory of its own. Contenders that are given memory to receive into get the
   same again for the next message, as from a pool. The shared memory of ipc-channel is mapped, and not read.
 - Tasks that share a socket send one message and let the others run. *mutex*: each locks, sends and flushes; *channel*:
@@ -111,12 +112,12 @@ fn bar_cells(results: &Results) -> Vec<Vec<String>> {
 }
 
 /// A table with a head. Figures stand at the right.
-fn table(cells: &[Vec<String>], style: TableStyle) -> String {
+fn table(cells: &[Vec<String>]) -> String {
     let mut table = Table::new();
-    table.load_style(style).set_header(&cells[0]).add_rows(&cells[1..]);
-    for column in table.column_iter_mut() {
-        let figures = cells[1..].iter().all(|row| row[column.index].starts_with(|first: char| first.is_ascii_digit()));
-        if figures {
+    table.load_style(presets::ASCII_MARKDOWN).set_header(&cells[0]).add_rows(&cells[1..]);
+    for column in table.column_iter_mut().skip(1) {
+        let is_figure = |cell: &String| cell.is_empty() || cell.starts_with(|first: char| first.is_ascii_digit());
+        if cells[1..].iter().all(|row| is_figure(&row[column.index])) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
@@ -141,7 +142,7 @@ fn three_figures(value: f64) -> String {
     }
 }
 
-fn ratio(ratio: f64) -> String {
+pub(crate) fn ratio(ratio: f64) -> String {
     three_figures(ratio)
 }
 

@@ -39,7 +39,7 @@ impl Link for Anchovy {
                 pieces => stream.write_vectored(pieces).await,
             }
         };
-        waiting.send_all(&mut usize::MAX.clone(), call).await;
+        waiting.send_all(&mut { usize::MAX }, call).await;
     }
 
     async fn recv(&mut self, received: &mut Received) {

@@ -24,10 +24,11 @@ pub(crate) struct Bare {
     max_packet: usize,
     waiting: Batch,
     room: Room,
-    control: Box<Control>,
+    control: Box<[MaybeUninit<u8>; CONTROL_BYTES]>,
 }
 
-type Control = [MaybeUninit<u8>; rustix::cmsg_space!(ScmRights(253))];
+/// Room for the most descriptors that a call takes.
+const CONTROL_BYTES: usize = rustix::cmsg_space!(ScmRights(253));
 
 #[allow(unsafe_code, reason = "tokio has no safe registration")]
 pub(crate) fn register(socket: OwnedFd) -> AsyncFd<OwnedFd> {
@@ -57,7 +58,7 @@ impl Link for Bare {
             io: register(socket),
             waiting: Batch::default(),
             room: Room::new(setup.load),
-            control: Box::new([MaybeUninit::uninit(); _]),
+            control: Box::new([MaybeUninit::uninit(); CONTROL_BYTES]),
         }
     }
 

@@ -27,7 +27,9 @@ pub(crate) struct TokioSeqpacket {
 
 /// Room for 253 descriptors, aligned for the control message's header.
 #[repr(align(8))]
-struct Control([u8; 1032]);
+struct Control([u8; CONTROL_BYTES]);
+
+const CONTROL_BYTES: usize = 1032;
 
 impl Link for TokioSeqpacket {
     fn new(socket: OwnedFd, setup: Setup) -> Self {
@@ -37,7 +39,7 @@ impl Link for TokioSeqpacket {
             waiting: Batch::default(),
             room: Room::new(setup.load),
             with_fds: setup.load.fd,
-            control: Box::new(Control([0; _])),
+            control: Box::new(Control([0; CONTROL_BYTES])),
         }
     }
 
