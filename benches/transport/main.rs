@@ -65,14 +65,14 @@ struct Args {
     list: bool,
 
     /// Write BENCHMARKS.md and benchmarks.svg into this directory
-    #[arg(long, value_name = "DIRECTORY")]
+    #[arg(long, value_name = "DIRECTORY", conflicts_with = "test")]
     report: Option<PathBuf>,
 
     /// Measure nothing, take the results of an earlier run
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
 
-    /// What cargo says to every bench
+    /// What `cargo bench` says to every bench. `cargo test --benches` does not, and means `--test`
     #[arg(long, hide = true)]
     bench: bool,
 
@@ -123,16 +123,20 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn measure(args: &Args) -> Result<Results, Box<dyn Error>> {
     allow_many_fds()?;
-    let effort = match args.test {
+    let effort = match args.test || !args.bench {
         true => Effort::Test,
         false => Effort::Rounds(args.rounds.max(1), Duration::from_millis(args.sample)),
     };
     let mut results = Results { machine: Machine::this(), rows: Vec::new() };
     report::print_machine(&results.machine);
     let rows = rows::all();
+    let is_row = |word: &String| rows.iter().any(|row| row.id.contains(word.as_str()));
+    let is_contender = |word: &String| rows.iter().flat_map(|row| &row.contenders).any(|it| it.name.contains(word));
+    if let Some(word) = args.words.iter().find(|word| !is_row(word) && !is_contender(word)) {
+        return Err(format!("no row and no contender has {word:?} in its name, see --list").into());
+    }
+    let (any_row, any_contender) = (!args.words.iter().any(is_row), !args.words.iter().any(is_contender));
     let chosen = |name: &str| args.words.iter().any(|word| name.contains(word.as_str()));
-    let any_row = !rows.iter().any(|row| chosen(row.id));
-    let any_contender = !rows.iter().any(|row| row.contenders.iter().any(|it| chosen(&it.name)));
     for row in rows.iter().filter(|row| any_row || chosen(row.id)) {
         let contenders = row.contenders.iter().filter(|it| any_contender || chosen(&it.name)).collect::<Vec<_>>();
         if std::io::stderr().is_terminal() {

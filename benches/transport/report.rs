@@ -33,7 +33,7 @@ pub(crate) fn markdown(results: &Results) -> String {
     for line in results.machine.lines() {
         let _ = writeln!(text, "- {line}");
     }
-    let _ = write!(text, "\n{HOW_TO_READ}\n");
+    let _ = write!(text, "\n{HOW_TO_READ}");
     for row in &results.rows {
         let _ = write!(text, "\n## {}\n\n{}\n", row.title, table(&row_cells(row)));
     }
