@@ -2,7 +2,8 @@
 //!
 //! A message is bytes and any number of descriptors: files, pipes, listeners, accepted TCP connections. It goes over a
 //! Unix socket of either kind, [SEQPACKET or STREAM](SocketKind), and each descriptor arrives with the message that it
-//! was attached to. [`Framed`] is a [`Stream`](futures::Stream) and a [`Sink`](futures::Sink).
+//! was attached to. [`Framed`] is a [`Stream`](futures::Stream) and a [`Sink`](futures::Sink), and a [`Sender`] sends from many
+//! tasks.
 //!
 //! The first use is handing an accepted TCP connection to another process without its client noticing:
 //!
@@ -88,7 +89,7 @@ pub use codec::{
 };
 pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
-pub use framed::{Framed, Parts, Permit, ReadHalf, ReuniteError, WriteHalf};
+pub use framed::{Driver, Framed, Parts, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;
 pub use socket::{Listener, PeerCred, Socket, SocketKind};
 

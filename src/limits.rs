@@ -82,4 +82,9 @@ impl Limits {
         self.max_queued_bytes = bytes;
         self
     }
+
+    /// Whether one more message is taken while so much waits to be sent.
+    pub(crate) fn leave_room_beside(&self, bytes: usize, fds: usize) -> bool {
+        bytes < self.max_queued_bytes.max(1) && fds < self.max_queued_fds.max(1)
+    }
 }

@@ -75,7 +75,7 @@ impl Wire {
 
 #[derive(Debug, Clone)]
 enum Op {
-    Encode { payload: usize, fds: usize },
+    Encode { payload: usize, fds: usize, later: bool },
     Send { short: f64 },
     Receive { most: usize },
 }
@@ -86,7 +86,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let payload = prop_oneof![6 => 0..40usize, 3 => 0..5000usize, 1 => 0..300_000usize];
     let fds = prop_oneof![6 => 0..3usize, 3 => 200..600usize, 1 => 0..=MAX_FDS];
     let op = prop_oneof![
-        (payload, fds).prop_map(|(payload, fds)| Op::Encode { payload, fds }),
+        (payload, fds, any::<bool>()).prop_map(|(payload, fds, later)| Op::Encode { payload, fds, later }),
         prop_oneof![1 => Just(0.0), 2 => Just(1.0), 2 => 0.0..1.0].prop_map(|short| Op::Send { short }),
         prop_oneof![1 => 1..20usize, 1 => 1..100_000usize].prop_map(|most| Op::Receive { most }),
     ];
@@ -106,6 +106,8 @@ pub(super) struct Connection {
     announces: bool,
     grouping: Grouping,
     pub(super) outbound: SendBuf<u32>,
+    /// To be appended to `outbound`, in whatever state that is.
+    later: SendBuf<u32>,
     pub(super) wire: Wire,
     inbound: Inbound<u32>,
     received: Vec<Frame<u32>>,
@@ -118,6 +120,7 @@ impl Connection {
             announces: true,
             codec: FrameCodec::new(Limits::default().max_fds_per_frame(MAX_FDS)),
             outbound: SendBuf::new(),
+            later: SendBuf::new(),
             wire: Wire { carrier, queue: VecDeque::new() },
             inbound: Inbound::new(carrier != Carrier::Stream, BytesMut::new(), FdQueue::new()),
             received: Vec::new(),
@@ -125,11 +128,12 @@ impl Connection {
     }
 
     pub(super) fn encode(&mut self, frame: Frame<u32>) -> Result<(), Error> {
-        self.codec.encode(frame, &mut self.outbound)?;
-        if !self.announces {
-            self.outbound.withdraw_announcement();
-        }
-        self.outbound.commit(self.grouping)
+        self.outbound.append(&mut self.later);
+        encode(&mut self.outbound, &mut self.codec, frame, self.announces, self.grouping)
+    }
+
+    fn encode_later(&mut self, frame: Frame<u32>) -> Result<(), Error> {
+        encode(&mut self.later, &mut self.codec, frame, self.announces, self.grouping)
     }
 
     /// Decodes what is complete and says whether bytes can be received.
@@ -155,6 +159,7 @@ impl Connection {
 
     /// Everything queued arrives.
     fn settle(&mut self) -> Result<(), Error> {
+        self.outbound.append(&mut self.later);
         loop {
             if !self.outbound.is_empty() {
                 self.wire.send(&mut self.outbound, 1.0);
@@ -165,6 +170,21 @@ impl Connection {
             self.receive(usize::MAX)?;
         }
     }
+}
+
+/// One message, or nothing at all.
+fn encode(
+    buf: &mut SendBuf<u32>,
+    codec: &mut FrameCodec,
+    frame: Frame<u32>,
+    announces: bool,
+    grouping: Grouping,
+) -> Result<(), Error> {
+    codec.encode(frame, buf)?;
+    if !announces {
+        buf.withdraw_announcement();
+    }
+    buf.commit(grouping).inspect_err(|_| drop(buf.roll_back()))
 }
 
 proptest! {
@@ -183,17 +203,18 @@ proptest! {
         let mut fd_numbers = 0..;
         for op in ops {
             match op {
-                Op::Encode { payload, fds } => {
+                Op::Encode { payload, fds, later } => {
                     let payload = Bytes::from_iter((0..payload).map(|i| (i + sent.len()) as u8));
                     let frame = Frame { payload, fds: fd_numbers.by_ref().take(fds).collect() };
                     // A frame of few bytes with too many descriptors is refused as a whole.
                     let fits = fds <= SCM_MAX_FD * (8 + frame.payload.len());
-                    let encoded = connection.encode(frame.clone());
+                    let encoded = match later {
+                        true => connection.encode_later(frame.clone()),
+                        false => connection.encode(frame.clone()),
+                    };
                     prop_assert_eq!(encoded.is_ok(), fits);
                     if fits {
                         sent.push(frame);
-                    } else {
-                        connection.outbound.roll_back();
                     }
                 }
                 Op::Send { .. } if connection.outbound.is_empty() => {}
@@ -217,11 +238,14 @@ proptest! {
         let (mut bytes, mut fds) = (0, 0);
         for op in ops {
             match op {
-                Op::Encode { payload, fds: count } if count <= SCM_MAX_FD * (8 + payload) => {
+                Op::Encode { payload, fds: count, later } if count <= SCM_MAX_FD * (8 + payload) => {
                     bytes += 8 + payload;
                     fds += count;
                     let frame = Frame { payload: vec![0; payload].into(), fds: (0..count as u32).collect() };
-                    connection.encode(frame).unwrap();
+                    match later {
+                        true => connection.encode_later(frame).unwrap(),
+                        false => connection.encode(frame).unwrap(),
+                    }
                 }
                 Op::Send { short } if !connection.outbound.is_empty() => {
                     connection.wire.send(&mut connection.outbound, short);
@@ -229,6 +253,8 @@ proptest! {
                 _ => {}
             }
         }
+        connection.outbound.append(&mut connection.later);
+        prop_assert!(connection.later.is_empty() && connection.later.fd_count() == 0);
         let on_the_wire = connection.wire.queue;
         let (unsent_bytes, unsent_fds) = connection.outbound.into_parts();
         prop_assert_eq!(unsent_bytes.len() + on_the_wire.iter().map(|chunk| chunk.bytes.len()).sum::<usize>(), bytes);

@@ -199,6 +199,20 @@ impl<F> SendBuf<F> {
         self.fds.split_off(self.fds.len() - open.unsent_fds).into()
     }
 
+    /// Moves all messages of `later` behind those of this buffer. Nothing of them may have been sent.
+    pub(crate) fn append(&mut self, later: &mut Self) {
+        debug_assert!(later.ahead == 0 && later.messages.front().is_none_or(|message| !message.begun));
+        debug_assert!([&self.open, &later.open].iter().all(|open| open.unsent_bytes == 0 && open.unsent_fds == 0));
+        if !self.tail.is_empty() {
+            self.segments.push_back(self.tail.split().freeze());
+        }
+        self.segments.append(&mut later.segments);
+        self.tail = std::mem::take(&mut later.tail);
+        self.bytes += std::mem::take(&mut later.bytes);
+        self.fds.append(&mut later.fds);
+        self.messages.append(&mut later.messages);
+    }
+
     /// The first `limit` bytes that wait, as far as `IOV_MAX` pieces reach.
     pub(crate) fn io_slices(&self, mut limit: usize) -> SmallVec<[IoSlice<'_>; 8]> {
         let mut slices = SmallVec::new();

@@ -1,6 +1,9 @@
 //! Messages over a socket, as [`Stream`] and [`Sink`].
 
+mod driver;
 mod read;
+mod sender;
+mod shared;
 mod write;
 
 use std::{
@@ -14,8 +17,10 @@ use std::{
 use bytes::BytesMut;
 use futures::{Sink, Stream};
 
+pub use driver::Driver;
 pub use read::ReadHalf;
 use read::Receiving;
+pub use sender::{SendPermit, Sender};
 use write::Sending;
 pub use write::{Permit, WriteHalf};
 
@@ -276,6 +281,8 @@ mod tests {
         check::<Framed<FrameCodec>>();
         check::<ReadHalf<FrameCodec>>();
         check::<WriteHalf<FrameCodec>>();
+        check::<Sender<FrameCodec>>();
+        check::<Driver<FrameCodec>>();
         check::<Error>();
         check::<SendError<crate::Frame>>();
     }

@@ -10,6 +10,7 @@ use std::{
 
 use futures::Sink;
 
+use super::{Driver, Sender, shared::Shared};
 use crate::{
     Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket, SocketKind,
     codec::Carrier,
@@ -33,8 +34,8 @@ use crate::{
 /// descriptors, when they are dropped before they took it. Where that must not happen, `reserve` first.
 #[derive(Debug)]
 pub struct WriteHalf<E> {
-    encoder: E,
-    sender: Sender,
+    pub(super) encoder: E,
+    pub(super) outbound: Outbound,
 }
 
 impl<E> WriteHalf<E> {
@@ -48,7 +49,7 @@ impl<E> WriteHalf<E> {
         };
         Self {
             encoder,
-            sender: Sender {
+            outbound: Outbound {
                 socket,
                 buf: unsent,
                 carrier: largest,
@@ -62,15 +63,15 @@ impl<E> WriteHalf<E> {
 
     /// The socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
-        &self.sender.socket
+        &self.outbound.socket
     }
 
     pub(super) fn shared_socket(&self) -> &Arc<Socket> {
-        &self.sender.socket
+        &self.outbound.socket
     }
 
     pub(super) fn shut_down_on_drop(&mut self, yes: bool) {
-        self.sender.shut_down_on_drop = yes;
+        self.outbound.shut_down_on_drop = yes;
     }
 
     /// The encoder.
@@ -80,11 +81,11 @@ impl<E> WriteHalf<E> {
 
     /// Number of bytes and of descriptors that were accepted and are not sent.
     pub fn unsent(&self) -> (usize, usize) {
-        (self.sender.buf.len(), self.sender.buf.fd_count())
+        self.outbound.unsent()
     }
 
     pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf, Sending) {
-        let Sender { socket, buf, state, shut_down_on_drop, .. } = &mut self.sender;
+        let Outbound { socket, buf, state, shut_down_on_drop, .. } = &mut self.outbound;
         *shut_down_on_drop = false;
         (Arc::clone(socket), self.encoder, std::mem::take(buf), std::mem::take(state))
     }
@@ -98,7 +99,7 @@ impl<E> WriteHalf<E> {
     /// # Cancel safety
     /// Nothing is lost when dropped. Call it again to send the rest.
     pub async fn flush(&mut self) -> Result<(), Error> {
-        poll_fn(|cx| self.sender.poll_flush(cx)).await
+        poll_fn(|cx| self.outbound.poll_flush(cx)).await
     }
 
     /// Flushes, then shuts down the sending direction, also where the flush has failed: the peer sees the end of the stream. The
@@ -110,7 +111,14 @@ impl<E> WriteHalf<E> {
     /// # Cancel safety
     /// Nothing is lost when dropped. Call it again to finish.
     pub async fn close(&mut self) -> Result<(), Error> {
-        poll_fn(|cx| self.sender.poll_close(cx)).await
+        poll_fn(|cx| self.outbound.poll_close(cx)).await
+    }
+
+    /// For sending from many tasks: a [`Sender`] that can be cloned, and the [`Driver`] that sends what they accept, which is a
+    /// future to be spawned. What was accepted before is sent first.
+    pub fn into_sender(self) -> (Sender<E>, Driver<E>) {
+        let shared = Arc::new(Shared::new(self.encoder, &self.outbound));
+        (Sender::new(Arc::clone(&shared)), Driver::new(shared, self.outbound))
     }
 }
 
@@ -136,7 +144,7 @@ impl<E: Codec> WriteHalf<E> {
     /// Nothing is lost when dropped.
     pub async fn reserve(&mut self) -> Result<Permit<'_, E>, Error> {
         let limits = self.encoder.limits();
-        poll_fn(|cx| self.sender.poll_ready(cx, &limits)).await?;
+        poll_fn(|cx| self.outbound.poll_ready(cx, &limits)).await?;
         Ok(Permit { half: self })
     }
 }
@@ -165,44 +173,54 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
     type Error = SendError<I, E::Error>;
 
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        let Self { encoder, sender } = self.get_mut();
+        let Self { encoder, outbound } = self.get_mut();
         // Ready in spite of an error: `start_send` then gives it together with the item, which `SinkExt::send` would drop
         // here.
-        sender.poll_ready(cx, &encoder.limits()).map(|_| Ok(()))
+        outbound.poll_ready(cx, &encoder.limits()).map(|_| Ok(()))
     }
 
     fn start_send(self: Pin<&mut Self>, item: I) -> Result<(), Self::Error> {
-        let Self { encoder, sender } = self.get_mut();
-        if let Some(error) = sender.state.error() {
+        let Self { encoder, outbound } = self.get_mut();
+        if let Some(error) = outbound.state.error() {
             return Err(SendError::refused(item, error));
         }
-        let encoded = encoder.encode(item, &mut sender.buf).and_then(|()| {
-            sender.buf.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error)))
-        });
-        encoded.inspect_err(|_| close_unwanted(sender.buf.roll_back()))
+        encode(encoder, item, &mut outbound.buf)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.get_mut().sender.poll_flush(cx).map_err(|error| SendError::from(E::Error::from(error)))
+        self.get_mut().outbound.poll_flush(cx).map_err(|error| SendError::from(E::Error::from(error)))
     }
 
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.get_mut().sender.poll_close(cx).map_err(|error| SendError::from(E::Error::from(error)))
+        self.get_mut().outbound.poll_close(cx).map_err(|error| SendError::from(E::Error::from(error)))
     }
 }
 
 // Nothing in it is pinned: the encoder is only ever used through `&mut`.
 impl<E> Unpin for WriteHalf<E> {}
 
+/// Appends one message, or nothing at all.
+pub(super) fn encode<E: Encoder<I>, I>(
+    encoder: &mut E,
+    item: I,
+    buf: &mut SendBuf,
+) -> Result<(), SendError<I, E::Error>> {
+    let encoded = encoder
+        .encode(item, buf)
+        .and_then(|()| buf.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error))));
+    encoded.inspect_err(|_| close_unwanted(buf.roll_back()))
+}
+
+/// What waits to be sent, and the socket that it goes to.
 #[derive(Debug)]
-struct Sender {
+pub(super) struct Outbound {
     socket: Arc<Socket>,
-    buf: SendBuf,
+    pub(super) buf: SendBuf,
     /// What one call carries at the moment, and what it does when the kernel has memory enough.
     carrier: Carrier,
     largest: Carrier,
     wait: SendWait,
-    state: Sending,
+    pub(super) state: Sending,
     shut_down_on_drop: bool,
 }
 
@@ -215,12 +233,26 @@ pub(super) enum Sending {
 }
 
 impl Sending {
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self, Self::Open)
+    }
+
     /// Why nothing is accepted any more.
-    fn error(&self) -> Option<Error> {
+    pub(super) fn error(&self) -> Option<Error> {
         match self {
             Self::Open => None,
             Self::Closed => Some(Error::Closed),
             Self::Failed(error) => Some(Error::Io(repeat(error))),
+        }
+    }
+}
+
+impl Clone for Sending {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Open => Self::Open,
+            Self::Closed => Self::Closed,
+            Self::Failed(error) => Self::Failed(repeat(error)),
         }
     }
 }
@@ -239,11 +271,15 @@ fn largest_carrier(socket: &Socket) -> Carrier {
     }
 }
 
-impl Sender {
+impl Outbound {
+    /// Number of bytes and of descriptors that wait.
+    pub(super) fn unsent(&self) -> (usize, usize) {
+        (self.buf.len(), self.buf.fd_count())
+    }
+
     /// Sends until there is room for one more message.
     fn poll_ready(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<Result<(), Error>> {
-        let has_room =
-            |buf: &SendBuf| buf.len() < limits.max_queued_bytes.max(1) && buf.fd_count() < limits.max_queued_fds.max(1);
+        let has_room = |buf: &SendBuf| limits.leave_room_beside(buf.len(), buf.fd_count());
         match self.state {
             Sending::Closed => Poll::Ready(Err(Error::Closed)),
             _ => self.poll_send_until(cx, has_room),
@@ -268,7 +304,11 @@ impl Sender {
         }
     }
 
-    fn poll_send_until(&mut self, cx: &mut Context<'_>, enough: impl Fn(&SendBuf) -> bool) -> Poll<Result<(), Error>> {
+    pub(super) fn poll_send_until(
+        &mut self,
+        cx: &mut Context<'_>,
+        enough: impl Fn(&SendBuf) -> bool,
+    ) -> Poll<Result<(), Error>> {
         if let Sending::Failed(error) = &self.state {
             return Poll::Ready(Err(repeat(error).into()));
         }
@@ -310,7 +350,7 @@ impl Sender {
     }
 }
 
-impl Drop for Sender {
+impl Drop for Outbound {
     fn drop(&mut self) {
         if self.shut_down_on_drop {
             let _ = self.socket.shutdown(Shutdown::Write);

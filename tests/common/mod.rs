@@ -22,12 +22,29 @@ use nix::sys::{
     memfd::{MFdFlags, memfd_create},
     socket::{ControlMessage, MsgFlags, SockType, UnixAddr, sendmsg},
 };
+use tokio::runtime::{Builder, Runtime};
 
 pub(crate) const KINDS: [SocketKind; 2] = [SocketKind::SeqPacket, SocketKind::Stream];
 
 /// Runs a test in a runtime of its own, with a bound on how long it may hang.
 pub(crate) fn run<T>(test: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    run_in(one_thread(), test)
+}
+
+pub(crate) fn one_thread() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+pub(crate) fn one_worker() -> Runtime {
+    Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+pub(crate) fn some_threads() -> Runtime {
+    Builder::new_multi_thread().worker_threads(3).enable_all().build().unwrap()
+}
+
+/// The same in this runtime.
+pub(crate) fn run_in<T>(runtime: Runtime, test: impl Future<Output = T>) -> T {
     runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test hangs") })
 }
 

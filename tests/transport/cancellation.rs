@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Polls a future once and drops it, as a lost `select!` does.
-async fn once<T>(future: impl Future<Output = T>) -> Option<T> {
+pub(crate) async fn once<T>(future: impl Future<Output = T>) -> Option<T> {
     yield_now().await;
     timeout(Duration::ZERO, future).await.ok()
 }

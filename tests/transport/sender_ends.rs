@@ -1,0 +1,193 @@
+//! How sending from many tasks ends, and what a message that is none leaves behind.
+
+use std::io;
+
+use fdwire::{Codec, Encoder, Error, Frame, FrameCodec, Framed, Limits, SendBuf, SendError, Socket};
+use futures::{SinkExt, StreamExt};
+use tokio::task::JoinHandle;
+
+use crate::{
+    common::{framed_pair, large, mark_of, marked, marks},
+    counted,
+    sender::{check_marks, fill, narrow, settle, shared},
+};
+
+fn is_closed<I>(result: Result<(), SendError<I>>) -> I {
+    let SendError { error, item } = result.unwrap_err();
+    assert!(matches!(error, Error::Closed), "{error}");
+    item.unwrap()
+}
+
+#[test]
+fn when_the_peer_is_gone_every_item_comes_back_or_is_in_the_half() {
+    counted(async |kind| {
+        let ((read, sender, driver), rx) = narrow(kind, Limits::default().max_queued_bytes(20_000));
+        let driver = tokio::spawn(driver);
+        // Some in the socket, some in the driver's hands, some behind them.
+        let accepted = fill(&sender).await;
+        let waiting: Vec<JoinHandle<_>> = (0..5)
+            .map(|n| {
+                let sender = sender.clone();
+                tokio::spawn(async move { sender.send(Frame::new("").with_fd(marked(n))).await })
+            })
+            .collect();
+        let flush = tokio::spawn({
+            let sender = sender.clone();
+            async move { sender.flush().await }
+        });
+        settle().await;
+        let permit = sender.clone();
+        drop(rx);
+
+        let write = driver.await.unwrap();
+        for (n, task) in waiting.into_iter().enumerate() {
+            let SendError { error, item } = task.await.unwrap().unwrap_err();
+            assert!(error.is_peer_gone(), "{error}");
+            assert_eq!(marks(&item.unwrap()), [n as u32]);
+        }
+        assert!(flush.await.unwrap().unwrap_err().is_peer_gone());
+        let refused = sender.send(Frame::new("").with_fd(marked(7))).await.unwrap_err();
+        assert_eq!((refused.error.is_peer_gone(), marks(&refused.item.unwrap())), (true, vec![7]));
+        assert!(permit.reserve().await.unwrap_err().is_peer_gone());
+        assert!(sender.flush().await.unwrap_err().is_peer_gone());
+
+        let mut half = Framed::reunite(read, write).unwrap();
+        assert!(half.flush().await.unwrap_err().is_peer_gone());
+        let (bytes, fds) = half.into_parts().unsent.into_parts();
+        assert!((20_000..22_000).contains(&bytes.len()), "{} bytes are unsent", bytes.len());
+        assert!(fds.iter().map(mark_of).eq(accepted - fds.len() as u32..accepted));
+    });
+}
+
+#[test]
+fn without_a_driver_items_come_back_and_nobody_hangs() {
+    counted(async |kind| {
+        let ((_read, sender, driver), mut rx) = narrow(kind, Limits::default());
+        let driver = tokio::spawn(driver);
+        let accepted = fill(&sender).await;
+        let (reader, writer) = io::pipe().unwrap();
+        let full = Frame::new("").with_fds((0..10).map(|_| writer.try_clone().unwrap().into()));
+        let permit = sender.clone();
+        let waiting = tokio::spawn({
+            let sender = sender.clone();
+            async move { sender.send(full).await }
+        });
+        let flush = tokio::spawn({
+            let sender = sender.clone();
+            async move { sender.flush().await }
+        });
+        settle().await;
+        driver.abort();
+        assert!(driver.await.unwrap_err().is_cancelled());
+        assert_eq!(is_closed(waiting.await.unwrap()).fds.len(), 10);
+        assert!(matches!(flush.await.unwrap(), Err(Error::Closed)));
+        assert!(matches!(sender.flush().await, Err(Error::Closed)));
+        assert!(matches!(permit.reserve().await, Err(Error::Closed)));
+        assert_eq!(marks(&is_closed(sender.send(Frame::new("").with_fd(marked(1))).await)), [1]);
+        drop(writer);
+        assert_eq!(io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");
+
+        // What was not sent is closed, and the peer sees the end.
+        let mut received = 0;
+        while let Some(Ok(frame)) = rx.next().await {
+            assert_eq!(marks(&frame), [received]);
+            received += 1;
+        }
+        assert!(received < accepted);
+    });
+}
+
+#[test]
+fn a_driver_that_never_ran_closes_what_was_accepted() {
+    counted(async |kind| {
+        let (tx, _rx) = framed_pair(kind);
+        let (_read, sender, driver) = shared(tx);
+        let (reader, writer) = io::pipe().unwrap();
+        sender.send(Frame::new("").with_fd(writer)).await.unwrap();
+        let permit = sender.reserve().await.unwrap();
+        drop(driver);
+        assert_eq!(io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");
+        assert_eq!(is_closed(permit.send(Frame::new("late"))).payload, "late");
+    });
+}
+
+#[test]
+fn a_refused_item_comes_back_and_disturbs_nobody() {
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        let codec = FrameCodec::new(Limits::default().max_payload_bytes(100));
+        let (_read, sender, driver) = shared(Framed::new(a, codec));
+        let (driver, mut rx) = (tokio::spawn(driver), Framed::new(b, codec));
+        for n in 0..3 {
+            sender.send(Frame::new("").with_fd(marked(n))).await.unwrap();
+            let refused = sender.send(Frame::new(vec![0; 101]).with_fd(marked(n))).await.unwrap_err();
+            assert!(matches!(refused.error, Error::FrameTooLong { bytes: 101, limit: 100 }));
+            assert_eq!(marks(&refused.item.unwrap()), [n]);
+        }
+        drop(sender);
+        driver.await.unwrap();
+        check_marks(&mut rx, 0..3).await;
+    });
+}
+
+/// Panics at an empty frame, with half of it written.
+struct Panics(FrameCodec);
+
+impl Codec for Panics {}
+
+impl Encoder<Frame> for Panics {
+    type Error = Error;
+
+    fn encode(&mut self, mut frame: Frame, dst: &mut SendBuf) -> Result<(), SendError<Frame>> {
+        if frame.payload.is_empty() {
+            dst.put_slice(b"half");
+            dst.put_fds(std::mem::take(&mut frame.fds));
+            panic!("on purpose");
+        }
+        self.0.encode(frame, dst)
+    }
+}
+
+#[test]
+fn an_encoder_that_panics_disturbs_nobody() {
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        let codecs = (FrameCodec::default(), Panics(FrameCodec::default()));
+        let (sender, driver) = Framed::with_codecs(a, codecs.0, codecs.1).into_split().1.into_sender();
+        let (driver, mut rx) = (tokio::spawn(driver), Framed::new(b, large()));
+        for n in 0..3 {
+            sender.send(Frame::new("fine").with_fd(marked(n))).await.unwrap();
+            let other = sender.clone();
+            let panics = tokio::spawn(async move { other.send(Frame::new("").with_fd(marked(9))).await });
+            assert!(panics.await.unwrap_err().is_panic());
+        }
+        drop(sender);
+        driver.await.unwrap();
+        check_marks(&mut rx, 0..3).await;
+    });
+}
+
+#[test]
+fn a_half_becomes_a_sender_and_a_half_again() {
+    counted(async |kind| {
+        let (mut tx, mut rx) = framed_pair(kind);
+        for round in [0, 10, 20] {
+            tx.feed(Frame::new("before").with_fd(marked(round))).await.unwrap();
+            let (read, sender, driver) = shared(tx);
+            let driver = tokio::spawn(driver);
+            sender.send(Frame::new("").with_fd(marked(round + 1))).await.unwrap();
+            check_marks(&mut rx, [round, round + 1]).await;
+            settle().await;
+            drop(sender); // the driver has nothing to do, and is told
+            tx = Framed::reunite(read, driver.await.unwrap()).unwrap();
+        }
+        tx.close().await.unwrap();
+        assert!(rx.next().await.is_none());
+
+        // What has ended stays so.
+        let (_read, sender, driver) = shared(tx);
+        assert_eq!(is_closed(sender.send(Frame::new("late")).await).payload, "late");
+        assert!(matches!(driver.await.close().await, Ok(())));
+        assert!(matches!(sender.flush().await, Err(Error::Closed)));
+    });
+}
