@@ -3,6 +3,8 @@
 //! Everything here is generic over the type `F` of a descriptor, so that the rules run in tests on plain integers,
 //! where a descriptor lost, doubled or given to the wrong message shows as a wrong number.
 
+#[cfg(test)]
+mod copies;
 mod fd_queue;
 mod frame_codec;
 mod inbound;

@@ -1,0 +1,109 @@
+//! How many bytes of a frame are copied in this process, the kernel's copies aside, by where they lie in memory.
+
+use std::ops::Range;
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use super::*;
+use crate::Frame;
+
+const KIB: usize = 1 << 10;
+
+/// A connection whose kernel takes all of a packet, and of a stream so many bytes at a time.
+struct Copies {
+    carrier: Carrier,
+    outbound: SendBuf<u32>,
+    inbound: Inbound<u32>,
+    /// Bytes that go out from another place than the frame's payload.
+    out: usize,
+    /// Bytes that were moved after they had been received.
+    moved: usize,
+}
+
+fn place(bytes: &[u8]) -> Range<usize> {
+    bytes.as_ptr().addr()..bytes.as_ptr().addr() + bytes.len()
+}
+
+impl Copies {
+    const STREAM_CALL: usize = 200 * KIB;
+
+    fn new(carrier: Carrier) -> Self {
+        let inbound = Inbound::new(carrier != Carrier::Stream, BytesMut::new(), FdQueue::new());
+        Self { carrier, outbound: SendBuf::new(), inbound, out: 0, moved: 0 }
+    }
+
+    /// Everything that is sent arrives, and no frame is kept.
+    fn batch(&mut self, payload: &Bytes, frames: usize) {
+        let mut codec = FrameCodec::default();
+        for _ in 0..frames {
+            codec.encode(Frame { payload: payload.clone(), fds: Default::default() }, &mut self.outbound).unwrap();
+            self.outbound.commit(Grouping::Free).unwrap();
+        }
+        let mut received = 0;
+        while !self.outbound.is_empty() {
+            let plan = self.outbound.plan(self.carrier);
+            let taken = if self.carrier == Carrier::Stream { plan.bytes.min(Self::STREAM_CALL) } else { plan.bytes };
+            let shared = place(payload);
+            let mut call = Vec::with_capacity(taken);
+            for slice in self.outbound.io_slices(taken) {
+                self.out += if shared.contains(&slice.as_ptr().addr()) { 0 } else { slice.len() };
+                call.extend_from_slice(&slice);
+            }
+            self.outbound.sent(plan, taken);
+            let mut call = &call[..];
+            while !call.is_empty() {
+                received += self.decode(&mut codec);
+                let room = self.inbound.bytes.capacity() - self.inbound.bytes.len();
+                let (now, rest) = call.split_at(room.min(call.len()));
+                assert!(rest.is_empty() || self.carrier == Carrier::Stream, "a packet would be cut");
+                self.inbound.bytes.put_slice(now);
+                self.inbound.received();
+                call = rest;
+            }
+        }
+        received += self.decode(&mut codec);
+        assert_eq!(received, frames);
+    }
+
+    /// Takes what is complete, and leaves room to receive.
+    fn decode(&mut self, codec: &mut FrameCodec) -> usize {
+        let mut frames = 0;
+        loop {
+            let before = place(&self.inbound.bytes);
+            match self.inbound.next(codec).unwrap() {
+                Step::Item(Frame { payload, .. }) => {
+                    frames += 1;
+                    self.moved += if before.contains(&payload.as_ptr().addr()) { 0 } else { payload.len() };
+                }
+                Step::Receive => {
+                    let after = place(&self.inbound.bytes);
+                    self.moved += if after.end == before.end { 0 } else { after.len() };
+                    return frames;
+                }
+                Step::End => unreachable!("there is no end"),
+            }
+        }
+    }
+}
+
+#[test]
+fn frames_are_copied_when_they_are_small_and_only_then() {
+    // Packets of the default send buffer, and of one for bulk.
+    let carriers =
+        [("stream", Carrier::Stream), ("packets", Carrier::packets(212_992)), ("bulk", Carrier::packets(4 << 20))];
+    for (name, carrier) in carriers {
+        // Size, frames in a batch, and most bytes copied per frame on the way out and on the way in.
+        for (size, batch, most_out, most_in) in
+            [(64, 64, 72, 8), (4 * KIB, 64, 8, 512), (64 * KIB, 4, 8, 32 * KIB), (1024 * KIB, 1, 8, 128 * KIB)]
+        {
+            const BATCHES: usize = 100;
+            let payload = Bytes::from(vec![7; size]);
+            let mut copies = Copies::new(carrier);
+            (0..BATCHES).for_each(|_| copies.batch(&payload, batch));
+            let (out, moved) = (copies.out / (BATCHES * batch), copies.moved / (BATCHES * batch));
+            println!("{size} bytes, {name}: {out} bytes copied on the way out, {moved} on the way in");
+            assert!(out <= most_out, "{out} bytes of {size} are copied on the way out, {name}");
+            assert!(moved <= most_in, "{moved} bytes of {size} are copied on the way in, {name}");
+        }
+    }
+}
