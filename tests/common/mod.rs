@@ -11,6 +11,7 @@ use std::{
         linux::net::SocketAddrExt,
         unix::{fs::FileExt, net::SocketAddr, process::CommandExt},
     },
+    path::PathBuf,
     process::{Child, Command, Stdio},
     sync::Mutex,
     time::Duration,
@@ -125,6 +126,23 @@ pub(crate) fn other_uid() -> Option<u32> {
     }
     // One of its own for each run: limits on a uid count all its processes.
     root.then(|| 1_000_000 + std::process::id())
+}
+
+/// Where a program is. `None`, with the reason printed, where it is not installed; a failure with `FDWIRE_REQUIRE_FOREIGN`.
+pub(crate) fn installed(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut directories: Vec<_> = std::env::split_paths(&path).collect();
+    directories.push("/usr/sbin".into());
+    let found = directories.into_iter().map(|directory| directory.join(program)).find(|path| path.is_file());
+    if found.is_none() {
+        skipped(&format!("{program} is not installed"));
+    }
+    found
+}
+
+pub(crate) fn skipped(reason: &str) {
+    assert!(std::env::var_os("FDWIRE_REQUIRE_FOREIGN").is_none(), "{reason}, and FDWIRE_REQUIRE_FOREIGN is set");
+    eprintln!("skipped: {reason}");
 }
 
 /// The example of this name. `cargo test` builds all of them; a run of a single test binary does not, and would find an

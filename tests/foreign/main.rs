@@ -29,7 +29,7 @@ use std::{
     time::Duration,
 };
 
-use common::mark_of;
+use common::{installed, mark_of, skipped};
 use nix::{
     cmsg_space,
     sys::{
@@ -38,23 +38,6 @@ use nix::{
     },
     unistd::{Pid, close},
 };
-
-/// Where a program is. `None`, with the reason printed, where it is not installed.
-fn installed(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut directories: Vec<_> = std::env::split_paths(&path).collect();
-    directories.push("/usr/sbin".into());
-    let found = directories.into_iter().map(|directory| directory.join(program)).find(|path| path.is_file());
-    if found.is_none() {
-        skipped(&format!("{program} is not installed"));
-    }
-    found
-}
-
-fn skipped(reason: &str) {
-    assert!(std::env::var_os("FDWIRE_REQUIRE_FOREIGN").is_none(), "{reason}, and FDWIRE_REQUIRE_FOREIGN is set");
-    eprintln!("skipped: {reason}");
-}
 
 /// One `recvmsg` of at most so many bytes, without the code under test: bytes, and the marks of the descriptors that came.
 fn raw_recv(socket: &impl AsFd, room: usize) -> (Vec<u8>, Vec<u32>) {

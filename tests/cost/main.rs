@@ -1,0 +1,146 @@
+//! What a frame costs, in numbers that do not depend on the machine: allocations and system calls. Bytes copied are counted
+//! in `src/codec/copies.rs`.
+//!
+//! ```text
+//! cargo test --test cost -- --nocapture   # prints them
+//! ```
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod allocations;
+mod syscalls;
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use bytes::Bytes;
+use fdwire::{Frame, FrameCodec, Framed, ReadHalf, Sender, Socket, SocketKind, WriteHalf};
+use futures::{SinkExt, TryStreamExt};
+use tokio::{sync::mpsc, task::yield_now};
+
+/// Frames in a batch.
+const BATCH: usize = 64;
+
+/// Frames that are all alike, without an allocation for any.
+struct Load {
+    payload: Bytes,
+    fd: Option<OwnedFd>,
+}
+
+impl Load {
+    fn plain(bytes: usize) -> Self {
+        Self { payload: vec![7; bytes].into(), fd: None }
+    }
+
+    fn with_fd(bytes: usize) -> Self {
+        Self { fd: Some(File::open("/dev/null").unwrap().into()), ..Self::plain(bytes) }
+    }
+
+    fn frame(&self) -> Frame {
+        let frame = Frame::new(self.payload.clone());
+        match &self.fd {
+            Some(fd) => frame.with_fd(fd.as_fd().try_clone_to_owned().unwrap()),
+            None => frame,
+        }
+    }
+}
+
+/// One direction of a connection, whose receiver is a task that takes batches and waits.
+struct Connection {
+    tx: Outgoing,
+    received: mpsc::Receiver<()>,
+    _unused: (ReadHalf<FrameCodec>, WriteHalf<FrameCodec>),
+}
+
+/// How a half is used.
+type Start = fn(WriteHalf<FrameCodec>) -> Outgoing;
+
+enum Outgoing {
+    Half(Box<WriteHalf<FrameCodec>>),
+    /// One task for each frame of a batch.
+    Tasks(Vec<mpsc::Sender<Frame>>),
+    /// One task for all.
+    Sender(Sender<FrameCodec>),
+}
+
+impl Connection {
+    /// `frames` at a time, over a socket with so large a send buffer if the system allows it.
+    fn new(kind: SocketKind, frames: usize, send_buffer: Option<usize>, outgoing: Start) -> Self {
+        let (a, b) = Socket::pair(kind).unwrap();
+        if let Some(bytes) = send_buffer {
+            a.set_send_buffer_size(bytes).unwrap();
+        }
+        let (unused_read, write) = Framed::new(a, FrameCodec::default()).into_split();
+        let (mut rx, unused_write) = Framed::new(b, FrameCodec::default()).into_split();
+        let (tell, received) = mpsc::channel(1);
+        tokio::spawn(async move {
+            // Frames live until the next batch comes, so their buffer is not free for that.
+            let mut held = Vec::with_capacity(frames);
+            loop {
+                for n in 0..frames {
+                    let Some(frame) = rx.try_next().await.unwrap() else { return };
+                    if n == 0 {
+                        held.clear();
+                    }
+                    held.push(frame);
+                }
+                if tell.send(()).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Self { tx: outgoing(write), received, _unused: (unused_read, unused_write) }
+    }
+
+    /// Sends frames together, and waits until they have arrived and the receiver waits for more.
+    async fn batch(&mut self, frames: impl ExactSizeIterator<Item = Frame>) {
+        match &mut self.tx {
+            Outgoing::Half(half) => {
+                for frame in frames {
+                    half.feed(frame).await.unwrap();
+                }
+                half.flush().await.unwrap();
+            }
+            Outgoing::Tasks(tasks) => {
+                for (task, frame) in tasks.iter().zip(frames) {
+                    task.try_send(frame).unwrap();
+                }
+            }
+            Outgoing::Sender(sender) => {
+                for frame in frames {
+                    sender.send(frame).await.unwrap();
+                }
+            }
+        }
+        self.received.recv().await.unwrap();
+        yield_now().await;
+    }
+}
+
+fn half(write: WriteHalf<FrameCodec>) -> Outgoing {
+    Outgoing::Half(Box::new(write))
+}
+
+fn sender(write: WriteHalf<FrameCodec>) -> Outgoing {
+    let (sender, driver) = write.into_sender();
+    tokio::spawn(driver);
+    Outgoing::Sender(sender)
+}
+
+fn tasks(write: WriteHalf<FrameCodec>) -> Outgoing {
+    let (sender, driver) = write.into_sender();
+    tokio::spawn(driver);
+    let task = |sender: Sender<FrameCodec>| {
+        let (tx, mut rx) = mpsc::channel(1);
+        tokio::spawn(async move {
+            while let Some(frame) = rx.recv().await {
+                sender.send(frame).await.unwrap();
+            }
+        });
+        tx
+    };
+    Outgoing::Tasks((0..BATCH).map(|_| task(sender.clone())).collect())
+}
