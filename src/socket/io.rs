@@ -13,15 +13,16 @@ use bytes::BytesMut;
 use nix::libc;
 use tokio::{io::unix::AsyncFdReadyGuard, task::coop, time::Sleep};
 
-use super::{Backoff, Socket};
+use super::{Backoff, Socket, SocketKind};
 use crate::sys::{self, Received};
 
 impl Socket {
     /// Receives at most `max_bytes` into the spare room of `bytes`, neither of which may be zero, and appends what descriptors
     /// come to `fds`. `ECONNRESET` is no error but something to [ask for](Self::was_reset) at the end.
     ///
-    /// Readiness is kept until `EAGAIN`: a read that ends at a barrier of descriptors leaves data behind, for which no
-    /// new event comes.
+    /// Readiness is kept until nothing is left for sure, since no new event comes for data that is left behind. A read of a
+    /// stream that ends early has taken everything, unless it ends behind bytes that came with descriptors: there it always
+    /// ends. Otherwise only `EAGAIN` tells.
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
@@ -38,7 +39,12 @@ impl Socket {
                     Some(libc::EINTR) => {}
                     _ => return Poll::Ready(Err(error)),
                 },
-                Ok(received) => return Poll::Ready(Ok(received)),
+                Ok(received) => {
+                    if self.kind == SocketKind::Stream && received.short && !received.with_fds && received.bytes > 0 {
+                        ready.clear_ready();
+                    }
+                    return Poll::Ready(Ok(received));
+                }
             }
         }
     }

@@ -39,6 +39,10 @@ impl Control {
 pub(crate) struct Received {
     /// Number of bytes. 0 is the end of the stream.
     pub(crate) bytes: usize,
+    /// There was room for more bytes.
+    pub(crate) short: bool,
+    /// Descriptors came too.
+    pub(crate) with_fds: bool,
     /// The kernel had descriptors for us that it could not install.
     pub(crate) control_truncated: bool,
     /// The packet was longer than the room for it.
@@ -104,19 +108,22 @@ pub(crate) fn recvmsg(
     // SAFETY: the message points to the spare room of `bytes` and to `control`, both writable for the lengths it names.
     let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
     let received = Errno::result(received)? as usize;
-    take_fds(&message, fds);
+    let with_fds = take_fds(&message, fds);
     // SAFETY: the kernel has written that many bytes to the spare room, in which they fit: MSG_TRUNC was not asked for.
     unsafe { bytes.advance_mut(received) };
     Ok(Received {
         bytes: received,
+        short: received < place.iov_len,
+        with_fds,
         control_truncated: message.msg_flags & libc::MSG_CTRUNC != 0,
         packet_truncated: message.msg_flags & libc::MSG_TRUNC != 0,
     })
 }
 
-/// Takes ownership of every descriptor in a received message's control data.
+/// Takes ownership of every descriptor in a received message's control data. Returns whether there are any.
 #[allow(clippy::unnecessary_cast, reason = "`cmsg_len` is narrower on musl")]
-fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) {
+fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> bool {
+    let mut any = false;
     // SAFETY: the kernel has set `msg_controllen` to what it wrote to `msg_control`.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
     while !header.is_null() {
@@ -134,6 +141,7 @@ fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) {
                     // SAFETY: the kernel has just installed it in this process, for this message.
                     let fd = unsafe { OwnedFd::from_raw_fd(raw) };
                     if cmsg_type == libc::SCM_RIGHTS {
+                        any = true;
                         fds.extend([fd]);
                     }
                 }
@@ -142,6 +150,7 @@ fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) {
         // SAFETY: `header` is one of the message's headers; the macro checks the bounds.
         header = unsafe { libc::CMSG_NXTHDR(message, header) };
     }
+    any
 }
 
 fn empty_message() -> libc::msghdr {
