@@ -84,6 +84,7 @@ impl Limits {
     }
 
     /// Whether one more message is taken while so much waits to be sent.
+    #[inline]
     pub(crate) fn leave_room_beside(&self, bytes: usize, fds: usize) -> bool {
         bytes < self.max_queued_bytes.max(1) && fds < self.max_queued_fds.max(1)
     }

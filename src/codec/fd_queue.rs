@@ -35,6 +35,7 @@ impl<F> FdQueue<F> {
     }
 
     /// Takes the `count` descriptors that arrived first; none if fewer wait.
+    #[inline]
     pub fn take(&mut self, count: usize) -> Option<Fds<F>> {
         self.fell_short |= self.lost && count > self.fds.len();
         match count {

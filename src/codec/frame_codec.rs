@@ -30,6 +30,7 @@ impl FrameCodec {
         Self { limits }
     }
 
+    #[inline]
     fn check(&self, header: Header) -> Result<(), Error> {
         let Header { fds, payload_bytes } = header;
         if payload_bytes > self.limits.max_payload_bytes {
@@ -38,7 +39,7 @@ impl FrameCodec {
         if fds > self.limits.max_fds_per_frame {
             return Err(Error::TooManyFds { fds, limit: self.limits.max_fds_per_frame });
         }
-        if fds.div_ceil(SCM_MAX_FD) > header.frame_bytes() {
+        if fds > SCM_MAX_FD.saturating_mul(header.frame_bytes()) {
             return Err(Error::TooManyFdsForLength { fds, bytes: header.frame_bytes() });
         }
         Ok(())
@@ -55,6 +56,7 @@ impl<F> Decoder<F> for FrameCodec {
     type Item = Frame<F>;
     type Error = Error;
 
+    #[inline]
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Frame<F>>, Error> {
         let Some(header) = Header::read(src)? else { return Ok(None) };
         self.check(header)?;
@@ -65,8 +67,9 @@ impl<F> Decoder<F> for FrameCodec {
         let Some(fds) = fds.take(header.fds) else {
             return Err(Error::MissingFds { expected: header.fds, received });
         };
-        src.advance(Header::LEN);
-        Ok(Some(Frame { payload: src.split_to(header.payload_bytes).freeze(), fds }))
+        let mut payload = src.split_to(header.frame_bytes()).freeze();
+        payload.advance(Header::LEN);
+        Ok(Some(Frame { payload, fds }))
     }
 
     fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
@@ -78,6 +81,7 @@ impl<F> Decoder<F> for FrameCodec {
 impl<F> Encoder<Frame<F>, F> for FrameCodec {
     type Error = Error;
 
+    #[inline]
     fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
         let header = Header { fds: frame.fds.len(), payload_bytes: frame.payload.len() };
         let encoded = match self.check(header).and_then(|()| header.to_bytes()) {
@@ -87,7 +91,9 @@ impl<F> Encoder<Frame<F>, F> for FrameCodec {
         dst.put_slice(&encoded);
         dst.announce_length();
         dst.put_bytes(frame.payload);
-        dst.put_fds(frame.fds);
+        if !frame.fds.is_empty() {
+            dst.put_fds(frame.fds);
+        }
         Ok(())
     }
 }
@@ -109,6 +115,7 @@ impl Header {
     }
 
     /// Refuses a byte as soon as it is there: a foreign peer may wait for an answer and never send eight.
+    #[inline]
     fn read(src: &[u8]) -> Result<Option<Self>, Error> {
         if let Some(&found) = src.first()
             && found != Self::MAGIC
@@ -133,6 +140,7 @@ impl Header {
         }))
     }
 
+    #[inline]
     fn to_bytes(self) -> Result<[u8; Self::LEN], Error> {
         let fds = u16::try_from(self.fds).map_err(|_| Error::TooManyFds { fds: self.fds, limit: u16::MAX.into() })?;
         let payload_bytes = u32::try_from(self.payload_bytes)

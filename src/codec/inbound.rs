@@ -69,26 +69,22 @@ impl<F> Inbound<F> {
     }
 
     /// The next message, or what it takes to get one. After an error: the end.
+    #[inline]
     pub(crate) fn next<D: Decoder<F>>(&mut self, decoder: &mut D) -> Result<Step<D::Item>, D::Error> {
         loop {
             match self.phase {
-                Phase::Decoding => {
-                    let decoded = self.guard(|this| -> Result<_, D::Error> {
-                        let decoded = decoder.decode(&mut this.bytes, &mut this.fds)?;
-                        let fds = this.fds.len();
-                        if this.fds.fell_short() || (decoded.is_none() && this.fds.is_lost()) {
-                            Err(Error::TruncatedControl.into())
-                        } else if decoded.is_none() && fds > decoder.limits().max_queued_fds {
-                            Err(Error::UnclaimedFds { fds }.into())
-                        } else {
-                            Ok(decoded)
+                Phase::Decoding => match decoder.decode(&mut self.bytes, &mut self.fds) {
+                    Ok(Some(item)) if !self.fds.fell_short() => return Ok(Step::Item(item)),
+                    Ok(None) if !self.fds.is_lost() => {
+                        let fds = self.fds.len();
+                        if fds > decoder.limits().max_queued_fds {
+                            return Err(self.fail(Error::UnclaimedFds { fds }.into()));
                         }
-                    })?;
-                    match decoded {
-                        Some(item) => return Ok(Step::Item(item)),
-                        None => self.phase = Phase::Receiving,
+                        self.phase = Phase::Receiving;
                     }
-                }
+                    Ok(_) => return Err(self.fail(Error::TruncatedControl.into())),
+                    Err(error) => return Err(self.fail(error)),
+                },
                 Phase::Receiving => {
                     let limit = decoder.limits().max_payload_bytes;
                     let missing = decoder.missing_bytes(&self.bytes);
@@ -99,9 +95,10 @@ impl<F> Inbound<F> {
                     }
                     return Ok(Step::Receive);
                 }
-                Phase::Draining => match self.guard(|this| decoder.decode_eof(&mut this.bytes, &mut this.fds))? {
-                    Some(item) => return Ok(Step::Item(item)),
-                    None => self.phase = Phase::Ended,
+                Phase::Draining => match decoder.decode_eof(&mut self.bytes, &mut self.fds) {
+                    Ok(Some(item)) => return Ok(Step::Item(item)),
+                    Ok(None) => self.phase = Phase::Ended,
+                    Err(error) => return Err(self.fail(error)),
                 },
                 Phase::Ended => return Ok(Step::End),
             }
@@ -151,11 +148,10 @@ impl<F> Inbound<F> {
         }
     }
 
-    fn guard<T, E: From<Error>>(&mut self, decode: impl FnOnce(&mut Self) -> Result<T, E>) -> Result<T, E> {
-        decode(self).map_err(|error| {
-            self.phase = Phase::Ended;
-            if self.fds.is_lost() { Error::TruncatedControl.into() } else { error }
-        })
+    /// Ends it with an error, or with the loss of descriptors that may have brought it about.
+    fn fail<E: From<Error>>(&mut self, error: E) -> E {
+        self.phase = Phase::Ended;
+        if self.fds.is_lost() { Error::TruncatedControl.into() } else { error }
     }
 }
 

@@ -12,6 +12,9 @@ const SHARE_FROM: usize = 2048;
 /// Most pieces of one `sendmsg`: one more makes it fail with `EMSGSIZE`.
 const IOV_MAX: usize = 1024;
 
+/// Messages shorter than this are put together, up to twice this length.
+const MERGED_BELOW: usize = 16 << 10;
+
 /// Messages that wait to be sent: their bytes, and the descriptors that they carry.
 ///
 /// An [`Encoder`](super::Encoder) appends to it. Each call of [`encode`](super::Encoder::encode) is one message.
@@ -23,7 +26,7 @@ pub struct SendBuf<F = OwnedFd> {
     bytes: usize,
     /// Descriptors that wait, those of all messages in one row.
     fds: VecDeque<F>,
-    /// `bytes` and `fds` cut into messages. The sums of both fields over all messages are `bytes` and `fds.len()`,
+    /// `bytes` and `fds` cut into messages; small ones without descriptors in a row count as one. The sums of both fields over all messages are `bytes` and `fds.len()`,
     /// and each message has `unsent_fds <= SCM_MAX_FD * unsent_bytes`: what is left always finds bytes to ride on.
     pub(super) messages: VecDeque<Message>,
     /// The message that an encoder is writing; belongs to `bytes` and `fds` already, to `messages` not yet.
@@ -48,6 +51,16 @@ pub(super) struct Message {
     pub(super) grouping: Grouping,
 }
 
+impl Message {
+    /// Whether `next` may count as a part of this one: small messages without descriptors need not be told apart.
+    fn takes(&self, next: &Self) -> bool {
+        let small = |message: &Self| {
+            message.unsent_bytes < MERGED_BELOW && message.unsent_fds == 0 && message.grouping == Grouping::Free
+        };
+        small(self) && small(next) && !self.begun && self.sent_fds == 0
+    }
+}
+
 impl<F> SendBuf<F> {
     /// An empty buffer.
     pub fn new() -> Self {
@@ -65,6 +78,7 @@ impl<F> SendBuf<F> {
     }
 
     /// Appends a copy of `bytes`.
+    #[inline]
     pub fn put_slice(&mut self, bytes: &[u8]) {
         self.tail.extend_from_slice(bytes);
         self.bytes += bytes.len();
@@ -72,6 +86,7 @@ impl<F> SendBuf<F> {
     }
 
     /// Appends `bytes`, without copying them if they are long.
+    #[inline]
     pub fn put_bytes(&mut self, bytes: Bytes) {
         // A packet is one call, and a call takes no more pieces than this.
         if bytes.len() < SHARE_FROM || self.open_segments + 2 >= IOV_MAX {
@@ -153,9 +168,11 @@ impl<F> SendBuf<F> {
     ///
     /// # Errors
     /// When no send can carry it. The message is still open then, for [`roll_back`](Self::roll_back).
+    #[inline]
     pub(crate) fn commit(&mut self, grouping: Grouping) -> Result<(), Error> {
-        let Message { unsent_bytes: bytes, unsent_fds: fds, .. } = self.open;
-        if fds.div_ceil(SCM_MAX_FD) > bytes {
+        let mut message = Message { grouping, ..self.open };
+        let Message { unsent_bytes: bytes, unsent_fds: fds, .. } = message;
+        if fds > SCM_MAX_FD.saturating_mul(bytes) {
             return Err(Error::TooManyFdsForLength { fds, bytes });
         }
         if let (Grouping::Alone, Some(limit)) = (grouping, self.max_packet_bytes) {
@@ -166,14 +183,20 @@ impl<F> SendBuf<F> {
                 return Err(Error::TooManyFds { fds, limit: SCM_MAX_FD });
             }
         }
+        self.open = Message::default();
         self.open_segments = 0;
-        let mut message = std::mem::take(&mut self.open);
-        message.grouping = grouping;
-        if bytes > 0 {
-            if message.unsent_head == 0 {
-                message.unsent_head = bytes; // never announced
+        match self.messages.back_mut() {
+            _ if bytes == 0 => {}
+            Some(last) if last.takes(&message) => {
+                last.unsent_bytes += bytes;
+                last.unsent_head = last.unsent_bytes;
             }
-            self.messages.push_back(message);
+            _ => {
+                if message.unsent_head == 0 {
+                    message.unsent_head = bytes; // never announced
+                }
+                self.messages.push_back(message);
+            }
         }
         Ok(())
     }

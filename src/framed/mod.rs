@@ -193,6 +193,7 @@ impl<D, E: Codec> Framed<D, E> {
 impl<D: Decoder, E> Stream for Framed<D, E> {
     type Item = Result<D::Item, D::Error>;
 
+    #[inline]
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         Pin::new(&mut self.get_mut().read).poll_next(cx)
     }
@@ -201,10 +202,12 @@ impl<D: Decoder, E> Stream for Framed<D, E> {
 impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
     type Error = SendError<I, E::Error>;
 
+    #[inline]
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         Sink::<I>::poll_ready(Pin::new(&mut self.get_mut().write), cx)
     }
 
+    #[inline]
     fn start_send(self: Pin<&mut Self>, item: I) -> Result<(), Self::Error> {
         Pin::new(&mut self.get_mut().write).start_send(item)
     }

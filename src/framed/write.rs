@@ -172,6 +172,7 @@ impl<E> Permit<'_, E> {
 impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
     type Error = SendError<I, E::Error>;
 
+    #[inline]
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         let Self { encoder, outbound } = self.get_mut();
         // Ready in spite of an error: `start_send` then gives it together with the item, which `SinkExt::send` would drop
@@ -179,6 +180,7 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
         outbound.poll_ready(cx, &encoder.limits()).map(|_| Ok(()))
     }
 
+    #[inline]
     fn start_send(self: Pin<&mut Self>, item: I) -> Result<(), Self::Error> {
         let Self { encoder, outbound } = self.get_mut();
         if let Some(error) = outbound.state.error() {
@@ -200,15 +202,21 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
 impl<E> Unpin for WriteHalf<E> {}
 
 /// Appends one message, or nothing at all.
+#[inline]
 pub(super) fn encode<E: Encoder<I>, I>(
     encoder: &mut E,
     item: I,
     buf: &mut SendBuf,
 ) -> Result<(), SendError<I, E::Error>> {
-    let encoded = encoder
-        .encode(item, buf)
-        .and_then(|()| buf.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error))));
-    encoded.inspect_err(|_| close_unwanted(buf.roll_back()))
+    let error = match encoder.encode(item, buf) {
+        Ok(()) => match buf.commit(encoder.grouping()) {
+            Ok(()) => return Ok(()),
+            Err(error) => SendError::from(E::Error::from(error)),
+        },
+        Err(error) => error,
+    };
+    close_unwanted(buf.roll_back());
+    Err(error)
 }
 
 /// What waits to be sent, and the socket that it goes to.
@@ -278,6 +286,7 @@ impl Outbound {
     }
 
     /// Sends until there is room for one more message.
+    #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<Result<(), Error>> {
         let has_room = |buf: &SendBuf| limits.leave_room_beside(buf.len(), buf.fd_count());
         match self.state {
@@ -304,6 +313,7 @@ impl Outbound {
         }
     }
 
+    #[inline]
     pub(super) fn poll_send_until(
         &mut self,
         cx: &mut Context<'_>,
