@@ -10,7 +10,7 @@ use crate::{
     },
     ends::{MakeEnd, client, echo, idle, receiver, sender},
     handoff::{InOneProcess, front, worker},
-    tasks::{BareShared, FdwireChannel, FdwireMutex, SeqpacketShared, Shared, senders},
+    tasks::{BareShared, FdwireChannel, FdwireMutex, FdwireSender, SeqpacketShared, Shared, senders},
 };
 
 /// Contenders that do the same work.
@@ -156,6 +156,8 @@ fn shared<S: Shared, L: Link, const TASKS: usize>(name: &str, kind: SocketKind, 
 
 fn tasks<const TASKS: usize>(id: &'static str, title: &'static str) -> Row {
     let contenders = vec![
+        shared::<FdwireSender, Fdwire, TASKS>("fdwire SEQPACKET, Sender", SeqPacket, Role::Fdwire),
+        shared::<FdwireSender, Fdwire, TASKS>("fdwire STREAM, Sender", Stream, Role::Fdwire),
         shared::<FdwireMutex, Fdwire, TASKS>("fdwire SEQPACKET, mutex", SeqPacket, Role::Fdwire),
         shared::<FdwireMutex, Fdwire, TASKS>("fdwire STREAM, mutex", Stream, Role::Fdwire),
         shared::<FdwireChannel, Fdwire, TASKS>("fdwire SEQPACKET, channel", SeqPacket, Role::Fdwire),

@@ -103,6 +103,23 @@ impl Shared for FdwireChannel {
     }
 }
 
+/// fdwire's own sender for many tasks.
+#[derive(Clone)]
+pub(crate) struct FdwireSender(fdwire::Sender<FrameCodec>);
+
+impl Shared for FdwireSender {
+    fn new(socket: OwnedFd) -> Self {
+        let (_, write) = Fdwire::framed(socket).into_split();
+        let (sender, driver) = write.into_sender();
+        tokio::spawn(driver);
+        Self(sender)
+    }
+
+    async fn send(&self, payload: Bytes) {
+        self.0.send(Frame::new(payload)).await.expect("sending");
+    }
+}
+
 /// tokio-seqpacket, which all tasks may use at the same time.
 #[derive(Clone)]
 pub(crate) struct SeqpacketShared(Arc<UnixSeqpacket>);

@@ -49,7 +49,7 @@ impl Copies {
                 self.out += if shared.contains(&slice.as_ptr().addr()) { 0 } else { slice.len() };
                 call.extend_from_slice(&slice);
             }
-            self.outbound.sent(plan, taken);
+            drop(self.outbound.sent(plan, taken));
             let mut call = &call[..];
             while !call.is_empty() {
                 received += self.decode(&mut codec);

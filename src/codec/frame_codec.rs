@@ -56,7 +56,7 @@ impl<F> Decoder<F> for FrameCodec {
     type Item = Frame<F>;
     type Error = Error;
 
-    #[inline]
+    #[inline(always)]
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Frame<F>>, Error> {
         let Some(header) = Header::read(src)? else { return Ok(None) };
         self.check(header)?;

@@ -69,7 +69,7 @@ impl<F> Inbound<F> {
     }
 
     /// The next message, or what it takes to get one. After an error: the end.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn next<D: Decoder<F>>(&mut self, decoder: &mut D) -> Result<Step<D::Item>, D::Error> {
         loop {
             match self.phase {

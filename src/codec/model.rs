@@ -38,7 +38,7 @@ impl Wire {
         let taken = taken.clamp(1, plan.bytes);
         let fds = buf.first_fds(plan.fds).copied().collect();
         self.queue.push_back(Chunk { bytes: bytes[..taken].iter().copied().collect(), fds });
-        buf.sent(plan, taken);
+        drop(buf.sent(plan, taken));
     }
 
     /// A `recvmsg`. Never returns descriptors of two sends; on a stream, it reads on from bytes without descriptors into

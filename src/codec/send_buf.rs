@@ -26,8 +26,9 @@ pub struct SendBuf<F = OwnedFd> {
     bytes: usize,
     /// Descriptors that wait, those of all messages in one row.
     fds: VecDeque<F>,
-    /// `bytes` and `fds` cut into messages; small ones without descriptors in a row count as one. The sums of both fields over all messages are `bytes` and `fds.len()`,
-    /// and each message has `unsent_fds <= SCM_MAX_FD * unsent_bytes`: what is left always finds bytes to ride on.
+    /// `bytes` and `fds` cut into messages; small ones without descriptors in a row count as one. The sums of both fields
+    /// over all messages are `bytes` and `fds.len()`, and each message has `unsent_fds <= SCM_MAX_FD * unsent_bytes`: what is
+    /// left always finds bytes to ride on.
     pub(super) messages: VecDeque<Message>,
     /// The message that an encoder is writing; belongs to `bytes` and `fds` already, to `messages` not yet.
     open: Message,
@@ -52,12 +53,10 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// Whether `next` may count as a part of this one: small messages without descriptors need not be told apart.
-    fn takes(&self, next: &Self) -> bool {
-        let small = |message: &Self| {
-            message.unsent_bytes < MERGED_BELOW && message.unsent_fds == 0 && message.grouping == Grouping::Free
-        };
-        small(self) && small(next) && !self.begun && self.sent_fds == 0
+    /// Whether a small message without descriptors that follows may count as a part of this one, which is such a one too.
+    fn takes_small(&self) -> bool {
+        let has_fds = self.unsent_fds > 0 || self.sent_fds > 0;
+        self.unsent_bytes < MERGED_BELOW && !has_fds && self.grouping == Grouping::Free && !self.begun
     }
 }
 
@@ -109,9 +108,10 @@ impl<F> SendBuf<F> {
 
     /// Attaches descriptors to the message, in their order.
     pub fn put_fds(&mut self, fds: impl IntoIterator<Item = F>) {
-        let before = self.fds.len();
-        self.fds.extend(fds);
-        self.open.unsent_fds += self.fds.len() - before;
+        for fd in fds {
+            self.fds.push_back(fd);
+            self.open.unsent_fds += 1;
+        }
     }
 
     /// Says that a receiver which has the message's bytes up to here knows its length, and so has room for the rest
@@ -170,8 +170,7 @@ impl<F> SendBuf<F> {
     /// When no send can carry it. The message is still open then, for [`roll_back`](Self::roll_back).
     #[inline]
     pub(crate) fn commit(&mut self, grouping: Grouping) -> Result<(), Error> {
-        let mut message = Message { grouping, ..self.open };
-        let Message { unsent_bytes: bytes, unsent_fds: fds, .. } = message;
+        let Message { unsent_bytes: bytes, unsent_fds: fds, unsent_head: head, .. } = self.open;
         if fds > SCM_MAX_FD.saturating_mul(bytes) {
             return Err(Error::TooManyFdsForLength { fds, bytes });
         }
@@ -185,17 +184,23 @@ impl<F> SendBuf<F> {
         }
         self.open = Message::default();
         self.open_segments = 0;
+        let is_small = bytes < MERGED_BELOW && fds == 0 && grouping == Grouping::Free;
         match self.messages.back_mut() {
             _ if bytes == 0 => {}
-            Some(last) if last.takes(&message) => {
+            Some(last) if is_small && last.takes_small() => {
                 last.unsent_bytes += bytes;
                 last.unsent_head = last.unsent_bytes;
             }
             _ => {
-                if message.unsent_head == 0 {
-                    message.unsent_head = bytes; // never announced
-                }
-                self.messages.push_back(message);
+                let unsent_head = if head == 0 { bytes } else { head }; // 0: never announced
+                let (unsent_bytes, unsent_fds) = (bytes, fds);
+                self.messages.push_back(Message {
+                    unsent_bytes,
+                    unsent_fds,
+                    unsent_head,
+                    grouping,
+                    ..Message::default()
+                });
             }
         }
         Ok(())
@@ -261,12 +266,10 @@ impl<F> SendBuf<F> {
     }
 
     /// Removes what a send took: `bytes` of them, which may be fewer than planned, and all descriptors of the plan,
-    /// which went with the first byte however short the write was. Drops those descriptors.
-    pub(crate) fn sent(&mut self, plan: Plan, bytes: usize) {
+    /// which went with the first byte however short the write was. Returns those descriptors.
+    pub(crate) fn sent(&mut self, plan: Plan, bytes: usize) -> impl Iterator<Item = F> {
         debug_assert!(0 < bytes && bytes <= plan.bytes);
         self.attribute_sent_fds(plan.fds);
-        self.fds.drain(..plan.fds);
-
         let mut left = bytes;
         while left > 0 {
             let message = self.messages.front_mut().expect("messages hold all bytes");
@@ -283,6 +286,7 @@ impl<F> SendBuf<F> {
             }
         }
         self.remove_bytes(bytes);
+        self.fds.drain(..plan.fds)
     }
 
     fn attribute_sent_fds(&mut self, mut fds: usize) {

@@ -41,7 +41,7 @@ impl<D> ReadHalf<D> {
         if state == Receiving::Over {
             inbound.end();
         }
-        Self { decoder, receiver: Receiver { socket, inbound, state } }
+        Self { decoder, receiver: Receiver { socket, inbound, state, uncharged: 0 } }
     }
 
     /// The socket, for its options and its peer.
@@ -72,13 +72,16 @@ impl<D: Decoder> Stream for ReadHalf<D> {
         let Self { decoder, receiver } = self.get_mut();
         loop {
             // Messages out of the buffer take no system call that would count, and a buffer holds thousands.
-            let coop = ready!(coop::poll_proceed(cx));
+            if receiver.uncharged == UNCHARGED_MESSAGES {
+                ready!(coop::poll_proceed(cx)).made_progress();
+                receiver.uncharged = 0;
+            }
             match receiver.inbound.next(decoder) {
                 Ok(Step::Item(item)) => {
-                    coop.made_progress();
+                    receiver.uncharged += 1;
                     return Poll::Ready(Some(Ok(item)));
                 }
-                Ok(Step::Receive) => drop(coop),
+                Ok(Step::Receive) => {}
                 Ok(Step::End) => {
                     return Poll::Ready(receiver.last_word().map(|error| Err(error.into())));
                 }
@@ -98,11 +101,16 @@ impl<D: Decoder> Stream for ReadHalf<D> {
 // Nothing in it is pinned: the decoder is only ever used through `&mut`.
 impl<D> Unpin for ReadHalf<D> {}
 
+/// A unit of the cooperative budget is charged for so many messages out of the buffer; a receive takes one of its own.
+const UNCHARGED_MESSAGES: u8 = 8;
+
 #[derive(Debug)]
 struct Receiver {
     socket: Arc<Socket>,
     inbound: Inbound,
     state: Receiving,
+    /// Messages yielded since the budget was charged.
+    uncharged: u8,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]

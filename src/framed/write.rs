@@ -15,7 +15,7 @@ use crate::{
     Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket, SocketKind,
     codec::Carrier,
     limits::Limits,
-    socket::{SendWait, TooLarge, close_unwanted},
+    socket::{SendWait, TooLarge, close_sent, close_unwanted},
 };
 
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
@@ -246,6 +246,7 @@ impl Sending {
     }
 
     /// Why nothing is accepted any more.
+    #[inline]
     pub(super) fn error(&self) -> Option<Error> {
         match self {
             Self::Open => None,
@@ -339,7 +340,7 @@ impl Outbound {
         let sent = ready!(socket.poll_send(cx, wait, &buf.io_slices(plan.bytes), fds));
         match sent {
             Ok(sent) => {
-                buf.sent(plan, sent);
+                close_sent(buf.sent(plan, sent));
                 *carrier = carrier.larger(*largest);
             }
             Err(error) => match TooLarge::from_error(&error) {

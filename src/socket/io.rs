@@ -127,6 +127,12 @@ impl SendWait {
     }
 }
 
+/// Closes descriptors that were sent. They live on in the kernel's queue, so this `close` is not the last one, which may
+/// block; unless the receiver was quick to close them.
+pub(crate) fn close_sent(fds: impl Iterator<Item = OwnedFd>) {
+    sys::close_all(fds);
+}
+
 /// Closes descriptors that nobody wants, on a thread of its own: the last `close` of a TCP socket with `SO_LINGER` and unsent
 /// data blocks until the data is gone or the time is up, non-blocking or not. How long is the peer's choice, so no thread
 /// of the runtime may wait for it, nor the runtime's end.

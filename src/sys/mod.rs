@@ -1,10 +1,12 @@
 //! The system calls, and **all `unsafe` of the crate**: one block per call.
 #![allow(unsafe_code)]
 
+mod close;
 mod message;
 mod option;
 mod readiness;
 
+pub(crate) use close::close_all;
 pub(crate) use message::{Received, recvmsg, sendmsg};
 pub(crate) use option::{Domain, PassPidfd, PassRights};
 pub(crate) use readiness::register;

@@ -250,7 +250,7 @@ fn a_fast_peer_does_not_starve_other_tasks() {
             atomic::{AtomicBool, AtomicUsize, Ordering},
         };
         let (mut tx, mut rx) = framed_pair(kind);
-        for _ in 0..1000 {
+        for _ in 0..5000 {
             tx.feed(Frame::new("x")).await.unwrap();
         }
         tx.flush().await.unwrap();
@@ -266,7 +266,7 @@ fn a_fast_peer_does_not_starve_other_tasks() {
                 }
             }
         });
-        for _ in 1..1000 {
+        for _ in 1..5000 {
             rx.try_next().await.unwrap().unwrap();
         }
         assert!(turns.load(Ordering::Relaxed) > 3, "the other task had no turn");
