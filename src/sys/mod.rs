@@ -6,7 +6,7 @@ mod option;
 mod readiness;
 
 pub(crate) use message::{Received, recvmsg, sendmsg};
-pub(crate) use option::{Domain, PassPidfd, PassRights};
+pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights};
 pub(crate) use readiness::register;
 
 use std::{
