@@ -1,6 +1,10 @@
 //! Accepted connections over frames: a dispatcher that has them, and workers that serve them.
 
 mod address;
+mod connection;
+mod incoming;
 pub mod protocol;
 
 pub use address::{Address, Transport};
+pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
+pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
