@@ -22,6 +22,7 @@ use nix::{
 };
 use smallvec::SmallVec;
 use tokio::{
+    runtime::Handle,
     sync::watch,
     time::{Instant, Sleep, sleep},
 };
@@ -79,6 +80,7 @@ struct State {
     report_due: bool,
     application: Option<Waker>,
     task: Waker,
+    runtime: Handle,
 }
 
 impl Channel {
@@ -98,6 +100,7 @@ impl Channel {
             report_due: false,
             application: None,
             task: Waker::noop().clone(),
+            runtime: Handle::current(),
         };
         state.book.messages.push(FromWorker::Hello { lowest: VERSION, highest: VERSION });
         let channel = Arc::new(Self { state: Mutex::new(state), phase: watch::Sender::new(Phase::Open) });
@@ -131,12 +134,13 @@ impl Channel {
     /// An adopted connection has ended.
     pub(in crate::handoff) fn finish(&self) {
         let mut state = self.lock();
+        if state.write.is_none() {
+            return; // nobody is left to count for
+        }
         state.book.finish();
         let due = std::mem::replace(&mut state.report_due, true);
         if !due || state.short || state.book.is_full() || state.book.is_draining() {
-            let task = state.task.clone();
-            drop(state);
-            task.wake();
+            state.wake_task();
         }
     }
 
@@ -152,10 +156,11 @@ impl Channel {
                 true
             }
         });
-        let wakers = [state.application.take(), Some(state.task.clone())];
+        let application = state.application.take();
+        state.wake_task();
         drop(state);
         close_offers(unwanted);
-        wakers.into_iter().flatten().for_each(Waker::wake);
+        application.into_iter().for_each(Waker::wake);
     }
 
     /// Takes no more, and nobody asks for what was adopted last.
@@ -256,8 +261,10 @@ impl State {
             self.book.report();
             self.feed();
             let task = self.task.clone();
-            if let Poll::Ready(Err(_)) = self.poll_flush(&mut Context::from_waker(&task)) {
-                task.wake(); // which finds out what it means
+            match self.poll_flush(&mut Context::from_waker(&task)) {
+                Poll::Ready(Ok(())) => {}
+                // The task sends the rest, or finds out what the error means.
+                _ => self.wake_task(),
             }
         }
     }
@@ -282,7 +289,7 @@ impl State {
         let granted = self.headroom.grant(room, self.book.on_their_way());
         self.book.ask(granted);
         if granted < room && !std::mem::replace(&mut self.short, true) {
-            self.task.wake_by_ref(); // to try again
+            self.wake_task(); // to try again
         }
     }
 
@@ -305,6 +312,13 @@ impl State {
             self.sent = self.fed - write.unsent().0 as u64;
         }
         flushed.map_err(|error| error.error)
+    }
+
+    /// Wakes the task from the application. Another task follows, which does nothing: tokio keeps what was woken last for the thread
+    /// that woke it, and the application may block that one.
+    fn wake_task(&self) {
+        self.task.wake_by_ref();
+        drop(self.runtime.spawn(async {}));
     }
 
     fn unsent_bytes(&self) -> usize {
