@@ -27,10 +27,25 @@ use crate::{Error, sys};
 
 /// A client's connection, adopted by this process. From [`Incoming`](super::Incoming).
 ///
+/// ```
+/// use fdwire::handoff::Connection;
+/// use tokio::io::{AsyncReadExt, AsyncWriteExt};
+///
+/// async fn echo(mut connection: Connection) -> std::io::Result<()> {
+///     let mut heard = [0; 1024];
+///     loop {
+///         match connection.read(&mut heard).await? {
+///             0 => return Ok(()), // the connection is ended here
+///             bytes => connection.write_all(&heard[..bytes]).await?,
+///         }
+///     }
+/// }
+/// ```
+///
 /// Reads give first what the dispatcher had read already, then what comes from the client.
 ///
 /// Dropping it **ends the connection** at once, also where another process still has a copy of it: that is what a client waits for.
-/// `shutdown` of [`AsyncWriteExt`](tokio::io::AsyncWriteExt) ends the sending direction.
+/// `shutdown` of tokio's `AsyncWriteExt` ends the sending direction only.
 ///
 /// Socket options are set through [`AsFd`].
 #[derive(Debug)]

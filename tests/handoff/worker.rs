@@ -588,9 +588,11 @@ fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
         setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
         return run(async {
             let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
+            let ended = incoming.handle().ended();
             while let Some(mut connection) = incoming.next().await {
                 tokio::spawn(async move { connection.read(&mut [0]).await });
             }
+            assert!(matches!(ended.await, End::Drained));
         });
     }
     counted(async |kind| {

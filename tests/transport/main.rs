@@ -10,4 +10,4 @@ mod ends;
 mod faults;
 mod limits;
 
-use common::counted;
+use common::{counted, open_fds};

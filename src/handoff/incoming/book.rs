@@ -132,8 +132,9 @@ impl<T> Book<T> {
         let count = self.unanswered.len().min(usize::try_from(count).unwrap_or(usize::MAX));
         let mut unwanted = Vec::new();
         for waiting in self.unanswered.range_mut(..count) {
-            if let Waiting::ForApplication(offer) = std::mem::replace(waiting, Waiting::ForTurn(reason)) {
-                unwanted.push(offer);
+            match std::mem::replace(waiting, Waiting::ForTurn(reason)) {
+                Waiting::ForApplication(offer) => unwanted.push(offer),
+                refused_before => *waiting = refused_before,
             }
         }
         self.reject_due();
@@ -221,5 +222,154 @@ impl<T> Book<T> {
             Waiting::ForApplication(offer) => Some(offer),
             Waiting::ForTurn(_) => None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    enum Event {
+        Offer,
+        Unfit,
+        Ask(usize),
+        Finish,
+        Recall(u64),
+        Report,
+        Drain,
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            6 => Just(Event::Offer),
+            1 => Just(Event::Unfit),
+            6 => (1usize..4).prop_map(Event::Ask),
+            4 => Just(Event::Finish),
+            2 => (0u64..40).prop_map(Event::Recall),
+            1 => Just(Event::Report),
+            1 => Just(Event::Drain),
+        ]
+    }
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Fate {
+        Adopted,
+        Rejected(RejectReason),
+    }
+
+    /// What a dispatcher makes of the messages.
+    #[derive(Debug, Default)]
+    struct Dispatcher {
+        answers: Vec<Fate>,
+        demand: u64,
+        finished: u64,
+        draining: bool,
+        left: bool,
+    }
+
+    impl Dispatcher {
+        fn read(&mut self, messages: &mut Vec<FromWorker>) {
+            for message in messages.drain(..) {
+                assert!(!self.left, "{message:?} follows a goodbye");
+                match message {
+                    FromWorker::Adopted { count } => {
+                        assert!(!self.draining);
+                        self.answers.extend((0..count).map(|_| Fate::Adopted));
+                    }
+                    FromWorker::Rejected { count, reason } => {
+                        self.answers.extend((0..count).map(|_| Fate::Rejected(reason)));
+                    }
+                    FromWorker::Demand { total } => {
+                        assert!(total > self.demand);
+                        self.demand = total;
+                    }
+                    FromWorker::Load { finished } => {
+                        assert!(finished > self.finished);
+                        self.finished = finished;
+                    }
+                    FromWorker::Draining => self.draining = true,
+                    FromWorker::Goodbye => self.left = true,
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+
+    proptest! {
+        /// Whatever happens: each offer is answered as it ended here, in the order of the offers, and there are never more of
+        /// them at a time than the limits allow.
+        #[test]
+        fn answers_are_what_happened(
+            events in proptest::collection::vec(event(), 0..200),
+            window in 1u64..6,
+            max_connections in 1u64..8,
+        ) {
+            let mut book = Book::new(window, max_connections);
+            let mut dispatcher = Dispatcher::default();
+            let mut fates = Vec::new(); // of each offer, by its number
+            let (mut adopted, mut finished) = (0, 0);
+            for event in events {
+                let before = fates.len();
+                match event {
+                    Event::Offer | Event::Unfit if fates.len() as u64 == dispatcher.demand => {
+                        prop_assert!(book.offered(Ok(before)).is_err());
+                    }
+                    Event::Offer => {
+                        let unwanted = book.offered(Ok(before)).unwrap();
+                        prop_assert_eq!(unwanted.is_some(), dispatcher.draining);
+                        fates.push(unwanted.map(|_| Fate::Rejected(RejectReason::Draining)));
+                    }
+                    Event::Unfit => {
+                        book.offered(Err((before, RejectReason::Unusable))).unwrap();
+                        fates.push(Some(Fate::Rejected(RejectReason::Unusable)));
+                    }
+                    Event::Ask(max) => {
+                        for number in book.adopt(max) {
+                            prop_assert!(fates[number].replace(Fate::Adopted).is_none());
+                            adopted += 1;
+                        }
+                    }
+                    Event::Finish if finished < adopted => {
+                        finished += 1;
+                        book.finish();
+                    }
+                    Event::Finish => {}
+                    Event::Recall(first) => {
+                        for number in book.recall(first) {
+                            prop_assert!((number as u64) < first);
+                            prop_assert!(fates[number].replace(Fate::Rejected(RejectReason::Recalled)).is_none());
+                        }
+                        let left = fates.iter().position(Option::is_none);
+                        prop_assert!(left.is_none_or(|number| number as u64 >= first));
+                    }
+                    Event::Report => book.report(),
+                    Event::Drain => {
+                        for number in book.drain() {
+                            prop_assert!(fates[number].replace(Fate::Rejected(RejectReason::Draining)).is_none());
+                        }
+                    }
+                }
+                let room = book.room();
+                book.ask(room);
+                book.leave();
+                dispatcher.read(&mut book.messages);
+
+                // Answered is a beginning of the offers, and what is decided is not kept back for longer than it has to.
+                let due = fates.iter().take_while(|fate| fate.is_some()).count();
+                prop_assert_eq!(dispatcher.answers.len(), due);
+                prop_assert!(dispatcher.answers.iter().zip(&fates).all(|(answer, fate)| Some(*answer) == *fate));
+                let unanswered = dispatcher.demand - due as u64;
+                prop_assert!(unanswered <= window && unanswered + adopted - finished <= max_connections.max(adopted));
+                let over = dispatcher.draining && due == fates.len() && finished == adopted;
+                prop_assert_eq!(dispatcher.left, over);
+                if dispatcher.left {
+                    prop_assert_eq!(dispatcher.finished, finished);
+                    break;
+                }
+            }
+        }
     }
 }

@@ -6,6 +6,7 @@
 
 use std::{
     collections::VecDeque,
+    fmt,
     future::Future,
     net::Shutdown,
     os::fd::{AsFd, AsRawFd},
@@ -37,7 +38,8 @@ use crate::{
     socket::close_unwanted,
 };
 
-/// How long a finished connection may go unreported when there is nothing else to say.
+/// How long a finished connection may go unreported when there is nothing else to say, and how long to wait for descriptors to come
+/// free.
 const REPORT_AFTER: Duration = Duration::from_millis(10);
 
 /// More bytes of answers than this wait for a dispatcher only if it asks and asks and does not read.
@@ -46,7 +48,6 @@ const MAX_UNSENT_BYTES: usize = 256 << 10;
 /// Offers that the application gets.
 pub(super) type Adopted = SmallVec<[Offer; 1]>;
 
-#[derive(Debug)]
 pub(in crate::handoff) struct Channel {
     state: Mutex<State>,
     phase: watch::Sender<Phase>,
@@ -59,7 +60,6 @@ pub(super) enum Phase {
     Ended(End),
 }
 
-#[derive(Debug)]
 struct State {
     book: Book<Offer>,
     headroom: Headroom,
@@ -184,18 +184,22 @@ impl Channel {
     }
 
     fn received(&self, message: ToWorker) -> Result<(), Error> {
+        let fits = match &message {
+            ToWorker::Offer(offer) => check(offer)?,
+            _ => true,
+        };
         let mut state = self.lock();
         match message {
             ToWorker::Welcome { version: VERSION } if !state.welcomed => state.welcomed = true,
             ToWorker::Welcome { .. } => return Err(Error::invalid("a WELCOME out of place, or to another version")),
             _ if !state.welcomed => return Err(Error::invalid("a dispatcher that does not begin with WELCOME")),
             ToWorker::Offer(offer) => {
-                let fit = match check(&offer)? {
+                let offer = match fits {
                     false => Err((offer, RejectReason::Unusable)),
                     true if state.headroom.is_reserve(&offer.fd) => Err((offer, RejectReason::Full)),
                     true => Ok(offer),
                 };
-                let unwanted = state.book.offered(fit)?;
+                let unwanted = state.book.offered(offer)?;
                 drop(state);
                 close_offers(unwanted);
             }
@@ -241,6 +245,12 @@ impl Channel {
     }
 }
 
+impl fmt::Debug for Channel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Channel").field("phase", &*self.phase.borrow()).finish_non_exhaustive()
+    }
+}
+
 /// Closes copies of connections that are not ours: no option and no flag of them is touched.
 fn close_offers(offers: impl IntoIterator<Item = Offer>) {
     close_unwanted(offers.into_iter().map(|offer| offer.fd).collect());
@@ -256,16 +266,14 @@ impl State {
         self.feed();
         let mark = self.fed;
         self.adopting.extend(adopted.into_iter().map(|offer| (mark, offer)));
+        let was_short = self.short;
         self.ask();
-        if !self.book.messages.is_empty() || self.sent < mark {
-            self.book.report();
-            self.feed();
-            let task = self.task.clone();
-            match self.poll_flush(&mut Context::from_waker(&task)) {
-                Poll::Ready(Ok(())) => {}
-                // The task sends the rest, or finds out what the error means.
-                _ => self.wake_task(),
-            }
+        self.feed();
+        let task = self.task.clone();
+        let flushed = self.poll_flush(&mut Context::from_waker(&task));
+        // It sends the rest, finds out what an error means, or tries again to ask for more.
+        if !matches!(flushed, Poll::Ready(Ok(()))) || self.short && !was_short {
+            self.wake_task();
         }
     }
 
@@ -288,14 +296,15 @@ impl State {
         }
         let granted = self.headroom.grant(room, self.book.on_their_way());
         self.book.ask(granted);
-        if granted < room && !std::mem::replace(&mut self.short, true) {
-            self.wake_task(); // to try again
-        }
+        self.short = granted < room;
     }
 
-    /// Gives the book's messages to the socket's queue.
+    /// Gives the book's messages to the socket's queue, and with them what else is to be reported.
     fn feed(&mut self) {
         let Some(write) = &mut self.write else { return };
+        if !self.book.messages.is_empty() {
+            self.book.report();
+        }
         for message in self.book.messages.drain(..) {
             let before = write.unsent().0;
             match Pin::new(&mut *write).start_send(message) {
