@@ -21,7 +21,7 @@ impl Socket {
     /// come to `fds`. `ECONNRESET` is no error but something to [ask for](Self::was_reset) at the end.
     ///
     /// Readiness is kept until `EAGAIN`: a read that ends at a barrier of descriptors leaves data behind, for which no
-    /// new event comes.
+    /// new event comes. None comes for a `shutdown` of this end either, after which a receive never waits.
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
@@ -30,10 +30,14 @@ impl Socket {
         fds: &mut impl Extend<OwnedFd>,
     ) -> Poll<Result<Received>> {
         loop {
-            let mut ready = ready!(self.io.poll_read_ready(cx))?; // takes part in the cooperative budget
+            let mut ready = None;
+            match self.read_ended.load(Ordering::Relaxed) {
+                true => ready!(coop::poll_proceed(cx)).made_progress(),
+                false => ready = Some(ready!(self.io.poll_read_ready(cx))?), // takes part in the cooperative budget
+            }
             match sys::recvmsg(self.as_fd(), bytes, max_bytes, fds) {
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => ready.clear_ready(),
+                    Some(libc::EAGAIN) => ready.iter_mut().for_each(AsyncFdReadyGuard::clear_ready),
                     Some(libc::ECONNRESET) => self.reset.store(true, Ordering::Relaxed),
                     Some(libc::EINTR) => {}
                     _ => return Poll::Ready(Err(error)),
