@@ -1,6 +1,10 @@
 //! A worker that dies or hangs, at each point of a hand-over: where are its connections served?
 
-use std::{path::Path, time::Duration};
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+    time::Duration,
+};
 
 use fdwire::{
     SocketKind,
@@ -8,13 +12,17 @@ use fdwire::{
 };
 use futures::future::join_all;
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        socket::{MsgFlags, send},
+    },
     unistd::Pid,
 };
 use tempfile::TempDir;
+use tokio::net::UnixStream;
 
 use crate::{
-    common::{KINDS, run},
+    common::{KINDS, encoded, run},
     raw_worker::{ADOPTED, Client, DEMAND, Point, Raw, connections, serve, served, served_by, until, worker_command},
 };
 
@@ -265,6 +273,47 @@ fn too_many_hung_workers_are_left_alone() {
             serve(offer, "late").unwrap();
             assert_eq!(client.answer().await, "late");
             assert_eq!(dispatcher.stats().retired.hung, 2);
+        });
+    }
+}
+
+/// The cut is one instant: an answer is either written before it and counts, or it cannot be written.
+#[test]
+fn every_answer_that_could_be_written_counts_whenever_the_cut_comes() {
+    const OFFERS: usize = 200;
+    for kind in KINDS {
+        run(async {
+            let mut in_the_middle = 0;
+            for _ in 0..30 {
+                let dispatcher = Dispatcher::builder().build();
+                let mut worker = Raw::start(&dispatcher, kind, OFFERS as u64).await;
+                let (id, mut outcomes, mut clients) = (worker.id, Vec::new(), Vec::new());
+                for _ in 0..OFFERS {
+                    let (client, connection) = UnixStream::pair().unwrap();
+                    clients.push(client);
+                    outcomes.push(dispatcher.dispatch(connection));
+                }
+                let copies = worker.offers(OFFERS).await;
+                let socket = OwnedFd::from(worker.framed.into_parts().socket);
+                let answering = std::thread::spawn(move || {
+                    let answer = encoded(&[3, 0, 0, 0, 1], 0);
+                    let written = (0..OFFERS).take_while(|_| {
+                        let begin = std::time::Instant::now();
+                        while begin.elapsed() < Duration::from_micros(20) {}
+                        send(socket.as_raw_fd(), &answer, MsgFlags::MSG_NOSIGNAL).is_ok()
+                    });
+                    written.count()
+                });
+                dispatcher.remove_worker(id, Some(Duration::from_millis(2))).await;
+                let written = answering.join().unwrap();
+                assert_eq!(dispatcher.stats().adopted, written as u64, "{kind:?}");
+                in_the_middle += usize::from((1..OFFERS).contains(&written));
+                let adopted = outcomes.drain(..written);
+                assert!(join_all(adopted).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == id)));
+                assert_eq!(dispatcher.stats().waiting, OFFERS - written);
+                drop(copies);
+            }
+            assert!(in_the_middle > 0, "no cut came between two answers");
         });
     }
 }
