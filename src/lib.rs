@@ -80,6 +80,7 @@ mod frame;
 mod framed;
 #[doc = include_str!("guide.md")]
 pub mod guide {}
+pub mod handoff;
 mod limits;
 mod socket;
 mod sys;

@@ -22,7 +22,8 @@ impl Socket {
     ///
     /// Readiness is kept until nothing is left for sure, since no new event comes for data that is left behind. A read of a
     /// stream that ends early has taken everything, unless it ends behind bytes that came with descriptors: there it always
-    /// ends. Otherwise only `EAGAIN` tells.
+    /// ends. Otherwise only `EAGAIN` tells. None comes for a `shutdown` of this end either, after which
+    /// a receive never waits.
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
@@ -31,17 +32,21 @@ impl Socket {
         fds: &mut impl Extend<OwnedFd>,
     ) -> Poll<Result<Received>> {
         loop {
-            let mut ready = ready!(self.io.poll_read_ready(cx))?; // takes part in the cooperative budget
+            let mut ready = None;
+            match self.read_ended.load(Ordering::Relaxed) {
+                true => ready!(coop::poll_proceed(cx)).made_progress(),
+                false => ready = Some(ready!(self.io.poll_read_ready(cx))?), // takes part in the cooperative budget
+            }
             match sys::recvmsg(self.as_fd(), bytes, max_bytes, fds) {
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => ready.clear_ready(),
+                    Some(libc::EAGAIN) => ready.iter_mut().for_each(AsyncFdReadyGuard::clear_ready),
                     Some(libc::ECONNRESET) => self.reset.store(true, Ordering::Relaxed),
                     Some(libc::EINTR) => {}
                     _ => return Poll::Ready(Err(error)),
                 },
                 Ok(received) => {
                     if self.kind == SocketKind::Stream && received.short && !received.with_fds && received.bytes > 0 {
-                        ready.clear_ready();
+                        ready.iter_mut().for_each(AsyncFdReadyGuard::clear_ready);
                     }
                     return Poll::Ready(Ok(received));
                 }

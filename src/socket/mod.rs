@@ -13,7 +13,7 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
-    sync::atomic::AtomicBool,
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -95,6 +95,8 @@ pub struct Socket {
     runtime: Handle,
     /// Whether the kernel has said `ECONNRESET`.
     reset: AtomicBool,
+    /// Whether the receiving direction was shut down here.
+    read_ended: AtomicBool,
 }
 
 impl Socket {
@@ -168,6 +170,7 @@ impl Socket {
             kind,
             runtime: Handle::current(),
             reset: AtomicBool::new(false),
+            read_ended: AtomicBool::new(false),
         })
     }
 
@@ -222,7 +225,7 @@ impl Socket {
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read` the peer's sends fail
-    /// with `EPIPE`, and what it sent before stays readable.
+    /// with `EPIPE`, and what it sent before stays readable; then comes the end. A task that waits to receive is not woken.
     ///
     /// # Errors
     /// `NotConnected`.
@@ -232,7 +235,9 @@ impl Socket {
             Shutdown::Write => socket::Shutdown::Write,
             Shutdown::Both => socket::Shutdown::Both,
         };
-        Ok(socket::shutdown(self.io.as_raw_fd(), how)?)
+        socket::shutdown(self.io.as_raw_fd(), how)?;
+        self.read_ended.fetch_or(how != socket::Shutdown::Write, Ordering::Relaxed);
+        Ok(())
     }
 }
 

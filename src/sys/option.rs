@@ -8,6 +8,10 @@ const SO_PASSPIDFD: libc::c_int = 76;
 const SO_PASSRIGHTS: libc::c_int = 83;
 
 sockopt_impl!(
+    /// A number that is the same for every copy of a socket, and of no other socket as long as the system runs.
+    Cookie, GetOnly, libc::SOL_SOCKET, libc::SO_COOKIE, u64
+);
+sockopt_impl!(
     /// The address family of a socket.
     Domain, GetOnly, libc::SOL_SOCKET, libc::SO_DOMAIN, i32
 );

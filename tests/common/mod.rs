@@ -14,13 +14,14 @@ use std::{
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::Mutex,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use fdwire::{Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use nix::sys::{
     memfd::{MFdFlags, memfd_create},
+    resource::{Resource, getrlimit, setrlimit},
     socket::{ControlMessage, MsgFlags, SockType, UnixAddr, sendmsg},
 };
 use tokio::runtime::{Builder, Runtime};
@@ -47,6 +48,34 @@ pub(crate) fn some_threads() -> Runtime {
 /// The same in this runtime.
 pub(crate) fn run_in<T>(runtime: Runtime, test: impl Future<Output = T>) -> T {
     runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test hangs") })
+}
+
+/// Runs a test on both kinds of socket and counts the process's descriptors around it. Only with others of its kind in one
+/// binary, which then run one at a time.
+pub(crate) fn counted(test: impl AsyncFn(SocketKind)) {
+    counted_in(one_thread, test);
+}
+
+/// The same in another runtime.
+pub(crate) fn counted_in(runtime: fn() -> Runtime, test: impl AsyncFn(SocketKind)) {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    run(async {}); // tokio opens two descriptors for signals once and for all
+    for kind in KINDS {
+        let before = open_fds();
+        run_in(runtime(), test(kind));
+        let begin = Instant::now();
+        while open_fds() != before && begin.elapsed() < Duration::from_secs(10) {
+            std::thread::yield_now(); // unwanted ones are closed on a thread of their own
+        }
+        assert_eq!(open_fds(), before, "descriptors leaked on {kind:?}");
+    }
+}
+
+pub(crate) fn open_fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
 /// Room for large frames with many descriptors.

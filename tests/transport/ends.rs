@@ -3,7 +3,7 @@
 use std::{io, net::Shutdown};
 
 use fdwire::{Error, Frame, FrameCodec, Framed, Socket, SocketKind};
-use futures::{SinkExt, StreamExt, TryStreamExt};
+use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -312,5 +312,19 @@ fn what_has_ended_stays_so_with_another_codec() {
         assert!(a.next().await.is_none());
         let refused = a.feed(Frame::new("").with_fd(marked(4))).await.unwrap_err();
         assert!(matches!(refused.error, Error::Closed) && refused.item.is_some());
+    });
+}
+
+/// No event comes for a `shutdown` of one's own end, so nothing may be waited for.
+#[test]
+fn after_shutting_down_the_reading_side_what_was_sent_comes_and_then_the_end() {
+    counted(async |kind| {
+        let (mut a, mut b) = framed_pair(kind);
+        assert!(a.next().now_or_never().is_none());
+        b.send(Frame::new("before")).await.unwrap();
+        a.socket().shutdown(Shutdown::Read).unwrap();
+        assert!(b.send(Frame::new("after")).await.is_err());
+        assert_eq!(a.try_next().await.unwrap().unwrap().payload, "before");
+        assert!(a.next().await.is_none());
     });
 }

@@ -1,0 +1,154 @@
+//! What an offer says of its connection: the kind of socket, and both addresses.
+
+use std::{
+    ffi::OsString,
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    os::{
+        linux::net::SocketAddrExt,
+        unix::{
+            self,
+            ffi::{OsStrExt, OsStringExt},
+        },
+    },
+    path::PathBuf,
+};
+
+use super::protocol::fields::{Fields, put_short};
+use crate::Error;
+
+/// The kind of a connection's socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Transport {
+    /// A TCP connection.
+    Tcp,
+    /// A Unix socket of kind STREAM.
+    UnixStream,
+}
+
+impl Transport {
+    pub(super) fn put(self, dst: &mut Vec<u8>) {
+        dst.push(match self {
+            Self::Tcp => 1,
+            Self::UnixStream => 2,
+        });
+    }
+
+    pub(super) fn read(fields: &mut Fields<'_>) -> Option<Self> {
+        match fields.u8()? {
+            1 => Some(Self::Tcp),
+            2 => Some(Self::UnixStream),
+            _ => None,
+        }
+    }
+}
+
+/// One end of a connection, as the dispatcher saw it when it accepted.
+///
+/// ```
+/// use fdwire::handoff::Address;
+///
+/// let address = Address::from("127.0.0.1:80".parse::<std::net::SocketAddr>()?);
+/// assert_eq!(address.to_string(), "127.0.0.1:80");
+/// assert!(address.ip().is_some_and(|address| address.port() == 80));
+/// # Ok::<(), std::net::AddrParseError>(())
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Address {
+    /// None: a Unix socket that was never bound, as clients mostly are.
+    #[default]
+    Unnamed,
+    /// Of the internet protocol, with a port.
+    Ip(SocketAddr),
+    /// A Unix socket's path.
+    Path(PathBuf),
+    /// A Unix socket's abstract name, without the zero byte that it begins with in the kernel.
+    Abstract(Vec<u8>),
+}
+
+impl Address {
+    /// The address and port, where it is one of the internet protocol.
+    pub fn ip(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Ip(address) => Some(*address),
+            _ => None,
+        }
+    }
+
+    pub(super) fn put(&self, dst: &mut Vec<u8>) -> Result<(), Error> {
+        match self {
+            Self::Unnamed => dst.push(0),
+            Self::Ip(SocketAddr::V4(address)) => {
+                dst.push(4);
+                dst.extend(address.ip().octets());
+                dst.extend(address.port().to_be_bytes());
+            }
+            Self::Ip(SocketAddr::V6(address)) => {
+                dst.push(6);
+                dst.extend(address.ip().octets());
+                dst.extend(address.port().to_be_bytes());
+                dst.extend(address.flowinfo().to_be_bytes());
+                dst.extend(address.scope_id().to_be_bytes());
+            }
+            Self::Path(path) => {
+                dst.push(1);
+                put_short(dst, path.as_os_str().as_bytes())?;
+            }
+            Self::Abstract(name) => {
+                dst.push(2);
+                put_short(dst, name)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn read(fields: &mut Fields<'_>) -> Option<Self> {
+        Some(match fields.u8()? {
+            0 => Self::Unnamed,
+            4 => Self::Ip(SocketAddrV4::new(Ipv4Addr::from(fields.array()?), fields.u16()?).into()),
+            6 => {
+                let (ip, port) = (Ipv6Addr::from(fields.array()?), fields.u16()?);
+                Self::Ip(SocketAddrV6::new(ip, port, fields.u32()?, fields.u32()?).into())
+            }
+            1 => Self::Path(OsString::from_vec(fields.short()?.to_vec()).into()),
+            2 => Self::Abstract(fields.short()?.to_vec()),
+            _ => return None,
+        })
+    }
+}
+
+impl fmt::Display for Address {
+    /// An address of the internet protocol as usual, a path as it is, an abstract name with `@` before it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unnamed => f.write_str("unnamed"),
+            Self::Ip(address) => address.fmt(f),
+            Self::Path(path) => path.display().fmt(f),
+            Self::Abstract(name) => write!(f, "@{}", name.escape_ascii()),
+        }
+    }
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        Self::Ip(address)
+    }
+}
+
+impl From<unix::net::SocketAddr> for Address {
+    fn from(address: unix::net::SocketAddr) -> Self {
+        match (address.as_pathname(), address.as_abstract_name()) {
+            (Some(path), _) => Self::Path(path.to_owned()),
+            (_, Some(name)) => Self::Abstract(name.to_owned()),
+            _ => Self::Unnamed,
+        }
+    }
+}
+
+impl From<tokio::net::unix::SocketAddr> for Address {
+    fn from(address: tokio::net::unix::SocketAddr) -> Self {
+        unix::net::SocketAddr::from(address).into()
+    }
+}

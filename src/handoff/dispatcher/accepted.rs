@@ -1,0 +1,163 @@
+//! A connection on its way: what the application hands in, and what it gets back when no worker takes it.
+
+use std::{
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    io,
+    os::{fd::OwnedFd, unix},
+};
+
+use bytes::Bytes;
+
+use super::{Transport, protocol::RejectReason};
+
+/// An accepted connection, ready to be [dispatched](super::Dispatcher::dispatch): a stream, and what the worker is to know of it.
+///
+/// Made from a `TcpStream` or `UnixStream` of tokio or std. One of tokio leaves its event loop here.
+///
+/// ```no_run
+/// # async fn example(dispatcher: fdwire::handoff::Dispatcher, stream: tokio::net::TcpStream, head: Vec<u8>)
+/// # -> Result<(), Box<dyn std::error::Error>> {
+/// use fdwire::handoff::Accepted;
+///
+/// dispatcher.dispatch(Accepted::from(stream).read_bytes(head).metadata("tenant 7").key(7)).await?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Accepted {
+    /// Or why it could not leave its event loop.
+    pub(super) socket: io::Result<OwnedFd>,
+    pub(super) about: About,
+}
+
+/// What an [`Accepted`] is beside its descriptor.
+#[derive(Debug)]
+pub(super) struct About {
+    pub(super) transport: Transport,
+    pub(super) read: Bytes,
+    pub(super) metadata: Bytes,
+    pub(super) key: Option<u64>,
+}
+
+impl About {
+    pub(super) fn new(transport: Transport) -> Self {
+        Self { transport, read: Bytes::new(), metadata: Bytes::new(), key: None }
+    }
+}
+
+impl Accepted {
+    fn new(socket: io::Result<OwnedFd>, transport: Transport) -> Self {
+        Self { socket, about: About::new(transport) }
+    }
+
+    /// What was already read from the connection. The worker's application reads it first. Together with the metadata it
+    /// has to fit one message, of
+    /// [`MAX_MESSAGE_BYTES`](super::protocol::MAX_MESSAGE_BYTES).
+    #[must_use]
+    pub fn read_bytes(mut self, bytes: impl Into<Bytes>) -> Self {
+        self.about.read = bytes.into();
+        self
+    }
+
+    /// What the worker's application is to know about the connection.
+    #[must_use]
+    pub fn metadata(mut self, metadata: impl Into<Bytes>) -> Self {
+        self.about.metadata = metadata.into();
+        self
+    }
+
+    /// What [`Strategy::ByKey`](super::Strategy::ByKey) goes by. By default the client's address without its port.
+    #[must_use]
+    pub fn key(mut self, key: impl Hash) -> Self {
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        self.about.key = Some(hasher.finish());
+        self
+    }
+
+    /// The connection itself, which converts into a `TcpStream` or `UnixStream` of std.
+    ///
+    /// # Errors
+    /// Where it could not leave its event loop.
+    pub fn into_socket(self) -> io::Result<OwnedFd> {
+        self.socket
+    }
+}
+
+impl From<std::net::TcpStream> for Accepted {
+    fn from(stream: std::net::TcpStream) -> Self {
+        Self::new(Ok(stream.into()), Transport::Tcp)
+    }
+}
+
+impl From<unix::net::UnixStream> for Accepted {
+    fn from(stream: unix::net::UnixStream) -> Self {
+        Self::new(Ok(stream.into()), Transport::UnixStream)
+    }
+}
+
+impl From<tokio::net::TcpStream> for Accepted {
+    fn from(stream: tokio::net::TcpStream) -> Self {
+        Self::new(stream.into_std().map(OwnedFd::from), Transport::Tcp)
+    }
+}
+
+impl From<tokio::net::UnixStream> for Accepted {
+    fn from(stream: tokio::net::UnixStream) -> Self {
+        Self::new(stream.into_std().map(OwnedFd::from), Transport::UnixStream)
+    }
+}
+
+/// A connection was not handed over. Brings it back, with what came along.
+#[derive(Debug, thiserror::Error)]
+#[error("connection was not handed over")]
+pub struct DispatchError {
+    /// Why.
+    #[source]
+    pub reason: NotDispatched,
+    /// The connection. A worker that was cut off may still hold a copy, so it should be shut down where it is not
+    /// served after all, not only dropped.
+    pub connection: Accepted,
+}
+
+/// Why a connection was not handed over.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotDispatched {
+    /// Too many workers died, hung or misbehaved while they had it, or too many rejected it.
+    #[error("offered {offers} times, at last {last}")]
+    TooManyOffers {
+        /// How often it was offered.
+        offers: u32,
+        /// What became of the last offer.
+        last: Unadopted,
+    },
+    /// The dispatcher drains, and takes no more.
+    #[error("the dispatcher drains")]
+    Draining,
+    /// It cannot be sent: what comes along is too long, or it could not leave its event loop.
+    #[error(transparent)]
+    Unfit(#[from] crate::Error),
+}
+
+/// What became of an offer that was not adopted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Unadopted {
+    /// The worker rejected it.
+    Rejected(RejectReason),
+    /// The worker died, hung or misbehaved before it had answered.
+    Unanswered,
+}
+
+impl fmt::Display for Unadopted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rejected(RejectReason::Full) => f.write_str("rejected: full"),
+            Self::Rejected(RejectReason::Draining) => f.write_str("rejected: draining"),
+            Self::Rejected(RejectReason::Recalled) => f.write_str("rejected when it was recalled"),
+            Self::Rejected(RejectReason::Unusable) => f.write_str("rejected: unusable"),
+            Self::Unanswered => f.write_str("left unanswered"),
+        }
+    }
+}

@@ -1,0 +1,437 @@
+//! One worker: a task that owns its socket and the account of its offers. Whatever ends it, [`Link::run`] does so in one way.
+
+use std::{
+    collections::VecDeque,
+    future::{Future, poll_fn},
+    io,
+    net::Shutdown,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures::{Sink, StreamExt};
+use tokio::time::{Instant, Sleep, sleep_until};
+use tracing::{debug, info, warn};
+
+use super::{
+    Cause, Shared, WorkerId, WorkerState,
+    bell::Bell,
+    job::{Job, LinkId, close},
+    ledger::{Ledger, Violation},
+    pool::Heard,
+    process::Process,
+    protocol::{DispatcherCodec, FromWorker, ToWorker, VERSION},
+};
+use crate::{Error, Framed, ReadHalf, Socket, WriteHalf};
+
+impl From<Error> for Cause {
+    fn from(error: Error) -> Self {
+        match error {
+            // It refuses descriptors.
+            Error::Io(error) if error.kind() != io::ErrorKind::PermissionDenied => Self::Ended,
+            error if error.is_peer_gone() => Self::Ended,
+            error => Self::Misbehaved(error.to_string()),
+        }
+    }
+}
+
+impl From<Violation> for Cause {
+    fn from(violation: Violation) -> Self {
+        Self::Misbehaved(violation.to_string())
+    }
+}
+
+/// Bytes that wait for the socket, from which on no more offers are made.
+const ENOUGH_UNSENT: usize = 128 << 10;
+
+/// Offers made between two looks at the pool.
+const BATCH: usize = 64;
+
+/// How long to wait for a descriptor to come free.
+const OUT_OF_FDS: Duration = Duration::from_millis(20);
+
+/// For a timer that has nothing to do.
+const LATER: Duration = Duration::from_secs(3600);
+
+pub(super) struct Link {
+    shared: Arc<Shared>,
+    id: WorkerId,
+    number: LinkId,
+    bell: Arc<Bell>,
+    process: Process,
+    read: ReadHalf<DispatcherCodec>,
+    write: WriteHalf<DispatcherCodec>,
+    ledger: Ledger<Job>,
+    heard: Heard,
+    greeted: bool,
+    goodbye: bool,
+    /// The pool may have more for this worker.
+    more: bool,
+    /// Taken from the pool and not sent.
+    unsent: VecDeque<Job>,
+    /// When there may be descriptors again.
+    retry_at: Option<Instant>,
+    ping: Ping,
+    recall: Recall,
+    /// Told to drain, until when.
+    drain: Option<Option<Instant>>,
+    timer: Pin<Box<Sleep>>,
+}
+
+struct Ping {
+    nonce: u64,
+    /// Since when the last one is unanswered; counted anew with whatever is heard.
+    unanswered: Option<Instant>,
+    /// When the next one is to be sent.
+    due: Instant,
+    /// The pool knows that the worker is late.
+    late: bool,
+    /// The worker may not be cut off before.
+    not_before: Instant,
+}
+
+struct Recall {
+    /// The offers below were recalled.
+    before: u64,
+    at: Instant,
+}
+
+/// What is left of a worker whose link has ended.
+pub(super) struct Ended {
+    /// It was of use.
+    pub(super) has_adopted: bool,
+}
+
+impl Link {
+    pub(super) fn new(shared: Arc<Shared>, id: WorkerId, socket: Socket, process: Process) -> Self {
+        let bell = Arc::new(Bell::default());
+        let number = shared.lock().connected(id, process.pid(), Arc::clone(&bell));
+        let (read, write) = Framed::new(socket, DispatcherCodec::default()).into_split();
+        let now = Instant::now();
+        bell.ring(); // it may have been removed already
+        Self {
+            id,
+            number,
+            bell,
+            process,
+            read,
+            write,
+            ledger: Ledger::new(),
+            heard: Heard::default(),
+            greeted: false,
+            goodbye: false,
+            more: false,
+            unsent: VecDeque::new(),
+            retry_at: None,
+            ping: Ping { nonce: 0, unanswered: None, due: now, late: false, not_before: now },
+            recall: Recall { before: 0, at: now },
+            drain: None,
+            timer: Box::pin(sleep_until(now + LATER)),
+            shared,
+        }
+    }
+
+    /// Serves the worker until it is gone.
+    pub(super) async fn run(mut self) -> Ended {
+        let cause = poll_fn(|cx| self.poll(cx)).await;
+        self.retire(cause).await
+    }
+
+    /// The one way out, whatever the cause. After the cut the worker can write no answer, and those that it wrote before are
+    /// here to be read: what is unanswered then, it will never adopt.
+    async fn retire(mut self, cause: Cause) -> Ended {
+        let _ = self.read.socket().shutdown(Shutdown::Read); // an error says that there is nothing left to cut
+        while let Some(Ok(message)) = self.read.next().await
+            && self.hear(message).is_ok()
+        {}
+        self.enter();
+        let Self { shared, id, number, mut process, ledger, unsent, .. } = self;
+        let pid = process.pid();
+        match cause {
+            Cause::Drained => info!(worker = %id, pid, "worker has drained"),
+            _ => warn!(worker = %id, pid, %cause, unanswered = ledger.unanswered(), "worker is gone"),
+        }
+        let has_adopted = ledger.has_adopted();
+        // Where nothing tells of its process, the end of its socket is taken for the end of the process.
+        let ended = process.has_ended() || cause == Cause::Ended && !process.is_known();
+        let cut_off = matches!(cause, Cause::Hung | Cause::Misbehaved(_) | Cause::Overdue);
+        if cut_off && shared.config.kill_hung {
+            process.kill();
+        }
+        {
+            let mut pool = shared.lock();
+            pool.retired(id, &cause, ledger.retire(), unsent, !ended);
+            if ended {
+                pool.copies.process_ended(number);
+            }
+        }
+        if !ended {
+            process.watch(&shared, number);
+        }
+        shared.changed();
+        Ended { has_adopted }
+    }
+
+    /// Everything that there is to do. Ready when the worker has to go.
+    ///
+    /// What was received is looked at before the time: where this process was not running, answers wait in the socket.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Cause> {
+        loop {
+            if let Err(cause) = self.read(cx) {
+                return Poll::Ready(cause);
+            }
+            // What it has written is in the socket by now: the retiring reads it.
+            if self.process.poll_ended(cx).is_ready() {
+                return Poll::Ready(Cause::Ended);
+            }
+            if let Err(cause) = self.keep_time() {
+                return Poll::Ready(cause);
+            }
+            if self.bell.was_rung(cx)
+                && let Err(cause) = self.obey()
+            {
+                return Poll::Ready(cause);
+            }
+            if let Err(cause) = self.write(cx) {
+                return Poll::Ready(cause);
+            }
+            // Mostly there is more time than before. Then it goes off too early, which costs less than setting it each time.
+            let due = self.due();
+            if due < self.timer.deadline() || self.timer.is_elapsed() {
+                self.timer.as_mut().reset(due);
+            }
+            if self.timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Hears what the worker has said, and enters it into the pool.
+    fn read(&mut self, cx: &mut Context<'_>) -> Result<(), Cause> {
+        let mut heard = false;
+        let outcome = loop {
+            match self.read.poll_next_unpin(cx) {
+                Poll::Ready(Some(Ok(message))) => {
+                    heard = true;
+                    if let Err(cause) = self.hear(message) {
+                        break Err(cause);
+                    }
+                }
+                Poll::Ready(Some(Err(error))) => break Err(error.into()),
+                Poll::Ready(None) => break Err(if self.goodbye { Cause::Drained } else { Cause::Ended }),
+                Poll::Pending if self.goodbye => break Err(Cause::Drained),
+                Poll::Pending => break Ok(()),
+            }
+        };
+        if heard {
+            self.enter();
+            self.is_alive();
+        }
+        outcome
+    }
+
+    fn hear(&mut self, message: FromWorker) -> Result<(), Cause> {
+        if self.goodbye {
+            return Err(misbehaved("it spoke after its goodbye"));
+        }
+        match message {
+            FromWorker::Hello { lowest, highest } => {
+                if self.greeted {
+                    return Err(misbehaved("a second hello"));
+                }
+                if !(lowest..=highest).contains(&VERSION) {
+                    return Err(misbehaved(format!("it speaks versions {lowest} to {highest}, not {VERSION}")));
+                }
+                self.greeted = true;
+                self.say(ToWorker::Welcome { version: VERSION })?;
+                self.shared.lock().set_state(self.id, WorkerState::Ready);
+                info!(worker = %self.id, pid = self.process.pid(), "worker is ready");
+            }
+            _ if !self.greeted => return Err(misbehaved("its first message is not a hello")),
+            FromWorker::Demand { total } => {
+                self.ledger.demand(total)?;
+                self.heard.demand = Some(total);
+            }
+            FromWorker::Adopted { count } => self.heard.adopted.extend(self.ledger.adopted(count)?),
+            FromWorker::Rejected { count, reason } => {
+                self.heard.rejected.extend(self.ledger.rejected(count)?.map(|job| (job, reason)));
+            }
+            FromWorker::Load { finished } => {
+                self.ledger.finished(finished)?;
+                self.heard.finished = Some(finished);
+            }
+            FromWorker::Pong { nonce } if nonce == self.ping.nonce => self.ping.unanswered = None,
+            FromWorker::Pong { nonce } => {
+                return Err(misbehaved(format!("it answered ping {nonce}, which was not the last")));
+            }
+            FromWorker::Draining => self.heard.draining = true,
+            FromWorker::Goodbye => self.goodbye = true,
+        }
+        Ok(())
+    }
+
+    /// Enters into the pool what was heard, then tells those who wait for it.
+    fn enter(&mut self) {
+        let closed = {
+            let mut pool = self.shared.lock();
+            pool.heard(self.id, &mut self.heard);
+            pool.closed
+        };
+        for mut job in self.heard.adopted.drain(..) {
+            let holders = std::mem::take(&mut job.holders);
+            let socket = job.adopted_by(self.id);
+            match holders.is_empty() {
+                true => close(socket),
+                false => self.shared.lock().copies.keep(socket, self.number, holders),
+            }
+        }
+        if closed {
+            self.shared.changed(); // somebody may wait for the last one
+        }
+    }
+
+    fn is_alive(&mut self) {
+        if let Some(since) = &mut self.ping.unanswered {
+            *since = Instant::now();
+        }
+        if std::mem::take(&mut self.ping.late) {
+            self.shared.lock().set_state(self.id, WorkerState::Ready);
+        }
+    }
+
+    /// Does what the pool wants.
+    fn obey(&mut self) -> Result<(), Cause> {
+        self.more = true;
+        let removed = self.shared.lock().workers.get(&self.id).and_then(|worker| worker.removed);
+        let Some(until) = removed.filter(|_| removed != self.drain) else { return Ok(()) };
+        if !self.greeted {
+            return Err(Cause::Drained); // it has nothing, and the end of its socket tells it
+        }
+        self.drain = removed;
+        self.say(ToWorker::Drain { within: until.map(|until| until.saturating_duration_since(Instant::now())) })
+    }
+
+    /// Makes offers, and sends what waits as far as the socket takes it.
+    fn write(&mut self, cx: &mut Context<'_>) -> Result<(), Cause> {
+        loop {
+            self.make_offers()?;
+            if self.write.unsent().0 == 0 {
+                return Ok(());
+            }
+            match Sink::<ToWorker>::poll_flush(Pin::new(&mut self.write), cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(failed)) => return Err(failed.error.into()),
+                Poll::Pending => return Ok(()),
+            }
+        }
+    }
+
+    fn make_offers(&mut self) -> Result<(), Cause> {
+        while self.retry_at.is_none() && self.write.unsent().0 < ENOUGH_UNSENT {
+            let Some(mut job) = self.unsent.pop_front() else {
+                if !self.more {
+                    break;
+                }
+                self.shared.lock().take_assigned(self.id, BATCH, &mut self.unsent);
+                self.more = self.unsent.len() == BATCH;
+                continue;
+            };
+            let offer = match job.offer() {
+                Ok(offer) => offer,
+                Err(error) => {
+                    debug!(worker = %self.id, %error, "no copy of a connection yet");
+                    self.unsent.push_front(job);
+                    self.retry_at = Some(Instant::now() + OUT_OF_FDS);
+                    break;
+                }
+            };
+            if let Err(cause) = self.say(ToWorker::Offer(offer)) {
+                self.unsent.push_front(job);
+                return Err(cause);
+            }
+            self.heard.offered_again += u64::from(job.offers > 0);
+            job.offers += 1;
+            job.offered_at = Some(Instant::now());
+            self.ledger.offer(job);
+        }
+        Ok(())
+    }
+
+    /// Queues a message. Room is not waited for: offers are bounded by their number, and the other messages are few.
+    fn say(&mut self, message: ToWorker) -> Result<(), Cause> {
+        Pin::new(&mut self.write).start_send(message).map_err(|refused| refused.error.into())
+    }
+
+    /// Pings, recalls, and gives up.
+    fn keep_time(&mut self) -> Result<(), Cause> {
+        let now = Instant::now();
+        let config = self.shared.config;
+        // This process itself was stopped for a while, or its machine was.
+        if now > self.timer.deadline() + config.ping_interval
+            && let Some(since) = &mut self.ping.unanswered
+        {
+            *since = now;
+        }
+        match self.ping.unanswered {
+            None if self.greeted && now >= self.ping.due => {
+                self.ping.nonce += 1;
+                self.ping.unanswered = Some(now);
+                self.ping.due = now + config.ping_interval;
+                self.say(ToWorker::Ping { nonce: self.ping.nonce })?;
+                self.shared.lock().copies.sweep();
+            }
+            Some(since) if now >= since + config.ping_interval && !self.ping.late => {
+                self.ping.late = true;
+                self.shared.lock().set_state(self.id, WorkerState::Silent);
+            }
+            Some(since) if now >= self.ping.not_before.max(since + config.hang_timeout) => {
+                if self.shared.lock().may_fence(now) {
+                    return Err(Cause::Hung);
+                }
+                self.ping.not_before = now + config.ping_interval;
+                warn!(worker = %self.id, pid = self.process.pid(), "worker hangs, and too many others did: it is left alone");
+            }
+            _ => {}
+        }
+        if let Some((number, job)) = self.ledger.oldest() {
+            if number >= self.recall.before {
+                if job.offered_at.is_some_and(|at| now >= at + config.recall_after) {
+                    self.recall = Recall { before: self.ledger.next_number(), at: now };
+                    debug!(worker = %self.id, before = self.recall.before, "offers are recalled");
+                    self.say(ToWorker::Recall { before: self.recall.before })?;
+                }
+            } else if now >= self.recall.at + config.hang_timeout && self.ping.unanswered.is_none() {
+                return Err(misbehaved("it did not answer a recall"));
+            }
+        }
+        if self.retry_at.is_some_and(|at| now >= at) {
+            self.retry_at = None;
+        }
+        match self.drain {
+            Some(Some(until)) if now >= until => Err(Cause::Overdue),
+            _ => Ok(()),
+        }
+    }
+
+    /// When [`keep_time`](Self::keep_time) has something to do.
+    fn due(&self) -> Instant {
+        let config = &self.shared.config;
+        let ping = match self.ping.unanswered {
+            None => self.greeted.then_some(self.ping.due),
+            Some(since) if self.ping.late => Some(self.ping.not_before.max(since + config.hang_timeout)),
+            Some(since) => Some(since + config.ping_interval),
+        };
+        let recall = self.ledger.oldest().and_then(|(number, job)| match number >= self.recall.before {
+            true => Some(job.offered_at? + config.recall_after),
+            false => Some(self.recall.at + config.hang_timeout).filter(|_| self.ping.unanswered.is_none()),
+        });
+        let times = [ping, recall, self.retry_at, self.drain.flatten()];
+        times.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + LATER)
+    }
+}
+
+fn misbehaved(how: impl Into<String>) -> Cause {
+    Cause::Misbehaved(how.into())
+}

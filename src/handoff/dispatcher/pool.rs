@@ -1,0 +1,475 @@
+//! Which worker gets which connection: all of a dispatcher's state that its workers share. No system call but for closing, and
+//! nothing waits here.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+};
+
+use tokio::{sync::oneshot, time::Instant};
+use tracing::{debug, warn};
+
+use super::{
+    Cause, NotDispatched, Permit, Retired, Strategy, Unadopted, WorkerId, WorkerState,
+    bell::Bell,
+    builder::Config,
+    copies::Copies,
+    job::{Job, LinkId},
+    protocol::RejectReason,
+};
+
+/// Most offers that a worker gets without an answer, whatever it asks for: as many descriptors as one call takes. Dispatchers
+/// hold a copy of each, so the descriptors in flight stay below the limit on them (`ETOOMANYREFS`).
+const MAX_UNANSWERED: u64 = 253;
+
+/// Most offers of a connection, whatever became of them.
+const MAX_OFFERS: u32 = 100;
+
+#[derive(Debug)]
+pub(super) struct Pool {
+    config: Config,
+    pub(super) workers: BTreeMap<WorkerId, Worker>,
+    waiting: VecDeque<Waiter>,
+    /// Permits given out.
+    reserved: u64,
+    /// Nothing is taken any more, but with a permit.
+    pub(super) closed: bool,
+    /// Nothing is taken any more at all.
+    over: bool,
+    /// Processes of retired workers that have not ended.
+    pub(super) leftover: usize,
+    pub(super) copies: Copies,
+    fences: VecDeque<Instant>,
+    turn: u64,
+    last_worker: u64,
+    last_link: LinkId,
+    pub(super) totals: Totals,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Totals {
+    pub(super) dispatched: u64,
+    pub(super) adopted: u64,
+    pub(super) offered_again: u64,
+    pub(super) given_back: u64,
+    pub(super) lost: u64,
+    pub(super) retired: Retired,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Worker {
+    /// `None` until its process is started again.
+    pub(super) link: Option<Link>,
+    pub(super) restarts: u64,
+    pub(super) adopted: u64,
+    pub(super) rejected: u64,
+    /// To be told to drain, until when.
+    pub(super) removed: Option<Option<Instant>>,
+    /// Its place in the turns of round robin, and among the equally loaded.
+    turn: u64,
+}
+
+/// What the pool knows of a worker that is there.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) number: LinkId,
+    pub(super) pid: Option<u32>,
+    pub(super) state: WorkerState,
+    /// Rung when there is something for it: assigned connections, or its removal.
+    pub(super) bell: Arc<Bell>,
+    assigned: VecDeque<Job>,
+    demand: u64,
+    /// Offers made, the assigned ones among them.
+    offered: u64,
+    pub(super) unanswered: u64,
+    pub(super) adopted: u64,
+    pub(super) finished: u64,
+    /// It has a connection that is to be its only one until it has answered.
+    alone: bool,
+}
+
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "those that wait in numbers are connections")]
+enum Waiter {
+    Connection(Job),
+    /// Until then the permit counts for nothing.
+    Place(oneshot::Sender<Permit>, Permit),
+}
+
+/// What a worker has said, to be entered at once.
+#[derive(Debug, Default)]
+pub(super) struct Heard {
+    pub(super) demand: Option<u64>,
+    pub(super) finished: Option<u64>,
+    pub(super) draining: bool,
+    pub(super) offered_again: u64,
+    pub(super) adopted: Vec<Job>,
+    pub(super) rejected: Vec<(Job, RejectReason)>,
+}
+
+impl Link {
+    pub(super) fn room(&self) -> u64 {
+        match self.state {
+            WorkerState::Ready if !self.alone => {
+                self.demand.saturating_sub(self.offered).min(MAX_UNANSWERED.saturating_sub(self.unanswered))
+            }
+            _ => 0,
+        }
+    }
+
+    pub(super) fn active(&self) -> u64 {
+        self.adopted - self.finished
+    }
+}
+
+impl Pool {
+    pub(super) fn new(config: Config) -> Self {
+        Self {
+            config,
+            workers: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            reserved: 0,
+            closed: false,
+            over: false,
+            leftover: 0,
+            copies: Copies::default(),
+            fences: VecDeque::new(),
+            turn: 0,
+            last_worker: 0,
+            last_link: 0,
+            totals: Totals::default(),
+        }
+    }
+
+    // Workers come and go.
+
+    pub(super) fn add_worker(&mut self) -> WorkerId {
+        self.last_worker += 1;
+        let id = WorkerId(self.last_worker);
+        // Those added while the dispatcher drains have nothing to do.
+        let removed = self.closed.then_some(None);
+        self.workers.insert(id, Worker { removed, ..Worker::default() });
+        id
+    }
+
+    /// A process of this worker is connected.
+    pub(super) fn connected(&mut self, id: WorkerId, pid: Option<u32>, bell: Arc<Bell>) -> LinkId {
+        self.last_link += 1;
+        let number = self.last_link;
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.link = Some(Link {
+                number,
+                pid,
+                state: WorkerState::Starting,
+                bell,
+                assigned: VecDeque::new(),
+                demand: 0,
+                offered: 0,
+                unanswered: 0,
+                adopted: 0,
+                finished: 0,
+                alone: false,
+            });
+        }
+        number
+    }
+
+    fn link(&mut self, id: WorkerId) -> Option<&mut Link> {
+        self.workers.get_mut(&id)?.link.as_mut()
+    }
+
+    pub(super) fn set_state(&mut self, id: WorkerId, state: WorkerState) {
+        if let Some(link) = self.link(id)
+            && link.state != WorkerState::Draining
+        {
+            link.state = state;
+            self.distribute();
+        }
+    }
+
+    /// No more connections for this worker. Returns whether there is such a worker.
+    pub(super) fn remove(&mut self, id: WorkerId, until: Option<Instant>) -> bool {
+        let Some(worker) = self.workers.get_mut(&id) else { return false };
+        worker.removed = Some(until);
+        if let Some(link) = &mut worker.link {
+            link.bell.ring();
+        }
+        self.no_more_for(id);
+        true
+    }
+
+    /// The worker takes no more: what it was not sent yet goes to others.
+    fn no_more_for(&mut self, id: WorkerId) {
+        let Some(link) = self.link(id) else { return };
+        link.state = WorkerState::Draining;
+        let unsent = std::mem::take(&mut link.assigned);
+        link.unanswered -= unsent.len() as u64;
+        link.offered -= unsent.len() as u64;
+        self.put_back(unsent);
+        self.distribute();
+    }
+
+    /// The worker is gone. `unanswered` is what it was sent and had not answered, `unsent` what it was not even sent.
+    pub(super) fn retired(
+        &mut self,
+        id: WorkerId,
+        cause: &Cause,
+        unanswered: impl Iterator<Item = Job>,
+        unsent: VecDeque<Job>,
+        may_hold_copies: bool,
+    ) {
+        let retired = &mut self.totals.retired;
+        *match cause {
+            Cause::Ended => &mut retired.ended,
+            Cause::Hung => &mut retired.hung,
+            Cause::Misbehaved(_) => &mut retired.misbehaved,
+            Cause::Drained => &mut retired.drained,
+            Cause::Overdue => &mut retired.overdue,
+        } += 1;
+        let Some(link) = self.workers.get_mut(&id).and_then(|worker| worker.link.take()) else { return };
+        if may_hold_copies {
+            self.copies.add_holder(link.number);
+        }
+        self.put_back(link.assigned);
+        self.put_back(unsent);
+        let mut again = Vec::new();
+        for mut job in unanswered {
+            job.failures += u32::from(*cause != Cause::Drained);
+            job.last = Some((link.number, Unadopted::Unanswered));
+            if may_hold_copies {
+                job.holders.push(link.number);
+            }
+            again.extend(self.unless_too_often(job, Unadopted::Unanswered));
+        }
+        self.put_back(again);
+        self.distribute();
+    }
+
+    /// To be left out if too many workers were fenced lately.
+    pub(super) fn may_fence(&mut self, now: Instant) -> bool {
+        while self.fences.front().is_some_and(|fence| *fence + self.config.fence_window <= now) {
+            self.fences.pop_front();
+        }
+        let may = self.fences.len() < self.config.max_fences;
+        if may {
+            self.fences.push_back(now);
+        }
+        may
+    }
+
+    // Connections come and go.
+
+    /// Takes a connection; `reserved` if a permit has come with it.
+    pub(super) fn dispatch(&mut self, job: Job, reserved: bool) {
+        self.totals.dispatched += 1;
+        if reserved {
+            self.reserved -= 1;
+        }
+        if self.over || self.closed && !reserved {
+            return self.fail(job, NotDispatched::Draining);
+        }
+        if reserved {
+            // The place that it had may be gone with its worker. Then it is the first to wait.
+            match self.pick(&job) {
+                Some(id) => self.assign(id, job),
+                None => self.waiting.push_front(Waiter::Connection(job)),
+            }
+        } else {
+            self.waiting.push_back(Waiter::Connection(job));
+            self.distribute();
+        }
+    }
+
+    /// Reserves a place, if one is free and nobody waits for it.
+    pub(super) fn try_reserve(&mut self) -> bool {
+        let free = !self.closed && self.waiting.is_empty() && self.free() > 0;
+        self.reserved += u64::from(free);
+        free
+    }
+
+    /// Has `place` wait for one.
+    pub(super) fn wait_for_place(&mut self, waiter: oneshot::Sender<Permit>, permit: Permit) {
+        self.waiting.push_back(Waiter::Place(waiter, permit));
+    }
+
+    pub(super) fn give_up_place(&mut self) {
+        self.reserved -= 1;
+        self.distribute();
+    }
+
+    /// Connections assigned to a worker, to be offered to it.
+    pub(super) fn take_assigned(&mut self, id: WorkerId, most: usize, into: &mut VecDeque<Job>) {
+        if let Some(link) = self.link(id) {
+            let most = most.min(link.assigned.len());
+            into.extend(link.assigned.drain(..most));
+        }
+    }
+
+    /// Enters what a worker has said. What becomes of the connections that it adopted is up to the caller.
+    pub(super) fn heard(&mut self, id: WorkerId, heard: &mut Heard) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(link) = &mut worker.link else { return };
+        let number = link.number;
+        let (adopted, rejected) = (heard.adopted.len() as u64, heard.rejected.len() as u64);
+        link.demand = heard.demand.take().unwrap_or(link.demand);
+        link.adopted += adopted;
+        link.unanswered -= adopted + rejected;
+        link.finished = heard.finished.take().unwrap_or(link.finished);
+        link.alone &= link.unanswered > 0;
+        worker.adopted += adopted;
+        worker.rejected += rejected;
+        self.totals.adopted += adopted;
+        self.totals.offered_again += std::mem::take(&mut heard.offered_again);
+        let mut again = Vec::new();
+        for (mut job, reason) in heard.rejected.drain(..) {
+            job.failures += u32::from(reason == RejectReason::Unusable);
+            job.last = Some((number, Unadopted::Rejected(reason)));
+            again.extend(self.unless_too_often(job, Unadopted::Rejected(reason)));
+        }
+        self.put_back(again);
+        if std::mem::take(&mut heard.draining) {
+            self.no_more_for(id);
+        }
+        self.distribute();
+    }
+
+    /// Nobody gets a permit any more.
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+        self.waiting.retain(|waiter| matches!(waiter, Waiter::Connection(_)));
+    }
+
+    /// No worker adopts what waits.
+    pub(super) fn fail_waiting(&mut self) {
+        self.over = true;
+        for waiter in std::mem::take(&mut self.waiting) {
+            if let Waiter::Connection(job) = waiter {
+                self.fail(job, NotDispatched::Draining);
+            }
+        }
+    }
+
+    pub(super) fn waiting_connections(&self) -> usize {
+        self.waiting.iter().filter(|waiter| matches!(waiter, Waiter::Connection(_))).count()
+    }
+
+    /// Neither waiting nor unanswered: every connection has been adopted or given back.
+    pub(super) fn is_settled(&self) -> bool {
+        self.waiting_connections() == 0
+            && self.workers.values().flat_map(|worker| &worker.link).all(|link| link.unanswered == 0)
+    }
+
+    // Who gets what.
+
+    fn unless_too_often(&mut self, job: Job, last: Unadopted) -> Option<Job> {
+        if job.failures < self.config.max_offers && job.offers < MAX_OFFERS {
+            return Some(job);
+        }
+        let offers = job.offers;
+        self.fail(job, NotDispatched::TooManyOffers { offers, last });
+        None
+    }
+
+    fn fail(&mut self, job: Job, reason: NotDispatched) {
+        let text = reason.to_string();
+        if job.fail(reason) {
+            self.totals.given_back += 1;
+            warn!(reason = text, "a connection was given back");
+        } else {
+            self.totals.lost += 1;
+            warn!(reason = text, "a connection was closed, which nobody was there to take back");
+        }
+    }
+
+    /// To be the first ones again, in their order.
+    fn put_back(&mut self, jobs: impl IntoIterator<Item = Job, IntoIter: DoubleEndedIterator>) {
+        for job in jobs.into_iter().rev() {
+            match self.over {
+                true => self.fail(job, NotDispatched::Draining),
+                false => self.waiting.push_front(Waiter::Connection(job)),
+            }
+        }
+    }
+
+    /// Places that are neither taken nor reserved.
+    fn free(&self) -> u64 {
+        let room: u64 = self.workers.values().flat_map(|worker| &worker.link).map(Link::room).sum();
+        room.saturating_sub(self.reserved)
+    }
+
+    /// Gives out what can be given out, in the order of waiting.
+    fn distribute(&mut self) {
+        while let Some(first) = self.waiting.pop_front() {
+            match first {
+                Waiter::Connection(job) => {
+                    // One that was offered before goes before those that have a place reserved for one not accepted yet.
+                    let worker = if job.offers == 0 && self.free() == 0 { None } else { self.pick(&job) };
+                    match worker {
+                        Some(id) => self.assign(id, job),
+                        None => return self.waiting.push_front(Waiter::Connection(job)),
+                    }
+                }
+                Waiter::Place(waiter, _) if waiter.is_closed() => {}
+                Waiter::Place(waiter, permit) => {
+                    if self.free() == 0 {
+                        return self.waiting.push_front(Waiter::Place(waiter, permit));
+                    }
+                    self.reserved += u64::from(permit.grant(waiter));
+                }
+            }
+        }
+    }
+
+    /// One that may be what its workers die of is offered for the last time to a worker that has no other, so that no other
+    /// is taken for it.
+    fn is_suspect(&self, job: &Job) -> bool {
+        job.failures > 0 && job.failures + 1 >= self.config.max_offers
+    }
+
+    fn pick(&self, job: &Job) -> Option<WorkerId> {
+        let suspect = self.is_suspect(job);
+        let rejected_by = job.last.map(|(link, _)| link);
+        let with_room = self.workers.iter().filter_map(|(id, worker)| {
+            let link = worker.link.as_ref()?;
+            let fit = link.room() > 0 && (!suspect || link.unanswered == 0);
+            fit.then_some((id, worker, link))
+        });
+        // Rather not the one that has just rejected it.
+        let preference = |link: &Link| rejected_by == Some(link.number);
+        match self.config.strategy {
+            Strategy::LeastLoaded => with_room
+                .min_by_key(|(_, worker, link)| (preference(link), link.active() + link.unanswered, worker.turn))
+                .map(|(id, ..)| *id),
+            Strategy::RoundRobin => {
+                with_room.min_by_key(|(_, worker, link)| (preference(link), worker.turn)).map(|(id, ..)| *id)
+            }
+            Strategy::ByKey => {
+                let key = job.key();
+                with_room.min_by_key(|(id, _, link)| (preference(link), rank(key, **id))).map(|(id, ..)| *id)
+            }
+        }
+    }
+
+    fn assign(&mut self, id: WorkerId, job: Job) {
+        self.turn += 1;
+        let (turn, alone) = (self.turn, self.is_suspect(&job));
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(link) = &mut worker.link else { return };
+        worker.turn = turn;
+        link.offered += 1;
+        link.unanswered += 1;
+        link.alone = alone;
+        link.assigned.push_back(job);
+        link.bell.ring();
+        debug!(worker = %id, "a connection is offered");
+    }
+}
+
+/// Where a worker stands in the order in which a key prefers workers (rendezvous hashing): it changes for the keys of a
+/// worker that leaves, and for no others.
+fn rank(key: u64, worker: WorkerId) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (key, worker).hash(&mut hasher);
+    hasher.finish()
+}

@@ -1,0 +1,157 @@
+//! Accepting for the workers.
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix,
+    },
+    pin::pin,
+    time::Duration,
+};
+
+use futures::future::{Either, select};
+use nix::libc;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    task::yield_now,
+    time::sleep,
+};
+use tracing::warn;
+
+use super::{Address, Dispatcher, Transport, accepted::About, job::Job};
+use crate::{Listener, sys};
+
+/// Accepted before other tasks get their turn.
+const BATCH: usize = 64;
+
+/// How long to wait for what comes free without an event, mostly a descriptor.
+const BACK_OFF: Duration = Duration::from_millis(20);
+
+/// What [`Dispatcher::serve`] accepts from: a listener of tokio or std, of TCP or Unix sockets.
+pub trait IntoListener: sealed::Sealed {
+    /// Takes it out of its event loop.
+    #[doc(hidden)]
+    fn into_listener(self) -> io::Result<(OwnedFd, Transport, Address)>;
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! into_listener {
+    ($($listener:ty, $transport:ident, $into_std:expr;)*) => {$(
+        impl sealed::Sealed for $listener {}
+        impl IntoListener for $listener {
+            fn into_listener(self) -> io::Result<(OwnedFd, Transport, Address)> {
+                let listener = $into_std(self)?;
+                listener.set_nonblocking(true)?;
+                let local = listener.local_addr()?.into();
+                Ok((listener.into(), Transport::$transport, local))
+            }
+        }
+    )*};
+}
+
+into_listener! {
+    tokio::net::TcpListener, Tcp, tokio::net::TcpListener::into_std;
+    tokio::net::UnixListener, UnixStream, tokio::net::UnixListener::into_std;
+    std::net::TcpListener, Tcp, io::Result::Ok;
+    unix::net::UnixListener, UnixStream, io::Result::Ok;
+}
+
+/// The listener was shut down. Everything else that accept(2) says is about one connection, or passes.
+fn is_final(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EBADF))
+}
+
+impl Dispatcher {
+    /// Accepts connections and hands them over, until the dispatcher drains. Takes a listener of tokio or std, of TCP or Unix
+    /// sockets.
+    ///
+    /// It accepts only what a worker has room for: the others wait in the kernel's backlog, where they take no descriptor. When
+    /// descriptors run out all the same (`EMFILE`), it waits for some to come free.
+    ///
+    /// A connection that finds no worker [after too many offers](super::NotDispatched::TooManyOffers), or in the time of a drain, is
+    /// shut down and [counted](super::Stats::lost).
+    ///
+    /// # Errors
+    /// Those of taking the listener out of its event loop, and `InvalidInput` when somebody has shut it down.
+    ///
+    /// # Cancel safety
+    /// What was accepted is handed over also if this is dropped. The listener is closed, and with its last copy the
+    /// connections in the backlog are.
+    pub async fn serve(&self, listener: impl IntoListener) -> io::Result<()> {
+        let (listener, transport, local) = listener.into_listener()?;
+        let listener = sys::register(listener, Interest::READABLE)?;
+        // Each connection of a listener on all addresses has another one.
+        let local = Some(local).filter(|local| local.ip().is_none_or(|address| !address.ip().is_unspecified()));
+        let accepting = pin!(self.accept(&listener, transport, local));
+        match select(accepting, pin!(self.shared.until(|pool| pool.closed))).await {
+            Either::Left((outcome, _)) => outcome,
+            Either::Right(_) => Ok(()),
+        }
+    }
+
+    /// Dropped at any await, it has no connection in hand.
+    async fn accept(
+        &self,
+        listener: &AsyncFd<OwnedFd>,
+        transport: Transport,
+        local: Option<Address>,
+    ) -> io::Result<()> {
+        let mut said = false;
+        loop {
+            // Before a place is reserved, which others may have use for.
+            let mut ready = listener.readable().await?;
+            for _ in 0..BATCH {
+                let Some(permit) = self.reserve().await else { return Ok(()) };
+                let trouble = match sys::accept(listener.as_fd()) {
+                    Ok(socket) => match Job::prepare(socket, About::new(transport), local.clone()) {
+                        Ok(job) => {
+                            let enough = job.has_copy();
+                            permit.take(job);
+                            (!enough).then(|| io::Error::from_raw_os_error(libc::EMFILE))
+                        }
+                        Err((_, _, error)) => Some(error.into()),
+                    },
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        ready.clear_ready();
+                        break;
+                    }
+                    Err(error) if is_final(&error) => return Err(error),
+                    Err(error) => Some(error).filter(|error| error.kind() != io::ErrorKind::ConnectionAborted),
+                };
+                if let Some(error) = trouble {
+                    if !std::mem::replace(&mut said, true) {
+                        warn!(%error, "connections cannot be accepted for a while");
+                    }
+                    sleep(BACK_OFF).await;
+                }
+            }
+            yield_now().await; // workers are sent what was accepted so far
+        }
+    }
+
+    /// Takes the workers that connect to this listener, until the dispatcher drains: see [`add_worker`](Self::add_worker).
+    ///
+    /// # Errors
+    /// Those of accept(2) that do not pass.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped but the listener.
+    pub async fn serve_workers(&self, listener: Listener) -> io::Result<()> {
+        loop {
+            let accepted = pin!(listener.accept());
+            match select(accepted, pin!(self.shared.until(|pool| pool.closed))).await {
+                Either::Left((Ok(socket), _)) => drop(self.add_worker(socket)),
+                Either::Left((Err(error), _)) if is_final(&error) => return Err(error),
+                Either::Left((Err(error), _)) => {
+                    warn!(%error, "workers cannot be accepted for a while");
+                    sleep(BACK_OFF).await;
+                }
+                Either::Right(_) => return Ok(()),
+            }
+        }
+    }
+}

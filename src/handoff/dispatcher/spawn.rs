@@ -1,0 +1,139 @@
+//! Workers that the dispatcher starts, and starts again.
+
+use std::{io, os::fd::OwnedFd, process::Stdio, sync::Arc, time::Duration};
+
+use tokio::{
+    process::{Child, Command},
+    time::timeout,
+};
+use tracing::{info, warn};
+
+use super::{Dispatcher, Shared, WorkerId, link::Link, process::Process};
+use crate::{Socket, SocketKind};
+
+/// The first wait before a worker is started again; twice as long each time, up to [`LONGEST_WAIT`], until one has adopted a
+/// connection.
+const FIRST_WAIT: Duration = Duration::from_millis(10);
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
+
+/// How a worker is started: a `Command` of tokio or std, and what to do when it ends.
+///
+/// The worker gets its end of the socket as standard input, which is where
+/// [`Incoming::from_stdin`](crate::handoff::Incoming::from_stdin) takes it from.
+///
+/// ```no_run
+/// # fn example(dispatcher: fdwire::handoff::Dispatcher) -> std::io::Result<()> {
+/// use fdwire::handoff::WorkerCommand;
+/// use tokio::process::Command;
+///
+/// dispatcher.spawn_worker(WorkerCommand::from(Command::new("my-worker")).restart(true))?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct WorkerCommand {
+    command: Command,
+    restart: bool,
+    kind: SocketKind,
+}
+
+impl From<Command> for WorkerCommand {
+    fn from(command: Command) -> Self {
+        Self { command, restart: false, kind: SocketKind::SeqPacket }
+    }
+}
+
+impl From<std::process::Command> for WorkerCommand {
+    fn from(command: std::process::Command) -> Self {
+        Command::from(command).into()
+    }
+}
+
+impl WorkerCommand {
+    /// Whether the worker is started again when it leaves without having been told to: after 10 ms, and after twice as long each
+    /// time, up to 10 s, until one has adopted a connection. Default: no.
+    #[must_use]
+    pub fn restart(mut self, restart: bool) -> Self {
+        self.restart = restart;
+        self
+    }
+
+    /// The kind of the socket. Default: [`SocketKind::SeqPacket`].
+    #[must_use]
+    pub fn socket_kind(mut self, kind: SocketKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    fn start(&mut self) -> io::Result<(Socket, Child)> {
+        let (ours, theirs) = Socket::pair(self.kind)?;
+        let child = self.command.stdin(Stdio::from(OwnedFd::from(theirs))).spawn();
+        // The command keeps what it was given. As long as the worker's end were open here, its death would not end the socket.
+        self.command.stdin(Stdio::null());
+        Ok((ours, child?))
+    }
+}
+
+impl Dispatcher {
+    /// Starts a worker: a process with the worker's end of a socket as its standard input. Nothing else is open in it that was not
+    /// meant for it, since all descriptors of this crate are close-on-exec.
+    ///
+    /// When the dispatcher is gone, the worker sees the end of the socket. Whether it is killed then is the command's
+    /// [`kill_on_drop`](Command::kill_on_drop).
+    ///
+    /// # Errors
+    /// Those of starting a process, and of making a pair of sockets. Starting it again is tried until it succeeds.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn spawn_worker(&self, command: impl Into<WorkerCommand>) -> io::Result<WorkerId> {
+        let mut command = command.into();
+        let (socket, child) = command.start()?;
+        let id = self.shared.lock().add_worker();
+        let link = Link::new(Arc::clone(&self.shared), id, socket, Process::child(child));
+        tokio::spawn(supervise(Arc::clone(&self.shared), id, command, link));
+        Ok(id)
+    }
+}
+
+/// Runs one process of the worker after the other.
+async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand, mut link: Link) {
+    let mut wait = FIRST_WAIT;
+    loop {
+        if link.run().await.has_adopted {
+            wait = FIRST_WAIT;
+        }
+        match start_again(&shared, id, &mut command, &mut wait).await {
+            Some(next) => link = next,
+            None => break,
+        }
+    }
+    shared.lock().workers.remove(&id);
+    shared.changed();
+}
+
+/// `None` if that is not wanted.
+async fn start_again(
+    shared: &Arc<Shared>,
+    id: WorkerId,
+    command: &mut WorkerCommand,
+    wait: &mut Duration,
+) -> Option<Link> {
+    while command.restart {
+        let removed = shared.until(|pool| pool.workers.get(&id).is_none_or(|worker| worker.removed.is_some()));
+        if timeout(*wait, removed).await.is_ok() {
+            break;
+        }
+        *wait = (*wait * 2).min(LONGEST_WAIT);
+        match command.start() {
+            Ok((socket, child)) => {
+                info!(worker = %id, pid = child.id(), "worker is started again");
+                if let Some(worker) = shared.lock().workers.get_mut(&id) {
+                    worker.restarts += 1;
+                }
+                return Some(Link::new(Arc::clone(shared), id, socket, Process::child(child)));
+            }
+            Err(error) => warn!(worker = %id, %error, "worker cannot be started again yet"),
+        }
+    }
+    None
+}

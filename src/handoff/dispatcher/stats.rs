@@ -1,0 +1,122 @@
+//! What a dispatcher tells about itself.
+
+use std::fmt;
+
+/// A worker of a [`Dispatcher`](super::Dispatcher). A worker that is started again keeps its id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId(pub(super) u64);
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Numbers of a dispatcher, from [`Dispatcher::stats`](super::Dispatcher::stats). Those without a unit count connections,
+/// from the beginning.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct Stats {
+    /// The workers, oldest first.
+    pub workers: Vec<WorkerStats>,
+    /// Taken for handing over.
+    pub dispatched: u64,
+    /// Adopted by a worker.
+    pub adopted: u64,
+    /// Offers after the first one of a connection.
+    pub offered_again: u64,
+    /// Given back to the application in a [`DispatchError`](super::DispatchError).
+    pub given_back: u64,
+    /// Closed by the dispatcher without being adopted, since nobody was there to take them back: of
+    /// [`serve`](super::Dispatcher::serve) or a dropped [`Dispatching`](super::Dispatching), after too many offers or at the end
+    /// of a drain.
+    pub lost: u64,
+    /// Waiting for a worker with room, now.
+    pub waiting: usize,
+    /// Workers that left, by cause.
+    pub retired: Retired,
+}
+
+/// How many workers left, by [cause](super::Cause). One that is started again and leaves again counts again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Retired {
+    /// Their process or their socket ended.
+    pub ended: u64,
+    /// They did not answer pings and were fenced.
+    pub hung: u64,
+    /// They broke the protocol.
+    pub misbehaved: u64,
+    /// They were told to drain, or asked for it, and did.
+    pub drained: u64,
+    /// They were told to drain and did not in time.
+    pub overdue: u64,
+}
+
+/// Numbers of one worker, from its beginning; over all its processes where it is started again.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct WorkerStats {
+    /// Which.
+    pub id: WorkerId,
+    /// Its process at the moment, if that is known.
+    pub pid: Option<u32>,
+    /// What it does at the moment.
+    pub state: WorkerState,
+    /// How often its process was started again.
+    pub restarts: u64,
+    /// Offers that it takes at the moment.
+    pub room: u64,
+    /// Offers that it has not answered, at the moment.
+    pub unanswered: u64,
+    /// Connections that it has adopted and that have not ended, at the moment.
+    pub active: u64,
+    /// Connections that it has adopted.
+    pub adopted: u64,
+    /// Connections that it has rejected.
+    pub rejected: u64,
+}
+
+/// What a worker does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum WorkerState {
+    /// It has not said hello yet.
+    Starting,
+    /// It takes connections as far as it has room.
+    Ready,
+    /// It has not answered the last ping in time, and gets no connection until it does.
+    Silent,
+    /// It finishes what it has.
+    Draining,
+    /// Its process has ended and is going to be started again.
+    Restarting,
+}
+
+/// Why a worker left.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Cause {
+    /// Its process, or its end of the socket, ended.
+    Ended,
+    /// It did not answer a ping.
+    Hung,
+    /// It broke the protocol.
+    Misbehaved(String),
+    /// It was told to drain, or asked for it, and has finished.
+    Drained,
+    /// It was told to drain and did not in time.
+    Overdue,
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ended => f.write_str("its process or its socket ended"),
+            Self::Hung => f.write_str("it did not answer a ping"),
+            Self::Misbehaved(how) => write!(f, "it misbehaved: {how}"),
+            Self::Drained => f.write_str("it has drained"),
+            Self::Overdue => f.write_str("it did not drain in time"),
+        }
+    }
+}

@@ -1,0 +1,436 @@
+//! The connection to the dispatcher: what the application and the task that serves it share, and that task.
+//!
+//! The **application** adopts: whoever polls [`Incoming`](super::Incoming) takes offers out of the book and sends the answer
+//! right then, so nothing is adopted that nobody has asked for. The **task** reads, and answers what the application need not
+//! know of. It alone waits for the socket: what an application's send leaves unsent, the task sends, by whose waker it was tried.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    future::Future,
+    net::Shutdown,
+    os::fd::{AsFd, AsRawFd},
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
+};
+
+use futures::{Sink, StreamExt};
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, recv},
+};
+use smallvec::SmallVec;
+use tokio::{
+    runtime::Handle,
+    sync::watch,
+    time::{Instant, Sleep, sleep},
+};
+
+use super::{End, Settings, book::Book, headroom::Headroom};
+use crate::{
+    Error, Framed, ReadHalf, Socket, WriteHalf,
+    handoff::{
+        connection::{check, end_connection},
+        protocol::{FromWorker, Offer, RejectReason, ToWorker, VERSION, WorkerCodec},
+    },
+    socket::close_unwanted,
+};
+
+/// How long a finished connection may go unreported when there is nothing else to say, and how long to wait for descriptors to come
+/// free.
+const REPORT_AFTER: Duration = Duration::from_millis(10);
+
+/// More bytes of answers than this wait for a dispatcher only if it asks and asks and does not read.
+const MAX_UNSENT_BYTES: usize = 256 << 10;
+
+/// Offers that the application gets.
+pub(super) type Adopted = SmallVec<[Offer; 1]>;
+
+pub(in crate::handoff) struct Channel {
+    state: Mutex<State>,
+    phase: watch::Sender<Phase>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Phase {
+    Open,
+    Draining { deadline: Option<Instant> },
+    Ended(End),
+}
+
+struct State {
+    book: Book<Offer>,
+    headroom: Headroom,
+    /// There are too few descriptors for all offers that there is room for.
+    short: bool,
+    welcomed: bool,
+    serve_unanswered: bool,
+    /// `None` after the end.
+    write: Option<WriteHalf<WorkerCodec>>,
+    /// Bytes given to `write` in all, `u64::MAX` once it takes no more; and how many of them were sent.
+    fed: u64,
+    sent: u64,
+    /// Adopted, each with the number of bytes to be sent before the application gets it.
+    adopting: VecDeque<(u64, Offer)>,
+    /// Nobody will ask any more.
+    abandoned: bool,
+    /// Connections have ended that are not reported: the task looks after it in a while.
+    report_due: bool,
+    application: Option<Waker>,
+    task: Waker,
+    runtime: Handle,
+}
+
+impl Channel {
+    pub(super) fn open(socket: Socket, settings: Settings) -> Arc<Self> {
+        let (read, write) = Framed::new(socket, WorkerCodec::default()).into_split();
+        let mut state = State {
+            book: Book::new(settings.window, settings.max_connections),
+            headroom: Headroom::default(),
+            short: false,
+            welcomed: false,
+            serve_unanswered: settings.serve_unanswered,
+            write: Some(write),
+            fed: 0,
+            sent: 0,
+            adopting: VecDeque::new(),
+            abandoned: false,
+            report_due: false,
+            application: None,
+            task: Waker::noop().clone(),
+            runtime: Handle::current(),
+        };
+        state.book.messages.push(FromWorker::Hello { lowest: VERSION, highest: VERSION });
+        let channel = Arc::new(Self { state: Mutex::new(state), phase: watch::Sender::new(Phase::Open) });
+        tokio::spawn(Task { channel: Arc::clone(&channel), read, timer: None });
+        channel
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn phase(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+
+    /// Adopts up to `max` connections. None: there will not be any more.
+    pub(super) fn poll_adopt(&self, cx: &Context<'_>, max: usize) -> Poll<Adopted> {
+        let mut state = self.lock();
+        state.adopt(max);
+        let adopted = state.take_adopted(max);
+        if adopted.is_empty() && !state.is_over() {
+            match &mut state.application {
+                Some(waker) => waker.clone_from(cx.waker()),
+                none => *none = Some(cx.waker().clone()),
+            }
+            return Poll::Pending;
+        }
+        Poll::Ready(adopted)
+    }
+
+    /// An adopted connection has ended.
+    pub(in crate::handoff) fn finish(&self) {
+        let mut state = self.lock();
+        if state.write.is_none() {
+            return; // nobody is left to count for
+        }
+        state.book.finish();
+        let due = std::mem::replace(&mut state.report_due, true);
+        if !due || state.short || state.book.is_full() || state.book.is_draining() {
+            state.wake_task();
+        }
+    }
+
+    /// Takes no more.
+    pub(super) fn drain(&self, deadline: Option<Instant>) {
+        let mut state = self.lock();
+        let unwanted = state.book.drain();
+        self.phase.send_if_modified(|phase| match phase {
+            Phase::Ended(_) => false,
+            Phase::Draining { .. } if deadline.is_none() => false,
+            _ => {
+                *phase = Phase::Draining { deadline };
+                true
+            }
+        });
+        let application = state.application.take();
+        state.wake_task();
+        drop(state);
+        close_offers(unwanted);
+        application.into_iter().for_each(Waker::wake);
+    }
+
+    /// Takes no more, and nobody asks for what was adopted last.
+    pub(super) fn abandon(&self) {
+        self.lock().abandoned = true;
+        self.end_abandoned();
+        self.drain(None);
+    }
+
+    fn end_abandoned(&self) {
+        let mut state = self.lock();
+        if state.abandoned {
+            let adopted = state.take_adopted(usize::MAX);
+            drop(state);
+            for offer in adopted {
+                end_connection(&offer.fd);
+                drop(offer);
+                self.finish();
+            }
+        }
+    }
+
+    fn received(&self, message: ToWorker) -> Result<(), Error> {
+        let fits = match &message {
+            ToWorker::Offer(offer) => check(offer)?,
+            _ => true,
+        };
+        let mut state = self.lock();
+        match message {
+            ToWorker::Welcome { version: VERSION } if !state.welcomed => state.welcomed = true,
+            ToWorker::Welcome { .. } => return Err(Error::invalid("a WELCOME out of place, or to another version")),
+            _ if !state.welcomed => return Err(Error::invalid("a dispatcher that does not begin with WELCOME")),
+            ToWorker::Offer(offer) => {
+                let offer = match fits {
+                    false => Err((offer, RejectReason::Unusable)),
+                    true if state.headroom.is_reserve(&offer.fd) => Err((offer, RejectReason::Full)),
+                    true => Ok(offer),
+                };
+                let unwanted = state.book.offered(offer)?;
+                drop(state);
+                close_offers(unwanted);
+            }
+            ToWorker::Recall { before } => {
+                let unwanted = state.book.recall(before);
+                drop(state);
+                close_offers(unwanted);
+            }
+            ToWorker::Ping { nonce } => state.book.messages.push(FromWorker::Pong { nonce }),
+            ToWorker::Drain { within } => {
+                drop(state);
+                self.drain(within.map(|within| Instant::now() + within));
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing more is sent or received.
+    fn end(&self, end: End) {
+        let mut state = self.lock();
+        let Some(write) = state.write.take() else { return };
+        // Standard input stays open beside the socket that was made of it.
+        let _ = write.socket().shutdown(Shutdown::Both);
+        let sent = state.sent;
+        let first_unsent = state.adopting.partition_point(|(mark, _)| *mark <= sent);
+        let unsent = state.adopting.split_off(first_unsent);
+        let unanswered = unsent.into_iter().map(|(_, offer)| offer).chain(state.book.take_unanswered());
+        let unanswered = unanswered.collect::<Vec<_>>();
+        let serve = state.serve_unanswered && matches!(end, End::DispatcherGone) && !state.abandoned;
+        let unwanted = match serve {
+            true => {
+                state.adopting.extend(unanswered.into_iter().map(|offer| (0, offer)));
+                Vec::new()
+            }
+            false => unanswered,
+        };
+        let application = state.application.take();
+        drop((state, write));
+        close_offers(unwanted);
+        self.end_abandoned();
+        self.phase.send_replace(Phase::Ended(end));
+        application.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl fmt::Debug for Channel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Channel").field("phase", &*self.phase.borrow()).finish_non_exhaustive()
+    }
+}
+
+/// Closes copies of connections that are not ours: no option and no flag of them is touched.
+fn close_offers(offers: impl IntoIterator<Item = Offer>) {
+    close_unwanted(offers.into_iter().map(|offer| offer.fd).collect());
+}
+
+impl State {
+    fn adopt(&mut self, max: usize) {
+        // Those adopted before come first.
+        if self.write.is_none() || !self.adopting.is_empty() {
+            return;
+        }
+        let adopted = self.book.adopt(max);
+        self.feed();
+        let mark = self.fed;
+        self.adopting.extend(adopted.into_iter().map(|offer| (mark, offer)));
+        let was_short = self.short;
+        self.ask();
+        self.feed();
+        let task = self.task.clone();
+        let flushed = self.poll_flush(&mut Context::from_waker(&task));
+        // It sends the rest, finds out what an error means, or tries again to ask for more.
+        if !matches!(flushed, Poll::Ready(Ok(()))) || self.short && !was_short {
+            self.wake_task();
+        }
+    }
+
+    /// Takes those out that the dispatcher has been told of.
+    fn take_adopted(&mut self, max: usize) -> Adopted {
+        let sent = self.sent;
+        let mut adopted = Adopted::new();
+        while adopted.len() < max && self.adopting.front().is_some_and(|(mark, _)| *mark <= sent) {
+            adopted.extend(self.adopting.pop_front().map(|(_, offer)| offer));
+        }
+        adopted
+    }
+
+    /// Asks for as many offers as there is room for.
+    fn ask(&mut self) {
+        let room = self.book.room();
+        if !self.welcomed || room == 0 {
+            self.short = false;
+            return;
+        }
+        let granted = self.headroom.grant(room, self.book.on_their_way());
+        self.book.ask(granted);
+        self.short = granted < room;
+    }
+
+    /// Gives the book's messages to the socket's queue, and with them what else is to be reported.
+    fn feed(&mut self) {
+        let Some(write) = &mut self.write else { return };
+        if !self.book.messages.is_empty() {
+            self.book.report();
+        }
+        for message in self.book.messages.drain(..) {
+            let before = write.unsent().0;
+            match Pin::new(&mut *write).start_send(message) {
+                Ok(()) => self.fed = self.fed.saturating_add((write.unsent().0 - before) as u64),
+                Err(_) => self.fed = u64::MAX,
+            }
+        }
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let Some(write) = &mut self.write else { return Poll::Ready(Ok(())) };
+        let flushed = Sink::<FromWorker>::poll_flush(Pin::new(&mut *write), cx);
+        if self.fed != u64::MAX {
+            self.sent = self.fed - write.unsent().0 as u64;
+        }
+        flushed.map_err(|error| error.error)
+    }
+
+    /// Wakes the task from the application. Another task follows, which does nothing: tokio keeps what was woken last for the thread
+    /// that woke it, and the application may block that one.
+    fn wake_task(&self) {
+        self.task.wake_by_ref();
+        drop(self.runtime.spawn(async {}));
+    }
+
+    fn unsent_bytes(&self) -> usize {
+        self.write.as_ref().map_or(0, |write| write.unsent().0)
+    }
+
+    /// Whether the dispatcher takes no more answers though it is there: asked after a send has failed. If it has gone instead,
+    /// the end of the stream, or what it sent before, is there to be read already.
+    fn is_cut_off(&self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let socket = self.write.as_ref().map(WriteHalf::socket);
+        socket.is_some_and(|socket| recv(socket.as_fd().as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN))
+    }
+
+    /// Whether the application gets nothing any more.
+    fn is_over(&self) -> bool {
+        self.adopting.is_empty() && (self.write.is_none() || self.book.is_draining())
+    }
+
+    /// Whether the application has something to come for.
+    fn is_worth_asking(&self) -> bool {
+        match self.adopting.front() {
+            Some((mark, _)) => *mark <= self.sent,
+            None => self.book.has_waiting() || self.is_over(),
+        }
+    }
+}
+
+/// Serves the channel until it ends, whether or not the application asks for anything.
+struct Task {
+    channel: Arc<Channel>,
+    read: ReadHalf<WorkerCodec>,
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Future for Task {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let end = match self.poll_read(cx) {
+            Poll::Ready(end) => end,
+            Poll::Pending => {
+                let answered = self.poll_answer(cx);
+                self.channel.end_abandoned();
+                ready!(answered)
+            }
+        };
+        self.channel.end(end);
+        Poll::Ready(())
+    }
+}
+
+impl Task {
+    /// Reads all there is. Ready at the end.
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        while let Some(message) = ready!(self.read.poll_next_unpin(cx)) {
+            match message.and_then(|message| self.channel.received(message)) {
+                Ok(()) => {}
+                Err(error) if error.is_peer_gone() => break,
+                Err(error) => return Poll::Ready(End::Failed(Arc::new(error))),
+            }
+        }
+        Poll::Ready(End::DispatcherGone)
+    }
+
+    /// Says what there is to say. Ready at the end.
+    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        let Self { channel, timer, .. } = self;
+        let mut state = channel.lock();
+        state.task.clone_from(cx.waker());
+        state.ask();
+        while state.report_due || state.short {
+            let waiting = timer.get_or_insert_with(|| Box::pin(sleep(REPORT_AFTER)));
+            if waiting.as_mut().poll(cx).is_pending() {
+                break;
+            }
+            *timer = None;
+            state.report_due = false;
+            state.book.report();
+            state.ask();
+        }
+        let left = state.book.leave();
+        state.feed();
+        match state.poll_flush(cx) {
+            Poll::Ready(Ok(())) if left => return Poll::Ready(End::Drained),
+            Poll::Ready(Err(error)) if !error.is_peer_gone() => return Poll::Ready(End::Failed(Arc::new(error))),
+            Poll::Ready(Err(_)) if state.is_cut_off() => return Poll::Ready(End::Fenced),
+            _ => {}
+        }
+        if state.unsent_bytes() > MAX_UNSENT_BYTES {
+            let error = Error::invalid("a dispatcher that asks without reading the answers");
+            return Poll::Ready(End::Failed(Arc::new(error)));
+        }
+        let application = if state.is_worth_asking() { state.application.take() } else { None };
+        drop(state);
+        application.into_iter().for_each(Waker::wake);
+        Poll::Pending
+    }
+}
+
+/// The runtime may drop it in the middle.
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.channel.end(End::Failed(Arc::new(Error::Closed)));
+    }
+}

@@ -1,0 +1,297 @@
+//! The worker's side: connections that a dispatcher hands over.
+
+#[cfg(feature = "axum")]
+mod axum;
+mod book;
+mod channel;
+mod headroom;
+
+use std::{
+    future::{Future, poll_fn},
+    io,
+    path::Path,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use futures::Stream;
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+use super::Connection;
+use crate::{Error, Socket, SocketKind};
+pub(in crate::handoff) use channel::Channel;
+use channel::Phase;
+
+/// Connections that a dispatcher hands to this process, as a [`Stream`].
+///
+/// A connection is **adopted** when it is asked for: the dispatcher is told so right before the stream yields it. What waits and was not
+/// asked for stays the dispatcher's, who gives it to another worker if this one is busy or dies.
+///
+/// A task on the runtime answers for the process meanwhile, whether or not the application asks for a connection: it
+/// reports how many connections have ended, gives back what the dispatcher recalls, and answers its pings. An application that
+/// blocks every thread of the runtime does not answer them, and is taken for one that hangs.
+///
+/// The stream ends when this worker takes no more connections: at the dispatcher's wish or the application's
+/// ([`IncomingHandle::drain`]), or because the dispatcher has gone. Connections that were adopted go on. When the last of
+/// them has ended the dispatcher is told goodbye. Dropping it is a drain as well.
+///
+/// ```no_run
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+/// use fdwire::handoff::Incoming;
+/// use futures::StreamExt;
+/// use tokio::io::AsyncWriteExt;
+///
+/// let mut incoming = Incoming::from_stdin()?; // in a process that the dispatcher has started
+/// let handle = incoming.handle();
+/// while let Some(mut connection) = incoming.next().await {
+///     tokio::spawn(async move { connection.write_all(b"hello\n").await });
+/// }
+/// println!("{:?}", handle.ended().await); // all connections have ended, and the dispatcher knows
+/// # Ok(()) }
+/// ```
+///
+/// # Cancel safety
+/// `next()` and [`next_batch`](Self::next_batch) can be dropped at any await and called again: nothing is lost.
+#[derive(Debug)]
+pub struct Incoming {
+    channel: Arc<Channel>,
+}
+
+impl Incoming {
+    /// To set what is not as usual.
+    pub fn builder() -> IncomingBuilder {
+        IncomingBuilder::default()
+    }
+
+    /// Connections from the dispatcher that started this process, and gave it a socket as standard input.
+    ///
+    /// # Errors
+    /// Those of [`Socket::from_stdin`].
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with I/O and time enabled.
+    pub fn from_stdin() -> io::Result<Self> {
+        Self::builder().from_stdin()
+    }
+
+    /// Connections from the dispatcher that listens at a path, on a socket of kind [`SocketKind::SeqPacket`].
+    ///
+    /// # Errors
+    /// Those of [`Socket::connect`].
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with I/O and time enabled.
+    pub async fn connect(path: impl AsRef<Path>) -> io::Result<Self> {
+        Self::builder().connect(path).await
+    }
+
+    /// Connections from the dispatcher at the other end of a socket.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with I/O and time enabled.
+    pub fn new(socket: Socket) -> Self {
+        Self::builder().build(socket)
+    }
+
+    /// Adopts all connections that wait, at most `max` and at least one, with one answer for all of them. `None` at the end of
+    /// the stream.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped.
+    pub async fn next_batch(&mut self, max: usize) -> Option<Vec<Connection>> {
+        poll_fn(|cx| self.poll_batch(cx, max.max(1))).await
+    }
+
+    fn poll_batch<B: FromIterator<Connection>>(&mut self, cx: &Context<'_>, max: usize) -> Poll<Option<B>> {
+        loop {
+            let adopted = ready!(self.channel.poll_adopt(cx, max));
+            if adopted.is_empty() {
+                return Poll::Ready(None);
+            }
+            let connections = adopted.into_iter().filter_map(|offer| Connection::adopted(offer, &self.channel));
+            let mut connections = connections.peekable();
+            if connections.peek().is_some() {
+                return Poll::Ready(Some(connections.collect()));
+            }
+        }
+    }
+
+    /// A handle, to drain and to learn of the end from elsewhere.
+    pub fn handle(&self) -> IncomingHandle {
+        IncomingHandle { channel: Arc::clone(&self.channel) }
+    }
+}
+
+impl Stream for Incoming {
+    type Item = Connection;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Connection>> {
+        let batch = ready!(self.get_mut().poll_batch::<SmallVec<[_; 1]>>(cx, 1));
+        Poll::Ready(batch.and_then(|mut one| one.pop()))
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.channel.abandon();
+    }
+}
+
+/// Drains an [`Incoming`] and tells of its end, from wherever it is needed. Keeps nothing open.
+///
+/// ```no_run
+/// # #[cfg(feature = "axum")]
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+/// use axum::{Router, routing::get};
+/// use fdwire::handoff::Incoming;
+///
+/// let incoming = Incoming::from_stdin()?;
+/// let handle = incoming.handle();
+/// let app = Router::new().route("/", get(|| async { "hello" }));
+/// axum::serve(incoming, app).with_graceful_shutdown(handle.drain_requested()).await?;
+/// handle.ended().await;
+/// # Ok(()) }
+/// # #[cfg(not(feature = "axum"))] fn main() {}
+/// ```
+#[derive(Debug, Clone)]
+pub struct IncomingHandle {
+    channel: Arc<Channel>,
+}
+
+impl IncomingHandle {
+    /// Takes no more connections: those that wait go back to the dispatcher, the stream ends, and when the adopted ones have ended
+    /// the dispatcher is told goodbye.
+    pub fn drain(&self) {
+        self.channel.drain(None);
+    }
+
+    /// Waits until no more connections are taken, for whatever reason: the time to end what is kept alive, as
+    /// `with_graceful_shutdown` of axum and `graceful_shutdown` of hyper do.
+    pub fn drain_requested(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let mut phase = self.channel.phase();
+        async move {
+            let _ = phase.wait_for(|phase| !matches!(phase, Phase::Open)).await;
+        }
+    }
+
+    /// When the dispatcher will wait no longer for the adopted connections to end. `None` as long as it has not asked, or where it
+    /// has set no time.
+    pub fn drain_deadline(&self) -> Option<Instant> {
+        match *self.channel.phase().borrow() {
+            Phase::Draining { deadline } => deadline,
+            _ => None,
+        }
+    }
+
+    /// Waits for the end of the connection to the dispatcher: after a drain that is when all adopted connections have ended and
+    /// the dispatcher knows it. Await it before the process ends.
+    pub fn ended(&self) -> impl Future<Output = End> + Send + 'static + use<> {
+        let mut phase = self.channel.phase();
+        async move {
+            match phase.wait_for(|phase| matches!(phase, Phase::Ended(_))).await.as_deref() {
+                Ok(Phase::Ended(end)) => end.clone(),
+                _ => End::Failed(Arc::new(Error::Closed)), // cannot be: the end is said before the channel goes
+            }
+        }
+    }
+}
+
+/// How the connection to a dispatcher has ended. Adopted connections outlive it.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum End {
+    /// In order: everything that was adopted has ended, and the dispatcher was told.
+    Drained,
+    /// The dispatcher has closed its end, or has died.
+    DispatcherGone,
+    /// The dispatcher takes no more answers from this worker: it holds it for hung, and gives its connections to others.
+    Fenced,
+    /// The dispatcher broke the protocol, or the socket failed: [`Error::TruncatedControl`] where this process has no room for
+    /// descriptors.
+    Failed(Arc<Error>),
+}
+
+/// What an [`Incoming`] is made with.
+///
+/// ```no_run
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+/// use fdwire::handoff::Incoming;
+///
+/// let incoming = Incoming::builder().max_connections(500).connect("/run/front.sock").await?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Clone, Copy)]
+#[must_use]
+pub struct IncomingBuilder(Settings);
+
+#[derive(Debug, Clone, Copy)]
+struct Settings {
+    window: u64,
+    max_connections: u64,
+    serve_unanswered: bool,
+}
+
+impl Default for IncomingBuilder {
+    fn default() -> Self {
+        Self(Settings { window: 64, max_connections: u64::MAX, serve_unanswered: false })
+    }
+}
+
+impl IncomingBuilder {
+    /// Most connections that are on their way to this worker or wait in it to be adopted, at least 1. Default: 64.
+    ///
+    /// Too few, and the worker waits for the dispatcher between connections. Each takes a descriptor here, and those on their way count
+    /// against the dispatcher's `RLIMIT_NOFILE`, over all workers.
+    pub const fn window(mut self, connections: usize) -> Self {
+        self.0.window = if connections == 0 { 1 } else { connections as u64 };
+        self
+    }
+
+    /// Most connections at a time, from when they are asked for until they have ended. By default as many as there is room for
+    /// below `RLIMIT_NOFILE`, which bounds them in any case: an eighth of it, at most 64 descriptors, is left to the application.
+    pub const fn max_connections(mut self, connections: usize) -> Self {
+        self.0.max_connections = connections as u64;
+        self
+    }
+
+    /// Whether connections that wait are served when the dispatcher has gone. By default they are closed.
+    ///
+    /// The dispatcher may have offered them to another worker before, if it held this one for hung; then two workers would serve
+    /// one connection. Nobody is left who knows. Without that, they are lost with the dispatcher for sure.
+    pub const fn serve_unanswered(mut self, yes: bool) -> Self {
+        self.0.serve_unanswered = yes;
+        self
+    }
+
+    /// As [`Incoming::from_stdin`].
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn from_stdin(self) -> io::Result<Incoming> {
+        Ok(self.build(Socket::from_stdin()?))
+    }
+
+    /// As [`Incoming::connect`].
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
+    pub async fn connect(self, path: impl AsRef<Path>) -> io::Result<Incoming> {
+        Ok(self.build(Socket::connect(path, SocketKind::SeqPacket).await?))
+    }
+
+    /// As [`Incoming::new`].
+    ///
+    /// # Panics
+    /// As there.
+    pub fn build(self, socket: Socket) -> Incoming {
+        Incoming { channel: Channel::open(socket, self.0) }
+    }
+}

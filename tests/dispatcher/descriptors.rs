@@ -1,0 +1,152 @@
+//! How many descriptors a dispatcher has open. Each test runs in a process of its own.
+
+use std::time::Duration;
+
+use fdwire::{
+    SocketKind,
+    handoff::{Dispatcher, protocol::FromWorker},
+};
+use futures::future::join_all;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::net::{TcpListener, TcpSocket};
+
+use crate::{
+    common::run,
+    raw_worker::{Client, Raw, connections, serve, until},
+};
+
+fn open_fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Runs a test in a process of its own, since it counts descriptors.
+fn alone(name: &str, test: impl Future<Output = ()>) {
+    if std::env::var("FDWIRE_ROLE").as_deref() == Ok(name) {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+        return run(test);
+    }
+    let mut command = std::process::Command::new("/proc/self/exe");
+    let output = command.args([name, "--exact", "--nocapture"]).env("FDWIRE_ROLE", name).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn clients_of_full_workers_wait_in_the_backlog() {
+    alone("descriptors::clients_of_full_workers_wait_in_the_backlog", full());
+}
+
+async fn full() {
+    const CLIENTS: u32 = 1000;
+    let dispatcher = Dispatcher::builder().recall_after(Duration::from_secs(60)).build();
+    let mut a = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+    let mut b = Raw::start(&dispatcher, SocketKind::Stream, 1).await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(2 * CLIENTS).unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tokio::spawn({
+        let dispatcher = dispatcher.clone();
+        async move { dispatcher.serve(listener).await }
+    });
+    let mut clients = vec![Client::connect(address, 0).await, Client::connect(address, 1).await];
+    let mut held = vec![a.offer().await.unwrap(), b.offer().await.unwrap()];
+    a.adopt(1).await;
+    b.adopt(1).await;
+    until("both are full", || dispatcher.stats().adopted == 2).await;
+
+    let before = open_fds();
+    for serial in 2..CLIENTS {
+        clients.push(Client::connect(address, serial).await);
+    }
+    // Whatever could be accepted would have been by the time that pings have gone to and fro.
+    for _ in 0..2 {
+        a.step().await.unwrap();
+    }
+    assert_eq!(open_fds() - before, clients.len() - 2, "the clients' own");
+    assert_eq!(dispatcher.stats().dispatched, 2);
+
+    for worker in [&mut a, &mut b] {
+        worker.say(FromWorker::Demand { total: u64::from(CLIENTS) }).await;
+    }
+    let work = async |mut worker: Raw| {
+        while let Some(offer) = worker.offer().await {
+            worker.adopt(1).await;
+            serve(offer, "served").unwrap();
+        }
+    };
+    for offer in held.drain(..) {
+        serve(offer, "served").unwrap();
+    }
+    let answers = tokio::select! {
+        answers = join_all(clients.into_iter().map(Client::answer)) => answers,
+        _ = async { tokio::join!(work(a), work(b)) } => unreachable!(),
+    };
+    assert!(answers.iter().all(|answer| answer == "served"));
+    assert_eq!(dispatcher.stats().adopted, u64::from(CLIENTS));
+    serving.abort();
+}
+
+#[test]
+fn accepting_goes_on_after_descriptors_ran_out() {
+    alone("descriptors::accepting_goes_on_after_descriptors_ran_out", emfile());
+}
+
+async fn emfile() {
+    let dispatcher = Dispatcher::builder().recall_after(Duration::from_secs(60)).build();
+    let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, 100).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut clients = Vec::new();
+    for serial in 0..20 {
+        clients.push(Client::connect(address, serial).await);
+    }
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    // Room for the listener's copy, and for three connections or so.
+    setrlimit(Resource::RLIMIT_NOFILE, open_fds() as u64 + 6, hard).unwrap();
+    let work = async {
+        for _ in 0..20 {
+            let offer = worker.offer().await.unwrap();
+            worker.adopt(1).await;
+            serve(offer, "served").unwrap();
+        }
+        join_all(clients.into_iter().map(Client::answer)).await
+    };
+    tokio::select! {
+        outcome = dispatcher.serve(listener) => outcome.unwrap(),
+        answers = work => assert!(answers.iter().all(|answer| answer == "served")),
+    }
+}
+
+/// A worker that was cut off, and may live on, holds copies of connections that another one serves. The dispatcher's own are needed
+/// as long as these are served, and no longer.
+#[test]
+fn copies_are_kept_as_long_as_they_are_of_use() {
+    alone("descriptors::copies_are_kept_as_long_as_they_are_of_use", async {
+        let dispatcher = Dispatcher::builder().ping_interval(Duration::from_millis(20)).build();
+        let mut bad = Raw::start(&dispatcher, SocketKind::SeqPacket, 3).await;
+        let (clients, accepted): (Vec<_>, Vec<_>) = connections(3).await.into_iter().unzip();
+        let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        let copies = bad.offers(3).await;
+        bad.say(FromWorker::Adopted { count: 4 }).await;
+        bad.ended().await;
+
+        let mut good = Raw::start(&dispatcher, SocketKind::SeqPacket, 3).await;
+        let before = open_fds();
+        let offers = good.offers(3).await;
+        good.adopt(3).await;
+        assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok()));
+        assert_eq!(open_fds(), before + 3, "the good worker's; the dispatcher's own are kept");
+        for offer in offers {
+            let (_, stream) = serve(offer, "good").unwrap();
+            stream.shutdown(std::net::Shutdown::Both).unwrap();
+        }
+        while open_fds() > before - 3 {
+            good.step().await.unwrap(); // pings
+        }
+        for client in clients {
+            assert_eq!(client.answer().await, "good");
+        }
+        drop(copies);
+    });
+}

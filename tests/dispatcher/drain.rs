@@ -1,0 +1,131 @@
+//! The end of a worker, and of a dispatcher.
+
+use std::time::Duration;
+
+use fdwire::handoff::{Dispatcher, NotDispatched, WorkerState, protocol::FromWorker};
+use futures::FutureExt;
+
+use crate::{
+    both,
+    raw_worker::{Raw, connections},
+};
+
+#[test]
+fn a_drain_hands_over_what_waits_and_lets_workers_finish() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let outcomes =
+            Vec::from_iter(connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        let work = async {
+            worker.offer().await.unwrap();
+            worker.adopt(1).await;
+            assert!(!worker.told_to_drain);
+            worker.say(FromWorker::Demand { total: 2 }).await;
+            worker.offer().await.unwrap();
+            worker.adopt(1).await;
+            while !worker.told_to_drain {
+                worker.step().await.unwrap();
+            }
+            worker.say(FromWorker::Draining).await;
+            worker.say(FromWorker::Load { finished: 2 }).await;
+            worker.say(FromWorker::Goodbye).await;
+            worker.ended().await;
+        };
+        tokio::join!(dispatcher.drain(None), work);
+        for outcome in outcomes {
+            outcome.await.unwrap();
+        }
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        assert!(matches!(dispatcher.dispatch(accepted).await.unwrap_err().reason, NotDispatched::Draining));
+        assert!(dispatcher.reserve().await.is_none());
+        assert_eq!(dispatcher.stats().retired.drained, 1);
+    });
+}
+
+#[test]
+fn a_drain_ends_at_its_deadline() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut full = Raw::start(&dispatcher, kind, 0).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        tokio::join!(dispatcher.drain(Some(Duration::from_millis(200))), full.ended());
+        assert!(full.told_to_drain);
+        assert!(matches!(outcome.await.unwrap_err().reason, NotDispatched::Draining));
+        assert_eq!(dispatcher.stats().retired.overdue, 1);
+        assert_eq!(dispatcher.stats().given_back, 1);
+    });
+}
+
+#[test]
+fn what_a_drain_leaves_unanswered_is_given_back() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        let _offer = worker.offer().await.unwrap();
+        tokio::join!(dispatcher.drain(Some(Duration::from_millis(200))), worker.ended());
+        assert!(matches!(outcome.await.unwrap_err().reason, NotDispatched::Draining));
+    });
+}
+
+#[test]
+fn a_drain_goes_on_when_nobody_waits_for_it() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        assert!(dispatcher.drain(None).now_or_never().is_none());
+        worker.offer().await.unwrap();
+        worker.adopt(1).await;
+        outcome.await.unwrap();
+        while !worker.told_to_drain {
+            worker.step().await.unwrap();
+        }
+        worker.say(FromWorker::Goodbye).await;
+        worker.ended().await;
+        dispatcher.drain(None).await;
+        assert_eq!(dispatcher.stats().retired.drained, 1);
+    });
+}
+
+#[test]
+fn the_last_clone_drains() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 0).await;
+        drop(dispatcher.clone());
+        drop(dispatcher);
+        while !worker.told_to_drain {
+            worker.step().await.unwrap();
+        }
+        worker.say(FromWorker::Goodbye).await;
+        worker.ended().await;
+    });
+}
+
+#[test]
+fn a_removed_worker_is_drained_and_gets_nothing_more() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut a = Raw::start(&dispatcher, kind, 5).await;
+        let id = a.id;
+        let remove = tokio::spawn({
+            let dispatcher = dispatcher.clone();
+            async move { dispatcher.remove_worker(id, None).await }
+        });
+        while !a.told_to_drain {
+            a.step().await.unwrap();
+        }
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let _outcome = dispatcher.dispatch(accepted);
+        assert_eq!(dispatcher.stats().workers[0].state, WorkerState::Draining);
+        assert_eq!(dispatcher.stats().waiting, 1);
+        a.say(FromWorker::Goodbye).await;
+        assert!(remove.await.unwrap());
+        assert!(!dispatcher.remove_worker(id, None).await);
+    });
+}

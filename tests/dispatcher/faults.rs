@@ -1,0 +1,182 @@
+//! Workers that break the protocol, or do not answer.
+
+use std::time::Duration;
+
+use fdwire::{
+    Framed, Socket, SocketKind,
+    handoff::{
+        Dispatcher, NotDispatched, Unadopted,
+        protocol::{FromWorker, RejectReason, WorkerCodec},
+    },
+};
+use futures::{SinkExt, StreamExt, future::join_all};
+
+use crate::{
+    both,
+    common::{encoded, marked, raw_send},
+    raw_worker::{Raw, connections, serve, until},
+};
+
+/// What it makes of the worker, and that its connections go to another one.
+async fn misbehaves(kind: SocketKind, how: impl AsyncFnOnce(Raw) -> Raw) {
+    let dispatcher = Dispatcher::builder().build();
+    let mut bad = Raw::start(&dispatcher, kind, 2).await;
+    let (clients, accepted): (Vec<_>, Vec<_>) = connections(2).await.into_iter().unzip();
+    let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+    let copies = bad.offers(2).await;
+    let mut bad = how(bad).await;
+    bad.ended().await;
+    until("it was cut off", || dispatcher.stats().retired.misbehaved == 1).await;
+
+    let mut good = Raw::start(&dispatcher, kind, 2).await;
+    let offers = good.offers(2).await;
+    good.adopt(2).await;
+    for outcome in outcomes {
+        assert_eq!(outcome.await.unwrap(), good.id);
+    }
+    drop(copies);
+    for offer in offers {
+        let (_, stream) = serve(offer, "good").unwrap();
+        stream.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+    for client in clients {
+        assert_eq!(client.answer().await, "good");
+    }
+}
+
+#[test]
+fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
+    both(async |kind| {
+        let garbage = |bytes: &'static [u8], fds: u32| {
+            async move |raw: Raw| {
+                let fds = Vec::from_iter((0..fds).map(marked));
+                raw_send(raw.framed.socket(), bytes, &fds);
+                raw
+            }
+        };
+        misbehaves(kind, garbage(b"GET / HTTP/1.1\r\n\r\n", 0)).await;
+        misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\xEE", 0)).await; // an unknown message
+        misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\x03", 0)).await; // a known one without its fields
+        misbehaves(kind, garbage(b"\xFD\x10\0\x01\0\0\0\x01\x07", 1)).await; // a descriptor
+        misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x09\x02\0\0\0\0\0\0\0\x09", 1)).await; // one that nobody claims
+        let says = |message| {
+            async move |mut raw: Raw| {
+                raw.say(message).await;
+                raw
+            }
+        };
+        misbehaves(kind, says(FromWorker::Adopted { count: 3 })).await;
+        misbehaves(kind, says(FromWorker::Rejected { count: u32::MAX, reason: RejectReason::Full })).await;
+        misbehaves(kind, says(FromWorker::Demand { total: 1 })).await;
+        misbehaves(kind, says(FromWorker::Load { finished: 1 })).await;
+        misbehaves(kind, says(FromWorker::Pong { nonce: 99 })).await;
+        misbehaves(kind, says(FromWorker::Hello { lowest: 1, highest: 1 })).await;
+    });
+}
+
+#[test]
+fn a_worker_that_does_not_say_hello_properly_is_cut_off() {
+    both(async |kind| {
+        let first = [
+            FromWorker::Hello { lowest: 2, highest: 9 },
+            FromWorker::Demand { total: 1 },
+            FromWorker::Hello { lowest: 0, highest: 0 },
+        ];
+        for first in first {
+            let dispatcher = Dispatcher::builder().build();
+            let (here, there) = Socket::pair(kind).unwrap();
+            dispatcher.add_worker(there);
+            let mut framed = Framed::new(here, WorkerCodec::default());
+            framed.send(first).await.unwrap();
+            assert!(framed.next().await.is_none());
+            assert_eq!(dispatcher.stats().retired.misbehaved, 1);
+        }
+    });
+}
+
+/// Also what it adopted in the same breath counts.
+#[test]
+fn answers_before_a_fault_count() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut bad = Raw::start(&dispatcher, kind, 2).await;
+        let mut outcomes =
+            Vec::from_iter(connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        bad.offers(2).await;
+        let adopted = encoded(&[3, 0, 0, 0, 1], 0);
+        raw_send(bad.framed.socket(), &[&adopted[..], b"garbage"].concat(), &[]);
+        bad.ended().await;
+        let mut good = Raw::start(&dispatcher, kind, 2).await;
+        good.offers(1).await;
+        good.adopt(1).await;
+        assert_eq!(outcomes.remove(0).await.unwrap(), bad.id);
+        assert_eq!(outcomes.remove(0).await.unwrap(), good.id);
+    });
+}
+
+/// All are under suspicion at first, since the workers die before they have answered for any.
+#[test]
+fn a_connection_that_its_workers_die_of_is_given_back_and_the_others_are_not() {
+    both(async |kind| {
+        const POISON: usize = 4;
+        let dispatcher = Dispatcher::builder().max_offers(3).build();
+        let (_clients, accepted): (Vec<_>, Vec<_>) = connections(10).await.into_iter().unzip();
+        let mut outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        let poison = outcomes.remove(POISON);
+        for _ in 0..2 {
+            let mut worker = Raw::start(&dispatcher, kind, 100).await;
+            worker.offers(10).await;
+            drop(worker);
+            until("its death is noticed", || dispatcher.stats().workers.is_empty()).await;
+        }
+        // From now on one by one.
+        let mut worker = Raw::start(&dispatcher, kind, 100).await;
+        for _ in 0..POISON {
+            let _offer = worker.offer().await.unwrap();
+            assert_eq!(dispatcher.stats().workers[0].unanswered, 1);
+            worker.adopt(1).await;
+        }
+        worker.offer().await.unwrap();
+        drop(worker);
+        let error = poison.await.unwrap_err();
+        assert!(matches!(error.reason, NotDispatched::TooManyOffers { offers: 3, last: Unadopted::Unanswered }));
+        error.connection.into_socket().unwrap();
+
+        let mut worker = Raw::start(&dispatcher, kind, 100).await;
+        for _ in POISON + 1..10 {
+            worker.offer().await.unwrap();
+            worker.adopt(1).await;
+        }
+        assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok()));
+        assert_eq!((dispatcher.stats().given_back, dispatcher.stats().lost), (1, 0));
+    });
+}
+
+#[test]
+fn a_busy_worker_is_recalled_and_not_cut_off() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder()
+            .ping_interval(Duration::from_millis(20))
+            .hang_timeout(Duration::from_secs(10))
+            .recall_after(Duration::from_millis(100))
+            .build();
+        let mut busy = Raw::start(&dispatcher, kind, 2).await;
+        let outcomes =
+            Vec::from_iter(connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        let copies = busy.offers(2).await;
+        while busy.recalled == 0 {
+            busy.step().await.unwrap();
+        }
+        assert_eq!(busy.recalled, 2);
+        drop(copies);
+        let mut free = Raw::start(&dispatcher, kind, 2).await;
+        busy.reject(2, RejectReason::Recalled).await;
+        free.offers(2).await;
+        free.adopt(2).await;
+        for outcome in outcomes {
+            assert_eq!(outcome.await.unwrap(), free.id);
+        }
+        assert_eq!(dispatcher.stats().workers.len(), 2);
+        assert_eq!(dispatcher.stats().retired, Default::default());
+    });
+}

@@ -1,0 +1,232 @@
+//! How connections are handed over.
+
+use std::collections::BTreeSet;
+
+use fdwire::{
+    SocketKind,
+    handoff::{
+        Accepted, Dispatcher, NotDispatched, Strategy,
+        protocol::{FromWorker, RejectReason},
+    },
+};
+use futures::{FutureExt, future::join_all};
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::{
+    both,
+    common::run,
+    raw_worker::{Raw, connections, serve, until},
+};
+
+#[test]
+fn a_connection_comes_with_what_is_known_of_it() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 2).await;
+        let (client, mut accepted) = connections(1).await.pop().unwrap();
+        let (peer, local) = (accepted.peer_addr().unwrap(), accepted.local_addr().unwrap());
+        let mut read = [0; 3];
+        tokio::io::AsyncReadExt::read_exact(&mut accepted, &mut read).await.unwrap();
+        let outcome = dispatcher.dispatch(Accepted::from(accepted).read_bytes(read.to_vec()).metadata("tenant 7"));
+        let offer = worker.offer().await.unwrap();
+        assert_eq!((&offer.peer, &offer.local), (&peer.into(), &local.into()));
+        assert_eq!((&offer.read[..], &offer.metadata[..]), (&read[..], &b"tenant 7"[..]));
+        worker.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), worker.id);
+        assert_eq!(serve(offer, "hello").unwrap().0, 0);
+        assert_eq!(client.answer().await, "hello", "the dispatcher has no copy any more");
+
+        let (here, there) = UnixStream::pair().unwrap();
+        let outcome = dispatcher.dispatch(there);
+        let offer = worker.offer().await.unwrap();
+        assert_eq!(offer.peer, fdwire::handoff::Address::Unnamed);
+        worker.adopt(1).await;
+        outcome.await.unwrap();
+        drop(here);
+    });
+}
+
+#[test]
+fn the_least_loaded_worker_is_next() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let mut a = Raw::start(&dispatcher, SocketKind::SeqPacket, 100).await;
+        let mut b = Raw::start(&dispatcher, SocketKind::SeqPacket, 100).await;
+        let mut all = connections(6).await.into_iter();
+        let mut next = || dispatcher.dispatch(all.next().unwrap().1);
+        let (first, second) = (next(), next());
+        let offers = (a.offer().await.unwrap(), b.offer().await.unwrap());
+        a.adopt(1).await;
+        b.adopt(1).await;
+        join_all([first, second]).await;
+        // The first is done with its one.
+        a.say(FromWorker::Load { finished: 1 }).await;
+        until("it was heard", || dispatcher.stats().workers[0].active == 0).await;
+        let third = next();
+        let _third = a.offer().await.unwrap();
+        a.adopt(1).await;
+        assert_eq!(third.await.unwrap(), a.id);
+        drop(offers);
+    });
+}
+
+#[test]
+fn round_robin_takes_turns_whatever_the_load() {
+    run(async {
+        let dispatcher = Dispatcher::builder().strategy(Strategy::RoundRobin).build();
+        let mut workers = Vec::new();
+        for _ in 0..3 {
+            workers.push(Raw::start(&dispatcher, SocketKind::SeqPacket, 2).await);
+        }
+        let outcomes = connections(6).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted));
+        let outcomes = Vec::from_iter(outcomes);
+        for worker in &mut workers {
+            worker.offers(2).await;
+            worker.adopt(2).await;
+        }
+        let ids = Vec::from_iter(join_all(outcomes).await.into_iter().map(Result::unwrap));
+        assert_eq!(ids[..3], ids[3..]);
+        assert_eq!(BTreeSet::from_iter(ids).len(), 3);
+    });
+}
+
+#[test]
+fn a_key_sticks_to_its_worker_and_overflows_to_one_other() {
+    run(async {
+        let dispatcher = Dispatcher::builder().strategy(Strategy::ByKey).build();
+        let mut workers = Vec::new();
+        for _ in 0..4 {
+            workers.push(Raw::start(&dispatcher, SocketKind::SeqPacket, 3).await);
+        }
+        let all = connections(6)
+            .await
+            .into_iter()
+            .map(|(_, accepted)| dispatcher.dispatch(Accepted::from(accepted).key("k")));
+        let outcomes = Vec::from_iter(all);
+        let unanswered = || Vec::from_iter(dispatcher.stats().workers.iter().map(|worker| worker.unanswered));
+        let mut sorted = unanswered();
+        sorted.sort_unstable();
+        assert_eq!(sorted, [0, 0, 3, 3], "three fit the first, the others go to the second in its order");
+        drop(outcomes);
+        // Without a key, a client's address is one: all are from the same.
+        let dispatcher = Dispatcher::builder().strategy(Strategy::ByKey).build();
+        let _workers = (
+            Raw::start(&dispatcher, SocketKind::SeqPacket, 9).await,
+            Raw::start(&dispatcher, SocketKind::SeqPacket, 9).await,
+        );
+        let _outcomes =
+            Vec::from_iter(connections(5).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        let mut sorted = Vec::from_iter(dispatcher.stats().workers.iter().map(|worker| worker.unanswered));
+        sorted.sort_unstable();
+        assert_eq!(sorted, [0, 5]);
+    });
+}
+
+#[test]
+fn a_connection_waits_for_a_worker_with_room() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let (client, accepted) = connections(1).await.pop().unwrap();
+        let mut outcome = dispatcher.dispatch(accepted);
+        assert!((&mut outcome).now_or_never().is_none());
+        assert_eq!(dispatcher.stats().waiting, 1);
+        let mut worker = Raw::start(&dispatcher, kind, 0).await;
+        worker.say(FromWorker::Demand { total: 1 }).await;
+        let offer = worker.offer().await.unwrap();
+        worker.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), worker.id);
+        serve(offer, "x").unwrap();
+        assert_eq!(client.answer().await, "x");
+    });
+}
+
+#[test]
+fn what_a_worker_rejects_goes_to_another() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut a = Raw::start(&dispatcher, kind, 5).await;
+        let outcomes =
+            Vec::from_iter(connections(5).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        a.offers(5).await;
+        let mut b = Raw::start(&dispatcher, kind, 5).await;
+        a.reject(1, RejectReason::Full).await;
+        a.reject(1, RejectReason::Unusable).await;
+        a.adopt(1).await;
+        a.say(FromWorker::Draining).await;
+        a.reject(2, RejectReason::Draining).await;
+        b.offers(4).await;
+        b.adopt(4).await;
+        let ids = Vec::from_iter(join_all(outcomes).await.into_iter().map(Result::unwrap));
+        assert_eq!(ids, [b.id, b.id, a.id, b.id, b.id]);
+        a.say(FromWorker::Goodbye).await;
+        until("it has left", || dispatcher.stats().retired.drained == 1).await;
+        assert_eq!(dispatcher.stats().offered_again, 4);
+    });
+}
+
+#[test]
+fn permits_keep_places_free() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, 2).await;
+        let mut all = connections(3).await.into_iter().map(|(_, accepted)| accepted);
+        let permit = dispatcher.reserve().await.unwrap();
+        let other = dispatcher.reserve().await.unwrap();
+        assert!(
+            dispatcher.reserve().now_or_never().is_none(),
+            "both places are taken, and nothing is left of the waiting"
+        );
+        let waits = dispatcher.dispatch(all.next().unwrap());
+        let goes = permit.dispatch(all.next().unwrap());
+        worker.offers(1).await;
+        worker.adopt(1).await;
+        goes.await.unwrap();
+        assert_eq!(dispatcher.stats().waiting, 1);
+        drop(other);
+        worker.offers(1).await;
+        worker.adopt(1).await;
+        waits.await.unwrap();
+
+        let reserve = dispatcher.reserve();
+        let more = async {
+            worker.say(FromWorker::Demand { total: 3 }).await;
+        };
+        let (permit, ()) = tokio::join!(reserve, more);
+        let _goes = permit.unwrap().dispatch(all.next().unwrap());
+        worker.offer().await.unwrap();
+    });
+}
+
+#[test]
+fn what_is_too_long_is_given_back() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let error = dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 2 << 20])).await.unwrap_err();
+        assert!(matches!(error.reason, NotDispatched::Unfit(fdwire::Error::FrameTooLong { .. })));
+        error.connection.into_socket().unwrap();
+    });
+}
+
+#[test]
+fn unix_connections_are_served_too() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, 5).await;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let client = async {
+            let _client = UnixStream::connect(&path).await.unwrap();
+            let offer = worker.offer().await.unwrap();
+            assert_eq!(offer.transport, fdwire::handoff::Transport::UnixStream);
+            assert_eq!(offer.local, fdwire::handoff::Address::Path(path.clone()));
+            worker.adopt(1).await;
+            until("it is adopted", || dispatcher.stats().adopted == 1).await;
+        };
+        tokio::select! {
+            outcome = dispatcher.serve(listener) => outcome.unwrap(),
+            () = client => {}
+        }
+    });
+}

@@ -1,0 +1,21 @@
+//! The dispatcher of the hand-off layer, with workers built from the codec and with those of this crate.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod descriptors;
+mod drain;
+mod end_to_end;
+mod faults;
+mod hand_over;
+mod raw_worker;
+mod retire;
+
+use fdwire::SocketKind;
+
+/// Runs a test on both kinds of socket.
+fn both(test: impl AsyncFn(SocketKind)) {
+    for kind in common::KINDS {
+        common::run(test(kind));
+    }
+}

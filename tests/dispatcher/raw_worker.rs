@@ -1,0 +1,309 @@
+//! A worker built from the codec, which does exactly what a test says, and clients that can be told apart.
+
+use std::{
+    collections::BTreeMap,
+    fs::OpenOptions,
+    io::{self, Read, Write},
+    net::{Shutdown, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    process::Stdio,
+    time::Duration,
+};
+
+use fdwire::{
+    Framed, Socket, SocketKind,
+    handoff::{
+        Dispatcher, WorkerId, WorkerState,
+        protocol::{FromWorker, Offer, RejectReason, ToWorker, VERSION, WorkerCodec},
+    },
+};
+use futures::{SinkExt, StreamExt};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        resource::{Resource, setrlimit},
+        signal::{Signal, raise},
+    },
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    process::Command,
+    time::sleep,
+};
+
+use crate::common::{encoded, raw_send, role_socket, run};
+
+/// A worker in this process.
+pub(crate) struct Raw {
+    pub(crate) id: WorkerId,
+    pub(crate) framed: Framed<WorkerCodec>,
+    pub(crate) recalled: u64,
+    pub(crate) told_to_drain: bool,
+    answer_pings: bool,
+}
+
+impl Raw {
+    /// Says hello and takes so many.
+    pub(crate) async fn start(dispatcher: &Dispatcher, kind: SocketKind, demand: u64) -> Self {
+        let (here, there) = Socket::pair(kind).unwrap();
+        let id = dispatcher.add_worker(there);
+        let mut framed = Framed::new(here, WorkerCodec::default());
+        greet(&mut framed, demand).await;
+        let raw = Self { id, framed, recalled: 0, told_to_drain: false, answer_pings: true };
+        until("its demand was heard", || {
+            let workers = dispatcher.stats().workers;
+            let worker = workers.iter().find(|worker| worker.id == id).expect("it is there");
+            worker.state == WorkerState::Ready && worker.room + worker.unanswered > 0 || demand == 0
+        })
+        .await;
+        raw
+    }
+
+    pub(crate) async fn say(&mut self, message: FromWorker) {
+        self.framed.send(message).await.unwrap();
+    }
+
+    pub(crate) async fn adopt(&mut self, count: u32) {
+        self.say(FromWorker::Adopted { count }).await;
+    }
+
+    pub(crate) async fn reject(&mut self, count: u32, reason: RejectReason) {
+        self.say(FromWorker::Rejected { count, reason }).await;
+    }
+
+    /// The next offer; `None` at the end. Answers pings, unless it is to be silent, and notes what else it is told.
+    pub(crate) async fn offer(&mut self) -> Option<Offer> {
+        loop {
+            if let ToWorker::Offer(offer) = self.step().await? {
+                return Some(offer);
+            }
+        }
+    }
+
+    /// The next message.
+    pub(crate) async fn step(&mut self) -> Option<ToWorker> {
+        let message = self.framed.next().await?.ok()?;
+        match message {
+            ToWorker::Ping { nonce } if self.answer_pings => {
+                let _ = self.framed.send(FromWorker::Pong { nonce }).await;
+            }
+            ToWorker::Recall { before } => self.recalled = before,
+            ToWorker::Drain { .. } => self.told_to_drain = true,
+            _ => {}
+        }
+        Some(message)
+    }
+
+    pub(crate) async fn offers(&mut self, count: usize) -> Vec<Offer> {
+        let mut offers = Vec::new();
+        while offers.len() < count {
+            offers.push(self.offer().await.expect("an offer"));
+        }
+        offers
+    }
+
+    /// The end of its socket, whatever comes before.
+    pub(crate) async fn ended(&mut self) {
+        while self.step().await.is_some() {}
+    }
+}
+
+pub(crate) async fn greet(framed: &mut Framed<WorkerCodec>, demand: u64) {
+    framed.send(FromWorker::Hello { lowest: VERSION, highest: VERSION }).await.unwrap();
+    assert!(matches!(framed.next().await, Some(Ok(ToWorker::Welcome { version: VERSION }))));
+    framed.send(FromWorker::Demand { total: demand }).await.unwrap();
+}
+
+/// What the application of a worker does: reads the client's serial number and answers with a name. The connection stays
+/// open as long as what is returned.
+pub(crate) fn serve(offer: Offer, name: &str) -> io::Result<(u32, std::net::TcpStream)> {
+    let mut stream = std::net::TcpStream::from(offer.fd);
+    stream.set_nonblocking(false)?;
+    let mut serial = [0; 4];
+    let (read, rest) = serial.split_at_mut(offer.read.len().min(4));
+    read.copy_from_slice(&offer.read);
+    stream.read_exact(rest)?;
+    stream.write_all(name.as_bytes())?;
+    Ok((u32::from_be_bytes(serial), stream))
+}
+
+/// A client that has sent its serial number.
+pub(crate) struct Client(pub(crate) TcpStream);
+
+impl Client {
+    pub(crate) async fn connect(address: SocketAddr, serial: u32) -> Self {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(&serial.to_be_bytes()).await.unwrap();
+        Self(stream)
+    }
+
+    /// What is answered until the end, which may be a reset.
+    pub(crate) async fn answer(mut self) -> String {
+        let mut answer = Vec::new();
+        let _ = self.0.read_to_end(&mut answer).await;
+        String::from_utf8(answer).unwrap()
+    }
+
+    /// What is answered first.
+    pub(crate) async fn first(&mut self) -> String {
+        let mut answer = [0; 64];
+        let count = self.0.read(&mut answer).await.unwrap_or(0);
+        String::from_utf8_lossy(&answer[..count]).into_owned()
+    }
+}
+
+/// Clients and their accepted connections, with serial numbers from 0.
+pub(crate) async fn connections(count: u32) -> Vec<(Client, TcpStream)> {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut connections = Vec::new();
+    for serial in 0..count {
+        let (client, accepted) = tokio::join!(Client::connect(address, serial), listener.accept());
+        connections.push((client, accepted.unwrap().0));
+    }
+    connections
+}
+
+/// For what no event tells.
+pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let wait = async {
+        while !condition() {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    if tokio::time::timeout(Duration::from_secs(30), wait).await.is_err() {
+        panic!("by now, {what}");
+    }
+}
+
+/// Where a worker process stops, having said that it takes [`DEMAND`] connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Point {
+    BeforeReading,
+    BeforeAnswering,
+    /// Half a frame is written that adopts [`ADOPTED`] connections. On STREAM only.
+    InAnswer,
+    AfterAnswering,
+    /// Serves everything.
+    Never,
+    /// Its descriptors run out.
+    OutOfDescriptors,
+}
+
+pub(crate) const DEMAND: u64 = 4;
+pub(crate) const ADOPTED: u32 = 2;
+
+const ROLE: &str = "raw_worker::worker_process";
+
+/// The command of a worker process that stops at a point, by a signal, and logs the serial numbers it serves.
+pub(crate) fn worker_command(point: Point, signal: Signal, log: &Path) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_ROLE", ROLE).env("FDWIRE_POINT", format!("{point:?}"));
+    command.env("FDWIRE_SIGNAL", signal.as_str()).env("FDWIRE_LOG", log).stdout(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+/// Which process has served which serial number, in the order of the log.
+pub(crate) fn served(log: &Path) -> Vec<(u32, u32)> {
+    let log = std::fs::read_to_string(log).unwrap_or_default();
+    let numbers =
+        |line: &str| line.split_once(' ').map(|(serial, pid)| (serial.parse().unwrap(), pid.parse().unwrap()));
+    log.lines().filter_map(numbers).collect()
+}
+
+/// The same by process; no serial number occurs twice.
+pub(crate) fn served_by(log: &Path) -> BTreeMap<u32, u32> {
+    let served = served(log);
+    let by_serial = BTreeMap::from_iter(served.iter().copied());
+    assert_eq!(by_serial.len(), served.len(), "served twice: {served:?}");
+    by_serial
+}
+
+/// Runs as a process of its own, started by a dispatcher.
+#[test]
+fn worker_process() {
+    let Some(socket) = role_socket(ROLE) else { return };
+    let point = std::env::var("FDWIRE_POINT").unwrap();
+    let point = [
+        Point::BeforeReading,
+        Point::BeforeAnswering,
+        Point::InAnswer,
+        Point::AfterAnswering,
+        Point::Never,
+        Point::OutOfDescriptors,
+    ]
+    .into_iter()
+    .find(|candidate| format!("{candidate:?}") == point)
+    .unwrap();
+    let signal: Signal = std::env::var("FDWIRE_SIGNAL").unwrap().parse().unwrap();
+    run(work(socket, point, signal));
+    std::process::exit(0);
+}
+
+async fn work(socket: OwnedFd, point: Point, signal: Signal) {
+    let raw = socket.try_clone().unwrap();
+    let mut framed = Framed::new(Socket::try_from(socket).unwrap(), WorkerCodec::default());
+    let demand = if point == Point::Never { 1000 } else { DEMAND };
+    greet(&mut framed, demand).await;
+    match point {
+        Point::BeforeReading => {
+            poll(&mut [PollFd::new(raw.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+            raise(signal).unwrap();
+        }
+        Point::OutOfDescriptors => setrlimit(Resource::RLIMIT_NOFILE, 3, 3).unwrap(),
+        _ => {}
+    }
+    let mut offers = Vec::new();
+    let mut serving = Vec::new();
+    while let Some(Ok(message)) = framed.next().await {
+        match message {
+            ToWorker::Ping { nonce } => {
+                let _ = framed.send(FromWorker::Pong { nonce }).await; // after a stop it may be cut off
+            }
+            ToWorker::Offer(offer) => offers.push(offer),
+            _ => {}
+        }
+        match point {
+            Point::Never => {
+                for offer in offers.drain(..) {
+                    // First the answer: without one, the connection is another worker's.
+                    if framed.send(FromWorker::Adopted { count: 1 }).await.is_ok() {
+                        serving.push(application(offer));
+                    }
+                }
+            }
+            _ if offers.len() as u64 == DEMAND => {
+                let answer = encoded(&[&[3][..], &ADOPTED.to_be_bytes()].concat(), 0);
+                match point {
+                    Point::InAnswer => raw_send(&raw, &answer[..answer.len() / 2], &[]),
+                    Point::AfterAnswering => raw_send(&raw, &answer, &[]),
+                    _ => {}
+                }
+                if point != Point::BeforeReading {
+                    raise(signal).unwrap();
+                }
+                // Where it was only stopped, it goes on as any worker would: the answer first.
+                let answered = framed.send(FromWorker::Adopted { count: ADOPTED }).await.is_ok();
+                let mine = if point == Point::AfterAnswering { ADOPTED as usize } else { 0 };
+                let mine = mine + if answered { ADOPTED as usize } else { 0 };
+                serving.extend(offers.drain(..mine.min(offers.len())).map(application));
+                offers.clear();
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Logs the connection that it gets, and keeps it.
+fn application(offer: Offer) -> io::Result<std::net::TcpStream> {
+    let pid = std::process::id();
+    let (serial, stream) = serve(offer, &pid.to_string())?;
+    let mut log = OpenOptions::new().append(true).create(true).open(std::env::var_os("FDWIRE_LOG").unwrap())?;
+    log.write_all(format!("{serial} {pid}\n").as_bytes())?;
+    if std::env::var_os("FDWIRE_KEEP").is_none() {
+        stream.shutdown(Shutdown::Both)?;
+    }
+    Ok(stream)
+}

@@ -1,0 +1,319 @@
+//! A worker that dies or hangs, at each point of a hand-over: where are its connections served?
+
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+    time::Duration,
+};
+
+use fdwire::{
+    SocketKind,
+    handoff::{Dispatcher, WorkerCommand, WorkerId, WorkerState},
+};
+use futures::future::join_all;
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        socket::{MsgFlags, send},
+    },
+    unistd::Pid,
+};
+use tempfile::TempDir;
+use tokio::net::UnixStream;
+
+use crate::{
+    common::{KINDS, encoded, run},
+    raw_worker::{ADOPTED, Client, DEMAND, Point, Raw, connections, serve, served, served_by, until, worker_command},
+};
+
+/// The points, and how many connections of that worker are its own.
+const POINTS: [(Point, u32); 4] =
+    [(Point::BeforeReading, 0), (Point::BeforeAnswering, 0), (Point::InAnswer, 0), (Point::AfterAnswering, ADOPTED)];
+
+fn quick() -> Dispatcher {
+    Dispatcher::builder()
+        .ping_interval(Duration::from_millis(50))
+        .hang_timeout(Duration::from_secs(1))
+        .recall_after(Duration::from_secs(60))
+        .build()
+}
+
+fn spawn(dispatcher: &Dispatcher, kind: SocketKind, point: Point, signal: Signal, log: &Path) -> WorkerId {
+    let mut command = worker_command(point, signal, log);
+    command.env("FDWIRE_KEEP", "1");
+    dispatcher.spawn_worker(WorkerCommand::from(command).socket_kind(kind)).unwrap()
+}
+
+async fn pid(dispatcher: &Dispatcher, id: WorkerId) -> Pid {
+    let mut pid = None;
+    until("the worker is ready", || {
+        let worker = dispatcher.stats().workers.into_iter().find(|worker| worker.id == id).unwrap();
+        pid = worker.pid;
+        worker.state == WorkerState::Ready && worker.room > 0
+    })
+    .await;
+    Pid::from_raw(pid.unwrap() as i32)
+}
+
+/// The first worker is stopped by `signal` at `point` with all connections. Returns it and the second one, which comes
+/// then, and the clients.
+async fn cut(
+    dispatcher: &Dispatcher,
+    kind: SocketKind,
+    (point, adopted): (Point, u32),
+    signal: Signal,
+    log: &Path,
+) -> (Pid, Pid, Vec<Client>) {
+    let first = spawn(dispatcher, kind, point, signal, log);
+    let first_pid = pid(dispatcher, first).await;
+    let (clients, accepted): (Vec<_>, Vec<_>) = connections(DEMAND as u32).await.into_iter().unzip();
+    let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+    let gone = || dispatcher.stats().workers.is_empty();
+    until("the first worker is gone", gone).await;
+    assert_eq!(served(log), [], "{point:?}");
+
+    let second = spawn(dispatcher, kind, Point::Never, signal, log);
+    let second_pid = pid(dispatcher, second).await;
+    let outcomes = Vec::from_iter(join_all(outcomes).await.into_iter().map(Result::unwrap));
+    let expected = Vec::from_iter((0..DEMAND as u32).map(|serial| if serial < adopted { first } else { second }));
+    assert_eq!(outcomes, expected, "{kind:?} {point:?}");
+    let others = DEMAND as usize - adopted as usize;
+    until("the others are served", || served(log).len() == others).await;
+    let expected = (adopted..DEMAND as u32).map(|serial| (serial, second_pid.as_raw() as u32)).collect();
+    assert_eq!(served_by(log), expected, "{kind:?} {point:?}");
+    (first_pid, second_pid, clients)
+}
+
+fn points(kind: SocketKind) -> impl Iterator<Item = (Point, u32)> {
+    // A packet cannot be written in halves that are noticed.
+    POINTS.into_iter().filter(move |(point, _)| *point != Point::InAnswer || kind == SocketKind::Stream)
+}
+
+fn log() -> (TempDir, std::path::PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("served");
+    (directory, log)
+}
+
+#[test]
+fn what_a_killed_worker_has_not_adopted_is_served_by_another() {
+    for kind in KINDS {
+        for (point, adopted) in points(kind) {
+            run(async {
+                let (_directory, log) = log();
+                let dispatcher = quick();
+                let (.., clients) = cut(&dispatcher, kind, (point, adopted), Signal::SIGKILL, &log).await;
+                assert_eq!(dispatcher.stats().retired.ended, 1);
+                assert_eq!(dispatcher.stats().lost, 0);
+                // Those that it had adopted end with it.
+                for client in clients.into_iter().take(adopted as usize) {
+                    assert_eq!(client.answer().await, "");
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn what_a_hanging_worker_has_not_adopted_is_served_by_another() {
+    for kind in KINDS {
+        for (point, adopted) in points(kind) {
+            run(async {
+                let (_directory, log) = log();
+                let dispatcher = quick();
+                let (first, _, clients) = cut(&dispatcher, kind, (point, adopted), Signal::SIGSTOP, &log).await;
+                assert_eq!(dispatcher.stats().retired.hung, 1);
+                until("it was killed and reaped", || kill(first, None).is_err()).await;
+                for client in clients.into_iter().take(adopted as usize) {
+                    assert_eq!(client.answer().await, "");
+                }
+            });
+        }
+    }
+}
+
+/// Not killed, it holds copies all the time.
+#[test]
+fn a_stopped_worker_that_goes_on_adopts_nothing_and_disturbs_nobody() {
+    for kind in KINDS {
+        for (point, adopted) in points(kind) {
+            run(async {
+                let (_directory, log) = log();
+                let dispatcher = gentle();
+                let (first, second, mut clients) =
+                    cut(&dispatcher, kind, (point, adopted), Signal::SIGSTOP, &log).await;
+                for client in &mut clients[adopted as usize..] {
+                    assert_eq!(client.first().await, second.to_string());
+                }
+                kill(first, Signal::SIGCONT).unwrap();
+                until("it has seen the end and is gone", || kill(first, None).is_err()).await;
+
+                let own = (0..adopted).map(|serial| (serial, first.as_raw() as u32));
+                let others = (adopted..DEMAND as u32).map(|serial| (serial, second.as_raw() as u32));
+                assert_eq!(served_by(&log), own.chain(others).collect(), "{kind:?} {point:?}");
+                // The live connections live: neither end nor reset.
+                for client in &mut clients[adopted as usize..] {
+                    let nothing = client.0.try_read(&mut [0]).unwrap_err();
+                    assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock, "{kind:?} {point:?}");
+                }
+                kill(second, Signal::SIGKILL).unwrap();
+                for client in clients {
+                    client.answer().await;
+                }
+            });
+        }
+    }
+}
+
+fn gentle() -> Dispatcher {
+    Dispatcher::builder()
+        .ping_interval(Duration::from_millis(50))
+        .hang_timeout(Duration::from_secs(1))
+        .recall_after(Duration::from_secs(60))
+        .kill_hung(false)
+        .build()
+}
+
+#[test]
+fn clients_of_a_worker_that_dies_see_the_end_though_a_stopped_one_holds_copies() {
+    for kind in KINDS {
+        run(async {
+            let (_directory, log) = log();
+            let dispatcher = gentle();
+            let point = (Point::BeforeAnswering, 0);
+            let (first, second, clients) = cut(&dispatcher, kind, point, Signal::SIGSTOP, &log).await;
+            kill(second, Signal::SIGKILL).unwrap();
+            for client in clients {
+                assert_eq!(client.answer().await, second.to_string());
+            }
+            kill(first, Signal::SIGKILL).unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_worker_out_of_descriptors_loses_no_connection() {
+    for kind in KINDS {
+        run(async {
+            let (_directory, log) = log();
+            let dispatcher = quick();
+            let point = (Point::OutOfDescriptors, 0);
+            cut(&dispatcher, kind, point, Signal::SIGKILL, &log).await;
+            assert_eq!(dispatcher.stats().retired.ended, 1);
+        });
+    }
+}
+
+#[test]
+fn a_dead_worker_is_noticed_though_its_socket_stays_open() {
+    for kind in KINDS {
+        run(async {
+            let (_directory, log) = log();
+            let dispatcher = quick();
+            // A child of its own holds the socket open, as standard input, and answers nothing.
+            let mut command = tokio::process::Command::new("sh");
+            command.args(["-c", "sleep 600 <&0 & echo $! > \"$FDWIRE_LOG\"; kill -KILL $$"]).env("FDWIRE_LOG", &log);
+            dispatcher.spawn_worker(WorkerCommand::from(command).socket_kind(kind)).unwrap();
+            until("its death is noticed", || dispatcher.stats().retired.ended == 1).await;
+            let child: i32 = std::fs::read_to_string(&log).unwrap().trim().parse().unwrap();
+            kill(Pid::from_raw(child), Signal::SIGKILL).unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_worker_is_started_again_where_asked() {
+    run(async {
+        let (_directory, log) = log();
+        let dispatcher = quick();
+        let command = worker_command(Point::Never, Signal::SIGKILL, &log);
+        let id = dispatcher.spawn_worker(WorkerCommand::from(command).restart(true)).unwrap();
+        let mut pids = Vec::new();
+        for round in 0..3 {
+            let pid = pid(&dispatcher, id).await;
+            assert!(!pids.contains(&pid));
+            pids.push(pid);
+            let (client, connection) = connections(1).await.pop().unwrap();
+            assert_eq!(dispatcher.dispatch(connection).await.unwrap(), id);
+            assert_eq!(client.answer().await, pid.to_string());
+            kill(pid, Signal::SIGKILL).unwrap();
+            until("it was started again", || dispatcher.stats().workers[0].restarts == round + 1).await;
+        }
+        let last = pid(&dispatcher, id).await;
+        kill(last, Signal::SIGKILL).unwrap();
+        assert!(dispatcher.remove_worker(id, Some(Duration::from_secs(30))).await);
+        assert!(dispatcher.stats().workers.is_empty());
+    });
+}
+
+#[test]
+fn too_many_hung_workers_are_left_alone() {
+    for kind in KINDS {
+        run(async {
+            let dispatcher = Dispatcher::builder()
+                .ping_interval(Duration::from_millis(20))
+                .hang_timeout(Duration::from_millis(100))
+                .max_fences(2, Duration::from_secs(3600))
+                .build();
+            let mut workers = Vec::new();
+            for _ in 0..3 {
+                workers.push(Raw::start(&dispatcher, kind, 1).await);
+            }
+            until("two are cut off", || dispatcher.stats().retired.hung == 2).await;
+            until("one is silent", || dispatcher.stats().workers[0].state == WorkerState::Silent).await;
+            let left = dispatcher.stats().workers[0].id;
+
+            // It gets nothing as long as it is silent, and what waits once it is not.
+            let (client, connection) = connections(1).await.pop().unwrap();
+            let outcome = dispatcher.dispatch(connection);
+            let mut worker = workers.into_iter().find(|worker| worker.id == left).unwrap();
+            let offer = worker.offer().await.unwrap();
+            worker.adopt(1).await;
+            assert_eq!(outcome.await.unwrap(), left);
+            serve(offer, "late").unwrap();
+            assert_eq!(client.answer().await, "late");
+            assert_eq!(dispatcher.stats().retired.hung, 2);
+        });
+    }
+}
+
+/// The cut is one instant: an answer is either written before it and counts, or it cannot be written.
+#[test]
+fn every_answer_that_could_be_written_counts_whenever_the_cut_comes() {
+    const OFFERS: usize = 200;
+    for kind in KINDS {
+        run(async {
+            let mut in_the_middle = 0;
+            for _ in 0..30 {
+                let dispatcher = Dispatcher::builder().build();
+                let mut worker = Raw::start(&dispatcher, kind, OFFERS as u64).await;
+                let (id, mut outcomes, mut clients) = (worker.id, Vec::new(), Vec::new());
+                for _ in 0..OFFERS {
+                    let (client, connection) = UnixStream::pair().unwrap();
+                    clients.push(client);
+                    outcomes.push(dispatcher.dispatch(connection));
+                }
+                let copies = worker.offers(OFFERS).await;
+                let socket = OwnedFd::from(worker.framed.into_parts().socket);
+                let answering = std::thread::spawn(move || {
+                    let answer = encoded(&[3, 0, 0, 0, 1], 0);
+                    let written = (0..OFFERS).take_while(|_| {
+                        let begin = std::time::Instant::now();
+                        while begin.elapsed() < Duration::from_micros(20) {}
+                        send(socket.as_raw_fd(), &answer, MsgFlags::MSG_NOSIGNAL).is_ok()
+                    });
+                    written.count()
+                });
+                dispatcher.remove_worker(id, Some(Duration::from_millis(2))).await;
+                let written = answering.join().unwrap();
+                assert_eq!(dispatcher.stats().adopted, written as u64, "{kind:?}");
+                in_the_middle += usize::from((1..OFFERS).contains(&written));
+                let adopted = outcomes.drain(..written);
+                assert!(join_all(adopted).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == id)));
+                assert_eq!(dispatcher.stats().waiting, OFFERS - written);
+                drop(copies);
+            }
+            assert!(in_the_middle > 0, "no cut came between two answers");
+        });
+    }
+}

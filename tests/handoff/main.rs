@@ -1,0 +1,8 @@
+//! The hand-off of accepted connections. Tests that count descriptors run one at a time.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod http;
+mod raw_dispatcher;
+mod worker;

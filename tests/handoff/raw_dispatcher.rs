@@ -1,0 +1,142 @@
+//! A dispatcher made of the protocol's codec alone, which does as each test says.
+
+use std::{net, os::fd::OwnedFd};
+
+use fdwire::{
+    Framed, Socket, SocketKind,
+    handoff::{
+        Address, Incoming, IncomingBuilder, Transport,
+        protocol::{DispatcherCodec, FromWorker, Offer, RejectReason, ToWorker, VERSION},
+    },
+};
+use futures::{SinkExt, TryStreamExt};
+use tokio::net::{TcpListener, TcpStream};
+
+pub(crate) struct RawDispatcher {
+    pub(crate) framed: Framed<DispatcherCodec>,
+    listener: TcpListener,
+    /// What the worker has said last.
+    pub(crate) demand: u64,
+    pub(crate) finished: u64,
+}
+
+/// A dispatcher and a worker that have greeted each other.
+pub(crate) async fn pair(kind: SocketKind, worker: IncomingBuilder) -> (RawDispatcher, Incoming) {
+    let (a, b) = Socket::pair(kind).unwrap();
+    let incoming = worker.build(b);
+    (RawDispatcher::greet(a).await, incoming)
+}
+
+impl RawDispatcher {
+    pub(crate) async fn greet(socket: Socket) -> Self {
+        let mut this = Self::before_greeting(socket).await;
+        this.send(ToWorker::Welcome { version: VERSION }).await;
+        this
+    }
+
+    pub(crate) async fn before_greeting(socket: Socket) -> Self {
+        let mut framed = Framed::new(socket, DispatcherCodec::default());
+        let hello = framed.try_next().await.unwrap();
+        assert_eq!(hello, Some(FromWorker::Hello { lowest: VERSION, highest: VERSION }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self { framed, listener, demand: 0, finished: 0 }
+    }
+
+    pub(crate) async fn send(&mut self, message: ToWorker) {
+        self.framed.send(message).await.unwrap();
+    }
+
+    /// The next message that is not `Demand` or `Load`, which are noted. `None` at the end.
+    pub(crate) async fn answer(&mut self) -> Option<FromWorker> {
+        loop {
+            match self.message().await {
+                Some(FromWorker::Demand { .. } | FromWorker::Load { .. }) => {}
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn message(&mut self) -> Option<FromWorker> {
+        let message = self.framed.try_next().await.unwrap();
+        match message {
+            Some(FromWorker::Demand { total }) => self.demand = total,
+            Some(FromWorker::Load { finished }) => self.finished = finished,
+            _ => {}
+        }
+        message
+    }
+
+    async fn number(&mut self) {
+        let message = self.message().await;
+        assert!(matches!(message, Some(FromWorker::Demand { .. } | FromWorker::Load { .. })), "{message:?}");
+    }
+
+    /// What comes next is this.
+    pub(crate) async fn expect(&mut self, answer: FromWorker) {
+        assert_eq!(self.answer().await, Some(answer));
+    }
+
+    pub(crate) async fn expect_adopted(&mut self, count: u32) {
+        self.expect(FromWorker::Adopted { count }).await;
+    }
+
+    pub(crate) async fn expect_rejected(&mut self, count: u32, reason: RejectReason) {
+        self.expect(FromWorker::Rejected { count, reason }).await;
+    }
+
+    /// Reads until the worker has asked for so many offers in all.
+    pub(crate) async fn expect_demand(&mut self, total: u64) {
+        while self.demand < total {
+            self.number().await;
+        }
+        assert_eq!(self.demand, total);
+    }
+
+    /// Reads until the worker has said that so many have ended.
+    pub(crate) async fn expect_finished(&mut self, finished: u64) {
+        while self.finished < finished {
+            self.number().await;
+        }
+        assert_eq!(self.finished, finished);
+    }
+
+    /// Whatever the worker had to say to what was sent before is in `demand` and `finished`, and was nothing else.
+    pub(crate) async fn settle(&mut self) {
+        self.send(ToWorker::Ping { nonce: 77 }).await;
+        self.expect(FromWorker::Pong { nonce: 77 }).await;
+    }
+
+    /// A client, and its connection as it was accepted.
+    pub(crate) async fn accept(&mut self) -> (TcpStream, net::TcpStream) {
+        let client = TcpStream::connect(self.listener.local_addr().unwrap());
+        let (client, accepted) = tokio::join!(client, self.listener.accept());
+        (client.unwrap(), accepted.unwrap().0.into_std().unwrap())
+    }
+
+    /// Offers a connection, the first one when that has been asked for. The client, and the dispatcher's own copy.
+    pub(crate) async fn offer(&mut self) -> (TcpStream, net::TcpStream) {
+        let (client, accepted) = self.accept().await;
+        self.send_offer(offer_of(&accepted)).await;
+        (client, accepted)
+    }
+
+    pub(crate) async fn send_offer(&mut self, offer: Offer) {
+        while self.demand == 0 {
+            self.number().await;
+        }
+        self.send(ToWorker::Offer(offer)).await;
+    }
+}
+
+/// An offer of a copy.
+pub(crate) fn offer_of(connection: &net::TcpStream) -> Offer {
+    Offer {
+        cookie: rustix::net::sockopt::socket_cookie(connection).unwrap(),
+        transport: Transport::Tcp,
+        peer: Address::from(connection.peer_addr().unwrap()),
+        local: Address::from(connection.local_addr().unwrap()),
+        read: Default::default(),
+        metadata: Default::default(),
+        fd: OwnedFd::from(connection.try_clone().unwrap()),
+    }
+}

@@ -1,0 +1,643 @@
+//! The worker's side against a raw dispatcher.
+
+use std::{
+    net::Shutdown,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix,
+    },
+    sync::mpsc,
+    time::Duration,
+};
+
+use fdwire::{
+    Error, Socket, SocketKind,
+    handoff::{
+        Address, Connection, ConnectionParts, ConnectionStream, End, Incoming, Transport,
+        protocol::{FromWorker, Offer, RejectReason, ToWorker},
+    },
+};
+use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
+use nix::sys::resource::{Resource, setrlimit};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpStream, UnixStream},
+};
+
+use crate::{
+    common::{counted, role_socket, run, spawn_role},
+    raw_dispatcher::{RawDispatcher, offer_of, pair},
+};
+
+/// The application asks, and nothing waits for it.
+fn ask(incoming: &mut Incoming) {
+    assert!(incoming.next().now_or_never().is_none());
+}
+
+/// The client and this connection are of each other.
+async fn check_talk(connection: &mut Connection, client: &mut TcpStream) {
+    connection.write_all(b"hello").await.unwrap();
+    let mut heard = [0; 5];
+    client.read_exact(&mut heard).await.unwrap();
+    assert_eq!(&heard, b"hello");
+}
+
+async fn is_at_end(client: &mut TcpStream) -> bool {
+    matches!(client.read(&mut [0]).await, Ok(0) | Err(_))
+}
+
+#[test]
+fn nothing_is_asked_for_before_the_application_asks() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        dispatcher.settle().await;
+        assert_eq!(dispatcher.demand, 0);
+
+        ask(&mut incoming);
+        dispatcher.expect_demand(64).await;
+        for taken in 1..=3 {
+            let (mut client, _copy) = dispatcher.offer().await;
+            let mut connection = incoming.next().await.unwrap();
+            check_talk(&mut connection, &mut client).await;
+            dispatcher.expect_adopted(1).await;
+            dispatcher.expect_demand(64 + taken).await;
+        }
+        // Who does not ask gets nothing more: credit is not renewed by offers that wait.
+        let waiting = [dispatcher.offer().await, dispatcher.offer().await];
+        dispatcher.settle().await;
+        assert_eq!(dispatcher.demand, 67);
+        drop(waiting);
+    });
+}
+
+#[test]
+fn a_connection_comes_with_what_the_offer_says_of_it() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        let (client, copy) = dispatcher.accept().await;
+        dispatcher.send_offer(Offer { metadata: "tenant 7".into(), ..offer_of(&copy) }).await;
+        let connection = incoming.next().await.unwrap();
+        assert_eq!(connection.peer_addr().ip(), Some(client.local_addr().unwrap()));
+        assert_eq!(connection.local_addr().ip(), Some(client.peer_addr().unwrap()));
+        assert_eq!(connection.metadata(), "tenant 7");
+    });
+}
+
+#[test]
+fn what_was_read_already_comes_first() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        for taken_apart in [false, true] {
+            let (mut client, copy) = dispatcher.accept().await;
+            dispatcher.send_offer(Offer { read: "GET / HT".into(), ..offer_of(&copy) }).await;
+            client.write_all(b"TP/1.1").await.unwrap();
+
+            let mut connection = incoming.next().await.unwrap();
+            let mut begin = [0; 3];
+            connection.read_exact(&mut begin).await.unwrap();
+            assert_eq!(&begin, b"GET");
+            if taken_apart {
+                let ConnectionParts { stream, read, serving, .. } = connection.into_parts();
+                assert_eq!(read, " / HT");
+                let ConnectionStream::Tcp(mut stream) = stream else { panic!("not TCP") };
+                let mut rest = [0; 6];
+                stream.read_exact(&mut rest).await.unwrap();
+                assert_eq!(&rest, b"TP/1.1");
+
+                // It counts as being served until this is dropped, whatever became of the stream.
+                drop(stream);
+                dispatcher.expect_adopted(1).await;
+                dispatcher.settle().await;
+                assert_eq!(dispatcher.finished, 1);
+                drop(serving);
+                dispatcher.expect_finished(2).await;
+            } else {
+                let mut rest = [0; 11];
+                connection.read_exact(&mut rest).await.unwrap();
+                assert_eq!(&rest, b" / HTTP/1.1");
+                drop(connection);
+                dispatcher.expect_adopted(1).await;
+                dispatcher.expect_finished(1).await;
+            }
+        }
+    });
+}
+
+#[test]
+fn unix_connections_are_served_too() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        let (client, accepted) = unix::net::UnixStream::pair().unwrap();
+        client.set_nonblocking(true).unwrap();
+        let mut client = UnixStream::from_std(client).unwrap();
+        let offer = Offer {
+            cookie: rustix::net::sockopt::socket_cookie(&accepted).unwrap(),
+            transport: Transport::UnixStream,
+            peer: Address::Unnamed,
+            local: Address::Path("/run/front.sock".into()),
+            read: "a".into(),
+            metadata: Default::default(),
+            fd: OwnedFd::from(accepted),
+        };
+        dispatcher.send_offer(offer).await;
+        client.write_all(b"b").await.unwrap();
+        let mut connection = incoming.next().await.unwrap();
+        assert_eq!(connection.local_addr().to_string(), "/run/front.sock");
+        let mut heard = [0; 2];
+        connection.read_exact(&mut heard).await.unwrap();
+        connection.write_all(&heard).await.unwrap();
+        connection.shutdown().await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer, "ab");
+    });
+}
+
+/// Makes the worker's answers wait: it has been asked for more of them than its socket takes. Returns how many.
+async fn clog(dispatcher: &mut RawDispatcher) -> u64 {
+    let pings = 5_000;
+    for nonce in 0..pings {
+        dispatcher.framed.feed(ToWorker::Ping { nonce }).await.unwrap();
+    }
+    dispatcher.framed.flush().await.unwrap();
+    pings
+}
+
+async fn unclog(dispatcher: &mut RawDispatcher, pings: u64) {
+    for nonce in 0..pings {
+        dispatcher.expect(FromWorker::Pong { nonce }).await;
+    }
+}
+
+/// A pair whose worker's socket takes as little as there is to be had.
+async fn narrow_pair(kind: SocketKind) -> (RawDispatcher, Incoming) {
+    let (a, b) = Socket::pair(kind).unwrap();
+    b.set_send_buffer_size(1).unwrap();
+    let mut incoming = Incoming::new(b);
+    let mut dispatcher = RawDispatcher::greet(a).await;
+    ask(&mut incoming);
+    dispatcher.expect_demand(64).await;
+    (dispatcher, incoming)
+}
+
+/// Whatever can happen without the dispatcher's doing happens, and the application gets nothing.
+async fn gets_nothing(incoming: &mut Incoming) {
+    for _ in 0..200 {
+        ask(incoming);
+        tokio::task::yield_now().await;
+    }
+}
+
+#[test]
+fn a_connection_is_given_only_after_the_answer_was_sent() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = narrow_pair(kind).await;
+        let pings = clog(&mut dispatcher).await;
+        let (mut client, _copy) = dispatcher.offer().await;
+        gets_nothing(&mut incoming).await; // each time the future is dropped, and nothing is lost by that
+        unclog(&mut dispatcher, pings).await;
+        dispatcher.expect_adopted(1).await;
+        check_talk(&mut incoming.next().await.unwrap(), &mut client).await;
+    });
+}
+
+#[test]
+fn a_connection_whose_answer_is_cut_off_is_not_given() {
+    counted(async |kind| {
+        for clogged in [false, true] {
+            let (mut dispatcher, mut incoming) = narrow_pair(kind).await;
+            let pings = if clogged { clog(&mut dispatcher).await } else { 0 };
+            let (mut client, mut copy) = dispatcher.offer().await;
+            if clogged {
+                gets_nothing(&mut incoming).await;
+            }
+            dispatcher.framed.socket().shutdown(Shutdown::Read).unwrap();
+            let mut pongs = 0;
+            while let Some(message) = dispatcher.framed.next().await.and_then(Result::ok) {
+                assert!(matches!(message, FromWorker::Pong { .. }));
+                pongs += 1;
+            }
+            assert!(pongs < pings.max(1));
+            assert!(incoming.next().await.is_none());
+            assert!(matches!(incoming.handle().ended().await, End::Fenced));
+
+            // The worker's copy is gone, and the connection as it was.
+            std::io::Write::write_all(&mut copy, b"elsewhere").unwrap();
+            drop(copy);
+            let mut heard = String::new();
+            client.read_to_string(&mut heard).await.unwrap();
+            assert_eq!(heard, "elsewhere");
+        }
+    });
+}
+
+#[test]
+fn answers_come_in_the_order_of_the_offers() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        let mut first = dispatcher.offer().await;
+        for _ in 0..2 {
+            let (_, copy) = dispatcher.accept().await;
+            let not_unix = Offer { transport: Transport::UnixStream, ..offer_of(&copy) };
+            dispatcher.send_offer(not_unix).await;
+        }
+        let mut last = dispatcher.offer().await;
+        dispatcher.settle().await; // what is unusable has to wait for its turn
+
+        let mut connection = incoming.next().await.unwrap();
+        check_talk(&mut connection, &mut first.0).await;
+        dispatcher.expect_adopted(1).await;
+        dispatcher.expect_rejected(2, RejectReason::Unusable).await;
+        dispatcher.settle().await;
+        let mut connection = incoming.next().await.unwrap();
+        check_talk(&mut connection, &mut last.0).await;
+        dispatcher.expect_adopted(1).await;
+    });
+}
+
+#[test]
+fn a_batch_has_one_answer() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        let mut clients = Vec::new();
+        for _ in 0..5 {
+            clients.push(dispatcher.offer().await);
+        }
+        dispatcher.settle().await;
+        let mut batch = incoming.next_batch(3).await.unwrap();
+        assert_eq!(batch.len(), 3);
+        dispatcher.expect_adopted(3).await;
+        batch.extend(incoming.next_batch(100).await.unwrap());
+        dispatcher.expect_adopted(2).await;
+        dispatcher.expect_demand(64 + 5).await;
+        for (connection, (client, _)) in batch.iter_mut().zip(&mut clients) {
+            check_talk(connection, client).await;
+        }
+    });
+}
+
+#[test]
+fn offers_to_a_busy_application_can_be_recalled() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        let mut offers = Vec::new();
+        for _ in 0..5 {
+            offers.push(dispatcher.offer().await);
+        }
+        drop(incoming.next().await);
+        dispatcher.expect_adopted(1).await;
+        dispatcher.send(ToWorker::Recall { before: 4 }).await;
+        dispatcher.expect_rejected(3, RejectReason::Recalled).await;
+        dispatcher.settle().await;
+        assert_eq!(dispatcher.demand, 65, "who gave offers back does not ask for more");
+
+        let mut connection = incoming.next().await.unwrap();
+        check_talk(&mut connection, &mut offers[4].0).await;
+        dispatcher.expect_adopted(1).await;
+        dispatcher.expect_demand(64 + 5).await;
+
+        dispatcher.send(ToWorker::Recall { before: 5 }).await;
+        dispatcher.settle().await; // all of them are answered
+    });
+}
+
+#[test]
+fn pings_are_answered_while_the_application_blocks() {
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        let socket = OwnedFd::from(b);
+        let (release, released) = mpsc::channel();
+        let worker = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            let application = async move {
+                let mut incoming = Incoming::new(socket.try_into().unwrap());
+                drop(incoming.next().await);
+                released.recv().unwrap();
+                assert!(incoming.next().await.is_some());
+                let handle = incoming.handle();
+                drop(incoming);
+                handle.ended().await
+            };
+            runtime.block_on(async { tokio::spawn(application).await.unwrap() })
+        });
+        let mut dispatcher = RawDispatcher::greet(a).await;
+        let _first = dispatcher.offer().await;
+        dispatcher.expect_adopted(1).await;
+        let _second = dispatcher.offer().await;
+        dispatcher.settle().await;
+        dispatcher.expect_finished(1).await;
+        dispatcher.send(ToWorker::Recall { before: 2 }).await;
+        dispatcher.expect_rejected(1, RejectReason::Recalled).await;
+        release.send(()).unwrap();
+        dispatcher.expect_demand(66).await;
+        let _third = dispatcher.offer().await;
+        dispatcher.expect_adopted(1).await;
+        dispatcher.expect(FromWorker::Draining).await;
+        dispatcher.expect(FromWorker::Goodbye).await;
+        assert!(matches!(worker.join().unwrap(), End::Drained));
+    });
+}
+
+#[test]
+fn no_more_connections_at_a_time_than_allowed() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().max_connections(2)).await;
+        ask(&mut incoming);
+        dispatcher.expect_demand(2).await;
+        let _clients = [dispatcher.offer().await, dispatcher.offer().await];
+        let served = [incoming.next().await.unwrap(), incoming.next().await.unwrap()];
+        ask(&mut incoming);
+        dispatcher.expect_adopted(1).await;
+        dispatcher.expect_adopted(1).await;
+        dispatcher.settle().await;
+        assert_eq!(dispatcher.demand, 2);
+        drop(served);
+        dispatcher.expect_finished(2).await;
+        dispatcher.expect_demand(4).await;
+    });
+}
+
+#[test]
+fn a_finished_connection_ends_for_the_client_though_the_dispatcher_has_a_copy() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        let (mut client, _copy) = dispatcher.offer().await;
+        let mut connection = incoming.next().await.unwrap();
+        check_talk(&mut connection, &mut client).await;
+        drop(connection);
+        assert!(is_at_end(&mut client).await);
+    });
+}
+
+#[test]
+fn an_adopted_connection_is_closed_without_lingering() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        let (_client, copy) = dispatcher.accept().await;
+        let linger = || rustix::net::sockopt::socket_linger(&copy).unwrap();
+        rustix::net::sockopt::set_socket_linger(&copy, Some(Duration::from_secs(30))).unwrap();
+        dispatcher.send_offer(offer_of(&copy)).await;
+        let connection = incoming.next().await.unwrap();
+        assert!(linger().is_some());
+        drop(connection);
+        assert!(linger().is_none());
+    });
+}
+
+#[test]
+fn a_dispatcher_can_drain_a_worker() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        let handle = incoming.handle();
+        let (requested, ended) = (handle.drain_requested(), handle.ended());
+        ask(&mut incoming);
+        let (mut client, _copy) = dispatcher.offer().await;
+        let mut connection = incoming.next().await.unwrap();
+        let waiting = [dispatcher.offer().await, dispatcher.offer().await];
+        dispatcher.expect_adopted(1).await;
+        assert!(handle.drain_deadline().is_none());
+
+        dispatcher.send(ToWorker::Drain { within: Some(Duration::from_secs(9)) }).await;
+        dispatcher.expect(FromWorker::Draining).await;
+        dispatcher.expect_rejected(2, RejectReason::Draining).await;
+        requested.await;
+        assert!(handle.drain_deadline().is_some());
+        assert!(incoming.next().await.is_none() && incoming.next_batch(5).await.is_none());
+
+        // What was on its way is rejected, and what was adopted goes on.
+        let late = dispatcher.offer().await;
+        dispatcher.expect_rejected(1, RejectReason::Draining).await;
+        check_talk(&mut connection, &mut client).await;
+        dispatcher.settle().await;
+        drop(connection);
+        dispatcher.expect(FromWorker::Goodbye).await;
+        assert_eq!(dispatcher.finished, 1);
+        assert!(dispatcher.answer().await.is_none());
+        assert!(matches!(ended.await, End::Drained));
+        drop((waiting, late));
+    });
+}
+
+#[test]
+fn an_application_can_drain() {
+    counted(async |kind| {
+        for by_drop in [false, true] {
+            let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+            let handle = incoming.handle();
+            ask(&mut incoming);
+            let _first = dispatcher.offer().await;
+            let connection = incoming.next().await.unwrap();
+            let _waiting = dispatcher.offer().await;
+            dispatcher.settle_adopted().await;
+            if by_drop {
+                drop(incoming);
+            } else {
+                handle.drain();
+                assert!(incoming.next().await.is_none());
+            }
+            dispatcher.expect(FromWorker::Draining).await;
+            dispatcher.expect_rejected(1, RejectReason::Draining).await;
+            dispatcher.settle().await;
+            handle.drain_requested().await;
+            drop(connection);
+            dispatcher.expect(FromWorker::Goodbye).await;
+            assert!(matches!(handle.ended().await, End::Drained));
+        }
+    });
+}
+
+impl RawDispatcher {
+    /// The worker has read everything, and adopted one connection.
+    async fn settle_adopted(&mut self) {
+        self.expect_adopted(1).await;
+        self.settle().await;
+    }
+}
+
+#[test]
+fn an_application_that_leaves_while_its_answer_waits_ends_the_connection() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = narrow_pair(kind).await;
+        let pings = clog(&mut dispatcher).await;
+        let (mut client, _copy) = dispatcher.offer().await;
+        gets_nothing(&mut incoming).await;
+        drop(incoming);
+        unclog(&mut dispatcher, pings).await;
+        dispatcher.expect_adopted(1).await;
+        assert!(is_at_end(&mut client).await);
+        dispatcher.expect(FromWorker::Draining).await;
+        dispatcher.expect(FromWorker::Goodbye).await;
+        assert_eq!(dispatcher.finished, 1);
+    });
+}
+
+#[test]
+fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        let (mut served, _) = dispatcher.offer().await;
+        let mut connection = incoming.next().await.unwrap();
+        let (mut waiting, _) = dispatcher.offer().await;
+        drop(dispatcher);
+        assert!(matches!(incoming.handle().ended().await, End::DispatcherGone));
+        assert!(incoming.next().await.is_none());
+        assert!(is_at_end(&mut waiting).await);
+        check_talk(&mut connection, &mut served).await;
+    });
+}
+
+#[test]
+fn what_a_dead_dispatcher_offered_is_served_where_that_is_asked_for() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().serve_unanswered(true)).await;
+        ask(&mut incoming);
+        let mut clients = Vec::new();
+        for _ in 0..3 {
+            clients.push(dispatcher.offer().await.0);
+        }
+        drop(dispatcher);
+        for mut client in clients {
+            check_talk(&mut incoming.next().await.unwrap(), &mut client).await;
+        }
+        assert!(incoming.next().await.is_none());
+    });
+}
+
+#[test]
+fn what_a_dispatcher_took_back_is_not_served_even_so() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().serve_unanswered(true)).await;
+        ask(&mut incoming);
+        let (mut client, _copy) = dispatcher.offer().await;
+        dispatcher.framed.socket().shutdown(Shutdown::Read).unwrap();
+        assert!(incoming.next().await.is_none());
+        assert!(matches!(incoming.handle().ended().await, End::Fenced));
+        assert!(client.read(&mut [0]).now_or_never().is_none());
+    });
+}
+
+/// The worker has ended the connection for this reason.
+async fn check_failed(incoming: &mut Incoming, dispatcher: &mut RawDispatcher, reason: &str) {
+    assert!(incoming.next().await.is_none());
+    match incoming.handle().ended().await {
+        End::Failed(error) => assert!(error.to_string().contains(reason), "{error}"),
+        end => panic!("{end:?}"),
+    }
+    while let Ok(Some(_)) = dispatcher.framed.try_next().await {}
+}
+
+#[test]
+fn a_descriptor_that_is_not_the_offered_one_ends_it() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        let [(mut client, one), (_, other)] = [dispatcher.accept().await, dispatcher.accept().await];
+        let offer = Offer { fd: other.into(), ..offer_of(&one) };
+        dispatcher.send_offer(offer).await;
+        check_failed(&mut incoming, &mut dispatcher, "not the one that it describes").await;
+        assert!(client.read(&mut [0]).now_or_never().is_none(), "the connection as such is left alone");
+    });
+}
+
+#[test]
+fn a_dispatcher_that_breaks_the_protocol_is_left() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().window(1)).await;
+        ask(&mut incoming);
+        let _offers = [dispatcher.offer().await, dispatcher.offer().await];
+        let handle = incoming.handle();
+        assert!(matches!(handle.ended().await, End::Failed(_)));
+        check_failed(&mut incoming, &mut dispatcher, "more offers than were asked for").await;
+
+        for (first, reason) in [
+            (ToWorker::Welcome { version: 2 }, "another version"),
+            (ToWorker::Ping { nonce: 0 }, "does not begin with WELCOME"),
+        ] {
+            let (a, b) = Socket::pair(kind).unwrap();
+            let mut incoming = Incoming::new(b);
+            let mut dispatcher = RawDispatcher::before_greeting(a).await;
+            dispatcher.send(first).await;
+            check_failed(&mut incoming, &mut dispatcher, reason).await;
+        }
+    });
+}
+
+#[test]
+fn a_dispatcher_that_does_not_read_is_left() {
+    counted(async |kind| {
+        let (mut dispatcher, incoming) = narrow_pair(kind).await;
+        let flood = async { while dispatcher.framed.send(ToWorker::Ping { nonce: 0 }).await.is_ok() {} };
+        let ((), end) = tokio::join!(flood, incoming.handle().ended());
+        assert!(matches!(&end, End::Failed(error) if matches!(**error, Error::Invalid(_))), "{end:?}");
+    });
+}
+
+#[test]
+fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
+    const ROLE: &str = "worker::a_worker_asks_for_no_more_than_its_descriptors_allow";
+    if let Some(socket) = role_socket(ROLE) {
+        setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
+        return run(async {
+            let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
+            let ended = incoming.handle().ended();
+            while let Some(mut connection) = incoming.next().await {
+                tokio::spawn(async move { connection.read(&mut [0]).await });
+            }
+            assert!(matches!(ended.await, End::Drained));
+        });
+    }
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        let mut child = spawn_role(ROLE, None, b.into());
+        let mut dispatcher = RawDispatcher::greet(a).await;
+        let mut clients = Vec::new();
+        loop {
+            // No more demand than this comes: the last pong has been sent after all answers.
+            for _ in clients.len() as u64..dispatcher.demand {
+                clients.push(dispatcher.offer().await.0);
+                dispatcher.expect_adopted(1).await;
+            }
+            dispatcher.settle().await;
+            if dispatcher.demand > 0 && dispatcher.demand == clients.len() as u64 {
+                break;
+            }
+        }
+        let served = clients.len();
+        assert!((30..60).contains(&served), "{served} connections with 64 descriptors");
+        clients.clear();
+        dispatcher.expect_finished(served as u64).await;
+        let (mut client, copy) = loop {
+            if dispatcher.demand > served as u64 {
+                break dispatcher.offer().await;
+            }
+            dispatcher.settle().await;
+        };
+        drop(copy);
+        dispatcher.expect_adopted(1).await;
+        dispatcher.send(ToWorker::Drain { within: None }).await;
+        dispatcher.expect(FromWorker::Draining).await;
+        client.shutdown().await.unwrap();
+        dispatcher.expect(FromWorker::Goodbye).await;
+        assert!(child.wait().unwrap().success());
+    });
+}
+
+#[test]
+fn options_of_a_connection_can_be_set() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        ask(&mut incoming);
+        let (_client, _copy) = dispatcher.offer().await;
+        let connection = incoming.next().await.unwrap();
+        rustix::net::sockopt::set_tcp_nodelay(connection.as_fd(), true).unwrap();
+    });
+}
