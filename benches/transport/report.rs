@@ -66,6 +66,8 @@ processes. Compare within a row; between rows and machines only ratios mean some
 - On STREAM, a receiver that takes bytes takes all that is there: several messages, where they have no descriptors.
 - From 64 KiB on each message is received whole into memory of its own. Contenders that are given memory to receive into get the
   same again for the next message, as from a pool. The shared memory of ipc-channel is mapped, and not read.
+- On SEQPACKET, 16 MiB take several packets: of 1 MiB, a quarter of the send buffer, with fdwire and with bare calls, so that one
+  is received while the next is sent; by tokio-seqpacket the largest that the socket takes.
 - Tasks that share a socket send one message and let the others run. *mutex*: each locks, sends and flushes; *channel*:
   a task feeds what waits in a `tokio::sync::mpsc` and flushes; *shared*: all call `send` on one socket.
 - A hand-off: a third process connects by TCP, one process accepts, passes the connection, and the worker

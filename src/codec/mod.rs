@@ -28,7 +28,7 @@ pub(crate) use inbound::{Inbound, Step};
 pub use map::Map;
 pub use packet_codec::PacketCodec;
 pub use payload::{Payload, PayloadError};
-pub(crate) use plan::{Carrier, Plan};
+pub(crate) use plan::{Carrier, Plan, largest_packet};
 pub use send_buf::SendBuf;
 
 use crate::{Error, Limits, SendError};

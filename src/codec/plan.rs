@@ -27,12 +27,20 @@ pub(crate) enum Carrier {
     },
 }
 
+/// Most bytes of a packet that a socket with a send buffer of this size takes (`SO_SNDBUF`): 32 less, and never more than
+/// 4,263,616.
+pub(crate) fn largest_packet(send_buffer_bytes: usize) -> usize {
+    send_buffer_bytes.saturating_sub(32).clamp(Carrier::SMALLEST, 4_263_616)
+}
+
 impl Carrier {
-    /// Packets on a socket with a send buffer of this size (`SO_SNDBUF`). The kernel takes packets of that less 32 bytes,
-    /// and none above 4,263,616.
+    /// Packets on a socket with a send buffer of this size (`SO_SNDBUF`): a quarter of it, or `small`. Above a quarter the
+    /// kernel does not say that there is room; so while the receiver copies such packets, a sender copies the next ones,
+    /// where larger packets have each wait for the other.
     pub(crate) fn packets(send_buffer_bytes: usize) -> Self {
-        let large = send_buffer_bytes.saturating_sub(32).clamp(Self::SMALLEST, 4_263_616);
-        Self::Packets { small: large.min(SMALL_PACKET), large }
+        let most = largest_packet(send_buffer_bytes);
+        let small = SMALL_PACKET.min(most);
+        Self::Packets { small, large: (send_buffer_bytes / 4).clamp(small, most) }
     }
 
     /// The same with packets of half of `bytes` at most, after the kernel had no memory for one of `bytes`: it has to be in
@@ -53,14 +61,6 @@ impl Carrier {
         match self {
             Self::Stream => self,
             Self::Packets { small, large } => Self::Packets { small: small.min(bytes), large: large.min(bytes) },
-        }
-    }
-
-    /// Most bytes of any packet; `None` on a stream.
-    pub(crate) fn max_packet_bytes(self) -> Option<usize> {
-        match self {
-            Self::Stream => None,
-            Self::Packets { large, .. } => Some(large),
         }
     }
 

@@ -61,7 +61,7 @@ fn codecs_choose_how_messages_share_calls() {
 #[test]
 fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
     let mut buf = SendBuf::new();
-    buf.set_max_packet_bytes(PACKETS.max_packet_bytes());
+    buf.set_max_packet_bytes(Some(196_608));
     buf.put_slice(&[0; 196_609]);
     assert!(matches!(buf.commit(Grouping::Alone), Err(Error::FrameTooLong { bytes: 196_609, limit: 196_608 })));
     buf.roll_back();
@@ -92,8 +92,8 @@ fn the_rest_of_a_large_frame_goes_in_large_packets() {
 
 #[test]
 fn packets_get_smaller_without_memory_and_larger_again_with_it() {
-    let full = Carrier::packets(212_992);
-    assert_eq!(full, Carrier::Packets { small: SMALL_PACKET, large: 212_960 });
+    let full = Carrier::packets(1 << 20);
+    assert_eq!(full, Carrier::Packets { small: SMALL_PACKET, large: 262_144 });
     let scarce = full.smaller_than(20_000).smaller_than(10_000);
     assert_eq!(scarce, Carrier::Packets { small: 5000, large: 5000 });
     assert_eq!(scarce.larger(full), Carrier::Packets { small: 10_000, large: 10_000 });

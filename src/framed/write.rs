@@ -13,7 +13,7 @@ use futures::Sink;
 use super::{Driver, Sender, shared::Shared};
 use crate::{
     Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket, SocketKind,
-    codec::Carrier,
+    codec::{Carrier, largest_packet},
     limits::Limits,
     socket::{SendWait, TooLarge, close_sent, close_unwanted},
 };
@@ -40,8 +40,8 @@ pub struct WriteHalf<E> {
 
 impl<E> WriteHalf<E> {
     pub(super) fn new(socket: Arc<Socket>, encoder: E, mut unsent: SendBuf, state: Sending) -> Self {
-        let largest = largest_carrier(&socket);
-        unsent.set_max_packet_bytes(largest.max_packet_bytes());
+        let (largest, max_packet_bytes) = largest_call(&socket);
+        unsent.set_max_packet_bytes(max_packet_bytes);
         // What a user has put there is a message.
         let state = match unsent.commit(Grouping::Free) {
             Ok(()) => state,
@@ -273,10 +273,14 @@ fn repeat(error: &io::Error) -> io::Error {
     }
 }
 
-fn largest_carrier(socket: &Socket) -> Carrier {
+/// What a call carries at most, and the most bytes of a packet.
+fn largest_call(socket: &Socket) -> (Carrier, Option<usize>) {
     match socket.kind() {
-        SocketKind::Stream => Carrier::Stream,
-        SocketKind::SeqPacket => Carrier::packets(socket.send_buffer_size().unwrap_or(0)),
+        SocketKind::Stream => (Carrier::Stream, None),
+        SocketKind::SeqPacket => {
+            let send_buffer_bytes = socket.send_buffer_size().unwrap_or(0);
+            (Carrier::packets(send_buffer_bytes), Some(largest_packet(send_buffer_bytes)))
+        }
     }
 }
 
@@ -345,10 +349,11 @@ impl Outbound {
             }
             Err(error) => match TooLarge::from_error(&error) {
                 // The buffer has been made smaller, or else it is final.
-                Some(TooLarge::ForBuffer) if largest_carrier(socket) != *largest => {
-                    *largest = largest_carrier(socket);
+                Some(TooLarge::ForBuffer) if largest_call(socket).1 != buf.max_packet_bytes() => {
+                    let max_packet_bytes;
+                    (*largest, max_packet_bytes) = largest_call(socket);
                     *carrier = *largest;
-                    buf.set_max_packet_bytes(largest.max_packet_bytes());
+                    buf.set_max_packet_bytes(max_packet_bytes);
                 }
                 Some(TooLarge::ForMemory) => match carrier.smaller_than(plan.bytes) {
                     smaller if buf.plan(smaller) != plan => *carrier = smaller,

@@ -209,6 +209,9 @@ impl Socket {
     /// Asks for a send buffer of `bytes` bytes. The kernel doubles the number for its own bookkeeping, and caps it at
     /// `/proc/sys/net/core/wmem_max`. To be set before the socket goes into a [`Framed`](crate::Framed).
     ///
+    /// For frames of 1 MiB and more on SEQPACKET a buffer of 4 MiB instead of the usual 208 KiB makes four times the
+    /// throughput: the packets of a long frame are a quarter of the buffer.
+    ///
     /// # Errors
     /// Those of setsockopt(2).
     pub fn set_send_buffer_size(&self, bytes: usize) -> Result<()> {

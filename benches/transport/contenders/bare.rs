@@ -14,7 +14,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     Link, Received, Setup,
-    batch::{Batch, Room, max_packet},
+    batch::{Batch, Room, same_packet},
 };
 
 /// `sendmsg` and `recvmsg`, as one would write it by hand for tokio: all messages between two flushes go in one call with
@@ -54,7 +54,7 @@ pub(crate) async fn send(
 impl Link for Bare {
     fn new(socket: OwnedFd, setup: Setup) -> Self {
         Self {
-            max_packet: max_packet(&socket, setup),
+            max_packet: same_packet(&socket, setup),
             io: register(socket),
             waiting: Batch::default(),
             room: Room::new(setup.load),

@@ -83,13 +83,19 @@ impl Batch {
     }
 }
 
-/// Most bytes of a packet that the socket takes, in whole pages, as fdwire cuts long messages.
-pub(super) fn max_packet(socket: &OwnedFd, setup: Setup) -> usize {
+/// Most bytes of a packet that the socket takes, in whole pages.
+pub(super) fn largest_packet(socket: &OwnedFd) -> usize {
+    let bytes = getsockopt(socket, sockopt::SndBuf).expect("SO_SNDBUF can be read") - 32;
+    bytes.min(4_263_616) / PAGE * PAGE
+}
+
+/// Most bytes of a packet of a long message, as fdwire cuts it.
+pub(super) fn same_packet(socket: &OwnedFd, setup: Setup) -> usize {
     match setup.kind {
         SocketKind::Stream => usize::MAX,
         SocketKind::SeqPacket => {
-            let bytes = getsockopt(socket, sockopt::SndBuf).expect("SO_SNDBUF can be read") - 32;
-            bytes.min(4_263_616) / PAGE * PAGE
+            let quarter = getsockopt(socket, sockopt::SndBuf).expect("SO_SNDBUF can be read") / 4;
+            quarter.max(64 << 10) / PAGE * PAGE
         }
     }
 }

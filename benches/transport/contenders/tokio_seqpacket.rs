@@ -11,7 +11,7 @@ use tokio_seqpacket::{
 
 use super::{
     Link, Received, Setup,
-    batch::{Batch, Room, max_packet},
+    batch::{Batch, Room, largest_packet},
 };
 
 /// tokio-seqpacket. It sends packets: a message each, or by hand many messages in one, which the receiver takes apart. A
@@ -34,7 +34,7 @@ const CONTROL_BYTES: usize = 1032;
 impl Link for TokioSeqpacket {
     fn new(socket: OwnedFd, setup: Setup) -> Self {
         Self {
-            max_packet: max_packet(&socket, setup),
+            max_packet: largest_packet(&socket),
             socket: socket.try_into().expect("a SEQPACKET socket"),
             waiting: Batch::default(),
             room: Room::new(setup.load),
