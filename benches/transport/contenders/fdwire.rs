@@ -37,6 +37,8 @@ impl Link for Fdwire {
         let frame = self.framed.next().await.expect("the peer is there").expect("receiving");
         assert_eq!(frame.payload.len(), self.message_bytes);
         received.bytes += frame.payload.len();
-        received.fds.extend(frame.fds);
+        if !frame.fds.is_empty() {
+            received.fds.extend(frame.fds);
+        }
     }
 }
