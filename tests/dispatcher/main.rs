@@ -10,6 +10,7 @@ mod faults;
 mod hand_over;
 mod raw_worker;
 mod retire;
+mod stubborn;
 
 use fdwire::SocketKind;
 

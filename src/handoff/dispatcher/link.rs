@@ -369,10 +369,9 @@ impl Link {
         let now = Instant::now();
         let config = self.shared.config;
         // This process itself was stopped for a while, or its machine was.
-        if now > self.timer.deadline() + config.ping_interval
-            && let Some(since) = &mut self.ping.unanswered
-        {
-            *since = now;
+        if now > self.timer.deadline() + config.ping_interval {
+            self.ping.unanswered = self.ping.unanswered.map(|_| now);
+            self.recall.at = now;
         }
         match self.ping.unanswered {
             None if self.greeted && now >= self.ping.due => {
@@ -402,7 +401,7 @@ impl Link {
                     debug!(worker = %self.id, before = self.recall.before, "offers are recalled");
                     self.say(ToWorker::Recall { before: self.recall.before })?;
                 }
-            } else if now >= self.recall.at + config.hang_timeout && self.ping.unanswered.is_none() {
+            } else if now >= self.recall.at + config.hang_timeout && !self.ping.late {
                 return Err(misbehaved("it did not answer a recall"));
             }
         }
@@ -425,7 +424,7 @@ impl Link {
         };
         let recall = self.ledger.oldest().and_then(|(number, job)| match number >= self.recall.before {
             true => Some(job.offered_at? + config.recall_after),
-            false => Some(self.recall.at + config.hang_timeout).filter(|_| self.ping.unanswered.is_none()),
+            false => Some(self.recall.at + config.hang_timeout).filter(|_| !self.ping.late),
         });
         let times = [ping, recall, self.retry_at, self.drain.flatten()];
         times.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + LATER)
