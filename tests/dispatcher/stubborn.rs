@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use fdwire::handoff::{Dispatcher, protocol::FromWorker};
-use futures::{SinkExt, future::join_all};
+use futures::{FutureExt, SinkExt, future::join_all};
 use tokio::time::sleep;
 
 use crate::{
@@ -34,5 +34,59 @@ fn a_worker_that_talks_and_never_answers_is_cut_off() {
         good.offers(2).await;
         good.adopt(2).await;
         assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == good.id)));
+    });
+}
+
+#[test]
+fn times_may_be_without_end() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder()
+            .ping_interval(Duration::MAX)
+            .hang_timeout(Duration::MAX)
+            .recall_after(Duration::MAX)
+            .max_fences(1, Duration::MAX)
+            .build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        let _offer = worker.offer().await.unwrap();
+        worker.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), worker.id);
+
+        let mut other = Raw::start(&dispatcher, kind, 1).await;
+        let leave = async |worker: &mut Raw| {
+            while !worker.told_to_drain {
+                worker.step().await.unwrap();
+            }
+            worker.say(FromWorker::Goodbye).await;
+            worker.ended().await;
+        };
+        let (removed, ()) = tokio::join!(dispatcher.remove_worker(other.id, Some(Duration::MAX)), leave(&mut other));
+        assert!(removed);
+        tokio::join!(dispatcher.drain(Some(Duration::MAX)), leave(&mut worker));
+        assert_eq!(dispatcher.stats().retired.drained, 2);
+    });
+}
+
+#[test]
+fn the_limit_of_the_last_drain_counts() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        let _offer = worker.offer().await.unwrap();
+        assert!(dispatcher.drain(None).now_or_never().is_none());
+        let work = async {
+            while !worker.told_to_drain {
+                worker.step().await.unwrap();
+            }
+            // Now nothing is unanswered any more: what the first drain has waited for.
+            worker.adopt(1).await;
+            outcome.await.unwrap();
+            worker.ended().await;
+        };
+        tokio::join!(dispatcher.drain(Some(Duration::from_millis(400))), work);
+        assert_eq!(dispatcher.stats().retired.overdue, 1);
     });
 }

@@ -37,6 +37,8 @@ pub(super) struct Pool {
     pub(super) closed: bool,
     /// Nothing is taken any more at all.
     over: bool,
+    /// The limit of the drain that was asked for last.
+    pub(super) until: Option<Instant>,
     /// Processes of retired workers that have not ended.
     pub(super) leftover: usize,
     pub(super) copies: Copies,
@@ -132,6 +134,7 @@ impl Pool {
             reserved: 0,
             closed: false,
             over: false,
+            until: None,
             leftover: 0,
             copies: Copies::default(),
             fences: VecDeque::new(),
@@ -148,7 +151,7 @@ impl Pool {
         self.last_worker += 1;
         let id = WorkerId(self.last_worker);
         // Those added while the dispatcher drains have nothing to do.
-        let removed = self.closed.then_some(None);
+        let removed = self.closed.then_some(self.until);
         self.workers.insert(id, Worker { removed, ..Worker::default() });
         id
     }
@@ -334,9 +337,10 @@ impl Pool {
         self.distribute();
     }
 
-    /// Nobody gets a permit any more.
-    pub(super) fn close(&mut self) {
+    /// Nobody gets a permit any more. Workers have until then.
+    pub(super) fn close(&mut self, until: Option<Instant>) {
         self.closed = true;
+        self.until = until;
         self.waiting.retain(|waiter| matches!(waiter, Waiter::Connection(_)));
     }
 
