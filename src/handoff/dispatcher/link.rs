@@ -160,15 +160,17 @@ impl Link {
         if cut_off && shared.config.kill_hung {
             process.kill();
         }
-        {
+        let may_hold_copies = !ended && ledger.unanswered() > 0;
+        let end_matters = {
             let mut pool = shared.lock();
-            pool.retired(id, &cause, ledger.retire(), unsent, !ended);
+            pool.retired(id, &cause, ledger.retire(), unsent, may_hold_copies);
             if ended {
                 pool.copies.process_ended(number);
             }
-        }
+            may_hold_copies || pool.copies.are_kept_for(number)
+        };
         if !ended {
-            process.watch(&shared, number);
+            process.watch(&shared, number, end_matters);
         }
         shared.changed();
         Ended { has_adopted }
