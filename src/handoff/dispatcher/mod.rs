@@ -339,8 +339,9 @@ impl Permit {
     /// # Cancel safety
     /// As there.
     pub fn dispatch(mut self, connection: impl Into<Accepted>) -> Dispatching {
+        let connection = connection.into();
         self.granted = false;
-        dispatch(&self.shared, connection.into(), true)
+        dispatch(&self.shared, connection, true)
     }
 
     /// The same for a connection for which nobody waits.
@@ -367,5 +368,27 @@ impl Drop for Permit {
         if self.granted {
             self.shared.lock().give_up_place();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn places_that_nobody_waits_for_any_more_do_not_pile_up() {
+        let dispatcher = Dispatcher::builder().build();
+        let first = dispatcher.reserve();
+        let mut first = pin!(first);
+        assert!(first.as_mut().now_or_never().is_none());
+        for _ in 0..1000 {
+            assert!(dispatcher.reserve().now_or_never().is_none());
+        }
+        assert!(dispatcher.shared.lock().waiting_in_all() <= 2);
+        assert!(first.now_or_never().is_none());
     }
 }

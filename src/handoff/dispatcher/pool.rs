@@ -99,6 +99,12 @@ enum Waiter {
     Place(oneshot::Sender<Permit>, Permit),
 }
 
+impl Waiter {
+    fn is_given_up(&self) -> bool {
+        matches!(self, Self::Place(waiter, _) if waiter.is_closed())
+    }
+}
+
 /// What a worker has said, to be entered at once.
 #[derive(Debug, Default)]
 pub(super) struct Heard {
@@ -293,6 +299,10 @@ impl Pool {
 
     /// Has `place` wait for one.
     pub(super) fn wait_for_place(&mut self, waiter: oneshot::Sender<Permit>, permit: Permit) {
+        // Who asks again and again, and gives up each time, leaves one place in the queue and not many.
+        while self.waiting.back().is_some_and(Waiter::is_given_up) {
+            self.waiting.pop_back();
+        }
         self.waiting.push_back(Waiter::Place(waiter, permit));
     }
 
@@ -358,6 +368,11 @@ impl Pool {
         self.waiting.iter().filter(|waiter| matches!(waiter, Waiter::Connection(_))).count()
     }
 
+    #[cfg(test)]
+    pub(super) fn waiting_in_all(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// Neither waiting nor unanswered: every connection has been adopted or given back.
     pub(super) fn is_settled(&self) -> bool {
         self.waiting_connections() == 0
@@ -414,7 +429,7 @@ impl Pool {
                         None => return self.waiting.push_front(Waiter::Connection(job)),
                     }
                 }
-                Waiter::Place(waiter, _) if waiter.is_closed() => {}
+                given_up if given_up.is_given_up() => {}
                 Waiter::Place(waiter, permit) => {
                     if self.free() == 0 {
                         return self.waiting.push_front(Waiter::Place(waiter, permit));
