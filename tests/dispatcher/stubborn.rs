@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use fdwire::handoff::{Dispatcher, protocol::FromWorker};
+use fdwire::{
+    SocketKind,
+    handoff::{Accepted, Dispatcher, protocol::FromWorker},
+};
 use futures::{FutureExt, SinkExt, future::join_all};
 use tokio::time::sleep;
 
@@ -88,5 +91,43 @@ fn the_limit_of_the_last_drain_counts() {
         };
         tokio::join!(dispatcher.drain(Some(Duration::from_millis(400))), work);
         assert_eq!(dispatcher.stats().retired.overdue, 1);
+    });
+}
+
+/// What is not even sent is not held against a connection.
+#[test]
+fn only_offers_that_were_sent_count() {
+    both(async |kind| {
+        const CONNECTIONS: u32 = 60;
+        let dispatcher = Dispatcher::builder()
+            .ping_interval(Duration::from_millis(20))
+            .hang_timeout(Duration::from_millis(100))
+            .max_offers(1)
+            .build();
+        let mut silent = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
+        let outcomes = connections(CONNECTIONS).await.into_iter().map(|(client, accepted)| {
+            let outcome = dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 10 << 10]));
+            async { (client, outcome.await).1 }
+        });
+        let outcomes = Vec::from_iter(outcomes);
+        until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
+        let mut sent = 0;
+        while silent.offer().await.is_some() {
+            sent += 1;
+        }
+        let mut good = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
+        let work = async {
+            while let Some(_offer) = good.offer().await {
+                good.adopt(1).await;
+            }
+        };
+        let outcomes = tokio::select! {
+            outcomes = join_all(outcomes) => outcomes,
+            () = work => unreachable!(),
+        };
+        let given_back = outcomes.iter().filter(|outcome| outcome.is_err()).count();
+        // The last one may have been sent in part. On a stream, the descriptors of those behind it may have gone ahead.
+        assert!(given_back >= sent, "{sent} were sent, {given_back} given back");
+        assert!(given_back <= sent + 1 || kind == SocketKind::Stream, "{sent} were sent, {given_back} given back");
     });
 }

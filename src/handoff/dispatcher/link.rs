@@ -147,7 +147,13 @@ impl Link {
             && self.hear(message).is_ok()
         {}
         self.enter();
-        let Self { shared, id, number, mut process, ledger, unsent, .. } = self;
+        let Self { shared, id, number, mut process, mut ledger, mut unsent, write, .. } = self;
+        // Each offer has one descriptor: the last ones, of which none has left, the worker has never had.
+        for mut job in ledger.take_back(write.unsent().1) {
+            job.offers -= 1;
+            unsent.push_front(job);
+        }
+        drop(write);
         let pid = process.pid();
         match cause {
             Cause::Drained => info!(worker = %id, pid, "worker has drained"),
