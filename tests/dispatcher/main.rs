@@ -11,6 +11,7 @@ mod hand_over;
 mod raw_worker;
 mod retire;
 mod stubborn;
+mod workers;
 
 use fdwire::SocketKind;
 
