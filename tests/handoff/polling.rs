@@ -6,10 +6,16 @@ use std::{
     time::Duration,
 };
 
-use fdwire::handoff::{Connection, Incoming};
-use futures::{FutureExt, StreamExt};
+use fdwire::handoff::{
+    Connection, Incoming, Transport,
+    protocol::{Offer, RejectReason, ToWorker},
+};
+use futures::{FutureExt, SinkExt, StreamExt};
 
-use crate::{common::counted, raw_dispatcher::pair};
+use crate::{
+    common::counted,
+    raw_dispatcher::{offer_of, pair},
+};
 
 #[test]
 fn connections_can_be_taken_outside_of_the_runtime() {
@@ -58,5 +64,34 @@ fn a_task_may_end_with_its_waker_and_its_connections_with_it() {
         let _incoming = is_done.recv_timeout(Duration::from_secs(10)).expect("it waits for itself");
         dispatcher.expect_adopted(1).await;
         dispatcher.expect_finished(1).await;
+    });
+}
+
+/// The worker was stopped meanwhile, or it has no descriptors to spare: its application still waits, and is not asked.
+#[test]
+fn offers_that_go_back_while_the_application_waits_are_asked_for_again() {
+    counted(async |kind| {
+        for recalled in [false, true] {
+            let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().window(3)).await;
+            let taking = tokio::spawn(async move {
+                let connection = incoming.next().await;
+                (incoming, connection)
+            });
+            dispatcher.expect_demand(3).await;
+            let mut clients = Vec::new();
+            for _ in 0..3 {
+                let (client, copy) = dispatcher.accept().await;
+                let transport = if recalled { Transport::Tcp } else { Transport::UnixStream };
+                dispatcher.framed.feed(ToWorker::Offer(Offer { transport, ..offer_of(&copy) })).await.unwrap();
+                clients.push((client, copy));
+            }
+            dispatcher.send(ToWorker::Recall { before: 3 }).await; // together with the offers
+            let reason = if recalled { RejectReason::Recalled } else { RejectReason::Unusable };
+            dispatcher.expect_rejected(3, reason).await;
+            dispatcher.expect_demand(6).await;
+            let (mut client, _copy) = dispatcher.offer().await;
+            let (_incoming, connection) = taking.await.unwrap();
+            crate::worker::check_talk(&mut connection.unwrap(), &mut client).await;
+        }
     });
 }

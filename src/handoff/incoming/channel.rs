@@ -356,7 +356,7 @@ impl State {
     fn is_worth_asking(&self) -> bool {
         match self.adopting.front() {
             Some((mark, _)) => *mark <= self.sent,
-            None => self.book.has_waiting() || self.is_over(),
+            None => self.book.has_waiting() || self.book.may_replace() || self.is_over(),
         }
     }
 }
