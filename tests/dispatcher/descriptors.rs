@@ -1,13 +1,25 @@
 //! How many descriptors a dispatcher has open. Each test runs in a process of its own.
 
-use std::time::Duration;
+use std::{
+    io::{Read, Write},
+    net::Shutdown,
+    os::fd::AsFd,
+    time::Duration,
+};
 
 use fdwire::{
-    SocketKind,
-    handoff::{Dispatcher, protocol::FromWorker},
+    Listener, SocketKind,
+    handoff::{Dispatcher, Incoming, protocol::FromWorker},
 };
-use futures::future::join_all;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use futures::{StreamExt, future::join_all};
+use nix::{
+    libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        socket::{setsockopt, sockopt},
+    },
+};
 use tokio::net::{TcpListener, TcpSocket};
 
 use crate::{
@@ -28,7 +40,12 @@ fn alone(name: &str, test: impl Future<Output = ()>) {
     }
     let mut command = std::process::Command::new("/proc/self/exe");
     let output = command.args([name, "--exact", "--nocapture"]).env("FDWIRE_ROLE", name).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 #[test]
@@ -148,5 +165,91 @@ fn copies_are_kept_as_long_as_they_are_of_use() {
             assert_eq!(client.answer().await, "good");
         }
         drop(copies);
+    });
+}
+
+/// A process that connects, leaves, and connects again is watched no longer than is of use.
+#[test]
+fn a_process_that_connects_again_and_again_leaves_nothing_behind() {
+    const ROLE: &str = "descriptors::a_process_that_connects_again_and_again_leaves_nothing_behind";
+    if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
+        return run(async {
+            for _ in 0..20 {
+                let mut incoming = Incoming::connect(&path).await.unwrap();
+                incoming.next().await.unwrap();
+                let handle = incoming.handle();
+                drop(incoming);
+                handle.ended().await;
+            }
+            std::future::pending().await
+        });
+    }
+    alone(ROLE, async {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("front.sock");
+        let dispatcher = Dispatcher::builder().build();
+        let listener = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
+        let accepting = async { dispatcher.serve_workers(listener).await.unwrap() };
+        let mut command = tokio::process::Command::new("/proc/self/exe");
+        command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_CONNECT", &path).kill_on_drop(true);
+        let _process = command.spawn().unwrap();
+        let before = open_fds();
+        let work = async {
+            for round in 1..=20 {
+                let (_client, accepted) = connections(1).await.pop().unwrap();
+                dispatcher.dispatch(accepted).await.unwrap();
+                until("it has left", || dispatcher.stats().retired.drained == round).await;
+            }
+            until("nothing is left of it", || open_fds() <= before + 2).await; // the listener's, and its lock
+        };
+        tokio::select! {
+            () = accepting => unreachable!(),
+            () = work => {}
+        }
+    });
+}
+
+/// Of a connection that lingers: the last close would wait for its client.
+#[test]
+fn copies_of_no_use_are_closed_without_blocking() {
+    alone("descriptors::copies_of_no_use_are_closed_without_blocking", async {
+        let dispatcher = Dispatcher::builder().ping_interval(Duration::from_millis(20)).build();
+        let mut bad = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+        let (client, accepted) = connections(1).await.pop().unwrap();
+        let linger = libc::linger { l_onoff: 1, l_linger: 600 };
+        setsockopt(&accepted, sockopt::Linger, &linger).unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        let copies = bad.offers(1).await;
+        bad.say(FromWorker::Adopted { count: 2 }).await;
+        bad.ended().await;
+        let mut good = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+        let offer = good.offer().await.unwrap();
+        good.adopt(1).await;
+        outcome.await.unwrap();
+
+        // It ends with unsent data, which the client takes when it is told to, or when the close has blocked this thread.
+        let (_, mut stream) = serve(offer, "good").unwrap();
+        stream.set_nonblocking(true).unwrap();
+        while stream.write(&[0; 65536]).is_ok() {}
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut client = client.0.into_std().unwrap();
+        client.set_nonblocking(false).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let has_ended = || poll(&mut [PollFd::new(stream.as_fd(), PollFlags::empty())], PollTimeout::ZERO).unwrap() > 0;
+        while !has_ended() {
+            std::thread::yield_now();
+        }
+        drop((stream, copies));
+        let (go_on, told) = std::sync::mpsc::channel();
+        let client = std::thread::spawn(move || {
+            let told = told.recv_timeout(Duration::from_secs(10));
+            let _ = client.read_to_end(&mut Vec::new());
+            told
+        });
+        for _ in 0..5 {
+            good.step().await.unwrap(); // pings
+        }
+        let _ = go_on.send(());
+        client.join().unwrap().expect("the close blocked the runtime");
     });
 }

@@ -10,6 +10,8 @@ mod faults;
 mod hand_over;
 mod raw_worker;
 mod retire;
+mod stubborn;
+mod workers;
 
 use fdwire::SocketKind;
 

@@ -4,5 +4,6 @@
 mod common;
 
 mod http;
+mod polling;
 mod raw_dispatcher;
 mod worker;

@@ -35,7 +35,7 @@ fn ask(incoming: &mut Incoming) {
 }
 
 /// The client and this connection are of each other.
-async fn check_talk(connection: &mut Connection, client: &mut TcpStream) {
+pub(crate) async fn check_talk(connection: &mut Connection, client: &mut TcpStream) {
     connection.write_all(b"hello").await.unwrap();
     let mut heard = [0; 5];
     client.read_exact(&mut heard).await.unwrap();

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::Dispatcher;
+use super::{Dispatcher, LONGEST};
 
 /// Which worker gets a connection, among those that have room.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -72,7 +72,7 @@ impl DispatcherBuilder {
     /// How often workers are pinged. One that has not answered by the next time gets no more connections until it does.
     /// Default: 1 s.
     pub fn ping_interval(mut self, interval: Duration) -> Self {
-        self.config.ping_interval = interval;
+        self.config.ping_interval = interval.min(LONGEST);
         self
     }
 
@@ -80,14 +80,14 @@ impl DispatcherBuilder {
     /// adopted goes to others. Workers answer pings whatever their application does, unless it blocks the thread of a runtime that has
     /// one only. Default: 5 s.
     pub fn hang_timeout(mut self, timeout: Duration) -> Self {
-        self.config.hang_timeout = timeout;
+        self.config.hang_timeout = timeout.min(LONGEST);
         self
     }
 
     /// How long a worker that answers pings may leave an offer unanswered before it is asked to reject it, so that another
     /// worker gets it. Default: 1 s.
     pub fn recall_after(mut self, after: Duration) -> Self {
-        self.config.recall_after = after;
+        self.config.recall_after = after.min(LONGEST);
         self
     }
 
@@ -102,7 +102,7 @@ impl DispatcherBuilder {
     /// How many hung workers may be cut off within a time; others are left alone until later, since the fault may be one of the
     /// whole machine. Default: 3 within 10 s.
     pub fn max_fences(mut self, fences: usize, within: Duration) -> Self {
-        (self.config.max_fences, self.config.fence_window) = (fences, within);
+        (self.config.max_fences, self.config.fence_window) = (fences, within.min(LONGEST));
         self
     }
 

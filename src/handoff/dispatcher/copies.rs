@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, os::fd::OwnedFd};
 
-use super::job::{LinkId, has_ended, shut_down};
+use super::job::{LinkId, close, has_ended, shut_down};
 
 /// A retired worker's process may hold, until it ends, copies of what it was offered. They do no harm to a connection that another
 /// worker serves. But should that one die, the client would not see the end: so the dispatcher keeps its own copy, by which it can
@@ -30,9 +30,15 @@ impl Copies {
     /// A worker has adopted a connection that these may hold.
     pub(super) fn keep(&mut self, socket: OwnedFd, adopter: LinkId, mut holders: Vec<LinkId>) {
         holders.retain(|holder| self.holders.contains(holder));
-        if !holders.is_empty() {
-            self.kept.push(Kept { socket, adopter, holders });
+        match holders.is_empty() {
+            true => close(socket),
+            false => self.kept.push(Kept { socket, adopter, holders }),
         }
+    }
+
+    /// Whether it matters when the process of this adopter ends.
+    pub(super) fn are_kept_for(&self, adopter: LinkId) -> bool {
+        self.kept.iter().any(|kept| kept.adopter == adopter)
     }
 
     /// The process at the other end of a link has ended, and its copies with it.
@@ -40,15 +46,17 @@ impl Copies {
         for kept in self.kept.extract_if(.., |kept| kept.adopter == link) {
             shut_down(kept.socket);
         }
-        self.kept.retain_mut(|kept| {
-            kept.holders.retain(|holder| *holder != link);
-            !kept.holders.is_empty()
-        });
+        self.kept.iter_mut().for_each(|kept| kept.holders.retain(|holder| *holder != link));
+        self.release(|kept| kept.holders.is_empty());
         self.holders.remove(&link);
     }
 
     /// Closes copies of connections that have ended in the meantime.
     pub(super) fn sweep(&mut self) {
-        self.kept.retain(|kept| !has_ended(&kept.socket));
+        self.release(|kept| has_ended(&kept.socket));
+    }
+
+    fn release(&mut self, needless: impl Fn(&Kept) -> bool) {
+        self.kept.extract_if(.., |kept| needless(kept)).for_each(|kept| close(kept.socket));
     }
 }

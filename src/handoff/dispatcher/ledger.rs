@@ -6,7 +6,8 @@ use std::collections::VecDeque;
 ///
 /// Invariants: `offered <= demand` (kept by whoever offers), `finished <= adopted`, and
 /// `adopted + rejected + unanswered.len() == offered`. A connection is in it from [`offer`](Self::offer) until it comes out by
-/// exactly one of [`adopted`](Self::adopted), [`rejected`](Self::rejected) and [`retire`](Self::retire).
+/// exactly one of [`adopted`](Self::adopted), [`rejected`](Self::rejected), [`take_back`](Self::take_back) and
+/// [`retire`](Self::retire).
 #[derive(Debug)]
 pub(super) struct Ledger<C> {
     /// Oldest first: answers come in this order.
@@ -102,6 +103,13 @@ impl<C> Ledger<C> {
 
     pub(super) fn has_adopted(&self) -> bool {
         self.adopted > 0
+    }
+
+    /// The last `count` offers, the last one first: they were not made after all.
+    pub(super) fn take_back(&mut self, count: usize) -> impl Iterator<Item = C> + '_ {
+        let first = self.unanswered.len().saturating_sub(count);
+        self.offered -= (self.unanswered.len() - first) as u64;
+        self.unanswered.drain(first..).rev()
     }
 
     /// The worker answers no more: what is left belongs to nobody.

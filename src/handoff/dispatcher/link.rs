@@ -147,7 +147,13 @@ impl Link {
             && self.hear(message).is_ok()
         {}
         self.enter();
-        let Self { shared, id, number, mut process, ledger, unsent, .. } = self;
+        let Self { shared, id, number, mut process, mut ledger, mut unsent, write, .. } = self;
+        // Each offer has one descriptor: the last ones, of which none has left, the worker has never had.
+        for mut job in ledger.take_back(write.unsent().1) {
+            job.offers -= 1;
+            unsent.push_front(job);
+        }
+        drop(write);
         let pid = process.pid();
         match cause {
             Cause::Drained => info!(worker = %id, pid, "worker has drained"),
@@ -160,15 +166,17 @@ impl Link {
         if cut_off && shared.config.kill_hung {
             process.kill();
         }
-        {
+        let may_hold_copies = !ended && ledger.unanswered() > 0;
+        let end_matters = {
             let mut pool = shared.lock();
-            pool.retired(id, &cause, ledger.retire(), unsent, !ended);
+            pool.retired(id, &cause, ledger.retire(), unsent, may_hold_copies);
             if ended {
                 pool.copies.process_ended(number);
             }
-        }
+            may_hold_copies || pool.copies.are_kept_for(number)
+        };
         if !ended {
-            process.watch(&shared, number);
+            process.watch(&shared, number, end_matters);
         }
         shared.changed();
         Ended { has_adopted }
@@ -369,10 +377,9 @@ impl Link {
         let now = Instant::now();
         let config = self.shared.config;
         // This process itself was stopped for a while, or its machine was.
-        if now > self.timer.deadline() + config.ping_interval
-            && let Some(since) = &mut self.ping.unanswered
-        {
-            *since = now;
+        if now > self.timer.deadline() + config.ping_interval {
+            self.ping.unanswered = self.ping.unanswered.map(|_| now);
+            self.recall.at = now;
         }
         match self.ping.unanswered {
             None if self.greeted && now >= self.ping.due => {
@@ -402,7 +409,7 @@ impl Link {
                     debug!(worker = %self.id, before = self.recall.before, "offers are recalled");
                     self.say(ToWorker::Recall { before: self.recall.before })?;
                 }
-            } else if now >= self.recall.at + config.hang_timeout && self.ping.unanswered.is_none() {
+            } else if now >= self.recall.at + config.hang_timeout && !self.ping.late {
                 return Err(misbehaved("it did not answer a recall"));
             }
         }
@@ -425,7 +432,7 @@ impl Link {
         };
         let recall = self.ledger.oldest().and_then(|(number, job)| match number >= self.recall.before {
             true => Some(job.offered_at? + config.recall_after),
-            false => Some(self.recall.at + config.hang_timeout).filter(|_| self.ping.unanswered.is_none()),
+            false => Some(self.recall.at + config.hang_timeout).filter(|_| !self.ping.late),
         });
         let times = [ping, recall, self.retry_at, self.drain.flatten()];
         times.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + LATER)

@@ -43,6 +43,13 @@ pub use stats::{Cause, Retired, Stats, WorkerId, WorkerState, WorkerStats};
 use super::{Address, Transport, protocol};
 use crate::Socket;
 
+/// No time is longer: an `Instant` cannot be as far away as a `Duration` may say. 30 years.
+const LONGEST: Duration = Duration::from_secs(30 * 365 * 86_400);
+
+fn after(within: Duration) -> Instant {
+    Instant::now() + within.min(LONGEST)
+}
+
 /// Hands accepted connections to worker processes. Cheap to clone: clones are the same dispatcher.
 ///
 /// **What is promised.** A connection is given to the application of at most one worker, and is never lost before that
@@ -105,21 +112,20 @@ impl Shared {
     }
 
     fn start_drain(self: &Arc<Self>, within: Option<Duration>) -> JoinHandle<()> {
-        self.lock().close();
+        let (half, until) = (within.map(|within| after(within / 2)), within.map(after));
+        self.lock().close(until);
         self.changed();
         let shared = Arc::clone(self);
-        self.runtime.spawn(async move { shared.drain(within).await })
+        self.runtime.spawn(async move { shared.drain(half, until).await })
     }
 
-    async fn drain(&self, within: Option<Duration>) {
-        let begin = Instant::now();
+    async fn drain(&self, half: Option<Instant>, until: Option<Instant>) {
         // First everything is handed over that was accepted. Workers that are full may not take it in time.
-        let half = within.map(|within| begin + within / 2);
         at_most(half, self.until(Pool::is_settled)).await;
-        let until = within.map(|within| begin + within);
         {
             let mut pool = self.lock();
             pool.fail_waiting();
+            let until = pool.until; // another drain may have been asked for since
             for id in Vec::from_iter(pool.workers.keys().copied()) {
                 pool.remove(id, until);
             }
@@ -198,7 +204,7 @@ impl Dispatcher {
     /// # Cancel safety
     /// It leaves also if this is dropped, once it was polled.
     pub async fn remove_worker(&self, id: WorkerId, within: Option<Duration>) -> bool {
-        let until = within.map(|within| Instant::now() + within);
+        let until = within.map(after);
         let removed = self.shared.lock().remove(id, until);
         self.shared.changed();
         self.shared.until(|pool| !pool.workers.contains_key(&id)).await;
@@ -333,8 +339,9 @@ impl Permit {
     /// # Cancel safety
     /// As there.
     pub fn dispatch(mut self, connection: impl Into<Accepted>) -> Dispatching {
+        let connection = connection.into();
         self.granted = false;
-        dispatch(&self.shared, connection.into(), true)
+        dispatch(&self.shared, connection, true)
     }
 
     /// The same for a connection for which nobody waits.
@@ -361,5 +368,27 @@ impl Drop for Permit {
         if self.granted {
             self.shared.lock().give_up_place();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn places_that_nobody_waits_for_any_more_do_not_pile_up() {
+        let dispatcher = Dispatcher::builder().build();
+        let first = dispatcher.reserve();
+        let mut first = pin!(first);
+        assert!(first.as_mut().now_or_never().is_none());
+        for _ in 0..1000 {
+            assert!(dispatcher.reserve().now_or_never().is_none());
+        }
+        assert!(dispatcher.shared.lock().waiting_in_all() <= 2);
+        assert!(first.now_or_never().is_none());
     }
 }

@@ -37,6 +37,8 @@ pub(super) struct Pool {
     pub(super) closed: bool,
     /// Nothing is taken any more at all.
     over: bool,
+    /// The limit of the drain that was asked for last.
+    pub(super) until: Option<Instant>,
     /// Processes of retired workers that have not ended.
     pub(super) leftover: usize,
     pub(super) copies: Copies,
@@ -97,6 +99,12 @@ enum Waiter {
     Place(oneshot::Sender<Permit>, Permit),
 }
 
+impl Waiter {
+    fn is_given_up(&self) -> bool {
+        matches!(self, Self::Place(waiter, _) if waiter.is_closed())
+    }
+}
+
 /// What a worker has said, to be entered at once.
 #[derive(Debug, Default)]
 pub(super) struct Heard {
@@ -132,6 +140,7 @@ impl Pool {
             reserved: 0,
             closed: false,
             over: false,
+            until: None,
             leftover: 0,
             copies: Copies::default(),
             fences: VecDeque::new(),
@@ -148,7 +157,7 @@ impl Pool {
         self.last_worker += 1;
         let id = WorkerId(self.last_worker);
         // Those added while the dispatcher drains have nothing to do.
-        let removed = self.closed.then_some(None);
+        let removed = self.closed.then_some(self.until);
         self.workers.insert(id, Worker { removed, ..Worker::default() });
         id
     }
@@ -290,6 +299,10 @@ impl Pool {
 
     /// Has `place` wait for one.
     pub(super) fn wait_for_place(&mut self, waiter: oneshot::Sender<Permit>, permit: Permit) {
+        // Who asks again and again, and gives up each time, leaves one place in the queue and not many.
+        while self.waiting.back().is_some_and(Waiter::is_given_up) {
+            self.waiting.pop_back();
+        }
         self.waiting.push_back(Waiter::Place(waiter, permit));
     }
 
@@ -334,9 +347,10 @@ impl Pool {
         self.distribute();
     }
 
-    /// Nobody gets a permit any more.
-    pub(super) fn close(&mut self) {
+    /// Nobody gets a permit any more. Workers have until then.
+    pub(super) fn close(&mut self, until: Option<Instant>) {
         self.closed = true;
+        self.until = until;
         self.waiting.retain(|waiter| matches!(waiter, Waiter::Connection(_)));
     }
 
@@ -352,6 +366,11 @@ impl Pool {
 
     pub(super) fn waiting_connections(&self) -> usize {
         self.waiting.iter().filter(|waiter| matches!(waiter, Waiter::Connection(_))).count()
+    }
+
+    #[cfg(test)]
+    pub(super) fn waiting_in_all(&self) -> usize {
+        self.waiting.len()
     }
 
     /// Neither waiting nor unanswered: every connection has been adopted or given back.
@@ -410,7 +429,7 @@ impl Pool {
                         None => return self.waiting.push_front(Waiter::Connection(job)),
                     }
                 }
-                Waiter::Place(waiter, _) if waiter.is_closed() => {}
+                given_up if given_up.is_given_up() => {}
                 Waiter::Place(waiter, permit) => {
                     if self.free() == 0 {
                         return self.waiting.push_front(Waiter::Place(waiter, permit));

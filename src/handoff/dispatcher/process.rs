@@ -84,12 +84,12 @@ impl Process {
         }
     }
 
-    /// Has the pool know when it ends. A child is reaped, and killed at the end of a drain.
-    pub(super) fn watch(mut self, shared: &Arc<Shared>, link: LinkId) {
+    /// Has the pool know when it ends, if that matters. A child is reaped, and killed at the end of a drain.
+    pub(super) fn watch(mut self, shared: &Arc<Shared>, link: LinkId, matters: bool) {
         let child = match self {
             Self::Child { .. } => true,
-            Self::Peer { .. } => false,
-            Self::Unknown => return,
+            Self::Peer { .. } if matters => false,
+            Self::Peer { .. } | Self::Unknown => return,
         };
         shared.lock().leftover += usize::from(child);
         let shared = Arc::clone(shared);

@@ -212,6 +212,11 @@ impl<T> Book<T> {
         !self.unanswered.is_empty()
     }
 
+    /// Whether others may come in the place of rejected ones when the application asks, or because it has never stopped asking.
+    pub(super) fn may_replace(&self) -> bool {
+        self.replaced < self.rejected
+    }
+
     pub(super) fn is_draining(&self) -> bool {
         self.state != Taking::Offers
     }

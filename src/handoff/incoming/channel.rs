@@ -122,13 +122,18 @@ impl Channel {
         state.adopt(max);
         let adopted = state.take_adopted(max);
         if adopted.is_empty() && !state.is_over() {
-            match &mut state.application {
-                Some(waker) => waker.clone_from(cx.waker()),
-                none => *none = Some(cx.waker().clone()),
-            }
+            let known = state.application.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+            let replaced = if known { None } else { state.application.replace(cx.waker().clone()) };
+            drop(state);
+            drop(replaced); // may be all that is left of a task, with connections in it
             return Poll::Pending;
         }
         Poll::Ready(adopted)
+    }
+
+    /// The task's runtime, for whoever polls outside of any.
+    pub(super) fn runtime_for_outsiders(&self) -> Option<Handle> {
+        Handle::try_current().is_err().then(|| self.lock().runtime.clone())
     }
 
     /// An adopted connection has ended.
@@ -351,7 +356,7 @@ impl State {
     fn is_worth_asking(&self) -> bool {
         match self.adopting.front() {
             Some((mark, _)) => *mark <= self.sent,
-            None => self.book.has_waiting() || self.is_over(),
+            None => self.book.has_waiting() || self.book.may_replace() || self.is_over(),
         }
     }
 }

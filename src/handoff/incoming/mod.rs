@@ -17,7 +17,7 @@ use std::{
 
 use futures::Stream;
 use smallvec::SmallVec;
-use tokio::time::Instant;
+use tokio::{runtime::Handle, time::Instant};
 
 use super::Connection;
 use crate::{Error, Socket, SocketKind};
@@ -110,6 +110,8 @@ impl Incoming {
             if adopted.is_empty() {
                 return Poll::Ready(None);
             }
+            let runtime = self.channel.runtime_for_outsiders();
+            let _context = runtime.as_ref().map(Handle::enter);
             let connections = adopted.into_iter().filter_map(|offer| Connection::adopted(offer, &self.channel));
             let mut connections = connections.peekable();
             if connections.peek().is_some() {

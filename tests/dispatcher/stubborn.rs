@@ -1,0 +1,133 @@
+//! Workers that neither die nor fall silent, and settings without an end.
+
+use std::time::Duration;
+
+use fdwire::{
+    SocketKind,
+    handoff::{Accepted, Dispatcher, protocol::FromWorker},
+};
+use futures::{FutureExt, SinkExt, future::join_all};
+use tokio::time::sleep;
+
+use crate::{
+    both,
+    raw_worker::{Raw, connections, until},
+};
+
+/// What it says keeps it from being taken for one that hangs.
+#[test]
+fn a_worker_that_talks_and_never_answers_is_cut_off() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder()
+            .ping_interval(Duration::from_millis(20))
+            .hang_timeout(Duration::from_millis(200))
+            .recall_after(Duration::from_millis(20))
+            .build();
+        let mut bad = Raw::start(&dispatcher, kind, 2).await;
+        let (_clients, accepted): (Vec<_>, Vec<_>) = connections(2).await.into_iter().unzip();
+        let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        let talk = async {
+            while bad.framed.send(FromWorker::Demand { total: 2 }).await.is_ok() {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let cut_off = until("it was cut off", || dispatcher.stats().retired.misbehaved == 1);
+        tokio::join!(talk, cut_off);
+        let mut good = Raw::start(&dispatcher, kind, 2).await;
+        good.offers(2).await;
+        good.adopt(2).await;
+        assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == good.id)));
+    });
+}
+
+#[test]
+fn times_may_be_without_end() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder()
+            .ping_interval(Duration::MAX)
+            .hang_timeout(Duration::MAX)
+            .recall_after(Duration::MAX)
+            .max_fences(1, Duration::MAX)
+            .build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        let _offer = worker.offer().await.unwrap();
+        worker.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), worker.id);
+
+        let mut other = Raw::start(&dispatcher, kind, 1).await;
+        let leave = async |worker: &mut Raw| {
+            while !worker.told_to_drain {
+                worker.step().await.unwrap();
+            }
+            worker.say(FromWorker::Goodbye).await;
+            worker.ended().await;
+        };
+        let (removed, ()) = tokio::join!(dispatcher.remove_worker(other.id, Some(Duration::MAX)), leave(&mut other));
+        assert!(removed);
+        tokio::join!(dispatcher.drain(Some(Duration::MAX)), leave(&mut worker));
+        assert_eq!(dispatcher.stats().retired.drained, 2);
+    });
+}
+
+#[test]
+fn the_limit_of_the_last_drain_counts() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        let _offer = worker.offer().await.unwrap();
+        assert!(dispatcher.drain(None).now_or_never().is_none());
+        let work = async {
+            while !worker.told_to_drain {
+                worker.step().await.unwrap();
+            }
+            // Now nothing is unanswered any more: what the first drain has waited for.
+            worker.adopt(1).await;
+            outcome.await.unwrap();
+            worker.ended().await;
+        };
+        tokio::join!(dispatcher.drain(Some(Duration::from_millis(400))), work);
+        assert_eq!(dispatcher.stats().retired.overdue, 1);
+    });
+}
+
+/// What is not even sent is not held against a connection.
+#[test]
+fn only_offers_that_were_sent_count() {
+    both(async |kind| {
+        const CONNECTIONS: u32 = 60;
+        let dispatcher = Dispatcher::builder()
+            .ping_interval(Duration::from_millis(20))
+            .hang_timeout(Duration::from_millis(100))
+            .max_offers(1)
+            .build();
+        let mut silent = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
+        let outcomes = connections(CONNECTIONS).await.into_iter().map(|(client, accepted)| {
+            let outcome = dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 10 << 10]));
+            async { (client, outcome.await).1 }
+        });
+        let outcomes = Vec::from_iter(outcomes);
+        until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
+        let mut sent = 0;
+        while silent.offer().await.is_some() {
+            sent += 1;
+        }
+        let mut good = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
+        let work = async {
+            while let Some(_offer) = good.offer().await {
+                good.adopt(1).await;
+            }
+        };
+        let outcomes = tokio::select! {
+            outcomes = join_all(outcomes) => outcomes,
+            () = work => unreachable!(),
+        };
+        let given_back = outcomes.iter().filter(|outcome| outcome.is_err()).count();
+        // The last one may have been sent in part. On a stream, the descriptors of those behind it may have gone ahead.
+        assert!(given_back >= sent, "{sent} were sent, {given_back} given back");
+        assert!(given_back <= sent + 1 || kind == SocketKind::Stream, "{sent} were sent, {given_back} given back");
+    });
+}

@@ -1,0 +1,299 @@
+//! What becomes of workers, told by what is logged and by their processes.
+
+use std::{
+    fmt::{Debug, Write},
+    fs::File,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    process::Stdio,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use fdwire::{
+    Framed, Listener, Socket, SocketKind,
+    handoff::{
+        Dispatcher, Incoming, WorkerState,
+        protocol::{FromWorker, ToWorker, WorkerCodec},
+    },
+};
+use futures::{SinkExt, StreamExt, future::join_all};
+use nix::{
+    sys::{
+        resource::{Resource, setrlimit},
+        signal::{Signal, kill},
+    },
+    unistd::Pid,
+};
+use tokio::{process::Command, time::sleep};
+use tracing::{Event, Level, Metadata, Subscriber, field::Field, span, subscriber::with_default};
+
+use crate::{
+    both,
+    common::{
+        KINDS, encoded, marked, open_fds, other_uid, raw_send, role_socket, run, run_in, some_threads, spawn_role,
+    },
+    raw_worker::{Client, Raw, connections, greet, serve, until},
+};
+
+/// Keeps warnings as text.
+#[derive(Default, Clone)]
+struct Log(Arc<Mutex<String>>);
+
+impl Subscriber for Log {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        *metadata.level() == Level::WARN
+    }
+    fn event(&self, event: &Event<'_>) {
+        let mut log = self.0.lock().unwrap();
+        event.record(&mut |field: &Field, value: &dyn Debug| write!(log, "{field}={value:?} ").unwrap());
+        log.push('\n');
+    }
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+    fn enter(&self, _: &span::Id) {}
+    fn exit(&self, _: &span::Id) {}
+}
+
+#[test]
+fn it_is_logged_why_a_worker_was_dropped() {
+    let cases: [(&[u8], u32, &str); 6] = [
+        (b"GET / HTTP/1.1\r\n\r\n", 0, "bad magic byte 0x47"),
+        (&encoded(b"\x01FDHO\x02\x09", 0), 0, "it speaks versions 2 to 9, not 1"),
+        (&encoded(&[2, 0, 0, 0, 0, 0, 0, 0, 1], 0), 0, "its first message is not a hello"),
+        (&[encoded(b"\x01FDHO\x01\x01", 0), encoded(&[3, 0, 0, 0, 1], 0)].concat(), 0, "it answered 1 offers, 0 were"),
+        (&[encoded(b"\x01FDHO\x01\x01", 0), encoded(&[0xEE], 0)].concat(), 0, "not a message of a hand-off's worker"),
+        (&encoded(b"\x07", 1), 1, "1 descriptors"),
+    ];
+    for (bytes, fds, reason) in cases {
+        for kind in KINDS {
+            let log = Log::default();
+            with_default(log.clone(), || {
+                run(async {
+                    let dispatcher = Dispatcher::builder().build();
+                    let (here, there) = Socket::pair(kind).unwrap();
+                    let id = dispatcher.add_worker(there);
+                    raw_send(&here, bytes, &Vec::from_iter((0..fds).map(marked)));
+                    until("it is gone", || dispatcher.stats().workers.is_empty()).await;
+                    assert_eq!(dispatcher.stats().retired.misbehaved, 1);
+                    let log = log.0.lock().unwrap();
+                    assert!(log.contains("message=worker is gone"), "{log}");
+                    assert!(log.contains(&format!("worker={id}")) && log.contains(reason), "{reason:?}: {log}");
+                });
+            });
+        }
+    }
+}
+
+/// Its socket does not tell: another process has it open.
+#[test]
+fn the_death_of_a_worker_that_has_connected_is_noticed_though_its_socket_stays_open() {
+    const ROLE: &str = "workers::the_death_of_a_worker_that_has_connected_is_noticed_though_its_socket_stays_open";
+    if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
+        return run(async {
+            let socket = Socket::connect(path, SocketKind::SeqPacket).await.unwrap();
+            let copy = socket.as_fd().try_clone_to_owned().unwrap();
+            // Its pid is for the test to end it.
+            let holder = Command::new("sleep").arg("600").stdin(Stdio::from(copy)).spawn().unwrap();
+            let mut framed = Framed::new(socket, WorkerCodec::default());
+            greet(&mut framed, 1).await;
+            std::fs::write(std::env::var_os("FDWIRE_LOG").unwrap(), holder.id().unwrap().to_string()).unwrap();
+            while framed.next().await.is_some() {}
+        });
+    }
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, log) = (directory.path().join("front.sock"), directory.path().join("holder"));
+        let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+        let listener = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
+        let accepting = tokio::spawn({
+            let dispatcher = dispatcher.clone();
+            async move { dispatcher.serve_workers(listener).await }
+        });
+        let mut command = Command::new("/proc/self/exe");
+        command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_CONNECT", &path).env("FDWIRE_LOG", &log);
+        let mut worker = command.stdout(Stdio::null()).kill_on_drop(true).spawn().unwrap();
+        until("it has a child", || std::fs::read_to_string(&log).is_ok_and(|pid| !pid.is_empty())).await;
+        let holder: i32 = std::fs::read_to_string(&log).unwrap().parse().unwrap();
+        let (client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        until("it was offered", || dispatcher.stats().workers.iter().any(|worker| worker.unanswered == 1)).await;
+
+        worker.start_kill().unwrap();
+        until("its death is noticed", || dispatcher.stats().retired.ended == 1).await;
+        assert!(kill(Pid::from_raw(holder), None).is_ok(), "the holder lives");
+        let mut other = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+        let offer = other.offer().await.unwrap();
+        other.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), other.id);
+        drop(serve(offer, "served").unwrap());
+        kill(Pid::from_raw(holder), Signal::SIGKILL).unwrap();
+        let mut client = client;
+        assert_eq!(client.first().await, "served");
+        accepting.abort();
+    });
+}
+
+/// More connections on their way than descriptors of one uid may be: the dispatcher waits, and none is lost.
+#[test]
+fn too_many_descriptors_in_flight_are_waited_for() {
+    const ROLE: &str = "workers::too_many_descriptors_in_flight_are_waited_for";
+    const HALF: u32 = 100;
+    if let Some(socket) = role_socket(ROLE) {
+        return run(async {
+            let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+            let id = dispatcher.add_worker(Socket::try_from(socket).unwrap());
+            until("it is ready", || dispatcher.stats().workers[0].room > 0).await;
+            let (clients, accepted): (Vec<_>, Vec<_>) = connections(2 * HALF).await.into_iter().unzip();
+            let before = open_fds();
+            let mut accepted = accepted.into_iter();
+            let mut half = || Vec::from_iter(accepted.by_ref().take(HALF as usize).map(|it| dispatcher.dispatch(it)));
+            let first = half();
+            until("their copies are sent", || open_fds() == before).await;
+            let second = half();
+            let copies = open_fds() - before;
+            assert!(copies >= HALF as usize);
+            // In flight, over all processes of the uid: no more than this, checked before more are added.
+            setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
+            sleep(Duration::from_millis(200)).await;
+            setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
+            assert_eq!(open_fds() - before, copies, "the limit is not there, they were sent");
+            std::fs::write("/proc/self/comm", "stuck").unwrap(); // for the parent
+            for outcome in join_all(first.into_iter().chain(second)).await {
+                assert_eq!(outcome.unwrap(), id);
+            }
+            for client in clients {
+                assert_eq!(client.answer().await, "served");
+            }
+            assert_eq!((dispatcher.stats().adopted, dispatcher.stats().offered_again), (u64::from(2 * HALF), 0));
+        });
+    }
+    let Some(uid) = other_uid() else { return };
+    for kind in KINDS {
+        run(async {
+            let (here, there) = Socket::pair(kind).unwrap();
+            let mut child = spawn_role(ROLE, Some(uid), there.into());
+            let mut framed = Framed::new(here, WorkerCodec::default());
+            greet(&mut framed, u64::from(2 * HALF)).await;
+            let comm = format!("/proc/{}/comm", child.id());
+            until("it is stuck", || std::fs::read_to_string(&comm).unwrap().trim() == "stuck").await;
+            while let Some(Ok(message)) = framed.next().await {
+                match message {
+                    ToWorker::Ping { nonce } => framed.send(FromWorker::Pong { nonce }).await.unwrap(),
+                    ToWorker::Offer(offer) => {
+                        framed.send(FromWorker::Adopted { count: 1 }).await.unwrap();
+                        drop(serve(offer, "served").unwrap());
+                    }
+                    _ => {}
+                }
+            }
+            assert!(child.wait().unwrap().success());
+        });
+    }
+}
+
+/// The application itself takes descriptors, down to the reserve.
+#[test]
+fn a_worker_at_its_reserve_of_descriptors_rejects_and_lives() {
+    const ROLE: &str = "workers::a_worker_at_its_reserve_of_descriptors_rejects_and_lives";
+    if let Some(socket) = role_socket(ROLE) {
+        setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
+        return run(async {
+            let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
+            let first = incoming.next().await.unwrap();
+            drop(first); // which the other side is told when this awaits something
+            let mut files = Vec::from_iter((0..60).map_while(|_| File::open("/dev/null").ok()));
+            files.retain(|file| file.as_raw_fd() < 60);
+            while let Some(connection) = incoming.next().await {
+                drop(connection);
+            }
+        });
+    }
+    both(async |kind| {
+        let (here, there) = Socket::pair(kind).unwrap();
+        let dispatcher = Dispatcher::builder().build();
+        let mut child = spawn_role(ROLE, None, there.into());
+        let full = dispatcher.add_worker(here);
+        until("it is ready", || dispatcher.stats().workers[0].room > 3).await;
+        let mut all = connections(4).await.into_iter();
+        let (_first, accepted) = all.next().unwrap();
+        dispatcher.dispatch(accepted).await.unwrap();
+        until("it has no descriptors left", || dispatcher.stats().workers[0].active == 0).await;
+
+        let (clients, accepted): (Vec<Client>, Vec<_>) = all.unzip();
+        let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        until("they were rejected", || dispatcher.stats().workers[0].rejected >= 3).await;
+        let mut other = Raw::start(&dispatcher, kind, 9).await;
+        let work = async {
+            loop {
+                let offer = other.offer().await.unwrap();
+                other.adopt(1).await;
+                drop(serve(offer, "other").unwrap());
+            }
+        };
+        let outcomes = tokio::select! {
+            outcomes = join_all(outcomes) => outcomes,
+            () = work => unreachable!(),
+        };
+        assert!(outcomes.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker != full)));
+        let stats = dispatcher.stats();
+        assert_eq!(stats.retired, Default::default());
+        assert!(stats.workers.iter().any(|worker| worker.id == full && worker.state == WorkerState::Ready));
+        drop(clients);
+        assert!(dispatcher.remove_worker(full, None).await);
+        assert!(child.wait().unwrap().success());
+    });
+}
+
+/// Blocked in its application, on one thread of several: what waits for it is recalled, and it is not cut off.
+#[test]
+fn a_worker_whose_application_blocks_for_long_is_recalled_and_goes_on() {
+    for kind in KINDS {
+        run_in(some_threads(), async move {
+            let dispatcher = Dispatcher::builder()
+                .ping_interval(Duration::from_millis(50))
+                .hang_timeout(Duration::from_secs(1))
+                .recall_after(Duration::from_millis(100))
+                .build();
+            let (here, there) = Socket::pair(kind).unwrap();
+            let busy = dispatcher.add_worker(here);
+            let (release, released) = std::sync::mpsc::channel();
+            let (began, beginning) = tokio::sync::oneshot::channel();
+            let there = OwnedFd::from(there);
+            let worker = std::thread::spawn(move || {
+                run_in(some_threads(), async move {
+                    let application = async move {
+                        let mut incoming = Incoming::new(Socket::try_from(there).unwrap());
+                        drop(incoming.next().await);
+                        began.send(()).unwrap();
+                        released.recv().unwrap(); // blocks a thread of the runtime
+                        drop(incoming.next().await);
+                        let handle = incoming.handle();
+                        drop(incoming);
+                        handle.ended().await
+                    };
+                    tokio::spawn(application).await.unwrap()
+                })
+            });
+            let mut all = connections(4).await.into_iter();
+            dispatcher.dispatch(all.next().unwrap().1).await.unwrap();
+            beginning.await.unwrap();
+            let waiting = Vec::from_iter(all.by_ref().take(2).map(|(_, accepted)| dispatcher.dispatch(accepted)));
+            until("they were given back", || dispatcher.stats().workers[0].rejected >= 2).await;
+            let mut other = Raw::start(&dispatcher, kind, 2).await;
+            other.offers(2).await;
+            other.adopt(2).await;
+            for outcome in join_all(waiting).await {
+                assert_eq!(outcome.unwrap(), other.id);
+            }
+            // Longer than it may be silent.
+            assert!(tokio::time::timeout(Duration::from_millis(1500), other.ended()).await.is_err());
+            assert_eq!(dispatcher.stats().retired, Default::default());
+            release.send(()).unwrap();
+            assert_eq!(dispatcher.dispatch(all.next().unwrap().1).await.unwrap(), busy);
+            worker.join().unwrap();
+        });
+    }
+}

@@ -1,0 +1,97 @@
+//! Where the stream of connections may be polled, and by whom.
+
+use std::{
+    sync::{Arc, Mutex, mpsc},
+    task::{Context, Wake, Waker},
+    time::Duration,
+};
+
+use fdwire::handoff::{
+    Connection, Incoming, Transport,
+    protocol::{Offer, RejectReason, ToWorker},
+};
+use futures::{FutureExt, SinkExt, StreamExt};
+
+use crate::{
+    common::counted,
+    raw_dispatcher::{offer_of, pair},
+};
+
+#[test]
+fn connections_can_be_taken_outside_of_the_runtime() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        let taking = std::thread::spawn(move || {
+            loop {
+                match incoming.next().now_or_never() {
+                    Some(connection) => return (incoming, connection.unwrap()),
+                    None => std::thread::yield_now(),
+                }
+            }
+        });
+        let (mut client, _copy) = dispatcher.offer().await;
+        dispatcher.expect_adopted(1).await;
+        let (_incoming, mut connection) = taking.join().unwrap();
+        crate::worker::check_talk(&mut connection, &mut client).await;
+    });
+}
+
+/// As one of an executor that frees a task when nobody can wake it any more.
+struct Owns {
+    _connection: Mutex<Connection>,
+}
+
+impl Wake for Owns {
+    fn wake(self: Arc<Self>) {}
+}
+
+#[test]
+fn a_task_may_end_with_its_waker_and_its_connections_with_it() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        assert!(incoming.next().now_or_never().is_none());
+        let _client = dispatcher.offer().await;
+        let connection = incoming.next().await.unwrap();
+        let waker = Waker::from(Arc::new(Owns { _connection: Mutex::new(connection) }));
+        assert!(incoming.next().poll_unpin(&mut Context::from_waker(&waker)).is_pending());
+        drop(waker);
+
+        let (done, is_done) = mpsc::channel();
+        std::thread::spawn(move || {
+            assert!(incoming.next().now_or_never().is_none());
+            done.send(incoming).unwrap();
+        });
+        let _incoming = is_done.recv_timeout(Duration::from_secs(10)).expect("it waits for itself");
+        dispatcher.expect_adopted(1).await;
+        dispatcher.expect_finished(1).await;
+    });
+}
+
+/// The worker was stopped meanwhile, or it has no descriptors to spare: its application still waits, and is not asked.
+#[test]
+fn offers_that_go_back_while_the_application_waits_are_asked_for_again() {
+    counted(async |kind| {
+        for recalled in [false, true] {
+            let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().window(3)).await;
+            let taking = tokio::spawn(async move {
+                let connection = incoming.next().await;
+                (incoming, connection)
+            });
+            dispatcher.expect_demand(3).await;
+            let mut clients = Vec::new();
+            for _ in 0..3 {
+                let (client, copy) = dispatcher.accept().await;
+                let transport = if recalled { Transport::Tcp } else { Transport::UnixStream };
+                dispatcher.framed.feed(ToWorker::Offer(Offer { transport, ..offer_of(&copy) })).await.unwrap();
+                clients.push((client, copy));
+            }
+            dispatcher.send(ToWorker::Recall { before: 3 }).await; // together with the offers
+            let reason = if recalled { RejectReason::Recalled } else { RejectReason::Unusable };
+            dispatcher.expect_rejected(3, reason).await;
+            dispatcher.expect_demand(6).await;
+            let (mut client, _copy) = dispatcher.offer().await;
+            let (_incoming, connection) = taking.await.unwrap();
+            crate::worker::check_talk(&mut connection.unwrap(), &mut client).await;
+        }
+    });
+}
