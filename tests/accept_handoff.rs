@@ -1,4 +1,4 @@
-//! Runs the example `accept_handoff` as its user would: real processes, real signals, HTTP over TCP.
+//! Runs the examples of the hand-off, `accept_handoff` and `axum_worker`, as their user would: real processes, real signals, HTTP over TCP.
 
 mod common;
 
@@ -181,6 +181,20 @@ async fn a_worker_that_hangs_is_killed_at_the_end() {
     for worker in workers {
         assert_eq!(state(worker), None, "worker {worker} remains");
     }
+}
+
+#[cfg(feature = "axum")]
+#[tokio::test]
+async fn axum_serves_what_is_handed_over() {
+    let mut command = Command::from(common::example("axum_worker"));
+    command.arg("127.0.0.1:0");
+    let front = Front::start_as(command).await;
+    let workers = front.workers();
+    let mut answered_by = HashSet::new();
+    while answered_by != workers {
+        answered_by.insert(get(front.address).await.unwrap());
+    }
+    front.stop(Signal::SIGINT).await;
 }
 
 #[tokio::test]
