@@ -18,7 +18,11 @@ use tokio::{
         ctrl_c,
         unix::{SignalKind, signal},
     },
+    time::sleep,
 };
+
+/// For requests that are on their way on connections adopted last. The shutdown ends connections that have sent nothing.
+const GRACE: Duration = Duration::from_millis(100);
 
 #[tokio::main]
 async fn main() -> io::Result<()> {
@@ -57,7 +61,12 @@ async fn worker() -> io::Result<()> {
 
     let incoming = Incoming::from_stdin()?;
     let handle = incoming.handle();
-    axum::serve(incoming, app).with_graceful_shutdown(handle.drain_requested()).await?;
+    let requested = handle.drain_requested();
+    let stop = async move {
+        requested.await;
+        sleep(GRACE).await;
+    };
+    axum::serve(incoming, app).with_graceful_shutdown(stop).await?;
     handle.ended().await; // the dispatcher knows that all has been served
     Ok(())
 }

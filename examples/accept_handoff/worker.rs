@@ -23,7 +23,8 @@ use tokio::{
 
 use crate::journal::Writer;
 
-/// At the end, the time for requests that are on their way on connections adopted last.
+/// At the end, the time for requests that are on their way on connections adopted last: hyper's shutdown ends connections that
+/// have sent nothing.
 const GRACE: Duration = Duration::from_millis(100);
 
 /// At the end, the time for requests being answered. The front mostly has less patience; this is for when it is gone.
