@@ -8,8 +8,11 @@
 
 use std::{env, io, process, time::Duration};
 
-use axum::{Router, extract::ConnectInfo, routing::get};
+use axum::{
+    Router, extract::ConnectInfo, http::header::CONNECTION, middleware::map_response, response::Response, routing::get,
+};
 use fdwire::handoff::{Address, Dispatcher, Incoming, WorkerCommand};
+use futures::FutureExt;
 use tokio::{
     net::TcpListener,
     process::Command,
@@ -21,7 +24,8 @@ use tokio::{
     time::sleep,
 };
 
-/// For requests that are on their way on connections adopted last. The shutdown ends connections that have sent nothing.
+/// At the end, the time for requests that are on their way. With the answer they learn that it was the last; connections that
+/// are silent are ended then.
 const GRACE: Duration = Duration::from_millis(100);
 
 #[tokio::main]
@@ -57,15 +61,21 @@ async fn worker() -> io::Result<()> {
 
     let answer =
         |ConnectInfo(peer): ConnectInfo<Address>| async move { format!("worker {} answers {peer}\n", process::id()) };
-    let app = Router::new().route("/", get(answer)).into_make_service_with_connect_info::<Address>();
-
     let incoming = Incoming::from_stdin()?;
     let handle = incoming.handle();
+    let draining = handle.clone();
+    let last = map_response(move |response: Response| {
+        let draining = draining.drain_requested().now_or_never().is_some();
+        async move { (draining.then_some([(CONNECTION, "close")]), response) }
+    });
+    let app = Router::new().route("/", get(answer)).layer(last);
+
     let requested = handle.drain_requested();
     let stop = async move {
         requested.await;
         sleep(GRACE).await;
     };
+    let app = app.into_make_service_with_connect_info::<Address>();
     axum::serve(incoming, app).with_graceful_shutdown(stop).await?;
     handle.ended().await; // the dispatcher knows that all has been served
     Ok(())

@@ -56,12 +56,7 @@ async fn demo_loses_nothing_while_workers_are_killed() {
 async fn requests_reach_every_worker_and_connections_end() {
     for kind in KINDS {
         let front = Front::start(&["--socket", kind]).await;
-        let workers = front.workers();
-        assert_eq!(workers.len(), 2);
-        let mut answered_by = HashSet::new();
-        while answered_by != workers {
-            answered_by.insert(get(front.address).await.unwrap()); // the first may come before the second worker is ready
-        }
+        assert_eq!(front.every_worker_answers().await.len(), 2);
         front.stop(Signal::SIGTERM).await;
     }
 }
@@ -86,6 +81,38 @@ async fn ctrl_c_stops_all_processes() {
 }
 
 #[tokio::test]
+async fn a_busy_client_is_told_which_answer_is_the_last() {
+    for kind in KINDS {
+        check_last_answers(Front::start(&["--socket", kind]).await).await;
+    }
+}
+
+async fn check_last_answers(front: Front) {
+    let clients = join_all((0..8).map(async |_| {
+        let mut client = BufReader::new(TcpStream::connect(front.address).await.unwrap());
+        assert!(!is_last_answer(&mut client).await);
+        client
+    }));
+    let busy = join_all(clients.await.into_iter().map(async |mut client| {
+        while !is_last_answer(&mut client).await {}
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+    }));
+    tokio::join!(busy, front.stop(Signal::SIGINT));
+}
+
+/// A request on a connection that is kept alive.
+async fn is_last_answer(client: &mut BufReader<TcpStream>) -> bool {
+    client.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+    let (mut line, mut last) = (String::new(), false);
+    while !line.starts_with("worker ") {
+        line.clear();
+        assert!(soon("an answer", client.read_line(&mut line)).await.unwrap() > 0, "the connection was cut");
+        last |= line == "connection: close\r\n";
+    }
+    last
+}
+
+#[tokio::test]
 async fn ctrl_c_stops_all_processes_while_workers_are_killed() {
     for kind in KINDS {
         let front = Front::start(&["--kill-every", "10", "--socket", kind]).await;
@@ -107,7 +134,8 @@ async fn workers_end_by_themselves_when_the_front_is_killed() {
         front.all_ended().await;
         assert!(!front.child.wait().await.unwrap().success());
         for worker in workers {
-            gone(worker).await;
+            // One of which nobody waits for the end stays behind as a zombie.
+            until("the worker is gone", || matches!(state(worker), None | Some('Z' | 'X'))).await;
         }
     }
 }
@@ -141,12 +169,7 @@ async fn requests_after_the_death_of_a_worker_are_answered() {
 async fn connections_that_a_dead_worker_did_not_take_go_to_another() {
     for kind in KINDS {
         let front = Front::start(&["--socket", kind]).await;
-        let workers = front.workers();
-        let mut seen = HashSet::new();
-        while seen != workers {
-            seen.insert(get(front.address).await.unwrap());
-        }
-        let victim = *workers.iter().next().unwrap();
+        let victim = front.every_worker_answers().await.into_iter().next().unwrap();
         kill(victim, Signal::SIGSTOP).unwrap();
         until("the worker has stopped", || state(victim) == Some('T')).await;
 
@@ -189,12 +212,8 @@ async fn axum_serves_what_is_handed_over() {
     let mut command = Command::from(common::example("axum_worker"));
     command.arg("127.0.0.1:0");
     let front = Front::start_as(command).await;
-    let workers = front.workers();
-    let mut answered_by = HashSet::new();
-    while answered_by != workers {
-        answered_by.insert(get(front.address).await.unwrap());
-    }
-    front.stop(Signal::SIGINT).await;
+    front.every_worker_answers().await;
+    check_last_answers(front).await;
 }
 
 #[tokio::test]
@@ -266,6 +285,15 @@ impl Front {
         let processes = std::fs::read_dir("/proc").unwrap();
         let pids = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok().map(Pid::from_raw));
         pids.filter(|pid| stat(*pid).is_some_and(|(_, parent)| parent == self.pid())).collect()
+    }
+
+    /// The first requests may come before all are ready.
+    async fn every_worker_answers(&self) -> HashSet<Pid> {
+        let (workers, mut answered_by) = (self.workers(), HashSet::new());
+        while answered_by != workers {
+            answered_by.insert(get(self.address).await.unwrap());
+        }
+        workers
     }
 
     /// The workers have the same standard output: its end says that no process is left to write to it.
@@ -358,11 +386,6 @@ fn stat(process: Pid) -> Option<(char, Pid)> {
 
 fn state(process: Pid) -> Option<char> {
     stat(process).map(|(state, _)| state)
-}
-
-/// A process of which nobody waits for the end stays behind as a zombie.
-async fn gone(process: Pid) {
-    until("the process is gone", || matches!(state(process), None | Some('Z' | 'X'))).await;
 }
 
 /// For what no event tells.

@@ -9,9 +9,15 @@ use std::{
 };
 
 use fdwire::handoff::{End, Incoming};
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use http_body_util::Full;
-use hyper::{Response, body::Bytes, server::conn::http1, service::service_fn};
+use hyper::{
+    Response,
+    body::Bytes,
+    header::{self, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
@@ -23,8 +29,8 @@ use tokio::{
 
 use crate::journal::Writer;
 
-/// At the end, the time for requests that are on their way on connections adopted last: hyper's shutdown ends connections that
-/// have sent nothing.
+/// At the end, the time for requests that are on their way. With the answer they learn that it was the last; connections that
+/// are silent are ended then.
 const GRACE: Duration = Duration::from_millis(100);
 
 /// At the end, the time for requests being answered. The front mostly has less patience; this is for when it is gone.
@@ -44,9 +50,14 @@ pub(crate) async fn run(number: u16, journal: Option<&Path>) -> Result<()> {
         if let Some(journal) = &mut journal {
             journal.given(&peer)?;
         }
+        let draining = handle.clone();
         let service = service_fn(move |_request| {
             let answer = format!("worker {} answers {peer}\n", process::id());
-            async { Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(answer)))) }
+            let mut response = Response::new(Full::new(Bytes::from(answer)));
+            if draining.drain_requested().now_or_never().is_some() {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            async { Ok::<_, Infallible>(response) }
         });
         let http = http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(connection), service);
         tokio::spawn(serving.watch(http)); // errors are those of clients that went away

@@ -104,9 +104,9 @@
 //! - **To ask is to adopt.** A loop that asks without end takes all there is on itself. Where that is too much,
 //!   [`max_connections`](IncomingBuilder::max_connections) leaves the rest to others.
 //! - A worker that **blocks every thread of its runtime** answers no pings, and is taken for one that hangs.
-//! - A graceful shutdown of hyper, and so of axum, ends connections from which nothing was read yet. Those that were adopted last may have
-//!   their request on the way: wait a moment between [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, as the
-//!   examples do.
+//! - A graceful shutdown of hyper, and so of axum, ends at once what is idle and what has sent nothing yet. Requests may be on their
+//!   way there: let a moment pass between [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
+//!   `Connection: close` meanwhile, as the examples do. Then no client that is busy sees its connection cut.
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work
 //!   ignore that signal and wait to be drained.
 
