@@ -28,6 +28,7 @@ pub(crate) struct Report {
     kills: usize,
     restarts: u64,
     offered_again: u64,
+    requests: usize,
     elapsed: Duration,
 }
 
@@ -55,6 +56,7 @@ impl Report {
             kills: killed.len(),
             restarts,
             offered_again: stats.offered_again,
+            requests: demo.clients.len(),
             elapsed: demo.elapsed,
         };
         let (mut connected, mut unseen) = (0, 0);
@@ -133,8 +135,7 @@ impl Report {
         align(&mut summary, 1);
         println!("{summary}");
 
-        let (requests, seconds) =
-            (all.answered.len() + all.cut + self.lost + self.failures.len() as u64, self.elapsed.as_secs_f64());
+        let (requests, seconds) = (self.requests, self.elapsed.as_secs_f64());
         println!("{requests} requests in {seconds:.2} s, {:.0} requests/s", requests as f64 / seconds);
         match (&self.failures[..], self.lost, self.given_twice) {
             ([], 0, 0) => Ok(()),

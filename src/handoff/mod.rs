@@ -1,8 +1,8 @@
 //! Accepted connections over frames: a [`Dispatcher`] that has them, and workers that serve them, each from its [`Incoming`].
 //!
 //! The dispatcher's process accepts TCP or Unix connections and starts the workers, or waits for workers to connect to a path. A worker
-//! serves with whatever takes a stream: tokio, hyper, axum. Clients speak with one address and notice nothing when a worker is
-//! replaced, hangs, or is killed before it has taken their connection.
+//! serves with whatever takes a stream: tokio, hyper, axum. Clients speak with one address, and notice nothing when a worker is
+//! replaced, or hangs or dies before it has taken their connection.
 //!
 //! # The promise
 //!
@@ -81,9 +81,9 @@
 //!   [`max_offers`](DispatcherBuilder::max_offers). A request that makes the *application* crash costs one worker, since it was adopted before.
 //! - When many workers hang at a time, only [some](DispatcherBuilder::max_fences) are cut off: the machine may be the cause.
 //! - Already-read bytes and metadata of a connection have to fit one message, of [`MAX_MESSAGE_BYTES`](protocol::MAX_MESSAGE_BYTES).
-//! - The dispatcher holds up to two descriptors for each connection that is not adopted, and none after that. Workers that take
-//!   [`window`](IncomingBuilder::window) connections each at a time should fit its `RLIMIT_NOFILE`, all together; where they do not, it
-//!   waits.
+//! - The dispatcher holds up to two descriptors for each connection that is not adopted, and none after that, unless a worker that was cut
+//!   off may hold one. The [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`; where they do
+//!   not, it waits.
 //! - State that belongs to a connection and is not in its socket does not move along: hand a TLS connection over before the
 //!   handshake, with what was [read](Accepted::read_bytes) from it.
 //!
@@ -107,6 +107,8 @@
 //! - A graceful shutdown of hyper, and so of axum, ends at once what is idle and what has sent nothing yet. Requests may be on their
 //!   way there: let a moment pass between [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
 //!   `Connection: close` meanwhile, as the examples do. Then no client that is busy sees its connection cut.
+//! - When the dispatcher dies, [`ended`](IncomingHandle::ended) is ready at once. Adopted connections go on as long as the process does: one
+//!   that is to finish them first waits for its own tasks, as a graceful shutdown does.
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work
 //!   ignore that signal and wait to be drained.
 
