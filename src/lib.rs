@@ -1,38 +1,75 @@
-//! Framed messages that carry **open file descriptors** between processes on one host, for tokio.
+//! Hands accepted connections, and **open file descriptors** of any kind, to other processes on one host, for tokio.
 //!
-//! A message is bytes and any number of descriptors: files, pipes, listeners, accepted TCP connections. It goes over a
+//! - [`handoff`]: one process accepts TCP or Unix connections, others serve them, and none is lost on the way, whichever worker dies, hangs
+//!   or is replaced.
+//! - [`Framed`]: messages that carry descriptors, on which the hand-off rests. For any other use.
+//!
+//! # Hand-off
+//!
+//! The process that accepts:
+//!
+//! ```no_run
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+//! use fdwire::handoff::{Dispatcher, WorkerCommand};
+//! use tokio::{net::TcpListener, process::Command};
+//!
+//! let dispatcher = Dispatcher::builder().build();
+//! for _ in 0..4 {
+//!     dispatcher.spawn_worker(WorkerCommand::from(Command::new("./worker")).restart(true))?;
+//! }
+//! dispatcher.serve(TcpListener::bind("0.0.0.0:8080").await?).await
+//! # }
+//! ```
+//!
+//! A worker:
+//!
+//! ```no_run
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+//! use fdwire::handoff::Incoming;
+//! use futures::StreamExt;
+//! use tokio::io::AsyncWriteExt;
+//!
+//! let mut incoming = Incoming::from_stdin()?;
+//! let handle = incoming.handle();
+//! while let Some(mut connection) = incoming.next().await {
+//!     tokio::spawn(async move { connection.write_all(b"hello\n").await });
+//! }
+//! handle.ended().await;
+//! # Ok(()) }
+//! ```
+//!
+//! The [module](handoff) has the promise, what happens when a worker dies, hangs or is full, and the traps.
+//!
+//! # Frames
+//!
+//! A message is bytes and any number of descriptors: files, pipes, listeners, connections. It goes over a
 //! Unix socket of either kind, [SEQPACKET or STREAM](SocketKind), and each descriptor arrives with the message that it
 //! was attached to. [`Framed`] is a [`Stream`](futures::Stream) and a [`Sink`](futures::Sink), and a [`Sender`] sends from many
 //! tasks.
 //!
-//! The first use is handing an accepted TCP connection to another process without its client noticing:
-//!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::{fs::File, io::Read};
+//!
 //! use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
 //! use futures::{SinkExt, StreamExt};
-//! use tokio::net::{TcpListener, TcpStream};
 //!
 //! let (here, there) = Socket::pair(SocketKind::SeqPacket)?; // the other end is mostly a child's standard input
 //!
-//! // One process accepts. `into_std` takes the connection out of its event loop, which must come before the sending.
-//! let listener = TcpListener::bind("127.0.0.1:0").await?;
-//! # let client = TcpStream::connect(listener.local_addr()?).await?;
-//! let (connection, peer) = listener.accept().await?;
-//! let mut workers = Framed::new(here, FrameCodec::default());
-//! workers.send(Frame::new(peer.to_string()).with_fd(connection.into_std()?)).await?;
+//! let mut tx = Framed::new(here, FrameCodec::default());
+//! tx.send(Frame::new("a file").with_fd(File::open("/proc/version")?)).await?;
 //!
-//! // Another serves.
-//! let mut offers = Framed::new(there, FrameCodec::default());
-//! while let Some(frame) = offers.next().await {
-//!     let Ok([connection]) = frame?.fds.into_array() else { continue };
-//!     let connection = TcpStream::from_std(std::net::TcpStream::from(connection))?;
-//!     # assert_eq!(connection.peer_addr()?, client.local_addr()?); break;
-//! }
+//! let mut rx = Framed::new(there, FrameCodec::default());
+//! let frame = rx.next().await.ok_or("the peer is gone")??;
+//! assert_eq!(&frame.payload[..], b"a file");
+//! let [file] = frame.fds.into_array().map_err(|_| "one descriptor expected")?;
+//! let mut text = String::new();
+//! File::from(file).read_to_string(&mut text)?;
+//! # assert!(text.starts_with("Linux"));
 //! # Ok(()) }
 //! ```
 //!
-//! # What is guaranteed
+//! # What frames guarantee
 //!
 //! - **Descriptors belong to their messages**, however the kernel cuts and merges what is sent, and however many
 //!   there are (253 is the limit of one system call, not of a frame).

@@ -1,42 +1,40 @@
-//! One process accepts TCP connections, others serve them: each accepted connection travels over a Unix socket as a
-//! frame with one descriptor, and no client notices.
+//! One process accepts TCP connections, others serve them over HTTP, and no client notices: not even when workers are killed.
 //!
 //! ```text
-//!                        frame: peer address + descriptor
-//!  clients ──TCP──► front ───────────────────────────────► worker 1 ──HTTP──► clients
-//!                     │   ◄───────────────────────────────
-//!                     │          frame: number adopted
-//!                     └──────────────────────────────────► worker 2 ──HTTP──► clients
+//!                       the accepted connection
+//!  clients ──TCP──► front ──────────────────────► worker 1 ──HTTP──► clients
+//!                     │   ◄──────────────────────
+//!                     │          adopted
+//!                     └─────────────────────────► worker 2 ──HTTP──► clients
 //! ```
 //!
 //! ```text
-//! cargo run --example accept_handoff                        # then: curl http://127.0.0.1:8080/
-//! cargo run --example accept_handoff -- --demo 2000         # drives itself with 2,000 HTTP clients
-//! cargo run --example accept_handoff -- --socket stream     # STREAM in place of SEQPACKET
+//! cargo run --example accept_handoff                                         # then: curl http://127.0.0.1:8080/
+//! cargo run --example accept_handoff -- --kill-every 500                     # the same, and no worker lives for long
+//! cargo run --example accept_handoff -- --demo 20000 --kill-every 50         # drives itself with 20,000 HTTP clients
+//! cargo run --example accept_handoff -- --socket stream                      # STREAM in place of SEQPACKET
+//! RUST_LOG=fdwire=debug cargo run --example accept_handoff                   # says more of what it does
 //! ```
 //!
-//! The curl line answers with the worker's process id, another one each time. Ctrl-C stops all processes. A worker may be
-//! killed at any time: the front keeps a copy of each connection until the worker has said that it took it, and gives
-//! those that are left to the other workers.
+//! The curl line answers with the worker's process id, another one each time. Ctrl-C stops all processes: what they serve is
+//! finished before.
+//!
+//! [`front`] and [`worker`] are the two sides, and all that an application needs. The rest is the demo's: [`kill`] makes it
+//! hard, [`demo`] are the clients, and [`report`] finds out what became of each of them, from what the workers left in the
+//! [`journal`].
 
 mod demo;
 mod front;
+mod journal;
+mod kill;
+mod report;
 mod worker;
 
-use std::{
-    io::{Error, Result},
-    net::{Ipv4Addr, SocketAddr},
-    process::ExitCode,
-};
+use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
 use fdwire::SocketKind;
-use front::Front;
-use tokio::{
-    net::TcpListener,
-    select,
-    signal::unix::{Signal, SignalKind, signal},
-};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 /// Accepts TCP connections in one process and serves them in others.
 #[derive(Parser)]
@@ -54,19 +52,36 @@ struct Arguments {
     #[arg(long, value_name = "KIND", default_value = "seqpacket")]
     socket: Kind,
 
-    /// Send that many requests, 64 at a time, each on a connection of its own, print what came back, and stop
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Send that many requests, 64 at a time, each on a connection of its own, print what became of them, and stop
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(demo::MOST_CLIENTS)))]
     demo: Option<u32>,
 
-    /// Serve connections that come over the standard input: how the front starts its workers
-    #[arg(long, hide = true)]
-    worker: bool,
+    /// Kill a worker at random (SIGKILL) each time that so many milliseconds have passed
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    kill_every: Option<u64>,
+
+    /// Be worker number N, for connections that come over the standard input: how the front starts its workers
+    #[arg(long, value_name = "N", hide = true)]
+    worker: Option<u16>,
+
+    /// Where the worker writes what it was given
+    #[arg(long, value_name = "PATH", hide = true)]
+    journal: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Kind {
     Seqpacket,
     Stream,
+}
+
+impl From<Kind> for SocketKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Seqpacket => Self::SeqPacket,
+            Kind::Stream => Self::Stream,
+        }
+    }
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -82,9 +97,16 @@ async fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
+    // In the demo, deaths are no news.
+    let level = if arguments.demo.is_some() { LevelFilter::ERROR } else { LevelFilter::INFO };
+    let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false).init();
+
     let (role, outcome) = match arguments.worker {
-        true => (format!("worker {}", std::process::id()), worker::run().await),
-        false => ("accept_handoff".to_owned(), run(arguments).await),
+        Some(number) => {
+            (format!("worker {}", std::process::id()), worker::run(number, arguments.journal.as_deref()).await)
+        }
+        None => ("accept_handoff".to_owned(), front::run(arguments).await),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -99,63 +121,4 @@ async fn main() -> ExitCode {
 fn first_paragraph(message: &str) -> String {
     let lines = message.lines().map(str::trim).take_while(|line| !line.is_empty());
     lines.collect::<Vec<_>>().join(" ")
-}
-
-async fn run(arguments: Arguments) -> Result<()> {
-    let mut signals = Signals::new()?;
-    let default_port = if arguments.demo.is_some() { 0 } else { 8080 };
-    let listen = arguments.listen.unwrap_or((Ipv4Addr::LOCALHOST, default_port).into());
-    let listener = TcpListener::bind(listen)
-        .await
-        .map_err(|error| Error::new(error.kind(), format!("cannot listen on {listen}: {error}")))?;
-    let address = listener.local_addr()?;
-    let kind = match arguments.socket {
-        Kind::Seqpacket => SocketKind::SeqPacket,
-        Kind::Stream => SocketKind::Stream,
-    };
-
-    let mut front = select! {
-        front = Front::start(listener, kind, arguments.workers) => front?,
-        () = signals.stop() => return Ok(()),
-    };
-    println!("listening on {address}, try: curl http://{address}/");
-
-    let outcome = match arguments.demo {
-        None => front.run(signals.stop()).await.map(|()| None),
-        Some(requests) => {
-            let demo = demo::run(requests, address, front.worker_pids());
-            let until = async {
-                select! {
-                    report = demo => Some(report),
-                    () = signals.stop() => None,
-                }
-            };
-            front.run(until).await
-        }
-    };
-    println!("stopping");
-    let stopped = front.stop().await;
-    if let Some(report) = outcome? {
-        report.print()?;
-    }
-    stopped
-}
-
-/// The signals that end the front. Ctrl-C reaches the workers too, which leave it to the front to stop them.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
-    }
-
-    async fn stop(&mut self) {
-        select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
 }

@@ -1,4 +1,116 @@
-//! Accepted connections over frames: a dispatcher that has them, and workers that serve them.
+//! Accepted connections over frames: a [`Dispatcher`] that has them, and workers that serve them, each from its [`Incoming`].
+//!
+//! The dispatcher's process accepts TCP or Unix connections and starts the workers, or waits for workers to connect to a path. A worker
+//! serves with whatever takes a stream: tokio, hyper, axum. Clients speak with one address, and notice nothing when a worker is
+//! replaced, or hangs or dies before it has taken their connection.
+//!
+//! # The promise
+//!
+//! > A connection that was accepted is given to the application of **at most one** worker, and is **never lost before that worker
+//! > has adopted it**: whatever dies, hangs, refuses or overflows, as long as the dispatcher lives.
+//!
+//! A worker adopts a connection when its application asks [`Incoming`] for one, and tells the dispatcher so before the application
+//! gets it. Until then the dispatcher keeps a copy. After that the connection is the worker's: **what is adopted ends with its
+//! worker**. It is not repeated elsewhere, since nobody could know how much of it was done.
+//!
+//! # Both sides
+//!
+//! In one process here, to be short. Mostly the dispatcher [starts](Dispatcher::spawn_worker) the workers, and a worker begins with
+//! [`Incoming::from_stdin`]; or workers [connect](Incoming::connect) to a [path](Dispatcher::serve_workers).
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use fdwire::{Socket, SocketKind, handoff::{Dispatcher, Incoming}};
+//! use futures::StreamExt;
+//! use tokio::{io::{AsyncReadExt, AsyncWriteExt}, net::{TcpListener, TcpStream}};
+//!
+//! let (here, there) = Socket::pair(SocketKind::SeqPacket)?;
+//!
+//! // One side accepts.
+//! let listener = TcpListener::bind("127.0.0.1:0").await?;
+//! let address = listener.local_addr()?;
+//! let dispatcher = Dispatcher::builder().build();
+//! dispatcher.add_worker(here);
+//! let accepting = tokio::spawn({
+//!     let dispatcher = dispatcher.clone();
+//!     async move { dispatcher.serve(listener).await }
+//! });
+//!
+//! // The other serves.
+//! let serving = tokio::spawn(async move {
+//!     let mut incoming = Incoming::new(there);
+//!     let handle = incoming.handle();
+//!     while let Some(mut connection) = incoming.next().await {
+//!         tokio::spawn(async move { connection.write_all(b"hello").await });
+//!     }
+//!     handle.ended().await // everything that was adopted has ended, and the dispatcher knows
+//! });
+//!
+//! let mut answer = String::new();
+//! TcpStream::connect(address).await?.read_to_string(&mut answer).await?;
+//! assert_eq!(answer, "hello");
+//!
+//! dispatcher.drain(None).await; // accepts no more; the workers finish what they have, and leave
+//! accepting.await??;
+//! println!("{:?}", serving.await?);
+//! # Ok(()) }
+//! ```
+//!
+//! Whole programs: the example `accept_handoff` serves with hyper and kills its own workers to show that nothing is lost;
+//! `axum_worker` serves with axum (feature `axum`).
+//!
+//! # What happens when
+//!
+//! | event | connections that it has not adopted | connections that it serves |
+//! |---|---|---|
+//! | a worker dies | go to others | end |
+//! | it hangs: no answer to a ping within [`hang_timeout`](DispatcherBuilder::hang_timeout) | it is cut off, so that it can adopt nothing any more, and they go to others | end with its process, which is [killed](DispatcherBuilder::kill_hung) if the dispatcher started it |
+//! | it is busy: answers pings, and does not ask for connections | are recalled after [`recall_after`](DispatcherBuilder::recall_after), and go to others | go on |
+//! | it is full: [`max_connections`](IncomingBuilder::max_connections), or no descriptors to spare | it gets none | go on |
+//! | all workers are full | [`serve`](Dispatcher::serve) does not accept: clients wait in the kernel's backlog | go on |
+//! | it [drains](IncomingHandle::drain), or is [removed](Dispatcher::remove_worker) | go to others | are finished, until the deadline |
+//! | it breaks the protocol | as when it hangs | as when it hangs |
+//! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
+//! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on |
+//!
+//! A worker that was started by the dispatcher is [started again](WorkerCommand::restart) where that is asked for.
+//!
+//! # Limits
+//!
+//! - A connection that several workers in a row have died of, or hung, is given up: it may be the cause, and is not to take down all. See
+//!   [`max_offers`](DispatcherBuilder::max_offers). A request that makes the *application* crash costs one worker, since it was adopted before.
+//! - When many workers hang at a time, only [some](DispatcherBuilder::max_fences) are cut off: the machine may be the cause.
+//! - Already-read bytes and metadata of a connection have to fit one message, of [`MAX_MESSAGE_BYTES`](protocol::MAX_MESSAGE_BYTES).
+//! - The dispatcher holds up to two descriptors for each connection that is not adopted, and none after that, unless a worker that was cut
+//!   off may hold one. The [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`; where they do
+//!   not, it waits.
+//! - State that belongs to a connection and is not in its socket does not move along: hand a TLS connection over before the
+//!   handshake, with what was [read](Accepted::read_bytes) from it.
+//!
+//! # Traps
+//!
+//! What the library sees to, and who goes around it has to:
+//!
+//! - **A passed socket has to leave the sender's epoll set before.** A registration lives as long as any copy of the socket, also one in
+//!   another process. [`Accepted`] takes a tokio stream out of its event loop; a duplicate that is registered elsewhere stays.
+//! - **A close is no end as long as another process has a copy.** The client sees one when the connection is shut down, which a
+//!   [`Connection`] is when it is dropped. After [`into_parts`](Connection::into_parts) it is yours to do, and so it is with a connection that
+//!   came back in a [`DispatchError`].
+//! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. Nobody touches them before the adoption.
+//! - The last close of a connection with `SO_LINGER` blocks. A `Connection` does without lingering.
+//!
+//! What the application sees to:
+//!
+//! - **To ask is to adopt.** A loop that asks without end takes all there is on itself. Where that is too much,
+//!   [`max_connections`](IncomingBuilder::max_connections) leaves the rest to others.
+//! - A worker that **blocks every thread of its runtime** answers no pings, and is taken for one that hangs.
+//! - A graceful shutdown of hyper, and so of axum, ends at once what is idle and what has sent nothing yet. Requests may be on their
+//!   way there: let a moment pass between [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
+//!   `Connection: close` meanwhile, as the examples do. Then no client that is busy sees its connection cut.
+//! - When the dispatcher dies, [`ended`](IncomingHandle::ended) is ready at once. Adopted connections go on as long as the process does: one
+//!   that is to finish them first waits for its own tasks, as a graceful shutdown does.
+//! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work
+//!   ignore that signal and wait to be drained.
 
 mod address;
 mod connection;

@@ -183,6 +183,9 @@ pub(crate) fn example(name: &str) -> Command {
     if up_to_date.insert(name.to_owned()) {
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--example", name]);
+        if cfg!(feature = "axum") {
+            build.args(["--features", "axum"]); // what `cargo test` has built with them is not built again
+        }
         if profile.ends_with("release") {
             build.arg("--release");
         }

@@ -170,7 +170,8 @@ impl IncomingHandle {
     }
 
     /// Waits until no more connections are taken, for whatever reason: the time to end what is kept alive, as
-    /// `with_graceful_shutdown` of axum and `graceful_shutdown` of hyper do.
+    /// `with_graceful_shutdown` of axum and `graceful_shutdown` of hyper do. Requests may be on their way there: see the
+    /// [traps](super#traps).
     pub fn drain_requested(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
         let mut phase = self.channel.phase();
         async move {
