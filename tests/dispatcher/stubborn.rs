@@ -7,10 +7,12 @@ use fdwire::{
     handoff::{Accepted, Dispatcher, protocol::FromWorker},
 };
 use futures::{FutureExt, SinkExt, future::join_all};
-use tokio::time::sleep;
+use nix::{sys::signal::kill, unistd::Pid};
+use tokio::{process::Command, time::sleep};
 
 use crate::{
     both,
+    common::run,
     raw_worker::{Raw, connections, until},
 };
 
@@ -129,5 +131,24 @@ fn only_offers_that_were_sent_count() {
         // The last one may have been sent in part. On a stream, the descriptors of those behind it may have gone ahead.
         assert!(given_back >= sent, "{sent} were sent, {given_back} given back");
         assert!(given_back <= sent + 1 || kind == SocketKind::Stream, "{sent} were sent, {given_back} given back");
+    });
+}
+
+/// A program that takes no notice of its standard input, say.
+#[test]
+fn a_process_that_never_said_hello_does_not_outlive_its_removal() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let sleep = || {
+            let mut command = Command::new("sleep");
+            command.arg("600").kill_on_drop(true);
+            command
+        };
+        let id = dispatcher.spawn_worker(sleep()).unwrap();
+        let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
+        assert!(dispatcher.remove_worker(id, None).await);
+        until("it was killed and reaped", || kill(pid, None).is_err()).await;
+        dispatcher.spawn_worker(sleep()).unwrap();
+        dispatcher.drain(None).await;
     });
 }

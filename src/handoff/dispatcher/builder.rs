@@ -106,8 +106,8 @@ impl DispatcherBuilder {
         self
     }
 
-    /// Whether workers that the dispatcher has started are killed when they hang, misbehave, or do not drain in time; a
-    /// killed one's clients see their connections end. Workers that have connected are never killed. Default: yes.
+    /// Whether workers that the dispatcher has started are killed when they hang, misbehave, do not drain in time, or are to
+    /// leave and have not said hello yet; a killed one's clients see their connections end. Workers that have connected are never killed. Default: yes.
     pub fn kill_hung(mut self, kill: bool) -> Self {
         self.config.kill_hung = kill;
         self
