@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use fdwire::{
     SocketKind,
-    handoff::{Accepted, Dispatcher, protocol::FromWorker},
+    handoff::{
+        Accepted, Dispatcher,
+        protocol::{FromWorker, RejectReason},
+    },
 };
 use futures::{FutureExt, SinkExt, future::join_all};
 use nix::{sys::signal::kill, unistd::Pid};
@@ -13,7 +16,7 @@ use tokio::{process::Command, time::sleep};
 use crate::{
     both,
     common::run,
-    raw_worker::{Raw, connections, until},
+    raw_worker::{Raw, connections, serve, until},
 };
 
 /// What it says keeps it from being taken for one that hangs.
@@ -150,5 +153,28 @@ fn a_process_that_never_said_hello_does_not_outlive_its_removal() {
         until("it was killed and reaped", || kill(pid, None).is_err()).await;
         dispatcher.spawn_worker(sleep()).unwrap();
         dispatcher.drain(None).await;
+    });
+}
+
+/// It has asked for more than it can take. Connections wait for it to ask again, rather than run out of offers.
+#[test]
+fn a_worker_that_refuses_is_offered_nothing_until_it_asks_again() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut full = Raw::start(&dispatcher, kind, u64::MAX).await;
+        let (client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        for reason in [RejectReason::Full, RejectReason::Recalled] {
+            drop(full.offer().await.unwrap());
+            full.reject(1, reason).await;
+            until("it was heard", || dispatcher.stats().waiting == 1).await;
+            assert_eq!(dispatcher.stats().workers[0].room, 0);
+            full.say(FromWorker::Demand { total: u64::MAX }).await;
+        }
+        let offer = full.offer().await.unwrap();
+        full.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), full.id);
+        drop(serve(offer, "at last").unwrap());
+        assert_eq!(client.answer().await, "at last");
     });
 }

@@ -22,7 +22,7 @@ use super::{
     ledger::{Ledger, Violation},
     pool::Heard,
     process::Process,
-    protocol::{DispatcherCodec, FromWorker, ToWorker, VERSION},
+    protocol::{DispatcherCodec, FromWorker, RejectReason, ToWorker, VERSION},
 };
 use crate::{Error, Framed, ReadHalf, Socket, WriteHalf};
 
@@ -262,10 +262,12 @@ impl Link {
             FromWorker::Demand { total } => {
                 self.ledger.demand(total)?;
                 self.heard.demand = Some(total);
+                self.heard.refuses = false;
             }
             FromWorker::Adopted { count } => self.heard.adopted.extend(self.ledger.adopted(count)?),
             FromWorker::Rejected { count, reason } => {
                 self.heard.rejected.extend(self.ledger.rejected(count)?.map(|job| (job, reason)));
+                self.heard.refuses |= matches!(reason, RejectReason::Full | RejectReason::Recalled);
             }
             FromWorker::Load { finished } => {
                 self.ledger.finished(finished)?;
