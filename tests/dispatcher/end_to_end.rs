@@ -32,7 +32,7 @@ use tokio::{
 
 use crate::{
     common::{KINDS, run},
-    raw_worker::{Client, connections, served, served_by, until},
+    raw_worker::{Client, connections, served, served_by, stop, until},
 };
 
 const ROLE: &str = "end_to_end::worker_process";
@@ -350,7 +350,7 @@ fn a_stopped_worker_is_killed_and_started_again() {
         dispatcher.spawn_worker(WorkerCommand::from(command(&log)).restart(true)).unwrap();
         started(&dispatcher, 1).await;
         let pid = dispatcher.stats().workers[0].pid.unwrap();
-        kill(Pid::from_raw(pid as i32), Signal::SIGSTOP).unwrap();
+        stop(Pid::from_raw(pid as i32)).await;
         let (clients, accepted): (Vec<_>, Vec<_>) = connections(10).await.into_iter().unzip();
         let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
         for outcome in outcomes {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs::OpenOptions,
+    fs::{DirEntry, OpenOptions},
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr},
     os::fd::{AsFd, OwnedFd},
@@ -23,8 +23,9 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         resource::{Resource, setrlimit},
-        signal::{Signal, raise},
+        signal::{Signal, kill, raise},
     },
+    unistd::Pid,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -176,6 +177,16 @@ pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     if tokio::time::timeout(Duration::from_secs(30), wait).await.is_err() {
         panic!("by now, {what}");
     }
+}
+
+/// Stops a process. Its threads stop one after the other, as they get to run, and `kill` waits for none of them.
+pub(crate) async fn stop(pid: Pid) {
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let is_stopped = |task: io::Result<DirEntry>| {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        status.contains("State:\tT")
+    };
+    until("it has stopped", || std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(is_stopped)).await;
 }
 
 /// Where a worker process stops, having said that it takes [`DEMAND`] connections.

@@ -4,14 +4,19 @@ use std::time::Duration;
 
 use fdwire::{
     SocketKind,
-    handoff::{Accepted, Dispatcher, protocol::FromWorker},
+    handoff::{
+        Accepted, Dispatcher,
+        protocol::{FromWorker, RejectReason},
+    },
 };
 use futures::{FutureExt, SinkExt, future::join_all};
-use tokio::time::sleep;
+use nix::{sys::signal::kill, unistd::Pid};
+use tokio::{process::Command, time::sleep};
 
 use crate::{
     both,
-    raw_worker::{Raw, connections, until},
+    common::run,
+    raw_worker::{Raw, connections, serve, until},
 };
 
 /// What it says keeps it from being taken for one that hangs.
@@ -129,5 +134,47 @@ fn only_offers_that_were_sent_count() {
         // The last one may have been sent in part. On a stream, the descriptors of those behind it may have gone ahead.
         assert!(given_back >= sent, "{sent} were sent, {given_back} given back");
         assert!(given_back <= sent + 1 || kind == SocketKind::Stream, "{sent} were sent, {given_back} given back");
+    });
+}
+
+/// A program that takes no notice of its standard input, say.
+#[test]
+fn a_process_that_never_said_hello_does_not_outlive_its_removal() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let sleep = || {
+            let mut command = Command::new("sleep");
+            command.arg("600").kill_on_drop(true);
+            command
+        };
+        let id = dispatcher.spawn_worker(sleep()).unwrap();
+        let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
+        assert!(dispatcher.remove_worker(id, None).await);
+        until("it was killed and reaped", || kill(pid, None).is_err()).await;
+        dispatcher.spawn_worker(sleep()).unwrap();
+        dispatcher.drain(None).await;
+    });
+}
+
+/// It has asked for more than it can take. Connections wait for it to ask again, rather than run out of offers.
+#[test]
+fn a_worker_that_refuses_is_offered_nothing_until_it_asks_again() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut full = Raw::start(&dispatcher, kind, u64::MAX).await;
+        let (client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        for reason in [RejectReason::Full, RejectReason::Recalled] {
+            drop(full.offer().await.unwrap());
+            full.reject(1, reason).await;
+            until("it was heard", || dispatcher.stats().waiting == 1).await;
+            assert_eq!(dispatcher.stats().workers[0].room, 0);
+            full.say(FromWorker::Demand { total: u64::MAX }).await;
+        }
+        let offer = full.offer().await.unwrap();
+        full.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), full.id);
+        drop(serve(offer, "at last").unwrap());
+        assert_eq!(client.answer().await, "at last");
     });
 }

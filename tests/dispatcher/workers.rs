@@ -222,10 +222,9 @@ fn a_worker_at_its_reserve_of_descriptors_rejects_and_lives() {
         dispatcher.dispatch(accepted).await.unwrap();
         until("it has no descriptors left", || dispatcher.stats().workers[0].active == 0).await;
 
+        let mut other = Raw::start(&dispatcher, kind, 9).await;
         let (clients, accepted): (Vec<Client>, Vec<_>) = all.unzip();
         let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
-        until("they were rejected", || dispatcher.stats().workers[0].rejected >= 3).await;
-        let mut other = Raw::start(&dispatcher, kind, 9).await;
         let work = async {
             loop {
                 let offer = other.offer().await.unwrap();
@@ -240,7 +239,8 @@ fn a_worker_at_its_reserve_of_descriptors_rejects_and_lives() {
         assert!(outcomes.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker != full)));
         let stats = dispatcher.stats();
         assert_eq!(stats.retired, Default::default());
-        assert!(stats.workers.iter().any(|worker| worker.id == full && worker.state == WorkerState::Ready));
+        let full_one = stats.workers.iter().find(|worker| worker.id == full).unwrap();
+        assert!(full_one.state == WorkerState::Ready && full_one.rejected > 0);
         drop(clients);
         assert!(dispatcher.remove_worker(full, None).await);
         assert!(child.wait().unwrap().success());

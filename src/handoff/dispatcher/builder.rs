@@ -94,6 +94,8 @@ impl DispatcherBuilder {
     /// How often a connection is offered when the worker dies, hangs or misbehaves before it has answered: the connection may be
     /// the cause, and must not take down all. The last time, it is offered to a worker that has no other offer, so that no
     /// other connection gets under suspicion. Default: 3.
+    ///
+    /// Offers that workers reject for want of room or time do not count here. 100 of any kind are the most.
     pub fn max_offers(mut self, offers: u32) -> Self {
         self.config.max_offers = offers.max(1);
         self
@@ -106,8 +108,8 @@ impl DispatcherBuilder {
         self
     }
 
-    /// Whether workers that the dispatcher has started are killed when they hang, misbehave, or do not drain in time; a
-    /// killed one's clients see their connections end. Workers that have connected are never killed. Default: yes.
+    /// Whether workers that the dispatcher has started are killed when they hang, misbehave, do not drain in time, or are to
+    /// leave and have not said hello yet; a killed one's clients see their connections end. Workers that have connected are never killed. Default: yes.
     pub fn kill_hung(mut self, kill: bool) -> Self {
         self.config.kill_hung = kill;
         self

@@ -22,7 +22,7 @@ use super::{
     ledger::{Ledger, Violation},
     pool::Heard,
     process::Process,
-    protocol::{DispatcherCodec, FromWorker, ToWorker, VERSION},
+    protocol::{DispatcherCodec, FromWorker, RejectReason, ToWorker, VERSION},
 };
 use crate::{Error, Framed, ReadHalf, Socket, WriteHalf};
 
@@ -147,7 +147,7 @@ impl Link {
             && self.hear(message).is_ok()
         {}
         self.enter();
-        let Self { shared, id, number, mut process, mut ledger, mut unsent, write, .. } = self;
+        let Self { shared, id, number, mut process, mut ledger, mut unsent, write, greeted, .. } = self;
         // Each offer has one descriptor: the last ones, of which none has left, the worker has never had.
         for mut job in ledger.take_back(write.unsent().1) {
             job.offers -= 1;
@@ -162,8 +162,9 @@ impl Link {
         let has_adopted = ledger.has_adopted();
         // Where nothing tells of its process, the end of its socket is taken for the end of the process.
         let ended = process.has_ended() || cause == Cause::Ended && !process.is_known();
-        let cut_off = matches!(cause, Cause::Hung | Cause::Misbehaved(_) | Cause::Overdue);
-        if cut_off && shared.config.kill_hung {
+        // A process that has not said hello may not even look at its socket.
+        let cut_off = matches!(cause, Cause::Hung | Cause::Misbehaved(_) | Cause::Overdue) || !greeted;
+        if cut_off && !ended && shared.config.kill_hung {
             process.kill();
         }
         let may_hold_copies = !ended && ledger.unanswered() > 0;
@@ -261,10 +262,12 @@ impl Link {
             FromWorker::Demand { total } => {
                 self.ledger.demand(total)?;
                 self.heard.demand = Some(total);
+                self.heard.refuses = false;
             }
             FromWorker::Adopted { count } => self.heard.adopted.extend(self.ledger.adopted(count)?),
             FromWorker::Rejected { count, reason } => {
                 self.heard.rejected.extend(self.ledger.rejected(count)?.map(|job| (job, reason)));
+                self.heard.refuses |= matches!(reason, RejectReason::Full | RejectReason::Recalled);
             }
             FromWorker::Load { finished } => {
                 self.ledger.finished(finished)?;

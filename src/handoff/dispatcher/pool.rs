@@ -109,6 +109,8 @@ impl Waiter {
 #[derive(Debug, Default)]
 pub(super) struct Heard {
     pub(super) demand: Option<u64>,
+    /// It has rejected for want of room or time, and not asked for more since.
+    pub(super) refuses: bool,
     pub(super) finished: Option<u64>,
     pub(super) draining: bool,
     pub(super) offered_again: u64,
@@ -326,6 +328,9 @@ impl Pool {
         let number = link.number;
         let (adopted, rejected) = (heard.adopted.len() as u64, heard.rejected.len() as u64);
         link.demand = heard.demand.take().unwrap_or(link.demand);
+        if std::mem::take(&mut heard.refuses) {
+            link.demand = link.demand.min(link.offered); // or it would get the same ones again at once
+        }
         link.adopted += adopted;
         link.unanswered -= adopted + rejected;
         link.finished = heard.finished.take().unwrap_or(link.finished);

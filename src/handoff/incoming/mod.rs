@@ -262,7 +262,8 @@ impl IncomingBuilder {
     /// Whether connections that wait are served when the dispatcher has gone. By default they are closed.
     ///
     /// The dispatcher may have offered them to another worker before, if it held this one for hung; then two workers would serve
-    /// one connection. Nobody is left who knows. Without that, they are lost with the dispatcher for sure.
+    /// one connection. Nobody is left who knows: a dispatcher that has cut this worker off, and lives, mostly looks the same from here.
+    /// Without that, they are lost with the dispatcher for sure.
     pub const fn serve_unanswered(mut self, yes: bool) -> Self {
         self.0.serve_unanswered = yes;
         self
