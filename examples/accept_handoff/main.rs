@@ -100,7 +100,9 @@ async fn main() -> ExitCode {
     // In the demo, deaths are no news.
     let level = if arguments.demo.is_some() { LevelFilter::ERROR } else { LevelFilter::INFO };
     let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false).init();
+    // Where nobody reads them any more (`| head`), events are dropped: to complain of that would be a panic in the dispatcher's tasks.
+    let events = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    events.log_internal_errors(false).init();
 
     let (role, outcome) = match arguments.worker {
         Some(number) => {
