@@ -12,7 +12,6 @@ use axum::{
     Router, extract::ConnectInfo, http::header::CONNECTION, middleware::map_response, response::Response, routing::get,
 };
 use fdwire::handoff::{Address, Dispatcher, Incoming, WorkerCommand};
-use futures::FutureExt;
 use tokio::{
     net::TcpListener,
     process::Command,
@@ -65,7 +64,7 @@ async fn worker() -> io::Result<()> {
     let handle = incoming.handle();
     let draining = handle.clone();
     let last = map_response(move |response: Response| {
-        let draining = draining.drain_requested().now_or_never().is_some();
+        let draining = draining.is_draining();
         async move { (draining.then_some([(CONNECTION, "close")]), response) }
     });
     let app = Router::new().route("/", get(answer)).layer(last);

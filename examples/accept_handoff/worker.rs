@@ -9,7 +9,7 @@ use std::{
 };
 
 use fdwire::handoff::{End, Incoming};
-use futures::{FutureExt, StreamExt};
+use futures::StreamExt;
 use http_body_util::Full;
 use hyper::{
     Response,
@@ -54,7 +54,7 @@ pub(crate) async fn run(number: u16, journal: Option<&Path>) -> Result<()> {
         let service = service_fn(move |_request| {
             let answer = format!("worker {} answers {peer}\n", process::id());
             let mut response = Response::new(Full::new(Bytes::from(answer)));
-            if draining.drain_requested().now_or_never().is_some() {
+            if draining.is_draining() {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             async { Ok::<_, Infallible>(response) }

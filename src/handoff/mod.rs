@@ -106,7 +106,7 @@
 //! - A worker that **blocks every thread of its runtime** answers no pings, and is taken for one that hangs.
 //! - A graceful shutdown of hyper, and so of axum, ends at once what is idle and what has sent nothing yet. Requests may be on their
 //!   way there: let a moment pass between [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
-//!   `Connection: close` meanwhile, as the examples do. Then no client that is busy sees its connection cut.
+//!   `Connection: close` while [`is_draining`](IncomingHandle::is_draining), as the examples do. Then no client that is busy sees its connection cut.
 //! - When the dispatcher dies, [`ended`](IncomingHandle::ended) is ready at once. Adopted connections go on as long as the process does: one
 //!   that is to finish them first waits for its own tasks, as a graceful shutdown does.
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work

@@ -146,13 +146,21 @@ impl Drop for Incoming {
 /// ```no_run
 /// # #[cfg(feature = "axum")]
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+/// use std::time::Duration;
+///
 /// use axum::{Router, routing::get};
 /// use fdwire::handoff::Incoming;
+/// use tokio::time::sleep;
 ///
 /// let incoming = Incoming::from_stdin()?;
 /// let handle = incoming.handle();
 /// let app = Router::new().route("/", get(|| async { "hello" }));
-/// axum::serve(incoming, app).with_graceful_shutdown(handle.drain_requested()).await?;
+/// let requested = handle.drain_requested();
+/// let stop = async {
+///     requested.await;
+///     sleep(Duration::from_millis(100)).await; // for requests that are on their way: axum ends silent connections at once
+/// };
+/// axum::serve(incoming, app).with_graceful_shutdown(stop).await?;
 /// handle.ended().await;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "axum"))] fn main() {}
@@ -169,7 +177,13 @@ impl IncomingHandle {
         self.channel.drain(None);
     }
 
-    /// Waits until no more connections are taken, for whatever reason: the time to end what is kept alive, as
+    /// Whether no more connections are taken, for whatever reason. Then `Connection: close` belongs into an HTTP answer, and
+    /// ends a connection that is kept alive without cutting a request that is on its way.
+    pub fn is_draining(&self) -> bool {
+        !matches!(*self.channel.phase().borrow(), Phase::Open)
+    }
+
+    /// Waits until no more connections are taken, for whatever reason: a while later is the time to end what is silent, as
     /// `with_graceful_shutdown` of axum and `graceful_shutdown` of hyper do. Requests may be on their way there: see the
     /// [traps](super#traps).
     pub fn drain_requested(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
