@@ -383,3 +383,43 @@ fn a_connection_kept_alive_is_cut_at_the_deadline_of_a_drain() {
         assert_eq!(silent.read_to_end(&mut Vec::new()).await.unwrap_or(0), 0);
     });
 }
+
+/// Not killed, it finds out by itself.
+#[test]
+fn a_stopped_worker_that_goes_on_leaves_its_connections_to_others() {
+    for kind in KINDS {
+        run(async {
+            let directory = tempfile::tempdir().unwrap();
+            let log = directory.path().join("served");
+            let dispatcher = Dispatcher::builder()
+                .ping_interval(Duration::from_millis(100))
+                .hang_timeout(Duration::from_secs(1))
+                .kill_hung(false)
+                .build();
+            let spawn = || dispatcher.spawn_worker(WorkerCommand::from(command(&log)).socket_kind(kind)).unwrap();
+            spawn();
+            started(&dispatcher, 1).await;
+            let first = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
+            stop(first).await;
+            let (listener, address) = listen().await;
+            let (mut clients, mut outcomes) = (Vec::new(), Vec::new());
+            for _ in 0..10 {
+                clients.push(TcpStream::connect(address).await.unwrap());
+                outcomes.push(dispatcher.dispatch(listener.accept().await.unwrap().0));
+            }
+            until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
+            let second = spawn();
+            assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == second)));
+            let second = dispatcher.stats().workers[0].pid.unwrap();
+
+            // The application of the second one waits for the serial numbers meanwhile.
+            kill(first, Signal::SIGCONT).unwrap();
+            until("it has ended", || kill(first, None).is_err()).await;
+            for (serial, mut client) in clients.into_iter().enumerate() {
+                client.write_all(&(serial as u32).to_be_bytes()).await.unwrap();
+                assert_eq!(Client(client).answer().await, second.to_string());
+            }
+            assert_eq!(served_by(&log), (0..10).map(|serial| (serial, second)).collect());
+        });
+    }
+}
