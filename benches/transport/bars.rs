@@ -73,7 +73,7 @@ pub(crate) fn bars(results: &Results) -> Vec<Bar> {
             }
         });
     }
-    for id in ["http-busy", "http-idle", "http-busy-threads", "http-idle-threads"] {
+    for id in ["http-busy", "http-idle", "http-mt-busy", "http-mt-idle"] {
         of(id, |bars, fdwire| bars.adds(fdwire, 1.5));
     }
     bars

@@ -219,7 +219,7 @@ pub(crate) fn all() -> Vec<Row> {
         hand_off("hand-off", "TCP connections accepted here, answered there"),
         http::<64>("http-busy", "HTTP: 64 clients, current-thread runtimes", Threads::One),
         http::<1>("http-idle", "HTTP: one client, current-thread runtimes", Threads::One),
-        http::<64>("http-busy-threads", "HTTP: 64 clients, multi-thread runtimes", Threads::Many),
-        http::<1>("http-idle-threads", "HTTP: one client, multi-thread runtimes", Threads::Many),
+        http::<64>("http-mt-busy", "HTTP: 64 clients, multi-thread runtimes", Threads::Many),
+        http::<1>("http-mt-idle", "HTTP: one client, multi-thread runtimes", Threads::Many),
     ]
 }
