@@ -85,7 +85,7 @@ struct State {
 
 impl Channel {
     pub(super) fn open(socket: Socket, settings: Settings) -> Arc<Self> {
-        let (read, write) = Framed::new(socket, WorkerCodec::default()).into_split();
+        let (read, write) = Framed::new(socket.quiet(), WorkerCodec::default()).into_split();
         let mut state = State {
             book: Book::new(settings.window, settings.max_connections),
             headroom: Headroom::default(),
