@@ -73,6 +73,9 @@ pub(crate) fn bars(results: &Results) -> Vec<Bar> {
             }
         });
     }
+    for id in ["http-busy", "http-idle", "http-mt-busy", "http-mt-idle"] {
+        of(id, |bars, fdwire| bars.adds(fdwire, 1.5));
+    }
     bars
 }
 
@@ -96,6 +99,14 @@ impl Bars<'_> {
         if let Some(other) = other {
             let what = format!("{}: time / {}", fdwire.name, other.name);
             self.push(what, fdwire.times(other), Need::AtMost(at_most));
+        }
+    }
+
+    /// CPU time beyond that of one process.
+    fn adds(&mut self, fdwire: &Measured, at_most: f64) {
+        if let (Some(base), Some(bare)) = (self.row.without_passing(), self.row.bare_for(fdwire)) {
+            let what = format!("{}: added CPU / {}", fdwire.name, bare.name);
+            self.push(what, fdwire.adds_times(bare, base), Need::AtMost(at_most));
         }
     }
 

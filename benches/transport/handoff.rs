@@ -1,7 +1,7 @@
 //! Connections that one process accepts and another one answers.
 //!
 //! Three processes: a client, the one that measures and accepts, and a worker. The client keeps connections open at a time,
-//! reads each to its end, and checks what it got. Its CPU time is not counted.
+//! asks if there is something to ask, reads each to its end, and checks what it got. Its CPU time is not counted.
 
 use std::{
     collections::VecDeque,
@@ -24,10 +24,17 @@ use crate::{
     processes::{Control, Helper},
 };
 
-const ANSWER: &[u8] = b"hello";
+/// What the client gets, or the end of it.
+pub(crate) const ANSWER: &[u8] = b"hello";
 
-/// Connections that a client keeps open.
-const WINDOW: usize = 64;
+/// What a client does.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Talk {
+    /// Connections that it keeps open.
+    pub(crate) window: usize,
+    /// What it says first.
+    pub(crate) request: &'static str,
+}
 
 fn answer(connection: OwnedFd) {
     net::TcpStream::from(connection).write_all(ANSWER).expect("the client is there");
@@ -43,16 +50,26 @@ struct Front<L> {
 }
 
 pub(crate) fn front<L: Link>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
-    let listener = net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port is free");
-    listener.set_nonblocking(true).expect("it is a socket");
-    let address = listener.local_addr().expect("it is bound");
+    front_for::<L>(socket, setup, Talk { window: 64, request: "" })
+}
+
+pub(crate) fn front_for<L: Link>(socket: OwnedFd, setup: Setup, talk: Talk) -> Box<dyn End> {
+    let (listener, client) = listen(talk);
     Box::new(Front {
         link: L::new(socket, setup),
         load: setup.load,
         metadata: vec![7; setup.load.bytes].into(),
         listener: TcpListener::from_std(listener).expect("the socket can be registered"),
-        client: Helper::client(address),
+        client,
     })
+}
+
+/// A listener, and a client that connects to it when it is told to.
+pub(crate) fn listen(talk: Talk) -> (net::TcpListener, Helper) {
+    let listener = net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port is free");
+    listener.set_nonblocking(true).expect("it is a socket");
+    let address = listener.local_addr().expect("it is bound");
+    (listener, Helper::client(address, talk))
 }
 
 impl<L: Link> End for Front<L> {
@@ -125,25 +142,26 @@ impl Link for InOneProcess {
 }
 
 /// The client's process.
-pub(crate) fn run_client(address: SocketAddr, mut control: Control) {
+pub(crate) fn run_client(address: SocketAddr, window: usize, request: &str, mut control: Control) {
     let connect = || {
-        let connection = net::TcpStream::connect(address).expect("the front listens");
+        let mut connection = net::TcpStream::connect(address).expect("the front listens");
         // No connection is left in TIME_WAIT, or there would be no free ports after a while.
         setsockopt(&connection, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 }).expect("it is a socket");
+        connection.write_all(request.as_bytes()).expect("the front or the worker reads");
         connection
     };
     while let Some(count) = control.hear() {
-        let mut open = VecDeque::with_capacity(WINDOW);
+        let mut open = VecDeque::with_capacity(window);
         let mut left = count;
         while left > 0 || !open.is_empty() {
-            while left > 0 && open.len() < WINDOW {
+            while left > 0 && open.len() < window {
                 open.push_back(connect());
                 left -= 1;
             }
             if let Some(mut oldest) = open.pop_front() {
-                let mut got = Vec::with_capacity(2 * ANSWER.len());
+                let mut got = Vec::with_capacity(256);
                 oldest.read_to_end(&mut got).expect("an answer");
-                assert_eq!(got, ANSWER);
+                assert!(got.ends_with(ANSWER), "{}", got.escape_ascii());
             }
         }
         control.say(count);

@@ -1,5 +1,5 @@
 //! fdwire against bare `sendmsg` and `recvmsg`, and against other crates: messages one way, there and back, from many tasks,
-//! and connections handed over.
+//! connections handed over, and the same by this crate's hand-off layer with a whole HTTP server behind it.
 //!
 //! ```text
 //! cargo bench --bench transport                          # everything, in some minutes
@@ -12,7 +12,7 @@
 //! Contenders of a row do the same work, under the same conditions:
 //!
 //! - The ends are two processes, each on a core of its own. Each has a current-thread runtime; synchronous contenders block.
-//!   Time ends when the receiver has told that it has everything.
+//!   The rows of HTTP have the runtimes that they name, on any core. Time ends when the receiver has told that it has everything.
 //! - They take turns, round after round. A figure is the median over the rounds, a ratio the median of ratios within a
 //!   round. CPU time is user and system time of both processes.
 //! - A message with a descriptor starts with an `OwnedFd` of its own, made by `dup`, which is closed after it was sent. The
@@ -24,6 +24,7 @@ mod bars;
 mod contenders;
 mod ends;
 mod handoff;
+mod http;
 mod machine;
 mod measure;
 mod plot;
@@ -86,6 +87,12 @@ struct Args {
     /// Be the other process: a client that connects there
     #[arg(long, hide = true)]
     client: Option<SocketAddr>,
+
+    #[arg(long, hide = true, default_value_t = 1)]
+    window: usize,
+
+    #[arg(long, hide = true, default_value = "")]
+    request: String,
 
     /// The cores of the other process
     #[arg(long, hide = true, value_delimiter = ',')]
@@ -165,7 +172,7 @@ fn be_the_other_process(args: &Args) -> Result<(), Box<dyn Error>> {
         processes::bind(&cores);
     }
     if let Some(address) = args.client {
-        handoff::run_client(address, Control::from_stdout());
+        handoff::run_client(address, args.window, &args.request, Control::from_stdout());
         return Ok(());
     }
     let row = rows::all().into_iter().find(|row| Some(row.id) == args.far_end.as_deref()).ok_or("no such row")?;

@@ -26,6 +26,7 @@ pub(crate) enum Effort {
 
 /// Measures some contenders of a row.
 pub(crate) fn measure(row: &Row, contenders: &[&Contender], effort: Effort) -> RowResult {
+    processes::take_place(row.threads);
     let mut sessions = contenders.iter().map(|contender| Session::start(row, contender)).collect::<Vec<_>>();
     let counts = sessions.iter_mut().map(|session| session.calibrate(row.quantum, effort)).collect::<Vec<_>>();
     let mut results = contenders.iter().map(|contender| Measured::new(contender)).collect::<Vec<_>>();
@@ -57,8 +58,8 @@ struct Session {
 impl Session {
     fn start(row: &Row, contender: &Contender) -> Self {
         let (near, far) = socket_pair(contender.kind, row.is_bulk());
-        let far = Helper::far_end(row.id, &contender.name, far);
-        let runtime = processes::runtime();
+        let far = Helper::far_end(row, &contender.name, far);
+        let runtime = processes::runtime(row.threads);
         let near = runtime.block_on(async { (contender.near)(near, row.setup(contender, Side::Near)) });
         Self { near, far, runtime }
     }
@@ -96,7 +97,7 @@ impl Session {
 pub(crate) fn run_far_end(row: &Row, contender: &Contender) {
     let socket: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned().expect("a descriptor is free");
     let mut control = Control::from_stdout();
-    let runtime = processes::runtime();
+    let runtime = processes::runtime(row.threads);
     runtime.block_on(async {
         let mut end = (contender.far)(socket, row.setup(contender, Side::Far));
         while let Some(count) = control.hear() {

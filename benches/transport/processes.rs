@@ -24,6 +24,8 @@ use nix::{
 };
 use tokio::runtime::{Builder, Runtime};
 
+use crate::{handoff::Talk, rows::Row};
+
 /// A socket beside the one that is measured. What is said are numbers.
 #[derive(Debug)]
 pub(crate) struct Control(UnixStream);
@@ -72,15 +74,20 @@ impl Helper {
     }
 
     /// The other end of a contender, with this socket as its standard input.
-    pub(crate) fn far_end(row: &str, contender: &str, socket: OwnedFd) -> Self {
-        let core = CORES.two.map_or_else(String::new, |(_, far)| far.to_string());
-        Self::start(&["--far-end", row, "--contender", contender, "--cores", &core], socket.into())
+    pub(crate) fn far_end(row: &Row, contender: &str, socket: OwnedFd) -> Self {
+        let cores = match (row.threads, CORES.two) {
+            (Threads::OneBound, Some((_, far))) => far.to_string(),
+            (Threads::OneBound, None) => String::new(),
+            (Threads::One | Threads::Many, _) => CORES.any(),
+        };
+        Self::start(&["--far-end", row.id, "--contender", contender, "--cores", &cores], socket.into())
     }
 
     /// The client of hand-offs, on any core.
-    pub(crate) fn client(address: SocketAddr) -> Self {
-        let cores = CORES.allowed.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-        Self::start(&["--client", &address.to_string(), "--cores", &cores], Stdio::null())
+    pub(crate) fn client(address: SocketAddr, talk: Talk) -> Self {
+        let (address, window, cores) = (address.to_string(), talk.window.to_string(), CORES.any());
+        let args = ["--client", &address, "--window", &window, "--request", talk.request, "--cores", &cores];
+        Self::start(&args, Stdio::null())
     }
 }
 
@@ -94,9 +101,33 @@ impl Drop for Helper {
     }
 }
 
+/// What runs in each process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// A current-thread runtime, bound to a core of its own.
+    OneBound,
+    /// A current-thread runtime, on any core.
+    One,
+    /// A runtime with a thread for each core.
+    Many,
+}
+
 /// A runtime of the kind that each process has.
-pub(crate) fn runtime() -> Runtime {
-    Builder::new_current_thread().enable_all().build().expect("a runtime")
+pub(crate) fn runtime(threads: Threads) -> Runtime {
+    let mut builder = match threads {
+        Threads::OneBound | Threads::One => Builder::new_current_thread(),
+        Threads::Many => Builder::new_multi_thread(),
+    };
+    builder.enable_all().build().expect("a runtime")
+}
+
+/// Has this process, the near end, run where its row wants it.
+pub(crate) fn take_place(threads: Threads) {
+    match (threads, CORES.two) {
+        (Threads::OneBound, Some((near, _))) => bind(&[near]),
+        (Threads::OneBound, None) => true,
+        (Threads::One | Threads::Many, _) => bind(&CORES.allowed),
+    };
 }
 
 /// User and system time of all threads of this process.
@@ -128,6 +159,11 @@ impl Cores {
             _ => None,
         };
         Self { allowed, two }
+    }
+
+    /// All of them, as an argument.
+    fn any(&self) -> String {
+        self.allowed.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
     }
 }
 

@@ -51,7 +51,7 @@ Written by `cargo bench --bench transport -- --report docs`. Do not edit.
 ";
 
 const HOW_TO_READ: &str = "\
-Two processes, each on a core of its own. All contenders of a row take turns, round after round; a time is the median over
+Two processes, each on a core of its own, but for the rows of HTTP. All contenders of a row take turns, round after round; a time is the median over
 the rounds with its quartiles, a ratio the median of the ratios within a round. CPU is user and system time of both
 processes. Compare within a row; between rows and machines only ratios mean something.
 
@@ -72,6 +72,13 @@ processes. Compare within a row; between rows and machines only ratios mean some
   a task feeds what waits in a `tokio::sync::mpsc` and flushes; *shared*: all call `send` on one socket.
 - A hand-off: a third process connects by TCP, one process accepts, passes the connection, and the worker
   writes 5 bytes and closes it. fdwire and bare calls send together what was accepted together. The client's CPU is not counted.
+- HTTP: the same server everywhere (hyper, one request per connection). *one process* accepts and serves; *fdwire* is the hand-off
+  layer (`Dispatcher::serve`, and `Incoming` with `next` or `next_batch`), with its promise that no connection is lost; *bare* accepts,
+  sends each connection with a `sendmsg` and knows nothing of what becomes of it. *added CPU* is what a contender
+  takes beyond one process, *× bare's* what it adds in units of what bare calls add. One client waits for each answer before
+  it connects again, so that every process sleeps between any two steps: all costs of waking up are there, and nothing is batched.
+  Runtimes are as users have them, for one process and both ends of a hand-off alike: current-thread, which is what several
+  workers are started for, and tokio's default, multi-thread; the loop that accepts is in `main`; no process is bound to a core.
 ";
 
 const BARS: &str = "\
@@ -86,21 +93,31 @@ fn row_cells(row: &RowResult) -> Vec<Vec<String>> {
         Some(other) => ratio(contender.times(other)),
         None => String::new(),
     };
-    let unit = &row.unit;
+    let (unit, base) = (&row.unit, row.without_passing().filter(|_| row.fastest_peer().is_none()));
     let head = ["".to_owned(), format!("time / {unit}"), "quartiles".to_owned(), format!("{unit}s / s")];
-    let head = head.into_iter().chain([format!("CPU / {unit}"), "× bare".to_owned(), "× fastest peer".to_owned()]);
-    let mut cells = vec![head.collect::<Vec<_>>()];
+    let head = head.into_iter().chain([format!("CPU / {unit}"), "× bare".to_owned()]);
+    let last = if base.is_some() { &["added CPU", "× bare's"][..] } else { &["× fastest peer"] };
+    let mut cells = vec![head.chain(last.iter().map(|name| (*name).to_owned())).collect::<Vec<_>>()];
     for contender in &row.contenders {
         let (low, high) = contender.quartiles_ns();
-        cells.push(vec![
+        let mut line = vec![
             contender.name.clone(),
             time(contender.median_ns()),
             format!("{} – {}", time(low), time(high)),
             thousands(1e9 / contender.median_ns()),
             time(contender.median_cpu_ns()),
             times(contender, row.bare_for(contender)),
-            times(contender, row.fastest_peer()),
-        ]);
+        ];
+        match base {
+            None => line.push(times(contender, row.fastest_peer())),
+            Some(base) if base.name == contender.name => line.extend([String::new(), String::new()]),
+            Some(base) => {
+                let bare = row.bare_for(contender);
+                line.push(time(contender.median_cpu_beyond(base)));
+                line.push(bare.map_or_else(String::new, |bare| ratio(contender.adds_times(bare, base))));
+            }
+        }
+        cells.push(line);
     }
     cells
 }

@@ -62,6 +62,11 @@ impl RowResult {
         of_them.min_by(|a, b| a.median_ns().total_cmp(&b.median_ns()))
     }
 
+    /// The work without passing anything.
+    pub(crate) fn without_passing(&self) -> Option<&Measured> {
+        self.fastest(|contender| contender.role == Role::Reference)
+    }
+
     /// Bare calls on a socket of the same kind.
     pub(crate) fn bare_for(&self, contender: &Measured) -> Option<&Measured> {
         self.fastest(|other| other.role == Role::Bare && other.stream == contender.stream)
@@ -96,6 +101,21 @@ impl Measured {
     /// while counts for nothing.
     pub(crate) fn times(&self, other: &Self) -> f64 {
         quantile(&self.ns.iter().zip(&other.ns).map(|(a, b)| a / b).collect::<Vec<_>>(), 0.5)
+    }
+
+    /// The CPU time that it takes beyond another's, round by round.
+    fn cpu_beyond<'a>(&'a self, base: &'a Self) -> impl Iterator<Item = f64> + 'a {
+        self.cpu_ns.iter().zip(&base.cpu_ns).map(|(a, b)| a - b)
+    }
+
+    pub(crate) fn median_cpu_beyond(&self, base: &Self) -> f64 {
+        quantile(&self.cpu_beyond(base).collect::<Vec<_>>(), 0.5)
+    }
+
+    /// What it adds to the CPU time of `base`, in units of what another adds: the median of the ratios within a round.
+    pub(crate) fn adds_times(&self, other: &Self, base: &Self) -> f64 {
+        let added = self.cpu_beyond(base).zip(other.cpu_beyond(base));
+        quantile(&added.map(|(a, b)| a / b).collect::<Vec<_>>(), 0.5)
     }
 }
 

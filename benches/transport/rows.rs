@@ -10,6 +10,8 @@ use crate::{
     },
     ends::{MakeEnd, client, echo, idle, receiver, sender},
     handoff::{InOneProcess, front, worker},
+    http,
+    processes::Threads,
     tasks::{BareShared, FdwireChannel, FdwireMutex, FdwireSender, SeqpacketShared, Shared, senders},
 };
 
@@ -22,6 +24,7 @@ pub(crate) struct Row {
     load: Load,
     /// Counts are multiples of this.
     pub(crate) quantum: usize,
+    pub(crate) threads: Threads,
     pub(crate) contenders: Vec<Contender>,
 }
 
@@ -135,7 +138,7 @@ fn one_way(id: &'static str, title: &'static str, load: Load) -> Row {
         let name = "ipc-channel, shared memory";
         contenders.push(contender::<IpcSharedMem>(pattern, name, SeqPacket, Role::Peer));
     }
-    Row { id, title, unit: "message", load, quantum: load.batch, contenders }
+    Row { id, title, unit: "message", load, quantum: load.batch, threads: Threads::OneBound, contenders }
 }
 
 fn round_trip(id: &'static str, title: &'static str, fd: bool) -> Row {
@@ -146,7 +149,8 @@ fn round_trip(id: &'static str, title: &'static str, fd: bool) -> Row {
     }
     contenders.extend(peers(pattern));
     contenders.push(ipc_channel(pattern));
-    Row { id, title, unit: "round trip", load: Load { bytes: 64, fd, batch: 1 }, quantum: 1, contenders }
+    let load = Load { bytes: 64, fd, batch: 1 };
+    Row { id, title, unit: "round trip", load, quantum: 1, threads: Threads::OneBound, contenders }
 }
 
 fn shared<S: Shared, L: Link, const TASKS: usize>(name: &str, kind: SocketKind, role: Role) -> Contender {
@@ -165,7 +169,8 @@ fn tasks<const TASKS: usize>(id: &'static str, title: &'static str) -> Row {
         shared::<BareShared, Bare, TASKS>("bare SEQPACKET, shared", SeqPacket, Role::Bare),
         shared::<SeqpacketShared, TokioSeqpacket, TASKS>("tokio-seqpacket, shared", SeqPacket, Role::Peer),
     ];
-    Row { id, title, unit: "message", load: Load { bytes: 64, fd: false, batch: 1 }, quantum: TASKS, contenders }
+    let load = Load { bytes: 64, fd: false, batch: 1 };
+    Row { id, title, unit: "message", load, quantum: TASKS, threads: Threads::OneBound, contenders }
 }
 
 fn hand_off(id: &'static str, title: &'static str) -> Row {
@@ -175,7 +180,25 @@ fn hand_off(id: &'static str, title: &'static str) -> Row {
     contenders.extend(ours(pattern));
     contenders.extend(peers(pattern));
     let load = Load { bytes: 16, fd: true, batch: 64 };
-    Row { id, title, unit: "hand-off", load, quantum: 64, contenders }
+    Row { id, title, unit: "hand-off", load, quantum: 64, threads: Threads::OneBound, contenders }
+}
+
+/// A whole server, whose client keeps this many connections open.
+fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Threads) -> Row {
+    let contender =
+        |name: &str, kind, role, near, far| Contender { name: name.to_owned(), kind, role, batched: false, near, far };
+    let layer: MakeEnd = http::dispatcher::<WINDOW>;
+    let bare: MakeEnd = http::front::<Bare, WINDOW>;
+    let contenders = vec![
+        contender("one process", SeqPacket, Role::Reference, http::one_process::<WINDOW>, idle),
+        contender("fdwire SEQPACKET", SeqPacket, Role::Fdwire, layer, http::incoming::<1>),
+        contender("fdwire SEQPACKET, next_batch", SeqPacket, Role::Fdwire, layer, http::incoming::<64>),
+        contender("fdwire STREAM", Stream, Role::Fdwire, layer, http::incoming::<1>),
+        contender("bare SEQPACKET", SeqPacket, Role::Bare, bare, http::worker::<Bare>),
+        contender("bare STREAM", Stream, Role::Bare, bare, http::worker::<Bare>),
+    ];
+    let load = Load { bytes: 1, fd: true, batch: 1 };
+    Row { id, title, unit: "connection", load, quantum: WINDOW, threads, contenders }
 }
 
 pub(crate) fn all() -> Vec<Row> {
@@ -194,5 +217,9 @@ pub(crate) fn all() -> Vec<Row> {
         tasks::<64>("64-tasks", "64 B from 64 tasks into one socket"),
         tasks::<1000>("1000-tasks", "64 B from 1,000 tasks into one socket"),
         hand_off("hand-off", "TCP connections accepted here, answered there"),
+        http::<64>("http-busy", "HTTP: 64 clients, current-thread runtimes", Threads::One),
+        http::<1>("http-idle", "HTTP: one client, current-thread runtimes", Threads::One),
+        http::<64>("http-mt-busy", "HTTP: 64 clients, multi-thread runtimes", Threads::Many),
+        http::<1>("http-mt-idle", "HTTP: one client, multi-thread runtimes", Threads::Many),
     ]
 }

@@ -275,8 +275,10 @@ impl<D, E> From<ReuniteError<D, E>> for io::Error {
 
 #[cfg(test)]
 mod tests {
+    use futures::{FutureExt, SinkExt, StreamExt};
+
     use super::*;
-    use crate::FrameCodec;
+    use crate::{Frame, FrameCodec, SocketKind};
 
     #[test]
     fn everything_can_move_between_threads() {
@@ -287,6 +289,26 @@ mod tests {
         check::<Sender<FrameCodec>>();
         check::<Driver<FrameCodec>>();
         check::<Error>();
-        check::<SendError<crate::Frame>>();
+        check::<SendError<Frame>>();
+    }
+
+    #[tokio::test]
+    async fn a_full_quiet_socket_sends_on_when_there_is_room() {
+        for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
+            let (a, b) = Socket::pair(kind).unwrap();
+            let mut tx = Framed::new(a.quiet(), FrameCodec::default());
+            let mut rx = Framed::new(b, FrameCodec::default());
+            let mut frames = 1; // the one that does not fit is in the queue
+            while tx.send(Frame::new(vec![7; 60_000])).now_or_never().is_some() {
+                frames += 1;
+            }
+            assert!(tx.unsent().0 > 0);
+            let receive = async {
+                for _ in 0..frames {
+                    rx.next().await.unwrap().unwrap();
+                }
+            };
+            tokio::join!(receive, async { tx.flush().await.unwrap() });
+        }
     }
 }

@@ -177,12 +177,18 @@ pub(super) fn check(offer: &Offer) -> Result<bool, Error> {
     if !getsockopt(&offer.fd, sys::Cookie).is_ok_and(|cookie| cookie == offer.cookie) {
         return Err(Error::invalid("the descriptor of an offer is not the one that it describes"));
     }
-    let domain = getsockopt(&offer.fd, sys::Domain);
-    let fits = match offer.transport {
-        Transport::Tcp => matches!(domain, Ok(libc::AF_INET | libc::AF_INET6)),
-        Transport::UnixStream => domain == Ok(libc::AF_UNIX),
+    let is_stream_of = |domains: &[i32]| {
+        getsockopt(&offer.fd, sys::Domain).is_ok_and(|domain| domains.contains(&domain))
+            && getsockopt(&offer.fd, sockopt::SockType) == Ok(SockType::Stream)
     };
-    Ok(fits && getsockopt(&offer.fd, sockopt::SockType) == Ok(SockType::Stream))
+    Ok(match offer.transport {
+        // The first says it all, and mostly so. Other protocols, such as MPTCP, speak for TCP too.
+        Transport::Tcp => {
+            getsockopt(&offer.fd, sys::Protocol) == Ok(libc::IPPROTO_TCP)
+                || is_stream_of(&[libc::AF_INET, libc::AF_INET6])
+        }
+        Transport::UnixStream => is_stream_of(&[libc::AF_UNIX]),
+    })
 }
 
 impl ConnectionStream {

@@ -11,7 +11,14 @@ use std::{
 
 use bytes::BytesMut;
 use nix::libc;
-use tokio::{io::unix::AsyncFdReadyGuard, task::coop, time::Sleep};
+use tokio::{
+    io::{
+        Interest,
+        unix::{AsyncFd, AsyncFdReadyGuard},
+    },
+    task::coop,
+    time::Sleep,
+};
 
 use super::{Backoff, Socket, SocketKind};
 use crate::sys::{self, Received};
@@ -76,6 +83,7 @@ impl Socket {
                 Err(error) => match error.raw_os_error() {
                     // Readiness from before the send may be stale. Ask for it, and only if it is stale then, wait.
                     Some(libc::EAGAIN) => match &mut ready {
+                        _ if self.quiet => wait.for_duplicate(self)?,
                         Some(ready) => ready.clear_ready(),
                         None => wait.full = true,
                     },
@@ -104,6 +112,8 @@ impl Socket {
 pub(crate) struct SendWait {
     /// The socket took nothing: to be asked whether it is writable.
     full: bool,
+    /// The same where the socket is [quiet](Socket::quiet).
+    duplicate: Option<AsyncFd<OwnedFd>>,
     timer: Option<Pin<Box<Sleep>>>,
     backoff: Backoff,
 }
@@ -119,10 +129,31 @@ impl SendWait {
             ready!(timer.as_mut().poll(cx));
             self.timer = None;
         }
+        if let Some(duplicate) = &self.duplicate {
+            drop(ready!(duplicate.poll_write_ready(cx))?);
+            self.duplicate = None;
+        }
         match self.full {
             true => socket.io.poll_write_ready(cx).map_ok(Some),
             false => Poll::Ready(Ok(None)),
         }
+    }
+
+    /// Waits until a quiet socket is writable.
+    ///
+    /// # Errors
+    /// When the socket's runtime has ended.
+    fn for_duplicate(&mut self, socket: &Socket) -> Result<()> {
+        let _context = socket.runtime.enter();
+        match socket.as_fd().try_clone_to_owned().and_then(|copy| sys::register(copy, Interest::WRITABLE)) {
+            Ok(duplicate) => self.duplicate = Some(duplicate),
+            Err(error) => match error.raw_os_error() {
+                // No descriptor is left for the duplicate, or no memory for watching it.
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC) => self.a_while(socket),
+                _ => return Err(error),
+            },
+        }
+        Ok(())
     }
 
     /// Waits for a while, longer each time until a send succeeds.

@@ -91,6 +91,8 @@ pub struct PeerCred {
 pub struct Socket {
     io: AsyncFd<OwnedFd>,
     kind: SocketKind,
+    /// Registered for reading only: see [`quiet`](Self::quiet).
+    quiet: bool,
     /// Where it is registered, and where timers are made, wherever it is polled from.
     runtime: Handle,
     /// Whether the kernel has said `ECONNRESET`.
@@ -168,10 +170,25 @@ impl Socket {
         Ok(Self {
             io: sys::register(fd, Interest::READABLE | Interest::WRITABLE)?,
             kind,
+            quiet: false,
             runtime: Handle::current(),
             reset: AtomicBool::new(false),
             read_ended: AtomicBool::new(false),
         })
+    }
+
+    /// Saves its thread the wakeup for each packet that the peer consumes. That takes less CPU, and a peer that answers at once is
+    /// waited for asleep. Where the system refuses, all stays as it was.
+    pub(crate) fn quiet(mut self) -> Self {
+        let registered = {
+            let _context = self.runtime.enter();
+            self.as_fd().try_clone_to_owned().and_then(|copy| sys::register(copy, Interest::READABLE))
+        };
+        if let Ok(io) = registered {
+            self.io = io;
+            self.quiet = true;
+        }
+        self
     }
 
     /// Which kind it is.

@@ -8,7 +8,7 @@ mod readiness;
 
 pub(crate) use close::close_all;
 pub(crate) use message::{Received, recvmsg, sendmsg};
-pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights};
+pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol};
 pub(crate) use readiness::register;
 
 use std::{

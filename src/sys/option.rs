@@ -16,6 +16,10 @@ sockopt_impl!(
     Domain, GetOnly, libc::SOL_SOCKET, libc::SO_DOMAIN, i32
 );
 sockopt_impl!(
+    /// The protocol of a socket.
+    Protocol, GetOnly, libc::SOL_SOCKET, libc::SO_PROTOCOL, i32
+);
+sockopt_impl!(
     /// Whether each message brings a pidfd of its sender along. Linux 6.5.
     PassPidfd, Both, libc::SOL_SOCKET, SO_PASSPIDFD, bool
 );

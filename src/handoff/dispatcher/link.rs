@@ -108,7 +108,7 @@ impl Link {
     pub(super) fn new(shared: Arc<Shared>, id: WorkerId, socket: Socket, process: Process) -> Self {
         let bell = Arc::new(Bell::default());
         let number = shared.lock().connected(id, process.pid(), Arc::clone(&bell));
-        let (read, write) = Framed::new(socket, DispatcherCodec::default()).into_split();
+        let (read, write) = Framed::new(socket.quiet(), DispatcherCodec::default()).into_split();
         let now = Instant::now();
         bell.ring(); // it may have been removed already
         Self {

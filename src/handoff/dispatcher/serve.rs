@@ -101,7 +101,7 @@ impl Dispatcher {
         local: Option<Address>,
     ) -> io::Result<()> {
         let mut said = false;
-        loop {
+        'ready: loop {
             // Before a place is reserved, which others may have use for.
             let mut ready = listener.readable().await?;
             for _ in 0..BATCH {
@@ -117,7 +117,7 @@ impl Dispatcher {
                     },
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         ready.clear_ready();
-                        break;
+                        continue 'ready;
                     }
                     Err(error) if is_final(&error) => return Err(error),
                     Err(error) => Some(error).filter(|error| error.kind() != io::ErrorKind::ConnectionAborted),

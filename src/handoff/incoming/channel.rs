@@ -38,9 +38,12 @@ use crate::{
     socket::close_unwanted,
 };
 
-/// How long a finished connection may go unreported when there is nothing else to say, and how long to wait for descriptors to come
-/// free.
-const REPORT_AFTER: Duration = Duration::from_millis(10);
+/// How long a finished connection may go unreported when there is nothing else to say. Answers bring the report along, so as long as
+/// connections come this timer does nothing, but a near one would be set in hardware each time the process sleeps.
+const REPORT_AFTER: Duration = Duration::from_millis(100);
+
+/// How long to wait for descriptors to come free.
+const OUT_OF_FDS: Duration = Duration::from_millis(10);
 
 /// More bytes of answers than this wait for a dispatcher only if it asks and asks and does not read.
 const MAX_UNSENT_BYTES: usize = 256 << 10;
@@ -85,7 +88,7 @@ struct State {
 
 impl Channel {
     pub(super) fn open(socket: Socket, settings: Settings) -> Arc<Self> {
-        let (read, write) = Framed::new(socket, WorkerCodec::default()).into_split();
+        let (read, write) = Framed::new(socket.quiet(), WorkerCodec::default()).into_split();
         let mut state = State {
             book: Book::new(settings.window, settings.max_connections),
             headroom: Headroom::default(),
@@ -406,6 +409,10 @@ impl Task {
         state.ask();
         while state.report_due || state.short {
             let waiting = timer.get_or_insert_with(|| Box::pin(sleep(REPORT_AFTER)));
+            if state.short {
+                let soon = waiting.deadline().min(Instant::now() + OUT_OF_FDS);
+                waiting.as_mut().reset(soon);
+            }
             if waiting.as_mut().poll(cx).is_pending() {
                 break;
             }

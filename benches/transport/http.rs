@@ -1,0 +1,157 @@
+//! A whole HTTP server, one request for each connection: in the process that accepts, behind this crate's hand-off layer, and
+//! behind bare calls.
+
+use std::{convert::Infallible, net, os::fd::OwnedFd};
+
+use bytes::Bytes;
+use fdwire::{
+    Socket,
+    handoff::{Dispatcher, Incoming},
+};
+use futures::future::{FutureExt, LocalBoxFuture};
+use http_body_util::Full;
+use hyper::{Response, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    select,
+    task::JoinSet,
+};
+
+use crate::{
+    contenders::{Link, Load, Received, Setup},
+    ends::End,
+    handoff::{ANSWER, Talk, front_for, listen},
+    processes::Helper,
+};
+
+fn talk(window: usize) -> Talk {
+    Talk { window, request: "GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n" }
+}
+
+/// The server.
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin) {
+    let answer = async |_| Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(ANSWER))));
+    let served = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)).await;
+    served.expect("a request and its answer");
+}
+
+/// Accepts and serves.
+struct OneProcess {
+    listener: TcpListener,
+    client: Helper,
+}
+
+pub(crate) fn one_process<const WINDOW: usize>(_: OwnedFd, _: Setup) -> Box<dyn End> {
+    let (listener, client) = listen(talk(WINDOW));
+    Box::new(OneProcess { listener: TcpListener::from_std(listener).expect("the socket can be registered"), client })
+}
+
+impl End for OneProcess {
+    fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
+        let Self { listener, client } = self;
+        let run = async move {
+            client.control.say(count as u64);
+            let mut serving = JoinSet::new();
+            for _ in 0..count {
+                serving.spawn(serve(listener.accept().await.expect("accepting").0));
+            }
+            serving.join_all().await;
+            client.control.hear_in_runtime().await;
+        };
+        run.boxed_local()
+    }
+}
+
+/// Accepts, and hands over by the layer.
+struct Front {
+    dispatcher: Dispatcher,
+    listener: net::TcpListener,
+    client: Helper,
+}
+
+pub(crate) fn dispatcher<const WINDOW: usize>(socket: OwnedFd, _: Setup) -> Box<dyn End> {
+    let dispatcher = Dispatcher::builder().build();
+    dispatcher.add_worker(Socket::try_from(socket).expect("a connected Unix socket"));
+    let (listener, client) = listen(talk(WINDOW));
+    Box::new(Front { dispatcher, listener, client })
+}
+
+impl End for Front {
+    fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
+        let Self { dispatcher, listener, client } = self;
+        let run = async move {
+            client.control.say(count as u64);
+            let listener = listener.try_clone().expect("a descriptor is free");
+            select! {
+                ended = dispatcher.serve(listener) => panic!("nothing has ended the dispatcher: {ended:?}"),
+                _ = client.control.hear_in_runtime() => {}
+            }
+        };
+        run.boxed_local()
+    }
+}
+
+/// Serves what the layer brings.
+struct Worker {
+    incoming: Incoming,
+    /// Connections taken at a time.
+    batch: usize,
+}
+
+pub(crate) fn incoming<const BATCH: usize>(socket: OwnedFd, _: Setup) -> Box<dyn End> {
+    let incoming = Incoming::new(Socket::try_from(socket).expect("a connected Unix socket"));
+    Box::new(Worker { incoming, batch: BATCH })
+}
+
+impl End for Worker {
+    fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
+        let Self { incoming, batch } = self;
+        let run = async move {
+            let (mut serving, mut left) = (JoinSet::new(), count);
+            while left > 0 {
+                let connections = incoming.next_batch(left.min(*batch)).await.expect("the dispatcher is there");
+                left -= connections.len();
+                connections.into_iter().for_each(|connection| drop(serving.spawn(serve(connection))));
+            }
+            serving.join_all().await;
+        };
+        run.boxed_local()
+    }
+}
+
+/// Accepts, and sends each connection by a call.
+pub(crate) fn front<L: Link, const WINDOW: usize>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
+    front_for::<L>(socket, setup, talk(WINDOW))
+}
+
+/// Serves the connections that calls bring.
+struct BareWorker<L> {
+    link: L,
+    load: Load,
+}
+
+pub(crate) fn worker<L: Link>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
+    Box::new(BareWorker { link: L::new(socket, setup), load: setup.load })
+}
+
+impl<L: Link> End for BareWorker<L> {
+    fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
+        let Self { link, load } = self;
+        let run = async move {
+            let (mut serving, mut received, mut served) = (JoinSet::new(), Received::default(), 0);
+            while served < count || received.bytes < count * load.bytes {
+                link.recv(&mut received).await;
+                served += received.fds.len();
+                for connection in received.fds.drain(..) {
+                    let connection = net::TcpStream::from(connection);
+                    connection.set_nonblocking(true).expect("it is a socket");
+                    serving.spawn(serve(TcpStream::from_std(connection).expect("the socket can be registered")));
+                }
+            }
+            serving.join_all().await;
+        };
+        run.boxed_local()
+    }
+}
