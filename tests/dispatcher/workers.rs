@@ -12,7 +12,7 @@ use std::{
 use fdwire::{
     Framed, Listener, Socket, SocketKind,
     handoff::{
-        Dispatcher, Incoming, WorkerState,
+        Cause, Dispatcher, Incoming, WorkerCommand, WorkerState,
         protocol::{FromWorker, ToWorker, WorkerCodec},
     },
 };
@@ -85,6 +85,49 @@ fn it_is_logged_why_a_worker_was_dropped() {
             });
         }
     }
+}
+
+/// A subscriber that panics ends the task that looks after the worker, and a drain has nothing to wait for.
+#[test]
+fn a_drain_ends_though_a_subscriber_panics() {
+    struct Panics;
+    impl Subscriber for Panics {
+        fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+            *metadata.level() == Level::WARN
+        }
+        fn event(&self, _: &Event<'_>) {
+            panic!("a log that cannot be written");
+        }
+        fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+            span::Id::from_u64(1)
+        }
+        fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+        fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+        fn enter(&self, _: &span::Id) {}
+        fn exit(&self, _: &span::Id) {}
+    }
+    with_default(Panics, || {
+        run(async {
+            let dispatcher = Dispatcher::builder().build();
+            let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
+            dispatcher.add_worker(here);
+            drop(there); // which is worth a warning
+            dispatcher.drain(None).await;
+            assert!(dispatcher.stats().workers.is_empty());
+        });
+    });
+}
+
+#[test]
+fn it_is_known_why_the_process_before_left() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let id = dispatcher.spawn_worker(WorkerCommand::from(Command::new("true")).restart(true)).unwrap();
+        until("it was started again", || dispatcher.stats().workers[0].restarts > 0).await;
+        let worker = &dispatcher.stats().workers[0];
+        assert_eq!((worker.id, &worker.left), (id, &Some(Cause::Ended)));
+        dispatcher.drain(None).await;
+    });
 }
 
 /// Its socket does not tell: another process has it open.

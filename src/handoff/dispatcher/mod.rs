@@ -148,6 +148,19 @@ async fn at_most(until: Option<Instant>, future: impl Future<Output = ()>) {
     }
 }
 
+/// A worker is listed as long as its task lives, also where that panics in a subscriber of `tracing`: nobody waits for it then.
+struct Listed {
+    shared: Arc<Shared>,
+    id: WorkerId,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.shared.lock().workers.remove(&self.id);
+        self.shared.changed();
+    }
+}
+
 /// Lives as long as any clone of the dispatcher.
 #[derive(Debug)]
 struct Last(Arc<Shared>);
@@ -189,11 +202,10 @@ impl Dispatcher {
         let id = self.shared.lock().add_worker();
         let process = Process::of_peer(&socket);
         let link = Link::new(Arc::clone(&self.shared), id, socket, process);
-        let shared = Arc::clone(&self.shared);
+        let listed = Listed { shared: Arc::clone(&self.shared), id };
         tokio::spawn(async move {
             link.run().await;
-            shared.lock().workers.remove(&id);
-            shared.changed();
+            drop(listed);
         });
         id
     }
@@ -261,6 +273,7 @@ impl Dispatcher {
                 pid: link.and_then(|link| link.pid),
                 state: link.map_or(WorkerState::Restarting, |link| link.state),
                 restarts: worker.restarts,
+                left: worker.left.clone(),
                 room: link.map_or(0, |link| link.room()),
                 unanswered: link.map_or(0, |link| link.unanswered),
                 active: link.map_or(0, |link| link.active()),

@@ -66,6 +66,8 @@ pub(super) struct Worker {
     pub(super) restarts: u64,
     pub(super) adopted: u64,
     pub(super) rejected: u64,
+    /// Why its process before this one left.
+    pub(super) left: Option<Cause>,
     /// To be told to drain, until when.
     pub(super) removed: Option<Option<Instant>>,
     /// Its place in the turns of round robin, and among the equally loaded.
@@ -238,7 +240,9 @@ impl Pool {
             Cause::Drained => &mut retired.drained,
             Cause::Overdue => &mut retired.overdue,
         } += 1;
-        let Some(link) = self.workers.get_mut(&id).and_then(|worker| worker.link.take()) else { return };
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        worker.left = Some(cause.clone());
+        let Some(link) = worker.link.take() else { return };
         if may_hold_copies {
             self.copies.add_holder(link.number);
         }

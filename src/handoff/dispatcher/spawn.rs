@@ -4,11 +4,11 @@ use std::{io, os::fd::OwnedFd, process::Stdio, sync::Arc, time::Duration};
 
 use tokio::{
     process::{Child, Command},
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tracing::{info, warn};
 
-use super::{Dispatcher, Shared, WorkerId, link::Link, process::Process};
+use super::{Dispatcher, Listed, Shared, WorkerId, link::Link, process::Process};
 use crate::{Socket, SocketKind};
 
 /// The first wait before a worker is started again; twice as long each time, up to [`LONGEST_WAIT`], until one has adopted a
@@ -50,7 +50,7 @@ impl From<std::process::Command> for WorkerCommand {
 
 impl WorkerCommand {
     /// Whether the worker is started again when it leaves without having been told to: after 10 ms, and after twice as long each
-    /// time, up to 10 s, until one has adopted a connection. Default: no.
+    /// time, up to 10 s, until one has adopted a connection or has lived for longer than that. Default: no.
     #[must_use]
     pub fn restart(mut self, restart: bool) -> Self {
         self.restart = restart;
@@ -97,9 +97,11 @@ impl Dispatcher {
 
 /// Runs one process of the worker after the other.
 async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand, mut link: Link) {
+    let _listed = Listed { shared: Arc::clone(&shared), id };
     let mut wait = FIRST_WAIT;
     loop {
-        if link.run().await.has_adopted {
+        let begin = Instant::now();
+        if link.run().await.has_adopted || begin.elapsed() > LONGEST_WAIT {
             wait = FIRST_WAIT;
         }
         match start_again(&shared, id, &mut command, &mut wait).await {
@@ -107,8 +109,6 @@ async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand
             None => break,
         }
     }
-    shared.lock().workers.remove(&id);
-    shared.changed();
 }
 
 /// `None` if that is not wanted.

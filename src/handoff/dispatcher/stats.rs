@@ -65,6 +65,8 @@ pub struct WorkerStats {
     pub state: WorkerState,
     /// How often its process was started again.
     pub restarts: u64,
+    /// Why its process before this one left.
+    pub left: Option<Cause>,
     /// Offers that it takes at the moment.
     pub room: u64,
     /// Offers that it has not answered, at the moment.
