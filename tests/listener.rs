@@ -13,6 +13,7 @@ use std::{
             net::{SocketAddr, UnixListener, UnixStream},
         },
     },
+    path::Path,
     sync::atomic::Ordering::SeqCst,
 };
 
@@ -67,7 +68,7 @@ fn a_stale_socket_is_replaced_and_nothing_else() {
         let directory = tempfile::tempdir().unwrap();
         for kind in KINDS {
             let path = directory.path().join("socket");
-            drop(UnixListener::bind(&path).unwrap());
+            leave_stale_socket(&path);
             let listener = Listener::bind(&path, kind).unwrap();
             let (a, b) = tokio::join!(Socket::connect(&path, kind), listener.accept());
             check_connected(a.unwrap(), b.unwrap()).await;
@@ -81,12 +82,20 @@ fn a_stale_socket_is_replaced_and_nothing_else() {
     });
 }
 
+/// Leaves a socket that nobody listens on. A child that another test is starting may have a copy of it for a moment.
+fn leave_stale_socket(path: &Path) {
+    drop(UnixListener::bind(path).unwrap());
+    while UnixStream::connect(path).is_ok() {
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn of_many_that_bind_at_once_one_wins() {
     let directory = tempfile::tempdir().unwrap();
     for round in 0..20 {
         let path = directory.path().join(round.to_string());
-        drop(UnixListener::bind(&path).unwrap()); // stale: everybody wants to replace it
+        leave_stale_socket(&path); // everybody wants to replace it
         let bound: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4)
                 .map(|_| scope.spawn(|| run(async { Listener::bind(&path, SocketKind::Stream).map(OwnedFd::from) })))
