@@ -13,11 +13,10 @@ use std::{
             net::{SocketAddr, UnixListener, UnixStream},
         },
     },
-    path::Path,
     sync::atomic::Ordering::SeqCst,
 };
 
-use common::{KINDS, abstract_name, check_connected, other_uid, role_socket, run, spawn_role};
+use common::{KINDS, abstract_name, check_connected, leave_stale_socket, other_uid, role_socket, run, spawn_role};
 use fdwire::{Listener, Socket, SocketKind};
 
 #[test]
@@ -80,14 +79,6 @@ fn a_stale_socket_is_replaced_and_nothing_else() {
         }
         assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
     });
-}
-
-/// Leaves a socket that nobody listens on. A child that another test is starting may have a copy of it for a moment.
-fn leave_stale_socket(path: &Path) {
-    drop(UnixListener::bind(path).unwrap());
-    while UnixStream::connect(path).is_ok() {
-        std::thread::yield_now();
-    }
 }
 
 #[test]

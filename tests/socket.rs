@@ -12,7 +12,9 @@ use std::{
     },
 };
 
-use common::{KINDS, abstract_name, check_connected, marked, role_socket, run, sock_type, spawn_role};
+use common::{
+    KINDS, abstract_name, check_connected, leave_stale_socket, marked, role_socket, run, sock_type, spawn_role,
+};
 use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, bind, listen, socket};
@@ -45,7 +47,7 @@ fn a_connect_that_fails_says_why() {
         for kind in KINDS {
             assert_eq!(Socket::connect(&path, kind).await.unwrap_err().kind(), ErrorKind::NotFound);
         }
-        drop(UnixListener::bind(&path).unwrap());
+        leave_stale_socket(&path);
         assert_eq!(Socket::connect(&path, SocketKind::Stream).await.unwrap_err().kind(), ErrorKind::ConnectionRefused);
         let long = directory.path().join("x".repeat(200));
         assert_eq!(Socket::connect(&long, SocketKind::Stream).await.unwrap_err().kind(), ErrorKind::InvalidInput);

@@ -9,9 +9,13 @@ use std::{
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         linux::net::SocketAddrExt,
-        unix::{fs::FileExt, net::SocketAddr, process::CommandExt},
+        unix::{
+            fs::FileExt,
+            net::{SocketAddr, UnixListener, UnixStream},
+            process::CommandExt,
+        },
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Mutex,
     time::{Duration, Instant},
@@ -76,6 +80,14 @@ pub(crate) fn counted_in(runtime: fn() -> Runtime, test: impl AsyncFn(SocketKind
 
 pub(crate) fn open_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Leaves a socket that nobody listens on. A child that another test is starting may have a copy of it for a moment.
+pub(crate) fn leave_stale_socket(path: &Path) {
+    drop(UnixListener::bind(path).unwrap());
+    while UnixStream::connect(path).is_ok() {
+        std::thread::yield_now();
+    }
 }
 
 /// Room for large frames with many descriptors.
