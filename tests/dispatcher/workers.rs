@@ -35,18 +35,18 @@ use crate::{
     raw_worker::{Client, Raw, connections, greet, serve, until},
 };
 
-/// Keeps warnings as text.
-#[derive(Default, Clone)]
-struct Log(Arc<Mutex<String>>);
+/// Gives each warning to a function.
+struct Warnings<F>(F);
 
-impl Subscriber for Log {
+impl<F: Fn(&Event<'_>) + 'static> Subscriber for Warnings<F>
+where
+    Self: Send + Sync,
+{
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         *metadata.level() == Level::WARN
     }
     fn event(&self, event: &Event<'_>) {
-        let mut log = self.0.lock().unwrap();
-        event.record(&mut |field: &Field, value: &dyn Debug| write!(log, "{field}={value:?} ").unwrap());
-        log.push('\n');
+        (self.0)(event);
     }
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
         span::Id::from_u64(1)
@@ -55,6 +55,13 @@ impl Subscriber for Log {
     fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
     fn enter(&self, _: &span::Id) {}
     fn exit(&self, _: &span::Id) {}
+}
+
+/// Keeps a warning as text.
+fn write_to(log: &Mutex<String>, event: &Event<'_>) {
+    let mut log = log.lock().unwrap();
+    event.record(&mut |field: &Field, value: &dyn Debug| write!(log, "{field}={value:?} ").unwrap());
+    log.push('\n');
 }
 
 #[test]
@@ -69,8 +76,9 @@ fn it_is_logged_why_a_worker_was_dropped() {
     ];
     for (bytes, fds, reason) in cases {
         for kind in KINDS {
-            let log = Log::default();
-            with_default(log.clone(), || {
+            let log = Arc::new(Mutex::new(String::new()));
+            let kept = Arc::clone(&log);
+            with_default(Warnings(move |event: &Event<'_>| write_to(&kept, event)), || {
                 run(async {
                     let dispatcher = Dispatcher::builder().build();
                     let (here, there) = Socket::pair(kind).unwrap();
@@ -78,7 +86,7 @@ fn it_is_logged_why_a_worker_was_dropped() {
                     raw_send(&here, bytes, &Vec::from_iter((0..fds).map(marked)));
                     until("it is gone", || dispatcher.stats().workers.is_empty()).await;
                     assert_eq!(dispatcher.stats().retired.misbehaved, 1);
-                    let log = log.0.lock().unwrap();
+                    let log = log.lock().unwrap();
                     assert!(log.contains("message=worker is gone"), "{log}");
                     assert!(log.contains(&format!("worker={id}")) && log.contains(reason), "{reason:?}: {log}");
                 });
@@ -90,23 +98,7 @@ fn it_is_logged_why_a_worker_was_dropped() {
 /// A subscriber that panics ends the task that looks after the worker, and a drain has nothing to wait for.
 #[test]
 fn a_drain_ends_though_a_subscriber_panics() {
-    struct Panics;
-    impl Subscriber for Panics {
-        fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-            *metadata.level() == Level::WARN
-        }
-        fn event(&self, _: &Event<'_>) {
-            panic!("a log that cannot be written");
-        }
-        fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-            span::Id::from_u64(1)
-        }
-        fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-        fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-        fn enter(&self, _: &span::Id) {}
-        fn exit(&self, _: &span::Id) {}
-    }
-    with_default(Panics, || {
+    with_default(Warnings(|_: &Event<'_>| panic!("a log that cannot be written")), || {
         run(async {
             let dispatcher = Dispatcher::builder().build();
             let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
