@@ -21,6 +21,7 @@ pub use driver::Driver;
 pub use read::ReadHalf;
 use read::Receiving;
 pub use sender::{SendPermit, Sender};
+pub(crate) use write::Outbound;
 use write::Sending;
 pub use write::{Permit, WriteHalf};
 
@@ -219,6 +220,14 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         Sink::<I>::poll_close(Pin::new(&mut self.get_mut().write), cx)
     }
+}
+
+/// Two directions of a socket where descriptors are lent for sending: who queues one goes on having it.
+pub(crate) fn lending<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound<Arc<OwnedFd>>) {
+    let socket = Arc::new(socket);
+    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Sending::default());
+    outbound.shut_down_on_drop(true);
+    (ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default()), outbound)
 }
 
 // Nothing in it is pinned: codecs are only ever used through `&mut`.

@@ -150,7 +150,7 @@ impl Receiver {
     }
 
     fn close_fds(&mut self) {
-        close_unwanted(std::mem::take(&mut self.inbound.fds).into());
+        close_unwanted(Vec::from(std::mem::take(&mut self.inbound.fds)));
     }
 }
 

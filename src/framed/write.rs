@@ -2,7 +2,7 @@ use std::{
     future::poll_fn,
     io,
     net::Shutdown,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -15,7 +15,7 @@ use crate::{
     Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket, SocketKind,
     codec::{Carrier, largest_packet},
     limits::Limits,
-    socket::{SendWait, TooLarge, close_sent, close_unwanted},
+    socket::{HasFd, SendWait, TooLarge, close_sent, close_unwanted},
 };
 
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
@@ -39,26 +39,8 @@ pub struct WriteHalf<E> {
 }
 
 impl<E> WriteHalf<E> {
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, mut unsent: SendBuf, state: Sending) -> Self {
-        let (largest, max_packet_bytes) = largest_call(&socket);
-        unsent.set_max_packet_bytes(max_packet_bytes);
-        // What a user has put there is a message.
-        let state = match unsent.commit(Grouping::Free) {
-            Ok(()) => state,
-            Err(error) => Sending::Failed(error.into()),
-        };
-        Self {
-            encoder,
-            outbound: Outbound {
-                socket,
-                buf: unsent,
-                carrier: largest,
-                largest,
-                wait: SendWait::default(),
-                state,
-                shut_down_on_drop: false,
-            },
-        }
+    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
+        Self { encoder, outbound: Outbound::new(socket, unsent, state) }
     }
 
     /// The socket, for its options and its peer.
@@ -71,7 +53,7 @@ impl<E> WriteHalf<E> {
     }
 
     pub(super) fn shut_down_on_drop(&mut self, yes: bool) {
-        self.outbound.shut_down_on_drop = yes;
+        self.outbound.shut_down_on_drop(yes);
     }
 
     /// The encoder.
@@ -183,10 +165,7 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
     #[inline]
     fn start_send(self: Pin<&mut Self>, item: I) -> Result<(), Self::Error> {
         let Self { encoder, outbound } = self.get_mut();
-        if let Some(error) = outbound.state.error() {
-            return Err(SendError::refused(item, error));
-        }
-        encode(encoder, item, &mut outbound.buf)
+        outbound.accept(encoder, item)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
@@ -203,10 +182,10 @@ impl<E> Unpin for WriteHalf<E> {}
 
 /// Appends one message, or nothing at all.
 #[inline(always)] // what else its caller copies takes a tenth of the time of a small message
-pub(super) fn encode<E: Encoder<I>, I>(
+pub(super) fn encode<E: Encoder<I, F>, I, F: HasFd>(
     encoder: &mut E,
     item: I,
-    buf: &mut SendBuf,
+    buf: &mut SendBuf<F>,
 ) -> Result<(), SendError<I, E::Error>> {
     let error = match encoder.encode(item, buf) {
         Ok(()) => match buf.commit(encoder.grouping()) {
@@ -221,9 +200,9 @@ pub(super) fn encode<E: Encoder<I>, I>(
 
 /// What waits to be sent, and the socket that it goes to.
 #[derive(Debug)]
-pub(super) struct Outbound {
+pub(crate) struct Outbound<F: HasFd = OwnedFd> {
     socket: Arc<Socket>,
-    pub(super) buf: SendBuf,
+    pub(super) buf: SendBuf<F>,
     /// What one call carries at the moment, and what it does when the kernel has memory enough.
     carrier: Carrier,
     largest: Carrier,
@@ -233,7 +212,7 @@ pub(super) struct Outbound {
 }
 
 #[derive(Debug, Default)]
-pub(super) enum Sending {
+pub(crate) enum Sending {
     #[default]
     Open,
     Closed,
@@ -284,23 +263,59 @@ fn largest_call(socket: &Socket) -> (Carrier, Option<usize>) {
     }
 }
 
-impl Outbound {
+impl<F: HasFd> Outbound<F> {
+    pub(super) fn new(socket: Arc<Socket>, mut unsent: SendBuf<F>, state: Sending) -> Self {
+        let (largest, max_packet_bytes) = largest_call(&socket);
+        unsent.set_max_packet_bytes(max_packet_bytes);
+        // What a user has put there is a message.
+        let state = match unsent.commit(Grouping::Free) {
+            Ok(()) => state,
+            Err(error) => Sending::Failed(error.into()),
+        };
+        Self {
+            socket,
+            buf: unsent,
+            carrier: largest,
+            largest,
+            wait: SendWait::default(),
+            state,
+            shut_down_on_drop: false,
+        }
+    }
+
+    pub(super) fn shut_down_on_drop(&mut self, yes: bool) {
+        self.shut_down_on_drop = yes;
+    }
+
     /// Number of bytes and of descriptors that wait.
-    pub(super) fn unsent(&self) -> (usize, usize) {
+    pub(crate) fn unsent(&self) -> (usize, usize) {
         (self.buf.len(), self.buf.fd_count())
+    }
+
+    /// Queues an item, however much waits.
+    #[inline]
+    pub(crate) fn accept<E: Encoder<I, F>, I>(
+        &mut self,
+        encoder: &mut E,
+        item: I,
+    ) -> Result<(), SendError<I, E::Error>> {
+        if let Some(error) = self.state.error() {
+            return Err(SendError::refused(item, error));
+        }
+        encode(encoder, item, &mut self.buf)
     }
 
     /// Sends until there is room for one more message.
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<Result<(), Error>> {
-        let has_room = |buf: &SendBuf| limits.leave_room_beside(buf.len(), buf.fd_count());
+        let has_room = |buf: &SendBuf<F>| limits.leave_room_beside(buf.len(), buf.fd_count());
         match self.state {
             Sending::Closed => Poll::Ready(Err(Error::Closed)),
             _ => self.poll_send_until(cx, has_room),
         }
     }
 
-    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+    pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.poll_send_until(cx, SendBuf::is_empty)
     }
 
@@ -322,7 +337,7 @@ impl Outbound {
     pub(super) fn poll_send_until(
         &mut self,
         cx: &mut Context<'_>,
-        enough: impl Fn(&SendBuf) -> bool,
+        enough: impl Fn(&SendBuf<F>) -> bool,
     ) -> Poll<Result<(), Error>> {
         if let Sending::Failed(error) = &self.state {
             return Poll::Ready(Err(repeat(error).into()));
@@ -340,7 +355,7 @@ impl Outbound {
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { socket, buf, carrier, largest, wait, .. } = self;
         let plan = buf.plan(*carrier);
-        let fds = buf.first_fds(plan.fds).map(OwnedFd::as_fd);
+        let fds = buf.first_fds(plan.fds).map(F::as_fd);
         let sent = ready!(socket.poll_send(cx, wait, &buf.io_slices(plan.bytes), fds));
         match sent {
             Ok(sent) => {
@@ -366,7 +381,7 @@ impl Outbound {
     }
 }
 
-impl Drop for Outbound {
+impl<F: HasFd> Drop for Outbound<F> {
     fn drop(&mut self) {
         if self.shut_down_on_drop {
             let _ = self.socket.shutdown(Shutdown::Write);

@@ -81,9 +81,9 @@
 //!   [`max_offers`](DispatcherBuilder::max_offers). A request that makes the *application* crash costs one worker, since it was adopted before.
 //! - When many workers hang at a time, only [some](DispatcherBuilder::max_fences) are cut off: the machine may be the cause.
 //! - Already-read bytes and metadata of a connection have to fit one message, of [`MAX_MESSAGE_BYTES`](protocol::MAX_MESSAGE_BYTES).
-//! - The dispatcher holds up to two descriptors for each connection that is not adopted, and none after that, unless a worker that was cut
-//!   off may hold one. The [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`; where they do
-//!   not, it waits.
+//! - The dispatcher holds one descriptor for each connection that is not adopted, and none after that, unless a worker that was cut
+//!   off may hold a copy. The [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`; where they do
+//!   not, clients wait. To hand over what is accepted takes no more descriptors.
 //! - State that belongs to a connection and is not in its socket does not move along: hand a TLS connection over before the
 //!   handshake, with what was [read](Accepted::read_bytes) from it.
 //!

@@ -5,7 +5,7 @@ use std::{
     io::{IoSlice, Result},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     pin::Pin,
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll, ready},
 };
 
@@ -163,16 +163,36 @@ impl SendWait {
     }
 }
 
+/// What has a descriptor until it is sent.
+pub(crate) trait HasFd: AsFd {
+    /// The descriptor, if nobody else has it.
+    fn into_last(self) -> Option<OwnedFd>;
+}
+
+impl HasFd for OwnedFd {
+    fn into_last(self) -> Option<OwnedFd> {
+        Some(self)
+    }
+}
+
+/// A descriptor that is lent for sending: `sendmsg` makes a copy of its own.
+impl HasFd for Arc<OwnedFd> {
+    fn into_last(self) -> Option<OwnedFd> {
+        Self::into_inner(self)
+    }
+}
+
 /// Closes descriptors that were sent. They live on in the kernel's queue, so this `close` is not the last one, which may
 /// block; unless the receiver was quick to close them.
-pub(crate) fn close_sent(fds: impl Iterator<Item = OwnedFd>) {
-    sys::close_all(fds);
+pub(crate) fn close_sent(fds: impl Iterator<Item = impl HasFd>) {
+    sys::close_all(fds.filter_map(HasFd::into_last));
 }
 
 /// Closes descriptors that nobody wants, on a thread of its own: the last `close` of a TCP socket with `SO_LINGER` and unsent
 /// data blocks until the data is gone or the time is up, non-blocking or not. How long is the peer's choice, so no thread
 /// of the runtime may wait for it, nor the runtime's end.
-pub(crate) fn close_unwanted(fds: Vec<OwnedFd>) {
+pub(crate) fn close_unwanted(fds: impl IntoIterator<Item = impl HasFd>) {
+    let fds = Vec::from_iter(fds.into_iter().filter_map(HasFd::into_last));
     if !fds.is_empty() {
         // Without a thread to be had, they are dropped with the closure.
         let _ = std::thread::Builder::new().name("fdwire-close".to_owned()).spawn(move || drop(fds));

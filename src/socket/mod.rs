@@ -27,7 +27,7 @@ use tokio::{
     runtime::Handle,
 };
 
-pub(crate) use io::{SendWait, TooLarge, close_sent, close_unwanted};
+pub(crate) use io::{HasFd, SendWait, TooLarge, close_sent, close_unwanted};
 pub use listener::Listener;
 
 pub(crate) use crate::sys::Received;

@@ -9,7 +9,7 @@ use std::{
 
 use fdwire::{
     Listener, SocketKind,
-    handoff::{Dispatcher, Incoming, protocol::FromWorker},
+    handoff::{Dispatcher, Incoming, WorkerCommand, protocol::FromWorker},
 };
 use futures::{StreamExt, future::join_all};
 use nix::{
@@ -17,14 +17,16 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         resource::{Resource, getrlimit, setrlimit},
+        signal::Signal,
         socket::{setsockopt, sockopt},
     },
 };
+use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpSocket};
 
 use crate::{
     common::run,
-    raw_worker::{Client, Raw, connections, serve, until},
+    raw_worker::{Client, Point, Raw, connections, serve, until, worker_command},
 };
 
 fn open_fds() -> usize {
@@ -110,29 +112,49 @@ fn accepting_goes_on_after_descriptors_ran_out() {
 }
 
 async fn emfile() {
-    let dispatcher = Dispatcher::builder().recall_after(Duration::from_secs(60)).build();
-    let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, 100).await;
+    let (_directory, dispatcher) = with_worker().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let mut clients = Vec::new();
     for serial in 0..20 {
         clients.push(Client::connect(address, serial).await);
     }
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    // Room for the listener's copy, and for three connections or so.
-    setrlimit(Resource::RLIMIT_NOFILE, open_fds() as u64 + 6, hard).unwrap();
-    let work = async {
-        for _ in 0..20 {
-            let offer = worker.offer().await.unwrap();
-            worker.adopt(1).await;
-            serve(offer, "served").unwrap();
-        }
-        join_all(clients.into_iter().map(Client::answer)).await
-    };
+    limit_fds(open_fds() as u64 + 2);
     tokio::select! {
         outcome = dispatcher.serve(listener) => outcome.unwrap(),
-        answers = work => assert!(answers.iter().all(|answer| answer == "served")),
+        answers = join_all(clients.into_iter().map(Client::answer)) => assert!(answers.iter().all(|answer| !answer.is_empty())),
     }
+}
+
+/// If an offer took a descriptor, connections that hold all that there are would wait for each other.
+#[test]
+fn a_hand_over_takes_no_descriptor() {
+    alone("descriptors::a_hand_over_takes_no_descriptor", async {
+        let (_directory, dispatcher) = with_worker().await;
+        let (clients, accepted): (Vec<_>, Vec<_>) = connections(20).await.into_iter().unzip();
+        limit_fds(3);
+        let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok()));
+        for client in clients {
+            assert_ne!(client.answer().await, "");
+        }
+    });
+}
+
+/// A dispatcher with a worker that is a process of its own, and so has descriptors when the dispatcher has none.
+async fn with_worker() -> (TempDir, Dispatcher) {
+    let directory = tempfile::tempdir().unwrap();
+    let dispatcher = Dispatcher::builder().build();
+    let command = worker_command(Point::Never, Signal::SIGKILL, &directory.path().join("log"));
+    dispatcher.spawn_worker(WorkerCommand::from(command)).unwrap();
+    until("the worker is ready", || dispatcher.stats().workers[0].room > 0).await;
+    (directory, dispatcher)
+}
+
+/// None can be opened with a number from this on.
+fn limit_fds(limit: u64) {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, limit, hard).unwrap();
 }
 
 /// A worker that was cut off, and may live on, holds copies of connections that another one serves. The dispatcher's own are needed

@@ -7,6 +7,7 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
+    sync::Arc,
 };
 
 use nix::{
@@ -35,14 +36,13 @@ const MAX_OTHER_BYTES: usize = 512;
 /// adopted the connection.
 #[derive(Debug)]
 pub(super) struct Job {
-    socket: OwnedFd,
+    /// Lent to the link that is sending it, so that an offer takes no descriptor: connections that wait for another one to be
+    /// opened, and hold all that there are, would wait for ever.
+    socket: Arc<OwnedFd>,
     about: About,
     cookie: u64,
     peer: Address,
     local: Address,
-    /// What the next offer takes along. The first one is made at once if a descriptor is left for it: if connections without a
-    /// copy held all descriptors, none could go on.
-    copy: Option<OwnedFd>,
     /// Offers made.
     pub(super) offers: u32,
     /// Those of them after which the worker was gone, or could not use the connection.
@@ -92,15 +92,13 @@ impl Job {
             Ok(cookie) => cookie,
             Err(error) => return Err((socket, about, io::Error::from(error).into())),
         };
-        let copy = socket.try_clone().ok();
         let (socket, peer, local) = addresses(socket, about.transport, local);
         Ok(Self {
-            socket,
+            socket: Arc::new(socket),
             about,
             cookie,
             peer,
             local,
-            copy,
             offers: 0,
             failures: 0,
             last: None,
@@ -110,28 +108,17 @@ impl Job {
         })
     }
 
-    pub(super) fn has_copy(&self) -> bool {
-        self.copy.is_some()
-    }
-
-    /// What a worker is told, with a copy of the descriptor.
-    ///
-    /// # Errors
-    /// No descriptor is left.
-    pub(super) fn offer(&mut self) -> io::Result<Offer> {
-        let fd = match self.copy.take() {
-            Some(copy) => copy,
-            None => self.socket.try_clone()?, // the first one went to a worker that did not adopt it
-        };
-        Ok(Offer {
+    /// What a worker is told.
+    pub(super) fn offer(&self) -> Offer<Arc<OwnedFd>> {
+        Offer {
             cookie: self.cookie,
             transport: self.about.transport,
             peer: self.peer.clone(),
             local: self.local.clone(),
             read: self.about.read.clone(),
             metadata: self.about.metadata.clone(),
-            fd,
-        })
+            fd: Arc::clone(&self.socket),
+        }
     }
 
     /// Keys that are equal go to the same worker. By default those of one client.
@@ -151,13 +138,13 @@ impl Job {
         if let Some(reply) = self.reply {
             let _ = reply.send(Ok(worker)); // nobody has to wait for it
         }
-        self.socket
+        owned(self.socket)
     }
 
     /// No worker adopts it. Gives it back to who waits for it; without anybody, its client sees the end. Returns whether
     /// it was given back.
     pub(super) fn fail(self, reason: NotDispatched) -> bool {
-        let connection = Accepted { socket: Ok(self.socket), about: self.about };
+        let connection = Accepted { socket: Ok(owned(self.socket)), about: self.about };
         let error = DispatchError { reason, connection };
         let unwanted = match self.reply {
             Some(reply) => match reply.send(Err(error)) {
@@ -173,19 +160,23 @@ impl Job {
     }
 }
 
+fn owned(socket: Arc<OwnedFd>) -> OwnedFd {
+    Arc::into_inner(socket).expect("a link that was lent it has sent it, or is gone")
+}
+
 /// Closes the dispatcher's copy of a connection that a worker serves.
 pub(super) fn close(socket: OwnedFd) {
     // The worker may have been so fast that this is the last copy. The close of that can block.
     match getsockopt(&socket, sockopt::Linger) {
         Ok(linger) if linger.l_onoff == 0 => drop(socket),
-        _ => close_unwanted(vec![socket]),
+        _ => close_unwanted([socket]),
     }
 }
 
 /// The end of a connection, for its client and for every process that has a copy.
 pub(super) fn shut_down(socket: OwnedFd) {
     let _ = socket::shutdown(socket.as_raw_fd(), socket::Shutdown::Both); // an error says that it has ended
-    close_unwanted(vec![socket]);
+    close_unwanted([socket]);
 }
 
 /// Whether both directions have ended: `shutdown` tells every holder of a copy.

@@ -53,26 +53,29 @@ impl<C> Ledger<C> {
         self.unanswered.front().map(|connection| (self.offered - self.unanswered.len() as u64, connection))
     }
 
-    /// The next answers are "mine". Those connections are the worker's.
-    pub(super) fn adopted(&mut self, count: u32) -> Result<impl Iterator<Item = C> + '_, Violation> {
+    /// The next answers are "mine". Those connections are the worker's. The last `unsent` offers are still here, and it cannot
+    /// have seen them.
+    pub(super) fn adopted(&mut self, count: u32, unsent: usize) -> Result<impl Iterator<Item = C> + '_, Violation> {
         let adopted = self.adopted + u64::from(count);
-        let answered = Self::answered(&mut self.unanswered, count)?;
+        let answered = Self::answered(&mut self.unanswered, count, unsent)?;
         self.adopted = adopted;
         Ok(answered)
     }
 
     /// The next answers are "not mine".
-    pub(super) fn rejected(&mut self, count: u32) -> Result<impl Iterator<Item = C> + '_, Violation> {
-        Self::answered(&mut self.unanswered, count)
+    pub(super) fn rejected(&mut self, count: u32, unsent: usize) -> Result<impl Iterator<Item = C> + '_, Violation> {
+        Self::answered(&mut self.unanswered, count, unsent)
     }
 
     fn answered(
         unanswered: &mut VecDeque<C>,
         count: u32,
+        unsent: usize,
     ) -> Result<std::collections::vec_deque::Drain<'_, C>, Violation> {
+        let sent = unanswered.len().saturating_sub(unsent);
         match usize::try_from(count) {
-            Ok(count) if count <= unanswered.len() => Ok(unanswered.drain(..count)),
-            _ => Err(Violation::NotOffered { answered: count, unanswered: unanswered.len() }),
+            Ok(count) if count <= sent => Ok(unanswered.drain(..count)),
+            _ => Err(Violation::NotOffered { answered: count, unanswered: sent }),
         }
     }
 
@@ -196,8 +199,8 @@ mod tests {
                 received.extend_from_slice(&arriving.split_to(piece.min(arriving.len())));
                 while let Some(answer) = DispatcherCodec::default().decode(&mut received, &mut FdQueue::<u32>::new()).unwrap() {
                     match answer {
-                        FromWorker::Adopted { count } => adopted.extend(ledger.adopted(count).unwrap()),
-                        FromWorker::Rejected { count, .. } => back.extend(ledger.rejected(count).unwrap()),
+                        FromWorker::Adopted { count } => adopted.extend(ledger.adopted(count, 0).unwrap()),
+                        FromWorker::Rejected { count, .. } => back.extend(ledger.rejected(count, 0).unwrap()),
                         other => prop_assert!(false, "{other:?}"),
                     }
                 }
@@ -214,23 +217,23 @@ mod tests {
         /// Whatever a worker says, a connection comes out of the ledger once.
         #[test]
         fn a_liar_is_found_out_and_nothing_is_lost(
-            claims in vec((0..4u8, 0..6u32), 0..60),
+            claims in vec((0..4u8, 0..6u32, 0..3usize), 0..60),
         ) {
             let mut ledger = Ledger::new();
             let (mut serial, mut out) = (0, Vec::new());
-            for (kind, count) in claims {
-                let unanswered = ledger.unanswered();
+            for (kind, count, unsent) in claims {
+                let unanswered = ledger.unanswered().saturating_sub(unsent);
                 let fits = count as usize <= unanswered;
                 match kind {
                     0 => for _ in 0..count {
                         ledger.offer(serial);
                         serial += 1;
                     },
-                    1 => match ledger.adopted(count) {
+                    1 => match ledger.adopted(count, unsent) {
                         Ok(adopted) => { prop_assert!(fits); out.extend(adopted); }
                         Err(violation) => prop_assert_eq!(violation, Violation::NotOffered { answered: count, unanswered }),
                     },
-                    2 => match ledger.rejected(count) {
+                    2 => match ledger.rejected(count, unsent) {
                         Ok(rejected) => { prop_assert!(fits); out.extend(rejected); }
                         Err(_) => prop_assert!(!fits),
                     },

@@ -5,13 +5,14 @@ use std::{
     future::{Future, poll_fn},
     io,
     net::Shutdown,
+    os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
-use futures::{Sink, StreamExt};
+use futures::StreamExt;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::{debug, info, warn};
 
@@ -24,7 +25,10 @@ use super::{
     process::Process,
     protocol::{DispatcherCodec, FromWorker, RejectReason, ToWorker, VERSION},
 };
-use crate::{Error, Framed, ReadHalf, Socket, WriteHalf};
+use crate::{
+    Error, ReadHalf, Socket,
+    framed::{Outbound, lending},
+};
 
 impl From<Error> for Cause {
     fn from(error: Error) -> Self {
@@ -49,9 +53,6 @@ const ENOUGH_UNSENT: usize = 128 << 10;
 /// Offers made between two looks at the pool.
 const BATCH: usize = 64;
 
-/// How long to wait for a descriptor to come free.
-const OUT_OF_FDS: Duration = Duration::from_millis(20);
-
 /// For a timer that has nothing to do.
 const LATER: Duration = Duration::from_secs(3600);
 
@@ -62,7 +63,7 @@ pub(super) struct Link {
     bell: Arc<Bell>,
     process: Process,
     read: ReadHalf<DispatcherCodec>,
-    write: WriteHalf<DispatcherCodec>,
+    outbound: Outbound<Arc<OwnedFd>>,
     ledger: Ledger<Job>,
     heard: Heard,
     greeted: bool,
@@ -71,8 +72,6 @@ pub(super) struct Link {
     more: bool,
     /// Taken from the pool and not sent.
     unsent: VecDeque<Job>,
-    /// When there may be descriptors again.
-    retry_at: Option<Instant>,
     ping: Ping,
     recall: Recall,
     /// Told to drain, until when.
@@ -108,7 +107,7 @@ impl Link {
     pub(super) fn new(shared: Arc<Shared>, id: WorkerId, socket: Socket, process: Process) -> Self {
         let bell = Arc::new(Bell::default());
         let number = shared.lock().connected(id, process.pid(), Arc::clone(&bell));
-        let (read, write) = Framed::new(socket.quiet(), DispatcherCodec::default()).into_split();
+        let (read, outbound) = lending(socket.quiet(), DispatcherCodec::default());
         let now = Instant::now();
         bell.ring(); // it may have been removed already
         Self {
@@ -117,14 +116,13 @@ impl Link {
             bell,
             process,
             read,
-            write,
+            outbound,
             ledger: Ledger::new(),
             heard: Heard::default(),
             greeted: false,
             goodbye: false,
             more: false,
             unsent: VecDeque::new(),
-            retry_at: None,
             ping: Ping { nonce: 0, unanswered: None, due: now, late: false, not_before: now },
             recall: Recall { before: 0, at: now },
             drain: None,
@@ -147,13 +145,13 @@ impl Link {
             && self.hear(message).is_ok()
         {}
         self.enter();
-        let Self { shared, id, number, mut process, mut ledger, mut unsent, write, greeted, .. } = self;
+        let Self { shared, id, number, mut process, mut ledger, mut unsent, outbound, greeted, .. } = self;
         // Each offer has one descriptor: the last ones, of which none has left, the worker has never had.
-        for mut job in ledger.take_back(write.unsent().1) {
+        for mut job in ledger.take_back(outbound.unsent().1) {
             job.offers -= 1;
             unsent.push_front(job);
         }
-        drop(write);
+        drop(outbound);
         let pid = process.pid();
         match cause {
             Cause::Drained => info!(worker = %id, pid, "worker has drained"),
@@ -264,9 +262,13 @@ impl Link {
                 self.heard.demand = Some(total);
                 self.heard.refuses = false;
             }
-            FromWorker::Adopted { count } => self.heard.adopted.extend(self.ledger.adopted(count)?),
+            FromWorker::Adopted { count } => {
+                self.heard.adopted.extend(self.ledger.adopted(count, self.outbound.unsent().1)?)
+            }
             FromWorker::Rejected { count, reason } => {
-                self.heard.rejected.extend(self.ledger.rejected(count)?.map(|job| (job, reason)));
+                self.heard
+                    .rejected
+                    .extend(self.ledger.rejected(count, self.outbound.unsent().1)?.map(|job| (job, reason)));
                 self.heard.refuses |= matches!(reason, RejectReason::Full | RejectReason::Recalled);
             }
             FromWorker::Load { finished } => {
@@ -328,19 +330,18 @@ impl Link {
     fn write(&mut self, cx: &mut Context<'_>) -> Result<(), Cause> {
         loop {
             self.make_offers()?;
-            if self.write.unsent().0 == 0 {
+            if self.outbound.unsent().0 == 0 {
                 return Ok(());
             }
-            match Sink::<ToWorker>::poll_flush(Pin::new(&mut self.write), cx) {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(failed)) => return Err(failed.error.into()),
+            match self.outbound.poll_flush(cx) {
+                Poll::Ready(outcome) => outcome?,
                 Poll::Pending => return Ok(()),
             }
         }
     }
 
     fn make_offers(&mut self) -> Result<(), Cause> {
-        while self.retry_at.is_none() && self.write.unsent().0 < ENOUGH_UNSENT {
+        while self.outbound.unsent().0 < ENOUGH_UNSENT {
             let Some(mut job) = self.unsent.pop_front() else {
                 if !self.more {
                     break;
@@ -349,16 +350,7 @@ impl Link {
                 self.more = self.unsent.len() == BATCH;
                 continue;
             };
-            let offer = match job.offer() {
-                Ok(offer) => offer,
-                Err(error) => {
-                    debug!(worker = %self.id, %error, "no copy of a connection yet");
-                    self.unsent.push_front(job);
-                    self.retry_at = Some(Instant::now() + OUT_OF_FDS);
-                    break;
-                }
-            };
-            if let Err(cause) = self.say(ToWorker::Offer(offer)) {
+            if let Err(cause) = self.say(ToWorker::Offer(job.offer())) {
                 self.unsent.push_front(job);
                 return Err(cause);
             }
@@ -371,8 +363,8 @@ impl Link {
     }
 
     /// Queues a message. Room is not waited for: offers are bounded by their number, and the other messages are few.
-    fn say(&mut self, message: ToWorker) -> Result<(), Cause> {
-        Pin::new(&mut self.write).start_send(message).map_err(|refused| refused.error.into())
+    fn say(&mut self, message: ToWorker<Arc<OwnedFd>>) -> Result<(), Cause> {
+        self.outbound.accept(&mut DispatcherCodec::default(), message).map_err(|refused| refused.error.into())
     }
 
     /// Pings, recalls, and gives up.
@@ -416,9 +408,6 @@ impl Link {
                 return Err(misbehaved("it did not answer a recall"));
             }
         }
-        if self.retry_at.is_some_and(|at| now >= at) {
-            self.retry_at = None;
-        }
         match self.drain {
             Some(Some(until)) if now >= until => Err(Cause::Overdue),
             _ => Ok(()),
@@ -437,7 +426,7 @@ impl Link {
             true => Some(job.offered_at? + config.recall_after),
             false => Some(self.recall.at + config.hang_timeout).filter(|_| !self.ping.late),
         });
-        let times = [ping, recall, self.retry_at, self.drain.flatten()];
+        let times = [ping, recall, self.drain.flatten()];
         times.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + LATER)
     }
 }

@@ -109,9 +109,8 @@ impl Dispatcher {
                 let trouble = match sys::accept(listener.as_fd()) {
                     Ok(socket) => match Job::prepare(socket, About::new(transport), local.clone()) {
                         Ok(job) => {
-                            let enough = job.has_copy();
                             permit.take(job);
-                            (!enough).then(|| io::Error::from_raw_os_error(libc::EMFILE))
+                            None
                         }
                         Err((_, _, error)) => Some(error.into()),
                     },

@@ -261,7 +261,7 @@ impl fmt::Debug for Channel {
 
 /// Closes copies of connections that are not ours: no option and no flag of them is touched.
 fn close_offers(offers: impl IntoIterator<Item = Offer>) {
-    close_unwanted(offers.into_iter().map(|offer| offer.fd).collect());
+    close_unwanted(offers.into_iter().map(|offer| offer.fd));
 }
 
 impl State {
