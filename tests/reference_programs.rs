@@ -6,7 +6,7 @@ mod common;
 use std::{
     fs::{self, File, Permissions},
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::{fs::PermissionsExt, process::CommandExt},
     },
     path::{Path, PathBuf},
@@ -16,6 +16,7 @@ use std::{
 use common::{example, marked, other_uid, run};
 use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
 use futures::{SinkExt, TryStreamExt};
+use nix::sys::socket::{Shutdown, shutdown};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
@@ -269,6 +270,8 @@ mod fd_cat {
         run(async {
             let (parent, mut child) = as_child("fd_cat", SocketKind::Stream);
             child.arg("Cargo.toml");
+            // Also for copies that a child being started by another test has for a moment.
+            shutdown(parent.socket().as_fd().as_raw_fd(), Shutdown::Both).unwrap();
             drop(parent);
             check_fails(&finish(child).await, "the parent is gone");
         });
