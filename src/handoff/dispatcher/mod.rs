@@ -4,6 +4,7 @@ mod accepted;
 mod bell;
 mod builder;
 mod copies;
+mod dispatching;
 mod job;
 mod ledger;
 mod link;
@@ -15,9 +16,7 @@ mod stats;
 
 use std::{
     future::Future,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
-    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -32,7 +31,8 @@ use tracing::info;
 pub use accepted::{Accepted, DispatchError, NotDispatched, Unadopted};
 use builder::Config;
 pub use builder::{DispatcherBuilder, Strategy};
-use job::Job;
+use dispatching::dispatch;
+pub use dispatching::{Dispatching, Permit};
 use link::Link;
 use pool::Pool;
 use process::Process;
@@ -303,84 +303,6 @@ impl Dispatcher {
     /// Draining goes on if this is dropped, once it was polled. Call it again to wait, or to set another limit.
     pub async fn drain(&self, within: Option<Duration>) {
         let _ = self.shared.start_drain(within).await; // it does not panic
-    }
-}
-
-fn dispatch(shared: &Shared, connection: Accepted, reserved: bool) -> Dispatching {
-    let (reply, outcome) = oneshot::channel();
-    if let Some(job) = Job::new(connection, reply) {
-        shared.lock().dispatch(job, reserved);
-    } else if reserved {
-        shared.lock().give_up_place();
-    }
-    Dispatching { outcome }
-}
-
-/// A connection that is being handed over, from [`Dispatcher::dispatch`]. Ready when a worker has adopted it.
-#[derive(Debug)]
-#[must_use = "without it, nobody takes the connection back where no worker adopts it"]
-pub struct Dispatching {
-    outcome: oneshot::Receiver<Result<WorkerId, DispatchError>>,
-}
-
-impl Future for Dispatching {
-    type Output = Result<WorkerId, DispatchError>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match ready!(Pin::new(&mut self.outcome).poll(cx)) {
-            Ok(outcome) => Poll::Ready(outcome),
-            Err(_) => Poll::Pending, // the runtime that it was handed over in is gone
-        }
-    }
-}
-
-/// A place for one connection, from [`Dispatcher::reserve`]. Free again when it is dropped.
-#[derive(Debug)]
-#[must_use = "a place is kept free for nothing"]
-pub struct Permit {
-    shared: Arc<Shared>,
-    /// It counts.
-    granted: bool,
-}
-
-impl Permit {
-    /// [Hands a connection over](Dispatcher::dispatch) to the place.
-    ///
-    /// # Errors
-    /// As there.
-    ///
-    /// # Cancel safety
-    /// As there.
-    pub fn dispatch(mut self, connection: impl Into<Accepted>) -> Dispatching {
-        let connection = connection.into();
-        self.granted = false;
-        dispatch(&self.shared, connection, true)
-    }
-
-    /// The same for a connection for which nobody waits.
-    fn take(mut self, job: Job) {
-        self.granted = false;
-        self.shared.lock().dispatch(job, true);
-    }
-
-    /// Gives it to who has waited for it. Returns whether it counts now.
-    fn grant(mut self, waiter: oneshot::Sender<Self>) -> bool {
-        self.granted = true;
-        match waiter.send(self) {
-            Ok(()) => true,
-            Err(mut unwanted) => {
-                unwanted.granted = false;
-                false
-            }
-        }
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        if self.granted {
-            self.shared.lock().give_up_place();
-        }
     }
 }
 

@@ -1,0 +1,124 @@
+//! Who gets what.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use tracing::{debug, warn};
+
+use super::{Link, Pool, Waiter};
+use crate::handoff::dispatcher::{NotDispatched, Strategy, Unadopted, WorkerId, job::Job};
+
+/// Most offers of a connection, whatever became of them.
+const MAX_OFFERS: u32 = 100;
+
+impl Pool {
+    pub(super) fn unless_too_often(&mut self, job: Job, last: Unadopted) -> Option<Job> {
+        if job.failures < self.config.max_offers && job.offers < MAX_OFFERS {
+            return Some(job);
+        }
+        let offers = job.offers;
+        self.fail(job, NotDispatched::TooManyOffers { offers, last });
+        None
+    }
+
+    pub(super) fn fail(&mut self, job: Job, reason: NotDispatched) {
+        let text = reason.to_string();
+        if job.fail(reason) {
+            self.totals.given_back += 1;
+            warn!(reason = text, "a connection was given back");
+        } else {
+            self.totals.lost += 1;
+            warn!(reason = text, "a connection was closed, which nobody was there to take back");
+        }
+    }
+
+    /// To be the first ones again, in their order.
+    pub(super) fn put_back(&mut self, jobs: impl IntoIterator<Item = Job, IntoIter: DoubleEndedIterator>) {
+        for job in jobs.into_iter().rev() {
+            match self.over {
+                true => self.fail(job, NotDispatched::Draining),
+                false => self.waiting.push_front(Waiter::Connection(job)),
+            }
+        }
+    }
+
+    /// Places that are neither taken nor reserved.
+    pub(super) fn free(&self) -> u64 {
+        let room: u64 = self.workers.values().flat_map(|worker| &worker.link).map(Link::room).sum();
+        room.saturating_sub(self.reserved)
+    }
+
+    /// Gives out what can be given out, in the order of waiting.
+    pub(super) fn distribute(&mut self) {
+        while let Some(first) = self.waiting.pop_front() {
+            match first {
+                Waiter::Connection(job) => {
+                    // One that was offered before goes before those that have a place reserved for one not accepted yet.
+                    let worker = if job.offers == 0 && self.free() == 0 { None } else { self.pick(&job) };
+                    match worker {
+                        Some(id) => self.assign(id, job),
+                        None => return self.waiting.push_front(Waiter::Connection(job)),
+                    }
+                }
+                given_up if given_up.is_given_up() => {}
+                Waiter::Place(waiter, permit) => {
+                    if self.free() == 0 {
+                        return self.waiting.push_front(Waiter::Place(waiter, permit));
+                    }
+                    self.reserved += u64::from(permit.grant(waiter));
+                }
+            }
+        }
+    }
+
+    /// One that may be what its workers die of is offered for the last time to a worker that has no other, so that no other
+    /// is taken for it.
+    fn is_suspect(&self, job: &Job) -> bool {
+        job.failures > 0 && job.failures + 1 >= self.config.max_offers
+    }
+
+    pub(super) fn pick(&self, job: &Job) -> Option<WorkerId> {
+        let suspect = self.is_suspect(job);
+        let rejected_by = job.last.map(|(link, _)| link);
+        let with_room = self.workers.iter().filter_map(|(id, worker)| {
+            let link = worker.link.as_ref()?;
+            let fit = link.room() > 0 && (!suspect || link.unanswered == 0);
+            fit.then_some((id, worker, link))
+        });
+        // Rather not the one that has just rejected it.
+        let preference = |link: &Link| rejected_by == Some(link.number);
+        match self.config.strategy {
+            Strategy::LeastLoaded => with_room
+                .min_by_key(|(_, worker, link)| (preference(link), link.active() + link.unanswered, worker.turn))
+                .map(|(id, ..)| *id),
+            Strategy::RoundRobin => {
+                with_room.min_by_key(|(_, worker, link)| (preference(link), worker.turn)).map(|(id, ..)| *id)
+            }
+            Strategy::ByKey => {
+                let key = job.key();
+                with_room.min_by_key(|(id, _, link)| (preference(link), rank(key, **id))).map(|(id, ..)| *id)
+            }
+        }
+    }
+
+    pub(super) fn assign(&mut self, id: WorkerId, job: Job) {
+        self.turn += 1;
+        let (turn, alone) = (self.turn, self.is_suspect(&job));
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(link) = &mut worker.link else { return };
+        worker.turn = turn;
+        link.offered += 1;
+        link.unanswered += 1;
+        link.alone = alone;
+        link.assigned.push_back(job);
+        link.bell.ring();
+        debug!(worker = %id, "a connection is offered");
+    }
+}
+
+/// Where a worker stands in the order in which a key prefers workers (rendezvous hashing): it changes for the keys of a
+/// worker that leaves, and for no others.
+fn rank(key: u64, worker: WorkerId) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (key, worker).hash(&mut hasher);
+    hasher.finish()
+}

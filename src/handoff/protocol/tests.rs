@@ -1,0 +1,180 @@
+use proptest::{collection::vec, prelude::*};
+
+use super::*;
+
+fn address() -> impl Strategy<Value = Address> {
+    prop_oneof![
+        Just(Address::Unnamed),
+        any::<std::net::SocketAddrV4>().prop_map(|address| Address::Ip(address.into())),
+        any::<std::net::SocketAddrV6>().prop_map(|address| Address::Ip(address.into())),
+        "/[a-z/]{0,100}".prop_map(|path| Address::Path(path.into())),
+        vec(any::<u8>(), 0..108).prop_map(Address::Abstract),
+    ]
+}
+
+prop_compose! {
+    fn offer()(
+        cookie: u64,
+        tcp: bool,
+        (peer, local) in (address(), address()),
+        (read, metadata) in (vec(any::<u8>(), 0..5000), vec(any::<u8>(), 0..50)),
+        fd: u32,
+    ) -> Offer<u32> {
+        let transport = if tcp { Transport::Tcp } else { Transport::UnixStream };
+        Offer { cookie, transport, peer, local, read: read.into(), metadata: metadata.into(), fd }
+    }
+}
+
+fn to_worker() -> impl Strategy<Value = ToWorker<u32>> {
+    prop_oneof![
+        any::<u8>().prop_map(|version| ToWorker::Welcome { version }),
+        offer().prop_map(ToWorker::Offer),
+        any::<u64>().prop_map(|before| ToWorker::Recall { before }),
+        any::<u64>().prop_map(|nonce| ToWorker::Ping { nonce }),
+        proptest::option::of(0..u64::from(NO_LIMIT))
+            .prop_map(|millis| ToWorker::Drain { within: millis.map(Duration::from_millis) }),
+    ]
+}
+
+fn from_worker() -> impl Strategy<Value = FromWorker> {
+    prop_oneof![
+        any::<(u8, u8)>().prop_map(|(lowest, highest)| FromWorker::Hello { lowest, highest }),
+        any::<u64>().prop_map(|total| FromWorker::Demand { total }),
+        any::<u32>().prop_map(|count| FromWorker::Adopted { count }),
+        (any::<u32>(), proptest::sample::select(&RejectReason::ALL[..]))
+            .prop_map(|(count, reason)| FromWorker::Rejected { count, reason }),
+        any::<u64>().prop_map(|finished| FromWorker::Load { finished }),
+        any::<u64>().prop_map(|nonce| FromWorker::Pong { nonce }),
+        Just(FromWorker::Draining),
+        Just(FromWorker::Goodbye),
+    ]
+}
+
+/// What a codec makes of one message: its bytes, and its descriptors as numbers.
+fn encoded<I: std::fmt::Debug>(mut codec: impl Encoder<I, u32, Error = Error>, message: I) -> (BytesMut, Vec<u32>) {
+    let mut buf = SendBuf::new();
+    codec.encode(message, &mut buf).unwrap();
+    buf.into_parts()
+}
+
+fn frame(payload: &[u8], fds: u16) -> BytesMut {
+    let mut frame = BytesMut::from(&[0xFD, 0x10][..]);
+    frame.extend_from_slice(&fds.to_be_bytes());
+    frame.extend_from_slice(&(payload.len() as u32).to_be_bytes());
+    frame.extend_from_slice(payload);
+    frame
+}
+
+proptest! {
+    #[test]
+    fn what_a_dispatcher_says_arrives(message in to_worker()) {
+        let (mut bytes, fds) = encoded(DispatcherCodec::default(), message.clone());
+        let mut fds = FdQueue::from_iter(fds);
+        prop_assert_eq!(WorkerCodec::default().decode(&mut bytes, &mut fds).unwrap(), Some(message));
+        prop_assert!(bytes.is_empty() && fds.is_empty());
+    }
+
+    #[test]
+    fn what_a_worker_says_arrives(message in from_worker()) {
+        let (mut bytes, _) = encoded(WorkerCodec::default(), message);
+        let decoded = DispatcherCodec::default().decode(&mut bytes, &mut FdQueue::<u32>::new());
+        prop_assert_eq!(decoded.unwrap(), Some(message));
+    }
+
+    /// In bytes: nothing shorter, nothing longer, and nothing with a descriptor more or less.
+    #[test]
+    fn only_whole_messages_are_messages(message in to_worker(), cut in 0.0..1.0) {
+        let (bytes, fds) = encoded(DispatcherCodec::default(), message);
+        let payload = &bytes[8..];
+        let cut = (payload.len() as f64 * cut) as usize;
+        let longer = [payload, &[0]].concat();
+        let fds = fds.len() as u16;
+        for (payload, fds) in [(&payload[..cut], fds), (&longer, fds), (payload, 1 - fds)] {
+            let mut queue = (0..fds.into()).collect();
+            prop_assert!(WorkerCodec::default().decode(&mut frame(payload, fds), &mut queue).is_err());
+            prop_assert_eq!(queue.len(), usize::from(fds), "descriptors are left to be closed");
+        }
+    }
+
+    #[test]
+    fn garbage_is_refused_without_a_panic(payload in vec(any::<u8>(), 0..100)) {
+        let _ = WorkerCodec::default().decode(&mut frame(&payload, 1), &mut FdQueue::from_iter([1]));
+        let _ = DispatcherCodec::default().decode(&mut frame(&payload, 0), &mut FdQueue::<u32>::new());
+    }
+}
+
+/// The bytes as the documentation gives them, so that another language can rely on it.
+#[test]
+fn messages_in_bytes() {
+    for (message, bytes) in [
+        (FromWorker::Hello { lowest: 1, highest: 2 }, &b"\x01FDHO\x01\x02"[..]),
+        (FromWorker::Demand { total: 64 }, b"\x02\0\0\0\0\0\0\0\x40"),
+        (FromWorker::Adopted { count: 3 }, b"\x03\0\0\0\x03"),
+        (FromWorker::Rejected { count: 3, reason: RejectReason::Recalled }, b"\x04\0\0\0\x03\x03"),
+        (FromWorker::Load { finished: 258 }, b"\x05\0\0\0\0\0\0\x01\x02"),
+        (FromWorker::Pong { nonce: 1 }, b"\x06\0\0\0\0\0\0\0\x01"),
+        (FromWorker::Draining, b"\x07"),
+        (FromWorker::Goodbye, b"\x08"),
+    ] {
+        assert_eq!(encoded(WorkerCodec::default(), message).0, frame(bytes, 0));
+    }
+    for (message, bytes) in [
+        (ToWorker::Welcome { version: 1 }, &b"\x81\x01"[..]),
+        (ToWorker::Recall { before: 5 }, b"\x83\0\0\0\0\0\0\0\x05"),
+        (ToWorker::Ping { nonce: 1 }, b"\x84\0\0\0\0\0\0\0\x01"),
+        (ToWorker::Drain { within: Some(Duration::from_secs(1)) }, b"\x85\0\0\x03\xe8"),
+        (ToWorker::Drain { within: None }, b"\x85\xff\xff\xff\xff"),
+    ] {
+        assert_eq!(encoded(DispatcherCodec::default(), message).0, frame(bytes, 0));
+    }
+    let offer = Offer {
+        cookie: 9,
+        transport: Transport::Tcp,
+        peer: Address::Ip("127.0.0.1:256".parse().unwrap()),
+        local: Address::Ip("[::1%7]:80".parse().unwrap()),
+        read: "GET".into(),
+        metadata: "m".into(),
+        fd: 5,
+    };
+    let bytes = b"\x82\0\0\0\0\0\0\0\x09\x01\x04\x7f\0\0\x01\x01\0\
+        \x06\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01\0\x50\0\0\0\0\0\0\0\x07\
+        \0\0\0\x03GET\0\0\0\x01m";
+    assert_eq!(encoded(DispatcherCodec::default(), ToWorker::Offer(offer.clone())), (frame(bytes, 1), vec![5]));
+    let unix = Offer {
+        transport: Transport::UnixStream,
+        peer: Address::Unnamed,
+        local: Address::Path("/run/x".into()),
+        read: Bytes::new(),
+        metadata: Bytes::new(),
+        ..offer.clone()
+    };
+    let bytes = b"\x82\0\0\0\0\0\0\0\x09\x02\0\x01\0\x06/run/x\0\0\0\0\0\0\0\0";
+    assert_eq!(encoded(DispatcherCodec::default(), ToWorker::Offer(unix)).0, frame(bytes, 1));
+}
+
+#[test]
+fn an_offer_that_is_too_long_comes_back() {
+    let offer = |read: usize, path: usize| {
+        ToWorker::Offer(Offer {
+            cookie: 0,
+            transport: Transport::Tcp,
+            peer: Address::Path("x".repeat(path).into()),
+            local: Address::Unnamed,
+            read: vec![0; read].into(),
+            metadata: Bytes::new(),
+            fd: 7,
+        })
+    };
+    for message in [offer(MAX_MESSAGE_BYTES, 0), offer(0, 65_536)] {
+        let refused = DispatcherCodec::default().encode(message.clone(), &mut SendBuf::new()).unwrap_err();
+        assert!(matches!(refused.error, Error::FrameTooLong { .. }));
+        assert_eq!(refused.item, Some(message));
+    }
+}
+
+#[test]
+fn a_worker_has_no_descriptors_to_send() {
+    let mut bytes = frame(&[0x07], 0);
+    let decoded = DispatcherCodec::default().decode(&mut bytes, &mut FdQueue::from_iter([1]));
+    assert!(matches!(decoded, Err(Error::UnclaimedFds { fds: 1 })));
+}
