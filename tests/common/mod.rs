@@ -51,6 +51,7 @@ pub(crate) fn some_threads() -> Runtime {
 
 /// The same in this runtime.
 pub(crate) fn run_in<T>(runtime: Runtime, test: impl Future<Output = T>) -> T {
+    raise_fd_limit();
     runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test hangs") })
 }
 
@@ -64,8 +65,6 @@ pub(crate) fn counted(test: impl AsyncFn(SocketKind)) {
 pub(crate) fn counted_in(runtime: fn() -> Runtime, test: impl AsyncFn(SocketKind)) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
     run(async {}); // tokio opens two descriptors for signals once and for all
     for kind in KINDS {
         let before = open_fds();
@@ -76,6 +75,12 @@ pub(crate) fn counted_in(runtime: fn() -> Runtime, test: impl AsyncFn(SocketKind
         }
         assert_eq!(open_fds(), before, "descriptors leaked on {kind:?}");
     }
+}
+
+/// The usual 1,024 are few for tests of one process that run at a time.
+fn raise_fd_limit() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
 }
 
 pub(crate) fn open_fds() -> usize {

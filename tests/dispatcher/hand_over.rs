@@ -1,6 +1,6 @@
 //! How connections are handed over.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use fdwire::{
     SocketKind,
@@ -93,7 +93,7 @@ fn round_robin_takes_turns_whatever_the_load() {
 #[test]
 fn a_key_sticks_to_its_worker_and_overflows_to_one_other() {
     run(async {
-        let dispatcher = Dispatcher::builder().strategy(Strategy::ByKey).build();
+        let dispatcher = Dispatcher::builder().strategy(Strategy::ByKey).ping_interval(Duration::MAX).build();
         let mut workers = Vec::new();
         for _ in 0..4 {
             workers.push(Raw::start(&dispatcher, SocketKind::SeqPacket, 3).await);

@@ -106,7 +106,7 @@ fn only_offers_that_were_sent_count() {
         const CONNECTIONS: u32 = 60;
         let dispatcher = Dispatcher::builder()
             .ping_interval(Duration::from_millis(20))
-            .hang_timeout(Duration::from_millis(100))
+            .hang_timeout(Duration::from_secs(1))
             .max_offers(1)
             .build();
         let mut silent = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
