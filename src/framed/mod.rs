@@ -25,7 +25,7 @@ pub(crate) use write::Outbound;
 use write::Sending;
 pub use write::{Permit, WriteHalf};
 
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, SendBuf, SendError, Socket};
+use crate::{Codec, Decoder, Encoder, Error, FdQueue, SendBuf, SendError, Socket, socket::HasFd};
 
 /// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
 ///
@@ -222,8 +222,8 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
     }
 }
 
-/// Two directions of a socket where descriptors are lent for sending: who queues one goes on having it.
-pub(crate) fn lending<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound<Arc<OwnedFd>>) {
+/// Two directions of a socket where descriptors are lent for sending, as `F` says: `sendmsg` makes copies of its own.
+pub(crate) fn lending<D, F: HasFd>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound<F>) {
     let socket = Arc::new(socket);
     let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Sending::default());
     outbound.shut_down_on_drop(true);

@@ -292,6 +292,11 @@ impl<F: HasFd> Outbound<F> {
         (self.buf.len(), self.buf.fd_count())
     }
 
+    /// Whether what waits does so for want of kernel memory or of descriptors in flight.
+    pub(crate) fn waits_for_the_kernel(&self) -> bool {
+        self.wait.is_for_the_kernel()
+    }
+
     /// Queues an item, however much waits.
     #[inline]
     pub(crate) fn accept<E: Encoder<I, F>, I>(

@@ -117,6 +117,7 @@ mod connection;
 mod dispatcher;
 mod incoming;
 pub mod protocol;
+mod reserve;
 
 pub use address::{Address, Transport};
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};

@@ -37,7 +37,8 @@ pub enum FromWorker {
         /// Highest version.
         highest: u8,
     },
-    /// It takes this many offers in all, counted from the beginning. Initially none; never falls.
+    /// It takes this many offers in all, counted from the beginning. Initially none; falls only after a
+    /// [refusal](self#messages).
     Demand {
         /// Number of offers.
         total: u64,

@@ -5,7 +5,7 @@ use std::{
     io::{IoSlice, Result},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::atomic::Ordering,
     task::{Context, Poll, ready},
 };
 
@@ -87,9 +87,9 @@ impl Socket {
                         Some(ready) => ready.clear_ready(),
                         None => wait.full = true,
                     },
-                    // Too many descriptors of this uid are in flight. They get fewer when receivers receive, which no
-                    // event announces: the socket reports writable all along.
-                    Some(libc::ETOOMANYREFS) => wait.a_while(self),
+                    // Too many descriptors of this uid are in flight, or there is no memory for more. They get fewer when
+                    // receivers receive, which no event announces: the socket reports writable all along.
+                    Some(libc::ETOOMANYREFS | libc::ENOMEM) => wait.a_while(self),
                     Some(libc::EINTR) => {}
                     Some(libc::ECONNRESET) => {
                         self.reset.store(true, Ordering::Relaxed);
@@ -156,6 +156,11 @@ impl SendWait {
         Ok(())
     }
 
+    /// Whether it is the kernel that has too little of something, and not the receiver that does not receive.
+    pub(crate) fn is_for_the_kernel(&self) -> bool {
+        self.timer.is_some()
+    }
+
     /// Waits for a while, longer each time until a send succeeds.
     pub(crate) fn a_while(&mut self, socket: &Socket) {
         let _context = socket.runtime.enter();
@@ -172,13 +177,6 @@ pub(crate) trait HasFd: AsFd {
 impl HasFd for OwnedFd {
     fn into_last(self) -> Option<OwnedFd> {
         Some(self)
-    }
-}
-
-/// A descriptor that is lent for sending: `sendmsg` makes a copy of its own.
-impl HasFd for Arc<OwnedFd> {
-    fn into_last(self) -> Option<OwnedFd> {
-        Self::into_inner(self)
     }
 }
 

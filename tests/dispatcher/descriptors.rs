@@ -2,14 +2,18 @@
 
 use std::{
     io::{Read, Write},
-    net::Shutdown,
+    net::{self, Shutdown},
     os::fd::AsFd,
+    sync::mpsc::RecvTimeoutError,
     time::Duration,
 };
 
 use fdwire::{
     Listener, SocketKind,
-    handoff::{Dispatcher, Incoming, WorkerCommand, protocol::FromWorker},
+    handoff::{
+        Dispatcher, Incoming, WorkerCommand,
+        protocol::{FromWorker, RejectReason},
+    },
 };
 use futures::{StreamExt, future::join_all};
 use nix::{
@@ -17,16 +21,20 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         resource::{Resource, getrlimit, setrlimit},
-        signal::Signal,
+        signal::{Signal, kill},
         socket::{setsockopt, sockopt},
     },
+    unistd::Pid,
 };
 use tempfile::TempDir;
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    time::sleep,
+};
 
 use crate::{
-    common::run,
-    raw_worker::{Client, Point, Raw, connections, serve, until, worker_command},
+    common::{one_thread, run},
+    raw_worker::{Client, Point, Raw, connections, serve, stop, until, worker_command},
 };
 
 fn open_fds() -> usize {
@@ -36,8 +44,6 @@ fn open_fds() -> usize {
 /// Runs a test in a process of its own, since it counts descriptors.
 fn alone(name: &str, test: impl Future<Output = ()>) {
     if std::env::var("FDWIRE_ROLE").as_deref() == Ok(name) {
-        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
         return run(test);
     }
     let mut command = std::process::Command::new("/proc/self/exe");
@@ -57,7 +63,7 @@ fn clients_of_full_workers_wait_in_the_backlog() {
 
 async fn full() {
     const CLIENTS: u32 = 1000;
-    let dispatcher = Dispatcher::builder().recall_after(Duration::from_secs(60)).build();
+    let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
     let mut a = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
     let mut b = Raw::start(&dispatcher, SocketKind::Stream, 1).await;
     let socket = TcpSocket::new_v4().unwrap();
@@ -138,7 +144,100 @@ fn a_hand_over_takes_no_descriptor() {
         for client in clients {
             assert_ne!(client.answer().await, "");
         }
+        limit_fds(1000); // to remove the directory takes one
     });
+}
+
+/// Connections that nobody takes for the moment do not hold all descriptors: one is free for the worker that will take them.
+#[test]
+fn a_worker_is_started_again_though_clients_wait() {
+    const NAME: &str = "descriptors::a_worker_is_started_again_though_clients_wait";
+    const CLIENTS: u32 = 100;
+    alone(NAME, async {
+        let directory = tempfile::tempdir().unwrap();
+        let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+        let command = worker_command(Point::Never, Signal::SIGKILL, &directory.path().join("log"));
+        let restarted = dispatcher.spawn_worker(WorkerCommand::from(command).restart(true)).unwrap();
+        let worker = || dispatcher.stats().workers.into_iter().find(|worker| worker.id == restarted).unwrap();
+        until("the worker is ready", || worker().room > 0).await;
+        let pid = Pid::from_raw(worker().pid.unwrap() as i32);
+        let mut busy = Raw::start(&dispatcher, SocketKind::SeqPacket, CLIENTS.into()).await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut clients = Vec::new();
+        for serial in 0..CLIENTS {
+            clients.push(Client::connect(address, serial).await);
+        }
+        stop(pid).await;
+        // A few are left to connections, and a seventh of all to others.
+        limit_fds((open_fds() as u64 + 10) * 8 / 7);
+        let serving = dispatcher.serve(listener);
+        let work = async {
+            until("the reserve is reached", || dispatcher.stats().dispatched > 10).await;
+            sleep(Duration::from_millis(200)).await; // for all that would be accepted
+            kill(pid, Signal::SIGKILL).unwrap();
+            let offers = dispatcher.stats().workers.iter().find(|worker| worker.id == busy.id).unwrap().unanswered;
+            busy.reject(offers as u32, RejectReason::Recalled).await;
+            join_all(clients.into_iter().map(Client::answer)).await
+        };
+        tokio::select! {
+            outcome = serving => outcome.unwrap(),
+            answers = work => assert!(answers.iter().all(|answer| !answer.is_empty())),
+        }
+        assert!(worker().restarts > 0);
+    });
+}
+
+/// Of a connection that lingers: the last close would wait for its client.
+#[test]
+fn the_end_of_the_runtime_waits_for_no_connection() {
+    const NAME: &str = "descriptors::the_end_of_the_runtime_waits_for_no_connection";
+    if std::env::var("FDWIRE_ROLE").as_deref() != Ok(NAME) {
+        return alone(NAME, async {});
+    }
+    for offered in [false, true] {
+        let runtime = one_thread();
+        let (client, worker) = runtime.block_on(async {
+            let dispatcher = Dispatcher::builder().build();
+            let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, offered.into()).await;
+            let (client, accepted) = connections(1).await.pop().unwrap();
+            let mut accepted = accepted.into_std().unwrap();
+            accepted.set_nonblocking(false).unwrap();
+            accepted.read_exact(&mut [0; 4]).unwrap(); // or it would be reset, and not linger
+            accepted.set_nonblocking(true).unwrap();
+            setsockopt(&accepted, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 600 }).unwrap();
+            while accepted.write(&[0; 65536]).is_ok() {}
+            let _handed_over = dispatcher.dispatch(accepted);
+            if offered {
+                drop(worker.offer().await.unwrap());
+            }
+            tokio::spawn(async move {
+                let _dispatcher = dispatcher;
+                std::future::pending::<()>().await;
+            });
+            (client.0.into_std().unwrap(), worker)
+        });
+        let go_on = late_reader(client);
+        drop(runtime);
+        go_on().expect("a close blocked the end of the runtime");
+        drop(worker);
+    }
+}
+
+/// A client that reads nothing until the returned function is called, or until a close has blocked for long, which is an error.
+fn late_reader(mut client: net::TcpStream) -> impl FnOnce() -> Result<(), RecvTimeoutError> {
+    client.set_nonblocking(false).unwrap();
+    let (go_on, told) = std::sync::mpsc::channel();
+    let client = std::thread::spawn(move || {
+        let told = told.recv_timeout(Duration::from_secs(10));
+        let _ = client.shutdown(Shutdown::Write);
+        let _ = client.read_to_end(&mut Vec::new());
+        told
+    });
+    move || {
+        let _ = go_on.send(());
+        client.join().unwrap()
+    }
 }
 
 /// A dispatcher with a worker that is a process of its own, and so has descriptors when the dispatcher has none.
@@ -178,7 +277,7 @@ fn copies_are_kept_as_long_as_they_are_of_use() {
         assert_eq!(open_fds(), before + 3, "the good worker's; the dispatcher's own are kept");
         for offer in offers {
             let (_, stream) = serve(offer, "good").unwrap();
-            stream.shutdown(std::net::Shutdown::Both).unwrap();
+            stream.shutdown(Shutdown::Both).unwrap();
         }
         while open_fds() > before - 3 {
             good.step().await.unwrap(); // pings
@@ -254,24 +353,17 @@ fn copies_of_no_use_are_closed_without_blocking() {
         stream.set_nonblocking(true).unwrap();
         while stream.write(&[0; 65536]).is_ok() {}
         stream.shutdown(Shutdown::Write).unwrap();
-        let mut client = client.0.into_std().unwrap();
-        client.set_nonblocking(false).unwrap();
+        let client = client.0.into_std().unwrap();
         client.shutdown(Shutdown::Write).unwrap();
         let has_ended = || poll(&mut [PollFd::new(stream.as_fd(), PollFlags::empty())], PollTimeout::ZERO).unwrap() > 0;
         while !has_ended() {
             std::thread::yield_now();
         }
         drop((stream, copies));
-        let (go_on, told) = std::sync::mpsc::channel();
-        let client = std::thread::spawn(move || {
-            let told = told.recv_timeout(Duration::from_secs(10));
-            let _ = client.read_to_end(&mut Vec::new());
-            told
-        });
+        let go_on = late_reader(client);
         for _ in 0..5 {
             good.step().await.unwrap(); // pings
         }
-        let _ = go_on.send(());
-        client.join().unwrap().expect("the close blocked the runtime");
+        go_on().expect("the close blocked the runtime");
     });
 }

@@ -1,12 +1,13 @@
 //! The end of a worker, and of a dispatcher.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use fdwire::handoff::{Dispatcher, NotDispatched, WorkerState, protocol::FromWorker};
 use futures::FutureExt;
 
 use crate::{
     both,
+    common::run,
     raw_worker::{Raw, connections},
 };
 
@@ -40,6 +41,39 @@ fn a_drain_hands_over_what_waits_and_lets_workers_finish() {
         assert!(matches!(dispatcher.dispatch(accepted).await.unwrap_err().reason, NotDispatched::Draining));
         assert!(dispatcher.reserve().await.is_none());
         assert_eq!(dispatcher.stats().retired.drained, 1);
+    });
+}
+
+/// Nobody will take what waits: new workers get nothing.
+#[test]
+fn a_drain_without_workers_gives_back_what_waits() {
+    run(async {
+        for last_one_dropped in [false, true] {
+            let dispatcher = Dispatcher::builder().build();
+            let (_client, accepted) = connections(1).await.pop().unwrap();
+            let outcome = dispatcher.dispatch(accepted);
+            match last_one_dropped {
+                true => drop(dispatcher),
+                false => dispatcher.drain(None).await,
+            }
+            assert!(matches!(outcome.await.unwrap_err().reason, NotDispatched::Draining));
+        }
+    });
+}
+
+#[test]
+fn a_drain_ends_though_the_last_worker_dies() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        worker.offer().await.unwrap();
+        let mut drain = pin!(dispatcher.drain(None));
+        assert!(drain.as_mut().now_or_never().is_none());
+        drop(worker);
+        drain.await;
+        assert!(matches!(outcome.await.unwrap_err().reason, NotDispatched::Draining));
     });
 }
 

@@ -4,6 +4,7 @@ use std::{
     fmt::{Debug, Write},
     fs::File,
     os::fd::{AsFd, AsRawFd, OwnedFd},
+    pin::pin,
     process::Stdio,
     sync::{Arc, Mutex},
     time::Duration,
@@ -22,7 +23,11 @@ use nix::{
     unistd::Pid,
 };
 use rustix::io::ioctl_fionread;
-use tokio::{process::Command, time::sleep};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    process::Command,
+    time::{sleep, timeout},
+};
 use tracing::{Event, Level, Metadata, Subscriber, field::Field, span, subscriber::with_default};
 
 use crate::{
@@ -175,7 +180,7 @@ fn too_many_descriptors_in_flight_are_waited_for() {
     if role_socket(ROLE).is_some() {
         return KINDS.into_iter().for_each(|kind| {
             run(async {
-                let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+                let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).ping_interval(Duration::MAX).build();
                 let mut worker = Raw::start(&dispatcher, kind, u64::from(2 * HALF)).await;
                 let (clients, accepted): (Vec<_>, Vec<_>) = connections(2 * HALF).await.into_iter().unzip();
                 let mut accepted = accepted.into_iter();
@@ -210,6 +215,100 @@ fn too_many_descriptors_in_flight_are_waited_for() {
     let Some(uid) = other_uid() else { return };
     let mut child = spawn_role(ROLE, Some(uid), File::open("/dev/null").unwrap().into());
     assert!(child.wait().unwrap().success());
+}
+
+/// What it is told waits in the dispatcher's queue then, and so it cannot answer.
+#[test]
+fn a_worker_is_not_cut_off_while_the_dispatcher_cannot_send() {
+    const ROLE: &str = "workers::a_worker_is_not_cut_off_while_the_dispatcher_cannot_send";
+    const IN_FLIGHT: u32 = 100;
+    if role_socket(ROLE).is_some() {
+        return run(async {
+            let other = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+            let stopped = Raw::start(&other, SocketKind::Stream, u64::from(IN_FLIGHT)).await;
+            let (_clients, mut accepted): (Vec<_>, Vec<_>) = connections(IN_FLIGHT + 1).await.into_iter().unzip();
+            let last = accepted.pop().unwrap();
+            let _outcomes = Vec::from_iter(accepted.into_iter().map(|connection| other.dispatch(connection)));
+            until("they are on their way", || ioctl_fionread(stopped.framed.socket()).unwrap() > 0).await;
+
+            let hang_timeout = Duration::from_millis(200);
+            let ping_interval = Duration::from_millis(50);
+            let dispatcher = Dispatcher::builder().ping_interval(ping_interval).hang_timeout(hang_timeout).build();
+            let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+            setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
+            let outcome = dispatcher.dispatch(last);
+            let work = async {
+                let offer = worker.offer().await.expect("it was not cut off");
+                worker.adopt(1).await;
+                offer
+            };
+            let mut work = pin!(work);
+            let stuck = timeout(5 * hang_timeout, work.as_mut()).await;
+            assert!(stuck.is_err(), "the limit is not there");
+            setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
+            drop(work.await);
+            outcome.await.unwrap();
+        });
+    }
+    let Some(uid) = other_uid() else { return };
+    let mut child = spawn_role(ROLE, Some(uid), File::open("/dev/null").unwrap().into());
+    assert!(child.wait().unwrap().success());
+}
+
+/// It had asked for more than there is room for later, and the dispatcher takes it at its word only until it refuses.
+#[test]
+fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
+    const ROLE: &str = "workers::a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later";
+    if let Some(socket) = role_socket(ROLE) {
+        setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
+        return run(async {
+            let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
+            let mut control = incoming.next().await.unwrap();
+            let control = async {
+                let mut command = [0; 4]; // a client's serial number
+                control.read_exact(&mut command).await.unwrap();
+                let mut files = Vec::new();
+                while let Ok(1..) = control.read(&mut command[..1]).await {
+                    match command[0] {
+                        b'f' => files.extend((0..60).map_while(|_| File::open("/dev/null").ok())),
+                        _ => files.retain(|file| file.as_raw_fd() < 48), // 8 below the reserve are free
+                    }
+                    files.retain(|file| file.as_raw_fd() < 60);
+                    control.write_all(&command[..1]).await.unwrap();
+                }
+            };
+            let work = async {
+                while let Some(mut connection) = incoming.next().await {
+                    connection.write_all(b"served").await.unwrap();
+                }
+            };
+            tokio::join!(control, work);
+        });
+    }
+    both(async |kind| {
+        let (here, there) = Socket::pair(kind).unwrap();
+        let dispatcher = Dispatcher::builder().ping_interval(Duration::from_millis(20)).build();
+        let mut child = spawn_role(ROLE, None, there.into());
+        let worker = dispatcher.add_worker(here);
+        let mut all = connections(2).await.into_iter();
+        let (mut control, accepted) = all.next().unwrap();
+        dispatcher.dispatch(accepted).await.unwrap();
+        until("it has asked for more than 8", || dispatcher.stats().workers[0].room > 12).await;
+        control.0.write_all(b"f").await.unwrap();
+        control.0.read_exact(&mut [0]).await.unwrap();
+        let (client, accepted) = all.next().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        until("it has refused", || dispatcher.stats().workers[0].rejected > 0).await;
+        control.0.write_all(b"e").await.unwrap();
+        control.0.read_exact(&mut [0]).await.unwrap();
+        assert_eq!(outcome.await.unwrap(), worker);
+        assert_eq!(client.answer().await, "served");
+        until("it asks for what it has room for", || (1..=8).contains(&dispatcher.stats().workers[0].room)).await;
+        assert_eq!(dispatcher.stats().retired, Default::default());
+        drop(control);
+        assert!(dispatcher.remove_worker(worker, None).await);
+        assert!(child.wait().unwrap().success());
+    });
 }
 
 /// The application itself takes descriptors, down to the reserve.

@@ -4,7 +4,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     sync::Arc,
@@ -21,7 +21,11 @@ use super::{
     accepted::About,
     protocol::{MAX_MESSAGE_BYTES, Offer},
 };
-use crate::{Error, socket::close_unwanted, sys};
+use crate::{
+    Error,
+    socket::{HasFd, close_unwanted},
+    sys,
+};
 
 /// One connection to a worker process. A worker that is started again gets a new one.
 pub(super) type LinkId = u64;
@@ -38,7 +42,7 @@ const MAX_OTHER_BYTES: usize = 512;
 pub(super) struct Job {
     /// Lent to the link that is sending it, so that an offer takes no descriptor: connections that wait for another one to be
     /// opened, and hold all that there are, would wait for ever.
-    socket: Arc<OwnedFd>,
+    socket: Arc<Held>,
     about: About,
     cookie: u64,
     peer: Address,
@@ -94,7 +98,7 @@ impl Job {
         };
         let (socket, peer, local) = addresses(socket, about.transport, local);
         Ok(Self {
-            socket: Arc::new(socket),
+            socket: Arc::new(Held(Some(socket))),
             about,
             cookie,
             peer,
@@ -109,7 +113,7 @@ impl Job {
     }
 
     /// What a worker is told.
-    pub(super) fn offer(&self) -> Offer<Arc<OwnedFd>> {
+    pub(super) fn offer(&self) -> Offer<Arc<Held>> {
         Offer {
             cookie: self.cookie,
             transport: self.about.transport,
@@ -160,8 +164,30 @@ impl Job {
     }
 }
 
-fn owned(socket: Arc<OwnedFd>) -> OwnedFd {
-    Arc::into_inner(socket).expect("a link that was lent it has sent it, or is gone")
+/// The dispatcher's copy of a connection, until it is taken out. Closing it does not block.
+#[derive(Debug)]
+pub(super) struct Held(Option<OwnedFd>);
+
+impl AsFd for Held {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_ref().expect("only its last owner takes it out").as_fd()
+    }
+}
+
+impl HasFd for Arc<Held> {
+    fn into_last(self) -> Option<OwnedFd> {
+        Self::into_inner(self)?.0.take()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.take().into_iter().for_each(close);
+    }
+}
+
+fn owned(socket: Arc<Held>) -> OwnedFd {
+    socket.into_last().expect("a link that was lent it has sent it, or is gone")
 }
 
 /// Closes the dispatcher's copy of a connection that a worker serves.

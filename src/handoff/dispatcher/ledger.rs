@@ -88,6 +88,11 @@ impl<C> Ledger<C> {
         Ok(())
     }
 
+    /// It has no room or no time: what it has asked for and was not offered is void.
+    pub(super) fn refused(&mut self) {
+        self.demand = self.offered;
+    }
+
     /// Adopted connections that have ended in all.
     pub(super) fn finished(&mut self, total: u64) -> Result<(), Violation> {
         if total < self.finished {
@@ -251,11 +256,15 @@ mod tests {
     }
 
     #[test]
-    fn totals_never_fall() {
+    fn totals_fall_only_after_a_refusal() {
         let mut ledger = Ledger::<()>::new();
         ledger.demand(5).unwrap();
         ledger.demand(5).unwrap();
         assert_eq!(ledger.demand(4), Err(Violation::DemandFell { from: 5, to: 4 }));
+        ledger.offer(());
+        ledger.refused();
+        assert_eq!(ledger.demand(0), Err(Violation::DemandFell { from: 1, to: 0 }));
+        ledger.demand(1).unwrap();
         assert_eq!(ledger.finished(1), Err(Violation::FinishedMoreThanAdopted { finished: 1, adopted: 0 }));
     }
 }

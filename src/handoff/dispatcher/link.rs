@@ -7,7 +7,6 @@ use std::{
     future::{Future, poll_fn},
     io,
     net::Shutdown,
-    os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -16,14 +15,14 @@ use std::{
 
 use futures::StreamExt;
 use tokio::time::{Instant, Sleep, sleep_until};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use time::{Ping, Recall};
 
 use super::{
     Cause, Shared, WorkerId, WorkerState,
     bell::Bell,
-    job::{Job, LinkId, close},
+    job::{Held, Job, LinkId, close},
     ledger::{Ledger, Violation},
     pool::Heard,
     process::Process,
@@ -67,7 +66,7 @@ pub(super) struct Link {
     bell: Arc<Bell>,
     process: Process,
     read: ReadHalf<DispatcherCodec>,
-    outbound: Outbound<Arc<OwnedFd>>,
+    outbound: Outbound<Arc<Held>>,
     ledger: Ledger<Job>,
     heard: Heard,
     greeted: bool,
@@ -78,6 +77,9 @@ pub(super) struct Link {
     unsent: VecDeque<Job>,
     ping: Ping,
     recall: Recall,
+    /// The last time when nothing could be said or heard through no fault of the worker: this process was stopped, or its
+    /// machine, or the kernel had too little to send with.
+    able_since: Instant,
     /// Told to drain, until when.
     drain: Option<Option<Instant>>,
     timer: Pin<Box<Sleep>>,
@@ -111,6 +113,7 @@ impl Link {
             unsent: VecDeque::new(),
             ping: Ping { nonce: 0, unanswered: None, due: now, late: false, not_before: now },
             recall: Recall { before: 0, at: now },
+            able_since: now,
             drain: None,
             timer: Box::pin(sleep_until(now + LATER)),
             shared,
@@ -255,7 +258,11 @@ impl Link {
                 self.heard
                     .rejected
                     .extend(self.ledger.rejected(count, self.outbound.unsent().1)?.map(|job| (job, reason)));
-                self.heard.refuses |= matches!(reason, RejectReason::Full | RejectReason::Recalled);
+                if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
+                    self.ledger.refused();
+                    self.heard.refuses = true;
+                    self.heard.unsent.append(&mut self.unsent);
+                }
             }
             FromWorker::Load { finished } => {
                 self.ledger.finished(finished)?;
@@ -340,6 +347,7 @@ impl Link {
                 self.unsent.push_front(job);
                 return Err(cause);
             }
+            debug!(worker = %self.id, "a connection is offered");
             self.heard.offered_again += u64::from(job.offers > 0);
             job.offers += 1;
             job.offered_at = Some(Instant::now());
@@ -349,7 +357,7 @@ impl Link {
     }
 
     /// Queues a message. Room is not waited for: offers are bounded by their number, and the other messages are few.
-    fn say(&mut self, message: ToWorker<Arc<OwnedFd>>) -> Result<(), Cause> {
+    fn say(&mut self, message: ToWorker<Arc<Held>>) -> Result<(), Cause> {
         self.outbound.accept(&mut DispatcherCodec::default(), message).map_err(|refused| refused.error.into())
     }
 }

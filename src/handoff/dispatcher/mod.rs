@@ -16,6 +16,7 @@ mod stats;
 
 use std::{
     future::Future,
+    ops::{Deref, DerefMut},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -26,7 +27,7 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, timeout_at},
 };
-use tracing::info;
+use tracing::{info, warn};
 
 pub use accepted::{Accepted, DispatchError, NotDispatched, Unadopted};
 use builder::Config;
@@ -95,8 +96,8 @@ struct Shared {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Pool> {
-        self.pool.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn lock(&self) -> Locked<'_> {
+        Locked { shared: self, pool: Some(self.pool.lock().unwrap_or_else(|poisoned| poisoned.into_inner())) }
     }
 
     /// Wakes those who wait [until](Self::until) something is so. Said of all but single connections, and while it drains of these too.
@@ -138,6 +139,45 @@ impl Shared {
             self.until(|pool| pool.leftover == 0).await;
         }
         info!("the dispatcher has drained");
+    }
+}
+
+/// The pool, locked. Connections that are given back wake those who wait for them and are logged, which runs the code of others: so
+/// when it is unlocked.
+struct Locked<'a> {
+    shared: &'a Shared,
+    /// `None` once it is unlocked.
+    pool: Option<MutexGuard<'a, Pool>>,
+}
+
+impl Deref for Locked<'_> {
+    type Target = Pool;
+
+    fn deref(&self) -> &Pool {
+        self.pool.as_ref().expect("unlocked on drop only")
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Pool {
+        self.pool.as_mut().expect("unlocked on drop only")
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let failed = std::mem::take(&mut self.failed);
+        self.pool = None;
+        for (job, reason) in failed {
+            let text = reason.to_string();
+            if job.fail(reason) {
+                self.shared.lock().totals.given_back += 1;
+                warn!(reason = text, "a connection was given back");
+            } else {
+                self.shared.lock().totals.lost += 1;
+                warn!(reason = text, "a connection was closed, which nobody was there to take back");
+            }
+        }
     }
 }
 

@@ -40,6 +40,8 @@ pub(super) struct Pool {
     pub(super) leftover: usize,
     pub(super) copies: Copies,
     fences: VecDeque<Instant>,
+    /// To be given back once the pool is unlocked.
+    pub(super) failed: Vec<(Job, NotDispatched)>,
     turn: u64,
     last_worker: u64,
     last_link: LinkId,
@@ -115,6 +117,8 @@ pub(super) struct Heard {
     pub(super) offered_again: u64,
     pub(super) adopted: Vec<Job>,
     pub(super) rejected: Vec<(Job, RejectReason)>,
+    /// It has refused before they were sent.
+    pub(super) unsent: VecDeque<Job>,
 }
 
 impl Link {
@@ -145,6 +149,7 @@ impl Pool {
             leftover: 0,
             copies: Copies::default(),
             fences: VecDeque::new(),
+            failed: Vec::new(),
             turn: 0,
             last_worker: 0,
             last_link: 0,
@@ -279,7 +284,7 @@ impl Pool {
             self.reserved -= 1;
         }
         if self.over || self.closed && !reserved {
-            return self.fail(job, NotDispatched::Draining);
+            return self.failed.push((job, NotDispatched::Draining));
         }
         if reserved {
             // The place that it had may be gone with its worker. Then it is the first to wait.
@@ -329,9 +334,13 @@ impl Pool {
         let number = link.number;
         let (adopted, rejected) = (heard.adopted.len() as u64, heard.rejected.len() as u64);
         link.demand = heard.demand.take().unwrap_or(link.demand);
+        let mut unsent = std::mem::take(&mut heard.unsent);
         if std::mem::take(&mut heard.refuses) {
-            link.demand = link.demand.min(link.offered); // or it would get the same ones again at once
+            unsent.append(&mut link.assigned);
+            link.demand = 0; // or it would get the same ones again at once
         }
+        link.offered -= unsent.len() as u64;
+        link.unanswered -= unsent.len() as u64;
         link.adopted += adopted;
         link.unanswered -= adopted + rejected;
         link.finished = heard.finished.take().unwrap_or(link.finished);
@@ -346,6 +355,7 @@ impl Pool {
             job.last = Some((number, Unadopted::Rejected(reason)));
             again.extend(self.unless_too_often(job, Unadopted::Rejected(reason)));
         }
+        again.extend(unsent);
         self.put_back(again);
         if std::mem::take(&mut heard.draining) {
             self.no_more_for(id);
@@ -365,7 +375,7 @@ impl Pool {
         self.over = true;
         for waiter in std::mem::take(&mut self.waiting) {
             if let Waiter::Connection(job) = waiter {
-                self.fail(job, NotDispatched::Draining);
+                self.failed.push((job, NotDispatched::Draining));
             }
         }
     }
@@ -379,9 +389,18 @@ impl Pool {
         self.waiting.len()
     }
 
-    /// Neither waiting nor unanswered: every connection has been adopted or given back.
+    /// Whether every connection has been adopted or given back.
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting_connections() == 0 && self.are_all_answered()
+    }
+
+    /// Whether waiting changes nothing any more for those that are not adopted: those who wait do so for nobody.
     pub(super) fn is_settled(&self) -> bool {
-        self.waiting_connections() == 0
-            && self.workers.values().flat_map(|worker| &worker.link).all(|link| link.unanswered == 0)
+        let nobody_comes = self.workers.values().all(|worker| worker.removed.is_some());
+        self.is_idle() || nobody_comes && self.are_all_answered()
+    }
+
+    fn are_all_answered(&self) -> bool {
+        self.workers.values().flat_map(|worker| &worker.link).all(|link| link.unanswered == 0)
     }
 }

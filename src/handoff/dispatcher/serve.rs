@@ -3,7 +3,7 @@
 use std::{
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix,
     },
     pin::pin,
@@ -20,7 +20,11 @@ use tokio::{
 use tracing::warn;
 
 use super::{Address, Dispatcher, Transport, accepted::About, job::Job};
-use crate::{Listener, sys};
+use crate::{
+    Listener,
+    handoff::reserve::{first_of_reserve, is_of_reserve},
+    sys,
+};
 
 /// Accepted before other tasks get their turn.
 const BATCH: usize = 64;
@@ -70,7 +74,8 @@ impl Dispatcher {
     /// sockets.
     ///
     /// It accepts only what a worker has room for: the others wait in the kernel's backlog, where they take no descriptor. When
-    /// descriptors run out all the same (`EMFILE`), it waits for some to come free.
+    /// less than an eighth of `RLIMIT_NOFILE`, and less than 64 descriptors, are left, it accepts one connection after the other: the
+    /// rest is for starting workers, and for the application. At `EMFILE` it waits for some to come free.
     ///
     /// A connection that finds no worker [after too many offers](super::NotDispatched::TooManyOffers), or in the time of a drain, is
     /// shut down and [counted](super::Stats::lost).
@@ -101,19 +106,23 @@ impl Dispatcher {
         local: Option<Address>,
     ) -> io::Result<()> {
         let mut said = false;
+        let mut ceiling = first_of_reserve();
         'ready: loop {
             // Before a place is reserved, which others may have use for.
             let mut ready = listener.readable().await?;
             for _ in 0..BATCH {
                 let Some(permit) = self.reserve().await else { return Ok(()) };
                 let trouble = match sys::accept(listener.as_fd()) {
-                    Ok(socket) => match Job::prepare(socket, About::new(transport), local.clone()) {
-                        Ok(job) => {
-                            permit.take(job);
-                            None
+                    Ok(socket) => {
+                        let is_scarce = is_of_reserve(&socket, ceiling);
+                        match Job::prepare(socket, About::new(transport), local.clone()) {
+                            Ok(job) => {
+                                permit.take(job);
+                                is_scarce.then(|| io::Error::from_raw_os_error(libc::EMFILE))
+                            }
+                            Err((_, _, error)) => Some(error.into()),
                         }
-                        Err((_, _, error)) => Some(error.into()),
-                    },
+                    }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         ready.clear_ready();
                         continue 'ready;
@@ -125,11 +134,24 @@ impl Dispatcher {
                     if !std::mem::replace(&mut said, true) {
                         warn!(%error, "connections cannot be accepted for a while");
                     }
-                    sleep(BACK_OFF).await;
+                    loop {
+                        sleep(BACK_OFF).await;
+                        ceiling = first_of_reserve();
+                        if self.may_accept(listener.as_fd(), ceiling) {
+                            break;
+                        }
+                    }
                 }
             }
             yield_now().await; // workers are sent what was accepted so far
         }
+    }
+
+    /// Connections on their way may not have all descriptors: a worker that could not be started again for want of one is what they
+    /// would wait for.
+    fn may_accept(&self, listener: BorrowedFd<'_>, ceiling: u64) -> bool {
+        let is_there_one = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, ceiling));
+        is_there_one || self.shared.lock().is_idle()
     }
 
     /// Takes the workers that connect to this listener, until the dispatcher drains: see [`add_worker`](Self::add_worker).

@@ -29,6 +29,7 @@ pub(super) struct Book<T> {
     /// The application has asked for a connection at least once.
     asked: bool,
     state: Taking,
+    refusal: Refusal,
     /// To be sent, in this order.
     pub(super) messages: Vec<FromWorker>,
 }
@@ -38,6 +39,17 @@ enum Waiting<T> {
     ForApplication(T),
     /// For those before it to be answered.
     ForTurn(RejectReason),
+}
+
+/// A REJECTED for want of room or time. It makes void what was asked for and not offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refusal {
+    /// None, or another DEMAND has followed.
+    None,
+    /// Offers that were made before it was read may be on their way.
+    Said,
+    /// The same; the dispatcher will have read it when it pings again.
+    Pinged,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +74,7 @@ impl<T> Book<T> {
             unanswered: VecDeque::new(),
             asked: false,
             state: Taking::Offers,
+            refusal: Refusal::None,
             messages: Vec::new(),
         }
     }
@@ -146,6 +159,9 @@ impl<T> Book<T> {
         while let Some(&Waiting::ForTurn(reason)) = self.unanswered.front() {
             self.unanswered.pop_front();
             self.rejected += 1;
+            if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
+                self.refusal = Refusal::Said;
+            }
             match self.messages.last_mut() {
                 Some(FromWorker::Rejected { count, reason: last }) if *last == reason => *count += 1,
                 _ => self.messages.push(FromWorker::Rejected { count: 1, reason }),
@@ -166,8 +182,23 @@ impl<T> Book<T> {
     pub(super) fn ask(&mut self, more: u64) {
         if more > 0 {
             self.demand += more;
+            self.refusal = Refusal::None;
             self.messages.push(FromWorker::Demand { total: self.demand });
         }
+    }
+
+    /// The dispatcher wants an answer. With the second one after a refusal it is known to have read that: no offer is on its way any
+    /// more, and those that were made void can be asked for anew, as many as there is room for by then.
+    pub(super) fn pinged(&mut self, nonce: u64) {
+        self.messages.push(FromWorker::Pong { nonce });
+        self.refusal = match self.refusal {
+            Refusal::None => Refusal::None,
+            Refusal::Said => Refusal::Pinged,
+            Refusal::Pinged => {
+                self.demand = self.offered;
+                Refusal::None
+            }
+        };
     }
 
     /// Number of offers asked for that have not come.
@@ -243,6 +274,7 @@ mod tests {
         Ask(usize),
         Finish,
         Recall(u64),
+        Ping,
         Report,
         Drain,
     }
@@ -254,6 +286,7 @@ mod tests {
             6 => (1usize..4).prop_map(Event::Ask),
             4 => Just(Event::Finish),
             2 => (0u64..40).prop_map(Event::Recall),
+            2 => Just(Event::Ping),
             1 => Just(Event::Report),
             1 => Just(Event::Drain),
         ]
@@ -270,13 +303,15 @@ mod tests {
     struct Dispatcher {
         answers: Vec<Fate>,
         demand: u64,
+        refused: bool,
         finished: u64,
         draining: bool,
         left: bool,
     }
 
     impl Dispatcher {
-        fn read(&mut self, messages: &mut Vec<FromWorker>) {
+        /// After so many offers.
+        fn read(&mut self, messages: &mut Vec<FromWorker>, offered: u64) {
             for message in messages.drain(..) {
                 assert!(!self.left, "{message:?} follows a goodbye");
                 match message {
@@ -286,15 +321,21 @@ mod tests {
                     }
                     FromWorker::Rejected { count, reason } => {
                         self.answers.extend((0..count).map(|_| Fate::Rejected(reason)));
+                        if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
+                            self.demand = offered;
+                            self.refused = true;
+                        }
                     }
                     FromWorker::Demand { total } => {
                         assert!(total > self.demand);
                         self.demand = total;
+                        self.refused = false;
                     }
                     FromWorker::Load { finished } => {
                         assert!(finished > self.finished);
                         self.finished = finished;
                     }
+                    FromWorker::Pong { .. } => {}
                     FromWorker::Draining => self.draining = true,
                     FromWorker::Goodbye => self.left = true,
                     other => panic!("{other:?}"),
@@ -320,7 +361,8 @@ mod tests {
                 let before = fates.len();
                 match event {
                     Event::Offer | Event::Unfit if fates.len() as u64 == dispatcher.demand => {
-                        prop_assert!(book.offered(Ok(before)).is_err());
+                        // After a refusal one might still be on its way.
+                        prop_assert!(dispatcher.refused || book.offered(Ok(before)).is_err());
                     }
                     Event::Offer => {
                         let unwanted = book.offered(Ok(before)).unwrap();
@@ -350,6 +392,7 @@ mod tests {
                         let left = fates.iter().position(Option::is_none);
                         prop_assert!(left.is_none_or(|number| number as u64 >= first));
                     }
+                    Event::Ping => book.pinged(7),
                     Event::Report => book.report(),
                     Event::Drain => {
                         for number in book.drain() {
@@ -360,7 +403,7 @@ mod tests {
                 let room = book.room();
                 book.ask(room);
                 book.leave();
-                dispatcher.read(&mut book.messages);
+                dispatcher.read(&mut book.messages, fates.len() as u64);
 
                 // Answered is a beginning of the offers, and what is decided is not kept back for longer than it has to.
                 let due = fates.iter().take_while(|fate| fate.is_some()).count();

@@ -204,7 +204,7 @@ impl Channel {
                 drop(state);
                 close_offers(unwanted);
             }
-            ToWorker::Ping { nonce } => state.book.messages.push(FromWorker::Pong { nonce }),
+            ToWorker::Ping { nonce } => state.book.pinged(nonce),
             ToWorker::Drain { within } => {
                 drop(state);
                 self.drain(within.map(|within| Instant::now() + within));

@@ -1,17 +1,14 @@
 //! How many more descriptors this process can take. One offer too many and the kernel drops descriptors on receipt, which
 //! ends the connection to the dispatcher.
 
-use std::{
-    fs,
-    os::fd::{AsRawFd, OwnedFd},
-};
+use std::{fs, os::fd::OwnedFd};
 
-use nix::sys::resource::{Resource, getrlimit};
+use crate::handoff::reserve::{first_of_reserve, is_of_reserve};
 
 /// Descriptors that are free at the moment, less a reserve for what the application opens.
 #[derive(Debug, Default)]
 pub(super) struct Headroom {
-    /// `RLIMIT_NOFILE` less the reserve.
+    /// First descriptor of the reserve.
     ceiling: u64,
     /// What may be granted before counting again: half of what was free, since the application opens files too.
     spare: u64,
@@ -30,12 +27,11 @@ impl Headroom {
 
     /// Whether the reserve is in use. The kernel gives out the lowest free number: all below are taken.
     pub(super) fn is_reserve(&self, fd: &OwnedFd) -> bool {
-        fd.as_raw_fd() as u64 >= self.ceiling
+        is_of_reserve(fd, self.ceiling)
     }
 
     fn count(&mut self, on_their_way: u64) {
-        let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
-        self.ceiling = limit - (limit / 8).min(64);
+        self.ceiling = first_of_reserve();
         let free = self.ceiling.saturating_sub(open_descriptors() + on_their_way);
         self.spare = free.div_ceil(2);
     }

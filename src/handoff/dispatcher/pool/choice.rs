@@ -2,8 +2,6 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use tracing::{debug, warn};
-
 use super::{Link, Pool, Waiter};
 use crate::handoff::dispatcher::{NotDispatched, Strategy, Unadopted, WorkerId, job::Job};
 
@@ -16,26 +14,15 @@ impl Pool {
             return Some(job);
         }
         let offers = job.offers;
-        self.fail(job, NotDispatched::TooManyOffers { offers, last });
+        self.failed.push((job, NotDispatched::TooManyOffers { offers, last }));
         None
-    }
-
-    pub(super) fn fail(&mut self, job: Job, reason: NotDispatched) {
-        let text = reason.to_string();
-        if job.fail(reason) {
-            self.totals.given_back += 1;
-            warn!(reason = text, "a connection was given back");
-        } else {
-            self.totals.lost += 1;
-            warn!(reason = text, "a connection was closed, which nobody was there to take back");
-        }
     }
 
     /// To be the first ones again, in their order.
     pub(super) fn put_back(&mut self, jobs: impl IntoIterator<Item = Job, IntoIter: DoubleEndedIterator>) {
         for job in jobs.into_iter().rev() {
             match self.over {
-                true => self.fail(job, NotDispatched::Draining),
+                true => self.failed.push((job, NotDispatched::Draining)),
                 false => self.waiting.push_front(Waiter::Connection(job)),
             }
         }
@@ -111,7 +98,6 @@ impl Pool {
         link.alone = alone;
         link.assigned.push_back(job);
         link.bell.ring();
-        debug!(worker = %id, "a connection is offered");
     }
 }
 
