@@ -249,7 +249,6 @@ impl Link {
             FromWorker::Demand { total } => {
                 self.ledger.demand(total)?;
                 self.heard.demand = Some(total);
-                self.heard.refuses = false;
             }
             FromWorker::Adopted { count } => {
                 self.heard.adopted.extend(self.ledger.adopted(count, self.outbound.unsent().1)?)
@@ -260,7 +259,8 @@ impl Link {
                     .extend(self.ledger.rejected(count, self.outbound.unsent().1)?.map(|job| (job, reason)));
                 if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
                     self.ledger.refused();
-                    self.heard.refuses = true;
+                    self.heard.demand = Some(0);
+                    self.heard.has_refused = true;
                     self.heard.unsent.append(&mut self.unsent);
                 }
             }

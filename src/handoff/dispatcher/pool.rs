@@ -110,8 +110,8 @@ impl Waiter {
 #[derive(Debug, Default)]
 pub(super) struct Heard {
     pub(super) demand: Option<u64>,
-    /// It has rejected for want of room or time, and not asked for more since.
-    pub(super) refuses: bool,
+    /// What it was not sent by then is for others.
+    pub(super) has_refused: bool,
     pub(super) finished: Option<u64>,
     pub(super) draining: bool,
     pub(super) offered_again: u64,
@@ -335,9 +335,8 @@ impl Pool {
         let (adopted, rejected) = (heard.adopted.len() as u64, heard.rejected.len() as u64);
         link.demand = heard.demand.take().unwrap_or(link.demand);
         let mut unsent = std::mem::take(&mut heard.unsent);
-        if std::mem::take(&mut heard.refuses) {
+        if std::mem::take(&mut heard.has_refused) {
             unsent.append(&mut link.assigned);
-            link.demand = 0; // or it would get the same ones again at once
         }
         link.offered -= unsent.len() as u64;
         link.unanswered -= unsent.len() as u64;
