@@ -99,6 +99,39 @@ fn the_limit_of_the_last_drain_counts() {
     });
 }
 
+/// Who has no time for one connection is not sent those that were meant for it and are not on their way.
+#[test]
+fn after_a_refusal_nothing_is_sent_that_was_only_planned() {
+    both(async |kind| {
+        const CONNECTIONS: u32 = 120;
+        let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+        let mut first = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
+        let (_clients, outcomes): (Vec<_>, Vec<_>) = connections(CONNECTIONS)
+            .await
+            .into_iter()
+            .map(|(client, accepted)| {
+                // So long that a third of them fills the queues on the way.
+                (client, dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 10 << 10])))
+            })
+            .unzip();
+        drop(first.offer().await.unwrap());
+        first.reject(1, RejectReason::Recalled).await;
+        until("it was heard", || dispatcher.stats().workers[0].rejected == 1).await;
+        let mut second = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
+        let adopt_all = async |worker: &mut Raw| {
+            while worker.offer().await.is_some() {
+                worker.adopt(1).await;
+            }
+        };
+        let outcomes = tokio::select! {
+            outcomes = join_all(outcomes) => outcomes,
+            _ = async { tokio::join!(adopt_all(&mut first), adopt_all(&mut second)) } => unreachable!(),
+        };
+        let by_second = outcomes.into_iter().filter(|outcome| *outcome.as_ref().unwrap() == second.id).count();
+        assert!(by_second > CONNECTIONS as usize / 4, "{by_second}");
+    });
+}
+
 /// What is not even sent is not held against a connection.
 #[test]
 fn only_offers_that_were_sent_count() {
