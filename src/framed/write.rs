@@ -2,7 +2,7 @@ use std::{
     future::poll_fn,
     io,
     net::Shutdown,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -16,6 +16,7 @@ use crate::{
     codec::{Carrier, largest_packet},
     limits::Limits,
     socket::{HasFd, SendWait, TooLarge, close_sent, close_unwanted},
+    sys,
 };
 
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
@@ -292,9 +293,10 @@ impl<F: HasFd> Outbound<F> {
         (self.buf.len(), self.buf.fd_count())
     }
 
-    /// Whether what waits does so for want of kernel memory or of descriptors in flight.
+    /// Whether what waits does so for want of kernel memory, or of descriptors in flight, and through no fault of the receiver: it
+    /// has received all that was sent.
     pub(crate) fn waits_for_the_kernel(&self) -> bool {
-        self.wait.is_for_the_kernel()
+        self.wait.is_for_a_while() && sys::unreceived(self.socket.as_fd()).is_ok_and(|bytes| bytes == 0)
     }
 
     /// Queues an item, however much waits.

@@ -156,8 +156,8 @@ impl SendWait {
         Ok(())
     }
 
-    /// Whether it is the kernel that has too little of something, and not the receiver that does not receive.
-    pub(crate) fn is_for_the_kernel(&self) -> bool {
+    /// Whether the kernel has too little of something, which no event will announce.
+    pub(crate) fn is_for_a_while(&self) -> bool {
         self.timer.is_some()
     }
 

@@ -16,11 +16,25 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
-use nix::sys::socket::{SockFlag, accept4};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::socket::{SockFlag, accept4},
+};
 
 /// Takes a connection off a listener's queue, close-on-exec.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: accept4 has just returned this descriptor, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// What was sent on a Unix socket and not received, in bytes of the kernel's memory: 0 when the peer has received all
+/// (`SIOCOUTQ`, which is `TIOCOUTQ`).
+pub(crate) fn unreceived(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the call writes an int, to one that lives until it returns.
+    let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    Errno::result(outcome)?;
+    Ok(bytes as usize)
 }

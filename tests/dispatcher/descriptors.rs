@@ -15,7 +15,7 @@ use fdwire::{
         protocol::{FromWorker, RejectReason},
     },
 };
-use futures::{StreamExt, future::join_all};
+use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
 use nix::{
     libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -148,6 +148,37 @@ fn a_hand_over_takes_no_descriptor() {
     });
 }
 
+/// The application holds nearly all descriptors, and a worker does not answer: the others are served all the same.
+#[test]
+fn accepting_goes_on_where_few_descriptors_are_left() {
+    alone("descriptors::accepting_goes_on_where_few_descriptors_are_left", async {
+        let (_directory, dispatcher) = with_worker().await;
+        let mut silent = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut clients = Vec::new();
+        for serial in 0..40 {
+            clients.push(Client::connect(address, serial).await);
+        }
+        limit_fds(open_fds() as u64 + 3);
+        let answer = async |mut client: Client| (client.first().await, client);
+        let mut answers = FuturesUnordered::from_iter(clients.into_iter().map(answer));
+        let mut served = Vec::new(); // their descriptors stay in use
+        let some = async {
+            for _ in 0..39 {
+                served.push(answers.next().await.unwrap());
+            }
+        };
+        tokio::select! {
+            outcome = dispatcher.serve(listener) => outcome.unwrap(),
+            () = some => {}
+        }
+        limit_fds(1000);
+        assert!(served.iter().all(|(answer, _)| !answer.is_empty()));
+        drop(silent.offer().await.unwrap());
+    });
+}
+
 /// Connections that nobody takes for the moment do not hold all descriptors: one is free for the worker that will take them.
 #[test]
 fn a_worker_is_started_again_though_clients_wait() {
@@ -169,11 +200,11 @@ fn a_worker_is_started_again_though_clients_wait() {
             clients.push(Client::connect(address, serial).await);
         }
         stop(pid).await;
-        // A few are left to connections, and a seventh of all to others.
-        limit_fds((open_fds() as u64 + 10) * 8 / 7);
+        // A few are left to connections, and 16 to others.
+        limit_fds(open_fds() as u64 + 26);
         let serving = dispatcher.serve(listener);
         let work = async {
-            until("the reserve is reached", || dispatcher.stats().dispatched > 10).await;
+            until("the reserve is reached", || dispatcher.stats().dispatched > 5).await;
             sleep(Duration::from_millis(200)).await; // for all that would be accepted
             kill(pid, Signal::SIGKILL).unwrap();
             let offers = dispatcher.stats().workers.iter().find(|worker| worker.id == busy.id).unwrap().unanswered;
@@ -243,7 +274,7 @@ fn late_reader(mut client: net::TcpStream) -> impl FnOnce() -> Result<(), RecvTi
 /// A dispatcher with a worker that is a process of its own, and so has descriptors when the dispatcher has none.
 async fn with_worker() -> (TempDir, Dispatcher) {
     let directory = tempfile::tempdir().unwrap();
-    let dispatcher = Dispatcher::builder().build();
+    let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
     let command = worker_command(Point::Never, Signal::SIGKILL, &directory.path().join("log"));
     dispatcher.spawn_worker(WorkerCommand::from(command)).unwrap();
     until("the worker is ready", || dispatcher.stats().workers[0].room > 0).await;

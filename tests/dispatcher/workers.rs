@@ -255,6 +255,42 @@ fn a_worker_is_not_cut_off_while_the_dispatcher_cannot_send() {
     assert!(child.wait().unwrap().success());
 }
 
+/// An offer that comes when it has no room is a reason to count what is free, not to ask for the same one at once.
+#[test]
+fn a_connection_does_not_go_to_and_fro_to_a_worker_without_descriptors() {
+    const ROLE: &str = "workers::a_connection_does_not_go_to_and_fro_to_a_worker_without_descriptors";
+    if let Some(socket) = role_socket(ROLE) {
+        setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
+        return run(async {
+            let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
+            drop(incoming.next().await.unwrap());
+            let mut files = Vec::from_iter((0..1100).map_while(|_| File::open("/dev/null").ok()));
+            files.retain(|file| file.as_raw_fd() < 1000);
+            while let Some(connection) = incoming.next().await {
+                drop(connection);
+            }
+        });
+    }
+    both(async |kind| {
+        let (here, there) = Socket::pair(kind).unwrap();
+        let dispatcher = Dispatcher::builder().build();
+        let mut child = spawn_role(ROLE, None, there.into());
+        let worker = dispatcher.add_worker(here);
+        let mut all = connections(2).await.into_iter();
+        let (_first, accepted) = all.next().unwrap();
+        dispatcher.dispatch(accepted).await.unwrap();
+        until("it has no descriptors left", || dispatcher.stats().workers[0].active == 0).await;
+        let (_client, accepted) = all.next().unwrap();
+        let mut outcome = dispatcher.dispatch(accepted);
+        until("it has refused", || dispatcher.stats().workers[0].rejected > 0).await;
+        assert!(timeout(Duration::from_millis(300), &mut outcome).await.is_err());
+        assert_eq!(dispatcher.stats().workers[0].rejected, 1);
+        tokio::join!(dispatcher.drain(Some(Duration::ZERO)), async { drop(outcome.await) });
+        assert!(!dispatcher.remove_worker(worker, None).await);
+        child.wait().unwrap();
+    });
+}
+
 /// It had asked for more than there is room for later, and the dispatcher takes it at its word only until it refuses.
 #[test]
 fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
@@ -308,6 +344,63 @@ fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
         drop(control);
         assert!(dispatcher.remove_worker(worker, None).await);
         assert!(child.wait().unwrap().success());
+    });
+}
+
+/// The same limit, and its own fault: it does not receive.
+#[test]
+fn a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_send() {
+    const ROLE: &str = "workers::a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_send";
+    const IN_FLIGHT: u32 = 100;
+    if role_socket(ROLE).is_some() {
+        return run(async {
+            let interval = Duration::from_millis(50);
+            let dispatcher = Dispatcher::builder()
+                .ping_interval(interval)
+                .hang_timeout(20 * interval)
+                .recall_after(Duration::MAX)
+                .build();
+            let stopped = Raw::start(&dispatcher, SocketKind::SeqPacket, u64::from(IN_FLIGHT + 1)).await;
+            let (_clients, mut accepted): (Vec<_>, Vec<_>) = connections(IN_FLIGHT + 1).await.into_iter().unzip();
+            let last = accepted.pop().unwrap();
+            let _outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+            until("they are on their way", || ioctl_fionread(stopped.framed.socket()).unwrap() > 0).await;
+            setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
+            let _last = dispatcher.dispatch(last);
+            until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
+            setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
+        });
+    }
+    let Some(uid) = other_uid() else { return };
+    let mut child = spawn_role(ROLE, Some(uid), File::open("/dev/null").unwrap().into());
+    assert!(child.wait().unwrap().success());
+}
+
+/// What was recalled waits for an application. That of a worker which comes back is one, its library is none.
+#[test]
+fn a_recalled_connection_does_not_go_around_busy_workers() {
+    both(async |kind| {
+        let interval = Duration::from_millis(10);
+        let dispatcher = Dispatcher::builder().ping_interval(interval).recall_after(interval).build();
+        let mut workers = Vec::new();
+        let mut all = connections(3).await.into_iter();
+        for _ in 0..2 {
+            let (here, there) = Socket::pair(kind).unwrap();
+            dispatcher.add_worker(here);
+            let mut incoming = Incoming::new(there);
+            let (client, accepted) = all.next().unwrap();
+            let (outcome, connection) = tokio::join!(dispatcher.dispatch(accepted), incoming.next());
+            outcome.unwrap();
+            workers.push((incoming, client, connection));
+        }
+        let (_client, accepted) = all.next().unwrap();
+        let mut outcome = dispatcher.dispatch(accepted);
+        let rejected = || dispatcher.stats().workers.iter().map(|worker| worker.rejected).sum::<u64>();
+        until("both have rejected it", || rejected() == 2).await;
+        assert!(timeout(20 * interval, &mut outcome).await.is_err());
+        assert_eq!(rejected(), 2);
+        assert!(workers[0].0.next().await.is_some());
+        outcome.await.unwrap();
     });
 }
 

@@ -145,6 +145,11 @@ impl Job {
         owned(self.socket)
     }
 
+    /// Whether somebody waits for what becomes of it.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.reply.as_ref().is_some_and(|reply| !reply.is_closed())
+    }
+
     /// No worker adopts it. Gives it back to who waits for it; without anybody, its client sees the end. Returns whether
     /// it was given back.
     pub(super) fn fail(self, reason: NotDispatched) -> bool {

@@ -167,15 +167,23 @@ impl DerefMut for Locked<'_> {
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
         let failed = std::mem::take(&mut self.failed);
+        let awaited = failed.iter().filter(|(job, _)| job.is_awaited()).count() as u64;
+        self.totals.given_back += awaited;
+        self.totals.lost += failed.len() as u64 - awaited;
         self.pool = None;
-        for (job, reason) in failed {
-            let text = reason.to_string();
-            if job.fail(reason) {
-                self.shared.lock().totals.given_back += 1;
-                warn!(reason = text, "a connection was given back");
-            } else {
-                self.shared.lock().totals.lost += 1;
-                warn!(reason = text, "a connection was closed, which nobody was there to take back");
+        // All are told before anything is logged, which may panic.
+        let told = failed.into_iter().map(|(job, reason)| (reason.to_string(), job.fail(reason)));
+        let told = Vec::from_iter(told);
+        let given_back = told.iter().filter(|(_, given_back)| *given_back).count() as u64;
+        if given_back < awaited {
+            let mut pool = self.shared.lock(); // somebody has stopped waiting in this moment
+            pool.totals.given_back -= awaited - given_back;
+            pool.totals.lost += awaited - given_back;
+        }
+        for (reason, given_back) in told {
+            match given_back {
+                true => warn!(reason, "a connection was given back"),
+                false => warn!(reason, "a connection was closed, which nobody was there to take back"),
             }
         }
     }

@@ -388,18 +388,18 @@ impl Pool {
         self.waiting.len()
     }
 
-    /// Whether every connection has been adopted or given back.
-    pub(super) fn is_idle(&self) -> bool {
-        self.waiting_connections() == 0 && self.are_all_answered()
+    /// Number of connections that were neither adopted nor given back.
+    pub(super) fn on_their_way(&self) -> usize {
+        self.waiting_connections() + self.unanswered()
     }
 
-    /// Whether waiting changes nothing any more for those that are not adopted: those who wait do so for nobody.
+    /// Whether waiting changes nothing any more for those that are on their way: what waits does so for nobody.
     pub(super) fn is_settled(&self) -> bool {
         let nobody_comes = self.workers.values().all(|worker| worker.removed.is_some());
-        self.is_idle() || nobody_comes && self.are_all_answered()
+        self.unanswered() == 0 && (nobody_comes || self.waiting_connections() == 0)
     }
 
-    fn are_all_answered(&self) -> bool {
-        self.workers.values().flat_map(|worker| &worker.link).all(|link| link.unanswered == 0)
+    fn unanswered(&self) -> usize {
+        self.workers.values().flat_map(|worker| &worker.link).map(|link| link.unanswered as usize).sum()
     }
 }

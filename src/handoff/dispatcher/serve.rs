@@ -29,6 +29,13 @@ use crate::{
 /// Accepted before other tasks get their turn.
 const BATCH: usize = 64;
 
+/// Descriptors that are left for starting a worker, and for a few connections: if these held all, and waited for a worker that
+/// cannot be started again for want of one, they would wait for ever.
+const RESERVE: u64 = 16;
+
+/// Connections that may be on their way when only the reserve is left.
+const FEW: usize = 8;
+
 /// How long to wait for what comes free without an event, mostly a descriptor.
 const BACK_OFF: Duration = Duration::from_millis(20);
 
@@ -74,8 +81,8 @@ impl Dispatcher {
     /// sockets.
     ///
     /// It accepts only what a worker has room for: the others wait in the kernel's backlog, where they take no descriptor. When
-    /// less than an eighth of `RLIMIT_NOFILE`, and less than 64 descriptors, are left, it accepts one connection after the other: the
-    /// rest is for starting workers, and for the application. At `EMFILE` it waits for some to come free.
+    /// only 16 descriptors are left (an eighth of `RLIMIT_NOFILE`, if that is less), it accepts only as long as fewer than 8 connections are
+    /// on their way: the rest is for starting workers. At `EMFILE` it waits for some to come free.
     ///
     /// A connection that finds no worker [after too many offers](super::NotDispatched::TooManyOffers), or in the time of a drain, is
     /// shut down and [counted](super::Stats::lost).
@@ -105,20 +112,26 @@ impl Dispatcher {
         transport: Transport,
         local: Option<Address>,
     ) -> io::Result<()> {
-        let mut said = false;
-        let mut ceiling = first_of_reserve();
+        let mut warned = false;
+        let mut warn_once = |error: io::Error| {
+            if !std::mem::replace(&mut warned, true) {
+                warn!(%error, "connections cannot be accepted for a while");
+            }
+        };
+        let mut ceiling = first_of_reserve(RESERVE);
         'ready: loop {
             // Before a place is reserved, which others may have use for.
             let mut ready = listener.readable().await?;
             for _ in 0..BATCH {
                 let Some(permit) = self.reserve().await else { return Ok(()) };
+                let mut is_scarce = false;
                 let trouble = match sys::accept(listener.as_fd()) {
                     Ok(socket) => {
-                        let is_scarce = is_of_reserve(&socket, ceiling);
+                        is_scarce = is_of_reserve(&socket, ceiling);
                         match Job::prepare(socket, About::new(transport), local.clone()) {
                             Ok(job) => {
                                 permit.take(job);
-                                is_scarce.then(|| io::Error::from_raw_os_error(libc::EMFILE))
+                                None
                             }
                             Err((_, _, error)) => Some(error.into()),
                         }
@@ -131,15 +144,16 @@ impl Dispatcher {
                     Err(error) => Some(error).filter(|error| error.kind() != io::ErrorKind::ConnectionAborted),
                 };
                 if let Some(error) = trouble {
-                    if !std::mem::replace(&mut said, true) {
-                        warn!(%error, "connections cannot be accepted for a while");
-                    }
-                    loop {
+                    warn_once(error);
+                    sleep(BACK_OFF).await;
+                    is_scarce = true; // mostly
+                }
+                while is_scarce {
+                    ceiling = first_of_reserve(RESERVE);
+                    is_scarce = !self.may_accept(listener.as_fd(), ceiling);
+                    if is_scarce {
+                        warn_once(io::Error::from_raw_os_error(libc::EMFILE));
                         sleep(BACK_OFF).await;
-                        ceiling = first_of_reserve();
-                        if self.may_accept(listener.as_fd(), ceiling) {
-                            break;
-                        }
                     }
                 }
             }
@@ -147,11 +161,10 @@ impl Dispatcher {
         }
     }
 
-    /// Connections on their way may not have all descriptors: a worker that could not be started again for want of one is what they
-    /// would wait for.
+    /// Whether there are descriptors beside the reserve, or it is hardly used.
     fn may_accept(&self, listener: BorrowedFd<'_>, ceiling: u64) -> bool {
-        let is_there_one = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, ceiling));
-        is_there_one || self.shared.lock().is_idle()
+        let is_one_free = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, ceiling));
+        is_one_free || self.shared.lock().on_their_way() < FEW
     }
 
     /// Takes the workers that connect to this listener, until the dispatcher drains: see [`add_worker`](Self::add_worker).

@@ -1,5 +1,8 @@
 //! What a worker knows of its offers, and what it has to say of them: **sans-IO**, and generic over what an offer is.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 
 use crate::{
@@ -30,6 +33,8 @@ pub(super) struct Book<T> {
     asked: bool,
     state: Taking,
     refusal: Refusal,
+    /// The dispatcher has asked for offers back, and the application has not shown up since.
+    is_busy: bool,
     /// To be sent, in this order.
     pub(super) messages: Vec<FromWorker>,
 }
@@ -75,6 +80,7 @@ impl<T> Book<T> {
             asked: false,
             state: Taking::Offers,
             refusal: Refusal::None,
+            is_busy: false,
             messages: Vec::new(),
         }
     }
@@ -104,6 +110,7 @@ impl<T> Book<T> {
     /// The application asks for up to `max` connections, and gets as many of those that wait, which are adopted.
     pub(super) fn adopt(&mut self, max: usize) -> Vec<T> {
         self.asked = true;
+        self.is_busy = false;
         self.replaced = self.rejected;
         let mut adopted = Vec::new();
         while adopted.len() < max {
@@ -162,6 +169,7 @@ impl<T> Book<T> {
             if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
                 self.refusal = Refusal::Said;
             }
+            self.is_busy |= reason == RejectReason::Recalled;
             match self.messages.last_mut() {
                 Some(FromWorker::Rejected { count, reason: last }) if *last == reason => *count += 1,
                 _ => self.messages.push(FromWorker::Rejected { count: 1, reason }),
@@ -171,7 +179,7 @@ impl<T> Book<T> {
 
     /// How many more offers could be taken.
     pub(super) fn room(&self) -> u64 {
-        if !self.asked || self.state != Taking::Offers {
+        if !self.asked || self.is_busy || self.state != Taking::Offers {
             return 0;
         }
         let limit = self.window.min(self.max_connections.saturating_sub(self.serving()));
@@ -258,166 +266,5 @@ impl<T> Book<T> {
             Waiting::ForApplication(offer) => Some(offer),
             Waiting::ForTurn(_) => None,
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[derive(Debug, Clone)]
-    enum Event {
-        Offer,
-        Unfit,
-        Ask(usize),
-        Finish,
-        Recall(u64),
-        Ping,
-        Report,
-        Drain,
-    }
-
-    fn event() -> impl Strategy<Value = Event> {
-        prop_oneof![
-            6 => Just(Event::Offer),
-            1 => Just(Event::Unfit),
-            6 => (1usize..4).prop_map(Event::Ask),
-            4 => Just(Event::Finish),
-            2 => (0u64..40).prop_map(Event::Recall),
-            2 => Just(Event::Ping),
-            1 => Just(Event::Report),
-            1 => Just(Event::Drain),
-        ]
-    }
-
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    enum Fate {
-        Adopted,
-        Rejected(RejectReason),
-    }
-
-    /// What a dispatcher makes of the messages.
-    #[derive(Debug, Default)]
-    struct Dispatcher {
-        answers: Vec<Fate>,
-        demand: u64,
-        refused: bool,
-        finished: u64,
-        draining: bool,
-        left: bool,
-    }
-
-    impl Dispatcher {
-        /// After so many offers.
-        fn read(&mut self, messages: &mut Vec<FromWorker>, offered: u64) {
-            for message in messages.drain(..) {
-                assert!(!self.left, "{message:?} follows a goodbye");
-                match message {
-                    FromWorker::Adopted { count } => {
-                        assert!(!self.draining);
-                        self.answers.extend((0..count).map(|_| Fate::Adopted));
-                    }
-                    FromWorker::Rejected { count, reason } => {
-                        self.answers.extend((0..count).map(|_| Fate::Rejected(reason)));
-                        if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
-                            self.demand = offered;
-                            self.refused = true;
-                        }
-                    }
-                    FromWorker::Demand { total } => {
-                        assert!(total > self.demand);
-                        self.demand = total;
-                        self.refused = false;
-                    }
-                    FromWorker::Load { finished } => {
-                        assert!(finished > self.finished);
-                        self.finished = finished;
-                    }
-                    FromWorker::Pong { .. } => {}
-                    FromWorker::Draining => self.draining = true,
-                    FromWorker::Goodbye => self.left = true,
-                    other => panic!("{other:?}"),
-                }
-            }
-        }
-    }
-
-    proptest! {
-        /// Whatever happens: each offer is answered as it ended here, in the order of the offers, and there are never more of
-        /// them at a time than the limits allow.
-        #[test]
-        fn answers_are_what_happened(
-            events in proptest::collection::vec(event(), 0..200),
-            window in 1u64..6,
-            max_connections in 1u64..8,
-        ) {
-            let mut book = Book::new(window, max_connections);
-            let mut dispatcher = Dispatcher::default();
-            let mut fates = Vec::new(); // of each offer, by its number
-            let (mut adopted, mut finished) = (0, 0);
-            for event in events {
-                let before = fates.len();
-                match event {
-                    Event::Offer | Event::Unfit if fates.len() as u64 == dispatcher.demand => {
-                        // After a refusal one might still be on its way.
-                        prop_assert!(dispatcher.refused || book.offered(Ok(before)).is_err());
-                    }
-                    Event::Offer => {
-                        let unwanted = book.offered(Ok(before)).unwrap();
-                        prop_assert_eq!(unwanted.is_some(), dispatcher.draining);
-                        fates.push(unwanted.map(|_| Fate::Rejected(RejectReason::Draining)));
-                    }
-                    Event::Unfit => {
-                        book.offered(Err((before, RejectReason::Unusable))).unwrap();
-                        fates.push(Some(Fate::Rejected(RejectReason::Unusable)));
-                    }
-                    Event::Ask(max) => {
-                        for number in book.adopt(max) {
-                            prop_assert!(fates[number].replace(Fate::Adopted).is_none());
-                            adopted += 1;
-                        }
-                    }
-                    Event::Finish if finished < adopted => {
-                        finished += 1;
-                        book.finish();
-                    }
-                    Event::Finish => {}
-                    Event::Recall(first) => {
-                        for number in book.recall(first) {
-                            prop_assert!((number as u64) < first);
-                            prop_assert!(fates[number].replace(Fate::Rejected(RejectReason::Recalled)).is_none());
-                        }
-                        let left = fates.iter().position(Option::is_none);
-                        prop_assert!(left.is_none_or(|number| number as u64 >= first));
-                    }
-                    Event::Ping => book.pinged(7),
-                    Event::Report => book.report(),
-                    Event::Drain => {
-                        for number in book.drain() {
-                            prop_assert!(fates[number].replace(Fate::Rejected(RejectReason::Draining)).is_none());
-                        }
-                    }
-                }
-                let room = book.room();
-                book.ask(room);
-                book.leave();
-                dispatcher.read(&mut book.messages, fates.len() as u64);
-
-                // Answered is a beginning of the offers, and what is decided is not kept back for longer than it has to.
-                let due = fates.iter().take_while(|fate| fate.is_some()).count();
-                prop_assert_eq!(dispatcher.answers.len(), due);
-                prop_assert!(dispatcher.answers.iter().zip(&fates).all(|(answer, fate)| Some(*answer) == *fate));
-                let unanswered = dispatcher.demand - due as u64;
-                prop_assert!(unanswered <= window && unanswered + adopted - finished <= max_connections.max(adopted));
-                let over = dispatcher.draining && due == fates.len() && finished == adopted;
-                prop_assert_eq!(dispatcher.left, over);
-                if dispatcher.left {
-                    prop_assert_eq!(dispatcher.finished, finished);
-                    break;
-                }
-            }
-        }
     }
 }

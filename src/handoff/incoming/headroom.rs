@@ -25,13 +25,17 @@ impl Headroom {
         granted
     }
 
-    /// Whether the reserve is in use. The kernel gives out the lowest free number: all below are taken.
-    pub(super) fn is_reserve(&self, fd: &OwnedFd) -> bool {
-        is_of_reserve(fd, self.ceiling)
+    /// Whether a descriptor that was just received shows that the reserve is in use: then no more is granted before counting again.
+    pub(super) fn is_reserve(&mut self, fd: &OwnedFd) -> bool {
+        let is_reserve = is_of_reserve(fd, self.ceiling);
+        if is_reserve {
+            self.spare = 0;
+        }
+        is_reserve
     }
 
     fn count(&mut self, on_their_way: u64) {
-        self.ceiling = first_of_reserve();
+        self.ceiling = first_of_reserve(64);
         let free = self.ceiling.saturating_sub(open_descriptors() + on_their_way);
         self.spare = free.div_ceil(2);
     }
