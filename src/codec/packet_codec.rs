@@ -9,8 +9,9 @@ use crate::{Error, Frame, Limits, SendError};
 /// descriptors together; on a stream only the order of descriptors is kept, and where a message ends is up to what the
 /// bytes say.
 ///
-/// Switched to in mid-connection, it takes what was received before as one message, whatever packets it came in. An empty message cannot be sent. A packet longer than the limit on payloads (256 KiB by default) loses its tail and
-/// ends the stream with [`Error::TruncatedPacket`].
+/// Switched to in mid-connection, it takes what was received before as one message, whatever packets it came in. An empty
+/// message cannot be sent. A packet longer than the limit on payloads (256 KiB by default) loses its tail and ends the
+/// stream with [`Error::TruncatedPacket`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -109,7 +109,8 @@ impl DispatcherBuilder {
     }
 
     /// Whether workers that the dispatcher has started are killed when they hang, misbehave, do not drain in time, or are to
-    /// leave and have not said hello yet; a killed one's clients see their connections end. Workers that have connected are never killed. Default: yes.
+    /// leave and have not said hello yet; a killed one's clients see their connections end. Workers that have connected are
+    /// never killed. Default: yes.
     pub fn kill_hung(mut self, kill: bool) -> Self {
         self.config.kill_hung = kill;
         self

@@ -232,6 +232,7 @@ impl Link {
         if self.goodbye {
             return Err(misbehaved("it spoke after its goodbye"));
         }
+        let (_, unsent) = self.outbound.unsent(); // each offer has one descriptor
         match message {
             FromWorker::Hello { lowest, highest } => {
                 if self.greeted {
@@ -250,13 +251,9 @@ impl Link {
                 self.ledger.demand(total)?;
                 self.heard.demand = Some(total);
             }
-            FromWorker::Adopted { count } => {
-                self.heard.adopted.extend(self.ledger.adopted(count, self.outbound.unsent().1)?)
-            }
+            FromWorker::Adopted { count } => self.heard.adopted.extend(self.ledger.adopted(count, unsent)?),
             FromWorker::Rejected { count, reason } => {
-                self.heard
-                    .rejected
-                    .extend(self.ledger.rejected(count, self.outbound.unsent().1)?.map(|job| (job, reason)));
+                self.heard.rejected.extend(self.ledger.rejected(count, unsent)?.map(|job| (job, reason)));
                 if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
                     self.ledger.refused();
                     self.heard.demand = Some(0);

@@ -167,6 +167,9 @@ impl DerefMut for Locked<'_> {
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
         let failed = std::mem::take(&mut self.failed);
+        if failed.is_empty() {
+            return;
+        }
         let awaited = failed.iter().filter(|(job, _)| job.is_awaited()).count() as u64;
         self.totals.given_back += awaited;
         self.totals.lost += failed.len() as u64 - awaited;
