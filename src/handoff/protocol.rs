@@ -294,6 +294,11 @@ impl FromWorker {
 }
 
 impl RejectReason {
+    /// For want of room or time: makes void what was asked for and not offered.
+    pub(super) fn is_refusal(self) -> bool {
+        matches!(self, Self::Full | Self::Recalled)
+    }
+
     const ALL: [Self; 4] = [Self::Full, Self::Draining, Self::Recalled, Self::Unusable];
 
     fn number(self) -> u8 {

@@ -26,7 +26,7 @@ use super::{
     ledger::{Ledger, Violation},
     pool::Heard,
     process::Process,
-    protocol::{DispatcherCodec, FromWorker, RejectReason, ToWorker, VERSION},
+    protocol::{DispatcherCodec, FromWorker, ToWorker, VERSION},
 };
 use crate::{
     Error, ReadHalf, Socket,
@@ -254,7 +254,7 @@ impl Link {
             FromWorker::Adopted { count } => self.heard.adopted.extend(self.ledger.adopted(count, unsent)?),
             FromWorker::Rejected { count, reason } => {
                 self.heard.rejected.extend(self.ledger.rejected(count, unsent)?.map(|job| (job, reason)));
-                if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
+                if reason.is_refusal() {
                     self.ledger.refused();
                     self.heard.demand = Some(0);
                     self.heard.has_refused = true;

@@ -8,10 +8,11 @@ use std::{
     sync::Arc,
 };
 
-use tokio::{sync::oneshot, time::Instant};
+use choice::Waiter;
+use tokio::time::Instant;
 
 use super::{
-    Cause, NotDispatched, Permit, Retired, Unadopted, WorkerId, WorkerState,
+    Cause, NotDispatched, Retired, Unadopted, WorkerId, WorkerState,
     bell::Bell,
     builder::Config,
     copies::Copies,
@@ -90,20 +91,6 @@ pub(super) struct Link {
     pub(super) finished: u64,
     /// It has a connection that is to be its only one until it has answered.
     alone: bool,
-}
-
-#[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "those that wait in numbers are connections")]
-enum Waiter {
-    Connection(Job),
-    /// Until then the permit counts for nothing.
-    Place(oneshot::Sender<Permit>, Permit),
-}
-
-impl Waiter {
-    fn is_given_up(&self) -> bool {
-        matches!(self, Self::Place(waiter, _) if waiter.is_closed())
-    }
 }
 
 /// What a worker has said, to be entered at once.
@@ -275,49 +262,7 @@ impl Pool {
         may
     }
 
-    // Connections come and go.
-
-    /// Takes a connection; `reserved` if a permit has come with it.
-    pub(super) fn dispatch(&mut self, job: Job, reserved: bool) {
-        self.totals.dispatched += 1;
-        if reserved {
-            self.reserved -= 1;
-        }
-        if self.over || self.closed && !reserved {
-            return self.failed.push((job, NotDispatched::Draining));
-        }
-        if reserved {
-            // The place that it had may be gone with its worker. Then it is the first to wait.
-            match self.pick(&job) {
-                Some(id) => self.assign(id, job),
-                None => self.waiting.push_front(Waiter::Connection(job)),
-            }
-        } else {
-            self.waiting.push_back(Waiter::Connection(job));
-            self.distribute();
-        }
-    }
-
-    /// Reserves a place, if one is free and nobody waits for it.
-    pub(super) fn try_reserve(&mut self) -> bool {
-        let free = !self.closed && self.waiting.is_empty() && self.free() > 0;
-        self.reserved += u64::from(free);
-        free
-    }
-
-    /// Has `place` wait for one.
-    pub(super) fn wait_for_place(&mut self, waiter: oneshot::Sender<Permit>, permit: Permit) {
-        // Who asks again and again, and gives up each time, leaves one place in the queue and not many.
-        while self.waiting.back().is_some_and(Waiter::is_given_up) {
-            self.waiting.pop_back();
-        }
-        self.waiting.push_back(Waiter::Place(waiter, permit));
-    }
-
-    pub(super) fn give_up_place(&mut self) {
-        self.reserved -= 1;
-        self.distribute();
-    }
+    // Connections go.
 
     /// Connections assigned to a worker, to be offered to it.
     pub(super) fn take_assigned(&mut self, id: WorkerId, most: usize, into: &mut VecDeque<Job>) {
@@ -360,32 +305,6 @@ impl Pool {
             self.no_more_for(id);
         }
         self.distribute();
-    }
-
-    /// Nobody gets a permit any more. Workers have until then.
-    pub(super) fn close(&mut self, until: Option<Instant>) {
-        self.closed = true;
-        self.until = until;
-        self.waiting.retain(|waiter| matches!(waiter, Waiter::Connection(_)));
-    }
-
-    /// No worker adopts what waits.
-    pub(super) fn fail_waiting(&mut self) {
-        self.over = true;
-        for waiter in std::mem::take(&mut self.waiting) {
-            if let Waiter::Connection(job) = waiter {
-                self.failed.push((job, NotDispatched::Draining));
-            }
-        }
-    }
-
-    pub(super) fn waiting_connections(&self) -> usize {
-        self.waiting.iter().filter(|waiter| matches!(waiter, Waiter::Connection(_))).count()
-    }
-
-    #[cfg(test)]
-    pub(super) fn waiting_in_all(&self) -> usize {
-        self.waiting.len()
     }
 
     /// Number of connections that were neither adopted nor given back.

@@ -124,7 +124,7 @@ impl Dispatcher {
             let mut ready = listener.readable().await?;
             for _ in 0..BATCH {
                 let Some(permit) = self.reserve().await else { return Ok(()) };
-                let mut is_scarce = false;
+                let mut is_scarce = true; // mostly, where it fails
                 let trouble = match sys::accept(listener.as_fd()) {
                     Ok(socket) => {
                         is_scarce = is_of_reserve(&socket, ceiling);
@@ -146,24 +146,20 @@ impl Dispatcher {
                 if let Some(error) = trouble {
                     warn_once(error);
                     sleep(BACK_OFF).await;
-                    is_scarce = true; // mostly
                 }
-                while is_scarce {
-                    ceiling = first_of_reserve(RESERVE);
-                    is_scarce = !self.may_accept(listener.as_fd(), ceiling);
-                    if is_scarce {
-                        warn_once(io::Error::from_raw_os_error(libc::EMFILE));
-                        sleep(BACK_OFF).await;
-                    }
+                while is_scarce && !self.may_accept(listener.as_fd(), &mut ceiling) {
+                    warn_once(io::Error::from_raw_os_error(libc::EMFILE));
+                    sleep(BACK_OFF).await;
                 }
             }
             yield_now().await; // workers are sent what was accepted so far
         }
     }
 
-    /// Whether there are descriptors beside the reserve, or it is hardly used.
-    fn may_accept(&self, listener: BorrowedFd<'_>, ceiling: u64) -> bool {
-        let is_one_free = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, ceiling));
+    /// Whether there are descriptors beside the reserve, or it is hardly used. Looks where the reserve begins, which may have changed.
+    fn may_accept(&self, listener: BorrowedFd<'_>, ceiling: &mut u64) -> bool {
+        *ceiling = first_of_reserve(RESERVE);
+        let is_one_free = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *ceiling));
         is_one_free || self.shared.lock().on_their_way() < FEW
     }
 

@@ -166,7 +166,7 @@ impl<T> Book<T> {
         while let Some(&Waiting::ForTurn(reason)) = self.unanswered.front() {
             self.unanswered.pop_front();
             self.rejected += 1;
-            if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
+            if reason.is_refusal() {
                 self.refusal = Refusal::Said;
             }
             self.is_busy |= reason == RejectReason::Recalled;

@@ -1,14 +1,98 @@
-//! Who gets what.
+//! Who waits, and who gets what.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use super::{Link, Pool, Waiter};
-use crate::handoff::dispatcher::{NotDispatched, Strategy, Unadopted, WorkerId, job::Job};
+use tokio::{sync::oneshot, time::Instant};
+
+use super::{Link, Pool};
+use crate::handoff::dispatcher::{NotDispatched, Permit, Strategy, Unadopted, WorkerId, job::Job};
 
 /// Most offers of a connection, whatever became of them.
 const MAX_OFFERS: u32 = 100;
 
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "those that wait in numbers are connections")]
+pub(super) enum Waiter {
+    Connection(Job),
+    /// Until then the permit counts for nothing.
+    Place(oneshot::Sender<Permit>, Permit),
+}
+
+impl Waiter {
+    fn is_given_up(&self) -> bool {
+        matches!(self, Self::Place(waiter, _) if waiter.is_closed())
+    }
+}
+
 impl Pool {
+    /// Takes a connection; `reserved` if a permit has come with it.
+    pub(in crate::handoff::dispatcher) fn dispatch(&mut self, job: Job, reserved: bool) {
+        self.totals.dispatched += 1;
+        if reserved {
+            self.reserved -= 1;
+        }
+        if self.over || self.closed && !reserved {
+            return self.failed.push((job, NotDispatched::Draining));
+        }
+        if reserved {
+            // The place that it had may be gone with its worker. Then it is the first to wait.
+            match self.pick(&job) {
+                Some(id) => self.assign(id, job),
+                None => self.waiting.push_front(Waiter::Connection(job)),
+            }
+        } else {
+            self.waiting.push_back(Waiter::Connection(job));
+            self.distribute();
+        }
+    }
+
+    /// Reserves a place, if one is free and nobody waits for it.
+    pub(in crate::handoff::dispatcher) fn try_reserve(&mut self) -> bool {
+        let free = !self.closed && self.waiting.is_empty() && self.free() > 0;
+        self.reserved += u64::from(free);
+        free
+    }
+
+    /// Has `place` wait for one.
+    pub(in crate::handoff::dispatcher) fn wait_for_place(&mut self, waiter: oneshot::Sender<Permit>, permit: Permit) {
+        // Who asks again and again, and gives up each time, leaves one place in the queue and not many.
+        while self.waiting.back().is_some_and(Waiter::is_given_up) {
+            self.waiting.pop_back();
+        }
+        self.waiting.push_back(Waiter::Place(waiter, permit));
+    }
+
+    pub(in crate::handoff::dispatcher) fn give_up_place(&mut self) {
+        self.reserved -= 1;
+        self.distribute();
+    }
+
+    /// Nobody gets a permit any more. Workers have until then.
+    pub(in crate::handoff::dispatcher) fn close(&mut self, until: Option<Instant>) {
+        self.closed = true;
+        self.until = until;
+        self.waiting.retain(|waiter| matches!(waiter, Waiter::Connection(_)));
+    }
+
+    /// No worker adopts what waits.
+    pub(in crate::handoff::dispatcher) fn fail_waiting(&mut self) {
+        self.over = true;
+        for waiter in std::mem::take(&mut self.waiting) {
+            if let Waiter::Connection(job) = waiter {
+                self.failed.push((job, NotDispatched::Draining));
+            }
+        }
+    }
+
+    pub(in crate::handoff::dispatcher) fn waiting_connections(&self) -> usize {
+        self.waiting.iter().filter(|waiter| matches!(waiter, Waiter::Connection(_))).count()
+    }
+
+    #[cfg(test)]
+    pub(in crate::handoff::dispatcher) fn waiting_in_all(&self) -> usize {
+        self.waiting.len()
+    }
+
     pub(super) fn unless_too_often(&mut self, job: Job, last: Unadopted) -> Option<Job> {
         if job.failures < self.config.max_offers && job.offers < MAX_OFFERS {
             return Some(job);
@@ -29,7 +113,7 @@ impl Pool {
     }
 
     /// Places that are neither taken nor reserved.
-    pub(super) fn free(&self) -> u64 {
+    fn free(&self) -> u64 {
         let room: u64 = self.workers.values().flat_map(|worker| &worker.link).map(Link::room).sum();
         room.saturating_sub(self.reserved)
     }
@@ -63,7 +147,7 @@ impl Pool {
         job.failures > 0 && job.failures + 1 >= self.config.max_offers
     }
 
-    pub(super) fn pick(&self, job: &Job) -> Option<WorkerId> {
+    fn pick(&self, job: &Job) -> Option<WorkerId> {
         let suspect = self.is_suspect(job);
         let rejected_by = job.last.map(|(link, _)| link);
         let with_room = self.workers.iter().filter_map(|(id, worker)| {
@@ -87,7 +171,7 @@ impl Pool {
         }
     }
 
-    pub(super) fn assign(&mut self, id: WorkerId, job: Job) {
+    fn assign(&mut self, id: WorkerId, job: Job) {
         self.turn += 1;
         let (turn, alone) = (self.turn, self.is_suspect(&job));
         let Some(worker) = self.workers.get_mut(&id) else { return };
