@@ -33,13 +33,9 @@ use tokio::{
 };
 
 use crate::{
-    common::{one_thread, run},
+    common::{one_thread, open_fds, run},
     raw_worker::{Client, Point, Raw, connections, serve, stop, until, worker_command},
 };
-
-fn open_fds() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
-}
 
 /// Runs a test in a process of its own, since it counts descriptors.
 fn alone(name: &str, test: impl Future<Output = ()>) {

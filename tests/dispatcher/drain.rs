@@ -25,9 +25,7 @@ fn a_drain_hands_over_what_waits_and_lets_workers_finish() {
             worker.say(FromWorker::Demand { total: 2 }).await;
             worker.offer().await.unwrap();
             worker.adopt(1).await;
-            while !worker.told_to_drain {
-                worker.step().await.unwrap();
-            }
+            worker.told().await;
             worker.say(FromWorker::Draining).await;
             worker.say(FromWorker::Load { finished: 2 }).await;
             worker.say(FromWorker::Goodbye).await;
@@ -116,11 +114,7 @@ fn a_drain_goes_on_when_nobody_waits_for_it() {
         worker.offer().await.unwrap();
         worker.adopt(1).await;
         outcome.await.unwrap();
-        while !worker.told_to_drain {
-            worker.step().await.unwrap();
-        }
-        worker.say(FromWorker::Goodbye).await;
-        worker.ended().await;
+        worker.leave().await;
         dispatcher.drain(None).await;
         assert_eq!(dispatcher.stats().retired.drained, 1);
     });
@@ -133,11 +127,7 @@ fn the_last_clone_drains() {
         let mut worker = Raw::start(&dispatcher, kind, 0).await;
         drop(dispatcher.clone());
         drop(dispatcher);
-        while !worker.told_to_drain {
-            worker.step().await.unwrap();
-        }
-        worker.say(FromWorker::Goodbye).await;
-        worker.ended().await;
+        worker.leave().await;
     });
 }
 
@@ -151,9 +141,7 @@ fn a_removed_worker_is_drained_and_gets_nothing_more() {
             let dispatcher = dispatcher.clone();
             async move { dispatcher.remove_worker(id, None).await }
         });
-        while !a.told_to_drain {
-            a.step().await.unwrap();
-        }
+        a.told().await;
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let _outcome = dispatcher.dispatch(accepted);
         assert_eq!(dispatcher.stats().workers[0].state, WorkerState::Draining);

@@ -105,6 +105,20 @@ impl Raw {
         offers
     }
 
+    /// Waits until it is told to drain.
+    pub(crate) async fn told(&mut self) {
+        while !self.told_to_drain {
+            self.step().await.unwrap();
+        }
+    }
+
+    /// Leaves when it is told to.
+    pub(crate) async fn leave(&mut self) {
+        self.told().await;
+        self.say(FromWorker::Goodbye).await;
+        self.ended().await;
+    }
+
     /// The end of its socket, whatever comes before.
     pub(crate) async fn ended(&mut self) {
         while self.step().await.is_some() {}

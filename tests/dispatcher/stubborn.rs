@@ -62,16 +62,9 @@ fn times_may_be_without_end() {
         assert_eq!(outcome.await.unwrap(), worker.id);
 
         let mut other = Raw::start(&dispatcher, kind, 1).await;
-        let leave = async |worker: &mut Raw| {
-            while !worker.told_to_drain {
-                worker.step().await.unwrap();
-            }
-            worker.say(FromWorker::Goodbye).await;
-            worker.ended().await;
-        };
-        let (removed, ()) = tokio::join!(dispatcher.remove_worker(other.id, Some(Duration::MAX)), leave(&mut other));
+        let (removed, ()) = tokio::join!(dispatcher.remove_worker(other.id, Some(Duration::MAX)), other.leave());
         assert!(removed);
-        tokio::join!(dispatcher.drain(Some(Duration::MAX)), leave(&mut worker));
+        tokio::join!(dispatcher.drain(Some(Duration::MAX)), worker.leave());
         assert_eq!(dispatcher.stats().retired.drained, 2);
     });
 }
@@ -86,9 +79,7 @@ fn the_limit_of_the_last_drain_counts() {
         let _offer = worker.offer().await.unwrap();
         assert!(dispatcher.drain(None).now_or_never().is_none());
         let work = async {
-            while !worker.told_to_drain {
-                worker.step().await.unwrap();
-            }
+            worker.told().await;
             // Now nothing is unanswered any more: what the first drain has waited for.
             worker.adopt(1).await;
             outcome.await.unwrap();

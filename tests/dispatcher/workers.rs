@@ -172,6 +172,24 @@ fn the_death_of_a_worker_that_has_connected_is_noticed_though_its_socket_stays_o
     });
 }
 
+/// Runs a role as another uid: root is exempt from the limit on descriptors in flight, and others share theirs.
+fn in_role_of_other_uid(role: &str) {
+    let Some(uid) = other_uid() else { return };
+    let mut child = spawn_role(role, Some(uid), File::open("/dev/null").unwrap().into());
+    assert!(child.wait().unwrap().success());
+}
+
+/// Opens descriptors until all with numbers below this are in use, and no others.
+fn fill_fds(below: i32) -> Vec<File> {
+    let open = std::iter::repeat_with(|| File::open("/dev/null").ok());
+    open.map_while(|file| file.filter(|file| file.as_raw_fd() < below)).collect()
+}
+
+/// What is on its way to a worker, in bytes.
+fn unread(worker: &Raw) -> u64 {
+    ioctl_fionread(worker.framed.socket()).unwrap()
+}
+
 /// More connections on their way than descriptors of one uid may be: the dispatcher waits, and none is lost.
 #[test]
 fn too_many_descriptors_in_flight_are_waited_for() {
@@ -187,7 +205,7 @@ fn too_many_descriptors_in_flight_are_waited_for() {
                 let mut half =
                     || Vec::from_iter(accepted.by_ref().take(HALF as usize).map(|it| dispatcher.dispatch(it)));
                 let first = half();
-                let on_their_way = || ioctl_fionread(worker.framed.socket()).unwrap();
+                let on_their_way = || unread(&worker);
                 until("they are on their way", || on_their_way() > 0).await;
                 let before = on_their_way();
                 // In flight, over all processes of the uid: no more than this, checked before more are added.
@@ -212,9 +230,7 @@ fn too_many_descriptors_in_flight_are_waited_for() {
             });
         });
     }
-    let Some(uid) = other_uid() else { return };
-    let mut child = spawn_role(ROLE, Some(uid), File::open("/dev/null").unwrap().into());
-    assert!(child.wait().unwrap().success());
+    in_role_of_other_uid(ROLE);
 }
 
 /// What it is told waits in the dispatcher's queue then, and so it cannot answer.
@@ -229,7 +245,7 @@ fn a_worker_is_not_cut_off_while_the_dispatcher_cannot_send() {
             let (_clients, mut accepted): (Vec<_>, Vec<_>) = connections(IN_FLIGHT + 1).await.into_iter().unzip();
             let last = accepted.pop().unwrap();
             let _outcomes = Vec::from_iter(accepted.into_iter().map(|connection| other.dispatch(connection)));
-            until("they are on their way", || ioctl_fionread(stopped.framed.socket()).unwrap() > 0).await;
+            until("they are on their way", || unread(&stopped) > 0).await;
 
             let hang_timeout = Duration::from_millis(200);
             let ping_interval = Duration::from_millis(50);
@@ -250,9 +266,7 @@ fn a_worker_is_not_cut_off_while_the_dispatcher_cannot_send() {
             outcome.await.unwrap();
         });
     }
-    let Some(uid) = other_uid() else { return };
-    let mut child = spawn_role(ROLE, Some(uid), File::open("/dev/null").unwrap().into());
-    assert!(child.wait().unwrap().success());
+    in_role_of_other_uid(ROLE);
 }
 
 /// An offer that comes when it has no room is a reason to count what is free, not to ask for the same one at once.
@@ -264,8 +278,7 @@ fn a_connection_does_not_go_to_and_fro_to_a_worker_without_descriptors() {
         return run(async {
             let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
             drop(incoming.next().await.unwrap());
-            let mut files = Vec::from_iter((0..1100).map_while(|_| File::open("/dev/null").ok()));
-            files.retain(|file| file.as_raw_fd() < 1000);
+            let _files = fill_fds(1000);
             while let Some(connection) = incoming.next().await {
                 drop(connection);
             }
@@ -306,10 +319,9 @@ fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
                 let mut files = Vec::new();
                 while let Ok(1..) = control.read(&mut command[..1]).await {
                     match command[0] {
-                        b'f' => files.extend((0..60).map_while(|_| File::open("/dev/null").ok())),
+                        b'f' => files = fill_fds(60),
                         _ => files.retain(|file| file.as_raw_fd() < 48), // 8 below the reserve are free
                     }
-                    files.retain(|file| file.as_raw_fd() < 60);
                     control.write_all(&command[..1]).await.unwrap();
                 }
             };
@@ -364,16 +376,14 @@ fn a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_sen
             let (_clients, mut accepted): (Vec<_>, Vec<_>) = connections(IN_FLIGHT + 1).await.into_iter().unzip();
             let last = accepted.pop().unwrap();
             let _outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
-            until("they are on their way", || ioctl_fionread(stopped.framed.socket()).unwrap() > 0).await;
+            until("they are on their way", || unread(&stopped) > 0).await;
             setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
             let _last = dispatcher.dispatch(last);
             until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
             setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
         });
     }
-    let Some(uid) = other_uid() else { return };
-    let mut child = spawn_role(ROLE, Some(uid), File::open("/dev/null").unwrap().into());
-    assert!(child.wait().unwrap().success());
+    in_role_of_other_uid(ROLE);
 }
 
 /// What was recalled waits for an application. That of a worker which comes back is one, its library is none.
@@ -414,8 +424,7 @@ fn a_worker_at_its_reserve_of_descriptors_rejects_and_lives() {
             let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
             let first = incoming.next().await.unwrap();
             drop(first); // which the other side is told when this awaits something
-            let mut files = Vec::from_iter((0..60).map_while(|_| File::open("/dev/null").ok()));
-            files.retain(|file| file.as_raw_fd() < 60);
+            let _files = fill_fds(60);
             while let Some(connection) = incoming.next().await {
                 drop(connection);
             }
