@@ -105,6 +105,17 @@ pub enum Error {
         bytes: usize,
     },
 
+    /// The rest of a message did not arrive within
+    /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time), or descriptors arrived that no
+    /// message claimed within it.
+    #[error("message is still unfinished: {bytes} bytes and {fds} descriptors of it arrived, and nothing more in time")]
+    Unfinished {
+        /// Number of bytes of the unfinished message.
+        bytes: usize,
+        /// Number of descriptors that no message has claimed. All of them are closed.
+        fds: usize,
+    },
+
     /// The peer closed its end before it had read everything that was sent to it: what was sent last, descriptors
     /// included, did not arrive. Reported after everything that the peer had sent, then the stream ends.
     #[error("peer closed the connection without reading everything that was sent to it")]
@@ -149,6 +160,7 @@ impl From<Error> for io::Error {
             Error::Io(error) => return error,
             Error::UnexpectedEnd { .. } => io::ErrorKind::UnexpectedEof,
             Error::Reset => io::ErrorKind::ConnectionReset,
+            Error::Unfinished { .. } => io::ErrorKind::TimedOut,
             Error::Closed => io::ErrorKind::BrokenPipe,
             _ => io::ErrorKind::InvalidData,
         };

@@ -1,6 +1,6 @@
 //! Frames and the descriptors they carry.
 
-use std::{ops::Deref, os::fd::OwnedFd};
+use std::{fmt, mem, ops::Deref, os::fd::OwnedFd, sync::Arc};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -56,24 +56,42 @@ impl<F> Frame<F> {
     }
 }
 
-/// The descriptors of a frame, in order; lends them as a slice. None or one take no allocation. Closed on drop.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fds<F = OwnedFd>(SmallVec<[F; 1]>);
+/// The descriptors of a frame, in order. It lends them as a slice. None or one take no allocation.
+///
+/// Descriptors that came from a peer and are still in it when it is dropped are closed
+/// [in the background](crate::close_in_background), because the peer decides how long that takes. Descriptors that were
+/// taken out, or that you put in, are closed like any other.
+pub struct Fds<F = OwnedFd> {
+    fds: SmallVec<[F; 1]>,
+    /// `None` if the descriptors did not come from a peer.
+    home: Option<Arc<dyn Home<F>>>,
+}
+
+/// Takes back descriptors that came from a peer and that nobody wants.
+pub(crate) trait Home<F>: Send + Sync {
+    fn take_back(self: Arc<Self>, fds: SmallVec<[F; 1]>);
+}
 
 impl<F> Fds<F> {
     /// No descriptors.
     pub fn new() -> Self {
-        Self(SmallVec::new())
+        Self { fds: SmallVec::new(), home: None }
+    }
+
+    /// Descriptors that go back to `home` unless somebody takes them.
+    #[inline]
+    pub(crate) fn from_peer(fds: SmallVec<[F; 1]>, home: Option<Arc<dyn Home<F>>>) -> Self {
+        Self { fds, home }
     }
 
     /// Adds a descriptor at the end.
     pub fn push(&mut self, fd: F) {
-        self.0.push(fd);
+        self.fds.push(fd);
     }
 
     /// Takes the last descriptor.
     pub fn pop(&mut self) -> Option<F> {
-        self.0.pop()
+        self.fds.pop()
     }
 
     /// Takes the descriptors as an array, if there are exactly `N` of them.
@@ -90,11 +108,11 @@ impl<F> Fds<F> {
     /// }
     /// # Ok(()) }
     /// ```
-    pub fn into_array<const N: usize>(self) -> Result<[F; N], Self> {
-        if self.0.len() != N {
+    pub fn into_array<const N: usize>(mut self) -> Result<[F; N], Self> {
+        if self.fds.len() != N {
             return Err(self);
         }
-        let mut fds = self.0.into_iter();
+        let mut fds = mem::take(&mut self.fds).into_iter();
         Ok(std::array::from_fn(|_| fds.next().expect("length was checked")))
     }
 }
@@ -103,7 +121,7 @@ impl<F> Deref for Fds<F> {
     type Target = [F];
 
     fn deref(&self) -> &[F] {
-        &self.0
+        &self.fds
     }
 }
 
@@ -115,19 +133,19 @@ impl<F> Default for Fds<F> {
 
 impl<F> Extend<F> for Fds<F> {
     fn extend<I: IntoIterator<Item = F>>(&mut self, fds: I) {
-        self.0.extend(fds);
+        self.fds.extend(fds);
     }
 }
 
 impl<F> From<Vec<F>> for Fds<F> {
     fn from(fds: Vec<F>) -> Self {
-        Self(fds.into())
+        Self { fds: fds.into(), home: None }
     }
 }
 
 impl<F> FromIterator<F> for Fds<F> {
     fn from_iter<I: IntoIterator<Item = F>>(fds: I) -> Self {
-        Self(fds.into_iter().collect())
+        Self { fds: fds.into_iter().collect(), home: None }
     }
 }
 
@@ -144,25 +162,74 @@ impl<F> IntoIterator for Fds<F> {
     type Item = F;
     type IntoIter = FdsIntoIter<F>;
 
-    fn into_iter(self) -> FdsIntoIter<F> {
-        FdsIntoIter(self.0.into_iter())
+    fn into_iter(mut self) -> FdsIntoIter<F> {
+        FdsIntoIter { fds: mem::take(&mut self.fds).into_iter(), home: self.home.take() }
     }
 }
 
-/// Gives the descriptors of an [`Fds`] away in order. Those not taken are closed on drop.
-#[derive(Debug)]
-pub struct FdsIntoIter<F>(smallvec::IntoIter<[F; 1]>);
+/// Gives the descriptors of an [`Fds`] away in order. Those that are not taken are closed on drop, as those of an `Fds` are.
+pub struct FdsIntoIter<F> {
+    fds: smallvec::IntoIter<[F; 1]>,
+    home: Option<Arc<dyn Home<F>>>,
+}
 
 impl<F> Iterator for FdsIntoIter<F> {
     type Item = F;
 
     fn next(&mut self) -> Option<F> {
-        self.0.next()
+        self.fds.next()
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        self.0.size_hint()
+        self.fds.size_hint()
     }
 }
 
 impl<F> ExactSizeIterator for FdsIntoIter<F> {}
+
+impl<F> Drop for FdsIntoIter<F> {
+    fn drop(&mut self) {
+        if let Some(home) = self.home.take()
+            && self.fds.len() > 0
+        {
+            home.take_back(self.fds.by_ref().collect());
+        }
+    }
+}
+
+impl<F: fmt::Debug> fmt::Debug for FdsIntoIter<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.fds.fmt(f)
+    }
+}
+
+impl<F> Drop for Fds<F> {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(home) = self.home.take()
+            && !self.fds.is_empty()
+        {
+            home.take_back(mem::take(&mut self.fds));
+        }
+    }
+}
+
+impl<F: fmt::Debug> fmt::Debug for Fds<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Fds").field(&self.fds).finish()
+    }
+}
+
+impl<F: Clone> Clone for Fds<F> {
+    fn clone(&self) -> Self {
+        Self { fds: self.fds.clone(), home: self.home.clone() }
+    }
+}
+
+impl<F: PartialEq> PartialEq for Fds<F> {
+    fn eq(&self, other: &Self) -> bool {
+        self.fds == other.fds
+    }
+}
+
+impl<F: Eq> Eq for Fds<F> {}

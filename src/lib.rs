@@ -111,6 +111,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("fdwire works on Linux");
 
+mod closer;
 mod codec;
 mod error;
 mod frame;
@@ -122,6 +123,7 @@ mod limits;
 mod socket;
 mod sys;
 
+pub use closer::close_in_background;
 pub use codec::{
     Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
 };

@@ -1,5 +1,7 @@
 //! What a connection takes at most.
 
+use std::time::Duration;
+
 /// Most descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
 pub(crate) const SCM_MAX_FD: usize = 253;
 
@@ -35,16 +37,26 @@ pub struct Limits {
     ///
     /// A sink takes an item as long as less than this is queued, so one frame may stand out above it.
     pub max_queued_bytes: usize,
+
+    /// Time for which the rest of a message may be waited for. Default: 30 s.
+    ///
+    /// It is counted from the moment at which nothing more was there to receive and part of a message had arrived, or a
+    /// descriptor that no message had claimed yet. A receiver that is not polled meanwhile does not count against the peer.
+    /// When the time is over, the stream ends with [`Error::Unfinished`](crate::Error::Unfinished). Without this limit, a peer
+    /// that sends its own end of the connection in an unfinished message could keep the connection open without end:
+    /// it would wait for itself.
+    pub max_unfinished_time: Duration,
 }
 
 impl Default for Limits {
-    /// 8 MiB of payload and 253 descriptors a frame; 506 descriptors and 256 KiB queued.
+    /// 8 MiB of payload and 253 descriptors a frame; 506 descriptors and 256 KiB queued; 30 s for the rest of a message.
     fn default() -> Self {
         Self {
             max_payload_bytes: 8 << 20,
             max_fds_per_frame: SCM_MAX_FD,
             max_queued_fds: 2 * SCM_MAX_FD,
             max_queued_bytes: 256 << 10,
+            max_unfinished_time: Duration::from_secs(30),
         }
     }
 }
@@ -80,6 +92,13 @@ impl Limits {
     #[must_use]
     pub const fn max_queued_bytes(mut self, bytes: usize) -> Self {
         self.max_queued_bytes = bytes;
+        self
+    }
+
+    /// With another [`max_unfinished_time`](Self#structfield.max_unfinished_time). [`Duration::MAX`] means no limit.
+    #[must_use]
+    pub const fn max_unfinished_time(mut self, time: Duration) -> Self {
+        self.max_unfinished_time = time;
         self
     }
 

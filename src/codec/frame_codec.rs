@@ -63,7 +63,7 @@ impl<F> Decoder<F> for FrameCodec {
         if src.len() < header.frame_bytes() {
             return Ok(None);
         }
-        let received = fds.len();
+        let received = fds.count();
         let Some(fds) = fds.take(header.fds) else {
             return Err(Error::MissingFds { expected: header.fds, received });
         };

@@ -24,6 +24,39 @@ pub(crate) struct Inbound<F = OwnedFd> {
     /// What a packet may hold at least, whatever the decoder says; 1 on a stream.
     least_room: usize,
     phase: Phase,
+    /// Number of messages decoded.
+    decoded: u64,
+}
+
+/// What has arrived in part. Both numbers stay the same until it is complete.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Unfinished {
+    /// The number of the message of which some bytes have arrived.
+    message: Option<u64>,
+    /// The number of the descriptor that has waited longest for its message.
+    fd: Option<u64>,
+}
+
+impl Unfinished {
+    /// The part of this that is the same in `now`.
+    fn still_in(self, now: Self) -> Self {
+        Self {
+            message: self.message.filter(|_| self.message == now.message),
+            fd: self.fd.filter(|_| self.fd == now.fd),
+        }
+    }
+
+    /// Returns what to wait for from now on, and whether the time for it begins now.
+    pub(crate) fn update(self, now: Self) -> (Self, bool) {
+        match self.still_in(now) {
+            Self { message: None, fd: None } => (now, true),
+            rest => (rest, false),
+        }
+    }
+
+    pub(crate) fn is_nothing(self) -> bool {
+        self == Self::default()
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +98,7 @@ fn is_page_start(buffer: &BytesMut) -> bool {
 impl<F> Inbound<F> {
     pub(crate) fn new(packets: bool, bytes: BytesMut, fds: FdQueue<F>) -> Self {
         let least_room = if packets { SMALL_PACKET } else { 1 };
-        Self { bytes, fds, least_room, phase: Phase::Decoding }
+        Self { bytes, fds, least_room, phase: Phase::Decoding, decoded: 0 }
     }
 
     /// The next message, or what it takes to get one. After an error: the end.
@@ -74,9 +107,12 @@ impl<F> Inbound<F> {
         loop {
             match self.phase {
                 Phase::Decoding => match decoder.decode(&mut self.bytes, &mut self.fds) {
-                    Ok(Some(item)) if !self.fds.fell_short() => return Ok(Step::Item(item)),
+                    Ok(Some(item)) if !self.fds.fell_short() => {
+                        self.decoded += 1;
+                        return Ok(Step::Item(item));
+                    }
                     Ok(None) if !self.fds.is_lost() => {
-                        let fds = self.fds.len();
+                        let fds = self.fds.count();
                         if fds > decoder.limits().max_queued_fds {
                             return Err(self.fail(Error::UnclaimedFds { fds }.into()));
                         }
@@ -119,6 +155,16 @@ impl<F> Inbound<F> {
 
     pub(crate) fn end_of_stream(&mut self) {
         self.phase = Phase::Draining;
+    }
+
+    /// What has arrived of messages that are not complete.
+    pub(crate) fn unfinished(&self) -> Unfinished {
+        Unfinished { message: (!self.bytes.is_empty()).then_some(self.decoded), fd: self.fds.first() }
+    }
+
+    /// Gives up the descriptors that no message has claimed.
+    pub(crate) fn close_fds(&mut self) {
+        self.fds.clear();
     }
 
     /// Nothing more can be received or decoded.

@@ -24,7 +24,7 @@ use bytes::BytesMut;
 
 pub use fd_queue::FdQueue;
 pub use frame_codec::FrameCodec;
-pub(crate) use inbound::{Inbound, Step};
+pub(crate) use inbound::{Inbound, Step, Unfinished};
 pub use map::Map;
 pub use packet_codec::PacketCodec;
 pub use payload::{Payload, PayloadError};

@@ -70,8 +70,8 @@ impl<F> Decoder<F> for PacketCodec {
         if src.is_empty() {
             return Ok(None);
         }
-        if fds.len() > self.limits.max_fds_per_frame {
-            return Err(Error::TooManyFds { fds: fds.len(), limit: self.limits.max_fds_per_frame });
+        if fds.count() > self.limits.max_fds_per_frame {
+            return Err(Error::TooManyFds { fds: fds.count(), limit: self.limits.max_fds_per_frame });
         }
         let payload = if src.len() < SLICE_FROM.min(self.limits.max_payload_bytes) {
             let copy = Bytes::copy_from_slice(src);

@@ -1,18 +1,25 @@
 use std::{
+    future::Future,
     os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::BytesMut;
 use futures::Stream;
-use tokio::task::coop;
+use tokio::{
+    task::coop,
+    time::{Instant, Sleep},
+};
 
 use crate::{
     Decoder, Error, FdQueue, Socket, SocketKind,
-    codec::{Inbound, Step},
-    socket::{Received, close_unwanted},
+    closer::Account,
+    codec::{Inbound, Step, Unfinished},
+    limits::Limits,
+    socket::Received,
 };
 
 /// The receiving direction of a [`Framed`](crate::Framed): a [`Stream`] of messages.
@@ -34,14 +41,15 @@ impl<D> ReadHalf<D> {
         socket: Arc<Socket>,
         decoder: D,
         bytes: BytesMut,
-        fds: FdQueue<OwnedFd>,
+        mut fds: FdQueue<OwnedFd>,
         state: Receiving,
     ) -> Self {
+        fds.set_home(Arc::<Account>::clone(socket.account()));
         let mut inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
         if state == Receiving::Over {
             inbound.end();
         }
-        Self { decoder, receiver: Receiver { socket, inbound, state, uncharged: 0 } }
+        Self { decoder, receiver: Receiver { socket, inbound, state, uncharged: 0, rest: RestTimer::default() } }
     }
 
     /// The socket, for its options and its peer.
@@ -72,13 +80,13 @@ impl<D: Decoder> Stream for ReadHalf<D> {
         let Self { decoder, receiver } = self.get_mut();
         loop {
             // Messages out of the buffer take no system call that would count, and a buffer holds thousands.
-            if receiver.uncharged == UNCHARGED_MESSAGES {
+            while receiver.uncharged >= UNIT {
                 ready!(coop::poll_proceed(cx)).made_progress();
-                receiver.uncharged = 0;
+                receiver.uncharged -= UNIT;
             }
             match receiver.inbound.next(decoder) {
                 Ok(Step::Item(item)) => {
-                    receiver.uncharged += 1;
+                    receiver.uncharged += MESSAGE;
                     return Poll::Ready(Some(Ok(item)));
                 }
                 Ok(Step::Receive) => {}
@@ -90,7 +98,7 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                     return Poll::Ready(Some(Err(error)));
                 }
             }
-            if let Err(error) = ready!(receiver.poll_receive(cx, decoder.max_receive_bytes())) {
+            if let Err(error) = ready!(receiver.poll_receive(cx, decoder.max_receive_bytes(), &decoder.limits())) {
                 receiver.end();
                 return Poll::Ready(Some(Err(error.into())));
             }
@@ -101,17 +109,65 @@ impl<D: Decoder> Stream for ReadHalf<D> {
 // Nothing in it is pinned: the decoder is only ever used through `&mut`.
 impl<D> Unpin for ReadHalf<D> {}
 
-/// A unit of the cooperative budget is charged for so many messages out of the buffer; a receive takes one of its own.
-const UNCHARGED_MESSAGES: u8 = 8;
+/// What a unit of the cooperative budget pays for. A unit is about the time of a receive, which takes one of its own.
+const UNIT: u32 = 8;
+/// What a message out of the buffer costs.
+const MESSAGE: u32 = 1;
+/// What a descriptor costs that was received: the kernel installs it, and somebody closes it.
+const DESCRIPTOR: u32 = 4;
 
 #[derive(Debug)]
 struct Receiver {
     socket: Arc<Socket>,
     inbound: Inbound,
     state: Receiving,
-    /// Messages yielded since the budget was charged.
-    uncharged: u8,
+    /// What was done since the cooperative budget was charged.
+    uncharged: u32,
+    rest: RestTimer,
 }
+
+/// Limits the time for which the rest of a message is waited for.
+#[derive(Debug, Default)]
+struct RestTimer {
+    unfinished: Unfinished,
+    deadline: Option<Instant>,
+    /// Set for the deadline, or for an earlier one. Made when it is needed first.
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl RestTimer {
+    /// Called when nothing more is there to receive. Ready when the time for what is unfinished is over.
+    fn poll(&mut self, cx: &mut Context<'_>, now_unfinished: Unfinished, socket: &Socket, limit: Duration) -> Poll<()> {
+        let (unfinished, begins) = self.unfinished.update(now_unfinished);
+        self.unfinished = unfinished;
+        if unfinished.is_nothing() {
+            self.deadline = None;
+            return Poll::Pending;
+        }
+        if begins {
+            self.deadline = Instant::now().checked_add(limit);
+        }
+        // Without a deadline, the limit is longer than the clock reaches.
+        let Some(deadline) = self.deadline else { return Poll::Pending };
+        let timer = self.timer.get_or_insert_with(|| Box::pin(socket.sleep_until(deadline)));
+        if timer.deadline() != deadline {
+            timer.as_mut().reset(deadline);
+        }
+        ready!(timer.as_mut().poll(cx));
+        // Nobody has polled for a while: the peer may have waited for us.
+        let now = Instant::now();
+        if now > deadline + LATE {
+            let deadline = now + limit;
+            self.deadline = Some(deadline);
+            timer.as_mut().reset(deadline);
+            return timer.as_mut().poll(cx);
+        }
+        Poll::Ready(())
+    }
+}
+
+/// A timer that is noticed this much later was not waited for.
+const LATE: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Receiving {
@@ -123,9 +179,19 @@ pub(super) enum Receiving {
 
 impl Receiver {
     /// Receives something, or the end.
-    fn poll_receive(&mut self, cx: &mut Context<'_>, max_bytes: usize) -> Poll<Result<(), Error>> {
-        let Self { socket, inbound, .. } = self;
-        let received = ready!(socket.poll_recv(cx, &mut inbound.bytes, max_bytes, &mut inbound.fds))?;
+    fn poll_receive(&mut self, cx: &mut Context<'_>, max_bytes: usize, limits: &Limits) -> Poll<Result<(), Error>> {
+        let Self { socket, inbound, uncharged, rest, .. } = self;
+        // A peer that sends descriptors in vain gets no further than they can be closed.
+        ready!(socket.account().poll_below(cx, limits.max_queued_fds));
+        let received = match socket.poll_recv(cx, &mut inbound.bytes, max_bytes, &mut inbound.fds) {
+            Poll::Ready(received) => received?,
+            Poll::Pending => {
+                ready!(rest.poll(cx, inbound.unfinished(), socket, limits.max_unfinished_time));
+                let (bytes, fds) = (inbound.bytes.len(), inbound.fds.count());
+                return Poll::Ready(Err(Error::Unfinished { bytes, fds }));
+            }
+        };
+        *uncharged += received.fds as u32 * DESCRIPTOR;
         match received {
             Received { packet_truncated: true, .. } => return Poll::Ready(Err(Error::TruncatedPacket)),
             Received { control_truncated: true, .. } => inbound.received_truncated(),
@@ -146,16 +212,6 @@ impl Receiver {
         self.state = Receiving::Over;
         self.inbound.end();
         self.inbound.bytes.clear();
-        self.close_fds();
-    }
-
-    fn close_fds(&mut self) {
-        close_unwanted(Vec::from(std::mem::take(&mut self.inbound.fds)));
-    }
-}
-
-impl Drop for Receiver {
-    fn drop(&mut self) {
-        self.close_fds();
+        self.inbound.close_fds();
     }
 }

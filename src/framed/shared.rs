@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::write::{Outbound, Sending, WriteHalf, encode};
-use crate::{Codec, Encoder, Error, SendBuf, SendError, socket::close_unwanted};
+use crate::{Codec, Encoder, Error, SendBuf, SendError, close_in_background};
 
 /// Messages wait in the `pending` buffer of the state, where senders append, and in the driver's own, which it sends
 /// without the lock. When the driver's is empty it exchanges the two.
@@ -96,7 +96,7 @@ impl<E> Shared<E> {
         self.state.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
             // An encoder has panicked. What it had written is no message.
             let mut state = poisoned.into_inner();
-            close_unwanted(state.pending.roll_back());
+            close_in_background(state.pending.roll_back());
             self.state.clear_poison();
             state
         })
@@ -168,7 +168,7 @@ impl<E> Shared<E> {
 
     /// The driver was dropped.
     pub(super) fn abandon(&self) {
-        close_unwanted(self.end(Sending::Closed).1.into_fds());
+        close_in_background(self.end(Sending::Closed).1.into_fds());
     }
 }
 

@@ -12,10 +12,11 @@ use futures::Sink;
 
 use super::{Driver, Sender, shared::Shared};
 use crate::{
-    Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket, SocketKind,
+    Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket, SocketKind, close_in_background,
+    closer::close_sent,
     codec::{Carrier, largest_packet},
     limits::Limits,
-    socket::{HasFd, SendWait, TooLarge, close_sent, close_unwanted},
+    socket::{HasFd, SendWait, TooLarge},
     sys,
 };
 
@@ -195,7 +196,7 @@ pub(super) fn encode<E: Encoder<I, F>, I, F: HasFd>(
         },
         Err(error) => error,
     };
-    close_unwanted(buf.roll_back());
+    close_in_background(buf.roll_back().into_iter().filter_map(F::into_last));
     Err(error)
 }
 
@@ -366,7 +367,7 @@ impl<F: HasFd> Outbound<F> {
         let sent = ready!(socket.poll_send(cx, wait, &buf.io_slices(plan.bytes), fds));
         match sent {
             Ok(sent) => {
-                close_sent(buf.sent(plan, sent));
+                close_sent(buf.sent(plan, sent).filter_map(F::into_last));
                 *carrier = carrier.larger(*largest);
             }
             Err(error) => match TooLarge::from_error(&error) {
@@ -393,6 +394,6 @@ impl<F: HasFd> Drop for Outbound<F> {
         if self.shut_down_on_drop {
             let _ = self.socket.shutdown(Shutdown::Write);
         }
-        close_unwanted(std::mem::take(&mut self.buf).into_fds());
+        close_in_background(std::mem::take(&mut self.buf).into_fds().into_iter().filter_map(F::into_last));
     }
 }

@@ -209,8 +209,8 @@ impl<F> Decoder<F> for DispatcherCodec {
 
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<FromWorker>, Error> {
         // No message of a worker has one, so it need not wait for a message to claim it.
-        if !fds.is_empty() {
-            return Err(Error::UnclaimedFds { fds: fds.len() });
+        if fds.count() > 0 {
+            return Err(Error::UnclaimedFds { fds: fds.count() });
         }
         let Some(frame) = frames().decode(src, fds)? else { return Ok(None) };
         FromWorker::read(&frame.payload).map(Some).ok_or_else(|| Error::invalid("not a message of a hand-off's worker"))

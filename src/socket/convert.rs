@@ -68,7 +68,7 @@ pub(super) fn unfit(reason: &str) -> Error {
 
 impl From<Socket> for OwnedFd {
     fn from(socket: Socket) -> Self {
-        socket.io.into_inner()
+        socket.io.into_inner().into_fd()
     }
 }
 

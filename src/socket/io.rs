@@ -17,20 +17,22 @@ use tokio::{
         unix::{AsyncFd, AsyncFdReadyGuard},
     },
     task::coop,
-    time::Sleep,
+    time::{Instant, Sleep},
 };
 
 use super::{Backoff, Socket, SocketKind};
-use crate::sys::{self, Received};
+use crate::{
+    closer::BackgroundFd,
+    sys::{self, Received},
+};
 
 impl Socket {
     /// Receives at most `max_bytes` into the spare room of `bytes`, neither of which may be zero, and appends what descriptors
     /// come to `fds`. `ECONNRESET` is no error but something to [ask for](Self::was_reset) at the end.
     ///
-    /// Readiness is kept until nothing is left for sure, since no new event comes for data that is left behind. A read of a
-    /// stream that ends early has taken everything, unless it ends behind bytes that came with descriptors: there it always
-    /// ends. Otherwise only `EAGAIN` tells. None comes for a `shutdown` of this end either, after which
-    /// a receive never waits.
+    /// Readiness is kept until nothing is left for sure, since no new event comes for data that is left behind. Usually only
+    /// `EAGAIN` proves that. A read of a stream that ends early proves it too, unless [something splits](Self::is_drained)
+    /// reads. None comes for a `shutdown` of this end either, after which a receive never waits.
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
@@ -52,13 +54,30 @@ impl Socket {
                     _ => return Poll::Ready(Err(error)),
                 },
                 Ok(received) => {
-                    if self.kind == SocketKind::Stream && received.short && !received.with_fds && received.bytes > 0 {
+                    if self.is_drained(&received) {
                         ready.iter_mut().for_each(AsyncFdReadyGuard::clear_ready);
                     }
                     return Poll::Ready(Ok(received));
                 }
             }
         }
+    }
+
+    /// Returns true if a receive has taken everything that was there when it began.
+    ///
+    /// The kernel ends the read of a stream early at three places: behind bytes that came with descriptors, between data of
+    /// different processes if credentials are on, and before the out-of-band mark. The first two bring control data. The third
+    /// is announced as priority readiness, which stays set from then on.
+    fn is_drained(&self, received: &Received) -> bool {
+        let stream = self.kind == SocketKind::Stream;
+        let split = received.with_control || received.bytes == 0;
+        stream && received.short && !split && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_err()
+    }
+
+    /// A timer of the runtime that the socket is registered with.
+    pub(crate) fn sleep_until(&self, deadline: Instant) -> Sleep {
+        let _context = self.runtime.enter();
+        tokio::time::sleep_until(deadline)
     }
 
     /// Whether the peer has closed with unread data. The kernel says so once, to a receive or to a send: on STREAM after the
@@ -113,7 +132,7 @@ pub(crate) struct SendWait {
     /// The socket took nothing: to be asked whether it is writable.
     full: bool,
     /// The same where the socket is [quiet](Socket::quiet).
-    duplicate: Option<AsyncFd<OwnedFd>>,
+    duplicate: Option<AsyncFd<BackgroundFd>>,
     timer: Option<Pin<Box<Sleep>>>,
     backoff: Backoff,
 }
@@ -124,7 +143,7 @@ impl SendWait {
         &mut self,
         cx: &mut Context<'_>,
         socket: &'a Socket,
-    ) -> Poll<Result<Option<AsyncFdReadyGuard<'a, OwnedFd>>>> {
+    ) -> Poll<Result<Option<AsyncFdReadyGuard<'a, BackgroundFd>>>> {
         if let Some(timer) = &mut self.timer {
             ready!(timer.as_mut().poll(cx));
             self.timer = None;
@@ -145,7 +164,8 @@ impl SendWait {
     /// When the socket's runtime has ended.
     fn for_duplicate(&mut self, socket: &Socket) -> Result<()> {
         let _context = socket.runtime.enter();
-        match socket.as_fd().try_clone_to_owned().and_then(|copy| sys::register(copy, Interest::WRITABLE)) {
+        let copy = socket.as_fd().try_clone_to_owned();
+        match copy.and_then(|copy| sys::register(socket.guard(copy), Interest::WRITABLE)) {
             Ok(duplicate) => self.duplicate = Some(duplicate),
             Err(error) => match error.raw_os_error() {
                 // No descriptor is left for the duplicate, or no memory for watching it.
@@ -177,23 +197,6 @@ pub(crate) trait HasFd: AsFd {
 impl HasFd for OwnedFd {
     fn into_last(self) -> Option<OwnedFd> {
         Some(self)
-    }
-}
-
-/// Closes descriptors that were sent. They live on in the kernel's queue, so this `close` is not the last one, which may
-/// block; unless the receiver was quick to close them.
-pub(crate) fn close_sent(fds: impl Iterator<Item = impl HasFd>) {
-    sys::close_all(fds.filter_map(HasFd::into_last));
-}
-
-/// Closes descriptors that nobody wants, on a thread of its own: the last `close` of a TCP socket with `SO_LINGER` and unsent
-/// data blocks until the data is gone or the time is up, non-blocking or not. How long is the peer's choice, so no thread
-/// of the runtime may wait for it, nor the runtime's end.
-pub(crate) fn close_unwanted(fds: impl IntoIterator<Item = impl HasFd>) {
-    let fds = Vec::from_iter(fds.into_iter().filter_map(HasFd::into_last));
-    if !fds.is_empty() {
-        // Without a thread to be had, they are dropped with the closure.
-        let _ = std::thread::Builder::new().name("fdwire-close".to_owned()).spawn(move || drop(fds));
     }
 }
 

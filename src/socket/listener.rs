@@ -26,7 +26,10 @@ use super::{
     path::{PathGuard, unix_addr},
     set_nonblocking,
 };
-use crate::sys;
+use crate::{
+    closer::{self, BackgroundFd, InBackground},
+    sys,
+};
 
 /// Listens for connections at a path or an abstract name.
 ///
@@ -54,7 +57,7 @@ use crate::sys;
 /// ```
 #[derive(Debug)]
 pub struct Listener {
-    io: AsyncFd<OwnedFd>,
+    io: AsyncFd<BackgroundFd>,
     kind: SocketKind,
     admitted: Admitted,
     refused: AtomicU64,
@@ -112,6 +115,8 @@ impl Listener {
 
     fn register(fd: OwnedFd, kind: SocketKind, path: Option<PathGuard>) -> Result<Self> {
         let admitted = Admitted::Uids(vec![nix::unistd::geteuid().as_raw(), 0]);
+        closer::start();
+        let fd = BackgroundFd::new(fd, InBackground::default());
         Ok(Self { io: sys::register(fd, Interest::READABLE)?, kind, admitted, refused: AtomicU64::new(0), path })
     }
 
@@ -206,14 +211,15 @@ impl Listener {
                 _ => return Err(error),
             },
         };
+        let fd = BackgroundFd::new(fd, InBackground::default()); // whoever sent something already may block its `close`
         if self.admits(&fd)? {
-            return Socket::register(fd, self.kind).map(Some);
+            return Socket::register(fd.into_fd(), self.kind).map(Some);
         }
         self.refused.fetch_add(1, Ordering::Relaxed);
         Ok(None)
     }
 
-    fn admits(&self, peer: &OwnedFd) -> Result<bool> {
+    fn admits(&self, peer: &BackgroundFd) -> Result<bool> {
         match &self.admitted {
             Admitted::Uids(uids) => Ok(uids.contains(&getsockopt(peer, sockopt::PeerCredentials)?.uid())),
             Admitted::Any => Ok(true),
@@ -246,7 +252,7 @@ impl From<Listener> for OwnedFd {
         if let Some(guard) = listener.path {
             guard.hand_on();
         }
-        listener.io.into_inner()
+        listener.io.into_inner().into_fd()
     }
 }
 

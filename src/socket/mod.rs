@@ -13,7 +13,10 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -27,12 +30,15 @@ use tokio::{
     runtime::Handle,
 };
 
-pub(crate) use io::{HasFd, SendWait, TooLarge, close_sent, close_unwanted};
+pub(crate) use io::{HasFd, SendWait, TooLarge};
 pub use listener::Listener;
 
 pub(crate) use crate::sys::Received;
 
-use crate::sys;
+use crate::{
+    closer::{self, Account, BackgroundFd, InBackground},
+    sys,
+};
 
 /// The two kinds of socket.
 ///
@@ -89,8 +95,10 @@ pub struct PeerCred {
 /// ```
 #[derive(Debug)]
 pub struct Socket {
-    io: AsyncFd<OwnedFd>,
+    io: AsyncFd<BackgroundFd>,
     kind: SocketKind,
+    /// What waits to be closed of what came over this socket.
+    account: Arc<Account>,
     /// Registered for reading only: see [`quiet`](Self::quiet).
     quiet: bool,
     /// Where it is registered, and where timers are made, wherever it is polled from.
@@ -167,9 +175,13 @@ impl Socket {
 
     /// Registers a connected socket. Nobody else knows the descriptor's number.
     fn register(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
+        closer::start();
+        let account = Arc::<Account>::default();
+        let fd = BackgroundFd::new(fd, InBackground::counted(Arc::clone(&account)));
         Ok(Self {
-            io: sys::register(fd, Interest::READABLE | Interest::WRITABLE)?,
+            io: sys::register(fd, Interest::READABLE | Interest::PRIORITY | Interest::WRITABLE)?,
             kind,
+            account,
             quiet: false,
             runtime: Handle::current(),
             reset: AtomicBool::new(false),
@@ -182,13 +194,23 @@ impl Socket {
     pub(crate) fn quiet(mut self) -> Self {
         let registered = {
             let _context = self.runtime.enter();
-            self.as_fd().try_clone_to_owned().and_then(|copy| sys::register(copy, Interest::READABLE))
+            let copy = self.as_fd().try_clone_to_owned();
+            copy.and_then(|copy| sys::register(self.guard(copy), Interest::READABLE | Interest::PRIORITY))
         };
         if let Ok(io) = registered {
             self.io = io;
             self.quiet = true;
         }
         self
+    }
+
+    /// A copy of the socket is closed as the socket itself is.
+    fn guard(&self, copy: OwnedFd) -> BackgroundFd {
+        BackgroundFd::new(copy, InBackground::counted(Arc::clone(&self.account)))
+    }
+
+    pub(crate) fn account(&self) -> &Arc<Account> {
+        &self.account
     }
 
     /// Which kind it is.
@@ -201,7 +223,7 @@ impl Socket {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn peer_cred(&self) -> Result<PeerCred> {
-        let cred = getsockopt(&self.io, sockopt::PeerCredentials)?;
+        let cred = getsockopt(self, sockopt::PeerCredentials)?;
         Ok(PeerCred { uid: cred.uid(), gid: cred.gid(), pid: Some(cred.pid()).filter(|&pid| pid != 0) })
     }
 
@@ -211,7 +233,7 @@ impl Socket {
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel, `ENODATA` or `ESRCH` when the process is gone and was reaped.
     pub fn peer_pidfd(&self) -> Result<OwnedFd> {
-        Ok(getsockopt(&self.io, sockopt::PeerPidfd)?)
+        Ok(getsockopt(self, sockopt::PeerPidfd)?)
     }
 
     /// Size of the send buffer in bytes as the kernel counts it (`SO_SNDBUF`, socket(7)). A packet holds at most this
@@ -220,7 +242,7 @@ impl Socket {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn send_buffer_size(&self) -> Result<usize> {
-        Ok(getsockopt(&self.io, sockopt::SndBuf)?)
+        Ok(getsockopt(self, sockopt::SndBuf)?)
     }
 
     /// Asks for a send buffer of `bytes` bytes. The kernel doubles the number for its own bookkeeping, and caps it at
@@ -232,7 +254,7 @@ impl Socket {
     /// # Errors
     /// Those of setsockopt(2).
     pub fn set_send_buffer_size(&self, bytes: usize) -> Result<()> {
-        Ok(setsockopt(&self.io, sockopt::SndBuf, &bytes)?)
+        Ok(setsockopt(self, sockopt::SndBuf, &bytes)?)
     }
 
     /// Refuses descriptors from the peer, or takes them again: while they are refused, the peer's send with descriptors
@@ -241,7 +263,7 @@ impl Socket {
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel.
     pub fn set_refuse_fds(&self, refuse: bool) -> Result<()> {
-        Ok(setsockopt(&self.io, sys::PassRights, &!refuse)?)
+        Ok(setsockopt(self, sys::PassRights, &!refuse)?)
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read` the peer's sends fail

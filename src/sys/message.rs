@@ -41,8 +41,10 @@ pub(crate) struct Received {
     pub(crate) bytes: usize,
     /// There was room for more bytes.
     pub(crate) short: bool,
-    /// Descriptors came too.
-    pub(crate) with_fds: bool,
+    /// Number of descriptors that came too.
+    pub(crate) fds: usize,
+    /// Control data of any kind came: descriptors, or credentials that another holder of the socket asked for.
+    pub(crate) with_control: bool,
     /// The kernel had descriptors for us that it could not install.
     pub(crate) control_truncated: bool,
     /// The packet was longer than the room for it.
@@ -58,13 +60,14 @@ pub(crate) fn sendmsg<'fd>(
     bytes: &[IoSlice<'_>],
     fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>>,
 ) -> io::Result<usize> {
-    debug_assert!(fds.len() <= SCM_MAX_FD);
+    let count = fds.len();
+    assert!(count <= SCM_MAX_FD, "the room for control data ends here");
     let mut control = Control::new();
     let mut message = empty_message();
     message.msg_iov = bytes.as_ptr().cast_mut().cast(); // IoSlice has the layout of iovec, as std says
     message.msg_iovlen = bytes.len() as _;
-    if fds.len() > 0 {
-        let payload_bytes = (fds.len() * size_of::<RawFd>()) as libc::c_uint;
+    if count > 0 {
+        let payload_bytes = (count * size_of::<RawFd>()) as libc::c_uint;
         // SAFETY: only computes a size.
         message.msg_controllen = unsafe { libc::CMSG_SPACE(payload_bytes) } as _;
         // SAFETY: only computes a size.
@@ -74,7 +77,7 @@ pub(crate) fn sendmsg<'fd>(
         message.msg_control = (&raw mut control).cast();
         // SAFETY: `msg_control` points to `control`, which begins with the header just written.
         let data = unsafe { libc::CMSG_DATA(message.msg_control.cast()) };
-        for (index, fd) in fds.enumerate() {
+        for (index, fd) in fds.take(count).enumerate() {
             let place = data.cast::<RawFd>().wrapping_add(index);
             // SAFETY: `control` has room for 253 descriptors behind its header, and there are no more.
             unsafe { place.write_unaligned(fd.as_raw_fd()) };
@@ -108,22 +111,24 @@ pub(crate) fn recvmsg(
     // SAFETY: the message points to the spare room of `bytes` and to `control`, both writable for the lengths it names.
     let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
     let received = Errno::result(received)? as usize;
-    let with_fds = take_fds(&message, fds);
+    let fds = take_fds(&message, fds);
     // SAFETY: the kernel has written that many bytes to the spare room, in which they fit: MSG_TRUNC was not asked for.
     unsafe { bytes.advance_mut(received) };
     Ok(Received {
         bytes: received,
         short: received < place.iov_len,
-        with_fds,
+        fds,
+        with_control: message.msg_controllen > 0,
         control_truncated: message.msg_flags & libc::MSG_CTRUNC != 0,
         packet_truncated: message.msg_flags & libc::MSG_TRUNC != 0,
     })
 }
 
-/// Takes ownership of every descriptor in a received message's control data. Returns whether there are any.
+/// Takes ownership of every descriptor in a received message's control data. Returns the number of those that
+/// were sent.
 #[allow(clippy::unnecessary_cast, reason = "`cmsg_len` is narrower on musl")]
-fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> bool {
-    let mut any = false;
+fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> usize {
+    let mut count = 0;
     // SAFETY: the kernel has set `msg_controllen` to what it wrote to `msg_control`.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
     while !header.is_null() {
@@ -141,7 +146,7 @@ fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> bool {
                     // SAFETY: the kernel has just installed it in this process, for this message.
                     let fd = unsafe { OwnedFd::from_raw_fd(raw) };
                     if cmsg_type == libc::SCM_RIGHTS {
-                        any = true;
+                        count += 1;
                         fds.extend([fd]);
                     }
                 }
@@ -150,7 +155,7 @@ fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> bool {
         // SAFETY: `header` is one of the message's headers; the macro checks the bounds.
         header = unsafe { libc::CMSG_NXTHDR(message, header) };
     }
-    any
+    count
 }
 
 fn empty_message() -> libc::msghdr {

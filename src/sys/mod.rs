@@ -2,14 +2,18 @@
 #![allow(unsafe_code)]
 
 mod close;
+mod exit;
+mod kind;
 mod message;
 mod option;
 mod readiness;
 
 pub(crate) use close::close_all;
+pub(crate) use exit::{ExitCloser, most_sockets_at_once};
+pub(crate) use kind::{FileKind, file_kind, is_socket};
 pub(crate) use message::{Received, recvmsg, sendmsg};
 pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol};
-pub(crate) use readiness::register;
+pub(crate) use readiness::{CloseFd, FdGuard, register};
 
 use std::{
     io,

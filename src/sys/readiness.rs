@@ -1,15 +1,73 @@
 //! Registration with tokio's event loop.
 
-use std::{io, os::fd::OwnedFd};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+};
 
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// Registers a descriptor for reading, or for both directions.
+/// A value that owns one open descriptor.
+///
+/// # Safety
+/// `as_raw_fd` returns the same number for as long as the value lives, and the descriptor is open for as long.
+pub(crate) unsafe trait OwnsFd: AsRawFd {}
+
+// SAFETY: an `OwnedFd` keeps its descriptor open, and never changes its number.
+unsafe impl OwnsFd for OwnedFd {}
+
+/// Registers a descriptor.
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver is not enabled.
-pub(crate) fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` is open and keeps its number for as long as it lives, and it lives in the `AsyncFd`.
+pub(crate) fn register<T: OwnsFd>(fd: T, interest: Interest) -> io::Result<AsyncFd<T>> {
+    // SAFETY: the value keeps its descriptor open and the number the same, and it lives in the `AsyncFd`.
     let registered = unsafe { AsyncFd::register_with_interest(fd, interest) };
     registered.map_err(Into::into)
+}
+
+/// Closes a descriptor in its own way.
+pub(crate) trait CloseFd {
+    fn close(&mut self, fd: OwnedFd);
+}
+
+/// A descriptor that is not simply closed when it is dropped.
+#[derive(Debug)]
+pub(crate) struct FdGuard<C: CloseFd> {
+    /// `None` only at its end.
+    fd: Option<OwnedFd>,
+    closer: C,
+}
+
+impl<C: CloseFd> FdGuard<C> {
+    pub(crate) fn new(fd: OwnedFd, closer: C) -> Self {
+        Self { fd: Some(fd), closer }
+    }
+
+    pub(crate) fn into_fd(mut self) -> OwnedFd {
+        self.fd.take().expect("it is there until the end")
+    }
+}
+
+// SAFETY: the `OwnedFd` is taken out only by methods that end the guard.
+unsafe impl<C: CloseFd> OwnsFd for FdGuard<C> {}
+
+impl<C: CloseFd> AsFd for FdGuard<C> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_ref().expect("it is there until the end").as_fd()
+    }
+}
+
+impl<C: CloseFd> AsRawFd for FdGuard<C> {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+impl<C: CloseFd> Drop for FdGuard<C> {
+    fn drop(&mut self) {
+        if let Some(fd) = self.fd.take() {
+            self.closer.close(fd);
+        }
+    }
 }

@@ -23,6 +23,7 @@ use std::{
 
 use fdwire::{Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
 use futures::{SinkExt, StreamExt, TryStreamExt};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::{
     memfd::{MFdFlags, memfd_create},
     resource::{Resource, getrlimit, setrlimit},
@@ -65,7 +66,13 @@ pub(crate) fn counted(test: impl AsyncFn(SocketKind)) {
 pub(crate) fn counted_in(runtime: fn() -> Runtime, test: impl AsyncFn(SocketKind)) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    run(async {}); // tokio opens two descriptors for signals once and for all
+    // Once and for all, tokio opens two descriptors for signals, and the closer one for its queue.
+    run(async {
+        let (a, b) = std::os::unix::net::UnixStream::pair().unwrap();
+        fdwire::close_in_background([a]);
+        let ended = tokio::task::spawn_blocking(move || std::io::Read::read(&mut &b, &mut [0]));
+        assert_eq!(ended.await.unwrap().unwrap(), 0);
+    });
     for kind in KINDS {
         let before = open_fds();
         run_in(runtime(), test(kind));
@@ -109,6 +116,14 @@ pub(crate) fn framed_pair(kind: SocketKind) -> (Framed<FrameCodec>, Framed<Frame
 pub(crate) fn with_raw_peer(kind: SocketKind) -> (Framed<FrameCodec>, OwnedFd) {
     let (a, b) = Socket::pair(kind).unwrap();
     (Framed::new(a, large()), b.into())
+}
+
+/// Waits until the kernel has closed the other end of a socket: connections are closed in the background.
+pub(crate) fn wait_for_close_of_peer(socket: &impl AsFd) {
+    let mut poll = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+    while !poll[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)) {
+        nix::poll::poll(&mut poll, PollTimeout::NONE).unwrap();
+    }
 }
 
 /// A descriptor that can be told from others after it was passed.

@@ -10,7 +10,10 @@ use nix::{
 };
 
 use crate::{
-    common::{encoded, framed_pair, marked, marks, raw_send, role_socket, run, spawn_role, with_raw_peer},
+    common::{
+        encoded, framed_pair, marked, marks, raw_send, role_socket, run, spawn_role, wait_for_close_of_peer,
+        with_raw_peer,
+    },
     counted,
 };
 
@@ -95,6 +98,7 @@ fn a_peer_that_closes_is_noticed_by_the_sender_and_nothing_unsent_is_lost() {
     counted(async |kind| {
         let (mut tx, rx) = framed_pair(kind);
         drop(rx);
+        wait_for_close_of_peer(tx.socket());
         tx.feed(Frame::new("unsent").with_fd(marked(1))).await.unwrap();
         let error = io::Error::from(tx.flush().await.unwrap_err());
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
@@ -135,6 +139,7 @@ fn reading_goes_on_after_a_write_error() {
             b.send(Frame::new("last words").with_fd(marked(n))).await.unwrap();
         }
         drop(b);
+        wait_for_close_of_peer(a.socket());
         assert!(a.send(Frame::new("too late")).await.is_err());
         for n in 0..3 {
             assert_eq!(marks(&a.try_next().await.unwrap().unwrap()), [n]);

@@ -12,7 +12,7 @@ use std::{
 
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout},
-    sys::socket::{self, getsockopt, sockopt},
+    sys::socket::{self, getsockopt},
 };
 use tokio::{sync::oneshot, time::Instant};
 
@@ -21,11 +21,7 @@ use super::{
     accepted::About,
     protocol::{MAX_MESSAGE_BYTES, Offer},
 };
-use crate::{
-    Error,
-    socket::{HasFd, close_unwanted},
-    sys,
-};
+use crate::{Error, close_in_background, socket::HasFd, sys};
 
 /// One connection to a worker process. A worker that is started again gets a new one.
 pub(super) type LinkId = u64;
@@ -197,17 +193,14 @@ fn owned(socket: Arc<Held>) -> OwnedFd {
 
 /// Closes the dispatcher's copy of a connection that a worker serves.
 pub(super) fn close(socket: OwnedFd) {
-    // The worker may have been so fast that this is the last copy. The close of that can block.
-    match getsockopt(&socket, sockopt::Linger) {
-        Ok(linger) if linger.l_onoff == 0 => drop(socket),
-        _ => close_unwanted([socket]),
-    }
+    // The worker may have been so fast that this is the last copy. Its `close` can block.
+    close_in_background([socket]);
 }
 
 /// The end of a connection, for its client and for every process that has a copy.
 pub(super) fn shut_down(socket: OwnedFd) {
     let _ = socket::shutdown(socket.as_raw_fd(), socket::Shutdown::Both); // an error says that it has ended
-    close_unwanted([socket]);
+    close_in_background([socket]);
 }
 
 /// Whether both directions have ended: `shutdown` tells every holder of a copy.

@@ -28,12 +28,11 @@ use task::Task;
 
 use super::{End, Settings, book::Book, headroom::Headroom};
 use crate::{
-    Error, Framed, Socket, WriteHalf,
+    Error, Framed, Socket, WriteHalf, close_in_background,
     handoff::{
         connection::{check, end_connection},
         protocol::{FromWorker, Offer, RejectReason, ToWorker, VERSION, WorkerCodec},
     },
-    socket::close_unwanted,
 };
 
 /// Offers that the application gets.
@@ -249,7 +248,7 @@ impl fmt::Debug for Channel {
 
 /// Closes copies of connections that are not ours: no option and no flag of them is touched.
 fn close_offers(offers: impl IntoIterator<Item = Offer>) {
-    close_unwanted(offers.into_iter().map(|offer| offer.fd));
+    close_in_background(offers.into_iter().map(|offer| offer.fd));
 }
 
 impl State {
