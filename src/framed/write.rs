@@ -1,6 +1,6 @@
 use std::{
     future::poll_fn,
-    io,
+    io, mem,
     net::Shutdown,
     os::fd::{AsFd, OwnedFd},
     pin::Pin,
@@ -70,7 +70,7 @@ impl<E> WriteHalf<E> {
     pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf, Sending) {
         let Outbound { socket, buf, state, shut_down_on_drop, .. } = &mut self.outbound;
         *shut_down_on_drop = false;
-        (Arc::clone(socket), self.encoder, std::mem::take(buf), std::mem::take(state))
+        (Arc::clone(socket), self.encoder, mem::take(buf), mem::take(state))
     }
 
     /// Sends everything that was accepted.
@@ -158,6 +158,9 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
     #[inline]
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         let Self { encoder, outbound } = self.get_mut();
+        if outbound.surely_has_room(&encoder.limits()) {
+            return Poll::Ready(Ok(()));
+        }
         // Ready in spite of an error: `start_send` then gives it together with the item, which `SinkExt::send` would drop
         // here.
         outbound.poll_ready(cx, &encoder.limits()).map(|_| Ok(()))
@@ -306,14 +309,26 @@ impl<F: HasFd> Outbound<F> {
         encoder: &mut E,
         item: I,
     ) -> Result<(), SendError<I, E::Error>> {
-        if let Some(error) = self.state.error() {
-            return Err(SendError::refused(item, error));
+        if !self.state.is_open() {
+            return Err(SendError::refused(item, self.refusal()));
         }
         encode(encoder, item, &mut self.buf)
     }
 
-    /// Sends until there is room for one more message.
+    #[cold]
+    fn refusal(&self) -> Error {
+        self.state.error().unwrap_or(Error::Closed)
+    }
+
+    /// Returns true only if there is room for one more message. [`poll_ready`](Self::poll_ready) finds
+    /// out what this does not know: it takes longer.
     #[inline]
+    fn surely_has_room(&self, limits: &Limits) -> bool {
+        self.buf.len() < limits.max_queued_bytes && self.buf.fd_count() < limits.max_queued_fds
+    }
+
+    /// Sends until there is room for one more message.
+    #[inline(never)] // so that `Sink::poll_ready` is short
     fn poll_ready(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<Result<(), Error>> {
         let has_room = |buf: &SendBuf<F>| limits.leave_room_beside(buf.len(), buf.fd_count());
         match self.state {
@@ -393,6 +408,6 @@ impl<F: HasFd> Drop for Outbound<F> {
         if self.shut_down_on_drop {
             let _ = self.socket.shutdown(Shutdown::Write);
         }
-        close_unwanted(std::mem::take(&mut self.buf).into_fds());
+        close_unwanted(mem::take(&mut self.buf).into_fds());
     }
 }
