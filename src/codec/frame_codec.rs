@@ -1,6 +1,6 @@
 use bytes::{Buf, BytesMut};
 
-use super::{Codec, Decoder, Encoder, FdQueue, SendBuf};
+use super::{Codec, Decoder, Encoder, FdQueue, SendBuf, send_buf::SHARE_FROM};
 use crate::{Error, Frame, Limits, SendError, limits::SCM_MAX_FD};
 
 /// The wire format of this crate, version 1: a header of 8 bytes, then the payload.
@@ -83,6 +83,21 @@ impl<F> Encoder<Frame<F>, F> for FrameCodec {
 
     #[inline]
     fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
+        let payload_bytes = frame.payload.len();
+        let is_short = payload_bytes < SHARE_FROM && payload_bytes <= self.limits.max_payload_bytes;
+        if !is_short || !frame.fds.is_empty() {
+            return self.encode_long(frame, dst);
+        }
+        // The length of a short message need not be announced: it goes in one packet.
+        dst.put_header_and_payload(Header::bytes(0, payload_bytes as u32), &frame.payload);
+        Ok(())
+    }
+}
+
+impl FrameCodec {
+    /// Encodes any frame.
+    #[inline(never)] // so that `encode` is short
+    fn encode_long<F>(&self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
         let header = Header { fds: frame.fds.len(), payload_bytes: frame.payload.len() };
         let encoded = match self.check(header).and_then(|()| header.to_bytes()) {
             Ok(encoded) => encoded,
@@ -145,9 +160,12 @@ impl Header {
         let fds = u16::try_from(self.fds).map_err(|_| Error::TooManyFds { fds: self.fds, limit: u16::MAX.into() })?;
         let payload_bytes = u32::try_from(self.payload_bytes)
             .map_err(|_| Error::FrameTooLong { bytes: self.payload_bytes, limit: u32::MAX as usize })?;
-        let mut bytes = [Self::MAGIC, Self::VERSION << 4, 0, 0, 0, 0, 0, 0];
-        bytes[2..4].copy_from_slice(&fds.to_be_bytes());
-        bytes[4..8].copy_from_slice(&payload_bytes.to_be_bytes());
-        Ok(bytes)
+        Ok(Self::bytes(fds, payload_bytes))
+    }
+
+    #[inline]
+    fn bytes(fds: u16, payload_bytes: u32) -> [u8; Self::LEN] {
+        let start = u64::from(Self::MAGIC) << 56 | u64::from(Self::VERSION) << 52;
+        (start | u64::from(fds) << 32 | u64::from(payload_bytes)).to_be_bytes()
     }
 }

@@ -196,7 +196,9 @@ pub trait Encoder<Item, F = OwnedFd>: Codec {
     /// Appends one message to `dst`. One without bytes and descriptors is not sent at all.
     ///
     /// # Errors
-    /// When the item is not fit to be sent. It should come back in the error: check first, then write. What was
-    /// written to `dst` before an error is taken out again.
+    /// When the item is not fit to be sent. It should come back in the error: check first, then write.
+    ///
+    /// What was written to `dst` before an error or a panic is taken out again, and its descriptors are
+    /// closed.
     fn encode(&mut self, item: Item, dst: &mut SendBuf<F>) -> Result<(), SendError<Item, Self::Error>>;
 }

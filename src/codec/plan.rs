@@ -91,7 +91,8 @@ impl<F> SendBuf<F> {
     /// only descriptors of later messages, and those go after all of its own: either `u = 0` or `ahead = 0`. If it is not,
     /// `ahead` is what was sent of its own `n <= 253 * bytes`. Either way `u` less this send's share needs a byte less
     /// than the message has left.
-    pub(crate) fn plan(&self, carrier: Carrier) -> Plan {
+    pub(crate) fn plan(&mut self, carrier: Carrier) -> Plan {
+        self.end_run();
         let Some(first) = self.messages.front() else { return Plan::default() };
         let (small, large) = match carrier {
             // Whole pages: each packet of a message begins where the one before it began in a page, in the sender's memory and
@@ -105,7 +106,7 @@ impl<F> SendBuf<F> {
         let rest_of_long_message = large < usize::MAX && first.unsent_head == 0;
         let mut room = if rest_of_long_message { large.min(first.unsent_bytes) } else { small };
         // Only as many bytes as there are pieces for, or what is cut off would lose its descriptors' place.
-        room = room.min(self.pieces().map(<[u8]>::len).sum());
+        room = room.min(self.reachable_bytes());
 
         let mut plan = Plan::default();
         for message in &self.messages {

@@ -93,13 +93,8 @@ impl<E> Shared<E> {
     }
 
     fn lock(&self) -> MutexGuard<'_, State<E>> {
-        self.state.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
-            // An encoder has panicked. What it had written is no message.
-            let mut state = poisoned.into_inner();
-            close_in_background(state.pending.roll_back());
-            self.state.clear_poison();
-            state
-        })
+        // An encoder may have panicked. It has left nothing in the buffer.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn add_sender(&self) {

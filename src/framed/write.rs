@@ -1,6 +1,6 @@
 use std::{
     future::poll_fn,
-    io,
+    io, mem,
     net::Shutdown,
     os::fd::{AsFd, OwnedFd},
     pin::Pin,
@@ -71,7 +71,7 @@ impl<E> WriteHalf<E> {
     pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf, Sending) {
         let Outbound { socket, buf, state, shut_down_on_drop, .. } = &mut self.outbound;
         *shut_down_on_drop = false;
-        (Arc::clone(socket), self.encoder, std::mem::take(buf), std::mem::take(state))
+        (Arc::clone(socket), self.encoder, mem::take(buf), mem::take(state))
     }
 
     /// Sends everything that was accepted.
@@ -159,6 +159,9 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
     #[inline]
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         let Self { encoder, outbound } = self.get_mut();
+        if outbound.surely_has_room(&encoder.limits()) {
+            return Poll::Ready(Ok(()));
+        }
         // Ready in spite of an error: `start_send` then gives it together with the item, which `SinkExt::send` would drop
         // here.
         outbound.poll_ready(cx, &encoder.limits()).map(|_| Ok(()))
@@ -182,22 +185,28 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
 // Nothing in it is pinned: the encoder is only ever used through `&mut`.
 impl<E> Unpin for WriteHalf<E> {}
 
-/// Appends one message, or nothing at all.
+/// Appends one message. If the encoder fails or panics, nothing of the message is left in `buf`.
 #[inline(always)] // what else its caller copies takes a tenth of the time of a small message
 pub(super) fn encode<E: Encoder<I, F>, I, F: HasFd>(
     encoder: &mut E,
     item: I,
     buf: &mut SendBuf<F>,
 ) -> Result<(), SendError<I, E::Error>> {
-    let error = match encoder.encode(item, buf) {
-        Ok(()) => match buf.commit(encoder.grouping()) {
-            Ok(()) => return Ok(()),
-            Err(error) => SendError::from(E::Error::from(error)),
-        },
-        Err(error) => error,
-    };
-    close_in_background(buf.roll_back().into_iter().filter_map(F::into_last));
-    Err(error)
+    let open = OpenMessage(buf);
+    encoder.encode(item, open.0)?;
+    open.0.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error)))?;
+    mem::forget(open);
+    Ok(())
+}
+
+/// A message that is being written. Takes out of the buffer on drop what was written of it.
+struct OpenMessage<'a, F: HasFd>(&'a mut SendBuf<F>);
+
+impl<F: HasFd> Drop for OpenMessage<'_, F> {
+    #[cold]
+    fn drop(&mut self) {
+        close_in_background(self.0.roll_back().into_iter().filter_map(F::into_last));
+    }
 }
 
 /// What waits to be sent, and the socket that it goes to.
@@ -307,14 +316,26 @@ impl<F: HasFd> Outbound<F> {
         encoder: &mut E,
         item: I,
     ) -> Result<(), SendError<I, E::Error>> {
-        if let Some(error) = self.state.error() {
-            return Err(SendError::refused(item, error));
+        if !self.state.is_open() {
+            return Err(SendError::refused(item, self.refusal()));
         }
         encode(encoder, item, &mut self.buf)
     }
 
-    /// Sends until there is room for one more message.
+    #[cold]
+    fn refusal(&self) -> Error {
+        self.state.error().unwrap_or(Error::Closed)
+    }
+
+    /// Returns true only if there is room for one more message. [`poll_ready`](Self::poll_ready) finds
+    /// out what this does not know: it takes longer.
     #[inline]
+    fn surely_has_room(&self, limits: &Limits) -> bool {
+        self.buf.len() < limits.max_queued_bytes && self.buf.fd_count() < limits.max_queued_fds
+    }
+
+    /// Sends until there is room for one more message.
+    #[inline(never)] // so that `Sink::poll_ready` is short
     fn poll_ready(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<Result<(), Error>> {
         let has_room = |buf: &SendBuf<F>| limits.leave_room_beside(buf.len(), buf.fd_count());
         match self.state {
@@ -394,6 +415,6 @@ impl<F: HasFd> Drop for Outbound<F> {
         if self.shut_down_on_drop {
             let _ = self.socket.shutdown(Shutdown::Write);
         }
-        close_in_background(std::mem::take(&mut self.buf).into_fds().into_iter().filter_map(F::into_last));
+        close_in_background(mem::take(&mut self.buf).into_fds().into_iter().filter_map(F::into_last));
     }
 }

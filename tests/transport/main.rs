@@ -6,6 +6,7 @@ mod common;
 
 mod cancellation;
 mod delivery;
+mod encoders;
 mod ends;
 mod faults;
 mod limits;
