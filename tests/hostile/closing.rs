@@ -1,10 +1,6 @@
 //! Descriptors whose last `close` lasts as long as a peer likes. No task may wait for it, and they get closed all the same.
 
-use std::{
-    os::fd::OwnedFd,
-    sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
-};
+use std::{io::ErrorKind, os::fd::OwnedFd, thread::JoinHandle, time::Duration};
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
@@ -191,34 +187,36 @@ fn a_message_that_is_not_sent_or_refused_is_dropped_without_waiting() {
     });
 }
 
-/// Receives without end on a thread of its own and closes each descriptor at once, often before the sender has
-/// closed its copy, which is the last one then.
-fn close_quickly(socket: OwnedFd, makes_slow: bool, stop: &'static AtomicBool) -> std::thread::JoinHandle<()> {
+/// Receives on a thread of its own until the end. Closes the last descriptor of each message at once, often before the
+/// sender has closed its copy, which is the last one then.
+fn close_quickly(socket: OwnedFd, makes_slow: bool) -> JoinHandle<()> {
     std::thread::spawn(move || {
-        while !stop.load(Ordering::Relaxed) {
-            if let Ok((_, fds)) = raw::receive(&socket, false) {
-                if makes_slow {
-                    fds.iter().for_each(linger);
-                }
-                drop(fds);
+        loop {
+            match raw::receive(&socket, false) {
+                Ok((_, mut fds)) => match fds.pop() {
+                    Some(last) if makes_slow => linger(&last),
+                    Some(last) => drop(last),
+                    None => return,
+                },
+                Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
             }
         }
     })
 }
 
-/// Sends slow sockets to a receiver that closes them at once. It is the first to close in one try of twenty or so.
 async fn send_to_a_quick_receiver(kind: SocketKind, makes_slow: bool) {
-    const SENDS: usize = 150;
-    static STOP: AtomicBool = AtomicBool::new(false);
-    STOP.store(false, Ordering::Relaxed);
+    const SENDS: usize = 40;
     let (ours, theirs) = raw::pair(kind);
-    let quick = close_quickly(theirs, makes_slow, &STOP);
+    let quick = close_quickly(theirs, makes_slow);
     let mut tx = Framed::new(Socket::try_from(ours).unwrap(), FrameCodec::default());
     for _ in 0..SENDS {
         let (socket, client) = if makes_slow { full_connection() } else { slow_to_close() };
-        without_waiting([client], tx.send(Frame::new("").with_fd(socket))).await.unwrap();
+        // These are in front, and their numbers are not consecutive, so that the sender closes its copies one by one and is busy.
+        let others = nulls(200).into_iter().step_by(2);
+        let frame = Frame::new("").with_fds(others).with_fd(socket);
+        without_waiting([client], tx.send(frame)).await.unwrap();
     }
-    STOP.store(true, Ordering::Relaxed);
+    drop(tx);
     quick.join().unwrap();
 }
 
