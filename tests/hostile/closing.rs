@@ -1,0 +1,328 @@
+//! Descriptors whose last `close` lasts as long as a peer likes. No task may wait for it, and they get closed all the same.
+
+use std::{io::ErrorKind, os::fd::OwnedFd, thread::JoinHandle, time::Duration};
+
+use bytes::{Buf, BytesMut};
+use fdwire::{
+    Codec, Decoder, Error, FdQueue, Fds, Frame, FrameCodec, Framed, Listener, PacketCodec, SendError, Socket,
+    SocketKind,
+};
+use futures::{SinkExt, StreamExt, TryStreamExt};
+use tokio::{sync::oneshot, task::yield_now, time::timeout};
+
+use crate::{
+    common::{abstract_name, encoded, marked, one_thread, raw_send, with_raw_peer},
+    counted,
+    descriptors::{FdLimit, nulls},
+    raw,
+    slow::{Client, full_connection, linger, slow_to_close, without_waiting},
+};
+
+/// A connection to whose kernel queue the peer has sent a slow socket. The peer stays.
+fn with_unread(kind: SocketKind) -> (Framed<FrameCodec>, OwnedFd, [Client; 1]) {
+    let (rx, peer) = with_raw_peer(kind);
+    let (slow, client) = slow_to_close();
+    raw_send(&peer, &encoded(b"", 1), &[slow]);
+    (rx, peer, [client])
+}
+
+#[test]
+fn dropping_a_connection_does_not_wait_for_what_it_has_not_read() {
+    counted(async |kind| {
+        let (rx, _peer, clients) = with_unread(kind);
+        without_waiting(clients, async { drop(rx) }).await;
+    });
+}
+
+#[test]
+fn dropping_a_connection_whose_peer_is_gone_does_not_wait_for_what_it_has_not_read() {
+    counted(async |kind| {
+        let (rx, peer, clients) = with_unread(kind);
+        drop(peer);
+        without_waiting(clients, async { drop(rx) }).await;
+    });
+}
+
+#[test]
+fn dropping_the_last_half_does_not_wait_for_what_it_has_not_read() {
+    counted(async |kind| {
+        let (rx, _peer, clients) = with_unread(kind);
+        let (read, write) = rx.into_split();
+        without_waiting(clients, async { drop((read, write)) }).await;
+
+        let (rx, _peer, clients) = with_unread(kind);
+        let (read, write) = rx.into_split();
+        without_waiting(clients, async { drop((write, read)) }).await;
+    });
+}
+
+#[test]
+fn dropping_a_driver_does_not_wait_for_what_its_connection_has_not_read() {
+    counted(async |kind| {
+        let (rx, _peer, clients) = with_unread(kind);
+        let (read, write) = rx.into_split();
+        let (sender, driver) = write.into_sender();
+        drop((read, sender));
+        without_waiting(clients, async { drop(driver) }).await;
+    });
+}
+
+#[test]
+fn dropping_a_socket_does_not_wait_for_what_it_has_not_read() {
+    counted(async |kind| {
+        let (rx, _peer, clients) = with_unread(kind);
+        let parts = rx.into_parts();
+        without_waiting(clients, async { drop(parts.socket) }).await;
+    });
+}
+
+#[test]
+fn dropping_a_listener_does_not_wait_for_what_its_backlog_has_not_read() {
+    counted(async |kind| {
+        let addr = abstract_name("backlog");
+        let listener = Listener::bind_addr(&addr, kind).unwrap();
+        let (slow, client) = slow_to_close();
+        let peer = raw::connected_to(&addr, kind);
+        raw_send(&peer, b"?", &[slow]);
+        without_waiting([client], async { drop(listener) }).await;
+    });
+}
+
+#[test]
+fn the_end_of_a_runtime_does_not_wait_for_what_its_connections_have_not_read() {
+    counted(async |kind| {
+        let (slow, client) = slow_to_close();
+        let (ours, peer) = raw::pair(kind);
+        raw_send(&peer, b"?", &[slow]);
+        let (done, ended) = oneshot::channel();
+        std::thread::spawn(move || {
+            let runtime = one_thread();
+            runtime.block_on(async {
+                let rx = Framed::new(Socket::try_from(ours).unwrap(), FrameCodec::default());
+                tokio::spawn(async move {
+                    std::future::pending::<()>().await;
+                    drop(rx);
+                });
+                yield_now().await;
+            });
+            drop(runtime);
+            let _ = done.send(());
+        });
+        without_waiting([client], ended).await.unwrap();
+    });
+}
+
+#[test]
+fn after_a_fault_neither_what_was_read_nor_what_was_not_is_waited_for() {
+    counted(async |kind| {
+        let (mut rx, peer) = with_raw_peer(kind);
+        let (read, first) = slow_to_close();
+        let (unread, second) = slow_to_close();
+        raw_send(&peer, b"?", &[read]);
+        raw_send(&peer, b"?", &[unread]);
+        without_waiting([first, second], async {
+            assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { found: b'?' }))));
+            drop(rx);
+        })
+        .await;
+    });
+}
+
+#[test]
+fn dropping_a_message_does_not_wait() {
+    counted(async |kind| {
+        let (mut rx, _peer, clients) = with_unread(kind);
+        let frame = rx.try_next().await.unwrap().unwrap();
+        without_waiting(clients, async { drop(frame) }).await;
+    });
+}
+
+#[test]
+fn dropping_descriptors_of_a_message_one_by_one_or_as_a_wrong_number_does_not_wait() {
+    counted(async |kind| {
+        let (mut rx, _peer, clients) = with_unread(kind);
+        let frame = rx.try_next().await.unwrap().unwrap();
+        let rest = frame.fds.into_iter();
+        without_waiting(clients, async { drop(rest) }).await;
+
+        let (mut rx, _peer, clients) = with_unread(kind);
+        let frame = rx.try_next().await.unwrap().unwrap();
+        without_waiting(clients, async { assert!(frame.fds.into_array::<2>().is_err()) }).await;
+
+        let (mut rx, _peer, clients) = with_unread(kind);
+        let mut frame = rx.try_next().await.unwrap().unwrap();
+        without_waiting(clients, async { frame.fds = Fds::new() }).await;
+    });
+}
+
+#[test]
+fn dropping_a_queue_of_descriptors_does_not_wait() {
+    counted(async |kind| {
+        let (mut rx, peer) = with_raw_peer(kind);
+        let (slow, client) = slow_to_close();
+        raw_send(&peer, &encoded(b"", 1)[..1], &[slow]);
+        while !raw::nothing_is_unread(rx.socket()) {
+            yield_now().await;
+            assert!(timeout(Duration::ZERO, rx.next()).await.is_err());
+        }
+        let parts = rx.into_parts();
+        assert_eq!(parts.received_fds.len(), 1);
+        without_waiting([client], async { drop(parts.received_fds) }).await;
+    });
+}
+
+#[test]
+fn a_message_that_is_not_sent_or_refused_is_dropped_without_waiting() {
+    counted(async |kind| {
+        let (slow, client) = slow_to_close();
+        let (mut tx, _peer) = with_raw_peer(kind);
+        tx.feed(Frame::new("").with_fd(slow)).await.unwrap();
+        without_waiting([client], async { drop(tx) }).await;
+
+        let (slow, client) = slow_to_close();
+        let (mut tx, _peer) = with_raw_peer(kind);
+        tx.close().await.unwrap();
+        let refused = tx.feed(Frame::new("").with_fd(slow)).await.unwrap_err();
+        without_waiting([client], async { drop(refused) }).await;
+    });
+}
+
+/// Receives on a thread of its own until the end. Closes the last descriptor of each message at once, often before the
+/// sender has closed its copy, which is the last one then.
+fn close_quickly(socket: OwnedFd, makes_slow: bool) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        loop {
+            match raw::receive(&socket, false) {
+                Ok((_, mut fds)) => match fds.pop() {
+                    Some(last) if makes_slow => linger(&last),
+                    Some(last) => drop(last),
+                    None => return,
+                },
+                Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+            }
+        }
+    })
+}
+
+async fn send_to_a_quick_receiver(kind: SocketKind, makes_slow: bool) {
+    const SENDS: usize = 40;
+    let (ours, theirs) = raw::pair(kind);
+    let quick = close_quickly(theirs, makes_slow);
+    let mut tx = Framed::new(Socket::try_from(ours).unwrap(), FrameCodec::default());
+    for _ in 0..SENDS {
+        let (socket, client) = if makes_slow { full_connection() } else { slow_to_close() };
+        // These are in front, and their numbers are not consecutive, so that the sender closes its copies one by one and is busy.
+        let others = nulls(200).into_iter().step_by(2);
+        let frame = Frame::new("").with_fds(others).with_fd(socket);
+        without_waiting([client], tx.send(frame)).await.unwrap();
+    }
+    drop(tx);
+    quick.join().unwrap();
+}
+
+#[test]
+fn sending_does_not_wait_for_a_close_although_the_receiver_has_closed_its_copy_before() {
+    counted(async |kind| send_to_a_quick_receiver(kind, false).await);
+}
+
+#[test]
+fn sending_does_not_wait_for_a_close_that_the_receiver_has_made_slow() {
+    counted(async |kind| send_to_a_quick_receiver(kind, true).await);
+}
+
+#[test]
+fn a_message_that_a_mapping_refuses_is_dropped_without_waiting() {
+    counted(async |kind| {
+        let (a, peer) = Socket::pair(kind).unwrap();
+        let codec = || {
+            FrameCodec::default().map(
+                |frame: Frame| match frame.fds.into_array() {
+                    Ok([file]) => Ok(std::fs::File::from(file)),
+                    Err(fds) => Err(Error::invalid(format!("{} files", fds.len()))),
+                },
+                |file: std::fs::File| -> Result<Frame, SendError<std::fs::File>> { Ok(Frame::new("").with_fd(file)) },
+            )
+        };
+        let mut rx = Framed::with_codecs(a, codec(), codec());
+        let (slow, client) = slow_to_close();
+        raw_send(&peer, &encoded(b"", 2), &[slow, marked(1)]);
+        let refused = without_waiting([client], rx.next()).await;
+        assert!(matches!(refused, Some(Err(Error::Invalid(_)))));
+    });
+}
+
+/// Takes a descriptor with each byte, and likes only the letter F.
+struct Letters;
+
+impl Codec for Letters {}
+
+impl Decoder for Letters {
+    type Item = Fds;
+    type Error = Error;
+
+    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<Fds>, Error> {
+        let Some(&letter) = src.first() else { return Ok(None) };
+        let Some(taken) = fds.take(1) else { return Ok(None) };
+        src.advance(1);
+        if letter == b'F' { Ok(Some(taken)) } else { Err(Error::invalid("not an F")) }
+    }
+}
+
+#[test]
+fn what_a_decoder_has_taken_before_it_fails_is_dropped_without_waiting() {
+    counted(async |kind| {
+        let (a, peer) = Socket::pair(kind).unwrap();
+        let mut rx = Framed::with_codecs(a, Letters, FrameCodec::default());
+        let (slow, client) = slow_to_close();
+        raw_send(&peer, b"G", &[slow]);
+        let failed = without_waiting([client], rx.next()).await;
+        assert!(matches!(failed, Some(Err(Error::Invalid(_)))));
+    });
+}
+
+#[test]
+fn what_came_before_descriptors_were_lost_is_dropped_without_waiting() {
+    counted(async |kind| {
+        let (a, peer) = Socket::pair(kind).unwrap();
+        let mut rx = Framed::new(a, PacketCodec::default());
+        let (slow, client) = slow_to_close();
+        // The kernel closes what it can't install during the call, so only the first ones can be slow.
+        raw_send(&peer, b"?", &[slow].into_iter().chain(nulls(30)).collect::<Vec<_>>());
+        let limit = FdLimit::leave(10);
+        let lost = without_waiting([client], rx.next()).await;
+        drop(limit);
+        assert!(matches!(lost, Some(Err(Error::TruncatedControl))));
+    });
+}
+
+/// A Unix socket in whose queue is a Unix socket, and so on; at the bottom is the descriptor.
+fn nested(bottom: OwnedFd, depth: usize, kind: SocketKind) -> Option<OwnedFd> {
+    let mut inner = bottom;
+    for _ in 0..depth {
+        let (outer, sender) = raw::pair(kind);
+        raw::try_send(&sender, b"?", &[inner])?;
+        inner = outer;
+    }
+    Some(inner)
+}
+
+#[test]
+fn sockets_nested_in_sockets_are_closed_without_waiting() {
+    counted(async |kind| {
+        for read in [false, true] {
+            let (slow, client) = slow_to_close();
+            let Some(nested) = nested(slow, 200, kind) else {
+                return eprintln!("skipped: this kernel nests sockets less deep");
+            };
+            let (mut rx, peer) = with_raw_peer(kind);
+            raw_send(&peer, b"?", &[nested]);
+            without_waiting([client], async {
+                if read {
+                    assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { .. }))));
+                }
+                drop(rx);
+            })
+            .await;
+        }
+    });
+}

@@ -1,0 +1,129 @@
+//! Threads and descriptors that hostile connections take, and descriptors that are lost.
+
+use std::{
+    fs::File,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use bytes::{Buf, BytesMut};
+use fdwire::{Codec, Decoder, Error, FdQueue, FrameCodec, Framed, Socket, SocketKind};
+use futures::StreamExt;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::{
+    FEW_THREADS,
+    common::{open_fds, raw_send, with_raw_peer},
+    counted,
+    slow::{slow_to_close, without_waiting},
+    threads, until,
+};
+
+/// Lets the process open only a few more descriptors until it is dropped.
+pub(crate) struct FdLimit {
+    before: (u64, u64),
+}
+
+impl FdLimit {
+    pub(crate) fn leave(few: u64) -> Self {
+        let before = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        let next = File::open("/dev/null").unwrap().as_raw_fd() as u64;
+        setrlimit(Resource::RLIMIT_NOFILE, next + few, before.1).unwrap();
+        Self { before }
+    }
+}
+
+impl Drop for FdLimit {
+    fn drop(&mut self) {
+        setrlimit(Resource::RLIMIT_NOFILE, self.before.0, self.before.1).unwrap();
+    }
+}
+
+pub(crate) fn nulls(count: usize) -> Vec<OwnedFd> {
+    (0..count).map(|_| File::open("/dev/null").unwrap().into()).collect()
+}
+
+/// A connection that ends with an error for what came with these descriptors.
+async fn bad_connection(kind: SocketKind, fds: Vec<OwnedFd>) {
+    let (mut rx, peer) = with_raw_peer(kind);
+    raw_send(&peer, b"?", &fds);
+    drop(fds);
+    assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { .. }))));
+}
+
+#[test]
+fn slow_sockets_of_many_connections_take_few_threads() {
+    counted(async |kind| {
+        let before = threads();
+        let mut clients = Vec::new();
+        for _ in 0..200 {
+            let (slow, client) = slow_to_close();
+            bad_connection(kind, vec![slow]).await;
+            clients.push(client);
+            let now = threads();
+            assert!(now <= before + FEW_THREADS, "{now} threads, {before} before");
+        }
+        without_waiting(clients, async {}).await;
+    });
+}
+
+#[test]
+fn a_slow_socket_does_not_keep_others_open() {
+    counted(async |kind| {
+        const CONNECTIONS: usize = 20;
+        let before = open_fds();
+        let mut clients = Vec::new();
+        for _ in 0..CONNECTIONS {
+            let (slow, client) = slow_to_close();
+            let mut fds = vec![slow];
+            fds.extend(nulls(252));
+            bad_connection(kind, fds).await;
+            clients.push(client);
+        }
+        let slow_ones = 2 * CONNECTIONS; // with their clients
+        until("the others are closed", || open_fds() <= before + slow_ones + FEW_THREADS).await;
+        without_waiting(clients, async {}).await;
+    });
+}
+
+/// A descriptor for each letter F, which the decoder takes if there is one.
+struct Optional {
+    is_there_one: fn(&FdQueue) -> bool,
+}
+
+impl Codec for Optional {}
+
+impl Decoder for Optional {
+    type Item = Option<OwnedFd>;
+    type Error = Error;
+
+    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<Self::Item>, Error> {
+        if src.is_empty() {
+            return Ok(None);
+        }
+        src.advance(1);
+        Ok(Some(if (self.is_there_one)(fds) { fds.pop() } else { None }))
+    }
+}
+
+#[test]
+fn a_decoder_that_asks_for_the_number_of_descriptors_does_not_mistake_lost_ones_for_none() {
+    counted(async |kind| {
+        for is_there_one in [|fds: &FdQueue| !fds.is_empty(), |fds: &FdQueue| matches!(fds.len(), 1..)] {
+            let (a, peer) = Socket::pair(kind).unwrap();
+            let mut rx = Framed::with_codecs(a, Optional { is_there_one }, FrameCodec::default());
+            raw_send(&peer, &[b'F'; 30], &nulls(30));
+            let limit = FdLimit::leave(10);
+            let mut complete = 0;
+            let error = loop {
+                match rx.next().await.unwrap() {
+                    Ok(Some(_)) => complete += 1,
+                    Ok(None) => panic!("a message without its descriptor, after {complete} with theirs"),
+                    Err(error) => break error,
+                }
+            };
+            drop(limit);
+            assert!(matches!(error, Error::TruncatedControl), "{error}");
+            assert!(complete < 30);
+        }
+    });
+}

@@ -1,0 +1,82 @@
+//! Peers that do harm on purpose: they make a `close` last, send what nobody claims, and take what a process has little of.
+//!
+//! The tests count descriptors and threads of their process, so they run one at a time. None measures
+//! time. If the library waits where it must not, [`slow::Watchdog`] ends the waiting and the test fails.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod closing;
+mod descriptors;
+mod no_threads;
+mod raw;
+mod refused;
+mod slow;
+mod turns;
+mod wakeups;
+
+use std::{
+    future::Future,
+    io::{ErrorKind, Read},
+    os::unix::net::UnixStream,
+    sync::Once,
+    time::Duration,
+};
+
+use common::{KINDS, raw_send, run, with_raw_peer};
+use fdwire::{Error, SocketKind};
+use futures::StreamExt;
+
+/// How long a test waits for something that takes milliseconds, before it fails.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits for something that has to happen soon.
+async fn soon<T>(what: &str, event: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, event).await.unwrap_or_else(|_| panic!("still waiting: {what}"))
+}
+
+/// Waits until something is so.
+async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    soon(what, async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+}
+
+/// Runs a test on both kinds of socket, and counts the descriptors of this process around it.
+fn counted(test: impl AsyncFn(SocketKind)) {
+    static CLOSED_SOMETHING: Once = Once::new();
+    // The threads that close for the library start with the first descriptors, and may keep some of their own.
+    CLOSED_SOMETHING.call_once(|| KINDS.map(close_something).into_iter().collect());
+    common::counted(test);
+}
+
+/// Lets the library close descriptors of several types, and waits until it has.
+fn close_something(kind: SocketKind) {
+    run(async {
+        let (mut ours, socket) = UnixStream::pair().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let (mut rx, peer) = with_raw_peer(kind);
+        raw_send(&peer, b"?", &[socket.into(), writer.into()]);
+        assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { .. }))));
+        let (mut ours_too, unread) = UnixStream::pair().unwrap();
+        raw_send(&peer, b"?", &[unread.into()]);
+        drop(rx);
+        for end in [&mut ours as &mut dyn Read, &mut ours_too, &mut reader] {
+            match end.read(&mut [0]) {
+                Ok(read) => assert_eq!(read, 0),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+            }
+        }
+    });
+}
+
+/// Number of threads of this process.
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// Threads that the library may have beside the test's.
+const FEW_THREADS: usize = 12;

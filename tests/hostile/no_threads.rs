@@ -1,0 +1,99 @@
+//! A process that can start no thread: its uid has as many as it may, which other processes of the uid can bring about.
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+};
+
+use fdwire::{Error, Frame, SocketKind};
+use futures::{SinkExt, StreamExt, TryStreamExt};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::{
+    common::{framed_pair, one_thread, other_uid, raw_send, role_socket, run_in, spawn_role, with_raw_peer},
+    counted,
+    slow::{Watchdog, slow_to_close},
+};
+
+/// When the process loses the right to start threads.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Since {
+    ItsStart,
+    ItsFirstSocket,
+}
+
+/// Runs as another uid, to which the limit applies. It is counted for all processes of the uid.
+fn process_without_threads(mut control: UnixStream) {
+    let mut settings = [0; 2];
+    control.read_exact(&mut settings).unwrap();
+    let since = if settings[0] == 0 { Since::ItsStart } else { Since::ItsFirstSocket };
+    let kind = if settings[1] == 0 { SocketKind::SeqPacket } else { SocketKind::Stream };
+
+    let (read, first) = slow_to_close();
+    let (unread, second) = slow_to_close();
+    let watchdog = Watchdog::start(vec![first, second]);
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NPROC).unwrap();
+    let no_threads = || {
+        setrlimit(Resource::RLIMIT_NPROC, 1, hard).unwrap();
+        assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "a thread was started in spite of RLIMIT_NPROC");
+    };
+    if since == Since::ItsStart {
+        no_threads();
+    }
+    run_in(one_thread(), async {
+        let (mut honest, mut echo) = framed_pair(kind);
+        if since == Since::ItsFirstSocket {
+            no_threads();
+        }
+        tokio::spawn(async move {
+            while let Some(frame) = echo.try_next().await.unwrap() {
+                echo.send(frame).await.unwrap();
+            }
+        });
+
+        let (mut rx, peer) = with_raw_peer(kind);
+        raw_send(&peer, b"?", &[read]);
+        raw_send(&peer, b"?", &[unread]);
+        assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { .. }))));
+        drop(rx);
+        for n in 0..100_u8 {
+            honest.send(Frame::new(vec![n])).await.unwrap();
+            assert_eq!(honest.try_next().await.unwrap().unwrap().payload[0], n);
+        }
+
+        // What waits is closed when threads can be had again, with the next descriptor at the latest.
+        setrlimit(Resource::RLIMIT_NPROC, soft, hard).unwrap();
+        let (mut rx, peer) = with_raw_peer(kind);
+        raw_send(&peer, b"?", &[std::io::pipe().unwrap().0.into()]);
+        assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { .. }))));
+        drop(rx);
+        watchdog.returned().await;
+    });
+    control.write_all(b"done").unwrap();
+}
+
+/// Lets such a process run.
+fn check(role: &str, since: Since) {
+    if let Some(control) = role_socket(role) {
+        return process_without_threads(control.into());
+    }
+    let Some(uid) = other_uid() else { return };
+    counted(async |kind| {
+        let (mut control, theirs) = UnixStream::pair().unwrap();
+        let mut child = spawn_role(role, Some(uid), theirs.into());
+        control.write_all(&[since as u8, u8::from(kind == SocketKind::Stream)]).unwrap();
+        let done = control.read_exact(&mut [0; 4]);
+        assert!(child.wait().unwrap().success(), "see above");
+        done.unwrap();
+    });
+}
+
+#[test]
+fn a_process_that_never_could_start_a_thread_goes_on_and_closes_when_it_can() {
+    check("no_threads::a_process_that_never_could_start_a_thread_goes_on_and_closes_when_it_can", Since::ItsStart);
+}
+
+#[test]
+fn a_process_that_can_start_no_more_threads_goes_on_and_closes_when_it_can() {
+    check("no_threads::a_process_that_can_start_no_more_threads_goes_on_and_closes_when_it_can", Since::ItsFirstSocket);
+}
