@@ -9,15 +9,17 @@ use std::{
         fd::OwnedFd,
         linux::net::SocketAddrExt,
         unix::{
-            fs::{MetadataExt, PermissionsExt},
+            fs::{MetadataExt, PermissionsExt, symlink},
             net::{SocketAddr, UnixListener, UnixStream},
         },
     },
-    sync::atomic::Ordering::SeqCst,
+    sync::{atomic::Ordering::SeqCst, mpsc},
+    time::Duration,
 };
 
 use common::{KINDS, abstract_name, check_connected, leave_stale_socket, other_uid, role_socket, run, spawn_role};
 use fdwire::{Listener, Socket, SocketKind};
+use nix::{sys::stat::Mode, unistd::mkfifo};
 
 #[test]
 fn a_socket_file_is_for_its_owner_only_and_goes_with_the_listener() {
@@ -161,6 +163,47 @@ fn a_path_can_be_taken_and_left_by_many_at_a_time() {
         }
     });
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
+}
+
+/// Whoever may write to the directory decides what is there.
+#[test]
+fn only_a_regular_file_is_taken_as_the_lock() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let lock = directory.path().join("socket.lock");
+    let target = directory.path().join("target");
+    let refused = |what: &str| {
+        let (done, outcome) = mpsc::channel();
+        let path = path.clone();
+        std::thread::spawn(move || run(async move { done.send(Listener::bind(&path, SocketKind::Stream).map(drop)) }));
+        let outcome = outcome.recv_timeout(Duration::from_secs(10)).unwrap_or_else(|_| panic!("bind waits for {what}"));
+        let error = outcome.expect_err(what);
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{what}: {error}");
+        assert!(error.to_string().contains("socket.lock is not a regular file"), "{what}: {error}");
+    };
+
+    mkfifo(&lock, Mode::S_IRWXU).unwrap();
+    refused("a FIFO without a reader");
+    let reader = fs::File::options().read(true).write(true).open(&lock).unwrap();
+    refused("a FIFO with a reader");
+    drop(reader);
+    fs::remove_file(&lock).unwrap();
+
+    fs::create_dir(&lock).unwrap();
+    refused("a directory");
+    fs::remove_dir(&lock).unwrap();
+
+    symlink(&target, &lock).unwrap();
+    refused("a symbolic link to nothing");
+    assert!(!target.exists(), "the link was followed");
+    fs::write(&target, "").unwrap();
+    refused("a symbolic link to a file");
+    fs::remove_file(&lock).unwrap();
+
+    drop(UnixListener::bind(&lock).unwrap());
+    refused("a socket");
+    fs::remove_file(&lock).unwrap();
+    run(async { Listener::bind(&path, SocketKind::Stream) }).unwrap();
 }
 
 #[test]

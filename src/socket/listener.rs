@@ -71,8 +71,8 @@ impl Listener {
     /// Listens at a path, which gets mode 0600.
     ///
     /// # Errors
-    /// `AddrInUse` if a live process listens there, `AlreadyExists` if something other than a socket is there, and those
-    /// of bind(2).
+    /// `AddrInUse` if a live process listens there, `AlreadyExists` if something other than a socket is there or
+    /// `<path>.lock` is not a regular file, and those of bind(2).
     pub fn bind(path: impl AsRef<Path>, kind: SocketKind) -> Result<Self> {
         Self::bind_with_mode(path, kind, 0o600)
     }

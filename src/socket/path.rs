@@ -1,7 +1,7 @@
 //! Addresses, and who owns a path.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File, Metadata, OpenOptions},
     io::{Error, ErrorKind, Result},
     os::{
         linux::net::SocketAddrExt,
@@ -17,7 +17,10 @@ use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
     libc,
-    sys::socket::UnixAddr,
+    sys::{
+        socket::UnixAddr,
+        stat::{fstat, lstat},
+    },
 };
 
 pub(super) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
@@ -45,7 +48,8 @@ impl PathGuard {
     /// Takes the path, and removes a socket there that nobody listens on.
     ///
     /// # Errors
-    /// `AddrInUse` if a live process has it, `AlreadyExists` if something else than a socket is there.
+    /// `AddrInUse` if a live process has it, `AlreadyExists` if something else than a socket is there, or something else
+    /// than a regular file at the lock's place.
     pub(super) fn take(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path)?; // the working directory may change before the drop
         let (lock_path, lock) = take_lock(&path)?;
@@ -82,8 +86,7 @@ impl PathGuard {
 
     /// The socket is bound: from here on, it is removed on drop.
     pub(super) fn bound(&mut self) -> Result<()> {
-        let metadata = fs::symlink_metadata(&self.path)?;
-        self.bound = Some((metadata.dev(), metadata.ino()));
+        self.bound = Some(identity(&fs::symlink_metadata(&self.path)?));
         Ok(())
     }
 
@@ -95,7 +98,7 @@ impl PathGuard {
 
 impl Drop for PathGuard {
     fn drop(&mut self) {
-        let there = fs::symlink_metadata(&self.path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
+        let there = fs::symlink_metadata(&self.path).ok().map(|found| identity(&found));
         if self.bound.is_some() && self.bound == there {
             let _ = fs::remove_file(&self.path);
         }
@@ -103,33 +106,94 @@ impl Drop for PathGuard {
     }
 }
 
+/// Locks the file beside `path`, which it makes if it is missing.
 fn take_lock(path: &Path) -> Result<(PathBuf, Flock<File>)> {
     let mut lock_path = path.as_os_str().to_owned();
     lock_path.push(".lock");
     let lock_path = PathBuf::from(lock_path);
     loop {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&lock_path)
-            .map_err(|error| Error::new(error.kind(), format!("{}: {error}", lock_path.display())))?;
-        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => lock,
-            Err((_, Errno::EAGAIN)) => return Err(in_use(path)),
-            Err((_, error)) => return Err(error.into()),
-        };
-        // The last holder removes the file: what was locked may no longer be the one at the path.
-        let ours = lock.metadata()?;
-        let there = fs::symlink_metadata(&lock_path).ok();
-        if there.is_some_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
-            return Ok((lock_path, lock));
+        let file = open_lock(&lock_path)?;
+        match lock_if_current(file, &lock_path) {
+            Ok(Some(lock)) => return Ok((lock_path, lock)),
+            Ok(None) => {} // the last holder has removed it: make a new one
+            Err(Errno::EAGAIN) => return Err(in_use(path)),
+            Err(error) => return Err(error.into()),
         }
     }
 }
 
+/// Opens the lock file.
+///
+/// # Errors
+/// `AlreadyExists` if something other than a regular file is there.
+fn open_lock(lock_path: &Path) -> Result<File> {
+    let opened = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        // Where others may write to the directory, they choose what is there. Without O_NONBLOCK, opening a FIFO
+        // waits until somebody reads from it.
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(lock_path);
+    match opened {
+        Ok(file) if file.metadata()?.is_file() => Ok(file),
+        Ok(_) => Err(not_a_lock(lock_path)),
+        Err(error) => match error.raw_os_error() {
+            // A FIFO without a reader or a socket, a directory, a symbolic link.
+            Some(libc::ENXIO | libc::EISDIR | libc::ELOOP) => Err(not_a_lock(lock_path)),
+            _ => Err(Error::new(error.kind(), format!("{}: {error}", lock_path.display()))),
+        },
+    }
+}
+
+/// Locks an open file. Returns `None` if it is no longer the file at `lock_path`: the last holder removes the file before
+/// it unlocks it, so a lock on the old file excludes nobody.
+fn lock_if_current(file: File, lock_path: &Path) -> nix::Result<Option<Flock<File>>> {
+    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)?;
+    let ours = fstat(&*lock)?;
+    let is_current = match lstat(lock_path) {
+        Err(Errno::ENOENT) => false,
+        there => there.map(|there| (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino))?,
+    };
+    Ok(is_current.then_some(lock))
+}
+
+/// Returns the device and the inode.
+fn identity(metadata: &Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+fn not_a_lock(lock_path: &Path) -> Error {
+    let lock_path = lock_path.display();
+    let reason = format!("{lock_path} is not a regular file, so it cannot be used as the lock; remove it");
+    Error::new(ErrorKind::AlreadyExists, reason)
+}
+
 fn in_use(path: &Path) -> Error {
     Error::new(ErrorKind::AddrInUse, format!("{} is in use by a live process", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_on_a_removed_file_is_not_taken_for_the_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket.lock");
+
+        let removed = open_lock(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(lock_if_current(removed, &path).unwrap().is_none(), "nothing is there any longer");
+
+        let replaced = open_lock(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let holder = lock_if_current(open_lock(&path).unwrap(), &path).unwrap();
+        assert!(holder.is_some());
+        assert!(lock_if_current(replaced, &path).unwrap().is_none(), "two hold the path");
+
+        let late = open_lock(&path).unwrap();
+        assert_eq!(lock_if_current(late, &path).unwrap_err(), Errno::EAGAIN);
+    }
 }
