@@ -3,8 +3,9 @@
 mod common;
 
 use std::{
-    fs,
+    fs::{self, Permissions},
     io::{ErrorKind, Read, Write},
+    net::Shutdown,
     os::{
         fd::OwnedFd,
         linux::net::SocketAddrExt,
@@ -13,13 +14,19 @@ use std::{
             net::{SocketAddr, UnixListener, UnixStream},
         },
     },
+    path::Path,
+    process::Child,
     sync::{atomic::Ordering::SeqCst, mpsc},
     time::Duration,
 };
 
 use common::{KINDS, abstract_name, check_connected, leave_stale_socket, other_uid, role_socket, run, spawn_role};
 use fdwire::{Listener, Socket, SocketKind};
-use nix::{sys::stat::Mode, unistd::mkfifo};
+use futures::future::join_all;
+use nix::{
+    sys::stat::{Mode, umask},
+    unistd::mkfifo,
+};
 
 #[test]
 fn a_socket_file_is_for_its_owner_only_and_goes_with_the_listener() {
@@ -244,55 +251,154 @@ fn a_listener_that_is_handed_on_keeps_its_path() {
 fn other_uids_are_admitted_only_if_listed() {
     const ROLE: &str = "other_uids_are_admitted_only_if_listed";
     if let Some(stdin) = role_socket(ROLE) {
-        let mut stdin = UnixStream::from(stdin);
-        let mut name = String::new();
-        stdin.read_to_string(&mut name).unwrap();
-        let addr = SocketAddr::from_abstract_name(name).unwrap();
-        let mut client = UnixStream::connect_addr(&addr).unwrap();
-        let mut answer = String::new();
-        // Refused: the end, or a reset.
-        let _ = client.read_to_string(&mut answer);
-        stdin.write_all(format!("<{answer}>").as_bytes()).unwrap();
-        return;
+        let (stdin, addr) = told(stdin);
+        return client(stdin, &addr);
     }
     let Some(uid) = other_uid() else { return };
     run(async {
-        let as_other_uid = async |addr: &SocketAddr| {
-            let (mut a, b) = UnixStream::pair().unwrap();
-            let mut child = spawn_role(ROLE, Some(uid), b.into());
-            a.write_all(addr.as_abstract_name().unwrap()).unwrap();
-            a.shutdown(std::net::Shutdown::Write).unwrap();
-            tokio::task::spawn_blocking(move || {
-                let mut answer = String::new();
-                a.read_to_string(&mut answer).unwrap();
-                child.wait().unwrap();
-                answer
-            })
-            .await
-            .unwrap()
-        };
         let addr = abstract_name("uid");
-        let greet = async |listener: &Listener| {
-            let mut client = UnixStream::try_from(listener.accept().await.unwrap()).unwrap();
-            client.write_all(b"welcome").unwrap();
-        };
-
         let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap();
         tokio::select! {
-            answer = as_other_uid(&addr) => assert_eq!(answer, "<>"),
+            answer = answer_to(ROLE, Some(uid), &addr) => assert_eq!(answer, "<>"),
             () = greet(&listener) => panic!("admitted"),
         }
         assert_eq!(listener.refused(), 1);
 
         let listener = listener.allow_uids([uid]);
-        let (answer, ()) = tokio::join!(as_other_uid(&addr), greet(&listener));
+        let (answer, ()) = tokio::join!(answer_to(ROLE, Some(uid), &addr), greet(&listener));
         assert_eq!((&answer[..], listener.refused()), ("<welcome>", 1));
         drop(listener);
 
         // Another name: a child that another test is starting may have a copy of the listener for a moment.
         let addr = abstract_name("any uid");
         let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap().allow_any_uid();
-        let (answer, ()) = tokio::join!(as_other_uid(&addr), greet(&listener));
+        let (answer, ()) = tokio::join!(answer_to(ROLE, Some(uid), &addr), greet(&listener));
         assert_eq!(answer, "<welcome>");
     });
+}
+
+#[test]
+fn a_path_gets_the_mode_asked_for_whatever_the_umask_is() {
+    const ROLE: &str = "a_path_gets_the_mode_asked_for_whatever_the_umask_is";
+    if let Some(stdin) = role_socket(ROLE) {
+        let (stdin, told) = told(stdin);
+        return match told.strip_prefix("listen ") {
+            Some(told) => run(listen_with_umask(stdin, told)),
+            None => client(stdin, &told),
+        };
+    }
+    for umask in ["022", "077", "000", "377"] {
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+        let server = start_server(ROLE, &format!("listen {umask} {}", directory.path().display()));
+        for (mode, may_connect) in MODES {
+            let path = directory.path().join(format!("{mode:o}"));
+            let found = fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
+            assert_eq!(format!("{found:o}"), format!("{mode:o}"), "with umask {umask}");
+            if let Some(uid) = other_uid() {
+                let addr = SocketAddr::from_pathname(&path).unwrap();
+                let answer = run(answer_to(ROLE, Some(uid), &addr));
+                let expected = if may_connect { "<welcome>" } else { "permission denied" };
+                assert_eq!(answer, expected, "mode {mode:o}, umask {umask}");
+            }
+        }
+        drop(server);
+    }
+}
+
+/// Modes of paths, and whether another uid may connect then.
+const MODES: [(u32, bool); 6] =
+    [(0o600, false), (0o640, false), (0o660, false), (0o666, true), (0o602, true), (0o777, true)];
+
+/// Listens at one path a mode, in the directory named, and admits everybody. The umask belongs to the process, so it takes
+/// one of its own.
+async fn listen_with_umask(mut stdin: UnixStream, told: &str) {
+    let (mask, directory) = told.split_once(' ').unwrap();
+    umask(Mode::from_bits_truncate(u32::from_str_radix(mask, 8).unwrap()));
+    let listeners = MODES.map(|(mode, _)| {
+        let path = Path::new(directory).join(format!("{mode:o}"));
+        Listener::bind_with_mode(&path, SocketKind::Stream, mode).unwrap().allow_any_uid()
+    });
+    stdin.write_all(b"!").unwrap();
+    join_all(listeners.iter().map(async |listener| {
+        loop {
+            greet(listener).await;
+        }
+    }))
+    .await;
+}
+
+/// Starts a role process that listens, and waits until it does.
+fn start_server(role: &str, told: &str) -> Killed {
+    let (mut here, stdin) = UnixStream::pair().unwrap();
+    let server = Killed(spawn_role(role, None, stdin.into()));
+    tell(&mut here, told);
+    here.read_exact(&mut [0]).expect("the server has failed");
+    server
+}
+
+/// A role process that ends with the test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+async fn greet(listener: &Listener) {
+    let mut client = UnixStream::try_from(listener.accept().await.unwrap()).unwrap();
+    client.write_all(b"welcome").unwrap();
+}
+
+/// Connects in a role process, as another uid if one is given. Returns the listener's answer in angle brackets (nothing is
+/// in them if the client was refused), or the error of the connect.
+async fn answer_to(role: &'static str, uid: Option<u32>, addr: &SocketAddr) -> String {
+    let addr = match (addr.as_pathname(), addr.as_abstract_name()) {
+        (Some(path), _) => path.to_str().unwrap().to_owned(),
+        (_, name) => format!("@{}", str::from_utf8(name.unwrap()).unwrap()),
+    };
+    tokio::task::spawn_blocking(move || {
+        let (mut here, stdin) = UnixStream::pair().unwrap();
+        let mut child = spawn_role(role, uid, stdin.into());
+        tell(&mut here, &addr);
+        let mut answer = String::new();
+        here.read_to_string(&mut answer).unwrap();
+        child.wait().unwrap();
+        answer
+    })
+    .await
+    .unwrap()
+}
+
+/// The role process of [`answer_to`].
+fn client(mut stdin: UnixStream, addr: &str) {
+    let addr = match addr.strip_prefix('@') {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(addr),
+    };
+    let answer = match UnixStream::connect_addr(&addr.unwrap()) {
+        Ok(mut client) => {
+            let mut answer = String::new();
+            // Refused: the end, or a reset.
+            let _ = client.read_to_string(&mut answer);
+            format!("<{answer}>")
+        }
+        Err(error) => error.kind().to_string(),
+    };
+    stdin.write_all(answer.as_bytes()).unwrap();
+}
+
+fn tell(role: &mut UnixStream, what: &str) {
+    role.write_all(what.as_bytes()).unwrap();
+    role.shutdown(Shutdown::Write).unwrap();
+}
+
+/// Returns what the role process was told, and where to answer.
+fn told(stdin: OwnedFd) -> (UnixStream, String) {
+    let mut stdin = UnixStream::from(stdin);
+    let mut told = String::new();
+    stdin.read_to_string(&mut told).unwrap();
+    (stdin, told)
 }

@@ -12,10 +12,7 @@ use std::{
 
 use nix::{
     libc,
-    sys::{
-        socket::{self, Backlog, UnixAddr, getsockopt, sockopt},
-        stat::{Mode, fchmod},
-    },
+    sys::socket::{self, Backlog, UnixAddr, getsockopt, sockopt},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -77,19 +74,18 @@ impl Listener {
         Self::bind_with_mode(path, kind, 0o600)
     }
 
-    /// Listens at a path, which gets the given mode less the process's umask. Connecting takes write permission.
+    /// Listens at a path, which gets exactly the given mode (of which only the permission bits 0777 count), whatever
+    /// the process's umask is. Connecting takes write permission. At no moment may anyone connect whom the mode does not
+    /// permit.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind).
+    /// As for [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc` is not mounted.
     pub fn bind_with_mode(path: impl AsRef<Path>, kind: SocketKind, mode: u32) -> Result<Self> {
         let path = path.as_ref();
         let addr = UnixAddr::new(path)?;
         let mut guard = PathGuard::take(path)?;
         let fd = new_socket(kind)?;
-        // Before bind, which makes the file: there is no moment at which it is open to others.
-        fchmod(&fd, Mode::from_bits_truncate(mode))?;
-        socket::bind(fd.as_raw_fd(), &addr)?;
-        guard.bound()?;
+        guard.bind(&fd, &addr, mode)?;
         socket::listen(&fd, Backlog::MAXCONN)?;
         Self::register(fd, kind, Some(guard))
     }

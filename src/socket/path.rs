@@ -1,12 +1,13 @@
 //! Addresses, and who owns a path.
 
 use std::{
-    fs::{self, File, Metadata, OpenOptions},
+    fs::{self, File, Metadata, OpenOptions, Permissions},
     io::{Error, ErrorKind, Result},
     os::{
+        fd::{AsRawFd, OwnedFd},
         linux::net::SocketAddrExt,
         unix::{
-            fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+            fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt},
             net::{SocketAddr, UnixDatagram},
         },
     },
@@ -18,8 +19,8 @@ use nix::{
     fcntl::{Flock, FlockArg},
     libc,
     sys::{
-        socket::UnixAddr,
-        stat::{fstat, lstat},
+        socket::{self, UnixAddr},
+        stat::{Mode, fchmod, fstat, lstat},
     },
 };
 
@@ -84,9 +85,42 @@ impl PathGuard {
         }
     }
 
-    /// The socket is bound: from here on, it is removed on drop.
-    pub(super) fn bound(&mut self) -> Result<()> {
-        self.bound = Some(identity(&fs::symlink_metadata(&self.path)?));
+    /// Binds a socket, and gives the path exactly this mode. From then on, the socket is removed on drop.
+    ///
+    /// `bind` applies the umask to the mode of the path, and changing the umask would change it for the whole process. So
+    /// the path is made with a mode that admits nobody but the owner, and gets the rest before the socket listens.
+    ///
+    /// # Errors
+    /// Those of bind(2) and chmod(2), the latter with a reason.
+    pub(super) fn bind(&mut self, socket: &OwnedFd, addr: &UnixAddr, mode: u32) -> Result<()> {
+        let mode = mode & 0o777;
+        let initial = initial_mode(mode);
+        fchmod(socket, Mode::from_bits_truncate(initial))?;
+        socket::bind(socket.as_raw_fd(), addr)?;
+        self.finish_bind(initial, mode)
+    }
+
+    /// Gives the bound socket its mode, if it is really that socket.
+    ///
+    /// If others may write to the directory, they may swap another socket of this uid into the path. So the mode is read
+    /// and changed through one descriptor, and changed only if it is what `bind` has made.
+    fn finish_bind(&mut self, initial: u32, mode: u32) -> Result<()> {
+        let path = self.path.display();
+        // O_PATH opens a socket, and needs no permission for it.
+        let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(&self.path)?;
+        let metadata = found.metadata()?;
+        let found_mode = metadata.mode() & 0o7777;
+        if !metadata.file_type().is_socket() || found_mode & !initial != 0 || metadata.nlink() != 1 {
+            return Err(Error::other(format!("{path} was replaced by another process right after it was bound")));
+        }
+        self.bound = Some(identity(&metadata));
+        if found_mode != mode {
+            let descriptor = format!("/proc/thread-self/fd/{}", found.as_raw_fd());
+            fs::set_permissions(descriptor, Permissions::from_mode(mode)).map_err(|error| {
+                let reason = format!("mode {mode:o} cannot be set for {path}: {error} (this takes a mounted /proc)");
+                Error::new(error.kind(), reason)
+            })?;
+        }
         Ok(())
     }
 
@@ -104,6 +138,15 @@ impl Drop for PathGuard {
         }
         let _ = fs::remove_file(&self.lock_path); // the lock is still held
     }
+}
+
+/// Returns the mode with which `bind` makes the path.
+///
+/// If others are to connect, it is one that sockets do not usually have, so that a socket of this uid that was swapped in
+/// is noticed. It lets the owner connect, because that is how a stale socket is recognized.
+fn initial_mode(mode: u32) -> u32 {
+    let is_for_owner_only = mode & 0o077 == 0;
+    if is_for_owner_only { mode } else { 0o200 }
 }
 
 /// Locks the file beside `path`, which it makes if it is missing.
@@ -176,6 +219,8 @@ fn in_use(path: &Path) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
 
     #[test]
@@ -195,5 +240,31 @@ mod tests {
 
         let late = open_lock(&path).unwrap();
         assert_eq!(lock_if_current(late, &path).unwrap_err(), Errno::EAGAIN);
+    }
+
+    /// Others who may write to the directory can rename a socket of this uid, which is not for them, to the path.
+    #[test]
+    fn a_socket_that_was_swapped_in_does_not_get_the_mode() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, other) = (directory.path().join("socket"), directory.path().join("other"));
+        let mut guard = PathGuard::take(&path).unwrap();
+        let _for_owner_only = UnixListener::bind(&other).unwrap();
+        fs::set_permissions(&other, Permissions::from_mode(0o600)).unwrap();
+        fs::rename(&other, &path).unwrap();
+
+        let error = guard.finish_bind(initial_mode(0o666), 0o666).unwrap_err();
+        assert!(error.to_string().contains("was replaced"), "{error}");
+        drop(guard);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "it is open to others now");
+
+        // The same with another name of a socket elsewhere, or with what is no socket.
+        fs::set_permissions(&path, Permissions::from_mode(0o200)).unwrap();
+        fs::hard_link(&path, &other).unwrap();
+        let (lock_path, lock) = take_lock(&path).unwrap();
+        let mut guard = PathGuard { path: path.clone(), lock_path, _lock: lock, bound: None };
+        assert!(guard.finish_bind(0o200, 0o666).is_err());
+        fs::remove_file(&path).unwrap();
+        File::create(&path).unwrap().set_permissions(Permissions::from_mode(0o200)).unwrap();
+        assert!(guard.finish_bind(0o200, 0o666).is_err());
     }
 }
