@@ -15,7 +15,7 @@ use std::{
         },
     },
     path::Path,
-    process::Child,
+    process::{Child, Command, Stdio},
     sync::{atomic::Ordering::SeqCst, mpsc},
     time::Duration,
 };
@@ -306,6 +306,69 @@ fn a_path_gets_the_mode_asked_for_whatever_the_umask_is() {
     }
 }
 
+/// `SO_PEERCRED` reports each uid that a user namespace does not map as 65534. A server that runs as such a uid sees every
+/// other one as its own.
+#[test]
+fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
+    const ROLE: &str = "a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number";
+    if let Some(stdin) = role_socket(ROLE) {
+        let (stdin, told) = told(stdin);
+        return match told.strip_prefix("listen ") {
+            Some(directory) => run(listen_in_namespace(stdin, Path::new(directory))),
+            None => client(stdin, &told),
+        };
+    }
+    if !Command::new("unshare").args(["--user", "true"]).output().is_ok_and(|output| output.status.success()) {
+        return eprintln!("skipped: a user namespace cannot be made here");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let mut unshare = Command::new("unshare");
+    unshare.arg("--user").arg(std::env::current_exe().unwrap());
+    let told = format!("listen {}", directory.path().display());
+    let _server = start_server_by(&mut unshare, ROLE, &told);
+
+    let path = |name: &str| SocketAddr::from_pathname(directory.path().join(name)).unwrap();
+    let name = |name: &str| namespace_name(directory.path(), name);
+    let answers = |uid, addr| run(answer_to(ROLE, uid, &addr));
+    // Of the same uid, which has no mapping in the server's namespace. Only the kernel can tell it from others.
+    assert_eq!(answers(None, path("0600")), "<welcome>");
+    assert_eq!(answers(None, path("0666")), "<>");
+    assert_eq!(answers(None, path("made 0666 later")), "<>");
+    assert_eq!(answers(None, name("name")), "<>");
+    assert_eq!(answers(None, name("allow_any_uid")), "<welcome>");
+
+    let Some(uid) = other_uid() else { return };
+    assert_eq!(answers(Some(uid), path("0600")), "permission denied");
+    assert_eq!(answers(Some(uid), path("0666")), "<>");
+    assert_eq!(answers(Some(uid), path("made 0666 later")), "<>");
+    assert_eq!(answers(Some(uid), name("name")), "<>");
+    assert_eq!(answers(Some(uid), name("allow_any_uid")), "<welcome>");
+}
+
+/// Listens at paths and names, in a user namespace without mappings.
+async fn listen_in_namespace(mut stdin: UnixStream, directory: &Path) {
+    assert_eq!(nix::unistd::geteuid().as_raw(), 65534);
+    let kind = SocketKind::Stream;
+    let path = |name: &str, mode| Listener::bind_with_mode(directory.join(name), kind, mode).unwrap();
+    let name = |name: &str| Listener::bind_addr(&namespace_name(directory, name), kind).unwrap();
+    let listeners = [
+        path("0600", 0o600),
+        path("0666", 0o666).allow_uids([65534]),
+        path("made 0666 later", 0o600).allow_uids([65534]),
+        name("name").allow_uids([65534]),
+        name("allow_any_uid").allow_any_uid(),
+    ];
+    fs::set_permissions(directory.join("made 0666 later"), Permissions::from_mode(0o666)).unwrap();
+    stdin.write_all(b"!").unwrap();
+    greet_all(&listeners).await;
+}
+
+/// An abstract name of the server in [`listen_in_namespace`].
+fn namespace_name(directory: &Path, name: &str) -> SocketAddr {
+    SocketAddr::from_abstract_name(format!("{} {name}", directory.display())).unwrap()
+}
+
 /// Modes of paths, and whether another uid may connect then.
 const MODES: [(u32, bool); 6] =
     [(0o600, false), (0o640, false), (0o660, false), (0o666, true), (0o602, true), (0o777, true)];
@@ -320,6 +383,10 @@ async fn listen_with_umask(mut stdin: UnixStream, told: &str) {
         Listener::bind_with_mode(&path, SocketKind::Stream, mode).unwrap().allow_any_uid()
     });
     stdin.write_all(b"!").unwrap();
+    greet_all(&listeners).await;
+}
+
+async fn greet_all(listeners: &[Listener]) {
     join_all(listeners.iter().map(async |listener| {
         loop {
             greet(listener).await;
@@ -330,8 +397,15 @@ async fn listen_with_umask(mut stdin: UnixStream, told: &str) {
 
 /// Starts a role process that listens, and waits until it does.
 fn start_server(role: &str, told: &str) -> Killed {
+    start_server_by(&mut Command::new("/proc/self/exe"), role, told)
+}
+
+/// The same by a command that runs this binary.
+fn start_server_by(command: &mut Command, role: &str, told: &str) -> Killed {
     let (mut here, stdin) = UnixStream::pair().unwrap();
-    let server = Killed(spawn_role(role, None, stdin.into()));
+    command.args([role, "--exact", "--nocapture"]).env("FDWIRE_ROLE", role);
+    let server = Killed(command.stdin(OwnedFd::from(stdin)).stdout(Stdio::null()).spawn().unwrap());
+    command.stdin(Stdio::null()); // the server's death is seen only if this process has no copy
     tell(&mut here, told);
     here.read_exact(&mut [0]).expect("the server has failed");
     server

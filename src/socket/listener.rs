@@ -6,7 +6,6 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
-    sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
 };
 
@@ -18,6 +17,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     Socket, SocketKind,
+    admission::Admission,
     convert::{only_fds, unfit, unix_socket_kind},
     new_socket,
     path::{PathGuard, unix_addr},
@@ -27,9 +27,17 @@ use crate::sys;
 
 /// Listens for connections at a path or an abstract name.
 ///
-/// **Who may connect.** A socket file is created with mode 0600. Whoever connects is admitted by uid (`SO_PEERCRED`):
-/// the own effective uid and root, unless [`allow_uids`](Self::allow_uids) or [`allow_any_uid`](Self::allow_any_uid)
-/// says otherwise. Others are closed at once and counted.
+/// **Who may connect.** A socket file is created with mode 0600. A peer is admitted by its uid (`SO_PEERCRED`). By
+/// default these are the effective uid that the process has when it makes the listener, and root.
+/// [`allow_uids`](Self::allow_uids) and [`allow_any_uid`](Self::allow_any_uid) admit others. The connection of a peer that
+/// is not admitted is closed at once and counted.
+///
+/// **In a user namespace** that does not map every uid, the kernel reports each uid without a mapping as the overflow uid
+/// (`/proc/sys/kernel/overflowuid`, usually 65534). A peer with this uid can be anybody, so it is never admitted by its
+/// number, even if the process itself runs as that uid. There is one exception: a path that this listener has bound, while
+/// only its owner may write to it (mode 0600). There, the kernel itself has checked that the peer is the owner or
+/// privileged. For anything else, combine [`allow_any_uid`](Self::allow_any_uid) with the mode of the path or its
+/// directory, or give each process one end of a [`Socket::pair`].
 ///
 /// **Who owns the path.** A lock file beside it (`<path>.lock`) is held as long as the listener lives. A stale socket is replaced; one
 /// that a live process listens on is not, and neither is any other kind of file. On drop the socket is removed, if it is
@@ -53,15 +61,8 @@ use crate::sys;
 pub struct Listener {
     io: AsyncFd<OwnedFd>,
     kind: SocketKind,
-    admitted: Admitted,
-    refused: AtomicU64,
+    admission: Admission,
     path: Option<PathGuard>,
-}
-
-#[derive(Debug)]
-enum Admitted {
-    Uids(Vec<u32>),
-    Any,
 }
 
 impl Listener {
@@ -107,11 +108,13 @@ impl Listener {
     }
 
     fn register(fd: OwnedFd, kind: SocketKind, path: Option<PathGuard>) -> Result<Self> {
-        let admitted = Admitted::Uids(vec![nix::unistd::geteuid().as_raw(), 0]);
-        Ok(Self { io: sys::register(fd, Interest::READABLE)?, kind, admitted, refused: AtomicU64::new(0), path })
+        Ok(Self { io: sys::register(fd, Interest::READABLE)?, kind, admission: Admission::new(), path })
     }
 
     /// Admits these uids too.
+    ///
+    /// The overflow uid is not admitted by this in a user namespace that does not map every uid, as described
+    /// for [`Listener`].
     ///
     /// ```no_run
     /// # fn main() -> std::io::Result<()> {
@@ -123,22 +126,20 @@ impl Listener {
     /// ```
     #[must_use]
     pub fn allow_uids(mut self, uids: impl IntoIterator<Item = u32>) -> Self {
-        if let Admitted::Uids(admitted) = &mut self.admitted {
-            admitted.extend(uids);
-        }
+        self.admission.allow_uids(uids);
         self
     }
 
     /// Admits every uid that gets past the mode of the path.
     #[must_use]
     pub fn allow_any_uid(mut self) -> Self {
-        self.admitted = Admitted::Any;
+        self.admission.allow_any_uid();
         self
     }
 
     /// Number of connections closed because their uid is not admitted.
     pub fn refused(&self) -> u64 {
-        self.refused.load(Ordering::Relaxed)
+        self.admission.refused()
     }
 
     /// The kind of the sockets that it accepts.
@@ -205,15 +206,15 @@ impl Listener {
         if self.admits(&fd)? {
             return Socket::register(fd, self.kind).map(Some);
         }
-        self.refused.fetch_add(1, Ordering::Relaxed);
         Ok(None)
     }
 
     fn admits(&self, peer: &OwnedFd) -> Result<bool> {
-        match &self.admitted {
-            Admitted::Uids(uids) => Ok(uids.contains(&getsockopt(peer, sockopt::PeerCredentials)?.uid())),
-            Admitted::Any => Ok(true),
+        if !self.admission.needs_uid() {
+            return Ok(true);
         }
+        let cred = getsockopt(peer, sockopt::PeerCredentials)?;
+        Ok(self.admission.admits(cred.uid(), self.path.as_ref()))
     }
 }
 

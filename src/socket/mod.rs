@@ -1,5 +1,6 @@
 //! Connected `AF_UNIX` sockets that keep boundaries (SEQPACKET) or not (STREAM), on tokio's event loop.
 
+mod admission;
 mod convert;
 mod io;
 mod listener;

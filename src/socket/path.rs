@@ -124,6 +124,18 @@ impl PathGuard {
         Ok(())
     }
 
+    /// Returns true if the kernel lets nobody but the owner connect to the bound socket, besides privileged processes. The
+    /// owner is this process's uid.
+    ///
+    /// The answer is of now: a deployment may change the mode at any time. An entry of an access control list cannot
+    /// permit more than the mode permits the group.
+    pub(super) fn admits_owner_only(&self) -> bool {
+        fs::symlink_metadata(&self.path).is_ok_and(|found| {
+            let is_bound_here = self.bound == Some(identity(&found));
+            is_bound_here && found.uid() == nix::unistd::geteuid().as_raw() && found.mode() & 0o022 == 0
+        })
+    }
+
     /// Leaves the socket in its place: another process listens on it.
     pub(super) fn hand_on(mut self) {
         self.bound = None;
