@@ -3,6 +3,8 @@
 mod common;
 
 use std::{
+    collections::BTreeMap,
+    fmt::Debug,
     fs::{self, Permissions},
     io::{ErrorKind, Read, Write},
     net::Shutdown,
@@ -16,8 +18,8 @@ use std::{
     },
     path::Path,
     process::{Child, Command, Stdio},
-    sync::{atomic::Ordering::SeqCst, mpsc},
-    time::Duration,
+    sync::{Arc, Mutex, atomic::Ordering::SeqCst, mpsc},
+    time::{Duration, Instant},
 };
 
 use common::{KINDS, abstract_name, check_connected, leave_stale_socket, other_uid, role_socket, run, spawn_role};
@@ -27,6 +29,7 @@ use nix::{
     sys::stat::{Mode, umask},
     unistd::mkfifo,
 };
+use tracing::{Event, Level, Metadata, Subscriber, field::Field, span, subscriber::with_default};
 
 #[test]
 fn a_socket_file_is_for_its_owner_only_and_goes_with_the_listener() {
@@ -122,7 +125,7 @@ fn peers_that_are_refused_do_not_keep_the_runtime_busy() {
     let Some(uid) = other_uid() else { return };
     run(async {
         let addr = abstract_name("busy");
-        let listener = std::sync::Arc::new(Listener::bind_addr(&addr, SocketKind::Stream).unwrap());
+        let listener = Arc::new(Listener::bind_addr(&addr, SocketKind::Stream).unwrap());
         let mut children = Vec::new();
         for _ in 0..3 {
             let (mut a, b) = UnixStream::pair().unwrap();
@@ -130,7 +133,7 @@ fn peers_that_are_refused_do_not_keep_the_runtime_busy() {
             a.write_all(addr.as_abstract_name().unwrap()).unwrap();
         }
         let accepting = tokio::spawn({
-            let listener = std::sync::Arc::clone(&listener);
+            let listener = Arc::clone(&listener);
             async move { drop(listener.accept().await) }
         });
         // This task gets its turns beside the other's, however many wait to be refused.
@@ -275,6 +278,92 @@ fn other_uids_are_admitted_only_if_listed() {
         let (answer, ()) = tokio::join!(answer_to(ROLE, Some(uid), &addr), greet(&listener));
         assert_eq!(answer, "<welcome>");
     });
+}
+
+#[test]
+fn refused_peers_are_logged_once_a_second() {
+    const ROLE: &str = "refused_peers_are_logged_once_a_second";
+    if let Some(stdin) = role_socket(ROLE) {
+        let (stdin, told) = told(stdin);
+        return match &told[..] {
+            "listen" => refuse_and_log(ROLE),
+            addr => client(stdin, addr),
+        };
+    }
+    if other_uid().is_none() {
+        return;
+    }
+    // In a process of its own: other tests of this one log refusals too, without a subscriber, and `tracing` may remember
+    // for all threads that nobody wants these lines.
+    let (mut here, stdin) = UnixStream::pair().unwrap();
+    let mut server = spawn_role(ROLE, None, stdin.into());
+    tell(&mut here, "listen");
+    assert!(server.wait().unwrap().success());
+}
+
+fn refuse_and_log(role: &'static str) {
+    let uid = other_uid().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let path = directory.path().join("socket");
+    let lines = Arc::new(Mutex::new(Vec::new()));
+    with_default(Warnings(Arc::clone(&lines)), || {
+        run(async {
+            let listener = Listener::bind_with_mode(&path, SocketKind::Stream, 0o666).unwrap();
+            let addr = listener.local_addr().unwrap();
+            tokio::select! {
+                () = greet(&listener) => panic!("admitted"),
+                () = async {
+                    let begin = Instant::now();
+                    for _ in 0..10 {
+                        assert_eq!(answer_to(role, Some(uid), &addr).await, "<>");
+                    }
+                    let seconds = begin.elapsed().as_secs() as usize + 1;
+                    let lines = lines.lock().unwrap().len();
+                    assert!((1..=seconds).contains(&lines), "{lines} lines in less than {seconds} s");
+                    // This one surely gets a line.
+                    tokio::time::sleep(Duration::from_millis(1100)).await;
+                    assert_eq!(answer_to(role, Some(uid), &addr).await, "<>");
+                } => {}
+            }
+            assert_eq!(listener.refused(), 11);
+        });
+    });
+    let lines = lines.lock().unwrap();
+    let mut refused = 0;
+    for line in lines.iter() {
+        assert_eq!(line["uid"], uid.to_string());
+        assert_ne!(line["pid"], "");
+        assert_eq!(line["listener"], format!("{path:?}"));
+        assert!(line["message"].contains("allow_uids"), "{line:?}");
+        refused += line["refused"].parse::<u64>().unwrap();
+    }
+    assert_eq!(refused, 11, "each refusal belongs to a line");
+}
+
+/// Keeps the fields of each warning.
+struct Warnings(Arc<Mutex<Vec<Fields>>>);
+
+type Fields = BTreeMap<String, String>;
+
+impl Subscriber for Warnings {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        *metadata.level() == Level::WARN
+    }
+    fn event(&self, event: &Event<'_>) {
+        let mut fields = Fields::new();
+        event.record(&mut |field: &Field, value: &dyn Debug| {
+            fields.insert(field.to_string(), format!("{value:?}"));
+        });
+        self.0.lock().unwrap().push(fields);
+    }
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+    fn enter(&self, _: &span::Id) {}
+    fn exit(&self, _: &span::Id) {}
 }
 
 #[test]

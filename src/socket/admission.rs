@@ -1,11 +1,21 @@
-//! Decides which peers a listener admits.
+//! Decides which peers a listener admits, and logs those that it refuses.
 
 use std::{
-    fs,
-    sync::atomic::{AtomicU64, Ordering},
+    fmt, fs,
+    os::{linux::net::SocketAddrExt, unix::net::SocketAddr},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
-use super::path::PathGuard;
+use tracing::warn;
+
+use super::{PeerCred, path::PathGuard};
+
+/// The shortest time between two log lines about refused peers: a peer that connects in a loop must not fill the log.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The overflow uid of a kernel on which nobody has changed it.
 const DEFAULT_OVERFLOW_UID: u32 = 65534;
@@ -18,6 +28,7 @@ pub(super) struct Admission {
     /// every uid has a mapping.
     overflow_uid: Option<u32>,
     refused: AtomicU64,
+    log: Mutex<RefusalLog>,
 }
 
 #[derive(Debug)]
@@ -35,11 +46,23 @@ enum Refusal {
     Overflow,
 }
 
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotListed => "its uid is not admitted; to admit it, use `Listener::allow_uids`",
+            Self::Overflow => {
+                "its uid may stand for any uid that this user namespace does not map, so it cannot be admitted by number; \
+                 bind a path with mode 0600, or use `Listener::allow_any_uid` and the mode of the path or its directory"
+            }
+        })
+    }
+}
+
 impl Admission {
     /// Admits the own effective uid and root.
     pub(super) fn new() -> Self {
         let admitted = Admitted::Uids(vec![nix::unistd::geteuid().as_raw(), 0]);
-        Self { admitted, overflow_uid: overflow_uid(), refused: AtomicU64::new(0) }
+        Self { admitted, overflow_uid: overflow_uid(), refused: AtomicU64::new(0), log: Mutex::default() }
     }
 
     pub(super) fn allow_uids(&mut self, uids: impl IntoIterator<Item = u32>) {
@@ -56,13 +79,24 @@ impl Admission {
         matches!(self.admitted, Admitted::Uids(_))
     }
 
-    /// Returns true if a peer of this uid is admitted by a listener at this path, and counts it if not.
-    pub(super) fn admits(&self, uid: u32, path: Option<&PathGuard>) -> bool {
-        let refusal = self.check(uid, || path.is_some_and(PathGuard::admits_owner_only));
-        if refusal.is_some() {
-            self.refused.fetch_add(1, Ordering::Relaxed);
+    /// Returns true if a peer is admitted by the listener with this address and path. A refused one is counted and logged.
+    pub(super) fn admits(
+        &self,
+        peer: PeerCred,
+        path: Option<&PathGuard>,
+        addr: impl FnOnce() -> std::io::Result<SocketAddr>,
+    ) -> bool {
+        let Some(refusal) = self.check(peer.uid, || path.is_some_and(PathGuard::admits_owner_only)) else {
+            return true;
+        };
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        // The lock is released before a subscriber, which is foreign code, gets the line.
+        let to_log = self.log.lock().unwrap_or_else(PoisonError::into_inner).count(Instant::now());
+        if let Some(refused) = to_log {
+            let listener = addr().map_or_else(|error| error.to_string(), |addr| readable(&addr));
+            warn!(uid = peer.uid, pid = peer.pid, listener, refused, "connection refused: {refusal}");
         }
-        refusal.is_none()
+        false
     }
 
     pub(super) fn refused(&self) -> u64 {
@@ -77,6 +111,35 @@ impl Admission {
         // The kernel compares the owner of a path with the peer's real uid, not with the one that it reports here.
         let is_ambiguous = self.overflow_uid == Some(uid) && !path_admits_owner_only();
         is_ambiguous.then_some(Refusal::Overflow)
+    }
+}
+
+/// Decides which refusals get a log line.
+#[derive(Debug, Default)]
+struct RefusalLog {
+    last_line: Option<Instant>,
+    /// Refusals since the last line.
+    unlogged: u64,
+}
+
+impl RefusalLog {
+    /// Counts a refusal. Returns the number of refusals to log, or `None` if the last line is too recent.
+    fn count(&mut self, now: Instant) -> Option<u64> {
+        self.unlogged += 1;
+        if self.last_line.is_some_and(|last| now < last + LOG_INTERVAL) {
+            return None;
+        }
+        self.last_line = Some(now);
+        Some(std::mem::take(&mut self.unlogged))
+    }
+}
+
+/// Returns a path as it is, and an abstract name with an `@` in front, as most tools write it.
+fn readable(addr: &SocketAddr) -> String {
+    match (addr.as_pathname(), addr.as_abstract_name()) {
+        (Some(path), _) => path.display().to_string(),
+        (_, Some(name)) => format!("@{}", name.escape_ascii()),
+        _ => "unnamed".to_owned(),
     }
 }
 
@@ -101,7 +164,7 @@ mod tests {
     use super::*;
 
     fn admission(uids: &[u32], overflow_uid: Option<u32>) -> Admission {
-        Admission { admitted: Admitted::Uids(uids.to_vec()), overflow_uid, refused: AtomicU64::new(0) }
+        Admission { admitted: Admitted::Uids(uids.to_vec()), overflow_uid, ..Admission::new() }
     }
 
     #[test]
@@ -117,6 +180,19 @@ mod tests {
         assert_eq!(admission(&[1000], Some(65534)).check(65534, || true), Some(Refusal::NotListed));
         // An administrator can change the number.
         assert_eq!(admission(&[0], Some(0)).check(0, || false), Some(Refusal::Overflow));
+    }
+
+    #[test]
+    fn a_line_a_second_tells_of_all_refusals() {
+        let mut log = RefusalLog::default();
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        assert_eq!(log.count(at(0)), Some(1));
+        assert_eq!(log.count(at(1)), None);
+        assert_eq!(log.count(at(999)), None);
+        assert_eq!(log.count(at(1000)), Some(3));
+        assert_eq!(log.count(at(1999)), None);
+        assert_eq!(log.count(at(60_000)), Some(2));
     }
 
     #[test]

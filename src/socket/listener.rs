@@ -16,7 +16,7 @@ use nix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    Socket, SocketKind,
+    PeerCred, Socket, SocketKind,
     admission::Admission,
     convert::{only_fds, unfit, unix_socket_kind},
     new_socket,
@@ -30,7 +30,8 @@ use crate::sys;
 /// **Who may connect.** A socket file is created with mode 0600. A peer is admitted by its uid (`SO_PEERCRED`). By
 /// default these are the effective uid that the process has when it makes the listener, and root.
 /// [`allow_uids`](Self::allow_uids) and [`allow_any_uid`](Self::allow_any_uid) admit others. The connection of a peer that
-/// is not admitted is closed at once and counted.
+/// is not admitted is closed at once, [counted](Self::refused), and logged as a warning: at most one line a second, with the
+/// number of connections refused since the last one.
 ///
 /// **In a user namespace** that does not map every uid, the kernel reports each uid without a mapping as the overflow uid
 /// (`/proc/sys/kernel/overflowuid`, usually 65534). A peer with this uid can be anybody, so it is never admitted by its
@@ -213,8 +214,7 @@ impl Listener {
         if !self.admission.needs_uid() {
             return Ok(true);
         }
-        let cred = getsockopt(peer, sockopt::PeerCredentials)?;
-        Ok(self.admission.admits(cred.uid(), self.path.as_ref()))
+        Ok(self.admission.admits(PeerCred::of(peer)?, self.path.as_ref(), || self.local_addr()))
     }
 }
 

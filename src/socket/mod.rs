@@ -71,6 +71,13 @@ pub struct PeerCred {
     pub pid: Option<i32>,
 }
 
+impl PeerCred {
+    fn of(socket: &impl AsFd) -> Result<Self> {
+        let cred = getsockopt(socket, sockopt::PeerCredentials)?;
+        Ok(Self { uid: cred.uid(), gid: cred.gid(), pid: Some(cred.pid()).filter(|&pid| pid != 0) })
+    }
+}
+
 /// A connected Unix socket of either kind, registered with tokio.
 ///
 /// Used through [`Framed`](crate::Framed). Converts from and into the sockets of std, tokio and tokio-seqpacket, and
@@ -202,8 +209,7 @@ impl Socket {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn peer_cred(&self) -> Result<PeerCred> {
-        let cred = getsockopt(&self.io, sockopt::PeerCredentials)?;
-        Ok(PeerCred { uid: cred.uid(), gid: cred.gid(), pid: Some(cred.pid()).filter(|&pid| pid != 0) })
+        PeerCred::of(&self.io)
     }
 
     /// A pidfd of the process that [`peer_cred`](Self::peer_cred) names: it becomes readable when that process ends, and
