@@ -164,7 +164,8 @@ impl Listener {
     /// Waits for the next connection of an admitted uid.
     ///
     /// # Errors
-    /// Those of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call.
+    /// Those of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call. Also
+    /// those of setting up an accepted connection, which is closed then.
     ///
     /// # Cancel safety
     /// No connection is lost when dropped. Any number of tasks may wait at a time.
@@ -204,6 +205,11 @@ impl Listener {
                 _ => return Err(error),
             },
         };
+        self.take_accepted(fd).map_err(not_would_block)
+    }
+
+    /// Registers an accepted connection if its peer is admitted.
+    fn take_accepted(&self, fd: OwnedFd) -> Result<Option<Socket>> {
         if self.admits(&fd)? {
             return Socket::register(fd, self.kind).map(Some);
         }
@@ -215,6 +221,17 @@ impl Listener {
             return Ok(true);
         }
         Ok(self.admission.admits(PeerCred::of(peer)?, self.path.as_ref(), || self.local_addr()))
+    }
+}
+
+/// Turns `WouldBlock` into another kind of error.
+///
+/// After `accept` has succeeded, tokio would take it for an answer of `accept`: it would forget that connections are
+/// waiting, and the caller would never learn that one was accepted and closed.
+fn not_would_block(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::WouldBlock => Error::other(format!("an accepted connection was closed: {error}")),
+        _ => error,
     }
 }
 
@@ -250,5 +267,20 @@ impl From<Listener> for OwnedFd {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.get_ref().as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_accept_no_error_says_that_nobody_waits() {
+        let mapped = not_would_block(Error::from_raw_os_error(libc::EAGAIN));
+        assert_ne!(mapped.kind(), ErrorKind::WouldBlock);
+        assert!(mapped.to_string().contains("Resource temporarily unavailable"), "{mapped}");
+
+        let kept = not_would_block(Error::from_raw_os_error(libc::EMFILE));
+        assert_eq!(kept.raw_os_error(), Some(libc::EMFILE));
     }
 }
