@@ -18,7 +18,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 use super::{
     PeerCred, Socket, SocketKind,
     admission::Admission,
-    convert::{only_fds, unfit, unix_socket_kind},
+    convert::{disable_credentials, invalid_descriptor, unix_socket_kind},
     new_socket,
     path::{PathGuard, unix_addr},
     set_nonblocking,
@@ -64,6 +64,9 @@ pub struct Listener {
     kind: SocketKind,
     admission: Admission,
     path: Option<PathGuard>,
+    /// Made by a conversion. A connection copies `SO_PASSCRED` from the listener when the client connects, so those that were
+    /// in the backlog then may have it.
+    was_converted: bool,
 }
 
 impl Listener {
@@ -109,7 +112,13 @@ impl Listener {
     }
 
     fn register(fd: OwnedFd, kind: SocketKind, path: Option<PathGuard>) -> Result<Self> {
-        Ok(Self { io: sys::register(fd, Interest::READABLE)?, kind, admission: Admission::new(), path })
+        Ok(Self {
+            io: sys::register(fd, Interest::READABLE)?,
+            kind,
+            admission: Admission::new(),
+            path,
+            was_converted: false,
+        })
     }
 
     /// Admits these uids too.
@@ -210,10 +219,13 @@ impl Listener {
 
     /// Registers an accepted connection if its peer is admitted.
     fn take_accepted(&self, fd: OwnedFd) -> Result<Option<Socket>> {
-        if self.admits(&fd)? {
-            return Socket::register(fd, self.kind).map(Some);
+        if !self.admits(&fd)? {
+            return Ok(None);
         }
-        Ok(None)
+        if self.was_converted {
+            disable_credentials(&fd)?;
+        }
+        Socket::register(fd, self.kind).map(Some)
     }
 
     fn admits(&self, peer: &OwnedFd) -> Result<bool> {
@@ -246,11 +258,12 @@ impl TryFrom<OwnedFd> for Listener {
     fn try_from(fd: OwnedFd) -> Result<Self> {
         let kind = unix_socket_kind(&fd)?;
         if !getsockopt(&fd, sockopt::AcceptConn)? {
-            return Err(unfit("it is not a listening socket"));
+            return Err(invalid_descriptor("it is not a listening socket"));
         }
         set_nonblocking(&fd, true)?; // accept has no flag for it
-        only_fds(&fd)?; // accepted sockets inherit it
-        Self::register(fd, kind, None)
+        disable_credentials(&fd)?; // for clients that connect from now on
+        let listener = Self::register(fd, kind, None)?;
+        Ok(Self { was_converted: true, ..listener })
     }
 }
 
