@@ -3,21 +3,33 @@
 mod common;
 
 use std::{
-    fs,
+    collections::BTreeMap,
+    fmt::Debug,
+    fs::{self, Permissions},
     io::{ErrorKind, Read, Write},
+    net::Shutdown,
     os::{
         fd::OwnedFd,
         linux::net::SocketAddrExt,
         unix::{
-            fs::{MetadataExt, PermissionsExt},
+            fs::{MetadataExt, PermissionsExt, symlink},
             net::{SocketAddr, UnixListener, UnixStream},
         },
     },
-    sync::atomic::Ordering::SeqCst,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, atomic::Ordering::SeqCst, mpsc},
+    time::{Duration, Instant},
 };
 
 use common::{KINDS, abstract_name, check_connected, leave_stale_socket, other_uid, role_socket, run, spawn_role};
 use fdwire::{Listener, Socket, SocketKind};
+use futures::future::join_all;
+use nix::{
+    sys::stat::{Mode, umask},
+    unistd::mkfifo,
+};
+use tracing::{Event, Level, Metadata, Subscriber, field::Field, span, subscriber::with_default};
 
 #[test]
 fn a_socket_file_is_for_its_owner_only_and_goes_with_the_listener() {
@@ -113,7 +125,7 @@ fn peers_that_are_refused_do_not_keep_the_runtime_busy() {
     let Some(uid) = other_uid() else { return };
     run(async {
         let addr = abstract_name("busy");
-        let listener = std::sync::Arc::new(Listener::bind_addr(&addr, SocketKind::Stream).unwrap());
+        let listener = Arc::new(Listener::bind_addr(&addr, SocketKind::Stream).unwrap());
         let mut children = Vec::new();
         for _ in 0..3 {
             let (mut a, b) = UnixStream::pair().unwrap();
@@ -121,7 +133,7 @@ fn peers_that_are_refused_do_not_keep_the_runtime_busy() {
             a.write_all(addr.as_abstract_name().unwrap()).unwrap();
         }
         let accepting = tokio::spawn({
-            let listener = std::sync::Arc::clone(&listener);
+            let listener = Arc::clone(&listener);
             async move { drop(listener.accept().await) }
         });
         // This task gets its turns beside the other's, however many wait to be refused.
@@ -163,6 +175,47 @@ fn a_path_can_be_taken_and_left_by_many_at_a_time() {
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
 }
 
+/// Whoever may write to the directory decides what is there.
+#[test]
+fn only_a_regular_file_is_taken_as_the_lock() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let lock = directory.path().join("socket.lock");
+    let target = directory.path().join("target");
+    let refused = |what: &str| {
+        let (done, outcome) = mpsc::channel();
+        let path = path.clone();
+        std::thread::spawn(move || run(async move { done.send(Listener::bind(&path, SocketKind::Stream).map(drop)) }));
+        let outcome = outcome.recv_timeout(Duration::from_secs(10)).unwrap_or_else(|_| panic!("bind waits for {what}"));
+        let error = outcome.expect_err(what);
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{what}: {error}");
+        assert!(error.to_string().contains("socket.lock is not a regular file"), "{what}: {error}");
+    };
+
+    mkfifo(&lock, Mode::S_IRWXU).unwrap();
+    refused("a FIFO without a reader");
+    let reader = fs::File::options().read(true).write(true).open(&lock).unwrap();
+    refused("a FIFO with a reader");
+    drop(reader);
+    fs::remove_file(&lock).unwrap();
+
+    fs::create_dir(&lock).unwrap();
+    refused("a directory");
+    fs::remove_dir(&lock).unwrap();
+
+    symlink(&target, &lock).unwrap();
+    refused("a symbolic link to nothing");
+    assert!(!target.exists(), "the link was followed");
+    fs::write(&target, "").unwrap();
+    refused("a symbolic link to a file");
+    fs::remove_file(&lock).unwrap();
+
+    drop(UnixListener::bind(&lock).unwrap());
+    refused("a socket");
+    fs::remove_file(&lock).unwrap();
+    run(async { Listener::bind(&path, SocketKind::Stream) }).unwrap();
+}
+
 #[test]
 fn only_the_own_socket_is_removed() {
     run(async {
@@ -201,55 +254,314 @@ fn a_listener_that_is_handed_on_keeps_its_path() {
 fn other_uids_are_admitted_only_if_listed() {
     const ROLE: &str = "other_uids_are_admitted_only_if_listed";
     if let Some(stdin) = role_socket(ROLE) {
-        let mut stdin = UnixStream::from(stdin);
-        let mut name = String::new();
-        stdin.read_to_string(&mut name).unwrap();
-        let addr = SocketAddr::from_abstract_name(name).unwrap();
-        let mut client = UnixStream::connect_addr(&addr).unwrap();
-        let mut answer = String::new();
-        // Refused: the end, or a reset.
-        let _ = client.read_to_string(&mut answer);
-        stdin.write_all(format!("<{answer}>").as_bytes()).unwrap();
-        return;
+        let (stdin, addr) = told(stdin);
+        return client(stdin, &addr);
     }
     let Some(uid) = other_uid() else { return };
     run(async {
-        let as_other_uid = async |addr: &SocketAddr| {
-            let (mut a, b) = UnixStream::pair().unwrap();
-            let mut child = spawn_role(ROLE, Some(uid), b.into());
-            a.write_all(addr.as_abstract_name().unwrap()).unwrap();
-            a.shutdown(std::net::Shutdown::Write).unwrap();
-            tokio::task::spawn_blocking(move || {
-                let mut answer = String::new();
-                a.read_to_string(&mut answer).unwrap();
-                child.wait().unwrap();
-                answer
-            })
-            .await
-            .unwrap()
-        };
         let addr = abstract_name("uid");
-        let greet = async |listener: &Listener| {
-            let mut client = UnixStream::try_from(listener.accept().await.unwrap()).unwrap();
-            client.write_all(b"welcome").unwrap();
-        };
-
         let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap();
         tokio::select! {
-            answer = as_other_uid(&addr) => assert_eq!(answer, "<>"),
+            answer = answer_to(ROLE, Some(uid), &addr) => assert_eq!(answer, "<>"),
             () = greet(&listener) => panic!("admitted"),
         }
         assert_eq!(listener.refused(), 1);
 
         let listener = listener.allow_uids([uid]);
-        let (answer, ()) = tokio::join!(as_other_uid(&addr), greet(&listener));
+        let (answer, ()) = tokio::join!(answer_to(ROLE, Some(uid), &addr), greet(&listener));
         assert_eq!((&answer[..], listener.refused()), ("<welcome>", 1));
         drop(listener);
 
         // Another name: a child that another test is starting may have a copy of the listener for a moment.
         let addr = abstract_name("any uid");
         let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap().allow_any_uid();
-        let (answer, ()) = tokio::join!(as_other_uid(&addr), greet(&listener));
+        let (answer, ()) = tokio::join!(answer_to(ROLE, Some(uid), &addr), greet(&listener));
         assert_eq!(answer, "<welcome>");
     });
+}
+
+#[test]
+fn refused_peers_are_logged_once_a_second() {
+    const ROLE: &str = "refused_peers_are_logged_once_a_second";
+    if let Some(stdin) = role_socket(ROLE) {
+        let (stdin, told) = told(stdin);
+        return match &told[..] {
+            "listen" => refuse_and_log(ROLE),
+            addr => client(stdin, addr),
+        };
+    }
+    if other_uid().is_none() {
+        return;
+    }
+    // In a process of its own: other tests of this one log refusals too, without a subscriber, and `tracing` may remember
+    // for all threads that nobody wants these lines.
+    let (mut here, stdin) = UnixStream::pair().unwrap();
+    let mut server = spawn_role(ROLE, None, stdin.into());
+    tell(&mut here, "listen");
+    assert!(server.wait().unwrap().success());
+}
+
+fn refuse_and_log(role: &'static str) {
+    let uid = other_uid().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let path = directory.path().join("socket");
+    let lines = Arc::new(Mutex::new(Vec::new()));
+    with_default(Warnings(Arc::clone(&lines)), || {
+        run(async {
+            let listener = Listener::bind_with_mode(&path, SocketKind::Stream, 0o666).unwrap();
+            let addr = listener.local_addr().unwrap();
+            tokio::select! {
+                () = greet(&listener) => panic!("admitted"),
+                () = async {
+                    let begin = Instant::now();
+                    for _ in 0..10 {
+                        assert_eq!(answer_to(role, Some(uid), &addr).await, "<>");
+                    }
+                    let seconds = begin.elapsed().as_secs() as usize + 1;
+                    let lines = lines.lock().unwrap().len();
+                    assert!((1..=seconds).contains(&lines), "{lines} lines in less than {seconds} s");
+                    // This one surely gets a line.
+                    tokio::time::sleep(Duration::from_millis(1100)).await;
+                    assert_eq!(answer_to(role, Some(uid), &addr).await, "<>");
+                } => {}
+            }
+            assert_eq!(listener.refused(), 11);
+        });
+    });
+    let lines = lines.lock().unwrap();
+    let mut refused = 0;
+    for line in lines.iter() {
+        assert_eq!(line["uid"], uid.to_string());
+        assert_ne!(line["pid"], "");
+        assert_eq!(line["listener"], format!("{path:?}"));
+        assert!(line["message"].contains("allow_uids"), "{line:?}");
+        refused += line["refused"].parse::<u64>().unwrap();
+    }
+    assert_eq!(refused, 11, "each refusal belongs to a line");
+}
+
+/// Keeps the fields of each warning.
+struct Warnings(Arc<Mutex<Vec<Fields>>>);
+
+type Fields = BTreeMap<String, String>;
+
+impl Subscriber for Warnings {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        *metadata.level() == Level::WARN
+    }
+    fn event(&self, event: &Event<'_>) {
+        let mut fields = Fields::new();
+        event.record(&mut |field: &Field, value: &dyn Debug| {
+            fields.insert(field.to_string(), format!("{value:?}"));
+        });
+        self.0.lock().unwrap().push(fields);
+    }
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+    fn enter(&self, _: &span::Id) {}
+    fn exit(&self, _: &span::Id) {}
+}
+
+#[test]
+fn a_path_gets_the_mode_asked_for_whatever_the_umask_is() {
+    const ROLE: &str = "a_path_gets_the_mode_asked_for_whatever_the_umask_is";
+    if let Some(stdin) = role_socket(ROLE) {
+        let (stdin, told) = told(stdin);
+        return match told.strip_prefix("listen ") {
+            Some(told) => run(listen_with_umask(stdin, told)),
+            None => client(stdin, &told),
+        };
+    }
+    for umask in ["022", "077", "000", "377"] {
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+        let server = start_server(ROLE, &format!("listen {umask} {}", directory.path().display()));
+        for (mode, may_connect) in MODES {
+            let path = directory.path().join(format!("{mode:o}"));
+            let found = fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
+            assert_eq!(format!("{found:o}"), format!("{mode:o}"), "with umask {umask}");
+            if let Some(uid) = other_uid() {
+                let addr = SocketAddr::from_pathname(&path).unwrap();
+                let answer = run(answer_to(ROLE, Some(uid), &addr));
+                let expected = if may_connect { "<welcome>" } else { "permission denied" };
+                assert_eq!(answer, expected, "mode {mode:o}, umask {umask}");
+            }
+        }
+        drop(server);
+    }
+}
+
+/// `SO_PEERCRED` reports each uid that a user namespace does not map as 65534. A server that runs as such a uid sees every
+/// other one as its own.
+#[test]
+fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
+    const ROLE: &str = "a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number";
+    if let Some(stdin) = role_socket(ROLE) {
+        let (stdin, told) = told(stdin);
+        return match told.strip_prefix("listen ") {
+            Some(directory) => run(listen_in_namespace(stdin, Path::new(directory))),
+            None => client(stdin, &told),
+        };
+    }
+    if !Command::new("unshare").args(["--user", "true"]).output().is_ok_and(|output| output.status.success()) {
+        return eprintln!("skipped: a user namespace cannot be made here");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let mut unshare = Command::new("unshare");
+    unshare.arg("--user").arg(std::env::current_exe().unwrap());
+    let told = format!("listen {}", directory.path().display());
+    let _server = start_server_by(&mut unshare, ROLE, &told);
+
+    let path = |name: &str| SocketAddr::from_pathname(directory.path().join(name)).unwrap();
+    let name = |name: &str| namespace_name(directory.path(), name);
+    let answers = |uid, addr| run(answer_to(ROLE, uid, &addr));
+    // Of the same uid, which has no mapping in the server's namespace. Only the kernel can tell it from others.
+    assert_eq!(answers(None, path("0600")), "<welcome>");
+    assert_eq!(answers(None, path("0666")), "<>");
+    assert_eq!(answers(None, path("made 0666 later")), "<>");
+    assert_eq!(answers(None, name("name")), "<>");
+    assert_eq!(answers(None, name("allow_any_uid")), "<welcome>");
+
+    let Some(uid) = other_uid() else { return };
+    assert_eq!(answers(Some(uid), path("0600")), "permission denied");
+    assert_eq!(answers(Some(uid), path("0666")), "<>");
+    assert_eq!(answers(Some(uid), path("made 0666 later")), "<>");
+    assert_eq!(answers(Some(uid), name("name")), "<>");
+    assert_eq!(answers(Some(uid), name("allow_any_uid")), "<welcome>");
+}
+
+/// Listens at paths and names, in a user namespace without mappings.
+async fn listen_in_namespace(mut stdin: UnixStream, directory: &Path) {
+    assert_eq!(nix::unistd::geteuid().as_raw(), 65534);
+    let kind = SocketKind::Stream;
+    let path = |name: &str, mode| Listener::bind_with_mode(directory.join(name), kind, mode).unwrap();
+    let name = |name: &str| Listener::bind_addr(&namespace_name(directory, name), kind).unwrap();
+    let listeners = [
+        path("0600", 0o600),
+        path("0666", 0o666).allow_uids([65534]),
+        path("made 0666 later", 0o600).allow_uids([65534]),
+        name("name").allow_uids([65534]),
+        name("allow_any_uid").allow_any_uid(),
+    ];
+    fs::set_permissions(directory.join("made 0666 later"), Permissions::from_mode(0o666)).unwrap();
+    stdin.write_all(b"!").unwrap();
+    greet_all(&listeners).await;
+}
+
+/// An abstract name of the server in [`listen_in_namespace`].
+fn namespace_name(directory: &Path, name: &str) -> SocketAddr {
+    SocketAddr::from_abstract_name(format!("{} {name}", directory.display())).unwrap()
+}
+
+/// Modes of paths, and whether another uid may connect then.
+const MODES: [(u32, bool); 6] =
+    [(0o600, false), (0o640, false), (0o660, false), (0o666, true), (0o602, true), (0o777, true)];
+
+/// Listens at one path a mode, in the directory named, and admits everybody. The umask belongs to the process, so it takes
+/// one of its own.
+async fn listen_with_umask(mut stdin: UnixStream, told: &str) {
+    let (mask, directory) = told.split_once(' ').unwrap();
+    umask(Mode::from_bits_truncate(u32::from_str_radix(mask, 8).unwrap()));
+    let listeners = MODES.map(|(mode, _)| {
+        let path = Path::new(directory).join(format!("{mode:o}"));
+        Listener::bind_with_mode(&path, SocketKind::Stream, mode).unwrap().allow_any_uid()
+    });
+    stdin.write_all(b"!").unwrap();
+    greet_all(&listeners).await;
+}
+
+async fn greet_all(listeners: &[Listener]) {
+    join_all(listeners.iter().map(async |listener| {
+        loop {
+            greet(listener).await;
+        }
+    }))
+    .await;
+}
+
+/// Starts a role process that listens, and waits until it does.
+fn start_server(role: &str, told: &str) -> Killed {
+    start_server_by(&mut Command::new("/proc/self/exe"), role, told)
+}
+
+/// The same by a command that runs this binary.
+fn start_server_by(command: &mut Command, role: &str, told: &str) -> Killed {
+    let (mut here, stdin) = UnixStream::pair().unwrap();
+    command.args([role, "--exact", "--nocapture"]).env("FDWIRE_ROLE", role);
+    let server = Killed(command.stdin(OwnedFd::from(stdin)).stdout(Stdio::null()).spawn().unwrap());
+    command.stdin(Stdio::null()); // the server's death is seen only if this process has no copy
+    tell(&mut here, told);
+    here.read_exact(&mut [0]).expect("the server has failed");
+    server
+}
+
+/// A role process that ends with the test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+async fn greet(listener: &Listener) {
+    let mut client = UnixStream::try_from(listener.accept().await.unwrap()).unwrap();
+    client.write_all(b"welcome").unwrap();
+}
+
+/// Connects in a role process, as another uid if one is given. Returns the listener's answer in angle brackets (nothing is
+/// in them if the client was refused), or the error of the connect.
+async fn answer_to(role: &'static str, uid: Option<u32>, addr: &SocketAddr) -> String {
+    let addr = match (addr.as_pathname(), addr.as_abstract_name()) {
+        (Some(path), _) => path.to_str().unwrap().to_owned(),
+        (_, name) => format!("@{}", str::from_utf8(name.unwrap()).unwrap()),
+    };
+    tokio::task::spawn_blocking(move || {
+        let (mut here, stdin) = UnixStream::pair().unwrap();
+        let mut child = spawn_role(role, uid, stdin.into());
+        tell(&mut here, &addr);
+        let mut answer = String::new();
+        here.read_to_string(&mut answer).unwrap();
+        child.wait().unwrap();
+        answer
+    })
+    .await
+    .unwrap()
+}
+
+/// The role process of [`answer_to`].
+fn client(mut stdin: UnixStream, addr: &str) {
+    let addr = match addr.strip_prefix('@') {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(addr),
+    };
+    let answer = match UnixStream::connect_addr(&addr.unwrap()) {
+        Ok(mut client) => {
+            let mut answer = String::new();
+            // Refused: the end, or a reset.
+            let _ = client.read_to_string(&mut answer);
+            format!("<{answer}>")
+        }
+        Err(error) => error.kind().to_string(),
+    };
+    stdin.write_all(answer.as_bytes()).unwrap();
+}
+
+fn tell(role: &mut UnixStream, what: &str) {
+    role.write_all(what.as_bytes()).unwrap();
+    role.shutdown(Shutdown::Write).unwrap();
+}
+
+/// Returns what the role process was told, and where to answer.
+fn told(stdin: OwnedFd) -> (UnixStream, String) {
+    let mut stdin = UnixStream::from(stdin);
+    let mut told = String::new();
+    stdin.read_to_string(&mut told).unwrap();
+    (stdin, told)
 }

@@ -13,7 +13,8 @@ use std::{
 };
 
 use common::{
-    KINDS, abstract_name, check_connected, leave_stale_socket, marked, role_socket, run, sock_type, spawn_role,
+    KINDS, abstract_name, check_connected, encoded, leave_stale_socket, marked, raw_send, role_socket, run, sock_type,
+    spawn_role,
 };
 use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
@@ -126,6 +127,32 @@ fn accepted_sockets_do_not_inherit_what_takes_the_descriptors_room() {
         let listener = Listener::try_from(listener).unwrap();
         let (_client, accepted) = tokio::join!(Socket::connect_addr(&addr, SocketKind::Stream), listener.accept());
         assert!(!getsockopt(&accepted.unwrap(), sockopt::PassCred).unwrap());
+    });
+}
+
+/// A connection copies the options of the listener when the client connects. With `SO_PASSCRED`, a read of a stream ends
+/// where another process has written, and no event announces the rest.
+#[test]
+fn connections_in_the_backlog_of_a_converted_listener_bring_no_credentials() {
+    const ROLE: &str = "connections_in_the_backlog_of_a_converted_listener_bring_no_credentials";
+    use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+    if let Some(stdin) = role_socket(ROLE) {
+        return raw_send(&stdin, &encoded(b"two", 0), &[]);
+    }
+    run(async {
+        let addr = abstract_name("backlog");
+        let listener = UnixListener::bind_addr(&addr).unwrap();
+        setsockopt(&listener, sockopt::PassCred, &true).unwrap();
+        let client = UnixStream::connect_addr(&addr).unwrap();
+        raw_send(&client, &encoded(b"one", 0), &[]);
+        let mut other_writer = spawn_role(ROLE, None, client.try_clone().unwrap().into());
+        assert!(other_writer.wait().unwrap().success());
+
+        let accepted = Listener::try_from(listener).unwrap().accept().await.unwrap();
+        assert!(!getsockopt(&accepted, sockopt::PassCred).unwrap());
+        let mut accepted = Framed::new(accepted, FrameCodec::default());
+        assert_eq!(accepted.try_next().await.unwrap().unwrap().payload, "one");
+        assert_eq!(accepted.try_next().await.unwrap().unwrap().payload, "two");
     });
 }
 

@@ -3,7 +3,7 @@
 use std::{
     io::{Error, ErrorKind, Result},
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix,
     },
 };
@@ -19,7 +19,8 @@ use super::{Listener, Socket, SocketKind, set_nonblocking};
 use crate::sys;
 
 /// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other holders of the socket
-/// share them; `SO_PASSCRED` and `SO_PASSPIDFD` are switched off, because what they bring takes the descriptors' room.
+/// share them. `SO_PASSCRED` and `SO_PASSPIDFD` are switched off, because their control messages take the room of
+/// descriptors.
 ///
 /// # Errors
 /// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.
@@ -29,19 +30,20 @@ impl TryFrom<OwnedFd> for Socket {
     fn try_from(fd: OwnedFd) -> Result<Self> {
         let kind = unix_socket_kind(&fd)?;
         if getsockopt(&fd, sockopt::AcceptConn)? {
-            return Err(unfit("it is a listening socket"));
+            return Err(invalid_descriptor("it is a listening socket"));
         }
         match socket::getpeername::<UnixAddr>(fd.as_raw_fd()) {
-            Err(Errno::ENOTCONN) => return Err(unfit("it is not connected")),
+            Err(Errno::ENOTCONN) => return Err(invalid_descriptor("it is not connected")),
             connected => drop(connected?),
         }
-        only_fds(&fd)?;
+        disable_credentials(&fd)?;
         Self::register(fd, kind)
     }
 }
 
-/// Switches off what takes the descriptors' room in control data, and keeps reads from merging what processes wrote.
-pub(super) fn only_fds(fd: &OwnedFd) -> Result<()> {
+/// Switches off `SO_PASSCRED` and `SO_PASSPIDFD`. Their control messages take the room of descriptors, and a read of a stream
+/// ends where another process has written.
+pub(super) fn disable_credentials(fd: &impl AsFd) -> Result<()> {
     setsockopt(fd, sockopt::PassCred, &false)?;
     match setsockopt(fd, sys::PassPidfd, &false) {
         Err(Errno::ENOPROTOOPT) => Ok(()), // a kernel before 6.5
@@ -51,18 +53,18 @@ pub(super) fn only_fds(fd: &OwnedFd) -> Result<()> {
 
 pub(super) fn unix_socket_kind(fd: &OwnedFd) -> Result<SocketKind> {
     match getsockopt(fd, sys::Domain) {
-        Err(Errno::ENOTSOCK) => return Err(unfit("it is not a socket")),
-        domain if domain? != libc::AF_UNIX => return Err(unfit("it is not a Unix socket")),
+        Err(Errno::ENOTSOCK) => return Err(invalid_descriptor("it is not a socket")),
+        domain if domain? != libc::AF_UNIX => return Err(invalid_descriptor("it is not a Unix socket")),
         _ => {}
     }
     match getsockopt(fd, sockopt::SockType)? {
         SockType::SeqPacket => Ok(SocketKind::SeqPacket),
         SockType::Stream => Ok(SocketKind::Stream),
-        _ => Err(unfit("it is neither SOCK_SEQPACKET nor SOCK_STREAM")),
+        _ => Err(invalid_descriptor("it is neither SOCK_SEQPACKET nor SOCK_STREAM")),
     }
 }
 
-pub(super) fn unfit(reason: &str) -> Error {
+pub(super) fn invalid_descriptor(reason: &str) -> Error {
     Error::new(ErrorKind::InvalidInput, format!("descriptor cannot be used: {reason}"))
 }
 
@@ -104,7 +106,7 @@ impl TryFrom<Socket> for unix::net::UnixStream {
     fn try_from(socket: Socket) -> Result<Self> {
         match socket.kind() {
             SocketKind::Stream => Ok(OwnedFd::from(socket).into()),
-            SocketKind::SeqPacket => Err(unfit("it is SOCK_SEQPACKET, SOCK_STREAM is expected")),
+            SocketKind::SeqPacket => Err(invalid_descriptor("it is SOCK_SEQPACKET, SOCK_STREAM is expected")),
         }
     }
 }
@@ -136,7 +138,7 @@ impl TryFrom<Socket> for UnixSeqpacket {
                 set_nonblocking(&socket, true)?;
                 OwnedFd::from(socket).try_into()
             }
-            SocketKind::Stream => Err(unfit("it is SOCK_STREAM, SOCK_SEQPACKET is expected")),
+            SocketKind::Stream => Err(invalid_descriptor("it is SOCK_STREAM, SOCK_SEQPACKET is expected")),
         }
     }
 }

@@ -6,22 +6,19 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
-    sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
 };
 
 use nix::{
     libc,
-    sys::{
-        socket::{self, Backlog, UnixAddr, getsockopt, sockopt},
-        stat::{Mode, fchmod},
-    },
+    sys::socket::{self, Backlog, UnixAddr, getsockopt, sockopt},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    Socket, SocketKind,
-    convert::{only_fds, unfit, unix_socket_kind},
+    PeerCred, Socket, SocketKind,
+    admission::Admission,
+    convert::{disable_credentials, invalid_descriptor, unix_socket_kind},
     new_socket,
     path::{PathGuard, unix_addr},
     set_nonblocking,
@@ -33,9 +30,18 @@ use crate::{
 
 /// Listens for connections at a path or an abstract name.
 ///
-/// **Who may connect.** A socket file is created with mode 0600. Whoever connects is admitted by uid (`SO_PEERCRED`):
-/// the own effective uid and root, unless [`allow_uids`](Self::allow_uids) or [`allow_any_uid`](Self::allow_any_uid)
-/// says otherwise. Others are closed at once and counted.
+/// **Who may connect.** A socket file is created with mode 0600. A peer is admitted by its uid (`SO_PEERCRED`). By
+/// default these are the effective uid that the process has when it makes the listener, and root.
+/// [`allow_uids`](Self::allow_uids) and [`allow_any_uid`](Self::allow_any_uid) admit others. The connection of a peer that
+/// is not admitted is closed at once, [counted](Self::refused), and logged as a warning: at most one line a second, with the
+/// number of connections refused since the last one.
+///
+/// **In a user namespace** that does not map every uid, the kernel reports each uid without a mapping as the overflow uid
+/// (`/proc/sys/kernel/overflowuid`, usually 65534). A peer with this uid can be anybody, so it is never admitted by its
+/// number, even if the process itself runs as that uid. There is one exception: a path that this listener has bound, while
+/// only its owner may write to it (mode 0600). There, the kernel itself has checked that the peer is the owner or
+/// privileged. For anything else, combine [`allow_any_uid`](Self::allow_any_uid) with the mode of the path or its
+/// directory, or give each process one end of a [`Socket::pair`].
 ///
 /// **Who owns the path.** A lock file beside it (`<path>.lock`) is held as long as the listener lives. A stale socket is replaced; one
 /// that a live process listens on is not, and neither is any other kind of file. On drop the socket is removed, if it is
@@ -59,40 +65,35 @@ use crate::{
 pub struct Listener {
     io: AsyncFd<BackgroundFd>,
     kind: SocketKind,
-    admitted: Admitted,
-    refused: AtomicU64,
+    admission: Admission,
     path: Option<PathGuard>,
-}
-
-#[derive(Debug)]
-enum Admitted {
-    Uids(Vec<u32>),
-    Any,
+    /// Made by a conversion. A connection copies `SO_PASSCRED` from the listener when the client connects, so those that were
+    /// in the backlog then may have it.
+    was_converted: bool,
 }
 
 impl Listener {
     /// Listens at a path, which gets mode 0600.
     ///
     /// # Errors
-    /// `AddrInUse` if a live process listens there, `AlreadyExists` if something other than a socket is there, and those
-    /// of bind(2).
+    /// `AddrInUse` if a live process listens there, `AlreadyExists` if something other than a socket is there or
+    /// `<path>.lock` is not a regular file, and those of bind(2).
     pub fn bind(path: impl AsRef<Path>, kind: SocketKind) -> Result<Self> {
         Self::bind_with_mode(path, kind, 0o600)
     }
 
-    /// Listens at a path, which gets the given mode less the process's umask. Connecting takes write permission.
+    /// Listens at a path, which gets exactly the given mode (of which only the permission bits 0777 count), whatever
+    /// the process's umask is. Connecting takes write permission. At no moment may anyone connect whom the mode does not
+    /// permit.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind).
+    /// As for [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc` is not mounted.
     pub fn bind_with_mode(path: impl AsRef<Path>, kind: SocketKind, mode: u32) -> Result<Self> {
         let path = path.as_ref();
         let addr = UnixAddr::new(path)?;
         let mut guard = PathGuard::take(path)?;
         let fd = new_socket(kind)?;
-        // Before bind, which makes the file: there is no moment at which it is open to others.
-        fchmod(&fd, Mode::from_bits_truncate(mode))?;
-        socket::bind(fd.as_raw_fd(), &addr)?;
-        guard.bound()?;
+        guard.bind(&fd, &addr, mode)?;
         socket::listen(&fd, Backlog::MAXCONN)?;
         Self::register(fd, kind, Some(guard))
     }
@@ -114,13 +115,21 @@ impl Listener {
     }
 
     fn register(fd: OwnedFd, kind: SocketKind, path: Option<PathGuard>) -> Result<Self> {
-        let admitted = Admitted::Uids(vec![nix::unistd::geteuid().as_raw(), 0]);
         closer::start();
         let fd = BackgroundFd::new(fd, InBackground::default());
-        Ok(Self { io: sys::register(fd, Interest::READABLE)?, kind, admitted, refused: AtomicU64::new(0), path })
+        Ok(Self {
+            io: sys::register(fd, Interest::READABLE)?,
+            kind,
+            admission: Admission::new(),
+            path,
+            was_converted: false,
+        })
     }
 
     /// Admits these uids too.
+    ///
+    /// The overflow uid is not admitted by this in a user namespace that does not map every uid, as described
+    /// for [`Listener`].
     ///
     /// ```no_run
     /// # fn main() -> std::io::Result<()> {
@@ -132,22 +141,20 @@ impl Listener {
     /// ```
     #[must_use]
     pub fn allow_uids(mut self, uids: impl IntoIterator<Item = u32>) -> Self {
-        if let Admitted::Uids(admitted) = &mut self.admitted {
-            admitted.extend(uids);
-        }
+        self.admission.allow_uids(uids);
         self
     }
 
     /// Admits every uid that gets past the mode of the path.
     #[must_use]
     pub fn allow_any_uid(mut self) -> Self {
-        self.admitted = Admitted::Any;
+        self.admission.allow_any_uid();
         self
     }
 
     /// Number of connections closed because their uid is not admitted.
     pub fn refused(&self) -> u64 {
-        self.refused.load(Ordering::Relaxed)
+        self.admission.refused()
     }
 
     /// The kind of the sockets that it accepts.
@@ -171,7 +178,8 @@ impl Listener {
     /// Waits for the next connection of an admitted uid.
     ///
     /// # Errors
-    /// Those of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call.
+    /// Those of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call. Also
+    /// those of setting up an accepted connection, which is closed then.
     ///
     /// # Cancel safety
     /// No connection is lost when dropped. Any number of tasks may wait at a time.
@@ -211,19 +219,38 @@ impl Listener {
                 _ => return Err(error),
             },
         };
-        let fd = BackgroundFd::new(fd, InBackground::default()); // whoever sent something already may block its `close`
-        if self.admits(&fd)? {
-            return Socket::register(fd.into_fd(), self.kind).map(Some);
+        // Who has sent something already may block its `close`.
+        let fd = BackgroundFd::new(fd, InBackground::default());
+        self.take_accepted(fd).map_err(not_would_block)
+    }
+
+    /// Registers an accepted connection if its peer is admitted.
+    fn take_accepted(&self, fd: BackgroundFd) -> Result<Option<Socket>> {
+        if !self.admits(&fd)? {
+            return Ok(None);
         }
-        self.refused.fetch_add(1, Ordering::Relaxed);
-        Ok(None)
+        if self.was_converted {
+            disable_credentials(&fd)?;
+        }
+        Socket::register(fd.into_fd(), self.kind).map(Some)
     }
 
     fn admits(&self, peer: &BackgroundFd) -> Result<bool> {
-        match &self.admitted {
-            Admitted::Uids(uids) => Ok(uids.contains(&getsockopt(peer, sockopt::PeerCredentials)?.uid())),
-            Admitted::Any => Ok(true),
+        if !self.admission.needs_uid() {
+            return Ok(true);
         }
+        Ok(self.admission.admits(PeerCred::of(peer)?, self.path.as_ref(), || self.local_addr()))
+    }
+}
+
+/// Turns `WouldBlock` into another kind of error.
+///
+/// After `accept` has succeeded, tokio would take it for an answer of `accept`: it would forget that connections are
+/// waiting, and the caller would never learn that one was accepted and closed.
+fn not_would_block(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::WouldBlock => Error::other(format!("an accepted connection was closed: {error}")),
+        _ => error,
     }
 }
 
@@ -238,11 +265,12 @@ impl TryFrom<OwnedFd> for Listener {
     fn try_from(fd: OwnedFd) -> Result<Self> {
         let kind = unix_socket_kind(&fd)?;
         if !getsockopt(&fd, sockopt::AcceptConn)? {
-            return Err(unfit("it is not a listening socket"));
+            return Err(invalid_descriptor("it is not a listening socket"));
         }
         set_nonblocking(&fd, true)?; // accept has no flag for it
-        only_fds(&fd)?; // accepted sockets inherit it
-        Self::register(fd, kind, None)
+        disable_credentials(&fd)?; // for clients that connect from now on
+        let listener = Self::register(fd, kind, None)?;
+        Ok(Self { was_converted: true, ..listener })
     }
 }
 
@@ -259,5 +287,20 @@ impl From<Listener> for OwnedFd {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.get_ref().as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_accept_no_error_says_that_nobody_waits() {
+        let mapped = not_would_block(Error::from_raw_os_error(libc::EAGAIN));
+        assert_ne!(mapped.kind(), ErrorKind::WouldBlock);
+        assert!(mapped.to_string().contains("Resource temporarily unavailable"), "{mapped}");
+
+        let kept = not_would_block(Error::from_raw_os_error(libc::EMFILE));
+        assert_eq!(kept.raw_os_error(), Some(libc::EMFILE));
     }
 }

@@ -1,5 +1,6 @@
 //! Connected `AF_UNIX` sockets that keep boundaries (SEQPACKET) or not (STREAM), on tokio's event loop.
 
+mod admission;
 mod convert;
 mod io;
 mod listener;
@@ -74,6 +75,13 @@ pub struct PeerCred {
     pub gid: u32,
     /// Process id; `None` if the process is in another PID namespace.
     pub pid: Option<i32>,
+}
+
+impl PeerCred {
+    fn of(socket: &impl AsFd) -> Result<Self> {
+        let cred = getsockopt(socket, sockopt::PeerCredentials)?;
+        Ok(Self { uid: cred.uid(), gid: cred.gid(), pid: Some(cred.pid()).filter(|&pid| pid != 0) })
+    }
 }
 
 /// A connected Unix socket of either kind, registered with tokio.
@@ -198,7 +206,8 @@ impl Socket {
             copy.and_then(|copy| sys::register(self.guard(copy), Interest::READABLE | Interest::PRIORITY))
         };
         if let Ok(io) = registered {
-            self.io = io;
+            // This copy is not the last one, so its `close` is quick.
+            drop(std::mem::replace(&mut self.io, io).into_inner().into_fd());
             self.quiet = true;
         }
         self
@@ -223,8 +232,7 @@ impl Socket {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn peer_cred(&self) -> Result<PeerCred> {
-        let cred = getsockopt(self, sockopt::PeerCredentials)?;
-        Ok(PeerCred { uid: cred.uid(), gid: cred.gid(), pid: Some(cred.pid()).filter(|&pid| pid != 0) })
+        PeerCred::of(&self.io)
     }
 
     /// A pidfd of the process that [`peer_cred`](Self::peer_cred) names: it becomes readable when that process ends, and

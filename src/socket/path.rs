@@ -1,12 +1,13 @@
 //! Addresses, and who owns a path.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File, Metadata, OpenOptions, Permissions},
     io::{Error, ErrorKind, Result},
     os::{
+        fd::{AsRawFd, OwnedFd},
         linux::net::SocketAddrExt,
         unix::{
-            fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+            fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt},
             net::{SocketAddr, UnixDatagram},
         },
     },
@@ -17,7 +18,10 @@ use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
     libc,
-    sys::socket::UnixAddr,
+    sys::{
+        socket::{self, UnixAddr},
+        stat::{Mode, fchmod, fstat, lstat},
+    },
 };
 
 pub(super) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
@@ -45,7 +49,8 @@ impl PathGuard {
     /// Takes the path, and removes a socket there that nobody listens on.
     ///
     /// # Errors
-    /// `AddrInUse` if a live process has it, `AlreadyExists` if something else than a socket is there.
+    /// `AddrInUse` if a live process has it, `AlreadyExists` if something else than a socket is there, or something else
+    /// than a regular file at the lock's place.
     pub(super) fn take(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path)?; // the working directory may change before the drop
         let (lock_path, lock) = take_lock(&path)?;
@@ -80,11 +85,55 @@ impl PathGuard {
         }
     }
 
-    /// The socket is bound: from here on, it is removed on drop.
-    pub(super) fn bound(&mut self) -> Result<()> {
-        let metadata = fs::symlink_metadata(&self.path)?;
-        self.bound = Some((metadata.dev(), metadata.ino()));
+    /// Binds a socket, and gives the path exactly this mode. From then on, the socket is removed on drop.
+    ///
+    /// `bind` applies the umask to the mode of the path, and changing the umask would change it for the whole process. So
+    /// the path is made with a mode that admits nobody but the owner, and gets the rest before the socket listens.
+    ///
+    /// # Errors
+    /// Those of bind(2) and chmod(2), the latter with a reason.
+    pub(super) fn bind(&mut self, socket: &OwnedFd, addr: &UnixAddr, mode: u32) -> Result<()> {
+        let mode = mode & 0o777;
+        let initial = initial_mode(mode);
+        fchmod(socket, Mode::from_bits_truncate(initial))?;
+        socket::bind(socket.as_raw_fd(), addr)?;
+        self.finish_bind(initial, mode)
+    }
+
+    /// Gives the bound socket its mode, if it is really that socket.
+    ///
+    /// If others may write to the directory, they may swap another socket of this uid into the path. So the mode is read
+    /// and changed through one descriptor, and changed only if it is what `bind` has made.
+    fn finish_bind(&mut self, initial: u32, mode: u32) -> Result<()> {
+        let path = self.path.display();
+        // O_PATH opens a socket, and needs no permission for it.
+        let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(&self.path)?;
+        let metadata = found.metadata()?;
+        let found_mode = metadata.mode() & 0o7777;
+        if !metadata.file_type().is_socket() || found_mode & !initial != 0 || metadata.nlink() != 1 {
+            return Err(Error::other(format!("{path} was replaced by another process right after it was bound")));
+        }
+        self.bound = Some(identity(&metadata));
+        if found_mode != mode {
+            let descriptor = format!("/proc/thread-self/fd/{}", found.as_raw_fd());
+            fs::set_permissions(descriptor, Permissions::from_mode(mode)).map_err(|error| {
+                let reason = format!("mode {mode:o} cannot be set for {path}: {error} (this takes a mounted /proc)");
+                Error::new(error.kind(), reason)
+            })?;
+        }
         Ok(())
+    }
+
+    /// Returns true if the kernel lets nobody but the owner connect to the bound socket, besides privileged processes. The
+    /// owner is this process's uid.
+    ///
+    /// The answer is of now: a deployment may change the mode at any time. An entry of an access control list cannot
+    /// permit more than the mode permits the group.
+    pub(super) fn admits_owner_only(&self) -> bool {
+        fs::symlink_metadata(&self.path).is_ok_and(|found| {
+            let is_bound_here = self.bound == Some(identity(&found));
+            is_bound_here && found.uid() == nix::unistd::geteuid().as_raw() && found.mode() & 0o022 == 0
+        })
     }
 
     /// Leaves the socket in its place: another process listens on it.
@@ -95,7 +144,7 @@ impl PathGuard {
 
 impl Drop for PathGuard {
     fn drop(&mut self) {
-        let there = fs::symlink_metadata(&self.path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
+        let there = fs::symlink_metadata(&self.path).ok().map(|found| identity(&found));
         if self.bound.is_some() && self.bound == there {
             let _ = fs::remove_file(&self.path);
         }
@@ -103,33 +152,131 @@ impl Drop for PathGuard {
     }
 }
 
+/// Returns the mode with which `bind` makes the path.
+///
+/// If others are to connect, it is one that sockets do not usually have, so that a socket of this uid that was swapped in
+/// is noticed. It lets the owner connect, because that is how a stale socket is recognized.
+fn initial_mode(mode: u32) -> u32 {
+    let is_for_owner_only = mode & 0o077 == 0;
+    if is_for_owner_only { mode } else { 0o200 }
+}
+
+/// Locks the file beside `path`, which it makes if it is missing.
 fn take_lock(path: &Path) -> Result<(PathBuf, Flock<File>)> {
     let mut lock_path = path.as_os_str().to_owned();
     lock_path.push(".lock");
     let lock_path = PathBuf::from(lock_path);
     loop {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&lock_path)
-            .map_err(|error| Error::new(error.kind(), format!("{}: {error}", lock_path.display())))?;
-        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => lock,
-            Err((_, Errno::EAGAIN)) => return Err(in_use(path)),
-            Err((_, error)) => return Err(error.into()),
-        };
-        // The last holder removes the file: what was locked may no longer be the one at the path.
-        let ours = lock.metadata()?;
-        let there = fs::symlink_metadata(&lock_path).ok();
-        if there.is_some_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
-            return Ok((lock_path, lock));
+        let file = open_lock(&lock_path)?;
+        match lock_if_current(file, &lock_path) {
+            Ok(Some(lock)) => return Ok((lock_path, lock)),
+            Ok(None) => {} // the last holder has removed it: make a new one
+            Err(Errno::EAGAIN) => return Err(in_use(path)),
+            Err(error) => return Err(error.into()),
         }
     }
 }
 
+/// Opens the lock file.
+///
+/// # Errors
+/// `AlreadyExists` if something other than a regular file is there.
+fn open_lock(lock_path: &Path) -> Result<File> {
+    let opened = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        // Where others may write to the directory, they choose what is there. Without O_NONBLOCK, opening a FIFO
+        // waits until somebody reads from it.
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(lock_path);
+    match opened {
+        Ok(file) if file.metadata()?.is_file() => Ok(file),
+        Ok(_) => Err(not_a_lock(lock_path)),
+        Err(error) => match error.raw_os_error() {
+            // A FIFO without a reader or a socket, a directory, a symbolic link.
+            Some(libc::ENXIO | libc::EISDIR | libc::ELOOP) => Err(not_a_lock(lock_path)),
+            _ => Err(Error::new(error.kind(), format!("{}: {error}", lock_path.display()))),
+        },
+    }
+}
+
+/// Locks an open file. Returns `None` if it is no longer the file at `lock_path`: the last holder removes the file before
+/// it unlocks it, so a lock on the old file excludes nobody.
+fn lock_if_current(file: File, lock_path: &Path) -> nix::Result<Option<Flock<File>>> {
+    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)?;
+    let ours = fstat(&*lock)?;
+    let is_current = match lstat(lock_path) {
+        Err(Errno::ENOENT) => false,
+        there => there.map(|there| (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino))?,
+    };
+    Ok(is_current.then_some(lock))
+}
+
+/// Returns the device and the inode.
+fn identity(metadata: &Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+fn not_a_lock(lock_path: &Path) -> Error {
+    let lock_path = lock_path.display();
+    let reason = format!("{lock_path} is not a regular file, so it cannot be used as the lock; remove it");
+    Error::new(ErrorKind::AlreadyExists, reason)
+}
+
 fn in_use(path: &Path) -> Error {
     Error::new(ErrorKind::AddrInUse, format!("{} is in use by a live process", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_lock_on_a_removed_file_is_not_taken_for_the_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket.lock");
+
+        let removed = open_lock(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(lock_if_current(removed, &path).unwrap().is_none(), "nothing is there any longer");
+
+        let replaced = open_lock(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let holder = lock_if_current(open_lock(&path).unwrap(), &path).unwrap();
+        assert!(holder.is_some());
+        assert!(lock_if_current(replaced, &path).unwrap().is_none(), "two hold the path");
+
+        let late = open_lock(&path).unwrap();
+        assert_eq!(lock_if_current(late, &path).unwrap_err(), Errno::EAGAIN);
+    }
+
+    /// Others who may write to the directory can rename a socket of this uid, which is not for them, to the path.
+    #[test]
+    fn a_socket_that_was_swapped_in_does_not_get_the_mode() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, other) = (directory.path().join("socket"), directory.path().join("other"));
+        let mut guard = PathGuard::take(&path).unwrap();
+        let _for_owner_only = UnixListener::bind(&other).unwrap();
+        fs::set_permissions(&other, Permissions::from_mode(0o600)).unwrap();
+        fs::rename(&other, &path).unwrap();
+
+        let error = guard.finish_bind(initial_mode(0o666), 0o666).unwrap_err();
+        assert!(error.to_string().contains("was replaced"), "{error}");
+        drop(guard);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "it is open to others now");
+
+        // The same with another name of a socket elsewhere, or with what is no socket.
+        fs::set_permissions(&path, Permissions::from_mode(0o200)).unwrap();
+        fs::hard_link(&path, &other).unwrap();
+        let (lock_path, lock) = take_lock(&path).unwrap();
+        let mut guard = PathGuard { path: path.clone(), lock_path, _lock: lock, bound: None };
+        assert!(guard.finish_bind(0o200, 0o666).is_err());
+        fs::remove_file(&path).unwrap();
+        File::create(&path).unwrap().set_permissions(Permissions::from_mode(0o200)).unwrap();
+        assert!(guard.finish_bind(0o200, 0o666).is_err());
+    }
 }
