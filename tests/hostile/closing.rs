@@ -172,18 +172,12 @@ fn dropping_a_queue_of_descriptors_does_not_wait() {
 }
 
 #[test]
-fn a_message_that_is_not_sent_or_refused_is_dropped_without_waiting() {
+fn a_message_that_is_not_sent_is_dropped_without_waiting() {
     counted(async |kind| {
         let (slow, client) = slow_to_close();
         let (mut tx, _peer) = with_raw_peer(kind);
         tx.feed(Frame::new("").with_fd(slow)).await.unwrap();
         without_waiting([client], async { drop(tx) }).await;
-
-        let (slow, client) = slow_to_close();
-        let (mut tx, _peer) = with_raw_peer(kind);
-        tx.close().await.unwrap();
-        let refused = tx.feed(Frame::new("").with_fd(slow)).await.unwrap_err();
-        without_waiting([client], async { drop(refused) }).await;
     });
 }
 
