@@ -298,3 +298,58 @@ fn options_of_a_socket() {
         }
     });
 }
+
+/// Returns the kind of error of sending a message with a descriptor.
+async fn send_fd(tx: &mut Framed<FrameCodec>, mark: u32) -> Result<(), ErrorKind> {
+    let sent = tx.send(Frame::new("").with_fd(marked(mark))).await;
+    sent.map_err(|error| std::io::Error::from(error).kind())
+}
+
+#[test]
+fn a_socket_that_takes_no_descriptors_still_receives_what_was_sent_before() {
+    run(async {
+        for kind in KINDS {
+            let (a, b) = Socket::pair(kind).unwrap();
+            let (mut tx, mut rx) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
+            send_fd(&mut tx, 1).await.unwrap();
+            if let Err(error) = rx.socket().set_pass_fds(false) {
+                return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
+            }
+            assert_eq!(send_fd(&mut tx, 2).await, Err(ErrorKind::PermissionDenied));
+            assert_eq!(common::marks(&rx.try_next().await.unwrap().unwrap()), [1]);
+
+            let (a, b) = Socket::pair(kind).unwrap();
+            b.set_pass_fds(false).unwrap();
+            b.set_pass_fds(true).unwrap();
+            check_connected(a, b).await;
+        }
+    });
+}
+
+#[test]
+fn connections_take_no_descriptors_if_their_listener_is_set_so() {
+    run(async {
+        for kind in KINDS {
+            let addr = abstract_name("pass_fds");
+            let listener = Listener::bind_addr(&addr, kind).unwrap();
+            let framed = |socket| Framed::new(socket, FrameCodec::default());
+            let mut early = framed(Socket::connect_addr(&addr, kind).await.unwrap());
+            send_fd(&mut early, 1).await.unwrap();
+            if let Err(error) = listener.set_pass_fds(false) {
+                return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
+            }
+            // From the start, before the connection is accepted.
+            let mut late = framed(Socket::connect_addr(&addr, kind).await.unwrap());
+            assert_eq!(send_fd(&mut late, 2).await, Err(ErrorKind::PermissionDenied));
+
+            let mut accepted = framed(listener.accept().await.unwrap());
+            assert_eq!(common::marks(&accepted.try_next().await.unwrap().unwrap()), [1]);
+            assert_eq!(send_fd(&mut early, 3).await, Err(ErrorKind::PermissionDenied), "it was in the backlog");
+
+            drop(listener.accept().await.unwrap());
+            listener.set_pass_fds(true).unwrap();
+            let (a, b) = tokio::join!(Socket::connect_addr(&addr, kind), listener.accept());
+            check_connected(a.unwrap(), b.unwrap()).await;
+        }
+    });
+}

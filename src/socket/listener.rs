@@ -6,12 +6,13 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
+    sync::atomic::{AtomicBool, Ordering},
     task::{Context, Poll, ready},
 };
 
 use nix::{
     libc,
-    sys::socket::{self, Backlog, UnixAddr, getsockopt, sockopt},
+    sys::socket::{self, Backlog, UnixAddr, getsockopt, setsockopt, sockopt},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -67,6 +68,8 @@ pub struct Listener {
     /// Made by a conversion. A connection copies `SO_PASSCRED` from the listener when the client connects, so those that were
     /// in the backlog then may have it.
     was_converted: bool,
+    /// False after [`set_pass_fds(false)`](Self::set_pass_fds).
+    pass_fds: AtomicBool,
 }
 
 impl Listener {
@@ -118,6 +121,7 @@ impl Listener {
             admission: Admission::new(),
             path,
             was_converted: false,
+            pass_fds: AtomicBool::new(true),
         })
     }
 
@@ -150,6 +154,21 @@ impl Listener {
     /// Number of connections closed because their uid is not admitted.
     pub fn refused(&self) -> u64 {
         self.admission.refused()
+    }
+
+    /// Chooses whether the accepted connections take descriptors from their peers, as
+    /// [`Socket::set_pass_fds`] does for one connection (`SO_PASSRIGHTS`, Linux 6.16). The default is true.
+    ///
+    /// A connection inherits the option when the client connects. So after this call with false, no new client can have
+    /// sent descriptors before its connection is accepted. A client that is already waiting in the backlog may have: what it
+    /// sent before is received, and its connection gets the option when it is accepted.
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` on an older kernel.
+    pub fn set_pass_fds(&self, pass: bool) -> Result<()> {
+        setsockopt(&self.io, sys::PassRights, &pass)?;
+        self.pass_fds.store(pass, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The kind of the sockets that it accepts.
@@ -224,6 +243,10 @@ impl Listener {
         }
         if self.was_converted {
             disable_credentials(&fd)?;
+        }
+        // Clients in the backlog may have connected before the listener got the option.
+        if !self.pass_fds.load(Ordering::Relaxed) {
+            setsockopt(&fd, sys::PassRights, &false)?;
         }
         Socket::register(fd, self.kind).map(Some)
     }

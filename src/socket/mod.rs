@@ -242,13 +242,16 @@ impl Socket {
         Ok(setsockopt(&self.io, sockopt::SndBuf, &bytes)?)
     }
 
-    /// Refuses descriptors from the peer, or takes them again: while they are refused, the peer's send with descriptors
-    /// fails with `PermissionDenied` and sends nothing (`SO_PASSRIGHTS`, Linux 6.16).
+    /// Chooses whether this socket takes descriptors from the peer (`SO_PASSRIGHTS`, Linux 6.16). The default is true. With
+    /// false, the peer's send with descriptors fails with `PermissionDenied` and sends nothing.
+    ///
+    /// What the peer sent before this call is still received with its descriptors. For an accepted connection, which the
+    /// client may use before it is accepted, use [`Listener::set_pass_fds`] instead.
     ///
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel.
-    pub fn set_refuse_fds(&self, refuse: bool) -> Result<()> {
-        Ok(setsockopt(&self.io, sys::PassRights, &!refuse)?)
+    pub fn set_pass_fds(&self, pass: bool) -> Result<()> {
+        Ok(setsockopt(&self.io, sys::PassRights, &pass)?)
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read` the peer's sends fail

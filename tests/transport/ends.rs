@@ -229,7 +229,7 @@ fn shutdown_of_reading_fails_the_peers_send_and_keeps_what_it_sent() {
 fn a_peer_that_takes_no_descriptors_is_an_error_that_sends_nothing() {
     counted(async |kind: SocketKind| {
         let (mut a, mut b) = framed_pair(kind);
-        if let Err(error) = b.socket().set_refuse_fds(true) {
+        if let Err(error) = b.socket().set_pass_fds(false) {
             return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
         }
         a.feed(Frame::new("with").with_fd(marked(1))).await.unwrap();
@@ -258,7 +258,7 @@ fn nothing_follows_the_end() {
 fn closing_after_a_failure_still_ends_the_direction() {
     counted(async |kind| {
         let (mut a, mut b) = framed_pair(kind);
-        if b.socket().set_refuse_fds(true).is_err() {
+        if b.socket().set_pass_fds(false).is_err() {
             return eprintln!("skipped: SO_PASSRIGHTS is not to be had");
         }
         assert!(a.send(Frame::new("").with_fd(marked(1))).await.is_err());
