@@ -5,6 +5,7 @@ mod common;
 use std::{
     fs,
     io::ErrorKind,
+    net::Shutdown,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         linux::net::SocketAddrExt,
@@ -18,7 +19,10 @@ use common::{
 };
 use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, bind, listen, socket};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, bind, listen, shutdown, socket},
+};
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
 #[test]
@@ -171,6 +175,58 @@ fn the_peer_is_known() {
                     assert!(info.lines().any(|line| line == format!("Pid:\t{}", std::process::id())), "{info}");
                 }
                 Err(error) => eprintln!("skipped: SO_PEERPIDFD is not to be had: {error}"),
+            }
+        }
+    });
+}
+
+#[test]
+fn a_peer_that_was_reaped_can_still_be_told_from_others() {
+    const ROLE: &str = "a_peer_that_was_reaped_can_still_be_told_from_others";
+    if let Some(name) = role_socket(ROLE) {
+        let name = UnixStream::from(name).peer_addr().unwrap();
+        return drop(UnixStream::connect_addr(&name).unwrap());
+    }
+    run(async {
+        let addr = abstract_name("reaped");
+        let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap();
+        let stdin = UnixStream::connect_addr(&addr).unwrap();
+        let mut child = spawn_role(ROLE, None, stdin.into());
+        assert!(child.wait().unwrap().success());
+        assert_eq!(listener.accept().await.unwrap().peer_cred().unwrap().pid, Some(std::process::id() as i32));
+        let peer = listener.accept().await.unwrap();
+        assert_eq!(peer.peer_cred().unwrap().pid, Some(child.id() as i32));
+        match peer.peer_pidfd() {
+            Ok(pidfd) => {
+                let mut has_ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+                assert_eq!(poll(&mut has_ended, PollTimeout::ZERO).unwrap(), 1);
+                // It is not one of a process that got the number anew.
+                let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
+                assert!(info.lines().any(|line| line == "Pid:\t-1"), "{info}");
+            }
+            // SO_PASSRIGHTS came with the same release.
+            Err(error) => assert!(peer.set_pass_fds(true).is_err(), "Linux 6.16 or later: {error}"),
+        }
+    });
+}
+
+#[test]
+fn a_task_that_waits_to_receive_is_woken_by_a_shutdown() {
+    run(async {
+        for kind in KINDS {
+            for (how, ours) in [(Shutdown::Read, true), (Shutdown::Both, true), (Shutdown::Read, false)] {
+                let (a, _b) = Socket::pair(kind).unwrap();
+                let (mut rx, tx) = Framed::new(a, FrameCodec::default()).into_split();
+                assert!(rx.next().now_or_never().is_none());
+                let waiting = tokio::spawn(async move { rx.next().await.is_none() });
+                tokio::task::yield_now().await; // it waits
+                if ours {
+                    tx.socket().shutdown(how).unwrap();
+                } else {
+                    // By another holder of the socket: only the kernel can wake the task.
+                    shutdown(tx.socket().as_fd().as_raw_fd(), nix::sys::socket::Shutdown::Read).unwrap();
+                }
+                assert!(waiting.await.unwrap(), "on {kind:?}, {how:?}, ours: {ours}");
             }
         }
     });

@@ -315,7 +315,6 @@ fn what_has_ended_stays_so_with_another_codec() {
     });
 }
 
-/// No event comes for a `shutdown` of one's own end, so nothing may be waited for.
 #[test]
 fn after_shutting_down_the_reading_side_what_was_sent_comes_and_then_the_end() {
     counted(async |kind| {
