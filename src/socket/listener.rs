@@ -29,15 +29,15 @@ use crate::sys;
 /// Listens for connections at a path or an abstract name.
 ///
 /// **Who may connect.** A socket file is created with mode 0600. A peer is admitted by its uid (`SO_PEERCRED`). By
-/// default these are the effective uid that the process has when it makes the listener, and root.
+/// default, root is admitted, and the effective uid that the process has when it makes the listener.
 /// [`allow_uids`](Self::allow_uids) and [`allow_any_uid`](Self::allow_any_uid) admit others. The connection of a peer that
 /// is not admitted is closed at once, [counted](Self::refused), and logged as a warning: at most one line a second, with the
 /// number of connections refused since the last one.
 ///
 /// **In a user namespace** that does not map every uid, the kernel reports each uid without a mapping as the overflow uid
 /// (`/proc/sys/kernel/overflowuid`, usually 65534). A peer with this uid can be anybody, so it is never admitted by its
-/// number, even if the process itself runs as that uid. There is one exception: a path that this listener has bound, while
-/// only its owner may write to it (mode 0600). There, the kernel itself has checked that the peer is the owner or
+/// number, even if the process itself runs as that uid. There is one exception: a path that this listener has bound,
+/// if from the start only its owner may write to it (mode 0600). There, the kernel itself has checked that the peer is the owner or
 /// privileged. For anything else, combine [`allow_any_uid`](Self::allow_any_uid) with the mode of the path or its
 /// directory, or give each process one end of a [`Socket::pair`].
 ///
