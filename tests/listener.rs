@@ -424,6 +424,7 @@ fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
     assert_eq!(answers(None, path("0600")), "<welcome>");
     assert_eq!(answers(None, path("0666")), "<>");
     assert_eq!(answers(None, path("made 0666 later")), "<>");
+    assert_eq!(answers(None, path("0666 at first")), "<>");
     assert_eq!(answers(None, name("name")), "<>");
     assert_eq!(answers(None, name("allow_any_uid")), "<welcome>");
 
@@ -445,10 +446,12 @@ async fn listen_in_namespace(mut stdin: UnixStream, directory: &Path) {
         path("0600", 0o600),
         path("0666", 0o666).allow_uids([65534]),
         path("made 0666 later", 0o600).allow_uids([65534]),
+        path("0666 at first", 0o666).allow_uids([65534]),
         name("name").allow_uids([65534]),
         name("allow_any_uid").allow_any_uid(),
     ];
     fs::set_permissions(directory.join("made 0666 later"), Permissions::from_mode(0o666)).unwrap();
+    fs::set_permissions(directory.join("0666 at first"), Permissions::from_mode(0o600)).unwrap();
     stdin.write_all(b"!").unwrap();
     greet_all(&listeners).await;
 }

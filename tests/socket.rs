@@ -5,6 +5,7 @@ mod common;
 use std::{
     fs,
     io::ErrorKind,
+    net::Shutdown,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         linux::net::SocketAddrExt,
@@ -18,7 +19,10 @@ use common::{
 };
 use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, bind, listen, socket};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, bind, listen, shutdown, socket},
+};
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
 #[test]
@@ -177,6 +181,58 @@ fn the_peer_is_known() {
 }
 
 #[test]
+fn a_peer_that_was_reaped_can_still_be_told_from_others() {
+    const ROLE: &str = "a_peer_that_was_reaped_can_still_be_told_from_others";
+    if let Some(name) = role_socket(ROLE) {
+        let name = UnixStream::from(name).peer_addr().unwrap();
+        return drop(UnixStream::connect_addr(&name).unwrap());
+    }
+    run(async {
+        let addr = abstract_name("reaped");
+        let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap();
+        let stdin = UnixStream::connect_addr(&addr).unwrap();
+        let mut child = spawn_role(ROLE, None, stdin.into());
+        assert!(child.wait().unwrap().success());
+        assert_eq!(listener.accept().await.unwrap().peer_cred().unwrap().pid, Some(std::process::id() as i32));
+        let peer = listener.accept().await.unwrap();
+        assert_eq!(peer.peer_cred().unwrap().pid, Some(child.id() as i32));
+        match peer.peer_pidfd() {
+            Ok(pidfd) => {
+                let mut has_ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+                assert_eq!(poll(&mut has_ended, PollTimeout::ZERO).unwrap(), 1);
+                // It is not one of a process that got the number anew.
+                let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
+                assert!(info.lines().any(|line| line == "Pid:\t-1"), "{info}");
+            }
+            // SO_PASSRIGHTS came with the same release.
+            Err(error) => assert!(peer.set_pass_fds(true).is_err(), "Linux 6.16 or later: {error}"),
+        }
+    });
+}
+
+#[test]
+fn a_task_that_waits_to_receive_is_woken_by_a_shutdown() {
+    run(async {
+        for kind in KINDS {
+            for (how, ours) in [(Shutdown::Read, true), (Shutdown::Both, true), (Shutdown::Read, false)] {
+                let (a, _b) = Socket::pair(kind).unwrap();
+                let (mut rx, tx) = Framed::new(a, FrameCodec::default()).into_split();
+                assert!(rx.next().now_or_never().is_none());
+                let waiting = tokio::spawn(async move { rx.next().await.is_none() });
+                tokio::task::yield_now().await; // it waits
+                if ours {
+                    tx.socket().shutdown(how).unwrap();
+                } else {
+                    // By another holder of the socket: only the kernel can wake the task.
+                    shutdown(tx.socket().as_fd().as_raw_fd(), nix::sys::socket::Shutdown::Read).unwrap();
+                }
+                assert!(waiting.await.unwrap(), "on {kind:?}, {how:?}, ours: {ours}");
+            }
+        }
+    });
+}
+
+#[test]
 fn sockets_of_other_crates_become_ours_and_back() {
     run(async {
         let (a, b) = UnixStream::pair().unwrap();
@@ -295,6 +351,61 @@ fn options_of_a_socket() {
             let (a, _b) = Socket::pair(kind).unwrap();
             a.set_send_buffer_size(20_000).unwrap();
             assert_eq!(a.send_buffer_size().unwrap(), 40_000); // the kernel doubles it
+        }
+    });
+}
+
+/// Returns the kind of error of sending a message with a descriptor.
+async fn send_fd(tx: &mut Framed<FrameCodec>, mark: u32) -> Result<(), ErrorKind> {
+    let sent = tx.send(Frame::new("").with_fd(marked(mark))).await;
+    sent.map_err(|error| std::io::Error::from(error).kind())
+}
+
+#[test]
+fn a_socket_that_takes_no_descriptors_still_receives_what_was_sent_before() {
+    run(async {
+        for kind in KINDS {
+            let (a, b) = Socket::pair(kind).unwrap();
+            let (mut tx, mut rx) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
+            send_fd(&mut tx, 1).await.unwrap();
+            if let Err(error) = rx.socket().set_pass_fds(false) {
+                return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
+            }
+            assert_eq!(send_fd(&mut tx, 2).await, Err(ErrorKind::PermissionDenied));
+            assert_eq!(common::marks(&rx.try_next().await.unwrap().unwrap()), [1]);
+
+            let (a, b) = Socket::pair(kind).unwrap();
+            b.set_pass_fds(false).unwrap();
+            b.set_pass_fds(true).unwrap();
+            check_connected(a, b).await;
+        }
+    });
+}
+
+#[test]
+fn connections_take_no_descriptors_if_their_listener_is_set_so() {
+    run(async {
+        for kind in KINDS {
+            let addr = abstract_name("pass_fds");
+            let listener = Listener::bind_addr(&addr, kind).unwrap();
+            let framed = |socket| Framed::new(socket, FrameCodec::default());
+            let mut early = framed(Socket::connect_addr(&addr, kind).await.unwrap());
+            send_fd(&mut early, 1).await.unwrap();
+            if let Err(error) = listener.set_pass_fds(false) {
+                return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
+            }
+            // From the start, before the connection is accepted.
+            let mut late = framed(Socket::connect_addr(&addr, kind).await.unwrap());
+            assert_eq!(send_fd(&mut late, 2).await, Err(ErrorKind::PermissionDenied));
+
+            let mut accepted = framed(listener.accept().await.unwrap());
+            assert_eq!(common::marks(&accepted.try_next().await.unwrap().unwrap()), [1]);
+            assert_eq!(send_fd(&mut early, 3).await, Err(ErrorKind::PermissionDenied), "it was in the backlog");
+
+            drop(listener.accept().await.unwrap());
+            listener.set_pass_fds(true).unwrap();
+            let (a, b) = tokio::join!(Socket::connect_addr(&addr, kind), listener.accept());
+            check_connected(a.unwrap(), b.unwrap()).await;
         }
     });
 }

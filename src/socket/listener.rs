@@ -6,12 +6,13 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
+    sync::atomic::{AtomicBool, Ordering},
     task::{Context, Poll, ready},
 };
 
 use nix::{
     libc,
-    sys::socket::{self, Backlog, UnixAddr, getsockopt, sockopt},
+    sys::socket::{self, Backlog, UnixAddr, getsockopt, setsockopt, sockopt},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -31,15 +32,15 @@ use crate::{
 /// Listens for connections at a path or an abstract name.
 ///
 /// **Who may connect.** A socket file is created with mode 0600. A peer is admitted by its uid (`SO_PEERCRED`). By
-/// default these are the effective uid that the process has when it makes the listener, and root.
+/// default, root is admitted, and the effective uid that the process has when it makes the listener.
 /// [`allow_uids`](Self::allow_uids) and [`allow_any_uid`](Self::allow_any_uid) admit others. The connection of a peer that
 /// is not admitted is closed at once, [counted](Self::refused), and logged as a warning: at most one line a second, with the
 /// number of connections refused since the last one.
 ///
 /// **In a user namespace** that does not map every uid, the kernel reports each uid without a mapping as the overflow uid
 /// (`/proc/sys/kernel/overflowuid`, usually 65534). A peer with this uid can be anybody, so it is never admitted by its
-/// number, even if the process itself runs as that uid. There is one exception: a path that this listener has bound, while
-/// only its owner may write to it (mode 0600). There, the kernel itself has checked that the peer is the owner or
+/// number, even if the process itself runs as that uid. There is one exception: a path that this listener has bound,
+/// if from the start only its owner may write to it (mode 0600). There, the kernel itself has checked that the peer is the owner or
 /// privileged. For anything else, combine [`allow_any_uid`](Self::allow_any_uid) with the mode of the path or its
 /// directory, or give each process one end of a [`Socket::pair`].
 ///
@@ -70,6 +71,8 @@ pub struct Listener {
     /// Made by a conversion. A connection copies `SO_PASSCRED` from the listener when the client connects, so those that were
     /// in the backlog then may have it.
     was_converted: bool,
+    /// False after [`set_pass_fds(false)`](Self::set_pass_fds).
+    pass_fds: AtomicBool,
 }
 
 impl Listener {
@@ -123,6 +126,7 @@ impl Listener {
             admission: Admission::new(),
             path,
             was_converted: false,
+            pass_fds: AtomicBool::new(true),
         })
     }
 
@@ -155,6 +159,21 @@ impl Listener {
     /// Number of connections closed because their uid is not admitted.
     pub fn refused(&self) -> u64 {
         self.admission.refused()
+    }
+
+    /// Chooses whether the accepted connections take descriptors from their peers, as
+    /// [`Socket::set_pass_fds`] does for one connection (`SO_PASSRIGHTS`, Linux 6.16). The default is true.
+    ///
+    /// A connection inherits the option when the client connects. So after this call with false, no new client can have
+    /// sent descriptors before its connection is accepted. A client that is already waiting in the backlog may have: what it
+    /// sent before is received, and its connection gets the option when it is accepted.
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` on an older kernel.
+    pub fn set_pass_fds(&self, pass: bool) -> Result<()> {
+        setsockopt(&self.io, sys::PassRights, &pass)?;
+        self.pass_fds.store(pass, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The kind of the sockets that it accepts.
@@ -231,6 +250,10 @@ impl Listener {
         }
         if self.was_converted {
             disable_credentials(&fd)?;
+        }
+        // Clients in the backlog may have connected before the listener got the option.
+        if !self.pass_fds.load(Ordering::Relaxed) {
+            setsockopt(&fd, sys::PassRights, &false)?;
         }
         Socket::register(fd.into_fd(), self.kind).map(Some)
     }

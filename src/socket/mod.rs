@@ -143,7 +143,11 @@ impl Socket {
             .map_err(|error| Error::new(error.kind(), format!("standard input: {error}")))
     }
 
-    /// Connects to the listener at a path. Waits while the listener's backlog is full.
+    /// Connects to the listener at a path. Waits while the listener's backlog is full. No event announces room there, so
+    /// it tries again and again, by the runtime's timer.
+    ///
+    /// # Panics
+    /// As for [every way to get a socket](Self#panics), and if the backlog is full and the runtime's timer is not enabled.
     ///
     /// # Errors
     /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens), `PermissionDenied`, and
@@ -157,6 +161,9 @@ impl Socket {
 
     /// Connects to an address; beside paths these are abstract names ([`std::os::linux::net::SocketAddrExt`]). Waits
     /// while the listener's backlog is full.
+    ///
+    /// # Panics
+    /// As for [`connect`](Self::connect).
     ///
     /// # Errors
     /// As for [`connect`](Self::connect).
@@ -235,11 +242,13 @@ impl Socket {
         PeerCred::of(&self.io)
     }
 
-    /// A pidfd of the process that [`peer_cred`](Self::peer_cred) names: it becomes readable when that process ends, and
-    /// never means another one, as a reused process id may (`SO_PEERPIDFD`, Linux 6.5).
+    /// Returns a pidfd of the process that [`peer_cred`](Self::peer_cred) names. It becomes readable when that process ends,
+    /// and never means another one, as a reused process id may (`SO_PEERPIDFD`, Linux 6.5).
+    ///
+    /// Linux 6.16 and later return it even if the process has ended and was reaped; it is readable at once then.
     ///
     /// # Errors
-    /// `ENOPROTOOPT` on an older kernel, `ENODATA` or `ESRCH` when the process is gone and was reaped.
+    /// `ENOPROTOOPT` before Linux 6.5. Before 6.16 also an error, such as `ESRCH`, if the process was reaped.
     pub fn peer_pidfd(&self) -> Result<OwnedFd> {
         Ok(getsockopt(self, sockopt::PeerPidfd)?)
     }
@@ -265,17 +274,21 @@ impl Socket {
         Ok(setsockopt(self, sockopt::SndBuf, &bytes)?)
     }
 
-    /// Refuses descriptors from the peer, or takes them again: while they are refused, the peer's send with descriptors
-    /// fails with `PermissionDenied` and sends nothing (`SO_PASSRIGHTS`, Linux 6.16).
+    /// Chooses whether this socket takes descriptors from the peer (`SO_PASSRIGHTS`, Linux 6.16). The default is true. With
+    /// false, the peer's send with descriptors fails with `PermissionDenied` and sends nothing.
+    ///
+    /// What the peer sent before this call is still received with its descriptors. For an accepted connection, which the
+    /// client may use before it is accepted, use [`Listener::set_pass_fds`] instead.
     ///
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel.
-    pub fn set_refuse_fds(&self, refuse: bool) -> Result<()> {
-        Ok(setsockopt(self, sys::PassRights, &!refuse)?)
+    pub fn set_pass_fds(&self, pass: bool) -> Result<()> {
+        Ok(setsockopt(self, sys::PassRights, &pass)?)
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read` the peer's sends fail
-    /// with `EPIPE`, and what it sent before stays readable; then comes the end. A task that waits to receive is not woken.
+    /// with `EPIPE`, and what it sent before stays readable; then comes the end. A task that waits to receive is woken,
+    /// on both kinds of socket.
     ///
     /// # Errors
     /// `NotConnected`.

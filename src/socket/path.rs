@@ -43,6 +43,8 @@ pub(super) struct PathGuard {
     _lock: Flock<File>,
     /// Device and inode of the bound socket.
     bound: Option<(u64, u64)>,
+    /// Whether the path was made with a mode that lets only the owner connect.
+    bound_for_owner_only: bool,
 }
 
 impl PathGuard {
@@ -54,7 +56,7 @@ impl PathGuard {
     pub(super) fn take(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path)?; // the working directory may change before the drop
         let (lock_path, lock) = take_lock(&path)?;
-        let guard = Self { path, lock_path, _lock: lock, bound: None };
+        let guard = Self { path, lock_path, _lock: lock, bound: None, bound_for_owner_only: false };
         guard.remove_stale()?;
         Ok(guard)
     }
@@ -114,6 +116,7 @@ impl PathGuard {
             return Err(Error::other(format!("{path} was replaced by another process right after it was bound")));
         }
         self.bound = Some(identity(&metadata));
+        self.bound_for_owner_only = is_for_owner_only(mode);
         if found_mode != mode {
             let descriptor = format!("/proc/thread-self/fd/{}", found.as_raw_fd());
             fs::set_permissions(descriptor, Permissions::from_mode(mode)).map_err(|error| {
@@ -124,16 +127,19 @@ impl PathGuard {
         Ok(())
     }
 
-    /// Returns true if the kernel lets nobody but the owner connect to the bound socket, besides privileged processes. The
-    /// owner is this process's uid.
+    /// Returns true if the kernel lets nobody but the owner, who is this process's uid, connect to the
+    /// bound socket. Privileged processes can connect nevertheless.
     ///
-    /// The answer is of now: a deployment may change the mode at any time. An entry of an access control list cannot
-    /// permit more than the mode permits the group.
+    /// The mode counts as it was at first, because clients of that time may still be in the backlog,
+    /// and as it is now, because a deployment may change it. An entry of an access control list
+    /// permits no more than the mode permits the group.
     pub(super) fn admits_owner_only(&self) -> bool {
-        fs::symlink_metadata(&self.path).is_ok_and(|found| {
-            let is_bound_here = self.bound == Some(identity(&found));
-            is_bound_here && found.uid() == nix::unistd::geteuid().as_raw() && found.mode() & 0o022 == 0
-        })
+        self.bound_for_owner_only
+            && fs::symlink_metadata(&self.path).is_ok_and(|found| {
+                self.bound == Some(identity(&found))
+                    && found.uid() == nix::unistd::geteuid().as_raw()
+                    && is_for_owner_only(found.mode())
+            })
     }
 
     /// Leaves the socket in its place: another process listens on it.
@@ -152,13 +158,18 @@ impl Drop for PathGuard {
     }
 }
 
+/// Returns true if nobody but the owner may write to a path with this mode, which is what connecting
+/// takes.
+fn is_for_owner_only(mode: u32) -> bool {
+    mode & 0o022 == 0
+}
+
 /// Returns the mode with which `bind` makes the path.
 ///
 /// If others are to connect, it is one that sockets do not usually have, so that a socket of this uid that was swapped in
 /// is noticed. It lets the owner connect, because that is how a stale socket is recognized.
 fn initial_mode(mode: u32) -> u32 {
-    let is_for_owner_only = mode & 0o077 == 0;
-    if is_for_owner_only { mode } else { 0o200 }
+    if is_for_owner_only(mode) { mode } else { 0o200 }
 }
 
 /// Locks the file beside `path`, which it makes if it is missing.
@@ -273,7 +284,8 @@ mod tests {
         fs::set_permissions(&path, Permissions::from_mode(0o200)).unwrap();
         fs::hard_link(&path, &other).unwrap();
         let (lock_path, lock) = take_lock(&path).unwrap();
-        let mut guard = PathGuard { path: path.clone(), lock_path, _lock: lock, bound: None };
+        let mut guard =
+            PathGuard { path: path.clone(), lock_path, _lock: lock, bound: None, bound_for_owner_only: false };
         assert!(guard.finish_bind(0o200, 0o666).is_err());
         fs::remove_file(&path).unwrap();
         File::create(&path).unwrap().set_permissions(Permissions::from_mode(0o200)).unwrap();

@@ -24,6 +24,6 @@ sockopt_impl!(
     PassPidfd, Both, libc::SOL_SOCKET, SO_PASSPIDFD, bool
 );
 sockopt_impl!(
-    /// Whether the peer may send descriptors. Linux 6.16.
+    /// Whether the socket takes descriptors from its peer. Accepted sockets inherit it. Linux 6.16.
     PassRights, Both, libc::SOL_SOCKET, SO_PASSRIGHTS, bool
 );

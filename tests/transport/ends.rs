@@ -234,7 +234,7 @@ fn shutdown_of_reading_fails_the_peers_send_and_keeps_what_it_sent() {
 fn a_peer_that_takes_no_descriptors_is_an_error_that_sends_nothing() {
     counted(async |kind: SocketKind| {
         let (mut a, mut b) = framed_pair(kind);
-        if let Err(error) = b.socket().set_refuse_fds(true) {
+        if let Err(error) = b.socket().set_pass_fds(false) {
             return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
         }
         a.feed(Frame::new("with").with_fd(marked(1))).await.unwrap();
@@ -263,7 +263,7 @@ fn nothing_follows_the_end() {
 fn closing_after_a_failure_still_ends_the_direction() {
     counted(async |kind| {
         let (mut a, mut b) = framed_pair(kind);
-        if b.socket().set_refuse_fds(true).is_err() {
+        if b.socket().set_pass_fds(false).is_err() {
             return eprintln!("skipped: SO_PASSRIGHTS is not to be had");
         }
         assert!(a.send(Frame::new("").with_fd(marked(1))).await.is_err());
@@ -320,7 +320,6 @@ fn what_has_ended_stays_so_with_another_codec() {
     });
 }
 
-/// No event comes for a `shutdown` of one's own end, so nothing may be waited for.
 #[test]
 fn after_shutting_down_the_reading_side_what_was_sent_comes_and_then_the_end() {
     counted(async |kind| {
