@@ -90,7 +90,7 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                     return Poll::Ready(Some(Err(error)));
                 }
             }
-            if let Err(error) = ready!(receiver.poll_receive(cx, decoder.max_receive_bytes())) {
+            if let Err(error) = ready!(receiver.poll_receive(cx, decoder.max_receive_bytes().max(1))) {
                 receiver.end();
                 return Poll::Ready(Some(Err(error.into())));
             }
