@@ -74,7 +74,7 @@ impl<F> Decoder<F> for FrameCodec {
 
     fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
         let header = Header::read(src).ok()??;
-        Some(header.frame_bytes() - src.len())
+        Some(header.frame_bytes().saturating_sub(src.len()))
     }
 }
 

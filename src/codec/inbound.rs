@@ -180,9 +180,9 @@ impl<F> Inbound<F> {
             return;
         }
         // Enough for `least_room` to stay when `room` is filled, or the end of a large message would be moved once more.
-        let additional = PAGE_START + room + extra + self.least_room;
+        let additional = room.saturating_add(PAGE_START + extra + self.least_room);
         if !self.bytes.try_reclaim(additional) {
-            let mut fresh = BytesMut::with_capacity(BUFFER.max(self.bytes.len() + additional));
+            let mut fresh = BytesMut::with_capacity(BUFFER.max(self.bytes.len().saturating_add(additional)));
             fresh.extend_from_slice(&self.bytes);
             self.bytes = fresh;
         }

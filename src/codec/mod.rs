@@ -28,6 +28,7 @@ pub(crate) use inbound::{Inbound, Step, Unfinished};
 pub use map::Map;
 pub use packet_codec::PacketCodec;
 pub use payload::{Payload, PayloadError};
+use plan::LARGEST_PACKET;
 pub(crate) use plan::{Carrier, Plan, largest_packet};
 pub use send_buf::SendBuf;
 
@@ -178,7 +179,7 @@ pub trait Decoder<F = OwnedFd>: Codec {
         None
     }
 
-    /// Most bytes to receive in one go. By default as many as there is room for, which may be more than was
+    /// Most bytes to receive in one go; 0 counts as 1. By default as many as there is room for, which may be more than was
     /// [asked for](Self::missing_bytes).
     ///
     /// A protocol of packets says here how long one may be: the tail of a longer one is lost, and the stream ends with

@@ -1,6 +1,6 @@
 use bytes::{Bytes, BytesMut};
 
-use super::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf};
+use super::{Codec, Decoder, Encoder, FdQueue, Grouping, LARGEST_PACKET, SendBuf};
 use crate::{Error, Frame, Limits, SendError};
 
 /// No header: on SEQPACKET one packet is one message, on STREAM what arrives together is one.
@@ -30,15 +30,15 @@ pub struct PacketCodec {
 }
 
 impl PacketCodec {
-    /// A codec that takes messages within these limits, in both directions. Room for the longest is held ready on each
-    /// receive, so a large limit costs memory.
+    /// A codec that takes messages within these limits, in both directions. Room for the longest is held
+    /// ready on each receive, so a large limit costs memory: up to 4 MiB, which no packet exceeds.
     pub const fn new(limits: Limits) -> Self {
         Self { limits }
     }
 
     /// Never zero: a receive of nothing would look like the end.
     fn max_bytes(&self) -> usize {
-        self.limits.max_payload_bytes.max(1)
+        self.limits.max_payload_bytes.clamp(1, LARGEST_PACKET)
     }
 }
 
@@ -79,7 +79,7 @@ impl<F> Decoder<F> for PacketCodec {
             copy
         } else {
             // More than the limit is there only of what another codec has left.
-            src.split_to(src.len().min(self.max_bytes())).freeze()
+            src.split_to(src.len().min(self.limits.max_payload_bytes.max(1))).freeze()
         };
         Ok(Some(Frame { payload, fds: fds.take_all() }))
     }

@@ -27,10 +27,13 @@ pub(crate) enum Carrier {
     },
 }
 
-/// Most bytes of a packet that a socket with a send buffer of this size takes (`SO_SNDBUF`): 32 less, and never more than
-/// 4,263,616.
+/// Most bytes of a packet that any socket takes.
+pub(super) const LARGEST_PACKET: usize = 4_263_616;
+
+/// Most bytes of a packet that a socket with a send buffer of this size takes (`SO_SNDBUF`): 32 less,
+/// and never more than [`LARGEST_PACKET`].
 pub(crate) fn largest_packet(send_buffer_bytes: usize) -> usize {
-    send_buffer_bytes.saturating_sub(32).clamp(Carrier::SMALLEST, 4_263_616)
+    send_buffer_bytes.saturating_sub(32).clamp(Carrier::SMALLEST, LARGEST_PACKET)
 }
 
 impl Carrier {

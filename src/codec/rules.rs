@@ -250,6 +250,32 @@ fn a_long_message_of_unknown_length_is_not_moved_for_every_packet() {
 }
 
 #[test]
+fn what_is_missing_of_a_frame_is_known_to_the_byte() {
+    let codec = FrameCodec::default();
+    let mut buf = SendBuf::new();
+    Encoder::encode(&mut codec.clone(), frame(100, 0), &mut buf).unwrap();
+    let (bytes, _) = buf.into_parts();
+    assert_eq!(bytes.len(), 108);
+    for received in 0..=bytes.len() {
+        let missing = Decoder::<u32>::missing_bytes(&codec, &BytesMut::from(&bytes[..received]));
+        assert_eq!(missing, (received >= 8).then_some(108 - received));
+    }
+    let more = BytesMut::from(&[&bytes[..], &bytes[..]].concat()[..]);
+    assert_eq!(Decoder::<u32>::missing_bytes(&codec, &more), Some(0));
+}
+
+#[test]
+fn room_for_a_packet_of_any_length_is_room_for_the_largest() {
+    for packets in [false, true] {
+        let mut codec = PacketCodec::new(Limits::default().max_payload_bytes(usize::MAX));
+        let mut inbound = Inbound::<u32>::new(packets, BytesMut::new(), FdQueue::new());
+        assert!(matches!(inbound.next(&mut codec), Ok(Step::Receive)));
+        let room = inbound.bytes.capacity() - inbound.bytes.len();
+        assert!((LARGEST_PACKET..2 * LARGEST_PACKET).contains(&room), "{room}");
+    }
+}
+
+#[test]
 fn a_refused_frame_comes_back() {
     let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(10).max_fds_per_frame(2));
     for refused in [frame(11, 1), frame(1, 3)] {

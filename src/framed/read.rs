@@ -98,7 +98,8 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                     return Poll::Ready(Some(Err(error)));
                 }
             }
-            if let Err(error) = ready!(receiver.poll_receive(cx, decoder.max_receive_bytes(), &decoder.limits())) {
+            let max_bytes = decoder.max_receive_bytes().max(1); // a receive of nothing would look like the end
+            if let Err(error) = ready!(receiver.poll_receive(cx, max_bytes, &decoder.limits())) {
                 receiver.end();
                 return Poll::Ready(Some(Err(error.into())));
             }

@@ -8,6 +8,7 @@ mod cancellation;
 mod delivery;
 mod encoders;
 mod ends;
+mod extremes;
 mod faults;
 mod limits;
 mod sender;

@@ -1,0 +1,141 @@
+//! Peers that begin something and never finish it.
+
+use std::{os::fd::OwnedFd, time::Duration};
+
+use bytes::BytesMut;
+use fdwire::{Codec, Decoder, Error, FdQueue, FrameCodec, Framed, Limits, Socket, SocketKind};
+use futures::StreamExt;
+
+use crate::{
+    common::{encoded, marked, raw_send},
+    counted,
+    slow::{slow_to_close, without_waiting},
+    soon,
+};
+
+const SHORT: Duration = Duration::from_millis(100);
+
+fn receiver(kind: SocketKind, time: Duration) -> (Framed<FrameCodec>, OwnedFd) {
+    let (a, b) = Socket::pair(kind).unwrap();
+    (Framed::new(a, FrameCodec::new(Limits::default().max_unfinished_time(time))), b.into())
+}
+
+/// The peer's descriptor is its own end of the connection, so the connection has no end while it waits.
+#[test]
+fn a_peer_that_leaves_its_own_end_in_an_unfinished_frame_does_not_keep_the_connection() {
+    counted(async |kind| {
+        for bytes in [&b"\xFD"[..], &encoded(b"whole", 0)] {
+            let (mut rx, peer) = receiver(kind, SHORT);
+            let own_end = peer.try_clone().unwrap();
+            raw_send(&peer, bytes, &[own_end]);
+            drop(peer);
+            let ended = soon("the end of a connection that holds its own peer", async {
+                loop {
+                    if let Err(error) = rx.next().await.unwrap() {
+                        break error;
+                    }
+                }
+            });
+            assert!(matches!(ended.await, Error::Unfinished { fds: 1, .. }));
+            assert!(rx.next().await.is_none());
+        }
+    });
+}
+
+#[test]
+fn a_peer_that_sends_a_frame_byte_by_byte_has_no_more_time_for_it() {
+    counted(async |kind| {
+        let (mut rx, peer) = receiver(kind, SHORT);
+        raw_send(&peer, &encoded(&[0; 100_000], 0)[..8], &[]);
+        let drip = tokio::spawn(async move {
+            // The receiver closes its end with the frame unfinished.
+            while nix::unistd::write(&peer, b"x").is_ok() {
+                tokio::time::sleep(SHORT / 20).await;
+            }
+        });
+        let ended = soon("the end of a slow frame", rx.next()).await;
+        assert!(matches!(ended, Some(Err(Error::Unfinished { bytes: 9.., fds: 0 }))), "{ended:?}");
+        drop(rx);
+        drip.abort();
+        let _ = drip.await;
+    });
+}
+
+#[test]
+fn whole_frames_give_a_descriptor_that_no_frame_claims_no_more_time() {
+    counted(async |kind| {
+        let (mut rx, peer) = receiver(kind, SHORT);
+        raw_send(&peer, &encoded(b"", 0), &[marked(1)]);
+        let flow = tokio::spawn(async move {
+            loop {
+                raw_send(&peer, &encoded(b"whole", 0), &[]);
+                tokio::time::sleep(SHORT / 20).await;
+            }
+        });
+        let ended = soon("the end of a connection with an unclaimed descriptor", async {
+            loop {
+                if let Err(error) = rx.next().await.unwrap() {
+                    break error;
+                }
+            }
+        });
+        assert!(matches!(ended.await, Error::Unfinished { bytes: 0, fds: 1 }));
+        flow.abort();
+        let _ = flow.await;
+    });
+}
+
+#[test]
+fn a_connection_that_waits_between_frames_has_all_the_time() {
+    counted(async |kind| {
+        let (mut rx, peer) = receiver(kind, SHORT);
+        for _ in 0..3 {
+            // The frame comes in two parts, both in time, and the next one long after it.
+            let frame = encoded(b"whole", 1);
+            raw_send(&peer, &frame[..3], &[marked(1)]);
+            assert!(futures::FutureExt::now_or_never(rx.next()).is_none());
+            raw_send(&peer, &frame[3..], &[]);
+            assert_eq!(rx.next().await.unwrap().unwrap().fds.len(), 1);
+            assert!(tokio::time::timeout(2 * SHORT, rx.next()).await.is_err());
+        }
+        raw_send(&peer, &encoded(b"last", 0), &[]);
+        assert_eq!(rx.next().await.unwrap().unwrap().payload, "last");
+    });
+}
+
+/// Takes each byte for a message, and drops all descriptors.
+struct Refuse;
+
+impl Codec for Refuse {}
+
+impl Decoder for Refuse {
+    type Item = ();
+    type Error = Error;
+
+    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<()>, Error> {
+        drop(fds.take_all());
+        Ok((!src.is_empty()).then(|| src.clear()))
+    }
+}
+
+#[test]
+fn descriptors_that_an_application_refuses_are_closed_as_fast_as_they_come() {
+    counted(async |kind| {
+        let (a, peer) = Socket::pair(kind).unwrap();
+        let peer = OwnedFd::from(peer);
+        let mut rx = Framed::with_codecs(a, Refuse, FrameCodec::default());
+        let (slow, client) = slow_to_close();
+        without_waiting([client], async {
+            raw_send(&peer, b"x", &[slow]);
+            let many = Vec::from_iter((0..250).map(|_| OwnedFd::from(std::fs::File::open("/dev/null").unwrap())));
+            let before = crate::common::open_fds();
+            for _ in 0..100 {
+                raw_send(&peer, b"x", &many);
+                rx.next().await.unwrap().unwrap();
+                // Limits::max_queued_fds, what one more receive brings, and what belongs to the test.
+                assert!(crate::common::open_fds() < before + 506 + 253 + 10);
+            }
+        })
+        .await;
+    });
+}
