@@ -77,8 +77,14 @@
 //!   succeeded, and by the receiving one from the `recvmsg` on, close-on-exec. A [refused item](SendError) comes back in the error; what
 //!   was accepted and not sent is in [`Framed::into_parts`].
 //! - **Cancel safety** is stated for each method: `next()` and `flush()` can be dropped and called again.
-//! - **A peer cannot harm.** Whatever it sends is a message or one typed [`Error`]; [`FrameCodec`] checks its
-//!   [`Limits`] before memory is reserved, and what was sent in vain is closed without blocking the runtime.
+//! - **A peer cannot block the runtime.** Whatever it sends is a message or one typed [`Error`], and [`FrameCodec`] checks its
+//!   [`Limits`] before memory is reserved. An unfinished message has a [time limit](Limits#structfield.max_unfinished_time).
+//!   Connections, and descriptors that nobody takes, are closed [in the background](close_in_background), because the sender
+//!   of a socket decides how long its last `close` takes.
+//! - **Not prevented**: a descriptor that you take out of a message and drop is closed where you drop it, so pass it to
+//!   [`close_in_background`] instead. A receive at `RLIMIT_NOFILE` closes what does not fit inside the system call. Freeing what
+//!   a peer has sent takes time, for example 190 ms for a GiB of memfd. A file of a FUSE file system whose daemon does not
+//!   answer cannot be closed at all; only [`Socket::set_pass_fds`] keeps such files away.
 //! - **It waits for what passes**: a full socket, too many descriptors in flight (`ETOOMANYREFS`), no kernel memory for a
 //!   large packet. It tells of what does not: a receiver at its `RLIMIT_NOFILE` ([`Error::TruncatedControl`]), a peer that
 //!   closed without reading everything ([`Error::Reset`]).

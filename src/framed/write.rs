@@ -23,7 +23,8 @@ use crate::{
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
 ///
 /// Messages wait until they are flushed, or until as many wait as the [limits](Codec::limits) allow; all that wait go out
-/// together. A descriptor is closed right after the `sendmsg` that carried it.
+/// together. A descriptor is closed right after the `sendmsg` that carried it; a socket is closed
+/// [in the background](crate::close_in_background), because a quick receiver may have made that `close` slow.
 ///
 /// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each flush. What was
 /// accepted before and not sent is in [`into_parts`](crate::Framed::into_parts).
