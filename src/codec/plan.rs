@@ -95,6 +95,13 @@ impl<F> SendBuf<F> {
     /// `ahead` is what was sent of its own `n <= 253 * bytes`. Either way `u` less this send's share needs a byte less
     /// than the message has left.
     pub(crate) fn plan(&mut self, carrier: Carrier) -> Plan {
+        let most = match carrier {
+            Carrier::Stream => usize::MAX,
+            Carrier::Packets { small, .. } => small,
+        };
+        if let Some(bytes) = self.only_run().filter(|&bytes| bytes <= most) {
+            return Plan { bytes, fds: 0 };
+        }
         self.end_run();
         let Some(first) = self.messages.front() else { return Plan::default() };
         let (small, large) = match carrier {

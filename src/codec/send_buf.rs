@@ -241,6 +241,13 @@ impl<F> SendBuf<F> {
         Ok(())
     }
 
+    /// Number of bytes of the run if nothing else waits, and one call has pieces enough for it.
+    #[inline]
+    pub(super) fn only_run(&self) -> Option<usize> {
+        let has_pieces = self.shared.len() < IOV_MAX / 2;
+        (self.messages.is_empty() && has_pieces).then_some(self.finished_bytes)
+    }
+
     /// Counts the run among `messages`: as a part of the last one if that is such a run too, short and
     /// not begun.
     pub(super) fn end_run(&mut self) {
@@ -359,6 +366,12 @@ impl<F> SendBuf<F> {
     /// which went with the first byte however short the write was. Returns those descriptors.
     pub(crate) fn sent(&mut self, plan: Plan, bytes: usize) -> impl Iterator<Item = F> {
         debug_assert!(0 < bytes && bytes <= plan.bytes);
+        if self.only_run() == Some(bytes) {
+            self.finished_bytes = 0;
+            self.remove_bytes(bytes);
+            return None.into_iter().flatten();
+        }
+        self.end_run();
         self.attribute_sent_fds(plan.fds);
         let mut left = bytes;
         while left > 0 {
@@ -375,8 +388,10 @@ impl<F> SendBuf<F> {
                 self.messages.pop_front();
             }
         }
-        self.remove_bytes(bytes);
+        self.message_bytes -= bytes;
+        self.finished_bytes -= bytes;
         self.finished_fds -= plan.fds;
+        self.remove_bytes(bytes);
         // An empty `Drain` would take longer than all else here.
         (plan.fds > 0).then(|| self.fds.drain(..plan.fds)).into_iter().flatten()
     }
@@ -398,8 +413,6 @@ impl<F> SendBuf<F> {
 
     fn remove_bytes(&mut self, mut count: usize) {
         self.bytes -= count;
-        self.message_bytes -= count;
-        self.finished_bytes -= count;
         while count > 0
             && let Some(first) = self.shared.front_mut()
         {

@@ -389,7 +389,10 @@ impl<F: HasFd> Outbound<F> {
         let sent = ready!(socket.poll_send(cx, wait, &buf.io_slices(plan.bytes), fds));
         match sent {
             Ok(sent) => {
-                close_sent(buf.sent(plan, sent).filter_map(F::into_last));
+                let fds = buf.sent(plan, sent);
+                if plan.fds > 0 {
+                    close_sent(fds);
+                }
                 *carrier = carrier.larger(*largest);
             }
             Err(error) => match TooLarge::from_error(&error) {
