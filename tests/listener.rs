@@ -293,8 +293,8 @@ fn refused_peers_are_logged_once_a_second() {
     if other_uid().is_none() {
         return;
     }
-    // In a process of its own: other tests of this one log refusals too, without a subscriber, and `tracing` may remember
-    // for all threads that nobody wants these lines.
+    // In a process of its own: other tests of this one log refusals too, without a subscriber, and
+    // `tracing` may remember for all threads that nobody wants these lines.
     let (mut here, stdin) = UnixStream::pair().unwrap();
     let mut server = spawn_role(ROLE, None, stdin.into());
     tell(&mut here, "listen");
@@ -395,8 +395,8 @@ fn a_path_gets_the_mode_asked_for_whatever_the_umask_is() {
     }
 }
 
-/// `SO_PEERCRED` reports each uid that a user namespace does not map as 65534. A server that runs as such a uid sees every
-/// other one as its own.
+/// `SO_PEERCRED` reports each uid that a user namespace does not map as 65534. A server that runs
+/// as such a uid sees every other one as its own.
 #[test]
 fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
     const ROLE: &str = "a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number";
@@ -420,7 +420,8 @@ fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
     let path = |name: &str| SocketAddr::from_pathname(directory.path().join(name)).unwrap();
     let name = |name: &str| namespace_name(directory.path(), name);
     let answers = |uid, addr| run(answer_to(ROLE, uid, &addr));
-    // Of the same uid, which has no mapping in the server's namespace. Only the kernel can tell it from others.
+    // Of the same uid, which has no mapping in the server's namespace. Only the kernel can tell it
+    // from others.
     assert_eq!(answers(None, path("0600")), "<welcome>");
     assert_eq!(answers(None, path("0666")), "<>");
     assert_eq!(answers(None, path("made 0666 later")), "<>");
@@ -465,8 +466,8 @@ fn namespace_name(directory: &Path, name: &str) -> SocketAddr {
 const MODES: [(u32, bool); 6] =
     [(0o600, false), (0o640, false), (0o660, false), (0o666, true), (0o602, true), (0o777, true)];
 
-/// Listens at one path a mode, in the directory named, and admits everybody. The umask belongs to the process, so it takes
-/// one of its own.
+/// Listens at one path a mode, in the directory named, and admits everybody. The umask belongs to
+/// the process, so it takes one of its own.
 async fn listen_with_umask(mut stdin: UnixStream, told: &str) {
     let (mask, directory) = told.split_once(' ').unwrap();
     umask(Mode::from_bits_truncate(u32::from_str_radix(mask, 8).unwrap()));
@@ -518,8 +519,8 @@ async fn greet(listener: &Listener) {
     client.write_all(b"welcome").unwrap();
 }
 
-/// Connects in a role process, as another uid if one is given. Returns the listener's answer in angle brackets (nothing is
-/// in them if the client was refused), or the error of the connect.
+/// Connects in a role process, as another uid if one is given. Returns the listener's answer in
+/// angle brackets (nothing is in them if the client was refused), or the error of the connect.
 async fn answer_to(role: &'static str, uid: Option<u32>, addr: &SocketAddr) -> String {
     let addr = match (addr.as_pathname(), addr.as_abstract_name()) {
         (Some(path), _) => path.to_str().unwrap().to_owned(),

@@ -134,8 +134,8 @@ fn accepted_sockets_do_not_inherit_what_takes_the_descriptors_room() {
     });
 }
 
-/// A connection copies the options of the listener when the client connects. With `SO_PASSCRED`, a read of a stream ends
-/// where another process has written, and no event announces the rest.
+/// A connection copies the options of the listener when the client connects. With `SO_PASSCRED`, a
+/// read of a stream ends where another process has written, and no event announces the rest.
 #[test]
 fn connections_in_the_backlog_of_a_converted_listener_bring_no_credentials() {
     const ROLE: &str = "connections_in_the_backlog_of_a_converted_listener_bring_no_credentials";

@@ -391,7 +391,7 @@ impl<F: HasFd> Outbound<F> {
             Ok(sent) => {
                 let fds = buf.sent(plan, sent);
                 if plan.fds > 0 {
-                    close_sent(fds);
+                    close_sent(fds.filter_map(F::into_last));
                 }
                 *carrier = carrier.larger(*largest);
             }

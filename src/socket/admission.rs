@@ -14,7 +14,8 @@ use tracing::warn;
 
 use super::{PeerCred, path::PathGuard};
 
-/// The shortest time between two log lines about refused peers: a peer that connects in a loop must not fill the log.
+/// The shortest time between two log lines about refused peers: a peer that connects in a loop must
+/// not fill the log.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The overflow uid of a kernel on which nobody has changed it.
@@ -24,8 +25,8 @@ const DEFAULT_OVERFLOW_UID: u32 = 65534;
 #[derive(Debug)]
 pub(super) struct Admission {
     admitted: Admitted,
-    /// The uid that `SO_PEERCRED` reports for every uid without a mapping in this process's user namespace. `None` if
-    /// every uid has a mapping.
+    /// The uid that `SO_PEERCRED` reports for every uid without a mapping in this process's user
+    /// namespace. `None` if every uid has a mapping.
     overflow_uid: Option<u32>,
     refused: AtomicU64,
     log: Mutex<RefusalLog>,
@@ -79,7 +80,8 @@ impl Admission {
         matches!(self.admitted, Admitted::Uids(_))
     }
 
-    /// Returns true if a peer is admitted by the listener with this address and path. A refused one is counted and logged.
+    /// Returns true if a peer is admitted by the listener with this address and path. A refused one
+    /// is counted and logged.
     pub(super) fn admits(
         &self,
         peer: PeerCred,
@@ -108,7 +110,8 @@ impl Admission {
         if !uids.contains(&uid) {
             return Some(Refusal::NotListed);
         }
-        // The kernel compares the owner of a path with the peer's real uid, not with the one that it reports here.
+        // The kernel compares the owner of a path with the peer's real uid, not with the one that
+        // it reports here.
         let is_ambiguous = self.overflow_uid == Some(uid) && !path_admits_owner_only();
         is_ambiguous.then_some(Refusal::Overflow)
     }
@@ -123,7 +126,8 @@ struct RefusalLog {
 }
 
 impl RefusalLog {
-    /// Counts a refusal. Returns the number of refusals to log, or `None` if the last line is too recent.
+    /// Counts a refusal. Returns the number of refusals to log, or `None` if the last line is too
+    /// recent.
     fn count(&mut self, now: Instant) -> Option<u64> {
         self.unlogged += 1;
         if self.last_line.is_some_and(|last| now < last + LOG_INTERVAL) {
@@ -143,8 +147,8 @@ fn readable(addr: &SocketAddr) -> String {
     }
 }
 
-/// Returns the uid that is reported for a uid without a mapping, or `None` if every uid has one. If `/proc` does not tell,
-/// the answer is the cautious one.
+/// Returns the uid that is reported for a uid without a mapping, or `None` if every uid has one. If
+/// `/proc` does not tell, the answer is the cautious one.
 fn overflow_uid() -> Option<u32> {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     if maps_every_uid(&map) {
@@ -154,7 +158,8 @@ fn overflow_uid() -> Option<u32> {
     Some(overflow_uid.and_then(|uid| uid.trim().parse().ok()).unwrap_or(DEFAULT_OVERFLOW_UID))
 }
 
-/// Returns true for the map of the initial user namespace. Each uid that exists has itself as its mapping there.
+/// Returns true for the map of the initial user namespace. Each uid that exists has itself as its
+/// mapping there.
 fn maps_every_uid(map: &str) -> bool {
     map.split_whitespace().eq(["0", "0", "4294967295"])
 }

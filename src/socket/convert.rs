@@ -18,9 +18,9 @@ use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 use super::{Listener, Socket, SocketKind, set_nonblocking};
 use crate::sys;
 
-/// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other holders of the socket
-/// share them. `SO_PASSCRED` and `SO_PASSPIDFD` are switched off, because their control messages take the room of
-/// descriptors.
+/// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other
+/// holders of the socket share them. `SO_PASSCRED` and `SO_PASSPIDFD` are switched off, because
+/// their control messages take the room of descriptors.
 ///
 /// # Errors
 /// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.
@@ -41,8 +41,8 @@ impl TryFrom<OwnedFd> for Socket {
     }
 }
 
-/// Switches off `SO_PASSCRED` and `SO_PASSPIDFD`. Their control messages take the room of descriptors, and a read of a stream
-/// ends where another process has written.
+/// Switches off `SO_PASSCRED` and `SO_PASSPIDFD`. Their control messages take the room of
+/// descriptors, and a read of a stream ends where another process has written.
 pub(super) fn disable_credentials(fd: &impl AsFd) -> Result<()> {
     setsockopt(fd, sockopt::PassCred, &false)?;
     match setsockopt(fd, sys::PassPidfd, &false) {

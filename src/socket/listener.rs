@@ -31,18 +31,20 @@ use crate::{
 
 /// Listens for connections at a path or an abstract name.
 ///
-/// **Who may connect.** A socket file is created with mode 0600. A peer is admitted by its uid (`SO_PEERCRED`). By
-/// default, root is admitted, and the effective uid that the process has when it makes the listener.
-/// [`allow_uids`](Self::allow_uids) and [`allow_any_uid`](Self::allow_any_uid) admit others. The connection of a peer that
-/// is not admitted is closed at once, [counted](Self::refused), and logged as a warning: at most one line a second, with the
-/// number of connections refused since the last one.
+/// **Who may connect.** A socket file is created with mode 0600. A peer is admitted by its uid
+/// (`SO_PEERCRED`). By default, root is admitted, and the effective uid that the process has when
+/// it makes the listener. [`allow_uids`](Self::allow_uids) and
+/// [`allow_any_uid`](Self::allow_any_uid) admit others. The connection of a peer that is not
+/// admitted is closed at once, [counted](Self::refused), and logged as a warning: at most one line
+/// a second, with the number of connections refused since the last one.
 ///
-/// **In a user namespace** that does not map every uid, the kernel reports each uid without a mapping as the overflow uid
-/// (`/proc/sys/kernel/overflowuid`, usually 65534). A peer with this uid can be anybody, so it is never admitted by its
-/// number, even if the process itself runs as that uid. There is one exception: a path that this listener has bound,
-/// if from the start only its owner may write to it (mode 0600). There, the kernel itself has checked that the peer is the owner or
-/// privileged. For anything else, combine [`allow_any_uid`](Self::allow_any_uid) with the mode of the path or its
-/// directory, or give each process one end of a [`Socket::pair`].
+/// **In a user namespace** that does not map every uid, the kernel reports each uid without a
+/// mapping as the overflow uid (`/proc/sys/kernel/overflowuid`, usually 65534). A peer with this
+/// uid can be anybody, so it is never admitted by its number, even if the process itself runs as
+/// that uid. There is one exception: a path that this listener has bound, if from the start only
+/// its owner may write to it (mode 0600). There, the kernel itself has checked that the peer is the
+/// owner or privileged. For anything else, combine [`allow_any_uid`](Self::allow_any_uid) with the
+/// mode of the path or its directory, or give each process one end of a [`Socket::pair`].
 ///
 /// **Who owns the path.** A lock file beside it (`<path>.lock`) is held as long as the listener lives. A stale socket is replaced; one
 /// that a live process listens on is not, and neither is any other kind of file. On drop the socket is removed, if it is
@@ -68,8 +70,8 @@ pub struct Listener {
     kind: SocketKind,
     admission: Admission,
     path: Option<PathGuard>,
-    /// Made by a conversion. A connection copies `SO_PASSCRED` from the listener when the client connects, so those that were
-    /// in the backlog then may have it.
+    /// Made by a conversion. A connection copies `SO_PASSCRED` from the listener when the client
+    /// connects, so those that were in the backlog then may have it.
     was_converted: bool,
     /// False after [`set_pass_fds(false)`](Self::set_pass_fds).
     pass_fds: AtomicBool,
@@ -79,18 +81,19 @@ impl Listener {
     /// Listens at a path, which gets mode 0600.
     ///
     /// # Errors
-    /// `AddrInUse` if a live process listens there, `AlreadyExists` if something other than a socket is there or
-    /// `<path>.lock` is not a regular file, and those of bind(2).
+    /// `AddrInUse` if a live process listens there, `AlreadyExists` if something other than a
+    /// socket is there or `<path>.lock` is not a regular file, and those of bind(2).
     pub fn bind(path: impl AsRef<Path>, kind: SocketKind) -> Result<Self> {
         Self::bind_with_mode(path, kind, 0o600)
     }
 
-    /// Listens at a path, which gets exactly the given mode (of which only the permission bits 0777 count), whatever
-    /// the process's umask is. Connecting takes write permission. At no moment may anyone connect whom the mode does not
-    /// permit.
+    /// Listens at a path, which gets exactly the given mode (of which only the permission bits 0777
+    /// count), whatever the process's umask is. Connecting takes write permission. At no moment may
+    /// anyone connect whom the mode does not permit.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc` is not mounted.
+    /// As for [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc` is not
+    /// mounted.
     pub fn bind_with_mode(path: impl AsRef<Path>, kind: SocketKind, mode: u32) -> Result<Self> {
         let path = path.as_ref();
         let addr = UnixAddr::new(path)?;
@@ -132,8 +135,8 @@ impl Listener {
 
     /// Admits these uids too.
     ///
-    /// The overflow uid is not admitted by this in a user namespace that does not map every uid, as described
-    /// for [`Listener`].
+    /// The overflow uid is not admitted by this in a user namespace that does not map every uid, as
+    /// described for [`Listener`].
     ///
     /// ```no_run
     /// # fn main() -> std::io::Result<()> {
@@ -162,11 +165,13 @@ impl Listener {
     }
 
     /// Chooses whether the accepted connections take descriptors from their peers, as
-    /// [`Socket::set_pass_fds`] does for one connection (`SO_PASSRIGHTS`, Linux 6.16). The default is true.
+    /// [`Socket::set_pass_fds`] does for one connection (`SO_PASSRIGHTS`, Linux 6.16). The default
+    /// is true.
     ///
-    /// A connection inherits the option when the client connects. So after this call with false, no new client can have
-    /// sent descriptors before its connection is accepted. A client that is already waiting in the backlog may have: what it
-    /// sent before is received, and its connection gets the option when it is accepted.
+    /// A connection inherits the option when the client connects. So after this call with false, no
+    /// new client can have sent descriptors before its connection is accepted. A client that is
+    /// already waiting in the backlog may have: what it sent before is received, and its connection
+    /// gets the option when it is accepted.
     ///
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel.
@@ -197,8 +202,8 @@ impl Listener {
     /// Waits for the next connection of an admitted uid.
     ///
     /// # Errors
-    /// Those of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call. Also
-    /// those of setting up an accepted connection, which is closed then.
+    /// Those of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little
+    /// before the next call. Also those of setting up an accepted connection, which is closed then.
     ///
     /// # Cancel safety
     /// No connection is lost when dropped. Any number of tasks may wait at a time.
@@ -268,8 +273,8 @@ impl Listener {
 
 /// Turns `WouldBlock` into another kind of error.
 ///
-/// After `accept` has succeeded, tokio would take it for an answer of `accept`: it would forget that connections are
-/// waiting, and the caller would never learn that one was accepted and closed.
+/// After `accept` has succeeded, tokio would take it for an answer of `accept`: it would forget
+/// that connections are waiting, and the caller would never learn that one was accepted and closed.
 fn not_would_block(error: Error) -> Error {
     match error.kind() {
         ErrorKind::WouldBlock => Error::other(format!("an accepted connection was closed: {error}")),

@@ -143,11 +143,12 @@ impl Socket {
             .map_err(|error| Error::new(error.kind(), format!("standard input: {error}")))
     }
 
-    /// Connects to the listener at a path. Waits while the listener's backlog is full. No event announces room there, so
-    /// it tries again and again, by the runtime's timer.
+    /// Connects to the listener at a path. Waits while the listener's backlog is full. No event
+    /// announces room there, so it tries again and again, by the runtime's timer.
     ///
     /// # Panics
-    /// As for [every way to get a socket](Self#panics), and if the backlog is full and the runtime's timer is not enabled.
+    /// As for [every way to get a socket](Self#panics), and if the backlog is full and the
+    /// runtime's timer is not enabled.
     ///
     /// # Errors
     /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens), `PermissionDenied`, and
@@ -242,13 +243,16 @@ impl Socket {
         PeerCred::of(&self.io)
     }
 
-    /// Returns a pidfd of the process that [`peer_cred`](Self::peer_cred) names. It becomes readable when that process ends,
-    /// and never means another one, as a reused process id may (`SO_PEERPIDFD`, Linux 6.5).
+    /// Returns a pidfd of the process that [`peer_cred`](Self::peer_cred) names. It becomes
+    /// readable when that process ends, and never means another one, as a reused process id may
+    /// (`SO_PEERPIDFD`, Linux 6.5).
     ///
-    /// Linux 6.16 and later return it even if the process has ended and was reaped; it is readable at once then.
+    /// Linux 6.16 and later return it even if the process has ended and was reaped; it is readable
+    /// at once then.
     ///
     /// # Errors
-    /// `ENOPROTOOPT` before Linux 6.5. Before 6.16 also an error, such as `ESRCH`, if the process was reaped.
+    /// `ENOPROTOOPT` before Linux 6.5. Before 6.16 also an error, such as `ESRCH`, if the process
+    /// was reaped.
     pub fn peer_pidfd(&self) -> Result<OwnedFd> {
         Ok(getsockopt(self, sockopt::PeerPidfd)?)
     }
@@ -274,11 +278,13 @@ impl Socket {
         Ok(setsockopt(self, sockopt::SndBuf, &bytes)?)
     }
 
-    /// Chooses whether this socket takes descriptors from the peer (`SO_PASSRIGHTS`, Linux 6.16). The default is true. With
-    /// false, the peer's send with descriptors fails with `PermissionDenied` and sends nothing.
+    /// Chooses whether this socket takes descriptors from the peer (`SO_PASSRIGHTS`, Linux 6.16).
+    /// The default is true. With false, the peer's send with descriptors fails with
+    /// `PermissionDenied` and sends nothing.
     ///
-    /// What the peer sent before this call is still received with its descriptors. For an accepted connection, which the
-    /// client may use before it is accepted, use [`Listener::set_pass_fds`] instead.
+    /// What the peer sent before this call is still received with its descriptors. For an accepted
+    /// connection, which the client may use before it is accepted, use [`Listener::set_pass_fds`]
+    /// instead.
     ///
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel.
@@ -286,9 +292,9 @@ impl Socket {
         Ok(setsockopt(self, sys::PassRights, &pass)?)
     }
 
-    /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read` the peer's sends fail
-    /// with `EPIPE`, and what it sent before stays readable; then comes the end. A task that waits to receive is woken,
-    /// on both kinds of socket.
+    /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
+    /// the peer's sends fail with `EPIPE`, and what it sent before stays readable; then comes the
+    /// end. A task that waits to receive is woken, on both kinds of socket.
     ///
     /// # Errors
     /// `NotConnected`.

@@ -51,8 +51,8 @@ impl PathGuard {
     /// Takes the path, and removes a socket there that nobody listens on.
     ///
     /// # Errors
-    /// `AddrInUse` if a live process has it, `AlreadyExists` if something else than a socket is there, or something else
-    /// than a regular file at the lock's place.
+    /// `AddrInUse` if a live process has it, `AlreadyExists` if something else than a socket is
+    /// there, or something else than a regular file at the lock's place.
     pub(super) fn take(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path)?; // the working directory may change before the drop
         let (lock_path, lock) = take_lock(&path)?;
@@ -87,10 +87,12 @@ impl PathGuard {
         }
     }
 
-    /// Binds a socket, and gives the path exactly this mode. From then on, the socket is removed on drop.
+    /// Binds a socket, and gives the path exactly this mode. From then on, the socket is removed on
+    /// drop.
     ///
-    /// `bind` applies the umask to the mode of the path, and changing the umask would change it for the whole process. So
-    /// the path is made with a mode that admits nobody but the owner, and gets the rest before the socket listens.
+    /// `bind` applies the umask to the mode of the path, and changing the umask would change it for
+    /// the whole process. So the path is made with a mode that admits nobody but the owner, and
+    /// gets the rest before the socket listens.
     ///
     /// # Errors
     /// Those of bind(2) and chmod(2), the latter with a reason.
@@ -104,8 +106,9 @@ impl PathGuard {
 
     /// Gives the bound socket its mode, if it is really that socket.
     ///
-    /// If others may write to the directory, they may swap another socket of this uid into the path. So the mode is read
-    /// and changed through one descriptor, and changed only if it is what `bind` has made.
+    /// If others may write to the directory, they may swap another socket of this uid into the
+    /// path. So the mode is read and changed through one descriptor, and changed only if it is what
+    /// `bind` has made.
     fn finish_bind(&mut self, initial: u32, mode: u32) -> Result<()> {
         let path = self.path.display();
         // O_PATH opens a socket, and needs no permission for it.
@@ -127,12 +130,12 @@ impl PathGuard {
         Ok(())
     }
 
-    /// Returns true if the kernel lets nobody but the owner, who is this process's uid, connect to the
-    /// bound socket. Privileged processes can connect nevertheless.
+    /// Returns true if the kernel lets nobody but the owner, who is this process's uid, connect to
+    /// the bound socket. Privileged processes can connect nevertheless.
     ///
-    /// The mode counts as it was at first, because clients of that time may still be in the backlog,
-    /// and as it is now, because a deployment may change it. An entry of an access control list
-    /// permits no more than the mode permits the group.
+    /// The mode counts as it was at first, because clients of that time may still be in the
+    /// backlog, and as it is now, because a deployment may change it. An entry of an access control
+    /// list permits no more than the mode permits the group.
     pub(super) fn admits_owner_only(&self) -> bool {
         self.bound_for_owner_only
             && fs::symlink_metadata(&self.path).is_ok_and(|found| {
@@ -158,16 +161,17 @@ impl Drop for PathGuard {
     }
 }
 
-/// Returns true if nobody but the owner may write to a path with this mode, which is what connecting
-/// takes.
+/// Returns true if nobody but the owner may write to a path with this mode, which is what
+/// connecting takes.
 fn is_for_owner_only(mode: u32) -> bool {
     mode & 0o022 == 0
 }
 
 /// Returns the mode with which `bind` makes the path.
 ///
-/// If others are to connect, it is one that sockets do not usually have, so that a socket of this uid that was swapped in
-/// is noticed. It lets the owner connect, because that is how a stale socket is recognized.
+/// If others are to connect, it is one that sockets do not usually have, so that a socket of this
+/// uid that was swapped in is noticed. It lets the owner connect, because that is how a stale
+/// socket is recognized.
 fn initial_mode(mode: u32) -> u32 {
     if is_for_owner_only(mode) { mode } else { 0o200 }
 }
@@ -198,8 +202,8 @@ fn open_lock(lock_path: &Path) -> Result<File> {
         .create(true)
         .truncate(false)
         .mode(0o600)
-        // Where others may write to the directory, they choose what is there. Without O_NONBLOCK, opening a FIFO
-        // waits until somebody reads from it.
+        // Where others may write to the directory, they choose what is there. Without O_NONBLOCK,
+        // opening a FIFO waits until somebody reads from it.
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(lock_path);
     match opened {
@@ -213,8 +217,8 @@ fn open_lock(lock_path: &Path) -> Result<File> {
     }
 }
 
-/// Locks an open file. Returns `None` if it is no longer the file at `lock_path`: the last holder removes the file before
-/// it unlocks it, so a lock on the old file excludes nobody.
+/// Locks an open file. Returns `None` if it is no longer the file at `lock_path`: the last holder
+/// removes the file before it unlocks it, so a lock on the old file excludes nobody.
 fn lock_if_current(file: File, lock_path: &Path) -> nix::Result<Option<Flock<File>>> {
     let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)?;
     let ours = fstat(&*lock)?;
@@ -265,7 +269,8 @@ mod tests {
         assert_eq!(lock_if_current(late, &path).unwrap_err(), Errno::EAGAIN);
     }
 
-    /// Others who may write to the directory can rename a socket of this uid, which is not for them, to the path.
+    /// Others who may write to the directory can rename a socket of this uid, which is not for
+    /// them, to the path.
     #[test]
     fn a_socket_that_was_swapped_in_does_not_get_the_mode() {
         let directory = tempfile::tempdir().unwrap();
