@@ -57,8 +57,12 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// does not read. Use this for received descriptors that you do not want, and for sockets of which a copy was sent.
 /// [`Fds`](crate::Fds) that came from a peer, connections and listeners use it by themselves when they are dropped.
 ///
-/// Sockets are closed as [`shutdown`](std::net::TcpStream::shutdown) would never do: no option is changed, what is
-/// unsent is still sent, and other copies are not touched.
+/// A connection is closed as by a plain `close`: what is unsent is still sent, and other copies are not touched. The peer
+/// sees the end a moment later, usually within a few milliseconds. Works on any thread, with or without a runtime.
+///
+/// The crate has two threads for this, and one more for a moment at a time. If the kernel refuses to move sockets to them
+/// for a second (too many descriptors in flight, see unix(7)), or is older than 5.11, sockets are closed by a plain thread after
+/// `SO_LINGER` was switched off.
 ///
 /// # What cannot be had
 /// A regular file of a FUSE file system whose daemon does not answer can't be closed by anyone, not even by the exit of
@@ -201,9 +205,11 @@ impl Closer {
             account.add(job.fds.len());
         }
         let mut backlog = self.running();
+        let before = backlog.fds;
         backlog.fds += job.fds.len();
         backlog.jobs.push(job);
-        let wakes = backlog.thread == Thread::Idle || backlog.fds == WAKE_AT;
+        let many = before < WAKE_AT && backlog.fds >= WAKE_AT;
+        let wakes = backlog.thread == Thread::Idle || many;
         if backlog.thread == Thread::Idle {
             backlog.thread = Thread::Busy;
         }

@@ -32,7 +32,7 @@ impl Socket {
     ///
     /// Readiness is kept until nothing is left for sure, since no new event comes for data that is left behind. Usually only
     /// `EAGAIN` proves that. A read of a stream that ends early proves it too, unless [something splits](Self::is_drained)
-    /// reads. None comes for a `shutdown` of this end either, after which a receive never waits.
+    /// reads.
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
@@ -41,21 +41,17 @@ impl Socket {
         fds: &mut impl Extend<OwnedFd>,
     ) -> Poll<Result<Received>> {
         loop {
-            let mut ready = None;
-            match self.read_ended.load(Ordering::Relaxed) {
-                true => ready!(coop::poll_proceed(cx)).made_progress(),
-                false => ready = Some(ready!(self.io.poll_read_ready(cx))?), // takes part in the cooperative budget
-            }
+            let mut ready = ready!(self.io.poll_read_ready(cx))?; // takes part in the cooperative budget
             match sys::recvmsg(self.as_fd(), bytes, max_bytes, fds) {
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => ready.iter_mut().for_each(AsyncFdReadyGuard::clear_ready),
+                    Some(libc::EAGAIN) => ready.clear_ready(),
                     Some(libc::ECONNRESET) => self.reset.store(true, Ordering::Relaxed),
                     Some(libc::EINTR) => {}
                     _ => return Poll::Ready(Err(error)),
                 },
                 Ok(received) => {
                     if self.is_drained(&received) {
-                        ready.iter_mut().for_each(AsyncFdReadyGuard::clear_ready);
+                        ready.clear_ready();
                     }
                     return Poll::Ready(Ok(received));
                 }

@@ -14,10 +14,7 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -113,8 +110,6 @@ pub struct Socket {
     runtime: Handle,
     /// Whether the kernel has said `ECONNRESET`.
     reset: AtomicBool,
-    /// Whether the receiving direction was shut down here.
-    read_ended: AtomicBool,
 }
 
 impl Socket {
@@ -201,7 +196,6 @@ impl Socket {
             quiet: false,
             runtime: Handle::current(),
             reset: AtomicBool::new(false),
-            read_ended: AtomicBool::new(false),
         })
     }
 
@@ -304,9 +298,7 @@ impl Socket {
             Shutdown::Write => socket::Shutdown::Write,
             Shutdown::Both => socket::Shutdown::Both,
         };
-        socket::shutdown(self.io.as_raw_fd(), how)?;
-        self.read_ended.fetch_or(how != socket::Shutdown::Write, Ordering::Relaxed);
-        Ok(())
+        Ok(socket::shutdown(self.io.as_raw_fd(), how)?)
     }
 }
 
