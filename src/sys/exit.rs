@@ -32,6 +32,7 @@ use nix::{
     libc,
     sys::{
         resource::{Resource, getrlimit},
+        signal::SigSet,
         socket::{AddressFamily, SockFlag, SockType, socketpair},
     },
 };
@@ -58,6 +59,9 @@ impl<T: Send + 'static> ExitCloser<T> {
         let (report, ready) = mpsc::sync_channel(1);
         let number = nursery.as_raw_fd();
         thread::Builder::new().name("fdwire-nursery".to_owned()).spawn(move || {
+            // A signal handler that runs in this thread, or in one that it spawns, would not find the process's descriptors.
+            // tokio's writes to a pipe there, and the signal would be lost.
+            SigSet::all().thread_block().expect("the mask is valid");
             let unshared = keep_only(number);
             let is_ready = unshared.is_ok();
             let _ = report.send(unshared);
