@@ -223,8 +223,10 @@ impl Closer {
         let mut lanes = Lanes::new();
         self.lock().thread = Thread::Busy;
         self.started.notify_all();
+        let mut jobs = Vec::new();
         loop {
-            for job in self.next_jobs(&lanes) {
+            self.next_jobs(&lanes, &mut jobs);
+            for job in jobs.drain(..) {
                 for fd in job.fds {
                     lanes.add(Closing { fd, charge: job.account.clone().map(Charge::new) });
                 }
@@ -233,8 +235,8 @@ impl Closer {
         }
     }
 
-    /// Waits until there is something to do.
-    fn next_jobs(&self, lanes: &Lanes) -> Vec<Job> {
+    /// Waits until there is something to do, and exchanges `jobs`, which is empty, with those that wait: both keep their room.
+    fn next_jobs(&self, lanes: &Lanes, jobs: &mut Vec<Job>) {
         let pause = if lanes.is_empty() { PAUSE } else { RETRY };
         let (mut backlog, _) = self
             .changed
@@ -249,7 +251,7 @@ impl Closer {
             backlog.thread = Thread::Busy;
         }
         backlog.fds = 0;
-        std::mem::take(&mut backlog.jobs)
+        std::mem::swap(&mut backlog.jobs, jobs);
     }
 }
 

@@ -81,13 +81,20 @@ fn run_rows(kind: SocketKind) {
     });
 }
 
-/// The calls between the first and the second call of `getppid`, those between the third and the fourth, and so on.
+/// The calls between the first and the second call of `getppid`, those between the third and the fourth, and so on. Only those of
+/// the thread that makes these: descriptors that were received are closed by another one.
 fn between_marks(trace: &str) -> Vec<BTreeMap<&str, usize>> {
     let mut counts = Vec::new();
     let mut counting = false;
+    let mark = trace.lines().find(|line| line.contains("getppid(")).unwrap();
+    let thread = mark.split_whitespace().next().unwrap();
     for line in trace.lines() {
-        let Some((call, _)) = line.split_once('(') else { continue }; // the rest of a call, or a signal
-        let call = call.rsplit(' ').next().unwrap_or(call);
+        let Some((start, _)) = line.split_once('(') else { continue }; // the rest of a call, or a signal
+        let mut words = start.split_whitespace();
+        if words.next() != Some(thread) || line.contains("resumed>") {
+            continue;
+        }
+        let call = words.last().unwrap_or_default();
         if call == "getppid" {
             counting = !counting;
             if counting {
@@ -131,6 +138,10 @@ fn a_batch_takes_one_send_and_two_receives() {
             let (sends, receives) = (per_batch("sendmsg"), per_batch("recvmsg"));
             let waits = per_batch("epoll_wait") + per_batch("epoll_pwait") + per_batch("epoll_pwait2");
             println!("{}, {kind:?}: {sends} sendmsg, {receives} recvmsg, {waits} epoll_wait", row.what);
+            // Whether a descriptor that was sent is a socket, whose `close` could block.
+            let questions = per_batch("getsockopt");
+            let descriptors = row.frames * (row.load)().frame().fds.len();
+            assert!(questions <= descriptors as f64, "{questions} getsockopt for {}", row.what);
             assert!(sends <= row.sendmsg as f64, "{sends} sends for {}", row.what);
             assert!(receives <= row.recvmsg as f64, "{receives} receives for {}", row.what);
             assert!(counts.is_empty(), "other calls for {}: {counts:?}", row.what);
