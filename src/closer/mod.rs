@@ -128,7 +128,7 @@ impl CloseFd for InBackground {
 }
 
 static CLOSER: Closer = Closer {
-    backlog: Mutex::new(Backlog { jobs: Vec::new(), fds: 0, thread: Thread::None }),
+    backlog: Mutex::new(Backlog { jobs: Vec::new(), fds: 0, closed: Vec::new(), thread: Thread::None }),
     changed: Condvar::new(),
     started: Condvar::new(),
 };
@@ -144,7 +144,16 @@ struct Backlog {
     jobs: Vec<Job>,
     /// Number of descriptors in all jobs.
     fds: usize,
+    /// The charges of sockets that exiting threads have closed. The closer's thread ends them, which may
+    /// wake tasks.
+    closed: Vec<Closed>,
     thread: Thread,
+}
+
+impl Backlog {
+    fn is_empty(&self) -> bool {
+        self.jobs.is_empty() && self.closed.is_empty()
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,9 +187,8 @@ struct Closing {
     charge: Option<Charge>,
 }
 
-/// The charge of a socket that an exiting thread closes.
-#[derive(Debug)]
-struct Closed(Option<Charge>);
+/// The charges of sockets that an exiting thread closes.
+type Closed = Vec<Option<Charge>>;
 
 impl Closer {
     fn lock(&self) -> MutexGuard<'_, Backlog> {
@@ -219,13 +227,20 @@ impl Closer {
         }
     }
 
-    fn run(&self) {
+    /// Called by the thread that has no descriptors.
+    fn report_closed(&self, closed: Closed) {
+        self.lock().closed.push(closed);
+        self.changed.notify_one();
+    }
+
+    fn run(&'static self) {
         let mut lanes = Lanes::new();
         self.lock().thread = Thread::Busy;
         self.started.notify_all();
-        let mut jobs = Vec::new();
+        let (mut jobs, mut closed) = (Vec::new(), Vec::new());
         loop {
-            self.next_jobs(&lanes, &mut jobs);
+            self.next(&lanes, &mut jobs, &mut closed);
+            closed.clear();
             for job in jobs.drain(..) {
                 for fd in job.fds {
                     lanes.add(Closing { fd, charge: job.account.clone().map(Charge::new) });
@@ -235,30 +250,30 @@ impl Closer {
         }
     }
 
-    /// Waits until there is something to do, and exchanges `jobs`, which is empty, with those that wait: both keep their room.
-    fn next_jobs(&self, lanes: &Lanes, jobs: &mut Vec<Job>) {
+    /// Waits until there is something to do, and exchanges `jobs` and `closed`, which are empty, with what waits: all of
+    /// them keep their room.
+    fn next(&self, lanes: &Lanes, jobs: &mut Vec<Job>, closed: &mut Vec<Closed>) {
         let pause = if lanes.is_empty() { PAUSE } else { RETRY };
         let (mut backlog, _) = self
             .changed
-            .wait_timeout_while(self.lock(), pause, |backlog| backlog.fds < WAKE_AT)
+            .wait_timeout_while(self.lock(), pause, |backlog| backlog.fds < WAKE_AT && backlog.closed.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
-        if lanes.is_empty() && backlog.jobs.is_empty() {
+        if lanes.is_empty() && backlog.is_empty() {
             backlog.thread = Thread::Idle;
-            backlog = self
-                .changed
-                .wait_while(backlog, |backlog| backlog.jobs.is_empty())
-                .unwrap_or_else(PoisonError::into_inner);
+            backlog =
+                self.changed.wait_while(backlog, |backlog| backlog.is_empty()).unwrap_or_else(PoisonError::into_inner);
             backlog.thread = Thread::Busy;
         }
         backlog.fds = 0;
         std::mem::swap(&mut backlog.jobs, jobs);
+        std::mem::swap(&mut backlog.closed, closed);
     }
 }
 
 /// The descriptors that the closer's thread has sorted, and where each kind goes.
 struct Lanes {
     /// `None` if the kernel or a sandbox does not allow it, or if no thread could be had.
-    exit: Option<ExitCloser<Vec<Closed>>>,
+    exit: Option<ExitCloser<Closed>>,
     exit_tried: Instant,
     sockets: Vec<Closing>,
     /// The time since which the kernel has refused `sockets`.
@@ -270,7 +285,7 @@ struct Lanes {
 impl Lanes {
     fn new() -> Self {
         Self {
-            exit: ExitCloser::start().ok(),
+            exit: start_exit_closer(),
             exit_tried: Instant::now(),
             sockets: Vec::new(),
             refused_since: None,
@@ -302,7 +317,7 @@ impl Lanes {
             return;
         }
         if self.exit.is_none() && self.exit_tried.elapsed() > PATIENCE {
-            self.exit = ExitCloser::start().ok();
+            self.exit = start_exit_closer();
             self.exit_tried = Instant::now();
         }
         let refused = match &self.exit {
@@ -323,14 +338,17 @@ impl Lanes {
     }
 }
 
+fn start_exit_closer() -> Option<ExitCloser<Closed>> {
+    ExitCloser::start(|closed| CLOSER.report_closed(closed)).ok()
+}
+
 /// Returns the sockets that the kernel refuses for now.
-fn close_in_exiting_threads(exit: &ExitCloser<Vec<Closed>>, mut sockets: Vec<Closing>) -> Vec<Closing> {
+fn close_in_exiting_threads(exit: &ExitCloser<Closed>, mut sockets: Vec<Closing>) -> Vec<Closing> {
     while !sockets.is_empty() {
         let rest = sockets.split_off(sockets.len().min(sys::most_sockets_at_once()));
-        let (fds, closed) = sockets.into_iter().map(|Closing { fd, charge }| (fd, Closed(charge))).unzip();
-        if let Err((fds, closed)) = exit.close(fds, closed) {
-            let mut refused: Vec<_> =
-                fds.into_iter().zip(closed).map(|(fd, Closed(charge))| Closing { fd, charge }).collect();
+        let (fds, charges) = sockets.into_iter().map(|Closing { fd, charge }| (fd, charge)).unzip();
+        if let Err((fds, charges)) = exit.close(fds, charges) {
+            let mut refused: Vec<_> = fds.into_iter().zip(charges).map(|(fd, charge)| Closing { fd, charge }).collect();
             refused.extend(rest);
             return refused;
         }

@@ -40,7 +40,7 @@ use nix::{
 use super::{close_all, recvmsg, sendmsg};
 use crate::limits::SCM_MAX_FD;
 
-/// Closes sockets in threads that exit. `T` is dropped after the sockets that it was given with are closed.
+/// Closes sockets in threads that exit. Each message of sockets has a `T` with it, which is reported when they are closed.
 #[derive(Debug)]
 pub(crate) struct ExitCloser<T> {
     queue: OwnedFd,
@@ -48,15 +48,16 @@ pub(crate) struct ExitCloser<T> {
 }
 
 impl<T: Send + 'static> ExitCloser<T> {
-    /// Starts the nursery thread.
+    /// Starts the nursery thread. It calls `report_closed`, which finds none of the process's descriptors there: it must
+    /// not wake a task, since the wakers of a runtime write to one.
     ///
     /// # Errors
     /// When no thread or descriptor can be had, and when the kernel has no `CLOSE_RANGE_UNSHARE` (Linux 5.11) or a sandbox
     /// forbids `close_range`.
-    pub(crate) fn start() -> io::Result<Self> {
+    pub(crate) fn start(report_closed: impl Fn(T) + Send + 'static) -> io::Result<Self> {
         let (queue, nursery) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let (announce, announced) = mpsc::channel();
-        let (report, ready) = mpsc::sync_channel(1);
+        let (tell, ready) = mpsc::sync_channel(1);
         let number = nursery.as_raw_fd();
         thread::Builder::new().name("fdwire-nursery".to_owned()).spawn(move || {
             // A signal handler that runs in this thread, or in one that it spawns, would not find the process's descriptors.
@@ -64,13 +65,13 @@ impl<T: Send + 'static> ExitCloser<T> {
             SigSet::all().thread_block().expect("the mask is valid");
             let unshared = keep_only(number);
             let is_ready = unshared.is_ok();
-            let _ = report.send(unshared);
+            let _ = tell.send(unshared);
             if is_ready {
                 // SAFETY: the table of this thread is its own from now on. The number is open in it, and nobody else owns it.
                 let nursery = unsafe { OwnedFd::from_raw_fd(number) };
-                while let Ok(done) = announced.recv() {
+                while let Ok(closed) = announced.recv() {
                     close_next_message(&nursery);
-                    drop(done);
+                    report_closed(closed);
                 }
             }
         })?;
@@ -82,15 +83,15 @@ impl<T: Send + 'static> ExitCloser<T> {
     /// Closes sockets, at most [`most_sockets_at_once`] of them.
     ///
     /// # Errors
-    /// When the kernel takes no message, with the sockets and `done`: `ETOOMANYREFS`, `EAGAIN` (too many wait already), or no
-    /// memory.
-    pub(crate) fn close(&self, sockets: Vec<OwnedFd>, done: T) -> Result<(), (Vec<OwnedFd>, T)> {
+    /// When the kernel takes no message, with the sockets and `closed`: `ETOOMANYREFS`, `EAGAIN` (too many wait already), or
+    /// no memory.
+    pub(crate) fn close(&self, sockets: Vec<OwnedFd>, closed: T) -> Result<(), (Vec<OwnedFd>, T)> {
         let fds = sockets.iter().map(AsFd::as_fd);
         if sendmsg(self.queue.as_fd(), &[IoSlice::new(b"x")], fds).is_err() {
-            return Err((sockets, done));
+            return Err((sockets, closed));
         }
         close_all(sockets);
-        let _ = self.announce.send(done); // fails only if the nursery has panicked
+        let _ = self.announce.send(closed); // fails only if the nursery has panicked
         Ok(())
     }
 }

@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::{
     FEW_THREADS,
     common::{open_fds, raw_send, with_raw_peer},
-    counted,
+    counted, nursery,
     slow::{slow_to_close, without_waiting},
     threads, until,
 };
@@ -132,12 +132,7 @@ fn a_decoder_that_asks_for_the_number_of_descriptors_does_not_mistake_lost_ones_
 #[test]
 fn no_signal_is_handled_by_a_thread_without_the_descriptors_of_the_process() {
     counted(async |_| {
-        let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
-        let is_nursery = |task: &std::path::PathBuf| {
-            std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "fdwire-nursery\n")
-        };
-        let nursery = tasks.into_iter().find(is_nursery).unwrap();
-        let status = std::fs::read_to_string(nursery.join("status")).unwrap();
+        let status = std::fs::read_to_string(nursery().unwrap().join("status")).unwrap();
         let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
         let blocked = u64::from_str_radix(blocked.trim(), 16).unwrap();
         for signal in [nix::libc::SIGINT, nix::libc::SIGTERM, nix::libc::SIGCHLD, nix::libc::SIGUSR1] {

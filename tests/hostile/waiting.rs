@@ -8,7 +8,7 @@ use futures::StreamExt;
 
 use crate::{
     common::{encoded, marked, raw_send},
-    counted,
+    counted, raw,
     slow::{slow_to_close, without_waiting},
     soon,
 };
@@ -137,5 +137,23 @@ fn descriptors_that_an_application_refuses_are_closed_as_fast_as_they_come() {
             }
         })
         .await;
+    });
+}
+
+#[test]
+fn a_connection_that_waits_for_its_sockets_to_be_closed_goes_on_then() {
+    counted(async |kind| {
+        let (a, peer) = Socket::pair(kind).unwrap();
+        let peer = OwnedFd::from(peer);
+        let mut rx = Framed::with_codecs(a, Refuse, FrameCodec::default());
+        for _ in 0..10 {
+            // All at once, so that they arrive faster than they are closed, and the runtime sleeps meanwhile.
+            let batches = [(); 5].map(|()| Vec::from_iter((0..250).map(|_| raw::pair(kind).0)));
+            batches.iter().for_each(|sockets| raw_send(&peer, b"x", sockets));
+            drop(batches);
+            for _ in 0..5 {
+                soon("the sockets before these are closed", rx.next()).await.unwrap().unwrap();
+            }
+        }
     });
 }
