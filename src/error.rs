@@ -116,6 +116,21 @@ pub enum Error {
         fds: usize,
     },
 
+    /// The connections of one uid hold more of unfinished messages than the listener that accepted them allows
+    /// ([`UidLimits`](crate::UidLimits)). This connection has brought the last part of it.
+    #[error(
+        "the connections of uid {uid} hold {bytes} bytes and {fds} descriptors of unfinished messages, which is more \
+         than the listener allows"
+    )]
+    OverUidLimit {
+        /// The uid of the peer.
+        uid: u32,
+        /// Number of bytes that the connections of the uid hold.
+        bytes: usize,
+        /// Number of descriptors that they hold.
+        fds: usize,
+    },
+
     /// The peer closed its end before it had read everything that was sent to it: what was sent last, descriptors
     /// included, did not arrive. Reported after everything that the peer had sent, then the stream ends.
     #[error("peer closed the connection without reading everything that was sent to it")]

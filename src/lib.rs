@@ -79,6 +79,7 @@
 //! - **Cancel safety** is stated for each method: `next()` and `flush()` can be dropped and called again.
 //! - **A peer cannot block the runtime.** Whatever it sends is a message or one typed [`Error`], and [`FrameCodec`] checks its
 //!   [`Limits`] before memory is reserved. An unfinished message has a [time limit](Limits#structfield.max_unfinished_time).
+//!   The connections of one uid at a [`Listener`] share [limits](UidLimits), so that it leaves something for other uids.
 //!   Connections, and descriptors that nobody takes, are closed [in the background](close_in_background), because the sender
 //!   of a socket decides how long its last `close` takes.
 //! - **Not prevented**: a descriptor that you take out of a message and drop is closed where you drop it, so pass it to
@@ -137,7 +138,7 @@ pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
 pub use framed::{Driver, Framed, Parts, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;
-pub use socket::{Listener, PeerCred, Socket, SocketKind};
+pub use socket::{Listener, PeerCred, Socket, SocketKind, UidLimits};
 
 /// Compiles what README shows.
 #[cfg(doctest)]

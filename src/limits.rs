@@ -5,7 +5,8 @@ use std::time::Duration;
 /// Most descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
 pub(crate) const SCM_MAX_FD: usize = 253;
 
-/// What a connection takes at most, in each direction.
+/// What a connection takes at most, in each direction. [`UidLimits`](crate::UidLimits) bound the connections of
+/// one uid together.
 ///
 /// [`FrameCodec`](crate::FrameCodec) checks its limits before memory is reserved. For codecs of your own see
 /// [`Codec::limits`](crate::Codec::limits).

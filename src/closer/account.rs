@@ -1,35 +1,72 @@
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
 };
 
-use futures::task::AtomicWaker;
-
-/// The descriptors of one connection that wait to be closed.
+/// Counts descriptors that wait to be closed: those of a connection, of all connections of a uid, or
+/// of all peers that a listener refuses.
 #[derive(Debug, Default)]
 pub(crate) struct Account {
     closing: AtomicUsize,
-    receiver: AtomicWaker,
+    waiting: Mutex<Vec<Waiting>>,
+    /// What counts here also counts there.
+    parent: Option<Arc<Account>>,
+}
+
+/// A task that waits until at most this number of descriptors is left.
+#[derive(Debug)]
+struct Waiting {
+    limit: usize,
+    waker: Waker,
 }
 
 impl Account {
-    /// Waits until at most `limit` descriptors of the connection wait to be closed. One task waits at a time.
-    pub(crate) fn poll_below(&self, cx: &mut Context<'_>, limit: usize) -> Poll<()> {
-        if self.closing.load(Ordering::Acquire) <= limit {
+    /// Returns an account whose descriptors also count for `parent`.
+    pub(crate) fn with_parent(parent: Arc<Account>) -> Self {
+        Self { parent: Some(parent), ..Self::default() }
+    }
+
+    /// Returns the number of descriptors that wait to be closed.
+    pub(crate) fn closing(&self) -> usize {
+        self.closing.load(Ordering::Relaxed)
+    }
+
+    /// Waits until at most `limit` descriptors wait to be closed. Any number of tasks may wait.
+    pub(crate) fn poll_at_most(&self, cx: &mut Context<'_>, limit: usize) -> Poll<()> {
+        if self.closing() <= limit {
             return Poll::Ready(());
         }
-        self.receiver.register(cx.waker());
-        match self.closing.load(Ordering::Acquire) <= limit {
-            true => Poll::Ready(()),
-            false => Poll::Pending,
+        let mut waiting = self.lock();
+        if !waiting.iter().any(|other| other.limit == limit && other.waker.will_wake(cx.waker())) {
+            waiting.push(Waiting { limit, waker: cx.waker().clone() });
+        }
+        // `remove` subtracts, then locks. If this task came too late for it, the number is seen here.
+        if self.closing() <= limit { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// Counts descriptors that wait from now on. A [`Charge`] for each takes it back.
+    pub(super) fn add(&self, fds: usize) {
+        self.closing.fetch_add(fds, Ordering::Relaxed);
+        if let Some(parent) = &self.parent {
+            parent.add(fds);
         }
     }
 
-    pub(super) fn add(&self, fds: usize) {
-        self.closing.fetch_add(fds, Ordering::AcqRel);
+    /// One descriptor is closed.
+    fn remove(&self) {
+        let left = self.closing.fetch_sub(1, Ordering::Relaxed) - 1;
+        let ready: Vec<_> = self.lock().extract_if(.., |waiting| left <= waiting.limit).collect();
+        ready.into_iter().for_each(|waiting| waiting.waker.wake());
+        if let Some(parent) = &self.parent {
+            parent.remove();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -46,7 +83,54 @@ impl Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.0.closing.fetch_sub(1, Ordering::AcqRel);
-        self.0.receiver.wake();
+        self.0.remove();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::task::yield_now;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn tasks_wait_until_few_enough_are_left_of_an_account_and_of_its_parent() {
+        let parent = Arc::<Account>::default();
+        let child = Arc::new(Account::with_parent(Arc::clone(&parent)));
+        let wait = |account: &Arc<Account>, limit| {
+            let account = Arc::clone(account);
+            tokio::spawn(async move { poll_fn(|cx| account.poll_at_most(cx, limit)).await })
+        };
+        child.add(3);
+        parent.add(1);
+        let charges = [(); 3].map(|()| Charge::new(Arc::clone(&child)));
+        let [early, late, of_parent] = [wait(&child, 2), wait(&child, 0), wait(&parent, 1)];
+        yield_now().await;
+        assert!(!early.is_finished());
+
+        let [first, second, third] = charges;
+        drop(first);
+        early.await.unwrap();
+        drop(second);
+        yield_now().await;
+        assert!(!late.is_finished() && !of_parent.is_finished());
+        drop(third);
+        late.await.unwrap();
+        of_parent.await.unwrap();
+        assert_eq!((child.closing(), parent.closing()), (0, 1));
+    }
+
+    #[tokio::test]
+    async fn a_task_that_is_polled_often_is_remembered_once() {
+        let account = Account::default();
+        account.add(1);
+        poll_fn(|cx| {
+            assert!((0..10).all(|_| account.poll_at_most(cx, 0).is_pending()));
+            assert_eq!(account.lock().len(), 1);
+            Poll::Ready(())
+        })
+        .await;
     }
 }

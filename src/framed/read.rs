@@ -182,8 +182,10 @@ impl Receiver {
     /// Receives something, or the end.
     fn poll_receive(&mut self, cx: &mut Context<'_>, max_bytes: usize, limits: &Limits) -> Poll<Result<(), Error>> {
         let Self { socket, inbound, uncharged, rest, .. } = self;
+        // Nothing complete is left, so all of it is a part of unfinished messages.
+        socket.hold(inbound.bytes.len(), inbound.fds.count())?;
         // A peer that sends descriptors in vain gets no further than they can be closed.
-        ready!(socket.account().poll_below(cx, limits.max_queued_fds));
+        ready!(socket.poll_closed(cx, limits.max_queued_fds));
         let received = match socket.poll_recv(cx, &mut inbound.bytes, max_bytes, &mut inbound.fds) {
             Poll::Ready(received) => received?,
             Poll::Pending => {
@@ -214,5 +216,16 @@ impl Receiver {
         self.inbound.end();
         self.inbound.bytes.clear();
         self.inbound.close_fds();
+        self.hold_nothing();
+    }
+
+    fn hold_nothing(&self) {
+        let _ = self.socket.hold(0, 0); // never too much
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.hold_nothing();
     }
 }

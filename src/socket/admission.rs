@@ -12,7 +12,11 @@ use std::{
 
 use tracing::warn;
 
-use super::{PeerCred, path::PathGuard};
+use super::{
+    PeerCred, UidLimits,
+    path::PathGuard,
+    uid_account::{OverLimit, UidAccounts, UidShare},
+};
 
 /// The shortest time between two log lines about refused peers: a peer that connects in a loop must
 /// not fill the log.
@@ -21,10 +25,11 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// The overflow uid of a kernel on which nobody has changed it.
 const DEFAULT_OVERFLOW_UID: u32 = 65534;
 
-/// The uids that a listener admits.
+/// The uids that a listener admits, and what each of them has.
 #[derive(Debug)]
 pub(super) struct Admission {
     admitted: Admitted,
+    accounts: UidAccounts,
     /// The uid that `SO_PEERCRED` reports for every uid without a mapping in this process's user
     /// namespace. `None` if every uid has a mapping.
     overflow_uid: Option<u32>,
@@ -45,6 +50,8 @@ enum Refusal {
     NotListed,
     /// Its uid is in the list, but may stand for any other.
     Overflow,
+    /// Its uid has too much already.
+    OverLimit(OverLimit),
 }
 
 impl fmt::Display for Refusal {
@@ -55,6 +62,13 @@ impl fmt::Display for Refusal {
                 "its uid may stand for any uid that this user namespace does not map, so it cannot be admitted by number; \
                  bind a path with mode 0600, or use `Listener::allow_any_uid` and the mode of the path or its directory"
             }
+            Self::OverLimit(OverLimit::Connections) => {
+                "its uid has as many connections as `UidLimits::max_connections` allows; to change that, use \
+                 `Listener::limit_each_uid`"
+            }
+            Self::OverLimit(OverLimit::Closing) => {
+                "more descriptors from its uid wait to be closed than `UidLimits::max_fds` allows"
+            }
         })
     }
 }
@@ -63,7 +77,8 @@ impl Admission {
     /// Admits the own effective uid and root.
     pub(super) fn new() -> Self {
         let admitted = Admitted::Uids(vec![nix::unistd::geteuid().as_raw(), 0]);
-        Self { admitted, overflow_uid: overflow_uid(), refused: AtomicU64::new(0), log: Mutex::default() }
+        let accounts = UidAccounts::new(UidLimits::default());
+        Self { admitted, accounts, overflow_uid: overflow_uid(), refused: AtomicU64::new(0), log: Mutex::default() }
     }
 
     pub(super) fn allow_uids(&mut self, uids: impl IntoIterator<Item = u32>) {
@@ -76,20 +91,23 @@ impl Admission {
         self.admitted = Admitted::Any;
     }
 
-    pub(super) fn needs_uid(&self) -> bool {
-        matches!(self.admitted, Admitted::Uids(_))
+    pub(super) fn limit_each_uid(&mut self, limits: UidLimits) {
+        self.accounts = UidAccounts::new(limits);
     }
 
-    /// Returns true if a peer is admitted by the listener with this address and path. A refused one
-    /// is counted and logged.
-    pub(super) fn admits(
+    /// Admits a peer to the listener with this address and path, or counts and logs that it is refused.
+    pub(super) fn admit(
         &self,
         peer: PeerCred,
         path: Option<&PathGuard>,
         addr: impl FnOnce() -> std::io::Result<SocketAddr>,
-    ) -> bool {
-        let Some(refusal) = self.check(peer.uid, || path.is_some_and(PathGuard::admits_owner_only)) else {
-            return true;
+    ) -> Option<UidShare> {
+        let refusal = match self.check(peer.uid, || path.is_some_and(PathGuard::admits_owner_only)) {
+            Some(refusal) => refusal,
+            None => match self.accounts.add_connection(peer.uid) {
+                Ok(share) => return Some(share),
+                Err(over_limit) => Refusal::OverLimit(over_limit),
+            },
         };
         self.refused.fetch_add(1, Ordering::Relaxed);
         // The lock is released before a subscriber, which is foreign code, gets the line.
@@ -98,7 +116,7 @@ impl Admission {
             let listener = addr().map_or_else(|error| error.to_string(), |addr| readable(&addr));
             warn!(uid = peer.uid, pid = peer.pid, listener, refused, "connection refused: {refusal}");
         }
-        false
+        None
     }
 
     pub(super) fn refused(&self) -> u64 {

@@ -1,4 +1,5 @@
 use std::{
+    future::poll_fn,
     io::{Error, ErrorKind, Result},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -6,7 +7,10 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -17,17 +21,22 @@ use nix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    PeerCred, Socket, SocketKind,
+    PeerCred, Socket, SocketKind, UidLimits,
     admission::Admission,
     convert::{disable_credentials, invalid_descriptor, unix_socket_kind},
     new_socket,
     path::{PathGuard, unix_addr},
     set_nonblocking,
+    uid_account::UidShare,
 };
 use crate::{
-    closer::{self, BackgroundFd, InBackground},
+    closer::{self, Account, BackgroundFd, InBackground},
     sys,
 };
+
+/// Number of refused connections that may wait to be closed. Peers connect faster than the closer's thread
+/// gets its turn, and each refused connection holds a descriptor until then.
+const MAX_CLOSING: usize = 64;
 
 /// Listens for connections at a path or an abstract name.
 ///
@@ -37,6 +46,10 @@ use crate::{
 /// [`allow_any_uid`](Self::allow_any_uid) admit others. The connection of a peer that is not
 /// admitted is closed at once, [counted](Self::refused), and logged as a warning: at most one line
 /// a second, with the number of connections refused since the last one.
+///
+/// **How much one uid may have.** The connections of a uid share [limits](UidLimits), which
+/// [`limit_each_uid`](Self::limit_each_uid) changes. A connection above them is refused like that of a
+/// uid that is not admitted.
 ///
 /// **In a user namespace** that does not map every uid, the kernel reports each uid without a
 /// mapping as the overflow uid (`/proc/sys/kernel/overflowuid`, usually 65534). A peer with this
@@ -69,6 +82,8 @@ pub struct Listener {
     io: AsyncFd<BackgroundFd>,
     kind: SocketKind,
     admission: Admission,
+    /// Refused connections that wait to be closed.
+    closing: Arc<Account>,
     path: Option<PathGuard>,
     /// Made by a conversion. A connection copies `SO_PASSCRED` from the listener when the client
     /// connects, so those that were in the backlog then may have it.
@@ -127,6 +142,7 @@ impl Listener {
             io: sys::register(fd, Interest::READABLE)?,
             kind,
             admission: Admission::new(),
+            closing: Arc::default(),
             path,
             was_converted: false,
             pass_fds: AtomicBool::new(true),
@@ -159,7 +175,25 @@ impl Listener {
         self
     }
 
-    /// Number of connections closed because their uid is not admitted.
+    /// Replaces the limits of what the connections of one uid may hold together. To be called before the
+    /// first connection is accepted: those accepted before count apart.
+    ///
+    /// ```no_run
+    /// # fn main() -> std::io::Result<()> {
+    /// use fdwire::{Listener, SocketKind, UidLimits};
+    ///
+    /// let limits = UidLimits::default().max_connections(10);
+    /// let listener = Listener::bind("/run/app.sock", SocketKind::SeqPacket)?.limit_each_uid(limits);
+    /// # drop(listener); Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn limit_each_uid(mut self, limits: UidLimits) -> Self {
+        self.admission.limit_each_uid(limits);
+        self
+    }
+
+    /// Returns the number of connections that were closed because their uid is not admitted, or has more
+    /// than the [limits](UidLimits) allow.
     pub fn refused(&self) -> u64 {
         self.admission.refused()
     }
@@ -209,6 +243,7 @@ impl Listener {
     /// No connection is lost when dropped. Any number of tasks may wait at a time.
     pub async fn accept(&self) -> Result<Socket> {
         loop {
+            poll_fn(|cx| self.closing.poll_at_most(cx, MAX_CLOSING)).await;
             if let Some(socket) = self.io.async_io(Interest::READABLE, |_| self.try_accept()).await? {
                 return Ok(socket);
             }
@@ -221,6 +256,7 @@ impl Listener {
     /// As for [`accept`](Self::accept).
     pub fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<Result<Socket>> {
         loop {
+            ready!(self.closing.poll_at_most(cx, MAX_CLOSING));
             let mut ready = ready!(self.io.poll_read_ready(cx))?;
             if let Ok(accepted) = ready.try_io(|_| self.try_accept())
                 && let Some(socket) = accepted.transpose()
@@ -244,15 +280,13 @@ impl Listener {
             },
         };
         // Who has sent something already may block its `close`.
-        let fd = BackgroundFd::new(fd, InBackground::default());
+        let fd = BackgroundFd::new(fd, InBackground::counted(Arc::clone(&self.closing)));
         self.take_accepted(fd).map_err(not_would_block)
     }
 
     /// Registers an accepted connection if its peer is admitted.
     fn take_accepted(&self, fd: BackgroundFd) -> Result<Option<Socket>> {
-        if !self.admits(&fd)? {
-            return Ok(None);
-        }
+        let Some(uid_share) = self.admit(&fd)? else { return Ok(None) };
         if self.was_converted {
             disable_credentials(&fd)?;
         }
@@ -260,14 +294,11 @@ impl Listener {
         if !self.pass_fds.load(Ordering::Relaxed) {
             setsockopt(&fd, sys::PassRights, &false)?;
         }
-        Socket::register(fd.into_fd(), self.kind).map(Some)
+        Socket::register_for_uid(fd.into_fd(), self.kind, Some(uid_share)).map(Some)
     }
 
-    fn admits(&self, peer: &BackgroundFd) -> Result<bool> {
-        if !self.admission.needs_uid() {
-            return Ok(true);
-        }
-        Ok(self.admission.admits(PeerCred::of(peer)?, self.path.as_ref(), || self.local_addr()))
+    fn admit(&self, peer: &BackgroundFd) -> Result<Option<UidShare>> {
+        Ok(self.admission.admit(PeerCred::of(peer)?, self.path.as_ref(), || self.local_addr()))
     }
 }
 

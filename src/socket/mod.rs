@@ -5,6 +5,7 @@ mod convert;
 mod io;
 mod listener;
 mod path;
+mod uid_account;
 
 use std::{
     io::{Error, Result},
@@ -15,6 +16,7 @@ use std::{
     },
     path::Path,
     sync::{Arc, atomic::AtomicBool},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -30,6 +32,8 @@ use tokio::{
 
 pub(crate) use io::{HasFd, SendWait, TooLarge};
 pub use listener::Listener;
+pub use uid_account::UidLimits;
+use uid_account::UidShare;
 
 pub(crate) use crate::sys::Received;
 
@@ -104,6 +108,8 @@ pub struct Socket {
     kind: SocketKind,
     /// What waits to be closed of what came over this socket.
     account: Arc<Account>,
+    /// Of a connection that a listener has accepted.
+    uid_share: Option<UidShare>,
     /// Registered for reading only: see [`quiet`](Self::quiet).
     quiet: bool,
     /// Where it is registered, and where timers are made, wherever it is polled from.
@@ -186,13 +192,19 @@ impl Socket {
 
     /// Registers a connected socket. Nobody else knows the descriptor's number.
     fn register(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
+        Self::register_for_uid(fd, kind, None)
+    }
+
+    /// The same for a connection that counts for its peer's uid.
+    fn register_for_uid(fd: OwnedFd, kind: SocketKind, uid_share: Option<UidShare>) -> Result<Self> {
         closer::start();
-        let account = Arc::<Account>::default();
+        let account = Arc::new(uid_share.as_ref().map(UidShare::closing_account).unwrap_or_default());
         let fd = BackgroundFd::new(fd, InBackground::counted(Arc::clone(&account)));
         Ok(Self {
             io: sys::register(fd, Interest::READABLE | Interest::PRIORITY | Interest::WRITABLE)?,
             kind,
             account,
+            uid_share,
             quiet: false,
             runtime: Handle::current(),
             reset: AtomicBool::new(false),
@@ -222,6 +234,28 @@ impl Socket {
 
     pub(crate) fn account(&self) -> &Arc<Account> {
         &self.account
+    }
+
+    /// Waits while too many descriptors wait to be closed: more than `limit` of this connection, or
+    /// more than its uid may have.
+    pub(crate) fn poll_closed(&self, cx: &mut Context<'_>, limit: usize) -> Poll<()> {
+        ready!(self.account.poll_at_most(cx, limit));
+        match &self.uid_share {
+            Some(share) => share.poll_closed(cx),
+            None => Poll::Ready(()),
+        }
+    }
+
+    /// Reports what has arrived of messages that are not complete.
+    ///
+    /// # Errors
+    /// [`OverUidLimit`](crate::Error::OverUidLimit) if that is more than the peer's uid may have.
+    #[inline]
+    pub(crate) fn hold(&self, bytes: usize, fds: usize) -> std::result::Result<(), crate::Error> {
+        match &self.uid_share {
+            Some(share) => share.hold(bytes, fds),
+            None => Ok(()),
+        }
     }
 
     /// Which kind it is.

@@ -13,6 +13,7 @@ mod raw;
 mod refused;
 mod slow;
 mod turns;
+mod uid_limits;
 mod waiting;
 mod wakeups;
 
