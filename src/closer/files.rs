@@ -27,6 +27,17 @@ const LOCAL_FILE_SYSTEMS: [&str; 12] = [
     "zfs",
 ];
 
+/// How a descriptor is closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// By a thread that exits: it is a socket.
+    Exit,
+    /// At once: its `close` can't wait for anyone.
+    Quick,
+    /// By a thread that may be stuck in it.
+    Slow,
+}
+
 /// Knows files whose `close` asks nobody.
 ///
 /// The `close` of a regular file of a FUSE file system waits for the daemon's answer, which no signal ends and which a
@@ -47,18 +58,22 @@ impl KnownFiles {
         Self { devices: mounts.lines().filter_map(local_device).chain(memfd).collect() }
     }
 
-    /// Returns true if the `close` of this descriptor, which is no socket, can't wait for anyone.
-    pub(super) fn close_is_quick(&self, fd: BorrowedFd<'_>) -> bool {
+    /// Decides how to close a descriptor of any kind.
+    pub(super) fn lane(&self, fd: BorrowedFd<'_>) -> Lane {
         const MEMORY: u32 = 1; // /dev/null and its kin
         const TERMINALS: std::ops::RangeInclusive<u32> = 136..=143; // /dev/pts
 
-        let Ok(FileKind { file_type, device, own_major }) = sys::file_kind(fd) else { return false };
-        match file_type {
+        let Ok(FileKind { file_type, device, own_major }) = sys::file_kind(fd) else {
+            return if sys::is_socket(fd) { Lane::Exit } else { Lane::Slow };
+        };
+        let is_quick = match file_type {
+            libc::S_IFSOCK => return Lane::Exit,
             libc::S_IFREG => device.0 != 0 || self.devices.contains(&device),
             libc::S_IFCHR => own_major == MEMORY || TERMINALS.contains(&own_major),
             libc::S_IFBLK => false,
             _ => true, // pipes, directories, eventfds: only the kernel provides these
-        }
+        };
+        if is_quick { Lane::Quick } else { Lane::Slow }
     }
 }
 
@@ -72,12 +87,12 @@ fn local_device(line: &str) -> Option<(u32, u32)> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, io, os::fd::OwnedFd};
+    use std::{fs::File, io, os::fd::OwnedFd, os::unix::net::UnixStream};
 
     use super::*;
 
     #[test]
-    fn what_the_kernel_provides_is_known() -> io::Result<()> {
+    fn files_that_the_kernel_provides_are_known() -> io::Result<()> {
         let known = KnownFiles::find();
         let memfd = memfd_create("test", MFdFlags::MFD_CLOEXEC)?;
         let (reader, writer) = io::pipe()?;
@@ -85,8 +100,9 @@ mod tests {
         let executable = File::open(std::env::current_exe()?)?;
         let files: [OwnedFd; 5] = [memfd, reader.into(), writer.into(), null.into(), executable.into()];
         for fd in &files {
-            assert!(known.close_is_quick(fd.as_fd()), "{fd:?}");
+            assert_eq!(known.lane(fd.as_fd()), Lane::Quick, "{fd:?}");
         }
+        assert_eq!(known.lane(UnixStream::pair()?.0.as_fd()), Lane::Exit);
         Ok(())
     }
 

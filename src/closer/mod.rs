@@ -8,7 +8,7 @@
 //! | kind | how it is closed | what can delay it |
 //! |---|---|---|
 //! | sockets | by a thread that [exits](crate::sys::ExitCloser), which never lingers | nothing a peer does |
-//! | regular files and devices of file systems that this process does not know | by one of [`SLOW_THREADS`] threads | other files of this kind |
+//! | regular files and devices of file systems that this process does not know | by one of four threads | other files of this kind |
 //! | everything else | by the closer's thread | the time it takes to free memory |
 //!
 //! The number of threads is fixed. What a connection has in the backlog counts against its [`Account`], and a connection
@@ -16,29 +16,26 @@
 
 mod account;
 mod files;
+mod lanes;
 mod slow;
 
 use std::{
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use smallvec::SmallVec;
 
 pub(crate) use account::Account;
 use account::Charge;
-use files::KnownFiles;
-use slow::SlowThreads;
+use lanes::{Closed, Closing, Lanes};
 
 use crate::{
     frame::Home,
-    sys::{self, CloseFd, ExitCloser, FdGuard},
+    sys::{self, CloseFd, FdGuard},
 };
-
-/// Most threads that wait for files whose `close` may block.
-const SLOW_THREADS: usize = 4;
 
 /// After it has closed something, the closer's thread looks at the backlog again after this time, or when
 /// [`WAKE_AT`] descriptors wait: a process that closes all the time should not wake it for each of them.
@@ -47,9 +44,6 @@ const WAKE_AT: usize = 64;
 
 /// The thread tries again after this time if the kernel refuses something.
 const RETRY: Duration = Duration::from_millis(20);
-
-/// How long sockets wait for the kernel before they are given to the slow threads.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Closes descriptors on a thread of the crate, so that the caller never blocks.
 ///
@@ -76,14 +70,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// # Ok(()) }
 /// ```
 pub fn close_in_background(fds: impl IntoIterator<Item = impl Into<OwnedFd>>) {
-    close_for(None, fds.into_iter().map(Into::into).collect());
-}
-
-/// Closes descriptors in the background, and counts them against an account until they are closed.
-pub(crate) fn close_for(account: Option<Arc<Account>>, fds: SmallVec<[OwnedFd; 1]>) {
-    if !fds.is_empty() {
-        CLOSER.add(Job { fds, account });
-    }
+    CLOSER.add(Job { fds: fds.into_iter().map(Into::into).collect(), account: None, are_sockets: false });
 }
 
 /// Closes descriptors of which a copy was just sent. The message holds that copy, so this `close` is not the last one,
@@ -97,7 +84,7 @@ pub(crate) fn close_sent(fds: impl Iterator<Item = OwnedFd>) {
         }
         false => Some(fd),
     }));
-    close_for(None, sockets);
+    CLOSER.add(Job { fds: sockets, account: None, are_sockets: true });
 }
 
 /// Starts the closer's thread unless it runs, and waits until it has the descriptors that it needs. Called before any peer
@@ -108,10 +95,10 @@ pub(crate) fn start() {
     drop(CLOSER.started.wait_while(backlog, starting).unwrap_or_else(PoisonError::into_inner));
 }
 
-/// A descriptor that is closed in the background when it is dropped.
+/// A socket that is closed in the background when it is dropped.
 pub(crate) type BackgroundFd = FdGuard<InBackground>;
 
-/// Closes a descriptor in the background. The account, if there is one, lives until then.
+/// Closes a socket in the background. The account, if there is one, lives until then.
 #[derive(Debug, Default)]
 pub(crate) struct InBackground(Option<Arc<Account>>);
 
@@ -123,7 +110,7 @@ impl InBackground {
 
 impl CloseFd for InBackground {
     fn close(&mut self, fd: OwnedFd) {
-        close_for(self.0.take(), SmallVec::from_buf([fd]));
+        CLOSER.add(Job { fds: SmallVec::from_buf([fd]), account: self.0.take(), are_sockets: true });
     }
 }
 
@@ -171,24 +158,16 @@ enum Thread {
 struct Job {
     fds: SmallVec<[OwnedFd; 1]>,
     account: Option<Arc<Account>>,
+    /// Whether all of them are known to be sockets. Otherwise the closer's thread finds out.
+    are_sockets: bool,
 }
 
 /// Descriptors of a connection that nobody wants are closed in the background, and counted.
 impl Home<OwnedFd> for Account {
     fn take_back(self: Arc<Self>, fds: SmallVec<[OwnedFd; 1]>) {
-        close_for(Some(self), fds);
+        CLOSER.add(Job { fds, account: Some(self), are_sockets: false });
     }
 }
-
-/// One descriptor on its way. The charge ends after it is closed: fields are dropped in this order.
-#[derive(Debug)]
-struct Closing {
-    fd: OwnedFd,
-    charge: Option<Charge>,
-}
-
-/// The charges of sockets that an exiting thread closes.
-type Closed = Vec<Option<Charge>>;
 
 impl Closer {
     fn lock(&self) -> MutexGuard<'_, Backlog> {
@@ -209,6 +188,9 @@ impl Closer {
     }
 
     fn add(&'static self, job: Job) {
+        if job.fds.is_empty() {
+            return;
+        }
         if let Some(account) = &job.account {
             account.add(job.fds.len());
         }
@@ -234,7 +216,7 @@ impl Closer {
     }
 
     fn run(&'static self) {
-        let mut lanes = Lanes::new();
+        let mut lanes = Lanes::new(|closed| CLOSER.report_closed(closed));
         self.lock().thread = Thread::Busy;
         self.started.notify_all();
         let (mut jobs, mut closed) = (Vec::new(), Vec::new());
@@ -243,7 +225,7 @@ impl Closer {
             closed.clear();
             for job in jobs.drain(..) {
                 for fd in job.fds {
-                    lanes.add(Closing { fd, charge: job.account.clone().map(Charge::new) });
+                    lanes.add(Closing { fd, charge: job.account.clone().map(Charge::new) }, job.are_sockets);
                 }
             }
             lanes.close();
@@ -268,91 +250,4 @@ impl Closer {
         std::mem::swap(&mut backlog.jobs, jobs);
         std::mem::swap(&mut backlog.closed, closed);
     }
-}
-
-/// The descriptors that the closer's thread has sorted, and where each kind goes.
-struct Lanes {
-    /// `None` if the kernel or a sandbox does not allow it, or if no thread could be had.
-    exit: Option<ExitCloser<Closed>>,
-    exit_tried: Instant,
-    sockets: Vec<Closing>,
-    /// The time since which the kernel has refused `sockets`.
-    refused_since: Option<Instant>,
-    known: KnownFiles,
-    slow: SlowThreads,
-}
-
-impl Lanes {
-    fn new() -> Self {
-        Self {
-            exit: start_exit_closer(),
-            exit_tried: Instant::now(),
-            sockets: Vec::new(),
-            refused_since: None,
-            known: KnownFiles::find(),
-            slow: SlowThreads::new(SLOW_THREADS),
-        }
-    }
-
-    /// Returns true if nothing has to be tried again.
-    fn is_empty(&self) -> bool {
-        self.sockets.is_empty() && !self.slow.lacks_a_thread()
-    }
-
-    fn add(&mut self, closing: Closing) {
-        let fd = closing.fd.as_fd();
-        if sys::is_socket(fd) {
-            self.sockets.push(closing);
-        } else if self.known.close_is_quick(fd) {
-            drop(closing);
-        } else {
-            self.slow.close(closing);
-        }
-    }
-
-    /// Closes what can be closed now.
-    fn close(&mut self) {
-        self.slow.start_threads();
-        if self.sockets.is_empty() {
-            return;
-        }
-        if self.exit.is_none() && self.exit_tried.elapsed() > PATIENCE {
-            self.exit = start_exit_closer();
-            self.exit_tried = Instant::now();
-        }
-        let refused = match &self.exit {
-            Some(exit) => close_in_exiting_threads(exit, std::mem::take(&mut self.sockets)),
-            None => std::mem::take(&mut self.sockets),
-        };
-        if refused.is_empty() {
-            self.refused_since = None;
-            return;
-        }
-        let since = *self.refused_since.get_or_insert_with(Instant::now);
-        if self.exit.is_some() && since.elapsed() < PATIENCE {
-            self.sockets = refused;
-        } else {
-            refused.into_iter().for_each(|closing| self.slow.close(closing));
-            self.slow.start_threads();
-        }
-    }
-}
-
-fn start_exit_closer() -> Option<ExitCloser<Closed>> {
-    ExitCloser::start(|closed| CLOSER.report_closed(closed)).ok()
-}
-
-/// Returns the sockets that the kernel refuses for now.
-fn close_in_exiting_threads(exit: &ExitCloser<Closed>, mut sockets: Vec<Closing>) -> Vec<Closing> {
-    while !sockets.is_empty() {
-        let rest = sockets.split_off(sockets.len().min(sys::most_sockets_at_once()));
-        let (fds, charges) = sockets.into_iter().map(|Closing { fd, charge }| (fd, charge)).unzip();
-        if let Err((fds, charges)) = exit.close(fds, charges) {
-            let mut refused: Vec<_> = fds.into_iter().zip(charges).map(|(fd, charge)| Closing { fd, charge }).collect();
-            refused.extend(rest);
-            return refused;
-        }
-        sockets = rest;
-    }
-    sockets
 }

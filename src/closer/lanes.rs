@@ -1,0 +1,130 @@
+//! How descriptors of each kind are closed.
+
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use super::{
+    account::Charge,
+    files::{KnownFiles, Lane},
+    slow::SlowThreads,
+};
+use crate::sys::{self, ExitCloser};
+
+/// Most threads that wait for files whose `close` may block.
+const SLOW_THREADS: usize = 4;
+
+/// How long sockets wait for the kernel before they are given to the slow threads.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The descriptors that the closer's thread has sorted, and where each kind goes.
+pub(super) struct Lanes {
+    /// `None` if the kernel or a sandbox does not allow it, or if no thread could be had.
+    exit: Option<ExitCloser<Closed>>,
+    exit_tried: Instant,
+    report_closed: fn(Closed),
+    quick: Vec<Closing>,
+    sockets: Vec<Closing>,
+    /// The time since which the kernel has refused `sockets`.
+    refused_since: Option<Instant>,
+    known: KnownFiles,
+    slow: SlowThreads,
+}
+
+impl Lanes {
+    /// `report_closed` gets the charges of sockets that are closed, in a thread that must not end them: it has none of the
+    /// process's descriptors, and a charge that ends may wake a task.
+    pub(super) fn new(report_closed: fn(Closed)) -> Self {
+        Self {
+            exit: ExitCloser::start(report_closed).ok(),
+            exit_tried: Instant::now(),
+            report_closed,
+            quick: Vec::new(),
+            sockets: Vec::new(),
+            refused_since: None,
+            known: KnownFiles::find(),
+            slow: SlowThreads::new(SLOW_THREADS),
+        }
+    }
+
+    /// Returns true if nothing has to be tried again.
+    pub(super) fn is_empty(&self) -> bool {
+        self.sockets.is_empty() && !self.slow.lacks_a_thread()
+    }
+
+    /// Sorts one descriptor.
+    pub(super) fn add(&mut self, closing: Closing, is_socket: bool) {
+        let lane = if is_socket { Lane::Exit } else { self.known.lane(closing.fd.as_fd()) };
+        match lane {
+            Lane::Exit => self.sockets.push(closing),
+            Lane::Quick => self.quick.push(closing),
+            Lane::Slow => self.slow.close(closing),
+        }
+    }
+
+    /// Closes what can be closed now.
+    pub(super) fn close(&mut self) {
+        self.slow.start_threads();
+        if !self.sockets.is_empty() {
+            self.close_sockets();
+        }
+        // At the end, because freeing memory takes time.
+        let (fds, charges): (Vec<_>, Vec<_>) = self.quick.drain(..).map(Closing::into_parts).unzip();
+        sys::close_all(fds);
+        drop(charges);
+    }
+
+    fn close_sockets(&mut self) {
+        if self.exit.is_none() && self.exit_tried.elapsed() > PATIENCE {
+            self.exit = ExitCloser::start(self.report_closed).ok();
+            self.exit_tried = Instant::now();
+        }
+        let refused = match &self.exit {
+            Some(exit) => close_in_exiting_threads(exit, std::mem::take(&mut self.sockets)),
+            None => std::mem::take(&mut self.sockets),
+        };
+        if refused.is_empty() {
+            self.refused_since = None;
+            return;
+        }
+        let since = *self.refused_since.get_or_insert_with(Instant::now);
+        if self.exit.is_some() && since.elapsed() < PATIENCE {
+            self.sockets = refused;
+        } else {
+            refused.into_iter().for_each(|closing| self.slow.close(closing));
+            self.slow.start_threads();
+        }
+    }
+}
+
+/// Returns the sockets that the kernel refuses for now.
+fn close_in_exiting_threads(exit: &ExitCloser<Closed>, mut sockets: Vec<Closing>) -> Vec<Closing> {
+    while !sockets.is_empty() {
+        let rest = sockets.split_off(sockets.len().min(sys::most_sockets_at_once()));
+        let (fds, charges) = sockets.into_iter().map(Closing::into_parts).unzip();
+        if let Err((fds, charges)) = exit.close(fds, charges) {
+            let mut refused: Vec<_> = fds.into_iter().zip(charges).map(|(fd, charge)| Closing { fd, charge }).collect();
+            refused.extend(rest);
+            return refused;
+        }
+        sockets = rest;
+    }
+    sockets
+}
+
+/// One descriptor on its way. The charge ends after it is closed: fields are dropped in this order.
+#[derive(Debug)]
+pub(super) struct Closing {
+    pub(super) fd: OwnedFd,
+    pub(super) charge: Option<Charge>,
+}
+
+impl Closing {
+    fn into_parts(self) -> (OwnedFd, Option<Charge>) {
+        (self.fd, self.charge)
+    }
+}
+
+/// The charges of sockets that an exiting thread closes.
+pub(super) type Closed = Vec<Option<Charge>>;
