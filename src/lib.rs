@@ -85,7 +85,8 @@
 //! - **Not prevented**: a descriptor that you take out of a message and drop is closed where you drop it, so pass it to
 //!   [`close_in_background`] instead. A receive at `RLIMIT_NOFILE` closes what does not fit inside the system call. Freeing what
 //!   a peer has sent takes time, for example 190 ms for a GiB of memfd. A file of a FUSE file system whose daemon does not
-//!   answer cannot be closed at all; only [`Socket::set_pass_fds`] keeps such files away.
+//!   answer cannot be closed at all, and to pass it on blocks as well, because the sender's copy is closed. Only
+//!   [`Socket::set_pass_fds`] keeps such files away.
 //! - **It waits for what passes**: a full socket, too many descriptors in flight (`ETOOMANYREFS`), no kernel memory for a
 //!   large packet. It tells of what does not: a receiver at its `RLIMIT_NOFILE` ([`Error::TruncatedControl`]), a peer that
 //!   closed without reading everything ([`Error::Reset`]).

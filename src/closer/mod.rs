@@ -74,9 +74,10 @@ pub fn close_in_background(fds: impl IntoIterator<Item = impl Into<OwnedFd>>) {
 }
 
 /// Closes descriptors of which a copy was just sent. The message holds that copy, so this `close` is not the last one,
-/// unless the receiver was faster and has closed it. Then only sockets can block.
+/// unless the receiver was faster and has closed it. Then sockets can block. Files of a FUSE file system can block in any
+/// case; to recognize those would take three times as long for each descriptor, so the documentation names them.
 pub(crate) fn close_sent(fds: impl Iterator<Item = OwnedFd>) {
-    let mut sockets = SmallVec::new();
+    let mut sockets = SmallVec::<[OwnedFd; 1]>::new();
     sys::close_all(fds.filter_map(|fd| match sys::is_socket(fd.as_fd()) {
         true => {
             sockets.push(fd);
@@ -84,7 +85,12 @@ pub(crate) fn close_sent(fds: impl Iterator<Item = OwnedFd>) {
         }
         false => Some(fd),
     }));
-    CLOSER.add(Job { fds: sockets, account: None, are_sockets: true });
+    close_sockets(sockets);
+}
+
+/// The same as [`close_in_background`] for descriptors that are known to be sockets, which saves asking.
+pub(crate) fn close_sockets(fds: impl Into<SmallVec<[OwnedFd; 1]>>) {
+    CLOSER.add(Job { fds: fds.into(), account: None, are_sockets: true });
 }
 
 /// Starts the closer's thread unless it runs, and waits until it has the descriptors that it needs. Called before any peer

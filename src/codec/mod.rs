@@ -89,6 +89,7 @@ pub trait Codec {
 /// All messages that wait go out in as few calls as this allows. [`Free`](Self::Free) is the fastest by far, and fit for
 /// receivers that count descriptors and take them in the order of arrival.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Grouping {
     /// Any messages share a call, descriptors included.
     #[default]

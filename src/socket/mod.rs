@@ -47,6 +47,7 @@ use crate::{
 /// Frames have the same meaning on both. SEQPACKET moves large payloads faster, STREAM is what most other programs
 /// speak.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum SocketKind {
     /// `SOCK_SEQPACKET`: connected, in order, in packets.
     SeqPacket,

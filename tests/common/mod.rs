@@ -245,5 +245,6 @@ pub(crate) fn sock_type(kind: SocketKind) -> SockType {
     match kind {
         SocketKind::SeqPacket => SockType::SeqPacket,
         SocketKind::Stream => SockType::Stream,
+        other => panic!("the tests do not know {other:?}"),
     }
 }

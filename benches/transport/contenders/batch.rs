@@ -92,11 +92,11 @@ pub(super) fn largest_packet(socket: &OwnedFd) -> usize {
 /// Most bytes of a packet of a long message, as fdwire cuts it.
 pub(super) fn same_packet(socket: &OwnedFd, setup: Setup) -> usize {
     match setup.kind {
-        SocketKind::Stream => usize::MAX,
         SocketKind::SeqPacket => {
             let quarter = getsockopt(socket, sockopt::SndBuf).expect("SO_SNDBUF can be read") / 4;
             quarter.max(64 << 10) / PAGE * PAGE
         }
+        _ => usize::MAX,
     }
 }
 

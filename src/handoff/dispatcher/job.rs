@@ -21,7 +21,7 @@ use super::{
     accepted::About,
     protocol::{MAX_MESSAGE_BYTES, Offer},
 };
-use crate::{Error, close_in_background, socket::HasFd, sys};
+use crate::{Error, closer::close_sockets, socket::HasFd, sys};
 
 /// One connection to a worker process. A worker that is started again gets a new one.
 pub(super) type LinkId = u64;
@@ -194,13 +194,13 @@ fn owned(socket: Arc<Held>) -> OwnedFd {
 /// Closes the dispatcher's copy of a connection that a worker serves.
 pub(super) fn close(socket: OwnedFd) {
     // The worker may have been so fast that this is the last copy. Its `close` can block.
-    close_in_background([socket]);
+    close_sockets([socket]);
 }
 
 /// The end of a connection, for its client and for every process that has a copy.
 pub(super) fn shut_down(socket: OwnedFd) {
     let _ = socket::shutdown(socket.as_raw_fd(), socket::Shutdown::Both); // an error says that it has ended
-    close_in_background([socket]);
+    close_sockets([socket]);
 }
 
 /// Whether both directions have ended: `shutdown` tells every holder of a copy.
