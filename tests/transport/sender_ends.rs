@@ -7,9 +7,9 @@ use futures::{SinkExt, StreamExt};
 use tokio::task::JoinHandle;
 
 use crate::{
-    common::{framed_pair, large, mark_of, marked, marks},
+    common::{framed_pair, large, mark_of, marked, marks, settle},
     counted,
-    sender::{check_marks, fill, narrow, settle, shared},
+    sender::{check_marks, fill, narrow, shared},
 };
 
 fn is_closed<I>(result: Result<(), SendError<I>>) -> I {
