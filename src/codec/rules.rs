@@ -90,6 +90,21 @@ fn the_rest_of_a_large_frame_goes_in_large_packets() {
     assert_eq!(calls(PACKETS, [frame(1 << 20, 0)]), 1 + ((1 << 20) + 8 - SMALL_PACKET).div_ceil(196_608));
 }
 
+/// A receiver in another language may have room for the rest of the frame only.
+#[test]
+fn the_rest_of_a_long_frame_has_a_packet_to_itself() {
+    let mut connection = Connection::new(Carrier::packets(212_992), Grouping::Free);
+    connection.encode(frame(75_600, 0)).unwrap();
+    connection.wire.send(&mut connection.outbound, 1.0);
+    connection.encode(frame(1, 0)).unwrap();
+    connection.encode(frame(1, 0)).unwrap();
+    while !connection.outbound.is_empty() {
+        connection.wire.send(&mut connection.outbound, 1.0);
+    }
+    let packets = Vec::from_iter(connection.wire.queue.iter().map(|packet| packet.bytes.len()));
+    assert_eq!(packets, [SMALL_PACKET, 10_008, 18]);
+}
+
 #[test]
 fn packets_get_smaller_without_memory_and_larger_again_with_it() {
     let full = Carrier::packets(1 << 20);
@@ -273,6 +288,16 @@ fn room_for_a_packet_of_any_length_is_room_for_the_largest() {
         let room = inbound.bytes.capacity() - inbound.bytes.len();
         assert!((LARGEST_PACKET..2 * LARGEST_PACKET).contains(&room), "{room}");
     }
+}
+
+/// The sender may not have announced the length, and so put other frames into the same packet.
+#[test]
+fn room_for_the_rest_of_a_frame_is_room_for_a_small_packet() {
+    let mut bytes = BytesMut::with_capacity(108);
+    bytes.extend_from_slice(&[0xFD, 0x10, 0, 0, 0, 0, 0, 100]);
+    let mut inbound = Inbound::<u32>::new(true, bytes, FdQueue::new());
+    assert!(matches!(inbound.next(&mut FrameCodec::default()), Ok(Step::Receive)));
+    assert!(inbound.bytes.capacity() - inbound.bytes.len() >= SMALL_PACKET);
 }
 
 #[test]

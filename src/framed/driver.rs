@@ -18,6 +18,9 @@ use crate::{Codec, WriteHalf};
 /// [`flush`](WriteHalf::flush) of the half says again. In the [`WriteHalf`] that it gives back is everything that was
 /// accepted and not sent. Drop that to end the direction, or reunite it with its other half.
 ///
+/// A single descriptor that the kernel refuses makes sending fail for all senders: see
+/// [`Sender`](crate::Sender).
+///
 /// Dropping the driver before shuts down the sending direction, and closes what was accepted and not sent. Senders get
 /// their items back from then on, with [`Error::Closed`](crate::Error::Closed).
 ///

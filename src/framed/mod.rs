@@ -284,7 +284,10 @@ impl<D, E> From<ReuniteError<D, E>> for io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use futures::{FutureExt, SinkExt, StreamExt};
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
     use super::*;
     use crate::{Frame, FrameCodec, SocketKind};
@@ -318,6 +321,46 @@ mod tests {
                 }
             };
             tokio::join!(receive, async { tx.flush().await.unwrap() });
+        }
+    }
+
+    /// Runs in a process of its own, because it uses up the descriptors.
+    #[test]
+    fn a_full_quiet_socket_sends_on_without_a_descriptor_to_spare() {
+        const ROLE: &str = "framed::tests::a_full_quiet_socket_sends_on_without_a_descriptor_to_spare";
+        if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == ROLE) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            return runtime.block_on(send_without_a_descriptor_to_spare());
+        }
+        let mut command = std::process::Command::new("/proc/self/exe");
+        let output = command.args([ROLE, "--exact"]).env("FDWIRE_ROLE", ROLE).output().unwrap();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && stdout.contains("1 passed"), "{output:?}");
+    }
+
+    async fn send_without_a_descriptor_to_spare() {
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
+            let (a, b) = Socket::pair(kind).unwrap();
+            let mut tx = Framed::new(a.quiet(), FrameCodec::default());
+            let mut rx = Framed::new(b, FrameCodec::default());
+            // New descriptors get the lowest free number, so all below this one are in use.
+            let last = std::fs::File::open("/dev/null").unwrap();
+            setrlimit(Resource::RLIMIT_NOFILE, last.as_raw_fd() as u64 + 1, hard).unwrap();
+            assert!(last.try_clone().is_err());
+
+            let mut frames = 1; // the one that does not fit is in the queue
+            while let Some(sent) = tx.send(Frame::new(vec![7; 60_000])).now_or_never() {
+                sent.unwrap();
+                frames += 1;
+            }
+            let receive = async {
+                for _ in 0..frames {
+                    rx.next().await.unwrap().unwrap();
+                }
+            };
+            tokio::join!(receive, async { tx.flush().await.unwrap() });
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
         }
     }
 }

@@ -15,6 +15,12 @@ use crate::{Codec, Encoder, Error, SendError};
 /// When sending has failed, or the driver is gone ([`Error::Closed`]), each item comes back in the [`SendError`].
 /// What was accepted before and not sent is in what the driver resolves to.
 ///
+/// If the kernel refuses a descriptor, sending fails for **all** senders of the connection. It
+/// refuses io_uring descriptors (`EINVAL`), and every descriptor if the peer
+/// [takes none](crate::Socket::set_pass_fds) (`EPERM`). Messages that were accepted just before may
+/// then be unsent too, because all that wait go out together. So check the type of a descriptor
+/// before you send it if somebody else has chosen it.
+///
 /// When all senders are dropped, the driver sends what waits and resolves.
 ///
 /// ```

@@ -14,7 +14,7 @@ use super::{Driver, Sender, shared::Shared};
 use crate::{
     Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket, SocketKind, close_in_background,
     closer::close_sent,
-    codec::{Carrier, largest_packet},
+    codec::{Carrier, Plan, largest_packet},
     limits::Limits,
     socket::{HasFd, SendWait, TooLarge},
     sys,
@@ -395,22 +395,32 @@ impl<F: HasFd> Outbound<F> {
                 }
                 *carrier = carrier.larger(*largest);
             }
-            Err(error) => match TooLarge::from_error(&error) {
-                // The buffer has been made smaller, or else it is final.
-                Some(TooLarge::ForBuffer) if largest_call(socket).1 != buf.max_packet_bytes() => {
-                    let max_packet_bytes;
-                    (*largest, max_packet_bytes) = largest_call(socket);
-                    *carrier = *largest;
-                    buf.set_max_packet_bytes(max_packet_bytes);
-                }
-                Some(TooLarge::ForMemory) => match carrier.smaller_than(plan.bytes) {
-                    smaller if buf.plan(smaller) != plan => *carrier = smaller,
-                    _ => wait.a_while(socket),
-                },
-                _ => return Poll::Ready(Err(error)),
-            },
+            Err(error) => self.recover(plan, error)?,
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Prepares another attempt after a send has failed.
+    ///
+    /// # Errors
+    /// The error, if it is final.
+    fn recover(&mut self, failed: Plan, error: io::Error) -> io::Result<()> {
+        let Self { socket, buf, carrier, largest, wait, .. } = self;
+        match TooLarge::from_error(&error) {
+            // The buffer has been made smaller, or else it is final.
+            Some(TooLarge::ForBuffer) if largest_call(socket).1 != buf.max_packet_bytes() => {
+                let max_packet_bytes;
+                (*largest, max_packet_bytes) = largest_call(socket);
+                *carrier = *largest;
+                buf.set_max_packet_bytes(max_packet_bytes);
+            }
+            Some(TooLarge::ForMemory) => match carrier.smaller_than(failed.bytes) {
+                smaller if buf.plan(smaller) != failed => *carrier = smaller,
+                _ => wait.a_while(socket),
+            },
+            _ => return Err(error),
+        }
+        Ok(())
     }
 }
 
@@ -420,5 +430,38 @@ impl<F: HasFd> Drop for Outbound<F> {
             let _ = self.socket.shutdown(Shutdown::Write);
         }
         close_in_background(mem::take(&mut self.buf).into_fds().into_iter().filter_map(F::into_last));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::TryStreamExt;
+    use nix::libc;
+
+    use super::*;
+    use crate::{Frame, FrameCodec, Framed};
+
+    /// A test cannot make the kernel run out of memory for a packet, so it brings the error itself.
+    #[tokio::test]
+    async fn a_packet_that_there_is_no_memory_for_is_sent_in_smaller_ones_or_later() {
+        for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
+            let (a, b) = Socket::pair(kind).unwrap();
+            let mut outbound = Outbound::new(Arc::new(a), SendBuf::new(), Sending::default());
+            outbound.accept(&mut FrameCodec::default(), Frame::new(vec![7; 60_000])).unwrap();
+            let mut sizes = Vec::new();
+            while !outbound.wait.is_for_a_while() {
+                let plan = outbound.buf.plan(outbound.carrier);
+                sizes.push(plan.bytes);
+                outbound.recover(plan, io::Error::from_raw_os_error(libc::ENOBUFS)).unwrap();
+            }
+            match kind {
+                SocketKind::SeqPacket => assert_eq!((sizes[0], sizes.last()), (60_008, Some(&2048))),
+                SocketKind::Stream => assert_eq!(sizes, [60_008], "it has no packets"),
+            }
+            let mut rx = Framed::new(b, FrameCodec::default());
+            let (sent, received) = tokio::join!(poll_fn(|cx| outbound.poll_flush(cx)), rx.try_next());
+            sent.unwrap();
+            assert_eq!(received.unwrap().unwrap().payload.len(), 60_000);
+        }
     }
 }

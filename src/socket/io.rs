@@ -214,3 +214,27 @@ impl TooLarge {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, time::Duration};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn after_a_send_that_succeeds_nothing_is_left_of_what_was_waited_for() {
+        for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
+            let (socket, _peer) = Socket::pair(kind).unwrap();
+            let mut wait = SendWait { full: true, ..SendWait::default() };
+            for _ in 0..3 {
+                wait.a_while(&socket);
+            }
+            let bytes = [IoSlice::new(b"x")];
+            let sent = poll_fn(|cx| socket.poll_send(cx, &mut wait, &bytes, std::iter::empty())).await;
+            assert_eq!(sent.unwrap(), 1);
+
+            assert!(!wait.full, "the next send asks first whether the socket is writable");
+            assert_eq!(wait.backoff.next(), Duration::from_millis(1), "the next shortage is waited for longer");
+        }
+    }
+}

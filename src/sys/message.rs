@@ -32,6 +32,30 @@ impl Control {
     fn new() -> Self {
         Self { bytes: [MaybeUninit::uninit(); CONTROL_BYTES] }
     }
+
+    /// Writes a control message with these descriptors, at most 253. Returns its length, which
+    /// includes the padding.
+    fn write_fds<'fd>(&mut self, fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>>) -> usize {
+        let count = fds.len();
+        assert!(count <= SCM_MAX_FD, "the room for control data ends here");
+        let payload_bytes = (count * size_of::<RawFd>()) as libc::c_uint;
+        // SAFETY: only computes a size.
+        let length = unsafe { libc::CMSG_LEN(payload_bytes) };
+        let header = libc::cmsghdr { cmsg_len: length as _, cmsg_level: libc::SOL_SOCKET, cmsg_type: libc::SCM_RIGHTS };
+        self.header = header;
+        // SAFETY: the pointer is to the header just written.
+        let data = unsafe { libc::CMSG_DATA((&raw mut *self).cast::<libc::cmsghdr>()) };
+        // One number more, because the kernel also reads the padding behind an odd number of them.
+        let numbers = fds.take(count).map(|fd| fd.as_raw_fd()).chain([0]);
+        for (index, number) in numbers.enumerate() {
+            let place = data.cast::<RawFd>().wrapping_add(index);
+            // SAFETY: there is room for 254 numbers behind the header, and there are no more.
+            unsafe { place.write_unaligned(number) };
+        }
+        // SAFETY: only computes a size.
+        let space = unsafe { libc::CMSG_SPACE(payload_bytes) };
+        space as usize
+    }
 }
 
 /// What a [`recvmsg`] brought, besides what it has appended.
@@ -60,28 +84,13 @@ pub(crate) fn sendmsg<'fd>(
     bytes: &[IoSlice<'_>],
     fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>>,
 ) -> io::Result<usize> {
-    let count = fds.len();
-    assert!(count <= SCM_MAX_FD, "the room for control data ends here");
     let mut control = Control::new();
     let mut message = empty_message();
     message.msg_iov = bytes.as_ptr().cast_mut().cast(); // IoSlice has the layout of iovec, as std says
     message.msg_iovlen = bytes.len() as _;
-    if count > 0 {
-        let payload_bytes = (count * size_of::<RawFd>()) as libc::c_uint;
-        // SAFETY: only computes a size.
-        message.msg_controllen = unsafe { libc::CMSG_SPACE(payload_bytes) } as _;
-        // SAFETY: only computes a size.
-        let length = unsafe { libc::CMSG_LEN(payload_bytes) };
-        let header = libc::cmsghdr { cmsg_len: length as _, cmsg_level: libc::SOL_SOCKET, cmsg_type: libc::SCM_RIGHTS };
-        control.header = header;
+    if fds.len() > 0 {
+        message.msg_controllen = control.write_fds(fds) as _;
         message.msg_control = (&raw mut control).cast();
-        // SAFETY: `msg_control` points to `control`, which begins with the header just written.
-        let data = unsafe { libc::CMSG_DATA(message.msg_control.cast()) };
-        for (index, fd) in fds.take(count).enumerate() {
-            let place = data.cast::<RawFd>().wrapping_add(index);
-            // SAFETY: `control` has room for 253 descriptors behind its header, and there are no more.
-            unsafe { place.write_unaligned(fd.as_raw_fd()) };
-        }
     }
     // SAFETY: the message points to `bytes` and `control`, valid for the lengths it names until the call returns.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
@@ -176,6 +185,42 @@ mod tests {
         let space = unsafe { libc::CMSG_SPACE((SCM_MAX_FD * size_of::<RawFd>()) as libc::c_uint) };
         assert!(space as usize <= CONTROL_BYTES);
         assert_eq!(mem::align_of::<Control>() % mem::align_of::<libc::cmsghdr>(), 0);
+    }
+
+    #[test]
+    fn control_data_has_no_bytes_that_were_not_written() {
+        let null = File::open("/dev/null").unwrap();
+        for count in [1, 2, 3, SCM_MAX_FD - 1, SCM_MAX_FD] {
+            let mut control = Control { bytes: [MaybeUninit::new(0xAA); CONTROL_BYTES] };
+            let length = control.write_fds(std::iter::repeat_n(null.as_fd(), count));
+            // SAFETY: every byte was written above.
+            let bytes: [u8; CONTROL_BYTES] = unsafe { mem::transmute(control) };
+            let fds = size_of::<libc::cmsghdr>() + count * size_of::<RawFd>();
+            assert!(fds <= length && bytes[fds..length].iter().all(|&byte| byte == 0), "{count} descriptors");
+        }
+    }
+
+    #[test]
+    fn no_more_descriptors_are_written_than_there_is_room_for() {
+        /// Yields more descriptors than it has promised.
+        struct Liar<I>(I);
+        impl<I: Iterator> Iterator for Liar<I> {
+            type Item = I::Item;
+            fn next(&mut self) -> Option<I::Item> {
+                self.0.next()
+            }
+        }
+        impl<I: Iterator> ExactSizeIterator for Liar<I> {
+            fn len(&self) -> usize {
+                1
+            }
+        }
+        let null = File::open("/dev/null").unwrap();
+        let fds = |count| std::iter::repeat_n(null.as_fd(), count);
+        let mut control = Control::new();
+        assert_eq!(control.write_fds(Liar(fds(1000))), control.write_fds(fds(1)));
+        let too_many = std::panic::AssertUnwindSafe(|| Control::new().write_fds(fds(SCM_MAX_FD + 1)));
+        assert!(std::panic::catch_unwind(too_many).is_err());
     }
 
     #[test]

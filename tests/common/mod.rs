@@ -84,6 +84,13 @@ pub(crate) fn counted_in(runtime: fn() -> Runtime, test: impl AsyncFn(SocketKind
     }
 }
 
+/// Lets every other task run until it waits for something that is not going to happen by itself.
+pub(crate) async fn settle() {
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+}
+
 /// The usual 1,024 are few for tests of one process that run at a time.
 fn raise_fd_limit() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();

@@ -19,7 +19,10 @@ use std::{
 use bytes::Bytes;
 use fdwire::{Frame, FrameCodec, Framed, ReadHalf, Sender, Socket, SocketKind, WriteHalf};
 use futures::{SinkExt, TryStreamExt};
-use tokio::{sync::mpsc, task::yield_now};
+use tokio::{
+    sync::mpsc,
+    task::{JoinHandle, yield_now},
+};
 
 /// Frames in a batch.
 const BATCH: usize = 64;
@@ -52,6 +55,7 @@ impl Load {
 struct Connection {
     tx: Outgoing,
     received: mpsc::Receiver<()>,
+    receiver: JoinHandle<()>,
     _unused: (ReadHalf<FrameCodec>, WriteHalf<FrameCodec>),
 }
 
@@ -76,7 +80,7 @@ impl Connection {
         let (unused_read, write) = Framed::new(a, FrameCodec::default()).into_split();
         let (mut rx, unused_write) = Framed::new(b, FrameCodec::default()).into_split();
         let (tell, received) = mpsc::channel(1);
-        tokio::spawn(async move {
+        let receiver = tokio::spawn(async move {
             // Frames live until the next batch comes, so their buffer is not free for that.
             let mut held = Vec::with_capacity(frames);
             loop {
@@ -92,7 +96,7 @@ impl Connection {
                 }
             }
         });
-        Self { tx: outgoing(write), received, _unused: (unused_read, unused_write) }
+        Self { tx: outgoing(write), received, receiver, _unused: (unused_read, unused_write) }
     }
 
     /// Sends frames together, and waits until they have arrived and the receiver waits for more.
@@ -117,6 +121,13 @@ impl Connection {
         }
         self.received.recv().await.unwrap();
         yield_now().await;
+    }
+
+    /// Ends the connection, and waits until the receiver has seen that. It may be late, because it does
+    /// not receive while many of its descriptors wait to be closed.
+    async fn end(self) {
+        drop(self.tx);
+        self.receiver.await.unwrap();
     }
 }
 

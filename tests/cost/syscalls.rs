@@ -77,6 +77,7 @@ fn run_rows(kind: SocketKind) {
                 connection.batch((0..row.frames).map(|_| load.frame())).await;
             }
             getppid();
+            connection.end().await; // its last receive must not count for the next row
         }
     });
 }
@@ -143,8 +144,7 @@ fn a_batch_takes_one_send_and_two_receives() {
             let descriptors = row.frames * (row.load)().frame().fds.len();
             assert!(questions <= descriptors as f64, "{questions} getsockopt for {}", row.what);
             assert!(sends <= row.sendmsg as f64, "{sends} sends for {}", row.what);
-            // One in all batches may be in vain: with other threads beside it, a wake-up can come twice.
-            assert!(receives <= row.recvmsg as f64 + 1.5 / BATCHES as f64, "{receives} receives for {}", row.what);
+            assert!(receives <= row.recvmsg as f64, "{receives} receives for {}", row.what);
             assert!(counts.is_empty(), "other calls for {}: {counts:?}", row.what);
         }
     }

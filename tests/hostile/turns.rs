@@ -1,15 +1,20 @@
 //! A fast peer leaves other tasks their turns.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    future::poll_fn,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
-use futures::TryStreamExt;
+use fdwire::Frame;
+use futures::{SinkExt, TryStreamExt};
 use tokio::task::yield_now;
 
 use crate::{
-    common::{encoded, with_raw_peer},
+    common::{encoded, framed_pair, with_raw_peer},
     counted,
     descriptors::nulls,
     raw,
@@ -45,5 +50,29 @@ fn messages_with_many_descriptors_leave_other_tasks_their_turns() {
         }
         reader.await.unwrap();
         assert!(most <= MESSAGES / 2, "{most} messages of 253 descriptors in one turn");
+    });
+}
+
+/// The peer takes each message before the next one is sent, so only the cooperative budget can end a
+/// turn of the task.
+#[test]
+fn a_task_whose_messages_are_taken_at_once_leaves_other_tasks_their_turns() {
+    counted(async |kind| {
+        const MESSAGES: usize = 1000;
+        let (tx, rx) = framed_pair(kind);
+        let (_read, mut tx) = tx.into_split();
+        let mut turns = 0;
+        let mut sending = pin!(async {
+            for _ in 0..MESSAGES {
+                tx.send(Frame::new("x")).await.unwrap();
+                assert_eq!(raw::receive(rx.socket(), false).unwrap().0, encoded(b"x", 0));
+            }
+        });
+        poll_fn(|cx| {
+            turns += 1;
+            sending.as_mut().poll(cx)
+        })
+        .await;
+        assert!(turns > 2, "{MESSAGES} messages in {turns} turns");
     });
 }

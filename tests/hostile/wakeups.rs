@@ -1,16 +1,25 @@
-//! A read that ends early, and must not hide what is left.
+//! What wakes a receiver: everything that is left after a read that ended early, and nothing else.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::{
+    future::poll_fn,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        linux::net::SocketAddrExt,
+    },
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use fdwire::{FrameCodec, Framed, Listener, SocketKind};
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, UnixAddr, bind, getsockopt, listen, send, setsockopt, socket, sockopt,
 };
-use std::os::linux::net::SocketAddrExt;
 
 use crate::{
-    common::{abstract_name, encoded, raw_send, role_socket, sock_type, spawn_role, with_raw_peer},
+    common::{abstract_name, encoded, marked, raw_send, role_socket, settle, sock_type, spawn_role, with_raw_peer},
     counted, raw, soon,
 };
 
@@ -113,5 +122,37 @@ fn credentials_that_another_holder_switches_on_hide_no_message_of_a_second_write
         raw_send(&peer, &encoded(b"one", 0), &[]);
         send_from_another_process(ROLE, &peer);
         check_payloads(&mut rx, &["one", "two"]).await;
+    });
+}
+
+#[test]
+fn a_task_that_has_received_everything_sleeps_until_more_comes() {
+    counted(async |kind| {
+        let (mut rx, peer) = with_raw_peer(kind);
+        let polls = Arc::new(AtomicUsize::new(0));
+        let receiver = tokio::spawn({
+            let polls = Arc::clone(&polls);
+            async move {
+                let mut receive = async || {
+                    poll_fn(|cx| {
+                        polls.fetch_add(1, Ordering::Relaxed);
+                        rx.try_poll_next_unpin(cx)
+                    })
+                    .await
+                };
+                while receive().await.transpose().unwrap().is_some() {}
+            }
+        });
+        for _ in 0..3 {
+            // A read that brings descriptors may have ended early, so only EAGAIN shows that nothing is
+            // left.
+            raw_send(&peer, &encoded(b"", 1), &[marked(1)]);
+            settle().await;
+            let before = polls.load(Ordering::Relaxed);
+            settle().await;
+            assert_eq!(polls.load(Ordering::Relaxed), before, "the task was polled although nothing came");
+        }
+        drop(peer);
+        receiver.await.unwrap();
     });
 }

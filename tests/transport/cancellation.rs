@@ -1,14 +1,19 @@
 //! A future dropped at an await loses nothing.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::{self, Future},
+    pin::pin,
+    time::Duration,
+};
 
-use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Socket};
-use futures::{SinkExt, StreamExt, TryStreamExt};
+use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Sender, Socket};
+use futures::{SinkExt, StreamExt, TryStreamExt, future::join_all};
 use tokio::{task::yield_now, time::timeout};
 
 use crate::{
-    common::{encoded, framed_pair, large, marked, marks, raw_send, with_raw_peer},
-    counted,
+    common::{encoded, framed_pair, large, marked, marks, raw_send, some_threads, with_raw_peer},
+    counted, counted_in,
+    sender::shared,
 };
 
 /// Polls a future once and drops it, as a lost `select!` does.
@@ -130,4 +135,63 @@ fn a_cancelled_send_loses_only_its_item_and_closes_it() {
         let ((), closed) = tokio::join!(drain, tx.close());
         closed.unwrap();
     });
+}
+
+/// Polls a future at most `times` times and drops it.
+async fn at_most<T>(times: usize, future: impl Future<Output = T>) -> Option<T> {
+    let mut future = pin!(future);
+    for _ in 0..times {
+        if let Some(output) = once(future.as_mut()).await {
+            return Some(output);
+        }
+    }
+    None
+}
+
+/// Sends messages in several ways, and gives up many of them while they wait. Returns the number of
+/// messages accepted.
+async fn send_at_random(sender: Sender<FrameCodec>, seed: u64) -> usize {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut accepted = 0;
+    for _ in 0..40 {
+        let polls = random.usize(0..4);
+        let frame = Frame::new(vec![0; random.usize(0..2000)]).with_fds((0..random.u32(0..3)).map(marked));
+        match random.u8(0..5) {
+            0 => drop(at_most(polls, sender.flush()).await.transpose().unwrap()),
+            1 => drop(at_most(polls, sender.reserve()).await.transpose().unwrap()),
+            2 => {
+                let permit = sender.reserve().await.unwrap();
+                at_most(polls, future::pending::<()>()).await;
+                permit.send(frame).unwrap();
+                accepted += 1;
+            }
+            3 => accepted += usize::from(at_most(polls, sender.send(frame)).await.transpose().unwrap().is_some()),
+            _ => {
+                sender.send(frame).await.unwrap();
+                accepted += 1;
+            }
+        }
+    }
+    sender.flush().await.unwrap();
+    accepted
+}
+
+#[test]
+fn senders_that_give_up_at_random_lose_nothing_that_was_accepted_and_hang_nobody() {
+    for round in 0..4 {
+        counted_in(some_threads, async |kind| {
+            let (a, b) = Socket::pair(kind).unwrap();
+            a.set_send_buffer_size(1).unwrap();
+            let limits = Limits::default().max_queued_bytes(200 + 1000 * round).max_queued_fds(1 + 4 * round);
+            let (_read, sender, driver) = shared(Framed::new(a, FrameCodec::new(limits)));
+            let driver = tokio::spawn(driver);
+            let tasks = (0..20).map(|task| tokio::spawn(send_at_random(sender.clone(), 1000 * round as u64 + task)));
+            let tasks = Vec::from_iter(tasks);
+            drop(sender);
+            let end = async { driver.await.unwrap().close().await.unwrap() };
+            let (received, ()) = tokio::join!(Framed::new(b, large()).try_fold(0, async |n, _| Ok(n + 1)), end);
+            let accepted: usize = join_all(tasks).await.into_iter().map(Result::unwrap).sum();
+            assert_eq!(received.unwrap(), accepted);
+        });
+    }
 }

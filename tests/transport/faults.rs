@@ -1,6 +1,6 @@
 //! What a peer does wrong is named once, then the stream ends.
 
-use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
+use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Parts, Socket, SocketKind};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 
 use crate::{
@@ -110,6 +110,20 @@ fn a_connection_with_a_fault_still_sends() {
         rx.send(Frame::new("what was that?")).await.unwrap();
         let mut peer = Framed::new(Socket::try_from(peer).unwrap(), FrameCodec::default());
         assert_eq!(peer.try_next().await.unwrap().unwrap().payload, "what was that?");
+    });
+}
+
+#[test]
+fn after_a_fault_nothing_that_was_received_is_given_back() {
+    counted(async |kind| {
+        let (mut rx, peer) = with_raw_peer(kind);
+        let bytes = [encoded(b"fine", 1), b"?".to_vec(), encoded(b"behind it", 1)].concat();
+        raw_send(&peer, &bytes, &[marked(1), marked(2)]);
+        assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "fine");
+        assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { found: b'?' }))));
+        let parts: Parts<FrameCodec> = rx.into_parts();
+        assert_eq!((&parts.received[..], parts.received_fds.len()), (&b""[..], 0));
+        assert!(Framed::from_parts(parts).next().await.is_none());
     });
 }
 

@@ -16,7 +16,7 @@ use tokio::task::{JoinHandle, yield_now};
 
 use crate::{
     cancellation::once,
-    common::{framed_pair, large, marked, marks, one_thread, one_worker, some_threads, with_raw_peer},
+    common::{framed_pair, large, marked, marks, one_thread, one_worker, settle, some_threads, with_raw_peer},
     counted, counted_in,
 };
 
@@ -33,13 +33,6 @@ pub(crate) fn narrow(kind: SocketKind, limits: Limits) -> (Parts, Framed<FrameCo
     let (a, b) = Socket::pair(kind).unwrap();
     a.set_send_buffer_size(1).unwrap();
     (shared(Framed::new(a, FrameCodec::new(limits))), Framed::new(b, large()))
-}
-
-/// Lets every other task run until it waits for something that is not going to happen by itself.
-pub(crate) async fn settle() {
-    for _ in 0..1000 {
-        yield_now().await;
-    }
 }
 
 /// Sends marked frames, one by one, until there is no room for more, and returns their number.

@@ -1,15 +1,19 @@
 //! How sending from many tasks ends, and what a message that is none leaves behind.
 
-use std::io;
+use std::{
+    io,
+    os::fd::{FromRawFd, OwnedFd},
+};
 
-use fdwire::{Codec, Encoder, Error, Frame, FrameCodec, Framed, Limits, SendBuf, SendError, Socket};
-use futures::{SinkExt, StreamExt};
+use fdwire::{Codec, Encoder, Error, Frame, FrameCodec, Framed, Limits, SendBuf, SendError, Sender, Socket};
+use futures::{SinkExt, StreamExt, TryStreamExt};
+use nix::{errno::Errno, libc};
 use tokio::task::JoinHandle;
 
 use crate::{
-    common::{framed_pair, large, mark_of, marked, marks},
+    common::{encoded, framed_pair, large, mark_of, marked, marks, settle},
     counted,
-    sender::{check_marks, fill, narrow, settle, shared},
+    sender::{check_marks, fill, narrow, shared},
 };
 
 fn is_closed<I>(result: Result<(), SendError<I>>) -> I {
@@ -57,6 +61,74 @@ fn when_the_peer_is_gone_every_item_comes_back_or_is_in_the_half() {
         assert!((20_000..22_000).contains(&bytes.len()), "{} bytes are unsent", bytes.len());
         assert!(fds.iter().map(mark_of).eq(accepted - fds.len() as u32..accepted));
     });
+}
+
+/// Sends `refused`, which the kernel does not pass to the peer, between messages of other senders.
+async fn a_descriptor_that_is_not_passed_ends_sending(
+    (a, mut b): (Framed<FrameCodec>, Framed<FrameCodec>),
+    refused: OwnedFd,
+    errno: Errno,
+) {
+    let is_expected = |error: &Error| matches!(error, Error::Io(error) if error.raw_os_error() == Some(errno as i32));
+    let (read, sender, driver) = shared(a);
+    let driver = tokio::spawn(driver);
+    let others: [Sender<FrameCodec>; 2] = [sender.clone(), sender.clone()];
+    others[0].send(Frame::new("before")).await.unwrap();
+    others[0].flush().await.unwrap();
+
+    // All are accepted before the driver sends them.
+    others[0].send(Frame::new("one").with_fd(marked(1))).await.unwrap();
+    sender.send(Frame::new("two").with_fd(refused)).await.unwrap();
+    others[1].send(Frame::new("three").with_fd(marked(3))).await.unwrap();
+    for sender in &others {
+        assert!(is_expected(&sender.flush().await.unwrap_err()));
+        assert!(is_expected(&sender.reserve().await.unwrap_err()));
+        let SendError { error, item } = sender.send(Frame::new("late").with_fd(marked(4))).await.unwrap_err();
+        assert!(is_expected(&error) && marks(&item.unwrap()) == [4], "{error}");
+    }
+
+    // The other direction goes on.
+    let mut a = Framed::reunite(read, driver.await.unwrap()).unwrap();
+    assert_eq!(b.try_next().await.unwrap().unwrap().payload, "before");
+    b.send(Frame::new("answer")).await.unwrap();
+    assert_eq!(a.try_next().await.unwrap().unwrap().payload, "answer");
+
+    // What was not sent is in the half, with all descriptors.
+    assert!(is_expected(&a.flush().await.unwrap_err()));
+    let (bytes, fds) = a.into_parts().unsent.into_parts();
+    assert_eq!(bytes, [encoded(b"one", 1), encoded(b"two", 1), encoded(b"three", 1)].concat());
+    assert_eq!((fds.len(), mark_of(&fds[0]), mark_of(&fds[2])), (3, 1, 3));
+    assert!(b.next().await.is_none());
+}
+
+#[test]
+fn a_descriptor_that_the_peer_does_not_take_ends_sending_for_every_sender() {
+    counted(async |kind| {
+        let (a, b) = framed_pair(kind);
+        if let Err(error) = b.socket().set_pass_fds(false) {
+            return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
+        }
+        a_descriptor_that_is_not_passed_ends_sending((a, b), marked(2), Errno::EPERM).await;
+    });
+}
+
+#[test]
+fn a_descriptor_that_cannot_be_passed_ends_sending_for_every_sender() {
+    counted(async |kind| match io_uring() {
+        Ok(ring) => a_descriptor_that_is_not_passed_ends_sending(framed_pair(kind), ring, Errno::EINVAL).await,
+        Err(error) => eprintln!("skipped: io_uring is not to be had: {error}"),
+    });
+}
+
+/// A descriptor of a type that no Unix socket passes.
+#[expect(unsafe_code, reason = "a system call that nix lacks")]
+fn io_uring() -> nix::Result<OwnedFd> {
+    let mut parameters = [0_u64; 15]; // io_uring_params
+    // SAFETY: the kernel writes the parameters to an array of their size.
+    let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1_u32, parameters.as_mut_ptr()) };
+    let ring = Errno::result(ring)?;
+    // SAFETY: the call has just returned this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(ring as i32) })
 }
 
 #[test]

@@ -19,9 +19,13 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Address, Dispatcher, Transport, accepted::About, job::Job};
+use super::{
+    Address, Dispatcher, Transport,
+    accepted::About,
+    job::{Job, shut_down},
+};
 use crate::{
-    Listener,
+    Error, Listener,
     handoff::reserve::{first_of_reserve, is_of_reserve},
     sys,
 };
@@ -133,7 +137,10 @@ impl Dispatcher {
                                 permit.take(job);
                                 None
                             }
-                            Err((_, _, error)) => Some(error.into()),
+                            Err((socket, _, error)) => {
+                                self.turn_away(socket, &error);
+                                Some(error.into())
+                            }
                         }
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -154,6 +161,17 @@ impl Dispatcher {
             }
             yield_now().await; // workers are sent what was accepted so far
         }
+    }
+
+    /// Closes and counts an accepted connection that cannot be offered to any worker.
+    fn turn_away(&self, socket: OwnedFd, error: &Error) {
+        shut_down(socket);
+        {
+            let totals = &mut self.shared.lock().totals;
+            totals.dispatched += 1;
+            totals.lost += 1;
+        }
+        warn!(%error, "connection closed: it cannot be offered to a worker");
     }
 
     /// Whether there are descriptors beside the reserve, or it is hardly used. Looks where the reserve begins, which may have changed.
@@ -183,5 +201,22 @@ impl Dispatcher {
                 Either::Right(_) => return Ok(()),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Read, os::unix::net::UnixStream};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_accepted_connection_that_cannot_be_offered_is_closed_and_counted() {
+        let dispatcher = Dispatcher::builder().build();
+        let (connection, mut client) = UnixStream::pair().unwrap();
+        dispatcher.turn_away(connection.into(), &Error::Closed);
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        let stats = dispatcher.stats();
+        assert_eq!((stats.dispatched, stats.lost), (1, 1));
     }
 }
