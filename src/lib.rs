@@ -77,20 +77,37 @@
 //!   succeeded, and by the receiving one from the `recvmsg` on, close-on-exec. A [refused item](SendError) comes back in the error; what
 //!   was accepted and not sent is in [`Framed::into_parts`].
 //! - **Cancel safety** is stated for each method: `next()` and `flush()` can be dropped and called again.
-//! - **A peer cannot block the runtime.** Whatever it sends is a message or one typed [`Error`], and [`FrameCodec`] checks its
-//!   [`Limits`] before memory is reserved. An unfinished message has a [time limit](Limits#structfield.max_unfinished_time).
-//!   The connections of one uid at a [`Listener`] share [limits](UidLimits), so that it leaves something for other uids.
-//!   Connections, and descriptors that nobody takes, are closed [in the background](close_in_background), because the sender
-//!   of a socket decides how long its last `close` takes.
-//! - **Not prevented**: a descriptor that you take out of a message and drop is closed where you drop it, so pass it to
-//!   [`close_in_background`] instead. A receive at `RLIMIT_NOFILE` closes what does not fit inside the system call. Freeing what
-//!   a peer has sent takes time, for example 190 ms for a GiB of memfd. A file of a FUSE file system whose daemon does not
-//!   answer cannot be closed at all, and to pass it on blocks as well, because the sender's copy is closed. Only
-//!   [`Socket::set_pass_fds`] keeps such files away.
 //! - **It waits for what passes**: a full socket, too many descriptors in flight (`ETOOMANYREFS`), no kernel memory for a
 //!   large packet. It tells of what does not: a receiver at its `RLIMIT_NOFILE` ([`Error::TruncatedControl`]), a peer that
 //!   closed without reading everything ([`Error::Reset`]).
-//! - A fast peer **does not starve the runtime**: both directions take part in tokio's cooperative budget.
+//!
+//! # What a peer can do
+//!
+//! A peer may lie, flood, stall, and send descriptors that nobody wants. CONTRIBUTING.md names the tests of each line.
+//!
+//! | a peer | what happens |
+//! |---|---|
+//! | sends bytes or descriptors that are no message | the stream yields one typed [`Error`] and ends, and everything received is closed |
+//! | announces more than the [`Limits`] allow | the same, before memory is reserved |
+//! | never finishes a message, even if it leaves its own end of the connection in one | the connection ends when the [time for it](Limits#structfield.max_unfinished_time) is over |
+//! | makes many connections to a [`Listener`] | they hold together what [one uid may hold](UidLimits) |
+//! | is not admitted by a [`Listener`] | its connection is closed, whatever it has sent, and no more of them than a fixed number wait for that |
+//! | sends sockets whose last `close` lasts | no thread of the runtime waits for one: what nobody takes, and the connection itself, is closed [in the background](close_in_background), by a fixed number of threads and without delaying other descriptors |
+//! | sends descriptors faster than they can be closed | its connection receives nothing more until they are closed |
+//! | floods a connection | other tasks get their turns: both directions, and descriptors, count for tokio's cooperative budget |
+//! | sends out-of-band data, or is several processes | no message stays hidden behind it |
+//! | dies, or closes after any byte | what it had sent is received, then the end |
+//!
+//! What cannot be prevented:
+//!
+//! - A descriptor that you take out of a message and drop is closed where you drop it. Pass it to [`close_in_background`]
+//!   instead.
+//! - A receive at `RLIMIT_NOFILE` closes what does not fit inside the system call, so keep 253 numbers free for each connection
+//!   that may receive at the same time.
+//! - Freeing what a peer has sent takes time, for example 190 ms for a GiB of memfd. The thread that closes spends it, and other
+//!   descriptors wait for it meanwhile.
+//! - A file of a FUSE file system whose daemon does not answer cannot be closed at all, and to pass it on blocks as well, because
+//!   the sender's copy is closed. Only [`Socket::set_pass_fds`] and [`Listener::set_pass_fds`] keep such files away.
 //!
 //! # What the kernel does with descriptors
 //!
