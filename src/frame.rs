@@ -22,8 +22,12 @@ use smallvec::SmallVec;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame<F = OwnedFd> {
-    /// The bytes. Of a frame that was received, a slice of the read buffer (256 KiB), which lives as long as any slice of it:
-    /// copy what is small and kept for long.
+    /// The bytes. In a frame that was received, they are a slice of a read buffer, which lives as
+    /// long as any slice of it: copy what is small and kept for long. A read buffer has 256 KiB,
+    /// 512 KiB at most, and connections of one thread may share it.
+    ///
+    /// A frame that is too long for that is received into a large buffer, in which no small frame
+    /// is. It may be the large buffer of an even longer frame that came before and was not kept.
     pub payload: Bytes,
     /// The descriptors, in the order in which they were attached.
     pub fds: Fds<F>,
@@ -62,8 +66,8 @@ impl<F> Frame<F> {
 /// [in the background](crate::close_in_background), because the peer decides how long that takes. Descriptors that were
 /// taken out, or that you put in, are closed like any other.
 pub struct Fds<F = OwnedFd> {
-    /// `None` for most messages. A drop then looks at this and does nothing: hence `ManuallyDrop`, because the compiler's own
-    /// drop of an `Option` is a function call for each message.
+    /// `None` for most messages. A drop then looks at this and does nothing: hence `ManuallyDrop`,
+    /// because the compiler's own drop of an `Option` is a function call for each message.
     held: ManuallyDrop<Option<Held<F>>>,
 }
 
@@ -73,7 +77,8 @@ struct Held<F> {
     home: Option<Arc<dyn Home<F>>>,
 }
 
-/// One descriptor, or any number of them. Small, because a message is moved several times on its way.
+/// One descriptor, or any number of them. Small, because a message is moved several times on its
+/// way.
 #[repr(usize)] // in whole words, which take fewer instructions to move
 enum List<F> {
     One(F),
