@@ -1,6 +1,6 @@
 //! Frames and the descriptors they carry.
 
-use std::{fmt, mem, ops::Deref, os::fd::OwnedFd, sync::Arc};
+use std::{fmt, mem::ManuallyDrop, ops::Deref, os::fd::OwnedFd, slice, sync::Arc};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -22,8 +22,12 @@ use smallvec::SmallVec;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame<F = OwnedFd> {
-    /// The bytes. Of a frame that was received, a slice of the read buffer (256 KiB), which lives as long as any slice of it:
-    /// copy what is small and kept for long.
+    /// The bytes. In a frame that was received, they are a slice of a read buffer, which lives as
+    /// long as any slice of it: copy what is small and kept for long. A read buffer has 256 KiB,
+    /// 512 KiB at most, and connections of one thread may share it.
+    ///
+    /// A frame that is too long for that is received into a large buffer, in which no small frame
+    /// is. It may be the large buffer of an even longer frame that came before and was not kept.
     pub payload: Bytes,
     /// The descriptors, in the order in which they were attached.
     pub fds: Fds<F>,
@@ -62,9 +66,42 @@ impl<F> Frame<F> {
 /// [in the background](crate::close_in_background), because the peer decides how long that takes. Descriptors that were
 /// taken out, or that you put in, are closed like any other.
 pub struct Fds<F = OwnedFd> {
-    fds: SmallVec<[F; 1]>,
+    /// `None` for most messages. A drop then looks at this and does nothing: hence `ManuallyDrop`,
+    /// because the compiler's own drop of an `Option` is a function call for each message.
+    held: ManuallyDrop<Option<Held<F>>>,
+}
+
+struct Held<F> {
+    list: List<F>,
     /// `None` if the descriptors did not come from a peer.
     home: Option<Arc<dyn Home<F>>>,
+}
+
+/// One descriptor, or any number of them. Small, because a message is moved several times on its
+/// way.
+#[repr(usize)] // in whole words, which take fewer instructions to move
+enum List<F> {
+    One(F),
+    #[expect(clippy::box_collection, reason = "a `Vec` in place would make each message larger")]
+    Many(Box<Vec<F>>),
+}
+
+impl<F> List<F> {
+    fn as_slice(&self) -> &[F] {
+        match self {
+            Self::One(fd) => slice::from_ref(fd),
+            Self::Many(fds) => fds,
+        }
+    }
+}
+
+impl<F> From<List<F>> for SmallVec<[F; 1]> {
+    fn from(list: List<F>) -> Self {
+        match list {
+            List::One(fd) => Self::from_buf([fd]),
+            List::Many(fds) => Self::from_vec(*fds),
+        }
+    }
 }
 
 /// Takes back descriptors that came from a peer and that nobody wants.
@@ -75,23 +112,49 @@ pub(crate) trait Home<F>: Send + Sync {
 impl<F> Fds<F> {
     /// No descriptors.
     pub fn new() -> Self {
-        Self { fds: SmallVec::new(), home: None }
+        Self { held: ManuallyDrop::new(None) }
     }
 
     /// Descriptors that go back to `home` unless somebody takes them.
     #[inline]
-    pub(crate) fn from_peer(fds: SmallVec<[F; 1]>, home: Option<Arc<dyn Home<F>>>) -> Self {
-        Self { fds, home }
+    pub(crate) fn from_peer(mut fds: SmallVec<[F; 1]>, home: Option<Arc<dyn Home<F>>>) -> Self {
+        let list = match fds.len() {
+            0 | 1 => fds.pop().map(List::One),
+            _ => Some(List::Many(Box::new(fds.into_vec()))),
+        };
+        Self { held: ManuallyDrop::new(list.map(|list| Held { list, home })) }
+    }
+
+    /// Takes everything out.
+    fn take(&mut self) -> FdsIntoIter<F> {
+        let (fds, home) = match self.held.take() {
+            None => (SmallVec::new(), None),
+            Some(Held { list, home }) => (list.into(), home),
+        };
+        FdsIntoIter { fds: fds.into_iter(), home }
+    }
+
+    #[inline(never)] // so that `drop` is short
+    fn drop_held(&mut self) {
+        drop(self.take());
     }
 
     /// Adds a descriptor at the end.
     pub fn push(&mut self, fd: F) {
-        self.fds.push(fd);
+        if let Some(Held { list: List::Many(fds), .. }) = &mut *self.held {
+            return fds.push(fd);
+        }
+        let mut before = self.take();
+        let home = before.home.take();
+        *self = Self::from_peer(before.by_ref().chain([fd]).collect(), home);
     }
 
     /// Takes the last descriptor.
     pub fn pop(&mut self) -> Option<F> {
-        self.fds.pop()
+        if let Some(Held { list: List::Many(fds), .. }) = &mut *self.held {
+            return fds.pop();
+        }
+        self.take().next()
     }
 
     /// Takes the descriptors as an array, if there are exactly `N` of them.
@@ -109,10 +172,10 @@ impl<F> Fds<F> {
     /// # Ok(()) }
     /// ```
     pub fn into_array<const N: usize>(mut self) -> Result<[F; N], Self> {
-        if self.fds.len() != N {
+        if self.len() != N {
             return Err(self);
         }
-        let mut fds = mem::take(&mut self.fds).into_iter();
+        let mut fds = self.take();
         Ok(std::array::from_fn(|_| fds.next().expect("length was checked")))
     }
 }
@@ -121,7 +184,7 @@ impl<F> Deref for Fds<F> {
     type Target = [F];
 
     fn deref(&self) -> &[F] {
-        &self.fds
+        self.held.as_ref().map_or(&[], |held| held.list.as_slice())
     }
 }
 
@@ -133,19 +196,19 @@ impl<F> Default for Fds<F> {
 
 impl<F> Extend<F> for Fds<F> {
     fn extend<I: IntoIterator<Item = F>>(&mut self, fds: I) {
-        self.fds.extend(fds);
+        fds.into_iter().for_each(|fd| self.push(fd));
     }
 }
 
 impl<F> From<Vec<F>> for Fds<F> {
     fn from(fds: Vec<F>) -> Self {
-        Self { fds: fds.into(), home: None }
+        Self::from_peer(fds.into(), None)
     }
 }
 
 impl<F> FromIterator<F> for Fds<F> {
     fn from_iter<I: IntoIterator<Item = F>>(fds: I) -> Self {
-        Self { fds: fds.into_iter().collect(), home: None }
+        Self::from_peer(fds.into_iter().collect(), None)
     }
 }
 
@@ -163,7 +226,7 @@ impl<F> IntoIterator for Fds<F> {
     type IntoIter = FdsIntoIter<F>;
 
     fn into_iter(mut self) -> FdsIntoIter<F> {
-        FdsIntoIter { fds: mem::take(&mut self.fds).into_iter(), home: self.home.take() }
+        self.take()
     }
 }
 
@@ -206,29 +269,28 @@ impl<F: fmt::Debug> fmt::Debug for FdsIntoIter<F> {
 impl<F> Drop for Fds<F> {
     #[inline]
     fn drop(&mut self) {
-        if let Some(home) = self.home.take()
-            && !self.fds.is_empty()
-        {
-            home.take_back(mem::take(&mut self.fds));
+        if self.held.is_some() {
+            self.drop_held();
         }
     }
 }
 
 impl<F: fmt::Debug> fmt::Debug for Fds<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Fds").field(&self.fds).finish()
+        f.debug_tuple("Fds").field(&&**self).finish()
     }
 }
 
 impl<F: Clone> Clone for Fds<F> {
     fn clone(&self) -> Self {
-        Self { fds: self.fds.clone(), home: self.home.clone() }
+        let home = self.held.as_ref().and_then(|held| held.home.clone());
+        Self::from_peer(self.iter().cloned().collect(), home)
     }
 }
 
 impl<F: PartialEq> PartialEq for Fds<F> {
     fn eq(&self, other: &Self) -> bool {
-        self.fds == other.fds
+        **self == **other
     }
 }
 

@@ -53,7 +53,7 @@ impl Copies {
             let mut call = &call[..];
             while !call.is_empty() {
                 received += self.decode(&mut codec);
-                let room = self.inbound.bytes.capacity() - self.inbound.bytes.len();
+                let room = self.make_room(&codec);
                 let (now, rest) = call.split_at(room.min(call.len()));
                 assert!(rest.is_empty() || self.carrier == Carrier::Stream, "a packet would be cut");
                 self.inbound.bytes.put_slice(now);
@@ -65,7 +65,15 @@ impl Copies {
         assert_eq!(received, frames);
     }
 
-    /// Takes what is complete, and leaves room to receive.
+    fn make_room(&mut self, codec: &FrameCodec) -> usize {
+        let before = place(&self.inbound.bytes);
+        let most = self.inbound.make_room(codec, BytesMut::new);
+        let after = place(&self.inbound.bytes);
+        self.moved += if after.end == before.end { 0 } else { after.len() };
+        most.min(self.inbound.bytes.capacity() - self.inbound.bytes.len())
+    }
+
+    /// Takes what is complete.
     fn decode(&mut self, codec: &mut FrameCodec) -> usize {
         let mut frames = 0;
         loop {
@@ -75,11 +83,7 @@ impl Copies {
                     frames += 1;
                     self.moved += if before.contains(&payload.as_ptr().addr()) { 0 } else { payload.len() };
                 }
-                Step::Receive => {
-                    let after = place(&self.inbound.bytes);
-                    self.moved += if after.end == before.end { 0 } else { after.len() };
-                    return frames;
-                }
+                Step::Receive => return frames,
                 Step::End => unreachable!("there is no end"),
             }
         }

@@ -1,8 +1,8 @@
 use std::os::fd::OwnedFd;
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::BytesMut;
 
-use super::{Decoder, FdQueue};
+use super::{Decoder, FdQueue, buffers::Buffers};
 use crate::Error;
 
 /// What arrived and is not decoded yet, and how far the receiving direction has come.
@@ -21,8 +21,7 @@ use crate::Error;
 pub(crate) struct Inbound<F = OwnedFd> {
     pub(crate) bytes: BytesMut,
     pub(crate) fds: FdQueue<F>,
-    /// What a packet may hold at least, whatever the decoder says; 1 on a stream.
-    least_room: usize,
+    buffers: Buffers,
     phase: Phase,
     /// Number of messages decoded.
     decoded: u64,
@@ -72,8 +71,8 @@ enum Phase {
 pub(crate) enum Step<T> {
     /// A message.
     Item(T),
-    /// Nothing complete: receive into the spare room of `bytes` and into `fds`, then say `received` or
-    /// `end_of_stream`.
+    /// Nothing complete: `make_room`, receive into the spare room of `bytes` and into `fds`, then
+    /// say `received` or `end_of_stream`.
     Receive,
     /// Nothing will come any more.
     End,
@@ -83,22 +82,10 @@ pub(crate) enum Step<T> {
 /// 64 KiB, so that a message of that many bytes and its header are one packet.
 pub(crate) const SMALL_PACKET: usize = (64 << 10) + 64;
 
-/// Usual size of a page. Where it is another, some receives are slower and nothing else.
-pub(super) const PAGE: usize = 4096;
-
-/// The first bytes of a page, where no buffer is to begin. The kernel keeps data from the start of a page on, and on AMD
-/// processors a copy takes up to ten times as long if it goes up to 31 bytes further into a page than it comes from (`rep
-/// movsb`, <https://sourceware.org/bugzilla/show_bug.cgi?id=30994>). Large blocks of malloc begin 16 bytes into a page.
-pub(super) const PAGE_START: usize = 64;
-
-fn is_page_start(buffer: &BytesMut) -> bool {
-    buffer.as_ptr().addr() % PAGE < PAGE_START
-}
-
 impl<F> Inbound<F> {
     pub(crate) fn new(packets: bool, bytes: BytesMut, fds: FdQueue<F>) -> Self {
-        let least_room = if packets { SMALL_PACKET } else { 1 };
-        Self { bytes, fds, least_room, phase: Phase::Decoding, decoded: 0 }
+        let buffers = Buffers::new(packets, &bytes);
+        Self { bytes, fds, buffers, phase: Phase::Decoding, decoded: 0 }
     }
 
     /// The next message, or what it takes to get one. After an error: the end.
@@ -121,16 +108,7 @@ impl<F> Inbound<F> {
                     Ok(_) => return Err(self.fail(Error::TruncatedControl.into())),
                     Err(error) => return Err(self.fail(error)),
                 },
-                Phase::Receiving => {
-                    let limit = decoder.limits().max_payload_bytes;
-                    let missing = decoder.missing_bytes(&self.bytes);
-                    match missing {
-                        Some(missing) => self.reserve(missing.min(limit), 0),
-                        // A new buffer is twice as large, or a long message would be moved for every packet of it.
-                        None => self.reserve(SMALL_PACKET, self.bytes.len()),
-                    }
-                    return Ok(Step::Receive);
-                }
+                Phase::Receiving => return Ok(Step::Receive),
                 Phase::Draining => match decoder.decode_eof(&mut self.bytes, &mut self.fds) {
                     Ok(Some(item)) => return Ok(Step::Item(item)),
                     Ok(None) => self.phase = Phase::Ended,
@@ -141,8 +119,25 @@ impl<F> Inbound<F> {
         }
     }
 
+    /// Makes room in `bytes`, maybe in a new buffer. Returns the most bytes to receive. `spare`
+    /// returns a buffer that [was released](Self::release), or an empty one.
+    pub(crate) fn make_room<D: Decoder<F>>(&mut self, decoder: &D, spare: impl FnOnce() -> BytesMut) -> usize {
+        let limit = decoder.limits().max_payload_bytes;
+        match decoder.missing_bytes(&self.bytes) {
+            Some(missing) => self.buffers.make_room_for(&mut self.bytes, missing.min(limit), spare),
+            None => self.buffers.make_room(&mut self.bytes, spare),
+        }
+    }
+
+    /// Gives up the buffers, except one in which something is. Returns one that other connections
+    /// can use; it may be without memory. To be called when there is nothing to receive.
+    pub(crate) fn release(&mut self) -> BytesMut {
+        self.buffers.release(&mut self.bytes)
+    }
+
     /// Bytes or descriptors were added.
     pub(crate) fn received(&mut self) {
+        self.buffers.received();
         self.phase = Phase::Decoding;
     }
 
@@ -172,68 +167,9 @@ impl<F> Inbound<F> {
         self.phase = Phase::Ended;
     }
 
-    /// Makes room for at least `room` more bytes, and in a new buffer for `extra` beside. Messages are sliced off the buffer
-    /// and may live on, so a used-up one is left to them; for the rest of a large message the new one is just large enough.
-    fn reserve(&mut self, room: usize, extra: usize) {
-        const BUFFER: usize = 4 * SMALL_PACKET;
-        if self.bytes.capacity() - self.bytes.len() >= room.max(self.least_room) {
-            return;
-        }
-        // Enough for `least_room` to stay when `room` is filled, or the end of a large message would be moved once more.
-        let additional = room.saturating_add(PAGE_START + extra + self.least_room);
-        if !self.bytes.try_reclaim(additional) {
-            let mut fresh = BytesMut::with_capacity(BUFFER.max(self.bytes.len().saturating_add(additional)));
-            fresh.extend_from_slice(&self.bytes);
-            self.bytes = fresh;
-        }
-        if is_page_start(&self.bytes) {
-            let held = self.bytes.len();
-            self.bytes.put_bytes(0, PAGE_START);
-            self.bytes.copy_within(..held, PAGE_START);
-            self.bytes.advance(PAGE_START);
-        }
-    }
-
     /// Ends it with an error, or with the loss of descriptors that may have brought it about.
     fn fail<E: From<Error>>(&mut self, error: E) -> E {
         self.phase = Phase::Ended;
         if self.fds.is_lost() { Error::TruncatedControl.into() } else { error }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_buffer_begins_at_the_start_of_a_page() {
-        let mut inbound = Inbound::<u32>::new(true, BytesMut::new(), FdQueue::new());
-        for room in [SMALL_PACKET, 1 << 20, SMALL_PACKET, 3 << 20, 1, SMALL_PACKET, 1 << 20] {
-            inbound.reserve(room, 0);
-            assert!(inbound.bytes.capacity() - inbound.bytes.len() >= room);
-            assert!(!is_page_start(&inbound.bytes), "{:?} for {room}", inbound.bytes.as_ptr());
-
-            // What is held stays, and a used-up buffer is used again, moved to its beginning.
-            inbound.bytes.put_bytes(7, room);
-            inbound.bytes.advance(room - 1);
-            inbound.reserve(4 * SMALL_PACKET, 0);
-            assert_eq!(inbound.bytes, [7][..]);
-            inbound.bytes.clear();
-        }
-    }
-
-    #[test]
-    fn large_messages_that_are_not_kept_share_one_buffer() {
-        let mut inbound = Inbound::<u32>::new(true, BytesMut::new(), FdQueue::new());
-        let mut buffers = std::collections::HashSet::new();
-        for _ in 0..10 {
-            inbound.reserve(SMALL_PACKET, 0);
-            inbound.bytes.put_bytes(1, 8);
-            inbound.reserve(1 << 20, 0);
-            buffers.insert(inbound.bytes.as_ptr());
-            inbound.bytes.put_bytes(2, 1 << 20);
-            drop(inbound.bytes.split());
-        }
-        assert_eq!(buffers.len(), 1);
     }
 }

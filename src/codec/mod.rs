@@ -3,6 +3,7 @@
 //! Everything here is generic over the type `F` of a descriptor, so that the rules run in tests on plain integers,
 //! where a descriptor lost, doubled or given to the wrong message shows as a wrong number.
 
+mod buffers;
 #[cfg(test)]
 mod copies;
 mod fd_queue;

@@ -43,7 +43,8 @@ impl Wire {
 
     /// A `recvmsg`. Never returns descriptors of two sends; on a stream, it reads on from bytes without descriptors into
     /// those with, and then stops.
-    fn recv(&mut self, inbound: &mut Inbound<u32>, most: usize) {
+    fn recv(&mut self, inbound: &mut Inbound<u32>, codec: &FrameCodec, most: usize) {
+        let most = most.min(inbound.make_room(codec, BytesMut::new));
         let room = inbound.bytes.capacity() - inbound.bytes.len();
         assert!(room > 0, "no room");
         if let Carrier::Packets { .. } = self.carrier {
@@ -150,7 +151,7 @@ impl Connection {
     fn receive(&mut self, most: usize) -> Result<(), Error> {
         assert!(self.decode()?);
         if !self.wire.queue.is_empty() {
-            self.wire.recv(&mut self.inbound, most);
+            self.wire.recv(&mut self.inbound, &self.codec, most);
             let bound = MAX_FDS + SCM_MAX_FD;
             assert!(self.inbound.fds.len() <= bound, "{} descriptors wait, over {bound}", self.inbound.fds.len());
         }
@@ -281,7 +282,10 @@ proptest! {
             loop {
                 match inbound.next(&mut codec) {
                     Ok(Step::Item(frame)) => prop_assert!(frame.payload.len() <= 64 && frame.fds.len() <= 3),
-                    Ok(Step::Receive) => break,
+                    Ok(Step::Receive) => {
+                        inbound.make_room(&codec, BytesMut::new);
+                        break;
+                    }
                     Ok(Step::End) => return Ok(()),
                     Err(_) => prop_assert!(matches!(inbound.next(&mut codec), Ok(Step::End))),
                 }

@@ -30,8 +30,8 @@ pub struct PacketCodec {
 }
 
 impl PacketCodec {
-    /// A codec that takes messages within these limits, in both directions. Room for the longest is held
-    /// ready on each receive, so a large limit costs memory: up to 4 MiB, which no packet exceeds.
+    /// A codec that takes messages within these limits, in both directions. Each receive needs
+    /// room for the longest, so a large limit costs memory: up to 4 MiB, which no packet exceeds.
     pub const fn new(limits: Limits) -> Self {
         Self { limits }
     }

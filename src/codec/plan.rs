@@ -1,8 +1,4 @@
-use super::{
-    Grouping, SendBuf,
-    inbound::{PAGE, SMALL_PACKET},
-    send_buf::Message,
-};
+use super::{Grouping, SendBuf, buffers::PAGE, inbound::SMALL_PACKET, send_buf::Message};
 use crate::limits::SCM_MAX_FD;
 
 /// What one `sendmsg` is to carry: the first `bytes` that wait, and the first `fds`.
@@ -105,8 +101,9 @@ impl<F> SendBuf<F> {
         self.end_run();
         let Some(first) = self.messages.front() else { return Plan::default() };
         let (small, large) = match carrier {
-            // Whole pages: each packet of a message begins where the one before it began in a page, in the sender's memory and
-            // in the receiver's, and none strays to where copies are slow ([`PAGE_START`](super::inbound::PAGE_START)).
+            // Whole pages: each packet of a message begins where the one before it began in a page,
+            // in the sender's memory and in the receiver's, and none strays to where copies are
+            // slow ([`PAGE_START`](super::buffers::PAGE_START)).
             Carrier::Packets { small, large } if first.grouping != Grouping::Alone => {
                 (small, if large < PAGE { large } else { large - large % PAGE })
             }

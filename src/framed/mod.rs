@@ -4,6 +4,7 @@ mod driver;
 mod read;
 mod sender;
 mod shared;
+mod spare;
 mod write;
 
 use std::{

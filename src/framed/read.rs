@@ -1,6 +1,6 @@
 use std::{
     future::Future,
-    os::fd::OwnedFd,
+    os::fd::{BorrowedFd, OwnedFd},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -14,12 +14,13 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
+use super::spare;
 use crate::{
     Decoder, Error, FdQueue, Socket, SocketKind,
     closer::Account,
     codec::{Inbound, Step, Unfinished},
-    limits::Limits,
     socket::Received,
+    sys,
 };
 
 /// The receiving direction of a [`Framed`](crate::Framed): a [`Stream`] of messages.
@@ -67,6 +68,7 @@ impl<D> ReadHalf<D> {
     }
 
     pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving) {
+        spare::keep(self.receiver.inbound.release());
         let Inbound { bytes, fds, .. } = &mut self.receiver.inbound;
         let (bytes, fds) = (std::mem::take(bytes), std::mem::take(fds));
         (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, self.receiver.state)
@@ -91,6 +93,7 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                 }
                 Ok(Step::Receive) => {}
                 Ok(Step::End) => {
+                    spare::keep(receiver.inbound.release());
                     return Poll::Ready(receiver.last_word().map(|error| Err(error.into())));
                 }
                 Err(error) => {
@@ -98,8 +101,7 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                     return Poll::Ready(Some(Err(error)));
                 }
             }
-            let max_bytes = decoder.max_receive_bytes().max(1); // a receive of nothing would look like the end
-            if let Err(error) = ready!(receiver.poll_receive(cx, max_bytes, &decoder.limits())) {
+            if let Err(error) = ready!(receiver.poll_receive(cx, decoder)) {
                 receiver.end();
                 return Poll::Ready(Some(Err(error.into())));
             }
@@ -180,15 +182,22 @@ pub(super) enum Receiving {
 
 impl Receiver {
     /// Receives something, or the end.
-    fn poll_receive(&mut self, cx: &mut Context<'_>, max_bytes: usize, limits: &Limits) -> Poll<Result<(), Error>> {
+    fn poll_receive<D: Decoder>(&mut self, cx: &mut Context<'_>, decoder: &D) -> Poll<Result<(), Error>> {
+        let limits = decoder.limits();
         let Self { socket, inbound, uncharged, rest, .. } = self;
         // Nothing complete is left, so all of it is a part of unfinished messages.
         socket.hold(inbound.bytes.len(), inbound.fds.count())?;
         // A peer that sends descriptors in vain gets no further than they can be closed.
         ready!(socket.poll_closed(cx, limits.max_queued_fds));
-        let received = match socket.poll_recv(cx, &mut inbound.bytes, max_bytes, &mut inbound.fds) {
+        // There is room only while there is something to receive.
+        let receive = |socket: BorrowedFd<'_>| {
+            let most = inbound.make_room(decoder, spare::take).min(decoder.max_receive_bytes());
+            sys::recvmsg(socket, &mut inbound.bytes, most.max(1), &mut inbound.fds) // nothing would look like the end
+        };
+        let received = match socket.poll_recv(cx, receive) {
             Poll::Ready(received) => received?,
             Poll::Pending => {
+                spare::keep(inbound.release());
                 ready!(rest.poll(cx, inbound.unfinished(), socket, limits.max_unfinished_time));
                 let (bytes, fds) = (inbound.bytes.len(), inbound.fds.count());
                 return Poll::Ready(Err(Error::Unfinished { bytes, fds }));
@@ -215,6 +224,7 @@ impl Receiver {
         self.state = Receiving::Over;
         self.inbound.end();
         self.inbound.bytes.clear();
+        spare::keep(self.inbound.release());
         self.inbound.close_fds();
         self.hold_nothing();
     }

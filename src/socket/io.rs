@@ -9,7 +9,6 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::BytesMut;
 use nix::libc;
 use tokio::{
     io::{
@@ -27,8 +26,9 @@ use crate::{
 };
 
 impl Socket {
-    /// Receives at most `max_bytes` into the spare room of `bytes`, neither of which may be zero, and appends what descriptors
-    /// come to `fds`. `ECONNRESET` is no error but something to [ask for](Self::was_reset) at the end.
+    /// Waits until something is there, and calls `receive`, which makes a
+    /// [`recvmsg`](sys::recvmsg). `ECONNRESET` is no error but something to [ask
+    /// for](Self::was_reset) at the end.
     ///
     /// Readiness is kept until nothing is left for sure, since no new event comes for data that is left behind. Usually only
     /// `EAGAIN` proves that. A read of a stream that ends early proves it too, unless [something splits](Self::is_drained)
@@ -36,13 +36,11 @@ impl Socket {
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
-        bytes: &mut BytesMut,
-        max_bytes: usize,
-        fds: &mut impl Extend<OwnedFd>,
+        mut receive: impl FnMut(BorrowedFd<'_>) -> Result<Received>,
     ) -> Poll<Result<Received>> {
         loop {
             let mut ready = ready!(self.io.poll_read_ready(cx))?; // takes part in the cooperative budget
-            match sys::recvmsg(self.as_fd(), bytes, max_bytes, fds) {
+            match receive(self.as_fd()) {
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => ready.clear_ready(),
                     Some(libc::ECONNRESET) => self.reset.store(true, Ordering::Relaxed),

@@ -6,9 +6,12 @@ use std::{
     cell::Cell,
 };
 
+use fdwire::Frame;
+use futures::{FutureExt, SinkExt, StreamExt};
+
 use crate::{
     BATCH, Connection, Load, Start,
-    common::{KINDS, run},
+    common::{KINDS, encoded, framed_pair, raw_send, run, with_raw_peer},
     half, sender,
 };
 
@@ -16,17 +19,31 @@ use crate::{
 struct Counting;
 
 thread_local! {
-    static COUNT: Cell<Count> = const { Cell::new(Count { calls: 0, bytes: 0 }) };
+    static COUNT: Cell<Count> = const { Cell::new(Count { calls: 0, bytes: 0, freed: 0 }) };
 }
 
 #[derive(Clone, Copy)]
 struct Count {
     calls: usize,
     bytes: usize,
+    freed: usize,
+}
+
+impl Count {
+    /// Bytes that are allocated and not freed.
+    fn held(self) -> isize {
+        self.bytes as isize - self.freed as isize
+    }
 }
 
 fn count(bytes: usize) {
-    COUNT.set(Count { calls: COUNT.get().calls + 1, bytes: COUNT.get().bytes + bytes });
+    let count = COUNT.get();
+    COUNT.set(Count { calls: count.calls + 1, bytes: count.bytes + bytes, ..count });
+}
+
+fn count_freed(bytes: usize) {
+    let count = COUNT.get();
+    COUNT.set(Count { freed: count.freed + bytes, ..count });
 }
 
 #[global_allocator]
@@ -48,11 +65,13 @@ unsafe impl GlobalAlloc for Counting {
 
     unsafe fn realloc(&self, place: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
         count(bytes);
+        count_freed(layout.size());
         // SAFETY: as promised by the caller.
         unsafe { System.realloc(place, layout, bytes) }
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        count_freed(layout.size());
         // SAFETY: as promised by the caller.
         unsafe { System.dealloc(place, layout) }
     }
@@ -104,5 +123,59 @@ fn a_large_frame_is_received_in_one_buffer_of_its_size() {
     let size = 1 << 20;
     for (_, bytes) in per_frame(&Load::plain(size), 1, half, "1 MiB") {
         assert!(bytes < 1.5 * size as f64, "{bytes} bytes are allocated for a frame of {size}");
+    }
+}
+
+#[test]
+fn connections_that_wait_hold_no_read_buffer() {
+    const CONNECTIONS: usize = 1000;
+    for kind in KINDS {
+        run(async {
+            let mut connections: Vec<_> = (0..CONNECTIONS).map(|_| with_raw_peer(kind)).collect();
+            let (mut tx, mut rx) = framed_pair(kind);
+            let before = COUNT.get().held();
+            for (rx, peer) in &mut connections {
+                raw_send(peer, &encoded(b"small", 0), &[]);
+                assert_eq!(rx.next().await.unwrap().unwrap().payload, "small");
+                assert!(rx.next().now_or_never().is_none());
+            }
+            let large = async { tx.send(Frame::new(vec![7; 8 << 20])).await.unwrap() };
+            let ((), received) = tokio::join!(large, rx.next());
+            drop(received.unwrap().unwrap());
+            assert!(rx.next().now_or_never().is_none());
+            let held = COUNT.get().held() - before;
+            println!("{kind:?}: {CONNECTIONS} connections that wait hold {held} bytes together");
+            assert!(held < 1 << 20, "{held} bytes");
+        });
+    }
+}
+
+#[test]
+fn a_small_frame_keeps_no_large_buffer() {
+    for kind in KINDS {
+        // The small frame follows at once, or after the receiver has waited.
+        for waits in [false, true] {
+            run(async {
+                let before = COUNT.get().held();
+                let (mut tx, mut rx) = framed_pair(kind);
+                let send = async {
+                    tx.feed(Frame::new(vec![7; 8 << 20])).await.unwrap();
+                    if waits {
+                        tx.flush().await.unwrap();
+                        tokio::task::yield_now().await;
+                    }
+                    tx.send(Frame::new("small")).await.unwrap();
+                };
+                let receive = async {
+                    drop(rx.next().await.unwrap().unwrap());
+                    rx.next().await.unwrap().unwrap()
+                };
+                let ((), small) = tokio::join!(send, receive);
+                drop((tx, rx));
+                let held = COUNT.get().held() - before;
+                println!("{kind:?}: {held} bytes are held for a frame of {} bytes", small.payload.len());
+                assert!(held < 1 << 20, "{held} bytes");
+            });
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use fdwire::{Error, Frame, FrameCodec, Framed, Parts, Socket};
-use futures::{SinkExt, StreamExt, TryStreamExt, stream};
+use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt, stream};
 
 use crate::{
     common::{encoded, framed_pair, large, mark_of, marked, marks, raw_send, sock_type, with_raw_peer},
@@ -23,6 +23,33 @@ fn payloads_of_every_size_arrive_whole() {
             let frame = received.unwrap().unwrap();
             assert!(frame.payload == pattern(len), "payload of {len} bytes on {kind:?}");
             assert_eq!(marks(&frame), [len as u32]);
+        }
+    });
+}
+
+#[test]
+fn connections_that_share_read_buffers_keep_their_messages_apart() {
+    counted(async |kind| {
+        let mut connections: Vec<_> = (0..20).map(|_| with_raw_peer(kind)).collect();
+        let mut kept = Vec::new();
+        for round in 0..50 {
+            let message = |n: usize| format!("{n} {round} ").repeat(1 + 37 * (round % 10));
+            for (n, (rx, peer)) in connections.iter_mut().enumerate() {
+                let bytes = encoded(message(n).as_bytes(), 0);
+                raw_send(peer, &bytes[..bytes.len() / 2], &[]);
+                // The runtime sees that something is there.
+                tokio::task::yield_now().await;
+                assert!(rx.next().now_or_never().is_none());
+            }
+            for (n, (rx, peer)) in connections.iter_mut().enumerate() {
+                let bytes = encoded(message(n).as_bytes(), 0);
+                raw_send(peer, &bytes[bytes.len() / 2..], &[]);
+                kept.push((message(n), rx.try_next().await.unwrap().unwrap()));
+                assert!(rx.next().now_or_never().is_none());
+            }
+        }
+        for (message, frame) in kept {
+            assert_eq!(frame.payload, message);
         }
     });
 }

@@ -1,0 +1,227 @@
+use std::mem;
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use super::inbound::SMALL_PACKET;
+
+/// Size of a usual buffer, unless a message of middle size needs more.
+const USUAL: usize = 4 * SMALL_PACKET;
+
+/// A buffer above this size is for large messages only. A small message that is kept would keep all
+/// of it.
+const LARGEST_USUAL: usize = 512 << 10;
+
+/// Usual size of a page. Where it is another, some receives are slower and nothing else.
+pub(super) const PAGE: usize = 4096;
+
+/// The first bytes of a page, where no buffer is to begin. The kernel keeps data from the start of
+/// a page on, and on AMD processors a copy takes up to ten times as long if it goes up to 31 bytes
+/// further into a page than it comes from (`rep movsb`,
+/// <https://sourceware.org/bugzilla/show_bug.cgi?id=30994>). Large blocks of malloc begin 16 bytes
+/// into a page.
+pub(super) const PAGE_START: usize = 64;
+
+/// Finds the buffer that received bytes go into: a usual one, or a large one for a message that
+/// does not fit.
+///
+/// The received bytes themselves are with the caller, as `bytes`. Messages are sliced off them and
+/// may live on. A buffer that has no room left is left to its messages, or used again from its
+/// beginning if none of them lives.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    /// What a packet may hold at least, whatever the decoder says; 1 on a stream.
+    least_room: usize,
+    /// Whether `bytes` is in a large buffer.
+    in_large: bool,
+    /// The buffer that was used before one of the other size. Nothing is in it.
+    other: BytesMut,
+    /// Whether a large message was the last one received.
+    after_large: bool,
+}
+
+fn is_page_start(buffer: &BytesMut) -> bool {
+    buffer.as_ptr().addr() % PAGE < PAGE_START
+}
+
+impl Buffers {
+    pub(super) fn new(packets: bool, bytes: &BytesMut) -> Self {
+        let least_room = if packets { SMALL_PACKET } else { 1 };
+        let in_large = bytes.capacity() > LARGEST_USUAL;
+        Self { least_room, in_large, other: BytesMut::new(), after_large: false }
+    }
+
+    /// Makes room for `missing` bytes, which complete a message. Returns the most bytes to receive.
+    pub(super) fn make_room_for(
+        &mut self,
+        bytes: &mut BytesMut,
+        missing: usize,
+        spare: impl FnOnce() -> BytesMut,
+    ) -> usize {
+        self.reserve(bytes, missing, 0, spare);
+        // What follows a large message does not belong into its buffer.
+        if self.in_large { missing.saturating_add(self.least_room) } else { usize::MAX }
+    }
+
+    /// Makes room for a part of a message of unknown length. Returns the most bytes to receive.
+    pub(super) fn make_room(&mut self, bytes: &mut BytesMut, spare: impl FnOnce() -> BytesMut) -> usize {
+        // A new buffer is twice as large, or a long message would be moved for every packet of it.
+        self.reserve(bytes, SMALL_PACKET, bytes.len(), spare);
+        // A large message may be followed by another one. What is received of it before its length
+        // is known has to be moved to a large buffer. Packets are not divided: the header of a
+        // large frame comes alone.
+        let is_stream = self.least_room == 1;
+        if self.after_large && is_stream { PAGE } else { usize::MAX }
+    }
+
+    /// Something was received.
+    pub(super) fn received(&mut self) {
+        self.after_large = false;
+    }
+
+    /// Gives up each buffer in which nothing is. Returns the usual one, if it has one.
+    pub(super) fn release(&mut self, bytes: &mut BytesMut) -> BytesMut {
+        let other = mem::take(&mut self.other);
+        if !self.in_large {
+            return if bytes.is_empty() { mem::take(bytes) } else { BytesMut::new() };
+        }
+        if bytes.is_empty() {
+            *bytes = BytesMut::new();
+            (self.in_large, self.after_large) = (false, true);
+        }
+        other
+    }
+
+    /// Makes room for at least `room` more bytes, and in a new buffer for `extra` beside. For the
+    /// rest of a large message, a new buffer is just large enough.
+    fn reserve(&mut self, bytes: &mut BytesMut, room: usize, extra: usize, spare: impl FnOnce() -> BytesMut) {
+        // Enough for `least_room` to stay when `room` is filled, or the end of a large message
+        // would be moved once more.
+        let additional = room.saturating_add(PAGE_START + extra + self.least_room);
+        let size = bytes.len().saturating_add(additional);
+        let needs_large = size > LARGEST_USUAL;
+        let has_room = bytes.capacity() - bytes.len() >= room.max(self.least_room);
+        if has_room && (needs_large || !self.in_large) {
+            return;
+        }
+        if needs_large != self.in_large {
+            let mut next = mem::take(&mut self.other);
+            if !next.try_reclaim(size) {
+                next = new_buffer(size, spare);
+            }
+            next.extend_from_slice(bytes);
+            bytes.clear();
+            self.other = mem::replace(bytes, next);
+            (self.in_large, self.after_large) = (needs_large, self.in_large);
+        } else if !bytes.try_reclaim(additional) {
+            let mut next = new_buffer(size, spare);
+            next.extend_from_slice(bytes);
+            *bytes = next;
+        }
+        if is_page_start(bytes) {
+            let held = bytes.len();
+            bytes.put_bytes(0, PAGE_START);
+            bytes.copy_within(..held, PAGE_START);
+            bytes.advance(PAGE_START);
+        }
+    }
+}
+
+/// Returns an empty buffer with room for `size` bytes: the spare one, if it has the room and is of
+/// the right kind.
+fn new_buffer(size: usize, spare: impl FnOnce() -> BytesMut) -> BytesMut {
+    if size <= LARGEST_USUAL {
+        let mut spare = spare();
+        if spare.try_reclaim(size) {
+            return spare;
+        }
+    }
+    BytesMut::with_capacity(size.max(USUAL))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    const LARGE: usize = 1 << 20;
+
+    /// The buffers of a connection of packets, and the received bytes.
+    fn buffers() -> (Buffers, BytesMut) {
+        let bytes = BytesMut::new();
+        (Buffers::new(true, &bytes), bytes)
+    }
+
+    #[test]
+    fn no_buffer_begins_at_the_start_of_a_page() {
+        let (mut buffers, mut bytes) = buffers();
+        for room in [SMALL_PACKET, LARGE, SMALL_PACKET, 3 << 20, 1, SMALL_PACKET, LARGE] {
+            buffers.make_room_for(&mut bytes, room, BytesMut::new);
+            assert!(bytes.capacity() - bytes.len() >= room);
+            assert!(!is_page_start(&bytes), "{:?} for {room}", bytes.as_ptr());
+
+            // What is held stays, and a used-up buffer is used again, moved to its beginning.
+            bytes.put_bytes(7, room);
+            bytes.advance(room - 1);
+            buffers.make_room_for(&mut bytes, 4 * SMALL_PACKET, BytesMut::new);
+            assert_eq!(bytes, [7][..]);
+            bytes.clear();
+        }
+    }
+
+    #[test]
+    fn large_messages_that_are_not_kept_share_one_buffer() {
+        let (mut buffers, mut bytes) = buffers();
+        let mut places = HashSet::new();
+        for _ in 0..10 {
+            buffers.make_room(&mut bytes, BytesMut::new);
+            bytes.put_bytes(1, 8);
+            buffers.make_room_for(&mut bytes, LARGE, BytesMut::new);
+            places.insert(bytes.as_ptr());
+            bytes.put_bytes(2, LARGE);
+            drop(bytes.split());
+        }
+        assert_eq!(places.len(), 1);
+    }
+
+    #[test]
+    fn small_messages_never_go_into_a_large_buffer() {
+        let (mut buffers, mut bytes) = buffers();
+        buffers.make_room_for(&mut bytes, LARGE, BytesMut::new);
+        let place = bytes.as_ptr().addr();
+        let large = place..place + bytes.capacity();
+        bytes.put_bytes(1, LARGE + 1); // the message, and the beginning of the next one
+        drop(bytes.split_to(LARGE));
+        for _ in 0..10 {
+            buffers.make_room(&mut bytes, BytesMut::new);
+            assert!(!large.contains(&bytes.as_ptr().addr()));
+            bytes.put_bytes(2, 100);
+            drop(bytes.split());
+        }
+    }
+
+    #[test]
+    fn what_is_unused_is_released() {
+        let (mut buffers, mut bytes) = buffers();
+        buffers.make_room(&mut bytes, BytesMut::new);
+        bytes.put_bytes(1, 8);
+        assert_eq!(buffers.release(&mut bytes).capacity(), 0, "something is in it");
+
+        // A large message that is not complete needs no other buffer.
+        buffers.make_room_for(&mut bytes, LARGE, BytesMut::new);
+        assert!(buffers.release(&mut bytes).capacity() >= SMALL_PACKET);
+        assert_eq!(bytes.len(), 8);
+        assert!(bytes.capacity() > LARGE);
+
+        // A large buffer is of no use to others.
+        bytes.clear();
+        assert_eq!(buffers.release(&mut bytes).capacity(), 0);
+        assert_eq!(bytes.capacity(), 0);
+
+        // A spare one is.
+        let spare = BytesMut::with_capacity(USUAL);
+        let place = spare.as_ptr().addr();
+        buffers.make_room(&mut bytes, || spare);
+        assert!((place..place + USUAL).contains(&bytes.as_ptr().addr()));
+    }
+}

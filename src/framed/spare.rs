@@ -1,0 +1,35 @@
+//! The read buffers of this thread that no connection uses at the moment.
+//!
+//! A connection that waits has no buffer. It [takes](take) one when there is something to receive,
+//! and [gives](keep) it back when everything is received and decoded. So the number of buffers
+//! follows the number of busy connections.
+
+use std::cell::RefCell;
+
+use bytes::BytesMut;
+
+/// Most buffers that a thread keeps: 2 MiB if they are of the usual size, and never more than 4
+/// MiB.
+const MOST: usize = 8;
+
+thread_local! {
+    /// The last one is taken first, because the processor's cache most likely has it. Messages may
+    /// still live in a buffer: the next ones then go behind them, whichever connection they are of.
+    static BUFFERS: RefCell<Vec<BytesMut>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Takes a buffer. It is without memory if the thread has none.
+pub(super) fn take() -> BytesMut {
+    BUFFERS.try_with(|buffers| buffers.borrow_mut().pop()).ok().flatten().unwrap_or_default()
+}
+
+/// Keeps a buffer for the next connection that has something to receive. It is empty.
+pub(super) fn keep(buffer: BytesMut) {
+    debug_assert!(buffer.is_empty());
+    let _thread_ends = BUFFERS.try_with(|buffers| {
+        let mut buffers = buffers.borrow_mut();
+        if buffer.capacity() > 0 && buffers.len() < MOST {
+            buffers.push(buffer);
+        }
+    });
+}
