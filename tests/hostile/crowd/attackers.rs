@@ -33,6 +33,9 @@ use crate::{
 pub(super) const SENT_OF_PROMISED: usize = 3;
 pub(super) const OWN_ENDS: usize = 20;
 
+/// Connections that an attacker makes without waiting for the end of those before.
+pub(super) const QUICK_ROUNDS: usize = 50;
+
 /// How long an attacker rests where nothing else slows it down.
 const PACE: Duration = Duration::from_millis(10);
 
@@ -47,6 +50,8 @@ pub(super) struct Settings {
 
 /// Attacks until it is killed, or the test has ended.
 pub(super) fn run(mut control: UnixStream, settings: Settings) {
+    // The victim's turns are tested, and not how much of the processor it gets.
+    rustix::process::nice(19).unwrap();
     let (started, all_started) = mpsc::channel();
     for index in 0..settings.attackers {
         let attacker = Attacker {
@@ -80,10 +85,11 @@ impl Attacker {
         let mut clients = Vec::new();
         for _ in 0..self.rounds() {
             let connection = raw::connected_to_name(self.name.as_bytes(), self.kind);
-            let begun = self.begin(&connection, &mut clients);
             if let Some(started) = started.take() {
                 started();
             }
+            // If the victim is faster, the attacker's own `close` of a slow socket is the last one, and it is stuck.
+            let begun = self.begin(&connection, &mut clients);
             match self.sort {
                 Sort::OwnEnd | Sort::ConnectsAndCloses => drop(connection),
                 _ => {
@@ -104,6 +110,7 @@ impl Attacker {
     fn rounds(&self) -> usize {
         match self.sort {
             Sort::OwnEnd => 1,
+            Sort::ConnectsAndCloses => QUICK_ROUNDS,
             // Each takes much of the kernel's memory.
             Sort::SlowSocket
             | Sort::SlowSocketFirst
@@ -138,7 +145,7 @@ impl Attacker {
             Sort::Nested => send(connection, b"?", &[self.nested(slow())]),
             Sort::Flood => {
                 // So that few wait in the kernel.
-                setsockopt(connection, sockopt::SndBuf, &(32 << 10))?;
+                setsockopt(connection, sockopt::SndBuf, &(8 << 10))?;
                 send(connection, &encoded(b"", 253), &nulls(253))
             }
             Sort::BadFlood => send(connection, b"?", &nulls(253)),
@@ -161,17 +168,20 @@ impl Attacker {
                 send(connection, &header(LARGE), &[])?;
                 let filled = if fills(self.index) { LARGE - 1 } else { 0 };
                 let part = [7; 60_000];
-                (0..filled).step_by(part.len()).try_for_each(|sent| {
-                    send(connection, &part[..part.len().min(filled - sent)], &[])
-                })
+                (0..filled)
+                    .step_by(part.len())
+                    .try_for_each(|sent| send(connection, &part[..part.len().min(filled - sent)], &[]))
             }
-            Sort::Flood => loop {
-                send(connection, &encoded(b"", 253), &nulls(253))?;
-            },
+            Sort::Flood => {
+                let (frame, fds) = (encoded(b"", 253), nulls(253));
+                loop {
+                    send(connection, &frame, &fds)?;
+                }
+            }
             Sort::NeverReads => loop {
                 send(connection, &whole, &[])?;
             },
-            Sort::OutOfBand if self.kind == SocketKind::Stream => loop {
+            Sort::OutOfBand => loop {
                 send(connection, &encoded(b"", 0), &[])?;
                 nix::sys::socket::send(connection.as_raw_fd(), b"!", MsgFlags::MSG_OOB)?;
                 let _ = raw::receive(connection, false);

@@ -1,5 +1,6 @@
 //! The sorts of hostile connections, and what each may take.
 
+use fdwire::SocketKind;
 use serde::{Deserialize, Serialize};
 
 use super::victim::MAX_QUEUED_FDS;
@@ -46,7 +47,8 @@ pub(super) enum Sort {
 }
 
 impl Sort {
-    pub(super) const SIMPLE: [Self; 18] = [
+    /// All but the mix.
+    const SIMPLE: [Self; 18] = [
         Self::Silent,
         Self::Drip,
         Self::LargeFrame,
@@ -67,6 +69,24 @@ impl Sort {
         Self::ConnectsAndCloses,
     ];
 
+    pub(super) const ALL: [Self; 19] = {
+        let mut all = [Self::Mix; 19];
+        let mut index = 0;
+        while index < Self::SIMPLE.len() {
+            all[index] = Self::SIMPLE[index];
+            index += 1;
+        }
+        all
+    };
+
+    pub(super) fn exists_on(self, kind: SocketKind) -> bool {
+        match self {
+            Self::OutOfBand => kind == SocketKind::Stream,
+            Self::EmptyPackets => kind == SocketKind::SeqPacket,
+            _ => true,
+        }
+    }
+
     /// The sort of one of the attackers.
     pub(super) fn of_attacker(self, index: usize) -> Self {
         if self == Self::Mix { Self::SIMPLE[index % Self::SIMPLE.len()] } else { self }
@@ -83,6 +103,7 @@ impl Sort {
             Self::SlowSocketFirst | Self::EmptyPackets | Self::BadFlood => 253,
             // A frame, and those that wait to be closed: while there are more, nothing is received.
             Self::Flood => 253 + MAX_QUEUED_FDS,
+            Self::ConnectsAndCloses => super::attackers::QUICK_ROUNDS - 1, // connections
             _ => 0,
         };
         1 + of_peer
