@@ -111,12 +111,8 @@ impl Attacker {
         match self.sort {
             Sort::OwnEnd => 1,
             Sort::ConnectsAndCloses => QUICK_ROUNDS,
-            // Each takes much of the kernel's memory.
-            Sort::SlowSocket
-            | Sort::SlowSocketFirst
-            | Sort::SlowSocketInFrame
-            | Sort::SlowSocketEchoed
-            | Sort::Nested => 3,
+            // Each slow socket takes much of the kernel's memory.
+            sort if sort.sends_slow_sockets() => 3,
             _ => usize::MAX,
         }
     }

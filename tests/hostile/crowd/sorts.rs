@@ -87,6 +87,18 @@ impl Sort {
         }
     }
 
+    pub(super) fn sends_slow_sockets(self) -> bool {
+        matches!(
+            self,
+            Self::SlowSocket
+                | Self::SlowSocketFirst
+                | Self::SlowSocketInFrame
+                | Self::SlowSocketEchoed
+                | Self::Nested
+                | Self::Mix
+        )
+    }
+
     /// The sort of one of the attackers.
     pub(super) fn of_attacker(self, index: usize) -> Self {
         if self == Self::Mix { Self::SIMPLE[index % Self::SIMPLE.len()] } else { self }
