@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     kind_of,
     sorts::{LARGE, Sort, fills},
-    victim::MAX_QUEUED_FDS,
+    victim::{MAX_QUEUED_FDS, TAKE},
 };
 use crate::{
     common::{encoded, wait_for_close_of_peer},
@@ -139,11 +139,8 @@ impl Attacker {
             Sort::SlowSocketInFrame => send(connection, &encoded(b"", 2), &[slow(), null()]),
             Sort::SlowSocketEchoed => send(connection, &encoded(b"", 1), &[slow()]),
             Sort::Nested => send(connection, b"?", &[self.nested(slow())]),
-            Sort::Flood => {
-                // So that few wait in the kernel.
-                setsockopt(connection, sockopt::SndBuf, &(8 << 10))?;
-                send(connection, &encoded(b"", 253), &nulls(253))
-            }
+            // So that few wait in the kernel.
+            Sort::Flood | Sort::FloodTaken => setsockopt(connection, sockopt::SndBuf, &(8 << 10)),
             Sort::BadFlood => send(connection, b"?", &nulls(253)),
             Sort::Garbage => send(connection, &Vec::from_iter((0..1000).map(|_| fastrand::u8(..))), &[]),
             Sort::EmptyPackets => send(connection, b"", &nulls(253)),
@@ -168,8 +165,9 @@ impl Attacker {
                     .step_by(part.len())
                     .try_for_each(|sent| send(connection, &part[..part.len().min(filled - sent)], &[]))
             }
-            Sort::Flood => {
-                let (frame, fds) = (encoded(b"", 253), nulls(253));
+            Sort::Flood | Sort::FloodTaken => {
+                let payload = if self.sort == Sort::Flood { &b""[..] } else { TAKE };
+                let (frame, fds) = (encoded(payload, 253), nulls(253));
                 loop {
                     send(connection, &frame, &fds)?;
                 }

@@ -29,8 +29,10 @@ pub(super) enum Sort {
     SlowSocketEchoed,
     /// Sends such a socket at the bottom of a nest of Unix sockets.
     Nested,
-    /// Sends frames of 253 descriptors as fast as they are received.
+    /// Sends frames of 253 descriptors as fast as they are received. The victim drops them.
     Flood,
+    /// The same, and the victim takes the descriptors and closes them itself.
+    FloodTaken,
     /// Sends 253 descriptors in what is not a frame.
     BadFlood,
     Garbage,
@@ -48,7 +50,7 @@ pub(super) enum Sort {
 
 impl Sort {
     /// All but the mix.
-    const SIMPLE: [Self; 18] = [
+    const SIMPLE: [Self; 19] = [
         Self::Silent,
         Self::Drip,
         Self::LargeFrame,
@@ -61,6 +63,7 @@ impl Sort {
         Self::SlowSocketEchoed,
         Self::Nested,
         Self::Flood,
+        Self::FloodTaken,
         Self::BadFlood,
         Self::Garbage,
         Self::OutOfBand,
@@ -69,8 +72,8 @@ impl Sort {
         Self::ConnectsAndCloses,
     ];
 
-    pub(super) const ALL: [Self; 19] = {
-        let mut all = [Self::Mix; 19];
+    pub(super) const ALL: [Self; 20] = {
+        let mut all = [Self::Mix; 20];
         let mut index = 0;
         while index < Self::SIMPLE.len() {
             all[index] = Self::SIMPLE[index];
@@ -112,7 +115,7 @@ impl Sort {
             Self::OwnEnd => super::attackers::OWN_ENDS,
             Self::SlowSocket | Self::SlowSocketEchoed | Self::Nested => 1,
             Self::SlowSocketInFrame => 2,
-            Self::SlowSocketFirst | Self::EmptyPackets | Self::BadFlood => 253,
+            Self::SlowSocketFirst | Self::EmptyPackets | Self::BadFlood | Self::FloodTaken => 253,
             // A frame, and those that wait to be closed: while there are more, nothing is received.
             Self::Flood => 253 + MAX_QUEUED_FDS,
             Self::ConnectsAndCloses => super::attackers::QUICK_ROUNDS - 1, // connections

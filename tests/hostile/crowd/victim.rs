@@ -110,13 +110,18 @@ async fn accept_all(listener: Arc<Listener>, counts: Arc<Counts>) {
     }
 }
 
-/// Sends frames back. Those with many descriptors are dropped, as by an application that has no use for them.
+/// The payload of a frame whose descriptors are taken out of it and closed.
+pub(super) const TAKE: &[u8] = b"take";
+
+/// Sends frames back. Those with several descriptors are dropped, as by an application that has no use for them.
 async fn echo(socket: Socket, counts: Arc<Counts>) {
     let mut framed = Framed::new(socket, FrameCodec::new(limits()));
     while let Ok(Some(frame)) = framed.try_next().await {
         counts.frames.fetch_add(1, Relaxed);
         counts.fds.fetch_add(frame.fds.len(), Relaxed);
-        if frame.fds.len() <= 1 && framed.send(frame).await.is_err() {
+        if frame.payload == TAKE {
+            frame.fds.into_iter().for_each(drop);
+        } else if frame.fds.len() <= 1 && framed.send(frame).await.is_err() {
             break;
         }
     }
