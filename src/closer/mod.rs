@@ -7,7 +7,7 @@
 //!
 //! | kind | how it is closed | what can delay it |
 //! |---|---|---|
-//! | sockets | by a thread that [exits](crate::sys::ExitCloser), which never lingers | nothing a peer does |
+//! | sockets | by a thread that [exits](crate::sys::ExitCloser), which never lingers | the time it takes to free memory |
 //! | regular files and devices of file systems that this process does not know | by one of four threads | other files of this kind |
 //! | everything else | by the closer's thread | the time it takes to free memory |
 //!

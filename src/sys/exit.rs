@@ -13,6 +13,7 @@
 //! close(own copies)            the queue has a copy, so this
 //!                              is never the last one
 //! announce the message ──────► spawns ────────────────────────────► table of its own, recvmsg, exit
+//!                              waits until it is gone
 //! ```
 //!
 //! The message is announced after the caller has closed its own copies. Otherwise the exiting thread could be
@@ -23,7 +24,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
     sync::mpsc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
@@ -39,6 +40,9 @@ use nix::{
 
 use super::{close_all, recvmsg, sendmsg};
 use crate::limits::SCM_MAX_FD;
+
+/// How long an exiting thread may take before the next one is started beside it.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Closes sockets in threads that exit. Each message of sockets has a `T` with it, which is reported when they are closed.
 #[derive(Debug)]
@@ -108,15 +112,12 @@ pub(crate) fn most_sockets_at_once() -> usize {
 fn close_next_message(nursery: &OwnedFd) {
     let mut delay = Duration::from_millis(1);
     loop {
-        let is_closed = thread::scope(|scope| {
+        let exiting = thread::scope(|scope| {
             let exiting = thread::Builder::new().name("fdwire-exit".to_owned());
-            match exiting.spawn_scoped(scope, || receive_and_keep(nursery.as_fd())) {
-                Ok(thread) => thread.join().is_ok_and(|received| received.is_ok()),
-                Err(_) => false,
-            }
+            exiting.spawn_scoped(scope, || receive_and_keep(nursery.as_fd())).ok()?.join().ok()?.ok()
         });
-        if is_closed {
-            return;
+        if let Some(thread) = exiting {
+            return wait_until_gone(thread);
         }
         // No thread or no memory can be had now. The message stays in the queue.
         thread::sleep(delay);
@@ -124,8 +125,9 @@ fn close_next_message(nursery: &OwnedFd) {
     }
 }
 
-/// Receives a message into a table of this thread's own. The exit of the thread then closes what has come.
-fn receive_and_keep(nursery: BorrowedFd<'_>) -> io::Result<()> {
+/// Receives a message into a table of this thread's own. The exit of the thread then closes what has come. Returns the
+/// thread's id.
+fn receive_and_keep(nursery: BorrowedFd<'_>) -> io::Result<libc::pid_t> {
     unshare_up_to(nursery.as_raw_fd())?;
     let mut byte = BytesMut::with_capacity(1);
     let mut fds = Vec::<OwnedFd>::with_capacity(SCM_MAX_FD);
@@ -133,7 +135,26 @@ fn receive_and_keep(nursery: BorrowedFd<'_>) -> io::Result<()> {
     for fd in fds {
         let _ = fd.into_raw_fd();
     }
-    Ok(())
+    // SAFETY: the call has no arguments and always succeeds.
+    Ok(unsafe { libc::gettid() })
+}
+
+/// Waits until the kernel has ended a thread that was joined. `join` returns before the thread has closed its descriptors,
+/// which can take long: a Unix socket may hold thousands of files. Without this, such threads could pile up.
+fn wait_until_gone(thread: libc::pid_t) {
+    const LONGEST: Duration = Duration::from_millis(10);
+    let pid = std::process::id();
+    let mut delay = Duration::from_micros(20);
+    let begin = Instant::now();
+    // An exit is not known to block, but if one does, the others must not wait for it.
+    while begin.elapsed() < PATIENCE {
+        // SAFETY: signal 0 is never delivered; the call only tells whether this process has the thread.
+        if unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, 0) } != 0 {
+            return;
+        }
+        thread::sleep(delay);
+        delay = (2 * delay).min(LONGEST);
+    }
 }
 
 /// Gives this thread a descriptor table of its own that has only this number.

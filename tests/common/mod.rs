@@ -174,11 +174,16 @@ pub(crate) fn raw_send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) {
 pub(crate) fn spawn_role(name: &str, uid: Option<u32>, socket: OwnedFd) -> Child {
     // Not the path, which another uid may have no access to.
     let mut command = Command::new("/proc/self/exe");
-    command.args([name, "--exact", "--nocapture"]).env("FDWIRE_ROLE", name).stdin(Stdio::from(socket));
     if let Some(uid) = uid {
         command.uid(uid).gid(uid);
     }
-    command.stdout(Stdio::null()).spawn().unwrap()
+    spawn_role_by(command, name, socket)
+}
+
+/// The same with a command that executes this binary and passes on its arguments.
+pub(crate) fn spawn_role_by(mut command: Command, name: &str, socket: OwnedFd) -> Child {
+    command.args([name, "--exact", "--nocapture"]).env("FDWIRE_ROLE", name);
+    command.stdin(Stdio::from(socket)).stdout(Stdio::null()).spawn().unwrap()
 }
 
 /// In a process started by [`spawn_role`] for this test: standard input as a socket. `None` in the ordinary test run.

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     os::fd::{AsRawFd, OwnedFd},
+    time::Duration,
 };
 
 use bytes::{Buf, BytesMut};
@@ -13,7 +14,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::{
     FEW_THREADS,
     common::{open_fds, raw_send, with_raw_peer},
-    counted, nursery,
+    counted, nursery, raw,
     slow::{slow_to_close, without_waiting},
     threads, until,
 };
@@ -63,6 +64,33 @@ fn slow_sockets_of_many_connections_take_few_threads() {
             assert!(now <= before + FEW_THREADS, "{now} threads, {before} before");
         }
         without_waiting(clients, async {}).await;
+    });
+}
+
+/// Whoever closes such a socket frees all these files, one after the other.
+#[test]
+fn sockets_with_many_unread_descriptors_take_one_thread_at_a_time() {
+    counted(async |kind| {
+        const SOCKETS: usize = 40;
+        let mut full = Vec::new();
+        for _ in 0..SOCKETS {
+            let (socket, sender) = raw::pair(kind);
+            for _ in 0..20 {
+                if raw::try_send(&sender, b"?", &nulls(253)).is_none() {
+                    return eprintln!("skipped: RLIMIT_NOFILE is too small for so many descriptors in flight");
+                }
+            }
+            full.push(socket);
+        }
+        let before = threads();
+        let mut most = before;
+        for socket in full {
+            fdwire::close_in_background([socket]);
+            // So that the next one is not closed together with this one.
+            tokio::time::sleep(Duration::from_millis(3)).await;
+            most = most.max(threads());
+        }
+        assert!(most <= before + 1, "{most} threads, {before} before");
     });
 }
 

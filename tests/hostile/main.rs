@@ -7,6 +7,7 @@
 mod common;
 
 mod closing;
+mod crowd;
 mod descriptors;
 mod no_threads;
 mod raw;

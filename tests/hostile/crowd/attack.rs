@@ -1,0 +1,185 @@
+//! An attack, and the bounds within which its victim has to stay.
+
+use std::{
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    time::Duration,
+};
+
+use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
+use futures::{SinkExt, TryStreamExt};
+use nix::sys::resource::{Resource, getrlimit};
+
+use super::{
+    addr_of, attackers,
+    process::{Identity, Process, Role},
+    sorts::Sort,
+    victim::{self, Report},
+};
+use crate::{soon, until};
+
+/// Number of attackers, where the victim can have the descriptors that so many may send.
+const ATTACKERS: usize = 100;
+
+/// Round trips of the honest client while the attackers start, and again when all have.
+const TRIPS: usize = 50;
+
+/// Threads that the library may start beside those that it has: one that exits, and four for slow files.
+const MORE_THREADS: usize = 5;
+
+/// Descriptors that the library and the runtime may open for a moment.
+const MORE_FDS: usize = 3;
+
+/// Memory that a process may take whatever its connections do.
+const MORE_BYTES: usize = 16 << 20;
+
+pub(super) struct Attack {
+    pub(super) victim: Identity,
+    pub(super) attackers: Identity,
+    /// The victim admits its own uid, which the attackers do not have.
+    pub(super) are_refused: bool,
+    /// `None`: the victim may have as much as there is.
+    pub(super) limits: Option<TightLimits>,
+}
+
+/// What the victim may have.
+pub(super) struct TightLimits {
+    pub(super) fds: usize,
+    /// Of all processes of its uid. The attackers have more.
+    pub(super) threads: usize,
+}
+
+impl Default for Attack {
+    fn default() -> Self {
+        Self::within(Identity::Own)
+    }
+}
+
+impl Attack {
+    /// An attack on a process by others like it.
+    pub(super) fn within(identity: Identity) -> Self {
+        Self { victim: identity, attackers: identity, are_refused: false, limits: None }
+    }
+
+    /// Lets the attack happen, and checks that the victim gets over it.
+    pub(super) async fn withstand(&self, sort: Sort, kind: SocketKind) {
+        eprintln!("{sort:?} on {kind:?}"); // seen if it fails
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("fdwire-crowd-{}-{}", std::process::id(), NUMBER.fetch_add(1, Relaxed));
+        let is_stream = kind == SocketKind::Stream;
+
+        let settings = victim::Settings {
+            name: name.clone(),
+            is_stream,
+            admits_any_uid: !self.are_refused,
+            max_fds: self.limits.as_ref().map(|limits| limits.fds),
+            max_threads: self.limits.as_ref().map(|limits| limits.threads),
+        };
+        let mut victim = Process::start(self.victim, &Role::Victim(settings)).await;
+        victim.next::<Report>().await;
+        let mut honest = Honest::connect(&name, kind).await;
+        honest.trips(TRIPS).await;
+        let before = Usage::of(&victim);
+
+        let attackers = ATTACKERS.min(most_attackers(sort));
+        let settings = attackers::Settings { sort, attackers, name: name.clone(), is_stream };
+        let mut crowd = Process::start(self.attackers, &Role::Attackers(settings)).await;
+        tokio::join!(crowd.next::<()>(), honest.trips(TRIPS));
+        let mut most = before;
+        for _ in 0..TRIPS {
+            honest.trips(1).await;
+            most = most.max(Usage::of(&victim));
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let report: Report = victim.ask().await;
+        drop(crowd);
+
+        until("what the attackers have left is closed", || {
+            let now = Usage::of(&victim);
+            most = most.max(now);
+            now.fds == before.fds && now.threads == before.threads
+        })
+        .await;
+        let mut late = Honest::connect(&name, kind).await;
+        late.trips(TRIPS).await;
+        honest.trips(TRIPS).await;
+        self.check(before, most, &report, sort, attackers);
+    }
+
+    fn check(&self, before: Usage, most: Usage, report: &Report, sort: Sort, attackers: usize) {
+        eprintln!("{before:?}, then {most:?}, {report:?}");
+        let sorts = || (0..attackers).map(|index| sort.of_attacker(index));
+        assert!(most.threads <= before.threads + MORE_THREADS, "too many threads");
+        assert!(most.fds <= before.fds + sorts().map(Sort::most_fds).sum::<usize>() + MORE_FDS, "too many descriptors");
+        let bytes = sorts().enumerate().map(|(index, sort)| sort.most_bytes(index)).sum::<usize>();
+        assert!(most.peak_bytes <= before.peak_bytes + bytes + MORE_BYTES, "too much memory");
+
+        // An attacker has about as many turns as the connection that was measured, with a frame or two in each.
+        const FRAMES_OF_EACH: usize = 8;
+        assert!(report.inner_trips > 0);
+        assert!(report.most_fds_in_a_trip <= FRAMES_OF_EACH * 253 * attackers, "no fair share of turns");
+
+        // It was an attack.
+        let came = if self.are_refused { report.refused } else { report.accepted };
+        match &self.limits {
+            None => assert!(came >= attackers, "not all attackers have come"),
+            Some(_) => {
+                assert!(!report.can_start_threads, "there were threads");
+                assert!(sort != Sort::Silent || report.not_accepted > 0, "there were descriptors for all");
+            }
+        }
+    }
+}
+
+/// What a process has.
+#[derive(Debug, Clone, Copy)]
+struct Usage {
+    threads: usize,
+    fds: usize,
+    peak_bytes: usize,
+}
+
+impl Usage {
+    fn of(process: &Process) -> Self {
+        Self { threads: process.threads(), fds: process.fds(), peak_bytes: process.peak_bytes() }
+    }
+
+    fn max(self, other: Self) -> Self {
+        Self {
+            threads: self.threads.max(other.threads),
+            fds: self.fds.max(other.fds),
+            peak_bytes: self.peak_bytes.max(other.peak_bytes),
+        }
+    }
+}
+
+/// Number of attackers whose descriptors fit into one process.
+fn most_attackers(sort: Sort) -> usize {
+    const OTHERS: usize = 100;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    (hard as usize).saturating_sub(OTHERS) / sort.most_fds()
+}
+
+/// A client that sends small frames and gets each back.
+struct Honest {
+    framed: Framed<FrameCodec>,
+    trips: usize,
+}
+
+impl Honest {
+    async fn connect(name: &str, kind: SocketKind) -> Self {
+        let socket = soon("a connection", Socket::connect_addr(&addr_of(name), kind)).await.unwrap();
+        Self { framed: Framed::new(socket, FrameCodec::default()), trips: 0 }
+    }
+
+    async fn trips(&mut self, count: usize) {
+        for _ in 0..count {
+            self.trips += 1;
+            let sent = self.trips.to_string();
+            let trip = async {
+                self.framed.send(Frame::new(sent.clone())).await.unwrap();
+                self.framed.try_next().await.unwrap().unwrap()
+            };
+            assert_eq!(soon("what an honest client gets back", trip).await.payload, sent);
+        }
+    }
+}

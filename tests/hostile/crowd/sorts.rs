@@ -1,0 +1,141 @@
+//! The sorts of hostile connections, and what each may take.
+
+use fdwire::SocketKind;
+use serde::{Deserialize, Serialize};
+
+use super::victim::MAX_QUEUED_FDS;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Sort {
+    /// Connects and sends nothing.
+    Silent,
+    /// Sends a frame byte by byte.
+    Drip,
+    /// Announces a large frame. Most send nothing of it, some all but the last byte.
+    LargeFrame,
+    /// Announces more descriptors than it sends.
+    PromisedFds,
+    /// Sends as many descriptors as may wait, and no frame that claims them.
+    UnclaimedFds,
+    /// Sends its own end of the connection in an unfinished frame, and closes its copy.
+    OwnEnd,
+    /// Sends a socket whose `close` takes an hour in what is not a frame.
+    SlowSocket,
+    /// The same at the head of 253 descriptors.
+    SlowSocketFirst,
+    /// Sends such sockets in frames that the victim drops.
+    SlowSocketInFrame,
+    /// Sends such sockets in frames that the victim sends back, and does not receive those.
+    SlowSocketEchoed,
+    /// Sends such a socket at the bottom of a nest of Unix sockets.
+    Nested,
+    /// Sends frames of 253 descriptors as fast as they are received. The victim drops them.
+    Flood,
+    /// The same, and the victim takes the descriptors and closes them itself.
+    FloodTaken,
+    /// Sends 253 descriptors in what is not a frame.
+    BadFlood,
+    Garbage,
+    /// Sends out-of-band bytes between frames.
+    OutOfBand,
+    /// Sends packets of no bytes with 253 descriptors.
+    EmptyPackets,
+    /// Sends frames and never receives what is sent back.
+    NeverReads,
+    /// Connects and closes at once, in a loop.
+    ConnectsAndCloses,
+    /// Attacker `n` is of sort `n`.
+    Mix,
+}
+
+impl Sort {
+    /// All but the mix.
+    const SIMPLE: [Self; 19] = [
+        Self::Silent,
+        Self::Drip,
+        Self::LargeFrame,
+        Self::PromisedFds,
+        Self::UnclaimedFds,
+        Self::OwnEnd,
+        Self::SlowSocket,
+        Self::SlowSocketFirst,
+        Self::SlowSocketInFrame,
+        Self::SlowSocketEchoed,
+        Self::Nested,
+        Self::Flood,
+        Self::FloodTaken,
+        Self::BadFlood,
+        Self::Garbage,
+        Self::OutOfBand,
+        Self::EmptyPackets,
+        Self::NeverReads,
+        Self::ConnectsAndCloses,
+    ];
+
+    pub(super) const ALL: [Self; 20] = {
+        let mut all = [Self::Mix; 20];
+        let mut index = 0;
+        while index < Self::SIMPLE.len() {
+            all[index] = Self::SIMPLE[index];
+            index += 1;
+        }
+        all
+    };
+
+    pub(super) fn exists_on(self, kind: SocketKind) -> bool {
+        match self {
+            Self::OutOfBand => kind == SocketKind::Stream,
+            Self::EmptyPackets => kind == SocketKind::SeqPacket,
+            _ => true,
+        }
+    }
+
+    pub(super) fn sends_slow_sockets(self) -> bool {
+        matches!(
+            self,
+            Self::SlowSocket
+                | Self::SlowSocketFirst
+                | Self::SlowSocketInFrame
+                | Self::SlowSocketEchoed
+                | Self::Nested
+                | Self::Mix
+        )
+    }
+
+    /// The sort of one of the attackers.
+    pub(super) fn of_attacker(self, index: usize) -> Self {
+        if self == Self::Mix { Self::SIMPLE[index % Self::SIMPLE.len()] } else { self }
+    }
+
+    /// Most descriptors that the victim may have because of one connection, with the connection's own.
+    pub(super) fn most_fds(self) -> usize {
+        let of_peer = match self {
+            Self::PromisedFds => super::attackers::SENT_OF_PROMISED,
+            Self::UnclaimedFds => MAX_QUEUED_FDS,
+            Self::OwnEnd => super::attackers::OWN_ENDS,
+            Self::SlowSocket | Self::SlowSocketEchoed | Self::Nested => 1,
+            Self::SlowSocketInFrame => 2,
+            Self::SlowSocketFirst | Self::EmptyPackets | Self::BadFlood | Self::FloodTaken => 253,
+            // A frame, and those that wait to be closed: while there are more, nothing is received.
+            Self::Flood => 253 + MAX_QUEUED_FDS,
+            Self::ConnectsAndCloses => super::attackers::QUICK_ROUNDS - 1, // connections
+            _ => 0,
+        };
+        1 + of_peer
+    }
+
+    /// Most bytes that the victim may have because of one connection.
+    pub(super) fn most_bytes(self, index: usize) -> usize {
+        // A read buffer, a queue for sending, and packets on their way.
+        const EACH: usize = 3 * (256 << 10);
+        EACH + if self == Self::LargeFrame && fills(index) { LARGE } else { 0 }
+    }
+}
+
+/// The default limit.
+pub(super) const LARGE: usize = 8 << 20;
+
+/// Returns true for those of [`Sort::LargeFrame`] that send all but the last byte.
+pub(super) fn fills(index: usize) -> bool {
+    index % 16 == 2
+}
