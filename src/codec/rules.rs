@@ -299,6 +299,7 @@ fn room_for_the_rest_of_a_frame_is_room_for_a_small_packet() {
     bytes.extend_from_slice(&[0xFD, 0x10, 0, 0, 0, 0, 0, 100]);
     let mut inbound = Inbound::<u32>::new(true, bytes, FdQueue::new());
     assert!(matches!(inbound.next(&mut FrameCodec::default()), Ok(Step::Receive)));
+    inbound.make_room(&FrameCodec::default(), BytesMut::new);
     assert!(inbound.bytes.capacity() - inbound.bytes.len() >= SMALL_PACKET);
 }
 
