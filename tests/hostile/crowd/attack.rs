@@ -17,13 +17,14 @@ use super::{
 };
 use crate::{soon, until};
 
-/// Number of attackers, where the victim can have the descriptors that so many may send.
+/// Number of attackers, unless the descriptors that they may send are too many for one process.
 const ATTACKERS: usize = 100;
 
 /// Round trips of the honest client while the attackers start, and again when all have.
 const TRIPS: usize = 50;
 
-/// Threads that the library may start beside those that it has: one that exits, and four for slow files.
+/// Threads that the library may start beside those that it has: one that exits, and four for slow
+/// files.
 const MORE_THREADS: usize = 5;
 
 /// Descriptors that the library and the runtime may open for a moment.
@@ -37,11 +38,11 @@ pub(super) struct Attack {
     pub(super) attackers: Identity,
     /// The victim admits its own uid, which the attackers do not have.
     pub(super) are_refused: bool,
-    /// `None`: the victim may have as much as there is.
+    /// `None` if the victim may have as much as there is.
     pub(super) limits: Option<TightLimits>,
 }
 
-/// What the victim may have.
+/// Limits of the victim's process.
 pub(super) struct TightLimits {
     pub(super) fds: usize,
     /// Of all processes of its uid. The attackers have more.
@@ -96,7 +97,7 @@ impl Attack {
         until("what the attackers have left is closed", || {
             let now = Usage::of(&victim);
             most = most.max(now);
-            now.fds == before.fds && now.threads == before.threads
+            now.fds == before.fds && now.threads <= before.threads
         })
         .await;
         let mut late = Honest::connect(&name, kind).await;
@@ -113,7 +114,8 @@ impl Attack {
         let bytes = sorts().enumerate().map(|(index, sort)| sort.most_bytes(index)).sum::<usize>();
         assert!(most.peak_bytes <= before.peak_bytes + bytes + MORE_BYTES, "too much memory");
 
-        // An attacker has about as many turns as the connection that was measured, with a frame or two in each.
+        // Each attacker has about as many turns as the connection that was measured, and gets a frame
+        // or two in each.
         const FRAMES_OF_EACH: usize = 8;
         assert!(report.inner_trips > 0);
         assert!(report.most_fds_in_a_trip <= FRAMES_OF_EACH * 253 * attackers, "no fair share of turns");
@@ -130,7 +132,7 @@ impl Attack {
     }
 }
 
-/// What a process has.
+/// The resources of a process.
 #[derive(Debug, Clone, Copy)]
 struct Usage {
     threads: usize,

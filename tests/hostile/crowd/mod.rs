@@ -143,7 +143,7 @@ fn peers_harm_no_process_in_a_user_namespace() {
 fn peers_do_not_stop_a_process_that_can_get_no_more_descriptors_and_threads() {
     let Some(uid) = other_uid() else { return };
     let limits = Some(TightLimits { fds: 80, threads: 20 });
-    // Slow sockets are another matter: the kernel closes what does not fit in the middle of a receive.
+    // Slow sockets could block it: the kernel closes what does not fit in the middle of a receive.
     let sorts = Vec::from_iter(Sort::ALL.into_iter().filter(|sort| !sort.sends_slow_sockets()));
     withstand(&Attack { limits, ..Attack::within(Identity::Uid(uid)) }, &sorts);
 }
