@@ -143,12 +143,12 @@ fn receive_and_keep(nursery: BorrowedFd<'_>) -> io::Result<libc::pid_t> {
 /// this, such threads could pile up.
 fn wait_until_gone(thread: libc::pid_t) {
     const LONGEST: Duration = Duration::from_millis(10);
-    let pid = std::process::id();
+    let pid = std::process::id() as libc::pid_t;
     let mut delay = Duration::from_micros(20);
     let begin = Instant::now();
     // An exit is not known to block, but if one does, the others must not wait for it.
     while begin.elapsed() < PATIENCE {
-        // SAFETY: signal 0 is never delivered; the call only tells whether this process has the thread.
+        // SAFETY: signal 0 is never delivered. The call only tells whether this process has the thread.
         if unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, 0) } != 0 {
             return;
         }
