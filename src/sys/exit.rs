@@ -125,8 +125,8 @@ fn close_next_message(nursery: &OwnedFd) {
     }
 }
 
-/// Receives a message into a table of this thread's own. The exit of the thread then closes what has come. Returns the
-/// thread's id.
+/// Receives a message into a table of this thread's own. The exit of the thread then closes what has
+/// come. Returns the thread's id.
 fn receive_and_keep(nursery: BorrowedFd<'_>) -> io::Result<libc::pid_t> {
     unshare_up_to(nursery.as_raw_fd())?;
     let mut byte = BytesMut::with_capacity(1);
@@ -139,16 +139,17 @@ fn receive_and_keep(nursery: BorrowedFd<'_>) -> io::Result<libc::pid_t> {
     Ok(unsafe { libc::gettid() })
 }
 
-/// Waits until the kernel has ended a thread that was joined. `join` returns before the thread has closed its descriptors,
-/// which can take long: a Unix socket may hold thousands of files. Without this, such threads could pile up.
+/// Waits until the kernel has ended a thread that was joined. `join` returns before the thread has
+/// closed its descriptors, which can take long: a Unix socket may hold thousands of files. Without
+/// this, such threads could pile up.
 fn wait_until_gone(thread: libc::pid_t) {
     const LONGEST: Duration = Duration::from_millis(10);
-    let pid = std::process::id();
+    let pid = std::process::id() as libc::pid_t;
     let mut delay = Duration::from_micros(20);
     let begin = Instant::now();
     // An exit is not known to block, but if one does, the others must not wait for it.
     while begin.elapsed() < PATIENCE {
-        // SAFETY: signal 0 is never delivered; the call only tells whether this process has the thread.
+        // SAFETY: signal 0 is never delivered. The call only tells whether this process has the thread.
         if unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, 0) } != 0 {
             return;
         }

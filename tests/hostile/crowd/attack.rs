@@ -17,13 +17,14 @@ use super::{
 };
 use crate::{soon, until};
 
-/// Number of attackers, where the victim can have the descriptors that so many may send.
+/// Number of attackers, unless the descriptors that they may send are too many for one process.
 const ATTACKERS: usize = 100;
 
 /// Round trips of the honest client while the attackers start, and again when all have.
 const TRIPS: usize = 50;
 
-/// Threads that the library may start beside those that it has: one that exits, and four for slow files.
+/// Threads that the library may start beside those that it has: one that exits, and four for slow
+/// files.
 const MORE_THREADS: usize = 5;
 
 /// Descriptors that the library and the runtime may open for a moment.
@@ -37,15 +38,39 @@ pub(super) struct Attack {
     pub(super) attackers: Identity,
     /// The victim admits its own uid, which the attackers do not have.
     pub(super) are_refused: bool,
-    /// `None`: the victim may have as much as there is.
-    pub(super) limits: Option<TightLimits>,
+    pub(super) resources: Resources,
 }
 
-/// What the victim may have.
-pub(super) struct TightLimits {
-    pub(super) fds: usize,
-    /// Of all processes of its uid. The attackers have more.
-    pub(super) threads: usize,
+/// What the victim's process may have.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Resources {
+    /// As much as there is.
+    All,
+    /// Few descriptors and threads, so that the attackers take all of them. The threads are those of all
+    /// processes of its uid, of which the attackers have more.
+    Few { fds: usize, threads: usize },
+    /// Few descriptors, of which the listener's limits leave some to other uids than the attackers'.
+    FewForEachUid { fds: usize },
+}
+
+impl Resources {
+    fn max_fds(self) -> Option<usize> {
+        match self {
+            Self::All => None,
+            Self::Few { fds, .. } | Self::FewForEachUid { fds } => Some(fds),
+        }
+    }
+
+    fn max_threads(self) -> Option<usize> {
+        match self {
+            Self::Few { threads, .. } => Some(threads),
+            _ => None,
+        }
+    }
+
+    fn limits_uids(self) -> bool {
+        matches!(self, Self::FewForEachUid { .. })
+    }
 }
 
 impl Default for Attack {
@@ -57,7 +82,7 @@ impl Default for Attack {
 impl Attack {
     /// An attack on a process by others like it.
     pub(super) fn within(identity: Identity) -> Self {
-        Self { victim: identity, attackers: identity, are_refused: false, limits: None }
+        Self { victim: identity, attackers: identity, are_refused: false, resources: Resources::All }
     }
 
     /// Lets the attack happen, and checks that the victim gets over it.
@@ -71,8 +96,9 @@ impl Attack {
             name: name.clone(),
             is_stream,
             admits_any_uid: !self.are_refused,
-            max_fds: self.limits.as_ref().map(|limits| limits.fds),
-            max_threads: self.limits.as_ref().map(|limits| limits.threads),
+            limits_uids: self.resources.limits_uids(),
+            max_fds: self.resources.max_fds(),
+            max_threads: self.resources.max_threads(),
         };
         let mut victim = Process::start(self.victim, &Role::Victim(settings)).await;
         victim.next::<Report>().await;
@@ -90,13 +116,16 @@ impl Attack {
             most = most.max(Usage::of(&victim));
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+        if self.resources.limits_uids() {
+            Honest::connect(&name, kind).await.trips(TRIPS).await;
+        }
         let report: Report = victim.ask().await;
         drop(crowd);
 
         until("what the attackers have left is closed", || {
             let now = Usage::of(&victim);
             most = most.max(now);
-            now.fds == before.fds && now.threads == before.threads
+            now.fds == before.fds && now.threads <= before.threads
         })
         .await;
         let mut late = Honest::connect(&name, kind).await;
@@ -113,24 +142,26 @@ impl Attack {
         let bytes = sorts().enumerate().map(|(index, sort)| sort.most_bytes(index)).sum::<usize>();
         assert!(most.peak_bytes <= before.peak_bytes + bytes + MORE_BYTES, "too much memory");
 
-        // An attacker has about as many turns as the connection that was measured, with a frame or two in each.
+        // Each attacker has about as many turns as the connection that was measured, and gets a frame
+        // or two in each.
         const FRAMES_OF_EACH: usize = 8;
         assert!(report.inner_trips > 0);
         assert!(report.most_fds_in_a_trip <= FRAMES_OF_EACH * 253 * attackers, "no fair share of turns");
 
         // It was an attack.
         let came = if self.are_refused { report.refused } else { report.accepted };
-        match &self.limits {
-            None => assert!(came >= attackers, "not all attackers have come"),
-            Some(_) => {
+        match self.resources {
+            Resources::All => assert!(came >= attackers, "not all attackers have come"),
+            Resources::Few { .. } => {
                 assert!(!report.can_start_threads, "there were threads");
                 assert!(sort != Sort::Silent || report.not_accepted > 0, "there were descriptors for all");
             }
+            Resources::FewForEachUid { .. } => assert_eq!(report.not_accepted, 0, "a uid has taken all descriptors"),
         }
     }
 }
 
-/// What a process has.
+/// The resources of a process.
 #[derive(Debug, Clone, Copy)]
 struct Usage {
     threads: usize,

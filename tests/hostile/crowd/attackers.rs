@@ -59,6 +59,7 @@ pub(super) fn run(mut control: UnixStream, settings: Settings) {
             index,
             name: settings.name.clone(),
             kind: kind_of(settings.is_stream),
+            null: File::open("/dev/null").unwrap().into(),
         };
         let started = started.clone();
         thread::spawn(move || attacker.attack(|| started.send(()).unwrap()));
@@ -73,9 +74,11 @@ struct Attacker {
     index: usize,
     name: String,
     kind: SocketKind,
+    /// A descriptor that is quick to close.
+    null: OwnedFd,
 }
 
-/// A connection of an attacker. Fails when the victim has closed it.
+/// Fails when the victim has closed the connection.
 type Result = nix::Result<()>;
 
 impl Attacker {
@@ -88,13 +91,15 @@ impl Attacker {
             if let Some(started) = started.take() {
                 started();
             }
-            // If the victim is faster, the attacker's own `close` of a slow socket is the last one, and it is stuck.
+            // If the victim is faster, the attacker's own `close` of a slow socket is the last one
+            // and blocks. The other attackers go on.
             let begun = self.begin(&connection, &mut clients);
             match self.sort {
                 Sort::OwnEnd | Sort::ConnectsAndCloses => drop(connection),
                 _ => {
                     let ended = begun.and_then(|()| self.go_on(&connection));
-                    // This may be the last that is said. A hostile peer does not close before the victim has.
+                    // The next connection begins when the victim has closed this one. So each
+                    // attacker has one at a time.
                     if ended.is_ok() {
                         wait_for_close_of_peer(&connection);
                     }
@@ -117,33 +122,33 @@ impl Attacker {
         }
     }
 
-    /// What is sent first. Clients are kept, so that their sockets stay slow.
+    /// Sends the first message. Clients are kept, so that their sockets stay slow.
     fn begin(&self, connection: &OwnedFd, clients: &mut Vec<Client>) -> Result {
         let mut slow = || {
             let (slow, client) = slow_to_close();
             clients.push(client);
             slow
         };
+        let null = &self.null;
         match self.sort {
-            Sort::PromisedFds => send(connection, &encoded(b"part", 253)[..10], &nulls(SENT_OF_PROMISED)),
-            Sort::UnclaimedFds => send(connection, b"\xFD", &nulls(MAX_QUEUED_FDS)),
-            Sort::OwnEnd => {
-                let own_ends = Vec::from_iter((0..OWN_ENDS).map(|_| connection.try_clone().unwrap()));
-                send(connection, b"\xFD", &own_ends)
-            }
-            Sort::SlowSocket => send(connection, b"?", &[slow()]),
+            Sort::PromisedFds => send(connection, &encoded(b"part", 253)[..10], &[null; SENT_OF_PROMISED]),
+            Sort::UnclaimedFds => send(connection, b"\xFD", &[null; MAX_QUEUED_FDS]),
+            Sort::OwnEnd => send(connection, b"\xFD", &[connection; OWN_ENDS]),
+            Sort::SlowSocket => send(connection, b"?", &[&slow()]),
             Sort::SlowSocketFirst => {
-                let fds = Vec::from_iter([slow()].into_iter().chain(nulls(252)));
+                let slow = slow();
+                let mut fds = [null; 253];
+                fds[0] = &slow;
                 send(connection, b"?", &fds)
             }
-            Sort::SlowSocketInFrame => send(connection, &encoded(b"", 2), &[slow(), null()]),
-            Sort::SlowSocketEchoed => send(connection, &encoded(b"", 1), &[slow()]),
-            Sort::Nested => send(connection, b"?", &[self.nested(slow())]),
+            Sort::SlowSocketInFrame => send(connection, &encoded(b"", 2), &[&slow(), null]),
+            Sort::SlowSocketEchoed => send(connection, &encoded(b"", 1), &[&slow()]),
+            Sort::Nested => send(connection, b"?", &[&self.nested(slow())]),
             // So that few wait in the kernel.
             Sort::Flood | Sort::FloodTaken => setsockopt(connection, sockopt::SndBuf, &(8 << 10)),
-            Sort::BadFlood => send(connection, b"?", &nulls(253)),
+            Sort::BadFlood => send(connection, b"?", &[null; 253]),
             Sort::Garbage => send(connection, &Vec::from_iter((0..1000).map(|_| fastrand::u8(..))), &[]),
-            Sort::EmptyPackets => send(connection, b"", &nulls(253)),
+            Sort::EmptyPackets => send(connection, b"", &[null; 253]),
             Sort::Mix => unreachable!("each attacker has a sort of its own"),
             _ => Ok(()),
         }
@@ -167,9 +172,9 @@ impl Attacker {
             }
             Sort::Flood | Sort::FloodTaken => {
                 let payload = if self.sort == Sort::Flood { &b""[..] } else { TAKE };
-                let (frame, fds) = (encoded(payload, 253), nulls(253));
+                let frame = encoded(payload, 253);
                 loop {
-                    send(connection, &frame, &fds)?;
+                    send(connection, &frame, &[&self.null; 253])?;
                 }
             }
             Sort::NeverReads => loop {
@@ -189,7 +194,7 @@ impl Attacker {
     fn nested(&self, bottom: OwnedFd) -> OwnedFd {
         (0..20).fold(bottom, |inner, _| {
             let (outer, sender) = raw::pair(self.kind);
-            let _ = send(&sender, b"?", &[inner]);
+            let _ = send(&sender, b"?", &[&inner]);
             outer
         })
     }
@@ -202,17 +207,9 @@ fn header(payload: usize) -> [u8; 8] {
     header
 }
 
-fn null() -> OwnedFd {
-    File::open("/dev/null").unwrap().into()
-}
-
-fn nulls(count: usize) -> Vec<OwnedFd> {
-    (0..count).map(|_| null()).collect()
-}
-
 /// Sends all of this, the descriptors with the first byte.
-fn send(connection: &OwnedFd, bytes: &[u8], fds: &[OwnedFd]) -> Result {
-    let fds = Vec::from_iter(fds.iter().map(AsRawFd::as_raw_fd));
+fn send(connection: &OwnedFd, bytes: &[u8], fds: &[&OwnedFd]) -> Result {
+    let fds = Vec::from_iter(fds.iter().map(|fd| fd.as_raw_fd()));
     let control = [ControlMessage::ScmRights(&fds)];
     let control = if fds.is_empty() { &[][..] } else { &control[..] };
     loop {
@@ -220,7 +217,7 @@ fn send(connection: &OwnedFd, bytes: &[u8], fds: &[OwnedFd]) -> Result {
         match sendmsg::<UnixAddr>(connection.as_raw_fd(), &parts, control, MsgFlags::empty(), None) {
             Ok(sent) if sent < bytes.len() => return send(connection, &bytes[sent..], &[]),
             Ok(_) => return Ok(()),
-            // Too many descriptors of this uid are on their way.
+            // Too many descriptors of this uid are in flight.
             Err(Errno::ETOOMANYREFS) => thread::sleep(PACE),
             Err(error) => return Err(error),
         }

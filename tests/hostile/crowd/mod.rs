@@ -21,7 +21,7 @@ use crate::{
     common::{other_uid, skipped},
     counted,
 };
-use attack::{Attack, TightLimits};
+use attack::{Attack, Resources};
 use process::Identity;
 use sorts::Sort;
 
@@ -142,8 +142,16 @@ fn peers_harm_no_process_in_a_user_namespace() {
 #[test]
 fn peers_do_not_stop_a_process_that_can_get_no_more_descriptors_and_threads() {
     let Some(uid) = other_uid() else { return };
-    let limits = Some(TightLimits { fds: 80, threads: 20 });
-    // Slow sockets are another matter: the kernel closes what does not fit in the middle of a receive.
+    let resources = Resources::Few { fds: 80, threads: 20 };
+    // Slow sockets could block it: the kernel closes what does not fit in the middle of a receive.
     let sorts = Vec::from_iter(Sort::ALL.into_iter().filter(|sort| !sort.sends_slow_sockets()));
-    withstand(&Attack { limits, ..Attack::within(Identity::Uid(uid)) }, &sorts);
+    withstand(&Attack { resources, ..Attack::within(Identity::Uid(uid)) }, &sorts);
+}
+
+#[test]
+fn a_uid_that_attacks_leaves_descriptors_for_other_uids() {
+    let Some(uid) = other_uid() else { return };
+    let resources = Resources::FewForEachUid { fds: 1024 };
+    let sorts = [Sort::Silent, Sort::PromisedFds, Sort::UnclaimedFds, Sort::OwnEnd, Sort::BadFlood];
+    withstand(&Attack { resources, attackers: Identity::Uid(uid), ..Attack::default() }, &sorts);
 }

@@ -22,7 +22,7 @@ use crate::{
     soon,
 };
 
-/// Whom a process runs as.
+/// The user that a process runs as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Identity {
     /// The uid of the test.
@@ -32,14 +32,14 @@ pub(super) enum Identity {
     UserNamespace,
 }
 
-/// What a process does.
+/// The part that a process has in a test.
 #[derive(Serialize, Deserialize)]
 pub(super) enum Role {
     Victim(victim::Settings),
     Attackers(attackers::Settings),
 }
 
-/// A process that was started by [`start`](Self::start). It is killed when this is dropped, and when the test ends.
+/// A process with a part in a test. It is killed when this is dropped, and when the test ends.
 pub(super) struct Process {
     child: Child,
     control: BufReader<UnixStream>,
@@ -85,7 +85,7 @@ impl Process {
                 command.arg("--user").arg(std::env::current_exe().unwrap());
             }
         }
-        // Or the allocator keeps large buffers that were given back.
+        // Otherwise the allocator keeps large buffers that were freed.
         command.env("MALLOC_MMAP_THRESHOLD_", (64 << 10).to_string());
         let child = spawn_role_by(command, ROLE, theirs.into());
         ours.set_nonblocking(true).unwrap();
@@ -119,7 +119,8 @@ impl Process {
 
     /// Number of open descriptors.
     pub(super) fn fds(&self) -> usize {
-        // Since Linux 6.2 the size of the directory is its number of entries. To count twenty thousand takes long.
+        // Since Linux 6.2 the size of the directory is its number of entries. Counting twenty thousand
+        // of them takes too long.
         match fs::metadata(self.proc("fd")).unwrap().len() {
             0 => fs::read_dir(self.proc("fd")).unwrap().count(),
             entries => entries as usize,

@@ -3,7 +3,10 @@
 use fdwire::SocketKind;
 use serde::{Deserialize, Serialize};
 
-use super::victim::MAX_QUEUED_FDS;
+use super::{
+    attackers::{OWN_ENDS, QUICK_ROUNDS, SENT_OF_PROMISED},
+    victim::MAX_QUEUED_FDS,
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Sort {
@@ -35,6 +38,7 @@ pub(super) enum Sort {
     FloodTaken,
     /// Sends 253 descriptors in what is not a frame.
     BadFlood,
+    /// Sends bytes at random.
     Garbage,
     /// Sends out-of-band bytes between frames.
     OutOfBand,
@@ -44,13 +48,13 @@ pub(super) enum Sort {
     NeverReads,
     /// Connects and closes at once, in a loop.
     ConnectsAndCloses,
-    /// Attacker `n` is of sort `n`.
+    /// Each attacker is of another sort.
     Mix,
 }
 
 impl Sort {
-    /// All but the mix.
-    const SIMPLE: [Self; 19] = [
+    /// All sorts. The mix is the last.
+    pub(super) const ALL: [Self; 20] = [
         Self::Silent,
         Self::Drip,
         Self::LargeFrame,
@@ -70,18 +74,10 @@ impl Sort {
         Self::EmptyPackets,
         Self::NeverReads,
         Self::ConnectsAndCloses,
+        Self::Mix,
     ];
 
-    pub(super) const ALL: [Self; 20] = {
-        let mut all = [Self::Mix; 20];
-        let mut index = 0;
-        while index < Self::SIMPLE.len() {
-            all[index] = Self::SIMPLE[index];
-            index += 1;
-        }
-        all
-    };
-
+    /// Returns true if a connection of this kind can do it.
     pub(super) fn exists_on(self, kind: SocketKind) -> bool {
         match self {
             Self::OutOfBand => kind == SocketKind::Stream,
@@ -90,6 +86,7 @@ impl Sort {
         }
     }
 
+    /// Returns true if it sends sockets whose `close` takes an hour.
     pub(super) fn sends_slow_sockets(self) -> bool {
         matches!(
             self,
@@ -104,21 +101,21 @@ impl Sort {
 
     /// The sort of one of the attackers.
     pub(super) fn of_attacker(self, index: usize) -> Self {
-        if self == Self::Mix { Self::SIMPLE[index % Self::SIMPLE.len()] } else { self }
+        if self == Self::Mix { Self::ALL[index % (Self::ALL.len() - 1)] } else { self }
     }
 
-    /// Most descriptors that the victim may have because of one connection, with the connection's own.
+    /// Most descriptors that the victim may have because of one connection, which is one of them.
     pub(super) fn most_fds(self) -> usize {
         let of_peer = match self {
-            Self::PromisedFds => super::attackers::SENT_OF_PROMISED,
+            Self::PromisedFds => SENT_OF_PROMISED,
             Self::UnclaimedFds => MAX_QUEUED_FDS,
-            Self::OwnEnd => super::attackers::OWN_ENDS,
+            Self::OwnEnd => OWN_ENDS,
             Self::SlowSocket | Self::SlowSocketEchoed | Self::Nested => 1,
             Self::SlowSocketInFrame => 2,
             Self::SlowSocketFirst | Self::EmptyPackets | Self::BadFlood | Self::FloodTaken => 253,
-            // A frame, and those that wait to be closed: while there are more, nothing is received.
+            // A frame, and those that wait to be closed: nothing is received while there are more.
             Self::Flood => 253 + MAX_QUEUED_FDS,
-            Self::ConnectsAndCloses => super::attackers::QUICK_ROUNDS - 1, // connections
+            Self::ConnectsAndCloses => QUICK_ROUNDS - 1, // connections
             _ => 0,
         };
         1 + of_peer

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use fdwire::{Frame, FrameCodec, Framed, Limits, Listener, Socket};
+use fdwire::{Frame, FrameCodec, Framed, Limits, Listener, Socket, UidLimits};
 use futures::{SinkExt, TryStreamExt};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
@@ -28,27 +28,34 @@ pub(super) struct Settings {
     pub(super) name: String,
     pub(super) is_stream: bool,
     pub(super) admits_any_uid: bool,
-    /// `RLIMIT_NOFILE`. `None`: as many as there can be.
+    /// Whether the connections of a uid may have together what they may by default. Otherwise, there is
+    /// no limit.
+    pub(super) limits_uids: bool,
+    /// `RLIMIT_NOFILE`, or `None` for as many as there can be.
     pub(super) max_fds: Option<usize>,
     /// `RLIMIT_NPROC` from the moment at which it listens.
     pub(super) max_threads: Option<usize>,
 }
 
-/// Descriptors of a connection that wait for their message.
+/// Limit for descriptors of a connection that no message has claimed.
 pub(super) const MAX_QUEUED_FDS: usize = 32;
 
-/// What each connection takes at most.
+/// The limits of each connection.
 fn limits() -> Limits {
     Limits::default().max_queued_fds(MAX_QUEUED_FDS).max_unfinished_time(Duration::from_millis(50))
 }
 
-/// All that limits a peer before its connection is accepted.
+/// Makes the listener. Limits that it has for its peers belong here.
 fn listen(settings: &Settings) -> Listener {
-    let listener = Listener::bind_addr(&addr_of(&settings.name), kind_of(settings.is_stream)).unwrap();
+    let mut listener = Listener::bind_addr(&addr_of(&settings.name), kind_of(settings.is_stream)).unwrap();
+    if !settings.limits_uids {
+        const ALL: usize = usize::MAX;
+        listener = listener.limit_each_uid(UidLimits::default().max_connections(ALL).max_bytes(ALL).max_fds(ALL));
+    }
     if settings.admits_any_uid { listener.allow_any_uid() } else { listener }
 }
 
-/// What the victim has done.
+/// The numbers that the victim reports.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Report {
     pub(super) accepted: usize,
@@ -113,7 +120,8 @@ async fn accept_all(listener: Arc<Listener>, counts: Arc<Counts>) {
 /// The payload of a frame whose descriptors are taken out of it and closed.
 pub(super) const TAKE: &[u8] = b"take";
 
-/// Sends frames back. Those with several descriptors are dropped, as by an application that has no use for them.
+/// Sends frames back. Those with several descriptors are dropped, as by an application that has no
+/// use for them.
 async fn echo(socket: Socket, counts: Arc<Counts>) {
     let mut framed = Framed::new(socket, FrameCodec::new(limits()));
     while let Ok(Some(frame)) = framed.try_next().await {
@@ -127,8 +135,8 @@ async fn echo(socket: Socket, counts: Arc<Counts>) {
     }
 }
 
-/// Makes round trips over a connection whose other end is echoed too, and looks how much is done for others
-/// meanwhile. No other process takes part, so this depends on turns and not on time.
+/// Makes round trips over a connection with both ends in this process, and counts what is done for
+/// others during each. No other process takes part, so the result depends on turns and not on time.
 async fn measure_turns(socket: Socket, counts: Arc<Counts>) {
     let mut framed = Framed::new(socket, FrameCodec::default());
     loop {
