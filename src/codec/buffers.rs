@@ -7,7 +7,7 @@ use super::inbound::SMALL_PACKET;
 /// Size of a usual buffer, unless a message of middle size needs more.
 const USUAL: usize = 4 * SMALL_PACKET;
 
-/// A buffer above this size is for large messages only. A small message that is kept would keep all
+/// A buffer above this size is for large messages only: a small message that is kept would keep all
 /// of it.
 const LARGEST_USUAL: usize = 512 << 10;
 
@@ -31,7 +31,7 @@ pub(super) const PAGE_START: usize = 64;
 pub(super) struct Buffers {
     /// What a packet may hold at least, whatever the decoder says; 1 on a stream.
     least_room: usize,
-    /// Whether `bytes` is in a large buffer.
+    /// Whether `bytes` is in a large buffer, or in one from elsewhere, whose size is not known.
     in_large: bool,
     /// The buffer that was used before one of the other size. Nothing is in it.
     other: BytesMut,
@@ -46,8 +46,7 @@ fn is_page_start(buffer: &BytesMut) -> bool {
 impl Buffers {
     pub(super) fn new(packets: bool, bytes: &BytesMut) -> Self {
         let least_room = if packets { SMALL_PACKET } else { 1 };
-        let in_large = bytes.capacity() > LARGEST_USUAL;
-        Self { least_room, in_large, other: BytesMut::new(), after_large: false }
+        Self { least_room, in_large: bytes.capacity() > 0, other: BytesMut::new(), after_large: false }
     }
 
     /// Makes room for `missing` bytes, which complete a message. Returns the most bytes to receive.
@@ -217,6 +216,11 @@ mod tests {
         bytes.clear();
         assert_eq!(buffers.release(&mut bytes).capacity(), 0);
         assert_eq!(bytes.capacity(), 0);
+
+        // Nor is one of unknown size, which the user has brought along.
+        let mut brought = BytesMut::with_capacity(USUAL);
+        let mut buffers = Buffers::new(true, &brought);
+        assert_eq!(buffers.release(&mut brought).capacity(), 0);
 
         // A spare one is.
         let spare = BytesMut::with_capacity(USUAL);

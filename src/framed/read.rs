@@ -192,7 +192,8 @@ impl Receiver {
         // There is room only while there is something to receive.
         let receive = |socket: BorrowedFd<'_>| {
             let most = inbound.make_room(decoder, spare::take).min(decoder.max_receive_bytes());
-            sys::recvmsg(socket, &mut inbound.bytes, most.max(1), &mut inbound.fds) // nothing would look like the end
+            // A receive of nothing would look like the end.
+            sys::recvmsg(socket, &mut inbound.bytes, most.max(1), &mut inbound.fds)
         };
         let received = match socket.poll_recv(cx, receive) {
             Poll::Ready(received) => received?,

@@ -8,8 +8,7 @@ use std::cell::RefCell;
 
 use bytes::BytesMut;
 
-/// Most buffers that a thread keeps: 2 MiB if they are of the usual size, and never more than 4
-/// MiB.
+/// Most buffers that a thread keeps. They take 2 MiB if they have the usual size, and at most 4 MiB.
 const MOST: usize = 8;
 
 thread_local! {

@@ -26,9 +26,9 @@ use crate::{
 };
 
 impl Socket {
-    /// Waits until something is there, and calls `receive`, which makes a
-    /// [`recvmsg`](sys::recvmsg). `ECONNRESET` is no error but something to [ask
-    /// for](Self::was_reset) at the end.
+    /// Waits until something is there, and calls `receive`, which makes one
+    /// [`recvmsg`](sys::recvmsg). `ECONNRESET` is no error but something to
+    /// [ask for](Self::was_reset) at the end.
     ///
     /// Readiness is kept until nothing is left for sure, since no new event comes for data that is left behind. Usually only
     /// `EAGAIN` proves that. A read of a stream that ends early proves it too, unless [something splits](Self::is_drained)
