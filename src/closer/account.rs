@@ -1,4 +1,5 @@
 use std::{
+    os::fd::OwnedFd,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -84,6 +85,19 @@ impl Charge {
 impl Drop for Charge {
     fn drop(&mut self) {
         self.0.remove();
+    }
+}
+
+/// One descriptor on its way. The charge ends after it is closed: fields are dropped in this order.
+#[derive(Debug)]
+pub(super) struct Closing {
+    pub(super) fd: OwnedFd,
+    pub(super) charge: Option<Charge>,
+}
+
+impl Closing {
+    pub(super) fn into_parts(self) -> (OwnedFd, Option<Charge>) {
+        (self.fd, self.charge)
     }
 }
 

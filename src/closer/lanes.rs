@@ -1,12 +1,12 @@
 //! How descriptors of each kind are closed.
 
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     time::{Duration, Instant},
 };
 
 use super::{
-    account::Charge,
+    account::{Charge, Closing},
     files::{KnownFiles, Lane},
     slow::SlowThreads,
 };
@@ -17,6 +17,9 @@ const SLOW_THREADS: usize = 4;
 
 /// How long sockets wait for the kernel before they are given to the slow threads.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The charges of sockets that an exiting thread closes.
+pub(super) type Closed = Vec<Option<Charge>>;
 
 /// The descriptors that the closer's thread has sorted, and where each kind goes.
 pub(super) struct Lanes {
@@ -112,19 +115,3 @@ fn close_in_exiting_threads(exit: &ExitCloser<Closed>, mut sockets: Vec<Closing>
     }
     sockets
 }
-
-/// One descriptor on its way. The charge ends after it is closed: fields are dropped in this order.
-#[derive(Debug)]
-pub(super) struct Closing {
-    pub(super) fd: OwnedFd,
-    pub(super) charge: Option<Charge>,
-}
-
-impl Closing {
-    fn into_parts(self) -> (OwnedFd, Option<Charge>) {
-        (self.fd, self.charge)
-    }
-}
-
-/// The charges of sockets that an exiting thread closes.
-pub(super) type Closed = Vec<Option<Charge>>;

@@ -29,8 +29,8 @@ use std::{
 use smallvec::SmallVec;
 
 pub(crate) use account::Account;
-use account::Charge;
-use lanes::{Closed, Closing, Lanes};
+use account::{Charge, Closing};
+use lanes::{Closed, Lanes};
 
 use crate::{
     frame::Home,

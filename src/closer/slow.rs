@@ -10,7 +10,7 @@ use nix::{
     sys::socket::{setsockopt, sockopt},
 };
 
-use super::lanes::Closing;
+use super::account::Closing;
 use crate::sys;
 
 /// A few threads, each of which may be stuck in a `close` without end.

@@ -2,7 +2,9 @@ use std::mem;
 
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::inbound::SMALL_PACKET;
+/// What a packet holds at most unless it is the rest of a message whose length is known. Also a good size for reads. Above
+/// 64 KiB, so that a message of that many bytes and its header are one packet.
+pub(crate) const SMALL_PACKET: usize = (64 << 10) + 64;
 
 /// Size of a usual buffer, unless a message of middle size needs more.
 const USUAL: usize = 4 * SMALL_PACKET;

@@ -78,10 +78,6 @@ pub(crate) enum Step<T> {
     End,
 }
 
-/// What a packet holds at most unless it is the rest of a message whose length is known. Also a good size for reads. Above
-/// 64 KiB, so that a message of that many bytes and its header are one packet.
-pub(crate) const SMALL_PACKET: usize = (64 << 10) + 64;
-
 impl<F> Inbound<F> {
     pub(crate) fn new(packets: bool, bytes: BytesMut, fds: FdQueue<F>) -> Self {
         let buffers = Buffers::new(packets, &bytes);

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 
-use super::{inbound::SMALL_PACKET, *};
+use super::{buffers::SMALL_PACKET, *};
 use crate::{Frame, limits::SCM_MAX_FD};
 
 /// What a socket's queue holds of one `sendmsg`.

@@ -1,4 +1,8 @@
-use super::{Grouping, SendBuf, buffers::PAGE, inbound::SMALL_PACKET, send_buf::Message};
+use super::{
+    Grouping, SendBuf,
+    buffers::{PAGE, SMALL_PACKET},
+    send_buf::Message,
+};
 use crate::limits::SCM_MAX_FD;
 
 /// What one `sendmsg` is to carry: the first `bytes` that wait, and the first `fds`.

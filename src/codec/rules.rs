@@ -2,7 +2,7 @@
 
 use bytes::BytesMut;
 
-use super::{inbound::SMALL_PACKET, model::Connection, *};
+use super::{buffers::SMALL_PACKET, model::Connection, *};
 use crate::{Frame, limits::SCM_MAX_FD};
 
 /// Sends `frames` whole and returns how many bytes and descriptors each call took.
