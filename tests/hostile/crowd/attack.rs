@@ -21,7 +21,7 @@ use crate::{soon, until};
 const ATTACKERS: usize = 100;
 
 /// Round trips of the honest client while the attackers start, and again when all have.
-const TRIPS: usize = 50;
+const TRIPS: usize = 30;
 
 /// Threads that the library may start beside those that it has: one that exits, and four for slow
 /// files.
