@@ -30,7 +30,7 @@ const LOCAL_FILE_SYSTEMS: [&str; 12] = [
 /// How a descriptor is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lane {
-    /// By a thread that exits: it is a socket.
+    /// By a task that exits: it is a socket.
     Exit,
     /// At once: its `close` can't wait for anyone.
     Quick,

@@ -18,7 +18,7 @@ const SLOW_THREADS: usize = 4;
 /// How long sockets wait for the kernel before they are given to the slow threads.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The charges of sockets that an exiting thread closes.
+/// The charges of sockets that an exiting task closes.
 pub(super) type Closed = Vec<Option<Charge>>;
 
 /// The descriptors that the closer's thread has sorted, and where each kind goes.
@@ -27,6 +27,8 @@ pub(super) struct Lanes {
     exit: Option<ExitCloser<Closed>>,
     exit_tried: Instant,
     report_closed: fn(Closed),
+    /// Number of messages of sockets that exiting tasks have not reported as closed.
+    unreported: usize,
     quick: Vec<Closing>,
     sockets: Vec<Closing>,
     /// The time since which the kernel has refused `sockets`.
@@ -43,6 +45,7 @@ impl Lanes {
             exit: ExitCloser::start(report_closed).ok(),
             exit_tried: Instant::now(),
             report_closed,
+            unreported: 0,
             quick: Vec::new(),
             sockets: Vec::new(),
             refused_since: None,
@@ -51,9 +54,19 @@ impl Lanes {
         }
     }
 
-    /// Returns true if nothing has to be tried again.
-    pub(super) fn is_empty(&self) -> bool {
-        self.sockets.is_empty() && !self.slow.lacks_a_thread()
+    /// Returns true if something has to be tried again.
+    pub(super) fn has_to_retry(&self) -> bool {
+        !self.sockets.is_empty() || self.slow.lacks_a_thread()
+    }
+
+    /// Returns true if sockets are on their way whose charges will be reported.
+    pub(super) fn expects_a_report(&self) -> bool {
+        self.unreported > 0
+    }
+
+    /// Takes note of reports.
+    pub(super) fn reported(&mut self, messages: usize) {
+        self.unreported -= messages;
     }
 
     /// Sorts one descriptor.
@@ -83,10 +96,8 @@ impl Lanes {
             self.exit = ExitCloser::start(self.report_closed).ok();
             self.exit_tried = Instant::now();
         }
-        let refused = match &self.exit {
-            Some(exit) => close_in_exiting_threads(exit, std::mem::take(&mut self.sockets)),
-            None => std::mem::take(&mut self.sockets),
-        };
+        let sockets = std::mem::take(&mut self.sockets);
+        let refused = self.close_in_exiting_tasks(sockets);
         if refused.is_empty() {
             self.refused_since = None;
             return;
@@ -99,19 +110,21 @@ impl Lanes {
             self.slow.start_threads();
         }
     }
-}
-
-/// Returns the sockets that the kernel refuses for now.
-fn close_in_exiting_threads(exit: &ExitCloser<Closed>, mut sockets: Vec<Closing>) -> Vec<Closing> {
-    while !sockets.is_empty() {
-        let rest = sockets.split_off(sockets.len().min(sys::most_sockets_at_once()));
-        let (fds, charges) = sockets.into_iter().map(Closing::into_parts).unzip();
-        if let Err((fds, charges)) = exit.close(fds, charges) {
-            let mut refused: Vec<_> = fds.into_iter().zip(charges).map(|(fd, charge)| Closing { fd, charge }).collect();
-            refused.extend(rest);
-            return refused;
+    /// Returns the sockets that the kernel refuses for now.
+    fn close_in_exiting_tasks(&mut self, mut sockets: Vec<Closing>) -> Vec<Closing> {
+        let Some(exit) = &self.exit else { return sockets };
+        while !sockets.is_empty() {
+            let rest = sockets.split_off(sockets.len().min(sys::most_sockets_at_once()));
+            let (fds, charges) = sockets.into_iter().map(Closing::into_parts).unzip();
+            if let Err((fds, charges)) = exit.close(fds, charges) {
+                let mut refused: Vec<_> =
+                    fds.into_iter().zip(charges).map(|(fd, charge)| Closing { fd, charge }).collect();
+                refused.extend(rest);
+                return refused;
+            }
+            self.unreported += 1;
+            sockets = rest;
         }
-        sockets = rest;
+        sockets
     }
-    sockets
 }

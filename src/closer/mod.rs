@@ -7,11 +7,11 @@
 //!
 //! | kind | how it is closed | what can delay it |
 //! |---|---|---|
-//! | sockets | by a thread that [exits](crate::sys::ExitCloser), which never lingers | the time it takes to free memory |
+//! | sockets | by a task that [exits](crate::sys::ExitCloser), which never lingers | the time it takes to free memory |
 //! | regular files and devices of file systems that this process does not know | by one of four threads | other files of this kind |
 //! | everything else | by the closer's thread | the time it takes to free memory |
 //!
-//! The number of threads is fixed. What a connection has in the backlog counts against its [`Account`], and a connection
+//! The number of threads and tasks is fixed. What a connection has in the backlog counts against its [`Account`], and a connection
 //! with too much in it does not receive more until it has been closed.
 
 mod account;
@@ -54,7 +54,7 @@ const RETRY: Duration = Duration::from_millis(20);
 /// A connection is closed as by a plain `close`: what is unsent is still sent, and other copies are not touched. The peer
 /// sees the end a moment later, usually within a few milliseconds. Works on any thread, with or without a runtime.
 ///
-/// The crate has two threads for this, and one more for a moment at a time. If the kernel refuses to move sockets to them
+/// The crate has two threads for this, and a task of its own (like a child process) for a moment at a time. If the kernel refuses to move sockets to them
 /// for a second (too many descriptors in flight, see unix(7)), or is older than 5.11, sockets are closed by a plain thread after
 /// `SO_LINGER` was switched off.
 ///
@@ -137,16 +137,10 @@ struct Backlog {
     jobs: Vec<Job>,
     /// Number of descriptors in all jobs.
     fds: usize,
-    /// The charges of sockets that exiting threads have closed. The closer's thread ends them, which may
+    /// The charges of sockets that exiting tasks have closed. The closer's thread ends them, which may
     /// wake tasks.
     closed: Vec<Closed>,
     thread: Thread,
-}
-
-impl Backlog {
-    fn is_empty(&self) -> bool {
-        self.jobs.is_empty() && self.closed.is_empty()
-    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -215,10 +209,10 @@ impl Closer {
         }
     }
 
-    /// Called by the thread that has no descriptors.
+    /// Called by the thread that has no descriptors. The closer's thread is not woken: as long as it expects a report, it looks
+    /// again by itself.
     fn report_closed(&self, closed: Closed) {
         self.lock().closed.push(closed);
-        self.changed.notify_one();
     }
 
     fn run(&'static self) {
@@ -228,6 +222,7 @@ impl Closer {
         let (mut jobs, mut closed) = (Vec::new(), Vec::new());
         loop {
             self.next(&lanes, &mut jobs, &mut closed);
+            lanes.reported(closed.len());
             closed.clear();
             for job in jobs.drain(..) {
                 for fd in job.fds {
@@ -241,15 +236,17 @@ impl Closer {
     /// Waits until there is something to do, and exchanges `jobs` and `closed`, which are empty, with what waits: all of
     /// them keep their room.
     fn next(&self, lanes: &Lanes, jobs: &mut Vec<Job>, closed: &mut Vec<Closed>) {
-        let pause = if lanes.is_empty() { PAUSE } else { RETRY };
+        let pause = if lanes.has_to_retry() { RETRY } else { PAUSE };
         let (mut backlog, _) = self
             .changed
-            .wait_timeout_while(self.lock(), pause, |backlog| backlog.fds < WAKE_AT && backlog.closed.is_empty())
+            .wait_timeout_while(self.lock(), pause, |backlog| backlog.fds < WAKE_AT)
             .unwrap_or_else(PoisonError::into_inner);
-        if lanes.is_empty() && backlog.is_empty() {
+        if !lanes.has_to_retry() && !lanes.expects_a_report() && backlog.jobs.is_empty() {
             backlog.thread = Thread::Idle;
-            backlog =
-                self.changed.wait_while(backlog, |backlog| backlog.is_empty()).unwrap_or_else(PoisonError::into_inner);
+            backlog = self
+                .changed
+                .wait_while(backlog, |backlog| backlog.jobs.is_empty())
+                .unwrap_or_else(PoisonError::into_inner);
             backlog.thread = Thread::Busy;
         }
         backlog.fds = 0;

@@ -66,7 +66,7 @@ fn close_all_that_wait(shared: &Mutex<State>) {
         };
         drop(state);
         if sys::is_socket(closing.fd.as_fd()) {
-            // The exiting threads could not take it. Nothing is lost without the time to linger, and `close` waits only for
+            // The exiting tasks could not take it. Nothing is lost without the time to linger, and `close` waits only for
             // a peer that sets it again in this very moment.
             let _ = setsockopt(&closing.fd, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
         }

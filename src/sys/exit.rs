@@ -1,30 +1,34 @@
-//! Closing sockets in a thread that exits.
+//! Closing sockets in a task that exits.
 //!
 //! The last `close` of a TCP socket with `SO_LINGER` blocks until its data is acknowledged or the time is up, and whoever
 //! has a copy of the socket chooses that time. It does so in every `close` and in every other call that drops the last
 //! reference, for example in the `close` of a Unix socket in whose queue it waits. There is one exception: **a task that
 //! exits never waits** (`inet_release` tests `PF_EXITING`), and what is unsent is still sent afterwards.
 //!
-//! So sockets are moved into the descriptor table of a thread that then exits:
+//! So sockets are moved into the descriptor table of a task that then exits:
 //!
 //! ```text
-//! caller                       nursery thread (its own table)      exiting thread
+//! caller                       nursery thread (its own table)      exiting task
 //! sendmsg(sockets) ──────────► queue of the nursery's socket
 //! close(own copies)            the queue has a copy, so this
 //!                              is never the last one
-//! announce the message ──────► spawns ────────────────────────────► table of its own, recvmsg, exit
+//! announce the message ──────► starts ────────────────────────────► table of its own, recvmsg, exit
 //!                              waits until it is gone
 //! ```
 //!
-//! The message is announced after the caller has closed its own copies. Otherwise the exiting thread could be
+//! The message is announced after the caller has closed its own copies. Otherwise the exiting task could be
 //! faster, and the caller's `close` would be the last one.
+//!
+//! The exiting task is no thread: to start one, and to learn when it has closed its descriptors, takes several times as long.
 
 use std::{
+    ffi::{c_int, c_void},
     io::{self, IoSlice},
+    mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
     sync::mpsc,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::BytesMut;
@@ -35,16 +39,15 @@ use nix::{
         resource::{Resource, getrlimit},
         signal::SigSet,
         socket::{AddressFamily, SockFlag, SockType, socketpair},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
     },
+    unistd::Pid,
 };
 
 use super::{close_all, recvmsg, sendmsg};
 use crate::limits::SCM_MAX_FD;
 
-/// How long an exiting thread may take before the next one is started beside it.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Closes sockets in threads that exit. Each message of sockets has a `T` with it, which is reported when they are closed.
+/// Closes sockets in tasks that exit. Each message of sockets has a `T` with it, which is reported when they are closed.
 #[derive(Debug)]
 pub(crate) struct ExitCloser<T> {
     queue: OwnedFd,
@@ -64,7 +67,7 @@ impl<T: Send + 'static> ExitCloser<T> {
         let (tell, ready) = mpsc::sync_channel(1);
         let number = nursery.as_raw_fd();
         thread::Builder::new().name("fdwire-nursery".to_owned()).spawn(move || {
-            // A signal handler that runs in this thread, or in one that it spawns, would not find the process's descriptors.
+            // A signal handler that runs in this thread, or in a task that it starts, would not find the process's descriptors.
             // tokio's writes to a pipe there, and the signal would be lost.
             SigSet::all().thread_block().expect("the mask is valid");
             let unshared = keep_only(number);
@@ -73,8 +76,9 @@ impl<T: Send + 'static> ExitCloser<T> {
             if is_ready {
                 // SAFETY: the table of this thread is its own from now on. The number is open in it, and nobody else owns it.
                 let nursery = unsafe { OwnedFd::from_raw_fd(number) };
+                let mut stack = Stack::new();
                 while let Ok(closed) = announced.recv() {
-                    close_next_message(&nursery);
+                    close_next_message(nursery.as_fd(), &mut stack);
                     report_closed(closed);
                 }
             }
@@ -100,7 +104,7 @@ impl<T: Send + 'static> ExitCloser<T> {
     }
 }
 
-/// Number of sockets that one call of [`ExitCloser::close`] takes. The exiting thread needs a number for each below
+/// Number of sockets that one call of [`ExitCloser::close`] takes. The exiting task needs a number for each below
 /// `RLIMIT_NOFILE`, or the kernel would close the rest inside `recvmsg`.
 pub(crate) fn most_sockets_at_once() -> usize {
     const OTHERS: u64 = 2; // the nursery's socket has a number too
@@ -108,53 +112,67 @@ pub(crate) fn most_sockets_at_once() -> usize {
     soft.saturating_sub(OTHERS).clamp(1, SCM_MAX_FD as u64) as usize
 }
 
-/// Spawns a thread that takes the next message out of the queue and exits, and waits for it.
-fn close_next_message(nursery: &OwnedFd) {
+/// Starts a task that takes the next message out of the queue and exits, and waits until it is gone.
+fn close_next_message(nursery: BorrowedFd<'_>, stack: &mut Stack) {
     let mut delay = Duration::from_millis(1);
-    loop {
-        let exiting = thread::scope(|scope| {
-            let exiting = thread::Builder::new().name("fdwire-exit".to_owned());
-            exiting.spawn_scoped(scope, || receive_and_keep(nursery.as_fd())).ok()?.join().ok()?.ok()
-        });
-        if let Some(thread) = exiting {
-            return wait_until_gone(thread);
-        }
-        // No thread or no memory can be had now. The message stays in the queue.
+    while !matches!(receive_in_exiting_task(nursery, stack), Ok(true)) {
+        // No task or no memory can be had now. The message stays in the queue.
         thread::sleep(delay);
         delay = (2 * delay).min(Duration::from_secs(1));
     }
 }
 
-/// Receives a message into a table of this thread's own. The exit of the thread then closes what has
-/// come. Returns the thread's id.
-fn receive_and_keep(nursery: BorrowedFd<'_>) -> io::Result<libc::pid_t> {
-    unshare_up_to(nursery.as_raw_fd())?;
-    let mut byte = BytesMut::with_capacity(1);
-    let mut fds = Vec::<OwnedFd>::with_capacity(SCM_MAX_FD);
-    recvmsg(nursery, &mut byte, 1, &mut fds)?;
-    for fd in fds {
-        let _ = fd.into_raw_fd();
+/// The memory in which an exiting task runs. One task at a time uses it.
+struct Stack(Vec<MaybeUninit<u8>>);
+
+impl Stack {
+    fn new() -> Self {
+        Self(vec![MaybeUninit::uninit(); 64 << 10])
     }
-    // SAFETY: the call has no arguments and always succeeds.
-    Ok(unsafe { libc::gettid() })
+
+    /// Returns the end of the memory, from which a stack grows down, aligned as calls need it.
+    fn end(&mut self) -> *mut c_void {
+        let end = self.0.as_mut_ptr_range().end;
+        end.wrapping_sub(end.addr() % 16).cast()
+    }
 }
 
-/// Waits until the kernel has ended a thread that was joined. `join` returns before the thread has
-/// closed its descriptors, which can take long: a Unix socket may hold thousands of files. Without
-/// this, such threads could pile up.
-fn wait_until_gone(thread: libc::pid_t) {
-    const LONGEST: Duration = Duration::from_millis(10);
-    let pid = std::process::id() as libc::pid_t;
-    let mut delay = Duration::from_micros(20);
-    let begin = Instant::now();
-    // An exit is not known to block, but if one does, the others must not wait for it.
-    while begin.elapsed() < PATIENCE {
-        // SAFETY: signal 0 is never delivered. The call only tells whether this process has the thread.
-        if unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, 0) } != 0 {
-            return;
-        }
-        thread::sleep(delay);
-        delay = (2 * delay).min(LONGEST);
+/// Where an exiting task puts a message.
+struct Message<'a> {
+    nursery: BorrowedFd<'a>,
+    byte: BytesMut,
+    /// Descriptors in the task's table. Nobody else may close these numbers.
+    fds: Vec<OwnedFd>,
+}
+
+/// Runs [`receive_and_exit`] in a task of its own, and waits until that has closed what it has received. Returns true if it has
+/// received a message.
+///
+/// The task is what vfork(2) makes, but with a stack of its own: this thread sleeps while the task runs in the same memory. The
+/// task has a copy of this thread's descriptor table.
+fn receive_in_exiting_task(nursery: BorrowedFd<'_>, stack: &mut Stack) -> io::Result<bool> {
+    let mut message = Message { nursery, byte: BytesMut::with_capacity(1), fds: Vec::with_capacity(SCM_MAX_FD) };
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK; // and no signal at its end
+    // SAFETY: the task uses `message` and the stack only while this thread sleeps in the call. The stack is large enough for
+    // the function, which only calls `recvmsg` and allocates nothing.
+    let task = unsafe { libc::clone(receive_and_exit, stack.end(), flags, (&raw mut message).cast()) };
+    message.fds.into_iter().for_each(|fd| _ = fd.into_raw_fd());
+    let task = Pid::from_raw(Errno::result(task)?);
+    // The task leaves this memory first and closes its descriptors then, so wait for its end.
+    match waitpid(task, Some(WaitPidFlag::__WALL)) {
+        Ok(status) => Ok(status == WaitStatus::Exited(task, 0)),
+        // Somebody else in this process waits for any child with __WALL, and was told.
+        Err(_) => Ok(true),
+    }
+}
+
+/// Receives a message and returns, which ends the task: the kernel closes its descriptors.
+extern "C" fn receive_and_exit(message: *mut c_void) -> c_int {
+    // SAFETY: the thread that has started this task lends it a `Message` and sleeps meanwhile.
+    let Message { nursery, byte, fds } = unsafe { &mut *message.cast::<Message<'_>>() };
+    match recvmsg(*nursery, byte, 1, fds) {
+        Ok(_) => 0,
+        Err(_) => 1,
     }
 }
 

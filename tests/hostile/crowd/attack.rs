@@ -23,9 +23,8 @@ const ATTACKERS: usize = 100;
 /// Round trips of the honest client while the attackers start, and again when all have.
 const TRIPS: usize = 30;
 
-/// Threads that the library may start beside those that it has: one that exits, and four for slow
-/// files.
-const MORE_THREADS: usize = 5;
+/// Threads that the library may start beside those that it has: four for slow files.
+const MORE_THREADS: usize = 4;
 
 /// Descriptors that the library and the runtime may open for a moment.
 const MORE_FDS: usize = 3;
