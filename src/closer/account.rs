@@ -1,4 +1,5 @@
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -59,7 +60,10 @@ impl Account {
     fn remove(&self) {
         let left = self.closing.fetch_sub(1, Ordering::Relaxed) - 1;
         let ready: Vec<_> = self.lock().extract_if(.., |waiting| left <= waiting.limit).collect();
-        ready.into_iter().for_each(|waiting| waiting.waker.wake());
+        for Waiting { waker, .. } in ready {
+            // A waker is foreign code. A panic of one must not end the thread that closes for everybody.
+            let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
+        }
         if let Some(parent) = &self.parent {
             parent.remove();
         }
@@ -89,7 +93,7 @@ impl Drop for Charge {
 
 #[cfg(test)]
 mod tests {
-    use std::future::poll_fn;
+    use std::{future::poll_fn, task::Wake};
 
     use tokio::task::yield_now;
 
@@ -120,6 +124,31 @@ mod tests {
         late.await.unwrap();
         of_parent.await.unwrap();
         assert_eq!((child.closing(), parent.closing()), (0, 1));
+    }
+
+    #[test]
+    fn a_waker_that_panics_does_not_keep_others_from_being_woken() {
+        struct Panics;
+        impl Wake for Panics {
+            fn wake(self: Arc<Self>) {
+                panic!("a foreign waker");
+            }
+        }
+        struct Woken(AtomicUsize);
+        impl Wake for Woken {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let woken = Arc::new(Woken(AtomicUsize::new(0)));
+        let parent = Arc::<Account>::default();
+        let account = Arc::new(Account::with_parent(Arc::clone(&parent)));
+        account.add(1);
+        for waker in [Arc::new(Panics).into(), Arc::clone(&woken).into()] {
+            assert!(account.poll_at_most(&mut Context::from_waker(&waker), 0).is_pending());
+        }
+        drop(Charge::new(account));
+        assert_eq!((woken.0.load(Ordering::Relaxed), parent.closing()), (1, 0));
     }
 
     #[tokio::test]
