@@ -1,5 +1,6 @@
 use std::{
     os::fd::OwnedFd,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -40,9 +41,10 @@ impl Account {
         if self.closing() <= limit {
             return Poll::Ready(());
         }
+        let waker = cx.waker().clone(); // foreign code, so it runs without the lock
         let mut waiting = self.lock();
-        if !waiting.iter().any(|other| other.limit == limit && other.waker.will_wake(cx.waker())) {
-            waiting.push(Waiting { limit, waker: cx.waker().clone() });
+        if !waiting.iter().any(|other| other.limit == limit && other.waker.will_wake(&waker)) {
+            waiting.push(Waiting { limit, waker });
         }
         // `remove` subtracts, then locks. If this task came too late for it, the number is seen here.
         if self.closing() <= limit { Poll::Ready(()) } else { Poll::Pending }
@@ -60,7 +62,10 @@ impl Account {
     fn remove(&self) {
         let left = self.closing.fetch_sub(1, Ordering::Relaxed) - 1;
         let ready: Vec<_> = self.lock().extract_if(.., |waiting| left <= waiting.limit).collect();
-        ready.into_iter().for_each(|waiting| waiting.waker.wake());
+        for Waiting { waker, .. } in ready {
+            // A waker is foreign code. A panic of one must not end the thread that closes for everybody.
+            let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
+        }
         if let Some(parent) = &self.parent {
             parent.remove();
         }
@@ -103,7 +108,7 @@ impl Closing {
 
 #[cfg(test)]
 mod tests {
-    use std::future::poll_fn;
+    use std::{future::poll_fn, task::Wake};
 
     use tokio::task::yield_now;
 
@@ -134,6 +139,31 @@ mod tests {
         late.await.unwrap();
         of_parent.await.unwrap();
         assert_eq!((child.closing(), parent.closing()), (0, 1));
+    }
+
+    #[test]
+    fn a_waker_that_panics_does_not_keep_others_from_being_woken() {
+        struct Panics;
+        impl Wake for Panics {
+            fn wake(self: Arc<Self>) {
+                panic!("a foreign waker");
+            }
+        }
+        struct Woken(AtomicUsize);
+        impl Wake for Woken {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let woken = Arc::new(Woken(AtomicUsize::new(0)));
+        let parent = Arc::<Account>::default();
+        let account = Arc::new(Account::with_parent(Arc::clone(&parent)));
+        account.add(1);
+        for waker in [Arc::new(Panics).into(), Arc::clone(&woken).into()] {
+            assert!(account.poll_at_most(&mut Context::from_waker(&waker), 0).is_pending());
+        }
+        drop(Charge::new(account));
+        assert_eq!((woken.0.load(Ordering::Relaxed), parent.closing()), (1, 0));
     }
 
     #[tokio::test]

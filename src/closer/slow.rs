@@ -25,6 +25,15 @@ struct State {
     waiting: VecDeque<Closing>,
     /// Number of threads that run. They end when nothing waits.
     threads: usize,
+    /// Number of those that are closing a descriptor, and may be stuck in it.
+    busy: usize,
+}
+
+impl State {
+    /// Returns true if something waits that no thread is about to take, and one more thread is allowed.
+    fn needs_a_thread(&self, most: usize) -> bool {
+        self.threads < most && self.threads - self.busy < self.waiting.len()
+    }
 }
 
 impl SlowThreads {
@@ -37,10 +46,10 @@ impl SlowThreads {
         lock(&self.shared).waiting.push_back(closing);
     }
 
-    /// Starts a thread for each descriptor that waits, up to the limit.
+    /// Starts a thread for each descriptor that no thread is about to take, up to the limit.
     pub(super) fn start_threads(&self) {
         let mut state = lock(&self.shared);
-        while state.threads < state.waiting.len().min(self.most) {
+        while state.needs_a_thread(self.most) {
             let shared = Arc::clone(&self.shared);
             let thread = thread::Builder::new().name("fdwire-close-slow".to_owned());
             if thread.spawn(move || close_all_that_wait(&shared)).is_err() {
@@ -52,8 +61,7 @@ impl SlowThreads {
 
     /// Returns true if something waits and no thread could be had for it.
     pub(super) fn lacks_a_thread(&self) -> bool {
-        let state = lock(&self.shared);
-        state.threads == 0 && !state.waiting.is_empty()
+        lock(&self.shared).needs_a_thread(self.most)
     }
 }
 
@@ -64,6 +72,7 @@ fn close_all_that_wait(shared: &Mutex<State>) {
             state.threads -= 1;
             return;
         };
+        state.busy += 1;
         drop(state);
         if sys::is_socket(closing.fd.as_fd()) {
             // The exiting tasks could not take it. Nothing is lost without the time to linger, and `close` waits only for
@@ -71,9 +80,60 @@ fn close_all_that_wait(shared: &Mutex<State>) {
             let _ = setsockopt(&closing.fd, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
         }
         drop(closing);
+        lock(shared).busy -= 1;
     }
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{ErrorKind, IoSlice, Write},
+        net::{TcpListener, TcpStream},
+        os::fd::OwnedFd,
+        os::unix::net::UnixStream,
+        time::Duration,
+    };
+
+    use super::*;
+
+    /// A Unix socket whose `close` takes an hour, and what keeps it from being quick.
+    fn stuck() -> (OwnedFd, impl Sized) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut server = listener.accept().unwrap().0;
+        server.set_nonblocking(true).unwrap();
+        let full = loop {
+            if let Err(error) = server.write(&[7; 4096]) {
+                break error;
+            }
+        };
+        assert_eq!(full.kind(), ErrorKind::WouldBlock);
+        setsockopt(&server, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 3600 }).unwrap();
+        let (unix, peer) = UnixStream::pair().unwrap();
+        sys::sendmsg(peer.as_fd(), &[IoSlice::new(b"x")], [server.as_fd()].into_iter()).unwrap();
+        (unix.into(), (client, peer))
+    }
+
+    #[test]
+    fn a_descriptor_does_not_wait_behind_one_that_is_stuck() {
+        let slow = SlowThreads::new(2);
+        let close = |fd| {
+            slow.close(Closing { fd, charge: None });
+            slow.start_threads();
+        };
+        let (unix, _open) = stuck();
+        close(unix);
+        while !lock(&slow.shared).waiting.is_empty() {
+            thread::yield_now();
+        }
+
+        let (reader, writer) = UnixStream::pair().unwrap();
+        close(writer.into());
+        reader.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        assert_eq!(std::io::Read::read(&mut &reader, &mut [0]).unwrap(), 0);
+    }
 }

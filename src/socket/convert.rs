@@ -16,7 +16,7 @@ use nix::{
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
 use super::{Listener, Socket, SocketKind, set_nonblocking};
-use crate::sys;
+use crate::{close_in_background, sys};
 
 /// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other
 /// holders of the socket share them. `SO_PASSCRED` and `SO_PASSPIDFD` are switched off, because
@@ -28,16 +28,34 @@ impl TryFrom<OwnedFd> for Socket {
     type Error = Error;
 
     fn try_from(fd: OwnedFd) -> Result<Self> {
-        let kind = unix_socket_kind(&fd)?;
-        if getsockopt(&fd, sockopt::AcceptConn)? {
-            return Err(invalid_descriptor("it is a listening socket"));
-        }
-        match socket::getpeername::<UnixAddr>(fd.as_raw_fd()) {
-            Err(Errno::ENOTCONN) => return Err(invalid_descriptor("it is not connected")),
-            connected => drop(connected?),
-        }
-        disable_credentials(&fd)?;
+        let (fd, kind) = checked(fd, |fd| {
+            let kind = unix_socket_kind(fd)?;
+            if getsockopt(fd, sockopt::AcceptConn)? {
+                return Err(invalid_descriptor("it is a listening socket"));
+            }
+            match socket::getpeername::<UnixAddr>(fd.as_raw_fd()) {
+                Err(Errno::ENOTCONN) => return Err(invalid_descriptor("it is not connected")),
+                connected => drop(connected?),
+            }
+            disable_credentials(fd)?;
+            Ok(kind)
+        })?;
         Self::register(fd, kind)
+    }
+}
+
+/// Returns a descriptor that passes a check, with its kind. Another one is closed in the background:
+/// a peer that sent it may have made its `close` slow.
+pub(super) fn checked(
+    fd: OwnedFd,
+    check: impl FnOnce(&OwnedFd) -> Result<SocketKind>,
+) -> Result<(OwnedFd, SocketKind)> {
+    match check(&fd) {
+        Ok(kind) => Ok((fd, kind)),
+        Err(error) => {
+            close_in_background([fd]);
+            Err(error)
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 use super::{
     PeerCred, Socket, SocketKind, UidLimits,
     admission::Admission,
-    convert::{disable_credentials, invalid_descriptor, unix_socket_kind},
+    convert::{checked, disable_credentials, invalid_descriptor, unix_socket_kind},
     new_socket,
     path::{PathGuard, unix_addr},
     set_nonblocking,
@@ -322,12 +322,15 @@ impl TryFrom<OwnedFd> for Listener {
     type Error = Error;
 
     fn try_from(fd: OwnedFd) -> Result<Self> {
-        let kind = unix_socket_kind(&fd)?;
-        if !getsockopt(&fd, sockopt::AcceptConn)? {
-            return Err(invalid_descriptor("it is not a listening socket"));
-        }
-        set_nonblocking(&fd, true)?; // accept has no flag for it
-        disable_credentials(&fd)?; // for clients that connect from now on
+        let (fd, kind) = checked(fd, |fd| {
+            let kind = unix_socket_kind(fd)?;
+            if !getsockopt(fd, sockopt::AcceptConn)? {
+                return Err(invalid_descriptor("it is not a listening socket"));
+            }
+            set_nonblocking(fd, true)?; // accept has no flag for it
+            disable_credentials(fd)?; // for clients that connect from now on
+            Ok(kind)
+        })?;
         let listener = Self::register(fd, kind, None)?;
         Ok(Self { was_converted: true, ..listener })
     }

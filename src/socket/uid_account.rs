@@ -118,7 +118,7 @@ impl UidAccounts {
         // Held until the connection counts: several tasks may accept at a time.
         let mut by_uid = self.by_uid.lock().unwrap_or_else(PoisonError::into_inner);
         if !by_uid.contains_key(&uid) {
-            by_uid.retain(|_, account| account.is_used());
+            by_uid.retain(|_, account| is_used(account));
         }
         let account = by_uid.entry(uid).or_insert_with(|| Arc::new(UidAccount::new(uid, self.limits)));
         if account.connections.load(Ordering::Relaxed) >= self.limits.max_connections {
@@ -143,12 +143,12 @@ impl UidAccount {
             closing: Arc::default(),
         }
     }
+}
 
-    /// Returns true as long as there is a connection, or a descriptor that came over one and may have
-    /// to be closed.
-    fn is_used(&self) -> bool {
-        Arc::strong_count(&self.closing) > 1
-    }
+/// Returns true as long as there is a connection, or a descriptor that came over one and may have to
+/// be closed.
+fn is_used(account: &Arc<UidAccount>) -> bool {
+    Arc::strong_count(account) > 1 || Arc::strong_count(&account.closing) > 1
 }
 
 /// A connection's part of what its uid holds.
@@ -261,5 +261,15 @@ mod tests {
         drop(closing);
         drop(accounts.add_connection(102).unwrap());
         assert_eq!(uids(), 1);
+    }
+
+    /// Another task may accept a connection of another uid before the first one is a socket.
+    #[test]
+    fn a_connection_that_was_just_counted_keeps_its_account() {
+        let accounts = UidAccounts::new(limits());
+        let _new = accounts.add_connection(1000).unwrap();
+        let _other = accounts.add_connection(1001).unwrap();
+        let _second = accounts.add_connection(1000).unwrap();
+        assert_eq!(accounts.add_connection(1000).unwrap_err(), OverLimit::Connections);
     }
 }

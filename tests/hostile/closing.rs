@@ -320,3 +320,13 @@ fn sockets_nested_in_sockets_are_closed_without_waiting() {
         }
     });
 }
+
+#[test]
+fn a_descriptor_that_is_not_the_expected_socket_is_not_waited_for() {
+    counted(async |_| {
+        let (slow, client) = slow_to_close();
+        without_waiting([client], async { Socket::try_from(slow).unwrap_err() }).await;
+        let (slow, client) = slow_to_close();
+        without_waiting([client], async { Listener::try_from(slow).unwrap_err() }).await;
+    });
+}
