@@ -1,29 +1,47 @@
 use std::{
     collections::BTreeSet,
-    fs,
+    fs::File,
+    io::{Read, Seek},
     os::fd::{AsFd, BorrowedFd},
 };
 
 use nix::{
     libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::memfd::{MFdFlags, memfd_create},
 };
 
 use crate::sys::{self, FileKind};
 
 /// File systems of Linux whose files no other process and no other host provides.
-const LOCAL_FILE_SYSTEMS: [&str; 12] = [
+const LOCAL_FILE_SYSTEMS: [&str; 28] = [
     "bcachefs",
     "btrfs",
+    "cramfs",
     "devpts",
     "devtmpfs",
+    "erofs",
+    "exfat",
+    "ext2",
+    "ext3",
+    "ext4",
+    "f2fs",
+    "hfsplus",
     "hugetlbfs",
+    "iso9660",
+    "jfs",
+    "nilfs2",
+    "ntfs3",
     "overlay",
     "proc",
     "ramfs",
     "rootfs",
+    "squashfs",
     "sysfs",
     "tmpfs",
+    "udf",
+    "vfat",
+    "xfs",
     "zfs",
 ];
 
@@ -41,25 +59,66 @@ pub(super) enum Lane {
 /// Knows files whose `close` asks nobody.
 ///
 /// The `close` of a regular file of a FUSE file system waits for the daemon's answer, which no signal ends and which a
-/// hostile daemon never gives. Network file systems wait for their server. Such a file system has no device of its
-/// own (major number 0), and it is not one of the local ones that are mounted where this process can see them.
+/// hostile daemon never gives. Network file systems wait for their server. So only files of local file systems count as
+/// quick, and only while this process sees such a file system mounted: the kernel uses the device number of one that is
+/// gone for the next one.
 #[derive(Debug)]
 pub(super) struct KnownFiles {
-    /// Devices with major number 0 on which local file systems are.
-    devices: BTreeSet<(u32, u32)>,
+    /// `/proc/thread-self/mountinfo`, which becomes ready with priority when the mounts have changed.
+    mounts: Option<File>,
+    /// Devices of local file systems that are mounted.
+    devices: BTreeSet<Device>,
+    /// The device of memfds. It is mounted nowhere and never goes.
+    memfd: Option<Device>,
 }
 
+/// Major and minor number of the device that a file system is on.
+type Device = (u32, u32);
+
 impl KnownFiles {
-    /// Reads the mounts of this process, and finds the device of memfds, which is mounted nowhere.
+    /// Reads the mounts of this thread, and finds the device of memfds.
     pub(super) fn find() -> Self {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let memfd = memfd_create("fdwire", MFdFlags::MFD_CLOEXEC).ok();
         let memfd = memfd.and_then(|memfd| sys::file_kind(memfd.as_fd()).ok()).map(|kind| kind.device);
-        Self { devices: mounts.lines().filter_map(local_device).chain(memfd).collect() }
+        let mounts = File::open("/proc/thread-self/mountinfo").ok();
+        let mut known = Self { mounts, devices: BTreeSet::new(), memfd };
+        known.read_mounts();
+        known
+    }
+
+    fn read_mounts(&mut self) {
+        self.devices.clear();
+        let Some(mounts) = &mut self.mounts else { return };
+        let mut text = String::new();
+        if mounts.rewind().and_then(|()| mounts.read_to_string(&mut text)).is_ok() {
+            self.devices.extend(text.lines().filter_map(local_device));
+        }
+    }
+
+    /// Returns true if a local file system is on this device. The device was found out before this call. So if the mounts have
+    /// not changed by now, it is still the one that was read.
+    fn is_local(&mut self, device: Device) -> bool {
+        if self.memfd == Some(device) {
+            return true;
+        }
+        if self.mounts_have_changed() {
+            self.read_mounts();
+            // The number may have had another meaning when it was found out.
+            return false;
+        }
+        self.devices.contains(&device)
+    }
+
+    fn mounts_have_changed(&self) -> bool {
+        let Some(mounts) = &self.mounts else { return false };
+        let mut events = [PollFd::new(mounts.as_fd(), PollFlags::POLLPRI)];
+        // An error counts as a change: the device is then not trusted.
+        poll(&mut events, PollTimeout::ZERO).is_err()
+            || events[0].revents().is_none_or(|events| events.intersects(PollFlags::POLLPRI | PollFlags::POLLERR))
     }
 
     /// Decides how to close a descriptor of any kind.
-    pub(super) fn lane(&self, fd: BorrowedFd<'_>) -> Lane {
+    pub(super) fn lane(&mut self, fd: BorrowedFd<'_>) -> Lane {
         const MEMORY: u32 = 1; // /dev/null and its kin
         const TERMINALS: std::ops::RangeInclusive<u32> = 136..=143; // /dev/pts
 
@@ -68,17 +127,17 @@ impl KnownFiles {
         };
         let is_quick = match file_type {
             libc::S_IFSOCK => return Lane::Exit,
-            libc::S_IFREG => device.0 != 0 || self.devices.contains(&device),
+            libc::S_IFREG | libc::S_IFDIR => self.is_local(device),
             libc::S_IFCHR => own_major == MEMORY || TERMINALS.contains(&own_major),
             libc::S_IFBLK => false,
-            _ => true, // pipes, directories, eventfds: only the kernel provides these
+            _ => true, // pipes and eventfds: only the kernel provides these
         };
         if is_quick { Lane::Quick } else { Lane::Slow }
     }
 }
 
 /// The device of a line of proc_pid_mountinfo(5), if a local file system is on it.
-fn local_device(line: &str) -> Option<(u32, u32)> {
+fn local_device(line: &str) -> Option<Device> {
     let (mount, file_system) = line.split_once(" - ")?;
     let (major, minor) = mount.split(' ').nth(2)?.split_once(':')?;
     let is_local = LOCAL_FILE_SYSTEMS.contains(&file_system.split(' ').next()?);
@@ -87,18 +146,25 @@ fn local_device(line: &str) -> Option<(u32, u32)> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, io, os::fd::OwnedFd, os::unix::net::UnixStream};
+    use std::{fs, io, os::fd::OwnedFd, os::unix::net::UnixStream, thread};
+
+    use nix::{
+        mount::{MsFlags, mount, umount},
+        sched::{CloneFlags, unshare},
+    };
 
     use super::*;
 
     #[test]
     fn files_that_the_kernel_provides_are_known() -> io::Result<()> {
-        let known = KnownFiles::find();
+        let mut known = KnownFiles::find();
         let memfd = memfd_create("test", MFdFlags::MFD_CLOEXEC)?;
         let (reader, writer) = io::pipe()?;
         let null = File::open("/dev/null")?;
         let executable = File::open(std::env::current_exe()?)?;
-        let files: [OwnedFd; 5] = [memfd, reader.into(), writer.into(), null.into(), executable.into()];
+        let directory = File::open("/proc/self")?;
+        let files: [OwnedFd; 6] =
+            [memfd, reader.into(), writer.into(), null.into(), executable.into(), directory.into()];
         for fd in &files {
             assert_eq!(known.lane(fd.as_fd()), Lane::Quick, "{fd:?}");
         }
@@ -110,9 +176,41 @@ mod tests {
     fn a_file_of_an_unknown_file_system_is_not() {
         let line = |kind| format!("36 35 0:42 / /mnt rw,noatime shared:1 - {kind} /dev/root rw,errors=continue");
         assert_eq!(local_device(&line("tmpfs")), Some((0, 42)));
-        for kind in ["fuse", "fuse.sshfs", "fuse.tmpfs", "nfs4", "9p"] {
+        for kind in ["fuse", "fuseblk", "fuse.sshfs", "fuse.tmpfs", "nfs4", "9p"] {
             assert_eq!(local_device(&line(kind)), None);
         }
         assert_eq!(local_device("36 35 0:42"), None);
+    }
+
+    /// Runs in a thread with mounts of its own.
+    #[test]
+    fn a_file_system_that_is_gone_is_not_known_any_longer() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                if unshare(CloneFlags::CLONE_NEWNS).is_err() {
+                    return eprintln!("skipped: needs root to mount a file system");
+                }
+                mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+                let mount_tmpfs = || {
+                    mount(Some("test"), path, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+                    File::create(path.join("file")).unwrap()
+                };
+                let before = mount_tmpfs();
+                let mut known = KnownFiles::find();
+                assert_eq!(known.lane(before.as_fd()), Lane::Quick);
+                drop(before);
+                umount(path).unwrap();
+
+                // The device number is likely the same.
+                let after = mount_tmpfs();
+                assert_eq!(known.lane(after.as_fd()), Lane::Slow, "it may be a file of any file system");
+                assert_eq!(known.lane(after.as_fd()), Lane::Quick, "the mounts were read again");
+                drop(after);
+                fs::remove_file(path.join("file")).unwrap();
+                umount(path).unwrap();
+            });
+        });
     }
 }
