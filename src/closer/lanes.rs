@@ -1,6 +1,7 @@
 //! How descriptors of each kind are closed.
 
 use std::{
+    io,
     os::fd::AsFd,
     time::{Duration, Instant},
 };
@@ -25,7 +26,8 @@ pub(super) type Closed = Vec<Option<Charge>>;
 pub(super) struct Lanes {
     /// `None` if the kernel or a sandbox does not allow it, or if no thread could be had.
     exit: Option<ExitCloser<Closed>>,
-    exit_tried: Instant,
+    /// When to try again to start it. `None` if that is of no use.
+    next_start: Option<Instant>,
     report_closed: fn(Closed),
     /// Number of messages of sockets that exiting tasks have not reported as closed.
     unreported: usize,
@@ -41,9 +43,9 @@ impl Lanes {
     /// `report_closed` gets the charges of sockets that are closed, in a thread that must not end them: it has none of the
     /// process's descriptors, and a charge that ends may wake a task.
     pub(super) fn new(report_closed: fn(Closed)) -> Self {
-        Self {
-            exit: ExitCloser::start(report_closed).ok(),
-            exit_tried: Instant::now(),
+        let mut lanes = Self {
+            exit: None,
+            next_start: None,
             report_closed,
             unreported: 0,
             quick: Vec::new(),
@@ -51,6 +53,17 @@ impl Lanes {
             refused_since: None,
             known: KnownFiles::find(),
             slow: SlowThreads::new(SLOW_THREADS),
+        };
+        lanes.start_exit();
+        lanes
+    }
+
+    fn start_exit(&mut self) {
+        match ExitCloser::start(self.report_closed) {
+            Ok(exit) => self.exit = Some(exit),
+            // The thread that was started is stuck, and the next one would be.
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => self.next_start = None,
+            Err(_) => self.next_start = Some(Instant::now() + PATIENCE),
         }
     }
 
@@ -92,9 +105,8 @@ impl Lanes {
     }
 
     fn close_sockets(&mut self) {
-        if self.exit.is_none() && self.exit_tried.elapsed() > PATIENCE {
-            self.exit = ExitCloser::start(self.report_closed).ok();
-            self.exit_tried = Instant::now();
+        if self.exit.is_none() && self.next_start.is_some_and(|next| next < Instant::now()) {
+            self.start_exit();
         }
         let sockets = std::mem::take(&mut self.sockets);
         let refused = self.close_in_exiting_tasks(sockets);
@@ -103,7 +115,8 @@ impl Lanes {
             return;
         }
         let since = *self.refused_since.get_or_insert_with(Instant::now);
-        if self.exit.is_some() && since.elapsed() < PATIENCE {
+        // As long as others are on their way, there will be room when those are closed.
+        if self.exit.is_some() && (since.elapsed() < PATIENCE || self.expects_a_report()) {
             self.sockets = refused;
         } else {
             refused.into_iter().for_each(|closing| self.slow.close(closing));

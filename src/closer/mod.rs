@@ -54,9 +54,9 @@ const RETRY: Duration = Duration::from_millis(20);
 /// A connection is closed as by a plain `close`: what is unsent is still sent, and other copies are not touched. The peer
 /// sees the end a moment later, usually within a few milliseconds. Works on any thread, with or without a runtime.
 ///
-/// The crate has two threads for this, and a task of its own (like a child process) for a moment at a time. If the kernel refuses to move sockets to them
-/// for a second (too many descriptors in flight, see unix(7)), or is older than 5.11, sockets are closed by a plain thread after
-/// `SO_LINGER` was switched off.
+/// The crate has two threads for this, a child process for a moment at a time, and up to four threads for files of file
+/// systems that it does not know. If the kernel refuses to move sockets for a second (too many descriptors in flight, see
+/// unix(7)), or is older than 5.9, sockets are closed by one of the four after `SO_LINGER` was switched off.
 ///
 /// # What cannot be had
 /// A regular file of a FUSE file system whose daemon does not answer can't be closed by anyone, not even by the exit of
@@ -78,12 +78,13 @@ pub fn close_in_background(fds: impl IntoIterator<Item = impl Into<OwnedFd>>) {
 /// case; to recognize those would take three times as long for each descriptor, so the documentation names them.
 pub(crate) fn close_sent(fds: impl Iterator<Item = OwnedFd>) {
     let mut sockets = SmallVec::<[OwnedFd; 1]>::new();
-    sys::close_all(fds.filter_map(|fd| match sys::is_socket(fd.as_fd()) {
-        true => {
+    sys::close_all(fds.filter_map(|fd| {
+        if sys::is_socket(fd.as_fd()) {
             sockets.push(fd);
             None
+        } else {
+            Some(fd)
         }
-        false => Some(fd),
     }));
     close_sockets(sockets);
 }

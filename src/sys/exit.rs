@@ -47,6 +47,9 @@ use nix::{
 use super::{close_all, recvmsg, sendmsg};
 use crate::limits::SCM_MAX_FD;
 
+/// How long the nursery thread may take to start.
+const LONGEST_START: Duration = Duration::from_secs(5);
+
 /// Closes sockets in tasks that exit. Each message of sockets has a `T` with it, which is reported when they are closed.
 #[derive(Debug)]
 pub(crate) struct ExitCloser<T> {
@@ -59,7 +62,8 @@ impl<T: Send + 'static> ExitCloser<T> {
     /// not wake a task, since the wakers of a runtime write to one.
     ///
     /// # Errors
-    /// When no thread or descriptor can be had, and when the kernel has no `CLOSE_RANGE_UNSHARE` (Linux 5.11) or a sandbox
+    /// `TimedOut` if the thread is stuck, since it closes its copies of the process's descriptors, and one may be a file of a FUSE
+    /// file system. When no thread or descriptor can be had, and when the kernel has no `CLOSE_RANGE_UNSHARE` (Linux 5.9) or a sandbox
     /// forbids `close_range`.
     pub(crate) fn start(report_closed: impl Fn(T) + Send + 'static) -> io::Result<Self> {
         let (queue, nursery) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
@@ -84,7 +88,7 @@ impl<T: Send + 'static> ExitCloser<T> {
             }
         })?;
         // `nursery` stays open in the shared table until the thread has copied it.
-        ready.recv().map_err(|_| io::Error::other("the thread has ended"))??;
+        ready.recv_timeout(LONGEST_START).map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
         Ok(Self { queue, announce })
     }
 
