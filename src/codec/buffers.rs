@@ -95,6 +95,8 @@ impl Buffers {
     /// Makes room for at least `room` more bytes, and in a new buffer for `extra` beside. For the
     /// rest of a large message, a new buffer is just large enough.
     fn reserve(&mut self, bytes: &mut BytesMut, room: usize, extra: usize, spare: impl FnOnce() -> BytesMut) {
+        // A decoder may have reserved more than a usual buffer has.
+        self.in_large |= bytes.capacity() > LARGEST_USUAL;
         // Enough for `least_room` to stay when `room` is filled, or the end of a large message
         // would be moved once more.
         let additional = room.saturating_add(PAGE_START + extra + self.least_room);
@@ -199,6 +201,18 @@ mod tests {
             bytes.put_bytes(2, 100);
             drop(bytes.split());
         }
+    }
+
+    #[test]
+    fn a_buffer_that_a_decoder_has_made_large_is_not_kept() {
+        let (mut buffers, mut bytes) = buffers();
+        buffers.make_room(&mut bytes, BytesMut::new);
+        bytes.put_bytes(1, 8);
+        bytes.reserve(LARGE);
+        buffers.make_room(&mut bytes, BytesMut::new);
+        bytes.clear();
+        assert!(buffers.release(&mut bytes).capacity() <= LARGEST_USUAL);
+        assert_eq!(bytes.capacity(), 0);
     }
 
     #[test]

@@ -160,8 +160,8 @@ impl RestTimer {
         // Nobody has polled for a while: the peer may have waited for us.
         let now = Instant::now();
         if now > deadline + LATE {
-            let deadline = now + limit;
-            self.deadline = Some(deadline);
+            self.deadline = now.checked_add(limit);
+            let Some(deadline) = self.deadline else { return Poll::Pending };
             timer.as_mut().reset(deadline);
             return timer.as_mut().poll(cx);
         }
