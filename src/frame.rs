@@ -63,8 +63,8 @@ impl<F> Frame<F> {
 /// The descriptors of a frame, in order. It lends them as a slice. None or one take no allocation.
 ///
 /// Descriptors that came from a peer and are still in it when it is dropped are closed
-/// [in the background](crate::close_in_background), because the peer decides how long that takes. Descriptors that were
-/// taken out, or that you put in, are closed like any other.
+/// [in the background](crate::close_in_background), because the peer decides how long that takes. So is what you put in beside
+/// them. Descriptors that were taken out are closed like any other.
 pub struct Fds<F = OwnedFd> {
     /// `None` for most messages. A drop then looks at this and does nothing: hence `ManuallyDrop`,
     /// because the compiler's own drop of an `Option` is a function call for each message.

@@ -104,6 +104,8 @@
 //!   instead.
 //! - A receive at `RLIMIT_NOFILE` closes what does not fit inside the system call, so keep 253 numbers free for each connection
 //!   that may receive at the same time.
+//! - A child process holds copies of all descriptors until its exec, which then closes them and can block on one that was closed
+//!   here meanwhile. `Command::spawn` waits for that, so spawn from a thread that may block if peers send sockets.
 //! - Freeing what a peer has sent takes time, for example 190 ms for a GiB of memfd. The thread that closes spends it, and other
 //!   descriptors wait for it meanwhile.
 //! - A file of a FUSE file system whose daemon does not answer cannot be closed at all, and to pass it on blocks as well, because

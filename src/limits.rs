@@ -70,7 +70,8 @@ impl Limits {
         self
     }
 
-    /// With another [`max_fds_per_frame`](Self#structfield.max_fds_per_frame). Raises
+    /// With another [`max_fds_per_frame`](Self#structfield.max_fds_per_frame), which the connections of a listener also need in
+    /// [`UidLimits::max_fds`](crate::UidLimits#structfield.max_fds). Raises
     /// [`max_queued_fds`](Self#structfield.max_queued_fds) to this number + 253 where it is less.
     #[must_use]
     pub const fn max_fds_per_frame(mut self, fds: usize) -> Self {

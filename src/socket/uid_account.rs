@@ -44,6 +44,9 @@ pub struct UidLimits {
     /// brings more ends with [`Error::OverUidLimit`]. Default: a quarter of the soft `RLIMIT_NOFILE`, at
     /// least 253.
     ///
+    /// Raise it, or `RLIMIT_NOFILE`, if honest peers send frames with many descriptors at the same time: one connection may have
+    /// [`Limits::max_queued_fds`](crate::Limits#structfield.max_queued_fds) of them.
+    ///
     /// The same number may wait to be closed [in the background](crate::close_in_background). While
     /// more wait, the connections of the uid receive nothing and new ones are refused.
     pub max_fds: usize,
