@@ -98,7 +98,7 @@
 //! | sends out-of-band data, or is several processes | no message stays hidden behind it |
 //! | dies, or closes after any byte | what it had sent is received, then the end |
 //!
-//! What cannot be prevented:
+//! The crate cannot prevent these:
 //!
 //! - A descriptor that you take out of a message and drop is closed where you drop it. Pass it to [`close_in_background`]
 //!   instead.

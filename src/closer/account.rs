@@ -14,7 +14,7 @@ use std::{
 pub(crate) struct Account {
     closing: AtomicUsize,
     waiting: Mutex<Vec<Waiting>>,
-    /// What counts here also counts there.
+    /// Descriptors that count here also count there.
     parent: Option<Arc<Account>>,
 }
 

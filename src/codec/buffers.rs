@@ -59,7 +59,7 @@ impl Buffers {
         spare: impl FnOnce() -> BytesMut,
     ) -> usize {
         self.reserve(bytes, missing, 0, spare);
-        // What follows a large message does not belong into its buffer.
+        // The messages that follow a large one do not belong into its buffer.
         if self.in_large { missing.saturating_add(self.least_room) } else { usize::MAX }
     }
 

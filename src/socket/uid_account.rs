@@ -1,4 +1,4 @@
-//! What the connections of one uid hold together.
+//! The resources that the connections of one uid share, and their limits.
 
 use std::{
     collections::HashMap,
@@ -13,10 +13,10 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use crate::{Error, closer::Account, limits::SCM_MAX_FD};
 
-/// What the connections of one uid may hold together, at a [`Listener`](crate::Listener).
+/// Limits for all connections of one uid together, at a [`Listener`](crate::Listener).
 ///
-/// [`Limits`](crate::Limits) bound one connection. These bound a uid that makes many of them, so that it
-/// leaves something for the others.
+/// [`Limits`](crate::Limits) bound one connection. `UidLimits` bound a uid that makes many of them, so
+/// that it leaves something for other uids.
 ///
 /// ```
 /// use fdwire::UidLimits;
@@ -36,8 +36,8 @@ pub struct UidLimits {
     /// Number of bytes of messages that have arrived in part. The connection that brings more ends with
     /// [`Error::OverUidLimit`]. Default: 256 MiB.
     ///
-    /// What waits to be sent does not count. The [limit of each
-    /// connection](crate::Limits#structfield.max_queued_bytes) and the number of connections bound that.
+    /// Messages that wait to be sent do not count. The [limit of each
+    /// connection](crate::Limits#structfield.max_queued_bytes) and the number of connections bound them.
     pub max_bytes: usize,
 
     /// Number of descriptors that have arrived and that no message has claimed yet. The connection that
@@ -91,7 +91,7 @@ pub(super) struct UidAccounts {
     by_uid: Mutex<HashMap<u32, Arc<UidAccount>>>,
 }
 
-/// What the connections of one uid hold.
+/// The resources that the connections of one uid hold.
 #[derive(Debug)]
 struct UidAccount {
     uid: u32,
@@ -158,7 +158,7 @@ fn is_used(account: &Arc<UidAccount>) -> bool {
 #[derive(Debug)]
 pub(crate) struct UidShare {
     account: Arc<UidAccount>,
-    /// What this connection has in the account. Only its receiver changes it.
+    /// This connection's part of the account's numbers. Only its receiver changes them.
     bytes: AtomicUsize,
     fds: AtomicUsize,
 }
