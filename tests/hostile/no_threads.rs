@@ -24,27 +24,18 @@ enum Since {
 
 /// Runs as another uid, to which the limit applies. It is counted for all processes of the uid.
 fn process_without_threads(mut control: UnixStream) {
-    let mut settings = [0; 2];
-    control.read_exact(&mut settings).unwrap();
-    let since = if settings[0] == 0 { Since::ItsStart } else { Since::ItsFirstSocket };
-    let kind = if settings[1] == 0 { SocketKind::SeqPacket } else { SocketKind::Stream };
+    let mut since = [0];
+    control.read_exact(&mut since).unwrap();
+    let since = if since[0] == 0 { Since::ItsStart } else { Since::ItsFirstSocket };
+    let kind = read_kind(&mut control);
 
     let (read, first) = slow_to_close();
     let (unread, second) = slow_to_close();
     let watchdog = Watchdog::start(vec![first, second]);
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NPROC).unwrap();
-    let no_threads = || {
-        setrlimit(Resource::RLIMIT_NPROC, 1, hard).unwrap();
-        assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "a thread was started in spite of RLIMIT_NPROC");
-    };
-    if since == Since::ItsStart {
-        no_threads();
-    }
+    let mut limit = (since == Since::ItsStart).then(NoThreads::set);
     run_in(one_thread(), async {
         let (mut honest, mut echo) = framed_pair(kind);
-        if since == Since::ItsFirstSocket {
-            no_threads();
-        }
+        limit.get_or_insert_with(NoThreads::set);
         tokio::spawn(async move {
             while let Some(frame) = echo.try_next().await.unwrap() {
                 echo.send(frame).await.unwrap();
@@ -62,7 +53,7 @@ fn process_without_threads(mut control: UnixStream) {
         }
 
         // What waits is closed when threads can be had again, with the next descriptor at the latest.
-        setrlimit(Resource::RLIMIT_NPROC, soft, hard).unwrap();
+        drop(limit);
         let (mut rx, peer) = with_raw_peer(kind);
         raw_send(&peer, b"?", &[std::io::pipe().unwrap().0.into()]);
         assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { .. }))));
@@ -79,13 +70,45 @@ fn check(role: &str, since: Since) {
     }
     let Some(uid) = other_uid() else { return };
     counted(async |kind| {
-        let (mut control, theirs) = UnixStream::pair().unwrap();
-        let mut child = spawn_role(role, Some(uid), theirs.into());
-        control.write_all(&[since as u8, u8::from(kind == SocketKind::Stream)]).unwrap();
-        let done = control.read_exact(&mut [0; 4]);
-        assert!(child.wait().unwrap().success(), "see above");
-        done.unwrap();
+        run_process(role, uid, &[since as u8, u8::from(kind == SocketKind::Stream)]);
     });
+}
+
+/// Takes a process of another uid than root's the right to start threads, until this is dropped.
+pub(crate) struct NoThreads {
+    before: (u64, u64),
+}
+
+impl NoThreads {
+    pub(crate) fn set() -> Self {
+        let before = getrlimit(Resource::RLIMIT_NPROC).unwrap();
+        setrlimit(Resource::RLIMIT_NPROC, 1, before.1).unwrap();
+        assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "a thread was started in spite of RLIMIT_NPROC");
+        Self { before }
+    }
+}
+
+impl Drop for NoThreads {
+    fn drop(&mut self) {
+        setrlimit(Resource::RLIMIT_NPROC, self.before.0, self.before.1).unwrap();
+    }
+}
+
+/// Runs a role process as another uid with these settings, and waits until it says `done` and succeeds.
+pub(crate) fn run_process(role: &str, uid: u32, settings: &[u8]) {
+    let (mut control, theirs) = UnixStream::pair().unwrap();
+    let mut child = spawn_role(role, Some(uid), theirs.into());
+    control.write_all(settings).unwrap();
+    let done = control.read_exact(&mut [0; 4]);
+    assert!(child.wait().unwrap().success(), "see above");
+    done.unwrap();
+}
+
+/// Reads a setting of [`run_process`]: 0 for packets, 1 for a stream.
+pub(crate) fn read_kind(control: &mut UnixStream) -> SocketKind {
+    let mut kind = [0];
+    control.read_exact(&mut kind).unwrap();
+    if kind[0] == 0 { SocketKind::SeqPacket } else { SocketKind::Stream }
 }
 
 #[test]

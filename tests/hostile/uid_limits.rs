@@ -11,7 +11,6 @@ use std::{
 
 use fdwire::{Error, FrameCodec, Framed, Listener, SocketKind, UidLimits};
 use futures::{FutureExt, StreamExt};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::task::yield_now;
 
 use crate::{
@@ -20,6 +19,7 @@ use crate::{
     },
     counted,
     descriptors::nulls,
+    no_threads::{NoThreads, read_kind, run_process},
     raw, soon, until,
 };
 
@@ -127,7 +127,7 @@ fn connections_of_a_uid_hold_no_more_of_unfinished_frames_than_it_may() {
         assert!(matches!(ended, Err(Error::OverUidLimit { bytes: 1001, fds: 0, .. })), "{ended:?}");
         assert!(rx.next().await.is_none());
 
-        // What it held is free, although the connection is still there.
+        // The bytes that it held are free, although the connection is still there.
         let (mut next, nexts_peer) = accept(&listener, &addr).await;
         raw_send(&nexts_peer, &frame[..400], &[]);
         receive_part(&mut next).await;
@@ -161,11 +161,8 @@ fn connections_of_a_uid_hold_no_more_unclaimed_descriptors_than_it_may() {
 
 /// Runs as another uid, in a process that can't start a thread: what is dropped there waits to be closed.
 fn process_whose_descriptors_wait(mut control: UnixStream) {
-    let mut kind = [0];
-    control.read_exact(&mut kind).unwrap();
-    let kind = if kind[0] == 0 { SocketKind::SeqPacket } else { SocketKind::Stream };
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NPROC).unwrap();
-    setrlimit(Resource::RLIMIT_NPROC, 1, hard).unwrap();
+    let kind = read_kind(&mut control);
+    let limit = NoThreads::set();
     run_in(one_thread(), async {
         let (listener, addr) = listen("closing", kind, UidLimits::default().max_fds(253));
         let (mut honest, honest_peer) = accept(&listener, &addr).await;
@@ -193,7 +190,7 @@ fn process_whose_descriptors_wait(mut control: UnixStream) {
             assert!(refused() <= 65, "{} refused connections wait to be closed", refused());
         }
 
-        setrlimit(Resource::RLIMIT_NPROC, soft, hard).unwrap();
+        drop(limit);
         fdwire::close_in_background(nulls(1));
         let frame = soon("the others are closed", honest.next()).await.unwrap().unwrap();
         assert_eq!(frame.payload, "hello");
@@ -215,11 +212,6 @@ fn a_uid_gets_no_further_than_its_descriptors_can_be_closed() {
     }
     let Some(uid) = other_uid() else { return };
     counted(async |kind| {
-        let (mut control, theirs) = UnixStream::pair().unwrap();
-        let mut child = spawn_role(ROLE, Some(uid), theirs.into());
-        control.write_all(&[u8::from(kind == SocketKind::Stream)]).unwrap();
-        let done = control.read_exact(&mut [0; 4]);
-        assert!(child.wait().unwrap().success(), "see above");
-        done.unwrap();
+        run_process(ROLE, uid, &[u8::from(kind == SocketKind::Stream)]);
     });
 }

@@ -1,4 +1,4 @@
-//! What wakes a receiver: everything that is left after a read that ended early, and nothing else.
+//! The wake-ups of a receiver: for everything that is left after a read that ended early, and for nothing else.
 
 use std::{
     future::poll_fn,

@@ -40,7 +40,7 @@ pub(super) struct Attack {
     pub(super) resources: Resources,
 }
 
-/// What the victim's process may have.
+/// The descriptors and threads that the victim's process may have.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Resources {
     /// As much as there is.
