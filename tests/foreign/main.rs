@@ -13,8 +13,10 @@ mod netcat;
 mod packets;
 mod payload;
 mod python;
+mod skopeo;
 mod ssh;
 mod switch;
+mod uwsgi;
 mod wayland;
 
 use std::{
