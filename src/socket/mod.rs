@@ -2,20 +2,24 @@
 
 mod admission;
 mod convert;
+mod inherited;
 mod io;
 mod listener;
 mod path;
 mod uid_account;
 
 use std::{
-    io::{Error, Result},
+    io::Result,
     net::Shutdown,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::SocketAddr,
     },
     path::Path,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -129,22 +133,6 @@ impl Socket {
         Ok((Self::register(a, kind)?, Self::register(b, kind)?))
     }
 
-    /// The socket that this process got as standard input: how a parent gives one to a child, by
-    /// `Command::stdin(OwnedFd::from(socket))`, with nothing to inherit by accident.
-    ///
-    /// It is a copy. Descriptor 0 stays open beside it until the process ends, so dropping the copy does not end the
-    /// connection; closing or dropping a [`WriteHalf`](crate::WriteHalf) does end that direction.
-    ///
-    /// # Errors
-    /// `InvalidInput` if standard input is not a connected Unix socket of either kind.
-    pub fn from_stdin() -> Result<Self> {
-        std::io::stdin()
-            .as_fd()
-            .try_clone_to_owned()
-            .and_then(Self::try_from)
-            .map_err(|error| Error::new(error.kind(), format!("standard input: {error}")))
-    }
-
     /// Connects to the listener at a path. Waits while the listener's backlog is full. No event
     /// announces room there, so it tries again and again, by the runtime's timer.
     ///
@@ -209,6 +197,45 @@ impl Socket {
             quiet: false,
             runtime: Handle::current(),
             reset: AtomicBool::new(false),
+        })
+    }
+
+    /// Returns another handle to the same socket, by another descriptor (close-on-exec), registered with the current
+    /// runtime.
+    ///
+    /// The handles share everything that the kernel keeps: options, the send buffer and the receive queue. So two readers
+    /// take each other's messages, two writers mix theirs on a stream, and [`shutdown`](Self::shutdown) ends all handles.
+    /// The connection ends by itself when the last handle is dropped. That the peer has closed without reading everything
+    /// ([`Error::Reset`](crate::Error::Reset)) is reported to one of them.
+    ///
+    /// Descriptors that nobody takes count for both together while they wait to be closed. At a listener that limits what
+    /// [one uid](UidLimits) may have, the handle counts as one more connection, but is never refused.
+    ///
+    /// # Errors
+    /// `EMFILE` and `ENFILE`, and those of registering the descriptor with tokio.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
+    /// use futures::SinkExt;
+    ///
+    /// let (socket, _peer) = Socket::pair(SocketKind::SeqPacket)?;
+    /// let kept = socket.try_clone()?; // to end the connection from elsewhere
+    /// let mut framed = Framed::new(socket, FrameCodec::default());
+    /// kept.shutdown(std::net::Shutdown::Both)?;
+    /// assert!(framed.send(Frame::new("too late")).await.is_err());
+    /// # Ok(()) }
+    /// ```
+    pub fn try_clone(&self) -> Result<Self> {
+        let fd = self.guard(self.as_fd().try_clone_to_owned()?);
+        Ok(Self {
+            io: sys::register(fd, Interest::READABLE | Interest::PRIORITY | Interest::WRITABLE)?,
+            kind: self.kind,
+            account: Arc::clone(&self.account),
+            uid_share: self.uid_share.as_ref().map(UidShare::for_copy),
+            quiet: false,
+            runtime: Handle::current(),
+            reset: AtomicBool::new(self.reset.load(Ordering::Relaxed)),
         })
     }
 

@@ -10,12 +10,14 @@ mod dbus;
 mod kinds;
 mod lines;
 mod netcat;
+mod node;
 mod packets;
 mod payload;
 mod python;
 mod skopeo;
 mod ssh;
 mod switch;
+mod systemd;
 mod uwsgi;
 mod wayland;
 
