@@ -42,10 +42,6 @@ pub struct WriteHalf<E> {
 }
 
 impl<E> WriteHalf<E> {
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
-        Self { encoder, outbound: Outbound::new(socket, unsent, state) }
-    }
-
     /// The socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
         &self.outbound.socket
@@ -108,6 +104,12 @@ impl<E> WriteHalf<E> {
 }
 
 impl<E: Codec> WriteHalf<E> {
+    /// What a user has put into `unsent` becomes a message of this encoder.
+    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
+        let outbound = Outbound::new(socket, unsent, encoder.grouping(), state);
+        Self { encoder, outbound }
+    }
+
     /// Waits for room for one message. [`Permit::send`] then takes it at once, so a cancelled task still has its item.
     ///
     /// ```
@@ -276,11 +278,11 @@ fn largest_call(socket: &Socket) -> (Carrier, Option<usize>) {
 }
 
 impl<F: HasFd> Outbound<F> {
-    pub(super) fn new(socket: Arc<Socket>, mut unsent: SendBuf<F>, state: Sending) -> Self {
+    /// What is open in `unsent` is finished as one message.
+    pub(super) fn new(socket: Arc<Socket>, mut unsent: SendBuf<F>, grouping: Grouping, state: Sending) -> Self {
         let (largest, max_packet_bytes) = largest_call(&socket);
         unsent.set_max_packet_bytes(max_packet_bytes);
-        // What a user has put there is a message.
-        let state = match unsent.commit(Grouping::Free) {
+        let state = match unsent.commit(grouping) {
             Ok(()) => state,
             Err(error) => Sending::Failed(error.into()),
         };
@@ -446,7 +448,7 @@ mod tests {
     async fn a_packet_that_there_is_no_memory_for_is_sent_in_smaller_ones_or_later() {
         for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
             let (a, b) = Socket::pair(kind).unwrap();
-            let mut outbound = Outbound::new(Arc::new(a), SendBuf::new(), Sending::default());
+            let mut outbound = Outbound::new(Arc::new(a), SendBuf::new(), Grouping::Free, Sending::default());
             outbound.accept(&mut FrameCodec::default(), Frame::new(vec![7; 60_000])).unwrap();
             let mut sizes = Vec::new();
             while !outbound.wait.is_for_a_while() {
