@@ -76,7 +76,7 @@ impl<F> FdQueue<F> {
     #[inline]
     pub fn take(&mut self, count: usize) -> Option<Fds<F>> {
         if count == 0 {
-            return Some(Fds::new());
+            return Some(Fds::default());
         }
         if count > self.fds.len() {
             self.note_question();

@@ -86,7 +86,7 @@ impl<C: codec::Decoder, F> Decoder<F> for Payload<C> {
     }
 }
 
-impl<C: codec::Encoder<I>, I, F> Encoder<(I, Fds<F>), F> for Payload<C> {
+impl<C: codec::Encoder<I>, I, F, G: From<F>> Encoder<(I, Fds<F>), G> for Payload<C> {
     type Error = PayloadError<C::Error>;
 
     /// # Errors
@@ -94,7 +94,7 @@ impl<C: codec::Encoder<I>, I, F> Encoder<(I, Fds<F>), F> for Payload<C> {
     fn encode(
         &mut self,
         (message, fds): (I, Fds<F>),
-        dst: &mut SendBuf<F>,
+        dst: &mut SendBuf<G>,
     ) -> Result<(), SendError<(I, Fds<F>), Self::Error>> {
         let mut payload = BytesMut::new();
         self.payload.encode(message, &mut payload).map_err(PayloadError::Payload)?;
