@@ -78,7 +78,7 @@ mod qmp {
             let json = serde_json::from_slice(&src[..length]).map_err(Error::invalid)?;
             src.advance(length + 1);
             let fd = match has_fd(&json) {
-                true => Some(fds.pop().ok_or(Error::MissingFds { expected: 1, received: 0 })?),
+                true => Some(fds.claim_one()?),
                 false => None,
             };
             // A descriptor comes with the first byte of its message: with no byte left, none may be left.

@@ -68,10 +68,7 @@ impl<F> Decoder<F> for FrameCodec {
         if src.len() < header.frame_bytes() {
             return Ok(None);
         }
-        let received = fds.count();
-        let Some(fds) = fds.take(header.fds) else {
-            return Err(Error::MissingFds { expected: header.fds, received });
-        };
+        let fds = fds.claim(header.fds)?;
         let mut payload = src.split_to(header.frame_bytes()).freeze();
         payload.advance(Header::LEN);
         Ok(Some(Frame { payload, fds }))

@@ -138,7 +138,7 @@ pub enum Grouping {
 ///         }
 ///         let letter = char::from(src.get_u8());
 ///         let fd = match letter {
-///             'F' => Some(fds.pop().ok_or(Error::MissingFds { expected: 1, received: 0 })?),
+///             'F' => Some(fds.claim_one()?),
 ///             _ => None,
 ///         };
 ///         Ok(Some((letter, fd)))

@@ -11,7 +11,7 @@ use crate::{Error, Fds, Frame, Limits, SendError};
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use fdwire::{Fds, Framed, FrameCodec, Payload, Socket, SocketKind};
+/// use fdwire::{Fds, Framed, FrameCodec, Payload, SendFd, Socket, SocketKind};
 /// use futures::{SinkExt, StreamExt};
 /// use tokio_util::codec::LinesCodec;
 ///
@@ -19,7 +19,7 @@ use crate::{Error, Fds, Frame, Limits, SendError};
 /// let (a, b) = Socket::pair(SocketKind::Stream)?;
 /// let (mut a, mut b) = (Framed::new(a, codec()), Framed::new(b, codec()));
 ///
-/// let fds = Fds::from_iter([std::fs::File::open("/dev/null")?.into()]);
+/// let fds = Fds::from_iter([SendFd::from(std::fs::File::open("/dev/null")?)]);
 /// a.send(("a line", fds)).await?;
 /// let (line, fds) = b.next().await.ok_or("gone")??;
 /// assert_eq!((&line[..], fds.len()), ("a line", 1));

@@ -272,6 +272,66 @@ fn after_a_loss_only_messages_that_need_none_of_it_are_good() {
 }
 
 #[test]
+fn an_answer_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
+    type Question = fn(&mut FdQueue<i32>);
+    let spoils = |question: Question, lost: bool| {
+        let mut fds = FdQueue::from_iter([1, 2]);
+        if lost {
+            fds.set_lost();
+        }
+        question(&mut fds);
+        fds.is_spoiled()
+    };
+    let harmless: [Question; 5] = [
+        |fds| assert_eq!(fds.claim(2).unwrap().len(), 2),
+        |fds| assert_eq!(fds.claim(0).unwrap().len(), 0),
+        |fds| assert_eq!(fds.claim_one().unwrap(), 1),
+        |fds| assert_eq!(fds.pop_front(), Some(1)),
+        |fds| assert!(!fds.is_empty()),
+    ];
+    for question in harmless {
+        assert!(!spoils(question, true));
+    }
+    let doubtful: [Question; 6] = [
+        |fds| drop(fds.claim(3).unwrap_err()),
+        |fds| {
+            let _two = fds.claim(2);
+            drop(fds.claim_one().unwrap_err());
+        },
+        |fds| while fds.pop_front().is_some() {},
+        |fds| assert_eq!(fds.len(), 2),
+        |fds| drop(fds.claim(2).map(|_| fds.is_empty())),
+        |fds| drop(fds.take_all()),
+    ];
+    for question in doubtful {
+        assert!(spoils(question, true) && !spoils(question, false));
+    }
+
+    let mut fds = FdQueue::<i32>::from_iter([1]);
+    assert!(matches!(fds.claim(2), Err(Error::MissingFds { expected: 2, received: 1 })));
+    fds.set_lost();
+    assert!(matches!(fds.claim(2), Err(Error::TruncatedControl)));
+}
+
+/// As encoders of other crates write.
+#[test]
+fn bytes_are_written_as_to_any_other_buffer() {
+    use bytes::BufMut;
+    let mut buf = SendBuf::<i32>::new();
+    buf.put_u8(1);
+    buf.put_shared(vec![2; 5000].into());
+    buf.put_u16(0x0304);
+    buf.put_bytes(5, 3);
+    BufMut::put(&mut buf, &b"six"[..]);
+    let room = buf.chunk_mut().len();
+    buf.chunk_mut().copy_from_slice(&vec![7; room]); // written and not advanced over: not a part of it
+    assert_eq!(buf.len(), 1 + 5000 + 2 + 3 + 3);
+    buf.commit(Grouping::FdsFirst).unwrap();
+    let expected = [&[1][..], &[2; 5000], &[3, 4, 5, 5, 5], b"six"].concat();
+    assert_eq!(&buf.into_parts().0[..], expected);
+}
+
+#[test]
 fn a_long_message_of_unknown_length_is_not_moved_for_every_packet() {
     /// Never finds an end.
     struct Endless;

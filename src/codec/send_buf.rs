@@ -119,10 +119,16 @@ impl<F> SendBuf<F> {
         }
     }
 
-    /// Appends a copy of `bytes`.
+    /// Appends a copy of `bytes`. With [`BufMut`](bytes::BufMut) in scope, numbers can be appended too.
     #[inline]
     pub fn put_slice(&mut self, bytes: &[u8]) {
         self.bytes.tail().extend_from_slice(bytes);
+    }
+
+    /// Where bytes are appended. Nothing may be taken out of it.
+    #[inline]
+    pub(crate) fn tail(&mut self) -> &mut Vec<u8> {
+        self.bytes.tail()
     }
 
     /// Appends copies of both, with one check for room. For short messages.

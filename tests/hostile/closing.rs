@@ -262,7 +262,7 @@ impl Decoder for Letters {
 
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<Fds>, Error> {
         let Some(&letter) = src.first() else { return Ok(None) };
-        let Some(taken) = fds.take(1) else { return Ok(None) };
+        let Ok(taken) = fds.claim(1) else { return Ok(None) };
         src.advance(1);
         if letter == b'F' { Ok(Some(taken)) } else { Err(Error::invalid("not an F")) }
     }
