@@ -147,6 +147,7 @@ mod framed;
 pub mod guide {}
 pub mod handoff;
 mod limits;
+mod send_fd;
 mod socket;
 mod sys;
 
@@ -158,6 +159,7 @@ pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
 pub use framed::{Driver, Framed, Parts, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;
+pub use send_fd::SendFd;
 pub use socket::{Listener, PeerCred, Socket, SocketKind, UidLimits};
 
 /// Compiles what README shows.

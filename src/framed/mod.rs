@@ -26,7 +26,7 @@ pub(crate) use write::Outbound;
 use write::Sending;
 pub use write::{Permit, WriteHalf};
 
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, Grouping, SendBuf, SendError, Socket, socket::HasFd};
+use crate::{Codec, Decoder, Encoder, Error, FdQueue, Grouping, SendBuf, SendError, Socket};
 
 /// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
 ///
@@ -223,8 +223,8 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
     }
 }
 
-/// Two directions of a socket where descriptors are lent for sending, as `F` says: `sendmsg` makes copies of its own.
-pub(crate) fn lending<D, F: HasFd>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound<F>) {
+/// Two directions of a socket, for messages of several encoders out.
+pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
     let socket = Arc::new(socket);
     let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
     outbound.shut_down_on_drop(true);
@@ -251,7 +251,7 @@ pub struct Parts<D, E = D> {
     /// Bytes and descriptors accepted and not sent. What you append is sent as one more message, with the
     /// [grouping](Codec::grouping) that the encoder asks for when everything is put together again. If no call can carry it,
     /// the sending direction has failed then.
-    pub unsent: SendBuf<OwnedFd>,
+    pub unsent: SendBuf,
     /// How far each direction has come: what has ended stays so.
     receiving: Receiving,
     sending: Sending,
