@@ -4,12 +4,10 @@ mod driver;
 mod read;
 mod sender;
 mod shared;
-mod spare;
 mod write;
 
 use std::{
     fmt, io,
-    os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -20,13 +18,15 @@ use futures::{Sink, Stream};
 
 pub use driver::Driver;
 pub use read::ReadHalf;
-use read::Receiving;
 pub use sender::{SendPermit, Sender};
 pub(crate) use write::Outbound;
-use write::Sending;
 pub use write::{Permit, WriteHalf};
 
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, SendBuf, SendError, Socket, socket::HasFd};
+use crate::{
+    Codec, Decoder, Encoder, Error, FdQueue, Parts, SendBuf, SendError, Socket,
+    socket::HasFd,
+    transport::{Receiving, Sending},
+};
 
 /// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
 ///
@@ -74,16 +74,7 @@ impl<C: Clone> Framed<C> {
 impl<D, E> Framed<D, E> {
     /// Messages of one codec's protocol in, of another's out.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
-        Self::from_parts(Parts {
-            socket,
-            decoder,
-            encoder,
-            received: BytesMut::new(),
-            received_fds: FdQueue::new(),
-            unsent: SendBuf::new(),
-            receiving: Receiving::default(),
-            sending: Sending::default(),
-        })
+        Self::from_parts(Parts::new(socket, decoder, encoder))
     }
 
     /// Continues where [`into_parts`](Self::into_parts) stopped.
@@ -112,9 +103,7 @@ impl<D, E> Framed<D, E> {
     /// Continues with other codecs: what was received and not decoded is decoded by the new one, and what was accepted by the
     /// old one is sent as it is. For a handshake in another format.
     pub fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending } = self.into_parts();
-        let (decoder, encoder) = map(decoder, encoder);
-        Framed::from_parts(Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending })
+        Framed::from_parts(self.into_parts().map_codecs(map))
     }
 
     /// Splits into halves that can be moved to different tasks.
@@ -227,33 +216,12 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
 pub(crate) fn lending<D, F: HasFd>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound<F>) {
     let socket = Arc::new(socket);
     let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Sending::default());
-    outbound.shut_down_on_drop(true);
+    outbound.side.shut_down_on_drop(true);
     (ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default()), outbound)
 }
 
 // Nothing in it is pinned: codecs are only ever used through `&mut`.
 impl<D, E> Unpin for Framed<D, E> {}
-
-/// What a [`Framed`] consists of, from [`Framed::into_parts`].
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Parts<D, E = D> {
-    /// The socket.
-    pub socket: Socket,
-    /// Decodes what arrives.
-    pub decoder: D,
-    /// Encodes what is sent.
-    pub encoder: E,
-    /// Bytes received and not decoded.
-    pub received: BytesMut,
-    /// Descriptors received that no message has claimed.
-    pub received_fds: FdQueue<OwnedFd>,
-    /// Bytes and descriptors accepted and not sent. What you append is sent as one more message.
-    pub unsent: SendBuf<OwnedFd>,
-    /// How far each direction has come: what has ended stays so.
-    receiving: Receiving,
-    sending: Sending,
-}
 
 /// The halves are not of the same socket. Brings them back.
 pub struct ReuniteError<D, E = D> {
