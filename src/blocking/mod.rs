@@ -52,7 +52,7 @@ pub use read::ReadHalf;
 pub use socket::Socket;
 pub use write::WriteHalf;
 
-use crate::{Decoder, Encoder, Error, Parts, SendError};
+use crate::{Codec, Decoder, Encoder, Error, Parts, SendError};
 
 /// Messages with descriptors over one socket: an [`Iterator`] of those that arrive, which waits for the next one, and
 /// [`send`](Self::send).
@@ -83,15 +83,15 @@ pub struct Framed<D, E = D> {
     write: WriteHalf<E>,
 }
 
-impl<C: Clone> Framed<C> {
+impl<C: Codec + Clone> Framed<C> {
     /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
-impl<D, E> Framed<D, E> {
-    /// Messages of one codec's protocol in, of another's out.
+impl<D, E: Codec> Framed<D, E> {
+    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction that is not used.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
         Self::from_parts(Parts::new(socket, decoder, encoder))
     }
@@ -116,7 +116,7 @@ impl<D, E> Framed<D, E> {
     }
 
     /// Continues with other codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs) does, without timeouts.
-    pub fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
+    pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
         Framed::from_parts(self.into_parts().map_codecs(map))
     }
 

@@ -7,7 +7,7 @@ use super::{
     wait::{self, Deadline},
 };
 use crate::{
-    Encoder, Error, SendBuf, SendError,
+    Codec, Encoder, Error, SendBuf, SendError,
     socket::{Attempt, Backoff},
     transport::{SendSide, Sending},
 };
@@ -30,11 +30,6 @@ pub struct WriteHalf<E> {
 }
 
 impl<E> WriteHalf<E> {
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
-        let side = SendSide::new(socket.endpoint(), unsent, state);
-        Self { encoder, outbound: Outbound { socket, side, timeout: None } }
-    }
-
     /// Sets the time for which one call waits until the peer takes something, which is then [`Error::TimedOut`]. What
     /// was accepted and not sent stays in the queue, so the next call can go on with it. `None`, the default, is without end;
     /// zero sends what the socket takes and does not wait.
@@ -127,6 +122,14 @@ impl<E> WriteHalf<E> {
             Err(Error::TimedOut) => Err(Error::TimedOut),
             flushed => self.outbound.side.close(self.outbound.socket.endpoint(), flushed),
         }
+    }
+}
+
+impl<E: Codec> WriteHalf<E> {
+    /// What a user has put into `unsent` becomes a message of this encoder.
+    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
+        let side = SendSide::new(socket.endpoint(), unsent, encoder.grouping(), state);
+        Self { encoder, outbound: Outbound { socket, side, timeout: None } }
     }
 }
 

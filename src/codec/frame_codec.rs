@@ -1,6 +1,6 @@
 use bytes::{Buf, BytesMut};
 
-use super::{Codec, Decoder, Encoder, FdQueue, SendBuf, send_buf::SHARE_FROM};
+use super::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf, send_buf::SHARE_FROM};
 use crate::{Error, Frame, Limits, SendError, limits::SCM_MAX_FD};
 
 /// The wire format of this crate, version 1: a header of 8 bytes, then the payload.
@@ -49,6 +49,11 @@ impl FrameCodec {
 impl Codec for FrameCodec {
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    /// The receiver counts descriptors.
+    fn grouping(&self) -> Grouping {
+        Grouping::Free
     }
 }
 
@@ -105,7 +110,7 @@ impl FrameCodec {
         };
         dst.put_slice(&encoded);
         dst.announce_length();
-        dst.put_bytes(frame.payload);
+        dst.put_shared(frame.payload);
         if !frame.fds.is_empty() {
             dst.put_fds(frame.fds);
         }

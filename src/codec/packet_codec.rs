@@ -54,6 +54,7 @@ impl Codec for PacketCodec {
         self.limits
     }
 
+    /// A packet is a message. On a stream the bytes and descriptors of a message stay in one call.
     fn grouping(&self) -> Grouping {
         Grouping::Alone
     }
@@ -109,7 +110,7 @@ impl<F> Encoder<Frame<F>, F> for PacketCodec {
             let (fds, limit) = (frame.fds.len(), self.limits.max_fds_per_frame);
             return Err(SendError::refused(frame, Error::TooManyFds { fds, limit }));
         }
-        dst.put_bytes(frame.payload);
+        dst.put_shared(frame.payload);
         dst.put_fds(frame.fds);
         Ok(())
     }

@@ -1,7 +1,7 @@
 use bytes::BytesMut;
 use tokio_util::codec;
 
-use super::{Codec, Decoder, Encoder, FdQueue, FrameCodec, SendBuf};
+use super::{Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, SendBuf};
 use crate::{Error, Fds, Frame, Limits, SendError};
 
 /// Our frames, with the payload coded by a codec of `tokio_util`: typed messages with descriptors beside them.
@@ -58,6 +58,10 @@ pub enum PayloadError<E> {
 impl<C> Codec for Payload<C> {
     fn limits(&self) -> Limits {
         self.frames.limits()
+    }
+
+    fn grouping(&self) -> Grouping {
+        self.frames.grouping()
     }
 }
 

@@ -59,6 +59,37 @@ fn codecs_choose_how_messages_share_calls() {
 }
 
 #[test]
+fn a_codec_that_does_not_ask_is_safe_for_any_receiver_of_a_stream() {
+    struct Silent;
+    impl Codec for Silent {}
+    assert_eq!(Silent.grouping(), Grouping::FdsFirst);
+    assert_eq!(FrameCodec::default().grouping(), Grouping::Free);
+    assert_eq!(Payload::new(FrameCodec::default(), ()).grouping(), Grouping::Free);
+    assert_eq!(PacketCodec::default().grouping(), Grouping::Alone);
+}
+
+/// A change of codec: messages of both groupings wait.
+#[test]
+fn messages_without_descriptors_share_calls_with_those_of_another_grouping() {
+    let mut buf = SendBuf::new();
+    for grouping in [Grouping::FdsFirst, Grouping::Free, Grouping::FdsFirst] {
+        for fds in [0, 0, 1] {
+            buf.put_slice(b"text");
+            buf.put_fds(0..fds);
+            buf.commit(grouping).unwrap();
+        }
+    }
+    let mut calls = Vec::new();
+    while !buf.is_empty() {
+        let plan = buf.plan(Carrier::Stream);
+        calls.push((plan.bytes, plan.fds));
+        drop(buf.sent(plan, plan.bytes));
+    }
+    // No descriptor comes with an earlier message that was encoded for a receiver which can't have that.
+    assert_eq!(calls, [(8, 0), (12, 1), (12, 1), (4, 1)]);
+}
+
+#[test]
 fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
     let mut buf = SendBuf::new();
     buf.set_max_packet_bytes(Some(196_608));
@@ -135,7 +166,7 @@ fn a_message_in_any_number_of_pieces_goes_in_one_call() {
         let mut buf = SendBuf::<u32>::new();
         (0..1100).for_each(|_| {
             buf.put_slice(b"-");
-            buf.put_bytes(vec![0; 2048].into());
+            buf.put_shared(vec![0; 2048].into());
         });
         buf.commit(grouping).unwrap();
         let plan = buf.plan(Carrier::Stream);
@@ -168,7 +199,7 @@ fn an_encoder_that_fails_leaves_nothing_behind() {
     buf.commit(Grouping::Free).unwrap();
 
     buf.put_slice(b"part");
-    buf.put_bytes(vec![0; 10_000].into());
+    buf.put_shared(vec![0; 10_000].into());
     buf.put_slice(b"more");
     buf.put_fds([2, 3]);
     assert_eq!(buf.roll_back(), [2, 3]);

@@ -23,7 +23,7 @@ pub(crate) use write::Outbound;
 pub use write::{Permit, WriteHalf};
 
 use crate::{
-    Codec, Decoder, Encoder, Error, FdQueue, Parts, SendBuf, SendError, Socket,
+    Codec, Decoder, Encoder, Error, FdQueue, Grouping, Parts, SendBuf, SendError, Socket,
     socket::HasFd,
     transport::{Receiving, Sending},
 };
@@ -64,15 +64,15 @@ pub struct Framed<D, E = D> {
     write: WriteHalf<E>,
 }
 
-impl<C: Clone> Framed<C> {
+impl<C: Codec + Clone> Framed<C> {
     /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
-impl<D, E> Framed<D, E> {
-    /// Messages of one codec's protocol in, of another's out.
+impl<D, E: Codec> Framed<D, E> {
+    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction that is not used.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
         Self::from_parts(Parts::new(socket, decoder, encoder))
     }
@@ -102,7 +102,7 @@ impl<D, E> Framed<D, E> {
 
     /// Continues with other codecs: what was received and not decoded is decoded by the new one, and what was accepted by the
     /// old one is sent as it is. For a handshake in another format.
-    pub fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
+    pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
         Framed::from_parts(self.into_parts().map_codecs(map))
     }
 
@@ -215,7 +215,7 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
 /// Two directions of a socket where descriptors are lent for sending, as `F` says: `sendmsg` makes copies of its own.
 pub(crate) fn lending<D, F: HasFd>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound<F>) {
     let socket = Arc::new(socket);
-    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Sending::default());
+    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
     outbound.side.shut_down_on_drop(true);
     (ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default()), outbound)
 }

@@ -10,7 +10,7 @@ use futures::Sink;
 
 use super::{Driver, Sender, shared::Shared};
 use crate::{
-    Codec, Encoder, Error, SendBuf, SendError, Socket,
+    Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket,
     limits::Limits,
     socket::{HasFd, SendWait},
     sys,
@@ -39,10 +39,6 @@ pub struct WriteHalf<E> {
 }
 
 impl<E> WriteHalf<E> {
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
-        Self { encoder, outbound: Outbound::new(socket, unsent, state) }
-    }
-
     /// The socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
         &self.outbound.socket
@@ -104,6 +100,12 @@ impl<E> WriteHalf<E> {
 }
 
 impl<E: Codec> WriteHalf<E> {
+    /// What a user has put into `unsent` becomes a message of this encoder.
+    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
+        let outbound = Outbound::new(socket, unsent, encoder.grouping(), state);
+        Self { encoder, outbound }
+    }
+
     /// Waits for room for one message. [`Permit::send`] then takes it at once, so a cancelled task still has its item.
     ///
     /// ```
@@ -191,8 +193,9 @@ pub(crate) struct Outbound<F: HasFd = OwnedFd> {
 }
 
 impl<F: HasFd> Outbound<F> {
-    pub(super) fn new(socket: Arc<Socket>, unsent: SendBuf<F>, state: Sending) -> Self {
-        let side = SendSide::new(socket.endpoint(), unsent, state);
+    /// What is open in `unsent` is finished as one message.
+    pub(super) fn new(socket: Arc<Socket>, unsent: SendBuf<F>, grouping: Grouping, state: Sending) -> Self {
+        let side = SendSide::new(socket.endpoint(), unsent, grouping, state);
         Self { socket, side, wait: SendWait::default() }
     }
 

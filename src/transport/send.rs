@@ -66,11 +66,11 @@ fn repeat(error: &io::Error) -> io::Error {
 }
 
 impl<F: HasFd> SendSide<F> {
-    pub(crate) fn new(socket: Endpoint<'_>, mut unsent: SendBuf<F>, state: Sending) -> Self {
+    /// What is open in `unsent` is finished as one message.
+    pub(crate) fn new(socket: Endpoint<'_>, mut unsent: SendBuf<F>, grouping: Grouping, state: Sending) -> Self {
         let (largest, max_packet_bytes) = largest_call(socket);
         unsent.set_max_packet_bytes(max_packet_bytes);
-        // What a user has put there is a message.
-        let state = match unsent.commit(Grouping::Free) {
+        let state = match unsent.commit(grouping) {
             Ok(()) => state,
             Err(error) => Sending::Failed(error.into()),
         };
@@ -263,7 +263,7 @@ mod tests {
     async fn a_packet_that_there_is_no_memory_for_is_sent_in_smaller_ones_or_later() {
         for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
             let (a, b) = Socket::pair(kind).unwrap();
-            let mut side = SendSide::new(a.endpoint(), SendBuf::new(), Sending::default());
+            let mut side = SendSide::new(a.endpoint(), SendBuf::new(), Grouping::Free, Sending::default());
             side.accept(&mut FrameCodec::default(), Frame::new(vec![7; 60_000])).unwrap();
             let mut sizes = Vec::new();
             loop {

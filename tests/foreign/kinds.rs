@@ -82,7 +82,7 @@ impl Encoder<(u32, Frame)> for VhostCodec {
         for field in [kind, Self::VERSION, payload.len() as u32] {
             dst.put_slice(&field.to_ne_bytes());
         }
-        dst.put_bytes(payload);
+        dst.put_shared(payload);
         dst.put_fds(fds);
         Ok(())
     }

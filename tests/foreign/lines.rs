@@ -51,7 +51,7 @@ impl Encoder<(&str, Option<OwnedFd>)> for LineFdCodec {
         let mut bytes = BytesMut::new();
         let suffix = if fd.is_some() { " fd" } else { "" };
         codec::Encoder::encode(&mut self.0, [line, suffix].concat(), &mut bytes).map_err(LineError::from)?;
-        dst.put_bytes(bytes.freeze());
+        dst.put_shared(bytes.freeze());
         dst.put_fds(fd);
         Ok(())
     }
@@ -135,7 +135,7 @@ impl Encoder<Part> for ZeroByteCodec {
     fn encode(&mut self, part: Part, dst: &mut SendBuf) -> Result<(), SendError<Part>> {
         match part {
             Part::Line(line) => {
-                dst.put_bytes(line);
+                dst.put_shared(line);
                 dst.put_slice(b"\n");
             }
             Part::Fd(fd) => {
@@ -208,7 +208,7 @@ impl Encoder<Frame> for RecordCodec {
     type Error = Error;
 
     fn encode(&mut self, frame: Frame, dst: &mut SendBuf) -> Result<(), SendError<Frame>> {
-        dst.put_bytes(frame.payload);
+        dst.put_shared(frame.payload);
         dst.put_slice(b"\n\n");
         dst.put_fds(frame.fds);
         Ok(())
