@@ -8,10 +8,12 @@ mod cancellation;
 mod delivery;
 mod encoders;
 mod ends;
+mod errors;
 mod extremes;
 mod faults;
 mod limits;
 mod sender;
 mod sender_ends;
+mod side;
 
 use common::{counted, counted_in, open_fds};
