@@ -15,7 +15,7 @@
 mod image;
 mod measure;
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::{error::Error, fs, io, io::Write, sync::atomic::Ordering::Relaxed};
 
@@ -119,7 +119,7 @@ impl Peer {
 
 /// Is given the image and draws in it. Believes nothing: neither the payload nor what kind of descriptors came.
 async fn child() -> Result<()> {
-    let mut parent = framed(Socket::try_from(io::stdin().as_fd().try_clone_to_owned()?)?)?;
+    let mut parent = framed(Socket::from_stdin()?)?;
     let Frame { payload, fds } = parent.try_next().await?.ok_or(GONE)?;
     let layout = Layout::from_payload(&payload)?;
     let [memfd, doorbell] = fds.into_array().map_err(|fds| format!("two descriptors are due, not {}", fds.len()))?;

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     SocketKind, UidLimits,
     closer::BackgroundFd,
-    socket::{ListenerState, local_addr},
+    socket::{ListenerState, local_addr, take_numbered},
 };
 
 /// Listens for connections at a path or an abstract name, for a program without a runtime.
@@ -72,6 +72,15 @@ impl Listener {
     /// As for [`bind`](Self::bind).
     pub fn bind_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
         ListenerState::bind_addr(addr, kind).map(Self::new)
+    }
+
+    /// Takes a listening socket that this process has inherited, by its number, as
+    /// [`fdwire::Listener::from_inherited`](crate::Listener::from_inherited) does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_inherited(number: i32) -> Result<Self> {
+        take_numbered(number)
     }
 
     fn new((fd, state): (BackgroundFd, ListenerState)) -> Self {

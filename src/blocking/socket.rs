@@ -16,7 +16,7 @@ use nix::{
 use crate::{
     PeerCred, SocketKind,
     closer::BackgroundFd,
-    socket::{Endpoint, SocketState, connected, stdin, unix_addr},
+    socket::{Endpoint, SocketState, connected, take_numbered, take_stdin, unix_addr},
 };
 
 /// A connected Unix socket of either kind, for a program without a runtime.
@@ -49,13 +49,22 @@ impl Socket {
         Ok((Self::unused(a, kind), Self::unused(b, kind)))
     }
 
-    /// Takes the socket that this process got as standard input, as
+    /// Takes the socket that this process got as standard input, and leaves `/dev/null` there, as
     /// [`fdwire::Socket::from_stdin`](crate::Socket::from_stdin) does.
     ///
     /// # Errors
-    /// `InvalidInput` if standard input is not a connected Unix socket of either kind.
+    /// As there.
     pub fn from_stdin() -> Result<Self> {
-        stdin().map(Self::new)
+        take_stdin()
+    }
+
+    /// Takes a connected socket that this process has inherited, by its number, as
+    /// [`fdwire::Socket::from_inherited`](crate::Socket::from_inherited) does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_inherited(number: i32) -> Result<Self> {
+        take_numbered(number)
     }
 
     /// Connects to the listener at a path. Waits while the listener's backlog is full.
@@ -96,6 +105,17 @@ impl Socket {
 
     pub(super) fn endpoint(&self) -> Endpoint<'_> {
         Endpoint::new(self.fd.as_fd(), &self.state)
+    }
+
+    /// Returns another handle to the same socket, by another descriptor, as
+    /// [`fdwire::Socket::try_clone`](crate::Socket::try_clone) does. With it, another thread can end a wait by
+    /// [`shutdown`](Self::shutdown).
+    ///
+    /// # Errors
+    /// `EMFILE` and `ENFILE`.
+    pub fn try_clone(&self) -> Result<Self> {
+        let state = self.state.for_copy();
+        Ok(Self::new((state.guard(self.fd.as_fd().try_clone_to_owned()?), state)))
     }
 
     /// Returns the kind of the socket.

@@ -51,15 +51,6 @@ pub(crate) fn connected(fd: OwnedFd) -> Result<(BackgroundFd, SocketState)> {
     Ok((state.guard(fd), state))
 }
 
-/// Takes the socket that this process got as standard input.
-///
-/// # Errors
-/// `InvalidInput` if standard input is not a connected Unix socket of either kind.
-pub(crate) fn stdin() -> Result<(BackgroundFd, SocketState)> {
-    let copy = std::io::stdin().as_fd().try_clone_to_owned();
-    copy.and_then(connected).map_err(|error| Error::new(error.kind(), format!("standard input: {error}")))
-}
-
 /// Returns a descriptor that passes a check, with its kind. Another one is closed in the background:
 /// a peer that sent it may have made its `close` slow.
 pub(super) fn checked(

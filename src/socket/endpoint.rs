@@ -44,6 +44,16 @@ impl SocketState {
         Self { kind, account, uid_share, reset: AtomicBool::new(false) }
     }
 
+    /// Returns the state of a copy of the socket, which this process has made.
+    pub(crate) fn for_copy(&self) -> Self {
+        Self {
+            kind: self.kind,
+            account: Arc::clone(&self.account),
+            uid_share: self.uid_share.as_ref().map(UidShare::for_copy),
+            reset: AtomicBool::new(self.reset.load(Ordering::Relaxed)),
+        }
+    }
+
     /// Returns the socket's descriptor, or a copy of it, as one that is closed in the background.
     pub(crate) fn guard(&self, fd: OwnedFd) -> BackgroundFd {
         BackgroundFd::new(fd, InBackground::counted(Arc::clone(&self.account)))

@@ -3,6 +3,7 @@
 mod admission;
 mod convert;
 mod endpoint;
+mod inherited;
 mod io;
 mod listener;
 mod listener_state;
@@ -30,8 +31,9 @@ use tokio::{
     runtime::Handle,
 };
 
-pub(crate) use convert::{connected, stdin};
+pub(crate) use convert::connected;
 pub(crate) use endpoint::{Attempt, Endpoint, SocketState};
+pub(crate) use inherited::{take_numbered, take_stdin};
 pub(crate) use io::{HasFd, SendWait};
 pub use listener::Listener;
 pub(crate) use listener_state::{ListenerState, local_addr};
@@ -121,19 +123,6 @@ impl Socket {
         Ok((Self::register(a, kind)?, Self::register(b, kind)?))
     }
 
-    /// The socket that this process got as standard input: how a parent gives one to a child, by
-    /// `Command::stdin(OwnedFd::from(socket))`, with nothing to inherit by accident.
-    ///
-    /// It is a copy. Descriptor 0 stays open beside it until the process ends, so dropping the copy does not end the
-    /// connection; closing or dropping a [`WriteHalf`](crate::WriteHalf) does end that direction.
-    ///
-    /// # Errors
-    /// `InvalidInput` if standard input is not a connected Unix socket of either kind.
-    pub fn from_stdin() -> Result<Self> {
-        let (fd, state) = stdin()?;
-        Self::register_with(fd, state)
-    }
-
     /// Connects to the listener at a path. Waits while the listener's backlog is full. No event
     /// announces room there, so it tries again and again, by the runtime's timer.
     ///
@@ -199,6 +188,37 @@ impl Socket {
     /// Takes the socket off its event loop.
     pub(crate) fn into_unregistered(self) -> (BackgroundFd, SocketState) {
         (self.io.into_inner(), self.state)
+    }
+
+    /// Returns another handle to the same socket, by another descriptor (close-on-exec), registered with the current
+    /// runtime.
+    ///
+    /// The handles share everything that the kernel keeps: options, the send buffer and the receive queue. So two readers
+    /// take each other's messages, two writers mix theirs on a stream, and [`shutdown`](Self::shutdown) ends all handles.
+    /// The connection ends by itself when the last handle is dropped. That the peer has closed without reading everything
+    /// ([`Error::Reset`](crate::Error::Reset)) is reported to one of them.
+    ///
+    /// Descriptors that nobody takes count for both together while they wait to be closed. At a listener that limits what
+    /// [one uid](UidLimits) may have, the handle counts as one more connection, but is never refused.
+    ///
+    /// # Errors
+    /// `EMFILE` and `ENFILE`, and those of registering the descriptor with tokio.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
+    /// use futures::SinkExt;
+    ///
+    /// let (socket, _peer) = Socket::pair(SocketKind::SeqPacket)?;
+    /// let kept = socket.try_clone()?; // to end the connection from elsewhere
+    /// let mut framed = Framed::new(socket, FrameCodec::default());
+    /// kept.shutdown(std::net::Shutdown::Both)?;
+    /// assert!(framed.send(Frame::new("too late")).await.is_err());
+    /// # Ok(()) }
+    /// ```
+    pub fn try_clone(&self) -> Result<Self> {
+        let state = self.state.for_copy();
+        Self::register_with(state.guard(self.as_fd().try_clone_to_owned()?), state)
     }
 
     /// Saves its thread the wakeup for each packet that the peer consumes. That takes less CPU, and a peer that answers at once is

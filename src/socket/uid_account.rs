@@ -130,8 +130,7 @@ impl UidAccounts {
         if account.closing.closing() > self.limits.max_fds {
             return Err(OverLimit::Closing);
         }
-        account.connections.fetch_add(1, Ordering::Relaxed);
-        Ok(UidShare { account: Arc::clone(account), bytes: AtomicUsize::new(0), fds: AtomicUsize::new(0) })
+        Ok(UidShare::new(Arc::clone(account)))
     }
 }
 
@@ -164,6 +163,16 @@ pub(crate) struct UidShare {
 }
 
 impl UidShare {
+    fn new(account: Arc<UidAccount>) -> Self {
+        account.connections.fetch_add(1, Ordering::Relaxed);
+        Self { account, bytes: AtomicUsize::new(0), fds: AtomicUsize::new(0) }
+    }
+
+    /// Counts a copy of the connection, which this process has made, so it is not refused.
+    pub(super) fn for_copy(&self) -> Self {
+        Self::new(Arc::clone(&self.account))
+    }
+
     /// Returns an account for the descriptors of this connection that wait to be closed.
     pub(super) fn closing_account(&self) -> Account {
         Account::with_parent(Arc::clone(&self.account.closing))
@@ -244,6 +253,21 @@ mod tests {
         drop(b);
         let b = accounts.add_connection(1000).unwrap();
         b.hold(500, 251).unwrap();
+    }
+
+    #[test]
+    fn a_copy_of_a_connection_counts_and_holds_something_of_its_own() {
+        let accounts = UidAccounts::new(limits());
+        let _other = accounts.add_connection(1000).unwrap();
+        let connection = accounts.add_connection(1000).unwrap();
+        let copy = connection.for_copy();
+        connection.hold(600, 0).unwrap();
+        assert!(copy.hold(401, 0).is_err());
+        drop(connection);
+        copy.hold(1000, 0).unwrap();
+        assert_eq!(accounts.add_connection(1000).unwrap_err(), OverLimit::Connections);
+        drop(copy);
+        accounts.add_connection(1000).unwrap();
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 mod close;
 mod exit;
+mod inherited;
 mod kind;
 mod message;
 mod option;
@@ -10,6 +11,7 @@ mod readiness;
 
 pub(crate) use close::close_all;
 pub(crate) use exit::{ExitCloser, most_sockets_at_once};
+pub(crate) use inherited::take_inherited;
 pub(crate) use kind::{FileKind, file_kind, is_socket};
 pub(crate) use message::{Received, recvmsg, sendmsg};
 pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol};

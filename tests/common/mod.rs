@@ -191,6 +191,21 @@ pub(crate) fn role_socket(name: &str) -> Option<OwnedFd> {
     (std::env::var("FDWIRE_ROLE").ok()? == name).then(|| std::io::stdin().as_fd().try_clone_to_owned().unwrap())
 }
 
+/// The exit status of a process of a test that has done what it should. A process that finds no test by its name ends with 0.
+pub(crate) const PASSED: i32 = 42;
+
+/// Runs what a process of a test has to do, and ends the process.
+pub(crate) fn run_and_pass(role: impl Future<Output = ()>) {
+    run(role);
+    std::process::exit(PASSED)
+}
+
+/// Returns what a program that this process starts finds under its numbers, as `ls` prints it.
+pub(crate) fn descriptors_of_a_child() -> String {
+    let output = Command::new("ls").args(["-l", "/proc/self/fd"]).stdin(Stdio::inherit()).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
 /// A uid without rights, where the test can change to it.
 pub(crate) fn other_uid() -> Option<u32> {
     let root = nix::unistd::geteuid().is_root();

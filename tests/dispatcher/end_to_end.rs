@@ -37,7 +37,7 @@ use crate::{
 
 const ROLE: &str = "end_to_end::worker_process";
 
-fn command(log: &Path) -> Command {
+pub(crate) fn command(log: &Path) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_ROLE", ROLE).env("FDWIRE_LOG", log);
     command.stdout(Stdio::null()).kill_on_drop(true);
@@ -55,6 +55,10 @@ fn worker_process() {
             Some(path) => Incoming::connect(path).await.unwrap(),
             None => Incoming::from_stdin().unwrap(),
         };
+        if let Some(script) = std::env::var_os("FDWIRE_HELPER") {
+            // The application starts a program, which by default inherits standard input.
+            Command::new("sh").arg("-c").arg(script).spawn().unwrap();
+        }
         let handle = incoming.handle();
         let http = std::env::var_os("FDWIRE_HTTP").is_some();
         while let Some(batch) = incoming.next_batch(16).await {
@@ -95,7 +99,7 @@ async fn http_application(connection: Connection, handle: IncomingHandle) {
     let _ = http1::Builder::new().serve_connection(TokioIo::new(connection), service).await;
 }
 
-async fn started(dispatcher: &Dispatcher, workers: usize) {
+pub(crate) async fn started(dispatcher: &Dispatcher, workers: usize) {
     until("the workers are ready", || {
         let stats = dispatcher.stats();
         stats.workers.iter().filter(|worker| worker.state == WorkerState::Ready && worker.room > 0).count() == workers

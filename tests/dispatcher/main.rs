@@ -8,6 +8,7 @@ mod drain;
 mod end_to_end;
 mod faults;
 mod hand_over;
+mod helper;
 mod raw_worker;
 mod retire;
 mod stubborn;

@@ -10,11 +10,13 @@ mod dbus;
 mod kinds;
 mod lines;
 mod netcat;
+mod node;
 mod packets;
 mod payload;
 mod python;
 mod ssh;
 mod switch;
+mod systemd;
 mod wayland;
 
 use std::{

@@ -67,6 +67,9 @@ impl Incoming {
 
     /// Connections from the dispatcher that started this process, and gave it a socket as standard input.
     ///
+    /// Standard input becomes `/dev/null`, so that no program that the application starts can read offers from it. Call it
+    /// once, before the application starts any: see [`Socket::from_stdin`].
+    ///
     /// # Errors
     /// Those of [`Socket::from_stdin`].
     ///
