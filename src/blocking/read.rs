@@ -72,12 +72,11 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
         let Self { decoder, receiver } = self;
         let Receiver { timeout, .. } = *receiver;
         let deadline = Deadline::after(timeout);
-        let mut has_received = false;
+        let mut receives = 0;
         loop {
             let received = match receiver.side.next(decoder) {
                 Ok(Step::Item(item)) => return Some(Ok(item)),
-                // A peer that sends one byte after the other gets no more time than one that waits.
-                Ok(Step::Receive) if has_received && deadline.is_over() => Err(Error::TimedOut),
+                Ok(Step::Receive) if receives >= MOST_WHEN_OVER && deadline.is_over() => Err(Error::TimedOut),
                 Ok(Step::Receive) => receiver.receive(decoder, deadline),
                 Ok(Step::End) => {
                     let last = receiver.side.last_error(receiver.socket.endpoint());
@@ -89,7 +88,7 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
                 }
             };
             match received {
-                Ok(()) => has_received = true,
+                Ok(()) => receives += 1,
                 Err(Error::TimedOut) => return Some(Err(Error::TimedOut.into())),
                 Err(error) => {
                     receiver.side.fail(receiver.socket.endpoint());
@@ -99,6 +98,10 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
         }
     }
 }
+
+/// What is there when the time is over is still taken. But after this number of receives the call ends, or a peer that sends
+/// one byte after the other could make it last.
+const MOST_WHEN_OVER: u32 = 256;
 
 #[derive(Debug)]
 struct Receiver {

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod blocking;
 mod cancellation;
 mod delivery;
 mod encoders;
@@ -12,6 +13,7 @@ mod errors;
 mod extremes;
 mod faults;
 mod limits;
+mod model;
 mod sender;
 mod sender_ends;
 mod side;

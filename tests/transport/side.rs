@@ -115,20 +115,6 @@ impl<C: FrameLike> End<C> {
         }
     }
 
-    pub(crate) async fn unsent(&mut self) -> (usize, usize) {
-        match self {
-            Self::Async(framed) => framed.unsent(),
-            Self::Blocking(framed) => framed.call(|framed| framed.unsent()).await,
-        }
-    }
-
-    pub(crate) async fn set_pass_fds(&mut self, pass: bool) -> std::io::Result<()> {
-        match self {
-            Self::Async(framed) => framed.socket().set_pass_fds(pass),
-            Self::Blocking(framed) => framed.call(move |framed| framed.socket().set_pass_fds(pass)).await,
-        }
-    }
-
     /// Waits until the kernel has closed the other end.
     pub(crate) async fn wait_for_close_of_peer(&mut self) {
         match self {
