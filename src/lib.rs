@@ -148,6 +148,7 @@ mod framed;
 pub mod guide {}
 pub mod handoff;
 mod limits;
+mod send_fd;
 mod socket;
 mod sys;
 mod transport;
@@ -160,6 +161,7 @@ pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
 pub use framed::{Driver, Framed, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;
+pub use send_fd::SendFd;
 pub use socket::{Listener, PeerCred, Socket, SocketKind, UidLimits};
 pub use transport::Parts;
 

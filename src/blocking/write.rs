@@ -16,7 +16,7 @@ use crate::{
 ///
 /// Messages that were [fed](Self::feed) wait until they are flushed, or until as many wait as the
 /// [limits](crate::Codec::limits) allow; all that wait go out together. A descriptor is closed right after the `sendmsg` that
-/// carried it; a socket is closed [in the background](crate::close_in_background).
+/// carried it, in the way that [`SendFd`](crate::SendFd) describes.
 ///
 /// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each flush. What was
 /// accepted before and not sent is in [`into_parts`](super::Framed::into_parts). [`Error::TimedOut`] is no failure: the next

@@ -68,10 +68,7 @@ impl<F> Decoder<F> for FrameCodec {
         if src.len() < header.frame_bytes() {
             return Ok(None);
         }
-        let received = fds.count();
-        let Some(fds) = fds.take(header.fds) else {
-            return Err(Error::MissingFds { expected: header.fds, received });
-        };
+        let fds = fds.claim(header.fds)?;
         let mut payload = src.split_to(header.frame_bytes()).freeze();
         payload.advance(Header::LEN);
         Ok(Some(Frame { payload, fds }))
@@ -83,11 +80,11 @@ impl<F> Decoder<F> for FrameCodec {
     }
 }
 
-impl<F> Encoder<Frame<F>, F> for FrameCodec {
+impl<F, G: From<F>> Encoder<Frame<F>, G> for FrameCodec {
     type Error = Error;
 
     #[inline]
-    fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
+    fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<G>) -> Result<(), SendError<Frame<F>>> {
         let payload_bytes = frame.payload.len();
         let is_short = payload_bytes < SHARE_FROM && payload_bytes <= self.limits.max_payload_bytes;
         if !is_short || !frame.fds.is_empty() {
@@ -102,7 +99,7 @@ impl<F> Encoder<Frame<F>, F> for FrameCodec {
 impl FrameCodec {
     /// Encodes any frame.
     #[inline(never)] // so that `encode` is short
-    fn encode_long<F>(&self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
+    fn encode_long<F, G: From<F>>(&self, frame: Frame<F>, dst: &mut SendBuf<G>) -> Result<(), SendError<Frame<F>>> {
         let header = Header { fds: frame.fds.len(), payload_bytes: frame.payload.len() };
         let encoded = match self.check(header).and_then(|()| header.to_bytes()) {
             Ok(encoded) => encoded,

@@ -36,7 +36,7 @@ use plan::LARGEST_PACKET;
 pub(crate) use plan::{Carrier, Plan, largest_packet};
 pub use send_buf::SendBuf;
 
-use crate::{Error, Limits, SendError};
+use crate::{Error, Limits, SendError, send_fd::SendFd};
 
 /// What a codec says of its protocol, whichever direction it is used in. Every item has a default.
 pub trait Codec {
@@ -138,7 +138,7 @@ pub enum Grouping {
 ///         }
 ///         let letter = char::from(src.get_u8());
 ///         let fd = match letter {
-///             'F' => Some(fds.pop().ok_or(Error::MissingFds { expected: 1, received: 0 })?),
+///             'F' => Some(fds.claim_one()?),
 ///             _ => None,
 ///         };
 ///         Ok(Some((letter, fd)))
@@ -203,7 +203,10 @@ pub trait Decoder<F = OwnedFd>: Codec {
 }
 
 /// Writes messages as bytes and descriptors: `tokio_util`'s `Encoder` with descriptors.
-pub trait Encoder<Item, F = OwnedFd>: Codec {
+///
+/// `F` is the type of a descriptor on its way out, [`SendFd`] on a socket. Items may hold another one that becomes an `F`, such
+/// as the [`OwnedFd`] of a received message.
+pub trait Encoder<Item, F = SendFd>: Codec {
     /// Why an item cannot be sent.
     type Error: From<Error>;
 

@@ -145,7 +145,7 @@ impl Connection {
             outbound.append(later_buf);
         }
         let buf = if later { later_buf } else { outbound };
-        let mut whole = SendBuf::new();
+        let mut whole = SendBuf::<u32>::new();
         codec.encode(frame, &mut whole)?;
         let (bytes, fds) = whole.into_parts();
         let (first, rest) = bytes.split_at(bytes.len() - (parts - 1));

@@ -94,10 +94,10 @@ impl<F> Decoder<F> for PacketCodec {
     }
 }
 
-impl<F> Encoder<Frame<F>, F> for PacketCodec {
+impl<F, G: From<F>> Encoder<Frame<F>, G> for PacketCodec {
     type Error = Error;
 
-    fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
+    fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<G>) -> Result<(), SendError<Frame<F>>> {
         let bytes = frame.payload.len();
         let limit = self.limits.max_payload_bytes.min(dst.max_packet_bytes().unwrap_or(usize::MAX));
         if bytes == 0 {

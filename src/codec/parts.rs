@@ -178,9 +178,9 @@ fn a_later_part_whose_length_is_known_goes_in_large_packets() {
 
 #[test]
 fn parts_of_a_message_that_failed_are_not_those_of_the_next() {
-    let mut buf = SendBuf::new();
+    let mut buf = SendBuf::<i32>::new();
     buf.put_slice(b"one");
-    buf.put_fd(1_u32);
+    buf.put_fd(1);
     buf.end_part();
     buf.put_slice(b"two");
     buf.put_fd(2);

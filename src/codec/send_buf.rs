@@ -1,4 +1,4 @@
-use std::{collections::VecDeque, io::IoSlice, os::fd::OwnedFd};
+use std::{collections::VecDeque, io::IoSlice};
 
 use bytes::{Bytes, BytesMut};
 use smallvec::SmallVec;
@@ -7,7 +7,7 @@ use super::{
     Grouping, Plan,
     pieces::{IOV_MAX, Pieces},
 };
-use crate::{Error, limits::SCM_MAX_FD};
+use crate::{Error, limits::SCM_MAX_FD, send_fd::SendFd};
 
 /// Shared bytes from this length on go out from where they are; shorter ones are cheaper to copy than to point at.
 pub(super) const SHARE_FROM: usize = 2048;
@@ -20,7 +20,7 @@ const RUN_BELOW: usize = 32 << 10;
 /// An [`Encoder`](super::Encoder) appends to it. Each call of [`encode`](super::Encoder::encode) is one message, which may
 /// have several [parts](Self::end_part).
 #[derive(Debug)]
-pub struct SendBuf<F = OwnedFd> {
+pub struct SendBuf<F = SendFd> {
     /// Bytes that wait.
     bytes: Pieces,
     /// Descriptors that wait, in the order of the messages that they belong to.
@@ -119,10 +119,16 @@ impl<F> SendBuf<F> {
         }
     }
 
-    /// Appends a copy of `bytes`.
+    /// Appends a copy of `bytes`. With [`BufMut`](bytes::BufMut) in scope, numbers can be appended too.
     #[inline]
     pub fn put_slice(&mut self, bytes: &[u8]) {
         self.bytes.tail().extend_from_slice(bytes);
+    }
+
+    /// Where bytes are appended. Nothing may be taken out of it.
+    #[inline]
+    pub(crate) fn tail(&mut self) -> &mut Vec<u8> {
+        self.bytes.tail()
     }
 
     /// Appends copies of both, with one check for room. For short messages.
@@ -147,14 +153,14 @@ impl<F> SendBuf<F> {
 
     /// Attaches a descriptor to the message, or to the [part](Self::end_part) of it that is being written. Between which of its
     /// bytes this is done makes no difference: [`Grouping`] decides where it goes.
-    pub fn put_fd(&mut self, fd: F) {
+    pub fn put_fd(&mut self, fd: impl Into<F>) {
         self.put_fds([fd]);
     }
 
     /// Attaches descriptors to the message, or to the part of it, in their order.
-    pub fn put_fds(&mut self, fds: impl IntoIterator<Item = F>) {
+    pub fn put_fds(&mut self, fds: impl IntoIterator<Item = impl Into<F>>) {
         // One by one: usually there is one, for which `VecDeque::extend` takes longer.
-        fds.into_iter().for_each(|fd| self.fds.push_back(fd));
+        fds.into_iter().for_each(|fd| self.fds.push_back(fd.into()));
     }
 
     /// Ends a part of the message. Descriptors attached before belong to the bytes written before, those attached
@@ -258,7 +264,7 @@ impl<F> SendBuf<F> {
         (bytes, self.fds.into())
     }
 
-    /// Takes the waiting descriptors out, and drops the bytes.
+    /// Takes the waiting descriptors out, and drops the bytes. If they are dropped one by one, sockets are closed on the spot.
     pub fn into_fds(self) -> Vec<F> {
         self.fds.into()
     }

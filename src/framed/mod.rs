@@ -24,7 +24,6 @@ pub use write::{Permit, WriteHalf};
 
 use crate::{
     Codec, Decoder, Encoder, Error, FdQueue, Grouping, Parts, SendBuf, SendError, Socket,
-    socket::HasFd,
     transport::{Receiving, Sending},
 };
 
@@ -212,8 +211,8 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
     }
 }
 
-/// Two directions of a socket where descriptors are lent for sending, as `F` says: `sendmsg` makes copies of its own.
-pub(crate) fn lending<D, F: HasFd>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound<F>) {
+/// Two directions of a socket, for messages of several encoders out.
+pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
     let socket = Arc::new(socket);
     let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
     outbound.side.shut_down_on_drop(true);

@@ -17,7 +17,8 @@ use tokio::{
 
 use super::write::{Outbound, WriteHalf};
 use crate::{
-    Codec, Encoder, Error, SendBuf, SendError, close_in_background,
+    Codec, Encoder, Error, SendBuf, SendError,
+    closer::close_unsent,
     transport::{Sending, encode},
 };
 
@@ -166,7 +167,7 @@ impl<E> Shared<E> {
 
     /// The driver was dropped.
     pub(super) fn abandon(&self) {
-        close_in_background(self.end(Sending::Closed).1.into_fds());
+        close_unsent(self.end(Sending::Closed).1.into_fds());
     }
 }
 

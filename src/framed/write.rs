@@ -1,6 +1,6 @@
 use std::{
     future::poll_fn,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -12,7 +12,7 @@ use super::{Driver, Sender, shared::Shared};
 use crate::{
     Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket,
     limits::Limits,
-    socket::{HasFd, SendWait},
+    socket::SendWait,
     sys,
     transport::{SendSide, Sending},
 };
@@ -20,8 +20,8 @@ use crate::{
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
 ///
 /// Messages wait until they are flushed, or until as many wait as the [limits](Codec::limits) allow; all that wait go out
-/// together. A descriptor is closed right after the `sendmsg` that carried it; a socket is closed
-/// [in the background](crate::close_in_background), because a quick receiver may have made that `close` slow.
+/// together. A descriptor is closed right after the `sendmsg` that carried it, in the way that [`SendFd`](crate::SendFd)
+/// describes.
 ///
 /// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each flush. What was
 /// accepted before and not sent is in [`into_parts`](crate::Framed::into_parts).
@@ -186,15 +186,15 @@ impl<E> Unpin for WriteHalf<E> {}
 
 /// The sending direction, and the socket that it goes to.
 #[derive(Debug)]
-pub(crate) struct Outbound<F: HasFd = OwnedFd> {
+pub(crate) struct Outbound {
     socket: Arc<Socket>,
-    pub(super) side: SendSide<F>,
+    pub(super) side: SendSide,
     wait: SendWait,
 }
 
-impl<F: HasFd> Outbound<F> {
+impl Outbound {
     /// What is open in `unsent` is finished as one message.
-    pub(super) fn new(socket: Arc<Socket>, unsent: SendBuf<F>, grouping: Grouping, state: Sending) -> Self {
+    pub(super) fn new(socket: Arc<Socket>, unsent: SendBuf, grouping: Grouping, state: Sending) -> Self {
         let side = SendSide::new(socket.endpoint(), unsent, grouping, state);
         Self { socket, side, wait: SendWait::default() }
     }
@@ -212,11 +212,7 @@ impl<F: HasFd> Outbound<F> {
 
     /// Queues an item, however much waits.
     #[inline]
-    pub(crate) fn accept<E: Encoder<I, F>, I>(
-        &mut self,
-        encoder: &mut E,
-        item: I,
-    ) -> Result<(), SendError<I, E::Error>> {
+    pub(crate) fn accept<E: Encoder<I>, I>(&mut self, encoder: &mut E, item: I) -> Result<(), SendError<I, E::Error>> {
         self.side.accept(encoder, item)
     }
 
@@ -242,7 +238,7 @@ impl<F: HasFd> Outbound<F> {
     pub(super) fn poll_send_until(
         &mut self,
         cx: &mut Context<'_>,
-        enough: impl Fn(&SendBuf<F>) -> bool,
+        enough: impl Fn(&SendBuf) -> bool,
     ) -> Poll<Result<(), Error>> {
         if let Some(error) = self.side.failure() {
             return Poll::Ready(Err(error));
@@ -257,7 +253,7 @@ impl<F: HasFd> Outbound<F> {
     }
 }
 
-impl<F: HasFd> Drop for Outbound<F> {
+impl Drop for Outbound {
     fn drop(&mut self) {
         self.side.end(self.socket.endpoint());
     }

@@ -34,7 +34,7 @@ use tokio::{
 pub(crate) use convert::connected;
 pub(crate) use endpoint::{Attempt, Endpoint, SocketState};
 pub(crate) use inherited::{take_numbered, take_stdin};
-pub(crate) use io::{HasFd, SendWait};
+pub(crate) use io::SendWait;
 pub use listener::Listener;
 pub(crate) use listener_state::{ListenerState, local_addr};
 pub(crate) use path::unix_addr;

@@ -23,7 +23,7 @@ pub struct Parts<D, E = D, S = Socket> {
     /// Bytes and descriptors accepted and not sent. What you append is sent as one more message, with the
     /// [grouping](crate::Codec::grouping) that the encoder asks for when everything is put together again. If no call can
     /// carry it, the sending direction has failed then.
-    pub unsent: SendBuf<OwnedFd>,
+    pub unsent: SendBuf,
     /// How far each direction has come: what has ended stays so.
     pub(crate) receiving: Receiving,
     pub(crate) sending: Sending,

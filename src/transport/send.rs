@@ -1,21 +1,21 @@
-use std::{io, mem, net::Shutdown, os::fd::OwnedFd};
+use std::{io, mem, net::Shutdown, os::fd::AsFd};
 
 use nix::libc;
 
 use crate::{
-    Encoder, Error, Grouping, SendBuf, SendError, SocketKind, close_in_background,
-    closer::close_sent,
+    Encoder, Error, Grouping, SendBuf, SendError, SendFd, SocketKind,
+    closer::{close_sent, close_unsent},
     codec::{Carrier, Plan, largest_packet},
     limits::Limits,
-    socket::{Attempt, Endpoint, HasFd},
+    socket::{Attempt, Endpoint},
 };
 
 /// The sending direction of a connection: what waits to be sent, and how far sending has come.
 ///
 /// Its socket, which it does not hold, is the same in all calls.
 #[derive(Debug)]
-pub(crate) struct SendSide<F: HasFd = OwnedFd> {
-    pub(crate) buf: SendBuf<F>,
+pub(crate) struct SendSide {
+    pub(crate) buf: SendBuf,
     /// What one call carries at the moment, and what it carries when the kernel has memory enough.
     carrier: Carrier,
     largest: Carrier,
@@ -65,9 +65,9 @@ fn repeat(error: &io::Error) -> io::Error {
     }
 }
 
-impl<F: HasFd> SendSide<F> {
+impl SendSide {
     /// What is open in `unsent` is finished as one message.
-    pub(crate) fn new(socket: Endpoint<'_>, mut unsent: SendBuf<F>, grouping: Grouping, state: Sending) -> Self {
+    pub(crate) fn new(socket: Endpoint<'_>, mut unsent: SendBuf, grouping: Grouping, state: Sending) -> Self {
         let (largest, max_packet_bytes) = largest_call(socket);
         unsent.set_max_packet_bytes(max_packet_bytes);
         let state = match unsent.commit(grouping) {
@@ -93,11 +93,7 @@ impl<F: HasFd> SendSide<F> {
 
     /// Queues an item, however much waits.
     #[inline]
-    pub(crate) fn accept<E: Encoder<I, F>, I>(
-        &mut self,
-        encoder: &mut E,
-        item: I,
-    ) -> Result<(), SendError<I, E::Error>> {
+    pub(crate) fn accept<E: Encoder<I>, I>(&mut self, encoder: &mut E, item: I) -> Result<(), SendError<I, E::Error>> {
         if !self.state.is_open() {
             return Err(SendError::refused(item, self.refusal()));
         }
@@ -127,13 +123,13 @@ impl<F: HasFd> SendSide<F> {
     /// Those of sendmsg(2) that no further attempt can mend. Sending [has failed](Self::fail) then.
     pub(crate) fn attempt(&mut self, socket: Endpoint<'_>) -> io::Result<Attempt> {
         let plan = self.buf.plan(self.carrier);
-        let fds = self.buf.first_fds(plan.fds).map(F::as_fd);
+        let fds = self.buf.first_fds(plan.fds).map(SendFd::as_fd);
         let sent = socket.send(&self.buf.io_slices(plan.bytes), fds);
         match sent {
             Ok(sent) => {
                 let fds = self.buf.sent(plan, sent);
                 if plan.fds > 0 {
-                    close_sent(fds.filter_map(F::into_last));
+                    close_sent(fds);
                 }
                 self.carrier = self.carrier.larger(self.largest);
                 Ok(Attempt::Sent)
@@ -204,15 +200,15 @@ impl<F: HasFd> SendSide<F> {
     }
 
     /// Takes out what waits. The direction goes on elsewhere.
-    pub(crate) fn take(&mut self) -> (SendBuf<F>, Sending) {
+    pub(crate) fn take(&mut self) -> (SendBuf, Sending) {
         self.shut_down_on_drop = false;
         (mem::take(&mut self.buf), mem::take(&mut self.state))
     }
 }
 
-impl<F: HasFd> Drop for SendSide<F> {
+impl Drop for SendSide {
     fn drop(&mut self) {
-        close_in_background(mem::take(&mut self.buf).into_fds().into_iter().filter_map(F::into_last));
+        close_unsent(mem::take(&mut self.buf).into_fds());
     }
 }
 
@@ -229,10 +225,10 @@ fn largest_call(socket: Endpoint<'_>) -> (Carrier, Option<usize>) {
 
 /// Appends one message. If the encoder fails or panics, nothing of the message is left in `buf`.
 #[inline(always)] // what else its caller copies takes a tenth of the time of a small message
-pub(crate) fn encode<E: Encoder<I, F>, I, F: HasFd>(
+pub(crate) fn encode<E: Encoder<I>, I>(
     encoder: &mut E,
     item: I,
-    buf: &mut SendBuf<F>,
+    buf: &mut SendBuf,
 ) -> Result<(), SendError<I, E::Error>> {
     let open = OpenMessage(buf);
     encoder.encode(item, open.0)?;
@@ -242,12 +238,12 @@ pub(crate) fn encode<E: Encoder<I, F>, I, F: HasFd>(
 }
 
 /// A message that is being written. Takes out of the buffer on drop what was written of it.
-struct OpenMessage<'a, F: HasFd>(&'a mut SendBuf<F>);
+struct OpenMessage<'a>(&'a mut SendBuf);
 
-impl<F: HasFd> Drop for OpenMessage<'_, F> {
+impl Drop for OpenMessage<'_> {
     #[cold]
     fn drop(&mut self) {
-        close_in_background(self.0.roll_back().into_iter().filter_map(F::into_last));
+        close_unsent(self.0.roll_back());
     }
 }
 

@@ -106,7 +106,7 @@ impl Connection {
                 for frame in frames {
                     half.feed(frame).await.unwrap();
                 }
-                half.flush().await.unwrap();
+                half.as_mut().flush().await.unwrap();
             }
             Outgoing::Tasks(tasks) => {
                 for (task, frame) in tasks.iter().zip(frames) {

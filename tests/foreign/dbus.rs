@@ -121,8 +121,7 @@ impl Decoder for DbusCodec {
             };
             at = (at + 4 + length).next_multiple_of(8);
         }
-        let (expected, received) = (fd_count as usize, fds.len());
-        message.fds = fds.take(expected).ok_or(Error::MissingFds { expected, received })?;
+        message.fds = fds.claim(fd_count as usize)?;
         Ok(Some(message))
     }
 

@@ -14,6 +14,7 @@ mod extremes;
 mod faults;
 mod limits;
 mod model;
+mod send_fd;
 mod sender;
 mod sender_ends;
 mod side;

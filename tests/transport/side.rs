@@ -126,7 +126,7 @@ impl<C: FrameLike> End<C> {
     }
 
     /// What was accepted and not sent.
-    pub(crate) async fn into_unsent(self) -> (bytes::BytesMut, Vec<std::os::fd::OwnedFd>) {
+    pub(crate) async fn into_unsent(self) -> (bytes::BytesMut, Vec<fdwire::SendFd>) {
         match self {
             Self::Async(framed) => framed.into_parts().unsent.into_parts(),
             Self::Blocking(framed) => framed.end(|framed| framed.into_parts().unsent.into_parts()).await,
