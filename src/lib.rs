@@ -138,6 +138,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("fdwire works on Linux");
 
+pub mod blocking;
 mod closer;
 mod codec;
 mod error;
@@ -150,6 +151,7 @@ mod limits;
 mod send_fd;
 mod socket;
 mod sys;
+mod transport;
 
 pub use closer::close_in_background;
 pub use codec::{
@@ -158,10 +160,11 @@ pub use codec::{
 };
 pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
-pub use framed::{Driver, Framed, Parts, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
+pub use framed::{Driver, Framed, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;
 pub use send_fd::SendFd;
 pub use socket::{Listener, PeerCred, Socket, SocketKind, UidLimits};
+pub use transport::Parts;
 
 /// Compiles what README shows.
 #[cfg(doctest)]

@@ -4,12 +4,10 @@ mod driver;
 mod read;
 mod sender;
 mod shared;
-mod spare;
 mod write;
 
 use std::{
     fmt, io,
-    os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -20,13 +18,14 @@ use futures::{Sink, Stream};
 
 pub use driver::Driver;
 pub use read::ReadHalf;
-use read::Receiving;
 pub use sender::{SendPermit, Sender};
 pub(crate) use write::Outbound;
-use write::Sending;
 pub use write::{Permit, WriteHalf};
 
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, Grouping, SendBuf, SendError, Socket};
+use crate::{
+    Codec, Decoder, Encoder, Error, FdQueue, Grouping, Parts, SendBuf, SendError, Socket,
+    transport::{Receiving, Sending},
+};
 
 /// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
 ///
@@ -74,16 +73,7 @@ impl<C: Codec + Clone> Framed<C> {
 impl<D, E: Codec> Framed<D, E> {
     /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction that is not used.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
-        Self::from_parts(Parts {
-            socket,
-            decoder,
-            encoder,
-            received: BytesMut::new(),
-            received_fds: FdQueue::new(),
-            unsent: SendBuf::new(),
-            receiving: Receiving::default(),
-            sending: Sending::default(),
-        })
+        Self::from_parts(Parts::new(socket, decoder, encoder))
     }
 
     /// Continues where [`into_parts`](Self::into_parts) stopped.
@@ -112,9 +102,7 @@ impl<D, E> Framed<D, E> {
     /// Continues with other codecs: what was received and not decoded is decoded by the new one, and what was accepted by the
     /// old one is sent as it is. For a handshake in another format.
     pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending } = self.into_parts();
-        let (decoder, encoder) = map(decoder, encoder);
-        Framed::from_parts(Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending })
+        Framed::from_parts(self.into_parts().map_codecs(map))
     }
 
     /// Splits into halves that can be moved to different tasks.
@@ -227,35 +215,12 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
 pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
     let socket = Arc::new(socket);
     let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
-    outbound.shut_down_on_drop(true);
+    outbound.side.shut_down_on_drop(true);
     (ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default()), outbound)
 }
 
 // Nothing in it is pinned: codecs are only ever used through `&mut`.
 impl<D, E> Unpin for Framed<D, E> {}
-
-/// What a [`Framed`] consists of, from [`Framed::into_parts`].
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Parts<D, E = D> {
-    /// The socket.
-    pub socket: Socket,
-    /// Decodes what arrives.
-    pub decoder: D,
-    /// Encodes what is sent.
-    pub encoder: E,
-    /// Bytes received and not decoded.
-    pub received: BytesMut,
-    /// Descriptors received that no message has claimed.
-    pub received_fds: FdQueue<OwnedFd>,
-    /// Bytes and descriptors accepted and not sent. What you append is sent as one more message, with the
-    /// [grouping](Codec::grouping) that the encoder asks for when everything is put together again. If no call can carry it,
-    /// the sending direction has failed then.
-    pub unsent: SendBuf,
-    /// How far each direction has come: what has ended stays so.
-    receiving: Receiving,
-    sending: Sending,
-}
 
 /// The halves are not of the same socket. Brings them back.
 pub struct ReuniteError<D, E = D> {

@@ -2,9 +2,11 @@
 
 mod admission;
 mod convert;
+mod endpoint;
 mod inherited;
 mod io;
 mod listener;
+mod listener_state;
 mod path;
 mod uid_account;
 
@@ -16,35 +18,29 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
-    sys::socket::{self, AddressFamily, SockFlag, SockType, getsockopt, setsockopt, sockopt},
+    sys::socket::{self, AddressFamily, SockFlag, SockType, getsockopt, sockopt},
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
     runtime::Handle,
 };
 
-pub(crate) use io::{SendWait, TooLarge};
+pub(crate) use convert::connected;
+pub(crate) use endpoint::{Attempt, Endpoint, SocketState};
+pub(crate) use inherited::{take_numbered, take_stdin};
+pub(crate) use io::SendWait;
 pub use listener::Listener;
+pub(crate) use listener_state::{ListenerState, local_addr};
+pub(crate) use path::unix_addr;
 pub use uid_account::UidLimits;
-use uid_account::UidShare;
 
-pub(crate) use crate::sys::Received;
-
-use crate::{
-    closer::{self, Account, BackgroundFd, InBackground},
-    sys,
-};
+use crate::{closer::BackgroundFd, sys};
 
 /// The two kinds of socket.
 ///
@@ -60,7 +56,7 @@ pub enum SocketKind {
 }
 
 impl SocketKind {
-    fn sock_type(self) -> SockType {
+    pub(crate) fn sock_type(self) -> SockType {
         match self {
             Self::SeqPacket => SockType::SeqPacket,
             Self::Stream => SockType::Stream,
@@ -110,17 +106,11 @@ impl PeerCred {
 #[derive(Debug)]
 pub struct Socket {
     io: AsyncFd<BackgroundFd>,
-    kind: SocketKind,
-    /// What waits to be closed of what came over this socket.
-    account: Arc<Account>,
-    /// Of a connection that a listener has accepted.
-    uid_share: Option<UidShare>,
+    state: SocketState,
     /// Registered for reading only: see [`quiet`](Self::quiet).
     quiet: bool,
     /// Where it is registered, and where timers are made, wherever it is polled from.
     runtime: Handle,
-    /// Whether the kernel has said `ECONNRESET`.
-    reset: AtomicBool,
 }
 
 impl Socket {
@@ -181,23 +171,23 @@ impl Socket {
 
     /// Registers a connected socket. Nobody else knows the descriptor's number.
     fn register(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
-        Self::register_for_uid(fd, kind, None)
+        let state = SocketState::new(kind, None);
+        Self::register_with(state.guard(fd), state)
     }
 
-    /// The same for a connection that counts for its peer's uid.
-    fn register_for_uid(fd: OwnedFd, kind: SocketKind, uid_share: Option<UidShare>) -> Result<Self> {
-        closer::start();
-        let account = Arc::new(uid_share.as_ref().map(UidShare::closing_account).unwrap_or_default());
-        let fd = BackgroundFd::new(fd, InBackground::counted(Arc::clone(&account)));
+    /// The same for a socket that has a state already.
+    pub(crate) fn register_with(fd: BackgroundFd, state: SocketState) -> Result<Self> {
         Ok(Self {
             io: sys::register(fd, Interest::READABLE | Interest::PRIORITY | Interest::WRITABLE)?,
-            kind,
-            account,
-            uid_share,
+            state,
             quiet: false,
             runtime: Handle::current(),
-            reset: AtomicBool::new(false),
         })
+    }
+
+    /// Takes the socket off its event loop.
+    pub(crate) fn into_unregistered(self) -> (BackgroundFd, SocketState) {
+        (self.io.into_inner(), self.state)
     }
 
     /// Returns another handle to the same socket, by another descriptor (close-on-exec), registered with the current
@@ -227,16 +217,8 @@ impl Socket {
     /// # Ok(()) }
     /// ```
     pub fn try_clone(&self) -> Result<Self> {
-        let fd = self.guard(self.as_fd().try_clone_to_owned()?);
-        Ok(Self {
-            io: sys::register(fd, Interest::READABLE | Interest::PRIORITY | Interest::WRITABLE)?,
-            kind: self.kind,
-            account: Arc::clone(&self.account),
-            uid_share: self.uid_share.as_ref().map(UidShare::for_copy),
-            quiet: false,
-            runtime: Handle::current(),
-            reset: AtomicBool::new(self.reset.load(Ordering::Relaxed)),
-        })
+        let state = self.state.for_copy();
+        Self::register_with(state.guard(self.as_fd().try_clone_to_owned()?), state)
     }
 
     /// Saves its thread the wakeup for each packet that the peer consumes. That takes less CPU, and a peer that answers at once is
@@ -245,7 +227,7 @@ impl Socket {
         let registered = {
             let _context = self.runtime.enter();
             let copy = self.as_fd().try_clone_to_owned();
-            copy.and_then(|copy| sys::register(self.guard(copy), Interest::READABLE | Interest::PRIORITY))
+            copy.and_then(|copy| sys::register(self.state.guard(copy), Interest::READABLE | Interest::PRIORITY))
         };
         if let Ok(io) = registered {
             // This copy is not the last one, so its `close` is quick.
@@ -255,40 +237,15 @@ impl Socket {
         self
     }
 
-    /// A copy of the socket is closed as the socket itself is.
-    fn guard(&self, copy: OwnedFd) -> BackgroundFd {
-        BackgroundFd::new(copy, InBackground::counted(Arc::clone(&self.account)))
-    }
-
-    pub(crate) fn account(&self) -> &Arc<Account> {
-        &self.account
-    }
-
-    /// Waits while too many descriptors wait to be closed: more than `limit` of this connection, or
-    /// more than its uid may have.
-    pub(crate) fn poll_closed(&self, cx: &mut Context<'_>, limit: usize) -> Poll<()> {
-        ready!(self.account.poll_at_most(cx, limit));
-        match &self.uid_share {
-            Some(share) => share.poll_closed(cx),
-            None => Poll::Ready(()),
-        }
-    }
-
-    /// Reports what has arrived of messages that are not complete.
-    ///
-    /// # Errors
-    /// [`OverUidLimit`](crate::Error::OverUidLimit) if that is more than the peer's uid may have.
+    /// The socket for a system call that does not wait.
     #[inline]
-    pub(crate) fn hold(&self, bytes: usize, fds: usize) -> std::result::Result<(), crate::Error> {
-        match &self.uid_share {
-            Some(share) => share.hold(bytes, fds),
-            None => Ok(()),
-        }
+    pub(crate) fn endpoint(&self) -> Endpoint<'_> {
+        Endpoint::new(self.as_fd(), &self.state)
     }
 
     /// Which kind it is.
     pub fn kind(&self) -> SocketKind {
-        self.kind
+        self.state.kind()
     }
 
     /// Who is at the other end.
@@ -296,7 +253,7 @@ impl Socket {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn peer_cred(&self) -> Result<PeerCred> {
-        PeerCred::of(&self.io)
+        self.endpoint().peer_cred()
     }
 
     /// Returns a pidfd of the process that [`peer_cred`](Self::peer_cred) names. It becomes
@@ -310,7 +267,7 @@ impl Socket {
     /// `ENOPROTOOPT` before Linux 6.5. Before 6.16 also an error, such as `ESRCH`, if the process
     /// was reaped.
     pub fn peer_pidfd(&self) -> Result<OwnedFd> {
-        Ok(getsockopt(self, sockopt::PeerPidfd)?)
+        self.endpoint().peer_pidfd()
     }
 
     /// Size of the send buffer in bytes as the kernel counts it (`SO_SNDBUF`, socket(7)). A packet holds at most this
@@ -319,7 +276,7 @@ impl Socket {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn send_buffer_size(&self) -> Result<usize> {
-        Ok(getsockopt(self, sockopt::SndBuf)?)
+        self.endpoint().send_buffer_size()
     }
 
     /// Asks for a send buffer of `bytes` bytes. The kernel doubles the number for its own bookkeeping, and caps it at
@@ -331,7 +288,7 @@ impl Socket {
     /// # Errors
     /// Those of setsockopt(2).
     pub fn set_send_buffer_size(&self, bytes: usize) -> Result<()> {
-        Ok(setsockopt(self, sockopt::SndBuf, &bytes)?)
+        self.endpoint().set_send_buffer_size(bytes)
     }
 
     /// Chooses whether this socket takes descriptors from the peer (`SO_PASSRIGHTS`, Linux 6.16).
@@ -345,7 +302,7 @@ impl Socket {
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel.
     pub fn set_pass_fds(&self, pass: bool) -> Result<()> {
-        Ok(setsockopt(self, sys::PassRights, &pass)?)
+        self.endpoint().set_pass_fds(pass)
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
@@ -355,12 +312,7 @@ impl Socket {
     /// # Errors
     /// `NotConnected`.
     pub fn shutdown(&self, how: Shutdown) -> Result<()> {
-        let how = match how {
-            Shutdown::Read => socket::Shutdown::Read,
-            Shutdown::Write => socket::Shutdown::Write,
-            Shutdown::Both => socket::Shutdown::Both,
-        };
-        Ok(socket::shutdown(self.io.as_raw_fd(), how)?)
+        self.endpoint().shutdown(how)
     }
 }
 
