@@ -183,39 +183,3 @@ fn a_thread_that_waits_for_its_sockets_to_be_closed_goes_on_then() {
         receiver.join().unwrap();
     });
 }
-
-/// The close of a socket lasts as long as its peer likes, the call only as long as it may.
-#[test]
-fn a_call_that_waits_for_sockets_to_be_closed_has_its_time_limit() {
-    counted(async |kind| {
-        let (a, peer) = blocking::Socket::pair(kind).unwrap();
-        let peer = OwnedFd::from(peer);
-        let calls = std::thread::spawn(move || {
-            let mut rx = blocking::Framed::with_codecs(a, Refuse, FrameCodec::default());
-            rx.set_read_timeout(Some(Duration::ZERO));
-            let mut results = [0; 2];
-            // No time is left for the closer, so after three messages more descriptors wait than may.
-            while results[0] < 20 {
-                match rx.next().unwrap() {
-                    Ok(()) => results[0] += 1,
-                    Err(Error::TimedOut) => results[1] += 1,
-                    Err(error) => panic!("{error}"),
-                }
-            }
-            results
-        });
-        let sockets = Vec::from_iter((0..250).map(|_| raw::pair(kind).0));
-        for _ in 0..20 {
-            raw_send(&peer, b"x", &sockets);
-        }
-        drop(sockets);
-        soon("all messages", async {
-            while !calls.is_finished() {
-                tokio::task::yield_now().await
-            }
-        })
-        .await;
-        let [messages, timed_out] = calls.join().unwrap();
-        assert!(messages == 20 && timed_out > 0, "{messages} messages, {timed_out} calls timed out");
-    });
-}
