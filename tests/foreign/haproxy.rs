@@ -13,8 +13,9 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, BytesMut};
-use fdwire::SocketKind;
-use fdwire::{Codec, Decoder, DryRun, Encoder, Error, FdQueue, Framed, Listener, SendBuf, SendError, SendFd, Socket};
+use fdwire::{
+    Codec, Decoder, DryRun, Encoder, Error, FdQueue, Framed, Listener, SendBuf, SendError, SendFd, Socket, SocketKind,
+};
 use futures::{SinkExt, TryStreamExt};
 
 use crate::{
