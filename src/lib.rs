@@ -155,7 +155,8 @@ mod transport;
 
 pub use closer::close_in_background;
 pub use codec::{
-    Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
+    Codec, Decoder, DryRun, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
+    SendCall,
 };
 pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};

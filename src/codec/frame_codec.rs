@@ -68,7 +68,7 @@ impl<F> Decoder<F> for FrameCodec {
         if src.len() < header.frame_bytes() {
             return Ok(None);
         }
-        let fds = fds.claim(header.fds)?;
+        let Some(fds) = fds.take(header.fds) else { return Err(fds.missing(header.fds)) };
         let mut payload = src.split_to(header.frame_bytes()).freeze();
         payload.advance(Header::LEN);
         Ok(Some(Frame { payload, fds }))

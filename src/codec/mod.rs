@@ -6,6 +6,7 @@
 mod buffers;
 #[cfg(test)]
 mod copies;
+mod dry_run;
 mod fd_queue;
 mod frame_codec;
 mod inbound;
@@ -26,6 +27,7 @@ use std::os::fd::OwnedFd;
 
 use bytes::BytesMut;
 
+pub use dry_run::{DryRun, SendCall};
 pub use fd_queue::FdQueue;
 pub use frame_codec::FrameCodec;
 pub(crate) use inbound::{Inbound, Step, Unfinished};

@@ -1,13 +1,13 @@
-use std::{collections::VecDeque, io::IoSlice};
+use std::{collections::VecDeque, io::IoSlice, mem, num::NonZero};
 
 use bytes::{Bytes, BytesMut};
 use smallvec::SmallVec;
 
 use super::{
-    Grouping, Plan,
+    Encoder, Grouping, Plan,
     pieces::{IOV_MAX, Pieces},
 };
-use crate::{Error, limits::SCM_MAX_FD, send_fd::SendFd};
+use crate::{Error, SendError, limits::SCM_MAX_FD, send_fd::SendFd};
 
 /// Shared bytes from this length on go out from where they are; shorter ones are cheaper to copy than to point at.
 pub(super) const SHARE_FROM: usize = 2048;
@@ -40,11 +40,13 @@ pub struct SendBuf<F = SendFd> {
     finished_fds: usize,
     /// The grouping of all messages of the run. Never `Alone`.
     run_grouping: Grouping,
+    /// The same, as long as the three fields below are as at the beginning of a message. One look at it is enough then.
+    plain_run: Option<Grouping>,
     /// The parts of the open message that have ended.
     open_parts: Vec<OpenPart>,
-    /// Number of bytes of the open part up to which the receiver needs it to know its length. `None`:
-    /// never announced.
-    open_head: Option<usize>,
+    /// Number of bytes of the open part up to which the receiver needs it to know its length, plus one. `None`: never
+    /// announced.
+    open_head: Option<NonZero<usize>>,
     /// Most pieces of the open part, without the tail.
     open_pieces: usize,
     /// Descriptors already sent of messages whose first byte is not. At most `SCM_MAX_FD`.
@@ -58,7 +60,8 @@ pub struct SendBuf<F = SendFd> {
 struct OpenPart {
     end_bytes: usize,
     end_fds: usize,
-    head: Option<usize>,
+    /// As in [`SendBuf::open_head`].
+    head: Option<NonZero<usize>>,
 }
 
 /// A message that waits, or a part of one.
@@ -111,6 +114,7 @@ impl<F> SendBuf<F> {
             finished_bytes: 0,
             finished_fds: 0,
             run_grouping: Grouping::Free,
+            plain_run: Some(Grouping::Free),
             open_parts: Vec::new(),
             open_head: None,
             open_pieces: 0,
@@ -148,6 +152,7 @@ impl<F> SendBuf<F> {
             return self.put_slice(&bytes);
         }
         self.open_pieces += 2;
+        self.plain_run = None;
         self.bytes.push_shared(bytes);
     }
 
@@ -202,6 +207,7 @@ impl<F> SendBuf<F> {
         let (end_bytes, end_fds) = (self.len(), self.fds.len());
         if (end_bytes, end_fds) != (bytes, fds) {
             self.open_parts.push(OpenPart { end_bytes, end_fds, head: self.open_head });
+            self.plain_run = None;
         }
         (self.open_head, self.open_pieces) = (None, 0);
     }
@@ -222,7 +228,8 @@ impl<F> SendBuf<F> {
     /// declares that the parts before it tell its length.
     pub fn announce_length(&mut self) {
         let head = self.len() - self.part_start().0;
-        self.open_head = (head > 0 || !self.open_parts.is_empty()).then_some(head);
+        self.plain_run = None;
+        self.open_head = if head > 0 || !self.open_parts.is_empty() { NonZero::new(head + 1) } else { None };
     }
 
     #[cfg(test)]
@@ -269,27 +276,50 @@ impl<F> SendBuf<F> {
         self.fds.into()
     }
 
+    /// Appends one message. If the encoder fails or panics, nothing of the message is left here, and `discard` gets its
+    /// descriptors.
+    #[inline(always)]
+    pub(crate) fn encode_with<E: Encoder<I, F>, I>(
+        &mut self,
+        encoder: &mut E,
+        item: I,
+        discard: fn(Vec<F>),
+    ) -> Result<(), SendError<I, E::Error>> {
+        let open = OpenMessage { buf: self, discard };
+        encoder.encode(item, open.buf)?;
+        open.buf.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error)))?;
+        mem::forget(open);
+        Ok(())
+    }
+
     /// Ends the message that was being written. A message of nothing at all vanishes.
     ///
     /// # Errors
     /// When no send can carry it. The message is still open then, for [`roll_back`](Self::roll_back).
     #[inline]
     pub(crate) fn commit(&mut self, grouping: Grouping) -> Result<(), Error> {
-        let bytes = self.len();
-        let has_fds = self.fds.len() != self.finished_fds;
-        if bytes - self.message_bytes >= RUN_BELOW || has_fds || grouping != self.run_grouping {
-            return self.commit_apart(grouping);
+        if self.plain_run == Some(grouping) && self.run_takes_message() {
+            self.finished_bytes = self.len();
+            return Ok(());
         }
-        // Parts without descriptors may share a call, as messages do.
-        self.finished_bytes = bytes;
-        self.open_parts.clear();
-        (self.open_head, self.open_pieces) = (None, 0);
-        Ok(())
+        self.commit_any(grouping)
     }
 
-    /// The same for a message that the run cannot take.
+    /// Returns true if the open message may join the run, in case it has the same grouping.
+    #[inline]
+    fn run_takes_message(&self) -> bool {
+        self.len() - self.message_bytes < RUN_BELOW && self.fds.len() == self.finished_fds
+    }
+
+    /// The same for any message.
     #[inline(never)] // so that `commit` is short
-    fn commit_apart(&mut self, grouping: Grouping) -> Result<(), Error> {
+    fn commit_any(&mut self, grouping: Grouping) -> Result<(), Error> {
+        if grouping == self.run_grouping && self.run_takes_message() {
+            // Parts without descriptors may share a call, as messages do.
+            self.finished_bytes = self.len();
+            self.begin_message();
+            return Ok(());
+        }
         self.end_part();
         for index in 0..self.open_parts.len() {
             self.open_part(index, grouping).check(self.max_packet_bytes)?;
@@ -305,8 +335,14 @@ impl<F> SendBuf<F> {
             self.message_bytes = last.end_bytes;
             (self.finished_bytes, self.finished_fds) = (last.end_bytes, last.end_fds);
         }
-        self.open_parts.clear();
+        self.begin_message();
         Ok(())
+    }
+
+    fn begin_message(&mut self) {
+        self.open_parts.clear();
+        (self.open_head, self.open_pieces) = (None, 0);
+        self.plain_run = Some(self.run_grouping);
     }
 
     /// A part of the open message, which nothing has been finished of yet, as a message of its own.
@@ -320,7 +356,7 @@ impl<F> SendBuf<F> {
         Message {
             unsent_bytes: bytes,
             unsent_fds: end_fds - start_fds,
-            unsent_head: head.unwrap_or(bytes),
+            unsent_head: head.map_or(bytes, |head| head.get() - 1),
             grouping,
             ..Message::default()
         }
@@ -356,8 +392,7 @@ impl<F> SendBuf<F> {
 
     /// Takes out what was written since the last message ended, in all its parts. Returns its descriptors.
     pub(crate) fn roll_back(&mut self) -> Vec<F> {
-        self.open_parts.clear();
-        (self.open_head, self.open_pieces) = (None, 0);
+        self.begin_message();
         self.bytes.remove_last(self.len() - self.finished_bytes); // shared bytes are of one message
         self.fds.split_off(self.finished_fds).into()
     }
@@ -371,9 +406,9 @@ impl<F> SendBuf<F> {
         self.bytes.append(&mut later.bytes);
         self.fds.append(&mut later.fds);
         self.messages.append(&mut later.messages);
-        self.message_bytes += std::mem::take(&mut later.message_bytes);
-        self.finished_bytes += std::mem::take(&mut later.finished_bytes);
-        self.finished_fds += std::mem::take(&mut later.finished_fds);
+        self.message_bytes += mem::take(&mut later.message_bytes);
+        self.finished_bytes += mem::take(&mut later.finished_bytes);
+        self.finished_fds += mem::take(&mut later.finished_fds);
     }
 
     fn has_no_open_message(&self) -> bool {
@@ -442,6 +477,19 @@ impl<F> SendBuf<F> {
                 self.ahead += of_this;
             }
         }
+    }
+}
+
+/// A message that is being written. Takes out of the buffer on drop what was written of it.
+struct OpenMessage<'a, F> {
+    buf: &'a mut SendBuf<F>,
+    discard: fn(Vec<F>),
+}
+
+impl<F> Drop for OpenMessage<'_, F> {
+    #[cold]
+    fn drop(&mut self) {
+        (self.discard)(self.buf.roll_back());
     }
 }
 

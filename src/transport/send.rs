@@ -230,21 +230,7 @@ pub(crate) fn encode<E: Encoder<I>, I>(
     item: I,
     buf: &mut SendBuf,
 ) -> Result<(), SendError<I, E::Error>> {
-    let open = OpenMessage(buf);
-    encoder.encode(item, open.0)?;
-    open.0.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error)))?;
-    mem::forget(open);
-    Ok(())
-}
-
-/// A message that is being written. Takes out of the buffer on drop what was written of it.
-struct OpenMessage<'a>(&'a mut SendBuf);
-
-impl Drop for OpenMessage<'_> {
-    #[cold]
-    fn drop(&mut self) {
-        close_unsent(self.0.roll_back());
-    }
+    buf.encode_with(encoder, item, close_unsent)
 }
 
 #[cfg(test)]

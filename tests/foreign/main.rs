@@ -7,8 +7,10 @@
 mod common;
 
 mod dbus;
+mod haproxy;
 mod kinds;
 mod lines;
+mod mux;
 mod netcat;
 mod node;
 mod packets;
