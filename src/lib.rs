@@ -140,6 +140,7 @@ compile_error!("fdwire works on Linux");
 
 mod closer;
 mod codec;
+mod credentials;
 mod error;
 mod frame;
 mod framed;
@@ -154,11 +155,12 @@ pub use closer::close_in_background;
 pub use codec::{
     Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
 };
+pub use credentials::Credentials;
 pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
 pub use framed::{Driver, Framed, Parts, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;
-pub use socket::{Listener, PeerCred, Socket, SocketKind, UidLimits};
+pub use socket::{Datagram, DatagramSocket, Listener, PassCredentials, PeerCred, Socket, SocketKind, UidLimits};
 
 /// Compiles what README shows.
 #[cfg(doctest)]

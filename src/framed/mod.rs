@@ -3,6 +3,7 @@
 mod driver;
 mod read;
 mod sender;
+mod senders;
 mod shared;
 mod spare;
 mod write;
@@ -22,11 +23,12 @@ pub use driver::Driver;
 pub use read::ReadHalf;
 use read::Receiving;
 pub use sender::{SendPermit, Sender};
+use senders::Senders;
 pub(crate) use write::Outbound;
 use write::Sending;
 pub use write::{Permit, WriteHalf};
 
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, SendBuf, SendError, Socket, socket::HasFd};
+use crate::{Codec, Credentials, Decoder, Encoder, Error, FdQueue, SendBuf, SendError, Socket, socket::HasFd};
 
 /// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
 ///
@@ -82,16 +84,17 @@ impl<D, E> Framed<D, E> {
             received_fds: FdQueue::new(),
             unsent: SendBuf::new(),
             receiving: Receiving::default(),
+            senders: Senders::default(),
             sending: Sending::default(),
         })
     }
 
     /// Continues where [`into_parts`](Self::into_parts) stopped.
     pub fn from_parts(parts: Parts<D, E>) -> Self {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending } = parts;
+        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, senders, sending } = parts;
         let socket = Arc::new(socket);
         Self {
-            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving),
+            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving, senders),
             write: WriteHalf::new(socket, encoder, unsent, sending),
         }
     }
@@ -102,19 +105,30 @@ impl<D, E> Framed<D, E> {
     /// sent. No message and no descriptor is lost, except that after an error of the receiving direction nothing of it is
     /// left. Of a message that was sent in part, `unsent` has the rest.
     pub fn into_parts(self) -> Parts<D, E> {
-        let (shared, decoder, received, received_fds, receiving) = self.read.into_parts();
+        let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
         let (socket, encoder, unsent, sending) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending }
+        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, senders, sending }
     }
 
     /// Continues with other codecs: what was received and not decoded is decoded by the new one, and what was accepted by the
     /// old one is sent as it is. For a handshake in another format.
     pub fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending } = self.into_parts();
+        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, senders, sending } =
+            self.into_parts();
         let (decoder, encoder) = map(decoder, encoder);
-        Framed::from_parts(Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending })
+        Framed::from_parts(Parts {
+            socket,
+            decoder,
+            encoder,
+            received,
+            received_fds,
+            unsent,
+            receiving,
+            senders,
+            sending,
+        })
     }
 
     /// Splits into halves that can be moved to different tasks.
@@ -139,6 +153,11 @@ impl<D, E> Framed<D, E> {
     /// The socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
         self.read.socket()
+    }
+
+    /// Returns the process that sent the message that was yielded last: see [`ReadHalf::credentials`].
+    pub fn credentials(&self) -> Option<&Credentials> {
+        self.read.credentials()
     }
 
     /// The decoder.
@@ -228,7 +247,10 @@ pub(crate) fn lending<D, F: HasFd>(socket: Socket, decoder: D) -> (ReadHalf<D>, 
     let socket = Arc::new(socket);
     let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Sending::default());
     outbound.shut_down_on_drop(true);
-    (ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default()), outbound)
+    (
+        ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default(), Senders::default()),
+        outbound,
+    )
 }
 
 // Nothing in it is pinned: codecs are only ever used through `&mut`.
@@ -253,6 +275,8 @@ pub struct Parts<D, E = D> {
     /// How far each direction has come: what has ended stays so.
     receiving: Receiving,
     sending: Sending,
+    /// Who has sent what was received.
+    senders: Senders,
 }
 
 /// The halves are not of the same socket. Brings them back.

@@ -14,9 +14,9 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use super::spare;
+use super::{senders::Senders, spare};
 use crate::{
-    Decoder, Error, FdQueue, Socket, SocketKind,
+    Credentials, Decoder, Error, FdQueue, Socket, SocketKind,
     closer::Account,
     codec::{Inbound, Step, Unfinished},
     socket::Received,
@@ -44,13 +44,17 @@ impl<D> ReadHalf<D> {
         bytes: BytesMut,
         mut fds: FdQueue<OwnedFd>,
         state: Receiving,
+        senders: Senders,
     ) -> Self {
         fds.set_home(Arc::<Account>::clone(socket.account()));
         let mut inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
         if state == Receiving::Over {
             inbound.end();
         }
-        Self { decoder, receiver: Receiver { socket, inbound, state, uncharged: 0, rest: RestTimer::default() } }
+        Self {
+            decoder,
+            receiver: Receiver { socket, inbound, state, senders, uncharged: 0, rest: RestTimer::default() },
+        }
     }
 
     /// The socket, for its options and its peer.
@@ -62,16 +66,42 @@ impl<D> ReadHalf<D> {
         &self.receiver.socket
     }
 
+    /// Returns the process that sent the message that was yielded last, if the socket is set to
+    /// [report it](Socket::set_pass_credentials).
+    ///
+    /// The sender of a message is the process that wrote all of it. If processes that share one end of the connection write to
+    /// it in the middle of a message of another, the stream ends with [`Error::MixedSenders`]. The sender is `None` if a part
+    /// of the message was sent before the socket was set to report it, or if the kernel does not know the sender.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use fdwire::{Frame, FrameCodec, Framed, PassCredentials, Socket, SocketKind};
+    /// use futures::{SinkExt, StreamExt};
+    ///
+    /// let (a, b) = Socket::pair(SocketKind::Stream)?;
+    /// b.set_pass_credentials(PassCredentials::Ids)?;
+    /// let (mut a, mut b) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
+    /// a.send(Frame::new("hello")).await?;
+    /// b.next().await.ok_or("the peer is gone")??;
+    /// assert_eq!(b.credentials().and_then(|sender| sender.pid), Some(std::process::id() as i32));
+    /// # Ok(()) }
+    /// ```
+    pub fn credentials(&self) -> Option<&Credentials> {
+        let Receiver { senders, inbound, .. } = &self.receiver;
+        senders.of_message(inbound.decoded()).map(|credentials| &**credentials)
+    }
+
     /// The decoder.
     pub fn decoder_mut(&mut self) -> &mut D {
         &mut self.decoder
     }
 
-    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving) {
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
         spare::keep(self.receiver.inbound.release());
         let Inbound { bytes, fds, .. } = &mut self.receiver.inbound;
         let (bytes, fds) = (std::mem::take(bytes), std::mem::take(fds));
-        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, self.receiver.state)
+        let senders = std::mem::take(&mut self.receiver.senders).carried_over(self.receiver.inbound.decoded());
+        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, self.receiver.state, senders)
     }
 }
 
@@ -124,6 +154,7 @@ struct Receiver {
     socket: Arc<Socket>,
     inbound: Inbound,
     state: Receiving,
+    senders: Senders,
     /// What was done since the cooperative budget was charged.
     uncharged: u32,
     rest: RestTimer,
@@ -184,7 +215,8 @@ impl Receiver {
     /// Receives something, or the end.
     fn poll_receive<D: Decoder>(&mut self, cx: &mut Context<'_>, decoder: &D) -> Poll<Result<(), Error>> {
         let limits = decoder.limits();
-        let Self { socket, inbound, uncharged, rest, .. } = self;
+        let Self { socket, inbound, uncharged, rest, senders, .. } = self;
+        let is_rest = !inbound.bytes.is_empty() || inbound.fds.count() > 0;
         // Nothing complete is left, so all of it is a part of unfinished messages.
         socket.hold(inbound.bytes.len(), inbound.fds.count())?;
         // A peer that sends descriptors in vain gets no further than they can be closed.
@@ -195,7 +227,7 @@ impl Receiver {
             // A receive of nothing would look like the end.
             sys::recvmsg(socket, &mut inbound.bytes, most.max(1), &mut inbound.fds)
         };
-        let received = match socket.poll_recv(cx, receive) {
+        let mut received = match socket.poll_recv(cx, receive) {
             Poll::Ready(received) => received?,
             Poll::Pending => {
                 spare::keep(inbound.release());
@@ -205,6 +237,10 @@ impl Receiver {
             }
         };
         *uncharged += received.fds as u32 * DESCRIPTOR;
+        if received.bytes > 0 {
+            let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
+            senders.received(credentials, inbound.decoded(), is_rest)?;
+        }
         match received {
             Received { packet_truncated: true, .. } => return Poll::Ready(Err(Error::TruncatedPacket)),
             Received { control_truncated: true, .. } => inbound.received_truncated(),

@@ -3,12 +3,11 @@ use std::{
     io::{Error, ErrorKind, Result},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        linux::net::SocketAddrExt,
         unix::net::SocketAddr,
     },
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -21,10 +20,10 @@ use nix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    PeerCred, Socket, SocketKind, UidLimits,
+    PassCredentials, PeerCred, Socket, SocketKind, UidLimits,
     admission::Admission,
-    convert::{checked, disable_credentials, invalid_descriptor, unix_socket_kind},
-    new_socket,
+    convert::{checked, invalid_descriptor, unix_socket_kind},
+    local_addr, new_socket,
     path::{PathGuard, unix_addr},
     set_nonblocking,
     uid_account::UidShare,
@@ -85,9 +84,9 @@ pub struct Listener {
     /// Refused connections that wait to be closed.
     closing: Arc<Account>,
     path: Option<PathGuard>,
-    /// Made by a conversion. A connection copies `SO_PASSCRED` from the listener when the client
-    /// connects, so those that were in the backlog then may have it.
-    was_converted: bool,
+    /// Set for each connection, if there is one. A connection copies `SO_PASSCRED` from the listener when
+    /// the client connects, so those that are in the backlog when it changes have what it was before.
+    credentials: Mutex<Option<PassCredentials>>,
     /// False after [`set_pass_fds(false)`](Self::set_pass_fds).
     pass_fds: AtomicBool,
 }
@@ -144,7 +143,7 @@ impl Listener {
             admission: Admission::new(),
             closing: Arc::default(),
             path,
-            was_converted: false,
+            credentials: Mutex::default(),
             pass_fds: AtomicBool::new(true),
         })
     }
@@ -215,6 +214,21 @@ impl Listener {
         Ok(())
     }
 
+    /// Chooses what is reported about the senders of messages on the accepted connections, as
+    /// [`Socket::set_pass_credentials`] does for one connection. The default is [`PassCredentials::No`].
+    ///
+    /// A connection inherits the option when the client connects, and gets it when it is accepted at the latest. So
+    /// nothing that a client sends escapes it: what is sent before the accept is reported with its sender in any case.
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
+    pub fn set_pass_credentials(&self, pass: PassCredentials) -> Result<()> {
+        let mut credentials = self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
+        pass.set(&self.io)?;
+        *credentials = Some(pass);
+        Ok(())
+    }
+
     /// The kind of the sockets that it accepts.
     pub fn kind(&self) -> SocketKind {
         self.kind
@@ -225,12 +239,7 @@ impl Listener {
     /// # Errors
     /// Those of getsockname(2).
     pub fn local_addr(&self) -> Result<SocketAddr> {
-        let addr = socket::getsockname::<UnixAddr>(self.io.as_raw_fd())?;
-        match (addr.path(), addr.as_abstract()) {
-            (Some(path), _) => SocketAddr::from_pathname(path),
-            (_, Some(name)) => SocketAddr::from_abstract_name(name),
-            _ => Err(Error::new(ErrorKind::InvalidData, "the listener has no name")),
-        }
+        local_addr(&self.io)?.ok_or_else(|| Error::new(ErrorKind::InvalidData, "the listener has no name"))
     }
 
     /// Waits for the next connection of an admitted uid.
@@ -287,14 +296,16 @@ impl Listener {
     /// Registers an accepted connection if its peer is admitted.
     fn take_accepted(&self, fd: BackgroundFd) -> Result<Option<Socket>> {
         let Some(uid_share) = self.admit(&fd)? else { return Ok(None) };
-        if self.was_converted {
-            disable_credentials(&fd)?;
-        }
         // Clients in the backlog may have connected before the listener got the option.
         if !self.pass_fds.load(Ordering::Relaxed) {
             setsockopt(&fd, sys::PassRights, &false)?;
         }
-        Socket::register_for_uid(fd.into_fd(), self.kind, Some(uid_share)).map(Some)
+        let socket = Socket::register_for_uid(fd.into_fd(), self.kind, Some(uid_share))?;
+        let credentials = *self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pass) = credentials {
+            socket.set_pass_credentials(pass)?;
+        }
+        Ok(Some(socket))
     }
 
     fn admit(&self, peer: &BackgroundFd) -> Result<Option<UidShare>> {
@@ -328,11 +339,11 @@ impl TryFrom<OwnedFd> for Listener {
                 return Err(invalid_descriptor("it is not a listening socket"));
             }
             set_nonblocking(fd, true)?; // accept has no flag for it
-            disable_credentials(fd)?; // for clients that connect from now on
+            PassCredentials::No.set(fd)?; // for clients that connect from now on
             Ok(kind)
         })?;
         let listener = Self::register(fd, kind, None)?;
-        Ok(Self { was_converted: true, ..listener })
+        Ok(Self { credentials: Mutex::new(Some(PassCredentials::No)), ..listener })
     }
 }
 

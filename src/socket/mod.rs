@@ -2,9 +2,11 @@
 
 mod admission;
 mod convert;
+mod datagram;
 mod inherited;
 mod io;
 mod listener;
+mod pass_credentials;
 mod path;
 mod uid_account;
 
@@ -13,6 +15,7 @@ use std::{
     net::Shutdown,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        linux::net::SocketAddrExt,
         unix::net::SocketAddr,
     },
     path::Path,
@@ -27,15 +30,17 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
-    sys::socket::{self, AddressFamily, SockFlag, SockType, getsockopt, setsockopt, sockopt},
+    sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, getsockopt, setsockopt, sockopt},
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
     runtime::Handle,
 };
 
+pub use datagram::{Datagram, DatagramSocket};
 pub(crate) use io::{HasFd, SendWait, TooLarge};
 pub use listener::Listener;
+pub use pass_credentials::PassCredentials;
 pub use uid_account::UidLimits;
 use uid_account::UidShare;
 
@@ -121,6 +126,8 @@ pub struct Socket {
     runtime: Handle,
     /// Whether the kernel has said `ECONNRESET`.
     reset: AtomicBool,
+    /// Whether this process has asked for credentials. Another holder of the socket may have switched them on as well.
+    wants_credentials: AtomicBool,
 }
 
 impl Socket {
@@ -197,6 +204,7 @@ impl Socket {
             quiet: false,
             runtime: Handle::current(),
             reset: AtomicBool::new(false),
+            wants_credentials: AtomicBool::new(false),
         })
     }
 
@@ -236,6 +244,7 @@ impl Socket {
             quiet: false,
             runtime: Handle::current(),
             reset: AtomicBool::new(self.reset.load(Ordering::Relaxed)),
+            wants_credentials: AtomicBool::new(self.wants_credentials()),
         })
     }
 
@@ -348,6 +357,25 @@ impl Socket {
         Ok(setsockopt(self, sys::PassRights, &pass)?)
     }
 
+    /// Chooses what is reported about the process that sends a message, in
+    /// [`Framed::credentials`](crate::Framed::credentials) and [`ReadHalf::credentials`](crate::ReadHalf::credentials). The default is
+    /// [`PassCredentials::No`], on accepted, inherited and converted sockets too.
+    ///
+    /// To be set before the first receive: the sender of a message that was received before, or even sent before, is
+    /// not known. For an accepted connection use [`Listener::set_pass_credentials`].
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
+    pub fn set_pass_credentials(&self, pass: PassCredentials) -> Result<()> {
+        pass.set(&self.io)?;
+        self.wants_credentials.store(pass != PassCredentials::No, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(crate) fn wants_credentials(&self) -> bool {
+        self.wants_credentials.load(Ordering::Relaxed)
+    }
+
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
     /// the peer's sends fail with `EPIPE`, and what it sent before stays readable; then comes the
     /// end. A task that waits to receive is woken, on both kinds of socket.
@@ -367,6 +395,16 @@ impl Socket {
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.get_ref().as_fd()
+    }
+}
+
+/// Returns the address that a socket is bound to, or `None` if it has no name.
+fn local_addr(socket: &impl AsRawFd) -> Result<Option<SocketAddr>> {
+    let addr = socket::getsockname::<UnixAddr>(socket.as_raw_fd())?;
+    match (addr.path(), addr.as_abstract()) {
+        (Some(path), _) => SocketAddr::from_pathname(path).map(Some),
+        (_, Some(name)) => SocketAddr::from_abstract_name(name).map(Some),
+        _ => Ok(None),
     }
 }
 
