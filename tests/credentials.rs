@@ -33,7 +33,8 @@ fn pid_of(credentials: Option<&Credentials>) -> Option<i32> {
     credentials.and_then(|sender| sender.pid)
 }
 
-/// The process of a test that writes to the socket that it has as standard input, in pieces of a system call each.
+/// The process of a test that writes to the socket that it has as standard input, in pieces of a
+/// system call each.
 fn write_if_inner(test: &str) -> bool {
     let Some(socket) = role_socket(test) else { return false };
     let pieces = std::env::var("FDWIRE_PIECES").unwrap();

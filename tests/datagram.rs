@@ -259,7 +259,8 @@ fn a_connected_socket_receives_from_its_peer_only() {
         peer.send_to("from the peer", &[], &ours).await.unwrap();
         assert_eq!(service.recv().await.unwrap().payload, "from the peer");
 
-        // If it turns to another socket, what it has not received is discarded, and its peer is told once.
+        // If it turns to another socket, what it has not received is discarded, and its peer is
+        // told once.
         peer.connect_addr(&ours).unwrap();
         peer.send("discarded", &[]).await.unwrap();
         let elsewhere = abstract_name("elsewhere");

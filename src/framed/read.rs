@@ -69,9 +69,10 @@ impl<D> ReadHalf<D> {
     /// Returns the process that sent the message that was yielded last, if the socket is set to
     /// [report it](Socket::set_pass_credentials).
     ///
-    /// The sender of a message is the process that wrote all of it. If processes that share one end of the connection write to
-    /// it in the middle of a message of another, the stream ends with [`Error::MixedSenders`]. The sender is `None` if a part
-    /// of the message was sent before the socket was set to report it, or if the kernel does not know the sender.
+    /// The sender of a message is the process that wrote all of it. If processes that share one end
+    /// of the connection write to it in the middle of a message of another, the stream ends with
+    /// [`Error::MixedSenders`]. The sender is `None` if a part of the message was sent before the
+    /// socket was set to report it, or if the kernel does not know the sender.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {

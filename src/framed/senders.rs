@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use crate::{Credentials, Error};
 
-/// Attributes messages to the processes that wrote them. All bytes of one receive are from one process, since the kernel ends a
-/// read where another one has written, as long as the socket asks for credentials.
+/// Attributes messages to the processes that wrote them. All bytes of one receive are from one
+/// process, since the kernel ends a read where another one has written, as long as the socket asks
+/// for credentials.
 ///
-/// When something is received, everything complete was decoded before. So only the first message that a receive completes
-/// can have begun in an earlier one.
+/// When something is received, everything complete was decoded before. So only the first message
+/// that a receive completes can have begun in an earlier one.
 #[derive(Debug, Default)]
 pub(super) struct Senders {
     /// The sender of what the last receive brought.
@@ -22,8 +23,8 @@ pub(super) struct Senders {
 }
 
 impl Senders {
-    /// Notes the sender of what was just received. `decoded` messages were decoded before, and `is_rest` if part of one more was
-    /// there.
+    /// Notes the sender of what was just received. `decoded` messages were decoded before, and
+    /// `is_rest` if part of one more was there.
     ///
     /// # Errors
     /// [`Error::MixedSenders`] if the rest of a message is from another process than its beginning.
@@ -55,7 +56,8 @@ impl Senders {
         }
     }
 
-    /// Returns the same for a receiving direction that has decoded nothing yet, but has what this one has received.
+    /// Returns the same for a receiving direction that has decoded nothing yet, but has what this
+    /// one has received.
     pub(super) fn carried_over(self, decoded: u64) -> Self {
         Self {
             before: self.of_message(decoded).cloned(),

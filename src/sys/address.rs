@@ -11,7 +11,8 @@ use std::{
 
 use nix::libc;
 
-/// Room for the address of a sender. It is larger than `sockaddr_un`, since the kernel may add a zero byte to that.
+/// Room for the address of a sender. It is larger than `sockaddr_un`, since the kernel may add a
+/// zero byte to that.
 #[derive(Debug)]
 pub(super) struct Name {
     pub(super) bytes: [u8; 128],
@@ -24,8 +25,8 @@ impl Name {
         Self { bytes: [0; 128], length: 0 }
     }
 
-    /// Returns the address. `None` if the socket has no name, or a path of 108 bytes, which the standard library does not
-    /// represent.
+    /// Returns the address. `None` if the socket has no name, or a path of 108 bytes, which the
+    /// standard library does not represent.
     pub(super) fn to_addr(&self) -> Option<SocketAddr> {
         match self.bytes.get(offset_of!(libc::sockaddr_un, sun_path)..self.length)? {
             [] => None,

@@ -1,7 +1,7 @@
 //! `sendmsg` and `recvmsg` with descriptors.
 //!
-//! Straight to libc: nix's `recvmsg` makes received descriptors unreachable when the control data was truncated, and
-//! its `sendmsg` allocates on each call.
+//! Straight to libc: nix's `recvmsg` makes received descriptors unreachable when the control data
+//! was truncated, and its `sendmsg` allocates on each call.
 
 use std::{
     io::{self, IoSlice},
@@ -22,11 +22,13 @@ use nix::{
 use super::address::Name;
 use crate::{credentials::Credentials, limits::SCM_MAX_FD};
 
-/// `SCM_PIDFD`, which libc 0.2 lacks: a control message that carries one descriptor, installed like any other.
+/// `SCM_PIDFD`, which libc 0.2 lacks: a control message that carries one descriptor, installed like
+/// any other.
 const SCM_PIDFD: libc::c_int = 4;
 
-/// Room for 253 descriptors (1,032 bytes), and for the credentials, the pidfd and the timestamps that this process or another
-/// holder of the socket may have switched on: they come before the descriptors or after them, and must not push any out.
+/// Room for 253 descriptors (1,032 bytes), and for the credentials, the pidfd and the timestamps
+/// that this process or another holder of the socket may have switched on: they come before the
+/// descriptors or after them, and must not push any out.
 const CONTROL_BYTES: usize = 1032 + 248;
 
 /// Control data of a call, aligned as `cmsghdr` wants it.
@@ -75,18 +77,20 @@ pub(crate) struct Received {
     pub(crate) short: bool,
     /// Number of descriptors that came too.
     pub(crate) fds: usize,
-    /// Control data of any kind came: descriptors, or credentials that another holder of the socket asked for.
+    /// Control data of any kind came: descriptors, or credentials that another holder of the socket
+    /// asked for.
     pub(crate) with_control: bool,
     /// The kernel had descriptors for us that it could not install.
     pub(crate) control_truncated: bool,
     /// The packet was longer than the room for it.
     pub(crate) packet_truncated: bool,
-    /// The process that has sent all of it, if the socket is set to report that and the kernel knows it.
+    /// The process that has sent all of it, if the socket is set to report that and the kernel
+    /// knows it.
     pub(crate) credentials: Option<Credentials>,
 }
 
-/// Sends bytes, and with their first byte descriptors, without blocking. Returns the number of bytes sent; the
-/// descriptors were sent even if that is not all bytes.
+/// Sends bytes, and with their first byte descriptors, without blocking. Returns the number of
+/// bytes sent; the descriptors were sent even if that is not all bytes.
 ///
 /// At most 253 descriptors and never without a byte: a stream would drop them silently.
 pub(crate) fn sendmsg<'fd>(
@@ -97,8 +101,8 @@ pub(crate) fn sendmsg<'fd>(
     send(socket, bytes, fds, None)
 }
 
-/// Sends one datagram with at most 253 descriptors, without blocking, to an address or to the connected peer. It may be
-/// empty.
+/// Sends one datagram with at most 253 descriptors, without blocking, to an address or to the
+/// connected peer. It may be empty.
 pub(crate) fn send_datagram<'fd>(
     socket: BorrowedFd<'_>,
     payload: &[u8],
@@ -127,15 +131,17 @@ fn send<'fd>(
         message.msg_controllen = control.write_fds(fds) as _;
         message.msg_control = (&raw mut control).cast();
     }
-    // SAFETY: the message points to `bytes`, `control` and `receiver`, valid for the lengths it names until the call returns.
+    // SAFETY: the message points to `bytes`, `control` and `receiver`, valid for the lengths it
+    // names until the call returns.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
     Ok(Errno::result(sent)? as usize)
 }
 
-/// Receives at most `max_bytes` into the spare room of `bytes`, without blocking. Every descriptor that arrives is appended
-/// to `fds`, close-on-exec, whatever else is wrong with the message.
+/// Receives at most `max_bytes` into the spare room of `bytes`, without blocking. Every descriptor
+/// that arrives is appended to `fds`, close-on-exec, whatever else is wrong with the message.
 ///
-/// Neither `max_bytes` nor the spare room may be zero, or the result looks like the end of the stream.
+/// Neither `max_bytes` nor the spare room may be zero, or the result looks like the end of the
+/// stream.
 pub(crate) fn recvmsg(
     socket: BorrowedFd<'_>,
     bytes: &mut BytesMut,
@@ -145,7 +151,8 @@ pub(crate) fn recvmsg(
     receive(socket, bytes, max_bytes, fds, None)
 }
 
-/// Receives a datagram in the same way. Returns the sender's address too, unless the sender has none.
+/// Receives a datagram in the same way. Returns the sender's address too, unless the sender has
+/// none.
 pub(crate) fn recv_datagram(
     socket: BorrowedFd<'_>,
     payload: &mut BytesMut,
@@ -178,7 +185,8 @@ fn receive(
         message.msg_namelen = sender.bytes.len() as _;
     }
     let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
-    // SAFETY: the message points to the spare room of `bytes`, to `control` and to `sender`, writable for the lengths it names.
+    // SAFETY: the message points to the spare room of `bytes`, to `control` and to `sender`,
+    // writable for the lengths it names.
     let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
     let received = Errno::result(received)? as usize;
     if let Some(sender) = sender {
@@ -186,7 +194,8 @@ fn receive(
     }
     let with_control = message.msg_controllen > 0;
     let (fds, credentials) = if with_control { take_control(&message, fds) } else { (0, None) };
-    // SAFETY: the kernel has written that many bytes to the spare room, in which they fit: MSG_TRUNC was not asked for.
+    // SAFETY: the kernel has written that many bytes to the spare room, in which they fit:
+    // MSG_TRUNC was not asked for.
     unsafe { bytes.advance_mut(received) };
     Ok(Received {
         bytes: received,
@@ -199,15 +208,16 @@ fn receive(
     })
 }
 
-/// Takes ownership of every descriptor in a received message's control data. Returns the number of those that
-/// were sent, and the credentials.
+/// Takes ownership of every descriptor in a received message's control data. Returns the number of
+/// those that were sent, and the credentials.
 #[allow(clippy::unnecessary_cast, reason = "`cmsg_len` is narrower on musl")]
 fn take_control(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> (usize, Option<Credentials>) {
     let (mut count, mut sender, mut pidfd) = (0, None, None);
     // SAFETY: the kernel has set `msg_controllen` to what it wrote to `msg_control`.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
     while !header.is_null() {
-        // SAFETY: not null, so it points to a whole header in the control data, which is aligned for it.
+        // SAFETY: not null, so it points to a whole header in the control data, which is aligned
+        // for it.
         let libc::cmsghdr { cmsg_len, cmsg_level, cmsg_type } = unsafe { header.read() };
         // SAFETY: `header` points to a header in the control data.
         let data = unsafe { libc::CMSG_DATA(header) };
@@ -219,7 +229,8 @@ fn take_control(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> (usiz
                     let raw = unsafe { data.cast::<RawFd>().wrapping_add(index).read_unaligned() };
                     // SCM_PIDFD holds a negative error number where the kernel could make no pidfd.
                     if raw >= 0 {
-                        // SAFETY: the kernel has just installed it in this process, for this message.
+                        // SAFETY: the kernel has just installed it in this process, for this
+                        // message.
                         let fd = unsafe { OwnedFd::from_raw_fd(raw) };
                         if cmsg_type == libc::SCM_RIGHTS {
                             count += 1;

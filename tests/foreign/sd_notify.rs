@@ -1,5 +1,6 @@
-//! sd_notify(3): datagrams of text with descriptors, between services and their manager. As the manager against systemd-notify
-//! and libsystemd, and as a service against a manager in Python that checks what systemd documents.
+//! sd_notify(3): datagrams of text with descriptors, between services and their manager. As the
+//! manager against systemd-notify and libsystemd, and as a service against a manager in Python that
+//! checks what systemd documents.
 
 use std::{
     fs::File,
@@ -116,7 +117,8 @@ fn libsystemd_stores_descriptors_and_waits_for_the_barrier() {
     });
 }
 
-/// The manager's side, as sd_notify(3) and sd_notify_barrier(3) describe it. Prints what it has stored.
+/// The manager's side, as sd_notify(3) and sd_notify_barrier(3) describe it. Prints what it has
+/// stored.
 const MANAGER: &str = r#"
 import array, os, socket, struct, sys
 manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
