@@ -16,6 +16,7 @@ mod node;
 mod packets;
 mod payload;
 mod python;
+mod sd_notify;
 mod ssh;
 mod switch;
 mod systemd;
