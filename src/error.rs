@@ -131,6 +131,11 @@ pub enum Error {
         fds: usize,
     },
 
+    /// A message was written by several processes, so it has no sender. Only on a socket that is set to
+    /// [report senders](crate::Socket::set_pass_credentials).
+    #[error("a message was written by several processes, so it has no sender")]
+    MixedSenders,
+
     /// The peer closed its end before it had read everything that was sent to it: what was sent last, descriptors
     /// included, did not arrive. Reported after everything that the peer had sent, then the stream ends.
     #[error("peer closed the connection without reading everything that was sent to it")]

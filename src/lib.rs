@@ -96,6 +96,8 @@
 //! | sends descriptors faster than they can be closed | its connection receives nothing more until they are closed |
 //! | floods a connection | other tasks get their turns: both directions, and descriptors, count for tokio's cooperative budget |
 //! | sends out-of-band data, or is several processes | no message stays hidden behind it |
+//! | is several processes that write to one message, on a socket that is set to [tell the sender](Socket::set_pass_credentials) | the stream yields [`Error::MixedSenders`] and ends |
+//! | sends a datagram that is too long, or has more descriptors than this process may open | that datagram is a typed error, everything of it is closed, and the next one is received |
 //! | dies, or closes after any byte | what it had sent is received, then the end |
 //!
 //! The crate cannot prevent these:
@@ -124,12 +126,17 @@
 //! - `O_NONBLOCK`, the file offset and locks belong to the open file, which sender and receiver share from then on.
 //! - A TCP connection ends when the **last** copy is closed; `shutdown` ends it at once, for all holders.
 //! - What the receiver never reads is closed by the kernel when the socket is: a client sees its connection end.
+//! - With credentials on (`SO_PASSCRED`), one read never returns what different processes wrote, on a stream either. What was
+//!   sent before they were switched on has no known sender. A privileged sender may name another process.
 //! - A Unix socket that is sent over itself is kept open by the kernel until its garbage collector runs.
 //!
 //! # Other wire formats
 //!
 //! [`FrameCodec`] is one of the codecs here; [`PacketCodec`] has no header, and [`Payload`] codes the payload of frames with any codec
 //! of `tokio_util`. For a protocol that exists, such as D-Bus or Wayland, [write a codec](guide).
+//!
+//! Protocols without a connection use a [`DatagramSocket`], and the guide shows how to take a socket that a parent
+//! process has left open: [`Socket::from_stdin`], [`Socket::from_inherited`], [`Listener::from_inherited`].
 //!
 //! # Platform
 //!
@@ -141,6 +148,7 @@ compile_error!("fdwire works on Linux");
 pub mod blocking;
 mod closer;
 mod codec;
+mod credentials;
 mod error;
 mod frame;
 mod framed;
@@ -158,12 +166,13 @@ pub use codec::{
     Codec, Decoder, DryRun, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
     SendCall,
 };
+pub use credentials::Credentials;
 pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
 pub use framed::{Driver, Framed, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;
 pub use send_fd::SendFd;
-pub use socket::{Listener, PeerCred, Socket, SocketKind, UidLimits};
+pub use socket::{Datagram, DatagramSocket, Listener, PassCredentials, PeerCred, Socket, SocketKind, UidLimits};
 pub use transport::Parts;
 
 /// Compiles what README shows.

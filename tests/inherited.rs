@@ -1,6 +1,8 @@
-//! Sockets that a process was started with: as standard input, or under a number that its parent tells it.
+//! Sockets that a process was started with: as standard input, or under a number that its parent
+//! tells it.
 //!
-//! Each test runs in two processes. The inner one uses descriptors by their numbers, so nothing else runs in it.
+//! Each test runs in two processes. The inner one uses descriptors by their numbers, so nothing
+//! else runs in it.
 
 mod common;
 

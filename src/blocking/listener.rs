@@ -15,9 +15,9 @@ use super::{
     wait::{self, Deadline},
 };
 use crate::{
-    SocketKind, UidLimits,
+    PassCredentials, SocketKind, UidLimits,
     closer::BackgroundFd,
-    socket::{ListenerState, local_addr, take_numbered},
+    socket::{ListenerState, listener_addr, take_numbered},
 };
 
 /// Listens for connections at a path or an abstract name, for a program without a runtime.
@@ -124,6 +124,15 @@ impl Listener {
         self.state.set_pass_fds(self.as_fd(), pass)
     }
 
+    /// Chooses what is reported about the senders of messages on the accepted connections, as
+    /// [`fdwire::Listener::set_pass_credentials`](crate::Listener::set_pass_credentials) does.
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
+    pub fn set_pass_credentials(&self, pass: PassCredentials) -> Result<()> {
+        self.state.set_pass_credentials(self.as_fd(), pass)
+    }
+
     /// Sets the time for which one call of [`accept`](Self::accept) waits. `None`, the default, is without end.
     pub fn set_accept_timeout(&mut self, timeout: Option<Duration>) {
         self.timeout = timeout;
@@ -139,7 +148,7 @@ impl Listener {
     /// # Errors
     /// Those of getsockname(2).
     pub fn local_addr(&self) -> Result<SocketAddr> {
-        local_addr(self.as_fd())
+        listener_addr(self.as_fd())
     }
 
     /// Waits for the next connection of an admitted uid. Any number of threads may wait at a time.

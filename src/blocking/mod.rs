@@ -52,7 +52,7 @@ pub use read::ReadHalf;
 pub use socket::Socket;
 pub use write::WriteHalf;
 
-use crate::{Codec, Decoder, Encoder, Error, Parts, SendError};
+use crate::{Codec, Credentials, Decoder, Encoder, Error, Parts, SendError};
 
 /// Messages with descriptors over one socket: an [`Iterator`] of those that arrive, which waits for the next one, and
 /// [`send`](Self::send).
@@ -98,21 +98,21 @@ impl<D, E: Codec> Framed<D, E> {
 
     /// Continues where [`into_parts`](Self::into_parts) stopped, without timeouts.
     pub fn from_parts(parts: Parts<D, E, Socket>) -> Self {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending } = parts;
+        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } = parts;
         let socket = Arc::new(socket);
         Self {
-            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving),
+            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving, senders),
             write: WriteHalf::new(socket, encoder, unsent, sending),
         }
     }
 
     /// Takes everything apart, as [`fdwire::Framed::into_parts`](crate::Framed::into_parts) does.
     pub fn into_parts(self) -> Parts<D, E, Socket> {
-        let (shared, decoder, received, received_fds, receiving) = self.read.into_parts();
+        let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
         let (socket, encoder, unsent, sending) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending }
+        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
     }
 
     /// Continues with other codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs) does, without timeouts.
@@ -139,6 +139,11 @@ impl<D, E: Codec> Framed<D, E> {
     /// Returns the socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
         self.read.socket()
+    }
+
+    /// Returns the process that sent the message that was yielded last. See [`ReadHalf::credentials`].
+    pub fn credentials(&self) -> Option<&Credentials> {
+        self.read.credentials()
     }
 
     /// Returns the decoder.

@@ -12,9 +12,9 @@ use super::{
     wait::{self, Deadline},
 };
 use crate::{
-    Decoder, Error, FdQueue,
+    Credentials, Decoder, Error, FdQueue,
     codec::Step,
-    transport::{ReceiveSide, Receiving, Rest},
+    transport::{ReceiveSide, Receiving, Rest, Senders},
 };
 
 /// The receiving direction of a [`Framed`](super::Framed): an [`Iterator`] of messages, which waits for the next one.
@@ -35,8 +35,9 @@ impl<D> ReadHalf<D> {
         bytes: BytesMut,
         fds: FdQueue<OwnedFd>,
         state: Receiving,
+        senders: Senders,
     ) -> Self {
-        let side = ReceiveSide::new(socket.endpoint(), bytes, fds, state);
+        let side = ReceiveSide::new(socket.endpoint(), bytes, fds, state, senders);
         Self { decoder, receiver: Receiver { socket, side, timeout: None } }
     }
 
@@ -54,14 +55,21 @@ impl<D> ReadHalf<D> {
         &self.receiver.socket
     }
 
+    /// Returns the process that sent the message that was yielded last, if the socket is set to
+    /// [report it](Socket::set_pass_credentials), as
+    /// [`fdwire::ReadHalf::credentials`](crate::ReadHalf::credentials) does.
+    pub fn credentials(&self) -> Option<&Credentials> {
+        self.receiver.side.credentials()
+    }
+
     /// Returns the decoder.
     pub fn decoder_mut(&mut self) -> &mut D {
         &mut self.decoder
     }
 
-    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving) {
-        let (bytes, fds, state) = self.receiver.side.take();
-        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state)
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
+        let (bytes, fds, state, senders) = self.receiver.side.take();
+        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state, senders)
     }
 }
 
@@ -119,6 +127,7 @@ impl Receiver {
         let limits = decoder.limits();
         let Self { socket, side, .. } = self;
         let endpoint = socket.endpoint();
+        let is_rest = side.has_part();
         side.hold(endpoint)?;
         // A peer that sends descriptors in vain gets no further than they can be closed.
         if !wait::until_woken(deadline, |cx| endpoint.poll_closed(cx, limits.max_queued_fds)) {
@@ -126,7 +135,7 @@ impl Receiver {
         }
         loop {
             if let Some(received) = endpoint.receive(|fd| side.receive(fd, decoder))? {
-                return side.received(received);
+                return side.received(endpoint, received, is_rest);
             }
             side.release();
             let until = match side.rest(limits.max_unfinished_time, Instant::now) {

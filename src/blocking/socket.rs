@@ -14,7 +14,7 @@ use nix::{
 };
 
 use crate::{
-    PeerCred, SocketKind,
+    PassCredentials, PeerCred, SocketKind,
     closer::BackgroundFd,
     socket::{Endpoint, SocketState, connected, take_numbered, take_stdin, unix_addr},
 };
@@ -164,6 +164,15 @@ impl Socket {
     /// `ENOPROTOOPT` before Linux 6.16.
     pub fn set_pass_fds(&self, pass: bool) -> Result<()> {
         self.endpoint().set_pass_fds(pass)
+    }
+
+    /// Chooses what is reported about the process that sends a message, as
+    /// [`fdwire::Socket::set_pass_credentials`](crate::Socket::set_pass_credentials) does.
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
+    pub fn set_pass_credentials(&self, pass: PassCredentials) -> Result<()> {
+        self.endpoint().set_pass_credentials(pass)
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read` the peer's sends fail with

@@ -89,3 +89,74 @@ fn thread_waker() -> Waker {
     }
     Arc::new(Unpark(thread::current())).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        os::{fd::AsFd, unix::net::UnixStream},
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
+    use super::*;
+    use crate::closer::Account;
+
+    fn in_millis(millis: u64) -> Deadline {
+        Deadline::after(Some(Duration::from_millis(millis)))
+    }
+
+    #[test]
+    fn a_deadline_ends_each_kind_of_wait() {
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        for deadline in [in_millis(0), in_millis(3)] {
+            assert!(!until_ready(socket.as_fd(), PollFlags::POLLIN, deadline).unwrap());
+            assert!(!until_woken(deadline, |_| Poll::Pending));
+            assert!(!sleep(Duration::from_secs(600), deadline));
+            assert!(deadline.is_over());
+        }
+        let never = Deadline::after(None);
+        assert!(until_ready(socket.as_fd(), PollFlags::POLLOUT, never).unwrap());
+        assert!(until_woken(never, |_| Poll::Ready(())));
+        assert!(sleep(Duration::from_millis(1), never));
+        assert!(!never.is_over() && !in_millis(600_000).is_over());
+        assert!(
+            never.or(Instant::now()).is_over() && in_millis(0).or(Instant::now() + Duration::from_secs(600)).is_over()
+        );
+    }
+
+    #[test]
+    fn what_is_ready_is_ready_when_the_time_is_over_too() {
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        assert!(until_ready(socket.as_fd(), PollFlags::POLLOUT, in_millis(0)).unwrap());
+        assert!(until_woken(in_millis(0), |_| Poll::Ready(())));
+    }
+
+    #[test]
+    fn a_thread_waits_until_another_one_wakes_it() {
+        let polls = AtomicUsize::new(0);
+        let poll = |cx: &mut Context<'_>| {
+            let waker = cx.waker().clone();
+            match polls.fetch_add(1, Ordering::Relaxed) {
+                0..3 => {
+                    thread::spawn(move || waker.wake());
+                    Poll::Pending
+                }
+                _ => Poll::Ready(()),
+            }
+        };
+        assert!(until_woken(Deadline::after(None), poll));
+    }
+
+    #[test]
+    fn a_thread_that_gives_up_often_is_remembered_once() {
+        let mut waker = None;
+        for _ in 0..10 {
+            assert!(!until_woken(in_millis(0), |cx| {
+                let first = waker.get_or_insert_with(|| cx.waker().clone());
+                assert!(first.will_wake(cx.waker()), "an account keeps each of them");
+                Poll::Pending
+            }));
+        }
+        let account = Account::default();
+        assert!(until_woken(in_millis(0), |cx| account.poll_at_most(cx, 0)));
+    }
+}

@@ -106,7 +106,10 @@ impl<F> Inbound<F> {
                 },
                 Phase::Receiving => return Ok(Step::Receive),
                 Phase::Draining => match decoder.decode_eof(&mut self.bytes, &mut self.fds) {
-                    Ok(Some(item)) => return Ok(Step::Item(item)),
+                    Ok(Some(item)) => {
+                        self.decoded += 1;
+                        return Ok(Step::Item(item));
+                    }
                     Ok(None) => self.phase = Phase::Ended,
                     Err(error) => return Err(self.fail(error)),
                 },
@@ -146,6 +149,11 @@ impl<F> Inbound<F> {
 
     pub(crate) fn end_of_stream(&mut self) {
         self.phase = Phase::Draining;
+    }
+
+    /// Returns the number of messages decoded.
+    pub(crate) fn decoded(&self) -> u64 {
+        self.decoded
     }
 
     /// What has arrived of messages that are not complete.

@@ -23,8 +23,8 @@ pub(crate) use write::Outbound;
 pub use write::{Permit, WriteHalf};
 
 use crate::{
-    Codec, Decoder, Encoder, Error, FdQueue, Grouping, Parts, SendBuf, SendError, Socket,
-    transport::{Receiving, Sending},
+    Codec, Credentials, Decoder, Encoder, Error, FdQueue, Grouping, Parts, SendBuf, SendError, Socket,
+    transport::{Receiving, Senders, Sending},
 };
 
 /// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
@@ -78,10 +78,10 @@ impl<D, E: Codec> Framed<D, E> {
 
     /// Continues where [`into_parts`](Self::into_parts) stopped.
     pub fn from_parts(parts: Parts<D, E>) -> Self {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending } = parts;
+        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } = parts;
         let socket = Arc::new(socket);
         Self {
-            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving),
+            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving, senders),
             write: WriteHalf::new(socket, encoder, unsent, sending),
         }
     }
@@ -92,11 +92,11 @@ impl<D, E> Framed<D, E> {
     /// sent. No message and no descriptor is lost, except that after an error of the receiving direction nothing of it is
     /// left. Of a message that was sent in part, `unsent` has the rest.
     pub fn into_parts(self) -> Parts<D, E> {
-        let (shared, decoder, received, received_fds, receiving) = self.read.into_parts();
+        let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
         let (socket, encoder, unsent, sending) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending }
+        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
     }
 
     /// Continues with other codecs: what was received and not decoded is decoded by the new one, and what was accepted by the
@@ -127,6 +127,11 @@ impl<D, E> Framed<D, E> {
     /// The socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
         self.read.socket()
+    }
+
+    /// Returns the process that sent the message that was yielded last: see [`ReadHalf::credentials`].
+    pub fn credentials(&self) -> Option<&Credentials> {
+        self.read.credentials()
     }
 
     /// The decoder.
@@ -216,7 +221,10 @@ pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
     let socket = Arc::new(socket);
     let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
     outbound.side.shut_down_on_drop(true);
-    (ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default()), outbound)
+    (
+        ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default(), Senders::default()),
+        outbound,
+    )
 }
 
 // Nothing in it is pinned: codecs are only ever used through `&mut`.

@@ -15,9 +15,9 @@ use tokio::{
 };
 
 use crate::{
-    Decoder, Error, FdQueue, Socket,
+    Credentials, Decoder, Error, FdQueue, Socket,
     codec::Step,
-    transport::{ReceiveSide, Receiving, Rest},
+    transport::{ReceiveSide, Receiving, Rest, Senders},
 };
 
 /// The receiving direction of a [`Framed`](crate::Framed): a [`Stream`] of messages.
@@ -41,8 +41,9 @@ impl<D> ReadHalf<D> {
         bytes: BytesMut,
         fds: FdQueue<OwnedFd>,
         state: Receiving,
+        senders: Senders,
     ) -> Self {
-        let side = ReceiveSide::new(socket.endpoint(), bytes, fds, state);
+        let side = ReceiveSide::new(socket.endpoint(), bytes, fds, state, senders);
         Self { decoder, receiver: Receiver { socket, side, uncharged: 0, rest_timer: None } }
     }
 
@@ -55,14 +56,39 @@ impl<D> ReadHalf<D> {
         &self.receiver.socket
     }
 
+    /// Returns the process that sent the message that was yielded last, if the socket is set to
+    /// [report it](Socket::set_pass_credentials).
+    ///
+    /// The sender of a message is the process that wrote all of it. If processes that share one end
+    /// of the connection write to it in the middle of a message of another, the stream ends with
+    /// [`Error::MixedSenders`]. The sender is `None` if a part of the message was sent before the
+    /// socket was set to report it, or if the kernel does not know the sender.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use fdwire::{Frame, FrameCodec, Framed, PassCredentials, Socket, SocketKind};
+    /// use futures::{SinkExt, StreamExt};
+    ///
+    /// let (a, b) = Socket::pair(SocketKind::Stream)?;
+    /// b.set_pass_credentials(PassCredentials::Ids)?;
+    /// let (mut a, mut b) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
+    /// a.send(Frame::new("hello")).await?;
+    /// b.next().await.ok_or("the peer is gone")??;
+    /// assert_eq!(b.credentials().and_then(|sender| sender.pid), Some(std::process::id() as i32));
+    /// # Ok(()) }
+    /// ```
+    pub fn credentials(&self) -> Option<&Credentials> {
+        self.receiver.side.credentials()
+    }
+
     /// The decoder.
     pub fn decoder_mut(&mut self) -> &mut D {
         &mut self.decoder
     }
 
-    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving) {
-        let (bytes, fds, state) = self.receiver.side.take();
-        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state)
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
+        let (bytes, fds, state, senders) = self.receiver.side.take();
+        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state, senders)
     }
 }
 
@@ -124,6 +150,7 @@ impl Receiver {
     /// Receives something, or the end.
     fn poll_receive<D: Decoder>(&mut self, cx: &mut Context<'_>, decoder: &D) -> Poll<Result<(), Error>> {
         let Self { socket, side, uncharged, .. } = self;
+        let is_rest = side.has_part();
         side.hold(socket.endpoint())?;
         // A peer that sends descriptors in vain gets no further than they can be closed.
         ready!(socket.endpoint().poll_closed(cx, decoder.limits().max_queued_fds));
@@ -132,7 +159,7 @@ impl Receiver {
             Poll::Ready(received) => {
                 let received = received?;
                 *uncharged += received.fds as u32 * DESCRIPTOR;
-                Poll::Ready(side.received(received))
+                Poll::Ready(side.received(socket.endpoint(), received, is_rest))
             }
             Poll::Pending => {
                 side.release();

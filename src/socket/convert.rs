@@ -3,7 +3,7 @@
 use std::{
     io::{Error, ErrorKind, Result},
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd},
         unix,
     },
 };
@@ -11,11 +11,11 @@ use std::{
 use nix::{
     errno::Errno,
     libc,
-    sys::socket::{self, SockType, UnixAddr, getsockopt, setsockopt, sockopt},
+    sys::socket::{self, SockType, UnixAddr, getsockopt, sockopt},
 };
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
-use super::{Listener, Socket, SocketKind, SocketState, set_nonblocking};
+use super::{Listener, PassCredentials, Socket, SocketKind, SocketState, set_nonblocking};
 use crate::{close_in_background, closer::BackgroundFd, sys};
 
 /// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other
@@ -44,21 +44,18 @@ pub(crate) fn connected(fd: OwnedFd) -> Result<(BackgroundFd, SocketState)> {
             Err(Errno::ENOTCONN) => return Err(invalid_descriptor("it is not connected")),
             connected => drop(connected?),
         }
-        disable_credentials(fd)?;
+        PassCredentials::No.set(fd)?;
         Ok(kind)
     })?;
     let state = SocketState::new(kind, None);
     Ok((state.guard(fd), state))
 }
 
-/// Returns a descriptor that passes a check, with its kind. Another one is closed in the background:
-/// a peer that sent it may have made its `close` slow.
-pub(super) fn checked(
-    fd: OwnedFd,
-    check: impl FnOnce(&OwnedFd) -> Result<SocketKind>,
-) -> Result<(OwnedFd, SocketKind)> {
+/// Returns a descriptor that passes a check, with what the check returns. Another one is closed in the background: a
+/// peer that sent it may have made its `close` slow.
+pub(super) fn checked<T>(fd: OwnedFd, check: impl FnOnce(&OwnedFd) -> Result<T>) -> Result<(OwnedFd, T)> {
     match check(&fd) {
-        Ok(kind) => Ok((fd, kind)),
+        Ok(found) => Ok((fd, found)),
         Err(error) => {
             close_in_background([fd]);
             Err(error)
@@ -66,26 +63,19 @@ pub(super) fn checked(
     }
 }
 
-/// Switches off `SO_PASSCRED` and `SO_PASSPIDFD`. Their control messages take the room of
-/// descriptors, and a read of a stream ends where another process has written.
-pub(super) fn disable_credentials(fd: &impl AsFd) -> Result<()> {
-    setsockopt(fd, sockopt::PassCred, &false)?;
-    match setsockopt(fd, sys::PassPidfd, &false) {
-        Err(Errno::ENOPROTOOPT) => Ok(()), // a kernel before 6.5
-        switched_off => Ok(switched_off?),
-    }
-}
-
 pub(super) fn unix_socket_kind(fd: &OwnedFd) -> Result<SocketKind> {
-    match getsockopt(fd, sys::Domain) {
-        Err(Errno::ENOTSOCK) => return Err(invalid_descriptor("it is not a socket")),
-        domain if domain? != libc::AF_UNIX => return Err(invalid_descriptor("it is not a Unix socket")),
-        _ => {}
-    }
-    match getsockopt(fd, sockopt::SockType)? {
+    match unix_socket_type(fd)? {
         SockType::SeqPacket => Ok(SocketKind::SeqPacket),
         SockType::Stream => Ok(SocketKind::Stream),
         _ => Err(invalid_descriptor("it is neither SOCK_SEQPACKET nor SOCK_STREAM")),
+    }
+}
+
+pub(super) fn unix_socket_type(fd: &OwnedFd) -> Result<SockType> {
+    match getsockopt(fd, sys::Domain) {
+        Err(Errno::ENOTSOCK) => Err(invalid_descriptor("it is not a socket")),
+        domain if domain? != libc::AF_UNIX => Err(invalid_descriptor("it is not a Unix socket")),
+        _ => Ok(getsockopt(fd, sockopt::SockType)?),
     }
 }
 

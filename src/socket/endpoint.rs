@@ -17,7 +17,7 @@ use nix::{
     sys::socket::{self, getsockopt, setsockopt, sockopt},
 };
 
-use super::{PeerCred, SocketKind, uid_account::UidShare};
+use super::{PassCredentials, PeerCred, SocketKind, uid_account::UidShare};
 use crate::{
     closer::{self, Account, BackgroundFd, InBackground},
     sys::{self, Received},
@@ -33,6 +33,9 @@ pub(crate) struct SocketState {
     uid_share: Option<UidShare>,
     /// Whether the kernel has reported `ECONNRESET`.
     reset: AtomicBool,
+    /// Whether this process has asked for credentials. Another holder of the socket may have
+    /// switched them on as well.
+    wants_credentials: AtomicBool,
 }
 
 impl SocketState {
@@ -41,7 +44,7 @@ impl SocketState {
     pub(crate) fn new(kind: SocketKind, uid_share: Option<UidShare>) -> Self {
         closer::start();
         let account = Arc::new(uid_share.as_ref().map(UidShare::closing_account).unwrap_or_default());
-        Self { kind, account, uid_share, reset: AtomicBool::new(false) }
+        Self { kind, account, uid_share, reset: AtomicBool::new(false), wants_credentials: AtomicBool::new(false) }
     }
 
     /// Returns the state of a copy of the socket, which this process has made.
@@ -51,6 +54,7 @@ impl SocketState {
             account: Arc::clone(&self.account),
             uid_share: self.uid_share.as_ref().map(UidShare::for_copy),
             reset: AtomicBool::new(self.reset.load(Ordering::Relaxed)),
+            wants_credentials: AtomicBool::new(self.wants_credentials.load(Ordering::Relaxed)),
         }
     }
 
@@ -187,6 +191,16 @@ impl<'a> Endpoint<'a> {
 
     pub(crate) fn set_pass_fds(self, pass: bool) -> Result<()> {
         Ok(setsockopt(&self.fd, sys::PassRights, &pass)?)
+    }
+
+    pub(crate) fn set_pass_credentials(self, pass: PassCredentials) -> Result<()> {
+        pass.set(&self.fd)?;
+        self.state.wants_credentials.store(pass != PassCredentials::No, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(crate) fn wants_credentials(self) -> bool {
+        self.state.wants_credentials.load(Ordering::Relaxed)
     }
 
     pub(crate) fn shutdown(self, how: Shutdown) -> Result<()> {

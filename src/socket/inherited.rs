@@ -11,61 +11,68 @@ use super::{Listener, Socket};
 use crate::sys;
 
 impl Socket {
-    /// Takes the socket that this process got as standard input: how a parent gives one to a child, by
-    /// `Command::stdin(OwnedFd::from(socket))`.
+    /// Takes the socket that this process got as standard input: how a parent gives one to a child,
+    /// by `Command::stdin(OwnedFd::from(socket))`.
     ///
-    /// Descriptor 0 becomes `/dev/null`, so a program that this process starts later reads the end of file instead of the
-    /// messages of the connection, and dropping the socket ends the connection. Call it before this process starts other
-    /// programs, and before anything reads from [`std::io::stdin`]: bytes in its buffer are lost to the socket, and a thread
-    /// that is already waiting in a read still gets the next ones. If standard output is the same socket, as with inetd,
-    /// it stays open there.
+    /// Descriptor 0 becomes `/dev/null`, so a program that this process starts later reads the end
+    /// of file instead of the messages of the connection, and dropping the socket ends the
+    /// connection. Call it before this process starts other programs, and before anything reads
+    /// from [`std::io::stdin`]: bytes in its buffer are lost to the socket, and a thread that is
+    /// already waiting in a read still gets the next ones. If standard output is the same socket,
+    /// as with inetd, it stays open there.
     ///
     /// Without `/dev/null`, as in some containers, descriptor 0 becomes a pipe that has ended.
     ///
     /// # Errors
-    /// `ResourceBusy` if it was taken before, `InvalidInput` if standard input is not a connected Unix socket of either
-    /// kind, `EMFILE` if two more descriptors cannot be had, and those of registering it with tokio. Standard input is
-    /// unchanged then.
+    /// `ResourceBusy` if it was taken before, `InvalidInput` if standard input is not a connected
+    /// Unix socket of either kind, `EMFILE` if two more descriptors cannot be had, and those of
+    /// registering it with tokio. Standard input is unchanged then.
     pub fn from_stdin() -> Result<Self> {
         take_stdin()
     }
 
-    /// Takes a connected socket that this process has inherited, by the number that its parent tells it, for example in
-    /// `NODE_CHANNEL_FD`. The [guide](crate::guide#a-socket-that-the-process-was-started-with) has examples.
+    /// Takes a connected socket that this process has inherited, by the number that its parent
+    /// tells it, for example in `NODE_CHANNEL_FD`. The
+    /// [guide](crate::guide#a-socket-that-the-process-was-started-with) has examples.
     ///
-    /// The socket gets another number, close-on-exec. The inherited number becomes `/dev/null`, also close-on-exec,
-    /// and stays in use until the process ends. So programs that this process starts later have no copy of the socket.
+    /// The socket gets another number, close-on-exec. The inherited number becomes `/dev/null`,
+    /// also close-on-exec, and stays in use until the process ends. So programs that this process
+    /// starts later have no copy of the socket.
     ///
     /// # What is checked
-    /// A descriptor belongs to whoever opened it, and nothing tells a function who that was. So a number is taken only
+    /// A descriptor belongs to whoever opened it, and nothing tells a function who that was. So a
+    /// number is taken only
     ///
     /// - once in a process,
     /// - above 2: see [`from_stdin`](Self::from_stdin),
-    /// - without close-on-exec, which std, tokio and this crate set on everything that they open, and a parent clears on what
-    ///   it leaves to a child.
+    /// - without close-on-exec, which std, tokio and this crate set on everything that they open,
+    ///   and a parent clears on what it leaves to a child.
     ///
-    /// What remains: other code of this process may have opened or inherited a Unix socket without close-on-exec. If you name its
-    /// number, that code finds `/dev/null` there. It is never left with a closed number, which could become another
-    /// file's.
+    /// What remains: other code of this process may have opened or inherited a Unix socket without
+    /// close-on-exec. If you name its number, that code finds `/dev/null` there. It is never left
+    /// with a closed number, which could become another file's.
     ///
-    /// A library that sets close-on-exec on what the process has inherited, as `sd_listen_fds` of libsystemd does, is the
-    /// owner then. Take the socket from there, by `TryFrom<OwnedFd>`.
+    /// A library that sets close-on-exec on what the process has inherited, as `sd_listen_fds` of
+    /// libsystemd does, is the owner then. Take the socket from there, by `TryFrom<OwnedFd>`.
     ///
     /// # Errors
-    /// `ResourceBusy` if the number was taken before, `InvalidInput` with a reason if it fails another check or is not a
-    /// connected Unix socket of either kind, `EMFILE` if two more descriptors cannot be had, and those of registering
-    /// it with tokio. The inherited descriptor is unchanged then, and can be taken later.
+    /// `ResourceBusy` if the number was taken before, `InvalidInput` with a reason if it fails
+    /// another check or is not a connected Unix socket of either kind, `EMFILE` if two more
+    /// descriptors cannot be had, and those of registering it with tokio. The inherited descriptor
+    /// is unchanged then, and can be taken later.
     pub fn from_inherited(number: i32) -> Result<Self> {
         take_numbered(number)
     }
 }
 
 impl Listener {
-    /// Takes a listening socket that this process has inherited, by the number that its parent tells it, for example
-    /// with `LISTEN_FDS`. The [guide](crate::guide#a-socket-that-the-process-was-started-with) has an example.
+    /// Takes a listening socket that this process has inherited, by the number that its parent
+    /// tells it, for example with `LISTEN_FDS`. The
+    /// [guide](crate::guide#a-socket-that-the-process-was-started-with) has an example.
     ///
-    /// What becomes of the number, and what is checked, is described for [`Socket::from_inherited`]. As after every
-    /// conversion, the listener is made non-blocking for every holder, and the path, if it has one, stays as it is on drop.
+    /// What becomes of the number, and what is checked, is described for
+    /// [`Socket::from_inherited`]. As after every conversion, the listener is made non-blocking for
+    /// every holder, and the path, if it has one, stays as it is on drop.
     ///
     /// # Errors
     /// As for [`Socket::from_inherited`], of a listening socket.

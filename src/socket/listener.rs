@@ -12,8 +12,8 @@ use std::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    Socket, SocketKind, UidLimits,
-    listener_state::{ListenerState, local_addr, not_would_block},
+    PassCredentials, Socket, SocketKind, UidLimits,
+    listener_state::{ListenerState, listener_addr, not_would_block},
 };
 use crate::{closer::BackgroundFd, sys};
 
@@ -165,6 +165,18 @@ impl Listener {
         self.state.set_pass_fds(self.as_fd(), pass)
     }
 
+    /// Chooses what is reported about the senders of messages on the accepted connections, as
+    /// [`Socket::set_pass_credentials`] does for one connection. The default is [`PassCredentials::No`].
+    ///
+    /// A connection inherits the option when the client connects, and gets it when it is accepted at the latest. So
+    /// nothing that a client sends escapes it: what is sent before the accept is reported with its sender in any case.
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
+    pub fn set_pass_credentials(&self, pass: PassCredentials) -> Result<()> {
+        self.state.set_pass_credentials(self.as_fd(), pass)
+    }
+
     /// The kind of the sockets that it accepts.
     pub fn kind(&self) -> SocketKind {
         self.state.kind()
@@ -175,7 +187,7 @@ impl Listener {
     /// # Errors
     /// Those of getsockname(2).
     pub fn local_addr(&self) -> Result<SocketAddr> {
-        local_addr(self.as_fd())
+        listener_addr(self.as_fd())
     }
 
     /// Waits for the next connection of an admitted uid.

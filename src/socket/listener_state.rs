@@ -5,12 +5,11 @@ use std::{
     io::{Error, ErrorKind, Result},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        linux::net::SocketAddrExt,
         unix::net::SocketAddr,
     },
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
@@ -22,10 +21,10 @@ use nix::{
 };
 
 use super::{
-    PeerCred, SocketKind, SocketState,
+    Endpoint, PassCredentials, PeerCred, SocketKind, SocketState,
     admission::Admission,
-    convert::{checked, disable_credentials, invalid_descriptor, unix_socket_kind},
-    new_socket,
+    convert::{checked, invalid_descriptor, unix_socket_kind},
+    local_addr, new_socket,
     path::{PathGuard, unix_addr},
     set_nonblocking,
     uid_account::UidShare,
@@ -47,9 +46,9 @@ pub(crate) struct ListenerState {
     /// Refused connections that wait to be closed.
     closing: Arc<Account>,
     path: Option<PathGuard>,
-    /// Made by a conversion. A connection copies `SO_PASSCRED` from the listener when the client
-    /// connects, so those that were in the backlog then may have it.
-    was_converted: bool,
+    /// Set for each connection, if there is one. A connection copies `SO_PASSCRED` from the listener when
+    /// the client connects, so those that are in the backlog when it changes have what it was before.
+    credentials: Mutex<Option<PassCredentials>>,
     /// False after [`set_pass_fds(false)`](Self::set_pass_fds).
     pass_fds: AtomicBool,
 }
@@ -88,11 +87,11 @@ impl ListenerState {
                 return Err(invalid_descriptor("it is not a listening socket"));
             }
             set_nonblocking(fd, true)?; // accept has no flag for it
-            disable_credentials(fd)?; // for clients that connect from now on
+            PassCredentials::No.set(fd)?; // for clients that connect from now on
             Ok(kind)
         })?;
         let (fd, state) = Self::new(fd, kind, None);
-        Ok((fd, Self { was_converted: true, ..state }))
+        Ok((fd, Self { credentials: Mutex::new(Some(PassCredentials::No)), ..state }))
     }
 
     fn new(fd: OwnedFd, kind: SocketKind, path: Option<PathGuard>) -> (BackgroundFd, Self) {
@@ -102,7 +101,7 @@ impl ListenerState {
             admission: Admission::new(),
             closing: Arc::default(),
             path,
-            was_converted: false,
+            credentials: Mutex::default(),
             pass_fds: AtomicBool::new(true),
         };
         (BackgroundFd::new(fd, InBackground::default()), state)
@@ -145,19 +144,28 @@ impl ListenerState {
     /// Prepares an accepted connection if its peer is admitted.
     fn take_accepted(&self, listener: BorrowedFd<'_>, fd: BackgroundFd) -> Result<Option<(BackgroundFd, SocketState)>> {
         let Some(uid_share) = self.admit(listener, &fd)? else { return Ok(None) };
-        if self.was_converted {
-            disable_credentials(&fd)?;
-        }
         // Clients in the backlog may have connected before the listener got the option.
         if !self.pass_fds.load(Ordering::Relaxed) {
             setsockopt(&fd, sys::PassRights, &false)?;
         }
         let state = SocketState::new(self.kind, Some(uid_share));
-        Ok(Some((state.guard(fd.into_fd()), state)))
+        let fd = state.guard(fd.into_fd());
+        let credentials = *self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pass) = credentials {
+            Endpoint::new(fd.as_fd(), &state).set_pass_credentials(pass)?;
+        }
+        Ok(Some((fd, state)))
     }
 
     fn admit(&self, listener: BorrowedFd<'_>, peer: &BackgroundFd) -> Result<Option<UidShare>> {
-        Ok(self.admission.admit(PeerCred::of(peer)?, self.path.as_ref(), || local_addr(listener)))
+        Ok(self.admission.admit(PeerCred::of(peer)?, self.path.as_ref(), || listener_addr(listener)))
+    }
+
+    pub(crate) fn set_pass_credentials(&self, listener: BorrowedFd<'_>, pass: PassCredentials) -> Result<()> {
+        let mut credentials = self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
+        pass.set(&listener)?;
+        *credentials = Some(pass);
+        Ok(())
     }
 
     pub(crate) fn set_pass_fds(&self, listener: BorrowedFd<'_>, pass: bool) -> Result<()> {
@@ -168,13 +176,8 @@ impl ListenerState {
 }
 
 /// Returns the address of a listener.
-pub(crate) fn local_addr(listener: BorrowedFd<'_>) -> Result<SocketAddr> {
-    let addr = socket::getsockname::<UnixAddr>(listener.as_fd().as_raw_fd())?;
-    match (addr.path(), addr.as_abstract()) {
-        (Some(path), _) => SocketAddr::from_pathname(path),
-        (_, Some(name)) => SocketAddr::from_abstract_name(name),
-        _ => Err(Error::new(ErrorKind::InvalidData, "the listener has no name")),
-    }
+pub(crate) fn listener_addr(listener: BorrowedFd<'_>) -> Result<SocketAddr> {
+    local_addr(&listener)?.ok_or_else(|| Error::new(ErrorKind::InvalidData, "the listener has no name"))
 }
 
 /// Turns `WouldBlock` into another kind of error.

@@ -1,20 +1,24 @@
-//! Connected `AF_UNIX` sockets that keep boundaries (SEQPACKET) or not (STREAM), on tokio's event loop.
+//! Connected `AF_UNIX` sockets that keep boundaries (SEQPACKET) or not (STREAM), on tokio's event
+//! loop.
 
 mod admission;
 mod convert;
+mod datagram;
 mod endpoint;
 mod inherited;
 mod io;
 mod listener;
 mod listener_state;
+mod options;
+mod pass_credentials;
 mod path;
 mod uid_account;
 
 use std::{
     io::Result,
-    net::Shutdown,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        linux::net::SocketAddrExt,
         unix::net::SocketAddr,
     },
     path::Path,
@@ -24,7 +28,7 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
-    sys::socket::{self, AddressFamily, SockFlag, SockType, getsockopt, sockopt},
+    sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr},
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -32,11 +36,14 @@ use tokio::{
 };
 
 pub(crate) use convert::connected;
+pub use datagram::{Datagram, DatagramSocket};
 pub(crate) use endpoint::{Attempt, Endpoint, SocketState};
 pub(crate) use inherited::{take_numbered, take_stdin};
 pub(crate) use io::SendWait;
 pub use listener::Listener;
-pub(crate) use listener_state::{ListenerState, local_addr};
+pub(crate) use listener_state::{ListenerState, listener_addr};
+pub use options::PeerCred;
+pub use pass_credentials::PassCredentials;
 pub(crate) use path::unix_addr;
 pub use uid_account::UidLimits;
 
@@ -44,8 +51,8 @@ use crate::{closer::BackgroundFd, sys};
 
 /// The two kinds of socket.
 ///
-/// Frames have the same meaning on both. SEQPACKET moves large payloads faster, STREAM is what most other programs
-/// speak.
+/// Frames have the same meaning on both. SEQPACKET moves large payloads faster, STREAM is what most
+/// other programs speak.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SocketKind {
@@ -64,36 +71,16 @@ impl SocketKind {
     }
 }
 
-/// Who is at the other end: the process that called `connect`, `listen` or `socketpair`, at that time (`SO_PEERCRED`,
-/// unix(7)).
-///
-/// On a pair made by a parent that is the **parent**, not the child that uses the other end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct PeerCred {
-    /// Effective user id.
-    pub uid: u32,
-    /// Effective group id.
-    pub gid: u32,
-    /// Process id; `None` if the process is in another PID namespace.
-    pub pid: Option<i32>,
-}
-
-impl PeerCred {
-    fn of(socket: &impl AsFd) -> Result<Self> {
-        let cred = getsockopt(socket, sockopt::PeerCredentials)?;
-        Ok(Self { uid: cred.uid(), gid: cred.gid(), pid: Some(cred.pid()).filter(|&pid| pid != 0) })
-    }
-}
-
 /// A connected Unix socket of either kind, registered with tokio.
 ///
-/// Used through [`Framed`](crate::Framed). Converts from and into the sockets of std, tokio and tokio-seqpacket, and
-/// `OwnedFd`; a descriptor of another type is refused with a clear error. `O_NONBLOCK`, which all holders of a socket
-/// share, is not needed and left alone: a socket made here is a blocking one for a child that gets it as standard input.
+/// Used through [`Framed`](crate::Framed). Converts from and into the sockets of std, tokio and
+/// tokio-seqpacket, and `OwnedFd`; a descriptor of another type is refused with a clear error.
+/// `O_NONBLOCK`, which all holders of a socket share, is not needed and left alone: a socket made
+/// here is a blocking one for a child that gets it as standard input.
 ///
 /// # Panics
-/// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not enabled.
+/// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not
+/// enabled.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
@@ -131,8 +118,8 @@ impl Socket {
     /// runtime's timer is not enabled.
     ///
     /// # Errors
-    /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens), `PermissionDenied`, and
-    /// `EPROTOTYPE` (the listener is of the other kind).
+    /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens),
+    /// `PermissionDenied`, and `EPROTOTYPE` (the listener is of the other kind).
     ///
     /// # Cancel safety
     /// Nothing is left behind when dropped.
@@ -140,8 +127,8 @@ impl Socket {
         Self::connect_addr(&SocketAddr::from_pathname(path)?, kind).await
     }
 
-    /// Connects to an address; beside paths these are abstract names ([`std::os::linux::net::SocketAddrExt`]). Waits
-    /// while the listener's backlog is full.
+    /// Connects to an address; beside paths these are abstract names
+    /// ([`std::os::linux::net::SocketAddrExt`]). Waits while the listener's backlog is full.
     ///
     /// # Panics
     /// As for [`connect`](Self::connect).
@@ -190,16 +177,18 @@ impl Socket {
         (self.io.into_inner(), self.state)
     }
 
-    /// Returns another handle to the same socket, by another descriptor (close-on-exec), registered with the current
-    /// runtime.
+    /// Returns another handle to the same socket, by another descriptor (close-on-exec), registered
+    /// with the current runtime.
     ///
-    /// The handles share everything that the kernel keeps: options, the send buffer and the receive queue. So two readers
-    /// take each other's messages, two writers mix theirs on a stream, and [`shutdown`](Self::shutdown) ends all handles.
-    /// The connection ends by itself when the last handle is dropped. That the peer has closed without reading everything
+    /// The handles share everything that the kernel keeps: options, the send buffer and the receive
+    /// queue. So two readers take each other's messages, two writers mix theirs on a stream, and
+    /// [`shutdown`](Self::shutdown) ends all handles. The connection ends by itself when the last
+    /// handle is dropped. That the peer has closed without reading everything
     /// ([`Error::Reset`](crate::Error::Reset)) is reported to one of them.
     ///
-    /// Descriptors that nobody takes count for both together while they wait to be closed. At a listener that limits what
-    /// [one uid](UidLimits) may have, the handle counts as one more connection, but is never refused.
+    /// Descriptors that nobody takes count for both together while they wait to be closed. At a
+    /// listener that limits what [one uid](UidLimits) may have, the handle counts as one more
+    /// connection, but is never refused.
     ///
     /// # Errors
     /// `EMFILE` and `ENFILE`, and those of registering the descriptor with tokio.
@@ -221,8 +210,9 @@ impl Socket {
         Self::register_with(state.guard(self.as_fd().try_clone_to_owned()?), state)
     }
 
-    /// Saves its thread the wakeup for each packet that the peer consumes. That takes less CPU, and a peer that answers at once is
-    /// waited for asleep. Where the system refuses, all stays as it was.
+    /// Saves its thread the wakeup for each packet that the peer consumes. That takes less CPU, and
+    /// a peer that answers at once is waited for asleep. Where the system refuses, all stays as it
+    /// was.
     pub(crate) fn quiet(mut self) -> Self {
         let registered = {
             let _context = self.runtime.enter();
@@ -242,83 +232,21 @@ impl Socket {
     pub(crate) fn endpoint(&self) -> Endpoint<'_> {
         Endpoint::new(self.as_fd(), &self.state)
     }
-
-    /// Which kind it is.
-    pub fn kind(&self) -> SocketKind {
-        self.state.kind()
-    }
-
-    /// Who is at the other end.
-    ///
-    /// # Errors
-    /// Those of getsockopt(2).
-    pub fn peer_cred(&self) -> Result<PeerCred> {
-        self.endpoint().peer_cred()
-    }
-
-    /// Returns a pidfd of the process that [`peer_cred`](Self::peer_cred) names. It becomes
-    /// readable when that process ends, and never means another one, as a reused process id may
-    /// (`SO_PEERPIDFD`, Linux 6.5).
-    ///
-    /// Linux 6.16 and later return it even if the process has ended and was reaped; it is readable
-    /// at once then.
-    ///
-    /// # Errors
-    /// `ENOPROTOOPT` before Linux 6.5. Before 6.16 also an error, such as `ESRCH`, if the process
-    /// was reaped.
-    pub fn peer_pidfd(&self) -> Result<OwnedFd> {
-        self.endpoint().peer_pidfd()
-    }
-
-    /// Size of the send buffer in bytes as the kernel counts it (`SO_SNDBUF`, socket(7)). A packet holds at most this
-    /// less 32 bytes.
-    ///
-    /// # Errors
-    /// Those of getsockopt(2).
-    pub fn send_buffer_size(&self) -> Result<usize> {
-        self.endpoint().send_buffer_size()
-    }
-
-    /// Asks for a send buffer of `bytes` bytes. The kernel doubles the number for its own bookkeeping, and caps it at
-    /// `/proc/sys/net/core/wmem_max`. To be set before the socket goes into a [`Framed`](crate::Framed).
-    ///
-    /// For frames of 1 MiB and more on SEQPACKET a buffer of 4 MiB instead of the usual 208 KiB makes four times the
-    /// throughput: the packets of a long frame are a quarter of the buffer.
-    ///
-    /// # Errors
-    /// Those of setsockopt(2).
-    pub fn set_send_buffer_size(&self, bytes: usize) -> Result<()> {
-        self.endpoint().set_send_buffer_size(bytes)
-    }
-
-    /// Chooses whether this socket takes descriptors from the peer (`SO_PASSRIGHTS`, Linux 6.16).
-    /// The default is true. With false, the peer's send with descriptors fails with
-    /// `PermissionDenied` and sends nothing.
-    ///
-    /// What the peer sent before this call is still received with its descriptors. For an accepted
-    /// connection, which the client may use before it is accepted, use [`Listener::set_pass_fds`]
-    /// instead.
-    ///
-    /// # Errors
-    /// `ENOPROTOOPT` on an older kernel.
-    pub fn set_pass_fds(&self, pass: bool) -> Result<()> {
-        self.endpoint().set_pass_fds(pass)
-    }
-
-    /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
-    /// the peer's sends fail with `EPIPE`, and what it sent before stays readable; then comes the
-    /// end. A task that waits to receive is woken, on both kinds of socket.
-    ///
-    /// # Errors
-    /// `NotConnected`.
-    pub fn shutdown(&self, how: Shutdown) -> Result<()> {
-        self.endpoint().shutdown(how)
-    }
 }
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.get_ref().as_fd()
+    }
+}
+
+/// Returns the address that a socket is bound to, or `None` if it has no name.
+fn local_addr(socket: &impl AsRawFd) -> Result<Option<SocketAddr>> {
+    let addr = socket::getsockname::<UnixAddr>(socket.as_raw_fd())?;
+    match (addr.path(), addr.as_abstract()) {
+        (Some(path), _) => SocketAddr::from_pathname(path).map(Some),
+        (_, Some(name)) => SocketAddr::from_abstract_name(name).map(Some),
+        _ => Ok(None),
     }
 }
 

@@ -80,7 +80,8 @@ impl PathGuard {
                     _ => Ok(()),
                 },
                 Some(libc::ENOENT) => Ok(()),
-                Some(libc::EPROTOTYPE) => Err(in_use(path)),
+                // EPERM: a datagram socket that receives only from the one that it is connected to.
+                Some(libc::EPROTOTYPE | libc::EPERM) => Err(in_use(path)),
                 _ => Err(error),
             },
             Ok(()) => Err(in_use(path)),

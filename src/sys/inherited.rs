@@ -10,20 +10,23 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
-/// The numbers that were taken. They stay in use until the process ends, so none becomes another file's.
+/// The numbers that were taken. They stay in use until the process ends, so none becomes another
+/// file's.
 static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 
-/// Takes the open file away from a number that this process has inherited, and leaves /dev/null there. `make` gets the
-/// file under another number, close-on-exec.
+/// Takes the open file away from a number that this process has inherited, and leaves /dev/null
+/// there. `make` gets the file under another number, close-on-exec.
 ///
-/// **Why this is safe to call with any number.** `make` owns a number that the kernel has made for it. The inherited
-/// number is never closed, so whoever also believes to own it closes no file of anybody else. It is taken only if it is
-/// open and not close-on-exec: the standard library and most others open everything close-on-exec, so such a number is
-/// usually one that the process was started with.
+/// **Why this is safe to call with any number.** `make` owns a number that the kernel has made for
+/// it. The inherited number is never closed, so whoever also believes to own it closes no file of
+/// anybody else. It is taken only if it is open and not close-on-exec: the standard library and
+/// most others open everything close-on-exec, so such a number is usually one that the process was
+/// started with.
 ///
 /// # Errors
-/// `ResourceBusy` if the number was taken before, `InvalidInput` if it is not open or is close-on-exec, those of
-/// `make`, and `EMFILE`. The number then still has its open file, and can be taken later.
+/// `ResourceBusy` if the number was taken before, `InvalidInput` if it is not open or is
+/// close-on-exec, those of `make`, and `EMFILE`. The number then still has its open file, and can
+/// be taken later.
 pub(crate) fn take_inherited<T>(number: RawFd, make: impl FnOnce(OwnedFd) -> io::Result<T>) -> io::Result<T> {
     let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
     if taken.contains(&number) {
@@ -56,8 +59,8 @@ fn copy(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(Errno::result(copy)?) })
 }
 
-/// Opens /dev/null or, if there is none, as in some containers, a pipe without a writer. Reading from either yields
-/// the end of file.
+/// Opens /dev/null or, if there is none, as in some containers, a pipe without a writer. Reading
+/// from either yields the end of file.
 fn placeholder() -> io::Result<OwnedFd> {
     match File::options().read(true).write(true).open("/dev/null") {
         Ok(null) => Ok(null.into()),
@@ -65,12 +68,13 @@ fn placeholder() -> io::Result<OwnedFd> {
     }
 }
 
-/// Gives a number another open file. Only standard input is inherited by children, which expect to have one.
+/// Gives a number another open file. Only standard input is inherited by children, which expect to
+/// have one.
 fn replace(number: RawFd, file: BorrowedFd<'_>) -> io::Result<()> {
     let flags = if number == libc::STDIN_FILENO { 0 } else { libc::O_CLOEXEC };
     loop {
-        // SAFETY: closes no file for good, since `make` has a copy of the one that the number had. Nobody owns the number,
-        // as `take_inherited` explains.
+        // SAFETY: closes no file for good, since `make` has a copy of the one that the number had.
+        // Nobody owns the number, as `take_inherited` explains.
         let replaced = unsafe { libc::dup3(file.as_raw_fd(), number, flags) };
         match Errno::result(replaced) {
             Err(Errno::EINTR | Errno::EBUSY) => {} // another thread opens a file at this moment

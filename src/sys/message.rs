@@ -1,24 +1,34 @@
 //! `sendmsg` and `recvmsg` with descriptors.
 //!
-//! Straight to libc: nix's `recvmsg` makes received descriptors unreachable when the control data was truncated, and
-//! its `sendmsg` allocates on each call.
+//! Straight to libc: nix's `recvmsg` makes received descriptors unreachable when the control data
+//! was truncated, and its `sendmsg` allocates on each call.
 
 use std::{
     io::{self, IoSlice},
     mem::{self, MaybeUninit},
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::net::SocketAddr,
+    },
 };
 
 use bytes::{BufMut, BytesMut};
-use nix::{errno::Errno, libc};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::socket::{SockaddrLike, UnixAddr},
+};
 
-use crate::limits::SCM_MAX_FD;
+use super::address::Name;
+use crate::{credentials::Credentials, limits::SCM_MAX_FD};
 
-/// `SCM_PIDFD`, which libc 0.2 lacks: a control message that carries one descriptor, installed like any other.
+/// `SCM_PIDFD`, which libc 0.2 lacks: a control message that carries one descriptor, installed like
+/// any other.
 const SCM_PIDFD: libc::c_int = 4;
 
-/// Room for 253 descriptors (1,032 bytes), and for the credentials, the pidfd and the timestamps that another holder of
-/// the socket may have switched on: they come before the descriptors or after them, and must not push any out.
+/// Room for 253 descriptors (1,032 bytes), and for the credentials, the pidfd and the timestamps
+/// that this process or another holder of the socket may have switched on: they come before the
+/// descriptors or after them, and must not push any out.
 const CONTROL_BYTES: usize = 1032 + 248;
 
 /// Control data of a call, aligned as `cmsghdr` wants it.
@@ -59,7 +69,7 @@ impl Control {
 }
 
 /// What a [`recvmsg`] brought, besides what it has appended.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Received {
     /// Number of bytes. 0 is the end of the stream.
     pub(crate) bytes: usize,
@@ -67,16 +77,20 @@ pub(crate) struct Received {
     pub(crate) short: bool,
     /// Number of descriptors that came too.
     pub(crate) fds: usize,
-    /// Control data of any kind came: descriptors, or credentials that another holder of the socket asked for.
+    /// Control data of any kind came: descriptors, or credentials that another holder of the socket
+    /// asked for.
     pub(crate) with_control: bool,
     /// The kernel had descriptors for us that it could not install.
     pub(crate) control_truncated: bool,
     /// The packet was longer than the room for it.
     pub(crate) packet_truncated: bool,
+    /// The process that has sent all of it, if the socket is set to report that and the kernel
+    /// knows it.
+    pub(crate) credentials: Option<Credentials>,
 }
 
-/// Sends bytes, and with their first byte descriptors, without blocking. Returns the number of bytes sent; the
-/// descriptors were sent even if that is not all bytes.
+/// Sends bytes, and with their first byte descriptors, without blocking. Returns the number of
+/// bytes sent; the descriptors were sent even if that is not all bytes.
 ///
 /// At most 253 descriptors and never without a byte: a stream would drop them silently.
 pub(crate) fn sendmsg<'fd>(
@@ -84,28 +98,78 @@ pub(crate) fn sendmsg<'fd>(
     bytes: &[IoSlice<'_>],
     fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>>,
 ) -> io::Result<usize> {
+    send(socket, bytes, fds, None)
+}
+
+/// Sends one datagram with at most 253 descriptors, without blocking, to an address or to the
+/// connected peer. It may be empty.
+pub(crate) fn send_datagram<'fd>(
+    socket: BorrowedFd<'_>,
+    payload: &[u8],
+    fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>>,
+    receiver: Option<&UnixAddr>,
+) -> io::Result<()> {
+    send(socket, &[IoSlice::new(payload)], fds, receiver).map(drop)
+}
+
+#[inline]
+fn send<'fd>(
+    socket: BorrowedFd<'_>,
+    bytes: &[IoSlice<'_>],
+    fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>>,
+    receiver: Option<&UnixAddr>,
+) -> io::Result<usize> {
     let mut control = Control::new();
     let mut message = empty_message();
     message.msg_iov = bytes.as_ptr().cast_mut().cast(); // IoSlice has the layout of iovec, as std says
     message.msg_iovlen = bytes.len() as _;
+    if let Some(receiver) = receiver {
+        message.msg_name = receiver.as_ptr().cast_mut().cast();
+        message.msg_namelen = receiver.len();
+    }
     if fds.len() > 0 {
         message.msg_controllen = control.write_fds(fds) as _;
         message.msg_control = (&raw mut control).cast();
     }
-    // SAFETY: the message points to `bytes` and `control`, valid for the lengths it names until the call returns.
+    // SAFETY: the message points to `bytes`, `control` and `receiver`, valid for the lengths it
+    // names until the call returns.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
     Ok(Errno::result(sent)? as usize)
 }
 
-/// Receives at most `max_bytes` into the spare room of `bytes`, without blocking. Every descriptor that arrives is appended
-/// to `fds`, close-on-exec, whatever else is wrong with the message.
+/// Receives at most `max_bytes` into the spare room of `bytes`, without blocking. Every descriptor
+/// that arrives is appended to `fds`, close-on-exec, whatever else is wrong with the message.
 ///
-/// Neither `max_bytes` nor the spare room may be zero, or the result looks like the end of the stream.
+/// Neither `max_bytes` nor the spare room may be zero, or the result looks like the end of the
+/// stream.
 pub(crate) fn recvmsg(
     socket: BorrowedFd<'_>,
     bytes: &mut BytesMut,
     max_bytes: usize,
     fds: &mut impl Extend<OwnedFd>,
+) -> io::Result<Received> {
+    receive(socket, bytes, max_bytes, fds, None)
+}
+
+/// Receives a datagram in the same way. Returns the sender's address too, unless the sender has
+/// none.
+pub(crate) fn recv_datagram(
+    socket: BorrowedFd<'_>,
+    payload: &mut BytesMut,
+    fds: &mut impl Extend<OwnedFd>,
+) -> io::Result<(Received, Option<SocketAddr>)> {
+    let mut sender = Name::new();
+    let received = receive(socket, payload, usize::MAX, fds, Some(&mut sender))?;
+    Ok((received, sender.to_addr()))
+}
+
+#[inline]
+fn receive(
+    socket: BorrowedFd<'_>,
+    bytes: &mut BytesMut,
+    max_bytes: usize,
+    fds: &mut impl Extend<OwnedFd>,
+    mut sender: Option<&mut Name>,
 ) -> io::Result<Received> {
     let mut control = Control::new();
     let room = bytes.spare_capacity_mut();
@@ -116,55 +180,78 @@ pub(crate) fn recvmsg(
     message.msg_iovlen = 1;
     message.msg_control = (&raw mut control).cast();
     message.msg_controllen = CONTROL_BYTES as _;
+    if let Some(sender) = &mut sender {
+        message.msg_name = sender.bytes.as_mut_ptr().cast();
+        message.msg_namelen = sender.bytes.len() as _;
+    }
     let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
-    // SAFETY: the message points to the spare room of `bytes` and to `control`, both writable for the lengths it names.
+    // SAFETY: the message points to the spare room of `bytes`, to `control` and to `sender`,
+    // writable for the lengths it names.
     let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
     let received = Errno::result(received)? as usize;
-    let fds = take_fds(&message, fds);
-    // SAFETY: the kernel has written that many bytes to the spare room, in which they fit: MSG_TRUNC was not asked for.
+    if let Some(sender) = sender {
+        sender.length = message.msg_namelen as usize;
+    }
+    let with_control = message.msg_controllen > 0;
+    let (fds, credentials) = if with_control { take_control(&message, fds) } else { (0, None) };
+    // SAFETY: the kernel has written that many bytes to the spare room, in which they fit:
+    // MSG_TRUNC was not asked for.
     unsafe { bytes.advance_mut(received) };
     Ok(Received {
         bytes: received,
         short: received < place.iov_len,
         fds,
-        with_control: message.msg_controllen > 0,
+        with_control,
         control_truncated: message.msg_flags & libc::MSG_CTRUNC != 0,
         packet_truncated: message.msg_flags & libc::MSG_TRUNC != 0,
+        credentials,
     })
 }
 
-/// Takes ownership of every descriptor in a received message's control data. Returns the number of those that
-/// were sent.
+/// Takes ownership of every descriptor in a received message's control data. Returns the number of
+/// those that were sent, and the credentials.
 #[allow(clippy::unnecessary_cast, reason = "`cmsg_len` is narrower on musl")]
-fn take_fds(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> usize {
-    let mut count = 0;
+fn take_control(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> (usize, Option<Credentials>) {
+    let (mut count, mut sender, mut pidfd) = (0, None, None);
     // SAFETY: the kernel has set `msg_controllen` to what it wrote to `msg_control`.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
     while !header.is_null() {
-        // SAFETY: not null, so it points to a whole header in the control data, which is aligned for it.
+        // SAFETY: not null, so it points to a whole header in the control data, which is aligned
+        // for it.
         let libc::cmsghdr { cmsg_len, cmsg_level, cmsg_type } = unsafe { header.read() };
-        if cmsg_level == libc::SOL_SOCKET && (cmsg_type == libc::SCM_RIGHTS || cmsg_type == SCM_PIDFD) {
-            // SAFETY: `header` points to a header in the control data.
-            let data = unsafe { libc::CMSG_DATA(header) };
-            let payload_bytes = cmsg_len as usize - (data as usize - header as usize);
-            for index in 0..payload_bytes / size_of::<RawFd>() {
-                // SAFETY: `cmsg_len` covers this number. The place need not be aligned.
-                let raw = unsafe { data.cast::<RawFd>().wrapping_add(index).read_unaligned() };
-                // SCM_PIDFD holds a negative error number where the kernel could make no pidfd.
-                if raw >= 0 {
-                    // SAFETY: the kernel has just installed it in this process, for this message.
-                    let fd = unsafe { OwnedFd::from_raw_fd(raw) };
-                    if cmsg_type == libc::SCM_RIGHTS {
-                        count += 1;
-                        fds.extend([fd]);
+        // SAFETY: `header` points to a header in the control data.
+        let data = unsafe { libc::CMSG_DATA(header) };
+        let payload_bytes = cmsg_len as usize - (data as usize - header as usize);
+        match (cmsg_level, cmsg_type) {
+            (libc::SOL_SOCKET, libc::SCM_RIGHTS | SCM_PIDFD) => {
+                for index in 0..payload_bytes / size_of::<RawFd>() {
+                    // SAFETY: `cmsg_len` covers this number. The place need not be aligned.
+                    let raw = unsafe { data.cast::<RawFd>().wrapping_add(index).read_unaligned() };
+                    // SCM_PIDFD holds a negative error number where the kernel could make no pidfd.
+                    if raw >= 0 {
+                        // SAFETY: the kernel has just installed it in this process, for this
+                        // message.
+                        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+                        if cmsg_type == libc::SCM_RIGHTS {
+                            count += 1;
+                            fds.extend([fd]);
+                        } else {
+                            pidfd = Some(fd);
+                        }
                     }
                 }
             }
+            (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if payload_bytes >= size_of::<libc::ucred>() => {
+                // SAFETY: `cmsg_len` covers the value. The place need not be aligned.
+                sender = Some(unsafe { data.cast::<libc::ucred>().read_unaligned() });
+            }
+            _ => {}
         }
         // SAFETY: `header` is one of the message's headers; the macro checks the bounds.
         header = unsafe { libc::CMSG_NXTHDR(message, header) };
     }
-    count
+    let credentials = sender.and_then(|ucred| Credentials::from_kernel(ucred.pid, ucred.uid, ucred.gid, pidfd));
+    (count, credentials)
 }
 
 fn empty_message() -> libc::msghdr {

@@ -1,6 +1,7 @@
 //! The system calls, and **all `unsafe` of the crate**: one block per call. Of the layers above it, only `buf_mut` knows one.
 #![allow(unsafe_code)]
 
+mod address;
 mod buf_mut;
 mod close;
 mod exit;
@@ -14,7 +15,7 @@ pub(crate) use close::close_all;
 pub(crate) use exit::{ExitCloser, most_sockets_at_once};
 pub(crate) use inherited::take_inherited;
 pub(crate) use kind::{FileKind, file_kind, is_socket};
-pub(crate) use message::{Received, recvmsg, sendmsg};
+pub(crate) use message::{Received, recv_datagram, recvmsg, send_datagram, sendmsg};
 pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol};
 pub(crate) use readiness::{CloseFd, FdGuard, register};
 

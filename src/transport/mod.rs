@@ -6,8 +6,10 @@
 mod parts;
 mod receive;
 mod send;
+mod senders;
 mod spare;
 
 pub use parts::Parts;
 pub(crate) use receive::{ReceiveSide, Receiving, Rest};
 pub(crate) use send::{SendSide, Sending, encode};
+pub(crate) use senders::Senders;

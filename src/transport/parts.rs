@@ -2,7 +2,7 @@ use std::os::fd::OwnedFd;
 
 use bytes::BytesMut;
 
-use super::{Receiving, Sending};
+use super::{Receiving, Senders, Sending};
 use crate::{FdQueue, SendBuf, Socket};
 
 /// What a [`Framed`](crate::Framed) consists of, from [`Framed::into_parts`](crate::Framed::into_parts). `S` is the type of
@@ -27,6 +27,8 @@ pub struct Parts<D, E = D, S = Socket> {
     /// How far each direction has come: what has ended stays so.
     pub(crate) receiving: Receiving,
     pub(crate) sending: Sending,
+    /// The processes that sent what was received.
+    pub(crate) senders: Senders,
 }
 
 impl<D, E, S> Parts<D, E, S> {
@@ -41,13 +43,14 @@ impl<D, E, S> Parts<D, E, S> {
             unsent: SendBuf::new(),
             receiving: Receiving::default(),
             sending: Sending::default(),
+            senders: Senders::default(),
         }
     }
 
     /// Replaces the codecs.
     pub(crate) fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Parts<D2, E2, S> {
-        let Self { socket, decoder, encoder, received, received_fds, unsent, receiving, sending } = self;
+        let Self { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } = self;
         let (decoder, encoder) = map(decoder, encoder);
-        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending }
+        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
     }
 }

@@ -7,9 +7,9 @@ use std::{
 
 use bytes::BytesMut;
 
-use super::spare;
+use super::{Senders, spare};
 use crate::{
-    Decoder, Error, FdQueue, SocketKind,
+    Credentials, Decoder, Error, FdQueue, SocketKind,
     closer::Account,
     codec::{Inbound, Step, Unfinished},
     socket::Endpoint,
@@ -23,6 +23,7 @@ use crate::{
 pub(crate) struct ReceiveSide {
     inbound: Inbound,
     state: Receiving,
+    senders: Senders,
     timing: RestTiming,
 }
 
@@ -36,13 +37,19 @@ pub(crate) enum Receiving {
 }
 
 impl ReceiveSide {
-    pub(crate) fn new(socket: Endpoint<'_>, bytes: BytesMut, mut fds: FdQueue<OwnedFd>, state: Receiving) -> Self {
+    pub(crate) fn new(
+        socket: Endpoint<'_>,
+        bytes: BytesMut,
+        mut fds: FdQueue<OwnedFd>,
+        state: Receiving,
+        senders: Senders,
+    ) -> Self {
         fds.set_home(Arc::<Account>::clone(socket.account()));
         let mut inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
         if state == Receiving::Over {
             inbound.end();
         }
-        Self { inbound, state, timing: RestTiming::default() }
+        Self { inbound, state, senders, timing: RestTiming::default() }
     }
 
     /// Returns the next message, or what it takes to get one: after [`Step::End`] that is the
@@ -64,6 +71,16 @@ impl ReceiveSide {
         socket.hold(self.inbound.bytes.len(), self.inbound.fds.count())
     }
 
+    /// Returns true if part of a message has arrived, or a descriptor of one.
+    pub(crate) fn has_part(&self) -> bool {
+        !self.inbound.bytes.is_empty() || self.inbound.fds.count() > 0
+    }
+
+    /// Returns the process that sent the message that was decoded last.
+    pub(crate) fn credentials(&self) -> Option<&Credentials> {
+        self.senders.of_message(self.inbound.decoded()).map(|credentials| &**credentials)
+    }
+
     /// Makes room and one `recvmsg`.
     ///
     /// # Errors
@@ -74,11 +91,21 @@ impl ReceiveSide {
         sys::recvmsg(socket, &mut self.inbound.bytes, most.max(1), &mut self.inbound.fds)
     }
 
-    /// Takes note of what a [`receive`](Self::receive) has brought.
+    /// Takes note of what a [`receive`](Self::receive) has brought. `is_rest` if [part](Self::has_part) of a message
+    /// was there before.
     ///
     /// # Errors
-    /// [`Error::TruncatedPacket`].
-    pub(crate) fn received(&mut self, received: Received) -> Result<(), Error> {
+    /// [`Error::TruncatedPacket`] and [`Error::MixedSenders`].
+    pub(crate) fn received(
+        &mut self,
+        socket: Endpoint<'_>,
+        mut received: Received,
+        is_rest: bool,
+    ) -> Result<(), Error> {
+        if received.bytes > 0 {
+            let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
+            self.senders.received(credentials, self.inbound.decoded(), is_rest)?;
+        }
         match received {
             Received { packet_truncated: true, .. } => return Err(Error::TruncatedPacket),
             Received { control_truncated: true, .. } => self.inbound.received_truncated(),
@@ -126,9 +153,10 @@ impl ReceiveSide {
     }
 
     /// Takes out what has arrived. The direction goes on elsewhere.
-    pub(crate) fn take(&mut self) -> (BytesMut, FdQueue<OwnedFd>, Receiving) {
+    pub(crate) fn take(&mut self) -> (BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
         self.release();
-        (mem::take(&mut self.inbound.bytes), mem::take(&mut self.inbound.fds), self.state)
+        let senders = mem::take(&mut self.senders).carried_over(self.inbound.decoded());
+        (mem::take(&mut self.inbound.bytes), mem::take(&mut self.inbound.fds), self.state, senders)
     }
 }
 

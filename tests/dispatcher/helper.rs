@@ -10,7 +10,8 @@ use crate::{
     raw_worker::{connections, served_by, until},
 };
 
-/// A program that reads what its worker was sent would take offers, and the worker would count one less than the dispatcher.
+/// A program that reads what its worker was sent would take offers, and the worker would count one
+/// less than the dispatcher.
 #[test]
 fn a_program_that_reads_standard_input_takes_no_offers_of_its_worker() {
     for kind in KINDS {

@@ -7,13 +7,16 @@
 mod common;
 
 mod dbus;
+mod haproxy;
 mod kinds;
 mod lines;
+mod mux;
 mod netcat;
 mod node;
 mod packets;
 mod payload;
 mod python;
+mod sd_notify;
 mod skopeo;
 mod ssh;
 mod switch;

@@ -1,5 +1,5 @@
-//! Node's channel between a process and its child (`child_process.fork`): lines of JSON on a stream, with handles, under the
-//! number in `NODE_CHANNEL_FD`.
+//! Node's channel between a process and its child (`child_process.fork`): lines of JSON on a
+//! stream, with handles, under the number in `NODE_CHANNEL_FD`.
 
 use std::{
     io::Read,
@@ -19,7 +19,8 @@ use crate::{
     installed,
 };
 
-/// The codec of the guide: a message is a line of JSON, and one with `"cmd": "NODE_HANDLE"` has a descriptor.
+/// The codec of the guide: a message is a line of JSON, and one with `"cmd": "NODE_HANDLE"` has a
+/// descriptor.
 #[derive(Clone)]
 struct NodeChannel;
 
@@ -113,8 +114,8 @@ fn a_child_of_node_finds_its_channel_and_leaks_nothing_to_its_own_children() {
     });
 }
 
-/// Node as our child. It takes any number; standard input is the one that a `Command` of std can pass. Node never closes
-/// standard input, so only its exit ends the channel.
+/// Node as our child. It takes any number; standard input is the one that a `Command` of std can
+/// pass. Node never closes standard input, so only its exit ends the channel.
 const CHILD: &str = "
 process.on('message', (message, server) => {
     server.once('connection', socket => socket.end('served by node', () => {

@@ -1,8 +1,11 @@
 //! Each error, on the asynchronous and on the blocking side alike.
 
-use std::{collections::BTreeSet, io, os::fd::OwnedFd, time::Duration};
+use std::{collections::BTreeSet, io, os::fd::OwnedFd, process::Command, time::Duration};
 
-use fdwire::{Codec, Error, Frame, FrameCodec, Limits, Listener, PacketCodec, Socket, SocketKind, UidLimits, blocking};
+use fdwire::{
+    Codec, Error, Frame, FrameCodec, Limits, Listener, PacketCodec, PassCredentials, Socket, SocketKind, UidLimits,
+    blocking,
+};
 use futures::future::LocalBoxFuture;
 
 use crate::{
@@ -81,6 +84,7 @@ const TABLE: &[(&str, &str, Provoke, &str)] = &[
     ),
     ("Unfinished", "receiving", |k, s| Box::pin(unfinished(k, s)), "9 bytes and 1 descriptors of it arrived"),
     ("OverUidLimit", "receiving", |k, s| Box::pin(over_uid_limit(k, s)), "1000 bytes and 0 descriptors"),
+    ("MixedSenders", "receiving", |k, s| Box::pin(mixed_senders(k, s)), "written by several processes"),
     ("Reset", "receiving", |k, s| Box::pin(reset(k, s)), "without reading everything"),
     ("TimedOut", "receiving", |k, s| Box::pin(timed_out(k, s, Waiting::Receive)), "the time set for this call is over"),
     ("TimedOut", "sending", |k, s| Box::pin(timed_out(k, s, Waiting::Send)), "the time set for this call is over"),
@@ -242,6 +246,19 @@ async fn over_uid_limit(kind: SocketKind, side: Side) -> Option<Error> {
     let (client, server) = tokio::join!(Socket::connect_addr(&name, kind), listener.accept());
     let mut rx = End::new(side, server.unwrap(), FrameCodec::default());
     raw_send(&client.unwrap(), &encoded(&[0; 2000], 0)[..1000], &[]);
+    Some(rx.error().await)
+}
+
+async fn mixed_senders(kind: SocketKind, side: Side) -> Option<Error> {
+    let (a, peer) = Socket::pair(kind).unwrap();
+    let peer = OwnedFd::from(peer);
+    a.set_pass_credentials(PassCredentials::Ids).unwrap();
+    let mut rx = End::new(side, a, FrameCodec::default());
+    raw_send(&peer, &encoded(b"whole", 0), &[]);
+    raw_send(&peer, &encoded(b"?", 0)[..8], &[]);
+    let mut other = Command::new("printf").arg("?").stdout(peer.try_clone().unwrap()).spawn().unwrap();
+    assert!(other.wait().unwrap().success());
+    assert_eq!(rx.frame().await.payload, "whole");
     Some(rx.error().await)
 }
 

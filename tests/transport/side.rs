@@ -39,14 +39,14 @@ impl<C> FrameLike for C where
 
 /// A `Framed` of one of the two sorts.
 pub(crate) enum End<C> {
-    Async(Framed<C>),
+    Async(Box<Framed<C>>),
     Blocking(OnThread<blocking::Framed<C>>),
 }
 
 impl<C: FrameLike> End<C> {
     pub(crate) fn new(side: Side, socket: Socket, codec: C) -> Self {
         match side {
-            Side::Async => Self::Async(Framed::new(socket, codec)),
+            Side::Async => Self::Async(Box::new(Framed::new(socket, codec))),
             Side::Blocking => {
                 Self::Blocking(OnThread::new(move || blocking::Framed::new(blocking::Socket::from(socket), codec)))
             }
@@ -69,14 +69,14 @@ impl<C: FrameLike> End<C> {
 
     pub(crate) async fn flush(&mut self) -> Result<(), Error> {
         match self {
-            Self::Async(framed) => framed.flush().await,
+            Self::Async(framed) => Framed::flush(framed).await,
             Self::Blocking(framed) => framed.call(|framed| framed.flush()).await,
         }
     }
 
     pub(crate) async fn close(&mut self) -> Result<(), Error> {
         match self {
-            Self::Async(framed) => framed.close().await,
+            Self::Async(framed) => Framed::close(framed).await,
             Self::Blocking(framed) => framed.call(|framed| framed.close()).await,
         }
     }
@@ -180,7 +180,7 @@ impl<T> OnThread<T> {
         let call = Job::Call(Box::new(move |value| {
             let _cancelled = tell.send(call(value));
         }));
-        self.jobs.send(call).ok().expect("the thread is there");
+        assert!(self.jobs.send(call).is_ok(), "the thread has panicked");
         told.await.expect("the call has panicked")
     }
 
@@ -190,7 +190,7 @@ impl<T> OnThread<T> {
         let call = Job::End(Box::new(move |value| {
             let _cancelled = tell.send(call(value));
         }));
-        self.jobs.send(call).ok().expect("the thread is there");
+        assert!(self.jobs.send(call).is_ok(), "the thread has panicked");
         told.await.expect("the call has panicked")
     }
 }

@@ -1,0 +1,35 @@
+//! Which credentials come with messages.
+
+use std::{io::Result, os::fd::AsFd};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{setsockopt, sockopt},
+};
+
+use crate::sys;
+
+/// What the kernel reports about the process that sends a message.
+///
+/// The options are of the receiving socket (`SO_PASSCRED` and `SO_PASSPIDFD`, unix(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum PassCredentials {
+    /// Nothing.
+    #[default]
+    No,
+    /// Its ids: [`Credentials`](crate::Credentials) without a pidfd.
+    Ids,
+    /// Its ids and a pidfd, which takes a descriptor for each receive (Linux 6.5).
+    IdsAndPidfd,
+}
+
+impl PassCredentials {
+    pub(super) fn set(self, socket: &impl AsFd) -> Result<()> {
+        setsockopt(socket, sockopt::PassCred, &(self != Self::No))?;
+        match setsockopt(socket, sys::PassPidfd, &(self == Self::IdsAndPidfd)) {
+            Err(Errno::ENOPROTOOPT) if self != Self::IdsAndPidfd => Ok(()), // a kernel before 6.5
+            set => Ok(set?),
+        }
+    }
+}

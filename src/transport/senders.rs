@@ -1,0 +1,137 @@
+//! Which process has sent a message.
+
+use std::sync::Arc;
+
+use crate::{Credentials, Error};
+
+/// Attributes messages to the processes that wrote them. All bytes of one receive are from one
+/// process, since the kernel ends a read where another one has written, as long as the socket asks
+/// for credentials.
+///
+/// When something is received, everything complete was decoded before. So only the first message
+/// that a receive completes can have begun in an earlier one.
+#[derive(Debug, Default)]
+pub(crate) struct Senders {
+    /// The sender of what the last receive brought.
+    last: Option<Arc<Credentials>>,
+    /// Number of messages that were decoded before the last receive.
+    decoded: u64,
+    /// The sender of the last of those.
+    before: Option<Arc<Credentials>>,
+    /// Part of the first message after those is from a process that is not known.
+    first_is_unknown: bool,
+}
+
+impl Senders {
+    /// Notes the sender of what was just received. `decoded` messages were decoded before, and
+    /// `is_rest` if part of one more was there.
+    ///
+    /// # Errors
+    /// [`Error::MixedSenders`] if the rest of a message is from another process than its beginning.
+    pub(super) fn received(
+        &mut self,
+        credentials: Option<Credentials>,
+        decoded: u64,
+        is_rest: bool,
+    ) -> Result<(), Error> {
+        let was_unknown = self.first_is_unknown && decoded == self.decoded;
+        let before = self.of_message(decoded).cloned();
+        let is_same = match (&self.last, &credentials) {
+            (Some(last), Some(now)) if is_rest && !last.is_same_sender(now) => return Err(Error::MixedSenders),
+            (last, now) => last.is_some() == now.is_some(),
+        };
+        self.before = before;
+        self.decoded = decoded;
+        self.first_is_unknown = is_rest && (was_unknown || !is_same);
+        self.last = credentials.map(Arc::new);
+        Ok(())
+    }
+
+    /// Returns the sender of the last of `decoded` messages.
+    pub(super) fn of_message(&self, decoded: u64) -> Option<&Arc<Credentials>> {
+        match decoded - self.decoded {
+            0 => self.before.as_ref(),
+            1 if self.first_is_unknown => None,
+            _ => self.last.as_ref(),
+        }
+    }
+
+    /// Returns the same for a receiving direction that has decoded nothing yet, but has what this
+    /// one has received.
+    pub(super) fn carried_over(self, decoded: u64) -> Self {
+        Self {
+            before: self.of_message(decoded).cloned(),
+            decoded: 0,
+            first_is_unknown: self.first_is_unknown && decoded == self.decoded,
+            last: self.last,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(pid: i32) -> Option<Credentials> {
+        Credentials::from_kernel(pid, 1000, 1000, None)
+    }
+
+    fn pid_of(senders: &Senders, decoded: u64) -> Option<i32> {
+        senders.of_message(decoded).and_then(|credentials| credentials.pid)
+    }
+
+    #[test]
+    fn each_message_has_the_sender_of_its_receive() {
+        let mut senders = Senders::default();
+        senders.received(process(1), 0, false).unwrap();
+        assert_eq!([0, 1, 2].map(|decoded| pid_of(&senders, decoded)), [None, Some(1), Some(1)]);
+        senders.received(process(2), 2, false).unwrap();
+        // A receive that completes no message does not change the sender of the last one.
+        assert_eq!([2, 3, 9].map(|decoded| pid_of(&senders, decoded)), [Some(1), Some(2), Some(2)]);
+        senders.received(process(2), 2, true).unwrap();
+        assert_eq!([2, 3].map(|decoded| pid_of(&senders, decoded)), [Some(1), Some(2)]);
+        senders.received(None, 3, false).unwrap();
+        assert_eq!([3, 4].map(|decoded| pid_of(&senders, decoded)), [Some(2), None]);
+    }
+
+    #[test]
+    fn a_message_of_two_processes_is_an_error() {
+        let mut senders = Senders::default();
+        senders.received(process(1), 0, false).unwrap();
+        senders.received(process(1), 0, true).unwrap();
+        assert!(matches!(senders.received(process(2), 0, true), Err(Error::MixedSenders)));
+        assert!(matches!(senders.received(process(2), 5, true), Err(Error::MixedSenders)));
+        senders.received(process(2), 5, false).unwrap();
+    }
+
+    #[test]
+    fn a_message_of_which_a_part_has_no_known_sender_has_none() {
+        for (first, second) in [(None, process(1)), (process(1), None)] {
+            let mut senders = Senders::default();
+            let expected = second.as_ref().and_then(|credentials| credentials.pid);
+            senders.received(first, 0, false).unwrap();
+            senders.received(second, 0, true).unwrap();
+            assert_eq!([1, 2].map(|decoded| pid_of(&senders, decoded)), [None, expected]);
+        }
+        // However many receives follow.
+        let mut senders = Senders::default();
+        senders.received(None, 0, false).unwrap();
+        senders.received(process(1), 0, true).unwrap();
+        senders.received(process(1), 0, true).unwrap();
+        assert_eq!([1, 2].map(|decoded| pid_of(&senders, decoded)), [None, Some(1)]);
+        senders.received(process(1), 1, true).unwrap();
+        assert_eq!([1, 2].map(|decoded| pid_of(&senders, decoded)), [None, Some(1)]);
+    }
+
+    #[test]
+    fn another_codec_finds_the_senders_of_what_was_received() {
+        let mut senders = Senders::default();
+        senders.received(None, 0, false).unwrap();
+        senders.received(process(1), 0, true).unwrap();
+        let senders = senders.carried_over(0);
+        assert_eq!([0, 1, 2].map(|decoded| pid_of(&senders, decoded)), [None, None, Some(1)]);
+        let mut senders = senders.carried_over(2);
+        assert_eq!([0, 1].map(|decoded| pid_of(&senders, decoded)), [Some(1), Some(1)]);
+        assert!(senders.received(process(2), 0, true).is_err());
+    }
+}

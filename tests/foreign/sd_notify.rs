@@ -1,0 +1,194 @@
+//! sd_notify(3): datagrams of text with descriptors, between services and their manager. As the
+//! manager against systemd-notify and libsystemd, and as a service against a manager in Python that
+//! checks what systemd documents.
+
+use std::{
+    fs::File,
+    io::Read,
+    os::{
+        fd::{AsFd, OwnedFd},
+        linux::net::SocketAddrExt,
+        unix::net::SocketAddr,
+    },
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use fdwire::{Datagram, DatagramSocket, PassCredentials};
+use tokio::{io::AsyncReadExt, net::unix::pipe};
+
+use crate::{
+    Daemon,
+    common::{abstract_name, marked, run, settle},
+    installed, skipped,
+};
+
+/// A manager's socket, as a path and under an abstract name, with the value of `NOTIFY_SOCKET`.
+fn managers(test: &str, directory: &Path) -> [(DatagramSocket, String); 2] {
+    let path = directory.join("notify");
+    let name = abstract_name(test);
+    let text = format!("@{}", str::from_utf8(name.as_abstract_name().unwrap()).unwrap());
+    let sockets = [DatagramSocket::bind(&path).unwrap(), DatagramSocket::bind_addr(&name).unwrap()];
+    let sockets = sockets.map(|socket| {
+        socket.set_pass_credentials(PassCredentials::Ids).unwrap();
+        socket
+    });
+    let [at_path, abstract_socket] = sockets;
+    [(at_path, path.to_str().unwrap().to_owned()), (abstract_socket, text)]
+}
+
+/// Returns the datagram's lines.
+fn lines(datagram: &Datagram) -> Vec<&str> {
+    str::from_utf8(&datagram.payload).unwrap().lines().collect()
+}
+
+#[test]
+fn systemd_notify_tells_that_it_is_ready_and_waits_for_the_barrier() {
+    let Some(program) = installed("systemd-notify") else { return };
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        for (manager, address) in managers("ready", directory.path()) {
+            let mut command = Command::new(&program);
+            command.args(["--ready", "--status=all is well"]).env("NOTIFY_SOCKET", address).stdin(Stdio::null());
+            let mut service = Daemon::start(&mut command, directory.path());
+            let ready = manager.recv().await.unwrap();
+            assert_eq!((lines(&ready), ready.fds.len()), (vec!["READY=1", "STATUS=all is well"], 0));
+            // As root it speaks for its parent, which is the script that calls it.
+            let sender = ready.credentials.as_ref().unwrap();
+            let [child, parent] = [service.child.id(), std::process::id()].map(|pid| Some(pid as i32));
+            assert!(sender.pid == child || sender.pid == parent, "{sender:?}");
+            assert_eq!(sender.uid, nix::unistd::getuid().as_raw());
+
+            let barrier = manager.recv().await.unwrap();
+            assert_eq!((lines(&barrier), barrier.fds.len()), (vec!["BARRIER=1"], 1));
+            assert_eq!(barrier.credentials.as_ref().unwrap().pid, child);
+            settle().await;
+            assert!(service.child.try_wait().unwrap().is_none(), "it does not wait for the barrier");
+            drop(barrier);
+            assert!(service.ended().await.success());
+        }
+    });
+}
+
+/// Stores two files, and waits until the manager has taken them.
+const STORE: &str = r#"
+import ctypes, os, sys
+systemd = ctypes.CDLL("libsystemd.so.0", use_errno=True)
+files = [os.open(path, os.O_RDONLY) for path in sys.argv[1:]]
+fds = (ctypes.c_int * len(files))(*files)
+sent = systemd.sd_pid_notify_with_fds(0, 0, b"FDSTORE=1\nFDNAME=stored", fds, ctypes.c_uint(len(files)))
+assert sent > 0, os.strerror(-sent)
+passed = systemd.sd_notify_barrier(0, ctypes.c_uint64(30_000_000))
+assert passed > 0, os.strerror(-passed)
+"#;
+
+#[test]
+fn libsystemd_stores_descriptors_and_waits_for_the_barrier() {
+    let Some(python) = installed("python3") else { return };
+    let loads = Command::new(&python).args(["-c", "import ctypes; ctypes.CDLL('libsystemd.so.0')"]).output().unwrap();
+    if !loads.status.success() {
+        return skipped("libsystemd is not installed");
+    }
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let files = ["first", "second"].map(|name| directory.path().join(name));
+        files.iter().for_each(|path| std::fs::write(path, path.file_name().unwrap().as_encoded_bytes()).unwrap());
+        for (manager, address) in managers("store", directory.path()) {
+            let mut command = Command::new(&python);
+            command.args(["-c", STORE]).args(&files).env("NOTIFY_SOCKET", address).stdin(Stdio::null());
+            let mut service = Daemon::start(&mut command, directory.path());
+            let store = manager.recv().await.unwrap();
+            assert_eq!(lines(&store), ["FDSTORE=1", "FDNAME=stored"]);
+            let contents = store.fds.into_iter().map(|fd| {
+                let mut content = String::new();
+                File::from(fd).read_to_string(&mut content).unwrap();
+                content
+            });
+            assert_eq!(Vec::from_iter(contents), ["first", "second"]);
+
+            let barrier = manager.recv().await.unwrap();
+            assert_eq!((lines(&barrier), barrier.fds.len()), (vec!["BARRIER=1"], 1));
+            assert_eq!(barrier.credentials.as_ref().unwrap().pid, Some(service.child.id() as i32));
+            settle().await;
+            assert!(service.child.try_wait().unwrap().is_none(), "it does not wait for the barrier");
+            drop(barrier);
+            assert!(service.ended().await.success());
+        }
+    });
+}
+
+/// The manager's side, as sd_notify(3) and sd_notify_barrier(3) describe it. Prints what it has
+/// stored.
+const MANAGER: &str = r#"
+import array, os, socket, struct, sys
+manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+name = sys.argv[1]
+manager.bind("\0" + name[1:] if name[0] == "@" else name)
+manager.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+open(sys.argv[2], "w").close() # it listens
+while True:
+    data, control, flags, _ = manager.recvmsg(4096, 4096, socket.MSG_CMSG_CLOEXEC)
+    assert not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+    fds, pid = array.array("i"), None
+    for level, kind, value in control:
+        if kind == socket.SCM_RIGHTS:
+            fds.frombytes(value)
+        elif kind == socket.SCM_CREDENTIALS:
+            pid = struct.unpack("iII", value)[0]
+    assert pid, "systemd takes nothing from an unknown sender"
+    lines = data.decode().split("\n")
+    if lines == ["BARRIER=1"]:
+        assert len(fds) == 1 # "a single file descriptor", and nothing else in the message
+        break
+    if "FDSTORE=1" in lines:
+        name = [line[7:] for line in lines if line.startswith("FDNAME=")]
+        print(pid, *name, *(struct.unpack(">I", os.pread(fd, 4, 0))[0] for fd in fds), flush=True)
+    else:
+        print(pid, *lines, len(fds), flush=True)
+    [os.close(fd) for fd in fds]
+print("barrier", flush=True)
+# Its end closes the barrier's descriptor.
+"#;
+
+/// What a service does, as a user of the crate would write it.
+async fn notify(address: &SocketAddr) -> std::io::Result<()> {
+    let socket = DatagramSocket::unbound()?;
+    socket.send_to("READY=1", &[], address).await?;
+    let files = [1, 2, 3].map(marked);
+    socket.send_to("FDSTORE=1\nFDNAME=files", &files.each_ref().map(AsFd::as_fd), address).await?;
+    let (reader, writer) = std::io::pipe()?;
+    socket.send_to("BARRIER=1", &[writer.as_fd()], address).await?;
+    drop(writer);
+    let mut barrier = pipe::Receiver::from_owned_fd(OwnedFd::from(reader))?;
+    assert_eq!(barrier.read(&mut [0]).await?, 0);
+    Ok(())
+}
+
+#[test]
+fn a_service_notifies_a_manager_and_stores_descriptors_there() {
+    let Some(python) = installed("python3") else { return };
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
+        let name = abstract_name("service");
+        let text = format!("@{}", str::from_utf8(name.as_abstract_name().unwrap()).unwrap());
+        for (n, (address, text)) in
+            [(SocketAddr::from_pathname(&path).unwrap(), path.to_str().unwrap().to_owned()), (name, text)]
+                .into_iter()
+                .enumerate()
+        {
+            let (printed, output) = std::io::pipe().unwrap();
+            let listens = directory.path().join(format!("listens {n}"));
+            let mut command = Command::new(&python);
+            command.args(["-c", MANAGER, &text]).arg(&listens).stdin(Stdio::null()).stdout(output);
+            let mut manager = Daemon::start(&mut command, directory.path());
+            drop(command);
+            manager.ready(async || File::open(&listens)).await;
+            notify(&address).await.unwrap();
+            assert!(manager.ended().await.success());
+            let pid = std::process::id();
+            let expected = format!("{pid} READY=1 0\n{pid} files 1 2 3\nbarrier\n");
+            assert_eq!(std::io::read_to_string(printed).unwrap(), expected);
+        }
+    });
+}
