@@ -11,6 +11,7 @@ mod fd_queue;
 mod frame_codec;
 mod inbound;
 mod map;
+mod messages;
 #[cfg(test)]
 mod model;
 mod packet_codec;
