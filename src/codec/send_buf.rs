@@ -138,7 +138,7 @@ impl<F> SendBuf<F> {
     /// ```
     /// use fdwire::SendBuf;
     ///
-    /// /// A request and its answer's place, each with a descriptor of its own, as OpenSSH wants them.
+    /// /// A request, and behind it a byte for each of its descriptors, as OpenSSH wants them.
     /// fn encode(request: &[u8], fds: [i32; 2], dst: &mut SendBuf<i32>) {
     ///     dst.put_slice(request);
     ///     for fd in fds {
@@ -186,8 +186,8 @@ impl<F> SendBuf<F> {
         self.open_head = None;
     }
 
-    /// Most bytes of a packet that the socket takes; `None` on a stream. Messages of a codec that asks for
-    /// [`Grouping::Alone`] cannot be longer.
+    /// Returns the most bytes of a packet that the socket takes; `None` on a stream. Messages of a codec that asks for
+    /// [`Grouping::Alone`], or their [parts](Self::end_part), cannot be longer.
     pub fn max_packet_bytes(&self) -> Option<usize> {
         self.max_packet_bytes
     }
