@@ -135,8 +135,11 @@
 //! [`FrameCodec`] is one of the codecs here; [`PacketCodec`] has no header, and [`Payload`] codes the payload of frames with any codec
 //! of `tokio_util`. For a protocol that exists, such as D-Bus or Wayland, [write a codec](guide).
 //!
+//! A program without a runtime uses the same frames and codecs by [`blocking`].
+//!
 //! Protocols without a connection use a [`DatagramSocket`], and the guide shows how to take a socket that a parent
-//! process has left open: [`Socket::from_stdin`], [`Socket::from_inherited`], [`Listener::from_inherited`].
+//! process has left open: [`Socket::from_stdin`] and
+//! [`Socket::from_inherited`], and the same for a [`Listener`].
 //!
 //! # Platform
 //!

@@ -29,6 +29,9 @@ use std::{
 /// Asking is a system call, and takes a quarter of what a small frame with a descriptor costs in a
 /// batch.
 ///
+/// A socket that you lend by `Arc` can become slow to close for you, too: its receiver may set `SO_LINGER`. So give the last
+/// reference to [`close_in_background`](crate::close_in_background) (by `Arc::into_inner`) instead of dropping it.
+///
 /// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. One
 /// that a connection has accepted and does not send is closed in the background, unless it is from
 /// [`SendFd::file`].

@@ -11,7 +11,7 @@ use std::{
     io::{self, ErrorKind},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
-        unix::net::UnixStream,
+        unix::net::{UnixListener, UnixStream},
     },
     path::Path,
     process::{Command, ExitStatus, Stdio},
@@ -216,6 +216,28 @@ fn without_a_runtime_nothing_is_taken() {
     }
     let (_ours, theirs) = UnixStream::pair().unwrap();
     assert!(has_passed(inner_with(TEST, theirs, marked(2)).status().unwrap()));
+}
+
+#[test]
+fn a_listener_is_taken_from_standard_input() {
+    const TEST: &str = "a_listener_is_taken_from_standard_input";
+    if is_inner(TEST) {
+        return run_and_pass(async {
+            assert!(Socket::from_stdin().unwrap_err().to_string().contains("listening"));
+            let listener = Listener::from_stdin().unwrap();
+            assert_eq!(target(0), "/dev/null");
+            framed(listener.accept().await.unwrap()).send(Frame::new("here")).await.unwrap();
+        });
+    }
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut child = inner(TEST).stdin(OwnedFd::from(listener)).stdout(Stdio::null()).spawn().unwrap();
+        let mut client = framed(Socket::connect(&path, SocketKind::Stream).await.unwrap());
+        assert_eq!(client.try_next().await.unwrap().unwrap().payload, "here");
+        assert!(has_passed(child.wait().unwrap()));
+    });
 }
 
 #[test]

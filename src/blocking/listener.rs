@@ -17,7 +17,7 @@ use super::{
 use crate::{
     PassCredentials, SocketKind, UidLimits,
     closer::BackgroundFd,
-    socket::{ListenerState, listener_addr, take_numbered},
+    socket::{ListenerState, listener_addr, take_numbered, take_stdin},
 };
 
 /// Listens for connections at a path or an abstract name, for a program without a runtime.
@@ -72,6 +72,15 @@ impl Listener {
     /// As for [`bind`](Self::bind).
     pub fn bind_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
         ListenerState::bind_addr(addr, kind).map(Self::new)
+    }
+
+    /// Takes the listening socket that this process got as standard input, as
+    /// [`fdwire::Listener::from_stdin`](crate::Listener::from_stdin) does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_stdin() -> Result<Self> {
+        take_stdin()
     }
 
     /// Takes a listening socket that this process has inherited, by its number, as

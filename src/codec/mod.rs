@@ -105,8 +105,8 @@ impl Codec for () {}
 #[non_exhaustive]
 pub enum Grouping {
     /// Any messages share a call, descriptors included: they may come with an earlier message. The fastest by far if many
-    /// messages have descriptors. Only for receivers that learn from the bytes how many descriptors a message has, and
-    /// take them in the order of arrival.
+    /// messages have descriptors. Only for receivers that learn from the bytes how many descriptors a message has, take
+    /// them in the order of arrival, and have room for 506 that came before their messages.
     Free,
     /// A message with descriptors begins a call, and no other message's descriptors come in it: they are attached to its own
     /// first byte. For receivers that read one message at a time, or have room for one message's descriptors only.

@@ -66,6 +66,19 @@ impl Socket {
 }
 
 impl Listener {
+    /// Takes the listening socket that this process got as standard input, as inetd (`wait`) and
+    /// `s6-ipcserver-socketbinder` pass it.
+    ///
+    /// Descriptor 0 becomes `/dev/null`, as described for [`Socket::from_stdin`]. As after every
+    /// conversion, the listener is made non-blocking for every holder, and the path, if it has one,
+    /// stays as it is on drop.
+    ///
+    /// # Errors
+    /// As for [`Socket::from_stdin`], of a listening socket.
+    pub fn from_stdin() -> Result<Self> {
+        take_stdin()
+    }
+
     /// Takes a listening socket that this process has inherited, by the number that its parent
     /// tells it, for example with `LISTEN_FDS`. The
     /// [guide](crate::guide#a-socket-that-the-process-was-started-with) has an example.
@@ -90,7 +103,7 @@ pub(crate) fn take_stdin<T: TryFrom<OwnedFd, Error = Error>>() -> Result<T> {
 pub(crate) fn take_numbered<T: TryFrom<OwnedFd, Error = Error>>(number: i32) -> Result<T> {
     let name = format!("descriptor {number}");
     if (libc::STDIN_FILENO..=libc::STDERR_FILENO).contains(&number) {
-        let reason = format!("{name}: it is a standard stream; for standard input use `Socket::from_stdin`");
+        let reason = format!("{name}: it is a standard stream; for standard input use `from_stdin`");
         return Err(Error::new(ErrorKind::InvalidInput, reason));
     }
     take(number, &name)

@@ -21,8 +21,11 @@ use crate::{
 
 /// The codec of the guide: a message is a line of JSON, and one with `"cmd": "NODE_HANDLE"` has a
 /// descriptor.
-#[derive(Clone)]
-struct NodeChannel;
+#[derive(Clone, Default)]
+struct NodeChannel {
+    /// How many bytes were searched for a line feed.
+    searched: usize,
+}
 
 type Message = (Value, Option<OwnedFd>);
 
@@ -37,12 +40,14 @@ impl Decoder for NodeChannel {
     type Error = Error;
 
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<Message>, Error> {
-        let Some(length) = src.iter().position(|&byte| byte == b'\n') else {
+        let Some(more) = src[self.searched..].iter().position(|&byte| byte == b'\n') else {
+            self.searched = src.len();
             let limit = self.limits().max_payload_bytes;
             return if src.len() <= limit { Ok(None) } else { Err(Error::FrameTooLong { bytes: src.len(), limit }) };
         };
-        let line = src.split_to(length);
+        let line = src.split_to(self.searched + more);
         src.advance(1);
+        self.searched = 0;
         let message: Value = serde_json::from_slice(&line).map_err(Error::invalid)?;
         let fd = match message["cmd"] == "NODE_HANDLE" {
             true => Some(fds.claim_one()?),
@@ -82,7 +87,7 @@ fn a_child_of_node_finds_its_channel_and_leaks_nothing_to_its_own_children() {
         return run_and_pass(async {
             let number = std::env::var("NODE_CHANNEL_FD").unwrap().parse().unwrap();
             assert!(descriptors_of_a_child().contains("socket:"), "node passes no channel");
-            let mut node = Framed::new(Socket::from_inherited(number).unwrap(), NodeChannel);
+            let mut node = Framed::new(Socket::from_inherited(number).unwrap(), NodeChannel::default());
             assert!(!descriptors_of_a_child().contains("socket:"));
 
             let (message, fd) = node.try_next().await.unwrap().unwrap();
@@ -135,7 +140,7 @@ fn node_is_a_child_that_serves_our_listener() {
         let mut child = Daemon::start(&mut command, directory.path());
         drop(command);
 
-        let mut node = Framed::new(ours, NodeChannel);
+        let mut node = Framed::new(ours, NodeChannel::default());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let handle = json!({"cmd": "NODE_HANDLE", "type": "net.Server", "msg": {"name": "front"}});
