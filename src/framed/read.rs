@@ -238,8 +238,8 @@ impl Receiver {
             }
         };
         *uncharged += received.fds as u32 * DESCRIPTOR;
-        if received.bytes > 0 {
-            let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
+        let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
+        if received.bytes > 0 && (credentials.is_some() || senders.know_any()) {
             senders.received(credentials, inbound.decoded(), is_rest)?;
         }
         match received {
