@@ -1,7 +1,8 @@
 //! The "strange cat": `cat`, but the process that prints a file is not the one that opens it.
 //!
 //! A child opens the file and passes it, with its name, over a STREAM pair; the parent prints it. Shows how to start a
-//! child with a socket as its standard input, a frame with one descriptor, and a failure as a frame without one.
+//! child with a socket as its standard input, a frame with one descriptor, and a failure as a frame without one. The
+//! parent runs on tokio; the child is a small helper without a runtime (`fdwire::blocking`), which the parent cannot tell.
 //!
 //! ```sh
 //! cargo run --example fd_cat -- Cargo.toml
@@ -21,8 +22,8 @@ use std::{
 };
 
 use clap::Parser;
-use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
-use futures::{SinkExt, TryStreamExt};
+use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind, blocking};
+use futures::TryStreamExt;
 use nix::libc;
 use tokio::{io::AsyncWriteExt, process::Command};
 
@@ -39,10 +40,9 @@ struct Args {
     file: PathBuf,
 }
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let args = Args::parse();
-    let done = if args.child { open_and_pass(&args.file).await } else { receive_and_print(&args).await };
+    let done = if args.child { open_and_pass(&args.file) } else { receive_and_print(&args) };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -52,6 +52,7 @@ async fn main() -> ExitCode {
     }
 }
 
+#[tokio::main(flavor = "current_thread")]
 async fn receive_and_print(args: &Args) -> Result<(), Box<dyn Error>> {
     let (ours, childs) = Socket::pair(SocketKind::Stream)?;
     let mut child = Command::new(std::env::current_exe()?)
@@ -83,15 +84,15 @@ async fn receive_and_print(args: &Args) -> Result<(), Box<dyn Error>> {
 }
 
 /// Answers with the name and the file, or with one line that says why not.
-async fn open_and_pass(path: &Path) -> Result<(), Box<dyn Error>> {
-    let mut parent = Framed::new(Socket::from_stdin()?, FrameCodec::default());
+fn open_and_pass(path: &Path) -> Result<(), Box<dyn Error>> {
+    let mut parent = blocking::Framed::new(blocking::Socket::from_stdin()?, FrameCodec::default());
     // Non-blocking, or a FIFO that nobody writes to would hold it up. Regular files don't care.
     let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     let answer = match opened {
         Ok(file) => Frame::new(path.as_os_str().as_bytes().to_vec()).with_fd(file),
         Err(error) => Frame::new(format!("{}: {error}", path.display())),
     };
-    match parent.send(answer).await {
+    match parent.send(answer) {
         Err(refused) if refused.error.is_peer_gone() => Err("the parent is gone".into()),
         sent => Ok(sent?),
     }

@@ -3,7 +3,8 @@
 //!
 //! Shows a typed protocol made of `FrameCodec` by `map`, where a reply is a file, an `errno`, or a note: ordinary data,
 //! which may come before each of the others. Both sides learn from the kernel who the other one is. The server is this
-//! process; it starts the client, which connects to a named socket.
+//! process, on tokio; it starts the client, a command-line tool without a runtime (`fdwire::blocking`), which connects to a
+//! named socket and waits for each reply for ten seconds at most.
 //!
 //! ```sh
 //! cargo run --example open_server -- Cargo.toml missing       # prints the one, says why not the other
@@ -19,10 +20,11 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::Parser;
-use fdwire::{Codec, Decoder, Encoder, Error, Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
+use fdwire::{Codec, Decoder, Encoder, Error, Frame, FrameCodec, Framed, Listener, Socket, SocketKind, blocking};
 use futures::{SinkExt, TryStreamExt};
 use nix::libc;
 use tokio::{fs::OpenOptions, process::Command};
@@ -43,6 +45,9 @@ struct Args {
     #[arg(required = true)]
     files: Vec<PathBuf>,
 }
+
+/// The time that the client waits for a reply. A server that has hung must not hang its clients.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 enum Reply {
     File(File),
@@ -78,10 +83,9 @@ fn nonsense(what: &str) -> Error {
     Error::invalid(format!("no {what} looks like this"))
 }
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let args = Args::parse();
-    let done = if args.client_of.is_some() { client(args).await } else { server(args).await };
+    let done = if args.client_of.is_some() { client(args) } else { server(args) };
     done.unwrap_or_else(|error| {
         eprintln!("error: {error}");
         ExitCode::FAILURE
@@ -89,6 +93,7 @@ async fn main() -> ExitCode {
 }
 
 /// Serves until the client that it starts has ended.
+#[tokio::main(flavor = "current_thread")]
 async fn server(args: Args) -> Result<ExitCode, Box<dyn StdError>> {
     let temporary = tempfile::tempdir()?;
     let path = args.path.unwrap_or_else(|| temporary.path().join("socket"));
@@ -148,22 +153,22 @@ async fn answer(socket: Socket) -> Result<(), Error> {
     Ok(())
 }
 
-async fn client(args: Args) -> Result<ExitCode, Box<dyn StdError>> {
+fn client(args: Args) -> Result<ExitCode, Box<dyn StdError>> {
     let path = args.client_of.unwrap_or_default();
-    let socket = Socket::connect(&path, SocketKind::SeqPacket)
-        .await
+    let socket = blocking::Socket::connect(&path, SocketKind::SeqPacket)
         .map_err(|error| format!("cannot connect to {}: {error}", path.display()))?;
     let who = socket.peer_cred()?;
     let mut out = io::stdout();
     writeln!(out, "client: connected to a server of uid {}, gid {}", who.uid, who.gid)?;
-    let mut server = Framed::with_codecs(socket, replies(), FrameCodec::default());
+    let mut server = blocking::Framed::with_codecs(socket, replies(), FrameCodec::default());
+    server.set_read_timeout(Some(PATIENCE));
     let mode = if args.append.is_some() { b"a" } else { b"r" };
     let mut code = ExitCode::SUCCESS;
     for path in args.files {
         let request = Frame::new([mode, path.as_os_str().as_bytes()].concat());
-        server.send(request).await.map_err(|error| format!("the server takes nothing any more: {error}"))?;
+        server.send(request).map_err(|error| format!("the server takes nothing any more: {error}"))?;
         let opened = loop {
-            match server.try_next().await?.ok_or("the server is gone")? {
+            match server.next().ok_or("the server is gone")?? {
                 Reply::Note(text) => writeln!(out, "server: {text}")?,
                 Reply::File(file) => break Ok(file),
                 Reply::Failed(error) => break Err(error),

@@ -143,6 +143,11 @@ pub enum Error {
     #[error("peer closed the connection without reading everything that was sent to it")]
     Reset,
 
+    /// The time that was set for a call of [`blocking`](crate::blocking) is over, or a listener's. Nothing is lost: what has
+    /// arrived, and what was accepted for sending, waits for the next call. This is the one error that is not final.
+    #[error("the time set for this call is over")]
+    TimedOut,
+
     /// A message makes no sense in the protocol that it belongs to: for codecs of your own that need no error type of
     /// their own. See [`invalid`](Self::invalid).
     #[error("invalid message: {0}")]
@@ -182,7 +187,7 @@ impl From<Error> for io::Error {
             Error::Io(error) => return error,
             Error::UnexpectedEnd { .. } => io::ErrorKind::UnexpectedEof,
             Error::Reset => io::ErrorKind::ConnectionReset,
-            Error::Unfinished { .. } => io::ErrorKind::TimedOut,
+            Error::Unfinished { .. } | Error::TimedOut => io::ErrorKind::TimedOut,
             Error::Closed => io::ErrorKind::BrokenPipe,
             _ => io::ErrorKind::InvalidData,
         };

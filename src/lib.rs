@@ -145,6 +145,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("fdwire works on Linux");
 
+pub mod blocking;
 mod closer;
 mod codec;
 mod credentials;
@@ -155,19 +156,24 @@ mod framed;
 pub mod guide {}
 pub mod handoff;
 mod limits;
+mod send_fd;
 mod socket;
 mod sys;
+mod transport;
 
 pub use closer::close_in_background;
 pub use codec::{
-    Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
+    Codec, Decoder, DryRun, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
+    SendCall,
 };
 pub use credentials::Credentials;
 pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
-pub use framed::{Driver, Framed, Parts, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
+pub use framed::{Driver, Framed, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;
+pub use send_fd::SendFd;
 pub use socket::{Datagram, DatagramSocket, Listener, PassCredentials, PeerCred, Socket, SocketKind, UidLimits};
+pub use transport::Parts;
 
 /// Compiles what README shows.
 #[cfg(doctest)]

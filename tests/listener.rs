@@ -569,3 +569,143 @@ fn told(stdin: OwnedFd) -> (UnixStream, String) {
     stdin.read_to_string(&mut told).unwrap();
     (stdin, told)
 }
+
+mod blocking {
+    //! The same listener for a program without a runtime.
+
+    use fdwire::{UidLimits, blocking};
+
+    use super::*;
+
+    #[test]
+    fn a_listener_owns_its_path_and_shares_the_rules() {
+        let directory = tempfile::tempdir().unwrap();
+        for kind in KINDS {
+            let path = directory.path().join("socket");
+            leave_stale_socket(&path);
+            let listener = blocking::Listener::bind_with_mode(&path, kind, 0o640).unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+            assert_eq!(blocking::Listener::bind(&path, kind).unwrap_err().kind(), ErrorKind::AddrInUse);
+            assert_eq!(listener.local_addr().unwrap().as_pathname(), Some(&*path));
+            assert_eq!(listener.kind(), kind);
+            let client = blocking::Socket::connect(&path, kind).unwrap();
+            let server = listener.accept().unwrap();
+            assert_eq!(server.peer_cred().unwrap().pid, Some(std::process::id() as i32));
+            run(async { check_connected(client.try_into().unwrap(), server.try_into().unwrap()).await });
+            drop(listener);
+            // The socket is closed in the background, its path is gone at once.
+            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
+        }
+    }
+
+    #[test]
+    fn accepting_waits_for_a_time_that_can_be_limited() {
+        for kind in KINDS {
+            let name = abstract_name(&format!("blocking-accept-{kind:?}"));
+            let mut listener = blocking::Listener::bind_addr(&name, kind).unwrap();
+            for timeout in [Duration::ZERO, Duration::from_millis(5)] {
+                listener.set_accept_timeout(Some(timeout));
+                assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::TimedOut);
+            }
+            let _early = blocking::Socket::connect_addr(&name, kind).unwrap();
+            listener.set_accept_timeout(Some(Duration::ZERO));
+            listener.accept().unwrap();
+
+            listener.set_accept_timeout(None);
+            std::thread::scope(|scope| {
+                let threads = [(); 4].map(|()| scope.spawn(|| listener.accept().unwrap()));
+                let clients = [(); 4].map(|()| blocking::Socket::connect_addr(&name, kind).unwrap());
+                threads.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+                drop(clients);
+            });
+        }
+    }
+
+    #[test]
+    fn a_listener_and_its_connections_keep_what_they_have_when_they_change_sides() {
+        run(async {
+            let directory = tempfile::tempdir().unwrap();
+            for kind in KINDS {
+                let path = directory.path().join("socket");
+                let listener = blocking::Listener::bind(&path, kind).unwrap();
+                let mut listener = listener.limit_each_uid(UidLimits::default().max_connections(1));
+                listener.set_accept_timeout(Some(Duration::ZERO));
+                let first = blocking::Socket::connect(&path, kind).unwrap();
+                let accepted = Socket::try_from(listener.accept().unwrap()).unwrap();
+
+                let listener = Listener::try_from(listener).unwrap();
+                let refused = Socket::connect(&path, kind).await.unwrap();
+                assert!(futures::FutureExt::now_or_never(listener.accept()).is_none());
+                tokio::task::yield_now().await;
+                while listener.refused() == 0 {
+                    assert!(tokio::time::timeout(Duration::from_millis(1), listener.accept()).await.is_err());
+                }
+                drop((first, refused));
+                assert!(path.exists());
+
+                // The connection no longer counts once it is gone, on whichever side it was then.
+                let accepted = blocking::Socket::from(accepted);
+                let mut listener = blocking::Listener::from(listener);
+                listener.set_accept_timeout(Some(Duration::ZERO));
+                let _second = blocking::Socket::connect(&path, kind).unwrap();
+                assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::TimedOut);
+                assert_eq!(listener.refused(), 2);
+                drop(accepted);
+                let _third = blocking::Socket::connect(&path, kind).unwrap();
+                listener.accept().unwrap();
+                drop(listener);
+                assert!(!path.exists());
+            }
+        });
+    }
+
+    #[test]
+    fn other_uids_are_admitted_only_if_listed() {
+        const ROLE: &str = "blocking::other_uids_are_admitted_only_if_listed";
+        if let Some(stdin) = role_socket(ROLE) {
+            let mut stdin = UnixStream::from(stdin);
+            let mut name = String::new();
+            stdin.read_to_string(&mut name).unwrap();
+            let name = SocketAddr::from_abstract_name(name).unwrap();
+            let mut stream = UnixStream::connect_addr(&name).unwrap();
+            // Until the other side is closed.
+            let _ = stream.read(&mut [0]);
+            return;
+        }
+        let Some(uid) = other_uid() else { return };
+        for listed in [false, true] {
+            let name = abstract_name(&format!("blocking-uids-{listed}"));
+            let listener = blocking::Listener::bind_addr(&name, SocketKind::Stream).unwrap();
+            let mut listener = if listed { listener.allow_uids([uid]) } else { listener };
+            let (ours, childs) = UnixStream::pair().unwrap();
+            let mut child = spawn_role(ROLE, Some(uid), childs.into());
+            (&ours).write_all(name.as_abstract_name().unwrap()).unwrap();
+            ours.shutdown(Shutdown::Write).unwrap();
+            if listed {
+                assert_eq!(listener.accept().unwrap().peer_cred().unwrap().uid, uid);
+            } else {
+                listener.set_accept_timeout(Some(Duration::from_millis(5)));
+                while listener.refused() == 0 {
+                    assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::TimedOut);
+                }
+            }
+            assert!(child.wait().unwrap().success());
+        }
+    }
+
+    #[test]
+    fn what_is_no_listener_or_no_connection_is_refused_with_a_reason() {
+        let (stream, _peer) = UnixStream::pair().unwrap();
+        let reason = |error: std::io::Error| error.to_string();
+        let no_listener = blocking::Listener::try_from(OwnedFd::from(stream.try_clone().unwrap())).unwrap_err();
+        assert!(reason(no_listener).contains("it is not a listening socket"));
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
+        let no_connection = blocking::Socket::try_from(OwnedFd::from(listener.try_clone().unwrap())).unwrap_err();
+        assert!(reason(no_connection).contains("it is a listening socket"));
+        let null = blocking::Socket::try_from(OwnedFd::from(fs::File::open("/dev/null").unwrap())).unwrap_err();
+        assert!(reason(null).contains("it is not a socket"));
+        assert_eq!(blocking::Socket::try_from(stream).unwrap().kind(), SocketKind::Stream);
+        assert_eq!(blocking::Listener::try_from(listener).unwrap().kind(), SocketKind::Stream);
+    }
+}

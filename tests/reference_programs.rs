@@ -453,6 +453,24 @@ mod open_server {
     }
 
     #[test]
+    fn a_client_has_no_runtime() {
+        run(async {
+            let ran = served("open_server", &["a file"], async |mut client| {
+                let request = client.try_next().await.unwrap().unwrap();
+                assert_eq!(request.payload, "ra file");
+                // Tokio's event loop is an epoll instance.
+                let process = client.socket().peer_cred().unwrap().pid.unwrap();
+                let links = fs::read_dir(format!("/proc/{process}/fd")).unwrap();
+                let opened = Vec::from_iter(links.map(|link| fs::read_link(link.unwrap().path()).unwrap()));
+                assert!(!opened.iter().any(|file| file.ends_with("anon_inode:[eventpoll]")), "{opened:?}");
+                client.send(Frame::new(&b"E\0\0\0\x0d"[..])).await.unwrap();
+            })
+            .await;
+            check_fails(&ran, "a file: Permission denied (os error 13)");
+        });
+    }
+
+    #[test]
     fn a_client_judges_what_the_server_sends() {
         async fn check(answer: impl AsyncFnOnce(&mut Framed<FrameCodec>), line: &str) {
             let ran = served("open_server", &["a file"], async |mut client| {

@@ -49,7 +49,7 @@ impl<E: Codec> Future for Driver<E> {
         loop {
             match this.shared.next(cx, outbound) {
                 Next::Send => {
-                    let before = outbound.buf.len();
+                    let before = outbound.side.buf.len();
                     // Its error stays in the half.
                     let _ = ready!(outbound.poll_send_until(cx, |buf| buf.len() < before));
                 }

@@ -3,14 +3,11 @@
 mod driver;
 mod read;
 mod sender;
-mod senders;
 mod shared;
-mod spare;
 mod write;
 
 use std::{
     fmt, io,
-    os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -21,14 +18,14 @@ use futures::{Sink, Stream};
 
 pub use driver::Driver;
 pub use read::ReadHalf;
-use read::Receiving;
 pub use sender::{SendPermit, Sender};
-use senders::Senders;
 pub(crate) use write::Outbound;
-use write::Sending;
 pub use write::{Permit, WriteHalf};
 
-use crate::{Codec, Credentials, Decoder, Encoder, Error, FdQueue, SendBuf, SendError, Socket, socket::HasFd};
+use crate::{
+    Codec, Credentials, Decoder, Encoder, Error, FdQueue, Grouping, Parts, SendBuf, SendError, Socket,
+    transport::{Receiving, Senders, Sending},
+};
 
 /// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
 ///
@@ -66,32 +63,22 @@ pub struct Framed<D, E = D> {
     write: WriteHalf<E>,
 }
 
-impl<C: Clone> Framed<C> {
+impl<C: Codec + Clone> Framed<C> {
     /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
-impl<D, E> Framed<D, E> {
-    /// Messages of one codec's protocol in, of another's out.
+impl<D, E: Codec> Framed<D, E> {
+    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction that is not used.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
-        Self::from_parts(Parts {
-            socket,
-            decoder,
-            encoder,
-            received: BytesMut::new(),
-            received_fds: FdQueue::new(),
-            unsent: SendBuf::new(),
-            receiving: Receiving::default(),
-            senders: Senders::default(),
-            sending: Sending::default(),
-        })
+        Self::from_parts(Parts::new(socket, decoder, encoder))
     }
 
     /// Continues where [`into_parts`](Self::into_parts) stopped.
     pub fn from_parts(parts: Parts<D, E>) -> Self {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, senders, sending } = parts;
+        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } = parts;
         let socket = Arc::new(socket);
         Self {
             read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving, senders),
@@ -109,26 +96,13 @@ impl<D, E> Framed<D, E> {
         let (socket, encoder, unsent, sending) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, senders, sending }
+        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
     }
 
     /// Continues with other codecs: what was received and not decoded is decoded by the new one, and what was accepted by the
     /// old one is sent as it is. For a handshake in another format.
-    pub fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, senders, sending } =
-            self.into_parts();
-        let (decoder, encoder) = map(decoder, encoder);
-        Framed::from_parts(Parts {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            senders,
-            sending,
-        })
+    pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
+        Framed::from_parts(self.into_parts().map_codecs(map))
     }
 
     /// Splits into halves that can be moved to different tasks.
@@ -242,11 +216,11 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
     }
 }
 
-/// Two directions of a socket where descriptors are lent for sending, as `F` says: `sendmsg` makes copies of its own.
-pub(crate) fn lending<D, F: HasFd>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound<F>) {
+/// Two directions of a socket, for messages of several encoders out.
+pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
     let socket = Arc::new(socket);
-    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Sending::default());
-    outbound.shut_down_on_drop(true);
+    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
+    outbound.side.shut_down_on_drop(true);
     (
         ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default(), Senders::default()),
         outbound,
@@ -255,29 +229,6 @@ pub(crate) fn lending<D, F: HasFd>(socket: Socket, decoder: D) -> (ReadHalf<D>, 
 
 // Nothing in it is pinned: codecs are only ever used through `&mut`.
 impl<D, E> Unpin for Framed<D, E> {}
-
-/// What a [`Framed`] consists of, from [`Framed::into_parts`].
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Parts<D, E = D> {
-    /// The socket.
-    pub socket: Socket,
-    /// Decodes what arrives.
-    pub decoder: D,
-    /// Encodes what is sent.
-    pub encoder: E,
-    /// Bytes received and not decoded.
-    pub received: BytesMut,
-    /// Descriptors received that no message has claimed.
-    pub received_fds: FdQueue<OwnedFd>,
-    /// Bytes and descriptors accepted and not sent. What you append is sent as one more message.
-    pub unsent: SendBuf<OwnedFd>,
-    /// How far each direction has come: what has ended stays so.
-    receiving: Receiving,
-    sending: Sending,
-    /// Who has sent what was received.
-    senders: Senders,
-}
 
 /// The halves are not of the same socket. Brings them back.
 pub struct ReuniteError<D, E = D> {

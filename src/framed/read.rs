@@ -1,6 +1,6 @@
 use std::{
     future::Future,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -14,13 +14,10 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use super::{senders::Senders, spare};
 use crate::{
-    Credentials, Decoder, Error, FdQueue, Socket, SocketKind,
-    closer::Account,
-    codec::{Inbound, Step, Unfinished},
-    socket::Received,
-    sys,
+    Credentials, Decoder, Error, FdQueue, Socket,
+    codec::Step,
+    transport::{ReceiveSide, Receiving, Rest, Senders},
 };
 
 /// The receiving direction of a [`Framed`](crate::Framed): a [`Stream`] of messages.
@@ -42,19 +39,12 @@ impl<D> ReadHalf<D> {
         socket: Arc<Socket>,
         decoder: D,
         bytes: BytesMut,
-        mut fds: FdQueue<OwnedFd>,
+        fds: FdQueue<OwnedFd>,
         state: Receiving,
         senders: Senders,
     ) -> Self {
-        fds.set_home(Arc::<Account>::clone(socket.account()));
-        let mut inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
-        if state == Receiving::Over {
-            inbound.end();
-        }
-        Self {
-            decoder,
-            receiver: Receiver { socket, inbound, state, senders, uncharged: 0, rest: RestTimer::default() },
-        }
+        let side = ReceiveSide::new(socket.endpoint(), bytes, fds, state, senders);
+        Self { decoder, receiver: Receiver { socket, side, uncharged: 0, rest_timer: None } }
     }
 
     /// The socket, for its options and its peer.
@@ -88,8 +78,7 @@ impl<D> ReadHalf<D> {
     /// # Ok(()) }
     /// ```
     pub fn credentials(&self) -> Option<&Credentials> {
-        let Receiver { senders, inbound, .. } = &self.receiver;
-        senders.of_message(inbound.decoded()).map(|credentials| &**credentials)
+        self.receiver.side.credentials()
     }
 
     /// The decoder.
@@ -98,11 +87,8 @@ impl<D> ReadHalf<D> {
     }
 
     pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
-        spare::keep(self.receiver.inbound.release());
-        let Inbound { bytes, fds, .. } = &mut self.receiver.inbound;
-        let (bytes, fds) = (std::mem::take(bytes), std::mem::take(fds));
-        let senders = std::mem::take(&mut self.receiver.senders).carried_over(self.receiver.inbound.decoded());
-        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, self.receiver.state, senders)
+        let (bytes, fds, state, senders) = self.receiver.side.take();
+        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state, senders)
     }
 }
 
@@ -117,23 +103,23 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                 ready!(coop::poll_proceed(cx)).made_progress();
                 receiver.uncharged -= UNIT;
             }
-            match receiver.inbound.next(decoder) {
+            match receiver.side.next(decoder) {
                 Ok(Step::Item(item)) => {
                     receiver.uncharged += MESSAGE;
                     return Poll::Ready(Some(Ok(item)));
                 }
                 Ok(Step::Receive) => {}
                 Ok(Step::End) => {
-                    spare::keep(receiver.inbound.release());
-                    return Poll::Ready(receiver.last_word().map(|error| Err(error.into())));
+                    let last = receiver.side.last_error(receiver.socket.endpoint());
+                    return Poll::Ready(last.map(|error| Err(error.into())));
                 }
                 Err(error) => {
-                    receiver.end();
+                    receiver.side.fail(receiver.socket.endpoint());
                     return Poll::Ready(Some(Err(error)));
                 }
             }
             if let Err(error) = ready!(receiver.poll_receive(cx, decoder)) {
-                receiver.end();
+                receiver.side.fail(receiver.socket.endpoint());
                 return Poll::Ready(Some(Err(error.into())));
             }
         }
@@ -153,127 +139,56 @@ const DESCRIPTOR: u32 = 4;
 #[derive(Debug)]
 struct Receiver {
     socket: Arc<Socket>,
-    inbound: Inbound,
-    state: Receiving,
-    senders: Senders,
-    /// What was done since the cooperative budget was charged.
+    side: ReceiveSide,
+    /// The part of what was done that the cooperative budget was not charged for.
     uncharged: u32,
-    rest: RestTimer,
-}
-
-/// Limits the time for which the rest of a message is waited for.
-#[derive(Debug, Default)]
-struct RestTimer {
-    unfinished: Unfinished,
-    deadline: Option<Instant>,
-    /// Set for the deadline, or for an earlier one. Made when it is needed first.
-    timer: Option<Pin<Box<Sleep>>>,
-}
-
-impl RestTimer {
-    /// Called when nothing more is there to receive. Ready when the time for what is unfinished is over.
-    fn poll(&mut self, cx: &mut Context<'_>, now_unfinished: Unfinished, socket: &Socket, limit: Duration) -> Poll<()> {
-        let (unfinished, begins) = self.unfinished.update(now_unfinished);
-        self.unfinished = unfinished;
-        if unfinished.is_nothing() {
-            self.deadline = None;
-            return Poll::Pending;
-        }
-        if begins {
-            self.deadline = Instant::now().checked_add(limit);
-        }
-        // Without a deadline, the limit is longer than the clock reaches.
-        let Some(deadline) = self.deadline else { return Poll::Pending };
-        let timer = self.timer.get_or_insert_with(|| Box::pin(socket.sleep_until(deadline)));
-        if timer.deadline() != deadline {
-            timer.as_mut().reset(deadline);
-        }
-        ready!(timer.as_mut().poll(cx));
-        // Nobody has polled for a while: the peer may have waited for us.
-        let now = Instant::now();
-        if now > deadline + LATE {
-            self.deadline = now.checked_add(limit);
-            let Some(deadline) = self.deadline else { return Poll::Pending };
-            timer.as_mut().reset(deadline);
-            return timer.as_mut().poll(cx);
-        }
-        Poll::Ready(())
-    }
-}
-
-/// A timer that is noticed this much later was not waited for.
-const LATE: Duration = Duration::from_secs(1);
-
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Receiving {
-    #[default]
-    Open,
-    /// The last error, or the end, was yielded.
-    Over,
+    /// Set for the time until which the rest of a message is waited for, or for an earlier one. Made when it is needed first.
+    rest_timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl Receiver {
     /// Receives something, or the end.
     fn poll_receive<D: Decoder>(&mut self, cx: &mut Context<'_>, decoder: &D) -> Poll<Result<(), Error>> {
-        let limits = decoder.limits();
-        let Self { socket, inbound, uncharged, rest, senders, .. } = self;
-        let is_rest = !inbound.bytes.is_empty() || inbound.fds.count() > 0;
-        // Nothing complete is left, so all of it is a part of unfinished messages.
-        socket.hold(inbound.bytes.len(), inbound.fds.count())?;
+        let Self { socket, side, uncharged, .. } = self;
+        let is_rest = side.has_part();
+        side.hold(socket.endpoint())?;
         // A peer that sends descriptors in vain gets no further than they can be closed.
-        ready!(socket.poll_closed(cx, limits.max_queued_fds));
+        ready!(socket.endpoint().poll_closed(cx, decoder.limits().max_queued_fds));
         // There is room only while there is something to receive.
-        let receive = |socket: BorrowedFd<'_>| {
-            let most = inbound.make_room(decoder, spare::take).min(decoder.max_receive_bytes());
-            // A receive of nothing would look like the end.
-            sys::recvmsg(socket, &mut inbound.bytes, most.max(1), &mut inbound.fds)
-        };
-        let mut received = match socket.poll_recv(cx, receive) {
-            Poll::Ready(received) => received?,
-            Poll::Pending => {
-                spare::keep(inbound.release());
-                ready!(rest.poll(cx, inbound.unfinished(), socket, limits.max_unfinished_time));
-                let (bytes, fds) = (inbound.bytes.len(), inbound.fds.count());
-                return Poll::Ready(Err(Error::Unfinished { bytes, fds }));
+        match socket.poll_recv(cx, |fd| side.receive(fd, decoder)) {
+            Poll::Ready(received) => {
+                let received = received?;
+                *uncharged += received.fds as u32 * DESCRIPTOR;
+                Poll::Ready(side.received(socket.endpoint(), received, is_rest))
             }
-        };
-        *uncharged += received.fds as u32 * DESCRIPTOR;
-        let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
-        if received.bytes > 0 && (credentials.is_some() || senders.know_any()) {
-            senders.received(credentials, inbound.decoded(), is_rest)?;
+            Poll::Pending => {
+                side.release();
+                ready!(self.poll_rest(cx, decoder.limits().max_unfinished_time));
+                Poll::Ready(Err(self.side.unfinished()))
+            }
         }
-        match received {
-            Received { packet_truncated: true, .. } => return Poll::Ready(Err(Error::TruncatedPacket)),
-            Received { control_truncated: true, .. } => inbound.received_truncated(),
-            Received { bytes: 0, .. } => inbound.end_of_stream(),
-            _ => inbound.received(),
+    }
+
+    /// Called when nothing more is there to receive. Ready when the time for what is unfinished is over.
+    fn poll_rest(&mut self, cx: &mut Context<'_>, limit: Duration) -> Poll<()> {
+        let Self { socket, side, rest_timer, .. } = self;
+        loop {
+            let deadline = match side.rest(limit, || Instant::now().into_std()) {
+                Rest::Unlimited => return Poll::Pending,
+                Rest::Until(deadline) => Instant::from_std(deadline),
+                Rest::Over => return Poll::Ready(()),
+            };
+            let timer = rest_timer.get_or_insert_with(|| Box::pin(socket.sleep_until(deadline)));
+            if timer.deadline() != deadline {
+                timer.as_mut().reset(deadline);
+            }
+            ready!(timer.as_mut().poll(cx));
         }
-        Poll::Ready(Ok(()))
-    }
-
-    /// What is to be said at the end of the stream, once.
-    fn last_word(&mut self) -> Option<Error> {
-        let before = std::mem::replace(&mut self.state, Receiving::Over);
-        (before == Receiving::Open && self.socket.was_reset()).then_some(Error::Reset)
-    }
-
-    /// Nothing is yielded any more.
-    fn end(&mut self) {
-        self.state = Receiving::Over;
-        self.inbound.end();
-        self.inbound.bytes.clear();
-        spare::keep(self.inbound.release());
-        self.inbound.close_fds();
-        self.hold_nothing();
-    }
-
-    fn hold_nothing(&self) {
-        let _ = self.socket.hold(0, 0); // never too much
     }
 }
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        self.hold_nothing();
+        self.side.end(self.socket.endpoint());
     }
 }

@@ -15,8 +15,12 @@ use tokio::{
     task::coop,
 };
 
-use super::write::{Outbound, Sending, WriteHalf, encode};
-use crate::{Codec, Encoder, Error, SendBuf, SendError, close_in_background};
+use super::write::{Outbound, WriteHalf};
+use crate::{
+    Codec, Encoder, Error, SendBuf, SendError,
+    closer::close_unsent,
+    transport::{Sending, encode},
+};
 
 /// Messages wait in the `pending` buffer of the state, where senders append, and in the driver's own, which it sends
 /// without the lock. When the driver's is empty it exchanges the two.
@@ -71,14 +75,14 @@ impl<E> Shared<E> {
     /// With one sender.
     pub(super) fn new(encoder: E, outbound: &Outbound) -> Self {
         let mut pending = SendBuf::new();
-        pending.set_max_packet_bytes(outbound.buf.max_packet_bytes());
+        pending.set_max_packet_bytes(outbound.side.buf.max_packet_bytes());
         Self {
             state: Mutex::new(State {
                 encoder: Some(encoder),
                 pending,
                 under_way: outbound.unsent(),
                 sent: 0,
-                sending: outbound.state.clone(),
+                sending: outbound.side.state().clone(),
                 permits: 0,
                 idle_driver: None,
                 idle: true,
@@ -152,18 +156,18 @@ impl<E> Shared<E> {
 
     /// The driver has done its part.
     pub(super) fn finish(&self, mut outbound: Outbound) -> WriteHalf<E> {
-        let sending = match outbound.state.clone() {
+        let sending = match outbound.side.state().clone() {
             Sending::Open => Sending::Closed, // there are no senders to see it
             over => over,
         };
         let (encoder, mut pending) = self.end(sending);
-        outbound.buf.append(&mut pending);
+        outbound.side.buf.append(&mut pending);
         WriteHalf { encoder: encoder.expect("only the driver takes it, at its end"), outbound }
     }
 
     /// The driver was dropped.
     pub(super) fn abandon(&self) {
-        close_in_background(self.end(Sending::Closed).1.into_fds());
+        close_unsent(self.end(Sending::Closed).1.into_fds());
     }
 }
 
@@ -252,11 +256,11 @@ impl<E: Codec> State<E> {
     }
 
     fn next(&mut self, outbound: &mut Outbound, senders_in_line: bool) -> Next {
-        self.pending.set_max_packet_bytes(outbound.buf.max_packet_bytes());
-        if !outbound.state.is_open() {
+        self.pending.set_max_packet_bytes(outbound.side.buf.max_packet_bytes());
+        if !outbound.side.state().is_open() {
             return Next::Finish;
         }
-        if !outbound.buf.is_empty() {
+        if !outbound.side.buf.is_empty() {
             return Next::Send;
         }
         if self.pending.is_empty() {
@@ -271,7 +275,7 @@ impl<E: Codec> State<E> {
         if more && (was_idle || senders_in_line) && self.has_room() {
             return Next::Yield;
         }
-        mem::swap(&mut outbound.buf, &mut self.pending);
+        mem::swap(&mut outbound.side.buf, &mut self.pending);
         self.under_way = outbound.unsent();
         Next::Send
     }

@@ -1,8 +1,6 @@
 use std::{
     future::poll_fn,
-    io, mem,
-    net::Shutdown,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -12,19 +10,18 @@ use futures::Sink;
 
 use super::{Driver, Sender, shared::Shared};
 use crate::{
-    Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket, SocketKind, close_in_background,
-    closer::close_sent,
-    codec::{Carrier, Plan, largest_packet},
+    Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket,
     limits::Limits,
-    socket::{HasFd, SendWait, TooLarge},
+    socket::SendWait,
     sys,
+    transport::{SendSide, Sending},
 };
 
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
 ///
 /// Messages wait until they are flushed, or until as many wait as the [limits](Codec::limits) allow; all that wait go out
-/// together. A descriptor is closed right after the `sendmsg` that carried it; a socket is closed
-/// [in the background](crate::close_in_background), because a quick receiver may have made that `close` slow.
+/// together. A descriptor is closed right after the `sendmsg` that carried it, in the way that [`SendFd`](crate::SendFd)
+/// describes.
 ///
 /// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each flush. What was
 /// accepted before and not sent is in [`into_parts`](crate::Framed::into_parts).
@@ -42,10 +39,6 @@ pub struct WriteHalf<E> {
 }
 
 impl<E> WriteHalf<E> {
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
-        Self { encoder, outbound: Outbound::new(socket, unsent, state) }
-    }
-
     /// The socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
         &self.outbound.socket
@@ -56,7 +49,7 @@ impl<E> WriteHalf<E> {
     }
 
     pub(super) fn shut_down_on_drop(&mut self, yes: bool) {
-        self.outbound.shut_down_on_drop(yes);
+        self.outbound.side.shut_down_on_drop(yes);
     }
 
     /// The encoder.
@@ -70,9 +63,8 @@ impl<E> WriteHalf<E> {
     }
 
     pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf, Sending) {
-        let Outbound { socket, buf, state, shut_down_on_drop, .. } = &mut self.outbound;
-        *shut_down_on_drop = false;
-        (Arc::clone(socket), self.encoder, mem::take(buf), mem::take(state))
+        let (unsent, state) = self.outbound.side.take();
+        (Arc::clone(&self.outbound.socket), self.encoder, unsent, state)
     }
 
     /// Sends everything that was accepted.
@@ -108,6 +100,12 @@ impl<E> WriteHalf<E> {
 }
 
 impl<E: Codec> WriteHalf<E> {
+    /// What a user has put into `unsent` becomes a message of this encoder.
+    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
+        let outbound = Outbound::new(socket, unsent, encoder.grouping(), state);
+        Self { encoder, outbound }
+    }
+
     /// Waits for room for one message. [`Permit::send`] then takes it at once, so a cancelled task still has its item.
     ///
     /// ```
@@ -160,7 +158,7 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
     #[inline]
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         let Self { encoder, outbound } = self.get_mut();
-        if outbound.surely_has_room(&encoder.limits()) {
+        if outbound.side.surely_has_room(&encoder.limits()) {
             return Poll::Ready(Ok(()));
         }
         // Ready in spite of an error: `start_send` then gives it together with the item, which `SinkExt::send` would drop
@@ -186,122 +184,24 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
 // Nothing in it is pinned: the encoder is only ever used through `&mut`.
 impl<E> Unpin for WriteHalf<E> {}
 
-/// Appends one message. If the encoder fails or panics, nothing of the message is left in `buf`.
-#[inline(always)] // what else its caller copies takes a tenth of the time of a small message
-pub(super) fn encode<E: Encoder<I, F>, I, F: HasFd>(
-    encoder: &mut E,
-    item: I,
-    buf: &mut SendBuf<F>,
-) -> Result<(), SendError<I, E::Error>> {
-    let open = OpenMessage(buf);
-    encoder.encode(item, open.0)?;
-    open.0.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error)))?;
-    mem::forget(open);
-    Ok(())
-}
-
-/// A message that is being written. Takes out of the buffer on drop what was written of it.
-struct OpenMessage<'a, F: HasFd>(&'a mut SendBuf<F>);
-
-impl<F: HasFd> Drop for OpenMessage<'_, F> {
-    #[cold]
-    fn drop(&mut self) {
-        close_in_background(self.0.roll_back().into_iter().filter_map(F::into_last));
-    }
-}
-
-/// What waits to be sent, and the socket that it goes to.
+/// The sending direction, and the socket that it goes to.
 #[derive(Debug)]
-pub(crate) struct Outbound<F: HasFd = OwnedFd> {
+pub(crate) struct Outbound {
     socket: Arc<Socket>,
-    pub(super) buf: SendBuf<F>,
-    /// What one call carries at the moment, and what it does when the kernel has memory enough.
-    carrier: Carrier,
-    largest: Carrier,
+    pub(super) side: SendSide,
     wait: SendWait,
-    pub(super) state: Sending,
-    shut_down_on_drop: bool,
 }
 
-#[derive(Debug, Default)]
-pub(crate) enum Sending {
-    #[default]
-    Open,
-    Closed,
-    Failed(io::Error),
-}
-
-impl Sending {
-    pub(super) fn is_open(&self) -> bool {
-        matches!(self, Self::Open)
+impl Outbound {
+    /// What is open in `unsent` is finished as one message.
+    pub(super) fn new(socket: Arc<Socket>, unsent: SendBuf, grouping: Grouping, state: Sending) -> Self {
+        let side = SendSide::new(socket.endpoint(), unsent, grouping, state);
+        Self { socket, side, wait: SendWait::default() }
     }
 
-    /// Why nothing is accepted any more.
-    #[inline]
-    pub(super) fn error(&self) -> Option<Error> {
-        match self {
-            Self::Open => None,
-            Self::Closed => Some(Error::Closed),
-            Self::Failed(error) => Some(Error::Io(repeat(error))),
-        }
-    }
-}
-
-impl Clone for Sending {
-    fn clone(&self) -> Self {
-        match self {
-            Self::Open => Self::Open,
-            Self::Closed => Self::Closed,
-            Self::Failed(error) => Self::Failed(repeat(error)),
-        }
-    }
-}
-
-fn repeat(error: &io::Error) -> io::Error {
-    match error.raw_os_error() {
-        Some(number) => io::Error::from_raw_os_error(number),
-        None => io::Error::new(error.kind(), error.to_string()),
-    }
-}
-
-/// What a call carries at most, and the most bytes of a packet.
-fn largest_call(socket: &Socket) -> (Carrier, Option<usize>) {
-    match socket.kind() {
-        SocketKind::Stream => (Carrier::Stream, None),
-        SocketKind::SeqPacket => {
-            let send_buffer_bytes = socket.send_buffer_size().unwrap_or(0);
-            (Carrier::packets(send_buffer_bytes), Some(largest_packet(send_buffer_bytes)))
-        }
-    }
-}
-
-impl<F: HasFd> Outbound<F> {
-    pub(super) fn new(socket: Arc<Socket>, mut unsent: SendBuf<F>, state: Sending) -> Self {
-        let (largest, max_packet_bytes) = largest_call(&socket);
-        unsent.set_max_packet_bytes(max_packet_bytes);
-        // What a user has put there is a message.
-        let state = match unsent.commit(Grouping::Free) {
-            Ok(()) => state,
-            Err(error) => Sending::Failed(error.into()),
-        };
-        Self {
-            socket,
-            buf: unsent,
-            carrier: largest,
-            largest,
-            wait: SendWait::default(),
-            state,
-            shut_down_on_drop: false,
-        }
-    }
-
-    pub(super) fn shut_down_on_drop(&mut self, yes: bool) {
-        self.shut_down_on_drop = yes;
-    }
-
-    /// Number of bytes and of descriptors that wait.
+    /// Returns the number of bytes and of descriptors that wait.
     pub(crate) fn unsent(&self) -> (usize, usize) {
-        (self.buf.len(), self.buf.fd_count())
+        self.side.unsent()
     }
 
     /// Whether what waits does so for want of kernel memory, or of descriptors in flight, and through no fault of the receiver: it
@@ -312,37 +212,17 @@ impl<F: HasFd> Outbound<F> {
 
     /// Queues an item, however much waits.
     #[inline]
-    pub(crate) fn accept<E: Encoder<I, F>, I>(
-        &mut self,
-        encoder: &mut E,
-        item: I,
-    ) -> Result<(), SendError<I, E::Error>> {
-        if !self.state.is_open() {
-            return Err(SendError::refused(item, self.refusal()));
-        }
-        encode(encoder, item, &mut self.buf)
-    }
-
-    #[cold]
-    fn refusal(&self) -> Error {
-        self.state.error().unwrap_or(Error::Closed)
-    }
-
-    /// Returns true only if there is room for one more message. [`poll_ready`](Self::poll_ready) finds
-    /// out what this does not know: it takes longer.
-    #[inline]
-    fn surely_has_room(&self, limits: &Limits) -> bool {
-        self.buf.len() < limits.max_queued_bytes && self.buf.fd_count() < limits.max_queued_fds
+    pub(crate) fn accept<E: Encoder<I>, I>(&mut self, encoder: &mut E, item: I) -> Result<(), SendError<I, E::Error>> {
+        self.side.accept(encoder, item)
     }
 
     /// Sends until there is room for one more message.
     #[inline(never)] // so that `Sink::poll_ready` is short
     fn poll_ready(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<Result<(), Error>> {
-        let has_room = |buf: &SendBuf<F>| limits.leave_room_beside(buf.len(), buf.fd_count());
-        match self.state {
-            Sending::Closed => Poll::Ready(Err(Error::Closed)),
-            _ => self.poll_send_until(cx, has_room),
+        if let Sending::Closed = self.side.state() {
+            return Poll::Ready(Err(Error::Closed));
         }
+        self.poll_send_until(cx, |buf| limits.leave_room_beside(buf.len(), buf.fd_count()))
     }
 
     pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
@@ -351,117 +231,30 @@ impl<F: HasFd> Outbound<F> {
 
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let flushed = ready!(self.poll_flush(cx));
-        if let Sending::Closed = self.state {
-            return Poll::Ready(Ok(()));
-        }
-        let shut_down = self.socket.shutdown(Shutdown::Write);
-        flushed?;
-        self.state = Sending::Closed;
-        match shut_down {
-            Err(error) if error.kind() != io::ErrorKind::NotConnected => Poll::Ready(Err(error.into())),
-            _ => Poll::Ready(Ok(())),
-        }
+        Poll::Ready(self.side.close(self.socket.endpoint(), flushed))
     }
 
     #[inline]
     pub(super) fn poll_send_until(
         &mut self,
         cx: &mut Context<'_>,
-        enough: impl Fn(&SendBuf<F>) -> bool,
+        enough: impl Fn(&SendBuf) -> bool,
     ) -> Poll<Result<(), Error>> {
-        if let Sending::Failed(error) = &self.state {
-            return Poll::Ready(Err(repeat(error).into()));
+        if let Some(error) = self.side.failure() {
+            return Poll::Ready(Err(error));
         }
-        while !enough(&self.buf) {
-            if let Err(error) = ready!(self.poll_send(cx)) {
-                self.state = Sending::Failed(repeat(&error));
-                return Poll::Ready(Err(error.into()));
+        let Self { socket, side, wait } = self;
+        while !enough(&side.buf) {
+            if let Err(error) = ready!(socket.poll_send(cx, wait, |socket| side.attempt(socket))) {
+                return Poll::Ready(Err(side.fail(error)));
             }
         }
         Poll::Ready(Ok(()))
-    }
-
-    /// One `sendmsg` of as much as it takes, if it takes any.
-    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Self { socket, buf, carrier, largest, wait, .. } = self;
-        let plan = buf.plan(*carrier);
-        let fds = buf.first_fds(plan.fds).map(F::as_fd);
-        let sent = ready!(socket.poll_send(cx, wait, &buf.io_slices(plan.bytes), fds));
-        match sent {
-            Ok(sent) => {
-                let fds = buf.sent(plan, sent);
-                if plan.fds > 0 {
-                    close_sent(fds.filter_map(F::into_last));
-                }
-                *carrier = carrier.larger(*largest);
-            }
-            Err(error) => self.recover(plan, error)?,
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    /// Prepares another attempt after a send has failed.
-    ///
-    /// # Errors
-    /// The error, if it is final.
-    fn recover(&mut self, failed: Plan, error: io::Error) -> io::Result<()> {
-        let Self { socket, buf, carrier, largest, wait, .. } = self;
-        match TooLarge::from_error(&error) {
-            // The buffer has been made smaller, or else it is final.
-            Some(TooLarge::ForBuffer) if largest_call(socket).1 != buf.max_packet_bytes() => {
-                let max_packet_bytes;
-                (*largest, max_packet_bytes) = largest_call(socket);
-                *carrier = *largest;
-                buf.set_max_packet_bytes(max_packet_bytes);
-            }
-            Some(TooLarge::ForMemory) => match carrier.smaller_than(failed.bytes) {
-                smaller if buf.plan(smaller) != failed => *carrier = smaller,
-                _ => wait.a_while(socket),
-            },
-            _ => return Err(error),
-        }
-        Ok(())
     }
 }
 
-impl<F: HasFd> Drop for Outbound<F> {
+impl Drop for Outbound {
     fn drop(&mut self) {
-        if self.shut_down_on_drop {
-            let _ = self.socket.shutdown(Shutdown::Write);
-        }
-        close_in_background(mem::take(&mut self.buf).into_fds().into_iter().filter_map(F::into_last));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use futures::TryStreamExt;
-    use nix::libc;
-
-    use super::*;
-    use crate::{Frame, FrameCodec, Framed};
-
-    /// A test cannot make the kernel run out of memory for a packet, so it brings the error itself.
-    #[tokio::test]
-    async fn a_packet_that_there_is_no_memory_for_is_sent_in_smaller_ones_or_later() {
-        for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
-            let (a, b) = Socket::pair(kind).unwrap();
-            let mut outbound = Outbound::new(Arc::new(a), SendBuf::new(), Sending::default());
-            outbound.accept(&mut FrameCodec::default(), Frame::new(vec![7; 60_000])).unwrap();
-            let mut sizes = Vec::new();
-            while !outbound.wait.is_for_a_while() {
-                let plan = outbound.buf.plan(outbound.carrier);
-                sizes.push(plan.bytes);
-                outbound.recover(plan, io::Error::from_raw_os_error(libc::ENOBUFS)).unwrap();
-            }
-            match kind {
-                SocketKind::SeqPacket => assert_eq!((sizes[0], sizes.last()), (60_008, Some(&2048))),
-                SocketKind::Stream => assert_eq!(sizes, [60_008], "it has no packets"),
-            }
-            let mut rx = Framed::new(b, FrameCodec::default());
-            let (sent, received) = tokio::join!(poll_fn(|cx| outbound.poll_flush(cx)), rx.try_next());
-            sent.unwrap();
-            assert_eq!(received.unwrap().unwrap().payload.len(), 60_000);
-        }
+        self.side.end(self.socket.endpoint());
     }
 }

@@ -27,7 +27,7 @@ const DEFAULT_OVERFLOW_UID: u32 = 65534;
 
 /// The uids that a listener admits, and what each of them has.
 #[derive(Debug)]
-pub(super) struct Admission {
+pub(crate) struct Admission {
     admitted: Admitted,
     accounts: UidAccounts,
     /// The uid that `SO_PEERCRED` reports for every uid without a mapping in this process's user
@@ -81,17 +81,17 @@ impl Admission {
         Self { admitted, accounts, overflow_uid: overflow_uid(), refused: AtomicU64::new(0), log: Mutex::default() }
     }
 
-    pub(super) fn allow_uids(&mut self, uids: impl IntoIterator<Item = u32>) {
+    pub(crate) fn allow_uids(&mut self, uids: impl IntoIterator<Item = u32>) {
         if let Admitted::Uids(admitted) = &mut self.admitted {
             admitted.extend(uids);
         }
     }
 
-    pub(super) fn allow_any_uid(&mut self) {
+    pub(crate) fn allow_any_uid(&mut self) {
         self.admitted = Admitted::Any;
     }
 
-    pub(super) fn limit_each_uid(&mut self, limits: UidLimits) {
+    pub(crate) fn limit_each_uid(&mut self, limits: UidLimits) {
         self.accounts = UidAccounts::new(limits);
     }
 
@@ -119,7 +119,7 @@ impl Admission {
         None
     }
 
-    pub(super) fn refused(&self) -> u64 {
+    pub(crate) fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
 

@@ -15,8 +15,8 @@ use nix::{
 };
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
-use super::{Listener, PassCredentials, Socket, SocketKind, set_nonblocking};
-use crate::{close_in_background, sys};
+use super::{Listener, PassCredentials, Socket, SocketKind, SocketState, set_nonblocking};
+use crate::{close_in_background, closer::BackgroundFd, sys};
 
 /// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other
 /// holders of the socket share them. `SO_PASSCRED` and `SO_PASSPIDFD` are switched off, because
@@ -28,20 +28,27 @@ impl TryFrom<OwnedFd> for Socket {
     type Error = Error;
 
     fn try_from(fd: OwnedFd) -> Result<Self> {
-        let (fd, kind) = checked(fd, |fd| {
-            let kind = unix_socket_kind(fd)?;
-            if getsockopt(fd, sockopt::AcceptConn)? {
-                return Err(invalid_descriptor("it is a listening socket"));
-            }
-            match socket::getpeername::<UnixAddr>(fd.as_raw_fd()) {
-                Err(Errno::ENOTCONN) => return Err(invalid_descriptor("it is not connected")),
-                connected => drop(connected?),
-            }
-            PassCredentials::No.set(fd)?;
-            Ok(kind)
-        })?;
-        Self::register(fd, kind)
+        let (fd, state) = connected(fd)?;
+        Self::register_with(fd, state)
     }
+}
+
+/// Takes a connected Unix socket of either kind, as `TryFrom<OwnedFd>` describes it.
+pub(crate) fn connected(fd: OwnedFd) -> Result<(BackgroundFd, SocketState)> {
+    let (fd, kind) = checked(fd, |fd| {
+        let kind = unix_socket_kind(fd)?;
+        if getsockopt(fd, sockopt::AcceptConn)? {
+            return Err(invalid_descriptor("it is a listening socket"));
+        }
+        match socket::getpeername::<UnixAddr>(fd.as_raw_fd()) {
+            Err(Errno::ENOTCONN) => return Err(invalid_descriptor("it is not connected")),
+            connected => drop(connected?),
+        }
+        PassCredentials::No.set(fd)?;
+        Ok(kind)
+    })?;
+    let state = SocketState::new(kind, None);
+    Ok((state.guard(fd), state))
 }
 
 /// Returns a descriptor that passes a check, with what the check returns. Another one is closed in the background: a

@@ -28,7 +28,7 @@ impl Socket {
     /// Unix socket of either kind, `EMFILE` if two more descriptors cannot be had, and those of
     /// registering it with tokio. Standard input is unchanged then.
     pub fn from_stdin() -> Result<Self> {
-        take(libc::STDIN_FILENO, "standard input")
+        take_stdin()
     }
 
     /// Takes a connected socket that this process has inherited, by the number that its parent
@@ -81,7 +81,13 @@ impl Listener {
     }
 }
 
-pub(super) fn take_numbered<T: TryFrom<OwnedFd, Error = Error>>(number: i32) -> Result<T> {
+/// Takes standard input away, as `Socket::from_stdin` describes it.
+pub(crate) fn take_stdin<T: TryFrom<OwnedFd, Error = Error>>() -> Result<T> {
+    take(libc::STDIN_FILENO, "standard input")
+}
+
+/// Takes the descriptor of a number away, as `Socket::from_inherited` describes it.
+pub(crate) fn take_numbered<T: TryFrom<OwnedFd, Error = Error>>(number: i32) -> Result<T> {
     let name = format!("descriptor {number}");
     if (libc::STDIN_FILENO..=libc::STDERR_FILENO).contains(&number) {
         let reason = format!("{name}: it is a standard stream; for standard input use `Socket::from_stdin`");

@@ -2,10 +2,9 @@
 
 use std::{
     future::Future,
-    io::{IoSlice, Result},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    io::Result,
+    os::fd::{AsFd, BorrowedFd},
     pin::Pin,
-    sync::atomic::Ordering,
     task::{Context, Poll, ready},
 };
 
@@ -19,7 +18,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use super::{Backoff, Socket, SocketKind};
+use super::{Attempt, Backoff, Endpoint, Socket, SocketKind};
 use crate::{
     closer::BackgroundFd,
     sys::{self, Received},
@@ -27,8 +26,7 @@ use crate::{
 
 impl Socket {
     /// Waits until something is there, and calls `receive`, which makes one
-    /// [`recvmsg`](sys::recvmsg). `ECONNRESET` is no error but something to
-    /// [ask for](Self::was_reset) at the end.
+    /// [`recvmsg`](sys::recvmsg).
     ///
     /// Readiness is kept until nothing is left for sure, since no new event comes for data that is left behind. Usually only
     /// `EAGAIN` proves that. A read of a stream that ends early proves it too, unless [something splits](Self::is_drained)
@@ -40,14 +38,9 @@ impl Socket {
     ) -> Poll<Result<Received>> {
         loop {
             let mut ready = ready!(self.io.poll_read_ready(cx))?; // takes part in the cooperative budget
-            match receive(self.as_fd()) {
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => ready.clear_ready(),
-                    Some(libc::ECONNRESET) => self.reset.store(true, Ordering::Relaxed),
-                    Some(libc::EINTR) => {}
-                    _ => return Poll::Ready(Err(error)),
-                },
-                Ok(received) => {
+            match self.endpoint().receive(&mut receive)? {
+                None => ready.clear_ready(),
+                Some(received) => {
                     if self.is_drained(&received) {
                         ready.clear_ready();
                     }
@@ -63,7 +56,7 @@ impl Socket {
     /// different processes if credentials are on, and before the out-of-band mark. The first two bring control data. The third
     /// is announced as priority readiness, which stays set from then on.
     fn is_drained(&self, received: &Received) -> bool {
-        let stream = self.kind == SocketKind::Stream;
+        let stream = self.kind() == SocketKind::Stream;
         let split = received.with_control || received.bytes == 0;
         stream && received.short && !split && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_err()
     }
@@ -74,47 +67,30 @@ impl Socket {
         tokio::time::sleep_until(deadline)
     }
 
-    /// Whether the peer has closed with unread data. The kernel says so once, to a receive or to a send: on STREAM after the
-    /// data that is left to read, on SEQPACKET before it.
-    pub(crate) fn was_reset(&self) -> bool {
-        self.reset.load(Ordering::Relaxed)
-    }
-
-    /// Sends bytes, and with their first byte descriptors. Returns the number of bytes sent; all descriptors are sent
-    /// then. Tries first and waits only when the socket takes nothing.
-    pub(crate) fn poll_send<'fd>(
+    /// Makes attempts until one of them has sent something. Tries first and waits only when the socket takes nothing.
+    pub(crate) fn poll_send(
         &self,
         cx: &mut Context<'_>,
         wait: &mut SendWait,
-        bytes: &[IoSlice<'_>],
-        fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>> + Clone,
-    ) -> Poll<Result<usize>> {
+        mut attempt: impl FnMut(Endpoint<'_>) -> Result<Attempt>,
+    ) -> Poll<Result<()>> {
         loop {
             let mut ready = ready!(wait.poll(cx, self))?;
             let coop = ready!(coop::poll_proceed(cx));
-            match sys::sendmsg(self.as_fd(), bytes, fds.clone()) {
-                Err(error) => match error.raw_os_error() {
-                    // Readiness from before the send may be stale. Ask for it, and only if it is stale then, wait.
-                    Some(libc::EAGAIN) => match &mut ready {
-                        _ if self.quiet => wait.for_duplicate(self)?,
-                        Some(ready) => ready.clear_ready(),
-                        None => wait.full = true,
-                    },
-                    // Too many descriptors of this uid are in flight, or there is no memory for more. They get fewer when
-                    // receivers receive, which no event announces: the socket reports writable all along.
-                    Some(libc::ETOOMANYREFS | libc::ENOMEM) => wait.a_while(self),
-                    Some(libc::EINTR) => {}
-                    Some(libc::ECONNRESET) => {
-                        self.reset.store(true, Ordering::Relaxed);
-                        return Poll::Ready(Err(error));
-                    }
-                    _ => return Poll::Ready(Err(error)),
-                },
-                Ok(sent) => {
+            match attempt(self.endpoint())? {
+                Attempt::Sent => {
                     coop.made_progress();
                     *wait = SendWait::default();
-                    return Poll::Ready(Ok(sent));
+                    return Poll::Ready(Ok(()));
                 }
+                Attempt::Again => {}
+                // Readiness from before the send may be stale. Ask for it, and only if it is stale then, wait.
+                Attempt::Full => match &mut ready {
+                    _ if self.quiet => wait.for_duplicate(self)?,
+                    Some(ready) => ready.clear_ready(),
+                    None => wait.full = true,
+                },
+                Attempt::Scarce => wait.a_while(self),
             }
         }
     }
@@ -159,7 +135,7 @@ impl SendWait {
     fn for_duplicate(&mut self, socket: &Socket) -> Result<()> {
         let _context = socket.runtime.enter();
         let copy = socket.as_fd().try_clone_to_owned();
-        match copy.and_then(|copy| sys::register(socket.guard(copy), Interest::WRITABLE)) {
+        match copy.and_then(|copy| sys::register(socket.state.guard(copy), Interest::WRITABLE)) {
             Ok(duplicate) => self.duplicate = Some(duplicate),
             Err(error) => match error.raw_os_error() {
                 // No descriptor is left for the duplicate, or no memory for watching it.
@@ -182,40 +158,9 @@ impl SendWait {
     }
 }
 
-/// What has a descriptor until it is sent.
-pub(crate) trait HasFd: AsFd {
-    /// The descriptor, if nobody else has it.
-    fn into_last(self) -> Option<OwnedFd>;
-}
-
-impl HasFd for OwnedFd {
-    fn into_last(self) -> Option<OwnedFd> {
-        Some(self)
-    }
-}
-
-/// What a send of a packet can do about an error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum TooLarge {
-    /// The send buffer holds no packet of this size.
-    ForBuffer,
-    /// There is no kernel memory in one piece for it at the moment.
-    ForMemory,
-}
-
-impl TooLarge {
-    pub(crate) fn from_error(error: &std::io::Error) -> Option<Self> {
-        match error.raw_os_error()? {
-            libc::EMSGSIZE => Some(Self::ForBuffer),
-            libc::ENOBUFS => Some(Self::ForMemory),
-            _ => None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::{future::poll_fn, time::Duration};
+    use std::{future::poll_fn, io::IoSlice, time::Duration};
 
     use super::*;
 
@@ -227,9 +172,10 @@ mod tests {
             for _ in 0..3 {
                 wait.a_while(&socket);
             }
-            let bytes = [IoSlice::new(b"x")];
-            let sent = poll_fn(|cx| socket.poll_send(cx, &mut wait, &bytes, std::iter::empty())).await;
-            assert_eq!(sent.unwrap(), 1);
+            let attempt = |endpoint: Endpoint<'_>| {
+                endpoint.send(&[IoSlice::new(b"x")], std::iter::empty()).map(|_| Attempt::Sent)
+            };
+            poll_fn(|cx| socket.poll_send(cx, &mut wait, attempt)).await.unwrap();
 
             assert!(!wait.full, "the next send asks first whether the socket is writable");
             assert_eq!(wait.backoff.next(), Duration::from_millis(1), "the next shortage is waited for longer");

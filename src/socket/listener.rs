@@ -1,41 +1,21 @@
 use std::{
     future::poll_fn,
-    io::{Error, ErrorKind, Result},
+    io::{Error, Result},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::SocketAddr,
     },
     path::Path,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
     task::{Context, Poll, ready},
 };
 
-use nix::{
-    libc,
-    sys::socket::{self, Backlog, UnixAddr, getsockopt, setsockopt, sockopt},
-};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    PassCredentials, PeerCred, Socket, SocketKind, UidLimits,
-    admission::Admission,
-    convert::{checked, invalid_descriptor, unix_socket_kind},
-    local_addr, new_socket,
-    path::{PathGuard, unix_addr},
-    set_nonblocking,
-    uid_account::UidShare,
+    PassCredentials, Socket, SocketKind, UidLimits,
+    listener_state::{ListenerState, listener_addr, not_would_block},
 };
-use crate::{
-    closer::{self, Account, BackgroundFd, InBackground},
-    sys,
-};
-
-/// Number of refused connections that may wait to be closed. Peers connect faster than the closer's thread
-/// gets its turn, and each refused connection holds a descriptor until then.
-const MAX_CLOSING: usize = 64;
+use crate::{closer::BackgroundFd, sys};
 
 /// Listens for connections at a path or an abstract name.
 ///
@@ -79,16 +59,7 @@ const MAX_CLOSING: usize = 64;
 #[derive(Debug)]
 pub struct Listener {
     io: AsyncFd<BackgroundFd>,
-    kind: SocketKind,
-    admission: Admission,
-    /// Refused connections that wait to be closed.
-    closing: Arc<Account>,
-    path: Option<PathGuard>,
-    /// Set for each connection, if there is one. A connection copies `SO_PASSCRED` from the listener when
-    /// the client connects, so those that are in the backlog when it changes have what it was before.
-    credentials: Mutex<Option<PassCredentials>>,
-    /// False after [`set_pass_fds(false)`](Self::set_pass_fds).
-    pass_fds: AtomicBool,
+    state: ListenerState,
 }
 
 impl Listener {
@@ -109,13 +80,7 @@ impl Listener {
     /// As for [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc` is not
     /// mounted.
     pub fn bind_with_mode(path: impl AsRef<Path>, kind: SocketKind, mode: u32) -> Result<Self> {
-        let path = path.as_ref();
-        let addr = UnixAddr::new(path)?;
-        let mut guard = PathGuard::take(path)?;
-        let fd = new_socket(kind)?;
-        guard.bind(&fd, &addr, mode)?;
-        socket::listen(&fd, Backlog::MAXCONN)?;
-        Self::register(fd, kind, Some(guard))
+        Self::register(ListenerState::bind(path.as_ref(), kind, mode)?)
     }
 
     /// Listens at an address; beside paths these are abstract names ([`std::os::linux::net::SocketAddrExt`]), which any
@@ -124,28 +89,16 @@ impl Listener {
     /// # Errors
     /// As for [`bind`](Self::bind).
     pub fn bind_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
-        if let Some(path) = addr.as_pathname() {
-            return Self::bind(path, kind);
-        }
-        let addr = unix_addr(addr)?;
-        let fd = new_socket(kind)?;
-        socket::bind(fd.as_raw_fd(), &addr)?;
-        socket::listen(&fd, Backlog::MAXCONN)?;
-        Self::register(fd, kind, None)
+        Self::register(ListenerState::bind_addr(addr, kind)?)
     }
 
-    fn register(fd: OwnedFd, kind: SocketKind, path: Option<PathGuard>) -> Result<Self> {
-        closer::start();
-        let fd = BackgroundFd::new(fd, InBackground::default());
-        Ok(Self {
-            io: sys::register(fd, Interest::READABLE)?,
-            kind,
-            admission: Admission::new(),
-            closing: Arc::default(),
-            path,
-            credentials: Mutex::default(),
-            pass_fds: AtomicBool::new(true),
-        })
+    pub(crate) fn register((fd, state): (BackgroundFd, ListenerState)) -> Result<Self> {
+        Ok(Self { io: sys::register(fd, Interest::READABLE)?, state })
+    }
+
+    /// Takes the listener off its event loop.
+    pub(crate) fn into_unregistered(self) -> (BackgroundFd, ListenerState) {
+        (self.io.into_inner(), self.state)
     }
 
     /// Admits these uids too.
@@ -163,14 +116,14 @@ impl Listener {
     /// ```
     #[must_use]
     pub fn allow_uids(mut self, uids: impl IntoIterator<Item = u32>) -> Self {
-        self.admission.allow_uids(uids);
+        self.state.admission.allow_uids(uids);
         self
     }
 
     /// Admits every uid that gets past the mode of the path.
     #[must_use]
     pub fn allow_any_uid(mut self) -> Self {
-        self.admission.allow_any_uid();
+        self.state.admission.allow_any_uid();
         self
     }
 
@@ -187,14 +140,14 @@ impl Listener {
     /// ```
     #[must_use]
     pub fn limit_each_uid(mut self, limits: UidLimits) -> Self {
-        self.admission.limit_each_uid(limits);
+        self.state.admission.limit_each_uid(limits);
         self
     }
 
     /// Returns the number of connections that were closed because their uid is not admitted, or has more
     /// than the [limits](UidLimits) allow.
     pub fn refused(&self) -> u64 {
-        self.admission.refused()
+        self.state.admission.refused()
     }
 
     /// Chooses whether the accepted connections take descriptors from their peers, as
@@ -209,9 +162,7 @@ impl Listener {
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel.
     pub fn set_pass_fds(&self, pass: bool) -> Result<()> {
-        setsockopt(&self.io, sys::PassRights, &pass)?;
-        self.pass_fds.store(pass, Ordering::Relaxed);
-        Ok(())
+        self.state.set_pass_fds(self.as_fd(), pass)
     }
 
     /// Chooses what is reported about the senders of messages on the accepted connections, as
@@ -223,15 +174,12 @@ impl Listener {
     /// # Errors
     /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
     pub fn set_pass_credentials(&self, pass: PassCredentials) -> Result<()> {
-        let mut credentials = self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
-        pass.set(&self.io)?;
-        *credentials = Some(pass);
-        Ok(())
+        self.state.set_pass_credentials(self.as_fd(), pass)
     }
 
     /// The kind of the sockets that it accepts.
     pub fn kind(&self) -> SocketKind {
-        self.kind
+        self.state.kind()
     }
 
     /// The address it listens at.
@@ -239,7 +187,7 @@ impl Listener {
     /// # Errors
     /// Those of getsockname(2).
     pub fn local_addr(&self) -> Result<SocketAddr> {
-        local_addr(&self.io)?.ok_or_else(|| Error::new(ErrorKind::InvalidData, "the listener has no name"))
+        listener_addr(self.as_fd())
     }
 
     /// Waits for the next connection of an admitted uid.
@@ -252,7 +200,7 @@ impl Listener {
     /// No connection is lost when dropped. Any number of tasks may wait at a time.
     pub async fn accept(&self) -> Result<Socket> {
         loop {
-            poll_fn(|cx| self.closing.poll_at_most(cx, MAX_CLOSING)).await;
+            poll_fn(|cx| self.state.poll_closed(cx)).await;
             if let Some(socket) = self.io.async_io(Interest::READABLE, |_| self.try_accept()).await? {
                 return Ok(socket);
             }
@@ -265,7 +213,7 @@ impl Listener {
     /// As for [`accept`](Self::accept).
     pub fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<Result<Socket>> {
         loop {
-            ready!(self.closing.poll_at_most(cx, MAX_CLOSING));
+            ready!(self.state.poll_closed(cx));
             let mut ready = ready!(self.io.poll_read_ready(cx))?;
             if let Ok(accepted) = ready.try_io(|_| self.try_accept())
                 && let Some(socket) = accepted.transpose()
@@ -275,52 +223,14 @@ impl Listener {
         }
     }
 
-    /// `None` after one that is not admitted: the next is another turn for the cooperative budget, or peers that are refused
-    /// could keep the runtime busy.
+    /// Takes the next connection and registers it. `None` after one that is not admitted: the next is another turn for the
+    /// cooperative budget, or peers that are refused could keep the runtime busy.
     ///
     /// # Errors
     /// `WouldBlock` if nobody waits.
     fn try_accept(&self) -> Result<Option<Socket>> {
-        let fd = match sys::accept(self.as_fd()) {
-            Ok(fd) => fd,
-            Err(error) => match error.raw_os_error() {
-                Some(libc::EINTR | libc::ECONNABORTED) => return Ok(None),
-                _ => return Err(error),
-            },
-        };
-        // Who has sent something already may block its `close`.
-        let fd = BackgroundFd::new(fd, InBackground::counted(Arc::clone(&self.closing)));
-        self.take_accepted(fd).map_err(not_would_block)
-    }
-
-    /// Registers an accepted connection if its peer is admitted.
-    fn take_accepted(&self, fd: BackgroundFd) -> Result<Option<Socket>> {
-        let Some(uid_share) = self.admit(&fd)? else { return Ok(None) };
-        // Clients in the backlog may have connected before the listener got the option.
-        if !self.pass_fds.load(Ordering::Relaxed) {
-            setsockopt(&fd, sys::PassRights, &false)?;
-        }
-        let socket = Socket::register_for_uid(fd.into_fd(), self.kind, Some(uid_share))?;
-        let credentials = *self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pass) = credentials {
-            socket.set_pass_credentials(pass)?;
-        }
-        Ok(Some(socket))
-    }
-
-    fn admit(&self, peer: &BackgroundFd) -> Result<Option<UidShare>> {
-        Ok(self.admission.admit(PeerCred::of(peer)?, self.path.as_ref(), || self.local_addr()))
-    }
-}
-
-/// Turns `WouldBlock` into another kind of error.
-///
-/// After `accept` has succeeded, tokio would take it for an answer of `accept`: it would forget
-/// that connections are waiting, and the caller would never learn that one was accepted and closed.
-fn not_would_block(error: Error) -> Error {
-    match error.kind() {
-        ErrorKind::WouldBlock => Error::other(format!("an accepted connection was closed: {error}")),
-        _ => error,
+        let Some((fd, state)) = self.state.try_accept(self.as_fd())? else { return Ok(None) };
+        Socket::register_with(fd, state).map(Some).map_err(not_would_block)
     }
 }
 
@@ -333,26 +243,14 @@ impl TryFrom<OwnedFd> for Listener {
     type Error = Error;
 
     fn try_from(fd: OwnedFd) -> Result<Self> {
-        let (fd, kind) = checked(fd, |fd| {
-            let kind = unix_socket_kind(fd)?;
-            if !getsockopt(fd, sockopt::AcceptConn)? {
-                return Err(invalid_descriptor("it is not a listening socket"));
-            }
-            set_nonblocking(fd, true)?; // accept has no flag for it
-            PassCredentials::No.set(fd)?; // for clients that connect from now on
-            Ok(kind)
-        })?;
-        let listener = Self::register(fd, kind, None)?;
-        Ok(Self { credentials: Mutex::new(Some(PassCredentials::No)), ..listener })
+        Self::register(ListenerState::from_fd(fd)?)
     }
 }
 
 /// The socket file stays in place for the next holder of the descriptor.
 impl From<Listener> for OwnedFd {
     fn from(listener: Listener) -> Self {
-        if let Some(guard) = listener.path {
-            guard.hand_on();
-        }
+        listener.state.hand_on();
         listener.io.into_inner().into_fd()
     }
 }
@@ -360,20 +258,5 @@ impl From<Listener> for OwnedFd {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.get_ref().as_fd()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn after_accept_no_error_says_that_nobody_waits() {
-        let mapped = not_would_block(Error::from_raw_os_error(libc::EAGAIN));
-        assert_ne!(mapped.kind(), ErrorKind::WouldBlock);
-        assert!(mapped.to_string().contains("Resource temporarily unavailable"), "{mapped}");
-
-        let kept = not_would_block(Error::from_raw_os_error(libc::EMFILE));
-        assert_eq!(kept.raw_os_error(), Some(libc::EMFILE));
     }
 }

@@ -4,9 +4,11 @@
 mod admission;
 mod convert;
 mod datagram;
+mod endpoint;
 mod inherited;
 mod io;
 mod listener;
+mod listener_state;
 mod options;
 mod pass_credentials;
 mod path;
@@ -20,11 +22,6 @@ use std::{
         unix::net::SocketAddr,
     },
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -38,20 +35,19 @@ use tokio::{
     runtime::Handle,
 };
 
+pub(crate) use convert::connected;
 pub use datagram::{Datagram, DatagramSocket};
-pub(crate) use io::{HasFd, SendWait, TooLarge};
+pub(crate) use endpoint::{Attempt, Endpoint, SocketState};
+pub(crate) use inherited::{take_numbered, take_stdin};
+pub(crate) use io::SendWait;
 pub use listener::Listener;
+pub(crate) use listener_state::{ListenerState, listener_addr};
 pub use options::PeerCred;
 pub use pass_credentials::PassCredentials;
+pub(crate) use path::unix_addr;
 pub use uid_account::UidLimits;
-use uid_account::UidShare;
 
-pub(crate) use crate::sys::Received;
-
-use crate::{
-    closer::{self, Account, BackgroundFd, InBackground},
-    sys,
-};
+use crate::{closer::BackgroundFd, sys};
 
 /// The two kinds of socket.
 ///
@@ -67,7 +63,7 @@ pub enum SocketKind {
 }
 
 impl SocketKind {
-    fn sock_type(self) -> SockType {
+    pub(crate) fn sock_type(self) -> SockType {
         match self {
             Self::SeqPacket => SockType::SeqPacket,
             Self::Stream => SockType::Stream,
@@ -97,20 +93,11 @@ impl SocketKind {
 #[derive(Debug)]
 pub struct Socket {
     io: AsyncFd<BackgroundFd>,
-    kind: SocketKind,
-    /// What waits to be closed of what came over this socket.
-    account: Arc<Account>,
-    /// Of a connection that a listener has accepted.
-    uid_share: Option<UidShare>,
+    state: SocketState,
     /// Registered for reading only: see [`quiet`](Self::quiet).
     quiet: bool,
     /// Where it is registered, and where timers are made, wherever it is polled from.
     runtime: Handle,
-    /// Whether the kernel has said `ECONNRESET`.
-    reset: AtomicBool,
-    /// Whether this process has asked for credentials. Another holder of the socket may have
-    /// switched them on as well.
-    wants_credentials: AtomicBool,
 }
 
 impl Socket {
@@ -171,24 +158,23 @@ impl Socket {
 
     /// Registers a connected socket. Nobody else knows the descriptor's number.
     fn register(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
-        Self::register_for_uid(fd, kind, None)
+        let state = SocketState::new(kind, None);
+        Self::register_with(state.guard(fd), state)
     }
 
-    /// The same for a connection that counts for its peer's uid.
-    fn register_for_uid(fd: OwnedFd, kind: SocketKind, uid_share: Option<UidShare>) -> Result<Self> {
-        closer::start();
-        let account = Arc::new(uid_share.as_ref().map(UidShare::closing_account).unwrap_or_default());
-        let fd = BackgroundFd::new(fd, InBackground::counted(Arc::clone(&account)));
+    /// The same for a socket that has a state already.
+    pub(crate) fn register_with(fd: BackgroundFd, state: SocketState) -> Result<Self> {
         Ok(Self {
             io: sys::register(fd, Interest::READABLE | Interest::PRIORITY | Interest::WRITABLE)?,
-            kind,
-            account,
-            uid_share,
+            state,
             quiet: false,
             runtime: Handle::current(),
-            reset: AtomicBool::new(false),
-            wants_credentials: AtomicBool::new(false),
         })
+    }
+
+    /// Takes the socket off its event loop.
+    pub(crate) fn into_unregistered(self) -> (BackgroundFd, SocketState) {
+        (self.io.into_inner(), self.state)
     }
 
     /// Returns another handle to the same socket, by another descriptor (close-on-exec), registered
@@ -220,17 +206,8 @@ impl Socket {
     /// # Ok(()) }
     /// ```
     pub fn try_clone(&self) -> Result<Self> {
-        let fd = self.guard(self.as_fd().try_clone_to_owned()?);
-        Ok(Self {
-            io: sys::register(fd, Interest::READABLE | Interest::PRIORITY | Interest::WRITABLE)?,
-            kind: self.kind,
-            account: Arc::clone(&self.account),
-            uid_share: self.uid_share.as_ref().map(UidShare::for_copy),
-            quiet: false,
-            runtime: Handle::current(),
-            reset: AtomicBool::new(self.reset.load(Ordering::Relaxed)),
-            wants_credentials: AtomicBool::new(self.wants_credentials()),
-        })
+        let state = self.state.for_copy();
+        Self::register_with(state.guard(self.as_fd().try_clone_to_owned()?), state)
     }
 
     /// Saves its thread the wakeup for each packet that the peer consumes. That takes less CPU, and
@@ -240,7 +217,7 @@ impl Socket {
         let registered = {
             let _context = self.runtime.enter();
             let copy = self.as_fd().try_clone_to_owned();
-            copy.and_then(|copy| sys::register(self.guard(copy), Interest::READABLE | Interest::PRIORITY))
+            copy.and_then(|copy| sys::register(self.state.guard(copy), Interest::READABLE | Interest::PRIORITY))
         };
         if let Ok(io) = registered {
             // This copy is not the last one, so its `close` is quick.
@@ -250,35 +227,10 @@ impl Socket {
         self
     }
 
-    /// A copy of the socket is closed as the socket itself is.
-    fn guard(&self, copy: OwnedFd) -> BackgroundFd {
-        BackgroundFd::new(copy, InBackground::counted(Arc::clone(&self.account)))
-    }
-
-    pub(crate) fn account(&self) -> &Arc<Account> {
-        &self.account
-    }
-
-    /// Waits while too many descriptors wait to be closed: more than `limit` of this connection, or
-    /// more than its uid may have.
-    pub(crate) fn poll_closed(&self, cx: &mut Context<'_>, limit: usize) -> Poll<()> {
-        ready!(self.account.poll_at_most(cx, limit));
-        match &self.uid_share {
-            Some(share) => share.poll_closed(cx),
-            None => Poll::Ready(()),
-        }
-    }
-
-    /// Reports what has arrived of messages that are not complete.
-    ///
-    /// # Errors
-    /// [`OverUidLimit`](crate::Error::OverUidLimit) if that is more than the peer's uid may have.
+    /// The socket for a system call that does not wait.
     #[inline]
-    pub(crate) fn hold(&self, bytes: usize, fds: usize) -> std::result::Result<(), crate::Error> {
-        match &self.uid_share {
-            Some(share) => share.hold(bytes, fds),
-            None => Ok(()),
-        }
+    pub(crate) fn endpoint(&self) -> Endpoint<'_> {
+        Endpoint::new(self.as_fd(), &self.state)
     }
 }
 

@@ -3,15 +3,12 @@
 use std::{
     io::Result,
     net::Shutdown,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
-    sync::atomic::Ordering,
+    os::fd::{AsFd, OwnedFd},
 };
 
-use nix::sys::socket::{self, getsockopt, setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, sockopt};
 
 use super::{PassCredentials, Socket, SocketKind};
-use crate::sys;
-
 /// Who is at the other end: the process that called `connect`, `listen` or `socketpair`, at that
 /// time (`SO_PEERCRED`, unix(7)).
 ///
@@ -37,7 +34,7 @@ impl PeerCred {
 impl Socket {
     /// Which kind it is.
     pub fn kind(&self) -> SocketKind {
-        self.kind
+        self.endpoint().kind()
     }
 
     /// Who is at the other end.
@@ -45,7 +42,7 @@ impl Socket {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn peer_cred(&self) -> Result<PeerCred> {
-        PeerCred::of(&self.io)
+        self.endpoint().peer_cred()
     }
 
     /// Returns a pidfd of the process that [`peer_cred`](Self::peer_cred) names. It becomes
@@ -59,7 +56,7 @@ impl Socket {
     /// `ENOPROTOOPT` before Linux 6.5. Before 6.16 also an error, such as `ESRCH`, if the process
     /// was reaped.
     pub fn peer_pidfd(&self) -> Result<OwnedFd> {
-        Ok(getsockopt(self, sockopt::PeerPidfd)?)
+        self.endpoint().peer_pidfd()
     }
 
     /// Size of the send buffer in bytes as the kernel counts it (`SO_SNDBUF`, socket(7)). A packet
@@ -68,7 +65,7 @@ impl Socket {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn send_buffer_size(&self) -> Result<usize> {
-        Ok(getsockopt(self, sockopt::SndBuf)?)
+        self.endpoint().send_buffer_size()
     }
 
     /// Asks for a send buffer of `bytes` bytes. The kernel doubles the number for its own
@@ -81,7 +78,7 @@ impl Socket {
     /// # Errors
     /// Those of setsockopt(2).
     pub fn set_send_buffer_size(&self, bytes: usize) -> Result<()> {
-        Ok(setsockopt(self, sockopt::SndBuf, &bytes)?)
+        self.endpoint().set_send_buffer_size(bytes)
     }
 
     /// Chooses whether this socket takes descriptors from the peer (`SO_PASSRIGHTS`, Linux 6.16).
@@ -95,7 +92,7 @@ impl Socket {
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel.
     pub fn set_pass_fds(&self, pass: bool) -> Result<()> {
-        Ok(setsockopt(self, sys::PassRights, &pass)?)
+        self.endpoint().set_pass_fds(pass)
     }
 
     /// Chooses what is reported about the process that sends a message, in
@@ -110,13 +107,7 @@ impl Socket {
     /// # Errors
     /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
     pub fn set_pass_credentials(&self, pass: PassCredentials) -> Result<()> {
-        pass.set(&self.io)?;
-        self.wants_credentials.store(pass != PassCredentials::No, Ordering::Relaxed);
-        Ok(())
-    }
-
-    pub(crate) fn wants_credentials(&self) -> bool {
-        self.wants_credentials.load(Ordering::Relaxed)
+        self.endpoint().set_pass_credentials(pass)
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
@@ -126,11 +117,6 @@ impl Socket {
     /// # Errors
     /// `NotConnected`.
     pub fn shutdown(&self, how: Shutdown) -> Result<()> {
-        let how = match how {
-            Shutdown::Read => socket::Shutdown::Read,
-            Shutdown::Write => socket::Shutdown::Write,
-            Shutdown::Both => socket::Shutdown::Both,
-        };
-        Ok(socket::shutdown(self.io.as_raw_fd(), how)?)
+        self.endpoint().shutdown(how)
     }
 }

@@ -24,7 +24,7 @@ use nix::{
     },
 };
 
-pub(super) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
+pub(crate) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
     match (addr.as_pathname(), addr.as_abstract_name()) {
         (Some(path), _) => Ok(UnixAddr::new(path)?),
         (_, Some(name)) => Ok(UnixAddr::new_abstract(name)?),

@@ -1,7 +1,8 @@
-//! The system calls, and **all `unsafe` of the crate**: one block per call.
+//! The system calls, and **all `unsafe` of the crate**: one block per call. Of the layers above it, only `buf_mut` knows one.
 #![allow(unsafe_code)]
 
 mod address;
+mod buf_mut;
 mod close;
 mod exit;
 mod inherited;

@@ -7,17 +7,21 @@
 mod common;
 
 mod dbus;
+mod haproxy;
 mod kinds;
 mod lines;
+mod mux;
 mod netcat;
 mod node;
 mod packets;
 mod payload;
 mod python;
 mod sd_notify;
+mod skopeo;
 mod ssh;
 mod switch;
 mod systemd;
+mod uwsgi;
 mod wayland;
 
 use std::{
@@ -53,7 +57,7 @@ fn raw_recv(socket: &impl AsFd, room: usize) -> (Vec<u8>, Vec<u32>) {
     for message in received.cmsgs().unwrap() {
         let ControlMessageOwned::ScmRights(fds) = message else { continue };
         for fd in fds {
-            marks.push(mark_of(&File::open(format!("/proc/self/fd/{fd}")).unwrap().into()));
+            marks.push(mark_of(&File::open(format!("/proc/self/fd/{fd}")).unwrap()));
             close(fd).unwrap();
         }
     }

@@ -45,7 +45,7 @@ impl Decoder for NodeChannel {
         src.advance(1);
         let message: Value = serde_json::from_slice(&line).map_err(Error::invalid)?;
         let fd = match message["cmd"] == "NODE_HANDLE" {
-            true => Some(fds.pop().ok_or(Error::MissingFds { expected: 1, received: 0 })?),
+            true => Some(fds.claim_one()?),
             false => None,
         };
         Ok(Some((message, fd)))

@@ -3,7 +3,7 @@
 use std::{os::fd::OwnedFd, time::Duration};
 
 use bytes::BytesMut;
-use fdwire::{Codec, Decoder, Error, FdQueue, FrameCodec, Framed, Limits, Socket, SocketKind};
+use fdwire::{Codec, Decoder, Error, FdQueue, FrameCodec, Framed, Limits, Socket, SocketKind, blocking};
 use futures::StreamExt;
 
 use crate::{
@@ -155,5 +155,31 @@ fn a_connection_that_waits_for_its_sockets_to_be_closed_goes_on_then() {
                 soon("the sockets before these are closed", rx.next()).await.unwrap().unwrap();
             }
         }
+    });
+}
+
+/// The blocking side waits in its own thread.
+#[test]
+fn a_thread_that_waits_for_its_sockets_to_be_closed_goes_on_then() {
+    counted(async |kind| {
+        let (a, peer) = blocking::Socket::pair(kind).unwrap();
+        let peer = OwnedFd::from(peer);
+        let receiver = std::thread::spawn(move || {
+            let mut rx = blocking::Framed::with_codecs(a, Refuse, FrameCodec::default());
+            (0..50).for_each(|_| rx.next().unwrap().unwrap());
+            assert!(rx.next().is_none());
+        });
+        for _ in 0..10 {
+            let batches = [(); 5].map(|()| Vec::from_iter((0..250).map(|_| raw::pair(kind).0)));
+            batches.iter().for_each(|sockets| raw_send(&peer, b"x", sockets));
+        }
+        drop(peer);
+        soon("the sockets before these are closed", async {
+            while !receiver.is_finished() {
+                tokio::task::yield_now().await
+            }
+        })
+        .await;
+        receiver.join().unwrap();
     });
 }

@@ -23,7 +23,7 @@ impl Encoder<Frame> for Halfway {
             return self.0.encode(frame, dst);
         }
         dst.put_slice(b"half of ");
-        dst.put_bytes(vec![7; 10_000].into());
+        dst.put_shared(vec![7; 10_000].into());
         dst.put_slice(b"a message");
         dst.put_fds(std::mem::take(&mut frame.fds));
         assert_ne!(frame.payload, "panic", "on purpose");

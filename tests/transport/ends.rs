@@ -1,20 +1,19 @@
 //! How a connection ends, at every point.
 
-use std::{io, net::Shutdown};
+use std::{io, net::Shutdown, os::fd::AsFd};
 
 use fdwire::{Error, Frame, FrameCodec, Framed, Socket, SocketKind};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
 use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
 use crate::{
-    common::{
-        encoded, framed_pair, marked, marks, raw_send, role_socket, run, spawn_role, wait_for_close_of_peer,
-        with_raw_peer,
-    },
+    common::{encoded, framed_pair, marked, marks, raw_send, role_socket, run, spawn_role, with_raw_peer},
     counted,
+    side::{End, end_with_raw_peer, ends, on_both_sides},
 };
 
 /// Three frames as they are sent: bytes, and at which byte which descriptors are attached.
@@ -23,14 +22,14 @@ fn three_frames() -> Vec<u8> {
 }
 
 /// Checks what a receiver yields of the first `cut` bytes of [`three_frames`], after which the peer is gone.
-async fn check_cut(mut rx: Framed<FrameCodec>, cut: usize) {
+async fn check_cut(mut rx: End<FrameCodec>, cut: usize) {
     let ends = [11, 22, 35];
     for (payload, fds) in [("one", vec![1]), ("two", vec![]), ("three", vec![2, 3])]
         .into_iter()
         .zip(ends)
         .filter_map(|(f, end)| (end <= cut).then_some(f))
     {
-        let frame = rx.try_next().await.unwrap().unwrap();
+        let frame = rx.frame().await;
         assert_eq!((&frame.payload[..], marks(&frame)), (payload.as_bytes(), fds));
     }
     let whole = ends.into_iter().rfind(|end| *end <= cut).unwrap_or(0);
@@ -41,7 +40,7 @@ async fn check_cut(mut rx: Framed<FrameCodec>, cut: usize) {
     assert!(rx.next().await.is_none());
 }
 
-fn send_cut(peer: &impl std::os::fd::AsFd, cut: usize) {
+fn send_cut(peer: &impl AsFd, cut: usize) {
     for (index, byte) in three_frames()[..cut].iter().enumerate() {
         let fds = match index {
             0 => vec![marked(1)],
@@ -54,9 +53,9 @@ fn send_cut(peer: &impl std::os::fd::AsFd, cut: usize) {
 
 #[test]
 fn a_peer_may_close_after_any_byte() {
-    counted(async |kind| {
+    on_both_sides(async |kind, side| {
         for cut in 0..=three_frames().len() {
-            let (rx, peer) = with_raw_peer(kind);
+            let (rx, peer) = end_with_raw_peer(kind, side);
             send_cut(&peer, cut);
             drop(peer);
             check_cut(rx, cut).await;
@@ -78,9 +77,9 @@ fn a_peer_may_be_killed_after_any_byte() {
             std::future::pending().await
         });
     }
-    counted(async |kind| {
+    on_both_sides(async |kind, side| {
         for cut in [0, 1, 8, 10, 11, 15, 23, 34, 35] {
-            let (rx, peer) = with_raw_peer(kind);
+            let (rx, peer) = end_with_raw_peer(kind, side);
             let (control, child_end) = Socket::pair(kind).unwrap();
             let mut control = Framed::new(control, FrameCodec::default());
             let mut child = spawn_role("ends::a_peer_may_be_killed_after_any_byte", None, child_end.into());
@@ -93,100 +92,65 @@ fn a_peer_may_be_killed_after_any_byte() {
     });
 }
 
-#[test]
-fn a_peer_that_closes_is_noticed_by_the_sender_and_nothing_unsent_is_lost() {
-    counted(async |kind| {
-        let (mut tx, rx) = framed_pair(kind);
-        drop(rx);
-        wait_for_close_of_peer(tx.socket());
-        tx.feed(Frame::new("unsent").with_fd(marked(1))).await.unwrap();
-        let error = io::Error::from(tx.flush().await.unwrap_err());
-        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
-
-        // From now on items come back at once, with the same error.
-        let refused = tx.send(Frame::new("refused").with_fd(marked(2))).await.unwrap_err();
-        assert!(matches!(&refused.error, Error::Io(error) if error.kind() == io::ErrorKind::BrokenPipe));
-        assert_eq!(marks(&refused.item.unwrap()), [2]);
-        assert!(tx.reserve().await.is_err() && tx.flush().await.is_err());
-
-        let parts = tx.into_parts();
-        let (bytes, fds) = parts.unsent.into_parts();
-        assert_eq!((&bytes[8..], fds.len()), (&b"unsent"[..], 1));
-    });
+fn nothing_to_read(socket: &impl AsFd) -> bool {
+    poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO) == Ok(0)
 }
 
 #[test]
 fn a_peer_that_closes_in_the_middle_of_a_large_frame() {
-    counted(async |kind| {
-        let (mut tx, peer) = with_raw_peer(kind);
+    on_both_sides(async |kind, side| {
+        let (mut tx, peer) = end_with_raw_peer(kind, side);
         let send = tx.send(Frame::new(vec![0; 8 << 20]).with_fd(marked(1)));
         let (sent, ()) = tokio::join!(send, async {
-            tokio::task::yield_now().await;
+            while nothing_to_read(&peer) {
+                tokio::task::yield_now().await;
+            }
             drop(peer);
         });
         let error = sent.unwrap_err();
         assert!(matches!(error.error, Error::Io(_)) && error.item.is_none());
-        assert!(matches!(tx.next().await, Some(Err(Error::Reset))));
-        assert!(tx.next().await.is_none());
+        assert!(matches!(tx.error().await, Error::Reset));
     });
 }
 
 #[test]
 fn reading_goes_on_after_a_write_error() {
-    counted(async |kind| {
-        let (mut a, mut b) = framed_pair(kind);
+    on_both_sides(async |kind, side| {
+        let (mut a, mut b) = ends(kind, side);
         for n in 0..3 {
             b.send(Frame::new("last words").with_fd(marked(n))).await.unwrap();
         }
         drop(b);
-        wait_for_close_of_peer(a.socket());
+        a.wait_for_close_of_peer().await;
         assert!(a.send(Frame::new("too late")).await.is_err());
         for n in 0..3 {
-            assert_eq!(marks(&a.try_next().await.unwrap().unwrap()), [n]);
+            assert_eq!(marks(&a.frame().await), [n]);
         }
-        assert!(a.next().await.is_none());
-    });
-}
-
-#[test]
-fn a_reset_is_reported_after_the_data() {
-    counted(async |kind| {
-        let (mut a, mut b) = framed_pair(kind);
-        a.send(Frame::new("never read")).await.unwrap();
-        for n in 0..3 {
-            b.send(Frame::new("last words").with_fd(marked(n))).await.unwrap();
-        }
-        drop(b); // with unread data: ECONNRESET, on SEQPACKET before the data
-        for n in 0..3 {
-            assert_eq!(marks(&a.try_next().await.unwrap().unwrap()), [n]);
-        }
-        assert!(matches!(a.next().await, Some(Err(Error::Reset))));
         assert!(a.next().await.is_none());
     });
 }
 
 #[test]
 fn a_frame_cut_by_a_reset_is_an_unexpected_end() {
-    counted(async |kind| {
-        let (mut a, peer) = with_raw_peer(kind);
+    on_both_sides(async |kind, side| {
+        let (mut a, peer) = end_with_raw_peer(kind, side);
         a.send(Frame::new("never read")).await.unwrap();
         raw_send(&peer, &encoded(b"cut", 1)[..9], &[marked(1)]);
         drop(peer);
-        assert!(matches!(a.next().await, Some(Err(Error::UnexpectedEnd { bytes: 9 }))));
-        assert!(a.next().await.is_none());
+        assert!(matches!(a.error().await, Error::UnexpectedEnd { bytes: 9 }));
     });
 }
 
 #[test]
 fn each_direction_closes_for_itself() {
-    counted(async |kind| {
-        let (mut a, mut b) = framed_pair(kind);
+    on_both_sides(async |kind, side| {
+        let (mut a, mut b) = ends(kind, side);
         a.send(Frame::new("question")).await.unwrap();
         a.close().await.unwrap();
         assert_eq!(b.try_next().await.unwrap().unwrap().payload, "question");
         assert!(b.next().await.is_none());
         b.send(Frame::new("answer").with_fd(marked(1))).await.unwrap();
-        assert_eq!(marks(&a.try_next().await.unwrap().unwrap()), [1]);
+        assert_eq!(marks(&a.frame().await), [1]);
     });
 }
 
@@ -206,7 +170,7 @@ fn dropping_the_write_half_ends_the_direction() {
 fn dropping_the_whole_leaves_other_holders_of_the_socket_alone() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
-        let copy = std::os::fd::AsFd::as_fd(&a).try_clone_to_owned().unwrap();
+        let copy = a.as_fd().try_clone_to_owned().unwrap();
         drop(Framed::new(a, FrameCodec::default()));
         let (mut a, mut b) = (
             Framed::new(Socket::try_from(copy).unwrap(), FrameCodec::default()),
@@ -247,12 +211,11 @@ fn a_peer_that_takes_no_descriptors_is_an_error_that_sends_nothing() {
 
 #[test]
 fn nothing_follows_the_end() {
-    counted(async |kind| {
-        let (mut a, peer) = with_raw_peer(kind);
+    on_both_sides(async |kind, side| {
+        let (mut a, peer) = end_with_raw_peer(kind, side);
         a.send(Frame::new("never read")).await.unwrap();
         raw_send(&peer, b"?", &[]);
-        assert!(matches!(a.next().await, Some(Err(Error::BadMagic { .. }))));
-        assert!(a.next().await.is_none());
+        assert!(matches!(a.error().await, Error::BadMagic { .. }));
         drop(peer);
         assert!(a.send(Frame::new("learns of the reset")).await.is_err());
         assert!(a.next().await.is_none());
@@ -261,8 +224,8 @@ fn nothing_follows_the_end() {
 
 #[test]
 fn closing_after_a_failure_still_ends_the_direction() {
-    counted(async |kind| {
-        let (mut a, mut b) = framed_pair(kind);
+    on_both_sides(async |kind, side| {
+        let (mut a, mut b) = ends(kind, side);
         if b.socket().set_pass_fds(false).is_err() {
             return eprintln!("skipped: SO_PASSRIGHTS is not to be had");
         }
@@ -283,11 +246,11 @@ fn a_sender_whose_peer_is_killed_gets_back_what_was_not_sent() {
             kill(Pid::this(), Signal::SIGKILL).unwrap();
         });
     }
-    counted(async |kind| {
+    on_both_sides(async |kind, side| {
         let (a, b) = Socket::pair(kind).unwrap();
-        let mut tx = Framed::new(a, FrameCodec::default());
+        let mut tx = End::new(side, a, FrameCodec::default());
         let mut child = spawn_role(ROLE, None, b.into());
-        assert_eq!(tx.try_next().await.unwrap().unwrap().payload, "ready");
+        assert_eq!(tx.frame().await.payload, "ready");
         let mut accepted = 0;
         let refused = loop {
             let frame = Frame::new(vec![0; 100_000]).with_fd(marked(accepted));
@@ -297,7 +260,7 @@ fn a_sender_whose_peer_is_killed_gets_back_what_was_not_sent() {
             }
         };
         assert_eq!(marks(&refused), [accepted]);
-        let unsent = tx.into_parts().unsent.into_parts().1;
+        let (_, unsent) = tx.into_unsent().await;
         assert!(unsent.iter().map(crate::common::mark_of).eq(accepted - unsent.len() as u32..accepted));
         child.wait().unwrap();
     });

@@ -1,18 +1,26 @@
 //! What a peer does wrong is named once, then the stream ends.
 
 use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Parts, Socket, SocketKind};
-use futures::{SinkExt, StreamExt, TryStreamExt};
+use futures::{StreamExt, TryStreamExt};
 
 use crate::{
     common::{encoded, marked, raw_send, with_raw_peer},
     counted,
+    side::{End, Side, end_with_raw_peer, on_both_sides},
 };
 
-/// What the receiver says to these bytes, sent with so many descriptors, and then the end.
+/// What receivers of both sorts say to these bytes, sent with so many descriptors, and then the end.
 async fn fault(kind: SocketKind, bytes: &[u8], fds: u32) -> Error {
+    let [error, blocking] =
+        [fault_of(kind, Side::Async, bytes, fds).await, fault_of(kind, Side::Blocking, bytes, fds).await];
+    assert_eq!(format!("{error:?}"), format!("{blocking:?}"));
+    error
+}
+
+async fn fault_of(kind: SocketKind, side: Side, bytes: &[u8], fds: u32) -> Error {
     let (a, peer) = Socket::pair(kind).unwrap();
     let limits = Limits::default().max_payload_bytes(100).max_fds_per_frame(3);
-    let mut rx = Framed::new(a, FrameCodec::new(limits));
+    let mut rx = End::new(side, a, FrameCodec::new(limits));
     raw_send(&peer, bytes, &(0..fds).map(marked).collect::<Vec<_>>());
     drop(peer);
     loop {
@@ -65,48 +73,11 @@ fn descriptors_missing_or_surplus() {
 }
 
 #[test]
-fn descriptors_that_nobody_claims_do_not_pile_up() {
-    counted(async |kind| {
-        let (mut rx, peer) = {
-            let (a, peer) = Socket::pair(kind).unwrap();
-            (Framed::new(a, FrameCodec::new(Limits::default().max_fds_per_frame(3))), peer)
-        };
-        for _ in 0..3 {
-            raw_send(&peer, &encoded(b"", 0), &(0..253).map(marked).collect::<Vec<_>>());
-        }
-        assert!(rx.next().await.unwrap().is_ok());
-        assert!(rx.next().await.unwrap().is_ok());
-        assert!(rx.next().await.unwrap().is_ok());
-        assert!(matches!(rx.next().await, Some(Err(Error::UnclaimedFds { fds: 759 }))));
-        assert!(rx.next().await.is_none());
-        drop(peer);
-    });
-}
-
-#[test]
-fn a_packet_longer_than_the_format_allows() {
-    counted(async |kind| {
-        if kind == SocketKind::Stream {
-            return;
-        }
-        let (mut rx, peer) = with_raw_peer(kind);
-        let peer = Socket::try_from(peer).unwrap();
-        peer.set_send_buffer_size(4 << 20).unwrap();
-        if peer.send_buffer_size().unwrap() < 400_000 {
-            return eprintln!("skipped: net.core.wmem_max is too small for a packet of this size");
-        }
-        raw_send(&peer, &encoded(&[0; 300_000], 1), &[marked(1)]);
-        assert!(matches!(rx.next().await, Some(Err(Error::TruncatedPacket))));
-        assert!(rx.next().await.is_none());
-    });
-}
-
-#[test]
 fn a_connection_with_a_fault_still_sends() {
-    counted(async |kind| {
-        let (mut rx, peer) = with_raw_peer(kind);
+    on_both_sides(async |kind, side| {
+        let (mut rx, peer) = end_with_raw_peer(kind, side);
         raw_send(&peer, b"?", &[]);
-        assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { found: b'?' }))));
+        assert!(matches!(rx.error().await, Error::BadMagic { found: b'?' }));
         rx.send(Frame::new("what was that?")).await.unwrap();
         let mut peer = Framed::new(Socket::try_from(peer).unwrap(), FrameCodec::default());
         assert_eq!(peer.try_next().await.unwrap().unwrap().payload, "what was that?");

@@ -11,7 +11,7 @@ use crate::{Credentials, Error};
 /// When something is received, everything complete was decoded before. So only the first message
 /// that a receive completes can have begun in an earlier one.
 #[derive(Debug, Default)]
-pub(super) struct Senders {
+pub(crate) struct Senders {
     /// The sender of what the last receive brought.
     last: Option<Arc<Credentials>>,
     /// Number of messages that were decoded before the last receive.

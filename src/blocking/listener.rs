@@ -1,0 +1,240 @@
+use std::{
+    io::{Error, ErrorKind, Result},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::{SocketAddr, UnixListener},
+    },
+    path::Path,
+    time::Duration,
+};
+
+use nix::poll::PollFlags;
+
+use super::{
+    Socket,
+    wait::{self, Deadline},
+};
+use crate::{
+    PassCredentials, SocketKind, UidLimits,
+    closer::BackgroundFd,
+    socket::{ListenerState, listener_addr, take_numbered},
+};
+
+/// Listens for connections at a path or an abstract name, for a program without a runtime.
+///
+/// The rules about who may connect, how much one uid may have, and who owns the path are those of
+/// [`fdwire::Listener`](crate::Listener), into which it converts.
+///
+/// ```
+/// use std::thread;
+///
+/// use fdwire::{SocketKind, blocking::{Listener, Socket}};
+///
+/// # let directory = tempfile::tempdir()?;
+/// # let path = directory.path().join("app.sock");
+/// let listener = Listener::bind(&path, SocketKind::SeqPacket)?;
+/// let client = thread::spawn(move || Socket::connect(&path, SocketKind::SeqPacket));
+/// let socket = listener.accept()?;
+/// # client.join().unwrap()?; drop(socket);
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Listener {
+    fd: BackgroundFd,
+    state: ListenerState,
+    timeout: Option<Duration>,
+}
+
+impl Listener {
+    /// Listens at a path, which gets mode 0600.
+    ///
+    /// # Errors
+    /// `AddrInUse` if a live process listens there, `AlreadyExists` if something other than a
+    /// socket is there or `<path>.lock` is not a regular file, and those of bind(2).
+    pub fn bind(path: impl AsRef<Path>, kind: SocketKind) -> Result<Self> {
+        Self::bind_with_mode(path, kind, 0o600)
+    }
+
+    /// Listens at a path, which gets exactly the given mode, as
+    /// [`fdwire::Listener::bind_with_mode`](crate::Listener::bind_with_mode) does.
+    ///
+    /// # Errors
+    /// As for [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc` is not
+    /// mounted.
+    pub fn bind_with_mode(path: impl AsRef<Path>, kind: SocketKind, mode: u32) -> Result<Self> {
+        ListenerState::bind(path.as_ref(), kind, mode).map(Self::new)
+    }
+
+    /// Listens at an address; beside paths these are abstract names ([`std::os::linux::net::SocketAddrExt`]), which any
+    /// uid can connect to: admission is all that guards them.
+    ///
+    /// # Errors
+    /// As for [`bind`](Self::bind).
+    pub fn bind_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
+        ListenerState::bind_addr(addr, kind).map(Self::new)
+    }
+
+    /// Takes a listening socket that this process has inherited, by its number, as
+    /// [`fdwire::Listener::from_inherited`](crate::Listener::from_inherited) does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_inherited(number: i32) -> Result<Self> {
+        take_numbered(number)
+    }
+
+    fn new((fd, state): (BackgroundFd, ListenerState)) -> Self {
+        Self { fd, state, timeout: None }
+    }
+
+    /// Admits these uids too, as [`fdwire::Listener::allow_uids`](crate::Listener::allow_uids) does.
+    #[must_use]
+    pub fn allow_uids(mut self, uids: impl IntoIterator<Item = u32>) -> Self {
+        self.state.admission.allow_uids(uids);
+        self
+    }
+
+    /// Admits every uid that gets past the mode of the path.
+    #[must_use]
+    pub fn allow_any_uid(mut self) -> Self {
+        self.state.admission.allow_any_uid();
+        self
+    }
+
+    /// Replaces the limits of what the connections of one uid may hold together, as
+    /// [`fdwire::Listener::limit_each_uid`](crate::Listener::limit_each_uid) does.
+    #[must_use]
+    pub fn limit_each_uid(mut self, limits: UidLimits) -> Self {
+        self.state.admission.limit_each_uid(limits);
+        self
+    }
+
+    /// Returns the number of connections that were closed because their uid is not admitted, or has more
+    /// than the [limits](UidLimits) allow.
+    pub fn refused(&self) -> u64 {
+        self.state.admission.refused()
+    }
+
+    /// Chooses whether the accepted connections take descriptors from their peers, as
+    /// [`fdwire::Listener::set_pass_fds`](crate::Listener::set_pass_fds) does.
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` before Linux 6.16.
+    pub fn set_pass_fds(&self, pass: bool) -> Result<()> {
+        self.state.set_pass_fds(self.as_fd(), pass)
+    }
+
+    /// Chooses what is reported about the senders of messages on the accepted connections, as
+    /// [`fdwire::Listener::set_pass_credentials`](crate::Listener::set_pass_credentials) does.
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
+    pub fn set_pass_credentials(&self, pass: PassCredentials) -> Result<()> {
+        self.state.set_pass_credentials(self.as_fd(), pass)
+    }
+
+    /// Sets the time for which one call of [`accept`](Self::accept) waits. `None`, the default, is without end.
+    pub fn set_accept_timeout(&mut self, timeout: Option<Duration>) {
+        self.timeout = timeout;
+    }
+
+    /// Returns the kind of the sockets that it accepts.
+    pub fn kind(&self) -> SocketKind {
+        self.state.kind()
+    }
+
+    /// Returns the address it listens at.
+    ///
+    /// # Errors
+    /// Those of getsockname(2).
+    pub fn local_addr(&self) -> Result<SocketAddr> {
+        listener_addr(self.as_fd())
+    }
+
+    /// Waits for the next connection of an admitted uid. Any number of threads may wait at a time.
+    ///
+    /// # Errors
+    /// `TimedOut` if none came within the [time](Self::set_accept_timeout), and those of accept(2). `EMFILE` and `ENFILE` pass
+    /// when descriptors are closed: wait a little before the next call. Also those of setting up an accepted connection, which
+    /// is closed then.
+    pub fn accept(&self) -> Result<Socket> {
+        let deadline = Deadline::after(self.timeout);
+        loop {
+            if !wait::until_woken(deadline, |cx| self.state.poll_closed(cx)) {
+                return Err(timed_out());
+            }
+            match self.state.try_accept(self.as_fd()) {
+                Ok(Some(accepted)) => return Ok(Socket::new(accepted)),
+                // Peers that are refused must not make it wait longer.
+                Ok(None) if deadline.is_over() => return Err(timed_out()),
+                Ok(None) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    if !wait::until_ready(self.as_fd(), PollFlags::POLLIN, deadline)? {
+                        return Err(timed_out());
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn timed_out() -> Error {
+    crate::Error::TimedOut.into()
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Takes a listening Unix socket of either kind, and makes it non-blocking for every holder, as `fdwire::Listener` does.
+///
+/// # Errors
+/// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.
+impl TryFrom<OwnedFd> for Listener {
+    type Error = Error;
+
+    fn try_from(fd: OwnedFd) -> Result<Self> {
+        ListenerState::from_fd(fd).map(Self::new)
+    }
+}
+
+impl TryFrom<UnixListener> for Listener {
+    type Error = Error;
+
+    fn try_from(listener: UnixListener) -> Result<Self> {
+        OwnedFd::from(listener).try_into()
+    }
+}
+
+/// The socket file stays in place for the next holder of the descriptor.
+impl From<Listener> for OwnedFd {
+    fn from(listener: Listener) -> Self {
+        listener.state.hand_on();
+        listener.fd.into_fd()
+    }
+}
+
+/// Takes the listener off its event loop. It still owns its path and admits the same peers.
+impl From<crate::Listener> for Listener {
+    fn from(listener: crate::Listener) -> Self {
+        Self::new(listener.into_unregistered())
+    }
+}
+
+/// Registers the listener with tokio. It still owns its path and admits the same peers.
+///
+/// # Errors
+/// If the event loop can't take more. The listener is closed then.
+///
+/// # Panics
+/// Outside of a tokio runtime, or if the runtime's I/O driver is not enabled.
+impl TryFrom<Listener> for crate::Listener {
+    type Error = Error;
+
+    fn try_from(listener: Listener) -> Result<Self> {
+        Self::register((listener.fd, listener.state))
+    }
+}

@@ -1,0 +1,209 @@
+//! Messages with descriptors for a program **without a runtime**: a command-line tool that passes a descriptor to a service,
+//! a small helper in a sandbox.
+//!
+//! The frames, the codecs, the limits and the rules are those of the asynchronous side, and the peer cannot tell the
+//! difference. Each call waits in the calling thread, without end or for the time that was
+//! [set](Framed::set_read_timeout). Signals do not end a wait.
+//!
+//! ```
+//! use std::{thread, time::Duration};
+//!
+//! use fdwire::{Frame, FrameCodec, SocketKind, blocking::{Framed, Socket}};
+//!
+//! let (here, there) = Socket::pair(SocketKind::SeqPacket)?;
+//! let service = thread::spawn(move || {
+//!     let mut client = Framed::new(there, FrameCodec::default());
+//!     while let Some(request) = client.next().transpose()? {
+//!         client.send(Frame::new(format!("{} descriptors", request.fds.len())))?;
+//!     }
+//!     Ok::<(), fdwire::Error>(())
+//! });
+//!
+//! let mut service_end = Framed::new(here, FrameCodec::default());
+//! service_end.set_read_timeout(Some(Duration::from_secs(10)));
+//! service_end.send(Frame::new("log file").with_fd(std::fs::File::open("/dev/null")?))?;
+//! let answer = service_end.next().ok_or("the service is gone")??;
+//! assert_eq!(answer.payload, "1 descriptors");
+//! # drop(service_end);
+//! # service.join().unwrap()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Descriptors and connections that a peer may have made slow are closed
+//! [in the background](crate::close_in_background), by threads that start with the first socket. So enter a new user
+//! namespace, or whatever else takes a process of one thread, before that.
+//!
+//! `RLIMIT_NOFILE` has to be at least 1, which poll(2) needs. A program that is not to open anything can set it to 1; then it
+//! can still send descriptors that it has, and receives none.
+//!
+//! For sending from many tasks, [`fdwire::Sender`](crate::Sender) needs a runtime. Here, [`Framed::into_split`] gives halves to
+//! two threads.
+
+mod listener;
+mod read;
+mod socket;
+mod wait;
+mod write;
+
+use std::{sync::Arc, time::Duration};
+
+pub use listener::Listener;
+pub use read::ReadHalf;
+pub use socket::Socket;
+pub use write::WriteHalf;
+
+use crate::{Codec, Credentials, Decoder, Encoder, Error, Parts, SendError};
+
+/// Messages with descriptors over one socket: an [`Iterator`] of those that arrive, which waits for the next one, and
+/// [`send`](Self::send).
+///
+/// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which [`into_split`](Self::into_split) gives away. They
+/// fail and end separately: what the peer had sent is still yielded after a write has failed.
+///
+/// `D` decodes and `E` encodes; usually they are one codec, and the type is `Framed<FrameCodec>`.
+///
+/// ```
+/// use fdwire::{Frame, FrameCodec, SocketKind, blocking::{Framed, Socket}};
+///
+/// let (a, b) = Socket::pair(SocketKind::Stream)?;
+/// let mut tx = Framed::new(a, FrameCodec::default());
+/// for name in ["one", "two"] {
+///     tx.feed(Frame::new(name))?;
+/// }
+/// tx.close()?; // sends them together, then the end
+///
+/// let rx = Framed::new(b, FrameCodec::default());
+/// let frames = rx.collect::<Result<Vec<_>, _>>()?;
+/// assert_eq!(frames.len(), 2);
+/// # Ok::<(), fdwire::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Framed<D, E = D> {
+    read: ReadHalf<D>,
+    write: WriteHalf<E>,
+}
+
+impl<C: Codec + Clone> Framed<C> {
+    /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the codec.
+    pub fn new(socket: Socket, codec: C) -> Self {
+        Self::with_codecs(socket, codec.clone(), codec)
+    }
+}
+
+impl<D, E: Codec> Framed<D, E> {
+    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction that is not used.
+    pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
+        Self::from_parts(Parts::new(socket, decoder, encoder))
+    }
+
+    /// Continues where [`into_parts`](Self::into_parts) stopped, without timeouts.
+    pub fn from_parts(parts: Parts<D, E, Socket>) -> Self {
+        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } = parts;
+        let socket = Arc::new(socket);
+        Self {
+            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving, senders),
+            write: WriteHalf::new(socket, encoder, unsent, sending),
+        }
+    }
+
+    /// Takes everything apart, as [`fdwire::Framed::into_parts`](crate::Framed::into_parts) does.
+    pub fn into_parts(self) -> Parts<D, E, Socket> {
+        let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
+        let (socket, encoder, unsent, sending) = self.write.into_parts();
+        drop(shared);
+        let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
+        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
+    }
+
+    /// Continues with other codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs) does, without timeouts.
+    pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
+        Framed::from_parts(self.into_parts().map_codecs(map))
+    }
+
+    /// Splits into halves that can be moved to different threads.
+    pub fn into_split(mut self) -> (ReadHalf<D>, WriteHalf<E>) {
+        self.write.shut_down_on_drop();
+        (self.read, self.write)
+    }
+
+    /// Sets the time for which one call waits for a message. See [`ReadHalf::set_read_timeout`].
+    pub fn set_read_timeout(&mut self, timeout: Option<Duration>) {
+        self.read.set_read_timeout(timeout);
+    }
+
+    /// Sets the time for which one call waits until the peer takes something. See [`WriteHalf::set_write_timeout`].
+    pub fn set_write_timeout(&mut self, timeout: Option<Duration>) {
+        self.write.set_write_timeout(timeout);
+    }
+
+    /// Returns the socket, for its options and its peer.
+    pub fn socket(&self) -> &Socket {
+        self.read.socket()
+    }
+
+    /// Returns the process that sent the message that was yielded last. See [`ReadHalf::credentials`].
+    pub fn credentials(&self) -> Option<&Credentials> {
+        self.read.credentials()
+    }
+
+    /// Returns the decoder.
+    pub fn decoder_mut(&mut self) -> &mut D {
+        self.read.decoder_mut()
+    }
+
+    /// Returns the encoder.
+    pub fn encoder_mut(&mut self) -> &mut E {
+        self.write.encoder_mut()
+    }
+
+    /// Returns the number of bytes and of descriptors that were accepted and are not sent.
+    pub fn unsent(&self) -> (usize, usize) {
+        self.write.unsent()
+    }
+
+    /// Sends an item, and everything that was fed before. See [`WriteHalf::send`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn send<I>(&mut self, item: I) -> Result<(), SendError<I, E::Error>>
+    where
+        E: Encoder<I>,
+    {
+        self.write.send(item)
+    }
+
+    /// Accepts an item for sending. See [`WriteHalf::feed`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn feed<I>(&mut self, item: I) -> Result<(), SendError<I, E::Error>>
+    where
+        E: Encoder<I>,
+    {
+        self.write.feed(item)
+    }
+
+    /// Sends everything that was accepted. See [`WriteHalf::flush`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        self.write.flush()
+    }
+
+    /// Flushes, then shuts down the sending direction. See [`WriteHalf::close`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn close(&mut self) -> Result<(), Error> {
+        self.write.close()
+    }
+}
+
+impl<D: Decoder, E> Iterator for Framed<D, E> {
+    type Item = Result<D::Item, D::Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.read.next()
+    }
+}

@@ -1,0 +1,157 @@
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use nix::poll::PollFlags;
+
+use super::{
+    Socket,
+    wait::{self, Deadline},
+};
+use crate::{
+    Credentials, Decoder, Error, FdQueue,
+    codec::Step,
+    transport::{ReceiveSide, Receiving, Rest, Senders},
+};
+
+/// The receiving direction of a [`Framed`](super::Framed): an [`Iterator`] of messages, which waits for the next one.
+///
+/// Yields what is complete before it receives again. After an error it ends; what had been received by then is closed. There
+/// is one exception: after [`Error::TimedOut`] it goes on. If the peer closed without reading everything, the last item is
+/// [`Error::Reset`], after all that the peer had sent.
+#[derive(Debug)]
+pub struct ReadHalf<D> {
+    decoder: D,
+    receiver: Receiver,
+}
+
+impl<D> ReadHalf<D> {
+    pub(super) fn new(
+        socket: Arc<Socket>,
+        decoder: D,
+        bytes: BytesMut,
+        fds: FdQueue<OwnedFd>,
+        state: Receiving,
+        senders: Senders,
+    ) -> Self {
+        let side = ReceiveSide::new(socket.endpoint(), bytes, fds, state, senders);
+        Self { decoder, receiver: Receiver { socket, side, timeout: None } }
+    }
+
+    /// Sets the time for which one call of `next` waits for a message, which is then [`Error::TimedOut`]. What has
+    /// arrived of the message stays, so the next call can go on with it. `None`, the default, is without end; zero takes what is
+    /// there and does not wait.
+    ///
+    /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time) is counted apart from it.
+    pub fn set_read_timeout(&mut self, timeout: Option<Duration>) {
+        self.receiver.timeout = timeout;
+    }
+
+    /// Returns the socket, for its options and its peer.
+    pub fn socket(&self) -> &Socket {
+        &self.receiver.socket
+    }
+
+    /// Returns the process that sent the message that was yielded last, if the socket is set to
+    /// [report it](Socket::set_pass_credentials), as
+    /// [`fdwire::ReadHalf::credentials`](crate::ReadHalf::credentials) does.
+    pub fn credentials(&self) -> Option<&Credentials> {
+        self.receiver.side.credentials()
+    }
+
+    /// Returns the decoder.
+    pub fn decoder_mut(&mut self) -> &mut D {
+        &mut self.decoder
+    }
+
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
+        let (bytes, fds, state, senders) = self.receiver.side.take();
+        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state, senders)
+    }
+}
+
+impl<D: Decoder> Iterator for ReadHalf<D> {
+    type Item = Result<D::Item, D::Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let Self { decoder, receiver } = self;
+        let Receiver { timeout, .. } = *receiver;
+        let deadline = Deadline::after(timeout);
+        let mut receives = 0;
+        loop {
+            let received = match receiver.side.next(decoder) {
+                Ok(Step::Item(item)) => return Some(Ok(item)),
+                Ok(Step::Receive) if receives >= MOST_WHEN_OVER && deadline.is_over() => Err(Error::TimedOut),
+                Ok(Step::Receive) => receiver.receive(decoder, deadline),
+                Ok(Step::End) => {
+                    let last = receiver.side.last_error(receiver.socket.endpoint());
+                    return last.map(|error| Err(error.into()));
+                }
+                Err(error) => {
+                    receiver.side.fail(receiver.socket.endpoint());
+                    return Some(Err(error));
+                }
+            };
+            match received {
+                Ok(()) => receives += 1,
+                Err(Error::TimedOut) => return Some(Err(Error::TimedOut.into())),
+                Err(error) => {
+                    receiver.side.fail(receiver.socket.endpoint());
+                    return Some(Err(error.into()));
+                }
+            }
+        }
+    }
+}
+
+/// What is there when the time is over is still taken. But after this number of receives the call ends, or a peer that sends
+/// one byte after the other could make it last.
+const MOST_WHEN_OVER: u32 = 256;
+
+#[derive(Debug)]
+struct Receiver {
+    socket: Arc<Socket>,
+    side: ReceiveSide,
+    timeout: Option<Duration>,
+}
+
+impl Receiver {
+    /// Receives something, or the end.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`], or an error that is final.
+    fn receive<D: Decoder>(&mut self, decoder: &D, deadline: Deadline) -> Result<(), Error> {
+        let limits = decoder.limits();
+        let Self { socket, side, .. } = self;
+        let endpoint = socket.endpoint();
+        let is_rest = side.has_part();
+        side.hold(endpoint)?;
+        // A peer that sends descriptors in vain gets no further than they can be closed.
+        if !wait::until_woken(deadline, |cx| endpoint.poll_closed(cx, limits.max_queued_fds)) {
+            return Err(Error::TimedOut);
+        }
+        loop {
+            if let Some(received) = endpoint.receive(|fd| side.receive(fd, decoder))? {
+                return side.received(endpoint, received, is_rest);
+            }
+            side.release();
+            let until = match side.rest(limits.max_unfinished_time, Instant::now) {
+                Rest::Unlimited => deadline,
+                Rest::Until(rest) => deadline.or(rest),
+                Rest::Over => return Err(side.unfinished()),
+            };
+            if !wait::until_ready(socket.as_fd(), PollFlags::POLLIN, until)? && deadline.is_over() {
+                return Err(Error::TimedOut);
+            }
+        }
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.side.end(self.socket.endpoint());
+    }
+}

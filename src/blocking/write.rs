@@ -1,0 +1,185 @@
+use std::{io, os::fd::AsFd, sync::Arc, time::Duration};
+
+use nix::poll::PollFlags;
+
+use super::{
+    Socket,
+    wait::{self, Deadline},
+};
+use crate::{
+    Codec, Encoder, Error, SendBuf, SendError,
+    socket::{Attempt, Backoff},
+    transport::{SendSide, Sending},
+};
+
+/// The sending direction of a [`Framed`](super::Framed).
+///
+/// Messages that were [fed](Self::feed) wait until they are flushed, or until as many wait as the
+/// [limits](crate::Codec::limits) allow; all that wait go out together. A descriptor is closed right after the `sendmsg` that
+/// carried it, in the way that [`SendFd`](crate::SendFd) describes.
+///
+/// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each flush. What was
+/// accepted before and not sent is in [`into_parts`](super::Framed::into_parts). [`Error::TimedOut`] is no failure: the next
+/// call goes on.
+///
+/// Dropping it shuts down the sending direction (the peer sees the end of the stream) and closes what was not flushed.
+#[derive(Debug)]
+pub struct WriteHalf<E> {
+    encoder: E,
+    outbound: Outbound,
+}
+
+impl<E> WriteHalf<E> {
+    /// Sets the time for which one call waits until the peer takes something, which is then [`Error::TimedOut`]. What
+    /// was accepted and not sent stays in the queue, so the next call can go on with it. `None`, the default, is without end;
+    /// zero sends what the socket takes and does not wait.
+    pub fn set_write_timeout(&mut self, timeout: Option<Duration>) {
+        self.outbound.timeout = timeout;
+    }
+
+    /// Returns the socket, for its options and its peer.
+    pub fn socket(&self) -> &Socket {
+        &self.outbound.socket
+    }
+
+    /// Returns the encoder.
+    pub fn encoder_mut(&mut self) -> &mut E {
+        &mut self.encoder
+    }
+
+    /// Returns the number of bytes and of descriptors that were accepted and are not sent.
+    pub fn unsent(&self) -> (usize, usize) {
+        self.outbound.side.unsent()
+    }
+
+    pub(super) fn shut_down_on_drop(&mut self) {
+        self.outbound.side.shut_down_on_drop(true);
+    }
+
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf, Sending) {
+        let (unsent, state) = self.outbound.side.take();
+        (Arc::clone(&self.outbound.socket), self.encoder, unsent, state)
+    }
+
+    /// Sends an item, and everything that was fed before.
+    ///
+    /// # Errors
+    /// What the encoder refuses, and those of [`flush`](Self::flush). The item comes back in the [`SendError`] if it was not
+    /// taken. It was taken if [`Error::TimedOut`] comes without it: the next call sends it.
+    pub fn send<I>(&mut self, item: I) -> Result<(), SendError<I, E::Error>>
+    where
+        E: Encoder<I>,
+    {
+        let deadline = self.outbound.deadline();
+        self.feed_until(item, deadline)?;
+        self.outbound.flush(deadline).map_err(|error| SendError::from(E::Error::from(error)))
+    }
+
+    /// Accepts an item for sending, and waits until there is room for it. Many items go out together with the next
+    /// [`flush`](Self::flush) or [`send`](Self::send).
+    ///
+    /// # Errors
+    /// As for [`send`](Self::send). The item comes back with [`Error::TimedOut`].
+    pub fn feed<I>(&mut self, item: I) -> Result<(), SendError<I, E::Error>>
+    where
+        E: Encoder<I>,
+    {
+        self.feed_until(item, self.outbound.deadline())
+    }
+
+    fn feed_until<I>(&mut self, item: I, deadline: Deadline) -> Result<(), SendError<I, E::Error>>
+    where
+        E: Encoder<I>,
+    {
+        let limits = self.encoder.limits();
+        if !self.outbound.side.surely_has_room(&limits) {
+            let has_room = |buf: &SendBuf| limits.leave_room_beside(buf.len(), buf.fd_count());
+            // Any other error comes with the item, from `accept`.
+            if let Err(Error::TimedOut) = self.outbound.send_until(deadline, has_room) {
+                return Err(SendError::refused(item, Error::TimedOut));
+            }
+        }
+        self.outbound.side.accept(&mut self.encoder, item)
+    }
+
+    /// Sends everything that was accepted.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] if that took longer than the [time](Self::set_write_timeout). [`Error::Io`] with the error of
+    /// `sendmsg`: `EPIPE` or `ECONNRESET` if the peer is gone, `EPERM` if it refuses descriptors, `EINVAL` for a descriptor that
+    /// cannot be passed (io_uring). The receiving direction goes on.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        self.outbound.flush(self.outbound.deadline())
+    }
+
+    /// Flushes, then shuts down the sending direction, even if the flush has failed: the peer sees the end of the stream. The
+    /// receiving direction goes on.
+    ///
+    /// # Errors
+    /// As for [`flush`](Self::flush). After [`Error::TimedOut`] the direction is still open.
+    pub fn close(&mut self) -> Result<(), Error> {
+        match self.flush() {
+            Err(Error::TimedOut) => Err(Error::TimedOut),
+            flushed => self.outbound.side.close(self.outbound.socket.endpoint(), flushed),
+        }
+    }
+}
+
+impl<E: Codec> WriteHalf<E> {
+    /// What a user has put into `unsent` becomes a message of this encoder.
+    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
+        let side = SendSide::new(socket.endpoint(), unsent, encoder.grouping(), state);
+        Self { encoder, outbound: Outbound { socket, side, timeout: None } }
+    }
+}
+
+/// The sending direction, and the socket that it goes to.
+#[derive(Debug)]
+struct Outbound {
+    socket: Arc<Socket>,
+    side: SendSide,
+    timeout: Option<Duration>,
+}
+
+impl Outbound {
+    /// Returns the deadline of a call that begins now.
+    fn deadline(&self) -> Deadline {
+        Deadline::after(self.timeout)
+    }
+
+    fn flush(&mut self, deadline: Deadline) -> Result<(), Error> {
+        self.send_until(deadline, SendBuf::is_empty)
+    }
+
+    fn send_until(&mut self, deadline: Deadline, enough: impl Fn(&SendBuf) -> bool) -> Result<(), Error> {
+        if let Some(error) = self.side.failure() {
+            return Err(error);
+        }
+        let mut backoff = Backoff::default();
+        while !enough(&self.side.buf) {
+            match self.attempt(&mut backoff, deadline) {
+                Ok(true) => {}
+                Ok(false) => return Err(Error::TimedOut),
+                Err(error) => return Err(self.side.fail(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes one attempt to send, and waits for the next one to be of use. Returns false if that is not before the deadline.
+    fn attempt(&mut self, backoff: &mut Backoff, deadline: Deadline) -> io::Result<bool> {
+        match self.side.attempt(self.socket.endpoint())? {
+            Attempt::Sent => *backoff = Backoff::default(),
+            Attempt::Again => {}
+            Attempt::Full => return wait::until_ready(self.socket.as_fd(), PollFlags::POLLOUT, deadline),
+            Attempt::Scarce => return Ok(wait::sleep(backoff.next(), deadline)),
+        }
+        Ok(true)
+    }
+}
+
+impl Drop for Outbound {
+    fn drop(&mut self) {
+        self.side.end(self.socket.endpoint());
+    }
+}

@@ -1,0 +1,220 @@
+//! A connected socket without a way to wait for it: what the asynchronous and the blocking `Socket`
+//! have in common.
+
+use std::{
+    io::{Error, IoSlice, Result},
+    net::Shutdown,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
+};
+
+use nix::{
+    libc,
+    sys::socket::{self, getsockopt, setsockopt, sockopt},
+};
+
+use super::{PassCredentials, PeerCred, SocketKind, uid_account::UidShare};
+use crate::{
+    closer::{self, Account, BackgroundFd, InBackground},
+    sys::{self, Received},
+};
+
+/// What belongs to a connected socket besides its descriptor.
+#[derive(Debug)]
+pub(crate) struct SocketState {
+    kind: SocketKind,
+    /// Counts the descriptors that came over this socket and wait to be closed.
+    account: Arc<Account>,
+    /// Of a connection that a listener has accepted.
+    uid_share: Option<UidShare>,
+    /// Whether the kernel has reported `ECONNRESET`.
+    reset: AtomicBool,
+    /// Whether this process has asked for credentials. Another holder of the socket may have
+    /// switched them on as well.
+    wants_credentials: AtomicBool,
+}
+
+impl SocketState {
+    /// Returns the state of a socket that nobody has used yet. Its connection counts for its peer's uid
+    /// if there is a share.
+    pub(crate) fn new(kind: SocketKind, uid_share: Option<UidShare>) -> Self {
+        closer::start();
+        let account = Arc::new(uid_share.as_ref().map(UidShare::closing_account).unwrap_or_default());
+        Self { kind, account, uid_share, reset: AtomicBool::new(false), wants_credentials: AtomicBool::new(false) }
+    }
+
+    /// Returns the state of a copy of the socket, which this process has made.
+    pub(crate) fn for_copy(&self) -> Self {
+        Self {
+            kind: self.kind,
+            account: Arc::clone(&self.account),
+            uid_share: self.uid_share.as_ref().map(UidShare::for_copy),
+            reset: AtomicBool::new(self.reset.load(Ordering::Relaxed)),
+            wants_credentials: AtomicBool::new(self.wants_credentials.load(Ordering::Relaxed)),
+        }
+    }
+
+    /// Returns the socket's descriptor, or a copy of it, as one that is closed in the background.
+    pub(crate) fn guard(&self, fd: OwnedFd) -> BackgroundFd {
+        BackgroundFd::new(fd, InBackground::counted(Arc::clone(&self.account)))
+    }
+
+    pub(crate) fn kind(&self) -> SocketKind {
+        self.kind
+    }
+}
+
+/// A connected socket for a system call that does not wait.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Endpoint<'a> {
+    fd: BorrowedFd<'a>,
+    state: &'a SocketState,
+}
+
+/// The outcome of an attempt to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Attempt {
+    /// Something was sent.
+    Sent,
+    /// Nothing was sent. The next attempt is another one and can be made at once.
+    Again,
+    /// The socket takes nothing until it is writable.
+    Full,
+    /// The kernel has too little of something. No event announces when that has changed, so try again
+    /// after a while.
+    Scarce,
+}
+
+impl<'a> Endpoint<'a> {
+    pub(crate) fn new(fd: BorrowedFd<'a>, state: &'a SocketState) -> Self {
+        Self { fd, state }
+    }
+
+    pub(crate) fn kind(self) -> SocketKind {
+        self.state.kind
+    }
+
+    pub(crate) fn account(self) -> &'a Arc<Account> {
+        &self.state.account
+    }
+
+    /// Calls `receive`, which makes one [`recvmsg`](sys::recvmsg). Returns `None` if nothing is there.
+    /// `ECONNRESET` is no error: [`was_reset`](Self::was_reset) reports it at the end.
+    ///
+    /// # Errors
+    /// Those of recvmsg(2).
+    pub(crate) fn receive(
+        self,
+        mut receive: impl FnMut(BorrowedFd<'_>) -> Result<Received>,
+    ) -> Result<Option<Received>> {
+        loop {
+            match receive(self.fd) {
+                Ok(received) => return Ok(Some(received)),
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => return Ok(None),
+                    Some(libc::ECONNRESET) => self.state.reset.store(true, Ordering::Relaxed),
+                    Some(libc::EINTR) => {}
+                    _ => return Err(error),
+                },
+            }
+        }
+    }
+
+    /// Sends bytes, and descriptors with their first byte. Returns the number of bytes sent; all
+    /// descriptors are sent then.
+    ///
+    /// # Errors
+    /// Those of sendmsg(2), which has sent nothing then.
+    pub(crate) fn send<'fd>(
+        self,
+        bytes: &[IoSlice<'_>],
+        fds: impl ExactSizeIterator<Item = BorrowedFd<'fd>> + Clone,
+    ) -> Result<usize> {
+        loop {
+            let sent = sys::sendmsg(self.fd, bytes, fds.clone());
+            match sent.as_ref().err().and_then(Error::raw_os_error) {
+                Some(libc::EINTR) => continue,
+                Some(libc::ECONNRESET) => self.state.reset.store(true, Ordering::Relaxed),
+                _ => {}
+            }
+            return sent;
+        }
+    }
+
+    /// Returns true if the peer has closed with unread data. The kernel reports that once, to a receive
+    /// or to a send: on STREAM after the data that is left to read, on SEQPACKET before it.
+    pub(crate) fn was_reset(self) -> bool {
+        self.state.reset.load(Ordering::Relaxed)
+    }
+
+    /// Waits while too many descriptors wait to be closed: more than `limit` of this connection, or
+    /// more than its uid may have.
+    pub(crate) fn poll_closed(self, cx: &mut Context<'_>, limit: usize) -> Poll<()> {
+        ready!(self.state.account.poll_at_most(cx, limit));
+        match &self.state.uid_share {
+            Some(share) => share.poll_closed(cx),
+            None => Poll::Ready(()),
+        }
+    }
+
+    /// Reports what has arrived of messages that are not complete.
+    ///
+    /// # Errors
+    /// [`OverUidLimit`](crate::Error::OverUidLimit) if that is more than the peer's uid may have.
+    #[inline]
+    pub(crate) fn hold(self, bytes: usize, fds: usize) -> std::result::Result<(), crate::Error> {
+        match &self.state.uid_share {
+            Some(share) => share.hold(bytes, fds),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn peer_cred(self) -> Result<PeerCred> {
+        PeerCred::of(&self.fd)
+    }
+
+    pub(crate) fn peer_pidfd(self) -> Result<OwnedFd> {
+        Ok(getsockopt(&self.fd, sockopt::PeerPidfd)?)
+    }
+
+    pub(crate) fn send_buffer_size(self) -> Result<usize> {
+        Ok(getsockopt(&self.fd, sockopt::SndBuf)?)
+    }
+
+    pub(crate) fn set_send_buffer_size(self, bytes: usize) -> Result<()> {
+        Ok(setsockopt(&self.fd, sockopt::SndBuf, &bytes)?)
+    }
+
+    pub(crate) fn set_pass_fds(self, pass: bool) -> Result<()> {
+        Ok(setsockopt(&self.fd, sys::PassRights, &pass)?)
+    }
+
+    pub(crate) fn set_pass_credentials(self, pass: PassCredentials) -> Result<()> {
+        pass.set(&self.fd)?;
+        self.state.wants_credentials.store(pass != PassCredentials::No, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(crate) fn wants_credentials(self) -> bool {
+        self.state.wants_credentials.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn shutdown(self, how: Shutdown) -> Result<()> {
+        let how = match how {
+            Shutdown::Read => socket::Shutdown::Read,
+            Shutdown::Write => socket::Shutdown::Write,
+            Shutdown::Both => socket::Shutdown::Both,
+        };
+        Ok(socket::shutdown(self.fd.as_raw_fd(), how)?)
+    }
+}
+
+impl AsFd for Endpoint<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd
+    }
+}

@@ -1,0 +1,203 @@
+use std::{
+    io, mem,
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+
+use super::{Senders, spare};
+use crate::{
+    Credentials, Decoder, Error, FdQueue, SocketKind,
+    closer::Account,
+    codec::{Inbound, Step, Unfinished},
+    socket::Endpoint,
+    sys::{self, Received},
+};
+
+/// The receiving direction of a connection: what has arrived, and how far receiving has come.
+///
+/// Its socket, which it does not hold, is the same in all calls.
+#[derive(Debug)]
+pub(crate) struct ReceiveSide {
+    inbound: Inbound,
+    state: Receiving,
+    senders: Senders,
+    timing: RestTiming,
+}
+
+/// How far a receiving direction has come.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Receiving {
+    #[default]
+    Open,
+    /// The last error, or the end, was yielded.
+    Over,
+}
+
+impl ReceiveSide {
+    pub(crate) fn new(
+        socket: Endpoint<'_>,
+        bytes: BytesMut,
+        mut fds: FdQueue<OwnedFd>,
+        state: Receiving,
+        senders: Senders,
+    ) -> Self {
+        fds.set_home(Arc::<Account>::clone(socket.account()));
+        let mut inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
+        if state == Receiving::Over {
+            inbound.end();
+        }
+        Self { inbound, state, senders, timing: RestTiming::default() }
+    }
+
+    /// Returns the next message, or what it takes to get one: after [`Step::End`] that is the
+    /// [last error](Self::last_error).
+    ///
+    /// # Errors
+    /// What the decoder refuses. Receiving [has failed](Self::fail) then.
+    #[inline(always)]
+    pub(crate) fn next<D: Decoder>(&mut self, decoder: &mut D) -> Result<Step<D::Item>, D::Error> {
+        self.inbound.next(decoder)
+    }
+
+    /// Reports what has arrived of messages that are not complete. To be called after [`next`](Self::next) has left nothing
+    /// else.
+    ///
+    /// # Errors
+    /// [`Error::OverUidLimit`] if that is more than the peer's uid may have.
+    pub(crate) fn hold(&self, socket: Endpoint<'_>) -> Result<(), Error> {
+        socket.hold(self.inbound.bytes.len(), self.inbound.fds.count())
+    }
+
+    /// Returns true if part of a message has arrived, or a descriptor of one.
+    pub(crate) fn has_part(&self) -> bool {
+        !self.inbound.bytes.is_empty() || self.inbound.fds.count() > 0
+    }
+
+    /// Returns the process that sent the message that was decoded last.
+    pub(crate) fn credentials(&self) -> Option<&Credentials> {
+        self.senders.of_message(self.inbound.decoded()).map(|credentials| &**credentials)
+    }
+
+    /// Makes room and one `recvmsg`.
+    ///
+    /// # Errors
+    /// Those of recvmsg(2).
+    pub(crate) fn receive<D: Decoder>(&mut self, socket: BorrowedFd<'_>, decoder: &D) -> io::Result<Received> {
+        let most = self.inbound.make_room(decoder, spare::take).min(decoder.max_receive_bytes());
+        // A receive of nothing would look like the end.
+        sys::recvmsg(socket, &mut self.inbound.bytes, most.max(1), &mut self.inbound.fds)
+    }
+
+    /// Takes note of what a [`receive`](Self::receive) has brought. `is_rest` if [part](Self::has_part) of a message
+    /// was there before.
+    ///
+    /// # Errors
+    /// [`Error::TruncatedPacket`] and [`Error::MixedSenders`].
+    pub(crate) fn received(
+        &mut self,
+        socket: Endpoint<'_>,
+        mut received: Received,
+        is_rest: bool,
+    ) -> Result<(), Error> {
+        let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
+        if received.bytes > 0 && (credentials.is_some() || self.senders.know_any()) {
+            self.senders.received(credentials, self.inbound.decoded(), is_rest)?;
+        }
+        match received {
+            Received { packet_truncated: true, .. } => return Err(Error::TruncatedPacket),
+            Received { control_truncated: true, .. } => self.inbound.received_truncated(),
+            Received { bytes: 0, .. } => self.inbound.end_of_stream(),
+            _ => self.inbound.received(),
+        }
+        Ok(())
+    }
+
+    /// Returns how long the rest of a message may be waited for. To be called when nothing is there to receive.
+    pub(crate) fn rest(&mut self, limit: Duration, now: impl FnOnce() -> Instant) -> Rest {
+        self.timing.rest(self.inbound.unfinished(), limit, now)
+    }
+
+    /// Returns the error for a message that did not come in time.
+    pub(crate) fn unfinished(&self) -> Error {
+        Error::Unfinished { bytes: self.inbound.bytes.len(), fds: self.inbound.fds.count() }
+    }
+
+    /// Gives up unused buffers. To be called when nothing is there to receive.
+    pub(crate) fn release(&mut self) {
+        spare::keep(self.inbound.release());
+    }
+
+    /// Returns the error to report at the end of the stream, once.
+    pub(crate) fn last_error(&mut self, socket: Endpoint<'_>) -> Option<Error> {
+        self.release();
+        let before = mem::replace(&mut self.state, Receiving::Over);
+        (before == Receiving::Open && socket.was_reset()).then_some(Error::Reset)
+    }
+
+    /// Closes what has arrived. Nothing is yielded any longer.
+    pub(crate) fn fail(&mut self, socket: Endpoint<'_>) {
+        self.state = Receiving::Over;
+        self.inbound.end();
+        self.inbound.bytes.clear();
+        self.release();
+        self.inbound.close_fds();
+        self.end(socket);
+    }
+
+    /// Does what belongs to the drop of the half that has this direction.
+    pub(crate) fn end(&self, socket: Endpoint<'_>) {
+        let _ = socket.hold(0, 0); // never too much
+    }
+
+    /// Takes out what has arrived. The direction goes on elsewhere.
+    pub(crate) fn take(&mut self) -> (BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
+        self.release();
+        let senders = mem::take(&mut self.senders).carried_over(self.inbound.decoded());
+        (mem::take(&mut self.inbound.bytes), mem::take(&mut self.inbound.fds), self.state, senders)
+    }
+}
+
+/// How long the rest of a message may be waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rest {
+    /// As long as the caller likes: nothing is unfinished, or there is no limit.
+    Unlimited,
+    Until(Instant),
+    /// The time is over.
+    Over,
+}
+
+/// Limits the time for which the rest of a message is waited for.
+#[derive(Debug, Default)]
+struct RestTiming {
+    unfinished: Unfinished,
+    deadline: Option<Instant>,
+}
+
+impl RestTiming {
+    fn rest(&mut self, unfinished: Unfinished, limit: Duration, now: impl FnOnce() -> Instant) -> Rest {
+        let (unfinished, begins) = self.unfinished.update(unfinished);
+        self.unfinished = unfinished;
+        if unfinished.is_nothing() {
+            self.deadline = None;
+            return Rest::Unlimited;
+        }
+        let now = now();
+        // If nobody has asked for a while, the peer may have waited for this process.
+        if begins || self.deadline.is_some_and(|deadline| now.saturating_duration_since(deadline) > LATE) {
+            self.deadline = now.checked_add(limit);
+        }
+        match self.deadline {
+            Some(deadline) if now < deadline => Rest::Until(deadline),
+            Some(_) => Rest::Over,
+            // The limit is longer than the clock reaches.
+            None => Rest::Unlimited,
+        }
+    }
+}
+
+/// A deadline that is noticed this much later was not waited for.
+const LATE: Duration = Duration::from_secs(1);

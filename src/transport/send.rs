@@ -1,0 +1,270 @@
+use std::{io, mem, net::Shutdown, os::fd::AsFd};
+
+use nix::libc;
+
+use crate::{
+    Encoder, Error, Grouping, SendBuf, SendError, SendFd, SocketKind,
+    closer::{close_sent, close_unsent},
+    codec::{Carrier, Plan, largest_packet},
+    limits::Limits,
+    socket::{Attempt, Endpoint},
+};
+
+/// The sending direction of a connection: what waits to be sent, and how far sending has come.
+///
+/// Its socket, which it does not hold, is the same in all calls.
+#[derive(Debug)]
+pub(crate) struct SendSide {
+    pub(crate) buf: SendBuf,
+    /// What one call carries at the moment, and what it carries when the kernel has memory enough.
+    carrier: Carrier,
+    largest: Carrier,
+    state: Sending,
+    shut_down_on_drop: bool,
+}
+
+/// How far a sending direction has come.
+#[derive(Debug, Default)]
+pub(crate) enum Sending {
+    #[default]
+    Open,
+    Closed,
+    Failed(io::Error),
+}
+
+impl Sending {
+    pub(crate) fn is_open(&self) -> bool {
+        matches!(self, Self::Open)
+    }
+
+    /// Returns the reason why nothing is accepted any longer.
+    #[inline]
+    pub(crate) fn error(&self) -> Option<Error> {
+        match self {
+            Self::Open => None,
+            Self::Closed => Some(Error::Closed),
+            Self::Failed(error) => Some(Error::Io(repeat(error))),
+        }
+    }
+}
+
+impl Clone for Sending {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Open => Self::Open,
+            Self::Closed => Self::Closed,
+            Self::Failed(error) => Self::Failed(repeat(error)),
+        }
+    }
+}
+
+fn repeat(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(number) => io::Error::from_raw_os_error(number),
+        None => io::Error::new(error.kind(), error.to_string()),
+    }
+}
+
+impl SendSide {
+    /// What is open in `unsent` is finished as one message.
+    pub(crate) fn new(socket: Endpoint<'_>, mut unsent: SendBuf, grouping: Grouping, state: Sending) -> Self {
+        let (largest, max_packet_bytes) = largest_call(socket);
+        unsent.set_max_packet_bytes(max_packet_bytes);
+        let state = match unsent.commit(grouping) {
+            Ok(()) => state,
+            Err(error) => Sending::Failed(error.into()),
+        };
+        Self { buf: unsent, carrier: largest, largest, state, shut_down_on_drop: false }
+    }
+
+    /// Chooses whether [`end`](Self::end) shuts down the direction.
+    pub(crate) fn shut_down_on_drop(&mut self, yes: bool) {
+        self.shut_down_on_drop = yes;
+    }
+
+    pub(crate) fn state(&self) -> &Sending {
+        &self.state
+    }
+
+    /// Returns the number of bytes and of descriptors that wait.
+    pub(crate) fn unsent(&self) -> (usize, usize) {
+        (self.buf.len(), self.buf.fd_count())
+    }
+
+    /// Queues an item, however much waits.
+    #[inline]
+    pub(crate) fn accept<E: Encoder<I>, I>(&mut self, encoder: &mut E, item: I) -> Result<(), SendError<I, E::Error>> {
+        if !self.state.is_open() {
+            return Err(SendError::refused(item, self.refusal()));
+        }
+        encode(encoder, item, &mut self.buf)
+    }
+
+    #[cold]
+    fn refusal(&self) -> Error {
+        self.state.error().unwrap_or(Error::Closed)
+    }
+
+    /// Returns true only if there is room for one more message. Otherwise there may be room all the same: see
+    /// [`Limits::leave_room_beside`], which takes longer.
+    #[inline]
+    pub(crate) fn surely_has_room(&self, limits: &Limits) -> bool {
+        self.buf.len() < limits.max_queued_bytes && self.buf.fd_count() < limits.max_queued_fds
+    }
+
+    /// Returns the error with which sending has failed. It is final.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        if let Sending::Failed(_) = self.state { self.state.error() } else { None }
+    }
+
+    /// Makes one `sendmsg` of as much as it takes. Something has to wait.
+    ///
+    /// # Errors
+    /// Those of sendmsg(2) that no further attempt can mend. Sending [has failed](Self::fail) then.
+    pub(crate) fn attempt(&mut self, socket: Endpoint<'_>) -> io::Result<Attempt> {
+        let plan = self.buf.plan(self.carrier);
+        let fds = self.buf.first_fds(plan.fds).map(SendFd::as_fd);
+        let sent = socket.send(&self.buf.io_slices(plan.bytes), fds);
+        match sent {
+            Ok(sent) => {
+                let fds = self.buf.sent(plan, sent);
+                if plan.fds > 0 {
+                    close_sent(fds);
+                }
+                self.carrier = self.carrier.larger(self.largest);
+                Ok(Attempt::Sent)
+            }
+            Err(error) => self.recover(socket, plan, error),
+        }
+    }
+
+    /// Decides what to do after a send has failed.
+    #[cold]
+    fn recover(&mut self, socket: Endpoint<'_>, failed: Plan, error: io::Error) -> io::Result<Attempt> {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN) => return Ok(Attempt::Full),
+            // Too many descriptors of this uid are in flight, or there is no memory for more. They get fewer when
+            // receivers receive, which no event announces: the socket reports writable all along.
+            Some(libc::ETOOMANYREFS | libc::ENOMEM) => return Ok(Attempt::Scarce),
+            // The send buffer holds no packet of this size: it has been made smaller, or else the error is final.
+            Some(libc::EMSGSIZE) => {
+                let (largest, max_packet_bytes) = largest_call(socket);
+                if max_packet_bytes != self.buf.max_packet_bytes() {
+                    (self.carrier, self.largest) = (largest, largest);
+                    self.buf.set_max_packet_bytes(max_packet_bytes);
+                    return Ok(Attempt::Again);
+                }
+            }
+            // There is no kernel memory in one piece for a packet of this size at the moment.
+            Some(libc::ENOBUFS) => {
+                let smaller = self.carrier.smaller_than(failed.bytes);
+                if self.buf.plan(smaller) == failed {
+                    return Ok(Attempt::Scarce);
+                }
+                self.carrier = smaller;
+                return Ok(Attempt::Again);
+            }
+            _ => {}
+        }
+        Err(error)
+    }
+
+    /// Accepts and sends nothing from now on.
+    pub(crate) fn fail(&mut self, error: io::Error) -> Error {
+        self.state = Sending::Failed(repeat(&error));
+        error.into()
+    }
+
+    /// Shuts down the direction after a flush, even if the flush has failed.
+    ///
+    /// # Errors
+    /// That of the flush, or of shutdown(2).
+    pub(crate) fn close(&mut self, socket: Endpoint<'_>, flushed: Result<(), Error>) -> Result<(), Error> {
+        if let Sending::Closed = self.state {
+            return Ok(());
+        }
+        let shut_down = socket.shutdown(Shutdown::Write);
+        flushed?;
+        self.state = Sending::Closed;
+        match shut_down {
+            Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Does what belongs to the drop of the half that has this direction.
+    pub(crate) fn end(&mut self, socket: Endpoint<'_>) {
+        if self.shut_down_on_drop {
+            let _ = socket.shutdown(Shutdown::Write);
+        }
+    }
+
+    /// Takes out what waits. The direction goes on elsewhere.
+    pub(crate) fn take(&mut self) -> (SendBuf, Sending) {
+        self.shut_down_on_drop = false;
+        (mem::take(&mut self.buf), mem::take(&mut self.state))
+    }
+}
+
+impl Drop for SendSide {
+    fn drop(&mut self) {
+        close_unsent(mem::take(&mut self.buf).into_fds());
+    }
+}
+
+/// Returns what a call carries at most, and the most bytes of a packet.
+fn largest_call(socket: Endpoint<'_>) -> (Carrier, Option<usize>) {
+    match socket.kind() {
+        SocketKind::Stream => (Carrier::Stream, None),
+        SocketKind::SeqPacket => {
+            let send_buffer_bytes = socket.send_buffer_size().unwrap_or(0);
+            (Carrier::packets(send_buffer_bytes), Some(largest_packet(send_buffer_bytes)))
+        }
+    }
+}
+
+/// Appends one message. If the encoder fails or panics, nothing of the message is left in `buf`.
+#[inline(always)] // what else its caller copies takes a tenth of the time of a small message
+pub(crate) fn encode<E: Encoder<I>, I>(
+    encoder: &mut E,
+    item: I,
+    buf: &mut SendBuf,
+) -> Result<(), SendError<I, E::Error>> {
+    buf.encode_with(encoder, item, close_unsent)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::TryStreamExt;
+
+    use super::*;
+    use crate::{Frame, FrameCodec, Framed, Socket};
+
+    /// A test cannot make the kernel run out of memory for a packet, so it brings the error itself.
+    #[tokio::test]
+    async fn a_packet_that_there_is_no_memory_for_is_sent_in_smaller_ones_or_later() {
+        for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
+            let (a, b) = Socket::pair(kind).unwrap();
+            let mut side = SendSide::new(a.endpoint(), SendBuf::new(), Grouping::Free, Sending::default());
+            side.accept(&mut FrameCodec::default(), Frame::new(vec![7; 60_000])).unwrap();
+            let mut sizes = Vec::new();
+            loop {
+                let plan = side.buf.plan(side.carrier);
+                sizes.push(plan.bytes);
+                match side.recover(a.endpoint(), plan, io::Error::from_raw_os_error(libc::ENOBUFS)).unwrap() {
+                    Attempt::Again => {}
+                    attempt => break assert_eq!(attempt, Attempt::Scarce),
+                }
+            }
+            match kind {
+                SocketKind::SeqPacket => assert_eq!((sizes[0], sizes.last()), (60_008, Some(&2048))),
+                SocketKind::Stream => assert_eq!(sizes, [60_008], "it has no packets"),
+            }
+            while !side.buf.is_empty() {
+                assert_eq!(side.attempt(a.endpoint()).unwrap(), Attempt::Sent);
+            }
+            let frame = Framed::new(b, FrameCodec::default()).try_next().await.unwrap().unwrap();
+            assert_eq!(frame.payload.len(), 60_000);
+        }
+    }
+}
