@@ -97,8 +97,8 @@ pub(crate) fn close_sent(fds: impl Iterator<Item = SendFd>) {
     close_sockets(sockets);
 }
 
-/// Closes descriptors that were to be sent and are not, except those that others hold. Nothing is known of the others,
-/// so the closer's thread finds out.
+/// Closes descriptors that were to be sent and are not, except those that others hold. If the sender has not said what a
+/// descriptor is, the closer's thread finds out.
 pub(crate) fn close_unsent(fds: impl IntoIterator<Item = SendFd>) {
     let mut unknown = SmallVec::<[OwnedFd; 1]>::new();
     let mut sockets = SmallVec::<[OwnedFd; 1]>::new();

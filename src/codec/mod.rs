@@ -11,6 +11,7 @@ mod fd_queue;
 mod frame_codec;
 mod inbound;
 mod map;
+mod messages;
 #[cfg(test)]
 mod model;
 mod packet_codec;
@@ -50,7 +51,7 @@ pub trait Codec {
         Limits::default()
     }
 
-    /// Returns how the messages it encodes share system calls. Asked for each message.
+    /// Returns how the messages it encodes share system calls. A connection asks for each message.
     ///
     /// [`FdsFirst`](Grouping::FdsFirst) by default, which every receiver of a byte stream understands. A codec whose receiver
     /// counts descriptors is faster with [`Free`](Grouping::Free), as [`FrameCodec`] is.
@@ -93,7 +94,7 @@ pub trait Codec {
     }
 }
 
-/// No protocol: for a direction of a connection that is not used.
+/// Stands for no protocol, in a direction of a connection that is not used.
 impl Codec for () {}
 
 /// How messages share a `sendmsg`, and so what a receiver finds together.

@@ -194,12 +194,19 @@ fn parts_of_a_message_that_failed_are_not_those_of_the_next() {
 /// A codec that never sends descriptors pays nothing for its parts: all of them share a call.
 #[test]
 fn parts_without_descriptors_share_a_call() {
-    let mut buf = SendBuf::<u32>::new();
+    let mut buf = SendBuf::<i32>::new();
     for _ in 0..100 {
         buf.put_slice(b"one");
         buf.end_part();
         buf.put_slice(b"two");
         buf.commit(Grouping::FdsFirst).unwrap();
     }
-    assert_eq!(buf.plan(Carrier::Stream), Plan { bytes: 600, fds: 0 });
+    // Nothing of them is left for the next message.
+    buf.put_slice(b"three");
+    buf.put_fd(1);
+    buf.commit(Grouping::FdsFirst).unwrap();
+    let plan = buf.plan(Carrier::Stream);
+    assert_eq!(plan, Plan { bytes: 600, fds: 0 });
+    drop(buf.sent(plan, 600));
+    assert_eq!(buf.plan(Carrier::Stream), Plan { bytes: 5, fds: 1 });
 }
