@@ -86,16 +86,18 @@ pub enum Error {
         fds: usize,
     },
 
-    /// The kernel dropped descriptors on receipt (`MSG_CTRUNC`). The connection ends here: without them, later
-    /// descriptors would go to the wrong frames.
+    /// The kernel dropped descriptors on receipt (`MSG_CTRUNC`). A connection ends here: without
+    /// them, later descriptors would go to the wrong frames. A
+    /// [`DatagramSocket`](crate::DatagramSocket) receives the next datagram all the same.
     #[error(
         "descriptors were lost on receipt (control data truncated); the likely cause is this process's RLIMIT_NOFILE"
     )]
     TruncatedControl,
 
-    /// A packet was longer than the room for it (`MSG_TRUNC`): the peer does not follow the packet sizes of the
-    /// wire format.
-    #[error("packet was longer than the wire format allows and lost its tail")]
+    /// A packet was longer than the room for it (`MSG_TRUNC`): the peer does not follow the packet
+    /// sizes of the wire format. Or a datagram was longer than a
+    /// [`DatagramSocket`](crate::DatagramSocket) takes, which receives the next one all the same.
+    #[error("packet was longer than the room for it and lost its tail")]
     TruncatedPacket,
 
     /// The peer closed the connection inside a message.

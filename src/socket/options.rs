@@ -86,8 +86,8 @@ impl Socket {
     /// `PermissionDenied` and sends nothing.
     ///
     /// What the peer sent before this call is still received with its descriptors. For an accepted
-    /// connection, which the client may use before it is accepted, use [`Listener::set_pass_fds`](crate::Listener::set_pass_fds)
-    /// instead.
+    /// connection, which the client may use before it is accepted, use
+    /// [`Listener::set_pass_fds`](crate::Listener::set_pass_fds) instead.
     ///
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel.

@@ -102,8 +102,8 @@ impl ReceiveSide {
         mut received: Received,
         is_rest: bool,
     ) -> Result<(), Error> {
-        if received.bytes > 0 {
-            let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
+        let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
+        if received.bytes > 0 && (credentials.is_some() || self.senders.know_any()) {
             self.senders.received(credentials, self.inbound.decoded(), is_rest)?;
         }
         match received {

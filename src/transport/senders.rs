@@ -23,6 +23,12 @@ pub(crate) struct Senders {
 }
 
 impl Senders {
+    /// Returns true if the sender of anything is known. If not, receives without credentials need not
+    /// be noted.
+    pub(super) fn know_any(&self) -> bool {
+        self.last.is_some() || self.before.is_some()
+    }
+
     /// Notes the sender of what was just received. `decoded` messages were decoded before, and
     /// `is_rest` if part of one more was there.
     ///
@@ -121,6 +127,18 @@ mod tests {
         assert_eq!([1, 2].map(|decoded| pid_of(&senders, decoded)), [None, Some(1)]);
         senders.received(process(1), 1, true).unwrap();
         assert_eq!([1, 2].map(|decoded| pid_of(&senders, decoded)), [None, Some(1)]);
+    }
+
+    #[test]
+    fn receives_without_credentials_need_not_be_noted_while_none_are_known() {
+        let mut senders = Senders::default();
+        assert!(!senders.know_any());
+        // Ten messages later, in the middle of another one.
+        senders.received(process(1), 10, true).unwrap();
+        assert!(senders.know_any());
+        assert_eq!([10, 11, 12].map(|decoded| pid_of(&senders, decoded)), [None, None, Some(1)]);
+        senders.received(None, 12, false).unwrap();
+        assert!(senders.know_any(), "the last message has a sender");
     }
 
     #[test]

@@ -1,13 +1,20 @@
 //! Descriptors whose last `close` lasts as long as a peer likes. No task may wait for it, and they get closed all the same.
 
-use std::{io::ErrorKind, os::fd::OwnedFd, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{
+    io::ErrorKind,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    thread::JoinHandle,
+    time::Duration,
+};
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
-    Codec, Decoder, Error, FdQueue, Fds, Frame, FrameCodec, Framed, Listener, PacketCodec, SendError, SendFd, Socket,
-    SocketKind,
+    Codec, DatagramSocket, Decoder, Error, FdQueue, Fds, Frame, FrameCodec, Framed, Listener, PacketCodec, SendError,
+    SendFd, Socket, SocketKind,
 };
 use futures::{SinkExt, StreamExt, TryStreamExt};
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::{sync::oneshot, task::yield_now, time::timeout};
 
 use crate::{
@@ -64,6 +71,30 @@ fn dropping_a_driver_does_not_wait_for_what_its_connection_has_not_read() {
         let (sender, driver) = write.into_sender();
         drop((read, sender));
         without_waiting(clients, async { drop(driver) }).await;
+    });
+}
+
+#[test]
+fn dropping_a_datagram_or_its_socket_does_not_wait() {
+    counted(async |_| {
+        let with_unread = || {
+            let (a, b) = DatagramSocket::pair().unwrap();
+            let (slow, client) = slow_to_close();
+            raw_send(&a, b"", &[slow]);
+            (a, b, [client])
+        };
+        let (_a, b, clients) = with_unread();
+        without_waiting(clients, async { drop(b) }).await;
+        let (_a, b, clients) = with_unread();
+        without_waiting(clients, async { drop(b.recv().await.unwrap()) }).await;
+        // Too long: nobody gets to see it.
+        let (a, b) = DatagramSocket::pair().unwrap();
+        let (slow, client) = slow_to_close();
+        setsockopt(&a, sockopt::SndBuf, &(2 << 20)).unwrap();
+        a.send(vec![0; (256 << 10) + 1], &[slow.as_fd()]).await.unwrap();
+        drop(slow);
+        let received = without_waiting([client], b.recv()).await;
+        assert!(matches!(received, Err(Error::TruncatedPacket)));
     });
 }
 

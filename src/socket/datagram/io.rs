@@ -19,7 +19,7 @@ use tokio::{
     task::coop,
 };
 
-use super::{Datagram, DatagramSocket};
+use super::{Datagram, DatagramSocket, MAX_PAYLOAD_BYTES};
 use crate::{
     Error, Fds,
     closer::{Account, BackgroundFd},
@@ -155,6 +155,7 @@ impl DatagramSocket {
     fn try_recv(&self) -> Result<std::result::Result<Datagram, Error>> {
         let mut fds = SmallVec::new();
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        buffer.reserve(MAX_PAYLOAD_BYTES);
         let (received, sender) = loop {
             match sys::recv_datagram(self.as_fd(), &mut buffer, &mut fds) {
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}

@@ -104,7 +104,7 @@ pub struct DatagramSocket {
     /// Descriptors that came in datagrams and wait to be closed.
     account: Arc<Account>,
     path: Option<PathGuard>,
-    /// Room for one datagram, empty between receives.
+    /// Room for one datagram, empty between receives. Without memory before the first one.
     buffer: Mutex<BytesMut>,
 }
 
@@ -192,7 +192,7 @@ impl DatagramSocket {
         let account = Arc::<Account>::default();
         let fd = BackgroundFd::new(fd, InBackground::counted(Arc::clone(&account)));
         let io = sys::register(fd, Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Self { io, account, path, buffer: Mutex::new(BytesMut::with_capacity(MAX_PAYLOAD_BYTES)) })
+        Ok(Self { io, account, path, buffer: Mutex::default() })
     }
 
     /// Connects to the socket at a path: [`send`](Self::send) goes there, and nothing is received
