@@ -14,9 +14,10 @@ use std::{
 
 /// A descriptor to be sent, and how this process closes its own copy after that.
 ///
-/// `sendmsg` makes a copy of its own. What is left here is closed right after it, and then the receiver may have closed its copy
-/// already, so this `close` can be the last one. The last `close` of a socket can block for as long as a peer likes, so sockets
-/// are closed [in the background](crate::close_in_background).
+/// `sendmsg` makes a copy of its own. What is left here is closed right after it, and then the
+/// receiver may have closed its copy already, so this `close` can be the last one. The last `close`
+/// of a socket can block for as long as a peer likes, so sockets are closed [in the
+/// background](crate::close_in_background).
 ///
 /// | made from | after it was sent |
 /// |---|---|
@@ -25,10 +26,12 @@ use std::{
 /// | [`SendFd::socket`] | it is closed in the background, without asking |
 /// | [`SendFd::file`] | it is closed at once, without asking |
 ///
-/// Asking is a system call, and takes a quarter of what a small frame with a descriptor costs in a batch.
+/// Asking is a system call, and takes a quarter of what a small frame with a descriptor costs in a
+/// batch.
 ///
-/// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. One that a connection has
-/// accepted and does not send is closed in the background, unless it is from [`SendFd::file`].
+/// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. One
+/// that a connection has accepted and does not send is closed in the background, unless it is from
+/// [`SendFd::file`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -67,8 +70,8 @@ pub(crate) enum FdKind {
 }
 
 impl SendFd {
-    /// A descriptor that is known to be a socket, so that nobody asks. If it is none, it is closed in the background all the
-    /// same, but may delay the closing of other sockets.
+    /// A descriptor that is known to be a socket, so that nobody asks. If it is none, it is closed
+    /// in the background all the same, but may delay the closing of other sockets.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -80,8 +83,9 @@ impl SendFd {
         fd.into().of_kind(FdKind::Socket)
     }
 
-    /// A descriptor whose `close` is quick, as the caller vouches: a regular file, a pipe, a memfd, a device. Never use it for a
-    /// socket or for a descriptor that a peer has sent: closing that may block the thread that sends.
+    /// A descriptor whose `close` is quick, as the caller vouches: a regular file, a pipe, a memfd,
+    /// a device. Never use it for a socket or for a descriptor that a peer has sent: closing that
+    /// may block the thread that sends.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

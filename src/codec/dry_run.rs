@@ -3,14 +3,17 @@ use bytes::{Bytes, BytesMut};
 use super::{Carrier, Encoder, SendBuf, largest_packet};
 use crate::SendError;
 
-/// A connection without a socket: shows what the messages of a codec become, system call by system call.
+/// A connection without a socket: shows what the messages of a codec become, system call by system
+/// call.
 ///
-/// A test of a codec against its own decoder passes with any [`Grouping`](super::Grouping), because that decoder takes
-/// descriptors in their order. What a foreign receiver finds in each call depends on the grouping, on other messages that
-/// wait, and on short writes. Here all of it can be seen, with integers for descriptors.
+/// A test of a codec against its own decoder passes with any [`Grouping`](super::Grouping), because
+/// that decoder takes descriptors in their order. What a foreign receiver finds in each call
+/// depends on the grouping, on other messages that wait, and on short writes. Here all of it can be
+/// seen, with integers for descriptors.
 ///
-/// [`encode`](Self::encode) accepts messages as a connection does. The iterator gives the calls that send them; on a
-/// stream, [`next_short`](Self::next_short) gives one of which the kernel takes fewer bytes than planned.
+/// [`encode`](Self::encode) accepts messages as a connection does. The iterator gives the calls
+/// that send them; on a stream, [`next_short`](Self::next_short) gives one of which the kernel
+/// takes fewer bytes than planned.
 ///
 /// ```
 /// use fdwire::{Codec, DryRun, Encoder, Error, SendBuf, SendError};
@@ -69,7 +72,8 @@ impl<F> DryRun<F> {
         Self { buf: SendBuf::new(), carrier: Carrier::Stream }
     }
 
-    /// A connection of a SEQPACKET socket, with a send buffer of this many bytes (`SO_SNDBUF`; 212,992 on most systems).
+    /// A connection of a SEQPACKET socket, with a send buffer of this many bytes (`SO_SNDBUF`;
+    /// 212,992 on most systems).
     pub fn packets(send_buffer_bytes: usize) -> Self {
         let mut buf = SendBuf::new();
         buf.set_max_packet_bytes(Some(largest_packet(send_buffer_bytes)));
@@ -84,8 +88,8 @@ impl<F> DryRun<F> {
         self.buf.encode_with(encoder, item, drop)
     }
 
-    /// Makes the next call, of which the kernel takes at most `bytes` bytes, but at least one, and all descriptors. Packets go
-    /// whole.
+    /// Makes the next call, of which the kernel takes at most `bytes` bytes, but at least one, and
+    /// all descriptors. Packets go whole.
     pub fn next_short(&mut self, bytes: usize) -> Option<SendCall<F>> {
         let plan = self.buf.plan(self.carrier);
         if plan.bytes == 0 {

@@ -14,13 +14,14 @@ use crate::{Error, Fds, frame::Home};
 
 /// Descriptors that arrived and that no message has claimed yet, first in first out.
 ///
-/// The kernel may lose descriptors on receipt, usually because this process is at its `RLIMIT_NOFILE`. It loses the last ones. So
-/// **an answer that a loss may have changed spoils the message** that is being decoded: it is not yielded, and the stream ends
-/// with [`Error::TruncatedControl`]. Messages that need none of the lost ones are still good. The methods name the answers
-/// that count.
+/// The kernel may lose descriptors on receipt, usually because this process is at its
+/// `RLIMIT_NOFILE`. It loses the last ones. So **an answer that a loss may have changed spoils the
+/// message** that is being decoded: it is not yielded, and the stream ends with
+/// [`Error::TruncatedControl`]. Messages that need none of the lost ones are still good. The
+/// methods name the answers that count.
 ///
-/// Those that are still in it when it is dropped are closed [in the background](crate::close_in_background) if they came from a
-/// peer.
+/// Those that are still in it when it is dropped are closed [in the
+/// background](crate::close_in_background) if they came from a peer.
 pub struct FdQueue<F = OwnedFd> {
     fds: VecDeque<F>,
     /// More descriptors were sent behind these, and the kernel lost them.
@@ -39,10 +40,12 @@ impl<F> FdQueue<F> {
         Self { fds: VecDeque::new(), lost: false, spoiled: AtomicBool::new(false), taken: 0, home: None }
     }
 
-    /// Takes the `count` descriptors that arrived first, which the bytes of a complete message say that it has.
+    /// Takes the `count` descriptors that arrived first, which the bytes of a complete message say
+    /// that it has.
     ///
     /// # Errors
-    /// [`Error::MissingFds`] if fewer wait. They stay in the queue. [`Error::TruncatedControl`] if the others were lost.
+    /// [`Error::MissingFds`] if fewer wait. They stay in the queue. [`Error::TruncatedControl`] if
+    /// the others were lost.
     ///
     /// ```
     /// use fdwire::{Error, FdQueue};
@@ -78,7 +81,8 @@ impl<F> FdQueue<F> {
         Some(Fds::from_peer(fds, self.home.clone()))
     }
 
-    /// Takes the descriptor that arrived first, which the bytes of a complete message say that it has.
+    /// Takes the descriptor that arrived first, which the bytes of a complete message say that it
+    /// has.
     ///
     /// # Errors
     /// As for [`claim`](Self::claim).
@@ -93,7 +97,8 @@ impl<F> FdQueue<F> {
         if self.lost { Error::TruncatedControl } else { Error::MissingFds { expected, received: self.fds.len() } }
     }
 
-    /// Takes the descriptor that arrived first. For messages that may have one. After a loss, `None` spoils the message.
+    /// Takes the descriptor that arrived first. For messages that may have one. After a loss,
+    /// `None` spoils the message.
     pub fn pop_front(&mut self) -> Option<F> {
         let Some(fd) = self.fds.pop_front() else {
             self.note_answer();
@@ -150,7 +155,8 @@ impl<F> FdQueue<F> {
         self.spoiled.load(Ordering::Relaxed)
     }
 
-    /// Number of the descriptor that has waited longest, if one waits: it stays the same until that one is taken.
+    /// Number of the descriptor that has waited longest, if one waits: it stays the same until that
+    /// one is taken.
     pub(crate) fn first(&self) -> Option<u64> {
         (!self.fds.is_empty()).then_some(self.taken)
     }

@@ -1,4 +1,5 @@
-//! The messages in a [`SendBuf`]: how an encoder's becomes one of them, and what is left of them after a send.
+//! The messages in a [`SendBuf`]: how an encoder's becomes one of them, and what is left of them
+//! after a send.
 
 use std::{io::IoSlice, mem, num::NonZero};
 
@@ -33,7 +34,8 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// Returns true if a run of this length and grouping may become a part of this message, which must be one too.
+    /// Returns true if a run of this length and grouping may become a part of this message, which
+    /// must be one too.
     fn takes_run(&self, bytes: usize, grouping: Grouping) -> bool {
         let has_fds = self.unsent_fds > 0 || self.sent_fds > 0;
         let is_short = self.unsent_bytes + bytes < RUN_BELOW;
@@ -59,8 +61,8 @@ impl Message {
 }
 
 impl<F> SendBuf<F> {
-    /// Appends one message. If the encoder fails or panics, nothing of the message is left here, and `discard` gets its
-    /// descriptors.
+    /// Appends one message. If the encoder fails or panics, nothing of the message is left here,
+    /// and `discard` gets its descriptors.
     #[inline(always)]
     pub(crate) fn encode_with<E: Encoder<I, F>, I>(
         &mut self,
@@ -78,7 +80,8 @@ impl<F> SendBuf<F> {
     /// Ends the message that was being written. A message of nothing at all vanishes.
     ///
     /// # Errors
-    /// When no send can carry it. The message is still open then, for [`roll_back`](Self::roll_back).
+    /// When no send can carry it. The message is still open then, for
+    /// [`roll_back`](Self::roll_back).
     #[inline]
     pub(crate) fn commit(&mut self, grouping: Grouping) -> Result<(), Error> {
         if self.plain_run == Some(grouping) && self.run_takes_message() {
@@ -151,8 +154,8 @@ impl<F> SendBuf<F> {
         (self.messages.is_empty() && self.bytes.fit_one_call()).then_some(self.finished_bytes)
     }
 
-    /// Counts the run among `messages`: as a part of the last one if that is such a run too, short and
-    /// not begun.
+    /// Counts the run among `messages`: as a part of the last one if that is such a run too, short
+    /// and not begun.
     pub(super) fn end_run(&mut self) {
         let (bytes, grouping) = (self.finished_bytes - self.message_bytes, self.run_grouping);
         if bytes == 0 {
@@ -173,14 +176,16 @@ impl<F> SendBuf<F> {
         self.message_bytes = self.finished_bytes;
     }
 
-    /// Takes out what was written since the last message ended, in all its parts. Returns its descriptors.
+    /// Takes out what was written since the last message ended, in all its parts. Returns its
+    /// descriptors.
     pub(crate) fn roll_back(&mut self) -> Vec<F> {
         self.begin_message();
         self.bytes.remove_last(self.len() - self.finished_bytes); // shared bytes are of one message
         self.fds.split_off(self.finished_fds).into()
     }
 
-    /// Moves all messages of `later` behind those of this buffer. Nothing of them may have been sent.
+    /// Moves all messages of `later` behind those of this buffer. Nothing of them may have been
+    /// sent.
     pub(crate) fn append(&mut self, later: &mut Self) {
         debug_assert!(later.ahead == 0 && later.messages.front().is_none_or(|message| !message.begun));
         debug_assert!([&*self, &*later].iter().all(|buf| buf.has_no_open_message()));
@@ -213,8 +218,9 @@ impl<F> SendBuf<F> {
         self.fds.range(..count)
     }
 
-    /// Removes what a send took: `bytes` of them, which may be fewer than planned, and all descriptors of the plan,
-    /// which went with the first byte however short the write was. Returns those descriptors.
+    /// Removes what a send took: `bytes` of them, which may be fewer than planned, and all
+    /// descriptors of the plan, which went with the first byte however short the write was. Returns
+    /// those descriptors.
     pub(crate) fn sent(&mut self, plan: Plan, bytes: usize) -> impl Iterator<Item = F> {
         debug_assert!(0 < bytes && bytes <= plan.bytes);
         if self.only_run() == Some(bytes) {

@@ -16,8 +16,8 @@ pub(super) struct Pieces {
     /// bytes, and so on. The copied bytes from `tail_start` on are behind all of them.
     shared: VecDeque<Shared>,
     tail_start: usize,
-    /// Number of shared bytes that wait, less `copied_start`, modulo 2^64. With this one number the length takes fewer
-    /// instructions, and it is asked several times for each message.
+    /// Number of shared bytes that wait, less `copied_start`, modulo 2^64. With this one number the
+    /// length takes fewer instructions, and it is asked several times for each message.
     beside_copied: usize,
 }
 
@@ -102,8 +102,8 @@ impl Pieces {
         self.drop_removed_copies();
     }
 
-    /// Moves the copied bytes that wait to the front, if they are no more than those that were removed: so
-    /// each byte is moved once at most, on average.
+    /// Moves the copied bytes that wait to the front, if they are no more than those that were
+    /// removed: so each byte is moved once at most, on average.
     fn drop_removed_copies(&mut self) {
         let removed = self.copied_start;
         if removed >= self.copied.len() - removed {

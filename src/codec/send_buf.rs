@@ -9,22 +9,24 @@ use super::{
 };
 use crate::send_fd::SendFd;
 
-/// Shared bytes from this length on go out from where they are; shorter ones are cheaper to copy than to point at.
+/// Shared bytes from this length on go out from where they are; shorter ones are cheaper to copy
+/// than to point at.
 pub(super) const SHARE_FROM: usize = 2048;
 
 /// Messages that wait to be sent: their bytes, and the descriptors that they carry.
 ///
-/// An [`Encoder`](super::Encoder) appends to it. Each call of its [`encode`](super::Encoder::encode) is one message, which may
-/// have several [parts](Self::end_part).
+/// An [`Encoder`](super::Encoder) appends to it. Each call of its
+/// [`encode`](super::Encoder::encode) is one message, which may have several
+/// [parts](Self::end_part).
 #[derive(Debug)]
 pub struct SendBuf<F = SendFd> {
     /// Bytes that wait.
     pub(super) bytes: Pieces,
     /// Descriptors that wait, in the order of the messages that they belong to.
     pub(super) fds: VecDeque<F>,
-    /// The parts of the finished messages, without the run. Small ones without descriptors that follow each
-    /// other count as one. Each has `unsent_fds <= SCM_MAX_FD * unsent_bytes`: there is always a byte that
-    /// the descriptors which are left can go with.
+    /// The parts of the finished messages, without the run. Small ones without descriptors that
+    /// follow each other count as one. Each has `unsent_fds <= SCM_MAX_FD * unsent_bytes`: there is
+    /// always a byte that the descriptors which are left can go with.
     pub(super) messages: VecDeque<Message>,
     /// Number of bytes of `messages`.
     pub(super) message_bytes: usize,
@@ -37,12 +39,13 @@ pub struct SendBuf<F = SendFd> {
     pub(super) finished_fds: usize,
     /// The grouping of all messages of the run. Never `Alone`.
     pub(super) run_grouping: Grouping,
-    /// The same, as long as the three fields below are as at the beginning of a message. One look at it is enough then.
+    /// The same, as long as the three fields below are as at the beginning of a message. One look
+    /// at it is enough then.
     pub(super) plain_run: Option<Grouping>,
     /// The parts of the open message that have ended.
     pub(super) open_parts: Vec<OpenPart>,
-    /// Number of bytes of the open part up to which the receiver needs it to know its length, plus one. `None`: never
-    /// announced.
+    /// Number of bytes of the open part up to which the receiver needs it to know its length, plus
+    /// one. `None`: never announced.
     pub(super) open_head: Option<NonZero<usize>>,
     /// Most pieces of the open part, without the tail.
     pub(super) open_pieces: usize,
@@ -72,7 +75,8 @@ impl<F> SendBuf<F> {
         }
     }
 
-    /// Appends a copy of `bytes`. With [`BufMut`](bytes::BufMut) in scope, numbers can be appended too.
+    /// Appends a copy of `bytes`. With [`BufMut`](bytes::BufMut) in scope, numbers can be appended
+    /// too.
     #[inline]
     pub fn put_slice(&mut self, bytes: &[u8]) {
         self.bytes.tail().extend_from_slice(bytes);
@@ -105,8 +109,9 @@ impl<F> SendBuf<F> {
         self.bytes.push_shared(bytes);
     }
 
-    /// Attaches a descriptor to the message, or to the [part](Self::end_part) of it that is being written. Between which of its
-    /// bytes this is done makes no difference: [`Grouping`] decides where it goes.
+    /// Attaches a descriptor to the message, or to the [part](Self::end_part) of it that is being
+    /// written. Between which of its bytes this is done makes no difference: [`Grouping`] decides
+    /// where it goes.
     pub fn put_fd(&mut self, fd: impl Into<F>) {
         self.put_fds([fd]);
     }
@@ -117,13 +122,14 @@ impl<F> SendBuf<F> {
         fds.into_iter().for_each(|fd| self.fds.push_back(fd.into()));
     }
 
-    /// Ends a part of the message. Descriptors attached before belong to the bytes written before, those attached
-    /// after it to the bytes written after it. The end of the message ends its last part. A part without bytes and
-    /// descriptors is none.
+    /// Ends a part of the message. Descriptors attached before belong to the bytes written before,
+    /// those attached after it to the bytes written after it. The end of the message ends its last
+    /// part. A part without bytes and descriptors is none.
     ///
-    /// For protocols in which one message has descriptors at several places, for example a request that is followed
-    /// by a byte for each descriptor. The parts of a message stay together: no other task's message comes between them, and if
-    /// the encoder fails, nothing of any part is sent.
+    /// For protocols in which one message has descriptors at several places, for example a request
+    /// that is followed by a byte for each descriptor. The parts of a message stay together: no
+    /// other task's message comes between them, and if the encoder fails, nothing of any part is
+    /// sent.
     ///
     /// To a receiver, each part looks like a message:
     ///
@@ -169,12 +175,13 @@ impl<F> SendBuf<F> {
         }
     }
 
-    /// Declares that a receiver which has the message's bytes up to here knows its length, and so has room for the rest
-    /// whatever the size of the packets it comes in ([`Decoder::missing_bytes`](super::Decoder::missing_bytes)).
-    /// Large messages then go in packets of more than 65,600 bytes, which a receiver without `missing_bytes` would lose.
+    /// Declares that a receiver which has the message's bytes up to here knows its length, and so
+    /// has room for the rest whatever the size of the packets it comes in
+    /// ([`Decoder::missing_bytes`](super::Decoder::missing_bytes)). Large messages then go in
+    /// packets of more than 65,600 bytes, which a receiver without `missing_bytes` would lose.
     ///
-    /// In a message of several [parts](Self::end_part), this is about the part that is being written. At its beginning, it
-    /// declares that the parts before it tell its length.
+    /// In a message of several [parts](Self::end_part), this is about the part that is being
+    /// written. At its beginning, it declares that the parts before it tell its length.
     pub fn announce_length(&mut self) {
         let head = self.len() - self.part_start().0;
         self.plain_run = None;
@@ -186,8 +193,8 @@ impl<F> SendBuf<F> {
         self.open_head = None;
     }
 
-    /// Returns the most bytes of a packet that the socket takes; `None` on a stream. Messages of a codec that asks for
-    /// [`Grouping::Alone`], or their [parts](Self::end_part), cannot be longer.
+    /// Returns the most bytes of a packet that the socket takes; `None` on a stream. Messages of a
+    /// codec that asks for [`Grouping::Alone`], or their [parts](Self::end_part), cannot be longer.
     pub fn max_packet_bytes(&self) -> Option<usize> {
         self.max_packet_bytes
     }
@@ -220,7 +227,8 @@ impl<F> SendBuf<F> {
         (bytes, self.fds.into())
     }
 
-    /// Takes the waiting descriptors out, and drops the bytes. If they are dropped one by one, sockets are closed on the spot.
+    /// Takes the waiting descriptors out, and drops the bytes. If they are dropped one by one,
+    /// sockets are closed on the spot.
     pub fn into_fds(self) -> Vec<F> {
         self.fds.into()
     }

@@ -1,5 +1,6 @@
-//! HAProxy's `_getsocks`, by which a new process takes the listening sockets of a running one: their number, then batches of them
-//! with a description of each. We are the old process for a real `haproxy -x`, and the new one for a real haproxy.
+//! HAProxy's `_getsocks`, by which a new process takes the listening sockets of a running one:
+//! their number, then batches of them with a description of each. We are the old process for a real
+//! `haproxy -x`, and the new one for a real haproxy.
 //! <https://github.com/haproxy/haproxy/blob/master/src/sock.c>, `sock_get_old_sockets`
 
 use std::{
@@ -24,8 +25,8 @@ use crate::{
     raw_recv,
 };
 
-/// Sockets of a batch, except the last one (`MAX_SEND_FD`). The new process acknowledges each batch, and
-/// the old one waits for that unless it was the last.
+/// Sockets of a batch, except the last one (`MAX_SEND_FD`). The new process acknowledges each
+/// batch, and the old one waits for that unless it was the last.
 const BATCH: usize = 252;
 
 const COMMAND: &[u8] = b"_getsocks\n";
@@ -184,7 +185,8 @@ fn the_number_goes_before_the_batches_and_each_batch_has_a_call() {
     assert_eq!(calls, [(4, 0), (252 * 6, 252), (252 * 6, 252), (96 * 6 + 4, 96), (6, 1)]);
 }
 
-/// The second answer waits in the same flush. HAProxy reads the number without room for descriptors.
+/// The second answer waits in the same flush. HAProxy reads the number without room for
+/// descriptors.
 #[test]
 fn a_peer_that_reads_call_by_call_finds_the_batches_while_other_messages_wait() {
     run(async {

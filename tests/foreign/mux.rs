@@ -1,5 +1,6 @@
-//! OpenSSH's connection sharing: a session on a real `ssh -M`, whose request has three descriptors, each with a byte of its own
-//! behind it. <https://github.com/openssh/openssh-portable/blob/master/PROTOCOL.mux>
+//! OpenSSH's connection sharing: a session on a real `ssh -M`, whose request has three descriptors,
+//! each with a byte of its own behind it.
+//! <https://github.com/openssh/openssh-portable/blob/master/PROTOCOL.mux>
 
 use std::{
     io::{PipeReader, Read, Write, pipe},
@@ -38,7 +39,8 @@ enum Request<F> {
 #[derive(Clone)]
 struct Mux;
 
-/// The default grouping: the master reads a message without room for descriptors, then each byte with room for one.
+/// The default grouping: the master reads a message without room for descriptors, then each byte
+/// with room for one.
 impl Codec for Mux {}
 
 impl<F> Encoder<Request<F>, F> for Mux {
@@ -110,11 +112,13 @@ fn each_descriptor_of_a_session_has_a_byte_of_its_own() {
     run.encode(&mut Mux, Request::NewSession(2, "true", [7, 8, 9])).unwrap();
     run.encode(&mut Mux, Request::AliveCheck(3)).unwrap();
     let calls: Vec<_> = run.map(|call| (call.bytes.len(), call.fds)).collect();
-    // The last one has the next message behind the byte, which the master does not read together with it.
+    // The last one has the next message behind the byte, which the master does not read together
+    // with it.
     assert_eq!(calls, [(12 + 48, vec![]), (1, vec![7]), (1, vec![8]), (1 + 12, vec![9])]);
 }
 
-/// Reads as the master does, message by message, and has room for descriptors only where it expects one.
+/// Reads as the master does, message by message, and has room for descriptors only where it expects
+/// one.
 #[test]
 fn a_peer_that_reads_one_message_at_a_time_finds_each_descriptor_with_its_byte() {
     run(async {
