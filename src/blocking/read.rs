@@ -78,9 +78,8 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let Self { decoder, receiver } = self;
-        let Receiver { timeout, .. } = *receiver;
-        let deadline = Deadline::after(timeout);
-        let mut receives = 0;
+        let deadline = Deadline::after(receiver.timeout);
+        let mut receives = 0_u32;
         loop {
             let received = match receiver.side.next(decoder) {
                 Ok(Step::Item(item)) => return Some(Ok(item)),
@@ -96,7 +95,7 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
                 }
             };
             match received {
-                Ok(()) => receives += 1,
+                Ok(()) => receives = receives.saturating_add(1),
                 Err(Error::TimedOut) => return Some(Err(Error::TimedOut.into())),
                 Err(error) => {
                     receiver.side.fail(receiver.socket.endpoint());

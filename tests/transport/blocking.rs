@@ -61,6 +61,16 @@ fn next(rx: &mut blocking::Framed<FrameCodec>) -> Frame {
 }
 
 #[test]
+fn everything_can_move_between_threads() {
+    fn check<T: Send + Sync + 'static>() {}
+    check::<blocking::Socket>();
+    check::<Listener>();
+    check::<blocking::Framed<FrameCodec>>();
+    check::<blocking::ReadHalf<FrameCodec>>();
+    check::<blocking::WriteHalf<FrameCodec>>();
+}
+
+#[test]
 fn nothing_needs_a_runtime() {
     without_runtime(|kind| {
         let directory = tempfile::tempdir().unwrap();
