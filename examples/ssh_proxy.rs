@@ -1,13 +1,14 @@
-//! A ProxyCommand for OpenSSH that does not stay in between: it connects, passes the connected socket to `ssh` over its
-//! standard output, and ends. `ssh` then speaks on the connection itself.
+//! A ProxyCommand for OpenSSH that does not stay in between: it connects, passes the connected
+//! socket to `ssh` over its standard output, and ends. `ssh` then speaks on the connection itself.
 //!
 //! ```sh
 //! cargo build --example ssh_proxy
 //! ssh -o ProxyUseFdpass=yes -o ProxyCommand='target/debug/examples/ssh_proxy %h %p' HOST
 //! ```
 //!
-//! Whatever decides how to connect goes here: another address, a tunnel, a login at a gateway. `ssh` expects one byte with
-//! one descriptor, so [`PacketCodec`] it is. One message needs no runtime: `fdwire::blocking` sends it.
+//! Whatever decides how to connect goes here: another address, a tunnel, a login at a gateway.
+//! `ssh` expects one byte with one descriptor, so [`PacketCodec`] it is. One message needs no
+//! runtime: `fdwire::blocking` sends it.
 
 use std::{error::Error, io, net::TcpStream, os::fd::AsFd};
 

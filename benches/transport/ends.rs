@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     os::fd::{AsFd, OwnedFd},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -14,6 +15,11 @@ use crate::contenders::{Link, Load, Received, Setup};
 pub(crate) trait End {
     /// Does this end's part of `count` messages, and checks what arrives.
     fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()>;
+
+    /// Returns the CPU time of the processes that it has started and that take part in the work.
+    fn cpu_time_of_others(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// Makes an end inside of a runtime.

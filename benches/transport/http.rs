@@ -26,12 +26,12 @@ use crate::{
     processes::Helper,
 };
 
-fn talk(window: usize) -> Talk {
+pub(crate) fn talk(window: usize) -> Talk {
     Talk { window, request: "GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n" }
 }
 
 /// The server.
-async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin) {
+pub(crate) async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin) {
     let answer = async |_| Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(ANSWER))));
     let served = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)).await;
     served.expect("a request and its answer");

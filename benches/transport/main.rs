@@ -24,6 +24,7 @@ mod bars;
 mod contenders;
 mod ends;
 mod handoff;
+mod haproxy;
 mod http;
 mod machine;
 mod measure;
@@ -31,6 +32,7 @@ mod plot;
 mod processes;
 mod report;
 mod results;
+mod reuse_port;
 mod rows;
 mod tasks;
 

@@ -68,12 +68,13 @@ impl Session {
         let Self { near, far, runtime } = self;
         far.control.say(count as u64);
         far.control.hear().expect("the far end is there"); // it is ready
-        let (cpu_before, start) = (cpu_time(), Instant::now());
+        let cpu_time = |near: &dyn End| cpu_time() + near.cpu_time_of_others();
+        let (cpu_before, start) = (cpu_time(near.as_ref()), Instant::now());
         let far_cpu = runtime.block_on(async {
             near.run(count).await;
             far.control.hear_in_runtime().await // it has everything
         });
-        let (elapsed, cpu) = (start.elapsed(), cpu_time() - cpu_before);
+        let (elapsed, cpu) = (start.elapsed(), cpu_time(near.as_ref()) - cpu_before);
         Sample { elapsed, cpu: cpu + Duration::from_nanos(far_cpu) }
     }
 

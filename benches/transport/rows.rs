@@ -10,8 +10,9 @@ use crate::{
     },
     ends::{MakeEnd, client, echo, idle, receiver, sender},
     handoff::{InOneProcess, front, worker},
-    http,
+    haproxy, http,
     processes::Threads,
+    reuse_port,
     tasks::{BareShared, FdwireChannel, FdwireMutex, FdwireSender, SeqpacketShared, Shared, senders},
 };
 
@@ -183,20 +184,28 @@ fn hand_off(id: &'static str, title: &'static str) -> Row {
     Row { id, title, unit: "hand-off", load, quantum: 64, threads: Threads::OneBound, contenders }
 }
 
-/// A whole server, whose client keeps this many connections open.
+/// A whole server in one process, in two, or behind something that accepts. Its client keeps this many connections open.
 fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Threads) -> Row {
     let contender =
         |name: &str, kind, role, near, far| Contender { name: name.to_owned(), kind, role, batched: false, near, far };
     let layer: MakeEnd = http::dispatcher::<WINDOW>;
     let bare: MakeEnd = http::front::<Bare, WINDOW>;
-    let contenders = vec![
+    let haproxy: MakeEnd = match threads {
+        Threads::Many => haproxy::front::<WINDOW, 2>,
+        Threads::One | Threads::OneBound => haproxy::front::<WINDOW, 1>,
+    };
+    let mut contenders = vec![
         contender("one process", SeqPacket, Role::Reference, http::one_process::<WINDOW>, idle),
+        contender("two processes, SO_REUSEPORT", Stream, Role::Reference, reuse_port::near::<WINDOW>, reuse_port::far),
         contender("fdwire SEQPACKET", SeqPacket, Role::Fdwire, layer, http::incoming::<1>),
         contender("fdwire SEQPACKET, next_batch", SeqPacket, Role::Fdwire, layer, http::incoming::<64>),
         contender("fdwire STREAM", Stream, Role::Fdwire, layer, http::incoming::<1>),
         contender("bare SEQPACKET", SeqPacket, Role::Bare, bare, http::worker::<Bare>),
         contender("bare STREAM", Stream, Role::Bare, bare, http::worker::<Bare>),
     ];
+    if haproxy::is_installed() {
+        contenders.push(contender("haproxy", SeqPacket, Role::Reference, haproxy, haproxy::server));
+    }
     let load = Load { bytes: 1, fd: true, batch: 1 };
     Row { id, title, unit: "connection", load, quantum: WINDOW, threads, contenders }
 }

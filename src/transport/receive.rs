@@ -62,8 +62,8 @@ impl ReceiveSide {
         self.inbound.next(decoder)
     }
 
-    /// Reports what has arrived of messages that are not complete. To be called after [`next`](Self::next) has left nothing
-    /// else.
+    /// Reports what has arrived of messages that are not complete. To be called after
+    /// [`next`](Self::next) has left nothing else.
     ///
     /// # Errors
     /// [`Error::OverUidLimit`] if that is more than the peer's uid may have.
@@ -91,8 +91,8 @@ impl ReceiveSide {
         sys::recvmsg(socket, &mut self.inbound.bytes, most.max(1), &mut self.inbound.fds)
     }
 
-    /// Takes note of what a [`receive`](Self::receive) has brought. `is_rest` if [part](Self::has_part) of a message
-    /// was there before.
+    /// Takes note of what a [`receive`](Self::receive) has brought. `is_rest` if
+    /// [part](Self::has_part) of a message was there before.
     ///
     /// # Errors
     /// [`Error::TruncatedPacket`] and [`Error::MixedSenders`].
@@ -115,7 +115,8 @@ impl ReceiveSide {
         Ok(())
     }
 
-    /// Returns how long the rest of a message may be waited for. To be called when nothing is there to receive.
+    /// Returns how long the rest of a message may be waited for. To be called when nothing is there
+    /// to receive.
     pub(crate) fn rest(&mut self, limit: Duration, now: impl FnOnce() -> Instant) -> Rest {
         self.timing.rest(self.inbound.unfinished(), limit, now)
     }

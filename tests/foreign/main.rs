@@ -17,9 +17,11 @@ mod packets;
 mod payload;
 mod python;
 mod sd_notify;
+mod skopeo;
 mod ssh;
 mod switch;
 mod systemd;
+mod uwsgi;
 mod wayland;
 
 use std::{

@@ -1,4 +1,5 @@
-//! What only the blocking side has: its calls wait in the thread that makes them, for a time that can be limited.
+//! What only the blocking side has: its calls wait in the thread that makes them, for a time that
+//! can be limited.
 
 use std::{
     net::Shutdown,
@@ -187,7 +188,8 @@ fn a_write_that_times_out_loses_nothing() {
     });
 }
 
-/// The call ends before the time that the peer has for the rest of the frame, and goes on counting it.
+/// The call ends before the time that the peer has for the rest of the frame, and goes on counting
+/// it.
 #[test]
 fn the_time_for_an_unfinished_frame_goes_on_over_calls_that_time_out() {
     without_runtime(|kind| {
@@ -365,7 +367,8 @@ fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
 fn too_many_descriptors_in_flight_are_waited_for() {
     const ROLE: &str = "blocking::too_many_descriptors_in_flight_are_waited_for";
     if let Some(socket) = role_socket(ROLE) {
-        // In flight, over all processes of the uid: no more than this, checked before more are added.
+        // In flight, over all processes of the uid: no more than this, checked before more are
+        // added.
         setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
         let mut tx = blocking::Framed::new(blocking::Socket::try_from(socket).unwrap(), FrameCodec::default());
         let null = std::fs::File::open("/dev/null").unwrap();

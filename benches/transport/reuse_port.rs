@@ -1,0 +1,104 @@
+//! The same HTTP server without a hand-over: two processes that listen at one address (`SO_REUSEPORT`, socket(7)), and the
+//! kernel gives each connection to one of them.
+
+use std::{
+    io::Write,
+    net::SocketAddr,
+    os::{fd::OwnedFd, unix},
+};
+
+use futures::future::{FutureExt, LocalBoxFuture};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpSocket, UnixStream},
+    select,
+    task::JoinSet,
+};
+
+use crate::{
+    contenders::Setup,
+    ends::End,
+    http::{serve, talk},
+    processes::Helper,
+};
+
+const BACKLOG: u32 = 1024;
+
+fn listen(address: SocketAddr) -> TcpListener {
+    let socket = TcpSocket::new_v4().expect("a descriptor is free");
+    socket.set_reuseport(true).expect("Linux has the option");
+    socket.bind(address).expect("nobody else uses the port");
+    socket.listen(BACKLOG).expect("it is bound")
+}
+
+fn register(socket: unix::net::UnixStream) -> UnixStream {
+    UnixStream::from_std(socket).expect("the socket can be registered")
+}
+
+/// Serves until `end` is ready, and finishes what it has begun.
+async fn serve_until(listener: &TcpListener, end: impl Future) {
+    let mut end = std::pin::pin!(end);
+    let mut serving = JoinSet::new();
+    loop {
+        select! {
+            accepted = listener.accept() => drop(serving.spawn(serve(accepted.expect("accepting").0))),
+            _ = &mut end => break,
+        }
+    }
+    serving.join_all().await;
+}
+
+/// The process that starts the client, and says when it has finished.
+struct Near {
+    listener: TcpListener,
+    peer: UnixStream,
+    client: Helper,
+}
+
+pub(crate) fn near<const WINDOW: usize>(socket: OwnedFd, _: Setup) -> Box<dyn End> {
+    let listener = listen(([127, 0, 0, 1], 0).into());
+    let address = listener.local_addr().expect("it is bound");
+    let mut peer = unix::net::UnixStream::from(socket);
+    peer.write_all(&address.port().to_ne_bytes()).expect("the other process is there");
+    let peer = register(peer);
+    Box::new(Near { listener, peer, client: Helper::client(address, talk(WINDOW)) })
+}
+
+impl End for Near {
+    fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
+        let Self { listener, peer, client } = self;
+        let run = async move {
+            client.control.say(count as u64);
+            serve_until(listener, client.control.hear_in_runtime()).await;
+            peer.write_all(b"e").await.expect("the other process is there");
+        };
+        run.boxed_local()
+    }
+}
+
+/// The other process.
+struct Far {
+    /// `None` until the first run has read the port.
+    listener: Option<TcpListener>,
+    peer: UnixStream,
+}
+
+pub(crate) fn far(socket: OwnedFd, _: Setup) -> Box<dyn End> {
+    Box::new(Far { listener: None, peer: register(socket.into()) })
+}
+
+impl End for Far {
+    fn run(&mut self, _: usize) -> LocalBoxFuture<'_, ()> {
+        let Self { listener, peer } = self;
+        let run = async move {
+            if listener.is_none() {
+                let mut port = [0; 2];
+                peer.read_exact(&mut port).await.expect("the other process is there");
+                *listener = Some(listen(([127, 0, 0, 1], u16::from_ne_bytes(port)).into()));
+            }
+            let listener = listener.as_ref().expect("made above");
+            serve_until(listener, peer.read_exact(&mut [0])).await;
+        };
+        run.boxed_local()
+    }
+}
