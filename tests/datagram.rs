@@ -4,6 +4,7 @@ mod common;
 
 use std::{
     fs,
+    future::poll_fn,
     io::{ErrorKind, Read},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -15,6 +16,7 @@ use std::{
     },
     path::Path,
     process::Command,
+    time::Duration,
 };
 
 use common::{PASSED, abstract_name, mark_of, marked, open_fds, other_uid, run, run_and_pass, settle};
@@ -24,6 +26,7 @@ use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
     socket::{setsockopt, sockopt},
 };
+use tokio::{task::unconstrained, time::timeout};
 
 fn marks(datagram: &Datagram) -> Vec<u32> {
     datagram.fds.iter().map(mark_of).collect()
@@ -194,9 +197,13 @@ fn a_sender_waits_while_the_queue_is_full() {
         let waiting =
             [connected.send("given up", &[]).now_or_never(), unconnected.send_to("", &[], &address).now_or_never()];
         assert!(waiting.iter().all(Option::is_none));
-        while let Some(datagram) = service.recv().now_or_never() {
-            assert_eq!(datagram.unwrap().payload, "filler");
-        }
+        // The queue is full of what another socket has sent, so no event tells this one of room.
+        let drain = async {
+            settle().await;
+            while service.recv().await.unwrap().payload != "after the others" {}
+        };
+        let (sent, ()) = tokio::join!(unconnected.send_to("after the others", &[], &address), drain);
+        sent.unwrap();
         // Several tasks may wait at a time.
         let senders = join_all((0..50).map(|_| connected.send("from many", &[])));
         let receiver = stream::poll_fn(|cx| service.poll_recv(cx).map(Some)).take(50).for_each(async |datagram| {
@@ -204,6 +211,35 @@ fn a_sender_waits_while_the_queue_is_full() {
         });
         let (sent, ()) = tokio::join!(senders, receiver);
         assert!(sent.into_iter().all(|sent| sent.is_ok()));
+    });
+}
+
+/// A send that fails makes its own socket writable for a moment.
+#[test]
+fn a_sender_sleeps_while_the_queue_is_full() {
+    run(async {
+        let address = abstract_name("sleeps");
+        let _service = DatagramSocket::bind_addr(&address).unwrap();
+        let [connected, unconnected] = [(); 2].map(|()| DatagramSocket::unbound().unwrap());
+        connected.connect_addr(&address).unwrap();
+        let (pair, _other) = DatagramSocket::pair().unwrap();
+        for socket in [&connected, &pair] {
+            while unconstrained(socket.send("filler", &[])).now_or_never().is_some() {}
+        }
+        let sends = [
+            connected.send("filler", &[]).boxed_local(),
+            unconnected.send_to("filler", &[], &address).boxed_local(),
+            pair.send("filler", &[]).boxed_local(),
+        ];
+        for mut send in sends {
+            let mut polls = 0;
+            let counted = poll_fn(|cx| {
+                polls += 1;
+                send.as_mut().poll(cx)
+            });
+            assert!(timeout(Duration::from_millis(100), counted).await.is_err());
+            assert!(polls < 50, "{polls} polls in vain");
+        }
     });
 }
 

@@ -20,7 +20,7 @@ use std::{
 };
 
 use common::{KINDS, PASSED, abstract_name, descriptors_of_a_child, marked, one_thread, other_uid, run, run_and_pass};
-use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
+use fdwire::{DatagramSocket, Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
 use futures::{FutureExt, SinkExt, TryStreamExt};
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
@@ -145,6 +145,26 @@ fn a_number_that_is_refused_keeps_its_file() {
             assert_eq!(client.try_next().await.unwrap().unwrap().payload, "accepted");
             assert!(has_passed(child.wait().unwrap()));
         }
+    });
+}
+
+#[test]
+fn a_datagram_socket_is_taken_by_its_number_too() {
+    const TEST: &str = "a_datagram_socket_is_taken_by_its_number_too";
+    if is_inner(TEST) {
+        return run_and_pass(async {
+            assert!(Socket::from_inherited(NUMBER).unwrap_err().to_string().contains("neither"));
+            let socket = DatagramSocket::from_inherited(NUMBER).unwrap();
+            assert!(is_close_on_exec(&socket) && !descriptors_of_a_child().contains("socket:"));
+            assert_eq!(DatagramSocket::from_inherited(NUMBER).unwrap_err().kind(), ErrorKind::ResourceBusy);
+            socket.send("here", &[]).await.unwrap();
+        });
+    }
+    run(async {
+        let (ours, theirs) = DatagramSocket::pair().unwrap();
+        let mut child = inner_with(TEST, theirs, marked(2)).spawn().unwrap();
+        assert_eq!(ours.recv().await.unwrap().payload, "here");
+        assert!(has_passed(child.wait().unwrap()));
     });
 }
 

@@ -44,6 +44,10 @@ impl DatagramSocket {
     ///
     /// # Cancel safety
     /// When dropped, the datagram was not sent.
+    ///
+    /// # Panics
+    /// If the kernel has too little of something, which no event announces, and the runtime's timer
+    /// is not enabled.
     pub async fn send(&self, payload: impl AsRef<[u8]>, fds: &[BorrowedFd<'_>]) -> Result<()> {
         self.send_with(payload.as_ref(), fds, None).await
     }
