@@ -13,7 +13,7 @@ use std::{
 };
 
 use fdwire::{
-    Error, Frame, FrameCodec, Framed, Limits, Parts, Socket, SocketKind,
+    Error, Frame, FrameCodec, Framed, Limits, Parts, PassCredentials, Socket, SocketKind,
     blocking::{self, Listener},
 };
 use futures::{SinkExt, TryStreamExt};
@@ -326,6 +326,30 @@ fn a_message_whose_encoder_panics_leaves_nothing_behind() {
         assert!(panicked.is_err());
         tx.send(Frame::new("after").with_fd(marked(2))).unwrap();
         assert_eq!(marks(&next(&mut rx)), [2]);
+    });
+}
+
+#[test]
+fn the_sender_of_a_message_is_known_if_the_socket_or_its_listener_asks() {
+    without_runtime(|kind| {
+        let own_pid = Some(std::process::id() as i32);
+        let (a, b) = blocking::Socket::pair(kind).unwrap();
+        b.set_pass_credentials(PassCredentials::Ids).unwrap();
+        let (mut tx, mut rx) = (blocking::Framed::new(a, large()), blocking::Framed::new(b, large()));
+        tx.send(Frame::new("")).unwrap();
+        assert!(rx.credentials().is_none());
+        next(&mut rx);
+        assert_eq!(rx.credentials().unwrap().pid, own_pid);
+
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = Listener::bind(&path, kind).unwrap();
+        listener.set_pass_credentials(PassCredentials::Ids).unwrap();
+        let mut client = blocking::Framed::new(blocking::Socket::connect(&path, kind).unwrap(), large());
+        client.send(Frame::new("before it is accepted")).unwrap();
+        let mut rx = blocking::Framed::new(listener.accept().unwrap(), large());
+        next(&mut rx);
+        assert_eq!(rx.credentials().unwrap().pid, own_pid);
     });
 }
 
