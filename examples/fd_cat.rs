@@ -1,8 +1,9 @@
 //! The "strange cat": `cat`, but the process that prints a file is not the one that opens it.
 //!
-//! A child opens the file and passes it, with its name, over a STREAM pair; the parent prints it. Shows how to start a
-//! child with a socket as its standard input, a frame with one descriptor, and a failure as a frame without one. The
-//! parent runs on tokio; the child is a small helper without a runtime (`fdwire::blocking`), which the parent cannot tell.
+//! A child opens the file and passes it, with its name, over a STREAM pair; the parent prints it.
+//! Shows how to start a child with a socket as its standard input, a frame with one descriptor, and
+//! a failure as a frame without one. The parent runs on tokio; the child is a small helper without
+//! a runtime (`fdwire::blocking`), which the parent cannot tell.
 //!
 //! ```sh
 //! cargo run --example fd_cat -- Cargo.toml

@@ -1,10 +1,12 @@
-//! The "open server" of *Advanced Programming in the UNIX Environment*: a client asks for files by path and mode, a
-//! server opens them and answers with the descriptor, or with the number of the error.
+//! The "open server" of *Advanced Programming in the UNIX Environment*: a client asks for files by
+//! path and mode, a server opens them and answers with the descriptor, or with the number of the
+//! error.
 //!
-//! Shows a typed protocol made of `FrameCodec` by `map`, where a reply is a file, an `errno`, or a note: ordinary data,
-//! which may come before each of the others. Both sides learn from the kernel who the other one is. The server is this
-//! process, on tokio; it starts the client, a command-line tool without a runtime (`fdwire::blocking`), which connects to a
-//! named socket and waits for each reply for ten seconds at most.
+//! Shows a typed protocol made of `FrameCodec` by `map`, where a reply is a file, an `errno`, or a
+//! note: ordinary data, which may come before each of the others. Both sides learn from the kernel
+//! who the other one is. The server is this process, on tokio; it starts the client, a command-line
+//! tool without a runtime (`fdwire::blocking`), which connects to a named socket and waits for each
+//! reply for ten seconds at most.
 //!
 //! ```sh
 //! cargo run --example open_server -- Cargo.toml missing       # prints the one, says why not the other
@@ -55,7 +57,8 @@ enum Reply {
     Note(String),
 }
 
-/// `F` with a descriptor, `E` and an error number, or `N` and a text. (A request is `r` or `a`, and the path.)
+/// `F` with a descriptor, `E` and an error number, or `N` and a text. (A request is `r` or `a`, and
+/// the path.)
 fn replies() -> impl Decoder<Item = Reply, Error = Error> + Encoder<Reply, Error = Error> {
     FrameCodec::default().map(
         |Frame { payload, fds }: Frame| match (&payload[..], fds.into_array()) {

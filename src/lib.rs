@@ -69,6 +69,8 @@
 //! # Ok(()) }
 //! ```
 //!
+//! Without a runtime, a command-line tool or a small helper sends and receives the same frames with [`blocking::Framed`].
+//!
 //! # What frames guarantee
 //!
 //! - **Descriptors belong to their messages**, however the kernel cuts and merges what is sent, and however many

@@ -20,7 +20,7 @@ use std::{
 };
 
 use common::{KINDS, PASSED, abstract_name, descriptors_of_a_child, marked, one_thread, other_uid, run, run_and_pass};
-use fdwire::{DatagramSocket, Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
+use fdwire::{DatagramSocket, Frame, FrameCodec, Framed, Listener, Socket, SocketKind, blocking};
 use futures::{FutureExt, SinkExt, TryStreamExt};
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
@@ -368,4 +368,64 @@ fn a_clone_is_another_handle_to_the_same_socket() {
             assert!(client.try_next().await.unwrap().is_none());
         }
     });
+}
+
+#[test]
+fn a_program_without_a_runtime_takes_its_sockets_in_the_same_way() {
+    const TEST: &str = "a_program_without_a_runtime_takes_its_sockets_in_the_same_way";
+    if is_inner(TEST) {
+        let socket = blocking::Socket::from_inherited(NUMBER).unwrap();
+        let listener = blocking::Listener::from_inherited(NUMBER + 1).unwrap();
+        assert!(is_close_on_exec(&socket) && is_close_on_exec(&listener));
+        for number in [NUMBER, NUMBER + 1] {
+            assert_eq!(target(number), "/dev/null");
+            let error = blocking::Socket::from_inherited(number).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ResourceBusy);
+            assert_eq!(Socket::from_inherited(number).unwrap_err().kind(), ErrorKind::ResourceBusy);
+        }
+        assert_eq!(blocking::Socket::from_stdin().unwrap_err().kind(), ErrorKind::InvalidInput);
+        let mut parent = blocking::Framed::new(socket, FrameCodec::default());
+        parent.send(Frame::new("here").with_fd(marked(1))).unwrap();
+        let mut client = blocking::Framed::new(listener.accept().unwrap(), FrameCodec::default());
+        client.send(Frame::new("accepted")).unwrap();
+        std::process::exit(PASSED);
+    }
+    for kind in KINDS {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let (ours, theirs) = blocking::Socket::pair(kind).unwrap();
+        let listener = blocking::Listener::bind(&path, kind).unwrap();
+        let client = blocking::Socket::connect(&path, kind).unwrap();
+        let mut command = inner_with(TEST, theirs, listener);
+        let mut child = command.spawn().unwrap();
+        drop(command);
+        let mut ours = blocking::Framed::new(ours, FrameCodec::default());
+        assert_eq!(common::marks(&ours.next().unwrap().unwrap()), [1]);
+        let mut client = blocking::Framed::new(client, FrameCodec::default());
+        assert_eq!(client.next().unwrap().unwrap().payload, "accepted");
+        assert!(ours.next().is_none() && client.next().is_none(), "somebody still has the sockets");
+        assert!(has_passed(child.wait().unwrap()));
+    }
+}
+
+#[test]
+fn a_program_without_a_runtime_takes_standard_input_away() {
+    const TEST: &str = "a_program_without_a_runtime_takes_standard_input_away";
+    if is_inner(TEST) {
+        let mut parent = blocking::Framed::new(blocking::Socket::from_stdin().unwrap(), FrameCodec::default());
+        assert_eq!(target(0), "/dev/null");
+        assert_eq!(blocking::Socket::from_stdin().unwrap_err().kind(), ErrorKind::ResourceBusy);
+        parent.send(Frame::new("here")).unwrap();
+        std::process::exit(PASSED);
+    }
+    for kind in KINDS {
+        let (ours, theirs) = blocking::Socket::pair(kind).unwrap();
+        let mut command = inner(TEST);
+        let mut child = command.stdin(OwnedFd::from(theirs)).spawn().unwrap();
+        drop(command);
+        let mut ours = blocking::Framed::new(ours, FrameCodec::default());
+        assert_eq!(ours.next().unwrap().unwrap().payload, "here");
+        assert!(ours.next().is_none());
+        assert!(has_passed(child.wait().unwrap()));
+    }
 }

@@ -65,8 +65,9 @@ impl Listener {
         ListenerState::bind(path.as_ref(), kind, mode).map(Self::new)
     }
 
-    /// Listens at an address; beside paths these are abstract names ([`std::os::linux::net::SocketAddrExt`]), which any
-    /// uid can connect to: admission is all that guards them.
+    /// Listens at an address; beside paths these are abstract names
+    /// ([`std::os::linux::net::SocketAddrExt`]), which any uid can connect to: admission is all
+    /// that guards them.
     ///
     /// # Errors
     /// As for [`bind`](Self::bind).
@@ -96,7 +97,8 @@ impl Listener {
         Self { fd, state, timeout: None }
     }
 
-    /// Admits these uids too, as [`fdwire::Listener::allow_uids`](crate::Listener::allow_uids) does.
+    /// Admits these uids too, as [`fdwire::Listener::allow_uids`](crate::Listener::allow_uids)
+    /// does.
     #[must_use]
     pub fn allow_uids(mut self, uids: impl IntoIterator<Item = u32>) -> Self {
         self.state.admission.allow_uids(uids);
@@ -118,8 +120,8 @@ impl Listener {
         self
     }
 
-    /// Returns the number of connections that were closed because their uid is not admitted, or has more
-    /// than the [limits](UidLimits) allow.
+    /// Returns the number of connections that were closed because their uid is not admitted, or has
+    /// more than the [limits](UidLimits) allow.
     pub fn refused(&self) -> u64 {
         self.state.admission.refused()
     }
@@ -142,7 +144,8 @@ impl Listener {
         self.state.set_pass_credentials(self.as_fd(), pass)
     }
 
-    /// Sets the time for which one call of [`accept`](Self::accept) waits. `None`, the default, is without end.
+    /// Sets the time for which one call of [`accept`](Self::accept) waits. `None`, the default, is
+    /// without end.
     pub fn set_accept_timeout(&mut self, timeout: Option<Duration>) {
         self.timeout = timeout;
     }
@@ -163,9 +166,9 @@ impl Listener {
     /// Waits for the next connection of an admitted uid. Any number of threads may wait at a time.
     ///
     /// # Errors
-    /// `TimedOut` if none came within the [time](Self::set_accept_timeout), and those of accept(2). `EMFILE` and `ENFILE` pass
-    /// when descriptors are closed: wait a little before the next call. Also those of setting up an accepted connection, which
-    /// is closed then.
+    /// `TimedOut` if none came within the [time](Self::set_accept_timeout), and those of accept(2).
+    /// `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call.
+    /// Also those of setting up an accepted connection, which is closed then.
     pub fn accept(&self) -> Result<Socket> {
         let deadline = Deadline::after(self.timeout);
         loop {
@@ -198,7 +201,8 @@ impl AsFd for Listener {
     }
 }
 
-/// Takes a listening Unix socket of either kind, and makes it non-blocking for every holder, as `fdwire::Listener` does.
+/// Takes a listening Unix socket of either kind, and makes it non-blocking for every holder, as
+/// `fdwire::Listener` does.
 ///
 /// # Errors
 /// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.

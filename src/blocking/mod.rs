@@ -1,9 +1,9 @@
-//! Messages with descriptors for a program **without a runtime**: a command-line tool that passes a descriptor to a service,
-//! a small helper in a sandbox.
+//! Messages with descriptors for a program **without a runtime**: a command-line tool that passes a
+//! descriptor to a service, a small helper in a sandbox.
 //!
-//! The frames, the codecs, the limits and the rules are those of the asynchronous side, and the peer cannot tell the
-//! difference. Each call waits in the calling thread, without end or for the time that was
-//! [set](Framed::set_read_timeout). Signals do not end a wait.
+//! The frames, the codecs, the limits and the rules are those of the asynchronous side, and the
+//! peer cannot tell the difference. Each call waits in the calling thread, without end or for the
+//! time that was [set](Framed::set_read_timeout). Signals do not end a wait.
 //!
 //! ```
 //! use std::{thread, time::Duration};
@@ -29,15 +29,15 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Descriptors and connections that a peer may have made slow are closed
-//! [in the background](crate::close_in_background), by threads that start with the first socket. So enter a new user
-//! namespace, or whatever else takes a process of one thread, before that.
+//! Descriptors and connections that a peer may have made slow are closed [in the
+//! background](crate::close_in_background), by threads that start with the first socket. So enter a
+//! new user namespace, or whatever else takes a process of one thread, before that.
 //!
-//! `RLIMIT_NOFILE` has to be at least 1, which poll(2) needs. A program that is not to open anything can set it to 1; then it
-//! can still send descriptors that it has, and receives none.
+//! `RLIMIT_NOFILE` has to be at least 1, which poll(2) needs. A program that is not to open
+//! anything can set it to 1; then it can still send descriptors that it has, and receives none.
 //!
-//! For sending from many tasks, [`fdwire::Sender`](crate::Sender) needs a runtime. Here, [`Framed::into_split`] gives halves to
-//! two threads.
+//! For sending from many tasks, [`fdwire::Sender`](crate::Sender) needs a runtime. Here,
+//! [`Framed::into_split`] gives halves to two threads.
 
 mod listener;
 mod read;
@@ -54,11 +54,12 @@ pub use write::WriteHalf;
 
 use crate::{Codec, Credentials, Decoder, Encoder, Error, Parts, SendError};
 
-/// Messages with descriptors over one socket: an [`Iterator`] of those that arrive, which waits for the next one, and
-/// [`send`](Self::send).
+/// Messages with descriptors over one socket: an [`Iterator`] of those that arrive, which waits for
+/// the next one, and [`send`](Self::send).
 ///
-/// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which [`into_split`](Self::into_split) gives away. They
-/// fail and end separately: what the peer had sent is still yielded after a write has failed.
+/// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which
+/// [`into_split`](Self::into_split) gives away. They fail and end separately: what the peer had
+/// sent is still yielded after a write has failed.
 ///
 /// `D` decodes and `E` encodes; usually they are one codec, and the type is `Framed<FrameCodec>`.
 ///
@@ -84,14 +85,16 @@ pub struct Framed<D, E = D> {
 }
 
 impl<C: Codec + Clone> Framed<C> {
-    /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the codec.
+    /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the
+    /// codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
 impl<D, E: Codec> Framed<D, E> {
-    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction that is not used.
+    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction
+    /// that is not used.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
         Self::from_parts(Parts::new(socket, decoder, encoder))
     }
@@ -115,7 +118,8 @@ impl<D, E: Codec> Framed<D, E> {
         Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
     }
 
-    /// Continues with other codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs) does, without timeouts.
+    /// Continues with other codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs)
+    /// does, without timeouts.
     pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
         Framed::from_parts(self.into_parts().map_codecs(map))
     }
@@ -131,7 +135,8 @@ impl<D, E: Codec> Framed<D, E> {
         self.read.set_read_timeout(timeout);
     }
 
-    /// Sets the time for which one call waits until the peer takes something. See [`WriteHalf::set_write_timeout`].
+    /// Sets the time for which one call waits until the peer takes something. See
+    /// [`WriteHalf::set_write_timeout`].
     pub fn set_write_timeout(&mut self, timeout: Option<Duration>) {
         self.write.set_write_timeout(timeout);
     }
@@ -141,7 +146,8 @@ impl<D, E: Codec> Framed<D, E> {
         self.read.socket()
     }
 
-    /// Returns the process that sent the message that was yielded last. See [`ReadHalf::credentials`].
+    /// Returns the process that sent the message that was yielded last. See
+    /// [`ReadHalf::credentials`].
     pub fn credentials(&self) -> Option<&Credentials> {
         self.read.credentials()
     }

@@ -17,11 +17,13 @@ use crate::{
     transport::{ReceiveSide, Receiving, Rest, Senders},
 };
 
-/// The receiving direction of a [`Framed`](super::Framed): an [`Iterator`] of messages, which waits for the next one.
+/// The receiving direction of a [`Framed`](super::Framed): an [`Iterator`] of messages, which waits
+/// for the next one.
 ///
-/// Yields what is complete before it receives again. After an error it ends; what had been received by then is closed. There
-/// is one exception: after [`Error::TimedOut`] it goes on. If the peer closed without reading everything, the last item is
-/// [`Error::Reset`], after all that the peer had sent.
+/// Yields what is complete before it receives again. After an error it ends; what had been received
+/// by then is closed. There is one exception: after [`Error::TimedOut`] it goes on. If the peer
+/// closed without reading everything, the last item is [`Error::Reset`], after all that the peer
+/// had sent.
 #[derive(Debug)]
 pub struct ReadHalf<D> {
     decoder: D,
@@ -41,11 +43,12 @@ impl<D> ReadHalf<D> {
         Self { decoder, receiver: Receiver { socket, side, timeout: None } }
     }
 
-    /// Sets the time for which one call of `next` waits for a message, which is then [`Error::TimedOut`]. What has
-    /// arrived of the message stays, so the next call can go on with it. `None`, the default, is without end; zero takes what is
-    /// there and does not wait.
+    /// Sets the time for which one call of `next` waits for a message, which is then
+    /// [`Error::TimedOut`]. What has arrived of the message stays, so the next call can go on with
+    /// it. `None`, the default, is without end; zero takes what is there and does not wait.
     ///
-    /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time) is counted apart from it.
+    /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time) is counted
+    /// apart from it.
     pub fn set_read_timeout(&mut self, timeout: Option<Duration>) {
         self.receiver.timeout = timeout;
     }
@@ -78,9 +81,8 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let Self { decoder, receiver } = self;
-        let Receiver { timeout, .. } = *receiver;
-        let deadline = Deadline::after(timeout);
-        let mut receives = 0;
+        let deadline = Deadline::after(receiver.timeout);
+        let mut receives = 0_u32;
         loop {
             let received = match receiver.side.next(decoder) {
                 Ok(Step::Item(item)) => return Some(Ok(item)),
@@ -96,7 +98,7 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
                 }
             };
             match received {
-                Ok(()) => receives += 1,
+                Ok(()) => receives = receives.saturating_add(1),
                 Err(Error::TimedOut) => return Some(Err(Error::TimedOut.into())),
                 Err(error) => {
                     receiver.side.fail(receiver.socket.endpoint());
@@ -107,8 +109,8 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
     }
 }
 
-/// What is there when the time is over is still taken. But after this number of receives the call ends, or a peer that sends
-/// one byte after the other could make it last.
+/// What is there when the time is over is still taken. But after this number of receives the call
+/// ends, or a peer that sends one byte after the other could make it last.
 const MOST_WHEN_OVER: u32 = 256;
 
 #[derive(Debug)]

@@ -21,9 +21,10 @@ use crate::{
 
 /// A connected Unix socket of either kind, for a program without a runtime.
 ///
-/// Used through [`Framed`](super::Framed). Converts from and into [`fdwire::Socket`](crate::Socket), and from `OwnedFd` and
-/// std's `UnixStream`; a descriptor of another type is refused with a clear error. `O_NONBLOCK`, which all holders of a socket
-/// share, makes no difference here and is left alone.
+/// Used through [`Framed`](super::Framed). Converts from and into
+/// [`fdwire::Socket`](crate::Socket), and from `OwnedFd` and std's `UnixStream`; a descriptor of
+/// another type is refused with a clear error. `O_NONBLOCK`, which all holders of a socket share,
+/// makes no difference here and is left alone.
 ///
 /// ```
 /// use fdwire::{SocketKind, blocking::Socket};
@@ -70,14 +71,14 @@ impl Socket {
     /// Connects to the listener at a path. Waits while the listener's backlog is full.
     ///
     /// # Errors
-    /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens), `PermissionDenied`, and
-    /// `EPROTOTYPE` (the listener is of the other kind).
+    /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens),
+    /// `PermissionDenied`, and `EPROTOTYPE` (the listener is of the other kind).
     pub fn connect(path: impl AsRef<Path>, kind: SocketKind) -> Result<Self> {
         Self::connect_addr(&SocketAddr::from_pathname(path)?, kind)
     }
 
-    /// Connects to an address; beside paths these are abstract names ([`std::os::linux::net::SocketAddrExt`]). Waits while the
-    /// listener's backlog is full.
+    /// Connects to an address; beside paths these are abstract names
+    /// ([`std::os::linux::net::SocketAddrExt`]). Waits while the listener's backlog is full.
     ///
     /// # Errors
     /// As for [`connect`](Self::connect).
@@ -108,8 +109,8 @@ impl Socket {
     }
 
     /// Returns another handle to the same socket, by another descriptor, as
-    /// [`fdwire::Socket::try_clone`](crate::Socket::try_clone) does. With it, another thread can end a wait by
-    /// [`shutdown`](Self::shutdown).
+    /// [`fdwire::Socket::try_clone`](crate::Socket::try_clone) does. With it, another thread can
+    /// end a wait by [`shutdown`](Self::shutdown).
     ///
     /// # Errors
     /// `EMFILE` and `ENFILE`.
@@ -123,7 +124,8 @@ impl Socket {
         self.state.kind()
     }
 
-    /// Returns who is at the other end, as [`fdwire::Socket::peer_cred`](crate::Socket::peer_cred) does.
+    /// Returns who is at the other end, as [`fdwire::Socket::peer_cred`](crate::Socket::peer_cred)
+    /// does.
     ///
     /// # Errors
     /// Those of getsockopt(2).
@@ -131,7 +133,8 @@ impl Socket {
         self.endpoint().peer_cred()
     }
 
-    /// Returns a pidfd of the process at the other end, as [`fdwire::Socket::peer_pidfd`](crate::Socket::peer_pidfd) does.
+    /// Returns a pidfd of the process at the other end, as
+    /// [`fdwire::Socket::peer_pidfd`](crate::Socket::peer_pidfd) does.
     ///
     /// # Errors
     /// As there.
@@ -175,9 +178,9 @@ impl Socket {
         self.endpoint().set_pass_credentials(pass)
     }
 
-    /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read` the peer's sends fail with
-    /// `EPIPE`, and what it sent before stays readable; then comes the end. A thread that waits to receive is woken, on both
-    /// kinds of socket.
+    /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
+    /// the peer's sends fail with `EPIPE`, and what it sent before stays readable; then comes the
+    /// end. A thread that waits to receive is woken, on both kinds of socket.
     ///
     /// # Errors
     /// `NotConnected`.
@@ -218,14 +221,16 @@ impl From<Socket> for OwnedFd {
     }
 }
 
-/// Takes the socket off its event loop. A connection that a listener has accepted still counts for its uid.
+/// Takes the socket off its event loop. A connection that a listener has accepted still counts for
+/// its uid.
 impl From<crate::Socket> for Socket {
     fn from(socket: crate::Socket) -> Self {
         Self::new(socket.into_unregistered())
     }
 }
 
-/// Registers the socket with tokio. A connection that a listener has accepted still counts for its uid.
+/// Registers the socket with tokio. A connection that a listener has accepted still counts for its
+/// uid.
 ///
 /// # Errors
 /// If the event loop can't take more. The socket is closed then.

@@ -62,9 +62,11 @@ pub(super) fn sleep(time: Duration, deadline: Deadline) -> bool {
     time < left
 }
 
-/// Waits until `poll` is ready, which has its waker woken. Returns false if it is not at the deadline.
+/// Waits until `poll` is ready, which has its waker woken. Returns false if it is not at the
+/// deadline.
 pub(super) fn until_woken(deadline: Deadline, mut poll: impl FnMut(&mut Context<'_>) -> Poll<()>) -> bool {
-    // The same waker for each call of a thread: one that is not woken in time is kept until it is woken.
+    // The same waker for each call of a thread: one that is not woken in time is kept until it is
+    // woken.
     thread_local! {
         static WAKER: Waker = thread_waker();
     }

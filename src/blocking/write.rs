@@ -15,14 +15,15 @@ use crate::{
 /// The sending direction of a [`Framed`](super::Framed).
 ///
 /// Messages that were [fed](Self::feed) wait until they are flushed, or until as many wait as the
-/// [limits](crate::Codec::limits) allow; all that wait go out together. A descriptor is closed right after the `sendmsg` that
-/// carried it, in the way that [`SendFd`](crate::SendFd) describes.
+/// [limits](crate::Codec::limits) allow; all that wait go out together. A descriptor is closed
+/// right after the `sendmsg` that carried it, in the way that [`SendFd`](crate::SendFd) describes.
 ///
-/// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each flush. What was
-/// accepted before and not sent is in [`into_parts`](super::Framed::into_parts). [`Error::TimedOut`] is no failure: the next
-/// call goes on.
+/// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each
+/// flush. What was accepted before and not sent is in [`into_parts`](super::Framed::into_parts).
+/// [`Error::TimedOut`] is no failure: the next call goes on.
 ///
-/// Dropping it shuts down the sending direction (the peer sees the end of the stream) and closes what was not flushed.
+/// Dropping it shuts down the sending direction (the peer sees the end of the stream) and closes
+/// what was not flushed.
 #[derive(Debug)]
 pub struct WriteHalf<E> {
     encoder: E,
@@ -30,9 +31,10 @@ pub struct WriteHalf<E> {
 }
 
 impl<E> WriteHalf<E> {
-    /// Sets the time for which one call waits until the peer takes something, which is then [`Error::TimedOut`]. What
-    /// was accepted and not sent stays in the queue, so the next call can go on with it. `None`, the default, is without end;
-    /// zero sends what the socket takes and does not wait.
+    /// Sets the time for which one call waits until the peer takes something, which is then
+    /// [`Error::TimedOut`]. What was accepted and not sent stays in the queue, so the next call can
+    /// go on with it. `None`, the default, is without end; zero sends what the socket takes and
+    /// does not wait.
     pub fn set_write_timeout(&mut self, timeout: Option<Duration>) {
         self.outbound.timeout = timeout;
     }
@@ -64,8 +66,9 @@ impl<E> WriteHalf<E> {
     /// Sends an item, and everything that was fed before.
     ///
     /// # Errors
-    /// What the encoder refuses, and those of [`flush`](Self::flush). The item comes back in the [`SendError`] if it was not
-    /// taken. It was taken if [`Error::TimedOut`] comes without it: the next call sends it.
+    /// What the encoder refuses, and those of [`flush`](Self::flush). The item comes back in the
+    /// [`SendError`] if it was not taken. It was taken if [`Error::TimedOut`] comes without it: the
+    /// next call sends it.
     pub fn send<I>(&mut self, item: I) -> Result<(), SendError<I, E::Error>>
     where
         E: Encoder<I>,
@@ -75,8 +78,8 @@ impl<E> WriteHalf<E> {
         self.outbound.flush(deadline).map_err(|error| SendError::from(E::Error::from(error)))
     }
 
-    /// Accepts an item for sending, and waits until there is room for it. Many items go out together with the next
-    /// [`flush`](Self::flush) or [`send`](Self::send).
+    /// Accepts an item for sending, and waits until there is room for it. Many items go out
+    /// together with the next [`flush`](Self::flush) or [`send`](Self::send).
     ///
     /// # Errors
     /// As for [`send`](Self::send). The item comes back with [`Error::TimedOut`].
@@ -105,15 +108,16 @@ impl<E> WriteHalf<E> {
     /// Sends everything that was accepted.
     ///
     /// # Errors
-    /// [`Error::TimedOut`] if that took longer than the [time](Self::set_write_timeout). [`Error::Io`] with the error of
-    /// `sendmsg`: `EPIPE` or `ECONNRESET` if the peer is gone, `EPERM` if it refuses descriptors, `EINVAL` for a descriptor that
-    /// cannot be passed (io_uring). The receiving direction goes on.
+    /// [`Error::TimedOut`] if that took longer than the [time](Self::set_write_timeout).
+    /// [`Error::Io`] with the error of `sendmsg`: `EPIPE` or `ECONNRESET` if the peer is gone,
+    /// `EPERM` if it refuses descriptors, `EINVAL` for a descriptor that cannot be passed
+    /// (io_uring). The receiving direction goes on.
     pub fn flush(&mut self) -> Result<(), Error> {
         self.outbound.flush(self.outbound.deadline())
     }
 
-    /// Flushes, then shuts down the sending direction, even if the flush has failed: the peer sees the end of the stream. The
-    /// receiving direction goes on.
+    /// Flushes, then shuts down the sending direction, even if the flush has failed: the peer sees
+    /// the end of the stream. The receiving direction goes on.
     ///
     /// # Errors
     /// As for [`flush`](Self::flush). After [`Error::TimedOut`] the direction is still open.
@@ -166,7 +170,8 @@ impl Outbound {
         Ok(())
     }
 
-    /// Makes one attempt to send, and waits for the next one to be of use. Returns false if that is not before the deadline.
+    /// Makes one attempt to send, and waits for the next one to be of use. Returns false if that is
+    /// not before the deadline.
     fn attempt(&mut self, backoff: &mut Backoff, deadline: Deadline) -> io::Result<bool> {
         match self.side.attempt(self.socket.endpoint())? {
             Attempt::Sent => *backoff = Backoff::default(),

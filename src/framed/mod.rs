@@ -29,8 +29,9 @@ use crate::{
 
 /// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
 ///
-/// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which [`into_split`](Self::into_split) gives away. They
-/// fail and end separately: what the peer had sent is still yielded after a write has failed.
+/// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which
+/// [`into_split`](Self::into_split) gives away. They fail and end separately: what the peer had
+/// sent is still yielded after a write has failed.
 ///
 /// `D` decodes and `E` encodes; mostly they are one codec, and the type is `Framed<FrameCodec>`.
 ///
@@ -53,10 +54,10 @@ use crate::{
 /// ```
 ///
 /// # Cancel safety
-/// `next()`, [`flush`](Self::flush), [`close`](Self::close) and [`reserve`](Self::reserve) can be dropped at any await
-/// and called again: nothing is lost. `send(item)`, `feed(item)` and `send_all` of
-/// [`SinkExt`](futures::SinkExt) lose the item, and close its descriptors, when they are dropped before they took it. Where that must
-/// not happen, `reserve` first.
+/// `next()`, [`flush`](Self::flush), [`close`](Self::close) and [`reserve`](Self::reserve) can be
+/// dropped at any await and called again: nothing is lost. `send(item)`, `feed(item)` and
+/// `send_all` of [`SinkExt`](futures::SinkExt) lose the item, and close its descriptors, when they
+/// are dropped before they took it. Where that must not happen, `reserve` first.
 #[derive(Debug)]
 pub struct Framed<D, E = D> {
     read: ReadHalf<D>,
@@ -64,14 +65,16 @@ pub struct Framed<D, E = D> {
 }
 
 impl<C: Codec + Clone> Framed<C> {
-    /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the codec.
+    /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the
+    /// codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
 impl<D, E: Codec> Framed<D, E> {
-    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction that is not used.
+    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction
+    /// that is not used.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
         Self::from_parts(Parts::new(socket, decoder, encoder))
     }
@@ -88,9 +91,10 @@ impl<D, E: Codec> Framed<D, E> {
 }
 
 impl<D, E> Framed<D, E> {
-    /// Takes everything apart: the socket, the codecs, what was received and not decoded, and what was accepted and not
-    /// sent. No message and no descriptor is lost, except that after an error of the receiving direction nothing of it is
-    /// left. Of a message that was sent in part, `unsent` has the rest.
+    /// Takes everything apart: the socket, the codecs, what was received and not decoded, and what
+    /// was accepted and not sent. No message and no descriptor is lost, except that after an error
+    /// of the receiving direction nothing of it is left. Of a message that was sent in part,
+    /// `unsent` has the rest.
     pub fn into_parts(self) -> Parts<D, E> {
         let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
         let (socket, encoder, unsent, sending) = self.write.into_parts();
@@ -99,8 +103,8 @@ impl<D, E> Framed<D, E> {
         Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
     }
 
-    /// Continues with other codecs: what was received and not decoded is decoded by the new one, and what was accepted by the
-    /// old one is sent as it is. For a handshake in another format.
+    /// Continues with other codecs: what was received and not decoded is decoded by the new one,
+    /// and what was accepted by the old one is sent as it is. For a handshake in another format.
     pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
         Framed::from_parts(self.into_parts().map_codecs(map))
     }
@@ -129,7 +133,8 @@ impl<D, E> Framed<D, E> {
         self.read.socket()
     }
 
-    /// Returns the process that sent the message that was yielded last: see [`ReadHalf::credentials`].
+    /// Returns the process that sent the message that was yielded last: see
+    /// [`ReadHalf::credentials`].
     pub fn credentials(&self) -> Option<&Credentials> {
         self.read.credentials()
     }

@@ -22,9 +22,10 @@ use crate::{
 
 /// The receiving direction of a [`Framed`](crate::Framed): a [`Stream`] of messages.
 ///
-/// Yields what is complete before it receives again. After an error it ends; what had been received by then is closed.
-/// Where the peer closed without reading everything, the last item is [`Error::Reset`], after all that the peer had sent;
-/// unless a send on another thread is being told so at that moment.
+/// Yields what is complete before it receives again. After an error it ends; what had been received
+/// by then is closed. Where the peer closed without reading everything, the last item is
+/// [`Error::Reset`], after all that the peer had sent; unless a send on another thread is being
+/// told so at that moment.
 ///
 /// # Cancel safety
 /// `next()` can be dropped at any await and called again: nothing is lost.
@@ -98,7 +99,8 @@ impl<D: Decoder> Stream for ReadHalf<D> {
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let Self { decoder, receiver } = self.get_mut();
         loop {
-            // Messages out of the buffer take no system call that would count, and a buffer holds thousands.
+            // Messages out of the buffer take no system call that would count, and a buffer holds
+            // thousands.
             while receiver.uncharged >= UNIT {
                 ready!(coop::poll_proceed(cx)).made_progress();
                 receiver.uncharged -= UNIT;
@@ -129,7 +131,8 @@ impl<D: Decoder> Stream for ReadHalf<D> {
 // Nothing in it is pinned: the decoder is only ever used through `&mut`.
 impl<D> Unpin for ReadHalf<D> {}
 
-/// What a unit of the cooperative budget pays for. A unit is about the time of a receive, which takes one of its own.
+/// What a unit of the cooperative budget pays for. A unit is about the time of a receive, which
+/// takes one of its own.
 const UNIT: u32 = 8;
 /// What a message out of the buffer costs.
 const MESSAGE: u32 = 1;
@@ -142,7 +145,8 @@ struct Receiver {
     side: ReceiveSide,
     /// The part of what was done that the cooperative budget was not charged for.
     uncharged: u32,
-    /// Set for the time until which the rest of a message is waited for, or for an earlier one. Made when it is needed first.
+    /// Set for the time until which the rest of a message is waited for, or for an earlier one.
+    /// Made when it is needed first.
     rest_timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -169,7 +173,8 @@ impl Receiver {
         }
     }
 
-    /// Called when nothing more is there to receive. Ready when the time for what is unfinished is over.
+    /// Called when nothing more is there to receive. Ready when the time for what is unfinished is
+    /// over.
     fn poll_rest(&mut self, cx: &mut Context<'_>, limit: Duration) -> Poll<()> {
         let Self { socket, side, rest_timer, .. } = self;
         loop {

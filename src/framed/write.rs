@@ -19,19 +19,21 @@ use crate::{
 
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
 ///
-/// Messages wait until they are flushed, or until as many wait as the [limits](Codec::limits) allow; all that wait go out
-/// together. A descriptor is closed right after the `sendmsg` that carried it, in the way that [`SendFd`](crate::SendFd)
-/// describes.
+/// Messages wait until they are flushed, or until as many wait as the [limits](Codec::limits)
+/// allow; all that wait go out together. A descriptor is closed right after the `sendmsg` that
+/// carried it, in the way that [`SendFd`](crate::SendFd) describes.
 ///
-/// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each flush. What was
-/// accepted before and not sent is in [`into_parts`](crate::Framed::into_parts).
+/// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each
+/// flush. What was accepted before and not sent is in [`into_parts`](crate::Framed::into_parts).
 ///
-/// Dropping it shuts down the sending direction (the peer sees the end of the stream) and closes what was not flushed.
+/// Dropping it shuts down the sending direction (the peer sees the end of the stream) and closes
+/// what was not flushed.
 ///
 /// # Cancel safety
-/// [`flush`](Self::flush), [`close`](Self::close) and [`reserve`](Self::reserve) can be dropped at any await and called
-/// again: nothing is lost. `send(item)` and `feed(item)` of [`SinkExt`](futures::SinkExt) lose the item, and close its
-/// descriptors, when they are dropped before they took it. Where that must not happen, `reserve` first.
+/// [`flush`](Self::flush), [`close`](Self::close) and [`reserve`](Self::reserve) can be dropped at
+/// any await and called again: nothing is lost. `send(item)` and `feed(item)` of
+/// [`SinkExt`](futures::SinkExt) lose the item, and close its descriptors, when they are dropped
+/// before they took it. Where that must not happen, `reserve` first.
 #[derive(Debug)]
 pub struct WriteHalf<E> {
     pub(super) encoder: E,
@@ -70,8 +72,9 @@ impl<E> WriteHalf<E> {
     /// Sends everything that was accepted.
     ///
     /// # Errors
-    /// [`Error::Io`] with what `sendmsg` said: `EPIPE` or `ECONNRESET` where the peer is gone, `EPERM` where it refuses
-    /// descriptors, `EINVAL` for a descriptor that cannot be passed (io_uring). The receiving direction goes on.
+    /// [`Error::Io`] with what `sendmsg` said: `EPIPE` or `ECONNRESET` where the peer is gone,
+    /// `EPERM` where it refuses descriptors, `EINVAL` for a descriptor that cannot be passed
+    /// (io_uring). The receiving direction goes on.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped. Call it again to send the rest.
@@ -79,8 +82,8 @@ impl<E> WriteHalf<E> {
         poll_fn(|cx| self.outbound.poll_flush(cx)).await
     }
 
-    /// Flushes, then shuts down the sending direction, also where the flush has failed: the peer sees the end of the stream. The
-    /// receiving direction goes on.
+    /// Flushes, then shuts down the sending direction, also where the flush has failed: the peer
+    /// sees the end of the stream. The receiving direction goes on.
     ///
     /// # Errors
     /// As for [`flush`](Self::flush).
@@ -91,8 +94,8 @@ impl<E> WriteHalf<E> {
         poll_fn(|cx| self.outbound.poll_close(cx)).await
     }
 
-    /// For sending from many tasks: a [`Sender`] that can be cloned, and the [`Driver`] that sends what they accept, which is a
-    /// future to be spawned. What was accepted before is sent first.
+    /// For sending from many tasks: a [`Sender`] that can be cloned, and the [`Driver`] that sends
+    /// what they accept, which is a future to be spawned. What was accepted before is sent first.
     pub fn into_sender(self) -> (Sender<E>, Driver<E>) {
         let shared = Arc::new(Shared::new(self.encoder, &self.outbound));
         (Sender::new(Arc::clone(&shared)), Driver::new(shared, self.outbound))
@@ -106,7 +109,8 @@ impl<E: Codec> WriteHalf<E> {
         Self { encoder, outbound }
     }
 
-    /// Waits for room for one message. [`Permit::send`] then takes it at once, so a cancelled task still has its item.
+    /// Waits for room for one message. [`Permit::send`] then takes it at once, so a cancelled task
+    /// still has its item.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -161,8 +165,8 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
         if outbound.side.surely_has_room(&encoder.limits()) {
             return Poll::Ready(Ok(()));
         }
-        // Ready in spite of an error: `start_send` then gives it together with the item, which `SinkExt::send` would drop
-        // here.
+        // Ready in spite of an error: `start_send` then gives it together with the item, which
+        // `SinkExt::send` would drop here.
         outbound.poll_ready(cx, &encoder.limits()).map(|_| Ok(()))
     }
 
@@ -204,8 +208,8 @@ impl Outbound {
         self.side.unsent()
     }
 
-    /// Whether what waits does so for want of kernel memory, or of descriptors in flight, and through no fault of the receiver: it
-    /// has received all that was sent.
+    /// Whether what waits does so for want of kernel memory, or of descriptors in flight, and
+    /// through no fault of the receiver: it has received all that was sent.
     pub(crate) fn waits_for_the_kernel(&self) -> bool {
         self.wait.is_for_a_while() && sys::unreceived(self.socket.as_fd()).is_ok_and(|bytes| bytes == 0)
     }

@@ -51,8 +51,8 @@ pub(crate) fn connected(fd: OwnedFd) -> Result<(BackgroundFd, SocketState)> {
     Ok((state.guard(fd), state))
 }
 
-/// Returns a descriptor that passes a check, with what the check returns. Another one is closed in the background: a
-/// peer that sent it may have made its `close` slow.
+/// Returns a descriptor that passes a check, with what the check returns. Another one is closed in
+/// the background: a peer that sent it may have made its `close` slow.
 pub(super) fn checked<T>(fd: OwnedFd, check: impl FnOnce(&OwnedFd) -> Result<T>) -> Result<(OwnedFd, T)> {
     match check(&fd) {
         Ok(found) => Ok((fd, found)),

@@ -39,8 +39,8 @@ pub(crate) struct SocketState {
 }
 
 impl SocketState {
-    /// Returns the state of a socket that nobody has used yet. Its connection counts for its peer's uid
-    /// if there is a share.
+    /// Returns the state of a socket that nobody has used yet. Its connection counts for its peer's
+    /// uid if there is a share.
     pub(crate) fn new(kind: SocketKind, uid_share: Option<UidShare>) -> Self {
         closer::start();
         let account = Arc::new(uid_share.as_ref().map(UidShare::closing_account).unwrap_or_default());
@@ -84,8 +84,8 @@ pub(crate) enum Attempt {
     Again,
     /// The socket takes nothing until it is writable.
     Full,
-    /// The kernel has too little of something. No event announces when that has changed, so try again
-    /// after a while.
+    /// The kernel has too little of something. No event announces when that has changed, so try
+    /// again after a while.
     Scarce,
 }
 
@@ -102,8 +102,8 @@ impl<'a> Endpoint<'a> {
         &self.state.account
     }
 
-    /// Calls `receive`, which makes one [`recvmsg`](sys::recvmsg). Returns `None` if nothing is there.
-    /// `ECONNRESET` is no error: [`was_reset`](Self::was_reset) reports it at the end.
+    /// Calls `receive`, which makes one [`recvmsg`](sys::recvmsg). Returns `None` if nothing is
+    /// there. `ECONNRESET` is no error: [`was_reset`](Self::was_reset) reports it at the end.
     ///
     /// # Errors
     /// Those of recvmsg(2).
@@ -145,8 +145,8 @@ impl<'a> Endpoint<'a> {
         }
     }
 
-    /// Returns true if the peer has closed with unread data. The kernel reports that once, to a receive
-    /// or to a send: on STREAM after the data that is left to read, on SEQPACKET before it.
+    /// Returns true if the peer has closed with unread data. The kernel reports that once, to a
+    /// receive or to a send: on STREAM after the data that is left to read, on SEQPACKET before it.
     pub(crate) fn was_reset(self) -> bool {
         self.state.reset.load(Ordering::Relaxed)
     }

@@ -28,9 +28,9 @@ impl Socket {
     /// Waits until something is there, and calls `receive`, which makes one
     /// [`recvmsg`](sys::recvmsg).
     ///
-    /// Readiness is kept until nothing is left for sure, since no new event comes for data that is left behind. Usually only
-    /// `EAGAIN` proves that. A read of a stream that ends early proves it too, unless [something splits](Self::is_drained)
-    /// reads.
+    /// Readiness is kept until nothing is left for sure, since no new event comes for data that is
+    /// left behind. Usually only `EAGAIN` proves that. A read of a stream that ends early proves it
+    /// too, unless [something splits](Self::is_drained) reads.
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
@@ -52,9 +52,10 @@ impl Socket {
 
     /// Returns true if a receive has taken everything that was there when it began.
     ///
-    /// The kernel ends the read of a stream early at three places: behind bytes that came with descriptors, between data of
-    /// different processes if credentials are on, and before the out-of-band mark. The first two bring control data. The third
-    /// is announced as priority readiness, which stays set from then on.
+    /// The kernel ends the read of a stream early at three places: behind bytes that came with
+    /// descriptors, between data of different processes if credentials are on, and before the
+    /// out-of-band mark. The first two bring control data. The third is announced as priority
+    /// readiness, which stays set from then on.
     fn is_drained(&self, received: &Received) -> bool {
         let stream = self.kind() == SocketKind::Stream;
         let split = received.with_control || received.bytes == 0;
@@ -67,7 +68,8 @@ impl Socket {
         tokio::time::sleep_until(deadline)
     }
 
-    /// Makes attempts until one of them has sent something. Tries first and waits only when the socket takes nothing.
+    /// Makes attempts until one of them has sent something. Tries first and waits only when the
+    /// socket takes nothing.
     pub(crate) fn poll_send(
         &self,
         cx: &mut Context<'_>,
@@ -84,7 +86,8 @@ impl Socket {
                     return Poll::Ready(Ok(()));
                 }
                 Attempt::Again => {}
-                // Readiness from before the send may be stale. Ask for it, and only if it is stale then, wait.
+                // Readiness from before the send may be stale. Ask for it, and only if it is stale
+                // then, wait.
                 Attempt::Full => match &mut ready {
                     _ if self.quiet => wait.for_duplicate(self)?,
                     Some(ready) => ready.clear_ready(),

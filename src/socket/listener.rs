@@ -27,8 +27,8 @@ use crate::{closer::BackgroundFd, sys};
 /// a second, with the number of connections refused since the last one.
 ///
 /// **How much one uid may have.** The connections of a uid share [limits](UidLimits), which
-/// [`limit_each_uid`](Self::limit_each_uid) changes. A connection above them is refused like that of a
-/// uid that is not admitted.
+/// [`limit_each_uid`](Self::limit_each_uid) changes. A connection above them is refused like that
+/// of a uid that is not admitted.
 ///
 /// **In a user namespace** that does not map every uid, the kernel reports each uid without a
 /// mapping as the overflow uid (`/proc/sys/kernel/overflowuid`, usually 65534). A peer with this
@@ -38,12 +38,14 @@ use crate::{closer::BackgroundFd, sys};
 /// owner or privileged. For anything else, combine [`allow_any_uid`](Self::allow_any_uid) with the
 /// mode of the path or its directory, or give each process one end of a [`Socket::pair`].
 ///
-/// **Who owns the path.** A lock file beside it (`<path>.lock`) is held as long as the listener lives. A stale socket is replaced; one
-/// that a live process listens on is not, and neither is any other kind of file. On drop the socket is removed, if it is
-/// still the one that was bound. Converted into an `OwnedFd`, the listener leaves it in place for the next holder.
+/// **Who owns the path.** A lock file beside it (`<path>.lock`) is held as long as the listener
+/// lives. A stale socket is replaced; one that a live process listens on is not, and neither is any
+/// other kind of file. On drop the socket is removed, if it is still the one that was bound.
+/// Converted into an `OwnedFd`, the listener leaves it in place for the next holder.
 ///
 /// # Panics
-/// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not enabled.
+/// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not
+/// enabled.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
@@ -83,8 +85,9 @@ impl Listener {
         Self::register(ListenerState::bind(path.as_ref(), kind, mode)?)
     }
 
-    /// Listens at an address; beside paths these are abstract names ([`std::os::linux::net::SocketAddrExt`]), which any
-    /// uid can connect to: admission is all that guards them.
+    /// Listens at an address; beside paths these are abstract names
+    /// ([`std::os::linux::net::SocketAddrExt`]), which any uid can connect to: admission is all
+    /// that guards them.
     ///
     /// # Errors
     /// As for [`bind`](Self::bind).
@@ -127,8 +130,8 @@ impl Listener {
         self
     }
 
-    /// Replaces the limits of what the connections of one uid may hold together. To be called before the
-    /// first connection is accepted: those accepted before count apart.
+    /// Replaces the limits of what the connections of one uid may hold together. To be called
+    /// before the first connection is accepted: those accepted before count apart.
     ///
     /// ```no_run
     /// # fn main() -> std::io::Result<()> {
@@ -144,8 +147,8 @@ impl Listener {
         self
     }
 
-    /// Returns the number of connections that were closed because their uid is not admitted, or has more
-    /// than the [limits](UidLimits) allow.
+    /// Returns the number of connections that were closed because their uid is not admitted, or has
+    /// more than the [limits](UidLimits) allow.
     pub fn refused(&self) -> u64 {
         self.state.admission.refused()
     }
@@ -166,10 +169,12 @@ impl Listener {
     }
 
     /// Chooses what is reported about the senders of messages on the accepted connections, as
-    /// [`Socket::set_pass_credentials`] does for one connection. The default is [`PassCredentials::No`].
+    /// [`Socket::set_pass_credentials`] does for one connection. The default is
+    /// [`PassCredentials::No`].
     ///
-    /// A connection inherits the option when the client connects, and gets it when it is accepted at the latest. So
-    /// nothing that a client sends escapes it: what is sent before the accept is reported with its sender in any case.
+    /// A connection inherits the option when the client connects, and gets it when it is accepted
+    /// at the latest. So nothing that a client sends escapes it: what is sent before the accept is
+    /// reported with its sender in any case.
     ///
     /// # Errors
     /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
@@ -223,8 +228,9 @@ impl Listener {
         }
     }
 
-    /// Takes the next connection and registers it. `None` after one that is not admitted: the next is another turn for the
-    /// cooperative budget, or peers that are refused could keep the runtime busy.
+    /// Takes the next connection and registers it. `None` after one that is not admitted: the next
+    /// is another turn for the cooperative budget, or peers that are refused could keep the runtime
+    /// busy.
     ///
     /// # Errors
     /// `WouldBlock` if nobody waits.
@@ -234,8 +240,9 @@ impl Listener {
     }
 }
 
-/// Takes a listening Unix socket of either kind, inherited or received, and makes it non-blocking for every holder: another
-/// one that makes it blocking again would have `accept` block the runtime. The path, if it has one, stays as it is on drop.
+/// Takes a listening Unix socket of either kind, inherited or received, and makes it non-blocking
+/// for every holder: another one that makes it blocking again would have `accept` block the
+/// runtime. The path, if it has one, stays as it is on drop.
 ///
 /// # Errors
 /// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.

@@ -1,5 +1,5 @@
-//! A listener without a way to wait for connections: what the asynchronous and the blocking `Listener`
-//! have in common.
+//! A listener without a way to wait for connections: what the asynchronous and the blocking
+//! `Listener` have in common.
 
 use std::{
     io::{Error, ErrorKind, Result},
@@ -34,8 +34,8 @@ use crate::{
     sys,
 };
 
-/// Number of refused connections that may wait to be closed. Peers connect faster than the closer's thread
-/// gets its turn, and each refused connection holds a descriptor until then.
+/// Number of refused connections that may wait to be closed. Peers connect faster than the closer's
+/// thread gets its turn, and each refused connection holds a descriptor until then.
 const MAX_CLOSING: usize = 64;
 
 /// What belongs to a listener besides its descriptor, which is non-blocking.
@@ -46,8 +46,9 @@ pub(crate) struct ListenerState {
     /// Refused connections that wait to be closed.
     closing: Arc<Account>,
     path: Option<PathGuard>,
-    /// Set for each connection, if there is one. A connection copies `SO_PASSCRED` from the listener when
-    /// the client connects, so those that are in the backlog when it changes have what it was before.
+    /// Set for each connection, if there is one. A connection copies `SO_PASSCRED` from the
+    /// listener when the client connects, so those that are in the backlog when it changes have
+    /// what it was before.
     credentials: Mutex<Option<PassCredentials>>,
     /// False after [`set_pass_fds(false)`](Self::set_pass_fds).
     pass_fds: AtomicBool,
@@ -123,8 +124,8 @@ impl ListenerState {
         self.closing.poll_at_most(cx, MAX_CLOSING)
     }
 
-    /// Takes the next connection. `None` after one that is not admitted: whoever accepts can give others
-    /// a turn then, or peers that are refused could keep it busy.
+    /// Takes the next connection. `None` after one that is not admitted: whoever accepts can give
+    /// others a turn then, or peers that are refused could keep it busy.
     ///
     /// # Errors
     /// `WouldBlock` if nobody waits.
@@ -182,8 +183,8 @@ pub(crate) fn listener_addr(listener: BorrowedFd<'_>) -> Result<SocketAddr> {
 
 /// Turns `WouldBlock` into another kind of error.
 ///
-/// After `accept` has succeeded, it would be taken for an answer of `accept`: tokio would forget that
-/// connections are waiting, and the caller would never learn that one was accepted and closed.
+/// After `accept` has succeeded, it would be taken for an answer of `accept`: tokio would forget
+/// that connections are waiting, and the caller would never learn that one was accepted and closed.
 pub(super) fn not_would_block(error: Error) -> Error {
     match error.kind() {
         ErrorKind::WouldBlock => Error::other(format!("an accepted connection was closed: {error}")),

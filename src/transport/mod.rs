@@ -1,7 +1,8 @@
-//! Messages over one socket, **without waiting**: each call makes one attempt, and its result says what to wait for.
+//! Messages over one socket, **without waiting**: each call makes one attempt, and its result says
+//! what to wait for.
 //!
-//! [`framed`](crate::Framed) waits with tokio and [`blocking`](crate::blocking) with `poll(2)`. The rules of sending and
-//! receiving are here, once for both.
+//! [`framed`](crate::Framed) waits with tokio and [`blocking`](crate::blocking) with `poll(2)`. The
+//! rules of sending and receiving are here, once for both.
 
 mod parts;
 mod receive;

@@ -5,8 +5,8 @@ use bytes::BytesMut;
 use super::{Receiving, Senders, Sending};
 use crate::{FdQueue, SendBuf, Socket};
 
-/// What a [`Framed`](crate::Framed) consists of, from [`Framed::into_parts`](crate::Framed::into_parts). `S` is the type of
-/// its socket.
+/// What a [`Framed`](crate::Framed) consists of, from
+/// [`Framed::into_parts`](crate::Framed::into_parts). `S` is the type of its socket.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Parts<D, E = D, S = Socket> {
@@ -20,9 +20,9 @@ pub struct Parts<D, E = D, S = Socket> {
     pub received: BytesMut,
     /// Descriptors received that no message has claimed.
     pub received_fds: FdQueue<OwnedFd>,
-    /// Bytes and descriptors accepted and not sent. What you append is sent as one more message, with the
-    /// [grouping](crate::Codec::grouping) that the encoder asks for when everything is put together again. If no call can
-    /// carry it, the sending direction has failed then.
+    /// Bytes and descriptors accepted and not sent. What you append is sent as one more message,
+    /// with the [grouping](crate::Codec::grouping) that the encoder asks for when everything is put
+    /// together again. If no call can carry it, the sending direction has failed then.
     pub unsent: SendBuf,
     /// How far each direction has come: what has ended stays so.
     pub(crate) receiving: Receiving,

@@ -62,8 +62,8 @@ impl ReceiveSide {
         self.inbound.next(decoder)
     }
 
-    /// Reports what has arrived of messages that are not complete. To be called after [`next`](Self::next) has left nothing
-    /// else.
+    /// Reports what has arrived of messages that are not complete. To be called after
+    /// [`next`](Self::next) has left nothing else.
     ///
     /// # Errors
     /// [`Error::OverUidLimit`] if that is more than the peer's uid may have.
@@ -91,8 +91,8 @@ impl ReceiveSide {
         sys::recvmsg(socket, &mut self.inbound.bytes, most.max(1), &mut self.inbound.fds)
     }
 
-    /// Takes note of what a [`receive`](Self::receive) has brought. `is_rest` if [part](Self::has_part) of a message
-    /// was there before.
+    /// Takes note of what a [`receive`](Self::receive) has brought. `is_rest` if
+    /// [part](Self::has_part) of a message was there before.
     ///
     /// # Errors
     /// [`Error::TruncatedPacket`] and [`Error::MixedSenders`].
@@ -115,7 +115,8 @@ impl ReceiveSide {
         Ok(())
     }
 
-    /// Returns how long the rest of a message may be waited for. To be called when nothing is there to receive.
+    /// Returns how long the rest of a message may be waited for. To be called when nothing is there
+    /// to receive.
     pub(crate) fn rest(&mut self, limit: Duration, now: impl FnOnce() -> Instant) -> Rest {
         self.timing.rest(self.inbound.unfinished(), limit, now)
     }
@@ -201,3 +202,56 @@ impl RestTiming {
 
 /// A deadline that is noticed this much later was not waited for.
 const LATE: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    fn nothing() -> Unfinished {
+        Unfinished::default()
+    }
+
+    /// One message has arrived in part.
+    fn part() -> Unfinished {
+        Inbound::<OwnedFd>::new(false, BytesMut::from("part"), FdQueue::new()).unfinished()
+    }
+
+    #[test]
+    fn the_time_for_the_rest_begins_when_nothing_more_is_there() {
+        let start = Instant::now();
+        let at = |seconds| move || start + Duration::from_secs(seconds);
+        let mut timing = RestTiming::default();
+        assert_eq!(timing.rest(nothing(), LIMIT, || unreachable!("nobody waits")), Rest::Unlimited);
+        assert_eq!(timing.rest(part(), LIMIT, at(5)), Rest::Until(at(35)()));
+        assert_eq!(timing.rest(part(), LIMIT, at(34)), Rest::Until(at(35)()), "more of it gives no more time");
+        assert_eq!(timing.rest(part(), LIMIT, at(35)), Rest::Over);
+
+        assert_eq!(timing.rest(nothing(), LIMIT, at(35)), Rest::Unlimited);
+        assert_eq!(timing.rest(part(), LIMIT, at(36)), Rest::Until(at(66)()), "the next message has a time of its own");
+    }
+
+    #[test]
+    fn a_time_that_nobody_has_waited_for_does_not_count() {
+        let start = Instant::now();
+        let mut timing = RestTiming::default();
+        timing.rest(part(), LIMIT, || start);
+        let late = start + LIMIT + LATE + Duration::from_millis(1);
+        assert_eq!(timing.rest(part(), LIMIT, || late), Rest::Until(late + LIMIT));
+        assert_eq!(timing.rest(part(), LIMIT, || late + LIMIT), Rest::Over);
+    }
+
+    #[test]
+    fn a_limit_longer_than_the_clock_reaches_is_none() {
+        let mut timing = RestTiming::default();
+        for _ in 0..2 {
+            assert_eq!(timing.rest(part(), Duration::MAX, Instant::now), Rest::Unlimited);
+        }
+    }
+
+    #[test]
+    fn no_time_at_all_is_over_at_once() {
+        assert_eq!(RestTiming::default().rest(part(), Duration::ZERO, Instant::now), Rest::Over);
+    }
+}

@@ -105,8 +105,8 @@ impl SendSide {
         self.state.error().unwrap_or(Error::Closed)
     }
 
-    /// Returns true only if there is room for one more message. Otherwise there may be room all the same: see
-    /// [`Limits::leave_room_beside`], which takes longer.
+    /// Returns true only if there is room for one more message. Otherwise there may be room all the
+    /// same: see [`Limits::leave_room_beside`], which takes longer.
     #[inline]
     pub(crate) fn surely_has_room(&self, limits: &Limits) -> bool {
         self.buf.len() < limits.max_queued_bytes && self.buf.fd_count() < limits.max_queued_fds
@@ -143,10 +143,12 @@ impl SendSide {
     fn recover(&mut self, socket: Endpoint<'_>, failed: Plan, error: io::Error) -> io::Result<Attempt> {
         match error.raw_os_error() {
             Some(libc::EAGAIN) => return Ok(Attempt::Full),
-            // Too many descriptors of this uid are in flight, or there is no memory for more. They get fewer when
-            // receivers receive, which no event announces: the socket reports writable all along.
+            // Too many descriptors of this uid are in flight, or there is no memory for more. They
+            // get fewer when receivers receive, which no event announces: the socket reports
+            // writable all along.
             Some(libc::ETOOMANYREFS | libc::ENOMEM) => return Ok(Attempt::Scarce),
-            // The send buffer holds no packet of this size: it has been made smaller, or else the error is final.
+            // The send buffer holds no packet of this size: it has been made smaller, or else the
+            // error is final.
             Some(libc::EMSGSIZE) => {
                 let (largest, max_packet_bytes) = largest_call(socket);
                 if max_packet_bytes != self.buf.max_packet_bytes() {

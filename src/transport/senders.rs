@@ -23,8 +23,8 @@ pub(crate) struct Senders {
 }
 
 impl Senders {
-    /// Returns true if the sender of anything is known. If not, receives without credentials need not
-    /// be noted.
+    /// Returns true if the sender of anything is known. If not, receives without credentials need
+    /// not be noted.
     pub(super) fn know_any(&self) -> bool {
         self.last.is_some() || self.before.is_some()
     }

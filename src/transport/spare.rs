@@ -8,7 +8,8 @@ use std::cell::RefCell;
 
 use bytes::BytesMut;
 
-/// Most buffers that a thread keeps. They take 2 MiB if they have the usual size, and at most 4 MiB.
+/// Most buffers that a thread keeps. They take 2 MiB if they have the usual size, and at most
+/// 4 MiB.
 const MOST: usize = 8;
 
 thread_local! {

@@ -1,4 +1,5 @@
-//! What only the blocking side has: its calls wait in the thread that makes them, for a time that can be limited.
+//! What only the blocking side has: its calls wait in the thread that makes them, for a time that
+//! can be limited.
 
 use std::{
     net::Shutdown,
@@ -12,7 +13,7 @@ use std::{
 };
 
 use fdwire::{
-    Error, Frame, FrameCodec, Framed, Limits, Parts, Socket, SocketKind,
+    Error, Frame, FrameCodec, Framed, Limits, Parts, PassCredentials, Socket, SocketKind,
     blocking::{self, Listener},
 };
 use futures::{SinkExt, TryStreamExt};
@@ -58,6 +59,16 @@ fn with_raw_peer(kind: SocketKind) -> (blocking::Framed<FrameCodec>, OwnedFd) {
 #[track_caller]
 fn next(rx: &mut blocking::Framed<FrameCodec>) -> Frame {
     rx.next().unwrap().unwrap()
+}
+
+#[test]
+fn everything_can_move_between_threads() {
+    fn check<T: Send + Sync + 'static>() {}
+    check::<blocking::Socket>();
+    check::<Listener>();
+    check::<blocking::Framed<FrameCodec>>();
+    check::<blocking::ReadHalf<FrameCodec>>();
+    check::<blocking::WriteHalf<FrameCodec>>();
 }
 
 #[test]
@@ -177,7 +188,8 @@ fn a_write_that_times_out_loses_nothing() {
     });
 }
 
-/// The call ends before the time that the peer has for the rest of the frame, and goes on counting it.
+/// The call ends before the time that the peer has for the rest of the frame, and goes on counting
+/// it.
 #[test]
 fn the_time_for_an_unfinished_frame_goes_on_over_calls_that_time_out() {
     without_runtime(|kind| {
@@ -317,6 +329,30 @@ fn a_message_whose_encoder_panics_leaves_nothing_behind() {
     });
 }
 
+#[test]
+fn the_sender_of_a_message_is_known_if_the_socket_or_its_listener_asks() {
+    without_runtime(|kind| {
+        let own_pid = Some(std::process::id() as i32);
+        let (a, b) = blocking::Socket::pair(kind).unwrap();
+        b.set_pass_credentials(PassCredentials::Ids).unwrap();
+        let (mut tx, mut rx) = (blocking::Framed::new(a, large()), blocking::Framed::new(b, large()));
+        tx.send(Frame::new("")).unwrap();
+        assert!(rx.credentials().is_none());
+        next(&mut rx);
+        assert_eq!(rx.credentials().unwrap().pid, own_pid);
+
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = Listener::bind(&path, kind).unwrap();
+        listener.set_pass_credentials(PassCredentials::Ids).unwrap();
+        let mut client = blocking::Framed::new(blocking::Socket::connect(&path, kind).unwrap(), large());
+        client.send(Frame::new("before it is accepted")).unwrap();
+        let mut rx = blocking::Framed::new(listener.accept().unwrap(), large());
+        next(&mut rx);
+        assert_eq!(rx.credentials().unwrap().pid, own_pid);
+    });
+}
+
 /// In a process of its own, which is a program without a runtime as they are.
 #[test]
 fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
@@ -355,7 +391,8 @@ fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
 fn too_many_descriptors_in_flight_are_waited_for() {
     const ROLE: &str = "blocking::too_many_descriptors_in_flight_are_waited_for";
     if let Some(socket) = role_socket(ROLE) {
-        // In flight, over all processes of the uid: no more than this, checked before more are added.
+        // In flight, over all processes of the uid: no more than this, checked before more are
+        // added.
         setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
         let mut tx = blocking::Framed::new(blocking::Socket::try_from(socket).unwrap(), FrameCodec::default());
         let null = std::fs::File::open("/dev/null").unwrap();

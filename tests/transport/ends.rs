@@ -21,7 +21,8 @@ fn three_frames() -> Vec<u8> {
     [encoded(b"one", 1), encoded(b"two", 0), encoded(b"three", 2)].concat()
 }
 
-/// Checks what a receiver yields of the first `cut` bytes of [`three_frames`], after which the peer is gone.
+/// Checks what a receiver yields of the first `cut` bytes of [`three_frames`], after which the peer
+/// is gone.
 async fn check_cut(mut rx: End<FrameCodec>, cut: usize) {
     let ends = [11, 22, 35];
     for (payload, fds) in [("one", vec![1]), ("two", vec![]), ("three", vec![2, 3])]

@@ -14,7 +14,8 @@ use crate::{
     side::{End, FrameLike, SHORT, Side, end_with_raw_peer, ends, on_both_sides},
 };
 
-/// Makes an end fail. Returns `None` if this kind of socket, or this kernel, does not fail in this way.
+/// Makes an end fail. Returns `None` if this kind of socket, or this kernel, does not fail in this
+/// way.
 type Provoke = fn(SocketKind, Side) -> LocalBoxFuture<'static, Option<Error>>;
 
 /// Which error, where it comes from, how it is provoked, and what it says.

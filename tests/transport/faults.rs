@@ -9,7 +9,8 @@ use crate::{
     side::{End, Side, end_with_raw_peer, on_both_sides},
 };
 
-/// What receivers of both sorts say to these bytes, sent with so many descriptors, and then the end.
+/// What receivers of both sorts say to these bytes, sent with so many descriptors, and then the
+/// end.
 async fn fault(kind: SocketKind, bytes: &[u8], fds: u32) -> Error {
     let [error, blocking] =
         [fault_of(kind, Side::Async, bytes, fds).await, fault_of(kind, Side::Blocking, bytes, fds).await];
@@ -109,7 +110,8 @@ fn closing_what_nobody_claims_does_not_block_the_runtime() {
         net::{TcpListener, TcpStream},
     };
     counted(async |kind| {
-        // The last close of a connection that lingers with unsent data blocks until its client has taken the data.
+        // The last close of a connection that lingers with unsent data blocks until its client has
+        // taken the data.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let mut lingering = listener.accept().unwrap().0;

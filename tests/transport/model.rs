@@ -1,5 +1,5 @@
-//! Random connections over real sockets: whatever is sent arrives, and whatever a peer does, an asynchronous and a blocking
-//! receiver see the same.
+//! Random connections over real sockets: whatever is sent arrives, and whatever a peer does, an
+//! asynchronous and a blocking receiver see the same.
 
 use std::os::fd::OwnedFd;
 
@@ -87,7 +87,8 @@ async fn exchange(
     tokio::join!(send, receive);
 }
 
-/// Frames, of which some byte is wrong or the end is missing, cut into sends, some of which have descriptors.
+/// Frames, of which some byte is wrong or the end is missing, cut into sends, some of which have
+/// descriptors.
 #[derive(Debug, Clone)]
 struct Wrong {
     frames: Vec<(usize, u16)>,

@@ -17,7 +17,8 @@ pub(crate) enum Side {
 
 pub(crate) const SIDES: [Side; 2] = [Side::Async, Side::Blocking];
 
-/// Runs a test on both kinds of socket, for an end of each sort, and counts the process's descriptors around it.
+/// Runs a test on both kinds of socket, for an end of each sort, and counts the process's
+/// descriptors around it.
 pub(crate) fn on_both_sides(test: impl AsyncFn(SocketKind, Side)) {
     counted(async |kind| {
         for side in SIDES {
