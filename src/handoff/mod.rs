@@ -122,7 +122,7 @@ mod reserve;
 pub use address::{Address, Transport};
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
 pub use dispatcher::{
-    Accepted, Cause, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, IntoListener, NotDispatched, Permit,
-    Retired, Stats, Strategy, Unadopted, WorkerCommand, WorkerId, WorkerState, WorkerStats,
+    Accepted, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, IntoListener, NotDispatched, Permit,
+    RetireCause, RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerId, WorkerState, WorkerStats,
 };
 pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};

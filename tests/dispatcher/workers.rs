@@ -12,7 +12,7 @@ use std::{
 
 use fdwire::{
     Framed, Listener, Socket, SocketKind,
-    handoff::{Cause, Dispatcher, Incoming, WorkerCommand, WorkerState, protocol::WorkerCodec},
+    handoff::{Dispatcher, Incoming, RetireCause, WorkerCommand, WorkerState, protocol::WorkerCodec},
 };
 use futures::{StreamExt, future::join_all};
 use nix::{
@@ -33,7 +33,7 @@ use tracing::{Event, Level, Metadata, Subscriber, field::Field, span, subscriber
 use crate::{
     both,
     common::{KINDS, encoded, marked, other_uid, raw_send, role_socket, run, run_in, some_threads, spawn_role},
-    raw_worker::{Client, Raw, connections, greet, serve, until},
+    raw_worker::{Client, HELLO, Raw, adopted, connections, greet, serve, until},
 };
 
 /// Gives each warning to a function.
@@ -69,10 +69,10 @@ fn write_to(log: &Mutex<String>, event: &Event<'_>) {
 fn it_is_logged_why_a_worker_was_dropped() {
     let cases: [(&[u8], u32, &str); 6] = [
         (b"GET / HTTP/1.1\r\n\r\n", 0, "bad magic byte 0x47"),
-        (&encoded(b"\x01FDHO\x02\x09", 0), 0, "it speaks versions 2 to 9, not 1"),
+        (&encoded(b"\x01FDHO\x02\x09\x01", 0), 0, "it speaks versions 2 to 9, not 1"),
         (&encoded(&[2, 0, 0, 0, 0, 0, 0, 0, 1], 0), 0, "its first message is not a hello"),
-        (&[encoded(b"\x01FDHO\x01\x01", 0), encoded(&[3, 0, 0, 0, 1], 0)].concat(), 0, "it answered 1 offers, 0 were"),
-        (&[encoded(b"\x01FDHO\x01\x01", 0), encoded(&[0xEE], 0)].concat(), 0, "not a message of a hand-off's worker"),
+        (&[encoded(HELLO, 0), adopted(0, 1)].concat(), 0, "it answered 1 offers, 0 were"),
+        (&[encoded(HELLO, 0), encoded(&[0x3E], 0)].concat(), 0, "not a message of a hand-off's worker"),
         (&encoded(b"\x07", 1), 1, "1 descriptors"),
     ];
     for (bytes, fds, reason) in cases {
@@ -118,7 +118,7 @@ fn it_is_known_why_the_process_before_left() {
         let id = dispatcher.spawn_worker(WorkerCommand::from(Command::new("true")).restart(true)).unwrap();
         until("it was started again", || dispatcher.stats().workers[0].restarts > 0).await;
         let worker = &dispatcher.stats().workers[0];
-        assert_eq!((worker.id, &worker.left), (id, &Some(Cause::Ended)));
+        assert_eq!((worker.id, &worker.last_exit), (id, &Some(RetireCause::Ended)));
         dispatcher.drain(None).await;
     });
 }

@@ -141,6 +141,7 @@ fn unix_connections_are_served_too() {
             read: "a".into(),
             metadata: Default::default(),
             fd: OwnedFd::from(accepted),
+            bundle: Vec::new(),
         };
         dispatcher.send_offer(offer).await;
         client.write_all(b"b").await.unwrap();

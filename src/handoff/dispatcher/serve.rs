@@ -22,7 +22,7 @@ use tracing::warn;
 use super::{
     Address, Dispatcher, Transport,
     accepted::About,
-    job::{Job, shut_down},
+    handover::{Handover, shut_down},
 };
 use crate::{
     Error, Listener,
@@ -38,7 +38,7 @@ const BATCH: usize = 64;
 const RESERVE: u64 = 16;
 
 /// Connections that may be on their way when only the reserve is left.
-const FEW: usize = 8;
+const FEW: u64 = 8;
 
 /// How long to wait for what comes free without an event, mostly a descriptor.
 const BACK_OFF: Duration = Duration::from_millis(20);
@@ -103,7 +103,7 @@ impl Dispatcher {
         // Each connection of a listener on all addresses has another one.
         let local = Some(local).filter(|local| local.ip().is_none_or(|address| !address.ip().is_unspecified()));
         let accepting = pin!(self.accept(&listener, transport, local));
-        match select(accepting, pin!(self.shared.until(|pool| pool.closed))).await {
+        match select(accepting, pin!(self.shared.until(|pool| !pool.is_open()))).await {
             Either::Left((outcome, _)) => outcome,
             Either::Right(_) => Ok(()),
         }
@@ -132,9 +132,9 @@ impl Dispatcher {
                 let trouble = match sys::accept(listener.as_fd()) {
                     Ok(socket) => {
                         is_scarce = is_of_reserve(&socket, ceiling);
-                        match Job::prepare(socket, About::new(transport), local.clone()) {
-                            Ok(job) => {
-                                permit.take(job);
+                        match Handover::prepare(socket, About::new(transport), local.clone()) {
+                            Ok(connection) => {
+                                permit.take(Box::new(connection));
                                 None
                             }
                             Err((socket, _, error)) => {
@@ -166,11 +166,7 @@ impl Dispatcher {
     /// Closes and counts an accepted connection that cannot be offered to any worker.
     fn turn_away(&self, socket: OwnedFd, error: &Error) {
         shut_down(socket);
-        {
-            let totals = &mut self.shared.lock().totals;
-            totals.dispatched += 1;
-            totals.lost += 1;
-        }
+        self.shared.count_lost();
         warn!(%error, "connection closed: it cannot be offered to a worker");
     }
 
@@ -178,7 +174,7 @@ impl Dispatcher {
     fn may_accept(&self, listener: BorrowedFd<'_>, ceiling: &mut u64) -> bool {
         *ceiling = first_of_reserve(RESERVE);
         let is_one_free = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *ceiling));
-        is_one_free || self.shared.lock().on_their_way() < FEW
+        is_one_free || self.shared.act(|pool| pool.on_their_way()) < FEW
     }
 
     /// Takes the workers that connect to this listener, until the dispatcher drains: see [`add_worker`](Self::add_worker).
@@ -191,7 +187,7 @@ impl Dispatcher {
     pub async fn serve_workers(&self, listener: Listener) -> io::Result<()> {
         loop {
             let accepted = pin!(listener.accept());
-            match select(accepted, pin!(self.shared.until(|pool| pool.closed))).await {
+            match select(accepted, pin!(self.shared.until(|pool| !pool.is_open()))).await {
                 Either::Left((Ok(socket), _)) => drop(self.add_worker(socket)),
                 Either::Left((Err(error), _)) if is_final(&error) => return Err(error),
                 Either::Left((Err(error), _)) => {

@@ -1,4 +1,4 @@
-//! A connection that is being handed over.
+//! A connection that is being handed over, with the dispatcher's copies of its descriptors.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -8,56 +8,46 @@ use std::{
         unix::net::UnixStream,
     },
     sync::Arc,
+    time::Instant,
 };
 
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout},
     sys::socket::{self, getsockopt},
 };
-use tokio::{sync::oneshot, time::Instant};
+use smallvec::SmallVec;
+use tokio::sync::oneshot;
 
 use super::{
-    Accepted, Address, DispatchError, NotDispatched, Transport, Unadopted, WorkerId,
+    Accepted, Address, DispatchError, NotDispatched, Shared, Transport, WorkerId,
     accepted::About,
-    protocol::{MAX_MESSAGE_BYTES, Offer},
+    protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
 };
-use crate::{Error, closer::close_sockets, socket::HasFd, sys};
-
-/// One connection to a worker process. A worker that is started again gets a new one.
-pub(super) type LinkId = u64;
+use crate::{Error, close_in_background, closer::close_sockets, socket::HasFd, sys};
 
 /// Tells the application that dispatched a connection what became of it.
-pub(super) type Reply = oneshot::Sender<Result<WorkerId, DispatchError>>;
+type Reply = oneshot::Sender<Result<WorkerId, DispatchError>>;
 
 /// Most bytes of an offer beside what was read and the metadata, with some to spare.
 const MAX_OTHER_BYTES: usize = 512;
 
-/// A connection that is being handed over, with the dispatcher's own copy of the descriptor: it stays until a worker has
-/// adopted the connection.
+/// A connection that no worker has adopted: what an offer says of it, and who waits for it.
 #[derive(Debug)]
-pub(super) struct Job {
-    /// Lent to the link that is sending it, so that an offer takes no descriptor: connections that wait for another one to be
-    /// opened, and hold all that there are, would wait for ever.
-    socket: Arc<Held>,
+pub(super) struct Handover {
+    /// Lent to the task that is sending it, so that an offer takes no descriptor. Otherwise connections that hold all descriptors
+    /// there are could wait for one more each, forever.
+    socket: Arc<SharedFd>,
+    bundle: Vec<Arc<SharedFd>>,
     about: About,
     cookie: u64,
     peer: Address,
     local: Address,
-    /// Offers made.
-    pub(super) offers: u32,
-    /// Those of them after which the worker was gone, or could not use the connection.
-    pub(super) failures: u32,
-    /// What became of the last.
-    pub(super) last: Option<(LinkId, Unadopted)>,
-    pub(super) offered_at: Option<Instant>,
-    /// Retired workers whose processes may still hold a copy.
-    pub(super) holders: Vec<LinkId>,
     reply: Option<Reply>,
 }
 
-impl Job {
-    /// Tells `reply` if it is unfit.
-    pub(super) fn new(accepted: Accepted, reply: Reply) -> Option<Self> {
+impl Handover {
+    /// Tells `reply` if it cannot be offered.
+    pub(super) fn new(accepted: Accepted, reply: Reply) -> Option<Box<Self>> {
         let Accepted { socket, about } = accepted;
         let prepared = match socket {
             Ok(socket) => Self::prepare(socket, about, None)
@@ -68,7 +58,7 @@ impl Job {
             }
         };
         match prepared {
-            Ok(job) => Some(Self { reply: Some(reply), ..job }),
+            Ok(connection) => Some(Box::new(Self { reply: Some(reply), ..connection })),
             Err((connection, error)) => {
                 let reason = NotDispatched::Unfit(error);
                 let _ = reply.send(Err(DispatchError { reason, connection }));
@@ -84,32 +74,30 @@ impl Job {
         about: About,
         local: Option<Address>,
     ) -> Result<Self, (OwnedFd, About, Error)> {
-        let bytes = about.read.len() + about.metadata.len() + MAX_OTHER_BYTES;
+        let (bytes, fds) = (about.read.len() + about.metadata.len() + MAX_OTHER_BYTES, 1 + about.bundle.len());
         if bytes > MAX_MESSAGE_BYTES {
             return Err((socket, about, Error::FrameTooLong { bytes, limit: MAX_MESSAGE_BYTES }));
+        }
+        if fds > MAX_OFFER_FDS {
+            return Err((socket, about, Error::TooManyFds { fds, limit: MAX_OFFER_FDS }));
         }
         let cookie = match getsockopt(&socket, sys::Cookie) {
             Ok(cookie) => cookie,
             Err(error) => return Err((socket, about, io::Error::from(error).into())),
         };
         let (socket, peer, local) = addresses(socket, about.transport, local);
-        Ok(Self {
-            socket: Arc::new(Held(Some(socket))),
-            about,
-            cookie,
-            peer,
-            local,
-            offers: 0,
-            failures: 0,
-            last: None,
-            offered_at: None,
-            holders: Vec::new(),
-            reply: None,
-        })
+        let mut about = about;
+        let bundle = about.bundle.drain(..).map(SharedFd::new).collect();
+        Ok(Self { socket: SharedFd::new(socket), bundle, about, cookie, peer, local, reply: None })
+    }
+
+    pub(super) fn dispatch(self: Box<Self>, shared: &Arc<Shared>, reserved: bool) {
+        let (key, fds) = (self.key(), 1 + self.bundle.len());
+        shared.act(|pool| pool.dispatch(self, key, fds, reserved, Instant::now()));
     }
 
     /// What a worker is told.
-    pub(super) fn offer(&self) -> Offer<Arc<Held>> {
+    pub(super) fn offer(&self) -> Offer<Arc<SharedFd>> {
         Offer {
             cookie: self.cookie,
             transport: self.about.transport,
@@ -118,11 +106,12 @@ impl Job {
             read: self.about.read.clone(),
             metadata: self.about.metadata.clone(),
             fd: Arc::clone(&self.socket),
+            bundle: self.bundle.clone(),
         }
     }
 
     /// Keys that are equal go to the same worker. By default those of one client.
-    pub(super) fn key(&self) -> u64 {
+    fn key(&self) -> u64 {
         self.about.key.unwrap_or_else(|| {
             let mut hasher = DefaultHasher::new();
             match &self.peer {
@@ -133,22 +122,27 @@ impl Job {
         })
     }
 
-    /// A worker has adopted it. Returns the dispatcher's copy.
-    pub(super) fn adopted_by(self, worker: WorkerId) -> OwnedFd {
-        if let Some(reply) = self.reply {
+    /// A worker has adopted it.
+    pub(super) fn adopted_by(&mut self, worker: WorkerId) {
+        if let Some(reply) = self.reply.take() {
             let _ = reply.send(Ok(worker)); // nobody has to wait for it
         }
-        owned(self.socket)
     }
 
-    /// Whether somebody waits for what becomes of it.
+    /// The dispatcher's copies of the descriptors, which are of no use to it.
+    pub(super) fn into_copies(self) -> Copies {
+        Copies { sockets: [owned(self.socket)].into(), others: self.bundle.into_iter().map(owned).collect() }
+    }
+
+    /// Returns true if somebody waits for the outcome.
     pub(super) fn is_awaited(&self) -> bool {
         self.reply.as_ref().is_some_and(|reply| !reply.is_closed())
     }
 
     /// No worker adopts it. Gives it back to who waits for it; without anybody, its client sees the end. Returns whether
     /// it was given back.
-    pub(super) fn fail(self, reason: NotDispatched) -> bool {
+    pub(super) fn fail(mut self, reason: NotDispatched) -> bool {
+        self.about.bundle.extend(self.bundle.into_iter().map(owned));
         let connection = Accepted { socket: Ok(owned(self.socket)), about: self.about };
         let error = DispatchError { reason, connection };
         let unwanted = match self.reply {
@@ -158,43 +152,83 @@ impl Job {
             },
             None => Some(error),
         };
-        if let Some(Ok(socket)) = unwanted.map(|error| error.connection.socket) {
+        if let Some(Accepted { socket: Ok(socket), about }) = unwanted.map(|error| error.connection) {
             shut_down(socket);
+            close_in_background(about.bundle);
         }
         false
     }
+
+    /// Ends the connection, for its client and for every process that has a copy.
+    pub(super) fn shut_down(self) {
+        shut_down(owned(self.socket));
+        close_in_background(self.bundle.into_iter().map(owned));
+    }
+
+    /// Returns true if both directions have ended: `shutdown` tells every holder of a copy.
+    pub(super) fn has_ended(&self) -> bool {
+        let mut poll = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
+        nix::poll::poll(&mut poll, PollTimeout::ZERO).is_ok_and(|events| events > 0)
+    }
 }
 
-/// The dispatcher's copy of a connection, until it is taken out. Closing it does not block.
+/// Copies that are to be closed. The worker may have been so quick that they are the last ones, whose `close` can block.
 #[derive(Debug)]
-pub(super) struct Held(Option<OwnedFd>);
+pub(super) struct Copies {
+    sockets: SmallVec<[OwnedFd; 1]>,
+    others: Vec<OwnedFd>,
+}
 
-impl AsFd for Held {
+impl Copies {
+    pub(super) fn new() -> Self {
+        Self { sockets: SmallVec::new(), others: Vec::new() }
+    }
+
+    pub(super) fn extend(&mut self, more: Self) {
+        self.sockets.extend(more.sockets);
+        self.others.extend(more.others);
+    }
+
+    pub(super) fn close(self) {
+        if !self.sockets.is_empty() {
+            close_sockets(self.sockets);
+        }
+        if !self.others.is_empty() {
+            close_in_background(self.others);
+        }
+    }
+}
+
+/// The dispatcher's copy of a descriptor, until it is taken out. Dropping it closes it without blocking.
+#[derive(Debug)]
+pub(super) struct SharedFd(Option<OwnedFd>);
+
+impl SharedFd {
+    fn new(fd: OwnedFd) -> Arc<Self> {
+        Arc::new(Self(Some(fd)))
+    }
+}
+
+impl AsFd for SharedFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_ref().expect("only its last owner takes it out").as_fd()
     }
 }
 
-impl HasFd for Arc<Held> {
+impl HasFd for Arc<SharedFd> {
     fn into_last(self) -> Option<OwnedFd> {
         Self::into_inner(self)?.0.take()
     }
 }
 
-impl Drop for Held {
+impl Drop for SharedFd {
     fn drop(&mut self) {
-        self.0.take().into_iter().for_each(close);
+        close_in_background(self.0.take());
     }
 }
 
-fn owned(socket: Arc<Held>) -> OwnedFd {
-    socket.into_last().expect("a link that was lent it has sent it, or is gone")
-}
-
-/// Closes the dispatcher's copy of a connection that a worker serves.
-pub(super) fn close(socket: OwnedFd) {
-    // The worker may have been so fast that this is the last copy. Its `close` can block.
-    close_sockets([socket]);
+fn owned(fd: Arc<SharedFd>) -> OwnedFd {
+    fd.into_last().expect("a task that was lent it has sent it, or is gone")
 }
 
 /// The end of a connection, for its client and for every process that has a copy.
@@ -203,13 +237,7 @@ pub(super) fn shut_down(socket: OwnedFd) {
     close_sockets([socket]);
 }
 
-/// Whether both directions have ended: `shutdown` tells every holder of a copy.
-pub(super) fn has_ended(socket: &OwnedFd) -> bool {
-    let mut poll = [PollFd::new(socket.as_fd(), PollFlags::empty())];
-    nix::poll::poll(&mut poll, PollTimeout::ZERO).is_ok_and(|events| events > 0)
-}
-
-/// Where it comes from, and what it has connected to unless that is known. A client that has gone already has no address.
+/// The client's address, and the one that it has connected to unless that is known. A client that has gone already has no address.
 fn addresses(socket: OwnedFd, transport: Transport, local: Option<Address>) -> (OwnedFd, Address, Address) {
     match transport {
         Transport::Tcp => {
