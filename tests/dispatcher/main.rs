@@ -8,9 +8,11 @@ mod drain;
 mod end_to_end;
 mod faults;
 mod hand_over;
+mod last_words;
 mod raw_worker;
 mod retire;
 mod stubborn;
+mod willing;
 mod workers;
 
 use fdwire::SocketKind;

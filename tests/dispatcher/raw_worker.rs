@@ -54,7 +54,7 @@ impl Raw {
         let id = dispatcher.add_worker(there);
         let mut framed = Framed::new(here, WorkerCodec::default());
         greet(&mut framed, demand).await;
-        let raw = Self { id, framed, recalled: 0, answered: 0, told_to_drain: false, answer_pings: true };
+        let raw = Self::of(id, framed);
         until("its demand was heard", || {
             let workers = dispatcher.stats().workers;
             let worker = workers.iter().find(|worker| worker.id == id).expect("it is there");
@@ -62,6 +62,11 @@ impl Raw {
         })
         .await;
         raw
+    }
+
+    /// One that has said hello already.
+    pub(crate) fn of(id: WorkerId, framed: Framed<WorkerCodec>) -> Self {
+        Self { id, framed, recalled: 0, answered: 0, told_to_drain: false, answer_pings: true }
     }
 
     pub(crate) async fn say(&mut self, message: FromWorker) {

@@ -38,9 +38,14 @@ impl RawDispatcher {
     }
 
     pub(crate) async fn before_greeting(socket: Socket) -> Self {
+        Self::before_greeting_with(socket, 1).await
+    }
+
+    /// The worker takes this many descriptors with an offer.
+    pub(crate) async fn before_greeting_with(socket: Socket, max_fds: u8) -> Self {
         let mut framed = Framed::new(socket, DispatcherCodec::default());
         let hello = framed.try_next().await.unwrap();
-        assert_eq!(hello, Some(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1 }));
+        assert_eq!(hello, Some(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds }));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         Self { framed, listener, demand: 0, finished: 0, offered: 0, answered: 0 }
     }

@@ -50,18 +50,20 @@ impl Handover {
     pub(super) fn new(accepted: Accepted, reply: Reply) -> Option<Box<Self>> {
         let Accepted { socket, about } = accepted;
         let prepared = match socket {
-            Ok(socket) => Self::prepare(socket, about, None)
-                .map_err(|(socket, about, error)| (Accepted { socket: Ok(socket), about }, error)),
+            Ok(socket) => Self::prepare(socket, about, None),
             Err(error) => {
                 let again = error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
-                Err((Accepted { socket: Err(again), about }, error.into()))
+                let connection = Accepted { socket: Err(again), about };
+                Err(Box::new(DispatchError { reason: NotDispatched::Unfit(error.into()), connection }))
             }
         };
         match prepared {
-            Ok(connection) => Some(Box::new(Self { reply: Some(reply), ..connection })),
-            Err((connection, error)) => {
-                let reason = NotDispatched::Unfit(error);
-                let _ = reply.send(Err(DispatchError { reason, connection }));
+            Ok(mut connection) => {
+                connection.reply = Some(reply);
+                Some(connection)
+            }
+            Err(unfit) => {
+                let _ = reply.send(Err(*unfit));
                 None
             }
         }
@@ -73,22 +75,26 @@ impl Handover {
         socket: OwnedFd,
         about: About,
         local: Option<Address>,
-    ) -> Result<Self, (OwnedFd, About, Error)> {
+    ) -> Result<Box<Self>, Box<DispatchError>> {
+        let unfit = |socket, about, error| {
+            let connection = Accepted { socket: Ok(socket), about };
+            Err(Box::new(DispatchError { reason: NotDispatched::Unfit(error), connection }))
+        };
         let (bytes, fds) = (about.read.len() + about.metadata.len() + MAX_OTHER_BYTES, 1 + about.bundle.len());
         if bytes > MAX_MESSAGE_BYTES {
-            return Err((socket, about, Error::FrameTooLong { bytes, limit: MAX_MESSAGE_BYTES }));
+            return unfit(socket, about, Error::FrameTooLong { bytes, limit: MAX_MESSAGE_BYTES });
         }
         if fds > MAX_OFFER_FDS {
-            return Err((socket, about, Error::TooManyFds { fds, limit: MAX_OFFER_FDS }));
+            return unfit(socket, about, Error::TooManyFds { fds, limit: MAX_OFFER_FDS });
         }
         let cookie = match getsockopt(&socket, sys::Cookie) {
             Ok(cookie) => cookie,
-            Err(error) => return Err((socket, about, io::Error::from(error).into())),
+            Err(error) => return unfit(socket, about, io::Error::from(error).into()),
         };
         let (socket, peer, local) = addresses(socket, about.transport, local);
         let mut about = about;
         let bundle = about.bundle.drain(..).map(SharedFd::new).collect();
-        Ok(Self { socket: SharedFd::new(socket), bundle, about, cookie, peer, local, reply: None })
+        Ok(Box::new(Self { socket: SharedFd::new(socket), bundle, about, cookie, peer, local, reply: None }))
     }
 
     pub(super) fn dispatch(self: Box<Self>, shared: &Arc<Shared>, reserved: bool) {

@@ -20,12 +20,12 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Address, Dispatcher, Transport,
+    Address, DispatchError, Dispatcher, NotDispatched, Transport,
     accepted::About,
     handover::{Handover, shut_down},
 };
 use crate::{
-    Error, Listener,
+    Listener,
     handoff::reserve::{first_of_reserve, is_of_reserve},
     sys,
 };
@@ -132,14 +132,15 @@ impl Dispatcher {
                 let trouble = match sys::accept(listener.as_fd()) {
                     Ok(socket) => {
                         is_scarce = is_of_reserve(&socket, ceiling);
-                        match Handover::prepare(socket, About::new(transport), local.clone()) {
+                        match Handover::prepare(socket, About::new(transport), local.clone()).map_err(|unfit| *unfit) {
                             Ok(connection) => {
-                                permit.take(Box::new(connection));
+                                permit.take(connection);
                                 None
                             }
-                            Err((socket, _, error)) => {
-                                self.turn_away(socket, &error);
-                                Some(error.into())
+                            Err(DispatchError { reason, connection }) => {
+                                drop(permit); // whoever waits for a place may have it meanwhile
+                                connection.socket.into_iter().for_each(|socket| self.turn_away(socket, &reason));
+                                Some(io::Error::other(reason))
                             }
                         }
                     }
@@ -148,7 +149,10 @@ impl Dispatcher {
                         continue 'ready;
                     }
                     Err(error) if is_final(&error) => return Err(error),
-                    Err(error) => Some(error).filter(|error| error.kind() != io::ErrorKind::ConnectionAborted),
+                    Err(error) => {
+                        drop(permit);
+                        Some(error).filter(|error| error.kind() != io::ErrorKind::ConnectionAborted)
+                    }
                 };
                 if let Some(error) = trouble {
                     warn_once(error);
@@ -164,7 +168,7 @@ impl Dispatcher {
     }
 
     /// Closes and counts an accepted connection that cannot be offered to any worker.
-    fn turn_away(&self, socket: OwnedFd, error: &Error) {
+    fn turn_away(&self, socket: OwnedFd, error: &NotDispatched) {
         shut_down(socket);
         self.shared.count_lost();
         warn!(%error, "connection closed: it cannot be offered to a worker");
@@ -210,7 +214,7 @@ mod tests {
     async fn an_accepted_connection_that_cannot_be_offered_is_closed_and_counted() {
         let dispatcher = Dispatcher::builder().build();
         let (connection, mut client) = UnixStream::pair().unwrap();
-        dispatcher.turn_away(connection.into(), &Error::Closed);
+        dispatcher.turn_away(connection.into(), &NotDispatched::Draining);
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
         let stats = dispatcher.stats();
         assert_eq!((stats.dispatched, stats.lost), (1, 1));

@@ -109,17 +109,18 @@ impl WorkerTask {
             if end.is_none() && self.process.poll_ended(cx).is_ready() {
                 end = Some(RetireCause::Ended);
             }
-            if self.bell.was_rung(cx) || is_due || self.more || end.is_some() || !self.received.is_empty() {
-                if let Err(cause) = self.exchange(end) {
-                    return Poll::Ready(cause);
-                }
+            let is_news = self.bell.was_rung(cx) || end.is_some() || !self.received.is_empty();
+            if (is_news || is_due || self.more)
+                && let Err(cause) = self.exchange(end)
+            {
+                return Poll::Ready(cause);
             }
             if let Poll::Ready(Err(error)) = self.outbound.poll_flush(cx) {
                 return Poll::Ready(error.into());
             }
             is_due = self.timer.as_mut().poll(cx).is_ready();
             let has_room = self.outbound.unsent().0 < ENOUGH_UNSENT;
-            if !is_due && !(self.more && has_room) {
+            if !(is_due || self.more && has_room) {
                 return Poll::Pending;
             }
         }

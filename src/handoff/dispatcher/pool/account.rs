@@ -260,9 +260,9 @@ impl<C> Account<C> {
             return Vec::new();
         };
         let Some(end) = first.checked_add(count.into()).filter(|end| *end <= past) else { return Vec::new() };
-        let (answered, rest) =
+        let (answered, rest): (Vec<_>, Vec<_>) =
             self.unanswered.take(..).into_iter().partition(|pending| (first..end).contains(&pending.number));
-        for pending in Vec::<Pending<C>>::from(rest) {
+        for pending in rest {
             self.unanswered.push_back(pending);
         }
         answered

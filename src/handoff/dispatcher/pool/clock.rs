@@ -155,13 +155,11 @@ impl Clock {
 
         // Whether it has time.
         if let Some((number, offered_at)) = oldest {
-            match &self.recall {
-                Some(recall) if number < recall.before => {
-                    if !self.ping.late && now >= self.counted_from(recall.at) + config.hang_timeout {
-                        return Err(RetireCause::Misbehaved("it did not answer a recall".into()));
-                    }
+            match self.recalled_at(number) {
+                Some(at) if !self.ping.late && now >= self.counted_from(at) + config.hang_timeout => {
+                    return Err(RetireCause::Misbehaved("it did not answer a recall".into()));
                 }
-                _ if now >= self.counted_from(offered_at) + config.recall_after => {
+                None if now >= self.counted_from(offered_at) + config.recall_after => {
                     self.recall = Some(Recall { before: next, at: now });
                     recall = Some(ToWorker::Recall { before: next });
                 }
@@ -181,13 +179,16 @@ impl Clock {
             Some(since) if self.ping.late => Some(self.hung_at(since, config)),
             Some(since) => Some(self.counted_from(since) + config.ping_interval),
         };
-        let recall = oldest.and_then(|(number, offered_at)| match &self.recall {
-            Some(recall) if number < recall.before => {
-                Some(self.counted_from(recall.at) + config.hang_timeout).filter(|_| !self.ping.late)
-            }
-            _ => Some(self.counted_from(offered_at) + config.recall_after),
+        let recall = oldest.and_then(|(number, offered_at)| match self.recalled_at(number) {
+            Some(at) => Some(self.counted_from(at) + config.hang_timeout).filter(|_| !self.ping.late),
+            None => Some(self.counted_from(offered_at) + config.recall_after),
         });
         [ping, recall, self.hello_by, self.drain.flatten(), self.paused_until].into_iter().flatten().min()
+    }
+
+    /// When an offer was recalled, if it was.
+    fn recalled_at(&self, number: u64) -> Option<Instant> {
+        self.recall.as_ref().filter(|recall| number < recall.before).map(|recall| recall.at)
     }
 
     fn hung_at(&self, since: Instant, config: &Config) -> Instant {

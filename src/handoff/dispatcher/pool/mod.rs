@@ -11,6 +11,8 @@
 mod account;
 mod choice;
 mod clock;
+#[cfg(test)]
+mod model;
 mod pending;
 mod queue;
 mod stale;

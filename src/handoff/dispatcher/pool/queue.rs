@@ -18,7 +18,6 @@ pub(super) struct Queue<C> {
 pub(in crate::handoff::dispatcher) struct TicketId(i64);
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-#[expect(clippy::large_enum_variant, reason = "those that wait in numbers are connections")]
 pub(super) enum Waiter<C> {
     Connection(Pending<C>),
     Ticket,
@@ -84,6 +83,11 @@ impl<C> Queue<C> {
             Waiter::Connection(pending) => Some(pending.connection),
             Waiter::Ticket => None,
         })
+    }
+
+    #[cfg(test)]
+    pub(super) fn first(&self) -> Option<&Waiter<C>> {
+        self.waiters.first_key_value().map(|(_, waiter)| waiter)
     }
 
     #[cfg(test)]

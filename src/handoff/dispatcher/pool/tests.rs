@@ -87,10 +87,13 @@ proptest! {
             if step.peer().is_none_or(|peer| peer < world.peers.len()) {
                 world.now += Duration::from_millis(millis);
                 world.step(step);
-                world.check();
+                if let Err(broken) = world.check() {
+                    return Err(TestCaseError::fail(broken));
+                }
             }
         }
         world.settle();
+        prop_assert_eq!(world.check(), Ok(()));
         for (serial, fate) in world.fates.iter().enumerate() {
             let Fate::Adopted(link) = *fate else {
                 prop_assert_eq!(*fate, Fate::Failed, "connection {} was left over", serial);

@@ -7,7 +7,7 @@ use std::{
 
 use super::{Event, Pool, TicketId, Waiter};
 use crate::handoff::{
-    dispatcher::{LinkId, RetireCause, WorkerId, builder::Config},
+    dispatcher::{LinkId, RetireCause, WorkerId, WorkerState, WorkerStats, builder::Config},
     incoming::book::Book,
     protocol::{FromWorker, RejectReason, ToWorker},
 };
@@ -25,6 +25,8 @@ pub(super) struct World {
     /// Places that a user of the dispatcher waits for, and places that are kept for one.
     tickets: Vec<TicketId>,
     permits: usize,
+    /// How the promise was broken, if an event has done so.
+    broken: Option<String>,
 }
 
 /// Where a connection has got to, as its client sees it.
@@ -113,6 +115,7 @@ impl World {
             window,
             tickets: Vec::new(),
             permits: 0,
+            broken: None,
         };
         for _ in 0..workers {
             let id = world.pool.add_worker();
@@ -262,11 +265,15 @@ impl World {
     fn timeout(&mut self, peer: usize) -> bool {
         let Peer { id, is_retired, .. } = self.peers[peer];
         let Some(due) = self.pool.next_timeout(id).filter(|_| !is_retired) else { return false };
-        let now = self.now.max(due);
+        self.timeout_at(peer, self.now.max(due));
+        true
+    }
+
+    pub(super) fn timeout_at(&mut self, peer: usize, now: Instant) {
+        let id = self.peers[peer].id;
         if let Err(cause) = self.pool.on_timeout(id, true, now) {
             self.retire(peer, &cause);
         }
-        true
     }
 
     /// As the task does: after the cut nothing can be written, and everything that was written is read.
@@ -289,27 +296,24 @@ impl World {
         true
     }
 
-    fn act_on_events(&mut self) {
+    pub(super) fn act_on_events(&mut self) {
         for event in self.pool.take_events() {
             match event {
                 Event::Adopted { connection, link, holders, .. } => {
-                    let fate = &mut self.fates[usize::from(connection)];
-                    assert_eq!(*fate, Fate::Accepted, "connection {connection} is decided twice");
-                    *fate = Fate::Adopted(link);
+                    self.decide(connection, Fate::Adopted(link));
                     if !holders.is_empty() {
                         self.pool.keep(connection, link, holders);
                     }
                 }
                 Event::Failed { connection, .. } => {
-                    let index = usize::from(connection);
-                    assert_eq!(self.fates[index], Fate::Accepted, "connection {connection} is decided twice");
-                    self.fates[index] = Fate::Failed;
-                    let staying = self.pool.workers.keys().filter(|id| !self.pool.is_removed(**id));
-                    let draining = self.pool.workers().filter(|worker| worker.state == super::WorkerState::Draining);
-                    let draining = BTreeSet::from_iter(draining.map(|worker| worker.id));
-                    for id in staying.filter(|id| !draining.contains(id)) {
-                        let had_it = self.sent_to[index].contains(id);
-                        assert!(had_it, "connection {connection} is given up, and worker {id} has not had it");
+                    self.decide(connection, Fate::Failed);
+                    let leaves =
+                        |worker: &WorkerStats| worker.state == WorkerState::Draining || self.pool.is_removed(worker.id);
+                    let sent_to = &self.sent_to[usize::from(connection)];
+                    let unasked = self.pool.workers().find(|worker| !leaves(worker) && !sent_to.contains(&worker.id));
+                    if let Some(WorkerStats { id, .. }) = unasked {
+                        let broken = format!("connection {connection} is given up, and worker {id} has not had it");
+                        self.broken.get_or_insert(broken);
                     }
                 }
                 Event::Granted(ticket) => {
@@ -321,23 +325,40 @@ impl World {
         }
     }
 
-    /// Panics if a part of the promise is broken.
-    pub(super) fn check(&self) {
-        for serial in 0..self.fates.len() as u8 {
+    fn decide(&mut self, connection: u8, fate: Fate) {
+        let before = std::mem::replace(&mut self.fates[usize::from(connection)], fate);
+        if before != Fate::Accepted {
+            self.broken.get_or_insert(format!("connection {connection} is decided twice: {before:?}, {fate:?}"));
+        }
+    }
+
+    /// # Errors
+    /// The part of the promise that is broken.
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.broken.clone().map_or(Ok(()), Err)?;
+        for (serial, fate) in (0u8..).zip(&self.fates) {
             let honest = self.peers.iter().filter(|peer| !peer.lies);
             let given = Vec::from_iter(honest.filter(|peer| peer.given.contains(&serial)).map(|peer| peer.link));
-            assert!(given.len() <= 1, "connection {serial} is given to {given:?}");
-            if let (Fate::Adopted(by), [to]) = (self.fates[usize::from(serial)], &given[..]) {
-                assert_eq!(by, *to, "connection {serial} is counted for another worker");
+            if given.len() > 1 {
+                return Err(format!("connection {serial} is given to {given:?}"));
+            }
+            if let (Fate::Adopted(by), [to]) = (fate, &given[..])
+                && by != to
+            {
+                return Err(format!("connection {serial} was given to {to}, and is counted for {by}"));
             }
             let owners = self.owners(serial);
-            let expected = usize::from(self.fates[usize::from(serial)] == Fate::Accepted);
-            assert_eq!(owners, expected, "connection {serial} has {owners} owners in the pool");
+            if owners != usize::from(*fate == Fate::Accepted) {
+                return Err(format!("connection {serial} has {owners} owners, and is {fate:?}"));
+            }
         }
-        if let Some(waiting) = self.pool.queue.clone().next(i64::MIN) {
-            let Waiter::Connection(first) = waiting.1 else { return };
-            let is_suspect = first.is_suspect(self.pool.config.max_offers);
-            assert!(is_suspect || self.pool.free() == 0, "a connection waits, and a worker has room");
+        match self.pool.queue.first() {
+            Some(Waiter::Connection(first))
+                if !first.is_suspect(self.pool.config.max_offers) && self.pool.free() > 0 =>
+            {
+                Err(format!("connection {} waits, and a worker has room", first.connection))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -369,7 +390,6 @@ impl World {
                 if self.pool.next_timeout(self.peers[peer].id).is_some_and(|due| due <= self.now) {
                     self.step(Step::Timeout(peer));
                 }
-                self.check();
             }
         }
     }
