@@ -163,7 +163,7 @@ fn unix_connections_are_served_too() {
             local: Address::Path("/run/front.sock".into()),
             read: "a".into(),
             metadata: Default::default(),
-            fd: OwnedFd::from(accepted),
+            fd: accepted.into(),
             bundle: Vec::new(),
         };
         dispatcher.send_offer(offer).await;

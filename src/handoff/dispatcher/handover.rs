@@ -23,7 +23,7 @@ use super::{
     accepted::About,
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
 };
-use crate::{Error, close_in_background, closer::close_sockets, socket::HasFd, sys};
+use crate::{Error, SendFd, close_in_background, closer::close_sockets, sys};
 
 /// Tells the application that dispatched a connection what became of it.
 type Reply = oneshot::Sender<Result<WorkerId, DispatchError>>;
@@ -36,8 +36,8 @@ const MAX_OTHER_BYTES: usize = 512;
 pub(super) struct Handover {
     /// Lent to the task that is sending it, so that an offer takes no descriptor. Otherwise connections that hold all descriptors
     /// there are could wait for one more each, forever.
-    socket: Arc<SharedFd>,
-    bundle: Vec<Arc<SharedFd>>,
+    socket: SharedFd,
+    bundle: Vec<SharedFd>,
     about: About,
     cookie: u64,
     peer: Address,
@@ -103,7 +103,7 @@ impl Handover {
     }
 
     /// What a worker is told.
-    pub(super) fn offer(&self) -> Offer<Arc<SharedFd>> {
+    pub(super) fn offer(&self) -> Offer<SendFd> {
         Offer {
             cookie: self.cookie,
             transport: self.about.transport,
@@ -111,8 +111,8 @@ impl Handover {
             local: self.local.clone(),
             read: self.about.read.clone(),
             metadata: self.about.metadata.clone(),
-            fd: Arc::clone(&self.socket),
-            bundle: self.bundle.clone(),
+            fd: SendFd::socket(self.socket.lend()),
+            bundle: self.bundle.iter().map(|fd| fd.lend().into()).collect(),
         }
     }
 
@@ -137,7 +137,10 @@ impl Handover {
 
     /// The dispatcher's copies of the descriptors, which are of no use to it.
     pub(super) fn into_copies(self) -> Copies {
-        Copies { sockets: [owned(self.socket)].into(), others: self.bundle.into_iter().map(owned).collect() }
+        Copies {
+            sockets: [self.socket.into_owned()].into(),
+            others: self.bundle.into_iter().map(SharedFd::into_owned).collect(),
+        }
     }
 
     /// Returns true if somebody waits for the outcome.
@@ -148,8 +151,8 @@ impl Handover {
     /// No worker adopts it. Gives it back to who waits for it; without anybody, its client sees the end. Returns whether
     /// it was given back.
     pub(super) fn fail(mut self, reason: NotDispatched) -> bool {
-        self.about.bundle.extend(self.bundle.into_iter().map(owned));
-        let connection = Accepted { socket: Ok(owned(self.socket)), about: self.about };
+        self.about.bundle.extend(self.bundle.into_iter().map(SharedFd::into_owned));
+        let connection = Accepted { socket: Ok(self.socket.into_owned()), about: self.about };
         let error = DispatchError { reason, connection };
         let unwanted = match self.reply {
             Some(reply) => match reply.send(Err(error)) {
@@ -167,8 +170,8 @@ impl Handover {
 
     /// Ends the connection, for its client and for every process that has a copy.
     pub(super) fn shut_down(self) {
-        shut_down(owned(self.socket));
-        close_in_background(self.bundle.into_iter().map(owned));
+        shut_down(self.socket.into_owned());
+        close_in_background(self.bundle.into_iter().map(SharedFd::into_owned));
     }
 
     /// Returns true if both directions have ended: `shutdown` tells every holder of a copy.
@@ -207,34 +210,34 @@ impl Copies {
 
 /// The dispatcher's copy of a descriptor, until it is taken out. Dropping it closes it without blocking.
 #[derive(Debug)]
-pub(super) struct SharedFd(Option<OwnedFd>);
+struct SharedFd(Option<Arc<OwnedFd>>);
 
 impl SharedFd {
-    fn new(fd: OwnedFd) -> Arc<Self> {
-        Arc::new(Self(Some(fd)))
+    fn new(fd: OwnedFd) -> Self {
+        Self(Some(Arc::new(fd)))
+    }
+
+    fn lend(&self) -> Arc<OwnedFd> {
+        Arc::clone(self.0.as_ref().expect(PRESENT))
+    }
+
+    fn into_owned(mut self) -> OwnedFd {
+        self.0.take().and_then(Arc::into_inner).expect("a task that was lent it has sent it, or is gone")
     }
 }
+
+const PRESENT: &str = "only its owner takes it out";
 
 impl AsFd for SharedFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_ref().expect("only its last owner takes it out").as_fd()
-    }
-}
-
-impl HasFd for Arc<SharedFd> {
-    fn into_last(self) -> Option<OwnedFd> {
-        Self::into_inner(self)?.0.take()
+        self.0.as_ref().expect(PRESENT).as_fd()
     }
 }
 
 impl Drop for SharedFd {
     fn drop(&mut self) {
-        close_in_background(self.0.take());
+        close_in_background(self.0.take().and_then(Arc::into_inner));
     }
-}
-
-fn owned(fd: Arc<SharedFd>) -> OwnedFd {
-    fd.into_last().expect("a task that was lent it has sent it, or is gone")
 }
 
 /// The end of a connection, for its client and for every process that has a copy.

@@ -20,14 +20,14 @@ use tracing::{debug, info, warn};
 use super::{
     LinkId, RetireCause, Shared, WorkerId, after,
     bell::Bell,
-    handover::{Copies, SharedFd},
+    handover::Copies,
     pool::Remains,
     process::Process,
     protocol::{DispatcherCodec, FromWorker, Offer, ToWorker},
 };
 use crate::{
-    Decoder, Error, FdQueue, ReadHalf, Socket,
-    framed::{Outbound, lending},
+    Decoder, Error, FdQueue, ReadHalf, SendFd, Socket,
+    framed::{Outbound, halves},
     handoff::protocol::TolerantCodec,
     sys,
 };
@@ -59,7 +59,7 @@ pub(super) struct WorkerTask {
     bell: Arc<Bell>,
     process: Process,
     read: ReadHalf<TolerantCodec>,
-    outbound: Outbound<Arc<SharedFd>>,
+    outbound: Outbound,
     /// Received, and not given to the pool yet. An error is a message that is none.
     received: Vec<Result<FromWorker, Error>>,
     sending: Sending,
@@ -75,7 +75,7 @@ impl WorkerTask {
         shared.add_bell(id, Arc::clone(&bell));
         let hello_by = after(shared.config.hello_timeout);
         let link = shared.act(|pool| pool.connect(id, process.pid(), hello_by));
-        let (read, outbound) = lending(socket.quiet(), TolerantCodec::default());
+        let (read, outbound) = halves(socket.quiet(), TolerantCodec::default());
         Self {
             id,
             link,
@@ -184,7 +184,7 @@ impl WorkerTask {
     }
 
     /// Queues a message. Room is not waited for: offers are bounded by their number, and the other messages are few.
-    fn send(&mut self, message: ToWorker<Offer<Arc<SharedFd>>>) -> Result<(), RetireCause> {
+    fn send(&mut self, message: ToWorker<Offer<SendFd>>) -> Result<(), RetireCause> {
         match &message {
             ToWorker::Welcome { .. } => {
                 self.has_greeted = true;

@@ -3,7 +3,7 @@
 use bytes::BytesMut;
 
 use super::{FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer, ToWorker};
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, Frame, FrameCodec, Limits, SendBuf, SendError};
+use crate::{Codec, Decoder, Encoder, Error, FdQueue, Frame, FrameCodec, Grouping, Limits, SendBuf, SendError};
 
 /// The worker's codec: [`ToWorker`] in, [`FromWorker`] out.
 ///
@@ -49,11 +49,19 @@ impl Codec for WorkerCodec {
     fn limits(&self) -> Limits {
         limits()
     }
+
+    fn grouping(&self) -> Grouping {
+        frames().grouping()
+    }
 }
 
 impl Codec for DispatcherCodec {
     fn limits(&self) -> Limits {
         limits()
+    }
+
+    fn grouping(&self) -> Grouping {
+        frames().grouping()
     }
 }
 
