@@ -6,6 +6,7 @@ use std::{
     io,
     net::Shutdown,
     os::fd::{AsFd, OwnedFd},
+    panic::AssertUnwindSafe,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -13,7 +14,7 @@ use std::{
 };
 
 use bytes::BytesMut;
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use tokio::time::{Sleep, sleep_until};
 use tracing::{debug, info, warn};
 
@@ -94,8 +95,9 @@ impl WorkerTask {
 
     /// Serves the worker until it is gone.
     pub(super) async fn run(mut self) -> Remains {
-        let cause = poll_fn(|cx| self.poll(cx)).await;
-        self.retire(cause).await
+        // A subscriber of `tracing` may panic. What the worker has sent by then counts all the same.
+        let cause = AssertUnwindSafe(poll_fn(|cx| self.poll(cx))).catch_unwind().await;
+        self.retire(cause.unwrap_or_else(|_| RetireCause::Misbehaved("its task has panicked".into()))).await
     }
 
     /// Everything that there is to do. Ready when the worker has to go.

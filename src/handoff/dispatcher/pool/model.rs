@@ -41,7 +41,7 @@ const WORKERS: usize = 2;
 /// Time stands still, all times to wait for are zero, and a timer may go off at any moment after it was set. So each
 /// order of events is possible that any timing could bring about.
 static NOW: LazyLock<Instant> = LazyLock::new(Instant::now);
-const LATE: Duration = Duration::from_secs(3600);
+const LATE: Duration = Duration::from_secs(30);
 
 impl Dispatching {
     fn steps(&self, state: &State) -> Vec<Step> {
@@ -80,20 +80,42 @@ impl Dispatching {
         steps
     }
 
-    /// Nothing is left to do but what goes wrong, and all connections are where they belong.
+    /// Returns true if something is left to do, or all connections are adopted. If only timers are left, they go off, and workers that
+    /// are gone are started again.
     fn is_done_or_goes_on(&self, state: &State) -> bool {
-        let World { peers, fates, .. } = &state.world;
-        let is_decided = fates.iter().all(|fate| matches!(fate, Fate::Adopted(_)));
-        // A worker that hangs is found out by timers only.
-        let is_stuck = state.left.timeouts == 0 && peers.iter().any(|peer| peer.hangs && !peer.is_retired)
-            || peers.iter().all(|peer| peer.is_retired);
-        is_decided || is_stuck || {
-            let goes_on = |step: Step| {
-                let is_trouble = matches!(step, Step::Crash(_) | Step::Hang(_) | Step::Cut(_) | Step::Get(_, Some(_)));
-                !is_trouble && self.next_state(state, step).is_some()
-            };
-            self.steps(state).into_iter().any(goes_on)
+        let is_adopted = |fate: &Fate| matches!(fate, Fate::Adopted(_));
+        if state.world.fates.iter().all(is_adopted) {
+            return true;
         }
+        let goes_on = |step: Step| {
+            let is_trouble = matches!(
+                step,
+                Step::Crash(_) | Step::Hang(_) | Step::Cut(_) | Step::Timeout(_) | Step::Get(_, Some(_))
+            );
+            !is_trouble && self.next_state(state, step).is_some()
+        };
+        if self.steps(state).into_iter().any(goes_on) {
+            return true;
+        }
+        let mut world = state.world.clone();
+        for _ in 0..12 {
+            for peer in 0..world.peers.len() {
+                world.step(Step::Restart(peer));
+            }
+            for peer in 0..world.peers.len() {
+                if !world.peers[peer].is_retired {
+                    world.timeout_at(peer, *NOW + LATE);
+                    world.act_on_events();
+                }
+                for step in [Step::Take(peer), Step::Send(peer), Step::Get(peer, None), Step::Ask(peer)] {
+                    while world.step(step) {}
+                }
+                for step in [Step::Answer(peer), Step::Read(peer)] {
+                    while world.step(step) {}
+                }
+            }
+        }
+        world.check().is_ok() && world.fates.iter().all(is_adopted)
     }
 }
 

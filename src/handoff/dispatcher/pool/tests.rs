@@ -4,10 +4,13 @@ use std::time::{Duration, Instant};
 
 use proptest::{collection::vec, prelude::*, sample::select};
 
-use super::world::{Fate, Step, World};
+use super::{
+    Event, Pool,
+    world::{Fate, Step, World},
+};
 use crate::handoff::{
-    dispatcher::{Strategy as Choice, builder::Config},
-    protocol::{FromWorker, RejectReason},
+    dispatcher::{RetireCause, Strategy as Choice, WorkerId, builder::Config},
+    protocol::{FromWorker, RejectReason, ToWorker, VERSION},
 };
 
 const PEERS: usize = 3;
@@ -103,5 +106,68 @@ proptest! {
             let got_it = adopter.given.contains(&(serial as u8));
             prop_assert!(got_it || adopter.lies || adopter.hangs || !adopter.lives, "connection {} was lost", serial);
         }
+    }
+}
+
+/// A worker that has said hello and asked for all that there is.
+fn add_worker(pool: &mut Pool<u8>, now: Instant) -> WorkerId {
+    let id = pool.add_worker();
+    pool.connect(id, None, now);
+    let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1 };
+    pool.on_message(id, hello, 0, now).unwrap();
+    pool.on_message(id, FromWorker::Demand { total: 1000 }, 0, now).unwrap();
+    id
+}
+
+/// Sends all that there is for a worker. Returns the number of offers.
+fn send_all(pool: &mut Pool<u8>, id: WorkerId, now: Instant) -> u32 {
+    let mut offers = 0;
+    while let Some(message) = pool.next_message(id, now) {
+        offers += u32::from(matches!(message, ToWorker::Offer { .. }));
+    }
+    offers
+}
+
+/// The kernel limits descriptors in flight for a whole uid, and those of a worker that does not receive stay there. Workers that
+/// were fenced and live on keep theirs.
+#[test]
+fn workers_that_do_not_receive_leave_places_to_the_others() {
+    const CONNECTIONS: u8 = 100;
+    let now = Instant::now();
+    let mut pool = Pool::new(config());
+    (0..CONNECTIONS).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+    let (mut stuck, mut in_flight) = (0, 0);
+    for _ in 0..8 {
+        let id = add_worker(&mut pool, now);
+        let offers = send_all(&mut pool, id, now);
+        in_flight += offers;
+        stuck += 1;
+        assert!(offers > 0, "after {stuck} stuck workers");
+        if stuck % 2 == 0 {
+            pool.retire(id, &RetireCause::Hung, 0, true, now);
+        }
+    }
+    assert!(in_flight <= 16 + stuck, "{in_flight}");
+    let healthy = add_worker(&mut pool, now);
+    let mut first = 0;
+    while pool.waiting() > 0 {
+        let count = send_all(&mut pool, healthy, now);
+        assert!(count > 0);
+        pool.on_message(healthy, FromWorker::Adopted { first, count }, 0, now).unwrap();
+        first += u64::from(count);
+    }
+    assert!(pool.take_events().iter().all(|event| !matches!(event, Event::Failed { .. })));
+}
+
+#[test]
+fn only_offers_that_were_sent_count_as_repeated() {
+    let now = Instant::now();
+    let mut pool = Pool::new(config());
+    (0..2).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+    for (unsent, repeated) in [(2, 0), (0, 0), (2, 0), (1, 1)] {
+        let id = add_worker(&mut pool, now);
+        assert_eq!(send_all(&mut pool, id, now), 2);
+        pool.retire(id, &RetireCause::Drained, unsent, false, now);
+        assert_eq!(pool.totals.offered_again, repeated);
     }
 }

@@ -292,3 +292,18 @@ fn a_window_without_limit_asks_for_what_is_possible() {
     assert_eq!(book.room(), MAX_UNANSWERED);
     assert!(!book.is_full());
 }
+
+/// Then the task is woken by its end, and does not wait for the time of a report.
+#[test]
+fn a_connection_whose_end_makes_room_is_noticed() {
+    let mut book = Book::new(1, 1, 1);
+    book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
+    book.adopt(1);
+    book.ask(book.room());
+    book.on_message(ToWorker::Offer { number: 0, offer: () }, None).unwrap();
+    book.adopt(1);
+    assert_eq!(book.room(), 0);
+    assert!(book.is_full());
+    book.finish();
+    assert_eq!(book.room(), 1);
+}
