@@ -37,8 +37,8 @@ use crate::{
     raw_worker::{Client, Point, Raw, connections, serve, stop, until, worker_command},
 };
 
-/// Runs a test in a process of its own, since it counts descriptors.
-fn alone(name: &str, test: impl Future<Output = ()>) {
+/// Runs a test in a process of its own, since it counts descriptors or is about the whole process.
+pub(crate) fn alone(name: &str, test: impl Future<Output = ()>) {
     if std::env::var("FDWIRE_ROLE").as_deref() == Ok(name) {
         return run(test);
     }

@@ -152,7 +152,9 @@ fn a_suspect_does_not_hold_up_the_connections_behind_it() {
         }
         worker.say(FromWorker::Demand { total: 50 }).await;
         let (_third, accepted) = all.remove(0);
-        let _behind = dispatcher.dispatch(accepted);
+        until("its demand was heard", || dispatcher.stats().workers[0].room > 0).await;
+        let place = dispatcher.reserve().now_or_never().flatten().expect("a place");
+        let _behind = place.dispatch(accepted);
         worker.offer().await.unwrap();
         assert_eq!(dispatcher.stats().waiting, 1, "the suspect");
         worker.adopt(2).await;

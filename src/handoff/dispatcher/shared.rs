@@ -161,7 +161,7 @@ impl Shared {
             }
             pool.is_open().then(|| {
                 let (waiter, granted) = oneshot::channel();
-                let ticket = pool.wait_for_place();
+                let ticket = pool.wait_for_place(Instant::now());
                 lock(&self.waiters).insert(ticket, waiter);
                 Err((ticket, granted))
             })

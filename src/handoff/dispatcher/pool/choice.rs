@@ -51,8 +51,10 @@ impl<C> Pool<C> {
     }
 
     /// Waits for a place, which [`Event::Granted`] reserves.
-    pub(in crate::handoff::dispatcher) fn wait_for_place(&mut self) -> TicketId {
-        self.queue.push_back(Waiter::Ticket)
+    pub(in crate::handoff::dispatcher) fn wait_for_place(&mut self, now: Instant) -> TicketId {
+        let ticket = self.queue.push_back(Waiter::Ticket);
+        self.distribute(now); // what waits before it may wait for something else
+        ticket
     }
 
     /// Nobody waits with this ticket.

@@ -14,6 +14,8 @@ mod clock;
 mod end;
 #[cfg(test)]
 mod model;
+#[cfg(test)]
+mod peer;
 mod pending;
 mod queue;
 mod stale;

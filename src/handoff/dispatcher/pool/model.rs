@@ -11,7 +11,10 @@ use super::{
     Totals,
     world::{Fate, Step, World},
 };
-use crate::handoff::{dispatcher::builder::Config, protocol::RejectReason};
+use crate::handoff::{
+    dispatcher::builder::Config,
+    protocol::{RejectReason, ToWorker},
+};
 
 /// How much may happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -50,20 +53,17 @@ impl Dispatching {
         if left.connections > 0 {
             steps.push(Step::Dispatch);
         }
-        for peer in 0..world.peers.len() {
-            steps.extend([
-                Step::Send(peer),
-                Step::Get(peer, None),
-                Step::Ask(peer),
-                Step::Answer(peer),
-                Step::Read(peer),
-            ]);
-            if left.restarts > 0 {
-                steps.push(Step::Restart(peer));
-            }
-            if left.timeouts > 0 {
-                steps.push(Step::Timeout(peer));
-            }
+        for (peer, state) in world.peers.iter().enumerate() {
+            let may = [
+                (Step::Send(peer), !state.unsent.is_empty()),
+                (Step::Get(peer, None), state.works() && (state.sees_end() || !state.to_worker.is_empty())),
+                (Step::Ask(peer), state.works()),
+                (Step::Answer(peer), state.works()),
+                (Step::Read(peer), !state.is_retired),
+                (Step::Restart(peer), state.is_retired && left.restarts > 0),
+                (Step::Timeout(peer), !state.is_retired && left.timeouts > 0),
+            ];
+            steps.extend(may.into_iter().filter(|(_, may)| *may).map(|(step, _)| step));
             if left.crashes > 0 {
                 steps.push(Step::Crash(peer));
             }
@@ -73,7 +73,7 @@ impl Dispatching {
             if left.cuts > 0 {
                 steps.push(Step::Cut(peer));
             }
-            if left.refusals > 0 {
+            if left.refusals > 0 && matches!(state.to_worker.front(), Some(ToWorker::Offer { .. })) {
                 steps.push(Step::Get(peer, Some(RejectReason::Full)));
             }
         }
@@ -173,7 +173,7 @@ impl Model for Dispatching {
             world.step(Step::Take(peer));
         }
         // Numbers for users only.
-        world.pool.totals = Totals::default();
+        world.pool.totals = Totals { offered_again: 1000, ..Totals::default() };
         did.then_some(next)
     }
 

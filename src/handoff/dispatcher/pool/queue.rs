@@ -86,8 +86,8 @@ impl<C> Queue<C> {
     }
 
     #[cfg(test)]
-    pub(super) fn first(&self) -> Option<&Waiter<C>> {
-        self.waiters.first_key_value().map(|(_, waiter)| waiter)
+    pub(super) fn waiters(&self) -> impl Iterator<Item = &Waiter<C>> {
+        self.waiters.values()
     }
 
     #[cfg(test)]

@@ -102,7 +102,7 @@ proptest! {
                 prop_assert_eq!(*fate, Fate::Failed, "connection {} was left over", serial);
                 continue;
             };
-            let adopter = world.peers.iter().find(|peer| peer.link() == link).unwrap();
+            let adopter = world.peers.iter().find(|peer| peer.link == link).unwrap();
             let got_it = adopter.given.contains(&(serial as u8));
             prop_assert!(got_it || adopter.lies || adopter.hangs || !adopter.lives, "connection {} was lost", serial);
         }

@@ -1,14 +1,13 @@
 //! The shipped pool against the shipped books of several workers, over queues in memory: for the property test and the model.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::BTreeSet,
     time::{Duration, Instant},
 };
 
-use super::{Event, Pool, TicketId, Waiter};
+use super::{Event, Pool, TicketId, Waiter, peer::Peer};
 use crate::handoff::{
     dispatcher::{LinkId, RetireCause, WorkerId, WorkerState, WorkerStats, builder::Config},
-    incoming::book::Book,
     protocol::{FromWorker, RejectReason, ToWorker},
 };
 
@@ -37,28 +36,6 @@ pub(super) enum Fate {
     Adopted(LinkId),
     /// The dispatcher has given it up.
     Failed,
-}
-
-/// One process of a worker, and its socket.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct Peer {
-    pub(super) id: WorkerId,
-    link: LinkId,
-    book: Book<u8>,
-    /// Taken from the pool and not sent.
-    unsent: VecDeque<ToWorker<u8>>,
-    to_worker: VecDeque<ToWorker<u8>>,
-    from_worker: VecDeque<FromWorker>,
-    /// What its application has got.
-    pub(super) given: Vec<u8>,
-    finished: usize,
-    pub(super) lives: bool,
-    pub(super) hangs: bool,
-    /// It does not do as it says, so nothing is promised of what it gets.
-    pub(super) lies: bool,
-    /// Its socket has failed, and each side sees the end.
-    is_cut: bool,
-    pub(super) is_retired: bool,
 }
 
 /// What can happen. Numbers choose peers.
@@ -126,21 +103,7 @@ impl World {
 
     pub(super) fn start(&mut self, id: WorkerId) {
         let link = self.pool.connect(id, None, self.now + Duration::from_secs(60));
-        self.peers.push(Peer {
-            id,
-            link,
-            book: Book::new(self.window, u64::MAX, 1),
-            unsent: VecDeque::new(),
-            to_worker: VecDeque::new(),
-            from_worker: VecDeque::new(),
-            given: Vec::new(),
-            finished: 0,
-            lives: true,
-            hangs: false,
-            lies: false,
-            is_cut: false,
-            is_retired: false,
-        });
+        self.peers.push(Peer::new(id, link, self.window));
     }
 
     /// Takes a step. Returns false if it is none at the moment.
@@ -151,7 +114,7 @@ impl World {
                 if self.pool.try_reserve() {
                     self.permits += 1;
                 } else {
-                    self.tickets.push(self.pool.wait_for_place());
+                    self.tickets.push(self.pool.wait_for_place(self.now));
                 }
                 true
             }
@@ -352,12 +315,10 @@ impl World {
                 return Err(format!("connection {serial} has {owners} owners, and is {fate:?}"));
             }
         }
-        match self.pool.queue.first() {
-            Some(Waiter::Connection(first))
-                if !first.is_suspect(self.pool.config.max_offers) && self.pool.free() > 0 =>
-            {
-                Err(format!("connection {} waits, and a worker has room", first.connection))
-            }
+        // A suspect waits for a worker of its own.
+        let is_suspect = |waiter: &&Waiter<u8>| matches!(waiter, Waiter::Connection(pending) if pending.is_suspect(self.pool.config.max_offers));
+        match self.pool.queue.waiters().find(|waiter| !is_suspect(waiter)) {
+            Some(waiter) if self.pool.free() > 0 => Err(format!("{waiter:?} waits, and a worker has room")),
             _ => Ok(()),
         }
     }
@@ -416,82 +377,5 @@ impl Step {
             | Self::Lie(peer, _)
             | Self::Restart(peer) => Some(peer),
         }
-    }
-}
-
-impl Peer {
-    pub(super) fn link(&self) -> LinkId {
-        self.link
-    }
-
-    fn works(&self) -> bool {
-        self.lives && !self.hangs
-    }
-
-    fn can_write(&self) -> bool {
-        self.works() && !self.is_retired && !self.is_cut
-    }
-
-    fn unsent_offers(&self) -> usize {
-        self.unsent.iter().filter(|message| matches!(message, ToWorker::Offer { .. })).count()
-    }
-
-    fn get(&mut self, unfit: Option<RejectReason>) -> bool {
-        if !self.works() || self.book.has_ended() {
-            return false;
-        }
-        let Some(message) = self.to_worker.pop_front() else {
-            let is_end = self.is_retired || self.is_cut;
-            if is_end {
-                self.book.end(false);
-            }
-            return is_end;
-        };
-        let unfit = unfit.filter(|_| matches!(message, ToWorker::Offer { .. }));
-        if self.book.on_message(message, unfit).is_err() {
-            self.book.end(false);
-            self.is_cut = true;
-        }
-        true
-    }
-
-    fn ask(&mut self) -> bool {
-        let before = self.book.clone();
-        self.book.adopt(1);
-        self.give();
-        self.book != before
-    }
-
-    fn give(&mut self) {
-        self.given.extend(self.book.take_adopted::<Vec<_>>(usize::MAX));
-    }
-
-    fn finish(&mut self) -> bool {
-        let may = self.finished < self.given.len();
-        if may {
-            self.finished += 1;
-            self.book.finish();
-        }
-        may
-    }
-
-    /// Sends one message. Whatever an application has asked for it gets right then.
-    fn answer(&mut self) -> bool {
-        if self.book.has_ended() {
-            return false;
-        }
-        let room = self.book.room();
-        self.book.ask(room);
-        self.book.report();
-        self.book.leave();
-        let Some(message) = self.book.next_message() else { return false };
-        if self.can_write() {
-            self.from_worker.push_back(message);
-            self.book.on_sent(1);
-            self.give();
-        } else {
-            self.book.end(false);
-        }
-        true
     }
 }
