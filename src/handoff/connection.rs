@@ -55,6 +55,7 @@ pub struct Connection {
     peer: Address,
     local: Address,
     metadata: Bytes,
+    bundle: Vec<OwnedFd>,
     serving: Serving,
 }
 
@@ -82,6 +83,8 @@ pub struct ConnectionParts {
     pub local: Address,
     /// What the dispatcher's application says about it.
     pub metadata: Bytes,
+    /// The descriptors that [came with it](Connection::bundle_mut).
+    pub bundle: Vec<OwnedFd>,
     /// To be kept until the connection has ended.
     pub serving: Serving,
 }
@@ -101,10 +104,10 @@ impl Connection {
     /// Makes a connection of an offer whose adoption the dispatcher has been told. `None` where the system refuses: the connection has
     /// ended then.
     pub(super) fn adopted(offer: Offer, channel: &Arc<Channel>) -> Option<Self> {
-        let Offer { transport, peer, local, read, metadata, fd, .. } = offer;
+        let Offer { transport, peer, local, read, metadata, fd, bundle, .. } = offer;
         let serving = Serving(Arc::clone(channel));
         match ConnectionStream::new(transport, fd) {
-            Ok(stream) => Some(Self { stream: EndOnDrop(Some(stream)), read, peer, local, metadata, serving }),
+            Ok(stream) => Some(Self { stream: EndOnDrop(Some(stream)), read, peer, local, metadata, bundle, serving }),
             Err(error) => {
                 tracing::warn!(%error, %peer, "cannot serve an adopted connection, it is closed");
                 None
@@ -127,11 +130,17 @@ impl Connection {
         &self.metadata
     }
 
+    /// The descriptors that belong to the connection, such as the upstream connection of a proxy's client: those of
+    /// [`Accepted::with_fd`](super::Accepted::with_fd), in its order. Take out what you use; the rest is closed with the connection.
+    pub fn bundle_mut(&mut self) -> &mut Vec<OwnedFd> {
+        &mut self.bundle
+    }
+
     /// Takes it apart, for what wants tokio's own streams.
     pub fn into_parts(mut self) -> ConnectionParts {
         let stream = self.stream.0.take().expect(PRESENT);
-        let Self { read, peer, local, metadata, serving, .. } = self;
-        ConnectionParts { stream, read, peer, local, metadata, serving }
+        let Self { read, peer, local, metadata, bundle, serving, .. } = self;
+        ConnectionParts { stream, read, peer, local, metadata, bundle, serving }
     }
 
     fn stream(self: Pin<&mut Self>) -> &mut ConnectionStream {

@@ -13,6 +13,21 @@
 //! gets it. Until then the dispatcher keeps a copy. After that the connection is the worker's: **what is adopted ends with its
 //! worker**. It is not repeated elsewhere, since nobody could know how much of it was done.
 //!
+//! # Words
+//!
+//! | word | meaning |
+//! |---|---|
+//! | offer | a connection, with its descriptor, sent to one worker |
+//! | adopt | the worker takes an offer for its application; from then on the connection is the worker's |
+//! | reject | the worker gives an offer back |
+//! | demand | the total number of offers a worker has asked for |
+//! | recall | the dispatcher asks a busy worker to reject what it has not adopted |
+//! | fence | cut a worker off, so that it can adopt nothing from that moment on |
+//! | retire | the one path by which a worker's link ends, whatever the cause |
+//! | drain | take nothing new and finish what is there |
+//! | stale copy | a descriptor of a connection that a fenced process may still hold |
+//! | link | one worker's connection to the dispatcher |
+//!
 //! # Both sides
 //!
 //! In one process here, to be short. Mostly the dispatcher [starts](Dispatcher::spawn_worker) the workers, and a worker begins with
@@ -70,6 +85,8 @@
 //! | all workers are full | [`serve`](Dispatcher::serve) does not accept: clients wait in the kernel's backlog | go on |
 //! | it [drains](IncomingHandle::drain), or is [removed](Dispatcher::remove_worker) | go to others | are finished, until the deadline |
 //! | it breaks the protocol | as when it hangs | as when it hangs |
+//! | it does not say hello within [`hello_timeout`](DispatcherBuilder::hello_timeout) | - | - |
+//! | something else reads from its socket | it leaves, since an offer is missing, and they go to others | go on |
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
 //! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on |
 //!
@@ -77,14 +94,18 @@
 //!
 //! # Limits
 //!
-//! - A connection that several workers in a row have died of, or hung, is given up: it may be the cause, and is not to take down all. See
-//!   [`max_offers`](DispatcherBuilder::max_offers). A request that makes the *application* crash costs one worker, since it was adopted before.
+//! - After several workers have died or hung while holding a connection, and if no worker is left that has not, the connection is
+//!   given up: it may be the cause. See [`max_offers`](DispatcherBuilder::max_offers). A worker that has no room or no time for a
+//!   connection has not failed with it. A request that makes the *application* crash costs one worker, since it was adopted before.
 //! - When many workers hang at a time, only [some](DispatcherBuilder::max_fences) are cut off: the machine may be the cause.
 //! - Already-read bytes and metadata of a connection have to fit one message, of [`MAX_MESSAGE_BYTES`](protocol::MAX_MESSAGE_BYTES).
 //! - The dispatcher holds one descriptor for each connection that is not adopted, and none after that, unless a worker that was cut
 //!   off may hold a copy. The [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`; where they do
 //!   not, clients wait. To hand over what is accepted takes no more descriptors.
-//! - State that belongs to a connection and is not in its socket does not move along: hand a TLS connection over before the
+//! - A worker gets at most half of the descriptors in flight that other workers leave, of half of the soft `RLIMIT_NOFILE`: the kernel
+//!   limits them for a whole uid (`ETOOMANYREFS`), and a worker that does not receive keeps them.
+//! - Descriptors that belong to a connection can [come with it](Accepted::with_fd), and state can as metadata. What is in neither
+//!   does not move along: hand a TLS connection over before the
 //!   handshake, with what was [read](Accepted::read_bytes) from it.
 //!
 //! # Traps
@@ -122,7 +143,7 @@ mod reserve;
 pub use address::{Address, Transport};
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
 pub use dispatcher::{
-    Accepted, Cause, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, IntoListener, NotDispatched, Permit,
-    Retired, Stats, Strategy, Unadopted, WorkerCommand, WorkerId, WorkerState, WorkerStats,
+    Accepted, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, IntoListener, NotDispatched, Permit,
+    RetireCause, RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerId, WorkerState, WorkerStats,
 };
 pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};

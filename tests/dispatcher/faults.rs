@@ -13,8 +13,8 @@ use futures::{SinkExt, StreamExt, future::join_all};
 
 use crate::{
     both,
-    common::{encoded, marked, raw_send},
-    raw_worker::{Raw, connections, serve, until},
+    common::{marked, raw_send},
+    raw_worker::{Raw, adopted, connections, serve, until},
 };
 
 /// What it makes of the worker, and that its connections go to another one.
@@ -55,7 +55,7 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
             }
         };
         misbehaves(kind, garbage(b"GET / HTTP/1.1\r\n\r\n", 0)).await;
-        misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\xEE", 0)).await; // an unknown message
+        misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\x3E", 0)).await; // an unknown message
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\x03", 0)).await; // a known one without its fields
         misbehaves(kind, garbage(b"\xFD\x10\0\x01\0\0\0\x01\x07", 1)).await; // a descriptor
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x09\x02\0\0\0\0\0\0\0\x09", 1)).await; // one that nobody claims
@@ -65,12 +65,12 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
                 raw
             }
         };
-        misbehaves(kind, says(FromWorker::Adopted { count: 3 })).await;
-        misbehaves(kind, says(FromWorker::Rejected { count: u32::MAX, reason: RejectReason::Full })).await;
+        misbehaves(kind, says(FromWorker::Adopted { first: 0, count: 3 })).await;
+        misbehaves(kind, says(FromWorker::Rejected { first: 0, count: u32::MAX, reason: RejectReason::Full })).await;
         misbehaves(kind, says(FromWorker::Demand { total: 1 })).await;
         misbehaves(kind, says(FromWorker::Load { finished: 1 })).await;
         misbehaves(kind, says(FromWorker::Pong { nonce: 99 })).await;
-        misbehaves(kind, says(FromWorker::Hello { lowest: 1, highest: 1 })).await;
+        misbehaves(kind, says(FromWorker::Hello { lowest: 1, highest: 1, max_fds: 1 })).await;
     });
 }
 
@@ -78,9 +78,10 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
 fn a_worker_that_does_not_say_hello_properly_is_cut_off() {
     both(async |kind| {
         let first = [
-            FromWorker::Hello { lowest: 2, highest: 9 },
+            FromWorker::Hello { lowest: 2, highest: 9, max_fds: 1 },
             FromWorker::Demand { total: 1 },
-            FromWorker::Hello { lowest: 0, highest: 0 },
+            FromWorker::Hello { lowest: 0, highest: 0, max_fds: 1 },
+            FromWorker::Hello { lowest: 1, highest: 1, max_fds: 0 },
         ];
         for first in first {
             let dispatcher = Dispatcher::builder().build();
@@ -103,8 +104,7 @@ fn answers_before_a_fault_count() {
         let mut outcomes =
             Vec::from_iter(connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
         bad.offers(2).await;
-        let adopted = encoded(&[3, 0, 0, 0, 1], 0);
-        raw_send(bad.framed.socket(), &[&adopted[..], b"garbage"].concat(), &[]);
+        raw_send(bad.framed.socket(), &[&adopted(0, 1)[..], b"garbage"].concat(), &[]);
         bad.ended().await;
         let mut good = Raw::start(&dispatcher, kind, 2).await;
         good.offers(1).await;

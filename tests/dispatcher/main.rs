@@ -9,9 +9,11 @@ mod end_to_end;
 mod faults;
 mod hand_over;
 mod helper;
+mod last_words;
 mod raw_worker;
 mod retire;
 mod stubborn;
+mod willing;
 mod workers;
 
 use fdwire::SocketKind;

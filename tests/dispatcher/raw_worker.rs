@@ -41,6 +41,8 @@ pub(crate) struct Raw {
     pub(crate) id: WorkerId,
     pub(crate) framed: Framed<WorkerCodec>,
     pub(crate) recalled: u64,
+    /// Offers that it has answered.
+    pub(crate) answered: u64,
     pub(crate) told_to_drain: bool,
     answer_pings: bool,
 }
@@ -52,7 +54,7 @@ impl Raw {
         let id = dispatcher.add_worker(there);
         let mut framed = Framed::new(here, WorkerCodec::default());
         greet(&mut framed, demand).await;
-        let raw = Self { id, framed, recalled: 0, told_to_drain: false, answer_pings: true };
+        let raw = Self::of(id, framed);
         until("its demand was heard", || {
             let workers = dispatcher.stats().workers;
             let worker = workers.iter().find(|worker| worker.id == id).expect("it is there");
@@ -62,22 +64,35 @@ impl Raw {
         raw
     }
 
+    /// One that has said hello already.
+    pub(crate) fn of(id: WorkerId, framed: Framed<WorkerCodec>) -> Self {
+        Self { id, framed, recalled: 0, answered: 0, told_to_drain: false, answer_pings: true }
+    }
+
     pub(crate) async fn say(&mut self, message: FromWorker) {
         self.framed.send(message).await.unwrap();
     }
 
     pub(crate) async fn adopt(&mut self, count: u32) {
-        self.say(FromWorker::Adopted { count }).await;
+        let first = self.next(count);
+        self.say(FromWorker::Adopted { first, count }).await;
     }
 
     pub(crate) async fn reject(&mut self, count: u32, reason: RejectReason) {
-        self.say(FromWorker::Rejected { count, reason }).await;
+        let first = self.next(count);
+        self.say(FromWorker::Rejected { first, count, reason }).await;
+    }
+
+    /// The number of the first of the next answers.
+    pub(crate) fn next(&mut self, count: u32) -> u64 {
+        self.answered += u64::from(count);
+        self.answered - u64::from(count)
     }
 
     /// The next offer; `None` at the end. Answers pings, unless it is to be silent, and notes what else it is told.
     pub(crate) async fn offer(&mut self) -> Option<Offer> {
         loop {
-            if let ToWorker::Offer(offer) = self.step().await? {
+            if let ToWorker::Offer { offer, .. } = self.step().await? {
                 return Some(offer);
             }
         }
@@ -126,9 +141,18 @@ impl Raw {
 }
 
 pub(crate) async fn greet(framed: &mut Framed<WorkerCodec>, demand: u64) {
-    framed.send(FromWorker::Hello { lowest: VERSION, highest: VERSION }).await.unwrap();
+    let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1 };
+    framed.send(hello).await.unwrap();
     assert!(matches!(framed.next().await, Some(Ok(ToWorker::Welcome { version: VERSION }))));
     framed.send(FromWorker::Demand { total: demand }).await.unwrap();
+}
+
+/// The payload of a HELLO.
+pub(crate) const HELLO: &[u8] = b"\x01FDHO\x01\x01\x01";
+
+/// The frame of an ADOPTED.
+pub(crate) fn adopted(first: u64, count: u32) -> Vec<u8> {
+    encoded(&[&[3][..], &first.to_be_bytes(), &count.to_be_bytes()].concat(), 0)
 }
 
 /// What the application of a worker does: reads the client's serial number and answers with a name. The connection stays
@@ -287,20 +311,21 @@ async fn work(socket: OwnedFd, point: Point, signal: Signal) {
             ToWorker::Ping { nonce } => {
                 let _ = framed.send(FromWorker::Pong { nonce }).await; // after a stop it may be cut off
             }
-            ToWorker::Offer(offer) => offers.push(offer),
+            ToWorker::Offer { offer, .. } => offers.push(offer),
             _ => {}
         }
         match point {
             Point::Never => {
                 for offer in offers.drain(..) {
                     // First the answer: without one, the connection is another worker's.
-                    if framed.send(FromWorker::Adopted { count: 1 }).await.is_ok() {
+                    let first = serving.len() as u64;
+                    if framed.send(FromWorker::Adopted { first, count: 1 }).await.is_ok() {
                         serving.push(application(offer));
                     }
                 }
             }
             _ if offers.len() as u64 == DEMAND => {
-                let answer = encoded(&[&[3][..], &ADOPTED.to_be_bytes()].concat(), 0);
+                let answer = adopted(0, ADOPTED);
                 match point {
                     Point::InAnswer => raw_send(&raw, &answer[..answer.len() / 2], &[]),
                     Point::AfterAnswering => raw_send(&raw, &answer, &[]),
@@ -310,8 +335,9 @@ async fn work(socket: OwnedFd, point: Point, signal: Signal) {
                     raise(signal).unwrap();
                 }
                 // Where it was only stopped, it goes on as any worker would: the answer first.
-                let answered = framed.send(FromWorker::Adopted { count: ADOPTED }).await.is_ok();
                 let mine = if point == Point::AfterAnswering { ADOPTED as usize } else { 0 };
+                let adopt = FromWorker::Adopted { first: mine as u64, count: ADOPTED };
+                let answered = framed.send(adopt).await.is_ok();
                 let mine = mine + if answered { ADOPTED as usize } else { 0 };
                 serving.extend(offers.drain(..mine.min(offers.len())).map(application));
                 offers.clear();

@@ -22,8 +22,10 @@ use tempfile::TempDir;
 use tokio::net::UnixStream;
 
 use crate::{
-    common::{KINDS, encoded, run},
-    raw_worker::{ADOPTED, Client, DEMAND, Point, Raw, connections, serve, served, served_by, until, worker_command},
+    common::{KINDS, run},
+    raw_worker::{
+        ADOPTED, Client, DEMAND, Point, Raw, adopted, connections, serve, served, served_by, until, worker_command,
+    },
 };
 
 /// The points, and how many connections of that worker are its own.
@@ -296,8 +298,8 @@ fn every_answer_that_could_be_written_counts_whenever_the_cut_comes() {
                 let copies = worker.offers(OFFERS).await;
                 let socket = OwnedFd::from(worker.framed.into_parts().socket);
                 let answering = std::thread::spawn(move || {
-                    let answer = encoded(&[3, 0, 0, 0, 1], 0);
-                    let written = (0..OFFERS).take_while(|_| {
+                    let written = (0..OFFERS).take_while(|first| {
+                        let answer = adopted(*first as u64, 1);
                         let begin = std::time::Instant::now();
                         while begin.elapsed() < Duration::from_micros(20) {}
                         send(socket.as_raw_fd(), &answer, MsgFlags::MSG_NOSIGNAL).is_ok()

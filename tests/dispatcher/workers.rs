@@ -6,13 +6,16 @@ use std::{
     os::fd::{AsFd, AsRawFd, OwnedFd},
     pin::pin,
     process::Stdio,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use fdwire::{
     Framed, Listener, Socket, SocketKind,
-    handoff::{Cause, Dispatcher, Incoming, WorkerCommand, WorkerState, protocol::WorkerCodec},
+    handoff::{Dispatcher, Incoming, RetireCause, WorkerCommand, WorkerState, protocol::WorkerCodec},
 };
 use futures::{StreamExt, future::join_all};
 use nix::{
@@ -28,26 +31,32 @@ use tokio::{
     process::Command,
     time::{sleep, timeout},
 };
-use tracing::{Event, Level, Metadata, Subscriber, field::Field, span, subscriber::with_default};
+use tracing::{
+    Event, Level, Metadata, Subscriber,
+    field::Field,
+    span,
+    subscriber::{set_default, with_default},
+};
 
 use crate::{
     both,
     common::{KINDS, encoded, marked, other_uid, raw_send, role_socket, run, run_in, some_threads, spawn_role},
-    raw_worker::{Client, Raw, connections, greet, serve, until},
+    descriptors::alone,
+    raw_worker::{Client, HELLO, Raw, adopted, connections, greet, serve, until},
 };
 
-/// Gives each warning to a function.
-struct Warnings<F>(F);
+/// Gives each event of a level to a function.
+struct Events<F>(Level, F);
 
-impl<F: Fn(&Event<'_>) + 'static> Subscriber for Warnings<F>
+impl<F: Fn(&Event<'_>) + 'static> Subscriber for Events<F>
 where
     Self: Send + Sync,
 {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        *metadata.level() == Level::WARN
+        *metadata.level() == self.0
     }
     fn event(&self, event: &Event<'_>) {
-        (self.0)(event);
+        (self.1)(event);
     }
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
         span::Id::from_u64(1)
@@ -69,17 +78,17 @@ fn write_to(log: &Mutex<String>, event: &Event<'_>) {
 fn it_is_logged_why_a_worker_was_dropped() {
     let cases: [(&[u8], u32, &str); 6] = [
         (b"GET / HTTP/1.1\r\n\r\n", 0, "bad magic byte 0x47"),
-        (&encoded(b"\x01FDHO\x02\x09", 0), 0, "it speaks versions 2 to 9, not 1"),
+        (&encoded(b"\x01FDHO\x02\x09\x01", 0), 0, "it speaks versions 2 to 9, not 1"),
         (&encoded(&[2, 0, 0, 0, 0, 0, 0, 0, 1], 0), 0, "its first message is not a hello"),
-        (&[encoded(b"\x01FDHO\x01\x01", 0), encoded(&[3, 0, 0, 0, 1], 0)].concat(), 0, "it answered 1 offers, 0 were"),
-        (&[encoded(b"\x01FDHO\x01\x01", 0), encoded(&[0xEE], 0)].concat(), 0, "not a message of a hand-off's worker"),
+        (&[encoded(HELLO, 0), adopted(0, 1)].concat(), 0, "it answered 1 offers, 0 were"),
+        (&[encoded(HELLO, 0), encoded(&[0x3E], 0)].concat(), 0, "not a message of a hand-off's worker"),
         (&encoded(b"\x07", 1), 1, "1 descriptors"),
     ];
     for (bytes, fds, reason) in cases {
         for kind in KINDS {
             let log = Arc::new(Mutex::new(String::new()));
             let kept = Arc::clone(&log);
-            with_default(Warnings(move |event: &Event<'_>| write_to(&kept, event)), || {
+            with_default(Events(Level::WARN, move |event: &Event<'_>| write_to(&kept, event)), || {
                 run(async {
                     let dispatcher = Dispatcher::builder().build();
                     let (here, there) = Socket::pair(kind).unwrap();
@@ -99,7 +108,7 @@ fn it_is_logged_why_a_worker_was_dropped() {
 /// A subscriber that panics ends the task that looks after the worker, and a drain has nothing to wait for.
 #[test]
 fn a_drain_ends_though_a_subscriber_panics() {
-    with_default(Warnings(|_: &Event<'_>| panic!("a log that cannot be written")), || {
+    with_default(Events(Level::WARN, |_: &Event<'_>| panic!("a log that cannot be written")), || {
         run(async {
             let dispatcher = Dispatcher::builder().build();
             let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
@@ -111,6 +120,31 @@ fn a_drain_ends_though_a_subscriber_panics() {
     });
 }
 
+/// It ends the conversation with the worker, and what was on its way goes to another one.
+#[test]
+fn a_connection_is_handed_over_though_a_subscriber_panics_at_its_offer() {
+    // Subscribers of other threads would have a say in what is logged.
+    alone("workers::a_connection_is_handed_over_though_a_subscriber_panics_at_its_offer", async {
+        let panicked = AtomicBool::new(false);
+        let panics_once = move |event: &Event<'_>| {
+            let log = Mutex::default();
+            write_to(&log, event);
+            let is_offer = log.into_inner().unwrap().contains("connection is offered");
+            assert!(!is_offer || panicked.swap(true, Ordering::Relaxed), "a log that cannot be written");
+        };
+        let _guard = set_default(Events(Level::DEBUG, panics_once));
+        let dispatcher = Dispatcher::builder().build();
+        let _first = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        until("it is gone", || dispatcher.stats().retired.misbehaved == 1).await;
+        let mut second = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+        second.offer().await.unwrap();
+        second.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), second.id);
+    });
+}
+
 #[test]
 fn it_is_known_why_the_process_before_left() {
     run(async {
@@ -118,7 +152,7 @@ fn it_is_known_why_the_process_before_left() {
         let id = dispatcher.spawn_worker(WorkerCommand::from(Command::new("true")).restart(true)).unwrap();
         until("it was started again", || dispatcher.stats().workers[0].restarts > 0).await;
         let worker = &dispatcher.stats().workers[0];
-        assert_eq!((worker.id, &worker.left), (id, &Some(Cause::Ended)));
+        assert_eq!((worker.id, &worker.last_exit), (id, &Some(RetireCause::Ended)));
         dispatcher.drain(None).await;
     });
 }
@@ -372,8 +406,8 @@ fn a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_sen
                 .hang_timeout(20 * interval)
                 .recall_after(Duration::MAX)
                 .build();
-            let stopped = Raw::start(&dispatcher, SocketKind::SeqPacket, u64::from(IN_FLIGHT + 1)).await;
             let (_clients, mut accepted): (Vec<_>, Vec<_>) = connections(IN_FLIGHT + 1).await.into_iter().unzip();
+            let stopped = Raw::start(&dispatcher, SocketKind::SeqPacket, u64::from(IN_FLIGHT + 1)).await;
             let last = accepted.pop().unwrap();
             let _outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
             until("they are on their way", || unread(&stopped) > 0).await;

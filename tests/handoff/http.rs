@@ -41,13 +41,14 @@ async fn front(kind: SocketKind) -> (SocketAddr, Incoming, oneshot::Sender<()>, 
             select! {
                 Ok((stream, _)) = listener.accept(), if offered < demand => {
                     let stream = stream.into_std().unwrap();
-                    dispatcher.framed.send(ToWorker::Offer(offer_of(&stream))).await.unwrap();
+                    let offer = dispatcher.number(offer_of(&stream));
+                    dispatcher.framed.send(offer).await.unwrap();
                     unanswered.push_back(stream);
                     offered += 1;
                 }
                 Some(message) = dispatcher.framed.next() => match message.unwrap() {
                     FromWorker::Demand { total } => demand = total,
-                    FromWorker::Adopted { count } => {
+                    FromWorker::Adopted { count, .. } => {
                         drop(unanswered.drain(..count as usize));
                         adopted += u64::from(count);
                     }

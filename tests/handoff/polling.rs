@@ -82,7 +82,9 @@ fn offers_that_go_back_while_the_application_waits_are_asked_for_again() {
             for _ in 0..3 {
                 let (client, copy) = dispatcher.accept().await;
                 let transport = if recalled { Transport::Tcp } else { Transport::UnixStream };
-                dispatcher.framed.feed(ToWorker::Offer(Offer { transport, ..offer_of(&copy) })).await.unwrap();
+                let offer = Offer { transport, ..offer_of(&copy) };
+                let message = dispatcher.number(offer);
+                dispatcher.framed.feed(message).await.unwrap();
                 clients.push((client, copy));
             }
             dispatcher.send(ToWorker::Recall { before: 3 }).await; // together with the offers

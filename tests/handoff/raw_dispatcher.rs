@@ -18,6 +18,9 @@ pub(crate) struct RawDispatcher {
     /// What the worker has said last.
     pub(crate) demand: u64,
     pub(crate) finished: u64,
+    /// Offers made, and those that were answered.
+    offered: u64,
+    answered: u64,
 }
 
 /// A dispatcher and a worker that have greeted each other.
@@ -35,14 +38,19 @@ impl RawDispatcher {
     }
 
     pub(crate) async fn before_greeting(socket: Socket) -> Self {
-        let mut framed = Framed::new(socket, DispatcherCodec::default());
-        let hello = framed.try_next().await.unwrap();
-        assert_eq!(hello, Some(FromWorker::Hello { lowest: VERSION, highest: VERSION }));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        Self { framed, listener, demand: 0, finished: 0 }
+        Self::before_greeting_with(socket, 1).await
     }
 
-    pub(crate) async fn send(&mut self, message: ToWorker<SendFd>) {
+    /// The worker takes this many descriptors with an offer.
+    pub(crate) async fn before_greeting_with(socket: Socket, max_fds: u8) -> Self {
+        let mut framed = Framed::new(socket, DispatcherCodec::default());
+        let hello = framed.try_next().await.unwrap();
+        assert_eq!(hello, Some(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self { framed, listener, demand: 0, finished: 0, offered: 0, answered: 0 }
+    }
+
+    pub(crate) async fn send(&mut self, message: ToWorker<Offer<SendFd>>) {
         self.framed.send(message).await.unwrap();
     }
 
@@ -66,7 +74,7 @@ impl RawDispatcher {
         message
     }
 
-    async fn number(&mut self) {
+    async fn total(&mut self) {
         let message = self.message().await;
         assert!(matches!(message, Some(FromWorker::Demand { .. } | FromWorker::Load { .. })), "{message:?}");
     }
@@ -77,17 +85,30 @@ impl RawDispatcher {
     }
 
     pub(crate) async fn expect_adopted(&mut self, count: u32) {
-        self.expect(FromWorker::Adopted { count }).await;
+        let first = self.next(count);
+        self.expect(FromWorker::Adopted { first, count }).await;
     }
 
     pub(crate) async fn expect_rejected(&mut self, count: u32, reason: RejectReason) {
-        self.expect(FromWorker::Rejected { count, reason }).await;
+        let first = self.next(count);
+        self.expect(FromWorker::Rejected { first, count, reason }).await;
+    }
+
+    fn next(&mut self, count: u32) -> u64 {
+        self.answered += u64::from(count);
+        self.answered - u64::from(count)
+    }
+
+    /// An offer with the next number.
+    pub(crate) fn number(&mut self, offer: Offer<SendFd>) -> ToWorker<Offer<SendFd>> {
+        self.offered += 1;
+        ToWorker::Offer { number: self.offered - 1, offer }
     }
 
     /// Reads until the worker has asked for so many offers in all.
     pub(crate) async fn expect_demand(&mut self, total: u64) {
         while self.demand < total {
-            self.number().await;
+            self.total().await;
         }
         assert_eq!(self.demand, total);
     }
@@ -95,7 +116,7 @@ impl RawDispatcher {
     /// Reads until the worker has said that so many have ended.
     pub(crate) async fn expect_finished(&mut self, finished: u64) {
         while self.finished < finished {
-            self.number().await;
+            self.total().await;
         }
         assert_eq!(self.finished, finished);
     }
@@ -122,9 +143,10 @@ impl RawDispatcher {
 
     pub(crate) async fn send_offer(&mut self, offer: Offer<SendFd>) {
         while self.demand == 0 {
-            self.number().await;
+            self.total().await;
         }
-        self.send(ToWorker::Offer(offer)).await;
+        let message = self.number(offer);
+        self.send(message).await;
     }
 }
 
@@ -138,5 +160,6 @@ pub(crate) fn offer_of(connection: &net::TcpStream) -> Offer<SendFd> {
         read: Default::default(),
         metadata: Default::default(),
         fd: SendFd::socket(connection.try_clone().unwrap()),
+        bundle: Vec::new(),
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     net::Shutdown,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix,
     },
     sync::mpsc,
@@ -18,7 +18,10 @@ use fdwire::{
     },
 };
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::{
+    resource::{Resource, setrlimit},
+    socket::MsgFlags,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, UnixStream},
@@ -85,6 +88,26 @@ fn a_connection_comes_with_what_the_offer_says_of_it() {
 }
 
 #[test]
+fn a_bundle_comes_with_its_connection() {
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        let mut incoming = Incoming::builder().max_fds(3).build(b);
+        let mut dispatcher = RawDispatcher::before_greeting_with(a, 3).await;
+        dispatcher.send(ToWorker::Welcome { version: fdwire::handoff::protocol::VERSION }).await;
+        ask(&mut incoming);
+        let (_client, copy) = dispatcher.accept().await;
+        let (upstream, passed) = unix::net::UnixStream::pair().unwrap();
+        dispatcher.send_offer(Offer { bundle: vec![passed.into()], ..offer_of(&copy) }).await;
+        let mut connection = incoming.next().await.unwrap();
+        let bundle = std::mem::take(connection.bundle_mut());
+        assert_eq!(bundle.len(), 1);
+        drop(bundle);
+        upstream.set_nonblocking(false).unwrap();
+        assert_eq!(std::io::Read::read(&mut &upstream, &mut [0]).unwrap(), 0);
+    });
+}
+
+#[test]
 fn what_was_read_already_comes_first() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
@@ -141,6 +164,7 @@ fn unix_connections_are_served_too() {
             read: "a".into(),
             metadata: Default::default(),
             fd: accepted.into(),
+            bundle: Vec::new(),
         };
         dispatcher.send_offer(offer).await;
         client.write_all(b"b").await.unwrap();
@@ -545,6 +569,29 @@ fn a_descriptor_that_is_not_the_offered_one_ends_it() {
         dispatcher.send_offer(offer).await;
         check_failed(&mut incoming, &mut dispatcher, "not the one that it describes").await;
         assert!(client.read(&mut [0]).now_or_never().is_none(), "the connection as such is left alone");
+    });
+}
+
+/// Here something else has read an offer from its socket, as a child process does that has inherited it. What the worker answered
+/// next would be taken for the answer to the lost one.
+#[test]
+fn a_worker_whose_offers_somebody_else_reads_ends_it() {
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        let thief = b.as_fd().try_clone_to_owned().unwrap();
+        let mut incoming = Incoming::new(b);
+        let mut dispatcher = RawDispatcher::greet(a).await;
+        ask(&mut incoming);
+        dispatcher.expect_demand(64).await;
+        let (_, lost) = dispatcher.accept().await;
+        let lost = dispatcher.number(offer_of(&lost));
+        dispatcher.framed.feed(lost).await.unwrap();
+        dispatcher.framed.flush().await.unwrap();
+        let read = nix::sys::socket::recv(thief.as_raw_fd(), &mut [0; 1 << 10], MsgFlags::MSG_DONTWAIT);
+        assert!(read.unwrap() > 0);
+        let (mut client, _copy) = dispatcher.offer().await;
+        check_failed(&mut incoming, &mut dispatcher, "an offer is missing").await;
+        assert!(client.read(&mut [0]).now_or_never().is_none(), "it is another worker's");
     });
 }
 

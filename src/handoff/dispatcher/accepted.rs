@@ -37,11 +37,12 @@ pub(super) struct About {
     pub(super) read: Bytes,
     pub(super) metadata: Bytes,
     pub(super) key: Option<u64>,
+    pub(super) bundle: Vec<OwnedFd>,
 }
 
 impl About {
     pub(super) fn new(transport: Transport) -> Self {
-        Self { transport, read: Bytes::new(), metadata: Bytes::new(), key: None }
+        Self { transport, read: Bytes::new(), metadata: Bytes::new(), key: None, bundle: Vec::new() }
     }
 }
 
@@ -72,6 +73,18 @@ impl Accepted {
         let mut hasher = DefaultHasher::new();
         key.hash(&mut hasher);
         self.about.key = Some(hasher.finish());
+        self
+    }
+
+    /// Adds a descriptor that belongs to the connection, such as the upstream connection of a proxy's client. A worker adopts
+    /// them together, and finds them in [`Connection::bundle_mut`](crate::handoff::Connection::bundle_mut), in this order. What they are is yours to say in the
+    /// metadata.
+    ///
+    /// Only workers that [take that many](crate::handoff::IncomingBuilder::max_fds) get the connection. The connection and its
+    /// bundle have at most [`MAX_OFFER_FDS`](super::protocol::MAX_OFFER_FDS) descriptors.
+    #[must_use]
+    pub fn with_fd(mut self, fd: impl Into<OwnedFd>) -> Self {
+        self.about.bundle.push(fd.into());
         self
     }
 
@@ -125,7 +138,7 @@ pub struct DispatchError {
 #[non_exhaustive]
 pub enum NotDispatched {
     /// Too many workers died, hung or misbehaved while they had it, or too many rejected it.
-    #[error("offered {offers} times, at last {last}")]
+    #[error("offered {offers} times, most recently {last}")]
     TooManyOffers {
         /// How often it was offered.
         offers: u32,
@@ -141,7 +154,7 @@ pub enum NotDispatched {
 }
 
 /// What became of an offer that was not adopted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Unadopted {
     /// The worker rejected it.
@@ -157,6 +170,7 @@ impl fmt::Display for Unadopted {
             Self::Rejected(RejectReason::Draining) => f.write_str("rejected: draining"),
             Self::Rejected(RejectReason::Recalled) => f.write_str("rejected when it was recalled"),
             Self::Rejected(RejectReason::Unusable) => f.write_str("rejected: unusable"),
+            Self::Rejected(RejectReason::Other(reason)) => write!(f, "rejected for reason {reason}"),
             Self::Unanswered => f.write_str("left unanswered"),
         }
     }

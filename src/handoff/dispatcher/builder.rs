@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit};
+
 use super::{Dispatcher, LONGEST};
 
 /// Which worker gets a connection, among those that have room.
@@ -18,7 +20,7 @@ pub enum Strategy {
     ByKey,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Config {
     pub(super) strategy: Strategy,
     pub(super) ping_interval: Duration,
@@ -27,7 +29,34 @@ pub(super) struct Config {
     pub(super) max_offers: u32,
     pub(super) max_fences: usize,
     pub(super) fence_window: Duration,
+    pub(super) hello_timeout: Duration,
     pub(super) kill_hung: bool,
+    /// The most descriptors that may be on their way to all workers together.
+    pub(super) max_in_flight: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            strategy: Strategy::default(),
+            ping_interval: Duration::from_secs(1),
+            hang_timeout: Duration::from_secs(5),
+            recall_after: Duration::from_secs(1),
+            max_offers: 3,
+            max_fences: 3,
+            fence_window: Duration::from_secs(10),
+            hello_timeout: Duration::from_secs(30),
+            kill_hung: true,
+            max_in_flight: usize::MAX,
+        }
+    }
+}
+
+/// Half of the descriptors that the kernel lets the processes of this uid have in flight. The limit is the sender's soft
+/// `RLIMIT_NOFILE` (`ETOOMANYREFS`, unix(7)).
+fn max_in_flight() -> usize {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    usize::try_from(limit / 2).unwrap_or(usize::MAX)
 }
 
 /// Sets up a [`Dispatcher`]. The defaults are fit for most.
@@ -49,18 +78,7 @@ pub struct DispatcherBuilder {
 
 impl DispatcherBuilder {
     pub(super) fn new() -> Self {
-        Self {
-            config: Config {
-                strategy: Strategy::default(),
-                ping_interval: Duration::from_secs(1),
-                hang_timeout: Duration::from_secs(5),
-                recall_after: Duration::from_secs(1),
-                max_offers: 3,
-                max_fences: 3,
-                fence_window: Duration::from_secs(10),
-                kill_hung: true,
-            },
-        }
+        Self { config: Config { max_in_flight: max_in_flight(), ..Config::default() } }
     }
 
     /// Which worker gets a connection. Default: the least loaded.
@@ -84,6 +102,12 @@ impl DispatcherBuilder {
         self
     }
 
+    /// How long a worker may take to say hello, from when it is started or has connected. Default: 30 s.
+    pub fn hello_timeout(mut self, timeout: Duration) -> Self {
+        self.config.hello_timeout = timeout.min(LONGEST);
+        self
+    }
+
     /// How long a worker that answers pings may leave an offer unanswered before it is asked to reject it, so that another
     /// worker gets it. Default: 1 s.
     pub fn recall_after(mut self, after: Duration) -> Self {
@@ -91,11 +115,12 @@ impl DispatcherBuilder {
         self
     }
 
-    /// How often a connection is offered when the worker dies, hangs or misbehaves before it has answered: the connection may be
-    /// the cause, and must not take down all. The last time, it is offered to a worker that has no other offer, so that no
-    /// other connection gets under suspicion. Default: 3.
+    /// How many workers may die, hang or misbehave while they have a connection that they have not answered for, or find it
+    /// [unusable](super::protocol::RejectReason::Unusable), before it is given up: the connection may be the cause, and must not take down all. It is
+    /// given up only if no worker is left that has not failed with it. Its last attempt is at a worker with no other
+    /// pending offers, so that no innocent connection becomes a suspect. Default: 3.
     ///
-    /// Offers that workers reject for want of room or time do not count here. 100 of any kind are the most.
+    /// A worker that has no room or no time for a connection has not failed with it.
     pub fn max_offers(mut self, offers: u32) -> Self {
         self.config.max_offers = offers.max(1);
         self

@@ -5,25 +5,26 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use tokio::sync::oneshot;
 
-use super::{Accepted, DispatchError, Shared, WorkerId, job::Job};
+use super::{Accepted, DispatchError, Shared, WorkerId, handover::Handover, pool::TicketId};
 
-pub(super) fn dispatch(shared: &Shared, connection: Accepted, reserved: bool) -> Dispatching {
+pub(super) fn dispatch(shared: &Arc<Shared>, connection: Accepted, reserved: bool) -> Dispatching {
     let (reply, outcome) = oneshot::channel();
-    if let Some(job) = Job::new(connection, reply) {
-        shared.lock().dispatch(job, reserved);
-    } else if reserved {
-        shared.lock().give_up_place();
+    match Handover::new(connection, reply) {
+        Some(connection) => connection.dispatch(shared, reserved),
+        None if reserved => shared.act(|pool| pool.give_up_place(Instant::now())),
+        None => {}
     }
     Dispatching { outcome }
 }
 
 /// A connection that is being handed over, from [`Dispatcher::dispatch`](super::Dispatcher::dispatch). Ready when a worker has adopted it.
 #[derive(Debug)]
-#[must_use = "without it, nobody takes the connection back where no worker adopts it"]
+#[must_use = "if it is dropped, a connection that no worker adopts is closed instead of given back"]
 pub struct Dispatching {
     outcome: oneshot::Receiver<Result<WorkerId, DispatchError>>,
 }
@@ -41,14 +42,17 @@ impl Future for Dispatching {
 
 /// A place for one connection, from [`Dispatcher::reserve`](super::Dispatcher::reserve). Free again when it is dropped.
 #[derive(Debug)]
-#[must_use = "a place is kept free for nothing"]
+#[must_use = "dropping it frees the place again"]
 pub struct Permit {
-    pub(super) shared: Arc<Shared>,
-    /// It counts.
-    pub(super) granted: bool,
+    shared: Arc<Shared>,
+    is_used: bool,
 }
 
 impl Permit {
+    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+        Self { shared: Arc::clone(shared), is_used: false }
+    }
+
     /// [Hands a connection over](super::Dispatcher::dispatch) to the place.
     ///
     /// # Errors
@@ -58,33 +62,50 @@ impl Permit {
     /// As there.
     pub fn dispatch(mut self, connection: impl Into<Accepted>) -> Dispatching {
         let connection = connection.into();
-        self.granted = false;
+        self.is_used = true;
         dispatch(&self.shared, connection, true)
     }
 
     /// The same for a connection for which nobody waits.
-    pub(super) fn take(mut self, job: Job) {
-        self.granted = false;
-        self.shared.lock().dispatch(job, true);
-    }
-
-    /// Gives it to who has waited for it. Returns whether it counts now.
-    pub(super) fn grant(mut self, waiter: oneshot::Sender<Self>) -> bool {
-        self.granted = true;
-        match waiter.send(self) {
-            Ok(()) => true,
-            Err(mut unwanted) => {
-                unwanted.granted = false;
-                false
-            }
-        }
+    pub(super) fn take(mut self, connection: Box<Handover>) {
+        self.is_used = true;
+        connection.dispatch(&self.shared, true);
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        if self.granted {
-            self.shared.lock().give_up_place();
+        if !self.is_used {
+            self.shared.act(|pool| pool.give_up_place(Instant::now()));
         }
+    }
+}
+
+/// Waits for a place. `None` when the dispatcher drains.
+pub(super) async fn reserve(shared: &Arc<Shared>) -> Option<Permit> {
+    match shared.wait_for_place()? {
+        Ok(permit) => Some(permit),
+        Err((ticket, granted)) => Waiting { shared, ticket, granted }.await,
+    }
+}
+
+/// A place in the queue, until it is dropped.
+struct Waiting<'a> {
+    shared: &'a Arc<Shared>,
+    ticket: TicketId,
+    granted: oneshot::Receiver<Permit>,
+}
+
+impl Future for Waiting<'_> {
+    type Output = Option<Permit>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Permit>> {
+        Pin::new(&mut self.granted).poll(cx).map(Result::ok)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.shared.stop_waiting(self.ticket);
     }
 }

@@ -1,48 +1,41 @@
-//! The dispatcher: [`Dispatcher`] is what its users see; the [`pool`] knows who gets what; a [`link`] is one worker.
+//! The dispatcher. [`Dispatcher`] is what its users see; the [`pool`] decides everything; a [`worker_task`] moves the bytes and
+//! descriptors of one worker.
 
 mod accepted;
 mod bell;
 mod builder;
-mod copies;
 mod dispatching;
-mod job;
-mod ledger;
-mod link;
+mod handover;
 mod pool;
 mod process;
 mod serve;
+mod shared;
 mod spawn;
 mod stats;
+mod worker_task;
 
 use std::{
-    future::Future,
-    ops::{Deref, DerefMut},
-    sync::{Arc, Mutex, MutexGuard},
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
-
-use tokio::{
-    runtime::Handle,
-    sync::{oneshot, watch},
-    task::JoinHandle,
-    time::{Instant, timeout_at},
-};
-use tracing::{info, warn};
 
 pub use accepted::{Accepted, DispatchError, NotDispatched, Unadopted};
 use builder::Config;
 pub use builder::{DispatcherBuilder, Strategy};
-use dispatching::dispatch;
 pub use dispatching::{Dispatching, Permit};
-use link::Link;
-use pool::Pool;
+use dispatching::{dispatch, reserve};
 use process::Process;
 pub use serve::IntoListener;
+use shared::{Shared, WorkerEntryGuard};
 pub use spawn::WorkerCommand;
-pub use stats::{Cause, Retired, Stats, WorkerId, WorkerState, WorkerStats};
+pub use stats::{RetireCause, RetireCounts, Stats, WorkerId, WorkerState, WorkerStats};
+use worker_task::WorkerTask;
 
 use super::{Address, Transport, protocol};
 use crate::Socket;
+
+/// One connection to a worker process. A worker that is started again gets a new one.
+type LinkId = u64;
 
 /// No time is longer: an `Instant` cannot be as far away as a `Duration` may say. 30 years.
 const LONGEST: Duration = Duration::from_secs(30 * 365 * 86_400);
@@ -81,148 +74,7 @@ fn after(within: Duration) -> Instant {
 #[derive(Debug, Clone)]
 pub struct Dispatcher {
     shared: Arc<Shared>,
-    _last: Arc<Last>,
-}
-
-/// What all tasks of a dispatcher share.
-#[derive(Debug)]
-struct Shared {
-    config: Config,
-    pool: Mutex<Pool>,
-    changes: watch::Sender<()>,
-    /// Whether children that are left over are to be killed.
-    kill: watch::Sender<bool>,
-    runtime: Handle,
-}
-
-impl Shared {
-    fn lock(&self) -> Locked<'_> {
-        Locked { shared: self, pool: Some(self.pool.lock().unwrap_or_else(|poisoned| poisoned.into_inner())) }
-    }
-
-    /// Wakes those who wait [until](Self::until) something is so. Said of all but single connections, and while it drains of these too.
-    fn changed(&self) {
-        self.changes.send_replace(());
-    }
-
-    async fn until(&self, mut condition: impl FnMut(&Pool) -> bool) {
-        let mut changes = self.changes.subscribe();
-        while !condition(&self.lock()) {
-            let _ = changes.changed().await; // the sender is in `self`
-        }
-    }
-
-    fn start_drain(self: &Arc<Self>, within: Option<Duration>) -> JoinHandle<()> {
-        let (half, until) = (within.map(|within| after(within / 2)), within.map(after));
-        self.lock().close(until);
-        self.changed();
-        let shared = Arc::clone(self);
-        self.runtime.spawn(async move { shared.drain(half, until).await })
-    }
-
-    async fn drain(&self, half: Option<Instant>, until: Option<Instant>) {
-        // First everything is handed over that was accepted. Workers that are full may not take it in time.
-        at_most(half, self.until(Pool::is_settled)).await;
-        {
-            let mut pool = self.lock();
-            pool.fail_waiting();
-            let until = pool.until; // another drain may have been asked for since
-            for id in Vec::from_iter(pool.workers.keys().copied()) {
-                pool.remove(id, until);
-            }
-        }
-        self.changed();
-        self.until(|pool| pool.workers.is_empty()).await;
-        at_most(until, self.until(|pool| pool.leftover == 0)).await;
-        if self.config.kill_hung {
-            self.kill.send_replace(true);
-            self.until(|pool| pool.leftover == 0).await;
-        }
-        info!("the dispatcher has drained");
-    }
-}
-
-/// The pool, locked. Connections that are given back wake those who wait for them and are logged, which runs the code of others: so
-/// when it is unlocked.
-struct Locked<'a> {
-    shared: &'a Shared,
-    /// `None` once it is unlocked.
-    pool: Option<MutexGuard<'a, Pool>>,
-}
-
-impl Deref for Locked<'_> {
-    type Target = Pool;
-
-    fn deref(&self) -> &Pool {
-        self.pool.as_ref().expect("unlocked on drop only")
-    }
-}
-
-impl DerefMut for Locked<'_> {
-    fn deref_mut(&mut self) -> &mut Pool {
-        self.pool.as_mut().expect("unlocked on drop only")
-    }
-}
-
-impl Drop for Locked<'_> {
-    fn drop(&mut self) {
-        let failed = std::mem::take(&mut self.failed);
-        if failed.is_empty() {
-            return;
-        }
-        let awaited = failed.iter().filter(|(job, _)| job.is_awaited()).count() as u64;
-        self.totals.given_back += awaited;
-        self.totals.lost += failed.len() as u64 - awaited;
-        self.pool = None;
-        // All are told before anything is logged, which may panic.
-        let told = failed.into_iter().map(|(job, reason)| (reason.to_string(), job.fail(reason)));
-        let told = Vec::from_iter(told);
-        let given_back = told.iter().filter(|(_, given_back)| *given_back).count() as u64;
-        if given_back < awaited {
-            let mut pool = self.shared.lock(); // somebody has stopped waiting in this moment
-            pool.totals.given_back -= awaited - given_back;
-            pool.totals.lost += awaited - given_back;
-        }
-        for (reason, given_back) in told {
-            match given_back {
-                true => warn!(reason, "a connection was given back"),
-                false => warn!(reason, "a connection was closed, which nobody was there to take back"),
-            }
-        }
-    }
-}
-
-async fn at_most(until: Option<Instant>, future: impl Future<Output = ()>) {
-    match until {
-        Some(until) => drop(timeout_at(until, future).await),
-        None => future.await,
-    }
-}
-
-/// A worker is listed as long as its task lives, also where that panics in a subscriber of `tracing`: nobody waits for it then.
-struct Listed {
-    shared: Arc<Shared>,
-    id: WorkerId,
-}
-
-impl Drop for Listed {
-    fn drop(&mut self) {
-        self.shared.lock().workers.remove(&self.id);
-        self.shared.changed();
-    }
-}
-
-/// Lives as long as any clone of the dispatcher.
-#[derive(Debug)]
-struct Last(Arc<Shared>);
-
-impl Drop for Last {
-    fn drop(&mut self) {
-        let is_draining = self.0.lock().closed;
-        if !is_draining {
-            drop(self.0.start_drain(None));
-        }
-    }
+    _last: Arc<DrainOnLastDrop>,
 }
 
 impl Dispatcher {
@@ -232,14 +84,8 @@ impl Dispatcher {
     }
 
     fn new(config: Config) -> Self {
-        let shared = Arc::new(Shared {
-            pool: Mutex::new(Pool::new(config)),
-            config,
-            changes: watch::Sender::new(()),
-            kill: watch::Sender::new(false),
-            runtime: Handle::current(),
-        });
-        Self { _last: Arc::new(Last(Arc::clone(&shared))), shared }
+        let shared = Shared::new(config);
+        Self { _last: Arc::new(DrainOnLastDrop(Arc::clone(&shared))), shared }
     }
 
     /// Takes a worker that is at the other end of this socket. Until it says hello, it gets nothing.
@@ -250,13 +96,13 @@ impl Dispatcher {
     /// # Panics
     /// Outside of a tokio runtime.
     pub fn add_worker(&self, socket: Socket) -> WorkerId {
-        let id = self.shared.lock().add_worker();
         let process = Process::of_peer(&socket);
-        let link = Link::new(Arc::clone(&self.shared), id, socket, process);
-        let listed = Listed { shared: Arc::clone(&self.shared), id };
+        let id = self.shared.act(|pool| pool.add_worker());
+        let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
+        let entry = WorkerEntryGuard::new(&self.shared, id);
         tokio::spawn(async move {
-            link.run().await;
-            drop(listed);
+            task.run().await;
+            drop(entry);
         });
         id
     }
@@ -268,9 +114,9 @@ impl Dispatcher {
     /// It leaves also if this is dropped, once it was polled.
     pub async fn remove_worker(&self, id: WorkerId, within: Option<Duration>) -> bool {
         let until = within.map(after);
-        let removed = self.shared.lock().remove(id, until);
+        let removed = self.shared.act(|pool| pool.remove(id, until, Instant::now()));
         self.shared.changed();
-        self.shared.until(|pool| !pool.workers.contains_key(&id)).await;
+        self.shared.until(|pool| !pool.contains(id)).await;
         removed
     }
 
@@ -298,50 +144,12 @@ impl Dispatcher {
     /// # Cancel safety
     /// Nothing is lost when dropped; the place in the queue is.
     pub async fn reserve(&self) -> Option<Permit> {
-        let granted = {
-            let mut pool = self.shared.lock();
-            if pool.try_reserve() {
-                return Some(Permit { shared: Arc::clone(&self.shared), granted: true });
-            }
-            if pool.closed {
-                return None;
-            }
-            let (waiter, granted) = oneshot::channel();
-            pool.wait_for_place(waiter, Permit { shared: Arc::clone(&self.shared), granted: false });
-            granted
-        };
-        granted.await.ok()
+        reserve(&self.shared).await
     }
 
     /// What it has done, and what its workers do.
     pub fn stats(&self) -> Stats {
-        let pool = self.shared.lock();
-        let totals = pool.totals;
-        let workers = pool.workers.iter().map(|(id, worker)| {
-            let link = worker.link.as_ref();
-            WorkerStats {
-                id: *id,
-                pid: link.and_then(|link| link.pid),
-                state: link.map_or(WorkerState::Restarting, |link| link.state),
-                restarts: worker.restarts,
-                left: worker.left.clone(),
-                room: link.map_or(0, |link| link.room()),
-                unanswered: link.map_or(0, |link| link.unanswered),
-                active: link.map_or(0, |link| link.active()),
-                adopted: worker.adopted,
-                rejected: worker.rejected,
-            }
-        });
-        Stats {
-            workers: workers.collect(),
-            dispatched: totals.dispatched,
-            adopted: totals.adopted,
-            offered_again: totals.offered_again,
-            given_back: totals.given_back,
-            lost: totals.lost,
-            waiting: pool.waiting_connections(),
-            retired: totals.retired,
-        }
+        self.shared.stats()
     }
 
     /// Ends it, for all clones: takes no more connections, hands over those that it has (for half of the time at most), has all
@@ -357,6 +165,18 @@ impl Dispatcher {
     }
 }
 
+/// Lives as long as any clone of the dispatcher.
+#[derive(Debug)]
+struct DrainOnLastDrop(Arc<Shared>);
+
+impl Drop for DrainOnLastDrop {
+    fn drop(&mut self) {
+        if self.0.act(|pool| pool.is_open()) {
+            drop(self.0.start_drain(None));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::pin::pin;
@@ -365,16 +185,21 @@ mod tests {
 
     use super::*;
 
+    /// Overlapping ones too, behind one that goes on waiting.
     #[tokio::test]
-    async fn places_that_nobody_waits_for_any_more_do_not_pile_up() {
+    async fn places_that_nobody_waits_for_do_not_pile_up() {
         let dispatcher = Dispatcher::builder().build();
         let first = dispatcher.reserve();
         let mut first = pin!(first);
         assert!(first.as_mut().now_or_never().is_none());
+        let mut before = Box::pin(dispatcher.reserve());
         for _ in 0..1000 {
-            assert!(dispatcher.reserve().now_or_never().is_none());
+            let mut next = Box::pin(dispatcher.reserve());
+            assert!(next.as_mut().now_or_never().is_none());
+            before = next;
         }
-        assert!(dispatcher.shared.lock().waiting_in_all() <= 2);
+        assert!(before.now_or_never().is_none());
+        assert!(dispatcher.shared.act(|pool| pool.waiters()) <= 2);
         assert!(first.now_or_never().is_none());
     }
 }

@@ -5,7 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     pin::pin,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     task::{Context, Poll},
 };
 
@@ -16,7 +16,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Shared, job::LinkId};
+use super::{LinkId, Shared};
 use crate::{Socket, sys};
 
 /// The end of a socket says little about a process: a child of its own may hold it open, and it may go on without.
@@ -91,7 +91,7 @@ impl Process {
             Self::Peer { .. } if matters => false,
             Self::Peer { .. } | Self::Unknown => return,
         };
-        shared.lock().leftover += usize::from(child);
+        shared.leftover.fetch_add(usize::from(child), Relaxed);
         let shared = Arc::clone(shared);
         tokio::spawn(async move {
             let mut kill = shared.kill.subscribe();
@@ -105,10 +105,8 @@ impl Process {
                 self.poll_ended(cx)
             })
             .await;
-            let mut pool = shared.lock();
-            pool.copies.process_ended(link);
-            pool.leftover -= usize::from(child);
-            drop(pool);
+            shared.leftover.fetch_sub(usize::from(child), Relaxed);
+            shared.act(|pool| pool.on_process_end(link));
             shared.changed();
         });
     }

@@ -20,12 +20,12 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Address, Dispatcher, Transport,
+    Address, DispatchError, Dispatcher, NotDispatched, Transport,
     accepted::About,
-    job::{Job, shut_down},
+    handover::{Handover, shut_down},
 };
 use crate::{
-    Error, Listener,
+    Listener,
     handoff::reserve::{first_of_reserve, is_of_reserve},
     sys,
 };
@@ -38,7 +38,7 @@ const BATCH: usize = 64;
 const RESERVE: u64 = 16;
 
 /// Connections that may be on their way when only the reserve is left.
-const FEW: usize = 8;
+const FEW: u64 = 8;
 
 /// How long to wait for what comes free without an event, mostly a descriptor.
 const BACK_OFF: Duration = Duration::from_millis(20);
@@ -103,7 +103,7 @@ impl Dispatcher {
         // Each connection of a listener on all addresses has another one.
         let local = Some(local).filter(|local| local.ip().is_none_or(|address| !address.ip().is_unspecified()));
         let accepting = pin!(self.accept(&listener, transport, local));
-        match select(accepting, pin!(self.shared.until(|pool| pool.closed))).await {
+        match select(accepting, pin!(self.shared.until(|pool| !pool.is_open()))).await {
             Either::Left((outcome, _)) => outcome,
             Either::Right(_) => Ok(()),
         }
@@ -132,14 +132,15 @@ impl Dispatcher {
                 let trouble = match sys::accept(listener.as_fd()) {
                     Ok(socket) => {
                         is_scarce = is_of_reserve(&socket, ceiling);
-                        match Job::prepare(socket, About::new(transport), local.clone()) {
-                            Ok(job) => {
-                                permit.take(job);
+                        match Handover::prepare(socket, About::new(transport), local.clone()).map_err(|unfit| *unfit) {
+                            Ok(connection) => {
+                                permit.take(connection);
                                 None
                             }
-                            Err((socket, _, error)) => {
-                                self.turn_away(socket, &error);
-                                Some(error.into())
+                            Err(DispatchError { reason, connection }) => {
+                                drop(permit); // whoever waits for a place may have it meanwhile
+                                connection.socket.into_iter().for_each(|socket| self.turn_away(socket, &reason));
+                                Some(io::Error::other(reason))
                             }
                         }
                     }
@@ -148,7 +149,10 @@ impl Dispatcher {
                         continue 'ready;
                     }
                     Err(error) if is_final(&error) => return Err(error),
-                    Err(error) => Some(error).filter(|error| error.kind() != io::ErrorKind::ConnectionAborted),
+                    Err(error) => {
+                        drop(permit);
+                        Some(error).filter(|error| error.kind() != io::ErrorKind::ConnectionAborted)
+                    }
                 };
                 if let Some(error) = trouble {
                     warn_once(error);
@@ -164,13 +168,9 @@ impl Dispatcher {
     }
 
     /// Closes and counts an accepted connection that cannot be offered to any worker.
-    fn turn_away(&self, socket: OwnedFd, error: &Error) {
+    fn turn_away(&self, socket: OwnedFd, error: &NotDispatched) {
         shut_down(socket);
-        {
-            let totals = &mut self.shared.lock().totals;
-            totals.dispatched += 1;
-            totals.lost += 1;
-        }
+        self.shared.count_lost();
         warn!(%error, "connection closed: it cannot be offered to a worker");
     }
 
@@ -178,7 +178,7 @@ impl Dispatcher {
     fn may_accept(&self, listener: BorrowedFd<'_>, ceiling: &mut u64) -> bool {
         *ceiling = first_of_reserve(RESERVE);
         let is_one_free = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *ceiling));
-        is_one_free || self.shared.lock().on_their_way() < FEW
+        is_one_free || self.shared.act(|pool| pool.on_their_way()) < FEW
     }
 
     /// Takes the workers that connect to this listener, until the dispatcher drains: see [`add_worker`](Self::add_worker).
@@ -191,7 +191,7 @@ impl Dispatcher {
     pub async fn serve_workers(&self, listener: Listener) -> io::Result<()> {
         loop {
             let accepted = pin!(listener.accept());
-            match select(accepted, pin!(self.shared.until(|pool| pool.closed))).await {
+            match select(accepted, pin!(self.shared.until(|pool| !pool.is_open()))).await {
                 Either::Left((Ok(socket), _)) => drop(self.add_worker(socket)),
                 Either::Left((Err(error), _)) if is_final(&error) => return Err(error),
                 Either::Left((Err(error), _)) => {
@@ -214,7 +214,7 @@ mod tests {
     async fn an_accepted_connection_that_cannot_be_offered_is_closed_and_counted() {
         let dispatcher = Dispatcher::builder().build();
         let (connection, mut client) = UnixStream::pair().unwrap();
-        dispatcher.turn_away(connection.into(), &Error::Closed);
+        dispatcher.turn_away(connection.into(), &NotDispatched::Draining);
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
         let stats = dispatcher.stats();
         assert_eq!((stats.dispatched, stats.lost), (1, 1));

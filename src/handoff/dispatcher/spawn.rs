@@ -8,7 +8,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{Dispatcher, Listed, Shared, WorkerId, link::Link, process::Process};
+use super::{Dispatcher, Shared, WorkerEntryGuard, WorkerId, WorkerTask, process::Process};
 use crate::{Socket, SocketKind};
 
 /// The first wait before a worker is started again; twice as long each time, up to [`LONGEST_WAIT`], until one has adopted a
@@ -88,24 +88,24 @@ impl Dispatcher {
     pub fn spawn_worker(&self, command: impl Into<WorkerCommand>) -> io::Result<WorkerId> {
         let mut command = command.into();
         let (socket, child) = command.start()?;
-        let id = self.shared.lock().add_worker();
-        let link = Link::new(Arc::clone(&self.shared), id, socket, Process::child(child));
-        tokio::spawn(supervise(Arc::clone(&self.shared), id, command, link));
+        let id = self.shared.act(|pool| pool.add_worker());
+        let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, Process::child(child));
+        tokio::spawn(supervise(Arc::clone(&self.shared), id, command, task));
         Ok(id)
     }
 }
 
 /// Runs one process of the worker after the other.
-async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand, mut link: Link) {
-    let _listed = Listed { shared: Arc::clone(&shared), id };
+async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand, mut task: WorkerTask) {
+    let _entry = WorkerEntryGuard::new(&shared, id);
     let mut wait = FIRST_WAIT;
     loop {
         let begin = Instant::now();
-        if link.run().await.has_adopted || begin.elapsed() > LONGEST_WAIT {
+        if task.run().await.has_adopted || begin.elapsed() > LONGEST_WAIT {
             wait = FIRST_WAIT;
         }
         match start_again(&shared, id, &mut command, &mut wait).await {
-            Some(next) => link = next,
+            Some(next) => task = next,
             None => break,
         }
     }
@@ -117,9 +117,9 @@ async fn start_again(
     id: WorkerId,
     command: &mut WorkerCommand,
     wait: &mut Duration,
-) -> Option<Link> {
+) -> Option<WorkerTask> {
     while command.restart {
-        let removed = shared.until(|pool| pool.workers.get(&id).is_none_or(|worker| worker.removed.is_some()));
+        let removed = shared.until(|pool| pool.is_removed(id));
         if timeout(*wait, removed).await.is_ok() {
             break;
         }
@@ -127,10 +127,7 @@ async fn start_again(
         match command.start() {
             Ok((socket, child)) => {
                 info!(worker = %id, pid = child.id(), "worker is started again");
-                if let Some(worker) = shared.lock().workers.get_mut(&id) {
-                    worker.restarts += 1;
-                }
-                return Some(Link::new(Arc::clone(shared), id, socket, Process::child(child)));
+                return Some(WorkerTask::new(Arc::clone(shared), id, socket, Process::child(child)));
             }
             Err(error) => warn!(worker = %id, %error, "worker cannot be started again yet"),
         }

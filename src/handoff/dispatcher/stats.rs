@@ -34,13 +34,13 @@ pub struct Stats {
     /// Waiting for a worker with room, now.
     pub waiting: usize,
     /// Workers that left, by cause.
-    pub retired: Retired,
+    pub retired: RetireCounts,
 }
 
-/// How many workers left, by [cause](super::Cause). One that is started again and leaves again counts again.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// How many workers left, by [cause](RetireCause). One that is started again and leaves again counts again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub struct Retired {
+pub struct RetireCounts {
     /// Their process or their socket ended.
     pub ended: u64,
     /// They did not answer pings and were fenced.
@@ -51,6 +51,18 @@ pub struct Retired {
     pub drained: u64,
     /// They were told to drain and did not in time.
     pub overdue: u64,
+}
+
+impl RetireCounts {
+    pub(super) fn count(&mut self, cause: &RetireCause) {
+        *match cause {
+            RetireCause::Ended => &mut self.ended,
+            RetireCause::Hung => &mut self.hung,
+            RetireCause::Misbehaved(_) => &mut self.misbehaved,
+            RetireCause::Drained => &mut self.drained,
+            RetireCause::Overdue => &mut self.overdue,
+        } += 1;
+    }
 }
 
 /// Numbers of one worker, from its beginning; over all its processes where it is started again.
@@ -66,7 +78,7 @@ pub struct WorkerStats {
     /// How often its process was started again.
     pub restarts: u64,
     /// Why its process before this one left.
-    pub left: Option<Cause>,
+    pub last_exit: Option<RetireCause>,
     /// Offers that it takes at the moment.
     pub room: u64,
     /// Offers that it has not answered, at the moment.
@@ -96,9 +108,9 @@ pub enum WorkerState {
 }
 
 /// Why a worker left.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Cause {
+pub enum RetireCause {
     /// Its process, or its end of the socket, ended.
     Ended,
     /// It did not answer a ping.
@@ -111,7 +123,7 @@ pub enum Cause {
     Overdue,
 }
 
-impl fmt::Display for Cause {
+impl fmt::Display for RetireCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ended => f.write_str("its process or its socket ended"),

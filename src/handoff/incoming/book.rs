@@ -1,4 +1,8 @@
-//! What a worker knows of its offers, and what it has to say of them: **sans-IO**, and generic over what an offer is.
+//! A worker's offers, and its answers: every decision of a worker, as one value without I/O.
+//!
+//! It is generic over what an offer is about, so that tests run it on numbers. The tasks give it what arrives, send what
+//! [`next_message`](Book::next_message) returns, and tell it how much of that was [sent](Book::on_sent): an application gets
+//! a connection only after that.
 
 #[cfg(test)]
 mod tests;
@@ -7,16 +11,17 @@ use std::collections::VecDeque;
 
 use crate::{
     Error,
-    handoff::protocol::{FromWorker, RejectReason},
+    handoff::protocol::{FromWorker, MAX_UNANSWERED, RejectReason, ToWorker, VERSION},
 };
 
 /// The offers of one connection to a dispatcher. All numbers count from its beginning.
-#[derive(Debug)]
-pub(super) struct Book<T> {
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(in crate::handoff) struct Book<T> {
     /// Most offers that may be on their way or wait.
     window: u64,
     /// Most of them together with adopted connections that have not ended.
     max_connections: u64,
+    welcomed: bool,
     /// `offered <= demand`, and `offered == adopted + rejected + unanswered.len()`.
     demand: u64,
     offered: u64,
@@ -29,6 +34,8 @@ pub(super) struct Book<T> {
     reported: u64,
     /// The first one, if any, waits for the application: answers are given in the order of the offers.
     unanswered: VecDeque<Waiting<T>>,
+    /// Adopted, and not given to the application yet. Each with the number of messages that have to be sent before.
+    adopting: VecDeque<(u64, T)>,
     /// The application has asked for a connection at least once.
     asked: bool,
     state: Taking,
@@ -36,39 +43,47 @@ pub(super) struct Book<T> {
     /// The dispatcher has asked for offers back, and the application has not shown up since.
     is_busy: bool,
     /// To be sent, in this order.
-    pub(super) messages: Vec<FromWorker>,
+    messages: VecDeque<FromWorker>,
+    /// Messages that [`next_message`](Self::next_message) has returned, and those of them that were sent.
+    taken: u64,
+    sent: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Waiting<T> {
     ForApplication(T),
     /// For those before it to be answered.
     ForTurn(RejectReason),
 }
 
-/// A REJECTED for want of room or time. It makes void what was asked for and not offered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A REJECTED because of too little room or time. It makes void what was asked for and not offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Refusal {
     /// None, or another DEMAND has followed.
     None,
     /// Offers that were made before it was read may be on their way.
-    Said,
+    Sent,
     /// The same; the dispatcher will have read it when it pings again.
     Pinged,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Taking {
     Offers,
     NoMore,
-    Leave,
+    /// GOODBYE is the last message.
+    Nothing,
+    /// The dispatcher is gone.
+    Ended,
 }
 
 impl<T> Book<T> {
-    pub(super) fn new(window: u64, max_connections: u64) -> Self {
+    /// A worker that takes offers of at most `max_fds` descriptors each. Its first message is HELLO.
+    pub(in crate::handoff) fn new(window: u64, max_connections: u64, max_fds: u8) -> Self {
         Self {
-            window,
+            window: window.clamp(1, MAX_UNANSWERED),
             max_connections,
+            welcomed: false,
             demand: 0,
             offered: 0,
             adopted: 0,
@@ -77,84 +92,165 @@ impl<T> Book<T> {
             finished: 0,
             reported: 0,
             unanswered: VecDeque::new(),
+            adopting: VecDeque::new(),
             asked: false,
             state: Taking::Offers,
             refusal: Refusal::None,
             is_busy: false,
-            messages: Vec::new(),
+            messages: VecDeque::from([FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds }]),
+            taken: 0,
+            sent: 0,
         }
     }
 
-    /// The dispatcher has made an offer; an `Err` is to be rejected when its turn comes. Returns what is not wanted.
+    // From and to the dispatcher.
+
+    /// The dispatcher has sent a message. An offer that is `unfit` is rejected for that reason when its turn comes. Returns the
+    /// offers that are not wanted.
     ///
     /// # Errors
-    /// When it was not asked for.
-    pub(super) fn offered(&mut self, offer: Result<T, (T, RejectReason)>) -> Result<Option<T>, Error> {
+    /// When it breaks the protocol.
+    pub(in crate::handoff) fn on_message(
+        &mut self,
+        message: ToWorker<T>,
+        unfit: Option<RejectReason>,
+    ) -> Result<Vec<T>, Error> {
+        match message {
+            ToWorker::Welcome { version: VERSION } if !self.welcomed => self.welcomed = true,
+            ToWorker::Welcome { .. } => return Err(Error::invalid("a WELCOME out of place, or to another version")),
+            _ if !self.welcomed => return Err(Error::invalid("a dispatcher that does not begin with WELCOME")),
+            ToWorker::Offer { number, offer } => return self.on_offer(number, offer, unfit).map(Vec::from_iter),
+            ToWorker::Recall { before } => {
+                let first = self.adopted + self.rejected;
+                return Ok(self.reject(before.saturating_sub(first), RejectReason::Recalled));
+            }
+            ToWorker::Ping { nonce } => self.on_ping(nonce),
+            ToWorker::Drain { .. } => return Ok(self.drain()),
+        }
+        Ok(Vec::new())
+    }
+
+    fn on_offer(&mut self, number: u64, offer: T, unfit: Option<RejectReason>) -> Result<Option<T>, Error> {
         if self.offered == self.demand {
             return Err(Error::invalid("more offers than were asked for"));
         }
+        if number != self.offered {
+            return Err(Error::invalid("an offer is missing: something else has read from this socket"));
+        }
         self.offered += 1;
-        let unwanted = match offer {
-            Ok(offer) if self.state == Taking::Offers => {
+        let reason = match (unfit, self.state) {
+            (Some(unfit), _) => unfit,
+            (None, Taking::Offers) => {
                 self.unanswered.push_back(Waiting::ForApplication(offer));
                 return Ok(None);
             }
-            Ok(offer) => (offer, RejectReason::Draining),
-            Err(unfit) => unfit,
+            _ => RejectReason::Draining,
         };
-        self.unanswered.push_back(Waiting::ForTurn(unwanted.1));
+        self.unanswered.push_back(Waiting::ForTurn(reason));
         self.reject_due();
-        Ok(Some(unwanted.0))
+        Ok(Some(offer))
     }
 
-    /// The application asks for up to `max` connections, and gets as many of those that wait, which are adopted.
-    pub(super) fn adopt(&mut self, max: usize) -> Vec<T> {
+    /// The dispatcher wants an answer. With the second one after a refusal it is known to have read that: no offer is on its
+    /// way, and those that were made void can be asked for anew, as many as there is room for by then.
+    fn on_ping(&mut self, nonce: u64) {
+        self.messages.push_back(FromWorker::Pong { nonce });
+        self.refusal = match self.refusal {
+            Refusal::None => Refusal::None,
+            Refusal::Sent => Refusal::Pinged,
+            Refusal::Pinged => {
+                self.demand = self.offered;
+                Refusal::None
+            }
+        };
+    }
+
+    /// The next message to be sent. What else there is to report goes along with it.
+    pub(in crate::handoff) fn next_message(&mut self) -> Option<FromWorker> {
+        if !self.messages.is_empty() {
+            self.report();
+        }
+        let message = self.messages.pop_front()?;
+        self.taken += 1;
+        Some(message)
+    }
+
+    /// This many more messages were sent as a whole.
+    pub(in crate::handoff) fn on_sent(&mut self, messages: u64) {
+        self.sent += messages;
+    }
+
+    /// Reports how many connections have ended, if that is news.
+    pub(in crate::handoff) fn report(&mut self) {
+        if self.finished > self.reported {
+            self.reported = self.finished;
+            self.messages.push_back(FromWorker::Load { finished: self.finished });
+        }
+    }
+
+    // The application.
+
+    /// The application asks for up to `max` connections, which adopts as many of those that wait. It
+    /// [gets](Self::take_adopted) them when the dispatcher was told.
+    pub(in crate::handoff) fn adopt(&mut self, max: usize) {
+        // Those adopted before come first.
+        if self.state == Taking::Ended || !self.adopting.is_empty() {
+            return;
+        }
         self.asked = true;
         self.is_busy = false;
         self.replaced = self.rejected;
-        let mut adopted = Vec::new();
-        while adopted.len() < max {
-            match self.unanswered.pop_front() {
-                Some(Waiting::ForApplication(offer)) => adopted.push(offer),
-                Some(turn) => {
-                    self.unanswered.push_front(turn);
-                    break;
-                }
-                None => break,
-            }
+        let first = self.adopted + self.rejected;
+        let told = self.taken + self.messages.len() as u64 + 1;
+        while self.adopting.len() < max
+            && let Some(Waiting::ForApplication(_)) = self.unanswered.front()
+            && let Some(Waiting::ForApplication(offer)) = self.unanswered.pop_front()
+        {
+            self.adopting.push_back((told, offer));
         }
-        if !adopted.is_empty() {
-            self.adopted += adopted.len() as u64;
-            self.messages.push(FromWorker::Adopted { count: adopted.len() as u32 });
+        let count = self.adopting.len() as u32;
+        if count > 0 {
+            self.adopted += u64::from(count);
+            self.messages.push_back(FromWorker::Adopted { first, count });
             self.reject_due();
+        }
+    }
+
+    /// Takes out up to `max` connections that were adopted and that the dispatcher has been told of.
+    pub(in crate::handoff) fn take_adopted<B: Default + Extend<T>>(&mut self, max: usize) -> B {
+        let mut adopted = B::default();
+        for _ in 0..max {
+            if self.adopting.front().is_none_or(|(told, _)| *told > self.sent) {
+                break;
+            }
+            adopted.extend(self.adopting.pop_front().map(|(_, offer)| offer));
         }
         adopted
     }
 
-    /// Offers before this number are to be given back if they are unanswered. Returns them.
-    pub(super) fn recall(&mut self, before: u64) -> Vec<T> {
-        let first = self.adopted + self.rejected;
-        self.refuse(before.saturating_sub(first), RejectReason::Recalled)
+    /// An adopted connection has ended.
+    pub(in crate::handoff) fn finish(&mut self) {
+        self.finished += 1;
     }
 
-    /// From here on no offer is taken. Returns those that wait.
-    pub(super) fn drain(&mut self) -> Vec<T> {
+    /// Takes no more offers. Returns those that wait.
+    pub(in crate::handoff) fn drain(&mut self) -> Vec<T> {
         if self.state != Taking::Offers {
             return Vec::new();
         }
         self.state = Taking::NoMore;
-        self.messages.push(FromWorker::Draining);
-        self.refuse(u64::MAX, RejectReason::Draining)
+        self.messages.push_back(FromWorker::Draining);
+        self.reject(u64::MAX, RejectReason::Draining)
     }
 
-    /// Rejects the first `count` that are unanswered.
-    fn refuse(&mut self, count: u64, reason: RejectReason) -> Vec<T> {
+    /// Rejects the first `count` that are unanswered, and returns them.
+    fn reject(&mut self, count: u64, reason: RejectReason) -> Vec<T> {
         let count = self.unanswered.len().min(usize::try_from(count).unwrap_or(usize::MAX));
         let mut unwanted = Vec::new();
         for waiting in self.unanswered.range_mut(..count) {
             match std::mem::replace(waiting, Waiting::ForTurn(reason)) {
                 Waiting::ForApplication(offer) => unwanted.push(offer),
-                refused_before => *waiting = refused_before,
+                rejected_before => *waiting = rejected_before,
             }
         }
         self.reject_due();
@@ -165,106 +261,102 @@ impl<T> Book<T> {
     fn reject_due(&mut self) {
         while let Some(&Waiting::ForTurn(reason)) = self.unanswered.front() {
             self.unanswered.pop_front();
+            let first = self.adopted + self.rejected;
             self.rejected += 1;
-            if reason.is_refusal() {
-                self.refusal = Refusal::Said;
+            if reason.is_refusal() && reason != RejectReason::Draining {
+                self.refusal = Refusal::Sent;
             }
             self.is_busy |= reason == RejectReason::Recalled;
-            match self.messages.last_mut() {
-                Some(FromWorker::Rejected { count, reason: last }) if *last == reason => *count += 1,
-                _ => self.messages.push(FromWorker::Rejected { count: 1, reason }),
+            match self.messages.back_mut() {
+                Some(FromWorker::Rejected { count, reason: last, .. }) if *last == reason => *count += 1,
+                _ => self.messages.push_back(FromWorker::Rejected { first, count: 1, reason }),
             }
         }
     }
 
-    /// How many more offers could be taken.
-    pub(super) fn room(&self) -> u64 {
-        if !self.asked || self.is_busy || self.state != Taking::Offers {
+    // Demand.
+
+    /// The number of offers that could be asked for.
+    pub(in crate::handoff) fn room(&self) -> u64 {
+        if !self.welcomed || !self.asked || self.is_busy || self.state != Taking::Offers {
             return 0;
         }
         let limit = self.window.min(self.max_connections.saturating_sub(self.serving()));
         (self.adopted + self.replaced + limit).saturating_sub(self.demand)
     }
 
-    /// Asks for so many more offers.
-    pub(super) fn ask(&mut self, more: u64) {
+    /// Asks for this many more offers.
+    pub(in crate::handoff) fn ask(&mut self, more: u64) {
         if more > 0 {
             self.demand += more;
             self.refusal = Refusal::None;
-            self.messages.push(FromWorker::Demand { total: self.demand });
+            self.messages.push_back(FromWorker::Demand { total: self.demand });
         }
     }
 
-    /// The dispatcher wants an answer. With the second one after a refusal it is known to have read that: no offer is on its way any
-    /// more, and those that were made void can be asked for anew, as many as there is room for by then.
-    pub(super) fn pinged(&mut self, nonce: u64) {
-        self.messages.push(FromWorker::Pong { nonce });
-        self.refusal = match self.refusal {
-            Refusal::None => Refusal::None,
-            Refusal::Said => Refusal::Pinged,
-            Refusal::Pinged => {
-                self.demand = self.offered;
-                Refusal::None
-            }
-        };
-    }
-
-    /// Number of offers asked for that have not come.
-    pub(super) fn on_their_way(&self) -> u64 {
+    /// The number of offers that were asked for and have not come.
+    pub(in crate::handoff) fn on_their_way(&self) -> u64 {
         self.demand - self.offered
-    }
-
-    /// An adopted connection has ended.
-    pub(super) fn finish(&mut self) {
-        self.finished += 1;
     }
 
     fn serving(&self) -> u64 {
         self.adopted - self.finished
     }
 
-    /// Whether the end of a connection makes room for an offer.
-    pub(super) fn is_full(&self) -> bool {
-        self.serving() + self.window > self.max_connections
+    /// Returns true if the end of a connection makes room for an offer.
+    pub(in crate::handoff) fn is_full(&self) -> bool {
+        self.serving() + self.window >= self.max_connections
     }
 
-    /// Says how many connections have ended, if that is news.
-    pub(super) fn report(&mut self) {
-        if self.finished > self.reported {
-            self.reported = self.finished;
-            self.messages.push(FromWorker::Load { finished: self.finished });
-        }
-    }
+    // The end.
 
-    /// Says goodbye when it is time to. Returns whether it was said, now or before.
-    pub(super) fn leave(&mut self) -> bool {
+    /// Says goodbye when it is time to. Returns true if GOODBYE is the last message.
+    pub(in crate::handoff) fn leave(&mut self) -> bool {
         if self.state == Taking::NoMore && self.serving() == 0 && self.unanswered.is_empty() {
             self.report();
-            self.messages.push(FromWorker::Goodbye);
-            self.state = Taking::Leave;
+            self.messages.push_back(FromWorker::Goodbye);
+            self.state = Taking::Nothing;
         }
-        self.state == Taking::Leave
+        self.state == Taking::Nothing
     }
 
-    /// Whether something waits for the application.
-    pub(super) fn has_waiting(&self) -> bool {
-        !self.unanswered.is_empty()
+    /// The dispatcher is gone. What it was not told of is not this worker's: it is returned, or else kept for the application if
+    /// that serves it all the same.
+    pub(in crate::handoff) fn end(&mut self, serve: bool) -> Vec<T> {
+        self.state = Taking::Ended;
+        let untold = self.adopting.partition_point(|(told, _)| *told <= self.sent);
+        let untold = self.adopting.split_off(untold).into_iter().map(|(_, offer)| offer);
+        let waiting = std::mem::take(&mut self.unanswered).into_iter().filter_map(|waiting| match waiting {
+            Waiting::ForApplication(offer) => Some(offer),
+            Waiting::ForTurn(_) => None,
+        });
+        let mut left = Vec::from_iter(untold.chain(waiting));
+        if serve {
+            self.adopting.extend(left.drain(..).map(|offer| (0, offer)));
+        }
+        left
     }
 
-    /// Whether others may come in the place of rejected ones when the application asks, or because it has never stopped asking.
-    pub(super) fn may_replace(&self) -> bool {
-        self.replaced < self.rejected
+    #[cfg(test)]
+    pub(in crate::handoff) fn has_ended(&self) -> bool {
+        self.state == Taking::Ended
     }
 
-    pub(super) fn is_draining(&self) -> bool {
+    pub(in crate::handoff) fn is_draining(&self) -> bool {
         self.state != Taking::Offers
     }
 
-    /// Takes out what is unanswered and not rejected.
-    pub(super) fn take_unanswered(&mut self) -> impl Iterator<Item = T> {
-        self.unanswered.drain(..).filter_map(|waiting| match waiting {
-            Waiting::ForApplication(offer) => Some(offer),
-            Waiting::ForTurn(_) => None,
-        })
+    /// Returns true if the application gets nothing more.
+    pub(in crate::handoff) fn is_over(&self) -> bool {
+        self.adopting.is_empty() && self.is_draining()
+    }
+
+    /// Returns true if the application has something to come for.
+    pub(in crate::handoff) fn is_worth_asking(&self) -> bool {
+        match self.adopting.front() {
+            Some((told, _)) => *told <= self.sent,
+            // Others may come in the place of rejected ones because the application has never stopped asking.
+            None => !self.unanswered.is_empty() || self.replaced < self.rejected || self.is_over(),
+        }
     }
 }

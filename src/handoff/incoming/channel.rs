@@ -1,8 +1,8 @@
 //! The connection to the dispatcher: what the application and the task that serves it share, and that task.
 //!
-//! The **application** adopts: whoever polls [`Incoming`](super::Incoming) takes offers out of the book and sends the answer
-//! right then, so nothing is adopted that nobody has asked for. The **task** reads, and answers what the application need not
-//! know of. It alone waits for the socket: what an application's send leaves unsent, the task sends, by whose waker it was tried.
+//! The [`Book`] decides. The **application** adopts: whoever polls [`Incoming`](super::Incoming) has the answer sent right then, so
+//! nothing is adopted that nobody has asked for. The **task** reads, and sends the other answers. Only the task waits for the
+//! socket. The application's sends use the task's waker, so the task sends whatever they leave behind.
 
 mod task;
 
@@ -31,7 +31,7 @@ use crate::{
     Error, Framed, Socket, WriteHalf, close_in_background,
     handoff::{
         connection::{check, end_connection},
-        protocol::{FromWorker, Offer, RejectReason, ToWorker, VERSION, WorkerCodec},
+        protocol::{FromWorker, Offer, RejectReason, ToWorker, WorkerCodec},
     },
 };
 
@@ -53,17 +53,17 @@ pub(super) enum Phase {
 struct State {
     book: Book<Offer>,
     headroom: Headroom,
+    /// The most descriptors of an offer.
+    max_fds: u64,
     /// There are too few descriptors for all offers that there is room for.
     short: bool,
-    welcomed: bool,
     serve_unanswered: bool,
     /// `None` after the end.
     write: Option<WriteHalf<WorkerCodec>>,
-    /// Bytes given to `write` in all, `u64::MAX` once it takes no more; and how many of them were sent.
+    /// Bytes given to `write` in all.
     fed: u64,
-    sent: u64,
-    /// Adopted, each with the number of bytes to be sent before the application gets it.
-    adopting: VecDeque<(u64, Offer)>,
+    /// Where each message ends among them that was not sent as a whole.
+    ends: VecDeque<u64>,
     /// Nobody will ask any more.
     abandoned: bool,
     /// Connections have ended that are not reported: the task looks after it in a while.
@@ -76,23 +76,21 @@ struct State {
 impl Channel {
     pub(super) fn open(socket: Socket, settings: Settings) -> Arc<Self> {
         let (read, write) = Framed::new(socket.quiet(), WorkerCodec::default()).into_split();
-        let mut state = State {
-            book: Book::new(settings.window, settings.max_connections),
+        let state = State {
+            book: Book::new(settings.window, settings.max_connections, settings.max_fds),
             headroom: Headroom::default(),
+            max_fds: settings.max_fds.into(),
             short: false,
-            welcomed: false,
             serve_unanswered: settings.serve_unanswered,
             write: Some(write),
             fed: 0,
-            sent: 0,
-            adopting: VecDeque::new(),
+            ends: VecDeque::new(),
             abandoned: false,
             report_due: false,
             application: None,
             task: Waker::noop().clone(),
             runtime: Handle::current(),
         };
-        state.book.messages.push(FromWorker::Hello { lowest: VERSION, highest: VERSION });
         let channel = Arc::new(Self { state: Mutex::new(state), phase: watch::Sender::new(Phase::Open) });
         tokio::spawn(Task { channel: Arc::clone(&channel), read, timer: None });
         channel
@@ -110,8 +108,8 @@ impl Channel {
     pub(super) fn poll_adopt(&self, cx: &Context<'_>, max: usize) -> Poll<Adopted> {
         let mut state = self.lock();
         state.adopt(max);
-        let adopted = state.take_adopted(max);
-        if adopted.is_empty() && !state.is_over() {
+        let adopted = state.book.take_adopted::<Adopted>(max);
+        if adopted.is_empty() && !state.book.is_over() {
             let known = state.application.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
             let replaced = if known { None } else { state.application.replace(cx.waker().clone()) };
             drop(state);
@@ -168,47 +166,39 @@ impl Channel {
     fn end_abandoned(&self) {
         let mut state = self.lock();
         if state.abandoned {
-            let adopted = state.take_adopted(usize::MAX);
+            let adopted = state.book.take_adopted::<Adopted>(usize::MAX);
             drop(state);
             for offer in adopted {
                 end_connection(&offer.fd);
-                drop(offer);
+                close_in_background(offer.bundle);
+                drop(offer.fd);
                 self.finish();
             }
         }
     }
 
     fn received(&self, message: ToWorker) -> Result<(), Error> {
-        let fits = match &message {
-            ToWorker::Offer(offer) => check(offer)?,
-            _ => true,
+        let mut unfit = match &message {
+            ToWorker::Offer { offer, .. } if !check(offer)? => Some(RejectReason::Unusable),
+            _ => None,
         };
         let mut state = self.lock();
-        match message {
-            ToWorker::Welcome { version: VERSION } if !state.welcomed => state.welcomed = true,
-            ToWorker::Welcome { .. } => return Err(Error::invalid("a WELCOME out of place, or to another version")),
-            _ if !state.welcomed => return Err(Error::invalid("a dispatcher that does not begin with WELCOME")),
-            ToWorker::Offer(offer) => {
-                let offer = match fits {
-                    false => Err((offer, RejectReason::Unusable)),
-                    true if state.headroom.is_reserve(&offer.fd) => Err((offer, RejectReason::Full)),
-                    true => Ok(offer),
-                };
-                let unwanted = state.book.offered(offer)?;
-                drop(state);
-                close_offers(unwanted);
+        match &message {
+            ToWorker::Offer { offer, .. } => {
+                let mut fds = [&offer.fd].into_iter().chain(&offer.bundle);
+                let headroom = &mut state.headroom;
+                unfit = unfit.or_else(|| fds.any(|fd| headroom.is_reserve(fd)).then_some(RejectReason::Full));
             }
-            ToWorker::Recall { before } => {
-                let unwanted = state.book.recall(before);
-                drop(state);
-                close_offers(unwanted);
-            }
-            ToWorker::Ping { nonce } => state.book.pinged(nonce),
             ToWorker::Drain { within } => {
                 drop(state);
                 self.drain(within.map(|within| Instant::now() + within));
+                state = self.lock();
             }
+            _ => {}
         }
+        let unwanted = state.book.on_message(message, unfit)?;
+        drop(state);
+        close_offers(unwanted);
         Ok(())
     }
 
@@ -218,19 +208,8 @@ impl Channel {
         let Some(write) = state.write.take() else { return };
         // Standard input stays open beside the socket that was made of it.
         let _ = write.socket().shutdown(Shutdown::Both);
-        let sent = state.sent;
-        let first_unsent = state.adopting.partition_point(|(mark, _)| *mark <= sent);
-        let unsent = state.adopting.split_off(first_unsent);
-        let unanswered = unsent.into_iter().map(|(_, offer)| offer).chain(state.book.take_unanswered());
-        let unanswered = unanswered.collect::<Vec<_>>();
         let serve = state.serve_unanswered && matches!(end, End::DispatcherGone) && !state.abandoned;
-        let unwanted = match serve {
-            true => {
-                state.adopting.extend(unanswered.into_iter().map(|offer| (0, offer)));
-                Vec::new()
-            }
-            false => unanswered,
-        };
+        let unwanted = state.book.end(serve);
         let application = state.application.take();
         drop((state, write));
         close_offers(unwanted);
@@ -248,19 +227,13 @@ impl fmt::Debug for Channel {
 
 /// Closes copies of connections that are not ours: no option and no flag of them is touched.
 fn close_offers(offers: impl IntoIterator<Item = Offer>) {
-    close_in_background(offers.into_iter().map(|offer| offer.fd));
+    close_in_background(offers.into_iter().flat_map(|offer| [offer.fd].into_iter().chain(offer.bundle)));
 }
 
 impl State {
     fn adopt(&mut self, max: usize) {
-        // Those adopted before come first.
-        if self.write.is_none() || !self.adopting.is_empty() {
-            return;
-        }
-        let adopted = self.book.adopt(max);
+        self.book.adopt(max);
         self.feed();
-        let mark = self.fed;
-        self.adopting.extend(adopted.into_iter().map(|offer| (mark, offer)));
         let was_short = self.short;
         self.ask();
         self.feed();
@@ -272,40 +245,30 @@ impl State {
         }
     }
 
-    /// Takes those out that the dispatcher has been told of.
-    fn take_adopted(&mut self, max: usize) -> Adopted {
-        let sent = self.sent;
-        let mut adopted = Adopted::new();
-        while adopted.len() < max && self.adopting.front().is_some_and(|(mark, _)| *mark <= sent) {
-            adopted.extend(self.adopting.pop_front().map(|(_, offer)| offer));
-        }
-        adopted
-    }
-
     /// Asks for as many offers as there is room for.
     fn ask(&mut self) {
         let room = self.book.room();
-        if !self.welcomed || room == 0 {
+        if room == 0 {
             self.short = false;
             return;
         }
-        let granted = self.headroom.grant(room, self.book.on_their_way());
+        let on_their_way = self.book.on_their_way().saturating_mul(self.max_fds);
+        let granted = self.headroom.grant(room.saturating_mul(self.max_fds), on_their_way) / self.max_fds;
         self.book.ask(granted);
         self.short = granted < room;
     }
 
-    /// Gives the book's messages to the socket's queue, and with them what else is to be reported.
+    /// Gives the book's messages to the socket's queue.
     fn feed(&mut self) {
         let Some(write) = &mut self.write else { return };
-        if !self.book.messages.is_empty() {
-            self.book.report();
-        }
-        for message in self.book.messages.drain(..) {
+        while let Some(message) = self.book.next_message() {
             let before = write.unsent().0;
+            // One that is refused is never sent, and nothing after it: the socket has failed.
             match Pin::new(&mut *write).start_send(message) {
                 Ok(()) => self.fed = self.fed.saturating_add((write.unsent().0 - before) as u64),
                 Err(_) => self.fed = u64::MAX,
             }
+            self.ends.push_back(self.fed);
         }
     }
 
@@ -313,7 +276,10 @@ impl State {
         let Some(write) = &mut self.write else { return Poll::Ready(Ok(())) };
         let flushed = Sink::<FromWorker>::poll_flush(Pin::new(&mut *write), cx);
         if self.fed != u64::MAX {
-            self.sent = self.fed - write.unsent().0 as u64;
+            let sent = self.fed - write.unsent().0 as u64;
+            let messages = self.ends.partition_point(|end| *end <= sent);
+            self.ends.drain(..messages);
+            self.book.on_sent(messages as u64);
         }
         flushed.map_err(|error| error.error)
     }
@@ -329,24 +295,11 @@ impl State {
         self.write.as_ref().map_or(0, |write| write.unsent().0)
     }
 
-    /// Whether the dispatcher takes no more answers though it is there: asked after a send has failed. If it has gone instead,
+    /// Returns true if the dispatcher takes no more answers though it is there: asked after a send has failed. If it has gone instead,
     /// the end of the stream, or what it sent before, is there to be read already.
     fn is_cut_off(&self) -> bool {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let socket = self.write.as_ref().map(WriteHalf::socket);
         socket.is_some_and(|socket| recv(socket.as_fd().as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN))
-    }
-
-    /// Whether the application gets nothing any more.
-    fn is_over(&self) -> bool {
-        self.adopting.is_empty() && (self.write.is_none() || self.book.is_draining())
-    }
-
-    /// Whether the application has something to come for.
-    fn is_worth_asking(&self) -> bool {
-        match self.adopting.front() {
-            Some((mark, _)) => *mark <= self.sent,
-            None => self.book.has_waiting() || self.book.may_replace() || self.is_over(),
-        }
     }
 }

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "axum")]
 mod axum;
-mod book;
+pub(in crate::handoff) mod book;
 mod channel;
 mod headroom;
 
@@ -19,7 +19,7 @@ use futures::Stream;
 use smallvec::SmallVec;
 use tokio::{runtime::Handle, time::Instant};
 
-use super::Connection;
+use super::{Connection, protocol::MAX_OFFER_FDS};
 use crate::{Error, Socket, SocketKind};
 pub(in crate::handoff) use channel::Channel;
 use channel::Phase;
@@ -251,16 +251,17 @@ struct Settings {
     window: u64,
     max_connections: u64,
     serve_unanswered: bool,
+    max_fds: u8,
 }
 
 impl Default for IncomingBuilder {
     fn default() -> Self {
-        Self(Settings { window: 64, max_connections: u64::MAX, serve_unanswered: false })
+        Self(Settings { window: 64, max_connections: u64::MAX, serve_unanswered: false, max_fds: 1 })
     }
 }
 
 impl IncomingBuilder {
-    /// Most connections that are on their way to this worker or wait in it to be adopted, at least 1. Default: 64.
+    /// Most connections that are on their way to this worker or wait in it to be adopted, 1 to 253. Default: 64.
     ///
     /// Too few, and the worker waits for the dispatcher between connections. Each takes a descriptor here, and those on their way count
     /// against the dispatcher's `RLIMIT_NOFILE`, over all workers.
@@ -283,6 +284,21 @@ impl IncomingBuilder {
     /// Without that, they are lost with the dispatcher for sure.
     pub const fn serve_unanswered(mut self, yes: bool) -> Self {
         self.0.serve_unanswered = yes;
+        self
+    }
+
+    /// The most descriptors that a connection may have [with its bundle](super::Accepted::with_fd), 1 to
+    /// [`MAX_OFFER_FDS`](super::protocol::MAX_OFFER_FDS). Default: 1, the connection alone.
+    ///
+    /// The worker keeps that many free for each connection that it asks for.
+    pub const fn max_fds(mut self, fds: usize) -> Self {
+        self.0.max_fds = if fds == 0 {
+            1
+        } else if fds > MAX_OFFER_FDS {
+            MAX_OFFER_FDS as u8
+        } else {
+            fds as u8
+        };
         self
     }
 

@@ -46,11 +46,6 @@ impl<'a> Fields<'a> {
         self.0 = rest;
         Some(field)
     }
-
-    /// Whether nothing is left.
-    pub(in crate::handoff) fn end(&self) -> bool {
-        self.0.is_empty()
-    }
 }
 
 pub(in crate::handoff) fn put_short(dst: &mut Vec<u8>, bytes: &[u8]) -> Result<(), Error> {

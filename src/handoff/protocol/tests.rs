@@ -1,6 +1,10 @@
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
 use proptest::{collection::vec, prelude::*};
 
-use super::*;
+use super::{wire::NO_LIMIT, *};
+use crate::{Decoder, Encoder, Error, FdQueue, SendBuf};
 
 fn address() -> impl Strategy<Value = Address> {
     prop_oneof![
@@ -18,17 +22,17 @@ prop_compose! {
         tcp: bool,
         (peer, local) in (address(), address()),
         (read, metadata) in (vec(any::<u8>(), 0..5000), vec(any::<u8>(), 0..50)),
-        fd: u32,
+        (fd, bundle) in (any::<u32>(), vec(any::<u32>(), 0..MAX_OFFER_FDS)),
     ) -> Offer<u32> {
         let transport = if tcp { Transport::Tcp } else { Transport::UnixStream };
-        Offer { cookie, transport, peer, local, read: read.into(), metadata: metadata.into(), fd }
+        Offer { cookie, transport, peer, local, read: read.into(), metadata: metadata.into(), fd, bundle }
     }
 }
 
-fn to_worker() -> impl Strategy<Value = ToWorker<u32>> {
+fn to_worker() -> impl Strategy<Value = ToWorker<Offer<u32>>> {
     prop_oneof![
         any::<u8>().prop_map(|version| ToWorker::Welcome { version }),
-        offer().prop_map(ToWorker::Offer),
+        (any::<u64>(), offer()).prop_map(|(number, offer)| ToWorker::Offer { number, offer }),
         any::<u64>().prop_map(|before| ToWorker::Recall { before }),
         any::<u64>().prop_map(|nonce| ToWorker::Ping { nonce }),
         proptest::option::of(0..u64::from(NO_LIMIT))
@@ -36,13 +40,20 @@ fn to_worker() -> impl Strategy<Value = ToWorker<u32>> {
     ]
 }
 
+fn reason() -> impl Strategy<Value = RejectReason> {
+    prop_oneof![proptest::sample::select(&RejectReason::KNOWN[..]), (5u8..).prop_map(RejectReason::Other)]
+}
+
 fn from_worker() -> impl Strategy<Value = FromWorker> {
     prop_oneof![
-        any::<(u8, u8)>().prop_map(|(lowest, highest)| FromWorker::Hello { lowest, highest }),
+        any::<(u8, u8, u8)>().prop_map(|(lowest, highest, max_fds)| FromWorker::Hello { lowest, highest, max_fds }),
         any::<u64>().prop_map(|total| FromWorker::Demand { total }),
-        any::<u32>().prop_map(|count| FromWorker::Adopted { count }),
-        (any::<u32>(), proptest::sample::select(&RejectReason::ALL[..]))
-            .prop_map(|(count, reason)| FromWorker::Rejected { count, reason }),
+        any::<(u64, u32)>().prop_map(|(first, count)| FromWorker::Adopted { first, count }),
+        (any::<(u64, u32)>(), reason()).prop_map(|((first, count), reason)| FromWorker::Rejected {
+            first,
+            count,
+            reason
+        }),
         any::<u64>().prop_map(|finished| FromWorker::Load { finished }),
         any::<u64>().prop_map(|nonce| FromWorker::Pong { nonce }),
         Just(FromWorker::Draining),
@@ -81,19 +92,21 @@ proptest! {
         prop_assert_eq!(decoded.unwrap(), Some(message));
     }
 
-    /// In bytes: nothing shorter, nothing longer, and nothing with a descriptor more or less.
+    /// In bytes: nothing shorter, and nothing with a descriptor too many. What follows the fields is of a later revision.
     #[test]
     fn only_whole_messages_are_messages(message in to_worker(), cut in 0.0..1.0) {
-        let (bytes, fds) = encoded(DispatcherCodec::default(), message);
+        let (bytes, fds) = encoded(DispatcherCodec::default(), message.clone());
         let payload = &bytes[8..];
         let cut = (payload.len() as f64 * cut) as usize;
-        let longer = [payload, &[0]].concat();
-        let fds = fds.len() as u16;
-        for (payload, fds) in [(&payload[..cut], fds), (&longer, fds), (payload, 1 - fds)] {
-            let mut queue = (0..fds.into()).collect();
-            prop_assert!(WorkerCodec::default().decode(&mut frame(payload, fds), &mut queue).is_err());
-            prop_assert_eq!(queue.len(), usize::from(fds), "descriptors are left to be closed");
+        for (payload, wrong) in [(&payload[..cut], fds.len()), (payload, if fds.is_empty() { 1 } else { 0 })] {
+            let mut queue = (0..wrong as u32).collect();
+            let refused = WorkerCodec::default().decode(&mut frame(payload, wrong as u16), &mut queue);
+            prop_assert!(refused.is_err());
+            prop_assert_eq!(queue.len(), wrong, "descriptors are left to be closed");
         }
+        let longer = [payload, b"later"].concat();
+        let decoded = WorkerCodec::default().decode(&mut frame(&longer, fds.len() as u16), &mut FdQueue::from_iter(fds));
+        prop_assert_eq!(decoded.unwrap(), Some(message));
     }
 
     #[test]
@@ -107,10 +120,13 @@ proptest! {
 #[test]
 fn messages_in_bytes() {
     for (message, bytes) in [
-        (FromWorker::Hello { lowest: 1, highest: 2 }, &b"\x01FDHO\x01\x02"[..]),
+        (FromWorker::Hello { lowest: 1, highest: 2, max_fds: 3 }, &b"\x01FDHO\x01\x02\x03"[..]),
         (FromWorker::Demand { total: 64 }, b"\x02\0\0\0\0\0\0\0\x40"),
-        (FromWorker::Adopted { count: 3 }, b"\x03\0\0\0\x03"),
-        (FromWorker::Rejected { count: 3, reason: RejectReason::Recalled }, b"\x04\0\0\0\x03\x03"),
+        (FromWorker::Adopted { first: 5, count: 3 }, b"\x03\0\0\0\0\0\0\0\x05\0\0\0\x03"),
+        (
+            FromWorker::Rejected { first: 5, count: 3, reason: RejectReason::Recalled },
+            b"\x04\0\0\0\0\0\0\0\x05\0\0\0\x03\x03",
+        ),
         (FromWorker::Load { finished: 258 }, b"\x05\0\0\0\0\0\0\x01\x02"),
         (FromWorker::Pong { nonce: 1 }, b"\x06\0\0\0\0\0\0\0\x01"),
         (FromWorker::Draining, b"\x07"),
@@ -135,27 +151,30 @@ fn messages_in_bytes() {
         read: "GET".into(),
         metadata: "m".into(),
         fd: 5,
+        bundle: vec![6, 7],
     };
-    let bytes = b"\x82\0\0\0\0\0\0\0\x09\x01\x04\x7f\0\0\x01\x01\0\
+    let bytes = b"\x82\0\0\0\0\0\0\0\x0a\0\0\0\0\0\0\0\x09\x01\x04\x7f\0\0\x01\x01\0\
         \x06\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01\0\x50\0\0\0\0\0\0\0\x07\
         \0\0\0\x03GET\0\0\0\x01m";
-    assert_eq!(encoded(DispatcherCodec::default(), ToWorker::Offer(offer.clone())), (frame(bytes, 1), vec![5]));
+    let message = ToWorker::Offer { number: 10, offer: offer.clone() };
+    assert_eq!(encoded(DispatcherCodec::default(), message), (frame(bytes, 3), vec![5, 6, 7]));
     let unix = Offer {
         transport: Transport::UnixStream,
         peer: Address::Unnamed,
         local: Address::Path("/run/x".into()),
         read: Bytes::new(),
         metadata: Bytes::new(),
-        ..offer.clone()
+        bundle: Vec::new(),
+        ..offer
     };
-    let bytes = b"\x82\0\0\0\0\0\0\0\x09\x02\0\x01\0\x06/run/x\0\0\0\0\0\0\0\0";
-    assert_eq!(encoded(DispatcherCodec::default(), ToWorker::Offer(unix)).0, frame(bytes, 1));
+    let bytes = b"\x82\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x09\x02\0\x01\0\x06/run/x\0\0\0\0\0\0\0\0";
+    assert_eq!(encoded(DispatcherCodec::default(), ToWorker::Offer { number: 0, offer: unix }).0, frame(bytes, 1));
 }
 
 #[test]
 fn an_offer_that_is_too_long_comes_back() {
-    let offer = |read: usize, path: usize| {
-        ToWorker::Offer(Offer {
+    let offer = |read: usize, path: usize, fds: usize| {
+        let offer = Offer {
             cookie: 0,
             transport: Transport::Tcp,
             peer: Address::Path("x".repeat(path).into()),
@@ -163,18 +182,45 @@ fn an_offer_that_is_too_long_comes_back() {
             read: vec![0; read].into(),
             metadata: Bytes::new(),
             fd: 7,
-        })
+            bundle: vec![8; fds - 1],
+        };
+        ToWorker::Offer { number: 0, offer }
     };
-    for message in [offer(MAX_MESSAGE_BYTES, 0), offer(0, 65_536)] {
+    for message in [offer(MAX_MESSAGE_BYTES, 0, 1), offer(0, 65_536, 1), offer(0, 0, MAX_OFFER_FDS + 1)] {
         let refused = DispatcherCodec::default().encode(message.clone(), &mut SendBuf::new()).unwrap_err();
-        assert!(matches!(refused.error, Error::FrameTooLong { .. }));
+        assert!(matches!(refused.error, Error::FrameTooLong { .. } | Error::TooManyFds { .. }));
         assert_eq!(refused.item, Some(message));
     }
 }
 
+/// Those that are known are not, whatever follows them.
+#[test]
+fn unknown_extensions_are_skipped() {
+    let frames = |payloads: &[&[u8]]| {
+        BytesMut::from(&payloads.iter().map(|payload| frame(payload, 0)).collect::<Vec<_>>().concat()[..])
+    };
+    let mut bytes = frames(&[b"\x41new", b"\x7f", b"\x07"]);
+    let decoded = DispatcherCodec::default().decode(&mut bytes, &mut FdQueue::<u32>::new());
+    assert_eq!(decoded.unwrap(), Some(FromWorker::Draining));
+    let mut bytes = frames(&[b"\xc1new", b"\xff", b"\x81\x01"]);
+    let decoded = WorkerCodec::default().decode(&mut bytes, &mut FdQueue::<u32>::new());
+    assert_eq!(decoded.unwrap(), Some(ToWorker::Welcome { version: 1 }));
+    for unknown in [b"\x3f", b"\xbf", b"\x00"] {
+        assert!(DispatcherCodec::default().decode(&mut frame(unknown, 0), &mut FdQueue::<u32>::new()).is_err());
+        assert!(WorkerCodec::default().decode(&mut frame(unknown, 0), &mut FdQueue::<u32>::new()).is_err());
+    }
+}
+
+/// They are complained of, and what comes with them is read all the same.
 #[test]
 fn a_worker_has_no_descriptors_to_send() {
-    let mut bytes = frame(&[0x07], 0);
-    let decoded = DispatcherCodec::default().decode(&mut bytes, &mut FdQueue::from_iter([1]));
-    assert!(matches!(decoded, Err(Error::UnclaimedFds { fds: 1 })));
+    let (mut bytes, mut fds) = (frame(&[0x07], 0), FdQueue::from_iter([1]));
+    let mut codec = TolerantCodec::default();
+    assert!(matches!(codec.decode(&mut bytes, &mut fds), Ok(Some(Ok(FromWorker::Draining)))));
+    assert!(matches!(codec.decode(&mut bytes, &mut fds), Ok(Some(Err(Error::UnclaimedFds { fds: 1 })))));
+    assert!(matches!(codec.decode(&mut bytes, &mut fds), Ok(None)));
+    let (mut bytes, mut fds) = (frame(&[0x07], 2), FdQueue::from_iter([1, 2]));
+    bytes.extend_from_slice(&frame(&[0x08], 0));
+    assert!(matches!(codec.decode(&mut bytes, &mut fds), Ok(Some(Err(Error::UnclaimedFds { fds: 2 })))));
+    assert!(matches!(codec.decode(&mut bytes, &mut fds), Ok(Some(Ok(FromWorker::Goodbye)))));
 }

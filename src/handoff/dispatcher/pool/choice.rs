@@ -1,187 +1,201 @@
 //! Who waits, and who gets what.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    time::Instant,
+};
 
-use tokio::{sync::oneshot, time::Instant};
+use super::{Account, Event, Failure, Pending, Phase, Pool, TicketId, Waiter, Worker};
+use crate::handoff::dispatcher::{Strategy, WorkerId};
 
-use super::{Link, Pool};
-use crate::handoff::dispatcher::{NotDispatched, Permit, Strategy, Unadopted, WorkerId, job::Job};
-
-/// Most offers of a connection, whatever became of them.
-const MAX_OFFERS: u32 = 100;
-
-#[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "those that wait in numbers are connections")]
-pub(super) enum Waiter {
-    Connection(Job),
-    /// Until then the permit counts for nothing.
-    Place(oneshot::Sender<Permit>, Permit),
+/// What can be done with a connection.
+enum Choice {
+    Plan(WorkerId),
+    /// No worker has room for it.
+    Wait,
+    GiveUp,
 }
 
-impl Waiter {
-    fn is_given_up(&self) -> bool {
-        matches!(self, Self::Place(waiter, _) if waiter.is_closed())
-    }
-}
-
-impl Pool {
-    /// Takes a connection; `reserved` if a permit has come with it.
-    pub(in crate::handoff::dispatcher) fn dispatch(&mut self, job: Job, reserved: bool) {
+impl<C> Pool<C> {
+    /// Takes a connection. It comes with a permit if `reserved` is true.
+    pub(in crate::handoff::dispatcher) fn dispatch(
+        &mut self,
+        connection: C,
+        key: u64,
+        fds: usize,
+        reserved: bool,
+        now: Instant,
+    ) {
         self.totals.dispatched += 1;
-        if reserved {
-            self.reserved -= 1;
+        self.reserved -= u64::from(reserved);
+        if self.phase == Phase::Closed || self.phase == Phase::Draining && !reserved {
+            return self.events.push(Event::Failed { connection, failure: Failure::Draining });
         }
-        if self.over || self.closed && !reserved {
-            return self.failed.push((job, NotDispatched::Draining));
+        let pending = Pending::new(connection, key, fds);
+        if !reserved {
+            self.queue.push_back(Waiter::Connection(pending));
+            return self.distribute(now);
         }
-        if reserved {
-            // The place that it had may be gone with its worker. Then it is the first to wait.
-            match self.pick(&job) {
-                Some(id) => self.assign(id, job),
-                None => self.waiting.push_front(Waiter::Connection(job)),
-            }
-        } else {
-            self.waiting.push_back(Waiter::Connection(job));
-            self.distribute();
+        // The place that it had may be gone with its worker. Then it is the first to wait.
+        match self.choose(&pending) {
+            Choice::Plan(id) => self.plan(id, pending),
+            _ => self.queue.push_front(pending),
         }
     }
 
     /// Reserves a place, if one is free and nobody waits for it.
     pub(in crate::handoff::dispatcher) fn try_reserve(&mut self) -> bool {
-        let free = !self.closed && self.waiting.is_empty() && self.free() > 0;
+        let free = self.is_open() && self.queue.is_empty() && self.free() > 0;
         self.reserved += u64::from(free);
         free
     }
 
-    /// Has `place` wait for one.
-    pub(in crate::handoff::dispatcher) fn wait_for_place(&mut self, waiter: oneshot::Sender<Permit>, permit: Permit) {
-        // Who asks again and again, and gives up each time, leaves one place in the queue and not many.
-        while self.waiting.back().is_some_and(Waiter::is_given_up) {
-            self.waiting.pop_back();
-        }
-        self.waiting.push_back(Waiter::Place(waiter, permit));
+    /// Waits for a place, which [`Event::Granted`] reserves.
+    pub(in crate::handoff::dispatcher) fn wait_for_place(&mut self, now: Instant) -> TicketId {
+        let ticket = self.queue.push_back(Waiter::Ticket);
+        self.distribute(now); // what waits before it may wait for something else
+        ticket
     }
 
-    pub(in crate::handoff::dispatcher) fn give_up_place(&mut self) {
+    /// Nobody waits with this ticket.
+    pub(in crate::handoff::dispatcher) fn cancel(&mut self, ticket: TicketId, now: Instant) {
+        if self.queue.remove_ticket(ticket) {
+            self.distribute(now);
+        }
+    }
+
+    pub(in crate::handoff::dispatcher) fn give_up_place(&mut self, now: Instant) {
         self.reserved -= 1;
-        self.distribute();
+        self.distribute(now);
     }
 
-    /// Nobody gets a permit any more. Workers have until then.
-    pub(in crate::handoff::dispatcher) fn close(&mut self, until: Option<Instant>) {
-        self.closed = true;
-        self.until = until;
-        self.waiting.retain(|waiter| matches!(waiter, Waiter::Connection(_)));
-    }
-
-    /// No worker adopts what waits.
-    pub(in crate::handoff::dispatcher) fn fail_waiting(&mut self) {
-        self.over = true;
-        for waiter in std::mem::take(&mut self.waiting) {
-            if let Waiter::Connection(job) = waiter {
-                self.failed.push((job, NotDispatched::Draining));
+    /// They wait again, before all others and in their order.
+    pub(super) fn put_back(&mut self, again: impl IntoIterator<Item = Pending<C>, IntoIter: DoubleEndedIterator>) {
+        for mut pending in again.into_iter().rev() {
+            pending.is_alone = false;
+            if self.phase == Phase::Closed {
+                self.events.push(Event::Failed { connection: pending.connection, failure: Failure::Draining });
+            } else {
+                self.queue.push_front(pending);
             }
         }
     }
 
-    pub(in crate::handoff::dispatcher) fn waiting_connections(&self) -> usize {
-        self.waiting.iter().filter(|waiter| matches!(waiter, Waiter::Connection(_))).count()
-    }
-
-    #[cfg(test)]
-    pub(in crate::handoff::dispatcher) fn waiting_in_all(&self) -> usize {
-        self.waiting.len()
-    }
-
-    pub(super) fn unless_too_often(&mut self, job: Job, last: Unadopted) -> Option<Job> {
-        if job.failures < self.config.max_offers && job.offers < MAX_OFFERS {
-            return Some(job);
-        }
-        let offers = job.offers;
-        self.failed.push((job, NotDispatched::TooManyOffers { offers, last }));
-        None
-    }
-
-    /// To be the first ones again, in their order.
-    pub(super) fn put_back(&mut self, jobs: impl IntoIterator<Item = Job, IntoIter: DoubleEndedIterator>) {
-        for job in jobs.into_iter().rev() {
-            match self.over {
-                true => self.failed.push((job, NotDispatched::Draining)),
-                false => self.waiting.push_front(Waiter::Connection(job)),
-            }
-        }
-    }
-
-    /// Places that are neither taken nor reserved.
-    fn free(&self) -> u64 {
-        let room: u64 = self.workers.values().flat_map(|worker| &worker.link).map(Link::room).sum();
+    /// The number of places that are neither taken nor reserved.
+    pub(super) fn free(&self) -> u64 {
+        let in_flight = self.in_flight();
+        let room: u64 = self.accounts().map(|(id, _, account)| self.room(id, account, in_flight)).sum();
         room.saturating_sub(self.reserved)
     }
 
+    /// The number of descriptors that were sent, or are going to be, and that no worker is known to have received.
+    fn in_flight(&self) -> usize {
+        self.stale.fds() + self.accounts().map(|(_, _, account)| account.pending_fds()).sum::<usize>()
+    }
+
+    /// The number of connections that can be planned for a worker.
+    ///
+    /// Descriptors in flight are limited for the whole uid, and those of a worker that does not receive stay there. So each worker
+    /// gets at most half of what the others leave. However many workers are stuck, one place is left.
+    fn room(&self, id: WorkerId, account: &Account<C>, in_flight: usize) -> u64 {
+        if self.held == Some(id) {
+            return 0;
+        }
+        let own = account.pending_fds();
+        let share = (self.config.max_in_flight.saturating_sub(in_flight - own) / 2).max(1);
+        account.room().min(share.saturating_sub(own) as u64)
+    }
+
     /// Gives out what can be given out, in the order of waiting.
-    pub(super) fn distribute(&mut self) {
-        while let Some(first) = self.waiting.pop_front() {
-            match first {
-                Waiter::Connection(job) => {
-                    // One that was offered before goes before those that have a place reserved for one not accepted yet.
-                    let worker = if job.offers == 0 && self.free() == 0 { None } else { self.pick(&job) };
-                    match worker {
-                        Some(id) => self.assign(id, job),
-                        None => return self.waiting.push_front(Waiter::Connection(job)),
-                    }
+    pub(super) fn distribute(&mut self, now: Instant) {
+        self.held = None;
+        let mut from = i64::MIN;
+        while let Some((place, waiter)) = self.queue.next(from) {
+            from = place + 1;
+            let Waiter::Connection(pending) = waiter else {
+                if self.free() == 0 {
+                    return;
                 }
-                given_up if given_up.is_given_up() => {}
-                Waiter::Place(waiter, permit) => {
-                    if self.free() == 0 {
-                        return self.waiting.push_front(Waiter::Place(waiter, permit));
+                let ticket = self.queue.grant(place);
+                self.reserved += 1;
+                self.events.push(Event::Granted(ticket));
+                continue;
+            };
+            // A suspect waits for a worker of its own, and others go before it, for some time.
+            let is_suspect = pending.is_suspect(self.config.max_offers);
+            let since = is_suspect.then(|| *pending.suspect_since.get_or_insert(now));
+            let is_overdue = since.is_some_and(|since| now >= since + self.config.recall_after);
+            let is_special = is_suspect || pending.fds > 1;
+            // Those that were offered before go before those that have a place reserved for a connection to come.
+            let is_new = pending.offers == 0;
+            let Some(pending) = self.queue.take(place) else { continue };
+            let choice = if is_new && self.free() == 0 { Choice::Wait } else { self.choose(&pending) };
+            match choice {
+                Choice::Plan(id) => self.plan(id, pending),
+                Choice::GiveUp => {
+                    let failure = pending.too_many_offers();
+                    self.events.push(Event::Failed { connection: pending.connection, failure });
+                }
+                Choice::Wait => {
+                    if is_overdue && self.held.is_none() {
+                        self.held = self.best(&pending, |_, account| account.room() > 0);
                     }
-                    self.reserved += u64::from(permit.grant(waiter));
+                    self.queue.put(place, pending);
+                    if !is_special {
+                        return;
+                    }
                 }
             }
         }
     }
 
-    /// One that may be what its workers die of is offered for the last time to a worker that has no other, so that no other
-    /// is taken for it.
-    fn is_suspect(&self, job: &Job) -> bool {
-        job.failures > 0 && job.failures + 1 >= self.config.max_offers
+    fn choose(&self, pending: &Pending<C>) -> Choice {
+        if pending.failures >= self.config.max_offers && self.is_failed_by_all(pending) {
+            return Choice::GiveUp;
+        }
+        let in_flight = self.in_flight();
+        let is_suspect = pending.is_suspect(self.config.max_offers);
+        let fits =
+            |id, account: &Account<C>| self.room(id, account, in_flight) > 0 && (!is_suspect || account.pending() == 0);
+        self.best(pending, fits).map_or(Choice::Wait, Choice::Plan)
     }
 
-    fn pick(&self, job: &Job) -> Option<WorkerId> {
-        let suspect = self.is_suspect(job);
-        let rejected_by = job.last.map(|(link, _)| link);
-        let with_room = self.workers.iter().filter_map(|(id, worker)| {
-            let link = worker.link.as_ref()?;
-            let fit = link.room() > 0 && (!suspect || link.unanswered == 0);
-            fit.then_some((id, worker, link))
+    /// The worker that is to get a connection, of those that fit.
+    fn best(&self, pending: &Pending<C>, fits: impl Fn(WorkerId, &Account<C>) -> bool) -> Option<WorkerId> {
+        // A suspect waits for a worker that has not failed with it, if there is one.
+        let only_others = pending.is_suspect(self.config.max_offers) && !self.is_failed_by_all(pending);
+        let fitting = self.accounts().filter(|(id, _, account)| {
+            fits(*id, account) && account.takes(pending.fds) && !(only_others && pending.failed_with.contains(id))
         });
-        // Rather not the one that has just rejected it.
-        let preference = |link: &Link| rejected_by == Some(link.number);
-        match self.config.strategy {
-            Strategy::LeastLoaded => with_room
-                .min_by_key(|(_, worker, link)| (preference(link), link.active() + link.unanswered, worker.turn))
-                .map(|(id, ..)| *id),
-            Strategy::RoundRobin => {
-                with_room.min_by_key(|(_, worker, link)| (preference(link), worker.turn)).map(|(id, ..)| *id)
+        // Rather a worker that has not had it.
+        let had = |id: &WorkerId| (pending.failed_with.contains(id), pending.refused_by.contains(id));
+        let best = match self.config.strategy {
+            Strategy::LeastLoaded => {
+                fitting.min_by_key(|(id, worker, account)| (had(id), account.active() + account.pending(), worker.turn))
             }
-            Strategy::ByKey => {
-                let key = job.key();
-                with_room.min_by_key(|(id, _, link)| (preference(link), rank(key, **id))).map(|(id, ..)| *id)
-            }
-        }
+            Strategy::RoundRobin => fitting.min_by_key(|(id, worker, _)| (had(id), worker.turn)),
+            Strategy::ByKey => fitting.min_by_key(|(id, ..)| (had(id), rank(pending.key, *id))),
+        };
+        best.map(|(id, ..)| id)
     }
 
-    fn assign(&mut self, id: WorkerId, job: Job) {
+    /// Returns true if no worker is left that might take a connection and has not failed with it.
+    fn is_failed_by_all(&self, pending: &Pending<C>) -> bool {
+        let leaves =
+            |worker: &Worker<C>| worker.removed.is_some() || worker.account.as_ref().is_some_and(Account::is_draining);
+        self.workers.iter().all(|(id, worker)| pending.failed_with.contains(id) || leaves(worker))
+    }
+
+    fn plan(&mut self, id: WorkerId, mut pending: Pending<C>) {
         self.turn += 1;
-        let (turn, alone) = (self.turn, self.is_suspect(&job));
+        let turn = self.turn;
+        pending.is_alone = pending.is_suspect(self.config.max_offers);
+        pending.suspect_since = None;
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let Some(link) = &mut worker.link else { return };
         worker.turn = turn;
-        link.offered += 1;
-        link.unanswered += 1;
-        link.alone = alone;
-        link.assigned.push_back(job);
-        link.bell.ring();
+        if worker.account.as_mut().is_some_and(|account| account.plan(pending)) {
+            self.events.push(Event::Wake(id));
+        }
     }
 }
 

@@ -46,15 +46,18 @@ struct Dispatcher {
 
 impl Dispatcher {
     /// After so many offers.
-    fn read(&mut self, messages: &mut Vec<FromWorker>, offered: u64) {
-        for message in messages.drain(..) {
+    fn read(&mut self, book: &mut Book<usize>, offered: u64) {
+        while let Some(message) = book.next_message() {
+            book.on_sent(1);
             assert!(!self.left, "{message:?} follows a goodbye");
             match message {
-                FromWorker::Adopted { count } => {
-                    assert!(!self.draining);
+                FromWorker::Hello { .. } => {}
+                FromWorker::Adopted { first, count } => {
+                    assert!(!self.draining && first == self.answers.len() as u64);
                     self.answers.extend((0..count).map(|_| Fate::Adopted));
                 }
-                FromWorker::Rejected { count, reason } => {
+                FromWorker::Rejected { first, count, reason } => {
+                    assert_eq!(first, self.answers.len() as u64);
                     self.answers.extend((0..count).map(|_| Fate::Rejected(reason)));
                     if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
                         self.demand = offered;
@@ -73,7 +76,6 @@ impl Dispatcher {
                 FromWorker::Pong { .. } => {}
                 FromWorker::Draining => self.draining = true,
                 FromWorker::Goodbye => self.left = true,
-                other => panic!("{other:?}"),
             }
         }
     }
@@ -88,7 +90,8 @@ proptest! {
         window in 1u64..6,
         max_connections in 1u64..8,
     ) {
-        let mut book = Book::new(window, max_connections);
+        let mut book = Book::new(window, max_connections, 1);
+        book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
         let mut dispatcher = Dispatcher::default();
         let mut fates = Vec::new(); // of each offer, by its number
         let (mut adopted, mut finished) = (0, 0);
@@ -97,19 +100,24 @@ proptest! {
             match event {
                 Event::Offer | Event::Unfit if fates.len() as u64 == dispatcher.demand => {
                     // After a refusal one might still be on its way.
-                    prop_assert!(dispatcher.refused || book.offered(Ok(before)).is_err());
+                    let offer = ToWorker::Offer { number: before as u64, offer: before };
+                    prop_assert!(dispatcher.refused || book.on_message(offer, None).is_err());
                 }
                 Event::Offer => {
-                    let unwanted = book.offered(Ok(before)).unwrap();
-                    prop_assert_eq!(unwanted.is_some(), dispatcher.draining);
-                    fates.push(unwanted.map(|_| Fate::Rejected(RejectReason::Draining)));
+                    let unwanted = book.on_message(ToWorker::Offer { number: before as u64, offer: before }, None).unwrap();
+                    prop_assert_eq!(!unwanted.is_empty(), dispatcher.draining);
+                    fates.push(unwanted.first().map(|_| Fate::Rejected(RejectReason::Draining)));
                 }
                 Event::Unfit => {
-                    book.offered(Err((before, RejectReason::Unusable))).unwrap();
+                    let offer = ToWorker::Offer { number: before as u64, offer: before };
+                    book.on_message(offer, Some(RejectReason::Unusable)).unwrap();
                     fates.push(Some(Fate::Rejected(RejectReason::Unusable)));
                 }
                 Event::Ask(max) => {
-                    for number in book.adopt(max) {
+                    book.adopt(max);
+                    prop_assert!(book.take_adopted::<Vec<_>>(max).is_empty(), "the dispatcher was not told");
+                    dispatcher.read(&mut book, fates.len() as u64);
+                    for number in book.take_adopted::<Vec<_>>(max) {
                         prop_assert!(fates[number].replace(Fate::Adopted).is_none());
                         adopted += 1;
                     }
@@ -120,14 +128,14 @@ proptest! {
                 }
                 Event::Finish => {}
                 Event::Recall(first) => {
-                    for number in book.recall(first) {
+                    for number in book.on_message(ToWorker::Recall { before: first }, None).unwrap() {
                         prop_assert!((number as u64) < first);
                         prop_assert!(fates[number].replace(Fate::Rejected(RejectReason::Recalled)).is_none());
                     }
                     let left = fates.iter().position(Option::is_none);
                     prop_assert!(left.is_none_or(|number| number as u64 >= first));
                 }
-                Event::Ping => book.pinged(7),
+                Event::Ping => drop(book.on_message(ToWorker::Ping { nonce: 7 }, None).unwrap()),
                 Event::Report => book.report(),
                 Event::Drain => {
                     for number in book.drain() {
@@ -138,7 +146,7 @@ proptest! {
             let room = book.room();
             book.ask(room);
             book.leave();
-            dispatcher.read(&mut book.messages, fates.len() as u64);
+            dispatcher.read(&mut book, fates.len() as u64);
 
             // Answered is a beginning of the offers, and what is decided is not kept back for longer than it has to.
             let due = fates.iter().take_while(|fate| fate.is_some()).count();
@@ -160,17 +168,11 @@ proptest! {
 #[derive(Debug, Default)]
 struct Distant {
     said: VecDeque<FromWorker>,
-    sent: VecDeque<Sent>,
+    sent: VecDeque<ToWorker<()>>,
     demand: u64,
     offered: u64,
     answered: u64,
     pinged: bool,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Sent {
-    Offer,
-    Ping,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -209,7 +211,8 @@ proptest! {
         steps in proptest::collection::vec(distantly(), 0..400),
         window in 1u64..6,
     ) {
-        let mut book = Book::new(window, u64::MAX);
+        let mut book = Book::new(window, u64::MAX, 1);
+        book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
         let mut dispatcher = Distant::default();
         let (mut adopted, mut finished, mut recalled) = (0, 0, false);
         for step in steps {
@@ -219,8 +222,8 @@ proptest! {
                         prop_assert!(total >= dispatcher.demand);
                         dispatcher.demand = total;
                     }
-                    Some(FromWorker::Adopted { count }) => dispatcher.answered += u64::from(count),
-                    Some(FromWorker::Rejected { count, reason }) => {
+                    Some(FromWorker::Adopted { count, .. }) => dispatcher.answered += u64::from(count),
+                    Some(FromWorker::Rejected { count, reason, .. }) => {
                         dispatcher.answered += u64::from(count);
                         if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
                             dispatcher.demand = dispatcher.offered;
@@ -230,25 +233,29 @@ proptest! {
                     _ => {}
                 },
                 Distantly::Offer if dispatcher.offered < dispatcher.demand => {
+                    let number = dispatcher.offered;
+                    dispatcher.sent.push_back(ToWorker::Offer { number, offer: () });
                     dispatcher.offered += 1;
-                    dispatcher.sent.push_back(Sent::Offer);
                 }
                 Distantly::Ping if !dispatcher.pinged => {
                     dispatcher.pinged = true;
-                    dispatcher.sent.push_back(Sent::Ping);
+                    dispatcher.sent.push_back(ToWorker::Ping { nonce: 0 });
                 }
                 Distantly::Offer | Distantly::Ping => {}
-                Distantly::Get { full } => match dispatcher.sent.pop_front() {
-                    Some(Sent::Offer) if full => drop(book.offered(Err(((), RejectReason::Full))).unwrap()),
-                    Some(Sent::Offer) => drop(book.offered(Ok(())).unwrap()),
-                    Some(Sent::Ping) => book.pinged(0),
-                    None => {}
-                },
+                Distantly::Get { full } => {
+                    let message = dispatcher.sent.pop_front();
+                    message.into_iter().for_each(|message| drop(book.on_message(message, full.then_some(RejectReason::Full)).unwrap()));
+                }
                 Distantly::Ask => {
                     recalled = false;
-                    adopted += book.adopt(1).len();
+                    book.adopt(1);
+                    while let Some(message) = book.next_message() {
+                        book.on_sent(1);
+                        dispatcher.said.push_back(message);
+                    }
+                    adopted += book.take_adopted::<Vec<_>>(1).len();
                 }
-                Distantly::Recall => recalled |= !book.recall(u64::MAX).is_empty(),
+                Distantly::Recall => recalled |= !book.on_message(ToWorker::Recall { before: u64::MAX }, None).unwrap().is_empty(),
                 Distantly::Finish if finished < adopted => {
                     finished += 1;
                     book.finish();
@@ -258,8 +265,45 @@ proptest! {
             let room = book.room();
             prop_assert!(!recalled || room == 0);
             book.ask(room);
-            dispatcher.said.extend(book.messages.drain(..));
+            while let Some(message) = book.next_message() {
+                book.on_sent(1);
+                dispatcher.said.push_back(message);
+            }
             prop_assert!(dispatcher.answered <= dispatcher.offered);
         }
     }
+}
+
+/// Something else has read from the socket: the answers would be about other offers than the dispatcher takes them for.
+#[test]
+fn a_missing_offer_is_noticed() {
+    let mut book = Book::new(9, 9, 1);
+    book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
+    book.ask(9);
+    book.on_message(ToWorker::Offer { number: 0, offer: 0 }, None).unwrap();
+    assert!(book.on_message(ToWorker::Offer { number: 2, offer: 2 }, None).is_err());
+}
+
+#[test]
+fn a_window_without_limit_asks_for_what_is_possible() {
+    let mut book = Book::<()>::new(u64::MAX, u64::MAX, 1);
+    book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
+    book.adopt(1);
+    assert_eq!(book.room(), MAX_UNANSWERED);
+    assert!(!book.is_full());
+}
+
+/// Then the task is woken by its end, and does not wait for the time of a report.
+#[test]
+fn a_connection_whose_end_makes_room_is_noticed() {
+    let mut book = Book::new(1, 1, 1);
+    book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
+    book.adopt(1);
+    book.ask(book.room());
+    book.on_message(ToWorker::Offer { number: 0, offer: () }, None).unwrap();
+    book.adopt(1);
+    assert_eq!(book.room(), 0);
+    assert!(book.is_full());
+    book.finish();
+    assert_eq!(book.room(), 1);
 }

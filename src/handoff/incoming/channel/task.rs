@@ -96,7 +96,7 @@ impl Task {
             let error = Error::invalid("a dispatcher that asks without reading the answers");
             return Poll::Ready(End::Failed(Arc::new(error)));
         }
-        let application = if state.is_worth_asking() { state.application.take() } else { None };
+        let application = if state.book.is_worth_asking() { state.application.take() } else { None };
         drop(state);
         application.into_iter().for_each(Waker::wake);
         Poll::Pending

@@ -1,0 +1,265 @@
+//! A connection that is being handed over, with the dispatcher's copies of its descriptors.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    sync::Arc,
+    time::Instant,
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout},
+    sys::socket::{self, getsockopt},
+};
+use smallvec::SmallVec;
+use tokio::sync::oneshot;
+
+use super::{
+    Accepted, Address, DispatchError, NotDispatched, Shared, Transport, WorkerId,
+    accepted::About,
+    protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
+};
+use crate::{Error, SendFd, close_in_background, closer::close_sockets, sys};
+
+/// Tells the application that dispatched a connection what became of it.
+type Reply = oneshot::Sender<Result<WorkerId, DispatchError>>;
+
+/// Most bytes of an offer beside what was read and the metadata, with some to spare.
+const MAX_OTHER_BYTES: usize = 512;
+
+/// A connection that no worker has adopted: what an offer says of it, and who waits for it.
+#[derive(Debug)]
+pub(super) struct Handover {
+    /// Lent to the task that is sending it, so that an offer takes no descriptor. Otherwise connections that hold all descriptors
+    /// there are could wait for one more each, forever.
+    socket: SharedFd,
+    bundle: Vec<SharedFd>,
+    about: About,
+    cookie: u64,
+    peer: Address,
+    local: Address,
+    reply: Option<Reply>,
+}
+
+impl Handover {
+    /// Tells `reply` if it cannot be offered.
+    pub(super) fn new(accepted: Accepted, reply: Reply) -> Option<Box<Self>> {
+        let Accepted { socket, about } = accepted;
+        let prepared = match socket {
+            Ok(socket) => Self::prepare(socket, about, None),
+            Err(error) => {
+                let again = error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
+                let connection = Accepted { socket: Err(again), about };
+                Err(Box::new(DispatchError { reason: NotDispatched::Unfit(error.into()), connection }))
+            }
+        };
+        match prepared {
+            Ok(mut connection) => {
+                connection.reply = Some(reply);
+                Some(connection)
+            }
+            Err(unfit) => {
+                let _ = reply.send(Err(*unfit));
+                None
+            }
+        }
+    }
+
+    /// # Errors
+    /// Gives everything back if what comes along is too long, or if it is no socket.
+    pub(super) fn prepare(
+        socket: OwnedFd,
+        about: About,
+        local: Option<Address>,
+    ) -> Result<Box<Self>, Box<DispatchError>> {
+        let unfit = |socket, about, error| {
+            let connection = Accepted { socket: Ok(socket), about };
+            Err(Box::new(DispatchError { reason: NotDispatched::Unfit(error), connection }))
+        };
+        let (bytes, fds) = (about.read.len() + about.metadata.len() + MAX_OTHER_BYTES, 1 + about.bundle.len());
+        if bytes > MAX_MESSAGE_BYTES {
+            return unfit(socket, about, Error::FrameTooLong { bytes, limit: MAX_MESSAGE_BYTES });
+        }
+        if fds > MAX_OFFER_FDS {
+            return unfit(socket, about, Error::TooManyFds { fds, limit: MAX_OFFER_FDS });
+        }
+        let cookie = match getsockopt(&socket, sys::Cookie) {
+            Ok(cookie) => cookie,
+            Err(error) => return unfit(socket, about, io::Error::from(error).into()),
+        };
+        let (socket, peer, local) = addresses(socket, about.transport, local);
+        let mut about = about;
+        let bundle = about.bundle.drain(..).map(SharedFd::new).collect();
+        Ok(Box::new(Self { socket: SharedFd::new(socket), bundle, about, cookie, peer, local, reply: None }))
+    }
+
+    pub(super) fn dispatch(self: Box<Self>, shared: &Arc<Shared>, reserved: bool) {
+        let (key, fds) = (self.key(), 1 + self.bundle.len());
+        shared.act(|pool| pool.dispatch(self, key, fds, reserved, Instant::now()));
+    }
+
+    /// What a worker is told.
+    pub(super) fn offer(&self) -> Offer<SendFd> {
+        Offer {
+            cookie: self.cookie,
+            transport: self.about.transport,
+            peer: self.peer.clone(),
+            local: self.local.clone(),
+            read: self.about.read.clone(),
+            metadata: self.about.metadata.clone(),
+            fd: SendFd::socket(self.socket.lend()),
+            bundle: self.bundle.iter().map(|fd| fd.lend().into()).collect(),
+        }
+    }
+
+    /// Keys that are equal go to the same worker. By default those of one client.
+    fn key(&self) -> u64 {
+        self.about.key.unwrap_or_else(|| {
+            let mut hasher = DefaultHasher::new();
+            match &self.peer {
+                Address::Ip(address) => address.ip().hash(&mut hasher),
+                other => other.hash(&mut hasher),
+            }
+            hasher.finish()
+        })
+    }
+
+    /// A worker has adopted it.
+    pub(super) fn adopted_by(&mut self, worker: WorkerId) {
+        if let Some(reply) = self.reply.take() {
+            let _ = reply.send(Ok(worker)); // nobody has to wait for it
+        }
+    }
+
+    /// The dispatcher's copies of the descriptors, which are of no use to it.
+    pub(super) fn into_copies(self) -> Copies {
+        Copies {
+            sockets: [self.socket.into_owned()].into(),
+            others: self.bundle.into_iter().map(SharedFd::into_owned).collect(),
+        }
+    }
+
+    /// Returns true if somebody waits for the outcome.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.reply.as_ref().is_some_and(|reply| !reply.is_closed())
+    }
+
+    /// No worker adopts it. Gives it back to who waits for it; without anybody, its client sees the end. Returns whether
+    /// it was given back.
+    pub(super) fn fail(mut self, reason: NotDispatched) -> bool {
+        self.about.bundle.extend(self.bundle.into_iter().map(SharedFd::into_owned));
+        let connection = Accepted { socket: Ok(self.socket.into_owned()), about: self.about };
+        let error = DispatchError { reason, connection };
+        let unwanted = match self.reply {
+            Some(reply) => match reply.send(Err(error)) {
+                Ok(()) => return true,
+                Err(unwanted) => unwanted.err(),
+            },
+            None => Some(error),
+        };
+        if let Some(Accepted { socket: Ok(socket), about }) = unwanted.map(|error| error.connection) {
+            shut_down(socket);
+            close_in_background(about.bundle);
+        }
+        false
+    }
+
+    /// Ends the connection, for its client and for every process that has a copy.
+    pub(super) fn shut_down(self) {
+        shut_down(self.socket.into_owned());
+        close_in_background(self.bundle.into_iter().map(SharedFd::into_owned));
+    }
+
+    /// Returns true if both directions have ended: `shutdown` tells every holder of a copy.
+    pub(super) fn has_ended(&self) -> bool {
+        let mut poll = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
+        nix::poll::poll(&mut poll, PollTimeout::ZERO).is_ok_and(|events| events > 0)
+    }
+}
+
+/// Copies that are to be closed. The worker may have been so quick that they are the last ones, whose `close` can block.
+#[derive(Debug)]
+pub(super) struct Copies {
+    sockets: SmallVec<[OwnedFd; 1]>,
+    others: Vec<OwnedFd>,
+}
+
+impl Copies {
+    pub(super) fn new() -> Self {
+        Self { sockets: SmallVec::new(), others: Vec::new() }
+    }
+
+    pub(super) fn extend(&mut self, more: Self) {
+        self.sockets.extend(more.sockets);
+        self.others.extend(more.others);
+    }
+
+    pub(super) fn close(self) {
+        if !self.sockets.is_empty() {
+            close_sockets(self.sockets);
+        }
+        if !self.others.is_empty() {
+            close_in_background(self.others);
+        }
+    }
+}
+
+/// The dispatcher's copy of a descriptor, until it is taken out. Dropping it closes it without blocking.
+#[derive(Debug)]
+struct SharedFd(Option<Arc<OwnedFd>>);
+
+impl SharedFd {
+    fn new(fd: OwnedFd) -> Self {
+        Self(Some(Arc::new(fd)))
+    }
+
+    fn lend(&self) -> Arc<OwnedFd> {
+        Arc::clone(self.0.as_ref().expect(PRESENT))
+    }
+
+    fn into_owned(mut self) -> OwnedFd {
+        self.0.take().and_then(Arc::into_inner).expect("a task that was lent it has sent it, or is gone")
+    }
+}
+
+const PRESENT: &str = "only its owner takes it out";
+
+impl AsFd for SharedFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_ref().expect(PRESENT).as_fd()
+    }
+}
+
+impl Drop for SharedFd {
+    fn drop(&mut self) {
+        close_in_background(self.0.take().and_then(Arc::into_inner));
+    }
+}
+
+/// The end of a connection, for its client and for every process that has a copy.
+pub(super) fn shut_down(socket: OwnedFd) {
+    let _ = socket::shutdown(socket.as_raw_fd(), socket::Shutdown::Both); // an error says that it has ended
+    close_sockets([socket]);
+}
+
+/// The client's address, and the one that it has connected to unless that is known. A client that has gone already has no address.
+fn addresses(socket: OwnedFd, transport: Transport, local: Option<Address>) -> (OwnedFd, Address, Address) {
+    match transport {
+        Transport::Tcp => {
+            let stream = std::net::TcpStream::from(socket);
+            let peer = stream.peer_addr().map(Address::from).unwrap_or_default();
+            let local = local.unwrap_or_else(|| stream.local_addr().map(Address::from).unwrap_or_default());
+            (stream.into(), peer, local)
+        }
+        Transport::UnixStream => {
+            let stream = UnixStream::from(socket);
+            let peer = stream.peer_addr().map(Address::from).unwrap_or_default();
+            let local = local.unwrap_or_else(|| stream.local_addr().map(Address::from).unwrap_or_default());
+            (stream.into(), peer, local)
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! Which worker gets which connection: every decision of a dispatcher, as one value without I/O.
+//!
+//! The tasks tell the pool what happens ([`on_message`](Pool::on_message), [`on_timeout`](Pool::on_timeout),
+//! [`retire`](Pool::retire)), send what [`next_message`](Pool::next_message) returns, and act on its
+//! [events](Pool::take_events) when it is unlocked. It has no clock: they bring the time along. `C` is
+//! a connection; the tests run the same code on numbers.
+//!
+//! Each connection has one owner at any time. It waits in the [`Queue`], or it is in the [`Account`] of one
+//! worker, or it has left in an [`Event`], or its copy is among the [`StaleCopies`].
+
+mod account;
+mod choice;
+mod clock;
+mod end;
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod peer;
+mod pending;
+mod queue;
+mod stale;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod world;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Instant,
+};
+
+use account::{Account, Left};
+pub(super) use pending::Failure;
+use pending::Pending;
+pub(super) use queue::TicketId;
+use queue::{Queue, Waiter};
+pub(super) use stale::StaleCopies;
+
+use super::{LinkId, RetireCause, RetireCounts, WorkerId, WorkerState, WorkerStats, builder::Config};
+use crate::handoff::protocol::{FromWorker, RejectReason, ToWorker};
+
+/// All workers of a dispatcher, and all connections that it has.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Pool<C> {
+    config: Config,
+    workers: BTreeMap<WorkerId, Worker<C>>,
+    queue: Queue<C>,
+    /// Permits given out.
+    reserved: u64,
+    phase: Phase,
+    /// Until when the drain is to be over that was asked for last.
+    pub(super) until: Option<Instant>,
+    /// Gets nothing until it has answered, because a suspect has waited for a worker for too long.
+    held: Option<WorkerId>,
+    pub(super) stale: StaleCopies<C>,
+    fences: VecDeque<Instant>,
+    events: Vec<Event<C>>,
+    turn: u64,
+    last_worker: u64,
+    last_link: LinkId,
+    pub(super) totals: Totals,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Phase {
+    Open,
+    /// Nothing is taken but with a permit.
+    Draining,
+    /// Nothing is taken.
+    Closed,
+}
+
+/// Connections, counted from the beginning, and workers that left.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Totals {
+    pub(super) dispatched: u64,
+    pub(super) adopted: u64,
+    pub(super) offered_again: u64,
+    pub(super) retired: RetireCounts,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Worker<C> {
+    /// `None` until its process is started again.
+    account: Option<Account<C>>,
+    restarts: u64,
+    adopted: u64,
+    rejected: u64,
+    last_exit: Option<RetireCause>,
+    /// It is to drain, until that time if there is one.
+    removed: Option<Option<Instant>>,
+    /// The last time when it got a connection, counted in connections.
+    turn: u64,
+}
+
+/// What a task has to do once the pool is unlocked.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Event<C> {
+    /// There is something for a worker's task.
+    Wake(WorkerId),
+    /// A worker has adopted a connection. The dispatcher's copy goes to
+    /// [`StaleCopies::keep`] if there are holders.
+    Adopted { connection: C, worker: WorkerId, link: LinkId, holders: Vec<LinkId> },
+    /// No worker adopts it.
+    Failed { connection: C, failure: Failure },
+    /// A place is kept for whoever has this ticket.
+    Granted(TicketId),
+    /// A worker hangs, and is left alone because too many others were fenced.
+    LeftAlone(WorkerId),
+    /// The copy is of no use.
+    Close(C),
+    /// The process that served it has ended: so has the connection, whoever holds a copy.
+    ShutDown(C),
+}
+
+/// What is left of a worker's link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Remains {
+    /// It was of use.
+    pub(super) has_adopted: bool,
+    /// The end of its process matters: it may hold copies, or the dispatcher keeps some for it.
+    pub(super) end_matters: bool,
+}
+
+impl<C> Pool<C> {
+    pub(super) fn new(config: Config) -> Self {
+        Self {
+            config,
+            workers: BTreeMap::new(),
+            queue: Queue::default(),
+            reserved: 0,
+            phase: Phase::Open,
+            until: None,
+            held: None,
+            stale: StaleCopies::default(),
+            fences: VecDeque::new(),
+            events: Vec::new(),
+            turn: 0,
+            last_worker: 0,
+            last_link: 0,
+            totals: Totals::default(),
+        }
+    }
+
+    /// Returns what is to be done since the last call.
+    pub(super) fn take_events(&mut self) -> Vec<Event<C>> {
+        std::mem::take(&mut self.events)
+    }
+
+    // Workers come and go.
+
+    pub(super) fn add_worker(&mut self) -> WorkerId {
+        self.last_worker += 1;
+        let id = WorkerId(self.last_worker);
+        // Those that come while the dispatcher drains have nothing to do.
+        let removed = (self.phase != Phase::Open).then_some(self.until);
+        let worker = Worker { account: None, restarts: 0, adopted: 0, rejected: 0, last_exit: None, removed, turn: 0 };
+        self.workers.insert(id, worker);
+        id
+    }
+
+    /// A process of this worker is connected, and has to say hello by then.
+    pub(super) fn connect(&mut self, id: WorkerId, pid: Option<u32>, hello_by: Instant) -> LinkId {
+        self.last_link += 1;
+        let link = self.last_link;
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.restarts += u64::from(worker.last_exit.is_some());
+            worker.account = Some(Account::new(link, pid, hello_by));
+        }
+        link
+    }
+
+    fn account(&mut self, id: WorkerId) -> Option<&mut Account<C>> {
+        self.workers.get_mut(&id)?.account.as_mut()
+    }
+
+    fn accounts(&self) -> impl Iterator<Item = (WorkerId, &Worker<C>, &Account<C>)> {
+        self.workers.iter().filter_map(|(id, worker)| Some((*id, worker, worker.account.as_ref()?)))
+    }
+
+    /// The worker gets nothing more, and has to finish what it has until then. Returns true if there is such a worker.
+    pub(super) fn remove(&mut self, id: WorkerId, until: Option<Instant>, now: Instant) -> bool {
+        let Some(worker) = self.workers.get_mut(&id) else { return false };
+        worker.removed = Some(until);
+        if let Some(account) = &mut worker.account {
+            let planned = account.drain();
+            // One that has not said hello leaves at its next timeout, which is now.
+            let is_asleep = !account.clock.is_greeted() || account.tell_to_drain(until, now);
+            self.events.extend(is_asleep.then_some(Event::Wake(id)));
+            self.put_back(planned);
+        }
+        self.distribute(now);
+        true
+    }
+
+    /// The worker is gone for good.
+    pub(super) fn forget(&mut self, id: WorkerId, now: Instant) {
+        if let Some(account) = self.workers.remove(&id).and_then(|worker| worker.account) {
+            // Its task has panicked, and nobody can know whether it has adopted these.
+            let Left { unanswered, unseen, .. } = account.retire(0);
+            self.events.extend(unanswered.into_iter().map(|pending| Event::Close(pending.connection)));
+            self.put_back(unseen);
+        }
+        self.distribute(now);
+    }
+
+    pub(super) fn contains(&self, id: WorkerId) -> bool {
+        self.workers.contains_key(&id)
+    }
+
+    pub(super) fn is_removed(&self, id: WorkerId) -> bool {
+        self.workers.get(&id).is_none_or(|worker| worker.removed.is_some())
+    }
+
+    pub(super) fn has_no_workers(&self) -> bool {
+        self.workers.is_empty()
+    }
+
+    // What is sent to a worker, and what it sends.
+
+    /// The next message for a worker, to be sent in this order. Its task is woken when there is another one after `None`.
+    pub(super) fn next_message(&mut self, id: WorkerId, now: Instant) -> Option<ToWorker<&C>> {
+        let (message, is_repeated) = self.workers.get_mut(&id)?.account.as_mut()?.next_message(now)?;
+        self.totals.offered_again += u64::from(is_repeated);
+        Some(message)
+    }
+
+    /// A worker has sent a message. The last `unsent` offers have not been sent to it.
+    ///
+    /// # Errors
+    /// The cause if it is to be retired.
+    pub(super) fn on_message(
+        &mut self,
+        id: WorkerId,
+        message: FromWorker,
+        unsent: usize,
+        now: Instant,
+    ) -> Result<(), RetireCause> {
+        let Some(worker) = self.workers.get_mut(&id) else { return Ok(()) };
+        let Some(account) = &mut worker.account else { return Ok(()) };
+        account.clock.on_received(now);
+        match message {
+            FromWorker::Hello { lowest, highest, max_fds } => {
+                account.on_hello((lowest, highest), max_fds, now)?;
+                if let Some(until) = worker.removed {
+                    account.drain();
+                    account.tell_to_drain(until, now);
+                }
+            }
+            _ if !account.clock.is_greeted() => {
+                return Err(RetireCause::Misbehaved("its first message is not a hello".into()));
+            }
+            FromWorker::Adopted { first, count } => {
+                let adopted = account.on_adopted(first, count, unsent)?;
+                self.adopted(id, adopted);
+            }
+            FromWorker::Rejected { first, count, reason } => {
+                let rejected = account.on_rejected(first, count, unsent)?;
+                let planned = if reason.is_refusal() { account.on_refusal(now) } else { Vec::new() };
+                self.rejected(id, rejected, reason, planned);
+            }
+            FromWorker::Draining => {
+                let planned = account.drain();
+                self.put_back(planned);
+            }
+            FromWorker::Goodbye => return Err(RetireCause::Drained),
+            number => account.on_number(number)?,
+        }
+        self.distribute(now);
+        Ok(())
+    }
+
+    /// A worker that is to be retired has sent this before it was fenced. A complete answer counts, whatever else it has sent.
+    pub(super) fn on_last_message(&mut self, id: WorkerId, message: FromWorker, unsent: usize) {
+        let Some(account) = self.account(id) else { return };
+        match message {
+            FromWorker::Adopted { first, count } => {
+                let adopted = account.answered_at_last(first, count, unsent);
+                self.adopted(id, adopted);
+            }
+            FromWorker::Rejected { first, count, reason } => {
+                let rejected = account.answered_at_last(first, count, unsent);
+                self.rejected(id, rejected, reason, Vec::new());
+            }
+            _ => {}
+        }
+    }
+
+    fn adopted(&mut self, id: WorkerId, adopted: impl IntoIterator<Item = Pending<C>>) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(account) = &worker.account else { return };
+        for Pending { connection, holders, .. } in adopted {
+            worker.adopted += 1;
+            self.totals.adopted += 1;
+            self.events.push(Event::Adopted { connection, worker: id, link: account.link, holders });
+        }
+    }
+
+    fn rejected(&mut self, id: WorkerId, rejected: Vec<Pending<C>>, reason: RejectReason, planned: Vec<Pending<C>>) {
+        let mut again = rejected;
+        again.iter_mut().for_each(|pending| pending.on_rejected(id, reason));
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.rejected += again.len() as u64;
+        }
+        again.extend(planned);
+        self.put_back(again);
+    }
+
+    // Time.
+
+    /// Does what is due for a worker. `was_able` is false if nothing could be sent or received until now, through no fault of the
+    /// worker.
+    ///
+    /// # Errors
+    /// The cause if it is to be retired.
+    pub(super) fn on_timeout(&mut self, id: WorkerId, was_able: bool, now: Instant) -> Result<(), RetireCause> {
+        let Self { config, workers, fences, .. } = self;
+        let Some(worker) = workers.get_mut(&id) else { return Ok(()) };
+        let Some(account) = &mut worker.account else { return Ok(()) };
+        if worker.removed.is_some() && !account.clock.is_greeted() {
+            return Err(RetireCause::Drained); // it has nothing, and the end of its socket tells it
+        }
+        if !was_able {
+            account.clock.excuse(now);
+        }
+        let mut is_left_alone = false;
+        account.on_timeout(now, config, || {
+            let may = may_fence(fences, config, now);
+            is_left_alone = !may;
+            may
+        })?;
+        self.events.extend(is_left_alone.then_some(Event::LeftAlone(id)));
+        self.distribute(now);
+        Ok(())
+    }
+
+    /// The next time when [`on_timeout`](Self::on_timeout) has something to do.
+    pub(super) fn next_timeout(&self, id: WorkerId) -> Option<Instant> {
+        self.workers.get(&id)?.account.as_ref()?.next_timeout(&self.config)
+    }
+
+    // Numbers.
+
+    /// The number of connections that a worker has not answered for.
+    pub(super) fn unanswered(&self, id: WorkerId) -> u64 {
+        self.workers.get(&id).and_then(|worker| worker.account.as_ref()).map_or(0, Account::pending)
+    }
+
+    fn pending(&self) -> u64 {
+        self.accounts().map(|(_, _, account)| account.pending()).sum()
+    }
+
+    /// The number of connections that wait for a worker with room.
+    pub(super) fn waiting(&self) -> usize {
+        self.queue.connections()
+    }
+
+    #[cfg(test)]
+    pub(super) fn waiters(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// The number of connections that were neither adopted nor given back.
+    pub(super) fn on_their_way(&self) -> u64 {
+        self.waiting() as u64 + self.pending()
+    }
+
+    pub(super) fn workers(&self) -> impl Iterator<Item = WorkerStats> {
+        self.workers.iter().map(|(id, worker)| {
+            let account = worker.account.as_ref();
+            WorkerStats {
+                id: *id,
+                pid: account.and_then(|account| account.pid),
+                state: account.map_or(WorkerState::Restarting, Account::state),
+                restarts: worker.restarts,
+                last_exit: worker.last_exit.clone(),
+                room: account.map_or(0, Account::room),
+                unanswered: account.map_or(0, Account::pending),
+                active: account.map_or(0, Account::active),
+                adopted: worker.adopted,
+                rejected: worker.rejected,
+            }
+        })
+    }
+}
+
+/// Returns false if too many workers were fenced lately: the fault may be one of the whole machine.
+fn may_fence(fences: &mut VecDeque<Instant>, config: &Config, now: Instant) -> bool {
+    while fences.front().is_some_and(|fence| *fence + config.fence_window <= now) {
+        fences.pop_front();
+    }
+    let may = fences.len() < config.max_fences;
+    if may {
+        fences.push_back(now);
+    }
+    may
+}

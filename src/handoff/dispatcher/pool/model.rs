@@ -1,0 +1,236 @@
+//! The promise in every order of events: all states of a small dispatcher are visited.
+
+use std::{
+    sync::LazyLock,
+    time::{Duration, Instant},
+};
+
+use stateright::{Checker, Model, Property};
+
+use super::{
+    Totals,
+    world::{Fate, Step, World},
+};
+use crate::handoff::{
+    dispatcher::builder::Config,
+    protocol::{RejectReason, ToWorker},
+};
+
+/// How much may happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Bounds {
+    connections: usize,
+    crashes: u8,
+    hangs: u8,
+    cuts: u8,
+    refusals: u8,
+    restarts: u8,
+    /// Timers that go off. It takes three to find out that a worker hangs.
+    timeouts: u8,
+}
+
+/// Two workers, with room for two offers each.
+#[derive(Debug, Clone, Copy)]
+struct Dispatching(Bounds);
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct State {
+    world: World,
+    left: Bounds,
+}
+
+const WORKERS: usize = 2;
+
+/// Time stands still, all times to wait for are zero, and a timer may go off at any moment after it was set. So each
+/// order of events is possible that any timing could bring about.
+static NOW: LazyLock<Instant> = LazyLock::new(Instant::now);
+const LATE: Duration = Duration::from_secs(30);
+
+impl Dispatching {
+    fn steps(&self, state: &State) -> Vec<Step> {
+        let State { world, left } = state;
+        let mut steps = Vec::new();
+        if left.connections > 0 {
+            steps.push(Step::Dispatch);
+        }
+        for (peer, state) in world.peers.iter().enumerate() {
+            let may = [
+                (Step::Send(peer), !state.unsent.is_empty()),
+                (Step::Get(peer, None), state.works() && (state.sees_end() || !state.to_worker.is_empty())),
+                (Step::Ask(peer), state.works()),
+                (Step::Answer(peer), state.works()),
+                (Step::Read(peer), !state.is_retired),
+                (Step::Restart(peer), state.is_retired && left.restarts > 0),
+                (Step::Timeout(peer), !state.is_retired && left.timeouts > 0),
+            ];
+            steps.extend(may.into_iter().filter(|(_, may)| *may).map(|(step, _)| step));
+            if left.crashes > 0 {
+                steps.push(Step::Crash(peer));
+            }
+            if left.hangs > 0 {
+                steps.push(Step::Hang(peer));
+            }
+            if left.cuts > 0 {
+                steps.push(Step::Cut(peer));
+            }
+            if left.refusals > 0 && matches!(state.to_worker.front(), Some(ToWorker::Offer { .. })) {
+                steps.push(Step::Get(peer, Some(RejectReason::Full)));
+            }
+        }
+        steps
+    }
+
+    /// Returns true if something is left to do, or all connections are adopted. If only timers are left, they go off, and workers that
+    /// are gone are started again.
+    fn is_done_or_goes_on(&self, state: &State) -> bool {
+        let is_adopted = |fate: &Fate| matches!(fate, Fate::Adopted(_));
+        if state.world.fates.iter().all(is_adopted) {
+            return true;
+        }
+        let goes_on = |step: Step| {
+            let is_trouble = matches!(
+                step,
+                Step::Crash(_) | Step::Hang(_) | Step::Cut(_) | Step::Timeout(_) | Step::Get(_, Some(_))
+            );
+            !is_trouble && self.next_state(state, step).is_some()
+        };
+        if self.steps(state).into_iter().any(goes_on) {
+            return true;
+        }
+        let mut world = state.world.clone();
+        for _ in 0..12 {
+            for peer in 0..world.peers.len() {
+                world.step(Step::Restart(peer));
+            }
+            for peer in 0..world.peers.len() {
+                if !world.peers[peer].is_retired {
+                    world.timeout_at(peer, *NOW + LATE);
+                    world.act_on_events();
+                }
+                for step in [Step::Take(peer), Step::Send(peer), Step::Get(peer, None), Step::Ask(peer)] {
+                    while world.step(step) {}
+                }
+                for step in [Step::Answer(peer), Step::Read(peer)] {
+                    while world.step(step) {}
+                }
+            }
+        }
+        world.check().is_ok() && world.fates.iter().all(is_adopted)
+    }
+}
+
+impl Model for Dispatching {
+    type State = State;
+    type Action = Step;
+
+    fn init_states(&self) -> Vec<State> {
+        let config = Config {
+            ping_interval: Duration::ZERO,
+            hang_timeout: Duration::ZERO,
+            recall_after: Duration::ZERO,
+            fence_window: Duration::ZERO,
+            ..Config::default()
+        };
+        vec![State { world: World::new(config, WORKERS, 2, *NOW), left: self.0 }]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Step>) {
+        actions.extend(self.steps(state));
+    }
+
+    fn next_state(&self, state: &State, step: Step) -> Option<State> {
+        let mut next = state.clone();
+        let State { world, left } = &mut next;
+        match step {
+            Step::Dispatch => left.connections -= 1,
+            Step::Crash(_) => left.crashes -= 1,
+            Step::Hang(_) => left.hangs -= 1,
+            Step::Cut(_) => left.cuts -= 1,
+            Step::Get(_, Some(_)) => left.refusals -= 1,
+            Step::Timeout(_) => left.timeouts -= 1,
+            Step::Restart(_) => left.restarts -= 1,
+            _ => {}
+        }
+        let did = match step {
+            Step::Timeout(peer) if world.pool.next_timeout(world.peers[peer].id).is_none() => false,
+            Step::Timeout(peer) if world.peers[peer].is_retired => false,
+            Step::Timeout(peer) => {
+                world.timeout_at(peer, *NOW + LATE);
+                world.act_on_events();
+                true
+            }
+            // A task sends all messages that it has in one call, and reads all that there are.
+            Step::Answer(_) | Step::Read(_) => {
+                let mut did = false;
+                while world.step(step) {
+                    did = true;
+                }
+                did
+            }
+            step => world.step(step),
+        };
+        for peer in 0..world.peers.len() {
+            world.step(Step::Take(peer));
+        }
+        // Numbers for users only.
+        world.pool.totals = Totals { offered_again: 1000, ..Totals::default() };
+        did.then_some(next)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always(
+                "no connection is lost or given twice, or waits while a worker has room",
+                |_, state: &State| state.world.check().is_ok(),
+            ),
+            Property::always("each connection is adopted in the end", |model: &Self, state: &State| {
+                model.is_done_or_goes_on(state)
+            }),
+            Property::sometimes("all connections are adopted", |model: &Self, state: &State| {
+                let fates = &state.world.fates;
+                fates.len() == model.0.connections && fates.iter().all(|fate| matches!(fate, Fate::Adopted(_)))
+            }),
+        ]
+    }
+}
+
+/// Visits all states, and says how many there are.
+fn check(bounds: Bounds) {
+    let checker = Dispatching(bounds).checker().threads(2).spawn_dfs().join();
+    for (name, path) in checker.discoveries() {
+        if name != "all connections are adopted" {
+            let last = path.last_state().clone();
+            panic!("{name}: {:?}\n{:?}\n{last:#?}", last.world.check(), path.into_actions());
+        }
+    }
+    assert!(checker.discovery("all connections are adopted").is_some());
+    println!("{bounds:?}: {} states", checker.unique_state_count());
+}
+
+#[test]
+fn the_promise_is_kept_in_each_order_of_a_few_events() {
+    let none = Bounds { connections: 1, crashes: 0, hangs: 0, cuts: 0, refusals: 0, restarts: 0, timeouts: 0 };
+    check(Bounds { connections: 2, ..none });
+    check(Bounds { crashes: 1, restarts: 1, ..none });
+    check(Bounds { cuts: 1, refusals: 1, ..none });
+}
+
+/// Takes minutes, and is run by `.ci/run`.
+#[test]
+#[ignore = "takes minutes"]
+fn the_promise_is_kept_in_each_order_of_events() {
+    let mut bounds = Bounds { connections: 3, crashes: 1, hangs: 1, cuts: 1, refusals: 1, restarts: 1, timeouts: 3 };
+    if let Ok(env) = std::env::var("FDWIRE_MODEL") {
+        let n = Vec::from_iter(env.split(',').map(|n| n.parse::<u8>().unwrap()));
+        bounds = Bounds {
+            connections: n[0].into(),
+            crashes: n[1],
+            hangs: n[2],
+            cuts: n[3],
+            refusals: n[4],
+            restarts: n[5],
+            timeouts: n[6],
+        };
+    }
+    check(bounds);
+}

@@ -1,0 +1,106 @@
+//! A connection that no worker has adopted yet, with its history.
+
+use std::time::Instant;
+
+use crate::handoff::{
+    dispatcher::{LinkId, Unadopted, WorkerId},
+    protocol::RejectReason,
+};
+
+/// A connection, and what workers have made of it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Pending<C> {
+    pub(super) connection: C,
+    /// Connections with equal keys go to the same worker, if the strategy goes by it.
+    pub(super) key: u64,
+    /// The number of its descriptors.
+    pub(super) fds: usize,
+    /// Offers made.
+    pub(super) offers: u32,
+    /// Those of them after which the worker was gone, or could not use the connection.
+    pub(super) failures: u32,
+    /// The workers of those, each once.
+    pub(super) failed_with: Vec<WorkerId>,
+    /// Workers that had no room or no time for it, each once.
+    pub(super) refused_by: Vec<WorkerId>,
+    /// What became of the last offer.
+    last: Unadopted,
+    /// The number of the last offer, and when it was made.
+    pub(super) number: u64,
+    pub(super) offered_at: Option<Instant>,
+    /// Its workers may die of it: it gets its last attempt at a worker with no other offer.
+    pub(super) is_alone: bool,
+    /// Since when it waits as a suspect.
+    pub(super) suspect_since: Option<Instant>,
+    /// Retired workers whose processes may still hold a copy.
+    pub(super) holders: Vec<LinkId>,
+}
+
+/// Why no worker adopts a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(in crate::handoff::dispatcher) enum Failure {
+    /// All workers that would have taken it have failed with it.
+    TooManyOffers { offers: u32, last: Unadopted },
+    /// The dispatcher drains.
+    Draining,
+}
+
+impl<C> Pending<C> {
+    pub(super) fn new(connection: C, key: u64, fds: usize) -> Self {
+        Self {
+            connection,
+            key,
+            fds,
+            offers: 0,
+            failures: 0,
+            failed_with: Vec::new(),
+            refused_by: Vec::new(),
+            last: Unadopted::Unanswered,
+            number: 0,
+            offered_at: None,
+            is_alone: false,
+            suspect_since: None,
+            holders: Vec::new(),
+        }
+    }
+
+    /// It is offered, as the offer of this number.
+    pub(super) fn offer(&mut self, number: u64, now: Instant) {
+        self.offers += 1;
+        self.number = number;
+        self.offered_at = Some(now);
+    }
+
+    pub(super) fn on_rejected(&mut self, by: WorkerId, reason: RejectReason) {
+        self.last = Unadopted::Rejected(reason);
+        match reason {
+            RejectReason::Unusable => self.on_failure(by),
+            _ if self.refused_by.contains(&by) => {}
+            _ => self.refused_by.push(by),
+        }
+    }
+
+    /// The worker has left without an answer.
+    pub(super) fn on_unanswered(&mut self, by: WorkerId, has_failed: bool) {
+        self.last = Unadopted::Unanswered;
+        if has_failed {
+            self.on_failure(by);
+        }
+    }
+
+    fn on_failure(&mut self, with: WorkerId) {
+        self.failures += 1;
+        if !self.failed_with.contains(&with) {
+            self.failed_with.push(with);
+        }
+    }
+
+    /// Returns true if its workers may die of it, so that its next offer is to be the only one of a worker.
+    pub(super) fn is_suspect(&self, max_offers: u32) -> bool {
+        self.failures > 0 && self.failures + 1 >= max_offers
+    }
+
+    pub(super) fn too_many_offers(&self) -> Failure {
+        Failure::TooManyOffers { offers: self.offers, last: self.last }
+    }
+}

@@ -1,0 +1,173 @@
+//! The promise, with everything that can happen at random.
+
+use std::time::{Duration, Instant};
+
+use proptest::{collection::vec, prelude::*, sample::select};
+
+use super::{
+    Event, Pool,
+    world::{Fate, Step, World},
+};
+use crate::handoff::{
+    dispatcher::{RetireCause, Strategy as Choice, WorkerId, builder::Config},
+    protocol::{FromWorker, RejectReason, ToWorker, VERSION},
+};
+
+const PEERS: usize = 3;
+
+fn config() -> Config {
+    Config {
+        ping_interval: Duration::from_millis(100),
+        hang_timeout: Duration::from_millis(500),
+        recall_after: Duration::from_millis(100),
+        fence_window: Duration::from_secs(1),
+        max_in_flight: 16,
+        ..Config::default()
+    }
+}
+
+fn reason() -> impl Strategy<Value = RejectReason> {
+    select(&[RejectReason::Full, RejectReason::Unusable, RejectReason::Draining, RejectReason::Other(9)][..])
+}
+
+fn lie() -> impl Strategy<Value = FromWorker> {
+    let numbers = || (0..5u64, 0..4u32);
+    prop_oneof![
+        numbers().prop_map(|(first, count)| FromWorker::Adopted { first, count }),
+        (numbers(), reason()).prop_map(|((first, count), reason)| FromWorker::Rejected { first, count, reason }),
+        (0..9u64).prop_map(|total| FromWorker::Demand { total }),
+        (0..3u64).prop_map(|finished| FromWorker::Load { finished }),
+        (0..3u64).prop_map(|nonce| FromWorker::Pong { nonce }),
+        Just(FromWorker::Draining),
+        Just(FromWorker::Goodbye),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    // More peers than there are at first: restarted ones come behind.
+    let peer = || 0..2 * PEERS;
+    prop_oneof![
+        4 => Just(Step::Dispatch),
+        3 => Just(Step::Reserve),
+        2 => Just(Step::DispatchReserved),
+        1 => Just(Step::GiveUp),
+        12 => peer().prop_map(Step::Take),
+        12 => peer().prop_map(Step::Send),
+        12 => peer().prop_map(|peer| Step::Get(peer, None)),
+        2 => (peer(), reason()).prop_map(|(peer, reason)| Step::Get(peer, Some(reason))),
+        10 => peer().prop_map(Step::Ask),
+        4 => peer().prop_map(Step::Finish),
+        16 => peer().prop_map(Step::Answer),
+        12 => peer().prop_map(Step::Read),
+        4 => peer().prop_map(Step::Timeout),
+        1 => peer().prop_map(Step::Crash),
+        1 => peer().prop_map(Step::Hang),
+        1 => peer().prop_map(Step::Cut),
+        1 => peer().prop_map(Step::Steal),
+        1 => peer().prop_map(Step::Drain),
+        1 => (peer(), lie()).prop_map(|(peer, lie)| Step::Lie(peer, lie)),
+        3 => peer().prop_map(Step::Restart),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Workers die, hang, stall, refuse and lie, and sockets fail. Each connection is given to at most one application, none is lost,
+    /// and none waits while a willing worker has room.
+    #[test]
+    fn the_promise_is_kept_whatever_happens(
+        steps in vec((step(), 0..40u64), 0..600),
+        window in 1..5u64,
+        max_offers in 1..4u32,
+        strategy in select(&[Choice::LeastLoaded, Choice::RoundRobin, Choice::ByKey][..]),
+    ) {
+        let mut world = World::new(Config { max_offers, strategy, ..config() }, PEERS, window, Instant::now());
+        for (step, millis) in steps {
+            if world.fates.len() == 60 && matches!(step, Step::Dispatch | Step::DispatchReserved) {
+                continue;
+            }
+            if step.peer().is_none_or(|peer| peer < world.peers.len()) {
+                world.now += Duration::from_millis(millis);
+                world.step(step);
+                if let Err(broken) = world.check() {
+                    return Err(TestCaseError::fail(broken));
+                }
+            }
+        }
+        world.settle();
+        prop_assert_eq!(world.check(), Ok(()));
+        for (serial, fate) in world.fates.iter().enumerate() {
+            let Fate::Adopted(link) = *fate else {
+                prop_assert_eq!(*fate, Fate::Failed, "connection {} was left over", serial);
+                continue;
+            };
+            let adopter = world.peers.iter().find(|peer| peer.link == link).unwrap();
+            let got_it = adopter.given.contains(&(serial as u8));
+            prop_assert!(got_it || adopter.lies || adopter.hangs || !adopter.lives, "connection {} was lost", serial);
+        }
+    }
+}
+
+/// A worker that has said hello and asked for all that there is.
+fn add_worker(pool: &mut Pool<u8>, now: Instant) -> WorkerId {
+    let id = pool.add_worker();
+    pool.connect(id, None, now);
+    let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1 };
+    pool.on_message(id, hello, 0, now).unwrap();
+    pool.on_message(id, FromWorker::Demand { total: 1000 }, 0, now).unwrap();
+    id
+}
+
+/// Sends all that there is for a worker. Returns the number of offers.
+fn send_all(pool: &mut Pool<u8>, id: WorkerId, now: Instant) -> u32 {
+    let mut offers = 0;
+    while let Some(message) = pool.next_message(id, now) {
+        offers += u32::from(matches!(message, ToWorker::Offer { .. }));
+    }
+    offers
+}
+
+/// The kernel limits descriptors in flight for a whole uid, and those of a worker that does not receive stay there. Workers that
+/// were fenced and live on keep theirs.
+#[test]
+fn workers_that_do_not_receive_leave_places_to_the_others() {
+    const CONNECTIONS: u8 = 100;
+    let now = Instant::now();
+    let mut pool = Pool::new(config());
+    (0..CONNECTIONS).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+    let (mut stuck, mut in_flight) = (0, 0);
+    for _ in 0..8 {
+        let id = add_worker(&mut pool, now);
+        let offers = send_all(&mut pool, id, now);
+        in_flight += offers;
+        stuck += 1;
+        assert!(offers > 0, "after {stuck} stuck workers");
+        if stuck % 2 == 0 {
+            pool.retire(id, &RetireCause::Hung, 0, true, now);
+        }
+    }
+    assert!(in_flight <= 16 + stuck, "{in_flight}");
+    let healthy = add_worker(&mut pool, now);
+    let mut first = 0;
+    while pool.waiting() > 0 {
+        let count = send_all(&mut pool, healthy, now);
+        assert!(count > 0);
+        pool.on_message(healthy, FromWorker::Adopted { first, count }, 0, now).unwrap();
+        first += u64::from(count);
+    }
+    assert!(pool.take_events().iter().all(|event| !matches!(event, Event::Failed { .. })));
+}
+
+#[test]
+fn only_offers_that_were_sent_count_as_repeated() {
+    let now = Instant::now();
+    let mut pool = Pool::new(config());
+    (0..2).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+    for (unsent, repeated) in [(2, 0), (0, 0), (2, 0), (1, 1)] {
+        let id = add_worker(&mut pool, now);
+        assert_eq!(send_all(&mut pool, id, now), 2);
+        pool.retire(id, &RetireCause::Drained, unsent, false, now);
+        assert_eq!(pool.totals.offered_again, repeated);
+    }
+}

@@ -1,0 +1,257 @@
+//! The pool, its lock, and what is done when it is unlocked.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    runtime::Handle,
+    sync::{oneshot, watch},
+    task::JoinHandle,
+    time::timeout_at,
+};
+use tracing::{info, warn};
+
+use super::{
+    Config, NotDispatched, Permit, Stats, WorkerId, after,
+    bell::Bell,
+    handover::{Copies, Handover},
+    pool::{Event, Failure, Pool, TicketId},
+};
+
+/// Everything that the tasks of a dispatcher share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) config: Config,
+    pool: Mutex<Pool<Box<Handover>>>,
+    /// Wake the workers' tasks.
+    bells: Mutex<HashMap<WorkerId, Arc<Bell>>>,
+    /// Users that wait for a place. Locked while the pool is, never the other way around.
+    waiters: Mutex<HashMap<TicketId, oneshot::Sender<Permit>>>,
+    changes: watch::Sender<()>,
+    given_back: AtomicU64,
+    lost: AtomicU64,
+    /// Processes of retired workers that have not ended.
+    pub(super) leftover: AtomicUsize,
+    /// Whether these are to be killed.
+    pub(super) kill: watch::Sender<bool>,
+    runtime: Handle,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(super) fn new(config: Config) -> Arc<Self> {
+        Arc::new(Self {
+            config,
+            pool: Mutex::new(Pool::new(config)),
+            bells: Mutex::default(),
+            waiters: Mutex::default(),
+            changes: watch::Sender::new(()),
+            given_back: AtomicU64::new(0),
+            lost: AtomicU64::new(0),
+            leftover: AtomicUsize::new(0),
+            kill: watch::Sender::new(false),
+            runtime: Handle::current(),
+        })
+    }
+
+    /// Does something with the pool, then what follows from it.
+    pub(super) fn act<T>(self: &Arc<Self>, act: impl FnOnce(&mut Pool<Box<Handover>>) -> T) -> T {
+        let (outcome, events, drains) = {
+            let mut pool = lock(&self.pool);
+            let outcome = act(&mut pool);
+            (outcome, pool.take_events(), !pool.is_open())
+        };
+        if !events.is_empty() {
+            self.handle(events);
+            if drains {
+                self.changed(); // somebody may wait for the last connection
+            }
+        }
+        outcome
+    }
+
+    /// Does what the pool has decided. Wakers and subscribers of `tracing` are foreign code, so nothing is locked.
+    fn handle(self: &Arc<Self>, events: Vec<Event<Box<Handover>>>) {
+        let (mut failed, mut useless) = (Vec::new(), Copies::new());
+        for event in events {
+            match event {
+                Event::Wake(id) => {
+                    let bell = lock(&self.bells).get(&id).cloned();
+                    bell.into_iter().for_each(|bell| bell.ring());
+                }
+                Event::Adopted { mut connection, worker, link, holders } => {
+                    connection.adopted_by(worker);
+                    if holders.is_empty() {
+                        useless.extend(connection.into_copies());
+                    } else {
+                        self.act(|pool| pool.keep(connection, link, holders));
+                    }
+                }
+                Event::Failed { connection, failure } => failed.push((connection, failure)),
+                Event::Granted(ticket) => {
+                    let waiter = lock(&self.waiters).remove(&ticket);
+                    let permit = Permit::new(self);
+                    // If nobody waits, dropping the permit frees the place.
+                    drop(waiter.map(|waiter| waiter.send(permit)));
+                }
+                Event::LeftAlone(id) => {
+                    warn!(worker = %id, "worker is hung, but too many were fenced recently; leaving it alone")
+                }
+                Event::Close(connection) => useless.extend(connection.into_copies()),
+                Event::ShutDown(connection) => connection.shut_down(),
+            }
+        }
+        useless.close();
+        self.give_back(failed);
+    }
+
+    fn give_back(&self, failed: Vec<(Box<Handover>, Failure)>) {
+        // All users are told before anything is logged, which may panic.
+        let told = Vec::from_iter(failed.into_iter().map(|(connection, failure)| {
+            let reason = match failure {
+                Failure::TooManyOffers { offers, last } => NotDispatched::TooManyOffers { offers, last },
+                Failure::Draining => NotDispatched::Draining,
+            };
+            // The numbers are right when the user looks at them.
+            let count = if connection.is_awaited() { &self.given_back } else { &self.lost };
+            count.fetch_add(1, Relaxed);
+            let was_awaited = std::ptr::eq(count, &self.given_back);
+            let (text, is_given_back) = (reason.to_string(), connection.fail(reason));
+            if was_awaited && !is_given_back {
+                self.given_back.fetch_sub(1, Relaxed);
+                self.lost.fetch_add(1, Relaxed);
+            }
+            (text, is_given_back)
+        }));
+        for (reason, is_given_back) in told {
+            if is_given_back {
+                warn!(reason, "connection given back: no worker adopted it");
+            } else {
+                warn!(reason, "connection closed: no worker adopted it and nobody was waiting for it");
+            }
+        }
+    }
+
+    /// A connection was closed that could not be offered to any worker.
+    pub(super) fn count_lost(self: &Arc<Self>) {
+        self.act(|pool| pool.totals.dispatched += 1);
+        self.lost.fetch_add(1, Relaxed);
+    }
+
+    // Tasks and users that wait.
+
+    pub(super) fn add_bell(&self, id: WorkerId, bell: Arc<Bell>) {
+        lock(&self.bells).insert(id, bell);
+    }
+
+    /// Waits in the queue of the pool for a place. `None` if it gives out none.
+    pub(super) fn wait_for_place(self: &Arc<Self>) -> Option<Result<Permit, (TicketId, oneshot::Receiver<Permit>)>> {
+        self.act(|pool| {
+            if pool.try_reserve() {
+                return Some(Ok(Permit::new(self)));
+            }
+            pool.is_open().then(|| {
+                let (waiter, granted) = oneshot::channel();
+                let ticket = pool.wait_for_place(Instant::now());
+                lock(&self.waiters).insert(ticket, waiter);
+                Err((ticket, granted))
+            })
+        })
+    }
+
+    pub(super) fn stop_waiting(self: &Arc<Self>, ticket: TicketId) {
+        self.act(|pool| pool.cancel(ticket, Instant::now()));
+        lock(&self.waiters).remove(&ticket);
+    }
+
+    /// Wakes every [`until`](Self::until) waiter. Called after any change except those of a single connection; while draining,
+    /// after those too.
+    pub(super) fn changed(&self) {
+        self.changes.send_replace(());
+    }
+
+    pub(super) async fn until(&self, mut condition: impl FnMut(&Pool<Box<Handover>>) -> bool) {
+        let mut changes = self.changes.subscribe();
+        while !condition(&lock(&self.pool)) {
+            let _ = changes.changed().await; // the sender is in `self`
+        }
+    }
+
+    pub(super) fn stats(&self) -> Stats {
+        let pool = lock(&self.pool);
+        let totals = pool.totals;
+        Stats {
+            workers: pool.workers().collect(),
+            dispatched: totals.dispatched,
+            adopted: totals.adopted,
+            offered_again: totals.offered_again,
+            given_back: self.given_back.load(Relaxed),
+            lost: self.lost.load(Relaxed),
+            waiting: pool.waiting(),
+            retired: totals.retired,
+        }
+    }
+
+    // The end.
+
+    pub(super) fn start_drain(self: &Arc<Self>, within: Option<Duration>) -> JoinHandle<()> {
+        let (half, until) = (within.map(|within| after(within / 2)), within.map(after));
+        self.act(|pool| pool.drain(until));
+        lock(&self.waiters).clear();
+        self.changed();
+        let shared = Arc::clone(self);
+        self.runtime.spawn(async move { shared.drain(half, until).await })
+    }
+
+    async fn drain(self: &Arc<Self>, half: Option<Instant>, until: Option<Instant>) {
+        // First everything is handed over that was accepted. Workers that are full may not take it in time.
+        at_most(half, self.until(Pool::is_settled)).await;
+        self.act(|pool| pool.close(Instant::now()));
+        self.changed();
+        self.until(Pool::has_no_workers).await;
+        let ended = || self.until(|_| self.leftover.load(Relaxed) == 0);
+        at_most(until, ended()).await;
+        if self.config.kill_hung {
+            self.kill.send_replace(true);
+            ended().await;
+        }
+        info!("the dispatcher has drained");
+    }
+}
+
+async fn at_most(until: Option<Instant>, future: impl Future<Output = ()>) {
+    match until {
+        Some(until) => drop(timeout_at(until.into(), future).await),
+        None => future.await,
+    }
+}
+
+/// A worker is listed as long as its task lives, even if that panics in a subscriber of `tracing`: nobody waits for it then.
+#[derive(Debug)]
+pub(super) struct WorkerEntryGuard {
+    shared: Arc<Shared>,
+    id: WorkerId,
+}
+
+impl WorkerEntryGuard {
+    pub(super) fn new(shared: &Arc<Shared>, id: WorkerId) -> Self {
+        Self { shared: Arc::clone(shared), id }
+    }
+}
+
+impl Drop for WorkerEntryGuard {
+    fn drop(&mut self) {
+        lock(&self.shared.bells).remove(&self.id);
+        self.shared.act(|pool| pool.forget(self.id, Instant::now()));
+        self.shared.changed();
+    }
+}

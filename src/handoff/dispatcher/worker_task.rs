@@ -1,0 +1,294 @@
+//! The task of one worker: it owns the socket and the process, and moves messages between them and the pool, which decides.
+
+use std::{
+    collections::VecDeque,
+    future::{Future, poll_fn},
+    io,
+    net::Shutdown,
+    os::fd::{AsFd, OwnedFd},
+    panic::AssertUnwindSafe,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use futures::{FutureExt, StreamExt};
+use tokio::time::{Sleep, sleep_until};
+use tracing::{debug, info, warn};
+
+use super::{
+    LinkId, RetireCause, Shared, WorkerId, after,
+    bell::Bell,
+    handover::Copies,
+    pool::Remains,
+    process::Process,
+    protocol::{DispatcherCodec, FromWorker, Offer, ToWorker},
+};
+use crate::{
+    Decoder, Error, FdQueue, ReadHalf, SendFd, Socket,
+    framed::{Outbound, halves},
+    handoff::protocol::TolerantCodec,
+    sys,
+};
+
+impl From<Error> for RetireCause {
+    fn from(error: Error) -> Self {
+        match error {
+            // It refuses descriptors.
+            Error::Io(error) if error.kind() != io::ErrorKind::PermissionDenied => Self::Ended,
+            error if error.is_peer_gone() => Self::Ended,
+            error => Self::Misbehaved(error.to_string()),
+        }
+    }
+}
+
+/// Bytes that wait for the socket. When there are more, nothing is taken from the pool.
+const ENOUGH_UNSENT: usize = 128 << 10;
+
+/// Messages taken from the pool at a time.
+const BATCH: usize = 64;
+
+/// For a timer that has nothing to do.
+const LATER: Duration = Duration::from_secs(3600);
+
+pub(super) struct WorkerTask {
+    shared: Arc<Shared>,
+    id: WorkerId,
+    link: LinkId,
+    bell: Arc<Bell>,
+    process: Process,
+    read: ReadHalf<TolerantCodec>,
+    outbound: Outbound,
+    /// Received, and not given to the pool yet. An error is a message that is none.
+    received: Vec<Result<FromWorker, Error>>,
+    sending: Sending,
+    has_greeted: bool,
+    /// The pool may have more for this worker.
+    more: bool,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl WorkerTask {
+    pub(super) fn new(shared: Arc<Shared>, id: WorkerId, socket: Socket, process: Process) -> Self {
+        let bell = Arc::new(Bell::default());
+        shared.add_bell(id, Arc::clone(&bell));
+        let hello_by = after(shared.config.hello_timeout);
+        let link = shared.act(|pool| pool.connect(id, process.pid(), hello_by));
+        let (read, outbound) = halves(socket.quiet(), TolerantCodec::default());
+        Self {
+            id,
+            link,
+            bell,
+            process,
+            read,
+            outbound,
+            received: Vec::new(),
+            sending: Sending::default(),
+            has_greeted: false,
+            more: true,
+            timer: Box::pin(sleep_until((Instant::now() + LATER).into())),
+            shared,
+        }
+    }
+
+    /// Serves the worker until it is gone.
+    pub(super) async fn run(mut self) -> Remains {
+        // A subscriber of `tracing` may panic. What the worker has sent by then counts all the same.
+        let cause = AssertUnwindSafe(poll_fn(|cx| self.poll(cx))).catch_unwind().await;
+        self.retire(cause.unwrap_or_else(|_| RetireCause::Misbehaved("its task has panicked".into()))).await
+    }
+
+    /// Everything that there is to do. Ready when the worker has to go.
+    ///
+    /// Messages are received before the time is looked at: if this process was not running, answers wait in the socket.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<RetireCause> {
+        let mut is_due = false;
+        loop {
+            let mut end = self.receive(cx);
+            // What it has written is in the socket by now: the retiring reads it.
+            if end.is_none() && self.process.poll_ended(cx).is_ready() {
+                end = Some(RetireCause::Ended);
+            }
+            let is_news = self.bell.was_rung(cx) || end.is_some() || !self.received.is_empty();
+            if (is_news || is_due || self.more)
+                && let Err(cause) = self.exchange(end)
+            {
+                return Poll::Ready(cause);
+            }
+            if let Poll::Ready(Err(error)) = self.outbound.poll_flush(cx) {
+                return Poll::Ready(error.into());
+            }
+            is_due = self.timer.as_mut().poll(cx).is_ready();
+            let has_room = self.outbound.unsent().0 < ENOUGH_UNSENT;
+            if !(is_due || self.more && has_room) {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Receives everything that there is. Returns the cause at the end.
+    fn receive(&mut self, cx: &mut Context<'_>) -> Option<RetireCause> {
+        loop {
+            match self.read.poll_next_unpin(cx) {
+                Poll::Ready(Some(Ok(message))) => self.received.push(message),
+                Poll::Ready(Some(Err(error))) => return Some(error.into()),
+                Poll::Ready(None) => return Some(RetireCause::Ended),
+                Poll::Pending => return None,
+            }
+        }
+    }
+
+    /// Gives the pool what was received, and takes what is to be sent, and the time of the next timeout.
+    fn exchange(&mut self, end: Option<RetireCause>) -> Result<(), RetireCause> {
+        let Self { shared, id, outbound, received, sending, timer, .. } = self;
+        let (id, now) = (*id, Instant::now());
+        // This process was stopped, or its machine, or the kernel has too little to send with.
+        let was_stopped = now > Instant::from(timer.deadline()) + shared.config.ping_interval;
+        let was_able = !was_stopped && !outbound.waits_for_the_kernel();
+        let unsent = sending.unsent(outbound.unsent().1);
+        let room = if outbound.unsent().0 < ENOUGH_UNSENT { BATCH } else { 0 };
+        let mut messages = Vec::new();
+        let mut due = None;
+        let outcome: Result<(), RetireCause> = shared.act(|pool| {
+            let mut outcome = Ok(());
+            for message in received.drain(..) {
+                match (&outcome, message) {
+                    (Ok(()), Ok(message)) => outcome = pool.on_message(id, message, unsent, now),
+                    (Ok(()), Err(error)) => outcome = Err(error.into()),
+                    (Err(_), Ok(message)) => pool.on_last_message(id, message, unsent),
+                    (Err(_), Err(_)) => {}
+                }
+            }
+            outcome.and(end.map_or(Ok(()), Err))?;
+            pool.on_timeout(id, was_able, now)?;
+            while messages.len() < room
+                && let Some(message) = pool.next_message(id, now)
+            {
+                messages.push(message.map(|connection| connection.offer()));
+            }
+            due = pool.next_timeout(id);
+            Ok(())
+        });
+        self.more = room == 0 || messages.len() == room;
+        messages.into_iter().try_for_each(|message| self.send(message))?;
+        outcome?;
+        self.set_timer(due.unwrap_or(now + LATER));
+        Ok(())
+    }
+
+    /// Usually there is more time than before. Then it goes off too early, which costs less than setting it each time.
+    fn set_timer(&mut self, due: Instant) {
+        if due < self.timer.deadline().into() || self.timer.is_elapsed() {
+            self.timer.as_mut().reset(due.into());
+        }
+    }
+
+    /// Queues a message. Room is not waited for: offers are bounded by their number, and the other messages are few.
+    fn send(&mut self, message: ToWorker<Offer<SendFd>>) -> Result<(), RetireCause> {
+        match &message {
+            ToWorker::Welcome { .. } => {
+                self.has_greeted = true;
+                info!(worker = %self.id, pid = self.process.pid(), "worker is ready");
+            }
+            ToWorker::Offer { number, offer } => {
+                self.sending.add(1 + offer.bundle.len());
+                debug!(worker = %self.id, number, "connection is offered");
+            }
+            ToWorker::Recall { before } => debug!(worker = %self.id, before, "offers are recalled"),
+            ToWorker::Ping { .. } => self.close_ended(),
+            ToWorker::Drain { .. } => {}
+        }
+        self.outbound.accept(&mut DispatcherCodec::default(), message).map_err(|refused| refused.error.into())
+    }
+
+    /// Closes the copies that were kept of connections which have ended.
+    fn close_ended(&self) {
+        let ended = self.shared.act(|pool| pool.stale.take_ended(|connection| connection.has_ended()));
+        let mut copies = Copies::new();
+        ended.into_iter().for_each(|connection| copies.extend(connection.into_copies()));
+        copies.close();
+    }
+
+    /// The one way out, whatever the cause. After the cut the worker can write no answer, and those that it wrote before are
+    /// here to be read: what is unanswered then, it will never adopt.
+    async fn retire(mut self, cause: RetireCause) -> Remains {
+        let _ = self.read.socket().shutdown(Shutdown::Read); // an error means that there is nothing left to cut
+        let mut last = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
+        while let Some(Ok(message)) = self.read.next().await {
+            last.extend(message.ok());
+        }
+        last.extend(rest_of(self.read.socket()));
+
+        let unsent = self.sending.unsent(self.outbound.unsent().1);
+        let Self { shared, id, link, mut process, outbound, has_greeted, .. } = self;
+        drop(outbound); // what it was lent belongs to the pool alone
+        let pid = process.pid();
+        // If nothing tells of its process, the end of its socket is taken for the end of the process.
+        let has_ended = process.has_ended() || cause == RetireCause::Ended && !process.is_known();
+        // A process that has not said hello may not even look at its socket.
+        let is_fenced = matches!(cause, RetireCause::Hung | RetireCause::Misbehaved(_) | RetireCause::Overdue);
+        if (is_fenced || !has_greeted) && !has_ended && shared.config.kill_hung {
+            process.kill();
+        }
+        let (remains, unanswered) = shared.act(|pool| {
+            last.into_iter().for_each(|message| pool.on_last_message(id, message, unsent));
+            let unanswered = pool.unanswered(id);
+            (pool.retire(id, &cause, unsent, !has_ended, Instant::now()), unanswered)
+        });
+        if !has_ended {
+            process.watch(&shared, link, remains.end_matters);
+        }
+        shared.changed();
+        match cause {
+            RetireCause::Drained => info!(worker = %id, pid, "worker has drained"),
+            _ => warn!(worker = %id, pid, %cause, unanswered, "worker is gone"),
+        }
+        remains
+    }
+}
+
+/// Offers on their way through the task's queue: the descriptors of each, the oldest first.
+#[derive(Debug, Default)]
+struct Sending {
+    offers: VecDeque<usize>,
+    fds: usize,
+}
+
+impl Sending {
+    fn add(&mut self, fds: usize) {
+        self.offers.push_back(fds);
+        self.fds += fds;
+    }
+
+    /// The number of offers of which nothing was sent, if this many descriptors are in the queue.
+    fn unsent(&mut self, unsent_fds: usize) -> usize {
+        while unsent_fds < self.fds {
+            self.fds -= self.offers.pop_front().unwrap_or(self.fds);
+        }
+        self.offers.len()
+    }
+}
+
+/// Most receives in vain, after which nothing is expected.
+const MOST_IN_VAIN: usize = 100;
+
+/// The messages that are left in a socket after its stream has failed or ended. An empty packet looks like the end, and an error of
+/// `recvmsg` may be followed by messages; in both cases a worker may have sent a whole ADOPTED after it.
+fn rest_of(socket: &Socket) -> Vec<FromWorker> {
+    let (mut bytes, mut fds) = (BytesMut::new(), FdQueue::<OwnedFd>::new());
+    let (mut codec, mut messages, mut in_vain) = (TolerantCodec::default(), Vec::new(), 0);
+    while in_vain < MOST_IN_VAIN {
+        bytes.reserve(64 << 10);
+        match sys::recvmsg(socket.as_fd(), &mut bytes, usize::MAX, &mut fds) {
+            Ok(received) if received.bytes > 0 => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            _ => in_vain += 1,
+        }
+        while let Ok(Some(message)) = codec.decode(&mut bytes, &mut fds) {
+            messages.extend(message.ok());
+        }
+    }
+    messages
+}

@@ -1,0 +1,166 @@
+#![doc = include_str!("../protocol.md")]
+
+use std::{os::fd::OwnedFd, time::Duration};
+
+use bytes::Bytes;
+
+pub use super::address::{Address, Transport};
+
+mod codec;
+pub(super) mod fields;
+#[cfg(test)]
+mod tests;
+mod wire;
+
+pub(super) use codec::TolerantCodec;
+pub use codec::{DispatcherCodec, WorkerCodec};
+
+/// The version of the protocol that is spoken here.
+pub const VERSION: u8 = 1;
+
+/// Longest payload of a frame in bytes: what bounds the already-read bytes and the metadata of an offer, together with
+/// their addresses.
+pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
+
+/// The most descriptors of an offer: the connection's, and those of its bundle.
+pub const MAX_OFFER_FDS: usize = 16;
+
+/// The most offers that a worker has unanswered, whatever it asks for: as many descriptors as one
+/// `sendmsg` takes.
+pub const MAX_UNANSWERED: u64 = 253;
+
+/// A message of a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FromWorker {
+    /// Its first message: the versions that it speaks.
+    Hello {
+        /// Lowest version.
+        lowest: u8,
+        /// Highest version.
+        highest: u8,
+        /// The most descriptors of an offer that it takes, at least 1.
+        max_fds: u8,
+    },
+    /// It takes this many offers in all, counted from the beginning. Initially none; falls only after a
+    /// [refusal](self#messages).
+    Demand {
+        /// Number of offers.
+        total: u64,
+    },
+    /// The next unanswered offers, in the order of their numbers, are its own from here on.
+    Adopted {
+        /// The running total of its answers before this one, which is the number of the first offer
+        /// that this one answers.
+        first: u64,
+        /// How many offers it answers.
+        count: u32,
+    },
+    /// The next unanswered offers, in the order of their numbers, are not its own.
+    Rejected {
+        /// The same as in [`Adopted`](Self::Adopted).
+        first: u64,
+        /// How many offers it answers.
+        count: u32,
+        /// Why.
+        reason: RejectReason,
+    },
+    /// This many adopted connections have ended in all. Never falls.
+    Load {
+        /// Number of connections.
+        finished: u64,
+    },
+    /// Answer to a [`ToWorker::Ping`].
+    Pong {
+        /// The ping's number.
+        nonce: u64,
+    },
+    /// It takes no more offers.
+    Draining,
+    /// Its adopted connections have ended. Nothing follows.
+    Goodbye,
+}
+
+/// Why a worker does not take an offer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RejectReason {
+    /// It has no room, usually because it has too few descriptors left.
+    Full,
+    /// It takes no more connections.
+    Draining,
+    /// The dispatcher has asked for it back.
+    Recalled,
+    /// The descriptor is not a connection of the transport that the offer names.
+    Unusable,
+    /// A reason of a later revision of the protocol, which counts as [`Full`](Self::Full).
+    Other(u8),
+}
+
+/// A message of a dispatcher. `O` is what an offer is about.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ToWorker<O = Offer> {
+    /// Its first message, once it has the worker's [`FromWorker::Hello`].
+    Welcome {
+        /// The version that is spoken from here on.
+        version: u8,
+    },
+    /// A connection.
+    Offer {
+        /// The number of offers before it.
+        number: u64,
+        /// The connection.
+        offer: O,
+    },
+    /// Offers with a lower number are to be rejected at once if they are unanswered.
+    Recall {
+        /// The first number that may stay.
+        before: u64,
+    },
+    /// To be answered at once.
+    Ping {
+        /// A number to repeat.
+        nonce: u64,
+    },
+    /// Take no more, finish what was adopted, then say [`FromWorker::Goodbye`].
+    Drain {
+        /// How long that may take; `None` without a limit. Goes out in whole milliseconds, at most `u32::MAX - 1` of them.
+        within: Option<Duration>,
+    },
+}
+
+impl<O> ToWorker<O> {
+    /// Exchanges what an offer is about.
+    pub fn map<P>(self, offer: impl FnOnce(O) -> P) -> ToWorker<P> {
+        match self {
+            Self::Welcome { version } => ToWorker::Welcome { version },
+            Self::Offer { number, offer: before } => ToWorker::Offer { number, offer: offer(before) },
+            Self::Recall { before } => ToWorker::Recall { before },
+            Self::Ping { nonce } => ToWorker::Ping { nonce },
+            Self::Drain { within } => ToWorker::Drain { within },
+        }
+    }
+}
+
+/// A connection that is offered to a worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer<F = OwnedFd> {
+    /// `SO_COOKIE` of the socket, which is the same for every copy of it.
+    pub cookie: u64,
+    /// The kind of socket.
+    pub transport: Transport,
+    /// Address of the client.
+    pub peer: Address,
+    /// Address that it has connected to.
+    pub local: Address,
+    /// What was already read from it. Comes before what the socket still has.
+    pub read: Bytes,
+    /// What the dispatcher's application says about it.
+    pub metadata: Bytes,
+    /// The socket.
+    pub fd: F,
+    /// Further descriptors that belong to the connection, adopted or rejected together with it. What
+    /// they are is in the metadata: the protocol does not know.
+    pub bundle: Vec<F>,
+}

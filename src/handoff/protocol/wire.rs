@@ -1,0 +1,215 @@
+//! The bytes of a message.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::{
+    Address, FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer, RejectReason, ToWorker, Transport,
+    fields::{Fields, put_long},
+};
+use crate::{Error, Fds};
+
+/// The bytes that a worker's HELLO begins with.
+const MAGIC: [u8; 4] = *b"FDHO";
+
+/// The milliseconds of a DRAIN without a limit.
+pub(super) const NO_LIMIT: u32 = u32::MAX;
+
+impl FromWorker {
+    pub(super) fn to_payload(self) -> Vec<u8> {
+        let mut dst = Vec::with_capacity(16);
+        match self {
+            Self::Hello { lowest, highest, max_fds } => {
+                dst.push(0x01);
+                dst.extend(MAGIC);
+                dst.extend([lowest, highest, max_fds]);
+            }
+            Self::Demand { total } => {
+                dst.push(0x02);
+                dst.extend(total.to_be_bytes());
+            }
+            Self::Adopted { first, count } => {
+                dst.push(0x03);
+                dst.extend(first.to_be_bytes());
+                dst.extend(count.to_be_bytes());
+            }
+            Self::Rejected { first, count, reason } => {
+                dst.push(0x04);
+                dst.extend(first.to_be_bytes());
+                dst.extend(count.to_be_bytes());
+                dst.push(reason.number());
+            }
+            Self::Load { finished } => {
+                dst.push(0x05);
+                dst.extend(finished.to_be_bytes());
+            }
+            Self::Pong { nonce } => {
+                dst.push(0x06);
+                dst.extend(nonce.to_be_bytes());
+            }
+            Self::Draining => dst.push(0x07),
+            Self::Goodbye => dst.push(0x08),
+        }
+        dst
+    }
+
+    /// Returns `None` for an extension that is not known here.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it is not a message.
+    pub(super) fn read(payload: &[u8]) -> Result<Option<Self>, Error> {
+        match Self::read_known(payload) {
+            None if !is_extension(payload) => Err(Error::invalid("not a message of a hand-off's worker")),
+            message => Ok(message),
+        }
+    }
+
+    fn read_known(payload: &[u8]) -> Option<Self> {
+        let mut fields = Fields(payload);
+        Some(match fields.u8()? {
+            0x01 if fields.array()? == MAGIC => {
+                Self::Hello { lowest: fields.u8()?, highest: fields.u8()?, max_fds: fields.u8()? }
+            }
+            0x02 => Self::Demand { total: fields.u64()? },
+            0x03 => Self::Adopted { first: fields.u64()?, count: fields.u32()? },
+            0x04 => Self::Rejected {
+                first: fields.u64()?,
+                count: fields.u32()?,
+                reason: RejectReason::from_number(fields.u8()?),
+            },
+            0x05 => Self::Load { finished: fields.u64()? },
+            0x06 => Self::Pong { nonce: fields.u64()? },
+            0x07 => Self::Draining,
+            0x08 => Self::Goodbye,
+            _ => return None,
+        })
+    }
+}
+
+/// Returns true if a peer that does not know the type of the message skips it.
+fn is_extension(payload: &[u8]) -> bool {
+    payload.first().is_some_and(|kind| kind & 0x40 != 0)
+}
+
+impl RejectReason {
+    /// Returns true if it makes void what the worker has asked for and was not offered.
+    pub(in crate::handoff) fn is_refusal(self) -> bool {
+        self != Self::Unusable
+    }
+
+    pub(super) const KNOWN: [Self; 4] = [Self::Full, Self::Draining, Self::Recalled, Self::Unusable];
+
+    fn number(self) -> u8 {
+        match self {
+            Self::Full => 1,
+            Self::Draining => 2,
+            Self::Recalled => 3,
+            Self::Unusable => 4,
+            Self::Other(number) => number,
+        }
+    }
+
+    fn from_number(number: u8) -> Self {
+        Self::KNOWN.into_iter().find(|reason| reason.number() == number).unwrap_or(Self::Other(number))
+    }
+}
+
+impl<F> ToWorker<Offer<F>> {
+    /// # Errors
+    /// [`Error::FrameTooLong`] or [`Error::TooManyFds`].
+    pub(super) fn to_payload(&self) -> Result<Vec<u8>, Error> {
+        let mut dst = Vec::with_capacity(64);
+        match self {
+            Self::Welcome { version } => dst.extend([0x81, *version]),
+            Self::Offer { number, offer } => {
+                let fds = 1 + offer.bundle.len();
+                if fds > MAX_OFFER_FDS {
+                    return Err(Error::TooManyFds { fds, limit: MAX_OFFER_FDS });
+                }
+                dst.push(0x82);
+                dst.extend(number.to_be_bytes());
+                dst.extend(offer.cookie.to_be_bytes());
+                offer.transport.put(&mut dst);
+                offer.peer.put(&mut dst)?;
+                offer.local.put(&mut dst)?;
+                put_long(&mut dst, &offer.read)?;
+                put_long(&mut dst, &offer.metadata)?;
+            }
+            Self::Recall { before } => {
+                dst.push(0x83);
+                dst.extend(before.to_be_bytes());
+            }
+            Self::Ping { nonce } => {
+                dst.push(0x84);
+                dst.extend(nonce.to_be_bytes());
+            }
+            Self::Drain { within } => {
+                let millis = within
+                    .map_or(NO_LIMIT, |within| u32::try_from(within.as_millis()).unwrap_or(NO_LIMIT).min(NO_LIMIT - 1));
+                dst.push(0x85);
+                dst.extend(millis.to_be_bytes());
+            }
+        }
+        match dst.len() {
+            0..=MAX_MESSAGE_BYTES => Ok(dst),
+            bytes => Err(Error::FrameTooLong { bytes, limit: MAX_MESSAGE_BYTES }),
+        }
+    }
+
+    /// Returns `None` for an extension that is not known here.
+    ///
+    /// # Errors
+    /// The descriptors, if it is not a message.
+    pub(super) fn read(payload: &[u8], fds: Fds<F>) -> Result<Option<Self>, Fds<F>> {
+        if fds.is_empty() {
+            return match Self::read_without_fds(payload) {
+                None if !is_extension(payload) => Err(fds),
+                message => Ok(message),
+            };
+        }
+        let Some((number, offer)) = Offer::read(payload) else { return Err(fds) };
+        let Offer { cookie, transport, peer, local, read, metadata, .. } = offer;
+        let mut fds = fds.into_iter();
+        let Some(fd) = fds.next() else { return Ok(None) }; // it has one at least
+        let bundle = fds.collect();
+        Ok(Some(Self::Offer { number, offer: Offer { cookie, transport, peer, local, read, metadata, fd, bundle } }))
+    }
+
+    fn read_without_fds(payload: &[u8]) -> Option<Self> {
+        let mut fields = Fields(payload);
+        Some(match fields.u8()? {
+            0x81 => Self::Welcome { version: fields.u8()? },
+            0x83 => Self::Recall { before: fields.u64()? },
+            0x84 => Self::Ping { nonce: fields.u64()? },
+            0x85 => {
+                let millis = Some(fields.u32()?).filter(|&millis| millis != NO_LIMIT);
+                Self::Drain { within: millis.map(|millis| Duration::from_millis(millis.into())) }
+            }
+            _ => return None,
+        })
+    }
+}
+
+impl Offer<()> {
+    /// Reads the number of an offer, and all of it but its descriptors.
+    fn read(payload: &[u8]) -> Option<(u64, Self)> {
+        let mut fields = Fields(payload);
+        if fields.u8()? != 0x82 {
+            return None;
+        }
+        let number = fields.u64()?;
+        let offer = Self {
+            cookie: fields.u64()?,
+            transport: Transport::read(&mut fields)?,
+            peer: Address::read(&mut fields)?,
+            local: Address::read(&mut fields)?,
+            // Copies: a slice would keep a whole read buffer for as long as the connection lives.
+            read: Bytes::copy_from_slice(fields.long()?),
+            metadata: Bytes::copy_from_slice(fields.long()?),
+            fd: (),
+            bundle: Vec::new(),
+        };
+        Some((number, offer))
+    }
+}

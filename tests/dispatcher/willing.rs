@@ -1,0 +1,211 @@
+//! A connection is given up only when every worker that takes any has failed with it.
+
+use std::time::Duration;
+
+use fdwire::{
+    Framed, Socket, SocketKind,
+    handoff::{
+        Accepted, Dispatcher, NotDispatched,
+        protocol::{FromWorker, RejectReason, VERSION, WorkerCodec},
+    },
+};
+use futures::{FutureExt, SinkExt, StreamExt, future::join_all};
+use tokio::{net::UnixStream, time::timeout};
+
+use crate::{
+    both,
+    common::run,
+    raw_worker::{Raw, connections, until},
+};
+
+/// Rejects everything, and asks again.
+async fn refuse(mut worker: Raw, reason: RejectReason) {
+    while worker.offer().await.is_some() {
+        worker.reject(1, reason).await;
+        worker.say(FromWorker::Demand { total: 10_000 }).await;
+    }
+}
+
+async fn adopt_all(mut worker: Raw) {
+    let mut served = 0;
+    while let Some(offer) = worker.offer().await {
+        drop(offer);
+        worker.adopt(1).await;
+        served += 1;
+        worker.say(FromWorker::Load { finished: served }).await;
+    }
+}
+
+#[test]
+fn workers_that_refuse_or_cannot_use_connections_lose_none_beside_healthy_ones() {
+    const CONNECTIONS: usize = 300;
+    for reason in [
+        RejectReason::Full,
+        RejectReason::Recalled,
+        RejectReason::Draining,
+        RejectReason::Unusable,
+        RejectReason::Other(7),
+    ] {
+        run(async {
+            let dispatcher = Dispatcher::builder().build();
+            for _ in 0..2 {
+                let healthy = Raw::start(&dispatcher, SocketKind::SeqPacket, 10_000).await;
+                tokio::spawn(adopt_all(healthy));
+            }
+            for _ in 0..8 {
+                let bad = Raw::start(&dispatcher, SocketKind::SeqPacket, 10_000).await;
+                tokio::spawn(refuse(bad, reason));
+            }
+            let mut clients = Vec::new();
+            let outcomes = join_all((0..CONNECTIONS).map(|_| {
+                let (client, connection) = UnixStream::pair().unwrap();
+                clients.push(client);
+                dispatcher.dispatch(connection)
+            }));
+            assert!(outcomes.await.into_iter().all(|outcome| outcome.is_ok()), "{reason:?}");
+            let stats = dispatcher.stats();
+            assert_eq!((stats.adopted, stats.lost, stats.given_back), (CONNECTIONS as u64, 0, 0), "{reason:?}");
+        });
+    }
+}
+
+/// A new version that dies of its first offer, of which there are more than a connection may fail with.
+#[test]
+fn a_connection_outlives_any_number_of_dying_workers_as_long_as_a_healthy_one_is_only_full() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().max_offers(2).build();
+        let mut healthy = Raw::start(&dispatcher, kind, 0).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        for _ in 0..6 {
+            let mut bad = Raw::start(&dispatcher, kind, 10).await;
+            bad.offer().await.unwrap();
+            drop(bad);
+            until("its death is noticed", || dispatcher.stats().workers.len() == 1).await;
+            assert_eq!(dispatcher.stats().waiting, 1);
+        }
+        healthy.say(FromWorker::Demand { total: 1 }).await;
+        healthy.offer().await.unwrap();
+        healthy.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), healthy.id);
+    });
+}
+
+#[test]
+fn a_connection_that_no_worker_can_use_is_given_back() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().max_offers(3).build();
+        let mut workers = [Raw::start(&dispatcher, kind, 10).await, Raw::start(&dispatcher, kind, 10).await];
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        let work = async {
+            loop {
+                for worker in &mut workers {
+                    if let Some(offer) = timeout(Duration::from_millis(50), worker.offer()).await.ok().flatten() {
+                        drop(offer);
+                        worker.reject(1, RejectReason::Unusable).await;
+                    }
+                }
+            }
+        };
+        let error = tokio::select! {
+            outcome = outcome => outcome.unwrap_err(),
+            () = work => unreachable!(),
+        };
+        assert!(matches!(error.reason, NotDispatched::TooManyOffers { offers: 3, .. }));
+    });
+}
+
+/// It has rejected everything that it was offered so far, so it does not get the next offer at once.
+#[test]
+fn a_worker_that_refuses_again_and_again_is_offered_less_and_less() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let bad = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let mut outcome = dispatcher.dispatch(accepted);
+        let refusing = tokio::spawn(refuse(bad, RejectReason::Full));
+        assert!(timeout(Duration::from_millis(500), &mut outcome).await.is_err());
+        let rejected = dispatcher.stats().workers[0].rejected;
+        assert!((1..20).contains(&rejected), "{rejected}");
+        refusing.abort();
+    });
+}
+
+/// The suspect needs a worker without other offers; the connection behind it does not.
+#[test]
+fn a_suspect_does_not_hold_up_the_connections_behind_it() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().recall_after(Duration::from_secs(60)).build();
+        let mut all = connections(3).await;
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_first, accepted) = all.remove(0);
+        let _slow = dispatcher.dispatch(accepted);
+        let _offer = worker.offer().await.unwrap(); // its application is slow to take it
+        let (_second, accepted) = all.remove(0);
+        let _suspect = dispatcher.dispatch(accepted);
+        for _ in 0..2 {
+            let mut bad = Raw::start(&dispatcher, kind, 1).await;
+            bad.offer().await.unwrap();
+            drop(bad);
+            until("its death is noticed", || dispatcher.stats().workers.len() == 1).await;
+        }
+        worker.say(FromWorker::Demand { total: 50 }).await;
+        let (_third, accepted) = all.remove(0);
+        until("its demand was heard", || dispatcher.stats().workers[0].room > 0).await;
+        let place = dispatcher.reserve().now_or_never().flatten().expect("a place");
+        let _behind = place.dispatch(accepted);
+        worker.offer().await.unwrap();
+        assert_eq!(dispatcher.stats().waiting, 1, "the suspect");
+        worker.adopt(2).await;
+        worker.offer().await.unwrap();
+        assert_eq!(dispatcher.stats().waiting, 0);
+    });
+}
+
+#[test]
+fn a_worker_that_says_no_hello_is_cut_off() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().hello_timeout(Duration::from_millis(100)).build();
+        let (here, there) = Socket::pair(kind).unwrap();
+        dispatcher.add_worker(there);
+        let mut framed = Framed::new(here, WorkerCodec::default());
+        assert!(framed.next().await.is_none());
+        assert_eq!(dispatcher.stats().retired.misbehaved, 1);
+    });
+}
+
+#[test]
+fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let _takes_one = Raw::start(&dispatcher, kind, 10).await;
+        let (here, there) = Socket::pair(kind).unwrap();
+        let id = dispatcher.add_worker(there);
+        let mut framed = Framed::new(here, WorkerCodec::default());
+        framed.send(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 2 }).await.unwrap();
+        framed.send(FromWorker::Demand { total: 10 }).await.unwrap();
+        let mut worker = Raw::of(id, framed);
+        let (mut upstream, passed) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(Accepted::from(accepted).metadata("state").with_fd(passed));
+        let mut offer = worker.offer().await.unwrap();
+        assert_eq!((offer.bundle.len(), &offer.metadata[..]), (1, &b"state"[..]));
+        worker.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), id);
+        drop(std::os::unix::net::UnixStream::from(offer.bundle.remove(0)));
+        // The dispatcher has no copy any more.
+        assert_eq!(std::io::Read::read(&mut upstream, &mut [0]).unwrap(), 0);
+
+        // One that no worker takes waits, and others pass it.
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let many = [(); 2].map(|()| std::os::unix::net::UnixStream::pair().unwrap().0);
+        let too_many = many.into_iter().fold(Accepted::from(accepted), Accepted::with_fd);
+        let mut waits = dispatcher.dispatch(too_many);
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let passes = dispatcher.dispatch(accepted);
+        assert!((&mut waits).now_or_never().is_none());
+        assert_eq!(dispatcher.stats().waiting, 1);
+        drop(passes);
+    });
+}
