@@ -29,9 +29,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Descriptors and connections that a peer may have made slow are closed [in the
-//! background](crate::close_in_background), by threads that start with the first socket. So enter a
-//! new user namespace, or whatever else takes a process of one thread, before that.
+//! Descriptors and connections that a peer may have made slow are closed
+//! [in the background](crate::close_in_background), by threads that start with the first socket. So
+//! enter a new user namespace, or whatever else takes a process of one thread, before that.
 //!
 //! `RLIMIT_NOFILE` has to be at least 1, which poll(2) needs. A program that is not to open
 //! anything can set it to 1; then it can still send descriptors that it has, and receives none.
@@ -62,6 +62,9 @@ use crate::{Codec, Credentials, Decoder, Encoder, Error, Parts, SendError};
 /// sent is still yielded after a write has failed.
 ///
 /// `D` decodes and `E` encodes; usually they are one codec, and the type is `Framed<FrameCodec>`.
+///
+/// Two peers that send more than the socket holds, and read only after that, wait for each other.
+/// Read in another thread then, or set a [time limit](Self::set_write_timeout).
 ///
 /// ```
 /// use fdwire::{Frame, FrameCodec, SocketKind, blocking::{Framed, Socket}};
