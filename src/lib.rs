@@ -149,6 +149,7 @@ pub mod handoff;
 mod limits;
 mod socket;
 mod sys;
+pub mod takeover;
 
 pub use closer::close_in_background;
 pub use codec::{
