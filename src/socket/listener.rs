@@ -135,6 +135,11 @@ impl Listener {
         Self::register(fd, kind, None)
     }
 
+    /// Takes a listening, non-blocking socket whose path is guarded by somebody else.
+    pub(crate) fn unguarded(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
+        Self::register(fd, kind, None)
+    }
+
     fn register(fd: OwnedFd, kind: SocketKind, path: Option<PathGuard>) -> Result<Self> {
         closer::start();
         let fd = BackgroundFd::new(fd, InBackground::default());

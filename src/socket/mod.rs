@@ -32,6 +32,7 @@ use tokio::{
 
 pub(crate) use io::{HasFd, SendWait, TooLarge};
 pub use listener::Listener;
+pub(crate) use path::PathGuard;
 pub use uid_account::UidLimits;
 use uid_account::UidShare;
 

@@ -4,6 +4,7 @@
 mod close;
 mod exit;
 mod kind;
+mod lock;
 mod message;
 mod option;
 mod readiness;
@@ -11,6 +12,7 @@ mod readiness;
 pub(crate) use close::close_all;
 pub(crate) use exit::{ExitCloser, most_sockets_at_once};
 pub(crate) use kind::{FileKind, file_kind, is_socket};
+pub(crate) use lock::{try_lock, unlock};
 pub(crate) use message::{Received, recvmsg, sendmsg};
 pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol};
 pub(crate) use readiness::{CloseFd, FdGuard, register};

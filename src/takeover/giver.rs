@@ -12,14 +12,14 @@ use super::protocol::{AbortReason, FromTaker, HIGHEST_VERSION, LOWEST_VERSION, R
 /// One takeover, seen by the process that serves.
 ///
 /// ```text
-///           HELLO         offered()             READY             drained(), RELEASE
-///   Hello --------> Offering --------> Waiting --------> Draining ------------------> Over
-///     |                |                 |                  | the taker's end, HAND_BACK
-///     |                '-- abort ---.    | abort            '--------------> Over, serving
-///     |                             v    v
-///     |                             Cutting --- READY was written ---> Draining
-///     |                                |
-///     '------------- end ----> Over <--' end of what was written
+///         HELLO        welcome()          offered()          READY           drained(), RELEASE
+///   Hello -----> Asked --------> Offering --------> Waiting -----> Draining ------------------> Over
+///     |            |                |                 |               | the taker's end, HAND_BACK
+///     |            | refuse()       '-- abort ---.    | abort         '--------------> Over, serving
+///     |            |                             v    v
+///     |            |                             Cutting --- READY was written ---> Draining
+///     |            v                                |
+///     '---------> Over, serving <-------------------' end of what was written
 /// ```
 ///
 /// It serves in every state but `Draining` and what follows from it. Only one thing makes it stop:
@@ -48,6 +48,8 @@ pub(super) struct GiverLimits {
 /// What has to be done next, in this order.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum GiverStep {
+    /// Call [`Giver::welcome`] or [`Giver::refuse`].
+    Asked,
     /// Send WELCOME, then the listeners and the state, then call [`Giver::offered`].
     Offer { version: u8 },
     /// Send REFUSED.
@@ -85,8 +87,10 @@ pub(super) enum Undone {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum State {
-    /// Waits for HELLO. A busy server answers that it is.
-    Hello { busy: bool },
+    /// Waits for HELLO.
+    Hello,
+    /// The server decides whether there is a takeover now.
+    Asked { version: u8 },
     /// Listeners and state are on their way.
     Offering,
     /// Waits for READY.
@@ -101,10 +105,10 @@ enum State {
 }
 
 impl Giver {
-    /// Answers a connection. A busy server refuses.
-    pub(super) fn new(now: Instant, listeners: u32, limits: GiverLimits, busy: bool) -> Self {
+    /// Answers a connection.
+    pub(super) fn new(now: Instant, listeners: u32, limits: GiverLimits) -> Self {
         Self {
-            state: State::Hello { busy },
+            state: State::Hello,
             limits,
             listeners,
             declined: BTreeSet::new(),
@@ -116,11 +120,6 @@ impl Giver {
     /// Returns true if this process accepts connections, as far as this takeover goes.
     pub(super) fn is_serving(&self) -> bool {
         !matches!(self.state, State::Draining { .. } | State::Over { serving: false })
-    }
-
-    /// Returns true if the listeners were, or may be, on their way to the taker.
-    pub(super) fn is_under_way(&self) -> bool {
-        !matches!(self.state, State::Hello { .. } | State::Over { .. })
     }
 
     /// Returns true if the taker accepts and this process may still have to serve again.
@@ -158,18 +157,15 @@ impl Giver {
         self.abort(AbortReason::TimedOut);
     }
 
-    pub(super) fn on_message(&mut self, now: Instant, message: FromTaker) {
+    pub(super) fn on_message(&mut self, message: FromTaker) {
         match (self.state, message) {
-            (State::Hello { busy }, FromTaker::Hello { lowest, highest }) => {
+            (State::Hello, FromTaker::Hello { lowest, highest }) => {
                 let version = highest.min(HIGHEST_VERSION);
-                if busy {
-                    self.refuse(Refusal::Busy);
-                } else if version < lowest.max(LOWEST_VERSION) {
+                if version < lowest.max(LOWEST_VERSION) {
                     self.refuse(Refusal::Version);
                 } else {
-                    self.state = State::Offering;
-                    self.deadline = now.checked_add(self.limits.answer);
-                    self.steps.push_back(GiverStep::Offer { version });
+                    self.state = State::Asked { version };
+                    self.steps.push_back(GiverStep::Asked);
                 }
             }
             (State::Waiting | State::Cutting { .. }, FromTaker::Decline { number }) if number < self.listeners => {
@@ -220,7 +216,24 @@ impl Giver {
                 self.end(true);
             }
             State::Over { .. } => {}
-            State::Hello { .. } | State::Offering | State::Waiting => self.end(true),
+            State::Hello | State::Asked { .. } | State::Offering | State::Waiting => self.end(true),
+        }
+    }
+
+    /// The server offers its listeners.
+    pub(super) fn welcome(&mut self, now: Instant) {
+        if let State::Asked { version } = self.state {
+            self.state = State::Offering;
+            self.deadline = now.checked_add(self.limits.answer);
+            self.steps.push_back(GiverStep::Offer { version });
+        }
+    }
+
+    /// There is no takeover now.
+    pub(super) fn refuse(&mut self, reason: Refusal) {
+        if matches!(self.state, State::Hello | State::Asked { .. }) {
+            self.steps.push_back(GiverStep::Refuse(reason));
+            self.end(true);
         }
     }
 
@@ -236,7 +249,7 @@ impl Giver {
     /// Calls the takeover off, unless READY was written before.
     pub(super) fn abort(&mut self, reason: AbortReason) {
         match self.state {
-            State::Hello { .. } => self.end(true),
+            State::Hello | State::Asked { .. } => self.end(true),
             State::Offering | State::Waiting => {
                 // A READY before COMPLETE is a violation and does not count.
                 let ready_counts = self.state == State::Waiting;
@@ -263,11 +276,6 @@ impl Giver {
             self.give(Bytes::new());
             self.give_up();
         }
-    }
-
-    fn refuse(&mut self, reason: Refusal) {
-        self.steps.push_back(GiverStep::Refuse(reason));
-        self.end(true);
     }
 
     fn stop(&mut self) {

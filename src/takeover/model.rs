@@ -163,6 +163,7 @@ impl World {
             return Some(());
         };
         match step {
+            GiverStep::Asked => giver.welcome(now),
             GiverStep::Offer { .. } => {
                 self.to_taker.push(Sent::Welcome);
                 giver.offered(now);
@@ -231,7 +232,7 @@ impl Model for Takeover {
     fn init_states(&self) -> Vec<World> {
         let limits = GiverLimits { answer: HOUR, ready: HOUR };
         vec![World {
-            giver: Some(Giver::new(self.start, 0, limits, false)),
+            giver: Some(Giver::new(self.start, 0, limits)),
             taker: Some(Taker::new(self.start, TakerLimits { answer: HOUR, lock: HOUR })),
             giver_accepts: true,
             taker_accepts: false,
@@ -268,7 +269,7 @@ impl Model for Takeover {
             Action::GiverReads => {
                 let giver = world.giver.as_mut().filter(|_| !world.giver_closed)?;
                 if !world.to_giver.is_empty() {
-                    giver.on_message(now, world.to_giver.remove(0));
+                    giver.on_message(world.to_giver.remove(0));
                 } else if world.taker_closed {
                     giver.on_taker_gone();
                 } else if world.cut {

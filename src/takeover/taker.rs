@@ -136,11 +136,6 @@ impl Taker {
         )
     }
 
-    /// Returns true if the giver may still have to serve again.
-    pub(super) fn has_predecessor(&self) -> bool {
-        self.is_serving() && !matches!(self.state, State::Final | State::Relocking)
-    }
-
     /// Returns true if the connection is of no more use, once all steps are done.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.state, State::Final | State::Ended)
@@ -156,6 +151,11 @@ impl Taker {
     #[cfg(test)]
     pub(super) fn holds_baton(&self) -> bool {
         matches!(self.state, State::Confirmed | State::Releasing | State::Final)
+    }
+
+    /// Returns true if something is to be done.
+    pub(super) fn has_steps(&self) -> bool {
+        !self.steps.is_empty()
     }
 
     pub(super) fn next_step(&mut self) -> Option<TakerStep> {
