@@ -47,17 +47,10 @@ pub async fn request(path: impl AsRef<Path>, options: Options) -> Result<Pending
     if !options.trusts(uid) {
         return Err(Error::NotTrusted { uid });
     }
-    let mut pending = Pending {
-        link: Link::new(socket, options.taker_limits()),
-        options,
-        path,
-        listeners: Listeners::new(),
-        path_ids: Vec::new(),
-        declined: BTreeSet::new(),
-        state: Vec::new(),
-        lock: None,
-    };
-    pending.receive().await?;
+    let mut link = Link::new(socket, options.taker_limits());
+    let mut pending = Pending::new(options, path);
+    pending.receive(&mut link).await?;
+    pending.link = Some(link);
     Ok(pending)
 }
 
@@ -67,7 +60,8 @@ pub async fn request(path: impl AsRef<Path>, options: Options) -> Result<Pending
 /// look at the listeners and can't accept from them.
 #[derive(Debug)]
 pub struct Pending {
-    link: Link,
+    /// `None` if no server runs.
+    link: Option<Link>,
     options: Options,
     path: PathBuf,
     listeners: Listeners,
@@ -76,7 +70,7 @@ pub struct Pending {
     /// Numbers of listeners that this process has no use for.
     declined: BTreeSet<u32>,
     state: Vec<Frame>,
-    /// The path of the server, which has died.
+    /// The path, if no server runs any longer.
     lock: Option<PathGuard>,
 }
 
@@ -100,8 +94,10 @@ impl Pending {
     pub fn decline(&mut self, name: &str, index: u32) -> Result<(), Error> {
         let number = self.listeners.identities().position(|it| it.name == name && it.index == index);
         let number = number.ok_or_else(|| Error::NoSuchListener { name: name.to_owned(), index })?;
-        if self.declined.insert(number as u32) {
-            self.link.taker.decline(number as u32);
+        if self.declined.insert(number as u32)
+            && let Some(link) = &mut self.link
+        {
+            link.taker.decline(number as u32);
         }
         Ok(())
     }
@@ -120,22 +116,27 @@ impl Pending {
     /// None: if it is dropped, nobody can tell whether this process was to serve. The server then
     /// learns that it does not, and accepts again.
     pub async fn ready(mut self) -> Result<Server, Error> {
-        self.link.taker.ready(self.link.now());
-        let mut confirmed = false;
-        while !self.link.taker.is_serving() || self.link.taker.has_steps() {
-            match self.link.next_step() {
-                Some(TakerStep::TryLock) => self.try_lock(),
+        let Some(mut link) = self.link.take() else { return self.serve(None) };
+        link.taker.ready(link.now());
+        let mut is_confirmed = false;
+        while !link.taker.is_serving() || link.taker.has_steps() {
+            match link.next_step() {
+                Some(TakerStep::TryLock) => {
+                    self.lock = PathGuard::take(&self.path).ok();
+                    link.taker.on_lock(link.now(), self.lock.is_some());
+                }
                 Some(TakerStep::Fail(failure)) => return Err(failure.into()),
-                Some(TakerStep::Confirmed(_)) => confirmed = true, // by the lock
+                Some(TakerStep::Confirmed(_)) => is_confirmed = true, // by the lock
                 Some(_) => {}
-                None => drop(self.link.turn().await),
+                None => drop(link.turn().await),
             }
         }
-        self.serve(confirmed)
+        self.serve(Some(link).filter(|_| !is_confirmed))
     }
 
-    fn serve(self, confirmed: bool) -> Result<Server, Error> {
-        let Self { link, options, path, mut listeners, mut path_ids, declined, lock, .. } = self;
+    /// For a process that serves from now on. Without a link there is no predecessor.
+    fn serve(self, link: Option<Link>) -> Result<Server, Error> {
+        let Self { options, path, mut listeners, mut path_ids, declined, lock, .. } = self;
         listeners.retain(|number| !declined.contains(&number));
         let mut numbers = 0..;
         path_ids.retain(|_| numbers.next().is_some_and(|number| !declined.contains(&number)));
@@ -147,23 +148,42 @@ impl Pending {
                 None
             }
         };
-        let shared = Arc::new(Shared::new(options, path, listeners, control, !confirmed));
-        if confirmed {
+        let shared = Arc::new(Shared::new(options, path, listeners, control, link.is_some()));
+        let Some(link) = link else {
             shared.inherit_paths(&path_ids);
             return Ok(Server::start(shared, None::<Ready<()>>));
-        }
+        };
         let predecessor = predecessor::watch(Arc::clone(&shared), link, path_ids);
         Ok(Server::start(shared, Some(predecessor)))
     }
 
+    fn new(options: Options, path: PathBuf) -> Self {
+        Self {
+            link: None,
+            options,
+            path,
+            listeners: Listeners::new(),
+            path_ids: Vec::new(),
+            declined: BTreeSet::new(),
+            state: Vec::new(),
+            lock: None,
+        }
+    }
+
+    /// For the first process at a path.
+    pub(super) fn first(options: Options, guard: PathGuard, listeners: Listeners) -> Self {
+        let path = guard.path().to_owned();
+        Self { listeners, lock: Some(guard), ..Self::new(options, path) }
+    }
+
     /// Receives until everything is here.
-    async fn receive(&mut self) -> Result<(), Error> {
+    async fn receive(&mut self, link: &mut Link) -> Result<(), Error> {
         loop {
-            match self.link.next_step() {
+            match link.next_step() {
                 Some(TakerStep::Offered) => return Ok(()),
                 Some(TakerStep::Fail(failure)) => return Err(failure.into()),
                 Some(_) => {}
-                None => match self.link.turn().await {
+                None => match link.turn().await {
                     Some(Came::Message(message)) => self.on_message(message)?,
                     Some(Came::Error(error)) => return Err(Error::Connection(error)),
                     None => {}
@@ -205,16 +225,6 @@ impl Pending {
                 close_in_background([fd]);
                 Err(error.into())
             }
-        }
-    }
-
-    fn try_lock(&mut self) {
-        match PathGuard::take(&self.path) {
-            Ok(guard) => {
-                self.lock = Some(guard);
-                self.link.taker.on_lock(self.link.now(), true);
-            }
-            Err(_) => self.link.taker.on_lock(self.link.now(), false),
         }
     }
 }

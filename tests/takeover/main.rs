@@ -4,6 +4,7 @@
 mod common;
 mod intruders;
 mod listeners;
+mod processes;
 mod undo;
 
 use std::{
