@@ -85,6 +85,8 @@
 //! - In a user namespace, a server that runs as the overflow uid (usually 65534) can't be taken over from: every foreign
 //!   uid looks like that one.
 
+#[cfg(feature = "axum")]
+mod axum;
 mod error;
 mod gate;
 mod give;
