@@ -55,13 +55,13 @@ pub enum Error {
         limit: usize,
     },
 
-    /// A message has more descriptors than its bytes can carry. One `sendmsg` takes at most 253, and each has to
-    /// take at least one byte of the message with it.
+    /// A message, or a [part](crate::SendBuf::end_part) of one, has more descriptors than its bytes can carry. One `sendmsg`
+    /// takes at most 253, and each has to take at least one byte with it.
     #[error("{fds} descriptors are too many for a message of {bytes} bytes: each byte carries at most 253")]
     TooManyFdsForLength {
-        /// Number of descriptors of the message.
+        /// Number of descriptors of the message or part.
         fds: usize,
-        /// Length of the whole message in bytes, its header included.
+        /// Length of the whole message or part in bytes, its header included.
         bytes: usize,
     },
 

@@ -7,8 +7,8 @@ use smallvec::SmallVec;
 
 /// A message: bytes and the open file descriptors that travel with them.
 ///
-/// `F` is the type of a descriptor, [`OwnedFd`] wherever a socket is involved. Tests of protocol logic can run on plain
-/// integers instead.
+/// `F` is the type of a descriptor. Received frames have [`OwnedFd`]. Frames to be sent may also have
+/// [`SendFd`](crate::SendFd) or `Arc<OwnedFd>`, and tests of protocol logic can run on plain integers.
 ///
 /// ```
 /// # fn main() -> std::io::Result<()> {
@@ -41,6 +41,21 @@ impl Frame {
 }
 
 impl<F> Frame<F> {
+    /// A frame with descriptors of any type.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # let file = std::fs::File::open("/dev/null")?;
+    /// use fdwire::{Frame, SendFd};
+    ///
+    /// let frame = Frame::carrying("log file", [SendFd::file(file)]);
+    /// # assert_eq!(frame.fds.len(), 1);
+    /// # Ok(()) }
+    /// ```
+    pub fn carrying(payload: impl Into<Bytes>, fds: impl IntoIterator<Item = F>) -> Self {
+        Self { payload: payload.into(), fds: fds.into_iter().collect() }
+    }
+
     /// Attaches one more descriptor: a `File`, a `TcpStream` of std, an `OwnedFd`, or anything else that becomes one.
     ///
     /// A descriptor that is registered with an event loop must be taken out of it first. `into_std` does that for
@@ -109,12 +124,14 @@ pub(crate) trait Home<F>: Send + Sync {
     fn take_back(self: Arc<Self>, fds: SmallVec<[F; 1]>);
 }
 
-impl<F> Fds<F> {
-    /// No descriptors.
+impl Fds {
+    /// No descriptors. `Fds::default()` is the same for descriptors of any type.
     pub fn new() -> Self {
-        Self { held: ManuallyDrop::new(None) }
+        Self::default()
     }
+}
 
+impl<F> Fds<F> {
     /// Descriptors that go back to `home` unless somebody takes them.
     #[inline]
     pub(crate) fn from_peer(mut fds: SmallVec<[F; 1]>, home: Option<Arc<dyn Home<F>>>) -> Self {
@@ -190,7 +207,7 @@ impl<F> Deref for Fds<F> {
 
 impl<F> Default for Fds<F> {
     fn default() -> Self {
-        Self::new()
+        Self { held: ManuallyDrop::new(None) }
     }
 }
 

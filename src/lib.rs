@@ -148,18 +148,21 @@ mod framed;
 pub mod guide {}
 pub mod handoff;
 mod limits;
+mod send_fd;
 mod socket;
 mod sys;
 pub mod takeover;
 
 pub use closer::close_in_background;
 pub use codec::{
-    Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
+    Codec, Decoder, DryRun, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
+    SendCall,
 };
 pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
 pub use framed::{Driver, Framed, Parts, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;
+pub use send_fd::SendFd;
 pub use socket::{Listener, PeerCred, Socket, SocketKind, UidLimits};
 
 /// Compiles what README shows.

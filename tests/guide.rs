@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::BytesMut;
-use fdwire::{Decoder, Encoder, Error, FdQueue, Framed, Listener, SendBuf, Socket, SocketKind};
+use fdwire::{Decoder, Encoder, Error, FdQueue, Framed, Listener, SendBuf, SendFd, Socket, SocketKind};
 use futures::{SinkExt, StreamExt, stream};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde_json::json;
@@ -78,7 +78,7 @@ mod qmp {
             let json = serde_json::from_slice(&src[..length]).map_err(Error::invalid)?;
             src.advance(length + 1);
             let fd = match has_fd(&json) {
-                true => Some(fds.pop().ok_or(Error::MissingFds { expected: 1, received: 0 })?),
+                true => Some(fds.claim_one()?),
                 false => None,
             };
             // A descriptor comes with the first byte of its message: with no byte left, none may be left.
@@ -156,9 +156,9 @@ mod fd_store {
         Ok(Frame { payload: text.into(), fds: notify.fds })
     }
 
-    pub(crate) fn codec<F>()
-    -> impl Decoder<F, Item = Notify<F>, Error = Error> + Encoder<Notify<F>, F, Error = Error> + Clone {
-        PacketCodec::new(Limits::default().max_payload_bytes(4096)).map(decoded::<F>, encoded::<F>)
+    pub(crate) fn codec<F, G>()
+    -> impl Decoder<F, Item = Notify<F>, Error = Error> + Encoder<Notify<G>, G, Error = Error> + Clone {
+        PacketCodec::new(Limits::default().max_payload_bytes(4096)).map(decoded::<F>, encoded::<G>)
     }
 }
 
@@ -316,6 +316,7 @@ async fn qemu_takes_descriptors() {
 
 #[test]
 fn fd_store_packets_with_descriptors_say_so() {
+    let codec = codec::<i32, i32>;
     let mut sent = SendBuf::new();
     let store = || Notify::new([("FDSTORE", "1"), ("FDNAME", "web")], [7, 8]);
     codec().encode(store(), &mut sent).unwrap();
@@ -340,11 +341,12 @@ fn fd_store_packets_with_descriptors_say_so() {
 #[tokio::test]
 async fn fd_store_over_a_socket() {
     let (a, b) = Socket::pair(SocketKind::SeqPacket).unwrap();
+    let codec = codec::<OwnedFd, SendFd>;
     let (mut a, mut b) = (Framed::new(a, codec()), Framed::new(b, codec()));
     let ((first, x), (second, y)) = (tracked(), tracked());
     let batch = [
         Notify::new([("READY", "1")], []),
-        Notify::new([("FDSTORE", "1"), ("FDNAME", "pipes")], [x, y]),
+        Notify::new([("FDSTORE", "1"), ("FDNAME", "pipes")], [x, y].map(SendFd::from)),
         Notify::new([("STATUS", "stored")], []),
     ];
     soon(a.send_all(&mut stream::iter(batch.map(Ok)))).await.unwrap();

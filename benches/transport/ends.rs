@@ -137,7 +137,7 @@ impl<L: Link> End for Echo<L> {
         let run = async move {
             for _ in 0..count {
                 let fd = recv_one(link, *load).await;
-                link.send(&messages.payload, fd).await;
+                link.send_back(&messages.payload, fd).await;
                 link.flush().await;
             }
         };

@@ -83,7 +83,7 @@ impl<L: Link> End for Front<L> {
                 let mut batch = 0;
                 while let Some(connection) = next {
                     let connection = connection.expect("accepting").0.into_std().expect("deregistering");
-                    link.send(metadata, Some(connection.into())).await;
+                    link.send_socket(metadata, connection.into()).await;
                     (accepted, batch) = (accepted + 1, batch + 1);
                     let more = batch < load.batch && accepted < count;
                     next = if more { listener.accept().now_or_never() } else { None };

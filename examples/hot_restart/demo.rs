@@ -100,9 +100,8 @@ pub(crate) async fn run(kill: bool) -> io::Result<()> {
                 leaving.push(std::mem::replace(&mut serving, new));
             }
         }
-        let seen = load.seen.lock().unwrap();
-        println!("restart {number} of {RESTARTS}: {} answered, {} failed", seen.answered, seen.failed.len());
-        drop(seen);
+        let (answered, failed) = load.counts();
+        println!("restart {number} of {RESTARTS}: {answered} answered, {failed} failed");
         sleep(QUIET).await;
     }
     for mut process in leaving {

@@ -48,6 +48,12 @@ impl Load {
         load
     }
 
+    /// Returns the number of requests that were answered, and of those that failed.
+    pub(crate) fn counts(&self) -> (u64, usize) {
+        let seen = self.seen.lock().unwrap();
+        (seen.answered, seen.failed.len())
+    }
+
     /// Begins to measure the longest gap anew, and returns the one so far.
     pub(crate) fn take_longest_gap(&self) -> Duration {
         std::mem::take(&mut self.seen.lock().unwrap().longest_gap)

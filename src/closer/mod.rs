@@ -34,6 +34,7 @@ use lanes::{Closed, Lanes};
 
 use crate::{
     frame::Home,
+    send_fd::{FdKind, SendFd},
     sys::{self, CloseFd, FdGuard},
 };
 
@@ -73,19 +74,42 @@ pub fn close_in_background(fds: impl IntoIterator<Item = impl Into<OwnedFd>>) {
     CLOSER.add(Job { fds: fds.into_iter().map(Into::into).collect(), account: None, are_sockets: false });
 }
 
-/// Closes descriptors of which a copy was just sent. The message holds that copy, so this `close` is not the last one,
-/// unless the receiver was faster and has closed it. Then sockets can block. Files of a FUSE file system can block in any
-/// case; to recognize those would take three times as long for each descriptor, so the documentation names them.
-pub(crate) fn close_sent(fds: impl Iterator<Item = OwnedFd>) {
+/// Closes descriptors of which a copy was just sent, except those that others hold. The message holds that copy, so this
+/// `close` is not the last one, unless the receiver was faster and has closed it. Then sockets can block. Files of a FUSE file
+/// system can block in any case; to recognize those would take three times as long for each descriptor, so the
+/// documentation names them.
+pub(crate) fn close_sent(fds: impl Iterator<Item = SendFd>) {
     let mut sockets = SmallVec::<[OwnedFd; 1]>::new();
     sys::close_all(fds.filter_map(|fd| {
-        if sys::is_socket(fd.as_fd()) {
+        let (fd, kind) = fd.into_last()?;
+        let is_socket = match kind {
+            FdKind::Unknown => sys::is_socket(fd.as_fd()),
+            FdKind::Socket => true,
+            FdKind::File => false,
+        };
+        if is_socket {
             sockets.push(fd);
             None
         } else {
             Some(fd)
         }
     }));
+    close_sockets(sockets);
+}
+
+/// Closes descriptors that were to be sent and are not, except those that others hold. If the sender has not said what a
+/// descriptor is, the closer's thread finds out.
+pub(crate) fn close_unsent(fds: impl IntoIterator<Item = SendFd>) {
+    let mut unknown = SmallVec::<[OwnedFd; 1]>::new();
+    let mut sockets = SmallVec::<[OwnedFd; 1]>::new();
+    for (fd, kind) in fds.into_iter().filter_map(SendFd::into_last) {
+        match kind {
+            FdKind::Unknown => unknown.push(fd),
+            FdKind::Socket => sockets.push(fd),
+            FdKind::File => drop(fd),
+        }
+    }
+    close_in_background(unknown);
     close_sockets(sockets);
 }
 

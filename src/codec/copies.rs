@@ -36,7 +36,7 @@ impl Copies {
     fn batch(&mut self, payload: &Bytes, frames: usize) {
         let mut codec = FrameCodec::default();
         for _ in 0..frames {
-            codec.encode(Frame { payload: payload.clone(), fds: Default::default() }, &mut self.outbound).unwrap();
+            codec.encode(Frame::<u32>::carrying(payload.clone(), None), &mut self.outbound).unwrap();
             self.outbound.commit(Grouping::Free).unwrap();
         }
         let mut received = 0;

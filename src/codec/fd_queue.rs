@@ -10,9 +10,14 @@ use std::{
 
 use smallvec::SmallVec;
 
-use crate::{Fds, frame::Home};
+use crate::{Error, Fds, frame::Home};
 
 /// Descriptors that arrived and that no message has claimed yet, first in first out.
+///
+/// The kernel may lose descriptors on receipt, usually because this process is at its `RLIMIT_NOFILE`. It loses the last ones. So
+/// **an answer that a loss may have changed spoils the message** that is being decoded: it is not yielded, and the stream ends
+/// with [`Error::TruncatedControl`]. Messages that need none of the lost ones are still good. The methods name the answers
+/// that count.
 ///
 /// Those that are still in it when it is dropped are closed [in the background](crate::close_in_background) if they came from a
 /// peer.
@@ -20,8 +25,8 @@ pub struct FdQueue<F = OwnedFd> {
     fds: VecDeque<F>,
     /// More descriptors were sent behind these, and the kernel lost them.
     lost: bool,
-    /// A decoder has asked for a descriptor that was lost, or for the number of descriptors.
-    fell_short: AtomicBool,
+    /// A decoder got an answer that a loss may have changed. Shared references give answers too.
+    spoiled: AtomicBool,
     /// Number of descriptors that were taken out since the beginning.
     taken: u64,
     /// `None` in tests, and for descriptors that did not come from a peer.
@@ -31,29 +36,91 @@ pub struct FdQueue<F = OwnedFd> {
 impl<F> FdQueue<F> {
     /// Returns an empty queue.
     pub const fn new() -> Self {
-        Self { fds: VecDeque::new(), lost: false, fell_short: AtomicBool::new(false), taken: 0, home: None }
+        Self { fds: VecDeque::new(), lost: false, spoiled: AtomicBool::new(false), taken: 0, home: None }
     }
 
-    /// Returns the number of descriptors that wait.
+    /// Takes the `count` descriptors that arrived first, which the bytes of a complete message say that it has.
     ///
-    /// After descriptors were lost on receipt, a message that is decoded after this call is not yielded, since its decoder
-    /// may have gone by this number. The stream ends with [`Error::TruncatedControl`](crate::Error::TruncatedControl) then.
+    /// # Errors
+    /// [`Error::MissingFds`] if fewer wait. They stay in the queue. [`Error::TruncatedControl`] if the others were lost.
+    ///
+    /// ```
+    /// use fdwire::{Error, FdQueue};
+    ///
+    /// let mut fds = FdQueue::from_iter([7, 8, 9]);
+    /// assert_eq!(&fds.claim(2)?[..], [7, 8]);
+    /// assert!(matches!(fds.claim(2), Err(Error::MissingFds { expected: 2, received: 1 })));
+    /// assert_eq!(fds.claim_one()?, 9);
+    /// # Ok::<(), Error>(())
+    /// ```
+    #[inline]
+    pub fn claim(&mut self, count: usize) -> Result<Fds<F>, Error> {
+        self.take(count).ok_or_else(|| self.missing(count))
+    }
+
+    /// The same for our own codec, which takes fewer instructions to look at an `Option`.
+    #[inline]
+    pub(super) fn take(&mut self, count: usize) -> Option<Fds<F>> {
+        if count == 0 {
+            return Some(Fds::default());
+        }
+        if count > self.fds.len() {
+            return None;
+        }
+        let mut fds = SmallVec::new();
+        // One by one: usually there is one, for which a `Drain` takes longer.
+        while fds.len() < count
+            && let Some(fd) = self.fds.pop_front()
+        {
+            fds.push(fd);
+        }
+        self.taken += count as u64;
+        Some(Fds::from_peer(fds, self.home.clone()))
+    }
+
+    /// Takes the descriptor that arrived first, which the bytes of a complete message say that it has.
+    ///
+    /// # Errors
+    /// As for [`claim`](Self::claim).
+    pub fn claim_one(&mut self) -> Result<F, Error> {
+        self.pop_front().ok_or_else(|| self.missing(1))
+    }
+
+    /// Why descriptors of a complete message are not there.
+    #[cold]
+    pub(super) fn missing(&self, expected: usize) -> Error {
+        self.note_answer();
+        if self.lost { Error::TruncatedControl } else { Error::MissingFds { expected, received: self.fds.len() } }
+    }
+
+    /// Takes the descriptor that arrived first. For messages that may have one. After a loss, `None` spoils the message.
+    pub fn pop_front(&mut self) -> Option<F> {
+        let Some(fd) = self.fds.pop_front() else {
+            self.note_answer();
+            return None;
+        };
+        self.taken += 1;
+        Some(fd)
+    }
+
+    /// Returns the number of descriptors that wait. After a loss, any number spoils the message.
     pub fn len(&self) -> usize {
-        self.note_question();
+        self.note_answer();
         self.fds.len()
     }
 
-    /// Returns true if none wait. After a loss, a message that is decoded after this answer is not yielded either.
+    /// Returns true if none wait. After a loss, that spoils the message.
     pub fn is_empty(&self) -> bool {
         if self.fds.is_empty() {
-            self.note_question();
+            self.note_answer();
         }
         self.fds.is_empty()
     }
 
-    fn note_question(&self) {
+    /// The answer that a decoder gets would be another one if nothing had been lost.
+    fn note_answer(&self) {
         if self.lost {
-            self.fell_short.store(true, Ordering::Relaxed);
+            self.spoiled.store(true, Ordering::Relaxed);
         }
     }
 
@@ -62,37 +129,9 @@ impl<F> FdQueue<F> {
         self.fds.len()
     }
 
-    /// Takes the descriptor that arrived first.
-    pub fn pop(&mut self) -> Option<F> {
-        if self.fds.is_empty() {
-            self.note_question();
-        }
-        let fd = self.fds.pop_front()?;
-        self.taken += 1;
-        Some(fd)
-    }
-
-    /// Takes the `count` descriptors that arrived first; none if fewer wait.
-    #[inline]
-    pub fn take(&mut self, count: usize) -> Option<Fds<F>> {
-        if count == 0 {
-            return Some(Fds::new());
-        }
-        if count > self.fds.len() {
-            self.note_question();
-            return None;
-        }
-        let mut fds = SmallVec::new();
-        while fds.len() < count {
-            fds.push(self.fds.pop_front()?);
-        }
-        self.taken += count as u64;
-        Some(Fds::from_peer(fds, self.home.clone()))
-    }
-
-    /// Takes all descriptors that wait.
+    /// Takes all descriptors that wait. After a loss, that spoils the message.
     pub fn take_all(&mut self) -> Fds<F> {
-        self.note_question();
+        self.note_answer();
         self.taken += self.fds.len() as u64;
         Fds::from_peer(self.fds.drain(..).collect(), self.home.clone())
     }
@@ -106,9 +145,9 @@ impl<F> FdQueue<F> {
         self.lost
     }
 
-    /// Whether a message may have got fewer descriptors than it was sent with.
-    pub(crate) fn fell_short(&self) -> bool {
-        self.fell_short.load(Ordering::Relaxed)
+    /// Returns true if a decoder got an answer that a loss may have changed.
+    pub(crate) fn is_spoiled(&self) -> bool {
+        self.spoiled.load(Ordering::Relaxed)
     }
 
     /// Number of the descriptor that has waited longest, if one waits: it stays the same until that one is taken.

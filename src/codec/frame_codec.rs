@@ -1,6 +1,6 @@
 use bytes::{Buf, BytesMut};
 
-use super::{Codec, Decoder, Encoder, FdQueue, SendBuf, send_buf::SHARE_FROM};
+use super::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf, send_buf::SHARE_FROM};
 use crate::{Error, Frame, Limits, SendError, limits::SCM_MAX_FD};
 
 /// The wire format of this crate, version 1: a header of 8 bytes, then the payload.
@@ -50,6 +50,11 @@ impl Codec for FrameCodec {
     fn limits(&self) -> Limits {
         self.limits
     }
+
+    /// The receiver counts descriptors.
+    fn grouping(&self) -> Grouping {
+        Grouping::Free
+    }
 }
 
 impl<F> Decoder<F> for FrameCodec {
@@ -63,10 +68,7 @@ impl<F> Decoder<F> for FrameCodec {
         if src.len() < header.frame_bytes() {
             return Ok(None);
         }
-        let received = fds.count();
-        let Some(fds) = fds.take(header.fds) else {
-            return Err(Error::MissingFds { expected: header.fds, received });
-        };
+        let Some(fds) = fds.take(header.fds) else { return Err(fds.missing(header.fds)) };
         let mut payload = src.split_to(header.frame_bytes()).freeze();
         payload.advance(Header::LEN);
         Ok(Some(Frame { payload, fds }))
@@ -78,11 +80,11 @@ impl<F> Decoder<F> for FrameCodec {
     }
 }
 
-impl<F> Encoder<Frame<F>, F> for FrameCodec {
+impl<F, G: From<F>> Encoder<Frame<F>, G> for FrameCodec {
     type Error = Error;
 
     #[inline]
-    fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
+    fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<G>) -> Result<(), SendError<Frame<F>>> {
         let payload_bytes = frame.payload.len();
         let is_short = payload_bytes < SHARE_FROM && payload_bytes <= self.limits.max_payload_bytes;
         if !is_short || !frame.fds.is_empty() {
@@ -97,7 +99,7 @@ impl<F> Encoder<Frame<F>, F> for FrameCodec {
 impl FrameCodec {
     /// Encodes any frame.
     #[inline(never)] // so that `encode` is short
-    fn encode_long<F>(&self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
+    fn encode_long<F, G: From<F>>(&self, frame: Frame<F>, dst: &mut SendBuf<G>) -> Result<(), SendError<Frame<F>>> {
         let header = Header { fds: frame.fds.len(), payload_bytes: frame.payload.len() };
         let encoded = match self.check(header).and_then(|()| header.to_bytes()) {
             Ok(encoded) => encoded,
@@ -105,7 +107,7 @@ impl FrameCodec {
         };
         dst.put_slice(&encoded);
         dst.announce_length();
-        dst.put_bytes(frame.payload);
+        dst.put_shared(frame.payload);
         if !frame.fds.is_empty() {
             dst.put_fds(frame.fds);
         }

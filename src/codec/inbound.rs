@@ -90,7 +90,7 @@ impl<F> Inbound<F> {
         loop {
             match self.phase {
                 Phase::Decoding => match decoder.decode(&mut self.bytes, &mut self.fds) {
-                    Ok(Some(item)) if !self.fds.fell_short() => {
+                    Ok(Some(item)) if !self.fds.is_spoiled() => {
                         self.decoded += 1;
                         return Ok(Step::Item(item));
                     }

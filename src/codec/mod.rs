@@ -6,14 +6,19 @@
 mod buffers;
 #[cfg(test)]
 mod copies;
+mod dry_run;
 mod fd_queue;
 mod frame_codec;
 mod inbound;
 mod map;
+mod messages;
 #[cfg(test)]
 mod model;
 mod packet_codec;
+#[cfg(test)]
+mod parts;
 mod payload;
+mod pieces;
 mod plan;
 #[cfg(test)]
 mod rules;
@@ -23,6 +28,7 @@ use std::os::fd::OwnedFd;
 
 use bytes::BytesMut;
 
+pub use dry_run::{DryRun, SendCall};
 pub use fd_queue::FdQueue;
 pub use frame_codec::FrameCodec;
 pub(crate) use inbound::{Inbound, Step, Unfinished};
@@ -33,7 +39,7 @@ use plan::LARGEST_PACKET;
 pub(crate) use plan::{Carrier, Plan, largest_packet};
 pub use send_buf::SendBuf;
 
-use crate::{Error, Limits, SendError};
+use crate::{Error, Limits, SendError, send_fd::SendFd};
 
 /// What a codec says of its protocol, whichever direction it is used in. Every item has a default.
 pub trait Codec {
@@ -45,9 +51,12 @@ pub trait Codec {
         Limits::default()
     }
 
-    /// How the messages it encodes share system calls. Asked for each message.
+    /// Returns how the messages it encodes share system calls. A connection asks for each message.
+    ///
+    /// [`FdsFirst`](Grouping::FdsFirst) by default, which every receiver of a byte stream understands. A codec whose receiver
+    /// counts descriptors is faster with [`Free`](Grouping::Free), as [`FrameCodec`] is.
     fn grouping(&self) -> Grouping {
-        Grouping::Free
+        Grouping::default()
     }
 
     /// The same protocol with values of your own for messages: `decoded` makes them of what was decoded, `encoded` makes
@@ -85,18 +94,23 @@ pub trait Codec {
     }
 }
 
+/// Stands for no protocol, in a direction of a connection that is not used.
+impl Codec for () {}
+
 /// How messages share a `sendmsg`, and so what a receiver finds together.
 ///
-/// All messages that wait go out in as few calls as this allows. [`Free`](Self::Free) is the fastest by far, and fit for
-/// receivers that count descriptors and take them in the order of arrival.
+/// All messages that wait go out in as few calls as this allows. The [guide](crate::guide) has a table of what each kind of
+/// receiver needs. The [parts](SendBuf::end_part) of a message are grouped as messages are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Grouping {
-    /// Any messages share a call, descriptors included.
-    #[default]
+    /// Any messages share a call, descriptors included: they may come with an earlier message. The fastest by far if many
+    /// messages have descriptors. Only for receivers that learn from the bytes how many descriptors a message has, and
+    /// take them in the order of arrival.
     Free,
     /// A message with descriptors begins a call, and no other message's descriptors come in it: they are attached to its own
     /// first byte. For receivers that read one message at a time, or have room for one message's descriptors only.
+    #[default]
     FdsFirst,
     /// A message has a call to itself. On SEQPACKET it is one packet, of at most [`SendBuf::max_packet_bytes`].
     Alone,
@@ -127,7 +141,7 @@ pub enum Grouping {
 ///         }
 ///         let letter = char::from(src.get_u8());
 ///         let fd = match letter {
-///             'F' => Some(fds.pop().ok_or(Error::MissingFds { expected: 1, received: 0 })?),
+///             'F' => Some(fds.claim_one()?),
 ///             _ => None,
 ///         };
 ///         Ok(Some((letter, fd)))
@@ -192,7 +206,10 @@ pub trait Decoder<F = OwnedFd>: Codec {
 }
 
 /// Writes messages as bytes and descriptors: `tokio_util`'s `Encoder` with descriptors.
-pub trait Encoder<Item, F = OwnedFd>: Codec {
+///
+/// `F` is the type of a descriptor on its way out, [`SendFd`] on a socket. Items may hold another one that becomes an `F`, such
+/// as the [`OwnedFd`] of a received message.
+pub trait Encoder<Item, F = SendFd>: Codec {
     /// Why an item cannot be sent.
     type Error: From<Error>;
 

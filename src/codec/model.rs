@@ -18,7 +18,7 @@ pub(super) struct Chunk {
 
 /// The kernel's part: two connected sockets, one direction.
 pub(super) struct Wire {
-    carrier: Carrier,
+    pub(super) carrier: Carrier,
     pub(super) queue: VecDeque<Chunk>,
 }
 
@@ -76,7 +76,7 @@ impl Wire {
 
 #[derive(Debug, Clone)]
 enum Op {
-    Encode { payload: usize, fds: usize, later: bool },
+    Encode { payload: usize, fds: usize, later: bool, parts: usize },
     Send { short: f64 },
     Receive { most: usize },
 }
@@ -87,14 +87,19 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let payload = prop_oneof![6 => 0..40usize, 3 => 0..5000usize, 1 => 0..300_000usize];
     let fds = prop_oneof![6 => 0..3usize, 3 => 200..600usize, 1 => 0..=MAX_FDS];
     let op = prop_oneof![
-        (payload, fds, any::<bool>()).prop_map(|(payload, fds, later)| Op::Encode { payload, fds, later }),
+        (payload, fds, any::<bool>(), 1..4usize).prop_map(|(payload, fds, later, parts)| Op::Encode {
+            payload,
+            fds,
+            later,
+            parts
+        }),
         prop_oneof![1 => Just(0.0), 2 => Just(1.0), 2 => 0.0..1.0].prop_map(|short| Op::Send { short }),
         prop_oneof![1 => 1..20usize, 1 => 1..100_000usize].prop_map(|most| Op::Receive { most }),
     ];
     prop::collection::vec(op, 1..80)
 }
 
-fn carriers() -> impl Strategy<Value = Carrier> {
+pub(super) fn carriers() -> impl Strategy<Value = Carrier> {
     let packets =
         (1..=SMALL_PACKET, 0..400_000usize).prop_map(|(small, more)| Carrier::Packets { small, large: small + more });
     prop_oneof![Just(Carrier::Stream), packets]
@@ -131,6 +136,35 @@ impl Connection {
     pub(super) fn encode(&mut self, frame: Frame<u32>) -> Result<(), Error> {
         self.outbound.append(&mut self.later);
         encode(&mut self.outbound, &mut self.codec, frame, self.announces, self.grouping)
+    }
+
+    /// Encodes a frame of several parts: those after the first have a byte each, and their share of the descriptors.
+    fn encode_parts(&mut self, frame: Frame<u32>, parts: usize, later: bool) -> Result<(), Error> {
+        let Self { codec, outbound, later: later_buf, .. } = self;
+        if !later {
+            outbound.append(later_buf);
+        }
+        let buf = if later { later_buf } else { outbound };
+        let mut whole = SendBuf::<u32>::new();
+        codec.encode(frame, &mut whole)?;
+        let (bytes, fds) = whole.into_parts();
+        let (first, rest) = bytes.split_at(bytes.len() - (parts - 1));
+        let mut shares = fds.chunks(fds.len().div_ceil(parts).max(1));
+        buf.put_slice(&first[..8]);
+        if self.announces {
+            buf.announce_length();
+        }
+        buf.put_slice(&first[8..]);
+        buf.put_fds(shares.next().unwrap_or_default().iter().copied());
+        for byte in rest {
+            buf.end_part();
+            if self.announces {
+                buf.announce_length();
+            }
+            buf.put_slice(&[*byte]);
+            buf.put_fds(shares.next().unwrap_or_default().iter().copied());
+        }
+        buf.commit(self.grouping).inspect_err(|_| drop(buf.roll_back()))
     }
 
     fn encode_later(&mut self, frame: Frame<u32>) -> Result<(), Error> {
@@ -204,12 +238,16 @@ proptest! {
         let mut fd_numbers = 0..;
         for op in ops {
             match op {
-                Op::Encode { payload, fds, later } => {
+                Op::Encode { payload, fds, later, parts } => {
                     let payload = Bytes::from_iter((0..payload).map(|i| (i + sent.len()) as u8));
                     let frame = Frame { payload, fds: fd_numbers.by_ref().take(fds).collect() };
-                    // A frame of few bytes with too many descriptors is refused as a whole.
-                    let fits = fds <= SCM_MAX_FD * (8 + frame.payload.len());
+                    let parts = parts.min(1 + frame.payload.len());
+                    // A frame of few bytes with too many descriptors is refused as a whole, whichever part has them.
+                    let mut fits = fds <= SCM_MAX_FD * (8 + frame.payload.len());
+                    let share = fds.div_ceil(parts);
+                    fits &= parts == 1 || share.min(fds - share) <= SCM_MAX_FD;
                     let encoded = match later {
+                        _ if parts > 1 => connection.encode_parts(frame.clone(), parts, later),
                         true => connection.encode_later(frame.clone()),
                         false => connection.encode(frame.clone()),
                     };
@@ -239,7 +277,7 @@ proptest! {
         let (mut bytes, mut fds) = (0, 0);
         for op in ops {
             match op {
-                Op::Encode { payload, fds: count, later } if count <= SCM_MAX_FD * (8 + payload) => {
+                Op::Encode { payload, fds: count, later, .. } if count <= SCM_MAX_FD * (8 + payload) => {
                     bytes += 8 + payload;
                     fds += count;
                     let frame = Frame { payload: vec![0; payload].into(), fds: (0..count as u32).collect() };

@@ -54,6 +54,7 @@ impl Codec for PacketCodec {
         self.limits
     }
 
+    /// A packet is a message. On a stream the bytes and descriptors of a message stay in one call.
     fn grouping(&self) -> Grouping {
         Grouping::Alone
     }
@@ -93,10 +94,10 @@ impl<F> Decoder<F> for PacketCodec {
     }
 }
 
-impl<F> Encoder<Frame<F>, F> for PacketCodec {
+impl<F, G: From<F>> Encoder<Frame<F>, G> for PacketCodec {
     type Error = Error;
 
-    fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Frame<F>>> {
+    fn encode(&mut self, frame: Frame<F>, dst: &mut SendBuf<G>) -> Result<(), SendError<Frame<F>>> {
         let bytes = frame.payload.len();
         let limit = self.limits.max_payload_bytes.min(dst.max_packet_bytes().unwrap_or(usize::MAX));
         if bytes == 0 {
@@ -109,7 +110,7 @@ impl<F> Encoder<Frame<F>, F> for PacketCodec {
             let (fds, limit) = (frame.fds.len(), self.limits.max_fds_per_frame);
             return Err(SendError::refused(frame, Error::TooManyFds { fds, limit }));
         }
-        dst.put_bytes(frame.payload);
+        dst.put_shared(frame.payload);
         dst.put_fds(frame.fds);
         Ok(())
     }

@@ -1,7 +1,7 @@
 use bytes::BytesMut;
 use tokio_util::codec;
 
-use super::{Codec, Decoder, Encoder, FdQueue, FrameCodec, SendBuf};
+use super::{Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, SendBuf};
 use crate::{Error, Fds, Frame, Limits, SendError};
 
 /// Our frames, with the payload coded by a codec of `tokio_util`: typed messages with descriptors beside them.
@@ -11,7 +11,7 @@ use crate::{Error, Fds, Frame, Limits, SendError};
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use fdwire::{Fds, Framed, FrameCodec, Payload, Socket, SocketKind};
+/// use fdwire::{Fds, Framed, FrameCodec, Payload, SendFd, Socket, SocketKind};
 /// use futures::{SinkExt, StreamExt};
 /// use tokio_util::codec::LinesCodec;
 ///
@@ -19,7 +19,7 @@ use crate::{Error, Fds, Frame, Limits, SendError};
 /// let (a, b) = Socket::pair(SocketKind::Stream)?;
 /// let (mut a, mut b) = (Framed::new(a, codec()), Framed::new(b, codec()));
 ///
-/// let fds = Fds::from_iter([std::fs::File::open("/dev/null")?.into()]);
+/// let fds = Fds::from_iter([SendFd::from(std::fs::File::open("/dev/null")?)]);
 /// a.send(("a line", fds)).await?;
 /// let (line, fds) = b.next().await.ok_or("gone")??;
 /// assert_eq!((&line[..], fds.len()), ("a line", 1));
@@ -59,6 +59,10 @@ impl<C> Codec for Payload<C> {
     fn limits(&self) -> Limits {
         self.frames.limits()
     }
+
+    fn grouping(&self) -> Grouping {
+        self.frames.grouping()
+    }
 }
 
 impl<C: codec::Decoder, F> Decoder<F> for Payload<C> {
@@ -82,7 +86,7 @@ impl<C: codec::Decoder, F> Decoder<F> for Payload<C> {
     }
 }
 
-impl<C: codec::Encoder<I>, I, F> Encoder<(I, Fds<F>), F> for Payload<C> {
+impl<C: codec::Encoder<I>, I, F, G: From<F>> Encoder<(I, Fds<F>), G> for Payload<C> {
     type Error = PayloadError<C::Error>;
 
     /// # Errors
@@ -90,7 +94,7 @@ impl<C: codec::Encoder<I>, I, F> Encoder<(I, Fds<F>), F> for Payload<C> {
     fn encode(
         &mut self,
         (message, fds): (I, Fds<F>),
-        dst: &mut SendBuf<F>,
+        dst: &mut SendBuf<G>,
     ) -> Result<(), SendError<(I, Fds<F>), Self::Error>> {
         let mut payload = BytesMut::new();
         self.payload.encode(message, &mut payload).map_err(PayloadError::Payload)?;

@@ -1,7 +1,7 @@
 use super::{
     Grouping, SendBuf,
     buffers::{PAGE, SMALL_PACKET},
-    send_buf::Message,
+    messages::Message,
 };
 use crate::limits::SCM_MAX_FD;
 

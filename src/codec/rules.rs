@@ -59,8 +59,39 @@ fn codecs_choose_how_messages_share_calls() {
 }
 
 #[test]
+fn a_codec_that_does_not_ask_is_safe_for_any_receiver_of_a_stream() {
+    struct Silent;
+    impl Codec for Silent {}
+    assert_eq!(Silent.grouping(), Grouping::FdsFirst);
+    assert_eq!(FrameCodec::default().grouping(), Grouping::Free);
+    assert_eq!(Payload::new(FrameCodec::default(), ()).grouping(), Grouping::Free);
+    assert_eq!(PacketCodec::default().grouping(), Grouping::Alone);
+}
+
+/// A change of codec: messages of both groupings wait.
+#[test]
+fn messages_without_descriptors_share_calls_with_those_of_another_grouping() {
+    let mut buf = SendBuf::<i32>::new();
+    for grouping in [Grouping::FdsFirst, Grouping::Free, Grouping::FdsFirst] {
+        for fds in [0, 0, 1] {
+            buf.put_slice(b"text");
+            buf.put_fds(0..fds);
+            buf.commit(grouping).unwrap();
+        }
+    }
+    let mut calls = Vec::new();
+    while !buf.is_empty() {
+        let plan = buf.plan(Carrier::Stream);
+        calls.push((plan.bytes, plan.fds));
+        drop(buf.sent(plan, plan.bytes));
+    }
+    // No descriptor comes with an earlier message that was encoded for a receiver which can't have that.
+    assert_eq!(calls, [(8, 0), (12, 1), (12, 1), (4, 1)]);
+}
+
+#[test]
 fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
-    let mut buf = SendBuf::new();
+    let mut buf = SendBuf::<i32>::new();
     buf.set_max_packet_bytes(Some(196_608));
     buf.put_slice(&[0; 196_609]);
     assert!(matches!(buf.commit(Grouping::Alone), Err(Error::FrameTooLong { bytes: 196_609, limit: 196_608 })));
@@ -135,7 +166,7 @@ fn a_message_in_any_number_of_pieces_goes_in_one_call() {
         let mut buf = SendBuf::<u32>::new();
         (0..1100).for_each(|_| {
             buf.put_slice(b"-");
-            buf.put_bytes(vec![0; 2048].into());
+            buf.put_shared(vec![0; 2048].into());
         });
         buf.commit(grouping).unwrap();
         let plan = buf.plan(Carrier::Stream);
@@ -162,13 +193,13 @@ fn descriptors_do_not_run_far_ahead_of_short_writes() {
 
 #[test]
 fn an_encoder_that_fails_leaves_nothing_behind() {
-    let mut buf = SendBuf::new();
+    let mut buf = SendBuf::<i32>::new();
     buf.put_slice(b"whole");
     buf.put_fd(1);
     buf.commit(Grouping::Free).unwrap();
 
     buf.put_slice(b"part");
-    buf.put_bytes(vec![0; 10_000].into());
+    buf.put_shared(vec![0; 10_000].into());
     buf.put_slice(b"more");
     buf.put_fds([2, 3]);
     assert_eq!(buf.roll_back(), [2, 3]);
@@ -181,7 +212,7 @@ fn an_encoder_that_fails_leaves_nothing_behind() {
 
 #[test]
 fn descriptors_without_bytes_to_ride_on_are_refused() {
-    let mut buf = SendBuf::new();
+    let mut buf = SendBuf::<i32>::new();
     buf.put_fd(1);
     assert!(matches!(buf.commit(Grouping::Free), Err(Error::TooManyFdsForLength { fds: 1, bytes: 0 })));
     assert_eq!(buf.roll_back(), [1]);
@@ -241,6 +272,66 @@ fn after_a_loss_only_messages_that_need_none_of_it_are_good() {
 }
 
 #[test]
+fn an_answer_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
+    type Question = fn(&mut FdQueue<i32>);
+    let spoils = |question: Question, lost: bool| {
+        let mut fds = FdQueue::from_iter([1, 2]);
+        if lost {
+            fds.set_lost();
+        }
+        question(&mut fds);
+        fds.is_spoiled()
+    };
+    let harmless: [Question; 5] = [
+        |fds| assert_eq!(fds.claim(2).unwrap().len(), 2),
+        |fds| assert_eq!(fds.claim(0).unwrap().len(), 0),
+        |fds| assert_eq!(fds.claim_one().unwrap(), 1),
+        |fds| assert_eq!(fds.pop_front(), Some(1)),
+        |fds| assert!(!fds.is_empty()),
+    ];
+    for question in harmless {
+        assert!(!spoils(question, true));
+    }
+    let doubtful: [Question; 6] = [
+        |fds| drop(fds.claim(3).unwrap_err()),
+        |fds| {
+            let _two = fds.claim(2);
+            drop(fds.claim_one().unwrap_err());
+        },
+        |fds| while fds.pop_front().is_some() {},
+        |fds| assert_eq!(fds.len(), 2),
+        |fds| drop(fds.claim(2).map(|_| fds.is_empty())),
+        |fds| drop(fds.take_all()),
+    ];
+    for question in doubtful {
+        assert!(spoils(question, true) && !spoils(question, false));
+    }
+
+    let mut fds = FdQueue::<i32>::from_iter([1]);
+    assert!(matches!(fds.claim(2), Err(Error::MissingFds { expected: 2, received: 1 })));
+    fds.set_lost();
+    assert!(matches!(fds.claim(2), Err(Error::TruncatedControl)));
+}
+
+/// As encoders of other crates write.
+#[test]
+fn bytes_are_written_as_to_any_other_buffer() {
+    use bytes::BufMut;
+    let mut buf = SendBuf::<i32>::new();
+    buf.put_u8(1);
+    buf.put_shared(vec![2; 5000].into());
+    buf.put_u16(0x0304);
+    buf.put_bytes(5, 3);
+    BufMut::put(&mut buf, &b"six"[..]);
+    let room = buf.chunk_mut().len();
+    buf.chunk_mut().copy_from_slice(&vec![7; room]); // written and not advanced over: not a part of it
+    assert_eq!(buf.len(), 1 + 5000 + 2 + 3 + 3);
+    buf.commit(Grouping::FdsFirst).unwrap();
+    let expected = [&[1][..], &[2; 5000], &[3, 4, 5, 5, 5], b"six"].concat();
+    assert_eq!(&buf.into_parts().0[..], expected);
+}
+
+#[test]
 fn a_long_message_of_unknown_length_is_not_moved_for_every_packet() {
     /// Never finds an end.
     struct Endless;
@@ -268,7 +359,7 @@ fn a_long_message_of_unknown_length_is_not_moved_for_every_packet() {
 #[test]
 fn what_is_missing_of_a_frame_is_known_to_the_byte() {
     let codec = FrameCodec::default();
-    let mut buf = SendBuf::new();
+    let mut buf = SendBuf::<u32>::new();
     Encoder::encode(&mut codec.clone(), frame(100, 0), &mut buf).unwrap();
     let (bytes, _) = buf.into_parts();
     assert_eq!(bytes.len(), 108);
@@ -307,7 +398,7 @@ fn room_for_the_rest_of_a_frame_is_room_for_a_small_packet() {
 fn a_refused_frame_comes_back() {
     let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(10).max_fds_per_frame(2));
     for refused in [frame(11, 1), frame(1, 3)] {
-        let mut buf = SendBuf::new();
+        let mut buf = SendBuf::<u32>::new();
         let error = codec.encode(refused.clone(), &mut buf).unwrap_err();
         assert_eq!(error.item, Some(refused));
         assert!(buf.is_empty());

@@ -26,7 +26,7 @@ pub(crate) use write::Outbound;
 use write::Sending;
 pub use write::{Permit, WriteHalf};
 
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, SendBuf, SendError, Socket, socket::HasFd};
+use crate::{Codec, Decoder, Encoder, Error, FdQueue, Grouping, SendBuf, SendError, Socket};
 
 /// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
 ///
@@ -64,15 +64,15 @@ pub struct Framed<D, E = D> {
     write: WriteHalf<E>,
 }
 
-impl<C: Clone> Framed<C> {
+impl<C: Codec + Clone> Framed<C> {
     /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
-impl<D, E> Framed<D, E> {
-    /// Messages of one codec's protocol in, of another's out.
+impl<D, E: Codec> Framed<D, E> {
+    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction that is not used.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
         Self::from_parts(Parts {
             socket,
@@ -111,7 +111,7 @@ impl<D, E> Framed<D, E> {
 
     /// Continues with other codecs: what was received and not decoded is decoded by the new one, and what was accepted by the
     /// old one is sent as it is. For a handshake in another format.
-    pub fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
+    pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
         let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending } = self.into_parts();
         let (decoder, encoder) = map(decoder, encoder);
         Framed::from_parts(Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending })
@@ -223,10 +223,10 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
     }
 }
 
-/// Two directions of a socket where descriptors are lent for sending, as `F` says: `sendmsg` makes copies of its own.
-pub(crate) fn lending<D, F: HasFd>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound<F>) {
+/// Two directions of a socket, for messages of several encoders out.
+pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
     let socket = Arc::new(socket);
-    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Sending::default());
+    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
     outbound.shut_down_on_drop(true);
     (ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default()), outbound)
 }
@@ -248,8 +248,10 @@ pub struct Parts<D, E = D> {
     pub received: BytesMut,
     /// Descriptors received that no message has claimed.
     pub received_fds: FdQueue<OwnedFd>,
-    /// Bytes and descriptors accepted and not sent. What you append is sent as one more message.
-    pub unsent: SendBuf<OwnedFd>,
+    /// Bytes and descriptors accepted and not sent. What you append is sent as one more message, with the
+    /// [grouping](Codec::grouping) that the encoder asks for when everything is put together again. If no call can carry it,
+    /// the sending direction has failed then.
+    pub unsent: SendBuf,
     /// How far each direction has come: what has ended stays so.
     receiving: Receiving,
     sending: Sending,

@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::write::{Outbound, Sending, WriteHalf, encode};
-use crate::{Codec, Encoder, Error, SendBuf, SendError, close_in_background};
+use crate::{Codec, Encoder, Error, SendBuf, SendError, closer::close_unsent};
 
 /// Messages wait in the `pending` buffer of the state, where senders append, and in the driver's own, which it sends
 /// without the lock. When the driver's is empty it exchanges the two.
@@ -163,7 +163,7 @@ impl<E> Shared<E> {
 
     /// The driver was dropped.
     pub(super) fn abandon(&self) {
-        close_in_background(self.end(Sending::Closed).1.into_fds());
+        close_unsent(self.end(Sending::Closed).1.into_fds());
     }
 }
 

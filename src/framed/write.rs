@@ -2,7 +2,7 @@ use std::{
     future::poll_fn,
     io, mem,
     net::Shutdown,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -12,19 +12,18 @@ use futures::Sink;
 
 use super::{Driver, Sender, shared::Shared};
 use crate::{
-    Codec, Encoder, Error, Grouping, SendBuf, SendError, Socket, SocketKind, close_in_background,
-    closer::close_sent,
+    Codec, Encoder, Error, Grouping, SendBuf, SendError, SendFd, Socket, SocketKind,
+    closer::{close_sent, close_unsent},
     codec::{Carrier, Plan, largest_packet},
     limits::Limits,
-    socket::{HasFd, SendWait, TooLarge},
+    socket::{SendWait, TooLarge},
     sys,
 };
 
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
 ///
 /// Messages wait until they are flushed, or until as many wait as the [limits](Codec::limits) allow; all that wait go out
-/// together. A descriptor is closed right after the `sendmsg` that carried it; a socket is closed
-/// [in the background](crate::close_in_background), because a quick receiver may have made that `close` slow.
+/// together. A descriptor is closed right after the `sendmsg` that carried it, in the way that [`SendFd`] describes.
 ///
 /// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each flush. What was
 /// accepted before and not sent is in [`into_parts`](crate::Framed::into_parts).
@@ -42,10 +41,6 @@ pub struct WriteHalf<E> {
 }
 
 impl<E> WriteHalf<E> {
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
-        Self { encoder, outbound: Outbound::new(socket, unsent, state) }
-    }
-
     /// The socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
         &self.outbound.socket
@@ -108,6 +103,12 @@ impl<E> WriteHalf<E> {
 }
 
 impl<E: Codec> WriteHalf<E> {
+    /// What a user has put into `unsent` becomes a message of this encoder.
+    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
+        let outbound = Outbound::new(socket, unsent, encoder.grouping(), state);
+        Self { encoder, outbound }
+    }
+
     /// Waits for room for one message. [`Permit::send`] then takes it at once, so a cancelled task still has its item.
     ///
     /// ```
@@ -188,33 +189,19 @@ impl<E> Unpin for WriteHalf<E> {}
 
 /// Appends one message. If the encoder fails or panics, nothing of the message is left in `buf`.
 #[inline(always)] // what else its caller copies takes a tenth of the time of a small message
-pub(super) fn encode<E: Encoder<I, F>, I, F: HasFd>(
+pub(super) fn encode<E: Encoder<I>, I>(
     encoder: &mut E,
     item: I,
-    buf: &mut SendBuf<F>,
+    buf: &mut SendBuf,
 ) -> Result<(), SendError<I, E::Error>> {
-    let open = OpenMessage(buf);
-    encoder.encode(item, open.0)?;
-    open.0.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error)))?;
-    mem::forget(open);
-    Ok(())
-}
-
-/// A message that is being written. Takes out of the buffer on drop what was written of it.
-struct OpenMessage<'a, F: HasFd>(&'a mut SendBuf<F>);
-
-impl<F: HasFd> Drop for OpenMessage<'_, F> {
-    #[cold]
-    fn drop(&mut self) {
-        close_in_background(self.0.roll_back().into_iter().filter_map(F::into_last));
-    }
+    buf.encode_with(encoder, item, close_unsent)
 }
 
 /// What waits to be sent, and the socket that it goes to.
 #[derive(Debug)]
-pub(crate) struct Outbound<F: HasFd = OwnedFd> {
+pub(crate) struct Outbound {
     socket: Arc<Socket>,
-    pub(super) buf: SendBuf<F>,
+    pub(super) buf: SendBuf,
     /// What one call carries at the moment, and what it does when the kernel has memory enough.
     carrier: Carrier,
     largest: Carrier,
@@ -275,12 +262,12 @@ fn largest_call(socket: &Socket) -> (Carrier, Option<usize>) {
     }
 }
 
-impl<F: HasFd> Outbound<F> {
-    pub(super) fn new(socket: Arc<Socket>, mut unsent: SendBuf<F>, state: Sending) -> Self {
+impl Outbound {
+    /// What is open in `unsent` is finished as one message.
+    pub(super) fn new(socket: Arc<Socket>, mut unsent: SendBuf, grouping: Grouping, state: Sending) -> Self {
         let (largest, max_packet_bytes) = largest_call(&socket);
         unsent.set_max_packet_bytes(max_packet_bytes);
-        // What a user has put there is a message.
-        let state = match unsent.commit(Grouping::Free) {
+        let state = match unsent.commit(grouping) {
             Ok(()) => state,
             Err(error) => Sending::Failed(error.into()),
         };
@@ -312,11 +299,7 @@ impl<F: HasFd> Outbound<F> {
 
     /// Queues an item, however much waits.
     #[inline]
-    pub(crate) fn accept<E: Encoder<I, F>, I>(
-        &mut self,
-        encoder: &mut E,
-        item: I,
-    ) -> Result<(), SendError<I, E::Error>> {
+    pub(crate) fn accept<E: Encoder<I>, I>(&mut self, encoder: &mut E, item: I) -> Result<(), SendError<I, E::Error>> {
         if !self.state.is_open() {
             return Err(SendError::refused(item, self.refusal()));
         }
@@ -338,7 +321,7 @@ impl<F: HasFd> Outbound<F> {
     /// Sends until there is room for one more message.
     #[inline(never)] // so that `Sink::poll_ready` is short
     fn poll_ready(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<Result<(), Error>> {
-        let has_room = |buf: &SendBuf<F>| limits.leave_room_beside(buf.len(), buf.fd_count());
+        let has_room = |buf: &SendBuf| limits.leave_room_beside(buf.len(), buf.fd_count());
         match self.state {
             Sending::Closed => Poll::Ready(Err(Error::Closed)),
             _ => self.poll_send_until(cx, has_room),
@@ -367,7 +350,7 @@ impl<F: HasFd> Outbound<F> {
     pub(super) fn poll_send_until(
         &mut self,
         cx: &mut Context<'_>,
-        enough: impl Fn(&SendBuf<F>) -> bool,
+        enough: impl Fn(&SendBuf) -> bool,
     ) -> Poll<Result<(), Error>> {
         if let Sending::Failed(error) = &self.state {
             return Poll::Ready(Err(repeat(error).into()));
@@ -385,13 +368,13 @@ impl<F: HasFd> Outbound<F> {
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { socket, buf, carrier, largest, wait, .. } = self;
         let plan = buf.plan(*carrier);
-        let fds = buf.first_fds(plan.fds).map(F::as_fd);
+        let fds = buf.first_fds(plan.fds).map(SendFd::as_fd);
         let sent = ready!(socket.poll_send(cx, wait, &buf.io_slices(plan.bytes), fds));
         match sent {
             Ok(sent) => {
                 let fds = buf.sent(plan, sent);
                 if plan.fds > 0 {
-                    close_sent(fds.filter_map(F::into_last));
+                    close_sent(fds);
                 }
                 *carrier = carrier.larger(*largest);
             }
@@ -424,12 +407,12 @@ impl<F: HasFd> Outbound<F> {
     }
 }
 
-impl<F: HasFd> Drop for Outbound<F> {
+impl Drop for Outbound {
     fn drop(&mut self) {
         if self.shut_down_on_drop {
             let _ = self.socket.shutdown(Shutdown::Write);
         }
-        close_in_background(mem::take(&mut self.buf).into_fds().into_iter().filter_map(F::into_last));
+        close_unsent(mem::take(&mut self.buf).into_fds());
     }
 }
 
@@ -446,7 +429,7 @@ mod tests {
     async fn a_packet_that_there_is_no_memory_for_is_sent_in_smaller_ones_or_later() {
         for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
             let (a, b) = Socket::pair(kind).unwrap();
-            let mut outbound = Outbound::new(Arc::new(a), SendBuf::new(), Sending::default());
+            let mut outbound = Outbound::new(Arc::new(a), SendBuf::new(), Grouping::Free, Sending::default());
             outbound.accept(&mut FrameCodec::default(), Frame::new(vec![7; 60_000])).unwrap();
             let mut sizes = Vec::new();
             while !outbound.wait.is_for_a_while() {

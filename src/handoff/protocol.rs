@@ -5,7 +5,7 @@ use std::{os::fd::OwnedFd, time::Duration};
 use bytes::{Bytes, BytesMut};
 
 pub use super::address::{Address, Transport};
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, Frame, FrameCodec, Limits, SendBuf, SendError};
+use crate::{Codec, Decoder, Encoder, Error, FdQueue, Frame, FrameCodec, Grouping, Limits, SendBuf, SendError};
 
 pub(super) mod fields;
 #[cfg(test)]
@@ -168,11 +168,19 @@ impl Codec for WorkerCodec {
     fn limits(&self) -> Limits {
         limits()
     }
+
+    fn grouping(&self) -> Grouping {
+        frames().grouping()
+    }
 }
 
 impl Codec for DispatcherCodec {
     fn limits(&self) -> Limits {
         limits()
+    }
+
+    fn grouping(&self) -> Grouping {
+        frames().grouping()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{
     future::Future,
     io::{IoSlice, Result},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd},
     pin::Pin,
     sync::atomic::Ordering,
     task::{Context, Poll, ready},
@@ -179,18 +179,6 @@ impl SendWait {
     pub(crate) fn a_while(&mut self, socket: &Socket) {
         let _context = socket.runtime.enter();
         self.timer = Some(Box::pin(tokio::time::sleep(self.backoff.next())));
-    }
-}
-
-/// What has a descriptor until it is sent.
-pub(crate) trait HasFd: AsFd {
-    /// The descriptor, if nobody else has it.
-    fn into_last(self) -> Option<OwnedFd>;
-}
-
-impl HasFd for OwnedFd {
-    fn into_last(self) -> Option<OwnedFd> {
-        Some(self)
     }
 }
 

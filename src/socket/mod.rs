@@ -30,7 +30,7 @@ use tokio::{
     runtime::Handle,
 };
 
-pub(crate) use io::{HasFd, SendWait, TooLarge};
+pub(crate) use io::{SendWait, TooLarge};
 pub use listener::Listener;
 pub(crate) use path::PathGuard;
 pub use uid_account::UidLimits;

@@ -1,6 +1,7 @@
-//! The system calls, and **all `unsafe` of the crate**: one block per call.
+//! The system calls, and **all `unsafe` of the crate**: one block per call. Of the layers above it, only `buf_mut` knows one.
 #![allow(unsafe_code)]
 
+mod buf_mut;
 mod close;
 mod exit;
 mod kind;

@@ -21,10 +21,10 @@ use tracing::{info, warn};
 use super::{
     Phase,
     giver::{Giver, GiverStep},
-    protocol::{AbortReason, FromTaker, GiverCodec, MAX_MESSAGE_FDS, Offered, Refusal, ToTaker},
+    protocol::{AbortReason, FromTaker, GiverCodec, MAX_MESSAGE_FDS, Refusal, ToTaker},
     shared::{Command, Gift, Shared},
 };
-use crate::{Error, Fds, Framed, ReadHalf, Socket, WriteHalf, sys};
+use crate::{Error, Framed, ReadHalf, SendFd, Socket, WriteHalf, sys};
 
 /// The longest time for which a last message is kept for a peer that does not read.
 const LAST_WORD: Duration = Duration::from_secs(1);
@@ -61,7 +61,7 @@ struct Giving {
     write: WriteHalf<GiverCodec>,
     shared: Arc<Shared>,
     /// Messages that wait for the socket.
-    queue: VecDeque<Outgoing>,
+    queue: VecDeque<ToTaker<SendFd>>,
     /// Copies of everything that goes to the taker after READY.
     gift: Option<Gift>,
     /// Something may still come from the taker.
@@ -80,15 +80,6 @@ struct Giving {
 struct Commands {
     to_self: Option<tokio::sync::mpsc::UnboundedSender<Command>>,
     receiver: UnboundedReceiver<Command>,
-}
-
-enum Outgoing {
-    Message(ToTaker),
-    /// Listeners from this number on, as many as one message takes. Copies of their descriptors are
-    /// made when there is room for them.
-    Listeners {
-        from: usize,
-    },
 }
 
 impl Giving {
@@ -153,10 +144,13 @@ impl Giving {
                 let locks = locks.into_iter().filter(|(number, _)| !self.declined.contains(number));
                 let mut locks = locks.map(|(_, lock)| lock).collect::<Vec<_>>().into_iter().peekable();
                 while locks.peek().is_some() {
-                    let fds = locks.by_ref().take(MAX_MESSAGE_FDS).collect();
+                    let fds = locks.by_ref().take(MAX_MESSAGE_FDS).map(SendFd::from).collect();
                     self.send(ToTaker::Locks { fds });
                 }
-                self.send(ToTaker::Yours { baton, fds: Fds::from_iter([control, control_lock]) });
+                self.send(ToTaker::Yours {
+                    baton,
+                    fds: [control, control_lock].into_iter().map(SendFd::from).collect(),
+                });
             }
             GiverStep::Resume(undone) => {
                 info!(?undone, "takeover undone, this server accepts again");
@@ -175,11 +169,14 @@ impl Giving {
         let gift = self.shared.gift();
         let count = self.shared.with_listeners(|listeners| listeners.len());
         self.send(ToTaker::Welcome { version, listeners: count as u32 });
-        for from in (0..count).step_by(MAX_MESSAGE_FDS) {
-            self.queue.push_back(Outgoing::Listeners { from });
+        let mut offered = self.shared.offered();
+        while !offered.is_empty() {
+            let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
+            self.send(ToTaker::Listeners(std::mem::replace(&mut offered, rest)));
         }
         for frame in self.shared.application_state() {
-            self.send(ToTaker::State { bytes: frame.payload, fds: frame.fds });
+            let fds = frame.fds.into_iter().map(SendFd::from).collect();
+            self.send(ToTaker::State { bytes: frame.payload, fds });
         }
         match gift {
             Ok(gift) => self.gift = Some(gift),
@@ -192,7 +189,7 @@ impl Giving {
     async fn turn(&mut self, commands: &mut Commands) {
         let deadline = [self.giver.next_timeout().map(Instant::from_std), self.last_word];
         let deadline = deadline.into_iter().flatten().min();
-        let Self { read, write, queue, shared, peer, reads, writes, giver, .. } = self;
+        let Self { read, write, queue, peer, reads, writes, giver, .. } = self;
         let is_unsent = *writes && (!queue.is_empty() || write.unsent().0 > 0);
         tokio::select! {
             biased;
@@ -201,7 +198,7 @@ impl Giving {
                 self.peer = None;
                 self.giver.on_taker_gone();
             }
-            sent = send(shared, write, queue), if is_unsent => {
+            sent = send(write, queue), if is_unsent => {
                 if let Err(error) = sent {
                     self.fail(&error);
                 }
@@ -246,8 +243,8 @@ impl Giving {
         }
     }
 
-    fn send(&mut self, message: ToTaker) {
-        self.queue.push_back(Outgoing::Message(message));
+    fn send(&mut self, message: ToTaker<SendFd>) {
+        self.queue.push_back(message);
     }
 
     /// Nothing more can be sent. A taker that is gone is noticed by reading.
@@ -262,33 +259,14 @@ impl Giving {
 }
 
 /// Sends what waits.
-async fn send(shared: &Shared, write: &mut WriteHalf<GiverCodec>, queue: &mut VecDeque<Outgoing>) -> io::Result<()> {
+async fn send(write: &mut WriteHalf<GiverCodec>, queue: &mut VecDeque<ToTaker<SendFd>>) -> io::Result<()> {
     while !queue.is_empty() {
         let permit = write.reserve().await.map_err(io::Error::from)?;
-        let message = match queue.pop_front() {
-            Some(Outgoing::Message(message)) => message,
-            Some(Outgoing::Listeners { from }) => ToTaker::Listeners(copies(shared, from)?),
-            None => break,
-        };
-        permit.send(message).map_err(io::Error::from)?;
+        if let Some(message) = queue.pop_front() {
+            permit.send(message).map_err(io::Error::from)?;
+        }
     }
     Ok(write.flush().await?)
-}
-
-/// Copies listeners, as many as one message takes.
-fn copies(shared: &Shared, from: usize) -> io::Result<Vec<Offered>> {
-    shared.with_listeners(|listeners| {
-        let entries = listeners.entries.iter().skip(from).take(MAX_MESSAGE_FDS);
-        let copies = entries.map(|entry| {
-            Ok(Offered {
-                identity: entry.identity.clone(),
-                cookie: entry.cookie,
-                path_id: entry.guard.as_ref().and_then(|guard| guard.path_id()),
-                fd: entry.fd.try_clone()?,
-            })
-        });
-        copies.collect()
-    })
 }
 
 /// Waits until the other end is closed. Reading tells nothing after `SHUT_RD`, but the kernel reports

@@ -5,6 +5,7 @@ use std::{
     fmt,
     os::fd::{AsFd, OwnedFd},
     path::Path,
+    sync::Arc,
 };
 
 use nix::{
@@ -48,7 +49,7 @@ pub struct Listeners {
 pub(super) struct Entry {
     pub(super) identity: Identity,
     pub(super) cookie: u64,
-    pub(super) fd: OwnedFd,
+    pub(super) fd: Arc<OwnedFd>,
     /// For a Unix path that this process may remove.
     pub(super) guard: Option<PathGuard>,
 }
@@ -125,7 +126,7 @@ impl Listeners {
         let identity = identity_of(name, index, fd.as_fd())?;
         let cookie = cookie_of(fd.as_fd())?;
         set_nonblocking(&fd)?;
-        self.insert(Entry { identity, cookie, fd, guard })
+        self.insert(Entry { identity, cookie, fd: Arc::new(fd), guard })
     }
 
     /// Adds a listener that has its index already.

@@ -215,7 +215,7 @@ impl Pending {
         match checked {
             Ok(Ok(())) => {
                 self.path_ids.push(path_id);
-                self.listeners.insert(Entry { identity, cookie, fd, guard: None })
+                self.listeners.insert(Entry { identity, cookie, fd: Arc::new(fd), guard: None })
             }
             Ok(Err(mismatch)) => {
                 close_in_background([fd]);

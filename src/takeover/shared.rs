@@ -16,9 +16,9 @@ use tracing::info;
 use super::{
     Error, Options, Phase,
     listeners::Listeners,
-    protocol::{Address, Identity},
+    protocol::{Address, Identity, Offered},
 };
-use crate::{Frame, socket::PathGuard};
+use crate::{Frame, SendFd, socket::PathGuard};
 
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -206,6 +206,18 @@ impl Shared {
     pub(super) fn application_state(&self) -> Vec<Frame> {
         let application = self.lock().application.clone();
         application.map_or_else(Vec::new, |application| application())
+    }
+
+    /// Returns the listeners as they are sent. No copies are made: they stay this process's.
+    pub(super) fn offered(&self) -> Vec<Offered<SendFd>> {
+        let state = self.lock();
+        let offered = state.listeners.entries.iter().map(|entry| Offered {
+            identity: entry.identity.clone(),
+            cookie: entry.cookie,
+            path_id: entry.guard.as_ref().and_then(PathGuard::path_id),
+            fd: SendFd::socket(Arc::clone(&entry.fd)),
+        });
+        offered.collect()
     }
 
     /// Copies what a new process gets once it is ready: then nothing may fail any more.

@@ -140,9 +140,9 @@ pub(crate) fn marked(mark: u32) -> OwnedFd {
     file.into()
 }
 
-pub(crate) fn mark_of(fd: &OwnedFd) -> u32 {
+pub(crate) fn mark_of(fd: &impl AsFd) -> u32 {
     let mut mark = [0; 4];
-    File::from(fd.try_clone().unwrap()).read_exact_at(&mut mark, 0).unwrap();
+    File::from(fd.as_fd().try_clone_to_owned().unwrap()).read_exact_at(&mut mark, 0).unwrap();
     u32::from_be_bytes(mark)
 }
 

@@ -17,7 +17,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use fdwire::{Frame, FrameCodec, Framed, ReadHalf, Sender, Socket, SocketKind, WriteHalf};
+use fdwire::{Frame, FrameCodec, Framed, ReadHalf, SendFd, Sender, Socket, SocketKind, WriteHalf};
 use futures::{SinkExt, TryStreamExt};
 use tokio::{
     sync::mpsc,
@@ -31,23 +31,26 @@ const BATCH: usize = 64;
 struct Load {
     payload: Bytes,
     fd: Option<OwnedFd>,
+    /// What the sender says of the descriptor.
+    kind: fn(OwnedFd) -> SendFd,
 }
 
 impl Load {
     fn plain(bytes: usize) -> Self {
-        Self { payload: vec![7; bytes].into(), fd: None }
+        Self { payload: vec![7; bytes].into(), fd: None, kind: SendFd::from }
     }
 
     fn with_fd(bytes: usize) -> Self {
         Self { fd: Some(File::open("/dev/null").unwrap().into()), ..Self::plain(bytes) }
     }
 
-    fn frame(&self) -> Frame {
-        let frame = Frame::new(self.payload.clone());
-        match &self.fd {
-            Some(fd) => frame.with_fd(fd.as_fd().try_clone_to_owned().unwrap()),
-            None => frame,
-        }
+    fn with_known_file(bytes: usize) -> Self {
+        Self { kind: |fd| SendFd::file(fd), ..Self::with_fd(bytes) }
+    }
+
+    fn frame(&self) -> Frame<SendFd> {
+        let fd = self.fd.as_ref().map(|fd| fd.as_fd().try_clone_to_owned().unwrap());
+        Frame::carrying(self.payload.clone(), fd.map(self.kind))
     }
 }
 
@@ -65,7 +68,7 @@ type Start = fn(WriteHalf<FrameCodec>) -> Outgoing;
 enum Outgoing {
     Half(Box<WriteHalf<FrameCodec>>),
     /// One task for each frame of a batch.
-    Tasks(Vec<mpsc::Sender<Frame>>),
+    Tasks(Vec<mpsc::Sender<Frame<SendFd>>>),
     /// One task for all.
     Sender(Sender<FrameCodec>),
 }
@@ -100,13 +103,13 @@ impl Connection {
     }
 
     /// Sends frames together, and waits until they have arrived and the receiver waits for more.
-    async fn batch(&mut self, frames: impl ExactSizeIterator<Item = Frame>) {
+    async fn batch(&mut self, frames: impl ExactSizeIterator<Item = Frame<SendFd>>) {
         match &mut self.tx {
             Outgoing::Half(half) => {
                 for frame in frames {
                     half.feed(frame).await.unwrap();
                 }
-                half.flush().await.unwrap();
+                half.as_mut().flush().await.unwrap();
             }
             Outgoing::Tasks(tasks) => {
                 for (task, frame) in tasks.iter().zip(frames) {

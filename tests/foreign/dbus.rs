@@ -121,8 +121,7 @@ impl Decoder for DbusCodec {
             };
             at = (at + 4 + length).next_multiple_of(8);
         }
-        let (expected, received) = (fd_count as usize, fds.len());
-        message.fds = fds.take(expected).ok_or(Error::MissingFds { expected, received })?;
+        message.fds = fds.claim(fd_count as usize)?;
         Ok(Some(message))
     }
 
@@ -179,9 +178,9 @@ impl Encoder<Message> for DbusCodec {
         header.put_u32_le(message.serial);
         header.put_u32_le(fields.len() as u32);
         fields.put_bytes(0, fields.len().next_multiple_of(8) - fields.len());
-        dst.put_bytes(header.freeze());
-        dst.put_bytes(fields.freeze());
-        dst.put_bytes(message.body);
+        dst.put_shared(header.freeze());
+        dst.put_shared(fields.freeze());
+        dst.put_shared(message.body);
         dst.put_fds(message.fds);
         Ok(())
     }

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use fdwire::{
     Codec, Decoder, Encoder, Error, FdQueue, Frame, Framed, Grouping, SendBuf, SendError, Socket, SocketKind,
 };
@@ -64,8 +64,7 @@ impl Decoder for VhostCodec {
         }
         src.advance(Self::HEADER);
         let payload = src.split_to(length).freeze();
-        let (expected, received) = (Self::expected_fds(kind, &payload), fds.len());
-        let fds = fds.take(expected).ok_or(Error::MissingFds { expected, received })?;
+        let fds = fds.claim(Self::expected_fds(kind, &payload))?;
         Ok(Some((kind, Frame { payload, fds })))
     }
 }
@@ -80,9 +79,9 @@ impl Encoder<(u32, Frame)> for VhostCodec {
         }
         let (kind, Frame { payload, fds }) = item;
         for field in [kind, Self::VERSION, payload.len() as u32] {
-            dst.put_slice(&field.to_ne_bytes());
+            dst.put_u32_ne(field);
         }
-        dst.put_bytes(payload);
+        dst.put_shared(payload);
         dst.put_fds(fds);
         Ok(())
     }

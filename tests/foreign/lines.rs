@@ -35,7 +35,7 @@ impl Decoder for LineFdCodec {
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<Self::Item>, LineError> {
         let Some(line) = codec::Decoder::decode(&mut self.0, src)? else { return Ok(None) };
         let Some(name) = line.strip_suffix(" fd") else { return Ok(Some((line, None))) };
-        let fd = fds.pop().ok_or(Error::MissingFds { expected: 1, received: 0 })?;
+        let fd = fds.claim_one()?;
         Ok(Some((name.to_owned(), Some(fd))))
     }
 }
@@ -51,7 +51,7 @@ impl Encoder<(&str, Option<OwnedFd>)> for LineFdCodec {
         let mut bytes = BytesMut::new();
         let suffix = if fd.is_some() { " fd" } else { "" };
         codec::Encoder::encode(&mut self.0, [line, suffix].concat(), &mut bytes).map_err(LineError::from)?;
-        dst.put_bytes(bytes.freeze());
+        dst.put_shared(bytes.freeze());
         dst.put_fds(fd);
         Ok(())
     }
@@ -120,7 +120,7 @@ impl Decoder for ZeroByteCodec {
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<Part>, Error> {
         if src.first() == Some(&0) {
             src.advance(1);
-            return fds.pop().map(|fd| Some(Part::Fd(fd))).ok_or(Error::MissingFds { expected: 1, received: 0 });
+            return Ok(Some(Part::Fd(fds.claim_one()?)));
         }
         let Some(end) = src.iter().position(|&byte| byte == b'\n') else { return Ok(None) };
         let line = src.split_to(end).freeze();
@@ -135,7 +135,7 @@ impl Encoder<Part> for ZeroByteCodec {
     fn encode(&mut self, part: Part, dst: &mut SendBuf) -> Result<(), SendError<Part>> {
         match part {
             Part::Line(line) => {
-                dst.put_bytes(line);
+                dst.put_shared(line);
                 dst.put_slice(b"\n");
             }
             Part::Fd(fd) => {
@@ -198,8 +198,7 @@ impl Decoder for RecordCodec {
         src.advance(2);
         let text = String::from_utf8_lossy(&payload);
         let expected = text.lines().find_map(|line| line.strip_prefix("fds: ")?.parse().ok()).unwrap_or(0);
-        let received = fds.len();
-        let fds = fds.take(expected).ok_or(Error::MissingFds { expected, received })?;
+        let fds = fds.claim(expected)?;
         Ok(Some(Frame { payload, fds }))
     }
 }
@@ -208,7 +207,7 @@ impl Encoder<Frame> for RecordCodec {
     type Error = Error;
 
     fn encode(&mut self, frame: Frame, dst: &mut SendBuf) -> Result<(), SendError<Frame>> {
-        dst.put_bytes(frame.payload);
+        dst.put_shared(frame.payload);
         dst.put_slice(b"\n\n");
         dst.put_fds(frame.fds);
         Ok(())

@@ -7,8 +7,10 @@
 mod common;
 
 mod dbus;
+mod haproxy;
 mod kinds;
 mod lines;
+mod mux;
 mod netcat;
 mod packets;
 mod payload;
@@ -52,7 +54,7 @@ fn raw_recv(socket: &impl AsFd, room: usize) -> (Vec<u8>, Vec<u32>) {
     for message in received.cmsgs().unwrap() {
         let ControlMessageOwned::ScmRights(fds) = message else { continue };
         for fd in fds {
-            marks.push(mark_of(&File::open(format!("/proc/self/fd/{fd}")).unwrap().into()));
+            marks.push(mark_of(&File::open(format!("/proc/self/fd/{fd}")).unwrap()));
             close(fd).unwrap();
         }
     }

@@ -24,8 +24,10 @@ fn generate_key(program: &Path, path: &Path) -> String {
 }
 
 /// Keys, a configuration and a running server in `directory`. Returns its port when it listens.
-async fn start_sshd(program: &Path, keygen: &Path, directory: &Path) -> (Daemon, u16) {
+pub(crate) async fn start_sshd(program: &Path, keygen: &Path, directory: &Path) -> (Daemon, u16) {
     std::fs::set_permissions(directory, Permissions::from_mode(0o700)).unwrap();
+    // sshd confines its unprivileged child there; a unit file makes it at boot.
+    std::fs::create_dir_all("/run/sshd").unwrap();
     let path = |name: &str| directory.join(name);
     let host_key = generate_key(keygen, &path("host_key"));
     std::fs::write(path("authorized_keys"), generate_key(keygen, &path("key"))).unwrap();
@@ -47,14 +49,11 @@ async fn start_sshd(program: &Path, keygen: &Path, directory: &Path) -> (Daemon,
     (daemon, port)
 }
 
-/// Runs `echo hello` on the server through a proxy command.
-async fn ssh(program: &Path, directory: &Path, port: u16, proxy: &str) -> Output {
+/// How a client logs in to that server and uses nothing else of this machine.
+pub(crate) fn options(directory: &Path, port: u16) -> Vec<String> {
     let path = |name: &str| directory.join(name).display().to_string();
-    let mut command = tokio::process::Command::new(program);
-    command.kill_on_drop(true).stdin(Stdio::null()).args(["-F", "none", "-i", &path("key"), "-p", &port.to_string()]);
+    let mut options = ["-F", "none", "-i", &path("key"), "-p", &port.to_string()].map(str::to_owned).to_vec();
     for option in [
-        "ProxyUseFdpass=yes",
-        &format!("ProxyCommand={proxy}"),
         &format!("UserKnownHostsFile={}", path("known_hosts")),
         "GlobalKnownHostsFile=none",
         "IdentitiesOnly=yes",
@@ -62,8 +61,16 @@ async fn ssh(program: &Path, directory: &Path, port: u16, proxy: &str) -> Output
         "BatchMode=yes",
         "LogLevel=ERROR",
     ] {
-        command.args(["-o", option]);
+        options.extend(["-o".to_owned(), option.to_owned()]);
     }
+    options
+}
+
+/// Runs `echo hello` on the server through a proxy command.
+async fn ssh(program: &Path, directory: &Path, port: u16, proxy: &str) -> Output {
+    let mut command = tokio::process::Command::new(program);
+    command.kill_on_drop(true).stdin(Stdio::null()).args(options(directory, port));
+    command.args(["-o", "ProxyUseFdpass=yes", "-o", &format!("ProxyCommand={proxy}")]);
     command.args(["127.0.0.1", "echo", "hello"]).output().await.unwrap()
 }
 
@@ -76,7 +83,6 @@ fn ssh_speaks_on_the_connection_that_our_proxy_passed() {
     if !nix::unistd::geteuid().is_root() {
         return skipped("needs root to log in through sshd");
     }
-    std::fs::create_dir_all("/run/sshd").unwrap(); // sshd confines its unprivileged child there; a unit file makes it at boot
     let example = example("ssh_proxy");
     let proxy = example.get_program().to_str().unwrap();
     run(async {

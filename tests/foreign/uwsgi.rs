@@ -4,14 +4,14 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::fd::OwnedFd,
     path::Path,
     process::{Command, Stdio},
 };
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
-    Codec, Decoder, Encoder, Error, FdQueue, Fds, Framed, Grouping, Listener, SendBuf, SendError, Socket, SocketKind,
+    Codec, Decoder, Encoder, Error, FdQueue, Fds, Framed, Grouping, Listener, SendBuf, SendError, SendFd, Socket,
+    SocketKind,
 };
 use futures::{SinkExt, TryStreamExt};
 use nix::sys::{
@@ -50,7 +50,7 @@ impl<F> Decoder<F> for ZergCodec {
         let count = u32::from_ne_bytes(count.try_into().expect("4 bytes are left of 14"));
         let expected = usize::try_from(count).map_err(Error::invalid)?;
         src.advance(14);
-        fds.take(expected).map(Some).ok_or(Error::MissingFds { expected, received: fds.len() })
+        fds.claim(expected).map(Some)
     }
 }
 
@@ -142,8 +142,8 @@ fn a_zergling_serves_the_listening_sockets_that_it_gets() {
         let _daemon = start_uwsgi(&program, directory.path(), &["--zerg", path.to_str().unwrap()]);
         for _attempt in 0..2 {
             let mut connection = Framed::new(server.accept().await.unwrap(), ZergCodec);
-            let copies = listeners.iter().map(|(listener, _)| listener.try_clone().unwrap().into());
-            connection.send(copies.collect::<Vec<OwnedFd>>()).await.unwrap();
+            let copies = listeners.iter().map(|(listener, _)| SendFd::socket(listener.try_clone().unwrap()));
+            connection.send(copies.collect::<Vec<_>>()).await.unwrap();
         }
         for (listener, address) in listeners {
             drop(listener); // uwsgi alone has it

@@ -122,8 +122,7 @@ impl Decoder for WaylandCodec {
         let Some(&from) = self.objects.get(&object) else {
             return Err(io::Error::new(io::ErrorKind::InvalidData, format!("event of unknown object {object}")));
         };
-        let (expected, received) = (from.fds_of_event(opcode), fds.len());
-        let fd = fds.take(expected).ok_or(Error::MissingFds { expected, received })?.pop();
+        let fd = fds.claim(from.fds_of_event(opcode))?.pop();
         let args = src.split_to(length).freeze().slice(Self::HEADER..);
         Ok(Some(Event { from, object, opcode, args, fd }))
     }

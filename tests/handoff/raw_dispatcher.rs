@@ -1,9 +1,9 @@
 //! A dispatcher made of the protocol's codec alone, which does as each test says.
 
-use std::{net, os::fd::OwnedFd};
+use std::net;
 
 use fdwire::{
-    Framed, Socket, SocketKind,
+    Framed, SendFd, Socket, SocketKind,
     handoff::{
         Address, Incoming, IncomingBuilder, Transport,
         protocol::{DispatcherCodec, FromWorker, Offer, RejectReason, ToWorker, VERSION},
@@ -42,7 +42,7 @@ impl RawDispatcher {
         Self { framed, listener, demand: 0, finished: 0 }
     }
 
-    pub(crate) async fn send(&mut self, message: ToWorker) {
+    pub(crate) async fn send(&mut self, message: ToWorker<SendFd>) {
         self.framed.send(message).await.unwrap();
     }
 
@@ -120,7 +120,7 @@ impl RawDispatcher {
         (client, accepted)
     }
 
-    pub(crate) async fn send_offer(&mut self, offer: Offer) {
+    pub(crate) async fn send_offer(&mut self, offer: Offer<SendFd>) {
         while self.demand == 0 {
             self.number().await;
         }
@@ -129,7 +129,7 @@ impl RawDispatcher {
 }
 
 /// An offer of a copy.
-pub(crate) fn offer_of(connection: &net::TcpStream) -> Offer {
+pub(crate) fn offer_of(connection: &net::TcpStream) -> Offer<SendFd> {
     Offer {
         cookie: rustix::net::sockopt::socket_cookie(connection).unwrap(),
         transport: Transport::Tcp,
@@ -137,6 +137,6 @@ pub(crate) fn offer_of(connection: &net::TcpStream) -> Offer {
         local: Address::from(connection.local_addr().unwrap()),
         read: Default::default(),
         metadata: Default::default(),
-        fd: OwnedFd::from(connection.try_clone().unwrap()),
+        fd: SendFd::socket(connection.try_clone().unwrap()),
     }
 }

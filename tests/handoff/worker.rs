@@ -140,7 +140,7 @@ fn unix_connections_are_served_too() {
             local: Address::Path("/run/front.sock".into()),
             read: "a".into(),
             metadata: Default::default(),
-            fd: OwnedFd::from(accepted),
+            fd: accepted.into(),
         };
         dispatcher.send_offer(offer).await;
         client.write_all(b"b").await.unwrap();

@@ -1,10 +1,10 @@
 //! Descriptors whose last `close` lasts as long as a peer likes. No task may wait for it, and they get closed all the same.
 
-use std::{io::ErrorKind, os::fd::OwnedFd, thread::JoinHandle, time::Duration};
+use std::{io::ErrorKind, os::fd::OwnedFd, sync::Arc, thread::JoinHandle, time::Duration};
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
-    Codec, Decoder, Error, FdQueue, Fds, Frame, FrameCodec, Framed, Listener, PacketCodec, SendError, Socket,
+    Codec, Decoder, Error, FdQueue, Fds, Frame, FrameCodec, Framed, Listener, PacketCodec, SendError, SendFd, Socket,
     SocketKind,
 };
 use futures::{SinkExt, StreamExt, TryStreamExt};
@@ -174,10 +174,12 @@ fn dropping_a_queue_of_descriptors_does_not_wait() {
 #[test]
 fn a_message_that_is_not_sent_is_dropped_without_waiting() {
     counted(async |kind| {
-        let (slow, client) = slow_to_close();
-        let (mut tx, _peer) = with_raw_peer(kind);
-        tx.feed(Frame::new("").with_fd(slow)).await.unwrap();
-        without_waiting([client], async { drop(tx) }).await;
+        for way in WAYS {
+            let (slow, client) = slow_to_close();
+            let (mut tx, _peer) = with_raw_peer(kind);
+            tx.feed(Frame::carrying("", [way(slow)])).await.unwrap();
+            without_waiting([client], async { drop(tx) }).await;
+        }
     });
 }
 
@@ -198,16 +200,20 @@ fn close_quickly(socket: OwnedFd, makes_slow: bool) -> JoinHandle<()> {
     })
 }
 
+/// The ways to hand over a socket, whose last reference the connection then has.
+const WAYS: [fn(OwnedFd) -> SendFd; 3] =
+    [SendFd::from, |socket| SendFd::socket(socket), |socket| SendFd::from(Arc::new(socket))];
+
 async fn send_to_a_quick_receiver(kind: SocketKind, makes_slow: bool) {
-    const SENDS: usize = 40;
+    const SENDS: usize = 60;
     let (ours, theirs) = raw::pair(kind);
     let quick = close_quickly(theirs, makes_slow);
     let mut tx = Framed::new(Socket::try_from(ours).unwrap(), FrameCodec::default());
-    for _ in 0..SENDS {
+    for way in WAYS.into_iter().cycle().take(SENDS) {
         let (socket, client) = if makes_slow { full_connection() } else { slow_to_close() };
         // These are in front, and their numbers are not consecutive, so that the sender closes its copies one by one and is busy.
         let others = nulls(200).into_iter().step_by(2);
-        let frame = Frame::new("").with_fds(others).with_fd(socket);
+        let frame = Frame::carrying("", others.map(SendFd::from)).with_fd(way(socket));
         without_waiting([client], tx.send(frame)).await.unwrap();
     }
     drop(tx);
@@ -256,7 +262,7 @@ impl Decoder for Letters {
 
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<Fds>, Error> {
         let Some(&letter) = src.first() else { return Ok(None) };
-        let Some(taken) = fds.take(1) else { return Ok(None) };
+        let Ok(taken) = fds.claim(1) else { return Ok(None) };
         src.advance(1);
         if letter == b'F' { Ok(Some(taken)) } else { Err(Error::invalid("not an F")) }
     }

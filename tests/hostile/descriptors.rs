@@ -139,7 +139,7 @@ impl Decoder for Optional {
             return Ok(None);
         }
         src.advance(1);
-        Ok(Some(if (self.is_there_one)(fds) { fds.pop() } else { None }))
+        Ok(Some(if (self.is_there_one)(fds) { fds.pop_front() } else { None }))
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use fdwire::{
-    Framed, Listener, Socket, SocketKind,
+    Framed, Listener, SendFd, Socket, SocketKind,
     takeover::{
         self, Error, Options,
         protocol::{FromTaker, GiverCodec, TakerCodec, ToTaker},
@@ -158,6 +158,7 @@ fn a_socket_that_is_not_the_announced_one_is_refused() {
         let ToTaker::Listeners(mut offered) = pending.next().await.unwrap().unwrap() else { panic!() };
         let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         offered[0].fd = other.into();
+        let offered = offered.into_iter().map(|listener| listener.with_fd(SendFd::from)).collect();
 
         let liar = Listener::bind(&path2, SocketKind::SeqPacket).unwrap();
         let lying = async {

@@ -1,12 +1,23 @@
-//! An encoder that stops in the middle of a message leaves nothing of it behind.
+//! Encoders that stop in the middle of a message, and those whose messages have several parts.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{
+    fs::File,
+    io::IoSliceMut,
+    os::fd::{AsFd, AsRawFd, RawFd},
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
-use fdwire::{Codec, Encoder, Error, Frame, FrameCodec, Framed, SendBuf, SendError, Socket};
+use fdwire::{
+    Codec, Encoder, Error, Frame, FrameCodec, Framed, PacketCodec, Parts, SendBuf, SendError, Socket, SocketKind,
+};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
+use nix::{
+    sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg},
+    unistd::close,
+};
 
 use crate::{
-    common::{marked, marks},
+    common::{mark_of, marked, marks},
     counted,
 };
 
@@ -23,9 +34,11 @@ impl Encoder<Frame> for Halfway {
             return self.0.encode(frame, dst);
         }
         dst.put_slice(b"half of ");
-        dst.put_bytes(vec![7; 10_000].into());
-        dst.put_slice(b"a message");
+        dst.put_shared(vec![7; 10_000].into());
         dst.put_fds(std::mem::take(&mut frame.fds));
+        dst.end_part();
+        dst.put_slice(b"a message of several parts");
+        dst.put_fd(marked(8));
         assert_ne!(frame.payload, "panic", "on purpose");
         Err(SendError::refused(frame, Error::invalid("on purpose")))
     }
@@ -83,5 +96,88 @@ fn a_half_goes_on_after_an_encoder_that_panics() {
         assert_eq!(tx.unsent(), (0, 0));
         tx.send(frame("after", 1)).await.unwrap();
         assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [1]);
+    });
+}
+
+/// One `recvmsg` without the code under test: the number of bytes, the first one, and the marks of the descriptors.
+fn raw_recv(socket: &Socket) -> (usize, u8, Vec<u32>) {
+    let (mut bytes, mut control) = (vec![0; 200_000], nix::cmsg_space!([RawFd; 253]));
+    let mut room = [IoSliceMut::new(&mut bytes)];
+    let (fd, flags) = (socket.as_fd().as_raw_fd(), MsgFlags::MSG_CMSG_CLOEXEC);
+    let received = recvmsg::<UnixAddr>(fd, &mut room, Some(&mut control), flags).unwrap();
+    let mut marks = Vec::new();
+    for message in received.cmsgs().unwrap() {
+        let ControlMessageOwned::ScmRights(fds) = message else { continue };
+        for fd in fds {
+            marks.push(mark_of(&File::open(format!("/proc/self/fd/{fd}")).unwrap()));
+            close(fd).unwrap();
+        }
+    }
+    let count = received.bytes;
+    (count, bytes[0], marks)
+}
+
+/// Each mark of the payload in a part of its own.
+#[derive(Clone)]
+struct InParts;
+
+impl Codec for InParts {}
+
+impl Encoder<Vec<u32>> for InParts {
+    type Error = Error;
+
+    fn encode(&mut self, parts: Vec<u32>, dst: &mut SendBuf) -> Result<(), SendError<Vec<u32>>> {
+        for mark in parts {
+            dst.put_slice(&[mark as u8]);
+            dst.put_fd(marked(mark));
+            dst.end_part();
+        }
+        Ok(())
+    }
+}
+
+/// The peer makes one `recvmsg` after the other, with room for any number of bytes and descriptors.
+#[test]
+fn each_part_of_a_message_is_received_by_itself_whoever_sends_at_the_same_time() {
+    counted(async |kind| {
+        let (a, peer) = Socket::pair(kind).unwrap();
+        let (_read, write) = Framed::with_codecs(a, FrameCodec::default(), InParts).into_split();
+        let (sender, driver) = write.into_sender();
+        for task in 0..10 {
+            let sender = sender.clone();
+            tokio::spawn(async move { sender.send(vec![10 * task, 10 * task + 1, 10 * task + 2]).await.unwrap() });
+        }
+        drop(sender);
+        let half = driver.await;
+        let mut received = Vec::new();
+        for _ in 0..30 {
+            let (count, byte, marks) = raw_recv(&peer);
+            assert_eq!((count, &marks[..]), (1, &[u32::from(byte)][..]), "the descriptor is that of the byte");
+            received.extend(marks);
+        }
+        for message in received.chunks(3) {
+            assert_eq!(message, [message[0], message[0] + 1, message[0] + 2], "another message is between the parts");
+        }
+        drop(half);
+    });
+}
+
+/// It is a message of the encoder that sends it, not of the one before.
+#[test]
+fn what_is_put_into_the_parts_is_grouped_as_the_encoder_wants_it() {
+    counted(async |_| {
+        let (a, peer) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        let mut tx = Framed::new(a, PacketCodec::default());
+        tx.feed(Frame::new("before").with_fd(marked(1))).await.unwrap();
+        let mut parts: Parts<PacketCodec> = tx.into_parts();
+        parts.unsent.put_slice(&vec![7; 100_000]); // more than a packet that is not announced may have
+        parts.unsent.put_fd(marked(2));
+        let mut tx = Framed::from_parts(parts);
+        tx.feed(Frame::new("behind").with_fd(marked(3))).await.unwrap();
+        tx.flush().await.unwrap();
+        for (length, mark) in [(6, 1), (100_000, 2), (6, 3)] {
+            let (count, _, marks) = raw_recv(&peer);
+            assert_eq!((count, marks), (length, vec![mark]));
+        }
     });
 }

@@ -11,6 +11,7 @@ mod ends;
 mod extremes;
 mod faults;
 mod limits;
+mod send_fd;
 mod sender;
 mod sender_ends;
 

@@ -1,7 +1,7 @@
 use std::os::fd::OwnedFd;
 
 use bytes::Bytes;
-use fdwire::{Frame, FrameCodec, Framed, Limits, Socket};
+use fdwire::{Frame, FrameCodec, Framed, Limits, SendFd, Socket};
 use futures::{SinkExt, StreamExt};
 
 use super::{LONGEST_MESSAGE, Link, Received, Setup};
@@ -17,6 +17,10 @@ impl Fdwire {
         let limits = Limits::default().max_payload_bytes(LONGEST_MESSAGE);
         Framed::new(Socket::try_from(socket).expect("a connected Unix socket"), FrameCodec::new(limits))
     }
+
+    async fn feed(&mut self, payload: &Bytes, fd: Option<SendFd>) {
+        self.framed.feed(Frame::carrying(payload.clone(), fd)).await.expect("sending");
+    }
 }
 
 impl Link for Fdwire {
@@ -25,8 +29,15 @@ impl Link for Fdwire {
     }
 
     async fn send(&mut self, payload: &Bytes, fd: Option<OwnedFd>) {
-        let frame = Frame::new(payload.clone());
-        self.framed.feed(if let Some(fd) = fd { frame.with_fd(fd) } else { frame }).await.expect("sending");
+        self.feed(payload, fd.map(SendFd::file)).await;
+    }
+
+    async fn send_socket(&mut self, payload: &Bytes, socket: OwnedFd) {
+        self.feed(payload, Some(SendFd::socket(socket))).await;
+    }
+
+    async fn send_back(&mut self, payload: &Bytes, fd: Option<OwnedFd>) {
+        self.feed(payload, fd.map(SendFd::from)).await;
     }
 
     async fn flush(&mut self) {

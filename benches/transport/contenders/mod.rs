@@ -76,8 +76,19 @@ pub(crate) trait Link: Sized + 'static {
     /// Takes over a non-blocking socket, inside of a runtime.
     fn new(socket: OwnedFd, setup: Setup) -> Self;
 
-    /// Sends a message, or keeps it for [`flush`](Self::flush). Closes the descriptor once it is sent.
+    /// Sends a message, or keeps it for [`flush`](Self::flush). Closes the descriptor once it is sent: it is a file of this
+    /// process.
     async fn send(&mut self, payload: &Bytes, fd: Option<OwnedFd>);
+
+    /// The same with a socket.
+    async fn send_socket(&mut self, payload: &Bytes, socket: OwnedFd) {
+        self.send(payload, Some(socket)).await;
+    }
+
+    /// The same with what the peer has sent.
+    async fn send_back(&mut self, payload: &Bytes, fd: Option<OwnedFd>) {
+        self.send(payload, fd).await;
+    }
 
     /// Sends what is kept.
     async fn flush(&mut self);

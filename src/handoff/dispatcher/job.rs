@@ -4,7 +4,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
     sync::Arc,
@@ -21,7 +21,7 @@ use super::{
     accepted::About,
     protocol::{MAX_MESSAGE_BYTES, Offer},
 };
-use crate::{Error, closer::close_sockets, socket::HasFd, sys};
+use crate::{Error, SendFd, closer::close_sockets, sys};
 
 /// One connection to a worker process. A worker that is started again gets a new one.
 pub(super) type LinkId = u64;
@@ -38,7 +38,7 @@ const MAX_OTHER_BYTES: usize = 512;
 pub(super) struct Job {
     /// Lent to the link that is sending it, so that an offer takes no descriptor: connections that wait for another one to be
     /// opened, and hold all that there are, would wait for ever.
-    socket: Arc<Held>,
+    socket: Held,
     about: About,
     cookie: u64,
     peer: Address,
@@ -94,7 +94,7 @@ impl Job {
         };
         let (socket, peer, local) = addresses(socket, about.transport, local);
         Ok(Self {
-            socket: Arc::new(Held(Some(socket))),
+            socket: Held(Some(Arc::new(socket))),
             about,
             cookie,
             peer,
@@ -109,7 +109,7 @@ impl Job {
     }
 
     /// What a worker is told.
-    pub(super) fn offer(&self) -> Offer<Arc<Held>> {
+    pub(super) fn offer(&self) -> Offer<SendFd> {
         Offer {
             cookie: self.cookie,
             transport: self.about.transport,
@@ -117,7 +117,7 @@ impl Job {
             local: self.local.clone(),
             read: self.about.read.clone(),
             metadata: self.about.metadata.clone(),
-            fd: Arc::clone(&self.socket),
+            fd: self.socket.lend(),
         }
     }
 
@@ -138,7 +138,7 @@ impl Job {
         if let Some(reply) = self.reply {
             let _ = reply.send(Ok(worker)); // nobody has to wait for it
         }
-        owned(self.socket)
+        self.socket.into_owned()
     }
 
     /// Whether somebody waits for what becomes of it.
@@ -149,7 +149,7 @@ impl Job {
     /// No worker adopts it. Gives it back to who waits for it; without anybody, its client sees the end. Returns whether
     /// it was given back.
     pub(super) fn fail(self, reason: NotDispatched) -> bool {
-        let connection = Accepted { socket: Ok(owned(self.socket)), about: self.about };
+        let connection = Accepted { socket: Ok(self.socket.into_owned()), about: self.about };
         let error = DispatchError { reason, connection };
         let unwanted = match self.reply {
             Some(reply) => match reply.send(Err(error)) {
@@ -167,28 +167,22 @@ impl Job {
 
 /// The dispatcher's copy of a connection, until it is taken out. Closing it does not block.
 #[derive(Debug)]
-pub(super) struct Held(Option<OwnedFd>);
+struct Held(Option<Arc<OwnedFd>>);
 
-impl AsFd for Held {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_ref().expect("only its last owner takes it out").as_fd()
+impl Held {
+    fn lend(&self) -> SendFd {
+        SendFd::socket(Arc::clone(self.0.as_ref().expect("only its owner takes it out")))
     }
-}
 
-impl HasFd for Arc<Held> {
-    fn into_last(self) -> Option<OwnedFd> {
-        Self::into_inner(self)?.0.take()
+    fn into_owned(mut self) -> OwnedFd {
+        self.0.take().and_then(Arc::into_inner).expect("a link that was lent it has sent it, or is gone")
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.0.take().into_iter().for_each(close);
+        self.0.take().and_then(Arc::into_inner).into_iter().for_each(close);
     }
-}
-
-fn owned(socket: Arc<Held>) -> OwnedFd {
-    socket.into_last().expect("a link that was lent it has sent it, or is gone")
 }
 
 /// Closes the dispatcher's copy of a connection that a worker serves.

@@ -22,15 +22,15 @@ use time::{Ping, Recall};
 use super::{
     Cause, Shared, WorkerId, WorkerState,
     bell::Bell,
-    job::{Held, Job, LinkId, close},
+    job::{Job, LinkId, close},
     ledger::{Ledger, Violation},
     pool::Heard,
     process::Process,
     protocol::{DispatcherCodec, FromWorker, ToWorker, VERSION},
 };
 use crate::{
-    Error, ReadHalf, Socket,
-    framed::{Outbound, lending},
+    Error, ReadHalf, SendFd, Socket,
+    framed::{Outbound, halves},
 };
 
 impl From<Error> for Cause {
@@ -66,7 +66,7 @@ pub(super) struct Link {
     bell: Arc<Bell>,
     process: Process,
     read: ReadHalf<DispatcherCodec>,
-    outbound: Outbound<Arc<Held>>,
+    outbound: Outbound,
     ledger: Ledger<Job>,
     heard: Heard,
     greeted: bool,
@@ -95,7 +95,7 @@ impl Link {
     pub(super) fn new(shared: Arc<Shared>, id: WorkerId, socket: Socket, process: Process) -> Self {
         let bell = Arc::new(Bell::default());
         let number = shared.lock().connected(id, process.pid(), Arc::clone(&bell));
-        let (read, outbound) = lending(socket.quiet(), DispatcherCodec::default());
+        let (read, outbound) = halves(socket.quiet(), DispatcherCodec::default());
         let now = Instant::now();
         bell.ring(); // it may have been removed already
         Self {
@@ -354,7 +354,7 @@ impl Link {
     }
 
     /// Queues a message. Room is not waited for: offers are bounded by their number, and the other messages are few.
-    fn say(&mut self, message: ToWorker<Arc<Held>>) -> Result<(), Cause> {
+    fn say(&mut self, message: ToWorker<SendFd>) -> Result<(), Cause> {
         self.outbound.accept(&mut DispatcherCodec::default(), message).map_err(|refused| refused.error.into())
     }
 }

@@ -5,7 +5,7 @@ use bytes::{Bytes, BytesMut};
 use super::{
     AbortReason, FromTaker, Identity, MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, Offered, Refusal, ToTaker, fields::Fields,
 };
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, Fds, Frame, FrameCodec, Limits, SendBuf, SendError};
+use crate::{Codec, Decoder, Encoder, Error, FdQueue, Fds, Frame, FrameCodec, Grouping, Limits, SendBuf, SendError};
 
 /// The first bytes of a HELLO, after its type.
 const MAGIC: [u8; 4] = *b"FDTO";
@@ -46,11 +46,21 @@ impl Codec for TakerCodec {
     fn limits(&self) -> Limits {
         limits()
     }
+
+    /// A frame says how many descriptors it has.
+    fn grouping(&self) -> Grouping {
+        Grouping::Free
+    }
 }
 
 impl Codec for GiverCodec {
     fn limits(&self) -> Limits {
         limits()
+    }
+
+    /// A frame says how many descriptors it has.
+    fn grouping(&self) -> Grouping {
+        Grouping::Free
     }
 }
 
@@ -75,7 +85,7 @@ impl<F> Encoder<FromTaker, F> for TakerCodec {
     type Error = Error;
 
     fn encode(&mut self, message: FromTaker, dst: &mut SendBuf<F>) -> Result<(), SendError<FromTaker>> {
-        let frame = Frame { payload: message.to_payload().into(), fds: Fds::new() };
+        let frame = Frame::<F> { payload: message.to_payload().into(), fds: Fds::default() };
         frames().encode(frame, dst).map_err(|refused| SendError::refused(message, refused.error))
     }
 }
@@ -150,7 +160,7 @@ impl FromTaker {
 impl<F> ToTaker<F> {
     pub(super) fn into_frame(self) -> Result<Frame<F>, Error> {
         let mut dst = Vec::with_capacity(64);
-        let mut carried = Fds::new();
+        let mut carried = Fds::default();
         match self {
             Self::Welcome { version, listeners } => {
                 dst.extend([0x81, version]);
@@ -205,7 +215,7 @@ impl<F> ToTaker<F> {
                 if described.len() != fds.len() || described.is_empty() {
                     return Err(fds);
                 }
-                let with_fds = described.into_iter().zip(fds).map(|(listener, fd)| listener.with_fd(fd));
+                let with_fds = described.into_iter().zip(fds).map(|(listener, fd)| listener.with_fd(|()| fd));
                 Ok(Self::Listeners(with_fds.collect()))
             }
             Some(0x84) => {
@@ -246,13 +256,6 @@ impl Offered<()> {
             },
             fd: (),
         })
-    }
-}
-
-impl<F> Offered<F> {
-    fn with_fd<G>(self, fd: G) -> Offered<G> {
-        let Self { identity, cookie, path_id, fd: _ } = self;
-        Offered { identity, cookie, path_id, fd }
     }
 }
 

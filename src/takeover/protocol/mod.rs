@@ -118,6 +118,14 @@ pub struct Offered<F = OwnedFd> {
     pub fd: F,
 }
 
+impl<F> Offered<F> {
+    /// The same with another descriptor.
+    pub fn with_fd<G>(self, fd: impl FnOnce(F) -> G) -> Offered<G> {
+        let Self { identity, cookie, path_id, fd: old } = self;
+        Offered { identity, cookie, path_id, fd: fd(old) }
+    }
+}
+
 /// The reason why there is no takeover now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]

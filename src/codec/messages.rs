@@ -1,0 +1,277 @@
+//! The messages in a [`SendBuf`]: how an encoder's becomes one of them, and what is left of them after a send.
+
+use std::{io::IoSlice, mem, num::NonZero};
+
+use smallvec::SmallVec;
+
+use super::{Encoder, Grouping, Plan, SendBuf};
+use crate::{Error, SendError, limits::SCM_MAX_FD};
+
+/// A run of messages, or one message in it, is shorter than this.
+const RUN_BELOW: usize = 32 << 10;
+
+/// A part of a message that is not finished: where it ends, in bytes and descriptors of the buffer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OpenPart {
+    pub(super) end_bytes: usize,
+    pub(super) end_fds: usize,
+    /// As in [`SendBuf::open_head`].
+    pub(super) head: Option<NonZero<usize>>,
+}
+
+/// A message that waits, or a part of one.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Message {
+    pub(super) unsent_bytes: usize,
+    pub(super) unsent_fds: usize,
+    sent_fds: usize,
+    /// Of the unsent bytes, those without which the receiver does not know the message's length.
+    pub(super) unsent_head: usize,
+    /// Whether the first byte has been sent.
+    pub(super) begun: bool,
+    pub(super) grouping: Grouping,
+}
+
+impl Message {
+    /// Returns true if a run of this length and grouping may become a part of this message, which must be one too.
+    fn takes_run(&self, bytes: usize, grouping: Grouping) -> bool {
+        let has_fds = self.unsent_fds > 0 || self.sent_fds > 0;
+        let is_short = self.unsent_bytes + bytes < RUN_BELOW;
+        is_short && !has_fds && self.grouping == grouping && !self.begun
+    }
+
+    /// Checks that calls can carry it.
+    fn check(&self, max_packet_bytes: Option<usize>) -> Result<(), Error> {
+        let (bytes, fds) = (self.unsent_bytes, self.unsent_fds);
+        if fds > SCM_MAX_FD.saturating_mul(bytes) {
+            return Err(Error::TooManyFdsForLength { fds, bytes });
+        }
+        if let (Grouping::Alone, Some(limit)) = (self.grouping, max_packet_bytes) {
+            if bytes > limit {
+                return Err(Error::FrameTooLong { bytes, limit });
+            }
+            if fds > SCM_MAX_FD {
+                return Err(Error::TooManyFds { fds, limit: SCM_MAX_FD });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<F> SendBuf<F> {
+    /// Appends one message. If the encoder fails or panics, nothing of the message is left here, and `discard` gets its
+    /// descriptors.
+    #[inline(always)]
+    pub(crate) fn encode_with<E: Encoder<I, F>, I>(
+        &mut self,
+        encoder: &mut E,
+        item: I,
+        discard: fn(Vec<F>),
+    ) -> Result<(), SendError<I, E::Error>> {
+        let open = OpenMessage { buf: self, discard };
+        encoder.encode(item, open.buf)?;
+        open.buf.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error)))?;
+        mem::forget(open);
+        Ok(())
+    }
+
+    /// Ends the message that was being written. A message of nothing at all vanishes.
+    ///
+    /// # Errors
+    /// When no send can carry it. The message is still open then, for [`roll_back`](Self::roll_back).
+    #[inline]
+    pub(crate) fn commit(&mut self, grouping: Grouping) -> Result<(), Error> {
+        if self.plain_run == Some(grouping) && self.run_takes_message() {
+            self.finished_bytes = self.len();
+            return Ok(());
+        }
+        self.commit_any(grouping)
+    }
+
+    /// Returns true if the open message may join the run, in case it has the same grouping.
+    #[inline]
+    fn run_takes_message(&self) -> bool {
+        self.len() - self.message_bytes < RUN_BELOW && self.fds.len() == self.finished_fds
+    }
+
+    /// The same for any message.
+    #[inline(never)] // so that `commit` is short
+    fn commit_any(&mut self, grouping: Grouping) -> Result<(), Error> {
+        if grouping == self.run_grouping && self.run_takes_message() {
+            // Parts without descriptors may share a call, as messages do.
+            self.finished_bytes = self.len();
+            self.begin_message();
+            return Ok(());
+        }
+        self.end_part();
+        for index in 0..self.open_parts.len() {
+            self.open_part(index, grouping).check(self.max_packet_bytes)?;
+        }
+        self.end_run();
+        if grouping != Grouping::Alone {
+            self.run_grouping = grouping;
+        }
+        for index in 0..self.open_parts.len() {
+            self.messages.push_back(self.open_part(index, grouping));
+        }
+        if let Some(last) = self.open_parts.last() {
+            self.message_bytes = last.end_bytes;
+            (self.finished_bytes, self.finished_fds) = (last.end_bytes, last.end_fds);
+        }
+        self.begin_message();
+        Ok(())
+    }
+
+    fn begin_message(&mut self) {
+        self.open_parts.clear();
+        (self.open_head, self.open_pieces) = (None, 0);
+        self.plain_run = Some(self.run_grouping);
+    }
+
+    /// A part of the open message, which nothing has been finished of yet, as a message of its own.
+    fn open_part(&self, index: usize, grouping: Grouping) -> Message {
+        let OpenPart { end_bytes, end_fds, head } = self.open_parts[index];
+        let (start_bytes, start_fds) = match index.checked_sub(1) {
+            Some(before) => (self.open_parts[before].end_bytes, self.open_parts[before].end_fds),
+            None => (self.finished_bytes, self.finished_fds),
+        };
+        let bytes = end_bytes - start_bytes;
+        Message {
+            unsent_bytes: bytes,
+            unsent_fds: end_fds - start_fds,
+            unsent_head: head.map_or(bytes, |head| head.get() - 1),
+            grouping,
+            ..Message::default()
+        }
+    }
+
+    /// Number of bytes of the run if nothing else waits, and one call has pieces enough for it.
+    #[inline]
+    pub(super) fn only_run(&self) -> Option<usize> {
+        (self.messages.is_empty() && self.bytes.fit_one_call()).then_some(self.finished_bytes)
+    }
+
+    /// Counts the run among `messages`: as a part of the last one if that is such a run too, short and
+    /// not begun.
+    pub(super) fn end_run(&mut self) {
+        let (bytes, grouping) = (self.finished_bytes - self.message_bytes, self.run_grouping);
+        if bytes == 0 {
+            return;
+        }
+        match self.messages.back_mut() {
+            Some(last) if last.takes_run(bytes, grouping) => {
+                last.unsent_bytes += bytes;
+                last.unsent_head = last.unsent_bytes;
+            }
+            _ => self.messages.push_back(Message {
+                unsent_bytes: bytes,
+                unsent_head: bytes,
+                grouping,
+                ..Message::default()
+            }),
+        }
+        self.message_bytes = self.finished_bytes;
+    }
+
+    /// Takes out what was written since the last message ended, in all its parts. Returns its descriptors.
+    pub(crate) fn roll_back(&mut self) -> Vec<F> {
+        self.begin_message();
+        self.bytes.remove_last(self.len() - self.finished_bytes); // shared bytes are of one message
+        self.fds.split_off(self.finished_fds).into()
+    }
+
+    /// Moves all messages of `later` behind those of this buffer. Nothing of them may have been sent.
+    pub(crate) fn append(&mut self, later: &mut Self) {
+        debug_assert!(later.ahead == 0 && later.messages.front().is_none_or(|message| !message.begun));
+        debug_assert!([&*self, &*later].iter().all(|buf| buf.has_no_open_message()));
+        self.end_run();
+        later.end_run();
+        self.bytes.append(&mut later.bytes);
+        self.fds.append(&mut later.fds);
+        self.messages.append(&mut later.messages);
+        self.message_bytes += mem::take(&mut later.message_bytes);
+        self.finished_bytes += mem::take(&mut later.finished_bytes);
+        self.finished_fds += mem::take(&mut later.finished_fds);
+    }
+
+    fn has_no_open_message(&self) -> bool {
+        self.len() == self.finished_bytes && self.fds.len() == self.finished_fds && self.open_parts.is_empty()
+    }
+
+    /// The first `limit` bytes that wait, as far as `IOV_MAX` pieces reach.
+    pub(crate) fn io_slices(&self, limit: usize) -> SmallVec<[IoSlice<'_>; 8]> {
+        self.bytes.io_slices(limit)
+    }
+
+    /// Number of bytes that `IOV_MAX` pieces reach.
+    pub(super) fn reachable_bytes(&self) -> usize {
+        self.bytes.reachable_bytes()
+    }
+
+    /// The first `count` descriptors that wait.
+    pub(crate) fn first_fds(&self, count: usize) -> impl ExactSizeIterator<Item = &F> + Clone {
+        self.fds.range(..count)
+    }
+
+    /// Removes what a send took: `bytes` of them, which may be fewer than planned, and all descriptors of the plan,
+    /// which went with the first byte however short the write was. Returns those descriptors.
+    pub(crate) fn sent(&mut self, plan: Plan, bytes: usize) -> impl Iterator<Item = F> {
+        debug_assert!(0 < bytes && bytes <= plan.bytes);
+        if self.only_run() == Some(bytes) {
+            self.finished_bytes = 0;
+            self.bytes.remove_first(bytes);
+            return None.into_iter().flatten();
+        }
+        self.end_run();
+        self.attribute_sent_fds(plan.fds);
+        let mut left = bytes;
+        while left > 0 {
+            let message = self.messages.front_mut().expect("messages hold all bytes");
+            if !message.begun {
+                message.begun = true;
+                self.ahead -= message.sent_fds;
+            }
+            let of_this = left.min(message.unsent_bytes);
+            left -= of_this;
+            message.unsent_bytes -= of_this;
+            message.unsent_head = message.unsent_head.saturating_sub(of_this);
+            if message.unsent_bytes == 0 {
+                self.messages.pop_front();
+            }
+        }
+        self.message_bytes -= bytes;
+        self.finished_bytes -= bytes;
+        self.finished_fds -= plan.fds;
+        self.bytes.remove_first(bytes);
+        // An empty `Drain` would take longer than all else here.
+        (plan.fds > 0).then(|| self.fds.drain(..plan.fds)).into_iter().flatten()
+    }
+
+    fn attribute_sent_fds(&mut self, mut fds: usize) {
+        for message in &mut self.messages {
+            if fds == 0 {
+                break;
+            }
+            let of_this = fds.min(message.unsent_fds);
+            fds -= of_this;
+            message.unsent_fds -= of_this;
+            message.sent_fds += of_this;
+            if !message.begun {
+                self.ahead += of_this;
+            }
+        }
+    }
+}
+
+/// A message that is being written. Takes out of the buffer on drop what was written of it.
+struct OpenMessage<'a, F> {
+    buf: &'a mut SendBuf<F>,
+    discard: fn(Vec<F>),
+}
+
+impl<F> Drop for OpenMessage<'_, F> {
+    #[cold]
+    fn drop(&mut self) {
+        (self.discard)(self.buf.roll_back());
+    }
+}

@@ -1,0 +1,190 @@
+//! Descriptors on their way out.
+
+use std::{
+    fs::File,
+    io::{PipeReader, PipeWriter},
+    net::{TcpListener, TcpStream, UdpSocket},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::{UnixDatagram, UnixListener, UnixStream},
+    },
+    process::{ChildStderr, ChildStdin, ChildStdout},
+    sync::Arc,
+};
+
+/// A descriptor to be sent, and how this process closes its own copy after that.
+///
+/// `sendmsg` makes a copy of its own. What is left here is closed right after it, and then the receiver may have closed its copy
+/// already, so this `close` can be the last one. The last `close` of a socket can block for as long as a peer likes, so sockets
+/// are closed [in the background](crate::close_in_background).
+///
+/// | made from | after it was sent |
+/// |---|---|
+/// | a descriptor (`File`, a socket of std, [`OwnedFd`], ...) | the kernel is asked whether it is a socket, then it is closed |
+/// | `Arc<OwnedFd>` | the sender keeps it. It is closed as above only if this was the last reference |
+/// | [`SendFd::socket`] | it is closed in the background, without asking |
+/// | [`SendFd::file`] | it is closed at once, without asking |
+///
+/// Asking is a system call, and takes a quarter of what a small frame with a descriptor costs in a batch.
+///
+/// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. One that a connection has
+/// accepted and does not send is closed in the background, unless it is from [`SendFd::file`].
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::{fs::File, os::fd::OwnedFd, sync::Arc};
+///
+/// use fdwire::{Frame, FrameCodec, Framed, SendFd, Socket, SocketKind};
+/// use futures::SinkExt;
+///
+/// let (a, b) = Socket::pair(SocketKind::SeqPacket)?;
+/// let mut tx = Framed::new(a, FrameCodec::default());
+///
+/// let shared: Arc<OwnedFd> = Arc::new(File::open("/dev/null")?.into());
+/// for _ in 0..3 {
+///     tx.send(Frame::carrying("the same file", [Arc::clone(&shared)])).await?; // no `dup`
+/// }
+/// tx.send(Frame::carrying("a file of ours", [SendFd::file(File::open("/dev/null")?)])).await?;
+/// tx.send(Frame::new("anything").with_fd(File::open("/dev/null")?)).await?;
+/// # drop(b); Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct SendFd(Handle);
+
+/// Both variants in 16 bytes.
+#[derive(Debug)]
+enum Handle {
+    Owned(OwnedFd, FdKind),
+    Shared(Arc<OwnedFd>, FdKind),
+}
+
+/// What is known of a descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FdKind {
+    Unknown,
+    Socket,
+    File,
+}
+
+impl SendFd {
+    /// A descriptor that is known to be a socket, so that nobody asks. If it is none, it is closed in the background all the
+    /// same, but may delay the closing of other sockets.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # let (connection, _) = std::os::unix::net::UnixStream::pair()?;
+    /// let fd = fdwire::SendFd::socket(connection);
+    /// # Ok(()) }
+    /// ```
+    pub fn socket(fd: impl Into<Self>) -> Self {
+        fd.into().of_kind(FdKind::Socket)
+    }
+
+    /// A descriptor whose `close` is quick, as the caller vouches: a regular file, a pipe, a memfd, a device. Never use it for a
+    /// socket or for a descriptor that a peer has sent: closing that may block the thread that sends.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// let fd = fdwire::SendFd::file(std::fs::File::open("/dev/null")?);
+    /// # Ok(()) }
+    /// ```
+    pub fn file(fd: impl Into<Self>) -> Self {
+        fd.into().of_kind(FdKind::File)
+    }
+
+    fn of_kind(self, kind: FdKind) -> Self {
+        Self(match self.0 {
+            Handle::Owned(fd, _) => Handle::Owned(fd, kind),
+            Handle::Shared(fd, _) => Handle::Shared(fd, kind),
+        })
+    }
+
+    /// Takes the descriptor out. Returns `None` if it is shared and others still hold it.
+    pub fn into_inner(self) -> Option<OwnedFd> {
+        self.into_last().map(|(fd, _)| fd)
+    }
+
+    /// The same, with what is known of it.
+    #[inline]
+    pub(crate) fn into_last(self) -> Option<(OwnedFd, FdKind)> {
+        match self.0 {
+            Handle::Owned(fd, kind) => Some((fd, kind)),
+            Handle::Shared(fd, kind) => Some((Arc::into_inner(fd)?, kind)),
+        }
+    }
+}
+
+impl AsFd for SendFd {
+    #[inline]
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.0 {
+            Handle::Owned(fd, _) => fd.as_fd(),
+            Handle::Shared(fd, _) => fd.as_fd(),
+        }
+    }
+}
+
+impl From<OwnedFd> for SendFd {
+    #[inline]
+    fn from(fd: OwnedFd) -> Self {
+        Self(Handle::Owned(fd, FdKind::Unknown))
+    }
+}
+
+/// The sender keeps it: only the last reference closes it.
+impl From<Arc<OwnedFd>> for SendFd {
+    fn from(fd: Arc<OwnedFd>) -> Self {
+        Self(Handle::Shared(fd, FdKind::Unknown))
+    }
+}
+
+/// A type that owns a descriptor and gives it away.
+macro_rules! from_owner {
+    ($($owner:ty),* $(,)?) => {
+        $(impl From<$owner> for SendFd {
+            fn from(owner: $owner) -> Self {
+                OwnedFd::from(owner).into()
+            }
+        })*
+    };
+}
+
+from_owner!(File, PipeReader, PipeWriter, ChildStdin, ChildStdout, ChildStderr);
+from_owner!(TcpListener, TcpStream, UdpSocket, UnixDatagram, UnixListener, UnixStream);
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    fn null() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    #[test]
+    fn it_is_small() {
+        assert_eq!(size_of::<SendFd>(), 16);
+        assert_eq!(size_of::<Option<SendFd>>(), 16);
+    }
+
+    #[test]
+    fn the_kind_is_what_the_sender_has_last_said() {
+        let kind = |fd: SendFd| fd.into_last().map(|(_, kind)| kind);
+        assert_eq!(kind(null().into()), Some(FdKind::Unknown));
+        assert_eq!(kind(SendFd::file(null())), Some(FdKind::File));
+        assert_eq!(kind(SendFd::socket(Arc::new(null()))), Some(FdKind::Socket));
+        assert_eq!(kind(SendFd::file(SendFd::socket(null()))), Some(FdKind::File));
+    }
+
+    #[test]
+    fn only_the_last_reference_takes_the_descriptor_out() {
+        let shared = Arc::new(null());
+        let number = shared.as_raw_fd();
+        let (first, second) = (SendFd::from(Arc::clone(&shared)), SendFd::file(Arc::clone(&shared)));
+        assert_eq!(first.as_fd().as_raw_fd(), number);
+        assert!(first.into_inner().is_none());
+        drop(shared);
+        assert_eq!(second.into_inner().map(|fd| fd.as_raw_fd()), Some(number));
+    }
+}
