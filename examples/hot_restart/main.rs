@@ -1,4 +1,5 @@
-//! A web server that takes over from itself: start it again, and the new process replaces the old one.
+//! A web server that takes over from itself: start it again, and the new process replaces the old
+//! one.
 //!
 //! ```text
 //! cargo run --features axum --example hot_restart                 # then again, in another terminal
@@ -31,8 +32,8 @@ struct Arguments {
     /// Where a new process finds the running one.
     #[arg(long, default_value = "/tmp/fdwire-hot-restart")]
     path: String,
-    /// Milliseconds for which a replaced server tells its clients that an answer was the last, before
-    /// it ends connections that are silent.
+    /// Milliseconds for which a replaced server tells its clients that an answer was the last,
+    /// before it ends connections that are silent.
     #[arg(long, default_value_t = 100)]
     grace: u64,
     /// Shows 20 restarts under load.
@@ -82,7 +83,8 @@ async fn serve(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
             }
             undone = server.undone() => {
                 if !undone {
-                    // The new process was replaced as well: only the connections are left to finish.
+                    // The new process was replaced as well: only the connections are left to
+                    // finish.
                     serving.await??;
                     break;
                 }

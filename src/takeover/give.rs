@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeSet, VecDeque},
-    io,
     net::Shutdown,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
@@ -121,26 +120,26 @@ impl Giving {
             GiverStep::Refuse(reason) => self.send(ToTaker::Refused { reason }),
             GiverStep::Complete => self.send(ToTaker::Complete),
             GiverStep::Cut => {
+                self.queue.clear();
                 let _ = self.read.socket().shutdown(Shutdown::Read); // an error says that it has ended
                 let copy = self.read.socket().as_fd().try_clone_to_owned();
                 self.peer = copy.and_then(|copy| sys::register(copy, Interest::WRITABLE)).ok();
             }
             GiverStep::Abort(reason) => {
                 warn!(%reason, "takeover called off, this server goes on");
-                self.queue.clear();
                 self.send(ToTaker::Aborted { reason });
             }
             GiverStep::Stop { declined } => {
                 self.declined.clone_from(&declined);
                 shared.set_declined(declined);
                 shared.set_phase(Phase::Draining);
+                shared.set_may_remove(false); // the other one serves at these paths
                 if !shared.options.has_baton {
                     self.giver.give(bytes::Bytes::new());
                 }
             }
             GiverStep::Give { baton } => {
                 let Some(Gift { control, control_lock, locks }) = self.gift.take() else { return };
-                shared.set_may_remove(false);
                 let locks = locks.into_iter().filter(|(number, _)| !self.declined.contains(number));
                 let mut locks = locks.map(|(_, lock)| lock).collect::<Vec<_>>().into_iter().peekable();
                 while locks.peek().is_some() {
@@ -180,7 +179,7 @@ impl Giving {
         }
         match gift {
             Ok(gift) => self.gift = Some(gift),
-            Err(error) => return self.fail(&error),
+            Err(error) => return self.abort(&error),
         }
         self.giver.offered(now());
     }
@@ -200,7 +199,7 @@ impl Giving {
             }
             sent = send(write, queue), if is_unsent => {
                 if let Err(error) = sent {
-                    self.fail(&error);
+                    self.on_send_failed(&error);
                 }
             }
             Some(command) = commands.receiver.recv() => self.on_command(command),
@@ -247,30 +246,49 @@ impl Giving {
         self.queue.push_back(message);
     }
 
-    /// Nothing more can be sent. A taker that is gone is noticed by reading.
-    fn fail(&mut self, error: &io::Error) {
-        self.writes = false;
-        self.queue.clear();
-        if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) {
-            warn!(%error, "listeners can't be sent to the process that takes over");
+    /// A message can't be sent, or nothing more can. A taker that is gone is noticed by reading.
+    fn on_send_failed(&mut self, error: &SendFailed) {
+        match error {
+            SendFailed::Message(error) => self.abort(error),
+            SendFailed::Socket(error) => {
+                self.writes = false;
+                self.queue.clear();
+                if error.is_peer_gone() {
+                    self.giver.abort(AbortReason::Failed);
+                } else {
+                    self.abort(error);
+                }
+            }
         }
+    }
+
+    fn abort(&mut self, error: &(dyn std::error::Error + 'static)) {
+        warn!(error, "listeners can't be sent to the process that takes over");
         self.giver.abort(AbortReason::Failed);
     }
 }
 
-/// Sends what waits.
-async fn send(write: &mut WriteHalf<GiverCodec>, queue: &mut VecDeque<ToTaker<SendFd>>) -> io::Result<()> {
-    while !queue.is_empty() {
-        let permit = write.reserve().await.map_err(io::Error::from)?;
-        if let Some(message) = queue.pop_front() {
-            permit.send(message).map_err(io::Error::from)?;
-        }
-    }
-    Ok(write.flush().await?)
+/// The reason why sending failed.
+enum SendFailed {
+    /// A message was refused, for example because it is too long. Others can be sent.
+    Message(Error),
+    /// The socket takes nothing more.
+    Socket(Error),
 }
 
-/// Waits until the other end is closed. Reading tells nothing after `SHUT_RD`, but the kernel reports
-/// that neither direction is open any longer (`EPOLLHUP`).
+/// Sends what waits.
+async fn send(write: &mut WriteHalf<GiverCodec>, queue: &mut VecDeque<ToTaker<SendFd>>) -> Result<(), SendFailed> {
+    while !queue.is_empty() {
+        let permit = write.reserve().await.map_err(SendFailed::Socket)?;
+        if let Some(message) = queue.pop_front() {
+            permit.send(message).map_err(|refused| SendFailed::Message(refused.error))?;
+        }
+    }
+    write.flush().await.map_err(SendFailed::Socket)
+}
+
+/// Waits until the other end is closed. Reading tells nothing after `SHUT_RD`, but the kernel
+/// reports that neither direction is open any longer (`EPOLLHUP`).
 async fn peer_closed(peer: &Option<AsyncFd<OwnedFd>>) {
     let Some(peer) = peer else { return };
     while let Ok(mut ready) = peer.writable().await {

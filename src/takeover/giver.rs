@@ -24,7 +24,8 @@ use super::protocol::{AbortReason, FromTaker, HIGHEST_VERSION, LOWEST_VERSION, R
 ///
 /// It serves in every state but `Draining` and what follows from it. Only one thing makes it stop:
 /// READY was read. Only two make it serve again: the end of a taker that has not said RELEASE, and
-/// HAND_BACK. A taker that was cut off can say neither, so it takes over for good only after DRAINED.
+/// HAND_BACK. A taker that was cut off can say neither, so it takes over for good only after
+/// DRAINED.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Giver {
     state: State,
@@ -97,8 +98,8 @@ enum State {
     Waiting,
     /// The receiving direction is shut down; what was written before is read to its end.
     Cutting { reason: AbortReason, ready_counts: bool },
-    /// The taker accepts. `given`: YOURS is sent. `cut`: the receiving direction is shut down, so its
-    /// end does not tell of the taker's.
+    /// The taker accepts. `given`: YOURS is sent. `cut`: the receiving direction is shut down, so
+    /// its end does not tell of the taker's.
     Draining { given: bool, cut: bool },
     /// Nothing follows.
     Over { serving: bool },
@@ -269,8 +270,8 @@ impl Giver {
         }
     }
 
-    /// The application has finished its connections: nothing can be undone from here on. To be called
-    /// only after everything that was readable was read.
+    /// The application has finished its connections: nothing can be undone from here on. To be
+    /// called only after everything that was readable was read.
     pub(super) fn drained(&mut self) {
         if self.is_draining() {
             self.give(Bytes::new());

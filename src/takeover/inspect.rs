@@ -24,7 +24,8 @@ use crate::sys;
 /// Returns the identity of a socket, to which the application has given a name and an index.
 ///
 /// # Errors
-/// `InvalidInput` if the descriptor is not a socket of IP or Unix, or a stream that does not listen.
+/// `InvalidInput` if the descriptor is not a socket of IP or Unix, or a stream that does not
+/// listen.
 pub(super) fn identity_of(name: String, index: u32, fd: BorrowedFd<'_>) -> Result<Identity> {
     let family = match getsockopt(&fd, sys::Domain)? {
         libc::AF_UNIX => Family::Unix,

@@ -20,7 +20,8 @@ use super::{
 };
 use crate::socket::PathGuard;
 
-/// The listeners of a server, each with a name and an index: TCP, UDP, and Unix sockets of each kind.
+/// The listeners of a server, each with a name and an index: TCP, UDP, and Unix sockets of each
+/// kind.
 ///
 /// The sockets of one name are numbered from 0 in the order in which they are added: a
 /// `SO_REUSEPORT` group is one name with several indices.
@@ -60,11 +61,11 @@ impl Listeners {
         Self::default()
     }
 
-    /// Adds a listening socket, or a bound datagram socket: a listener of std, or any descriptor. It is
-    /// made non-blocking.
+    /// Adds a listening socket, or a bound datagram socket: a listener of std, or any descriptor.
+    /// It is made non-blocking.
     ///
-    /// The path of a Unix socket stays as it is when the server ends. To have it removed by the last
-    /// process that serves, use [`bind_path`](Self::bind_path).
+    /// The path of a Unix socket stays as it is when the server ends. To have it removed by the
+    /// last process that serves, use [`bind_path`](Self::bind_path).
     ///
     /// A listener that is registered with an event loop has to leave it first: `into_std` does that
     /// for tokio's listeners.
@@ -75,10 +76,11 @@ impl Listeners {
         self.add_guarded(name.into(), listener.into(), None)
     }
 
-    /// Binds a Unix socket to a path with this mode, and adds it. A connection takes write permission.
+    /// Binds a Unix socket to a path with this mode, and adds it. A connection takes write
+    /// permission.
     ///
-    /// A lock file beside it (`<path>.lock`) says who owns the path. It moves to the process that takes
-    /// over, together with the right to remove both; the last process removes them.
+    /// A lock file beside it (`<path>.lock`) says who owns the path. It moves to the process that
+    /// takes over, together with the right to remove both; the last process removes them.
     ///
     /// # Errors
     /// [`Error::Io`], as for [`Listener::bind_with_mode`](crate::Listener::bind_with_mode).

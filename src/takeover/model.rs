@@ -130,7 +130,8 @@ impl World {
         ready || giver_is_told || resumed || taker_is_told || giver_tells
     }
 
-    /// Returns true if nothing more happens unless a process dies or an application wants something.
+    /// Returns true if nothing more happens unless a process dies or an application wants
+    /// something.
     fn is_settled(&self, model: &Takeover) -> bool {
         use Action::*;
         let optional = [KillGiver, KillTaker, PutDownBaton, Drained, HandBack, Release, Withdraw];

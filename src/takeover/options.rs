@@ -46,16 +46,17 @@ impl Options {
         self
     }
 
-    /// Limits the time from the moment at which a server has sent its listeners until the new process
-    /// is ready. After that the server goes on as if nothing had been. Default: 60 s.
+    /// Limits the time from the moment at which a server has sent its listeners until the new
+    /// process is ready. After that the server goes on as if nothing had been. Default: 60 s.
     #[must_use]
     pub fn ready_timeout(mut self, limit: Duration) -> Self {
         self.ready_timeout = limit;
         self
     }
 
-    /// Limits the time from the death of a server until the kernel has released its lock. The kernel
-    /// closes everything that a dead process had open, one thing after another. Default: 5 s.
+    /// Limits the time from the death of a server until the kernel has released its lock. The
+    /// kernel closes everything that a dead process had open, one thing after another. Default: 5
+    /// s.
     #[must_use]
     pub fn lock_timeout(mut self, limit: Duration) -> Self {
         self.lock_timeout = limit;
@@ -77,8 +78,8 @@ impl Options {
         self
     }
 
-    /// Says that the application has a baton: an exclusive thing that only the process that serves may
-    /// use. A server that is replaced passes it on with
+    /// Says that the application has a baton: an exclusive thing that only the process that serves
+    /// may use. A server that is replaced passes it on with
     /// [`put_down_baton`](super::Server::put_down_baton), and nothing else is passed on before.
     #[must_use]
     pub fn with_baton(mut self) -> Self {

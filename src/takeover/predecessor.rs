@@ -71,7 +71,10 @@ impl Predecessor {
         }
         info!("takeover: the replaced server can't serve again");
         self.shared.set_may_remove(true);
-        self.shared.status.send_modify(|status| status.has_predecessor = false);
+        self.shared.status.send_modify(|status| {
+            status.has_predecessor = false;
+            status.baton.get_or_insert(None); // a predecessor that broke the protocol has passed nothing on
+        });
     }
 
     /// Returns false if this process does not serve any longer.
@@ -107,7 +110,8 @@ impl Predecessor {
         true
     }
 
-    /// The predecessor has passed everything on. It may still serve again, so nothing may be removed.
+    /// The predecessor has passed everything on. It may still serve again, so nothing may be
+    /// removed.
     fn received(&mut self, fds: Fds) -> io::Result<Control> {
         self.shared.receive_locks(std::mem::take(&mut self.locks), &self.path_ids);
         let [fd, lock] = fds.into_array().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;

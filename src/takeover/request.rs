@@ -31,8 +31,8 @@ use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard};
 /// # Errors
 /// [`Error::Io`] with `NotFound` or `ConnectionRefused` if no server is there;
 /// [`Error::NotTrusted`], [`Error::Refused`], [`Error::Aborted`], [`Error::GiverGone`],
-/// [`Error::TimedOut`], [`Error::Misbehaved`], and [`Error::Mismatch`] for a listener that is not what
-/// the server says. In none of these cases has anything changed for the server.
+/// [`Error::TimedOut`], [`Error::Misbehaved`], and [`Error::Mismatch`] for a listener that is not
+/// what the server says. In none of these cases has anything changed for the server.
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
@@ -56,8 +56,8 @@ pub async fn request(path: impl AsRef<Path>, options: Options) -> Result<Pending
 
 /// The listeners of a running server, before this process serves.
 ///
-/// The application sets itself up now, and says [`ready`](Self::ready) then. Until that moment it can
-/// look at the listeners and can't accept from them.
+/// The application sets itself up now, and says [`ready`](Self::ready) then. Until that moment it
+/// can look at the listeners and can't accept from them.
 #[derive(Debug)]
 pub struct Pending {
     /// `None` if no server runs.
@@ -86,8 +86,8 @@ impl Pending {
     }
 
     /// Says that this process has no use for a listener. The server's application learns of it
-    /// ([`Server::declined`]); the listener stays open there, without anybody who accepts, until that
-    /// server can't serve again.
+    /// ([`Server::declined`]); the listener stays open there, without anybody who accepts, until
+    /// that server can't serve again.
     ///
     /// # Errors
     /// [`Error::NoSuchListener`].
@@ -108,9 +108,9 @@ impl Pending {
     /// has died meanwhile, this process serves if no other one does.
     ///
     /// # Errors
-    /// [`Error::Aborted`] if the server has called the takeover off, and [`Error::AnotherServes`] if
-    /// it ended and another process serves. Then this process must not serve, and all listeners are
-    /// closed here.
+    /// [`Error::Aborted`] if the server has called the takeover off, and [`Error::AnotherServes`]
+    /// if it ended and another process serves. Then this process must not serve, and all listeners
+    /// are closed here.
     ///
     /// # Cancel safety
     /// None: if it is dropped, nobody can tell whether this process was to serve. The server then

@@ -36,7 +36,8 @@ const BACK_OFF: Duration = Duration::from_millis(20);
 /// process [binds](Self::bind) it; each further one gets it from [`request`](super::request) and
 /// [`Pending::ready`](super::Pending::ready).
 ///
-/// Dropped, it closes its listeners. If it has a predecessor that still drains, that one accepts again.
+/// Dropped, it closes its listeners. If it has a predecessor that still drains, that one accepts
+/// again.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -77,8 +78,8 @@ pub struct Server {
 pub enum Phase {
     /// This process accepts connections.
     Serving,
-    /// Another process accepts, and this one finishes its connections. If the other one ends, this one
-    /// accepts again.
+    /// Another process accepts, and this one finishes its connections. If the other one ends, this
+    /// one accepts again.
     Draining,
     /// Another process accepts. This one has closed its listeners.
     Replaced,
@@ -128,7 +129,8 @@ impl Server {
         self.shared.with_listeners(|listeners| Ok(listeners.find(name, index)?.fd.as_fd().try_clone_to_owned()?))
     }
 
-    /// Returns what tells the listeners from others. Empty once another process has taken over for good.
+    /// Returns what tells the listeners from others. Empty once another process has taken over for
+    /// good.
     pub fn identities(&self) -> Vec<Identity> {
         self.shared.with_listeners(|listeners| listeners.identities().cloned().collect())
     }
@@ -152,8 +154,8 @@ impl Server {
         self.wait(|status| status.phase != Phase::Serving).await;
     }
 
-    /// Waits until a takeover is undone, and this process accepts again. Returns false if that can't
-    /// happen any longer.
+    /// Waits until a takeover is undone, and this process accepts again. Returns false if that
+    /// can't happen any longer.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -161,8 +163,8 @@ impl Server {
         self.wait(|status| status.phase != Phase::Draining).await.phase == Phase::Serving
     }
 
-    /// Says that this process has finished its connections. Returns true if it may leave, and false if
-    /// it serves, because nothing has replaced it or the takeover was undone.
+    /// Says that this process has finished its connections. Returns true if it may leave, and false
+    /// if it serves, because nothing has replaced it or the takeover was undone.
     ///
     /// # Cancel safety
     /// It is said all the same when dropped.
@@ -192,8 +194,8 @@ impl Server {
         answered.await.unwrap_or(Err(baton))
     }
 
-    /// Waits until everything is this process's, and returns the baton of its predecessor: `None` if
-    /// this process was the first, or its predecessor died before it could put it down.
+    /// Waits until everything is this process's, and returns the baton of its predecessor: `None`
+    /// if this process was the first, or its predecessor died before it could put it down.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -212,8 +214,8 @@ impl Server {
         self.shared.command(Command::PutDown(baton));
     }
 
-    /// Sends state along with each takeover: the closure is called when one begins, and the new process
-    /// finds the frames in [`Pending::take_state`](super::Pending::take_state).
+    /// Sends state along with each takeover: the closure is called when one begins, and the new
+    /// process finds the frames in [`Pending::take_state`](super::Pending::take_state).
     pub fn send_state(&self, state: impl Fn() -> Vec<Frame> + Send + Sync + 'static) {
         self.shared.set_application(Arc::new(state));
     }

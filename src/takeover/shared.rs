@@ -114,7 +114,8 @@ impl Control {
 }
 
 impl Shared {
-    /// For a process that serves. `has_predecessor`: the control socket and the baton are still to come.
+    /// For a process that serves. `has_predecessor`: the control socket and the baton are still to
+    /// come.
     pub(super) fn new(
         options: Options,
         path: PathBuf,
@@ -246,8 +247,8 @@ impl Shared {
         self.lock().control = Some(control);
     }
 
-    /// Gives up the right to remove paths, or takes it back. Paths that the new process has no use for
-    /// stay this process's.
+    /// Gives up the right to remove paths, or takes it back. Paths that the new process has no use
+    /// for stay this process's.
     pub(super) fn set_may_remove(&self, may_remove: bool) {
         let mut state = self.lock();
         let State { listeners, control, declined, .. } = &mut *state;

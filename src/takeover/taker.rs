@@ -42,7 +42,8 @@ pub(super) struct Taker {
 pub(super) struct TakerLimits {
     /// From HELLO to COMPLETE, and for sending READY.
     pub(super) answer: Duration,
-    /// From the giver's end until its lock is free: an exiting process closes one thing after another.
+    /// From the giver's end until its lock is free: an exiting process closes one thing after
+    /// another.
     pub(super) lock: Duration,
 }
 

@@ -74,7 +74,8 @@ async fn connected(path: &std::path::Path) -> Framed<TakerCodec> {
     Framed::new(Socket::connect(path, SocketKind::SeqPacket).await.unwrap(), TakerCodec::default())
 }
 
-/// A server of another uid at the path is not trusted, and a new process of another uid gets nothing.
+/// A server of another uid at the path is not trusted, and a new process of another uid gets
+/// nothing.
 #[test]
 fn other_uids_neither_get_listeners_nor_give_any() {
     const NAME: &str = "intruders::other_uids_neither_get_listeners_nor_give_any";

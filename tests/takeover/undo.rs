@@ -154,7 +154,8 @@ fn a_second_takeover_is_refused_while_one_is_under_way() {
         assert!(second.to_string().contains("another process is taking over"), "{second}");
         let new = pending.ready().await.unwrap();
         old.replaced().await;
-        // The control socket has moved along: the next one waits for the new server, which lets it take over.
+        // The control socket has moved along: the next one waits for the new server, which lets it
+        // take over.
         let third = request(&path).await.ready().await.unwrap();
         new.replaced().await;
         assert_eq!((old.phase(), third.phase()), (Phase::Replaced, Phase::Serving));
@@ -215,5 +216,34 @@ fn generations_replace_each_other_and_only_the_last_two_hold_the_listeners() {
         check_serves(&generations[9], address).await;
         generations.clear();
         assert!(!path.exists(), "the last owner removes the path");
+    });
+}
+
+/// State that no message can hold calls the takeover off, with a reason for both.
+#[test]
+fn state_that_is_too_long_calls_the_takeover_off() {
+    run(async {
+        let (_directory, path) = place();
+        let old = first(&path);
+        let address = crate::address(&old);
+        old.send_state(|| vec![Frame::new(vec![0; takeover::protocol::MAX_MESSAGE_BYTES])]);
+        let error = takeover::request(&path, Options::default()).await.unwrap_err();
+        assert!(matches!(error, Error::Aborted(AbortReason::Failed)), "{error}");
+        check_serves(&old, address).await;
+    });
+}
+
+/// Many megabytes, so the connection is full for most of the time.
+#[test]
+fn large_state_arrives_in_its_order() {
+    run(async {
+        let (_directory, path) = place();
+        let old = first(&path);
+        old.send_state(|| (0..20).map(|number| Frame::new(vec![number; 900_000])).collect());
+        let mut pending = request(&path).await;
+        let state = pending.take_state();
+        assert_eq!(state.len(), 20);
+        assert!(state.iter().zip(0..).all(|(frame, number)| frame.payload.iter().all(|&byte| byte == number)));
+        pending.ready().await.unwrap();
     });
 }

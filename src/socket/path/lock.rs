@@ -29,8 +29,8 @@ pub(super) struct PathLock {
 }
 
 impl PathLock {
-    /// Locks an open file. Returns `None` if it is no longer the file at `lock_path`: the last holder
-    /// removes the file before it unlocks it, so a lock on the old file excludes nobody.
+    /// Locks an open file. Returns `None` if it is no longer the file at `lock_path`: the last
+    /// holder removes the file before it unlocks it, so a lock on the old file excludes nobody.
     ///
     /// # Errors
     /// `EAGAIN` if another open file has the lock.

@@ -23,7 +23,8 @@ impl PathGuard {
         self.bound.filter(|_| self.may_remove)
     }
 
-    /// Makes a copy of the lock for another process. The path stays locked until all copies are closed.
+    /// Makes a copy of the lock for another process. The path stays locked until all copies are
+    /// closed.
     pub(crate) fn share_lock(&mut self) -> Result<OwnedFd> {
         self.lock.share()
     }
@@ -33,8 +34,8 @@ impl PathGuard {
         self.may_remove = may_remove && self.lock.is_at(&self.lock_path).unwrap_or(false);
     }
 
-    /// Guards a path whose lock came from its last owner. It may remove the path only if the lock is
-    /// the one beside it: another mount namespace may show something else there.
+    /// Guards a path whose lock came from its last owner. It may remove the path only if the lock
+    /// is the one beside it: another mount namespace may show something else there.
     ///
     /// # Errors
     /// `AddrInUse` if the lock is not held.

@@ -11,7 +11,8 @@ use std::{
 use super::fields::{Fields, put_short};
 use crate::Error;
 
-/// The identity of a listener: its name and index, and everything that tells its socket from others.
+/// The identity of a listener: its name and index, and everything that tells its socket from
+/// others.
 ///
 /// The taker reads all fields but the first two from the descriptor as well, and refuses one that
 /// differs from its announcement.
@@ -20,8 +21,8 @@ use crate::Error;
 pub struct Identity {
     /// The name that the application has given to it.
     pub name: String,
-    /// Number of the socket among those with its name, from 0: the sockets of a `SO_REUSEPORT` group
-    /// have one name and equal addresses.
+    /// Number of the socket among those with its name, from 0: the sockets of a `SO_REUSEPORT`
+    /// group have one name and equal addresses.
     pub index: u32,
     /// Address family (`SO_DOMAIN`).
     pub family: Family,
