@@ -1,11 +1,24 @@
 //! Who serves, when a takeover succeeds, is called off, or is undone.
 
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+    time::Duration,
+};
+
 use bytes::Bytes;
 use fdwire::{
-    Frame,
-    takeover::{self, Error, Options, Phase, protocol::AbortReason, protocol::Refusal},
+    Frame, Framed, Socket, SocketKind,
+    takeover::{
+        self, Error, Options, Phase,
+        protocol::{AbortReason, FromTaker, Refusal, TakerCodec, ToTaker},
+    },
 };
-use std::time::Duration;
+use futures::{SinkExt, StreamExt};
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, send},
+};
 use tokio::net::TcpStream;
 
 use crate::{check_does_not_serve, check_serves, common::*, first, first_with, http, place, request};
@@ -74,7 +87,7 @@ fn a_new_server_that_ends_before_it_is_ready_changes_nothing() {
 }
 
 /// The end of the one before may not be noticed yet.
-async fn request_until_not_busy(path: &std::path::Path) -> takeover::Pending {
+async fn request_until_not_busy(path: &Path) -> takeover::Pending {
     loop {
         match takeover::request(path, Options::default()).await {
             Err(Error::Refused(Refusal::Busy)) => tokio::task::yield_now().await,
@@ -246,4 +259,57 @@ fn large_state_arrives_in_its_order() {
         assert!(state.iter().zip(0..).all(|(frame, number)| frame.payload.iter().all(|&byte| byte == number)));
         pending.ready().await.unwrap();
     });
+}
+
+/// Whether READY could be written says the same as whether the server stops: it is called off at
+/// about the same time, from another thread. After that, the end of the new process is noticed too.
+#[test]
+fn calling_a_takeover_off_and_ready_exclude_each_other() {
+    run_in(some_threads(), async {
+        let (_directory, path) = place();
+        let server = first(&path);
+        let (mut called_off, mut replaced) = (0, 0);
+        for round in 0..300 {
+            let taker = complete(&path).await;
+            let ready = tokio::task::spawn_blocking(move || {
+                std::thread::sleep(Duration::from_micros(round % 40 * 5));
+                let sent = send(taker.as_raw_fd(), &encoded(b"\x03", 0), MsgFlags::MSG_NOSIGNAL);
+                (taker, sent)
+            });
+            std::thread::sleep(Duration::from_micros(fastrand::u64(..200)));
+            server.withdraw();
+            let (taker, sent) = ready.await.unwrap();
+            match sent {
+                Ok(_) => {
+                    replaced += 1;
+                    server.replaced().await;
+                    drop(taker);
+                    assert!(server.undone().await);
+                }
+                Err(error) => {
+                    called_off += 1;
+                    assert_eq!(error, Errno::EPIPE);
+                    assert_eq!(server.phase(), Phase::Serving);
+                }
+            }
+        }
+        println!("called off {called_off} times, replaced {replaced} times");
+    });
+}
+
+/// A raw taker that has received everything.
+async fn complete(path: &Path) -> OwnedFd {
+    loop {
+        let socket = Socket::connect(path, SocketKind::SeqPacket).await.unwrap();
+        let mut taker = Framed::new(socket, TakerCodec::default());
+        taker.send(FromTaker::Hello { lowest: 1, highest: 1 }).await.unwrap();
+        while let Some(message) = taker.next().await {
+            match message.unwrap() {
+                ToTaker::Complete => return taker.into_parts().socket.into(),
+                ToTaker::Refused { .. } => break, // the end of the one before is not noticed yet
+                _ => {}
+            }
+        }
+        tokio::task::yield_now().await;
+    }
 }
