@@ -202,7 +202,7 @@ impl Giving {
                     self.on_send_failed(&error);
                 }
             }
-            Some(command) = commands.receiver.recv() => self.on_command(command),
+            Some(command) = commands.receiver.recv() => self.on_command(command).await,
             () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
                 giver.on_timeout(now());
             }
@@ -227,12 +227,14 @@ impl Giving {
         }
     }
 
-    fn on_command(&mut self, command: Command) {
+    async fn on_command(&mut self, command: Command) {
         match command {
             Command::PutDown(baton) => self.giver.give(baton),
             Command::Withdraw => self.giver.abort(AbortReason::Withdrawn),
             Command::Drained => {
                 // A taker that has ended by now, or has given everything back, is noticed first.
+                // The runtime learns of it while this task waits for its next turn.
+                tokio::task::yield_now().await;
                 while self.reads && self.giver.is_draining() {
                     let Some(message) = unconstrained(self.read.next()).now_or_never() else { break };
                     self.on_read(message);

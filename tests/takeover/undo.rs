@@ -297,6 +297,25 @@ fn calling_a_takeover_off_and_ready_exclude_each_other() {
     });
 }
 
+/// The old server asks once more before it leaves.
+#[test]
+fn a_new_process_that_ends_just_before_the_old_one_leaves_is_noticed() {
+    run(async {
+        let (_directory, path) = place();
+        let server = first(&path);
+        let address = crate::address(&server);
+        for _ in 0..20 {
+            let taker = complete(&path).await;
+            raw_send(&taker, &encoded(b"\x03", 0), &[]);
+            server.replaced().await;
+            settle().await;
+            drop(taker);
+            assert!(!server.drained().await, "it leaves, and nobody serves");
+            check_serves(&server, address).await;
+        }
+    });
+}
+
 /// A raw taker that has received everything.
 async fn complete(path: &Path) -> OwnedFd {
     loop {
