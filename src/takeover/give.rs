@@ -20,6 +20,7 @@ use tracing::{info, warn};
 use super::{
     Phase,
     giver::{Giver, GiverStep},
+    link::now,
     protocol::{AbortReason, FromTaker, GiverCodec, MAX_MESSAGE_FDS, Refusal, ToTaker},
     shared::{Command, Gift, Shared},
 };
@@ -299,8 +300,4 @@ async fn peer_closed(peer: &Option<AsyncFd<OwnedFd>>) {
         }
         ready.clear_ready();
     }
-}
-
-fn now() -> std::time::Instant {
-    Instant::now().into_std()
 }

@@ -38,12 +38,8 @@ pub(super) enum Came {
 impl Link {
     pub(super) fn new(socket: Socket, limits: TakerLimits) -> Self {
         let (read, write) = Framed::new(socket, TakerCodec::default()).into_split();
-        let taker = Taker::new(Instant::now().into_std(), limits);
+        let taker = Taker::new(now(), limits);
         Self { taker, read, write, queue: VecDeque::new(), is_ready_unwritten: false, reads: true, writes: true }
-    }
-
-    pub(super) fn now(&self) -> StdInstant {
-        Instant::now().into_std()
     }
 
     /// Returns what is to be done next, except for sending.
@@ -69,7 +65,6 @@ impl Link {
     /// # Cancel safety
     /// Nothing is lost when dropped.
     pub(super) async fn turn(&mut self) -> Option<Came> {
-        let now = self.now();
         let deadline = self.taker.next_timeout().map(Instant::from_std);
         let is_unsent = !self.is_flushed();
         let Self { taker, read, write, queue, is_ready_unwritten, reads, writes } = self;
@@ -81,12 +76,12 @@ impl Link {
                 Ok(()) => {}
                 Err(_) => {
                     *writes = false;
-                    taker.on_send_failed(now);
+                    taker.on_send_failed(now());
                 }
             },
             message = read.next(), if *reads => match message {
                 Some(Ok(message)) => {
-                    taker.on_message(&message);
+                    taker.on_message(now(), &message);
                     return Some(Came::Message(message));
                 }
                 Some(Err(error)) if error.is_peer_gone() => {} // the end follows
@@ -96,11 +91,11 @@ impl Link {
                 }
                 None => {
                     *reads = false;
-                    taker.on_end(now);
+                    taker.on_end(now());
                 }
             },
             () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                taker.on_timeout(Instant::now().into_std());
+                taker.on_timeout(now());
             }
             else => std::future::pending().await,
         }
@@ -117,4 +112,8 @@ async fn send(write: &mut WriteHalf<TakerCodec>, queue: &mut VecDeque<FromTaker>
         }
     }
     Ok(write.flush().await?)
+}
+
+pub(super) fn now() -> StdInstant {
+    Instant::now().into_std()
 }

@@ -282,7 +282,7 @@ impl Model for Takeover {
             Action::TakerReads => {
                 let taker = world.taker.as_mut().filter(|_| !world.taker_closed)?;
                 if !world.to_taker.is_empty() {
-                    taker.on_message(&world.to_taker.remove(0).message());
+                    taker.on_message(now, &world.to_taker.remove(0).message());
                 } else if world.giver_closed {
                     taker.on_end(now);
                 } else {

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::{
     Phase,
-    link::{Came, Link},
+    link::{Came, Link, now},
     protocol::ToTaker,
     shared::{Control, Shared, UpCommand},
     taker::TakerStep,
@@ -84,7 +84,7 @@ impl Predecessor {
                 let lock = PathGuard::take(&self.shared.path);
                 let is_ours = lock.is_ok();
                 self.lock = lock.ok();
-                self.link.taker.on_lock(self.link.now(), is_ours);
+                self.link.taker.on_lock(now(), is_ours);
             }
             TakerStep::Confirmed(baton) => {
                 let control = match self.gift.take() {

@@ -245,7 +245,7 @@ impl Processes {
         loop {
             match TakerCodec::default().decode(&mut self.to_taker.bytes, &mut self.to_taker.fds).unwrap() {
                 Some(message) => {
-                    taker.on_message(&message);
+                    taker.on_message(self.now, &message);
                     if let ToTaker::Listeners(listeners) = message {
                         self.received.extend(listeners.iter().map(|listener| listener.fd));
                     }

@@ -13,7 +13,7 @@ use tracing::warn;
 use super::{
     Error, Options, Server,
     inspect::compare,
-    link::{Came, Link},
+    link::{Came, Link, now},
     listeners::{Entry, Listeners},
     predecessor,
     protocol::{Identity, Offered, ToTaker},
@@ -117,13 +117,13 @@ impl Pending {
     /// learns that it does not, and accepts again.
     pub async fn ready(mut self) -> Result<Server, Error> {
         let Some(mut link) = self.link.take() else { return self.serve(None) };
-        link.taker.ready(link.now());
+        link.taker.ready(now());
         let mut is_confirmed = false;
         while !link.taker.is_serving() || link.taker.has_steps() {
             match link.next_step() {
                 Some(TakerStep::TryLock) => {
                     self.lock = PathGuard::take(&self.path).ok();
-                    link.taker.on_lock(link.now(), self.lock.is_some());
+                    link.taker.on_lock(now(), self.lock.is_some());
                 }
                 Some(TakerStep::Fail(failure)) => return Err(failure.into()),
                 Some(TakerStep::Confirmed(_)) => is_confirmed = true, // by the lock

@@ -40,7 +40,7 @@ pub(super) struct Taker {
 /// How long a taker waits, and for what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct TakerLimits {
-    /// From HELLO to COMPLETE, and for sending READY.
+    /// For each message until COMPLETE, and for sending READY.
     pub(super) answer: Duration,
     /// From the giver's end until its lock is free: an exiting process closes one thing after
     /// another.
@@ -183,7 +183,10 @@ impl Taker {
         }
     }
 
-    pub(super) fn on_message<F>(&mut self, message: &ToTaker<F>) {
+    pub(super) fn on_message<F>(&mut self, now: Instant, message: &ToTaker<F>) {
+        if let State::Hello | State::Receiving { .. } = self.state {
+            self.deadline = now.checked_add(self.limits.answer); // whoever sends does not hang
+        }
         match (&mut self.state, message) {
             (State::Hello, ToTaker::Welcome { version, listeners })
                 if (LOWEST_VERSION..=HIGHEST_VERSION).contains(version) =>

@@ -252,7 +252,7 @@ fn large_state_arrives_in_its_order() {
     run(async {
         let (_directory, path) = place();
         let old = first(&path);
-        old.send_state(|| (0..20).map(|number| Frame::new(vec![number; 900_000])).collect());
+        old.send_state(|| (0..20).map(|number| Frame::new(vec![number; 500_000])).collect());
         let mut pending = request(&path).await;
         let state = pending.take_state();
         assert_eq!(state.len(), 20);
