@@ -33,7 +33,7 @@
 //! # Both sides
 //!
 //! Every generation runs the same code. [`bind_or_take`] binds the listeners if no server runs, and
-//! [requests](request) those of the one that does otherwise. After [ready](Pending::ready), all
+//! [requests](request()) those of the one that does otherwise. After [ready](Pending::ready), all
 //! generations are the same [`Server`].
 //!
 //! ```no_run

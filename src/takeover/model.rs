@@ -9,7 +9,7 @@ use stateright::{Checker, Model, Property};
 use super::{
     giver::{Giver, GiverLimits, GiverStep},
     protocol::{AbortReason, FromTaker, ToTaker},
-    taker::{Taker, TakerLimits, TakerStep},
+    taker::{Failure, Taker, TakerLimits, TakerStep},
 };
 
 /// Two processes, the connection between them, and the lock of the path.
@@ -34,6 +34,9 @@ struct World {
     taker_closed: bool,
     /// A process was killed.
     killed: bool,
+    /// The taker had everything once, and has given up for this reason.
+    gave_up: Option<Failure>,
+    offered: bool,
 }
 
 /// What the giver has written.
@@ -174,12 +177,8 @@ impl World {
             GiverStep::Cut => self.cut = true,
             GiverStep::Abort(reason) => self.to_taker.push(Sent::Aborted(reason)),
             GiverStep::Stop { .. } => self.giver_accepts = false,
-            GiverStep::Give { .. } => {
-                self.to_taker.push(Sent::Yours);
-            }
-            GiverStep::Resume(_) => {
-                self.giver_accepts = true;
-            }
+            GiverStep::Give { .. } => self.to_taker.push(Sent::Yours),
+            GiverStep::Resume(_) => self.giver_accepts = true,
             GiverStep::TellResumed => self.to_taker.push(Sent::Resumed),
             GiverStep::GiveUpCopies => self.giver_has_lock = false,
             GiverStep::TellDrained => self.to_taker.push(Sent::Drained),
@@ -201,7 +200,7 @@ impl World {
                 self.half_written = false;
                 self.taker_writes(now, message);
             }
-            TakerStep::Offered => {}
+            TakerStep::Offered => self.offered = true,
             TakerStep::TryLock => {
                 let in_flight = self.to_taker.contains(&Sent::Yours);
                 let is_free = !self.giver_has_lock && !in_flight;
@@ -211,11 +210,12 @@ impl World {
                 self.taker.as_mut()?.on_lock(late, is_free);
             }
             TakerStep::Serve => self.taker_accepts = true,
-            TakerStep::Confirmed(_) => {
-                self.taker_has_lock = true;
-            }
+            TakerStep::Confirmed(_) => self.taker_has_lock = true,
             TakerStep::NotHandedBack(_) => {}
             TakerStep::Stop | TakerStep::Fail(_) => {
+                if let TakerStep::Fail(failure) = step {
+                    self.gave_up = Some(failure).filter(|_| self.offered);
+                }
                 self.taker_accepts = false;
                 self.taker_has_lock = false;
             }
@@ -246,6 +246,8 @@ impl Model for Takeover {
             giver_closed: false,
             taker_closed: false,
             killed: false,
+            gave_up: None,
+            offered: false,
         }]
     }
 
@@ -357,6 +359,14 @@ impl Model for Takeover {
                 |model: &Self, world: &World| {
                     let accepts = world.giver_accepts || world.taker_accepts;
                     !accepts || world.giver_has_lock || world.taker_has_lock || !world.is_settled(model)
+                },
+            ),
+            Property::always(
+                "a taker that has everything gives up only if told so, or too late",
+                |_, world: &World| {
+                    let reasons = [Failure::TimedOut, Failure::AnotherServes];
+                    let is_good = |failure| matches!(failure, Failure::Aborted(_)) || reasons.contains(&failure);
+                    world.gave_up.is_none_or(is_good)
                 },
             ),
             Property::sometimes("a taker replaces the giver", |_, world: &World| {

@@ -33,7 +33,7 @@ const BACK_OFF: Duration = Duration::from_millis(20);
 /// A server that a new process can take over from.
 ///
 /// It offers its listeners at a path, and accepts from them through [`Gated`] listeners. The first
-/// process [binds](Self::bind) it; each further one gets it from [`request`](super::request) and
+/// process [binds](Self::bind) it; each further one gets it from [`request`](super::request()) and
 /// [`Pending::ready`](super::Pending::ready).
 ///
 /// Dropped, it closes its listeners. If it has a predecessor that still drains, that one accepts
@@ -90,7 +90,7 @@ impl Server {
     ///
     /// # Errors
     /// [`Error::Io`] with `AddrInUse` if a live process has the path: take over from it, with
-    /// [`request`](super::request).
+    /// [`request`](super::request()).
     ///
     /// # Panics
     /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.

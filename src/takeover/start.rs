@@ -36,7 +36,7 @@ const RETRY: Duration = Duration::from_millis(10);
 /// ```
 ///
 /// # Errors
-/// Those of [`request`], except that nobody is there, and those of `bind`. If two processes start
+/// Those of [`request()`], except that nobody is there, and those of `bind`. If two processes start
 /// at a time, one of them may get [`Error::Refused`]: another takeover is under way.
 ///
 /// # Panics

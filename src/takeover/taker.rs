@@ -204,7 +204,7 @@ impl Taker {
                 self.steps.push_back(TakerStep::Offered);
             }
             (
-                State::Receiving { .. } | State::Offered { .. } | State::Readying | State::Cut,
+                State::Receiving { .. } | State::Offered { .. } | State::Readying | State::Cut | State::Locking { .. },
                 ToTaker::Aborted { reason },
             ) => self.fail(Failure::Aborted(*reason)),
             (State::Unconfirmed, ToTaker::Locks { .. }) => {}
