@@ -13,7 +13,7 @@ use super::{
     Phase,
     link::{Came, Link, now},
     protocol::ToTaker,
-    shared::{Control, Shared, UpCommand},
+    shared::{Baton, Control, Shared, UpCommand},
     taker::TakerStep,
 };
 use crate::{Fds, socket::PathGuard};
@@ -73,7 +73,9 @@ impl Predecessor {
         self.shared.set_may_remove(true);
         self.shared.status.send_modify(|status| {
             status.has_predecessor = false;
-            status.baton.get_or_insert(None); // a predecessor that broke the protocol has passed nothing on
+            if status.baton == Baton::Coming {
+                status.baton = Baton::Here(None); // it broke the protocol and has passed nothing on
+            }
         });
     }
 
@@ -139,7 +141,7 @@ impl Predecessor {
         self.shared.set_may_remove(false);
         self.shared.status.send_modify(|status| {
             status.has_control = has_control;
-            status.baton = Some(baton);
+            status.baton = Baton::Here(baton);
         });
     }
 

@@ -116,7 +116,7 @@ impl Pending {
     /// None: if it is dropped, nobody can tell whether this process was to serve. The server then
     /// learns that it does not, and accepts again.
     pub async fn ready(mut self) -> Result<Server, Error> {
-        let Some(mut link) = self.link.take() else { return self.serve(None) };
+        let Some(mut link) = self.link.take() else { return self.serve_first() };
         link.taker.ready(now());
         let mut is_confirmed = false;
         while !link.taker.is_serving() || link.taker.has_steps() {
@@ -134,7 +134,17 @@ impl Pending {
         self.serve(Some(link).filter(|_| !is_confirmed))
     }
 
-    /// For a process that serves from now on. Without a link there is no predecessor.
+    /// For the first process at a path.
+    fn serve_first(self) -> Result<Server, Error> {
+        let Self { options, path, mut listeners, declined, lock, .. } = self;
+        listeners.retain(|number| !declined.contains(&number));
+        let guard = lock.expect("the first process has the lock");
+        let control = Control::bind(guard, options.mode)?;
+        let shared = Shared::new(options, path, listeners, Some(control), false);
+        Ok(Server::start(Arc::new(shared), None::<Ready<()>>))
+    }
+
+    /// For a process that replaces another one. Without a link, that one has died.
     fn serve(self, link: Option<Link>) -> Result<Server, Error> {
         let Self { options, path, mut listeners, mut path_ids, declined, lock, .. } = self;
         listeners.retain(|number| !declined.contains(&number));

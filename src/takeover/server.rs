@@ -20,7 +20,7 @@ use super::{
     Accepts, Error, Gated, Listeners, Options,
     give::give,
     protocol::Identity,
-    shared::{Command, Control, Shared, Status, UpCommand},
+    shared::{Baton, Command, Control, Shared, Status, UpCommand},
 };
 use crate::{Frame, Listener, Socket, SocketKind, socket::PathGuard};
 
@@ -200,7 +200,10 @@ impl Server {
     /// # Cancel safety
     /// Nothing is lost when dropped.
     pub async fn confirmed(&self) -> Option<Bytes> {
-        self.wait(|status| status.baton.is_some()).await.baton.flatten()
+        match self.wait(|status| status.baton != Baton::Coming).await.baton {
+            Baton::Here(baton) => baton,
+            Baton::Coming => None,
+        }
     }
 
     /// Returns true if no predecessor of this process can serve again.

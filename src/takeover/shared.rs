@@ -20,13 +20,6 @@ use super::{
 };
 use crate::{Frame, SendFd, socket::PathGuard};
 
-impl fmt::Debug for Shared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let status = &*self.status.borrow();
-        f.debug_struct("Shared").field("path", &self.path).field("status", status).finish_non_exhaustive()
-    }
-}
-
 pub(super) struct Shared {
     pub(super) options: Options,
     /// The path of the control socket, absolute.
@@ -43,8 +36,16 @@ pub(super) struct Status {
     pub(super) has_control: bool,
     /// A predecessor may still have to serve again.
     pub(super) has_predecessor: bool,
-    /// The baton that came with a takeover. `None` until it is here.
-    pub(super) baton: Option<Option<Bytes>>,
+    pub(super) baton: Baton,
+}
+
+/// The baton that comes with a takeover.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Baton {
+    /// The predecessor has not put it down.
+    Coming,
+    /// It is here, or there is none: nobody else holds it.
+    Here(Option<Bytes>),
 }
 
 #[derive(Default)]
@@ -113,6 +114,13 @@ impl Control {
     }
 }
 
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let status = &*self.status.borrow();
+        f.debug_struct("Shared").field("path", &self.path).field("status", status).finish_non_exhaustive()
+    }
+}
+
 impl Shared {
     /// For a process that serves. `has_predecessor`: the control socket and the baton are still to
     /// come.
@@ -127,7 +135,7 @@ impl Shared {
             phase: Phase::Serving,
             has_control: control.is_some(),
             has_predecessor,
-            baton: (!has_predecessor).then_some(None),
+            baton: if has_predecessor { Baton::Coming } else { Baton::Here(None) },
         };
         let state = State { listeners, control, ..State::default() };
         Self { options, path, state: Mutex::new(state), status: watch::Sender::new(status) }
