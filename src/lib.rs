@@ -2,7 +2,8 @@
 //!
 //! - [`handoff`]: one process accepts TCP or Unix connections, others serve them, and none is lost on the way, whichever worker dies, hangs
 //!   or is replaced.
-//! - [`Framed`]: messages that carry descriptors, on which the hand-off rests. For any other use.
+//! - [`takeover`]: a new process replaces a running server. It gets the listeners, and no connection fails.
+//! - [`Framed`]: messages that carry descriptors, on which both rest. For any other use.
 //!
 //! # Hand-off
 //!
@@ -164,6 +165,7 @@ mod limits;
 mod send_fd;
 mod socket;
 mod sys;
+pub mod takeover;
 mod transport;
 
 pub use closer::close_in_background;

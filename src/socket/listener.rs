@@ -104,6 +104,11 @@ impl Listener {
         (self.io.into_inner(), self.state)
     }
 
+    /// Takes a listening, non-blocking socket whose path is guarded by somebody else.
+    pub(crate) fn unguarded(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
+        Self::register(ListenerState::unguarded(fd, kind))
+    }
+
     /// Admits these uids too.
     ///
     /// The overflow uid is not admitted by this in a user namespace that does not map every uid, as

@@ -91,8 +91,14 @@ impl ListenerState {
             PassCredentials::No.set(fd)?; // for clients that connect from now on
             Ok(kind)
         })?;
+        Ok(Self::unguarded(fd, kind))
+    }
+
+    /// Takes a listening, non-blocking socket that another holder may have set up, and whose path it
+    /// guards.
+    pub(crate) fn unguarded(fd: OwnedFd, kind: SocketKind) -> (BackgroundFd, Self) {
         let (fd, state) = Self::new(fd, kind, None);
-        Ok((fd, Self { credentials: Mutex::new(Some(PassCredentials::No)), ..state }))
+        (fd, Self { credentials: Mutex::new(Some(PassCredentials::No)), ..state })
     }
 
     fn new(fd: OwnedFd, kind: SocketKind, path: Option<PathGuard>) -> (BackgroundFd, Self) {

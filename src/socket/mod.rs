@@ -44,7 +44,7 @@ pub use listener::Listener;
 pub(crate) use listener_state::{ListenerState, listener_addr};
 pub use options::PeerCred;
 pub use pass_credentials::PassCredentials;
-pub(crate) use path::unix_addr;
+pub(crate) use path::{PathGuard, unix_addr};
 pub use uid_account::UidLimits;
 
 use crate::{closer::BackgroundFd, sys};

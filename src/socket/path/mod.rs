@@ -1,7 +1,10 @@
 //! Addresses, and who owns a path.
 
+mod lock;
+mod moved;
+
 use std::{
-    fs::{self, File, Metadata, OpenOptions, Permissions},
+    fs::{self, Metadata, OpenOptions, Permissions},
     io::{Error, ErrorKind, Result},
     os::{
         fd::{AsRawFd, OwnedFd},
@@ -14,13 +17,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use lock::{PathLock, take_lock};
 use nix::{
-    errno::Errno,
-    fcntl::{Flock, FlockArg},
     libc,
     sys::{
         socket::{self, UnixAddr},
-        stat::{Mode, fchmod, fstat, lstat},
+        stat::{Mode, fchmod},
     },
 };
 
@@ -37,14 +39,16 @@ pub(crate) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
 /// Held by a lock on a file beside the path, which the kernel releases when the process dies. Without it, two
 /// processes that both find a stale socket can remove each other's new one.
 #[derive(Debug)]
-pub(super) struct PathGuard {
+pub(crate) struct PathGuard {
     path: PathBuf,
     lock_path: PathBuf,
-    _lock: Flock<File>,
+    lock: PathLock,
     /// Device and inode of the bound socket.
     bound: Option<(u64, u64)>,
     /// Whether the path was made with a mode that lets only the owner connect.
     bound_for_owner_only: bool,
+    /// False while another process owns the path, with a copy of the lock.
+    may_remove: bool,
 }
 
 impl PathGuard {
@@ -53,10 +57,10 @@ impl PathGuard {
     /// # Errors
     /// `AddrInUse` if a live process has it, `AlreadyExists` if something else than a socket is
     /// there, or something else than a regular file at the lock's place.
-    pub(super) fn take(path: &Path) -> Result<Self> {
+    pub(crate) fn take(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path)?; // the working directory may change before the drop
         let (lock_path, lock) = take_lock(&path)?;
-        let guard = Self { path, lock_path, _lock: lock, bound: None, bound_for_owner_only: false };
+        let guard = Self { path, lock_path, lock, bound: None, bound_for_owner_only: false, may_remove: true };
         guard.remove_stale()?;
         Ok(guard)
     }
@@ -97,7 +101,7 @@ impl PathGuard {
     ///
     /// # Errors
     /// Those of bind(2) and chmod(2), the latter with a reason.
-    pub(super) fn bind(&mut self, socket: &OwnedFd, addr: &UnixAddr, mode: u32) -> Result<()> {
+    pub(crate) fn bind(&mut self, socket: &OwnedFd, addr: &UnixAddr, mode: u32) -> Result<()> {
         let mode = mode & 0o777;
         let initial = initial_mode(mode);
         fchmod(socket, Mode::from_bits_truncate(initial))?;
@@ -154,6 +158,9 @@ impl PathGuard {
 
 impl Drop for PathGuard {
     fn drop(&mut self) {
+        if !self.may_remove {
+            return;
+        }
         let there = fs::symlink_metadata(&self.path).ok().map(|found| identity(&found));
         if self.bound.is_some() && self.bound == there {
             let _ = fs::remove_file(&self.path);
@@ -177,68 +184,9 @@ fn initial_mode(mode: u32) -> u32 {
     if is_for_owner_only(mode) { mode } else { 0o200 }
 }
 
-/// Locks the file beside `path`, which it makes if it is missing.
-fn take_lock(path: &Path) -> Result<(PathBuf, Flock<File>)> {
-    let mut lock_path = path.as_os_str().to_owned();
-    lock_path.push(".lock");
-    let lock_path = PathBuf::from(lock_path);
-    loop {
-        let file = open_lock(&lock_path)?;
-        match lock_if_current(file, &lock_path) {
-            Ok(Some(lock)) => return Ok((lock_path, lock)),
-            Ok(None) => {} // the last holder has removed it: make a new one
-            Err(Errno::EAGAIN) => return Err(in_use(path)),
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// Opens the lock file.
-///
-/// # Errors
-/// `AlreadyExists` if something other than a regular file is there.
-fn open_lock(lock_path: &Path) -> Result<File> {
-    let opened = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        // Where others may write to the directory, they choose what is there. Without O_NONBLOCK,
-        // opening a FIFO waits until somebody reads from it.
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(lock_path);
-    match opened {
-        Ok(file) if file.metadata()?.is_file() => Ok(file),
-        Ok(_) => Err(not_a_lock(lock_path)),
-        Err(error) => match error.raw_os_error() {
-            // A FIFO without a reader or a socket, a directory, a symbolic link.
-            Some(libc::ENXIO | libc::EISDIR | libc::ELOOP) => Err(not_a_lock(lock_path)),
-            _ => Err(Error::new(error.kind(), format!("{}: {error}", lock_path.display()))),
-        },
-    }
-}
-
-/// Locks an open file. Returns `None` if it is no longer the file at `lock_path`: the last holder
-/// removes the file before it unlocks it, so a lock on the old file excludes nobody.
-fn lock_if_current(file: File, lock_path: &Path) -> nix::Result<Option<Flock<File>>> {
-    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)?;
-    let ours = fstat(&*lock)?;
-    let is_current = match lstat(lock_path) {
-        Err(Errno::ENOENT) => false,
-        there => there.map(|there| (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino))?,
-    };
-    Ok(is_current.then_some(lock))
-}
-
 /// Returns the device and the inode.
 fn identity(metadata: &Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
-}
-
-fn not_a_lock(lock_path: &Path) -> Error {
-    let lock_path = lock_path.display();
-    let reason = format!("{lock_path} is not a regular file, so it cannot be used as the lock; remove it");
-    Error::new(ErrorKind::AlreadyExists, reason)
 }
 
 fn in_use(path: &Path) -> Error {
@@ -247,28 +195,9 @@ fn in_use(path: &Path) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
+    use std::{fs::File, os::unix::net::UnixListener};
 
     use super::*;
-
-    #[test]
-    fn a_lock_on_a_removed_file_is_not_taken_for_the_path() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("socket.lock");
-
-        let removed = open_lock(&path).unwrap();
-        fs::remove_file(&path).unwrap();
-        assert!(lock_if_current(removed, &path).unwrap().is_none(), "nothing is there any longer");
-
-        let replaced = open_lock(&path).unwrap();
-        fs::remove_file(&path).unwrap();
-        let holder = lock_if_current(open_lock(&path).unwrap(), &path).unwrap();
-        assert!(holder.is_some());
-        assert!(lock_if_current(replaced, &path).unwrap().is_none(), "two hold the path");
-
-        let late = open_lock(&path).unwrap();
-        assert_eq!(lock_if_current(late, &path).unwrap_err(), Errno::EAGAIN);
-    }
 
     /// Others who may write to the directory can rename a socket of this uid, which is not for
     /// them, to the path.
@@ -290,8 +219,14 @@ mod tests {
         fs::set_permissions(&path, Permissions::from_mode(0o200)).unwrap();
         fs::hard_link(&path, &other).unwrap();
         let (lock_path, lock) = take_lock(&path).unwrap();
-        let mut guard =
-            PathGuard { path: path.clone(), lock_path, _lock: lock, bound: None, bound_for_owner_only: false };
+        let mut guard = PathGuard {
+            path: path.clone(),
+            lock_path,
+            lock,
+            bound: None,
+            bound_for_owner_only: false,
+            may_remove: true,
+        };
         assert!(guard.finish_bind(0o200, 0o666).is_err());
         fs::remove_file(&path).unwrap();
         File::create(&path).unwrap().set_permissions(Permissions::from_mode(0o200)).unwrap();

@@ -1,0 +1,126 @@
+//! Restarts a server under load, and prints what its clients see.
+
+use std::{
+    env, io,
+    net::{SocketAddr, TcpListener},
+    path::Path,
+    process::Stdio,
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
+    time::{sleep, timeout},
+};
+
+use crate::{load::Load, other};
+
+const RESTARTS: usize = 20;
+const CLIENTS: usize = 8;
+
+/// For the baseline, and between two restarts.
+const QUIET: Duration = Duration::from_millis(250);
+
+/// A process is killed at most this long after it has everything.
+const LATEST_KILL: u64 = 60;
+
+/// For anything that should happen soon.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A server process.
+struct Process {
+    child: Child,
+    reports: Lines<BufReader<ChildStdout>>,
+}
+
+impl Process {
+    fn start(address: SocketAddr, path: &Path, kill: bool) -> io::Result<Self> {
+        // One that may have to serve again stays for longer than the other one may be killed.
+        let grace = if kill { "1000" } else { "100" };
+        let mut child = Command::new(env::current_exe()?)
+            .args(["--listen", &address.to_string(), "--grace", grace, "--path"])
+            .arg(path)
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let stdout = child.stdout.take().ok_or_else(|| other("no standard output"))?;
+        Ok(Self { child, reports: BufReader::new(stdout).lines() })
+    }
+
+    /// Waits for a report.
+    async fn wait_for(&mut self, report: &str) -> io::Result<()> {
+        let found = timeout(PATIENCE, async {
+            while let Some(line) = self.reports.next_line().await? {
+                if line == report {
+                    return Ok(());
+                }
+            }
+            Err(other(format!("a server ended before it was {report:?}")))
+        });
+        found.await?
+    }
+}
+
+pub(crate) async fn run(kill: bool) -> io::Result<()> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("takeover");
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let mut serving = Process::start(address, &path, kill)?;
+    serving.wait_for("ready").await?;
+
+    let load = Load::start(address, CLIENTS, kill);
+    sleep(QUIET).await;
+    load.take_longest_gap();
+    sleep(QUIET * RESTARTS as u32).await;
+    let gap_without = load.take_longest_gap();
+
+    let mut leaving = Vec::new();
+    let mut kills = 0;
+    for number in 1..=RESTARTS {
+        let mut new = Process::start(address, &path, kill)?;
+        new.wait_for("offered").await?;
+        match kill.then(|| fastrand::u8(..3)) {
+            Some(0) => {
+                // The new one, before or after it is ready: the old one serves, or serves again.
+                sleep(Duration::from_millis(fastrand::u64(..LATEST_KILL))).await;
+                new.child.kill().await?;
+                kills += 1;
+            }
+            Some(1) => {
+                // The old one: the new one serves.
+                sleep(Duration::from_millis(fastrand::u64(..LATEST_KILL))).await;
+                serving.child.kill().await?;
+                kills += 1;
+                new.wait_for("ready").await?;
+                serving = new;
+            }
+            _ => {
+                new.wait_for("ready").await?;
+                leaving.push(std::mem::replace(&mut serving, new));
+            }
+        }
+        let (answered, failed) = load.counts();
+        println!("restart {number} of {RESTARTS}: {answered} answered, {failed} failed");
+        sleep(QUIET).await;
+    }
+    for mut process in leaving {
+        process.wait_for("left").await?;
+    }
+    sleep(QUIET).await;
+
+    let gap_with = load.take_longest_gap();
+    let seen = load.seen.lock().unwrap();
+    println!("answered {}", seen.answered);
+    println!("failed {}", seen.failed.len());
+    if kill {
+        println!("kills {kills}");
+        println!("cut by a kill and answered when repeated {}", seen.repeated);
+    }
+    println!("longest gap between two accepted connections {:.1} ms", gap_with.as_secs_f64() * 1e3);
+    println!("the same without a restart {:.1} ms", gap_without.as_secs_f64() * 1e3);
+    match seen.failed.first() {
+        None => Ok(()),
+        Some(failure) => Err(other(format!("a request failed: {failure}"))),
+    }
+}

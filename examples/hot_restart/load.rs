@@ -1,0 +1,132 @@
+//! Clients that ask all the time.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::TcpStream,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+/// Between two requests of a client.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// A server that does not answer for so long has failed.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Counts what clients see.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) answered: u64,
+    /// Requests whose connection was cut, and that were answered on another one.
+    pub(crate) repeated: u64,
+    pub(crate) failed: Vec<String>,
+    last: Option<Instant>,
+    pub(crate) longest_gap: Duration,
+}
+
+/// Half of the clients connect for each request, the others keep their connections.
+pub(crate) struct Load {
+    pub(crate) seen: Arc<Mutex<Seen>>,
+    clients: JoinSet<()>,
+}
+
+impl Load {
+    /// `repeats`: a request whose connection is cut is sent once more, as browsers and proxies do.
+    pub(crate) fn start(address: SocketAddr, clients: usize, repeats: bool) -> Self {
+        let seen = Arc::<Mutex<Seen>>::default();
+        let mut load = Self { seen, clients: JoinSet::new() };
+        for number in 0..clients {
+            load.clients.spawn(ask(address, number % 2 == 0, repeats, Arc::clone(&load.seen)));
+        }
+        load
+    }
+
+    /// Returns the number of requests that were answered, and of those that failed.
+    pub(crate) fn counts(&self) -> (u64, usize) {
+        let seen = self.seen.lock().unwrap();
+        (seen.answered, seen.failed.len())
+    }
+
+    /// Begins to measure the longest gap anew, and returns the one so far.
+    pub(crate) fn take_longest_gap(&self) -> Duration {
+        std::mem::take(&mut self.seen.lock().unwrap().longest_gap)
+    }
+}
+
+async fn ask(address: SocketAddr, one_shot: bool, repeats: bool, seen: Arc<Mutex<Seen>>) {
+    let mut connection = None;
+    loop {
+        let mut outcome = request(address, &mut connection, one_shot, &seen).await;
+        if outcome.is_err() && repeats {
+            outcome = request(address, &mut connection, one_shot, &seen).await;
+            seen.lock().unwrap().repeated += u64::from(outcome.is_ok());
+        }
+        {
+            let mut seen = seen.lock().unwrap();
+            match outcome {
+                Ok(()) => seen.answered += 1,
+                Err(error) => seen.failed.push(error.to_string()),
+            }
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+async fn request(
+    address: SocketAddr,
+    connection: &mut Option<BufReader<TcpStream>>,
+    one_shot: bool,
+    seen: &Mutex<Seen>,
+) -> io::Result<()> {
+    let is_new = connection.is_none();
+    let mut open = match connection.take() {
+        Some(open) => open,
+        None => BufReader::new(TcpStream::connect(address).await?),
+    };
+    let end = if one_shot { "connection: close\r\n" } else { "" };
+    open.write_all(format!("GET / HTTP/1.1\r\nhost: localhost\r\n{end}\r\n").as_bytes()).await?;
+    let closes = timeout(PATIENCE, answer(&mut open)).await??;
+    if is_new {
+        seen.lock().unwrap().accepted();
+    }
+    *connection = Some(open).filter(|_| !closes);
+    Ok(())
+}
+
+/// Returns true if the server closes the connection behind this answer.
+async fn answer(connection: &mut BufReader<TcpStream>) -> io::Result<bool> {
+    let (mut closes, mut length) = (false, 0);
+    loop {
+        let mut line = String::new();
+        if connection.read_line(&mut line).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let line = line.trim().to_ascii_lowercase();
+        if line.is_empty() {
+            break;
+        }
+        closes |= line == "connection: close";
+        if let Some(bytes) = line.strip_prefix("content-length: ") {
+            length = bytes.parse().map_err(io::Error::other)?;
+        }
+    }
+    connection.read_exact(&mut vec![0; length]).await?;
+    Ok(closes)
+}
+
+impl Seen {
+    /// A new connection was accepted, and answered.
+    fn accepted(&mut self) {
+        let now = Instant::now();
+        if let Some(last) = self.last.replace(now) {
+            self.longest_gap = self.longest_gap.max(now - last);
+        }
+    }
+}

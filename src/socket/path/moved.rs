@@ -1,0 +1,60 @@
+//! A path whose socket, lock and right to remove it move to another process.
+
+use std::{
+    fs,
+    io::Result,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    PathGuard, identity,
+    lock::{PathLock, lock_path_of, take_lock},
+};
+
+impl PathGuard {
+    /// The path that it guards.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode of the path, if this process may remove it.
+    pub(crate) fn path_id(&self) -> Option<(u64, u64)> {
+        self.bound.filter(|_| self.may_remove)
+    }
+
+    /// Makes a copy of the lock for another process. The path stays locked until all copies are
+    /// closed.
+    pub(crate) fn share_lock(&mut self) -> Result<OwnedFd> {
+        self.lock.share()
+    }
+
+    /// Gives up the right to remove the path, or takes it back from a process that had it.
+    pub(crate) fn set_may_remove(&mut self, may_remove: bool) {
+        self.may_remove = may_remove && self.lock.is_at(&self.lock_path).unwrap_or(false);
+    }
+
+    /// Guards a path whose lock came from its last owner. It may remove the path only if the lock
+    /// is the one beside it: another mount namespace may show something else there.
+    ///
+    /// # Errors
+    /// `AddrInUse` if the lock is not held.
+    pub(crate) fn received(path: PathBuf, lock: OwnedFd, path_id: (u64, u64)) -> Result<Self> {
+        let lock_path = lock_path_of(&path);
+        let lock = PathLock::received(lock, &path)?;
+        let may_remove = lock.is_at(&lock_path)?;
+        Ok(Self { path, lock_path, lock, bound: Some(path_id), bound_for_owner_only: false, may_remove })
+    }
+
+    /// Guards a path whose last owner has died, for a process that has its socket.
+    ///
+    /// # Errors
+    /// `AddrInUse` if a live process has the lock.
+    pub(crate) fn inherited(path: &Path, path_id: (u64, u64)) -> Result<Self> {
+        let (lock_path, lock) = take_lock(path)?;
+        let there = fs::symlink_metadata(path).ok().map(|found| identity(&found));
+        let bound = Some(path_id).filter(|_| there == Some(path_id));
+        let path = path.to_owned();
+        Ok(Self { path, lock_path, lock, bound, bound_for_owner_only: false, may_remove: true })
+    }
+}

@@ -1,0 +1,182 @@
+//! Accepting connections while this process serves.
+
+use std::{
+    future::Future,
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, unix};
+
+use super::{
+    Error, Phase,
+    protocol::{Family, Identity, Kind},
+    shared::{Gate, Shared},
+};
+use crate::{Listener, Socket, SocketKind};
+
+/// A listener of a [`Server`](super::Server), which accepts while this process serves.
+///
+/// When another process has taken over, the socket leaves the event loop at once, so that it costs
+/// the new process nothing; [`accept`](Self::accept) then waits. If the takeover is undone, it
+/// accepts again. So an application that calls it in a loop has nothing to do for that.
+///
+/// `L` is [`TcpListener`], [`UnixListener`] or [`Listener`].
+#[derive(Debug)]
+pub struct Gated<L: Accepts> {
+    shared: Arc<Shared>,
+    registered: Arc<Registered<L>>,
+    identity: Identity,
+}
+
+/// A listener in the event loop, while this process serves.
+#[derive(Debug)]
+struct Registered<L>(Mutex<Option<Arc<L>>>);
+
+/// A listener of tokio or of this crate.
+pub trait Accepts: sealed::Sealed + Send + Sync + Sized + 'static {
+    /// A connection, with the client's address if it has one.
+    type Connection;
+
+    #[doc(hidden)]
+    const NAME: &'static str;
+
+    #[doc(hidden)]
+    fn fits(identity: &Identity) -> bool;
+
+    #[doc(hidden)]
+    fn register(fd: OwnedFd) -> io::Result<Self>;
+
+    #[doc(hidden)]
+    fn accept_one(&self) -> impl Future<Output = io::Result<Self::Connection>> + Send;
+}
+
+mod sealed {
+    pub trait Sealed {}
+
+    impl Sealed for tokio::net::TcpListener {}
+    impl Sealed for tokio::net::UnixListener {}
+    impl Sealed for crate::Listener {}
+}
+
+impl<L: Accepts> Gated<L> {
+    pub(super) fn new(shared: Arc<Shared>, name: &str, index: u32) -> Result<Self, Error> {
+        let identity =
+            shared.with_listeners(|listeners| listeners.find(name, index).map(|entry| entry.identity.clone()))?;
+        if !L::fits(&identity) {
+            return Err(Error::WrongKind { identity: Box::new(identity), expected: L::NAME });
+        }
+        let registered = Arc::new(Registered::<L>(Mutex::new(None)));
+        let gate: Arc<dyn Gate> = Arc::<Registered<L>>::clone(&registered);
+        shared.add_gate(Arc::downgrade(&gate));
+        Ok(Self { shared, registered, identity })
+    }
+
+    /// Returns what tells the listener from others.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Waits for the next connection. Waits on while another process serves.
+    ///
+    /// # Errors
+    /// `NotConnected` if another process has taken over for good. Those of accept(2): `EMFILE` and
+    /// `ENFILE` pass when descriptors are closed, so wait a little before the next call.
+    ///
+    /// # Cancel safety
+    /// No connection is lost when dropped.
+    pub async fn accept(&self) -> io::Result<L::Connection> {
+        loop {
+            let status = self.shared.wait(|status| status.phase != Phase::Draining).await;
+            if status.phase == Phase::Replaced {
+                let reason = format!("listener {} has moved to another process", self.identity);
+                return Err(io::Error::new(io::ErrorKind::NotConnected, reason));
+            }
+            let listener = self.register()?;
+            tokio::select! {
+                biased;
+                _ = self.shared.wait(|status| status.phase != Phase::Serving) => {}
+                connection = listener.accept_one() => return connection,
+            }
+        }
+    }
+
+    fn register(&self) -> io::Result<Arc<L>> {
+        let mut registered = self.registered.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(listener) = &*registered {
+            return Ok(Arc::clone(listener));
+        }
+        let (name, index) = (&self.identity.name, self.identity.index);
+        let copy = self.shared.with_listeners(|listeners| -> Result<_, Error> {
+            Ok(listeners.find(name, index)?.fd.as_fd().try_clone_to_owned()?)
+        })?;
+        let listener = Arc::new(L::register(copy)?);
+        *registered = Some(Arc::clone(&listener));
+        Ok(listener)
+    }
+}
+
+impl<L: Accepts> Gate for Registered<L> {
+    fn close(&self) {
+        let listener = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(listener);
+    }
+}
+
+fn is_stream(identity: &Identity) -> bool {
+    identity.kind == Kind::Stream
+}
+
+impl Accepts for TcpListener {
+    type Connection = (TcpStream, SocketAddr);
+    const NAME: &'static str = "TCP listener";
+
+    fn fits(identity: &Identity) -> bool {
+        is_stream(identity) && identity.family != Family::Unix
+    }
+
+    fn register(fd: OwnedFd) -> io::Result<Self> {
+        Self::from_std(fd.into())
+    }
+
+    async fn accept_one(&self) -> io::Result<Self::Connection> {
+        self.accept().await
+    }
+}
+
+impl Accepts for UnixListener {
+    type Connection = (UnixStream, unix::SocketAddr);
+    const NAME: &'static str = "Unix listener of kind stream";
+
+    fn fits(identity: &Identity) -> bool {
+        is_stream(identity) && identity.family == Family::Unix
+    }
+
+    fn register(fd: OwnedFd) -> io::Result<Self> {
+        Self::from_std(fd.into())
+    }
+
+    async fn accept_one(&self) -> io::Result<Self::Connection> {
+        self.accept().await
+    }
+}
+
+/// Admits the own uid and root, like any [`Listener`].
+impl Accepts for Listener {
+    type Connection = Socket;
+    const NAME: &'static str = "Unix listener of kind seqpacket";
+
+    fn fits(identity: &Identity) -> bool {
+        identity.kind == Kind::SeqPacket && identity.family == Family::Unix
+    }
+
+    fn register(fd: OwnedFd) -> io::Result<Self> {
+        Self::unguarded(fd, SocketKind::SeqPacket)
+    }
+
+    async fn accept_one(&self) -> io::Result<Self::Connection> {
+        self.accept().await
+    }
+}

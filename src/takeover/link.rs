@@ -1,0 +1,119 @@
+//! The new process's end of the connection to the server that it replaces.
+
+use std::{collections::VecDeque, io, time::Instant as StdInstant};
+
+use futures::StreamExt;
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    protocol::{FromTaker, TakerCodec, ToTaker},
+    taker::{Taker, TakerLimits, TakerStep},
+};
+use crate::{Error, Framed, ReadHalf, Socket, WriteHalf};
+
+/// A [`Taker`] with its connection.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) taker: Taker,
+    read: ReadHalf<TakerCodec>,
+    write: WriteHalf<TakerCodec>,
+    /// Messages that wait for the socket.
+    queue: VecDeque<FromTaker>,
+    /// READY was queued, and is not written in full.
+    is_ready_unwritten: bool,
+    /// Something may still come.
+    reads: bool,
+    /// Something may still be written.
+    writes: bool,
+}
+
+/// Something that came over the connection.
+pub(super) enum Came {
+    /// A message, of which the taker knows.
+    Message(ToTaker),
+    /// What the giver broke the protocol with.
+    Error(Error),
+}
+
+impl Link {
+    pub(super) fn new(socket: Socket, limits: TakerLimits) -> Self {
+        let (read, write) = Framed::new(socket, TakerCodec::default()).into_split();
+        let taker = Taker::new(now(), limits);
+        Self { taker, read, write, queue: VecDeque::new(), is_ready_unwritten: false, reads: true, writes: true }
+    }
+
+    /// Returns what is to be done next, except for sending.
+    pub(super) fn next_step(&mut self) -> Option<TakerStep> {
+        loop {
+            match self.taker.next_step()? {
+                TakerStep::Send(message) => {
+                    self.is_ready_unwritten |= message == FromTaker::Ready;
+                    self.queue.push_back(message);
+                }
+                step => return Some(step),
+            }
+        }
+    }
+
+    /// Returns true if nothing waits to be written, or nothing more can be.
+    pub(super) fn is_flushed(&self) -> bool {
+        !self.writes || self.queue.is_empty() && self.write.unsent().0 == 0
+    }
+
+    /// Waits until something happens, and tells the taker.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped.
+    pub(super) async fn turn(&mut self) -> Option<Came> {
+        let deadline = self.taker.next_timeout().map(Instant::from_std);
+        let is_unsent = !self.is_flushed();
+        let Self { taker, read, write, queue, is_ready_unwritten, reads, writes } = self;
+        tokio::select! {
+            biased;
+            // Before reading: whether READY was written decides what an end means.
+            sent = send(write, queue), if is_unsent => match sent {
+                Ok(()) if std::mem::take(is_ready_unwritten) => taker.on_ready_written(),
+                Ok(()) => {}
+                Err(_) => {
+                    *writes = false;
+                    taker.on_send_failed(now());
+                }
+            },
+            message = read.next(), if *reads => match message {
+                Some(Ok(message)) => {
+                    taker.on_message(now(), &message);
+                    return Some(Came::Message(message));
+                }
+                Some(Err(error)) if error.is_peer_gone() => {} // the end follows
+                Some(Err(error)) => {
+                    taker.on_violation();
+                    return Some(Came::Error(error));
+                }
+                None => {
+                    *reads = false;
+                    taker.on_end(now());
+                }
+            },
+            () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                taker.on_timeout(now());
+            }
+            else => std::future::pending().await,
+        }
+        None
+    }
+}
+
+/// Sends what waits.
+async fn send(write: &mut WriteHalf<TakerCodec>, queue: &mut VecDeque<FromTaker>) -> io::Result<()> {
+    while !queue.is_empty() {
+        let permit = write.reserve().await.map_err(io::Error::from)?;
+        if let Some(message) = queue.pop_front() {
+            permit.send(message).map_err(io::Error::from)?;
+        }
+    }
+    Ok(write.flush().await?)
+}
+
+pub(super) fn now() -> StdInstant {
+    Instant::now().into_std()
+}

@@ -1,0 +1,208 @@
+//! The named listeners of a server.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    sync::Arc,
+};
+
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr},
+};
+
+use super::{
+    Error,
+    inspect::{cookie_of, identity_of},
+    protocol::{Identity, Kind},
+};
+use crate::socket::PathGuard;
+
+/// The listeners of a server, each with a name and an index: TCP, UDP, and Unix sockets of each
+/// kind.
+///
+/// The sockets of one name are numbered from 0 in the order in which they are added: a
+/// `SO_REUSEPORT` group is one name with several indices.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::net::{TcpListener, UdpSocket};
+///
+/// use fdwire::takeover::Listeners;
+///
+/// let mut listeners = Listeners::new();
+/// listeners.add("http", TcpListener::bind("127.0.0.1:0")?)?;
+/// listeners.add("dns", UdpSocket::bind("127.0.0.1:0")?)?;
+/// let names: Vec<_> = listeners.identities().map(|identity| identity.name.as_str()).collect();
+/// assert_eq!(names, ["http", "dns"]);
+/// # Ok(()) }
+/// ```
+#[derive(Default)]
+pub struct Listeners {
+    pub(super) entries: Vec<Entry>,
+    /// Number of sockets of each name.
+    counts: HashMap<String, u32>,
+}
+
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) identity: Identity,
+    pub(super) cookie: u64,
+    pub(super) fd: Arc<OwnedFd>,
+    /// For a Unix path that this process may remove.
+    pub(super) guard: Option<PathGuard>,
+}
+
+impl Listeners {
+    /// Returns an empty set.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a listening socket, or a bound datagram socket: a listener of std, or any descriptor.
+    /// It is made non-blocking.
+    ///
+    /// The path of a Unix socket stays as it is when the server ends. To have it removed by the
+    /// last process that serves, use [`bind_path`](Self::bind_path).
+    ///
+    /// A listener that is registered with an event loop has to leave it first: `into_std` does that
+    /// for tokio's listeners.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with `InvalidInput` if it is not a socket of IP or Unix, or does not listen.
+    pub fn add(&mut self, name: impl Into<String>, listener: impl Into<OwnedFd>) -> Result<(), Error> {
+        self.add_guarded(name.into(), listener.into(), None)
+    }
+
+    /// Binds a Unix socket to a path with this mode, and adds it. A connection takes write
+    /// permission.
+    ///
+    /// A lock file beside it (`<path>.lock`) says who owns the path. It moves to the process that
+    /// takes over, together with the right to remove both; the last process removes them.
+    ///
+    /// # Errors
+    /// [`Error::Io`], as for [`Listener::bind_with_mode`](crate::Listener::bind_with_mode).
+    pub fn bind_path(
+        &mut self,
+        name: impl Into<String>,
+        path: impl AsRef<Path>,
+        kind: Kind,
+        mode: u32,
+    ) -> Result<(), Error> {
+        let path = path.as_ref();
+        let addr = UnixAddr::new(path).map_err(std::io::Error::from)?;
+        let mut guard = PathGuard::take(path)?;
+        let kind = match kind {
+            Kind::Stream => SockType::Stream,
+            Kind::Datagram => SockType::Datagram,
+            Kind::SeqPacket => SockType::SeqPacket,
+        };
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket::socket(AddressFamily::Unix, kind, flags, None).map_err(std::io::Error::from)?;
+        guard.bind(&fd, &addr, mode)?;
+        if kind != SockType::Datagram {
+            socket::listen(&fd, Backlog::MAXCONN).map_err(std::io::Error::from)?;
+        }
+        self.add_guarded(name.into(), fd, Some(guard))
+    }
+
+    /// Returns what tells the listeners from others, in their order.
+    pub fn identities(&self) -> impl Iterator<Item = &Identity> {
+        self.entries.iter().map(|entry| &entry.identity)
+    }
+
+    /// Returns the number of listeners.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Returns true if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    fn add_guarded(&mut self, name: String, fd: OwnedFd, guard: Option<PathGuard>) -> Result<(), Error> {
+        let index = self.counts.get(&name).copied().unwrap_or_default();
+        let identity = identity_of(name, index, fd.as_fd())?;
+        let cookie = cookie_of(fd.as_fd())?;
+        set_nonblocking(&fd)?;
+        self.insert(Entry { identity, cookie, fd: Arc::new(fd), guard })
+    }
+
+    /// Adds a listener that has its index already.
+    pub(super) fn insert(&mut self, entry: Entry) -> Result<(), Error> {
+        let Identity { name, index, .. } = &entry.identity;
+        let count = self.counts.entry(name.clone()).or_default();
+        // Indices come without gaps, so a smaller one is there already.
+        if *index != *count {
+            return Err(Error::Duplicate { name: name.clone(), index: *index });
+        }
+        *count += 1;
+        self.entries.push(entry);
+        Ok(())
+    }
+
+    /// Keeps those with these numbers only.
+    pub(super) fn retain(&mut self, mut is_kept: impl FnMut(u32) -> bool) {
+        let mut numbers = 0..;
+        self.entries.retain(|_| numbers.next().is_some_and(&mut is_kept));
+    }
+
+    pub(super) fn find(&self, name: &str, index: u32) -> Result<&Entry, Error> {
+        let is_it = |entry: &&Entry| entry.identity.name == name && entry.identity.index == index;
+        let found = self.entries.iter().find(is_it);
+        found.ok_or_else(|| Error::NoSuchListener { name: name.to_owned(), index })
+    }
+}
+
+impl fmt::Debug for Listeners {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.identities().map(ToString::to_string)).finish()
+    }
+}
+
+/// Sets `O_NONBLOCK`, which all holders of the socket share.
+fn set_nonblocking(fd: &OwnedFd) -> std::io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn sockets_of_one_name_are_numbered_and_an_index_is_there_once() {
+        let mut listeners = Listeners::new();
+        for _ in 0..3 {
+            listeners.add("http", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+        }
+        let indices: Vec<_> = listeners.identities().map(|identity| identity.index).collect();
+        assert_eq!(indices, [0, 1, 2]);
+        let first = listeners.entries.remove(0);
+        assert!(matches!(listeners.insert(first), Err(Error::Duplicate { index: 0, .. })));
+        assert!(matches!(listeners.find("http", 3), Err(Error::NoSuchListener { index: 3, .. })));
+    }
+
+    #[test]
+    fn a_path_has_its_mode_and_is_removed_with_its_lock_at_the_end() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        for kind in [Kind::Stream, Kind::Datagram, Kind::SeqPacket] {
+            let path = directory.path().join(kind.to_string());
+            let mut listeners = Listeners::new();
+            listeners.bind_path("x", &path, kind, 0o640).unwrap();
+            assert_eq!(listeners.identities().next().unwrap().kind, kind);
+            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+            let second = Listeners::new().bind_path("y", &path, kind, 0o600).unwrap_err();
+            assert!(matches!(&second, Error::Io(error) if error.kind() == std::io::ErrorKind::AddrInUse));
+            drop(listeners);
+        }
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,123 @@
+//! A new process replaces a running server, and no connection fails.
+//!
+//! The running server offers its named listeners at a path: TCP, UDP, and Unix sockets of each
+//! kind. A new process, of any parent, asks for them, sets itself up, and says that it is ready.
+//! From then on it accepts, and the old one finishes what it has. If the new one dies meanwhile,
+//! the old one accepts again.
+//!
+//! # The promise
+//!
+//! > After any crash or timeout of either process, exactly one of the two serves, as long as one of
+//! > them lives. Until the new process is ready, nothing has changed for the running server.
+//!
+//! In detail:
+//!
+//! - **Both hold the same listening sockets**, so no connection in a queue is lost, whoever closes
+//!   them. The old process accepts until the new one does.
+//! - **One message decides.** The new process serves from the moment at which it has written
+//!   *ready* in full. The old one stops when it has read it. In between, both accept from the same
+//!   queue. Nobody sees a difference.
+//! - **Calling off is atomic.** When the new process is too late, the old one shuts down its
+//!   receiving direction first and reads what is there: either *ready* is in it, or it can't be
+//!   written any more.
+//! - **The lock of the path decides when a server dies** before it could read *ready*: it is held
+//!   by whoever serves, and the kernel releases that of a dead process.
+//! - **Undo.** Until the old process has [drained](Server::drained), it keeps its copies. If the
+//!   new one ends, or [hands back](Server::hand_back), it accepts again.
+//!
+//! A model checker visits every state of both sides with crashes, timeouts and halves of messages
+//! at every place; the [protocol] is written down byte by byte. Real processes are killed with
+//! SIGKILL at each system call that they make in a takeover: one serves after 90 of 90 for the old
+//! process and 75 of 75 for the new one (Linux 6.18).
+//!
+//! # Both sides
+//!
+//! Every generation runs the same code. [`bind_or_take`] binds the listeners if no server runs, and
+//! [requests](request()) those of the one that does otherwise. After [ready](Pending::ready), all
+//! generations are the same [`Server`].
+//!
+//! ```no_run
+//! # async fn set_up() {}
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use fdwire::takeover::{self, Listeners, Options};
+//! use tokio::{io::AsyncWriteExt, net::TcpListener};
+//!
+//! let bind = || {
+//!     let mut listeners = Listeners::new();
+//!     listeners.add("http", std::net::TcpListener::bind("0.0.0.0:8080")?)?;
+//!     Ok(listeners)
+//! };
+//! let pending = takeover::bind_or_take("/run/app/takeover", Options::default(), bind).await?;
+//! set_up().await; // a crash here costs nothing
+//! let server = pending.ready().await?;
+//!
+//! let http = server.gated::<TcpListener>("http", 0)?;
+//! tokio::spawn(async move {
+//!     while let Ok((mut connection, _)) = http.accept().await {
+//!         tokio::spawn(async move { connection.write_all(b"hello\n").await });
+//!     }
+//! });
+//! loop {
+//!     server.replaced().await;
+//!     // Finish the connections here.
+//!     if server.drained().await {
+//!         break; // otherwise the takeover was undone, and this process serves
+//!     }
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! # What happens when
+//!
+//! | event | the old process | the new process |
+//! |---|---|---|
+//! | the new one dies, hangs or gives up before it is ready | goes on serving | gets [`Error::Aborted`] when it wakes up |
+//! | the old one dies before the new one is ready | - | serves as soon as it is ready, with the lock of the path |
+//! | the new one dies while the old one drains | accepts again | - |
+//! | the old one dies while it drains | - | goes on serving |
+//! | a second process asks meanwhile | refuses it | - |
+//! | a stranger sends anything | closes its connection | - |
+//! | the new one is replaced itself while the old one drains | drains on, and can't serve again | drains |
+//!
+//! # Limits
+//!
+//! - **Two readers of one UDP socket take each other's datagrams.** The socket moves, and the
+//!   application has to stop reading when it is [replaced](Server::replaced).
+//! - A server in a process that is stopped (`SIGSTOP`) while it drains keeps its successor from
+//!   being replaced, until it is continued or killed.
+//! - The lock counts among processes that see the same directory. The path has to be on a file
+//!   system with flock(2).
+//! - What belongs to a connection does not move. It is finished by the process that has accepted
+//!   it.
+//! - In a user namespace, a server that runs as the overflow uid (usually 65534) can't be taken
+//!   over from: every foreign uid looks like that one.
+
+#[cfg(feature = "axum")]
+mod axum;
+mod error;
+mod gate;
+mod give;
+mod giver;
+mod inspect;
+mod link;
+mod listeners;
+#[cfg(test)]
+mod model;
+mod options;
+mod predecessor;
+pub mod protocol;
+#[cfg(test)]
+mod random;
+mod request;
+mod server;
+mod shared;
+mod start;
+mod taker;
+
+pub use error::{Error, Mismatch};
+pub use gate::{Accepts, Gated};
+pub use listeners::Listeners;
+pub use options::Options;
+pub use request::{Pending, request};
+pub use server::{Phase, Server};
+pub use start::bind_or_take;

@@ -1,0 +1,394 @@
+//! A model checker visits every state of a takeover: each order of messages, crashes, timeouts and
+//! the application's calls, over the functions that are shipped.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use stateright::{Checker, Model, Property};
+
+use super::{
+    giver::{Giver, GiverLimits, GiverStep},
+    protocol::{AbortReason, FromTaker, ToTaker},
+    taker::{Failure, Taker, TakerLimits, TakerStep},
+};
+
+/// Two processes, the connection between them, and the lock of the path.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct World {
+    /// `None` once it is dead.
+    giver: Option<Giver>,
+    taker: Option<Taker>,
+    giver_accepts: bool,
+    taker_accepts: bool,
+    giver_has_lock: bool,
+    taker_has_lock: bool,
+    /// Written and not read.
+    to_giver: Vec<FromTaker>,
+    to_taker: Vec<Sent>,
+    /// Half of READY was written, which a stream allows.
+    half_written: bool,
+    /// The giver has shut down its receiving direction.
+    cut: bool,
+    /// A side has closed its end, or has died.
+    giver_closed: bool,
+    taker_closed: bool,
+    /// A process was killed.
+    killed: bool,
+    /// The taker had everything once, and has given up for this reason.
+    gave_up: Option<Failure>,
+    offered: bool,
+}
+
+/// What the giver has written.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Sent {
+    Welcome,
+    Complete,
+    Aborted(AbortReason),
+    Yours,
+    Resumed,
+    Drained,
+}
+
+impl Sent {
+    fn message(&self) -> ToTaker<()> {
+        match self {
+            Self::Welcome => ToTaker::Welcome { version: 1, listeners: 0 },
+            Self::Complete => ToTaker::Complete,
+            Self::Aborted(reason) => ToTaker::Aborted { reason: *reason },
+            Self::Yours => ToTaker::Yours { baton: Bytes::new(), fds: Default::default() },
+            Self::Resumed => ToTaker::Resumed,
+            Self::Drained => ToTaker::Drained,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Action {
+    GiverStep,
+    TakerStep,
+    WriteHalf,
+    GiverReads,
+    TakerReads,
+    KillGiver,
+    KillTaker,
+    /// The kernel works on a dead process: its socket is closed before its lock is free.
+    FreeLockOfDead,
+    GiverTimesOut,
+    TakerTimesOut,
+    /// The applications' calls.
+    Ready,
+    PutDownBaton,
+    Drained,
+    HandBack,
+    Release,
+    Withdraw,
+}
+
+struct Takeover {
+    start: Instant,
+}
+
+const ACTIONS: [Action; 16] = [
+    Action::GiverStep,
+    Action::TakerStep,
+    Action::WriteHalf,
+    Action::GiverReads,
+    Action::TakerReads,
+    Action::KillGiver,
+    Action::KillTaker,
+    Action::FreeLockOfDead,
+    Action::GiverTimesOut,
+    Action::TakerTimesOut,
+    Action::Ready,
+    Action::PutDownBaton,
+    Action::Drained,
+    Action::HandBack,
+    Action::Release,
+    Action::Withdraw,
+];
+
+impl World {
+    /// Returns true if the giver may serve, now or after an undo.
+    fn giver_stands_by(&self) -> bool {
+        self.giver.as_ref().is_some_and(|giver| !giver.is_over() || giver.is_serving())
+    }
+
+    /// Returns true if the taker serves or is going to.
+    fn taker_stands_by(&self) -> bool {
+        self.taker.as_ref().is_some_and(Taker::has_everything)
+    }
+
+    /// Returns true if a message is on its way after which one of the two stops to accept.
+    fn is_at_the_cut(&self) -> bool {
+        let ready = self.to_giver.contains(&FromTaker::Ready);
+        let giver_is_told = self.giver.as_ref().is_some_and(|giver| !giver.is_serving());
+        let resumed = self.to_taker.contains(&Sent::Resumed);
+        let taker_is_told = self.taker.as_ref().is_some_and(|taker| !taker.is_serving());
+        // After HAND_BACK, RESUMED is the giver's next step.
+        let giver_tells = self.giver.as_ref().is_some_and(|giver| {
+            let mut giver = giver.clone();
+            std::iter::from_fn(|| giver.next_step()).any(|step| step == GiverStep::TellResumed)
+        });
+        ready || giver_is_told || resumed || taker_is_told || giver_tells
+    }
+
+    /// Returns true if nothing more happens unless a process dies or an application wants
+    /// something.
+    fn is_settled(&self, model: &Takeover) -> bool {
+        use Action::*;
+        let optional = [KillGiver, KillTaker, PutDownBaton, Drained, HandBack, Release, Withdraw];
+        ACTIONS
+            .into_iter()
+            .filter(|action| !optional.contains(action))
+            .all(|action| model.next_state(self, action).is_none_or(|next| next == *self))
+    }
+
+    /// Writes a message of the taker in full, if anybody can read it.
+    fn taker_writes(&mut self, now: Instant, message: FromTaker) {
+        let taker = self.taker.as_mut().expect("it lives");
+        if self.cut || self.giver_closed {
+            return taker.on_send_failed(now);
+        }
+        if message == FromTaker::Ready {
+            taker.on_ready_written();
+        }
+        self.to_giver.push(message);
+    }
+
+    fn giver_step(&mut self, now: Instant) -> Option<()> {
+        let giver = self.giver.as_mut()?;
+        let Some(step) = giver.next_step() else {
+            // A connection that is of no more use is closed.
+            if !giver.is_over() || self.giver_closed {
+                return None;
+            }
+            self.giver_closed = true;
+            return Some(());
+        };
+        match step {
+            GiverStep::Asked => giver.welcome(now),
+            GiverStep::Offer { .. } => {
+                self.to_taker.push(Sent::Welcome);
+                giver.offered(now);
+            }
+            GiverStep::Refuse(_) => unreachable!("it is not busy"),
+            GiverStep::Complete => self.to_taker.push(Sent::Complete),
+            GiverStep::Cut => self.cut = true,
+            GiverStep::Abort(reason) => self.to_taker.push(Sent::Aborted(reason)),
+            GiverStep::Stop { .. } => self.giver_accepts = false,
+            GiverStep::Give { .. } => self.to_taker.push(Sent::Yours),
+            GiverStep::Resume(_) => self.giver_accepts = true,
+            GiverStep::TellResumed => self.to_taker.push(Sent::Resumed),
+            GiverStep::GiveUpCopies => self.giver_has_lock = false,
+            GiverStep::TellDrained => self.to_taker.push(Sent::Drained),
+        }
+        Some(())
+    }
+
+    fn taker_step(&mut self, now: Instant) -> Option<()> {
+        let taker = self.taker.as_mut()?;
+        let Some(step) = taker.next_step() else {
+            if !taker.is_over() || self.taker_closed {
+                return None;
+            }
+            self.taker_closed = true;
+            return Some(());
+        };
+        match step {
+            TakerStep::Send(message) => {
+                self.half_written = false;
+                self.taker_writes(now, message);
+            }
+            TakerStep::Offered => self.offered = true,
+            TakerStep::TryLock => {
+                let in_flight = self.to_taker.contains(&Sent::Yours);
+                let is_free = !self.giver_has_lock && !in_flight;
+                self.taker_has_lock |= is_free;
+                // Only as long as a process lives is it too late: see the limit's documentation.
+                let late = if self.giver.is_some() { now + HOUR } else { now };
+                self.taker.as_mut()?.on_lock(late, is_free);
+            }
+            TakerStep::Serve => self.taker_accepts = true,
+            TakerStep::Confirmed(_) => self.taker_has_lock = true,
+            TakerStep::NotHandedBack(_) => {}
+            TakerStep::Stop | TakerStep::Fail(_) => {
+                if let TakerStep::Fail(failure) = step {
+                    self.gave_up = Some(failure).filter(|_| self.offered);
+                }
+                self.taker_accepts = false;
+                self.taker_has_lock = false;
+            }
+        }
+        Some(())
+    }
+}
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+impl Model for Takeover {
+    type State = World;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<World> {
+        let limits = GiverLimits { answer: HOUR, ready: HOUR };
+        vec![World {
+            giver: Some(Giver::new(self.start, 0, limits)),
+            taker: Some(Taker::new(self.start, TakerLimits { answer: HOUR, lock: HOUR })),
+            giver_accepts: true,
+            taker_accepts: false,
+            giver_has_lock: true,
+            taker_has_lock: false,
+            to_giver: Vec::new(),
+            to_taker: Vec::new(),
+            half_written: false,
+            cut: false,
+            giver_closed: false,
+            taker_closed: false,
+            killed: false,
+            gave_up: None,
+            offered: false,
+        }]
+    }
+
+    fn actions(&self, _: &World, actions: &mut Vec<Action>) {
+        actions.extend(ACTIONS);
+    }
+
+    fn next_state(&self, before: &World, action: Action) -> Option<World> {
+        let now = self.start;
+        let mut world = before.clone();
+        match action {
+            Action::GiverStep => world.giver_step(now)?,
+            Action::TakerStep => world.taker_step(now)?,
+            Action::WriteHalf => {
+                let next = world.taker.as_mut()?.next_step()?;
+                if world.half_written || world.cut || next != TakerStep::Send(FromTaker::Ready) {
+                    return None;
+                }
+                world = before.clone();
+                world.half_written = true;
+            }
+            Action::GiverReads => {
+                let giver = world.giver.as_mut().filter(|_| !world.giver_closed)?;
+                if !world.to_giver.is_empty() {
+                    giver.on_message(world.to_giver.remove(0));
+                } else if world.taker_closed {
+                    giver.on_taker_gone();
+                } else if world.cut {
+                    giver.on_end();
+                } else {
+                    return None;
+                }
+            }
+            Action::TakerReads => {
+                let taker = world.taker.as_mut().filter(|_| !world.taker_closed)?;
+                if !world.to_taker.is_empty() {
+                    taker.on_message(now, &world.to_taker.remove(0).message());
+                } else if world.giver_closed {
+                    taker.on_end(now);
+                } else {
+                    return None;
+                }
+            }
+            Action::KillGiver => {
+                world.giver.take()?;
+                world.giver_closed = true;
+                world.giver_accepts = false;
+                world.killed = true;
+            }
+            Action::KillTaker => {
+                world.taker.take()?;
+                world.taker_closed = true;
+                world.taker_accepts = false;
+                world.taker_has_lock = false;
+                world.half_written = false;
+                world.to_taker.clear();
+                world.killed = true;
+            }
+            Action::FreeLockOfDead if world.giver.is_none() => world.giver_has_lock = false,
+            Action::FreeLockOfDead => return None,
+            Action::GiverTimesOut => {
+                let giver = world.giver.as_mut()?;
+                giver.on_timeout(giver.next_timeout()?);
+            }
+            Action::TakerTimesOut => {
+                let taker = world.taker.as_mut()?;
+                taker.on_timeout(taker.next_timeout()?);
+            }
+            Action::Ready => world.taker.as_mut()?.ready(now),
+            Action::PutDownBaton => world.giver.as_mut()?.give(Bytes::new()),
+            Action::Drained => {
+                // A process looks for what is readable before it leaves.
+                if !world.to_giver.is_empty() || world.taker_closed {
+                    return None;
+                }
+                world.giver.as_mut()?.drained();
+            }
+            Action::HandBack => drop(world.taker.as_mut()?.hand_back(Bytes::new())),
+            Action::Release => world.taker.as_mut()?.release(),
+            Action::Withdraw => world.giver.as_mut()?.abort(AbortReason::Withdrawn),
+        }
+        (world != *before).then_some(world)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("two accept only while the message is on its way that stops one", |_, world: &World| {
+                !(world.giver_accepts && world.taker_accepts) || world.is_at_the_cut()
+            }),
+            Property::always("without a crash, at least one accepts at any moment", |_, world: &World| {
+                // A taker that has written READY accepts next, without waiting for anything.
+                let taker_accepts = world.taker.as_ref().is_some_and(Taker::is_serving);
+                world.killed || world.giver_accepts || world.taker_accepts || taker_accepts
+            }),
+            Property::always(
+                "once nothing is on its way, exactly one accepts if one is left",
+                |model: &Self, world: &World| {
+                    let accepting = u8::from(world.giver_accepts) + u8::from(world.taker_accepts);
+                    let expected = u8::from(world.giver_stands_by() || world.taker_stands_by());
+                    accepting == expected || !world.is_settled(model)
+                },
+            ),
+            Property::always("nobody holds the baton beside the other", |_, world: &World| {
+                let giver = world.giver.as_ref().is_some_and(Giver::holds_baton);
+                !(giver && world.taker.as_ref().is_some_and(Taker::holds_baton))
+            }),
+            Property::always(
+                "once nothing is on its way, no third process gets the lock",
+                |model: &Self, world: &World| {
+                    let accepts = world.giver_accepts || world.taker_accepts;
+                    !accepts || world.giver_has_lock || world.taker_has_lock || !world.is_settled(model)
+                },
+            ),
+            Property::always(
+                "a taker that has everything gives up only if told so, or too late",
+                |_, world: &World| {
+                    let reasons = [Failure::TimedOut, Failure::AnotherServes];
+                    let is_good = |failure| matches!(failure, Failure::Aborted(_)) || reasons.contains(&failure);
+                    world.gave_up.is_none_or(is_good)
+                },
+            ),
+            Property::sometimes("a taker replaces the giver", |_, world: &World| {
+                world.taker_accepts && world.giver.as_ref().is_some_and(|giver| giver.is_over() && !giver.is_serving())
+            }),
+            Property::sometimes("a takeover is undone", |_, world: &World| {
+                world.giver_accepts
+                    && world.giver.as_ref().is_some_and(Giver::is_over)
+                    && world.to_taker.contains(&Sent::Resumed)
+            }),
+            Property::sometimes("a taker serves by the lock alone", |_, world: &World| {
+                world.giver.is_none() && world.taker_accepts && world.to_giver.is_empty() && world.taker_has_lock
+            }),
+        ]
+    }
+}
+
+#[test]
+fn after_any_crash_or_timeout_exactly_one_of_the_two_serves() {
+    let model = Takeover { start: Instant::now() };
+    let checked = model.checker().spawn_bfs().join();
+    checked.assert_properties();
+    println!("takeover: {} states", checked.unique_state_count());
+    assert!(checked.unique_state_count() > 1000, "the model explores too little");
+}

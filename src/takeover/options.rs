@@ -1,0 +1,101 @@
+//! Settings of a takeover.
+
+use std::time::Duration;
+
+use super::{giver::GiverLimits, taker::TakerLimits};
+
+/// Settings of a server and of the process that takes over. Every wait has a limit.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use fdwire::takeover::Options;
+///
+/// let options = Options::default().ready_timeout(Duration::from_secs(300)).allow_uids([33]);
+/// # let _ = options;
+/// ```
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub(super) answer_timeout: Duration,
+    pub(super) ready_timeout: Duration,
+    pub(super) lock_timeout: Duration,
+    pub(super) mode: u32,
+    pub(super) uids: Vec<u32>,
+    pub(super) has_baton: bool,
+}
+
+impl Default for Options {
+    /// 5 s for answers and for the lock, 60 s until ready, mode 0600, own uid and root, no baton.
+    fn default() -> Self {
+        Self {
+            answer_timeout: Duration::from_secs(5),
+            ready_timeout: Duration::from_secs(60),
+            lock_timeout: Duration::from_secs(5),
+            mode: 0o600,
+            uids: Vec::new(),
+            has_baton: false,
+        }
+    }
+}
+
+impl Options {
+    /// Limits the time for each answer of the other process. Default: 5 s.
+    #[must_use]
+    pub fn answer_timeout(mut self, limit: Duration) -> Self {
+        self.answer_timeout = limit;
+        self
+    }
+
+    /// Limits the time from the moment at which a server has sent its listeners until the new
+    /// process is ready. After that the server goes on as if nothing had been. Default: 60 s.
+    #[must_use]
+    pub fn ready_timeout(mut self, limit: Duration) -> Self {
+        self.ready_timeout = limit;
+        self
+    }
+
+    /// Limits the time from the death of a server until the kernel has released its lock. The
+    /// kernel closes everything that a dead process had open, one thing after another. Default: 5
+    /// s.
+    #[must_use]
+    pub fn lock_timeout(mut self, limit: Duration) -> Self {
+        self.lock_timeout = limit;
+        self
+    }
+
+    /// Sets the mode of the path at which a server offers its listeners. Default: 0600.
+    #[must_use]
+    pub fn mode(mut self, mode: u32) -> Self {
+        self.mode = mode;
+        self
+    }
+
+    /// Trusts these uids beside the own one and root: a server gives them its listeners, and a new
+    /// process takes listeners from them.
+    #[must_use]
+    pub fn allow_uids(mut self, uids: impl IntoIterator<Item = u32>) -> Self {
+        self.uids.extend(uids);
+        self
+    }
+
+    /// Says that the application has a baton: an exclusive thing that only the process that serves
+    /// may use. A server that is replaced passes it on with
+    /// [`put_down_baton`](super::Server::put_down_baton), and nothing else is passed on before.
+    #[must_use]
+    pub fn with_baton(mut self) -> Self {
+        self.has_baton = true;
+        self
+    }
+
+    pub(super) fn trusts(&self, uid: u32) -> bool {
+        uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.uids.contains(&uid)
+    }
+
+    pub(super) fn giver_limits(&self) -> GiverLimits {
+        GiverLimits { answer: self.answer_timeout, ready: self.ready_timeout }
+    }
+
+    pub(super) fn taker_limits(&self) -> TakerLimits {
+        TakerLimits { answer: self.answer_timeout, lock: self.lock_timeout }
+    }
+}

@@ -1,0 +1,217 @@
+//! The description of a listener, as values and as bytes.
+
+use std::{
+    ffi::OsString,
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::PathBuf,
+};
+
+use super::fields::{Fields, put_short};
+use crate::Error;
+
+/// The identity of a listener: its name and index, and everything that tells its socket from
+/// others.
+///
+/// The taker reads all fields but the first two from the descriptor as well, and refuses one that
+/// differs from its announcement.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Identity {
+    /// The name that the application has given to it.
+    pub name: String,
+    /// Number of the socket among those with its name, from 0: the sockets of a `SO_REUSEPORT`
+    /// group have one name and equal addresses.
+    pub index: u32,
+    /// Address family (`SO_DOMAIN`).
+    pub family: Family,
+    /// Type of the socket (`SO_TYPE`).
+    pub kind: Kind,
+    /// Protocol number (`SO_PROTOCOL`): 6 for TCP, 17 for UDP, 0 for Unix sockets.
+    pub protocol: u16,
+    /// The address that it is bound to (getsockname(2)).
+    pub address: Address,
+    /// The device that it is bound to (`SO_BINDTODEVICE`).
+    pub device: Option<String>,
+    /// `IPV6_V6ONLY`. `None` if the family is not IPv6.
+    pub v6_only: Option<bool>,
+}
+
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Family {
+    /// `AF_UNIX`.
+    Unix,
+    /// `AF_INET`.
+    Ipv4,
+    /// `AF_INET6`.
+    Ipv6,
+}
+
+/// The type of a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kind {
+    /// `SOCK_STREAM`.
+    Stream,
+    /// `SOCK_DGRAM`.
+    Datagram,
+    /// `SOCK_SEQPACKET`.
+    SeqPacket,
+}
+
+/// The address of a socket.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Address {
+    /// None: a Unix socket that is not bound.
+    Unnamed,
+    /// An IP address and a port.
+    Ip(SocketAddr),
+    /// The path of a Unix socket.
+    Path(PathBuf),
+    /// The abstract name of a Unix socket, without the zero byte in front of it.
+    Abstract(Vec<u8>),
+}
+
+impl fmt::Display for Identity {
+    /// For example `"http" 0 (TCP 0.0.0.0:80)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {} (", self.name, self.index)?;
+        match (self.family, self.kind, self.protocol) {
+            (Family::Unix, kind, _) => write!(f, "Unix {kind}")?,
+            (_, Kind::Stream, 6) => f.write_str("TCP")?,
+            (_, Kind::Datagram, 17) => f.write_str("UDP")?,
+            (family, kind, protocol) => write!(f, "{family:?} {kind}, protocol {protocol},")?,
+        }
+        write!(f, " {}", self.address)?;
+        if let Some(device) = &self.device {
+            write!(f, " on {device}")?;
+        }
+        f.write_str(")")
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stream => "stream",
+            Self::Datagram => "datagram",
+            Self::SeqPacket => "seqpacket",
+        })
+    }
+}
+
+impl fmt::Display for Address {
+    /// A path as it is, an abstract name with `@` before it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unnamed => f.write_str("unnamed"),
+            Self::Ip(address) => address.fmt(f),
+            Self::Path(path) => path.display().fmt(f),
+            Self::Abstract(name) => write!(f, "@{}", name.escape_ascii()),
+        }
+    }
+}
+
+impl Identity {
+    pub(super) fn put(&self, dst: &mut Vec<u8>) -> Result<(), Error> {
+        put_short(dst, self.name.as_bytes())?;
+        dst.extend(self.index.to_be_bytes());
+        dst.push(match self.family {
+            Family::Unix => 1,
+            Family::Ipv4 => 4,
+            Family::Ipv6 => 6,
+        });
+        dst.push(match self.kind {
+            Kind::Stream => 1,
+            Kind::Datagram => 2,
+            Kind::SeqPacket => 5,
+        });
+        dst.extend(self.protocol.to_be_bytes());
+        self.address.put(dst)?;
+        put_short(dst, self.device.as_deref().unwrap_or_default().as_bytes())?;
+        dst.push(match self.v6_only {
+            None => 0,
+            Some(false) => 1,
+            Some(true) => 2,
+        });
+        Ok(())
+    }
+
+    pub(super) fn read(fields: &mut Fields<'_>) -> Option<Self> {
+        Some(Self {
+            name: fields.text()?,
+            index: fields.u32()?,
+            family: match fields.u8()? {
+                1 => Family::Unix,
+                4 => Family::Ipv4,
+                6 => Family::Ipv6,
+                _ => return None,
+            },
+            kind: match fields.u8()? {
+                1 => Kind::Stream,
+                2 => Kind::Datagram,
+                5 => Kind::SeqPacket,
+                _ => return None,
+            },
+            protocol: fields.u16()?,
+            address: Address::read(fields)?,
+            device: Some(fields.text()?).filter(|device| !device.is_empty()),
+            v6_only: match fields.u8()? {
+                0 => None,
+                1 => Some(false),
+                2 => Some(true),
+                _ => return None,
+            },
+        })
+    }
+}
+
+impl Address {
+    fn put(&self, dst: &mut Vec<u8>) -> Result<(), Error> {
+        match self {
+            Self::Unnamed => dst.push(0),
+            Self::Path(path) => {
+                dst.push(1);
+                put_short(dst, path.as_os_str().as_bytes())?;
+            }
+            Self::Abstract(name) => {
+                dst.push(2);
+                put_short(dst, name)?;
+            }
+            Self::Ip(SocketAddr::V4(address)) => {
+                dst.push(4);
+                dst.extend(address.ip().octets());
+                dst.extend(address.port().to_be_bytes());
+            }
+            Self::Ip(SocketAddr::V6(address)) => {
+                dst.push(6);
+                dst.extend(address.ip().octets());
+                dst.extend(address.port().to_be_bytes());
+                dst.extend(address.flowinfo().to_be_bytes());
+                dst.extend(address.scope_id().to_be_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    fn read(fields: &mut Fields<'_>) -> Option<Self> {
+        Some(match fields.u8()? {
+            0 => Self::Unnamed,
+            1 => Self::Path(OsString::from_vec(fields.short()?.to_vec()).into()),
+            2 => Self::Abstract(fields.short()?.to_vec()),
+            4 => {
+                let address = Ipv4Addr::from(fields.array::<4>()?);
+                Self::Ip(SocketAddrV4::new(address, fields.u16()?).into())
+            }
+            6 => {
+                let (address, port) = (Ipv6Addr::from(fields.array::<16>()?), fields.u16()?);
+                Self::Ip(SocketAddrV6::new(address, port, fields.u32()?, fields.u32()?).into())
+            }
+            _ => return None,
+        })
+    }
+}

@@ -1,0 +1,171 @@
+#![doc = include_str!("../protocol.md")]
+
+mod codec;
+mod fields;
+mod identity;
+#[cfg(test)]
+mod tests;
+
+use std::{fmt, os::fd::OwnedFd};
+
+use bytes::Bytes;
+
+pub use codec::{GiverCodec, TakerCodec};
+pub use identity::{Address, Family, Identity, Kind};
+
+use crate::Fds;
+
+/// The lowest version of the protocol that is spoken here.
+pub const LOWEST_VERSION: u8 = 1;
+
+/// The highest version of the protocol that is spoken here.
+pub const HIGHEST_VERSION: u8 = 1;
+
+/// The longest payload of a message in bytes: limits application state and batons.
+pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
+
+/// Most descriptors of one message.
+pub const MAX_MESSAGE_FDS: usize = 253;
+
+/// A message of the taker.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FromTaker {
+    /// The first message: the versions that the taker speaks.
+    Hello {
+        /// Lowest version.
+        lowest: u8,
+        /// Highest version.
+        highest: u8,
+    },
+    /// The taker has no use for this listener. Before [`Ready`](Self::Ready) only.
+    Decline {
+        /// Number of the listener in the order of the announcements, from 0.
+        number: u32,
+    },
+    /// The taker accepts connections from the moment at which this is written in full.
+    Ready,
+    /// The taker wants the giver to serve again. It goes on accepting until the answer.
+    HandBack {
+        /// The application's exclusive thing.
+        baton: Bytes,
+    },
+    /// The giver never needs to serve again: it gives up its copies of the listeners.
+    Release,
+}
+
+/// A message of the giver. `F` is the type of a descriptor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ToTaker<F = OwnedFd> {
+    /// The answer to a [`FromTaker::Hello`].
+    Welcome {
+        /// The version that is spoken from here on.
+        version: u8,
+        /// Number of listeners that follow.
+        listeners: u32,
+    },
+    /// No takeover now. Nothing follows.
+    Refused {
+        /// The reason.
+        reason: Refusal,
+    },
+    /// Some listeners, in their order.
+    Listeners(Vec<Offered<F>>),
+    /// A piece of the application's state.
+    State {
+        /// Bytes of the application.
+        bytes: Bytes,
+        /// Descriptors of the application.
+        fds: Fds<F>,
+    },
+    /// All listeners and all state were sent. The taker may say [`FromTaker::Ready`].
+    Complete,
+    /// The giver goes on serving, and no [`FromTaker::Ready`] can reach it. Nothing follows.
+    Aborted {
+        /// The reason.
+        reason: AbortReason,
+    },
+    /// Locks of the paths that listeners are bound to. After [`FromTaker::Ready`].
+    Locks {
+        /// One lock for each listener with a [path](Offered::path_id), in their order.
+        fds: Fds<F>,
+    },
+    /// Everything is the taker's: the giver has read [`FromTaker::Ready`] and accepts no more.
+    Yours {
+        /// The application's exclusive thing.
+        baton: Bytes,
+        /// The socket at which takeovers are requested, and the lock of its path.
+        fds: Fds<F>,
+    },
+    /// The giver serves again after a [`FromTaker::HandBack`]. Nothing follows.
+    Resumed,
+    /// The giver has given up its copies and can't serve again. Nothing follows.
+    Drained,
+}
+
+/// A listener that is offered.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Offered<F = OwnedFd> {
+    /// Its identity.
+    pub identity: Identity,
+    /// `SO_COOKIE` of the socket: the same for all copies of one socket, and of no other.
+    pub cookie: u64,
+    /// Device and inode of the path, if the giver may remove it: that right moves along.
+    pub path_id: Option<(u64, u64)>,
+    /// The socket.
+    pub fd: F,
+}
+
+impl<F> Offered<F> {
+    /// The same with another descriptor.
+    pub fn with_fd<G>(self, fd: impl FnOnce(F) -> G) -> Offered<G> {
+        let Self { identity, cookie, path_id, fd: old } = self;
+        Offered { identity, cookie, path_id, fd: fd(old) }
+    }
+}
+
+/// The reason why there is no takeover now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// Another process is taking over.
+    Busy,
+    /// The server speaks none of the taker's versions.
+    Version,
+}
+
+/// The reason why the giver called a takeover off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum AbortReason {
+    /// The taker did not say in time that it is ready.
+    TimedOut,
+    /// The taker broke the protocol.
+    Misbehaved,
+    /// The giver's application called it off.
+    Withdrawn,
+    /// The giver failed to send, for example for want of descriptors.
+    Failed,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Busy => "another process is taking over from it at the moment",
+            Self::Version => "it speaks no version of the protocol that is spoken here",
+        })
+    }
+}
+
+impl fmt::Display for AbortReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TimedOut => "the new process was not ready in time",
+            Self::Misbehaved => "the new process broke the protocol",
+            Self::Withdrawn => "the running server called it off",
+            Self::Failed => "the running server failed to send its listeners",
+        })
+    }
+}

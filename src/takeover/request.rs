@@ -1,0 +1,240 @@
+//! The new process: asks a running server for its listeners.
+
+use std::{
+    collections::BTreeSet,
+    future::Ready,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tokio::time::timeout;
+use tracing::warn;
+
+use super::{
+    Error, Options, Server,
+    inspect::compare,
+    link::{Came, Link, now},
+    listeners::{Entry, Listeners},
+    predecessor,
+    protocol::{Identity, Offered, ToTaker},
+    shared::{Control, Shared},
+    taker::TakerStep,
+};
+use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard};
+
+/// Asks the server at a path for its listeners, and receives them.
+///
+/// The server goes on serving until [`Pending::ready`]. If this process ends, or drops the
+/// [`Pending`], or takes longer than the server's
+/// [`ready_timeout`](Options::ready_timeout), nothing has changed for the server.
+///
+/// # Errors
+/// [`Error::Io`] with `NotFound` or `ConnectionRefused` if no server is there;
+/// [`Error::NotTrusted`], [`Error::Refused`], [`Error::Aborted`], [`Error::GiverGone`],
+/// [`Error::TimedOut`], [`Error::Misbehaved`], and [`Error::Mismatch`] for a listener that is not
+/// what the server says. In none of these cases has anything changed for the server.
+///
+/// # Panics
+/// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
+///
+/// # Cancel safety
+/// Nothing is left behind when dropped: the server goes on.
+pub async fn request(path: impl AsRef<Path>, options: Options) -> Result<Pending, Error> {
+    let path = std::path::absolute(path)?;
+    let connecting = Socket::connect(&path, SocketKind::SeqPacket);
+    let socket = timeout(options.answer_timeout, connecting).await.map_err(|_| Error::TimedOut)??;
+    let uid = socket.peer_cred()?.uid;
+    if !options.trusts(uid) {
+        return Err(Error::NotTrusted { uid });
+    }
+    let mut link = Link::new(socket, options.taker_limits());
+    let mut pending = Pending::new(options, path);
+    pending.receive(&mut link).await?;
+    pending.link = Some(link);
+    Ok(pending)
+}
+
+/// The listeners of a running server, before this process serves.
+///
+/// The application sets itself up now, and says [`ready`](Self::ready) then. Until that moment it
+/// can look at the listeners and can't accept from them.
+#[derive(Debug)]
+pub struct Pending {
+    /// `None` if no server runs.
+    link: Option<Link>,
+    options: Options,
+    path: PathBuf,
+    listeners: Listeners,
+    /// Of each listener, device and inode of the path that may be removed at its end.
+    path_ids: Vec<Option<(u64, u64)>>,
+    /// Numbers of listeners that this process has no use for.
+    declined: BTreeSet<u32>,
+    state: Vec<Frame>,
+    /// The path, if no server runs any longer.
+    lock: Option<PathGuard>,
+}
+
+impl Pending {
+    /// Returns what tells the listeners from others, in the order of the server.
+    pub fn identities(&self) -> impl Iterator<Item = &Identity> {
+        self.listeners.identities()
+    }
+
+    /// Takes the state that the server's application has sent along.
+    pub fn take_state(&mut self) -> Vec<Frame> {
+        std::mem::take(&mut self.state)
+    }
+
+    /// Says that this process has no use for a listener. The server's application learns of it
+    /// ([`Server::declined`]); the listener stays open there, without anybody who accepts, until
+    /// that server can't serve again.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchListener`].
+    pub fn decline(&mut self, name: &str, index: u32) -> Result<(), Error> {
+        let number = self.listeners.identities().position(|it| it.name == name && it.index == index);
+        let number = number.ok_or_else(|| Error::NoSuchListener { name: name.to_owned(), index })?;
+        if self.declined.insert(number as u32)
+            && let Some(link) = &mut self.link
+        {
+            link.taker.decline(number as u32);
+        }
+        Ok(())
+    }
+
+    /// Takes over: from here on this process serves, and the running server stops to accept.
+    ///
+    /// This process serves from the moment at which the message was written in full. If the server
+    /// has died meanwhile, this process serves if no other one does.
+    ///
+    /// # Errors
+    /// [`Error::Aborted`] if the server has called the takeover off, and [`Error::AnotherServes`]
+    /// if it ended and another process serves. Then this process must not serve, and all listeners
+    /// are closed here.
+    ///
+    /// # Cancel safety
+    /// None: if it is dropped, nobody can tell whether this process was to serve. The server then
+    /// learns that it does not, and accepts again.
+    pub async fn ready(mut self) -> Result<Server, Error> {
+        let Some(mut link) = self.link.take() else { return self.serve_first() };
+        link.taker.ready(now());
+        let mut is_confirmed = false;
+        while !link.taker.is_serving() || link.taker.has_steps() {
+            match link.next_step() {
+                Some(TakerStep::TryLock) => {
+                    self.lock = PathGuard::take(&self.path).ok();
+                    link.taker.on_lock(now(), self.lock.is_some());
+                }
+                Some(TakerStep::Fail(failure)) => return Err(failure.into()),
+                Some(TakerStep::Confirmed(_)) => is_confirmed = true, // by the lock
+                Some(_) => {}
+                None => drop(link.turn().await),
+            }
+        }
+        self.serve(Some(link).filter(|_| !is_confirmed))
+    }
+
+    /// For the first process at a path.
+    fn serve_first(self) -> Result<Server, Error> {
+        let Self { options, path, mut listeners, declined, lock, .. } = self;
+        listeners.retain(|number| !declined.contains(&number));
+        let guard = lock.expect("the first process has the lock");
+        let control = Control::bind(guard, options.mode)?;
+        let shared = Shared::new(options, path, listeners, Some(control), false);
+        Ok(Server::start(Arc::new(shared), None::<Ready<()>>))
+    }
+
+    /// For a process that replaces another one. Without a link, that one has died.
+    fn serve(self, link: Option<Link>) -> Result<Server, Error> {
+        let Self { options, path, mut listeners, mut path_ids, declined, lock, .. } = self;
+        listeners.retain(|number| !declined.contains(&number));
+        let mut numbers = 0..;
+        path_ids.retain(|_| numbers.next().is_some_and(|number| !declined.contains(&number)));
+        let control = match lock.map(|guard| Control::bind(guard, options.mode)).transpose() {
+            Ok(control) => control,
+            Err(error) => {
+                // It serves all the same: nobody else does.
+                warn!(path = %path.display(), %error, "no takeover from this server is possible");
+                None
+            }
+        };
+        let shared = Arc::new(Shared::new(options, path, listeners, control, link.is_some()));
+        let Some(link) = link else {
+            shared.inherit_paths(&path_ids);
+            return Ok(Server::start(shared, None::<Ready<()>>));
+        };
+        let predecessor = predecessor::watch(Arc::clone(&shared), link, path_ids);
+        Ok(Server::start(shared, Some(predecessor)))
+    }
+
+    fn new(options: Options, path: PathBuf) -> Self {
+        Self {
+            link: None,
+            options,
+            path,
+            listeners: Listeners::new(),
+            path_ids: Vec::new(),
+            declined: BTreeSet::new(),
+            state: Vec::new(),
+            lock: None,
+        }
+    }
+
+    /// For the first process at a path.
+    pub(super) fn first(options: Options, guard: PathGuard, listeners: Listeners) -> Self {
+        let path = guard.path().to_owned();
+        Self { listeners, lock: Some(guard), ..Self::new(options, path) }
+    }
+
+    /// Receives until everything is here.
+    async fn receive(&mut self, link: &mut Link) -> Result<(), Error> {
+        loop {
+            match link.next_step() {
+                Some(TakerStep::Offered) => return Ok(()),
+                Some(TakerStep::Fail(failure)) => return Err(failure.into()),
+                Some(_) => {}
+                None => match link.turn().await {
+                    Some(Came::Message(message)) => self.on_message(message)?,
+                    Some(Came::Error(error)) => return Err(Error::Connection(error)),
+                    None => {}
+                },
+            }
+        }
+    }
+
+    fn on_message(&mut self, message: ToTaker) -> Result<(), Error> {
+        match message {
+            ToTaker::Listeners(offered) => {
+                let mut offered = offered.into_iter();
+                for listener in offered.by_ref() {
+                    if let Err(error) = self.add(listener) {
+                        close_in_background(offered.map(|listener| listener.fd));
+                        return Err(error);
+                    }
+                }
+            }
+            ToTaker::State { bytes, fds } => self.state.push(Frame { payload: bytes, fds }),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, listener: Offered) -> Result<(), Error> {
+        let checked = compare(&listener);
+        let Offered { identity, cookie, path_id, fd } = listener;
+        match checked {
+            Ok(Ok(())) => {
+                self.path_ids.push(path_id);
+                self.listeners.insert(Entry { identity, cookie, fd: Arc::new(fd), guard: None })
+            }
+            Ok(Err(mismatch)) => {
+                close_in_background([fd]);
+                Err(Error::Mismatch { identity: Box::new(identity), mismatch })
+            }
+            Err(error) => {
+                close_in_background([fd]);
+                Err(error.into())
+            }
+        }
+    }
+}

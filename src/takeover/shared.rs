@@ -1,0 +1,337 @@
+//! What the tasks of a server and its handles share.
+
+use std::{
+    collections::BTreeSet,
+    fmt, io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use bytes::Bytes;
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+use tokio::sync::{mpsc::UnboundedSender, oneshot, watch};
+use tracing::info;
+
+use super::{
+    Error, Options, Phase,
+    listeners::Listeners,
+    protocol::{Address, Identity, Offered},
+};
+use crate::{Frame, SendFd, socket::PathGuard};
+
+pub(super) struct Shared {
+    pub(super) options: Options,
+    /// The path of the control socket, absolute.
+    pub(super) path: PathBuf,
+    state: Mutex<State>,
+    pub(super) status: watch::Sender<Status>,
+}
+
+/// What handles and tasks wait for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Status {
+    pub(super) phase: Phase,
+    /// The control socket is here.
+    pub(super) has_control: bool,
+    /// A predecessor may still have to serve again.
+    pub(super) has_predecessor: bool,
+    pub(super) baton: Baton,
+}
+
+/// The baton that comes with a takeover.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Baton {
+    /// The predecessor has not put it down.
+    Coming,
+    /// It is here, or there is none: nobody else holds it.
+    Here(Option<Bytes>),
+}
+
+#[derive(Default)]
+struct State {
+    listeners: Listeners,
+    control: Option<Control>,
+    /// Numbers of listeners that the new process has no use for.
+    declined: BTreeSet<u32>,
+    /// A takeover is under way, or has been completed.
+    is_claimed: bool,
+    gates: Vec<Weak<dyn Gate>>,
+    /// To the task of the process that takes over.
+    link: Option<UnboundedSender<Command>>,
+    /// To the task of the predecessor.
+    predecessor: Option<UnboundedSender<UpCommand>>,
+    /// Called for each takeover.
+    application: Option<Application>,
+}
+
+pub(super) type Application = Arc<dyn Fn() -> Vec<Frame> + Send + Sync>;
+
+/// The socket at which takeovers are requested, and its path.
+pub(super) struct Control {
+    pub(super) fd: OwnedFd,
+    pub(super) guard: PathGuard,
+}
+
+/// Copies of everything that goes to a new process once it is ready.
+pub(super) struct Gift {
+    pub(super) control: OwnedFd,
+    pub(super) control_lock: OwnedFd,
+    /// Of listeners with these numbers.
+    pub(super) locks: Vec<(u32, OwnedFd)>,
+}
+
+/// For the task of a process that takes over.
+#[derive(Debug)]
+pub(super) enum Command {
+    PutDown(Bytes),
+    Drained,
+    Withdraw,
+}
+
+/// For the task of the predecessor.
+#[derive(Debug)]
+pub(super) enum UpCommand {
+    Release,
+    HandBack { baton: Bytes, answer: oneshot::Sender<Result<(), Bytes>> },
+}
+
+/// Something that has listeners in an event loop.
+pub(super) trait Gate: Send + Sync {
+    /// Takes them out of it.
+    fn close(&self);
+}
+
+impl Control {
+    /// Listens at a path that is guarded.
+    pub(super) fn bind(mut guard: PathGuard, mode: u32) -> io::Result<Self> {
+        let addr = UnixAddr::new(guard.path())?;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        guard.bind(&fd, &addr, mode)?;
+        socket::listen(&fd, Backlog::MAXCONN)?;
+        Ok(Self { fd, guard })
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let status = &*self.status.borrow();
+        f.debug_struct("Shared").field("path", &self.path).field("status", status).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// For a process that serves. `has_predecessor`: the control socket and the baton are still to
+    /// come.
+    pub(super) fn new(
+        options: Options,
+        path: PathBuf,
+        listeners: Listeners,
+        control: Option<Control>,
+        has_predecessor: bool,
+    ) -> Self {
+        let status = Status {
+            phase: Phase::Serving,
+            has_control: control.is_some(),
+            has_predecessor,
+            baton: if has_predecessor { Baton::Coming } else { Baton::Here(None) },
+        };
+        let state = State { listeners, control, ..State::default() };
+        Self { options, path, state: Mutex::new(state), status: watch::Sender::new(status) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn with_listeners<T>(&self, look: impl FnOnce(&Listeners) -> T) -> T {
+        look(&self.lock().listeners)
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.status.borrow().phase
+    }
+
+    /// Waits until the status is like that.
+    pub(super) async fn wait(&self, is_it: impl FnMut(&Status) -> bool) -> Status {
+        let mut status = self.status.subscribe();
+        let found = status.wait_for(is_it).await.expect("this value has the sender");
+        found.clone()
+    }
+
+    pub(super) fn add_gate(&self, gate: Weak<dyn Gate>) {
+        let mut state = self.lock();
+        state.gates.retain(|gate| gate.strong_count() > 0);
+        state.gates.push(gate);
+    }
+
+    /// Changes the phase. Listeners leave their event loops when this process stops to serve.
+    pub(super) fn set_phase(&self, phase: Phase) {
+        self.status.send_modify(|status| status.phase = phase);
+        if phase != Phase::Serving {
+            // Outside of the lock: closing runs code of an event loop.
+            let gates = self.lock().gates.clone();
+            gates.iter().filter_map(Weak::upgrade).for_each(|gate| gate.close());
+        }
+        info!(path = %self.path.display(), ?phase, "takeover: the server changed its phase");
+    }
+
+    /// Begins a takeover, unless there is one. One at a time.
+    pub(super) fn claim(&self, link: UnboundedSender<Command>) -> bool {
+        let mut state = self.lock();
+        if state.is_claimed || self.phase() != Phase::Serving || state.control.is_none() {
+            return false;
+        }
+        state.is_claimed = true;
+        state.link = Some(link);
+        true
+    }
+
+    /// The takeover has ended, and this process serves.
+    pub(super) fn unclaim(&self) {
+        let mut state = self.lock();
+        state.is_claimed = false;
+        state.link = None;
+    }
+
+    pub(super) fn command(&self, command: Command) -> bool {
+        self.lock().link.as_ref().is_some_and(|link| link.send(command).is_ok())
+    }
+
+    pub(super) fn set_predecessor(&self, predecessor: UnboundedSender<UpCommand>) {
+        self.lock().predecessor = Some(predecessor);
+    }
+
+    pub(super) fn command_predecessor(&self, command: UpCommand) -> bool {
+        self.lock().predecessor.as_ref().is_some_and(|up| up.send(command).is_ok())
+    }
+
+    pub(super) fn set_application(&self, application: Application) {
+        self.lock().application = Some(application);
+    }
+
+    /// Asks the application for its state.
+    pub(super) fn application_state(&self) -> Vec<Frame> {
+        let application = self.lock().application.clone();
+        application.map_or_else(Vec::new, |application| application())
+    }
+
+    /// Returns the listeners as they are sent. No copies are made: they stay this process's.
+    pub(super) fn offered(&self) -> Vec<Offered<SendFd>> {
+        let state = self.lock();
+        let offered = state.listeners.entries.iter().map(|entry| Offered {
+            identity: entry.identity.clone(),
+            cookie: entry.cookie,
+            path_id: entry.guard.as_ref().and_then(PathGuard::path_id),
+            fd: SendFd::socket(Arc::clone(&entry.fd)),
+        });
+        offered.collect()
+    }
+
+    /// Copies what a new process gets once it is ready: then nothing may fail any more.
+    pub(super) fn gift(&self) -> io::Result<Gift> {
+        let mut state = self.lock();
+        let State { listeners, control, .. } = &mut *state;
+        let control = control.as_mut().ok_or(io::ErrorKind::NotConnected)?;
+        let guards = (0..).zip(&mut listeners.entries).filter_map(|(number, entry)| {
+            let guard = entry.guard.as_mut().filter(|guard| guard.path_id().is_some())?;
+            Some(guard.share_lock().map(|lock| (number, lock)))
+        });
+        Ok(Gift {
+            control: control.fd.try_clone()?,
+            control_lock: control.guard.share_lock()?,
+            locks: guards.collect::<io::Result<_>>()?,
+        })
+    }
+
+    pub(super) fn control_copy(&self) -> io::Result<OwnedFd> {
+        let state = self.lock();
+        let control = state.control.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        control.fd.as_fd().try_clone_to_owned()
+    }
+
+    pub(super) fn set_control(&self, control: Control) {
+        self.lock().control = Some(control);
+    }
+
+    /// Gives up the right to remove paths, or takes it back. Paths that the new process has no use
+    /// for stay this process's.
+    pub(super) fn set_may_remove(&self, may_remove: bool) {
+        let mut state = self.lock();
+        let State { listeners, control, declined, .. } = &mut *state;
+        let entries = (0..).zip(&mut listeners.entries).filter(|(number, _)| !declined.contains(number));
+        let guards = entries.filter_map(|(_, entry)| entry.guard.as_mut());
+        let control = control.iter_mut().map(|control| &mut control.guard);
+        guards.chain(control).for_each(|guard| guard.set_may_remove(may_remove));
+    }
+
+    /// Guards the paths of listeners whose locks have come. Each lock belongs to the next listener
+    /// with a path.
+    pub(super) fn receive_locks(&self, locks: Vec<OwnedFd>, path_ids: &[Option<(u64, u64)>]) {
+        let mut locks = locks.into_iter();
+        self.guard_paths(path_ids, |path, path_id| match locks.next() {
+            Some(lock) => PathGuard::received(path.to_owned(), lock, path_id),
+            None => Err(io::ErrorKind::NotFound.into()),
+        });
+    }
+
+    /// Guards the paths of listeners whose last owner has died.
+    pub(super) fn inherit_paths(&self, path_ids: &[Option<(u64, u64)>]) {
+        self.guard_paths(path_ids, PathGuard::inherited);
+    }
+
+    fn guard_paths(
+        &self,
+        path_ids: &[Option<(u64, u64)>],
+        mut guard: impl FnMut(&Path, (u64, u64)) -> io::Result<PathGuard>,
+    ) {
+        let mut state = self.lock();
+        for (entry, path_id) in state.listeners.entries.iter_mut().zip(path_ids) {
+            let (Address::Path(path), Some(path_id)) = (&entry.identity.address, *path_id) else {
+                continue;
+            };
+            match guard(path, path_id) {
+                Ok(guard) => entry.guard = Some(guard),
+                Err(error) => {
+                    let path = path.display();
+                    tracing::warn!(%path, %error, "takeover: the path is served, but not removed at the end");
+                }
+            }
+        }
+    }
+
+    /// Notes what the new process has no use for.
+    pub(super) fn set_declined(&self, numbers: BTreeSet<u32>) {
+        self.lock().declined = numbers;
+    }
+
+    pub(super) fn declined(&self) -> Vec<Identity> {
+        let state = self.lock();
+        let entry = |&number: &u32| state.listeners.entries.get(number as usize);
+        state.declined.iter().filter_map(entry).map(|entry| entry.identity.clone()).collect()
+    }
+
+    /// Closes everything. Paths are removed, unless another process has the right to.
+    pub(super) fn give_up(&self) {
+        self.set_phase(Phase::Replaced);
+        let (listeners, control) = {
+            let mut state = self.lock();
+            (std::mem::take(&mut state.listeners), state.control.take())
+        };
+        drop((listeners, control));
+    }
+
+    /// Makes sure that no predecessor serves again.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] if it does not answer.
+    pub(super) async fn release_predecessor(&self) -> Result<(), Error> {
+        if self.status.borrow().has_predecessor {
+            self.command_predecessor(UpCommand::Release);
+            let released = self.wait(|status| !status.has_predecessor);
+            tokio::time::timeout(self.options.answer_timeout, released).await.map_err(|_| Error::TimedOut)?;
+        }
+        Ok(())
+    }
+}

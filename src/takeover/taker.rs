@@ -1,0 +1,356 @@
+//! The new process's side of one takeover, as a value: no socket, no clock.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+
+use super::protocol::{AbortReason, FromTaker, HIGHEST_VERSION, LOWEST_VERSION, Refusal, ToTaker};
+
+/// The time between two attempts to get the lock of the path.
+const LOCK_RETRY: Duration = Duration::from_millis(10);
+
+/// One takeover, seen by the process that wants to serve.
+///
+/// ```text
+///          WELCOME             COMPLETE          ready()           READY was written
+///   Hello ---------> Receiving --------> Offered -------> Readying ----------------> Unconfirmed
+///                                           |                | READY can't be written     | YOURS
+///                                           |                v                            v
+///                            giver's end,   |               Cut                       Confirmed
+///                            then ready()   |                | giver's end                | giver's
+///                                           '----> Locking <-'                            v end
+///                                             lock |   | no lock                        Final
+///                                         Final <--'   '--> Failed
+/// ```
+///
+/// It serves from `Unconfirmed` on. Two things make it serve: READY was written in full, which the
+/// giver can't miss; or the giver has gone without it, and the lock of the path proves that nobody
+/// else serves.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Taker {
+    state: State,
+    limits: TakerLimits,
+    deadline: Option<Instant>,
+    steps: VecDeque<TakerStep>,
+}
+
+/// How long a taker waits, and for what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct TakerLimits {
+    /// For each message until COMPLETE, and for sending READY.
+    pub(super) answer: Duration,
+    /// From the giver's end until its lock is free: an exiting process closes one thing after
+    /// another.
+    pub(super) lock: Duration,
+}
+
+/// What has to be done next, in this order.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum TakerStep {
+    /// Send a message. After READY, [`Taker::on_ready_written`] or [`Taker::on_send_failed`].
+    Send(FromTaker),
+    /// Everything is here.
+    Offered,
+    /// Try to get the lock, and call [`Taker::on_lock`].
+    TryLock,
+    /// Accept connections.
+    Serve,
+    /// What the giver had is this process's: the baton came along, or `None` if the giver has ended
+    /// before it could pass it on.
+    Confirmed(Option<Bytes>),
+    /// The giver has refused to serve again, or has ended: the baton is here as before.
+    NotHandedBack(Bytes),
+    /// Accept no more: the giver serves.
+    Stop,
+    /// Nothing was taken over. What was sent and is not written must not be: close the connection.
+    Fail(Failure),
+}
+
+/// The reason why nothing was taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Failure {
+    Refused(Refusal),
+    Aborted(AbortReason),
+    /// The giver has ended before everything was here.
+    GiverGone,
+    /// Another process has the lock of the path.
+    AnotherServes,
+    /// No answer in time.
+    TimedOut,
+    Misbehaved,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum State {
+    /// HELLO is sent.
+    Hello,
+    /// Listeners and state are on their way. `left`: number of listeners to come.
+    Receiving { left: u32 },
+    /// The application sets itself up.
+    Offered { giver_gone: bool },
+    /// READY is to be written and is not yet, or not in full.
+    Readying,
+    /// READY can't be written. A reason may still come.
+    Cut,
+    /// The giver has gone without READY: the lock decides.
+    Locking { until: Option<Instant> },
+    /// READY was written in full: this process serves.
+    Unconfirmed,
+    /// The same, and the giver has gone before YOURS. The lock is on its way to be free.
+    Relocking,
+    /// YOURS is here. The giver may still have to serve again.
+    Confirmed,
+    /// HAND_BACK is written, or will be; this process serves until the answer.
+    HandingBack { baton: Bytes },
+    /// RELEASE is written, or will be.
+    Releasing,
+    /// This process serves, and the giver never will again.
+    Final,
+    /// This process does not serve.
+    Ended,
+}
+
+impl Taker {
+    pub(super) fn new(now: Instant, limits: TakerLimits) -> Self {
+        let hello = FromTaker::Hello { lowest: LOWEST_VERSION, highest: HIGHEST_VERSION };
+        Self {
+            state: State::Hello,
+            limits,
+            deadline: now.checked_add(limits.answer),
+            steps: [TakerStep::Send(hello)].into(),
+        }
+    }
+
+    /// Returns true if this process accepts connections.
+    pub(super) fn is_serving(&self) -> bool {
+        matches!(
+            self.state,
+            State::Unconfirmed
+                | State::Relocking
+                | State::Confirmed
+                | State::HandingBack { .. }
+                | State::Releasing
+                | State::Final
+        )
+    }
+
+    /// Returns true if the connection is of no more use, once all steps are done.
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.state, State::Final | State::Ended)
+    }
+
+    /// Returns true if this process has everything that it needs to serve, and has not given up.
+    #[cfg(test)]
+    pub(super) fn has_everything(&self) -> bool {
+        !matches!(self.state, State::Hello | State::Receiving { .. } | State::Ended)
+    }
+
+    /// Returns true if this process holds the baton.
+    #[cfg(test)]
+    pub(super) fn holds_baton(&self) -> bool {
+        matches!(self.state, State::Confirmed | State::Releasing | State::Final)
+    }
+
+    /// Returns true if something is to be done.
+    pub(super) fn has_steps(&self) -> bool {
+        !self.steps.is_empty()
+    }
+
+    pub(super) fn next_step(&mut self) -> Option<TakerStep> {
+        self.steps.pop_front()
+    }
+
+    pub(super) fn next_timeout(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    pub(super) fn on_timeout(&mut self, now: Instant) {
+        if self.deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        match self.state {
+            // A READY that was not written in full never will be: this process closes its end.
+            State::Hello | State::Receiving { .. } | State::Readying => self.fail(Failure::TimedOut),
+            State::Cut => self.begin_locking(now),
+            State::Locking { .. } | State::Relocking => {
+                self.deadline = None;
+                self.steps.push_back(TakerStep::TryLock);
+            }
+            _ => self.deadline = None,
+        }
+    }
+
+    pub(super) fn on_message<F>(&mut self, now: Instant, message: &ToTaker<F>) {
+        if let State::Hello | State::Receiving { .. } = self.state {
+            self.deadline = now.checked_add(self.limits.answer); // whoever sends does not hang
+        }
+        match (&mut self.state, message) {
+            (State::Hello, ToTaker::Welcome { version, listeners })
+                if (LOWEST_VERSION..=HIGHEST_VERSION).contains(version) =>
+            {
+                self.state = State::Receiving { left: *listeners };
+            }
+            (State::Hello, ToTaker::Refused { reason }) => self.fail(Failure::Refused(*reason)),
+            (State::Receiving { left }, ToTaker::Listeners(listeners)) if *left as usize >= listeners.len() => {
+                *left -= listeners.len() as u32;
+            }
+            (State::Receiving { .. }, ToTaker::State { .. }) => {}
+            (State::Receiving { left: 0 }, ToTaker::Complete) => {
+                self.state = State::Offered { giver_gone: false };
+                self.deadline = None;
+                self.steps.push_back(TakerStep::Offered);
+            }
+            (
+                State::Receiving { .. } | State::Offered { .. } | State::Readying | State::Cut | State::Locking { .. },
+                ToTaker::Aborted { reason },
+            ) => self.fail(Failure::Aborted(*reason)),
+            (State::Unconfirmed, ToTaker::Locks { .. }) => {}
+            (State::Unconfirmed, ToTaker::Yours { baton, .. }) => {
+                self.state = State::Confirmed;
+                self.steps.push_back(TakerStep::Confirmed(Some(baton.clone())));
+            }
+            (State::HandingBack { .. }, ToTaker::Resumed) => {
+                self.steps.push_back(TakerStep::Stop);
+                self.state = State::Ended;
+            }
+            (State::HandingBack { .. } | State::Confirmed | State::Releasing, ToTaker::Drained) => {
+                self.on_giver_final();
+            }
+            (State::Final | State::Ended, _) => {}
+            _ => self.on_violation(),
+        }
+    }
+
+    /// The giver broke the protocol, or nothing more can be read from it although it lives.
+    ///
+    /// If this process serves, it goes on, and makes sure that the giver does not serve as well.
+    pub(super) fn on_violation(&mut self) {
+        match self.state {
+            State::Final | State::Ended => {}
+            State::Releasing => self.state = State::Final,
+            _ if self.is_serving() => {
+                self.steps.push_back(TakerStep::Send(FromTaker::Release));
+                self.on_giver_final();
+            }
+            _ => self.fail(Failure::Misbehaved),
+        }
+    }
+
+    /// Everything that the giver has ever written was read.
+    pub(super) fn on_end(&mut self, now: Instant) {
+        match self.state {
+            State::Hello | State::Receiving { .. } => self.fail(Failure::GiverGone),
+            State::Offered { .. } => self.state = State::Offered { giver_gone: true },
+            State::Readying | State::Cut => self.begin_locking(now),
+            State::Unconfirmed => {
+                self.state = State::Relocking;
+                self.deadline = None;
+                self.steps.push_back(TakerStep::TryLock);
+            }
+            State::Confirmed | State::HandingBack { .. } | State::Releasing => self.on_giver_final(),
+            State::Locking { .. } | State::Relocking | State::Final | State::Ended => {}
+        }
+    }
+
+    /// The application has no use for a listener.
+    pub(super) fn decline(&mut self, number: u32) {
+        if self.state == (State::Offered { giver_gone: false }) {
+            self.steps.push_back(TakerStep::Send(FromTaker::Decline { number }));
+        }
+    }
+
+    /// The application is set up.
+    pub(super) fn ready(&mut self, now: Instant) {
+        match self.state {
+            State::Offered { giver_gone: true } => self.begin_locking(now),
+            State::Offered { giver_gone: false } => {
+                self.state = State::Readying;
+                self.deadline = now.checked_add(self.limits.answer);
+                self.steps.push_back(TakerStep::Send(FromTaker::Ready));
+            }
+            _ => {}
+        }
+    }
+
+    /// The socket has taken the last byte of READY: the giver reads it, or has died.
+    pub(super) fn on_ready_written(&mut self) {
+        if self.state == State::Readying {
+            self.state = State::Unconfirmed;
+            self.deadline = None;
+            self.steps.push_back(TakerStep::Serve);
+        }
+    }
+
+    /// Nothing more can be written.
+    pub(super) fn on_send_failed(&mut self, now: Instant) {
+        if self.state == State::Readying {
+            self.state = State::Cut;
+            self.deadline = now.checked_add(self.limits.lock);
+        }
+    }
+
+    /// The result of a [`TakerStep::TryLock`].
+    pub(super) fn on_lock(&mut self, now: Instant, is_ours: bool) {
+        match self.state {
+            State::Locking { .. } if is_ours => {
+                self.finish();
+                self.steps.extend([TakerStep::Serve, TakerStep::Confirmed(None)]);
+            }
+            State::Relocking if is_ours => {
+                self.finish();
+                self.steps.push_back(TakerStep::Confirmed(None));
+            }
+            State::Locking { until } if until.is_some_and(|until| now >= until) => {
+                self.fail(Failure::AnotherServes);
+            }
+            State::Locking { .. } | State::Relocking => self.deadline = now.checked_add(LOCK_RETRY),
+            _ => {}
+        }
+    }
+
+    /// Asks the giver to serve again. Returns false if it never will.
+    pub(super) fn hand_back(&mut self, baton: Bytes) -> bool {
+        let confirmed = self.state == State::Confirmed;
+        if confirmed {
+            self.steps.push_back(TakerStep::Send(FromTaker::HandBack { baton: baton.clone() }));
+            self.state = State::HandingBack { baton };
+        }
+        confirmed
+    }
+
+    /// Makes sure that the giver never serves again.
+    pub(super) fn release(&mut self) {
+        if self.state == State::Confirmed {
+            self.state = State::Releasing;
+            self.steps.push_back(TakerStep::Send(FromTaker::Release));
+        }
+    }
+
+    fn begin_locking(&mut self, now: Instant) {
+        self.state = State::Locking { until: now.checked_add(self.limits.lock) };
+        self.deadline = None;
+        self.steps.push_back(TakerStep::TryLock);
+    }
+
+    fn on_giver_final(&mut self) {
+        if let State::HandingBack { baton } = &self.state {
+            self.steps.push_back(TakerStep::NotHandedBack(baton.clone()));
+        }
+        self.finish();
+    }
+
+    fn finish(&mut self) {
+        self.state = State::Final;
+        self.deadline = None;
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        self.state = State::Ended;
+        self.deadline = None;
+        self.steps.clear(); // a READY that was not sent must not be
+        self.steps.push_back(TakerStep::Fail(failure));
+    }
+}
