@@ -89,8 +89,8 @@ proptest! {
             }
             if step.peer().is_none_or(|peer| peer < world.peers.len()) {
                 world.now += Duration::from_millis(millis);
-                // A worker that is not heard is fenced by the third timeout in a row.
-                let times = if matches!(step, Step::Timeout(_)) { 1 + millis % 4 } else { 1 };
+                // A worker that is not heard is fenced after a few timeouts in a row.
+                let times = if matches!(step, Step::Timeout(_)) { 1 + millis % 8 } else { 1 };
                 for _ in 0..times {
                     world.step(step);
                 }
