@@ -175,3 +175,23 @@ fn only_offers_that_were_sent_count_as_repeated() {
         assert_eq!(pool.totals.offered_again, repeated);
     }
 }
+
+/// It is written before the cut, and read after it.
+#[test]
+fn an_adoption_that_was_not_read_before_the_fence_counts() {
+    let mut world = World::new(config(), 1, 1, Instant::now());
+    for step in [Step::Answer(0), Step::Read(0), Step::Take(0), Step::Send(0), Step::Get(0, None)] {
+        assert!(world.step(step), "{step:?}");
+    }
+    for step in [Step::Ask(0), Step::Answer(0), Step::Read(0), Step::Dispatch, Step::Take(0), Step::Send(0)] {
+        assert!(world.step(step), "{step:?}");
+    }
+    for step in [Step::Get(0, None), Step::Ask(0), Step::Answer(0)] {
+        assert!(world.step(step), "{step:?}");
+    }
+    while !world.peers[0].is_retired {
+        assert!(world.step(Step::Timeout(0)));
+    }
+    assert_eq!((world.check(), &world.peers[0].given[..]), (Ok(()), &[0][..]));
+    assert_eq!(world.fates, [Fate::Adopted(world.peers[0].link)]);
+}
