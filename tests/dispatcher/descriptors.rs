@@ -267,6 +267,41 @@ fn late_reader(mut client: net::TcpStream) -> impl FnOnce() -> Result<(), RecvTi
     }
 }
 
+/// The worker has room for one at a time, and a listener that can't accept waits for a descriptor: not in that place.
+#[test]
+fn a_listener_without_descriptors_leaves_its_place_to_others() {
+    const NAME: &str = "descriptors::a_listener_without_descriptors_leaves_its_place_to_others";
+    if std::env::var_os("FDWIRE_WORKER").is_some() {
+        return run(async {
+            let mut incoming = Incoming::builder().window(1).from_stdin().unwrap();
+            while let Some(connection) = incoming.next().await {
+                drop(connection);
+            }
+        });
+    }
+    alone(NAME, async {
+        let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+        let mut command = tokio::process::Command::new("/proc/self/exe");
+        command.args([NAME, "--exact", "--nocapture"]).env("FDWIRE_WORKER", "1").kill_on_drop(true);
+        dispatcher.spawn_worker(command).unwrap();
+        until("the worker is ready", || dispatcher.stats().workers[0].room == 1).await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = Client::connect(listener.local_addr().unwrap(), 0).await;
+        let (_clients, accepted): (Vec<_>, Vec<_>) = connections(10).await.into_iter().unzip();
+        limit_fds(3);
+        let serving = dispatcher.serve(listener);
+        let work = async {
+            sleep(Duration::from_millis(100)).await; // for the listener to try
+            join_all(accepted.into_iter().map(|connection| dispatcher.dispatch(connection))).await
+        };
+        tokio::select! {
+            outcome = serving => outcome.unwrap(),
+            outcomes = work => assert!(outcomes.into_iter().all(|outcome| outcome.is_ok())),
+        }
+        limit_fds(1000);
+    });
+}
+
 /// A dispatcher with a worker that is a process of its own, and so has descriptors when the dispatcher has none.
 async fn with_worker() -> (TempDir, Dispatcher) {
     let directory = tempfile::tempdir().unwrap();

@@ -38,7 +38,7 @@ async fn adopt_all(mut worker: Raw) {
 
 #[test]
 fn workers_that_refuse_or_cannot_use_connections_lose_none_beside_healthy_ones() {
-    const CONNECTIONS: usize = 300;
+    const CONNECTIONS: usize = 100;
     for reason in [
         RejectReason::Full,
         RejectReason::Recalled,

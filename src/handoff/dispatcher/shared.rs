@@ -121,10 +121,10 @@ impl Shared {
                 Failure::TooManyOffers { offers, last } => NotDispatched::TooManyOffers { offers, last },
                 Failure::Draining => NotDispatched::Draining,
             };
-            // The numbers are right when the user looks at them.
-            let count = if connection.is_awaited() { &self.given_back } else { &self.lost };
+            // Counted before the user is told, who may look at the numbers then.
+            let was_awaited = connection.is_awaited();
+            let count = if was_awaited { &self.given_back } else { &self.lost };
             count.fetch_add(1, Relaxed);
-            let was_awaited = std::ptr::eq(count, &self.given_back);
             let (text, is_given_back) = (reason.to_string(), connection.fail(reason));
             if was_awaited && !is_given_back {
                 self.given_back.fetch_sub(1, Relaxed);

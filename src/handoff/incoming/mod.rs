@@ -288,7 +288,7 @@ impl IncomingBuilder {
     }
 
     /// The most descriptors that a connection may have [with its bundle](super::Accepted::with_fd), 1 to
-    /// [`MAX_OFFER_FDS`](super::protocol::MAX_OFFER_FDS). Default: 1, the connection alone.
+    /// [`MAX_OFFER_FDS`]. Default: 1, the connection alone.
     ///
     /// The worker keeps that many free for each connection that it asks for.
     pub const fn max_fds(mut self, fds: usize) -> Self {

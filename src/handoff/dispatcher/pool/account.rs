@@ -252,6 +252,12 @@ impl<C> Account<C> {
         self.planned.take(..)
     }
 
+    pub(super) fn adopted_at_last(&mut self, first: u64, count: u32, unsent: usize) -> Vec<Pending<C>> {
+        let adopted = self.answered_at_last(first, count, unsent);
+        self.adopted += adopted.len() as u64;
+        adopted
+    }
+
     /// What it has sent completely counts, whatever else it has sent: takes out the offers that a message
     /// answers, if it was sent these.
     pub(super) fn answered_at_last(&mut self, first: u64, count: u32, unsent: usize) -> Vec<Pending<C>> {

@@ -275,7 +275,7 @@ impl<C> Pool<C> {
         let Some(account) = self.account(id) else { return };
         match message {
             FromWorker::Adopted { first, count } => {
-                let adopted = account.answered_at_last(first, count, unsent);
+                let adopted = account.adopted_at_last(first, count, unsent);
                 self.adopted(id, adopted);
             }
             FromWorker::Rejected { first, count, reason } => {

@@ -215,22 +215,13 @@ fn the_promise_is_kept_in_each_order_of_a_few_events() {
     check(Bounds { cuts: 1, refusals: 1, ..none });
 }
 
-/// Takes minutes, and is run by `.ci/run`.
+/// Takes minutes, and is run by `.ci/run`: 4.7 million states. In the first form, timers go off when nothing else is left to do; in the
+/// second one at any moment.
 #[test]
 #[ignore = "takes minutes"]
 fn the_promise_is_kept_in_each_order_of_events() {
-    let mut bounds = Bounds { connections: 3, crashes: 1, hangs: 1, cuts: 1, refusals: 1, restarts: 1, timeouts: 3 };
-    if let Ok(env) = std::env::var("FDWIRE_MODEL") {
-        let n = Vec::from_iter(env.split(',').map(|n| n.parse::<u8>().unwrap()));
-        bounds = Bounds {
-            connections: n[0].into(),
-            crashes: n[1],
-            hangs: n[2],
-            cuts: n[3],
-            refusals: n[4],
-            restarts: n[5],
-            timeouts: n[6],
-        };
-    }
-    check(bounds);
+    let none = Bounds { connections: 3, crashes: 0, hangs: 0, cuts: 0, refusals: 0, restarts: 0, timeouts: 0 };
+    check(Bounds { crashes: 1, hangs: 1, cuts: 1, refusals: 1, ..none });
+    check(Bounds { connections: 1, hangs: 1, timeouts: 3, ..none });
+    check(Bounds { connections: 2, crashes: 1, cuts: 1, restarts: 1, ..none });
 }
