@@ -196,3 +196,22 @@ fn an_adoption_that_was_not_read_before_the_fence_counts() {
     assert_eq!((world.check(), &world.peers[0].given[..]), (Ok(()), &[0][..]));
     assert_eq!(world.fates, [Fate::Adopted(world.peers[0].link)]);
 }
+
+/// A lost answer would otherwise shift the next one to another connection.
+#[test]
+fn an_answer_out_of_place_answers_nothing() {
+    let now = Instant::now();
+    for answer in [
+        FromWorker::Adopted { first: 1, count: 1 },
+        FromWorker::Rejected { first: 1, count: 1, reason: RejectReason::Full },
+        FromWorker::Adopted { first: 0, count: 3 },
+    ] {
+        let mut pool = Pool::new(config());
+        (0..2).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+        let id = add_worker(&mut pool, now);
+        assert_eq!(send_all(&mut pool, id, now), 2);
+        let refused = pool.on_message(id, answer, 0, now);
+        assert!(matches!(refused, Err(RetireCause::Misbehaved(_))), "{answer:?}: {refused:?}");
+        assert_eq!((pool.unanswered(id), pool.totals.adopted), (2, 0), "{answer:?}");
+    }
+}
