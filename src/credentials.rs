@@ -2,6 +2,8 @@
 
 use std::{fs, os::fd::OwnedFd};
 
+use nix::sys::stat::fstat;
+
 /// The process that sent a message, as the kernel reports it with the message (`SCM_CREDENTIALS`
 /// and `SCM_PIDFD`, unix(7)).
 ///
@@ -39,10 +41,26 @@ impl Credentials {
         (!is_unknown).then_some(Self { uid, gid, pid, pidfd })
     }
 
-    /// Returns true if both name the same process with the same ids. The kernel separates what
-    /// processes write to a stream by the same rule.
+    /// Returns true if both name the same process with the same ids, as far as can be told.
+    ///
+    /// The number of a process can be another one's by now, and processes of another PID namespace
+    /// have none. Pidfds tell those apart (Linux 6.9, on which each process has an inode of its
+    /// own).
     pub(crate) fn is_same_sender(&self, other: &Self) -> bool {
-        (self.pid, self.uid, self.gid) == (other.pid, other.uid, other.gid)
+        let has_same_ids = (self.pid, self.uid, self.gid) == (other.pid, other.uid, other.gid);
+        has_same_ids
+            && match (&self.pidfd, &other.pidfd) {
+                (Some(pidfd), Some(other)) => has_same_inode(pidfd, other),
+                _ => true,
+            }
+    }
+}
+
+/// Returns false if both are known and differ.
+fn has_same_inode(a: &OwnedFd, b: &OwnedFd) -> bool {
+    match (fstat(a), fstat(b)) {
+        (Ok(a), Ok(b)) => (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino),
+        _ => true,
     }
 }
 

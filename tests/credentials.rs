@@ -373,13 +373,19 @@ fn what_a_codec_yields_at_the_end_has_its_sender() {
 }
 
 #[test]
-fn a_clone_asks_as_its_original_does() {
+fn a_clone_and_its_original_ask_for_each_other() {
     run(async {
         let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
         a.set_pass_credentials(PassCredentials::Ids).unwrap();
         let mut rx = Framed::new(a.try_clone().unwrap(), FrameCodec::default());
         let mut tx = Framed::new(peer, FrameCodec::default());
         tx.send(Frame::new("hello")).await.unwrap();
+        assert_eq!(next(&mut rx).await, ("hello".to_owned(), own_pid()));
+        // It may ask for its original.
+        let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
+        a.try_clone().unwrap().set_pass_credentials(PassCredentials::Ids).unwrap();
+        let mut rx = Framed::new(a, FrameCodec::default());
+        raw_send(&peer, &encoded(b"hello", 0), &[]);
         assert_eq!(next(&mut rx).await, ("hello".to_owned(), own_pid()));
         // What is converted does not.
         let (a, _peer) = Socket::pair(SocketKind::Stream).unwrap();

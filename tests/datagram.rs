@@ -316,6 +316,35 @@ fn a_connected_socket_receives_from_its_peer_only() {
 }
 
 #[test]
+fn a_connection_protects_neither_from_what_came_before_nor_after_the_peer_is_gone() {
+    run(async {
+        let (ours, others) = (abstract_name("asks"), abstract_name("answers"));
+        let client = DatagramSocket::bind_addr(&ours).unwrap();
+        let peer = DatagramSocket::bind_addr(&others).unwrap();
+        let stranger = DatagramSocket::unbound().unwrap();
+        stranger.send_to("before", &[], &ours).await.unwrap();
+        client.connect_addr(&others).unwrap();
+        let refused = stranger.send_to("meanwhile", &[], &ours).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::PermissionDenied);
+        assert_eq!(client.recv().await.unwrap().payload, "before");
+
+        peer.send_to("the last words", &[], &ours).await.unwrap();
+        drop(peer);
+        let refused = loop {
+            // The socket is closed in the background.
+            if let Err(error) = client.send("into the void", &[]).await {
+                break error;
+            }
+            tokio::task::yield_now().await;
+        };
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(client.send("again", &[]).await.unwrap_err().kind(), ErrorKind::NotConnected);
+        stranger.send_to("after", &[], &ours).await.unwrap();
+        assert_eq!(client.recv().await.unwrap().payload, "after", "the last words are discarded");
+    });
+}
+
+#[test]
 fn a_path_is_for_its_owner_only_and_goes_with_the_socket() {
     run(async {
         let directory = tempfile::tempdir().unwrap();

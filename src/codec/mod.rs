@@ -165,6 +165,10 @@ pub trait Decoder<F = OwnedFd>: Codec {
     /// has to refuse a message that is too long before that, since `src` grows as long as it says so. Also asked with an empty
     /// `src`, which is no message.
     ///
+    /// Leave the bytes of a message in `src` until it is complete. Only by them does the connection
+    /// know that part of a message has arrived: for the time limit, for the limits of a uid, and
+    /// to notice that several processes have written it.
+    ///
     /// # Errors
     /// When the bytes, or the descriptors beside them, are none of this protocol's. The connection's stream yields
     /// the error and ends; the bytes and descriptors still waiting are dropped.

@@ -33,9 +33,9 @@ pub(crate) struct SocketState {
     uid_share: Option<UidShare>,
     /// Whether the kernel has reported `ECONNRESET`.
     reset: AtomicBool,
-    /// Whether this process has asked for credentials. Another holder of the socket may have
-    /// switched them on as well.
-    wants_credentials: AtomicBool,
+    /// Whether this process has asked for credentials, by any of its handles. Another holder of the
+    /// socket may have switched them on as well.
+    wants_credentials: Arc<AtomicBool>,
 }
 
 impl SocketState {
@@ -44,7 +44,7 @@ impl SocketState {
     pub(crate) fn new(kind: SocketKind, uid_share: Option<UidShare>) -> Self {
         closer::start();
         let account = Arc::new(uid_share.as_ref().map(UidShare::closing_account).unwrap_or_default());
-        Self { kind, account, uid_share, reset: AtomicBool::new(false), wants_credentials: AtomicBool::new(false) }
+        Self { kind, account, uid_share, reset: AtomicBool::new(false), wants_credentials: Arc::default() }
     }
 
     /// Returns the state of a copy of the socket, which this process has made.
@@ -54,7 +54,7 @@ impl SocketState {
             account: Arc::clone(&self.account),
             uid_share: self.uid_share.as_ref().map(UidShare::for_copy),
             reset: AtomicBool::new(self.reset.load(Ordering::Relaxed)),
-            wants_credentials: AtomicBool::new(self.wants_credentials.load(Ordering::Relaxed)),
+            wants_credentials: Arc::clone(&self.wants_credentials),
         }
     }
 

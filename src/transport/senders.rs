@@ -110,6 +110,20 @@ mod tests {
         senders.received(process(2), 5, false).unwrap();
     }
 
+    /// Processes of another PID namespace have no number. The files stand for pidfds.
+    #[test]
+    fn processes_without_a_number_are_told_apart_by_their_pidfds() {
+        let [(one, _), (other, _)] = [(); 2].map(|()| std::io::pipe().unwrap());
+        let process = |pidfd: &std::io::PipeReader| {
+            let pidfd = pidfd.try_clone().unwrap().into();
+            Credentials::from_kernel(0, 1000, 1000, Some(pidfd))
+        };
+        let mut senders = Senders::default();
+        senders.received(process(&one), 0, false).unwrap();
+        senders.received(process(&one), 0, true).unwrap();
+        assert!(matches!(senders.received(process(&other), 0, true), Err(Error::MixedSenders)));
+    }
+
     #[test]
     fn a_message_of_which_a_part_has_no_known_sender_has_none() {
         for (first, second) in [(None, process(1)), (process(1), None)] {

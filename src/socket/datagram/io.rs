@@ -38,9 +38,10 @@ impl DatagramSocket {
     ///
     /// # Errors
     /// Nothing was sent then, and the next send may succeed. `ConnectionRefused` (the peer has
-    /// closed its socket), `NotConnected`, `EMSGSIZE` (larger than the send buffer), `InvalidInput`
-    /// (more than 253 descriptors), `PermissionDenied` (the peer takes no descriptors, or is
-    /// connected to another socket), and others of sendmsg(2).
+    /// closed its socket, which ends the [connection](Self::connect)), `NotConnected`, `EMSGSIZE`
+    /// (larger than the send buffer), `InvalidInput` (more than 253 descriptors),
+    /// `PermissionDenied` (the peer takes no descriptors, or is connected to another socket), and
+    /// others of sendmsg(2).
     ///
     /// # Cancel safety
     /// When dropped, the datagram was not sent.

@@ -61,8 +61,10 @@ pub struct Datagram {
 /// All methods take `&self`, and any number of tasks may send and receive at a time.
 ///
 /// **Who may send.** A socket file is created with mode 0600. Anybody may send to an abstract name.
-/// Ask for [credentials](Self::set_pass_credentials) to know who did. A [connected](Self::connect)
-/// socket receives only from its peer.
+/// Ask for [credentials](Self::set_pass_credentials) to know who did. While a socket is
+/// [connected](Self::connect), only its peer may send to it, but the connection is not a proof of
+/// who has sent a datagram: what others have sent before is still received, and the connection ends
+/// with the first send after the peer is gone.
 ///
 /// **Who owns the path** is decided as for a [`Listener`](crate::Listener): a lock file beside it,
 /// a stale socket is replaced, and the socket file is removed on drop.
@@ -195,12 +197,21 @@ impl DatagramSocket {
         Ok(Self { io, account, path, buffer: Mutex::default() })
     }
 
-    /// Connects to the socket at a path: [`send`](Self::send) goes there, and nothing is received
-    /// from elsewhere.
+    /// Connects to the socket at a path: [`send`](Self::send) goes there, and nobody else may send
+    /// to this socket from then on.
     ///
-    /// The peer is not told. If it goes away, sends fail and nothing ends; another `connect` is
-    /// possible. Datagrams that the kernel has queued for a socket are discarded when it connects
+    /// The peer is not told. Datagrams that were queued before the first `connect` are still
+    /// received, whoever has sent them. The kernel discards what is queued when a socket connects
     /// to another peer than before.
+    ///
+    /// If the peer goes away, nothing ends until the next send. That fails with
+    /// `ConnectionRefused`, and with it the kernel ends the connection and discards what is queued,
+    /// even the last datagrams of the peer. From then on sends fail with `NotConnected`, and
+    /// everybody may send to this socket as before, until another `connect`.
+    ///
+    /// The kernel closes the descriptors that it discards in the calling thread. If there are
+    /// sockets with `SO_LINGER` among them, that takes as long as the peer likes. Only [refusing
+    /// descriptors](Self::set_pass_fds) of a peer that is not trusted prevents that.
     ///
     /// # Errors
     /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody has the socket open)
