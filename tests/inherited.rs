@@ -130,6 +130,10 @@ fn a_number_that_is_refused_keeps_its_file() {
             refused(Listener::from_inherited(NUMBER + 1).unwrap_err(), "not a socket");
             assert!(target(NUMBER + 1).contains("memfd"), "{}", target(NUMBER + 1));
             assert!(descriptors_of_a_child().contains("socket:"), "what was refused is still inherited");
+            let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+            setrlimit(Resource::RLIMIT_NOFILE, NUMBER as u64, hard).unwrap();
+            refused(Listener::from_inherited(NUMBER).unwrap_err(), "RLIMIT_NOFILE");
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
             let listener = Listener::from_inherited(NUMBER).unwrap();
             assert!(is_close_on_exec(&listener));
             assert!(!descriptors_of_a_child().contains("socket:"));

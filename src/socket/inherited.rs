@@ -26,7 +26,7 @@ impl Socket {
     /// # Errors
     /// `ResourceBusy` if it was taken before, `InvalidInput` if standard input is not a connected
     /// Unix socket of either kind, `EMFILE` if two more descriptors cannot be had, and those of
-    /// registering it with tokio. Standard input is unchanged then.
+    /// registering it with tokio. Standard input keeps its socket then.
     pub fn from_stdin() -> Result<Self> {
         take_stdin()
     }
@@ -59,7 +59,7 @@ impl Socket {
     /// `ResourceBusy` if the number was taken before, `InvalidInput` with a reason if it fails
     /// another check or is not a connected Unix socket of either kind, `EMFILE` if two more
     /// descriptors cannot be had, and those of registering it with tokio. The inherited descriptor
-    /// is unchanged then, and can be taken later.
+    /// keeps its socket then, and can be taken later.
     pub fn from_inherited(number: i32) -> Result<Self> {
         take_numbered(number)
     }

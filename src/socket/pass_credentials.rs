@@ -26,10 +26,11 @@ pub enum PassCredentials {
 
 impl PassCredentials {
     pub(super) fn set(self, socket: &impl AsFd) -> Result<()> {
-        setsockopt(socket, sockopt::PassCred, &(self != Self::No))?;
+        // The option that may be missing comes first, so that nothing has changed then.
         match setsockopt(socket, sys::PassPidfd, &(self == Self::IdsAndPidfd)) {
-            Err(Errno::ENOPROTOOPT) if self != Self::IdsAndPidfd => Ok(()), // a kernel before 6.5
-            set => Ok(set?),
+            Err(Errno::ENOPROTOOPT) if self != Self::IdsAndPidfd => {} // a kernel before 6.5
+            set => set?,
         }
+        Ok(setsockopt(socket, sockopt::PassCred, &(self != Self::No))?)
     }
 }

@@ -8,7 +8,11 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use nix::{errno::Errno, libc};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::resource::{Resource, getrlimit},
+};
 
 /// The numbers that were taken. They stay in use until the process ends, so none becomes another
 /// file's.
@@ -52,6 +56,10 @@ fn copy(number: RawFd) -> io::Result<OwnedFd> {
             return Err(Error::new(ErrorKind::InvalidInput, reason));
         }
         _ => {}
+    }
+    // `dup3` will refuse such a number, after everything else has been done.
+    if getrlimit(Resource::RLIMIT_NOFILE).is_ok_and(|(soft, _)| number as u64 >= soft) {
+        return Err(Error::new(ErrorKind::InvalidInput, "it is not below the limit RLIMIT_NOFILE"));
     }
     // SAFETY: makes a new descriptor and changes no other.
     let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, libc::STDERR_FILENO + 1) };
