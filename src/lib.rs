@@ -113,6 +113,9 @@
 //!   here meanwhile. `Command::spawn` waits for that, so spawn from a thread that may block if peers send sockets.
 //! - Freeing what a peer has sent takes time, for example 190 ms for a GiB of memfd. The thread that closes spends it, and other
 //!   descriptors wait for it meanwhile.
+//! - When the peer of a connected [`DatagramSocket`] is gone, the next send makes the kernel close what is queued, inside the
+//!   system call: a socket that is slow to close blocks it. Only [`DatagramSocket::set_pass_fds`] prevents that. A
+//!   socket that is not connected has no such peer.
 //! - A file of a FUSE file system whose daemon does not answer cannot be closed at all, and to pass it on blocks as well, because
 //!   the sender's copy is closed. Only [`Socket::set_pass_fds`] and [`Listener::set_pass_fds`] keep such files away.
 //!
