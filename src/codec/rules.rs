@@ -89,6 +89,21 @@ fn messages_without_descriptors_share_calls_with_those_of_another_grouping() {
     assert_eq!(calls, [(8, 0), (12, 1), (12, 1), (4, 1)]);
 }
 
+/// The strictest message of a call decides, not the first one.
+#[test]
+fn no_descriptor_comes_early_in_a_call_with_a_message_that_has_to_be_kept_apart() {
+    let mut buf = SendBuf::<i32>::new();
+    for (grouping, fds) in [(Grouping::Free, 0), (Grouping::FdsFirst, 0), (Grouping::Free, 1)] {
+        buf.put_slice(b"text");
+        buf.put_fds(0..fds);
+        buf.commit(grouping).unwrap();
+    }
+    let plan = buf.plan(Carrier::Stream);
+    assert_eq!(plan, Plan { bytes: 8, fds: 0 });
+    drop(buf.sent(plan, plan.bytes));
+    assert_eq!(buf.plan(Carrier::Stream), Plan { bytes: 4, fds: 1 });
+}
+
 #[test]
 fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
     let mut buf = SendBuf::<i32>::new();
