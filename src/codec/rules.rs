@@ -287,6 +287,32 @@ fn after_a_loss_only_messages_that_need_none_of_it_are_good() {
 }
 
 #[test]
+fn a_decoder_that_takes_the_whole_queue_does_not_hide_a_loss() {
+    struct TakesTheQueue;
+    impl Codec for TakesTheQueue {}
+    impl Decoder<u32> for TakesTheQueue {
+        type Item = Vec<u32>;
+        type Error = Error;
+        fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<u32>) -> Result<Option<Vec<u32>>, Error> {
+            let message = (!src.is_empty()).then(|| Vec::from(std::mem::take(fds)));
+            src.clear();
+            Ok(message)
+        }
+    }
+    for lost in [false, true] {
+        let mut inbound = Inbound::new(true, BytesMut::from("text"), FdQueue::from_iter([1, 2]));
+        if lost {
+            inbound.received_truncated();
+        }
+        match inbound.next(&mut TakesTheQueue) {
+            Ok(Step::Item(fds)) => assert!(!lost, "{fds:?} of more"),
+            Err(Error::TruncatedControl) => assert!(lost),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
 fn an_answer_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
     type Question = fn(&mut FdQueue<i32>);
     let spoils = |question: Question, lost: bool| {
