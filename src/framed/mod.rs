@@ -285,6 +285,17 @@ mod tests {
         check::<SendError<Frame>>();
     }
 
+    /// A descriptor without a byte cannot be sent, so sending has failed from the start.
+    #[tokio::test]
+    async fn a_driver_gives_back_what_could_not_be_put_together_again() {
+        let (a, _b) = Socket::pair(SocketKind::Stream).unwrap();
+        let mut parts = Framed::new(a, FrameCodec::default()).into_parts();
+        parts.unsent.put_fd(std::fs::File::open("/dev/null").unwrap());
+        let (sender, driver) = Framed::from_parts(parts).into_split().1.into_sender();
+        assert!(sender.send(Frame::new("refused")).await.unwrap_err().item.is_some());
+        assert_eq!(driver.await.unsent(), (0, 1));
+    }
+
     #[tokio::test]
     async fn a_full_quiet_socket_sends_on_when_there_is_room() {
         for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
