@@ -296,6 +296,25 @@ mod tests {
         assert_eq!(driver.await.unsent(), (0, 1));
     }
 
+    /// They are one message then. The first frame has told its own length only.
+    #[tokio::test]
+    async fn frames_that_were_appended_to_what_is_unsent_fit_their_packets() {
+        let (a, b) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        a.set_send_buffer_size(1 << 20).unwrap();
+        let mut parts = Framed::new(a, FrameCodec::default()).into_parts();
+        let lengths = || [70_000].into_iter().chain([2000; 300]);
+        for length in lengths() {
+            parts.encoder.encode(Frame::new(vec![7; length]), &mut parts.unsent).unwrap();
+        }
+        let (mut tx, mut rx) = (Framed::from_parts(parts), Framed::new(b, FrameCodec::default()));
+        let receive = async {
+            for length in lengths() {
+                assert_eq!(rx.next().await.unwrap().unwrap().payload.len(), length);
+            }
+        };
+        tokio::join!(receive, async { tx.flush().await.unwrap() });
+    }
+
     #[tokio::test]
     async fn a_full_quiet_socket_sends_on_when_there_is_room() {
         for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
