@@ -210,6 +210,7 @@ impl<F> FromIterator<F> for FdQueue<F> {
     }
 }
 
+/// Takes the descriptors out: from then on they are closed where they are dropped.
 impl<F> From<FdQueue<F>> for Vec<F> {
     fn from(mut queue: FdQueue<F>) -> Self {
         mem::take(&mut queue.fds).into()

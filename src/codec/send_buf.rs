@@ -210,7 +210,7 @@ impl<F> SendBuf<F> {
         self.bytes.len()
     }
 
-    /// Whether nothing waits. Descriptors never wait without bytes.
+    /// Returns true if no bytes wait. Descriptors of finished messages never wait without bytes.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
