@@ -171,6 +171,10 @@ impl<F> FdQueue<F> {
         }
     }
 
+    pub(crate) fn has_home(&self) -> bool {
+        self.home.is_some()
+    }
+
     /// From here on, descriptors that nobody takes go there.
     pub(crate) fn set_home(&mut self, home: Arc<dyn Home<F>>) {
         self.home = Some(home);
