@@ -32,9 +32,9 @@ use std::{
 /// A socket that you lend by `Arc` can become slow to close for you, too: its receiver may set `SO_LINGER`. So give the last
 /// reference to [`close_in_background`](crate::close_in_background) (by `Arc::into_inner`) instead of dropping it.
 ///
-/// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. One
-/// that a connection has accepted and does not send is closed in the background, unless it is from
-/// [`SendFd::file`].
+/// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. That
+/// includes those in [`Parts::unsent`](crate::Parts#structfield.unsent). One that a connection has
+/// accepted and does not send is closed in the background, unless it is from [`SendFd::file`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -86,9 +86,10 @@ impl SendFd {
         fd.into().of_kind(FdKind::Socket)
     }
 
-    /// A descriptor whose `close` is quick, as the caller vouches: a regular file, a pipe, a memfd,
-    /// a device. Never use it for a socket or for a descriptor that a peer has sent: closing that
-    /// may block the thread that sends.
+    /// A descriptor whose `close` is quick, as the caller vouches: a regular file of a local file
+    /// system, a pipe, a memfd, `/dev/null`. Never use it for a socket, a file of a network or FUSE
+    /// file system, a terminal, or a descriptor that a peer has sent: closing that may block the
+    /// thread that sends.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

@@ -80,7 +80,8 @@ impl<F> DryRun<F> {
         Self { buf, carrier: Carrier::packets(send_buffer_bytes) }
     }
 
-    /// Accepts an item, as a connection does before it is flushed.
+    /// Accepts an item, as a connection does before it is flushed. There is no limit on what waits
+    /// here. A connection begins to send when its [`Limits`](crate::Limits) are reached.
     ///
     /// # Errors
     /// What the encoder refuses, and what no call can carry. Nothing of the item is left then.

@@ -171,6 +171,10 @@ impl<F> FdQueue<F> {
         }
     }
 
+    pub(crate) fn has_home(&self) -> bool {
+        self.home.is_some()
+    }
+
     /// From here on, descriptors that nobody takes go there.
     pub(crate) fn set_home(&mut self, home: Arc<dyn Home<F>>) {
         self.home = Some(home);
@@ -210,6 +214,7 @@ impl<F> FromIterator<F> for FdQueue<F> {
     }
 }
 
+/// Takes the descriptors out: from then on they are closed where they are dropped.
 impl<F> From<FdQueue<F>> for Vec<F> {
     fn from(mut queue: FdQueue<F>) -> Self {
         mem::take(&mut queue.fds).into()

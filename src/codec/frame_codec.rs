@@ -17,8 +17,8 @@ use crate::{Error, Frame, Limits, SendError, limits::SCM_MAX_FD};
 /// one call takes. They may come before their frame, at most 253 of frames of which no byte has come.
 ///
 /// The format is the same on both kinds of socket, and packet boundaries mean nothing. For those who receive it in another
-/// language: on SEQPACKET, a packet has at most 65,600 bytes as long as the header of an unfinished frame has not come whole;
-/// after that it may have all that is missing of that frame, and nothing else.
+/// language: on SEQPACKET, have room for 65,600 bytes. If the header of an unfinished frame has come whole, and more than
+/// that is missing of the frame, have room for what is missing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FrameCodec {
     limits: Limits,

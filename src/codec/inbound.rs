@@ -21,6 +21,8 @@ use crate::Error;
 pub(crate) struct Inbound<F = OwnedFd> {
     pub(crate) bytes: BytesMut,
     pub(crate) fds: FdQueue<F>,
+    /// Descriptors were lost. The queue knows that too, but a decoder may put another one in its place.
+    lost: bool,
     buffers: Buffers,
     phase: Phase,
     /// Number of messages decoded.
@@ -81,7 +83,8 @@ pub(crate) enum Step<T> {
 impl<F> Inbound<F> {
     pub(crate) fn new(packets: bool, bytes: BytesMut, fds: FdQueue<F>) -> Self {
         let buffers = Buffers::new(packets, &bytes);
-        Self { bytes, fds, buffers, phase: Phase::Decoding, decoded: 0 }
+        let lost = fds.is_lost();
+        Self { bytes, fds, lost, buffers, phase: Phase::Decoding, decoded: 0 }
     }
 
     /// The next message, or what it takes to get one. After an error: the end.
@@ -90,11 +93,11 @@ impl<F> Inbound<F> {
         loop {
             match self.phase {
                 Phase::Decoding => match decoder.decode(&mut self.bytes, &mut self.fds) {
-                    Ok(Some(item)) if !self.fds.is_spoiled() => {
+                    Ok(Some(item)) if !self.lost || self.is_untouched_by_the_loss() => {
                         self.decoded += 1;
                         return Ok(Step::Item(item));
                     }
-                    Ok(None) if !self.fds.is_lost() => {
+                    Ok(None) if !self.lost => {
                         let fds = self.fds.count();
                         if fds > decoder.limits().max_queued_fds {
                             return Err(self.fail(Error::UnclaimedFds { fds }.into()));
@@ -116,6 +119,11 @@ impl<F> Inbound<F> {
                 Phase::Ended => return Ok(Step::End),
             }
         }
+    }
+
+    /// Returns true if the message that was decoded needs none of the descriptors that were lost.
+    fn is_untouched_by_the_loss(&self) -> bool {
+        self.fds.is_lost() && !self.fds.is_spoiled()
     }
 
     /// Makes room in `bytes`, maybe in a new buffer. Returns the most bytes to receive. `spare`
@@ -144,6 +152,7 @@ impl<F> Inbound<F> {
     /// need none of them are still good.
     pub(crate) fn received_truncated(&mut self) {
         self.fds.set_lost();
+        self.lost = true;
         self.received();
     }
 
@@ -174,6 +183,6 @@ impl<F> Inbound<F> {
     /// Ends it with an error, or with the loss of descriptors that may have brought it about.
     fn fail<E: From<Error>>(&mut self, error: E) -> E {
         self.phase = Phase::Ended;
-        if self.fds.is_lost() { Error::TruncatedControl.into() } else { error }
+        if self.lost { Error::TruncatedControl.into() } else { error }
     }
 }

@@ -188,6 +188,9 @@ impl<F> SendBuf<F> {
     /// sent.
     pub(crate) fn append(&mut self, later: &mut Self) {
         debug_assert!(later.ahead == 0 && later.messages.front().is_none_or(|message| !message.begun));
+        if later.is_empty() {
+            return; // this buffer may have an open message that no call can carry
+        }
         debug_assert!([&*self, &*later].iter().all(|buf| buf.has_no_open_message()));
         self.end_run();
         later.end_run();

@@ -217,7 +217,7 @@ fn encode(
 ) -> Result<(), Error> {
     codec.encode(frame, buf)?;
     if !announces {
-        buf.withdraw_announcement();
+        buf.withdraw_announcements();
     }
     buf.commit(grouping).inspect_err(|_| drop(buf.roll_back()))
 }

@@ -70,14 +70,13 @@ impl Carrier {
     const SMALLEST: usize = 2048;
 }
 
-impl Message {
-    /// Whether `later` may go out in a call that this message begins.
-    fn shares_a_call_with(&self, later: &Self) -> bool {
-        match (self.grouping, later.grouping) {
-            (Grouping::Free, Grouping::Free) => true,
-            (Grouping::Alone, _) | (_, Grouping::Alone) => false,
-            _ => later.unsent_fds == 0,
-        }
+/// Returns true if `later` may go out in a call with messages before it. `before` is
+/// [`Grouping::Free`] only if all of them are.
+fn may_join(before: Grouping, later: &Message) -> bool {
+    match (before, later.grouping) {
+        (Grouping::Free, Grouping::Free) => true,
+        (Grouping::Alone, _) | (_, Grouping::Alone) => false,
+        _ => later.unsent_fds == 0,
     }
 }
 
@@ -120,11 +119,16 @@ impl<F> SendBuf<F> {
         room = room.min(self.reachable_bytes());
 
         let mut plan = Plan::default();
+        // The strictest grouping in the call. After a change of codec, messages of several wait.
+        let mut grouping = first.grouping;
         for message in &self.messages {
             let fits_a_packet = message.unsent_bytes <= small;
             if plan.bytes > 0 {
-                if !first.shares_a_call_with(message) {
+                if !may_join(grouping, message) {
                     break;
+                }
+                if message.grouping != Grouping::Free {
+                    grouping = message.grouping;
                 }
                 if message.unsent_bytes > room && (fits_a_packet || room < message.unsent_head) {
                     break; // cut only what is too long for a packet, and not inside its head

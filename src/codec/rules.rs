@@ -89,6 +89,21 @@ fn messages_without_descriptors_share_calls_with_those_of_another_grouping() {
     assert_eq!(calls, [(8, 0), (12, 1), (12, 1), (4, 1)]);
 }
 
+/// The strictest message of a call decides, not the first one.
+#[test]
+fn no_descriptor_comes_early_in_a_call_with_a_message_that_has_to_be_kept_apart() {
+    let mut buf = SendBuf::<i32>::new();
+    for (grouping, fds) in [(Grouping::Free, 0), (Grouping::FdsFirst, 0), (Grouping::Free, 1)] {
+        buf.put_slice(b"text");
+        buf.put_fds(0..fds);
+        buf.commit(grouping).unwrap();
+    }
+    let plan = buf.plan(Carrier::Stream);
+    assert_eq!(plan, Plan { bytes: 8, fds: 0 });
+    drop(buf.sent(plan, plan.bytes));
+    assert_eq!(buf.plan(Carrier::Stream), Plan { bytes: 4, fds: 1 });
+}
+
 #[test]
 fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
     let mut buf = SendBuf::<i32>::new();
@@ -269,6 +284,32 @@ fn after_a_loss_only_messages_that_need_none_of_it_are_good() {
     }
     assert_eq!(good(FrameCodec::default()), [1, 0]); // headers count
     assert!(good(PacketCodec::default()).is_empty()); // a packet has what came, and may lack some
+}
+
+#[test]
+fn a_decoder_that_takes_the_whole_queue_does_not_hide_a_loss() {
+    struct TakesTheQueue;
+    impl Codec for TakesTheQueue {}
+    impl Decoder<u32> for TakesTheQueue {
+        type Item = Vec<u32>;
+        type Error = Error;
+        fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<u32>) -> Result<Option<Vec<u32>>, Error> {
+            let message = (!src.is_empty()).then(|| Vec::from(std::mem::take(fds)));
+            src.clear();
+            Ok(message)
+        }
+    }
+    for lost in [false, true] {
+        let mut inbound = Inbound::new(true, BytesMut::from("text"), FdQueue::from_iter([1, 2]));
+        if lost {
+            inbound.received_truncated();
+        }
+        match inbound.next(&mut TakesTheQueue) {
+            Ok(Step::Item(fds)) => assert!(!lost, "{fds:?} of more"),
+            Err(Error::TruncatedControl) => assert!(lost),
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 #[test]

@@ -188,9 +188,10 @@ impl<F> SendBuf<F> {
         self.open_head = if head > 0 || !self.open_parts.is_empty() { NonZero::new(head + 1) } else { None };
     }
 
-    #[cfg(test)]
-    pub(crate) fn withdraw_announcement(&mut self) {
+    /// Forgets what [`announce_length`](Self::announce_length) has declared for the open message.
+    pub(crate) fn withdraw_announcements(&mut self) {
         self.open_head = None;
+        self.open_parts.iter_mut().for_each(|part| part.head = None);
     }
 
     /// Returns the most bytes of a packet that the socket takes; `None` on a stream. Messages of a
@@ -209,7 +210,7 @@ impl<F> SendBuf<F> {
         self.bytes.len()
     }
 
-    /// Whether nothing waits. Descriptors never wait without bytes.
+    /// Returns true if no bytes wait. Descriptors of finished messages never wait without bytes.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.len() == 0

@@ -285,6 +285,36 @@ mod tests {
         check::<SendError<Frame>>();
     }
 
+    /// A descriptor without a byte cannot be sent, so sending has failed from the start.
+    #[tokio::test]
+    async fn a_driver_gives_back_what_could_not_be_put_together_again() {
+        let (a, _b) = Socket::pair(SocketKind::Stream).unwrap();
+        let mut parts = Framed::new(a, FrameCodec::default()).into_parts();
+        parts.unsent.put_fd(std::fs::File::open("/dev/null").unwrap());
+        let (sender, driver) = Framed::from_parts(parts).into_split().1.into_sender();
+        assert!(sender.send(Frame::new("refused")).await.unwrap_err().item.is_some());
+        assert_eq!(driver.await.unsent(), (0, 1));
+    }
+
+    /// They are one message then. The first frame has told its own length only.
+    #[tokio::test]
+    async fn frames_that_were_appended_to_what_is_unsent_fit_their_packets() {
+        let (a, b) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        a.set_send_buffer_size(1 << 20).unwrap();
+        let mut parts = Framed::new(a, FrameCodec::default()).into_parts();
+        let lengths = || [70_000].into_iter().chain([2000; 300]);
+        for length in lengths() {
+            parts.encoder.encode(Frame::new(vec![7; length]), &mut parts.unsent).unwrap();
+        }
+        let (mut tx, mut rx) = (Framed::from_parts(parts), Framed::new(b, FrameCodec::default()));
+        let receive = async {
+            for length in lengths() {
+                assert_eq!(rx.next().await.unwrap().unwrap().payload.len(), length);
+            }
+        };
+        tokio::join!(receive, async { tx.flush().await.unwrap() });
+    }
+
     #[tokio::test]
     async fn a_full_quiet_socket_sends_on_when_there_is_room() {
         for kind in [SocketKind::SeqPacket, SocketKind::Stream] {

@@ -40,16 +40,17 @@ impl ReceiveSide {
     pub(crate) fn new(
         socket: Endpoint<'_>,
         bytes: BytesMut,
-        mut fds: FdQueue<OwnedFd>,
+        fds: FdQueue<OwnedFd>,
         state: Receiving,
         senders: Senders,
     ) -> Self {
-        fds.set_home(Arc::<Account>::clone(socket.account()));
-        let mut inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
+        let inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
+        let mut side = Self { inbound, state, senders, timing: RestTiming::default() };
+        side.set_home(socket);
         if state == Receiving::Over {
-            inbound.end();
+            side.inbound.end();
         }
-        Self { inbound, state, senders, timing: RestTiming::default() }
+        side
     }
 
     /// Returns the next message, or what it takes to get one: after [`Step::End`] that is the
@@ -81,6 +82,11 @@ impl ReceiveSide {
         self.senders.of_message(self.inbound.decoded()).map(|credentials| &**credentials)
     }
 
+    /// Sends descriptors that nobody takes to the closer.
+    fn set_home(&mut self, socket: Endpoint<'_>) {
+        self.inbound.fds.set_home(Arc::<Account>::clone(socket.account()));
+    }
+
     /// Makes room and one `recvmsg`.
     ///
     /// # Errors
@@ -102,6 +108,9 @@ impl ReceiveSide {
         mut received: Received,
         is_rest: bool,
     ) -> Result<(), Error> {
+        if !self.inbound.fds.has_home() {
+            self.set_home(socket); // a decoder has put another queue in place of ours
+        }
         let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
         if received.bytes > 0 && (credentials.is_some() || self.senders.know_any()) {
             self.senders.received(credentials, self.inbound.decoded(), is_rest)?;
@@ -205,7 +214,35 @@ const LATE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {
+    use std::{io::IoSlice, os::fd::AsFd};
+
     use super::*;
+    use crate::{Codec, Socket};
+
+    #[tokio::test]
+    async fn a_decoder_that_takes_the_whole_queue_does_not_keep_later_descriptors_from_the_closer() {
+        struct TakesTheQueue;
+        impl Codec for TakesTheQueue {}
+        impl Decoder for TakesTheQueue {
+            type Item = ();
+            type Error = Error;
+            fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<()>, Error> {
+                *fds = FdQueue::new();
+                src.clear();
+                Ok(None)
+            }
+        }
+        let (a, b) = Socket::pair(SocketKind::Stream).unwrap();
+        let (receiving, senders) = (Receiving::default(), Senders::default());
+        let mut side = ReceiveSide::new(b.endpoint(), BytesMut::new(), FdQueue::new(), receiving, senders);
+        for _ in 0..2 {
+            assert!(matches!(side.next(&mut TakesTheQueue), Ok(Step::Receive)));
+            sys::sendmsg(a.as_fd(), &[IoSlice::new(b"x")], [a.as_fd()].into_iter()).unwrap();
+            let received = side.receive(b.as_fd(), &TakesTheQueue).unwrap();
+            side.received(b.endpoint(), received, false).unwrap();
+            assert!(side.inbound.fds.has_home());
+        }
+    }
 
     const LIMIT: Duration = Duration::from_secs(30);
 

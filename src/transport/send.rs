@@ -70,6 +70,8 @@ impl SendSide {
     pub(crate) fn new(socket: Endpoint<'_>, mut unsent: SendBuf, grouping: Grouping, state: Sending) -> Self {
         let (largest, max_packet_bytes) = largest_call(socket);
         unsent.set_max_packet_bytes(max_packet_bytes);
+        // Several messages of the user's may have become one. None of them tells the length of all.
+        unsent.withdraw_announcements();
         let state = match unsent.commit(grouping) {
             Ok(()) => state,
             Err(error) => Sending::Failed(error.into()),
