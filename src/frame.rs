@@ -48,7 +48,7 @@ impl<F> Frame<F> {
     /// # let file = std::fs::File::open("/dev/null")?;
     /// use fdwire::{Frame, SendFd};
     ///
-    /// let frame = Frame::carrying("log file", [SendFd::file(file)]);
+    /// let frame = Frame::carrying("log file", [SendFd::assume_file(file)]);
     /// # assert_eq!(frame.fds.len(), 1);
     /// # Ok(()) }
     /// ```

@@ -224,7 +224,7 @@ impl Shared {
             identity: entry.identity.clone(),
             cookie: entry.cookie,
             path_id: entry.guard.as_ref().and_then(PathGuard::path_id),
-            fd: SendFd::socket(Arc::clone(&entry.fd)),
+            fd: SendFd::assume_socket(Arc::clone(&entry.fd)),
         });
         offered.collect()
     }

@@ -45,7 +45,7 @@ impl Load {
     }
 
     fn with_known_file(bytes: usize) -> Self {
-        Self { kind: |fd| SendFd::file(fd), ..Self::with_fd(bytes) }
+        Self { kind: |fd| SendFd::assume_file(fd), ..Self::with_fd(bytes) }
     }
 
     fn frame(&self) -> Frame<SendFd> {

@@ -193,7 +193,7 @@ fn a_peer_that_reads_call_by_call_finds_the_batches_while_other_messages_wait() 
         let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
         let mut framed = Framed::new(a, OldProcess::default());
         for first in [0, 300] {
-            framed.feed((first..first + 300).map(|mark| SendFd::file(marked(mark))).collect()).await.unwrap();
+            framed.feed((first..first + 300).map(|mark| SendFd::assume_file(marked(mark))).collect()).await.unwrap();
         }
         framed.flush().await.unwrap();
         for first in [0_u32, 300] {
@@ -221,7 +221,7 @@ fn haproxy_takes_our_listeners() {
 
         let mut framed = Framed::new(listener.accept().await.unwrap(), OldProcess::default());
         assert_eq!(framed.try_next().await.unwrap(), Some(FromNew::GetSocks));
-        let lent = kept.iter().map(|socket| SendFd::socket(Arc::clone(socket))).collect();
+        let lent = kept.iter().map(|socket| SendFd::assume_socket(Arc::clone(socket))).collect();
         framed.feed(lent).await.unwrap();
         framed.feed(Vec::new()).await.unwrap(); // another message waits behind it; haproxy does not read it
         framed.flush().await.unwrap();

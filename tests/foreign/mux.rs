@@ -193,7 +193,7 @@ fn a_master_accepts_a_session_that_is_sent_as_one_item() {
         // All in one flush: other requests wait before the session and behind it.
         framed.feed(Request::Hello).await.unwrap();
         framed.feed(Request::AliveCheck(1)).await.unwrap();
-        let stdio = [SendFd::file(input), SendFd::file(output), SendFd::file(error)];
+        let stdio = [SendFd::assume_file(input), SendFd::assume_file(output), SendFd::assume_file(error)];
         framed.feed(Request::NewSession(2, "cat; echo complaint >&2; exit 5", stdio)).await.unwrap();
         framed.feed(Request::AliveCheck(3)).await.unwrap();
         framed.flush().await.unwrap();

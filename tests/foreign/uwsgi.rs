@@ -142,7 +142,7 @@ fn a_zergling_serves_the_listening_sockets_that_it_gets() {
         let _daemon = start_uwsgi(&program, directory.path(), &["--zerg", path.to_str().unwrap()]);
         for _attempt in 0..2 {
             let mut connection = Framed::new(server.accept().await.unwrap(), ZergCodec);
-            let copies = listeners.iter().map(|(listener, _)| SendFd::socket(listener.try_clone().unwrap()));
+            let copies = listeners.iter().map(|(listener, _)| SendFd::assume_socket(listener.try_clone().unwrap()));
             connection.send(copies.collect::<Vec<_>>()).await.unwrap();
         }
         for (listener, address) in listeners {

@@ -159,7 +159,7 @@ pub(crate) fn offer_of(connection: &net::TcpStream) -> Offer<SendFd> {
         local: Address::from(connection.local_addr().unwrap()),
         read: Default::default(),
         metadata: Default::default(),
-        fd: SendFd::socket(connection.try_clone().unwrap()),
+        fd: SendFd::assume_socket(connection.try_clone().unwrap()),
         bundle: Vec::new(),
     }
 }

@@ -233,7 +233,7 @@ fn close_quickly(socket: OwnedFd, makes_slow: bool) -> JoinHandle<()> {
 
 /// The ways to hand over a socket, whose last reference the connection then has.
 const WAYS: [fn(OwnedFd) -> SendFd; 3] =
-    [SendFd::from, |socket| SendFd::socket(socket), |socket| SendFd::from(Arc::new(socket))];
+    [SendFd::from, |socket| SendFd::assume_socket(socket), |socket| SendFd::from(Arc::new(socket))];
 
 async fn send_to_a_quick_receiver(kind: SocketKind, makes_slow: bool) {
     const SENDS: usize = 60;

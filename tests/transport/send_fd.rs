@@ -58,7 +58,7 @@ fn frames_of_every_type_of_descriptor_share_a_connection() {
         let number = file.as_raw_fd();
         tx.feed(Frame::new("owned").with_fd(marked(1))).await.unwrap();
         tx.feed(Frame::carrying("lent", [Arc::new(marked(2))])).await.unwrap();
-        tx.feed(Frame::carrying("ours", [SendFd::file(file), SendFd::from(marked(4))])).await.unwrap();
+        tx.feed(Frame::carrying("ours", [SendFd::assume_file(file), SendFd::from(marked(4))])).await.unwrap();
         tx.flush().await.unwrap();
         assert!(!is_open(number), "a file that the sender vouches for is closed at once");
         for expected in [&[1][..], &[2], &[3, 4]] {
@@ -77,7 +77,7 @@ fn a_socket_ends_when_both_sides_have_closed_it() {
         let pairs: Vec<(UnixStream, UnixStream)> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();
         let (sent, kept): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
         let [a, b, c] = <[UnixStream; 3]>::try_from(sent).unwrap();
-        let fds = [SendFd::socket(a), SendFd::socket(Arc::new(OwnedFd::from(b))), SendFd::from(c)];
+        let fds = [SendFd::assume_socket(a), SendFd::assume_socket(Arc::new(OwnedFd::from(b))), SendFd::from(c)];
         tx.send(Frame::carrying("sockets", fds)).await.unwrap();
         drop(rx.try_next().await.unwrap().unwrap());
         for mut end in kept {
@@ -93,9 +93,9 @@ fn one_of_each() -> [SendFd; 5] {
     [
         marked(1).into(),
         Arc::new(marked(2)).into(),
-        SendFd::file(marked(3)),
-        SendFd::socket(socket()),
-        SendFd::socket(Arc::new(OwnedFd::from(socket()))),
+        SendFd::assume_file(marked(3)),
+        SendFd::assume_socket(socket()),
+        SendFd::assume_socket(Arc::new(OwnedFd::from(socket()))),
     ]
 }
 

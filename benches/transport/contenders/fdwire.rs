@@ -29,11 +29,11 @@ impl Link for Fdwire {
     }
 
     async fn send(&mut self, payload: &Bytes, fd: Option<OwnedFd>) {
-        self.feed(payload, fd.map(SendFd::file)).await;
+        self.feed(payload, fd.map(SendFd::assume_file)).await;
     }
 
     async fn send_socket(&mut self, payload: &Bytes, socket: OwnedFd) {
-        self.feed(payload, Some(SendFd::socket(socket))).await;
+        self.feed(payload, Some(SendFd::assume_socket(socket))).await;
     }
 
     async fn send_back(&mut self, payload: &Bytes, fd: Option<OwnedFd>) {

@@ -111,7 +111,7 @@ impl Handover {
             local: self.local.clone(),
             read: self.about.read.clone(),
             metadata: self.about.metadata.clone(),
-            fd: SendFd::socket(self.socket.lend()),
+            fd: SendFd::assume_socket(self.socket.lend()),
             bundle: self.bundle.iter().map(|fd| fd.lend().into()).collect(),
         }
     }
