@@ -17,7 +17,7 @@ use fdwire::{
 use futures::{SinkExt, StreamExt};
 use nix::{
     errno::Errno,
-    sys::socket::{MsgFlags, send},
+    sys::socket::{MsgFlags, Shutdown, send, shutdown},
 };
 use tokio::net::TcpStream;
 
@@ -309,6 +309,8 @@ fn a_new_process_that_ends_just_before_the_old_one_leaves_is_noticed() {
             raw_send(&taker, &encoded(b"\x03", 0), &[]);
             server.replaced().await;
             settle().await;
+            // A child that another test is starting may have a copy of the socket for a moment.
+            shutdown(taker.as_raw_fd(), Shutdown::Both).unwrap();
             drop(taker);
             assert!(!server.drained().await, "it leaves, and nobody serves");
             check_serves(&server, address).await;
