@@ -65,7 +65,8 @@ fn has_same_inode(a: &OwnedFd, b: &OwnedFd) -> bool {
 }
 
 /// Returns the id that stands for any without a mapping in this user namespace.
-fn overflow_id(name: &str) -> u32 {
+pub(crate) fn overflow_id(name: &str) -> u32 {
+    /// Of a kernel on which nobody has changed it.
     const DEFAULT: u32 = 65534;
     let id = fs::read_to_string(format!("/proc/sys/kernel/{name}")).ok();
     id.and_then(|id| id.trim().parse().ok()).unwrap_or(DEFAULT)

@@ -154,11 +154,13 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("fdwire works on Linux");
 
+mod address;
 pub mod blocking;
 mod closer;
 mod codec;
 mod credentials;
 mod error;
+mod fields;
 mod frame;
 mod framed;
 #[doc = include_str!("guide.md")]

@@ -137,17 +137,19 @@
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work
 //!   ignore that signal and wait to be drained.
 
-mod address;
 mod connection;
 mod dispatcher;
 mod incoming;
 pub mod protocol;
 mod reserve;
+mod transport;
 
-pub use address::{Address, Transport};
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
 pub use dispatcher::{
     Accepted, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, IntoListener, NotDispatched, Permit,
     RetireCause, RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerId, WorkerState, WorkerStats,
 };
 pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
+pub use transport::Transport;
+
+pub use crate::address::Address;

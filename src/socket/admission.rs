@@ -17,13 +17,11 @@ use super::{
     path::PathGuard,
     uid_account::{OverLimit, UidAccounts, UidShare},
 };
+use crate::credentials::overflow_id;
 
 /// The shortest time between two log lines about refused peers: a peer that connects in a loop must
 /// not fill the log.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
-
-/// The overflow uid of a kernel on which nobody has changed it.
-const DEFAULT_OVERFLOW_UID: u32 = 65534;
 
 /// The uids that a listener admits, and what each of them has.
 #[derive(Debug)]
@@ -172,8 +170,7 @@ fn overflow_uid() -> Option<u32> {
     if maps_every_uid(&map) {
         return None;
     }
-    let overflow_uid = fs::read_to_string("/proc/sys/kernel/overflowuid").ok();
-    Some(overflow_uid.and_then(|uid| uid.trim().parse().ok()).unwrap_or(DEFAULT_OVERFLOW_UID))
+    Some(overflow_id("overflowuid"))
 }
 
 /// Returns true for the map of the initial user namespace. Each uid that exists has itself as its

@@ -4,10 +4,9 @@ use std::{os::fd::OwnedFd, time::Duration};
 
 use bytes::Bytes;
 
-pub use super::address::{Address, Transport};
+pub use super::{Address, Transport};
 
 mod codec;
-pub(super) mod fields;
 #[cfg(test)]
 mod tests;
 mod wire;

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{
-    Address, FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer, RejectReason, ToWorker, Transport,
+use super::{Address, FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer, RejectReason, ToWorker, Transport};
+use crate::{
+    Error, Fds,
     fields::{Fields, put_long},
 };
-use crate::{Error, Fds};
 
 /// The bytes that a worker's HELLO begins with.
 const MAGIC: [u8; 4] = *b"FDHO";

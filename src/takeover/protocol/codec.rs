@@ -2,10 +2,11 @@
 
 use bytes::{Bytes, BytesMut};
 
-use super::{
-    AbortReason, FromTaker, Identity, MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, Offered, Refusal, ToTaker, fields::Fields,
+use super::{AbortReason, FromTaker, Identity, MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, Offered, Refusal, ToTaker};
+use crate::{
+    Codec, Decoder, Encoder, Error, FdQueue, Fds, Frame, FrameCodec, Grouping, Limits, SendBuf, SendError,
+    fields::Fields,
 };
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, Fds, Frame, FrameCodec, Grouping, Limits, SendBuf, SendError};
 
 /// The first bytes of a HELLO, after its type.
 const MAGIC: [u8; 4] = *b"FDTO";

@@ -1,15 +1,12 @@
 //! The description of a listener, as values and as bytes.
 
-use std::{
-    ffi::OsString,
-    fmt,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
-    os::unix::ffi::{OsStrExt, OsStringExt},
-    path::PathBuf,
-};
+use std::fmt;
 
-use super::fields::{Fields, put_short};
-use crate::Error;
+use super::Address;
+use crate::{
+    Error,
+    fields::{Fields, put_short},
+};
 
 /// The identity of a listener: its name and index, and everything that tells its socket from
 /// others.
@@ -62,20 +59,6 @@ pub enum Kind {
     SeqPacket,
 }
 
-/// The address of a socket.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Address {
-    /// None: a Unix socket that is not bound.
-    Unnamed,
-    /// An IP address and a port.
-    Ip(SocketAddr),
-    /// The path of a Unix socket.
-    Path(PathBuf),
-    /// The abstract name of a Unix socket, without the zero byte in front of it.
-    Abstract(Vec<u8>),
-}
-
 impl fmt::Display for Identity {
     /// For example `"http" 0 (TCP 0.0.0.0:80)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -101,18 +84,6 @@ impl fmt::Display for Kind {
             Self::Datagram => "datagram",
             Self::SeqPacket => "seqpacket",
         })
-    }
-}
-
-impl fmt::Display for Address {
-    /// A path as it is, an abstract name with `@` before it.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unnamed => f.write_str("unnamed"),
-            Self::Ip(address) => address.fmt(f),
-            Self::Path(path) => path.display().fmt(f),
-            Self::Abstract(name) => write!(f, "@{}", name.escape_ascii()),
-        }
     }
 }
 
@@ -166,52 +137,6 @@ impl Identity {
                 2 => Some(true),
                 _ => return None,
             },
-        })
-    }
-}
-
-impl Address {
-    fn put(&self, dst: &mut Vec<u8>) -> Result<(), Error> {
-        match self {
-            Self::Unnamed => dst.push(0),
-            Self::Path(path) => {
-                dst.push(1);
-                put_short(dst, path.as_os_str().as_bytes())?;
-            }
-            Self::Abstract(name) => {
-                dst.push(2);
-                put_short(dst, name)?;
-            }
-            Self::Ip(SocketAddr::V4(address)) => {
-                dst.push(4);
-                dst.extend(address.ip().octets());
-                dst.extend(address.port().to_be_bytes());
-            }
-            Self::Ip(SocketAddr::V6(address)) => {
-                dst.push(6);
-                dst.extend(address.ip().octets());
-                dst.extend(address.port().to_be_bytes());
-                dst.extend(address.flowinfo().to_be_bytes());
-                dst.extend(address.scope_id().to_be_bytes());
-            }
-        }
-        Ok(())
-    }
-
-    fn read(fields: &mut Fields<'_>) -> Option<Self> {
-        Some(match fields.u8()? {
-            0 => Self::Unnamed,
-            1 => Self::Path(OsString::from_vec(fields.short()?.to_vec()).into()),
-            2 => Self::Abstract(fields.short()?.to_vec()),
-            4 => {
-                let address = Ipv4Addr::from(fields.array::<4>()?);
-                Self::Ip(SocketAddrV4::new(address, fields.u16()?).into())
-            }
-            6 => {
-                let (address, port) = (Ipv6Addr::from(fields.array::<16>()?), fields.u16()?);
-                Self::Ip(SocketAddrV6::new(address, port, fields.u32()?, fields.u32()?).into())
-            }
-            _ => return None,
         })
     }
 }

@@ -1,7 +1,6 @@
 #![doc = include_str!("../protocol.md")]
 
 mod codec;
-mod fields;
 mod identity;
 #[cfg(test)]
 mod tests;
@@ -11,9 +10,10 @@ use std::{fmt, os::fd::OwnedFd};
 use bytes::Bytes;
 
 pub use codec::{GiverCodec, TakerCodec};
-pub use identity::{Address, Family, Identity, Kind};
+pub use identity::{Family, Identity, Kind};
 
 use crate::Fds;
+pub use crate::address::Address;
 
 /// The lowest version of the protocol that is spoken here.
 pub const LOWEST_VERSION: u8 = 1;

@@ -1,4 +1,4 @@
-//! What an offer says of its connection: the kind of socket, and both addresses.
+//! Addresses of sockets, as values and as bytes of a message.
 
 use std::{
     ffi::OsString,
@@ -14,37 +14,13 @@ use std::{
     path::PathBuf,
 };
 
-use super::protocol::fields::{Fields, put_short};
-use crate::Error;
+use crate::{
+    Error,
+    fields::{Fields, put_short},
+};
 
-/// The kind of a connection's socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Transport {
-    /// A TCP connection.
-    Tcp,
-    /// A Unix socket of kind STREAM.
-    UnixStream,
-}
-
-impl Transport {
-    pub(super) fn put(self, dst: &mut Vec<u8>) {
-        dst.push(match self {
-            Self::Tcp => 1,
-            Self::UnixStream => 2,
-        });
-    }
-
-    pub(super) fn read(fields: &mut Fields<'_>) -> Option<Self> {
-        match fields.u8()? {
-            1 => Some(Self::Tcp),
-            2 => Some(Self::UnixStream),
-            _ => None,
-        }
-    }
-}
-
-/// One end of a connection, as the dispatcher saw it when it accepted.
+/// The address of a socket: of one end of a connection, as the dispatcher saw it when it accepted, or
+/// of a listener.
 ///
 /// ```
 /// use fdwire::handoff::Address;
@@ -57,7 +33,7 @@ impl Transport {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Address {
-    /// None: a Unix socket that was never bound, as clients mostly are.
+    /// None: a Unix socket that was never bound, as those of most clients.
     #[default]
     Unnamed,
     /// Of the internet protocol, with a port.
@@ -77,7 +53,7 @@ impl Address {
         }
     }
 
-    pub(super) fn put(&self, dst: &mut Vec<u8>) -> Result<(), Error> {
+    pub(crate) fn put(&self, dst: &mut Vec<u8>) -> Result<(), Error> {
         match self {
             Self::Unnamed => dst.push(0),
             Self::Ip(SocketAddr::V4(address)) => {
@@ -104,7 +80,7 @@ impl Address {
         Ok(())
     }
 
-    pub(super) fn read(fields: &mut Fields<'_>) -> Option<Self> {
+    pub(crate) fn read(fields: &mut Fields<'_>) -> Option<Self> {
         Some(match fields.u8()? {
             0 => Self::Unnamed,
             4 => Self::Ip(SocketAddrV4::new(Ipv4Addr::from(fields.array()?), fields.u16()?).into()),

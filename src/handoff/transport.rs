@@ -1,0 +1,28 @@
+use crate::fields::Fields;
+
+/// The kind of a connection's socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Transport {
+    /// A TCP connection.
+    Tcp,
+    /// A Unix socket of kind STREAM.
+    UnixStream,
+}
+
+impl Transport {
+    pub(super) fn put(self, dst: &mut Vec<u8>) {
+        dst.push(match self {
+            Self::Tcp => 1,
+            Self::UnixStream => 2,
+        });
+    }
+
+    pub(super) fn read(fields: &mut Fields<'_>) -> Option<Self> {
+        match fields.u8()? {
+            1 => Some(Self::Tcp),
+            2 => Some(Self::UnixStream),
+            _ => None,
+        }
+    }
+}
