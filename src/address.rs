@@ -19,8 +19,8 @@ use crate::{
     fields::{Fields, put_short},
 };
 
-/// The address of a socket: of one end of a connection, as the dispatcher saw it when it accepted, or
-/// of a listener.
+/// The address of a socket: of one end of a connection, as the dispatcher saw it when it accepted,
+/// or of a listener.
 ///
 /// ```
 /// use fdwire::handoff::Address;
@@ -96,7 +96,8 @@ impl Address {
 }
 
 impl fmt::Display for Address {
-    /// An address of the internet protocol as usual, a path as it is, an abstract name with `@` before it.
+    /// An address of the internet protocol as usual, a path as it is, an abstract name with `@`
+    /// before it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unnamed => f.write_str("unnamed"),

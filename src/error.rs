@@ -4,11 +4,13 @@ use std::{fmt, io};
 
 /// What went wrong on a connection: one variant for each fault.
 ///
-/// Errors are final for the direction they occurred in. A [`Stream`](futures::Stream) yields its error once and
-/// then ends; whatever had been received and not yet yielded is closed. A [`Sink`](futures::Sink) that failed
-/// repeats its error and hands every further item back in a [`SendError`].
+/// Errors are final for the direction they occurred in. A [`Stream`](futures::Stream) yields its
+/// error once and then ends; whatever had been received and not yet yielded is closed. A
+/// [`Sink`](futures::Sink) that failed repeats its error and hands every further item back in a
+/// [`SendError`].
 ///
-/// Converts into [`io::Error`] for use in functions that speak `io::Result`. Codecs of your own may use the variants too.
+/// Converts into [`io::Error`] for use in functions that speak `io::Result`. Codecs of your own may
+/// use the variants too.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -16,7 +18,8 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] io::Error),
 
-    /// A frame does not begin with the magic byte: the peer speaks another protocol, or the streams lost step.
+    /// A frame does not begin with the magic byte: the peer speaks another protocol, or the streams
+    /// lost step.
     #[error("bad magic byte {found:#04x} where a frame should begin")]
     BadMagic {
         /// The byte that was found.
@@ -37,7 +40,8 @@ pub enum Error {
         found: u8,
     },
 
-    /// A frame's payload is longer than [`Limits::max_payload_bytes`](crate::Limits#structfield.max_payload_bytes).
+    /// A frame's payload is longer than
+    /// [`Limits::max_payload_bytes`](crate::Limits#structfield.max_payload_bytes).
     #[error("frame payload of {bytes} bytes is over the limit of {limit}")]
     FrameTooLong {
         /// Length of the payload in bytes.
@@ -46,7 +50,8 @@ pub enum Error {
         limit: usize,
     },
 
-    /// A frame has more descriptors than [`Limits::max_fds_per_frame`](crate::Limits#structfield.max_fds_per_frame).
+    /// A frame has more descriptors than
+    /// [`Limits::max_fds_per_frame`](crate::Limits#structfield.max_fds_per_frame).
     #[error("frame with {fds} descriptors is over the limit of {limit}")]
     TooManyFds {
         /// Number of descriptors of the frame.
@@ -55,8 +60,8 @@ pub enum Error {
         limit: usize,
     },
 
-    /// A message, or a [part](crate::SendBuf::end_part) of one, has more descriptors than its bytes can carry. One `sendmsg`
-    /// takes at most 253, and each has to take at least one byte with it.
+    /// A message, or a [part](crate::SendBuf::end_part) of one, has more descriptors than its bytes
+    /// can carry. One `sendmsg` takes at most 253, and each has to take at least one byte with it.
     #[error("{fds} descriptors are too many for a message of {bytes} bytes: each byte carries at most 253")]
     TooManyFdsForLength {
         /// Number of descriptors of the message or part.
@@ -65,7 +70,8 @@ pub enum Error {
         bytes: usize,
     },
 
-    /// A message without a byte is to be sent as a packet of its own. A receiver could not tell it from the end.
+    /// A message without a byte is to be sent as a packet of its own. A receiver could not tell it
+    /// from the end.
     #[error("an empty message cannot be sent as a packet")]
     EmptyMessage,
 
@@ -79,7 +85,8 @@ pub enum Error {
     },
 
     /// Descriptors arrived that no message claims: more than
-    /// [`Limits::max_queued_fds`](crate::Limits#structfield.max_queued_fds), or some were left over at the end.
+    /// [`Limits::max_queued_fds`](crate::Limits#structfield.max_queued_fds), or some were left over
+    /// at the end.
     #[error("{fds} descriptors arrived that no message claims")]
     UnclaimedFds {
         /// Number of unclaimed descriptors. All of them have been closed.
@@ -108,8 +115,8 @@ pub enum Error {
     },
 
     /// The rest of a message did not arrive within
-    /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time), or descriptors arrived that no
-    /// message claimed within it.
+    /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time), or
+    /// descriptors arrived that no message claimed within it.
     #[error("message is still unfinished: {bytes} bytes and {fds} descriptors of it arrived, and nothing more in time")]
     Unfinished {
         /// Number of bytes of the unfinished message.
@@ -118,8 +125,9 @@ pub enum Error {
         fds: usize,
     },
 
-    /// The connections of one uid hold more of unfinished messages than the listener that accepted them allows
-    /// ([`UidLimits`](crate::UidLimits)). This connection has brought the last part of it.
+    /// The connections of one uid hold more of unfinished messages than the listener that accepted
+    /// them allows ([`UidLimits`](crate::UidLimits)). This connection has brought the last part of
+    /// it.
     #[error(
         "the connections of uid {uid} hold {bytes} bytes and {fds} descriptors of unfinished messages, which is more \
          than the listener allows"
@@ -133,23 +141,25 @@ pub enum Error {
         fds: usize,
     },
 
-    /// A message was written by several processes, so it has no sender. Only on a socket that is set to
-    /// [report senders](crate::Socket::set_pass_credentials).
+    /// A message was written by several processes, so it has no sender. Only on a socket that is
+    /// set to [report senders](crate::Socket::set_pass_credentials).
     #[error("a message was written by several processes, so it has no sender")]
     MixedSenders,
 
-    /// The peer closed its end before it had read everything that was sent to it: what was sent last, descriptors
-    /// included, did not arrive. Reported after everything that the peer had sent, then the stream ends.
+    /// The peer closed its end before it had read everything that was sent to it: what was sent
+    /// last, descriptors included, did not arrive. Reported after everything that the peer had
+    /// sent, then the stream ends.
     #[error("peer closed the connection without reading everything that was sent to it")]
     Reset,
 
-    /// The time that was set for a call of [`blocking`](crate::blocking) is over, or a listener's. Nothing is lost: what has
-    /// arrived, and what was accepted for sending, waits for the next call. This is the one error that is not final.
+    /// The time that was set for a call of [`blocking`](crate::blocking) is over, or a listener's.
+    /// Nothing is lost: what has arrived, and what was accepted for sending, waits for the next
+    /// call. This is the one error that is not final.
     #[error("the time set for this call is over")]
     TimedOut,
 
-    /// A message makes no sense in the protocol that it belongs to: for codecs of your own that need no error type of
-    /// their own. See [`invalid`](Self::invalid).
+    /// A message makes no sense in the protocol that it belongs to: for codecs of your own that
+    /// need no error type of their own. See [`invalid`](Self::invalid).
     #[error("invalid message: {0}")]
     Invalid(Box<dyn std::error::Error + Send + Sync>),
 
@@ -159,9 +169,9 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether it says no more than that the peer has gone, which has several faces: [`Reset`](Self::Reset),
-    /// [`UnexpectedEnd`](Self::UnexpectedEnd), and what a send says to it. A stream that ends between messages ends without
-    /// an error.
+    /// Whether it says no more than that the peer has gone, which has several faces:
+    /// [`Reset`](Self::Reset), [`UnexpectedEnd`](Self::UnexpectedEnd), and what a send says to it.
+    /// A stream that ends between messages ends without an error.
     pub fn is_peer_gone(&self) -> bool {
         match self {
             Self::Reset | Self::UnexpectedEnd { .. } => true,
@@ -197,12 +207,13 @@ impl From<Error> for io::Error {
 
 /// An item could not be sent. Brings the item back where it was not taken.
 ///
-/// `item` is `Some` if the item was refused: nothing of it was sent, and its descriptors are still open in it. It
-/// is `None` if the failure is not about one item (a failed flush), or the encoder had already taken it apart. Items
-/// accepted earlier and not sent are in [`into_parts`](crate::Framed::into_parts).
+/// `item` is `Some` if the item was refused: nothing of it was sent, and its descriptors are still
+/// open in it. It is `None` if the failure is not about one item (a failed flush), or the encoder
+/// had already taken it apart. Items accepted earlier and not sent are in
+/// [`into_parts`](crate::Framed::into_parts).
 ///
-/// Converts into `E`, and for `E = Error` into [`io::Error`]; the conversions drop the item and so close its
-/// descriptors.
+/// Converts into `E`, and for `E = Error` into [`io::Error`]; the conversions drop the item and so
+/// close its descriptors.
 pub struct SendError<I, E = Error> {
     /// Why it could not be sent.
     pub error: E,

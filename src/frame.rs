@@ -7,8 +7,9 @@ use smallvec::SmallVec;
 
 /// A message: bytes and the open file descriptors that travel with them.
 ///
-/// `F` is the type of a descriptor. Received frames have [`OwnedFd`]. Frames to be sent may also have
-/// [`SendFd`](crate::SendFd) or `Arc<OwnedFd>`, and tests of protocol logic can run on plain integers.
+/// `F` is the type of a descriptor. Received frames have [`OwnedFd`]. Frames to be sent may also
+/// have [`SendFd`](crate::SendFd) or `Arc<OwnedFd>`, and tests of protocol logic can run on plain
+/// integers.
 ///
 /// ```
 /// # fn main() -> std::io::Result<()> {
@@ -56,11 +57,12 @@ impl<F> Frame<F> {
         Self { payload: payload.into(), fds: fds.into_iter().collect() }
     }
 
-    /// Attaches one more descriptor: a `File`, a `TcpStream` of std, an `OwnedFd`, or anything else that becomes one.
+    /// Attaches one more descriptor: a `File`, a `TcpStream` of std, an `OwnedFd`, or anything else
+    /// that becomes one.
     ///
-    /// A descriptor that is registered with an event loop must be taken out of it first. `into_std` does that for
-    /// tokio's sockets; one that stays registered keeps firing as long as any process holds it (epoll(7), "Questions
-    /// and answers" 6).
+    /// A descriptor that is registered with an event loop must be taken out of it first. `into_std`
+    /// does that for tokio's sockets; one that stays registered keeps firing as long as any process
+    /// holds it (epoll(7), "Questions and answers" 6).
     #[must_use]
     pub fn with_fd(mut self, fd: impl Into<F>) -> Self {
         self.fds.push(fd.into());
@@ -77,9 +79,9 @@ impl<F> Frame<F> {
 
 /// The descriptors of a frame, in order. It lends them as a slice. None or one take no allocation.
 ///
-/// Descriptors that came from a peer and are still in it when it is dropped are closed
-/// [in the background](crate::close_in_background), because the peer decides how long that takes. So is what you put in beside
-/// them. Descriptors that were taken out are closed like any other.
+/// Descriptors that came from a peer and are still in it when it is dropped are closed [in the
+/// background](crate::close_in_background), because the peer decides how long that takes. So is
+/// what you put in beside them. Descriptors that were taken out are closed like any other.
 pub struct Fds<F = OwnedFd> {
     /// `None` for most messages. A drop then looks at this and does nothing: hence `ManuallyDrop`,
     /// because the compiler's own drop of an `Option` is a function call for each message.
@@ -247,7 +249,8 @@ impl<F> IntoIterator for Fds<F> {
     }
 }
 
-/// Gives the descriptors of an [`Fds`] away in order. Those that are not taken are closed on drop, as those of an `Fds` are.
+/// Gives the descriptors of an [`Fds`] away in order. Those that are not taken are closed on drop,
+/// as those of an `Fds` are.
 pub struct FdsIntoIter<F> {
     fds: smallvec::IntoIter<[F; 1]>,
     home: Option<Arc<dyn Home<F>>>,

@@ -1,8 +1,10 @@
-//! Hands accepted connections, and **open file descriptors** of any kind, to other processes on one host, for tokio.
+//! Hands accepted connections, and **open file descriptors** of any kind, to other processes on one
+//! host, for tokio.
 //!
-//! - [`handoff`]: one process accepts TCP or Unix connections, others serve them, and none is lost on the way, whichever worker dies, hangs
-//!   or is replaced.
-//! - [`takeover`]: a new process replaces a running server. It gets the listeners, and no connection fails.
+//! - [`handoff`]: one process accepts TCP or Unix connections, others serve them, and none is lost
+//!   on the way, whichever worker dies, hangs or is replaced.
+//! - [`takeover`]: a new process replaces a running server. It gets the listeners, and no
+//!   connection fails.
 //! - [`Framed`]: messages that carry descriptors, on which both rest. For any other use.
 //!
 //! # Hand-off
@@ -39,14 +41,15 @@
 //! # Ok(()) }
 //! ```
 //!
-//! The [module](handoff) has the promise, what happens when a worker dies, hangs or is full, and the traps.
+//! The [module](handoff) has the promise, what happens when a worker dies, hangs or is full, and
+//! the traps.
 //!
 //! # Frames
 //!
-//! A message is bytes and any number of descriptors: files, pipes, listeners, connections. It goes over a
-//! Unix socket of either kind, [SEQPACKET or STREAM](SocketKind), and each descriptor arrives with the message that it
-//! was attached to. [`Framed`] is a [`Stream`](futures::Stream) and a [`Sink`](futures::Sink), and a [`Sender`] sends from many
-//! tasks.
+//! A message is bytes and any number of descriptors: files, pipes, listeners, connections. It goes
+//! over a Unix socket of either kind, [SEQPACKET or STREAM](SocketKind), and each descriptor
+//! arrives with the message that it was attached to. [`Framed`] is a [`Stream`](futures::Stream)
+//! and a [`Sink`](futures::Sink), and a [`Sender`] sends from many tasks.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -70,23 +73,28 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Without a runtime, a command-line tool or a small helper sends and receives the same frames with [`blocking::Framed`].
+//! Without a runtime, a command-line tool or a small helper sends and receives the same frames with
+//! [`blocking::Framed`].
 //!
 //! # What frames guarantee
 //!
-//! - **Descriptors belong to their messages**, however the kernel cuts and merges what is sent, and however many
-//!   there are (253 is the limit of one system call, not of a frame).
-//! - **Nothing leaks and nothing is lost.** A descriptor is owned by this process until the `sendmsg` that carried it has
-//!   succeeded, and by the receiving one from the `recvmsg` on, close-on-exec. A [refused item](SendError) comes back in the error; what
-//!   was accepted and not sent is in [`Framed::into_parts`].
-//! - **Cancel safety** is stated for each method: `next()` and `flush()` can be dropped and called again.
-//! - **It waits for what passes**: a full socket, too many descriptors in flight (`ETOOMANYREFS`), no kernel memory for a
-//!   large packet. It tells of what does not: a receiver at its `RLIMIT_NOFILE` ([`Error::TruncatedControl`]), a peer that
-//!   closed without reading everything ([`Error::Reset`]).
+//! - **Descriptors belong to their messages**, however the kernel cuts and merges what is sent, and
+//!   however many there are (253 is the limit of one system call, not of a frame).
+//! - **Nothing leaks and nothing is lost.** A descriptor is owned by this process until the
+//!   `sendmsg` that carried it has succeeded, and by the receiving one from the `recvmsg` on,
+//!   close-on-exec. A [refused item](SendError) comes back in the error; what was accepted and not
+//!   sent is in [`Framed::into_parts`].
+//! - **Cancel safety** is stated for each method: `next()` and `flush()` can be dropped and called
+//!   again.
+//! - **It waits for what passes**: a full socket, too many descriptors in flight (`ETOOMANYREFS`),
+//!   no kernel memory for a large packet. It tells of what does not: a receiver at its
+//!   `RLIMIT_NOFILE` ([`Error::TruncatedControl`]), a peer that closed without reading everything
+//!   ([`Error::Reset`]).
 //!
 //! # What a peer can do
 //!
-//! A peer may lie, flood, stall, and send descriptors that nobody wants. CONTRIBUTING.md names the tests of each line.
+//! A peer may lie, flood, stall, and send descriptors that nobody wants. CONTRIBUTING.md names the
+//! tests of each line.
 //!
 //! | a peer | what happens |
 //! |---|---|
@@ -105,51 +113,62 @@
 //!
 //! The crate cannot prevent these:
 //!
-//! - A descriptor that you take out of a message and drop is closed where you drop it. Pass it to [`close_in_background`]
-//!   instead.
-//! - A receive at `RLIMIT_NOFILE` closes what does not fit inside the system call, so keep 253 numbers free for each connection
-//!   that may receive at the same time.
-//! - A child process holds copies of all descriptors until its exec, which then closes them and can block on one that was closed
-//!   here meanwhile. `Command::spawn` waits for that, so spawn from a thread that may block if peers send sockets.
-//! - Freeing what a peer has sent takes time, for example 190 ms for a GiB of memfd. The thread that closes spends it, and other
-//!   descriptors wait for it meanwhile.
-//! - When the peer of a connected [`DatagramSocket`] is gone, the next send makes the kernel close what is queued, inside the
-//!   system call: a socket that is slow to close blocks it. Only [`DatagramSocket::set_pass_fds`] prevents that. A
-//!   socket that is not connected has no such peer.
-//! - A file of a FUSE file system whose daemon does not answer cannot be closed at all, and to pass it on blocks as well, because
-//!   the sender's copy is closed. Only [`Socket::set_pass_fds`] and [`Listener::set_pass_fds`] keep such files away.
+//! - A descriptor that you take out of a message and drop is closed where you drop it. Pass it to
+//!   [`close_in_background`] instead.
+//! - A receive at `RLIMIT_NOFILE` closes what does not fit inside the system call, so keep 253
+//!   numbers free for each connection that may receive at the same time.
+//! - A child process holds copies of all descriptors until its exec, which then closes them and can
+//!   block on one that was closed here meanwhile. `Command::spawn` waits for that, so spawn from a
+//!   thread that may block if peers send sockets.
+//! - Freeing what a peer has sent takes time, for example 190 ms for a GiB of memfd. The thread
+//!   that closes spends it, and other descriptors wait for it meanwhile.
+//! - When the peer of a connected [`DatagramSocket`] is gone, the next send makes the kernel close
+//!   what is queued, inside the system call: a socket that is slow to close blocks it. Only
+//!   [`DatagramSocket::set_pass_fds`] prevents that. A socket that is not connected has no such
+//!   peer.
+//! - A file of a FUSE file system whose daemon does not answer cannot be closed at all, and to pass
+//!   it on blocks as well, because the sender's copy is closed. Only [`Socket::set_pass_fds`] and
+//!   [`Listener::set_pass_fds`] keep such files away.
 //!
 //! # What the kernel does with descriptors
 //!
-//! The rules of [`FrameCodec`]'s wire format follow from what Linux does; see unix(7) and cmsg(3). The descriptors of a
-//! `sendmsg` attach to its first byte, and are sent even if the write is short. A `recvmsg` never returns
-//! descriptors of two sends, but it may return bytes from before a send together with that send's bytes and descriptors: the
-//! position inside a read says nothing about the owner of a descriptor. So a header counts them, and they are taken in the
-//! order of arrival.
+//! The rules of [`FrameCodec`]'s wire format follow from what Linux does; see unix(7) and cmsg(3).
+//! The descriptors of a `sendmsg` attach to its first byte, and are sent even if the write is
+//! short. A `recvmsg` never returns descriptors of two sends, but it may return bytes from before a
+//! send together with that send's bytes and descriptors: the position inside a read says nothing
+//! about the owner of a descriptor. So a header counts them, and they are taken in the order of
+//! arrival.
 //!
 //! Facts worth knowing when a descriptor is passed:
 //!
-//! - `O_NONBLOCK`, the file offset and locks belong to the open file, which sender and receiver share from then on.
-//! - A TCP connection ends when the **last** copy is closed; `shutdown` ends it at once, for all holders.
-//! - What the receiver never reads is closed by the kernel when the socket is: a client sees its connection end.
-//! - With credentials on (`SO_PASSCRED`), one read never returns what different processes wrote, on a stream either. What was
-//!   sent before they were switched on has no known sender. A privileged sender may name another process.
-//! - A Unix socket that is sent over itself is kept open by the kernel until its garbage collector runs.
+//! - `O_NONBLOCK`, the file offset and locks belong to the open file, which sender and receiver
+//!   share from then on.
+//! - A TCP connection ends when the **last** copy is closed; `shutdown` ends it at once, for all
+//!   holders.
+//! - What the receiver never reads is closed by the kernel when the socket is: a client sees its
+//!   connection end.
+//! - With credentials on (`SO_PASSCRED`), one read never returns what different processes wrote, on
+//!   a stream either. What was sent before they were switched on has no known sender. A privileged
+//!   sender may name another process.
+//! - A Unix socket that is sent over itself is kept open by the kernel until its garbage collector
+//!   runs.
 //!
 //! # Other wire formats
 //!
-//! [`FrameCodec`] is one of the codecs here; [`PacketCodec`] has no header, and [`Payload`] codes the payload of frames with any codec
-//! of `tokio_util`. For a protocol that exists, such as D-Bus or Wayland, [write a codec](guide).
+//! [`FrameCodec`] is one of the codecs here; [`PacketCodec`] has no header, and [`Payload`] codes
+//! the payload of frames with any codec of `tokio_util`. For a protocol that exists, such as D-Bus
+//! or Wayland, [write a codec](guide).
 //!
 //! A program without a runtime uses the same frames and codecs by [`blocking`].
 //!
-//! Protocols without a connection use a [`DatagramSocket`], and the guide shows how to take a socket that a parent
-//! process has left open: [`Socket::from_stdin`] and
+//! Protocols without a connection use a [`DatagramSocket`], and the guide shows how to take a
+//! socket that a parent process has left open: [`Socket::from_stdin`] and
 //! [`Socket::from_inherited`], and the same for a [`Listener`].
 //!
 //! # Platform
 //!
-//! Linux. What only Linux has is in the modules `sys` and `socket`; frames and codecs know nothing of a system.
+//! Linux. What only Linux has is in the modules `sys` and `socket`; frames and codecs know nothing
+//! of a system.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("fdwire works on Linux");

@@ -5,11 +5,11 @@ use std::time::Duration;
 /// Most descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
 pub(crate) const SCM_MAX_FD: usize = 253;
 
-/// What a connection takes at most, in each direction. [`UidLimits`](crate::UidLimits) bound the connections of
-/// one uid together.
+/// What a connection takes at most, in each direction. [`UidLimits`](crate::UidLimits) bound the
+/// connections of one uid together.
 ///
-/// [`FrameCodec`](crate::FrameCodec) checks its limits before memory is reserved. For codecs of your own see
-/// [`Codec::limits`](crate::Codec::limits).
+/// [`FrameCodec`](crate::FrameCodec) checks its limits before memory is reserved. For codecs of
+/// your own see [`Codec::limits`](crate::Codec::limits).
 ///
 /// ```
 /// use fdwire::{FrameCodec, Limits};
@@ -20,37 +20,44 @@ pub(crate) const SCM_MAX_FD: usize = 253;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Length of a frame's payload in bytes, sent or received. Default: 8 MiB. The wire format ends at 4 GiB - 1.
+    /// Length of a frame's payload in bytes, sent or received. Default: 8 MiB. The wire format ends
+    /// at 4 GiB - 1.
     pub max_payload_bytes: usize,
 
-    /// Number of descriptors of a frame, sent or received. Default: 253. The wire format ends at 65,535.
+    /// Number of descriptors of a frame, sent or received. Default: 253. The wire format ends at
+    /// 65,535.
     pub max_fds_per_frame: usize,
 
-    /// Number of descriptors that wait: received ahead of the message that claims them, or accepted for sending.
-    /// Default: 506.
+    /// Number of descriptors that wait: received ahead of the message that claims them, or accepted
+    /// for sending. Default: 506.
     ///
-    /// A sender of this crate lets descriptors run ahead of their frames by 253 at most, so a receiver holds at most
-    /// [`max_fds_per_frame`](Self#structfield.max_fds_per_frame) + 253 of them. A smaller number ends connections on which
-    /// frames with that many descriptors arrive ([`Error::UnclaimedFds`](crate::Error::UnclaimedFds)).
+    /// A sender of this crate lets descriptors run ahead of their frames by 253 at most, so a
+    /// receiver holds at most [`max_fds_per_frame`](Self#structfield.max_fds_per_frame) + 253 of
+    /// them. A smaller number ends connections on which frames with that many descriptors arrive
+    /// ([`Error::UnclaimedFds`](crate::Error::UnclaimedFds)).
     pub max_queued_fds: usize,
 
-    /// Number of bytes accepted for sending from which on a sink waits until some are sent. Default: 256 KiB.
+    /// Number of bytes accepted for sending from which on a sink waits until some are sent.
+    /// Default: 256 KiB.
     ///
-    /// A sink takes an item as long as less than this is queued, so one frame may stand out above it.
+    /// A sink takes an item as long as less than this is queued, so one frame may stand out above
+    /// it.
     pub max_queued_bytes: usize,
 
     /// Time for which the rest of a message may be waited for. Default: 30 s.
     ///
-    /// It is counted from the moment at which nothing more was there to receive and part of a message had arrived, or a
-    /// descriptor that no message had claimed yet. A receiver that is not polled meanwhile does not count against the peer.
-    /// When the time is over, the stream ends with [`Error::Unfinished`](crate::Error::Unfinished). Without this limit, a peer
-    /// that sends its own end of the connection in an unfinished message could keep the connection open without end:
-    /// it would wait for itself.
+    /// It is counted from the moment at which nothing more was there to receive and part of a
+    /// message had arrived, or a descriptor that no message had claimed yet. A receiver that is not
+    /// polled meanwhile does not count against the peer. When the time is over, the stream ends
+    /// with [`Error::Unfinished`](crate::Error::Unfinished). Without this limit, a peer that sends
+    /// its own end of the connection in an unfinished message could keep the connection open
+    /// without end: it would wait for itself.
     pub max_unfinished_time: Duration,
 }
 
 impl Default for Limits {
-    /// 8 MiB of payload and 253 descriptors a frame; 506 descriptors and 256 KiB queued; 30 s for the rest of a message.
+    /// 8 MiB of payload and 253 descriptors a frame; 506 descriptors and 256 KiB queued; 30 s for
+    /// the rest of a message.
     fn default() -> Self {
         Self {
             max_payload_bytes: 8 << 20,
@@ -70,7 +77,8 @@ impl Limits {
         self
     }
 
-    /// With another [`max_fds_per_frame`](Self#structfield.max_fds_per_frame), which the connections of a listener also need in
+    /// With another [`max_fds_per_frame`](Self#structfield.max_fds_per_frame), which the
+    /// connections of a listener also need in
     /// [`UidLimits::max_fds`](crate::UidLimits#structfield.max_fds). Raises
     /// [`max_queued_fds`](Self#structfield.max_queued_fds) to this number + 253 where it is less.
     #[must_use]
@@ -97,7 +105,8 @@ impl Limits {
         self
     }
 
-    /// With another [`max_unfinished_time`](Self#structfield.max_unfinished_time). [`Duration::MAX`] means no limit.
+    /// With another [`max_unfinished_time`](Self#structfield.max_unfinished_time).
+    /// [`Duration::MAX`] means no limit.
     #[must_use]
     pub const fn max_unfinished_time(mut self, time: Duration) -> Self {
         self.max_unfinished_time = time;

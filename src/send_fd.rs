@@ -28,12 +28,14 @@ use std::{
 ///
 /// Asking is a system call of about 0.2 µs for each descriptor.
 ///
-/// A socket that you lend by `Arc` can become slow to close for you, too: its receiver may set `SO_LINGER`. So give the last
-/// reference to [`close_in_background`](crate::close_in_background) (by `Arc::into_inner`) instead of dropping it.
+/// A socket that you lend by `Arc` can become slow to close for you, too: its receiver may set
+/// `SO_LINGER`. So give the last reference to [`close_in_background`](crate::close_in_background)
+/// (by `Arc::into_inner`) instead of dropping it.
 ///
 /// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. That
 /// includes those in [`Parts::unsent`](crate::Parts#structfield.unsent). One that a connection has
-/// accepted and does not send is closed in the background, unless it is from [`SendFd::assume_file`].
+/// accepted and does not send is closed in the background, unless it is from
+/// [`SendFd::assume_file`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {

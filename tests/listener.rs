@@ -272,7 +272,8 @@ fn other_uids_are_admitted_only_if_listed() {
         assert_eq!((&answer[..], listener.refused()), ("<welcome>", 1));
         drop(listener);
 
-        // Another name: a child that another test is starting may have a copy of the listener for a moment.
+        // Another name: a child that another test is starting may have a copy of the listener for a
+        // moment.
         let addr = abstract_name("any uid");
         let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap().allow_any_uid();
         let (answer, ()) = tokio::join!(answer_to(ROLE, Some(uid), &addr), greet(&listener));

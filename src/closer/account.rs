@@ -8,8 +8,8 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-/// Counts descriptors that wait to be closed: those of a connection, of all connections of a uid, or
-/// of all peers that a listener refuses.
+/// Counts descriptors that wait to be closed: those of a connection, of all connections of a uid,
+/// or of all peers that a listener refuses.
 #[derive(Debug, Default)]
 pub(crate) struct Account {
     closing: AtomicUsize,
@@ -46,7 +46,8 @@ impl Account {
         if !waiting.iter().any(|other| other.limit == limit && other.waker.will_wake(&waker)) {
             waiting.push(Waiting { limit, waker });
         }
-        // `remove` subtracts, then locks. If this task came too late for it, the number is seen here.
+        // `remove` subtracts, then locks. If this task came too late for it, the number is seen
+        // here.
         if self.closing() <= limit { Poll::Ready(()) } else { Poll::Pending }
     }
 
@@ -63,7 +64,8 @@ impl Account {
         let left = self.closing.fetch_sub(1, Ordering::Relaxed) - 1;
         let ready: Vec<_> = self.lock().extract_if(.., |waiting| left <= waiting.limit).collect();
         for Waiting { waker, .. } in ready {
-            // A waker is foreign code. A panic of one must not end the thread that closes for everybody.
+            // A waker is foreign code. A panic of one must not end the thread that closes for
+            // everybody.
             let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
         }
         if let Some(parent) = &self.parent {

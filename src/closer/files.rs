@@ -58,13 +58,14 @@ pub(super) enum Lane {
 
 /// Knows files whose `close` asks nobody.
 ///
-/// The `close` of a regular file of a FUSE file system waits for the daemon's answer, which no signal ends and which a
-/// hostile daemon never gives. Network file systems wait for their server. So only files of local file systems count as
-/// quick, and only while this process sees such a file system mounted: the kernel uses the device number of one that is
-/// gone for the next one.
+/// The `close` of a regular file of a FUSE file system waits for the daemon's answer, which no
+/// signal ends and which a hostile daemon never gives. Network file systems wait for their server.
+/// So only files of local file systems count as quick, and only while this process sees such a file
+/// system mounted: the kernel uses the device number of one that is gone for the next one.
 #[derive(Debug)]
 pub(super) struct KnownFiles {
-    /// `/proc/thread-self/mountinfo`, which becomes ready with priority when the mounts have changed.
+    /// `/proc/thread-self/mountinfo`, which becomes ready with priority when the mounts have
+    /// changed.
     mounts: Option<File>,
     /// Devices of local file systems that are mounted.
     devices: BTreeSet<Device>,
@@ -95,8 +96,8 @@ impl KnownFiles {
         }
     }
 
-    /// Returns true if a local file system is on this device. The device was found out before this call. So if the mounts have
-    /// not changed by now, it is still the one that was read.
+    /// Returns true if a local file system is on this device. The device was found out before this
+    /// call. So if the mounts have not changed by now, it is still the one that was read.
     fn is_local(&mut self, device: Device) -> bool {
         if self.memfd == Some(device) {
             return true;

@@ -40,8 +40,8 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    /// `report_closed` gets the charges of sockets that are closed, in a thread that must not end them: it has none of the
-    /// process's descriptors, and a charge that ends may wake a task.
+    /// `report_closed` gets the charges of sockets that are closed, in a thread that must not end
+    /// them: it has none of the process's descriptors, and a charge that ends may wake a task.
     pub(super) fn new(report_closed: fn(Closed)) -> Self {
         let mut lanes = Self {
             exit: None,

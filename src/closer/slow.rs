@@ -30,7 +30,8 @@ struct State {
 }
 
 impl State {
-    /// Returns true if something waits that no thread is about to take, and one more thread is allowed.
+    /// Returns true if something waits that no thread is about to take, and one more thread is
+    /// allowed.
     fn needs_a_thread(&self, most: usize) -> bool {
         self.threads < most && self.threads - self.busy < self.waiting.len()
     }
@@ -75,8 +76,8 @@ fn close_all_that_wait(shared: &Mutex<State>) {
         state.busy += 1;
         drop(state);
         if sys::is_socket(closing.fd.as_fd()) {
-            // The exiting tasks could not take it. Nothing is lost without the time to linger, and `close` waits only for
-            // a peer that sets it again in this very moment.
+            // The exiting tasks could not take it. Nothing is lost without the time to linger, and
+            // `close` waits only for a peer that sets it again in this very moment.
             let _ = setsockopt(&closing.fd, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
         }
         drop(closing);

@@ -2,8 +2,9 @@ use std::mem;
 
 use bytes::{Buf, BufMut, BytesMut};
 
-/// The most bytes of a packet, unless it is the rest of a message whose length is known. Also a good
-/// size for reads. Above 64 KiB, so that a message of that many bytes and its header are one packet.
+/// The most bytes of a packet, unless it is the rest of a message whose length is known. Also a
+/// good size for reads. Above 64 KiB, so that a message of that many bytes and its header are one
+/// packet.
 pub(crate) const SMALL_PACKET: usize = (64 << 10) + 64;
 
 /// Size of a usual buffer, unless a message of middle size needs more.
@@ -31,7 +32,8 @@ pub(super) const PAGE_START: usize = 64;
 /// beginning if none of them lives.
 #[derive(Debug)]
 pub(super) struct Buffers {
-    /// The room that a receive needs at least, whatever the decoder says: that of a packet, 1 on a stream.
+    /// The room that a receive needs at least, whatever the decoder says: that of a packet, 1 on a
+    /// stream.
     least_room: usize,
     /// Whether `bytes` is in a large buffer, or in one from elsewhere, whose size is not known.
     in_large: bool,

@@ -1,4 +1,5 @@
-//! How many bytes of a frame are copied in this process, the kernel's copies aside, by where they lie in memory.
+//! How many bytes of a frame are copied in this process, the kernel's copies aside, by where they
+//! lie in memory.
 
 use std::ops::Range;
 
@@ -96,7 +97,8 @@ fn frames_are_copied_when_they_are_small_and_only_then() {
     let carriers =
         [("stream", Carrier::Stream), ("packets", Carrier::packets(212_992)), ("bulk", Carrier::packets(4 << 20))];
     for (name, carrier) in carriers {
-        // Size, frames in a batch, and most bytes copied per frame on the way out and on the way in.
+        // Size, frames in a batch, and most bytes copied per frame on the way out and on the way
+        // in.
         for (size, batch, most_out, most_in) in
             [(64, 64, 72, 8), (4 * KIB, 64, 8, 512), (64 * KIB, 4, 8, 32 * KIB), (1024 * KIB, 1, 8, 128 * KIB)]
         {

@@ -12,13 +12,15 @@ use crate::{Error, Frame, Limits, SendError, limits::SCM_MAX_FD};
 /// | 2 | 2, big-endian | number of descriptors of this frame |
 /// | 4 | 4, big-endian | length of the payload in bytes |
 ///
-/// The descriptors of a frame are the next ones in the order of arrival. Whoever has all bytes of a frame has all its
-/// descriptors: a sender gives them along with the frame's first byte, or with later ones of its bytes if they are more than
-/// one call takes. They may come before their frame, at most 253 of frames of which no byte has come.
+/// The descriptors of a frame are the next ones in the order of arrival. Whoever has all bytes of a
+/// frame has all its descriptors: a sender gives them along with the frame's first byte, or with
+/// later ones of its bytes if they are more than one call takes. They may come before their frame,
+/// at most 253 of frames of which no byte has come.
 ///
-/// The format is the same on both kinds of socket, and packet boundaries mean nothing. For those who receive it in another
-/// language: on SEQPACKET, have room for 65,600 bytes. If the header of an unfinished frame has come whole, and more than
-/// that is missing of the frame, have room for what is missing.
+/// The format is the same on both kinds of socket, and packet boundaries mean nothing. For those
+/// who receive it in another language: on SEQPACKET, have room for 65,600 bytes. If the header of
+/// an unfinished frame has come whole, and more than that is missing of the frame, have room for
+/// what is missing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FrameCodec {
     limits: Limits,
@@ -126,12 +128,14 @@ impl Header {
     const MAGIC: u8 = 0xFD;
     const VERSION: u8 = 1;
 
-    /// Length of the whole frame. No overflow: the payload's length comes from 32 bits or from memory.
+    /// Length of the whole frame. No overflow: the payload's length comes from 32 bits or from
+    /// memory.
     fn frame_bytes(self) -> usize {
         Self::LEN.saturating_add(self.payload_bytes)
     }
 
-    /// Refuses a byte as soon as it is there: a foreign peer may wait for an answer and never send eight.
+    /// Refuses a byte as soon as it is there: a foreign peer may wait for an answer and never send
+    /// eight.
     #[inline]
     fn read(src: &[u8]) -> Result<Option<Self>, Error> {
         if let Some(&found) = src.first()

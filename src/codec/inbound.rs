@@ -21,7 +21,8 @@ use crate::Error;
 pub(crate) struct Inbound<F = OwnedFd> {
     pub(crate) bytes: BytesMut,
     pub(crate) fds: FdQueue<F>,
-    /// Descriptors were lost. The queue knows that too, but a decoder may put another one in its place.
+    /// Descriptors were lost. The queue knows that too, but a decoder may put another one in its
+    /// place.
     lost: bool,
     buffers: Buffers,
     phase: Phase,
@@ -148,8 +149,8 @@ impl<F> Inbound<F> {
         self.phase = Phase::Decoding;
     }
 
-    /// Bytes and descriptors were added, and more descriptors were lost. The kernel loses the last ones, so messages that
-    /// need none of them are still good.
+    /// Bytes and descriptors were added, and more descriptors were lost. The kernel loses the last
+    /// ones, so messages that need none of them are still good.
     pub(crate) fn received_truncated(&mut self) {
         self.fds.set_lost();
         self.lost = true;

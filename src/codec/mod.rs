@@ -1,7 +1,8 @@
 //! Bytes and descriptors in, messages out, and back: **sans-IO**. No socket, no tokio, no clock.
 //!
-//! Everything here is generic over the type `F` of a descriptor, so that the rules run in tests on plain integers,
-//! where a descriptor lost, doubled or given to the wrong message shows as a wrong number.
+//! Everything here is generic over the type `F` of a descriptor, so that the rules run in tests on
+//! plain integers, where a descriptor lost, doubled or given to the wrong message shows as a wrong
+//! number.
 
 mod buffers;
 #[cfg(test)]
@@ -45,22 +46,23 @@ use crate::{Error, Limits, SendError, send_fd::SendFd};
 pub trait Codec {
     /// What a connection takes at most. Asked often: should only return a stored value.
     ///
-    /// [`Framed`](crate::Framed) sees to the queues; `max_payload_bytes` and `max_fds_per_frame` are the codec's own to
-    /// check, when it decodes and when it encodes.
+    /// [`Framed`](crate::Framed) sees to the queues; `max_payload_bytes` and `max_fds_per_frame`
+    /// are the codec's own to check, when it decodes and when it encodes.
     fn limits(&self) -> Limits {
         Limits::default()
     }
 
     /// Returns how the messages it encodes share system calls. A connection asks for each message.
     ///
-    /// [`FdsFirst`](Grouping::FdsFirst) by default, which every receiver of a byte stream understands. A codec whose receiver
-    /// counts descriptors is faster with [`Free`](Grouping::Free), as [`FrameCodec`] is.
+    /// [`FdsFirst`](Grouping::FdsFirst) by default, which every receiver of a byte stream
+    /// understands. A codec whose receiver counts descriptors is faster with
+    /// [`Free`](Grouping::Free), as [`FrameCodec`] is.
     fn grouping(&self) -> Grouping {
         Grouping::default()
     }
 
-    /// The same protocol with values of your own for messages: `decoded` makes them of what was decoded, `encoded` makes
-    /// what is encoded of them. Both have the descriptors in hand.
+    /// The same protocol with values of your own for messages: `decoded` makes them of what was
+    /// decoded, `encoded` makes what is encoded of them. Both have the descriptors in hand.
     ///
     /// What `encoded` refuses comes back in its error. What the codec refuses after it does not.
     ///
@@ -99,28 +101,34 @@ impl Codec for () {}
 
 /// How messages share a `sendmsg`, and so what a receiver finds together.
 ///
-/// All messages that wait go out in as few calls as this allows. The [guide](crate::guide) has a table of what each kind of
-/// receiver needs. The [parts](SendBuf::end_part) of a message are grouped as messages are.
+/// All messages that wait go out in as few calls as this allows. The [guide](crate::guide) has a
+/// table of what each kind of receiver needs. The [parts](SendBuf::end_part) of a message are
+/// grouped as messages are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Grouping {
-    /// Any messages share a call, descriptors included: they may come with an earlier message. The fastest by far if many
-    /// messages have descriptors. Only for receivers that learn from the bytes how many descriptors a message has, take
-    /// them in the order of arrival, and have room for 506 that came before their messages.
+    /// Any messages share a call, descriptors included: they may come with an earlier message. The
+    /// fastest by far if many messages have descriptors. Only for receivers that learn from the
+    /// bytes how many descriptors a message has, take them in the order of arrival, and have room
+    /// for 506 that came before their messages.
     Free,
-    /// A message with descriptors begins a call, and no other message's descriptors come in it: they are attached to its own
-    /// first byte. For receivers that read one message at a time, or have room for one message's descriptors only.
+    /// A message with descriptors begins a call, and no other message's descriptors come in it:
+    /// they are attached to its own first byte. For receivers that read one message at a time, or
+    /// have room for one message's descriptors only.
     #[default]
     FdsFirst,
-    /// A message has a call to itself. On SEQPACKET it is one packet, of at most [`SendBuf::max_packet_bytes`].
+    /// A message has a call to itself. On SEQPACKET it is one packet, of at most
+    /// [`SendBuf::max_packet_bytes`].
     Alone,
 }
 
-/// Takes messages off the bytes and descriptors that arrived: `tokio_util`'s `Decoder` plus a queue of descriptors.
+/// Takes messages off the bytes and descriptors that arrived: `tokio_util`'s `Decoder` plus a queue
+/// of descriptors.
 ///
-/// Descriptors are a second first-in first-out queue beside the bytes. On Linux the position of a descriptor in the
-/// bytes is not preserved exactly (one `recvmsg` may return bytes sent before it and after it), so a protocol says in its
-/// bytes how many descriptors a message has, or implies it by the kind of message.
+/// Descriptors are a second first-in first-out queue beside the bytes. On Linux the position of a
+/// descriptor in the bytes is not preserved exactly (one `recvmsg` may return bytes sent before it
+/// and after it), so a protocol says in its bytes how many descriptors a message has, or implies it
+/// by the kind of message.
 ///
 /// ```
 /// use bytes::{Buf, BytesMut};
@@ -161,24 +169,25 @@ pub trait Decoder<F = OwnedFd>: Codec {
     /// What makes the bytes unusable. Final: nothing is decoded after it.
     type Error: From<Error>;
 
-    /// Takes the next message off `src` and its descriptors off `fds`. `None` means that more bytes are needed; a decoder
-    /// has to refuse a message that is too long before that, since `src` grows as long as it says so. Also asked with an empty
-    /// `src`, which is no message.
+    /// Takes the next message off `src` and its descriptors off `fds`. `None` means that more bytes
+    /// are needed; a decoder has to refuse a message that is too long before that, since `src`
+    /// grows as long as it says so. Also asked with an empty `src`, which is no message.
     ///
     /// Leave the bytes of a message in `src` until it is complete. Only by them does the connection
     /// know that part of a message has arrived: for the time limit, for the limits of a uid, and
     /// to notice that several processes have written it.
     ///
     /// # Errors
-    /// When the bytes, or the descriptors beside them, are none of this protocol's. The connection's stream yields
-    /// the error and ends; the bytes and descriptors still waiting are dropped.
+    /// When the bytes, or the descriptors beside them, are none of this protocol's. The
+    /// connection's stream yields the error and ends; the bytes and descriptors still waiting are
+    /// dropped.
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error>;
 
     /// Takes the next message after the end of the stream. Called until it returns `None`.
     ///
     /// # Errors
-    /// By default what [`decode`](Self::decode) refuses, [`Error::UnexpectedEnd`] if bytes are left over, and
-    /// [`Error::UnclaimedFds`] if descriptors are.
+    /// By default what [`decode`](Self::decode) refuses, [`Error::UnexpectedEnd`] if bytes are left
+    /// over, and [`Error::UnclaimedFds`] if descriptors are.
     fn decode_eof(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error> {
         match self.decode(src, fds)? {
             Some(item) => Ok(Some(item)),
@@ -188,22 +197,23 @@ pub trait Decoder<F = OwnedFd>: Codec {
         }
     }
 
-    /// How many bytes the message that begins in `src` still needs, once that is known: the counterpart of
-    /// [`SendBuf::announce_length`]. Makes room for the rest of a large message in one piece. By default unknown.
+    /// How many bytes the message that begins in `src` still needs, once that is known: the
+    /// counterpart of [`SendBuf::announce_length`]. Makes room for the rest of a large message in
+    /// one piece. By default unknown.
     ///
     /// Asked after [`decode`](Self::decode) has returned `None`, and believed up to
-    /// [`max_payload_bytes`](Limits#structfield.max_payload_bytes). A peer that announces lengths to a decoder that does not know
-    /// them sends packets it has no room for.
+    /// [`max_payload_bytes`](Limits#structfield.max_payload_bytes). A peer that announces lengths
+    /// to a decoder that does not know them sends packets it has no room for.
     fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
         let _ = src;
         None
     }
 
-    /// Most bytes to receive in one go; 0 counts as 1. By default as many as there is room for, which may be more than was
-    /// [asked for](Self::missing_bytes).
+    /// Most bytes to receive in one go; 0 counts as 1. By default as many as there is room for,
+    /// which may be more than was [asked for](Self::missing_bytes).
     ///
-    /// A protocol of packets says here how long one may be: the tail of a longer one is lost, and the stream ends with
-    /// [`Error::TruncatedPacket`].
+    /// A protocol of packets says here how long one may be: the tail of a longer one is lost, and
+    /// the stream ends with [`Error::TruncatedPacket`].
     fn max_receive_bytes(&self) -> usize {
         usize::MAX
     }
@@ -211,8 +221,8 @@ pub trait Decoder<F = OwnedFd>: Codec {
 
 /// Writes messages as bytes and descriptors: `tokio_util`'s `Encoder` with descriptors.
 ///
-/// `F` is the type of a descriptor on its way out, [`SendFd`] on a socket. Items may hold another one that becomes an `F`, such
-/// as the [`OwnedFd`] of a received message.
+/// `F` is the type of a descriptor on its way out, [`SendFd`] on a socket. Items may hold another
+/// one that becomes an `F`, such as the [`OwnedFd`] of a received message.
 pub trait Encoder<Item, F = SendFd>: Codec {
     /// Why an item cannot be sent.
     type Error: From<Error>;
@@ -220,9 +230,10 @@ pub trait Encoder<Item, F = SendFd>: Codec {
     /// Appends one message to `dst`. One without bytes and descriptors is not sent at all.
     ///
     /// # Errors
-    /// When the item is not fit to be sent. It should come back in the error: check first, then write.
+    /// When the item is not fit to be sent. It should come back in the error: check first, then
+    /// write.
     ///
-    /// What was written to `dst` before an error or a panic is taken out again, and its descriptors are
-    /// closed.
+    /// What was written to `dst` before an error or a panic is taken out again, and its descriptors
+    /// are closed.
     fn encode(&mut self, item: Item, dst: &mut SendBuf<F>) -> Result<(), SendError<Item, Self::Error>>;
 }

@@ -1,5 +1,5 @@
-//! The rules of the wire format as properties: random frames through a model of the kernel's two kinds of socket,
-//! with integers for descriptors.
+//! The rules of the wire format as properties: random frames through a model of the kernel's two
+//! kinds of socket, with integers for descriptors.
 
 use std::collections::VecDeque;
 
@@ -23,7 +23,8 @@ pub(super) struct Wire {
 }
 
 impl Wire {
-    /// A `sendmsg` of which the kernel takes only part of the bytes, but all descriptors. Packets go whole.
+    /// A `sendmsg` of which the kernel takes only part of the bytes, but all descriptors. Packets
+    /// go whole.
     pub(super) fn send(&mut self, buf: &mut SendBuf<u32>, short: f64) {
         let plan = buf.plan(self.carrier);
         assert!(plan.bytes > 0, "no progress");
@@ -41,8 +42,8 @@ impl Wire {
         drop(buf.sent(plan, taken));
     }
 
-    /// A `recvmsg`. Never returns descriptors of two sends; on a stream, it reads on from bytes without descriptors into
-    /// those with, and then stops.
+    /// A `recvmsg`. Never returns descriptors of two sends; on a stream, it reads on from bytes
+    /// without descriptors into those with, and then stops.
     fn recv(&mut self, inbound: &mut Inbound<u32>, codec: &FrameCodec, most: usize) {
         let most = most.min(inbound.make_room(codec, BytesMut::new));
         let room = inbound.bytes.capacity() - inbound.bytes.len();
@@ -138,7 +139,8 @@ impl Connection {
         encode(&mut self.outbound, &mut self.codec, frame, self.announces, self.grouping)
     }
 
-    /// Encodes a frame of several parts: those after the first have a byte each, and their share of the descriptors.
+    /// Encodes a frame of several parts: those after the first have a byte each, and their share of
+    /// the descriptors.
     fn encode_parts(&mut self, frame: Frame<u32>, parts: usize, later: bool) -> Result<(), Error> {
         let Self { codec, outbound, later: later_buf, .. } = self;
         if !later {
@@ -242,7 +244,8 @@ proptest! {
                     let payload = Bytes::from_iter((0..payload).map(|i| (i + sent.len()) as u8));
                     let frame = Frame { payload, fds: fd_numbers.by_ref().take(fds).collect() };
                     let parts = parts.min(1 + frame.payload.len());
-                    // A frame of few bytes with too many descriptors is refused as a whole, whichever part has them.
+                    // A frame of few bytes with too many descriptors is refused as a whole,
+                    // whichever part has them.
                     let mut fits = fds <= SCM_MAX_FD * (8 + frame.payload.len());
                     let share = fds.div_ceil(parts);
                     fits &= parts == 1 || share.min(fds - share) <= SCM_MAX_FD;
@@ -300,7 +303,8 @@ proptest! {
         prop_assert_eq!(unsent_fds.len() + on_the_wire.iter().map(|chunk| chunk.fds.len()).sum::<usize>(), fds);
     }
 
-    /// Garbage from a peer: an error or frames, never a panic, and never more room than the limit allows.
+    /// Garbage from a peer: an error or frames, never a panic, and never more room than the limit
+    /// allows.
     #[test]
     fn any_bytes_are_frames_or_an_error(
         chunks in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..40), 0..5u32), 0..20),

@@ -5,13 +5,13 @@ use crate::{Error, Frame, Limits, SendError};
 
 /// No header: on SEQPACKET one packet is one message, on STREAM what arrives together is one.
 ///
-/// For peers that speak in packets, and for plain bytes with descriptors beside them. The kernel keeps a packet's bytes and
-/// descriptors together; on a stream only the order of descriptors is kept, and where a message ends is up to what the
-/// bytes say.
+/// For peers that speak in packets, and for plain bytes with descriptors beside them. The kernel
+/// keeps a packet's bytes and descriptors together; on a stream only the order of descriptors is
+/// kept, and where a message ends is up to what the bytes say.
 ///
-/// Switched to in mid-connection, it takes what was received before as one message, whatever packets it came in. An empty
-/// message cannot be sent. A packet longer than the limit on payloads (256 KiB by default) loses its tail and ends the
-/// stream with [`Error::TruncatedPacket`].
+/// Switched to in mid-connection, it takes what was received before as one message, whatever
+/// packets it came in. An empty message cannot be sent. A packet longer than the limit on payloads
+/// (256 KiB by default) loses its tail and ends the stream with [`Error::TruncatedPacket`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -65,7 +65,8 @@ impl<F> Decoder<F> for PacketCodec {
     type Error = Error;
 
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Frame<F>>, Error> {
-        /// Shorter ones are copied, so that the room for the longest packet need not be made anew after each.
+        /// Shorter ones are copied, so that the room for the longest packet need not be made anew
+        /// after each.
         const SLICE_FROM: usize = 4096;
 
         if src.is_empty() {

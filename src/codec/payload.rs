@@ -4,10 +4,11 @@ use tokio_util::codec;
 use super::{Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, SendBuf};
 use crate::{Error, Fds, Frame, Limits, SendError};
 
-/// Our frames, with the payload coded by a codec of `tokio_util`: typed messages with descriptors beside them.
+/// Our frames, with the payload coded by a codec of `tokio_util`: typed messages with descriptors
+/// beside them.
 ///
-/// An item is the inner codec's message and the frame's descriptors. Each frame holds exactly one message, so a codec whose
-/// messages can be empty does not fit.
+/// An item is the inner codec's message and the frame's descriptors. Each frame holds exactly one
+/// message, so a codec whose messages can be empty does not fit.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {

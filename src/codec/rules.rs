@@ -85,7 +85,8 @@ fn messages_without_descriptors_share_calls_with_those_of_another_grouping() {
         calls.push((plan.bytes, plan.fds));
         drop(buf.sent(plan, plan.bytes));
     }
-    // No descriptor comes with an earlier message that was encoded for a receiver which can't have that.
+    // No descriptor comes with an earlier message that was encoded for a receiver which can't have
+    // that.
     assert_eq!(calls, [(8, 0), (12, 1), (12, 1), (4, 1)]);
 }
 
@@ -267,7 +268,8 @@ fn each_fault_has_its_error() {
 
 #[test]
 fn after_a_loss_only_messages_that_need_none_of_it_are_good() {
-    /// Decodes three frames of 1, 0 and 2 descriptors of which the last was lost; returns those of the good ones.
+    /// Decodes three frames of 1, 0 and 2 descriptors of which the last was lost; returns those of
+    /// the good ones.
     fn good(mut codec: impl Decoder<u32, Item = Frame<u32>, Error = Error>) -> Vec<usize> {
         let frames = [1, 0, 2].map(|fds| [0xFD, 0x10, 0, fds, 0, 0, 0, 0]).concat();
         let mut inbound = Inbound::new(true, BytesMut::from(&frames[..]), FdQueue::from_iter([1, 2]));

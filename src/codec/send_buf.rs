@@ -133,12 +133,13 @@ impl<F> SendBuf<F> {
     ///
     /// To a receiver, each part looks like a message:
     ///
-    /// - The [grouping](super::Codec::grouping) holds between parts as it does between messages. With
-    ///   [`FdsFirst`](Grouping::FdsFirst) the descriptors of each part come with that part's first byte and in a `sendmsg` of
-    ///   their own. With [`Alone`](Grouping::Alone) each part is a call, and on SEQPACKET a packet, to itself. With
-    ///   [`Free`](Grouping::Free) a part makes no difference that a receiver should rely on.
-    /// - A part needs a byte for each 253 of its descriptors. Otherwise the whole message is refused with
-    ///   [`Error::TooManyFdsForLength`](crate::Error::TooManyFdsForLength).
+    /// - The [grouping](super::Codec::grouping) holds between parts as it does between messages.
+    ///   With [`FdsFirst`](Grouping::FdsFirst) the descriptors of each part come with that part's
+    ///   first byte and in a `sendmsg` of their own. With [`Alone`](Grouping::Alone) each part is a
+    ///   call, and on SEQPACKET a packet, to itself. With [`Free`](Grouping::Free) a part makes no
+    ///   difference that a receiver should rely on.
+    /// - A part needs a byte for each 253 of its descriptors. Otherwise the whole message is
+    ///   refused with [`Error::TooManyFdsForLength`](crate::Error::TooManyFdsForLength).
     /// - [`announce_length`](Self::announce_length) is about the part that is being written.
     ///
     /// ```

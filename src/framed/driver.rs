@@ -14,15 +14,17 @@ use crate::{Codec, WriteHalf};
 /// Sends what [`Sender`](crate::Sender)s accept: a future to be spawned. From
 /// [`WriteHalf::into_sender`](crate::WriteHalf::into_sender).
 ///
-/// It resolves when all senders are dropped and everything is sent, or when sending has failed, which the next
-/// [`flush`](WriteHalf::flush) of the half says again. In the [`WriteHalf`] that it gives back is everything that was
-/// accepted and not sent. Drop that to end the direction, or reunite it with its other half.
+/// It resolves when all senders are dropped and everything is sent, or when sending has failed,
+/// which the next [`flush`](WriteHalf::flush) of the half says again. In the [`WriteHalf`] that it
+/// gives back is everything that was accepted and not sent. Drop that to end the direction, or
+/// reunite it with its other half.
 ///
 /// A single descriptor that the kernel refuses makes sending fail for all senders: see
 /// [`Sender`](crate::Sender).
 ///
-/// Dropping the driver before shuts down the sending direction, and closes what was accepted and not sent. Senders get
-/// their items back from then on, with [`Error::Closed`](crate::Error::Closed).
+/// Dropping the driver before shuts down the sending direction, and closes what was accepted and
+/// not sent. Senders get their items back from then on, with
+/// [`Error::Closed`](crate::Error::Closed).
 ///
 /// # Panics
 /// If it is polled after it has resolved.

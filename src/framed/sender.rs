@@ -3,17 +3,18 @@ use std::sync::Arc;
 use super::shared::Shared;
 use crate::{Codec, Encoder, Error, SendError};
 
-/// Sends messages over one socket from many tasks. From [`WriteHalf::into_sender`](crate::WriteHalf::into_sender); clone it for
-/// each task.
+/// Sends messages over one socket from many tasks. From
+/// [`WriteHalf::into_sender`](crate::WriteHalf::into_sender); clone it for each task.
 ///
-/// A message is encoded into a common queue at once. The [`Driver`](crate::Driver), which has to be spawned, sends all that
-/// wait together, so many tasks with a message each cost a system call or two, not one each. Messages of one task arrive in
-/// their order.
+/// A message is encoded into a common queue at once. The [`Driver`](crate::Driver), which has to be
+/// spawned, sends all that wait together, so many tasks with a message each cost a system call or
+/// two, not one each. Messages of one task arrive in their order.
 ///
-/// While as much waits as the [limits](Codec::limits) allow, senders wait in line for room, first come first served.
+/// While as much waits as the [limits](Codec::limits) allow, senders wait in line for room, first
+/// come first served.
 ///
-/// When sending has failed, or the driver is gone ([`Error::Closed`]), each item comes back in the [`SendError`].
-/// What was accepted before and not sent is in what the driver resolves to.
+/// When sending has failed, or the driver is gone ([`Error::Closed`]), each item comes back in the
+/// [`SendError`]. What was accepted before and not sent is in what the driver resolves to.
 ///
 /// If the kernel refuses a descriptor, sending fails for **all** senders of the connection. It
 /// refuses io_uring descriptors (`EINVAL`), and every descriptor if the peer
@@ -45,8 +46,9 @@ use crate::{Codec, Encoder, Error, SendError};
 /// ```
 ///
 /// # Cancel safety
-/// Each method can be dropped at any await. Then [`send`](Self::send) loses its item, and closes its descriptors, if it had
-/// not taken it yet; where that must not happen, [`reserve`](Self::reserve) first. A place in line is lost too.
+/// Each method can be dropped at any await. Then [`send`](Self::send) loses its item, and closes
+/// its descriptors, if it had not taken it yet; where that must not happen,
+/// [`reserve`](Self::reserve) first. A place in line is lost too.
 #[derive(Debug)]
 pub struct Sender<E> {
     shared: Arc<Shared<E>>,
@@ -58,11 +60,12 @@ impl<E> Sender<E> {
         Self { shared }
     }
 
-    /// Waits until everything that was accepted before this call has been sent, by any sender. Messages are sent without it
-    /// too.
+    /// Waits until everything that was accepted before this call has been sent, by any sender.
+    /// Messages are sent without it too.
     ///
     /// # Errors
-    /// If sending has failed, as for [`WriteHalf::flush`](crate::WriteHalf::flush). [`Error::Closed`] if the driver is gone.
+    /// If sending has failed, as for [`WriteHalf::flush`](crate::WriteHalf::flush).
+    /// [`Error::Closed`] if the driver is gone.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -75,8 +78,8 @@ impl<E: Codec> Sender<E> {
     /// Waits for room and accepts the item for sending.
     ///
     /// # Errors
-    /// What the encoder refuses, what sending has failed with, and [`Error::Closed`] if the driver is gone. The item comes back
-    /// with it.
+    /// What the encoder refuses, what sending has failed with, and [`Error::Closed`] if the driver
+    /// is gone. The item comes back with it.
     ///
     /// # Cancel safety
     /// The item is lost, and its descriptors are closed, if this is dropped before it is ready.
@@ -87,9 +90,11 @@ impl<E: Codec> Sender<E> {
         self.shared.room().await.accept(item)
     }
 
-    /// Waits for room for one message. [`SendPermit::send`] then takes it at once, so a cancelled task still has its item.
+    /// Waits for room for one message. [`SendPermit::send`] then takes it at once, so a cancelled
+    /// task still has its item.
     ///
-    /// Other senders go on meanwhile: an unused permit takes room for one byte and one descriptor from them.
+    /// Other senders go on meanwhile: an unused permit takes room for one byte and one descriptor
+    /// from them.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -22,11 +22,11 @@ use crate::{
     transport::{Sending, encode},
 };
 
-/// Messages wait in the `pending` buffer of the state, where senders append, and in the driver's own, which it sends
-/// without the lock. When the driver's is empty it exchanges the two.
+/// Messages wait in the `pending` buffer of the state, where senders append, and in the driver's
+/// own, which it sends without the lock. When the driver's is empty it exchanges the two.
 ///
-/// A sender that finds no room gets in line. The first in line waits for room, the others for their `turn`: when there is
-/// room, one task wakes and not all.
+/// A sender that finds no room gets in line. The first in line waits for room, the others for their
+/// `turn`: when there is room, one task wakes and not all.
 #[derive(Debug)]
 pub(super) struct Shared<E> {
     state: Mutex<State<E>>,
@@ -53,7 +53,8 @@ pub(super) struct State<E> {
     permits: usize,
     /// The driver, while it waits to be woken.
     idle_driver: Option<Waker>,
-    /// Whether nothing waited when the driver looked last, and how many bytes had been accepted by then.
+    /// Whether nothing waited when the driver looked last, and how many bytes had been accepted by
+    /// then.
     idle: bool,
     seen: u64,
     first_in_line: Option<Waker>,
@@ -141,8 +142,8 @@ impl<E> Shared<E> {
         }
     }
 
-    /// Accepts nothing more, and wakes everyone. Returns the encoder and what was accepted and is not in the driver's
-    /// own buffer.
+    /// Accepts nothing more, and wakes everyone. Returns the encoder and what was accepted and is
+    /// not in the driver's own buffer.
     fn end(&self, sending: Sending) -> (Option<E>, SendBuf) {
         let mut state = self.lock();
         let rest = (state.encoder.take(), mem::take(&mut state.pending));
@@ -248,7 +249,8 @@ impl<E: Codec> State<E> {
         !self.sending.is_open() || self.has_room()
     }
 
-    /// A permit counts as a byte and a descriptor. What it then brings may stand out above the limits, as any message may.
+    /// A permit counts as a byte and a descriptor. What it then brings may stand out above the
+    /// limits, as any message may.
     fn has_room(&self) -> bool {
         let bytes = self.under_way.0 + self.pending.len() + self.permits;
         let fds = self.under_way.1 + self.pending.fd_count() + self.permits;
@@ -267,8 +269,9 @@ impl<E: Codec> State<E> {
             self.idle = true;
             return Next::Wait;
         }
-        // Other tasks that are ready append first, though tokio's workers run whom the last task has woken before them; and
-        // those in line as long as it moves. One call then carries all of it.
+        // Other tasks that are ready append first, though tokio's workers run whom the last task
+        // has woken before them; and those in line as long as it moves. One call then carries all
+        // of it.
         let was_idle = mem::take(&mut self.idle);
         let more = self.seen < self.accepted();
         self.seen = self.accepted();
@@ -281,7 +284,8 @@ impl<E: Codec> State<E> {
     }
 }
 
-/// The state, locked, with room for one message. First the lock is released, then the place in line.
+/// The state, locked, with room for one message. First the lock is released, then the place in
+/// line.
 pub(super) struct Room<'a, E> {
     state: MutexGuard<'a, State<E>>,
     _place: Option<(sync::MutexGuard<'a, ()>, Place<'a>)>,

@@ -93,7 +93,8 @@ impl Admission {
         self.accounts = UidAccounts::new(limits);
     }
 
-    /// Admits a peer to the listener with this address and path, or counts and logs that it is refused.
+    /// Admits a peer to the listener with this address and path, or counts and logs that it is
+    /// refused.
     pub(super) fn admit(
         &self,
         peer: PeerCred,

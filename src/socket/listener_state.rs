@@ -94,8 +94,8 @@ impl ListenerState {
         Ok(Self::unguarded(fd, kind))
     }
 
-    /// Takes a listening, non-blocking socket that another holder may have set up, and whose path it
-    /// guards.
+    /// Takes a listening, non-blocking socket that another holder may have set up, and whose path
+    /// it guards.
     pub(crate) fn unguarded(fd: OwnedFd, kind: SocketKind) -> (BackgroundFd, Self) {
         let (fd, state) = Self::new(fd, kind, None);
         (fd, Self { credentials: Mutex::new(Some(PassCredentials::No)), ..state })

@@ -15,8 +15,8 @@ use crate::{Error, closer::Account, limits::SCM_MAX_FD};
 
 /// Limits for all connections of one uid together, at a [`Listener`](crate::Listener).
 ///
-/// [`Limits`](crate::Limits) bound one connection. `UidLimits` bound a uid that makes many of them, so
-/// that it leaves something for other uids.
+/// [`Limits`](crate::Limits) bound one connection. `UidLimits` bound a uid that makes many of them,
+/// so that it leaves something for other uids.
 ///
 /// ```
 /// use fdwire::UidLimits;
@@ -27,24 +27,27 @@ use crate::{Error, closer::Account, limits::SCM_MAX_FD};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct UidLimits {
-    /// Number of connections that were accepted and are not dropped. One more is refused. Default: a
-    /// quarter of the descriptors that this process may open (the soft `RLIMIT_NOFILE`, getrlimit(2)).
+    /// Number of connections that were accepted and are not dropped. One more is refused. Default:
+    /// a quarter of the descriptors that this process may open (the soft `RLIMIT_NOFILE`,
+    /// getrlimit(2)).
     ///
     /// A [`Socket`](crate::Socket) that is converted into another type no longer counts.
     pub max_connections: usize,
 
-    /// Number of bytes of messages that have arrived in part. The connection that brings more ends with
-    /// [`Error::OverUidLimit`]. Default: 256 MiB.
+    /// Number of bytes of messages that have arrived in part. The connection that brings more ends
+    /// with [`Error::OverUidLimit`]. Default: 256 MiB.
     ///
     /// Messages that wait to be sent do not count. The [limit of each
-    /// connection](crate::Limits#structfield.max_queued_bytes) and the number of connections bound them.
+    /// connection](crate::Limits#structfield.max_queued_bytes) and the number of connections bound
+    /// them.
     pub max_bytes: usize,
 
-    /// Number of descriptors that have arrived and that no message has claimed yet. The connection that
-    /// brings more ends with [`Error::OverUidLimit`]. Default: a quarter of the soft `RLIMIT_NOFILE`, at
-    /// least 253.
+    /// Number of descriptors that have arrived and that no message has claimed yet. The connection
+    /// that brings more ends with [`Error::OverUidLimit`]. Default: a quarter of the soft
+    /// `RLIMIT_NOFILE`, at least 253.
     ///
-    /// Raise it, or `RLIMIT_NOFILE`, if honest peers send frames with many descriptors at the same time: one connection may have
+    /// Raise it, or `RLIMIT_NOFILE`, if honest peers send frames with many descriptors at the same
+    /// time: one connection may have
     /// [`Limits::max_queued_fds`](crate::Limits#structfield.max_queued_fds) of them.
     ///
     /// The same number may wait to be closed [in the background](crate::close_in_background). While
@@ -147,8 +150,8 @@ impl UidAccount {
     }
 }
 
-/// Returns true as long as there is a connection, or a descriptor that came over one and may have to
-/// be closed.
+/// Returns true as long as there is a connection, or a descriptor that came over one and may have
+/// to be closed.
 fn is_used(account: &Arc<UidAccount>) -> bool {
     Arc::strong_count(account) > 1 || Arc::strong_count(&account.closing) > 1
 }

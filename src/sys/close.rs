@@ -4,8 +4,8 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use nix::libc;
 
-/// Closes descriptors. Those with consecutive numbers, as descriptors opened one after the other mostly have, go in one call:
-/// a system call for each takes longer than the closing.
+/// Closes descriptors. Those with consecutive numbers, as descriptors opened one after the other
+/// mostly have, go in one call: a system call for each takes longer than the closing.
 pub(crate) fn close_all(fds: impl IntoIterator<Item = OwnedFd>) {
     let mut run = Run { first: 0, count: 0 };
     for fd in fds {
@@ -32,7 +32,8 @@ impl Run {
     fn close(&self) {
         let Self { first, count } = *self;
         if count > 1 {
-            // SAFETY: closes descriptors that this run owns and that nobody uses any more, and no others.
+            // SAFETY: closes descriptors that this run owns and that nobody uses any more, and no
+            // others.
             let closed = unsafe { libc::syscall(libc::SYS_close_range, first, first + count - 1, 0) };
             if closed == 0 {
                 return;
@@ -40,7 +41,8 @@ impl Run {
         }
         // One, or a kernel before 5.9, or a sandbox that does not know the call.
         for fd in first..first + count {
-            // SAFETY: the run owns it, and has not closed it: the call above failed or was not made.
+            // SAFETY: the run owns it, and has not closed it: the call above failed or was not
+            // made.
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }

@@ -19,7 +19,8 @@ pub(crate) fn is_socket(fd: BorrowedFd<'_>) -> bool {
 /// The type of an open file and the device that it is on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FileKind {
-    /// `S_IFMT` bits: `S_IFREG`, `S_IFCHR` and so on; 0 for an eventfd, an epoll instance and their kin.
+    /// `S_IFMT` bits: `S_IFREG`, `S_IFCHR` and so on; 0 for an eventfd, an epoll instance and their
+    /// kin.
     pub(crate) file_type: u32,
     /// Major and minor number of the device that the file system is on.
     pub(crate) device: (u32, u32),
@@ -27,12 +28,13 @@ pub(crate) struct FileKind {
     pub(crate) own_major: u32,
 }
 
-/// Returns the kind of an open file. `fstat` would ask the daemon of a FUSE file system, which may never answer; this call
-/// does not (`AT_STATX_DONT_SYNC`, statx(2)).
+/// Returns the kind of an open file. `fstat` would ask the daemon of a FUSE file system, which may
+/// never answer; this call does not (`AT_STATX_DONT_SYNC`, statx(2)).
 pub(crate) fn file_kind(fd: BorrowedFd<'_>) -> io::Result<FileKind> {
     let mut found = MaybeUninit::<libc::statx>::zeroed();
     let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
-    // SAFETY: the path is an empty C string, and the call writes one `statx` to where there is room for it.
+    // SAFETY: the path is an empty C string, and the call writes one `statx` to where there is room
+    // for it.
     let outcome = unsafe { libc::statx(fd.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_TYPE, found.as_mut_ptr()) };
     Errno::result(outcome)?;
     // SAFETY: all zero is a valid value, and the call has succeeded.

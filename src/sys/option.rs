@@ -2,13 +2,14 @@
 
 use nix::{getsockopt_impl, libc, setsockopt_impl, sockopt_impl};
 
-// Missing from libc 0.2 too. Architectures with the generic numbers of asm-generic/socket.h; the others
-// (alpha, mips, parisc, sparc) are not among those this crate is built for.
+// Missing from libc 0.2 too. Architectures with the generic numbers of asm-generic/socket.h; the
+// others (alpha, mips, parisc, sparc) are not among those this crate is built for.
 const SO_PASSPIDFD: libc::c_int = 76;
 const SO_PASSRIGHTS: libc::c_int = 83;
 
 sockopt_impl!(
-    /// A number that is the same for every copy of a socket, and of no other socket as long as the system runs.
+    /// A number that is the same for every copy of a socket, and of no other socket as long as the
+    /// system runs.
     Cookie, GetOnly, libc::SOL_SOCKET, libc::SO_COOKIE, u64
 );
 sockopt_impl!(

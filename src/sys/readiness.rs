@@ -10,7 +10,8 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// A value that owns one open descriptor.
 ///
 /// # Safety
-/// `as_raw_fd` returns the same number for as long as the value lives, and the descriptor is open for as long.
+/// `as_raw_fd` returns the same number for as long as the value lives, and the descriptor is open
+/// for as long.
 pub(crate) unsafe trait OwnsFd: AsRawFd {}
 
 // SAFETY: an `OwnedFd` keeps its descriptor open, and never changes its number.
@@ -21,7 +22,8 @@ unsafe impl OwnsFd for OwnedFd {}
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver is not enabled.
 pub(crate) fn register<T: OwnsFd>(fd: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: the value keeps its descriptor open and the number the same, and it lives in the `AsyncFd`.
+    // SAFETY: the value keeps its descriptor open and the number the same, and it lives in the
+    // `AsyncFd`.
     let registered = unsafe { AsyncFd::register_with_interest(fd, interest) };
     registered.map_err(Into::into)
 }

@@ -1,5 +1,5 @@
-//! What a frame costs, in numbers that do not depend on the machine: allocations and system calls. Bytes copied are counted
-//! in `src/codec/copies.rs`.
+//! What a frame costs, in numbers that do not depend on the machine: allocations and system calls.
+//! Bytes copied are counted in `src/codec/copies.rs`.
 //!
 //! ```text
 //! cargo test --test cost -- --nocapture   # prints them
@@ -126,8 +126,8 @@ impl Connection {
         yield_now().await;
     }
 
-    /// Ends the connection, and waits until the receiver has seen that. It may be late, because it does
-    /// not receive while many of its descriptors wait to be closed.
+    /// Ends the connection, and waits until the receiver has seen that. It may be late, because it
+    /// does not receive while many of its descriptors wait to be closed.
     async fn end(self) {
         drop(self.tx);
         self.receiver.await.unwrap();

@@ -88,8 +88,9 @@ fn run_rows(kind: SocketKind) {
     });
 }
 
-/// The calls between the first and the second call of `getppid`, those between the third and the fourth, and so on. Only those of
-/// the thread that makes these: descriptors that were received are closed by another one.
+/// The calls between the first and the second call of `getppid`, those between the third and the
+/// fourth, and so on. Only those of the thread that makes these: descriptors that were received are
+/// closed by another one.
 fn between_marks(trace: &str) -> Vec<BTreeMap<&str, usize>> {
     let mut counts = Vec::new();
     let mut counting = false;

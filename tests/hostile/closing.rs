@@ -1,4 +1,5 @@
-//! Descriptors whose last `close` lasts as long as a peer likes. No task may wait for it, and they get closed all the same.
+//! Descriptors whose last `close` lasts as long as a peer likes. No task may wait for it, and they
+//! get closed all the same.
 
 use std::{
     io::ErrorKind,
@@ -214,8 +215,8 @@ fn a_message_that_is_not_sent_is_dropped_without_waiting() {
     });
 }
 
-/// Receives on a thread of its own until the end. Closes the last descriptor of each message at once, often before the
-/// sender has closed its copy, which is the last one then.
+/// Receives on a thread of its own until the end. Closes the last descriptor of each message at
+/// once, often before the sender has closed its copy, which is the last one then.
 fn close_quickly(socket: OwnedFd, makes_slow: bool) -> JoinHandle<()> {
     std::thread::spawn(move || {
         loop {
@@ -242,7 +243,8 @@ async fn send_to_a_quick_receiver(kind: SocketKind, makes_slow: bool) {
     let mut tx = Framed::new(Socket::try_from(ours).unwrap(), FrameCodec::default());
     for way in WAYS.into_iter().cycle().take(SENDS) {
         let (socket, client) = if makes_slow { full_connection() } else { slow_to_close() };
-        // These are in front, and their numbers are not consecutive, so that the sender closes its copies one by one and is busy.
+        // These are in front, and their numbers are not consecutive, so that the sender closes its
+        // copies one by one and is busy.
         let others = nulls(200).into_iter().step_by(2);
         let frame = Frame::carrying("", others.map(SendFd::from)).with_fd(way(socket));
         without_waiting([client], tx.send(frame)).await.unwrap();
@@ -317,7 +319,8 @@ fn what_came_before_descriptors_were_lost_is_dropped_without_waiting() {
         let (a, peer) = Socket::pair(kind).unwrap();
         let mut rx = Framed::new(a, PacketCodec::default());
         let (slow, client) = slow_to_close();
-        // The kernel closes what it can't install during the call, so only the first ones can be slow.
+        // The kernel closes what it can't install during the call, so only the first ones can be
+        // slow.
         raw_send(&peer, b"?", &[slow].into_iter().chain(nulls(30)).collect::<Vec<_>>());
         let limit = FdLimit::leave(10);
         let lost = without_waiting([client], rx.next()).await;

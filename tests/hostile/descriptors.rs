@@ -166,7 +166,8 @@ fn a_decoder_that_asks_for_the_number_of_descriptors_does_not_mistake_lost_ones_
     });
 }
 
-/// A handler that runs in a thread with a descriptor table of its own can't write to the pipe of tokio's signals.
+/// A handler that runs in a thread with a descriptor table of its own can't write to the pipe of
+/// tokio's signals.
 #[test]
 fn no_signal_is_handled_by_a_thread_without_the_descriptors_of_the_process() {
     counted(async |_| {

@@ -1,4 +1,5 @@
-//! A process that can start no thread: its uid has as many as it may, which other processes of the uid can bring about.
+//! A process that can start no thread: its uid has as many as it may, which other processes of the
+//! uid can bring about.
 
 use std::{
     io::{Read, Write},
@@ -52,7 +53,8 @@ fn process_without_threads(mut control: UnixStream) {
             assert_eq!(honest.try_next().await.unwrap().unwrap().payload[0], n);
         }
 
-        // What waits is closed when threads can be had again, with the next descriptor at the latest.
+        // What waits is closed when threads can be had again, with the next descriptor at the
+        // latest.
         drop(limit);
         let (mut rx, peer) = with_raw_peer(kind);
         raw_send(&peer, b"?", &[std::io::pipe().unwrap().0.into()]);
@@ -94,7 +96,8 @@ impl Drop for NoThreads {
     }
 }
 
-/// Runs a role process as another uid with these settings, and waits until it says `done` and succeeds.
+/// Runs a role process as another uid with these settings, and waits until it says `done` and
+/// succeeds.
 pub(crate) fn run_process(role: &str, uid: u32, settings: &[u8]) {
     let (mut control, theirs) = UnixStream::pair().unwrap();
     let mut child = spawn_role(role, Some(uid), theirs.into());

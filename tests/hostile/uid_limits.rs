@@ -159,7 +159,8 @@ fn connections_of_a_uid_hold_no_more_unclaimed_descriptors_than_it_may() {
     });
 }
 
-/// Runs as another uid, in a process that can't start a thread: what is dropped there waits to be closed.
+/// Runs as another uid, in a process that can't start a thread: what is dropped there waits to be
+/// closed.
 fn process_whose_descriptors_wait(mut control: UnixStream) {
     let kind = read_kind(&mut control);
     let limit = NoThreads::set();
@@ -178,7 +179,8 @@ fn process_whose_descriptors_wait(mut control: UnixStream) {
             assert!(honest.next().now_or_never().is_none(), "it receives although too much waits to be closed");
         }
 
-        // Refused connections hold descriptors too until they are closed, so only some are accepted meanwhile.
+        // Refused connections hold descriptors too until they are closed, so only some are accepted
+        // meanwhile.
         let refused = || {
             assert!(listener.accept().now_or_never().is_none());
             listener.refused()

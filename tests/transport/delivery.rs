@@ -98,7 +98,8 @@ async fn check_mixed_frames(rx: &mut Framed<FrameCodec>, count: u32) {
 #[test]
 fn short_writes_and_any_send_buffer_keep_descriptors_with_their_frames() {
     counted(async |kind| {
-        // The smallest that the kernel allows makes nearly every write short; the largest, packets of many sizes.
+        // The smallest that the kernel allows makes nearly every write short; the largest, packets
+        // of many sizes.
         for size in [1, 9000, 100_000, 4 << 20] {
             let (a, b) = Socket::pair(kind).unwrap();
             a.set_send_buffer_size(size).unwrap();
@@ -166,7 +167,8 @@ fn frames_in_any_pieces_are_put_together() {
     counted(async |kind| {
         let (mut rx, peer) = with_raw_peer(kind);
         let bytes = [encoded(b"one", 1), encoded(b"", 0), encoded(b"three", 2)].concat();
-        // Descriptors come with the byte they are attached to, which may be long before their frame.
+        // Descriptors come with the byte they are attached to, which may be long before their
+        // frame.
         for (index, byte) in bytes.iter().enumerate() {
             let fds = if index % 4 == 0 && index < 12 { vec![marked(index as u32)] } else { vec![] };
             raw_send(&peer, &[*byte], &fds);

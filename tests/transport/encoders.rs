@@ -99,7 +99,8 @@ fn a_half_goes_on_after_an_encoder_that_panics() {
     });
 }
 
-/// One `recvmsg` without the code under test: the number of bytes, the first one, and the marks of the descriptors.
+/// One `recvmsg` without the code under test: the number of bytes, the first one, and the marks of
+/// the descriptors.
 fn raw_recv(socket: &Socket) -> (usize, u8, Vec<u32>) {
     let (mut bytes, mut control) = (vec![0; 200_000], nix::cmsg_space!([RawFd; 253]));
     let mut room = [IoSliceMut::new(&mut bytes)];

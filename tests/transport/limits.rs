@@ -54,7 +54,8 @@ fn too_many_descriptors_in_flight_are_waited_for() {
     const ROLE: &str = "limits::too_many_descriptors_in_flight_are_waited_for";
     if let Some(socket) = role_socket(ROLE) {
         return run(async {
-            // In flight, over all processes of the uid: no more than this, checked before more are added.
+            // In flight, over all processes of the uid: no more than this, checked before more are
+            // added.
             setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
             let mut tx = Framed::new(Socket::try_from(socket).unwrap(), FrameCodec::default());
             let null = std::fs::File::open("/dev/null").unwrap();

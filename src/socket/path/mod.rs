@@ -36,8 +36,8 @@ pub(crate) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
 
 /// The right to bind a socket to a path, and to remove it from there.
 ///
-/// Held by a lock on a file beside the path, which the kernel releases when the process dies. Without it, two
-/// processes that both find a stale socket can remove each other's new one.
+/// Held by a lock on a file beside the path, which the kernel releases when the process dies.
+/// Without it, two processes that both find a stale socket can remove each other's new one.
 #[derive(Debug)]
 pub(crate) struct PathGuard {
     path: PathBuf,
@@ -75,8 +75,9 @@ impl PathGuard {
             let reason = format!("{} exists and is not a socket", path.display());
             return Err(Error::new(ErrorKind::AlreadyExists, reason));
         }
-        // Not every listener takes the lock. Asked with a datagram socket, a live one refuses the type (EPROTOTYPE) and
-        // notices nothing; a socket that nobody has open refuses the connection.
+        // Not every listener takes the lock. Asked with a datagram socket, a live one refuses the
+        // type (EPROTOTYPE) and notices nothing; a socket that nobody has open refuses the
+        // connection.
         match UnixDatagram::unbound()?.connect(path) {
             Err(error) => match error.raw_os_error() {
                 Some(libc::ECONNREFUSED) => match fs::remove_file(path) {

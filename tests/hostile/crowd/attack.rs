@@ -45,10 +45,11 @@ pub(super) struct Attack {
 pub(super) enum Resources {
     /// As much as there is.
     All,
-    /// Few descriptors and threads, so that the attackers take all of them. The threads are those of all
-    /// processes of its uid, of which the attackers have more.
+    /// Few descriptors and threads, so that the attackers take all of them. The threads are those
+    /// of all processes of its uid, of which the attackers have more.
     Few { fds: usize, threads: usize },
-    /// Few descriptors, of which the listener's limits leave some to other uids than the attackers'.
+    /// Few descriptors, of which the listener's limits leave some to other uids than the
+    /// attackers'.
     FewForEachUid { fds: usize },
 }
 
@@ -141,8 +142,8 @@ impl Attack {
         let bytes = sorts().enumerate().map(|(index, sort)| sort.most_bytes(index)).sum::<usize>();
         assert!(most.peak_bytes <= before.peak_bytes + bytes + MORE_BYTES, "too much memory");
 
-        // Each attacker has about as many turns as the connection that was measured, and gets a frame
-        // or two in each.
+        // Each attacker has about as many turns as the connection that was measured, and gets a
+        // frame or two in each.
         const FRAMES_OF_EACH: usize = 8;
         assert!(report.inner_trips > 0);
         assert!(report.most_fds_in_a_trip <= FRAMES_OF_EACH * 253 * attackers, "no fair share of turns");

@@ -1,8 +1,8 @@
 //! A hundred hostile connections of each sort, beside an honest one.
 //!
-//! One process, the victim, serves all of them on one thread. A second process has the attackers. The
-//! test has the honest client, and looks from outside at the threads, the descriptors and the memory
-//! of the victim.
+//! One process, the victim, serves all of them on one thread. A second process has the attackers.
+//! The test has the honest client, and looks from outside at the threads, the descriptors and the
+//! memory of the victim.
 
 mod attack;
 mod attackers;
