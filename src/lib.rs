@@ -155,7 +155,7 @@
 //!
 //! # Other wire formats
 //!
-//! [`FrameCodec`] is one of the codecs here; [`PacketCodec`] has no header, and [`Payload`] codes
+//! [`FrameCodec`] is one of the codecs here; [`PacketCodec`] has no header, and [`PayloadCodec`] codes
 //! the payload of frames with any codec of `tokio_util`. For a protocol that exists, such as D-Bus
 //! or Wayland, [write a codec](guide).
 //!
@@ -176,7 +176,7 @@ compile_error!("fdwire works on Linux");
 mod address;
 pub mod blocking;
 mod closer;
-mod codec;
+pub mod codec;
 mod credentials;
 mod error;
 mod fields;
@@ -194,17 +194,17 @@ mod transport;
 
 pub use closer::close_in_background;
 pub use codec::{
-    Codec, Decoder, DryRun, Encoder, FdQueue, FrameCodec, Grouping, Map, PacketCodec, Payload, PayloadError, SendBuf,
+    Codec, Decoder, DryRun, Encoder, FdQueue, FrameCodec, Grouping, PacketCodec, PayloadCodec, PayloadError, SendBuf,
     SendCall,
 };
 pub use credentials::Credentials;
 pub use error::{Error, SendError};
 pub use frame::{Fds, FdsIntoIter, Frame};
-pub use framed::{Driver, Framed, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
+pub use framed::{Framed, Permit, ReadHalf, ReuniteError, SendDriver, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;
 pub use send_fd::SendFd;
 pub use socket::{Datagram, DatagramSocket, Listener, PassCredentials, PeerCred, Socket, SocketKind, UidLimits};
-pub use transport::Parts;
+pub use transport::{FramedParts, Unsent};
 
 /// Compiles what README shows.
 #[cfg(doctest)]

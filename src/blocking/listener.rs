@@ -15,9 +15,8 @@ use super::{
     wait::{self, Deadline},
 };
 use crate::{
-    PassCredentials, SocketKind, UidLimits,
     closer::BackgroundFd,
-    socket::{ListenerState, listener_addr, take_numbered, take_stdin},
+    socket::{ListenerState, PassCredentials, SocketKind, UidLimits, listener_addr, take_numbered, take_stdin},
 };
 
 /// Listens for connections at a path or an abstract name, for a program without a runtime.
@@ -65,9 +64,9 @@ impl Listener {
         ListenerState::bind(path.as_ref(), kind, mode).map(Self::new)
     }
 
-    /// Listens at an address; beside paths these are abstract names
-    /// ([`std::os::linux::net::SocketAddrExt`]), which any uid can connect to: admission is all
-    /// that guards them.
+    /// Listens at an address, which may be a path or an abstract name
+    /// ([`std::os::linux::net::SocketAddrExt`]). Any uid can connect to an abstract name, so only
+    /// admission guards it.
     ///
     /// # Errors
     /// As for [`bind`](Self::bind).
@@ -144,8 +143,8 @@ impl Listener {
         self.state.set_pass_credentials(self.as_fd(), pass)
     }
 
-    /// Sets the time for which one call of [`accept`](Self::accept) waits. `None`, the default, is
-    /// without end.
+    /// Sets the time for which one call of [`accept`](Self::accept) waits. `None`, the default,
+    /// waits without a limit.
     pub fn set_accept_timeout(&mut self, timeout: Option<Duration>) {
         self.timeout = timeout;
     }
@@ -158,7 +157,7 @@ impl Listener {
     /// Returns the address it listens at.
     ///
     /// # Errors
-    /// Those of getsockname(2).
+    /// The errors of getsockname(2).
     pub fn local_addr(&self) -> Result<SocketAddr> {
         listener_addr(self.as_fd())
     }
@@ -177,7 +176,7 @@ impl Listener {
             }
             match self.state.try_accept(self.as_fd()) {
                 Ok(Some(accepted)) => return Ok(Socket::new(accepted)),
-                // Peers that are refused must not make it wait longer.
+                // A peer that is refused must not make the call wait longer.
                 Ok(None) if deadline.is_over() => return Err(timed_out()),
                 Ok(None) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {

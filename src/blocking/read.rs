@@ -12,16 +12,17 @@ use super::{
     wait::{self, Deadline},
 };
 use crate::{
-    Credentials, Decoder, Error, FdQueue,
-    codec::Step,
+    codec::{Decoder, FdQueue, Step},
+    credentials::Credentials,
+    error::Error,
     transport::{ReceiveSide, Receiving, Rest, Senders},
 };
 
 /// The receiving direction of a [`Framed`](super::Framed): an [`Iterator`] of messages, which waits
 /// for the next one.
 ///
-/// Yields what is complete before it receives again. After an error it ends; what had been received
-/// by then is closed. There is one exception: after [`Error::TimedOut`] it goes on. If the peer
+/// Yields complete messages before it receives again. After an error it ends, and everything
+/// received is closed. There is one exception: after [`Error::TimedOut`] it goes on. If the peer
 /// closed without reading everything, the last item is [`Error::Reset`], after all that the peer
 /// had sent.
 #[derive(Debug)]
@@ -43,12 +44,13 @@ impl<D> ReadHalf<D> {
         Self { decoder, receiver: Receiver { socket, side, timeout: None } }
     }
 
-    /// Sets the time for which one call of `next` waits for a message, which is then
-    /// [`Error::TimedOut`]. What has arrived of the message stays, so the next call can go on with
-    /// it. `None`, the default, is without end; zero takes what is there and does not wait.
+    /// Sets the time for which one call of `next` waits for a message. After that it yields
+    /// [`Error::TimedOut`]. The part of a message that has arrived stays, so the next call can go
+    /// on with it. `None`, the default, waits without a limit. Zero takes what is there and does
+    /// not wait.
     ///
     /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time) is counted
-    /// apart from it.
+    /// separately.
     pub fn set_read_timeout(&mut self, timeout: Option<Duration>) {
         self.receiver.timeout = timeout;
     }
@@ -109,8 +111,9 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
     }
 }
 
-/// What is there when the time is over is still taken. But after this number of receives the call
-/// ends, or a peer that sends one byte after the other could make it last.
+/// The number of receives after which a call ends when its time is over. Until then it takes what
+/// is there even if the time is over. Without the limit, a peer that sends one byte after the other
+/// could make the call last.
 const MOST_WHEN_OVER: u32 = 256;
 
 #[derive(Debug)]
@@ -131,7 +134,7 @@ impl Receiver {
         let endpoint = socket.endpoint();
         let is_rest = side.has_part();
         side.hold(endpoint)?;
-        // A peer that sends descriptors in vain gets no further than they can be closed.
+        // Receive nothing while too many descriptors of this peer wait to be closed.
         if !wait::until_woken(deadline, |cx| endpoint.poll_closed(cx, limits.max_queued_fds)) {
             return Err(Error::TimedOut);
         }

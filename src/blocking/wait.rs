@@ -1,4 +1,4 @@
-//! Waiting in the calling thread.
+//! The ways to wait in the calling thread.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ use nix::{
     sys::time::TimeSpec,
 };
 
-/// The time at which a call gives up. `None`: never.
+/// The time at which a call gives up. `None` is never.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadline(Option<Instant>);
 
@@ -34,16 +34,16 @@ impl Deadline {
         self.left().is_some_and(|left| left.is_zero())
     }
 
-    /// Returns the time until then.
+    /// Returns the time until the deadline.
     fn left(self) -> Option<Duration> {
         self.0.map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 }
 
-/// Waits until a descriptor is ready. Returns false if it is not at the deadline.
+/// Waits until a descriptor is ready. Returns false if it is not ready at the deadline.
 ///
 /// # Errors
-/// Those of ppoll(2): `EINVAL` if `RLIMIT_NOFILE` is 0.
+/// The errors of ppoll(2): `EINVAL` if `RLIMIT_NOFILE` is 0.
 pub(super) fn until_ready(fd: BorrowedFd<'_>, events: PollFlags, deadline: Deadline) -> io::Result<bool> {
     loop {
         let timeout = deadline.left().map(TimeSpec::from_duration);
@@ -55,18 +55,18 @@ pub(super) fn until_ready(fd: BorrowedFd<'_>, events: PollFlags, deadline: Deadl
     }
 }
 
-/// Sleeps. Returns false if the deadline comes before that.
+/// Sleeps for a time. Returns false if the deadline comes first.
 pub(super) fn sleep(time: Duration, deadline: Deadline) -> bool {
     let left = deadline.left().unwrap_or(Duration::MAX);
     thread::sleep(time.min(left));
     time < left
 }
 
-/// Waits until `poll` is ready, which has its waker woken. Returns false if it is not at the
-/// deadline.
+/// Waits until `poll` is ready, which has to have its waker woken. Returns false if it is not ready
+/// at the deadline.
 pub(super) fn until_woken(deadline: Deadline, mut poll: impl FnMut(&mut Context<'_>) -> Poll<()>) -> bool {
-    // The same waker for each call of a thread: one that is not woken in time is kept until it is
-    // woken.
+    // Every call of a thread uses the same waker: an account keeps a waker that is not woken in
+    // time, and would keep each of them.
     thread_local! {
         static WAKER: Waker = thread_waker();
     }

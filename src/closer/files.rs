@@ -13,7 +13,7 @@ use nix::{
 
 use crate::sys::{self, FileKind};
 
-/// File systems of Linux whose files no other process and no other host provides.
+/// The file systems of Linux that need neither another process nor another host.
 const LOCAL_FILE_SYSTEMS: [&str; 28] = [
     "bcachefs",
     "btrfs",
@@ -45,35 +45,35 @@ const LOCAL_FILE_SYSTEMS: [&str; 28] = [
     "zfs",
 ];
 
-/// How a descriptor is closed.
+/// The way in which a descriptor is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lane {
-    /// By a task that exits: it is a socket.
+    /// By a task that exits. For sockets.
     Exit,
-    /// At once: its `close` can't wait for anyone.
+    /// At once, because its `close` waits for nothing.
     Quick,
-    /// By a thread that may be stuck in it.
+    /// By a thread that may be stuck in the `close`.
     Slow,
 }
 
-/// Knows files whose `close` asks nobody.
+/// The knowledge of which files close quickly.
 ///
-/// The `close` of a regular file of a FUSE file system waits for the daemon's answer, which no
-/// signal ends and which a hostile daemon never gives. Network file systems wait for their server.
-/// So only files of local file systems count as quick, and only while this process sees such a file
-/// system mounted: the kernel uses the device number of one that is gone for the next one.
+/// The `close` of a regular file of a FUSE file system waits for an answer of the daemon. No signal
+/// ends that wait, and a hostile daemon never answers. Network file systems wait for their server.
+/// So only files of local file systems count as quick, and only while this process sees the file
+/// system mounted: the kernel gives the device number of one that is gone to another.
 #[derive(Debug)]
 pub(super) struct KnownFiles {
-    /// `/proc/thread-self/mountinfo`, which becomes ready with priority when the mounts have
-    /// changed.
+    /// The file `/proc/thread-self/mountinfo`, which poll(2) reports with priority when the mounts
+    /// change.
     mounts: Option<File>,
-    /// Devices of local file systems that are mounted.
+    /// The devices of the local file systems that are mounted.
     devices: BTreeSet<Device>,
-    /// The device of memfds. It is mounted nowhere and never goes.
+    /// The device of memfds, which is mounted nowhere and never changes.
     memfd: Option<Device>,
 }
 
-/// Major and minor number of the device that a file system is on.
+/// The major and minor number of the device that a file system is on.
 type Device = (u32, u32);
 
 impl KnownFiles {
@@ -96,15 +96,16 @@ impl KnownFiles {
         }
     }
 
-    /// Returns true if a local file system is on this device. The device was found out before this
-    /// call. So if the mounts have not changed by now, it is still the one that was read.
+    /// Returns true if a local file system is on this device. The caller has read the device number
+    /// of the file before this call. So if the mounts have not changed by now, the number still has
+    /// the same meaning.
     fn is_local(&mut self, device: Device) -> bool {
         if self.memfd == Some(device) {
             return true;
         }
         if self.mounts_have_changed() {
             self.read_mounts();
-            // The number may have had another meaning when it was found out.
+            // The number may have had another meaning when the caller read it.
             return false;
         }
         self.devices.contains(&device)
@@ -120,7 +121,7 @@ impl KnownFiles {
 
     /// Decides how to close a descriptor of any kind.
     pub(super) fn lane(&mut self, fd: BorrowedFd<'_>) -> Lane {
-        const MEMORY: u32 = 1; // /dev/null and its kin
+        const MEMORY: u32 = 1; // /dev/null, /dev/zero and others
         const TERMINALS: std::ops::RangeInclusive<u32> = 136..=143; // /dev/pts
 
         let Ok(FileKind { file_type, device, own_major }) = sys::file_kind(fd) else {
@@ -137,7 +138,7 @@ impl KnownFiles {
     }
 }
 
-/// The device of a line of proc_pid_mountinfo(5), if a local file system is on it.
+/// Returns the device in a line of proc_pid_mountinfo(5) if a local file system is on it.
 fn local_device(line: &str) -> Option<Device> {
     let (mount, file_system) = line.split_once(" - ")?;
     let (major, minor) = mount.split(' ').nth(2)?.split_once(':')?;

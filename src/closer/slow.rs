@@ -13,7 +13,7 @@ use nix::{
 use super::account::Closing;
 use crate::sys;
 
-/// A few threads, each of which may be stuck in a `close` without end.
+/// A few threads, each of which may be stuck in a `close`.
 #[derive(Debug)]
 pub(super) struct SlowThreads {
     shared: Arc<Mutex<State>>,
@@ -23,9 +23,9 @@ pub(super) struct SlowThreads {
 #[derive(Debug, Default)]
 struct State {
     waiting: VecDeque<Closing>,
-    /// Number of threads that run. They end when nothing waits.
+    /// The number of threads that run. A thread ends when nothing waits.
     threads: usize,
-    /// Number of those that are closing a descriptor, and may be stuck in it.
+    /// The number of threads that are closing a descriptor, and may be stuck.
     busy: usize,
 }
 
@@ -60,7 +60,7 @@ impl SlowThreads {
         }
     }
 
-    /// Returns true if something waits and no thread could be had for it.
+    /// Returns true if something waits and the system had no thread for it.
     pub(super) fn lacks_a_thread(&self) -> bool {
         lock(&self.shared).needs_a_thread(self.most)
     }
@@ -76,8 +76,8 @@ fn close_all_that_wait(shared: &Mutex<State>) {
         state.busy += 1;
         drop(state);
         if sys::is_socket(closing.fd.as_fd()) {
-            // The exiting tasks could not take it. Nothing is lost without the time to linger, and
-            // `close` waits only for a peer that sets it again in this very moment.
+            // The exiting tasks could not take it. Without the linger time nothing is lost, and
+            // `close` waits only if a peer sets it again in this very moment.
             let _ = setsockopt(&closing.fd, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
         }
         drop(closing);

@@ -6,7 +6,7 @@ use std::ops::Range;
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::*;
-use crate::Frame;
+use crate::frame::Frame;
 
 const KIB: usize = 1 << 10;
 
@@ -37,7 +37,7 @@ impl Copies {
     fn batch(&mut self, payload: &Bytes, frames: usize) {
         let mut codec = FrameCodec::default();
         for _ in 0..frames {
-            codec.encode(Frame::<u32>::carrying(payload.clone(), None), &mut self.outbound).unwrap();
+            codec.encode(Frame::<u32>::from_parts(payload.clone(), None), &mut self.outbound).unwrap();
             self.outbound.commit(Grouping::Free).unwrap();
         }
         let mut received = 0;

@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 
 use super::{buffers::SMALL_PACKET, *};
-use crate::{Frame, limits::SCM_MAX_FD};
+use crate::{frame::Frame, limits::SCM_MAX_FD};
 
 /// What a socket's queue holds of one `sendmsg`.
 pub(super) struct Chunk {

@@ -3,7 +3,7 @@
 use bytes::BytesMut;
 
 use super::{buffers::SMALL_PACKET, model::Connection, *};
-use crate::{Frame, limits::SCM_MAX_FD};
+use crate::{frame::Frame, limits::SCM_MAX_FD};
 
 /// Sends `frames` whole and returns how many bytes and descriptors each call took.
 fn each_call(
@@ -64,7 +64,7 @@ fn a_codec_that_does_not_ask_is_safe_for_any_receiver_of_a_stream() {
     impl Codec for Silent {}
     assert_eq!(Silent.grouping(), Grouping::FdsFirst);
     assert_eq!(FrameCodec::default().grouping(), Grouping::Free);
-    assert_eq!(Payload::new(FrameCodec::default(), ()).grouping(), Grouping::Free);
+    assert_eq!(PayloadCodec::new(FrameCodec::default(), ()).grouping(), Grouping::Free);
     assert_eq!(PacketCodec::default().grouping(), Grouping::Alone);
 }
 
@@ -117,6 +117,37 @@ fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
     assert!(matches!(buf.commit(Grouping::Alone), Err(Error::TooManyFds { fds: 254, limit: 253 })));
     assert_eq!(buf.roll_back().len(), 254);
     assert!(buf.is_empty());
+}
+
+/// The example in the documentation of `plan`.
+#[test]
+fn a_message_with_more_descriptors_than_are_left_is_cut() {
+    let waiting = || {
+        let mut buf = SendBuf::<u32>::new();
+        for (bytes, fds) in [(10, 2u32), (8, 300), (20, 1)] {
+            buf.put_slice(&vec![7; bytes]);
+            buf.put_fds(0..fds);
+            buf.commit(Grouping::Free).unwrap();
+        }
+        buf
+    };
+    for (taken, next) in [(17, Plan { bytes: 21, fds: 50 }), (5, Plan { bytes: 12, fds: 2 })] {
+        let mut buf = waiting();
+        let plan = buf.plan(Carrier::Stream);
+        assert_eq!(plan, Plan { bytes: 17, fds: 253 });
+        assert_eq!(buf.sent(plan, taken).count(), 253);
+        assert_eq!(buf.plan(Carrier::Stream), next, "after {taken} bytes");
+    }
+    let packets = |send_buffer_bytes| {
+        let mut connection = Connection::new(Carrier::packets(send_buffer_bytes), Grouping::Free);
+        connection.encode(frame(102_400, 0)).unwrap();
+        while !connection.outbound.is_empty() {
+            connection.wire.send(&mut connection.outbound, 1.0);
+        }
+        Vec::from_iter(connection.wire.queue.iter().map(|packet| packet.bytes.len()))
+    };
+    assert_eq!(packets(1 << 20), [8, 102_400]);
+    assert_eq!(packets(212_992), [65_600, 36_808]);
 }
 
 #[test]
@@ -296,7 +327,7 @@ fn a_decoder_that_takes_the_whole_queue_does_not_hide_a_loss() {
         type Item = Vec<u32>;
         type Error = Error;
         fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<u32>) -> Result<Option<Vec<u32>>, Error> {
-            let message = (!src.is_empty()).then(|| Vec::from(std::mem::take(fds)));
+            let message = (!src.is_empty()).then(|| std::mem::take(fds).into_vec());
             src.clear();
             Ok(message)
         }

@@ -23,7 +23,7 @@ use crate::credentials::overflow_id;
 /// not fill the log.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The uids that a listener admits, and what each of them has.
+/// The uids that a listener admits, and the account of each of them.
 #[derive(Debug)]
 pub(crate) struct Admission {
     admitted: Admitted,
@@ -48,7 +48,7 @@ enum Refusal {
     NotListed,
     /// Its uid is in the list, but may stand for any other.
     Overflow,
-    /// Its uid has too much already.
+    /// Its uid has reached a limit.
     OverLimit(OverLimit),
 }
 
@@ -134,7 +134,7 @@ impl Admission {
     }
 }
 
-/// Decides which refusals get a log line.
+/// Decides which refusals get a line in the log.
 #[derive(Debug, Default)]
 struct RefusalLog {
     last_line: Option<Instant>,
@@ -165,7 +165,7 @@ fn readable(addr: &SocketAddr) -> String {
 }
 
 /// Returns the uid that is reported for a uid without a mapping, or `None` if every uid has one. If
-/// `/proc` does not tell, the answer is the cautious one.
+/// `/proc` cannot be read, it assumes that some uid has no mapping.
 fn overflow_uid() -> Option<u32> {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     if maps_every_uid(&map) {

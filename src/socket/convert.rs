@@ -1,4 +1,4 @@
-//! From other sockets and into them.
+//! The conversions from other types of socket and into them.
 
 use std::{
     io::{Error, ErrorKind, Result},
@@ -16,7 +16,10 @@ use nix::{
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
 use super::{Listener, PassCredentials, Socket, SocketKind, SocketState, set_nonblocking};
-use crate::{close_in_background, closer::BackgroundFd, sys};
+use crate::{
+    closer::{BackgroundFd, close_in_background},
+    sys,
+};
 
 /// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other
 /// holders of the socket share them. `SO_PASSCRED` and `SO_PASSPIDFD` are switched off, because

@@ -25,12 +25,12 @@ use crate::{
 };
 
 impl Socket {
-    /// Waits until something is there, and calls `receive`, which makes one
+    /// Waits until there is something to receive, and calls `receive`, which makes one
     /// [`recvmsg`](sys::recvmsg).
     ///
-    /// Readiness is kept until nothing is left for sure, since no new event comes for data that is
-    /// left behind. Usually only `EAGAIN` proves that. A read of a stream that ends early proves it
-    /// too, unless [something splits](Self::is_drained) reads.
+    /// Readiness is kept until the socket is certainly empty, because no new event comes for data
+    /// that is left. Usually only `EAGAIN` proves that. A short read of a stream proves it too,
+    /// unless [something splits](Self::is_drained) reads.
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
@@ -62,13 +62,13 @@ impl Socket {
         stream && received.short && !split && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_err()
     }
 
-    /// A timer of the runtime that the socket is registered with.
+    /// Returns a timer of the runtime that the socket is registered with.
     pub(crate) fn sleep_until(&self, deadline: Instant) -> Sleep {
         let _context = self.runtime.enter();
         tokio::time::sleep_until(deadline)
     }
 
-    /// Makes attempts until one of them has sent something. Tries first and waits only when the
+    /// Makes attempts until one of them has sent something. It tries first, and waits only if the
     /// socket takes nothing.
     pub(crate) fn poll_send(
         &self,
@@ -86,8 +86,8 @@ impl Socket {
                     return Poll::Ready(Ok(()));
                 }
                 Attempt::Again => {}
-                // Readiness from before the send may be stale. Ask for it, and only if it is stale
-                // then, wait.
+                // The readiness from before the send may be stale. So first ask for readiness and
+                // try again. If that fails too, it was stale: clear it and wait.
                 Attempt::Full => match &mut ready {
                     _ if self.quiet => wait.for_duplicate(self)?,
                     Some(ready) => ready.clear_ready(),
@@ -99,19 +99,19 @@ impl Socket {
     }
 }
 
-/// What a sender waits for.
+/// The events that a sender waits for.
 #[derive(Debug, Default)]
 pub(crate) struct SendWait {
-    /// The socket took nothing: to be asked whether it is writable.
+    /// True if the socket took nothing, so its readiness is asked before the next attempt.
     full: bool,
-    /// The same where the socket is [quiet](Socket::quiet).
+    /// A copy of a [quiet](Socket::quiet) socket that took nothing, registered for writing.
     duplicate: Option<AsyncFd<BackgroundFd>>,
     timer: Option<Pin<Box<Sleep>>>,
     backoff: Backoff,
 }
 
 impl SendWait {
-    /// Waits for the timer, and for the socket where it was full.
+    /// Waits for the timer, and for the socket if it was full.
     fn poll<'a>(
         &mut self,
         cx: &mut Context<'_>,
@@ -134,14 +134,14 @@ impl SendWait {
     /// Waits until a quiet socket is writable.
     ///
     /// # Errors
-    /// When the socket's runtime has ended.
+    /// If the socket's runtime has ended.
     fn for_duplicate(&mut self, socket: &Socket) -> Result<()> {
         let _context = socket.runtime.enter();
         let copy = socket.as_fd().try_clone_to_owned();
         match copy.and_then(|copy| sys::register(socket.state.guard(copy), Interest::WRITABLE)) {
             Ok(duplicate) => self.duplicate = Some(duplicate),
             Err(error) => match error.raw_os_error() {
-                // No descriptor is left for the duplicate, or no memory for watching it.
+                // There is no descriptor left for the duplicate, or no memory to watch it.
                 Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC) => self.a_while(socket),
                 _ => return Err(error),
             },
@@ -149,12 +149,12 @@ impl SendWait {
         Ok(())
     }
 
-    /// Whether the kernel has too little of something, which no event will announce.
+    /// Returns true if it waits for a resource of the kernel, which no event announces.
     pub(crate) fn is_for_a_while(&self) -> bool {
         self.timer.is_some()
     }
 
-    /// Waits for a while, longer each time until a send succeeds.
+    /// Waits for a while. The time grows until a send succeeds.
     pub(crate) fn a_while(&mut self, socket: &Socket) {
         let _context = socket.runtime.enter();
         self.timer = Some(Box::pin(tokio::time::sleep(self.backoff.next())));

@@ -1,5 +1,5 @@
-//! Connected `AF_UNIX` sockets that keep boundaries (SEQPACKET) or not (STREAM), on tokio's event
-//! loop.
+//! The Unix sockets, on tokio's event loop: connected ones of both kinds, listeners, and datagram
+//! sockets.
 
 mod admission;
 mod convert;
@@ -49,16 +49,16 @@ pub use uid_account::UidLimits;
 
 use crate::{closer::BackgroundFd, sys};
 
-/// The two kinds of socket.
+/// The kind of a connected Unix socket.
 ///
-/// Frames have the same meaning on both. SEQPACKET moves large payloads faster, STREAM is what most
-/// other programs speak.
+/// Frames have the same meaning on both. SEQPACKET moves large payloads faster. Most other programs
+/// use STREAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SocketKind {
-    /// `SOCK_SEQPACKET`: connected, in order, in packets.
+    /// A socket of type `SOCK_SEQPACKET`: connected, in order, in packets.
     SeqPacket,
-    /// `SOCK_STREAM`: connected, in order, bytes.
+    /// A socket of type `SOCK_STREAM`: connected, in order, a stream of bytes.
     Stream,
 }
 
@@ -73,13 +73,15 @@ impl SocketKind {
 
 /// A connected Unix socket of either kind, registered with tokio.
 ///
-/// Used through [`Framed`](crate::Framed). Converts from and into the sockets of std, tokio and
-/// tokio-seqpacket, and `OwnedFd`; a descriptor of another type is refused with a clear error.
-/// `O_NONBLOCK`, which all holders of a socket share, is not needed and left alone: a socket made
-/// here is a blocking one for a child that gets it as standard input.
+/// You use it through [`Framed`](crate::Framed). It converts from and into the sockets of std,
+/// tokio and tokio-seqpacket, and `OwnedFd`. A descriptor of another type is refused with a clear
+/// error.
+///
+/// The crate does not need `O_NONBLOCK`, which all holders of a socket share, and does not change
+/// it. So a child that gets a socket from here as standard input has a blocking one.
 ///
 /// # Panics
-/// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not
+/// Every way to get one panics outside of a tokio runtime, or if the runtime's I/O driver is not
 /// enabled.
 ///
 /// ```
@@ -94,31 +96,32 @@ impl SocketKind {
 pub struct Socket {
     io: AsyncFd<BackgroundFd>,
     state: SocketState,
-    /// Registered for reading only: see [`quiet`](Self::quiet).
+    /// True if it is registered for reading only: see [`quiet`](Self::quiet).
     quiet: bool,
-    /// Where it is registered, and where timers are made, wherever it is polled from.
+    /// The runtime that it is registered with. Timers are made there too, even if it is polled in
+    /// another runtime.
     runtime: Handle,
 }
 
 impl Socket {
-    /// Two connected sockets.
+    /// Returns two connected sockets.
     ///
     /// # Errors
-    /// Those of socketpair(2): no more descriptors, no memory.
+    /// The errors of socketpair(2): no more descriptors, no memory.
     pub fn pair(kind: SocketKind) -> Result<(Self, Self)> {
         let (a, b) = socket::socketpair(AddressFamily::Unix, kind.sock_type(), None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self::register(a, kind)?, Self::register(b, kind)?))
     }
 
     /// Connects to the listener at a path. Waits while the listener's backlog is full. No event
-    /// announces room there, so it tries again and again, by the runtime's timer.
+    /// announces room there, so it tries again after a growing pause, by the runtime's timer.
     ///
     /// # Panics
     /// As for [every way to get a socket](Self#panics), and if the backlog is full and the
     /// runtime's timer is not enabled.
     ///
     /// # Errors
-    /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens),
+    /// The errors of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens),
     /// `PermissionDenied`, and `EPROTOTYPE` (the listener is of the other kind).
     ///
     /// # Cancel safety
@@ -127,7 +130,7 @@ impl Socket {
         Self::connect_addr(&SocketAddr::from_pathname(path)?, kind).await
     }
 
-    /// Connects to an address; beside paths these are abstract names
+    /// Connects to an address, which may be a path or an abstract name
     /// ([`std::os::linux::net::SocketAddrExt`]). Waits while the listener's backlog is full.
     ///
     /// # Panics
@@ -148,7 +151,7 @@ impl Socket {
                     set_nonblocking(&fd, false)?;
                     return Self::register(fd, kind);
                 }
-                // The backlog is full. Nothing was begun, so no event will tell when there is room.
+                // The backlog is full. The kernel has begun nothing, so no event will come.
                 Err(Errno::EAGAIN) => tokio::time::sleep(backoff.next()).await,
                 Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
@@ -156,13 +159,13 @@ impl Socket {
         }
     }
 
-    /// Registers a connected socket. Nobody else knows the descriptor's number.
+    /// Registers a connected socket that nobody has used yet.
     fn register(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
         let state = SocketState::new(kind, None);
         Self::register_with(state.guard(fd), state)
     }
 
-    /// The same for a socket that has a state already.
+    /// Registers a socket that has a state already.
     pub(crate) fn register_with(fd: BackgroundFd, state: SocketState) -> Result<Self> {
         Ok(Self {
             io: sys::register(fd, Interest::READABLE | Interest::PRIORITY | Interest::WRITABLE)?,
@@ -182,13 +185,13 @@ impl Socket {
     ///
     /// The handles share everything that the kernel keeps: options, the send buffer and the receive
     /// queue. So two readers take each other's messages, two writers mix theirs on a stream, and
-    /// [`shutdown`](Self::shutdown) ends all handles. The connection ends by itself when the last
-    /// handle is dropped. That the peer has closed without reading everything
-    /// ([`Error::Reset`](crate::Error::Reset)) is reported to one of them.
+    /// [`shutdown`](Self::shutdown) ends all handles. The connection ends when the last handle is
+    /// dropped. If the peer closes without reading everything, only one of the handles gets that
+    /// report ([`Error::Reset`](crate::Error::Reset)).
     ///
-    /// Descriptors that nobody takes count for both together while they wait to be closed. At a
-    /// listener that limits what [one uid](UidLimits) may have, the handle counts as one more
-    /// connection, but is never refused.
+    /// Descriptors that wait to be closed count for both handles together. At a listener that
+    /// limits what [one uid](UidLimits) may have, the handle counts as one more connection, but is
+    /// never refused.
     ///
     /// # Errors
     /// `EMFILE` and `ENFILE`, and those of registering the descriptor with tokio.
@@ -210,9 +213,9 @@ impl Socket {
         Self::register_with(state.guard(self.as_fd().try_clone_to_owned()?), state)
     }
 
-    /// Saves its thread the wakeup for each packet that the peer consumes. That takes less CPU, and
-    /// a peer that answers at once is waited for asleep. Where the system refuses, all stays as it
-    /// was.
+    /// Registers the socket for reading only, so this thread is not woken whenever the peer
+    /// consumes a packet. That uses less CPU, and an immediate reply is picked up a little later.
+    /// If the system refuses, the socket stays as it was.
     pub(crate) fn quiet(mut self) -> Self {
         let registered = {
             let _context = self.runtime.enter();
@@ -220,14 +223,14 @@ impl Socket {
             copy.and_then(|copy| sys::register(self.state.guard(copy), Interest::READABLE | Interest::PRIORITY))
         };
         if let Ok(io) = registered {
-            // This copy is not the last one, so its `close` is quick.
+            // The old descriptor is not the last copy, so its `close` is quick.
             drop(std::mem::replace(&mut self.io, io).into_inner().into_fd());
             self.quiet = true;
         }
         self
     }
 
-    /// The socket for a system call that does not wait.
+    /// Returns the socket for a system call that does not wait.
     #[inline]
     pub(crate) fn endpoint(&self) -> Endpoint<'_> {
         Endpoint::new(self.as_fd(), &self.state)
@@ -250,7 +253,8 @@ fn local_addr(socket: &impl AsRawFd) -> Result<Option<SocketAddr>> {
     }
 }
 
-/// A socket for `connect` and `accept`, which have no flag for not blocking.
+/// Returns a new non-blocking socket, for `connect` and `accept`: they have no flag for a single
+/// call.
 fn new_socket(kind: SocketKind) -> Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     Ok(socket::socket(AddressFamily::Unix, kind.sock_type(), flags, None)?)
@@ -264,7 +268,8 @@ fn set_nonblocking(fd: impl AsFd, yes: bool) -> Result<()> {
     Ok(())
 }
 
-/// Waiting times for what no event announces: 1 ms, then twice as long each time, up to 64 ms.
+/// The waiting times for something that no event announces: 1 ms, then twice as long each time, up
+/// to 64 ms.
 #[derive(Debug, Default)]
 pub(crate) struct Backoff(u32);
 

@@ -1,5 +1,4 @@
-//! The system calls, and **all `unsafe` of the crate**: one block per call. Of the layers above it,
-//! only `buf_mut` knows one.
+//! The system calls, and **all `unsafe` of the crate**, one block for each call.
 #![allow(unsafe_code)]
 
 mod address;
@@ -40,8 +39,8 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// What was sent on a Unix socket and not received, in bytes of the kernel's memory: 0 when the
-/// peer has received all (`SIOCOUTQ`, which is `TIOCOUTQ`).
+/// Returns the size of what was sent on a Unix socket and not received, in bytes of the kernel's
+/// memory. It is 0 when the peer has received everything (`SIOCOUTQ`, which is `TIOCOUTQ`).
 pub(crate) fn unreceived(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the call writes an int, to one that lives until it returns.

@@ -1,4 +1,4 @@
-//! Registration with tokio's event loop.
+//! The registration of a descriptor with tokio's event loop.
 
 use std::{
     io,
@@ -28,15 +28,15 @@ pub(crate) fn register<T: OwnsFd>(fd: T, interest: Interest) -> io::Result<Async
     registered.map_err(Into::into)
 }
 
-/// Closes a descriptor in its own way.
+/// A way to close a descriptor.
 pub(crate) trait CloseFd {
     fn close(&mut self, fd: OwnedFd);
 }
 
-/// A descriptor that is not simply closed when it is dropped.
+/// A descriptor that is closed in a way of its own when it is dropped.
 #[derive(Debug)]
 pub(crate) struct FdGuard<C: CloseFd> {
-    /// `None` only at its end.
+    /// `None` only while the guard ends.
     fd: Option<OwnedFd>,
     closer: C,
 }

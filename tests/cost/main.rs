@@ -50,7 +50,7 @@ impl Load {
 
     fn frame(&self) -> Frame<SendFd> {
         let fd = self.fd.as_ref().map(|fd| fd.as_fd().try_clone_to_owned().unwrap());
-        Frame::carrying(self.payload.clone(), fd.map(self.kind))
+        Frame::from_parts(self.payload.clone(), fd.map(self.kind))
     }
 }
 

@@ -209,7 +209,7 @@ fn a_message_that_is_not_sent_is_dropped_without_waiting() {
         for way in WAYS {
             let (slow, client) = slow_to_close();
             let (mut tx, _peer) = with_raw_peer(kind);
-            tx.feed(Frame::carrying("", [way(slow)])).await.unwrap();
+            tx.feed(Frame::from_parts("", [way(slow)])).await.unwrap();
             without_waiting([client], async { drop(tx) }).await;
         }
     });
@@ -246,7 +246,7 @@ async fn send_to_a_quick_receiver(kind: SocketKind, makes_slow: bool) {
         // These are in front, and their numbers are not consecutive, so that the sender closes its
         // copies one by one and is busy.
         let others = nulls(200).into_iter().step_by(2);
-        let frame = Frame::carrying("", others.map(SendFd::from)).with_fd(way(socket));
+        let frame = Frame::from_parts("", others.map(SendFd::from)).with_fd(way(socket));
         without_waiting([client], tx.send(frame)).await.unwrap();
     }
     drop(tx);

@@ -13,7 +13,7 @@ use std::{
 };
 
 use fdwire::{
-    Error, Frame, FrameCodec, Framed, Limits, Parts, PassCredentials, Socket, SocketKind,
+    Error, Frame, FrameCodec, Framed, FramedParts, Limits, PassCredentials, Socket, SocketKind,
     blocking::{self, Listener},
 };
 use futures::{SinkExt, TryStreamExt};
@@ -166,7 +166,7 @@ fn a_write_that_times_out_loses_nothing() {
             }
         };
         assert_eq!(marks(&refused), [taken]);
-        let (bytes, _) = tx.unsent();
+        let bytes = tx.unsent().bytes;
         assert!((256 << 10..(256 << 10) + 50_008).contains(&bytes), "{bytes} bytes wait");
         for _ in 0..2 {
             assert!(matches!(tx.flush(), Err(Error::TimedOut)));
@@ -183,7 +183,7 @@ fn a_write_that_times_out_loses_nothing() {
         });
         tx.feed(refused).unwrap();
         tx.close().unwrap();
-        assert_eq!(tx.unsent(), (0, 0));
+        assert_eq!((tx.unsent().bytes, tx.unsent().fds), (0, 0));
         receiver.join().unwrap();
     });
 }
@@ -296,7 +296,7 @@ fn a_connection_continues_from_its_parts() {
         let (mut tx, mut rx) = framed_pair(kind);
         tx.feed(Frame::new("one").with_fd(marked(1))).unwrap();
         tx.feed(Frame::new("two").with_fd(marked(2))).unwrap();
-        let parts: Parts<FrameCodec, FrameCodec, blocking::Socket> = tx.into_parts();
+        let parts: FramedParts<FrameCodec, FrameCodec, blocking::Socket> = tx.into_parts();
         assert_eq!((parts.unsent.len(), parts.unsent.fd_count()), (22, 2));
         let mut tx = blocking::Framed::from_parts(parts);
         tx.send(Frame::new("three").with_fd(marked(3))).unwrap();
@@ -402,7 +402,7 @@ fn too_many_descriptors_in_flight_are_waited_for() {
         tx.send(frame(1)).unwrap();
         let stuck = tx.send(frame(2)).expect_err("80 descriptors of this uid are in flight, the limit is 64");
         assert!(matches!(stuck.error, Error::TimedOut), "{stuck}");
-        assert_eq!(tx.unsent(), (9, 40));
+        assert_eq!((tx.unsent().bytes, tx.unsent().fds), (9, 40));
         std::fs::write("/proc/self/comm", "stuck").unwrap(); // for the parent
         tx.set_write_timeout(None);
         tx.close().unwrap();

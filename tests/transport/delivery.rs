@@ -1,7 +1,7 @@
 //! What is sent arrives, whatever the sizes.
 
 use bytes::Bytes;
-use fdwire::{Error, Frame, FrameCodec, Framed, Parts, Socket};
+use fdwire::{Error, Frame, FrameCodec, Framed, FramedParts, Socket};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt, stream};
 
 use crate::{
@@ -197,9 +197,9 @@ fn a_descriptor_is_closed_once_it_is_sent() {
         let (mut tx, rx) = framed_pair(kind);
         let (reader, writer) = std::io::pipe().unwrap();
         tx.feed(Frame::new("").with_fd(writer)).await.unwrap();
-        assert_eq!(tx.unsent(), (8, 1));
+        assert_eq!((tx.unsent().bytes, tx.unsent().fds), (8, 1));
         tx.flush().await.unwrap();
-        assert_eq!(tx.unsent(), (0, 0));
+        assert_eq!((tx.unsent().bytes, tx.unsent().fds), (0, 0));
         drop(rx); // the kernel closes what was not received
         assert_eq!(std::io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");
     });
@@ -211,7 +211,7 @@ fn a_connection_continues_from_its_parts() {
         let (mut tx, mut rx) = framed_pair(kind);
         tx.feed(Frame::new("one").with_fd(marked(1))).await.unwrap();
         tx.feed(Frame::new("two").with_fd(marked(2))).await.unwrap();
-        let parts: Parts<FrameCodec> = tx.into_parts();
+        let parts: FramedParts<FrameCodec> = tx.into_parts();
         assert_eq!((parts.unsent.len(), parts.unsent.fd_count()), (22, 2));
         let mut tx = Framed::from_parts(parts);
         tx.send(Frame::new("three").with_fd(marked(3))).await.unwrap();
@@ -308,7 +308,7 @@ fn a_fast_peer_does_not_starve_other_tasks() {
 fn what_is_put_into_the_parts_is_sent() {
     counted(async |kind| {
         let (tx, mut rx) = framed_pair(kind);
-        let mut parts: Parts<FrameCodec> = tx.into_parts();
+        let mut parts: FramedParts<FrameCodec> = tx.into_parts();
         parts.unsent.put_slice(&encoded(b"by hand", 1));
         parts.unsent.put_fd(marked(1));
         let mut tx = Framed::from_parts(parts);
@@ -316,7 +316,7 @@ fn what_is_put_into_the_parts_is_sent() {
         assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [1]);
         assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "and on");
 
-        let mut parts: Parts<FrameCodec> = tx.into_parts();
+        let mut parts: FramedParts<FrameCodec> = tx.into_parts();
         parts.unsent.put_fd(marked(1)); // a stream would drop it silently
         let mut tx = Framed::from_parts(parts);
         assert!(tx.flush().await.is_err());

@@ -8,7 +8,7 @@ use std::{
 };
 
 use fdwire::{
-    Codec, Encoder, Error, Frame, FrameCodec, Framed, PacketCodec, Parts, SendBuf, SendError, Socket, SocketKind,
+    Codec, Encoder, Error, Frame, FrameCodec, Framed, FramedParts, PacketCodec, SendBuf, SendError, Socket, SocketKind,
 };
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
 use nix::{
@@ -93,7 +93,7 @@ fn a_half_goes_on_after_an_encoder_that_panics() {
         let (_read, mut tx) = framed.into_split();
         let permit = tx.reserve().await.unwrap();
         assert!(catch_unwind(AssertUnwindSafe(|| permit.send(frame("panic", 9)))).is_err());
-        assert_eq!(tx.unsent(), (0, 0));
+        assert_eq!((tx.unsent().bytes, tx.unsent().fds), (0, 0));
         tx.send(frame("after", 1)).await.unwrap();
         assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [1]);
     });
@@ -170,7 +170,7 @@ fn what_is_put_into_the_parts_is_grouped_as_the_encoder_wants_it() {
         let (a, peer) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let mut tx = Framed::new(a, PacketCodec::default());
         tx.feed(Frame::new("before").with_fd(marked(1))).await.unwrap();
-        let mut parts: Parts<PacketCodec> = tx.into_parts();
+        let mut parts: FramedParts<PacketCodec> = tx.into_parts();
         parts.unsent.put_slice(&vec![7; 100_000]); // more than a packet that is not announced may have
         parts.unsent.put_fd(marked(2));
         let mut tx = Framed::from_parts(parts);

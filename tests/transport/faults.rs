@@ -1,6 +1,6 @@
 //! What a peer does wrong is named once, then the stream ends.
 
-use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Parts, Socket, SocketKind};
+use fdwire::{Error, Frame, FrameCodec, Framed, FramedParts, Limits, Socket, SocketKind};
 use futures::{StreamExt, TryStreamExt};
 
 use crate::{
@@ -93,7 +93,7 @@ fn after_a_fault_nothing_that_was_received_is_given_back() {
         raw_send(&peer, &bytes, &[marked(1), marked(2)]);
         assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "fine");
         assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { found: b'?' }))));
-        let parts: Parts<FrameCodec> = rx.into_parts();
+        let parts: FramedParts<FrameCodec> = rx.into_parts();
         assert_eq!((&parts.received[..], parts.received_fds.len()), (&b""[..], 0));
         assert!(Framed::from_parts(parts).next().await.is_none());
     });

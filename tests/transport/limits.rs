@@ -64,7 +64,7 @@ fn too_many_descriptors_in_flight_are_waited_for() {
             tx.send(frame(1)).await.unwrap();
             let stuck = timeout(Duration::from_millis(100), tx.send(frame(2))).await;
             assert!(stuck.is_err(), "80 descriptors of this uid are in flight, the limit of 64 is not there");
-            assert_eq!(tx.unsent(), (9, 40));
+            assert_eq!((tx.unsent().bytes, tx.unsent().fds), (9, 40));
             std::fs::write("/proc/self/comm", "stuck").unwrap(); // for the parent
             tx.close().await.unwrap();
             assert!(tx.next().await.is_none());
@@ -116,7 +116,7 @@ fn a_sink_waits_when_its_limits_are_reached() {
         let mut sent = 0;
         while timeout(Duration::ZERO, tx.feed(Frame::new(vec![0; 50_000]).with_fd(marked(sent)))).await.is_ok() {
             sent += 1;
-            let (bytes, fds) = tx.unsent();
+            let fdwire::Unsent { bytes, fds, .. } = tx.unsent();
             assert!(bytes < (256 << 10) + 50_008 && fds <= 6);
         }
         let receive = async {

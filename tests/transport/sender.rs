@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use fdwire::{Driver, Frame, FrameCodec, Framed, Limits, ReadHalf, Sender, Socket, SocketKind};
+use fdwire::{Frame, FrameCodec, Framed, Limits, ReadHalf, SendDriver, Sender, Socket, SocketKind};
 use futures::{StreamExt, TryStreamExt, future::join_all};
 use nix::{
     errno::Errno,
@@ -20,7 +20,7 @@ use crate::{
     counted, counted_in,
 };
 
-pub(crate) type Parts = (ReadHalf<FrameCodec>, Sender<FrameCodec>, Driver<FrameCodec>);
+pub(crate) type Parts = (ReadHalf<FrameCodec>, Sender<FrameCodec>, SendDriver<FrameCodec>);
 
 pub(crate) fn shared(framed: Framed<FrameCodec>) -> Parts {
     let (read, write) = framed.into_split();

@@ -121,7 +121,7 @@ impl WorkerTask {
                 return Poll::Ready(error.into());
             }
             is_due = self.timer.as_mut().poll(cx).is_ready();
-            let has_room = self.outbound.unsent().0 < ENOUGH_UNSENT;
+            let has_room = self.outbound.unsent().bytes < ENOUGH_UNSENT;
             if !(is_due || self.more && has_room) {
                 return Poll::Pending;
             }
@@ -147,8 +147,8 @@ impl WorkerTask {
         // This process was stopped, or its machine, or the kernel has too little to send with.
         let was_stopped = now > Instant::from(timer.deadline()) + shared.config.ping_interval;
         let was_able = !was_stopped && !outbound.waits_for_the_kernel();
-        let unsent = sending.unsent(outbound.unsent().1);
-        let room = if outbound.unsent().0 < ENOUGH_UNSENT { BATCH } else { 0 };
+        let unsent = sending.unsent(outbound.unsent().fds);
+        let room = if outbound.unsent().bytes < ENOUGH_UNSENT { BATCH } else { 0 };
         let mut messages = Vec::new();
         let mut due = None;
         let outcome: Result<(), RetireCause> = shared.act(|pool| {
@@ -221,7 +221,7 @@ impl WorkerTask {
         }
         last.extend(rest_of(self.read.socket()));
 
-        let unsent = self.sending.unsent(self.outbound.unsent().1);
+        let unsent = self.sending.unsent(self.outbound.unsent().fds);
         let Self { shared, id, link, mut process, outbound, has_greeted, .. } = self;
         drop(outbound); // what it was lent belongs to the pool alone
         let pid = process.pid();

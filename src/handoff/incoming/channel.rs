@@ -262,10 +262,10 @@ impl State {
     fn feed(&mut self) {
         let Some(write) = &mut self.write else { return };
         while let Some(message) = self.book.next_message() {
-            let before = write.unsent().0;
+            let before = write.unsent().bytes;
             // One that is refused is never sent, and nothing after it: the socket has failed.
             match Pin::new(&mut *write).start_send(message) {
-                Ok(()) => self.fed = self.fed.saturating_add((write.unsent().0 - before) as u64),
+                Ok(()) => self.fed = self.fed.saturating_add((write.unsent().bytes - before) as u64),
                 Err(_) => self.fed = u64::MAX,
             }
             self.ends.push_back(self.fed);
@@ -276,7 +276,7 @@ impl State {
         let Some(write) = &mut self.write else { return Poll::Ready(Ok(())) };
         let flushed = Sink::<FromWorker>::poll_flush(Pin::new(&mut *write), cx);
         if self.fed != u64::MAX {
-            let sent = self.fed - write.unsent().0 as u64;
+            let sent = self.fed - write.unsent().bytes as u64;
             let messages = self.ends.partition_point(|end| *end <= sent);
             self.ends.drain(..messages);
             self.book.on_sent(messages as u64);
@@ -292,7 +292,7 @@ impl State {
     }
 
     fn unsent_bytes(&self) -> usize {
-        self.write.as_ref().map_or(0, |write| write.unsent().0)
+        self.write.as_ref().map_or(0, |write| write.unsent().bytes)
     }
 
     /// Returns true if the dispatcher takes no more answers though it is there: asked after a send has failed. If it has gone instead,
