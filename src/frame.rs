@@ -37,7 +37,7 @@ pub struct Frame<F = OwnedFd> {
 impl Frame {
     /// Returns a frame without descriptors.
     pub fn new(payload: impl Into<Bytes>) -> Self {
-        Self { payload: payload.into(), fds: Fds::new() }
+        Self { payload: payload.into(), fds: Fds::none() }
     }
 }
 
@@ -128,12 +128,15 @@ pub(crate) trait Home<F>: Send + Sync {
     fn take_back(self: Arc<Self>, fds: SmallVec<[F; 1]>);
 }
 
-impl<F> Fds<F> {
-    /// Returns an empty list.
-    pub const fn new() -> Self {
+impl Fds {
+    /// Returns no descriptors, for a message that has none. [`Fds::default`] does the same for
+    /// descriptors of any type, if the compiler can infer it.
+    pub const fn none() -> Self {
         Self { held: ManuallyDrop::new(None) }
     }
+}
 
+impl<F> Fds<F> {
     /// Returns descriptors that go back to `home` unless the user takes them out.
     #[inline]
     pub(crate) fn from_peer(mut fds: SmallVec<[F; 1]>, home: Option<Arc<dyn Home<F>>>) -> Self {
@@ -209,7 +212,7 @@ impl<F> Deref for Fds<F> {
 
 impl<F> Default for Fds<F> {
     fn default() -> Self {
-        Self::new()
+        Self { held: ManuallyDrop::new(None) }
     }
 }
 

@@ -96,7 +96,7 @@ fn what_the_inner_codec_or_the_frame_refuses_leaves_the_connection_usable() {
         };
         let (a, b) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let (mut a, mut b) = (Framed::new(a, codec()), Framed::new(b, codec()));
-        let error = a.send((Bytes::from(vec![0; 101]), Fds::new())).await.unwrap_err().error;
+        let error = a.send((Bytes::from(vec![0; 101]), Fds::none())).await.unwrap_err().error;
         assert!(matches!(error, PayloadError::Payload(_)), "{error:?}");
         let error = a.send((Bytes::new(), fds([1, 2]))).await.unwrap_err().error;
         assert!(matches!(error, PayloadError::Frame(Error::TooManyFds { fds: 2, limit: 1 })), "{error:?}");

@@ -29,7 +29,8 @@ pub(crate) fn full_connection() -> (OwnedFd, Client) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let mut server = listener.accept().unwrap().0;
-    // Small enough to be full soon, with many connections at a time; smaller ones are read slowly.
+    // Small enough to be full soon, with many connections at the same time. Even smaller ones are
+    // read slowly.
     setsockopt(&client, sockopt::RcvBuf, &65536).unwrap();
     setsockopt(&server, sockopt::SndBuf, &65536).unwrap();
     server.set_nonblocking(true).unwrap();
@@ -80,7 +81,7 @@ impl Client {
 
 /// Keeps the clients of slow sockets from reading until the operation under test has returned. So
 /// an operation that waits for one of them can't return by itself. After [`PATIENCE`] the clients
-/// read all the same, and the test fails.
+/// read nevertheless, and the test fails.
 pub(crate) struct Watchdog {
     returned: mpsc::Sender<()>,
     report: oneshot::Receiver<Result<(), String>>,
@@ -115,7 +116,7 @@ impl Watchdog {
 }
 
 /// Runs an operation that must not wait for the slow sockets of these clients, and checks that the
-/// sockets are closed all the same, with nothing lost.
+/// sockets are closed nevertheless, with nothing lost.
 pub(crate) async fn without_waiting<T>(
     clients: impl IntoIterator<Item = Client>,
     operation: impl Future<Output = T>,

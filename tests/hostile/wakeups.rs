@@ -1,5 +1,5 @@
-//! The wake-ups of a receiver: for everything that is left after a read that ended early, and for
-//! nothing else.
+//! The wake-ups of a receiver: one for everything that is left after a read that ended early, and
+//! no others.
 
 use std::{
     future::poll_fn,
@@ -83,8 +83,8 @@ fn a_connection_that_was_made_with_credentials_on_hides_no_message_of_a_second_w
         return;
     }
     counted(async |kind| {
-        // As a service manager does it: the option is on when the client connects, before this
-        // process has the listener.
+        // The option is on when the client connects, before this process has the listener: a
+        // service manager does it in this way.
         let addr = abstract_name("credentials");
         let listener = listener(&addr, kind);
         setsockopt(&listener, sockopt::PassCred, &true).unwrap();

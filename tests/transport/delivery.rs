@@ -1,4 +1,4 @@
-//! What is sent arrives, whatever the sizes.
+//! All frames arrive, whatever their sizes.
 
 use bytes::Bytes;
 use fdwire::{Error, Frame, FrameCodec, Framed, FramedParts, Socket};
@@ -98,8 +98,8 @@ async fn check_mixed_frames(rx: &mut Framed<FrameCodec>, count: u32) {
 #[test]
 fn short_writes_and_any_send_buffer_keep_descriptors_with_their_frames() {
     counted(async |kind| {
-        // The smallest that the kernel allows makes nearly every write short; the largest, packets
-        // of many sizes.
+        // The smallest buffer that the kernel allows makes nearly every write short. The largest
+        // makes packets of many sizes.
         for size in [1, 9000, 100_000, 4 << 20] {
             let (a, b) = Socket::pair(kind).unwrap();
             a.set_send_buffer_size(size).unwrap();
@@ -149,7 +149,8 @@ fn both_directions_at_once_do_not_wait_for_each_other() {
 fn barriers_do_not_hide_what_lies_behind_them() {
     counted(async |kind| {
         let (mut rx, peer) = with_raw_peer(kind);
-        // Each send with descriptors ends a read on a stream; no new event announces the rest.
+        // On a stream, a read ends behind each send with descriptors, and no event announces the
+        // rest.
         for n in 0..20 {
             raw_send(&peer, &encoded(b"plain", 0), &[]);
             raw_send(&peer, &encoded(b"marked", 2), &[marked(n), marked(n + 100)]);
@@ -348,7 +349,7 @@ fn polling_outside_of_the_runtime_waits_too() {
         let (mut tx, mut rx) = framed_pair(kind);
         let receive = tokio::spawn(async move { rx.try_next().await.unwrap().unwrap() });
         let send = std::thread::spawn(move || {
-            // An executor that knows nothing of tokio.
+            // This executor does not know tokio.
             let waker = futures::task::noop_waker();
             let mut context = std::task::Context::from_waker(&waker);
             let mut sending = tx.send(Frame::new(vec![0; 4 << 20]).with_fd(marked(1)));

@@ -1,4 +1,4 @@
-//! What a peer does wrong is named once, then the stream ends.
+//! Each fault of a peer is one error, and then the stream ends.
 
 use fdwire::{Error, Frame, FrameCodec, Framed, FramedParts, Limits, Socket, SocketKind};
 use futures::{StreamExt, TryStreamExt};
@@ -9,8 +9,8 @@ use crate::{
     side::{End, Side, end_with_raw_peer, on_both_sides},
 };
 
-/// What receivers of both sorts say to these bytes, sent with so many descriptors, and then the
-/// end.
+/// Returns the error of both kinds of receiver for these bytes, sent with this number of
+/// descriptors before the end.
 async fn fault(kind: SocketKind, bytes: &[u8], fds: u32) -> Error {
     let [error, blocking] =
         [fault_of(kind, Side::Async, bytes, fds).await, fault_of(kind, Side::Blocking, bytes, fds).await];
@@ -119,7 +119,7 @@ fn closing_what_nobody_claims_does_not_block_the_runtime() {
         lingering.set_nonblocking(true).unwrap();
         while lingering.write(&[0; 65536]).is_ok() {}
 
-        // Until then, or until it is clear that it blocks this thread.
+        // Wait until then, or until it is clear that the close blocks this thread.
         let (go_on, told) = std::sync::mpsc::channel();
         let client = std::thread::spawn(move || {
             let told = told.recv_timeout(std::time::Duration::from_secs(10));

@@ -1,4 +1,4 @@
-//! Descriptors that are lent, and those of which the sender says what they are.
+//! Descriptors that are shared, and descriptors whose kind the sender knows.
 
 use std::{
     os::{
@@ -103,15 +103,15 @@ fn one_of_each() -> [SendFd; 5] {
 #[test]
 fn what_is_not_sent_is_closed() {
     counted(async |kind| {
-        // Never accepted.
+        // A frame that was never accepted.
         drop(Frame::from_parts("", one_of_each()));
 
-        // Accepted, and its connection is dropped.
+        // A frame that was accepted, and its connection is dropped.
         let (mut tx, _rx) = framed_pair(kind);
         tx.feed(Frame::from_parts("", one_of_each())).await.unwrap();
         drop(tx);
 
-        // Accepted by a driver that is dropped.
+        // A frame that was accepted, and its driver is dropped.
         let (tx, _rx) = framed_pair(kind);
         let (sender, driver) = tx.into_split().1.into_sender();
         sender.send(Frame::from_parts("", one_of_each())).await.unwrap();
@@ -119,7 +119,7 @@ fn what_is_not_sent_is_closed() {
         let refused = sender.send(Frame::from_parts("", one_of_each())).await.unwrap_err();
         assert_eq!(refused.item.unwrap().fds.len(), 5);
 
-        // Refused by the kernel, since the peer is gone.
+        // A frame that the kernel refuses, because the peer is gone.
         let (mut tx, rx) = framed_pair(kind);
         drop(rx);
         while tx.feed(Frame::from_parts("", one_of_each())).await.is_ok() && tx.flush().await.is_ok() {}
