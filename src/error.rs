@@ -191,6 +191,15 @@ impl Error {
     }
 }
 
+/// Returns an error with the same number, or the same kind and message, which [`io::Error`] cannot
+/// clone.
+pub(crate) fn copy_of(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(number) => io::Error::from_raw_os_error(number),
+        None => io::Error::new(error.kind(), error.to_string()),
+    }
+}
+
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match error {

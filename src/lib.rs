@@ -174,6 +174,7 @@
 compile_error!("fdwire works on Linux");
 
 mod address;
+mod backoff;
 pub mod blocking;
 mod closer;
 pub mod codec;

@@ -8,8 +8,6 @@ use std::{
     time::Duration,
 };
 
-use nix::poll::PollFlags;
-
 use super::{
     Socket,
     wait::{self, Deadline},
@@ -17,6 +15,7 @@ use super::{
 use crate::{
     closer::BackgroundFd,
     socket::{ListenerState, PassCredentials, SocketKind, UidLimits, listener_addr, take_numbered, take_stdin},
+    sys::Event,
 };
 
 /// Listens for connections at a path or an abstract name, for a program without a runtime.
@@ -180,7 +179,7 @@ impl Listener {
                 Ok(None) if deadline.is_over() => return Err(timed_out()),
                 Ok(None) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    if !wait::until_ready(self.as_fd(), PollFlags::POLLIN, deadline)? {
+                    if !wait::until_ready(self.as_fd(), Event::Readable, deadline)? {
                         return Err(timed_out());
                     }
                 }

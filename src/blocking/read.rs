@@ -5,7 +5,6 @@ use std::{
 };
 
 use bytes::BytesMut;
-use nix::poll::PollFlags;
 
 use super::{
     Socket,
@@ -15,6 +14,7 @@ use crate::{
     codec::{Decoder, FdQueue, Step},
     credentials::Credentials,
     error::Error,
+    sys::Event,
     transport::{ReceiveSide, Receiving, Rest, Senders},
 };
 
@@ -148,7 +148,7 @@ impl Receiver {
                 Rest::Until(rest) => deadline.or(rest),
                 Rest::Over => return Err(side.unfinished()),
             };
-            if !wait::until_ready(socket.as_fd(), PollFlags::POLLIN, until)? && deadline.is_over() {
+            if !wait::until_ready(socket.as_fd(), Event::Readable, until)? && deadline.is_over() {
                 return Err(Error::TimedOut);
             }
         }

@@ -2,21 +2,17 @@ use std::{
     io::{Error, Result},
     net::Shutdown,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::{SocketAddr, UnixStream},
     },
     path::Path,
 };
 
-use nix::{
-    errno::Errno,
-    sys::socket::{self, AddressFamily, SockFlag},
-};
-
 use crate::{
     closer::BackgroundFd,
     socket::{
-        Endpoint, PassCredentials, PeerCred, SocketKind, SocketState, connected, take_numbered, take_stdin, unix_addr,
+        Endpoint, PassCredentials, PeerCred, SocketKind, SocketState, connect, connected, new_pair, new_socket,
+        take_numbered, take_stdin, unix_addr,
     },
 };
 
@@ -47,7 +43,7 @@ impl Socket {
     /// # Errors
     /// The errors of socketpair(2): no more descriptors, no memory.
     pub fn pair(kind: SocketKind) -> Result<(Self, Self)> {
-        let (a, b) = socket::socketpair(AddressFamily::Unix, kind.sock_type(), None, SockFlag::SOCK_CLOEXEC)?;
+        let (a, b) = new_pair(kind)?;
         Ok((Self::unused(a, kind), Self::unused(b, kind)))
     }
 
@@ -85,14 +81,9 @@ impl Socket {
     /// As for [`connect`](Self::connect).
     pub fn connect_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
         let addr = unix_addr(addr)?;
-        let fd = socket::socket(AddressFamily::Unix, kind.sock_type(), SockFlag::SOCK_CLOEXEC, None)?;
-        loop {
-            match socket::connect(fd.as_raw_fd(), &addr) {
-                Ok(()) => return Ok(Self::unused(fd, kind)),
-                Err(Errno::EINTR) => {} // while it waited for room in the backlog
-                Err(error) => return Err(error.into()),
-            }
-        }
+        let fd = new_socket(kind)?;
+        connect(&fd, &addr)?;
+        Ok(Self::unused(fd, kind))
     }
 
     /// Takes a socket that nobody has used yet.

@@ -9,11 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::{
-    errno::Errno,
-    poll::{PollFd, PollFlags, ppoll},
-    sys::time::TimeSpec,
-};
+use crate::sys::{self, Event};
 
 /// The time at which a call gives up. `None` is never.
 #[derive(Debug, Clone, Copy)]
@@ -44,13 +40,11 @@ impl Deadline {
 ///
 /// # Errors
 /// The errors of ppoll(2): `EINVAL` if `RLIMIT_NOFILE` is 0.
-pub(super) fn until_ready(fd: BorrowedFd<'_>, events: PollFlags, deadline: Deadline) -> io::Result<bool> {
+pub(super) fn until_ready(fd: BorrowedFd<'_>, event: Event, deadline: Deadline) -> io::Result<bool> {
     loop {
-        let timeout = deadline.left().map(TimeSpec::from_duration);
-        match ppoll(&mut [PollFd::new(fd, events)], timeout, None) {
-            // A signal handler has run.
-            Err(Errno::EINTR) => {}
-            ready => return Ok(ready? > 0),
+        match sys::wait_for(fd, event, deadline.left()) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {} // a signal handler has run
+            ready => return ready,
         }
     }
 }
@@ -110,13 +104,13 @@ mod tests {
     fn a_deadline_ends_each_kind_of_wait() {
         let (socket, _peer) = UnixStream::pair().unwrap();
         for deadline in [in_millis(0), in_millis(3)] {
-            assert!(!until_ready(socket.as_fd(), PollFlags::POLLIN, deadline).unwrap());
+            assert!(!until_ready(socket.as_fd(), Event::Readable, deadline).unwrap());
             assert!(!until_woken(deadline, |_| Poll::Pending));
             assert!(!sleep(Duration::from_secs(600), deadline));
             assert!(deadline.is_over());
         }
         let never = Deadline::after(None);
-        assert!(until_ready(socket.as_fd(), PollFlags::POLLOUT, never).unwrap());
+        assert!(until_ready(socket.as_fd(), Event::Writable, never).unwrap());
         assert!(until_woken(never, |_| Poll::Ready(())));
         assert!(sleep(Duration::from_millis(1), never));
         assert!(!never.is_over() && !in_millis(600_000).is_over());
@@ -128,7 +122,7 @@ mod tests {
     #[test]
     fn what_is_ready_is_ready_when_the_time_is_over_too() {
         let (socket, _peer) = UnixStream::pair().unwrap();
-        assert!(until_ready(socket.as_fd(), PollFlags::POLLOUT, in_millis(0)).unwrap());
+        assert!(until_ready(socket.as_fd(), Event::Writable, in_millis(0)).unwrap());
         assert!(until_woken(in_millis(0), |_| Poll::Ready(())));
     }
 

@@ -1,15 +1,15 @@
 use std::{io, os::fd::AsFd, sync::Arc, time::Duration};
 
-use nix::poll::PollFlags;
-
 use super::{
     Socket,
     wait::{self, Deadline},
 };
 use crate::{
+    backoff::Backoff,
     codec::{Codec, Encoder, SendBuf},
     error::{Error, SendError},
-    socket::{Attempt, Backoff},
+    socket::Attempt,
+    sys::Event,
     transport::{SendSide, Sending, Unsent},
 };
 
@@ -180,7 +180,7 @@ impl Outbound {
         match self.side.attempt(self.socket.endpoint())? {
             Attempt::Sent => *backoff = Backoff::default(),
             Attempt::Again => {}
-            Attempt::Full => return wait::until_ready(self.socket.as_fd(), PollFlags::POLLOUT, deadline),
+            Attempt::Full => return wait::until_ready(self.socket.as_fd(), Event::Writable, deadline),
             Attempt::Scarce => return Ok(wait::sleep(backoff.next(), deadline)),
         }
         Ok(true)

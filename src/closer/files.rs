@@ -5,13 +5,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
 };
 
-use nix::{
-    libc,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::memfd::{MFdFlags, memfd_create},
-};
-
-use crate::sys::{self, FileKind};
+use crate::sys::{self, FileKind, FileType};
 
 /// The file systems of Linux that need neither another process nor another host.
 const LOCAL_FILE_SYSTEMS: [&str; 28] = [
@@ -79,7 +73,7 @@ type Device = (u32, u32);
 impl KnownFiles {
     /// Reads the mounts of this thread, and finds the device of memfds.
     pub(super) fn find() -> Self {
-        let memfd = memfd_create("fdwire", MFdFlags::MFD_CLOEXEC).ok();
+        let memfd = sys::new_memfd().ok();
         let memfd = memfd.and_then(|memfd| sys::file_kind(memfd.as_fd()).ok()).map(|kind| kind.device);
         let mounts = File::open("/proc/thread-self/mountinfo").ok();
         let mut known = Self { mounts, devices: BTreeSet::new(), memfd };
@@ -112,11 +106,7 @@ impl KnownFiles {
     }
 
     fn mounts_have_changed(&self) -> bool {
-        let Some(mounts) = &self.mounts else { return false };
-        let mut events = [PollFd::new(mounts.as_fd(), PollFlags::POLLPRI)];
-        // An error counts as a change: the device is then not trusted.
-        poll(&mut events, PollTimeout::ZERO).is_err()
-            || events[0].revents().is_none_or(|events| events.intersects(PollFlags::POLLPRI | PollFlags::POLLERR))
+        self.mounts.as_ref().is_some_and(|mounts| sys::has_changed(mounts.as_fd()))
     }
 
     /// Decides how to close a descriptor of any kind.
@@ -128,11 +118,11 @@ impl KnownFiles {
             return if sys::is_socket(fd) { Lane::Exit } else { Lane::Slow };
         };
         let is_quick = match file_type {
-            libc::S_IFSOCK => return Lane::Exit,
-            libc::S_IFREG | libc::S_IFDIR => self.is_local(device),
-            libc::S_IFCHR => own_major == MEMORY || TERMINALS.contains(&own_major),
-            libc::S_IFBLK => false,
-            _ => true, // pipes and eventfds: only the kernel provides these
+            FileType::Socket => return Lane::Exit,
+            FileType::RegularOrDirectory => self.is_local(device),
+            FileType::CharacterDevice => own_major == MEMORY || TERMINALS.contains(&own_major),
+            FileType::BlockDevice => false,
+            FileType::Other => true, // pipes and eventfds: only the kernel provides these
         };
         if is_quick { Lane::Quick } else { Lane::Slow }
     }
@@ -153,6 +143,7 @@ mod tests {
     use nix::{
         mount::{MsFlags, mount, umount},
         sched::{CloneFlags, unshare},
+        sys::memfd::{MFdFlags, memfd_create},
     };
 
     use super::*;

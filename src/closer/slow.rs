@@ -5,11 +5,6 @@ use std::{
     thread,
 };
 
-use nix::{
-    libc,
-    sys::socket::{setsockopt, sockopt},
-};
-
 use super::account::Closing;
 use crate::sys;
 
@@ -78,7 +73,7 @@ fn close_all_that_wait(shared: &Mutex<State>) {
         if sys::is_socket(closing.fd.as_fd()) {
             // The exiting tasks could not take it. Without the linger time nothing is lost, and
             // `close` waits only if a peer sets it again in this very moment.
-            let _ = setsockopt(&closing.fd, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
+            sys::switch_off_linger(closing.fd.as_fd());
         }
         drop(closing);
         lock(shared).busy -= 1;
@@ -97,6 +92,11 @@ mod tests {
         os::fd::OwnedFd,
         os::unix::net::UnixStream,
         time::Duration,
+    };
+
+    use nix::{
+        libc,
+        sys::socket::{setsockopt, sockopt},
     };
 
     use super::*;

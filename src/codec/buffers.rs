@@ -68,7 +68,8 @@ impl Buffers {
 
     /// Makes room for a part of a message of unknown length. Returns the most bytes to receive.
     pub(super) fn make_room(&mut self, bytes: &mut BytesMut, spare: impl FnOnce() -> BytesMut) -> usize {
-        // A new buffer is twice as large, or a long message would be moved for every packet of it.
+        // A new buffer is twice as large. Otherwise each packet of a long message would move the
+        // message.
         self.reserve(bytes, SMALL_PACKET, bytes.len(), spare);
         // A large message may be followed by another one. What is received of it before its length
         // is known has to be moved to a large buffer. Packets are not divided: the header of a
@@ -166,7 +167,7 @@ mod tests {
             assert!(bytes.capacity() - bytes.len() >= room);
             assert!(!is_page_start(&bytes), "{:?} for {room}", bytes.as_ptr());
 
-            // Bytes that are held stay, and a used-up buffer is used again, from its beginning.
+            // Bytes that a message holds stay, and a full buffer is used again from its beginning.
             bytes.put_bytes(7, room);
             bytes.advance(room - 1);
             buffers.make_room_for(&mut bytes, 4 * SMALL_PACKET, BytesMut::new);
@@ -231,17 +232,17 @@ mod tests {
         assert_eq!(bytes.len(), 8);
         assert!(bytes.capacity() > LARGE);
 
-        // A large buffer is of no use to others.
+        // Other connections get no large buffer.
         bytes.clear();
         assert_eq!(buffers.release(&mut bytes).capacity(), 0);
         assert_eq!(bytes.capacity(), 0);
 
-        // Nor is one of unknown size, which the user has brought along.
+        // Nor one of unknown size, which the user has brought.
         let mut brought = BytesMut::with_capacity(USUAL);
         let mut buffers = Buffers::new(true, &brought);
         assert_eq!(buffers.release(&mut brought).capacity(), 0);
 
-        // A spare one is.
+        // They get a usual one.
         let spare = BytesMut::with_capacity(USUAL);
         let place = spare.as_ptr().addr();
         buffers.make_room(&mut bytes, || spare);

@@ -1,11 +1,11 @@
-//! The rules of the wire format by example. As properties they are in [`model`](super::model).
+//! The rules of the wire format as examples. [`model`](super::model) has them as properties.
 
 use bytes::BytesMut;
 
 use super::{buffers::SMALL_PACKET, model::Connection, *};
 use crate::{frame::Frame, limits::SCM_MAX_FD};
 
-/// Sends `frames` whole and returns how many bytes and descriptors each call took.
+/// Sends `frames` whole. Returns the number of bytes and descriptors of each call.
 fn each_call(
     carrier: Carrier,
     grouping: Grouping,
@@ -68,7 +68,7 @@ fn a_codec_that_does_not_ask_is_safe_for_any_receiver_of_a_stream() {
     assert_eq!(PacketCodec::default().grouping(), Grouping::Alone);
 }
 
-/// A change of codec: messages of both groupings wait.
+/// After a change of codec, messages of both groupings wait.
 #[test]
 fn messages_without_descriptors_share_calls_with_those_of_another_grouping() {
     let mut buf = SendBuf::<i32>::new();
@@ -85,8 +85,8 @@ fn messages_without_descriptors_share_calls_with_those_of_another_grouping() {
         calls.push((plan.bytes, plan.fds));
         drop(buf.sent(plan, plan.bytes));
     }
-    // No descriptor comes with an earlier message that was encoded for a receiver which can't have
-    // that.
+    // No descriptor comes with an earlier message that was encoded for a receiver that can't handle
+    // it.
     assert_eq!(calls, [(8, 0), (12, 1), (12, 1), (4, 1)]);
 }
 
@@ -139,12 +139,8 @@ fn a_message_with_more_descriptors_than_are_left_is_cut() {
         assert_eq!(buf.plan(Carrier::Stream), next, "after {taken} bytes");
     }
     let packets = |send_buffer_bytes| {
-        let mut connection = Connection::new(Carrier::packets(send_buffer_bytes), Grouping::Free);
-        connection.encode(frame(102_400, 0)).unwrap();
-        while !connection.outbound.is_empty() {
-            connection.wire.send(&mut connection.outbound, 1.0);
-        }
-        Vec::from_iter(connection.wire.queue.iter().map(|packet| packet.bytes.len()))
+        let calls = each_call(Carrier::packets(send_buffer_bytes), Grouping::Free, [frame(102_400, 0)]);
+        Vec::from_iter(calls.into_iter().map(|(bytes, _)| bytes))
     };
     assert_eq!(packets(1 << 20), [8, 102_400]);
     assert_eq!(packets(212_992), [65_600, 36_808]);
@@ -299,8 +295,8 @@ fn each_fault_has_its_error() {
 
 #[test]
 fn after_a_loss_only_messages_that_need_none_of_it_are_good() {
-    /// Decodes three frames of 1, 0 and 2 descriptors of which the last was lost; returns those of
-    /// the good ones.
+    /// Decodes three frames of 1, 0 and 2 descriptors, of which the last was lost. Returns the
+    /// numbers of descriptors of the good ones.
     fn good(mut codec: impl Decoder<u32, Item = Frame<u32>, Error = Error>) -> Vec<usize> {
         let frames = [1, 0, 2].map(|fds| [0xFD, 0x10, 0, fds, 0, 0, 0, 0]).concat();
         let mut inbound = Inbound::new(true, BytesMut::from(&frames[..]), FdQueue::from_iter([1, 2]));
@@ -387,7 +383,7 @@ fn an_answer_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
     assert!(matches!(fds.claim(2), Err(Error::TruncatedControl)));
 }
 
-/// As encoders of other crates write.
+/// Encoders of other crates write in this way.
 #[test]
 fn bytes_are_written_as_to_any_other_buffer() {
     use bytes::BufMut;
@@ -407,7 +403,7 @@ fn bytes_are_written_as_to_any_other_buffer() {
 
 #[test]
 fn a_long_message_of_unknown_length_is_not_moved_for_every_packet() {
-    /// Never finds an end.
+    /// A codec that never finds the end of a message.
     struct Endless;
     impl Codec for Endless {}
     impl Decoder<u32> for Endless {
@@ -457,7 +453,7 @@ fn room_for_a_packet_of_any_length_is_room_for_the_largest() {
     }
 }
 
-/// The sender may not have announced the length, and so put other frames into the same packet.
+/// If the sender has not announced the length, it may put other frames into the same packet.
 #[test]
 fn room_for_the_rest_of_a_frame_is_room_for_a_small_packet() {
     let mut bytes = BytesMut::with_capacity(108);

@@ -17,7 +17,7 @@ use super::{
     path::PathGuard,
     uid_account::{OverLimit, UidAccounts, UidShare},
 };
-use crate::credentials::overflow_id;
+use crate::sys::overflow_id;
 
 /// The shortest time between two log lines about refused peers: a peer that connects in a loop must
 /// not fill the log.

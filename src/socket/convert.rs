@@ -15,7 +15,7 @@ use nix::{
 };
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
-use super::{Listener, PassCredentials, Socket, SocketKind, SocketState, set_nonblocking};
+use super::{Listener, PassCredentials, Socket, SocketKind, SocketState, open::set_nonblocking};
 use crate::{
     closer::{BackgroundFd, close_in_background},
     sys,

@@ -90,6 +90,35 @@ pub(crate) enum Attempt {
     Scarce,
 }
 
+/// The meaning of an error of a send, after which nothing was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SendFailure {
+    /// The socket takes nothing until it is writable (`EAGAIN`).
+    Full,
+    /// Too many descriptors of this uid are in flight (`ETOOMANYREFS`), or the kernel has no memory
+    /// (`ENOMEM`). It takes some time until receivers receive, and no event announces that: the
+    /// socket reports writable all the time.
+    Scarce,
+    /// The send buffer never takes a packet of this size (`EMSGSIZE`).
+    PacketTooLarge,
+    /// The kernel has no memory in one piece for a packet of this size at the moment (`ENOBUFS`).
+    NoMemoryForPacket,
+    /// Any other error.
+    Final,
+}
+
+impl SendFailure {
+    pub(crate) fn of(error: &Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN) => Self::Full,
+            Some(libc::ETOOMANYREFS | libc::ENOMEM) => Self::Scarce,
+            Some(libc::EMSGSIZE) => Self::PacketTooLarge,
+            Some(libc::ENOBUFS) => Self::NoMemoryForPacket,
+            _ => Self::Final,
+        }
+    }
+}
+
 impl<'a> Endpoint<'a> {
     pub(crate) fn new(fd: BorrowedFd<'a>, state: &'a SocketState) -> Self {
         Self { fd, state }

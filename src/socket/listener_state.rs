@@ -24,9 +24,8 @@ use super::{
     Endpoint, PassCredentials, PeerCred, SocketKind, SocketState,
     admission::Admission,
     convert::{checked, invalid_descriptor, unix_socket_kind},
-    local_addr, new_socket,
-    path::{PathGuard, unix_addr},
-    set_nonblocking,
+    open::{local_addr, new_nonblocking, set_nonblocking, unix_addr},
+    path::PathGuard,
     uid_account::UidShare,
 };
 use crate::{
@@ -59,7 +58,7 @@ impl ListenerState {
     pub(crate) fn bind(path: &Path, kind: SocketKind, mode: u32) -> Result<(BackgroundFd, Self)> {
         let addr = UnixAddr::new(path)?;
         let mut guard = PathGuard::take(path)?;
-        let fd = new_socket(kind)?;
+        let fd = new_nonblocking(kind)?;
         guard.bind(&fd, &addr, mode)?;
         socket::listen(&fd, Backlog::MAXCONN)?;
         Ok(Self::new(fd, kind, Some(guard)))
@@ -71,7 +70,7 @@ impl ListenerState {
             return Self::bind(path, kind, 0o600);
         }
         let addr = unix_addr(addr)?;
-        let fd = new_socket(kind)?;
+        let fd = new_nonblocking(kind)?;
         socket::bind(fd.as_raw_fd(), &addr)?;
         socket::listen(&fd, Backlog::MAXCONN)?;
         Ok(Self::new(fd, kind, None))

@@ -6,30 +6,25 @@ mod convert;
 mod datagram;
 mod endpoint;
 mod inherited;
-mod io;
 mod listener;
 mod listener_state;
+mod open;
 mod options;
 mod pass_credentials;
 mod path;
+mod receive;
+mod send;
 mod uid_account;
 
 use std::{
-    io::Result,
+    io::{ErrorKind, Result},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        linux::net::SocketAddrExt,
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::SocketAddr,
     },
     path::Path,
-    time::Duration,
 };
 
-use nix::{
-    errno::Errno,
-    fcntl::{FcntlArg, OFlag, fcntl},
-    sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr},
-};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     runtime::Handle,
@@ -37,17 +32,18 @@ use tokio::{
 
 pub(crate) use convert::connected;
 pub use datagram::{Datagram, DatagramSocket};
-pub(crate) use endpoint::{Attempt, Endpoint, SocketState};
+pub(crate) use endpoint::{Attempt, Endpoint, SendFailure, SocketState};
 pub(crate) use inherited::{take_numbered, take_stdin};
-pub(crate) use io::SendWait;
 pub use listener::Listener;
 pub(crate) use listener_state::{ListenerState, listener_addr};
+pub(crate) use open::{connect, new_pair, new_socket, unix_addr};
 pub use options::PeerCred;
 pub use pass_credentials::PassCredentials;
-pub(crate) use path::{PathGuard, unix_addr};
+pub(crate) use path::PathGuard;
+pub(crate) use send::SendWait;
 pub use uid_account::UidLimits;
 
-use crate::{closer::BackgroundFd, sys};
+use crate::{backoff::Backoff, closer::BackgroundFd, sys};
 
 /// The kind of a connected Unix socket.
 ///
@@ -60,15 +56,6 @@ pub enum SocketKind {
     SeqPacket,
     /// A socket of type `SOCK_STREAM`: connected, in order, a stream of bytes.
     Stream,
-}
-
-impl SocketKind {
-    pub(crate) fn sock_type(self) -> SockType {
-        match self {
-            Self::SeqPacket => SockType::SeqPacket,
-            Self::Stream => SockType::Stream,
-        }
-    }
 }
 
 /// A connected Unix socket of either kind, registered with tokio.
@@ -109,7 +96,7 @@ impl Socket {
     /// # Errors
     /// The errors of socketpair(2): no more descriptors, no memory.
     pub fn pair(kind: SocketKind) -> Result<(Self, Self)> {
-        let (a, b) = socket::socketpair(AddressFamily::Unix, kind.sock_type(), None, SockFlag::SOCK_CLOEXEC)?;
+        let (a, b) = new_pair(kind)?;
         Ok((Self::register(a, kind)?, Self::register(b, kind)?))
     }
 
@@ -142,19 +129,18 @@ impl Socket {
     /// # Cancel safety
     /// Nothing is left behind when dropped.
     pub async fn connect_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
-        let addr = path::unix_addr(addr)?;
-        let fd = new_socket(kind)?;
+        let addr = unix_addr(addr)?;
+        let fd = open::new_nonblocking(kind)?;
         let mut backoff = Backoff::default();
         loop {
-            match socket::connect(fd.as_raw_fd(), &addr) {
+            match connect(&fd, &addr) {
                 Ok(()) => {
-                    set_nonblocking(&fd, false)?;
+                    open::set_nonblocking(&fd, false)?;
                     return Self::register(fd, kind);
                 }
                 // The backlog is full. The kernel has begun nothing, so no event will come.
-                Err(Errno::EAGAIN) => tokio::time::sleep(backoff.next()).await,
-                Err(Errno::EINTR) => {}
-                Err(error) => return Err(error.into()),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => tokio::time::sleep(backoff.next()).await,
+                Err(error) => return Err(error),
             }
         }
     }
@@ -240,43 +226,5 @@ impl Socket {
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.get_ref().as_fd()
-    }
-}
-
-/// Returns the address that a socket is bound to, or `None` if it has no name.
-fn local_addr(socket: &impl AsRawFd) -> Result<Option<SocketAddr>> {
-    let addr = socket::getsockname::<UnixAddr>(socket.as_raw_fd())?;
-    match (addr.path(), addr.as_abstract()) {
-        (Some(path), _) => SocketAddr::from_pathname(path).map(Some),
-        (_, Some(name)) => SocketAddr::from_abstract_name(name).map(Some),
-        _ => Ok(None),
-    }
-}
-
-/// Returns a new non-blocking socket, for `connect` and `accept`: they have no flag for a single
-/// call.
-fn new_socket(kind: SocketKind) -> Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    Ok(socket::socket(AddressFamily::Unix, kind.sock_type(), flags, None)?)
-}
-
-/// Changes `O_NONBLOCK` of the open file, for every holder.
-fn set_nonblocking(fd: impl AsFd, yes: bool) -> Result<()> {
-    let mut flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-    flags.set(OFlag::O_NONBLOCK, yes);
-    fcntl(&fd, FcntlArg::F_SETFL(flags))?;
-    Ok(())
-}
-
-/// The waiting times for something that no event announces: 1 ms, then twice as long each time, up
-/// to 64 ms.
-#[derive(Debug, Default)]
-pub(crate) struct Backoff(u32);
-
-impl Backoff {
-    pub(crate) fn next(&mut self) -> Duration {
-        let delay = Duration::from_millis(1 << self.0);
-        self.0 = (self.0 + 1).min(6);
-        delay
     }
 }

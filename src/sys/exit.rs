@@ -47,7 +47,7 @@ use nix::{
 };
 
 use super::{close_all, recvmsg, sendmsg};
-use crate::limits::SCM_MAX_FD;
+use crate::{backoff::Backoff, limits::SCM_MAX_FD};
 
 /// The longest time that the nursery thread may take to start.
 const LONGEST_START: Duration = Duration::from_secs(5);
@@ -127,11 +127,10 @@ pub(crate) fn most_sockets_at_once() -> usize {
 /// Starts a task that takes the next message out of the queue and exits, and waits until it is
 /// gone.
 fn close_next_message(nursery: BorrowedFd<'_>, stack: &mut Stack) {
-    let mut delay = Duration::from_millis(1);
+    let mut backoff = Backoff::new(Duration::from_millis(1), Duration::from_secs(1));
     while !matches!(receive_in_exiting_task(nursery, stack), Ok(true)) {
         // There is no task or no memory at the moment. The message stays in the queue.
-        thread::sleep(delay);
-        delay = (2 * delay).min(Duration::from_secs(1));
+        thread::sleep(backoff.next());
     }
 }
 

@@ -3,10 +3,17 @@
 use std::{
     io,
     mem::MaybeUninit,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
 };
 
-use nix::{errno::Errno, libc, sys::socket::getsockopt};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        socket::getsockopt,
+    },
+};
 
 use super::Domain;
 
@@ -16,12 +23,33 @@ pub(crate) fn is_socket(fd: BorrowedFd<'_>) -> bool {
     !matches!(getsockopt(&fd, Domain), Err(Errno::ENOTSOCK | Errno::EBADF))
 }
 
+/// The type of an open file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FileType {
+    Socket,
+    RegularOrDirectory,
+    CharacterDevice,
+    BlockDevice,
+    /// A pipe, or a file without a type: an eventfd, an epoll instance and the like.
+    Other,
+}
+
+impl FileType {
+    fn of_mode(mode: u32) -> Self {
+        match mode & libc::S_IFMT {
+            libc::S_IFSOCK => Self::Socket,
+            libc::S_IFREG | libc::S_IFDIR => Self::RegularOrDirectory,
+            libc::S_IFCHR => Self::CharacterDevice,
+            libc::S_IFBLK => Self::BlockDevice,
+            _ => Self::Other,
+        }
+    }
+}
+
 /// The type of an open file and the device that it is on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FileKind {
-    /// The `S_IFMT` bits: `S_IFREG`, `S_IFCHR` and so on. They are 0 for an eventfd, an epoll
-    /// instance and the like.
-    pub(crate) file_type: u32,
+    pub(crate) file_type: FileType,
     /// The major and minor number of the device that the file system is on.
     pub(crate) device: (u32, u32),
     /// The major number of the file itself, if it is a device.
@@ -40,8 +68,13 @@ pub(crate) fn file_kind(fd: BorrowedFd<'_>) -> io::Result<FileKind> {
     // SAFETY: all zero is a valid value, and the call has succeeded.
     let found = unsafe { found.assume_init() };
     Ok(FileKind {
-        file_type: u32::from(found.stx_mode) & libc::S_IFMT,
+        file_type: FileType::of_mode(found.stx_mode.into()),
         device: (found.stx_dev_major, found.stx_dev_minor),
         own_major: found.stx_rdev_major,
     })
+}
+
+/// Makes an empty file in memory.
+pub(crate) fn new_memfd() -> io::Result<OwnedFd> {
+    Ok(memfd_create("fdwire", MFdFlags::MFD_CLOEXEC)?)
 }

@@ -19,7 +19,7 @@ use nix::{
     sys::socket::{SockaddrLike, UnixAddr},
 };
 
-use super::address::Name;
+use super::{address::Name, credentials::from_kernel};
 use crate::{credentials::Credentials, limits::SCM_MAX_FD};
 
 /// The type of a control message with a pidfd, which libc 0.2 lacks. It carries one descriptor,
@@ -250,7 +250,7 @@ fn take_control(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> (usiz
         // SAFETY: `header` is one of the message's headers; the macro checks the bounds.
         header = unsafe { libc::CMSG_NXTHDR(message, header) };
     }
-    let credentials = sender.and_then(|ucred| Credentials::from_kernel(ucred.pid, ucred.uid, ucred.gid, pidfd));
+    let credentials = sender.and_then(|sender| from_kernel(sender, pidfd));
     (count, credentials)
 }
 

@@ -4,21 +4,25 @@
 mod address;
 mod buf_mut;
 mod close;
+mod credentials;
 mod exit;
 mod inherited;
 mod kind;
 mod lock;
 mod message;
 mod option;
+mod poll;
 mod readiness;
 
 pub(crate) use close::close_all;
+pub(crate) use credentials::{may_have_same_file, overflow_id};
 pub(crate) use exit::{ExitCloser, most_sockets_at_once};
 pub(crate) use inherited::take_inherited;
-pub(crate) use kind::{FileKind, file_kind, is_socket};
+pub(crate) use kind::{FileKind, FileType, file_kind, is_socket, new_memfd};
 pub(crate) use lock::{try_lock, unlock};
 pub(crate) use message::{Received, recv_datagram, recvmsg, send_datagram, sendmsg};
-pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol};
+pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol, switch_off_linger};
+pub(crate) use poll::{Event, has_changed, wait_for};
 pub(crate) use readiness::{CloseFd, FdGuard, register};
 
 use std::{

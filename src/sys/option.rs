@@ -1,6 +1,11 @@
-//! The socket options that nix does not have.
+//! Socket options: those that nix does not have, and one that takes a value of libc.
 
-use nix::{getsockopt_impl, libc, setsockopt_impl, sockopt_impl};
+use std::os::fd::BorrowedFd;
+
+use nix::{
+    getsockopt_impl, libc, setsockopt_impl, sockopt_impl,
+    sys::socket::{setsockopt, sockopt},
+};
 
 // These are missing from libc 0.2 too. The numbers are those of asm-generic/socket.h. The
 // architectures with other numbers (alpha, mips, parisc, sparc) are not supported.
@@ -27,3 +32,8 @@ sockopt_impl!(
     /// True if the socket takes descriptors from its peer. Accepted sockets inherit it. Linux 6.16.
     PassRights, Both, libc::SOL_SOCKET, SO_PASSRIGHTS, bool
 );
+
+/// Switches off `SO_LINGER`. Fails silently on sockets that do not have it.
+pub(crate) fn switch_off_linger(socket: BorrowedFd<'_>) {
+    let _ = setsockopt(&socket, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
+}

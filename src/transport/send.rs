@@ -1,15 +1,13 @@
 use std::{io, mem, net::Shutdown, os::fd::AsFd};
 
-use nix::libc;
-
 use super::Unsent;
 use crate::{
     closer::{close_sent, close_unsent},
     codec::{Carrier, Encoder, Grouping, Plan, SendBuf, largest_packet},
-    error::{Error, SendError},
+    error::{Error, SendError, copy_of},
     limits::Limits,
     send_fd::SendFd,
-    socket::{Attempt, Endpoint, SocketKind},
+    socket::{Attempt, Endpoint, SendFailure, SocketKind},
 };
 
 /// The sending direction of a connection: the messages that wait, and the state of the direction.
@@ -46,7 +44,7 @@ impl Sending {
         match self {
             Self::Open => None,
             Self::Closed => Some(Error::Closed),
-            Self::Failed(error) => Some(Error::Io(repeat(error))),
+            Self::Failed(error) => Some(Error::Io(copy_of(error))),
         }
     }
 }
@@ -56,15 +54,8 @@ impl Clone for Sending {
         match self {
             Self::Open => Self::Open,
             Self::Closed => Self::Closed,
-            Self::Failed(error) => Self::Failed(repeat(error)),
+            Self::Failed(error) => Self::Failed(copy_of(error)),
         }
-    }
-}
-
-fn repeat(error: &io::Error) -> io::Error {
-    match error.raw_os_error() {
-        Some(number) => io::Error::from_raw_os_error(number),
-        None => io::Error::new(error.kind(), error.to_string()),
     }
 }
 
@@ -148,40 +139,36 @@ impl SendSide {
     /// Decides what to do after a send has failed.
     #[cold]
     fn recover(&mut self, socket: Endpoint<'_>, failed: Plan, error: io::Error) -> io::Result<Attempt> {
-        match error.raw_os_error() {
-            Some(libc::EAGAIN) => return Ok(Attempt::Full),
-            // Too many descriptors of this uid are in flight, or there is no memory for more. They
-            // get fewer when receivers receive, which no event announces: the socket reports
-            // writable all along.
-            Some(libc::ETOOMANYREFS | libc::ENOMEM) => return Ok(Attempt::Scarce),
-            // The send buffer holds no packet of this size: it has been made smaller, or else the
-            // error is final.
-            Some(libc::EMSGSIZE) => {
+        match SendFailure::of(&error) {
+            SendFailure::Full => Ok(Attempt::Full),
+            SendFailure::Scarce => Ok(Attempt::Scarce),
+            // The send buffer may have been made smaller. If it was not, the error is final.
+            SendFailure::PacketTooLarge => {
                 let (largest, max_packet_bytes) = largest_call(socket);
-                if max_packet_bytes != self.buf.max_packet_bytes() {
-                    (self.carrier, self.largest) = (largest, largest);
-                    self.buf.set_max_packet_bytes(max_packet_bytes);
-                    return Ok(Attempt::Again);
+                if max_packet_bytes == self.buf.max_packet_bytes() {
+                    return Err(error);
                 }
+                (self.carrier, self.largest) = (largest, largest);
+                self.buf.set_max_packet_bytes(max_packet_bytes);
+                Ok(Attempt::Again)
             }
-            // There is no kernel memory in one piece for a packet of this size at the moment.
-            Some(libc::ENOBUFS) => {
+            // Try smaller packets, until the plan gets no smaller.
+            SendFailure::NoMemoryForPacket => {
                 let smaller = self.carrier.smaller_than(failed.bytes);
                 if self.buf.plan(smaller) == failed {
                     return Ok(Attempt::Scarce);
                 }
                 self.carrier = smaller;
-                return Ok(Attempt::Again);
+                Ok(Attempt::Again)
             }
-            _ => {}
+            SendFailure::Final => Err(error),
         }
-        Err(error)
     }
 
     /// Fails the direction: it accepts and sends nothing from now on. Returns the error for the
     /// caller.
     pub(crate) fn fail(&mut self, error: io::Error) -> Error {
-        self.state = Sending::Failed(repeat(&error));
+        self.state = Sending::Failed(copy_of(&error));
         error.into()
     }
 
@@ -247,6 +234,7 @@ pub(crate) fn encode<E: Encoder<I>, I>(
 #[cfg(test)]
 mod tests {
     use futures::TryStreamExt;
+    use nix::libc;
 
     use super::*;
     use crate::{codec::FrameCodec, frame::Frame, framed::Framed, socket::Socket};

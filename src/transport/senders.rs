@@ -1,8 +1,8 @@
 //! The process that has sent a message.
 
-use std::sync::Arc;
+use std::{os::fd::AsFd, sync::Arc};
 
-use crate::{credentials::Credentials, error::Error};
+use crate::{credentials::Credentials, error::Error, sys};
 
 /// Attributes messages to the processes that wrote them. As long as the socket asks for
 /// credentials, the kernel ends a read where the bytes of another process begin. So all bytes of
@@ -43,7 +43,7 @@ impl Senders {
         let was_unknown = self.first_is_unknown && decoded == self.decoded;
         let before = self.of_message(decoded).cloned();
         let is_same = match (&self.last, &credentials) {
-            (Some(last), Some(now)) if is_rest && !last.is_same_sender(now) => return Err(Error::MixedSenders),
+            (Some(last), Some(now)) if is_rest && !is_same_process(last, now) => return Err(Error::MixedSenders),
             (last, now) => last.is_some() == now.is_some(),
         };
         self.before = before;
@@ -74,12 +74,25 @@ impl Senders {
     }
 }
 
+/// Returns true if both name the same process with the same ids, as far as this can be known.
+///
+/// A process id may have been used again, and processes of another PID namespace have none. Pidfds
+/// distinguish even these processes.
+fn is_same_process(a: &Credentials, b: &Credentials) -> bool {
+    let has_same_ids = (a.pid, a.uid, a.gid) == (b.pid, b.uid, b.gid);
+    has_same_ids
+        && match (&a.pidfd, &b.pidfd) {
+            (Some(a), Some(b)) => sys::may_have_same_file(a.as_fd(), b.as_fd()),
+            _ => true,
+        }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn process(pid: i32) -> Option<Credentials> {
-        Credentials::from_kernel(pid, 1000, 1000, None)
+        Some(Credentials { uid: 1000, gid: 1000, pid: Some(pid), pidfd: None })
     }
 
     fn pid_of(senders: &Senders, decoded: u64) -> Option<i32> {
@@ -116,7 +129,7 @@ mod tests {
         let [(one, _), (other, _)] = [(); 2].map(|()| std::io::pipe().unwrap());
         let process = |pidfd: &std::io::PipeReader| {
             let pidfd = pidfd.try_clone().unwrap().into();
-            Credentials::from_kernel(0, 1000, 1000, Some(pidfd))
+            Some(Credentials { uid: 1000, gid: 1000, pid: None, pidfd: Some(pidfd) })
         };
         let mut senders = Senders::default();
         senders.received(process(&one), 0, false).unwrap();

@@ -21,11 +21,12 @@ use tokio::{
 
 use super::{Datagram, DatagramSocket, MAX_PAYLOAD_BYTES};
 use crate::{
+    backoff::Backoff,
     closer::{Account, BackgroundFd},
     error::Error,
     frame::Fds,
     limits::SCM_MAX_FD,
-    socket::{Backoff, path::unix_addr},
+    socket::{SendFailure, open::unix_addr},
     sys,
 };
 
@@ -88,8 +89,9 @@ impl DatagramSocket {
                     coop.made_progress();
                     return Ok(());
                 }
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) if receiver.is_none() => {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => match SendFailure::of(&error) {
+                    SendFailure::Full if receiver.is_none() => {
                         drop(coop);
                         // The readiness from before the send may be stale. So first ask for
                         // readiness and try again. If that fails too, it was stale: clear it and
@@ -101,12 +103,11 @@ impl DatagramSocket {
                     }
                     // No event announces that the queue of another socket has room, that fewer
                     // descriptors are in flight, or that there is memory.
-                    Some(libc::EAGAIN | libc::ETOOMANYREFS | libc::ENOMEM | libc::ENOBUFS) => {
+                    SendFailure::Full | SendFailure::Scarce | SendFailure::NoMemoryForPacket => {
                         drop(coop);
                         tokio::time::sleep(backoff.next()).await;
                     }
-                    Some(libc::EINTR) => {}
-                    _ => return Err(error),
+                    SendFailure::PacketTooLarge | SendFailure::Final => return Err(error),
                 },
             }
         }

@@ -20,8 +20,8 @@ use super::{
     PassCredentials,
     convert::{checked, invalid_descriptor, unix_socket_type},
     inherited::take_numbered,
-    local_addr,
-    path::{PathGuard, unix_addr},
+    open::{local_addr, unix_addr},
+    path::PathGuard,
 };
 use crate::{
     closer::{self, Account, BackgroundFd, InBackground},

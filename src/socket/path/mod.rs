@@ -1,4 +1,4 @@
-//! The addresses of Unix sockets, and the ownership of a path.
+//! The ownership of a path.
 
 mod lock;
 mod moved;
@@ -8,10 +8,9 @@ use std::{
     io::{Error, ErrorKind, Result},
     os::{
         fd::{AsRawFd, OwnedFd},
-        linux::net::SocketAddrExt,
         unix::{
             fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt},
-            net::{SocketAddr, UnixDatagram},
+            net::UnixDatagram,
         },
     },
     path::{Path, PathBuf},
@@ -25,14 +24,6 @@ use nix::{
         stat::{Mode, fchmod},
     },
 };
-
-pub(crate) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
-    match (addr.as_pathname(), addr.as_abstract_name()) {
-        (Some(path), _) => Ok(UnixAddr::new(path)?),
-        (_, Some(name)) => Ok(UnixAddr::new_abstract(name)?),
-        _ => Err(Error::new(ErrorKind::InvalidInput, "the address has no name")),
-    }
-}
 
 /// The right to bind a socket to a path, and to remove it from there.
 ///

@@ -1,9 +1,9 @@
-//! The one send loop and the one receive loop.
+//! The one send loop.
 
 use std::{
     future::Future,
     io::Result,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::AsFd,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -15,59 +15,13 @@ use tokio::{
         unix::{AsyncFd, AsyncFdReadyGuard},
     },
     task::coop,
-    time::{Instant, Sleep},
+    time::Sleep,
 };
 
-use super::{Attempt, Backoff, Endpoint, Socket, SocketKind};
-use crate::{
-    closer::BackgroundFd,
-    sys::{self, Received},
-};
+use super::{Attempt, Endpoint, Socket};
+use crate::{backoff::Backoff, closer::BackgroundFd, sys};
 
 impl Socket {
-    /// Waits until there is something to receive, and calls `receive`, which makes one
-    /// [`recvmsg`](sys::recvmsg).
-    ///
-    /// Readiness is kept until the socket is certainly empty, because no new event comes for data
-    /// that is left. Usually only `EAGAIN` proves that. A short read of a stream proves it too,
-    /// unless [something splits](Self::is_drained) reads.
-    pub(crate) fn poll_recv(
-        &self,
-        cx: &mut Context<'_>,
-        mut receive: impl FnMut(BorrowedFd<'_>) -> Result<Received>,
-    ) -> Poll<Result<Received>> {
-        loop {
-            let mut ready = ready!(self.io.poll_read_ready(cx))?; // takes part in the cooperative budget
-            match self.endpoint().receive(&mut receive)? {
-                None => ready.clear_ready(),
-                Some(received) => {
-                    if self.is_drained(&received) {
-                        ready.clear_ready();
-                    }
-                    return Poll::Ready(Ok(received));
-                }
-            }
-        }
-    }
-
-    /// Returns true if a receive has taken everything that was there when it began.
-    ///
-    /// The kernel ends the read of a stream early at three places: behind bytes that came with
-    /// descriptors, between data of different processes if credentials are on, and before the
-    /// out-of-band mark. The first two bring control data. The third is announced as priority
-    /// readiness, which stays set from then on.
-    fn is_drained(&self, received: &Received) -> bool {
-        let stream = self.kind() == SocketKind::Stream;
-        let split = received.with_control || received.bytes == 0;
-        stream && received.short && !split && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_err()
-    }
-
-    /// Returns a timer of the runtime that the socket is registered with.
-    pub(crate) fn sleep_until(&self, deadline: Instant) -> Sleep {
-        let _context = self.runtime.enter();
-        tokio::time::sleep_until(deadline)
-    }
-
     /// Makes attempts until one of them has sent something. It tries first, and waits only if the
     /// socket takes nothing.
     pub(crate) fn poll_send(
@@ -125,10 +79,7 @@ impl SendWait {
             drop(ready!(duplicate.poll_write_ready(cx))?);
             self.duplicate = None;
         }
-        match self.full {
-            true => socket.io.poll_write_ready(cx).map_ok(Some),
-            false => Poll::Ready(Ok(None)),
-        }
+        if self.full { socket.io.poll_write_ready(cx).map_ok(Some) } else { Poll::Ready(Ok(None)) }
     }
 
     /// Waits until a quiet socket is writable.
@@ -166,6 +117,7 @@ mod tests {
     use std::{future::poll_fn, io::IoSlice, time::Duration};
 
     use super::*;
+    use crate::socket::SocketKind;
 
     #[tokio::test]
     async fn after_a_send_that_succeeds_nothing_is_left_of_what_was_waited_for() {
