@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{
     closer::BackgroundFd,
-    socket::{ListenerState, PassCredentials, SocketKind, UidLimits, listener_addr, take_numbered, take_stdin},
+    error,
+    socket::{self, ListenerState, PassCredentials, SocketKind, UidLimits, listener_addr, take_numbered, take_stdin},
     sys::Event,
 };
 
@@ -190,7 +191,7 @@ impl Listener {
 }
 
 fn timed_out() -> Error {
-    crate::Error::TimedOut.into()
+    error::Error::TimedOut.into()
 }
 
 impl AsFd for Listener {
@@ -229,8 +230,8 @@ impl From<Listener> for OwnedFd {
 }
 
 /// Takes the listener off its event loop. It still owns its path and admits the same peers.
-impl From<crate::Listener> for Listener {
-    fn from(listener: crate::Listener) -> Self {
+impl From<socket::Listener> for Listener {
+    fn from(listener: socket::Listener) -> Self {
         Self::new(listener.into_unregistered())
     }
 }
@@ -242,7 +243,7 @@ impl From<crate::Listener> for Listener {
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if the runtime's I/O driver is not enabled.
-impl TryFrom<Listener> for crate::Listener {
+impl TryFrom<Listener> for socket::Listener {
     type Error = Error;
 
     fn try_from(listener: Listener) -> Result<Self> {

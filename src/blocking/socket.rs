@@ -11,7 +11,7 @@ use std::{
 use crate::{
     closer::BackgroundFd,
     socket::{
-        Endpoint, PassCredentials, PeerCred, SocketKind, SocketState, connect, connected, new_pair, new_socket,
+        self, Endpoint, PassCredentials, PeerCred, SocketKind, SocketState, connect, connected, new_pair, new_socket,
         take_numbered, take_stdin, unix_addr,
     },
 };
@@ -215,8 +215,8 @@ impl From<Socket> for OwnedFd {
 
 /// Takes the socket off its event loop. A connection that a listener has accepted still counts for
 /// its uid.
-impl From<crate::Socket> for Socket {
-    fn from(socket: crate::Socket) -> Self {
+impl From<socket::Socket> for Socket {
+    fn from(socket: socket::Socket) -> Self {
         Self::new(socket.into_unregistered())
     }
 }
@@ -229,7 +229,7 @@ impl From<crate::Socket> for Socket {
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if the runtime's I/O driver is not enabled.
-impl TryFrom<Socket> for crate::Socket {
+impl TryFrom<Socket> for socket::Socket {
     type Error = Error;
 
     fn try_from(socket: Socket) -> Result<Self> {

@@ -6,6 +6,7 @@
 //! wrong number.
 
 mod buffers;
+mod carrier;
 #[cfg(test)]
 mod copies;
 mod dry_run;
@@ -13,6 +14,7 @@ mod fd_queue;
 mod frame_codec;
 mod inbound;
 mod map;
+mod message;
 mod messages;
 #[cfg(test)]
 mod model;
@@ -30,6 +32,8 @@ use std::os::fd::OwnedFd;
 
 use bytes::BytesMut;
 
+use carrier::LARGEST_PACKET;
+pub(crate) use carrier::{Carrier, Plan, largest_packet};
 pub use dry_run::{DryRun, SendCall};
 pub use fd_queue::FdQueue;
 pub use frame_codec::FrameCodec;
@@ -37,8 +41,6 @@ pub(crate) use inbound::{Inbound, Step, Unfinished};
 pub use map::Map;
 pub use packet_codec::PacketCodec;
 pub use payload::{PayloadCodec, PayloadError};
-use plan::LARGEST_PACKET;
-pub(crate) use plan::{Carrier, Plan, largest_packet};
 pub use send_buf::SendBuf;
 
 use crate::{

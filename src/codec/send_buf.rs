@@ -4,7 +4,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::{
     Grouping,
-    messages::{Message, OpenPart},
+    message::{Message, OpenPart},
     pieces::{IOV_MAX, Pieces},
 };
 use crate::send_fd::SendFd;

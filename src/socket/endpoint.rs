@@ -20,6 +20,7 @@ use nix::{
 use super::{PassCredentials, PeerCred, SocketKind, uid_account::UidShare};
 use crate::{
     closer::{self, Account, BackgroundFd, InBackground},
+    error,
     sys::{self, Received},
 };
 
@@ -198,7 +199,7 @@ impl<'a> Endpoint<'a> {
     /// # Errors
     /// [`OverUidLimit`](crate::Error::OverUidLimit) if the uid has more than it may have.
     #[inline]
-    pub(crate) fn hold(self, bytes: usize, fds: usize) -> std::result::Result<(), crate::Error> {
+    pub(crate) fn hold(self, bytes: usize, fds: usize) -> std::result::Result<(), error::Error> {
         match &self.state.uid_share {
             Some(share) => share.hold(bytes, fds),
             None => Ok(()),

@@ -23,7 +23,7 @@ use nix::{
 use super::{
     Endpoint, PassCredentials, PeerCred, SocketKind, SocketState,
     admission::Admission,
-    convert::{checked, invalid_descriptor, unix_socket_kind},
+    check::{checked, invalid_descriptor, unix_socket_kind},
     open::{local_addr, new_nonblocking, set_nonblocking, unix_addr},
     path::PathGuard,
     uid_account::UidShare,

@@ -2,6 +2,7 @@
 //! sockets.
 
 mod admission;
+mod check;
 mod convert;
 mod datagram;
 mod endpoint;
@@ -30,7 +31,7 @@ use tokio::{
     runtime::Handle,
 };
 
-pub(crate) use convert::connected;
+pub(crate) use check::connected;
 pub use datagram::{Datagram, DatagramSocket};
 pub(crate) use endpoint::{Attempt, Endpoint, SendFailure, SocketState};
 pub(crate) use inherited::{take_numbered, take_stdin};

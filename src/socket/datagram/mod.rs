@@ -18,7 +18,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     PassCredentials,
-    convert::{checked, invalid_descriptor, unix_socket_type},
+    check::{checked, invalid_descriptor, unix_socket_type},
     inherited::take_numbered,
     open::{local_addr, unix_addr},
     path::PathGuard,
