@@ -90,39 +90,6 @@ pub struct Fds<F = OwnedFd> {
     held: ManuallyDrop<Option<Held<F>>>,
 }
 
-struct Held<F> {
-    list: List<F>,
-    /// The place for descriptors that nobody takes. `None` if they did not come from a peer.
-    home: Option<Arc<dyn Home<F>>>,
-}
-
-/// A list of one descriptor or of any number. It is small, because a message is moved several
-/// times.
-#[repr(usize)] // in whole words, which take fewer instructions to move
-enum List<F> {
-    One(F),
-    #[expect(clippy::box_collection, reason = "a `Vec` in place would make each message larger")]
-    Many(Box<Vec<F>>),
-}
-
-impl<F> List<F> {
-    fn as_slice(&self) -> &[F] {
-        match self {
-            Self::One(fd) => slice::from_ref(fd),
-            Self::Many(fds) => fds,
-        }
-    }
-}
-
-impl<F> From<List<F>> for SmallVec<[F; 1]> {
-    fn from(list: List<F>) -> Self {
-        match list {
-            List::One(fd) => Self::from_buf([fd]),
-            List::Many(fds) => Self::from_vec(*fds),
-        }
-    }
-}
-
 /// Takes back descriptors that came from a peer and that nobody wants.
 pub(crate) trait Home<F>: Send + Sync {
     fn take_back(self: Arc<Self>, fds: SmallVec<[F; 1]>);
@@ -318,3 +285,36 @@ impl<F: PartialEq> PartialEq for Fds<F> {
 }
 
 impl<F: Eq> Eq for Fds<F> {}
+
+struct Held<F> {
+    list: List<F>,
+    /// The place for descriptors that nobody takes. `None` if they did not come from a peer.
+    home: Option<Arc<dyn Home<F>>>,
+}
+
+/// A list of one descriptor or of any number. It is small, because a message is moved several
+/// times.
+#[repr(usize)] // in whole words, which take fewer instructions to move
+enum List<F> {
+    One(F),
+    #[expect(clippy::box_collection, reason = "a `Vec` in place would make each message larger")]
+    Many(Box<Vec<F>>),
+}
+
+impl<F> List<F> {
+    fn as_slice(&self) -> &[F] {
+        match self {
+            Self::One(fd) => slice::from_ref(fd),
+            Self::Many(fds) => fds,
+        }
+    }
+}
+
+impl<F> From<List<F>> for SmallVec<[F; 1]> {
+    fn from(list: List<F>) -> Self {
+        match list {
+            List::One(fd) => Self::from_buf([fd]),
+            List::Many(fds) => Self::from_vec(*fds),
+        }
+    }
+}

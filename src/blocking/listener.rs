@@ -167,10 +167,11 @@ impl Listener {
     /// # Errors
     /// `TimedOut` if none came within the [time](Self::set_accept_timeout), and those of accept(2).
     /// `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call.
-    /// Also those of setting up an accepted connection, which is closed then.
+    /// If setting up an accepted connection fails, it is closed and the error is returned.
     pub fn accept(&self) -> Result<Socket> {
         let deadline = Deadline::after(self.timeout);
         loop {
+            // Too many refused connections may wait to be closed.
             if !wait::until_woken(deadline, |cx| self.state.poll_closed(cx)) {
                 return Err(timed_out());
             }

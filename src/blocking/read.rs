@@ -86,6 +86,7 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
         let deadline = Deadline::after(receiver.timeout);
         let mut receives = 0_u32;
         loop {
+            // Yield what is complete. Otherwise receive, unless the time is over.
             let received = match receiver.side.next(decoder) {
                 Ok(Step::Item(item)) => return Some(Ok(item)),
                 Ok(Step::Receive) if receives >= MOST_WHEN_OVER && deadline.is_over() => Err(Error::TimedOut),
@@ -132,6 +133,7 @@ impl Receiver {
         let limits = decoder.limits();
         let Self { socket, side, .. } = self;
         let endpoint = socket.endpoint();
+        // Nothing complete is left, so everything that has arrived counts for the peer's uid.
         let is_rest = side.has_part();
         side.hold(endpoint)?;
         // Receive nothing while too many descriptors of this peer wait to be closed.
@@ -142,6 +144,7 @@ impl Receiver {
             if let Some(received) = endpoint.receive(|fd| side.receive(fd, decoder))? {
                 return side.received(endpoint, received, is_rest);
             }
+            // Nothing is there: give the buffer up, and wait until the first of both limits.
             side.release();
             let until = match side.rest(limits.max_unfinished_time, Instant::now) {
                 Rest::Unlimited => deadline,

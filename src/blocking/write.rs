@@ -97,6 +97,7 @@ impl<E> WriteHalf<E> {
     where
         E: Encoder<I>,
     {
+        // Make room first. Then the item is accepted, or comes back with the reason.
         let limits = self.encoder.limits();
         if !self.outbound.side.surely_has_room(&limits) {
             let has_room = |buf: &SendBuf| limits.leave_room_beside(buf.len(), buf.fd_count());

@@ -230,6 +230,7 @@ impl Closer {
         if let Some(account) = &job.account {
             account.add(job.fds.len());
         }
+        // Append the job, and wake the thread if it sleeps or if many descriptors wait.
         let mut backlog = self.running();
         let before = backlog.fds;
         backlog.fds += job.fds.len();
@@ -258,6 +259,7 @@ impl Closer {
         self.started.notify_all();
         let (mut jobs, mut closed) = (Vec::new(), Vec::new());
         loop {
+            // Take everything that waits, sort it, and close it without the lock.
             self.next(&lanes, &mut jobs, &mut closed);
             lanes.reported(closed.len());
             closed.clear();
@@ -273,11 +275,13 @@ impl Closer {
     /// Waits until there is something to do, and swaps the waiting jobs and charges with `jobs` and
     /// `closed`, which are empty. So no vector is allocated anew.
     fn next(&self, lanes: &Lanes, jobs: &mut Vec<Job>, closed: &mut Vec<Closed>) {
+        // Pause first, so that a busy process wakes this thread seldom.
         let pause = if lanes.has_to_retry() { RETRY } else { PAUSE };
         let (mut backlog, _) = self
             .changed
             .wait_timeout_while(self.lock(), pause, |backlog| backlog.fds < WAKE_AT)
             .unwrap_or_else(PoisonError::into_inner);
+        // Sleep without a limit only if nothing can come without a wake-up.
         if !lanes.has_to_retry() && !lanes.expects_a_report() && backlog.jobs.is_empty() {
             backlog.thread = Thread::Idle;
             backlog = self

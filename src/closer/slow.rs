@@ -68,6 +68,7 @@ fn close_all_that_wait(shared: &Mutex<State>) {
             state.threads -= 1;
             return;
         };
+        // From here on, this thread may be stuck, so it counts as busy until it is done.
         state.busy += 1;
         drop(state);
         if sys::is_socket(closing.fd.as_fd()) {

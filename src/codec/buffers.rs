@@ -44,10 +44,6 @@ pub(super) struct Buffers {
     after_large: bool,
 }
 
-fn is_page_start(buffer: &BytesMut) -> bool {
-    buffer.as_ptr().addr() % PAGE < PAGE_START
-}
-
 impl Buffers {
     pub(super) fn new(packets: bool, bytes: &BytesMut) -> Self {
         let least_room = if packets { SMALL_PACKET } else { 1 };
@@ -110,6 +106,7 @@ impl Buffers {
         if has_room && (needs_large || !self.in_large) {
             return;
         }
+        // Change to a buffer of the other size, and keep this one for later.
         if needs_large != self.in_large {
             let mut next = mem::take(&mut self.other);
             if !next.try_reclaim(size) {
@@ -119,11 +116,13 @@ impl Buffers {
             bytes.clear();
             self.other = mem::replace(bytes, next);
             (self.in_large, self.after_large) = (needs_large, self.in_large);
+        // Use this buffer again from its beginning, or leave it to its messages.
         } else if !bytes.try_reclaim(additional) {
             let mut next = new_buffer(size, spare);
             next.extend_from_slice(bytes);
             *bytes = next;
         }
+        // Move away from the start of a page.
         if is_page_start(bytes) {
             let held = bytes.len();
             bytes.put_bytes(0, PAGE_START);
@@ -131,6 +130,10 @@ impl Buffers {
             bytes.advance(PAGE_START);
         }
     }
+}
+
+fn is_page_start(buffer: &BytesMut) -> bool {
+    buffer.as_ptr().addr() % PAGE < PAGE_START
 }
 
 /// Returns an empty buffer with room for `size` bytes: the spare one, if it has the room and is of

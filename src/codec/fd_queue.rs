@@ -146,8 +146,8 @@ impl<F> FdQueue<F> {
         Fds::from_peer(self.fds.drain(..).collect(), self.home.clone())
     }
 
-    /// Takes the waiting descriptors out for good. From then on nothing closes them in the background:
-    /// each is closed where it is dropped.
+    /// Takes the waiting descriptors out for good. From then on nothing closes them in the
+    /// background: each is closed where it is dropped.
     pub fn into_vec(mut self) -> Vec<F> {
         mem::take(&mut self.fds).into()
     }

@@ -95,11 +95,13 @@ impl<F> Inbound<F> {
     pub(crate) fn next<D: Decoder<F>>(&mut self, decoder: &mut D) -> Result<Step<D::Item>, D::Error> {
         loop {
             match self.phase {
+                // After a loss, only a message that needs none of the lost descriptors is good.
                 Phase::Decoding => match decoder.decode(&mut self.bytes, &mut self.fds) {
                     Ok(Some(item)) if !self.lost || self.is_untouched_by_the_loss() => {
                         self.decoded += 1;
                         return Ok(Step::Item(item));
                     }
+                    // Nothing complete is left, so more has to be received.
                     Ok(None) if !self.lost => {
                         let fds = self.fds.count();
                         if fds > decoder.limits().max_queued_fds {
@@ -111,6 +113,7 @@ impl<F> Inbound<F> {
                     Err(error) => return Err(self.fail(error)),
                 },
                 Phase::Receiving => return Ok(Step::Receive),
+                // The stream has ended: the decoder yields what it can make of the rest.
                 Phase::Draining => match decoder.decode_eof(&mut self.bytes, &mut self.fds) {
                     Ok(Some(item)) => {
                         self.decoded += 1;

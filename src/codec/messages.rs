@@ -57,9 +57,11 @@ impl<F> SendBuf<F> {
             return Ok(());
         }
         self.end_part();
+        // Check all parts before any of them becomes a message, so that a refusal changes nothing.
         for index in 0..self.open_parts.len() {
             self.open_part(index, grouping).check(self.max_packet_bytes)?;
         }
+        // The messages before come first. The next run has the grouping of this message.
         self.end_run();
         if grouping != Grouping::Alone {
             self.run_grouping = grouping;
@@ -129,7 +131,8 @@ impl<F> SendBuf<F> {
     /// Removes the open message with all its parts. Returns its descriptors.
     pub(crate) fn roll_back(&mut self) -> Vec<F> {
         self.begin_message();
-        self.bytes.remove_last(self.len() - self.finished_bytes); // shared bytes are of one message
+        // No piece of shared bytes belongs to two messages, so only whole ones are removed.
+        self.bytes.remove_last(self.len() - self.finished_bytes);
         self.fds.split_off(self.finished_fds).into()
     }
 
@@ -174,6 +177,7 @@ impl<F> SendBuf<F> {
     /// fewer than planned, and all descriptors of the plan, because they went with the first byte.
     pub(crate) fn sent(&mut self, plan: Plan, bytes: usize) -> impl Iterator<Item = F> {
         debug_assert!(0 < bytes && bytes <= plan.bytes);
+        // The usual case: the run was all that waited, and all of it was sent.
         if self.only_run() == Some(bytes) {
             self.finished_bytes = 0;
             self.bytes.remove_first(bytes);
@@ -181,6 +185,8 @@ impl<F> SendBuf<F> {
         }
         self.end_run();
         self.attribute_sent_fds(plan.fds);
+        // Take the bytes from the messages. Descriptors of a message that begins are no longer
+        // ahead.
         let mut left = bytes;
         while left > 0 {
             let message = self.messages.front_mut().expect("messages hold all bytes");
@@ -196,6 +202,7 @@ impl<F> SendBuf<F> {
                 self.messages.pop_front();
             }
         }
+        // Take bytes and descriptors out of the buffer.
         self.message_bytes -= bytes;
         self.finished_bytes -= bytes;
         self.finished_fds -= plan.fds;
@@ -204,6 +211,7 @@ impl<F> SendBuf<F> {
         (plan.fds > 0).then(|| self.fds.drain(..plan.fds)).into_iter().flatten()
     }
 
+    /// Counts sent descriptors for the messages that they belong to.
     fn attribute_sent_fds(&mut self, mut fds: usize) {
         for message in &mut self.messages {
             if fds == 0 {

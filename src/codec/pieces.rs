@@ -57,6 +57,7 @@ impl Pieces {
 
     /// Appends everything that waits in `later`.
     pub(super) fn append(&mut self, later: &mut Self) {
+        // The tail of this queue is now followed by the copies before the first shared piece.
         if let Some(first) = later.shared.front_mut() {
             first.copied_before += self.copied.len() - self.tail_start;
             self.tail_start = self.copied.len() + later.tail_start - later.copied_start;
@@ -72,6 +73,7 @@ impl Pieces {
     /// Removes bytes from the end. Of shared bytes it removes all or none.
     pub(super) fn remove_last(&mut self, mut count: usize) {
         loop {
+            // First from the tail, then the last shared piece, then from the copies before it.
             let in_tail = count.min(self.copied.len() - self.tail_start);
             self.copied.truncate(self.copied.len() - in_tail);
             count -= in_tail;

@@ -101,6 +101,7 @@ impl<D, E> Framed<D, E> {
     /// rest of a message that was sent in part. No message and no descriptor is lost, unless the
     /// receiving direction has failed: then its bytes and descriptors were dropped.
     pub fn into_parts(self) -> FramedParts<D, E> {
+        // Each half gives up its reference to the socket. The last one is then unwrapped.
         let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
         let (socket, encoder, unsent, sending) = self.write.into_parts();
         drop(shared);
@@ -227,17 +228,6 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
     }
 }
 
-/// Returns the two directions of a socket. The sending one takes messages of several encoders.
-pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
-    let socket = Arc::new(socket);
-    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
-    outbound.side.shut_down_on_drop(true);
-    (
-        ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default(), Senders::default()),
-        outbound,
-    )
-}
-
 // No field is pinned: codecs are only used through `&mut`.
 impl<D, E> Unpin for Framed<D, E> {}
 
@@ -267,6 +257,17 @@ impl<D, E> From<ReuniteError<D, E>> for io::Error {
     fn from(error: ReuniteError<D, E>) -> Self {
         Self::new(io::ErrorKind::InvalidInput, error.to_string())
     }
+}
+
+/// Returns the two directions of a socket. The sending one takes messages of several encoders.
+pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
+    let socket = Arc::new(socket);
+    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
+    outbound.side.shut_down_on_drop(true);
+    (
+        ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default(), Senders::default()),
+        outbound,
+    )
 }
 
 #[cfg(test)]

@@ -113,6 +113,7 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                     return Poll::Ready(Some(Ok(item)));
                 }
                 Ok(Step::Receive) => {}
+                // The end comes once more as an error if the peer has not read everything.
                 Ok(Step::End) => {
                     let last = receiver.side.last_error(receiver.socket.endpoint());
                     return Poll::Ready(last.map(|error| Err(error.into())));
@@ -156,6 +157,7 @@ impl Receiver {
     /// Receives something, or the end.
     fn poll_receive<D: Decoder>(&mut self, cx: &mut Context<'_>, decoder: &D) -> Poll<Result<(), Error>> {
         let Self { socket, side, uncharged, .. } = self;
+        // Nothing complete is left, so everything that has arrived counts for the peer's uid.
         let is_rest = side.has_part();
         side.hold(socket.endpoint())?;
         // Receive nothing while too many descriptors of this peer wait to be closed.
@@ -167,6 +169,7 @@ impl Receiver {
                 *uncharged += received.fds as u32 * DESCRIPTOR;
                 Poll::Ready(side.received(socket.endpoint(), received, is_rest))
             }
+            // Nothing is there: give the buffer up, and limit the time for an unfinished message.
             Poll::Pending => {
                 side.release();
                 ready!(self.poll_rest(cx, decoder.limits().max_unfinished_time));

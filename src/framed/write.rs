@@ -155,6 +155,7 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
     #[inline]
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         let Self { encoder, outbound } = self.get_mut();
+        // The usual case takes few instructions.
         if outbound.side.surely_has_room(&encoder.limits()) {
             return Poll::Ready(Ok(()));
         }

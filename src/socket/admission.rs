@@ -101,6 +101,7 @@ impl Admission {
         path: Option<&PathGuard>,
         addr: impl FnOnce() -> std::io::Result<SocketAddr>,
     ) -> Option<UidShare> {
+        // Is the uid in the list, and has it room for one more connection?
         let refusal = match self.check(peer.uid, || path.is_some_and(PathGuard::admits_owner_only)) {
             Some(refusal) => refusal,
             None => match self.accounts.add_connection(peer.uid) {
@@ -108,6 +109,7 @@ impl Admission {
                 Err(over_limit) => Refusal::OverLimit(over_limit),
             },
         };
+        // Count and log the refusal.
         self.refused.fetch_add(1, Ordering::Relaxed);
         // The lock is released before a subscriber, which is foreign code, gets the line.
         let to_log = self.log.lock().unwrap_or_else(PoisonError::into_inner).count(Instant::now());

@@ -204,8 +204,8 @@ impl Listener {
     ///
     /// # Errors
     /// The errors of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a
-    /// little before the next call. Also those of setting up an accepted connection, which is
-    /// closed then.
+    /// little before the next call. If setting up an accepted connection fails, it is closed and
+    /// the error is returned.
     ///
     /// # Cancel safety
     /// No connection is lost when dropped. Any number of tasks may wait at a time.

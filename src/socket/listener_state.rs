@@ -56,6 +56,7 @@ pub(crate) struct ListenerState {
 impl ListenerState {
     /// Listens at a path, which gets exactly this mode.
     pub(crate) fn bind(path: &Path, kind: SocketKind, mode: u32) -> Result<(BackgroundFd, Self)> {
+        // Own the path before the socket is bound, and bind before it listens.
         let addr = UnixAddr::new(path)?;
         let mut guard = PathGuard::take(path)?;
         let fd = new_nonblocking(kind)?;
@@ -149,6 +150,7 @@ impl ListenerState {
 
     /// Prepares an accepted connection if its peer is admitted.
     fn take_accepted(&self, listener: BorrowedFd<'_>, fd: BackgroundFd) -> Result<Option<(BackgroundFd, SocketState)>> {
+        // The connection of a peer that is not admitted is closed here.
         let Some(uid_share) = self.admit(listener, &fd)? else { return Ok(None) };
         // Clients in the backlog may have connected before the listener got the option.
         if !self.pass_fds.load(Ordering::Relaxed) {
@@ -156,6 +158,7 @@ impl ListenerState {
         }
         let state = SocketState::new(self.kind, Some(uid_share));
         let fd = state.guard(fd.into_fd());
+        // The same holds for this setting.
         let credentials = *self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pass) = credentials {
             Endpoint::new(fd.as_fd(), &state).set_pass_credentials(pass)?;

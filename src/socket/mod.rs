@@ -204,6 +204,7 @@ impl Socket {
     /// consumes a packet. That uses less CPU, and an immediate reply is picked up a little later.
     /// If the system refuses, the socket stays as it was.
     pub(crate) fn quiet(mut self) -> Self {
+        // A registration can't be changed, so register a copy and drop the old descriptor.
         let registered = {
             let _context = self.runtime.enter();
             let copy = self.as_fd().try_clone_to_owned();

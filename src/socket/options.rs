@@ -9,6 +9,7 @@ use std::{
 use nix::sys::socket::{getsockopt, sockopt};
 
 use super::{PassCredentials, Socket, SocketKind};
+
 /// The process at the other end, as it was when it called `connect`, `listen` or `socketpair`
 /// (`SO_PEERCRED`, unix(7)).
 ///

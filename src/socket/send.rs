@@ -31,6 +31,7 @@ impl Socket {
         mut attempt: impl FnMut(Endpoint<'_>) -> Result<Attempt>,
     ) -> Poll<Result<()>> {
         loop {
+            // Wait for what the last attempt lacked, if it lacked something.
             let mut ready = ready!(wait.poll(cx, self))?;
             let coop = ready!(coop::poll_proceed(cx));
             match attempt(self.endpoint())? {

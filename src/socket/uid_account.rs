@@ -124,6 +124,7 @@ impl UidAccounts {
         // The lock is held until the connection counts, because several tasks may accept at the
         // same time.
         let mut by_uid = self.by_uid.lock().unwrap_or_else(PoisonError::into_inner);
+        // A new uid is the time to forget accounts that nobody uses.
         if !by_uid.contains_key(&uid) {
             by_uid.retain(|_, account| is_used(account));
         }
@@ -193,6 +194,7 @@ impl UidShare {
     /// [`Error::OverUidLimit`] if the connection brings more than its uid may hold.
     pub(super) fn hold(&self, bytes: usize, fds: usize) -> Result<(), Error> {
         let UidAccount { uid, limits, bytes: all_bytes, fds: all_fds, .. } = &*self.account;
+        // Only growth can be an error: less is always allowed, even if the sum is too large.
         let bytes = replace_part(&self.bytes, bytes, all_bytes);
         let fds = replace_part(&self.fds, fds, all_fds);
         let is_over = bytes.is_some_and(|all| all > limits.max_bytes) || fds.is_some_and(|all| all > limits.max_fds);

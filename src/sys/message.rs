@@ -171,6 +171,7 @@ fn receive(
     fds: &mut impl Extend<OwnedFd>,
     mut sender: Option<&mut Name>,
 ) -> io::Result<Received> {
+    // Point the call to the spare room, to the control data, and to the sender's address.
     let mut control = Control::new();
     let room = bytes.spare_capacity_mut();
     debug_assert!(!room.is_empty() && max_bytes > 0);
@@ -192,6 +193,7 @@ fn receive(
     if let Some(sender) = sender {
         sender.length = message.msg_namelen as usize;
     }
+    // Own the descriptors first, whatever else is wrong with the message.
     let with_control = message.msg_controllen > 0;
     let (fds, credentials) = if with_control { take_control(&message, fds) } else { (0, None) };
     // SAFETY: the kernel has written that many bytes to the spare room, in which they fit:

@@ -113,6 +113,7 @@ impl ReceiveSide {
         if !self.inbound.fds.has_home() {
             self.set_home(socket); // a decoder has replaced the queue
         }
+        // Another holder may have switched credentials on. Only those that were asked for count.
         let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
         if received.bytes > 0 && (credentials.is_some() || self.senders.know_any()) {
             self.senders.received(credentials, self.inbound.decoded(), is_rest)?;
@@ -151,6 +152,7 @@ impl ReceiveSide {
 
     /// Ends the direction after an error: closes everything that has arrived.
     pub(crate) fn fail(&mut self, socket: Endpoint<'_>) {
+        // Nothing of the direction is left: neither bytes, nor descriptors, nor the charge for them.
         self.state = Receiving::Over;
         self.inbound.end();
         self.inbound.bytes.clear();

@@ -124,6 +124,7 @@ impl SendSide {
         let fds = self.buf.first_fds(plan.fds).map(SendFd::as_fd);
         let sent = socket.send(&self.buf.io_slices(plan.bytes), fds);
         match sent {
+            // Close the descriptors at once, and try larger packets again.
             Ok(sent) => {
                 let fds = self.buf.sent(plan, sent);
                 if plan.fds > 0 {
@@ -180,6 +181,7 @@ impl SendSide {
         if let Sending::Closed = self.state {
             return Ok(());
         }
+        // Shut down first, even if the flush has failed. The error of the flush is more important.
         let shut_down = socket.shutdown(Shutdown::Write);
         flushed?;
         self.state = Sending::Closed;

@@ -164,6 +164,7 @@ impl DatagramSocket {
     fn try_recv(&self) -> Result<std::result::Result<Datagram, Error>> {
         let mut fds = SmallVec::new();
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        // Receive into the common buffer, and copy the datagram out of it: its size is known then.
         buffer.reserve(MAX_PAYLOAD_BYTES);
         let (received, sender) = loop {
             match sys::recv_datagram(self.as_fd(), &mut buffer, &mut fds) {

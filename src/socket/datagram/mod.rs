@@ -160,6 +160,7 @@ impl DatagramSocket {
     pub fn bind_with_mode(path: impl AsRef<Path>, mode: u32) -> Result<Self> {
         let path = path.as_ref();
         let addr = UnixAddr::new(path)?;
+        // Own the path before the socket is bound.
         let mut guard = PathGuard::take(path)?;
         let fd = new_socket()?;
         guard.bind(&fd, &addr, mode)?;

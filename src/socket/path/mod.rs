@@ -94,6 +94,7 @@ impl PathGuard {
     /// # Errors
     /// The errors of bind(2) and chmod(2), the latter with a reason.
     pub(crate) fn bind(&mut self, socket: &OwnedFd, addr: &UnixAddr, mode: u32) -> Result<()> {
+        // The mode of the socket before `bind` becomes that of the path.
         let mode = mode & 0o777;
         let initial = initial_mode(mode);
         fchmod(socket, Mode::from_bits_truncate(initial))?;
