@@ -5,10 +5,10 @@ use std::os::fd::OwnedFd;
 /// The process that sent a message, as the kernel reports it with the message (`SCM_CREDENTIALS`
 /// and `SCM_PIDFD`, unix(7)).
 ///
-/// This differs from [`PeerCred`](crate::PeerCred), which names the process that made the
+/// This differs from [`PeerCred`](crate::socket::PeerCred), which names the process that made the
 /// connection: several processes may hold one end of it and write to it. A receiver has to ask for
 /// credentials, by [`Socket::set_pass_credentials`](crate::Socket::set_pass_credentials) or
-/// [`DatagramSocket::set_pass_credentials`](crate::DatagramSocket::set_pass_credentials).
+/// [`DatagramSocket::set_pass_credentials`](crate::socket::DatagramSocket::set_pass_credentials).
 ///
 /// **What credentials prove.** The kernel checks what it reports. An unprivileged sender can only
 /// choose among its own real, effective and saved ids. A sender with `CAP_SETUID`, `CAP_SETGID` or

@@ -33,7 +33,7 @@ use std::{
 /// [`close_in_background`](crate::close_in_background), by `Arc::into_inner`.
 ///
 /// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. That
-/// includes the descriptors in [`FramedParts::unsent`](crate::FramedParts#structfield.unsent). If a connection
+/// includes the descriptors in [`FramedParts::unsent`](crate::framed::FramedParts#structfield.unsent). If a connection
 /// has accepted a descriptor and does not send it, it is closed in the background, unless it was
 /// made by [`SendFd::assume_file`].
 ///

@@ -62,7 +62,7 @@ impl<D> ReadHalf<D> {
 
     /// Returns the process that sent the message that was yielded last, if the socket is set to
     /// [report it](Socket::set_pass_credentials), as
-    /// [`fdwire::ReadHalf::credentials`](crate::ReadHalf::credentials) does.
+    /// [`fdwire::framed::ReadHalf::credentials`](crate::framed::ReadHalf::credentials) does.
     pub fn credentials(&self) -> Option<&Credentials> {
         self.receiver.side.credentials()
     }

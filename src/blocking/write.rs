@@ -16,7 +16,7 @@ use crate::{
 /// The sending direction of a [`Framed`](super::Framed).
 ///
 /// Messages that were [fed](Self::feed) wait until they are flushed, or until the
-/// [limits](crate::Codec::limits) are reached. All waiting messages go out together. A descriptor
+/// [limits](crate::codec::Codec::limits) are reached. All waiting messages go out together. A descriptor
 /// is closed right after the `sendmsg` that carried it, in the way that [`SendFd`](crate::SendFd)
 /// describes.
 ///

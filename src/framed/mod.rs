@@ -15,7 +15,8 @@ use std::{
 };
 
 use bytes::BytesMut;
-use futures::{Sink, Stream};
+use futures_core::Stream;
+use futures_sink::Sink;
 
 pub use driver::SendDriver;
 pub(crate) use outbound::Outbound;
@@ -23,12 +24,14 @@ pub use read::ReadHalf;
 pub use sender::{SendPermit, Sender};
 pub use write::{Permit, WriteHalf};
 
+pub use crate::transport::{FramedParts, Unsent};
+
 use crate::{
     codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
     credentials::Credentials,
     error::{Error, SendError},
     socket::Socket,
-    transport::{FramedParts, Receiving, Senders, Sending, Unsent},
+    transport::{Receiving, Senders, Sending},
 };
 
 /// A connection over one socket: a [`Stream`] and [`Sink`] of messages with descriptors.

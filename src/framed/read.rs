@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::BytesMut;
-use futures::Stream;
+use futures_core::Stream;
 use tokio::{
     task::coop,
     time::{Instant, Sleep},
@@ -69,7 +69,7 @@ impl<D> ReadHalf<D> {
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// use fdwire::{Frame, FrameCodec, Framed, PassCredentials, Socket, SocketKind};
+    /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind, socket::PassCredentials};
     /// use futures::{SinkExt, StreamExt};
     ///
     /// let (a, b) = Socket::pair(SocketKind::Stream)?;

@@ -15,6 +15,8 @@ mod pass_credentials;
 mod path;
 mod receive;
 mod send;
+#[cfg(feature = "tokio-seqpacket")]
+mod seqpacket;
 mod uid_account;
 
 use std::{
@@ -43,6 +45,8 @@ pub use pass_credentials::PassCredentials;
 pub(crate) use path::PathGuard;
 pub(crate) use send::SendWait;
 pub use uid_account::UidLimits;
+
+pub use crate::credentials::Credentials;
 
 use crate::{backoff::Backoff, closer::BackgroundFd, sys};
 

@@ -100,7 +100,7 @@ impl Socket {
 
     /// Chooses what is reported about the process that sends a message, in
     /// [`Framed::credentials`](crate::Framed::credentials) and
-    /// [`ReadHalf::credentials`](crate::ReadHalf::credentials). The default is
+    /// [`ReadHalf::credentials`](crate::framed::ReadHalf::credentials). The default is
     /// [`PassCredentials::No`], on accepted, inherited and converted sockets too.
     ///
     /// Call it before the first receive. The sender is not known for messages that were received

@@ -24,7 +24,11 @@ use super::{
     protocol::{AbortReason, FromTaker, GiverCodec, MAX_MESSAGE_FDS, Refusal, ToTaker},
     shared::{Command, Gift, Shared},
 };
-use crate::{Error, Framed, ReadHalf, SendFd, Socket, WriteHalf, sys};
+use crate::{
+    Error, Framed, SendFd, Socket,
+    framed::{ReadHalf, WriteHalf},
+    sys,
+};
 
 /// The longest time for which a last message is kept for a peer that does not read.
 const LAST_WORD: Duration = Duration::from_secs(1);

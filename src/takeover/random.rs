@@ -13,7 +13,10 @@ use super::{
     },
     taker::{Taker, TakerLimits, TakerStep},
 };
-use crate::{Decoder, Encoder, Error, FdQueue, SendBuf};
+use crate::{
+    Error,
+    codec::{Decoder, Encoder, FdQueue, SendBuf},
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 

@@ -14,7 +14,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use fdwire::{Datagram, DatagramSocket, PassCredentials};
+use fdwire::socket::{Datagram, DatagramSocket, PassCredentials};
 use tokio::{io::AsyncReadExt, net::unix::pipe};
 
 use crate::{

@@ -11,8 +11,9 @@ use std::{
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
-    Codec, DatagramSocket, Decoder, Error, FdQueue, Fds, Frame, FrameCodec, Framed, Listener, PacketCodec, SendError,
-    SendFd, Socket, SocketKind,
+    Error, Fds, Frame, FrameCodec, Framed, Listener, SendError, SendFd, Socket, SocketKind,
+    codec::{Codec, Decoder, FdQueue, PacketCodec},
+    socket::DatagramSocket,
 };
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use nix::sys::socket::{setsockopt, sockopt};

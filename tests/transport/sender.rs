@@ -6,7 +6,10 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use fdwire::{Frame, FrameCodec, Framed, Limits, ReadHalf, SendDriver, Sender, Socket, SocketKind};
+use fdwire::{
+    Frame, FrameCodec, Framed, Limits, Sender, Socket, SocketKind,
+    framed::{ReadHalf, SendDriver},
+};
 use futures::{StreamExt, TryStreamExt, future::join_all};
 use nix::{
     errno::Errno,

@@ -13,7 +13,8 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::Channel;
 use crate::{
-    Error, ReadHalf,
+    Error,
+    framed::ReadHalf,
     handoff::{incoming::End, protocol::WorkerCodec},
 };
 
