@@ -26,6 +26,7 @@ use crate::{
 /// closed without reading everything, the last item is [`Error::Reset`], after all that the peer
 /// had sent.
 #[derive(Debug)]
+#[must_use = "an iterator receives nothing unless it is called"]
 pub struct ReadHalf<D> {
     decoder: D,
     receiver: Receiver,

@@ -32,6 +32,7 @@ use crate::{
 /// # Cancel safety
 /// `next()` can be dropped at any await and called again: nothing is lost.
 #[derive(Debug)]
+#[must_use = "a stream receives nothing unless it is polled"]
 pub struct ReadHalf<D> {
     decoder: D,
     receiver: Receiver,

@@ -20,6 +20,7 @@ mod seqpacket;
 mod uid_account;
 
 use std::{
+    fmt,
     io::{ErrorKind, Result},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -61,6 +62,16 @@ pub enum SocketKind {
     SeqPacket,
     /// A socket of type `SOCK_STREAM`: connected, in order, a stream of bytes.
     Stream,
+}
+
+impl fmt::Display for SocketKind {
+    /// Writes the name of the type as in socket(2): `SOCK_SEQPACKET` or `SOCK_STREAM`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SeqPacket => "SOCK_SEQPACKET",
+            Self::Stream => "SOCK_STREAM",
+        })
+    }
 }
 
 /// A connected Unix socket of either kind, registered with tokio.
