@@ -160,6 +160,7 @@ mod closer;
 mod codec;
 mod credentials;
 mod error;
+mod fd_policy;
 mod fields;
 mod frame;
 mod framed;
@@ -172,6 +173,8 @@ mod socket;
 mod sys;
 pub mod takeover;
 mod transport;
+#[cfg(feature = "serde")]
+pub mod typed;
 
 pub use closer::close_in_background;
 pub use codec::{
@@ -180,6 +183,7 @@ pub use codec::{
 };
 pub use credentials::Credentials;
 pub use error::{Error, SendError};
+pub use fd_policy::{FdAccess, FdInfo, FdMismatch, FdPolicy, FdType, SocketDomain, SocketType};
 pub use frame::{Fds, FdsIntoIter, Frame};
 pub use framed::{Driver, Framed, Permit, ReadHalf, ReuniteError, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;

@@ -6,7 +6,12 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-use nix::{errno::Errno, libc, sys::socket::getsockopt};
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    libc,
+    sys::socket::getsockopt,
+};
 
 use super::Domain;
 
@@ -42,4 +47,10 @@ pub(crate) fn file_kind(fd: BorrowedFd<'_>) -> io::Result<FileKind> {
         device: (found.stx_dev_major, found.stx_dev_minor),
         own_major: found.stx_rdev_major,
     })
+}
+
+/// Returns true for a memfd whose content and length cannot change any more. Only a memfd can have these seals.
+pub(crate) fn is_sealed(fd: BorrowedFd<'_>) -> bool {
+    let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_truncate);
+    seals.contains(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK)
 }

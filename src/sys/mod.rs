@@ -8,6 +8,8 @@ mod exit;
 mod inherited;
 mod kind;
 mod lock;
+#[cfg(feature = "serde")]
+mod map;
 mod message;
 mod option;
 mod readiness;
@@ -15,8 +17,10 @@ mod readiness;
 pub(crate) use close::close_all;
 pub(crate) use exit::{ExitCloser, most_sockets_at_once};
 pub(crate) use inherited::take_inherited;
-pub(crate) use kind::{FileKind, file_kind, is_socket};
+pub(crate) use kind::{FileKind, file_kind, is_sealed, is_socket};
 pub(crate) use lock::{try_lock, unlock};
+#[cfg(feature = "serde")]
+pub(crate) use map::map_sealed;
 pub(crate) use message::{Received, recv_datagram, recvmsg, send_datagram, sendmsg};
 pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol};
 pub(crate) use readiness::{CloseFd, FdGuard, register};
