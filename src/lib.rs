@@ -141,6 +141,10 @@
 //! [`FrameCodec`] is one of the codecs here; [`PacketCodec`] has no header, and [`Payload`] codes the payload of frames with any codec
 //! of `tokio_util`. For a protocol that exists, such as D-Bus or Wayland, [write a codec](guide).
 //!
+//! Messages that are values of your own, with descriptors in their fields, are in the module `typed`
+//! (feature `serde`), with the formats of varlink and of JSON-RPC (feature `json`). [`FdPolicy`]
+//! checks what a peer has sent.
+//!
 //! A program without a runtime uses the same frames and codecs by [`blocking`].
 //!
 //! Protocols without a connection use a [`DatagramSocket`], and the guide shows how to take a socket that a parent

@@ -49,7 +49,8 @@ pub(crate) fn file_kind(fd: BorrowedFd<'_>) -> io::Result<FileKind> {
     })
 }
 
-/// Returns true for a memfd whose content and length cannot change any more. Only a memfd can have these seals.
+/// Returns true for a memfd whose content and length cannot change any more. Only a memfd can have
+/// these seals.
 pub(crate) fn is_sealed(fd: BorrowedFd<'_>) -> bool {
     let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_truncate);
     seals.contains(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK)

@@ -58,6 +58,8 @@
 
 #[cfg(feature = "json")]
 mod json_rpc;
+#[cfg(all(test, feature = "json"))]
+mod json_tests;
 mod memfd;
 mod passed;
 mod scope;

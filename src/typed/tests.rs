@@ -41,14 +41,14 @@ impl Home<u32> for Closed {
 }
 
 /// What arrives: bytes and descriptors, and where these end.
-struct Arrived {
-    src: BytesMut,
-    fds: FdQueue<u32>,
+pub(super) struct Arrived {
+    pub(super) src: BytesMut,
+    pub(super) fds: FdQueue<u32>,
     closed: Arc<Closed>,
 }
 
 impl Arrived {
-    fn new(bytes: &[u8], numbers: impl IntoIterator<Item = u32>) -> Self {
+    pub(super) fn new(bytes: &[u8], numbers: impl IntoIterator<Item = u32>) -> Self {
         let (mut fds, closed) = (FdQueue::from_iter(numbers), Arc::new(Closed::default()));
         fds.set_home(Arc::clone(&closed) as _);
         Self { src: bytes.into(), fds, closed }
@@ -58,7 +58,7 @@ impl Arrived {
         Self::new(&framed(payload, numbers.len()), numbers.iter().copied())
     }
 
-    fn decode<M>(
+    pub(super) fn decode<M>(
         &mut self,
         codec: &mut impl Decoder<u32, Item = M, Error = TypedError>,
     ) -> Result<Option<M>, TypedError> {
@@ -66,7 +66,7 @@ impl Arrived {
     }
 
     /// Closes what still waits. Returns everything that was closed, in order of numbers.
-    fn end(self) -> Vec<u32> {
+    pub(super) fn end(self) -> Vec<u32> {
         drop(self.fds);
         let mut closed = std::mem::take(&mut *self.closed.0.lock().unwrap());
         closed.sort_unstable();

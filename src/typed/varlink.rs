@@ -7,7 +7,7 @@ use super::{
     TypedError, encode_within,
     scope::{self, Slots},
 };
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, Limits, SendBuf, SendError};
+use crate::{Codec, Decoder, Encoder, Error, FdQueue, Grouping, Limits, SendBuf, SendError};
 
 /// The codec of [varlink](https://varlink.org): each message is a JSON object and a NUL byte. With
 /// systemd's convention for descriptors: a field has the position of its descriptor among those
@@ -53,6 +53,8 @@ pub struct Varlink<M> {
     limits: Limits,
     /// Number of bytes at the front in which there is no NUL.
     searched: usize,
+    /// The message that was encoded last has descriptors.
+    sent_fds: bool,
     message: PhantomData<fn(M) -> M>,
 }
 
@@ -60,7 +62,7 @@ impl<M> Varlink<M> {
     /// A codec that takes messages within these limits, in both directions. The NUL byte does not
     /// count.
     pub const fn new(limits: Limits) -> Self {
-        Self { limits, searched: 0, message: PhantomData }
+        Self { limits, searched: 0, sent_fds: false, message: PhantomData }
     }
 }
 
@@ -85,6 +87,12 @@ impl<M> fmt::Debug for Varlink<M> {
 impl<M> Codec for Varlink<M> {
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    /// A message with descriptors has a call to itself, because receivers go by what a read ends
+    /// in: that is where `zlink` looks for the owner of the descriptors. The others share calls.
+    fn grouping(&self) -> Grouping {
+        if self.sent_fds { Grouping::Alone } else { Grouping::FdsFirst }
     }
 }
 
@@ -127,6 +135,7 @@ where
     fn encode(&mut self, message: M, dst: &mut SendBuf<G>) -> Result<(), SendError<M, TypedError>> {
         let to_json = |message: &M| serde_json::to_vec(message).map_err(TypedError::format);
         let (json, fds) = encode_within::<_, G>(self.limits, message, to_json)?;
+        self.sent_fds = !fds.is_empty();
         dst.put_shared(json.into());
         dst.put_slice(&[0]);
         dst.put_fds(fds);
