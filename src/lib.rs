@@ -159,6 +159,10 @@
 //! [`PayloadCodec`] codes the payload of frames with any codec of `tokio_util`. For a protocol that
 //! exists, such as D-Bus or Wayland, [write a codec](guide).
 //!
+//! Messages that are values of your own, with descriptors in their fields, are in the module
+//! `typed` (feature `serde`), with the formats of varlink and of JSON-RPC (feature `json`).
+//! [`FdPolicy`] checks what a peer has sent.
+//!
 //! A program without a runtime uses the same frames and codecs in the module [`blocking`].
 //!
 //! Protocols without a connection use a [`DatagramSocket`], and the guide shows how to take a
@@ -180,6 +184,7 @@ mod closer;
 pub mod codec;
 mod credentials;
 mod error;
+mod fd_policy;
 mod fields;
 mod frame;
 mod framed;
@@ -192,6 +197,8 @@ mod socket;
 mod sys;
 pub mod takeover;
 mod transport;
+#[cfg(feature = "serde")]
+pub mod typed;
 
 pub use closer::close_in_background;
 pub use codec::{
@@ -200,6 +207,7 @@ pub use codec::{
 };
 pub use credentials::Credentials;
 pub use error::{Error, SendError};
+pub use fd_policy::{FdAccess, FdInfo, FdMismatch, FdPolicy, FdType, SocketDomain, SocketType};
 pub use frame::{Fds, FdsIntoIter, Frame};
 pub use framed::{Framed, Permit, ReadHalf, ReuniteError, SendDriver, SendPermit, Sender, WriteHalf};
 pub use limits::Limits;

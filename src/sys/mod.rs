@@ -9,6 +9,8 @@ mod exit;
 mod inherited;
 mod kind;
 mod lock;
+#[cfg(feature = "serde")]
+mod map;
 mod message;
 mod option;
 mod poll;
@@ -18,8 +20,10 @@ pub(crate) use close::close_all;
 pub(crate) use credentials::{may_have_same_file, overflow_id};
 pub(crate) use exit::{ExitCloser, most_sockets_at_once};
 pub(crate) use inherited::take_inherited;
-pub(crate) use kind::{FileKind, FileType, file_kind, is_socket, new_memfd};
+pub(crate) use kind::{FileKind, FileType, file_kind, is_sealed, is_socket, new_memfd};
 pub(crate) use lock::{try_lock, unlock};
+#[cfg(feature = "serde")]
+pub(crate) use map::map_sealed;
 pub(crate) use message::{Received, recv_datagram, recvmsg, send_datagram, sendmsg};
 pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol, switch_off_linger};
 pub(crate) use poll::{Event, has_changed, wait_for};
