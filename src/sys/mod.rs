@@ -14,7 +14,7 @@ mod readiness;
 
 pub(crate) use close::close_all;
 pub(crate) use exit::{ExitCloser, most_sockets_at_once};
-pub(crate) use inherited::take_inherited;
+pub(crate) use inherited::{copy_inherited, take_inherited};
 pub(crate) use kind::{FileKind, file_kind, is_socket};
 pub(crate) use lock::{try_lock, unlock};
 pub(crate) use message::{Received, recv_datagram, recvmsg, send_datagram, sendmsg};

@@ -32,8 +32,9 @@
 //!
 //! # Both sides
 //!
-//! Every generation runs the same code. [`bind_or_take`] binds the listeners if no server runs, and
-//! [requests](request()) those of the one that does otherwise. After [ready](Pending::ready), all
+//! Every generation runs the same code. [`bind_or_take`] [requests](request()) the listeners of the
+//! server that runs. If none does, [`Listeners`] adopts what systemd, einhorn or Server::Starter has
+//! passed, and binds the rest. After [ready](Pending::ready), all
 //! generations are the same [`Server`].
 //!
 //! ```no_run
@@ -44,7 +45,7 @@
 //!
 //! let bind = || {
 //!     let mut listeners = Listeners::new();
-//!     listeners.add("http", std::net::TcpListener::bind("0.0.0.0:8080")?)?;
+//!     listeners.bind_tcp("http", "0.0.0.0:8080".parse().expect("an address"))?;
 //!     Ok(listeners)
 //! };
 //! let pending = takeover::bind_or_take("/run/app/takeover", Options::default(), bind).await?;
@@ -104,6 +105,7 @@ mod listeners;
 #[cfg(test)]
 mod model;
 mod options;
+mod passed;
 mod predecessor;
 pub mod protocol;
 #[cfg(test)]

@@ -134,6 +134,11 @@ impl Pending {
         self.serve(Some(link).filter(|_| !is_confirmed))
     }
 
+    /// Returns the numbers that are the same for all copies of the listeners.
+    pub(super) fn cookies(&self) -> BTreeSet<u64> {
+        self.listeners.entries.iter().map(|entry| entry.cookie).collect()
+    }
+
     /// For the first process at a path.
     fn serve_first(self) -> Result<Server, Error> {
         let Self { options, path, mut listeners, declined, lock, .. } = self;
