@@ -3,6 +3,7 @@
 //! - [`handoff`]: one process accepts TCP or Unix connections, others serve them, and none is lost on the way, whichever worker dies, hangs
 //!   or is replaced.
 //! - [`takeover`]: a new process replaces a running server. It gets the listeners, and no connection fails.
+//! - [`systemd`]: tells a service manager about a service and its takeovers.
 //! - [`Framed`]: messages that carry descriptors, on which both rest. For any other use.
 //!
 //! # Hand-off
@@ -170,6 +171,7 @@ mod limits;
 mod send_fd;
 mod socket;
 mod sys;
+pub mod systemd;
 pub mod takeover;
 mod transport;
 

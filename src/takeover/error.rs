@@ -1,6 +1,6 @@
 //! What can go wrong in a takeover.
 
-use std::io;
+use std::{io, process::ExitStatus, time::Duration};
 
 use super::{
     protocol::{AbortReason, Address, Family, Identity, Kind, Refusal},
@@ -42,6 +42,20 @@ pub enum Error {
     /// The running server does not follow the protocol.
     #[error("the process at the path does not follow the takeover protocol")]
     Misbehaved,
+
+    /// A process that was to serve has ended before it did.
+    #[error("the new process ended before it served: {status}")]
+    Ended {
+        /// Its exit status.
+        status: ExitStatus,
+    },
+
+    /// A process that was to serve did not do so in time, and was killed.
+    #[error("the new process did not serve within {limit:?}, and was killed")]
+    TooLate {
+        /// The limit.
+        limit: Duration,
+    },
 
     /// The process at the path runs as a uid that this process does not take listeners from.
     #[error("the process at the path runs as uid {uid}, which is not trusted; to trust it, use `Options::allow_uids`")]
@@ -167,7 +181,7 @@ impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match &error {
             Error::Io(error) => error.kind(),
-            Error::TimedOut => io::ErrorKind::TimedOut,
+            Error::TimedOut | Error::TooLate { .. } => io::ErrorKind::TimedOut,
             Error::NotTrusted { .. } => io::ErrorKind::PermissionDenied,
             Error::NoSuchListener { .. } => io::ErrorKind::NotFound,
             Error::GiverGone => io::ErrorKind::UnexpectedEof,

@@ -40,6 +40,8 @@
 //! ```no_run
 //! # async fn set_up() {}
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::sync::Arc;
+//!
 //! use fdwire::takeover::{self, Listeners, Options};
 //! use tokio::{io::AsyncWriteExt, net::TcpListener};
 //!
@@ -50,21 +52,24 @@
 //! };
 //! let pending = takeover::bind_or_take("/run/app/takeover", Options::default(), bind).await?;
 //! set_up().await; // a crash here costs nothing
-//! let server = pending.ready().await?;
+//! let server = Arc::new(pending.ready().await?);
 //!
 //! let http = server.gated::<TcpListener>("http", 0)?;
+//! let accepting = Arc::clone(&server);
 //! tokio::spawn(async move {
-//!     while let Ok((mut connection, _)) = http.accept().await {
-//!         tokio::spawn(async move { connection.write_all(b"hello\n").await });
+//!     while let Ok((mut stream, _)) = http.accept().await {
+//!         let connection = accepting.open_connection();
+//!         tokio::spawn(async move {
+//!             tokio::select! {
+//!                 _ = stream.write_all(b"hello\n") => {} // serve it, and
+//!                 () = connection.ending() => {} // end it when its turn has come
+//!             }
+//!         });
 //!     }
 //! });
-//! loop {
-//!     server.replaced().await;
-//!     // Finish the connections here.
-//!     if server.drained().await {
-//!         break; // otherwise the takeover was undone, and this process serves
-//!     }
-//! }
+//! // Until another process has taken over and the connections have ended, or their time is over.
+//! let finished = server.finish().await;
+//! println!("{} connections are cut", finished.left);
 //! # Ok(()) }
 //! ```
 //!
@@ -95,8 +100,10 @@
 
 #[cfg(feature = "axum")]
 mod axum;
+mod drain;
 mod error;
 mod gate;
+mod generations;
 mod give;
 mod giver;
 mod inspect;
@@ -104,6 +111,7 @@ mod link;
 mod listeners;
 #[cfg(test)]
 mod model;
+mod news;
 mod options;
 mod passed;
 mod predecessor;
@@ -114,12 +122,17 @@ mod request;
 mod server;
 mod shared;
 mod start;
+mod status;
 mod taker;
 
+pub use drain::{Finished, OpenConnection};
 pub use error::{Error, Mismatch};
 pub use gate::{Accepts, Gated};
+pub use generations::Generation;
 pub use listeners::Listeners;
+pub(crate) use news::News;
 pub use options::Options;
 pub use request::{Pending, request};
 pub use server::{Phase, Server};
 pub use start::bind_or_take;
+pub use status::{Status, launch, status};

@@ -5,11 +5,15 @@
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
-use fdwire::takeover::{self, Listeners, Options, Server, protocol::Kind};
+use fdwire::{
+    systemd::take_stored,
+    takeover::{self, Listeners, Options, Server, protocol::Kind},
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -21,7 +25,7 @@ use tokio::{
 
 use crate::{
     Daemon,
-    common::{PASSED, descriptors_of_a_child, run, run_and_pass},
+    common::{PASSED, descriptors_of_a_child, mark_of, marked, run, run_and_pass},
     installed,
 };
 
@@ -87,7 +91,7 @@ impl Place {
     /// Tells a command where the service is to be, and adds the service to its arguments.
     fn service(&self, mut command: Command) -> Command {
         command.arg(std::env::current_exe().unwrap()).args([ROLE, "--exact", "--nocapture"]);
-        self.environment().into_iter().for_each(|(name, value)| drop(command.env(name, value)));
+        command.envs(self.environment());
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command
     }
@@ -241,4 +245,33 @@ fn einhorn_passes_numbers_in_two_ways() {
             leave_the_manager(&place, first).await;
         });
     }
+}
+
+/// What a service finds after a crash, if it has left its descriptors with systemd: a listener by its
+/// name, and other files.
+#[test]
+fn stored_descriptors_come_back_by_their_names() {
+    const TEST: &str = "managers::stored_descriptors_come_back_by_their_names";
+    if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == TEST) {
+        return run_and_pass(async {
+            let mut listeners = Listeners::new();
+            let address = std::env::var("FDWIRE_ADDRESS").unwrap().parse().unwrap();
+            listeners.bind_tcp("http", address).unwrap();
+            let stored = take_stored("session").collect::<io::Result<Vec<_>>>().unwrap();
+            assert_eq!(stored.iter().map(mark_of).collect::<Vec<_>>(), [7]);
+            assert_eq!(take_stored("session").count(), 0, "each is taken once");
+            assert_eq!(take_stored("http").count(), 0, "it was adopted");
+            let refused = listeners.bind_tcp("other", address).unwrap_err();
+            assert!(matches!(&refused, takeover::Error::Io(error) if error.kind() == io::ErrorKind::AddrInUse));
+        });
+    }
+    // systemd itself executes a service in this way.
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "LISTEN_PID=$$ exec \"$@\" 3<&0 4<&1 </dev/null >/dev/null", "sh"]);
+    shell.arg(std::env::current_exe().unwrap()).args([TEST, "--exact", "--nocapture"]);
+    shell.env("LISTEN_FDS", "2").env("LISTEN_FDNAMES", "session:http").env("FDWIRE_ADDRESS", address);
+    shell.env("FDWIRE_ROLE", TEST).stdin(marked(7)).stdout(OwnedFd::from(listener));
+    assert_eq!(shell.status().unwrap().code(), Some(PASSED));
 }
