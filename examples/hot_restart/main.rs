@@ -9,8 +9,8 @@
 //! cargo run --features axum --example hot_restart -- --demo --kill
 //! ```
 //!
-//! `--wait` returns once the new process serves, with exit code 0, or once it has failed, with 1. It
-//! is the `ExecReload=` of a systemd unit: see `docs/TAKEOVER.md`.
+//! `--wait` returns once the new process serves, with exit code 0, or once it has failed, with 1.
+//! It is the `ExecReload=` of a systemd unit: see `docs/TAKEOVER.md`.
 
 mod demo;
 mod load;

@@ -18,12 +18,13 @@ impl Notifier {
     /// | that one is ready, or the takeover was called off or undone | `READY=1` |
     /// | this process can't serve again | `MAINPID=` of the new one, and a barrier |
     ///
-    /// systemd ends the whole service when its main process ends. So this process stays the main one
-    /// as long as it may have to serve again, and has arranged for its successor when this returns:
-    /// it may exit then. `STOPPING=1` is not sent, because the service goes on.
+    /// systemd ends the whole service when its main process ends. So this process stays the main
+    /// one as long as it may have to serve again, and has arranged for its successor when this
+    /// returns: it may exit then. `STOPPING=1` is not sent, because the service goes on.
     ///
-    /// The main process itself says everything, so the unit needs no other `NotifyAccess=` than
-    /// `main`. If it dies while it drains, systemd ends its successor as well.
+    /// The main process says everything that counts, but its successor has to know `NOTIFY_SOCKET`
+    /// too. So the unit needs `NotifyAccess=exec` if `ExecReload=` starts the new process. If the
+    /// main process dies while it drains, systemd ends its successor as well.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {

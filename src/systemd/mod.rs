@@ -1,8 +1,8 @@
 //! Tells systemd, or another service manager with the same protocol, how this service does:
 //! sd_notify(3).
 //!
-//! A [`Notifier`] sends to the socket that `NOTIFY_SOCKET` names, and does nothing if there is none.
-//! So a program calls it in any case, and runs by hand as well.
+//! A [`Notifier`] sends to the socket that `NOTIFY_SOCKET` names, and does nothing if there is
+//! none. So a program calls it in any case, and runs by hand as well.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
@@ -21,10 +21,10 @@
 //!
 //! # The descriptor store
 //!
-//! [`store`](Notifier::store) leaves copies of descriptors with systemd (`FileDescriptorStoreMax=` of
-//! the unit has to allow them). They survive a crash of the service: its next process finds them with
-//! [`take_stored`], and [`Listeners::adopt`](crate::takeover::Listeners::adopt) finds listeners among
-//! them by their names.
+//! [`store`](Notifier::store) leaves copies of descriptors with systemd (`FileDescriptorStoreMax=`
+//! of the unit has to allow them). They survive a crash of the service: its next process finds them
+//! with [`take_stored`], and [`Listeners::adopt`](crate::takeover::Listeners::adopt) finds
+//! listeners among them by their names.
 //!
 //! # Takeovers
 //!
@@ -55,8 +55,8 @@ use crate::DatagramSocket;
 ///
 /// Each method sends one datagram, and waits while the manager's queue is full.
 ///
-/// systemd takes messages of the service's main process only, unless the unit has `NotifyAccess=exec`
-/// or `all`.
+/// systemd takes messages of the service's main process only, unless the unit has
+/// `NotifyAccess=exec` or `all`.
 #[derive(Debug)]
 pub struct Notifier {
     manager: Option<Manager>,
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn an_address_is_a_path_or_an_abstract_name() {
-        assert_eq!(parse_address("/run/notify").unwrap().as_pathname().unwrap(), "/run/notify".as_ref());
+        assert_eq!(parse_address("/run/notify").unwrap().as_pathname(), Some("/run/notify".as_ref()));
         assert_eq!(parse_address("@a/b").unwrap().as_abstract_name(), Some(&b"a/b"[..]));
         let long = format!("/{}", "x".repeat(200));
         for other in ["vsock:2:1234", "relative", &long] {

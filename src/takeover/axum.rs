@@ -27,15 +27,15 @@ use super::{Finished, Gated, OpenConnection, Server, protocol::Address};
 const BACK_OFF: Duration = Duration::from_millis(20);
 
 impl Server {
-    /// Serves a router by HTTP/1.1 and HTTP/2 until another process has taken over for good and this
-    /// one may leave, as described for [`finish`](Self::finish).
+    /// Serves a router by HTTP/1.1 and HTTP/2 until another process has taken over for good and
+    /// this one may leave, as described for [`finish`](Self::finish).
     ///
     /// When this process is replaced, answers by HTTP/1.1 say `Connection: close` from that moment
     /// on, so clients that ask anyway move to the new process by themselves. The others are told to
-    /// end at moments that are [spread](super::Options::drain) over some time: a silent connection of
-    /// HTTP/1.1 is closed, one of HTTP/2 gets GOAWAY and finishes its requests. A client that sends a
-    /// request at the very moment at which its connection is closed has to repeat it, which clients of
-    /// HTTP/1.1 have to expect of every server (RFC 9112, section 9.5).
+    /// end at moments that are [spread](super::Options::drain) over some time: a silent connection
+    /// of HTTP/1.1 is closed, one of HTTP/2 gets GOAWAY and finishes its requests. A client that
+    /// sends a request at the very moment at which its connection is closed has to repeat it, which
+    /// clients of HTTP/1.1 have to expect of every server (RFC 9112, section 9.5).
     ///
     /// Unlike `axum::serve` with a graceful shutdown, this does not tell all clients at once, has a
     /// deadline, and serves on if the takeover is undone. Handlers find the client's address in

@@ -102,12 +102,12 @@ impl Server {
     }
 
     /// Serves until another process has taken over for good and this one may leave: its
-    /// [connections](Self::open_connection) have ended, or their
-    /// [deadline](super::Options::drain) is over, or a successor has asked it to leave because there
-    /// are [too many](super::Options::max_old_generations) old processes.
+    /// [connections](Self::open_connection) have ended, or their [deadline](super::Options::drain)
+    /// is over, or a successor has asked it to leave because there are [too
+    /// many](super::Options::max_old_generations) old processes.
     ///
-    /// As long as a takeover can be undone, this process stays for the whole spread of its drain. If
-    /// it is undone, this goes on waiting for the next one.
+    /// As long as a takeover can be undone, this process stays for the whole spread of its drain.
+    /// If it is undone, this goes on waiting for the next one.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -143,8 +143,8 @@ impl OpenConnection {
     }
 
     /// Waits until this connection is to end, even if its client is silent: GOAWAY in HTTP/2. After
-    /// the server is replaced, the connections are told so at moments that are evenly spread, and the
-    /// first tenth of the [spread](super::Options::drain) is left to clients that ask anyway.
+    /// the server is replaced, the connections are told so at moments that are evenly spread, and
+    /// the first tenth of the [spread](super::Options::drain) is left to clients that ask anyway.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped. It returns at once when it is called later.
@@ -232,8 +232,8 @@ mod tests {
         let first = moments[0];
         assert!(first >= Duration::from_secs(1) && moments.last().unwrap() <= &Duration::from_secs(10));
         let within =
-            |&from: &Duration| moments.iter().filter(|&&it| (from..from + Duration::from_secs(1)).contains(&it));
-        moments.iter().step_by(100).map(|from| within(from).count()).max().unwrap()
+            |from: Duration| moments.iter().filter(|it| (from..from + Duration::from_secs(1)).contains(it)).count();
+        moments.iter().step_by(100).map(|&from| within(from)).max().unwrap()
     }
 
     #[test]

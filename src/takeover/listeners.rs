@@ -83,8 +83,8 @@ impl Listeners {
     ///
     /// These managers are known, by what they leave in the environment:
     ///
-    /// - **systemd**, sockets of a `.socket` unit (`LISTEN_PID`, `LISTEN_FDS`, `LISTEN_FDNAMES`, see
-    ///   sd_listen_fds(3)). `FileDescriptorName=` is the name.
+    /// - **systemd**, sockets of a `.socket` unit (`LISTEN_PID`, `LISTEN_FDS`, `LISTEN_FDNAMES`,
+    ///   see sd_listen_fds(3)). `FileDescriptorName=` is the name.
     /// - **einhorn** (`EINHORN_MASTER_PID`, `EINHORN_FD_COUNT`, `EINHORN_FD_0` and so on, or the
     ///   older `EINHORN_FDS`), without names.
     /// - **Server::Starter**, also known as `start_server` (`SERVER_STARTER_PORT`), without names.
@@ -151,8 +151,9 @@ impl Listeners {
     /// [Adopts](Self::adopt) the Unix socket that a process manager has passed, or binds one to a
     /// path with this mode. A connection takes write permission.
     ///
-    /// A lock file beside it (`<path>.lock`) says who owns a path that was bound here. It moves to the process that
-    /// takes over, together with the right to remove both; the last process removes them.
+    /// A lock file beside it (`<path>.lock`) says who owns a path that was bound here. It moves to
+    /// the process that takes over, together with the right to remove both; the last process
+    /// removes them.
     ///
     /// # Errors
     /// Those of [`adopt`](Self::adopt), and [`Error::Io`] as for

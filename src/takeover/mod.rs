@@ -33,9 +33,9 @@
 //! # Both sides
 //!
 //! Every generation runs the same code. [`bind_or_take`] [requests](request()) the listeners of the
-//! server that runs. If none does, [`Listeners`] adopts what systemd, einhorn or Server::Starter has
-//! passed, and binds the rest. After [ready](Pending::ready), all
-//! generations are the same [`Server`].
+//! server that runs. If none does, [`Listeners`] adopts what systemd, einhorn or Server::Starter
+//! has passed, and binds the rest. After [ready](Pending::ready), all generations are the same
+//! [`Server`].
 //!
 //! ```no_run
 //! # async fn set_up() {}
@@ -72,6 +72,21 @@
 //! println!("{} connections are cut", finished.left);
 //! # Ok(()) }
 //! ```
+//!
+//! # The old process
+//!
+//! [`Server::finish`] tells when it may leave, and how many connections are left then.
+//!
+//! - **No reconnect storm.** Its connections are told to end at moments that are spread evenly over
+//!   10 s or [what you choose](Options::drain). With the feature `axum`, `Server::serve_axum` sends
+//!   `Connection: close` and GOAWAY.
+//! - **It stays for the spread**, so that long a takeover can be undone, **and leaves at the
+//!   deadline**.
+//! - **Few generations.** A server [lists](Server::generations) the old processes that still run,
+//!   and asks the oldest to leave if there are [too many](Options::max_old_generations).
+//! - **The truth for a supervisor.** [`launch`] starts a new process and returns once it serves or
+//!   has failed; [`status`] asks from outside who serves.
+//!   [`systemd::Notifier`](crate::systemd::Notifier) tells a service manager.
 //!
 //! # What happens when
 //!

@@ -98,8 +98,8 @@ impl Options {
     /// - Its connections are told to end at moments that are spread over `spread`, so that clients
     ///   do not all come back at once. The server stays for at least as long, so a takeover can be
     ///   undone for that time. Default: 10 s.
-    /// - After `deadline`, what is left is cut. So that is also the greatest age of an old generation.
-    ///   Default: 60 s. At least `spread`.
+    /// - After `deadline`, what is left is cut. So that is also the greatest age of an old
+    ///   generation. Default: 60 s. At least `spread`.
     #[must_use]
     pub fn drain(mut self, spread: Duration, deadline: Duration) -> Self {
         self.drain = DrainLimits { spread, deadline: deadline.max(spread) };
@@ -107,7 +107,8 @@ impl Options {
     }
 
     /// Limits the number of processes that were replaced and still finish their connections. If
-    /// there are more, a new server asks the oldest to leave: what that one has left is cut. Default:
+    /// there are more, a new server asks the oldest to leave: what that one has left is cut.
+    /// Default:
     /// 8. At least 1, the one that may have to serve again.
     #[must_use]
     pub fn max_old_generations(mut self, most: usize) -> Self {

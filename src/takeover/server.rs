@@ -217,8 +217,8 @@ impl Server {
         self.shared.with_generations(Generations::list)
     }
 
-    /// Returns the process id of the one that has replaced this one. `None` if none has, or if it is
-    /// in another PID namespace.
+    /// Returns the process id of the one that has replaced this one. `None` if none has, or if it
+    /// is in another PID namespace.
     pub fn successor(&self) -> Option<u32> {
         self.shared.status.borrow().successor
     }

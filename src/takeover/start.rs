@@ -16,10 +16,10 @@ const RETRY: Duration = Duration::from_millis(10);
 /// on with [`Pending::ready`]. `bind` is called only if no server runs, and again if an address is
 /// still in use by one that is just ending.
 ///
-/// In `bind`, [`Listeners::bind_tcp`] and its siblings adopt what systemd, einhorn or Server::Starter
-/// has passed, and bind otherwise. So the same program runs under such a manager and without one. If
-/// a server runs that has the same sockets, for example an older process of the same manager, the
-/// copies that the manager has passed are closed.
+/// In `bind`, [`Listeners::bind_tcp`] and its siblings adopt what systemd, einhorn or
+/// Server::Starter has passed, and bind otherwise. So the same program runs under such a manager
+/// and without one. If a server runs that has the same sockets, for example an older process of the
+/// same manager, the copies that the manager has passed are closed.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -76,7 +76,8 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<Status,
 /// manager or of a deployment, whose exit code is to be true.
 ///
 /// The process has to become the server itself, with [`bind_or_take`](super::bind_or_take): this
-/// waits until the server at the path has its process id. It lives on when the [`Child`] is dropped.
+/// waits until the server at the path has its process id. It lives on when the [`Child`] is
+/// dropped.
 ///
 /// ```no_run
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -207,8 +207,8 @@ fn a_peer_that_reads_call_by_call_finds_the_batches_while_other_messages_wait() 
     });
 }
 
-/// Starts haproxy as the new process, and gives it listeners. They are bound, so that it ends at once
-/// unless it gets every one of them.
+/// Starts haproxy as the new process, and gives it listeners. They are bound, so that it ends at
+/// once unless it gets every one of them.
 async fn start_with(program: &Path, directory: &Path, addresses: &[SocketAddr], sockets: &[Arc<OwnedFd>]) -> Daemon {
     let path = directory.join("old");
     let listener = Listener::bind(&path, SocketKind::Stream).unwrap();
@@ -282,8 +282,8 @@ fn we_take_the_listeners_of_haproxy() {
     });
 }
 
-/// Its place is taken without a closed port in between, by one generation after the other, and given
-/// back.
+/// Its place is taken without a closed port in between, by one generation after the other, and
+/// given back.
 #[test]
 fn a_server_takes_over_from_haproxy_and_haproxy_from_its_next_generation() {
     let Some(program) = installed("haproxy") else { return };

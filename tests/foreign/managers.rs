@@ -1,6 +1,6 @@
-//! Process managers that pass listeners to a service: systemd, Server::Starter and einhorn. The service
-//! starts with `takeover::bind_or_take`, so a further process of it can replace it, with the manager or
-//! without.
+//! Process managers that pass listeners to a service: systemd, Server::Starter and einhorn. The
+//! service starts with `takeover::bind_or_take`, so a further process of it can replace it, with
+//! the manager or without.
 
 use std::{
     io,
@@ -247,8 +247,8 @@ fn einhorn_passes_numbers_in_two_ways() {
     }
 }
 
-/// What a service finds after a crash, if it has left its descriptors with systemd: a listener by its
-/// name, and other files.
+/// What a service finds after a crash, if it has left its descriptors with systemd: a listener by
+/// its name, and other files.
 #[test]
 fn stored_descriptors_come_back_by_their_names() {
     const TEST: &str = "managers::stored_descriptors_come_back_by_their_names";

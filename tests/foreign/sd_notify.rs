@@ -113,7 +113,8 @@ fn libsystemd_stores_descriptors_and_waits_for_the_barrier() {
     });
 }
 
-/// The manager's side, as sd_notify(3) and sd_notify_barrier(3) describe it. Prints what it is told.
+/// The manager's side, as sd_notify(3) and sd_notify_barrier(3) describe it. Prints what it is
+/// told.
 const MANAGER: &str = r#"
 import array, os, socket, struct, sys, time
 manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

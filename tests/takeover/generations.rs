@@ -18,8 +18,8 @@ use crate::{common::*, place};
 
 const ROLE: &str = "generations::ten_restarts_leave_a_limited_number_of_old_processes_which_are_listed";
 
-/// A server process, which tells each client its process id and keeps the connection until it has to
-/// cut it.
+/// A server process, which tells each client its process id and keeps the connection until it has
+/// to cut it.
 async fn serve() {
     let number = |name| std::env::var(name).unwrap().parse::<u64>().unwrap();
     let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
