@@ -5,7 +5,8 @@
 //!   connection is lost on the way, even if a worker dies, hangs or is replaced.
 //! - [`takeover`]: a new process replaces a running server. It gets the listeners, and no
 //!   connection fails.
-//! - [`Framed`]: messages that carry descriptors. The other two use them, and you can too.
+//! - [`systemd`]: tells a service manager about a service and its takeovers.
+//! - [`Framed`]: messages that carry descriptors. The others use them, and you can too.
 //!
 //! # Hand-off
 //!
@@ -195,6 +196,7 @@ mod limits;
 mod send_fd;
 mod socket;
 mod sys;
+pub mod systemd;
 pub mod takeover;
 mod transport;
 #[cfg(feature = "serde")]

@@ -19,7 +19,7 @@ mod readiness;
 pub(crate) use close::close_all;
 pub(crate) use credentials::{may_have_same_file, overflow_id};
 pub(crate) use exit::{ExitCloser, most_sockets_at_once};
-pub(crate) use inherited::take_inherited;
+pub(crate) use inherited::{copy_inherited, take_inherited};
 pub(crate) use kind::{FileKind, FileType, file_kind, is_sealed, is_socket, new_memfd};
 pub(crate) use lock::{try_lock, unlock};
 #[cfg(feature = "serde")]
