@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     io::IoSliceMut,
     mem::MaybeUninit,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     time::Duration,
 };
 
