@@ -12,6 +12,7 @@ mod helper;
 mod last_words;
 mod raw_worker;
 mod retire;
+mod rules;
 mod stubborn;
 mod willing;
 mod workers;

@@ -36,6 +36,7 @@ async fn adopt_all(mut worker: Raw) {
     }
 }
 
+/// Rules: D-BLAME, D-REASONS.
 #[test]
 fn workers_that_refuse_or_cannot_use_connections_lose_none_beside_healthy_ones() {
     const CONNECTIONS: usize = 100;
@@ -117,6 +118,8 @@ fn a_connection_that_no_worker_can_use_is_given_back() {
 }
 
 /// It has rejected everything that it was offered so far, so it does not get the next offer at once.
+///
+/// Rules: D-REFUSAL.
 #[test]
 fn a_worker_that_refuses_again_and_again_is_offered_less_and_less() {
     run(async {
@@ -163,6 +166,7 @@ fn a_suspect_does_not_hold_up_the_connections_behind_it() {
     });
 }
 
+/// Rules: W-HELLO-TIME.
 #[test]
 fn a_worker_that_says_no_hello_is_cut_off() {
     both(async |kind| {
@@ -175,6 +179,7 @@ fn a_worker_that_says_no_hello_is_cut_off() {
     });
 }
 
+/// Rules: D-OFFER-FDS.
 #[test]
 fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
     both(async |kind| {

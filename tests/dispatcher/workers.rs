@@ -158,6 +158,8 @@ fn it_is_known_why_the_process_before_left() {
 }
 
 /// Its socket does not tell: another process has it open.
+///
+/// Rules: W-STAY.
 #[test]
 fn the_death_of_a_worker_that_has_connected_is_noticed_though_its_socket_stays_open() {
     const ROLE: &str = "workers::the_death_of_a_worker_that_has_connected_is_noticed_though_its_socket_stays_open";

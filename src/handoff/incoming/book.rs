@@ -154,6 +154,9 @@ impl<T> Book<T> {
     /// The dispatcher wants an answer. With the second one after a refusal it is known to have read that: no offer is on its
     /// way, and those that were made void can be asked for anew, as many as there is room for by then.
     fn on_ping(&mut self, nonce: u64) {
+        if self.state == Taking::Nothing {
+            return; // nothing follows GOODBYE
+        }
         self.messages.push_back(FromWorker::Pong { nonce });
         self.refusal = match self.refusal {
             Refusal::None => Refusal::None,

@@ -138,16 +138,22 @@ impl Channel {
     }
 
     /// Takes no more.
-    pub(super) fn drain(&self, deadline: Option<Instant>) {
+    pub(super) fn drain(&self) {
+        self.drain_by(|deadline| deadline);
+    }
+
+    /// Takes no more, by a deadline that follows from the one there is.
+    fn drain_by(&self, next: impl FnOnce(Option<Instant>) -> Option<Instant>) {
         let mut state = self.lock();
         let unwanted = state.book.drain();
-        self.phase.send_if_modified(|phase| match phase {
-            Phase::Ended(_) => false,
-            Phase::Draining { .. } if deadline.is_none() => false,
-            _ => {
-                *phase = Phase::Draining { deadline };
-                true
-            }
+        self.phase.send_if_modified(|phase| {
+            let deadline = match *phase {
+                Phase::Open => next(None),
+                Phase::Draining { deadline } => next(deadline),
+                Phase::Ended(_) => return false,
+            };
+            *phase = Phase::Draining { deadline };
+            true
         });
         let application = state.application.take();
         state.wake_task();
@@ -160,7 +166,7 @@ impl Channel {
     pub(super) fn abandon(&self) {
         self.lock().abandoned = true;
         self.end_abandoned();
-        self.drain(None);
+        self.drain();
     }
 
     fn end_abandoned(&self) {
@@ -191,7 +197,7 @@ impl Channel {
             }
             ToWorker::Drain { within } => {
                 drop(state);
-                self.drain(within.map(|within| Instant::now() + within));
+                self.drain_by(|_| within.map(|within| Instant::now() + within));
                 state = self.lock();
             }
             _ => {}

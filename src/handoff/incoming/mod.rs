@@ -177,7 +177,7 @@ impl IncomingHandle {
     /// Takes no more connections: those that wait go back to the dispatcher, the stream ends, and when the adopted ones have ended
     /// the dispatcher is told goodbye.
     pub fn drain(&self) {
-        self.channel.drain(None);
+        self.channel.drain();
     }
 
     /// Whether no more connections are taken, for whatever reason. Then `Connection: close` belongs into an HTTP answer, and

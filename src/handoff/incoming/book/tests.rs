@@ -84,6 +84,8 @@ impl Dispatcher {
 proptest! {
     /// Whatever happens: each offer is answered as it ended here, in the order of the offers, and there are never more of
     /// them at a time than the limits allow.
+    ///
+    /// Rules: W-FIRST, W-COUNT, W-LOAD, W-GOODBYE.
     #[test]
     fn answers_are_what_happened(
         events in proptest::collection::vec(event(), 0..200),
@@ -206,6 +208,8 @@ fn distantly() -> impl Strategy<Value = Distantly> {
 proptest! {
     /// Messages take their time. No offer that the dispatcher may make is one too many for the worker, no demand is too low for the
     /// dispatcher, and who was recalled does not ask before its application does.
+    ///
+    /// Rules: W-DEMAND.
     #[test]
     fn an_honest_peer_is_never_taken_for_a_liar(
         steps in proptest::collection::vec(distantly(), 0..400),
@@ -275,6 +279,8 @@ proptest! {
 }
 
 /// Something else has read from the socket: the answers would be about other offers than the dispatcher takes them for.
+///
+/// Rules: W-BREACH, D-NUMBER.
 #[test]
 fn a_missing_offer_is_noticed() {
     let mut book = Book::new(9, 9, 1);
