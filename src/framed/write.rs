@@ -211,7 +211,17 @@ impl Outbound {
     /// Whether what waits does so for want of kernel memory, or of descriptors in flight, and
     /// through no fault of the receiver: it has received all that was sent.
     pub(crate) fn waits_for_the_kernel(&self) -> bool {
-        self.wait.is_for_a_while() && sys::unreceived(self.socket.as_fd()).is_ok_and(|bytes| bytes == 0)
+        self.is_short() && self.is_all_received()
+    }
+
+    /// Returns true if what waits does so for want of kernel memory, or of descriptors in flight.
+    pub(crate) fn is_short(&self) -> bool {
+        self.wait.is_for_a_while()
+    }
+
+    /// Returns true if the receiver has received all that was sent.
+    pub(crate) fn is_all_received(&self) -> bool {
+        sys::unreceived(self.socket.as_fd()).is_ok_and(|bytes| bytes == 0)
     }
 
     /// Queues an item, however much waits.
