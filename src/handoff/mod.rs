@@ -90,6 +90,7 @@
 //! | it [drains](IncomingHandle::drain), or is [removed](Dispatcher::remove_worker) | go to others | are finished, until the deadline |
 //! | it breaks the protocol | as when it hangs | as when it hangs |
 //! | it does not say hello within [`hello_timeout`](DispatcherBuilder::hello_timeout) | - | - |
+//! | its process lives on after the end of the conversation | go to others | go on, until it is killed after [`exit_timeout`](DispatcherBuilder::exit_timeout) if the dispatcher started it |
 //! | something else reads from its socket | it leaves, since an offer is missing, and they go to others | go on |
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
 //! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on |
@@ -102,6 +103,8 @@
 //!   given up: it may be the cause. See [`max_offers`](DispatcherBuilder::max_offers). A worker that has no room or no time for a
 //!   connection has not failed with it. A request that makes the *application* crash costs one worker, since it was adopted before.
 //! - When many workers hang at a time, only [some](DispatcherBuilder::max_fences) are cut off: the machine may be the cause.
+//! - A worker whose processes never live for long is [started again](WorkerCommand::longest_wait)
+//!   less and less often, and not while two of its processes have left and not ended.
 //! - Already-read bytes and metadata of a connection have to fit one message, of [`MAX_MESSAGE_BYTES`](protocol::MAX_MESSAGE_BYTES).
 //! - The dispatcher holds one descriptor for each connection that is not adopted, and none after that, unless a worker that was cut
 //!   off may hold a copy. The [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`; where they do

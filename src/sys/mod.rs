@@ -56,3 +56,13 @@ pub(crate) fn unreceived(socket: BorrowedFd<'_>) -> io::Result<usize> {
     Errno::result(outcome)?;
     Ok(bytes as usize)
 }
+
+/// What was received on a Unix socket and not read, in bytes (`SIOCINQ`, which is `FIONREAD`).
+/// Empty packets count for nothing.
+pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the call writes an int, to one that lives until it returns.
+    let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+    Errno::result(outcome)?;
+    Ok(bytes as usize)
+}
