@@ -26,6 +26,8 @@ pub struct FdQueue<F = OwnedFd> {
     fds: VecDeque<F>,
     /// More descriptors were sent behind these, and the kernel lost them.
     lost: bool,
+    /// The decoder has made the last loss good, and the connection has not taken note of that yet.
+    made_good: bool,
     /// A decoder got an answer that a loss may have changed. Shared references give answers too.
     spoiled: AtomicBool,
     /// Number of descriptors that were taken out since the beginning.
@@ -37,7 +39,14 @@ pub struct FdQueue<F = OwnedFd> {
 impl<F> FdQueue<F> {
     /// Returns an empty queue.
     pub const fn new() -> Self {
-        Self { fds: VecDeque::new(), lost: false, spoiled: AtomicBool::new(false), taken: 0, home: None }
+        Self {
+            fds: VecDeque::new(),
+            lost: false,
+            made_good: false,
+            spoiled: AtomicBool::new(false),
+            taken: 0,
+            home: None,
+        }
     }
 
     /// Takes the `count` descriptors that arrived first, which the bytes of a complete message say
@@ -155,6 +164,28 @@ impl<F> FdQueue<F> {
         self.spoiled.load(Ordering::Relaxed)
     }
 
+    /// For a decoder that recognizes the descriptors of each message, after it has decoded all that is complete. It knows
+    /// which messages have lost theirs, and the connection goes on.
+    ///
+    /// Those that wait are given up: more of their message may be lost.
+    pub(crate) fn make_good(&mut self) {
+        self.give_up(self.fds.len());
+        self.lost = false;
+        self.made_good = true;
+    }
+
+    /// Returns true once after the last loss was made good.
+    pub(crate) fn take_made_good(&mut self) -> bool {
+        mem::take(&mut self.made_good)
+    }
+
+    /// Gives up those that wait before the first one that `is_it`. If there is none, all stay, and it returns false.
+    pub(crate) fn skip_to(&mut self, is_it: impl Fn(&F) -> bool) -> bool {
+        let found = self.fds.iter().position(is_it);
+        self.give_up(found.unwrap_or(0));
+        found.is_some()
+    }
+
     /// Number of the descriptor that has waited longest, if one waits: it stays the same until that
     /// one is taken.
     pub(crate) fn first(&self) -> Option<u64> {
@@ -163,7 +194,13 @@ impl<F> FdQueue<F> {
 
     /// Gives up all descriptors that wait.
     pub(crate) fn clear(&mut self) {
-        let fds: SmallVec<_> = self.fds.drain(..).collect();
+        self.give_up(self.fds.len());
+    }
+
+    /// Gives up those that have waited longest.
+    fn give_up(&mut self, count: usize) {
+        let fds: SmallVec<_> = self.fds.drain(..count).collect();
+        self.taken += count as u64;
         if let Some(home) = &self.home
             && !fds.is_empty()
         {

@@ -12,6 +12,7 @@ mod helper;
 mod last_words;
 mod raw_worker;
 mod retire;
+mod shortage;
 mod stubborn;
 mod willing;
 mod workers;

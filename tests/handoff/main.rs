@@ -6,4 +6,5 @@ mod common;
 mod http;
 mod polling;
 mod raw_dispatcher;
+mod shortage;
 mod worker;
