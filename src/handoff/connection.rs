@@ -205,8 +205,9 @@ impl Drop for EndOnDrop {
 /// Ends a connection for every holder, so that the client sees it at once. To be closed next, which then does not block.
 fn end_connection(connection: &impl AsFd) {
     let connection = connection.as_fd();
-    // An error says that it has ended.
-    let _ = socket::shutdown(connection.as_raw_fd(), Shutdown::Both);
+    if socket::shutdown(connection.as_raw_fd(), Shutdown::Both).is_err() {
+        return; // it has ended, in both directions
+    }
     // With a time to linger the last `close` would block for it, non-blocking or not.
     if getsockopt(&connection, sockopt::Linger).is_ok_and(|linger| linger.l_onoff != 0 && linger.l_linger > 0) {
         let _ = setsockopt(&connection, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });

@@ -80,7 +80,7 @@ async fn greedy_application(mut incoming: Incoming) {
     assert!(!files.is_empty());
     assert!(incoming.next().now_or_never().is_none()); // asks for more
     first.write_all(b"full").await.unwrap();
-    first.read(&mut [0]).await.unwrap();
+    assert_eq!(first.read(&mut [0]).await.unwrap(), 0);
     drop((first, files));
     while let Some(mut connection) = incoming.next().await {
         connection.write_all(b"hello").await.unwrap();

@@ -3,6 +3,8 @@
 
 use std::{fs, os::fd::AsFd};
 
+use nix::libc;
+
 use crate::handoff::reserve::{first_of_reserve, is_of_reserve};
 
 /// Descriptors that the application does not need: all below a reserve for what it opens.
@@ -25,13 +27,17 @@ impl Headroom {
     }
 }
 
-/// Number of open descriptors of this process; 0 where /proc is not to be had.
+/// Number of open descriptors of this process; 0 if /proc is not to be had. If none is left to count them with, all are open.
 fn open_descriptors() -> u64 {
     let directory = "/proc/self/fd";
     match fs::metadata(directory) {
         Ok(metadata) if metadata.len() > 0 => metadata.len(),
-        // A kernel before 6.2 does not say it there.
-        _ => fs::read_dir(directory).map_or(0, |entries| entries.count() as u64),
+        // A kernel before 6.2 does not report it there.
+        _ => match fs::read_dir(directory) {
+            Ok(entries) => entries.count() as u64,
+            Err(error) if error.raw_os_error() == Some(libc::EMFILE) => u64::MAX,
+            Err(_) => 0,
+        },
     }
 }
 

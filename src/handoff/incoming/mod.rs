@@ -221,8 +221,7 @@ pub enum End {
     DispatcherGone,
     /// The dispatcher takes no more answers from this worker: it holds it for hung, and gives its connections to others.
     Fenced,
-    /// The dispatcher broke the protocol, or the socket failed: [`Error::TruncatedControl`] where this process has no room for
-    /// descriptors.
+    /// The dispatcher broke the protocol, or the socket failed.
     Failed(Arc<Error>),
 }
 
