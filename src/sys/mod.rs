@@ -42,7 +42,16 @@ use nix::{
 
 /// Takes a connection off a listener's queue, close-on-exec.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+    accept_with(listener, SockFlag::empty())
+}
+
+/// The same, with a connection that is non-blocking.
+pub(crate) fn accept_nonblocking(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    accept_with(listener, SockFlag::SOCK_NONBLOCK)
+}
+
+fn accept_with(listener: BorrowedFd<'_>, flags: SockFlag) -> io::Result<OwnedFd> {
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | flags)?;
     // SAFETY: accept4 has just returned this descriptor, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -15,6 +15,7 @@ mod processes;
 mod raw_worker;
 mod retire;
 mod rules;
+mod shortage;
 mod stubborn;
 mod willing;
 mod workers;

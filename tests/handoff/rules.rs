@@ -147,33 +147,6 @@ fn a_worker_leaves_a_dispatcher_at_each_breach() {
     });
 }
 
-/// Rules: W-CTRUNC.
-#[test]
-fn a_worker_that_has_lost_descriptors_leaves() {
-    const ROLE: &str = "rules::a_worker_that_has_lost_descriptors_leaves";
-    if let Some(socket) = role_socket(ROLE) {
-        return run_and_pass(async {
-            let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
-            let _connection = incoming.next().await.unwrap();
-            setrlimit(Resource::RLIMIT_NOFILE, 3, 3).unwrap();
-            assert!(incoming.next().await.is_none());
-            let End::Failed(error) = incoming.handle().ended().await else { panic!("it has not failed") };
-            assert!(matches!(*error, Error::TruncatedControl), "{error}");
-        });
-    }
-    counted(async |kind| {
-        let (here, there) = Socket::pair(kind).unwrap();
-        let mut child = spawn_role(ROLE, None, there.into());
-        let mut dispatcher = RawDispatcher::before_greeting(here).await;
-        dispatcher.send(ToWorker::Welcome { version: 1 }).await;
-        let _first = dispatcher.offer().await;
-        dispatcher.expect_adopted(1).await;
-        let _second = dispatcher.offer().await;
-        assert!(dispatcher.answer().await.is_none());
-        assert_eq!(child.wait().unwrap().code(), Some(PASSED));
-    });
-}
-
 /// Rules: W-TOUCH, W-TRANSPORT, W-RECALL.
 #[test]
 fn a_connection_that_is_not_adopted_is_left_as_it_was() {
