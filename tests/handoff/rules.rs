@@ -3,24 +3,23 @@
 use std::{net, os::fd::OwnedFd, time::Duration};
 
 use fdwire::{
-    Error, Socket, SocketKind,
+    Socket, SocketKind,
     handoff::{
         End, Incoming,
         protocol::{FromWorker, Offer, RejectReason, ToWorker},
     },
 };
 use futures::StreamExt;
-use nix::sys::resource::{Resource, setrlimit};
 use rustix::{fs::fcntl_getfl, net::sockopt};
 use tokio::time::Instant;
 
 use crate::{
     common::{
-        PASSED, counted, encoded, marked,
+        counted, encoded, marked,
         raw_receiver::{MOST_BYTES, MOST_FDS, RawReceiver},
-        raw_send, role_socket, run_and_pass, settle, spawn_role,
+        raw_send, settle,
     },
-    raw_dispatcher::{RawDispatcher, offer_of, pair},
+    raw_dispatcher::{offer_of, pair},
     worker::{ask, check_failed, clog, narrow_pair},
 };
 
