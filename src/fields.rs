@@ -30,6 +30,15 @@ impl<'a> Fields<'a> {
         self.array().map(u64::from_be_bytes)
     }
 
+    /// Reads a byte that is 0 or 1.
+    pub(crate) fn bool(&mut self) -> Option<bool> {
+        match self.u8()? {
+            0 => Some(false),
+            1 => Some(true),
+            _ => None,
+        }
+    }
+
     /// Reads bytes after a `u16` with their number.
     pub(crate) fn short(&mut self) -> Option<&'a [u8]> {
         let length = self.u16()?.into();

@@ -123,6 +123,14 @@ impl<F> Fds<F> {
         FdsIntoIter { fds: fds.into_iter(), home }
     }
 
+    /// Gives each descriptor away in an `Fds` of its own, which is closed as this one is.
+    #[cfg(feature = "serde")]
+    pub(crate) fn split(mut self) -> impl Iterator<Item = Self> {
+        let mut fds = self.take();
+        let home = fds.home.clone();
+        std::iter::from_fn(move || Some(Self::from_peer(SmallVec::from_buf([fds.next()?]), home.clone())))
+    }
+
     #[inline(never)] // so that `drop` is short
     fn drop_held(&mut self) {
         drop(self.take());

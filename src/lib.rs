@@ -5,7 +5,8 @@
 //!   connection is lost on the way, even if a worker dies, hangs or is replaced.
 //! - [`takeover`]: a new process replaces a running server. It gets the listeners, and no
 //!   connection fails.
-//! - [`Framed`]: messages that carry descriptors. The other two use them, and you can too.
+//! - [`systemd`]: tells a service manager about a service and its takeovers.
+//! - [`Framed`]: messages that carry descriptors. The others use them, and you can too.
 //!
 //! # Hand-off
 //!
@@ -160,6 +161,10 @@
 //! header, and [`PayloadCodec`](codec::PayloadCodec) codes the payload of frames with any codec of
 //! `tokio_util`. For a protocol that exists, such as D-Bus or Wayland, [write a codec](guide).
 //!
+//! Messages that are values of your own, with descriptors in their fields, are in the module
+//! `typed` (feature `serde`), with the formats of varlink and of JSON-RPC (feature `json`).
+//! [`FdPolicy`] checks what a peer has sent.
+//!
 //! A program without a runtime uses the same frames and codecs in the module [`blocking`].
 //!
 //! Protocols without a connection use a [`DatagramSocket`](socket::DatagramSocket), and the guide
@@ -194,6 +199,7 @@ mod closer;
 pub mod codec;
 mod credentials;
 mod error;
+pub mod fd_policy;
 mod fields;
 pub mod frame;
 pub mod framed;
@@ -205,8 +211,11 @@ mod limits;
 mod send_fd;
 pub mod socket;
 mod sys;
+pub mod systemd;
 pub mod takeover;
 mod transport;
+#[cfg(feature = "serde")]
+pub mod typed;
 
 pub use closer::close_in_background;
 pub use codec::FrameCodec;

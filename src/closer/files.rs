@@ -119,10 +119,10 @@ impl KnownFiles {
         };
         let is_quick = match file_type {
             FileType::Socket => return Lane::Exit,
-            FileType::RegularOrDirectory => self.is_local(device),
+            FileType::Regular | FileType::Directory => self.is_local(device),
             FileType::CharacterDevice => own_major == MEMORY || TERMINALS.contains(&own_major),
             FileType::BlockDevice => false,
-            FileType::Other => true, // pipes and eventfds: only the kernel provides these
+            FileType::Pipe | FileType::Other => true, // only the kernel provides these
         };
         if is_quick { Lane::Quick } else { Lane::Slow }
     }

@@ -30,6 +30,8 @@ pub struct FdQueue<F = OwnedFd> {
     fds: VecDeque<F>,
     /// True if more descriptors were sent after these, and the kernel lost them.
     lost: bool,
+    /// True if the decoder has made the last loss good, and the connection has not noticed yet.
+    made_good: bool,
     /// True if a decoder got a result that a loss may have changed. It is atomic because methods
     /// with `&self` give results too.
     spoiled: AtomicBool,
@@ -42,7 +44,14 @@ pub struct FdQueue<F = OwnedFd> {
 impl<F> FdQueue<F> {
     /// Returns an empty queue.
     pub const fn new() -> Self {
-        Self { fds: VecDeque::new(), lost: false, spoiled: AtomicBool::new(false), taken: 0, home: None }
+        Self {
+            fds: VecDeque::new(),
+            lost: false,
+            made_good: false,
+            spoiled: AtomicBool::new(false),
+            taken: 0,
+            home: None,
+        }
     }
 
     /// Takes the `count` descriptors that arrived first. Call it when the bytes of a complete
@@ -166,6 +175,30 @@ impl<F> FdQueue<F> {
         self.spoiled.load(Ordering::Relaxed)
     }
 
+    /// Makes a loss good. For a decoder that recognizes the descriptors of each message, after it
+    /// has decoded every complete message: it knows which messages have lost theirs, and the
+    /// connection goes on.
+    ///
+    /// The descriptors that wait are given up, because others of their message may be lost.
+    pub(crate) fn make_good(&mut self) {
+        self.give_up(self.fds.len());
+        self.lost = false;
+        self.made_good = true;
+    }
+
+    /// Returns true once after the last loss was made good.
+    pub(crate) fn take_made_good(&mut self) -> bool {
+        mem::take(&mut self.made_good)
+    }
+
+    /// Gives up the descriptors before the first one that `is_it`. If there is none, all stay, and
+    /// the result is false.
+    pub(crate) fn skip_to(&mut self, is_it: impl Fn(&F) -> bool) -> bool {
+        let found = self.fds.iter().position(is_it);
+        self.give_up(found.unwrap_or(0));
+        found.is_some()
+    }
+
     /// Returns the number of the descriptor that has waited longest. It stays the same until that
     /// descriptor is taken.
     pub(crate) fn first(&self) -> Option<u64> {
@@ -174,7 +207,13 @@ impl<F> FdQueue<F> {
 
     /// Gives up all descriptors that wait.
     pub(crate) fn clear(&mut self) {
-        let fds: SmallVec<_> = self.fds.drain(..).collect();
+        self.give_up(self.fds.len());
+    }
+
+    /// Gives up those that have waited longest.
+    fn give_up(&mut self, count: usize) {
+        let fds: SmallVec<_> = self.fds.drain(..count).collect();
+        self.taken += count as u64;
         if let Some(home) = &self.home
             && !fds.is_empty()
         {

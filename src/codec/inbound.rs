@@ -102,7 +102,7 @@ impl<F> Inbound<F> {
                         return Ok(Step::Item(item));
                     }
                     // Nothing complete is left, so more has to be received.
-                    Ok(None) if !self.lost => {
+                    Ok(None) if !self.lost || self.is_made_good() => {
                         let fds = self.fds.count();
                         if fds > decoder.limits().max_queued_fds {
                             return Err(self.fail(Error::UnclaimedFds { fds }.into()));
@@ -130,6 +130,12 @@ impl<F> Inbound<F> {
     /// Returns true if the message that was decoded needs none of the descriptors that were lost.
     fn is_untouched_by_the_loss(&self) -> bool {
         self.fds.is_lost() && !self.fds.is_spoiled()
+    }
+
+    /// Returns true if the decoder has given up the messages that have lost descriptors.
+    fn is_made_good(&mut self) -> bool {
+        self.lost = !self.fds.take_made_good();
+        !self.lost
     }
 
     /// Makes room in `bytes`, maybe in a new buffer. Returns the most bytes to receive. `spare`

@@ -42,7 +42,18 @@ impl Outbound {
     /// Returns true if sending waits because the kernel lacks memory, or because too many
     /// descriptors are in flight, and the receiver is not to blame: it has received everything.
     pub(crate) fn waits_for_the_kernel(&self) -> bool {
-        self.wait.is_for_a_while() && sys::unreceived(self.socket.as_fd()).is_ok_and(|bytes| bytes == 0)
+        self.is_short() && self.is_all_received()
+    }
+
+    /// Returns true if sending waits because the kernel lacks memory, or because too many
+    /// descriptors are in flight.
+    pub(crate) fn is_short(&self) -> bool {
+        self.wait.is_for_a_while()
+    }
+
+    /// Returns true if the receiver has received everything that was sent.
+    pub(crate) fn is_all_received(&self) -> bool {
+        sys::unreceived(self.socket.as_fd()).is_ok_and(|bytes| bytes == 0)
     }
 
     /// Queues an item, however much waits.

@@ -37,7 +37,7 @@ pub(crate) fn take_inherited<T>(number: RawFd, make: impl FnOnce(OwnedFd) -> io:
         return Err(Error::new(ErrorKind::ResourceBusy, "it was taken before"));
     }
     // Everything that can fail comes first, so that the number keeps its file.
-    let copy = copy(number)?;
+    let copy = copy_inherited(number)?;
     let placeholder = placeholder()?;
     let made = make(copy)?;
     replace(number, placeholder.as_fd())?;
@@ -45,8 +45,12 @@ pub(crate) fn take_inherited<T>(number: RawFd, make: impl FnOnce(OwnedFd) -> io:
     Ok(made)
 }
 
-/// Copies an inherited descriptor to a number above standard error's.
-fn copy(number: RawFd) -> io::Result<OwnedFd> {
+/// Copies an inherited descriptor to a number above standard error's. The number keeps its file.
+///
+/// # Errors
+/// `InvalidInput` if the number is not open or is close-on-exec, as one that was taken is, and
+/// `EMFILE`.
+pub(crate) fn copy_inherited(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: reads a flag of a number. It need not be open.
     let flags = Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) });
     match flags {

@@ -8,6 +8,7 @@ use std::{
 
 use nix::{
     errno::Errno,
+    fcntl::{FcntlArg, SealFlag, fcntl},
     libc,
     sys::{
         memfd::{MFdFlags, memfd_create},
@@ -27,10 +28,12 @@ pub(crate) fn is_socket(fd: BorrowedFd<'_>) -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FileType {
     Socket,
-    RegularOrDirectory,
+    Regular,
+    Directory,
     CharacterDevice,
     BlockDevice,
-    /// A pipe, or a file without a type: an eventfd, an epoll instance and the like.
+    Pipe,
+    /// A file without a type: an eventfd, an epoll instance and the like.
     Other,
 }
 
@@ -38,9 +41,11 @@ impl FileType {
     fn of_mode(mode: u32) -> Self {
         match mode & libc::S_IFMT {
             libc::S_IFSOCK => Self::Socket,
-            libc::S_IFREG | libc::S_IFDIR => Self::RegularOrDirectory,
+            libc::S_IFREG => Self::Regular,
+            libc::S_IFDIR => Self::Directory,
             libc::S_IFCHR => Self::CharacterDevice,
             libc::S_IFBLK => Self::BlockDevice,
+            libc::S_IFIFO => Self::Pipe,
             _ => Self::Other,
         }
     }
@@ -77,4 +82,11 @@ pub(crate) fn file_kind(fd: BorrowedFd<'_>) -> io::Result<FileKind> {
 /// Makes an empty file in memory.
 pub(crate) fn new_memfd() -> io::Result<OwnedFd> {
     Ok(memfd_create("fdwire", MFdFlags::MFD_CLOEXEC)?)
+}
+
+/// Returns true for a memfd whose content and length cannot change any more. Only a memfd can have
+/// these seals.
+pub(crate) fn is_sealed(fd: BorrowedFd<'_>) -> bool {
+    let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_truncate);
+    seals.contains(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK)
 }

@@ -9,6 +9,8 @@ mod exit;
 mod inherited;
 mod kind;
 mod lock;
+#[cfg(feature = "serde")]
+mod map;
 mod message;
 mod option;
 mod poll;
@@ -17,9 +19,11 @@ mod readiness;
 pub(crate) use close::close_all;
 pub(crate) use credentials::{may_have_same_file, overflow_id};
 pub(crate) use exit::{ExitCloser, most_sockets_at_once};
-pub(crate) use inherited::take_inherited;
-pub(crate) use kind::{FileKind, FileType, file_kind, is_socket, new_memfd};
+pub(crate) use inherited::{copy_inherited, take_inherited};
+pub(crate) use kind::{FileKind, FileType, file_kind, is_sealed, is_socket, new_memfd};
 pub(crate) use lock::{try_lock, unlock};
+#[cfg(feature = "serde")]
+pub(crate) use map::map_sealed;
 pub(crate) use message::{Received, recv_datagram, recvmsg, send_datagram, sendmsg};
 pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol, switch_off_linger};
 pub(crate) use poll::{Event, has_changed, wait_for};
@@ -38,7 +42,16 @@ use nix::{
 
 /// Takes a connection off a listener's queue, close-on-exec.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+    accept_with(listener, SockFlag::empty())
+}
+
+/// The same, with a connection that is non-blocking.
+pub(crate) fn accept_nonblocking(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    accept_with(listener, SockFlag::SOCK_NONBLOCK)
+}
+
+fn accept_with(listener: BorrowedFd<'_>, flags: SockFlag) -> io::Result<OwnedFd> {
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | flags)?;
     // SAFETY: accept4 has just returned this descriptor, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
@@ -49,6 +62,16 @@ pub(crate) fn unreceived(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the call writes an int, to one that lives until it returns.
     let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    Errno::result(outcome)?;
+    Ok(bytes as usize)
+}
+
+/// What was received on a Unix socket and not read, in bytes (`SIOCINQ`, which is `FIONREAD`).
+/// Empty packets count for nothing.
+pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the call writes an int, to one that lives until it returns.
+    let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
     Errno::result(outcome)?;
     Ok(bytes as usize)
 }

@@ -13,6 +13,10 @@ use bytes::{Buf, BytesMut};
 use fdwire::{
     Error, Fds, Frame, FrameCodec, Framed, Listener, SendError, SendFd, Socket, SocketKind,
     codec::{Codec, Decoder, FdQueue, PacketCodec},
+    handoff::{
+        Address, Incoming, Transport,
+        protocol::{DispatcherCodec, FromWorker, Offer, ToWorker, VERSION},
+    },
     socket::DatagramSocket,
 };
 use futures::{SinkExt, StreamExt, TryStreamExt};
@@ -369,5 +373,36 @@ fn a_descriptor_that_is_not_the_expected_socket_is_not_waited_for() {
         without_waiting([client], async { Socket::try_from(slow).unwrap_err() }).await;
         let (slow, client) = slow_to_close();
         without_waiting([client], async { Listener::try_from(slow).unwrap_err() }).await;
+    });
+}
+
+/// The descriptors that come with a connection are of the dispatcher's choice.
+#[test]
+fn dropping_an_adopted_connection_does_not_wait_for_what_came_with_it() {
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        let mut incoming = Incoming::builder().max_fds(2).build(b);
+        let mut dispatcher = Framed::new(a, DispatcherCodec::default());
+        dispatcher.next().await.unwrap().unwrap();
+        dispatcher.send(ToWorker::<Offer<SendFd>>::Welcome { version: VERSION }).await.unwrap();
+
+        let (slow, client) = slow_to_close();
+        let (accepted, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        accepted.set_nonblocking(true).unwrap();
+        let offer = Offer {
+            cookie: rustix::net::sockopt::socket_cookie(&accepted).unwrap(),
+            transport: Transport::UnixStream,
+            peer: Address::Unnamed,
+            local: Address::Unnamed,
+            read: Default::default(),
+            metadata: Default::default(),
+            fd: SendFd::from(OwnedFd::from(accepted)),
+            bundle: vec![SendFd::from(slow)],
+        };
+        let (connection, ()) = tokio::join!(incoming.next(), async {
+            assert!(matches!(dispatcher.next().await, Some(Ok(FromWorker::Demand { .. }))));
+            dispatcher.send(ToWorker::Offer { number: 0, offer }).await.unwrap();
+        });
+        without_waiting([client], async { drop(connection) }).await;
     });
 }

@@ -129,7 +129,7 @@ impl Dispatcher {
             for _ in 0..BATCH {
                 let Some(permit) = self.reserve().await else { return Ok(()) };
                 let mut is_scarce = true; // mostly, where it fails
-                let trouble = match sys::accept(listener.as_fd()) {
+                let trouble = match sys::accept_nonblocking(listener.as_fd()) {
                     Ok(socket) => {
                         is_scarce = is_of_reserve(&socket, ceiling);
                         match Handover::prepare(socket, About::new(transport), local.clone()).map_err(|unfit| *unfit) {

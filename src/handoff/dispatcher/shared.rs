@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -21,7 +21,8 @@ use super::{
     Config, NotDispatched, Permit, Stats, WorkerId, after,
     bell::Bell,
     handover::{Copies, Handover},
-    pool::{Event, Failure, Pool, TicketId},
+    pool::{Event, Failure, Pool, ProcessId, TicketId},
+    process::Processes,
 };
 
 /// Everything that the tasks of a dispatcher share.
@@ -29,6 +30,7 @@ use super::{
 pub(super) struct Shared {
     pub(super) config: Config,
     pool: Mutex<Pool<Box<Handover>>>,
+    processes: Mutex<Processes>,
     /// Wake the workers' tasks.
     bells: Mutex<HashMap<WorkerId, Arc<Bell>>>,
     /// Users that wait for a place. Locked while the pool is, never the other way around.
@@ -36,9 +38,7 @@ pub(super) struct Shared {
     changes: watch::Sender<()>,
     given_back: AtomicU64,
     lost: AtomicU64,
-    /// Processes of retired workers that have not ended.
-    pub(super) leftover: AtomicUsize,
-    /// Whether these are to be killed.
+    /// Whether processes of retired workers are to be killed.
     pub(super) kill: watch::Sender<bool>,
     runtime: Handle,
 }
@@ -52,12 +52,12 @@ impl Shared {
         Arc::new(Self {
             config,
             pool: Mutex::new(Pool::new(config)),
+            processes: Mutex::default(),
             bells: Mutex::default(),
             waiters: Mutex::default(),
             changes: watch::Sender::new(()),
             given_back: AtomicU64::new(0),
             lost: AtomicU64::new(0),
-            leftover: AtomicUsize::new(0),
             kill: watch::Sender::new(false),
             runtime: Handle::current(),
         })
@@ -88,12 +88,12 @@ impl Shared {
                     let bell = lock(&self.bells).get(&id).cloned();
                     bell.into_iter().for_each(|bell| bell.ring());
                 }
-                Event::Adopted { mut connection, worker, link, holders } => {
+                Event::Adopted { mut connection, worker, process, holders } => {
                     connection.adopted_by(worker);
                     if holders.is_empty() {
                         useless.extend(connection.into_copies());
                     } else {
-                        self.act(|pool| pool.keep(connection, link, holders));
+                        self.act(|pool| pool.keep(connection, process, holders));
                     }
                 }
                 Event::Failed { connection, failure } => failed.push((connection, failure)),
@@ -103,7 +103,7 @@ impl Shared {
                     // If nobody waits, dropping the permit frees the place.
                     drop(waiter.map(|waiter| waiter.send(permit)));
                 }
-                Event::LeftAlone(id) => {
+                Event::FenceDeferred(id) => {
                     warn!(worker = %id, "worker is hung, but too many were fenced recently; leaving it alone")
                 }
                 Event::Close(connection) => useless.extend(connection.into_copies()),
@@ -147,7 +147,16 @@ impl Shared {
         self.lost.fetch_add(1, Relaxed);
     }
 
-    // Tasks and users that wait.
+    // Processes, and tasks and users that wait.
+
+    pub(super) fn processes(&self) -> MutexGuard<'_, Processes> {
+        lock(&self.processes)
+    }
+
+    pub(super) fn process_ended(self: &Arc<Self>, process: ProcessId) {
+        self.act(|pool| pool.on_process_end(process));
+        self.changed();
+    }
 
     pub(super) fn add_bell(&self, id: WorkerId, bell: Arc<Bell>) {
         lock(&self.bells).insert(id, bell);
@@ -197,6 +206,9 @@ impl Shared {
             given_back: self.given_back.load(Relaxed),
             lost: self.lost.load(Relaxed),
             waiting: pool.waiting(),
+            in_flight: pool.in_flight(),
+            send_shortages: totals.send_shortages,
+            leftover: pool.leftover(),
             retired: totals.retired,
         }
     }
@@ -218,8 +230,10 @@ impl Shared {
         self.act(|pool| pool.close(Instant::now()));
         self.changed();
         self.until(Pool::has_no_workers).await;
-        let ended = || self.until(|_| self.leftover.load(Relaxed) == 0);
-        at_most(until, ended()).await;
+        let ended = || self.until(|pool| pool.leftover() == 0);
+        // Those that are not killed in time are left to themselves.
+        let exit_by = after(self.config.exit_timeout);
+        at_most(Some(until.map_or(exit_by, |until| until.min(exit_by))), ended()).await;
         if self.config.kill_hung {
             self.kill.send_replace(true);
             ended().await;

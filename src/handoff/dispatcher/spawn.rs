@@ -8,18 +8,26 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{Dispatcher, Shared, WorkerEntryGuard, WorkerId, WorkerTask, process::Process};
+use super::{Dispatcher, LONGEST, Shared, WorkerEntryGuard, WorkerId, WorkerTask};
 use crate::{Socket, SocketKind};
 
-/// The first wait before a worker is started again; twice as long each time, up to [`LONGEST_WAIT`], until one has adopted a
-/// connection.
+/// The first wait before a worker is started again. Twice as long each time, until a process has
+/// lived for longer than the longest wait.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
+
+/// The most processes of a worker that have left and not ended. If there are as many, it is not
+/// started again.
+const MOST_LEFTOVER: usize = 2;
 
 /// How a worker is started: a `Command` of tokio or std, and what to do when it ends.
 ///
 /// The worker gets its end of the socket as standard input, which is where
 /// [`Incoming::from_stdin`](crate::handoff::Incoming::from_stdin) takes it from.
+///
+/// The process that is started has to be the worker. A shell that prepares something goes on with
+/// `exec my-worker`: otherwise the shell is what is waited for and killed, and the worker would
+/// live on unnoticed.
 ///
 /// ```no_run
 /// # fn example(dispatcher: fdwire::handoff::Dispatcher) -> std::io::Result<()> {
@@ -33,12 +41,13 @@ const LONGEST_WAIT: Duration = Duration::from_secs(10);
 pub struct WorkerCommand {
     command: Command,
     restart: bool,
+    longest_wait: Duration,
     kind: SocketKind,
 }
 
 impl From<Command> for WorkerCommand {
     fn from(command: Command) -> Self {
-        Self { command, restart: false, kind: SocketKind::SeqPacket }
+        Self { command, restart: false, longest_wait: LONGEST_WAIT, kind: SocketKind::SeqPacket }
     }
 }
 
@@ -49,11 +58,22 @@ impl From<std::process::Command> for WorkerCommand {
 }
 
 impl WorkerCommand {
-    /// Whether the worker is started again when it leaves without having been told to: after 10 ms, and after twice as long each
-    /// time, up to 10 s, until one has adopted a connection or has lived for longer than that. Default: no.
+    /// Whether the worker is started again when it leaves without having been told to: after 10 ms,
+    /// and after twice as long each time, up to the [longest wait](Self::longest_wait), until a
+    /// process has lived for longer than that. Default: no.
+    ///
+    /// While two of its processes have left and not ended, it is not started again.
     #[must_use]
     pub fn restart(mut self, restart: bool) -> Self {
         self.restart = restart;
+        self
+    }
+
+    /// The longest wait before the worker is started again. With a short one, a request that makes
+    /// the application crash makes it start as often as clients repeat the request. Default: 10 s.
+    #[must_use]
+    pub fn longest_wait(mut self, wait: Duration) -> Self {
+        self.longest_wait = wait.clamp(FIRST_WAIT, LONGEST);
         self
     }
 
@@ -89,7 +109,8 @@ impl Dispatcher {
         let mut command = command.into();
         let (socket, child) = command.start()?;
         let id = self.shared.act(|pool| pool.add_worker());
-        let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, Process::child(child));
+        let process = self.shared.processes().child(child);
+        let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
         tokio::spawn(supervise(Arc::clone(&self.shared), id, command, task));
         Ok(id)
     }
@@ -101,7 +122,8 @@ async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand
     let mut wait = FIRST_WAIT;
     loop {
         let begin = Instant::now();
-        if task.run().await.has_adopted || begin.elapsed() > LONGEST_WAIT {
+        task.run().await;
+        if begin.elapsed() > command.longest_wait {
             wait = FIRST_WAIT;
         }
         match start_again(&shared, id, &mut command, &mut wait).await {
@@ -123,11 +145,16 @@ async fn start_again(
         if timeout(*wait, removed).await.is_ok() {
             break;
         }
-        *wait = (*wait * 2).min(LONGEST_WAIT);
+        *wait = (*wait * 2).min(command.longest_wait);
+        shared.until(|pool| pool.is_removed(id) || pool.leftover_of(id) < MOST_LEFTOVER).await;
+        if shared.act(|pool| pool.is_removed(id)) {
+            break;
+        }
         match command.start() {
             Ok((socket, child)) => {
                 info!(worker = %id, pid = child.id(), "worker is started again");
-                return Some(WorkerTask::new(Arc::clone(shared), id, socket, Process::child(child)));
+                let process = shared.processes().child(child);
+                return Some(WorkerTask::new(Arc::clone(shared), id, socket, process));
             }
             Err(error) => warn!(worker = %id, %error, "worker cannot be started again yet"),
         }

@@ -33,6 +33,15 @@ pub struct Stats {
     pub lost: u64,
     /// Waiting for a worker with room, now.
     pub waiting: usize,
+    /// Descriptors that are on their way to workers, or may be, now. The kernel limits them for the
+    /// whole uid.
+    pub in_flight: usize,
+    /// How often sending to a worker had to wait because the kernel had too many descriptors in
+    /// flight (`ETOOMANYREFS`) or too little memory.
+    pub send_shortages: u64,
+    /// Processes that the dispatcher has started and that have left and not ended, now. See
+    /// [`exit_timeout`](super::DispatcherBuilder::exit_timeout).
+    pub leftover: usize,
     /// Workers that left, by cause.
     pub retired: RetireCounts,
 }
@@ -89,6 +98,8 @@ pub struct WorkerStats {
     pub adopted: u64,
     /// Connections that it has rejected.
     pub rejected: u64,
+    /// Its processes that have left and not ended, now.
+    pub leftover: usize,
 }
 
 /// What a worker does.

@@ -12,6 +12,7 @@ mod account;
 mod choice;
 mod clock;
 mod end;
+mod fences;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
@@ -24,20 +25,42 @@ mod tests;
 #[cfg(test)]
 mod world;
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    time::Instant,
-};
+use std::{collections::BTreeMap, time::Instant};
 
-use account::{Account, Left};
+use account::{Account, Remains};
+use fences::Fences;
 pub(super) use pending::Failure;
 use pending::Pending;
 pub(super) use queue::TicketId;
 use queue::{Queue, Waiter};
 pub(super) use stale::StaleCopies;
 
-use super::{LinkId, RetireCause, RetireCounts, WorkerId, WorkerState, WorkerStats, builder::Config};
+use super::{RetireCause, RetireCounts, WorkerId, WorkerState, WorkerStats, builder::Config};
 use crate::handoff::protocol::{FromWorker, RejectReason, ToWorker};
+
+/// The number of a process that has, or had, a link. A worker that is started again is another
+/// process.
+pub(super) type ProcessId = u64;
+
+/// The process at the other end of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct ProcessInfo {
+    pub(super) id: ProcessId,
+    pub(super) pid: Option<u32>,
+    /// The dispatcher has started it.
+    pub(super) is_child: bool,
+}
+
+/// What is known of a process whose link ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ProcessState {
+    Ended,
+    /// It may live, and hold copies of what it was sent. Unless it has received all of that,
+    /// descriptors may still be in flight.
+    Lives {
+        has_received: bool,
+    },
+}
 
 /// All workers of a dispatcher, and all connections that it has.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -48,16 +71,19 @@ pub(super) struct Pool<C> {
     /// Permits given out.
     reserved: u64,
     phase: Phase,
-    /// Until when the drain is to be over that was asked for last.
-    pub(super) until: Option<Instant>,
+    /// The time by which the drain is to be over that was asked for last.
+    drain_until: Option<Instant>,
     /// Gets nothing until it has answered, because a suspect has waited for a worker for too long.
     held: Option<WorkerId>,
     pub(super) stale: StaleCopies<C>,
-    fences: VecDeque<Instant>,
+    /// The processes that the dispatcher has started and that have not ended, though their links
+    /// have.
+    leftovers: BTreeMap<ProcessId, WorkerId>,
+    fences: Fences,
     events: Vec<Event<C>>,
-    turn: u64,
+    /// The number of plans, by which workers take turns.
+    plans: u64,
     last_worker: u64,
-    last_link: LinkId,
     pub(super) totals: Totals,
 }
 
@@ -76,6 +102,8 @@ pub(super) struct Totals {
     pub(super) dispatched: u64,
     pub(super) adopted: u64,
     pub(super) offered_again: u64,
+    /// How often the kernel had too little to send offers with.
+    pub(super) send_shortages: u64,
     pub(super) retired: RetireCounts,
 }
 
@@ -89,8 +117,8 @@ struct Worker<C> {
     last_exit: Option<RetireCause>,
     /// It is to drain, until that time if there is one.
     removed: Option<Option<Instant>>,
-    /// The last time when it got a connection, counted in connections.
-    turn: u64,
+    /// The number of the last plan for it.
+    last_plan: u64,
 }
 
 /// What a task has to do once the pool is unlocked.
@@ -100,26 +128,17 @@ pub(super) enum Event<C> {
     Wake(WorkerId),
     /// A worker has adopted a connection. The dispatcher's copy goes to
     /// [`StaleCopies::keep`] if there are holders.
-    Adopted { connection: C, worker: WorkerId, link: LinkId, holders: Vec<LinkId> },
+    Adopted { connection: C, worker: WorkerId, process: ProcessId, holders: Vec<ProcessId> },
     /// No worker adopts it.
     Failed { connection: C, failure: Failure },
     /// A place is kept for whoever has this ticket.
     Granted(TicketId),
-    /// A worker hangs, and is left alone because too many others were fenced.
-    LeftAlone(WorkerId),
+    /// A worker hangs, and is fenced later because too many others were.
+    FenceDeferred(WorkerId),
     /// The copy is of no use.
     Close(C),
     /// The process that served it has ended: so has the connection, whoever holds a copy.
     ShutDown(C),
-}
-
-/// What is left of a worker's link.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Remains {
-    /// It was of use.
-    pub(super) has_adopted: bool,
-    /// The end of its process matters: it may hold copies, or the dispatcher keeps some for it.
-    pub(super) end_matters: bool,
 }
 
 impl<C> Pool<C> {
@@ -130,14 +149,14 @@ impl<C> Pool<C> {
             queue: Queue::default(),
             reserved: 0,
             phase: Phase::Open,
-            until: None,
+            drain_until: None,
             held: None,
             stale: StaleCopies::default(),
-            fences: VecDeque::new(),
+            leftovers: BTreeMap::new(),
+            fences: Fences::default(),
             events: Vec::new(),
-            turn: 0,
+            plans: 0,
             last_worker: 0,
-            last_link: 0,
             totals: Totals::default(),
         }
     }
@@ -153,21 +172,19 @@ impl<C> Pool<C> {
         self.last_worker += 1;
         let id = WorkerId(self.last_worker);
         // Those that come while the dispatcher drains have nothing to do.
-        let removed = (self.phase != Phase::Open).then_some(self.until);
-        let worker = Worker { account: None, restarts: 0, adopted: 0, rejected: 0, last_exit: None, removed, turn: 0 };
+        let removed = (self.phase != Phase::Open).then_some(self.drain_until);
+        let worker =
+            Worker { account: None, restarts: 0, adopted: 0, rejected: 0, last_exit: None, removed, last_plan: 0 };
         self.workers.insert(id, worker);
         id
     }
 
     /// A process of this worker is connected, and has to say hello by then.
-    pub(super) fn connect(&mut self, id: WorkerId, pid: Option<u32>, hello_by: Instant) -> LinkId {
-        self.last_link += 1;
-        let link = self.last_link;
+    pub(super) fn connect(&mut self, id: WorkerId, process: ProcessInfo, hello_by: Instant) {
         if let Some(worker) = self.workers.get_mut(&id) {
             worker.restarts += u64::from(worker.last_exit.is_some());
-            worker.account = Some(Account::new(link, pid, hello_by));
+            worker.account = Some(Account::new(process, hello_by));
         }
-        link
     }
 
     fn account(&mut self, id: WorkerId) -> Option<&mut Account<C>> {
@@ -197,7 +214,7 @@ impl<C> Pool<C> {
     pub(super) fn forget(&mut self, id: WorkerId, now: Instant) {
         if let Some(account) = self.workers.remove(&id).and_then(|worker| worker.account) {
             // Its task has panicked, and nobody can know whether it has adopted these.
-            let Left { unanswered, unseen, .. } = account.retire(0);
+            let Remains { unanswered, unseen, .. } = account.retire(0);
             self.events.extend(unanswered.into_iter().map(|pending| Event::Close(pending.connection)));
             self.put_back(unseen);
         }
@@ -286,13 +303,22 @@ impl<C> Pool<C> {
         }
     }
 
+    /// What a worker has sent before it was fenced cannot be read. It may have adopted everything
+    /// that it was sent, so no other worker gets that.
+    pub(super) fn on_unreadable(&mut self, id: WorkerId, unsent: usize) {
+        let Some(account) = self.account(id) else { return };
+        let adopted = account.adopt_all(unsent);
+        self.adopted(id, adopted);
+    }
+
     fn adopted(&mut self, id: WorkerId, adopted: impl IntoIterator<Item = Pending<C>>) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let Some(account) = &worker.account else { return };
         for Pending { connection, holders, .. } in adopted {
             worker.adopted += 1;
             self.totals.adopted += 1;
-            self.events.push(Event::Adopted { connection, worker: id, link: account.link, holders });
+            let process = account.process.id;
+            self.events.push(Event::Adopted { connection, worker: id, process, holders });
         }
     }
 
@@ -323,13 +349,15 @@ impl<C> Pool<C> {
         if !was_able {
             account.clock.excuse(now);
         }
-        let mut is_left_alone = false;
+        let (is_child, mut is_deferred) = (account.process.is_child, false);
         account.on_timeout(now, config, || {
-            let may = may_fence(fences, config, now);
-            is_left_alone = !may;
+            let may = fences.may_fence(is_child, config, now);
+            is_deferred = !may;
             may
         })?;
-        self.events.extend(is_left_alone.then_some(Event::LeftAlone(id)));
+        let planned = account.take_back_if_silent();
+        self.events.extend(is_deferred.then_some(Event::FenceDeferred(id)));
+        self.put_back(planned);
         self.distribute(now);
         Ok(())
     }
@@ -370,7 +398,7 @@ impl<C> Pool<C> {
             let account = worker.account.as_ref();
             WorkerStats {
                 id: *id,
-                pid: account.and_then(|account| account.pid),
+                pid: account.and_then(|account| account.process.pid),
                 state: account.map_or(WorkerState::Restarting, Account::state),
                 restarts: worker.restarts,
                 last_exit: worker.last_exit.clone(),
@@ -379,19 +407,8 @@ impl<C> Pool<C> {
                 active: account.map_or(0, Account::active),
                 adopted: worker.adopted,
                 rejected: worker.rejected,
+                leftover: self.leftover_of(*id),
             }
         })
     }
-}
-
-/// Returns false if too many workers were fenced lately: the fault may be one of the whole machine.
-fn may_fence(fences: &mut VecDeque<Instant>, config: &Config, now: Instant) -> bool {
-    while fences.front().is_some_and(|fence| *fence + config.fence_window <= now) {
-        fences.pop_front();
-    }
-    let may = fences.len() < config.max_fences;
-    if may {
-        fences.push_back(now);
-    }
-    may
 }
