@@ -14,6 +14,7 @@ mod last_words;
 mod processes;
 mod raw_worker;
 mod retire;
+mod startup;
 mod stubborn;
 mod willing;
 mod workers;
