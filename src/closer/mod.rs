@@ -40,7 +40,7 @@ use crate::{
 
 /// After it has closed something, the closer's thread looks at the backlog again after this time, or when
 /// [`WAKE_AT`] descriptors wait: a process that closes all the time should not wake it for each of them.
-const PAUSE: Duration = Duration::from_millis(2);
+const PAUSE: Duration = Duration::from_millis(10);
 const WAKE_AT: usize = 64;
 
 /// The thread tries again after this time if the kernel refuses something.

@@ -23,7 +23,15 @@ pub(crate) use readiness::{CloseFd, FdGuard, register};
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    mem::ManuallyDrop,
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::{
+            self,
+            net::{UnixListener, UnixStream},
+        },
+    },
 };
 
 use nix::{
@@ -37,6 +45,21 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: accept4 has just returned this descriptor, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Takes a connection off the queue of a TCP listener, close-on-exec, with the address of its client. To ask for the address
+/// later takes another call, and a client that has gone by then has none.
+pub(crate) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(TcpStream, SocketAddr)> {
+    // SAFETY: the descriptor stays open for the call, and is not closed, because the listener is not dropped.
+    let listener = ManuallyDrop::new(unsafe { TcpListener::from_raw_fd(listener.as_raw_fd()) });
+    listener.accept()
+}
+
+/// The same for a listener of Unix sockets.
+pub(crate) fn accept_unix(listener: BorrowedFd<'_>) -> io::Result<(UnixStream, unix::net::SocketAddr)> {
+    // SAFETY: the descriptor stays open for the call, and is not closed, because the listener is not dropped.
+    let listener = ManuallyDrop::new(unsafe { UnixListener::from_raw_fd(listener.as_raw_fd()) });
+    listener.accept()
 }
 
 /// What was sent on a Unix socket and not received, in bytes of the kernel's memory: 0 when the peer has received all

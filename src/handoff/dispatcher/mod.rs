@@ -6,6 +6,7 @@ mod bell;
 mod builder;
 mod dispatching;
 mod handover;
+mod joint_task;
 mod pool;
 mod process;
 mod serve;
@@ -92,15 +93,13 @@ impl Dispatcher {
     ///
     /// The death of a process that has connected is noticed by its pidfd. At the other end of a pair it is noticed by the
     /// end of the socket, which comes when no process has it open any more; see [`spawn_worker`](Self::spawn_worker).
-    ///
-    /// # Panics
-    /// Outside of a tokio runtime.
     pub fn add_worker(&self, socket: Socket) -> WorkerId {
+        let _context = self.shared.runtime.enter();
         let process = Process::of_peer(&socket);
         let id = self.shared.act(|pool| pool.add_worker());
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
         let entry = WorkerEntryGuard::new(&self.shared, id);
-        tokio::spawn(async move {
+        self.shared.tasks.add(async move {
             task.run().await;
             drop(entry);
         });

@@ -82,15 +82,13 @@ impl Dispatcher {
     ///
     /// # Errors
     /// Those of starting a process, and of making a pair of sockets. Starting it again is tried until it succeeds.
-    ///
-    /// # Panics
-    /// Outside of a tokio runtime.
     pub fn spawn_worker(&self, command: impl Into<WorkerCommand>) -> io::Result<WorkerId> {
+        let _context = self.shared.runtime.enter();
         let mut command = command.into();
         let (socket, child) = command.start()?;
         let id = self.shared.act(|pool| pool.add_worker());
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, Process::child(child));
-        tokio::spawn(supervise(Arc::clone(&self.shared), id, command, task));
+        self.shared.tasks.add(supervise(Arc::clone(&self.shared), id, command, task));
         Ok(id)
     }
 }
