@@ -88,7 +88,7 @@ impl Dispatcher {
         let (socket, child) = command.start()?;
         let id = self.shared.act(|pool| pool.add_worker());
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, Process::child(child));
-        self.shared.tasks.add(supervise(Arc::clone(&self.shared), id, command, task));
+        self.shared.runtime.spawn(supervise(Arc::clone(&self.shared), id, command, task));
         Ok(id)
     }
 }
@@ -99,7 +99,9 @@ async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand
     let mut wait = FIRST_WAIT;
     loop {
         let begin = Instant::now();
-        if task.run().await.has_adopted || begin.elapsed() > LONGEST_WAIT {
+        // Starting a process takes time, so it does not happen in the task that serves all workers.
+        let Ok(remains) = shared.tasks.run(task.run()).await else { break };
+        if remains.has_adopted || begin.elapsed() > LONGEST_WAIT {
             wait = FIRST_WAIT;
         }
         match start_again(&shared, id, &mut command, &mut wait).await {
