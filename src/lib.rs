@@ -28,16 +28,18 @@
 //! A worker:
 //!
 //! ```no_run
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+//! # #[tokio::main] async fn main() -> std::io::Result<()> {
 //! use fdwire::handoff::Incoming;
 //! use futures::StreamExt;
 //! use tokio::io::AsyncWriteExt;
 //!
 //! let mut incoming = Incoming::from_stdin()?;
 //! let handle = incoming.handle();
-//! while let Some(mut connection) = incoming.next().await {
-//!     tokio::spawn(async move { connection.write_all(b"hello\n").await });
-//! }
+//! tokio::spawn(async move {
+//!     while let Some(mut connection) = incoming.next().await {
+//!         tokio::spawn(async move { connection.write_all(b"hello\n").await });
+//!     }
+//! });
 //! handle.ended().await;
 //! # Ok(()) }
 //! ```
