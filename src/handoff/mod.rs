@@ -92,6 +92,7 @@
 //! | it hangs: no answer to a ping within [`hang_timeout`](DispatcherBuilder::hang_timeout) | it is cut off, so that it can adopt nothing any more, and they go to others | end with its process, which is [killed](DispatcherBuilder::kill_hung) if the dispatcher started it |
 //! | it is busy: answers pings, and does not ask for connections | are recalled after [`recall_after`](DispatcherBuilder::recall_after), and go to others | go on |
 //! | it is full: [`max_connections`](IncomingBuilder::max_connections), or no descriptors to spare | it gets none | go on |
+//! | it has no descriptor left when offers come, or its event loop has no room for them | go to others | go on |
 //! | all workers are full | [`serve`](Dispatcher::serve) does not accept: clients wait in the kernel's backlog | go on |
 //! | it [drains](IncomingHandle::drain), or is [removed](Dispatcher::remove_worker) | go to others | are finished, until the deadline |
 //! | it breaks the protocol | as when it hangs | as when it hangs |
@@ -130,7 +131,8 @@
 //! - **A close is no end as long as another process has a copy.** The client sees one when the connection is shut down, which a
 //!   [`Connection`] is when it is dropped. After [`into_parts`](Connection::into_parts) it is yours to do, and so it is with a connection that
 //!   came back in a [`DispatchError`].
-//! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. Nobody touches them before the adoption.
+//! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. [`Accepted`] makes it non-blocking. From then on
+//!   nobody touches them before the adoption.
 //! - The last close of a connection with `SO_LINGER` blocks. A `Connection` does without lingering.
 //!
 //! What the application sees to:

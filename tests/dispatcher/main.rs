@@ -14,6 +14,8 @@ mod last_words;
 mod processes;
 mod raw_worker;
 mod retire;
+mod rules;
+mod shortage;
 mod startup;
 mod stubborn;
 mod willing;

@@ -138,6 +138,7 @@ fn lives_on() {
     });
 }
 
+/// Rules: W-EXIT-TIME.
 #[test]
 fn a_process_that_has_left_and_lives_on_is_killed_and_few_are_started_meanwhile() {
     const ROLE: &str = "processes::a_process_that_has_left_and_lives_on_is_killed_and_few_are_started_meanwhile";

@@ -31,6 +31,8 @@ use crate::{
 };
 
 /// What it says keeps it from being taken for one that hangs.
+///
+/// Rules: W-RECALL-TIME.
 #[test]
 fn a_worker_that_talks_and_never_answers_is_cut_off() {
     both(async |kind| {
@@ -109,6 +111,7 @@ fn times_may_be_without_end() {
     });
 }
 
+/// Rules: W-DRAIN-TIME.
 #[test]
 fn the_limit_of_the_last_drain_counts() {
     both(async |kind| {
@@ -221,6 +224,8 @@ fn a_process_that_never_said_hello_does_not_outlive_its_removal() {
 }
 
 /// It has asked for more than it can take. Connections wait for it to ask again, rather than run out of offers.
+///
+/// Rules: D-REFUSAL.
 #[test]
 fn a_worker_that_refuses_is_offered_nothing_until_it_asks_again() {
     both(async |kind| {

@@ -45,6 +45,8 @@ enum Bad {
 }
 
 /// Clients come 64 at a time, as they do from the backlog of a listener.
+///
+/// Rules: D-BLAME, D-REASONS.
 #[test]
 fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
     const CONNECTIONS: usize = 2000;
@@ -137,6 +139,8 @@ fn a_connection_that_no_worker_can_use_is_given_back() {
 }
 
 /// It has rejected everything that it was offered so far, so it does not get the next offer at once.
+///
+/// Rules: D-REFUSAL.
 #[test]
 fn a_worker_that_refuses_again_and_again_is_offered_less_and_less() {
     run(async {
@@ -183,6 +187,7 @@ fn a_suspect_does_not_hold_up_the_connections_behind_it() {
     });
 }
 
+/// Rules: W-HELLO-TIME.
 #[test]
 fn a_worker_that_says_no_hello_is_cut_off() {
     both(async |kind| {
@@ -195,6 +200,7 @@ fn a_worker_that_says_no_hello_is_cut_off() {
     });
 }
 
+/// Rules: D-OFFER-FDS.
 #[test]
 fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
     both(async |kind| {

@@ -161,6 +161,8 @@ fn it_is_known_why_the_process_before_left() {
 }
 
 /// Its socket does not tell: another process has it open, which might be the one that serves.
+///
+/// Rules: W-SOCKET-END.
 #[test]
 fn the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_if_its_socket_stays_open() {
     const ROLE: &str =

@@ -13,7 +13,8 @@ use super::{Transport, protocol::RejectReason};
 
 /// An accepted connection, ready to be [dispatched](super::Dispatcher::dispatch): a stream, and what the worker is to know of it.
 ///
-/// Made from a `TcpStream` or `UnixStream` of tokio or std. One of tokio leaves its event loop here.
+/// Made from a `TcpStream` or `UnixStream` of tokio or std. One of tokio leaves its event loop here, and one of std becomes
+/// non-blocking, for all holders of a copy.
 ///
 /// ```no_run
 /// # async fn example(dispatcher: fdwire::handoff::Dispatcher, stream: tokio::net::TcpStream, head: Vec<u8>)
@@ -25,7 +26,7 @@ use super::{Transport, protocol::RejectReason};
 /// ```
 #[derive(Debug)]
 pub struct Accepted {
-    /// Or why it could not leave its event loop.
+    /// Or why it could not be made ready.
     pub(super) socket: io::Result<OwnedFd>,
     pub(super) about: About,
 }
@@ -99,13 +100,13 @@ impl Accepted {
 
 impl From<std::net::TcpStream> for Accepted {
     fn from(stream: std::net::TcpStream) -> Self {
-        Self::new(Ok(stream.into()), Transport::Tcp)
+        Self::new(stream.set_nonblocking(true).map(|()| stream.into()), Transport::Tcp)
     }
 }
 
 impl From<unix::net::UnixStream> for Accepted {
     fn from(stream: unix::net::UnixStream) -> Self {
-        Self::new(Ok(stream.into()), Transport::UnixStream)
+        Self::new(stream.set_nonblocking(true).map(|()| stream.into()), Transport::UnixStream)
     }
 }
 

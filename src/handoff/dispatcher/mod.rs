@@ -6,6 +6,7 @@ mod bell;
 mod builder;
 mod dispatching;
 mod handover;
+mod joint_task;
 mod pool;
 mod process;
 mod serve;
@@ -94,16 +95,14 @@ impl Dispatcher {
     /// socket open, too, only its silence tells
     /// ([`hang_timeout`](DispatcherBuilder::hang_timeout)). The death of a worker that the
     /// dispatcher [starts](Self::spawn_worker) is noticed at once.
-    ///
-    /// # Panics
-    /// Outside of a tokio runtime.
     pub fn add_worker(&self, socket: Socket) -> WorkerId {
+        let _context = self.shared.runtime.enter();
         let process = self.shared.processes().peer_of(&socket);
         let id = self.shared.act(|pool| pool.add_worker(None));
         let shared = Arc::clone(&self.shared);
         let task = WorkerTask::new(Arc::clone(&shared), id, socket, process);
         let entry = WorkerEntryGuard::new(&shared, id);
-        tokio::spawn(async move {
+        self.shared.tasks.add(async move {
             let _entry = entry;
             task.run().await;
             shared.log_exit(id);

@@ -22,6 +22,7 @@ use super::{
     Config, NotDispatched, Permit, RetireCause, Stats, WorkerId, after,
     bell::Bell,
     handover::{Copies, Handover},
+    joint_task::JointTask,
     pool::{Event, Failure, Pool, ProcessId, TicketId},
     process::Processes,
 };
@@ -41,7 +42,9 @@ pub(super) struct Shared {
     lost: AtomicU64,
     /// Whether processes of retired workers are to be killed.
     pub(super) kill: watch::Sender<bool>,
-    runtime: Handle,
+    pub(super) runtime: Handle,
+    /// Runs the links of the workers, and the accept loops.
+    pub(super) tasks: JointTask,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -50,6 +53,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     pub(super) fn new(config: Config) -> Arc<Self> {
+        let runtime = Handle::current();
         Arc::new(Self {
             config,
             pool: Mutex::new(Pool::new(config)),
@@ -60,7 +64,8 @@ impl Shared {
             given_back: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             kill: watch::Sender::new(false),
-            runtime: Handle::current(),
+            tasks: JointTask::spawn(&runtime),
+            runtime,
         })
     }
 

@@ -122,16 +122,14 @@ impl Dispatcher {
     /// [`hello_timeout`](super::DispatcherBuilder::hello_timeout), or when it writes something else
     /// to the socket. [`WorkerStats::last_exit`](super::WorkerStats::last_exit) and the log tell
     /// how it ended.
-    ///
-    /// # Panics
-    /// Outside of a tokio runtime.
     pub fn spawn_worker(&self, command: impl Into<WorkerCommand>) -> io::Result<WorkerId> {
+        let _context = self.shared.runtime.enter();
         let mut command = command.into();
         let (socket, child) = command.start()?;
         let id = self.shared.act(|pool| pool.add_worker(Some(command.program())));
         let process = self.shared.processes().child(child);
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
-        tokio::spawn(supervise(Arc::clone(&self.shared), id, command, task));
+        self.shared.runtime.spawn(supervise(Arc::clone(&self.shared), id, command, task));
         Ok(id)
     }
 }
@@ -142,7 +140,10 @@ async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand
     let mut wait = FIRST_WAIT;
     loop {
         let begin = Instant::now();
-        task.run().await;
+        // Starting a process takes time, so it does not happen in the task that serves all workers.
+        if shared.tasks.run(task.run()).await.is_err() {
+            break;
+        }
         if begin.elapsed() > command.longest_wait {
             wait = FIRST_WAIT;
         }

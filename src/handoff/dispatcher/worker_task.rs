@@ -128,7 +128,7 @@ impl WorkerTask {
                 self.on_shortage();
             }
             is_due = self.timer.as_mut().poll(cx).is_ready();
-            let has_room = self.outbound.unsent().0 < ENOUGH_UNSENT;
+            let has_room = self.outbound.unsent().bytes < ENOUGH_UNSENT;
             if !(is_due || self.more && has_room) {
                 return Poll::Pending;
             }
@@ -164,8 +164,8 @@ impl WorkerTask {
         // This process was stopped, or its machine, or the kernel has too little to send with.
         let was_stopped = now > Instant::from(timer.deadline()) + shared.config.ping_interval;
         let was_able = !was_stopped && !outbound.waits_for_the_kernel();
-        let unsent = sending.unsent(outbound.unsent().1);
-        let room = if outbound.unsent().0 < ENOUGH_UNSENT { BATCH } else { 0 };
+        let unsent = sending.unsent(outbound.unsent().fds);
+        let room = if outbound.unsent().bytes < ENOUGH_UNSENT { BATCH } else { 0 };
         let mut messages = Vec::new();
         let mut due = None;
         let outcome: Result<(), RetireCause> = shared.act(|pool| {
@@ -239,7 +239,7 @@ impl WorkerTask {
         let (rest, is_all) = rest_of(self.read.socket());
         last.extend(rest);
 
-        let unsent = self.sending.unsent(self.outbound.unsent().1);
+        let unsent = self.sending.unsent(self.outbound.unsent().fds);
         let has_received = self.outbound.is_all_received();
         let Self { shared, id, mut process, outbound, has_greeted, .. } = self;
         let state = process.state(&cause, has_received);

@@ -1,6 +1,6 @@
 //! One process of a worker: the shipped book, and a socket in memory.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Instant};
 
 use super::ProcessId;
 use crate::handoff::{
@@ -78,8 +78,7 @@ impl Peer {
             }
             return is_end;
         };
-        let unfit = unfit.filter(|_| matches!(message, ToWorker::Offer { .. }));
-        if self.book.on_message(message, unfit).is_err() {
+        if self.book.on_message(message.map(|offer| unfit.map_or(Ok(offer), Err))).is_err() {
             self.book.end(false);
             self.is_cut = true;
         }
@@ -97,23 +96,24 @@ impl Peer {
         self.given.extend(self.book.take_adopted::<Vec<_>>(usize::MAX));
     }
 
-    pub(super) fn finish(&mut self) -> bool {
+    pub(super) fn finish(&mut self, now: Instant) -> bool {
         let may = self.finished < self.given.len();
         if may {
             self.finished += 1;
-            self.book.finish();
+            self.book.finish(now);
         }
         may
     }
 
     /// Sends one message. Whatever an application has asked for it gets right then.
-    pub(super) fn answer(&mut self) -> bool {
+    pub(super) fn answer(&mut self, now: Instant) -> bool {
         if self.book.has_ended() {
             return false;
         }
-        let room = self.book.room();
-        self.book.ask(room);
-        self.book.report();
+        self.book.ask(now, || u64::MAX);
+        if let Some(due) = self.book.next_timeout() {
+            self.book.on_timeout(due);
+        }
         self.book.leave();
         let Some(message) = self.book.next_message() else { return false };
         if self.can_write() {

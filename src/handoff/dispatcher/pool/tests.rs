@@ -76,6 +76,8 @@ proptest! {
 
     /// Workers die, hang, stall, refuse and lie, and sockets fail. Each connection is given to at most one application, none is lost,
     /// and none waits while a willing worker has room.
+    ///
+    /// Rules: D-ADOPTED, D-NUMBER, D-DEMAND, D-REFUSAL.
     #[test]
     fn the_promise_is_kept_whatever_happens(
         steps in vec((step(), 0..40u64), 0..600),
@@ -202,6 +204,8 @@ fn an_adoption_that_was_not_read_before_the_fence_counts() {
 }
 
 /// A lost answer would otherwise shift the next one to another connection.
+///
+/// Rules: W-FIRST, W-COUNT.
 #[test]
 fn an_answer_out_of_place_answers_nothing() {
     let now = Instant::now();
