@@ -105,7 +105,8 @@ async fn serve(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
 async fn launch(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let mut command = Command::new(env::current_exe()?);
     command.args(env::args_os().skip(1).filter(|argument| argument != "--wait"));
-    // Whoever waits for the end of this command's output does not wait for the server's.
+    // Whoever waits for the end of this command's output does not wait for the server's. Standard
+    // error is its log.
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     let server = takeover::launch(&mut command, &arguments.path, &Options::default(), PATIENCE).await?;
     println!("process {} serves", server.id().unwrap_or_default());
