@@ -10,7 +10,7 @@
 //! ```
 //!
 //! `--wait` returns once the new process serves, with exit code 0, or once it has failed, with 1.
-//! It is the `ExecReload=` of a systemd unit: see `docs/TAKEOVER.md`.
+//! It is the `ExecReload=` of a systemd unit: see docs/TAKEOVER.md.
 
 mod demo;
 mod load;
@@ -117,7 +117,8 @@ async fn list(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let status = takeover::status(&arguments.path, &Options::default()).await?;
     println!("process {} serves", status.pid);
     for old in status.generations {
-        println!("process {} was replaced {:.0?} ago", old.pid.unwrap_or_default(), old.replaced_for);
+        let process = old.pid.map_or_else(|| "in another container".to_owned(), |pid| pid.to_string());
+        println!("process {process} was replaced {:.0?} ago", old.replaced_for);
     }
     Ok(())
 }
