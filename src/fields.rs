@@ -1,9 +1,9 @@
-//! The fields of messages of the hand-off and of a takeover: numbers, and bytes after their length.
-//! Big-endian, without padding.
+//! The fields of the messages of a hand-off and of a takeover: numbers, and bytes that follow their
+//! length. Everything is big-endian, without padding.
 
-use crate::Error;
+use crate::error::Error;
 
-/// The part of a payload that was not read yet. Every method returns `None` if it is too short.
+/// The part of a payload that was not read yet. Every method returns `None` if too little is left.
 #[derive(Debug)]
 pub(crate) struct Fields<'a>(pub(crate) &'a [u8]);
 

@@ -1,4 +1,4 @@
-//! Taking the descriptors that a process was started with.
+//! A safe way to take a descriptor that the process was started with.
 
 use std::{
     collections::BTreeSet,
@@ -22,10 +22,10 @@ static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 /// there. `make` gets the file under another number, close-on-exec.
 ///
 /// **Why this is safe to call with any number.** `make` owns a number that the kernel has made for
-/// it. The inherited number is never closed, so whoever also believes to own it closes no file of
-/// anybody else. It is taken only if it is open and not close-on-exec: the standard library and
-/// most others open everything close-on-exec, so such a number is usually one that the process was
-/// started with.
+/// it. The inherited number is never closed. So other code that also believes to own it can close
+/// only `/dev/null`, never another file. It is taken only if it is open and not close-on-exec: the
+/// standard library and most others open everything close-on-exec, so such a number is usually one
+/// that the process was started with.
 ///
 /// # Errors
 /// `ResourceBusy` if the number was taken before, `InvalidInput` if it is not open or is

@@ -49,7 +49,7 @@ use nix::time::{ClockId, clock_gettime};
 pub use store::take_stored;
 use tokio::{net::unix::pipe, time::timeout};
 
-use crate::DatagramSocket;
+use crate::socket::DatagramSocket;
 
 /// The way to the service manager, if there is one.
 ///

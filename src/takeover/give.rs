@@ -107,7 +107,7 @@ impl Giving {
             self.shared.unclaim();
         }
         let until = *self.last_word.get_or_insert_with(|| Instant::now() + LAST_WORD);
-        let is_done = self.queue.is_empty() && self.write.unsent().0 == 0;
+        let is_done = self.queue.is_empty() && self.write.unsent().bytes == 0;
         self.writes && !is_done && Instant::now() < until
     }
 
@@ -233,7 +233,7 @@ impl Giving {
         let deadline = [self.giver.next_timeout().map(Instant::from_std), self.last_word];
         let deadline = deadline.into_iter().flatten().min();
         let Self { read, write, queue, peer, reads, writes, giver, .. } = self;
-        let is_unsent = *writes && (!queue.is_empty() || write.unsent().0 > 0);
+        let is_unsent = *writes && (!queue.is_empty() || write.unsent().bytes > 0);
         tokio::select! {
             biased;
             message = read.next(), if *reads => self.on_read(message),
