@@ -183,6 +183,13 @@ impl TypedError {
     }
 }
 
+/// Drops the message, and so closes its descriptors.
+impl<M> From<SendError<M, TypedError>> for TypedError {
+    fn from(error: SendError<M, TypedError>) -> Self {
+        error.error
+    }
+}
+
 impl From<TypedError> for std::io::Error {
     fn from(error: TypedError) -> Self {
         match error {
