@@ -11,7 +11,10 @@ use nix::{
     sys::socket::{SockType, getsockopt, sockopt},
 };
 
-use crate::{closer::close_in_background, sys};
+use crate::{
+    closer::close_in_background,
+    sys::{self, FileType},
+};
 
 /// What a received descriptor has to be: "a read-only regular file, or nothing".
 ///
@@ -284,14 +287,14 @@ fn access(fd: BorrowedFd<'_>) -> FdAccess {
 }
 
 fn fd_type(fd: BorrowedFd<'_>) -> FdType {
-    match sys::file_kind(fd).map_or(0, |kind| kind.file_type) {
-        libc::S_IFREG => FdType::RegularFile,
-        libc::S_IFDIR => FdType::Directory,
-        libc::S_IFCHR => FdType::CharDevice,
-        libc::S_IFBLK => FdType::BlockDevice,
-        libc::S_IFIFO => FdType::Pipe,
-        libc::S_IFSOCK => socket_type(fd),
-        _ => FdType::Other,
+    match sys::file_kind(fd).map_or(FileType::Other, |kind| kind.file_type) {
+        FileType::Regular => FdType::RegularFile,
+        FileType::Directory => FdType::Directory,
+        FileType::CharacterDevice => FdType::CharDevice,
+        FileType::BlockDevice => FdType::BlockDevice,
+        FileType::Pipe => FdType::Pipe,
+        FileType::Socket => socket_type(fd),
+        FileType::Other => FdType::Other,
     }
 }
 

@@ -4,7 +4,13 @@ use bytes::{Buf, BytesMut};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::TypedError;
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, Fds, Limits, SendBuf, SendError, limits::SCM_MAX_FD};
+use crate::{
+    codec::{Codec, Decoder, Encoder, FdQueue, SendBuf},
+    error::{Error, SendError},
+    frame::Fds,
+    limits::Limits,
+    limits::SCM_MAX_FD,
+};
 
 /// The codec of [JSON-RPC 2.0 with descriptors](https://github.com/bootc-dev/jsonrpc-fdpass): JSON
 /// objects one after the other, with whitespace between them or none, on a STREAM socket. A member

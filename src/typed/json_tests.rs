@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::{tests::Arrived, *};
-use crate::{DryRun, Fds};
+use crate::{codec::DryRun, frame::Fds};
 
 #[derive(Debug, Serialize, serde::Deserialize)]
 #[serde(tag = "method", content = "parameters")]
@@ -118,7 +118,7 @@ fn json_rpc(text: &str, numbers: &[u32]) -> Result<Vec<(Value, Vec<u32>)>, Typed
 /// A receiver that goes by the end of a read would give the descriptor to another message.
 #[test]
 fn a_varlink_message_with_descriptors_shares_its_call_with_no_other() {
-    let mut run = DryRun::<crate::SendFd>::stream();
+    let mut run = DryRun::<crate::send_fd::SendFd>::stream();
     let mut codec = Varlink::<Vec<Passed<OwnedFd>>>::default();
     for count in [0, 0, 1, 0, 0, 2, 1] {
         let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap()).into();

@@ -83,7 +83,11 @@ use scope::{Outgoing, Slots};
 pub use varlink::Varlink;
 
 use crate::{
-    Codec, Decoder, Encoder, Error, FdMismatch, FdQueue, Fds, Frame, FrameCodec, Grouping, Limits, SendBuf, SendError,
+    codec::{Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, SendBuf},
+    error::{Error, SendError},
+    fd_policy::FdMismatch,
+    frame::{Fds, Frame},
+    limits::Limits,
 };
 
 /// The codec of messages of type `M`: each is the payload of one of our frames.

@@ -16,7 +16,10 @@ use super::{
     FdError,
     scope::{self, Outgoing},
 };
-use crate::{FdMismatch, FdPolicy, Fds, SocketDomain, SocketType};
+use crate::{
+    fd_policy::{FdMismatch, FdPolicy, SocketDomain, SocketType},
+    frame::Fds,
+};
 
 /// A field of a typed message that is a descriptor: `Passed<File>`, `Passed<TcpStream>`.
 ///

@@ -18,7 +18,7 @@ use std::{
 };
 
 use super::{FdError, TypedError};
-use crate::{FdQueue, Fds};
+use crate::{codec::FdQueue, frame::Fds};
 
 type State = RefCell<Option<Running>>;
 

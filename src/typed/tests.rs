@@ -8,7 +8,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, ser::Error as _};
 use smallvec::SmallVec;
 
 use super::*;
-use crate::{FdAccess, FdInfo, FdPolicy, FdType, frame::Home};
+use crate::{
+    fd_policy::{FdAccess, FdInfo, FdPolicy, FdType},
+    frame::Home,
+};
 
 /// A test's descriptor. From this one on it is of the wrong kind.
 const WRONG: u32 = 900;

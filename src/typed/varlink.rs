@@ -7,7 +7,11 @@ use super::{
     TypedError, encode_within,
     scope::{self, Slots},
 };
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, Grouping, Limits, SendBuf, SendError};
+use crate::{
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
+    error::{Error, SendError},
+    limits::Limits,
+};
 
 /// The codec of [varlink](https://varlink.org): each message is a JSON object and a NUL byte. With
 /// systemd's convention for descriptors: a field has the position of its descriptor among those
