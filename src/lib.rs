@@ -112,6 +112,7 @@
 //! | sends out-of-band data, or is several processes | no message stays hidden behind it |
 //! | is several processes that write to one message, on a socket that is set to [tell the sender](Socket::set_pass_credentials) | the stream yields [`Error::MixedSenders`] and ends |
 //! | sends a datagram that is too long, or has more descriptors than this process may open | that datagram is a typed error, everything of it is closed, and the next one is received |
+//! | sends a typed message that lacks a descriptor, or has one too many, twice or of the wrong kind | the stream yields one `TypedError` and ends, and everything received is closed |
 //! | dies, or closes after any byte | what it had sent is received, then the end |
 //!
 //! The crate cannot prevent these:

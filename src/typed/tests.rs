@@ -127,7 +127,7 @@ fn build(shape: &[u8], depth: u32, next: &mut u32) -> Message {
         [first, rest @ ..] if first % 4 == 0 || depth == 0 => Message::Text(format!("{rest:?}")),
         [first, rest @ ..] if first % 4 == 1 => Message::One { name: format!("{}", rest.len()), fd: number(next) },
         [first, rest @ ..] if first % 4 == 2 => {
-            let one = |byte: &u8| (*byte, (byte % 2 == 0).then(|| number(next)));
+            let one = |byte: &u8| (*byte, byte.is_multiple_of(2).then(|| number(next)));
             Message::Many(rest.iter().map(one).collect())
         }
         [_, rest @ ..] => {
