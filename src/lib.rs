@@ -28,16 +28,18 @@
 //! A worker:
 //!
 //! ```no_run
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+//! # #[tokio::main] async fn main() -> std::io::Result<()> {
 //! use fdwire::handoff::Incoming;
 //! use futures::StreamExt;
 //! use tokio::io::AsyncWriteExt;
 //!
 //! let mut incoming = Incoming::from_stdin()?;
 //! let handle = incoming.handle();
-//! while let Some(mut connection) = incoming.next().await {
-//!     tokio::spawn(async move { connection.write_all(b"hello\n").await });
-//! }
+//! tokio::spawn(async move {
+//!     while let Some(mut connection) = incoming.next().await {
+//!         tokio::spawn(async move { connection.write_all(b"hello\n").await });
+//!     }
+//! });
 //! handle.ended().await;
 //! # Ok(()) }
 //! ```
@@ -110,6 +112,7 @@
 //! | sends out-of-band data, or is several processes | no message stays hidden behind it |
 //! | is several processes that write to one message, on a socket that is set to [tell the sender](Socket::set_pass_credentials) | the stream yields [`Error::MixedSenders`] and ends |
 //! | sends a datagram that is too long, or has more descriptors than this process may open | that datagram is a typed error, everything of it is closed, and the next one is received |
+//! | sends a typed message that lacks a descriptor, or has one too many, twice or of the wrong kind | the stream yields one `TypedError` and ends, and everything received is closed |
 //! | dies, or closes after any byte | what it had sent is received, then the end |
 //!
 //! The crate cannot prevent these:

@@ -31,7 +31,15 @@ pub(crate) use readiness::{CloseFd, FdGuard, register};
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    mem::ManuallyDrop,
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::{
+            self,
+            net::{UnixListener, UnixStream},
+        },
+    },
 };
 
 use nix::{
@@ -42,18 +50,31 @@ use nix::{
 
 /// Takes a connection off a listener's queue, close-on-exec.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    accept_with(listener, SockFlag::empty())
-}
-
-/// The same, with a connection that is non-blocking.
-pub(crate) fn accept_nonblocking(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    accept_with(listener, SockFlag::SOCK_NONBLOCK)
-}
-
-fn accept_with(listener: BorrowedFd<'_>, flags: SockFlag) -> io::Result<OwnedFd> {
-    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | flags)?;
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: accept4 has just returned this descriptor, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Takes a connection off the queue of a TCP listener, non-blocking and close-on-exec, with the
+/// address of its client. To ask for the address later takes another call, and a client that has
+/// gone by then has none.
+pub(crate) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(TcpStream, SocketAddr)> {
+    // SAFETY: the descriptor stays open for the call, and is not closed, because the listener is
+    // not dropped.
+    let listener = ManuallyDrop::new(unsafe { TcpListener::from_raw_fd(listener.as_raw_fd()) });
+    let (stream, peer) = listener.accept()?;
+    stream.set_nonblocking(true)?;
+    Ok((stream, peer))
+}
+
+/// Takes a connection off the queue of a listener of Unix sockets, as [`accept_tcp`] does.
+pub(crate) fn accept_unix(listener: BorrowedFd<'_>) -> io::Result<(UnixStream, unix::net::SocketAddr)> {
+    // SAFETY: the descriptor stays open for the call, and is not closed, because the listener is
+    // not dropped.
+    let listener = ManuallyDrop::new(unsafe { UnixListener::from_raw_fd(listener.as_raw_fd()) });
+    let (stream, peer) = listener.accept()?;
+    stream.set_nonblocking(true)?;
+    Ok((stream, peer))
 }
 
 /// Returns the size of what was sent on a Unix socket and not received, in bytes of the kernel's

@@ -217,6 +217,8 @@ impl Processes {
                     for number in 0..listeners {
                         out.send(codec, ToTaker::Listeners(vec![listener(number)]));
                     }
+                    let fds = [listeners].into_iter().collect();
+                    out.send(codec, ToTaker::Generations { replaced_for: vec![0], fds });
                     giver.offered(self.now);
                 }
                 GiverStep::TellStatus => unreachable!("nobody asks for it"),

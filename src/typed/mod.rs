@@ -42,12 +42,13 @@
 //! message are closed away from the runtime. Kinds are checked before the message is yielded: see
 //! [`Passable`] to be stricter than the types of std are.
 //!
-//! Two things are up to the type of the message, as with other formats without a depth and a
-//! type in their bytes:
+//! Two types of messages are not for a peer that you do not trust, because `postcard` does not limit
+//! what they take:
 //!
-//! - A type that contains itself, such as a tree, is as deep as the peer likes, up to
-//!   [`max_payload_bytes`](crate::Limits#structfield.max_payload_bytes), and the stack is not.
-//! - A list of values without bytes, such as `Vec<()>`, is as long as the peer likes.
+//! - A type that contains itself, such as a tree. The peer decides how deep a value is, with a level
+//!   for each byte of the [limit](crate::Limits#structfield.max_payload_bytes), and a deep one
+//!   overflows the stack. (JSON has a limit of 128 levels.)
+//! - A list of values that have no bytes, such as `Vec<()>`. The peer decides how long it takes.
 //!
 //! # Formats
 //!
@@ -184,6 +185,13 @@ pub enum FdError {
 impl TypedError {
     fn format(error: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::Format(Box::new(error))
+    }
+}
+
+/// Drops the message, and so closes its descriptors.
+impl<M> From<SendError<M, TypedError>> for TypedError {
+    fn from(error: SendError<M, TypedError>) -> Self {
+        error.error
     }
 }
 

@@ -16,6 +16,7 @@ mod raw_worker;
 mod retire;
 mod rules;
 mod shortage;
+mod startup;
 mod stubborn;
 mod willing;
 mod workers;

@@ -49,7 +49,7 @@ use crate::{
 };
 
 /// Gives each event of a level to a function.
-struct Events<F>(Level, F);
+pub(crate) struct Events<F>(pub(crate) Level, pub(crate) F);
 
 impl<F: Fn(&Event<'_>) + 'static> Subscriber for Events<F>
 where
@@ -71,7 +71,7 @@ where
 }
 
 /// Keeps a warning as text.
-fn write_to(log: &Mutex<String>, event: &Event<'_>) {
+pub(crate) fn write_to(log: &Mutex<String>, event: &Event<'_>) {
     let mut log = log.lock().unwrap();
     event.record(&mut |field: &Field, value: &dyn Debug| write!(log, "{field}={value:?} ").unwrap());
     log.push('\n');
@@ -100,7 +100,7 @@ fn it_is_logged_why_a_worker_was_dropped() {
                     until("it is gone", || dispatcher.stats().workers.is_empty()).await;
                     assert_eq!(dispatcher.stats().retired.misbehaved, 1);
                     let log = log.lock().unwrap();
-                    assert!(log.contains("message=worker is gone"), "{log}");
+                    assert!(log.contains("message=worker is gone: "), "{log}");
                     assert!(log.contains(&format!("worker={id}")) && log.contains(reason), "{reason:?}: {log}");
                 });
             });
@@ -155,7 +155,7 @@ fn it_is_known_why_the_process_before_left() {
         let id = dispatcher.spawn_worker(WorkerCommand::from(Command::new("true")).restart(true)).unwrap();
         until("it was started again", || dispatcher.stats().workers[0].restarts > 0).await;
         let worker = &dispatcher.stats().workers[0];
-        assert_eq!((worker.id, &worker.last_exit), (id, &Some(RetireCause::Ended)));
+        assert_eq!((worker.id, &worker.last_exit.as_ref().unwrap().cause), (id, &RetireCause::Ended));
         dispatcher.drain(None).await;
     });
 }
@@ -318,7 +318,6 @@ fn stuck_workers_leave_a_healthy_one_all_that_it_needs() {
                 healthy.say(FromWorker::Goodbye).await;
                 until("it has left", || dispatcher.stats().workers.is_empty()).await;
             }
-            assert_eq!(dispatcher.stats().send_shortages, 0);
             std::process::exit(PASSED);
         });
     }

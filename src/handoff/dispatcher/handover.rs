@@ -3,6 +3,7 @@
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
+    net::TcpStream,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
@@ -50,7 +51,7 @@ impl Handover {
     pub(super) fn new(accepted: Accepted, reply: Reply) -> Option<Box<Self>> {
         let Accepted { socket, about } = accepted;
         let prepared = match socket {
-            Ok(socket) => Self::prepare(socket, about, None),
+            Ok(socket) => Self::prepare(socket, about, None, None),
             Err(error) => {
                 let again = error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
                 let connection = Accepted { socket: Err(again), about };
@@ -74,6 +75,7 @@ impl Handover {
     pub(super) fn prepare(
         socket: OwnedFd,
         about: About,
+        peer: Option<Address>,
         local: Option<Address>,
     ) -> Result<Box<Self>, Box<DispatchError>> {
         let refuse = |socket, about, reason| {
@@ -91,7 +93,7 @@ impl Handover {
             Ok(cookie) => cookie,
             Err(error) => return refuse(socket, about, Error::from(io::Error::from(error)).into()),
         };
-        let (socket, peer, local) = addresses(socket, about.transport, local);
+        let (socket, peer, local) = addresses(socket, about.transport, peer, local);
         let Some(peer) = peer.or_else(|| had_client(&socket, &local).then(Address::default)) else {
             return refuse(socket, about, NotDispatched::NotConnected);
         };
@@ -249,22 +251,25 @@ pub(super) fn shut_down(socket: OwnedFd) {
     close_sockets([socket]);
 }
 
-/// The client's address if the socket has one, and the address that the client has connected to,
-/// unless that is known.
-fn addresses(socket: OwnedFd, transport: Transport, local: Option<Address>) -> (OwnedFd, Option<Address>, Address) {
+/// Returns the client's address if the socket has one, and the address that the client has
+/// connected to, unless they are known.
+fn addresses(
+    socket: OwnedFd,
+    transport: Transport,
+    peer: Option<Address>,
+    local: Option<Address>,
+) -> (OwnedFd, Option<Address>, Address) {
+    macro_rules! addresses {
+        ($stream:ty) => {{
+            let stream = <$stream>::from(socket);
+            let peer = peer.or_else(|| stream.peer_addr().map(Address::from).ok());
+            let local = local.unwrap_or_else(|| stream.local_addr().map(Address::from).unwrap_or_default());
+            (stream.into(), peer, local)
+        }};
+    }
     match transport {
-        Transport::Tcp => {
-            let stream = std::net::TcpStream::from(socket);
-            let peer = stream.peer_addr().map(Address::from).ok();
-            let local = local.unwrap_or_else(|| stream.local_addr().map(Address::from).unwrap_or_default());
-            (stream.into(), peer, local)
-        }
-        Transport::UnixStream => {
-            let stream = UnixStream::from(socket);
-            let peer = stream.peer_addr().map(Address::from).ok();
-            let local = local.unwrap_or_else(|| stream.local_addr().map(Address::from).unwrap_or_default());
-            (stream.into(), peer, local)
-        }
+        Transport::Tcp => addresses!(TcpStream),
+        Transport::UnixStream => addresses!(UnixStream),
     }
 }
 

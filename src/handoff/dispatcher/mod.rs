@@ -6,12 +6,14 @@ mod bell;
 mod builder;
 mod dispatching;
 mod handover;
+mod joint_task;
 mod pool;
 mod process;
 mod serve;
 mod shared;
 mod spawn;
 mod stats;
+mod times;
 mod worker_task;
 
 use std::{
@@ -27,7 +29,8 @@ use dispatching::{dispatch, reserve};
 pub use serve::IntoListener;
 use shared::{Shared, WorkerEntryGuard};
 pub use spawn::WorkerCommand;
-pub use stats::{RetireCause, RetireCounts, Stats, WorkerId, WorkerState, WorkerStats};
+pub use stats::{RetireCause, RetireCounts, Stats, WorkerExit, WorkerId, WorkerState, WorkerStats};
+pub use times::AdoptionTimes;
 use worker_task::WorkerTask;
 
 use super::{Address, Transport, protocol};
@@ -92,17 +95,17 @@ impl Dispatcher {
     /// socket open, too, only its silence tells
     /// ([`hang_timeout`](DispatcherBuilder::hang_timeout)). The death of a worker that the
     /// dispatcher [starts](Self::spawn_worker) is noticed at once.
-    ///
-    /// # Panics
-    /// Outside of a tokio runtime.
     pub fn add_worker(&self, socket: Socket) -> WorkerId {
+        let _context = self.shared.runtime.enter();
         let process = self.shared.processes().peer_of(&socket);
-        let id = self.shared.act(|pool| pool.add_worker());
-        let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
-        let entry = WorkerEntryGuard::new(&self.shared, id);
-        tokio::spawn(async move {
+        let id = self.shared.act(|pool| pool.add_worker(None));
+        let shared = Arc::clone(&self.shared);
+        let task = WorkerTask::new(Arc::clone(&shared), id, socket, process);
+        let entry = WorkerEntryGuard::new(&shared, id);
+        self.shared.tasks.add(async move {
+            let _entry = entry;
             task.run().await;
-            drop(entry);
+            shared.log_exit(id);
         });
         id
     }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    future::Future,
+    future::{Future, pending},
     os::fd::{AsFd, OwnedFd},
     pin::pin,
     sync::{
@@ -112,10 +112,10 @@ impl Peer {
             let shared = Arc::clone(shared);
             tokio::spawn(async move {
                 let _ = self.pidfd.readable().await;
-                shared.process_ended(id);
+                shared.process_ended(id, None);
             });
         } else if self.has_ended() {
-            shared.process_ended(id); // the task that has watched it may have told so before this link was retired
+            shared.process_ended(id, None); // the task that has watched it may have told so before this link was retired
         }
     }
 }
@@ -147,22 +147,22 @@ impl Process {
         {
             *self = Self::Unknown(peer.id); // if its socket is open, another process has it
         }
-        let has_ended = match self {
-            Self::Child { child, .. } => matches!(child.try_wait(), Ok(Some(_))),
-            Self::Peer(_) => false,
+        match self {
+            Self::Child { child, .. } => match child.try_wait() {
+                Ok(Some(status)) => ProcessState::Ended(Some(status)),
+                _ => ProcessState::Lives { has_received },
+            },
             // If nothing tells of the process, the end of its socket is taken for the end of the
             // process.
-            Self::Unknown(_) => *cause == RetireCause::Ended,
-        };
-        if has_ended { ProcessState::Ended } else { ProcessState::Lives { has_received } }
+            Self::Unknown(_) if *cause == RetireCause::Ended => ProcessState::Ended(None),
+            Self::Peer(_) | Self::Unknown(_) => ProcessState::Lives { has_received },
+        }
     }
 
     /// Kills a child. Other processes are not ours to kill.
     pub(super) fn kill(&mut self) {
-        if let Self::Child { child, pid, .. } = self
-            && let Err(error) = child.start_kill()
-        {
-            warn!(pid, %error, "worker cannot be killed");
+        if let Self::Child { child, .. } = self {
+            kill(child);
         }
     }
 
@@ -170,34 +170,44 @@ impl Process {
     /// matters.
     pub(super) fn watch(self, shared: &Arc<Shared>, matters: bool) {
         match self {
-            Self::Child { .. } => drop(tokio::spawn(self.reap(Arc::clone(shared)))),
+            Self::Child { id, child, .. } => drop(tokio::spawn(reap(Arc::clone(shared), id, child))),
             Self::Peer(peer) if matters => peer.watch(shared),
             Self::Peer(_) | Self::Unknown(_) => {}
         }
     }
+}
 
-    /// Waits until a child that has left ends. It is killed at the end of a drain, or when its time
-    /// to exit is over.
-    async fn reap(mut self, shared: Arc<Shared>) {
-        let mut kill = shared.kill.subscribe();
-        let is_overdue = async {
-            sleep(shared.config.exit_timeout).await;
-            if !shared.config.kill_hung {
-                std::future::pending::<()>().await;
-            }
-        };
-        let ProcessInfo { id, pid, .. } = self.info();
-        select! {
-            () = self.ended() => return shared.process_ended(id),
-            _ = kill.wait_for(|kill| *kill) => {}
-            () = is_overdue => warn!(pid, "worker has left and its process has not ended in time; killing it"),
+fn kill(child: &mut Child) {
+    if let Err(error) = child.start_kill() {
+        warn!(pid = child.id(), %error, "worker cannot be killed");
+    }
+}
+
+/// Waits until a child that has left ends. It is killed at the end of a drain, or when its time to
+/// exit is over.
+async fn reap(shared: Arc<Shared>, id: ProcessId, mut child: Box<Child>) {
+    let mut kill_all = shared.kill.subscribe();
+    let is_overdue = async {
+        sleep(shared.config.exit_timeout).await;
+        if !shared.config.kill_hung {
+            pending::<()>().await;
         }
-        self.kill();
-        self.ended().await;
-        shared.process_ended(id);
-    }
-
-    async fn ended(&mut self) {
-        std::future::poll_fn(|cx| self.poll_ended(cx)).await;
-    }
+    };
+    let pid = child.id();
+    let status = select! {
+        status = child.wait() => Some(status),
+        _ = kill_all.wait_for(|kill| *kill) => None,
+        () = is_overdue => {
+            warn!(pid, "killing a process that has not ended in time after its worker has left");
+            None
+        }
+    };
+    let status = match status {
+        Some(status) => status,
+        None => {
+            kill(&mut child);
+            child.wait().await
+        }
+    };
+    shared.process_ended(id, status.ok());
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    process::ExitStatus,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -18,9 +19,10 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Config, NotDispatched, Permit, Stats, WorkerId, after,
+    Config, NotDispatched, Permit, RetireCause, Stats, WorkerId, after,
     bell::Bell,
     handover::{Copies, Handover},
+    joint_task::JointTask,
     pool::{Event, Failure, Pool, ProcessId, TicketId},
     process::Processes,
 };
@@ -40,7 +42,9 @@ pub(super) struct Shared {
     lost: AtomicU64,
     /// Whether processes of retired workers are to be killed.
     pub(super) kill: watch::Sender<bool>,
-    runtime: Handle,
+    pub(super) runtime: Handle,
+    /// Runs the links of the workers, and the accept loops.
+    pub(super) tasks: JointTask,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -49,6 +53,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     pub(super) fn new(config: Config) -> Arc<Self> {
+        let runtime = Handle::current();
         Arc::new(Self {
             config,
             pool: Mutex::new(Pool::new(config)),
@@ -59,7 +64,8 @@ impl Shared {
             given_back: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             kill: watch::Sender::new(false),
-            runtime: Handle::current(),
+            tasks: JointTask::spawn(&runtime),
+            runtime,
         })
     }
 
@@ -153,8 +159,8 @@ impl Shared {
         lock(&self.processes)
     }
 
-    pub(super) fn process_ended(self: &Arc<Self>, process: ProcessId) {
-        self.act(|pool| pool.on_process_end(process));
+    pub(super) fn process_ended(self: &Arc<Self>, process: ProcessId, status: Option<ExitStatus>) {
+        self.act(|pool| pool.on_process_end(process, status));
         self.changed();
     }
 
@@ -210,6 +216,21 @@ impl Shared {
             send_shortages: totals.send_shortages,
             leftover: pool.leftover(),
             retired: totals.retired,
+            refused_workers: totals.refused_workers,
+            departed: pool.departed().cloned().collect(),
+            adoption_times: totals.adoption_times,
+            waits_for_place: pool.waits_for_place(Instant::now()),
+        }
+    }
+
+    /// Logs that a worker has left, and why.
+    pub(super) fn log_exit(&self, id: WorkerId) {
+        let worker = lock(&self.pool).worker(id);
+        let Some((program, exit)) = worker.and_then(|worker| Some((worker.program, worker.last_exit?))) else { return };
+        let (pid, unanswered) = (exit.pid, exit.unanswered);
+        match exit.cause {
+            RetireCause::Drained => info!(worker = %id, program, pid, "worker has drained"),
+            _ => warn!(worker = %id, program, pid, unanswered, "worker is gone: {exit}"),
         }
     }
 

@@ -20,6 +20,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(10);
 /// started again.
 const MOST_LEFTOVER: usize = 2;
 
+/// How long a process may take to end after its socket, so that its status is logged.
+const TIME_TO_END: Duration = Duration::from_secs(1);
+
 /// How a worker is started: a `Command` of tokio or std, and what to do when it ends.
 ///
 /// The worker gets its end of the socket as standard input, which is where
@@ -84,7 +87,18 @@ impl WorkerCommand {
         self
     }
 
+    fn program(&self) -> String {
+        self.command.as_std().get_program().to_string_lossy().into_owned()
+    }
+
+    /// # Errors
+    /// They have the name of the program.
     fn start(&mut self) -> io::Result<(Socket, Child)> {
+        self.try_start()
+            .map_err(|error| io::Error::new(error.kind(), format!("cannot start {}: {error}", self.program())))
+    }
+
+    fn try_start(&mut self) -> io::Result<(Socket, Child)> {
         let (ours, theirs) = Socket::pair(self.kind)?;
         let child = self.command.stdin(Stdio::from(OwnedFd::from(theirs))).spawn();
         // The command keeps what it was given. As long as the worker's end were open here, its death would not end the socket.
@@ -101,17 +115,21 @@ impl Dispatcher {
     /// [`kill_on_drop`](Command::kill_on_drop).
     ///
     /// # Errors
-    /// Those of starting a process, and of making a pair of sockets. Starting it again is tried until it succeeds.
+    /// Those of starting a process, with the name of the program, and of making a pair of sockets.
+    /// Starting it again is tried until it succeeds.
     ///
-    /// # Panics
-    /// Outside of a tokio runtime.
+    /// A program that speaks no hand-off is found out by what it does: it is killed after
+    /// [`hello_timeout`](super::DispatcherBuilder::hello_timeout), or when it writes something else
+    /// to the socket. [`WorkerStats::last_exit`](super::WorkerStats::last_exit) and the log tell
+    /// how it ended.
     pub fn spawn_worker(&self, command: impl Into<WorkerCommand>) -> io::Result<WorkerId> {
+        let _context = self.shared.runtime.enter();
         let mut command = command.into();
         let (socket, child) = command.start()?;
-        let id = self.shared.act(|pool| pool.add_worker());
+        let id = self.shared.act(|pool| pool.add_worker(Some(command.program())));
         let process = self.shared.processes().child(child);
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
-        tokio::spawn(supervise(Arc::clone(&self.shared), id, command, task));
+        self.shared.runtime.spawn(supervise(Arc::clone(&self.shared), id, command, task));
         Ok(id)
     }
 }
@@ -122,42 +140,51 @@ async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand
     let mut wait = FIRST_WAIT;
     loop {
         let begin = Instant::now();
-        task.run().await;
+        // Starting a process takes time, so it does not happen in the task that serves all workers.
+        if shared.tasks.run(task.run()).await.is_err() {
+            break;
+        }
         if begin.elapsed() > command.longest_wait {
             wait = FIRST_WAIT;
         }
+        // Usually a process ends right after its socket. Then its status is worth to be logged.
+        let _ = timeout(TIME_TO_END, shared.until(|pool| pool.leftover_of(id) == 0)).await;
+        let is_wanted = command.restart && !shared.act(|pool| pool.is_removed(id));
+        if is_wanted {
+            shared.act(|pool| pool.restart_in(id, wait));
+        }
+        shared.log_exit(id);
+        if !is_wanted {
+            return;
+        }
         match start_again(&shared, id, &mut command, &mut wait).await {
             Some(next) => task = next,
-            None => break,
+            None => return,
         }
     }
 }
 
-/// `None` if that is not wanted.
+/// `None` if that is not wanted any more.
 async fn start_again(
     shared: &Arc<Shared>,
     id: WorkerId,
     command: &mut WorkerCommand,
     wait: &mut Duration,
 ) -> Option<WorkerTask> {
-    while command.restart {
-        let removed = shared.until(|pool| pool.is_removed(id));
-        if timeout(*wait, removed).await.is_ok() {
-            break;
-        }
-        *wait = (*wait * 2).min(command.longest_wait);
+    loop {
+        let _ = timeout(*wait, shared.until(|pool| pool.is_removed(id))).await;
         shared.until(|pool| pool.is_removed(id) || pool.leftover_of(id) < MOST_LEFTOVER).await;
         if shared.act(|pool| pool.is_removed(id)) {
-            break;
+            return None;
         }
+        *wait = (*wait * 2).min(command.longest_wait);
         match command.start() {
             Ok((socket, child)) => {
                 info!(worker = %id, pid = child.id(), "worker is started again");
                 let process = shared.processes().child(child);
                 return Some(WorkerTask::new(Arc::clone(shared), id, socket, process));
             }
-            Err(error) => warn!(worker = %id, %error, "worker cannot be started again yet"),
+            Err(error) => warn!(worker = %id, %error, "worker is not started again yet; trying it in {wait:?}"),
         }
     }
-    None
 }

@@ -78,7 +78,7 @@ impl WorkerTask {
         let bell = Arc::new(Bell::default());
         shared.add_bell(id, Arc::clone(&bell));
         let hello_by = after(shared.config.hello_timeout);
-        shared.act(|pool| pool.connect(id, process.info(), hello_by));
+        shared.act(|pool| pool.connect(id, process.info(), hello_by, Instant::now()));
         let (read, outbound) = halves(socket.quiet(), TolerantCodec::default());
         Self {
             id,
@@ -175,7 +175,7 @@ impl WorkerTask {
                 match (&outcome, message) {
                     (Ok(()), Ok(message)) => outcome = pool.on_message(id, message, unsent, now),
                     (Ok(()), Err(error)) => outcome = Err(error.into()),
-                    (Err(_), Ok(message)) => pool.on_last_message(id, message, unsent),
+                    (Err(_), Ok(message)) => pool.on_last_message(id, message, unsent, now),
                     (Err(_), Err(_)) => {}
                 }
             }
@@ -243,30 +243,26 @@ impl WorkerTask {
         let unsent = self.sending.unsent(self.outbound.unsent().fds);
         let has_received = self.outbound.is_all_received();
         let Self { shared, id, mut process, outbound, has_greeted, .. } = self;
-        drop(outbound); // what it was lent belongs to the pool alone
-        let (pid, state) = (process.info().pid, process.state(&cause, has_received));
+        let state = process.state(&cause, has_received);
         // A process that has not said hello may not even look at its socket.
         let is_fenced = matches!(cause, RetireCause::Hung | RetireCause::Misbehaved(_) | RetireCause::Overdue);
-        let lives = state != ProcessState::Ended;
+        let lives = matches!(state, ProcessState::Lives { .. });
         if lives && (is_fenced || !has_greeted) && shared.config.kill_hung {
             process.kill();
         }
-        let (matters, unanswered) = shared.act(|pool| {
-            last.into_iter().for_each(|message| pool.on_last_message(id, message, unsent));
+        drop(outbound); // what it was lent belongs to the pool alone
+        let now = Instant::now();
+        let matters = shared.act(|pool| {
+            last.into_iter().for_each(|message| pool.on_last_message(id, message, unsent, now));
             if !is_all {
-                pool.on_unreadable(id, unsent);
+                pool.on_unreadable(id, unsent, now);
             }
-            let unanswered = pool.unanswered(id);
-            (pool.retire(id, &cause, unsent, state, Instant::now()), unanswered)
+            pool.retire(id, &cause, unsent, state, now)
         });
         if lives {
             process.watch(&shared, matters);
         }
         shared.changed();
-        match cause {
-            RetireCause::Drained => info!(worker = %id, pid, "worker has drained"),
-            _ => warn!(worker = %id, pid, %cause, unanswered, "worker is gone"),
-        }
     }
 }
 

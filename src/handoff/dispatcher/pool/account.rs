@@ -21,6 +21,7 @@ use crate::handoff::{
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Account<C> {
     pub(super) process: ProcessInfo,
+    pub(super) since: Instant,
     phase: Phase,
     /// The most descriptors of an offer that it takes.
     max_fds: u8,
@@ -53,9 +54,10 @@ fn misbehaved<T>(how: impl Into<String>) -> Result<T, RetireCause> {
 }
 
 impl<C> Account<C> {
-    pub(super) fn new(process: ProcessInfo, hello_by: Instant) -> Self {
+    pub(super) fn new(process: ProcessInfo, hello_by: Instant, now: Instant) -> Self {
         Self {
             process,
+            since: now,
             phase: Phase::Starting,
             max_fds: 0,
             planned: Offers::default(),

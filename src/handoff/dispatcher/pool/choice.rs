@@ -31,7 +31,7 @@ impl<C> Pool<C> {
         if self.phase == Phase::Closed || self.phase == Phase::Draining && !reserved {
             return self.events.push(Event::Failed { connection, failure: Failure::Draining });
         }
-        let pending = Pending::new(connection, key, fds);
+        let pending = Pending::new(connection, key, fds, now);
         if !reserved {
             self.queue.push_back(Waiter::Connection(pending));
             return self.distribute(now);
@@ -52,7 +52,7 @@ impl<C> Pool<C> {
 
     /// Waits for a place, which [`Event::Granted`] reserves.
     pub(in crate::handoff::dispatcher) fn wait_for_place(&mut self, now: Instant) -> TicketId {
-        let ticket = self.queue.push_back(Waiter::Ticket);
+        let ticket = self.queue.push_back(Waiter::Ticket(now));
         self.distribute(now); // what waits before it may wait for something else
         ticket
     }

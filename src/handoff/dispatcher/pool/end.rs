@@ -1,8 +1,14 @@
 //! The end of a worker, and of the dispatcher.
 
-use std::time::Instant;
+use std::{
+    process::ExitStatus,
+    time::{Duration, Instant},
+};
 
-use super::{Event, Failure, Phase, Pool, ProcessId, ProcessInfo, ProcessState, Remains, RetireCause, WorkerId};
+use super::{
+    Event, Failure, Leftover, Phase, Pool, ProcessId, ProcessInfo, ProcessState, Remains, RetireCause, WorkerExit,
+    WorkerId,
+};
 
 impl<C> Pool<C> {
     /// A worker is gone: it can adopt nothing more, and everything that it had sent was received.
@@ -22,8 +28,23 @@ impl<C> Pool<C> {
         else {
             return false;
         };
-        worker.last_exit = Some(cause.clone());
-        let ProcessInfo { id: process, is_child, .. } = account.process;
+        let ProcessInfo { id: process, pid, is_child } = account.process;
+        let status = match state {
+            ProcessState::Ended(status) => status,
+            ProcessState::Lives { .. } => None,
+        };
+        worker.retired.count(cause);
+        worker.last_exit = Some(WorkerExit {
+            cause: cause.clone(),
+            pid,
+            status,
+            lifetime: now.saturating_duration_since(account.since),
+            unanswered: account.pending(),
+            restart_in: None,
+        });
+        if !account.clock.is_greeted() && matches!(cause, RetireCause::Misbehaved(_)) {
+            self.totals.refused_workers += 1;
+        }
         let Remains { mut unanswered, unseen, repeated } = account.retire(unsent);
         self.totals.offered_again -= repeated;
 
@@ -44,18 +65,24 @@ impl<C> Pool<C> {
         }
 
         self.put_back(unanswered.into_iter().chain(unseen));
-        if state == ProcessState::Ended {
-            self.on_process_end(process);
+        if let ProcessState::Ended(status) = state {
+            self.on_process_end(process, status);
         } else if is_child {
-            self.leftovers.insert(process, id);
+            self.leftovers.insert(process, Leftover { worker: id, pid });
         }
         self.distribute(now);
         may_hold_copies || self.stale.are_kept_for(process)
     }
 
     /// A process has ended, and its copies with it.
-    pub(in crate::handoff::dispatcher) fn on_process_end(&mut self, process: ProcessId) {
-        self.leftovers.remove(&process);
+    pub(in crate::handoff::dispatcher) fn on_process_end(&mut self, process: ProcessId, status: Option<ExitStatus>) {
+        if let Some(Leftover { worker, pid }) = self.leftovers.remove(&process)
+            && let Some(exit) = self.workers.get_mut(&worker).and_then(|worker| worker.last_exit.as_mut())
+            && exit.pid == pid
+        // otherwise another process of this worker has left meanwhile
+        {
+            exit.status = status;
+        }
         self.stale.on_process_end(process, &mut self.events);
     }
 
@@ -67,7 +94,14 @@ impl<C> Pool<C> {
 
     /// The number of those of one worker.
     pub(in crate::handoff::dispatcher) fn leftover_of(&self, id: WorkerId) -> usize {
-        self.leftovers.values().filter(|worker| **worker == id).count()
+        self.leftovers.values().filter(|leftover| leftover.worker == id).count()
+    }
+
+    /// A worker that has left is going to be started again.
+    pub(in crate::handoff::dispatcher) fn restart_in(&mut self, id: WorkerId, wait: Duration) {
+        if let Some(exit) = self.workers.get_mut(&id).and_then(|worker| worker.last_exit.as_mut()) {
+            exit.restart_in = Some(wait);
+        }
     }
 
     /// Keeps the dispatcher's copy of a connection that a process has adopted, as long as one of

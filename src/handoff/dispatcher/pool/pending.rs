@@ -12,6 +12,8 @@ use crate::handoff::{
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Pending<C> {
     pub(super) connection: C,
+    /// The time when the dispatcher got it.
+    pub(super) since: Instant,
     /// Connections with equal keys go to the same worker, if the strategy goes by it.
     pub(super) key: u64,
     /// The number of its descriptors.
@@ -49,9 +51,10 @@ pub(in crate::handoff::dispatcher) enum Failure {
 }
 
 impl<C> Pending<C> {
-    pub(super) fn new(connection: C, key: u64, fds: usize) -> Self {
+    pub(super) fn new(connection: C, key: u64, fds: usize, now: Instant) -> Self {
         Self {
             connection,
+            since: now,
             key,
             fds,
             offers: 0,

@@ -122,8 +122,8 @@ fn add_worker(pool: &mut Pool<u8>, now: Instant) -> WorkerId {
 }
 
 fn add_process(pool: &mut Pool<u8>, is_child: bool, now: Instant) -> WorkerId {
-    let id = pool.add_worker();
-    pool.connect(id, ProcessInfo { id: id.0, pid: None, is_child }, now);
+    let id = pool.add_worker(None);
+    pool.connect(id, ProcessInfo { id: id.0, pid: None, is_child }, now, now);
     let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1 };
     pool.on_message(id, hello, 0, now).unwrap();
     pool.on_message(id, FromWorker::Demand { total: 1000 }, 0, now).unwrap();
@@ -178,7 +178,7 @@ fn only_offers_that_were_sent_count_as_repeated() {
     for (unsent, repeated) in [(2, 0), (0, 0), (2, 0), (1, 1)] {
         let id = add_worker(&mut pool, now);
         assert_eq!(send_all(&mut pool, id, now), 2);
-        pool.retire(id, &RetireCause::Drained, unsent, ProcessState::Ended, now);
+        pool.retire(id, &RetireCause::Drained, unsent, ProcessState::Ended(None), now);
         assert_eq!(pool.totals.offered_again, repeated);
     }
 }
@@ -237,7 +237,7 @@ fn hung_workers_that_have_connected_do_not_put_off_the_fence_of_one_that_was_sta
         for id in peers.into_iter().chain([child]).filter(|id| !hung.contains(id)).collect::<Vec<_>>() {
             if let Err(cause) = pool.on_timeout(id, true, now) {
                 assert_eq!(cause, RetireCause::Hung);
-                pool.retire(id, &cause, 0, ProcessState::Ended, now);
+                pool.retire(id, &cause, 0, ProcessState::Ended(None), now);
                 hung.push(id);
             }
         }
@@ -273,7 +273,7 @@ fn only_descriptors_that_were_not_received_count_as_in_flight() {
         assert_eq!(pool.in_flight(), 2);
         pool.retire(id, &RetireCause::Hung, 0, ProcessState::Lives { has_received }, now);
         assert_eq!(pool.in_flight(), in_flight);
-        pool.on_process_end(id.0);
+        pool.on_process_end(id.0, None);
         assert_eq!(pool.in_flight(), 0);
     }
 }

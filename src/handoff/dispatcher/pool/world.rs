@@ -95,7 +95,7 @@ impl World {
             broken: None,
         };
         for _ in 0..workers {
-            let id = world.pool.add_worker();
+            let id = world.pool.add_worker(None);
             world.start(id);
         }
         world
@@ -103,7 +103,7 @@ impl World {
 
     pub(super) fn start(&mut self, id: WorkerId) {
         let process = ProcessInfo { id: self.peers.len() as u64, pid: None, is_child: true };
-        self.pool.connect(id, process, self.now + Duration::from_secs(60));
+        self.pool.connect(id, process, self.now + Duration::from_secs(60), self.now);
         self.peers.push(Peer::new(id, process.id, self.window));
     }
 
@@ -246,18 +246,18 @@ impl World {
         peer.is_retired = true;
         let unsent = peer.unsent_offers();
         for message in peer.from_worker.drain(..) {
-            self.pool.on_last_message(peer.id, message, unsent);
+            self.pool.on_last_message(peer.id, message, unsent, self.now);
         }
         peer.unsent.clear();
         let has_received = peer.to_worker.is_empty();
-        let state = if peer.lives { ProcessState::Lives { has_received } } else { ProcessState::Ended };
+        let state = if peer.lives { ProcessState::Lives { has_received } } else { ProcessState::Ended(None) };
         self.pool.retire(peer.id, cause, unsent, state, self.now);
     }
 
     fn died(&mut self, peer: usize) -> bool {
         let Peer { process, is_retired, .. } = self.peers[peer];
         if is_retired {
-            self.pool.on_process_end(process);
+            self.pool.on_process_end(process, None);
         }
         true
     }
@@ -336,7 +336,7 @@ impl World {
     /// All that is left to do is done, in turns, by workers that do what they should. Time passes.
     pub(super) fn settle(&mut self) {
         while self.step(Step::GiveUp) {}
-        let honest = self.pool.add_worker();
+        let honest = self.pool.add_worker(None);
         self.start(honest);
         for _ in 0..400 {
             if self.fates.iter().all(|fate| *fate != Fate::Accepted) {
