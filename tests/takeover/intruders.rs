@@ -233,7 +233,7 @@ fn a_first_start_does_not_replace_what_is_foreign() {
         assert!(matches!(start(&path).await, Error::Io(_)));
         drop(stream);
 
-        let datagram = fdwire::DatagramSocket::bind(&path).unwrap();
+        let datagram = fdwire::socket::DatagramSocket::bind(&path).unwrap();
         let error = start(&path).await;
         assert!(matches!(error, Error::Io(_)), "{error}");
         drop(datagram);
