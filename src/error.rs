@@ -60,8 +60,9 @@ pub enum Error {
         limit: usize,
     },
 
-    /// A message, or a [part](crate::codec::SendBuf::end_part) of one, has more descriptors than its bytes
-    /// can carry. One `sendmsg` takes at most 253 descriptors and has to carry at least one byte.
+    /// A message, or a [part](crate::codec::SendBuf::end_part) of one, has more descriptors than
+    /// its bytes can carry. One `sendmsg` takes at most 253 descriptors and has to carry at least
+    /// one byte.
     #[error("{fds} descriptors are too many for a message of {bytes} bytes: each byte carries at most 253")]
     TooManyFdsForLength {
         /// The number of descriptors of the message or part.
@@ -126,8 +127,8 @@ pub enum Error {
     },
 
     /// The connections of one uid hold more bytes or descriptors of unfinished messages than their
-    /// listener allows ([`UidLimits`](crate::socket::UidLimits)). This connection received the last of
-    /// them.
+    /// listener allows ([`UidLimits`](crate::socket::UidLimits)). This connection received the last
+    /// of them.
     #[error(
         "the connections of uid {uid} hold {bytes} bytes and {fds} descriptors of unfinished messages, which is more \
          than the listener allows"

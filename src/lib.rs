@@ -96,24 +96,39 @@
 //!
 //! # What a peer can do
 //!
-//! A peer may lie, flood, stall, and send descriptors that nobody wants. CONTRIBUTING.md lists the
-//! tests for each line.
+//! A peer may lie, flood, stall, and send descriptors that nobody wants. `docs/ARCHITECTURE.md`
+//! lists the tests for each line.
 //!
-//! | a peer | what happens |
-//! |---|---|
-//! | sends bytes or descriptors that are no message | the stream yields one typed [`Error`] and ends, and everything received is closed |
-//! | announces more than the [`Limits`] allow | the same, before memory is reserved |
-//! | never finishes a message, even if it leaves its own end of the connection in one | the connection ends when the [time for it](Limits#structfield.max_unfinished_time) is over |
-//! | makes many connections to a [`Listener`] | they hold together what [one uid may hold](socket::UidLimits) |
-//! | is not admitted by a [`Listener`] | its connection is closed, whatever it has sent, and no more of them than a fixed number wait for that |
-//! | sends sockets whose last `close` lasts | no thread of the runtime waits for one: what nobody takes, and the connection itself, is closed [in the background](close_in_background), by a fixed number of threads and without delaying other descriptors |
-//! | sends descriptors faster than they can be closed | its connection receives nothing more until they are closed |
-//! | floods a connection | other tasks get their turns: both directions, and descriptors, count for tokio's cooperative budget |
-//! | sends out-of-band data, or is several processes | no message stays hidden behind it |
-//! | is several processes that write to one message, on a socket that is set to [tell the sender](Socket::set_pass_credentials) | the stream yields [`Error::MixedSenders`] and ends |
-//! | sends a datagram that is too long, or has more descriptors than this process may open | that datagram is a typed error, everything of it is closed, and the next one is received |
-//! | sends a typed message that lacks a descriptor, or has one too many, twice or of the wrong kind | the stream yields one `TypedError` and ends, and everything received is closed |
-//! | dies, or closes after any byte | what it had sent is received, then the end |
+//! - A peer that **sends bytes or descriptors that are no message**: the stream yields one typed
+//!   [`Error`] and ends, and everything received is closed.
+//! - A peer that **announces more than the [`Limits`] allow**: the same, before memory is reserved.
+//! - A peer that **never finishes a message, even if it leaves its own end of the connection in
+//!   one**: the connection ends when the [time for it](Limits#structfield.max_unfinished_time) is
+//!   over.
+//! - A peer that **makes many connections to a [`Listener`]**: they hold together what [one uid may
+//!   hold](socket::UidLimits).
+//! - A peer that **is not admitted by a [`Listener`]**: its connection is closed, whatever it has
+//!   sent, and no more of them than a fixed number wait for that.
+//! - A peer that **sends sockets whose last `close` lasts**: no thread of the runtime waits for
+//!   one: what nobody takes, and the connection itself, is closed [in the
+//!   background](close_in_background), by a fixed number of threads and without delaying other
+//!   descriptors.
+//! - A peer that **sends descriptors faster than they can be closed**: its connection receives
+//!   nothing more until they are closed.
+//! - A peer that **floods a connection**: other tasks get their turns: both directions, and
+//!   descriptors, count for tokio's cooperative budget.
+//! - A peer that **sends out-of-band data, or is several processes**: no message stays hidden
+//!   behind it.
+//! - A peer that **is several processes that write to one message, on a socket that is set to [tell
+//!   the sender](Socket::set_pass_credentials)**: the stream yields [`Error::MixedSenders`] and
+//!   ends.
+//! - A peer that **sends a datagram that is too long, or has more descriptors than this process may
+//!   open**: that datagram is a typed error, everything of it is closed, and the next one is
+//!   received.
+//! - A peer that **sends a typed message that lacks a descriptor, or has one too many, twice or of
+//!   the wrong kind**: the stream yields one `TypedError` and ends, and everything received is
+//!   closed.
+//! - A peer that **dies, or closes after any byte**: what it had sent is received, then the end.
 //!
 //! The crate cannot prevent these:
 //!

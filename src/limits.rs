@@ -5,8 +5,8 @@ use std::time::Duration;
 /// The most descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
 pub(crate) const SCM_MAX_FD: usize = 253;
 
-/// The limits of a connection, for each direction. [`UidLimits`](crate::socket::UidLimits) limits all
-/// connections of one uid together.
+/// The limits of a connection, for each direction. [`UidLimits`](crate::socket::UidLimits) limits
+/// all connections of one uid together.
 ///
 /// [`FrameCodec`](crate::FrameCodec) checks its limits before memory is reserved. For codecs of
 /// your own see [`Codec::limits`](crate::codec::Codec::limits).
