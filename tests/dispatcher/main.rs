@@ -12,6 +12,8 @@ mod helper;
 mod last_words;
 mod raw_worker;
 mod retire;
+mod serve_ends;
+mod serve_with;
 mod stubborn;
 mod willing;
 mod workers;
