@@ -15,12 +15,12 @@ use fdwire::handoff::{Address, Dispatcher, Incoming, WorkerCommand};
 use tokio::{
     net::TcpListener,
     process::Command,
-    select,
     signal::{
         ctrl_c,
         unix::{SignalKind, signal},
     },
     time::sleep,
+    try_join,
 };
 
 /// At the end, the time for requests that are on their way. With the answer they learn that it was the last; connections that
@@ -46,11 +46,12 @@ async fn front(address: &str) -> io::Result<()> {
         dispatcher.spawn_worker(WorkerCommand::from(command).restart(true))?;
     }
     println!("listening on {address}, try: curl http://{address}/");
-    select! {
-        served = dispatcher.serve(listener) => served?,
-        stop = ctrl_c() => stop?,
-    }
-    dispatcher.drain(Some(Duration::from_secs(5))).await;
+    let stopping = async {
+        ctrl_c().await?;
+        dispatcher.drain(Some(Duration::from_secs(5))).await;
+        Ok(())
+    };
+    try_join!(dispatcher.serve(listener), stopping)?; // the drain ends `serve`, when nobody waits to be accepted
     Ok(())
 }
 

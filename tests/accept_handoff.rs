@@ -7,7 +7,10 @@ use std::{
     io,
     net::SocketAddr,
     process::{Output, Stdio},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -58,6 +61,33 @@ async fn requests_reach_every_worker_and_connections_end() {
         let front = Front::start(&["--socket", kind]).await;
         assert_eq!(front.every_worker_answers().await.len(), 2);
         front.stop(Signal::SIGTERM).await;
+    }
+}
+
+/// Clients that connect again and again, so that most of them wait in the kernel's backlog at any time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_saturated_front_that_is_stopped_answers_those_that_wait() {
+    const CLIENTS: usize = 64;
+    for kind in KINDS {
+        let front = Front::start(&["--socket", kind]).await;
+        front.every_worker_answers().await;
+        let (address, answers) = (front.address, Arc::new(AtomicUsize::new(0)));
+        let client = move |answers: Arc<AtomicUsize>| async move {
+            loop {
+                match get(address).await {
+                    Ok(_) => drop(answers.fetch_add(1, Ordering::Relaxed)),
+                    Err(error) => return error.kind(),
+                }
+            }
+        };
+        let clients = Vec::from_iter((0..CLIENTS).map(|_| tokio::spawn(client(Arc::clone(&answers)))));
+        until("all clients are busy", || answers.load(Ordering::Relaxed) > 10 * CLIENTS).await;
+        front.stop(Signal::SIGTERM).await;
+
+        let ends = join_all(clients).await.into_iter().map(Result::unwrap);
+        let cut = ends.filter(|end| *end != io::ErrorKind::ConnectionRefused).count();
+        // Those that connected right before the listener was closed. It was nearly all of them.
+        assert!(cut <= CLIENTS / 8, "{kind}: {cut} of {CLIENTS} clients were cut");
     }
 }
 

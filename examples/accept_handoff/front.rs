@@ -5,6 +5,7 @@ use std::{
     future::pending,
     io::{Error, Result},
     net::{Ipv4Addr, SocketAddr},
+    pin::pin,
     time::Duration,
 };
 
@@ -63,8 +64,9 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
             None => pending().await,
         }
     };
+    let mut serving = pin!(dispatcher.serve(listener)); // until the dispatcher has drained
     let outcome = select! {
-        served = dispatcher.serve(listener) => served.map(|()| None),
+        served = &mut serving => served.map(|()| None),
         demo = clients => Ok(Some(demo)),
         () = killer.run(&dispatcher) => Ok(None), // it goes on for ever
         () = signals.stop() => Ok(None),

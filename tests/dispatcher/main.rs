@@ -15,6 +15,8 @@ mod processes;
 mod raw_worker;
 mod retire;
 mod rules;
+mod serve_ends;
+mod serve_with;
 mod shortage;
 mod startup;
 mod stubborn;

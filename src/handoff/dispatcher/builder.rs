@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
+use tokio::sync::Semaphore;
 
 use super::{Dispatcher, LONGEST};
 
@@ -32,6 +33,8 @@ pub(super) struct Config {
     pub(super) hello_timeout: Duration,
     pub(super) exit_timeout: Duration,
     pub(super) kill_hung: bool,
+    pub(super) max_preparing: usize,
+    pub(super) prepare_timeout: Duration,
     /// The most descriptors that may be on their way to all workers together.
     pub(super) max_in_flight: usize,
 }
@@ -49,6 +52,8 @@ impl Default for Config {
             hello_timeout: Duration::from_secs(30),
             exit_timeout: Duration::from_secs(30),
             kill_hung: true,
+            max_preparing: 1024,
+            prepare_timeout: Duration::from_secs(10),
             max_in_flight: usize::MAX,
         }
     }
@@ -158,6 +163,20 @@ impl DispatcherBuilder {
     /// never killed. Default: yes.
     pub fn kill_hung(mut self, kill: bool) -> Self {
         self.config.kill_hung = kill;
+        self
+    }
+
+    /// How many connections [`serve_with`](Dispatcher::serve_with) prepares at a time, or keeps that are prepared and wait for a
+    /// place at a worker, 1 at least. Each takes a descriptor, and peers that send nothing take theirs for the whole
+    /// [time](Self::prepare_timeout). Default: 1,024.
+    pub fn max_preparing(mut self, connections: usize) -> Self {
+        self.config.max_preparing = connections.clamp(1, Semaphore::MAX_PERMITS);
+        self
+    }
+
+    /// How long it may take to prepare a connection, in [`serve_with`](Dispatcher::serve_with). Default: 10 s.
+    pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
+        self.config.prepare_timeout = timeout.min(LONGEST);
         self
     }
 

@@ -89,6 +89,12 @@ pub(super) async fn reserve(shared: &Arc<Shared>) -> Option<Permit> {
     }
 }
 
+/// Reserves a place that there may not be, for a connection that was accepted before the dispatcher has drained. `None` when
+/// it has.
+pub(super) fn reserve_late(shared: &Arc<Shared>) -> Option<Permit> {
+    shared.act(|pool| pool.reserve_late()).then(|| Permit::new(shared))
+}
+
 /// A place in the queue, until it is dropped.
 struct Waiting<'a> {
     shared: &'a Arc<Shared>,

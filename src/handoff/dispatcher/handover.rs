@@ -49,16 +49,7 @@ pub(super) struct Handover {
 impl Handover {
     /// Tells `reply` if it cannot be offered.
     pub(super) fn new(accepted: Accepted, reply: Reply) -> Option<Box<Self>> {
-        let Accepted { socket, about } = accepted;
-        let prepared = match socket {
-            Ok(socket) => Self::prepare(socket, about, None, None),
-            Err(error) => {
-                let again = error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
-                let connection = Accepted { socket: Err(again), about };
-                Err(Box::new(DispatchError { reason: NotDispatched::Unfit(error.into()), connection }))
-            }
-        };
-        match prepared {
+        match Self::of(accepted) {
             Ok(mut connection) => {
                 connection.reply = Some(reply);
                 Some(connection)
@@ -66,6 +57,20 @@ impl Handover {
             Err(unfit) => {
                 let _ = reply.send(Err(*unfit));
                 None
+            }
+        }
+    }
+
+    /// # Errors
+    /// Gives everything back if it cannot be offered.
+    pub(super) fn of(accepted: Accepted) -> Result<Box<Self>, Box<DispatchError>> {
+        let Accepted { socket, about } = accepted;
+        match socket {
+            Ok(socket) => Self::prepare(socket, about, None, None),
+            Err(error) => {
+                let again = error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
+                let connection = Accepted { socket: Err(again), about };
+                Err(Box::new(DispatchError { reason: NotDispatched::Unfit(error.into()), connection }))
             }
         }
     }

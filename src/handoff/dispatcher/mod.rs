@@ -2,12 +2,14 @@
 //! descriptors of one worker.
 
 mod accepted;
+mod accepting;
 mod bell;
 mod builder;
 mod dispatching;
 mod handover;
 mod joint_task;
 mod pool;
+mod preparing;
 mod process;
 mod serve;
 mod shared;
@@ -155,8 +157,9 @@ impl Dispatcher {
         self.shared.stats()
     }
 
-    /// Ends it, for all clones: takes no more connections, hands over those that it has (for half of the time at most), has all
-    /// workers finish what they have adopted, and waits until they have left. Those that have not after this time are cut off;
+    /// Ends it, for all clones: [`serve`](Self::serve) accepts what waits in the kernel's backlog and ends, no more connections are
+    /// taken, those that there are get handed over (for half of the time at most), all workers finish what they have
+    /// adopted, and it waits until they have left. Those that have not after this time are cut off;
     /// [their processes](DispatcherBuilder::kill_hung) are killed if the dispatcher has started them.
     ///
     /// What is not handed over by then is given back.

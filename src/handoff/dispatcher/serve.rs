@@ -1,55 +1,35 @@
 //! Accepting for the workers.
 
 use std::{
+    future::Future,
     io,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix,
-    },
+    os::{fd::OwnedFd, unix},
     pin::pin,
-    sync::Arc,
-    time::Duration,
 };
 
 use futures::future::{Either, select};
-use nix::libc;
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    task::yield_now,
-    time::sleep,
-};
+use tokio::time::sleep;
 use tracing::warn;
 
 use super::{
-    Address, DispatchError, Dispatcher, NotDispatched, Shared, Transport,
-    accepted::About,
-    dispatching::reserve,
-    handover::{Handover, shut_down},
+    Accepted, Address, Dispatcher, Transport,
+    accepting::{Accepting, BACK_OFF, is_final},
+    preparing::Preparing,
 };
-use crate::{
-    Listener,
-    handoff::reserve::{first_of_reserve, is_of_reserve},
-    sys,
-};
-
-/// Accepted before other tasks get their turn.
-const BATCH: usize = 64;
-
-/// Descriptors that are left for starting a worker, and for a few connections: if these held all, and waited for a worker that
-/// cannot be started again for want of one, they would wait for ever.
-const RESERVE: u64 = 16;
-
-/// Connections that may be on their way when only the reserve is left.
-const FEW: u64 = 8;
-
-/// How long to wait for what comes free without an event, mostly a descriptor.
-const BACK_OFF: Duration = Duration::from_millis(20);
+use crate::Listener;
 
 /// What [`Dispatcher::serve`] accepts from: a listener of tokio or std, of TCP or Unix sockets.
 pub trait IntoListener: sealed::Sealed {
+    /// A connection of this listener, registered with tokio: `TcpStream` or `UnixStream`.
+    type Stream: Into<Accepted> + Send + 'static;
+
     /// Takes it out of its event loop.
     #[doc(hidden)]
     fn into_listener(self) -> io::Result<(OwnedFd, Transport, Address)>;
+
+    /// Makes a stream of an accepted connection.
+    #[doc(hidden)]
+    fn stream(connection: OwnedFd) -> io::Result<Self::Stream>;
 }
 
 mod sealed {
@@ -57,29 +37,32 @@ mod sealed {
 }
 
 macro_rules! into_listener {
-    ($($listener:ty, $transport:ident, $into_std:expr;)*) => {$(
+    ($($listener:ty, $into_std:expr, $transport:ident, $stream:ty, $std_stream:ty;)*) => {$(
         impl sealed::Sealed for $listener {}
         impl IntoListener for $listener {
+            type Stream = $stream;
+
             fn into_listener(self) -> io::Result<(OwnedFd, Transport, Address)> {
                 let listener = $into_std(self)?;
                 listener.set_nonblocking(true)?;
                 let local = listener.local_addr()?.into();
                 Ok((listener.into(), Transport::$transport, local))
             }
+
+            fn stream(connection: OwnedFd) -> io::Result<$stream> {
+                let stream = <$std_stream>::from(connection);
+                stream.set_nonblocking(true)?;
+                <$stream>::from_std(stream)
+            }
         }
     )*};
 }
 
 into_listener! {
-    tokio::net::TcpListener, Tcp, tokio::net::TcpListener::into_std;
-    tokio::net::UnixListener, UnixStream, tokio::net::UnixListener::into_std;
-    std::net::TcpListener, Tcp, io::Result::Ok;
-    unix::net::UnixListener, UnixStream, io::Result::Ok;
-}
-
-/// The listener was shut down. Everything else that accept(2) says is about one connection, or passes.
-fn is_final(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EBADF))
+    tokio::net::TcpListener, tokio::net::TcpListener::into_std, Tcp, tokio::net::TcpStream, std::net::TcpStream;
+    tokio::net::UnixListener, tokio::net::UnixListener::into_std, UnixStream, tokio::net::UnixStream, unix::net::UnixStream;
+    std::net::TcpListener, io::Result::Ok, Tcp, tokio::net::TcpStream, std::net::TcpStream;
+    unix::net::UnixListener, io::Result::Ok, UnixStream, tokio::net::UnixStream, unix::net::UnixStream;
 }
 
 impl Dispatcher {
@@ -93,27 +76,73 @@ impl Dispatcher {
     /// A connection that finds no worker [after too many offers](super::NotDispatched::TooManyOffers), or in the time of a drain, is
     /// shut down and [counted](super::Stats::lost).
     ///
+    /// **The end.** A listener that is closed takes its backlog along: the kernel resets those connections. So keep this
+    /// future until the dispatcher has [drained](Self::drain), and let that end it. First it accepts what waits in the
+    /// backlog (4,096 connections at most), and then it closes the listener. A client whose connection is established between
+    /// the last `accept` and that moment, or that connects later, is not served, unless another process has the listener too:
+    /// a [successor](crate::takeover).
+    ///
+    /// The work is done in a task of the dispatcher, from the first poll until this future is dropped.
+    ///
     /// # Errors
-    /// Those of taking the listener out of its event loop, and `InvalidInput` when somebody has shut it down.
+    /// Those of taking the listener out of its event loop, `InvalidInput` when somebody has shut it down, and `Other` when the runtime
+    /// that the dispatcher was built in has ended.
     ///
     /// # Cancel safety
-    /// What was accepted is handed over also if this is dropped. The listener is closed, and with its last copy the
+    /// What was accepted is handed over also if this is dropped. The listener is closed at once, and with its last copy the
     /// connections in the backlog are.
     pub async fn serve(&self, listener: impl IntoListener) -> io::Result<()> {
+        self.accept(listener, None).await
+    }
+
+    /// Like [`serve`](Self::serve), with a function that prepares each connection: it may set socket options, look at the
+    /// first bytes, and say what the worker is to know. `None` if it does not want the connection to be handed over: it
+    /// has dropped it, or keeps it.
+    ///
+    /// Each connection is prepared in a task of its own, so a peer that sends nothing holds up no others. Two limits bound
+    /// what such peers take: the [number](super::DispatcherBuilder::max_preparing) of connections that are being prepared, and
+    /// the [time](super::DispatcherBuilder::prepare_timeout) for each. A connection that is not prepared in time is closed
+    /// and [counted](super::Stats::lost), as is one whose function panics.
+    ///
+    /// Connections are accepted only when a worker has room, as in `serve`. Its place is not kept meanwhile: when
+    /// a connection is prepared, it waits for a place again, and still counts as being prepared. While the dispatcher
+    /// drains, those that are being prepared are handed over, too.
+    ///
+    /// ```no_run
+    /// # async fn example(dispatcher: fdwire::handoff::Dispatcher, listener: tokio::net::TcpListener)
+    /// # -> std::io::Result<()> {
+    /// use fdwire::handoff::Accepted;
+    /// use tokio::net::TcpStream;
+    ///
+    /// // All connections that begin with the same byte go to the same worker (`Strategy::ByKey`).
+    /// let prepare = async |stream: TcpStream| {
+    ///     stream.set_nodelay(true).ok()?;
+    ///     let mut first = [0];
+    ///     stream.peek(&mut first).await.ok()?; // the worker reads it again
+    ///     Some(Accepted::from(stream).key(first))
+    /// };
+    /// dispatcher.serve_with(listener, move |stream| prepare(stream)).await
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`serve`](Self::serve).
+    ///
+    /// # Cancel safety
+    /// As [`serve`](Self::serve). Connections that are being prepared are handed over also if this is dropped.
+    pub async fn serve_with<L, P, F>(&self, listener: L, prepare: P) -> io::Result<()>
+    where
+        L: IntoListener,
+        P: Fn(L::Stream) -> F + Send + Sync + 'static,
+        F: Future<Output = Option<Accepted>> + Send + 'static,
+    {
+        self.accept(listener, Some(Preparing::new::<L, P, F>(&self.shared.config, prepare))).await
+    }
+
+    async fn accept(&self, listener: impl IntoListener, preparing: Option<Preparing>) -> io::Result<()> {
         let (listener, transport, local) = listener.into_listener()?;
-        // Each connection of a listener on all addresses has another one.
-        let local = Some(local).filter(|local| local.ip().is_none_or(|address| !address.ip().is_unspecified()));
-        let shared = Arc::clone(&self.shared);
-        let accepting = {
-            let _context = shared.runtime.enter();
-            Accepting {
-                listener: sys::register(listener, Interest::READABLE)?,
-                transport,
-                local,
-                shared: Arc::clone(&shared),
-            }
-        };
-        shared.tasks.run(accepting.run()).await?
+        let accepting = Accepting::new(&self.shared, listener, transport, local, preparing)?;
+        self.shared.tasks.run(accepting.run()).await?
     }
 
     /// Takes the workers that connect to this listener, until the dispatcher drains: see [`add_worker`](Self::add_worker).
@@ -136,119 +165,5 @@ impl Dispatcher {
                 Either::Right(_) => return Ok(()),
             }
         }
-    }
-}
-
-/// The accept loop of one listener.
-struct Accepting {
-    shared: Arc<Shared>,
-    listener: AsyncFd<OwnedFd>,
-    transport: Transport,
-    /// The address of each connection's end here, if it is the same for all.
-    local: Option<Address>,
-}
-
-impl Accepting {
-    /// Accepts until the dispatcher drains.
-    async fn run(self) -> io::Result<()> {
-        match select(pin!(self.accept()), pin!(self.shared.until(|pool| !pool.is_open()))).await {
-            Either::Left((outcome, _)) => outcome,
-            Either::Right(_) => Ok(()),
-        }
-    }
-
-    /// Dropped at any await, it has no connection in hand.
-    async fn accept(&self) -> io::Result<()> {
-        let Self { shared, listener, transport, local } = self;
-        let mut warned = false;
-        let mut warn_once = |error: io::Error| {
-            if !std::mem::replace(&mut warned, true) {
-                warn!(%error, "connections cannot be accepted for a while");
-            }
-        };
-        let mut ceiling = first_of_reserve(RESERVE);
-        'ready: loop {
-            // Before a place is reserved, which others may have use for.
-            let mut ready = listener.readable().await?;
-            for _ in 0..BATCH {
-                let Some(permit) = reserve(shared).await else { return Ok(()) };
-                let mut is_scarce = true; // mostly, where it fails
-                let trouble = match self.accept_one() {
-                    Ok((socket, peer)) => {
-                        is_scarce = is_of_reserve(&socket, ceiling);
-                        match Handover::prepare(socket, About::new(*transport), Some(peer), local.clone())
-                            .map_err(|unfit| *unfit)
-                        {
-                            Ok(connection) => {
-                                permit.take(connection);
-                                None
-                            }
-                            Err(DispatchError { reason, connection }) => {
-                                drop(permit); // whoever waits for a place may have it meanwhile
-                                connection.socket.into_iter().for_each(|socket| turn_away(shared, socket, &reason));
-                                Some(io::Error::other(reason))
-                            }
-                        }
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        ready.clear_ready();
-                        continue 'ready;
-                    }
-                    Err(error) if is_final(&error) => return Err(error),
-                    Err(error) => {
-                        drop(permit);
-                        Some(error).filter(|error| error.kind() != io::ErrorKind::ConnectionAborted)
-                    }
-                };
-                if let Some(error) = trouble {
-                    warn_once(error);
-                    sleep(BACK_OFF).await;
-                }
-                while is_scarce && !self.may_accept(listener.as_fd(), &mut ceiling) {
-                    warn_once(io::Error::from_raw_os_error(libc::EMFILE));
-                    sleep(BACK_OFF).await;
-                }
-            }
-            yield_now().await; // workers are sent what was accepted so far
-        }
-    }
-
-    fn accept_one(&self) -> io::Result<(OwnedFd, Address)> {
-        let listener = self.listener.as_fd();
-        match self.transport {
-            Transport::Tcp => sys::accept_tcp(listener).map(|(stream, peer)| (stream.into(), peer.into())),
-            Transport::UnixStream => sys::accept_unix(listener).map(|(stream, peer)| (stream.into(), peer.into())),
-        }
-    }
-
-    /// Whether there are descriptors beside the reserve, or it is hardly used. Looks where the reserve begins, which may have changed.
-    fn may_accept(&self, listener: BorrowedFd<'_>, ceiling: &mut u64) -> bool {
-        *ceiling = first_of_reserve(RESERVE);
-        let is_one_free = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *ceiling));
-        is_one_free || self.shared.act(|pool| pool.on_their_way()) < FEW
-    }
-}
-
-/// Closes and counts an accepted connection that cannot be offered to any worker.
-fn turn_away(shared: &Arc<Shared>, socket: OwnedFd, error: &NotDispatched) {
-    shut_down(socket);
-    shared.count_lost();
-    warn!(%error, "connection closed: it cannot be offered to a worker");
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{io::Read, os::unix::net::UnixStream};
-
-    use super::*;
-
-    #[tokio::test]
-    async fn an_accepted_connection_that_cannot_be_offered_is_closed_and_counted() {
-        let dispatcher = Dispatcher::builder().build();
-        let (connection, mut client) = UnixStream::pair().unwrap();
-        turn_away(&dispatcher.shared, connection.into(), &NotDispatched::Draining);
-        assert_eq!(client.read(&mut [0]).unwrap(), 0);
-        let stats = dispatcher.stats();
-        assert_eq!((stats.dispatched, stats.lost), (1, 1));
     }
 }

@@ -5,7 +5,7 @@ use std::{
     process::ExitStatus,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -40,6 +40,8 @@ pub(super) struct Shared {
     changes: watch::Sender<()>,
     given_back: AtomicU64,
     lost: AtomicU64,
+    /// The number of [`Source`]s.
+    sources: AtomicUsize,
     /// Whether processes of retired workers are to be killed.
     pub(super) kill: watch::Sender<bool>,
     pub(super) runtime: Handle,
@@ -63,6 +65,7 @@ impl Shared {
             changes: watch::Sender::new(()),
             given_back: AtomicU64::new(0),
             lost: AtomicU64::new(0),
+            sources: AtomicUsize::new(0),
             kill: watch::Sender::new(false),
             tasks: JointTask::spawn(&runtime),
             runtime,
@@ -247,7 +250,8 @@ impl Shared {
 
     async fn drain(self: &Arc<Self>, half: Option<Instant>, until: Option<Instant>) {
         // First everything is handed over that was accepted. Workers that are full may not take it in time.
-        at_most(half, self.until(Pool::is_settled)).await;
+        let is_settled = |pool: &Pool<_>| self.sources.load(Relaxed) == 0 && pool.is_settled();
+        at_most(half, self.until(is_settled)).await;
         self.act(|pool| pool.close(Instant::now()));
         self.changed();
         self.until(Pool::has_no_workers).await;
@@ -267,6 +271,31 @@ async fn at_most(until: Option<Instant>, future: impl Future<Output = ()>) {
     match until {
         Some(until) => drop(timeout_at(until.into(), future).await),
         None => future.await,
+    }
+}
+
+/// An accept loop, or a connection that is being prepared: it may bring connections while the dispatcher drains, and the drain
+/// waits for it.
+#[derive(Debug)]
+pub(super) struct Source(Arc<Shared>);
+
+impl Source {
+    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+        shared.sources.fetch_add(1, Relaxed);
+        Self(Arc::clone(shared))
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.0
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.0.sources.fetch_sub(1, Relaxed);
+        if !self.0.act(|pool| pool.is_open()) {
+            self.0.changed();
+        }
     }
 }
 

@@ -50,6 +50,13 @@ impl<C> Pool<C> {
         free
     }
 
+    /// Reserves a place that may not be free: its connection waits then. Also while the dispatcher drains, for connections
+    /// that were accepted before that. Returns false if nothing is taken any more.
+    pub(in crate::handoff::dispatcher) fn reserve_late(&mut self) -> bool {
+        self.reserved += u64::from(!self.is_closed());
+        !self.is_closed()
+    }
+
     /// Waits for a place, which [`Event::Granted`] reserves.
     pub(in crate::handoff::dispatcher) fn wait_for_place(&mut self, now: Instant) -> TicketId {
         let ticket = self.queue.push_back(Waiter::Ticket(now));

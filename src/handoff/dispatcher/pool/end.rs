@@ -121,6 +121,11 @@ impl<C> Pool<C> {
         self.phase == Phase::Open
     }
 
+    /// Returns true if nothing is taken any more, whatever was accepted before.
+    pub(in crate::handoff::dispatcher) fn is_closed(&self) -> bool {
+        self.phase == Phase::Closed
+    }
+
     /// No worker adopts what waits, and all workers leave.
     pub(in crate::handoff::dispatcher) fn close(&mut self, now: Instant) {
         self.phase = Phase::Closed;

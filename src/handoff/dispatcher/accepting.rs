@@ -1,0 +1,231 @@
+//! The accept loop of a listener.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::future::{Either, select};
+use nix::libc;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    task::yield_now,
+    time::sleep,
+};
+use tracing::warn;
+
+use super::{
+    Address, DispatchError, Permit, Shared, Transport,
+    accepted::About,
+    dispatching::{reserve, reserve_late},
+    handover::{Handover, shut_down},
+    preparing::{Preparing, Slot},
+    shared::Source,
+};
+use crate::{
+    handoff::reserve::{first_of_reserve, is_of_reserve},
+    sys,
+};
+
+/// Accepted before other tasks get their turn.
+const BATCH: usize = 64;
+
+/// Most connections that are accepted after a drain has begun: as many as fit the backlog of a listener, if nobody has
+/// raised the limit (`net.core.somaxconn`).
+const MOST_AT_END: usize = 4096;
+
+/// Descriptors that are left for starting a worker, and for a few connections: if these held all, and waited for a worker that
+/// cannot be started again for want of one, they would wait for ever.
+const RESERVE: u64 = 16;
+
+/// Connections that may be on their way when only the reserve is left.
+const FEW: u64 = 8;
+
+/// How long to wait for what comes free without an event, usually a descriptor.
+pub(super) const BACK_OFF: Duration = Duration::from_millis(20);
+
+/// The listener was shut down. Everything else that accept(2) reports is about one connection, or passes.
+pub(super) fn is_final(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EBADF))
+}
+
+/// Accepts connections, and hands them over or has them prepared.
+pub(super) struct Accepting {
+    shared: Arc<Shared>,
+    listener: AsyncFd<OwnedFd>,
+    transport: Transport,
+    /// The address of each connection's end here, if it is the same for all.
+    local: Option<Address>,
+    preparing: Option<Preparing>,
+    /// A drain waits until the backlog was accepted.
+    _source: Source,
+}
+
+impl Accepting {
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        listener: OwnedFd,
+        transport: Transport,
+        local: Address,
+        preparing: Option<Preparing>,
+    ) -> io::Result<Self> {
+        let _context = shared.runtime.enter();
+        // Each connection of a listener on all addresses has another one.
+        let is_same_for_all = local.ip().is_none_or(|address| !address.ip().is_unspecified());
+        Ok(Self {
+            listener: sys::register(listener, Interest::READABLE)?,
+            transport,
+            local: is_same_for_all.then_some(local),
+            preparing,
+            _source: Source::new(shared),
+            shared: Arc::clone(shared),
+        })
+    }
+
+    /// Accepts until the dispatcher drains, and then what waits in the backlog.
+    pub(super) async fn run(self) -> io::Result<()> {
+        let drains = self.shared.until(|pool| !pool.is_open());
+        if let Either::Left((outcome, _)) = select(pin!(self.accept()), pin!(drains)).await {
+            outcome?;
+        }
+        self.accept_backlog().await;
+        Ok(())
+    }
+
+    /// Ends when the dispatcher drains. Dropped at any await, it has no connection in hand.
+    async fn accept(&self) -> io::Result<()> {
+        let mut warned = false;
+        let mut warn_once = |error: io::Error| {
+            if !std::mem::replace(&mut warned, true) {
+                warn!(%error, "connections cannot be accepted for a while");
+            }
+        };
+        let mut ceiling = first_of_reserve(RESERVE);
+        'ready: loop {
+            // Before a place is reserved, which others may have use for.
+            let mut ready = self.listener.readable().await?;
+            for _ in 0..BATCH {
+                let slot = self.slot().await;
+                let Some(permit) = reserve(&self.shared).await else { return Ok(()) };
+
+                // Descriptors are usually scarce if it fails.
+                let (is_scarce, outcome) = match self.accept_one() {
+                    Ok((socket, peer)) => (is_of_reserve(&socket, ceiling), self.take_on(socket, peer, permit, slot)),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        ready.clear_ready();
+                        continue 'ready;
+                    }
+                    Err(error) if is_final(&error) => return Err(error),
+                    Err(error) => {
+                        drop(permit); // whoever waits for a place may have it meanwhile
+                        (true, if error.kind() == io::ErrorKind::ConnectionAborted { Ok(()) } else { Err(error) })
+                    }
+                };
+                if let Err(error) = outcome {
+                    warn_once(error);
+                    sleep(BACK_OFF).await;
+                }
+                while is_scarce && !self.may_accept(&mut ceiling) {
+                    warn_once(io::Error::from_raw_os_error(libc::EMFILE));
+                    sleep(BACK_OFF).await;
+                }
+            }
+            yield_now().await; // workers are sent what was accepted so far
+        }
+    }
+
+    /// Accepts what waits in the kernel. With the listener it would be reset.
+    async fn accept_backlog(&self) {
+        for count in 1..=MOST_AT_END {
+            let slot = self.slot().await;
+            let Some(permit) = reserve_late(&self.shared) else { return };
+            match self.accept_one() {
+                Ok((socket, peer)) => drop(self.take_on(socket, peer, permit, slot)),
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::ECONNABORTED) => {}
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
+                        drop(permit);
+                        sleep(BACK_OFF).await;
+                    }
+                    _ => return, // nobody waits
+                },
+            }
+            if count % BATCH == 0 {
+                yield_now().await;
+            }
+        }
+    }
+
+    /// A slot for a connection that is to be prepared.
+    async fn slot(&self) -> Option<Slot> {
+        match &self.preparing {
+            Some(preparing) => Some(preparing.slot().await),
+            None => None,
+        }
+    }
+
+    fn accept_one(&self) -> io::Result<(OwnedFd, Address)> {
+        let listener = self.listener.as_fd();
+        match self.transport {
+            Transport::Tcp => sys::accept_tcp(listener).map(|(stream, peer)| (stream.into(), peer.into())),
+            Transport::UnixStream => sys::accept_unix(listener).map(|(stream, peer)| (stream.into(), peer.into())),
+        }
+    }
+
+    /// Hands over an accepted connection, or begins to prepare it if there is a slot.
+    fn take_on(&self, socket: OwnedFd, peer: Address, permit: Permit, slot: Option<Slot>) -> io::Result<()> {
+        if let Some(slot) = slot {
+            drop(permit); // it would be kept for as long as the peer likes
+            slot.prepare(&self.shared, socket);
+            return Ok(());
+        }
+        match Handover::prepare(socket, About::new(self.transport), Some(peer), self.local.clone()) {
+            Ok(connection) => {
+                permit.take(connection);
+                Ok(())
+            }
+            Err(unfit) => Err(turn_away(&self.shared, *unfit)),
+        }
+    }
+
+    /// Returns true if there are descriptors beside the reserve, or if it is hardly used. Looks where the reserve begins,
+    /// because that may have changed.
+    fn may_accept(&self, ceiling: &mut u64) -> bool {
+        let listener: BorrowedFd<'_> = self.listener.as_fd();
+        *ceiling = first_of_reserve(RESERVE);
+        let is_one_free = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *ceiling));
+        let preparing = self.preparing.as_ref().map_or(0, Preparing::count);
+        is_one_free || self.shared.act(|pool| pool.on_their_way()) + preparing < FEW
+    }
+}
+
+/// Closes and counts an accepted connection that cannot be offered to any worker. Returns the reason.
+pub(super) fn turn_away(shared: &Arc<Shared>, unfit: DispatchError) -> io::Error {
+    let DispatchError { reason, connection } = unfit;
+    connection.socket.into_iter().for_each(shut_down);
+    shared.count_lost();
+    warn!(error = %reason, "connection closed: it cannot be offered to a worker");
+    io::Error::other(reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Read, os::unix::net::UnixStream};
+
+    use super::*;
+    use crate::handoff::{Accepted, Dispatcher, NotDispatched};
+
+    #[tokio::test]
+    async fn an_accepted_connection_that_cannot_be_offered_is_closed_and_counted() {
+        let dispatcher = Dispatcher::builder().build();
+        let (connection, mut client) = UnixStream::pair().unwrap();
+        let unfit = DispatchError { reason: NotDispatched::Draining, connection: Accepted::from(connection) };
+        turn_away(&dispatcher.shared, unfit);
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        let stats = dispatcher.stats();
+        assert_eq!((stats.dispatched, stats.lost), (1, 1));
+    }
+}

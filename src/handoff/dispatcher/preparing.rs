@@ -1,0 +1,107 @@
+//! The application's function that prepares accepted connections.
+
+use std::{future::Future, io, os::fd::OwnedFd, panic::AssertUnwindSafe, sync::Arc};
+
+use futures::{FutureExt, future::BoxFuture};
+use tokio::{
+    select,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::sleep,
+};
+use tracing::debug;
+
+use super::{
+    Accepted, IntoListener, Shared,
+    accepting::turn_away,
+    builder::Config,
+    dispatching::{reserve, reserve_late},
+    handover::Handover,
+    shared::Source,
+};
+
+type Prepare = Arc<dyn Fn(OwnedFd) -> BoxFuture<'static, io::Result<Option<Accepted>>> + Send + Sync>;
+
+/// The function, and the number of connections that it may be at work on.
+pub(super) struct Preparing {
+    prepare: Prepare,
+    free: Arc<Semaphore>,
+    most: usize,
+}
+
+/// A place for a connection that is being prepared.
+pub(super) struct Slot {
+    prepare: Prepare,
+    _taken: OwnedSemaphorePermit,
+}
+
+impl Preparing {
+    pub(super) fn new<L, P, F>(config: &Config, prepare: P) -> Self
+    where
+        L: IntoListener,
+        P: Fn(L::Stream) -> F + Send + Sync + 'static,
+        F: Future<Output = Option<Accepted>> + Send + 'static,
+    {
+        let (most, prepare) = (config.max_preparing, Arc::new(prepare));
+        let prepare: Prepare = Arc::new(move |connection| {
+            let prepare = Arc::clone(&prepare);
+            async move { Ok(prepare(L::stream(connection)?).await) }.boxed()
+        });
+        Self { prepare, free: Arc::new(Semaphore::new(most)), most }
+    }
+
+    /// Waits until another connection can be prepared.
+    pub(super) async fn slot(&self) -> Slot {
+        let taken = Arc::clone(&self.free).acquire_owned().await.expect("nobody closes the semaphore");
+        Slot { prepare: Arc::clone(&self.prepare), _taken: taken }
+    }
+
+    /// The number of connections that are being prepared, or wait for a place after that.
+    pub(super) fn count(&self) -> u64 {
+        (self.most - self.free.available_permits()) as u64
+    }
+}
+
+impl Slot {
+    /// Prepares a connection and hands it over, in a task of its own.
+    pub(super) fn prepare(self, shared: &Arc<Shared>, connection: OwnedFd) {
+        let prepared = AssertUnwindSafe((self.prepare)(connection)).catch_unwind();
+        let source = Source::new(shared);
+        shared.runtime.spawn(async move {
+            let shared = source.shared();
+            let drained = shared.until(|pool| pool.is_closed());
+            let prepared = select! {
+                prepared = prepared => prepared,
+                () = sleep(shared.config.prepare_timeout) => return not_prepared(shared, "it took too long"),
+                () = drained => return not_prepared(shared, "the dispatcher has drained"),
+            };
+            match prepared {
+                Ok(Ok(Some(accepted))) => hand_over(shared, accepted).await,
+                Ok(Ok(None)) => {}
+                Ok(Err(error)) => not_prepared(shared, &error.to_string()),
+                Err(_) => not_prepared(shared, "the application's function panicked"),
+            }
+            drop(self);
+        });
+    }
+}
+
+fn not_prepared(shared: &Arc<Shared>, reason: &str) {
+    shared.count_lost();
+    debug!(reason, "connection closed: it was not prepared");
+}
+
+/// Hands a connection over when a worker has room for it.
+async fn hand_over(shared: &Arc<Shared>, accepted: Accepted) {
+    let connection = match Handover::of(accepted) {
+        Ok(connection) => connection,
+        Err(unfit) => return drop(turn_away(shared, *unfit)),
+    };
+    let permit = match reserve(shared).await {
+        Some(permit) => Some(permit),
+        None => reserve_late(shared), // the dispatcher drains
+    };
+    match permit {
+        Some(permit) => permit.take(connection),
+        None => connection.dispatch(shared, false), // the drain is over: it fails, and is counted
+    }
+}

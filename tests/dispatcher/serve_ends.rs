@@ -1,0 +1,187 @@
+//! The end of `serve`: by a drain, by being dropped, and with a runtime.
+
+use std::{
+    net::SocketAddr,
+    os::fd::AsRawFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use fdwire::{
+    Socket, SocketKind,
+    handoff::{Dispatcher, Incoming},
+};
+use futures::{FutureExt, StreamExt, future::join_all};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    time::sleep,
+};
+
+use crate::{
+    common::{one_thread, run, run_in, some_threads},
+    raw_worker::until,
+};
+
+/// A worker in this process, with room for this many connections at a time.
+fn worker(dispatcher: &Dispatcher, room: usize) -> Incoming {
+    let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
+    dispatcher.add_worker(here);
+    Incoming::builder().max_connections(room).build(there)
+}
+
+async fn listen() -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    (listener, address)
+}
+
+#[test]
+fn a_drain_hands_over_what_waits_in_the_kernel() {
+    for runtime in [one_thread, some_threads] {
+        run_in(runtime(), async {
+            const WAITING: usize = 100; // a listener has room for 128
+            let dispatcher = Dispatcher::builder().build();
+            let mut incoming = worker(&dispatcher, 1);
+            let (listener, address) = listen().await;
+            let serving = dispatcher.serve(listener);
+            let ending = async {
+                // The only place is taken, so all others wait in the kernel.
+                let _first = TcpStream::connect(address).await.unwrap();
+                let first = incoming.next().await.unwrap();
+                let mut clients = Vec::new();
+                for _ in 0..WAITING {
+                    clients.push(TcpStream::connect(address).await.unwrap());
+                }
+                assert_eq!(dispatcher.stats().dispatched, 1);
+
+                let mut drain = Box::pin(dispatcher.drain(None));
+                assert!(drain.as_mut().now_or_never().is_none());
+                drop(first);
+                let answering = async {
+                    while let Some(mut connection) = incoming.next().await {
+                        connection.write_all(b"hello").await.unwrap();
+                    }
+                };
+                let answers = join_all(clients.iter_mut().map(async |client| {
+                    let mut answer = String::new();
+                    client.read_to_string(&mut answer).await.unwrap();
+                    answer
+                }));
+                let (answers, ..) = tokio::join!(answers, answering, drain);
+                assert!(answers.iter().all(|answer| answer == "hello"));
+            };
+            let (served, ()) = tokio::join!(serving, ending);
+            served.unwrap();
+            assert!(TcpStream::connect(address).await.is_err());
+            let stats = dispatcher.stats();
+            assert_eq!((stats.adopted, stats.lost), (WAITING as u64 + 1, 0));
+        });
+    }
+}
+
+/// Full workers do not take them in time.
+#[test]
+fn the_backlog_does_not_keep_a_drain_from_its_deadline() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let mut incoming = worker(&dispatcher, 1);
+        let (listener, address) = listen().await;
+        let serving = dispatcher.serve(listener);
+        let ending = async {
+            let _first = TcpStream::connect(address).await.unwrap();
+            let _busy = incoming.next().await.unwrap();
+            let mut waits = TcpStream::connect(address).await.unwrap();
+            dispatcher.drain(Some(Duration::from_millis(200))).await;
+            assert_eq!(waits.read(&mut [0]).await.unwrap(), 0);
+        };
+        let (served, ()) = tokio::join!(serving, ending);
+        served.unwrap();
+        assert_eq!(dispatcher.stats().lost, 1);
+    });
+}
+
+#[test]
+fn the_listener_is_closed_at_once_when_serve_is_dropped() {
+    for runtime in [one_thread, some_threads] {
+        run_in(runtime(), async {
+            let dispatcher = Dispatcher::builder().build();
+            let _worker = worker(&dispatcher, 1000);
+            let (mut listener, address) = listen().await;
+            for _ in 0..50 {
+                let fd = listener.as_raw_fd();
+                {
+                    let mut serving = Box::pin(dispatcher.serve(listener));
+                    assert!(serving.as_mut().now_or_never().is_none());
+                    let _client = TcpStream::connect(address).await.unwrap();
+                }
+                // Nobody else has the port or the descriptor's number.
+                listener = TcpListener::bind(address).await.unwrap_or_else(|error| panic!("{fd}: {error}"));
+            }
+        });
+    }
+}
+
+#[test]
+fn what_was_accepted_is_handed_over_when_serve_is_dropped() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let mut incoming = worker(&dispatcher, 10);
+        let (listener, address) = listen().await;
+        let mut serving = Box::pin(dispatcher.serve(listener));
+        assert!(serving.as_mut().now_or_never().is_none());
+        let _client = TcpStream::connect(address).await.unwrap();
+        let mut next = incoming.next();
+        assert!((&mut next).now_or_never().is_none()); // it has asked
+        until("it is accepted", || dispatcher.stats().dispatched == 1).await;
+        drop(serving);
+        assert!(next.await.is_some());
+    });
+}
+
+/// Where `serve` is called does not matter: not for what it does, and not for its end.
+#[test]
+fn a_dispatcher_serves_from_any_runtime() {
+    let at_home = some_threads();
+    let dispatcher = at_home.block_on(async { Dispatcher::builder().build() });
+    let mut incoming = at_home.block_on(async { worker(&dispatcher, 10) });
+    let elsewhere = one_thread();
+    elsewhere.block_on(async {
+        let (listener, address) = listen().await;
+        let mut serving = Box::pin(dispatcher.serve(listener));
+        assert!(serving.as_mut().now_or_never().is_none());
+        let _client = TcpStream::connect(address).await.unwrap();
+        assert!(incoming.next().await.is_some());
+    });
+    drop(elsewhere);
+    at_home.block_on(async {
+        drop(incoming);
+        dispatcher.drain(None).await;
+    });
+}
+
+/// Its accept loops, its links and what it holds end with it.
+#[test]
+fn the_end_of_its_runtime_ends_a_dispatcher() {
+    let at_home = some_threads();
+    let dispatcher = at_home.block_on(async { Dispatcher::builder().build() });
+    let elsewhere = one_thread();
+    let mut incoming = elsewhere.block_on(async { worker(&dispatcher, 10) });
+    let has_ended = Arc::new(AtomicBool::new(false));
+    elsewhere.block_on(async {
+        let (listener, _) = listen().await;
+        let serving = dispatcher.serve(listener);
+        let ending = async {
+            sleep(Duration::from_millis(20)).await;
+            at_home.shutdown_background();
+            has_ended.store(true, SeqCst);
+        };
+        let (served, ()) = tokio::join!(serving, ending);
+        assert!(has_ended.load(SeqCst));
+        assert_eq!(served.unwrap_err().kind(), std::io::ErrorKind::Other);
+        assert!(incoming.next().await.is_none());
+    });
+}
