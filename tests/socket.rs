@@ -169,6 +169,8 @@ fn the_peer_is_known() {
             assert_eq!(cred.uid, nix::unistd::geteuid().as_raw());
             assert_eq!(cred.gid, nix::unistd::getegid().as_raw());
             assert_eq!(cred.pid, Some(std::process::id() as i32));
+            let process = format!("process {} of uid {}, gid {}", std::process::id(), cred.uid, cred.gid);
+            assert_eq!(cred.to_string(), process);
             match a.peer_pidfd() {
                 Ok(pidfd) => {
                     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
