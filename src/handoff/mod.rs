@@ -15,7 +15,7 @@
 //!
 //! The promise is tested on the shipped code in two ways: with everything that can happen at random, and by visiting all states of a
 //! dispatcher with two workers and three connections while one worker crashes, one hangs, a socket fails and a worker refuses, in each
-//! order (3,017,619 states).
+//! order (3,359,085 states).
 //!
 //! # Words
 //!
@@ -40,7 +40,6 @@
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use fdwire::{Socket, SocketKind, handoff::{Dispatcher, Incoming}};
-//! use futures::StreamExt;
 //! use tokio::{io::{AsyncReadExt, AsyncWriteExt}, net::{TcpListener, TcpStream}};
 //!
 //! let (here, there) = Socket::pair(SocketKind::SeqPacket)?;
@@ -93,7 +92,7 @@
 //! | it does not say hello within [`hello_timeout`](DispatcherBuilder::hello_timeout) | - | - |
 //! | something else reads from its socket | it leaves, since an offer is missing, and they go to others | go on |
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
-//! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on |
+//! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on, and the worker [ends](IncomingHandle::ended) after them |
 //!
 //! A worker that was started by the dispatcher is [started again](WorkerCommand::restart) where that is asked for.
 //!
@@ -134,8 +133,11 @@
 //! - A graceful shutdown of hyper, and so of axum, ends at once what is idle and what has sent nothing yet. Requests may be on their
 //!   way there: let a moment pass between [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
 //!   `Connection: close` while [`is_draining`](IncomingHandle::is_draining), as the examples do. Then no client that is busy sees its connection cut.
-//! - When the dispatcher dies, [`ended`](IncomingHandle::ended) is ready at once. Adopted connections go on as long as the process does: one
-//!   that is to finish them first waits for its own tasks, as a graceful shutdown does.
+//! - **Adopted connections go on as long as the process does**, also when the dispatcher has died. So await
+//!   [`ended`](IncomingHandle::ended) before the process ends: it waits for them. It waits for connections that are kept alive too:
+//!   a graceful shutdown ends those.
+//! - `axum::serve` does not return by itself, and a process that waits for it outlives its dispatcher for ever.
+//!   [`serve_axum`](Incoming::serve_axum) returns.
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work
 //!   ignore that signal and wait to be drained.
 

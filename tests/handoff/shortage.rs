@@ -9,7 +9,7 @@ use fdwire::{
         protocol::{FromWorker, Offer, RejectReason, ToWorker},
     },
 };
-use futures::{FutureExt, SinkExt, StreamExt};
+use futures::{FutureExt, SinkExt};
 use nix::sys::resource::{Resource, setrlimit};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

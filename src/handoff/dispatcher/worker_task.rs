@@ -198,7 +198,7 @@ impl WorkerTask {
             }
             ToWorker::Recall { before } => debug!(worker = %self.id, before, "offers are recalled"),
             ToWorker::Ping { .. } => self.close_ended(),
-            ToWorker::Drain { .. } => {}
+            ToWorker::Drain { .. } | ToWorker::Fenced => {}
         }
         self.outbound.accept(&mut DispatcherCodec::default(), message).map_err(|refused| refused.error.into())
     }
@@ -211,6 +211,13 @@ impl WorkerTask {
         copies.close();
     }
 
+    /// Tells a worker that may go on. Not after messages that it has not taken yet: there may be offers among them.
+    async fn report_fence(&mut self) {
+        if self.outbound.unsent().0 == 0 && self.send(ToWorker::Fenced).is_ok() {
+            let _ = poll_fn(|cx| Poll::Ready(self.outbound.poll_flush(cx))).await;
+        }
+    }
+
     /// The one way out, whatever the cause. After the cut the worker can write no answer, and those that it wrote before are
     /// here to be read: what is unanswered then, it will never adopt.
     async fn retire(mut self, cause: RetireCause) -> Remains {
@@ -220,6 +227,9 @@ impl WorkerTask {
             last.extend(message.ok());
         }
         last.extend(rest_of(self.read.socket()));
+        if self.has_greeted && !matches!(cause, RetireCause::Drained | RetireCause::Ended) {
+            self.report_fence().await;
+        }
 
         let unsent = self.sending.unsent(self.outbound.unsent().1);
         let Self { shared, id, link, mut process, outbound, has_greeted, .. } = self;

@@ -148,6 +148,7 @@ impl<T> Book<T> {
             }
             ToWorker::Ping { nonce } => self.on_ping(nonce),
             ToWorker::Drain { .. } => return Ok(self.drain()),
+            ToWorker::Fenced => {} // the link ends here
         }
         Ok(Vec::new())
     }
@@ -256,7 +257,8 @@ impl<T> Book<T> {
         self.finished += 1;
         let is_first = self.report_at.is_none();
         self.report_at.get_or_insert(now + REPORT_AFTER);
-        is_first || self.count_at.is_some() || self.is_full() || self.is_draining()
+        let is_linked = self.state != Taking::Ended;
+        is_linked && (is_first || self.count_at.is_some() || self.is_full() || self.is_draining())
     }
 
     /// Takes no more offers. Returns those that wait.
@@ -373,11 +375,12 @@ impl<T> Book<T> {
         self.state == Taking::Nothing
     }
 
-    /// The dispatcher is gone. What it was not told of is not this worker's: it is returned, or else kept for the application if
-    /// that serves it all the same.
+    /// The link has ended. What the dispatcher was not told of is not this worker's: it is returned, or else kept for the
+    /// application if that serves it all the same.
     pub(in crate::handoff) fn end(&mut self, serve: bool) -> Vec<T> {
         self.state = Taking::Ended;
         let untold = self.adopting.partition_point(|(told, _)| *told <= self.sent);
+        self.adopted -= (self.adopting.len() - untold) as u64;
         let untold = self.adopting.split_off(untold).into_iter().map(|(_, offer)| offer);
         let waiting = std::mem::take(&mut self.unanswered).into_iter().filter_map(|waiting| match waiting {
             Waiting::ForApplication(offer) => Some(offer),
@@ -385,6 +388,7 @@ impl<T> Book<T> {
         });
         let mut left = Vec::from_iter(untold.chain(waiting));
         if serve {
+            self.adopted += left.len() as u64;
             self.adopting.extend(left.drain(..).map(|offer| (0, offer)));
         }
         left
@@ -393,6 +397,11 @@ impl<T> Book<T> {
     #[cfg(test)]
     pub(in crate::handoff) fn has_ended(&self) -> bool {
         self.state == Taking::Ended
+    }
+
+    /// Returns true if every adopted connection has ended too.
+    pub(in crate::handoff) fn has_finished(&self) -> bool {
+        self.state == Taking::Ended && self.serving() == 0
     }
 
     pub(in crate::handoff) fn is_draining(&self) -> bool {

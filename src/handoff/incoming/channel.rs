@@ -46,8 +46,13 @@ pub(in crate::handoff) struct Channel {
 #[derive(Debug, Clone)]
 pub(super) enum Phase {
     Open,
-    Draining { deadline: Option<Instant> },
-    Ended(End),
+    Draining {
+        deadline: Option<Instant>,
+    },
+    /// The link has ended. Adopted connections go on.
+    Unlinked(End),
+    /// They have ended too.
+    Finished(End),
 }
 
 struct State {
@@ -114,12 +119,23 @@ impl Channel {
     /// An adopted connection has ended.
     pub(in crate::handoff) fn finish(&self) {
         let mut state = self.lock();
-        if state.write.is_none() {
-            return; // nobody is left to count for
-        }
         if state.book.finish(now()) {
             state.wake_task();
         }
+        let has_finished = state.book.has_finished();
+        drop(state);
+        if has_finished {
+            self.note_finished();
+        }
+    }
+
+    /// The link has ended, and the last adopted connection has.
+    fn note_finished(&self) {
+        self.phase.send_if_modified(|phase| {
+            let Phase::Unlinked(end) = phase else { return false };
+            *phase = Phase::Finished(end.clone());
+            true
+        });
     }
 
     /// Takes no more.
@@ -127,7 +143,7 @@ impl Channel {
         let mut state = self.lock();
         let unwanted = state.book.drain();
         self.phase.send_if_modified(|phase| match phase {
-            Phase::Ended(_) => false,
+            Phase::Unlinked(_) | Phase::Finished(_) => false,
             Phase::Draining { .. } if deadline.is_none() => false,
             _ => {
                 *phase = Phase::Draining { deadline };
@@ -157,14 +173,19 @@ impl Channel {
         }
     }
 
-    fn received(&self, message: ToWorker<Option<Offer>>) -> Result<(), Error> {
+    /// Takes a message. Returns how the link has ended, if it has.
+    fn received(&self, message: ToWorker<Option<Offer>>) -> Option<End> {
+        let is_fence = matches!(message, ToWorker::Fenced);
         if let ToWorker::Drain { within } = &message {
             self.drain(within.map(|within| Instant::now() + within));
         }
         let message = message.map(|offer| self.prepare(offer));
-        let unwanted = self.lock().book.on_message(message)?;
-        close_offers(unwanted);
-        Ok(())
+        let outcome = self.lock().book.on_message(message);
+        match outcome {
+            Ok(unwanted) => close_offers(unwanted),
+            Err(error) => return Some(End::Failed(Arc::new(error))),
+        }
+        is_fence.then_some(End::Fenced)
     }
 
     /// # Errors
@@ -191,7 +212,10 @@ impl Channel {
         drop((state, write));
         close_offers(unwanted);
         self.end_abandoned();
-        self.phase.send_replace(Phase::Ended(end));
+        self.phase.send_replace(Phase::Unlinked(end));
+        if self.lock().book.has_finished() {
+            self.note_finished();
+        }
         application.into_iter().for_each(Waker::wake);
     }
 }

@@ -40,7 +40,6 @@ use channel::Phase;
 /// ```no_run
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
 /// use fdwire::handoff::Incoming;
-/// use futures::StreamExt;
 /// use tokio::io::AsyncWriteExt;
 ///
 /// let mut incoming = Incoming::from_stdin()?; // in a process that the dispatcher has started
@@ -48,12 +47,12 @@ use channel::Phase;
 /// while let Some(mut connection) = incoming.next().await {
 ///     tokio::spawn(async move { connection.write_all(b"hello\n").await });
 /// }
-/// println!("{:?}", handle.ended().await); // all connections have ended, and the dispatcher knows
+/// println!("{:?}", handle.ended().await); // every connection has ended, and the dispatcher knows or has gone
 /// # Ok(()) }
 /// ```
 ///
 /// # Cancel safety
-/// `next()` and [`next_batch`](Self::next_batch) can be dropped at any await and called again: nothing is lost.
+/// [`next`](Self::next) and [`next_batch`](Self::next_batch) can be dropped at any await and called again: nothing is lost.
 #[derive(Debug)]
 pub struct Incoming {
     channel: Arc<Channel>,
@@ -96,6 +95,14 @@ impl Incoming {
     /// Outside of a tokio runtime with I/O and time enabled.
     pub fn new(socket: Socket) -> Self {
         Self::builder().build(socket)
+    }
+
+    /// Adopts the next connection. `None` at the end of the stream.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped.
+    pub async fn next(&mut self) -> Option<Connection> {
+        poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
     }
 
     /// Adopts all connections that wait, at most `max` and at least one, with one answer for all of them. `None` at the end of
@@ -198,28 +205,46 @@ impl IncomingHandle {
         }
     }
 
-    /// Waits for the end of the connection to the dispatcher: after a drain that is when all adopted connections have ended and
-    /// the dispatcher knows it. Await it before the process ends.
+    /// Waits until this worker has nothing more to do: its link to the dispatcher has ended, and so has every connection that it
+    /// has adopted. Await it before the process ends, and no client is cut off, whatever has ended the link.
+    ///
+    /// A connection ends when its [`Connection`] is dropped, or its [`Serving`](super::Serving).
     pub fn ended(&self) -> impl Future<Output = End> + Send + 'static + use<> {
+        self.end_of(|phase| match phase {
+            Phase::Finished(end) => Some(end.clone()),
+            _ => None,
+        })
+    }
+
+    /// Waits for the end of the link to the dispatcher. Adopted connections go on, except after a drain, which has waited for
+    /// them. For a worker that connects again, or that has to know at once that it was [fenced](End::Fenced).
+    pub fn link_ended(&self) -> impl Future<Output = End> + Send + 'static + use<> {
+        self.end_of(|phase| match phase {
+            Phase::Unlinked(end) | Phase::Finished(end) => Some(end.clone()),
+            _ => None,
+        })
+    }
+
+    fn end_of(&self, end: fn(&Phase) -> Option<End>) -> impl Future<Output = End> + Send + 'static + use<> {
         let mut phase = self.channel.phase();
         async move {
-            match phase.wait_for(|phase| matches!(phase, Phase::Ended(_))).await.as_deref() {
-                Ok(Phase::Ended(end)) => end.clone(),
-                _ => End::Failed(Arc::new(Error::Closed)), // cannot be: the end is said before the channel goes
-            }
+            let ended = phase.wait_for(|phase| end(phase).is_some()).await;
+            // It cannot be closed before: a connection keeps the channel.
+            ended.ok().and_then(|phase| end(&phase)).unwrap_or_else(|| End::Failed(Arc::new(Error::Closed)))
         }
     }
 }
 
-/// How the connection to a dispatcher has ended. Adopted connections outlive it.
+/// How the link to a dispatcher has ended. Adopted connections outlive it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum End {
     /// In order: everything that was adopted has ended, and the dispatcher was told.
     Drained,
-    /// The dispatcher has closed its end, or has died.
+    /// The dispatcher has died, or has closed its end without a word.
     DispatcherGone,
-    /// The dispatcher takes no more answers from this worker: it holds it for hung, and gives its connections to others.
+    /// The dispatcher takes no more answers from this worker, usually because it got none in time, and gives to others what was
+    /// not adopted. It lives, so a worker may connect again.
     Fenced,
     /// The dispatcher broke the protocol, or the socket failed.
     Failed(Arc<Error>),
@@ -271,9 +296,9 @@ impl IncomingBuilder {
 
     /// Whether connections that wait are served when the dispatcher has gone. By default they are closed.
     ///
-    /// The dispatcher may have offered them to another worker before, if it held this one for hung; then two workers would serve
-    /// one connection. Nobody is left who knows: a dispatcher that has cut this worker off, and lives, mostly looks the same from here.
-    /// Without that, they are lost with the dispatcher for sure.
+    /// The dispatcher may have fenced this worker right before it died, and offered them to another one; then two workers would
+    /// serve one connection. A dispatcher reports the fence, but that may not arrive: for example, if this worker
+    /// had not read what was sent before. By default they are lost with the dispatcher for sure.
     pub const fn serve_unanswered(mut self, yes: bool) -> Self {
         self.0.serve_unanswered = yes;
         self

@@ -47,10 +47,13 @@ impl Task {
     /// Reads all there is. Ready at the end.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         while let Some(message) = ready!(self.read.poll_next_unpin(cx)) {
-            match message.and_then(|message| self.channel.received(message)) {
-                Ok(()) => {}
+            let end = match message {
+                Ok(message) => self.channel.received(message),
                 Err(error) if error.is_peer_gone() => break,
-                Err(error) => return Poll::Ready(End::Failed(Arc::new(error))),
+                Err(error) => Some(End::Failed(Arc::new(error))),
+            };
+            if let Some(end) = end {
+                return Poll::Ready(end);
             }
         }
         Poll::Ready(End::DispatcherGone)
