@@ -90,6 +90,7 @@
 //! | it [drains](IncomingHandle::drain), or is [removed](Dispatcher::remove_worker) | go to others | are finished, until the deadline |
 //! | it breaks the protocol | as when it hangs | as when it hangs |
 //! | it does not say hello within [`hello_timeout`](DispatcherBuilder::hello_timeout) | - | - |
+//! | its process lives on after the end of the conversation | go to others | go on, until it is killed after [`exit_timeout`](DispatcherBuilder::exit_timeout) if the dispatcher started it |
 //! | something else reads from its socket | it leaves, since an offer is missing, and they go to others | go on |
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
 //! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on, and the worker [ends](IncomingHandle::ended) after them |
@@ -102,6 +103,8 @@
 //!   given up: it may be the cause. See [`max_offers`](DispatcherBuilder::max_offers). A worker that has no room or no time for a
 //!   connection has not failed with it. A request that makes the *application* crash costs one worker, since it was adopted before.
 //! - When many workers hang at a time, only [some](DispatcherBuilder::max_fences) are cut off: the machine may be the cause.
+//! - A worker whose processes never live for long is [started again](WorkerCommand::longest_wait)
+//!   less and less often, and not while two of its processes have left and not ended.
 //! - Already-read bytes and metadata of a connection have to fit one message, of [`MAX_MESSAGE_BYTES`](protocol::MAX_MESSAGE_BYTES).
 //! - The dispatcher holds one descriptor for each connection that is not adopted, and none after that, unless a worker that was cut
 //!   off may hold a copy. The [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`; where they do
@@ -121,8 +124,8 @@
 //! - **A close is no end as long as another process has a copy.** The client sees one when the connection is shut down, which a
 //!   [`Connection`] is when it is dropped. After [`into_parts`](Connection::into_parts) it is yours to do, and so it is with a connection that
 //!   came back in a [`DispatchError`].
-//! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. [`Accepted`] makes it non-blocking. From then on
-//!   nobody touches them before the adoption.
+//! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. [`Accepted`] makes it
+//!   non-blocking. From then on nobody touches them before the adoption.
 //! - The last close of a connection with `SO_LINGER` blocks. A `Connection` does without lingering.
 //!
 //! What the application sees to:
@@ -133,11 +136,11 @@
 //! - A graceful shutdown of hyper, and so of axum, ends at once what is idle and what has sent nothing yet. Requests may be on their
 //!   way there: let a moment pass between [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
 //!   `Connection: close` while [`is_draining`](IncomingHandle::is_draining), as the examples do. Then no client that is busy sees its connection cut.
-//! - **Adopted connections go on as long as the process does**, also when the dispatcher has died. So await
-//!   [`ended`](IncomingHandle::ended) before the process ends: it waits for them. It waits for connections that are kept alive too:
-//!   a graceful shutdown ends those.
-//! - `axum::serve` does not return by itself, and a process that waits for it outlives its dispatcher for ever.
-//!   [`serve_axum`](Incoming::serve_axum) returns.
+//! - **Adopted connections go on as long as the process does**, also when the dispatcher has died.
+//!   So await [`ended`](IncomingHandle::ended) before the process ends: it waits for them. It waits
+//!   for connections that are kept alive too: a graceful shutdown ends those.
+//! - `axum::serve` does not return by itself, and a process that waits for it outlives its
+//!   dispatcher. [`serve_axum`](Incoming::serve_axum) returns.
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work
 //!   ignore that signal and wait to be drained.
 
@@ -150,8 +153,9 @@ mod transport;
 
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
 pub use dispatcher::{
-    Accepted, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, IntoListener, NotDispatched, Permit,
-    RetireCause, RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerId, WorkerState, WorkerStats,
+    Accepted, AdoptionTimes, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, IntoListener, NotDispatched,
+    Permit, RetireCause, RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerExit, WorkerId, WorkerState,
+    WorkerStats,
 };
 pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
 pub use transport::Transport;

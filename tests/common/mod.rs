@@ -1,6 +1,8 @@
 //! What several test binaries need.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod raw_receiver;
+
 use std::{
     collections::BTreeSet,
     fs::File,

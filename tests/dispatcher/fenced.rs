@@ -4,13 +4,32 @@ use std::{os::fd::OwnedFd, time::Duration};
 
 use fdwire::{
     Socket,
-    handoff::{Dispatcher, End, Incoming},
+    handoff::{
+        Dispatcher, End, Incoming,
+        protocol::{FromWorker, ToWorker},
+    },
 };
 
 use crate::{
+    both,
     common::{KINDS, one_thread, run},
-    raw_worker::{connections, until},
+    raw_worker::{Raw, connections, until},
 };
+
+/// Rules: D-FENCED.
+#[test]
+fn the_last_message_to_a_worker_that_is_cut_off_says_so() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        worker.say(FromWorker::Pong { nonce: 99 }).await; // to no ping
+        let mut last = None;
+        while let Some(message) = worker.step().await {
+            last = Some(message);
+        }
+        assert_eq!(last, Some(ToWorker::Fenced));
+    });
+}
 
 /// It learns at once that it gets nothing more, and what it has adopted it finishes.
 #[test]

@@ -1,4 +1,5 @@
-//! The dispatcher's process is killed while workers serve: they finish what they have adopted, and no process is left.
+//! The dispatcher's process is killed while workers serve: they finish what they have adopted, and
+//! no process is left.
 
 use std::{
     collections::BTreeSet,
@@ -95,10 +96,13 @@ fn worker_process() {
 async fn plain_loop() {
     let mut incoming = Incoming::from_stdin().unwrap();
     let handle = incoming.handle();
-    while let Some(connection) = incoming.next().await {
-        tokio::spawn(answer_one(connection, handle.clone()));
-    }
-    handle.ended().await;
+    let ended = handle.ended();
+    tokio::spawn(async move {
+        while let Some(connection) = incoming.next().await {
+            tokio::spawn(answer_one(connection, handle.clone()));
+        }
+    });
+    ended.await;
 }
 
 async fn answer_one(mut connection: Connection, handle: IncomingHandle) {

@@ -72,7 +72,8 @@ fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
     });
 }
 
-/// Serves one connection, for which it opens files until it can open no more, and keeps them as long as the connection.
+/// Serves one connection, for which it opens files until it can open no more, and keeps them as
+/// long as the connection.
 async fn greedy_application(mut incoming: Incoming) {
     let ended = incoming.handle().ended();
     let mut first = incoming.next().await.unwrap();
@@ -94,7 +95,10 @@ async fn heard(client: &mut TcpStream, count: usize) -> Vec<u8> {
     heard
 }
 
-/// The descriptors that it had promised were free when it asked. What goes missing is known, and goes back.
+/// The descriptors that it had promised were free when it asked. What goes missing is known, and
+/// goes back.
+///
+/// Rules: W-CTRUNC.
 #[test]
 fn offers_for_which_the_application_has_left_no_descriptors_go_back() {
     const ROLE: &str = "shortage::offers_for_which_the_application_has_left_no_descriptors_go_back";

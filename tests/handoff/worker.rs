@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// The application asks, and nothing waits for it.
-fn ask(incoming: &mut Incoming) {
+pub(crate) fn ask(incoming: &mut Incoming) {
     assert!(incoming.next().now_or_never().is_none());
 }
 
@@ -179,7 +179,7 @@ fn unix_connections_are_served_too() {
 }
 
 /// Makes the worker's answers wait: it has been asked for more of them than its socket takes. Returns how many.
-async fn clog(dispatcher: &mut RawDispatcher) -> u64 {
+pub(crate) async fn clog(dispatcher: &mut RawDispatcher) -> u64 {
     let pings = 5_000;
     for nonce in 0..pings {
         dispatcher.framed.feed(ToWorker::Ping { nonce }).await.unwrap();
@@ -195,7 +195,7 @@ async fn unclog(dispatcher: &mut RawDispatcher, pings: u64) {
 }
 
 /// A pair whose worker's socket takes as little as there is to be had.
-async fn narrow_pair(kind: SocketKind) -> (RawDispatcher, Incoming) {
+pub(crate) async fn narrow_pair(kind: SocketKind) -> (RawDispatcher, Incoming) {
     let (a, b) = Socket::pair(kind).unwrap();
     b.set_send_buffer_size(1).unwrap();
     let mut incoming = Incoming::new(b);
@@ -213,6 +213,7 @@ async fn gets_nothing(incoming: &mut Incoming) {
     }
 }
 
+/// Rules: W-ADOPTED.
 #[test]
 fn a_connection_is_given_only_after_the_answer_was_sent() {
     counted(async |kind| {
@@ -226,6 +227,7 @@ fn a_connection_is_given_only_after_the_answer_was_sent() {
     });
 }
 
+/// Rules: W-NOT-SENT, W-END, W-TOUCH.
 #[test]
 fn a_connection_whose_answer_is_cut_off_is_not_given() {
     counted(async |kind| {
@@ -256,6 +258,7 @@ fn a_connection_whose_answer_is_cut_off_is_not_given() {
     });
 }
 
+/// Rules: W-FIRST, W-TRANSPORT.
 #[test]
 fn answers_come_in_the_order_of_the_offers() {
     counted(async |kind| {
@@ -303,6 +306,7 @@ fn a_batch_has_one_answer() {
     });
 }
 
+/// Rules: W-RECALL.
 #[test]
 fn offers_to_a_busy_application_can_be_recalled() {
     counted(async |kind| {
@@ -329,6 +333,7 @@ fn offers_to_a_busy_application_can_be_recalled() {
     });
 }
 
+/// Rules: W-PONG.
 #[test]
 fn pings_are_answered_while_the_application_blocks() {
     counted(async |kind| {
@@ -385,6 +390,7 @@ fn no_more_connections_at_a_time_than_allowed() {
     });
 }
 
+/// Rules: W-SHUTDOWN.
 #[test]
 fn a_finished_connection_ends_for_the_client_though_the_dispatcher_has_a_copy() {
     counted(async |kind| {
@@ -414,6 +420,7 @@ fn an_adopted_connection_is_closed_without_lingering() {
     });
 }
 
+/// Rules: W-DRAIN, W-GOODBYE, W-PONG.
 #[test]
 fn a_dispatcher_can_drain_a_worker() {
     counted(async |kind| {
@@ -501,6 +508,7 @@ fn an_application_that_leaves_while_its_answer_waits_ends_the_connection() {
     });
 }
 
+/// Rules: W-END.
 #[test]
 fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
     counted(async |kind| {
@@ -522,6 +530,7 @@ fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
     });
 }
 
+/// Rules: W-END.
 #[test]
 fn what_a_dead_dispatcher_offered_is_served_where_that_is_asked_for() {
     counted(async |kind| {
@@ -561,6 +570,7 @@ fn an_application_that_leaves_after_the_end_has_nothing_more_to_do() {
     });
 }
 
+/// Rules: W-END.
 #[test]
 fn what_a_dispatcher_took_back_is_not_served_even_so() {
     counted(async |kind| {
@@ -575,7 +585,7 @@ fn what_a_dispatcher_took_back_is_not_served_even_so() {
 }
 
 /// The worker has ended the connection for this reason.
-async fn check_failed(incoming: &mut Incoming, dispatcher: &mut RawDispatcher, reason: &str) {
+pub(crate) async fn check_failed(incoming: &mut Incoming, dispatcher: &mut RawDispatcher, reason: &str) {
     assert!(incoming.next().await.is_none());
     match incoming.handle().ended().await {
         End::Failed(error) => assert!(error.to_string().contains(reason), "{error}"),
@@ -584,6 +594,7 @@ async fn check_failed(incoming: &mut Incoming, dispatcher: &mut RawDispatcher, r
     while let Ok(Some(_)) = dispatcher.framed.try_next().await {}
 }
 
+/// Rules: W-BREACH, D-COOKIE.
 #[test]
 fn a_descriptor_that_is_not_the_offered_one_ends_it() {
     counted(async |kind| {
@@ -599,6 +610,8 @@ fn a_descriptor_that_is_not_the_offered_one_ends_it() {
 
 /// Here something else has read an offer from its socket, as a child process does that has inherited it. What the worker answered
 /// next would be taken for the answer to the lost one.
+///
+/// Rules: W-BREACH, D-NUMBER.
 #[test]
 fn a_worker_whose_offers_somebody_else_reads_ends_it() {
     counted(async |kind| {
@@ -620,6 +633,7 @@ fn a_worker_whose_offers_somebody_else_reads_ends_it() {
     });
 }
 
+/// Rules: W-BREACH, D-DEMAND, D-WELCOME.
 #[test]
 fn a_dispatcher_that_breaks_the_protocol_is_left() {
     counted(async |kind| {
@@ -653,6 +667,7 @@ fn a_dispatcher_that_does_not_read_is_left() {
     });
 }
 
+/// Rules: W-ROOM.
 #[test]
 fn options_of_a_connection_can_be_set() {
     counted(async |kind| {

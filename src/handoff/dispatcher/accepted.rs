@@ -138,7 +138,8 @@ pub struct DispatchError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotDispatched {
-    /// Too many workers died, hung or misbehaved while they had it, or too many rejected it.
+    /// Every worker that takes connections died, hung or misbehaved while it had this one, or could
+    /// not use it.
     #[error("offered {offers} times, most recently {last}")]
     TooManyOffers {
         /// How often it was offered.
@@ -149,6 +150,9 @@ pub enum NotDispatched {
     /// The dispatcher drains, and takes no more.
     #[error("the dispatcher drains")]
     Draining,
+    /// It is no connection: a listening socket, or one that was never connected.
+    #[error("the socket is not connected")]
+    NotConnected,
     /// It cannot be sent: what comes along is too long, or it could not leave its event loop.
     #[error(transparent)]
     Unfit(#[from] crate::Error),

@@ -1,6 +1,10 @@
 //! axum serves what is handed over.
 
-use std::{future::pending, io, time::Duration};
+use std::{
+    future::{IntoFuture, pending},
+    io,
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -10,24 +14,25 @@ use axum::{
     response::Response,
     serve::{IncomingStream, Listener},
 };
-use tokio::time::sleep;
+use tokio::{task::JoinSet, time::sleep};
 use tracing::warn;
 
 use super::{End, Incoming};
 use crate::handoff::{Address, Connection};
 
-/// At the end, the time for requests that are on their way. With its answer a client learns that it was the last one; connections
-/// that are silent are ended then.
+/// At the end, the time for requests that are on their way. With its answer a client learns that it
+/// was the last one; connections that are silent are ended then.
 const GRACE: Duration = Duration::from_millis(100);
 
 impl Incoming {
-    /// Serves an axum application until there is nothing more to do: the dispatcher has drained this worker, or has gone, and
-    /// every request is answered. The process may end then.
+    /// Serves an axum application until there is nothing more to do: the dispatcher has drained
+    /// this worker, or has gone, and every request is answered. The process may end then.
     ///
     /// Handlers find the client's address as [`ConnectInfo<Address>`](axum::extract::ConnectInfo).
     ///
-    /// Once the worker takes no more connections, answers have `Connection: close`, and after a moment connections that are
-    /// silent are ended. A connection that is busy ends with its answer, however long that takes.
+    /// Once the worker takes no more connections, answers have `Connection: close`, and after a
+    /// moment connections that are silent are ended. A connection that is busy ends with its
+    /// answer, however long that takes.
     ///
     /// ```no_run
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
@@ -53,15 +58,20 @@ impl Incoming {
             requested.await;
             sleep(GRACE).await;
         };
-        // Never an error: there is nothing that could fail.
-        let _ = axum::serve(self, app).with_graceful_shutdown(stop).await;
+        let serving = axum::serve(self, app).with_graceful_shutdown(stop).into_future();
+        // In a task: elsewhere, as in `main`, each connection might have to wake one thread more.
+        // Dropping the set aborts it.
+        let mut task = JoinSet::new();
+        task.spawn(serving);
+        task.join_next().await; // never an error, unless it panics; then `self` is dropped, which drains
         ended.await
     }
 }
 
-/// For `axum::serve`, if [`serve_axum`](Incoming::serve_axum) does not do. By itself `axum::serve` never returns: after the end of
-/// the stream it waits for a connection that does not come. So give it a graceful shutdown, as
-/// [`IncomingHandle`](crate::handoff::IncomingHandle) shows, or the process outlives its dispatcher.
+/// For `axum::serve`, if [`serve_axum`](Incoming::serve_axum) does not do. By itself `axum::serve`
+/// never returns: after the end of the stream it waits for a connection that does not come. So give
+/// it a graceful shutdown, as [`IncomingHandle`](crate::handoff::IncomingHandle) shows, or the
+/// process outlives its dispatcher.
 impl Listener for Incoming {
     type Io = Connection;
     type Addr = Address;

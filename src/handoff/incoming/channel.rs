@@ -1,8 +1,10 @@
-//! The connection to the dispatcher: what the application and the task that serves it share, and that task.
+//! The connection to the dispatcher: what the application and the task that serves it share, and
+//! that task.
 //!
-//! The [`Book`] decides. The **application** adopts: whoever polls [`Incoming`](super::Incoming) has the answer sent right then, so
-//! nothing is adopted that nobody has asked for. The **task** reads, and sends the other answers. Only the task waits for the
-//! socket. The application's sends use the task's waker, so the task sends whatever they leave behind.
+//! The [`Book`] decides. The **application** adopts: whoever polls [`Incoming`](super::Incoming)
+//! has the answer sent right then, so nothing is adopted that nobody has asked for. The **task**
+//! reads, and sends the other answers. Only the task waits for the socket. The application's sends
+//! use the task's waker, so the task sends whatever they leave behind.
 
 mod task;
 
@@ -139,16 +141,22 @@ impl Channel {
     }
 
     /// Takes no more.
-    pub(super) fn drain(&self, deadline: Option<Instant>) {
+    pub(super) fn drain(&self) {
+        self.drain_by(|deadline| deadline);
+    }
+
+    /// Takes no more, by a deadline that follows from the one there is.
+    fn drain_by(&self, next: impl FnOnce(Option<Instant>) -> Option<Instant>) {
         let mut state = self.lock();
         let unwanted = state.book.drain();
-        self.phase.send_if_modified(|phase| match phase {
-            Phase::Unlinked(_) | Phase::Finished(_) => false,
-            Phase::Draining { .. } if deadline.is_none() => false,
-            _ => {
-                *phase = Phase::Draining { deadline };
-                true
-            }
+        self.phase.send_if_modified(|phase| {
+            let deadline = match *phase {
+                Phase::Open => next(None),
+                Phase::Draining { deadline } => next(deadline),
+                Phase::Unlinked(_) | Phase::Finished(_) => return false,
+            };
+            *phase = Phase::Draining { deadline };
+            true
         });
         let application = state.application.take();
         state.wake_task();
@@ -161,7 +169,7 @@ impl Channel {
     pub(super) fn abandon(self: &Arc<Self>) {
         self.lock().abandoned = true;
         self.end_abandoned();
-        self.drain(None);
+        self.drain();
     }
 
     fn end_abandoned(self: &Arc<Self>) {
@@ -177,7 +185,7 @@ impl Channel {
     fn received(&self, message: ToWorker<Option<Offer>>) -> Option<End> {
         let is_fence = matches!(message, ToWorker::Fenced);
         if let ToWorker::Drain { within } = &message {
-            self.drain(within.map(|within| Instant::now() + within));
+            self.drain_by(|_| within.map(|within| Instant::now() + within));
         }
         let message = message.map(|offer| self.prepare(offer));
         let outcome = self.lock().book.on_message(message);
@@ -261,10 +269,10 @@ impl State {
     fn feed(&mut self) {
         let Some(write) = &mut self.write else { return };
         while let Some(message) = self.book.next_message() {
-            let before = write.unsent().0;
+            let before = write.unsent().bytes;
             // One that is refused is never sent, and nothing after it: the socket has failed.
             match Pin::new(&mut *write).start_send(message) {
-                Ok(()) => self.fed = self.fed.saturating_add((write.unsent().0 - before) as u64),
+                Ok(()) => self.fed = self.fed.saturating_add((write.unsent().bytes - before) as u64),
                 Err(_) => self.fed = u64::MAX,
             }
             self.ends.push_back(self.fed);
@@ -275,7 +283,7 @@ impl State {
         let Some(write) = &mut self.write else { return Poll::Ready(Ok(())) };
         let flushed = Sink::<FromWorker>::poll_flush(Pin::new(&mut *write), cx);
         if self.fed != u64::MAX {
-            let sent = self.fed - write.unsent().0 as u64;
+            let sent = self.fed - write.unsent().bytes as u64;
             let messages = self.ends.partition_point(|end| *end <= sent);
             self.ends.drain(..messages);
             self.book.on_sent(messages as u64);
@@ -283,19 +291,20 @@ impl State {
         flushed.map_err(|error| error.error)
     }
 
-    /// Wakes the task from the application. Another task follows, which does nothing: tokio keeps what was woken last for the thread
-    /// that woke it, and the application may block that one.
+    /// Wakes the task from the application. Another task follows, which does nothing: tokio keeps
+    /// what was woken last for the thread that woke it, and the application may block that one.
     fn wake_task(&self) {
         self.task.wake_by_ref();
         drop(self.runtime.spawn(async {}));
     }
 
     fn unsent_bytes(&self) -> usize {
-        self.write.as_ref().map_or(0, |write| write.unsent().0)
+        self.write.as_ref().map_or(0, |write| write.unsent().bytes)
     }
 
-    /// Returns true if the dispatcher takes no more answers though it is there: asked after a send has failed. If it has gone instead,
-    /// the end of the stream, or what it sent before, is there to be read already.
+    /// Returns true if the dispatcher takes no more answers though it is there: asked after a send
+    /// has failed. If it has gone instead, the end of the stream, or what it sent before, is there
+    /// to be read already.
     fn is_cut_off(&self) -> bool {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let socket = self.write.as_ref().map(WriteHalf::socket);

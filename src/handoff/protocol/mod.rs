@@ -44,7 +44,7 @@ pub enum FromWorker {
         max_fds: u8,
     },
     /// It takes this many offers in all, counted from the beginning. Initially none; falls only after a
-    /// [refusal](self#messages).
+    /// [refusal](self#refusals).
     Demand {
         /// Number of offers.
         total: u64,

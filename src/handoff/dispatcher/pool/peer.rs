@@ -2,8 +2,9 @@
 
 use std::{collections::VecDeque, time::Instant};
 
+use super::ProcessId;
 use crate::handoff::{
-    dispatcher::{LinkId, WorkerId},
+    dispatcher::WorkerId,
     incoming::book::Book,
     protocol::{FromWorker, RejectReason, ToWorker},
 };
@@ -12,7 +13,7 @@ use crate::handoff::{
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Peer {
     pub(super) id: WorkerId,
-    pub(super) link: LinkId,
+    pub(super) process: ProcessId,
     pub(super) book: Book<u8>,
     /// Taken from the pool and not sent.
     pub(super) unsent: VecDeque<ToWorker<u8>>,
@@ -31,10 +32,10 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn new(id: WorkerId, link: LinkId, window: u64) -> Self {
+    pub(super) fn new(id: WorkerId, process: ProcessId, window: u64) -> Self {
         Self {
             id,
-            link,
+            process,
             book: Book::new(window, u64::MAX, 1),
             unsent: VecDeque::new(),
             to_worker: VecDeque::new(),

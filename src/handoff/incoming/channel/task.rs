@@ -16,7 +16,8 @@ use crate::{
     handoff::{incoming::End, protocol::SalvagingCodec},
 };
 
-/// More bytes of answers than this wait for a dispatcher only if it asks and asks and does not read.
+/// More bytes of answers than this wait for a dispatcher only if it asks and asks and does not
+/// read.
 const MAX_UNSENT_BYTES: usize = 256 << 10;
 
 /// Serves the channel until it ends, whether or not the application asks for anything.
@@ -67,7 +68,8 @@ impl Task {
         state.ask();
         while let Some(due) = state.book.next_timeout() {
             let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(due.into())));
-            // Usually there is more time than before. Then it goes off too early, which costs less than setting it each time.
+            // Usually there is more time than before. Then it goes off too early, which costs less
+            // than setting it each time.
             if due < timer.deadline().into_std() || timer.is_elapsed() {
                 timer.as_mut().reset(due.into());
             }
