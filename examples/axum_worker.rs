@@ -8,9 +8,7 @@
 
 use std::{env, io, process, time::Duration};
 
-use axum::{
-    Router, extract::ConnectInfo, http::header::CONNECTION, middleware::map_response, response::Response, routing::get,
-};
+use axum::{Router, extract::ConnectInfo, routing::get};
 use fdwire::handoff::{Address, Dispatcher, Incoming, WorkerCommand};
 use tokio::{
     net::TcpListener,
@@ -19,13 +17,8 @@ use tokio::{
         ctrl_c,
         unix::{SignalKind, signal},
     },
-    time::sleep,
     try_join,
 };
-
-/// At the end, the time for requests that are on their way. With the answer they learn that it was the last; connections that
-/// are silent are ended then.
-const GRACE: Duration = Duration::from_millis(100);
 
 #[tokio::main]
 async fn main() -> io::Result<()> {
@@ -61,24 +54,7 @@ async fn worker() -> io::Result<()> {
 
     let answer =
         |ConnectInfo(peer): ConnectInfo<Address>| async move { format!("worker {} answers {peer}\n", process::id()) };
-    let incoming = Incoming::from_stdin()?;
-    let handle = incoming.handle();
-    let draining = handle.clone();
-    let last = map_response(move |response: Response| {
-        let draining = draining.is_draining();
-        async move { (draining.then_some([(CONNECTION, "close")]), response) }
-    });
-    let app = Router::new().route("/", get(answer)).layer(last);
-
-    let requested = handle.drain_requested();
-    let stop = async move {
-        requested.await;
-        sleep(GRACE).await;
-    };
-    let app = app.into_make_service_with_connect_info::<Address>();
-    let serving = axum::serve(incoming, app).with_graceful_shutdown(stop);
-    // In a task: in `main` itself, each connection would have to wake one thread more.
-    tokio::spawn(async move { serving.await }).await??;
-    handle.ended().await; // the dispatcher knows that all has been served
+    let app = Router::new().route("/", get(answer));
+    Incoming::from_stdin()?.serve_axum(app).await; // until the front is told to stop, or has died
     Ok(())
 }

@@ -30,7 +30,6 @@
 //! ```no_run
 //! # #[tokio::main] async fn main() -> std::io::Result<()> {
 //! use fdwire::handoff::Incoming;
-//! use futures::StreamExt;
 //! use tokio::io::AsyncWriteExt;
 //!
 //! let mut incoming = Incoming::from_stdin()?;

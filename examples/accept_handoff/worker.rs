@@ -9,7 +9,6 @@ use std::{
 };
 
 use fdwire::handoff::{End, Incoming};
-use futures::StreamExt;
 use http_body_util::Full;
 use hyper::{
     Response,

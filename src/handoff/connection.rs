@@ -46,8 +46,9 @@ use crate::{close_in_background, sys};
 ///
 /// Reads give first what the dispatcher had read already, then what comes from the client.
 ///
-/// Dropping it **ends the connection** at once, also where another process still has a copy of it: that is what a client waits for.
-/// `shutdown` of tokio's `AsyncWriteExt` ends the sending direction only.
+/// Dropping it **ends the connection** at once, also where another process still has a copy of it:
+/// that is what a client waits for. `shutdown` of tokio's `AsyncWriteExt` ends the sending
+/// direction only.
 ///
 /// Socket options are set through [`AsFd`].
 #[derive(Debug)]
@@ -75,7 +76,8 @@ pub enum ConnectionStream {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct ConnectionParts {
-    /// The socket. Dropping it closes it, which ends the connection only if no other process has a copy: shut it down.
+    /// The socket. Dropping it closes it, which ends the connection only if no other process has a
+    /// copy: shut it down.
     pub stream: ConnectionStream,
     /// What was read from it and is not consumed. Comes before what the socket still has.
     pub read: Bytes,
@@ -91,8 +93,8 @@ pub struct ConnectionParts {
     pub serving: Serving,
 }
 
-/// Counts as a connection that is being served until it is dropped: the dispatcher goes by it when it chooses a worker, and a drain
-/// waits for it.
+/// Counts as a connection that is being served until it is dropped: the dispatcher goes by it when
+/// it chooses a worker, and a drain waits for it.
 #[derive(Debug)]
 pub struct Serving(Arc<Channel>);
 
@@ -102,8 +104,9 @@ impl Drop for Serving {
     }
 }
 
-/// An offered connection that is ready to be served: its socket is registered with the event loop, so that nothing can fail
-/// once it is adopted. Until then it is nobody's, and is only [given up](Self::into_fds).
+/// An offered connection that is ready to be served: its socket is registered with the event loop,
+/// so that nothing can fail once it is adopted. Until then it is nobody's, and is only [given
+/// up](Self::into_fds).
 #[derive(Debug)]
 pub(super) struct Prepared {
     stream: ConnectionStream,
@@ -164,8 +167,9 @@ impl Connection {
         &self.metadata
     }
 
-    /// The descriptors that belong to the connection, such as the upstream connection of a proxy's client: those of
-    /// [`Accepted::with_fd`](super::Accepted::with_fd), in its order. Take out what you use; the rest is closed with the connection.
+    /// The descriptors that belong to the connection, such as the upstream connection of a proxy's
+    /// client: those of [`Accepted::with_fd`](super::Accepted::with_fd), in its order. Take out
+    /// what you use; the rest is closed with the connection.
     pub fn bundle_mut(&mut self) -> &mut Vec<OwnedFd> {
         &mut self.bundle.0
     }
@@ -202,7 +206,8 @@ impl Drop for EndOnDrop {
     }
 }
 
-/// Ends a connection for every holder, so that the client sees it at once. To be closed next, which then does not block.
+/// Ends a connection for every holder, so that the client sees it at once. To be closed next, which
+/// then does not block.
 fn end_connection(connection: &impl AsFd) {
     let connection = connection.as_fd();
     if socket::shutdown(connection.as_raw_fd(), Shutdown::Both).is_err() {
@@ -247,8 +252,8 @@ fn is_non_blocking(fd: &OwnedFd) -> bool {
 }
 
 impl ConnectionStream {
-    /// Registers it with the event loop. If that fails, it is closed right here: that is not the last copy, because the
-    /// dispatcher keeps one until it has the answer.
+    /// Registers it with the event loop. If that fails, it is closed right here: that is not the
+    /// last copy, because the dispatcher keeps one until it has the answer.
     fn new(transport: Transport, fd: OwnedFd) -> io::Result<Self> {
         match transport {
             Transport::Tcp => TcpStream::from_std(fd.into()).map(Self::Tcp),

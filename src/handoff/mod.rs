@@ -15,7 +15,7 @@
 //!
 //! The promise is tested on the shipped code in two ways: with everything that can happen at random, and by visiting all states of a
 //! dispatcher with two workers and three connections while one worker crashes, one hangs, a socket fails and a worker refuses, in each
-//! order (3,017,619 states).
+//! order (3,359,085 states).
 //!
 //! A connection waits longest at a worker that has stopped. The worker is pinged after at most one
 //! [`ping_interval`](DispatcherBuilder::ping_interval), and is cut off when the ping has been
@@ -46,7 +46,6 @@
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use fdwire::{Socket, SocketKind, handoff::{Dispatcher, Incoming}};
-//! use futures::StreamExt;
 //! use tokio::{io::{AsyncReadExt, AsyncWriteExt}, net::{TcpListener, TcpStream}};
 //!
 //! let (here, there) = Socket::pair(SocketKind::SeqPacket)?;
@@ -100,7 +99,7 @@
 //! | its process lives on after the end of the conversation | go to others | go on, until it is killed after [`exit_timeout`](DispatcherBuilder::exit_timeout) if the dispatcher started it |
 //! | something else reads from its socket | it leaves, since an offer is missing, and they go to others | go on |
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
-//! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on |
+//! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on, and the worker [ends](IncomingHandle::ended) after them |
 //!
 //! A worker that was started by the dispatcher is [started again](WorkerCommand::restart) where that is asked for.
 //!
@@ -131,8 +130,8 @@
 //! - **A close is no end as long as another process has a copy.** The client sees one when the connection is shut down, which a
 //!   [`Connection`] is when it is dropped. After [`into_parts`](Connection::into_parts) it is yours to do, and so it is with a connection that
 //!   came back in a [`DispatchError`].
-//! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. [`Accepted`] makes it non-blocking. From then on
-//!   nobody touches them before the adoption.
+//! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. [`Accepted`] makes it
+//!   non-blocking. From then on nobody touches them before the adoption.
 //! - The last close of a connection with `SO_LINGER` blocks. A `Connection` does without lingering.
 //!
 //! What the application sees to:
@@ -143,8 +142,11 @@
 //! - A graceful shutdown of hyper, and so of axum, ends at once what is idle and what has sent nothing yet. Requests may be on their
 //!   way there: let a moment pass between [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
 //!   `Connection: close` while [`is_draining`](IncomingHandle::is_draining), as the examples do. Then no client that is busy sees its connection cut.
-//! - When the dispatcher dies, [`ended`](IncomingHandle::ended) is ready at once. Adopted connections go on as long as the process does: one
-//!   that is to finish them first waits for its own tasks, as a graceful shutdown does.
+//! - **Adopted connections go on as long as the process does**, also when the dispatcher has died.
+//!   So await [`ended`](IncomingHandle::ended) before the process ends: it waits for them. It waits
+//!   for connections that are kept alive too: a graceful shutdown ends those.
+//! - `axum::serve` does not return by itself, and a process that waits for it outlives its
+//!   dispatcher. [`serve_axum`](Incoming::serve_axum) returns.
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work
 //!   ignore that signal and wait to be drained.
 

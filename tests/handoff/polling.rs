@@ -1,6 +1,7 @@
 //! Where the stream of connections may be polled, and by whom.
 
 use std::{
+    pin::pin,
     sync::{Arc, Mutex, mpsc},
     task::{Context, Wake, Waker},
     time::Duration,
@@ -10,7 +11,7 @@ use fdwire::handoff::{
     Connection, Incoming, Transport,
     protocol::{Offer, RejectReason, ToWorker},
 };
-use futures::{FutureExt, SinkExt, StreamExt};
+use futures::{FutureExt, SinkExt};
 
 use crate::{
     common::counted,
@@ -53,7 +54,7 @@ fn a_task_may_end_with_its_waker_and_its_connections_with_it() {
         let _client = dispatcher.offer().await;
         let connection = incoming.next().await.unwrap();
         let waker = Waker::from(Arc::new(Owns { _connection: Mutex::new(connection) }));
-        assert!(incoming.next().poll_unpin(&mut Context::from_waker(&waker)).is_pending());
+        assert!(pin!(incoming.next()).poll_unpin(&mut Context::from_waker(&waker)).is_pending());
         drop(waker);
 
         let (done, is_done) = mpsc::channel();

@@ -9,7 +9,7 @@ use fdwire::{
         protocol::{FromWorker, Offer, RejectReason, ToWorker},
     },
 };
-use futures::{FutureExt, SinkExt, StreamExt};
+use futures::{FutureExt, SinkExt};
 use nix::sys::resource::{Resource, setrlimit};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -72,7 +72,8 @@ fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
     });
 }
 
-/// Serves one connection, for which it opens files until it can open no more, and keeps them as long as the connection.
+/// Serves one connection, for which it opens files until it can open no more, and keeps them as
+/// long as the connection.
 async fn greedy_application(mut incoming: Incoming) {
     let ended = incoming.handle().ended();
     let mut first = incoming.next().await.unwrap();
@@ -94,7 +95,8 @@ async fn heard(client: &mut TcpStream, count: usize) -> Vec<u8> {
     heard
 }
 
-/// The descriptors that it had promised were free when it asked. What goes missing is known, and goes back.
+/// The descriptors that it had promised were free when it asked. What goes missing is known, and
+/// goes back.
 ///
 /// Rules: W-CTRUNC.
 #[test]

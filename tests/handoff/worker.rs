@@ -25,7 +25,7 @@ use tokio::{
 };
 
 use crate::{
-    common::counted,
+    common::{counted, settle},
     raw_dispatcher::{RawDispatcher, offer_of, pair},
 };
 
@@ -518,10 +518,15 @@ fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
         let mut connection = incoming.next().await.unwrap();
         let (mut waiting, _) = dispatcher.offer().await;
         drop(dispatcher);
-        assert!(matches!(incoming.handle().ended().await, End::DispatcherGone));
+        let handle = incoming.handle();
+        assert!(matches!(handle.link_ended().await, End::DispatcherGone));
         assert!(incoming.next().await.is_none());
         assert!(is_at_end(&mut waiting).await);
         check_talk(&mut connection, &mut served).await;
+        settle().await;
+        assert!(handle.ended().now_or_never().is_none(), "a connection is being served");
+        drop(connection);
+        assert!(matches!(handle.ended().await, End::DispatcherGone));
     });
 }
 
@@ -536,10 +541,32 @@ fn what_a_dead_dispatcher_offered_is_served_where_that_is_asked_for() {
             clients.push(dispatcher.offer().await.0);
         }
         drop(dispatcher);
+        let handle = incoming.handle();
         for mut client in clients {
             check_talk(&mut incoming.next().await.unwrap(), &mut client).await;
         }
         assert!(incoming.next().await.is_none());
+        assert!(matches!(handle.ended().await, End::DispatcherGone));
+    });
+}
+
+/// It was told of nothing that it could end.
+#[test]
+fn an_application_that_leaves_after_the_end_has_nothing_more_to_do() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().serve_unanswered(true)).await;
+        ask(&mut incoming);
+        let mut clients = [dispatcher.offer().await.0, dispatcher.offer().await.0];
+        dispatcher.settle().await;
+        drop(dispatcher);
+        let handle = incoming.handle();
+        assert!(matches!(handle.link_ended().await, End::DispatcherGone));
+        assert!(handle.ended().now_or_never().is_none(), "connections wait for the application");
+        drop(incoming);
+        assert!(matches!(handle.ended().await, End::DispatcherGone));
+        for client in &mut clients {
+            assert!(is_at_end(client).await);
+        }
     });
 }
 

@@ -216,7 +216,7 @@ impl WorkerTask {
             }
             ToWorker::Recall { before } => debug!(worker = %self.id, before, "offers are recalled"),
             ToWorker::Ping { .. } => self.close_ended(),
-            ToWorker::Drain { .. } => {}
+            ToWorker::Drain { .. } | ToWorker::Fenced => {}
         }
         self.outbound.accept(&mut DispatcherCodec::default(), message).map_err(|refused| refused.error.into())
     }
@@ -227,6 +227,13 @@ impl WorkerTask {
         let mut copies = Copies::new();
         ended.into_iter().for_each(|connection| copies.extend(connection.into_copies()));
         copies.close();
+    }
+
+    /// Tells a worker that may go on. Not after messages that it has not taken yet: there may be offers among them.
+    async fn report_fence(&mut self) {
+        if self.outbound.unsent().bytes == 0 && self.send(ToWorker::Fenced).is_ok() {
+            let _ = poll_fn(|cx| Poll::Ready(self.outbound.poll_flush(cx))).await;
+        }
     }
 
     /// The one way out, whatever the cause. After the cut the worker can write no answer, and those that it wrote before are
@@ -242,6 +249,9 @@ impl WorkerTask {
 
         let unsent = self.sending.unsent(self.outbound.unsent().fds);
         let has_received = self.outbound.is_all_received();
+        if self.has_greeted && !matches!(cause, RetireCause::Drained | RetireCause::Ended) {
+            self.report_fence().await;
+        }
         let Self { shared, id, mut process, outbound, has_greeted, .. } = self;
         let state = process.state(&cause, has_received);
         // A process that has not said hello may not even look at its socket.

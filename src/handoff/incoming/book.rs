@@ -1,8 +1,8 @@
 //! A worker's offers, and its answers: every decision of a worker, as one value without I/O.
 //!
-//! It is generic over what an offer is about, so that tests run it on numbers. The tasks give it what arrives, send what
-//! [`next_message`](Book::next_message) returns, and tell it how much of that was [sent](Book::on_sent): an application gets
-//! a connection only after that.
+//! It is generic over what an offer is about, so that tests run it on numbers. The tasks give it
+//! what arrives, send what [`next_message`](Book::next_message) returns, and tell it how much of
+//! that was [sent](Book::on_sent): an application gets a connection only after that.
 
 #[cfg(test)]
 mod tests;
@@ -17,9 +17,9 @@ use crate::{
     handoff::protocol::{FromWorker, MAX_UNANSWERED, RejectReason, ToWorker, VERSION},
 };
 
-/// How long the end of a connection may go unreported if there is nothing else to send. Answers bring the report along, so as
-/// long as connections come this time is not needed; but a nearer one would be set in hardware each time the process
-/// sleeps.
+/// How long the end of a connection may go unreported if there is nothing else to send. Answers
+/// bring the report along, so as long as connections come this time is not needed; but a nearer one
+/// would be set in hardware each time the process sleeps.
 const REPORT_AFTER: Duration = Duration::from_millis(100);
 
 /// How long to wait for descriptors to come free.
@@ -42,14 +42,17 @@ pub(in crate::handoff) struct Book<T> {
     offered: u64,
     adopted: u64,
     rejected: u64,
-    /// Of the rejected, those in whose place others may come: rejected before the application asked last.
+    /// Of the rejected, those in whose place others may come: rejected before the application asked
+    /// last.
     replaced: u64,
     /// `reported <= finished <= adopted`.
     finished: u64,
     reported: u64,
-    /// The first one, if any, waits for the application: answers are given in the order of the offers.
+    /// The first one, if any, waits for the application: answers are given in the order of the
+    /// offers.
     unanswered: VecDeque<Waiting<T>>,
-    /// Adopted, and not given to the application yet. Each with the number of messages that have to be sent before.
+    /// Adopted, and not given to the application yet. Each with the number of messages that have to
+    /// be sent before.
     adopting: VecDeque<(u64, T)>,
     /// The application has asked for a connection at least once.
     asked: bool,
@@ -59,11 +62,13 @@ pub(in crate::handoff) struct Book<T> {
     is_busy: bool,
     /// When the connections that have ended are reported, if nothing else is sent before.
     report_at: Option<Instant>,
-    /// There are too few descriptors for all offers that there is room for. When they are counted again.
+    /// There are too few descriptors for all offers that there is room for. When they are counted
+    /// again.
     count_at: Option<Instant>,
     /// To be sent, in this order.
     messages: VecDeque<FromWorker>,
-    /// Messages that [`next_message`](Self::next_message) has returned, and those of them that were sent.
+    /// Messages that [`next_message`](Self::next_message) has returned, and those of them that were
+    /// sent.
     taken: u64,
     sent: u64,
 }
@@ -97,7 +102,8 @@ enum Taking {
 }
 
 impl<T> Book<T> {
-    /// A worker that takes offers of at most `max_fds` descriptors each. Its first message is HELLO.
+    /// A worker that takes offers of at most `max_fds` descriptors each. Its first message is
+    /// HELLO.
     pub(in crate::handoff) fn new(window: u64, max_connections: u64, max_fds: u8) -> Self {
         Self {
             window: window.clamp(1, MAX_UNANSWERED),
@@ -128,8 +134,8 @@ impl<T> Book<T> {
 
     // From and to the dispatcher.
 
-    /// The dispatcher has sent a message. An offer that cannot be served has the reason in its place, for which it is rejected
-    /// when its turn comes. Returns the offers that are not wanted.
+    /// The dispatcher has sent a message. An offer that cannot be served has the reason in its
+    /// place, for which it is rejected when its turn comes. Returns the offers that are not wanted.
     ///
     /// # Errors
     /// When it breaks the protocol.
@@ -148,6 +154,7 @@ impl<T> Book<T> {
             }
             ToWorker::Ping { nonce } => self.on_ping(nonce),
             ToWorker::Drain { .. } => return Ok(self.drain()),
+            ToWorker::Fenced => {} // the link ends here
         }
         Ok(Vec::new())
     }
@@ -173,8 +180,9 @@ impl<T> Book<T> {
         Ok(unwanted)
     }
 
-    /// The dispatcher wants an answer. With the second one after a refusal it is known to have read that: no offer is on its
-    /// way, and those that were made void can be asked for anew, as many as there is room for by then.
+    /// The dispatcher wants an answer. With the second one after a refusal it is known to have read
+    /// that: no offer is on its way, and those that were made void can be asked for anew, as many
+    /// as there is room for by then.
     fn on_ping(&mut self, nonce: u64) {
         if self.state == Taking::Nothing {
             return; // nothing follows GOODBYE
@@ -215,8 +223,8 @@ impl<T> Book<T> {
 
     // The application.
 
-    /// The application asks for up to `max` connections, which adopts as many of those that wait. It
-    /// [gets](Self::take_adopted) them when the dispatcher was told.
+    /// The application asks for up to `max` connections, which adopts as many of those that wait.
+    /// It [gets](Self::take_adopted) them when the dispatcher was told.
     pub(in crate::handoff) fn adopt(&mut self, max: usize) {
         // Those adopted before come first.
         if self.state == Taking::Ended || !self.adopting.is_empty() {
@@ -241,7 +249,8 @@ impl<T> Book<T> {
         }
     }
 
-    /// Takes out up to `max` connections that were adopted and that the dispatcher has been told of.
+    /// Takes out up to `max` connections that were adopted and that the dispatcher has been told
+    /// of.
     pub(in crate::handoff) fn take_adopted<B: Default + Extend<T>>(&mut self, max: usize) -> B {
         let mut adopted = B::default();
         for _ in 0..max {
@@ -253,13 +262,14 @@ impl<T> Book<T> {
         adopted
     }
 
-    /// An adopted connection has ended. Returns true if something is to be done about it before the [next
-    /// timeout](Self::next_timeout) that was set before.
+    /// An adopted connection has ended. Returns true if something is to be done about it before the
+    /// [next timeout](Self::next_timeout) that was set before.
     pub(in crate::handoff) fn finish(&mut self, now: Instant) -> bool {
         self.finished += 1;
         let is_first = self.report_at.is_none();
         self.report_at.get_or_insert(now + REPORT_AFTER);
-        is_first || self.count_at.is_some() || self.is_full() || self.is_draining()
+        let is_linked = self.state != Taking::Ended;
+        is_linked && (is_first || self.count_at.is_some() || self.is_full() || self.is_draining())
     }
 
     /// Takes no more offers. Returns those that wait.
@@ -314,8 +324,8 @@ impl<T> Book<T> {
         (self.adopted + self.replaced + limit).saturating_sub(self.demand)
     }
 
-    /// Asks for as many offers as there is room for, and descriptors. `free` counts the descriptors that this process may
-    /// still open.
+    /// Asks for as many offers as there is room for, and descriptors. `free` counts the descriptors
+    /// that this process may still open.
     pub(in crate::handoff) fn ask(&mut self, now: Instant, free: impl FnOnce() -> u64) {
         let room = self.room();
         let wanted = room.saturating_mul(self.max_fds);
@@ -376,11 +386,12 @@ impl<T> Book<T> {
         self.state == Taking::Nothing
     }
 
-    /// The dispatcher is gone. What it was not told of is not this worker's: it is returned, or else kept for the application if
-    /// that serves it all the same.
+    /// The link has ended. What the dispatcher was not told of is not this worker's: it is
+    /// returned, or else kept for the application if that serves it all the same.
     pub(in crate::handoff) fn end(&mut self, serve: bool) -> Vec<T> {
         self.state = Taking::Ended;
         let untold = self.adopting.partition_point(|(told, _)| *told <= self.sent);
+        self.adopted -= (self.adopting.len() - untold) as u64;
         let untold = self.adopting.split_off(untold).into_iter().map(|(_, offer)| offer);
         let waiting = std::mem::take(&mut self.unanswered).into_iter().filter_map(|waiting| match waiting {
             Waiting::ForApplication(offer) => Some(offer),
@@ -388,6 +399,7 @@ impl<T> Book<T> {
         });
         let mut left = Vec::from_iter(untold.chain(waiting));
         if serve {
+            self.adopted += left.len() as u64;
             self.adopting.extend(left.drain(..).map(|offer| (0, offer)));
         }
         left
@@ -396,6 +408,11 @@ impl<T> Book<T> {
     #[cfg(test)]
     pub(in crate::handoff) fn has_ended(&self) -> bool {
         self.state == Taking::Ended
+    }
+
+    /// Returns true if every adopted connection has ended too.
+    pub(in crate::handoff) fn has_finished(&self) -> bool {
+        self.state == Taking::Ended && self.serving() == 0
     }
 
     pub(in crate::handoff) fn is_draining(&self) -> bool {
@@ -411,7 +428,8 @@ impl<T> Book<T> {
     pub(in crate::handoff) fn is_worth_asking(&self) -> bool {
         match self.adopting.front() {
             Some((told, _)) => *told <= self.sent,
-            // Others may come in the place of rejected ones because the application has never stopped asking.
+            // Others may come in the place of rejected ones because the application has never
+            // stopped asking.
             None => !self.unanswered.is_empty() || self.replaced < self.rejected || self.is_over(),
         }
     }

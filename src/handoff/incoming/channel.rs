@@ -1,8 +1,10 @@
-//! The connection to the dispatcher: what the application and the task that serves it share, and that task.
+//! The connection to the dispatcher: what the application and the task that serves it share, and
+//! that task.
 //!
-//! The [`Book`] decides. The **application** adopts: whoever polls [`Incoming`](super::Incoming) has the answer sent right then, so
-//! nothing is adopted that nobody has asked for. The **task** reads, and sends the other answers. Only the task waits for the
-//! socket. The application's sends use the task's waker, so the task sends whatever they leave behind.
+//! The [`Book`] decides. The **application** adopts: whoever polls [`Incoming`](super::Incoming)
+//! has the answer sent right then, so nothing is adopted that nobody has asked for. The **task**
+//! reads, and sends the other answers. Only the task waits for the socket. The application's sends
+//! use the task's waker, so the task sends whatever they leave behind.
 
 mod task;
 
@@ -47,8 +49,13 @@ pub(in crate::handoff) struct Channel {
 #[derive(Debug, Clone)]
 pub(super) enum Phase {
     Open,
-    Draining { deadline: Option<Instant> },
-    Ended(End),
+    Draining {
+        deadline: Option<Instant>,
+    },
+    /// The link has ended. Adopted connections go on.
+    Unlinked(End),
+    /// They have ended too.
+    Finished(End),
 }
 
 struct State {
@@ -115,12 +122,23 @@ impl Channel {
     /// An adopted connection has ended.
     pub(in crate::handoff) fn finish(&self) {
         let mut state = self.lock();
-        if state.write.is_none() {
-            return; // nobody is left to count for
-        }
         if state.book.finish(now()) {
             state.wake_task();
         }
+        let has_finished = state.book.has_finished();
+        drop(state);
+        if has_finished {
+            self.note_finished();
+        }
+    }
+
+    /// The link has ended, and the last adopted connection has.
+    fn note_finished(&self) {
+        self.phase.send_if_modified(|phase| {
+            let Phase::Unlinked(end) = phase else { return false };
+            *phase = Phase::Finished(end.clone());
+            true
+        });
     }
 
     /// Takes no more.
@@ -136,7 +154,7 @@ impl Channel {
             let deadline = match *phase {
                 Phase::Open => next(None),
                 Phase::Draining { deadline } => next(deadline),
-                Phase::Ended(_) => return false,
+                Phase::Unlinked(_) | Phase::Finished(_) => return false,
             };
             *phase = Phase::Draining { deadline };
             true
@@ -164,14 +182,19 @@ impl Channel {
         }
     }
 
-    fn received(&self, message: ToWorker<Option<Offer>>) -> Result<(), Error> {
+    /// Takes a message. Returns how the link has ended, if it has.
+    fn received(&self, message: ToWorker<Option<Offer>>) -> Option<End> {
+        let is_fence = matches!(message, ToWorker::Fenced);
         if let ToWorker::Drain { within } = &message {
             self.drain_by(|_| within.map(|within| Instant::now() + within));
         }
         let message = message.map(|offer| self.prepare(offer));
-        let unwanted = self.lock().book.on_message(message)?;
-        close_offers(unwanted);
-        Ok(())
+        let outcome = self.lock().book.on_message(message);
+        match outcome {
+            Ok(unwanted) => close_offers(unwanted),
+            Err(error) => return Some(End::Failed(Arc::new(error))),
+        }
+        is_fence.then_some(End::Fenced)
     }
 
     /// # Errors
@@ -198,7 +221,10 @@ impl Channel {
         drop((state, write));
         close_offers(unwanted);
         self.end_abandoned();
-        self.phase.send_replace(Phase::Ended(end));
+        self.phase.send_replace(Phase::Unlinked(end));
+        if self.lock().book.has_finished() {
+            self.note_finished();
+        }
         application.into_iter().for_each(Waker::wake);
     }
 }
@@ -266,8 +292,8 @@ impl State {
         flushed.map_err(|error| error.error)
     }
 
-    /// Wakes the task from the application. Another task follows, which does nothing: tokio keeps what was woken last for the thread
-    /// that woke it, and the application may block that one.
+    /// Wakes the task from the application. Another task follows, which does nothing: tokio keeps
+    /// what was woken last for the thread that woke it, and the application may block that one.
     fn wake_task(&self) {
         self.task.wake_by_ref();
         drop(self.runtime.spawn(async {}));
@@ -277,8 +303,9 @@ impl State {
         self.write.as_ref().map_or(0, |write| write.unsent().bytes)
     }
 
-    /// Returns true if the dispatcher takes no more answers though it is there: asked after a send has failed. If it has gone instead,
-    /// the end of the stream, or what it sent before, is there to be read already.
+    /// Returns true if the dispatcher takes no more answers though it is there: asked after a send
+    /// has failed. If it has gone instead, the end of the stream, or what it sent before, is there
+    /// to be read already.
     fn is_cut_off(&self) -> bool {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let socket = self.write.as_ref().map(WriteHalf::socket);

@@ -1,5 +1,5 @@
-//! How many more descriptors this process can take. The kernel drops those that are too many when they are received, and
-//! their connections have to go to another worker.
+//! How many more descriptors this process can take. The kernel drops those that are too many when
+//! they are received, and their connections have to go to another worker.
 
 use std::{fs, os::fd::AsFd};
 
@@ -27,7 +27,8 @@ impl Headroom {
     }
 }
 
-/// Number of open descriptors of this process; 0 if /proc is not to be had. If none is left to count them with, all are open.
+/// Number of open descriptors of this process; 0 if /proc is not to be had. If none is left to
+/// count them with, all are open.
 fn open_descriptors() -> u64 {
     let directory = "/proc/self/fd";
     match fs::metadata(directory) {

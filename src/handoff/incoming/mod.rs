@@ -26,24 +26,27 @@ use channel::Phase;
 
 /// Connections that a dispatcher hands to this process, as a [`Stream`].
 ///
-/// A connection is **adopted** when it is asked for: the dispatcher is told so right before the stream yields it. What waits and was not
-/// asked for stays the dispatcher's, who gives it to another worker if this one is busy or dies.
+/// A connection is **adopted** when it is asked for: the dispatcher is told so right before the
+/// stream yields it. What waits and was not asked for stays the dispatcher's, who gives it to
+/// another worker if this one is busy or dies.
 ///
-/// A task on the runtime answers for the process meanwhile, whether or not the application asks for a connection: it
-/// reports how many connections have ended, gives back what the dispatcher recalls, and answers its pings. An application that
-/// blocks every thread of the runtime does not answer them, and is taken for one that hangs.
+/// A task on the runtime answers for the process meanwhile, whether or not the application asks for
+/// a connection: it reports how many connections have ended, gives back what the dispatcher
+/// recalls, and answers its pings. An application that blocks every thread of the runtime does not
+/// answer them, and is taken for one that hangs.
 ///
-/// Ask for connections in a spawned task, as below. A loop in `main` of a multi-thread runtime runs on a thread that does nothing
-/// else, and to wake that one for each connection takes about a fifth more CPU.
+/// Ask for connections in a spawned task, as below. A loop in `main` of a multi-thread runtime runs
+/// on a thread that does nothing else, and to wake that one for each connection takes about a fifth
+/// more CPU.
 ///
-/// The stream ends when this worker takes no more connections: at the dispatcher's wish or the application's
-/// ([`IncomingHandle::drain`]), or because the dispatcher has gone. Connections that were adopted go on. When the last of
-/// them has ended the dispatcher is told goodbye. Dropping it is a drain as well.
+/// The stream ends when this worker takes no more connections: at the dispatcher's wish or the
+/// application's ([`IncomingHandle::drain`]), or because the dispatcher has gone. Connections that
+/// were adopted go on. When the last of them has ended the dispatcher is told goodbye. Dropping it
+/// is a drain as well.
 ///
 /// ```no_run
 /// # #[tokio::main] async fn main() -> std::io::Result<()> {
 /// use fdwire::handoff::Incoming;
-/// use futures::StreamExt;
 /// use tokio::io::AsyncWriteExt;
 ///
 /// let mut incoming = Incoming::from_stdin()?; // in a process that the dispatcher has started
@@ -53,12 +56,13 @@ use channel::Phase;
 ///         tokio::spawn(async move { connection.write_all(b"hello\n").await });
 ///     }
 /// });
-/// println!("{:?}", handle.ended().await); // all connections have ended, and the dispatcher knows
+/// println!("{:?}", handle.ended().await); // every connection has ended, and the dispatcher knows or has gone
 /// # Ok(()) }
 /// ```
 ///
 /// # Cancel safety
-/// `next()` and [`next_batch`](Self::next_batch) can be dropped at any await and called again: nothing is lost.
+/// [`next`](Self::next) and [`next_batch`](Self::next_batch) can be dropped at any await and called
+/// again: nothing is lost.
 #[derive(Debug)]
 pub struct Incoming {
     channel: Arc<Channel>,
@@ -70,10 +74,11 @@ impl Incoming {
         IncomingBuilder::default()
     }
 
-    /// Connections from the dispatcher that started this process, and gave it a socket as standard input.
+    /// Connections from the dispatcher that started this process, and gave it a socket as standard
+    /// input.
     ///
-    /// Standard input becomes `/dev/null`, so that no program that the application starts can read offers from it. Call it
-    /// once, before the application starts any: see [`Socket::from_stdin`].
+    /// Standard input becomes `/dev/null`, so that no program that the application starts can read
+    /// offers from it. Call it once, before the application starts any: see [`Socket::from_stdin`].
     ///
     /// # Errors
     /// Those of [`Socket::from_stdin`].
@@ -84,7 +89,8 @@ impl Incoming {
         Self::builder().from_stdin()
     }
 
-    /// Connections from the dispatcher that listens at a path, on a socket of kind [`SocketKind::SeqPacket`].
+    /// Connections from the dispatcher that listens at a path, on a socket of kind
+    /// [`SocketKind::SeqPacket`].
     ///
     /// # Errors
     /// Those of [`Socket::connect`].
@@ -103,8 +109,16 @@ impl Incoming {
         Self::builder().build(socket)
     }
 
-    /// Adopts all connections that wait, at most `max` and at least one, with one answer for all of them. `None` at the end of
-    /// the stream.
+    /// Adopts the next connection. `None` at the end of the stream.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped.
+    pub async fn next(&mut self) -> Option<Connection> {
+        poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
+    }
+
+    /// Adopts all connections that wait, at most `max` and at least one, with one answer for all of
+    /// them. `None` at the end of the stream.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -173,21 +187,22 @@ pub struct IncomingHandle {
 }
 
 impl IncomingHandle {
-    /// Takes no more connections: those that wait go back to the dispatcher, the stream ends, and when the adopted ones have ended
-    /// the dispatcher is told goodbye.
+    /// Takes no more connections: those that wait go back to the dispatcher, the stream ends, and
+    /// when the adopted ones have ended the dispatcher is told goodbye.
     pub fn drain(&self) {
         self.channel.drain();
     }
 
-    /// Whether no more connections are taken, for whatever reason. Then `Connection: close` belongs into an HTTP answer, and
-    /// ends a connection that is kept alive without cutting a request that is on its way.
+    /// Whether no more connections are taken, for whatever reason. Then `Connection: close` belongs
+    /// into an HTTP answer, and ends a connection that is kept alive without cutting a request that
+    /// is on its way.
     pub fn is_draining(&self) -> bool {
         !matches!(*self.channel.phase().borrow(), Phase::Open)
     }
 
-    /// Waits until no more connections are taken, for whatever reason: a while later is the time to end what is silent, as
-    /// `with_graceful_shutdown` of axum and `graceful_shutdown` of hyper do. Requests may be on their way there: see the
-    /// [traps](super#traps).
+    /// Waits until no more connections are taken, for whatever reason: a while later is the time to
+    /// end what is silent, as `with_graceful_shutdown` of axum and `graceful_shutdown` of hyper do.
+    /// Requests may be on their way there: see the [traps](super#traps).
     pub fn drain_requested(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
         let mut phase = self.channel.phase();
         async move {
@@ -195,8 +210,8 @@ impl IncomingHandle {
         }
     }
 
-    /// When the dispatcher will wait no longer for the adopted connections to end. `None` as long as it has not asked, or where it
-    /// has set no time.
+    /// When the dispatcher will wait no longer for the adopted connections to end. `None` as long
+    /// as it has not asked, or where it has set no time.
     pub fn drain_deadline(&self) -> Option<Instant> {
         match *self.channel.phase().borrow() {
             Phase::Draining { deadline } => deadline,
@@ -204,28 +219,48 @@ impl IncomingHandle {
         }
     }
 
-    /// Waits for the end of the connection to the dispatcher: after a drain that is when all adopted connections have ended and
-    /// the dispatcher knows it. Await it before the process ends.
+    /// Waits until this worker has nothing more to do: its link to the dispatcher has ended, and so
+    /// has every connection that it has adopted. Await it before the process ends, and no client is
+    /// cut off, whatever has ended the link.
+    ///
+    /// A connection ends when its [`Connection`] is dropped, or its [`Serving`](super::Serving).
     pub fn ended(&self) -> impl Future<Output = End> + Send + 'static + use<> {
+        self.end_of(|phase| match phase {
+            Phase::Finished(end) => Some(end.clone()),
+            _ => None,
+        })
+    }
+
+    /// Waits for the end of the link to the dispatcher. Adopted connections go on, except after a
+    /// drain, which has waited for them. For a worker that connects again, or that has to know at
+    /// once that it was [fenced](End::Fenced).
+    pub fn link_ended(&self) -> impl Future<Output = End> + Send + 'static + use<> {
+        self.end_of(|phase| match phase {
+            Phase::Unlinked(end) | Phase::Finished(end) => Some(end.clone()),
+            _ => None,
+        })
+    }
+
+    fn end_of(&self, end: fn(&Phase) -> Option<End>) -> impl Future<Output = End> + Send + 'static + use<> {
         let mut phase = self.channel.phase();
         async move {
-            match phase.wait_for(|phase| matches!(phase, Phase::Ended(_))).await.as_deref() {
-                Ok(Phase::Ended(end)) => end.clone(),
-                _ => End::Failed(Arc::new(Error::Closed)), // cannot be: the end is said before the channel goes
-            }
+            let ended = phase.wait_for(|phase| end(phase).is_some()).await;
+            // It cannot be closed before: a connection keeps the channel.
+            ended.ok().and_then(|phase| end(&phase)).unwrap_or_else(|| End::Failed(Arc::new(Error::Closed)))
         }
     }
 }
 
-/// How the connection to a dispatcher has ended. Adopted connections outlive it.
+/// How the link to a dispatcher has ended. Adopted connections outlive it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum End {
     /// In order: everything that was adopted has ended, and the dispatcher was told.
     Drained,
-    /// The dispatcher has closed its end, or has died.
+    /// The dispatcher has died, or has closed its end without a word.
     DispatcherGone,
-    /// The dispatcher takes no more answers from this worker: it holds it for hung, and gives its connections to others.
+    /// The dispatcher takes no more answers from this worker, usually because it got none in time,
+    /// and gives to others what was not adopted. It lives, so a worker may connect again.
     Fenced,
     /// The dispatcher broke the protocol, or the socket failed.
     Failed(Arc<Error>),
@@ -259,34 +294,39 @@ impl Default for IncomingBuilder {
 }
 
 impl IncomingBuilder {
-    /// Most connections that are on their way to this worker or wait in it to be adopted, 1 to 253. Default: 64.
+    /// Most connections that are on their way to this worker or wait in it to be adopted, 1 to 253.
+    /// Default: 64.
     ///
-    /// Too few, and the worker waits for the dispatcher between connections. Each takes a descriptor here, and those on their way count
-    /// against the dispatcher's `RLIMIT_NOFILE`, over all workers.
+    /// Too few, and the worker waits for the dispatcher between connections. Each takes a
+    /// descriptor here, and those on their way count against the dispatcher's `RLIMIT_NOFILE`, over
+    /// all workers.
     pub const fn window(mut self, connections: usize) -> Self {
         self.0.window = if connections == 0 { 1 } else { connections as u64 };
         self
     }
 
-    /// Most connections at a time, from when they are asked for until they have ended. By default as many as there is room for
-    /// below `RLIMIT_NOFILE`, which bounds them in any case: an eighth of it, at most 64 descriptors, is left to the application.
+    /// Most connections at a time, from when they are asked for until they have ended. By default
+    /// as many as there is room for below `RLIMIT_NOFILE`, which bounds them in any case: an eighth
+    /// of it, at most 64 descriptors, is left to the application.
     pub const fn max_connections(mut self, connections: usize) -> Self {
         self.0.max_connections = connections as u64;
         self
     }
 
-    /// Whether connections that wait are served when the dispatcher has gone. By default they are closed.
+    /// Whether connections that wait are served when the dispatcher has gone. By default they are
+    /// closed.
     ///
-    /// The dispatcher may have offered them to another worker before, if it held this one for hung; then two workers would serve
-    /// one connection. Nobody is left who knows: a dispatcher that has cut this worker off, and lives, mostly looks the same from here.
-    /// Without that, they are lost with the dispatcher for sure.
+    /// The dispatcher may have fenced this worker right before it died, and offered them to another
+    /// one; then two workers would serve one connection. A dispatcher reports the fence, but that
+    /// may not arrive: for example, if this worker had not read what was sent before. By default
+    /// they are lost with the dispatcher for sure.
     pub const fn serve_unanswered(mut self, yes: bool) -> Self {
         self.0.serve_unanswered = yes;
         self
     }
 
-    /// The most descriptors that a connection may have [with its bundle](super::Accepted::with_fd), 1 to
-    /// [`MAX_OFFER_FDS`]. Default: 1, the connection alone.
+    /// The most descriptors that a connection may have [with its bundle](super::Accepted::with_fd),
+    /// 1 to [`MAX_OFFER_FDS`]. Default: 1, the connection alone.
     ///
     /// The worker keeps that many free for each connection that it asks for.
     pub const fn max_fds(mut self, fds: usize) -> Self {

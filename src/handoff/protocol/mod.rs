@@ -129,6 +129,8 @@ pub enum ToWorker<O = Offer> {
         /// How long that may take; `None` without a limit. Goes out in whole milliseconds, at most `u32::MAX - 1` of them.
         within: Option<Duration>,
     },
+    /// It takes no more answers from this worker. Nothing follows.
+    Fenced,
 }
 
 impl<O> ToWorker<O> {
@@ -140,6 +142,7 @@ impl<O> ToWorker<O> {
             Self::Recall { before } => ToWorker::Recall { before },
             Self::Ping { nonce } => ToWorker::Ping { nonce },
             Self::Drain { within } => ToWorker::Drain { within },
+            Self::Fenced => ToWorker::Fenced,
         }
     }
 }

@@ -15,17 +15,18 @@ use crate::{
     sys,
 };
 
-/// Decodes what a dispatcher sends, as [`WorkerCodec`] does, and goes on after the kernel has lost descriptors on receipt.
-/// An offer whose descriptors are lost is `None`: nothing has happened to the connection itself.
+/// Decodes what a dispatcher sends, as [`WorkerCodec`] does, and goes on after the kernel has lost
+/// descriptors on receipt. An offer whose descriptors are lost is `None`: nothing has happened to
+/// the connection itself.
 ///
-/// Its descriptors are recognized by the cookie of the first one, which each offer has. So it is also noticed if descriptors
-/// and offers have lost step for another reason.
+/// Its descriptors are recognized by the cookie of the first one, which each offer has. So it is
+/// also noticed if descriptors and offers have lost step for another reason.
 #[derive(Debug)]
 pub(in crate::handoff) struct SalvagingCodec<F = OwnedFd> {
     /// Returns the `SO_COOKIE` of a socket.
     cookie: fn(&F) -> Option<u64>,
-    /// Descriptors were lost. From then on, those of an offer that comes later may be lost too, and a part of its
-    /// bundle may still come: descriptors can run ahead of their offers.
+    /// Descriptors were lost. From then on, those of an offer that comes later may be lost too, and
+    /// a part of its bundle may still come: descriptors can run ahead of their offers.
     has_lost: bool,
 }
 
@@ -120,8 +121,8 @@ mod tests {
         (0.0..1.0, 0..4_usize, lost).prop_map(|(bytes, ahead, lost)| Receive { bytes, ahead, lost })
     }
 
-    /// Offers with these numbers of descriptors, which are numbered from 0 on and are their own cookies: the bytes, and where
-    /// each offer ends among the bytes and among the descriptors.
+    /// Offers with these numbers of descriptors, which are numbered from 0 on and are their own
+    /// cookies: the bytes, and where each offer ends among the bytes and among the descriptors.
     fn stream(counts: &[usize]) -> (Vec<u8>, Vec<(usize, usize)>) {
         let (mut bytes, mut ends, mut fds) = (Vec::new(), Vec::new(), 0);
         for (number, count) in counts.iter().enumerate() {
@@ -147,7 +148,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is lost, each offer has its own descriptors or none, and the loss is over with the `recvmsg` that had it.
+        /// Whatever is lost, each offer has its own descriptors or none, and the loss is over with
+        /// the `recvmsg` that had it.
         #[test]
         fn a_loss_takes_only_the_offers_that_it_is_about(
             counts in vec(1..4_usize, 1..20),

@@ -40,6 +40,7 @@ fn to_worker() -> impl Strategy<Value = ToWorker<Offer<u32>>> {
         any::<u64>().prop_map(|nonce| ToWorker::Ping { nonce }),
         proptest::option::of(0..u64::from(NO_LIMIT))
             .prop_map(|millis| ToWorker::Drain { within: millis.map(Duration::from_millis) }),
+        Just(ToWorker::Fenced),
     ]
 }
 
@@ -147,6 +148,7 @@ fn messages_in_bytes() {
         (ToWorker::Ping { nonce: 1 }, b"\x84\0\0\0\0\0\0\0\x01"),
         (ToWorker::Drain { within: Some(Duration::from_secs(1)) }, b"\x85\0\0\x03\xe8"),
         (ToWorker::Drain { within: None }, b"\x85\xff\xff\xff\xff"),
+        (ToWorker::Fenced, b"\x86"),
     ] {
         assert_eq!(encoded(DispatcherCodec::default(), message).0, frame(bytes, 0));
     }

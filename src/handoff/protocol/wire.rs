@@ -150,6 +150,7 @@ impl<F> ToWorker<Offer<F>> {
                 dst.push(0x85);
                 dst.extend(millis.to_be_bytes());
             }
+            Self::Fenced => dst.push(0x86),
         }
         match dst.len() {
             0..=MAX_MESSAGE_BYTES => Ok(dst),
@@ -186,6 +187,7 @@ impl<F> ToWorker<Offer<F>> {
                 let millis = Some(fields.u32()?).filter(|&millis| millis != NO_LIMIT);
                 Self::Drain { within: millis.map(|millis| Duration::from_millis(millis.into())) }
             }
+            0x86 => Self::Fenced,
             _ => return None,
         })
     }

@@ -215,7 +215,7 @@ fn the_promise_is_kept_in_each_order_of_a_few_events() {
     check(Bounds { cuts: 1, refusals: 1, ..none });
 }
 
-/// Takes minutes, and is run by `.ci/run`: 4.7 million states. In the first form, timers go off when nothing else is left to do; in the
+/// Takes minutes, and is run by `.ci/run`: 5.0 million states. In the first form, timers go off when nothing else is left to do; in the
 /// second one at any moment.
 #[test]
 #[ignore = "takes minutes"]

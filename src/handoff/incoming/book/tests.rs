@@ -86,8 +86,8 @@ impl Dispatcher {
 }
 
 proptest! {
-    /// Whatever happens: each offer is answered as it ended here, in the order of the offers, and there are never more of
-    /// them at a time than the limits allow.
+    /// Whatever happens: each offer is answered as it ended here, in the order of the offers, and
+    /// there are never more of them at a time than the limits allow.
     ///
     /// Rules: W-FIRST, W-COUNT, W-LOAD, W-GOODBYE.
     #[test]
@@ -164,7 +164,8 @@ proptest! {
             prop_assert!(finished == dispatcher.finished || due_within(REPORT_AFTER));
             prop_assert!(book.room() == 0 || due_within(COUNT_AFTER));
 
-            // Answered is a beginning of the offers, and what is decided is not kept back for longer than it has to.
+            // Answered is a beginning of the offers, and what is decided is not kept back for
+            // longer than it has to.
             let due = fates.iter().take_while(|fate| fate.is_some()).count();
             prop_assert_eq!(dispatcher.answers.len(), due);
             prop_assert!(dispatcher.answers.iter().zip(&fates).all(|(answer, fate)| Some(*answer) == *fate));
@@ -220,8 +221,9 @@ fn distantly() -> impl Strategy<Value = Distantly> {
 }
 
 proptest! {
-    /// Messages take their time. No offer that the dispatcher may make is one too many for the worker, no demand is too low for the
-    /// dispatcher, and who was recalled does not ask before its application does.
+    /// Messages take their time. No offer that the dispatcher may make is one too many for the
+    /// worker, no demand is too low for the dispatcher, and who was recalled does not ask before
+    /// its application does.
     ///
     /// Rules: W-DEMAND.
     #[test]
@@ -306,7 +308,8 @@ fn offer<T>(book: &mut Book<T>, offer: T) -> Result<Vec<T>, Error> {
     book.on_message(ToWorker::Offer { number: book.offered, offer: Ok(offer) })
 }
 
-/// Something else has read from the socket: the answers would be about other offers than the dispatcher takes them for.
+/// Something else has read from the socket: the answers would be about other offers than the
+/// dispatcher takes them for.
 ///
 /// Rules: W-BREACH, D-NUMBER.
 #[test]

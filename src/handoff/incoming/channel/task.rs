@@ -17,7 +17,8 @@ use crate::{
     handoff::{incoming::End, protocol::SalvagingCodec},
 };
 
-/// More bytes of answers than this wait for a dispatcher only if it asks and asks and does not read.
+/// More bytes of answers than this wait for a dispatcher only if it asks and asks and does not
+/// read.
 const MAX_UNSENT_BYTES: usize = 256 << 10;
 
 /// Serves the channel until it ends, whether or not the application asks for anything.
@@ -48,10 +49,13 @@ impl Task {
     /// Reads all there is. Ready at the end.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         while let Some(message) = ready!(self.read.poll_next_unpin(cx)) {
-            match message.and_then(|message| self.channel.received(message)) {
-                Ok(()) => {}
+            let end = match message {
+                Ok(message) => self.channel.received(message),
                 Err(error) if error.is_peer_gone() => break,
-                Err(error) => return Poll::Ready(End::Failed(Arc::new(error))),
+                Err(error) => Some(End::Failed(Arc::new(error))),
+            };
+            if let Some(end) = end {
+                return Poll::Ready(end);
             }
         }
         Poll::Ready(End::DispatcherGone)
@@ -65,7 +69,8 @@ impl Task {
         state.ask();
         while let Some(due) = state.book.next_timeout() {
             let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(due.into())));
-            // Usually there is more time than before. Then it goes off too early, which costs less than setting it each time.
+            // Usually there is more time than before. Then it goes off too early, which costs less
+            // than setting it each time.
             if due < timer.deadline().into_std() || timer.is_elapsed() {
                 timer.as_mut().reset(due.into());
             }
