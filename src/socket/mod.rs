@@ -38,7 +38,7 @@ pub(crate) use endpoint::{Attempt, Endpoint, SendFailure, SocketState};
 pub(crate) use inherited::{take_numbered, take_stdin};
 pub use listener::Listener;
 pub(crate) use listener_state::{ListenerState, listener_addr};
-pub(crate) use managers::{Passed, passed};
+pub(crate) use managers::passed;
 pub(crate) use open::{connect, new_pair, new_socket, unix_addr};
 pub use options::PeerCred;
 pub use pass_credentials::PassCredentials;
