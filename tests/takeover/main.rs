@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod drain;
+mod exhaustion;
 mod generations;
 #[cfg(feature = "axum")]
 mod http;
