@@ -73,7 +73,7 @@ enum Args {
     },
 }
 
-/// What may be deposited.
+/// A file that may be deposited.
 struct Input(File);
 
 impl Passable for Input {
@@ -107,7 +107,7 @@ struct Tickets {
 
 struct Waiting {
     file: File,
-    /// Who has deposited it.
+    /// The uid that has deposited it.
     uid: u32,
     until: Instant,
 }
