@@ -30,7 +30,8 @@ use std::{
 use axum::{Router, extract, http::StatusCode, routing::post};
 use clap::Parser;
 use fdwire::{
-    FdMismatch, FdPolicy, Framed, Listener, Socket, SocketKind, blocking, close_in_background,
+    Framed, Listener, Socket, SocketKind, blocking, close_in_background,
+    fd_policy::{FdMismatch, FdPolicy},
     typed::{Passable, Passed, Typed, TypedError},
 };
 use futures::{SinkExt, TryStreamExt};

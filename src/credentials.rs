@@ -1,14 +1,14 @@
 //! The process that sent a message.
 
-use std::os::fd::OwnedFd;
+use std::{fmt, os::fd::OwnedFd};
 
 /// The process that sent a message, as the kernel reports it with the message (`SCM_CREDENTIALS`
 /// and `SCM_PIDFD`, unix(7)).
 ///
-/// This differs from [`PeerCred`](crate::PeerCred), which names the process that made the
+/// This differs from [`PeerCred`](crate::socket::PeerCred), which names the process that made the
 /// connection: several processes may hold one end of it and write to it. A receiver has to ask for
 /// credentials, by [`Socket::set_pass_credentials`](crate::Socket::set_pass_credentials) or
-/// [`DatagramSocket::set_pass_credentials`](crate::DatagramSocket::set_pass_credentials).
+/// [`DatagramSocket::set_pass_credentials`](crate::socket::DatagramSocket::set_pass_credentials).
 ///
 /// **What credentials prove.** The kernel checks what it reports. An unprivileged sender can only
 /// choose among its own real, effective and saved ids. A sender with `CAP_SETUID`, `CAP_SETGID` or
@@ -27,4 +27,19 @@ pub struct Credentials {
     /// A pidfd of that process, if it was asked for and the kernel could make one: not before Linux
     /// 6.5, and not if this process has no descriptor left.
     pub pidfd: Option<OwnedFd>,
+}
+
+impl fmt::Display for Credentials {
+    /// Writes the ids, for example `process 812 of uid 1000, gid 1000`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_process(f, self.pid, self.uid, self.gid)
+    }
+}
+
+/// Writes a process as people read it.
+pub(crate) fn write_process(f: &mut fmt::Formatter<'_>, pid: Option<i32>, uid: u32, gid: u32) -> fmt::Result {
+    match pid {
+        Some(pid) => write!(f, "process {pid} of uid {uid}, gid {gid}"),
+        None => write!(f, "a process of uid {uid}, gid {gid}"),
+    }
 }

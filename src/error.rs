@@ -60,8 +60,9 @@ pub enum Error {
         limit: usize,
     },
 
-    /// A message, or a [part](crate::SendBuf::end_part) of one, has more descriptors than its bytes
-    /// can carry. One `sendmsg` takes at most 253 descriptors and has to carry at least one byte.
+    /// A message, or a [part](crate::codec::SendBuf::end_part) of one, has more descriptors than
+    /// its bytes can carry. One `sendmsg` takes at most 253 descriptors and has to carry at least
+    /// one byte.
     #[error("{fds} descriptors are too many for a message of {bytes} bytes: each byte carries at most 253")]
     TooManyFdsForLength {
         /// The number of descriptors of the message or part.
@@ -95,7 +96,7 @@ pub enum Error {
 
     /// The kernel dropped descriptors on receipt (`MSG_CTRUNC`). A connection ends here: without
     /// them, later descriptors would go to the wrong frames. A
-    /// [`DatagramSocket`](crate::DatagramSocket) still receives the next datagram.
+    /// [`DatagramSocket`](crate::socket::DatagramSocket) still receives the next datagram.
     #[error(
         "descriptors were lost on receipt (control data truncated); the likely cause is this process's RLIMIT_NOFILE"
     )]
@@ -103,7 +104,7 @@ pub enum Error {
 
     /// A packet was longer than the room for it (`MSG_TRUNC`): the peer does not keep to the packet
     /// sizes of the wire format. Or a datagram was longer than a
-    /// [`DatagramSocket`](crate::DatagramSocket) takes, which still receives the next one.
+    /// [`DatagramSocket`](crate::socket::DatagramSocket) takes, which still receives the next one.
     #[error("packet was longer than the room for it and lost its tail")]
     TruncatedPacket,
 
@@ -126,8 +127,8 @@ pub enum Error {
     },
 
     /// The connections of one uid hold more bytes or descriptors of unfinished messages than their
-    /// listener allows ([`UidLimits`](crate::UidLimits)). This connection received the last of
-    /// them.
+    /// listener allows ([`UidLimits`](crate::socket::UidLimits)). This connection received the last
+    /// of them.
     #[error(
         "the connections of uid {uid} hold {bytes} bytes and {fds} descriptors of unfinished messages, which is more \
          than the listener allows"

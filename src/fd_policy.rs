@@ -30,7 +30,7 @@ use crate::{
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::fs::File;
 ///
-/// use fdwire::FdPolicy;
+/// use fdwire::fd_policy::FdPolicy;
 ///
 /// const LOG: FdPolicy = FdPolicy::regular_file().read_only();
 ///
@@ -123,7 +123,7 @@ pub enum FdAccess {
 ///
 /// ```
 /// # fn main() -> std::io::Result<()> {
-/// use fdwire::{FdInfo, SocketDomain, SocketType, FdType};
+/// use fdwire::fd_policy::{FdInfo, FdType, SocketDomain, SocketType};
 ///
 /// let (socket, _) = std::os::unix::net::UnixStream::pair()?;
 /// let info = FdInfo::of(&socket);

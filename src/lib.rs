@@ -96,24 +96,39 @@
 //!
 //! # What a peer can do
 //!
-//! A peer may lie, flood, stall, and send descriptors that nobody wants. CONTRIBUTING.md lists the
-//! tests for each line.
+//! A peer may lie, flood, stall, and send descriptors that nobody wants. `docs/ARCHITECTURE.md`
+//! lists the tests for each line.
 //!
-//! | a peer | what happens |
-//! |---|---|
-//! | sends bytes or descriptors that are no message | the stream yields one typed [`Error`] and ends, and everything received is closed |
-//! | announces more than the [`Limits`] allow | the same, before memory is reserved |
-//! | never finishes a message, even if it leaves its own end of the connection in one | the connection ends when the [time for it](Limits#structfield.max_unfinished_time) is over |
-//! | makes many connections to a [`Listener`] | they hold together what [one uid may hold](UidLimits) |
-//! | is not admitted by a [`Listener`] | its connection is closed, whatever it has sent, and no more of them than a fixed number wait for that |
-//! | sends sockets whose last `close` lasts | no thread of the runtime waits for one: what nobody takes, and the connection itself, is closed [in the background](close_in_background), by a fixed number of threads and without delaying other descriptors |
-//! | sends descriptors faster than they can be closed | its connection receives nothing more until they are closed |
-//! | floods a connection | other tasks get their turns: both directions, and descriptors, count for tokio's cooperative budget |
-//! | sends out-of-band data, or is several processes | no message stays hidden behind it |
-//! | is several processes that write to one message, on a socket that is set to [tell the sender](Socket::set_pass_credentials) | the stream yields [`Error::MixedSenders`] and ends |
-//! | sends a datagram that is too long, or has more descriptors than this process may open | that datagram is a typed error, everything of it is closed, and the next one is received |
-//! | sends a typed message that lacks a descriptor, or has one too many, twice or of the wrong kind | the stream yields one `TypedError` and ends, and everything received is closed |
-//! | dies, or closes after any byte | what it had sent is received, then the end |
+//! - A peer that **sends bytes or descriptors that are no message**: the stream yields one typed
+//!   [`Error`] and ends, and everything received is closed.
+//! - A peer that **announces more than the [`Limits`] allow**: the same, before memory is reserved.
+//! - A peer that **never finishes a message, even if it leaves its own end of the connection in
+//!   one**: the connection ends when the [time for it](Limits#structfield.max_unfinished_time) is
+//!   over.
+//! - A peer that **makes many connections to a [`Listener`]**: they hold together what [one uid may
+//!   hold](socket::UidLimits).
+//! - A peer that **is not admitted by a [`Listener`]**: its connection is closed, whatever it has
+//!   sent, and no more of them than a fixed number wait for that.
+//! - A peer that **sends sockets whose last `close` lasts**: no thread of the runtime waits for
+//!   one: what nobody takes, and the connection itself, is closed [in the
+//!   background](close_in_background), by a fixed number of threads and without delaying other
+//!   descriptors.
+//! - A peer that **sends descriptors faster than they can be closed**: its connection receives
+//!   nothing more until they are closed.
+//! - A peer that **floods a connection**: other tasks get their turns: both directions, and
+//!   descriptors, count for tokio's cooperative budget.
+//! - A peer that **sends out-of-band data, or is several processes**: no message stays hidden
+//!   behind it.
+//! - A peer that **is several processes that write to one message, on a socket that is set to [tell
+//!   the sender](Socket::set_pass_credentials)**: the stream yields [`Error::MixedSenders`] and
+//!   ends.
+//! - A peer that **sends a datagram that is too long, or has more descriptors than this process may
+//!   open**: that datagram is a typed error, everything of it is closed, and the next one is
+//!   received.
+//! - A peer that **sends a typed message that lacks a descriptor, or has one too many, twice or of
+//!   the wrong kind**: the stream yields one `TypedError` and ends, and everything received is
+//!   closed.
+//! - A peer that **dies, or closes after any byte**: what it had sent is received, then the end.
 //!
 //! The crate cannot prevent these:
 //!
@@ -126,10 +141,11 @@
 //!   send sockets, spawn from a thread that may block.
 //! - Freeing a file takes time, for example 190 ms for a memfd of 1 GiB. The thread that closes it
 //!   spends that time, and other descriptors wait meanwhile.
-//! - When the peer of a connected [`DatagramSocket`] is gone, the next send makes the kernel close
-//!   all queued descriptors, inside the system call. A socket that is slow to close blocks it. Only
-//!   [`DatagramSocket::set_pass_fds`] prevents that. Sockets that are not connected are not
-//!   affected.
+//! - When the peer of a connected [`DatagramSocket`](socket::DatagramSocket) is gone, the next send
+//!   makes the kernel close all queued descriptors, inside the system call. A socket that is slow
+//!   to close blocks it. Only
+//!   [`DatagramSocket::set_pass_fds`](socket::DatagramSocket::set_pass_fds) prevents that. Sockets
+//!   that are not connected are not affected.
 //! - A file of a FUSE file system whose daemon does not answer cannot be closed at all. Passing it
 //!   on blocks too, because the sender's copy is closed. Only [`Socket::set_pass_fds`] and
 //!   [`Listener::set_pass_fds`] keep such files away.
@@ -159,9 +175,9 @@
 //!
 //! # Other wire formats
 //!
-//! [`FrameCodec`] is one of the codecs of this crate. [`PacketCodec`] has no header, and
-//! [`PayloadCodec`] codes the payload of frames with any codec of `tokio_util`. For a protocol that
-//! exists, such as D-Bus or Wayland, [write a codec](guide).
+//! [`FrameCodec`] is one of the codecs of this crate. [`PacketCodec`](codec::PacketCodec) has no
+//! header, and [`PayloadCodec`](codec::PayloadCodec) codes the payload of frames with any codec of
+//! `tokio_util`. For a protocol that exists, such as D-Bus or Wayland, [write a codec](guide).
 //!
 //! Messages that are values of your own, with descriptors in their fields, are in the module
 //! `typed` (feature `serde`), with the formats of varlink and of JSON-RPC (feature `json`).
@@ -169,14 +185,27 @@
 //!
 //! A program without a runtime uses the same frames and codecs in the module [`blocking`].
 //!
-//! Protocols without a connection use a [`DatagramSocket`], and the guide shows how to take a
-//! socket that a parent process has left open: [`Socket::from_stdin`] and
+//! Protocols without a connection use a [`DatagramSocket`](socket::DatagramSocket), and the guide
+//! shows how to take a socket that a parent process has left open: [`Socket::from_stdin`] and
 //! [`Socket::from_inherited`], and the same for a [`Listener`].
+//!
+//! # Features
+//!
+//! | feature | default | adds |
+//! |---|---|---|
+//! | `handoff` | yes | the module [`handoff`] |
+//! | `tokio-util` | yes | [`PayloadCodec`](codec::PayloadCodec), for the codecs of tokio-util |
+//! | `tokio-seqpacket` | yes | conversions from and into the sockets of tokio-seqpacket |
+//! | `axum` | no | `axum::serve` takes an [`Incoming`](handoff::Incoming) and a [`Gated`](takeover::Gated) listener |
+//!
+//! Without the defaults, incompatible versions of these 0.x crates do not affect you.
 //!
 //! # Platform
 //!
 //! The crate works on Linux. Everything that only Linux has is in the modules `sys` and `socket`.
 //! Frames and codecs do not depend on a system.
+
+#![cfg_attr(not(feature = "handoff"), allow(dead_code, reason = "the hand-off alone uses some items below it"))]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("fdwire works on Linux");
@@ -188,16 +217,17 @@ mod closer;
 pub mod codec;
 mod credentials;
 mod error;
-mod fd_policy;
+pub mod fd_policy;
 mod fields;
-mod frame;
-mod framed;
+pub mod frame;
+pub mod framed;
 #[doc = include_str!("guide.md")]
 pub mod guide {}
+#[cfg(feature = "handoff")]
 pub mod handoff;
 mod limits;
 mod send_fd;
-mod socket;
+pub mod socket;
 mod sys;
 pub mod systemd;
 pub mod takeover;
@@ -206,19 +236,13 @@ mod transport;
 pub mod typed;
 
 pub use closer::close_in_background;
-pub use codec::{
-    Codec, Decoder, DryRun, Encoder, FdQueue, FrameCodec, Grouping, PacketCodec, PayloadCodec, PayloadError, SendBuf,
-    SendCall,
-};
-pub use credentials::Credentials;
+pub use codec::FrameCodec;
 pub use error::{Error, SendError};
-pub use fd_policy::{FdAccess, FdInfo, FdMismatch, FdPolicy, FdType, SocketDomain, SocketType};
-pub use frame::{Fds, FdsIntoIter, Frame};
-pub use framed::{Framed, Permit, ReadHalf, ReuniteError, SendDriver, SendPermit, Sender, WriteHalf};
+pub use frame::{Fds, Frame};
+pub use framed::{Framed, Sender};
 pub use limits::Limits;
 pub use send_fd::SendFd;
-pub use socket::{Datagram, DatagramSocket, Listener, PassCredentials, PeerCred, Socket, SocketKind, UidLimits};
-pub use transport::{FramedParts, Unsent};
+pub use socket::{Listener, Socket, SocketKind};
 
 /// Compiles the examples of README.
 #[cfg(doctest)]

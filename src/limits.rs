@@ -5,11 +5,11 @@ use std::time::Duration;
 /// The most descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
 pub(crate) const SCM_MAX_FD: usize = 253;
 
-/// The limits of a connection, for each direction. [`UidLimits`](crate::UidLimits) limits all
-/// connections of one uid together.
+/// The limits of a connection, for each direction. [`UidLimits`](crate::socket::UidLimits) limits
+/// all connections of one uid together.
 ///
 /// [`FrameCodec`](crate::FrameCodec) checks its limits before memory is reserved. For codecs of
-/// your own see [`Codec::limits`](crate::Codec::limits).
+/// your own see [`Codec::limits`](crate::codec::Codec::limits).
 ///
 /// ```
 /// use fdwire::{FrameCodec, Limits};
@@ -81,7 +81,7 @@ impl Limits {
     /// less.
     ///
     /// Connections that a listener has accepted also need so much room in
-    /// [`UidLimits::max_fds`](crate::UidLimits#structfield.max_fds).
+    /// [`UidLimits::max_fds`](crate::socket::UidLimits#structfield.max_fds).
     #[must_use]
     pub const fn max_fds_per_frame(mut self, fds: usize) -> Self {
         self.max_fds_per_frame = fds;

@@ -21,8 +21,8 @@ use std::{
 ///
 /// | made from | after it was sent |
 /// |---|---|
-/// | a descriptor (`File`, a socket of std, [`OwnedFd`], ...) | the crate asks the kernel whether it is a socket, then closes it |
-/// | `Arc<OwnedFd>` | your other references keep it open. It is closed as above if this was the last reference |
+/// | a descriptor (`File`, [`OwnedFd`], ...) | the kernel is asked for its kind, then it is closed |
+/// | `Arc<OwnedFd>` | other references keep it open; the last one closes it as above |
 /// | [`SendFd::assume_socket`] | it is closed in the background, without asking |
 /// | [`SendFd::assume_file`] | it is closed at once, without asking |
 ///
@@ -33,9 +33,10 @@ use std::{
 /// [`close_in_background`](crate::close_in_background), by `Arc::into_inner`.
 ///
 /// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. That
-/// includes the descriptors in [`FramedParts::unsent`](crate::FramedParts#structfield.unsent). If a connection
-/// has accepted a descriptor and does not send it, it is closed in the background, unless it was
-/// made by [`SendFd::assume_file`].
+/// includes the descriptors in
+/// [`FramedParts::unsent`](crate::framed::FramedParts#structfield.unsent). If a connection has
+/// accepted a descriptor and does not send it, it is closed in the background, unless it was made
+/// by [`SendFd::assume_file`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {

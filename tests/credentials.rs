@@ -16,8 +16,9 @@ use std::{
 use bytes::BytesMut;
 use common::{KINDS, abstract_name, encoded, marked, other_uid, raw_send, role_socket, run, spawn_role};
 use fdwire::{
-    Codec, Credentials, DatagramSocket, Error, Frame, FrameCodec, Framed, Listener, PacketCodec, PassCredentials,
-    Socket, SocketKind,
+    Error, Frame, FrameCodec, Framed, Listener, Socket, SocketKind,
+    codec::{Codec, PacketCodec},
+    socket::{Credentials, DatagramSocket, PassCredentials},
 };
 use futures::{FutureExt, SinkExt, TryStreamExt};
 use nix::sys::{
@@ -352,13 +353,13 @@ fn what_a_codec_yields_at_the_end_has_its_sender() {
     #[derive(Clone)]
     struct Whole;
     impl Codec for Whole {}
-    impl fdwire::Decoder for Whole {
+    impl fdwire::codec::Decoder for Whole {
         type Item = usize;
         type Error = Error;
-        fn decode(&mut self, _: &mut BytesMut, _: &mut fdwire::FdQueue) -> Result<Option<usize>, Error> {
+        fn decode(&mut self, _: &mut BytesMut, _: &mut fdwire::codec::FdQueue) -> Result<Option<usize>, Error> {
             Ok(None)
         }
-        fn decode_eof(&mut self, src: &mut BytesMut, _: &mut fdwire::FdQueue) -> Result<Option<usize>, Error> {
+        fn decode_eof(&mut self, src: &mut BytesMut, _: &mut fdwire::codec::FdQueue) -> Result<Option<usize>, Error> {
             let bytes = std::mem::take(src).len();
             Ok((bytes > 0).then_some(bytes))
         }

@@ -20,7 +20,10 @@ use std::{
 };
 
 use common::{PASSED, abstract_name, mark_of, marked, open_fds, other_uid, run, run_and_pass, settle};
-use fdwire::{Datagram, DatagramSocket, Error, Socket, SocketKind};
+use fdwire::{
+    Error, Socket, SocketKind,
+    socket::{Datagram, DatagramSocket},
+};
 use futures::{FutureExt, StreamExt, future::join_all, stream};
 use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     net::{SocketAddr, TcpListener},
     path::Path,
-    process::Output,
+    process::{Command, Output, Stdio},
 };
 
 use common::example;
@@ -53,16 +53,21 @@ impl Drop for Background {
     }
 }
 
-fn command(path: &Path, listen: SocketAddr, arguments: &[&str]) -> Output {
+fn background(path: &Path, listen: SocketAddr, arguments: &[&str]) -> Command {
     let mut command = example("hot_restart");
     command.arg("--path").arg(path).args(["--listen", &listen.to_string()]).args(arguments);
-    command.output().unwrap()
+    command.stderr(Stdio::inherit()); // the server keeps it, for its log
+    command
+}
+
+fn command(path: &Path, listen: SocketAddr, arguments: &[&str]) -> Output {
+    background(path, listen, arguments).output().unwrap()
 }
 
 /// The process id in a line such as "process 812 serves".
 fn serves(output: &Output) -> Background {
     let stdout = str::from_utf8(&output.stdout).unwrap();
-    assert!(output.status.success(), "{stdout}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{stdout}");
     let pid = stdout.lines().find_map(|line| line.strip_prefix("process ")?.strip_suffix(" serves"));
     Background(pid.expect(stdout).parse().unwrap())
 }
@@ -75,9 +80,9 @@ fn the_exit_code_of_a_command_that_waits_is_true() {
     let first = serves(&command(&path, listen, &["--wait"]));
     let second = serves(&command(&path, listen, &["--wait"]));
     assert_ne!(first.0, second.0);
-    // A version that fails while it starts.
-    let failed = command(&path, listen, &["--wait", "--spread", "wide"]);
-    assert_eq!(failed.status.code(), Some(1), "{failed:?}");
+    // A version that fails while it starts: it can't tell its manager anything.
+    let mut failing = background(&path, listen, &["--wait"]);
+    assert_eq!(failing.env("NOTIFY_SOCKET", "nonsense").status().unwrap().code(), Some(1));
     let listed = command(&path, listen, &["--list"]);
     assert_eq!(std::mem::ManuallyDrop::new(serves(&listed)).0, second.0);
     // No server at all.

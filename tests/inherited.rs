@@ -19,7 +19,7 @@ use std::{
 };
 
 use common::{KINDS, PASSED, abstract_name, descriptors_of_a_child, marked, one_thread, other_uid, run, run_and_pass};
-use fdwire::{DatagramSocket, Frame, FrameCodec, Framed, Listener, Socket, SocketKind, blocking};
+use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind, blocking, socket::DatagramSocket};
 use futures::{FutureExt, SinkExt, TryStreamExt};
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},

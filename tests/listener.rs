@@ -574,7 +574,7 @@ fn told(stdin: OwnedFd) -> (UnixStream, String) {
 mod blocking {
     //! The same listener for a program without a runtime.
 
-    use fdwire::{UidLimits, blocking};
+    use fdwire::{blocking, socket::UidLimits};
 
     use super::*;
 

@@ -25,6 +25,9 @@ const QUIET: Duration = Duration::from_millis(250);
 /// A process is killed at most this long after it has everything. The other one stays for longer.
 const LATEST_KILL: u64 = 60;
 
+/// A client that is silent for a tenth of this may find its connection closed, in milliseconds.
+const SPREAD: &str = "3000";
+
 /// For anything that should happen soon.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -37,7 +40,7 @@ struct Process {
 impl Process {
     fn start(address: SocketAddr, path: &Path) -> io::Result<Self> {
         let mut child = Command::new(env::current_exe()?)
-            .args(["--listen", &address.to_string(), "--path"])
+            .args(["--listen", &address.to_string(), "--spread", SPREAD, "--path"])
             .arg(path)
             .stdout(Stdio::piped())
             .kill_on_drop(true)

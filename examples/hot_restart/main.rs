@@ -10,7 +10,7 @@
 //! ```
 //!
 //! `--wait` returns once the new process serves, with exit code 0, or once it has failed, with 1.
-//! It is the `ExecReload=` of a systemd unit: see `docs/TAKEOVER.md`.
+//! It is the `ExecReload=` of a systemd unit: see docs/TAKEOVER.md.
 
 mod demo;
 mod load;
@@ -105,7 +105,8 @@ async fn serve(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
 async fn launch(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let mut command = Command::new(env::current_exe()?);
     command.args(env::args_os().skip(1).filter(|argument| argument != "--wait"));
-    // Whoever waits for the end of this command's output does not wait for the server's.
+    // Whoever waits for the end of this command's output does not wait for the server's. Standard
+    // error is its log.
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     let server = takeover::launch(&mut command, &arguments.path, &Options::default(), PATIENCE).await?;
     println!("process {} serves", server.id().unwrap_or_default());
@@ -116,7 +117,8 @@ async fn list(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let status = takeover::status(&arguments.path, &Options::default()).await?;
     println!("process {} serves", status.pid);
     for old in status.generations {
-        println!("process {} was replaced {:.0?} ago", old.pid.unwrap_or_default(), old.replaced_for);
+        let process = old.pid.map_or_else(|| "in another container".to_owned(), |pid| pid.to_string());
+        println!("process {process} was replaced {:.0?} ago", old.replaced_for);
     }
     Ok(())
 }

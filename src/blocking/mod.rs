@@ -88,6 +88,7 @@ use crate::{
 /// # Ok::<(), fdwire::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a connection ends when it is dropped"]
 pub struct Framed<D, E = D> {
     read: ReadHalf<D>,
     write: WriteHalf<E>,

@@ -26,6 +26,7 @@ use crate::{
 /// closed without reading everything, the last item is [`Error::Reset`], after all that the peer
 /// had sent.
 #[derive(Debug)]
+#[must_use = "an iterator receives nothing unless it is called"]
 pub struct ReadHalf<D> {
     decoder: D,
     receiver: Receiver,
@@ -62,7 +63,7 @@ impl<D> ReadHalf<D> {
 
     /// Returns the process that sent the message that was yielded last, if the socket is set to
     /// [report it](Socket::set_pass_credentials), as
-    /// [`fdwire::ReadHalf::credentials`](crate::ReadHalf::credentials) does.
+    /// [`fdwire::framed::ReadHalf::credentials`](crate::framed::ReadHalf::credentials) does.
     pub fn credentials(&self) -> Option<&Credentials> {
         self.receiver.side.credentials()
     }

@@ -16,9 +16,9 @@ use crate::{
 /// The sending direction of a [`Framed`](super::Framed).
 ///
 /// Messages that were [fed](Self::feed) wait until they are flushed, or until the
-/// [limits](crate::Codec::limits) are reached. All waiting messages go out together. A descriptor
-/// is closed right after the `sendmsg` that carried it, in the way that [`SendFd`](crate::SendFd)
-/// describes.
+/// [limits](crate::codec::Codec::limits) are reached. All waiting messages go out together. A
+/// descriptor is closed right after the `sendmsg` that carried it, in the way that
+/// [`SendFd`](crate::SendFd) describes.
 ///
 /// After a failure, it hands every item back in the [`SendError`] and returns the error at each
 /// flush. Items that were accepted before and not sent are in

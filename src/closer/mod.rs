@@ -9,9 +9,9 @@
 //!
 //! | kind | how it is closed | what can delay it |
 //! |---|---|---|
-//! | sockets | by a task that [exits](crate::sys::ExitCloser), which never lingers | the time it takes to free memory |
-//! | regular files and devices of file systems that this process does not know | by one of four threads | other files of this kind |
-//! | everything else | by the closer's thread | the time it takes to free memory |
+//! | sockets | by a task that exits ([`ExitCloser`](crate::sys::ExitCloser)) | freeing memory |
+//! | files of unknown file systems | by one of four threads | other files of this kind |
+//! | everything else | by the closer's thread | freeing memory |
 //!
 //! The number of threads and tasks is fixed. The descriptors of a connection in the backlog count
 //! for its [`Account`]. A connection with too many of them receives nothing until they are closed.

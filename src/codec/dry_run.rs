@@ -16,7 +16,7 @@ use crate::error::SendError;
 /// takes fewer bytes than planned.
 ///
 /// ```
-/// use fdwire::{Codec, DryRun, Encoder, Error, SendBuf, SendError};
+/// use fdwire::{Error, SendError, codec::{Codec, DryRun, Encoder, SendBuf}};
 ///
 /// /// A line of text, and maybe a descriptor with its first byte.
 /// struct Lines;

@@ -62,7 +62,7 @@ impl<F> FdQueue<F> {
     /// the missing ones were lost.
     ///
     /// ```
-    /// use fdwire::{Error, FdQueue};
+    /// use fdwire::{Error, codec::FdQueue};
     ///
     /// let mut fds = FdQueue::from_iter([7, 8, 9]);
     /// assert_eq!(&fds.claim(2)?[..], [7, 8]);

@@ -21,6 +21,7 @@ mod model;
 mod packet_codec;
 #[cfg(test)]
 mod parts;
+#[cfg(feature = "tokio-util")]
 mod payload;
 mod pieces;
 mod plan;
@@ -40,6 +41,7 @@ pub use frame_codec::FrameCodec;
 pub(crate) use inbound::{Inbound, Step, Unfinished};
 pub use map::Map;
 pub use packet_codec::PacketCodec;
+#[cfg(feature = "tokio-util")]
 pub use payload::{PayloadCodec, PayloadError};
 pub use send_buf::SendBuf;
 
@@ -80,7 +82,7 @@ pub trait Codec {
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use std::{fs::File, os::fd::OwnedFd};
     ///
-    /// use fdwire::{Codec, Error, Frame, FrameCodec, Framed, Socket, SocketKind};
+    /// use fdwire::{Error, Frame, FrameCodec, Framed, Socket, SocketKind, codec::Codec};
     /// use futures::{SinkExt, StreamExt};
     ///
     /// let files = |name: &'static str| {
@@ -142,7 +144,7 @@ pub enum Grouping {
 ///
 /// ```
 /// use bytes::{Buf, BytesMut};
-/// use fdwire::{Codec, Decoder, Error, FdQueue};
+/// use fdwire::{Error, codec::{Codec, Decoder, FdQueue}};
 ///
 /// /// One letter a message; `F` comes with a descriptor.
 /// struct Letters;

@@ -21,7 +21,7 @@ use crate::{
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use fdwire::{Frame, Framed, PacketCodec, Socket, SocketKind};
+/// use fdwire::{Frame, Framed, Socket, SocketKind, codec::PacketCodec};
 /// use futures::{SinkExt, StreamExt};
 ///
 /// let (a, b) = Socket::pair(SocketKind::SeqPacket)?;

@@ -15,7 +15,7 @@ use crate::{
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use fdwire::{Fds, Framed, FrameCodec, PayloadCodec, SendFd, Socket, SocketKind};
+/// use fdwire::{Fds, FrameCodec, Framed, SendFd, Socket, SocketKind, codec::PayloadCodec};
 /// use futures::{SinkExt, StreamExt};
 /// use tokio_util::codec::LinesCodec;
 ///

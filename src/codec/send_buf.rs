@@ -146,7 +146,7 @@ impl<F> SendBuf<F> {
     /// - [`announce_length`](Self::announce_length) counts for the part that is being written.
     ///
     /// ```
-    /// use fdwire::SendBuf;
+    /// use fdwire::codec::SendBuf;
     ///
     /// /// A request, and behind it a byte for each of its descriptors, as OpenSSH wants them.
     /// fn encode(request: &[u8], fds: [i32; 2], dst: &mut SendBuf<i32>) {

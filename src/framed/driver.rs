@@ -13,7 +13,7 @@ use super::{
 use crate::{codec::Codec, transport::Sending};
 
 /// Sends the messages that [`Sender`](crate::Sender)s accept. It is a future, to be spawned, made
-/// by [`WriteHalf::into_sender`](crate::WriteHalf::into_sender).
+/// by [`WriteHalf::into_sender`](crate::framed::WriteHalf::into_sender).
 ///
 /// It resolves when all senders are dropped and everything is sent, or when sending has failed. It
 /// gives the [`WriteHalf`] back, with everything that was accepted and not sent. After a failure,

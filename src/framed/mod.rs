@@ -15,20 +15,23 @@ use std::{
 };
 
 use bytes::BytesMut;
-use futures::{Sink, Stream};
+use futures_core::Stream;
+use futures_sink::Sink;
 
 pub use driver::SendDriver;
 pub(crate) use outbound::Outbound;
 pub use read::ReadHalf;
-pub use sender::{SendPermit, Sender};
+pub use sender::{SendPermit, Sender, TrySendError};
 pub use write::{Permit, WriteHalf};
+
+pub use crate::transport::{FramedParts, Unsent};
 
 use crate::{
     codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
     credentials::Credentials,
     error::{Error, SendError},
     socket::Socket,
-    transport::{FramedParts, Receiving, Senders, Sending, Unsent},
+    transport::{Receiving, Senders, Sending},
 };
 
 /// A connection over one socket: a [`Stream`] and [`Sink`] of messages with descriptors.
@@ -64,6 +67,7 @@ use crate::{
 /// `send_all` of [`SinkExt`](futures::SinkExt) lose the item and close its descriptors if they are
 /// dropped before they took it. If an item must not be lost, call `reserve` first.
 #[derive(Debug)]
+#[must_use = "a connection ends when it is dropped"]
 pub struct Framed<D, E = D> {
     read: ReadHalf<D>,
     write: WriteHalf<E>,

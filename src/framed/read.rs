@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::BytesMut;
-use futures::Stream;
+use futures_core::Stream;
 use tokio::{
     task::coop,
     time::{Instant, Sleep},
@@ -32,6 +32,7 @@ use crate::{
 /// # Cancel safety
 /// `next()` can be dropped at any await and called again: nothing is lost.
 #[derive(Debug)]
+#[must_use = "a stream receives nothing unless it is polled"]
 pub struct ReadHalf<D> {
     decoder: D,
     receiver: Receiver,
@@ -69,7 +70,7 @@ impl<D> ReadHalf<D> {
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// use fdwire::{Frame, FrameCodec, Framed, PassCredentials, Socket, SocketKind};
+    /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind, socket::PassCredentials};
     /// use futures::{SinkExt, StreamExt};
     ///
     /// let (a, b) = Socket::pair(SocketKind::Stream)?;

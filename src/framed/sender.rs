@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use super::{SendDriver, WriteHalf, shared::Shared};
 use crate::{
@@ -7,18 +7,18 @@ use crate::{
 };
 
 /// Sends messages over one socket from many tasks. Made by
-/// [`WriteHalf::into_sender`](crate::WriteHalf::into_sender); clone it for each task.
+/// [`WriteHalf::into_sender`](crate::framed::WriteHalf::into_sender); clone it for each task.
 ///
-/// A message is encoded into a common queue at once. The [`SendDriver`](crate::SendDriver), which
-/// has to be spawned, sends all waiting messages together. So many tasks with a message each cost
-/// one or two system calls, not one each. The messages of one task arrive in their order.
+/// A message is encoded into a common queue at once. The [`SendDriver`](crate::framed::SendDriver),
+/// which has to be spawned, sends all waiting messages together. So many tasks with a message each
+/// cost one or two system calls, not one each. The messages of one task arrive in their order.
 ///
 /// While the queue is at its [limits](Codec::limits), senders wait for room, first come, first
 /// served.
 ///
 /// After sending has failed, or the driver is gone ([`Error::Closed`]), each item comes back in the
 /// [`SendError`]. Items that were accepted before and not sent are in the
-/// [`WriteHalf`](crate::WriteHalf) that the driver resolves to.
+/// [`WriteHalf`](crate::framed::WriteHalf) that the driver resolves to.
 ///
 /// If the kernel refuses a descriptor, sending fails for **all** senders of the connection. It
 /// refuses io_uring descriptors (`EINVAL`), and every descriptor if the peer
@@ -73,7 +73,7 @@ impl<E> Sender<E> {
     /// are sent without it too.
     ///
     /// # Errors
-    /// If sending has failed, as for [`WriteHalf::flush`](crate::WriteHalf::flush).
+    /// If sending has failed, as for [`WriteHalf::flush`](crate::framed::WriteHalf::flush).
     /// [`Error::Closed`] if the driver is gone.
     ///
     /// # Cancel safety
@@ -102,6 +102,35 @@ impl<E: Codec> Sender<E> {
         E: Encoder<I>,
     {
         self.shared.slot().await.accept(item)
+    }
+
+    /// Accepts the item for sending if there is room for it at once.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind, framed::TrySendError};
+    ///
+    /// # let (a, b) = Socket::pair(SocketKind::SeqPacket)?;
+    /// # let (sender, driver) = Framed::new(a, FrameCodec::default()).into_split().1.into_sender();
+    /// # let driver = tokio::spawn(driver);
+    /// match sender.try_send(Frame::new("statistics")) {
+    ///     Err(TrySendError::Full(_frame)) => {} // the peer is slow: leave it out
+    ///     sent => sent?,
+    /// }
+    /// # drop(b); Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`TrySendError::Full`] if the queue is at its limits, or if other senders wait for room.
+    /// Otherwise as for [`send`](Self::send).
+    pub fn try_send<I>(&self, item: I) -> Result<(), TrySendError<I, E::Error>>
+    where
+        E: Encoder<I>,
+    {
+        match self.shared.try_slot() {
+            Some(slot) => slot.accept(item).map_err(TrySendError::Failed),
+            None => Err(TrySendError::Full(item)),
+        }
     }
 
     /// Waits for room for one message. [`SendPermit::send`] then takes the message at once, so a
@@ -144,6 +173,41 @@ impl<E> Clone for Sender<E> {
 impl<E> Drop for Sender<E> {
     fn drop(&mut self) {
         self.shared.remove_sender();
+    }
+}
+
+/// The error of [`Sender::try_send`].
+pub enum TrySendError<I, E = Error> {
+    /// There is no room for the item at the moment. It comes back.
+    Full(I),
+    /// The item was refused, or sending has ended: the error that [`Sender::send`] gives.
+    Failed(SendError<I, E>),
+}
+
+impl<I, E: fmt::Debug> fmt::Debug for TrySendError<I, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Full(_) => f.write_str("Full"),
+            Self::Failed(error) => f.debug_tuple("Failed").field(error).finish(),
+        }
+    }
+}
+
+impl<I, E: fmt::Display> fmt::Display for TrySendError<I, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Full(_) => f.write_str("the queue of messages to be sent is full"),
+            Self::Failed(error) => error.fmt(f),
+        }
+    }
+}
+
+impl<I, E: std::error::Error> std::error::Error for TrySendError<I, E> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Full(_) => None,
+            Self::Failed(error) => error.source(),
+        }
     }
 }
 

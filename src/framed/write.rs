@@ -5,7 +5,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use futures::Sink;
+use futures_sink::Sink;
 
 use super::outbound::Outbound;
 use crate::{

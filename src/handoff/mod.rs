@@ -17,6 +17,12 @@
 //! dispatcher with two workers and three connections while one worker crashes, one hangs, a socket fails and a worker refuses, in each
 //! order (3,017,619 states).
 //!
+//! A connection waits longest at a worker that has stopped. The worker is pinged after at most one
+//! [`ping_interval`](DispatcherBuilder::ping_interval), and is cut off when the ping has been
+//! unanswered for the [`hang_timeout`](DispatcherBuilder::hang_timeout): then the connection goes
+//! to another worker, 6 s after it was offered with the defaults. It takes longer if that worker
+//! stops, too, or if [too many](DispatcherBuilder::max_fences) hang at a time.
+//!
 //! # Words
 //!
 //! | word | meaning |

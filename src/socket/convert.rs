@@ -5,12 +5,9 @@ use std::{
     os::{fd::OwnedFd, unix},
 };
 
-use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
-
 use super::{
     Listener, Socket, SocketKind,
     check::{connected, invalid_descriptor},
-    open::set_nonblocking,
 };
 
 /// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other
@@ -50,14 +47,6 @@ impl TryFrom<tokio::net::UnixStream> for Socket {
     }
 }
 
-impl TryFrom<UnixSeqpacket> for Socket {
-    type Error = Error;
-
-    fn try_from(seqpacket: UnixSeqpacket) -> Result<Self> {
-        OwnedFd::from(seqpacket).try_into()
-    }
-}
-
 /// # Errors
 /// `InvalidInput` if the socket is not of kind [`SocketKind::Stream`]. It is closed then.
 impl TryFrom<Socket> for unix::net::UnixStream {
@@ -85,24 +74,6 @@ impl TryFrom<Socket> for tokio::net::UnixStream {
     }
 }
 
-/// Makes the socket non-blocking, for every holder.
-///
-/// # Errors
-/// `InvalidInput` if the socket is not of kind [`SocketKind::SeqPacket`]. It is closed then.
-impl TryFrom<Socket> for UnixSeqpacket {
-    type Error = Error;
-
-    fn try_from(socket: Socket) -> Result<Self> {
-        match socket.kind() {
-            SocketKind::SeqPacket => {
-                set_nonblocking(&socket, true)?;
-                OwnedFd::from(socket).try_into()
-            }
-            SocketKind::Stream => Err(invalid_descriptor("it is SOCK_STREAM, SOCK_SEQPACKET is expected")),
-        }
-    }
-}
-
 impl TryFrom<unix::net::UnixListener> for Listener {
     type Error = Error;
 
@@ -116,13 +87,5 @@ impl TryFrom<tokio::net::UnixListener> for Listener {
 
     fn try_from(listener: tokio::net::UnixListener) -> Result<Self> {
         listener.into_std()?.try_into()
-    }
-}
-
-impl TryFrom<UnixSeqpacketListener> for Listener {
-    type Error = Error;
-
-    fn try_from(listener: UnixSeqpacketListener) -> Result<Self> {
-        OwnedFd::from(listener).try_into()
     }
 }

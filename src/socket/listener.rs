@@ -140,7 +140,7 @@ impl Listener {
     ///
     /// ```no_run
     /// # fn main() -> std::io::Result<()> {
-    /// use fdwire::{Listener, SocketKind, UidLimits};
+    /// use fdwire::{Listener, SocketKind, socket::UidLimits};
     ///
     /// let limits = UidLimits::default().max_connections(10);
     /// let listener = Listener::bind("/run/app.sock", SocketKind::SeqPacket)?.limit_each_uid(limits);

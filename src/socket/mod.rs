@@ -16,9 +16,12 @@ mod pass_credentials;
 mod path;
 mod receive;
 mod send;
+#[cfg(feature = "tokio-seqpacket")]
+mod seqpacket;
 mod uid_account;
 
 use std::{
+    fmt,
     io::{ErrorKind, Result},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -46,6 +49,8 @@ pub(crate) use path::PathGuard;
 pub(crate) use send::SendWait;
 pub use uid_account::UidLimits;
 
+pub use crate::credentials::Credentials;
+
 use crate::{backoff::Backoff, closer::BackgroundFd, sys};
 
 /// The kind of a connected Unix socket.
@@ -59,6 +64,16 @@ pub enum SocketKind {
     SeqPacket,
     /// A socket of type `SOCK_STREAM`: connected, in order, a stream of bytes.
     Stream,
+}
+
+impl fmt::Display for SocketKind {
+    /// Writes the name of the type as in socket(2): `SOCK_SEQPACKET` or `SOCK_STREAM`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SeqPacket => "SOCK_SEQPACKET",
+            Self::Stream => "SOCK_STREAM",
+        })
+    }
 }
 
 /// A connected Unix socket of either kind, registered with tokio.

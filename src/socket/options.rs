@@ -1,6 +1,7 @@
 //! The peer of a socket, and its options.
 
 use std::{
+    fmt,
     io::Result,
     net::Shutdown,
     os::fd::{AsFd, OwnedFd},
@@ -9,6 +10,7 @@ use std::{
 use nix::sys::socket::{getsockopt, sockopt};
 
 use super::{PassCredentials, Socket, SocketKind};
+use crate::credentials::write_process;
 
 /// The process at the other end, as it was when it called `connect`, `listen` or `socketpair`
 /// (`SO_PEERCRED`, unix(7)).
@@ -30,6 +32,13 @@ impl PeerCred {
     pub(super) fn of(socket: &impl AsFd) -> Result<Self> {
         let cred = getsockopt(socket, sockopt::PeerCredentials)?;
         Ok(Self { uid: cred.uid(), gid: cred.gid(), pid: Some(cred.pid()).filter(|&pid| pid != 0) })
+    }
+}
+
+impl fmt::Display for PeerCred {
+    /// Writes the ids, for example `process 812 of uid 1000, gid 1000`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_process(f, self.pid, self.uid, self.gid)
     }
 }
 
@@ -100,7 +109,7 @@ impl Socket {
 
     /// Chooses what is reported about the process that sends a message, in
     /// [`Framed::credentials`](crate::Framed::credentials) and
-    /// [`ReadHalf::credentials`](crate::ReadHalf::credentials). The default is
+    /// [`ReadHalf::credentials`](crate::framed::ReadHalf::credentials). The default is
     /// [`PassCredentials::No`], on accepted, inherited and converted sockets too.
     ///
     /// Call it before the first receive. The sender is not known for messages that were received

@@ -18,7 +18,7 @@ pub enum PassCredentials {
     /// No report.
     #[default]
     No,
-    /// The ids of the process: [`Credentials`](crate::Credentials) without a pidfd.
+    /// The ids of the process: [`Credentials`](crate::socket::Credentials) without a pidfd.
     Ids,
     /// The ids and a pidfd of the process, which takes a descriptor for each receive (Linux 6.5).
     IdsAndPidfd,

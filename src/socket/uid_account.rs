@@ -19,7 +19,7 @@ use crate::{closer::Account, error::Error, limits::SCM_MAX_FD};
 /// them, so that other uids get their part.
 ///
 /// ```
-/// use fdwire::UidLimits;
+/// use fdwire::socket::UidLimits;
 ///
 /// let limits = UidLimits::default().max_connections(64).max_bytes(16 << 20);
 /// # let _ = limits;

@@ -10,7 +10,7 @@ use crate::codec::SendBuf;
 /// ```
 /// use bytes::BufMut;
 ///
-/// let mut dst = fdwire::SendBuf::<i32>::new();
+/// let mut dst = fdwire::codec::SendBuf::<i32>::new();
 /// dst.put_u16(7);
 /// dst.put_u32_le(1);
 /// assert_eq!(&dst.into_parts().0[..], [0, 7, 1, 0, 0, 0]);

@@ -9,8 +9,8 @@ use nix::{libc, sys::stat::fstat};
 
 use crate::credentials::Credentials;
 
-/// Returns `None` if the kernel does not know the sender. It then reports process 0 and the overflow
-/// ids, for example for all messages that were sent before credentials were switched on.
+/// Returns `None` if the kernel does not know the sender. It then reports process 0 and the
+/// overflow ids, for example for all messages that were sent before credentials were switched on.
 pub(super) fn from_kernel(sender: libc::ucred, pidfd: Option<OwnedFd>) -> Option<Credentials> {
     let libc::ucred { pid, uid, gid } = sender;
     let pid = (pid != 0).then_some(pid);

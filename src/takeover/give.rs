@@ -25,7 +25,11 @@ use super::{
     protocol::{AbortReason, FromTaker, GiverCodec, MAX_MESSAGE_FDS, Refusal, ToTaker},
     shared::{Command, Gift, Shared},
 };
-use crate::{Error, Framed, ReadHalf, SendFd, Socket, WriteHalf, sys};
+use crate::{
+    Error, Framed, SendFd, Socket,
+    framed::{ReadHalf, WriteHalf},
+    sys,
+};
 
 /// The longest time for which a last message is kept for a peer that does not read.
 const LAST_WORD: Duration = Duration::from_secs(1);
@@ -55,8 +59,10 @@ pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
     while link.take_steps(&mut commands).await {
         link.turn(&mut commands).await;
     }
-    let Giving { giver, shared, leash: Some(leash), .. } = link else { return };
-    if !giver.is_serving() {
+    let leash = link.leash.take().filter(|_| !link.giver.is_serving());
+    let shared = Arc::clone(&link.shared);
+    drop(link); // ends the connection
+    if let Some(leash) = leash {
         leash.must_leave().await;
         shared.status.send_modify(|status| status.must_leave = true);
         std::future::pending::<()>().await; // the leash tells that this process still runs

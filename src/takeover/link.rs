@@ -9,7 +9,10 @@ use super::{
     protocol::{FromTaker, TakerCodec, ToTaker},
     taker::{Taker, TakerLimits, TakerStep},
 };
-use crate::{Error, Framed, ReadHalf, Socket, WriteHalf};
+use crate::{
+    Error, Framed, Socket,
+    framed::{ReadHalf, WriteHalf},
+};
 
 /// A [`Taker`] with its connection.
 #[derive(Debug)]

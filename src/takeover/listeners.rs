@@ -1,7 +1,7 @@
 //! The named listeners of a server.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fmt,
     net::{SocketAddr, TcpListener, UdpSocket},
     os::fd::{AsFd, OwnedFd},
@@ -90,9 +90,12 @@ impl Listeners {
     /// - **Server::Starter**, also known as `start_server` (`SERVER_STARTER_PORT`), without names.
     ///
     /// A socket that was passed for the name has to be of this type and at this address; port 0 is
-    /// any port. If none was, one at exactly this address is taken, whatever its name is. The
-    /// inherited number becomes `/dev/null`, so that programs which this process starts have no
-    /// copy. What is not adopted stays as it is, for example descriptors from systemd's store.
+    /// any port. If none was, one at exactly this address is taken, whatever its name is. What is
+    /// not adopted stays as it is, for example descriptors from systemd's store.
+    ///
+    /// The inherited number becomes `/dev/null` in [`Server::bind`](super::Server::bind) and
+    /// [`bind_or_take`](super::bind_or_take), so that programs which this process starts later have
+    /// no copy. Until then, dropping this value changes nothing.
     ///
     /// The manager keeps its own copy. It owns the path of a Unix socket, which stays as it is when
     /// the server ends.
@@ -120,7 +123,7 @@ impl Listeners {
     /// type, or at another address. [`Error::Io`] with `EMFILE` if there is no descriptor left.
     pub fn adopt(&mut self, name: impl Into<String>, kind: Kind, address: &Address) -> Result<bool, Error> {
         let name = name.into();
-        let passed = passed::take(&name, self.next_index(&name), kind, address)?;
+        let passed = passed::copy((&name, self.next_index(&name)), kind, address, &self.cookies())?;
         passed.map_or(Ok(false), |fd| self.add(name, fd).map(|()| true))
     }
 
@@ -206,6 +209,11 @@ impl Listeners {
         let cookie = cookie_of(fd.as_fd())?;
         set_nonblocking(&fd)?;
         self.insert(Entry { identity, cookie, fd: Arc::new(fd), guard })
+    }
+
+    /// Returns the numbers that are the same for all copies of the listeners.
+    pub(super) fn cookies(&self) -> BTreeSet<u64> {
+        self.entries.iter().map(|entry| entry.cookie).collect()
     }
 
     fn next_index(&self, name: &str) -> u32 {

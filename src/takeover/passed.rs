@@ -12,50 +12,59 @@ use super::{
     inspect::{cookie_of, difference, identity_of},
     protocol::{Address, Family, Identity, Kind},
 };
-use crate::socket::{Passed, passed};
+use crate::socket::passed;
 
-/// Takes the listener that a manager has passed for this name or, if none has the name, at this
-/// address. Returns `None` if there is none.
+/// Copies the listener that a manager has passed for this name or, if none has the name, at this
+/// address. Returns `None` if there is none but those that are `adopted` already.
+///
+/// The number keeps its socket until [`close_copies`]: if something else fails, it can be adopted
+/// again.
 ///
 /// # Errors
 /// [`Error::Mismatch`] if sockets were passed for the name, and none of them is of this type at
 /// this address.
-pub(super) fn take(name: &str, index: u32, kind: Kind, address: &Address) -> Result<Option<OwnedFd>, Error> {
+pub(super) fn copy(
+    (name, index): (&str, u32),
+    kind: Kind,
+    address: &Address,
+    adopted: &BTreeSet<u64>,
+) -> Result<Option<OwnedFd>, Error> {
     let mut mismatch = None;
     let mut unnamed = None;
     for passed in passed() {
-        let Some(found) = passed.look_at(|fd| identity_of(name.to_owned(), index, fd.as_fd())) else { continue };
+        let look = |fd: OwnedFd| Ok((identity_of(name.to_owned(), index, fd.as_fd())?, cookie_of(fd.as_fd())?, fd));
+        let Some((found, cookie, fd)) = passed.look_at(look) else { continue };
+        if adopted.contains(&cookie) {
+            continue;
+        }
         let is_named = passed.name.as_deref() == Some(name);
         match difference(expected(&found, kind, address), found.clone(), (0, 0)) {
-            Ok(()) if is_named => return adopt(&passed, &found).map(Some),
+            Ok(()) if is_named => return Ok(Some(fd)),
             // Without a name, any port would be any socket.
-            Ok(()) if found.address == *address => unnamed = unnamed.or(Some((passed, found))),
+            Ok(()) if found.address == *address => unnamed = unnamed.or(Some(fd)),
             Err(difference) if is_named => mismatch = mismatch.or(Some((found, difference))),
             _ => {}
         }
     }
-    match (mismatch, unnamed) {
-        (Some((found, mismatch)), _) => Err(Error::Mismatch { identity: Box::new(found), mismatch }),
-        (None, Some((passed, found))) => adopt(&passed, &found).map(Some),
-        (None, None) => Ok(None),
+    match mismatch {
+        Some((found, mismatch)) => Err(Error::Mismatch { identity: Box::new(found), mismatch }),
+        None => Ok(unnamed),
     }
 }
 
-fn adopt(passed: &Passed, found: &Identity) -> Result<OwnedFd, Error> {
-    let fd = passed.take()?;
-    debug!(number = passed.number, listener = %found, "adopted a listener of the process manager");
-    Ok(fd)
-}
-
-/// Closes what a manager has passed and came from the running server as well. Otherwise programs
-/// that this process starts would have copies.
-pub(super) fn close_copies(taken: &BTreeSet<u64>) {
+/// Closes what a manager has passed and this process has by other numbers as well, adopted or from
+/// the running server. Otherwise programs that this process starts would have copies.
+pub(super) fn close_copies(ours: &BTreeSet<u64>) {
     for passed in passed() {
         let cookie = passed.look_at(|fd| cookie_of(fd.as_fd()));
-        if cookie.is_some_and(|cookie| taken.contains(&cookie))
-            && let Err(error) = passed.take()
-        {
-            warn!(number = passed.number, %error, "a listener of the process manager stays open for child processes");
+        if !cookie.is_some_and(|cookie| ours.contains(&cookie)) {
+            continue;
+        }
+        match passed.take() {
+            Ok(_) => debug!(number = passed.number, "the process manager's listener has another number now"),
+            Err(error) => {
+                warn!(number = passed.number, %error, "a listener of the process manager stays open for child processes");
+            }
         }
     }
 }

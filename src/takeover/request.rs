@@ -16,7 +16,7 @@ use super::{
     inspect::compare,
     link::{Came, Link, now},
     listeners::{Entry, Listeners},
-    predecessor,
+    passed, predecessor,
     protocol::{Identity, Offered, ToTaker},
     shared::{Control, Shared},
     taker::TakerStep,
@@ -143,11 +143,6 @@ impl Pending {
         self.serve(Some(link).filter(|_| !is_confirmed))
     }
 
-    /// Returns the numbers that are the same for all copies of the listeners.
-    pub(super) fn cookies(&self) -> BTreeSet<u64> {
-        self.listeners.entries.iter().map(|entry| entry.cookie).collect()
-    }
-
     /// For the first process at a path.
     fn serve_first(self) -> Result<Server, Error> {
         let Self { options, path, mut listeners, declined, lock, .. } = self;
@@ -196,6 +191,11 @@ impl Pending {
             generations: Generations::default(),
             lock: None,
         }
+    }
+
+    /// Closes what a process manager has passed and is here as well.
+    pub(super) fn close_passed_copies(&self) {
+        passed::close_copies(&self.listeners.cookies());
     }
 
     /// For the first process at a path.

@@ -20,6 +20,7 @@ use super::{
     Accepts, Error, Gated, Generation, Listeners, Options,
     generations::Generations,
     give::give,
+    passed,
     protocol::Identity,
     shared::{Baton, Command, Control, Shared, Status, UpCommand},
 };
@@ -99,6 +100,7 @@ impl Server {
         let guard = PathGuard::take(path.as_ref())?;
         let path = guard.path().to_owned();
         let control = Control::bind(guard, options.mode)?;
+        passed::close_copies(&listeners.cookies());
         let shared = Shared::new(options, path, listeners, Some(control), false);
         Ok(Self::start(Arc::new(shared), None::<Ready<()>>))
     }

@@ -4,7 +4,7 @@ use std::{io::ErrorKind, path::Path, time::Duration};
 
 use tokio::time::{Instant, sleep};
 
-use super::{Error, Listeners, Options, Pending, passed, request};
+use super::{Error, Listeners, Options, Pending, request};
 use crate::socket::PathGuard;
 
 /// The time between two attempts while a process that has died is on its way out.
@@ -55,13 +55,13 @@ pub async fn bind_or_take(
     let path = path.as_ref();
     let until = Instant::now() + options.lock_timeout;
     loop {
-        let error = match request(path, options.clone()).await {
-            Err(error) if is_absent(&error) => match bind_first(path, &options, &mut bind) {
-                Ok(pending) => return Ok(pending),
-                Err(error) => error,
-            },
+        let started = match request(path, options.clone()).await {
+            Err(error) if is_absent(&error) => bind_first(path, &options, &mut bind),
+            requested => requested,
+        };
+        let error = match started {
             Ok(pending) => {
-                passed::close_copies(&pending.cookies());
+                pending.close_passed_copies();
                 return Ok(pending);
             }
             Err(error) => error,

@@ -25,8 +25,8 @@ pub struct FramedParts<D, E = D, S = Socket> {
     pub received_fds: FdQueue<OwnedFd>,
     /// The bytes and descriptors that were accepted and not sent. Everything that you append
     /// becomes one more message when the parts are put together again, with the
-    /// [grouping](crate::Codec::grouping) of the encoder. If no call can carry that message, the
-    /// sending direction has failed from then on.
+    /// [grouping](crate::codec::Codec::grouping) of the encoder. If no call can carry that message,
+    /// the sending direction has failed from then on.
     pub unsent: SendBuf,
     /// The state of each direction: an end or a failure is kept.
     pub(crate) receiving: Receiving,

@@ -152,7 +152,8 @@ impl ReceiveSide {
 
     /// Ends the direction after an error: closes everything that has arrived.
     pub(crate) fn fail(&mut self, socket: Endpoint<'_>) {
-        // Nothing of the direction is left: neither bytes, nor descriptors, nor the charge for them.
+        // Nothing of the direction is left: neither bytes, nor descriptors, nor the charge for
+        // them.
         self.state = Receiving::Over;
         self.inbound.end();
         self.inbound.bytes.clear();

@@ -1,3 +1,5 @@
+use std::fmt;
+
 /// The amount that a connection has accepted and not sent.
 ///
 /// ```
@@ -20,6 +22,12 @@ pub struct Unsent {
     pub bytes: usize,
     /// The number of descriptors.
     pub fds: usize,
+}
+
+impl fmt::Display for Unsent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes and {} descriptors", self.bytes, self.fds)
+    }
 }
 
 impl Unsent {

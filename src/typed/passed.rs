@@ -49,7 +49,7 @@ pub struct Passed<T: Passable> {
 /// ```
 /// use std::{fs::File, os::fd::OwnedFd};
 ///
-/// use fdwire::{FdMismatch, FdPolicy, typed::Passable};
+/// use fdwire::{fd_policy::{FdMismatch, FdPolicy}, typed::Passable};
 ///
 /// /// A regular file that is open for reading only.
 /// struct Input(File);

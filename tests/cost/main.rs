@@ -17,7 +17,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use fdwire::{Frame, FrameCodec, Framed, ReadHalf, SendFd, Sender, Socket, SocketKind, WriteHalf};
+use fdwire::{
+    Frame, FrameCodec, Framed, SendFd, Sender, Socket, SocketKind,
+    framed::{ReadHalf, WriteHalf},
+};
 use futures::{SinkExt, TryStreamExt};
 use tokio::{
     sync::mpsc,

@@ -15,7 +15,8 @@ use std::{
 
 use bytes::{Buf, BufMut, BytesMut};
 use fdwire::{
-    Codec, Decoder, DryRun, Encoder, Error, FdQueue, Framed, Listener, SendBuf, SendError, SendFd, Socket, SocketKind,
+    Error, Framed, Listener, SendError, SendFd, Socket, SocketKind,
+    codec::{Codec, Decoder, DryRun, Encoder, FdQueue, SendBuf},
     takeover::{self, Listeners, Options, Server},
 };
 use futures::{SinkExt, TryStreamExt};

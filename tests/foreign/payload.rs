@@ -8,8 +8,8 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use fdwire::{
-    Codec, Error, Fds, Frame, FrameCodec, Framed, Limits, PacketCodec, PayloadCodec, PayloadError, SendError, Socket,
-    SocketKind,
+    Error, Fds, Frame, FrameCodec, Framed, Limits, SendError, Socket, SocketKind,
+    codec::{Codec, PacketCodec, PayloadCodec, PayloadError},
 };
 use futures::{SinkExt, StreamExt, TryStreamExt, stream};
 use tokio_util::codec::{LengthDelimitedCodec, LinesCodec, LinesCodecError};
@@ -136,8 +136,8 @@ fn frame_of(job: Job) -> Result<Frame, SendError<Job>> {
 fn messages_as_values_of_ones_own() {
     async fn check<C>(codec: C, kind: SocketKind)
     where
-        C: fdwire::Decoder<Item = Job> + fdwire::Encoder<Job, Error = Error> + Clone,
-        <C as fdwire::Decoder>::Error: std::fmt::Debug,
+        C: fdwire::codec::Decoder<Item = Job> + fdwire::codec::Encoder<Job, Error = Error> + Clone,
+        <C as fdwire::codec::Decoder>::Error: std::fmt::Debug,
     {
         let (a, b) = Socket::pair(kind).unwrap();
         let (mut a, mut b) = (Framed::new(a, codec.clone()), Framed::new(b, codec));

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use fdwire::{Datagram, DatagramSocket, PassCredentials, systemd::Notifier};
+use fdwire::{
+    socket::{Datagram, DatagramSocket, PassCredentials},
+    systemd::Notifier,
+};
 
 use crate::{
     Daemon,

@@ -2,8 +2,8 @@
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
-    Codec, Decoder, Encoder, Error, FdQueue, Frame, FrameCodec, Framed, Grouping, PacketCodec, SendBuf, SendError,
-    Socket, SocketKind,
+    Error, Frame, FrameCodec, Framed, SendError, Socket, SocketKind,
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, PacketCodec, SendBuf},
 };
 use futures::{SinkExt, StreamExt, TryStreamExt};
 

@@ -10,8 +10,8 @@ use std::{
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
-    Codec, Decoder, Encoder, Error, FdQueue, Fds, Framed, Grouping, Listener, SendBuf, SendError, SendFd, Socket,
-    SocketKind,
+    Error, Fds, Framed, Listener, SendError, SendFd, Socket, SocketKind,
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
     takeover::{self, Listeners, Options, Server},
 };
 use futures::{SinkExt, TryStreamExt};

@@ -11,12 +11,13 @@ use std::{
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
-    Codec, DatagramSocket, Decoder, Error, FdQueue, Fds, Frame, FrameCodec, Framed, Listener, PacketCodec, SendError,
-    SendFd, Socket, SocketKind,
+    Error, Fds, Frame, FrameCodec, Framed, Listener, SendError, SendFd, Socket, SocketKind,
+    codec::{Codec, Decoder, FdQueue, PacketCodec},
     handoff::{
         Address, Incoming, Transport,
         protocol::{DispatcherCodec, FromWorker, Offer, ToWorker, VERSION},
     },
+    socket::DatagramSocket,
 };
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use nix::sys::socket::{setsockopt, sockopt};

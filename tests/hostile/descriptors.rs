@@ -7,7 +7,10 @@ use std::{
 };
 
 use bytes::{Buf, BytesMut};
-use fdwire::{Codec, Decoder, Error, FdQueue, FrameCodec, Framed, Socket, SocketKind};
+use fdwire::{
+    Error, FrameCodec, Framed, Socket, SocketKind,
+    codec::{Codec, Decoder, FdQueue},
+};
 use futures::StreamExt;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 

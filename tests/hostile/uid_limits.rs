@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use fdwire::{Error, FrameCodec, Framed, Listener, SocketKind, UidLimits};
+use fdwire::{Error, FrameCodec, Framed, Listener, SocketKind, socket::UidLimits};
 use futures::{FutureExt, StreamExt};
 use tokio::task::yield_now;
 

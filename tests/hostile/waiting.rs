@@ -3,7 +3,10 @@
 use std::{os::fd::OwnedFd, time::Duration};
 
 use bytes::BytesMut;
-use fdwire::{Codec, Decoder, Error, FdQueue, FrameCodec, Framed, Limits, Socket, SocketKind, blocking};
+use fdwire::{
+    Error, FrameCodec, Framed, Limits, Socket, SocketKind, blocking,
+    codec::{Codec, Decoder, FdQueue},
+};
 use futures::StreamExt;
 
 use crate::{

@@ -8,6 +8,7 @@ mod generations;
 mod http;
 mod intruders;
 mod listeners;
+mod namespaces;
 mod processes;
 mod supervisor;
 mod undo;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use fdwire::{
-    Datagram, DatagramSocket, PassCredentials,
+    socket::{Datagram, DatagramSocket, PassCredentials},
     systemd::Notifier,
     takeover::{self, Error, Listeners, Options},
 };

@@ -13,8 +13,10 @@ use std::{
 };
 
 use fdwire::{
-    Error, Frame, FrameCodec, Framed, FramedParts, Limits, PassCredentials, Socket, SocketKind,
+    Error, Frame, FrameCodec, Framed, Limits, Socket, SocketKind,
     blocking::{self, Listener},
+    framed::FramedParts,
+    socket::PassCredentials,
 };
 use futures::{SinkExt, TryStreamExt};
 use nix::sys::{
@@ -316,7 +318,7 @@ fn a_message_whose_encoder_panics_leaves_nothing_behind() {
     use std::panic::{AssertUnwindSafe, catch_unwind};
     without_runtime(|kind| {
         let (a, b) = blocking::Socket::pair(kind).unwrap();
-        let panics = fdwire::Codec::map(large(), Ok::<Frame, Error>, |frame: Frame| {
+        let panics = fdwire::codec::Codec::map(large(), Ok::<Frame, Error>, |frame: Frame| {
             assert_ne!(frame.payload, "panic", "on purpose");
             Ok(frame)
         });

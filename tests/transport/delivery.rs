@@ -1,7 +1,7 @@
 //! All frames arrive, whatever their sizes.
 
 use bytes::Bytes;
-use fdwire::{Error, Frame, FrameCodec, Framed, FramedParts, Socket};
+use fdwire::{Error, Frame, FrameCodec, Framed, Socket, framed::FramedParts};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt, stream};
 
 use crate::{
@@ -133,10 +133,10 @@ fn both_directions_at_once_do_not_wait_for_each_other() {
     counted(async |kind| {
         let (a, b) = framed_pair(kind);
         let ((mut a_rx, mut a_tx), (mut b_rx, mut b_tx)) = (a.into_split(), b.into_split());
-        let send = async |tx: &mut fdwire::WriteHalf<FrameCodec>| {
+        let send = async |tx: &mut fdwire::framed::WriteHalf<FrameCodec>| {
             tx.send_all(&mut stream::iter(mixed_frames(60).map(Ok))).await.unwrap();
         };
-        let receive = async |rx: &mut fdwire::ReadHalf<FrameCodec>| {
+        let receive = async |rx: &mut fdwire::framed::ReadHalf<FrameCodec>| {
             for n in 0..60 {
                 assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), vec![n; n as usize % 5]);
             }

@@ -8,7 +8,9 @@ use std::{
 };
 
 use fdwire::{
-    Codec, Encoder, Error, Frame, FrameCodec, Framed, FramedParts, PacketCodec, SendBuf, SendError, Socket, SocketKind,
+    Error, Frame, FrameCodec, Framed, SendError, Socket, SocketKind,
+    codec::{Codec, Encoder, PacketCodec, SendBuf},
+    framed::FramedParts,
 };
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
 use nix::{

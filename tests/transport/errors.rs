@@ -3,8 +3,9 @@
 use std::{collections::BTreeSet, io, os::fd::OwnedFd, process::Command, time::Duration};
 
 use fdwire::{
-    Codec, Error, Frame, FrameCodec, Limits, Listener, PacketCodec, PassCredentials, Socket, SocketKind, UidLimits,
-    blocking,
+    Error, Frame, FrameCodec, Limits, Listener, Socket, SocketKind, blocking,
+    codec::{Codec, PacketCodec},
+    socket::{PassCredentials, UidLimits},
 };
 use futures::future::LocalBoxFuture;
 

@@ -1,7 +1,10 @@
 //! Codecs whose limits are as small or as large as numbers can be.
 
 use bytes::{Buf, BytesMut};
-use fdwire::{Codec, Decoder, Error, FdQueue, Frame, FrameCodec, Framed, Limits, PacketCodec, Socket};
+use fdwire::{
+    Error, Frame, FrameCodec, Framed, Limits, Socket,
+    codec::{Codec, Decoder, FdQueue, PacketCodec},
+};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 
 use crate::{

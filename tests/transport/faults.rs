@@ -1,6 +1,6 @@
 //! Each fault of a peer is one error, and then the stream ends.
 
-use fdwire::{Error, Frame, FrameCodec, Framed, FramedParts, Limits, Socket, SocketKind};
+use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Socket, SocketKind, framed::FramedParts};
 use futures::{StreamExt, TryStreamExt};
 
 use crate::{

@@ -116,7 +116,7 @@ fn a_sink_waits_when_its_limits_are_reached() {
         let mut sent = 0;
         while timeout(Duration::ZERO, tx.feed(Frame::new(vec![0; 50_000]).with_fd(marked(sent)))).await.is_ok() {
             sent += 1;
-            let fdwire::Unsent { bytes, fds, .. } = tx.unsent();
+            let fdwire::framed::Unsent { bytes, fds, .. } = tx.unsent();
             assert!(bytes < (256 << 10) + 50_008 && fds <= 6);
         }
         let receive = async {

@@ -6,7 +6,10 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use fdwire::{Frame, FrameCodec, Framed, Limits, ReadHalf, SendDriver, Sender, Socket, SocketKind};
+use fdwire::{
+    Error, Frame, FrameCodec, Framed, Limits, SendError, Sender, Socket, SocketKind,
+    framed::{ReadHalf, SendDriver, TrySendError},
+};
 use futures::{StreamExt, TryStreamExt, future::join_all};
 use nix::{
     errno::Errno,
@@ -253,6 +256,38 @@ fn senders_that_give_up_waiting_hold_up_nobody() {
         check_marks(&mut rx, [9]).await;
         drop(sender);
         driver.await.unwrap();
+    });
+}
+
+#[test]
+fn an_item_that_finds_no_room_at_once_comes_back() {
+    counted(async |kind| {
+        let ((_read, sender, driver), mut rx) = narrow(kind, Limits::default().max_queued_bytes(5000));
+        let driver = tokio::spawn(driver);
+        let accepted = fill(&sender).await;
+        let Err(TrySendError::Full(item)) = sender.try_send(Frame::new("").with_fd(marked(7))) else {
+            panic!("there is room");
+        };
+        assert_eq!(marks(&item), [7]);
+
+        // Room belongs to the task that waits for it.
+        let waiting = tokio::spawn({
+            let sender = sender.clone();
+            async move { sender.send(Frame::new("").with_fd(marked(accepted))).await }
+        });
+        settle().await;
+        check_marks(&mut rx, 0..=accepted).await;
+        waiting.await.unwrap().unwrap();
+        sender.try_send(item).unwrap();
+        check_marks(&mut rx, [7]).await;
+
+        // After the end it comes back with the reason.
+        assert!(!sender.is_closed());
+        driver.abort();
+        settle().await;
+        assert!(sender.is_closed());
+        let refused = sender.try_send(Frame::new("").with_fd(marked(8))).unwrap_err();
+        assert!(matches!(refused, TrySendError::Failed(SendError { item: Some(_), error: Error::Closed })));
     });
 }
 

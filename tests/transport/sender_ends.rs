@@ -5,7 +5,10 @@ use std::{
     os::fd::{FromRawFd, OwnedFd},
 };
 
-use fdwire::{Codec, Encoder, Error, Frame, FrameCodec, Framed, Limits, SendBuf, SendError, Sender, Socket};
+use fdwire::{
+    Error, Frame, FrameCodec, Framed, Limits, SendError, Sender, Socket,
+    codec::{Codec, Encoder, SendBuf},
+};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use nix::{errno::Errno, libc};
 use tokio::task::JoinHandle;

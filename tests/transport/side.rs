@@ -2,7 +2,10 @@
 
 use std::{sync::mpsc, time::Duration};
 
-use fdwire::{Codec, Decoder, Encoder, Error, Frame, FrameCodec, Framed, SendError, Socket, SocketKind, blocking};
+use fdwire::{
+    Error, Frame, FrameCodec, Framed, SendError, Socket, SocketKind, blocking,
+    codec::{Codec, Decoder, Encoder},
+};
 use futures::{SinkExt, StreamExt};
 use tokio::sync::oneshot;
 

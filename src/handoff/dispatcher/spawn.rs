@@ -91,14 +91,19 @@ impl WorkerCommand {
         self.command.as_std().get_program().to_string_lossy().into_owned()
     }
 
+    /// # Errors
+    /// They have the name of the program.
     fn start(&mut self) -> io::Result<(Socket, Child)> {
+        self.try_start()
+            .map_err(|error| io::Error::new(error.kind(), format!("cannot start {}: {error}", self.program())))
+    }
+
+    fn try_start(&mut self) -> io::Result<(Socket, Child)> {
         let (ours, theirs) = Socket::pair(self.kind)?;
         let child = self.command.stdin(Stdio::from(OwnedFd::from(theirs))).spawn();
         // The command keeps what it was given. As long as the worker's end were open here, its death would not end the socket.
         self.command.stdin(Stdio::null());
-        let named =
-            |error: io::Error| io::Error::new(error.kind(), format!("cannot start {}: {error}", self.program()));
-        Ok((ours, child.map_err(named)?))
+        Ok((ours, child?))
     }
 }
 
@@ -115,8 +120,8 @@ impl Dispatcher {
     ///
     /// A program that speaks no hand-off is found out by what it does: it is killed after
     /// [`hello_timeout`](super::DispatcherBuilder::hello_timeout), or when it writes something else
-    /// to the socket. [`WorkerStats::last_exit`](super::WorkerStats::last_exit) and the log tell how
-    /// it ended.
+    /// to the socket. [`WorkerStats::last_exit`](super::WorkerStats::last_exit) and the log tell
+    /// how it ended.
     pub fn spawn_worker(&self, command: impl Into<WorkerCommand>) -> io::Result<WorkerId> {
         let _context = self.shared.runtime.enter();
         let mut command = command.into();

@@ -60,8 +60,8 @@ pub struct Stats {
     /// How long connections took from being accepted to being adopted.
     pub adoption_times: AdoptionTimes,
     /// How long [`serve`](super::Dispatcher::serve), or a caller of
-    /// [`reserve`](super::Dispatcher::reserve), has been waiting for a worker with room, now. As long
-    /// as it waits, `serve` accepts nothing.
+    /// [`reserve`](super::Dispatcher::reserve), has been waiting for a worker with room, now. As
+    /// long as it waits, `serve` accepts nothing.
     pub waits_for_place: Option<Duration>,
 }
 

@@ -26,14 +26,16 @@ const BUCKETS: usize = 22;
 pub struct AdoptionTimes([u64; BUCKETS]);
 
 impl AdoptionTimes {
-    /// Returns the buckets: the longest time that is counted in each, and the number of connections.
-    /// A bucket has none that the one before it counts. The last one has no longest time.
+    /// Returns the buckets: the longest time that is counted in each, and the number of
+    /// connections. A bucket has none that the one before it counts. The last one has no longest
+    /// time.
     pub fn buckets(&self) -> impl Iterator<Item = (Option<Duration>, u64)> {
         self.0.into_iter().enumerate().map(|(bucket, count)| (bound(bucket), count))
     }
 
-    /// Returns a time within which this share of the connections were adopted, at most twice as long
-    /// as the shortest such time. `None` if no connection was adopted, or if it took longer than 67 s.
+    /// Returns a time within which this share of the connections were adopted, at most twice as
+    /// long as the shortest such time. `None` if no connection was adopted, or if it took longer
+    /// than 67 s.
     pub fn quantile(&self, share: f64) -> Option<Duration> {
         let wanted = (self.0.iter().sum::<u64>() as f64 * share.clamp(0.0, 1.0)).ceil().max(1.0) as u64;
         let mut counted = 0;

@@ -27,8 +27,9 @@ use super::{
     protocol::{DispatcherCodec, FromWorker, Offer, ToWorker},
 };
 use crate::{
-    Decoder, Error, FdQueue, ReadHalf, SendFd, Socket,
-    framed::{Outbound, halves},
+    Error, SendFd, Socket,
+    codec::{Decoder, FdQueue},
+    framed::{Outbound, ReadHalf, halves},
     handoff::protocol::TolerantCodec,
     sys,
 };

@@ -16,7 +16,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use futures::Sink;
+use futures_sink::Sink;
 use nix::{
     errno::Errno,
     sys::socket::{MsgFlags, recv},
@@ -28,7 +28,8 @@ use task::Task;
 
 use super::{End, Settings, book::Book, headroom::Headroom};
 use crate::{
-    Error, Framed, Socket, WriteHalf, close_in_background,
+    Error, Framed, Socket, close_in_background,
+    framed::WriteHalf,
     handoff::{
         connection::{Connection, Prepared},
         protocol::{FromWorker, Offer, RejectReason, SalvagingCodec, ToWorker, WorkerCodec},

@@ -15,7 +15,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use futures::Stream;
+use futures_core::Stream;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 

@@ -3,7 +3,10 @@
 use bytes::BytesMut;
 
 use super::{FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer, ToWorker};
-use crate::{Codec, Decoder, Encoder, Error, FdQueue, Frame, FrameCodec, Grouping, Limits, SendBuf, SendError};
+use crate::{
+    Error, Frame, FrameCodec, Limits, SendError,
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
+};
 
 /// The worker's codec: [`ToWorker`] in, [`FromWorker`] out.
 ///

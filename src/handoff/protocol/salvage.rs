@@ -9,7 +9,11 @@ use super::{
     MAX_OFFER_FDS, Offer, ToWorker, WorkerCodec,
     codec::{frames, not_a_message},
 };
-use crate::{Codec, Decoder, Error, FdQueue, Fds, Frame, Limits, sys};
+use crate::{
+    Error, Fds, Frame, Limits,
+    codec::{Codec, Decoder, FdQueue},
+    sys,
+};
 
 /// Decodes what a dispatcher sends, as [`WorkerCodec`] does, and goes on after the kernel has lost descriptors on receipt.
 /// An offer whose descriptors are lost is `None`: nothing has happened to the connection itself.

@@ -4,7 +4,10 @@ use bytes::{Bytes, BytesMut};
 use proptest::{collection::vec, prelude::*};
 
 use super::{wire::NO_LIMIT, *};
-use crate::{Decoder, Encoder, Error, FdQueue, SendBuf};
+use crate::{
+    Error,
+    codec::{Decoder, Encoder, FdQueue, SendBuf},
+};
 
 fn address() -> impl Strategy<Value = Address> {
     prop_oneof![

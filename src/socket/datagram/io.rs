@@ -135,7 +135,7 @@ impl DatagramSocket {
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// use fdwire::DatagramSocket;
+    /// use fdwire::socket::DatagramSocket;
     /// use futures::{StreamExt, stream};
     ///
     /// let (a, b) = DatagramSocket::pair()?;

@@ -82,7 +82,7 @@ pub struct Datagram {
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::{fs::File, os::fd::AsFd};
 ///
-/// use fdwire::DatagramSocket;
+/// use fdwire::socket::DatagramSocket;
 ///
 /// # let directory = tempfile::tempdir()?;
 /// # let path = directory.path().join("app.sock");

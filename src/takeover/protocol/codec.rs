@@ -4,7 +4,8 @@ use bytes::{Bytes, BytesMut};
 
 use super::{AbortReason, FromTaker, Identity, MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, Offered, Refusal, ToTaker};
 use crate::{
-    Codec, Decoder, Encoder, Error, FdQueue, Fds, Frame, FrameCodec, Grouping, Limits, SendBuf, SendError,
+    Error, Fds, Frame, FrameCodec, Limits, SendError,
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
     fields::Fields,
 };
 

@@ -2,7 +2,10 @@ use bytes::BytesMut;
 use proptest::{collection::vec, option, prelude::*, sample::select};
 
 use super::*;
-use crate::{Decoder, Encoder, Error, FdQueue, Frame, FrameCodec, SendBuf};
+use crate::{
+    Error, Frame, FrameCodec,
+    codec::{Decoder, Encoder, FdQueue, SendBuf},
+};
 
 fn address() -> impl Strategy<Value = Address> {
     prop_oneof![

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use fdwire::{Frame, FrameCodec, Framed, Limits, Listener, Socket, UidLimits};
+use fdwire::{Frame, FrameCodec, Framed, Limits, Listener, Socket, socket::UidLimits};
 use futures::{SinkExt, TryStreamExt};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};

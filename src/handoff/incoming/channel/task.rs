@@ -12,7 +12,8 @@ use tokio::time::{Sleep, sleep_until};
 
 use super::{Channel, now};
 use crate::{
-    Error, ReadHalf,
+    Error,
+    framed::ReadHalf,
     handoff::{incoming::End, protocol::SalvagingCodec},
 };
 
