@@ -39,7 +39,7 @@ enum Args {
         /// Where to listen for requests.
         #[arg(long)]
         path: PathBuf,
-        /// Who may have which TCP ports.
+        /// A uid and the TCP ports that it may have.
         #[arg(long, value_name = "UID:PORT[-PORT]", required = true)]
         allow: Vec<Rule>,
     },

@@ -74,7 +74,7 @@ enum Args {
     },
 }
 
-/// What may be deposited.
+/// A file that may be deposited.
 struct Input(File);
 
 impl Passable for Input {
@@ -108,7 +108,7 @@ struct Tickets {
 
 struct Waiting {
     file: File,
-    /// Who has deposited it.
+    /// The uid that has deposited it.
     uid: u32,
     until: Instant,
 }

@@ -1,4 +1,4 @@
-//! What a received descriptor has to be.
+//! The check of received descriptors.
 
 use std::{
     fmt,
@@ -16,7 +16,7 @@ use crate::{
     sys::{self, FileType},
 };
 
-/// What a received descriptor has to be: "a read-only regular file, or nothing".
+/// A condition for received descriptors: "a read-only regular file, or nothing".
 ///
 /// A peer decides what it sends. A program that expects a file and gets a FIFO blocks in `open` or
 /// `read`; one that gets its file writable shares more than it meant to. So look before use. The
@@ -56,7 +56,7 @@ enum Wanted {
     Type(FdType),
 }
 
-/// What a descriptor is, as [`FdInfo`] has it.
+/// The type of the open file behind a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FdType {
@@ -105,7 +105,7 @@ pub enum SocketType {
     Other,
 }
 
-/// What a descriptor permits (`O_ACCMODE`).
+/// The access that a descriptor permits (`O_ACCMODE`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FdAccess {
@@ -119,7 +119,7 @@ pub enum FdAccess {
     Neither,
 }
 
-/// What a descriptor is and permits.
+/// The facts about a descriptor that a policy can ask for.
 ///
 /// ```
 /// # fn main() -> std::io::Result<()> {
@@ -134,12 +134,12 @@ pub enum FdAccess {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FdInfo {
-    /// What it is.
+    /// The type of the open file.
     pub fd_type: FdType,
-    /// What it permits.
+    /// The access that it permits.
     pub access: FdAccess,
-    /// Whether it is a memfd whose content and length cannot change any more: it is sealed with
-    /// `F_SEAL_WRITE` and `F_SEAL_SHRINK`, see memfd_create(2).
+    /// True for a memfd that nobody can write to or shorten: it is sealed with `F_SEAL_WRITE` and
+    /// `F_SEAL_SHRINK`, see memfd_create(2).
     pub is_sealed: bool,
 }
 
@@ -148,9 +148,9 @@ pub struct FdInfo {
 #[error("expected {expected}, got {found}")]
 #[non_exhaustive]
 pub struct FdMismatch {
-    /// What it has to be.
+    /// The policy.
     pub expected: FdPolicy,
-    /// What it is.
+    /// The descriptor.
     pub found: FdInfo,
 }
 
@@ -171,8 +171,8 @@ impl FdPolicy {
         Self::wanting(Wanted::Type(FdType::RegularFile))
     }
 
-    /// A memfd whose content and length cannot change any more, so that it can be mapped and
-    /// trusted after one check. See [`FdInfo::is_sealed`].
+    /// A memfd that nobody can write to or shorten, so that it can be mapped and trusted after one
+    /// check. See [`FdInfo::is_sealed`].
     pub const fn sealed_memfd() -> Self {
         Self::wanting(Wanted::SealedMemfd)
     }
@@ -389,6 +389,7 @@ impl fmt::Display for SocketType {
 mod tests {
     use std::{
         fs::{File, OpenOptions},
+        io::Read,
         net::{TcpListener, TcpStream, UdpSocket},
         os::unix::{fs::OpenOptionsExt, net::UnixListener, net::UnixStream},
     };
@@ -456,6 +457,13 @@ mod tests {
             let is_file = !["path of a file", "unix", "tcp", "tcp listener", "udp", "unix listener"].contains(name);
             assert_eq!(FdPolicy::file().check(fd).is_ok(), is_file, "{name}");
         }
+    }
+
+    #[test]
+    fn what_is_refused_is_closed() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        assert!(FdPolicy::directory().accept(writer).is_err());
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0, "the end of the pipe");
     }
 
     #[test]

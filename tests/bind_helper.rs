@@ -61,7 +61,7 @@ impl Installed {
         command
     }
 
-    /// What a service that gets no listener says.
+    /// Returns what a service prints that gets no listener.
     fn refused(&self, address: SocketAddr) -> String {
         let Output { status, stderr, stdout } = self.service(address).output().unwrap();
         assert_eq!((status.code(), stdout), (Some(1), Vec::new()));

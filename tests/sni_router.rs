@@ -86,7 +86,7 @@ fn hello(name: &str) -> Option<Vec<u8>> {
     Some(output.stdout)
 }
 
-/// What the worker of this name answers to these bytes.
+/// The answer of the worker of this name to these bytes.
 fn echo(name: &str, bytes: &[u8]) -> Vec<u8> {
     [name.as_bytes(), b":", bytes].concat()
 }

@@ -109,6 +109,20 @@ fn a_ticket_expires_and_its_file_is_closed() {
 }
 
 #[test]
+fn a_uid_deposits_no_more_than_it_may() {
+    let service = Service::start("60000");
+    let tickets = Vec::from_iter((0..64).map(|_| service.deposit("one\n")));
+    let output = service.client("deposit").arg(service.file("one\n")).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        String::from_utf8_lossy(&output.stderr),
+        format!("error: 64 files of uid {} wait already\n", nix::unistd::geteuid())
+    );
+    assert_eq!(service.call(&tickets[0]).0, "200");
+    service.deposit("there is room again\n");
+}
+
+#[test]
 fn what_is_no_read_only_regular_file_is_refused() {
     let service = Service::start("60000");
     let output = service.client("deposit").arg("/dev/null").output().unwrap();

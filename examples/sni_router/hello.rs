@@ -12,7 +12,7 @@ use tokio::{
     time::timeout,
 };
 
-/// What a client has sent to begin with.
+/// The beginning of a connection, as the client has sent it.
 pub(crate) struct Hello {
     /// The name of the server that it wants, in lower case.
     pub(crate) server_name: Option<String>,
@@ -84,7 +84,7 @@ fn looks_like_http(bytes: &[u8]) -> bool {
 }
 
 impl NoHello {
-    /// What to tell the client, in its own protocol as far as it is known.
+    /// Returns the answer to the client, in its own protocol as far as that is known.
     pub(crate) fn answer(&self) -> Vec<u8> {
         match self {
             Self::Http => b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\nThis port speaks TLS.\n".to_vec(),

@@ -84,8 +84,7 @@ pub(crate) fn new_memfd() -> io::Result<OwnedFd> {
     Ok(memfd_create("fdwire", MFdFlags::MFD_CLOEXEC)?)
 }
 
-/// Returns true for a memfd whose content and length cannot change any more. Only a memfd can have
-/// these seals.
+/// Returns true for a memfd that nobody can write to or shorten. Only a memfd can have these seals.
 pub(crate) fn is_sealed(fd: BorrowedFd<'_>) -> bool {
     let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_truncate);
     seals.contains(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK)

@@ -9,7 +9,7 @@ use memmap2::{Mmap, MmapOptions};
 
 use super::is_sealed;
 
-/// Maps a memfd for reading whose content and length cannot change any more.
+/// Maps a memfd for reading that nobody can write to or shorten.
 pub(crate) fn map_sealed(fd: BorrowedFd<'_>) -> io::Result<Mmap> {
     if !is_sealed(fd) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "memory is not sealed against changes"));

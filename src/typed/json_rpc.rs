@@ -121,6 +121,7 @@ impl<M: DeserializeOwned, F> Decoder<F> for JsonRpc<M> {
             let count = if src.is_empty() { fds.len() } else { 0 };
             return if count == 0 { Ok(None) } else { Err(Error::UnclaimedFds { fds: count }.into()) };
         };
+        // An object that waits for descriptors was parsed before.
         let count = match self.search.count {
             Some(count) => count,
             None => serde_json::from_slice::<Count>(&src[..end]).map_err(TypedError::format)?.fds,
@@ -135,6 +136,7 @@ impl<M: DeserializeOwned, F> Decoder<F> for JsonRpc<M> {
             self.search.count = Some(count);
             return Ok(None);
         }
+        // Either all descriptors are there, or the next message has begun without them.
         let message = serde_json::from_slice(&src[..end]).map_err(TypedError::format)?;
         let fds = fds.claim(count)?;
         src.advance(end);
@@ -224,6 +226,7 @@ impl Search {
         if src.first().is_some_and(|&first| first != b'{') {
             return Err(Error::invalid("a message is not a JSON object").into());
         }
+        // Braces in strings do not count, and neither do escaped quotes.
         while self.end.is_none()
             && let Some(&byte) = src.get(self.searched)
         {

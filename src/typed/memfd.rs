@@ -13,8 +13,8 @@ use nix::{
 
 use crate::sys;
 
-/// Memory that is passed as a descriptor and not copied: a memfd, sealed so that neither its
-/// content nor its length changes any more (memfd_create(2)).
+/// Memory that is passed as a descriptor and not copied: a memfd, sealed so that nobody can change
+/// its content or shorten it (memfd_create(2)).
 ///
 /// For large contents: a field [`Passed<SealedMemfd>`](super::Passed) takes a few bytes of the
 /// message however long the memory is. A peer that sends a memfd which is not sealed is refused,
@@ -35,7 +35,7 @@ impl SealedMemfd {
     /// Copies `content` into memory that is sealed from then on.
     ///
     /// # Errors
-    /// What memfd_create(2) and write(2) report: no memory, no free descriptor.
+    /// The errors of memfd_create(2) and write(2): no memory, no free descriptor.
     pub fn new(content: &[u8]) -> io::Result<Self> {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let mut file = File::from(memfd_create("fdwire", flags)?);

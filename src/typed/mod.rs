@@ -110,7 +110,7 @@ pub struct Typed<M> {
     message: PhantomData<fn(M) -> M>,
 }
 
-/// What is wrong with a message, or with the connection.
+/// A fault of a message, or of the connection.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TypedError {
@@ -135,7 +135,7 @@ pub enum TypedError {
     Fd(#[from] FdError),
 }
 
-/// What is wrong with the descriptors of a message.
+/// A fault of the descriptors of a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FdError {
@@ -167,7 +167,7 @@ pub enum FdError {
     Mismatch {
         /// The descriptor, counted from 0.
         index: u32,
-        /// What was expected and what came.
+        /// The difference between what was expected and what came.
         mismatch: FdMismatch,
     },
 
@@ -245,6 +245,7 @@ impl<M: DeserializeOwned, F: 'static> Decoder<F> for Typed<M> {
 
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<M>, TypedError> {
         let Some(frame) = self.frames.decode(src, fds)? else { return Ok(None) };
+        // The header's count is the truth: each of these descriptors has to have its field.
         let (message, slots) = scope::decode(Slots::counted(frame.fds), || from_postcard(&frame.payload));
         slots.give_back(fds);
         message.map(Some)
@@ -292,6 +293,7 @@ fn encode_within<M, G: From<OwnedFd> + From<Arc<OwnedFd>>>(
     message: M,
     to_bytes: impl FnOnce(&M) -> Result<Vec<u8>, TypedError>,
 ) -> Result<(Vec<u8>, Fds<G>), SendError<M, TypedError>> {
+    // The message is whole until nothing can be wrong with it, so that it can come back.
     let (bytes, fds) = match scope::encode(|| to_bytes(&message)) {
         Ok(encoded) => encoded,
         Err(error) => return Err(SendError::refused(message, error)),
@@ -305,7 +307,9 @@ fn encode_within<M, G: From<OwnedFd> + From<Arc<OwnedFd>>>(
         let error = Error::TooManyFds { fds: count, limit: limits.max_fds_per_frame };
         return Err(SendError::refused(message, error));
     }
-    drop(message); // from here on, the descriptors that it gives away have one owner: `fds`
+    // Now it gives its descriptors away: `fds` has the last reference to each, unless somebody else
+    // holds the same message.
+    drop(message);
     let is_kept = |fd: &Outgoing<_>| matches!(fd, Outgoing::Given(fd) if Arc::strong_count(fd) > 1);
     if fds.iter().any(is_kept) {
         return Err(SendError::from(TypedError::from(FdError::Kept)));

@@ -40,7 +40,8 @@ pub struct Passed<T: Passable> {
     passed: PhantomData<fn(T) -> T>,
 }
 
-/// What a field of a message can be: an owner of a descriptor, and what it takes of a peer.
+/// A type that a field of a message can have: an owner of a descriptor, with a check of what a peer
+/// has sent for it.
 ///
 /// Implemented for the owners of descriptors in std that a peer can send, and for
 /// [`SealedMemfd`](super::SealedMemfd). Write it for a type of your own to be strict:
@@ -76,7 +77,7 @@ pub trait Passable: Sized {
     /// Checks a descriptor that came from a peer. It stays with the message for now.
     ///
     /// # Errors
-    /// What is wrong with it. The message is refused then.
+    /// The difference from what it has to be. The message is refused then.
     fn check(fd: &Self::Fd) -> Result<(), FdMismatch>;
 
     /// Makes the owner from a descriptor. Of those that came from a peer, `check` has seen it.

@@ -50,7 +50,7 @@ pub(super) enum Outgoing<F> {
 /// enum one after the other, the descriptor can be claimed again.
 pub(super) struct Slots<F> {
     claimable: Vec<Arc<Fds<F>>>,
-    /// Those that may belong to the message, in a protocol that does not count them.
+    /// The descriptors that may belong to the message, in a protocol that does not count them.
     more: Option<FdQueue<F>>,
 }
 

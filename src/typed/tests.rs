@@ -33,7 +33,7 @@ impl Passable for u32 {
     }
 }
 
-/// What the connection closes.
+/// Collects what the connection closes.
 #[derive(Default)]
 struct Closed(Mutex<Vec<u32>>);
 
@@ -43,7 +43,7 @@ impl Home<u32> for Closed {
     }
 }
 
-/// What arrives: bytes and descriptors, and where these end.
+/// Bytes and descriptors that have arrived, and the place where the latter end.
 pub(super) struct Arrived {
     pub(super) src: BytesMut,
     pub(super) fds: FdQueue<u32>,
@@ -332,7 +332,7 @@ fn a_panic_leaves_nothing_behind_for_the_next_message() {
     let message = (Passed::from(5), Fails(true));
     let attempt = std::panic::AssertUnwindSafe(|| scope::encode::<u32, _>(|| to_postcard(&message)).map(drop));
     assert!(std::panic::catch_unwind(attempt).is_err());
-    assert!(postcard::to_allocvec(&Passed::from(6)).is_err(), "no codec is at work any more");
+    assert!(postcard::to_allocvec(&Passed::from(6)).is_err(), "no codec is at work");
     assert_eq!(message.0.into_inner(), 5);
     assert_eq!(encoded(Passed::from(7)).1, [7]);
 }
@@ -352,7 +352,7 @@ fn a_panic_of_a_receiver_closes_the_descriptors() {
     let mut arrived = Arrived::frame(&[0], &[5]);
     let attempt = std::panic::AssertUnwindSafe(|| arrived.decode(&mut Typed::<PanicsBehind>::default()).map(drop));
     assert!(std::panic::catch_unwind(attempt).is_err());
-    assert!(postcard::from_bytes::<Passed<u32>>(&[0]).is_err(), "no codec is at work any more");
+    assert!(postcard::from_bytes::<Passed<u32>>(&[0]).is_err(), "no codec is at work");
     assert_eq!(arrived.end(), [5]);
 }
 

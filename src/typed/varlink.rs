@@ -105,6 +105,7 @@ impl<M: DeserializeOwned, F: 'static> Decoder<F> for Varlink<M> {
     type Error = TypedError;
 
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<M>, TypedError> {
+        // Each byte is looked at once, however slowly they come.
         let end = src[self.searched..].iter().position(|&byte| byte == 0).map(|end| self.searched + end);
         let (bytes, limit) = (end.unwrap_or(src.len()), self.limits.max_payload_bytes);
         if bytes > limit {
@@ -112,6 +113,8 @@ impl<M: DeserializeOwned, F: 'static> Decoder<F> for Varlink<M> {
         }
         self.searched = if end.is_some() { 0 } else { bytes };
         let Some(end) = end else { return Ok(None) };
+
+        // The message takes as many descriptors off the queue as its fields name.
         let json = src.split_to(end);
         src.advance(1);
         let parse = || serde_json::from_slice(&json).map_err(TypedError::format);
