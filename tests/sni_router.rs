@@ -10,7 +10,6 @@ use std::{
 
 use common::{example, installed, run};
 use fdwire::handoff::Incoming;
-use futures::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const ROLE: &str = "a_worker_gets_whole_clients_by_name";

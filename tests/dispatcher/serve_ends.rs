@@ -3,6 +3,7 @@
 use std::{
     net::SocketAddr,
     os::fd::AsRawFd,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::SeqCst},
@@ -14,7 +15,7 @@ use fdwire::{
     Socket, SocketKind,
     handoff::{Dispatcher, Incoming},
 };
-use futures::{FutureExt, StreamExt, future::join_all};
+use futures::{FutureExt, future::join_all};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -134,8 +135,8 @@ fn what_was_accepted_is_handed_over_when_serve_is_dropped() {
         let mut serving = Box::pin(dispatcher.serve(listener));
         assert!(serving.as_mut().now_or_never().is_none());
         let _client = TcpStream::connect(address).await.unwrap();
-        let mut next = incoming.next();
-        assert!((&mut next).now_or_never().is_none()); // it has asked
+        let mut next = pin!(incoming.next());
+        assert!(next.as_mut().now_or_never().is_none()); // it has asked
         until("it is accepted", || dispatcher.stats().dispatched == 1).await;
         drop(serving);
         assert!(next.await.is_some());

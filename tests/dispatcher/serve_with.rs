@@ -13,7 +13,7 @@ use fdwire::{
     Socket, SocketKind,
     handoff::{Accepted, Connection, Dispatcher, Incoming, Strategy},
 };
-use futures::{FutureExt, StreamExt, future::pending};
+use futures::{FutureExt, future::pending};
 use nix::sys::socket::{getsockopt, sockopt};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
