@@ -178,8 +178,11 @@ impl Giving {
             let fds = frame.fds.into_iter().map(SendFd::from).collect();
             self.send(ToTaker::State { bytes: frame.payload, fds });
         }
-        match gift {
-            Ok(gift) => self.gift = Some(gift),
+        match gift.and_then(|gift| Ok((gift, self.shared.offer_lanes()?))) {
+            Ok((gift, lanes)) => {
+                self.gift = Some(gift);
+                self.queue.extend(lanes);
+            }
             Err(error) => return self.abort(&error),
         }
         self.giver.offered(now());

@@ -151,9 +151,14 @@ impl Listeners {
     }
 
     pub(super) fn find(&self, name: &str, index: u32) -> Result<&Entry, Error> {
-        let is_it = |entry: &&Entry| entry.identity.name == name && entry.identity.index == index;
-        let found = self.entries.iter().find(is_it);
+        let found = self.position(name, index).and_then(|number| self.entries.get(number as usize));
         found.ok_or_else(|| Error::NoSuchListener { name: name.to_owned(), index })
+    }
+
+    /// Returns the number of a listener in the order of all.
+    pub(super) fn position(&self, name: &str, index: u32) -> Option<u32> {
+        let is_it = |entry: &Entry| entry.identity.name == name && entry.identity.index == index;
+        self.entries.iter().position(is_it).map(|number| number as u32)
     }
 }
 

@@ -81,8 +81,10 @@
 //!
 //! # Limits
 //!
-//! - **Two readers of one UDP socket take each other's datagrams.** The socket moves, and the
-//!   application has to stop reading when it is [replaced](Server::replaced).
+//! - **Datagrams belong to connections only in the application's protocol.** [`Datagrams`] stops
+//!   receiving when another process serves. That one forwards what belongs to older processes if
+//!   each datagram tells whose it is, as QUIC's connection ids can. If it does not, the new process
+//!   gets all of them.
 //! - A server in a process that is stopped (`SIGSTOP`) while it drains keeps its successor from
 //!   being replaced, until it is continued or killed.
 //! - The lock counts among processes that see the same directory. The path has to be on a file
@@ -94,6 +96,7 @@
 
 #[cfg(feature = "axum")]
 mod axum;
+mod datagrams;
 mod error;
 mod gate;
 mod give;
@@ -114,6 +117,7 @@ mod shared;
 mod start;
 mod taker;
 
+pub use datagrams::{Datagrams, Received};
 pub use error::{Error, Mismatch};
 pub use gate::{Accepts, Gated};
 pub use listeners::Listeners;

@@ -12,11 +12,12 @@ use tracing::warn;
 
 use super::{
     Error, Options, Server,
-    inspect::compare,
+    inspect::{compare, is_lane},
     link::{Came, Link, now},
     listeners::{Entry, Listeners},
     predecessor,
-    protocol::{Identity, Offered, ToTaker},
+    protocol::{Identity, Lane, Offered, ToTaker},
+    server::FIRST_GENERATION,
     shared::{Control, Shared},
     taker::TakerStep,
 };
@@ -70,6 +71,10 @@ pub struct Pending {
     /// Numbers of listeners that this process has no use for.
     declined: BTreeSet<u32>,
     state: Vec<Frame>,
+    /// The number of this process among all.
+    generation: u32,
+    giver: u32,
+    lanes: Vec<Lane>,
     /// The path, if no server runs any longer.
     lock: Option<PathGuard>,
 }
@@ -136,17 +141,18 @@ impl Pending {
 
     /// For the first process at a path.
     fn serve_first(self) -> Result<Server, Error> {
-        let Self { options, path, mut listeners, declined, lock, .. } = self;
+        let Self { options, path, mut listeners, declined, generation, lock, .. } = self;
         listeners.retain(|number| !declined.contains(&number));
         let guard = lock.expect("the first process has the lock");
         let control = Control::bind(guard, options.mode)?;
-        let shared = Shared::new(options, path, listeners, Some(control), false);
+        let shared = Shared::new(options, path, generation, listeners, Some(control), false);
         Ok(Server::start(Arc::new(shared), None::<Ready<()>>))
     }
 
     /// For a process that replaces another one. Without a link, that one has died.
     fn serve(self, link: Option<Link>) -> Result<Server, Error> {
-        let Self { options, path, mut listeners, mut path_ids, declined, lock, .. } = self;
+        let Self { options, path, mut listeners, mut path_ids, declined, generation, giver, lanes, lock, .. } = self;
+        let names: Vec<_> = listeners.identities().map(|identity| (identity.name.clone(), identity.index)).collect();
         listeners.retain(|number| !declined.contains(&number));
         let mut numbers = 0..;
         path_ids.retain(|_| numbers.next().is_some_and(|number| !declined.contains(&number)));
@@ -158,7 +164,15 @@ impl Pending {
                 None
             }
         };
-        let shared = Arc::new(Shared::new(options, path, listeners, control, link.is_some()));
+        let shared = Arc::new(Shared::new(options, path, generation, listeners, control, link.is_some()));
+        for Lane { listener, generation, fd } in lanes {
+            let (name, index) = &names[listener as usize];
+            let added = shared.lanes(name, *index).add(generation, Arc::new(fd), generation == giver);
+            if let Err(error) = added {
+                // As if that process had ended: the connections of an old process must not stop the new one.
+                warn!(%error, generation, "datagrams of an older process are not forwarded");
+            }
+        }
         let Some(link) = link else {
             shared.inherit_paths(&path_ids);
             return Ok(Server::start(shared, None::<Ready<()>>));
@@ -176,6 +190,9 @@ impl Pending {
             path_ids: Vec::new(),
             declined: BTreeSet::new(),
             state: Vec::new(),
+            generation: FIRST_GENERATION,
+            giver: FIRST_GENERATION,
+            lanes: Vec::new(),
             lock: None,
         }
     }
@@ -212,6 +229,15 @@ impl Pending {
                         return Err(error);
                     }
                 }
+            }
+            ToTaker::Lanes { generation, giver, lanes } => {
+                (self.generation, self.giver) = (generation, giver);
+                let is_known = |lane: &Lane| (lane.listener as usize) < self.listeners.len();
+                if !lanes.iter().all(|lane| is_known(lane) && is_lane(&lane.fd)) {
+                    close_in_background(lanes.into_iter().map(|lane| lane.fd));
+                    return Err(Error::Misbehaved);
+                }
+                self.lanes.extend(lanes);
             }
             ToTaker::State { bytes, fds } => self.state.push(Frame { payload: bytes, fds }),
             _ => {}

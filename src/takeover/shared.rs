@@ -15,8 +15,9 @@ use tracing::info;
 
 use super::{
     Error, Options, Phase,
+    datagrams::Lanes,
     listeners::Listeners,
-    protocol::{Address, Identity, Offered},
+    protocol::{Address, Identity, Lane, MAX_MESSAGE_FDS, Offered, ToTaker},
 };
 use crate::{Frame, SendFd, socket::PathGuard};
 
@@ -24,6 +25,8 @@ pub(super) struct Shared {
     pub(super) options: Options,
     /// The path of the control socket, absolute.
     pub(super) path: PathBuf,
+    /// The number of this process among all that have served.
+    pub(super) generation: u32,
     state: Mutex<State>,
     pub(super) status: watch::Sender<Status>,
 }
@@ -57,6 +60,10 @@ struct State {
     /// A takeover is under way, or has been completed.
     is_claimed: bool,
     gates: Vec<Weak<dyn Gate>>,
+    /// Of UDP sockets, with their names and indices.
+    lanes: Vec<(String, u32, Arc<Lanes>)>,
+    /// The number of the last process that has asked for a takeover.
+    last_generation: u32,
     /// To the task of the process that takes over.
     link: Option<UnboundedSender<Command>>,
     /// To the task of the predecessor.
@@ -98,8 +105,8 @@ pub(super) enum UpCommand {
 
 /// Something that has listeners in an event loop.
 pub(super) trait Gate: Send + Sync {
-    /// Takes them out of it.
-    fn close(&self);
+    /// Takes them out of it, unless this process serves.
+    fn on_phase(&self, phase: Phase);
 }
 
 impl Control {
@@ -127,6 +134,7 @@ impl Shared {
     pub(super) fn new(
         options: Options,
         path: PathBuf,
+        generation: u32,
         listeners: Listeners,
         control: Option<Control>,
         has_predecessor: bool,
@@ -137,8 +145,8 @@ impl Shared {
             has_predecessor,
             baton: if has_predecessor { Baton::Coming } else { Baton::Here(None) },
         };
-        let state = State { listeners, control, ..State::default() };
-        Self { options, path, state: Mutex::new(state), status: watch::Sender::new(status) }
+        let state = State { listeners, control, last_generation: generation, ..State::default() };
+        Self { options, path, generation, state: Mutex::new(state), status: watch::Sender::new(status) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -169,11 +177,9 @@ impl Shared {
     /// Changes the phase. Listeners leave their event loops when this process stops to serve.
     pub(super) fn set_phase(&self, phase: Phase) {
         self.status.send_modify(|status| status.phase = phase);
-        if phase != Phase::Serving {
-            // Outside of the lock: closing runs code of an event loop.
-            let gates = self.lock().gates.clone();
-            gates.iter().filter_map(Weak::upgrade).for_each(|gate| gate.close());
-        }
+        // Outside of the lock: closing runs code of an event loop.
+        let gates = self.lock().gates.clone();
+        gates.iter().filter_map(Weak::upgrade).for_each(|gate| gate.on_phase(phase));
         info!(path = %self.path.display(), ?phase, "takeover: the server changed its phase");
     }
 
@@ -227,6 +233,45 @@ impl Shared {
             fd: SendFd::assume_socket(Arc::clone(&entry.fd)),
         });
         offered.collect()
+    }
+
+    /// Returns the lanes of a UDP socket.
+    pub(super) fn lanes(&self, name: &str, index: u32) -> Arc<Lanes> {
+        let lanes = &mut self.lock().lanes;
+        if let Some((.., found)) = lanes.iter().find(|(its_name, its_index, _)| its_name == name && *its_index == index)
+        {
+            return Arc::clone(found);
+        }
+        let new = Arc::<Lanes>::default();
+        lanes.push((name.to_owned(), index, Arc::clone(&new)));
+        new
+    }
+
+    /// Gives the new process its generation, and lanes to this process and older ones.
+    pub(super) fn offer_lanes(&self) -> io::Result<Vec<ToTaker<SendFd>>> {
+        let mut state = self.lock();
+        state.last_generation = state.last_generation.wrapping_add(1);
+        let State { lanes, listeners, last_generation, .. } = &*state;
+        let mut offered = Vec::new();
+        for (name, index, lanes) in lanes {
+            let Some(listener) = listeners.position(name, *index) else { continue };
+            let lanes = lanes.offer(self.generation, *last_generation)?;
+            offered.extend(lanes.into_iter().map(|(generation, fd)| Lane {
+                listener,
+                generation,
+                fd: SendFd::assume_socket(fd),
+            }));
+        }
+        let (generation, giver) = (*last_generation, self.generation);
+        let mut messages = Vec::new();
+        loop {
+            let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
+            messages.push(ToTaker::Lanes { generation, giver, lanes: offered });
+            if rest.is_empty() {
+                return Ok(messages);
+            }
+            offered = rest;
+        }
     }
 
     /// Copies what a new process gets once it is ready: then nothing may fail any more.
