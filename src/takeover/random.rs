@@ -124,7 +124,7 @@ impl Processes {
         let limits = GiverLimits { answer: 5 * SECOND, ready: 10 * SECOND };
         Self {
             now,
-            giver: Some(Giver::new(now, listeners, limits)),
+            giver: Some(Giver::new(now, limits)),
             taker: Some(Taker::new(now, TakerLimits { answer: 5 * SECOND, lock: 2 * SECOND })),
             to_giver: Pipe::default(),
             to_taker: Pipe::default(),
@@ -214,7 +214,7 @@ impl Processes {
                     for number in 0..listeners {
                         out.send(codec, ToTaker::Listeners(vec![listener(number)]));
                     }
-                    giver.offered(self.now);
+                    giver.offered(self.now, listeners);
                 }
                 GiverStep::Refuse(reason) => out.send(codec, ToTaker::Refused { reason }),
                 GiverStep::Complete => out.send(codec, ToTaker::Complete),
@@ -324,7 +324,7 @@ proptest! {
     #[test]
     fn nothing_but_ready_after_complete_stops_the_giver(messages in vec(any_message(), 0..12), busy: bool) {
         let now = Instant::now();
-        let mut giver = Giver::new(now, 2, GiverLimits { answer: SECOND, ready: SECOND });
+        let mut giver = Giver::new(now, GiverLimits { answer: SECOND, ready: SECOND });
         let (mut complete, mut violated, mut ready) = (false, false, false);
         for message in messages {
             let in_place = match &message {
@@ -340,7 +340,7 @@ proptest! {
                 match step {
                     GiverStep::Asked if busy => giver.refuse(Refusal::Busy),
                     GiverStep::Asked => giver.welcome(now),
-                    GiverStep::Offer { .. } => giver.offered(now),
+                    GiverStep::Offer { .. } => giver.offered(now, 2),
                     GiverStep::Complete => complete = true,
                     GiverStep::Stop { .. } => prop_assert!(ready && !busy),
                     _ => {}

@@ -94,6 +94,10 @@ impl Pending {
     /// ([`Server::declined`]); the listener stays open there, without anybody who accepts, until
     /// that server can't serve again.
     ///
+    /// Several listeners with one address are a `SO_REUSEPORT` group: the kernel gives each client
+    /// to one of them, whoever accepts. So decline all of them or none. A process that has fewer
+    /// workers than before lets each accept from several.
+    ///
     /// # Errors
     /// [`Error::NoSuchListener`].
     pub fn decline(&mut self, name: &str, index: u32) -> Result<(), Error> {
@@ -113,6 +117,7 @@ impl Pending {
     /// has died meanwhile, this process serves if no other one does.
     ///
     /// # Errors
+    /// [`Error::SplitGroup`] if a `SO_REUSEPORT` group was declined in part.
     /// [`Error::Aborted`] if the server has called the takeover off, and [`Error::AnotherServes`]
     /// if it ended and another process serves. Then this process must not serve, and all listeners
     /// are closed here.
@@ -121,6 +126,7 @@ impl Pending {
     /// None: if it is dropped, nobody can tell whether this process was to serve. The server then
     /// learns that it does not, and accepts again.
     pub async fn ready(mut self) -> Result<Server, Error> {
+        self.check_groups()?;
         let Some(mut link) = self.link.take() else { return self.serve_first() };
         link.taker.ready(now());
         let mut is_confirmed = false;
@@ -137,6 +143,17 @@ impl Pending {
             }
         }
         self.serve(Some(link).filter(|_| !is_confirmed))
+    }
+
+    /// Clients of a declined listener would wait for ever beside those that are served.
+    fn check_groups(&self) -> Result<(), Error> {
+        let numbered = || (0..).zip(self.identities());
+        let (declined, kept): (Vec<_>, Vec<_>) = numbered().partition(|(number, _)| self.declined.contains(number));
+        let is_in_group = |identity: &Identity| kept.iter().any(|(_, other)| identity.shares_address_with(other));
+        match declined.into_iter().find(|(_, identity)| is_in_group(identity)) {
+            Some((_, identity)) => Err(Error::SplitGroup { identity: Box::new(identity.clone()) }),
+            None => Ok(()),
+        }
     }
 
     /// For the first process at a path.

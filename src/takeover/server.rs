@@ -121,6 +121,19 @@ impl Server {
         Gated::new(Arc::clone(&self.shared), name, index)
     }
 
+    /// Adds a listener, which is offered to processes that take over from then on. Returns its
+    /// index among those with its name.
+    ///
+    /// To make a `SO_REUSEPORT` group larger, let a new socket listen only now that this process
+    /// serves: clients are in its queue from that moment.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] while another process is taking over, or has taken over. Otherwise those
+    /// of [`Listeners::add`].
+    pub fn add(&self, name: impl Into<String>, listener: impl Into<OwnedFd>) -> Result<u32, Error> {
+        self.shared.add_listener(name.into(), listener.into())
+    }
+
     /// Returns a UDP socket that receives while this process serves. Ask for it once: two of them
     /// take each other's datagrams.
     ///

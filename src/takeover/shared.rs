@@ -17,7 +17,7 @@ use super::{
     Error, Options, Phase,
     datagrams::Lanes,
     listeners::Listeners,
-    protocol::{Address, Identity, Lane, MAX_MESSAGE_FDS, Offered, ToTaker},
+    protocol::{Address, Identity, Lane, MAX_MESSAGE_FDS, Offered, Refusal, ToTaker},
 };
 use crate::{Frame, SendFd, socket::PathGuard};
 
@@ -172,6 +172,17 @@ impl Shared {
         let mut state = self.lock();
         state.gates.retain(|gate| gate.strong_count() > 0);
         state.gates.push(gate);
+    }
+
+    /// Adds a listener, unless another process is taking over: it would not get this one. Returns
+    /// its index.
+    pub(super) fn add_listener(&self, name: String, fd: OwnedFd) -> Result<u32, Error> {
+        let mut state = self.lock();
+        if state.is_claimed || self.phase() != Phase::Serving {
+            return Err(Error::Refused(Refusal::Busy));
+        }
+        state.listeners.add(name, fd)?;
+        Ok(state.listeners.entries.last().map_or(0, |entry| entry.identity.index))
     }
 
     /// Changes the phase. Listeners leave their event loops when this process stops to serve.

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     future::Future,
     io::{IoSlice, Write},
@@ -251,6 +251,18 @@ pub(crate) fn example(name: &str) -> Command {
         assert!(build.status().unwrap().success());
     }
     Command::new(profile.join("examples").join(name))
+}
+
+/// Runs the demo of an example. Returns its last lines: numbers with their names.
+pub(crate) fn demo(name: &str, arguments: &[&str]) -> BTreeMap<String, f64> {
+    let output = example(name).arg("--demo").args(arguments).output().unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{stdout}{}", String::from_utf8_lossy(&output.stderr));
+    let number = |line: &str| {
+        let (name, number) = line.trim_end_matches(" ms").rsplit_once(' ')?;
+        Some((name.to_owned(), number.parse().ok()?))
+    };
+    stdout.lines().filter(|line| !line.starts_with("restart ")).filter_map(number).collect()
 }
 
 /// Both ends can talk, descriptors included.

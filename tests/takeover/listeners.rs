@@ -13,10 +13,9 @@ use fdwire::{
         protocol::{Identity, Kind},
     },
 };
-use rustix::net::sockopt::set_socket_reuseport;
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::{common::*, place, request};
+use crate::{common::*, groups::group, place, request};
 
 #[test]
 fn listeners_of_every_kind_move_and_work() {
@@ -105,23 +104,6 @@ fn six_hundred_and_one_listeners_move() {
         let new = request(&path).await.ready().await.unwrap();
         assert_eq!(new.identities(), identities);
     });
-}
-
-/// Sockets of a `SO_REUSEPORT` group have equal addresses.
-fn group(size: usize) -> Vec<OwnedFd> {
-    let first = socket(0);
-    let port = TcpListener::from(first.try_clone().unwrap()).local_addr().unwrap().port();
-    let rest = (1..size).map(|_| socket(port));
-    [first].into_iter().chain(rest).collect()
-}
-
-fn socket(port: u16) -> OwnedFd {
-    use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
-    let fd = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-    set_socket_reuseport(&fd, true).unwrap();
-    bind(&fd, &std::net::SocketAddr::from(([127, 0, 0, 1], port))).unwrap();
-    listen(&fd, 100).unwrap();
-    fd
 }
 
 #[test]

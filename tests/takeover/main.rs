@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod datagrams;
+mod groups;
 mod intruders;
 mod listeners;
 mod processes;
