@@ -119,7 +119,7 @@ fn listener(number: u32) -> Offered<u32> {
 }
 
 impl Processes {
-    fn new(listeners: u32) -> Self {
+    fn new() -> Self {
         let now = Instant::now();
         let limits = GiverLimits { answer: 5 * SECOND, ready: 10 * SECOND };
         Self {
@@ -291,7 +291,7 @@ proptest! {
 
     #[test]
     fn exactly_one_process_serves_after_any_crash_cut_or_timeout(ops in ops(), listeners in 0..5u32) {
-        let mut processes = Processes::new(listeners);
+        let mut processes = Processes::new();
         for op in ops {
             processes.apply(op, listeners);
         }
@@ -309,7 +309,7 @@ proptest! {
     /// Two processes accept for a moment around the cut, but as long as nobody dies, never none.
     #[test]
     fn without_a_crash_somebody_accepts_at_any_moment(ops in ops(), listeners in 0..5u32) {
-        let mut processes = Processes::new(listeners);
+        let mut processes = Processes::new();
         for op in ops {
             if !matches!(op, Op::KillGiver | Op::KillTaker) {
                 processes.apply(op, listeners);

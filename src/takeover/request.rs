@@ -101,12 +101,12 @@ impl Pending {
     /// # Errors
     /// [`Error::NoSuchListener`].
     pub fn decline(&mut self, name: &str, index: u32) -> Result<(), Error> {
-        let number = self.listeners.identities().position(|it| it.name == name && it.index == index);
+        let number = self.listeners.position(name, index);
         let number = number.ok_or_else(|| Error::NoSuchListener { name: name.to_owned(), index })?;
-        if self.declined.insert(number as u32)
+        if self.declined.insert(number)
             && let Some(link) = &mut self.link
         {
-            link.taker.decline(number as u32);
+            link.taker.decline(number);
         }
         Ok(())
     }
@@ -186,7 +186,7 @@ impl Pending {
             let (name, index) = &names[listener as usize];
             let added = shared.lanes(name, *index).add(generation, Arc::new(fd), generation == giver);
             if let Err(error) = added {
-                // As if that process had ended: the connections of an old process must not stop the new one.
+                // As if that process had ended: an old process must not stop the new one.
                 warn!(%error, generation, "datagrams of an older process are not forwarded");
             }
         }

@@ -25,7 +25,7 @@ pub(super) struct Shared {
     pub(super) options: Options,
     /// The path of the control socket, absolute.
     pub(super) path: PathBuf,
-    /// The number of this process among all that have served.
+    /// The number of this process among all that have asked for a takeover.
     pub(super) generation: u32,
     state: Mutex<State>,
     pub(super) status: watch::Sender<Status>,

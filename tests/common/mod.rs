@@ -251,7 +251,9 @@ pub(crate) fn example(name: &str) -> Command {
         // cargo has set them for this test. A build script that reads them, as that of ring does,
         // would run again, and everything that depends on it would be built again.
         let is_of_package = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
-        std::env::vars().filter(|(name, _)| is_of_package(name)).for_each(|(name, _)| drop(build.env_remove(name)));
+        for (name, _) in std::env::vars().filter(|(name, _)| is_of_package(name)) {
+            build.env_remove(name);
+        }
         assert!(build.status().unwrap().success());
     }
     Command::new(profile.join("examples").join(name))

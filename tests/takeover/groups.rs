@@ -6,7 +6,6 @@ use std::{
     os::fd::OwnedFd,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    process::{Child, Command},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -22,7 +21,7 @@ use tokio::{
     net::TcpListener,
 };
 
-use crate::{common::*, place, request};
+use crate::{common::*, place, process::Process, request};
 
 const ROLE: &str = "groups::a_group_grows_and_shrinks_under_load_and_resets_no_client";
 
@@ -44,8 +43,8 @@ fn socket(port: u16) -> OwnedFd {
 }
 
 /// A process with some workers, each of which accepts from its part of the group.
-async fn serve(socket: OwnedFd) {
-    let mut parent = UnixStream::from(socket);
+async fn serve(to_parent: OwnedFd) {
+    let mut parent = UnixStream::from(to_parent);
     let mut report = |report: &str| parent.write_all(format!("{report}\n").as_bytes()).unwrap();
     let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
     let workers: usize = std::env::var("FDWIRE_WORKERS").unwrap().parse().unwrap();
@@ -62,7 +61,7 @@ async fn serve(socket: OwnedFd) {
     server.confirmed().await;
     // One socket a worker at least.
     while server.identities().len() < workers {
-        server.add("http", socket_at(address)).unwrap();
+        server.add("http", socket(address.port())).unwrap();
     }
     let sockets = server.identities().len();
     report(&format!("{address} {sockets}"));
@@ -82,10 +81,6 @@ async fn serve(socket: OwnedFd) {
     report("left");
 }
 
-fn socket_at(address: SocketAddr) -> OwnedFd {
-    socket(address.port())
-}
-
 /// Answers each connection once.
 async fn answer(http: Gated<TcpListener>, open: Arc<AtomicUsize>) {
     while let Ok((mut connection, _)) = http.accept().await {
@@ -100,32 +95,9 @@ async fn answer(http: Gated<TcpListener>, open: Arc<AtomicUsize>) {
     }
 }
 
-struct Process {
-    child: Child,
-    reports: BufReader<UnixStream>,
-}
-
-impl Process {
-    fn start(path: &Path, workers: usize) -> Self {
-        let (here, there) = UnixStream::pair().unwrap();
-        here.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let mut command = Command::new("/proc/self/exe");
-        command.env("FDWIRE_PATH", path).env("FDWIRE_WORKERS", workers.to_string());
-        Self { child: spawn_role_by(command, ROLE, there.into()), reports: BufReader::new(here) }
-    }
-
-    fn report(&mut self) -> String {
-        let mut report = String::new();
-        self.reports.read_line(&mut report).unwrap();
-        report.trim().to_owned()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn start(path: &Path, workers: usize) -> Process {
+    let path = path.to_str().unwrap().to_owned();
+    Process::start(ROLE, &[("FDWIRE_PATH", path), ("FDWIRE_WORKERS", workers.to_string())])
 }
 
 fn ask(address: SocketAddr) -> std::io::Result<()> {
@@ -144,7 +116,7 @@ fn a_group_grows_and_shrinks_under_load_and_resets_no_client() {
         return one_thread().block_on(serve(socket));
     }
     let (_directory, path) = place();
-    let mut process = Process::start(&path, 8);
+    let mut process = start(&path, 8);
     let first = process.report();
     let (address, sockets) = first.split_once(' ').unwrap();
     assert_eq!(sockets, "8");
@@ -167,7 +139,7 @@ fn a_group_grows_and_shrinks_under_load_and_resets_no_client() {
         .collect();
     for workers in [2, 8, 2, 16, 3, 16] {
         let before = answers.load(Ordering::SeqCst);
-        let mut next = Process::start(&path, workers);
+        let mut next = start(&path, workers);
         let report = next.report();
         let sockets: usize = report.split_once(' ').unwrap().1.parse().unwrap();
         assert!(sockets >= workers.max(8), "{report}");

@@ -130,6 +130,29 @@ fn cookie(fd: &OwnedFd) -> u64 {
     rustix::net::sockopt::socket_cookie(fd).unwrap()
 }
 
+/// The next process gets the rest, with the indices that they had.
+#[test]
+fn a_process_that_has_declined_a_listener_can_be_replaced() {
+    run(async {
+        let (_directory, path) = place();
+        let mut listeners = Listeners::new();
+        for _ in 0..3 {
+            listeners.add("http", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+        }
+        let first = Server::bind(&path, listeners, Options::default()).unwrap();
+        let mut pending = request(&path).await;
+        pending.decline("http", 1).unwrap();
+        let second = pending.ready().await.unwrap();
+        first.replaced().await;
+        second.confirmed().await;
+        let third = request(&path).await.ready().await.unwrap();
+        assert_eq!(third.identities(), second.identities());
+        assert_eq!(third.identities()[1].index, 2);
+        third.gated::<tokio::net::TcpListener>("http", 2).unwrap();
+        assert_eq!(third.add("http", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap(), 3);
+    });
+}
+
 #[test]
 fn a_listener_that_nobody_wants_is_reported_to_the_old_server() {
     run(async {

@@ -4,8 +4,10 @@
 mod common;
 mod datagrams;
 mod groups;
+mod http;
 mod intruders;
 mod listeners;
+mod process;
 mod processes;
 mod undo;
 

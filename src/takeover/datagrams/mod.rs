@@ -70,6 +70,8 @@ const BACK_OFF: Duration = Duration::from_millis(1);
 /// | has ended | this process's application gets them, and can tell the client (QUIC: stateless reset) |
 /// | floods its lane | lanes and the socket take turns |
 ///
+/// If the process that serves hangs, nobody receives until it is killed. Then the old one does again.
+///
 /// The socket itself is of no use without its lanes: whoever calls
 /// [`Server::socket`](super::Server::socket) and receives from that takes datagrams away.
 ///
@@ -175,7 +177,7 @@ impl Datagrams {
     }
 
     /// Receives the next datagram of this process: from the socket while this process serves, and
-    /// what the process that serves forwards.
+    /// what the process that serves forwards. What does not fit the buffer is cut off.
     ///
     /// # Errors
     /// Those of recvmsg(2), and of a registration with the event loop: `EMFILE` and `ENFILE` pass

@@ -91,8 +91,9 @@ impl Identity {
     /// Returns true if clients who use this address may get to either socket: a `SO_REUSEPORT`
     /// group.
     pub(in crate::takeover) fn shares_address_with(&self, other: &Self) -> bool {
-        let place = |it: &Self| (it.family, it.kind, it.protocol, it.address.clone(), it.device.clone());
-        matches!(self.address, Address::Ip(_)) && place(self) == place(other)
+        matches!(self.address, Address::Ip(_))
+            && self.address == other.address
+            && (self.kind, self.protocol, &self.device) == (other.kind, other.protocol, &other.device)
     }
 
     pub(super) fn put(&self, dst: &mut Vec<u8>) -> Result<(), Error> {
