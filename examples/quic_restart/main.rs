@@ -26,6 +26,9 @@ use crate::{secrets::Secrets, socket::MovingSocket};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
+/// A connection may stay for a long time, and so may its process.
+const GENERATIONS: usize = 100;
+
 #[derive(Parser, Debug, Clone)]
 struct Arguments {
     /// Address to receive at.
@@ -60,7 +63,8 @@ async fn serve(arguments: Arguments) -> Result<()> {
         listeners.add("quic", UdpSocket::bind(arguments.listen)?)?;
         Ok(listeners)
     };
-    let mut pending = takeover::bind_or_take(&arguments.path, Options::default(), bind).await?;
+    let options = Options::default().max_old_generations(GENERATIONS);
+    let mut pending = takeover::bind_or_take(&arguments.path, options, bind).await?;
 
     // All generations have one certificate, and the keys of what clients keep: tokens and resets.
     let secrets = match pending.take_state().first() {

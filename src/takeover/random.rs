@@ -214,8 +214,11 @@ impl Processes {
                     for number in 0..listeners {
                         out.send(codec, ToTaker::Listeners(vec![listener(number)]));
                     }
+                    let fds = [listeners].into_iter().collect();
+                    out.send(codec, ToTaker::Generations { replaced_for: vec![0], fds });
                     giver.offered(self.now, listeners);
                 }
+                GiverStep::TellStatus => unreachable!("nobody asks for it"),
                 GiverStep::Refuse(reason) => out.send(codec, ToTaker::Refused { reason }),
                 GiverStep::Complete => out.send(codec, ToTaker::Complete),
                 GiverStep::Cut => {

@@ -10,14 +10,19 @@ use std::{
 
 use bytes::Bytes;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
-use tokio::sync::{mpsc::UnboundedSender, oneshot, watch};
+use tokio::{
+    sync::{mpsc::UnboundedSender, oneshot, watch},
+    time::Instant,
+};
 use tracing::info;
 
 use super::{
     Error, Options, Phase,
-    datagrams::Lanes,
+    datagrams::{AllLanes, Lanes},
+    drain::Connections,
+    generations::Generations,
     listeners::Listeners,
-    protocol::{Address, Identity, Lane, MAX_MESSAGE_FDS, Offered, Refusal, ToTaker},
+    protocol::{Address, Identity, Offered, Refusal, ToTaker},
 };
 use crate::{Frame, SendFd, socket::PathGuard};
 
@@ -29,6 +34,7 @@ pub(super) struct Shared {
     pub(super) generation: u32,
     state: Mutex<State>,
     pub(super) status: watch::Sender<Status>,
+    pub(super) connections: Connections,
 }
 
 /// What handles and tasks wait for.
@@ -40,6 +46,14 @@ pub(super) struct Status {
     /// A predecessor may still have to serve again.
     pub(super) has_predecessor: bool,
     pub(super) baton: Baton,
+    /// A takeover from this process is under way.
+    pub(super) is_claimed: bool,
+    /// Process id of the one that has replaced this one, if it is in this PID namespace.
+    pub(super) successor: Option<u32>,
+    /// The moment at which this process was replaced.
+    pub(super) replaced_at: Option<Instant>,
+    /// A successor does not wait for this process's connections any longer.
+    pub(super) must_leave: bool,
 }
 
 /// The baton that comes with a takeover.
@@ -57,19 +71,16 @@ struct State {
     control: Option<Control>,
     /// Numbers of listeners that the new process has no use for.
     declined: BTreeSet<u32>,
-    /// A takeover is under way, or has been completed.
-    is_claimed: bool,
     gates: Vec<Weak<dyn Gate>>,
-    /// Of UDP sockets, with their names and indices.
-    lanes: Vec<(String, u32, Arc<Lanes>)>,
-    /// The number of the last process that has asked for a takeover.
-    last_generation: u32,
+    lanes: AllLanes,
     /// To the task of the process that takes over.
     link: Option<UnboundedSender<Command>>,
     /// To the task of the predecessor.
     predecessor: Option<UnboundedSender<UpCommand>>,
     /// Called for each takeover.
     application: Option<Application>,
+    /// Processes that were replaced before this one serves, and still run.
+    generations: Generations,
 }
 
 pub(super) type Application = Arc<dyn Fn() -> Vec<Frame> + Send + Sync>;
@@ -144,9 +155,14 @@ impl Shared {
             has_control: control.is_some(),
             has_predecessor,
             baton: if has_predecessor { Baton::Coming } else { Baton::Here(None) },
+            is_claimed: false,
+            successor: None,
+            replaced_at: None,
+            must_leave: false,
         };
-        let state = State { listeners, control, last_generation: generation, ..State::default() };
-        Self { options, path, generation, state: Mutex::new(state), status: watch::Sender::new(status) }
+        let state = State { listeners, control, lanes: AllLanes::new(generation), ..State::default() };
+        let status = watch::Sender::new(status);
+        Self { options, path, generation, state: Mutex::new(state), status, connections: Connections::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -178,7 +194,7 @@ impl Shared {
     /// its index.
     pub(super) fn add_listener(&self, name: String, fd: OwnedFd) -> Result<u32, Error> {
         let mut state = self.lock();
-        if state.is_claimed || self.phase() != Phase::Serving {
+        if self.status.borrow().is_claimed || self.phase() != Phase::Serving {
             return Err(Error::Refused(Refusal::Busy));
         }
         state.listeners.add(name, fd)?;
@@ -187,7 +203,13 @@ impl Shared {
 
     /// Changes the phase. Listeners leave their event loops when this process stops to serve.
     pub(super) fn set_phase(&self, phase: Phase) {
-        self.status.send_modify(|status| status.phase = phase);
+        self.status.send_modify(|status| {
+            status.phase = phase;
+            match phase {
+                Phase::Serving => (status.replaced_at, status.successor) = (None, None),
+                _ => status.replaced_at = status.replaced_at.or(Some(Instant::now())),
+            }
+        });
         // Outside of the lock: closing runs code of an event loop.
         let gates = self.lock().gates.clone();
         gates.iter().filter_map(Weak::upgrade).for_each(|gate| gate.on_phase(phase));
@@ -197,19 +219,22 @@ impl Shared {
     /// Begins a takeover, unless there is one. One at a time.
     pub(super) fn claim(&self, link: UnboundedSender<Command>) -> bool {
         let mut state = self.lock();
-        if state.is_claimed || self.phase() != Phase::Serving || state.control.is_none() {
-            return false;
+        let has_control = state.control.is_some();
+        let claimed = self.status.send_if_modified(|status| {
+            let may_claim = !status.is_claimed && status.phase == Phase::Serving && has_control;
+            status.is_claimed |= may_claim;
+            may_claim
+        });
+        if claimed {
+            state.link = Some(link);
         }
-        state.is_claimed = true;
-        state.link = Some(link);
-        true
+        claimed
     }
 
     /// The takeover has ended, and this process serves.
     pub(super) fn unclaim(&self) {
-        let mut state = self.lock();
-        state.is_claimed = false;
-        state.link = None;
+        self.lock().link = None;
+        self.status.send_modify(|status| status.is_claimed = false);
     }
 
     pub(super) fn command(&self, command: Command) -> bool {
@@ -234,6 +259,10 @@ impl Shared {
         application.map_or_else(Vec::new, |application| application())
     }
 
+    pub(super) fn with_generations<T>(&self, look: impl FnOnce(&mut Generations) -> T) -> T {
+        look(&mut self.lock().generations)
+    }
+
     /// Returns the listeners as they are sent. No copies are made: they stay this process's.
     pub(super) fn offered(&self) -> Vec<Offered<SendFd>> {
         let state = self.lock();
@@ -248,41 +277,13 @@ impl Shared {
 
     /// Returns the lanes of a UDP socket.
     pub(super) fn lanes(&self, name: &str, index: u32) -> Arc<Lanes> {
-        let lanes = &mut self.lock().lanes;
-        if let Some((.., found)) = lanes.iter().find(|(its_name, its_index, _)| its_name == name && *its_index == index)
-        {
-            return Arc::clone(found);
-        }
-        let new = Arc::<Lanes>::default();
-        lanes.push((name.to_owned(), index, Arc::clone(&new)));
-        new
+        self.lock().lanes.of(name, index)
     }
 
-    /// Gives the new process its generation, and lanes to this process and older ones.
+    /// Returns messages that give a new process its generation, and its lanes.
     pub(super) fn offer_lanes(&self) -> io::Result<Vec<ToTaker<SendFd>>> {
-        let mut state = self.lock();
-        state.last_generation = state.last_generation.wrapping_add(1);
-        let State { lanes, listeners, last_generation, .. } = &*state;
-        let mut offered = Vec::new();
-        for (name, index, lanes) in lanes {
-            let Some(listener) = listeners.position(name, *index) else { continue };
-            let lanes = lanes.offer(self.generation, *last_generation)?;
-            offered.extend(lanes.into_iter().map(|(generation, fd)| Lane {
-                listener,
-                generation,
-                fd: SendFd::assume_socket(fd),
-            }));
-        }
-        let (generation, giver) = (*last_generation, self.generation);
-        let mut messages = Vec::new();
-        loop {
-            let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
-            messages.push(ToTaker::Lanes { generation, giver, lanes: offered });
-            if rest.is_empty() {
-                return Ok(messages);
-            }
-            offered = rest;
-        }
+        let State { lanes, listeners, .. } = &mut *self.lock();
+        lanes.offer(listeners)
     }
 
     /// Copies what a new process gets once it is ready: then nothing may fail any more.
@@ -371,11 +372,12 @@ impl Shared {
     /// Closes everything. Paths are removed, unless another process has the right to.
     pub(super) fn give_up(&self) {
         self.set_phase(Phase::Replaced);
-        let (listeners, control) = {
+        let given_up = {
             let mut state = self.lock();
-            (std::mem::take(&mut state.listeners), state.control.take())
+            let generations = std::mem::take(&mut state.generations);
+            (std::mem::take(&mut state.listeners), state.control.take(), generations)
         };
-        drop((listeners, control));
+        drop(given_up);
     }
 
     /// Makes sure that no predecessor serves again.

@@ -6,6 +6,7 @@ use std::{
     os::fd::OwnedFd,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -21,7 +22,7 @@ use tokio::{
     net::TcpListener,
 };
 
-use crate::{common::*, place, process::Process, request};
+use crate::{common::*, place, processes::Process, request};
 
 const ROLE: &str = "groups::a_group_grows_and_shrinks_under_load_and_resets_no_client";
 
@@ -96,8 +97,9 @@ async fn answer(http: Gated<TcpListener>, open: Arc<AtomicUsize>) {
 }
 
 fn start(path: &Path, workers: usize) -> Process {
-    let path = path.to_str().unwrap().to_owned();
-    Process::start(ROLE, &[("FDWIRE_PATH", path), ("FDWIRE_WORKERS", workers.to_string())])
+    let mut command = Command::new("/proc/self/exe");
+    command.env("FDWIRE_PATH", path).env("FDWIRE_WORKERS", workers.to_string());
+    Process::start_role(command, ROLE)
 }
 
 fn ask(address: SocketAddr) -> std::io::Result<()> {

@@ -1,252 +1,191 @@
-//! Clients of HTTP through a hundred restarts.
+//! axum behind a server that is replaced: what its clients are told.
 
-use std::{
-    error::Error as _,
-    io::{Read, Write},
-    net::SocketAddr,
-    os::{fd::OwnedFd, unix::net::UnixStream},
-    path::PathBuf,
-    pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use fdwire::takeover::{self, Gated, Listeners, Options};
-use http_body_util::{BodyExt, Full};
-use hyper::{
-    Request, Response,
-    client::conn::{TrySendError, http1, http2},
-    header::{CONNECTION, HOST},
-    server::conn as serve_conn,
-    service::service_fn,
-};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use axum::{Router, extract::ConnectInfo, routing::get};
+use fdwire::takeover::{Finished, Options, Server};
 use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::watch,
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::Notify,
+    task::JoinHandle,
 };
 
-use crate::{common::*, place, process::Process};
+use crate::{common::*, first_with, place, request};
 
-const ROLE: &str = "http::a_hundred_restarts_fail_no_request_of_any_client";
-const RESTARTS: usize = 100;
+const HOUR: Duration = Duration::from_secs(3600);
 
-type Body = Full<Bytes>;
-
-/// What the connections of a server know of its end.
-#[derive(Clone)]
-struct State {
-    open: watch::Sender<usize>,
-    is_draining: watch::Sender<bool>,
+/// A server of a router, which answers at `/` with the client's address, and at `/slow` when it is
+/// told to.
+struct Site {
+    _directory: tempfile::TempDir,
+    path: std::path::PathBuf,
+    server: Arc<Server>,
+    address: SocketAddr,
+    answer_slow: Arc<Notify>,
+    is_asked: Arc<Notify>,
+    serving: JoinHandle<Finished>,
 }
 
-/// A server process with a listener for HTTP/1.1 and one for HTTP/2.
-async fn serve(socket: OwnedFd) {
-    let mut parent = UnixStream::from(socket);
-    parent.read_exact(&mut [0]).unwrap();
-    let mut report = |report: &str| parent.write_all(format!("{report}\n").as_bytes()).unwrap();
-    let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
-    let bind = || {
-        let mut listeners = Listeners::new();
-        for name in ["http1", "http2"] {
-            listeners.add(name, std::net::TcpListener::bind(std::env::var(name).unwrap())?)?;
-        }
-        Ok(listeners)
-    };
-    let server = takeover::bind_or_take(&path, Options::default(), bind).await.unwrap().ready().await.unwrap();
-    let state = State { open: watch::Sender::new(0), is_draining: watch::Sender::new(false) };
-    for (name, is_http2) in [("http1", false), ("http2", true)] {
-        tokio::spawn(accept(server.gated(name, 0).unwrap(), is_http2, state.clone()));
-    }
-    server.confirmed().await;
-    report("serves");
-    server.replaced().await;
-    state.is_draining.send_replace(true);
-    state.open.subscribe().wait_for(|&open| open == 0).await.unwrap();
-    assert!(server.drained().await);
-    report("left");
-}
-
-async fn accept(listener: Gated<TcpListener>, is_http2: bool, state: State) {
-    while let Ok((connection, _)) = listener.accept().await {
-        let state = state.clone();
-        state.open.send_modify(|open| *open += 1);
-        tokio::spawn(async move {
-            let answer = service_fn(|_| std::future::ready(Ok::<_, hyper::Error>(answer(&state, is_http2))));
-            let io = TokioIo::new(connection);
-            if is_http2 {
-                let builder = serve_conn::http2::Builder::new(TokioExecutor::new());
-                let mut connection = pin!(builder.serve_connection(io, answer));
-                let mut is_draining = state.is_draining.subscribe();
-                tokio::select! {
-                    _ = &mut connection => {}
-                    _ = async { is_draining.wait_for(|&is_draining| is_draining).await.map(drop) } => {
-                        connection.as_mut().graceful_shutdown(); // GOAWAY
-                        let _ = connection.await;
-                    }
-                }
-            } else {
-                let _ = serve_conn::http1::Builder::new().serve_connection(io, answer).await;
+impl Site {
+    fn new(spread: Duration, deadline: Duration) -> Self {
+        let (_directory, path) = place();
+        let server = Arc::new(first_with(&path, Options::default().drain(spread, deadline)));
+        let address = crate::address(&server);
+        let (answer_slow, is_asked) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let slow = {
+            let (answer_slow, is_asked) = (Arc::clone(&answer_slow), Arc::clone(&is_asked));
+            async move || {
+                is_asked.notify_one();
+                answer_slow.notified().await;
+                "slow"
             }
-            state.open.send_modify(|open| *open -= 1);
-        });
+        };
+        let root = async |ConnectInfo(client): ConnectInfo<SocketAddr>| client.to_string();
+        let router = Router::new().route("/", get(root)).route("/slow", get(slow));
+        let http = server.gated("http", 0).unwrap();
+        let serving = {
+            let server = Arc::clone(&server);
+            tokio::spawn(async move { server.serve_axum(http, router).await })
+        };
+        Self { _directory, path, server, address, answer_slow, is_asked, serving }
+    }
+
+    async fn replace(&self) -> Server {
+        let new = request(&self.path).await.ready().await.unwrap();
+        self.server.replaced().await;
+        new
     }
 }
 
-/// HTTP/1.1: the client learns from an answer that it was the last.
-fn answer(state: &State, is_http2: bool) -> Response<Body> {
-    let mut response = Response::new(Full::from(std::process::id().to_string()));
-    if !is_http2 && *state.is_draining.borrow() {
-        response.headers_mut().insert(CONNECTION, "close".parse().unwrap());
+/// A client of HTTP/1.1.
+struct Http1(TcpStream);
+
+impl Http1 {
+    async fn connect(address: SocketAddr) -> Self {
+        Self(TcpStream::connect(address).await.unwrap())
     }
-    response
-}
 
-/// What a kind of client sees.
-#[derive(Default)]
-struct Seen {
-    answers: AtomicUsize,
-    connections: AtomicUsize,
-}
-
-/// A request that no server has seen is no failure: its connection had ended before.
-enum Outcome {
-    Answered,
-    NotSent,
-}
-
-/// Returns true if a server that says goodbye has not seen a request (RFC 9113, section 6.8).
-fn is_goodbye(error: &hyper::Error) -> bool {
-    let source = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
-    source.is_some_and(|error| error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR))
-}
-
-fn request(keep: bool) -> Request<Body> {
-    let mut request = Request::new(Body::default());
-    request.headers_mut().insert(HOST, "localhost".parse().unwrap());
-    if !keep {
-        request.headers_mut().insert(CONNECTION, "close".parse().unwrap());
+    async fn ask(&mut self, page: &str) {
+        self.0.write_all(format!("GET {page} HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes()).await.unwrap();
     }
-    request
-}
 
-/// Takes the answer of a request, which is the server's process id.
-async fn outcome(
-    sent: Result<Response<hyper::body::Incoming>, TrySendError<Request<Body>>>,
-) -> Result<Outcome, String> {
-    match sent {
-        Ok(response) => {
-            let body = response.into_body().collect().await.map_err(|error| error.to_string())?.to_bytes();
-            body.iter().all(u8::is_ascii_digit).then_some(Outcome::Answered).ok_or_else(|| format!("{body:?}"))
+    /// Reads an answer whose body ends with `body`. Returns its headers.
+    async fn answer(&mut self, body: &str) -> String {
+        let mut text = Vec::new();
+        while !text.ends_with(format!("\r\n\r\n{body}").as_bytes()) {
+            text.push(self.0.read_u8().await.unwrap());
         }
-        Err(mut error) => match error.take_message() {
-            Some(_) => Ok(Outcome::NotSent),
-            None if is_goodbye(error.error()) => Ok(Outcome::NotSent),
-            None => Err(format!("{:?}", error.into_error())),
-        },
+        String::from_utf8(text).unwrap().to_ascii_lowercase()
     }
-}
 
-/// A client of HTTP/1.1, with one connection for each request or as long as the server likes.
-async fn http1_client(address: SocketAddr, keep: bool, seen: Arc<Seen>) -> String {
-    let client = async || -> Result<(), String> {
-        let connection = TcpStream::connect(address).await.map_err(|error| format!("connect: {error}"))?;
-        let handshake = http1::handshake::<_, Body>(TokioIo::new(connection)).await;
-        let (mut sender, driver) = handshake.map_err(|error| error.to_string())?;
-        tokio::spawn(driver);
-        seen.connections.fetch_add(1, Ordering::SeqCst);
-        while sender.ready().await.is_ok() {
-            match outcome(sender.try_send_request(request(keep)).await).await? {
-                Outcome::Answered => seen.answers.fetch_add(1, Ordering::SeqCst),
-                Outcome::NotSent => break,
-            };
-        }
-        Ok(())
-    };
-    loop {
-        if let Err(failure) = client().await {
-            return failure;
-        }
-    }
-}
-
-async fn http2_client(address: SocketAddr, seen: Arc<Seen>) -> String {
-    let client = async || -> Result<(), String> {
-        let connection = TcpStream::connect(address).await.map_err(|error| format!("connect: {error}"))?;
-        let handshake = http2::handshake::<_, _, Body>(TokioExecutor::new(), TokioIo::new(connection)).await;
-        let (mut sender, driver) = handshake.map_err(|error| error.to_string())?;
-        tokio::spawn(driver);
-        seen.connections.fetch_add(1, Ordering::SeqCst);
-        while sender.ready().await.is_ok() {
-            let mut request = Request::new(Body::default());
-            *request.uri_mut() = "http://localhost/".parse().unwrap();
-            match outcome(sender.try_send_request(request).await).await? {
-                Outcome::Answered => seen.answers.fetch_add(1, Ordering::SeqCst),
-                Outcome::NotSent => break,
-            };
-        }
-        Ok(())
-    };
-    loop {
-        if let Err(failure) = client().await {
-            return failure;
-        }
+    async fn check_closed(&mut self) {
+        assert_eq!(self.0.read(&mut [0]).await.unwrap(), 0);
     }
 }
 
 #[test]
-fn a_hundred_restarts_fail_no_request_of_any_client() {
-    if let Some(socket) = role_socket(ROLE) {
-        return one_thread().block_on(serve(socket));
-    }
-    let (_directory, path) = place();
-    let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let addresses = [free(), free()];
-    let start = || {
-        let [http1, http2] = addresses.map(|address| address.to_string());
-        let variables = [("FDWIRE_PATH", path.to_str().unwrap().to_owned()), ("http1", http1), ("http2", http2)];
-        let mut process = Process::start(ROLE, &variables);
-        process.go();
-        process.expect("serves");
-        process
-    };
-    let mut serving = start();
+fn answers_say_close_from_the_moment_at_which_the_server_is_replaced() {
+    run(async {
+        let site = Site::new(HOUR, HOUR);
+        let mut client = Http1::connect(site.address).await;
+        let body = client.0.local_addr().unwrap().to_string();
+        for _ in 0..2 {
+            client.ask("/").await;
+            assert!(!client.answer(&body).await.contains("connection: close"));
+        }
+        // One request was asked before, one client asks afterwards.
+        let mut slow = Http1::connect(site.address).await;
+        slow.ask("/slow").await;
+        site.is_asked.notified().await;
+        let new = site.replace().await;
+        site.answer_slow.notify_one();
+        assert!(slow.answer("slow").await.contains("connection: close"));
+        slow.check_closed().await;
+        client.ask("/").await;
+        assert!(client.answer(&body).await.contains("connection: close"));
+        client.check_closed().await;
+        drop(new);
+        // Undone: the next client may stay.
+        assert!(site.server.undone().await);
+        let mut client = Http1::connect(site.address).await;
+        client.ask("/").await;
+        let body = client.0.local_addr().unwrap().to_string();
+        assert!(!client.answer(&body).await.contains("connection: close"));
+    });
+}
 
-    let runtime = one_worker();
-    let kinds: [(&str, Arc<Seen>); 3] = ["one-shot", "keep-alive", "HTTP/2"].map(|name| (name, Arc::default()));
-    let mut clients = tokio::task::JoinSet::new();
-    for _ in 0..2 {
-        let [one_shot, keep_alive, http2] = kinds.each_ref().map(|(_, seen)| Arc::clone(seen));
-        clients.spawn_on(http1_client(addresses[0], false, one_shot), runtime.handle());
-        clients.spawn_on(http1_client(addresses[0], true, keep_alive), runtime.handle());
-        clients.spawn_on(http2_client(addresses[1], http2), runtime.handle());
-    }
-    let mut failures = Vec::new();
-    let mut check = |clients: &mut tokio::task::JoinSet<String>| {
-        while let Some(failure) = clients.try_join_next() {
-            failures.push(failure.unwrap());
+#[test]
+fn silent_clients_are_closed_within_the_spread_and_slow_ones_at_the_deadline() {
+    run(async {
+        let site = Site::new(Duration::from_millis(50), Duration::from_millis(300));
+        let mut silent = Vec::new();
+        for _ in 0..20 {
+            let mut client = Http1::connect(site.address).await;
+            client.ask("/").await;
+            let body = client.0.local_addr().unwrap().to_string();
+            client.answer(&body).await;
+            silent.push(client);
         }
-        assert!(failures.is_empty(), "{failures:?}");
-    };
-    for _ in 0..RESTARTS {
-        // Each client has had answers of this process.
-        let before = kinds.each_ref().map(|(_, seen)| seen.answers.load(Ordering::SeqCst));
-        while kinds.iter().zip(before).any(|((_, seen), before)| seen.answers.load(Ordering::SeqCst) < before + 10) {
-            check(&mut clients);
-            std::thread::yield_now();
+        let mut slow = Http1::connect(site.address).await;
+        slow.ask("/slow").await;
+        site.is_asked.notified().await;
+        let _new = site.replace().await;
+        for mut client in silent {
+            client.check_closed().await;
         }
-        let next = start();
-        serving.expect("left");
-        assert!(serving.child.wait().unwrap().success());
-        serving = next;
-    }
-    check(&mut clients);
-    for (name, seen) in &kinds {
-        let [answers, connections] = [&seen.answers, &seen.connections].map(|number| number.load(Ordering::SeqCst));
-        println!("{name}: {answers} answers over {connections} connections, no failure in {RESTARTS} restarts");
-        assert!(connections > RESTARTS, "{name}: {connections} connections");
-    }
+        assert_eq!(site.serving.await.unwrap().left, 1);
+        assert!(slow.0.read_u8().await.is_err());
+    });
+}
+
+/// Reads a frame of HTTP/2: its type, its flags, and its payload.
+async fn frame(stream: &mut TcpStream) -> Option<(u8, u8, Vec<u8>)> {
+    let mut header = [0; 9];
+    stream.read_exact(&mut header).await.ok()?;
+    let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
+    let mut payload = vec![0; length as usize];
+    stream.read_exact(&mut payload).await.ok()?;
+    Some((header[3], header[4], payload))
+}
+
+#[test]
+fn clients_of_http_2_get_goaway_and_finish_their_requests() {
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const GOAWAY: u8 = 7;
+    run(async {
+        let site = Site::new(Duration::from_millis(50), HOUR);
+        let mut client = TcpStream::connect(site.address).await.unwrap();
+        client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        client.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).await.unwrap();
+        // GET http://localhost/slow with the static table of HPACK, and literals without an index.
+        let block = [&[0x82, 0x86][..], &[0x04, 5], b"/slow", &[0x01, 9], b"localhost"].concat();
+        client.write_all(&[0, 0, block.len() as u8, 1, 0b101, 0, 0, 0, 1]).await.unwrap();
+        client.write_all(&block).await.unwrap();
+        site.is_asked.notified().await;
+        let _new = site.replace().await;
+        let mut last_stream = None;
+        let mut body = Vec::new();
+        while let Some((kind, flags, payload)) = frame(&mut client).await {
+            match kind {
+                0 => body.extend(payload),
+                PING if flags == 0 => {
+                    client.write_all(&[0, 0, 8, PING, 1, 0, 0, 0, 0]).await.unwrap();
+                    client.write_all(&payload).await.unwrap();
+                }
+                GOAWAY => {
+                    let stream = u32::from_be_bytes(payload[..4].try_into().unwrap());
+                    let error = u32::from_be_bytes(payload[4..8].try_into().unwrap());
+                    assert_eq!(error, 0, "NO_ERROR");
+                    if last_stream.replace(stream).is_some() {
+                        site.answer_slow.notify_one(); // the request is finished after GOAWAY
+                    }
+                }
+                _ => {}
+            }
+        }
+        assert_eq!((last_stream, &body[..]), (Some(1), &b"slow"[..]));
+        assert_eq!(site.serving.await.unwrap().left, 0);
+    });
 }

@@ -3,12 +3,17 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod datagrams;
+mod drain;
+mod generations;
 mod groups;
+#[cfg(feature = "axum")]
 mod http;
+mod hundred;
 mod intruders;
 mod listeners;
-mod process;
+mod namespaces;
 mod processes;
+mod supervisor;
 mod undo;
 
 use std::{

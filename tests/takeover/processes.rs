@@ -19,38 +19,89 @@ use std::{
 };
 
 use fdwire::takeover::{self, Datagrams, Listeners, Options, Server};
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt},
     sync::watch,
 };
 
-use crate::{common::*, place, process::Process};
+use crate::{common::*, place};
 
 const ROLE: &str = "processes::a_restart_under_load_fails_no_request";
 
-/// Starts a server process, which answers each line with its process id. It reports "requested",
-/// "ready", "confirmed", "left", or why it could not take over.
-fn start(path: &Path, address: SocketAddr) -> Process {
-    Process::start(ROLE, &variables(path, address))
+/// A server process, which answers each line with its process id.
+pub(crate) struct Process {
+    pub(crate) child: Child,
+    /// What it reports: "requested", "ready", "confirmed", "left", or why it could not take over.
+    reports: BufReader<UnixStream>,
 }
 
-fn variables(path: &Path, address: SocketAddr) -> [(&'static str, String); 2] {
-    [("FDWIRE_PATH", path.to_str().unwrap().to_owned()), ("FDWIRE_ADDRESS", address.to_string())]
+impl Process {
+    pub(crate) fn start(path: &Path, address: SocketAddr) -> Self {
+        Self::start_by(Command::new("/proc/self/exe"), path, address)
+    }
+
+    /// The same with a command that executes this binary and passes on its arguments.
+    fn start_by(mut command: Command, path: &Path, address: SocketAddr) -> Self {
+        command.env("FDWIRE_PATH", path).env("FDWIRE_ADDRESS", address.to_string());
+        Self::start_role(command, ROLE)
+    }
+
+    /// A process that runs the test with this name.
+    pub(crate) fn start_role(command: Command, role: &str) -> Self {
+        let (here, there) = UnixStream::pair().unwrap();
+        here.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        Self { child: spawn_role_by(command, role, there.into()), reports: BufReader::new(here) }
+    }
+
+    /// One that serves.
+    pub(crate) fn serving(path: &Path, address: SocketAddr) -> Self {
+        Self::serving_by(Command::new("/proc/self/exe"), path, address)
+    }
+
+    pub(crate) fn serving_by(command: Command, path: &Path, address: SocketAddr) -> Self {
+        let mut process = Self::start_by(command, path, address);
+        process.go();
+        process.expect("requested");
+        process.go();
+        process.expect("ready");
+        process.expect("confirmed");
+        process
+    }
+
+    /// Lets it take its next step.
+    pub(crate) fn go(&mut self) {
+        let _ = self.reports.get_mut().write_all(b"\n"); // it may be dead
+    }
+
+    /// The next report, or the empty string if it is dead.
+    pub(crate) fn report(&mut self) -> String {
+        let mut report = String::new();
+        let _ = self.reports.read_line(&mut report);
+        report.trim().to_owned()
+    }
+
+    pub(crate) fn expect(&mut self, report: &str) {
+        assert_eq!(self.report(), report);
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
 }
 
-/// One that serves.
-fn serving(path: &Path, address: SocketAddr) -> Process {
-    into_serving(start(path, address))
-}
-
-fn into_serving(mut process: Process) -> Process {
-    process.go();
-    process.expect("requested");
-    process.go();
-    process.expect("ready");
-    process.expect("confirmed");
-    process
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// In a server process: waits for a byte, requests, waits for a byte, serves.
@@ -146,7 +197,7 @@ async fn answer(server: &Server) {
 }
 
 /// Asks who serves. `None` if nobody does.
-fn who_serves(address: SocketAddr) -> Option<u32> {
+pub(crate) fn who_serves(address: SocketAddr) -> Option<u32> {
     let mut connection = TcpStream::connect(address).ok()?;
     connection.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     connection.write_all(b"who\n").ok()?;
@@ -155,7 +206,7 @@ fn who_serves(address: SocketAddr) -> Option<u32> {
     answer.split(' ').next()?.parse().ok()
 }
 
-fn free_address() -> SocketAddr {
+pub(crate) fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
@@ -200,7 +251,7 @@ fn a_restart_under_load_fails_no_request() {
     }
     let (_directory, path) = place();
     let address = free_address();
-    let mut process = serving(&path, address);
+    let mut process = Process::serving(&path, address);
     let stop = Arc::new(AtomicBool::new(false));
     let answers = Arc::new(AtomicUsize::new(0));
     let clients: Vec<_> = (0..6)
@@ -211,7 +262,7 @@ fn a_restart_under_load_fails_no_request() {
         .collect();
     for _ in 0..10 {
         let before = answers.load(Ordering::SeqCst);
-        let next = serving(&path, address);
+        let next = Process::serving(&path, address);
         process.expect("left");
         assert!(process.child.wait().unwrap().success());
         process = next;
@@ -229,9 +280,9 @@ fn a_restart_under_load_fails_no_request() {
 fn a_process_that_dies_before_it_is_ready_changes_nothing_and_one_that_dies_later_is_undone() {
     let (_directory, path) = place();
     let address = free_address();
-    let old = serving(&path, address);
+    let old = Process::serving(&path, address);
 
-    let mut new = start(&path, address);
+    let mut new = Process::start(&path, address);
     new.go();
     new.expect("requested");
     drop(new);
@@ -239,14 +290,14 @@ fn a_process_that_dies_before_it_is_ready_changes_nothing_and_one_that_dies_late
 
     // A client keeps the old one from leaving.
     let _idle = keep_open(address);
-    let new = serving(&path, address);
+    let new = Process::serving(&path, address);
     while who_serves(address) != Some(new.child.id()) {}
     drop(new);
     assert_eq!(who_serves(address), Some(old.child.id()));
 }
 
 /// A connection that was accepted, and that no further request ends.
-fn keep_open(address: SocketAddr) -> BufReader<TcpStream> {
+pub(crate) fn keep_open(address: SocketAddr) -> BufReader<TcpStream> {
     let mut connection = BufReader::new(TcpStream::connect(address).unwrap());
     connection.get_mut().write_all(b"who\n").unwrap();
     connection.read_line(&mut String::new()).unwrap();
@@ -257,8 +308,8 @@ fn keep_open(address: SocketAddr) -> BufReader<TcpStream> {
 fn a_new_process_serves_if_the_old_one_dies_before_it_is_ready() {
     let (_directory, path) = place();
     let address = free_address();
-    let old = serving(&path, address);
-    let mut new = start(&path, address);
+    let old = Process::serving(&path, address);
+    let mut new = Process::start(&path, address);
     new.go();
     new.expect("requested");
     drop(old);
@@ -267,7 +318,7 @@ fn a_new_process_serves_if_the_old_one_dies_before_it_is_ready() {
     new.expect("confirmed");
     assert_eq!(who_serves(address), Some(new.child.id()));
     // It can be replaced as any other.
-    let third = serving(&path, address);
+    let third = Process::serving(&path, address);
     new.expect("left");
     assert_eq!(who_serves(address), Some(third.child.id()));
 }
@@ -276,14 +327,14 @@ fn a_new_process_serves_if_the_old_one_dies_before_it_is_ready() {
 fn a_process_that_hangs_before_it_is_ready_does_not_serve_when_it_wakes_up() {
     let (_directory, path) = place();
     let address = free_address();
-    let old = serving(&path, address);
-    let mut hung = start(&path, address);
+    let old = Process::serving(&path, address);
+    let mut hung = Process::start(&path, address);
     hung.go();
     hung.expect("requested");
     hung.signal(Signal::SIGSTOP);
     // The old one calls it off by itself, and the next one takes over.
     let next = loop {
-        let mut next = start(&path, address);
+        let mut next = Process::start(&path, address);
         next.go();
         match next.report().as_str() {
             "requested" => break next,
@@ -305,10 +356,10 @@ fn a_process_that_hangs_before_it_is_ready_does_not_serve_when_it_wakes_up() {
 fn a_server_that_drains_has_taken_its_listeners_out_of_its_event_loop() {
     let (_directory, path) = place();
     let address = free_address();
-    let old = serving(&path, address);
+    let old = Process::serving(&path, address);
     let _open = keep_open(address);
     assert!(is_watched(&old, address));
-    let new = serving(&path, address);
+    let new = Process::serving(&path, address);
     assert_eq!(who_serves(address), Some(new.child.id()));
     let begin = Instant::now();
     while is_watched(&old, address) {
@@ -324,8 +375,9 @@ fn ten_generations_that_drain_are_not_woken_by_clients_of_the_newest() {
     let (_directory, path) = place();
     let address = free_address();
     let serving_udp = || {
-        let [path, address] = variables(&path, address);
-        into_serving(Process::start(ROLE, &[path, address, ("FDWIRE_UDP", "1".to_owned())]))
+        let mut command = Command::new("/proc/self/exe");
+        command.env("FDWIRE_UDP", "1");
+        Process::serving_by(command, &path, address)
     };
     let mut newest = serving_udp();
     let (mut draining, mut open) = (Vec::new(), Vec::new());
@@ -399,9 +451,9 @@ fn trace(strace: &Path, process: &Process, arguments: &[&str]) -> Child {
 fn take_over(strace: &Path, traces_old: bool, arguments: &[&str]) -> bool {
     let (_directory, path) = place();
     let address = free_address();
-    let mut old = serving(&path, address);
+    let mut old = Process::serving(&path, address);
     let open = keep_open(address);
-    let mut new = start(&path, address);
+    let mut new = Process::start(&path, address);
     let mut tracer = trace(strace, if traces_old { &old } else { &new }, arguments);
     let mut was_killed = false;
     for report in ["requested", "ready", "confirmed"] {

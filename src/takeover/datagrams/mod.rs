@@ -1,5 +1,6 @@
 //! Receiving datagrams from a socket that moves between processes.
 
+mod all;
 mod lanes;
 mod packet;
 mod receive;
@@ -31,7 +32,7 @@ use super::{
 };
 use crate::sys;
 
-pub(super) use self::lanes::Lanes;
+pub(super) use self::{all::AllLanes, lanes::Lanes};
 
 /// How long to wait before the next attempt to send if no descriptor is left.
 const BACK_OFF: Duration = Duration::from_millis(1);
