@@ -44,8 +44,7 @@ pub(crate) fn markdown(results: &Results) -> String {
 const INTRODUCTION: &str = "\
 # Benchmarks
 
-Written by `cargo bench --bench transport -- --report docs`. Do not edit. What a takeover costs is in
-[BENCHMARKS_TAKEOVER.md](BENCHMARKS_TAKEOVER.md).
+Written by `cargo bench --bench transport -- --report docs`. Do not edit.
 
 ![Time of fdwire and its peers](benchmarks.svg)
 
