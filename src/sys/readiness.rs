@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    sync::Arc,
 };
 
 use tokio::io::{Interest, unix::AsyncFd};
@@ -16,6 +17,9 @@ pub(crate) unsafe trait OwnsFd: AsRawFd {}
 
 // SAFETY: an `OwnedFd` keeps its descriptor open, and never changes its number.
 unsafe impl OwnsFd for OwnedFd {}
+
+// SAFETY: it keeps the `OwnedFd` alive, whose number it returns.
+unsafe impl OwnsFd for Arc<OwnedFd> {}
 
 /// Registers a descriptor.
 ///

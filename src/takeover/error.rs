@@ -92,6 +92,15 @@ pub enum Error {
         index: u32,
     },
 
+    /// A listener was declined, and others with its address were not.
+    #[error(
+        "listener {identity} was declined, and others with its address were not: some of its clients would wait for ever"
+    )]
+    SplitGroup {
+        /// The listener.
+        identity: Box<Identity>,
+    },
+
     /// A listener is of another kind than the one asked for.
     #[error("listener {identity} is not a {expected}")]
     WrongKind {

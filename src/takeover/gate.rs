@@ -94,7 +94,7 @@ impl<L: Accepts> Gated<L> {
                 let reason = format!("listener {} has moved to another process", self.identity);
                 return Err(io::Error::new(io::ErrorKind::NotConnected, reason));
             }
-            let listener = self.register()?;
+            let Some(listener) = self.register()? else { continue };
             tokio::select! {
                 biased;
                 _ = self.shared.wait(|status| status.phase != Phase::Serving) => {}
@@ -103,10 +103,15 @@ impl<L: Accepts> Gated<L> {
         }
     }
 
-    fn register(&self) -> io::Result<Arc<L>> {
+    /// Returns `None` if this process serves no longer.
+    fn register(&self) -> io::Result<Option<Arc<L>>> {
         let mut registered = self.registered.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(listener) = &*registered {
-            return Ok(Arc::clone(listener));
+            return Ok(Some(Arc::clone(listener)));
+        }
+        // Under the lock, so that nothing is registered behind the back of a change of phase.
+        if self.shared.phase() != Phase::Serving {
+            return Ok(None);
         }
         let (name, index) = (&self.identity.name, self.identity.index);
         let copy = self.shared.with_listeners(|listeners| -> Result<_, Error> {
@@ -114,14 +119,16 @@ impl<L: Accepts> Gated<L> {
         })?;
         let listener = Arc::new(L::register(copy)?);
         *registered = Some(Arc::clone(&listener));
-        Ok(listener)
+        Ok(Some(listener))
     }
 }
 
 impl<L: Accepts> Gate for Registered<L> {
-    fn close(&self) {
-        let listener = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(listener);
+    fn on_phase(&self, phase: Phase) {
+        if phase != Phase::Serving {
+            let listener = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+            drop(listener);
+        }
     }
 }
 

@@ -37,9 +37,8 @@ const LAST_WORD: Duration = Duration::from_secs(1);
 /// Lets a process take over, if it asks for it in the right way.
 pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
     let (read, write) = Framed::new(socket, GiverCodec::default()).into_split();
-    let listeners = shared.with_listeners(|listeners| listeners.len() as u32);
     let (to_self, commands) = unbounded_channel();
-    let giver = Giver::new(now(), listeners, shared.options.giver_limits());
+    let giver = Giver::new(now(), shared.options.giver_limits());
     let mut link = Giving {
         giver,
         read,
@@ -185,10 +184,14 @@ impl Giving {
 
     /// Queues everything that the taker needs to get ready.
     fn offer(&mut self, version: u8) {
-        let gift = self.shared.gift().and_then(|gift| Ok((gift, self.offer_generations()?)));
-        let count = self.shared.with_listeners(|listeners| listeners.len());
-        self.send(ToTaker::Welcome { version, listeners: count as u32 });
+        let gift = self.shared.gift().and_then(|gift| {
+            let mut messages = self.offer_generations()?;
+            messages.extend(self.shared.offer_lanes()?);
+            Ok((gift, messages))
+        });
         let mut offered = self.shared.offered();
+        let listeners = offered.len() as u32;
+        self.send(ToTaker::Welcome { version, listeners });
         while !offered.is_empty() {
             let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
             self.send(ToTaker::Listeners(std::mem::replace(&mut offered, rest)));
@@ -198,13 +201,13 @@ impl Giving {
             self.send(ToTaker::State { bytes: frame.payload, fds });
         }
         match gift {
-            Ok((gift, generations)) => {
+            Ok((gift, messages)) => {
                 self.gift = Some(gift);
-                self.queue.extend(generations);
+                self.queue.extend(messages);
             }
             Err(error) => return self.abort(&error),
         }
-        self.giver.offered(now());
+        self.giver.offered(now(), listeners);
     }
 
     /// Makes the leash of this process, and messages that tell of all generations.

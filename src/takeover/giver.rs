@@ -30,7 +30,7 @@ use super::protocol::{AbortReason, FromTaker, HIGHEST_VERSION, LOWEST_VERSION, R
 pub(super) struct Giver {
     state: State,
     limits: GiverLimits,
-    /// Number of listeners on offer.
+    /// Number of listeners that were offered.
     listeners: u32,
     declined: BTreeSet<u32>,
     deadline: Option<Instant>,
@@ -109,11 +109,11 @@ enum State {
 
 impl Giver {
     /// Answers a connection.
-    pub(super) fn new(now: Instant, listeners: u32, limits: GiverLimits) -> Self {
+    pub(super) fn new(now: Instant, limits: GiverLimits) -> Self {
         Self {
             state: State::Hello,
             limits,
-            listeners,
+            listeners: 0,
             declined: BTreeSet::new(),
             deadline: now.checked_add(limits.answer),
             steps: VecDeque::new(),
@@ -244,9 +244,10 @@ impl Giver {
         }
     }
 
-    /// All listeners and all state are sent.
-    pub(super) fn offered(&mut self, now: Instant) {
+    /// This number of listeners, and all state, are sent.
+    pub(super) fn offered(&mut self, now: Instant, listeners: u32) {
         if self.state == State::Offering {
+            self.listeners = listeners;
             self.state = State::Waiting;
             self.deadline = now.checked_add(self.limits.ready);
             self.steps.push_back(GiverStep::Complete);

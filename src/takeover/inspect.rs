@@ -123,9 +123,18 @@ fn address_of(fd: BorrowedFd<'_>, family: Family) -> Result<Address> {
         });
     }
     let address = getsockname::<SockaddrStorage>(fd.as_raw_fd())?;
+    Ok(socket_addr(&address).map_or(Address::Unnamed, Address::Ip))
+}
+
+/// Returns true if a descriptor can be a lane: a Unix socket that keeps packets apart.
+pub(super) fn is_lane(fd: &OwnedFd) -> bool {
+    getsockopt(fd, sys::Domain) == Ok(libc::AF_UNIX) && getsockopt(fd, sockopt::SockType) == Ok(SockType::SeqPacket)
+}
+
+/// Returns an address of IP with its port.
+pub(super) fn socket_addr(address: &SockaddrStorage) -> Option<SocketAddr> {
     let v4 = address.as_sockaddr_in().map(|address| SocketAddr::V4(SocketAddrV4::from(*address)));
-    let v6 = address.as_sockaddr_in6().map(|address| SocketAddr::V6(SocketAddrV6::from(*address)));
-    Ok(v4.or(v6).map_or(Address::Unnamed, Address::Ip))
+    v4.or_else(|| address.as_sockaddr_in6().map(|address| SocketAddr::V6(SocketAddrV6::from(*address))))
 }
 
 fn unusable(name: &str, reason: String) -> Error {

@@ -1,7 +1,7 @@
 //! The named listeners of a server.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, btree_map},
     fmt,
     net::{SocketAddr, TcpListener, UdpSocket},
     os::fd::{AsFd, OwnedFd},
@@ -44,8 +44,8 @@ use crate::socket::PathGuard;
 #[derive(Default)]
 pub struct Listeners {
     pub(super) entries: Vec<Entry>,
-    /// Number of sockets of each name.
-    counts: HashMap<String, u32>,
+    /// Of each name, the places of its sockets in `entries`, by index. Declined ones leave gaps.
+    places: HashMap<String, BTreeMap<u32, u32>>,
 }
 
 #[derive(Debug)]
@@ -217,32 +217,42 @@ impl Listeners {
     }
 
     fn next_index(&self, name: &str) -> u32 {
-        self.counts.get(name).copied().unwrap_or_default()
+        let last = self.places.get(name).and_then(|places| places.keys().next_back());
+        last.map_or(0, |last| last + 1)
     }
 
     /// Adds a listener that has its index already.
     pub(super) fn insert(&mut self, entry: Entry) -> Result<(), Error> {
         let Identity { name, index, .. } = &entry.identity;
-        let count = self.counts.entry(name.clone()).or_default();
-        // Indices come without gaps, so a smaller one is there already.
-        if *index != *count {
-            return Err(Error::Duplicate { name: name.clone(), index: *index });
-        }
-        *count += 1;
+        match self.places.entry(name.clone()).or_default().entry(*index) {
+            btree_map::Entry::Occupied(_) => {
+                return Err(Error::Duplicate { name: name.clone(), index: *index });
+            }
+            btree_map::Entry::Vacant(place) => place.insert(self.entries.len() as u32),
+        };
         self.entries.push(entry);
         Ok(())
     }
 
     /// Keeps those with these numbers only.
-    pub(super) fn retain(&mut self, mut is_kept: impl FnMut(u32) -> bool) {
-        let mut numbers = 0..;
-        self.entries.retain(|_| numbers.next().is_some_and(&mut is_kept));
+    pub(super) fn retain(&mut self, is_kept: impl Fn(u32) -> bool) {
+        let entries = std::mem::take(self).entries;
+        for (_, entry) in (0..).zip(entries).filter(|(number, _)| is_kept(*number)) {
+            let place = self.entries.len() as u32;
+            let Identity { name, index, .. } = &entry.identity;
+            self.places.entry(name.clone()).or_default().insert(*index, place);
+            self.entries.push(entry);
+        }
     }
 
     pub(super) fn find(&self, name: &str, index: u32) -> Result<&Entry, Error> {
-        let is_it = |entry: &&Entry| entry.identity.name == name && entry.identity.index == index;
-        let found = self.entries.iter().find(is_it);
+        let found = self.position(name, index).and_then(|number| self.entries.get(number as usize));
         found.ok_or_else(|| Error::NoSuchListener { name: name.to_owned(), index })
+    }
+
+    /// Returns the number of a listener in the order of all.
+    pub(super) fn position(&self, name: &str, index: u32) -> Option<u32> {
+        self.places.get(name)?.get(&index).copied()
     }
 }
 
@@ -271,9 +281,29 @@ mod tests {
         }
         let indices: Vec<_> = listeners.identities().map(|identity| identity.index).collect();
         assert_eq!(indices, [0, 1, 2]);
-        let first = listeners.entries.remove(0);
+        let mut others = Listeners::new();
+        others.add("http", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+        let first = others.entries.remove(0);
         assert!(matches!(listeners.insert(first), Err(Error::Duplicate { index: 0, .. })));
         assert!(matches!(listeners.find("http", 3), Err(Error::NoSuchListener { index: 3, .. })));
+    }
+
+    #[test]
+    fn a_listener_that_is_not_kept_leaves_a_gap() {
+        let mut listeners = Listeners::new();
+        let add = |listeners: &mut Listeners| {
+            listeners.add("http", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+        };
+        (0..4).for_each(|_| add(&mut listeners));
+        listeners.retain(|number| number != 1);
+        add(&mut listeners);
+        let indices: Vec<_> = listeners.identities().map(|identity| identity.index).collect();
+        assert_eq!(indices, [0, 2, 3, 4]);
+        for (place, index) in (0..).zip(indices) {
+            assert_eq!(listeners.position("http", index), Some(place));
+            assert_eq!(listeners.find("http", index).unwrap().identity.index, index);
+        }
+        assert!(matches!(listeners.find("http", 1), Err(Error::NoSuchListener { index: 1, .. })));
     }
 
     #[test]

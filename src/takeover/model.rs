@@ -170,7 +170,7 @@ impl World {
             GiverStep::Asked => giver.welcome(now),
             GiverStep::Offer { .. } => {
                 self.to_taker.push(Sent::Welcome);
-                giver.offered(now);
+                giver.offered(now, 0);
             }
             GiverStep::Refuse(_) => unreachable!("it is not busy"),
             GiverStep::TellStatus => unreachable!("nobody asks for it"),
@@ -234,7 +234,7 @@ impl Model for Takeover {
     fn init_states(&self) -> Vec<World> {
         let limits = GiverLimits { answer: HOUR, ready: HOUR };
         vec![World {
-            giver: Some(Giver::new(self.start, 0, limits)),
+            giver: Some(Giver::new(self.start, limits)),
             taker: Some(Taker::new(self.start, TakerLimits { answer: HOUR, lock: HOUR })),
             giver_accepts: true,
             taker_accepts: false,

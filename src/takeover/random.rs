@@ -122,12 +122,12 @@ fn listener(number: u32) -> Offered<u32> {
 }
 
 impl Processes {
-    fn new(listeners: u32) -> Self {
+    fn new() -> Self {
         let now = Instant::now();
         let limits = GiverLimits { answer: 5 * SECOND, ready: 10 * SECOND };
         Self {
             now,
-            giver: Some(Giver::new(now, listeners, limits)),
+            giver: Some(Giver::new(now, limits)),
             taker: Some(Taker::new(now, TakerLimits { answer: 5 * SECOND, lock: 2 * SECOND })),
             to_giver: Pipe::default(),
             to_taker: Pipe::default(),
@@ -219,7 +219,7 @@ impl Processes {
                     }
                     let fds = [listeners].into_iter().collect();
                     out.send(codec, ToTaker::Generations { replaced_for: vec![0], fds });
-                    giver.offered(self.now);
+                    giver.offered(self.now, listeners);
                 }
                 GiverStep::TellStatus => unreachable!("nobody asks for it"),
                 GiverStep::Refuse(reason) => out.send(codec, ToTaker::Refused { reason }),
@@ -297,7 +297,7 @@ proptest! {
 
     #[test]
     fn exactly_one_process_serves_after_any_crash_cut_or_timeout(ops in ops(), listeners in 0..5u32) {
-        let mut processes = Processes::new(listeners);
+        let mut processes = Processes::new();
         for op in ops {
             processes.apply(op, listeners);
         }
@@ -315,7 +315,7 @@ proptest! {
     /// Two processes accept for a moment around the cut, but as long as nobody dies, never none.
     #[test]
     fn without_a_crash_somebody_accepts_at_any_moment(ops in ops(), listeners in 0..5u32) {
-        let mut processes = Processes::new(listeners);
+        let mut processes = Processes::new();
         for op in ops {
             if !matches!(op, Op::KillGiver | Op::KillTaker) {
                 processes.apply(op, listeners);
@@ -330,7 +330,7 @@ proptest! {
     #[test]
     fn nothing_but_ready_after_complete_stops_the_giver(messages in vec(any_message(), 0..12), busy: bool) {
         let now = Instant::now();
-        let mut giver = Giver::new(now, 2, GiverLimits { answer: SECOND, ready: SECOND });
+        let mut giver = Giver::new(now, GiverLimits { answer: SECOND, ready: SECOND });
         let (mut complete, mut violated, mut ready) = (false, false, false);
         for message in messages {
             let in_place = match &message {
@@ -346,7 +346,7 @@ proptest! {
                 match step {
                     GiverStep::Asked if busy => giver.refuse(Refusal::Busy),
                     GiverStep::Asked => giver.welcome(now),
-                    GiverStep::Offer { .. } => giver.offered(now),
+                    GiverStep::Offer { .. } => giver.offered(now, 2),
                     GiverStep::Complete => complete = true,
                     GiverStep::Stop { .. } => prop_assert!(ready && !busy),
                     _ => {}

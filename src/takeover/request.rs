@@ -13,11 +13,12 @@ use tracing::warn;
 use super::{
     Error, Options, Server,
     generations::Generations,
-    inspect::compare,
+    inspect::{compare, is_lane},
     link::{Came, Link, now},
     listeners::{Entry, Listeners},
     passed, predecessor,
-    protocol::{Identity, Offered, ToTaker},
+    protocol::{Identity, Lane, Offered, ToTaker},
+    server::FIRST_GENERATION,
     shared::{Control, Shared},
     taker::TakerStep,
 };
@@ -77,6 +78,10 @@ pub struct Pending {
     /// Numbers of listeners that this process has no use for.
     declined: BTreeSet<u32>,
     state: Vec<Frame>,
+    /// The number of this process among all.
+    generation: u32,
+    giver: u32,
+    lanes: Vec<Lane>,
     /// Processes that were replaced, with the one that serves now as the last.
     generations: Generations,
     /// The path, if no server runs any longer.
@@ -98,15 +103,19 @@ impl Pending {
     /// ([`Server::declined`]); the listener stays open there, without anybody who accepts, until
     /// that server can't serve again.
     ///
+    /// Several listeners with one address are a `SO_REUSEPORT` group: the kernel gives each client
+    /// to one of them, whoever accepts. So decline all of them or none. A process that has fewer
+    /// workers than before lets each accept from several.
+    ///
     /// # Errors
     /// [`Error::NoSuchListener`].
     pub fn decline(&mut self, name: &str, index: u32) -> Result<(), Error> {
-        let number = self.listeners.identities().position(|it| it.name == name && it.index == index);
+        let number = self.listeners.position(name, index);
         let number = number.ok_or_else(|| Error::NoSuchListener { name: name.to_owned(), index })?;
-        if self.declined.insert(number as u32)
+        if self.declined.insert(number)
             && let Some(link) = &mut self.link
         {
-            link.taker.decline(number as u32);
+            link.taker.decline(number);
         }
         Ok(())
     }
@@ -117,6 +126,7 @@ impl Pending {
     /// has died meanwhile, this process serves if no other one does.
     ///
     /// # Errors
+    /// [`Error::SplitGroup`] if a `SO_REUSEPORT` group was declined in part.
     /// [`Error::Aborted`] if the server has called the takeover off, and [`Error::AnotherServes`]
     /// if it ended and another process serves. Then this process must not serve, and all listeners
     /// are closed here.
@@ -125,6 +135,7 @@ impl Pending {
     /// None: if it is dropped, nobody can tell whether this process was to serve. The server then
     /// learns that it does not, and accepts again.
     pub async fn ready(mut self) -> Result<Server, Error> {
+        self.check_groups()?;
         let Some(mut link) = self.link.take() else { return self.serve_first() };
         link.taker.ready(now());
         let mut is_confirmed = false;
@@ -143,19 +154,32 @@ impl Pending {
         self.serve(Some(link).filter(|_| !is_confirmed))
     }
 
+    /// Clients of a declined listener would wait for ever beside those that are served.
+    fn check_groups(&self) -> Result<(), Error> {
+        let numbered = || (0..).zip(self.identities());
+        let (declined, kept): (Vec<_>, Vec<_>) = numbered().partition(|(number, _)| self.declined.contains(number));
+        let is_in_group = |identity: &Identity| kept.iter().any(|(_, other)| identity.shares_address_with(other));
+        match declined.into_iter().find(|(_, identity)| is_in_group(identity)) {
+            Some((_, identity)) => Err(Error::SplitGroup { identity: Box::new(identity.clone()) }),
+            None => Ok(()),
+        }
+    }
+
     /// For the first process at a path.
     fn serve_first(self) -> Result<Server, Error> {
-        let Self { options, path, mut listeners, declined, lock, .. } = self;
+        let Self { options, path, mut listeners, declined, generation, lock, .. } = self;
         listeners.retain(|number| !declined.contains(&number));
         let guard = lock.expect("the first process has the lock");
         let control = Control::bind(guard, options.mode)?;
-        let shared = Shared::new(options, path, listeners, Some(control), false);
+        let shared = Shared::new(options, path, generation, listeners, Some(control), false);
         Ok(Server::start(Arc::new(shared), None::<Ready<()>>))
     }
 
     /// For a process that replaces another one. Without a link, that one has died.
     fn serve(self, link: Option<Link>) -> Result<Server, Error> {
         let Self { options, path, mut listeners, mut path_ids, declined, mut generations, lock, .. } = self;
+        let Self { generation, giver, lanes, .. } = self;
+        let names: Vec<_> = listeners.identities().map(|identity| (identity.name.clone(), identity.index)).collect();
         listeners.retain(|number| !declined.contains(&number));
         let mut numbers = 0..;
         path_ids.retain(|_| numbers.next().is_some_and(|number| !declined.contains(&number)));
@@ -167,7 +191,15 @@ impl Pending {
                 None
             }
         };
-        let shared = Arc::new(Shared::new(options, path, listeners, control, link.is_some()));
+        let shared = Arc::new(Shared::new(options, path, generation, listeners, control, link.is_some()));
+        for Lane { listener, generation, fd } in lanes {
+            let (name, index) = &names[listener as usize];
+            let added = shared.lanes(name, *index).add(generation, Arc::new(fd), generation == giver);
+            if let Err(error) = added {
+                // As if that process had ended: an old process must not stop the new one.
+                warn!(%error, generation, "datagrams of an older process are not forwarded");
+            }
+        }
         generations.last_was_replaced();
         generations.limit(shared.options.max_old_generations);
         shared.with_generations(|of_shared| *of_shared = generations);
@@ -188,6 +220,9 @@ impl Pending {
             path_ids: Vec::new(),
             declined: BTreeSet::new(),
             state: Vec::new(),
+            generation: FIRST_GENERATION,
+            giver: FIRST_GENERATION,
+            lanes: Vec::new(),
             generations: Generations::default(),
             lock: None,
         }
@@ -230,6 +265,15 @@ impl Pending {
                         return Err(error);
                     }
                 }
+            }
+            ToTaker::Lanes { generation, giver, lanes } => {
+                (self.generation, self.giver) = (generation, giver);
+                let is_known = |lane: &Lane| (lane.listener as usize) < self.listeners.len();
+                if !lanes.iter().all(|lane| is_known(lane) && is_lane(&lane.fd)) {
+                    close_in_background(lanes.into_iter().map(|lane| lane.fd));
+                    return Err(Error::Misbehaved);
+                }
+                self.lanes.extend(lanes);
             }
             ToTaker::Generations { replaced_for, fds } => {
                 for (milliseconds, leash) in replaced_for.into_iter().zip(fds) {

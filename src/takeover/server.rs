@@ -17,7 +17,7 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Accepts, Error, Gated, Generation, Listeners, Options,
+    Accepts, Datagrams, Error, Gated, Generation, Listeners, Options,
     generations::Generations,
     give::give,
     passed,
@@ -28,6 +28,9 @@ use crate::{Frame, Listener, Socket, SocketKind, socket::PathGuard};
 
 /// Most connections to the control socket at a time. Others wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 16;
+
+/// The number of the first process at a path.
+pub(super) const FIRST_GENERATION: u32 = 1;
 
 /// How long to wait if no descriptor is left.
 const BACK_OFF: Duration = Duration::from_millis(20);
@@ -101,7 +104,7 @@ impl Server {
         let path = guard.path().to_owned();
         let control = Control::bind(guard, options.mode)?;
         passed::close_copies(&listeners.cookies());
-        let shared = Shared::new(options, path, listeners, Some(control), false);
+        let shared = Shared::new(options, path, FIRST_GENERATION, listeners, Some(control), false);
         Ok(Self::start(Arc::new(shared), None::<Ready<()>>))
     }
 
@@ -121,10 +124,40 @@ impl Server {
         Gated::new(Arc::clone(&self.shared), name, index)
     }
 
-    /// Returns a copy of a listener's descriptor: for datagram sockets, and for options.
+    /// Adds a listener, which is offered to processes that take over from then on. Returns its
+    /// index among those with its name.
+    ///
+    /// To make a `SO_REUSEPORT` group larger, let a new socket listen only now that this process
+    /// serves: clients are in its queue from that moment.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] while another process is taking over, or has taken over. Otherwise those
+    /// of [`Listeners::add`].
+    pub fn add(&self, name: impl Into<String>, listener: impl Into<OwnedFd>) -> Result<u32, Error> {
+        self.shared.add_listener(name.into(), listener.into())
+    }
+
+    /// Returns a UDP socket that receives while this process serves. Ask for it once: two of them
+    /// take each other's datagrams.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchListener`], [`Error::WrongKind`], and [`Error::Io`] if there is no descriptor
+    /// left.
+    pub fn datagrams(&self, name: &str, index: u32) -> Result<Datagrams, Error> {
+        Datagrams::new(Arc::clone(&self.shared), name, index)
+    }
+
+    /// Returns the number of this process among all that have asked for a takeover: 1 for the first
+    /// one. No other process that serves or drains has the same.
+    pub fn generation(&self) -> u32 {
+        self.shared.generation
+    }
+
+    /// Returns a copy of a listener's descriptor: for options, and for Unix datagram sockets.
     ///
     /// Whoever receives from it has to stop when this process is [replaced](Self::replaced): two
-    /// readers of one socket take each other's datagrams.
+    /// readers of one socket take each other's datagrams. UDP sockets do that by themselves:
+    /// [`datagrams`](Self::datagrams).
     ///
     /// # Errors
     /// [`Error::NoSuchListener`], and [`Error::Io`] if there is no descriptor left.

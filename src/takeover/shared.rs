@@ -18,10 +18,11 @@ use tracing::info;
 
 use super::{
     Error, Options, Phase,
+    datagrams::{AllLanes, Lanes},
     drain::Connections,
     generations::Generations,
     listeners::Listeners,
-    protocol::{Address, Identity, Offered},
+    protocol::{Address, Identity, Offered, Refusal, ToTaker},
 };
 use crate::{Frame, SendFd, socket::PathGuard};
 
@@ -29,6 +30,8 @@ pub(super) struct Shared {
     pub(super) options: Options,
     /// The path of the control socket, absolute.
     pub(super) path: PathBuf,
+    /// The number of this process among all that have asked for a takeover.
+    pub(super) generation: u32,
     state: Mutex<State>,
     pub(super) status: watch::Sender<Status>,
     pub(super) connections: Connections,
@@ -69,6 +72,7 @@ struct State {
     /// Numbers of listeners that the new process has no use for.
     declined: BTreeSet<u32>,
     gates: Vec<Weak<dyn Gate>>,
+    lanes: AllLanes,
     /// To the task of the process that takes over.
     link: Option<UnboundedSender<Command>>,
     /// To the task of the predecessor.
@@ -112,8 +116,8 @@ pub(super) enum UpCommand {
 
 /// Something that has listeners in an event loop.
 pub(super) trait Gate: Send + Sync {
-    /// Takes them out of it.
-    fn close(&self);
+    /// Takes them out of it, unless this process serves.
+    fn on_phase(&self, phase: Phase);
 }
 
 impl Control {
@@ -141,6 +145,7 @@ impl Shared {
     pub(super) fn new(
         options: Options,
         path: PathBuf,
+        generation: u32,
         listeners: Listeners,
         control: Option<Control>,
         has_predecessor: bool,
@@ -155,9 +160,9 @@ impl Shared {
             replaced_at: None,
             must_leave: false,
         };
-        let state = State { listeners, control, ..State::default() };
+        let state = State { listeners, control, lanes: AllLanes::new(generation), ..State::default() };
         let status = watch::Sender::new(status);
-        Self { options, path, state: Mutex::new(state), status, connections: Connections::default() }
+        Self { options, path, generation, state: Mutex::new(state), status, connections: Connections::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -185,6 +190,17 @@ impl Shared {
         state.gates.push(gate);
     }
 
+    /// Adds a listener, unless another process is taking over: it would not get this one. Returns
+    /// its index.
+    pub(super) fn add_listener(&self, name: String, fd: OwnedFd) -> Result<u32, Error> {
+        let mut state = self.lock();
+        if self.status.borrow().is_claimed || self.phase() != Phase::Serving {
+            return Err(Error::Refused(Refusal::Busy));
+        }
+        state.listeners.add(name, fd)?;
+        Ok(state.listeners.entries.last().map_or(0, |entry| entry.identity.index))
+    }
+
     /// Changes the phase. Listeners leave their event loops when this process stops to serve.
     pub(super) fn set_phase(&self, phase: Phase) {
         self.status.send_modify(|status| {
@@ -194,11 +210,9 @@ impl Shared {
                 _ => status.replaced_at = status.replaced_at.or(Some(Instant::now())),
             }
         });
-        if phase != Phase::Serving {
-            // Outside of the lock: closing runs code of an event loop.
-            let gates = self.lock().gates.clone();
-            gates.iter().filter_map(Weak::upgrade).for_each(|gate| gate.close());
-        }
+        // Outside of the lock: closing runs code of an event loop.
+        let gates = self.lock().gates.clone();
+        gates.iter().filter_map(Weak::upgrade).for_each(|gate| gate.on_phase(phase));
         info!(path = %self.path.display(), ?phase, "takeover: the server changed its phase");
     }
 
@@ -259,6 +273,17 @@ impl Shared {
             fd: SendFd::assume_socket(Arc::clone(&entry.fd)),
         });
         offered.collect()
+    }
+
+    /// Returns the lanes of a UDP socket.
+    pub(super) fn lanes(&self, name: &str, index: u32) -> Arc<Lanes> {
+        self.lock().lanes.of(name, index)
+    }
+
+    /// Returns messages that give a new process its generation, and its lanes.
+    pub(super) fn offer_lanes(&self) -> io::Result<Vec<ToTaker<SendFd>>> {
+        let State { lanes, listeners, .. } = &mut *self.lock();
+        lanes.offer(listeners)
     }
 
     /// Copies what a new process gets once it is ready: then nothing may fail any more.

@@ -4,7 +4,7 @@
 pub(crate) mod raw_receiver;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     future::Future,
     io::{IoSlice, Write},
@@ -253,9 +253,27 @@ pub(crate) fn example(name: &str) -> Command {
         if profile.ends_with("release") {
             build.arg("--release");
         }
+        // cargo has set them for this test. A build script that reads them, as that of ring does,
+        // would run again, and everything that depends on it would be built again.
+        let is_of_package = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+        for (name, _) in std::env::vars().filter(|(name, _)| is_of_package(name)) {
+            build.env_remove(name);
+        }
         assert!(build.status().unwrap().success());
     }
     Command::new(profile.join("examples").join(name))
+}
+
+/// Runs the demo of an example. Returns its last lines: numbers with their names.
+pub(crate) fn demo(name: &str, arguments: &[&str]) -> BTreeMap<String, f64> {
+    let output = example(name).arg("--demo").args(arguments).output().unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{stdout}{}", String::from_utf8_lossy(&output.stderr));
+    let number = |line: &str| {
+        let (name, number) = line.trim_end_matches(" ms").rsplit_once(' ')?;
+        Some((name.to_owned(), number.parse().ok()?))
+    };
+    stdout.lines().filter(|line| !line.starts_with("restart ")).filter_map(number).collect()
 }
 
 /// Both ends can talk, descriptors included.

@@ -13,10 +13,9 @@ use fdwire::{
         protocol::{Identity, Kind},
     },
 };
-use rustix::net::sockopt::set_socket_reuseport;
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::{common::*, place, request};
+use crate::{common::*, groups::group, place, request};
 
 #[test]
 fn listeners_of_every_kind_move_and_work() {
@@ -107,23 +106,6 @@ fn six_hundred_and_one_listeners_move() {
     });
 }
 
-/// Sockets of a `SO_REUSEPORT` group have equal addresses.
-fn group(size: usize) -> Vec<OwnedFd> {
-    let first = socket(0);
-    let port = TcpListener::from(first.try_clone().unwrap()).local_addr().unwrap().port();
-    let rest = (1..size).map(|_| socket(port));
-    [first].into_iter().chain(rest).collect()
-}
-
-fn socket(port: u16) -> OwnedFd {
-    use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
-    let fd = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-    set_socket_reuseport(&fd, true).unwrap();
-    bind(&fd, &std::net::SocketAddr::from(([127, 0, 0, 1], port))).unwrap();
-    listen(&fd, 100).unwrap();
-    fd
-}
-
 #[test]
 fn sockets_with_equal_addresses_stay_apart() {
     run(async {
@@ -146,6 +128,29 @@ fn sockets_with_equal_addresses_stay_apart() {
 
 fn cookie(fd: &OwnedFd) -> u64 {
     rustix::net::sockopt::socket_cookie(fd).unwrap()
+}
+
+/// The next process gets the rest, with the indices that they had.
+#[test]
+fn a_process_that_has_declined_a_listener_can_be_replaced() {
+    run(async {
+        let (_directory, path) = place();
+        let mut listeners = Listeners::new();
+        for _ in 0..3 {
+            listeners.add("http", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+        }
+        let first = Server::bind(&path, listeners, Options::default()).unwrap();
+        let mut pending = request(&path).await;
+        pending.decline("http", 1).unwrap();
+        let second = pending.ready().await.unwrap();
+        first.replaced().await;
+        second.confirmed().await;
+        let third = request(&path).await.ready().await.unwrap();
+        assert_eq!(third.identities(), second.identities());
+        assert_eq!(third.identities()[1].index, 2);
+        third.gated::<tokio::net::TcpListener>("http", 2).unwrap();
+        assert_eq!(third.add("http", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap(), 3);
+    });
 }
 
 #[test]

@@ -2,11 +2,14 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod datagrams;
 mod drain;
 mod exhaustion;
 mod generations;
+mod groups;
 #[cfg(feature = "axum")]
 mod http;
+mod hundred;
 mod intruders;
 mod listeners;
 mod namespaces;

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::{
         fd::OwnedFd,
         unix::{net::UnixStream, process::ExitStatusExt},
@@ -18,12 +18,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fdwire::takeover::{self, Listeners, Options, Server};
+use fdwire::takeover::{self, Datagrams, Listeners, Options, Server};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt},
+    sync::watch,
+};
 
 use crate::{common::*, place};
 
@@ -43,10 +46,15 @@ impl Process {
 
     /// The same with a command that executes this binary and passes on its arguments.
     fn start_by(mut command: Command, path: &Path, address: SocketAddr) -> Self {
-        let (here, there) = UnixStream::pair().unwrap();
-        here.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
         command.env("FDWIRE_PATH", path).env("FDWIRE_ADDRESS", address.to_string());
-        Self { child: spawn_role_by(command, ROLE, there.into()), reports: BufReader::new(here) }
+        Self::start_role(command, ROLE)
+    }
+
+    /// A process that runs the test with this name.
+    pub(crate) fn start_role(command: Command, role: &str) -> Self {
+        let (here, there) = UnixStream::pair().unwrap();
+        here.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        Self { child: spawn_role_by(command, role, there.into()), reports: BufReader::new(here) }
     }
 
     /// One that serves.
@@ -112,6 +120,9 @@ async fn serve(socket: OwnedFd) {
     let bind = || {
         let mut listeners = Listeners::new();
         listeners.add("http", TcpListener::bind(&address)?)?;
+        if std::env::var_os("FDWIRE_UDP").is_some() {
+            listeners.add("udp", UdpSocket::bind(&address)?)?;
+        }
         Ok(listeners)
     };
     let options = Options::default().ready_timeout(Duration::from_millis(300));
@@ -127,20 +138,30 @@ async fn serve(socket: OwnedFd) {
     };
     go("ready");
     server.confirmed().await;
+    if let Ok(datagrams) = server.datagrams("udp", 0) {
+        tokio::spawn(answer_datagrams(datagrams));
+    }
     go("confirmed");
     answer(&server).await;
     go("left");
 }
 
+async fn answer_datagrams(datagrams: Datagrams) {
+    while let Ok(received) = datagrams.recv(&mut [0; 100]).await {
+        let answer = std::process::id().to_string();
+        datagrams.send_to(answer.as_bytes(), received.source).await.unwrap();
+    }
+}
+
 /// Answers until this process may leave. A connection gets one more answer while it drains.
 async fn answer(server: &Server) {
     let http = server.gated::<tokio::net::TcpListener>("http", 0).unwrap();
-    let open = Arc::new(AtomicUsize::new(0));
+    let open = watch::Sender::new(0);
     let is_draining = Arc::new(AtomicBool::new(false));
     let accepting = async {
         while let Ok((mut connection, _)) = http.accept().await {
-            let (open, is_draining) = (Arc::clone(&open), Arc::clone(&is_draining));
-            open.fetch_add(1, Ordering::SeqCst);
+            let (open, is_draining) = (open.clone(), Arc::clone(&is_draining));
+            open.send_modify(|open| *open += 1);
             tokio::spawn(async move {
                 let (read, mut write) = connection.split();
                 let mut lines = tokio::io::BufReader::new(read).lines();
@@ -151,7 +172,7 @@ async fn answer(server: &Server) {
                         break;
                     }
                 }
-                open.fetch_sub(1, Ordering::SeqCst);
+                open.send_modify(|open| *open -= 1);
             });
         }
     };
@@ -159,27 +180,19 @@ async fn answer(server: &Server) {
         loop {
             server.replaced().await;
             is_draining.store(true, Ordering::SeqCst);
-            let finished = async {
-                while open.load(Ordering::SeqCst) > 0 {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
-            };
+            let finished = || async { open.subscribe().wait_for(|&open| open == 0).await.map(drop).unwrap() };
             tokio::select! {
-                () = finished => if server.drained().await { break },
-                undone = server.undone() => if !undone { finished_or_deadline(&open).await; break },
+                () = finished() => if server.drained().await { break },
+                undone = server.undone() => if !undone {
+                    finished().await;
+                    break;
+                }
             }
             is_draining.store(false, Ordering::SeqCst);
         }
     };
     tokio::select! {
         ((), ()) = async { tokio::join!(accepting, draining) } => {}
-    }
-}
-
-async fn finished_or_deadline(open: &AtomicUsize) {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while open.load(Ordering::SeqCst) > 0 && Instant::now() < deadline {
-        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
@@ -354,6 +367,55 @@ fn a_server_that_drains_has_taken_its_listeners_out_of_its_event_loop() {
         assert!(begin.elapsed() < Duration::from_secs(20), "its listener stays in its event loop");
     }
     assert!(is_watched(&new, address));
+}
+
+/// Whatever clients do, nothing wakes a process whose own connections are silent.
+#[test]
+fn ten_generations_that_drain_are_not_woken_by_clients_of_the_newest() {
+    let (_directory, path) = place();
+    let address = free_address();
+    let serving_udp = || {
+        let mut command = Command::new("/proc/self/exe");
+        command.env("FDWIRE_UDP", "1");
+        Process::serving_by(command, &path, address)
+    };
+    let mut newest = serving_udp();
+    let (mut draining, mut open) = (Vec::new(), Vec::new());
+    for _ in 0..10 {
+        open.push(keep_open(address));
+        draining.push(std::mem::replace(&mut newest, serving_udp()));
+    }
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.connect(address).unwrap();
+    let clients_come = || {
+        let before: Vec<_> = draining.iter().map(switches).collect();
+        for _ in 0..100 {
+            assert_eq!(who_serves(address), Some(newest.child.id()));
+            client.send(b"who").unwrap();
+            let mut answer = [0; 100];
+            let length = client.recv(&mut answer).unwrap();
+            assert_eq!(answer[..length], *newest.child.id().to_string().as_bytes());
+        }
+        draining.iter().map(switches).zip(before).map(|(after, before)| after - before).collect::<Vec<_>>()
+    };
+    // The first ones may still be busy with the last takeover.
+    let mut wakes = clients_come();
+    for _ in 0..50 {
+        if wakes.iter().all(|&wakes| wakes == 0) {
+            assert!(draining.iter().all(|process| !is_watched(process, address)));
+            return;
+        }
+        wakes = clients_come();
+    }
+    panic!("100 connections and datagrams have woken the generations that drain so often: {wakes:?}");
+}
+
+/// The number of times that a thread of a process was switched to.
+fn switches(process: &Process) -> u64 {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", process.child.id())).unwrap();
+    let status = threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap());
+    let number = |line: &str| line.rsplit('\t').next().unwrap().parse::<u64>().unwrap();
+    status.map(|status| status.lines().filter(|line| line.contains("ctxt_switches")).map(number).sum::<u64>()).sum()
 }
 
 /// Looks for the listener with this address in the event loops of a process.

@@ -2,7 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use super::{AbortReason, FromTaker, Identity, MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, Offered, Refusal, ToTaker};
+use super::{AbortReason, FromTaker, Identity, Lane, MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, Offered, Refusal, ToTaker};
 use crate::{
     Error, Fds, Frame, FrameCodec, Limits, SendError,
     codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
@@ -11,6 +11,9 @@ use crate::{
 
 /// The first bytes of a HELLO, after its type.
 const MAGIC: [u8; 4] = *b"FDTO";
+
+/// Length of a lane's description.
+const LANE_BYTES: usize = 8;
 
 /// The taker's codec: [`ToTaker`] in, [`FromTaker`] out.
 ///
@@ -189,6 +192,16 @@ impl<F> ToTaker<F> {
                 dst.extend(bytes);
                 carried = fds;
             }
+            Self::Lanes { generation, giver, lanes } => {
+                dst.push(0x8D);
+                dst.extend(generation.to_be_bytes());
+                dst.extend(giver.to_be_bytes());
+                for Lane { listener, generation, fd } in lanes {
+                    dst.extend(listener.to_be_bytes());
+                    dst.extend(generation.to_be_bytes());
+                    carried.push(fd);
+                }
+            }
             Self::Complete => dst.push(0x85),
             Self::Aborted { reason } => dst.extend([0x86, reason.number()]),
             Self::Locks { fds } => {
@@ -239,6 +252,14 @@ impl<F> ToTaker<F> {
             Some(0x84) => {
                 // Copies: a slice would keep a whole read buffer for as long as it lives.
                 Ok(Self::State { bytes: Bytes::copy_from_slice(fields.rest()), fds: std::mem::take(&mut fds) })
+            }
+            Some(0x8D) => {
+                let (Some(generation), Some(giver)) = (fields.u32(), fields.u32()) else { return Err(fds) };
+                if fields.0.len() != fds.len() * LANE_BYTES {
+                    return Err(fds);
+                }
+                let lane = |fd| Some(Lane { listener: fields.u32()?, generation: fields.u32()?, fd });
+                Ok(Self::Lanes { generation, giver, lanes: fds.into_iter().filter_map(lane).collect() })
             }
             Some(0x87) if fields.is_at_end() && !fds.is_empty() => Ok(Self::Locks { fds }),
             Some(0x88) => Ok(Self::Yours { baton: Bytes::copy_from_slice(fields.rest()), fds }),

@@ -88,6 +88,14 @@ impl fmt::Display for Kind {
 }
 
 impl Identity {
+    /// Returns true if clients who use this address may get to either socket: a `SO_REUSEPORT`
+    /// group.
+    pub(in crate::takeover) fn shares_address_with(&self, other: &Self) -> bool {
+        matches!(self.address, Address::Ip(_))
+            && self.address == other.address
+            && (self.kind, self.protocol, &self.device) == (other.kind, other.protocol, &other.device)
+    }
+
     pub(super) fn put(&self, dst: &mut Vec<u8>) -> Result<(), Error> {
         put_short(dst, self.name.as_bytes())?;
         dst.extend(self.index.to_be_bytes());

@@ -81,6 +81,17 @@ pub enum ToTaker<F = OwnedFd> {
         /// Descriptors of the application.
         fds: Fds<F>,
     },
+    /// The taker's generation, and ways to processes whose connections have their datagrams on a
+    /// listener's socket. One or more, between [`Welcome`](Self::Welcome) and
+    /// [`Complete`](Self::Complete).
+    Lanes {
+        /// The number of the taker among all processes.
+        generation: u32,
+        /// That of the giver.
+        giver: u32,
+        /// The lanes.
+        lanes: Vec<Lane<F>>,
+    },
     /// The processes that were replaced and still run, from the oldest to the giver itself.
     Generations {
         /// The time for which each has been replaced, in milliseconds. 0 for the giver.
@@ -138,11 +149,31 @@ pub struct Offered<F = OwnedFd> {
     pub fd: F,
 }
 
+/// A way to another process: a Unix socket of kind SEQPACKET that carries datagrams.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Lane<F = OwnedFd> {
+    /// Number of the UDP socket in the order of the announcements, from 0.
+    pub listener: u32,
+    /// The process that receives at the other end.
+    pub generation: u32,
+    /// This end.
+    pub fd: F,
+}
+
 impl<F> Offered<F> {
     /// The same with another descriptor.
     pub fn with_fd<G>(self, fd: impl FnOnce(F) -> G) -> Offered<G> {
         let Self { identity, cookie, path_id, fd: old } = self;
         Offered { identity, cookie, path_id, fd: fd(old) }
+    }
+}
+
+impl<F> Lane<F> {
+    /// The same with another descriptor.
+    pub fn with_fd<G>(self, fd: impl FnOnce(F) -> G) -> Lane<G> {
+        let Self { listener, generation, fd: old } = self;
+        Lane { listener, generation, fd: fd(old) }
     }
 }
 

@@ -1,0 +1,60 @@
+//! The lanes of all sockets of a server.
+
+use std::{io, sync::Arc};
+
+use super::Lanes;
+use crate::{
+    SendFd,
+    takeover::{
+        listeners::Listeners,
+        protocol::{Lane, MAX_MESSAGE_FDS, ToTaker},
+    },
+};
+
+/// The lanes of each UDP socket, by its name and index, and the numbers of generations.
+#[derive(Debug, Default)]
+pub(crate) struct AllLanes {
+    sockets: Vec<(String, u32, Arc<Lanes>)>,
+    /// The number of this process.
+    own: u32,
+    /// The number of the last process that has asked for a takeover.
+    last: u32,
+}
+
+impl AllLanes {
+    pub(crate) fn new(own: u32) -> Self {
+        Self { sockets: Vec::new(), own, last: own }
+    }
+
+    /// Returns the lanes of a socket.
+    pub(crate) fn of(&mut self, name: &str, index: u32) -> Arc<Lanes> {
+        let mut sockets = self.sockets.iter();
+        if let Some((.., found)) = sockets.find(|(its_name, its_index, _)| its_name == name && *its_index == index) {
+            return Arc::clone(found);
+        }
+        let new = Arc::<Lanes>::default();
+        self.sockets.push((name.to_owned(), index, Arc::clone(&new)));
+        new
+    }
+
+    /// Gives a new process its generation, and lanes to this process and older ones.
+    pub(crate) fn offer(&mut self, listeners: &Listeners) -> io::Result<Vec<ToTaker<SendFd>>> {
+        self.last = self.last.wrapping_add(1);
+        let mut offered = Vec::new();
+        for (name, index, lanes) in &self.sockets {
+            let Some(listener) = listeners.position(name, *index) else { continue };
+            for (generation, socket) in lanes.offer(self.own, self.last)? {
+                offered.push(Lane { listener, generation, fd: SendFd::assume_socket(socket) });
+            }
+        }
+        let mut messages = Vec::new();
+        loop {
+            let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
+            messages.push(ToTaker::Lanes { generation: self.last, giver: self.own, lanes: offered });
+            if rest.is_empty() {
+                return Ok(messages);
+            }
+            offered = rest;
+        }
+    }
+}
