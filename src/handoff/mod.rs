@@ -134,6 +134,8 @@
 //!   `Connection: close` while [`is_draining`](IncomingHandle::is_draining), as the examples do. Then no client that is busy sees its connection cut.
 //! - When the dispatcher dies, [`ended`](IncomingHandle::ended) is ready at once. Adopted connections go on as long as the process does: one
 //!   that is to finish them first waits for its own tasks, as a graceful shutdown does.
+//! - **A listener that is closed resets its backlog.** Keep the future of [`serve`](Dispatcher::serve) until the dispatcher has
+//!   [drained](Dispatcher::drain): the drain hands the backlog over first.
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work
 //!   ignore that signal and wait to be drained.
 
