@@ -26,7 +26,10 @@ use std::{
 };
 
 use clap::Parser;
-use fdwire::{Codec, Decoder, Encoder, Error, Frame, FrameCodec, Framed, Listener, Socket, SocketKind, blocking};
+use fdwire::{
+    Error, Frame, FrameCodec, Framed, Listener, Socket, SocketKind, blocking,
+    codec::{Codec, Decoder, Encoder},
+};
 use futures::{SinkExt, TryStreamExt};
 use nix::libc;
 use tokio::{fs::OpenOptions, process::Command};

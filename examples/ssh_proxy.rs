@@ -14,8 +14,9 @@ use std::{error::Error, io, net::TcpStream, os::fd::AsFd};
 
 use clap::Parser;
 use fdwire::{
-    Frame, PacketCodec,
+    Frame,
     blocking::{Framed, Socket},
+    codec::PacketCodec,
 };
 
 /// Connects to HOST and PORT, and passes the connection to the `ssh` that started this.

@@ -10,7 +10,10 @@ use std::{
 };
 
 use bytes::BytesMut;
-use fdwire::{Decoder, Encoder, Error, FdQueue, Framed, Listener, SendBuf, SendFd, Socket, SocketKind};
+use fdwire::{
+    Error, Framed, Listener, SendFd, Socket, SocketKind,
+    codec::{Decoder, Encoder, FdQueue, SendBuf},
+};
 use futures::{SinkExt, StreamExt, stream};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde_json::json;
@@ -21,7 +24,10 @@ use qmp::{MAX_LINE, Message, Qmp};
 /// QEMU's monitor protocol: a line of JSON is a message, and `getfd` has one descriptor.
 mod qmp {
     use bytes::{Buf, BytesMut};
-    use fdwire::{Codec, Decoder, Encoder, Error, FdQueue, Grouping, SendBuf, SendError};
+    use fdwire::{
+        Error, SendError,
+        codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
+    };
     use serde_json::Value;
 
     pub(crate) const MAX_LINE: usize = 64 << 10; // without its line feed
@@ -110,7 +116,10 @@ mod qmp {
 
 /// In the style of `sd_notify`: a packet is lines `KEY=VALUE`, and one with `FDSTORE=1` has descriptors.
 mod fd_store {
-    use fdwire::{Codec, Decoder, Encoder, Error, Fds, Frame, Limits, PacketCodec, SendError};
+    use fdwire::{
+        Error, Fds, Frame, Limits, SendError,
+        codec::{Codec, Decoder, Encoder, PacketCodec},
+    };
 
     #[derive(Debug, PartialEq)]
     pub(crate) struct Notify<F> {

@@ -1,17 +1,16 @@
-//! `BufMut` for [`SendBuf`], an unsafe trait: its callers write to memory that is not initialized
-//! yet. So it stands here and not beside the type. Every method passes the work on to the `BufMut`
-//! of `Vec`.
+//! The `BufMut` of [`SendBuf`]. It is here and not beside the type because the trait is unsafe: its
+//! callers write to memory that is not initialized yet. Every method calls the `BufMut` of `Vec`.
 
 use bytes::{BufMut, buf::UninitSlice};
 
-use crate::SendBuf;
+use crate::codec::SendBuf;
 
-/// Numbers, and whatever writes itself to a [`BufMut`], are appended to the message.
+/// Appends numbers, and everything else that can be written to a [`BufMut`], to the message.
 ///
 /// ```
 /// use bytes::BufMut;
 ///
-/// let mut dst = fdwire::SendBuf::<i32>::new();
+/// let mut dst = fdwire::codec::SendBuf::<i32>::new();
 /// dst.put_u16(7);
 /// dst.put_u32_le(1);
 /// assert_eq!(&dst.into_parts().0[..], [0, 7, 1, 0, 0, 0]);

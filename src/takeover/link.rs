@@ -9,7 +9,10 @@ use super::{
     protocol::{FromTaker, TakerCodec, ToTaker},
     taker::{Taker, TakerLimits, TakerStep},
 };
-use crate::{Error, Framed, ReadHalf, Socket, WriteHalf};
+use crate::{
+    Error, Framed, Socket,
+    framed::{ReadHalf, WriteHalf},
+};
 
 /// A [`Taker`] with its connection.
 #[derive(Debug)]
@@ -57,7 +60,7 @@ impl Link {
 
     /// Returns true if nothing waits to be written, or nothing more can be.
     pub(super) fn is_flushed(&self) -> bool {
-        !self.writes || self.queue.is_empty() && self.write.unsent().0 == 0
+        !self.writes || self.queue.is_empty() && self.write.unsent().bytes == 0
     }
 
     /// Waits until something happens, and tells the taker.

@@ -13,7 +13,10 @@ use super::{
     },
     taker::{Taker, TakerLimits, TakerStep},
 };
-use crate::{Decoder, Encoder, Error, FdQueue, SendBuf};
+use crate::{
+    Error,
+    codec::{Decoder, Encoder, FdQueue, SendBuf},
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -214,8 +217,11 @@ impl Processes {
                     for number in 0..listeners {
                         out.send(codec, ToTaker::Listeners(vec![listener(number)]));
                     }
+                    let fds = [listeners].into_iter().collect();
+                    out.send(codec, ToTaker::Generations { replaced_for: vec![0], fds });
                     giver.offered(self.now);
                 }
+                GiverStep::TellStatus => unreachable!("nobody asks for it"),
                 GiverStep::Refuse(reason) => out.send(codec, ToTaker::Refused { reason }),
                 GiverStep::Complete => out.send(codec, ToTaker::Complete),
                 GiverStep::Cut => {

@@ -1,6 +1,8 @@
 //! What several test binaries need.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod raw_receiver;
+
 use std::{
     collections::BTreeSet,
     fs::File,
@@ -242,8 +244,11 @@ pub(crate) fn example(name: &str) -> Command {
     if up_to_date.insert(name.to_owned()) {
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--example", name]);
-        if cfg!(feature = "axum") {
-            build.args(["--features", "axum"]); // what `cargo test` has built with them is not built again
+        // What `cargo test` has built with these features is not built again.
+        let features =
+            [("axum", cfg!(feature = "axum")), ("serde", cfg!(feature = "serde")), ("json", cfg!(feature = "json"))];
+        for (feature, _) in features.into_iter().filter(|(_, is_on)| *is_on) {
+            build.args(["--features", feature]);
         }
         if profile.ends_with("release") {
             build.arg("--release");

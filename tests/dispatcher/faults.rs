@@ -44,6 +44,7 @@ async fn misbehaves(kind: SocketKind, how: impl AsyncFnOnce(Raw) -> Raw) {
     }
 }
 
+/// Rules: D-BREACH, P-FRAME, P-LENGTH, W-COUNT, W-DEMAND, W-LOAD, W-PONG, W-HELLO-ONCE.
 #[test]
 fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
     both(async |kind| {
@@ -55,6 +56,7 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
             }
         };
         misbehaves(kind, garbage(b"GET / HTTP/1.1\r\n\r\n", 0)).await;
+        misbehaves(kind, garbage(b"\xFD\x10\0\0\0\x10\0\x01", 0)).await; // one byte too long
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\x3E", 0)).await; // an unknown message
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\x03", 0)).await; // a known one without its fields
         misbehaves(kind, garbage(b"\xFD\x10\0\x01\0\0\0\x01\x07", 1)).await; // a descriptor
@@ -74,6 +76,7 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
     });
 }
 
+/// Rules: W-HELLO, W-HELLO-FDS, D-VERSION.
 #[test]
 fn a_worker_that_does_not_say_hello_properly_is_cut_off() {
     both(async |kind| {
@@ -96,6 +99,8 @@ fn a_worker_that_does_not_say_hello_properly_is_cut_off() {
 }
 
 /// Also what it adopted in the same breath counts.
+///
+/// Rules: D-LAST-WORDS, D-ADOPTED.
 #[test]
 fn answers_before_a_fault_count() {
     both(async |kind| {

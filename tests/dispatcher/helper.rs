@@ -12,6 +12,8 @@ use crate::{
 
 /// A program that reads what its worker was sent would take offers, and the worker would count one
 /// less than the dispatcher.
+///
+/// Rules: W-STDIN.
 #[test]
 fn a_program_that_reads_standard_input_takes_no_offers_of_its_worker() {
     for kind in KINDS {

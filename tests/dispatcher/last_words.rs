@@ -28,6 +28,7 @@ async fn adopts_with(kind: SocketKind, name: &str, packets: &[(Vec<u8>, u32)]) {
     drop((copy, other));
 }
 
+/// Rules: D-LAST-WORDS, D-ADOPTED, P-EMPTY.
 #[test]
 fn an_adoption_counts_whatever_breach_comes_before_or_after_it() {
     both(async |kind| {
@@ -51,6 +52,8 @@ fn an_adoption_counts_whatever_breach_comes_before_or_after_it() {
 }
 
 /// A REJECTED that can't be read is skipped, and the ADOPTED after it says which offers it is about.
+///
+/// Rules: D-LAST-WORDS.
 #[test]
 fn an_adoption_is_not_counted_for_another_connection() {
     both(async |kind| {
@@ -73,6 +76,8 @@ fn an_adoption_is_not_counted_for_another_connection() {
 }
 
 /// It answers the second offer first, as a worker does from whose socket somebody else has read.
+///
+/// Rules: W-FIRST.
 #[test]
 fn an_answer_to_another_offer_ends_the_conversation() {
     both(async |kind| {

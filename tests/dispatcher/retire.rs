@@ -97,6 +97,7 @@ fn log() -> (TempDir, std::path::PathBuf) {
     (directory, log)
 }
 
+/// Rules: D-COPY, D-HALF, D-LAST-WORDS, W-ADOPTED.
 #[test]
 fn what_a_killed_worker_has_not_adopted_is_served_by_another() {
     for kind in KINDS {
@@ -116,6 +117,7 @@ fn what_a_killed_worker_has_not_adopted_is_served_by_another() {
     }
 }
 
+/// Rules: W-PONG-TIME, D-HALF.
 #[test]
 fn what_a_hanging_worker_has_not_adopted_is_served_by_another() {
     for kind in KINDS {
@@ -135,6 +137,8 @@ fn what_a_hanging_worker_has_not_adopted_is_served_by_another() {
 }
 
 /// Not killed, it holds copies all the time.
+///
+/// Rules: D-FENCE, W-NOT-SENT, W-TOUCH.
 #[test]
 fn a_stopped_worker_that_goes_on_adopts_nothing_and_disturbs_nobody() {
     for kind in KINDS {
@@ -193,6 +197,7 @@ fn clients_of_a_worker_that_dies_see_the_end_though_a_stopped_one_holds_copies()
     }
 }
 
+/// Rules: W-CTRUNC.
 #[test]
 fn a_worker_out_of_descriptors_loses_no_connection() {
     for kind in KINDS {
@@ -280,6 +285,8 @@ fn too_many_hung_workers_are_left_alone() {
 }
 
 /// The cut is one instant: an answer is either written before it and counts, or it cannot be written.
+///
+/// Rules: D-FENCE, D-LAST-WORDS.
 #[test]
 fn every_answer_that_could_be_written_counts_whenever_the_cut_comes() {
     const OFFERS: usize = 200;

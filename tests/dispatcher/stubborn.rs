@@ -1,6 +1,9 @@
 //! Workers that neither die nor fall silent, and settings without an end.
 
-use std::time::Duration;
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    time::Duration,
+};
 
 use fdwire::{
     SocketKind,
@@ -10,16 +13,26 @@ use fdwire::{
     },
 };
 use futures::{FutureExt, SinkExt, future::join_all};
-use nix::{sys::signal::kill, unistd::Pid};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout},
+    sys::{
+        signal::kill,
+        socket::{MsgFlags, send},
+    },
+    unistd::Pid,
+};
 use tokio::{process::Command, time::sleep};
 
 use crate::{
     both,
-    common::run,
+    common::{encoded, run},
     raw_worker::{Raw, connections, serve, until},
 };
 
 /// What it says keeps it from being taken for one that hangs.
+///
+/// Rules: W-RECALL-TIME.
 #[test]
 fn a_worker_that_talks_and_never_answers_is_cut_off() {
     both(async |kind| {
@@ -42,6 +55,35 @@ fn a_worker_that_talks_and_never_answers_is_cut_off() {
         good.offers(2).await;
         good.adopt(2).await;
         assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == good.id)));
+    });
+}
+
+/// All of them share one thread with the dispatcher.
+#[test]
+fn a_worker_that_floods_the_dispatcher_leaves_others_their_turns() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let flooding = Raw::start(&dispatcher, kind, 0).await;
+        let socket = OwnedFd::from(flooding.framed.into_parts().socket);
+        std::thread::spawn(move || {
+            let load = encoded(&[5, 0, 0, 0, 0, 0, 0, 0, 0], 0).repeat(3000);
+            let mut poll = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+            loop {
+                match send(socket.as_raw_fd(), &load, MsgFlags::MSG_NOSIGNAL) {
+                    Ok(_) => {}
+                    Err(Errno::EAGAIN) => drop(nix::poll::poll(&mut poll, PollTimeout::NONE)),
+                    Err(_) => return,
+                }
+            }
+        });
+        let mut worker = Raw::start(&dispatcher, kind, 50).await;
+        for (_client, accepted) in connections(50).await {
+            let outcome = dispatcher.dispatch(accepted);
+            worker.offer().await.unwrap();
+            worker.adopt(1).await;
+            assert_eq!(outcome.await.unwrap(), worker.id);
+        }
+        assert_eq!(dispatcher.stats().retired, Default::default());
     });
 }
 
@@ -69,6 +111,7 @@ fn times_may_be_without_end() {
     });
 }
 
+/// Rules: W-DRAIN-TIME.
 #[test]
 fn the_limit_of_the_last_drain_counts() {
     both(async |kind| {
@@ -181,6 +224,8 @@ fn a_process_that_never_said_hello_does_not_outlive_its_removal() {
 }
 
 /// It has asked for more than it can take. Connections wait for it to ask again, rather than run out of offers.
+///
+/// Rules: D-REFUSAL.
 #[test]
 fn a_worker_that_refuses_is_offered_nothing_until_it_asks_again() {
     both(async |kind| {

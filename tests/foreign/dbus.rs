@@ -9,7 +9,10 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use fdwire::{Codec, Decoder, Encoder, Error, FdQueue, Fds, Framed, Grouping, SendBuf, SendError, Socket, SocketKind};
+use fdwire::{
+    Error, Fds, Framed, SendError, Socket, SocketKind,
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
+};
 use futures::{SinkExt, TryStreamExt};
 use tokio::io::{AsyncBufReadExt, BufReader};
 

@@ -5,7 +5,8 @@ use std::io;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use fdwire::{
-    Codec, Decoder, Encoder, Error, FdQueue, Frame, Framed, Grouping, SendBuf, SendError, Socket, SocketKind,
+    Error, Frame, Framed, SendError, Socket, SocketKind,
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
 };
 use futures::{SinkExt, TryStreamExt};
 

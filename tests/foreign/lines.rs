@@ -4,7 +4,8 @@ use std::os::fd::OwnedFd;
 
 use bytes::{Buf, Bytes, BytesMut};
 use fdwire::{
-    Codec, Decoder, Encoder, Error, FdQueue, Frame, Framed, Grouping, SendBuf, SendError, Socket, SocketKind,
+    Error, Frame, Framed, SendError, Socket, SocketKind,
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
 };
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use tokio_util::codec::{self, LinesCodec, LinesCodecError};

@@ -8,7 +8,10 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, BytesMut};
-use fdwire::{Codec, Decoder, DryRun, Encoder, Error, FdQueue, Framed, SendBuf, SendError, SendFd, Socket, SocketKind};
+use fdwire::{
+    Error, Framed, SendError, SendFd, Socket, SocketKind,
+    codec::{Codec, Decoder, DryRun, Encoder, FdQueue, SendBuf},
+};
 use futures::{SinkExt, TryStreamExt};
 
 use crate::{

@@ -6,7 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use fdwire::{Framed, PacketCodec, Socket};
+use fdwire::{Framed, Socket, codec::PacketCodec};
 use futures::TryStreamExt;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

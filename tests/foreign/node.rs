@@ -9,7 +9,10 @@ use std::{
 };
 
 use bytes::{Buf, BytesMut};
-use fdwire::{Codec, Decoder, Encoder, Error, FdQueue, Framed, Grouping, SendBuf, SendError, Socket, SocketKind};
+use fdwire::{
+    Error, Framed, SendError, Socket, SocketKind,
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
+};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use serde_json::{Value, json};
 

@@ -1,7 +1,10 @@
 //! `PacketCodec`: a message per packet on SEQPACKET, plain bytes on STREAM.
 
 use bytes::Bytes;
-use fdwire::{Codec, Error, Frame, FrameCodec, Framed, Limits, PacketCodec, Socket, SocketKind};
+use fdwire::{
+    Error, Frame, FrameCodec, Framed, Limits, Socket, SocketKind,
+    codec::{Codec, PacketCodec},
+};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 
 use crate::{

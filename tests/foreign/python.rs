@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use fdwire::{Frame, FrameCodec, Framed, PacketCodec, Socket, SocketKind};
+use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind, codec::PacketCodec};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 
 use crate::{

@@ -8,7 +8,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use fdwire::{Codec, Decoder, Encoder, Error, Frame, Framed, PacketCodec, Socket, SocketKind};
+use fdwire::{
+    Error, Frame, Framed, Socket, SocketKind,
+    codec::{Codec, Decoder, Encoder, PacketCodec},
+};
 use futures::{SinkExt, TryStreamExt};
 use serde::Deserialize;
 use serde_json::{Value, json};

@@ -11,7 +11,10 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use fdwire::{Codec, Decoder, Encoder, Error, FdQueue, Framed, Grouping, SendBuf, SendError, Socket, SocketKind};
+use fdwire::{
+    Error, Framed, SendError, Socket, SocketKind,
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
+};
 use futures::{SinkExt, TryStreamExt};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 

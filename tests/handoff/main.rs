@@ -6,4 +6,6 @@ mod common;
 mod http;
 mod polling;
 mod raw_dispatcher;
+mod rules;
+mod shortage;
 mod worker;

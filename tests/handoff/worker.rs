@@ -18,22 +18,19 @@ use fdwire::{
     },
 };
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
-use nix::sys::{
-    resource::{Resource, setrlimit},
-    socket::MsgFlags,
-};
+use nix::sys::socket::MsgFlags;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, UnixStream},
 };
 
 use crate::{
-    common::{counted, role_socket, run, spawn_role},
+    common::counted,
     raw_dispatcher::{RawDispatcher, offer_of, pair},
 };
 
 /// The application asks, and nothing waits for it.
-fn ask(incoming: &mut Incoming) {
+pub(crate) fn ask(incoming: &mut Incoming) {
     assert!(incoming.next().now_or_never().is_none());
 }
 
@@ -155,6 +152,7 @@ fn unix_connections_are_served_too() {
         ask(&mut incoming);
         let (client, accepted) = unix::net::UnixStream::pair().unwrap();
         client.set_nonblocking(true).unwrap();
+        accepted.set_nonblocking(true).unwrap();
         let mut client = UnixStream::from_std(client).unwrap();
         let offer = Offer {
             cookie: rustix::net::sockopt::socket_cookie(&accepted).unwrap(),
@@ -181,7 +179,7 @@ fn unix_connections_are_served_too() {
 }
 
 /// Makes the worker's answers wait: it has been asked for more of them than its socket takes. Returns how many.
-async fn clog(dispatcher: &mut RawDispatcher) -> u64 {
+pub(crate) async fn clog(dispatcher: &mut RawDispatcher) -> u64 {
     let pings = 5_000;
     for nonce in 0..pings {
         dispatcher.framed.feed(ToWorker::Ping { nonce }).await.unwrap();
@@ -197,7 +195,7 @@ async fn unclog(dispatcher: &mut RawDispatcher, pings: u64) {
 }
 
 /// A pair whose worker's socket takes as little as there is to be had.
-async fn narrow_pair(kind: SocketKind) -> (RawDispatcher, Incoming) {
+pub(crate) async fn narrow_pair(kind: SocketKind) -> (RawDispatcher, Incoming) {
     let (a, b) = Socket::pair(kind).unwrap();
     b.set_send_buffer_size(1).unwrap();
     let mut incoming = Incoming::new(b);
@@ -215,6 +213,7 @@ async fn gets_nothing(incoming: &mut Incoming) {
     }
 }
 
+/// Rules: W-ADOPTED.
 #[test]
 fn a_connection_is_given_only_after_the_answer_was_sent() {
     counted(async |kind| {
@@ -228,6 +227,7 @@ fn a_connection_is_given_only_after_the_answer_was_sent() {
     });
 }
 
+/// Rules: W-NOT-SENT, W-END, W-TOUCH.
 #[test]
 fn a_connection_whose_answer_is_cut_off_is_not_given() {
     counted(async |kind| {
@@ -258,6 +258,7 @@ fn a_connection_whose_answer_is_cut_off_is_not_given() {
     });
 }
 
+/// Rules: W-FIRST, W-TRANSPORT.
 #[test]
 fn answers_come_in_the_order_of_the_offers() {
     counted(async |kind| {
@@ -305,6 +306,7 @@ fn a_batch_has_one_answer() {
     });
 }
 
+/// Rules: W-RECALL.
 #[test]
 fn offers_to_a_busy_application_can_be_recalled() {
     counted(async |kind| {
@@ -331,6 +333,7 @@ fn offers_to_a_busy_application_can_be_recalled() {
     });
 }
 
+/// Rules: W-PONG.
 #[test]
 fn pings_are_answered_while_the_application_blocks() {
     counted(async |kind| {
@@ -387,6 +390,7 @@ fn no_more_connections_at_a_time_than_allowed() {
     });
 }
 
+/// Rules: W-SHUTDOWN.
 #[test]
 fn a_finished_connection_ends_for_the_client_though_the_dispatcher_has_a_copy() {
     counted(async |kind| {
@@ -416,6 +420,7 @@ fn an_adopted_connection_is_closed_without_lingering() {
     });
 }
 
+/// Rules: W-DRAIN, W-GOODBYE, W-PONG.
 #[test]
 fn a_dispatcher_can_drain_a_worker() {
     counted(async |kind| {
@@ -503,6 +508,7 @@ fn an_application_that_leaves_while_its_answer_waits_ends_the_connection() {
     });
 }
 
+/// Rules: W-END.
 #[test]
 fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
     counted(async |kind| {
@@ -519,6 +525,7 @@ fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
     });
 }
 
+/// Rules: W-END.
 #[test]
 fn what_a_dead_dispatcher_offered_is_served_where_that_is_asked_for() {
     counted(async |kind| {
@@ -536,6 +543,7 @@ fn what_a_dead_dispatcher_offered_is_served_where_that_is_asked_for() {
     });
 }
 
+/// Rules: W-END.
 #[test]
 fn what_a_dispatcher_took_back_is_not_served_even_so() {
     counted(async |kind| {
@@ -550,7 +558,7 @@ fn what_a_dispatcher_took_back_is_not_served_even_so() {
 }
 
 /// The worker has ended the connection for this reason.
-async fn check_failed(incoming: &mut Incoming, dispatcher: &mut RawDispatcher, reason: &str) {
+pub(crate) async fn check_failed(incoming: &mut Incoming, dispatcher: &mut RawDispatcher, reason: &str) {
     assert!(incoming.next().await.is_none());
     match incoming.handle().ended().await {
         End::Failed(error) => assert!(error.to_string().contains(reason), "{error}"),
@@ -559,6 +567,7 @@ async fn check_failed(incoming: &mut Incoming, dispatcher: &mut RawDispatcher, r
     while let Ok(Some(_)) = dispatcher.framed.try_next().await {}
 }
 
+/// Rules: W-BREACH, D-COOKIE.
 #[test]
 fn a_descriptor_that_is_not_the_offered_one_ends_it() {
     counted(async |kind| {
@@ -574,6 +583,8 @@ fn a_descriptor_that_is_not_the_offered_one_ends_it() {
 
 /// Here something else has read an offer from its socket, as a child process does that has inherited it. What the worker answered
 /// next would be taken for the answer to the lost one.
+///
+/// Rules: W-BREACH, D-NUMBER.
 #[test]
 fn a_worker_whose_offers_somebody_else_reads_ends_it() {
     counted(async |kind| {
@@ -595,6 +606,7 @@ fn a_worker_whose_offers_somebody_else_reads_ends_it() {
     });
 }
 
+/// Rules: W-BREACH, D-DEMAND, D-WELCOME.
 #[test]
 fn a_dispatcher_that_breaks_the_protocol_is_left() {
     counted(async |kind| {
@@ -628,56 +640,7 @@ fn a_dispatcher_that_does_not_read_is_left() {
     });
 }
 
-#[test]
-fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
-    const ROLE: &str = "worker::a_worker_asks_for_no_more_than_its_descriptors_allow";
-    if let Some(socket) = role_socket(ROLE) {
-        setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
-        return run(async {
-            let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
-            let ended = incoming.handle().ended();
-            while let Some(mut connection) = incoming.next().await {
-                tokio::spawn(async move { connection.read(&mut [0]).await });
-            }
-            assert!(matches!(ended.await, End::Drained));
-        });
-    }
-    counted(async |kind| {
-        let (a, b) = Socket::pair(kind).unwrap();
-        let mut child = spawn_role(ROLE, None, b.into());
-        let mut dispatcher = RawDispatcher::greet(a).await;
-        let mut clients = Vec::new();
-        loop {
-            // No more demand than this comes: the last pong has been sent after all answers.
-            for _ in clients.len() as u64..dispatcher.demand {
-                clients.push(dispatcher.offer().await.0);
-                dispatcher.expect_adopted(1).await;
-            }
-            dispatcher.settle().await;
-            if dispatcher.demand > 0 && dispatcher.demand == clients.len() as u64 {
-                break;
-            }
-        }
-        let served = clients.len();
-        assert!((30..60).contains(&served), "{served} connections with 64 descriptors");
-        clients.clear();
-        dispatcher.expect_finished(served as u64).await;
-        let (mut client, copy) = loop {
-            if dispatcher.demand > served as u64 {
-                break dispatcher.offer().await;
-            }
-            dispatcher.settle().await;
-        };
-        drop(copy);
-        dispatcher.expect_adopted(1).await;
-        dispatcher.send(ToWorker::Drain { within: None }).await;
-        dispatcher.expect(FromWorker::Draining).await;
-        client.shutdown().await.unwrap();
-        dispatcher.expect(FromWorker::Goodbye).await;
-        assert!(child.wait().unwrap().success());
-    });
-}
-
+/// Rules: W-ROOM.
 #[test]
 fn options_of_a_connection_can_be_set() {
     counted(async |kind| {

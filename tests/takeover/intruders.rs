@@ -212,3 +212,34 @@ fn a_server_survives_a_predecessor_that_talks_nonsense() {
         assert_eq!(server.phase(), takeover::Phase::Serving);
     });
 }
+
+/// The first start leaves alone what is not a server's.
+#[test]
+fn a_first_start_does_not_replace_what_is_foreign() {
+    run(async {
+        let (_directory, path) = place();
+        let start = async |path: &std::path::Path| {
+            let options = Options::default().answer_timeout(std::time::Duration::from_millis(20));
+            let options = options.lock_timeout(std::time::Duration::from_millis(20));
+            takeover::bind_or_take(path, options, || panic!("it binds")).await.unwrap_err()
+        };
+        // A file, another kind of socket, and a process that holds the lock and does not listen.
+        std::fs::write(&path, "precious").unwrap();
+        assert!(matches!(start(&path).await, Error::Io(error) if error.kind() == std::io::ErrorKind::AlreadyExists));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        std::fs::remove_file(&path).unwrap();
+
+        let stream = Listener::bind(&path, SocketKind::Stream).unwrap();
+        assert!(matches!(start(&path).await, Error::Io(_)));
+        drop(stream);
+
+        let datagram = fdwire::socket::DatagramSocket::bind(&path).unwrap();
+        let error = start(&path).await;
+        assert!(matches!(error, Error::Io(_)), "{error}");
+        drop(datagram);
+
+        let silent = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
+        assert!(matches!(start(&path).await, Error::TimedOut));
+        drop(silent);
+    });
+}

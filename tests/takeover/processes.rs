@@ -30,24 +30,32 @@ use crate::{common::*, place};
 const ROLE: &str = "processes::a_restart_under_load_fails_no_request";
 
 /// A server process, which answers each line with its process id.
-struct Process {
-    child: Child,
+pub(crate) struct Process {
+    pub(crate) child: Child,
     /// What it reports: "requested", "ready", "confirmed", "left", or why it could not take over.
     reports: BufReader<UnixStream>,
 }
 
 impl Process {
-    fn start(path: &Path, address: SocketAddr) -> Self {
+    pub(crate) fn start(path: &Path, address: SocketAddr) -> Self {
+        Self::start_by(Command::new("/proc/self/exe"), path, address)
+    }
+
+    /// The same with a command that executes this binary and passes on its arguments.
+    fn start_by(mut command: Command, path: &Path, address: SocketAddr) -> Self {
         let (here, there) = UnixStream::pair().unwrap();
         here.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        let mut command = Command::new("/proc/self/exe");
         command.env("FDWIRE_PATH", path).env("FDWIRE_ADDRESS", address.to_string());
         Self { child: spawn_role_by(command, ROLE, there.into()), reports: BufReader::new(here) }
     }
 
     /// One that serves.
-    fn serving(path: &Path, address: SocketAddr) -> Self {
-        let mut process = Self::start(path, address);
+    pub(crate) fn serving(path: &Path, address: SocketAddr) -> Self {
+        Self::serving_by(Command::new("/proc/self/exe"), path, address)
+    }
+
+    pub(crate) fn serving_by(command: Command, path: &Path, address: SocketAddr) -> Self {
+        let mut process = Self::start_by(command, path, address);
         process.go();
         process.expect("requested");
         process.go();
@@ -57,7 +65,7 @@ impl Process {
     }
 
     /// Lets it take its next step.
-    fn go(&mut self) {
+    pub(crate) fn go(&mut self) {
         let _ = self.reports.get_mut().write_all(b"\n"); // it may be dead
     }
 
@@ -68,7 +76,7 @@ impl Process {
         report.trim().to_owned()
     }
 
-    fn expect(&mut self, report: &str) {
+    pub(crate) fn expect(&mut self, report: &str) {
         assert_eq!(self.report(), report);
     }
 
@@ -176,7 +184,7 @@ async fn finished_or_deadline(open: &AtomicUsize) {
 }
 
 /// Asks who serves. `None` if nobody does.
-fn who_serves(address: SocketAddr) -> Option<u32> {
+pub(crate) fn who_serves(address: SocketAddr) -> Option<u32> {
     let mut connection = TcpStream::connect(address).ok()?;
     connection.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     connection.write_all(b"who\n").ok()?;
@@ -185,7 +193,7 @@ fn who_serves(address: SocketAddr) -> Option<u32> {
     answer.split(' ').next()?.parse().ok()
 }
 
-fn free_address() -> SocketAddr {
+pub(crate) fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
@@ -276,7 +284,7 @@ fn a_process_that_dies_before_it_is_ready_changes_nothing_and_one_that_dies_late
 }
 
 /// A connection that was accepted, and that no further request ends.
-fn keep_open(address: SocketAddr) -> BufReader<TcpStream> {
+pub(crate) fn keep_open(address: SocketAddr) -> BufReader<TcpStream> {
     let mut connection = BufReader::new(TcpStream::connect(address).unwrap());
     connection.get_mut().write_all(b"who\n").unwrap();
     connection.read_line(&mut String::new()).unwrap();

@@ -1,7 +1,10 @@
 //! Codecs whose limits are as small or as large as numbers can be.
 
 use bytes::{Buf, BytesMut};
-use fdwire::{Codec, Decoder, Error, FdQueue, Frame, FrameCodec, Framed, Limits, PacketCodec, Socket};
+use fdwire::{
+    Error, Frame, FrameCodec, Framed, Limits, Socket,
+    codec::{Codec, Decoder, FdQueue, PacketCodec},
+};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 
 use crate::{
@@ -37,7 +40,7 @@ fn frames_without_a_limit() {
     });
 }
 
-/// A message is a letter, and nothing is to be received in one go.
+/// A codec whose message is a letter, and whose largest receive is 0 bytes.
 struct Nothing;
 
 impl Codec for Nothing {

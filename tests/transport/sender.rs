@@ -6,7 +6,10 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use fdwire::{Driver, Frame, FrameCodec, Framed, Limits, ReadHalf, Sender, Socket, SocketKind};
+use fdwire::{
+    Error, Frame, FrameCodec, Framed, Limits, SendError, Sender, Socket, SocketKind,
+    framed::{ReadHalf, SendDriver, TrySendError},
+};
 use futures::{StreamExt, TryStreamExt, future::join_all};
 use nix::{
     errno::Errno,
@@ -20,7 +23,7 @@ use crate::{
     counted, counted_in,
 };
 
-pub(crate) type Parts = (ReadHalf<FrameCodec>, Sender<FrameCodec>, Driver<FrameCodec>);
+pub(crate) type Parts = (ReadHalf<FrameCodec>, Sender<FrameCodec>, SendDriver<FrameCodec>);
 
 pub(crate) fn shared(framed: Framed<FrameCodec>) -> Parts {
     let (read, write) = framed.into_split();
@@ -52,7 +55,7 @@ pub(crate) async fn check_marks(rx: &mut Framed<FrameCodec>, expected: impl Into
     }
 }
 
-/// A payload that says who sent it, and as which of its messages.
+/// A payload with the number of its sender and the number of the message.
 fn numbered(task: u32, n: u32) -> Bytes {
     [task.to_be_bytes(), n.to_be_bytes()].concat().into()
 }
@@ -107,7 +110,7 @@ fn packets(socket: &impl AsFd) -> Vec<usize> {
 
 #[test]
 fn what_tasks_send_at_a_time_goes_in_one_packet() {
-    // The first has a queue of tasks. The second prefers whom the last task has woken.
+    // The first runtime has a queue of tasks. The second one prefers the task that was woken last.
     for runtime in [one_thread, one_worker] {
         counted_in(runtime, async |kind| {
             if kind == SocketKind::Stream {
@@ -232,7 +235,7 @@ fn senders_that_give_up_waiting_hold_up_nobody() {
         let ((_read, sender, driver), mut rx) = narrow(kind, Limits::default().max_queued_bytes(5000));
         let driver = tokio::spawn(driver);
         let accepted = fill(&sender).await;
-        // One waits for room, the others for their turn.
+        // One task waits for room, the others for their turn.
         let (reader, writer) = io::pipe().unwrap();
         let mut waiting: Vec<JoinHandle<()>> = Vec::new();
         for n in 0..5 {
@@ -257,6 +260,38 @@ fn senders_that_give_up_waiting_hold_up_nobody() {
 }
 
 #[test]
+fn an_item_that_finds_no_room_at_once_comes_back() {
+    counted(async |kind| {
+        let ((_read, sender, driver), mut rx) = narrow(kind, Limits::default().max_queued_bytes(5000));
+        let driver = tokio::spawn(driver);
+        let accepted = fill(&sender).await;
+        let Err(TrySendError::Full(item)) = sender.try_send(Frame::new("").with_fd(marked(7))) else {
+            panic!("there is room");
+        };
+        assert_eq!(marks(&item), [7]);
+
+        // Room belongs to the task that waits for it.
+        let waiting = tokio::spawn({
+            let sender = sender.clone();
+            async move { sender.send(Frame::new("").with_fd(marked(accepted))).await }
+        });
+        settle().await;
+        check_marks(&mut rx, 0..=accepted).await;
+        waiting.await.unwrap().unwrap();
+        sender.try_send(item).unwrap();
+        check_marks(&mut rx, [7]).await;
+
+        // After the end it comes back with the reason.
+        assert!(!sender.is_closed());
+        driver.abort();
+        settle().await;
+        assert!(sender.is_closed());
+        let refused = sender.try_send(Frame::new("").with_fd(marked(8))).unwrap_err();
+        assert!(matches!(refused, TrySendError::Failed(SendError { item: Some(_), error: Error::Closed })));
+    });
+}
+
+#[test]
 fn a_permit_keeps_room_for_one_message() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
@@ -274,7 +309,7 @@ fn a_permit_keeps_room_for_one_message() {
         third.await.unwrap().unwrap();
         check_marks(&mut rx, [3]).await;
 
-        // Room for a descriptor that did not come is free again.
+        // The room for a descriptor that did not come is free again.
         let fourth = sender.reserve().await.unwrap();
         let fifth = tokio::spawn({
             let sender = sender.clone();

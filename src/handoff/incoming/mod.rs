@@ -15,9 +15,9 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use futures::Stream;
+use futures_core::Stream;
 use smallvec::SmallVec;
-use tokio::{runtime::Handle, time::Instant};
+use tokio::time::Instant;
 
 use super::{Connection, protocol::MAX_OFFER_FDS};
 use crate::{Error, Socket, SocketKind};
@@ -113,19 +113,12 @@ impl Incoming {
     }
 
     fn poll_batch<B: FromIterator<Connection>>(&mut self, cx: &Context<'_>, max: usize) -> Poll<Option<B>> {
-        loop {
-            let adopted = ready!(self.channel.poll_adopt(cx, max));
-            if adopted.is_empty() {
-                return Poll::Ready(None);
-            }
-            let runtime = self.channel.runtime_for_outsiders();
-            let _context = runtime.as_ref().map(Handle::enter);
-            let connections = adopted.into_iter().filter_map(|offer| Connection::adopted(offer, &self.channel));
-            let mut connections = connections.peekable();
-            if connections.peek().is_some() {
-                return Poll::Ready(Some(connections.collect()));
-            }
+        let adopted = ready!(self.channel.poll_adopt(cx, max));
+        if adopted.is_empty() {
+            return Poll::Ready(None);
         }
+        let connections = adopted.into_iter().map(|prepared| Connection::adopted(prepared, &self.channel));
+        Poll::Ready(Some(connections.collect()))
     }
 
     /// A handle, to drain and to learn of the end from elsewhere.
@@ -183,7 +176,7 @@ impl IncomingHandle {
     /// Takes no more connections: those that wait go back to the dispatcher, the stream ends, and when the adopted ones have ended
     /// the dispatcher is told goodbye.
     pub fn drain(&self) {
-        self.channel.drain(None);
+        self.channel.drain();
     }
 
     /// Whether no more connections are taken, for whatever reason. Then `Connection: close` belongs into an HTTP answer, and
@@ -234,8 +227,7 @@ pub enum End {
     DispatcherGone,
     /// The dispatcher takes no more answers from this worker: it holds it for hung, and gives its connections to others.
     Fenced,
-    /// The dispatcher broke the protocol, or the socket failed: [`Error::TruncatedControl`] where this process has no room for
-    /// descriptors.
+    /// The dispatcher broke the protocol, or the socket failed.
     Failed(Arc<Error>),
 }
 

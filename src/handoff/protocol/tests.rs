@@ -4,7 +4,10 @@ use bytes::{Bytes, BytesMut};
 use proptest::{collection::vec, prelude::*};
 
 use super::{wire::NO_LIMIT, *};
-use crate::{Decoder, Encoder, Error, FdQueue, SendBuf};
+use crate::{
+    Error,
+    codec::{Decoder, Encoder, FdQueue, SendBuf},
+};
 
 fn address() -> impl Strategy<Value = Address> {
     prop_oneof![
@@ -93,6 +96,8 @@ proptest! {
     }
 
     /// In bytes: nothing shorter, and nothing with a descriptor too many. What follows the fields is of a later revision.
+    ///
+    /// Rules: P-FIELDS.
     #[test]
     fn only_whole_messages_are_messages(message in to_worker(), cut in 0.0..1.0) {
         let (bytes, fds) = encoded(DispatcherCodec::default(), message.clone());
@@ -117,6 +122,8 @@ proptest! {
 }
 
 /// The bytes as the documentation gives them, so that another language can rely on it.
+///
+/// Rules: P-FRAME.
 #[test]
 fn messages_in_bytes() {
     for (message, bytes) in [
@@ -171,6 +178,7 @@ fn messages_in_bytes() {
     assert_eq!(encoded(DispatcherCodec::default(), ToWorker::Offer { number: 0, offer: unix }).0, frame(bytes, 1));
 }
 
+/// Rules: P-LENGTH, D-OFFER-FDS.
 #[test]
 fn an_offer_that_is_too_long_comes_back() {
     let offer = |read: usize, path: usize, fds: usize| {
@@ -194,6 +202,8 @@ fn an_offer_that_is_too_long_comes_back() {
 }
 
 /// Those that are known are not, whatever follows them.
+///
+/// Rules: P-TYPES.
 #[test]
 fn unknown_extensions_are_skipped() {
     let frames = |payloads: &[&[u8]]| {

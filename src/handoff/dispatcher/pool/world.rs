@@ -5,9 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Event, Pool, TicketId, Waiter, peer::Peer};
+use super::{Event, Pool, ProcessId, ProcessInfo, ProcessState, TicketId, Waiter, peer::Peer};
 use crate::handoff::{
-    dispatcher::{LinkId, RetireCause, WorkerId, WorkerState, WorkerStats, builder::Config},
+    dispatcher::{RetireCause, WorkerId, WorkerState, WorkerStats, builder::Config},
     protocol::{FromWorker, RejectReason, ToWorker},
 };
 
@@ -33,7 +33,7 @@ pub(super) struct World {
 pub(super) enum Fate {
     Accepted,
     /// The dispatcher has closed its copy.
-    Adopted(LinkId),
+    Adopted(ProcessId),
     /// The dispatcher has given it up.
     Failed,
 }
@@ -95,15 +95,16 @@ impl World {
             broken: None,
         };
         for _ in 0..workers {
-            let id = world.pool.add_worker();
+            let id = world.pool.add_worker(None);
             world.start(id);
         }
         world
     }
 
     pub(super) fn start(&mut self, id: WorkerId) {
-        let link = self.pool.connect(id, None, self.now + Duration::from_secs(60));
-        self.peers.push(Peer::new(id, link, self.window));
+        let process = ProcessInfo { id: self.peers.len() as u64, pid: None, is_child: true };
+        self.pool.connect(id, process, self.now + Duration::from_secs(60), self.now);
+        self.peers.push(Peer::new(id, process.id, self.window));
     }
 
     /// Takes a step. Returns false if it is none at the moment.
@@ -140,8 +141,8 @@ impl World {
             Step::Send(peer) => self.send(peer),
             Step::Get(peer, unfit) => self.peers[peer].get(unfit),
             Step::Ask(peer) => self.peers[peer].works() && self.peers[peer].ask(),
-            Step::Finish(peer) => self.peers[peer].works() && self.peers[peer].finish(),
-            Step::Answer(peer) => self.peers[peer].works() && self.peers[peer].answer(),
+            Step::Finish(peer) => self.peers[peer].works() && self.peers[peer].finish(self.now),
+            Step::Answer(peer) => self.peers[peer].works() && self.peers[peer].answer(self.now),
             Step::Read(peer) => self.read(peer),
             Step::Timeout(peer) => self.timeout(peer),
             Step::Crash(peer) => std::mem::take(&mut self.peers[peer].lives) && self.died(peer),
@@ -245,16 +246,18 @@ impl World {
         peer.is_retired = true;
         let unsent = peer.unsent_offers();
         for message in peer.from_worker.drain(..) {
-            self.pool.on_last_message(peer.id, message, unsent);
+            self.pool.on_last_message(peer.id, message, unsent, self.now);
         }
         peer.unsent.clear();
-        self.pool.retire(peer.id, cause, unsent, peer.lives, self.now);
+        let has_received = peer.to_worker.is_empty();
+        let state = if peer.lives { ProcessState::Lives { has_received } } else { ProcessState::Ended(None) };
+        self.pool.retire(peer.id, cause, unsent, state, self.now);
     }
 
     fn died(&mut self, peer: usize) -> bool {
-        let Peer { link, is_retired, .. } = self.peers[peer];
+        let Peer { process, is_retired, .. } = self.peers[peer];
         if is_retired {
-            self.pool.on_process_end(link);
+            self.pool.on_process_end(process, None);
         }
         true
     }
@@ -262,10 +265,10 @@ impl World {
     pub(super) fn act_on_events(&mut self) {
         for event in self.pool.take_events() {
             match event {
-                Event::Adopted { connection, link, holders, .. } => {
-                    self.decide(connection, Fate::Adopted(link));
+                Event::Adopted { connection, process, holders, .. } => {
+                    self.decide(connection, Fate::Adopted(process));
                     if !holders.is_empty() {
-                        self.pool.keep(connection, link, holders);
+                        self.pool.keep(connection, process, holders);
                     }
                 }
                 Event::Failed { connection, .. } => {
@@ -283,7 +286,7 @@ impl World {
                     self.tickets.retain(|waiting| *waiting != ticket);
                     self.permits += 1;
                 }
-                Event::Wake(_) | Event::LeftAlone(_) | Event::Close(_) | Event::ShutDown(_) => {}
+                Event::Wake(_) | Event::FenceDeferred(_) | Event::Close(_) | Event::ShutDown(_) => {}
             }
         }
     }
@@ -301,7 +304,7 @@ impl World {
         self.broken.clone().map_or(Ok(()), Err)?;
         for (serial, fate) in (0u8..).zip(&self.fates) {
             let honest = self.peers.iter().filter(|peer| !peer.lies);
-            let given = Vec::from_iter(honest.filter(|peer| peer.given.contains(&serial)).map(|peer| peer.link));
+            let given = Vec::from_iter(honest.filter(|peer| peer.given.contains(&serial)).map(|peer| peer.process));
             if given.len() > 1 {
                 return Err(format!("connection {serial} is given to {given:?}"));
             }
@@ -315,9 +318,9 @@ impl World {
                 return Err(format!("connection {serial} has {owners} owners, and is {fate:?}"));
             }
         }
-        // A suspect waits for a worker of its own.
-        let is_suspect = |waiter: &&Waiter<u8>| matches!(waiter, Waiter::Connection(pending) if pending.is_suspect(self.pool.config.max_offers));
-        match self.pool.queue.waiters().find(|waiter| !is_suspect(waiter)) {
+        // At its last attempt a connection waits for a worker that has not failed with it.
+        let is_choosy = |waiter: &&Waiter<u8>| matches!(waiter, Waiter::Connection(pending) if pending.is_at_last_attempt(self.pool.config.max_offers));
+        match self.pool.queue.waiters().find(|waiter| !is_choosy(waiter)) {
             Some(waiter) if self.pool.free() > 0 => Err(format!("{waiter:?} waits, and a worker has room")),
             _ => Ok(()),
         }
@@ -333,7 +336,7 @@ impl World {
     /// All that is left to do is done, in turns, by workers that do what they should. Time passes.
     pub(super) fn settle(&mut self) {
         while self.step(Step::GiveUp) {}
-        let honest = self.pool.add_worker();
+        let honest = self.pool.add_worker(None);
         self.start(honest);
         for _ in 0..400 {
             if self.fates.iter().all(|fate| *fate != Fate::Accepted) {

@@ -1,0 +1,137 @@
+//! The example in which an HTTP service gets files by tickets, run as a user would.
+
+mod common;
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+};
+
+use common::example;
+use tempfile::TempDir;
+
+/// The service, which is killed when it is dropped.
+struct Service {
+    child: Child,
+    directory: TempDir,
+    http: String,
+}
+
+impl Service {
+    fn start(lifetime: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = example("tickets");
+        command.arg("serve").arg("--path").arg(directory.path().join("socket"));
+        command.args(["--http", "127.0.0.1:0", "--lifetime", lifetime]);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let http = line.trim_end().strip_prefix("serving at http://").unwrap().to_owned();
+        Self { child, directory, http }
+    }
+
+    fn client(&self, action: &str) -> Command {
+        let mut command = example("tickets");
+        command.arg(action).arg("--path").arg(self.directory.path().join("socket"));
+        command
+    }
+
+    fn file(&self, text: &str) -> PathBuf {
+        let path = self.directory.path().join("file");
+        fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn deposit(&self, text: &str) -> String {
+        let output = self.client("deposit").arg(self.file(text)).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+    }
+
+    /// Status and body of a call that quotes this.
+    fn call(&self, ticket: &str) -> (String, String) {
+        let mut service = TcpStream::connect(&self.http).unwrap();
+        write!(service, "POST /count/{ticket} HTTP/1.0\r\n\r\n").unwrap();
+        let mut response = String::new();
+        service.read_to_string(&mut response).unwrap();
+        let (head, body) = response.split_once("\r\n\r\n").unwrap();
+        (head[9..12].to_owned(), body.trim_end().to_owned())
+    }
+
+    /// Number of regular files that the service holds.
+    fn open_files(&self) -> usize {
+        let fds = fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let own = self.directory.path().join("file");
+        fds.filter(|fd| fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|path| path == own)).count()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        self.child.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_service_counts_the_lines_of_a_file_that_a_client_has_deposited() {
+    let service = Service::start("60000");
+    let file = service.file("one\ntwo\nthree\n");
+    let output = service.client("count").args(["--http", &service.http]).arg(&file).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{}: 3 lines\n", file.display()));
+}
+
+#[test]
+fn a_ticket_is_good_for_one_call() {
+    let service = Service::start("60000");
+    let (first, second) = (service.deposit("one\n"), service.deposit("one\ntwo\n"));
+    assert!(first != second && first.len() == 32);
+    let gone = ("410".to_owned(), "no file waits for this ticket".to_owned());
+    assert_eq!(service.call(&second), ("200".to_owned(), "2 lines".to_owned()));
+    assert_eq!(service.call(&second), gone);
+    assert_eq!(service.call("0123456789abcdef0123456789abcdef"), gone);
+    assert_eq!(service.call(&first).0, "200");
+    assert_eq!(service.open_files(), 0);
+}
+
+#[test]
+fn a_ticket_expires_and_its_file_is_closed() {
+    let service = Service::start("1");
+    let ticket = service.deposit("one\n");
+    while service.open_files() > 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(service.call(&ticket).0, "410");
+}
+
+#[test]
+fn what_is_no_read_only_regular_file_is_refused() {
+    let service = Service::start("60000");
+    let output = service.client("deposit").arg("/dev/null").output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let socket = service.directory.path().join("socket");
+    let refused = format!("error: the service at {} has refused /dev/null\n", socket.display());
+    assert_eq!(String::from_utf8_lossy(&output.stderr), refused);
+}
+
+#[test]
+fn errors_name_the_file_or_the_address() {
+    let service = Service::start("60000");
+    let failed = |command: &mut Command| {
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let missing = failed(service.client("deposit").arg("/nowhere/file"));
+    assert_eq!(missing, "error: /nowhere/file: No such file or directory (os error 2)\n");
+    let nobody = failed(example("tickets").args(["deposit", "--path", "/nowhere/socket", "/dev/null"]));
+    assert!(nobody.starts_with("error: cannot connect to /nowhere/socket: "), "{nobody}");
+    let mut taken = example("tickets");
+    taken.args(["serve", "--path"]).arg(service.directory.path().join("other")).args(["--http", &service.http]);
+    let taken = failed(&mut taken);
+    assert!(taken.starts_with(&format!("error: cannot listen at {}: Address already in use", service.http)), "{taken}");
+}
