@@ -105,7 +105,7 @@ async fn ctrl_c_stops_all_processes() {
         front.stop(Signal::SIGINT).await;
         let mut rest = Vec::new();
         soon("the end of the connection", kept_alive.read_to_end(&mut rest)).await.unwrap();
-        // This one may have been in the backlog still, and is reset then.
+        // This one has sent no request, and is ended without an answer.
         let _ = soon("the end of the connection", unused.read_to_end(&mut rest)).await;
     }
 }

@@ -147,6 +147,9 @@
 //!   for connections that are kept alive too: a graceful shutdown ends those.
 //! - `axum::serve` does not return by itself, and a process that waits for it outlives its
 //!   dispatcher. [`serve_axum`](Incoming::serve_axum) returns.
+//! - **A listener that is closed resets its backlog.** Keep the future of
+//!   [`serve`](Dispatcher::serve) until the dispatcher has [drained](Dispatcher::drain): the drain
+//!   hands the backlog over first.
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work
 //!   ignore that signal and wait to be drained.
 

@@ -38,7 +38,7 @@ const BATCH: usize = 64;
 const MOST_AT_END: usize = 4096;
 
 /// Descriptors that are left for starting a worker, and for a few connections: if these held all, and waited for a worker that
-/// cannot be started again for want of one, they would wait for ever.
+/// cannot be started again for want of one, they would wait forever.
 const RESERVE: u64 = 16;
 
 /// Connections that may be on their way when only the reserve is left.
