@@ -9,7 +9,6 @@ use fdwire::{
         protocol::{FromWorker, Offer, RejectReason, ToWorker},
     },
 };
-use futures::StreamExt;
 use rustix::{fs::fcntl_getfl, net::sockopt};
 use tokio::time::Instant;
 
