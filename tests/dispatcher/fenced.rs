@@ -27,7 +27,7 @@ fn the_last_message_to_a_worker_that_is_cut_off_says_so() {
         while let Some(message) = worker.step().await {
             last = Some(message);
         }
-        assert!(matches!(last, Some(ToWorker::Fenced)));
+        assert!(matches!(last, Some(ToWorker::Fenced)), "{last:?}");
     });
 }
 
