@@ -46,5 +46,5 @@ fn a_server_at_its_descriptor_limit_calls_a_takeover_off_and_serves_on() {
         assert_eq!(who_serves(address), Some(old.child.id()));
     }
     println!("called off {failures} times");
-    assert!(failures > 2);
+    assert!(failures > 0);
 }
