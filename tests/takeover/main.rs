@@ -3,7 +3,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod drain;
-mod exhaustion;
 mod generations;
 #[cfg(feature = "axum")]
 mod http;
