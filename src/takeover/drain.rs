@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::watch, time::sleep_until};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 use tracing::{info, warn};
 
 use super::{
@@ -101,7 +104,7 @@ impl Server {
         OpenConnection { shared, number, is_cut: AtomicBool::new(false) }
     }
 
-    /// Serves until another process has taken over for good and this one may leave: its
+    /// Waits until another process has taken over for good and this one may leave: its
     /// [connections](Self::open_connection) have ended, or their [deadline](super::Options::drain)
     /// is over, or a successor has asked it to leave because there are [too
     /// many](super::Options::max_old_generations) old processes.
@@ -189,7 +192,7 @@ impl Shared {
                         return;
                     }
                 }
-                () = sleep_until(replaced_at + duration) => return,
+                () = sleep_for(duration, replaced_at) => return,
             }
         }
     }
@@ -211,6 +214,14 @@ impl Shared {
     }
 }
 
+/// Waits for so long from a moment on. A time that no clock reaches never ends.
+async fn sleep_for(duration: Duration, since: Instant) {
+    match since.checked_add(duration) {
+        Some(until) => sleep_until(until).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Returns how long after its server was replaced a connection is told to end.
 ///
 /// Multiples of the golden ratio are spread evenly over the unit interval, whatever number of them
@@ -218,7 +229,7 @@ impl Shared {
 fn moment(number: u64, spread: Duration) -> Duration {
     const GOLDEN_RATIO: u64 = 0x9E37_79B9_7F4A_7C15; // its fraction, in units of 2^-64
     let fraction = number.wrapping_mul(GOLDEN_RATIO) as f64 / 2f64.powi(64);
-    spread.mul_f64(0.1 + 0.9 * fraction)
+    Duration::try_from_secs_f64(spread.as_secs_f64() * (0.1 + 0.9 * fraction)).unwrap_or(spread)
 }
 
 #[cfg(test)]
@@ -234,6 +245,15 @@ mod tests {
         let within =
             |from: Duration| moments.iter().filter(|it| (from..from + Duration::from_secs(1)).contains(it)).count();
         moments.iter().step_by(100).map(|&from| within(from)).max().unwrap()
+    }
+
+    #[test]
+    fn a_drain_without_an_end_is_no_overflow() {
+        for number in [0, 1, 2, u64::MAX] {
+            assert!(moment(number, Duration::MAX) > Duration::from_secs(u64::MAX / 100));
+        }
+        let mut sleep = std::pin::pin!(sleep_for(Duration::MAX, Instant::now()));
+        assert!(futures::FutureExt::now_or_never(&mut sleep).is_none());
     }
 
     #[test]

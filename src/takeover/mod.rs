@@ -159,4 +159,4 @@ pub use options::Options;
 pub use request::{Pending, request};
 pub use server::{Phase, Server};
 pub use start::bind_or_take;
-pub use status::{Status, launch, status};
+pub use status::{ServerStatus, launch, status};

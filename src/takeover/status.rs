@@ -21,7 +21,7 @@ const POLL: Duration = Duration::from_millis(20);
 /// The state of the server at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Status {
+pub struct ServerStatus {
     /// Process id of the one that serves, in its PID namespace.
     pub pid: u32,
     /// Another process is taking over.
@@ -51,7 +51,7 @@ pub struct Status {
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
-pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<Status, Error> {
+pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerStatus, Error> {
     let socket = connect(path.as_ref(), options).await?;
     let mut connection = Framed::new(socket, TakerCodec::default());
     let answer = async {
@@ -62,7 +62,7 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<Status,
                     pid: Some(pid).filter(|&pid| pid > 0),
                     replaced_for: Duration::from_millis(milliseconds),
                 };
-                Ok(Status { pid, is_under_way, generations: generations.into_iter().map(generation).collect() })
+                Ok(ServerStatus { pid, is_under_way, generations: generations.into_iter().map(generation).collect() })
             }
             Some(Ok(_)) => Err(Error::Misbehaved),
             Some(Err(error)) if !error.is_peer_gone() => Err(Error::Connection(error)),

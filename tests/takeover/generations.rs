@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use fdwire::takeover::{self, Listeners, Options, Status};
+use fdwire::takeover::{self, Listeners, Options, ServerStatus};
 use tokio::{
     io::AsyncReadExt,
     process::{Child, Command},
@@ -60,7 +60,7 @@ async fn start(path: &Path, address: SocketAddr, deadline: Duration) -> Child {
     takeover::launch(&mut command, path, &Options::default(), Duration::from_secs(30)).await.unwrap()
 }
 
-async fn status(path: &Path) -> Status {
+async fn status(path: &Path) -> ServerStatus {
     takeover::status(path, &Options::default()).await.unwrap()
 }
 
@@ -96,7 +96,7 @@ fn ten_restarts_leave_a_limited_number_of_old_processes_which_are_listed() {
             assert_eq!(process.wait().await.unwrap().code(), Some(PASSED + 1), "one connection was left");
             while client.read_u8().await.is_ok() {}
         }
-        let Status { pid, generations, .. } = status(&path).await;
+        let ServerStatus { pid, generations, .. } = status(&path).await;
         assert_eq!(Some(pid), processes.last().unwrap().id());
         let listed: Vec<_> = generations.iter().map(|old| old.pid).collect();
         assert_eq!(listed, processes[..3].iter().map(Child::id).collect::<Vec<_>>());

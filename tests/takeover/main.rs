@@ -4,7 +4,6 @@
 mod common;
 mod datagrams;
 mod drain;
-mod exhaustion;
 mod generations;
 mod groups;
 #[cfg(feature = "axum")]
