@@ -1,12 +1,6 @@
 //! Receives frames with plain `recvmsg`, as a peer in another language does, and checks the rules that every sender has to keep.
 
-use std::{
-    collections::VecDeque,
-    io::IoSliceMut,
-    mem::MaybeUninit,
-    os::fd::OwnedFd,
-    time::Duration,
-};
+use std::{collections::VecDeque, io::IoSliceMut, mem::MaybeUninit, os::fd::OwnedFd, time::Duration};
 
 use fdwire::SocketKind;
 use rustix::{
