@@ -60,6 +60,14 @@ impl<C> StaleCopies<C> {
         self.kept.iter().any(|kept| kept.adopter == adopter)
     }
 
+    #[cfg(test)]
+    pub(super) fn keeps(&self, connection: &C) -> bool
+    where
+        C: PartialEq,
+    {
+        self.kept.iter().any(|kept| kept.connection == *connection)
+    }
+
     pub(super) fn on_process_end(&mut self, link: LinkId, events: &mut Vec<Event<C>>) {
         self.holders.remove(&link);
         for kept in self.kept.extract_if(.., |kept| kept.adopter == link) {
