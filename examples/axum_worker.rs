@@ -75,7 +75,9 @@ async fn worker() -> io::Result<()> {
         sleep(GRACE).await;
     };
     let app = app.into_make_service_with_connect_info::<Address>();
-    axum::serve(incoming, app).with_graceful_shutdown(stop).await?;
+    let serving = axum::serve(incoming, app).with_graceful_shutdown(stop);
+    // In a task: in `main` itself, each connection would have to wake one thread more.
+    tokio::spawn(async move { serving.await }).await??;
     handle.ended().await; // the dispatcher knows that all has been served
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Addresses of sockets, as values and as bytes of a message.
+//! The address of a socket, as a value and as bytes of a message.
 
 use std::{
     ffi::OsString,
@@ -15,12 +15,12 @@ use std::{
 };
 
 use crate::{
-    Error,
+    error::Error,
     fields::{Fields, put_short},
 };
 
-/// The address of a socket: of one end of a connection, as the dispatcher saw it when it accepted, or
-/// of a listener.
+/// The address of a socket: of one end of a connection, as the dispatcher saw it when it accepted,
+/// or of a listener.
 ///
 /// ```
 /// use fdwire::handoff::Address;
@@ -33,19 +33,19 @@ use crate::{
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Address {
-    /// None: a Unix socket that was never bound, as those of most clients.
+    /// No address: a Unix socket that was never bound. Most clients are.
     #[default]
     Unnamed,
-    /// Of the internet protocol, with a port.
+    /// An address of the internet protocol, with a port.
     Ip(SocketAddr),
-    /// A Unix socket's path.
+    /// The path of a Unix socket.
     Path(PathBuf),
-    /// A Unix socket's abstract name, without the zero byte that it begins with in the kernel.
+    /// The abstract name of a Unix socket, without the zero byte in front that the kernel uses.
     Abstract(Vec<u8>),
 }
 
 impl Address {
-    /// The address and port, where it is one of the internet protocol.
+    /// Returns the address and port if this is an address of the internet protocol.
     pub fn ip(&self) -> Option<SocketAddr> {
         match self {
             Self::Ip(address) => Some(*address),
@@ -96,7 +96,7 @@ impl Address {
 }
 
 impl fmt::Display for Address {
-    /// An address of the internet protocol as usual, a path as it is, an abstract name with `@` before it.
+    /// Writes an internet address as usual, a path as it is, an abstract name with `@` in front.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unnamed => f.write_str("unnamed"),

@@ -1,14 +1,16 @@
-//! What can go wrong on a connection.
+//! The errors of a connection.
 
 use std::{fmt, io};
 
-/// What went wrong on a connection: one variant for each fault.
+/// An error of a connection, with one variant for each fault.
 ///
-/// Errors are final for the direction they occurred in. A [`Stream`](futures::Stream) yields its error once and
-/// then ends; whatever had been received and not yet yielded is closed. A [`Sink`](futures::Sink) that failed
-/// repeats its error and hands every further item back in a [`SendError`].
+/// An error is final for the direction in which it occurred, except [`TimedOut`](Self::TimedOut). A
+/// [`Stream`](futures::Stream) yields its error once and then ends; everything that was received
+/// and not yet yielded is closed. A [`Sink`](futures::Sink) that failed repeats its error and hands
+/// every further item back in a [`SendError`].
 ///
-/// Converts into [`io::Error`] for use in functions that speak `io::Result`. Codecs of your own may use the variants too.
+/// Converts into [`io::Error`] for functions that return `io::Result`. Your own codecs may use the
+/// variants too.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -16,110 +18,116 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] io::Error),
 
-    /// A frame does not begin with the magic byte: the peer speaks another protocol, or the streams lost step.
+    /// A frame does not begin with the magic byte: the peer uses another protocol, or bytes were
+    /// lost.
     #[error("bad magic byte {found:#04x} where a frame should begin")]
     BadMagic {
         /// The byte that was found.
         found: u8,
     },
 
-    /// A frame has a version of the wire format that is not spoken here.
+    /// A frame has a version of the wire format that this crate does not know.
     #[error("wire format version {found} is not supported")]
     UnsupportedVersion {
-        /// The version that the frame names.
+        /// The version in the frame's header.
         found: u8,
     },
 
-    /// A frame has flags set that have no meaning in this version of the wire format.
+    /// A frame has flags that have no meaning in this version of the wire format.
     #[error("frame flags {found:#03x} are not supported")]
     UnsupportedFlags {
-        /// The flags of the frame, a number of 4 bits.
+        /// The flags in the frame's header, a number of 4 bits.
         found: u8,
     },
 
-    /// A frame's payload is longer than [`Limits::max_payload_bytes`](crate::Limits#structfield.max_payload_bytes).
+    /// A frame's payload is longer than
+    /// [`Limits::max_payload_bytes`](crate::Limits#structfield.max_payload_bytes).
     #[error("frame payload of {bytes} bytes is over the limit of {limit}")]
     FrameTooLong {
-        /// Length of the payload in bytes.
+        /// The length of the payload in bytes.
         bytes: usize,
         /// The limit in bytes.
         limit: usize,
     },
 
-    /// A frame has more descriptors than [`Limits::max_fds_per_frame`](crate::Limits#structfield.max_fds_per_frame).
+    /// A frame has more descriptors than
+    /// [`Limits::max_fds_per_frame`](crate::Limits#structfield.max_fds_per_frame).
     #[error("frame with {fds} descriptors is over the limit of {limit}")]
     TooManyFds {
-        /// Number of descriptors of the frame.
+        /// The number of descriptors of the frame.
         fds: usize,
         /// The limit.
         limit: usize,
     },
 
-    /// A message, or a [part](crate::SendBuf::end_part) of one, has more descriptors than its bytes can carry. One `sendmsg`
-    /// takes at most 253, and each has to take at least one byte with it.
+    /// A message, or a [part](crate::SendBuf::end_part) of one, has more descriptors than its bytes
+    /// can carry. One `sendmsg` takes at most 253 descriptors and has to carry at least one byte.
     #[error("{fds} descriptors are too many for a message of {bytes} bytes: each byte carries at most 253")]
     TooManyFdsForLength {
-        /// Number of descriptors of the message or part.
+        /// The number of descriptors of the message or part.
         fds: usize,
-        /// Length of the whole message or part in bytes, its header included.
+        /// The length of the whole message or part in bytes, its header included.
         bytes: usize,
     },
 
-    /// A message without a byte is to be sent as a packet of its own. A receiver could not tell it from the end.
+    /// A message without bytes was to be sent as a packet. The receiver would take an empty packet
+    /// for the end of the stream.
     #[error("an empty message cannot be sent as a packet")]
     EmptyMessage,
 
-    /// A frame is complete, but fewer descriptors came with it than it has to have.
+    /// A frame is complete, but fewer descriptors arrived than its header announces.
     #[error("frame needs {expected} descriptors, {received} arrived")]
     MissingFds {
-        /// Number of descriptors in the frame's header.
+        /// The number of descriptors in the frame's header.
         expected: usize,
-        /// Number of descriptors that had arrived.
+        /// The number of descriptors that had arrived.
         received: usize,
     },
 
     /// Descriptors arrived that no message claims: more than
-    /// [`Limits::max_queued_fds`](crate::Limits#structfield.max_queued_fds), or some were left over at the end.
+    /// [`Limits::max_queued_fds`](crate::Limits#structfield.max_queued_fds) allows, or some that
+    /// were left at the end of the stream.
     #[error("{fds} descriptors arrived that no message claims")]
     UnclaimedFds {
-        /// Number of unclaimed descriptors. All of them have been closed.
+        /// The number of unclaimed descriptors. All of them have been closed.
         fds: usize,
     },
 
     /// The kernel dropped descriptors on receipt (`MSG_CTRUNC`). A connection ends here: without
     /// them, later descriptors would go to the wrong frames. A
-    /// [`DatagramSocket`](crate::DatagramSocket) receives the next datagram all the same.
+    /// [`DatagramSocket`](crate::DatagramSocket) still receives the next datagram.
     #[error(
         "descriptors were lost on receipt (control data truncated); the likely cause is this process's RLIMIT_NOFILE"
     )]
     TruncatedControl,
 
-    /// A packet was longer than the room for it (`MSG_TRUNC`): the peer does not follow the packet
+    /// A packet was longer than the room for it (`MSG_TRUNC`): the peer does not keep to the packet
     /// sizes of the wire format. Or a datagram was longer than a
-    /// [`DatagramSocket`](crate::DatagramSocket) takes, which receives the next one all the same.
+    /// [`DatagramSocket`](crate::DatagramSocket) takes, which still receives the next one.
     #[error("packet was longer than the room for it and lost its tail")]
     TruncatedPacket,
 
     /// The peer closed the connection inside a message.
     #[error("connection ended inside a message, {bytes} bytes of it had arrived")]
     UnexpectedEnd {
-        /// Number of bytes of the unfinished message.
+        /// The number of bytes of the unfinished message.
         bytes: usize,
     },
 
     /// The rest of a message did not arrive within
-    /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time), or descriptors arrived that no
-    /// message claimed within it.
+    /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time), or
+    /// descriptors arrived that no message claimed within it.
     #[error("message is still unfinished: {bytes} bytes and {fds} descriptors of it arrived, and nothing more in time")]
     Unfinished {
-        /// Number of bytes of the unfinished message.
+        /// The number of bytes of the unfinished message.
         bytes: usize,
-        /// Number of descriptors that no message has claimed. All of them are closed.
+        /// The number of descriptors that no message has claimed. All of them are closed.
         fds: usize,
     },
 
-    /// The connections of one uid hold more of unfinished messages than the listener that accepted them allows
-    /// ([`UidLimits`](crate::UidLimits)). This connection has brought the last part of it.
+    /// The connections of one uid hold more bytes or descriptors of unfinished messages than their
+    /// listener allows ([`UidLimits`](crate::UidLimits)). This connection received the last of
+    /// them.
     #[error(
         "the connections of uid {uid} hold {bytes} bytes and {fds} descriptors of unfinished messages, which is more \
          than the listener allows"
@@ -127,41 +135,43 @@ pub enum Error {
     OverUidLimit {
         /// The uid of the peer.
         uid: u32,
-        /// Number of bytes that the connections of the uid hold.
+        /// The number of bytes that the connections of the uid hold.
         bytes: usize,
-        /// Number of descriptors that they hold.
+        /// The number of descriptors that they hold.
         fds: usize,
     },
 
-    /// A message was written by several processes, so it has no sender. Only on a socket that is set to
-    /// [report senders](crate::Socket::set_pass_credentials).
+    /// A message was written by several processes, so it has no sender. Occurs only on a socket
+    /// that is set to [report senders](crate::Socket::set_pass_credentials).
     #[error("a message was written by several processes, so it has no sender")]
     MixedSenders,
 
-    /// The peer closed its end before it had read everything that was sent to it: what was sent last, descriptors
-    /// included, did not arrive. Reported after everything that the peer had sent, then the stream ends.
+    /// The peer closed its end before it had read everything: the last messages, with their
+    /// descriptors, did not arrive. The stream yields this error after everything that the peer had
+    /// sent, and then ends.
     #[error("peer closed the connection without reading everything that was sent to it")]
     Reset,
 
-    /// The time that was set for a call of [`blocking`](crate::blocking) is over, or a listener's. Nothing is lost: what has
-    /// arrived, and what was accepted for sending, waits for the next call. This is the one error that is not final.
+    /// The time limit of a call in [`blocking`](crate::blocking) was reached. Nothing is lost: the
+    /// next call goes on with the bytes that have arrived and the messages that were accepted for
+    /// sending. This is the only error that is not final.
     #[error("the time set for this call is over")]
     TimedOut,
 
-    /// A message makes no sense in the protocol that it belongs to: for codecs of your own that need no error type of
-    /// their own. See [`invalid`](Self::invalid).
+    /// A message is invalid in its protocol. For your own codecs that need no error type of their
+    /// own: see [`invalid`](Self::invalid).
     #[error("invalid message: {0}")]
     Invalid(Box<dyn std::error::Error + Send + Sync>),
 
-    /// The sending side was closed before.
+    /// The sending side is closed.
     #[error("sending side is closed")]
     Closed,
 }
 
 impl Error {
-    /// Whether it says no more than that the peer has gone, which has several faces: [`Reset`](Self::Reset),
-    /// [`UnexpectedEnd`](Self::UnexpectedEnd), and what a send says to it. A stream that ends between messages ends without
-    /// an error.
+    /// Returns true if the error only means that the peer is gone. The kernel reports that in
+    /// several ways: [`Reset`](Self::Reset), [`UnexpectedEnd`](Self::UnexpectedEnd), and `EPIPE` or
+    /// `ECONNRESET` from a send. A stream that ends between two messages ends without an error.
     pub fn is_peer_gone(&self) -> bool {
         match self {
             Self::Reset | Self::UnexpectedEnd { .. } => true,
@@ -170,7 +180,7 @@ impl Error {
         }
     }
 
-    /// [`Error::Invalid`] with a reason, which may be a text or an error.
+    /// Returns [`Error::Invalid`] with a reason, which may be a text or an error.
     ///
     /// ```
     /// let error = fdwire::Error::invalid("no such command");
@@ -178,6 +188,15 @@ impl Error {
     /// ```
     pub fn invalid(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self::Invalid(reason.into())
+    }
+}
+
+/// Returns an error with the same number, or the same kind and message, which [`io::Error`] cannot
+/// clone.
+pub(crate) fn copy_of(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(number) => io::Error::from_raw_os_error(number),
+        None => io::Error::new(error.kind(), error.to_string()),
     }
 }
 
@@ -195,23 +214,24 @@ impl From<Error> for io::Error {
     }
 }
 
-/// An item could not be sent. Brings the item back where it was not taken.
+/// The error of a send, with the item if it was refused.
 ///
-/// `item` is `Some` if the item was refused: nothing of it was sent, and its descriptors are still open in it. It
-/// is `None` if the failure is not about one item (a failed flush), or the encoder had already taken it apart. Items
-/// accepted earlier and not sent are in [`into_parts`](crate::Framed::into_parts).
+/// `item` is `Some` if the item was refused: nothing of it was sent, and its descriptors are still
+/// open in it. It is `None` if the failure is not about one item (a failed flush), or if the
+/// encoder had already taken the item apart. Items that were accepted earlier and not sent are in
+/// [`into_parts`](crate::Framed::into_parts).
 ///
-/// Converts into `E`, and for `E = Error` into [`io::Error`]; the conversions drop the item and so close its
-/// descriptors.
+/// Converts into `E`, and for `E = Error` into [`io::Error`]; these conversions drop the item,
+/// which closes its descriptors.
 pub struct SendError<I, E = Error> {
-    /// Why it could not be sent.
+    /// The reason.
     pub error: E,
     /// The item, if it was refused.
     pub item: Option<I>,
 }
 
 impl<I, E> SendError<I, E> {
-    /// An error that brings `item` back.
+    /// Returns an error that brings `item` back.
     pub fn refused(item: I, error: impl Into<E>) -> Self {
         Self { error: error.into(), item: Some(item) }
     }

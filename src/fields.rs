@@ -1,9 +1,9 @@
-//! The fields of messages of the hand-off and of a takeover: numbers, and bytes after their length.
-//! Big-endian, without padding.
+//! The fields of the messages of a hand-off and of a takeover: numbers, and bytes that follow their
+//! length. Everything is big-endian, without padding.
 
-use crate::Error;
+use crate::error::Error;
 
-/// The part of a payload that was not read yet. Every method returns `None` if it is too short.
+/// The part of a payload that was not read yet. Every method returns `None` if too little is left.
 #[derive(Debug)]
 pub(crate) struct Fields<'a>(pub(crate) &'a [u8]);
 
@@ -28,6 +28,15 @@ impl<'a> Fields<'a> {
 
     pub(crate) fn u64(&mut self) -> Option<u64> {
         self.array().map(u64::from_be_bytes)
+    }
+
+    /// Reads a byte that is 0 or 1.
+    pub(crate) fn bool(&mut self) -> Option<bool> {
+        match self.u8()? {
+            0 => Some(false),
+            1 => Some(true),
+            _ => None,
+        }
     }
 
     /// Reads bytes after a `u16` with their number.

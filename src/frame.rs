@@ -1,4 +1,4 @@
-//! Frames and the descriptors they carry.
+//! A frame and the descriptors that it carries.
 
 use std::{fmt, mem::ManuallyDrop, ops::Deref, os::fd::OwnedFd, slice, sync::Arc};
 
@@ -7,8 +7,9 @@ use smallvec::SmallVec;
 
 /// A message: bytes and the open file descriptors that travel with them.
 ///
-/// `F` is the type of a descriptor. Received frames have [`OwnedFd`]. Frames to be sent may also have
-/// [`SendFd`](crate::SendFd) or `Arc<OwnedFd>`, and tests of protocol logic can run on plain integers.
+/// `F` is the type of a descriptor. Received frames have [`OwnedFd`]. Frames to be sent may also
+/// have [`SendFd`](crate::SendFd) or `Arc<OwnedFd>`, and tests of protocol logic can run on plain
+/// integers.
 ///
 /// ```
 /// # fn main() -> std::io::Result<()> {
@@ -22,45 +23,46 @@ use smallvec::SmallVec;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame<F = OwnedFd> {
-    /// The bytes. In a frame that was received, they are a slice of a read buffer, which lives as
-    /// long as any slice of it: copy what is small and kept for long. A read buffer has 256 KiB,
-    /// 512 KiB at most, and connections of one thread may share it.
+    /// The bytes. In a received frame they are a slice of a read buffer, which lives as long as any
+    /// slice of it. So copy a small payload that you keep for long. A read buffer usually has 256
+    /// KiB, at most 512 KiB, and the connections of one thread may share it.
     ///
-    /// A frame that is too long for that is received into a large buffer, in which no small frame
-    /// is. It may be the large buffer of an even longer frame that came before and was not kept.
+    /// A frame that is too long for that is received into a large buffer, which holds no small
+    /// frames. It may be the buffer of an even longer frame that came before and was not kept.
     pub payload: Bytes,
     /// The descriptors, in the order in which they were attached.
     pub fds: Fds<F>,
 }
 
 impl Frame {
-    /// A frame without descriptors.
+    /// Returns a frame without descriptors.
     pub fn new(payload: impl Into<Bytes>) -> Self {
-        Self { payload: payload.into(), fds: Fds::new() }
+        Self { payload: payload.into(), fds: Fds::none() }
     }
 }
 
 impl<F> Frame<F> {
-    /// A frame with descriptors of any type.
+    /// Returns a frame with descriptors of any type.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
     /// # let file = std::fs::File::open("/dev/null")?;
     /// use fdwire::{Frame, SendFd};
     ///
-    /// let frame = Frame::carrying("log file", [SendFd::assume_file(file)]);
+    /// let frame = Frame::from_parts("log file", [SendFd::assume_file(file)]);
     /// # assert_eq!(frame.fds.len(), 1);
     /// # Ok(()) }
     /// ```
-    pub fn carrying(payload: impl Into<Bytes>, fds: impl IntoIterator<Item = F>) -> Self {
+    pub fn from_parts(payload: impl Into<Bytes>, fds: impl IntoIterator<Item = F>) -> Self {
         Self { payload: payload.into(), fds: fds.into_iter().collect() }
     }
 
-    /// Attaches one more descriptor: a `File`, a `TcpStream` of std, an `OwnedFd`, or anything else that becomes one.
+    /// Attaches one more descriptor: a `File`, a `TcpStream` of std, an `OwnedFd`, or anything else
+    /// that becomes one.
     ///
-    /// A descriptor that is registered with an event loop must be taken out of it first. `into_std` does that for
-    /// tokio's sockets; one that stays registered keeps firing as long as any process holds it (epoll(7), "Questions
-    /// and answers" 6).
+    /// A descriptor that is registered with an event loop must be taken out of it first. `into_std`
+    /// does that for tokio's sockets. A descriptor that stays registered keeps waking the event
+    /// loop as long as any process holds a copy (epoll(7), "Questions and answers" 6).
     #[must_use]
     pub fn with_fd(mut self, fd: impl Into<F>) -> Self {
         self.fds.push(fd.into());
@@ -75,48 +77,17 @@ impl<F> Frame<F> {
     }
 }
 
-/// The descriptors of a frame, in order. It lends them as a slice. None or one take no allocation.
+/// The descriptors of a frame, in order. It dereferences to a slice. Up to one descriptor takes no
+/// allocation.
 ///
-/// Descriptors that came from a peer and are still in it when it is dropped are closed
-/// [in the background](crate::close_in_background), because the peer decides how long that takes. So is what you put in beside
-/// them. Descriptors that were taken out are closed like any other.
+/// Descriptors that came from a peer and are still in it when it is dropped are closed [in the
+/// background](crate::close_in_background), because the peer decides how long that takes. So are
+/// descriptors that you add to them. Descriptors that you have taken out are closed like any other.
 pub struct Fds<F = OwnedFd> {
-    /// `None` for most messages. A drop then looks at this and does nothing: hence `ManuallyDrop`,
-    /// because the compiler's own drop of an `Option` is a function call for each message.
+    /// The descriptors, or `None` for most messages: then a drop looks at this field and does
+    /// nothing. It is `ManuallyDrop` because the compiler's own drop of an `Option` would be a
+    /// function call for each message.
     held: ManuallyDrop<Option<Held<F>>>,
-}
-
-struct Held<F> {
-    list: List<F>,
-    /// `None` if the descriptors did not come from a peer.
-    home: Option<Arc<dyn Home<F>>>,
-}
-
-/// One descriptor, or any number of them. Small, because a message is moved several times on its
-/// way.
-#[repr(usize)] // in whole words, which take fewer instructions to move
-enum List<F> {
-    One(F),
-    #[expect(clippy::box_collection, reason = "a `Vec` in place would make each message larger")]
-    Many(Box<Vec<F>>),
-}
-
-impl<F> List<F> {
-    fn as_slice(&self) -> &[F] {
-        match self {
-            Self::One(fd) => slice::from_ref(fd),
-            Self::Many(fds) => fds,
-        }
-    }
-}
-
-impl<F> From<List<F>> for SmallVec<[F; 1]> {
-    fn from(list: List<F>) -> Self {
-        match list {
-            List::One(fd) => Self::from_buf([fd]),
-            List::Many(fds) => Self::from_vec(*fds),
-        }
-    }
 }
 
 /// Takes back descriptors that came from a peer and that nobody wants.
@@ -125,14 +96,15 @@ pub(crate) trait Home<F>: Send + Sync {
 }
 
 impl Fds {
-    /// No descriptors. `Fds::default()` is the same for descriptors of any type.
-    pub fn new() -> Self {
-        Self::default()
+    /// Returns no descriptors, for a message that has none. [`Fds::default`] does the same for
+    /// descriptors of any type, if the compiler can infer it.
+    pub const fn none() -> Self {
+        Self { held: ManuallyDrop::new(None) }
     }
 }
 
 impl<F> Fds<F> {
-    /// Descriptors that go back to `home` unless somebody takes them.
+    /// Returns descriptors that go back to `home` unless the user takes them out.
     #[inline]
     pub(crate) fn from_peer(mut fds: SmallVec<[F; 1]>, home: Option<Arc<dyn Home<F>>>) -> Self {
         let list = match fds.len() {
@@ -142,13 +114,21 @@ impl<F> Fds<F> {
         Self { held: ManuallyDrop::new(list.map(|list| Held { list, home })) }
     }
 
-    /// Takes everything out.
+    /// Takes all descriptors out.
     fn take(&mut self) -> FdsIntoIter<F> {
         let (fds, home) = match self.held.take() {
             None => (SmallVec::new(), None),
             Some(Held { list, home }) => (list.into(), home),
         };
         FdsIntoIter { fds: fds.into_iter(), home }
+    }
+
+    /// Gives each descriptor away in an `Fds` of its own, which is closed as this one is.
+    #[cfg(feature = "serde")]
+    pub(crate) fn split(mut self) -> impl Iterator<Item = Self> {
+        let mut fds = self.take();
+        let home = fds.home.clone();
+        std::iter::from_fn(move || Some(Self::from_peer(SmallVec::from_buf([fds.next()?]), home.clone())))
     }
 
     #[inline(never)] // so that `drop` is short
@@ -247,7 +227,8 @@ impl<F> IntoIterator for Fds<F> {
     }
 }
 
-/// Gives the descriptors of an [`Fds`] away in order. Those that are not taken are closed on drop, as those of an `Fds` are.
+/// Yields the descriptors of an [`Fds`] in order. The descriptors that are left when it is dropped
+/// are closed in the way that `Fds` describes.
 pub struct FdsIntoIter<F> {
     fds: smallvec::IntoIter<[F; 1]>,
     home: Option<Arc<dyn Home<F>>>,
@@ -312,3 +293,36 @@ impl<F: PartialEq> PartialEq for Fds<F> {
 }
 
 impl<F: Eq> Eq for Fds<F> {}
+
+struct Held<F> {
+    list: List<F>,
+    /// The place for descriptors that nobody takes. `None` if they did not come from a peer.
+    home: Option<Arc<dyn Home<F>>>,
+}
+
+/// A list of one descriptor or of any number. It is small, because a message is moved several
+/// times.
+#[repr(usize)] // in whole words, which take fewer instructions to move
+enum List<F> {
+    One(F),
+    #[expect(clippy::box_collection, reason = "a `Vec` in place would make each message larger")]
+    Many(Box<Vec<F>>),
+}
+
+impl<F> List<F> {
+    fn as_slice(&self) -> &[F] {
+        match self {
+            Self::One(fd) => slice::from_ref(fd),
+            Self::Many(fds) => fds,
+        }
+    }
+}
+
+impl<F> From<List<F>> for SmallVec<[F; 1]> {
+    fn from(list: List<F>) -> Self {
+        match list {
+            List::One(fd) => Self::from_buf([fd]),
+            List::Many(fds) => Self::from_vec(*fds),
+        }
+    }
+}

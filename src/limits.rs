@@ -1,15 +1,15 @@
-//! What a connection takes at most.
+//! The limits of a connection.
 
 use std::time::Duration;
 
-/// Most descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
+/// The most descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
 pub(crate) const SCM_MAX_FD: usize = 253;
 
-/// What a connection takes at most, in each direction. [`UidLimits`](crate::UidLimits) bound the connections of
-/// one uid together.
+/// The limits of a connection, for each direction. [`UidLimits`](crate::UidLimits) limits all
+/// connections of one uid together.
 ///
-/// [`FrameCodec`](crate::FrameCodec) checks its limits before memory is reserved. For codecs of your own see
-/// [`Codec::limits`](crate::Codec::limits).
+/// [`FrameCodec`](crate::FrameCodec) checks its limits before memory is reserved. For codecs of
+/// your own see [`Codec::limits`](crate::Codec::limits).
 ///
 /// ```
 /// use fdwire::{FrameCodec, Limits};
@@ -20,37 +20,43 @@ pub(crate) const SCM_MAX_FD: usize = 253;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Length of a frame's payload in bytes, sent or received. Default: 8 MiB. The wire format ends at 4 GiB - 1.
+    /// The length of a frame's payload in bytes, sent or received. Default: 8 MiB. The wire format
+    /// allows no more than 4 GiB - 1.
     pub max_payload_bytes: usize,
 
-    /// Number of descriptors of a frame, sent or received. Default: 253. The wire format ends at 65,535.
+    /// The number of descriptors of a frame, sent or received. Default: 253. The wire format allows
+    /// no more than 65,535.
     pub max_fds_per_frame: usize,
 
-    /// Number of descriptors that wait: received ahead of the message that claims them, or accepted for sending.
-    /// Default: 506.
+    /// The number of descriptors that may wait: received before the message that claims them, or
+    /// accepted for sending. Default: 506.
     ///
-    /// A sender of this crate lets descriptors run ahead of their frames by 253 at most, so a receiver holds at most
-    /// [`max_fds_per_frame`](Self#structfield.max_fds_per_frame) + 253 of them. A smaller number ends connections on which
-    /// frames with that many descriptors arrive ([`Error::UnclaimedFds`](crate::Error::UnclaimedFds)).
+    /// A sender of this crate lets descriptors run ahead of their frames by 253 at most, so a
+    /// receiver holds at most [`max_fds_per_frame`](Self#structfield.max_fds_per_frame) + 253 of
+    /// them. A smaller limit ends a connection on which a frame with that many descriptors arrives
+    /// ([`Error::UnclaimedFds`](crate::Error::UnclaimedFds)).
     pub max_queued_fds: usize,
 
-    /// Number of bytes accepted for sending from which on a sink waits until some are sent. Default: 256 KiB.
+    /// The number of bytes accepted for sending at which a sink begins to wait. Default: 256 KiB.
     ///
-    /// A sink takes an item as long as less than this is queued, so one frame may stand out above it.
+    /// A sink takes an item while less than this is queued, so the last frame may exceed the limit.
     pub max_queued_bytes: usize,
 
-    /// Time for which the rest of a message may be waited for. Default: 30 s.
+    /// The longest time to wait for the rest of a message. Default: 30 s.
     ///
-    /// It is counted from the moment at which nothing more was there to receive and part of a message had arrived, or a
-    /// descriptor that no message had claimed yet. A receiver that is not polled meanwhile does not count against the peer.
-    /// When the time is over, the stream ends with [`Error::Unfinished`](crate::Error::Unfinished). Without this limit, a peer
-    /// that sends its own end of the connection in an unfinished message could keep the connection open without end:
-    /// it would wait for itself.
+    /// The time begins when nothing more is there to receive, and part of a message has arrived or
+    /// a descriptor that no message has claimed. Time in which the receiver is not polled does not
+    /// count against the peer. When the time is over, the stream ends with
+    /// [`Error::Unfinished`](crate::Error::Unfinished).
+    ///
+    /// Without this limit, a peer could keep a connection open forever by sending its own end of
+    /// the connection in a message that it never finishes: the connection would wait for itself.
     pub max_unfinished_time: Duration,
 }
 
 impl Default for Limits {
-    /// 8 MiB of payload and 253 descriptors a frame; 506 descriptors and 256 KiB queued; 30 s for the rest of a message.
+    /// 8 MiB of payload and 253 descriptors a frame; 506 descriptors and 256 KiB queued; 30 s for
+    /// the rest of a message.
     fn default() -> Self {
         Self {
             max_payload_bytes: 8 << 20,
@@ -63,16 +69,19 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// With another [`max_payload_bytes`](Self#structfield.max_payload_bytes).
+    /// Returns the limits with another [`max_payload_bytes`](Self#structfield.max_payload_bytes).
     #[must_use]
     pub const fn max_payload_bytes(mut self, bytes: usize) -> Self {
         self.max_payload_bytes = bytes;
         self
     }
 
-    /// With another [`max_fds_per_frame`](Self#structfield.max_fds_per_frame), which the connections of a listener also need in
-    /// [`UidLimits::max_fds`](crate::UidLimits#structfield.max_fds). Raises
-    /// [`max_queued_fds`](Self#structfield.max_queued_fds) to this number + 253 where it is less.
+    /// Returns the limits with another [`max_fds_per_frame`](Self#structfield.max_fds_per_frame).
+    /// Raises [`max_queued_fds`](Self#structfield.max_queued_fds) to this number + 253 if it is
+    /// less.
+    ///
+    /// Connections that a listener has accepted also need so much room in
+    /// [`UidLimits::max_fds`](crate::UidLimits#structfield.max_fds).
     #[must_use]
     pub const fn max_fds_per_frame(mut self, fds: usize) -> Self {
         self.max_fds_per_frame = fds;
@@ -83,28 +92,31 @@ impl Limits {
         self
     }
 
-    /// With another [`max_queued_fds`](Self#structfield.max_queued_fds).
+    /// Returns the limits with another [`max_queued_fds`](Self#structfield.max_queued_fds).
     #[must_use]
     pub const fn max_queued_fds(mut self, fds: usize) -> Self {
         self.max_queued_fds = fds;
         self
     }
 
-    /// With another [`max_queued_bytes`](Self#structfield.max_queued_bytes).
+    /// Returns the limits with another [`max_queued_bytes`](Self#structfield.max_queued_bytes).
     #[must_use]
     pub const fn max_queued_bytes(mut self, bytes: usize) -> Self {
         self.max_queued_bytes = bytes;
         self
     }
 
-    /// With another [`max_unfinished_time`](Self#structfield.max_unfinished_time). [`Duration::MAX`] means no limit.
+    /// Returns the limits with another
+    /// [`max_unfinished_time`](Self#structfield.max_unfinished_time). [`Duration::MAX`] means no
+    /// limit.
     #[must_use]
     pub const fn max_unfinished_time(mut self, time: Duration) -> Self {
         self.max_unfinished_time = time;
         self
     }
 
-    /// Whether one more message is taken while so much waits to be sent.
+    /// Returns true if one more message may be accepted while this many bytes and descriptors wait
+    /// to be sent.
     #[inline]
     pub(crate) fn leave_room_beside(&self, bytes: usize, fds: usize) -> bool {
         bytes < self.max_queued_bytes.max(1) && fds < self.max_queued_fds.max(1)

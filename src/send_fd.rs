@@ -1,4 +1,4 @@
-//! Descriptors on their way out.
+//! A descriptor to be sent.
 
 use std::{
     fs::File,
@@ -14,26 +14,28 @@ use std::{
 
 /// A descriptor to be sent, and how this process closes its own copy after that.
 ///
-/// `sendmsg` makes a copy of its own. What is left here is closed right after it, and then the
-/// receiver may have closed its copy already, so this `close` can be the last one. The last `close`
-/// of a socket can block for as long as a peer likes, so sockets are closed [in the
+/// `sendmsg` puts a copy into the message, and the copy in this process is closed right after it.
+/// The receiver may have closed its copy by then, so this `close` can be the last one. The last
+/// `close` of a socket can block for as long as a peer likes, so sockets are closed [in the
 /// background](crate::close_in_background).
 ///
 /// | made from | after it was sent |
 /// |---|---|
-/// | a descriptor (`File`, a socket of std, [`OwnedFd`], ...) | the kernel is asked whether it is a socket, then it is closed |
-/// | `Arc<OwnedFd>` | the sender keeps it. It is closed as above only if this was the last reference |
+/// | a descriptor (`File`, a socket of std, [`OwnedFd`], ...) | the crate asks the kernel whether it is a socket, then closes it |
+/// | `Arc<OwnedFd>` | your other references keep it open. It is closed as above if this was the last reference |
 /// | [`SendFd::assume_socket`] | it is closed in the background, without asking |
 /// | [`SendFd::assume_file`] | it is closed at once, without asking |
 ///
 /// Asking is a system call of about 0.2 µs for each descriptor.
 ///
-/// A socket that you lend by `Arc` can become slow to close for you, too: its receiver may set `SO_LINGER`. So give the last
-/// reference to [`close_in_background`](crate::close_in_background) (by `Arc::into_inner`) instead of dropping it.
+/// The receiver of a socket that you share by `Arc` may set `SO_LINGER`, which makes your own
+/// `close` slow too. So do not drop the last reference: pass it to
+/// [`close_in_background`](crate::close_in_background), by `Arc::into_inner`.
 ///
 /// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. That
-/// includes those in [`Parts::unsent`](crate::Parts#structfield.unsent). One that a connection has
-/// accepted and does not send is closed in the background, unless it is from [`SendFd::assume_file`].
+/// includes the descriptors in [`FramedParts::unsent`](crate::FramedParts#structfield.unsent). If a connection
+/// has accepted a descriptor and does not send it, it is closed in the background, unless it was
+/// made by [`SendFd::assume_file`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -47,23 +49,23 @@ use std::{
 ///
 /// let shared: Arc<OwnedFd> = Arc::new(File::open("/dev/null")?.into());
 /// for _ in 0..3 {
-///     tx.send(Frame::carrying("the same file", [Arc::clone(&shared)])).await?; // no `dup`
+///     tx.send(Frame::from_parts("the same file", [Arc::clone(&shared)])).await?; // no `dup`
 /// }
-/// tx.send(Frame::carrying("a file of ours", [SendFd::assume_file(File::open("/dev/null")?)])).await?;
+/// tx.send(Frame::from_parts("a file of ours", [SendFd::assume_file(File::open("/dev/null")?)])).await?;
 /// tx.send(Frame::new("anything").with_fd(File::open("/dev/null")?)).await?;
 /// # drop(b); Ok(()) }
 /// ```
 #[derive(Debug)]
 pub struct SendFd(Handle);
 
-/// Both variants in 16 bytes.
+/// The two ways to hold a descriptor. Both take 16 bytes.
 #[derive(Debug)]
 enum Handle {
     Owned(OwnedFd, FdKind),
     Shared(Arc<OwnedFd>, FdKind),
 }
 
-/// What is known of a descriptor.
+/// The kind of open file behind a descriptor, as far as the sender knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FdKind {
     Unknown,
@@ -72,8 +74,8 @@ pub(crate) enum FdKind {
 }
 
 impl SendFd {
-    /// A descriptor that is known to be a socket, so that nobody asks. If it is none, it is closed
-    /// in the background all the same, but may delay the closing of other sockets.
+    /// Returns a descriptor that is known to be a socket, so the kernel is not asked. If it is not
+    /// a socket, it is still closed in the background, but may delay the closing of sockets.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -85,10 +87,10 @@ impl SendFd {
         fd.into().of_kind(FdKind::Socket)
     }
 
-    /// A descriptor whose `close` is quick, as the caller vouches: a regular file of a local file
-    /// system, a pipe, a memfd, `/dev/null`. Never use it for a socket, a file of a network or FUSE
-    /// file system, a terminal, or a descriptor that a peer has sent: closing that may block the
-    /// thread that sends.
+    /// Returns a descriptor whose `close` is quick. The caller vouches for that: it is a regular
+    /// file of a local file system, a pipe, a memfd or `/dev/null`. Never use this for a socket, a
+    /// file of a network or FUSE file system, a terminal, or a descriptor that a peer has sent:
+    /// closing those may block the thread that sends.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -111,7 +113,7 @@ impl SendFd {
         self.into_last().map(|(fd, _)| fd)
     }
 
-    /// The same, with what is known of it.
+    /// Takes the descriptor out, with its kind.
     #[inline]
     pub(crate) fn into_last(self) -> Option<(OwnedFd, FdKind)> {
         match self.0 {
@@ -138,14 +140,14 @@ impl From<OwnedFd> for SendFd {
     }
 }
 
-/// The sender keeps it: only the last reference closes it.
+/// Shares the descriptor: only the last reference closes it.
 impl From<Arc<OwnedFd>> for SendFd {
     fn from(fd: Arc<OwnedFd>) -> Self {
         Self(Handle::Shared(fd, FdKind::Unknown))
     }
 }
 
-/// A type that owns a descriptor and gives it away.
+/// Implements the conversion for a type that owns a descriptor and gives it away.
 macro_rules! from_owner {
     ($($owner:ty),* $(,)?) => {
         $(impl From<$owner> for SendFd {

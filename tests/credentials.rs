@@ -1,4 +1,4 @@
-//! Which process has sent a message, told by the kernel with the message.
+//! The process that has sent a message, reported by the kernel with the message.
 //!
 //! The writers are processes of their own, which share one end of a connection.
 
@@ -33,8 +33,8 @@ fn pid_of(credentials: Option<&Credentials>) -> Option<i32> {
     credentials.and_then(|sender| sender.pid)
 }
 
-/// The process of a test that writes to the socket that it has as standard input, in pieces of a
-/// system call each.
+/// The process of a test that writes to the socket at its standard input, with one system call for
+/// each piece.
 fn write_if_inner(test: &str) -> bool {
     let Some(socket) = role_socket(test) else { return false };
     let pieces = std::env::var("FDWIRE_PIECES").unwrap();
@@ -91,7 +91,7 @@ fn each_message_has_its_own_sender() {
             }
             assert_eq!(next(&mut rx).await, ("two".to_owned(), own_pid()));
 
-            // What is received and yields no message does not change the sender of the last one.
+            // Bytes that complete no message do not change the sender of the last one.
             let child = write_elsewhere(TEST, None, &peer, &[&one]);
             raw_send(&peer, &one[..9], &[]);
             assert_eq!(next(&mut rx).await, ("one".to_owned(), Some(child)));
@@ -144,13 +144,13 @@ fn a_message_of_several_processes_ends_the_stream() {
                 assert!(rx.try_next().await.unwrap().is_none());
                 assert_eq!(pid_of(rx.credentials()), own_pid(), "that of the last message");
 
-                // Unless nobody asks.
+                // Without credentials there is no such limit.
                 let (mut rx, peer) = receiver(kind, FrameCodec::default(), PassCredentials::No);
                 raw_send(&peer, &frame[..cut], &[]);
                 write_elsewhere(TEST, None, &peer, &[&frame[cut..]]);
                 assert_eq!(next(&mut rx).await, ("half of it is from elsewhere".to_owned(), None));
             }
-            // A descriptor of one process does not become one of another's message.
+            // A descriptor of one process does not get into the message of another.
             let (mut rx, peer) = receiver(kind, FrameCodec::default(), PassCredentials::Ids);
             raw_send(&peer, &encoded(b"one", 0), &[marked(1)]);
             write_elsewhere(TEST, None, &peer, &[&encoded(b"claims it", 1)]);
@@ -173,7 +173,7 @@ fn what_was_sent_before_anybody_asked_has_no_known_sender() {
             assert_eq!(next(&mut rx).await, ("early".to_owned(), None));
             assert_eq!(next(&mut rx).await, ("late".to_owned(), own_pid()));
 
-            // A message of which the beginning was received before has none either.
+            // A message whose beginning was received before has no sender either.
             let frame = encoded(b"in two parts", 0);
             rx.socket().set_pass_credentials(PassCredentials::No).unwrap();
             raw_send(&peer, &frame[..10], &[]);
@@ -200,7 +200,7 @@ fn a_pidfd_comes_with_the_message_and_names_its_sender() {
                 return eprintln!("skipped: SO_PASSPIDFD is not to be had: {error}");
             }
             let (mut rx, peer) = (Framed::new(a, FrameCodec::default()), OwnedFd::from(b));
-            // As many descriptors as one send takes have room beside it.
+            // There is still room for as many descriptors as one send takes.
             raw_send(&peer, &encoded(b"from here", 253), &Vec::from_iter((0..253).map(marked)));
             assert_eq!(rx.try_next().await.unwrap().unwrap().fds.len(), 253);
             let pidfd = rx.credentials().unwrap().pidfd.as_ref().unwrap();
@@ -215,7 +215,7 @@ fn a_pidfd_comes_with_the_message_and_names_its_sender() {
     });
 }
 
-/// At the limit of descriptors, the pidfd is left out. The message and its ids are there.
+/// At the limit of descriptors, the pidfd is missing. The message and its ids are there.
 #[test]
 fn without_a_descriptor_to_spare_there_is_no_pidfd() {
     const TEST: &str = "without_a_descriptor_to_spare_there_is_no_pidfd";
@@ -291,7 +291,7 @@ fn the_senders_on_accepted_connections_are_known_from_the_first_byte() {
         for kind in KINDS {
             let addr = abstract_name("accepted");
             let listener = Listener::bind_addr(&addr, kind).unwrap();
-            // Connects and sends before the listener asks.
+            // This client connects and sends before the listener asks for credentials.
             let early = Framed::new(Socket::connect_addr(&addr, kind).await.unwrap(), FrameCodec::default());
             raw_send(early.socket(), &encoded(b"early", 0), &[]);
             listener.set_pass_credentials(PassCredentials::Ids).unwrap();
@@ -301,7 +301,7 @@ fn the_senders_on_accepted_connections_are_known_from_the_first_byte() {
                 let mut rx = Framed::new(listener.accept().await.unwrap(), FrameCodec::default());
                 assert_eq!(next(&mut rx).await, (text.to_owned(), own_pid()));
             }
-            // And off again, also for those that wait.
+            // It is switched off again, even for clients that wait.
             let _waiting = Socket::connect_addr(&addr, kind).await.unwrap();
             listener.set_pass_credentials(PassCredentials::No).unwrap();
             assert!(!getsockopt(&listener.accept().await.unwrap(), sockopt::PassCred).unwrap());
@@ -309,7 +309,7 @@ fn the_senders_on_accepted_connections_are_known_from_the_first_byte() {
     });
 }
 
-/// Another holder may switch them on, and several processes may write.
+/// Another holder may switch credentials on, and several processes may write.
 #[test]
 fn nobody_who_has_not_asked_is_told() {
     const TEST: &str = "nobody_who_has_not_asked_is_told";
@@ -346,7 +346,7 @@ fn another_codec_goes_on_with_the_senders() {
     });
 }
 
-/// A codec may yield what is left at the end.
+/// A codec may yield a message of the bytes that are left at the end.
 #[test]
 fn what_a_codec_yields_at_the_end_has_its_sender() {
     #[derive(Clone)]
@@ -381,13 +381,13 @@ fn a_clone_and_its_original_ask_for_each_other() {
         let mut tx = Framed::new(peer, FrameCodec::default());
         tx.send(Frame::new("hello")).await.unwrap();
         assert_eq!(next(&mut rx).await, ("hello".to_owned(), own_pid()));
-        // It may ask for its original.
+        // A clone may ask on behalf of its original.
         let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
         a.try_clone().unwrap().set_pass_credentials(PassCredentials::Ids).unwrap();
         let mut rx = Framed::new(a, FrameCodec::default());
         raw_send(&peer, &encoded(b"hello", 0), &[]);
         assert_eq!(next(&mut rx).await, ("hello".to_owned(), own_pid()));
-        // What is converted does not.
+        // A converted socket does not.
         let (a, _peer) = Socket::pair(SocketKind::Stream).unwrap();
         a.set_pass_credentials(PassCredentials::Ids).unwrap();
         let a = Socket::try_from(OwnedFd::from(a)).unwrap();

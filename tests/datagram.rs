@@ -1,4 +1,4 @@
-//! Datagram sockets: who gets which message, and what may go wrong with one.
+//! Datagram sockets: the way of each message, and its errors.
 
 mod common;
 
@@ -45,7 +45,7 @@ fn run_inner(test: &str, change: impl FnOnce(&mut Command)) {
     assert_eq!(command.status().unwrap().code(), Some(PASSED));
 }
 
-/// Names of a socket, and what a receiver sees of them.
+/// Names of a socket, and the address that a receiver sees.
 fn is_same(a: &SocketAddr, b: &SocketAddr) -> bool {
     a.as_pathname() == b.as_pathname() && a.as_abstract_name() == b.as_abstract_name()
 }
@@ -178,7 +178,7 @@ fn a_sender_waits_while_the_queue_is_full() {
         };
         tokio::join!(send(&connected), receive(&service));
         tokio::join!(send(&pair), receive(&other));
-        // Its timer fires less often.
+        // The timer of the sender fires less often.
         let few = async {
             for n in 0..30 {
                 unconnected.send_to(text(n), &[], &address).await.unwrap();
@@ -197,7 +197,7 @@ fn a_sender_waits_while_the_queue_is_full() {
         let waiting =
             [connected.send("given up", &[]).now_or_never(), unconnected.send_to("", &[], &address).now_or_never()];
         assert!(waiting.iter().all(Option::is_none));
-        // The queue is full of what another socket has sent, so no event tells this one of room.
+        // The queue is full of another socket's datagrams, so no event announces room to this one.
         let drain = async {
             settle().await;
             while service.recv().await.unwrap().payload != "after the others" {}
@@ -295,8 +295,7 @@ fn a_connected_socket_receives_from_its_peer_only() {
         peer.send_to("from the peer", &[], &ours).await.unwrap();
         assert_eq!(service.recv().await.unwrap().payload, "from the peer");
 
-        // If it turns to another socket, what it has not received is discarded, and its peer is
-        // told once.
+        // If it connects to another socket, its queue is discarded, and its peer gets one error.
         peer.connect_addr(&ours).unwrap();
         peer.send("discarded", &[]).await.unwrap();
         let elsewhere = abstract_name("elsewhere");
@@ -350,7 +349,7 @@ fn a_path_is_for_its_owner_only_and_goes_with_the_socket() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
-        // What nobody has open is replaced.
+        // A socket that nobody has open is replaced.
         drop(UnixDatagram::bind(&path).unwrap());
         let socket = DatagramSocket::bind(&path).unwrap();
         assert_eq!(mode(), 0o600);
@@ -361,7 +360,8 @@ fn a_path_is_for_its_owner_only_and_goes_with_the_socket() {
         drop(socket);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
 
-        // Live sockets that take no lock, connected ones among them, and what is no socket.
+        // Live sockets without a lock stay, even connected ones, and so do files that are no
+        // socket.
         let foreign = UnixDatagram::bind(&path).unwrap();
         assert_eq!(DatagramSocket::bind(&path).unwrap_err().kind(), ErrorKind::AddrInUse);
         let peer = abstract_name("peer");
@@ -374,7 +374,7 @@ fn a_path_is_for_its_owner_only_and_goes_with_the_socket() {
         assert_eq!(DatagramSocket::bind(&path).unwrap_err().kind(), ErrorKind::AlreadyExists);
         fs::remove_file(&path).unwrap();
 
-        // Handed on, it stays.
+        // A socket that is handed on stays.
         let fd = OwnedFd::from(DatagramSocket::bind(&path).unwrap());
         let socket = DatagramSocket::try_from(fd).unwrap();
         UnixDatagram::unbound().unwrap().send_to(b"still here", &path).unwrap();
@@ -452,7 +452,7 @@ fn sockets_of_other_types_are_refused_with_a_reason() {
     });
 }
 
-/// Nothing of it is closed by the thread that receives.
+/// The thread that receives closes none of the descriptors.
 #[test]
 fn descriptors_that_nobody_takes_are_closed_as_fast_as_they_come() {
     const TEST: &str = "descriptors_that_nobody_takes_are_closed_as_fast_as_they_come";

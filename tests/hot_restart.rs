@@ -3,9 +3,18 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, TcpListener},
+    path::Path,
+    process::Output,
+};
 
 use common::example;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 /// The last lines of a demo: numbers with their names.
 fn demo(arguments: &[&str]) -> BTreeMap<String, f64> {
@@ -33,4 +42,46 @@ fn twenty_restarts_in_which_processes_are_killed_fail_no_request_that_is_repeate
     assert_eq!(seen["failed"], 0.0, "{seen:?}");
     assert!(seen["answered"] > 1000.0 && seen["kills"] > 0.0, "{seen:?}");
     println!("{seen:?}");
+}
+
+/// A server that was started in the background, ended with this value.
+struct Background(u32);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = kill(Pid::from_raw(self.0 as i32), Signal::SIGKILL);
+    }
+}
+
+fn command(path: &Path, listen: SocketAddr, arguments: &[&str]) -> Output {
+    let mut command = example("hot_restart");
+    command.arg("--path").arg(path).args(["--listen", &listen.to_string()]).args(arguments);
+    command.output().unwrap()
+}
+
+/// The process id in a line such as "process 812 serves".
+fn serves(output: &Output) -> Background {
+    let stdout = str::from_utf8(&output.stdout).unwrap();
+    assert!(output.status.success(), "{stdout}{}", String::from_utf8_lossy(&output.stderr));
+    let pid = stdout.lines().find_map(|line| line.strip_prefix("process ")?.strip_suffix(" serves"));
+    Background(pid.expect(stdout).parse().unwrap())
+}
+
+#[test]
+fn the_exit_code_of_a_command_that_waits_is_true() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("takeover");
+    let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let first = serves(&command(&path, listen, &["--wait"]));
+    let second = serves(&command(&path, listen, &["--wait"]));
+    assert_ne!(first.0, second.0);
+    // A version that fails while it starts.
+    let failed = command(&path, listen, &["--wait", "--spread", "wide"]);
+    assert_eq!(failed.status.code(), Some(1), "{failed:?}");
+    let listed = command(&path, listen, &["--list"]);
+    assert_eq!(std::mem::ManuallyDrop::new(serves(&listed)).0, second.0);
+    // No server at all.
+    let elsewhere = path.with_extension("elsewhere");
+    assert_eq!(command(&elsewhere, "203.0.113.1:1".parse().unwrap(), &["--wait"]).status.code(), Some(1));
+    assert_eq!(command(&elsewhere, listen, &["--list"]).status.code(), Some(1));
 }

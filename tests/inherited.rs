@@ -1,5 +1,4 @@
-//! Sockets that a process was started with: as standard input, or under a number that its parent
-//! tells it.
+//! Sockets that a process was started with: as standard input, or under a number from its parent.
 //!
 //! Each test runs in two processes. The inner one uses descriptors by their numbers, so nothing
 //! else runs in it.
@@ -46,7 +45,8 @@ fn inner(name: &str) -> Command {
     command
 }
 
-/// The same with descriptors that it inherits under [`NUMBER`] and the number after it.
+/// Does the same with descriptors that the process inherits under [`NUMBER`] and the number after
+/// it.
 fn inner_with(name: &str, fd: impl Into<OwnedFd>, second: impl Into<OwnedFd>) -> Command {
     let command = inner(name);
     let mut shell = Command::new("sh");
@@ -60,7 +60,7 @@ fn framed(socket: Socket) -> Framed<FrameCodec> {
     Framed::new(socket, FrameCodec::default())
 }
 
-/// Returns where a number of this process leads to.
+/// Returns the path that a descriptor number of this process leads to.
 fn target(number: i32) -> String {
     fs::read_link(format!("/proc/self/fd/{number}")).unwrap().into_os_string().into_string().unwrap()
 }
@@ -86,7 +86,7 @@ fn a_socket_is_taken_by_its_number_once_and_leaves_no_copy_to_children() {
             assert!(!children.contains("socket:") && !children.contains(&format!(" {NUMBER} ->")), "{children}");
             assert_eq!(target(NUMBER), "/dev/null");
             framed(socket).send(Frame::new("here").with_fd(marked(1))).await.unwrap();
-            // No number is free for others that was taken once.
+            // A number that was taken once is never free for other files.
             assert_eq!(Socket::from_inherited(NUMBER).unwrap_err().kind(), ErrorKind::ResourceBusy);
         });
     }
@@ -125,7 +125,7 @@ fn a_number_that_is_refused_keeps_its_file() {
             refused(Socket::from_inherited(ours.as_raw_fd()).unwrap_err(), "close-on-exec");
             ours.set_nonblocking(true).unwrap(); // it is still a socket
 
-            // Of the wrong kind first, as it should be then.
+            // The first attempt takes it as the wrong kind, and the second one succeeds.
             refused(Socket::from_inherited(NUMBER).unwrap_err(), "listening");
             refused(Listener::from_inherited(NUMBER + 1).unwrap_err(), "not a socket");
             assert!(target(NUMBER + 1).contains("memfd"), "{}", target(NUMBER + 1));

@@ -1,4 +1,4 @@
-//! Listeners: who may connect, and who owns a path.
+//! Listeners: the admission of peers, and the ownership of a path.
 
 mod common;
 
@@ -61,7 +61,7 @@ fn a_live_listeners_path_is_not_taken() {
                 assert!(error.to_string().contains("ours"), "{error}");
             }
         }
-        // One of another program, which takes no lock.
+        // A socket of another program, which takes no lock.
         let path = directory.path().join("foreign");
         let foreign = UnixListener::bind(&path).unwrap();
         for kind in KINDS {
@@ -105,7 +105,7 @@ fn of_many_that_bind_at_once_one_wins() {
                 .collect();
             threads.into_iter().filter_map(|thread| thread.join().unwrap().ok()).collect()
         });
-        // Handed on at once, so a later thread finds the socket alive and leaves it.
+        // It is handed on at once, so a later thread finds the socket alive and leaves it.
         assert_eq!(bound.len(), 1, "in round {round}");
         UnixStream::connect(&path).unwrap();
     }
@@ -136,7 +136,7 @@ fn peers_that_are_refused_do_not_keep_the_runtime_busy() {
             let listener = Arc::clone(&listener);
             async move { drop(listener.accept().await) }
         });
-        // This task gets its turns beside the other's, however many wait to be refused.
+        // This task gets its turns, however many peers of the other task wait to be refused.
         while listener.refused() < 5000 {
             tokio::task::yield_now().await;
         }
@@ -175,7 +175,7 @@ fn a_path_can_be_taken_and_left_by_many_at_a_time() {
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
 }
 
-/// Whoever may write to the directory decides what is there.
+/// A process that may write to the directory decides what is at the lock's path.
 #[test]
 fn only_a_regular_file_is_taken_as_the_lock() {
     let directory = tempfile::tempdir().unwrap();
@@ -272,7 +272,8 @@ fn other_uids_are_admitted_only_if_listed() {
         assert_eq!((&answer[..], listener.refused()), ("<welcome>", 1));
         drop(listener);
 
-        // Another name: a child that another test is starting may have a copy of the listener for a moment.
+        // Use another name: a child that another test is starting may have a copy of the listener
+        // for a moment.
         let addr = abstract_name("any uid");
         let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap().allow_any_uid();
         let (answer, ()) = tokio::join!(answer_to(ROLE, Some(uid), &addr), greet(&listener));
@@ -293,8 +294,8 @@ fn refused_peers_are_logged_once_a_second() {
     if other_uid().is_none() {
         return;
     }
-    // In a process of its own: other tests of this one log refusals too, without a subscriber, and
-    // `tracing` may remember for all threads that nobody wants these lines.
+    // Run in a process of its own: other tests of this process log refusals without a subscriber,
+    // and `tracing` may then skip these lines in all threads.
     let (mut here, stdin) = UnixStream::pair().unwrap();
     let mut server = spawn_role(ROLE, None, stdin.into());
     tell(&mut here, "listen");
@@ -321,7 +322,7 @@ fn refuse_and_log(role: &'static str) {
                     let seconds = begin.elapsed().as_secs() as usize + 1;
                     let lines = lines.lock().unwrap().len();
                     assert!((1..=seconds).contains(&lines), "{lines} lines in less than {seconds} s");
-                    // This one surely gets a line.
+                    // This refusal certainly gets a line.
                     tokio::time::sleep(Duration::from_millis(1100)).await;
                     assert_eq!(answer_to(role, Some(uid), &addr).await, "<>");
                 } => {}
@@ -420,8 +421,8 @@ fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
     let path = |name: &str| SocketAddr::from_pathname(directory.path().join(name)).unwrap();
     let name = |name: &str| namespace_name(directory.path(), name);
     let answers = |uid, addr| run(answer_to(ROLE, uid, &addr));
-    // Of the same uid, which has no mapping in the server's namespace. Only the kernel can tell it
-    // from others.
+    // The peer has the same uid, which has no mapping in the server's namespace. Only the kernel
+    // can distinguish it from others.
     assert_eq!(answers(None, path("0600")), "<welcome>");
     assert_eq!(answers(None, path("0666")), "<>");
     assert_eq!(answers(None, path("made 0666 later")), "<>");
@@ -462,12 +463,12 @@ fn namespace_name(directory: &Path, name: &str) -> SocketAddr {
     SocketAddr::from_abstract_name(format!("{} {name}", directory.display())).unwrap()
 }
 
-/// Modes of paths, and whether another uid may connect then.
+/// Modes of paths, and whether another uid may connect with each.
 const MODES: [(u32, bool); 6] =
     [(0o600, false), (0o640, false), (0o660, false), (0o666, true), (0o602, true), (0o777, true)];
 
-/// Listens at one path a mode, in the directory named, and admits everybody. The umask belongs to
-/// the process, so it takes one of its own.
+/// Listens at one path for each mode, in the given directory, and admits every uid. The umask
+/// belongs to the process, so this needs a process of its own.
 async fn listen_with_umask(mut stdin: UnixStream, told: &str) {
     let (mask, directory) = told.split_once(' ').unwrap();
     umask(Mode::from_bits_truncate(u32::from_str_radix(mask, 8).unwrap()));
@@ -493,7 +494,7 @@ fn start_server(role: &str, told: &str) -> Killed {
     start_server_by(&mut Command::new("/proc/self/exe"), role, told)
 }
 
-/// The same by a command that runs this binary.
+/// Does the same with a command that runs this binary.
 fn start_server_by(command: &mut Command, role: &str, told: &str) -> Killed {
     let (mut here, stdin) = UnixStream::pair().unwrap();
     command.args([role, "--exact", "--nocapture"]).env("FDWIRE_ROLE", role);
@@ -548,7 +549,7 @@ fn client(mut stdin: UnixStream, addr: &str) {
     let answer = match UnixStream::connect_addr(&addr.unwrap()) {
         Ok(mut client) => {
             let mut answer = String::new();
-            // Refused: the end, or a reset.
+            // A refused client sees the end, or a reset.
             let _ = client.read_to_string(&mut answer);
             format!("<{answer}>")
         }
@@ -562,7 +563,7 @@ fn tell(role: &mut UnixStream, what: &str) {
     role.shutdown(Shutdown::Write).unwrap();
 }
 
-/// Returns what the role process was told, and where to answer.
+/// Returns the argument of the role process, and the place for its answer.
 fn told(stdin: OwnedFd) -> (UnixStream, String) {
     let mut stdin = UnixStream::from(stdin);
     let mut told = String::new();
@@ -643,7 +644,7 @@ mod blocking {
                 drop((first, refused));
                 assert!(path.exists());
 
-                // The connection no longer counts once it is gone, on whichever side it was then.
+                // The connection no longer counts when it is gone, on either side.
                 let accepted = blocking::Socket::from(accepted);
                 let mut listener = blocking::Listener::from(listener);
                 listener.set_accept_timeout(Some(Duration::ZERO));
@@ -668,7 +669,7 @@ mod blocking {
             stdin.read_to_string(&mut name).unwrap();
             let name = SocketAddr::from_abstract_name(name).unwrap();
             let mut stream = UnixStream::connect_addr(&name).unwrap();
-            // Until the other side is closed.
+            // It is there until the other side is closed.
             let _ = stream.read(&mut [0]);
             return;
         }

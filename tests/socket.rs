@@ -1,4 +1,4 @@
-//! Sockets: who is connected to whom, and what becomes a socket.
+//! Sockets: their peers, and the conversions into a socket.
 
 mod common;
 
@@ -200,7 +200,7 @@ fn a_peer_that_was_reaped_can_still_be_told_from_others() {
             Ok(pidfd) => {
                 let mut has_ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
                 assert_eq!(poll(&mut has_ended, PollTimeout::ZERO).unwrap(), 1);
-                // It is not one of a process that got the number anew.
+                // It is not a pidfd of a later process with the same number.
                 let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
                 assert!(info.lines().any(|line| line == "Pid:\t-1"), "{info}");
             }
@@ -223,7 +223,7 @@ fn a_task_that_waits_to_receive_is_woken_by_a_shutdown() {
                 if ours {
                     tx.socket().shutdown(how).unwrap();
                 } else {
-                    // By another holder of the socket: only the kernel can wake the task.
+                    // Another holder shuts the socket down, so only the kernel can wake the task.
                     shutdown(tx.socket().as_fd().as_raw_fd(), nix::sys::socket::Shutdown::Read).unwrap();
                 }
                 assert!(waiting.await.unwrap(), "on {kind:?}, {how:?}, ours: {ours}");
@@ -394,7 +394,7 @@ fn connections_take_no_descriptors_if_their_listener_is_set_so() {
             if let Err(error) = listener.set_pass_fds(false) {
                 return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
             }
-            // From the start, before the connection is accepted.
+            // The option counts from the start, before the connection is accepted.
             let mut late = framed(Socket::connect_addr(&addr, kind).await.unwrap());
             assert_eq!(send_fd(&mut late, 2).await, Err(ErrorKind::PermissionDenied));
 

@@ -101,23 +101,44 @@ struct Worker {
 }
 
 pub(crate) fn incoming<const BATCH: usize>(socket: OwnedFd, _: Setup) -> Box<dyn End> {
-    let incoming = Incoming::new(Socket::try_from(socket).expect("a connected Unix socket"));
-    Box::new(Worker { incoming, batch: BATCH })
+    Box::new(Worker { incoming: take_connections(socket), batch: BATCH })
+}
+
+fn take_connections(socket: OwnedFd) -> Incoming {
+    Incoming::new(Socket::try_from(socket).expect("a connected Unix socket"))
+}
+
+async fn serve_incoming(incoming: &mut Incoming, count: usize, batch: usize) {
+    let (mut serving, mut left) = (JoinSet::new(), count);
+    while left > 0 {
+        let connections = incoming.next_batch(left.min(batch)).await.expect("the dispatcher is there");
+        left -= connections.len();
+        connections.into_iter().for_each(|connection| drop(serving.spawn(serve(connection))));
+    }
+    serving.join_all().await;
 }
 
 impl End for Worker {
     fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
-        let Self { incoming, batch } = self;
-        let run = async move {
-            let (mut serving, mut left) = (JoinSet::new(), count);
-            while left > 0 {
-                let connections = incoming.next_batch(left.min(*batch)).await.expect("the dispatcher is there");
-                left -= connections.len();
-                connections.into_iter().for_each(|connection| drop(serving.spawn(serve(connection))));
-            }
-            serving.join_all().await;
-        };
-        run.boxed_local()
+        serve_incoming(&mut self.incoming, count, self.batch).boxed_local()
+    }
+}
+
+/// The same in a spawned task. Absent only while that runs.
+struct WorkerInTask(Option<Incoming>);
+
+pub(crate) fn incoming_in_task(socket: OwnedFd, _: Setup) -> Box<dyn End> {
+    Box::new(WorkerInTask(Some(take_connections(socket))))
+}
+
+impl End for WorkerInTask {
+    fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
+        let mut incoming = self.0.take().expect("no run is under way");
+        let serving = tokio::spawn(async move {
+            serve_incoming(&mut incoming, count, 1).await;
+            incoming
+        });
+        async { self.0 = Some(serving.await.expect("no panic")) }.boxed_local()
     }
 }
 

@@ -62,9 +62,9 @@ impl RowResult {
         of_them.min_by(|a, b| a.median_ns().total_cmp(&b.median_ns()))
     }
 
-    /// The work without passing anything.
+    /// The work without passing anything: the first reference of the row.
     pub(crate) fn without_passing(&self) -> Option<&Measured> {
-        self.fastest(|contender| contender.role == Role::Reference)
+        self.contenders.iter().find(|contender| contender.role == Role::Reference)
     }
 
     /// Bare calls on a socket of the same kind.
@@ -101,6 +101,11 @@ impl Measured {
     /// while counts for nothing.
     pub(crate) fn times(&self, other: &Self) -> f64 {
         quantile(&self.ns.iter().zip(&other.ns).map(|(a, b)| a / b).collect::<Vec<_>>(), 0.5)
+    }
+
+    /// Its CPU time in units of another's: the median of the ratios within a round.
+    pub(crate) fn cpu_times(&self, other: &Self) -> f64 {
+        quantile(&self.cpu_ns.iter().zip(&other.cpu_ns).map(|(a, b)| a / b).collect::<Vec<_>>(), 0.5)
     }
 
     /// The CPU time that it takes beyond another's, round by round.

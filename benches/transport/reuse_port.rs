@@ -5,6 +5,7 @@ use std::{
     io::Write,
     net::SocketAddr,
     os::{fd::OwnedFd, unix},
+    sync::Arc,
 };
 
 use futures::future::{FutureExt, LocalBoxFuture};
@@ -12,6 +13,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpSocket, UnixStream},
     select,
+    sync::oneshot,
     task::JoinSet,
 };
 
@@ -48,28 +50,50 @@ async fn serve_until(listener: &TcpListener, end: impl Future) {
     serving.join_all().await;
 }
 
+/// The same in a spawned task, if it is to be.
+async fn serve_in(task: bool, listener: &Arc<TcpListener>, end: impl Future) {
+    if !task {
+        return serve_until(listener, end).await;
+    }
+    let listener = Arc::clone(listener);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let serving = tokio::spawn(async move { serve_until(&listener, stopped).await });
+    end.await;
+    drop(stop);
+    serving.await.expect("no panic");
+}
+
 /// The process that starts the client, and says when it has finished.
 struct Near {
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
+    in_task: bool,
     peer: UnixStream,
     client: Helper,
 }
 
 pub(crate) fn near<const WINDOW: usize>(socket: OwnedFd, _: Setup) -> Box<dyn End> {
+    Box::new(make_near(socket, WINDOW, false))
+}
+
+pub(crate) fn near_in_task<const WINDOW: usize>(socket: OwnedFd, _: Setup) -> Box<dyn End> {
+    Box::new(make_near(socket, WINDOW, true))
+}
+
+fn make_near(socket: OwnedFd, window: usize, in_task: bool) -> Near {
     let listener = listen(([127, 0, 0, 1], 0).into());
     let address = listener.local_addr().expect("it is bound");
     let mut peer = unix::net::UnixStream::from(socket);
     peer.write_all(&address.port().to_ne_bytes()).expect("the other process is there");
     let peer = register(peer);
-    Box::new(Near { listener, peer, client: Helper::client(address, talk(WINDOW)) })
+    Near { listener: Arc::new(listener), in_task, peer, client: Helper::client(address, talk(window)) }
 }
 
 impl End for Near {
     fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
-        let Self { listener, peer, client } = self;
+        let Self { listener, in_task, peer, client } = self;
         let run = async move {
             client.control.say(count as u64);
-            serve_until(listener, client.control.hear_in_runtime()).await;
+            serve_in(*in_task, listener, client.control.hear_in_runtime()).await;
             peer.write_all(b"e").await.expect("the other process is there");
         };
         run.boxed_local()
@@ -79,25 +103,30 @@ impl End for Near {
 /// The other process.
 struct Far {
     /// `None` until the first run has read the port.
-    listener: Option<TcpListener>,
+    listener: Option<Arc<TcpListener>>,
+    in_task: bool,
     peer: UnixStream,
 }
 
 pub(crate) fn far(socket: OwnedFd, _: Setup) -> Box<dyn End> {
-    Box::new(Far { listener: None, peer: register(socket.into()) })
+    Box::new(Far { listener: None, in_task: false, peer: register(socket.into()) })
+}
+
+pub(crate) fn far_in_task(socket: OwnedFd, _: Setup) -> Box<dyn End> {
+    Box::new(Far { listener: None, in_task: true, peer: register(socket.into()) })
 }
 
 impl End for Far {
     fn run(&mut self, _: usize) -> LocalBoxFuture<'_, ()> {
-        let Self { listener, peer } = self;
+        let Self { listener, in_task, peer } = self;
         let run = async move {
             if listener.is_none() {
                 let mut port = [0; 2];
                 peer.read_exact(&mut port).await.expect("the other process is there");
-                *listener = Some(listen(([127, 0, 0, 1], u16::from_ne_bytes(port)).into()));
+                *listener = Some(Arc::new(listen(([127, 0, 0, 1], u16::from_ne_bytes(port)).into())));
             }
             let listener = listener.as_ref().expect("made above");
-            serve_until(listener, peer.read_exact(&mut [0])).await;
+            serve_in(*in_task, listener, peer.read_exact(&mut [0])).await;
         };
         run.boxed_local()
     }

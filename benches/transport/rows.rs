@@ -184,6 +184,9 @@ fn hand_off(id: &'static str, title: &'static str) -> Row {
     Row { id, title, unit: "hand-off", load, quantum: 64, threads: Threads::OneBound, contenders }
 }
 
+/// Connections are asked for in a spawned task, as README shows, and not in `main`.
+pub(crate) const IN_TASKS: &str = "fdwire SEQPACKET, in tasks";
+
 /// A whole server in one process, in two, or behind something that accepts. Its client keeps this many connections open.
 fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Threads) -> Row {
     let contender =
@@ -203,6 +206,11 @@ fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Thr
         contender("bare SEQPACKET", SeqPacket, Role::Bare, bare, http::worker::<Bare>),
         contender("bare STREAM", Stream, Role::Bare, bare, http::worker::<Bare>),
     ];
+    if threads == Threads::Many {
+        let (near, far): (MakeEnd, MakeEnd) = (reuse_port::near_in_task::<WINDOW>, reuse_port::far_in_task);
+        contenders.push(contender("two processes, SO_REUSEPORT, in tasks", Stream, Role::Reference, near, far));
+        contenders.push(contender(IN_TASKS, SeqPacket, Role::Fdwire, layer, http::incoming_in_task));
+    }
     if haproxy::is_installed() {
         contenders.push(contender("haproxy", SeqPacket, Role::Reference, haproxy, haproxy::server));
     }

@@ -49,7 +49,12 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
         if let Some(journal) = &journal {
             command.arg("--journal").arg(journal.path());
         }
-        dispatcher.spawn_worker(WorkerCommand::from(command).socket_kind(arguments.socket.into()).restart(true))?;
+        let mut worker = WorkerCommand::from(command).socket_kind(arguments.socket.into()).restart(true);
+        if arguments.kill_every.is_some() {
+            // By default a worker that never lives for long is started again after 10 s at last.
+            worker = worker.longest_wait(Duration::ZERO);
+        }
+        dispatcher.spawn_worker(worker)?;
     }
     println!("listening on {address}, try: curl http://{address}/");
 

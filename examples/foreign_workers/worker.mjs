@@ -18,7 +18,7 @@
 // `ipc` set, which `process.binding` gives: an API that is deprecated (DEP0111) for no other one.
 // Such a pipe takes one descriptor out of each read, as a handle. So this worker never has more
 // than one offer on its way. Nor has Node a getsockopt: instead of the cookie, the client's address
-// is compared.
+// is compared. And it registers a connection only when it reads from it, so W-REGISTER is not kept.
 
 import fs from 'node:fs';
 import http from 'node:http';

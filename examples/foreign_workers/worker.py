@@ -116,7 +116,8 @@ class Offer:
 
     def is_usable(self, connection):
         family = {1: (socket.AF_INET, socket.AF_INET6), 2: (socket.AF_UNIX,)}[self.transport]
-        return connection.family in family and connection.type == socket.SOCK_STREAM
+        is_stream = connection.family in family and connection.type == socket.SOCK_STREAM
+        return is_stream and not os.get_blocking(self.fd)
 
     def close(self):
         for fd in [self.fd, *self.bundle]:

@@ -22,7 +22,7 @@ const CLIENTS: usize = 8;
 /// For the baseline, and between two restarts.
 const QUIET: Duration = Duration::from_millis(250);
 
-/// A process is killed at most this long after it has everything.
+/// A process is killed at most this long after it has everything. The other one stays for longer.
 const LATEST_KILL: u64 = 60;
 
 /// For anything that should happen soon.
@@ -35,11 +35,9 @@ struct Process {
 }
 
 impl Process {
-    fn start(address: SocketAddr, path: &Path, kill: bool) -> io::Result<Self> {
-        // One that may have to serve again stays for longer than the other one may be killed.
-        let grace = if kill { "1000" } else { "100" };
+    fn start(address: SocketAddr, path: &Path) -> io::Result<Self> {
         let mut child = Command::new(env::current_exe()?)
-            .args(["--listen", &address.to_string(), "--grace", grace, "--path"])
+            .args(["--listen", &address.to_string(), "--path"])
             .arg(path)
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -66,7 +64,7 @@ pub(crate) async fn run(kill: bool) -> io::Result<()> {
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("takeover");
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-    let mut serving = Process::start(address, &path, kill)?;
+    let mut serving = Process::start(address, &path)?;
     serving.wait_for("ready").await?;
 
     let load = Load::start(address, CLIENTS, kill);
@@ -78,7 +76,7 @@ pub(crate) async fn run(kill: bool) -> io::Result<()> {
     let mut leaving = Vec::new();
     let mut kills = 0;
     for number in 1..=RESTARTS {
-        let mut new = Process::start(address, &path, kill)?;
+        let mut new = Process::start(address, &path)?;
         new.wait_for("offered").await?;
         match kill.then(|| fastrand::u8(..3)) {
             Some(0) => {

@@ -3,39 +3,53 @@
 //!
 //! ```text
 //! cargo run --features axum --example hot_restart                 # then again, in another terminal
+//! cargo run --features axum --example hot_restart -- --list       # who serves, and who finishes
+//! cargo run --features axum --example hot_restart -- --wait       # starts it in the background
 //! cargo run --features axum --example hot_restart -- --demo       # load through 20 restarts
 //! cargo run --features axum --example hot_restart -- --demo --kill
 //! ```
+//!
+//! `--wait` returns once the new process serves, with exit code 0, or once it has failed, with 1.
+//! It is the `ExecReload=` of a systemd unit: see `docs/TAKEOVER.md`.
 
 mod demo;
 mod load;
 
-use std::{
-    io, process,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{env, io, net::SocketAddr, process, process::Stdio, time::Duration};
 
-use axum::{Router, http::header::CONNECTION, middleware::map_response, response::Response, routing::get};
+use axum::{Router, routing::get};
 use clap::Parser;
-use fdwire::takeover::{self, Gated, Listeners, Options, Server};
-use tokio::{net::TcpListener, select, time::sleep};
+use fdwire::{
+    systemd::Notifier,
+    takeover::{self, Listeners, Options},
+};
+use tokio::{
+    join,
+    process::Command,
+    select,
+    signal::unix::{SignalKind, signal},
+};
 
 #[derive(Parser, Debug, Clone)]
 struct Arguments {
-    /// Address to listen at.
+    /// Address to listen at, unless a process manager has passed a listener named "http".
     #[arg(long, default_value = "127.0.0.1:8080")]
-    listen: String,
+    listen: SocketAddr,
     /// Where a new process finds the running one.
     #[arg(long, default_value = "/tmp/fdwire-hot-restart")]
     path: String,
-    /// Milliseconds for which a replaced server tells its clients that an answer was the last,
-    /// before it ends connections that are silent.
-    #[arg(long, default_value_t = 100)]
-    grace: u64,
+    /// Milliseconds over which a replaced server ends the connections of silent clients.
+    #[arg(long, default_value_t = 1000)]
+    spread: u64,
+    /// Milliseconds after which a replaced server cuts what is left.
+    #[arg(long, default_value_t = 30_000)]
+    deadline: u64,
+    /// Starts the server in the background, and waits until it serves or has failed.
+    #[arg(long)]
+    wait: bool,
+    /// Lists the process that serves, and those that were replaced and finish their connections.
+    #[arg(long, conflicts_with = "wait")]
+    list: bool,
     /// Shows 20 restarts under load.
     #[arg(long)]
     demo: bool,
@@ -44,72 +58,67 @@ struct Arguments {
     kill: bool,
 }
 
+/// For a new process to be ready.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments = Arguments::parse();
-    if arguments.demo {
-        return Ok(demo::run(arguments.kill).await?);
+    match () {
+        () if arguments.demo => Ok(demo::run(arguments.kill).await?),
+        () if arguments.wait => launch(arguments).await,
+        () if arguments.list => list(arguments).await,
+        () => serve(arguments).await,
     }
-    serve(arguments).await
 }
 
 async fn serve(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let [spread, deadline] = [arguments.spread, arguments.deadline].map(Duration::from_millis);
+    let options = Options::default().drain(spread, deadline);
     let bind = || {
         let mut listeners = Listeners::new();
-        listeners.add("http", std::net::TcpListener::bind(&arguments.listen)?)?;
+        listeners.bind_tcp("http", arguments.listen)?;
         Ok(listeners)
     };
-    let pending = takeover::bind_or_take(&arguments.path, Options::default(), bind).await?;
+    let notifier = Notifier::from_env()?;
+    let pending = takeover::bind_or_take(&arguments.path, options, bind).await?;
     println!("offered");
     // Here a server reads its configuration and warms its caches. A crash costs nothing.
-    let server = Arc::new(pending.ready().await?);
+    let server = pending.ready().await?;
     println!("ready");
 
-    loop {
-        let is_draining = Arc::new(AtomicBool::new(false));
-        let stop = stop(Arc::clone(&server), Arc::clone(&is_draining), Duration::from_millis(arguments.grace));
-        let http: Gated<TcpListener> = server.gated("http", 0)?;
-        let serving = axum::serve(http, router(is_draining)).with_graceful_shutdown(stop);
-        let mut serving = tokio::spawn(async move { serving.await });
-
-        server.replaced().await;
-        // Its last connections end, or the new process does.
-        select! {
-            finished = &mut serving => {
-                finished??;
-                if server.drained().await {
-                    break;
-                }
-            }
-            undone = server.undone() => {
-                if !undone {
-                    // The new process was replaced as well: only the connections are left to
-                    // finish.
-                    serving.await??;
-                    break;
-                }
-                println!("undone");
-            }
+    let router = Router::new().route("/", get(async || format!("{}\n", process::id())));
+    let serving = server.serve_axum(server.gated("http", 0)?, router);
+    let mut terminate = signal(SignalKind::terminate())?;
+    select! {
+        (finished, told) = async { join!(serving, notifier.follow(&server)) } => {
+            told?;
+            println!("{} connections were cut", finished.left);
+            println!("left");
         }
+        _ = terminate.recv() => notifier.stopping().await?,
     }
-    println!("left");
     Ok(())
 }
 
-/// Waits for the end: a replaced server still answers for a moment, so that no client finds its
-/// connection closed when it has just sent a request.
-async fn stop(server: Arc<Server>, is_draining: Arc<AtomicBool>, grace: Duration) {
-    server.replaced().await;
-    is_draining.store(true, Ordering::SeqCst);
-    sleep(grace).await;
+/// Starts this program again, without `--wait`.
+async fn launch(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let mut command = Command::new(env::current_exe()?);
+    command.args(env::args_os().skip(1).filter(|argument| argument != "--wait"));
+    // Whoever waits for the end of this command's output does not wait for the server's.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+    let server = takeover::launch(&mut command, &arguments.path, &Options::default(), PATIENCE).await?;
+    println!("process {} serves", server.id().unwrap_or_default());
+    Ok(())
 }
 
-fn router(is_draining: Arc<AtomicBool>) -> Router {
-    let last = map_response(move |response: Response| {
-        let is_draining = is_draining.load(Ordering::SeqCst);
-        async move { (is_draining.then_some([(CONNECTION, "close")]), response) }
-    });
-    Router::new().route("/", get(async || format!("{}\n", process::id()))).layer(last)
+async fn list(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let status = takeover::status(&arguments.path, &Options::default()).await?;
+    println!("process {} serves", status.pid);
+    for old in status.generations {
+        println!("process {} was replaced {:.0?} ago", old.pid.unwrap_or_default(), old.replaced_for);
+    }
+    Ok(())
 }
 
 /// For errors that end the demo.

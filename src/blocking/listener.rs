@@ -8,16 +8,15 @@ use std::{
     time::Duration,
 };
 
-use nix::poll::PollFlags;
-
 use super::{
     Socket,
     wait::{self, Deadline},
 };
 use crate::{
-    PassCredentials, SocketKind, UidLimits,
     closer::BackgroundFd,
-    socket::{ListenerState, listener_addr, take_numbered, take_stdin},
+    error,
+    socket::{self, ListenerState, PassCredentials, SocketKind, UidLimits, listener_addr, take_numbered, take_stdin},
+    sys::Event,
 };
 
 /// Listens for connections at a path or an abstract name, for a program without a runtime.
@@ -65,9 +64,9 @@ impl Listener {
         ListenerState::bind(path.as_ref(), kind, mode).map(Self::new)
     }
 
-    /// Listens at an address; beside paths these are abstract names
-    /// ([`std::os::linux::net::SocketAddrExt`]), which any uid can connect to: admission is all
-    /// that guards them.
+    /// Listens at an address, which may be a path or an abstract name
+    /// ([`std::os::linux::net::SocketAddrExt`]). Any uid can connect to an abstract name, so only
+    /// admission guards it.
     ///
     /// # Errors
     /// As for [`bind`](Self::bind).
@@ -144,8 +143,8 @@ impl Listener {
         self.state.set_pass_credentials(self.as_fd(), pass)
     }
 
-    /// Sets the time for which one call of [`accept`](Self::accept) waits. `None`, the default, is
-    /// without end.
+    /// Sets the time for which one call of [`accept`](Self::accept) waits. `None`, the default,
+    /// waits without a limit.
     pub fn set_accept_timeout(&mut self, timeout: Option<Duration>) {
         self.timeout = timeout;
     }
@@ -158,7 +157,7 @@ impl Listener {
     /// Returns the address it listens at.
     ///
     /// # Errors
-    /// Those of getsockname(2).
+    /// The errors of getsockname(2).
     pub fn local_addr(&self) -> Result<SocketAddr> {
         listener_addr(self.as_fd())
     }
@@ -168,20 +167,21 @@ impl Listener {
     /// # Errors
     /// `TimedOut` if none came within the [time](Self::set_accept_timeout), and those of accept(2).
     /// `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call.
-    /// Also those of setting up an accepted connection, which is closed then.
+    /// If setting up an accepted connection fails, it is closed and the error is returned.
     pub fn accept(&self) -> Result<Socket> {
         let deadline = Deadline::after(self.timeout);
         loop {
+            // Too many refused connections may wait to be closed.
             if !wait::until_woken(deadline, |cx| self.state.poll_closed(cx)) {
                 return Err(timed_out());
             }
             match self.state.try_accept(self.as_fd()) {
                 Ok(Some(accepted)) => return Ok(Socket::new(accepted)),
-                // Peers that are refused must not make it wait longer.
+                // A peer that is refused must not make the call wait longer.
                 Ok(None) if deadline.is_over() => return Err(timed_out()),
                 Ok(None) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    if !wait::until_ready(self.as_fd(), PollFlags::POLLIN, deadline)? {
+                    if !wait::until_ready(self.as_fd(), Event::Readable, deadline)? {
                         return Err(timed_out());
                     }
                 }
@@ -192,7 +192,7 @@ impl Listener {
 }
 
 fn timed_out() -> Error {
-    crate::Error::TimedOut.into()
+    error::Error::TimedOut.into()
 }
 
 impl AsFd for Listener {
@@ -231,8 +231,8 @@ impl From<Listener> for OwnedFd {
 }
 
 /// Takes the listener off its event loop. It still owns its path and admits the same peers.
-impl From<crate::Listener> for Listener {
-    fn from(listener: crate::Listener) -> Self {
+impl From<socket::Listener> for Listener {
+    fn from(listener: socket::Listener) -> Self {
         Self::new(listener.into_unregistered())
     }
 }
@@ -244,7 +244,7 @@ impl From<crate::Listener> for Listener {
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if the runtime's I/O driver is not enabled.
-impl TryFrom<Listener> for crate::Listener {
+impl TryFrom<Listener> for socket::Listener {
     type Error = Error;
 
     fn try_from(listener: Listener) -> Result<Self> {

@@ -1,9 +1,9 @@
-//! Messages with descriptors for a program **without a runtime**: a command-line tool that passes a
-//! descriptor to a service, a small helper in a sandbox.
+//! Connections for a program **without a runtime**: a command-line tool that passes a descriptor to
+//! a service, a small helper in a sandbox.
 //!
 //! The frames, the codecs, the limits and the rules are those of the asynchronous side, and the
-//! peer cannot tell the difference. Each call waits in the calling thread, without end or for the
-//! time that was [set](Framed::set_read_timeout). Signals do not end a wait.
+//! peer cannot tell the difference. Each call waits in the calling thread, without a limit or for
+//! the [time that you set](Framed::set_read_timeout). Signals do not end a wait.
 //!
 //! ```
 //! use std::{thread, time::Duration};
@@ -29,12 +29,13 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Descriptors and connections that a peer may have made slow are closed
-//! [in the background](crate::close_in_background), by threads that start with the first socket. So
-//! enter a new user namespace, or whatever else takes a process of one thread, before that.
+//! Descriptors and connections that a peer may have made slow are closed [in the
+//! background](crate::close_in_background), by threads that start with the first socket. If your
+//! process has to have only one thread for a while, for example to enter a user namespace, do that
+//! before.
 //!
-//! `RLIMIT_NOFILE` has to be at least 1, which poll(2) needs. A program that is not to open
-//! anything can set it to 1; then it can still send descriptors that it has, and receives none.
+//! `RLIMIT_NOFILE` has to be at least 1, because of poll(2). A program in a sandbox can set it to
+//! 1. It can then still send the descriptors that it has, and receives none.
 //!
 //! For sending from many tasks, [`fdwire::Sender`](crate::Sender) needs a runtime. Here,
 //! [`Framed::into_split`] gives halves to two threads.
@@ -52,18 +53,23 @@ pub use read::ReadHalf;
 pub use socket::Socket;
 pub use write::WriteHalf;
 
-use crate::{Codec, Credentials, Decoder, Encoder, Error, Parts, SendError};
+use crate::{
+    codec::{Codec, Decoder, Encoder},
+    credentials::Credentials,
+    error::{Error, SendError},
+    transport::{FramedParts, Unsent},
+};
 
-/// Messages with descriptors over one socket: an [`Iterator`] of those that arrive, which waits for
-/// the next one, and [`send`](Self::send).
+/// A connection over one socket: an [`Iterator`] of the messages that arrive, which waits for the
+/// next one, and [`send`](Self::send).
 ///
 /// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which
-/// [`into_split`](Self::into_split) gives away. They fail and end separately: what the peer had
-/// sent is still yielded after a write has failed.
+/// [`into_split`](Self::into_split) gives away. They fail and end separately: after a write has
+/// failed, the messages of the peer are still yielded.
 ///
 /// `D` decodes and `E` encodes; usually they are one codec, and the type is `Framed<FrameCodec>`.
 ///
-/// Two peers that send more than the socket holds, and read only after that, wait for each other.
+/// If two peers both send more than the socket holds before they read, they wait for each other.
 /// Read in another thread then, or set a [time limit](Self::set_write_timeout).
 ///
 /// ```
@@ -88,23 +94,24 @@ pub struct Framed<D, E = D> {
 }
 
 impl<C: Codec + Clone> Framed<C> {
-    /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the
-    /// codec.
+    /// Makes a connection of a socket. Each direction gets its own clone of the codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
 impl<D, E: Codec> Framed<D, E> {
-    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction
-    /// that is not used.
+    /// Makes a connection of a socket, with a codec for each direction. `()` is the encoder of a
+    /// direction that is not used.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
-        Self::from_parts(Parts::new(socket, decoder, encoder))
+        Self::from_parts(FramedParts::new(socket, decoder, encoder))
     }
 
-    /// Continues where [`into_parts`](Self::into_parts) stopped, without timeouts.
-    pub fn from_parts(parts: Parts<D, E, Socket>) -> Self {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } = parts;
+    /// Puts together the parts that [`into_parts`](Self::into_parts) has returned, without
+    /// timeouts.
+    pub fn from_parts(parts: FramedParts<D, E, Socket>) -> Self {
+        let FramedParts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } =
+            parts;
         let socket = Arc::new(socket);
         Self {
             read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving, senders),
@@ -112,17 +119,18 @@ impl<D, E: Codec> Framed<D, E> {
         }
     }
 
-    /// Takes everything apart, as [`fdwire::Framed::into_parts`](crate::Framed::into_parts) does.
-    pub fn into_parts(self) -> Parts<D, E, Socket> {
+    /// Takes the connection apart, as [`fdwire::Framed::into_parts`](crate::Framed::into_parts)
+    /// does.
+    pub fn into_parts(self) -> FramedParts<D, E, Socket> {
         let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
         let (socket, encoder, unsent, sending) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
+        FramedParts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
     }
 
-    /// Continues with other codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs)
-    /// does, without timeouts.
+    /// Changes the codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs) does,
+    /// without timeouts.
     pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
         Framed::from_parts(self.into_parts().map_codecs(map))
     }
@@ -165,8 +173,8 @@ impl<D, E: Codec> Framed<D, E> {
         self.write.encoder_mut()
     }
 
-    /// Returns the number of bytes and of descriptors that were accepted and are not sent.
-    pub fn unsent(&self) -> (usize, usize) {
+    /// Returns the amount that was accepted and is not sent.
+    pub fn unsent(&self) -> Unsent {
         self.write.unsent()
     }
 

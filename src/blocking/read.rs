@@ -5,23 +5,24 @@ use std::{
 };
 
 use bytes::BytesMut;
-use nix::poll::PollFlags;
 
 use super::{
     Socket,
     wait::{self, Deadline},
 };
 use crate::{
-    Credentials, Decoder, Error, FdQueue,
-    codec::Step,
+    codec::{Decoder, FdQueue, Step},
+    credentials::Credentials,
+    error::Error,
+    sys::Event,
     transport::{ReceiveSide, Receiving, Rest, Senders},
 };
 
 /// The receiving direction of a [`Framed`](super::Framed): an [`Iterator`] of messages, which waits
 /// for the next one.
 ///
-/// Yields what is complete before it receives again. After an error it ends; what had been received
-/// by then is closed. There is one exception: after [`Error::TimedOut`] it goes on. If the peer
+/// Yields complete messages before it receives again. After an error it ends, and everything
+/// received is closed. There is one exception: after [`Error::TimedOut`] it goes on. If the peer
 /// closed without reading everything, the last item is [`Error::Reset`], after all that the peer
 /// had sent.
 #[derive(Debug)]
@@ -43,12 +44,13 @@ impl<D> ReadHalf<D> {
         Self { decoder, receiver: Receiver { socket, side, timeout: None } }
     }
 
-    /// Sets the time for which one call of `next` waits for a message, which is then
-    /// [`Error::TimedOut`]. What has arrived of the message stays, so the next call can go on with
-    /// it. `None`, the default, is without end; zero takes what is there and does not wait.
+    /// Sets the time for which one call of `next` waits for a message. After that it yields
+    /// [`Error::TimedOut`]. The part of a message that has arrived stays, so the next call can go
+    /// on with it. `None`, the default, waits without a limit. Zero takes what is there and does
+    /// not wait.
     ///
     /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time) is counted
-    /// apart from it.
+    /// separately.
     pub fn set_read_timeout(&mut self, timeout: Option<Duration>) {
         self.receiver.timeout = timeout;
     }
@@ -84,6 +86,7 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
         let deadline = Deadline::after(receiver.timeout);
         let mut receives = 0_u32;
         loop {
+            // Yield what is complete. Otherwise receive, unless the time is over.
             let received = match receiver.side.next(decoder) {
                 Ok(Step::Item(item)) => return Some(Ok(item)),
                 Ok(Step::Receive) if receives >= MOST_WHEN_OVER && deadline.is_over() => Err(Error::TimedOut),
@@ -109,8 +112,9 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
     }
 }
 
-/// What is there when the time is over is still taken. But after this number of receives the call
-/// ends, or a peer that sends one byte after the other could make it last.
+/// The number of receives after which a call ends when its time is over. Until then it takes what
+/// is there even if the time is over. Without the limit, a peer that sends one byte after the other
+/// could make the call last.
 const MOST_WHEN_OVER: u32 = 256;
 
 #[derive(Debug)]
@@ -129,9 +133,10 @@ impl Receiver {
         let limits = decoder.limits();
         let Self { socket, side, .. } = self;
         let endpoint = socket.endpoint();
+        // Nothing complete is left, so everything that has arrived counts for the peer's uid.
         let is_rest = side.has_part();
         side.hold(endpoint)?;
-        // A peer that sends descriptors in vain gets no further than they can be closed.
+        // Receive nothing while too many descriptors of this peer wait to be closed.
         if !wait::until_woken(deadline, |cx| endpoint.poll_closed(cx, limits.max_queued_fds)) {
             return Err(Error::TimedOut);
         }
@@ -139,13 +144,14 @@ impl Receiver {
             if let Some(received) = endpoint.receive(|fd| side.receive(fd, decoder))? {
                 return side.received(endpoint, received, is_rest);
             }
+            // Nothing is there: give the buffer up, and wait until the first of both limits.
             side.release();
             let until = match side.rest(limits.max_unfinished_time, Instant::now) {
                 Rest::Unlimited => deadline,
                 Rest::Until(rest) => deadline.or(rest),
                 Rest::Over => return Err(side.unfinished()),
             };
-            if !wait::until_ready(socket.as_fd(), PollFlags::POLLIN, until)? && deadline.is_over() {
+            if !wait::until_ready(socket.as_fd(), Event::Readable, until)? && deadline.is_over() {
                 return Err(Error::TimedOut);
             }
         }

@@ -2,21 +2,18 @@ use std::{
     io::{Error, Result},
     net::Shutdown,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::{SocketAddr, UnixStream},
     },
     path::Path,
 };
 
-use nix::{
-    errno::Errno,
-    sys::socket::{self, AddressFamily, SockFlag},
-};
-
 use crate::{
-    PassCredentials, PeerCred, SocketKind,
     closer::BackgroundFd,
-    socket::{Endpoint, SocketState, connected, take_numbered, take_stdin, unix_addr},
+    socket::{
+        self, Endpoint, PassCredentials, PeerCred, SocketKind, SocketState, connect, connected, new_pair, new_socket,
+        take_numbered, take_stdin, unix_addr,
+    },
 };
 
 /// A connected Unix socket of either kind, for a program without a runtime.
@@ -44,9 +41,9 @@ impl Socket {
     /// Returns two connected sockets.
     ///
     /// # Errors
-    /// Those of socketpair(2): no more descriptors, no memory.
+    /// The errors of socketpair(2): no more descriptors, no memory.
     pub fn pair(kind: SocketKind) -> Result<(Self, Self)> {
-        let (a, b) = socket::socketpair(AddressFamily::Unix, kind.sock_type(), None, SockFlag::SOCK_CLOEXEC)?;
+        let (a, b) = new_pair(kind)?;
         Ok((Self::unused(a, kind), Self::unused(b, kind)))
     }
 
@@ -71,27 +68,22 @@ impl Socket {
     /// Connects to the listener at a path. Waits while the listener's backlog is full.
     ///
     /// # Errors
-    /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens),
+    /// The errors of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens),
     /// `PermissionDenied`, and `EPROTOTYPE` (the listener is of the other kind).
     pub fn connect(path: impl AsRef<Path>, kind: SocketKind) -> Result<Self> {
         Self::connect_addr(&SocketAddr::from_pathname(path)?, kind)
     }
 
-    /// Connects to an address; beside paths these are abstract names
+    /// Connects to an address, which may be a path or an abstract name
     /// ([`std::os::linux::net::SocketAddrExt`]). Waits while the listener's backlog is full.
     ///
     /// # Errors
     /// As for [`connect`](Self::connect).
     pub fn connect_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
         let addr = unix_addr(addr)?;
-        let fd = socket::socket(AddressFamily::Unix, kind.sock_type(), SockFlag::SOCK_CLOEXEC, None)?;
-        loop {
-            match socket::connect(fd.as_raw_fd(), &addr) {
-                Ok(()) => return Ok(Self::unused(fd, kind)),
-                Err(Errno::EINTR) => {} // while it waited for room in the backlog
-                Err(error) => return Err(error.into()),
-            }
-        }
+        let fd = new_socket(kind)?;
+        connect(&fd, &addr)?;
+        Ok(Self::unused(fd, kind))
     }
 
     /// Takes a socket that nobody has used yet.
@@ -124,11 +116,11 @@ impl Socket {
         self.state.kind()
     }
 
-    /// Returns who is at the other end, as [`fdwire::Socket::peer_cred`](crate::Socket::peer_cred)
-    /// does.
+    /// Returns the process at the other end, as
+    /// [`fdwire::Socket::peer_cred`](crate::Socket::peer_cred) does.
     ///
     /// # Errors
-    /// Those of getsockopt(2).
+    /// The errors of getsockopt(2).
     pub fn peer_cred(&self) -> Result<PeerCred> {
         self.endpoint().peer_cred()
     }
@@ -146,7 +138,7 @@ impl Socket {
     /// [`fdwire::Socket::send_buffer_size`](crate::Socket::send_buffer_size) does.
     ///
     /// # Errors
-    /// Those of getsockopt(2).
+    /// The errors of getsockopt(2).
     pub fn send_buffer_size(&self) -> Result<usize> {
         self.endpoint().send_buffer_size()
     }
@@ -155,7 +147,7 @@ impl Socket {
     /// [`fdwire::Socket::set_send_buffer_size`](crate::Socket::set_send_buffer_size) does.
     ///
     /// # Errors
-    /// Those of setsockopt(2).
+    /// The errors of setsockopt(2).
     pub fn set_send_buffer_size(&self, bytes: usize) -> Result<()> {
         self.endpoint().set_send_buffer_size(bytes)
     }
@@ -179,8 +171,8 @@ impl Socket {
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
-    /// the peer's sends fail with `EPIPE`, and what it sent before stays readable; then comes the
-    /// end. A thread that waits to receive is woken, on both kinds of socket.
+    /// the peer's sends fail with `EPIPE`. Messages that it sent before stay readable, then comes
+    /// the end. A thread that waits to receive is woken, on both kinds of socket.
     ///
     /// # Errors
     /// `NotConnected`.
@@ -223,8 +215,8 @@ impl From<Socket> for OwnedFd {
 
 /// Takes the socket off its event loop. A connection that a listener has accepted still counts for
 /// its uid.
-impl From<crate::Socket> for Socket {
-    fn from(socket: crate::Socket) -> Self {
+impl From<socket::Socket> for Socket {
+    fn from(socket: socket::Socket) -> Self {
         Self::new(socket.into_unregistered())
     }
 }
@@ -237,7 +229,7 @@ impl From<crate::Socket> for Socket {
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if the runtime's I/O driver is not enabled.
-impl TryFrom<Socket> for crate::Socket {
+impl TryFrom<Socket> for socket::Socket {
     type Error = Error;
 
     fn try_from(socket: Socket) -> Result<Self> {

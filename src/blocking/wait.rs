@@ -1,4 +1,4 @@
-//! Waiting in the calling thread.
+//! The ways to wait in the calling thread.
 
 use std::{
     io,
@@ -9,13 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::{
-    errno::Errno,
-    poll::{PollFd, PollFlags, ppoll},
-    sys::time::TimeSpec,
-};
+use crate::sys::{self, Event};
 
-/// The time at which a call gives up. `None`: never.
+/// The time at which a call gives up. `None` is never.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadline(Option<Instant>);
 
@@ -34,39 +30,37 @@ impl Deadline {
         self.left().is_some_and(|left| left.is_zero())
     }
 
-    /// Returns the time until then.
+    /// Returns the time until the deadline.
     fn left(self) -> Option<Duration> {
         self.0.map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 }
 
-/// Waits until a descriptor is ready. Returns false if it is not at the deadline.
+/// Waits until a descriptor is ready. Returns false if it is not ready at the deadline.
 ///
 /// # Errors
-/// Those of ppoll(2): `EINVAL` if `RLIMIT_NOFILE` is 0.
-pub(super) fn until_ready(fd: BorrowedFd<'_>, events: PollFlags, deadline: Deadline) -> io::Result<bool> {
+/// The errors of ppoll(2): `EINVAL` if `RLIMIT_NOFILE` is 0.
+pub(super) fn until_ready(fd: BorrowedFd<'_>, event: Event, deadline: Deadline) -> io::Result<bool> {
     loop {
-        let timeout = deadline.left().map(TimeSpec::from_duration);
-        match ppoll(&mut [PollFd::new(fd, events)], timeout, None) {
-            // A signal handler has run.
-            Err(Errno::EINTR) => {}
-            ready => return Ok(ready? > 0),
+        match sys::wait_for(fd, event, deadline.left()) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {} // a signal handler has run
+            ready => return ready,
         }
     }
 }
 
-/// Sleeps. Returns false if the deadline comes before that.
+/// Sleeps for a time. Returns false if the deadline comes first.
 pub(super) fn sleep(time: Duration, deadline: Deadline) -> bool {
     let left = deadline.left().unwrap_or(Duration::MAX);
     thread::sleep(time.min(left));
     time < left
 }
 
-/// Waits until `poll` is ready, which has its waker woken. Returns false if it is not at the
-/// deadline.
+/// Waits until `poll` is ready, which has to have its waker woken. Returns false if it is not ready
+/// at the deadline.
 pub(super) fn until_woken(deadline: Deadline, mut poll: impl FnMut(&mut Context<'_>) -> Poll<()>) -> bool {
-    // The same waker for each call of a thread: one that is not woken in time is kept until it is
-    // woken.
+    // Every call of a thread uses the same waker: an account keeps a waker that is not woken in
+    // time, and would keep each of them.
     thread_local! {
         static WAKER: Waker = thread_waker();
     }
@@ -110,13 +104,13 @@ mod tests {
     fn a_deadline_ends_each_kind_of_wait() {
         let (socket, _peer) = UnixStream::pair().unwrap();
         for deadline in [in_millis(0), in_millis(3)] {
-            assert!(!until_ready(socket.as_fd(), PollFlags::POLLIN, deadline).unwrap());
+            assert!(!until_ready(socket.as_fd(), Event::Readable, deadline).unwrap());
             assert!(!until_woken(deadline, |_| Poll::Pending));
             assert!(!sleep(Duration::from_secs(600), deadline));
             assert!(deadline.is_over());
         }
         let never = Deadline::after(None);
-        assert!(until_ready(socket.as_fd(), PollFlags::POLLOUT, never).unwrap());
+        assert!(until_ready(socket.as_fd(), Event::Writable, never).unwrap());
         assert!(until_woken(never, |_| Poll::Ready(())));
         assert!(sleep(Duration::from_millis(1), never));
         assert!(!never.is_over() && !in_millis(600_000).is_over());
@@ -128,7 +122,7 @@ mod tests {
     #[test]
     fn what_is_ready_is_ready_when_the_time_is_over_too() {
         let (socket, _peer) = UnixStream::pair().unwrap();
-        assert!(until_ready(socket.as_fd(), PollFlags::POLLOUT, in_millis(0)).unwrap());
+        assert!(until_ready(socket.as_fd(), Event::Writable, in_millis(0)).unwrap());
         assert!(until_woken(in_millis(0), |_| Poll::Ready(())));
     }
 

@@ -1,29 +1,32 @@
 use std::{io, os::fd::AsFd, sync::Arc, time::Duration};
 
-use nix::poll::PollFlags;
-
 use super::{
     Socket,
     wait::{self, Deadline},
 };
 use crate::{
-    Codec, Encoder, Error, SendBuf, SendError,
-    socket::{Attempt, Backoff},
-    transport::{SendSide, Sending},
+    backoff::Backoff,
+    codec::{Codec, Encoder, SendBuf},
+    error::{Error, SendError},
+    socket::Attempt,
+    sys::Event,
+    transport::{SendSide, Sending, Unsent},
 };
 
 /// The sending direction of a [`Framed`](super::Framed).
 ///
-/// Messages that were [fed](Self::feed) wait until they are flushed, or until as many wait as the
-/// [limits](crate::Codec::limits) allow; all that wait go out together. A descriptor is closed
-/// right after the `sendmsg` that carried it, in the way that [`SendFd`](crate::SendFd) describes.
+/// Messages that were [fed](Self::feed) wait until they are flushed, or until the
+/// [limits](crate::Codec::limits) are reached. All waiting messages go out together. A descriptor
+/// is closed right after the `sendmsg` that carried it, in the way that [`SendFd`](crate::SendFd)
+/// describes.
 ///
-/// Once it has failed, it hands every item back in the [`SendError`], and repeats the error at each
-/// flush. What was accepted before and not sent is in [`into_parts`](super::Framed::into_parts).
-/// [`Error::TimedOut`] is no failure: the next call goes on.
+/// After a failure, it hands every item back in the [`SendError`] and returns the error at each
+/// flush. Items that were accepted before and not sent are in
+/// [`into_parts`](super::Framed::into_parts). [`Error::TimedOut`] is no failure: the next call goes
+/// on.
 ///
 /// Dropping it shuts down the sending direction (the peer sees the end of the stream) and closes
-/// what was not flushed.
+/// everything that was not flushed.
 #[derive(Debug)]
 pub struct WriteHalf<E> {
     encoder: E,
@@ -31,10 +34,10 @@ pub struct WriteHalf<E> {
 }
 
 impl<E> WriteHalf<E> {
-    /// Sets the time for which one call waits until the peer takes something, which is then
-    /// [`Error::TimedOut`]. What was accepted and not sent stays in the queue, so the next call can
-    /// go on with it. `None`, the default, is without end; zero sends what the socket takes and
-    /// does not wait.
+    /// Sets the time for which one call waits until the peer takes something. After that it returns
+    /// [`Error::TimedOut`]. Items that were accepted and not sent stay in the queue, so the next
+    /// call can go on with them. `None`, the default, waits without a limit. Zero sends what the
+    /// socket takes and does not wait.
     pub fn set_write_timeout(&mut self, timeout: Option<Duration>) {
         self.outbound.timeout = timeout;
     }
@@ -49,8 +52,8 @@ impl<E> WriteHalf<E> {
         &mut self.encoder
     }
 
-    /// Returns the number of bytes and of descriptors that were accepted and are not sent.
-    pub fn unsent(&self) -> (usize, usize) {
+    /// Returns the amount that was accepted and is not sent.
+    pub fn unsent(&self) -> Unsent {
         self.outbound.side.unsent()
     }
 
@@ -66,9 +69,9 @@ impl<E> WriteHalf<E> {
     /// Sends an item, and everything that was fed before.
     ///
     /// # Errors
-    /// What the encoder refuses, and those of [`flush`](Self::flush). The item comes back in the
-    /// [`SendError`] if it was not taken. It was taken if [`Error::TimedOut`] comes without it: the
-    /// next call sends it.
+    /// The errors of the encoder, and those of [`flush`](Self::flush). The item comes back in the
+    /// [`SendError`] if it was not taken. If [`Error::TimedOut`] comes without the item, it was
+    /// taken, and the next call sends it.
     pub fn send<I>(&mut self, item: I) -> Result<(), SendError<I, E::Error>>
     where
         E: Encoder<I>,
@@ -94,10 +97,11 @@ impl<E> WriteHalf<E> {
     where
         E: Encoder<I>,
     {
+        // Make room first. Then the item is accepted, or comes back with the reason.
         let limits = self.encoder.limits();
         if !self.outbound.side.surely_has_room(&limits) {
             let has_room = |buf: &SendBuf| limits.leave_room_beside(buf.len(), buf.fd_count());
-            // Any other error comes with the item, from `accept`.
+            // Any other error comes from `accept`, together with the item.
             if let Err(Error::TimedOut) = self.outbound.send_until(deadline, has_room) {
                 return Err(SendError::refused(item, Error::TimedOut));
             }
@@ -130,7 +134,8 @@ impl<E> WriteHalf<E> {
 }
 
 impl<E: Codec> WriteHalf<E> {
-    /// What a user has put into `unsent` becomes a message of this encoder.
+    /// Returns a half that has `unsent` to send. Bytes that a user has appended to it become one
+    /// message, with the grouping of this encoder.
     pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
         let side = SendSide::new(socket.endpoint(), unsent, encoder.grouping(), state);
         Self { encoder, outbound: Outbound { socket, side, timeout: None } }
@@ -170,13 +175,13 @@ impl Outbound {
         Ok(())
     }
 
-    /// Makes one attempt to send, and waits for the next one to be of use. Returns false if that is
-    /// not before the deadline.
+    /// Makes one attempt to send, and waits until the next attempt is worth making. Returns false
+    /// if the deadline comes first.
     fn attempt(&mut self, backoff: &mut Backoff, deadline: Deadline) -> io::Result<bool> {
         match self.side.attempt(self.socket.endpoint())? {
             Attempt::Sent => *backoff = Backoff::default(),
             Attempt::Again => {}
-            Attempt::Full => return wait::until_ready(self.socket.as_fd(), PollFlags::POLLOUT, deadline),
+            Attempt::Full => return wait::until_ready(self.socket.as_fd(), Event::Writable, deadline),
             Attempt::Scarce => return Ok(wait::sleep(backoff.next(), deadline)),
         }
         Ok(true)

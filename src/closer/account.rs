@@ -8,13 +8,13 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-/// Counts descriptors that wait to be closed: those of a connection, of all connections of a uid, or
-/// of all peers that a listener refuses.
+/// A count of descriptors that wait to be closed: those of a connection, of all connections of a
+/// uid, or of all peers that a listener refuses.
 #[derive(Debug, Default)]
 pub(crate) struct Account {
     closing: AtomicUsize,
     waiting: Mutex<Vec<Waiting>>,
-    /// Descriptors that count here also count there.
+    /// An account that counts the same descriptors too.
     parent: Option<Arc<Account>>,
 }
 
@@ -41,12 +41,13 @@ impl Account {
         if self.closing() <= limit {
             return Poll::Ready(());
         }
-        let waker = cx.waker().clone(); // foreign code, so it runs without the lock
+        let waker = cx.waker().clone(); // cloning is foreign code, so it runs without the lock
         let mut waiting = self.lock();
         if !waiting.iter().any(|other| other.limit == limit && other.waker.will_wake(&waker)) {
             waiting.push(Waiting { limit, waker });
         }
-        // `remove` subtracts, then locks. If this task came too late for it, the number is seen here.
+        // `remove` subtracts, then locks. If it has not seen this task, this task sees the new
+        // number.
         if self.closing() <= limit { Poll::Ready(()) } else { Poll::Pending }
     }
 
@@ -58,12 +59,12 @@ impl Account {
         }
     }
 
-    /// One descriptor is closed.
+    /// Notes that one descriptor is closed.
     fn remove(&self) {
         let left = self.closing.fetch_sub(1, Ordering::Relaxed) - 1;
         let ready: Vec<_> = self.lock().extract_if(.., |waiting| left <= waiting.limit).collect();
         for Waiting { waker, .. } in ready {
-            // A waker is foreign code. A panic of one must not end the thread that closes for everybody.
+            // A waker is foreign code. Its panic must not end the thread that closes for everybody.
             let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
         }
         if let Some(parent) = &self.parent {
@@ -76,7 +77,7 @@ impl Account {
     }
 }
 
-/// One descriptor of an account, until it is closed.
+/// A charge for one descriptor. It is taken back on drop, when the descriptor is closed.
 #[derive(Debug)]
 pub(super) struct Charge(Arc<Account>);
 
@@ -93,7 +94,8 @@ impl Drop for Charge {
     }
 }
 
-/// One descriptor on its way. The charge ends after it is closed: fields are dropped in this order.
+/// A descriptor to be closed, with its charge. The fields are dropped in their order, so the charge
+/// ends after the descriptor is closed.
 #[derive(Debug)]
 pub(super) struct Closing {
     pub(super) fd: OwnedFd,

@@ -5,15 +5,9 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
 };
 
-use nix::{
-    libc,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::memfd::{MFdFlags, memfd_create},
-};
+use crate::sys::{self, FileKind, FileType};
 
-use crate::sys::{self, FileKind};
-
-/// File systems of Linux whose files no other process and no other host provides.
+/// The file systems of Linux that need neither another process nor another host.
 const LOCAL_FILE_SYSTEMS: [&str; 28] = [
     "bcachefs",
     "btrfs",
@@ -45,40 +39,41 @@ const LOCAL_FILE_SYSTEMS: [&str; 28] = [
     "zfs",
 ];
 
-/// How a descriptor is closed.
+/// The way in which a descriptor is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lane {
-    /// By a task that exits: it is a socket.
+    /// By a task that exits. For sockets.
     Exit,
-    /// At once: its `close` can't wait for anyone.
+    /// At once, because its `close` waits for nothing.
     Quick,
-    /// By a thread that may be stuck in it.
+    /// By a thread that may be stuck in the `close`.
     Slow,
 }
 
-/// Knows files whose `close` asks nobody.
+/// The knowledge of which files close quickly.
 ///
-/// The `close` of a regular file of a FUSE file system waits for the daemon's answer, which no signal ends and which a
-/// hostile daemon never gives. Network file systems wait for their server. So only files of local file systems count as
-/// quick, and only while this process sees such a file system mounted: the kernel uses the device number of one that is
-/// gone for the next one.
+/// The `close` of a regular file of a FUSE file system waits for an answer of the daemon. No signal
+/// ends that wait, and a hostile daemon never answers. Network file systems wait for their server.
+/// So only files of local file systems count as quick, and only while this process sees the file
+/// system mounted: the kernel gives the device number of one that is gone to another.
 #[derive(Debug)]
 pub(super) struct KnownFiles {
-    /// `/proc/thread-self/mountinfo`, which becomes ready with priority when the mounts have changed.
+    /// The file `/proc/thread-self/mountinfo`, which poll(2) reports with priority when the mounts
+    /// change.
     mounts: Option<File>,
-    /// Devices of local file systems that are mounted.
+    /// The devices of the local file systems that are mounted.
     devices: BTreeSet<Device>,
-    /// The device of memfds. It is mounted nowhere and never goes.
+    /// The device of memfds, which is mounted nowhere and never changes.
     memfd: Option<Device>,
 }
 
-/// Major and minor number of the device that a file system is on.
+/// The major and minor number of the device that a file system is on.
 type Device = (u32, u32);
 
 impl KnownFiles {
     /// Reads the mounts of this thread, and finds the device of memfds.
     pub(super) fn find() -> Self {
-        let memfd = memfd_create("fdwire", MFdFlags::MFD_CLOEXEC).ok();
+        let memfd = sys::new_memfd().ok();
         let memfd = memfd.and_then(|memfd| sys::file_kind(memfd.as_fd()).ok()).map(|kind| kind.device);
         let mounts = File::open("/proc/thread-self/mountinfo").ok();
         let mut known = Self { mounts, devices: BTreeSet::new(), memfd };
@@ -95,48 +90,45 @@ impl KnownFiles {
         }
     }
 
-    /// Returns true if a local file system is on this device. The device was found out before this call. So if the mounts have
-    /// not changed by now, it is still the one that was read.
+    /// Returns true if a local file system is on this device. The caller has read the device number
+    /// of the file before this call. So if the mounts have not changed by now, the number still has
+    /// the same meaning.
     fn is_local(&mut self, device: Device) -> bool {
         if self.memfd == Some(device) {
             return true;
         }
         if self.mounts_have_changed() {
             self.read_mounts();
-            // The number may have had another meaning when it was found out.
+            // The number may have had another meaning when the caller read it.
             return false;
         }
         self.devices.contains(&device)
     }
 
     fn mounts_have_changed(&self) -> bool {
-        let Some(mounts) = &self.mounts else { return false };
-        let mut events = [PollFd::new(mounts.as_fd(), PollFlags::POLLPRI)];
-        // An error counts as a change: the device is then not trusted.
-        poll(&mut events, PollTimeout::ZERO).is_err()
-            || events[0].revents().is_none_or(|events| events.intersects(PollFlags::POLLPRI | PollFlags::POLLERR))
+        self.mounts.as_ref().is_some_and(|mounts| sys::has_changed(mounts.as_fd()))
     }
 
     /// Decides how to close a descriptor of any kind.
     pub(super) fn lane(&mut self, fd: BorrowedFd<'_>) -> Lane {
-        const MEMORY: u32 = 1; // /dev/null and its kin
+        const MEMORY: u32 = 1; // /dev/null, /dev/zero and others
         const TERMINALS: std::ops::RangeInclusive<u32> = 136..=143; // /dev/pts
 
         let Ok(FileKind { file_type, device, own_major }) = sys::file_kind(fd) else {
             return if sys::is_socket(fd) { Lane::Exit } else { Lane::Slow };
         };
         let is_quick = match file_type {
-            libc::S_IFSOCK => return Lane::Exit,
-            libc::S_IFREG | libc::S_IFDIR => self.is_local(device),
-            libc::S_IFCHR => own_major == MEMORY || TERMINALS.contains(&own_major),
-            libc::S_IFBLK => false,
-            _ => true, // pipes and eventfds: only the kernel provides these
+            FileType::Socket => return Lane::Exit,
+            FileType::Regular | FileType::Directory => self.is_local(device),
+            FileType::CharacterDevice => own_major == MEMORY || TERMINALS.contains(&own_major),
+            FileType::BlockDevice => false,
+            FileType::Pipe | FileType::Other => true, // only the kernel provides these
         };
         if is_quick { Lane::Quick } else { Lane::Slow }
     }
 }
 
-/// The device of a line of proc_pid_mountinfo(5), if a local file system is on it.
+/// Returns the device in a line of proc_pid_mountinfo(5) if a local file system is on it.
 fn local_device(line: &str) -> Option<Device> {
     let (mount, file_system) = line.split_once(" - ")?;
     let (major, minor) = mount.split(' ').nth(2)?.split_once(':')?;
@@ -151,6 +143,7 @@ mod tests {
     use nix::{
         mount::{MsFlags, mount, umount},
         sched::{CloneFlags, unshare},
+        sys::memfd::{MFdFlags, memfd_create},
     };
 
     use super::*;

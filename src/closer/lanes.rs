@@ -1,4 +1,4 @@
-//! How descriptors of each kind are closed.
+//! The lanes of the closer's thread: one for each way to close a descriptor.
 
 use std::{
     io,
@@ -13,23 +13,23 @@ use super::{
 };
 use crate::sys::{self, ExitCloser};
 
-/// Most threads that wait for files whose `close` may block.
+/// The most threads that wait for files whose `close` may block.
 const SLOW_THREADS: usize = 4;
 
-/// How long sockets wait for the kernel before they are given to the slow threads.
+/// The time for which sockets wait for the kernel before the slow threads get them.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The charges of sockets that an exiting task closes.
 pub(super) type Closed = Vec<Option<Charge>>;
 
-/// The descriptors that the closer's thread has sorted, and where each kind goes.
+/// The descriptors that the closer's thread has sorted, and the means to close each kind.
 pub(super) struct Lanes {
-    /// `None` if the kernel or a sandbox does not allow it, or if no thread could be had.
+    /// `None` if the kernel or a sandbox does not allow it, or if the system had no thread.
     exit: Option<ExitCloser<Closed>>,
-    /// When to try again to start it. `None` if that is of no use.
+    /// The time to try again to start it. `None` if that is of no use.
     next_start: Option<Instant>,
     report_closed: fn(Closed),
-    /// Number of messages of sockets that exiting tasks have not reported as closed.
+    /// The number of messages of sockets that are not reported as closed yet.
     unreported: usize,
     quick: Vec<Closing>,
     sockets: Vec<Closing>,
@@ -40,8 +40,8 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    /// `report_closed` gets the charges of sockets that are closed, in a thread that must not end them: it has none of the
-    /// process's descriptors, and a charge that ends may wake a task.
+    /// `report_closed` gets the charges of sockets that are closed, in a thread that must not end
+    /// them: it has none of the process's descriptors, and a charge that ends may wake a task.
     pub(super) fn new(report_closed: fn(Closed)) -> Self {
         let mut lanes = Self {
             exit: None,
@@ -77,7 +77,7 @@ impl Lanes {
         self.unreported > 0
     }
 
-    /// Takes note of reports.
+    /// Notes that this many messages were reported.
     pub(super) fn reported(&mut self, messages: usize) {
         self.unreported -= messages;
     }
@@ -98,7 +98,7 @@ impl Lanes {
         if !self.sockets.is_empty() {
             self.close_sockets();
         }
-        // At the end, because freeing memory takes time.
+        // Quick ones come last, because freeing their memory may take time.
         let (fds, charges): (Vec<_>, Vec<_>) = self.quick.drain(..).map(Closing::into_parts).unzip();
         sys::close_all(fds);
         drop(charges);
@@ -115,7 +115,7 @@ impl Lanes {
             return;
         }
         let since = *self.refused_since.get_or_insert_with(Instant::now);
-        // As long as others are on their way, there will be room when those are closed.
+        // While other messages are on their way, there will be room when those are closed.
         if self.exit.is_some() && (since.elapsed() < PATIENCE || self.expects_a_report()) {
             self.sockets = refused;
         } else {
@@ -123,6 +123,7 @@ impl Lanes {
             self.slow.start_threads();
         }
     }
+
     /// Returns the sockets that the kernel refuses for now.
     fn close_in_exiting_tasks(&mut self, mut sockets: Vec<Closing>) -> Vec<Closing> {
         let Some(exit) = &self.exit else { return sockets };

@@ -1,9 +1,11 @@
-//! The one place that closes what a peer may have made slow.
+//! The one place that closes descriptors whose `close` a peer may have made slow.
 //!
-//! Whoever has a copy of a descriptor can make its last `close` block: with `SO_LINGER` on a TCP socket, with a file of a
-//! FUSE file system whose daemon does not answer, with a Unix socket that has such descriptors in its queue. So
-//! the threads of a runtime close nothing that came from a peer, no socket that was sent to one, and no connection.
-//! They append it to a backlog, which costs a lock and seldom a wake-up. The closer's own thread sorts the backlog:
+//! Any process with a copy of a descriptor can make its last `close` block: with `SO_LINGER` on a
+//! TCP socket, with a file of a FUSE file system whose daemon does not answer, or with a Unix
+//! socket that has such descriptors in its queue. So the threads of a runtime never close a
+//! descriptor that came from a peer, a socket that was sent to one, or a connection. They append it
+//! to a backlog, which costs a lock and seldom a wake-up. The closer's own thread sorts the
+//! backlog:
 //!
 //! | kind | how it is closed | what can delay it |
 //! |---|---|---|
@@ -11,8 +13,8 @@
 //! | regular files and devices of file systems that this process does not know | by one of four threads | other files of this kind |
 //! | everything else | by the closer's thread | the time it takes to free memory |
 //!
-//! The number of threads and tasks is fixed. What a connection has in the backlog counts against its [`Account`], and a connection
-//! with too much in it does not receive more until it has been closed.
+//! The number of threads and tasks is fixed. The descriptors of a connection in the backlog count
+//! for its [`Account`]. A connection with too many of them receives nothing until they are closed.
 
 mod account;
 mod files;
@@ -38,31 +40,37 @@ use crate::{
     sys::{self, CloseFd, FdGuard},
 };
 
-/// After it has closed something, the closer's thread looks at the backlog again after this time, or when
-/// [`WAKE_AT`] descriptors wait: a process that closes all the time should not wake it for each of them.
-const PAUSE: Duration = Duration::from_millis(2);
+/// The time after which the closer's thread looks at the backlog again when it has closed
+/// something, unless [`WAKE_AT`] descriptors wait before. A process that closes all the time should
+/// not wake the thread for each descriptor, and to start an exiting task takes as much CPU as to
+/// close 50 sockets.
+const PAUSE: Duration = Duration::from_millis(10);
 const WAKE_AT: usize = 64;
 
-/// The thread tries again after this time if the kernel refuses something.
+/// The time after which the thread tries again if the kernel refuses something.
 const RETRY: Duration = Duration::from_millis(20);
 
 /// Closes descriptors on a thread of the crate, so that the caller never blocks.
 ///
-/// Whoever sent a descriptor decides how long its last `close` takes: days, with `SO_LINGER` on a TCP connection whose client
-/// does not read. Use this for received descriptors that you do not want, and for sockets of which a copy was sent.
-/// [`Fds`](crate::Fds) that came from a peer, connections and listeners use it by themselves when they are dropped.
+/// The sender of a descriptor decides how long its last `close` takes: even days, with `SO_LINGER`
+/// on a TCP connection whose client does not read. Use this function for received descriptors that
+/// you do not want, and for sockets of which you have sent a copy. [`Fds`](crate::Fds) that came
+/// from a peer, connections and listeners use it by themselves when they are dropped.
 ///
-/// A connection is closed as by a plain `close`: what is unsent is still sent, and other copies are not touched. The peer
-/// sees the end a moment later, usually within a few milliseconds. Works on any thread, with or without a runtime.
+/// A connection is closed as by a plain `close`: unsent data is still sent, and other copies are
+/// not touched. The peer sees the end a moment later, usually within 10 milliseconds. The
+/// function works on any thread, with or without a runtime.
 ///
-/// The crate has two threads for this, a child process for a moment at a time, and up to four threads for files of file
-/// systems that it does not know. If the kernel refuses to move sockets for a second (too many descriptors in flight, see
-/// unix(7)), or is older than 5.9, sockets are closed by one of the four after `SO_LINGER` was switched off.
+/// The crate has two threads for this, a child process that lives for a moment, and up to four
+/// threads for files of file systems that it does not know. These four also close sockets, after
+/// `SO_LINGER` was switched off, if the kernel is older than 5.9 or refuses to move sockets for a
+/// second (too many descriptors in flight, see unix(7)).
 ///
-/// # What cannot be had
-/// A regular file of a FUSE file system whose daemon does not answer can't be closed by anyone, not even by the exit of
-/// the process. Each takes one of four threads until the daemon answers or ends, and after that such files stay open. If
-/// a peer may send such files, refuse descriptors ([`Socket::set_pass_fds`](crate::Socket::set_pass_fds)).
+/// # Limitations
+/// A regular file of a FUSE file system whose daemon does not answer can't be closed at all, not
+/// even by the exit of the process. Each takes one of four threads until the daemon answers or
+/// ends. When all four are taken, further files of this kind stay open. If a peer may send such
+/// files, refuse descriptors ([`Socket::set_pass_fds`](crate::Socket::set_pass_fds)).
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -74,10 +82,12 @@ pub fn close_in_background(fds: impl IntoIterator<Item = impl Into<OwnedFd>>) {
     CLOSER.add(Job { fds: fds.into_iter().map(Into::into).collect(), account: None, are_sockets: false });
 }
 
-/// Closes descriptors of which a copy was just sent, except those that others hold. The message holds that copy, so this
-/// `close` is not the last one, unless the receiver was faster and has closed it. Then sockets can block. Files of a FUSE file
-/// system can block in any case; to recognize those would take three times as long for each descriptor, so the
-/// documentation names them.
+/// Closes descriptors of which a copy was just sent. A shared one is left to its other holders.
+///
+/// The message has a copy, so this `close` is not the last one, unless the receiver was faster and
+/// has closed its copy. In that case sockets can block. Files of a FUSE file system can block in
+/// any case. To recognize them would take three times as long for each descriptor, so the
+/// documentation warns of them instead.
 pub(crate) fn close_sent(fds: impl Iterator<Item = SendFd>) {
     let mut sockets = SmallVec::<[OwnedFd; 1]>::new();
     sys::close_all(fds.filter_map(|fd| {
@@ -97,8 +107,8 @@ pub(crate) fn close_sent(fds: impl Iterator<Item = SendFd>) {
     close_sockets(sockets);
 }
 
-/// Closes descriptors that were to be sent and are not, except those that others hold. If the sender has not said what a
-/// descriptor is, the closer's thread finds out.
+/// Closes descriptors that were accepted and not sent. A shared one is left to its other holders.
+/// If the kind of a descriptor is unknown, the closer's thread finds out.
 pub(crate) fn close_unsent(fds: impl IntoIterator<Item = SendFd>) {
     let mut unknown = SmallVec::<[OwnedFd; 1]>::new();
     let mut sockets = SmallVec::<[OwnedFd; 1]>::new();
@@ -113,13 +123,14 @@ pub(crate) fn close_unsent(fds: impl IntoIterator<Item = SendFd>) {
     close_sockets(sockets);
 }
 
-/// The same as [`close_in_background`] for descriptors that are known to be sockets, which saves asking.
+/// Closes sockets in the background, as [`close_in_background`] does, without asking for their
+/// kind.
 pub(crate) fn close_sockets(fds: impl Into<SmallVec<[OwnedFd; 1]>>) {
     CLOSER.add(Job { fds: fds.into(), account: None, are_sockets: true });
 }
 
-/// Starts the closer's thread unless it runs, and waits until it has the descriptors that it needs. Called before any peer
-/// can do harm, for example by using up all threads.
+/// Starts the closer's thread unless it runs, and waits until it has the descriptors that it needs.
+/// Called before a peer can do harm, for example by using up all threads.
 pub(crate) fn start() {
     let backlog = CLOSER.running();
     let starting = |backlog: &mut Backlog| backlog.thread == Thread::Starting;
@@ -160,34 +171,34 @@ struct Closer {
 
 struct Backlog {
     jobs: Vec<Job>,
-    /// Number of descriptors in all jobs.
+    /// The number of descriptors in all jobs.
     fds: usize,
-    /// The charges of sockets that exiting tasks have closed. The closer's thread ends them, which may
-    /// wake tasks.
+    /// The charges of sockets that exiting tasks have closed. The closer's thread drops them, which
+    /// may wake tasks.
     closed: Vec<Closed>,
     thread: Thread,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Thread {
-    /// It is not started, or none could be had.
+    /// The thread does not run: it is not started, or the system had no thread.
     None,
-    /// It looks around.
+    /// The thread opens the descriptors that it needs.
     Starting,
-    /// It waits until there is something to close.
+    /// The thread waits for something to close.
     Idle,
-    /// It closes something, or looks again after [`PAUSE`].
+    /// The thread closes something, or looks again after [`PAUSE`].
     Busy,
 }
 
 struct Job {
     fds: SmallVec<[OwnedFd; 1]>,
     account: Option<Arc<Account>>,
-    /// Whether all of them are known to be sockets. Otherwise the closer's thread finds out.
+    /// True if all of them are known to be sockets. Otherwise the closer's thread finds out.
     are_sockets: bool,
 }
 
-/// Descriptors of a connection that nobody wants are closed in the background, and counted.
+/// Closes the descriptors of a connection that nobody wants in the background, and counts them.
 impl Home<OwnedFd> for Account {
     fn take_back(self: Arc<Self>, fds: SmallVec<[OwnedFd; 1]>) {
         CLOSER.add(Job { fds, account: Some(self), are_sockets: false });
@@ -199,12 +210,13 @@ impl Closer {
         self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The backlog, with a thread to work on it unless none can be had.
+    /// Returns the backlog, with a thread that works on it if the system has one.
     fn running(&'static self) -> MutexGuard<'static, Backlog> {
         let mut backlog = self.lock();
         if backlog.thread == Thread::None {
             let thread = thread::Builder::new().name("fdwire-close".to_owned());
-            // Without a thread the jobs wait until a later call gets one. They are never closed here.
+            // Without a thread the jobs wait for a later call that gets one. The caller never
+            // closes them itself.
             if thread.spawn(|| self.run()).is_ok() {
                 backlog.thread = Thread::Starting;
             }
@@ -219,6 +231,7 @@ impl Closer {
         if let Some(account) = &job.account {
             account.add(job.fds.len());
         }
+        // Append the job, and wake the thread if it sleeps or if many descriptors wait.
         let mut backlog = self.running();
         let before = backlog.fds;
         backlog.fds += job.fds.len();
@@ -234,8 +247,9 @@ impl Closer {
         }
     }
 
-    /// Called by the thread that has no descriptors. The closer's thread is not woken: as long as it expects a report, it looks
-    /// again by itself.
+    /// Reports charges of sockets that are closed. The nursery thread calls this, which has no
+    /// descriptors and so must not wake a task. It need not wake the closer's thread either: while
+    /// that expects a report, it looks again by itself.
     fn report_closed(&self, closed: Closed) {
         self.lock().closed.push(closed);
     }
@@ -246,6 +260,7 @@ impl Closer {
         self.started.notify_all();
         let (mut jobs, mut closed) = (Vec::new(), Vec::new());
         loop {
+            // Take everything that waits, sort it, and close it without the lock.
             self.next(&lanes, &mut jobs, &mut closed);
             lanes.reported(closed.len());
             closed.clear();
@@ -258,14 +273,16 @@ impl Closer {
         }
     }
 
-    /// Waits until there is something to do, and exchanges `jobs` and `closed`, which are empty, with what waits: all of
-    /// them keep their room.
+    /// Waits until there is something to do, and swaps the waiting jobs and charges with `jobs` and
+    /// `closed`, which are empty. So no vector is allocated anew.
     fn next(&self, lanes: &Lanes, jobs: &mut Vec<Job>, closed: &mut Vec<Closed>) {
+        // Pause first, so that a busy process wakes this thread seldom.
         let pause = if lanes.has_to_retry() { RETRY } else { PAUSE };
         let (mut backlog, _) = self
             .changed
             .wait_timeout_while(self.lock(), pause, |backlog| backlog.fds < WAKE_AT)
             .unwrap_or_else(PoisonError::into_inner);
+        // Sleep without a limit only if nothing can come without a wake-up.
         if !lanes.has_to_retry() && !lanes.expects_a_report() && backlog.jobs.is_empty() {
             backlog.thread = Thread::Idle;
             backlog = self

@@ -5,15 +5,10 @@ use std::{
     thread,
 };
 
-use nix::{
-    libc,
-    sys::socket::{setsockopt, sockopt},
-};
-
 use super::account::Closing;
 use crate::sys;
 
-/// A few threads, each of which may be stuck in a `close` without end.
+/// A few threads, each of which may be stuck in a `close`.
 #[derive(Debug)]
 pub(super) struct SlowThreads {
     shared: Arc<Mutex<State>>,
@@ -23,14 +18,15 @@ pub(super) struct SlowThreads {
 #[derive(Debug, Default)]
 struct State {
     waiting: VecDeque<Closing>,
-    /// Number of threads that run. They end when nothing waits.
+    /// The number of threads that run. A thread ends when nothing waits.
     threads: usize,
-    /// Number of those that are closing a descriptor, and may be stuck in it.
+    /// The number of threads that are closing a descriptor, and may be stuck.
     busy: usize,
 }
 
 impl State {
-    /// Returns true if something waits that no thread is about to take, and one more thread is allowed.
+    /// Returns true if something waits that no thread is about to take, and one more thread is
+    /// allowed.
     fn needs_a_thread(&self, most: usize) -> bool {
         self.threads < most && self.threads - self.busy < self.waiting.len()
     }
@@ -59,7 +55,7 @@ impl SlowThreads {
         }
     }
 
-    /// Returns true if something waits and no thread could be had for it.
+    /// Returns true if something waits and the system had no thread for it.
     pub(super) fn lacks_a_thread(&self) -> bool {
         lock(&self.shared).needs_a_thread(self.most)
     }
@@ -72,12 +68,13 @@ fn close_all_that_wait(shared: &Mutex<State>) {
             state.threads -= 1;
             return;
         };
+        // From here on, this thread may be stuck, so it counts as busy until it is done.
         state.busy += 1;
         drop(state);
         if sys::is_socket(closing.fd.as_fd()) {
-            // The exiting tasks could not take it. Nothing is lost without the time to linger, and `close` waits only for
-            // a peer that sets it again in this very moment.
-            let _ = setsockopt(&closing.fd, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
+            // The exiting tasks could not take it. Without the linger time nothing is lost, and
+            // `close` waits only if a peer sets it again in this very moment.
+            sys::switch_off_linger(closing.fd.as_fd());
         }
         drop(closing);
         lock(shared).busy -= 1;
@@ -96,6 +93,11 @@ mod tests {
         os::fd::OwnedFd,
         os::unix::net::UnixStream,
         time::Duration,
+    };
+
+    use nix::{
+        libc,
+        sys::socket::{setsockopt, sockopt},
     };
 
     use super::*;

@@ -2,47 +2,46 @@ use std::mem;
 
 use bytes::{Buf, BufMut, BytesMut};
 
-/// The most bytes of a packet, unless it is the rest of a message whose length is known. Also a good
-/// size for reads. Above 64 KiB, so that a message of that many bytes and its header are one packet.
+/// The most bytes of a packet, unless it is the rest of a message whose length is known. It is a
+/// little above 64 KiB, so that 64 KiB and their header fit one packet. It is also a good size for
+/// reads.
 pub(crate) const SMALL_PACKET: usize = (64 << 10) + 64;
 
-/// Size of a usual buffer, unless a message of middle size needs more.
+/// The size of a usual buffer, unless a message of middle size needs more.
 const USUAL: usize = 4 * SMALL_PACKET;
 
-/// A buffer above this size is for large messages only: a small message that is kept would keep all
-/// of it.
+/// A buffer above this size is for large messages only, because a small message that the user keeps
+/// would keep the whole buffer.
 const LARGEST_USUAL: usize = 512 << 10;
 
-/// Usual size of a page. Where it is another, some receives are slower and nothing else.
+/// The usual size of a page. If the real one differs, some receives are slower, and nothing else
+/// changes.
 pub(super) const PAGE: usize = 4096;
 
-/// The first bytes of a page, where no buffer is to begin. The kernel keeps data from the start of
+/// The first bytes of a page, in which no buffer may begin. The kernel keeps data from the start of
 /// a page on, and on AMD processors a copy takes up to ten times as long if it goes up to 31 bytes
 /// further into a page than it comes from (`rep movsb`,
 /// <https://sourceware.org/bugzilla/show_bug.cgi?id=30994>). Large blocks of malloc begin 16 bytes
 /// into a page.
 pub(super) const PAGE_START: usize = 64;
 
-/// Finds the buffer that received bytes go into: a usual one, or a large one for a message that
-/// does not fit.
+/// Chooses the buffer for received bytes: a usual one, or a large one for a message that does not
+/// fit.
 ///
-/// The received bytes themselves are with the caller, as `bytes`. Messages are sliced off them and
-/// may live on. A buffer that has no room left is left to its messages, or used again from its
-/// beginning if none of them lives.
+/// The caller has the received bytes, as `bytes`. Messages are slices of them and may live on. When
+/// a buffer has no room left, it is used again from its beginning if no message of it lives.
+/// Otherwise it belongs to its messages from then on.
 #[derive(Debug)]
 pub(super) struct Buffers {
-    /// The room that a receive needs at least, whatever the decoder says: that of a packet, 1 on a stream.
+    /// The least room for a receive, whatever the decoder asks for: a whole packet, or 1 byte on a
+    /// stream.
     least_room: usize,
-    /// Whether `bytes` is in a large buffer, or in one from elsewhere, whose size is not known.
+    /// True if `bytes` is in a large buffer, or in one from elsewhere, whose size is not known.
     in_large: bool,
-    /// The buffer that was used before one of the other size. Nothing is in it.
+    /// The buffer of the other size that was used before. It is empty.
     other: BytesMut,
-    /// Whether a large message was the last one received.
+    /// True if the last message received was a large one.
     after_large: bool,
-}
-
-fn is_page_start(buffer: &BytesMut) -> bool {
-    buffer.as_ptr().addr() % PAGE < PAGE_START
 }
 
 impl Buffers {
@@ -59,13 +58,14 @@ impl Buffers {
         spare: impl FnOnce() -> BytesMut,
     ) -> usize {
         self.reserve(bytes, missing, 0, spare);
-        // The messages that follow a large one do not belong into its buffer.
+        // The messages after a large one should not go into its buffer.
         if self.in_large { missing.saturating_add(self.least_room) } else { usize::MAX }
     }
 
     /// Makes room for a part of a message of unknown length. Returns the most bytes to receive.
     pub(super) fn make_room(&mut self, bytes: &mut BytesMut, spare: impl FnOnce() -> BytesMut) -> usize {
-        // A new buffer is twice as large, or a long message would be moved for every packet of it.
+        // A new buffer is twice as large. Otherwise each packet of a long message would move the
+        // message.
         self.reserve(bytes, SMALL_PACKET, bytes.len(), spare);
         // A large message may be followed by another one. What is received of it before its length
         // is known has to be moved to a large buffer. Packets are not divided: the header of a
@@ -74,12 +74,12 @@ impl Buffers {
         if self.after_large && is_stream { PAGE } else { usize::MAX }
     }
 
-    /// Something was received.
+    /// Notes that something was received.
     pub(super) fn received(&mut self) {
         self.after_large = false;
     }
 
-    /// Gives up each buffer in which nothing is. Returns the usual one, if it has one.
+    /// Gives up every empty buffer. Returns the usual one if there is one.
     pub(super) fn release(&mut self, bytes: &mut BytesMut) -> BytesMut {
         let other = mem::take(&mut self.other);
         if !self.in_large {
@@ -97,7 +97,7 @@ impl Buffers {
     fn reserve(&mut self, bytes: &mut BytesMut, room: usize, extra: usize, spare: impl FnOnce() -> BytesMut) {
         // A decoder may have reserved more than a usual buffer has.
         self.in_large |= bytes.capacity() > LARGEST_USUAL;
-        // Enough for `least_room` to stay when `room` is filled, or the end of a large message
+        // Leave `least_room` free even when `room` is filled. Otherwise the end of a large message
         // would be moved once more.
         let additional = room.saturating_add(PAGE_START + extra + self.least_room);
         let size = bytes.len().saturating_add(additional);
@@ -106,6 +106,7 @@ impl Buffers {
         if has_room && (needs_large || !self.in_large) {
             return;
         }
+        // Change to a buffer of the other size, and keep this one for later.
         if needs_large != self.in_large {
             let mut next = mem::take(&mut self.other);
             if !next.try_reclaim(size) {
@@ -115,11 +116,13 @@ impl Buffers {
             bytes.clear();
             self.other = mem::replace(bytes, next);
             (self.in_large, self.after_large) = (needs_large, self.in_large);
+        // Use this buffer again from its beginning, or leave it to its messages.
         } else if !bytes.try_reclaim(additional) {
             let mut next = new_buffer(size, spare);
             next.extend_from_slice(bytes);
             *bytes = next;
         }
+        // Move away from the start of a page.
         if is_page_start(bytes) {
             let held = bytes.len();
             bytes.put_bytes(0, PAGE_START);
@@ -127,6 +130,10 @@ impl Buffers {
             bytes.advance(PAGE_START);
         }
     }
+}
+
+fn is_page_start(buffer: &BytesMut) -> bool {
+    buffer.as_ptr().addr() % PAGE < PAGE_START
 }
 
 /// Returns an empty buffer with room for `size` bytes: the spare one, if it has the room and is of
@@ -163,7 +170,7 @@ mod tests {
             assert!(bytes.capacity() - bytes.len() >= room);
             assert!(!is_page_start(&bytes), "{:?} for {room}", bytes.as_ptr());
 
-            // Bytes that are held stay, and a used-up buffer is used again, from its beginning.
+            // Bytes that a message holds stay, and a full buffer is used again from its beginning.
             bytes.put_bytes(7, room);
             bytes.advance(room - 1);
             buffers.make_room_for(&mut bytes, 4 * SMALL_PACKET, BytesMut::new);
@@ -228,17 +235,17 @@ mod tests {
         assert_eq!(bytes.len(), 8);
         assert!(bytes.capacity() > LARGE);
 
-        // A large buffer is of no use to others.
+        // Other connections get no large buffer.
         bytes.clear();
         assert_eq!(buffers.release(&mut bytes).capacity(), 0);
         assert_eq!(bytes.capacity(), 0);
 
-        // Nor is one of unknown size, which the user has brought along.
+        // Nor one of unknown size, which the user has brought.
         let mut brought = BytesMut::with_capacity(USUAL);
         let mut buffers = Buffers::new(true, &brought);
         assert_eq!(buffers.release(&mut brought).capacity(), 0);
 
-        // A spare one is.
+        // They get a usual one.
         let spare = BytesMut::with_capacity(USUAL);
         let place = spare.as_ptr().addr();
         buffers.make_room(&mut bytes, || spare);

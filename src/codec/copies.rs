@@ -1,22 +1,23 @@
-//! How many bytes of a frame are copied in this process, the kernel's copies aside, by where they lie in memory.
+//! The number of bytes of a frame that this process copies, found by their addresses. The kernel's
+//! copies do not count.
 
 use std::ops::Range;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::*;
-use crate::Frame;
+use crate::frame::Frame;
 
 const KIB: usize = 1 << 10;
 
-/// A connection whose kernel takes all of a packet, and of a stream so many bytes at a time.
+/// A connection whose kernel takes whole packets, and a limited number of bytes of a stream.
 struct Copies {
     carrier: Carrier,
     outbound: SendBuf<u32>,
     inbound: Inbound<u32>,
-    /// Bytes that go out from another place than the frame's payload.
+    /// The bytes that were sent from another place than the frame's payload.
     out: usize,
-    /// Bytes that were moved after they had been received.
+    /// The bytes that were moved after they had been received.
     moved: usize,
 }
 
@@ -32,11 +33,11 @@ impl Copies {
         Self { carrier, outbound: SendBuf::new(), inbound, out: 0, moved: 0 }
     }
 
-    /// Everything that is sent arrives, and no frame is kept.
+    /// Delivers everything that is sent, and keeps no frame.
     fn batch(&mut self, payload: &Bytes, frames: usize) {
         let mut codec = FrameCodec::default();
         for _ in 0..frames {
-            codec.encode(Frame::<u32>::carrying(payload.clone(), None), &mut self.outbound).unwrap();
+            codec.encode(Frame::<u32>::from_parts(payload.clone(), None), &mut self.outbound).unwrap();
             self.outbound.commit(Grouping::Free).unwrap();
         }
         let mut received = 0;
@@ -73,7 +74,7 @@ impl Copies {
         most.min(self.inbound.bytes.capacity() - self.inbound.bytes.len())
     }
 
-    /// Takes what is complete.
+    /// Takes all complete frames.
     fn decode(&mut self, codec: &mut FrameCodec) -> usize {
         let mut frames = 0;
         loop {
@@ -96,7 +97,8 @@ fn frames_are_copied_when_they_are_small_and_only_then() {
     let carriers =
         [("stream", Carrier::Stream), ("packets", Carrier::packets(212_992)), ("bulk", Carrier::packets(4 << 20))];
     for (name, carrier) in carriers {
-        // Size, frames in a batch, and most bytes copied per frame on the way out and on the way in.
+        // The size, the frames in a batch, and the most bytes copied for each frame when it is sent
+        // and when it is received.
         for (size, batch, most_out, most_in) in
             [(64, 64, 72, 8), (4 * KIB, 64, 8, 512), (64 * KIB, 4, 8, 32 * KIB), (1024 * KIB, 1, 8, 128 * KIB)]
         {

@@ -1,15 +1,15 @@
 use bytes::{Bytes, BytesMut};
 
 use super::{Carrier, Encoder, SendBuf, largest_packet};
-use crate::SendError;
+use crate::error::SendError;
 
 /// A connection without a socket: shows what the messages of a codec become, system call by system
 /// call.
 ///
 /// A test of a codec against its own decoder passes with any [`Grouping`](super::Grouping), because
 /// that decoder takes descriptors in their order. What a foreign receiver finds in each call
-/// depends on the grouping, on other messages that wait, and on short writes. Here all of it can be
-/// seen, with integers for descriptors.
+/// depends on the grouping, on other messages that wait, and on short writes. A dry run shows all
+/// of that, with integers for descriptors.
 ///
 /// [`encode`](Self::encode) accepts messages as a connection does. The iterator gives the calls
 /// that send them; on a stream, [`next_short`](Self::next_short) gives one of which the kernel
@@ -56,7 +56,7 @@ pub struct DryRun<F> {
     carrier: Carrier,
 }
 
-/// What one `sendmsg` carries. The descriptors are attached to its first byte.
+/// The bytes and descriptors of one `sendmsg`. The descriptors are attached to its first byte.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SendCall<F> {
@@ -67,24 +67,25 @@ pub struct SendCall<F> {
 }
 
 impl<F> DryRun<F> {
-    /// A connection of a STREAM socket.
+    /// Returns a connection over a STREAM socket.
     pub fn stream() -> Self {
         Self { buf: SendBuf::new(), carrier: Carrier::Stream }
     }
 
-    /// A connection of a SEQPACKET socket, with a send buffer of this many bytes (`SO_SNDBUF`;
-    /// 212,992 on most systems).
+    /// Returns a connection over a SEQPACKET socket with a send buffer of this many bytes
+    /// (`SO_SNDBUF`; 212,992 on most systems).
     pub fn packets(send_buffer_bytes: usize) -> Self {
         let mut buf = SendBuf::new();
         buf.set_max_packet_bytes(Some(largest_packet(send_buffer_bytes)));
         Self { buf, carrier: Carrier::packets(send_buffer_bytes) }
     }
 
-    /// Accepts an item, as a connection does before it is flushed. There is no limit on what waits
-    /// here. A connection begins to send when its [`Limits`](crate::Limits) are reached.
+    /// Accepts an item, as a connection does before it is flushed. Any number of messages may wait
+    /// here. A real connection begins to send when its [`Limits`](crate::Limits) are reached.
     ///
     /// # Errors
-    /// What the encoder refuses, and what no call can carry. Nothing of the item is left then.
+    /// The errors of the encoder, and the error for a message that no call can carry. Nothing of
+    /// the item is left then.
     pub fn encode<I, E: Encoder<I, F>>(&mut self, encoder: &mut E, item: I) -> Result<(), SendError<I, E::Error>> {
         self.buf.encode_with(encoder, item, drop)
     }
@@ -118,10 +119,14 @@ impl<F> Iterator for DryRun<F> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Codec, Error, Frame, FrameCodec, PacketCodec};
+    use crate::{
+        codec::{Codec, FrameCodec, PacketCodec},
+        error::Error,
+        frame::Frame,
+    };
 
     fn frame(payload: usize, fds: &[i32]) -> Frame<i32> {
-        Frame::carrying(vec![7; payload], fds.iter().copied())
+        Frame::from_parts(vec![7; payload], fds.iter().copied())
     }
 
     fn calls(run: DryRun<i32>) -> Vec<(usize, Vec<i32>)> {

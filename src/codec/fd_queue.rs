@@ -10,42 +10,56 @@ use std::{
 
 use smallvec::SmallVec;
 
-use crate::{Error, Fds, frame::Home};
+use crate::{
+    error::Error,
+    frame::{Fds, Home},
+};
 
-/// Descriptors that arrived and that no message has claimed yet, first in first out.
+/// A queue of the descriptors that have arrived and that no message has claimed yet, first in,
+/// first out.
 ///
 /// The kernel may lose descriptors on receipt, usually because this process is at its
-/// `RLIMIT_NOFILE`. It loses the last ones. So **an answer that a loss may have changed spoils the
-/// message** that is being decoded: it is not yielded, and the stream ends with
-/// [`Error::TruncatedControl`]. Messages that need none of the lost ones are still good. The
-/// methods name the answers that count.
+/// `RLIMIT_NOFILE`. It loses the last ones. So **a result that would differ without the loss spoils
+/// the message** that is being decoded: it is not yielded, and the stream ends with
+/// [`Error::TruncatedControl`]. Messages that need none of the lost descriptors are still good.
+/// Each method documents which of its results spoil a message.
 ///
-/// Those that are still in it when it is dropped are closed [in the
+/// The descriptors that are left when the queue is dropped are closed [in the
 /// background](crate::close_in_background) if they came from a peer.
 pub struct FdQueue<F = OwnedFd> {
     fds: VecDeque<F>,
-    /// More descriptors were sent behind these, and the kernel lost them.
+    /// True if more descriptors were sent after these, and the kernel lost them.
     lost: bool,
-    /// A decoder got an answer that a loss may have changed. Shared references give answers too.
+    /// True if the decoder has made the last loss good, and the connection has not noticed yet.
+    made_good: bool,
+    /// True if a decoder got a result that a loss may have changed. It is atomic because methods
+    /// with `&self` give results too.
     spoiled: AtomicBool,
-    /// Number of descriptors that were taken out since the beginning.
+    /// The number of descriptors that were ever taken out.
     taken: u64,
-    /// `None` in tests, and for descriptors that did not come from a peer.
+    /// The place for descriptors that nobody takes. `None` if they did not come from a peer.
     home: Option<Arc<dyn Home<F>>>,
 }
 
 impl<F> FdQueue<F> {
     /// Returns an empty queue.
     pub const fn new() -> Self {
-        Self { fds: VecDeque::new(), lost: false, spoiled: AtomicBool::new(false), taken: 0, home: None }
+        Self {
+            fds: VecDeque::new(),
+            lost: false,
+            made_good: false,
+            spoiled: AtomicBool::new(false),
+            taken: 0,
+            home: None,
+        }
     }
 
-    /// Takes the `count` descriptors that arrived first, which the bytes of a complete message say
-    /// that it has.
+    /// Takes the `count` descriptors that arrived first. Call it when the bytes of a complete
+    /// message tell that it has this many.
     ///
     /// # Errors
     /// [`Error::MissingFds`] if fewer wait. They stay in the queue. [`Error::TruncatedControl`] if
-    /// the others were lost.
+    /// the missing ones were lost.
     ///
     /// ```
     /// use fdwire::{Error, FdQueue};
@@ -61,7 +75,7 @@ impl<F> FdQueue<F> {
         self.take(count).ok_or_else(|| self.missing(count))
     }
 
-    /// The same for our own codec, which takes fewer instructions to look at an `Option`.
+    /// Does the same for this crate's own codec, with an `Option`, which takes fewer instructions.
     #[inline]
     pub(super) fn take(&mut self, count: usize) -> Option<Fds<F>> {
         if count == 0 {
@@ -81,8 +95,8 @@ impl<F> FdQueue<F> {
         Some(Fds::from_peer(fds, self.home.clone()))
     }
 
-    /// Takes the descriptor that arrived first, which the bytes of a complete message say that it
-    /// has.
+    /// Takes the descriptor that arrived first. Call it when the bytes of a complete message tell
+    /// that it has one.
     ///
     /// # Errors
     /// As for [`claim`](Self::claim).
@@ -90,15 +104,15 @@ impl<F> FdQueue<F> {
         self.pop_front().ok_or_else(|| self.missing(1))
     }
 
-    /// Why descriptors of a complete message are not there.
+    /// Returns the error for descriptors of a complete message that are not there.
     #[cold]
     pub(super) fn missing(&self, expected: usize) -> Error {
         self.note_answer();
         if self.lost { Error::TruncatedControl } else { Error::MissingFds { expected, received: self.fds.len() } }
     }
 
-    /// Takes the descriptor that arrived first. For messages that may have one. After a loss,
-    /// `None` spoils the message.
+    /// Takes the descriptor that arrived first, if there is one, for messages that may have one.
+    /// After a loss, `None` spoils the message.
     pub fn pop_front(&mut self) -> Option<F> {
         let Some(fd) = self.fds.pop_front() else {
             self.note_answer();
@@ -122,7 +136,7 @@ impl<F> FdQueue<F> {
         self.fds.is_empty()
     }
 
-    /// The answer that a decoder gets would be another one if nothing had been lost.
+    /// Notes that a decoder gets a result that would be different if nothing had been lost.
     fn note_answer(&self) {
         if self.lost {
             self.spoiled.store(true, Ordering::Relaxed);
@@ -141,7 +155,13 @@ impl<F> FdQueue<F> {
         Fds::from_peer(self.fds.drain(..).collect(), self.home.clone())
     }
 
-    /// From here on, messages may be without descriptors that they were sent with.
+    /// Takes the waiting descriptors out for good. From then on nothing closes them in the
+    /// background: each is closed where it is dropped.
+    pub fn into_vec(mut self) -> Vec<F> {
+        mem::take(&mut self.fds).into()
+    }
+
+    /// Notes a loss: from here on, messages may lack descriptors that they were sent with.
     pub(crate) fn set_lost(&mut self) {
         self.lost = true;
     }
@@ -155,15 +175,45 @@ impl<F> FdQueue<F> {
         self.spoiled.load(Ordering::Relaxed)
     }
 
-    /// Number of the descriptor that has waited longest, if one waits: it stays the same until that
-    /// one is taken.
+    /// Makes a loss good. For a decoder that recognizes the descriptors of each message, after it
+    /// has decoded every complete message: it knows which messages have lost theirs, and the
+    /// connection goes on.
+    ///
+    /// The descriptors that wait are given up, because others of their message may be lost.
+    pub(crate) fn make_good(&mut self) {
+        self.give_up(self.fds.len());
+        self.lost = false;
+        self.made_good = true;
+    }
+
+    /// Returns true once after the last loss was made good.
+    pub(crate) fn take_made_good(&mut self) -> bool {
+        mem::take(&mut self.made_good)
+    }
+
+    /// Gives up the descriptors before the first one that `is_it`. If there is none, all stay, and
+    /// the result is false.
+    pub(crate) fn skip_to(&mut self, is_it: impl Fn(&F) -> bool) -> bool {
+        let found = self.fds.iter().position(is_it);
+        self.give_up(found.unwrap_or(0));
+        found.is_some()
+    }
+
+    /// Returns the number of the descriptor that has waited longest. It stays the same until that
+    /// descriptor is taken.
     pub(crate) fn first(&self) -> Option<u64> {
         (!self.fds.is_empty()).then_some(self.taken)
     }
 
     /// Gives up all descriptors that wait.
     pub(crate) fn clear(&mut self) {
-        let fds: SmallVec<_> = self.fds.drain(..).collect();
+        self.give_up(self.fds.len());
+    }
+
+    /// Gives up those that have waited longest.
+    fn give_up(&mut self, count: usize) {
+        let fds: SmallVec<_> = self.fds.drain(..count).collect();
+        self.taken += count as u64;
         if let Some(home) = &self.home
             && !fds.is_empty()
         {
@@ -175,7 +225,7 @@ impl<F> FdQueue<F> {
         self.home.is_some()
     }
 
-    /// From here on, descriptors that nobody takes go there.
+    /// Sets the place for descriptors that nobody takes.
     pub(crate) fn set_home(&mut self, home: Arc<dyn Home<F>>) {
         self.home = Some(home);
     }
@@ -201,7 +251,7 @@ impl<F> Default for FdQueue<F> {
 
 impl<F> Extend<F> for FdQueue<F> {
     fn extend<I: IntoIterator<Item = F>>(&mut self, fds: I) {
-        // One by one: mostly there is one, for which `VecDeque::extend` takes five times as long.
+        // One by one: usually there is one, for which `VecDeque::extend` takes five times as long.
         fds.into_iter().for_each(|fd| self.fds.push_back(fd));
     }
 }
@@ -211,12 +261,5 @@ impl<F> FromIterator<F> for FdQueue<F> {
         let mut queue = Self::new();
         queue.extend(fds);
         queue
-    }
-}
-
-/// Takes the descriptors out: from then on they are closed where they are dropped.
-impl<F> From<FdQueue<F>> for Vec<F> {
-    fn from(mut queue: FdQueue<F>) -> Self {
-        mem::take(&mut queue.fds).into()
     }
 }

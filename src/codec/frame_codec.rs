@@ -1,7 +1,11 @@
 use bytes::{Buf, BytesMut};
 
 use super::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf, send_buf::SHARE_FROM};
-use crate::{Error, Frame, Limits, SendError, limits::SCM_MAX_FD};
+use crate::{
+    error::{Error, SendError},
+    frame::Frame,
+    limits::{Limits, SCM_MAX_FD},
+};
 
 /// The wire format of this crate, version 1: a header of 8 bytes, then the payload.
 ///
@@ -12,20 +16,22 @@ use crate::{Error, Frame, Limits, SendError, limits::SCM_MAX_FD};
 /// | 2 | 2, big-endian | number of descriptors of this frame |
 /// | 4 | 4, big-endian | length of the payload in bytes |
 ///
-/// The descriptors of a frame are the next ones in the order of arrival. Whoever has all bytes of a frame has all its
-/// descriptors: a sender gives them along with the frame's first byte, or with later ones of its bytes if they are more than
-/// one call takes. They may come before their frame, at most 253 of frames of which no byte has come.
+/// The descriptors of a frame are the next ones in the order of arrival. A receiver that has all
+/// bytes of a frame has all its descriptors. A sender attaches them to the frame's first byte, and
+/// to later bytes of the frame if they are more than one call takes. They may come before their
+/// frame: at most 253 descriptors arrive before the first byte of their frame.
 ///
-/// The format is the same on both kinds of socket, and packet boundaries mean nothing. For those who receive it in another
-/// language: on SEQPACKET, have room for 65,600 bytes. If the header of an unfinished frame has come whole, and more than
-/// that is missing of the frame, have room for what is missing.
+/// The format is the same on both kinds of socket, and packet boundaries mean nothing. For a
+/// receiver in another language: on SEQPACKET, have room for 65,600 bytes. If the whole header of
+/// an unfinished frame has come, and more than that is missing of the frame, have room for
+/// everything that is missing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FrameCodec {
     limits: Limits,
 }
 
 impl FrameCodec {
-    /// A codec that takes frames within these limits, in both directions.
+    /// Returns a codec for frames within these limits, in both directions.
     pub const fn new(limits: Limits) -> Self {
         Self { limits }
     }
@@ -97,7 +103,7 @@ impl<F, G: From<F>> Encoder<Frame<F>, G> for FrameCodec {
 }
 
 impl FrameCodec {
-    /// Encodes any frame.
+    /// Encodes a frame of any length, with or without descriptors.
     #[inline(never)] // so that `encode` is short
     fn encode_long<F, G: From<F>>(&self, frame: Frame<F>, dst: &mut SendBuf<G>) -> Result<(), SendError<Frame<F>>> {
         let header = Header { fds: frame.fds.len(), payload_bytes: frame.payload.len() };
@@ -126,12 +132,14 @@ impl Header {
     const MAGIC: u8 = 0xFD;
     const VERSION: u8 = 1;
 
-    /// Length of the whole frame. No overflow: the payload's length comes from 32 bits or from memory.
+    /// Returns the length of the whole frame. It cannot overflow on 64 bits: the payload's length
+    /// comes from 32 bits or from memory.
     fn frame_bytes(self) -> usize {
         Self::LEN.saturating_add(self.payload_bytes)
     }
 
-    /// Refuses a byte as soon as it is there: a foreign peer may wait for an answer and never send eight.
+    /// Returns `None` if the header is not complete. Checks each byte as soon as it is there,
+    /// because a foreign peer may wait for an answer and never send eight bytes.
     #[inline]
     fn read(src: &[u8]) -> Result<Option<Self>, Error> {
         if let Some(&found) = src.first()

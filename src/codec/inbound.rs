@@ -3,9 +3,10 @@ use std::os::fd::OwnedFd;
 use bytes::BytesMut;
 
 use super::{Decoder, FdQueue, buffers::Buffers};
-use crate::Error;
+use crate::error::Error;
 
-/// What arrived and is not decoded yet, and how far the receiving direction has come.
+/// The bytes and descriptors that have arrived and are not decoded yet, with the phase of the
+/// receiving direction.
 ///
 /// ```text
 ///                 decode: message          decode_eof: message
@@ -21,15 +22,17 @@ use crate::Error;
 pub(crate) struct Inbound<F = OwnedFd> {
     pub(crate) bytes: BytesMut,
     pub(crate) fds: FdQueue<F>,
-    /// Descriptors were lost. The queue knows that too, but a decoder may put another one in its place.
+    /// True if descriptors were lost. The queue knows that too, but a decoder may replace the
+    /// queue.
     lost: bool,
     buffers: Buffers,
     phase: Phase,
-    /// Number of messages decoded.
+    /// The number of messages decoded.
     decoded: u64,
 }
 
-/// What has arrived in part. Both numbers stay the same until it is complete.
+/// The message and the descriptor that have arrived and are not complete. Each number stays the
+/// same until its message is complete.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Unfinished {
     /// The number of the message of which some bytes have arrived.
@@ -39,7 +42,7 @@ pub(crate) struct Unfinished {
 }
 
 impl Unfinished {
-    /// The part of this that is the same in `now`.
+    /// Returns the part of this that is the same in `now`.
     fn still_in(self, now: Self) -> Self {
         Self {
             message: self.message.filter(|_| self.message == now.message),
@@ -68,15 +71,15 @@ enum Phase {
     Ended,
 }
 
-/// What comes next in the receiving direction.
+/// The next step of the receiving direction.
 #[derive(Debug)]
 pub(crate) enum Step<T> {
     /// A message.
     Item(T),
-    /// Nothing complete: `make_room`, receive into the spare room of `bytes` and into `fds`, then
-    /// say `received` or `end_of_stream`.
+    /// Nothing is complete. Call `make_room`, receive into the spare room of `bytes` and into
+    /// `fds`, and then call `received` or `end_of_stream`.
     Receive,
-    /// Nothing will come any more.
+    /// The direction has ended.
     End,
 }
 
@@ -87,17 +90,19 @@ impl<F> Inbound<F> {
         Self { bytes, fds, lost, buffers, phase: Phase::Decoding, decoded: 0 }
     }
 
-    /// The next message, or what it takes to get one. After an error: the end.
+    /// Returns the next message, or what to do to get one. After an error it returns the end.
     #[inline(always)]
     pub(crate) fn next<D: Decoder<F>>(&mut self, decoder: &mut D) -> Result<Step<D::Item>, D::Error> {
         loop {
             match self.phase {
+                // After a loss, only a message that needs none of the lost descriptors is good.
                 Phase::Decoding => match decoder.decode(&mut self.bytes, &mut self.fds) {
                     Ok(Some(item)) if !self.lost || self.is_untouched_by_the_loss() => {
                         self.decoded += 1;
                         return Ok(Step::Item(item));
                     }
-                    Ok(None) if !self.lost => {
+                    // Nothing complete is left, so more has to be received.
+                    Ok(None) if !self.lost || self.is_made_good() => {
                         let fds = self.fds.count();
                         if fds > decoder.limits().max_queued_fds {
                             return Err(self.fail(Error::UnclaimedFds { fds }.into()));
@@ -108,6 +113,7 @@ impl<F> Inbound<F> {
                     Err(error) => return Err(self.fail(error)),
                 },
                 Phase::Receiving => return Ok(Step::Receive),
+                // The stream has ended: the decoder yields what it can make of the rest.
                 Phase::Draining => match decoder.decode_eof(&mut self.bytes, &mut self.fds) {
                     Ok(Some(item)) => {
                         self.decoded += 1;
@@ -126,6 +132,12 @@ impl<F> Inbound<F> {
         self.fds.is_lost() && !self.fds.is_spoiled()
     }
 
+    /// Returns true if the decoder has given up the messages that have lost descriptors.
+    fn is_made_good(&mut self) -> bool {
+        self.lost = !self.fds.take_made_good();
+        !self.lost
+    }
+
     /// Makes room in `bytes`, maybe in a new buffer. Returns the most bytes to receive. `spare`
     /// returns a buffer that [was released](Self::release), or an empty one.
     pub(crate) fn make_room<D: Decoder<F>>(&mut self, decoder: &D, spare: impl FnOnce() -> BytesMut) -> usize {
@@ -136,20 +148,20 @@ impl<F> Inbound<F> {
         }
     }
 
-    /// Gives up the buffers, except one in which something is. Returns one that other connections
-    /// can use; it may be without memory. To be called when there is nothing to receive.
+    /// Gives up the empty buffers. Returns one that other connections can use, which may be without
+    /// memory. Call it when there is nothing to receive.
     pub(crate) fn release(&mut self) -> BytesMut {
         self.buffers.release(&mut self.bytes)
     }
 
-    /// Bytes or descriptors were added.
+    /// Notes that bytes or descriptors were added.
     pub(crate) fn received(&mut self) {
         self.buffers.received();
         self.phase = Phase::Decoding;
     }
 
-    /// Bytes and descriptors were added, and more descriptors were lost. The kernel loses the last ones, so messages that
-    /// need none of them are still good.
+    /// Notes that bytes and descriptors were added, and that more descriptors were lost. The kernel
+    /// loses the last ones, so messages that need none of them are still good.
     pub(crate) fn received_truncated(&mut self) {
         self.fds.set_lost();
         self.lost = true;
@@ -165,7 +177,7 @@ impl<F> Inbound<F> {
         self.decoded
     }
 
-    /// What has arrived of messages that are not complete.
+    /// Returns the message and descriptor that are not complete.
     pub(crate) fn unfinished(&self) -> Unfinished {
         Unfinished { message: (!self.bytes.is_empty()).then_some(self.decoded), fd: self.fds.first() }
     }
@@ -175,12 +187,13 @@ impl<F> Inbound<F> {
         self.fds.clear();
     }
 
-    /// Nothing more can be received or decoded.
+    /// Ends the direction: nothing more is received or decoded.
     pub(crate) fn end(&mut self) {
         self.phase = Phase::Ended;
     }
 
-    /// Ends it with an error, or with the loss of descriptors that may have brought it about.
+    /// Ends the direction with an error. After a loss that is the error, because the loss may have
+    /// caused any other.
     fn fail<E: From<Error>>(&mut self, error: E) -> E {
         self.phase = Phase::Ended;
         if self.lost { Error::TruncatedControl.into() } else { error }

@@ -1,9 +1,9 @@
 use bytes::BytesMut;
 
 use super::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf};
-use crate::{Limits, SendError};
+use crate::{error::SendError, limits::Limits};
 
-/// Another codec's messages as values of your own, descriptors included. From [`Codec::map`].
+/// A codec with your own type of message over another codec, made by [`Codec::map`].
 #[derive(Debug, Clone, Copy)]
 pub struct Map<C, D, E> {
     pub(super) codec: C,

@@ -1,68 +1,19 @@
-//! The messages in a [`SendBuf`]: how an encoder's becomes one of them, and what is left of them
-//! after a send.
+//! The list of messages in a [`SendBuf`]: encoding adds to it, and a send removes from it.
 
-use std::{io::IoSlice, mem, num::NonZero};
+use std::{io::IoSlice, mem};
 
 use smallvec::SmallVec;
 
-use super::{Encoder, Grouping, Plan, SendBuf};
-use crate::{Error, SendError, limits::SCM_MAX_FD};
-
-/// A run of messages, or one message in it, is shorter than this.
-const RUN_BELOW: usize = 32 << 10;
-
-/// A part of a message that is not finished: where it ends, in bytes and descriptors of the buffer.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct OpenPart {
-    pub(super) end_bytes: usize,
-    pub(super) end_fds: usize,
-    /// As in [`SendBuf::open_head`].
-    pub(super) head: Option<NonZero<usize>>,
-}
-
-/// A message that waits, or a part of one.
-#[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Message {
-    pub(super) unsent_bytes: usize,
-    pub(super) unsent_fds: usize,
-    sent_fds: usize,
-    /// Of the unsent bytes, those without which the receiver does not know the message's length.
-    pub(super) unsent_head: usize,
-    /// Whether the first byte has been sent.
-    pub(super) begun: bool,
-    pub(super) grouping: Grouping,
-}
-
-impl Message {
-    /// Returns true if a run of this length and grouping may become a part of this message, which
-    /// must be one too.
-    fn takes_run(&self, bytes: usize, grouping: Grouping) -> bool {
-        let has_fds = self.unsent_fds > 0 || self.sent_fds > 0;
-        let is_short = self.unsent_bytes + bytes < RUN_BELOW;
-        is_short && !has_fds && self.grouping == grouping && !self.begun
-    }
-
-    /// Checks that calls can carry it.
-    fn check(&self, max_packet_bytes: Option<usize>) -> Result<(), Error> {
-        let (bytes, fds) = (self.unsent_bytes, self.unsent_fds);
-        if fds > SCM_MAX_FD.saturating_mul(bytes) {
-            return Err(Error::TooManyFdsForLength { fds, bytes });
-        }
-        if let (Grouping::Alone, Some(limit)) = (self.grouping, max_packet_bytes) {
-            if bytes > limit {
-                return Err(Error::FrameTooLong { bytes, limit });
-            }
-            if fds > SCM_MAX_FD {
-                return Err(Error::TooManyFds { fds, limit: SCM_MAX_FD });
-            }
-        }
-        Ok(())
-    }
-}
+use super::{
+    Encoder, Grouping, SendBuf,
+    carrier::Plan,
+    message::{Message, OpenPart, RUN_BELOW},
+};
+use crate::error::{Error, SendError};
 
 impl<F> SendBuf<F> {
-    /// Appends one message. If the encoder fails or panics, nothing of the message is left here,
-    /// and `discard` gets its descriptors.
+    /// Appends one message. If the encoder fails or panics, nothing of the message is left in the
+    /// buffer, and `discard` gets its descriptors.
     #[inline(always)]
     pub(crate) fn encode_with<E: Encoder<I, F>, I>(
         &mut self,
@@ -77,11 +28,10 @@ impl<F> SendBuf<F> {
         Ok(())
     }
 
-    /// Ends the message that was being written. A message of nothing at all vanishes.
+    /// Finishes the open message. An empty message without descriptors vanishes.
     ///
     /// # Errors
-    /// When no send can carry it. The message is still open then, for
-    /// [`roll_back`](Self::roll_back).
+    /// If no send can carry the message. It is still open then, for [`roll_back`](Self::roll_back).
     #[inline]
     pub(crate) fn commit(&mut self, grouping: Grouping) -> Result<(), Error> {
         if self.plain_run == Some(grouping) && self.run_takes_message() {
@@ -91,13 +41,13 @@ impl<F> SendBuf<F> {
         self.commit_any(grouping)
     }
 
-    /// Returns true if the open message may join the run, in case it has the same grouping.
+    /// Returns true if the open message may join the run, provided that its grouping is the same.
     #[inline]
     fn run_takes_message(&self) -> bool {
         self.len() - self.message_bytes < RUN_BELOW && self.fds.len() == self.finished_fds
     }
 
-    /// The same for any message.
+    /// Does the same for any message.
     #[inline(never)] // so that `commit` is short
     fn commit_any(&mut self, grouping: Grouping) -> Result<(), Error> {
         if grouping == self.run_grouping && self.run_takes_message() {
@@ -107,9 +57,11 @@ impl<F> SendBuf<F> {
             return Ok(());
         }
         self.end_part();
+        // Check all parts before any of them becomes a message, so that a refusal changes nothing.
         for index in 0..self.open_parts.len() {
             self.open_part(index, grouping).check(self.max_packet_bytes)?;
         }
+        // The messages before come first. The next run has the grouping of this message.
         self.end_run();
         if grouping != Grouping::Alone {
             self.run_grouping = grouping;
@@ -131,7 +83,7 @@ impl<F> SendBuf<F> {
         self.plain_run = Some(self.run_grouping);
     }
 
-    /// A part of the open message, which nothing has been finished of yet, as a message of its own.
+    /// Returns a part of the open message as a message of its own.
     fn open_part(&self, index: usize, grouping: Grouping) -> Message {
         let OpenPart { end_bytes, end_fds, head } = self.open_parts[index];
         let (start_bytes, start_fds) = match index.checked_sub(1) {
@@ -148,14 +100,14 @@ impl<F> SendBuf<F> {
         }
     }
 
-    /// Number of bytes of the run if nothing else waits, and one call has pieces enough for it.
+    /// Returns the length of the run if nothing else waits and one call has enough pieces for it.
     #[inline]
     pub(super) fn only_run(&self) -> Option<usize> {
         (self.messages.is_empty() && self.bytes.fit_one_call()).then_some(self.finished_bytes)
     }
 
-    /// Counts the run among `messages`: as a part of the last one if that is such a run too, short
-    /// and not begun.
+    /// Moves the run to `messages`: into the last message if that was a run too and is short and
+    /// not begun, otherwise as a new message.
     pub(super) fn end_run(&mut self) {
         let (bytes, grouping) = (self.finished_bytes - self.message_bytes, self.run_grouping);
         if bytes == 0 {
@@ -176,16 +128,16 @@ impl<F> SendBuf<F> {
         self.message_bytes = self.finished_bytes;
     }
 
-    /// Takes out what was written since the last message ended, in all its parts. Returns its
-    /// descriptors.
+    /// Removes the open message with all its parts. Returns its descriptors.
     pub(crate) fn roll_back(&mut self) -> Vec<F> {
         self.begin_message();
-        self.bytes.remove_last(self.len() - self.finished_bytes); // shared bytes are of one message
+        // No piece of shared bytes belongs to two messages, so only whole ones are removed.
+        self.bytes.remove_last(self.len() - self.finished_bytes);
         self.fds.split_off(self.finished_fds).into()
     }
 
-    /// Moves all messages of `later` behind those of this buffer. Nothing of them may have been
-    /// sent.
+    /// Moves all messages of `later` to the end of this buffer. None of them may have been sent in
+    /// part.
     pub(crate) fn append(&mut self, later: &mut Self) {
         debug_assert!(later.ahead == 0 && later.messages.front().is_none_or(|message| !message.begun));
         if later.is_empty() {
@@ -206,26 +158,26 @@ impl<F> SendBuf<F> {
         self.len() == self.finished_bytes && self.fds.len() == self.finished_fds && self.open_parts.is_empty()
     }
 
-    /// The first `limit` bytes that wait, as far as `IOV_MAX` pieces reach.
+    /// Returns the first `limit` bytes that wait, or fewer if they are more than `IOV_MAX` pieces.
     pub(crate) fn io_slices(&self, limit: usize) -> SmallVec<[IoSlice<'_>; 8]> {
         self.bytes.io_slices(limit)
     }
 
-    /// Number of bytes that `IOV_MAX` pieces reach.
+    /// Returns the number of bytes in the first `IOV_MAX` pieces.
     pub(super) fn reachable_bytes(&self) -> usize {
         self.bytes.reachable_bytes()
     }
 
-    /// The first `count` descriptors that wait.
+    /// Returns the first `count` descriptors that wait.
     pub(crate) fn first_fds(&self, count: usize) -> impl ExactSizeIterator<Item = &F> + Clone {
         self.fds.range(..count)
     }
 
-    /// Removes what a send took: `bytes` of them, which may be fewer than planned, and all
-    /// descriptors of the plan, which went with the first byte however short the write was. Returns
-    /// those descriptors.
+    /// Removes what a send has taken, and returns its descriptors: `bytes` bytes, which may be
+    /// fewer than planned, and all descriptors of the plan, because they went with the first byte.
     pub(crate) fn sent(&mut self, plan: Plan, bytes: usize) -> impl Iterator<Item = F> {
         debug_assert!(0 < bytes && bytes <= plan.bytes);
+        // The usual case: the run was all that waited, and all of it was sent.
         if self.only_run() == Some(bytes) {
             self.finished_bytes = 0;
             self.bytes.remove_first(bytes);
@@ -233,6 +185,8 @@ impl<F> SendBuf<F> {
         }
         self.end_run();
         self.attribute_sent_fds(plan.fds);
+        // Take the bytes from the messages. Descriptors of a message that begins are no longer
+        // ahead.
         let mut left = bytes;
         while left > 0 {
             let message = self.messages.front_mut().expect("messages hold all bytes");
@@ -248,6 +202,7 @@ impl<F> SendBuf<F> {
                 self.messages.pop_front();
             }
         }
+        // Take bytes and descriptors out of the buffer.
         self.message_bytes -= bytes;
         self.finished_bytes -= bytes;
         self.finished_fds -= plan.fds;
@@ -256,6 +211,7 @@ impl<F> SendBuf<F> {
         (plan.fds > 0).then(|| self.fds.drain(..plan.fds)).into_iter().flatten()
     }
 
+    /// Counts sent descriptors for the messages that they belong to.
     fn attribute_sent_fds(&mut self, mut fds: usize) {
         for message in &mut self.messages {
             if fds == 0 {
@@ -272,7 +228,7 @@ impl<F> SendBuf<F> {
     }
 }
 
-/// A message that is being written. Takes out of the buffer on drop what was written of it.
+/// A guard for the open message. On drop it removes the message from the buffer.
 struct OpenMessage<'a, F> {
     buf: &'a mut SendBuf<F>,
     discard: fn(Vec<F>),

@@ -1,9 +1,12 @@
-//! Bytes and descriptors in, messages out, and back: **sans-IO**. No socket, no tokio, no clock.
+//! The codecs: they turn bytes and descriptors into messages and back. They are **sans-IO**: no
+//! socket, no tokio, no clock.
 //!
-//! Everything here is generic over the type `F` of a descriptor, so that the rules run in tests on plain integers,
-//! where a descriptor lost, doubled or given to the wrong message shows as a wrong number.
+//! Everything here is generic over the type `F` of a descriptor, so that tests run the rules on
+//! plain integers. A descriptor that is lost, doubled or given to the wrong message then shows as a
+//! wrong number.
 
 mod buffers;
+mod carrier;
 #[cfg(test)]
 mod copies;
 mod dry_run;
@@ -11,6 +14,7 @@ mod fd_queue;
 mod frame_codec;
 mod inbound;
 mod map;
+mod message;
 mod messages;
 #[cfg(test)]
 mod model;
@@ -28,41 +32,49 @@ use std::os::fd::OwnedFd;
 
 use bytes::BytesMut;
 
+use carrier::LARGEST_PACKET;
+pub(crate) use carrier::{Carrier, Plan, largest_packet};
 pub use dry_run::{DryRun, SendCall};
 pub use fd_queue::FdQueue;
 pub use frame_codec::FrameCodec;
 pub(crate) use inbound::{Inbound, Step, Unfinished};
 pub use map::Map;
 pub use packet_codec::PacketCodec;
-pub use payload::{Payload, PayloadError};
-use plan::LARGEST_PACKET;
-pub(crate) use plan::{Carrier, Plan, largest_packet};
+pub use payload::{PayloadCodec, PayloadError};
 pub use send_buf::SendBuf;
 
-use crate::{Error, Limits, SendError, send_fd::SendFd};
+use crate::{
+    error::{Error, SendError},
+    limits::Limits,
+    send_fd::SendFd,
+};
 
-/// What a codec says of its protocol, whichever direction it is used in. Every item has a default.
+/// The properties of a protocol that both directions share. Every method has a default.
 pub trait Codec {
-    /// What a connection takes at most. Asked often: should only return a stored value.
+    /// Returns the limits of a connection. It is called often, so it should only return a stored
+    /// value.
     ///
-    /// [`Framed`](crate::Framed) sees to the queues; `max_payload_bytes` and `max_fds_per_frame` are the codec's own to
-    /// check, when it decodes and when it encodes.
+    /// [`Framed`](crate::Framed) keeps the limits of the queues. The codec itself has to check
+    /// `max_payload_bytes` and `max_fds_per_frame`, when it decodes and when it encodes.
     fn limits(&self) -> Limits {
         Limits::default()
     }
 
-    /// Returns how the messages it encodes share system calls. A connection asks for each message.
+    /// Returns how the messages that it encodes share system calls. It is called for each message.
     ///
-    /// [`FdsFirst`](Grouping::FdsFirst) by default, which every receiver of a byte stream understands. A codec whose receiver
-    /// counts descriptors is faster with [`Free`](Grouping::Free), as [`FrameCodec`] is.
+    /// The default is [`FdsFirst`](Grouping::FdsFirst), which every receiver of a byte stream
+    /// understands. If the receiver counts descriptors, as [`FrameCodec`] does,
+    /// [`Free`](Grouping::Free) is faster.
     fn grouping(&self) -> Grouping {
         Grouping::default()
     }
 
-    /// The same protocol with values of your own for messages: `decoded` makes them of what was decoded, `encoded` makes
-    /// what is encoded of them. Both have the descriptors in hand.
+    /// Returns a codec for the same protocol with your own type of message. `decoded` turns a
+    /// decoded message into your type, and `encoded` turns your type into a message to be encoded.
+    /// Both get the descriptors too.
     ///
-    /// What `encoded` refuses comes back in its error. What the codec refuses after it does not.
+    /// An item that `encoded` refuses comes back in its error. A message that the inner codec
+    /// refuses after that is lost.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -94,33 +106,39 @@ pub trait Codec {
     }
 }
 
-/// Stands for no protocol, in a direction of a connection that is not used.
+/// The codec of a direction that is not used.
 impl Codec for () {}
 
-/// How messages share a `sendmsg`, and so what a receiver finds together.
+/// A rule for which messages may share a `sendmsg`, and so for what a receiver finds together.
 ///
-/// All messages that wait go out in as few calls as this allows. The [guide](crate::guide) has a table of what each kind of
-/// receiver needs. The [parts](SendBuf::end_part) of a message are grouped as messages are.
+/// All waiting messages go out in as few calls as the rule allows. The [guide](crate::guide) has a
+/// table of what each kind of receiver needs. The [parts](SendBuf::end_part) of a message are
+/// grouped as messages are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Grouping {
-    /// Any messages share a call, descriptors included: they may come with an earlier message. The fastest by far if many
-    /// messages have descriptors. Only for receivers that learn from the bytes how many descriptors a message has, take
-    /// them in the order of arrival, and have room for 506 that came before their messages.
+    /// Any messages share a call, so a descriptor may arrive with an earlier message than its own.
+    /// This is by far the fastest if many messages have descriptors. Use it only for receivers that
+    /// learn from the bytes how many descriptors a message has, take them in the order of arrival,
+    /// and have room for 506 descriptors that came before their messages.
     Free,
-    /// A message with descriptors begins a call, and no other message's descriptors come in it: they are attached to its own
-    /// first byte. For receivers that read one message at a time, or have room for one message's descriptors only.
+    /// A message with descriptors begins a call, so the descriptors are attached to its own first
+    /// byte. No other message's descriptors are in that call. This is for receivers that read one
+    /// message at a time, or have room for the descriptors of only one message.
     #[default]
     FdsFirst,
-    /// A message has a call to itself. On SEQPACKET it is one packet, of at most [`SendBuf::max_packet_bytes`].
+    /// Each message has its own call. On SEQPACKET a message is one packet, of at most
+    /// [`SendBuf::max_packet_bytes`].
     Alone,
 }
 
-/// Takes messages off the bytes and descriptors that arrived: `tokio_util`'s `Decoder` plus a queue of descriptors.
+/// Decodes messages from bytes and descriptors: `tokio_util`'s `Decoder` with a queue of
+/// descriptors.
 ///
-/// Descriptors are a second first-in first-out queue beside the bytes. On Linux the position of a descriptor in the
-/// bytes is not preserved exactly (one `recvmsg` may return bytes sent before it and after it), so a protocol says in its
-/// bytes how many descriptors a message has, or implies it by the kind of message.
+/// Descriptors arrive in a queue of their own, beside the bytes, in the order in which they were
+/// sent. Linux does not keep the exact position of a descriptor in the bytes: one `recvmsg` may
+/// return bytes that were sent before it and after it. So the bytes of a message have to tell how
+/// many descriptors it has, by a number or by the kind of message.
 ///
 /// ```
 /// use bytes::{Buf, BytesMut};
@@ -155,30 +173,32 @@ pub enum Grouping {
 /// # Ok::<(), Error>(())
 /// ```
 pub trait Decoder<F = OwnedFd>: Codec {
-    /// A message.
+    /// The type of a decoded message.
     type Item;
 
-    /// What makes the bytes unusable. Final: nothing is decoded after it.
+    /// The error for bytes that are not valid. It is final: nothing is decoded after it.
     type Error: From<Error>;
 
-    /// Takes the next message off `src` and its descriptors off `fds`. `None` means that more bytes are needed; a decoder
-    /// has to refuse a message that is too long before that, since `src` grows as long as it says so. Also asked with an empty
-    /// `src`, which is no message.
+    /// Takes the next message from `src` and its descriptors from `fds`. Returns `None` if more
+    /// bytes are needed.
     ///
-    /// Leave the bytes of a message in `src` until it is complete. Only by them does the connection
-    /// know that part of a message has arrived: for the time limit, for the limits of a uid, and
-    /// to notice that several processes have written it.
+    /// `src` grows as long as this returns `None`, so refuse a message as soon as it is known to be
+    /// too long. This method is also called with an empty `src`, which has to give `None`.
+    ///
+    /// Leave the bytes of a message in `src` until it is complete. From them the connection knows
+    /// that part of a message has arrived. The time limit and the limits of a uid depend on that,
+    /// and the check that one process has written the whole message.
     ///
     /// # Errors
-    /// When the bytes, or the descriptors beside them, are none of this protocol's. The connection's stream yields
-    /// the error and ends; the bytes and descriptors still waiting are dropped.
+    /// If the bytes or descriptors do not belong to this protocol. The stream yields the error and
+    /// ends. The bytes and descriptors that are left are dropped.
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error>;
 
-    /// Takes the next message after the end of the stream. Called until it returns `None`.
+    /// Takes the next message after the end of the stream. It is called until it returns `None`.
     ///
     /// # Errors
-    /// By default what [`decode`](Self::decode) refuses, [`Error::UnexpectedEnd`] if bytes are left over, and
-    /// [`Error::UnclaimedFds`] if descriptors are.
+    /// By default the errors of [`decode`](Self::decode), [`Error::UnexpectedEnd`] if bytes are
+    /// left, and [`Error::UnclaimedFds`] if descriptors are left.
     fn decode_eof(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error> {
         match self.decode(src, fds)? {
             Some(item) => Ok(Some(item)),
@@ -188,41 +208,44 @@ pub trait Decoder<F = OwnedFd>: Codec {
         }
     }
 
-    /// How many bytes the message that begins in `src` still needs, once that is known: the counterpart of
-    /// [`SendBuf::announce_length`]. Makes room for the rest of a large message in one piece. By default unknown.
+    /// Returns the number of bytes that the message at the start of `src` still needs, or `None` if
+    /// that is not known, which is the default. With it, the connection reserves room for the rest
+    /// of a large message at once. It is the counterpart of [`SendBuf::announce_length`].
     ///
-    /// Asked after [`decode`](Self::decode) has returned `None`, and believed up to
-    /// [`max_payload_bytes`](Limits#structfield.max_payload_bytes). A peer that announces lengths to a decoder that does not know
-    /// them sends packets it has no room for.
+    /// It is called after [`decode`](Self::decode) has returned `None`. Numbers above
+    /// [`max_payload_bytes`](Limits#structfield.max_payload_bytes) are cut to that limit. If a peer
+    /// announces lengths and this method does not return them, the peer sends packets that are
+    /// larger than the room for them.
     fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
         let _ = src;
         None
     }
 
-    /// Most bytes to receive in one go; 0 counts as 1. By default as many as there is room for, which may be more than was
-    /// [asked for](Self::missing_bytes).
+    /// Returns the most bytes to receive at once; 0 counts as 1. By default there is no limit but
+    /// the room in the buffer, which may be more than [`missing_bytes`](Self::missing_bytes).
     ///
-    /// A protocol of packets says here how long one may be: the tail of a longer one is lost, and the stream ends with
-    /// [`Error::TruncatedPacket`].
+    /// A protocol of packets returns the length of its longest packet. The tail of a longer packet
+    /// is lost, and the stream ends with [`Error::TruncatedPacket`].
     fn max_receive_bytes(&self) -> usize {
         usize::MAX
     }
 }
 
-/// Writes messages as bytes and descriptors: `tokio_util`'s `Encoder` with descriptors.
+/// Encodes messages as bytes and descriptors: `tokio_util`'s `Encoder` with descriptors.
 ///
-/// `F` is the type of a descriptor on its way out, [`SendFd`] on a socket. Items may hold another one that becomes an `F`, such
-/// as the [`OwnedFd`] of a received message.
+/// `F` is the type of a descriptor to be sent, which is [`SendFd`] on a socket. Items may hold
+/// descriptors of another type that converts into `F`, such as the [`OwnedFd`] of a received
+/// message.
 pub trait Encoder<Item, F = SendFd>: Codec {
-    /// Why an item cannot be sent.
+    /// The error for an item that cannot be sent.
     type Error: From<Error>;
 
-    /// Appends one message to `dst`. One without bytes and descriptors is not sent at all.
+    /// Appends one message to `dst`. A message without bytes and descriptors is not sent.
     ///
     /// # Errors
-    /// When the item is not fit to be sent. It should come back in the error: check first, then write.
+    /// If the item cannot be sent. It should come back in the error, so check before you write.
     ///
-    /// What was written to `dst` before an error or a panic is taken out again, and its descriptors are
-    /// closed.
+    /// After an error or a panic, everything that this call has written to `dst` is removed and its
+    /// descriptors are closed.
     fn encode(&mut self, item: Item, dst: &mut SendBuf<F>) -> Result<(), SendError<Item, Self::Error>>;
 }

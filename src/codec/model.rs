@@ -1,5 +1,5 @@
-//! The rules of the wire format as properties: random frames through a model of the kernel's two kinds of socket,
-//! with integers for descriptors.
+//! The rules of the wire format as properties: random frames through a model of the kernel's two
+//! kinds of socket, with integers for descriptors.
 
 use std::collections::VecDeque;
 
@@ -7,9 +7,9 @@ use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 
 use super::{buffers::SMALL_PACKET, *};
-use crate::{Frame, limits::SCM_MAX_FD};
+use crate::{frame::Frame, limits::SCM_MAX_FD};
 
-/// What a socket's queue holds of one `sendmsg`.
+/// The bytes and descriptors of one `sendmsg` in the queue of a socket.
 pub(super) struct Chunk {
     pub(super) bytes: VecDeque<u8>,
     /// Attached to the first byte.
@@ -23,7 +23,8 @@ pub(super) struct Wire {
 }
 
 impl Wire {
-    /// A `sendmsg` of which the kernel takes only part of the bytes, but all descriptors. Packets go whole.
+    /// A `sendmsg` of which the kernel takes only part of the bytes, but all descriptors. Packets
+    /// go whole.
     pub(super) fn send(&mut self, buf: &mut SendBuf<u32>, short: f64) {
         let plan = buf.plan(self.carrier);
         assert!(plan.bytes > 0, "no progress");
@@ -41,8 +42,8 @@ impl Wire {
         drop(buf.sent(plan, taken));
     }
 
-    /// A `recvmsg`. Never returns descriptors of two sends; on a stream, it reads on from bytes without descriptors into
-    /// those with, and then stops.
+    /// A `recvmsg`. Never returns descriptors of two sends; on a stream, it reads on from bytes
+    /// without descriptors into those with, and then stops.
     fn recv(&mut self, inbound: &mut Inbound<u32>, codec: &FrameCodec, most: usize) {
         let most = most.min(inbound.make_room(codec, BytesMut::new));
         let room = inbound.bytes.capacity() - inbound.bytes.len();
@@ -108,11 +109,11 @@ pub(super) fn carriers() -> impl Strategy<Value = Carrier> {
 /// A connection: sender, kernel and receiver.
 pub(super) struct Connection {
     codec: FrameCodec,
-    /// Whether the sender says where lengths stand.
+    /// True if the sender announces lengths.
     announces: bool,
     grouping: Grouping,
     pub(super) outbound: SendBuf<u32>,
-    /// To be appended to `outbound`, in whatever state that is.
+    /// Messages to be appended to `outbound`, in any state of it.
     later: SendBuf<u32>,
     pub(super) wire: Wire,
     inbound: Inbound<u32>,
@@ -138,7 +139,8 @@ impl Connection {
         encode(&mut self.outbound, &mut self.codec, frame, self.announces, self.grouping)
     }
 
-    /// Encodes a frame of several parts: those after the first have a byte each, and their share of the descriptors.
+    /// Encodes a frame of several parts. Each part after the first has one byte and a share of the
+    /// descriptors.
     fn encode_parts(&mut self, frame: Frame<u32>, parts: usize, later: bool) -> Result<(), Error> {
         let Self { codec, outbound, later: later_buf, .. } = self;
         if !later {
@@ -171,7 +173,7 @@ impl Connection {
         encode(&mut self.later, &mut self.codec, frame, self.announces, self.grouping)
     }
 
-    /// Decodes what is complete and says whether bytes can be received.
+    /// Decodes all complete messages. Returns true if bytes can be received.
     fn decode(&mut self) -> Result<bool, Error> {
         loop {
             match self.inbound.next(&mut self.codec)? {
@@ -192,7 +194,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Everything queued arrives.
+    /// Delivers everything that is queued.
     fn settle(&mut self) -> Result<(), Error> {
         self.outbound.append(&mut self.later);
         loop {
@@ -242,7 +244,8 @@ proptest! {
                     let payload = Bytes::from_iter((0..payload).map(|i| (i + sent.len()) as u8));
                     let frame = Frame { payload, fds: fd_numbers.by_ref().take(fds).collect() };
                     let parts = parts.min(1 + frame.payload.len());
-                    // A frame of few bytes with too many descriptors is refused as a whole, whichever part has them.
+                    // A frame of few bytes with too many descriptors is refused as a whole,
+                    // whichever part has them.
                     let mut fits = fds <= SCM_MAX_FD * (8 + frame.payload.len());
                     let share = fds.div_ceil(parts);
                     fits &= parts == 1 || share.min(fds - share) <= SCM_MAX_FD;
@@ -270,7 +273,7 @@ proptest! {
         prop_assert_eq!(connection.inbound.fds.len(), 0);
     }
 
-    /// Shipped or not: what waits is never lost sight of.
+    /// The buffer never forgets a message, whichever codec it is from.
     #[test]
     fn what_was_not_sent_can_be_taken_out(ops in ops()) {
         let mut connection = Connection::new(Carrier::Stream, Grouping::Free);
@@ -300,7 +303,8 @@ proptest! {
         prop_assert_eq!(unsent_fds.len() + on_the_wire.iter().map(|chunk| chunk.fds.len()).sum::<usize>(), fds);
     }
 
-    /// Garbage from a peer: an error or frames, never a panic, and never more room than the limit allows.
+    /// Garbage from a peer gives an error or frames, never a panic, and never more room than the
+    /// limit allows.
     #[test]
     fn any_bytes_are_frames_or_an_error(
         chunks in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..40), 0..5u32), 0..20),

@@ -1,17 +1,23 @@
 use bytes::{Bytes, BytesMut};
 
 use super::{Codec, Decoder, Encoder, FdQueue, Grouping, LARGEST_PACKET, SendBuf};
-use crate::{Error, Frame, Limits, SendError};
+use crate::{
+    error::{Error, SendError},
+    frame::Frame,
+    limits::Limits,
+};
 
-/// No header: on SEQPACKET one packet is one message, on STREAM what arrives together is one.
+/// A codec without a header. On SEQPACKET a packet is a message, on STREAM the bytes that arrive
+/// together are one.
 ///
-/// For peers that speak in packets, and for plain bytes with descriptors beside them. The kernel keeps a packet's bytes and
-/// descriptors together; on a stream only the order of descriptors is kept, and where a message ends is up to what the
-/// bytes say.
+/// It is for peers that send packets, and for plain bytes with descriptors. The kernel keeps the
+/// bytes and descriptors of a packet together. On a stream it only keeps the order of the
+/// descriptors, and the bytes have to tell where a message ends.
 ///
-/// Switched to in mid-connection, it takes what was received before as one message, whatever packets it came in. An empty
-/// message cannot be sent. A packet longer than the limit on payloads (256 KiB by default) loses its tail and ends the
-/// stream with [`Error::TruncatedPacket`].
+/// If a connection changes to this codec, the bytes that were received before become one message,
+/// whatever packets they came in. An empty message cannot be sent. A packet longer than the limit
+/// on payloads (256 KiB by default) loses its tail and ends the stream with
+/// [`Error::TruncatedPacket`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -30,20 +36,23 @@ pub struct PacketCodec {
 }
 
 impl PacketCodec {
-    /// A codec that takes messages within these limits, in both directions. Each receive needs
-    /// room for the longest, so a large limit costs memory: up to 4 MiB, which no packet exceeds.
+    /// Returns a codec for messages within these limits, in both directions. Each receive needs
+    /// room for the longest message, so a large limit costs memory: up to 4 MiB, which no packet
+    /// exceeds.
     pub const fn new(limits: Limits) -> Self {
         Self { limits }
     }
 
-    /// Never zero: a receive of nothing would look like the end.
+    /// Returns the most bytes of a message. It is never zero, because a receive of nothing would
+    /// look like the end.
     fn max_bytes(&self) -> usize {
         self.limits.max_payload_bytes.clamp(1, LARGEST_PACKET)
     }
 }
 
 impl Default for PacketCodec {
-    /// Messages of up to 256 KiB, which is more than a packet holds at Linux's default send buffer.
+    /// Takes messages of up to 256 KiB, more than a packet holds with the default send buffer of
+    /// Linux.
     fn default() -> Self {
         Self::new(Limits::default().max_payload_bytes(256 << 10))
     }
@@ -65,7 +74,8 @@ impl<F> Decoder<F> for PacketCodec {
     type Error = Error;
 
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Frame<F>>, Error> {
-        /// Shorter ones are copied, so that the room for the longest packet need not be made anew after each.
+        /// Shorter messages are copied out of the buffer. Its room for the longest packet then
+        /// stays, and is not allocated again for each message.
         const SLICE_FROM: usize = 4096;
 
         if src.is_empty() {
@@ -79,7 +89,7 @@ impl<F> Decoder<F> for PacketCodec {
             src.clear();
             copy
         } else {
-            // More than the limit is there only of what another codec has left.
+            // More bytes than the limit can only be left from another codec.
             src.split_to(src.len().min(self.limits.max_payload_bytes.max(1))).freeze()
         };
         Ok(Some(Frame { payload, fds: fds.take_all() }))

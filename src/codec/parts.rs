@@ -1,4 +1,4 @@
-//! Messages of several parts: which byte the descriptors of each ride on.
+//! Messages of several parts, and the byte to which the descriptors of each are attached.
 
 use std::collections::VecDeque;
 
@@ -19,7 +19,7 @@ fn parts() -> impl Strategy<Value = Vec<Part>> {
     prop::collection::vec((bytes, fds), 1..6)
 }
 
-/// A part that was accepted: where it is in the bytes and descriptors of the connection.
+/// The place of an accepted part in the bytes and descriptors of the connection.
 #[derive(Debug, Clone, Copy)]
 struct Placed {
     start: usize,
@@ -28,7 +28,7 @@ struct Placed {
     end_fd: usize,
 }
 
-/// A connection without a receiver: what matters is what each call carries.
+/// A connection without a receiver. Only the content of each call matters.
 struct Calls {
     outbound: SendBuf<u32>,
     wire: Wire,
@@ -191,7 +191,7 @@ fn parts_of_a_message_that_failed_are_not_those_of_the_next() {
     assert_eq!(buf.plan(Carrier::Stream), Plan { bytes: 5, fds: 1 });
 }
 
-/// A codec that never sends descriptors pays nothing for its parts: all of them share a call.
+/// Without descriptors, parts cost nothing: all of them share a call.
 #[test]
 fn parts_without_descriptors_share_a_call() {
     let mut buf = SendBuf::<i32>::new();
@@ -201,7 +201,7 @@ fn parts_without_descriptors_share_a_call() {
         buf.put_slice(b"two");
         buf.commit(Grouping::FdsFirst).unwrap();
     }
-    // Nothing of them is left for the next message.
+    // The next message starts without parts.
     buf.put_slice(b"three");
     buf.put_fd(1);
     buf.commit(Grouping::FdsFirst).unwrap();

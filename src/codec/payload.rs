@@ -2,20 +2,24 @@ use bytes::BytesMut;
 use tokio_util::codec;
 
 use super::{Codec, Decoder, Encoder, FdQueue, FrameCodec, Grouping, SendBuf};
-use crate::{Error, Fds, Frame, Limits, SendError};
+use crate::{
+    error::{Error, SendError},
+    frame::{Fds, Frame},
+    limits::Limits,
+};
 
-/// Our frames, with the payload coded by a codec of `tokio_util`: typed messages with descriptors beside them.
+/// Frames whose payload is coded by a codec of `tokio_util`: typed messages with descriptors.
 ///
-/// An item is the inner codec's message and the frame's descriptors. Each frame holds exactly one message, so a codec whose
-/// messages can be empty does not fit.
+/// An item is the inner codec's message and the frame's descriptors. Each frame holds exactly one
+/// message, so a codec whose messages can be empty does not fit.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use fdwire::{Fds, Framed, FrameCodec, Payload, SendFd, Socket, SocketKind};
+/// use fdwire::{Fds, Framed, FrameCodec, PayloadCodec, SendFd, Socket, SocketKind};
 /// use futures::{SinkExt, StreamExt};
 /// use tokio_util::codec::LinesCodec;
 ///
-/// let codec = || Payload::new(FrameCodec::default(), LinesCodec::new());
+/// let codec = || PayloadCodec::new(FrameCodec::default(), LinesCodec::new());
 /// let (a, b) = Socket::pair(SocketKind::Stream)?;
 /// let (mut a, mut b) = (Framed::new(a, codec()), Framed::new(b, codec()));
 ///
@@ -26,23 +30,23 @@ use crate::{Error, Fds, Frame, Limits, SendError};
 /// # Ok(()) }
 /// ```
 #[derive(Debug, Clone, Default)]
-pub struct Payload<C> {
+pub struct PayloadCodec<C> {
     frames: FrameCodec,
     payload: C,
 }
 
-impl<C> Payload<C> {
-    /// Frames of `frames` with the payload coded by `payload`.
+impl<C> PayloadCodec<C> {
+    /// Returns a codec for frames of `frames` whose payload `payload` codes.
     pub const fn new(frames: FrameCodec, payload: C) -> Self {
         Self { frames, payload }
     }
 }
 
-/// What is wrong with a frame or with its payload.
+/// An error of a frame or of its payload.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PayloadError<E> {
-    /// The frame, or the connection.
+    /// The error of the frame, or of the connection.
     #[error(transparent)]
     Frame(#[from] Error),
 
@@ -55,7 +59,7 @@ pub enum PayloadError<E> {
     NotOneMessage,
 }
 
-impl<C> Codec for Payload<C> {
+impl<C> Codec for PayloadCodec<C> {
     fn limits(&self) -> Limits {
         self.frames.limits()
     }
@@ -65,19 +69,19 @@ impl<C> Codec for Payload<C> {
     }
 }
 
-impl<C: codec::Decoder, F> Decoder<F> for Payload<C> {
+impl<C: codec::Decoder, F> Decoder<F> for PayloadCodec<C> {
     type Item = (C::Item, Fds<F>);
     type Error = PayloadError<C::Error>;
 
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error> {
         let Some(frame) = self.frames.decode(src, fds)? else { return Ok(None) };
-        let mut payload = BytesMut::from(frame.payload); // without a copy where nothing else is in the buffer
+        let mut payload = BytesMut::from(frame.payload); // without a copy if nothing else is in the buffer
         let error = match self.payload.decode_eof(&mut payload) {
             Ok(Some(message)) if payload.is_empty() => return Ok(Some((message, frame.fds))),
             Ok(_) => PayloadError::NotOneMessage,
             Err(error) => PayloadError::Payload(error),
         };
-        fds.extend(frame.fds); // closed away from the runtime, as what is left there is
+        fds.extend(frame.fds); // closed in the background, as all that is left in the queue
         Err(error)
     }
 
@@ -86,11 +90,11 @@ impl<C: codec::Decoder, F> Decoder<F> for Payload<C> {
     }
 }
 
-impl<C: codec::Encoder<I>, I, F, G: From<F>> Encoder<(I, Fds<F>), G> for Payload<C> {
+impl<C: codec::Encoder<I>, I, F, G: From<F>> Encoder<(I, Fds<F>), G> for PayloadCodec<C> {
     type Error = PayloadError<C::Error>;
 
     /// # Errors
-    /// The item does not come back: the inner codec takes messages by value.
+    /// An item that is refused does not come back, because the inner codec takes messages by value.
     fn encode(
         &mut self,
         (message, fds): (I, Fds<F>),

@@ -3,40 +3,46 @@ use std::{collections::VecDeque, io::IoSlice};
 use bytes::{Buf, Bytes};
 use smallvec::SmallVec;
 
-/// Most pieces of one `sendmsg`: one more makes it fail with `EMSGSIZE`.
+/// The most pieces of one `sendmsg`: one more makes it fail with `EMSGSIZE`.
 pub(super) const IOV_MAX: usize = 1024;
 
-/// A queue of bytes: short ones are copied into it, long ones stay where they are.
+/// A queue of bytes. Short pieces are copied into it, long ones are shared without a copy.
+///
+/// ```text
+///  copied   [xxxx|aaaaaa|bbb|cccc]     x: sent, a b c: waiting
+///  shared          S1     S2           S1 goes out behind a, S2 behind b, then c (the tail)
+/// ```
 #[derive(Debug, Default)]
 pub(super) struct Pieces {
-    /// Copied bytes that wait, from `copied_start` on. Those before it are removed.
+    /// The copied bytes. They wait from `copied_start` on; the bytes before are sent.
     copied: Vec<u8>,
     copied_start: usize,
-    /// Shared bytes that wait, each behind copied ones: the first behind `shared[0].copied_before`
-    /// bytes, and so on. The copied bytes from `tail_start` on are behind all of them.
+    /// The shared bytes that wait. Each piece follows `copied_before` copied bytes. The copied
+    /// bytes from `tail_start` on follow the last piece.
     shared: VecDeque<Shared>,
     tail_start: usize,
-    /// Number of shared bytes that wait, less `copied_start`, modulo 2^64. With this one number the
-    /// length takes fewer instructions, and it is asked several times for each message.
+    /// The number of shared bytes that wait, minus `copied_start`, modulo 2^64. Added to the length
+    /// of `copied`, it gives the number of waiting bytes in one step: that is asked several times
+    /// for each message.
     beside_copied: usize,
 }
 
-/// Bytes that are not copied.
+/// A piece that is not copied.
 #[derive(Debug)]
 struct Shared {
-    /// Number of copied bytes between the shared ones before and these.
+    /// The number of copied bytes between the piece before and this one.
     copied_before: usize,
     bytes: Bytes,
 }
 
 impl Pieces {
-    /// The number of bytes that wait.
+    /// Returns the number of bytes that wait.
     #[inline]
     pub(super) fn len(&self) -> usize {
         self.copied.len().wrapping_add(self.beside_copied)
     }
 
-    /// Where bytes to be copied are appended. Nothing may be taken out of it.
+    /// Returns the end of the queue, for appending copies. The caller may only append.
     #[inline]
     pub(super) fn tail(&mut self) -> &mut Vec<u8> {
         &mut self.copied
@@ -51,6 +57,7 @@ impl Pieces {
 
     /// Appends everything that waits in `later`.
     pub(super) fn append(&mut self, later: &mut Self) {
+        // The tail of this queue is now followed by the copies before the first shared piece.
         if let Some(first) = later.shared.front_mut() {
             first.copied_before += self.copied.len() - self.tail_start;
             self.tail_start = self.copied.len() + later.tail_start - later.copied_start;
@@ -66,6 +73,7 @@ impl Pieces {
     /// Removes bytes from the end. Of shared bytes it removes all or none.
     pub(super) fn remove_last(&mut self, mut count: usize) {
         loop {
+            // First from the tail, then the last shared piece, then from the copies before it.
             let in_tail = count.min(self.copied.len() - self.tail_start);
             self.copied.truncate(self.copied.len() - in_tail);
             count -= in_tail;
@@ -102,8 +110,8 @@ impl Pieces {
         self.drop_removed_copies();
     }
 
-    /// Moves the copied bytes that wait to the front, if they are no more than those that were
-    /// removed: so each byte is moved once at most, on average.
+    /// Moves the copied bytes that wait to the front, unless they are more than the sent ones
+    /// before them. So on average each byte is moved at most once.
     fn drop_removed_copies(&mut self) {
         let removed = self.copied_start;
         if removed >= self.copied.len() - removed {
@@ -114,7 +122,7 @@ impl Pieces {
         }
     }
 
-    /// The first `limit` bytes that wait, as far as `IOV_MAX` pieces reach.
+    /// Returns the first `limit` bytes that wait, or fewer if they are more than `IOV_MAX` pieces.
     pub(super) fn io_slices(&self, mut limit: usize) -> SmallVec<[IoSlice<'_>; 8]> {
         let mut slices = SmallVec::new();
         if self.shared.is_empty() {
@@ -133,7 +141,7 @@ impl Pieces {
         slices
     }
 
-    /// Everything that waits.
+    /// Returns all pieces that wait.
     pub(super) fn iter(&self) -> impl Iterator<Item = &[u8]> {
         let mut end = self.copied_start;
         let before_tail = self.shared.iter().flat_map(move |shared| {
@@ -144,13 +152,13 @@ impl Pieces {
         before_tail.chain([&self.copied[self.tail_start..]]).filter(|piece| !piece.is_empty())
     }
 
-    /// Returns true if `IOV_MAX` pieces surely reach all bytes.
+    /// Returns true if one call certainly has enough pieces for all bytes.
     #[inline]
     pub(super) fn fit_one_call(&self) -> bool {
         self.shared.len() < IOV_MAX / 2
     }
 
-    /// The number of bytes that `IOV_MAX` pieces reach.
+    /// Returns the number of bytes in the first `IOV_MAX` pieces.
     pub(super) fn reachable_bytes(&self) -> usize {
         if self.fit_one_call() { self.len() } else { self.iter().take(IOV_MAX).map(<[u8]>::len).sum() }
     }

@@ -1,11 +1,11 @@
-//! The rules of the wire format by example. As properties they are in [`model`](super::model).
+//! The rules of the wire format as examples. [`model`](super::model) has them as properties.
 
 use bytes::BytesMut;
 
 use super::{buffers::SMALL_PACKET, model::Connection, *};
-use crate::{Frame, limits::SCM_MAX_FD};
+use crate::{frame::Frame, limits::SCM_MAX_FD};
 
-/// Sends `frames` whole and returns how many bytes and descriptors each call took.
+/// Sends `frames` whole. Returns the number of bytes and descriptors of each call.
 fn each_call(
     carrier: Carrier,
     grouping: Grouping,
@@ -64,11 +64,11 @@ fn a_codec_that_does_not_ask_is_safe_for_any_receiver_of_a_stream() {
     impl Codec for Silent {}
     assert_eq!(Silent.grouping(), Grouping::FdsFirst);
     assert_eq!(FrameCodec::default().grouping(), Grouping::Free);
-    assert_eq!(Payload::new(FrameCodec::default(), ()).grouping(), Grouping::Free);
+    assert_eq!(PayloadCodec::new(FrameCodec::default(), ()).grouping(), Grouping::Free);
     assert_eq!(PacketCodec::default().grouping(), Grouping::Alone);
 }
 
-/// A change of codec: messages of both groupings wait.
+/// After a change of codec, messages of both groupings wait.
 #[test]
 fn messages_without_descriptors_share_calls_with_those_of_another_grouping() {
     let mut buf = SendBuf::<i32>::new();
@@ -85,7 +85,8 @@ fn messages_without_descriptors_share_calls_with_those_of_another_grouping() {
         calls.push((plan.bytes, plan.fds));
         drop(buf.sent(plan, plan.bytes));
     }
-    // No descriptor comes with an earlier message that was encoded for a receiver which can't have that.
+    // No descriptor comes with an earlier message that was encoded for a receiver that can't handle
+    // it.
     assert_eq!(calls, [(8, 0), (12, 1), (12, 1), (4, 1)]);
 }
 
@@ -116,6 +117,33 @@ fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
     assert!(matches!(buf.commit(Grouping::Alone), Err(Error::TooManyFds { fds: 254, limit: 253 })));
     assert_eq!(buf.roll_back().len(), 254);
     assert!(buf.is_empty());
+}
+
+/// The example in the documentation of `plan`.
+#[test]
+fn a_message_with_more_descriptors_than_are_left_is_cut() {
+    let waiting = || {
+        let mut buf = SendBuf::<u32>::new();
+        for (bytes, fds) in [(10, 2u32), (8, 300), (20, 1)] {
+            buf.put_slice(&vec![7; bytes]);
+            buf.put_fds(0..fds);
+            buf.commit(Grouping::Free).unwrap();
+        }
+        buf
+    };
+    for (taken, next) in [(17, Plan { bytes: 21, fds: 50 }), (5, Plan { bytes: 12, fds: 2 })] {
+        let mut buf = waiting();
+        let plan = buf.plan(Carrier::Stream);
+        assert_eq!(plan, Plan { bytes: 17, fds: 253 });
+        assert_eq!(buf.sent(plan, taken).count(), 253);
+        assert_eq!(buf.plan(Carrier::Stream), next, "after {taken} bytes");
+    }
+    let packets = |send_buffer_bytes| {
+        let calls = each_call(Carrier::packets(send_buffer_bytes), Grouping::Free, [frame(102_400, 0)]);
+        Vec::from_iter(calls.into_iter().map(|(bytes, _)| bytes))
+    };
+    assert_eq!(packets(1 << 20), [8, 102_400]);
+    assert_eq!(packets(212_992), [65_600, 36_808]);
 }
 
 #[test]
@@ -267,7 +295,8 @@ fn each_fault_has_its_error() {
 
 #[test]
 fn after_a_loss_only_messages_that_need_none_of_it_are_good() {
-    /// Decodes three frames of 1, 0 and 2 descriptors of which the last was lost; returns those of the good ones.
+    /// Decodes three frames of 1, 0 and 2 descriptors, of which the last was lost. Returns the
+    /// numbers of descriptors of the good ones.
     fn good(mut codec: impl Decoder<u32, Item = Frame<u32>, Error = Error>) -> Vec<usize> {
         let frames = [1, 0, 2].map(|fds| [0xFD, 0x10, 0, fds, 0, 0, 0, 0]).concat();
         let mut inbound = Inbound::new(true, BytesMut::from(&frames[..]), FdQueue::from_iter([1, 2]));
@@ -294,7 +323,7 @@ fn a_decoder_that_takes_the_whole_queue_does_not_hide_a_loss() {
         type Item = Vec<u32>;
         type Error = Error;
         fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<u32>) -> Result<Option<Vec<u32>>, Error> {
-            let message = (!src.is_empty()).then(|| Vec::from(std::mem::take(fds)));
+            let message = (!src.is_empty()).then(|| std::mem::take(fds).into_vec());
             src.clear();
             Ok(message)
         }
@@ -354,7 +383,7 @@ fn an_answer_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
     assert!(matches!(fds.claim(2), Err(Error::TruncatedControl)));
 }
 
-/// As encoders of other crates write.
+/// Encoders of other crates write in this way.
 #[test]
 fn bytes_are_written_as_to_any_other_buffer() {
     use bytes::BufMut;
@@ -374,7 +403,7 @@ fn bytes_are_written_as_to_any_other_buffer() {
 
 #[test]
 fn a_long_message_of_unknown_length_is_not_moved_for_every_packet() {
-    /// Never finds an end.
+    /// A codec that never finds the end of a message.
     struct Endless;
     impl Codec for Endless {}
     impl Decoder<u32> for Endless {
@@ -424,7 +453,7 @@ fn room_for_a_packet_of_any_length_is_room_for_the_largest() {
     }
 }
 
-/// The sender may not have announced the length, and so put other frames into the same packet.
+/// If the sender has not announced the length, it may put other frames into the same packet.
 #[test]
 fn room_for_the_rest_of_a_frame_is_room_for_a_small_packet() {
     let mut bytes = BytesMut::with_capacity(108);

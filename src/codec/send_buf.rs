@@ -4,59 +4,62 @@ use bytes::{Bytes, BytesMut};
 
 use super::{
     Grouping,
-    messages::{Message, OpenPart},
+    message::{Message, OpenPart},
     pieces::{IOV_MAX, Pieces},
 };
 use crate::send_fd::SendFd;
 
-/// Shared bytes from this length on go out from where they are; shorter ones are cheaper to copy
-/// than to point at.
+/// Shared bytes of at least this length are sent without a copy. Shorter ones are cheaper to copy
+/// than to pass as a piece of their own.
 pub(super) const SHARE_FROM: usize = 2048;
 
-/// Messages that wait to be sent: their bytes, and the descriptors that they carry.
+/// A buffer of messages that wait to be sent: their bytes and their descriptors.
 ///
 /// An [`Encoder`](super::Encoder) appends to it. Each call of its
 /// [`encode`](super::Encoder::encode) is one message, which may have several
 /// [parts](Self::end_part).
 #[derive(Debug)]
 pub struct SendBuf<F = SendFd> {
-    /// Bytes that wait.
+    /// The bytes that wait.
     pub(super) bytes: Pieces,
-    /// Descriptors that wait, in the order of the messages that they belong to.
+    /// The descriptors that wait, in the order of the messages that they belong to.
     pub(super) fds: VecDeque<F>,
-    /// The parts of the finished messages, without the run. Small ones without descriptors that
-    /// follow each other count as one. Each has `unsent_fds <= SCM_MAX_FD * unsent_bytes`: there is
-    /// always a byte that the descriptors which are left can go with.
+    /// The parts of the finished messages, without the run. Consecutive small ones without
+    /// descriptors count as one.
+    ///
+    /// Invariant: `unsent_fds <= SCM_MAX_FD * unsent_bytes` for each. So there is always a byte for
+    /// the descriptors that are left.
     pub(super) messages: VecDeque<Message>,
-    /// Number of bytes of `messages`.
+    /// The number of bytes of `messages`.
     pub(super) message_bytes: usize,
-    /// Number of bytes of all finished messages. Those above `message_bytes` are the run: small
-    /// messages without descriptors, which `plan` counts as one message. To finish one more of them
-    /// only changes this number.
+    /// The number of bytes of all finished messages. The bytes above `message_bytes` are the run:
+    /// small messages without descriptors, which `plan` counts as one message. Finishing one more
+    /// of them only changes this number.
     pub(super) finished_bytes: usize,
-    /// Number of descriptors of all finished messages. What is above these two numbers is the open
-    /// message, which an encoder is writing.
+    /// The number of descriptors of all finished messages. The bytes and descriptors above these
+    /// two numbers are the open message, which an encoder is writing.
     pub(super) finished_fds: usize,
     /// The grouping of all messages of the run. Never `Alone`.
     pub(super) run_grouping: Grouping,
-    /// The same, as long as the three fields below are as at the beginning of a message. One look
-    /// at it is enough then.
+    /// `Some(run_grouping)` if the three fields below have the values of a new message, otherwise
+    /// `None`. So `commit` has to check only this field for a small message.
     pub(super) plain_run: Option<Grouping>,
     /// The parts of the open message that have ended.
     pub(super) open_parts: Vec<OpenPart>,
-    /// Number of bytes of the open part up to which the receiver needs it to know its length, plus
-    /// one. `None`: never announced.
+    /// The number of bytes of the open part from which the receiver knows its length, plus one.
+    /// `None` if the length was not announced.
     pub(super) open_head: Option<NonZero<usize>>,
-    /// Most pieces of the open part, without the tail.
+    /// An upper bound of the pieces of the open part, without the tail.
     pub(super) open_pieces: usize,
-    /// Descriptors already sent of messages whose first byte is not. At most `SCM_MAX_FD`.
+    /// The number of sent descriptors of messages whose first byte is not sent. At most
+    /// `SCM_MAX_FD`.
     pub(super) ahead: usize,
-    /// What a packet holds at most; `None` on a stream.
+    /// The most bytes of a packet; `None` on a stream.
     pub(super) max_packet_bytes: Option<usize>,
 }
 
 impl<F> SendBuf<F> {
-    /// An empty buffer.
+    /// Returns an empty buffer.
     pub fn new() -> Self {
         Self {
             bytes: Pieces::default(),
@@ -82,13 +85,13 @@ impl<F> SendBuf<F> {
         self.bytes.tail().extend_from_slice(bytes);
     }
 
-    /// Where bytes are appended. Nothing may be taken out of it.
+    /// Returns the end of the buffer, for appending copies. The caller may only append.
     #[inline]
     pub(crate) fn tail(&mut self) -> &mut Vec<u8> {
         self.bytes.tail()
     }
 
-    /// Appends copies of both, with one check for room. For short messages.
+    /// Appends copies of both with one check for room, for short messages.
     #[inline]
     pub(super) fn put_header_and_payload(&mut self, header: [u8; 8], payload: &[u8]) {
         let tail = self.bytes.tail();
@@ -110,8 +113,8 @@ impl<F> SendBuf<F> {
     }
 
     /// Attaches a descriptor to the message, or to the [part](Self::end_part) of it that is being
-    /// written. Between which of its bytes this is done makes no difference: [`Grouping`] decides
-    /// where it goes.
+    /// written. It makes no difference between which of its bytes this is called: [`Grouping`]
+    /// decides to which byte the descriptor is attached.
     pub fn put_fd(&mut self, fd: impl Into<F>) {
         self.put_fds([fd]);
     }
@@ -124,22 +127,23 @@ impl<F> SendBuf<F> {
 
     /// Ends a part of the message. Descriptors attached before belong to the bytes written before,
     /// those attached after it to the bytes written after it. The end of the message ends its last
-    /// part. A part without bytes and descriptors is none.
+    /// part. A part without bytes and descriptors does not count.
     ///
-    /// For protocols in which one message has descriptors at several places, for example a request
-    /// that is followed by a byte for each descriptor. The parts of a message stay together: no
-    /// other task's message comes between them, and if the encoder fails, nothing of any part is
-    /// sent.
+    /// Use it for protocols in which one message has descriptors at several places, for example a
+    /// request that is followed by a byte for each descriptor. The parts of a message stay
+    /// together: no other task's message comes between them, and if the encoder fails, nothing of
+    /// any part is sent.
     ///
     /// To a receiver, each part looks like a message:
     ///
-    /// - The [grouping](super::Codec::grouping) holds between parts as it does between messages. With
-    ///   [`FdsFirst`](Grouping::FdsFirst) the descriptors of each part come with that part's first byte and in a `sendmsg` of
-    ///   their own. With [`Alone`](Grouping::Alone) each part is a call, and on SEQPACKET a packet, to itself. With
-    ///   [`Free`](Grouping::Free) a part makes no difference that a receiver should rely on.
-    /// - A part needs a byte for each 253 of its descriptors. Otherwise the whole message is refused with
-    ///   [`Error::TooManyFdsForLength`](crate::Error::TooManyFdsForLength).
-    /// - [`announce_length`](Self::announce_length) is about the part that is being written.
+    /// - The [grouping](super::Codec::grouping) holds between parts as it does between messages.
+    ///   With [`FdsFirst`](Grouping::FdsFirst) the descriptors of each part come with that part's
+    ///   first byte and in a `sendmsg` of their own. With [`Alone`](Grouping::Alone) each part has
+    ///   its own call, and on SEQPACKET its own packet. With [`Free`](Grouping::Free) a part makes
+    ///   no difference that a receiver should rely on.
+    /// - A part needs a byte for each 253 of its descriptors. Otherwise the whole message is
+    ///   refused with [`Error::TooManyFdsForLength`](crate::Error::TooManyFdsForLength).
+    /// - [`announce_length`](Self::announce_length) counts for the part that is being written.
     ///
     /// ```
     /// use fdwire::SendBuf;
@@ -167,7 +171,7 @@ impl<F> SendBuf<F> {
         (self.open_head, self.open_pieces) = (None, 0);
     }
 
-    /// The number of bytes and descriptors in front of the part that is being written.
+    /// Returns the number of bytes and descriptors before the part that is being written.
     pub(super) fn part_start(&self) -> (usize, usize) {
         match self.open_parts.last() {
             Some(part) => (part.end_bytes, part.end_fds),
@@ -175,13 +179,14 @@ impl<F> SendBuf<F> {
         }
     }
 
-    /// Declares that a receiver which has the message's bytes up to here knows its length, and so
-    /// has room for the rest whatever the size of the packets it comes in
-    /// ([`Decoder::missing_bytes`](super::Decoder::missing_bytes)). Large messages then go in
-    /// packets of more than 65,600 bytes, which a receiver without `missing_bytes` would lose.
+    /// Declares that a receiver knows the length of the message when it has the bytes up to here.
+    /// It then has room for the rest, however large the packets are
+    /// ([`Decoder::missing_bytes`](super::Decoder::missing_bytes)). So large messages go in packets
+    /// of more than 65,600 bytes, which a receiver without `missing_bytes` would lose.
     ///
-    /// In a message of several [parts](Self::end_part), this is about the part that is being
-    /// written. At its beginning, it declares that the parts before it tell its length.
+    /// In a message of several [parts](Self::end_part), this counts for the part that is being
+    /// written. Called at the beginning of a part, it declares that the parts before tell its
+    /// length.
     pub fn announce_length(&mut self) {
         let head = self.len() - self.part_start().0;
         self.plain_run = None;
@@ -204,7 +209,7 @@ impl<F> SendBuf<F> {
         self.max_packet_bytes = bytes;
     }
 
-    /// Number of bytes that wait.
+    /// Returns the number of bytes that wait.
     #[inline]
     pub fn len(&self) -> usize {
         self.bytes.len()
@@ -216,7 +221,7 @@ impl<F> SendBuf<F> {
         self.len() == 0
     }
 
-    /// Number of descriptors that wait.
+    /// Returns the number of descriptors that wait.
     pub fn fd_count(&self) -> usize {
         self.fds.len()
     }
@@ -228,8 +233,8 @@ impl<F> SendBuf<F> {
         (bytes, self.fds.into())
     }
 
-    /// Takes the waiting descriptors out, and drops the bytes. If they are dropped one by one,
-    /// sockets are closed on the spot.
+    /// Takes the waiting descriptors out and drops the bytes. Sockets that you then drop are closed
+    /// in the calling thread.
     pub fn into_fds(self) -> Vec<F> {
         self.fds.into()
     }

@@ -6,41 +6,56 @@ use std::{
 };
 
 use super::{
+    WriteHalf,
+    outbound::Outbound,
     shared::{Next, Shared},
-    write::Outbound,
 };
-use crate::{Codec, WriteHalf};
+use crate::{codec::Codec, transport::Sending};
 
-/// Sends what [`Sender`](crate::Sender)s accept: a future to be spawned. From
-/// [`WriteHalf::into_sender`](crate::WriteHalf::into_sender).
+/// Sends the messages that [`Sender`](crate::Sender)s accept. It is a future, to be spawned, made
+/// by [`WriteHalf::into_sender`](crate::WriteHalf::into_sender).
 ///
-/// It resolves when all senders are dropped and everything is sent, or when sending has failed, which the next
-/// [`flush`](WriteHalf::flush) of the half says again. In the [`WriteHalf`] that it gives back is everything that was
-/// accepted and not sent. Drop that to end the direction, or reunite it with its other half.
+/// It resolves when all senders are dropped and everything is sent, or when sending has failed. It
+/// gives the [`WriteHalf`] back, with everything that was accepted and not sent. After a failure,
+/// the next [`flush`](WriteHalf::flush) of the half returns the error. Drop the half to end the
+/// direction, or reunite it with its other half.
 ///
-/// A single descriptor that the kernel refuses makes sending fail for all senders: see
+/// One descriptor that the kernel refuses makes sending fail for all senders: see
 /// [`Sender`](crate::Sender).
 ///
-/// Dropping the driver before shuts down the sending direction, and closes what was accepted and not sent. Senders get
-/// their items back from then on, with [`Error::Closed`](crate::Error::Closed).
+/// If you drop the driver before it resolves, the sending direction is shut down, and everything
+/// accepted and not sent is closed. From then on, senders get their items back with
+/// [`Error::Closed`](crate::Error::Closed).
 ///
 /// # Panics
 /// If it is polled after it has resolved.
 #[derive(Debug)]
-#[must_use = "nothing is sent unless it is spawned or awaited"]
-pub struct Driver<E> {
+#[must_use = "nothing is sent unless the driver is spawned or awaited"]
+pub struct SendDriver<E> {
     shared: Arc<Shared<E>>,
-    /// `None` once it has resolved.
+    /// `None` once the driver has resolved.
     outbound: Option<Outbound>,
 }
 
-impl<E> Driver<E> {
+impl<E> SendDriver<E> {
     pub(super) fn new(shared: Arc<Shared<E>>, outbound: Outbound) -> Self {
         Self { shared, outbound: Some(outbound) }
     }
+
+    /// Puts the half together again, with everything that is not sent.
+    fn finish(&mut self) -> WriteHalf<E> {
+        let mut outbound = self.outbound.take().expect("it is there until the driver resolves");
+        let sending = match outbound.side.state().clone() {
+            Sending::Open => Sending::Closed, // there are no senders to see it
+            ended => ended,
+        };
+        let (encoder, mut pending) = self.shared.end(sending);
+        outbound.side.buf.append(&mut pending);
+        WriteHalf { encoder: encoder.expect("only the driver takes it, when it resolves"), outbound }
+    }
 }
 
-impl<E: Codec> Future for Driver<E> {
+impl<E: Codec> Future for SendDriver<E> {
     type Output = WriteHalf<E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<WriteHalf<E>> {
@@ -50,7 +65,7 @@ impl<E: Codec> Future for Driver<E> {
             match this.shared.next(cx, outbound) {
                 Next::Send => {
                     let before = outbound.side.buf.len();
-                    // Its error stays in the half.
+                    // An error stays in the half, and the next call of `next` sees it.
                     let _ = ready!(outbound.poll_send_until(cx, |buf| buf.len() < before));
                 }
                 Next::Yield => {
@@ -58,15 +73,13 @@ impl<E: Codec> Future for Driver<E> {
                     return Poll::Pending;
                 }
                 Next::Wait => return Poll::Pending,
-                Next::Finish => break,
+                Next::Finish => return Poll::Ready(this.finish()),
             }
         }
-        let outbound = this.outbound.take().expect("used just now");
-        Poll::Ready(this.shared.finish(outbound))
     }
 }
 
-impl<E> Drop for Driver<E> {
+impl<E> Drop for SendDriver<E> {
     fn drop(&mut self) {
         if self.outbound.is_some() {
             self.shared.abandon();

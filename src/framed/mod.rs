@@ -1,6 +1,7 @@
-//! Messages over a socket, as [`Stream`] and [`Sink`].
+//! A connection of messages over a socket, as [`Stream`] and [`Sink`].
 
 mod driver;
+mod outbound;
 mod read;
 mod sender;
 mod shared;
@@ -16,24 +17,28 @@ use std::{
 use bytes::BytesMut;
 use futures::{Sink, Stream};
 
-pub use driver::Driver;
+pub use driver::SendDriver;
+pub(crate) use outbound::Outbound;
 pub use read::ReadHalf;
 pub use sender::{SendPermit, Sender};
-pub(crate) use write::Outbound;
 pub use write::{Permit, WriteHalf};
 
 use crate::{
-    Codec, Credentials, Decoder, Encoder, Error, FdQueue, Grouping, Parts, SendBuf, SendError, Socket,
-    transport::{Receiving, Senders, Sending},
+    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
+    credentials::Credentials,
+    error::{Error, SendError},
+    socket::Socket,
+    transport::{FramedParts, Receiving, Senders, Sending, Unsent},
 };
 
-/// Messages with descriptors over one socket, as [`Stream`] and [`Sink`].
+/// A connection over one socket: a [`Stream`] and [`Sink`] of messages with descriptors.
 ///
 /// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which
-/// [`into_split`](Self::into_split) gives away. They fail and end separately: what the peer had
-/// sent is still yielded after a write has failed.
+/// [`into_split`](Self::into_split) gives away. They fail and end separately: after a write has
+/// failed, the messages of the peer are still yielded.
 ///
-/// `D` decodes and `E` encodes; mostly they are one codec, and the type is `Framed<FrameCodec>`.
+/// `D` decodes and `E` encodes. Usually they are the same codec, and the type is
+/// `Framed<FrameCodec>`.
 ///
 /// The runtime's I/O driver and its timer have to be enabled.
 ///
@@ -56,8 +61,8 @@ use crate::{
 /// # Cancel safety
 /// `next()`, [`flush`](Self::flush), [`close`](Self::close) and [`reserve`](Self::reserve) can be
 /// dropped at any await and called again: nothing is lost. `send(item)`, `feed(item)` and
-/// `send_all` of [`SinkExt`](futures::SinkExt) lose the item, and close its descriptors, when they
-/// are dropped before they took it. Where that must not happen, `reserve` first.
+/// `send_all` of [`SinkExt`](futures::SinkExt) lose the item and close its descriptors if they are
+/// dropped before they took it. If an item must not be lost, call `reserve` first.
 #[derive(Debug)]
 pub struct Framed<D, E = D> {
     read: ReadHalf<D>,
@@ -65,23 +70,23 @@ pub struct Framed<D, E = D> {
 }
 
 impl<C: Codec + Clone> Framed<C> {
-    /// Messages of this codec's protocol over the socket. Each direction gets its own copy of the
-    /// codec.
+    /// Makes a connection of a socket. Each direction gets its own clone of the codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
 impl<D, E: Codec> Framed<D, E> {
-    /// Messages of one codec's protocol in, of another's out. `()` is the encoder of a direction
-    /// that is not used.
+    /// Makes a connection of a socket, with a codec for each direction. `()` is the encoder of a
+    /// direction that is not used.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
-        Self::from_parts(Parts::new(socket, decoder, encoder))
+        Self::from_parts(FramedParts::new(socket, decoder, encoder))
     }
 
-    /// Continues where [`into_parts`](Self::into_parts) stopped.
-    pub fn from_parts(parts: Parts<D, E>) -> Self {
-        let Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } = parts;
+    /// Puts together the parts that [`into_parts`](Self::into_parts) has returned.
+    pub fn from_parts(parts: FramedParts<D, E>) -> Self {
+        let FramedParts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } =
+            parts;
         let socket = Arc::new(socket);
         Self {
             read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving, senders),
@@ -91,20 +96,22 @@ impl<D, E: Codec> Framed<D, E> {
 }
 
 impl<D, E> Framed<D, E> {
-    /// Takes everything apart: the socket, the codecs, what was received and not decoded, and what
-    /// was accepted and not sent. No message and no descriptor is lost, except that after an error
-    /// of the receiving direction nothing of it is left. Of a message that was sent in part,
-    /// `unsent` has the rest.
-    pub fn into_parts(self) -> Parts<D, E> {
+    /// Takes the connection apart: the socket, the codecs, the bytes and descriptors that were
+    /// received and not decoded, and the messages that were accepted and not sent. `unsent` has the
+    /// rest of a message that was sent in part. No message and no descriptor is lost, unless the
+    /// receiving direction has failed: then its bytes and descriptors were dropped.
+    pub fn into_parts(self) -> FramedParts<D, E> {
+        // Each half gives up its reference to the socket. The last one is then unwrapped.
         let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
         let (socket, encoder, unsent, sending) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
+        FramedParts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
     }
 
-    /// Continues with other codecs: what was received and not decoded is decoded by the new one,
-    /// and what was accepted by the old one is sent as it is. For a handshake in another format.
+    /// Changes the codecs, for a handshake in another format. The new decoder decodes everything
+    /// that was received and not decoded. Messages that the old encoder has accepted are sent as
+    /// they are.
     pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
         Framed::from_parts(self.into_parts().map_codecs(map))
     }
@@ -115,10 +122,10 @@ impl<D, E> Framed<D, E> {
         (self.read, self.write)
     }
 
-    /// Puts halves together again.
+    /// Puts two halves together again.
     ///
     /// # Errors
-    /// Gives them back if they are of different sockets.
+    /// If they belong to different sockets. The error gives them back.
     #[expect(clippy::result_large_err, reason = "the halves are as large when they are put together")]
     pub fn reunite(read: ReadHalf<D>, mut write: WriteHalf<E>) -> Result<Self, ReuniteError<D, E>> {
         if !Arc::ptr_eq(read.shared_socket(), write.shared_socket()) {
@@ -128,7 +135,7 @@ impl<D, E> Framed<D, E> {
         Ok(Self { read, write })
     }
 
-    /// The socket, for its options and its peer.
+    /// Returns the socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
         self.read.socket()
     }
@@ -139,22 +146,22 @@ impl<D, E> Framed<D, E> {
         self.read.credentials()
     }
 
-    /// The decoder.
+    /// Returns the decoder.
     pub fn decoder_mut(&mut self) -> &mut D {
         self.read.decoder_mut()
     }
 
-    /// The encoder.
+    /// Returns the encoder.
     pub fn encoder_mut(&mut self) -> &mut E {
         self.write.encoder_mut()
     }
 
-    /// Number of bytes and of descriptors that were accepted and are not sent.
-    pub fn unsent(&self) -> (usize, usize) {
+    /// Returns the amount that was accepted and is not sent.
+    pub fn unsent(&self) -> Unsent {
         self.write.unsent()
     }
 
-    /// See [`WriteHalf::flush`].
+    /// Sends everything that was accepted. See [`WriteHalf::flush`].
     ///
     /// # Errors
     /// As there.
@@ -165,7 +172,7 @@ impl<D, E> Framed<D, E> {
         self.write.flush().await
     }
 
-    /// See [`WriteHalf::close`].
+    /// Flushes, then shuts down the sending direction. See [`WriteHalf::close`].
     ///
     /// # Errors
     /// As there.
@@ -178,7 +185,7 @@ impl<D, E> Framed<D, E> {
 }
 
 impl<D, E: Codec> Framed<D, E> {
-    /// See [`WriteHalf::reserve`].
+    /// Waits for room for one message. See [`WriteHalf::reserve`].
     ///
     /// # Errors
     /// As there.
@@ -221,21 +228,10 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
     }
 }
 
-/// Two directions of a socket, for messages of several encoders out.
-pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
-    let socket = Arc::new(socket);
-    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
-    outbound.side.shut_down_on_drop(true);
-    (
-        ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default(), Senders::default()),
-        outbound,
-    )
-}
-
-// Nothing in it is pinned: codecs are only ever used through `&mut`.
+// No field is pinned: codecs are only used through `&mut`.
 impl<D, E> Unpin for Framed<D, E> {}
 
-/// The halves are not of the same socket. Brings them back.
+/// The error of [`Framed::reunite`] for halves of different sockets. It gives them back.
 pub struct ReuniteError<D, E = D> {
     /// The receiving half.
     pub read: ReadHalf<D>,
@@ -263,6 +259,17 @@ impl<D, E> From<ReuniteError<D, E>> for io::Error {
     }
 }
 
+/// Returns the two directions of a socket. The sending one takes messages of several encoders.
+pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
+    let socket = Arc::new(socket);
+    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
+    outbound.side.shut_down_on_drop(true);
+    (
+        ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default(), Senders::default()),
+        outbound,
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsRawFd;
@@ -271,7 +278,7 @@ mod tests {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
     use super::*;
-    use crate::{Frame, FrameCodec, SocketKind};
+    use crate::{codec::FrameCodec, frame::Frame, socket::SocketKind};
 
     #[test]
     fn everything_can_move_between_threads() {
@@ -280,7 +287,7 @@ mod tests {
         check::<ReadHalf<FrameCodec>>();
         check::<WriteHalf<FrameCodec>>();
         check::<Sender<FrameCodec>>();
-        check::<Driver<FrameCodec>>();
+        check::<SendDriver<FrameCodec>>();
         check::<Error>();
         check::<SendError<Frame>>();
     }
@@ -293,10 +300,10 @@ mod tests {
         parts.unsent.put_fd(std::fs::File::open("/dev/null").unwrap());
         let (sender, driver) = Framed::from_parts(parts).into_split().1.into_sender();
         assert!(sender.send(Frame::new("refused")).await.unwrap_err().item.is_some());
-        assert_eq!(driver.await.unsent(), (0, 1));
+        assert_eq!(driver.await.unsent().fds, 1);
     }
 
-    /// They are one message then. The first frame has told its own length only.
+    /// The appended frames are one message then, and the first one announces only its own length.
     #[tokio::test]
     async fn frames_that_were_appended_to_what_is_unsent_fit_their_packets() {
         let (a, b) = Socket::pair(SocketKind::SeqPacket).unwrap();
@@ -325,7 +332,7 @@ mod tests {
             while tx.send(Frame::new(vec![7; 60_000])).now_or_never().is_some() {
                 frames += 1;
             }
-            assert!(tx.unsent().0 > 0);
+            assert!(!tx.unsent().is_empty());
             let receive = async {
                 for _ in 0..frames {
                     rx.next().await.unwrap().unwrap();

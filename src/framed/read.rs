@@ -15,17 +15,19 @@ use tokio::{
 };
 
 use crate::{
-    Credentials, Decoder, Error, FdQueue, Socket,
-    codec::Step,
+    codec::{Decoder, FdQueue, Step},
+    credentials::Credentials,
+    error::Error,
+    socket::Socket,
     transport::{ReceiveSide, Receiving, Rest, Senders},
 };
 
 /// The receiving direction of a [`Framed`](crate::Framed): a [`Stream`] of messages.
 ///
-/// Yields what is complete before it receives again. After an error it ends; what had been received
-/// by then is closed. Where the peer closed without reading everything, the last item is
-/// [`Error::Reset`], after all that the peer had sent; unless a send on another thread is being
-/// told so at that moment.
+/// Yields complete messages before it receives again. After an error it ends, and everything
+/// received is closed. If the peer closed without reading everything, the last item is
+/// [`Error::Reset`], after all that the peer had sent. The kernel reports that only once, so this
+/// item can be missing if a send on another thread gets the report at that moment.
 ///
 /// # Cancel safety
 /// `next()` can be dropped at any await and called again: nothing is lost.
@@ -48,7 +50,7 @@ impl<D> ReadHalf<D> {
         Self { decoder, receiver: Receiver { socket, side, uncharged: 0, rest_timer: None } }
     }
 
-    /// The socket, for its options and its peer.
+    /// Returns the socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
         &self.receiver.socket
     }
@@ -60,10 +62,10 @@ impl<D> ReadHalf<D> {
     /// Returns the process that sent the message that was yielded last, if the socket is set to
     /// [report it](Socket::set_pass_credentials).
     ///
-    /// The sender of a message is the process that wrote all of it. If processes that share one end
-    /// of the connection write to it in the middle of a message of another, the stream ends with
-    /// [`Error::MixedSenders`]. The sender is `None` if a part of the message was sent before the
-    /// socket was set to report it, or if the kernel does not know the sender.
+    /// The sender of a message is the process that wrote all of it. Several processes may share one
+    /// end of the connection. If one of them writes in the middle of another one's message, the
+    /// stream ends with [`Error::MixedSenders`]. The sender is `None` if a part of the message was
+    /// sent before the socket was set to report it, or if the kernel does not know the sender.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -82,7 +84,7 @@ impl<D> ReadHalf<D> {
         self.receiver.side.credentials()
     }
 
-    /// The decoder.
+    /// Returns the decoder.
     pub fn decoder_mut(&mut self) -> &mut D {
         &mut self.decoder
     }
@@ -99,8 +101,8 @@ impl<D: Decoder> Stream for ReadHalf<D> {
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let Self { decoder, receiver } = self.get_mut();
         loop {
-            // Messages out of the buffer take no system call that would count, and a buffer holds
-            // thousands.
+            // Pay for the messages and descriptors of before. A buffer holds thousands of messages,
+            // and taking one out makes no system call that would be charged.
             while receiver.uncharged >= UNIT {
                 ready!(coop::poll_proceed(cx)).made_progress();
                 receiver.uncharged -= UNIT;
@@ -111,6 +113,7 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                     return Poll::Ready(Some(Ok(item)));
                 }
                 Ok(Step::Receive) => {}
+                // The end comes once more as an error if the peer has not read everything.
                 Ok(Step::End) => {
                     let last = receiver.side.last_error(receiver.socket.endpoint());
                     return Poll::Ready(last.map(|error| Err(error.into())));
@@ -128,25 +131,25 @@ impl<D: Decoder> Stream for ReadHalf<D> {
     }
 }
 
-// Nothing in it is pinned: the decoder is only ever used through `&mut`.
+// No field is pinned: the decoder is only used through `&mut`.
 impl<D> Unpin for ReadHalf<D> {}
 
-/// What a unit of the cooperative budget pays for. A unit is about the time of a receive, which
-/// takes one of its own.
+/// The cost that one unit of the cooperative budget pays for. A unit is about the time of a
+/// receive, which is charged one unit by itself.
 const UNIT: u32 = 8;
-/// What a message out of the buffer costs.
+/// The cost of taking a message out of the buffer.
 const MESSAGE: u32 = 1;
-/// What a descriptor costs that was received: the kernel installs it, and somebody closes it.
+/// The cost of a received descriptor: the kernel installs it, and it has to be closed.
 const DESCRIPTOR: u32 = 4;
 
 #[derive(Debug)]
 struct Receiver {
     socket: Arc<Socket>,
     side: ReceiveSide,
-    /// The part of what was done that the cooperative budget was not charged for.
+    /// The cost that the cooperative budget was not charged yet.
     uncharged: u32,
-    /// Set for the time until which the rest of a message is waited for, or for an earlier one.
-    /// Made when it is needed first.
+    /// The timer for the rest of a message. It may be set for an earlier time than the deadline.
+    /// `None` until it is needed first.
     rest_timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -154,17 +157,19 @@ impl Receiver {
     /// Receives something, or the end.
     fn poll_receive<D: Decoder>(&mut self, cx: &mut Context<'_>, decoder: &D) -> Poll<Result<(), Error>> {
         let Self { socket, side, uncharged, .. } = self;
+        // Nothing complete is left, so everything that has arrived counts for the peer's uid.
         let is_rest = side.has_part();
         side.hold(socket.endpoint())?;
-        // A peer that sends descriptors in vain gets no further than they can be closed.
+        // Receive nothing while too many descriptors of this peer wait to be closed.
         ready!(socket.endpoint().poll_closed(cx, decoder.limits().max_queued_fds));
-        // There is room only while there is something to receive.
+        // The buffer exists only while there is something to receive.
         match socket.poll_recv(cx, |fd| side.receive(fd, decoder)) {
             Poll::Ready(received) => {
                 let received = received?;
                 *uncharged += received.fds as u32 * DESCRIPTOR;
                 Poll::Ready(side.received(socket.endpoint(), received, is_rest))
             }
+            // Nothing is there: give the buffer up, and limit the time for an unfinished message.
             Poll::Pending => {
                 side.release();
                 ready!(self.poll_rest(cx, decoder.limits().max_unfinished_time));
@@ -173,8 +178,8 @@ impl Receiver {
         }
     }
 
-    /// Called when nothing more is there to receive. Ready when the time for what is unfinished is
-    /// over.
+    /// Waits until the time for an unfinished message is over. Call it when there is nothing to
+    /// receive.
     fn poll_rest(&mut self, cx: &mut Context<'_>, limit: Duration) -> Poll<()> {
         let Self { socket, side, rest_timer, .. } = self;
         loop {

@@ -1,24 +1,29 @@
 use std::sync::Arc;
 
-use super::shared::Shared;
-use crate::{Codec, Encoder, Error, SendError};
+use super::{SendDriver, WriteHalf, shared::Shared};
+use crate::{
+    codec::{Codec, Encoder},
+    error::{Error, SendError},
+};
 
-/// Sends messages over one socket from many tasks. From [`WriteHalf::into_sender`](crate::WriteHalf::into_sender); clone it for
-/// each task.
+/// Sends messages over one socket from many tasks. Made by
+/// [`WriteHalf::into_sender`](crate::WriteHalf::into_sender); clone it for each task.
 ///
-/// A message is encoded into a common queue at once. The [`Driver`](crate::Driver), which has to be spawned, sends all that
-/// wait together, so many tasks with a message each cost a system call or two, not one each. Messages of one task arrive in
-/// their order.
+/// A message is encoded into a common queue at once. The [`SendDriver`](crate::SendDriver), which
+/// has to be spawned, sends all waiting messages together. So many tasks with a message each cost
+/// one or two system calls, not one each. The messages of one task arrive in their order.
 ///
-/// While as much waits as the [limits](Codec::limits) allow, senders wait in line for room, first come first served.
+/// While the queue is at its [limits](Codec::limits), senders wait for room, first come, first
+/// served.
 ///
-/// When sending has failed, or the driver is gone ([`Error::Closed`]), each item comes back in the [`SendError`].
-/// What was accepted before and not sent is in what the driver resolves to.
+/// After sending has failed, or the driver is gone ([`Error::Closed`]), each item comes back in the
+/// [`SendError`]. Items that were accepted before and not sent are in the
+/// [`WriteHalf`](crate::WriteHalf) that the driver resolves to.
 ///
 /// If the kernel refuses a descriptor, sending fails for **all** senders of the connection. It
 /// refuses io_uring descriptors (`EINVAL`), and every descriptor if the peer
 /// [takes none](crate::Socket::set_pass_fds) (`EPERM`). Messages that were accepted just before may
-/// then be unsent too, because all that wait go out together. So check the type of a descriptor
+/// then be unsent too, because waiting messages go out together. So check the type of a descriptor
 /// before you send it if somebody else has chosen it.
 ///
 /// When all senders are dropped, the driver sends what waits and resolves.
@@ -45,29 +50,41 @@ use crate::{Codec, Encoder, Error, SendError};
 /// ```
 ///
 /// # Cancel safety
-/// Each method can be dropped at any await. Then [`send`](Self::send) loses its item, and closes its descriptors, if it had
-/// not taken it yet; where that must not happen, [`reserve`](Self::reserve) first. A place in line is lost too.
+/// Each method can be dropped at any await. [`send`](Self::send) then loses its item and closes its
+/// descriptors if it had not taken the item yet. If an item must not be lost, call
+/// [`reserve`](Self::reserve) first. A task that is dropped while it waits also loses its turn.
 #[derive(Debug)]
 pub struct Sender<E> {
     shared: Arc<Shared<E>>,
 }
 
-impl<E> Sender<E> {
-    /// The first one, which `shared` counts already.
-    pub(super) fn new(shared: Arc<Shared<E>>) -> Self {
-        Self { shared }
+impl<E> WriteHalf<E> {
+    /// Turns the half into a [`Sender`] that can be cloned, for sending from many tasks, and the
+    /// [`SendDriver`] that sends what they accept, which is a future to be spawned. Messages that
+    /// were accepted before are sent first.
+    pub fn into_sender(self) -> (Sender<E>, SendDriver<E>) {
+        let shared = Arc::new(Shared::new(self.encoder, &self.outbound));
+        (Sender { shared: Arc::clone(&shared) }, SendDriver::new(shared, self.outbound))
     }
+}
 
-    /// Waits until everything that was accepted before this call has been sent, by any sender. Messages are sent without it
-    /// too.
+impl<E> Sender<E> {
+    /// Waits until everything that any sender has accepted before this call has been sent. Messages
+    /// are sent without it too.
     ///
     /// # Errors
-    /// If sending has failed, as for [`WriteHalf::flush`](crate::WriteHalf::flush). [`Error::Closed`] if the driver is gone.
+    /// If sending has failed, as for [`WriteHalf::flush`](crate::WriteHalf::flush).
+    /// [`Error::Closed`] if the driver is gone.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
     pub async fn flush(&self) -> Result<(), Error> {
         self.shared.flush().await
+    }
+
+    /// Returns true if no further item is accepted: sending has failed, or the driver is gone.
+    pub fn is_closed(&self) -> bool {
+        self.shared.is_closed()
     }
 }
 
@@ -75,8 +92,8 @@ impl<E: Codec> Sender<E> {
     /// Waits for room and accepts the item for sending.
     ///
     /// # Errors
-    /// What the encoder refuses, what sending has failed with, and [`Error::Closed`] if the driver is gone. The item comes back
-    /// with it.
+    /// The errors of the encoder, the error with which sending has failed, and [`Error::Closed`] if
+    /// the driver is gone. The item comes back with it.
     ///
     /// # Cancel safety
     /// The item is lost, and its descriptors are closed, if this is dropped before it is ready.
@@ -84,12 +101,13 @@ impl<E: Codec> Sender<E> {
     where
         E: Encoder<I>,
     {
-        self.shared.room().await.accept(item)
+        self.shared.slot().await.accept(item)
     }
 
-    /// Waits for room for one message. [`SendPermit::send`] then takes it at once, so a cancelled task still has its item.
+    /// Waits for room for one message. [`SendPermit::send`] then takes the message at once, so a
+    /// task that is cancelled while it waits still has its item.
     ///
-    /// Other senders go on meanwhile: an unused permit takes room for one byte and one descriptor from them.
+    /// Other senders go on meanwhile: an unused permit takes room for one byte and one descriptor.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -111,7 +129,7 @@ impl<E: Codec> Sender<E> {
     /// # Cancel safety
     /// Nothing is lost when dropped.
     pub async fn reserve(&self) -> Result<SendPermit<'_, E>, Error> {
-        self.shared.room().await.keep()?;
+        self.shared.slot().await.keep()?;
         Ok(SendPermit { shared: &self.shared })
     }
 }
@@ -129,9 +147,9 @@ impl<E> Drop for Sender<E> {
     }
 }
 
-/// Room for one message, from [`Sender::reserve`].
+/// A permit to send one message, made by [`Sender::reserve`].
 #[derive(Debug)]
-#[must_use = "nothing is sent with a permit that is dropped"]
+#[must_use = "a permit that is dropped sends nothing"]
 pub struct SendPermit<'a, E> {
     shared: &'a Shared<E>,
 }
@@ -145,7 +163,7 @@ impl<E> SendPermit<'_, E> {
     where
         E: Encoder<I>,
     {
-        self.shared.room_with_permit().accept(item)
+        self.shared.slot_of_permit().accept(item)
     }
 }
 

@@ -1,4 +1,5 @@
-//! What [`Sender`](super::Sender)s and their [`Driver`](super::Driver) share.
+//! The state that all [`Sender`](super::Sender)s and the [`SendDriver`](super::SendDriver) of a
+//! connection share.
 
 use std::{
     future::poll_fn,
@@ -15,51 +16,56 @@ use tokio::{
     task::coop,
 };
 
-use super::write::{Outbound, WriteHalf};
+use super::outbound::Outbound;
 use crate::{
-    Codec, Encoder, Error, SendBuf, SendError,
     closer::close_unsent,
-    transport::{Sending, encode},
+    codec::{Codec, Encoder, SendBuf},
+    error::{Error, SendError},
+    transport::{Sending, Unsent, encode},
 };
 
-/// Messages wait in the `pending` buffer of the state, where senders append, and in the driver's own, which it sends
-/// without the lock. When the driver's is empty it exchanges the two.
+/// The queue between the senders and the driver of a connection, and the turnstile in front of it.
 ///
-/// A sender that finds no room gets in line. The first in line waits for room, the others for their `turn`: when there is
-/// room, one task wakes and not all.
+/// Messages wait in two buffers: `pending`, to which senders append, and the driver's own, which it
+/// sends without the lock. When the driver's buffer is empty, the driver exchanges the two.
+///
+/// A sender that finds no room waits. Waiting senders pass the turnstile one after the other: the
+/// first one waits for room, the others for the turnstile. So new room wakes one task and not all.
 #[derive(Debug)]
 pub(super) struct Shared<E> {
     state: Mutex<State<E>>,
     senders: AtomicUsize,
-    /// Held by the first in line.
-    turn: sync::Mutex<()>,
-    /// How many are in line.
-    line: AtomicUsize,
-    /// Something was sent, or nothing will be any more.
+    /// Held by the first of the waiting senders.
+    turnstile: sync::Mutex<()>,
+    /// The number of waiting senders, the first one included.
+    waiters: AtomicUsize,
+    /// Notified when something was sent, and when sending has ended.
     progress: Notify,
 }
 
 #[derive(Debug)]
 pub(super) struct State<E> {
-    /// `None` once the driver has gone.
+    /// `None` once the driver is gone.
     encoder: Option<E>,
     pending: SendBuf,
-    /// Bytes and descriptors in the driver's own buffer.
-    under_way: (usize, usize),
-    /// Number of bytes sent.
+    /// The content of the driver's own buffer.
+    under_way: Unsent,
+    /// The number of bytes sent. With `under_way` and `pending`, this gives the number of bytes
+    /// accepted since the beginning, which never falls.
     sent: u64,
     sending: Sending,
-    /// Room promised, in messages.
+    /// The number of messages for which room is promised.
     permits: usize,
     /// The driver, while it waits to be woken.
     idle_driver: Option<Waker>,
-    /// Whether nothing waited when the driver looked last, and how many bytes had been accepted by then.
-    idle: bool,
+    /// True if nothing waited when the driver looked last.
+    was_idle: bool,
+    /// The number of bytes accepted by the time the driver looked last.
     seen: u64,
-    first_in_line: Option<Waker>,
+    first_waiter: Option<Waker>,
 }
 
-/// What the driver is to do.
+/// The next thing that the driver has to do.
 pub(super) enum Next {
     /// Send what is in its buffer.
     Send,
@@ -67,12 +73,12 @@ pub(super) enum Next {
     Yield,
     /// Wait to be woken.
     Wait,
-    /// Nothing more can be sent, or is to be.
+    /// End: everything is sent and no sender is left, or sending has failed.
     Finish,
 }
 
 impl<E> Shared<E> {
-    /// With one sender.
+    /// Returns the state for one sender.
     pub(super) fn new(encoder: E, outbound: &Outbound) -> Self {
         let mut pending = SendBuf::new();
         pending.set_max_packet_bytes(outbound.side.buf.max_packet_bytes());
@@ -85,13 +91,13 @@ impl<E> Shared<E> {
                 sending: outbound.side.state().clone(),
                 permits: 0,
                 idle_driver: None,
-                idle: true,
+                was_idle: true,
                 seen: 0,
-                first_in_line: None,
+                first_waiter: None,
             }),
             senders: AtomicUsize::new(1),
-            turn: sync::Mutex::new(()),
-            line: AtomicUsize::new(0),
+            turnstile: sync::Mutex::new(()),
+            waiters: AtomicUsize::new(0),
             progress: Notify::new(),
         }
     }
@@ -112,16 +118,22 @@ impl<E> Shared<E> {
         }
     }
 
-    /// Gives up a permit, used or not: it may have taken more room than its message does.
+    /// Gives up a permit, whether it was used or not. Its message may have taken less room than the
+    /// permit did, so the first waiter is woken.
     pub(super) fn remove_permit(&self) {
         let mut state = self.lock();
         state.permits -= 1;
-        let first = state.first_in_line.take();
+        let first = state.first_waiter.take();
         drop(state);
         wake(first);
     }
 
-    /// Waits until everything accepted before has been sent.
+    /// Returns true if nothing more is accepted.
+    pub(super) fn is_closed(&self) -> bool {
+        !self.lock().sending.is_open()
+    }
+
+    /// Waits until everything accepted before this call has been sent.
     pub(super) async fn flush(&self) -> Result<(), Error> {
         let target = {
             let state = self.lock();
@@ -129,7 +141,7 @@ impl<E> Shared<E> {
             state.accepted()
         };
         loop {
-            let progress = self.progress.notified(); // what happens from here on ends its wait
+            let progress = self.progress.notified(); // made first, so that nothing is missed
             {
                 let state = self.lock();
                 if state.sent >= target {
@@ -141,78 +153,73 @@ impl<E> Shared<E> {
         }
     }
 
-    /// Accepts nothing more, and wakes everyone. Returns the encoder and what was accepted and is not in the driver's
-    /// own buffer.
-    fn end(&self, sending: Sending) -> (Option<E>, SendBuf) {
+    /// Ends sending for good: the driver is done. Returns the encoder and the messages that the
+    /// driver has not taken.
+    pub(super) fn end(&self, sending: Sending) -> (Option<E>, SendBuf) {
         let mut state = self.lock();
         let rest = (state.encoder.take(), mem::take(&mut state.pending));
         state.sending = sending;
-        let first = state.first_in_line.take();
+        let first = state.first_waiter.take();
         drop(state);
         wake(first);
         self.progress.notify_waiters();
         rest
     }
 
-    /// The driver has done its part.
-    pub(super) fn finish(&self, mut outbound: Outbound) -> WriteHalf<E> {
-        let sending = match outbound.side.state().clone() {
-            Sending::Open => Sending::Closed, // there are no senders to see it
-            over => over,
-        };
-        let (encoder, mut pending) = self.end(sending);
-        outbound.side.buf.append(&mut pending);
-        WriteHalf { encoder: encoder.expect("only the driver takes it, at its end"), outbound }
-    }
-
-    /// The driver was dropped.
+    /// Ends sending because the driver was dropped.
     pub(super) fn abandon(&self) {
         close_unsent(self.end(Sending::Closed).1.into_fds());
+    }
+
+    /// Returns a slot for the holder of a permit.
+    pub(super) fn slot_of_permit(&self) -> Slot<'_, E> {
+        Slot { state: self.lock(), _turn: None }
     }
 }
 
 impl<E: Codec> Shared<E> {
-    /// Waits until there is room for one message, or nothing is accepted any more.
-    pub(super) async fn room(&self) -> Room<'_, E> {
+    /// Waits until there is room for one message, or sending has ended.
+    pub(super) async fn slot(&self) -> Slot<'_, E> {
         coop::consume_budget().await;
-        if let Some(state) = self.room_without_line() {
-            return Room { state, _place: None };
+        if let Some(slot) = self.try_slot() {
+            return slot;
         }
-        let place = Place::get_in(&self.line);
-        let turn = self.turn.lock().await;
-        let state = poll_fn(|cx| self.poll_room(cx)).await;
-        Room { state, _place: Some((turn, place)) }
+        let ticket = Ticket::take(&self.waiters);
+        let turn = self.turnstile.lock().await;
+        let state = poll_fn(|cx| self.poll_decided(cx)).await;
+        Slot { state, _turn: Some((turn, ticket)) }
     }
 
-    fn room_without_line(&self) -> Option<MutexGuard<'_, State<E>>> {
+    /// Returns a slot without waiting: `None` if there is no room, or if others wait for it.
+    pub(super) fn try_slot(&self) -> Option<Slot<'_, E>> {
         let state = self.lock();
-        (self.line.load(Ordering::Relaxed) == 0 && state.decides()).then_some(state)
+        let nobody_waits = self.waiters.load(Ordering::Relaxed) == 0;
+        (nobody_waits && state.is_decided()).then_some(Slot { state, _turn: None })
     }
 
-    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<MutexGuard<'_, State<E>>> {
+    fn poll_decided(&self, cx: &mut Context<'_>) -> Poll<MutexGuard<'_, State<E>>> {
         let mut state = self.lock();
-        if state.decides() {
+        if state.is_decided() {
             return Poll::Ready(state);
         }
-        let replaced = state.first_in_line.replace(cx.waker().clone());
+        let replaced = state.first_waiter.replace(cx.waker().clone());
         drop(state);
-        drop(replaced); // may be all that is left of a task, with a permit in it
+        // The last reference to a task may be in this waker, and a permit in that task. So it is
+        // dropped without the lock.
+        drop(replaced);
         Poll::Pending
     }
 
-    /// For the holder of a permit.
-    pub(super) fn room_with_permit(&self) -> Room<'_, E> {
-        Room { state: self.lock(), _place: None }
-    }
-
-    /// Takes note of what the driver has sent, and says what it does next.
+    /// Notes what the driver has sent, and returns what it has to do next.
     pub(super) fn next(&self, cx: &mut Context<'_>, outbound: &mut Outbound) -> Next {
         let mut state = self.lock();
+        // Count what was sent since the last call.
         let before = mem::replace(&mut state.under_way, outbound.unsent());
-        let sent = before.0 - state.under_way.0;
+        let sent = before.bytes - state.under_way.bytes;
         state.sent += sent as u64;
-        let next = match state.next(outbound, self.line.load(Ordering::Relaxed) > 0) {
-            // Whoever makes it 0 takes the lock and then wakes the driver.
+
+        let next = match state.next(outbound, self.waiters.load(Ordering::Relaxed) > 0) {
+            // The sender that makes this 0 takes the lock after that, and wakes the driver.
             Next::Wait if self.senders.load(Ordering::Relaxed) == 0 => Next::Finish,
             next => next,
         };
@@ -220,7 +227,9 @@ impl<E: Codec> Shared<E> {
             Next::Wait => state.idle_driver.replace(cx.waker().clone()),
             _ => None,
         };
-        let first = if sent > 0 { state.first_in_line.take() } else { None };
+        let first = if sent > 0 { state.first_waiter.take() } else { None };
+
+        // Wakers are foreign code, so they are dropped and called without the lock.
         drop(state);
         drop(replaced);
         wake(first);
@@ -236,26 +245,28 @@ impl<E> State<E> {
         self.sending.error().map_or(Ok(()), Err)
     }
 
-    /// Number of bytes accepted since the beginning.
+    /// Returns the number of bytes accepted since the beginning.
     fn accepted(&self) -> u64 {
-        self.sent + (self.under_way.0 + self.pending.len()) as u64
+        self.sent + (self.under_way.bytes + self.pending.len()) as u64
     }
 }
 
 impl<E: Codec> State<E> {
-    /// Whether a sender knows by now: its message is taken, or nothing is any more.
-    fn decides(&self) -> bool {
+    /// Returns true once the outcome for the next message is decided: there is room, or sending has
+    /// ended.
+    fn is_decided(&self) -> bool {
         !self.sending.is_open() || self.has_room()
     }
 
-    /// A permit counts as a byte and a descriptor. What it then brings may stand out above the limits, as any message may.
+    /// Counts a permit as one byte and one descriptor. Its message may then exceed the limits, as
+    /// the last message before a limit may.
     fn has_room(&self) -> bool {
-        let bytes = self.under_way.0 + self.pending.len() + self.permits;
-        let fds = self.under_way.1 + self.pending.fd_count() + self.permits;
+        let bytes = self.under_way.bytes + self.pending.len() + self.permits;
+        let fds = self.under_way.fds + self.pending.fd_count() + self.permits;
         self.encoder.as_ref().is_some_and(|encoder| encoder.limits().leave_room_beside(bytes, fds))
     }
 
-    fn next(&mut self, outbound: &mut Outbound, senders_in_line: bool) -> Next {
+    fn next(&mut self, outbound: &mut Outbound, senders_wait: bool) -> Next {
         self.pending.set_max_packet_bytes(outbound.side.buf.max_packet_bytes());
         if !outbound.side.state().is_open() {
             return Next::Finish;
@@ -264,15 +275,16 @@ impl<E: Codec> State<E> {
             return Next::Send;
         }
         if self.pending.is_empty() {
-            self.idle = true;
+            self.was_idle = true;
             return Next::Wait;
         }
-        // Other tasks that are ready append first, though tokio's workers run whom the last task has woken before them; and
-        // those in line as long as it moves. One call then carries all of it.
-        let was_idle = mem::take(&mut self.idle);
+        // Let other tasks append before this driver sends, so that one call carries all of their
+        // messages. tokio runs the task that was woken last first, here the driver, so it yields:
+        // once after it was idle, and while senders wait and each round brings more.
+        let was_idle = mem::take(&mut self.was_idle);
         let more = self.seen < self.accepted();
         self.seen = self.accepted();
-        if more && (was_idle || senders_in_line) && self.has_room() {
+        if more && (was_idle || senders_wait) && self.has_room() {
             return Next::Yield;
         }
         mem::swap(&mut outbound.side.buf, &mut self.pending);
@@ -281,13 +293,14 @@ impl<E: Codec> State<E> {
     }
 }
 
-/// The state, locked, with room for one message. First the lock is released, then the place in line.
-pub(super) struct Room<'a, E> {
+/// The locked state, for one message. The fields are dropped in their order: first the lock is
+/// released, then the turnstile.
+pub(super) struct Slot<'a, E> {
     state: MutexGuard<'a, State<E>>,
-    _place: Option<(sync::MutexGuard<'a, ()>, Place<'a>)>,
+    _turn: Option<(sync::MutexGuard<'a, ()>, Ticket<'a>)>,
 }
 
-impl<E> Room<'_, E> {
+impl<E> Slot<'_, E> {
     /// Appends an item and wakes the driver.
     pub(super) fn accept<I>(mut self, item: I) -> Result<(), SendError<I, E::Error>>
     where
@@ -312,17 +325,17 @@ impl<E> Room<'_, E> {
     }
 }
 
-/// A place in line.
-struct Place<'a>(&'a AtomicUsize);
+/// The right to wait at the turnstile. Counts its holder as a waiter.
+struct Ticket<'a>(&'a AtomicUsize);
 
-impl<'a> Place<'a> {
-    fn get_in(line: &'a AtomicUsize) -> Self {
-        line.fetch_add(1, Ordering::Relaxed);
-        Self(line)
+impl<'a> Ticket<'a> {
+    fn take(waiters: &'a AtomicUsize) -> Self {
+        waiters.fetch_add(1, Ordering::Relaxed);
+        Self(waiters)
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for Ticket<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

@@ -2,11 +2,8 @@
 
 use std::{
     io::{self, IoSlice},
-    net,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix,
-    },
+    mem,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -14,6 +11,7 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
     libc,
     sys::socket::{self, Shutdown, SockType, getsockopt, setsockopt, sockopt},
 };
@@ -22,8 +20,12 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
-use super::{Address, Transport, incoming::Channel, protocol::Offer};
-use crate::{Error, sys};
+use super::{
+    Address, Transport,
+    incoming::Channel,
+    protocol::{Offer, RejectReason},
+};
+use crate::{close_in_background, sys};
 
 /// A client's connection, adopted by this process. From [`Incoming`](super::Incoming).
 ///
@@ -55,7 +57,7 @@ pub struct Connection {
     peer: Address,
     local: Address,
     metadata: Bytes,
-    bundle: Vec<OwnedFd>,
+    bundle: Bundle,
     serving: Serving,
 }
 
@@ -100,19 +102,51 @@ impl Drop for Serving {
     }
 }
 
-impl Connection {
-    /// Makes a connection of an offer whose adoption the dispatcher has been told. `None` where the system refuses: the connection has
-    /// ended then.
-    pub(super) fn adopted(offer: Offer, channel: &Arc<Channel>) -> Option<Self> {
+/// An offered connection that is ready to be served: its socket is registered with the event loop, so that nothing can fail
+/// once it is adopted. Until then it is nobody's, and is only [given up](Self::into_fds).
+#[derive(Debug)]
+pub(super) struct Prepared {
+    stream: ConnectionStream,
+    peer: Address,
+    local: Address,
+    read: Bytes,
+    metadata: Bytes,
+    bundle: Vec<OwnedFd>,
+}
+
+impl Prepared {
+    /// Registers the socket of an offer, which changes nothing about the connection.
+    ///
+    /// # Errors
+    /// Why it has to be rejected.
+    pub(super) fn new(offer: Offer) -> Result<Self, RejectReason> {
+        if !is_usable(&offer) {
+            close_in_background(offer.into_fds());
+            return Err(RejectReason::Unusable);
+        }
         let Offer { transport, peer, local, read, metadata, fd, bundle, .. } = offer;
-        let serving = Serving(Arc::clone(channel));
         match ConnectionStream::new(transport, fd) {
-            Ok(stream) => Some(Self { stream: EndOnDrop(Some(stream)), read, peer, local, metadata, bundle, serving }),
+            Ok(stream) => Ok(Self { stream, peer, local, read, metadata, bundle }),
             Err(error) => {
-                tracing::warn!(%error, %peer, "cannot serve an adopted connection, it is closed");
-                None
+                tracing::warn!(%error, %peer, "cannot serve a connection, it goes back to the dispatcher");
+                close_in_background(bundle);
+                Err(RejectReason::Full)
             }
         }
+    }
+
+    /// Takes it out of the event loop. No option and no flag of it is touched.
+    pub(super) fn into_fds(self) -> impl Iterator<Item = OwnedFd> {
+        self.stream.into_fd().ok().into_iter().chain(self.bundle)
+    }
+}
+
+impl Connection {
+    /// The dispatcher has been told of the adoption.
+    pub(super) fn adopted(prepared: Prepared, channel: &Arc<Channel>) -> Self {
+        let Prepared { stream, peer, local, read, metadata, bundle } = prepared;
+        let (stream, serving) = (EndOnDrop(Some(stream)), Serving(Arc::clone(channel)));
+        Self { stream, read, peer, local, metadata, bundle: Bundle(bundle), serving }
     }
 
     /// Address of the client.
@@ -133,13 +167,14 @@ impl Connection {
     /// The descriptors that belong to the connection, such as the upstream connection of a proxy's client: those of
     /// [`Accepted::with_fd`](super::Accepted::with_fd), in its order. Take out what you use; the rest is closed with the connection.
     pub fn bundle_mut(&mut self) -> &mut Vec<OwnedFd> {
-        &mut self.bundle
+        &mut self.bundle.0
     }
 
     /// Takes it apart, for what wants tokio's own streams.
     pub fn into_parts(mut self) -> ConnectionParts {
         let stream = self.stream.0.take().expect(PRESENT);
-        let Self { read, peer, local, metadata, bundle, serving, .. } = self;
+        let bundle = mem::take(&mut self.bundle.0);
+        let Self { read, peer, local, metadata, serving, .. } = self;
         ConnectionParts { stream, read, peer, local, metadata, bundle, serving }
     }
 
@@ -168,52 +203,64 @@ impl Drop for EndOnDrop {
 }
 
 /// Ends a connection for every holder, so that the client sees it at once. To be closed next, which then does not block.
-pub(super) fn end_connection(connection: &impl AsFd) {
+fn end_connection(connection: &impl AsFd) {
     let connection = connection.as_fd();
-    // An error says that it has ended.
-    let _ = socket::shutdown(connection.as_raw_fd(), Shutdown::Both);
+    if socket::shutdown(connection.as_raw_fd(), Shutdown::Both).is_err() {
+        return; // it has ended, in both directions
+    }
     // With a time to linger the last `close` would block for it, non-blocking or not.
     if getsockopt(&connection, sockopt::Linger).is_ok_and(|linger| linger.l_onoff != 0 && linger.l_linger > 0) {
         let _ = setsockopt(&connection, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
     }
 }
 
-/// Whether the descriptor of an offer is a connection of its transport. Changes nothing about it.
-///
-/// # Errors
-/// When it is not the one that the offer is about: descriptors and offers have lost step.
-pub(super) fn check(offer: &Offer) -> Result<bool, Error> {
-    if !getsockopt(&offer.fd, sys::Cookie).is_ok_and(|cookie| cookie == offer.cookie) {
-        return Err(Error::invalid("the descriptor of an offer is not the one that it describes"));
+/// The descriptors that came with a connection. A peer decides how long their last `close` takes.
+#[derive(Debug)]
+struct Bundle(Vec<OwnedFd>);
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        close_in_background(mem::take(&mut self.0));
     }
+}
+
+/// Returns true if the descriptor of an offer is a non-blocking connection of its transport.
+fn is_usable(offer: &Offer) -> bool {
     let is_stream_of = |domains: &[i32]| {
         getsockopt(&offer.fd, sys::Domain).is_ok_and(|domain| domains.contains(&domain))
             && getsockopt(&offer.fd, sockopt::SockType) == Ok(SockType::Stream)
     };
-    Ok(match offer.transport {
-        // The first says it all, and mostly so. Other protocols, such as MPTCP, speak for TCP too.
+    let is_of_transport = match offer.transport {
+        // The first is enough, usually. Other protocols, such as MPTCP, speak for TCP too.
         Transport::Tcp => {
             getsockopt(&offer.fd, sys::Protocol) == Ok(libc::IPPROTO_TCP)
                 || is_stream_of(&[libc::AF_INET, libc::AF_INET6])
         }
         Transport::UnixStream => is_stream_of(&[libc::AF_UNIX]),
-    })
+    };
+    is_of_transport && is_non_blocking(&offer.fd)
+}
+
+/// It has to be so already, because the flag belongs to all holders of the connection.
+fn is_non_blocking(fd: &OwnedFd) -> bool {
+    fcntl(fd, FcntlArg::F_GETFL).is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK))
 }
 
 impl ConnectionStream {
-    /// Makes the socket non-blocking, for every holder: so not before it is ours.
+    /// Registers it with the event loop. If that fails, it is closed right here: that is not the last copy, because the
+    /// dispatcher keeps one until it has the answer.
     fn new(transport: Transport, fd: OwnedFd) -> io::Result<Self> {
         match transport {
-            Transport::Tcp => {
-                let stream = net::TcpStream::from(fd);
-                stream.set_nonblocking(true)?;
-                TcpStream::from_std(stream).map(Self::Tcp)
-            }
-            Transport::UnixStream => {
-                let stream = unix::net::UnixStream::from(fd);
-                stream.set_nonblocking(true)?;
-                UnixStream::from_std(stream).map(Self::Unix)
-            }
+            Transport::Tcp => TcpStream::from_std(fd.into()).map(Self::Tcp),
+            Transport::UnixStream => UnixStream::from_std(fd.into()).map(Self::Unix),
+        }
+    }
+
+    /// Takes it out of the event loop.
+    fn into_fd(self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Tcp(stream) => stream.into_std().map(OwnedFd::from),
+            Self::Unix(stream) => stream.into_std().map(OwnedFd::from),
         }
     }
 

@@ -15,7 +15,7 @@
 //!
 //! The promise is tested on the shipped code in two ways: with everything that can happen at random, and by visiting all states of a
 //! dispatcher with two workers and three connections while one worker crashes, one hangs, a socket fails and a worker refuses, in each
-//! order (3,017,619 states).
+//! order (more than three million states).
 //!
 //! # Words
 //!
@@ -86,10 +86,12 @@
 //! | it hangs: no answer to a ping within [`hang_timeout`](DispatcherBuilder::hang_timeout) | it is cut off, so that it can adopt nothing any more, and they go to others | end with its process, which is [killed](DispatcherBuilder::kill_hung) if the dispatcher started it |
 //! | it is busy: answers pings, and does not ask for connections | are recalled after [`recall_after`](DispatcherBuilder::recall_after), and go to others | go on |
 //! | it is full: [`max_connections`](IncomingBuilder::max_connections), or no descriptors to spare | it gets none | go on |
+//! | it has no descriptor left when offers come, or its event loop has no room for them | go to others | go on |
 //! | all workers are full | [`serve`](Dispatcher::serve) does not accept: clients wait in the kernel's backlog | go on |
 //! | it [drains](IncomingHandle::drain), or is [removed](Dispatcher::remove_worker) | go to others | are finished, until the deadline |
 //! | it breaks the protocol | as when it hangs | as when it hangs |
 //! | it does not say hello within [`hello_timeout`](DispatcherBuilder::hello_timeout) | - | - |
+//! | its process lives on after the end of the conversation | go to others | go on, until it is killed after [`exit_timeout`](DispatcherBuilder::exit_timeout) if the dispatcher started it |
 //! | something else reads from its socket | it leaves, since an offer is missing, and they go to others | go on |
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
 //! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on |
@@ -102,6 +104,8 @@
 //!   given up: it may be the cause. See [`max_offers`](DispatcherBuilder::max_offers). A worker that has no room or no time for a
 //!   connection has not failed with it. A request that makes the *application* crash costs one worker, since it was adopted before.
 //! - When many workers hang at a time, only [some](DispatcherBuilder::max_fences) are cut off: the machine may be the cause.
+//! - A worker whose processes never live for long is [started again](WorkerCommand::longest_wait)
+//!   less and less often, and not while two of its processes have left and not ended.
 //! - Already-read bytes and metadata of a connection have to fit one message, of [`MAX_MESSAGE_BYTES`](protocol::MAX_MESSAGE_BYTES).
 //! - The dispatcher holds one descriptor for each connection that is not adopted, and none after that, unless a worker that was cut
 //!   off may hold a copy. The [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`; where they do
@@ -121,7 +125,8 @@
 //! - **A close is no end as long as another process has a copy.** The client sees one when the connection is shut down, which a
 //!   [`Connection`] is when it is dropped. After [`into_parts`](Connection::into_parts) it is yours to do, and so it is with a connection that
 //!   came back in a [`DispatchError`].
-//! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. Nobody touches them before the adoption.
+//! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. [`Accepted`] makes it non-blocking. From then on
+//!   nobody touches them before the adoption.
 //! - The last close of a connection with `SO_LINGER` blocks. A `Connection` does without lingering.
 //!
 //! What the application sees to:
@@ -146,8 +151,9 @@ mod transport;
 
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
 pub use dispatcher::{
-    Accepted, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, IntoListener, NotDispatched, Permit,
-    RetireCause, RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerId, WorkerState, WorkerStats,
+    Accepted, AdoptionTimes, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, IntoListener, NotDispatched,
+    Permit, RetireCause, RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerExit, WorkerId, WorkerState,
+    WorkerStats,
 };
 pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
 pub use transport::Transport;

@@ -17,13 +17,13 @@ use super::{
     path::PathGuard,
     uid_account::{OverLimit, UidAccounts, UidShare},
 };
-use crate::credentials::overflow_id;
+use crate::sys::overflow_id;
 
 /// The shortest time between two log lines about refused peers: a peer that connects in a loop must
 /// not fill the log.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The uids that a listener admits, and what each of them has.
+/// The uids that a listener admits, and the account of each of them.
 #[derive(Debug)]
 pub(crate) struct Admission {
     admitted: Admitted,
@@ -48,7 +48,7 @@ enum Refusal {
     NotListed,
     /// Its uid is in the list, but may stand for any other.
     Overflow,
-    /// Its uid has too much already.
+    /// Its uid has reached a limit.
     OverLimit(OverLimit),
 }
 
@@ -93,13 +93,15 @@ impl Admission {
         self.accounts = UidAccounts::new(limits);
     }
 
-    /// Admits a peer to the listener with this address and path, or counts and logs that it is refused.
+    /// Admits a peer to the listener with this address and path, or counts and logs that it is
+    /// refused.
     pub(super) fn admit(
         &self,
         peer: PeerCred,
         path: Option<&PathGuard>,
         addr: impl FnOnce() -> std::io::Result<SocketAddr>,
     ) -> Option<UidShare> {
+        // Is the uid in the list, and has it room for one more connection?
         let refusal = match self.check(peer.uid, || path.is_some_and(PathGuard::admits_owner_only)) {
             Some(refusal) => refusal,
             None => match self.accounts.add_connection(peer.uid) {
@@ -107,6 +109,7 @@ impl Admission {
                 Err(over_limit) => Refusal::OverLimit(over_limit),
             },
         };
+        // Count and log the refusal.
         self.refused.fetch_add(1, Ordering::Relaxed);
         // The lock is released before a subscriber, which is foreign code, gets the line.
         let to_log = self.log.lock().unwrap_or_else(PoisonError::into_inner).count(Instant::now());
@@ -133,7 +136,7 @@ impl Admission {
     }
 }
 
-/// Decides which refusals get a log line.
+/// Decides which refusals get a line in the log.
 #[derive(Debug, Default)]
 struct RefusalLog {
     last_line: Option<Instant>,
@@ -164,7 +167,7 @@ fn readable(addr: &SocketAddr) -> String {
 }
 
 /// Returns the uid that is reported for a uid without a mapping, or `None` if every uid has one. If
-/// `/proc` does not tell, the answer is the cautious one.
+/// `/proc` cannot be read, it assumes that some uid has no mapping.
 fn overflow_uid() -> Option<u32> {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     if maps_every_uid(&map) {

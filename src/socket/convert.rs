@@ -1,22 +1,17 @@
-//! From other sockets and into them.
+//! The conversions from other types of socket and into them.
 
 use std::{
-    io::{Error, ErrorKind, Result},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix,
-    },
+    io::{Error, Result},
+    os::{fd::OwnedFd, unix},
 };
 
-use nix::{
-    errno::Errno,
-    libc,
-    sys::socket::{self, SockType, UnixAddr, getsockopt, sockopt},
-};
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
-use super::{Listener, PassCredentials, Socket, SocketKind, SocketState, set_nonblocking};
-use crate::{close_in_background, closer::BackgroundFd, sys};
+use super::{
+    Listener, Socket, SocketKind,
+    check::{connected, invalid_descriptor},
+    open::set_nonblocking,
+};
 
 /// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other
 /// holders of the socket share them. `SO_PASSCRED` and `SO_PASSPIDFD` are switched off, because
@@ -31,56 +26,6 @@ impl TryFrom<OwnedFd> for Socket {
         let (fd, state) = connected(fd)?;
         Self::register_with(fd, state)
     }
-}
-
-/// Takes a connected Unix socket of either kind, as `TryFrom<OwnedFd>` describes it.
-pub(crate) fn connected(fd: OwnedFd) -> Result<(BackgroundFd, SocketState)> {
-    let (fd, kind) = checked(fd, |fd| {
-        let kind = unix_socket_kind(fd)?;
-        if getsockopt(fd, sockopt::AcceptConn)? {
-            return Err(invalid_descriptor("it is a listening socket"));
-        }
-        match socket::getpeername::<UnixAddr>(fd.as_raw_fd()) {
-            Err(Errno::ENOTCONN) => return Err(invalid_descriptor("it is not connected")),
-            connected => drop(connected?),
-        }
-        PassCredentials::No.set(fd)?;
-        Ok(kind)
-    })?;
-    let state = SocketState::new(kind, None);
-    Ok((state.guard(fd), state))
-}
-
-/// Returns a descriptor that passes a check, with what the check returns. Another one is closed in
-/// the background: a peer that sent it may have made its `close` slow.
-pub(super) fn checked<T>(fd: OwnedFd, check: impl FnOnce(&OwnedFd) -> Result<T>) -> Result<(OwnedFd, T)> {
-    match check(&fd) {
-        Ok(found) => Ok((fd, found)),
-        Err(error) => {
-            close_in_background([fd]);
-            Err(error)
-        }
-    }
-}
-
-pub(super) fn unix_socket_kind(fd: &OwnedFd) -> Result<SocketKind> {
-    match unix_socket_type(fd)? {
-        SockType::SeqPacket => Ok(SocketKind::SeqPacket),
-        SockType::Stream => Ok(SocketKind::Stream),
-        _ => Err(invalid_descriptor("it is neither SOCK_SEQPACKET nor SOCK_STREAM")),
-    }
-}
-
-pub(super) fn unix_socket_type(fd: &OwnedFd) -> Result<SockType> {
-    match getsockopt(fd, sys::Domain) {
-        Err(Errno::ENOTSOCK) => Err(invalid_descriptor("it is not a socket")),
-        domain if domain? != libc::AF_UNIX => Err(invalid_descriptor("it is not a Unix socket")),
-        _ => Ok(getsockopt(fd, sockopt::SockType)?),
-    }
-}
-
-pub(super) fn invalid_descriptor(reason: &str) -> Error {
-    Error::new(ErrorKind::InvalidInput, format!("descriptor cannot be used: {reason}"))
 }
 
 impl From<Socket> for OwnedFd {

@@ -1,5 +1,5 @@
-//! A connected socket without a way to wait for it: what the asynchronous and the blocking `Socket`
-//! have in common.
+//! The parts of a connected socket that the asynchronous and the blocking `Socket` share:
+//! everything but the waiting.
 
 use std::{
     io::{Error, IoSlice, Result},
@@ -20,21 +20,23 @@ use nix::{
 use super::{PassCredentials, PeerCred, SocketKind, uid_account::UidShare};
 use crate::{
     closer::{self, Account, BackgroundFd, InBackground},
+    error,
     sys::{self, Received},
 };
 
-/// What belongs to a connected socket besides its descriptor.
+/// The state of a connected socket, besides its descriptor.
 #[derive(Debug)]
 pub(crate) struct SocketState {
     kind: SocketKind,
-    /// Counts the descriptors that came over this socket and wait to be closed.
+    /// The count of descriptors that came over this socket and wait to be closed.
     account: Arc<Account>,
-    /// Of a connection that a listener has accepted.
+    /// The share in the account of the peer's uid. `None` if no listener has accepted the
+    /// connection.
     uid_share: Option<UidShare>,
-    /// Whether the kernel has reported `ECONNRESET`.
+    /// True if the kernel has reported `ECONNRESET`.
     reset: AtomicBool,
-    /// Whether this process has asked for credentials, by any of its handles. Another holder of the
-    /// socket may have switched them on as well.
+    /// True if this process has asked for credentials, by any of its handles. Other holders of the
+    /// socket may have asked too, which does not count.
     wants_credentials: Arc<AtomicBool>,
 }
 
@@ -78,15 +80,44 @@ pub(crate) struct Endpoint<'a> {
 /// The outcome of an attempt to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Attempt {
-    /// Something was sent.
+    /// At least one byte was sent.
     Sent,
-    /// Nothing was sent. The next attempt is another one and can be made at once.
+    /// Nothing was sent. The next attempt is different and can be made at once.
     Again,
     /// The socket takes nothing until it is writable.
     Full,
-    /// The kernel has too little of something. No event announces when that has changed, so try
-    /// again after a while.
+    /// The kernel lacks memory, or too many descriptors are in flight. No event announces a change,
+    /// so try again after a while.
     Scarce,
+}
+
+/// The meaning of an error of a send, after which nothing was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SendFailure {
+    /// The socket takes nothing until it is writable (`EAGAIN`).
+    Full,
+    /// Too many descriptors of this uid are in flight (`ETOOMANYREFS`), or the kernel has no memory
+    /// (`ENOMEM`). It takes some time until receivers receive, and no event announces that: the
+    /// socket reports writable all the time.
+    Scarce,
+    /// The send buffer never takes a packet of this size (`EMSGSIZE`).
+    PacketTooLarge,
+    /// The kernel has no memory in one piece for a packet of this size at the moment (`ENOBUFS`).
+    NoMemoryForPacket,
+    /// Any other error.
+    Final,
+}
+
+impl SendFailure {
+    pub(crate) fn of(error: &Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN) => Self::Full,
+            Some(libc::ETOOMANYREFS | libc::ENOMEM) => Self::Scarce,
+            Some(libc::EMSGSIZE) => Self::PacketTooLarge,
+            Some(libc::ENOBUFS) => Self::NoMemoryForPacket,
+            _ => Self::Final,
+        }
+    }
 }
 
 impl<'a> Endpoint<'a> {
@@ -103,10 +134,11 @@ impl<'a> Endpoint<'a> {
     }
 
     /// Calls `receive`, which makes one [`recvmsg`](sys::recvmsg). Returns `None` if nothing is
-    /// there. `ECONNRESET` is no error: [`was_reset`](Self::was_reset) reports it at the end.
+    /// there. `ECONNRESET` is not returned as an error: [`was_reset`](Self::was_reset) reports it
+    /// at the end.
     ///
     /// # Errors
-    /// Those of recvmsg(2).
+    /// The errors of recvmsg(2).
     pub(crate) fn receive(
         self,
         mut receive: impl FnMut(BorrowedFd<'_>) -> Result<Received>,
@@ -124,11 +156,11 @@ impl<'a> Endpoint<'a> {
         }
     }
 
-    /// Sends bytes, and descriptors with their first byte. Returns the number of bytes sent; all
+    /// Sends bytes, and descriptors with their first byte. Returns the number of bytes sent. All
     /// descriptors are sent then.
     ///
     /// # Errors
-    /// Those of sendmsg(2), which has sent nothing then.
+    /// The errors of sendmsg(2), which has sent nothing then.
     pub(crate) fn send<'fd>(
         self,
         bytes: &[IoSlice<'_>],
@@ -146,7 +178,8 @@ impl<'a> Endpoint<'a> {
     }
 
     /// Returns true if the peer has closed with unread data. The kernel reports that once, to a
-    /// receive or to a send: on STREAM after the data that is left to read, on SEQPACKET before it.
+    /// receive or to a send. On STREAM the report comes after the data that is left to read, on
+    /// SEQPACKET before it.
     pub(crate) fn was_reset(self) -> bool {
         self.state.reset.load(Ordering::Relaxed)
     }
@@ -161,12 +194,12 @@ impl<'a> Endpoint<'a> {
         }
     }
 
-    /// Reports what has arrived of messages that are not complete.
+    /// Charges the peer's uid for the bytes and descriptors of messages that are not complete.
     ///
     /// # Errors
-    /// [`OverUidLimit`](crate::Error::OverUidLimit) if that is more than the peer's uid may have.
+    /// [`OverUidLimit`](crate::Error::OverUidLimit) if the uid has more than it may have.
     #[inline]
-    pub(crate) fn hold(self, bytes: usize, fds: usize) -> std::result::Result<(), crate::Error> {
+    pub(crate) fn hold(self, bytes: usize, fds: usize) -> std::result::Result<(), error::Error> {
         match &self.state.uid_share {
             Some(share) => share.hold(bytes, fds),
             None => Ok(()),

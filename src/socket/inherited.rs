@@ -1,4 +1,4 @@
-//! Sockets that this process was started with.
+//! The ways to take a socket that this process was started with.
 
 use std::{
     io::{Error, ErrorKind, Result},
@@ -11,8 +11,8 @@ use super::{Listener, Socket};
 use crate::sys;
 
 impl Socket {
-    /// Takes the socket that this process got as standard input: how a parent gives one to a child,
-    /// by `Command::stdin(OwnedFd::from(socket))`.
+    /// Takes the socket that this process got as standard input. A parent passes one with
+    /// `Command::stdin(OwnedFd::from(socket))`.
     ///
     /// Descriptor 0 becomes `/dev/null`, so a program that this process starts later reads the end
     /// of file instead of the messages of the connection, and dropping the socket ends the
@@ -31,8 +31,8 @@ impl Socket {
         take_stdin()
     }
 
-    /// Takes a connected socket that this process has inherited, by the number that its parent
-    /// tells it, for example in `NODE_CHANNEL_FD`. The
+    /// Takes a connected socket that this process has inherited, by its number. The parent tells
+    /// the number, for example in `NODE_CHANNEL_FD`. The
     /// [guide](crate::guide#a-socket-that-the-process-was-started-with) has examples.
     ///
     /// The socket gets another number, close-on-exec. The inherited number becomes `/dev/null`,
@@ -40,20 +40,20 @@ impl Socket {
     /// starts later have no copy of the socket.
     ///
     /// # What is checked
-    /// A descriptor belongs to whoever opened it, and nothing tells a function who that was. So a
-    /// number is taken only
+    /// A descriptor belongs to the code that opened it, and a function can't find out which code
+    /// that was. So a number is taken only
     ///
     /// - once in a process,
     /// - above 2: see [`from_stdin`](Self::from_stdin),
     /// - without close-on-exec, which std, tokio and this crate set on everything that they open,
     ///   and a parent clears on what it leaves to a child.
     ///
-    /// What remains: other code of this process may have opened or inherited a Unix socket without
-    /// close-on-exec. If you name its number, that code finds `/dev/null` there. It is never left
-    /// with a closed number, which could become another file's.
+    /// A risk remains: other code of this process may have opened or inherited a Unix socket
+    /// without close-on-exec. If you pass its number, that code finds `/dev/null` there. It never
+    /// has a closed number, which another file could get.
     ///
-    /// A library that sets close-on-exec on what the process has inherited, as `sd_listen_fds` of
-    /// libsystemd does, is the owner then. Take the socket from there, by `TryFrom<OwnedFd>`.
+    /// If a library sets close-on-exec on inherited descriptors, as `sd_listen_fds` of libsystemd
+    /// does, that library owns them. Take the socket from the library, by `TryFrom<OwnedFd>`.
     ///
     /// # Errors
     /// `ResourceBusy` if the number was taken before, `InvalidInput` with a reason if it fails
@@ -79,13 +79,13 @@ impl Listener {
         take_stdin()
     }
 
-    /// Takes a listening socket that this process has inherited, by the number that its parent
-    /// tells it, for example with `LISTEN_FDS`. The
+    /// Takes a listening socket that this process has inherited, by its number. The parent tells
+    /// the number, for example with `LISTEN_FDS`. The
     /// [guide](crate::guide#a-socket-that-the-process-was-started-with) has an example.
     ///
-    /// What becomes of the number, and what is checked, is described for
-    /// [`Socket::from_inherited`]. As after every conversion, the listener is made non-blocking for
-    /// every holder, and the path, if it has one, stays as it is on drop.
+    /// The checks, and what happens to the number, are described for [`Socket::from_inherited`]. As
+    /// after every conversion, the listener is made non-blocking for every holder, and the path, if
+    /// it has one, stays as it is on drop.
     ///
     /// # Errors
     /// As for [`Socket::from_inherited`], of a listening socket.
@@ -111,7 +111,7 @@ pub(crate) fn take_numbered<T: TryFrom<OwnedFd, Error = Error>>(number: i32) -> 
 
 fn take<T: TryFrom<OwnedFd, Error = Error>>(number: i32, name: &str) -> Result<T> {
     sys::take_inherited(number, T::try_from).map_err(|error| match error.raw_os_error() {
-        Some(_) => error, // EMFILE has no `ErrorKind` to tell it by
+        Some(_) => error, // EMFILE has no `ErrorKind`, so keep its number
         None => Error::new(error.kind(), format!("{name}: {error}")),
     })
 }

@@ -39,12 +39,12 @@ use crate::{closer::BackgroundFd, sys};
 /// mode of the path or its directory, or give each process one end of a [`Socket::pair`].
 ///
 /// **Who owns the path.** A lock file beside it (`<path>.lock`) is held as long as the listener
-/// lives. A stale socket is replaced; one that a live process listens on is not, and neither is any
-/// other kind of file. On drop the socket is removed, if it is still the one that was bound.
-/// Converted into an `OwnedFd`, the listener leaves it in place for the next holder.
+/// lives. A stale socket is replaced. A socket on which a live process listens is not, and neither
+/// is any other kind of file. On drop the socket file is removed, if it is still the one that was
+/// bound. If the listener is converted into an `OwnedFd`, the file stays for the next holder.
 ///
 /// # Panics
-/// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not
+/// Every way to get one panics outside of a tokio runtime, or if the runtime's I/O driver is not
 /// enabled.
 ///
 /// ```
@@ -85,9 +85,9 @@ impl Listener {
         Self::register(ListenerState::bind(path.as_ref(), kind, mode)?)
     }
 
-    /// Listens at an address; beside paths these are abstract names
-    /// ([`std::os::linux::net::SocketAddrExt`]), which any uid can connect to: admission is all
-    /// that guards them.
+    /// Listens at an address, which may be a path or an abstract name
+    /// ([`std::os::linux::net::SocketAddrExt`]). Any uid can connect to an abstract name, so only
+    /// admission guards it.
     ///
     /// # Errors
     /// As for [`bind`](Self::bind).
@@ -104,7 +104,7 @@ impl Listener {
         (self.io.into_inner(), self.state)
     }
 
-    /// Takes a listening, non-blocking socket whose path is guarded by somebody else.
+    /// Takes a listening, non-blocking socket whose path another holder guards.
     pub(crate) fn unguarded(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
         Self::register(ListenerState::unguarded(fd, kind))
     }
@@ -135,8 +135,8 @@ impl Listener {
         self
     }
 
-    /// Replaces the limits of what the connections of one uid may hold together. To be called
-    /// before the first connection is accepted: those accepted before count apart.
+    /// Replaces the limits of what the connections of one uid may hold together. Call it before the
+    /// first connection is accepted: connections that were accepted before do not count.
     ///
     /// ```no_run
     /// # fn main() -> std::io::Result<()> {
@@ -187,15 +187,15 @@ impl Listener {
         self.state.set_pass_credentials(self.as_fd(), pass)
     }
 
-    /// The kind of the sockets that it accepts.
+    /// Returns the kind of the sockets that it accepts.
     pub fn kind(&self) -> SocketKind {
         self.state.kind()
     }
 
-    /// The address it listens at.
+    /// Returns the address at which it listens.
     ///
     /// # Errors
-    /// Those of getsockname(2).
+    /// The errors of getsockname(2).
     pub fn local_addr(&self) -> Result<SocketAddr> {
         listener_addr(self.as_fd())
     }
@@ -203,8 +203,9 @@ impl Listener {
     /// Waits for the next connection of an admitted uid.
     ///
     /// # Errors
-    /// Those of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little
-    /// before the next call. Also those of setting up an accepted connection, which is closed then.
+    /// The errors of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a
+    /// little before the next call. If setting up an accepted connection fails, it is closed and
+    /// the error is returned.
     ///
     /// # Cancel safety
     /// No connection is lost when dropped. Any number of tasks may wait at a time.
@@ -233,12 +234,12 @@ impl Listener {
         }
     }
 
-    /// Takes the next connection and registers it. `None` after one that is not admitted: the next
-    /// is another turn for the cooperative budget, or peers that are refused could keep the runtime
-    /// busy.
+    /// Takes the next connection and registers it. Returns `None` after one that is not admitted.
+    /// The next one then takes another unit of the cooperative budget, so peers that are refused
+    /// can't keep the runtime busy.
     ///
     /// # Errors
-    /// `WouldBlock` if nobody waits.
+    /// `WouldBlock` if no connection waits.
     fn try_accept(&self) -> Result<Option<Socket>> {
         let Some((fd, state)) = self.state.try_accept(self.as_fd())? else { return Ok(None) };
         Socket::register_with(fd, state).map(Some).map_err(not_would_block)
@@ -246,8 +247,8 @@ impl Listener {
 }
 
 /// Takes a listening Unix socket of either kind, inherited or received, and makes it non-blocking
-/// for every holder: another one that makes it blocking again would have `accept` block the
-/// runtime. The path, if it has one, stays as it is on drop.
+/// for every holder. If another holder makes it blocking again, `accept` blocks the runtime. The
+/// path, if it has one, stays as it is on drop.
 ///
 /// # Errors
 /// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.

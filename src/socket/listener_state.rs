@@ -1,5 +1,5 @@
-//! A listener without a way to wait for connections: what the asynchronous and the blocking
-//! `Listener` have in common.
+//! The parts of a listener that the asynchronous and the blocking `Listener` share: everything but
+//! the waiting.
 
 use std::{
     io::{Error, ErrorKind, Result},
@@ -23,10 +23,9 @@ use nix::{
 use super::{
     Endpoint, PassCredentials, PeerCred, SocketKind, SocketState,
     admission::Admission,
-    convert::{checked, invalid_descriptor, unix_socket_kind},
-    local_addr, new_socket,
-    path::{PathGuard, unix_addr},
-    set_nonblocking,
+    check::{checked, invalid_descriptor, unix_socket_kind},
+    open::{local_addr, new_nonblocking, set_nonblocking, unix_addr},
+    path::PathGuard,
     uid_account::UidShare,
 };
 use crate::{
@@ -34,21 +33,21 @@ use crate::{
     sys,
 };
 
-/// Number of refused connections that may wait to be closed. Peers connect faster than the closer's
-/// thread gets its turn, and each refused connection holds a descriptor until then.
+/// The number of refused connections that may wait to be closed. Peers connect faster than the
+/// closer's thread gets its turn, and each refused connection holds a descriptor until then.
 const MAX_CLOSING: usize = 64;
 
-/// What belongs to a listener besides its descriptor, which is non-blocking.
+/// The state of a listener, besides its descriptor, which is non-blocking.
 #[derive(Debug)]
 pub(crate) struct ListenerState {
     kind: SocketKind,
     pub(crate) admission: Admission,
-    /// Refused connections that wait to be closed.
+    /// The count of refused connections that wait to be closed.
     closing: Arc<Account>,
     path: Option<PathGuard>,
-    /// Set for each connection, if there is one. A connection copies `SO_PASSCRED` from the
-    /// listener when the client connects, so those that are in the backlog when it changes have
-    /// what it was before.
+    /// The setting for each accepted connection, or `None` to leave it alone. A connection copies
+    /// `SO_PASSCRED` from the listener when the client connects. So connections that were in the
+    /// backlog before a change have the old value.
     credentials: Mutex<Option<PassCredentials>>,
     /// False after [`set_pass_fds(false)`](Self::set_pass_fds).
     pass_fds: AtomicBool,
@@ -57,9 +56,10 @@ pub(crate) struct ListenerState {
 impl ListenerState {
     /// Listens at a path, which gets exactly this mode.
     pub(crate) fn bind(path: &Path, kind: SocketKind, mode: u32) -> Result<(BackgroundFd, Self)> {
+        // Own the path before the socket is bound, and bind before it listens.
         let addr = UnixAddr::new(path)?;
         let mut guard = PathGuard::take(path)?;
-        let fd = new_socket(kind)?;
+        let fd = new_nonblocking(kind)?;
         guard.bind(&fd, &addr, mode)?;
         socket::listen(&fd, Backlog::MAXCONN)?;
         Ok(Self::new(fd, kind, Some(guard)))
@@ -71,7 +71,7 @@ impl ListenerState {
             return Self::bind(path, kind, 0o600);
         }
         let addr = unix_addr(addr)?;
-        let fd = new_socket(kind)?;
+        let fd = new_nonblocking(kind)?;
         socket::bind(fd.as_raw_fd(), &addr)?;
         socket::listen(&fd, Backlog::MAXCONN)?;
         Ok(Self::new(fd, kind, None))
@@ -87,15 +87,15 @@ impl ListenerState {
             if !getsockopt(fd, sockopt::AcceptConn)? {
                 return Err(invalid_descriptor("it is not a listening socket"));
             }
-            set_nonblocking(fd, true)?; // accept has no flag for it
+            set_nonblocking(fd, true)?; // accept has no flag for a single call
             PassCredentials::No.set(fd)?; // for clients that connect from now on
             Ok(kind)
         })?;
         Ok(Self::unguarded(fd, kind))
     }
 
-    /// Takes a listening, non-blocking socket that another holder may have set up, and whose path it
-    /// guards.
+    /// Takes a listening, non-blocking socket that another holder may have set up. That holder
+    /// guards the path.
     pub(crate) fn unguarded(fd: OwnedFd, kind: SocketKind) -> (BackgroundFd, Self) {
         let (fd, state) = Self::new(fd, kind, None);
         (fd, Self { credentials: Mutex::new(Some(PassCredentials::No)), ..state })
@@ -130,11 +130,11 @@ impl ListenerState {
         self.closing.poll_at_most(cx, MAX_CLOSING)
     }
 
-    /// Takes the next connection. `None` after one that is not admitted: whoever accepts can give
-    /// others a turn then, or peers that are refused could keep it busy.
+    /// Takes the next connection. Returns `None` after one that is not admitted, so that the caller
+    /// can give other tasks a turn: peers that are refused must not keep it busy.
     ///
     /// # Errors
-    /// `WouldBlock` if nobody waits.
+    /// `WouldBlock` if no connection waits.
     pub(crate) fn try_accept(&self, listener: BorrowedFd<'_>) -> Result<Option<(BackgroundFd, SocketState)>> {
         let fd = match sys::accept(listener) {
             Ok(fd) => fd,
@@ -143,13 +143,14 @@ impl ListenerState {
                 _ => return Err(error),
             },
         };
-        // A peer that has sent something already may block its `close`.
+        // The peer may have sent something already that makes `close` block.
         let fd = BackgroundFd::new(fd, InBackground::counted(Arc::clone(&self.closing)));
         self.take_accepted(listener, fd).map_err(not_would_block)
     }
 
     /// Prepares an accepted connection if its peer is admitted.
     fn take_accepted(&self, listener: BorrowedFd<'_>, fd: BackgroundFd) -> Result<Option<(BackgroundFd, SocketState)>> {
+        // The connection of a peer that is not admitted is closed here.
         let Some(uid_share) = self.admit(listener, &fd)? else { return Ok(None) };
         // Clients in the backlog may have connected before the listener got the option.
         if !self.pass_fds.load(Ordering::Relaxed) {
@@ -157,6 +158,7 @@ impl ListenerState {
         }
         let state = SocketState::new(self.kind, Some(uid_share));
         let fd = state.guard(fd.into_fd());
+        // The same holds for this setting.
         let credentials = *self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pass) = credentials {
             Endpoint::new(fd.as_fd(), &state).set_pass_credentials(pass)?;
@@ -189,7 +191,7 @@ pub(crate) fn listener_addr(listener: BorrowedFd<'_>) -> Result<SocketAddr> {
 
 /// Turns `WouldBlock` into another kind of error.
 ///
-/// After `accept` has succeeded, it would be taken for an answer of `accept`: tokio would forget
+/// After `accept` has succeeded, it would look like a result of `accept`. tokio would then forget
 /// that connections are waiting, and the caller would never learn that one was accepted and closed.
 pub(super) fn not_would_block(error: Error) -> Error {
     match error.kind() {

@@ -1,85 +1,77 @@
-//! Connected `AF_UNIX` sockets that keep boundaries (SEQPACKET) or not (STREAM), on tokio's event
-//! loop.
+//! The Unix sockets, on tokio's event loop: connected ones of both kinds, listeners, and datagram
+//! sockets.
 
 mod admission;
+mod check;
 mod convert;
 mod datagram;
 mod endpoint;
 mod inherited;
-mod io;
 mod listener;
 mod listener_state;
+mod managers;
+mod open;
 mod options;
 mod pass_credentials;
 mod path;
+mod receive;
+mod send;
 mod uid_account;
 
 use std::{
-    io::Result,
+    io::{ErrorKind, Result},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        linux::net::SocketAddrExt,
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::SocketAddr,
     },
     path::Path,
-    time::Duration,
 };
 
-use nix::{
-    errno::Errno,
-    fcntl::{FcntlArg, OFlag, fcntl},
-    sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr},
-};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     runtime::Handle,
 };
 
-pub(crate) use convert::connected;
+pub(crate) use check::connected;
 pub use datagram::{Datagram, DatagramSocket};
-pub(crate) use endpoint::{Attempt, Endpoint, SocketState};
+pub(crate) use endpoint::{Attempt, Endpoint, SendFailure, SocketState};
 pub(crate) use inherited::{take_numbered, take_stdin};
-pub(crate) use io::SendWait;
 pub use listener::Listener;
 pub(crate) use listener_state::{ListenerState, listener_addr};
+pub(crate) use managers::{Passed, passed};
+pub(crate) use open::{connect, new_pair, new_socket, unix_addr};
 pub use options::PeerCred;
 pub use pass_credentials::PassCredentials;
-pub(crate) use path::{PathGuard, unix_addr};
+pub(crate) use path::PathGuard;
+pub(crate) use send::SendWait;
 pub use uid_account::UidLimits;
 
-use crate::{closer::BackgroundFd, sys};
+use crate::{backoff::Backoff, closer::BackgroundFd, sys};
 
-/// The two kinds of socket.
+/// The kind of a connected Unix socket.
 ///
-/// Frames have the same meaning on both. SEQPACKET moves large payloads faster, STREAM is what most
-/// other programs speak.
+/// Frames have the same meaning on both. SEQPACKET moves large payloads faster. Most other programs
+/// use STREAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SocketKind {
-    /// `SOCK_SEQPACKET`: connected, in order, in packets.
+    /// A socket of type `SOCK_SEQPACKET`: connected, in order, in packets.
     SeqPacket,
-    /// `SOCK_STREAM`: connected, in order, bytes.
+    /// A socket of type `SOCK_STREAM`: connected, in order, a stream of bytes.
     Stream,
-}
-
-impl SocketKind {
-    pub(crate) fn sock_type(self) -> SockType {
-        match self {
-            Self::SeqPacket => SockType::SeqPacket,
-            Self::Stream => SockType::Stream,
-        }
-    }
 }
 
 /// A connected Unix socket of either kind, registered with tokio.
 ///
-/// Used through [`Framed`](crate::Framed). Converts from and into the sockets of std, tokio and
-/// tokio-seqpacket, and `OwnedFd`; a descriptor of another type is refused with a clear error.
-/// `O_NONBLOCK`, which all holders of a socket share, is not needed and left alone: a socket made
-/// here is a blocking one for a child that gets it as standard input.
+/// You use it through [`Framed`](crate::Framed). It converts from and into the sockets of std,
+/// tokio and tokio-seqpacket, and `OwnedFd`. A descriptor of another type is refused with a clear
+/// error.
+///
+/// The crate does not need `O_NONBLOCK`, which all holders of a socket share, and does not change
+/// it. So a child that gets a socket from here as standard input has a blocking one.
 ///
 /// # Panics
-/// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not
+/// Every way to get one panics outside of a tokio runtime, or if the runtime's I/O driver is not
 /// enabled.
 ///
 /// ```
@@ -94,31 +86,32 @@ impl SocketKind {
 pub struct Socket {
     io: AsyncFd<BackgroundFd>,
     state: SocketState,
-    /// Registered for reading only: see [`quiet`](Self::quiet).
+    /// True if it is registered for reading only: see [`quiet`](Self::quiet).
     quiet: bool,
-    /// Where it is registered, and where timers are made, wherever it is polled from.
+    /// The runtime that it is registered with. Timers are made there too, even if it is polled in
+    /// another runtime.
     runtime: Handle,
 }
 
 impl Socket {
-    /// Two connected sockets.
+    /// Returns two connected sockets.
     ///
     /// # Errors
-    /// Those of socketpair(2): no more descriptors, no memory.
+    /// The errors of socketpair(2): no more descriptors, no memory.
     pub fn pair(kind: SocketKind) -> Result<(Self, Self)> {
-        let (a, b) = socket::socketpair(AddressFamily::Unix, kind.sock_type(), None, SockFlag::SOCK_CLOEXEC)?;
+        let (a, b) = new_pair(kind)?;
         Ok((Self::register(a, kind)?, Self::register(b, kind)?))
     }
 
     /// Connects to the listener at a path. Waits while the listener's backlog is full. No event
-    /// announces room there, so it tries again and again, by the runtime's timer.
+    /// announces room there, so it tries again after a growing pause, by the runtime's timer.
     ///
     /// # Panics
     /// As for [every way to get a socket](Self#panics), and if the backlog is full and the
     /// runtime's timer is not enabled.
     ///
     /// # Errors
-    /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens),
+    /// The errors of connect(2), among them `NotFound`, `ConnectionRefused` (nobody listens),
     /// `PermissionDenied`, and `EPROTOTYPE` (the listener is of the other kind).
     ///
     /// # Cancel safety
@@ -127,7 +120,7 @@ impl Socket {
         Self::connect_addr(&SocketAddr::from_pathname(path)?, kind).await
     }
 
-    /// Connects to an address; beside paths these are abstract names
+    /// Connects to an address, which may be a path or an abstract name
     /// ([`std::os::linux::net::SocketAddrExt`]). Waits while the listener's backlog is full.
     ///
     /// # Panics
@@ -139,30 +132,29 @@ impl Socket {
     /// # Cancel safety
     /// Nothing is left behind when dropped.
     pub async fn connect_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
-        let addr = path::unix_addr(addr)?;
-        let fd = new_socket(kind)?;
+        let addr = unix_addr(addr)?;
+        let fd = open::new_nonblocking(kind)?;
         let mut backoff = Backoff::default();
         loop {
-            match socket::connect(fd.as_raw_fd(), &addr) {
+            match connect(&fd, &addr) {
                 Ok(()) => {
-                    set_nonblocking(&fd, false)?;
+                    open::set_nonblocking(&fd, false)?;
                     return Self::register(fd, kind);
                 }
-                // The backlog is full. Nothing was begun, so no event will tell when there is room.
-                Err(Errno::EAGAIN) => tokio::time::sleep(backoff.next()).await,
-                Err(Errno::EINTR) => {}
-                Err(error) => return Err(error.into()),
+                // The backlog is full. The kernel has begun nothing, so no event will come.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => tokio::time::sleep(backoff.next()).await,
+                Err(error) => return Err(error),
             }
         }
     }
 
-    /// Registers a connected socket. Nobody else knows the descriptor's number.
+    /// Registers a connected socket that nobody has used yet.
     fn register(fd: OwnedFd, kind: SocketKind) -> Result<Self> {
         let state = SocketState::new(kind, None);
         Self::register_with(state.guard(fd), state)
     }
 
-    /// The same for a socket that has a state already.
+    /// Registers a socket that has a state already.
     pub(crate) fn register_with(fd: BackgroundFd, state: SocketState) -> Result<Self> {
         Ok(Self {
             io: sys::register(fd, Interest::READABLE | Interest::PRIORITY | Interest::WRITABLE)?,
@@ -182,13 +174,13 @@ impl Socket {
     ///
     /// The handles share everything that the kernel keeps: options, the send buffer and the receive
     /// queue. So two readers take each other's messages, two writers mix theirs on a stream, and
-    /// [`shutdown`](Self::shutdown) ends all handles. The connection ends by itself when the last
-    /// handle is dropped. That the peer has closed without reading everything
-    /// ([`Error::Reset`](crate::Error::Reset)) is reported to one of them.
+    /// [`shutdown`](Self::shutdown) ends all handles. The connection ends when the last handle is
+    /// dropped. If the peer closes without reading everything, only one of the handles gets that
+    /// report ([`Error::Reset`](crate::Error::Reset)).
     ///
-    /// Descriptors that nobody takes count for both together while they wait to be closed. At a
-    /// listener that limits what [one uid](UidLimits) may have, the handle counts as one more
-    /// connection, but is never refused.
+    /// Descriptors that wait to be closed count for both handles together. At a listener that
+    /// limits what [one uid](UidLimits) may have, the handle counts as one more connection, but is
+    /// never refused.
     ///
     /// # Errors
     /// `EMFILE` and `ENFILE`, and those of registering the descriptor with tokio.
@@ -210,24 +202,25 @@ impl Socket {
         Self::register_with(state.guard(self.as_fd().try_clone_to_owned()?), state)
     }
 
-    /// Saves its thread the wakeup for each packet that the peer consumes. That takes less CPU, and
-    /// a peer that answers at once is waited for asleep. Where the system refuses, all stays as it
-    /// was.
+    /// Registers the socket for reading only, so this thread is not woken whenever the peer
+    /// consumes a packet. That uses less CPU, and an immediate reply is picked up a little later.
+    /// If the system refuses, the socket stays as it was.
     pub(crate) fn quiet(mut self) -> Self {
+        // A registration can't be changed, so register a copy and drop the old descriptor.
         let registered = {
             let _context = self.runtime.enter();
             let copy = self.as_fd().try_clone_to_owned();
             copy.and_then(|copy| sys::register(self.state.guard(copy), Interest::READABLE | Interest::PRIORITY))
         };
         if let Ok(io) = registered {
-            // This copy is not the last one, so its `close` is quick.
+            // The old descriptor is not the last copy, so its `close` is quick.
             drop(std::mem::replace(&mut self.io, io).into_inner().into_fd());
             self.quiet = true;
         }
         self
     }
 
-    /// The socket for a system call that does not wait.
+    /// Returns the socket for a system call that does not wait.
     #[inline]
     pub(crate) fn endpoint(&self) -> Endpoint<'_> {
         Endpoint::new(self.as_fd(), &self.state)
@@ -237,41 +230,5 @@ impl Socket {
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.get_ref().as_fd()
-    }
-}
-
-/// Returns the address that a socket is bound to, or `None` if it has no name.
-fn local_addr(socket: &impl AsRawFd) -> Result<Option<SocketAddr>> {
-    let addr = socket::getsockname::<UnixAddr>(socket.as_raw_fd())?;
-    match (addr.path(), addr.as_abstract()) {
-        (Some(path), _) => SocketAddr::from_pathname(path).map(Some),
-        (_, Some(name)) => SocketAddr::from_abstract_name(name).map(Some),
-        _ => Ok(None),
-    }
-}
-
-/// A socket for `connect` and `accept`, which have no flag for not blocking.
-fn new_socket(kind: SocketKind) -> Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    Ok(socket::socket(AddressFamily::Unix, kind.sock_type(), flags, None)?)
-}
-
-/// Changes `O_NONBLOCK` of the open file, for every holder.
-fn set_nonblocking(fd: impl AsFd, yes: bool) -> Result<()> {
-    let mut flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-    flags.set(OFlag::O_NONBLOCK, yes);
-    fcntl(&fd, FcntlArg::F_SETFL(flags))?;
-    Ok(())
-}
-
-/// Waiting times for what no event announces: 1 ms, then twice as long each time, up to 64 ms.
-#[derive(Debug, Default)]
-pub(crate) struct Backoff(u32);
-
-impl Backoff {
-    pub(crate) fn next(&mut self) -> Duration {
-        let delay = Duration::from_millis(1 << self.0);
-        self.0 = (self.0 + 1).min(6);
-        delay
     }
 }

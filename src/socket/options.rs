@@ -1,4 +1,4 @@
-//! What a socket tells, and its options.
+//! The peer of a socket, and its options.
 
 use std::{
     io::Result,
@@ -9,18 +9,20 @@ use std::{
 use nix::sys::socket::{getsockopt, sockopt};
 
 use super::{PassCredentials, Socket, SocketKind};
-/// Who is at the other end: the process that called `connect`, `listen` or `socketpair`, at that
-/// time (`SO_PEERCRED`, unix(7)).
+
+/// The process at the other end, as it was when it called `connect`, `listen` or `socketpair`
+/// (`SO_PEERCRED`, unix(7)).
 ///
-/// On a pair made by a parent that is the **parent**, not the child that uses the other end.
+/// If a parent has made a pair of sockets, this is the **parent**, even if a child uses the other
+/// end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PeerCred {
-    /// Effective user id.
+    /// The effective user id.
     pub uid: u32,
-    /// Effective group id.
+    /// The effective group id.
     pub gid: u32,
-    /// Process id; `None` if the process is in another PID namespace.
+    /// The process id. `None` if the process is in another PID namespace.
     pub pid: Option<i32>,
 }
 
@@ -32,15 +34,15 @@ impl PeerCred {
 }
 
 impl Socket {
-    /// Which kind it is.
+    /// Returns the kind of the socket.
     pub fn kind(&self) -> SocketKind {
         self.endpoint().kind()
     }
 
-    /// Who is at the other end.
+    /// Returns the process at the other end.
     ///
     /// # Errors
-    /// Those of getsockopt(2).
+    /// The errors of getsockopt(2).
     pub fn peer_cred(&self) -> Result<PeerCred> {
         self.endpoint().peer_cred()
     }
@@ -49,8 +51,8 @@ impl Socket {
     /// readable when that process ends, and never means another one, as a reused process id may
     /// (`SO_PEERPIDFD`, Linux 6.5).
     ///
-    /// Linux 6.16 and later return it even if the process has ended and was reaped; it is readable
-    /// at once then.
+    /// Linux 6.16 and later return a pidfd even if the process has ended and was reaped. It is
+    /// readable at once then.
     ///
     /// # Errors
     /// `ENOPROTOOPT` before Linux 6.5. Before 6.16 also an error, such as `ESRCH`, if the process
@@ -59,24 +61,25 @@ impl Socket {
         self.endpoint().peer_pidfd()
     }
 
-    /// Size of the send buffer in bytes as the kernel counts it (`SO_SNDBUF`, socket(7)). A packet
-    /// holds at most this less 32 bytes.
+    /// Returns the size of the send buffer in bytes, as the kernel counts it (`SO_SNDBUF`,
+    /// socket(7)). A packet holds at most 32 bytes less.
     ///
     /// # Errors
-    /// Those of getsockopt(2).
+    /// The errors of getsockopt(2).
     pub fn send_buffer_size(&self) -> Result<usize> {
         self.endpoint().send_buffer_size()
     }
 
     /// Asks for a send buffer of `bytes` bytes. The kernel doubles the number for its own
-    /// bookkeeping, and caps it at `/proc/sys/net/core/wmem_max`. To be set before the socket goes
+    /// bookkeeping, and caps it at `/proc/sys/net/core/wmem_max`. Call it before the socket goes
     /// into a [`Framed`](crate::Framed).
     ///
-    /// For frames of 1 MiB and more on SEQPACKET a buffer of 4 MiB instead of the usual 208 KiB
-    /// makes four times the throughput: the packets of a long frame are a quarter of the buffer.
+    /// For frames of 1 MiB and more on SEQPACKET, a buffer of 4 MiB instead of the usual 208 KiB
+    /// gives four times the throughput, because the packets of a long frame are a quarter of the
+    /// buffer.
     ///
     /// # Errors
-    /// Those of setsockopt(2).
+    /// The errors of setsockopt(2).
     pub fn set_send_buffer_size(&self, bytes: usize) -> Result<()> {
         self.endpoint().set_send_buffer_size(bytes)
     }
@@ -85,8 +88,8 @@ impl Socket {
     /// The default is true. With false, the peer's send with descriptors fails with
     /// `PermissionDenied` and sends nothing.
     ///
-    /// What the peer sent before this call is still received with its descriptors. For an accepted
-    /// connection, which the client may use before it is accepted, use
+    /// Messages that the peer sent before this call still arrive with their descriptors. For an
+    /// accepted connection, which the client may use before it is accepted, use
     /// [`Listener::set_pass_fds`](crate::Listener::set_pass_fds) instead.
     ///
     /// # Errors
@@ -100,8 +103,8 @@ impl Socket {
     /// [`ReadHalf::credentials`](crate::ReadHalf::credentials). The default is
     /// [`PassCredentials::No`], on accepted, inherited and converted sockets too.
     ///
-    /// To be set before the first receive: the sender of a message that was received before, or
-    /// even sent before, is not known. For an accepted connection use
+    /// Call it before the first receive. The sender is not known for messages that were received
+    /// before, or even sent before. For an accepted connection use
     /// [`Listener::set_pass_credentials`](crate::Listener::set_pass_credentials).
     ///
     /// # Errors
@@ -111,8 +114,8 @@ impl Socket {
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
-    /// the peer's sends fail with `EPIPE`, and what it sent before stays readable; then comes the
-    /// end. A task that waits to receive is woken, on both kinds of socket.
+    /// the peer's sends fail with `EPIPE`. Messages that it sent before stay readable, then comes
+    /// the end. A task that waits to receive is woken, on both kinds of socket.
     ///
     /// # Errors
     /// `NotConnected`.

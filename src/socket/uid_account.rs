@@ -11,12 +11,12 @@ use std::{
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use crate::{Error, closer::Account, limits::SCM_MAX_FD};
+use crate::{closer::Account, error::Error, limits::SCM_MAX_FD};
 
 /// Limits for all connections of one uid together, at a [`Listener`](crate::Listener).
 ///
-/// [`Limits`](crate::Limits) bound one connection. `UidLimits` bound a uid that makes many of them, so
-/// that it leaves something for other uids.
+/// [`Limits`](crate::Limits) limits one connection. `UidLimits` limits a uid that makes many of
+/// them, so that other uids get their part.
 ///
 /// ```
 /// use fdwire::UidLimits;
@@ -27,24 +27,26 @@ use crate::{Error, closer::Account, limits::SCM_MAX_FD};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct UidLimits {
-    /// Number of connections that were accepted and are not dropped. One more is refused. Default: a
-    /// quarter of the descriptors that this process may open (the soft `RLIMIT_NOFILE`, getrlimit(2)).
+    /// The number of connections that were accepted and are not dropped. One more is refused.
+    /// Default: a quarter of the descriptors that this process may open (the soft `RLIMIT_NOFILE`,
+    /// getrlimit(2)).
     ///
-    /// A [`Socket`](crate::Socket) that is converted into another type no longer counts.
+    /// A [`Socket`](crate::Socket) no longer counts when it is converted into another type.
     pub max_connections: usize,
 
-    /// Number of bytes of messages that have arrived in part. The connection that brings more ends with
-    /// [`Error::OverUidLimit`]. Default: 256 MiB.
+    /// The number of bytes of messages that have arrived in part. The connection that brings more
+    /// ends with [`Error::OverUidLimit`]. Default: 256 MiB.
     ///
-    /// Messages that wait to be sent do not count. The [limit of each
-    /// connection](crate::Limits#structfield.max_queued_bytes) and the number of connections bound them.
+    /// Messages that wait to be sent do not count. They are limited by the [limit of each
+    /// connection](crate::Limits#structfield.max_queued_bytes) and by the number of connections.
     pub max_bytes: usize,
 
-    /// Number of descriptors that have arrived and that no message has claimed yet. The connection that
-    /// brings more ends with [`Error::OverUidLimit`]. Default: a quarter of the soft `RLIMIT_NOFILE`, at
-    /// least 253.
+    /// The number of descriptors that have arrived and that no message has claimed yet. The
+    /// connection that brings more ends with [`Error::OverUidLimit`]. Default: a quarter of the
+    /// soft `RLIMIT_NOFILE`, at least 253.
     ///
-    /// Raise it, or `RLIMIT_NOFILE`, if honest peers send frames with many descriptors at the same time: one connection may have
+    /// Raise it, or `RLIMIT_NOFILE`, if honest peers send frames with many descriptors at the same
+    /// time: one connection may have
     /// [`Limits::max_queued_fds`](crate::Limits#structfield.max_queued_fds) of them.
     ///
     /// The same number may wait to be closed [in the background](crate::close_in_background). While
@@ -97,7 +99,8 @@ struct UidAccount {
     uid: u32,
     limits: UidLimits,
     connections: AtomicUsize,
-    /// Bytes of messages that have arrived in part, and descriptors that no message has claimed.
+    /// The bytes of messages that have arrived in part, and the descriptors that no message has
+    /// claimed.
     bytes: AtomicUsize,
     fds: AtomicUsize,
     /// The parent of the account of each connection.
@@ -118,8 +121,10 @@ impl UidAccounts {
 
     /// Counts one more connection of a uid.
     pub(super) fn add_connection(&self, uid: u32) -> Result<UidShare, OverLimit> {
-        // Held until the connection counts: several tasks may accept at a time.
+        // The lock is held until the connection counts, because several tasks may accept at the
+        // same time.
         let mut by_uid = self.by_uid.lock().unwrap_or_else(PoisonError::into_inner);
+        // A new uid is the time to forget accounts that nobody uses.
         if !by_uid.contains_key(&uid) {
             by_uid.retain(|_, account| is_used(account));
         }
@@ -147,8 +152,8 @@ impl UidAccount {
     }
 }
 
-/// Returns true as long as there is a connection, or a descriptor that came over one and may have to
-/// be closed.
+/// Returns true if the account still has a connection, or a descriptor that came over one and may
+/// have to be closed.
 fn is_used(account: &Arc<UidAccount>) -> bool {
     Arc::strong_count(account) > 1 || Arc::strong_count(&account.closing) > 1
 }
@@ -157,7 +162,7 @@ fn is_used(account: &Arc<UidAccount>) -> bool {
 #[derive(Debug)]
 pub(crate) struct UidShare {
     account: Arc<UidAccount>,
-    /// This connection's part of the account's numbers. Only its receiver changes them.
+    /// The part of this connection in the numbers of the account. Only its receiver changes them.
     bytes: AtomicUsize,
     fds: AtomicUsize,
 }
@@ -168,7 +173,7 @@ impl UidShare {
         Self { account, bytes: AtomicUsize::new(0), fds: AtomicUsize::new(0) }
     }
 
-    /// Counts a copy of the connection, which this process has made, so it is not refused.
+    /// Counts a copy of the connection that this process has made. It is never refused.
     pub(super) fn for_copy(&self) -> Self {
         Self::new(Arc::clone(&self.account))
     }
@@ -183,12 +188,13 @@ impl UidShare {
         self.account.closing.poll_at_most(cx, self.account.limits.max_fds)
     }
 
-    /// Replaces what this connection holds of messages that have arrived in part.
+    /// Sets the number of bytes and descriptors that this connection holds of incomplete messages.
     ///
     /// # Errors
     /// [`Error::OverUidLimit`] if the connection brings more than its uid may hold.
     pub(super) fn hold(&self, bytes: usize, fds: usize) -> Result<(), Error> {
         let UidAccount { uid, limits, bytes: all_bytes, fds: all_fds, .. } = &*self.account;
+        // Only growth can be an error: less is always allowed, even if the sum is too large.
         let bytes = replace_part(&self.bytes, bytes, all_bytes);
         let fds = replace_part(&self.fds, fds, all_fds);
         let is_over = bytes.is_some_and(|all| all > limits.max_bytes) || fds.is_some_and(|all| all > limits.max_fds);

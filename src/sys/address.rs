@@ -1,4 +1,4 @@
-//! Addresses as the kernel writes them.
+//! The address of a sender, as the kernel writes it.
 
 use std::{
     ffi::OsStr,
@@ -11,12 +11,12 @@ use std::{
 
 use nix::libc;
 
-/// Room for the address of a sender. It is larger than `sockaddr_un`, since the kernel may add a
-/// zero byte to that.
+/// A buffer for the address of a sender. It is larger than `sockaddr_un`, because the kernel may
+/// add a zero byte.
 #[derive(Debug)]
 pub(super) struct Name {
     pub(super) bytes: [u8; 128],
-    /// Number of bytes that the kernel has written.
+    /// The number of bytes that the kernel has written.
     pub(super) length: usize,
 }
 

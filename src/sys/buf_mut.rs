@@ -1,12 +1,11 @@
-//! `BufMut` for [`SendBuf`], an unsafe trait: its callers write to memory that is not initialized
-//! yet. So it stands here and not beside the type. Every method passes the work on to the `BufMut`
-//! of `Vec`.
+//! The `BufMut` of [`SendBuf`]. It is here and not beside the type because the trait is unsafe: its
+//! callers write to memory that is not initialized yet. Every method calls the `BufMut` of `Vec`.
 
 use bytes::{BufMut, buf::UninitSlice};
 
-use crate::SendBuf;
+use crate::codec::SendBuf;
 
-/// Numbers, and whatever writes itself to a [`BufMut`], are appended to the message.
+/// Appends numbers, and everything else that can be written to a [`BufMut`], to the message.
 ///
 /// ```
 /// use bytes::BufMut;

@@ -1,11 +1,12 @@
-//! Closing many descriptors.
+//! A fast way to close many descriptors.
 
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use nix::libc;
 
-/// Closes descriptors. Those with consecutive numbers, as descriptors opened one after the other mostly have, go in one call:
-/// a system call for each takes longer than the closing.
+/// Closes descriptors. Consecutive numbers go in one call, because a system call for each takes
+/// longer than the closing. Descriptors that were opened one after the other usually have such
+/// numbers.
 pub(crate) fn close_all(fds: impl IntoIterator<Item = OwnedFd>) {
     let mut run = Run { first: 0, count: 0 };
     for fd in fds {
@@ -17,12 +18,12 @@ pub(crate) fn close_all(fds: impl IntoIterator<Item = OwnedFd>) {
             run.first = fd.as_raw_fd();
         }
         run.count += 1;
-        let _ = fd.into_raw_fd(); // the run's now
+        let _ = fd.into_raw_fd(); // the run owns it now
     }
     run.close();
 }
 
-/// Owns descriptors with consecutive numbers.
+/// A run of descriptors with consecutive numbers, which it owns.
 struct Run {
     first: RawFd,
     count: RawFd,
@@ -32,15 +33,17 @@ impl Run {
     fn close(&self) {
         let Self { first, count } = *self;
         if count > 1 {
-            // SAFETY: closes descriptors that this run owns and that nobody uses any more, and no others.
+            // SAFETY: closes the descriptors that this run owns, which nobody else uses, and no
+            // others.
             let closed = unsafe { libc::syscall(libc::SYS_close_range, first, first + count - 1, 0) };
             if closed == 0 {
                 return;
             }
         }
-        // One, or a kernel before 5.9, or a sandbox that does not know the call.
+        // One descriptor, a kernel before 5.9, or a sandbox that does not know the call.
         for fd in first..first + count {
-            // SAFETY: the run owns it, and has not closed it: the call above failed or was not made.
+            // SAFETY: the run owns it, and has not closed it: the call above failed or was not
+            // made.
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }

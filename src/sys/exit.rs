@@ -1,9 +1,10 @@
-//! Closing sockets in a task that exits.
+//! A way to close sockets that never blocks: in a task that exits.
 //!
-//! The last `close` of a TCP socket with `SO_LINGER` blocks until its data is acknowledged or the time is up, and whoever
-//! has a copy of the socket chooses that time. It does so in every `close` and in every other call that drops the last
-//! reference, for example in the `close` of a Unix socket in whose queue it waits. There is one exception: **a task that
-//! exits never waits** (`inet_release` tests `PF_EXITING`), and what is unsent is still sent afterwards.
+//! The last `close` of a TCP socket with `SO_LINGER` blocks until its data is acknowledged or the
+//! linger time is over. Any process with a copy of the socket can set that time. The same holds for
+//! every other call that drops the last reference, for example the `close` of a Unix socket in
+//! whose queue the TCP socket waits. There is one exception: **a task that exits never waits**
+//! (`inet_release` tests `PF_EXITING`), and unsent data is still sent afterwards.
 //!
 //! So sockets are moved into the descriptor table of a task that then exits:
 //!
@@ -16,10 +17,11 @@
 //!                              waits until it is gone
 //! ```
 //!
-//! The message is announced after the caller has closed its own copies. Otherwise the exiting task could be
-//! faster, and the caller's `close` would be the last one.
+//! The message is announced after the caller has closed its own copies. Otherwise the exiting task
+//! could be faster, and the caller's `close` would be the last one.
 //!
-//! The exiting task is no thread: to start one, and to learn when it has closed its descriptors, takes several times as long.
+//! The exiting task is not a thread. Starting a thread, and learning when it has closed its
+//! descriptors, takes several times as long.
 
 use std::{
     ffi::{c_int, c_void},
@@ -45,12 +47,13 @@ use nix::{
 };
 
 use super::{close_all, recvmsg, sendmsg};
-use crate::limits::SCM_MAX_FD;
+use crate::{backoff::Backoff, limits::SCM_MAX_FD};
 
-/// How long the nursery thread may take to start.
+/// The longest time that the nursery thread may take to start.
 const LONGEST_START: Duration = Duration::from_secs(5);
 
-/// Closes sockets in tasks that exit. Each message of sockets has a `T` with it, which is reported when they are closed.
+/// A closer of sockets in tasks that exit. Each message of sockets comes with a `T`, which is
+/// reported when they are closed.
 #[derive(Debug)]
 pub(crate) struct ExitCloser<T> {
     queue: OwnedFd,
@@ -58,27 +61,31 @@ pub(crate) struct ExitCloser<T> {
 }
 
 impl<T: Send + 'static> ExitCloser<T> {
-    /// Starts the nursery thread. It calls `report_closed`, which finds none of the process's descriptors there: it must
-    /// not wake a task, since the wakers of a runtime write to one.
+    /// Starts the nursery thread, which calls `report_closed`. None of the process's descriptors is
+    /// open in that thread. So `report_closed` must not wake a task: the wakers of a runtime write
+    /// to a descriptor.
     ///
     /// # Errors
-    /// `TimedOut` if the thread is stuck, since it closes its copies of the process's descriptors, and one may be a file of a FUSE
-    /// file system. When no thread or descriptor can be had, and when the kernel has no `CLOSE_RANGE_UNSHARE` (Linux 5.9) or a sandbox
-    /// forbids `close_range`.
+    /// `TimedOut` if the thread is stuck: it closes its copies of the process's descriptors, and
+    /// one may be a file of a FUSE file system. Also if the system has no thread or descriptor
+    /// left, if the kernel has no `CLOSE_RANGE_UNSHARE` (Linux 5.9), or if a sandbox forbids
+    /// `close_range`.
     pub(crate) fn start(report_closed: impl Fn(T) + Send + 'static) -> io::Result<Self> {
         let (queue, nursery) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let (announce, announced) = mpsc::channel();
         let (tell, ready) = mpsc::sync_channel(1);
         let number = nursery.as_raw_fd();
         thread::Builder::new().name("fdwire-nursery".to_owned()).spawn(move || {
-            // A signal handler that runs in this thread, or in a task that it starts, would not find the process's descriptors.
-            // tokio's writes to a pipe there, and the signal would be lost.
+            // Block all signals. A signal handler in this thread, or in a task that it starts,
+            // would not find the process's descriptors. tokio's handler writes to a pipe, so the
+            // signal would be lost.
             SigSet::all().thread_block().expect("the mask is valid");
             let unshared = keep_only(number);
             let is_ready = unshared.is_ok();
             let _ = tell.send(unshared);
             if is_ready {
-                // SAFETY: the table of this thread is its own from now on. The number is open in it, and nobody else owns it.
+                // SAFETY: the table of this thread is its own from now on. The number is open in
+                // it, and nobody else owns it.
                 let nursery = unsafe { OwnedFd::from_raw_fd(number) };
                 let mut stack = Stack::new();
                 while let Ok(closed) = announced.recv() {
@@ -95,8 +102,8 @@ impl<T: Send + 'static> ExitCloser<T> {
     /// Closes sockets, at most [`most_sockets_at_once`] of them.
     ///
     /// # Errors
-    /// When the kernel takes no message, with the sockets and `closed`: `ETOOMANYREFS`, `EAGAIN` (too many wait already), or
-    /// no memory.
+    /// If the kernel takes no message: `ETOOMANYREFS`, `EAGAIN` (too many wait already), or no
+    /// memory. The sockets and `closed` come back.
     pub(crate) fn close(&self, sockets: Vec<OwnedFd>, closed: T) -> Result<(), (Vec<OwnedFd>, T)> {
         let fds = sockets.iter().map(AsFd::as_fd);
         if sendmsg(self.queue.as_fd(), &[IoSlice::new(b"x")], fds).is_err() {
@@ -108,21 +115,22 @@ impl<T: Send + 'static> ExitCloser<T> {
     }
 }
 
-/// Number of sockets that one call of [`ExitCloser::close`] takes. The exiting task needs a number for each below
-/// `RLIMIT_NOFILE`, or the kernel would close the rest inside `recvmsg`.
+/// Returns the number of sockets that one call of [`ExitCloser::close`] takes. The exiting task
+/// needs a descriptor number below `RLIMIT_NOFILE` for each. Otherwise the kernel would close the
+/// rest inside `recvmsg`.
 pub(crate) fn most_sockets_at_once() -> usize {
     const OTHERS: u64 = 2; // the nursery's socket has a number too
     let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((SCM_MAX_FD as u64, 0));
     soft.saturating_sub(OTHERS).clamp(1, SCM_MAX_FD as u64) as usize
 }
 
-/// Starts a task that takes the next message out of the queue and exits, and waits until it is gone.
+/// Starts a task that takes the next message out of the queue and exits, and waits until it is
+/// gone.
 fn close_next_message(nursery: BorrowedFd<'_>, stack: &mut Stack) {
-    let mut delay = Duration::from_millis(1);
+    let mut backoff = Backoff::new(Duration::from_millis(1), Duration::from_secs(1));
     while !matches!(receive_in_exiting_task(nursery, stack), Ok(true)) {
-        // No task or no memory can be had now. The message stays in the queue.
-        thread::sleep(delay);
-        delay = (2 * delay).min(Duration::from_secs(1));
+        // There is no task or no memory at the moment. The message stays in the queue.
+        thread::sleep(backoff.next());
     }
 }
 
@@ -141,31 +149,31 @@ impl Stack {
     }
 }
 
-/// Where an exiting task puts a message.
+/// The place where an exiting task puts a message.
 struct Message<'a> {
     nursery: BorrowedFd<'a>,
     byte: BytesMut,
-    /// Descriptors in the task's table. Nobody else may close these numbers.
+    /// The descriptors in the task's own table. This process must not close their numbers.
     fds: Vec<OwnedFd>,
 }
 
-/// Runs [`receive_and_exit`] in a task of its own, and waits until that has closed what it has received. Returns true if it has
-/// received a message.
+/// Runs [`receive_and_exit`] in a task of its own, and waits until that has closed the descriptors.
+/// Returns true if it has received a message.
 ///
-/// The task is what vfork(2) makes, but with a stack of its own: this thread sleeps while the task runs in the same memory. The
-/// task has a copy of this thread's descriptor table.
+/// The task is like one of vfork(2), but with a stack of its own. It runs in the same memory while
+/// this thread sleeps, and has a copy of this thread's descriptor table.
 fn receive_in_exiting_task(nursery: BorrowedFd<'_>, stack: &mut Stack) -> io::Result<bool> {
     let mut message = Message { nursery, byte: BytesMut::with_capacity(1), fds: Vec::with_capacity(SCM_MAX_FD) };
     let flags = libc::CLONE_VM | libc::CLONE_VFORK; // and no signal at its end
-    // SAFETY: the task uses `message` and the stack only while this thread sleeps in the call. The stack is large enough for
-    // the function, which only calls `recvmsg` and allocates nothing.
+    // SAFETY: the task uses `message` and the stack only while this thread sleeps in the call. The
+    // stack is large enough for the function, which only calls `recvmsg` and allocates nothing.
     let task = unsafe { libc::clone(receive_and_exit, stack.end(), flags, (&raw mut message).cast()) };
     message.fds.into_iter().for_each(|fd| _ = fd.into_raw_fd());
     let task = Pid::from_raw(Errno::result(task)?);
-    // The task leaves this memory first and closes its descriptors then, so wait for its end.
+    // The task first leaves this memory and then closes its descriptors. So wait for its end.
     match waitpid(task, Some(WaitPidFlag::__WALL)) {
         Ok(status) => Ok(status == WaitStatus::Exited(task, 0)),
-        // Somebody else in this process waits for any child with __WALL, and was told.
+        // Other code of this process waits for any child with __WALL, and got the result.
         Err(_) => Ok(true),
     }
 }
@@ -180,20 +188,22 @@ extern "C" fn receive_and_exit(message: *mut c_void) -> c_int {
     }
 }
 
-/// Gives this thread a descriptor table of its own that has only this number.
+/// Gives this thread its own descriptor table, with only this number in it.
 fn keep_only(number: RawFd) -> io::Result<()> {
     unshare_up_to(number)?;
     if number > 0 {
-        // SAFETY: closes numbers in a table that belongs to this thread alone, and on which no owner relies.
+        // SAFETY: closes numbers in a table that belongs to this thread alone, and on which no
+        // owner relies.
         Errno::result(unsafe { libc::syscall(libc::SYS_close_range, 0, number - 1, 0) })?;
     }
     Ok(())
 }
 
-/// Gives this thread a descriptor table of its own: a copy of the shared one up to `number`.
+/// Gives this thread its own descriptor table: a copy of the shared one up to `number`.
 fn unshare_up_to(number: RawFd) -> io::Result<()> {
     let (first, last) = (number + 1, libc::c_uint::MAX);
-    // SAFETY: the kernel first copies the table and then closes only numbers of the copy, on which no owner relies.
+    // SAFETY: the kernel first copies the table and then closes only numbers of the copy, on which
+    // no owner relies.
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_UNSHARE) })?;
     Ok(())
 }

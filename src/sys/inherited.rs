@@ -1,4 +1,4 @@
-//! Taking the descriptors that a process was started with.
+//! A safe way to take a descriptor that the process was started with.
 
 use std::{
     collections::BTreeSet,
@@ -22,10 +22,10 @@ static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 /// there. `make` gets the file under another number, close-on-exec.
 ///
 /// **Why this is safe to call with any number.** `make` owns a number that the kernel has made for
-/// it. The inherited number is never closed, so whoever also believes to own it closes no file of
-/// anybody else. It is taken only if it is open and not close-on-exec: the standard library and
-/// most others open everything close-on-exec, so such a number is usually one that the process was
-/// started with.
+/// it. The inherited number is never closed. So other code that also believes to own it can close
+/// only `/dev/null`, never another file. It is taken only if it is open and not close-on-exec: the
+/// standard library and most others open everything close-on-exec, so such a number is usually one
+/// that the process was started with.
 ///
 /// # Errors
 /// `ResourceBusy` if the number was taken before, `InvalidInput` if it is not open or is
@@ -37,7 +37,7 @@ pub(crate) fn take_inherited<T>(number: RawFd, make: impl FnOnce(OwnedFd) -> io:
         return Err(Error::new(ErrorKind::ResourceBusy, "it was taken before"));
     }
     // Everything that can fail comes first, so that the number keeps its file.
-    let copy = copy(number)?;
+    let copy = copy_inherited(number)?;
     let placeholder = placeholder()?;
     let made = make(copy)?;
     replace(number, placeholder.as_fd())?;
@@ -45,8 +45,12 @@ pub(crate) fn take_inherited<T>(number: RawFd, make: impl FnOnce(OwnedFd) -> io:
     Ok(made)
 }
 
-/// Copies an inherited descriptor to a number above standard error's.
-fn copy(number: RawFd) -> io::Result<OwnedFd> {
+/// Copies an inherited descriptor to a number above standard error's. The number keeps its file.
+///
+/// # Errors
+/// `InvalidInput` if the number is not open or is close-on-exec, as one that was taken is, and
+/// `EMFILE`.
+pub(crate) fn copy_inherited(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: reads a flag of a number. It need not be open.
     let flags = Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) });
     match flags {

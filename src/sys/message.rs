@@ -1,7 +1,7 @@
 //! `sendmsg` and `recvmsg` with descriptors.
 //!
-//! Straight to libc: nix's `recvmsg` makes received descriptors unreachable when the control data
-//! was truncated, and its `sendmsg` allocates on each call.
+//! They use libc directly. nix's `recvmsg` makes received descriptors unreachable if the control
+//! data was truncated, and its `sendmsg` allocates in each call.
 
 use std::{
     io::{self, IoSlice},
@@ -19,19 +19,19 @@ use nix::{
     sys::socket::{SockaddrLike, UnixAddr},
 };
 
-use super::address::Name;
+use super::{address::Name, credentials::from_kernel};
 use crate::{credentials::Credentials, limits::SCM_MAX_FD};
 
-/// `SCM_PIDFD`, which libc 0.2 lacks: a control message that carries one descriptor, installed like
-/// any other.
+/// The type of a control message with a pidfd, which libc 0.2 lacks. It carries one descriptor,
+/// installed like any other.
 const SCM_PIDFD: libc::c_int = 4;
 
-/// Room for 253 descriptors (1,032 bytes), and for the credentials, the pidfd and the timestamps
-/// that this process or another holder of the socket may have switched on: they come before the
-/// descriptors or after them, and must not push any out.
+/// The room for 253 descriptors (1,032 bytes), and for credentials, a pidfd and timestamps. This
+/// process or another holder of the socket may have switched those on. They come before or after
+/// the descriptors, and must not take their room.
 const CONTROL_BYTES: usize = 1032 + 248;
 
-/// Control data of a call, aligned as `cmsghdr` wants it.
+/// The control data of a call, with the alignment of `cmsghdr`.
 #[repr(C)]
 union Control {
     header: libc::cmsghdr,
@@ -68,31 +68,31 @@ impl Control {
     }
 }
 
-/// What a [`recvmsg`] brought, besides what it has appended.
+/// The result of a [`recvmsg`], besides the bytes and descriptors that it has appended.
 #[derive(Debug)]
 pub(crate) struct Received {
-    /// Number of bytes. 0 is the end of the stream.
+    /// The number of bytes. 0 is the end of the stream.
     pub(crate) bytes: usize,
-    /// There was room for more bytes.
+    /// True if there was room for more bytes.
     pub(crate) short: bool,
-    /// Number of descriptors that came too.
+    /// The number of descriptors that came too.
     pub(crate) fds: usize,
-    /// Control data of any kind came: descriptors, or credentials that another holder of the socket
-    /// asked for.
+    /// True if control data of any kind came: descriptors, or credentials that another holder of
+    /// the socket asked for.
     pub(crate) with_control: bool,
-    /// The kernel had descriptors for us that it could not install.
+    /// True if the kernel could not install some descriptors.
     pub(crate) control_truncated: bool,
-    /// The packet was longer than the room for it.
+    /// True if the packet was longer than the room for it.
     pub(crate) packet_truncated: bool,
-    /// The process that has sent all of it, if the socket is set to report that and the kernel
+    /// The process that has sent everything, if the socket is set to report that and the kernel
     /// knows it.
     pub(crate) credentials: Option<Credentials>,
 }
 
-/// Sends bytes, and with their first byte descriptors, without blocking. Returns the number of
-/// bytes sent; the descriptors were sent even if that is not all bytes.
+/// Sends bytes, and descriptors with their first byte, without blocking. Returns the number of
+/// bytes sent. All descriptors were sent, even if some bytes were not.
 ///
-/// At most 253 descriptors and never without a byte: a stream would drop them silently.
+/// Takes at most 253 descriptors, and never without a byte: a stream would drop them silently.
 pub(crate) fn sendmsg<'fd>(
     socket: BorrowedFd<'_>,
     bytes: &[IoSlice<'_>],
@@ -171,6 +171,7 @@ fn receive(
     fds: &mut impl Extend<OwnedFd>,
     mut sender: Option<&mut Name>,
 ) -> io::Result<Received> {
+    // Point the call to the spare room, to the control data, and to the sender's address.
     let mut control = Control::new();
     let room = bytes.spare_capacity_mut();
     debug_assert!(!room.is_empty() && max_bytes > 0);
@@ -192,6 +193,7 @@ fn receive(
     if let Some(sender) = sender {
         sender.length = message.msg_namelen as usize;
     }
+    // Own the descriptors first, whatever else is wrong with the message.
     let with_control = message.msg_controllen > 0;
     let (fds, credentials) = if with_control { take_control(&message, fds) } else { (0, None) };
     // SAFETY: the kernel has written that many bytes to the spare room, in which they fit:
@@ -208,8 +210,8 @@ fn receive(
     })
 }
 
-/// Takes ownership of every descriptor in a received message's control data. Returns the number of
-/// those that were sent, and the credentials.
+/// Takes ownership of every descriptor in the control data of a received message. Returns the
+/// number of descriptors that the peer has sent, and the credentials.
 #[allow(clippy::unnecessary_cast, reason = "`cmsg_len` is narrower on musl")]
 fn take_control(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> (usize, Option<Credentials>) {
     let (mut count, mut sender, mut pidfd) = (0, None, None);
@@ -227,7 +229,7 @@ fn take_control(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> (usiz
                 for index in 0..payload_bytes / size_of::<RawFd>() {
                     // SAFETY: `cmsg_len` covers this number. The place need not be aligned.
                     let raw = unsafe { data.cast::<RawFd>().wrapping_add(index).read_unaligned() };
-                    // SCM_PIDFD holds a negative error number where the kernel could make no pidfd.
+                    // SCM_PIDFD holds a negative error number if the kernel could not make a pidfd.
                     if raw >= 0 {
                         // SAFETY: the kernel has just installed it in this process, for this
                         // message.
@@ -250,7 +252,7 @@ fn take_control(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> (usiz
         // SAFETY: `header` is one of the message's headers; the macro checks the bounds.
         header = unsafe { libc::CMSG_NXTHDR(message, header) };
     }
-    let credentials = sender.and_then(|ucred| Credentials::from_kernel(ucred.pid, ucred.uid, ucred.gid, pidfd));
+    let credentials = sender.and_then(|sender| from_kernel(sender, pidfd));
     (count, credentials)
 }
 

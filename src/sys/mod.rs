@@ -1,29 +1,45 @@
-//! The system calls, and **all `unsafe` of the crate**: one block per call. Of the layers above it, only `buf_mut` knows one.
+//! The system calls, and **all `unsafe` of the crate**, one block for each call.
 #![allow(unsafe_code)]
 
 mod address;
 mod buf_mut;
 mod close;
+mod credentials;
 mod exit;
 mod inherited;
 mod kind;
 mod lock;
+#[cfg(feature = "serde")]
+mod map;
 mod message;
 mod option;
+mod poll;
 mod readiness;
 
 pub(crate) use close::close_all;
+pub(crate) use credentials::{may_have_same_file, overflow_id};
 pub(crate) use exit::{ExitCloser, most_sockets_at_once};
-pub(crate) use inherited::take_inherited;
-pub(crate) use kind::{FileKind, file_kind, is_socket};
+pub(crate) use inherited::{copy_inherited, take_inherited};
+pub(crate) use kind::{FileKind, FileType, file_kind, is_sealed, is_socket, new_memfd};
 pub(crate) use lock::{try_lock, unlock};
+#[cfg(feature = "serde")]
+pub(crate) use map::map_sealed;
 pub(crate) use message::{Received, recv_datagram, recvmsg, send_datagram, sendmsg};
-pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol};
+pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol, switch_off_linger};
+pub(crate) use poll::{Event, has_changed, wait_for};
 pub(crate) use readiness::{CloseFd, FdGuard, register};
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    mem::ManuallyDrop,
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::{
+            self,
+            net::{UnixListener, UnixStream},
+        },
+    },
 };
 
 use nix::{
@@ -39,12 +55,44 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// What was sent on a Unix socket and not received, in bytes of the kernel's memory: 0 when the peer has received all
-/// (`SIOCOUTQ`, which is `TIOCOUTQ`).
+/// Takes a connection off the queue of a TCP listener, non-blocking and close-on-exec, with the
+/// address of its client. To ask for the address later takes another call, and a client that has
+/// gone by then has none.
+pub(crate) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(TcpStream, SocketAddr)> {
+    // SAFETY: the descriptor stays open for the call, and is not closed, because the listener is
+    // not dropped.
+    let listener = ManuallyDrop::new(unsafe { TcpListener::from_raw_fd(listener.as_raw_fd()) });
+    let (stream, peer) = listener.accept()?;
+    stream.set_nonblocking(true)?;
+    Ok((stream, peer))
+}
+
+/// Takes a connection off the queue of a listener of Unix sockets, as [`accept_tcp`] does.
+pub(crate) fn accept_unix(listener: BorrowedFd<'_>) -> io::Result<(UnixStream, unix::net::SocketAddr)> {
+    // SAFETY: the descriptor stays open for the call, and is not closed, because the listener is
+    // not dropped.
+    let listener = ManuallyDrop::new(unsafe { UnixListener::from_raw_fd(listener.as_raw_fd()) });
+    let (stream, peer) = listener.accept()?;
+    stream.set_nonblocking(true)?;
+    Ok((stream, peer))
+}
+
+/// Returns the size of what was sent on a Unix socket and not received, in bytes of the kernel's
+/// memory. It is 0 when the peer has received everything (`SIOCOUTQ`, which is `TIOCOUTQ`).
 pub(crate) fn unreceived(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the call writes an int, to one that lives until it returns.
     let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    Errno::result(outcome)?;
+    Ok(bytes as usize)
+}
+
+/// What was received on a Unix socket and not read, in bytes (`SIOCINQ`, which is `FIONREAD`).
+/// Empty packets count for nothing.
+pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the call writes an int, to one that lives until it returns.
+    let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
     Errno::result(outcome)?;
     Ok(bytes as usize)
 }

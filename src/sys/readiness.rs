@@ -1,4 +1,4 @@
-//! Registration with tokio's event loop.
+//! The registration of a descriptor with tokio's event loop.
 
 use std::{
     io,
@@ -10,7 +10,8 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// A value that owns one open descriptor.
 ///
 /// # Safety
-/// `as_raw_fd` returns the same number for as long as the value lives, and the descriptor is open for as long.
+/// `as_raw_fd` returns the same number for as long as the value lives, and the descriptor is open
+/// for as long.
 pub(crate) unsafe trait OwnsFd: AsRawFd {}
 
 // SAFETY: an `OwnedFd` keeps its descriptor open, and never changes its number.
@@ -21,20 +22,21 @@ unsafe impl OwnsFd for OwnedFd {}
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver is not enabled.
 pub(crate) fn register<T: OwnsFd>(fd: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: the value keeps its descriptor open and the number the same, and it lives in the `AsyncFd`.
+    // SAFETY: the value keeps its descriptor open and the number the same, and it lives in the
+    // `AsyncFd`.
     let registered = unsafe { AsyncFd::register_with_interest(fd, interest) };
     registered.map_err(Into::into)
 }
 
-/// Closes a descriptor in its own way.
+/// A way to close a descriptor.
 pub(crate) trait CloseFd {
     fn close(&mut self, fd: OwnedFd);
 }
 
-/// A descriptor that is not simply closed when it is dropped.
+/// A descriptor that is closed in a way of its own when it is dropped.
 #[derive(Debug)]
 pub(crate) struct FdGuard<C: CloseFd> {
-    /// `None` only at its end.
+    /// `None` only while the guard ends.
     fd: Option<OwnedFd>,
     closer: C,
 }

@@ -1,6 +1,6 @@
 //! What can go wrong in a takeover.
 
-use std::io;
+use std::{io, process::ExitStatus, time::Duration};
 
 use super::{
     protocol::{AbortReason, Address, Family, Identity, Kind, Refusal},
@@ -43,6 +43,20 @@ pub enum Error {
     #[error("the process at the path does not follow the takeover protocol")]
     Misbehaved,
 
+    /// A process that was to serve has ended before it did.
+    #[error("the new process ended before it served: {status}")]
+    Ended {
+        /// Its exit status.
+        status: ExitStatus,
+    },
+
+    /// A process that was to serve did not do so in time, and was killed.
+    #[error("the new process did not serve within {limit:?}, and was killed")]
+    TooLate {
+        /// The limit.
+        limit: Duration,
+    },
+
     /// The process at the path runs as a uid that this process does not take listeners from.
     #[error("the process at the path runs as uid {uid}, which is not trusted; to trust it, use `Options::allow_uids`")]
     NotTrusted {
@@ -50,10 +64,11 @@ pub enum Error {
         uid: u32,
     },
 
-    /// A socket is not the one that was announced.
-    #[error("listener {identity} is not the socket that was announced: {mismatch}")]
+    /// A socket is not the one that the running server has announced or, if a process manager has
+    /// passed it, not the one that was asked for.
+    #[error("listener {identity} is not the expected socket: {mismatch}")]
     Mismatch {
-        /// What was announced.
+        /// The announcement, or the socket that the process manager has passed.
         identity: Box<Identity>,
         /// The difference.
         mismatch: Mismatch,
@@ -87,63 +102,63 @@ pub enum Error {
     },
 }
 
-/// A difference between the announcement of a listener and its socket.
+/// A difference between the listener that was expected and the socket.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Mismatch {
     /// The address family.
-    #[error("its family is {found:?}, announced was {announced:?}")]
+    #[error("its family is {found:?}, expected was {expected:?}")]
     Family {
-        /// The announcement.
-        announced: Family,
+        /// What was announced, or asked for.
+        expected: Family,
         /// The socket's.
         found: Family,
     },
     /// The type of the socket.
-    #[error("its type is {found}, announced was {announced}")]
+    #[error("its type is {found}, expected was {expected}")]
     Kind {
-        /// The announcement.
-        announced: Kind,
+        /// What was announced, or asked for.
+        expected: Kind,
         /// The socket's.
         found: Kind,
     },
     /// The protocol number.
-    #[error("its protocol is {found}, announced was {announced}")]
+    #[error("its protocol is {found}, expected was {expected}")]
     Protocol {
-        /// The announcement.
-        announced: u16,
+        /// What was announced, or asked for.
+        expected: u16,
         /// The socket's.
         found: u16,
     },
     /// The address or the port.
-    #[error("its address is {found}, announced was {announced}")]
+    #[error("its address is {found}, expected was {expected}")]
     Address {
-        /// The announcement.
-        announced: Address,
+        /// What was announced, or asked for.
+        expected: Address,
         /// The socket's.
         found: Address,
     },
     /// The device.
-    #[error("its device is {found:?}, announced was {announced:?}")]
+    #[error("its device is {found:?}, expected was {expected:?}")]
     Device {
-        /// The announcement.
-        announced: Option<String>,
+        /// What was announced, or asked for.
+        expected: Option<String>,
         /// The socket's.
         found: Option<String>,
     },
     /// `IPV6_V6ONLY`.
-    #[error("its IPV6_V6ONLY is {found:?}, announced was {announced:?}")]
+    #[error("its IPV6_V6ONLY is {found:?}, expected was {expected:?}")]
     V6Only {
-        /// The announcement.
-        announced: Option<bool>,
+        /// What was announced, or asked for.
+        expected: Option<bool>,
         /// The socket's.
         found: Option<bool>,
     },
     /// The socket itself: everything else is equal, for example in a `SO_REUSEPORT` group.
-    #[error("its cookie is {found}, announced was {announced}")]
+    #[error("its cookie is {found}, expected was {expected}")]
     Socket {
-        /// The announced cookie (`SO_COOKIE`).
-        announced: u64,
+        /// The expected cookie (`SO_COOKIE`).
+        expected: u64,
         /// The socket's.
         found: u64,
     },
@@ -166,7 +181,7 @@ impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match &error {
             Error::Io(error) => error.kind(),
-            Error::TimedOut => io::ErrorKind::TimedOut,
+            Error::TimedOut | Error::TooLate { .. } => io::ErrorKind::TimedOut,
             Error::NotTrusted { .. } => io::ErrorKind::PermissionDenied,
             Error::NoSuchListener { .. } => io::ErrorKind::NotFound,
             Error::GiverGone => io::ErrorKind::UnexpectedEof,

@@ -19,6 +19,7 @@ use tracing::{info, warn};
 
 use super::{
     Phase,
+    generations::{Generations, OwnEnd, leash},
     giver::{Giver, GiverStep},
     link::now,
     protocol::{AbortReason, FromTaker, GiverCodec, MAX_MESSAGE_FDS, Refusal, ToTaker},
@@ -42,6 +43,7 @@ pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
         shared,
         queue: VecDeque::new(),
         gift: None,
+        leash: None,
         reads: true,
         writes: true,
         peer: None,
@@ -52,6 +54,12 @@ pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
     let mut commands = Commands { to_self: Some(to_self), receiver: commands };
     while link.take_steps(&mut commands).await {
         link.turn(&mut commands).await;
+    }
+    let Giving { giver, shared, leash: Some(leash), .. } = link else { return };
+    if !giver.is_serving() {
+        leash.must_leave().await;
+        shared.status.send_modify(|status| status.must_leave = true);
+        std::future::pending::<()>().await; // the leash tells that this process still runs
     }
 }
 
@@ -64,6 +72,8 @@ struct Giving {
     queue: VecDeque<ToTaker<SendFd>>,
     /// Copies of everything that goes to the taker after READY.
     gift: Option<Gift>,
+    /// Tells this process to leave, once it has been replaced.
+    leash: Option<OwnEnd>,
     /// Something may still come from the taker.
     reads: bool,
     /// Something may still be written.
@@ -95,7 +105,7 @@ impl Giving {
             self.shared.unclaim();
         }
         let until = *self.last_word.get_or_insert_with(|| Instant::now() + LAST_WORD);
-        let is_done = self.queue.is_empty() && self.write.unsent().0 == 0;
+        let is_done = self.queue.is_empty() && self.write.unsent().bytes == 0;
         self.writes && !is_done && Instant::now() < until
     }
 
@@ -119,6 +129,7 @@ impl Giving {
             }
             GiverStep::Offer { version } => self.offer(version),
             GiverStep::Refuse(reason) => self.send(ToTaker::Refused { reason }),
+            GiverStep::TellStatus => self.tell_status(),
             GiverStep::Complete => self.send(ToTaker::Complete),
             GiverStep::Cut => {
                 self.queue.clear();
@@ -133,6 +144,8 @@ impl Giving {
             GiverStep::Stop { declined } => {
                 self.declined.clone_from(&declined);
                 shared.set_declined(declined);
+                let taker = self.read.socket().peer_cred().ok().and_then(|taker| u32::try_from(taker.pid?).ok());
+                shared.status.send_modify(|status| status.successor = taker);
                 shared.set_phase(Phase::Draining);
                 shared.set_may_remove(false); // the other one serves at these paths
                 if !shared.options.has_baton {
@@ -166,7 +179,7 @@ impl Giving {
 
     /// Queues everything that the taker needs to get ready.
     fn offer(&mut self, version: u8) {
-        let gift = self.shared.gift();
+        let gift = self.shared.gift().and_then(|gift| Ok((gift, self.offer_generations()?)));
         let count = self.shared.with_listeners(|listeners| listeners.len());
         self.send(ToTaker::Welcome { version, listeners: count as u32 });
         let mut offered = self.shared.offered();
@@ -179,10 +192,38 @@ impl Giving {
             self.send(ToTaker::State { bytes: frame.payload, fds });
         }
         match gift {
-            Ok(gift) => self.gift = Some(gift),
+            Ok((gift, generations)) => {
+                self.gift = Some(gift);
+                self.queue.extend(generations);
+            }
             Err(error) => return self.abort(&error),
         }
         self.giver.offered(now());
+    }
+
+    /// Makes the leash of this process, and messages that tell of all generations.
+    fn offer_generations(&mut self) -> std::io::Result<Vec<ToTaker<SendFd>>> {
+        let mut generations = self.shared.with_generations(Generations::copies)?;
+        let (own, other) = leash()?;
+        self.leash = Some(own);
+        generations.push((0, other));
+        let mut messages = Vec::new();
+        while !generations.is_empty() {
+            let rest = generations.split_off(generations.len().min(MAX_MESSAGE_FDS));
+            let (replaced_for, fds): (_, Vec<_>) = std::mem::replace(&mut generations, rest).into_iter().unzip();
+            messages.push(ToTaker::Generations { replaced_for, fds: fds.into_iter().map(SendFd::from).collect() });
+        }
+        Ok(messages)
+    }
+
+    fn tell_status(&mut self) {
+        let generations = self.shared.with_generations(Generations::list).into_iter().map(|generation| {
+            let milliseconds = generation.replaced_for.as_millis().try_into().unwrap_or(u64::MAX);
+            (generation.pid.unwrap_or_default(), milliseconds)
+        });
+        let is_under_way = self.shared.status.borrow().is_claimed;
+        let generations = generations.collect();
+        self.send(ToTaker::Status { pid: std::process::id(), is_under_way, generations });
     }
 
     /// Waits until something happens, and tells the giver.
@@ -190,7 +231,7 @@ impl Giving {
         let deadline = [self.giver.next_timeout().map(Instant::from_std), self.last_word];
         let deadline = deadline.into_iter().flatten().min();
         let Self { read, write, queue, peer, reads, writes, giver, .. } = self;
-        let is_unsent = *writes && (!queue.is_empty() || write.unsent().0 > 0);
+        let is_unsent = *writes && (!queue.is_empty() || write.unsent().bytes > 0);
         tokio::select! {
             biased;
             message = read.next(), if *reads => self.on_read(message),

@@ -55,6 +55,8 @@ pub(super) enum GiverStep {
     Offer { version: u8 },
     /// Send REFUSED.
     Refuse(Refusal),
+    /// Send STATUS.
+    TellStatus,
     /// Send COMPLETE.
     Complete,
     /// Shut down the receiving direction, and read on to the end: from then on no READY can be
@@ -168,6 +170,10 @@ impl Giver {
                     self.state = State::Asked { version };
                     self.steps.push_back(GiverStep::Asked);
                 }
+            }
+            (State::Hello, FromTaker::Status) => {
+                self.steps.push_back(GiverStep::TellStatus);
+                self.end(true);
             }
             (State::Waiting | State::Cutting { .. }, FromTaker::Decline { number }) if number < self.listeners => {
                 self.declined.insert(number);

@@ -77,33 +77,38 @@ pub(super) fn path_id_of(path: &Path) -> Result<(u64, u64)> {
 /// # Errors
 /// The first difference, and those of getsockopt(2) if it is no socket.
 pub(super) fn compare(offered: &Offered<OwnedFd>) -> Result<std::result::Result<(), Mismatch>> {
-    let announced = offered.identity.clone();
-    let found = identity_of(announced.name.clone(), announced.index, offered.fd.as_fd())?;
+    let expected = offered.identity.clone();
+    let found = identity_of(expected.name.clone(), expected.index, offered.fd.as_fd())?;
     let cookie = cookie_of(offered.fd.as_fd())?;
-    Ok(difference(announced, found, (offered.cookie, cookie)))
+    Ok(difference(expected, found, (offered.cookie, cookie)))
 }
 
-fn difference(announced: Identity, found: Identity, cookies: (u64, u64)) -> std::result::Result<(), Mismatch> {
-    if announced.family != found.family {
-        return Err(Mismatch::Family { announced: announced.family, found: found.family });
+/// Compares the identity that is expected of a socket with that of the socket, and two cookies.
+pub(super) fn difference(
+    expected: Identity,
+    found: Identity,
+    cookies: (u64, u64),
+) -> std::result::Result<(), Mismatch> {
+    if expected.family != found.family {
+        return Err(Mismatch::Family { expected: expected.family, found: found.family });
     }
-    if announced.kind != found.kind {
-        return Err(Mismatch::Kind { announced: announced.kind, found: found.kind });
+    if expected.kind != found.kind {
+        return Err(Mismatch::Kind { expected: expected.kind, found: found.kind });
     }
-    if announced.protocol != found.protocol {
-        return Err(Mismatch::Protocol { announced: announced.protocol, found: found.protocol });
+    if expected.protocol != found.protocol {
+        return Err(Mismatch::Protocol { expected: expected.protocol, found: found.protocol });
     }
-    if announced.address != found.address {
-        return Err(Mismatch::Address { announced: announced.address, found: found.address });
+    if expected.address != found.address {
+        return Err(Mismatch::Address { expected: expected.address, found: found.address });
     }
-    if announced.device != found.device {
-        return Err(Mismatch::Device { announced: announced.device, found: found.device });
+    if expected.device != found.device {
+        return Err(Mismatch::Device { expected: expected.device, found: found.device });
     }
-    if announced.v6_only != found.v6_only {
-        return Err(Mismatch::V6Only { announced: announced.v6_only, found: found.v6_only });
+    if expected.v6_only != found.v6_only {
+        return Err(Mismatch::V6Only { expected: expected.v6_only, found: found.v6_only });
     }
     match cookies {
-        (announced, found) if announced != found => Err(Mismatch::Socket { announced, found }),
+        (expected, found) if expected != found => Err(Mismatch::Socket { expected, found }),
         _ => Ok(()),
     }
 }
@@ -199,20 +204,20 @@ mod tests {
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let found = identity(&tcp);
         let check = |change: &dyn Fn(&mut Identity), cookie| {
-            let mut announced = found.clone();
-            change(&mut announced);
-            difference(announced, found.clone(), (cookie, 7)).unwrap_err()
+            let mut expected = found.clone();
+            change(&mut expected);
+            difference(expected, found.clone(), (cookie, 7)).unwrap_err()
         };
         use Mismatch::*;
         assert!(matches!(check(&|it| it.family = super::Family::Unix, 7), Family { .. }));
         assert!(matches!(check(&|it| it.kind = super::Kind::SeqPacket, 7), Kind { .. }));
-        assert!(matches!(check(&|it| it.protocol = 132, 7), Protocol { announced: 132, found: 6 }));
+        assert!(matches!(check(&|it| it.protocol = 132, 7), Protocol { expected: 132, found: 6 }));
         let elsewhere = super::Address::Ip("127.0.0.1:1".parse().unwrap());
         assert!(matches!(check(&|it| it.address = elsewhere.clone(), 7), Address { .. }));
         assert!(matches!(check(&|it| it.device = Some("eth0".to_owned()), 7), Device { .. }));
         assert!(matches!(check(&|it| it.v6_only = Some(true), 7), V6Only { .. }));
         // Equal addresses stay apart: another socket of a SO_REUSEPORT group.
-        assert!(matches!(check(&|_| {}, 8), Socket { announced: 8, found: 7 }));
+        assert!(matches!(check(&|_| {}, 8), Socket { expected: 8, found: 7 }));
         difference(found.clone(), found.clone(), (7, 7)).unwrap();
     }
 }

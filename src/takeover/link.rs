@@ -57,7 +57,7 @@ impl Link {
 
     /// Returns true if nothing waits to be written, or nothing more can be.
     pub(super) fn is_flushed(&self) -> bool {
-        !self.writes || self.queue.is_empty() && self.write.unsent().0 == 0
+        !self.writes || self.queue.is_empty() && self.write.unsent().bytes == 0
     }
 
     /// Waits until something happens, and tells the taker.

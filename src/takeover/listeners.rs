@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     fmt,
+    net::{SocketAddr, TcpListener, UdpSocket},
     os::fd::{AsFd, OwnedFd},
     path::Path,
     sync::Arc,
@@ -16,7 +17,8 @@ use nix::{
 use super::{
     Error,
     inspect::{cookie_of, identity_of},
-    protocol::{Identity, Kind},
+    passed,
+    protocol::{Address, Identity, Kind},
 };
 use crate::socket::PathGuard;
 
@@ -76,14 +78,86 @@ impl Listeners {
         self.add_guarded(name.into(), listener.into(), None)
     }
 
-    /// Binds a Unix socket to a path with this mode, and adds it. A connection takes write
-    /// permission.
+    /// Adds the listener that a process manager has passed for this name, of this type and at this
+    /// address. Returns false if there is none: then it is the application that has to bind it.
     ///
-    /// A lock file beside it (`<path>.lock`) says who owns the path. It moves to the process that
-    /// takes over, together with the right to remove both; the last process removes them.
+    /// These managers are known, by what they leave in the environment:
+    ///
+    /// - **systemd**, sockets of a `.socket` unit (`LISTEN_PID`, `LISTEN_FDS`, `LISTEN_FDNAMES`,
+    ///   see sd_listen_fds(3)). `FileDescriptorName=` is the name.
+    /// - **einhorn** (`EINHORN_MASTER_PID`, `EINHORN_FD_COUNT`, `EINHORN_FD_0` and so on, or the
+    ///   older `EINHORN_FDS`), without names.
+    /// - **Server::Starter**, also known as `start_server` (`SERVER_STARTER_PORT`), without names.
+    ///
+    /// A socket that was passed for the name has to be of this type and at this address; port 0 is
+    /// any port. If none was, one at exactly this address is taken, whatever its name is. The
+    /// inherited number becomes `/dev/null`, so that programs which this process starts have no
+    /// copy. What is not adopted stays as it is, for example descriptors from systemd's store.
+    ///
+    /// The manager keeps its own copy. It owns the path of a Unix socket, which stays as it is when
+    /// the server ends.
+    ///
+    /// A number that is close-on-exec does not count as passed: `sd_listen_fds` of libsystemd sets
+    /// that flag. [`add`](Self::add) what it returns.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::net::{SocketAddr, TcpListener};
+    ///
+    /// use fdwire::takeover::{Listeners, protocol::Kind};
+    ///
+    /// // `bind_tcp` does the same. Do it by hand to set options of the socket.
+    /// let mut listeners = Listeners::new();
+    /// let address: SocketAddr = "127.0.0.1:0".parse()?;
+    /// if !listeners.adopt("http", Kind::Stream, &address.into())? {
+    ///     listeners.add("http", TcpListener::bind(address)?)?;
+    /// }
+    /// # Ok(()) }
+    /// ```
     ///
     /// # Errors
-    /// [`Error::Io`], as for [`Listener::bind_with_mode`](crate::Listener::bind_with_mode).
+    /// [`Error::Mismatch`] if sockets were passed for the name, and all of them are of another
+    /// type, or at another address. [`Error::Io`] with `EMFILE` if there is no descriptor left.
+    pub fn adopt(&mut self, name: impl Into<String>, kind: Kind, address: &Address) -> Result<bool, Error> {
+        let name = name.into();
+        let passed = passed::take(&name, self.next_index(&name), kind, address)?;
+        passed.map_or(Ok(false), |fd| self.add(name, fd).map(|()| true))
+    }
+
+    /// [Adopts](Self::adopt) the TCP listener that a process manager has passed, or binds one.
+    ///
+    /// # Errors
+    /// Those of [`adopt`](Self::adopt), and of bind(2).
+    pub fn bind_tcp(&mut self, name: impl Into<String>, address: SocketAddr) -> Result<(), Error> {
+        let name = name.into();
+        match self.adopt(name.clone(), Kind::Stream, &address.into())? {
+            true => Ok(()),
+            false => self.add(name, TcpListener::bind(address)?),
+        }
+    }
+
+    /// [Adopts](Self::adopt) the UDP socket that a process manager has passed, or binds one.
+    ///
+    /// # Errors
+    /// Those of [`adopt`](Self::adopt), and of bind(2).
+    pub fn bind_udp(&mut self, name: impl Into<String>, address: SocketAddr) -> Result<(), Error> {
+        let name = name.into();
+        match self.adopt(name.clone(), Kind::Datagram, &address.into())? {
+            true => Ok(()),
+            false => self.add(name, UdpSocket::bind(address)?),
+        }
+    }
+
+    /// [Adopts](Self::adopt) the Unix socket that a process manager has passed, or binds one to a
+    /// path with this mode. A connection takes write permission.
+    ///
+    /// A lock file beside it (`<path>.lock`) says who owns a path that was bound here. It moves to
+    /// the process that takes over, together with the right to remove both; the last process
+    /// removes them.
+    ///
+    /// # Errors
+    /// Those of [`adopt`](Self::adopt), and [`Error::Io`] as for
+    /// [`Listener::bind_with_mode`](crate::Listener::bind_with_mode).
     pub fn bind_path(
         &mut self,
         name: impl Into<String>,
@@ -91,7 +165,10 @@ impl Listeners {
         kind: Kind,
         mode: u32,
     ) -> Result<(), Error> {
-        let path = path.as_ref();
+        let (name, path) = (name.into(), path.as_ref());
+        if self.adopt(name.clone(), kind, &Address::Path(path.to_owned()))? {
+            return Ok(());
+        }
         let addr = UnixAddr::new(path).map_err(std::io::Error::from)?;
         let mut guard = PathGuard::take(path)?;
         let kind = match kind {
@@ -105,7 +182,7 @@ impl Listeners {
         if kind != SockType::Datagram {
             socket::listen(&fd, Backlog::MAXCONN).map_err(std::io::Error::from)?;
         }
-        self.add_guarded(name.into(), fd, Some(guard))
+        self.add_guarded(name, fd, Some(guard))
     }
 
     /// Returns what tells the listeners from others, in their order.
@@ -124,11 +201,15 @@ impl Listeners {
     }
 
     fn add_guarded(&mut self, name: String, fd: OwnedFd, guard: Option<PathGuard>) -> Result<(), Error> {
-        let index = self.counts.get(&name).copied().unwrap_or_default();
+        let index = self.next_index(&name);
         let identity = identity_of(name, index, fd.as_fd())?;
         let cookie = cookie_of(fd.as_fd())?;
         set_nonblocking(&fd)?;
         self.insert(Entry { identity, cookie, fd: Arc::new(fd), guard })
+    }
+
+    fn next_index(&self, name: &str) -> u32 {
+        self.counts.get(name).copied().unwrap_or_default()
     }
 
     /// Adds a listener that has its index already.
@@ -172,8 +253,6 @@ fn set_nonblocking(fd: &OwnedFd) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
-
     use super::*;
 
     #[test]

@@ -32,40 +32,61 @@
 //!
 //! # Both sides
 //!
-//! Every generation runs the same code. [`bind_or_take`] binds the listeners if no server runs, and
-//! [requests](request()) those of the one that does otherwise. After [ready](Pending::ready), all
-//! generations are the same [`Server`].
+//! Every generation runs the same code. [`bind_or_take`] [requests](request()) the listeners of the
+//! server that runs. If none does, [`Listeners`] adopts what systemd, einhorn or Server::Starter
+//! has passed, and binds the rest. After [ready](Pending::ready), all generations are the same
+//! [`Server`].
 //!
 //! ```no_run
 //! # async fn set_up() {}
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::sync::Arc;
+//!
 //! use fdwire::takeover::{self, Listeners, Options};
 //! use tokio::{io::AsyncWriteExt, net::TcpListener};
 //!
 //! let bind = || {
 //!     let mut listeners = Listeners::new();
-//!     listeners.add("http", std::net::TcpListener::bind("0.0.0.0:8080")?)?;
+//!     listeners.bind_tcp("http", "0.0.0.0:8080".parse().expect("an address"))?;
 //!     Ok(listeners)
 //! };
 //! let pending = takeover::bind_or_take("/run/app/takeover", Options::default(), bind).await?;
 //! set_up().await; // a crash here costs nothing
-//! let server = pending.ready().await?;
+//! let server = Arc::new(pending.ready().await?);
 //!
 //! let http = server.gated::<TcpListener>("http", 0)?;
+//! let accepting = Arc::clone(&server);
 //! tokio::spawn(async move {
-//!     while let Ok((mut connection, _)) = http.accept().await {
-//!         tokio::spawn(async move { connection.write_all(b"hello\n").await });
+//!     while let Ok((mut stream, _)) = http.accept().await {
+//!         let connection = accepting.open_connection();
+//!         tokio::spawn(async move {
+//!             tokio::select! {
+//!                 _ = stream.write_all(b"hello\n") => {} // serve it, and
+//!                 () = connection.ending() => {} // end it when its turn has come
+//!             }
+//!         });
 //!     }
 //! });
-//! loop {
-//!     server.replaced().await;
-//!     // Finish the connections here.
-//!     if server.drained().await {
-//!         break; // otherwise the takeover was undone, and this process serves
-//!     }
-//! }
+//! // Until another process has taken over and the connections have ended, or their time is over.
+//! let finished = server.finish().await;
+//! println!("{} connections are cut", finished.left);
 //! # Ok(()) }
 //! ```
+//!
+//! # The old process
+//!
+//! [`Server::finish`] tells when it may leave, and how many connections are left then.
+//!
+//! - **No reconnect storm.** Its connections are told to end at moments that are spread evenly over
+//!   10 s or [what you choose](Options::drain). With the feature `axum`, `Server::serve_axum` sends
+//!   `Connection: close` and GOAWAY.
+//! - **It stays for the spread**, so that long a takeover can be undone, **and leaves at the
+//!   deadline**.
+//! - **Few generations.** A server [lists](Server::generations) the old processes that still run,
+//!   and asks the oldest to leave if there are [too many](Options::max_old_generations).
+//! - **The truth for a supervisor.** [`launch`] starts a new process and returns once it serves or
+//!   has failed; [`status`] asks from outside who serves.
+//!   [`systemd::Notifier`](crate::systemd::Notifier) tells a service manager.
 //!
 //! # What happens when
 //!
@@ -94,8 +115,10 @@
 
 #[cfg(feature = "axum")]
 mod axum;
+mod drain;
 mod error;
 mod gate;
+mod generations;
 mod give;
 mod giver;
 mod inspect;
@@ -103,7 +126,9 @@ mod link;
 mod listeners;
 #[cfg(test)]
 mod model;
+mod news;
 mod options;
+mod passed;
 mod predecessor;
 pub mod protocol;
 #[cfg(test)]
@@ -112,12 +137,17 @@ mod request;
 mod server;
 mod shared;
 mod start;
+mod status;
 mod taker;
 
+pub use drain::{Finished, OpenConnection};
 pub use error::{Error, Mismatch};
 pub use gate::{Accepts, Gated};
+pub use generations::Generation;
 pub use listeners::Listeners;
+pub(crate) use news::News;
 pub use options::Options;
 pub use request::{Pending, request};
 pub use server::{Phase, Server};
 pub use start::bind_or_take;
+pub use status::{Status, launch, status};

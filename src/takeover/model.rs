@@ -173,6 +173,7 @@ impl World {
                 giver.offered(now);
             }
             GiverStep::Refuse(_) => unreachable!("it is not busy"),
+            GiverStep::TellStatus => unreachable!("nobody asks for it"),
             GiverStep::Complete => self.to_taker.push(Sent::Complete),
             GiverStep::Cut => self.cut = true,
             GiverStep::Abort(reason) => self.to_taker.push(Sent::Aborted(reason)),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{giver::GiverLimits, taker::TakerLimits};
+use super::{drain::DrainLimits, giver::GiverLimits, taker::TakerLimits};
 
 /// Settings of a server and of the process that takes over. Every wait has a limit.
 ///
@@ -22,10 +22,13 @@ pub struct Options {
     pub(super) mode: u32,
     pub(super) uids: Vec<u32>,
     pub(super) has_baton: bool,
+    pub(super) drain: DrainLimits,
+    pub(super) max_old_generations: usize,
 }
 
 impl Default for Options {
-    /// 5 s for answers and for the lock, 60 s until ready, mode 0600, own uid and root, no baton.
+    /// 5 s for answers and for the lock, 60 s until ready, mode 0600, own uid and root, no baton, a
+    /// drain of 10 to 60 s, 8 old generations.
     fn default() -> Self {
         Self {
             answer_timeout: Duration::from_secs(5),
@@ -34,6 +37,8 @@ impl Default for Options {
             mode: 0o600,
             uids: Vec::new(),
             has_baton: false,
+            drain: DrainLimits { spread: Duration::from_secs(10), deadline: Duration::from_secs(60) },
+            max_old_generations: 8,
         }
     }
 }
@@ -84,6 +89,30 @@ impl Options {
     #[must_use]
     pub fn with_baton(mut self) -> Self {
         self.has_baton = true;
+        self
+    }
+
+    /// Sets the times of the drain, from the moment at which a server is replaced. They count in
+    /// [`Server::finish`](super::Server::finish).
+    ///
+    /// - Its connections are told to end at moments that are spread over `spread`, so that clients
+    ///   do not all come back at once. The server stays for at least as long, so a takeover can be
+    ///   undone for that time. Default: 10 s.
+    /// - After `deadline`, what is left is cut. So that is also the greatest age of an old
+    ///   generation. Default: 60 s. At least `spread`.
+    #[must_use]
+    pub fn drain(mut self, spread: Duration, deadline: Duration) -> Self {
+        self.drain = DrainLimits { spread, deadline: deadline.max(spread) };
+        self
+    }
+
+    /// Limits the number of processes that were replaced and still finish their connections. If
+    /// there are more, a new server asks the oldest to leave: what that one has left is cut.
+    /// Default:
+    /// 8. At least 1, the one that may have to serve again.
+    #[must_use]
+    pub fn max_old_generations(mut self, most: usize) -> Self {
+        self.max_old_generations = most.max(1);
         self
     }
 

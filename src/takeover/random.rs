@@ -216,6 +216,7 @@ impl Processes {
                     }
                     giver.offered(self.now);
                 }
+                GiverStep::TellStatus => unreachable!("nobody asks for it"),
                 GiverStep::Refuse(reason) => out.send(codec, ToTaker::Refused { reason }),
                 GiverStep::Complete => out.send(codec, ToTaker::Complete),
                 GiverStep::Cut => {

@@ -12,6 +12,7 @@ use tracing::warn;
 
 use super::{
     Error, Options, Server,
+    generations::Generations,
     inspect::compare,
     link::{Came, Link, now},
     listeners::{Entry, Listeners},
@@ -41,17 +42,23 @@ use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard};
 /// Nothing is left behind when dropped: the server goes on.
 pub async fn request(path: impl AsRef<Path>, options: Options) -> Result<Pending, Error> {
     let path = std::path::absolute(path)?;
-    let connecting = Socket::connect(&path, SocketKind::SeqPacket);
-    let socket = timeout(options.answer_timeout, connecting).await.map_err(|_| Error::TimedOut)??;
-    let uid = socket.peer_cred()?.uid;
-    if !options.trusts(uid) {
-        return Err(Error::NotTrusted { uid });
-    }
+    let socket = connect(&path, &options).await?;
     let mut link = Link::new(socket, options.taker_limits());
     let mut pending = Pending::new(options, path);
     pending.receive(&mut link).await?;
     pending.link = Some(link);
     Ok(pending)
+}
+
+/// Connects to the server at a path, if it can be trusted.
+pub(super) async fn connect(path: &Path, options: &Options) -> Result<Socket, Error> {
+    let connecting = Socket::connect(path, SocketKind::SeqPacket);
+    let socket = timeout(options.answer_timeout, connecting).await.map_err(|_| Error::TimedOut)??;
+    let uid = socket.peer_cred()?.uid;
+    match options.trusts(uid) {
+        true => Ok(socket),
+        false => Err(Error::NotTrusted { uid }),
+    }
 }
 
 /// The listeners of a running server, before this process serves.
@@ -70,6 +77,8 @@ pub struct Pending {
     /// Numbers of listeners that this process has no use for.
     declined: BTreeSet<u32>,
     state: Vec<Frame>,
+    /// Processes that were replaced, with the one that serves now as the last.
+    generations: Generations,
     /// The path, if no server runs any longer.
     lock: Option<PathGuard>,
 }
@@ -134,6 +143,11 @@ impl Pending {
         self.serve(Some(link).filter(|_| !is_confirmed))
     }
 
+    /// Returns the numbers that are the same for all copies of the listeners.
+    pub(super) fn cookies(&self) -> BTreeSet<u64> {
+        self.listeners.entries.iter().map(|entry| entry.cookie).collect()
+    }
+
     /// For the first process at a path.
     fn serve_first(self) -> Result<Server, Error> {
         let Self { options, path, mut listeners, declined, lock, .. } = self;
@@ -146,7 +160,7 @@ impl Pending {
 
     /// For a process that replaces another one. Without a link, that one has died.
     fn serve(self, link: Option<Link>) -> Result<Server, Error> {
-        let Self { options, path, mut listeners, mut path_ids, declined, lock, .. } = self;
+        let Self { options, path, mut listeners, mut path_ids, declined, mut generations, lock, .. } = self;
         listeners.retain(|number| !declined.contains(&number));
         let mut numbers = 0..;
         path_ids.retain(|_| numbers.next().is_some_and(|number| !declined.contains(&number)));
@@ -159,6 +173,9 @@ impl Pending {
             }
         };
         let shared = Arc::new(Shared::new(options, path, listeners, control, link.is_some()));
+        generations.last_was_replaced();
+        generations.limit(shared.options.max_old_generations);
+        shared.with_generations(|of_shared| *of_shared = generations);
         let Some(link) = link else {
             shared.inherit_paths(&path_ids);
             return Ok(Server::start(shared, None::<Ready<()>>));
@@ -176,6 +193,7 @@ impl Pending {
             path_ids: Vec::new(),
             declined: BTreeSet::new(),
             state: Vec::new(),
+            generations: Generations::default(),
             lock: None,
         }
     }
@@ -211,6 +229,11 @@ impl Pending {
                         close_in_background(offered.map(|listener| listener.fd));
                         return Err(error);
                     }
+                }
+            }
+            ToTaker::Generations { replaced_for, fds } => {
+                for (milliseconds, leash) in replaced_for.into_iter().zip(fds) {
+                    self.generations.add(milliseconds, leash)?;
                 }
             }
             ToTaker::State { bytes, fds } => self.state.push(Frame { payload: bytes, fds }),

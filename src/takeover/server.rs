@@ -17,7 +17,8 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Accepts, Error, Gated, Listeners, Options,
+    Accepts, Error, Gated, Generation, Listeners, Options,
+    generations::Generations,
     give::give,
     protocol::Identity,
     shared::{Baton, Command, Control, Shared, Status, UpCommand},
@@ -68,7 +69,7 @@ const BACK_OFF: Duration = Duration::from_millis(20);
 /// ```
 #[derive(Debug)]
 pub struct Server {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -211,6 +212,17 @@ impl Server {
         !self.shared.status.borrow().has_predecessor
     }
 
+    /// Lists the processes that were replaced and still finish their connections, the oldest first.
+    pub fn generations(&self) -> Vec<Generation> {
+        self.shared.with_generations(Generations::list)
+    }
+
+    /// Returns the process id of the one that has replaced this one. `None` if none has, or if it
+    /// is in another PID namespace.
+    pub fn successor(&self) -> Option<u32> {
+        self.shared.status.borrow().successor
+    }
+
     /// Passes the baton on after this process was [replaced](Self::replaced). For a server
     /// [with a baton](Options::with_baton), which no longer uses it.
     pub fn put_down_baton(&self, baton: Bytes) {
@@ -223,7 +235,7 @@ impl Server {
         self.shared.set_application(Arc::new(state));
     }
 
-    async fn wait(&self, is_it: impl FnMut(&Status) -> bool) -> Status {
+    pub(super) async fn wait(&self, is_it: impl FnMut(&Status) -> bool) -> Status {
         self.shared.wait(is_it).await
     }
 }

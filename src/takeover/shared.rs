@@ -10,11 +10,16 @@ use std::{
 
 use bytes::Bytes;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
-use tokio::sync::{mpsc::UnboundedSender, oneshot, watch};
+use tokio::{
+    sync::{mpsc::UnboundedSender, oneshot, watch},
+    time::Instant,
+};
 use tracing::info;
 
 use super::{
     Error, Options, Phase,
+    drain::Connections,
+    generations::Generations,
     listeners::Listeners,
     protocol::{Address, Identity, Offered},
 };
@@ -26,6 +31,7 @@ pub(super) struct Shared {
     pub(super) path: PathBuf,
     state: Mutex<State>,
     pub(super) status: watch::Sender<Status>,
+    pub(super) connections: Connections,
 }
 
 /// What handles and tasks wait for.
@@ -37,6 +43,14 @@ pub(super) struct Status {
     /// A predecessor may still have to serve again.
     pub(super) has_predecessor: bool,
     pub(super) baton: Baton,
+    /// A takeover from this process is under way.
+    pub(super) is_claimed: bool,
+    /// Process id of the one that has replaced this one, if it is in this PID namespace.
+    pub(super) successor: Option<u32>,
+    /// The moment at which this process was replaced.
+    pub(super) replaced_at: Option<Instant>,
+    /// A successor does not wait for this process's connections any longer.
+    pub(super) must_leave: bool,
 }
 
 /// The baton that comes with a takeover.
@@ -54,8 +68,6 @@ struct State {
     control: Option<Control>,
     /// Numbers of listeners that the new process has no use for.
     declined: BTreeSet<u32>,
-    /// A takeover is under way, or has been completed.
-    is_claimed: bool,
     gates: Vec<Weak<dyn Gate>>,
     /// To the task of the process that takes over.
     link: Option<UnboundedSender<Command>>,
@@ -63,6 +75,8 @@ struct State {
     predecessor: Option<UnboundedSender<UpCommand>>,
     /// Called for each takeover.
     application: Option<Application>,
+    /// Processes that were replaced before this one serves, and still run.
+    generations: Generations,
 }
 
 pub(super) type Application = Arc<dyn Fn() -> Vec<Frame> + Send + Sync>;
@@ -136,9 +150,14 @@ impl Shared {
             has_control: control.is_some(),
             has_predecessor,
             baton: if has_predecessor { Baton::Coming } else { Baton::Here(None) },
+            is_claimed: false,
+            successor: None,
+            replaced_at: None,
+            must_leave: false,
         };
         let state = State { listeners, control, ..State::default() };
-        Self { options, path, state: Mutex::new(state), status: watch::Sender::new(status) }
+        let status = watch::Sender::new(status);
+        Self { options, path, state: Mutex::new(state), status, connections: Connections::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -168,7 +187,13 @@ impl Shared {
 
     /// Changes the phase. Listeners leave their event loops when this process stops to serve.
     pub(super) fn set_phase(&self, phase: Phase) {
-        self.status.send_modify(|status| status.phase = phase);
+        self.status.send_modify(|status| {
+            status.phase = phase;
+            match phase {
+                Phase::Serving => (status.replaced_at, status.successor) = (None, None),
+                _ => status.replaced_at = status.replaced_at.or(Some(Instant::now())),
+            }
+        });
         if phase != Phase::Serving {
             // Outside of the lock: closing runs code of an event loop.
             let gates = self.lock().gates.clone();
@@ -180,19 +205,22 @@ impl Shared {
     /// Begins a takeover, unless there is one. One at a time.
     pub(super) fn claim(&self, link: UnboundedSender<Command>) -> bool {
         let mut state = self.lock();
-        if state.is_claimed || self.phase() != Phase::Serving || state.control.is_none() {
-            return false;
+        let has_control = state.control.is_some();
+        let claimed = self.status.send_if_modified(|status| {
+            let may_claim = !status.is_claimed && status.phase == Phase::Serving && has_control;
+            status.is_claimed |= may_claim;
+            may_claim
+        });
+        if claimed {
+            state.link = Some(link);
         }
-        state.is_claimed = true;
-        state.link = Some(link);
-        true
+        claimed
     }
 
     /// The takeover has ended, and this process serves.
     pub(super) fn unclaim(&self) {
-        let mut state = self.lock();
-        state.is_claimed = false;
-        state.link = None;
+        self.lock().link = None;
+        self.status.send_modify(|status| status.is_claimed = false);
     }
 
     pub(super) fn command(&self, command: Command) -> bool {
@@ -215,6 +243,10 @@ impl Shared {
     pub(super) fn application_state(&self) -> Vec<Frame> {
         let application = self.lock().application.clone();
         application.map_or_else(Vec::new, |application| application())
+    }
+
+    pub(super) fn with_generations<T>(&self, look: impl FnOnce(&mut Generations) -> T) -> T {
+        look(&mut self.lock().generations)
     }
 
     /// Returns the listeners as they are sent. No copies are made: they stay this process's.
@@ -315,11 +347,12 @@ impl Shared {
     /// Closes everything. Paths are removed, unless another process has the right to.
     pub(super) fn give_up(&self) {
         self.set_phase(Phase::Replaced);
-        let (listeners, control) = {
+        let given_up = {
             let mut state = self.lock();
-            (std::mem::take(&mut state.listeners), state.control.take())
+            let generations = std::mem::take(&mut state.generations);
+            (std::mem::take(&mut state.listeners), state.control.take(), generations)
         };
-        drop((listeners, control));
+        drop(given_up);
     }
 
     /// Makes sure that no predecessor serves again.

@@ -4,7 +4,7 @@ use std::{io::ErrorKind, path::Path, time::Duration};
 
 use tokio::time::{Instant, sleep};
 
-use super::{Error, Listeners, Options, Pending, request};
+use super::{Error, Listeners, Options, Pending, passed, request};
 use crate::socket::PathGuard;
 
 /// The time between two attempts while a process that has died is on its way out.
@@ -16,17 +16,20 @@ const RETRY: Duration = Duration::from_millis(10);
 /// on with [`Pending::ready`]. `bind` is called only if no server runs, and again if an address is
 /// still in use by one that is just ending.
 ///
+/// In `bind`, [`Listeners::bind_tcp`] and its siblings adopt what systemd, einhorn or
+/// Server::Starter has passed, and bind otherwise. So the same program runs under such a manager
+/// and without one. If a server runs that has the same sockets, for example an older process of the
+/// same manager, the copies that the manager has passed are closed.
+///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use std::net::TcpListener;
-///
 /// use fdwire::takeover::{self, Listeners, Options};
 ///
 /// # let directory = tempfile::tempdir()?;
 /// # let path = directory.path().join("takeover");
 /// let bind = || {
 ///     let mut listeners = Listeners::new();
-///     listeners.add("http", TcpListener::bind("127.0.0.1:0")?)?;
+///     listeners.bind_tcp("http", "127.0.0.1:0".parse().expect("an address"))?;
 ///     Ok(listeners)
 /// };
 /// let first = takeover::bind_or_take(&path, Options::default(), bind).await?.ready().await?;
@@ -57,7 +60,11 @@ pub async fn bind_or_take(
                 Ok(pending) => return Ok(pending),
                 Err(error) => error,
             },
-            requested => return requested,
+            Ok(pending) => {
+                passed::close_copies(&pending.cookies());
+                return Ok(pending);
+            }
+            Err(error) => error,
         };
         // The kernel closes what a dead process had open one thing after another.
         if !is_in_use(&error) || Instant::now() >= until {

@@ -197,7 +197,7 @@ impl Taker {
             (State::Receiving { left }, ToTaker::Listeners(listeners)) if *left as usize >= listeners.len() => {
                 *left -= listeners.len() as u32;
             }
-            (State::Receiving { .. }, ToTaker::State { .. }) => {}
+            (State::Receiving { .. }, ToTaker::State { .. } | ToTaker::Generations { .. }) => {}
             (State::Receiving { left: 0 }, ToTaker::Complete) => {
                 self.state = State::Offered { giver_gone: false };
                 self.deadline = None;

@@ -1,16 +1,18 @@
-//! Messages over one socket, **without waiting**: each call makes one attempt, and its result says
-//! what to wait for.
+//! The two directions of a connection, **without waiting**: each call makes one attempt, and its
+//! result tells what to wait for.
 //!
-//! [`framed`](crate::Framed) waits with tokio and [`blocking`](crate::blocking) with `poll(2)`. The
-//! rules of sending and receiving are here, once for both.
+//! [`framed`](crate::Framed) waits with tokio, and [`blocking`](crate::blocking) with `poll(2)`.
+//! Both use the rules of sending and receiving in this module.
 
 mod parts;
 mod receive;
 mod send;
 mod senders;
 mod spare;
+mod unsent;
 
-pub use parts::Parts;
+pub use parts::FramedParts;
 pub(crate) use receive::{ReceiveSide, Receiving, Rest};
 pub(crate) use send::{SendSide, Sending, encode};
 pub(crate) use senders::Senders;
+pub use unsent::Unsent;

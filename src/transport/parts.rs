@@ -3,35 +3,39 @@ use std::os::fd::OwnedFd;
 use bytes::BytesMut;
 
 use super::{Receiving, Senders, Sending};
-use crate::{FdQueue, SendBuf, Socket};
+use crate::{
+    codec::{FdQueue, SendBuf},
+    socket::Socket,
+};
 
-/// What a [`Framed`](crate::Framed) consists of, from
+/// The parts of a [`Framed`](crate::Framed), made by
 /// [`Framed::into_parts`](crate::Framed::into_parts). `S` is the type of its socket.
 #[derive(Debug)]
 #[non_exhaustive]
-pub struct Parts<D, E = D, S = Socket> {
+pub struct FramedParts<D, E = D, S = Socket> {
     /// The socket.
     pub socket: S,
-    /// Decodes what arrives.
+    /// The codec of the receiving direction.
     pub decoder: D,
-    /// Encodes what is sent.
+    /// The codec of the sending direction.
     pub encoder: E,
-    /// Bytes received and not decoded.
+    /// The bytes that were received and not decoded.
     pub received: BytesMut,
-    /// Descriptors received that no message has claimed.
+    /// The descriptors that were received and that no message has claimed.
     pub received_fds: FdQueue<OwnedFd>,
-    /// Bytes and descriptors accepted and not sent. What you append is sent as one more message,
-    /// with the [grouping](crate::Codec::grouping) that the encoder asks for when everything is put
-    /// together again. If no call can carry it, the sending direction has failed then.
+    /// The bytes and descriptors that were accepted and not sent. Everything that you append
+    /// becomes one more message when the parts are put together again, with the
+    /// [grouping](crate::Codec::grouping) of the encoder. If no call can carry that message, the
+    /// sending direction has failed from then on.
     pub unsent: SendBuf,
-    /// How far each direction has come: what has ended stays so.
+    /// The state of each direction: an end or a failure is kept.
     pub(crate) receiving: Receiving,
     pub(crate) sending: Sending,
-    /// The processes that sent what was received.
+    /// The processes that sent the received bytes.
     pub(crate) senders: Senders,
 }
 
-impl<D, E, S> Parts<D, E, S> {
+impl<D, E, S> FramedParts<D, E, S> {
     /// Returns the parts of a connection that was not used yet.
     pub(crate) fn new(socket: S, decoder: D, encoder: E) -> Self {
         Self {
@@ -48,9 +52,9 @@ impl<D, E, S> Parts<D, E, S> {
     }
 
     /// Replaces the codecs.
-    pub(crate) fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Parts<D2, E2, S> {
+    pub(crate) fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> FramedParts<D2, E2, S> {
         let Self { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } = self;
         let (decoder, encoder) = map(decoder, encoder);
-        Parts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
+        FramedParts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
     }
 }

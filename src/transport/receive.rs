@@ -9,16 +9,18 @@ use bytes::BytesMut;
 
 use super::{Senders, spare};
 use crate::{
-    Credentials, Decoder, Error, FdQueue, SocketKind,
     closer::Account,
-    codec::{Inbound, Step, Unfinished},
-    socket::Endpoint,
+    codec::{Decoder, FdQueue, Inbound, Step, Unfinished},
+    credentials::Credentials,
+    error::Error,
+    socket::{Endpoint, SocketKind},
     sys::{self, Received},
 };
 
-/// The receiving direction of a connection: what has arrived, and how far receiving has come.
+/// The receiving direction of a connection: the bytes and descriptors that have arrived, and the
+/// state of the direction.
 ///
-/// Its socket, which it does not hold, is the same in all calls.
+/// It does not hold its socket. The caller passes the same one in all calls.
 #[derive(Debug)]
 pub(crate) struct ReceiveSide {
     inbound: Inbound,
@@ -27,12 +29,12 @@ pub(crate) struct ReceiveSide {
     timing: RestTiming,
 }
 
-/// How far a receiving direction has come.
+/// The state of a receiving direction.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Receiving {
     #[default]
     Open,
-    /// The last error, or the end, was yielded.
+    /// The last error or the end was yielded.
     Over,
 }
 
@@ -53,21 +55,21 @@ impl ReceiveSide {
         side
     }
 
-    /// Returns the next message, or what it takes to get one: after [`Step::End`] that is the
-    /// [last error](Self::last_error).
+    /// Returns the next message, or what to do to get one. After [`Step::End`], call
+    /// [`last_error`](Self::last_error).
     ///
     /// # Errors
-    /// What the decoder refuses. Receiving [has failed](Self::fail) then.
+    /// The errors of the decoder. The caller has to [fail](Self::fail) the direction then.
     #[inline(always)]
     pub(crate) fn next<D: Decoder>(&mut self, decoder: &mut D) -> Result<Step<D::Item>, D::Error> {
         self.inbound.next(decoder)
     }
 
-    /// Reports what has arrived of messages that are not complete. To be called after
-    /// [`next`](Self::next) has left nothing else.
+    /// Charges the peer's uid for the messages that are not complete. Call it when
+    /// [`next`](Self::next) finds no complete message.
     ///
     /// # Errors
-    /// [`Error::OverUidLimit`] if that is more than the peer's uid may have.
+    /// [`Error::OverUidLimit`] if the uid has more than it may have.
     pub(crate) fn hold(&self, socket: Endpoint<'_>) -> Result<(), Error> {
         socket.hold(self.inbound.bytes.len(), self.inbound.fds.count())
     }
@@ -82,22 +84,22 @@ impl ReceiveSide {
         self.senders.of_message(self.inbound.decoded()).map(|credentials| &**credentials)
     }
 
-    /// Sends descriptors that nobody takes to the closer.
+    /// Lets the closer have the descriptors that nobody takes.
     fn set_home(&mut self, socket: Endpoint<'_>) {
         self.inbound.fds.set_home(Arc::<Account>::clone(socket.account()));
     }
 
-    /// Makes room and one `recvmsg`.
+    /// Makes room in the buffer, and makes one `recvmsg`.
     ///
     /// # Errors
-    /// Those of recvmsg(2).
+    /// The errors of recvmsg(2).
     pub(crate) fn receive<D: Decoder>(&mut self, socket: BorrowedFd<'_>, decoder: &D) -> io::Result<Received> {
         let most = self.inbound.make_room(decoder, spare::take).min(decoder.max_receive_bytes());
         // A receive of nothing would look like the end.
         sys::recvmsg(socket, &mut self.inbound.bytes, most.max(1), &mut self.inbound.fds)
     }
 
-    /// Takes note of what a [`receive`](Self::receive) has brought. `is_rest` if
+    /// Notes the result of a [`receive`](Self::receive). `is_rest` is true if
     /// [part](Self::has_part) of a message was there before.
     ///
     /// # Errors
@@ -109,8 +111,9 @@ impl ReceiveSide {
         is_rest: bool,
     ) -> Result<(), Error> {
         if !self.inbound.fds.has_home() {
-            self.set_home(socket); // a decoder has put another queue in place of ours
+            self.set_home(socket); // a decoder has replaced the queue
         }
+        // Another holder may have switched credentials on. Only those that were asked for count.
         let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
         if received.bytes > 0 && (credentials.is_some() || self.senders.know_any()) {
             self.senders.received(credentials, self.inbound.decoded(), is_rest)?;
@@ -124,8 +127,8 @@ impl ReceiveSide {
         Ok(())
     }
 
-    /// Returns how long the rest of a message may be waited for. To be called when nothing is there
-    /// to receive.
+    /// Returns how long to wait for the rest of a message. Call it when nothing is there to
+    /// receive.
     pub(crate) fn rest(&mut self, limit: Duration, now: impl FnOnce() -> Instant) -> Rest {
         self.timing.rest(self.inbound.unfinished(), limit, now)
     }
@@ -135,7 +138,7 @@ impl ReceiveSide {
         Error::Unfinished { bytes: self.inbound.bytes.len(), fds: self.inbound.fds.count() }
     }
 
-    /// Gives up unused buffers. To be called when nothing is there to receive.
+    /// Gives up unused buffers. Call it when nothing is there to receive.
     pub(crate) fn release(&mut self) {
         spare::keep(self.inbound.release());
     }
@@ -147,8 +150,9 @@ impl ReceiveSide {
         (before == Receiving::Open && socket.was_reset()).then_some(Error::Reset)
     }
 
-    /// Closes what has arrived. Nothing is yielded any longer.
+    /// Ends the direction after an error: closes everything that has arrived.
     pub(crate) fn fail(&mut self, socket: Endpoint<'_>) {
+        // Nothing of the direction is left: neither bytes, nor descriptors, nor the charge for them.
         self.state = Receiving::Over;
         self.inbound.end();
         self.inbound.bytes.clear();
@@ -157,12 +161,13 @@ impl ReceiveSide {
         self.end(socket);
     }
 
-    /// Does what belongs to the drop of the half that has this direction.
+    /// Takes back the charge of the peer's uid. Call it when the half with this direction is
+    /// dropped.
     pub(crate) fn end(&self, socket: Endpoint<'_>) {
         let _ = socket.hold(0, 0); // never too much
     }
 
-    /// Takes out what has arrived. The direction goes on elsewhere.
+    /// Takes out everything that has arrived, for a direction that goes on elsewhere.
     pub(crate) fn take(&mut self) -> (BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
         self.release();
         let senders = mem::take(&mut self.senders).carried_over(self.inbound.decoded());
@@ -170,17 +175,17 @@ impl ReceiveSide {
     }
 }
 
-/// How long the rest of a message may be waited for.
+/// The time to wait for the rest of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rest {
-    /// As long as the caller likes: nothing is unfinished, or there is no limit.
+    /// No limit: nothing is unfinished, or no limit is set.
     Unlimited,
     Until(Instant),
     /// The time is over.
     Over,
 }
 
-/// Limits the time for which the rest of a message is waited for.
+/// The clock of the time for the rest of a message.
 #[derive(Debug, Default)]
 struct RestTiming {
     unfinished: Unfinished,
@@ -196,7 +201,8 @@ impl RestTiming {
             return Rest::Unlimited;
         }
         let now = now();
-        // If nobody has asked for a while, the peer may have waited for this process.
+        // If nobody has polled for a while, the peer may have waited for this process. So a
+        // deadline that is noticed late does not count.
         if begins || self.deadline.is_some_and(|deadline| now.saturating_duration_since(deadline) > LATE) {
             self.deadline = now.checked_add(limit);
         }
@@ -209,7 +215,7 @@ impl RestTiming {
     }
 }
 
-/// A deadline that is noticed this much later was not waited for.
+/// The delay after which a missed deadline means that nobody has polled meanwhile.
 const LATE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -217,7 +223,7 @@ mod tests {
     use std::{io::IoSlice, os::fd::AsFd};
 
     use super::*;
-    use crate::{Codec, Socket};
+    use crate::{codec::Codec, socket::Socket};
 
     #[tokio::test]
     async fn a_decoder_that_takes_the_whole_queue_does_not_keep_later_descriptors_from_the_closer() {

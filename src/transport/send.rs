@@ -1,29 +1,30 @@
 use std::{io, mem, net::Shutdown, os::fd::AsFd};
 
-use nix::libc;
-
+use super::Unsent;
 use crate::{
-    Encoder, Error, Grouping, SendBuf, SendError, SendFd, SocketKind,
     closer::{close_sent, close_unsent},
-    codec::{Carrier, Plan, largest_packet},
+    codec::{Carrier, Encoder, Grouping, Plan, SendBuf, largest_packet},
+    error::{Error, SendError, copy_of},
     limits::Limits,
-    socket::{Attempt, Endpoint},
+    send_fd::SendFd,
+    socket::{Attempt, Endpoint, SendFailure, SocketKind},
 };
 
-/// The sending direction of a connection: what waits to be sent, and how far sending has come.
+/// The sending direction of a connection: the messages that wait, and the state of the direction.
 ///
-/// Its socket, which it does not hold, is the same in all calls.
+/// It does not hold its socket. The caller passes the same one in all calls.
 #[derive(Debug)]
 pub(crate) struct SendSide {
     pub(crate) buf: SendBuf,
-    /// What one call carries at the moment, and what it carries when the kernel has memory enough.
+    /// The limits of one call at the moment. They are below `largest` while the kernel lacks
+    /// memory.
     carrier: Carrier,
     largest: Carrier,
     state: Sending,
     shut_down_on_drop: bool,
 }
 
-/// How far a sending direction has come.
+/// The state of a sending direction.
 #[derive(Debug, Default)]
 pub(crate) enum Sending {
     #[default]
@@ -37,13 +38,13 @@ impl Sending {
         matches!(self, Self::Open)
     }
 
-    /// Returns the reason why nothing is accepted any longer.
+    /// Returns the error that refuses further messages, if there is one.
     #[inline]
     pub(crate) fn error(&self) -> Option<Error> {
         match self {
             Self::Open => None,
             Self::Closed => Some(Error::Closed),
-            Self::Failed(error) => Some(Error::Io(repeat(error))),
+            Self::Failed(error) => Some(Error::Io(copy_of(error))),
         }
     }
 }
@@ -53,24 +54,18 @@ impl Clone for Sending {
         match self {
             Self::Open => Self::Open,
             Self::Closed => Self::Closed,
-            Self::Failed(error) => Self::Failed(repeat(error)),
+            Self::Failed(error) => Self::Failed(copy_of(error)),
         }
     }
 }
 
-fn repeat(error: &io::Error) -> io::Error {
-    match error.raw_os_error() {
-        Some(number) => io::Error::from_raw_os_error(number),
-        None => io::Error::new(error.kind(), error.to_string()),
-    }
-}
-
 impl SendSide {
-    /// What is open in `unsent` is finished as one message.
+    /// Returns a direction that has `unsent` to send. An open message in it is finished.
     pub(crate) fn new(socket: Endpoint<'_>, mut unsent: SendBuf, grouping: Grouping, state: Sending) -> Self {
         let (largest, max_packet_bytes) = largest_call(socket);
         unsent.set_max_packet_bytes(max_packet_bytes);
-        // Several messages of the user's may have become one. None of them tells the length of all.
+        // The user may have appended several messages, which become one. None of them announces the
+        // length of all.
         unsent.withdraw_announcements();
         let state = match unsent.commit(grouping) {
             Ok(()) => state,
@@ -88,9 +83,9 @@ impl SendSide {
         &self.state
     }
 
-    /// Returns the number of bytes and of descriptors that wait.
-    pub(crate) fn unsent(&self) -> (usize, usize) {
-        (self.buf.len(), self.buf.fd_count())
+    /// Returns the amount that waits.
+    pub(crate) fn unsent(&self) -> Unsent {
+        Unsent { bytes: self.buf.len(), fds: self.buf.fd_count() }
     }
 
     /// Queues an item, however much waits.
@@ -107,27 +102,29 @@ impl SendSide {
         self.state.error().unwrap_or(Error::Closed)
     }
 
-    /// Returns true only if there is room for one more message. Otherwise there may be room all the
-    /// same: see [`Limits::leave_room_beside`], which takes longer.
+    /// Returns true only if there is room for one more message. If it returns false, there may
+    /// still be room: [`Limits::leave_room_beside`] is exact and takes longer.
     #[inline]
     pub(crate) fn surely_has_room(&self, limits: &Limits) -> bool {
         self.buf.len() < limits.max_queued_bytes && self.buf.fd_count() < limits.max_queued_fds
     }
 
-    /// Returns the error with which sending has failed. It is final.
+    /// Returns the error with which sending has failed, if it has. It is final.
     pub(crate) fn failure(&self) -> Option<Error> {
         if let Sending::Failed(_) = self.state { self.state.error() } else { None }
     }
 
-    /// Makes one `sendmsg` of as much as it takes. Something has to wait.
+    /// Makes one `sendmsg`, with as much as it takes. Something has to wait.
     ///
     /// # Errors
-    /// Those of sendmsg(2) that no further attempt can mend. Sending [has failed](Self::fail) then.
+    /// The errors of sendmsg(2) that are final. The caller has to [fail](Self::fail) the direction
+    /// then.
     pub(crate) fn attempt(&mut self, socket: Endpoint<'_>) -> io::Result<Attempt> {
         let plan = self.buf.plan(self.carrier);
         let fds = self.buf.first_fds(plan.fds).map(SendFd::as_fd);
         let sent = socket.send(&self.buf.io_slices(plan.bytes), fds);
         match sent {
+            // Close the descriptors at once, and try larger packets again.
             Ok(sent) => {
                 let fds = self.buf.sent(plan, sent);
                 if plan.fds > 0 {
@@ -143,50 +140,48 @@ impl SendSide {
     /// Decides what to do after a send has failed.
     #[cold]
     fn recover(&mut self, socket: Endpoint<'_>, failed: Plan, error: io::Error) -> io::Result<Attempt> {
-        match error.raw_os_error() {
-            Some(libc::EAGAIN) => return Ok(Attempt::Full),
-            // Too many descriptors of this uid are in flight, or there is no memory for more. They
-            // get fewer when receivers receive, which no event announces: the socket reports
-            // writable all along.
-            Some(libc::ETOOMANYREFS | libc::ENOMEM) => return Ok(Attempt::Scarce),
-            // The send buffer holds no packet of this size: it has been made smaller, or else the
-            // error is final.
-            Some(libc::EMSGSIZE) => {
+        match SendFailure::of(&error) {
+            SendFailure::Full => Ok(Attempt::Full),
+            SendFailure::Scarce => Ok(Attempt::Scarce),
+            // The send buffer may have been made smaller. If it was not, the error is final.
+            SendFailure::PacketTooLarge => {
                 let (largest, max_packet_bytes) = largest_call(socket);
-                if max_packet_bytes != self.buf.max_packet_bytes() {
-                    (self.carrier, self.largest) = (largest, largest);
-                    self.buf.set_max_packet_bytes(max_packet_bytes);
-                    return Ok(Attempt::Again);
+                if max_packet_bytes == self.buf.max_packet_bytes() {
+                    return Err(error);
                 }
+                (self.carrier, self.largest) = (largest, largest);
+                self.buf.set_max_packet_bytes(max_packet_bytes);
+                Ok(Attempt::Again)
             }
-            // There is no kernel memory in one piece for a packet of this size at the moment.
-            Some(libc::ENOBUFS) => {
+            // Try smaller packets, until the plan gets no smaller.
+            SendFailure::NoMemoryForPacket => {
                 let smaller = self.carrier.smaller_than(failed.bytes);
                 if self.buf.plan(smaller) == failed {
                     return Ok(Attempt::Scarce);
                 }
                 self.carrier = smaller;
-                return Ok(Attempt::Again);
+                Ok(Attempt::Again)
             }
-            _ => {}
+            SendFailure::Final => Err(error),
         }
-        Err(error)
     }
 
-    /// Accepts and sends nothing from now on.
+    /// Fails the direction: it accepts and sends nothing from now on. Returns the error for the
+    /// caller.
     pub(crate) fn fail(&mut self, error: io::Error) -> Error {
-        self.state = Sending::Failed(repeat(&error));
+        self.state = Sending::Failed(copy_of(&error));
         error.into()
     }
 
     /// Shuts down the direction after a flush, even if the flush has failed.
     ///
     /// # Errors
-    /// That of the flush, or of shutdown(2).
+    /// The error of the flush, or of shutdown(2).
     pub(crate) fn close(&mut self, socket: Endpoint<'_>, flushed: Result<(), Error>) -> Result<(), Error> {
         if let Sending::Closed = self.state {
             return Ok(());
         }
+        // Shut down first, even if the flush has failed. The error of the flush is more important.
         let shut_down = socket.shutdown(Shutdown::Write);
         flushed?;
         self.state = Sending::Closed;
@@ -196,14 +191,15 @@ impl SendSide {
         }
     }
 
-    /// Does what belongs to the drop of the half that has this direction.
+    /// Shuts down the direction if that was chosen. Call it when the half with this direction is
+    /// dropped.
     pub(crate) fn end(&mut self, socket: Endpoint<'_>) {
         if self.shut_down_on_drop {
             let _ = socket.shutdown(Shutdown::Write);
         }
     }
 
-    /// Takes out what waits. The direction goes on elsewhere.
+    /// Takes out everything that waits, for a direction that goes on elsewhere.
     pub(crate) fn take(&mut self) -> (SendBuf, Sending) {
         self.shut_down_on_drop = false;
         (mem::take(&mut self.buf), mem::take(&mut self.state))
@@ -216,7 +212,7 @@ impl Drop for SendSide {
     }
 }
 
-/// Returns what a call carries at most, and the most bytes of a packet.
+/// Returns the limits of a call, and the most bytes of a packet.
 fn largest_call(socket: Endpoint<'_>) -> (Carrier, Option<usize>) {
     match socket.kind() {
         SocketKind::Stream => (Carrier::Stream, None),
@@ -228,7 +224,7 @@ fn largest_call(socket: Endpoint<'_>) -> (Carrier, Option<usize>) {
 }
 
 /// Appends one message. If the encoder fails or panics, nothing of the message is left in `buf`.
-#[inline(always)] // what else its caller copies takes a tenth of the time of a small message
+#[inline(always)] // without it, copying the item takes a tenth of the time of a small message
 pub(crate) fn encode<E: Encoder<I>, I>(
     encoder: &mut E,
     item: I,
@@ -240,9 +236,10 @@ pub(crate) fn encode<E: Encoder<I>, I>(
 #[cfg(test)]
 mod tests {
     use futures::TryStreamExt;
+    use nix::libc;
 
     use super::*;
-    use crate::{Frame, FrameCodec, Framed, Socket};
+    use crate::{codec::FrameCodec, frame::Frame, framed::Framed, socket::Socket};
 
     /// A test cannot make the kernel run out of memory for a packet, so it brings the error itself.
     #[tokio::test]

@@ -1,12 +1,12 @@
-//! Which process has sent a message.
+//! The process that has sent a message.
 
-use std::sync::Arc;
+use std::{os::fd::AsFd, sync::Arc};
 
-use crate::{Credentials, Error};
+use crate::{credentials::Credentials, error::Error, sys};
 
-/// Attributes messages to the processes that wrote them. All bytes of one receive are from one
-/// process, since the kernel ends a read where another one has written, as long as the socket asks
-/// for credentials.
+/// Attributes messages to the processes that wrote them. As long as the socket asks for
+/// credentials, the kernel ends a read where the bytes of another process begin. So all bytes of
+/// one receive are from one process.
 ///
 /// When something is received, everything complete was decoded before. So only the first message
 /// that a receive completes can have begun in an earlier one.
@@ -14,23 +14,23 @@ use crate::{Credentials, Error};
 pub(crate) struct Senders {
     /// The sender of what the last receive brought.
     last: Option<Arc<Credentials>>,
-    /// Number of messages that were decoded before the last receive.
+    /// The number of messages that were decoded before the last receive.
     decoded: u64,
     /// The sender of the last of those.
     before: Option<Arc<Credentials>>,
-    /// Part of the first message after those is from a process that is not known.
+    /// True if part of the first message after those is from a process that is not known.
     first_is_unknown: bool,
 }
 
 impl Senders {
-    /// Returns true if the sender of anything is known. If not, receives without credentials need
-    /// not be noted.
+    /// Returns true if the sender of any bytes is known. If not, a receive without credentials
+    /// changes nothing.
     pub(super) fn know_any(&self) -> bool {
         self.last.is_some() || self.before.is_some()
     }
 
-    /// Notes the sender of what was just received. `decoded` messages were decoded before, and
-    /// `is_rest` if part of one more was there.
+    /// Notes the sender of the bytes that were just received. `decoded` is the number of messages
+    /// decoded before, and `is_rest` is true if part of one more was there.
     ///
     /// # Errors
     /// [`Error::MixedSenders`] if the rest of a message is from another process than its beginning.
@@ -43,7 +43,7 @@ impl Senders {
         let was_unknown = self.first_is_unknown && decoded == self.decoded;
         let before = self.of_message(decoded).cloned();
         let is_same = match (&self.last, &credentials) {
-            (Some(last), Some(now)) if is_rest && !last.is_same_sender(now) => return Err(Error::MixedSenders),
+            (Some(last), Some(now)) if is_rest && !is_same_process(last, now) => return Err(Error::MixedSenders),
             (last, now) => last.is_some() == now.is_some(),
         };
         self.before = before;
@@ -62,8 +62,8 @@ impl Senders {
         }
     }
 
-    /// Returns the same for a receiving direction that has decoded nothing yet, but has what this
-    /// one has received.
+    /// Returns the senders for a receiving direction that continues with the same bytes, and that
+    /// counts its messages from 0.
     pub(super) fn carried_over(self, decoded: u64) -> Self {
         Self {
             before: self.of_message(decoded).cloned(),
@@ -74,12 +74,25 @@ impl Senders {
     }
 }
 
+/// Returns true if both name the same process with the same ids, as far as this can be known.
+///
+/// A process id may have been used again, and processes of another PID namespace have none. Pidfds
+/// distinguish even these processes.
+fn is_same_process(a: &Credentials, b: &Credentials) -> bool {
+    let has_same_ids = (a.pid, a.uid, a.gid) == (b.pid, b.uid, b.gid);
+    has_same_ids
+        && match (&a.pidfd, &b.pidfd) {
+            (Some(a), Some(b)) => sys::may_have_same_file(a.as_fd(), b.as_fd()),
+            _ => true,
+        }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn process(pid: i32) -> Option<Credentials> {
-        Credentials::from_kernel(pid, 1000, 1000, None)
+        Some(Credentials { uid: 1000, gid: 1000, pid: Some(pid), pidfd: None })
     }
 
     fn pid_of(senders: &Senders, decoded: u64) -> Option<i32> {
@@ -116,7 +129,7 @@ mod tests {
         let [(one, _), (other, _)] = [(); 2].map(|()| std::io::pipe().unwrap());
         let process = |pidfd: &std::io::PipeReader| {
             let pidfd = pidfd.try_clone().unwrap().into();
-            Credentials::from_kernel(0, 1000, 1000, Some(pidfd))
+            Some(Credentials { uid: 1000, gid: 1000, pid: None, pidfd: Some(pidfd) })
         };
         let mut senders = Senders::default();
         senders.received(process(&one), 0, false).unwrap();

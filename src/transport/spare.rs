@@ -8,22 +8,23 @@ use std::cell::RefCell;
 
 use bytes::BytesMut;
 
-/// Most buffers that a thread keeps. They take 2 MiB if they have the usual size, and at most
-/// 4 MiB.
+/// The most buffers that a thread keeps. They take 2 MiB if they have the usual size, and at most 4
+/// MiB.
 const MOST: usize = 8;
 
 thread_local! {
-    /// The last one is taken first, because the processor's cache most likely has it. Messages may
-    /// still live in a buffer: the next ones then go behind them, whichever connection they are of.
+    /// The buffers. The last one is taken first, because it is most likely in the processor's
+    /// cache. Messages may still live in a buffer. The next messages then go behind them, even
+    /// those of another connection.
     static BUFFERS: RefCell<Vec<BytesMut>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Takes a buffer. It is without memory if the thread has none.
+/// Takes a buffer. If the thread keeps none, returns one without memory.
 pub(super) fn take() -> BytesMut {
     BUFFERS.try_with(|buffers| buffers.borrow_mut().pop()).ok().flatten().unwrap_or_default()
 }
 
-/// Keeps a buffer for the next connection that has something to receive. It is empty.
+/// Keeps an empty buffer for the next connection that has something to receive.
 pub(super) fn keep(buffer: BytesMut) {
     debug_assert!(buffer.is_empty());
     let _thread_ends = BUFFERS.try_with(|buffers| {

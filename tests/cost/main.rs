@@ -1,5 +1,5 @@
-//! What a frame costs, in numbers that do not depend on the machine: allocations and system calls. Bytes copied are counted
-//! in `src/codec/copies.rs`.
+//! The cost of a frame in numbers that do not depend on the machine: allocations and system calls.
+//! `src/codec/copies.rs` counts the copied bytes.
 //!
 //! ```text
 //! cargo test --test cost -- --nocapture   # prints them
@@ -31,7 +31,7 @@ const BATCH: usize = 64;
 struct Load {
     payload: Bytes,
     fd: Option<OwnedFd>,
-    /// What the sender says of the descriptor.
+    /// The kind of descriptor that the sender declares.
     kind: fn(OwnedFd) -> SendFd,
 }
 
@@ -50,7 +50,7 @@ impl Load {
 
     fn frame(&self) -> Frame<SendFd> {
         let fd = self.fd.as_ref().map(|fd| fd.as_fd().try_clone_to_owned().unwrap());
-        Frame::carrying(self.payload.clone(), fd.map(self.kind))
+        Frame::from_parts(self.payload.clone(), fd.map(self.kind))
     }
 }
 
@@ -62,7 +62,7 @@ struct Connection {
     _unused: (ReadHalf<FrameCodec>, WriteHalf<FrameCodec>),
 }
 
-/// How a half is used.
+/// The way in which a half is used.
 type Start = fn(WriteHalf<FrameCodec>) -> Outgoing;
 
 enum Outgoing {
@@ -84,7 +84,7 @@ impl Connection {
         let (mut rx, unused_write) = Framed::new(b, FrameCodec::default()).into_split();
         let (tell, received) = mpsc::channel(1);
         let receiver = tokio::spawn(async move {
-            // Frames live until the next batch comes, so their buffer is not free for that.
+            // The frames live until the next batch comes, so their buffer is not free for it.
             let mut held = Vec::with_capacity(frames);
             loop {
                 for n in 0..frames {
@@ -126,8 +126,8 @@ impl Connection {
         yield_now().await;
     }
 
-    /// Ends the connection, and waits until the receiver has seen that. It may be late, because it does
-    /// not receive while many of its descriptors wait to be closed.
+    /// Ends the connection, and waits until the receiver has seen that. It may be late, because it
+    /// does not receive while many of its descriptors wait to be closed.
     async fn end(self) {
         drop(self.tx);
         self.receiver.await.unwrap();

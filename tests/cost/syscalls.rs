@@ -20,11 +20,11 @@ struct Row {
     /// Most calls for a batch.
     sendmsg: usize,
     recvmsg: usize,
-    /// For each descriptor that is sent: whether it is a socket, whose `close` could block.
+    /// One call for each descriptor that is sent, to find out whether it is a socket.
     getsockopt: usize,
 }
 
-/// A receiver that waits has asked once in vain: hence at least two receives.
+/// A receiver that waits has found nothing once before, so there are at least two receives.
 fn rows(kind: SocketKind) -> Vec<Row> {
     let small = Row {
         what: "64 frames of 64 B",
@@ -53,7 +53,7 @@ fn rows(kind: SocketKind) -> Vec<Row> {
     if wmem_max < 1 << 20 {
         eprintln!("skipped: net.core.wmem_max is too small for packets of 1 MiB");
     } else if kind == SocketKind::SeqPacket {
-        // The header in a packet of its own, so that the rest can be received to where it stays.
+        // The header has its own packet, so that the rest can be received where it stays.
         rows.push(Row {
             what: "a frame of 1 MiB, 4 MiB of send buffer",
             load: || Load::plain(1 << 20),
@@ -88,8 +88,9 @@ fn run_rows(kind: SocketKind) {
     });
 }
 
-/// The calls between the first and the second call of `getppid`, those between the third and the fourth, and so on. Only those of
-/// the thread that makes these: descriptors that were received are closed by another one.
+/// The calls between the first and the second call of `getppid`, those between the third and the
+/// fourth, and so on. Only those of the thread that makes these: descriptors that were received are
+/// closed by another one.
 fn between_marks(trace: &str) -> Vec<BTreeMap<&str, usize>> {
     let mut counts = Vec::new();
     let mut counting = false;

@@ -3,8 +3,12 @@
 use std::{
     io::{Read, Write},
     net::{self, Shutdown},
-    os::fd::AsFd,
-    sync::mpsc::RecvTimeoutError,
+    os::{fd::AsFd, unix::net::UnixStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::RecvTimeoutError,
+    },
     time::Duration,
 };
 
@@ -212,6 +216,40 @@ fn a_worker_is_started_again_though_clients_wait() {
             answers = work => assert!(answers.iter().all(|answer| !answer.is_empty())),
         }
         assert!(worker().restarts > 0);
+    });
+}
+
+/// A thread for each would be as many as connections.
+#[test]
+fn connections_that_nobody_takes_are_closed_by_few_threads() {
+    const CONNECTIONS: usize = 3000;
+    alone("descriptors::connections_that_nobody_takes_are_closed_by_few_threads", async {
+        let dispatcher = Dispatcher::builder().build();
+        let mut clients = Vec::new();
+        for _ in 0..CONNECTIONS {
+            let (client, connection) = UnixStream::pair().unwrap();
+            clients.push(client);
+            drop(dispatcher.dispatch(connection)); // nobody waits for the outcome
+        }
+        let is_done = Arc::new(AtomicBool::new(false));
+        let counting = std::thread::spawn({
+            let is_done = Arc::clone(&is_done);
+            move || {
+                let mut most = 0;
+                while !is_done.load(Ordering::Relaxed) {
+                    most = std::fs::read_dir("/proc/self/task").unwrap().count().max(most);
+                }
+                most
+            }
+        });
+        dispatcher.drain(Some(Duration::ZERO)).await;
+        for mut client in clients {
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        }
+        is_done.store(true, Ordering::Relaxed);
+        let most = counting.join().unwrap();
+        assert!(most < 16, "{most} threads");
+        assert_eq!(dispatcher.stats().lost, CONNECTIONS as u64);
     });
 }
 

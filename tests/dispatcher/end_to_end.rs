@@ -199,7 +199,8 @@ fn a_storm_while_workers_are_killed_at_random() {
         // Every worker is bound to die, whatever it has: no connection is to be suspected of it.
         let dispatcher = Dispatcher::builder().max_offers(20).build();
         for kind in [SocketKind::SeqPacket, SocketKind::Stream, SocketKind::SeqPacket] {
-            dispatcher.spawn_worker(WorkerCommand::from(command(&log)).socket_kind(kind).restart(true)).unwrap();
+            let worker = WorkerCommand::from(command(&log)).socket_kind(kind).restart(true);
+            dispatcher.spawn_worker(worker.longest_wait(Duration::ZERO)).unwrap();
         }
         let (listener, address) = listen().await;
         let serving = tokio::spawn({

@@ -1,15 +1,19 @@
 //! How connections are handed over.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, os::fd::OwnedFd, time::Duration};
 
 use fdwire::{
     SocketKind,
     handoff::{
-        Accepted, Dispatcher, NotDispatched, Strategy,
+        Accepted, Address, Dispatcher, NotDispatched, Strategy,
         protocol::{FromWorker, RejectReason},
     },
 };
 use futures::{FutureExt, future::join_all};
+use nix::{
+    libc,
+    sys::socket::{self, AddressFamily, SockFlag, SockType, setsockopt, sockopt},
+};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::{
@@ -228,5 +232,46 @@ fn unix_connections_are_served_too() {
             outcome = dispatcher.serve(listener) => outcome.unwrap(),
             () = client => {}
         }
+    });
+}
+
+/// Nobody is at the other end: the mistake would show in the worker's application.
+#[test]
+fn a_socket_that_is_no_connection_is_given_back() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let directory = tempfile::tempdir().unwrap();
+        let unix_listener = std::os::unix::net::UnixListener::bind(directory.path().join("listener")).unwrap();
+        let (family, kind) = (AddressFamily::Inet, SockType::Stream);
+        let unconnected = socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let sockets: [Accepted; 3] = [
+            std::net::TcpStream::from(OwnedFd::from(std::net::TcpListener::bind("127.0.0.1:0").unwrap())).into(),
+            std::os::unix::net::UnixStream::from(OwnedFd::from(unix_listener)).into(),
+            std::net::TcpStream::from(unconnected).into(),
+        ];
+        for socket in sockets {
+            let refused = dispatcher.dispatch(socket).await.unwrap_err();
+            assert!(matches!(refused.reason, NotDispatched::NotConnected), "{refused:?}");
+            refused.connection.into_socket().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_client_that_has_gone_before_its_connection_is_handed_over_has_no_address() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (client, accepted) = connections(1).await.pop().unwrap();
+        let local = accepted.local_addr().unwrap();
+        let reset = libc::linger { l_onoff: 1, l_linger: 0 };
+        setsockopt(&client.0, sockopt::Linger, &reset).unwrap();
+        drop(client);
+        until("its client has gone", || accepted.peer_addr().is_err()).await;
+        let outcome = dispatcher.dispatch(accepted);
+        let offer = worker.offer().await.unwrap();
+        worker.adopt(1).await;
+        outcome.await.unwrap();
+        assert_eq!((offer.peer, offer.local), (Address::Unnamed, local.into()));
     });
 }

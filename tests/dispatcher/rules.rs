@@ -179,6 +179,20 @@ fn a_connection_has_left_the_event_loop_when_it_is_offered() {
     });
 }
 
+/// Rules: D-NONBLOCK.
+#[test]
+fn a_connection_is_non_blocking_when_it_is_offered() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_client, accepted) = UnixStream::pair().unwrap();
+        accepted.set_nonblocking(false).unwrap();
+        let _outcome = dispatcher.dispatch(accepted);
+        let offer = worker.offer().await.unwrap();
+        assert!(rustix::fs::fcntl_getfl(&offer.fd).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
+    });
+}
+
 /// Looks for a file in the event loops of this process.
 fn is_watched(inode: u64) -> bool {
     let files = std::fs::read_dir("/proc/self/fdinfo").unwrap();

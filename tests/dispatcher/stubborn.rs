@@ -1,6 +1,9 @@
 //! Workers that neither die nor fall silent, and settings without an end.
 
-use std::time::Duration;
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    time::Duration,
+};
 
 use fdwire::{
     SocketKind,
@@ -10,12 +13,20 @@ use fdwire::{
     },
 };
 use futures::{FutureExt, SinkExt, future::join_all};
-use nix::{sys::signal::kill, unistd::Pid};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout},
+    sys::{
+        signal::kill,
+        socket::{MsgFlags, send},
+    },
+    unistd::Pid,
+};
 use tokio::{process::Command, time::sleep};
 
 use crate::{
     both,
-    common::run,
+    common::{encoded, run},
     raw_worker::{Raw, connections, serve, until},
 };
 
@@ -44,6 +55,35 @@ fn a_worker_that_talks_and_never_answers_is_cut_off() {
         good.offers(2).await;
         good.adopt(2).await;
         assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == good.id)));
+    });
+}
+
+/// All of them share one thread with the dispatcher.
+#[test]
+fn a_worker_that_floods_the_dispatcher_leaves_others_their_turns() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let flooding = Raw::start(&dispatcher, kind, 0).await;
+        let socket = OwnedFd::from(flooding.framed.into_parts().socket);
+        std::thread::spawn(move || {
+            let load = encoded(&[5, 0, 0, 0, 0, 0, 0, 0, 0], 0).repeat(3000);
+            let mut poll = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+            loop {
+                match send(socket.as_raw_fd(), &load, MsgFlags::MSG_NOSIGNAL) {
+                    Ok(_) => {}
+                    Err(Errno::EAGAIN) => drop(nix::poll::poll(&mut poll, PollTimeout::NONE)),
+                    Err(_) => return,
+                }
+            }
+        });
+        let mut worker = Raw::start(&dispatcher, kind, 50).await;
+        for (_client, accepted) in connections(50).await {
+            let outcome = dispatcher.dispatch(accepted);
+            worker.offer().await.unwrap();
+            worker.adopt(1).await;
+            assert_eq!(outcome.await.unwrap(), worker.id);
+        }
+        assert_eq!(dispatcher.stats().retired, Default::default());
     });
 }
 

@@ -9,12 +9,12 @@ use fdwire::{
         protocol::{FromWorker, RejectReason, VERSION, WorkerCodec},
     },
 };
-use futures::{FutureExt, SinkExt, StreamExt, future::join_all};
+use futures::{FutureExt, SinkExt, StreamExt, stream};
 use tokio::{net::UnixStream, time::timeout};
 
 use crate::{
     both,
-    common::run,
+    common::{KINDS, run},
     raw_worker::{Raw, connections, until},
 };
 
@@ -36,37 +36,58 @@ async fn adopt_all(mut worker: Raw) {
     }
 }
 
+/// What eight workers do with what they are offered, beside two healthy ones.
+#[derive(Debug, Clone, Copy)]
+enum Bad {
+    Rejects(RejectReason),
+    /// It is gone, and another one connects.
+    Dies,
+}
+
+/// Clients come 64 at a time, as they do from the backlog of a listener.
+///
 /// Rules: D-BLAME, D-REASONS.
 #[test]
-fn workers_that_refuse_or_cannot_use_connections_lose_none_beside_healthy_ones() {
-    const CONNECTIONS: usize = 100;
-    for reason in [
-        RejectReason::Full,
-        RejectReason::Recalled,
-        RejectReason::Draining,
-        RejectReason::Unusable,
-        RejectReason::Other(7),
-    ] {
-        run(async {
-            let dispatcher = Dispatcher::builder().build();
-            for _ in 0..2 {
-                let healthy = Raw::start(&dispatcher, SocketKind::SeqPacket, 10_000).await;
-                tokio::spawn(adopt_all(healthy));
-            }
-            for _ in 0..8 {
-                let bad = Raw::start(&dispatcher, SocketKind::SeqPacket, 10_000).await;
-                tokio::spawn(refuse(bad, reason));
-            }
-            let mut clients = Vec::new();
-            let outcomes = join_all((0..CONNECTIONS).map(|_| {
-                let (client, connection) = UnixStream::pair().unwrap();
-                clients.push(client);
-                dispatcher.dispatch(connection)
-            }));
-            assert!(outcomes.await.into_iter().all(|outcome| outcome.is_ok()), "{reason:?}");
-            let stats = dispatcher.stats();
-            assert_eq!((stats.adopted, stats.lost, stats.given_back), (CONNECTIONS as u64, 0, 0), "{reason:?}");
-        });
+fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
+    const CONNECTIONS: usize = 2000;
+    for kind in KINDS {
+        for bad in [
+            Bad::Rejects(RejectReason::Full),
+            Bad::Rejects(RejectReason::Recalled),
+            Bad::Rejects(RejectReason::Draining),
+            Bad::Rejects(RejectReason::Unusable),
+            Bad::Rejects(RejectReason::Other(7)),
+            Bad::Dies,
+        ] {
+            run(async {
+                let dispatcher = Dispatcher::builder().build();
+                for _ in 0..2 {
+                    let healthy = Raw::start(&dispatcher, kind, 10_000).await;
+                    tokio::spawn(adopt_all(healthy));
+                }
+                for _ in 0..8 {
+                    let dispatcher = dispatcher.clone();
+                    tokio::spawn(async move {
+                        match bad {
+                            Bad::Rejects(reason) => refuse(Raw::start(&dispatcher, kind, 10_000).await, reason).await,
+                            Bad::Dies => loop {
+                                drop(Raw::start(&dispatcher, kind, 10_000).await.offer().await);
+                            },
+                        }
+                    });
+                }
+                let clients = stream::iter(0..CONNECTIONS).for_each_concurrent(64, async |_| {
+                    let (_client, connection) = UnixStream::pair().unwrap();
+                    let adopted = dispatcher.dispatch(connection).await;
+                    assert!(adopted.is_ok(), "{kind:?} {bad:?}: {adopted:?}");
+                });
+                clients.await;
+                let stats = dispatcher.stats();
+                let (adopted, tried) = (stats.adopted as usize, stats.offered_again);
+                assert_eq!((adopted, stats.lost, stats.given_back), (CONNECTIONS, 0, 0), "{kind:?} {bad:?}");
+                assert!(tried >= 8, "{kind:?} {bad:?}: the bad ones got {tried} offers");
+            });
+        }
     }
 }
 

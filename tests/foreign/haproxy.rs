@@ -16,6 +16,7 @@ use std::{
 use bytes::{Buf, BufMut, BytesMut};
 use fdwire::{
     Codec, Decoder, DryRun, Encoder, Error, FdQueue, Framed, Listener, SendBuf, SendError, SendFd, Socket, SocketKind,
+    takeover::{self, Listeners, Options, Server},
 };
 use futures::{SinkExt, TryStreamExt};
 
@@ -206,6 +207,25 @@ fn a_peer_that_reads_call_by_call_finds_the_batches_while_other_messages_wait() 
     });
 }
 
+/// Starts haproxy as the new process, and gives it listeners. They are bound, so that it ends at
+/// once unless it gets every one of them.
+async fn start_with(program: &Path, directory: &Path, addresses: &[SocketAddr], sockets: &[Arc<OwnedFd>]) -> Daemon {
+    let path = directory.join("old");
+    let listener = Listener::bind(&path, SocketKind::Stream).unwrap();
+    let mut command = haproxy(program, directory, addresses);
+    let daemon = Daemon::start(command.arg("-x").arg(&path), directory);
+    let mut framed = Framed::new(listener.accept().await.unwrap(), OldProcess::default());
+    assert_eq!(framed.try_next().await.unwrap(), Some(FromNew::GetSocks));
+    let lent = sockets.iter().map(|socket| SendFd::assume_socket(Arc::clone(socket))).collect();
+    framed.feed(lent).await.unwrap();
+    framed.feed(Vec::new()).await.unwrap(); // another message waits behind it; haproxy does not read it
+    framed.flush().await.unwrap();
+    for _batch in 0..sockets.len().div_ceil(BATCH) {
+        assert_eq!(framed.try_next().await.unwrap(), Some(FromNew::Ack));
+    }
+    daemon
+}
+
 #[test]
 fn haproxy_takes_our_listeners() {
     let Some(program) = installed("haproxy") else { return };
@@ -213,28 +233,33 @@ fn haproxy_takes_our_listeners() {
         let directory = tempfile::tempdir().unwrap();
         let (sockets, addresses) = listeners(300);
         let kept: Vec<Arc<OwnedFd>> = sockets.into_iter().map(|socket| Arc::new(socket.into())).collect();
-        let path = directory.path().join("old");
-        let listener = Listener::bind(&path, SocketKind::Stream).unwrap();
-        // Our sockets are bound, so that it ends at once unless it gets every one of them.
-        let mut command = haproxy(&program, directory.path(), &addresses);
-        let mut daemon = Daemon::start(command.arg("-x").arg(&path), directory.path());
-
-        let mut framed = Framed::new(listener.accept().await.unwrap(), OldProcess::default());
-        assert_eq!(framed.try_next().await.unwrap(), Some(FromNew::GetSocks));
-        let lent = kept.iter().map(|socket| SendFd::assume_socket(Arc::clone(socket))).collect();
-        framed.feed(lent).await.unwrap();
-        framed.feed(Vec::new()).await.unwrap(); // another message waits behind it; haproxy does not read it
-        framed.flush().await.unwrap();
-        for _batch in 0..2 {
-            assert_eq!(framed.try_next().await.unwrap(), Some(FromNew::Ack));
-        }
-        drop(framed);
+        let mut daemon = start_with(&program, directory.path(), &addresses, &kept).await;
         drop(kept);
         for &address in [addresses[0], addresses[252], addresses[299]].iter() {
             let answer = daemon.ready(async || get(address)).await;
             assert!(answer.ends_with("answered"), "{answer}");
         }
     });
+}
+
+/// Asks haproxy for all of its listeners, as a new haproxy does.
+async fn take(path: &Path) -> Vec<OwnedFd> {
+    let mut framed = Framed::new(Socket::connect(path, SocketKind::Stream).await.unwrap(), NewProcess::default());
+    framed.send(FromNew::GetSocks).await.unwrap();
+    let Some(FromOld::Number(count)) = framed.try_next().await.unwrap() else { panic!("no number") };
+    let mut taken = Vec::new();
+    while taken.len() < count {
+        let Some(FromOld::Socket(socket)) = framed.try_next().await.unwrap() else { panic!("the end") };
+        taken.push(socket);
+        if taken.len() % BATCH == 0 {
+            framed.send(FromNew::Ack).await.unwrap();
+        }
+    }
+    taken
+}
+
+fn address_of(socket: &OwnedFd) -> Option<SocketAddr> {
+    TcpListener::from(socket.as_fd().try_clone_to_owned().unwrap()).local_addr().ok()
 }
 
 #[test]
@@ -248,24 +273,50 @@ fn we_take_the_listeners_of_haproxy() {
         let mut daemon = Daemon::start(&mut command, directory.path());
         daemon.ready(async || get(addresses[299])).await;
 
-        let socket = Socket::connect(directory.path().join("admin"), SocketKind::Stream).await.unwrap();
-        let mut framed = Framed::new(socket, NewProcess::default());
-        framed.send(FromNew::GetSocks).await.unwrap();
-        let Some(FromOld::Number(count)) = framed.try_next().await.unwrap() else { panic!("no number") };
-        let mut taken = Vec::new();
-        while taken.len() < count {
-            let Some(FromOld::Socket(socket)) = framed.try_next().await.unwrap() else { panic!("the end") };
-            taken.push(socket);
-            if taken.len() % BATCH == 0 {
-                framed.send(FromNew::Ack).await.unwrap();
-            }
-        }
+        let taken = take(&directory.path().join("admin")).await;
         drop(daemon);
         // All of them listen on, without haproxy.
-        let address =
-            |socket: &OwnedFd| TcpListener::from(socket.as_fd().try_clone_to_owned().unwrap()).local_addr().ok();
-        let ours: Vec<_> = taken.iter().filter_map(address).collect();
+        let ours: Vec<_> = taken.iter().filter_map(address_of).collect();
         assert!(addresses.iter().all(|address| ours.contains(address)), "{} of 300 came", ours.len());
         TcpStream::connect(addresses[0]).unwrap();
+    });
+}
+
+/// Its place is taken without a closed port in between, by one generation after the other, and
+/// given back.
+#[test]
+fn a_server_takes_over_from_haproxy_and_haproxy_from_its_next_generation() {
+    let Some(program) = installed("haproxy") else { return };
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let (sockets, addresses) = listeners(2);
+        drop(sockets); // free again, for haproxy
+        let mut daemon = Daemon::start(&mut haproxy(&program, directory.path(), &addresses), directory.path());
+        daemon.ready(async || get(addresses[1])).await;
+        let mut front = Listeners::new();
+        for socket in take(&directory.path().join("admin")).await {
+            // The one of its administration comes along.
+            if address_of(&socket).is_some_and(|address| addresses.contains(&address)) {
+                front.add("front", socket).unwrap();
+            }
+        }
+        let path = directory.path().join("takeover");
+        let first = Server::bind(&path, front, Options::default()).unwrap();
+        drop(daemon);
+        let waiting = TcpStream::connect(addresses[0]).unwrap();
+
+        let second = takeover::request(&path, Options::default()).await.unwrap().ready().await.unwrap();
+        first.replaced().await;
+        assert!(first.drained().await);
+        let index = second.identities().iter().position(|it| it.address == addresses[0].into()).unwrap();
+        let gated = second.gated::<tokio::net::TcpListener>("front", index as u32).unwrap();
+        assert_eq!(gated.accept().await.unwrap().1, waiting.local_addr().unwrap());
+
+        let sockets = [0, 1].map(|index| Arc::new(second.socket("front", index).unwrap()));
+        let mut daemon = start_with(&program, directory.path(), &addresses, &sockets).await;
+        drop((sockets, gated, second));
+        for address in addresses {
+            assert!(daemon.ready(async || get(address)).await.ends_with("answered"));
+        }
     });
 }

@@ -10,6 +10,7 @@ mod dbus;
 mod haproxy;
 mod kinds;
 mod lines;
+mod managers;
 mod mux;
 mod netcat;
 mod node;

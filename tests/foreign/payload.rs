@@ -8,7 +8,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use fdwire::{
-    Codec, Error, Fds, Frame, FrameCodec, Framed, Limits, PacketCodec, Payload, PayloadError, SendError, Socket,
+    Codec, Error, Fds, Frame, FrameCodec, Framed, Limits, PacketCodec, PayloadCodec, PayloadError, SendError, Socket,
     SocketKind,
 };
 use futures::{SinkExt, StreamExt, TryStreamExt, stream};
@@ -24,7 +24,7 @@ fn fds(marks: impl IntoIterator<Item = u32>) -> Fds {
 fn lines_both_ways() {
     for kind in KINDS {
         run(async {
-            let codec = || Payload::new(FrameCodec::default(), LinesCodec::new());
+            let codec = || PayloadCodec::new(FrameCodec::default(), LinesCodec::new());
             let (a, b) = Socket::pair(kind).unwrap();
             let (mut a, mut b) = (Framed::new(a, codec()), Framed::new(b, codec()));
             for n in 0..10 {
@@ -48,7 +48,7 @@ fn lines_both_ways() {
 fn length_delimited_messages_both_ways() {
     for kind in KINDS {
         run(async {
-            let codec = || Payload::new(FrameCodec::default(), LengthDelimitedCodec::new());
+            let codec = || PayloadCodec::new(FrameCodec::default(), LengthDelimitedCodec::new());
             let (a, b) = Socket::pair(kind).unwrap();
             let (mut a, mut b) = (Framed::new(a, codec()), Framed::new(b, codec()));
             for length in [0, 1, 5000, 1 << 20] {
@@ -77,7 +77,7 @@ fn a_payload_that_is_not_one_message_is_refused() {
     for (payload, expected) in cases {
         run(async {
             let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
-            let mut a = Framed::new(a, Payload::new(FrameCodec::default(), LinesCodec::new()));
+            let mut a = Framed::new(a, PayloadCodec::new(FrameCodec::default(), LinesCodec::new()));
             raw_send(&peer, &encoded(payload, 1), &[marked(1)]);
             let error = a.next().await.unwrap().unwrap_err();
             assert!(expected(&error), "{error:?} of {payload:?}");
@@ -92,11 +92,11 @@ fn what_the_inner_codec_or_the_frame_refuses_leaves_the_connection_usable() {
         let codec = || {
             let mut inner = LengthDelimitedCodec::new();
             inner.set_max_frame_length(100);
-            Payload::new(FrameCodec::new(Limits::default().max_fds_per_frame(1)), inner)
+            PayloadCodec::new(FrameCodec::new(Limits::default().max_fds_per_frame(1)), inner)
         };
         let (a, b) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let (mut a, mut b) = (Framed::new(a, codec()), Framed::new(b, codec()));
-        let error = a.send((Bytes::from(vec![0; 101]), Fds::new())).await.unwrap_err().error;
+        let error = a.send((Bytes::from(vec![0; 101]), Fds::none())).await.unwrap_err().error;
         assert!(matches!(error, PayloadError::Payload(_)), "{error:?}");
         let error = a.send((Bytes::new(), fds([1, 2]))).await.unwrap_err().error;
         assert!(matches!(error, PayloadError::Frame(Error::TooManyFds { fds: 2, limit: 1 })), "{error:?}");

@@ -5,21 +5,17 @@
 use std::{
     fs::File,
     io::Read,
-    os::{
-        fd::{AsFd, OwnedFd},
-        linux::net::SocketAddrExt,
-        unix::net::SocketAddr,
-    },
+    os::{fd::AsFd, linux::net::SocketAddrExt},
     path::Path,
     process::{Command, Stdio},
+    time::Duration,
 };
 
-use fdwire::{Datagram, DatagramSocket, PassCredentials};
-use tokio::{io::AsyncReadExt, net::unix::pipe};
+use fdwire::{Datagram, DatagramSocket, PassCredentials, systemd::Notifier};
 
 use crate::{
     Daemon,
-    common::{abstract_name, marked, run, settle},
+    common::{PASSED, abstract_name, marked, run, run_and_pass, settle},
     installed, skipped,
 };
 
@@ -117,10 +113,10 @@ fn libsystemd_stores_descriptors_and_waits_for_the_barrier() {
     });
 }
 
-/// The manager's side, as sd_notify(3) and sd_notify_barrier(3) describe it. Prints what it has
-/// stored.
+/// The manager's side, as sd_notify(3) and sd_notify_barrier(3) describe it. Prints what it is
+/// told.
 const MANAGER: &str = r#"
-import array, os, socket, struct, sys
+import array, os, socket, struct, sys, time
 manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 name = sys.argv[1]
 manager.bind("\0" + name[1:] if name[0] == "@" else name)
@@ -137,9 +133,15 @@ while True:
             pid = struct.unpack("iII", value)[0]
     assert pid, "systemd takes nothing from an unknown sender"
     lines = data.decode().split("\n")
+    assert all("=" in line for line in lines), "each is an assignment"
     if lines == ["BARRIER=1"]:
         assert len(fds) == 1 # "a single file descriptor", and nothing else in the message
         break
+    if "RELOADING=1" in lines:
+        # "together with a MONOTONIC_USEC= field": CLOCK_MONOTONIC when the message was made
+        [at] = [int(line[15:]) for line in lines if line.startswith("MONOTONIC_USEC=")]
+        assert 0 <= time.monotonic() - at / 1e6 < 60
+        lines.remove(f"MONOTONIC_USEC={at}")
     if "FDSTORE=1" in lines:
         name = [line[7:] for line in lines if line.startswith("FDNAME=")]
         print(pid, *name, *(struct.unpack(">I", os.pread(fd, 4, 0))[0] for fd in fds), flush=True)
@@ -150,45 +152,148 @@ print("barrier", flush=True)
 # Its end closes the barrier's descriptor.
 "#;
 
-/// What a service does, as a user of the crate would write it.
-async fn notify(address: &SocketAddr) -> std::io::Result<()> {
-    let socket = DatagramSocket::unbound()?;
-    socket.send_to("READY=1", &[], address).await?;
+const ROLE: &str = "sd_notify::a_service_notifies_a_manager_and_stores_descriptors_there";
+
+/// A service, in a process of its own.
+async fn notify() {
+    let notifier = Notifier::from_env().unwrap();
+    assert!(notifier.is_active());
+    assert_eq!(notifier.watchdog_period(), Some(Duration::from_secs(2)));
+    notifier.ready().await.unwrap();
+    notifier.status("all is well").await.unwrap();
+    notifier.watchdog().await.unwrap();
     let files = [1, 2, 3].map(marked);
-    socket.send_to("FDSTORE=1\nFDNAME=files", &files.each_ref().map(AsFd::as_fd), address).await?;
-    let (reader, writer) = std::io::pipe()?;
-    socket.send_to("BARRIER=1", &[writer.as_fd()], address).await?;
-    drop(writer);
-    let mut barrier = pipe::Receiver::from_owned_fd(OwnedFd::from(reader))?;
-    assert_eq!(barrier.read(&mut [0]).await?, 0);
-    Ok(())
+    notifier.store("files", &files.each_ref().map(AsFd::as_fd)).await.unwrap();
+    notifier.remove_stored("files").await.unwrap();
+    let injected = notifier.status("x\nMAINPID=1").await.unwrap_err();
+    assert_eq!(injected.kind(), std::io::ErrorKind::InvalidInput);
+    notifier.reloading().await.unwrap();
+    notifier.main_pid(812).await.unwrap();
+    notifier.stopping().await.unwrap();
+    notifier.barrier(Duration::from_secs(30)).await.unwrap();
+}
+
+/// A command that runs this binary as the service.
+fn service(role: &str, address: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([role, "--exact", "--nocapture"]).env("FDWIRE_ROLE", role);
+    command.env("NOTIFY_SOCKET", address).env("WATCHDOG_USEC", "4000000");
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
 }
 
 #[test]
 fn a_service_notifies_a_manager_and_stores_descriptors_there() {
+    if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == ROLE) {
+        return run_and_pass(notify());
+    }
     let Some(python) = installed("python3") else { return };
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("notify");
         let name = abstract_name("service");
         let text = format!("@{}", str::from_utf8(name.as_abstract_name().unwrap()).unwrap());
-        for (n, (address, text)) in
-            [(SocketAddr::from_pathname(&path).unwrap(), path.to_str().unwrap().to_owned()), (name, text)]
-                .into_iter()
-                .enumerate()
-        {
+        for (n, address) in [path.to_str().unwrap().to_owned(), text].into_iter().enumerate() {
             let (printed, output) = std::io::pipe().unwrap();
             let listens = directory.path().join(format!("listens {n}"));
             let mut command = Command::new(&python);
-            command.args(["-c", MANAGER, &text]).arg(&listens).stdin(Stdio::null()).stdout(output);
+            command.args(["-c", MANAGER, &address]).arg(&listens).stdin(Stdio::null()).stdout(output);
             let mut manager = Daemon::start(&mut command, directory.path());
             drop(command);
             manager.ready(async || File::open(&listens)).await;
-            notify(&address).await.unwrap();
+            let mut service = Daemon::start(&mut service(ROLE, &address), directory.path());
+            assert_eq!(service.ended().await.code(), Some(PASSED));
             assert!(manager.ended().await.success());
-            let pid = std::process::id();
-            let expected = format!("{pid} READY=1 0\n{pid} files 1 2 3\nbarrier\n");
+            let pid = service.child.id();
+            let expected = [
+                "READY=1 0",
+                "STATUS=all is well 0",
+                "WATCHDOG=1 0",
+                "files 1 2 3",
+                "FDSTOREREMOVE=1 FDNAME=files 0",
+                "RELOADING=1 0",
+                "MAINPID=812 0",
+                "STOPPING=1 0",
+            ];
+            let expected = expected.map(|line| format!("{pid} {line}\n")).concat() + "barrier\n";
             assert_eq!(std::io::read_to_string(printed).unwrap(), expected);
         }
+    });
+}
+
+#[test]
+fn a_service_sends_the_same_as_systemd_notify() {
+    const TEST: &str = "sd_notify::a_service_sends_the_same_as_systemd_notify";
+    if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == TEST) {
+        return run_and_pass(async {
+            let notifier = Notifier::from_env().unwrap();
+            notifier.ready().await.unwrap();
+            notifier.status("all is well").await.unwrap();
+            notifier.stopping().await.unwrap();
+            notifier.watchdog().await.unwrap();
+            notifier.main_pid(812).await.unwrap();
+            notifier.barrier(Duration::from_secs(30)).await.unwrap();
+        });
+    }
+    let Some(program) = installed("systemd-notify") else { return };
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        for (manager, address) in managers("same", directory.path()) {
+            let mut ours = Daemon::start(&mut service(TEST, &address), directory.path());
+            let mut said = Vec::new();
+            for _ in 0..5 {
+                said.push(manager.recv().await.unwrap().payload);
+            }
+            drop(manager.recv().await.unwrap()); // the barrier
+            assert_eq!(ours.ended().await.code(), Some(PASSED));
+            for (argument, ours) in
+                ["--ready", "--status=all is well", "STOPPING=1", "WATCHDOG=1", "--pid=812"].into_iter().zip(said)
+            {
+                let mut command = Command::new(&program);
+                command.args(["--no-block", argument]).env("NOTIFY_SOCKET", &address).stdin(Stdio::null());
+                let mut theirs = Daemon::start(&mut command, directory.path());
+                assert_eq!(manager.recv().await.unwrap().payload, ours);
+                assert!(theirs.ended().await.success());
+            }
+        }
+    });
+}
+
+/// A manager that has gone, or that does not answer a barrier.
+#[test]
+fn a_service_learns_that_its_manager_has_gone() {
+    const TEST: &str = "sd_notify::a_service_learns_that_its_manager_has_gone";
+    if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == TEST) {
+        return run_and_pass(async {
+            let notifier = Notifier::from_env().unwrap();
+            let late = notifier.barrier(Duration::from_millis(20)).await.unwrap_err();
+            assert_eq!(late.kind(), std::io::ErrorKind::TimedOut);
+            while notifier.ready().await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        for (manager, address) in managers("gone", directory.path()) {
+            let mut service = Daemon::start(&mut service(TEST, &address), directory.path());
+            let _barrier = manager.recv().await.unwrap();
+            manager.recv().await.unwrap();
+            drop(manager);
+            assert_eq!(service.ended().await.code(), Some(PASSED));
+        }
+    });
+}
+
+#[test]
+fn without_a_manager_nothing_is_said() {
+    run(async {
+        if std::env::var_os("NOTIFY_SOCKET").is_some() {
+            return; // the tests themselves run as a service
+        }
+        let notifier = Notifier::from_env().unwrap();
+        assert!(!notifier.is_active());
+        notifier.ready().await.unwrap();
+        notifier.barrier(Duration::from_secs(30)).await.unwrap();
     });
 }

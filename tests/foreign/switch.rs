@@ -78,14 +78,14 @@ fn what_waits_unsent_goes_out_before_what_the_next_codec_encodes() {
             let mut words = Framed::new(a, Words);
             words.feed("HELLO").await.unwrap();
             words.feed("BEGIN").await.unwrap();
-            assert_eq!(words.unsent(), (12, 0));
+            assert_eq!((words.unsent().bytes, words.unsent().fds), (12, 0));
             let mut frames = binary(words);
             for n in 0..600 {
                 frames.feed(Frame::new(n.to_string()).with_fds((0..n % 3).map(|_| marked(n)))).await.unwrap();
             }
 
             // Back to words, with hundreds of descriptors unsent.
-            assert!(frames.unsent().1 > 0);
+            assert!(frames.unsent().fds > 0);
             let mut words = frames.map_codecs(|_, _| (Words, Words));
             words.feed("END").await.unwrap();
 

@@ -12,6 +12,7 @@ use bytes::{Buf, BytesMut};
 use fdwire::{
     Codec, Decoder, Encoder, Error, FdQueue, Fds, Framed, Grouping, Listener, SendBuf, SendError, SendFd, Socket,
     SocketKind,
+    takeover::{self, Listeners, Options, Server},
 };
 use futures::{SinkExt, TryStreamExt};
 use nix::sys::{
@@ -149,5 +150,43 @@ fn a_zergling_serves_the_listening_sockets_that_it_gets() {
             drop(listener); // uwsgi alone has it
             assert_eq!(ping(address).await, PONG);
         }
+    });
+}
+
+/// Its listening socket goes to one generation of ours after the other, and to another uwsgi.
+#[test]
+fn a_server_takes_over_from_a_zerg_server_and_gives_to_a_zergling() {
+    let Some(program) = installed("uwsgi") else { return };
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let zerg = directory.path().join("zerg.sock");
+        let address = free_address();
+        let options = ["--socket", &address.to_string(), "--zerg-server", zerg.to_str().unwrap()];
+        let mut daemon = start_uwsgi(&program, directory.path(), &options);
+        let socket = daemon.ready(async || Socket::connect(&zerg, SocketKind::Stream).await).await;
+        let [socket] = Framed::new(socket, ZergCodec).try_next().await.unwrap().unwrap().into_array().unwrap();
+        let mut listeners = Listeners::new();
+        listeners.add("uwsgi", socket).unwrap();
+        let path = directory.path().join("takeover");
+        let first = Server::bind(&path, listeners, Options::default()).unwrap();
+        drop(daemon);
+
+        let second = takeover::request(&path, Options::default()).await.unwrap().ready().await.unwrap();
+        first.replaced().await;
+        assert!(first.drained().await);
+        let gated = second.gated::<tokio::net::TcpListener>("uwsgi", 0).unwrap();
+        let serve = async {
+            let (mut client, _) = gated.accept().await.unwrap();
+            client.read_exact(&mut [0; 4]).await.unwrap();
+            client.write_all(b"ours").await.unwrap();
+        };
+        assert_eq!(tokio::join!(ping(address), serve).0, *b"ours");
+
+        let server = Listener::bind(&zerg, SocketKind::Stream).unwrap();
+        let _daemon = start_uwsgi(&program, directory.path(), &["--zerg", zerg.to_str().unwrap()]);
+        let mut connection = Framed::new(server.accept().await.unwrap(), ZergCodec);
+        connection.send(vec![SendFd::assume_socket(second.socket("uwsgi", 0).unwrap())]).await.unwrap();
+        drop((gated, second)); // uwsgi alone has it
+        assert_eq!(ping(address).await, PONG);
     });
 }

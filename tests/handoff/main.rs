@@ -7,4 +7,5 @@ mod http;
 mod polling;
 mod raw_dispatcher;
 mod rules;
+mod shortage;
 mod worker;

@@ -94,6 +94,16 @@ impl RawDispatcher {
         self.expect(FromWorker::Rejected { first, count, reason }).await;
     }
 
+    /// The same in one message or several.
+    pub(crate) async fn expect_rejected_in_parts(&mut self, total: u32, reason: RejectReason) {
+        let end = self.answered + u64::from(total);
+        while self.answered < end {
+            let answer = self.answer().await;
+            let Some(FromWorker::Rejected { first, count, reason: given }) = answer else { panic!("{answer:?}") };
+            assert_eq!((first, given), (self.next(count), reason));
+        }
+    }
+
     fn next(&mut self, count: u32) -> u64 {
         self.answered += u64::from(count);
         self.answered - u64::from(count)

@@ -3,24 +3,23 @@
 use std::{net, os::fd::OwnedFd, time::Duration};
 
 use fdwire::{
-    Error, Socket, SocketKind,
+    Socket, SocketKind,
     handoff::{
         End, Incoming,
         protocol::{FromWorker, Offer, RejectReason, ToWorker},
     },
 };
 use futures::StreamExt;
-use nix::sys::resource::{Resource, setrlimit};
 use rustix::{fs::fcntl_getfl, net::sockopt};
 use tokio::time::Instant;
 
 use crate::{
     common::{
-        PASSED, counted, encoded, marked,
+        counted, encoded, marked,
         raw_receiver::{MOST_BYTES, MOST_FDS, RawReceiver},
-        raw_send, role_socket, run_and_pass, settle, spawn_role,
+        raw_send, settle,
     },
-    raw_dispatcher::{RawDispatcher, offer_of, pair},
+    raw_dispatcher::{offer_of, pair},
     worker::{ask, check_failed, clog, narrow_pair},
 };
 
@@ -144,33 +143,6 @@ fn a_worker_leaves_a_dispatcher_at_each_breach() {
         leaves(kind, &without, Vec::new(), no_message).await;
         leaves(kind, &offer(0, &copy, b""), Vec::new(), "descriptor").await;
         leaves(kind, &offer(0, &copy, b""), vec![marked(1)], "not the one that it describes").await;
-    });
-}
-
-/// Rules: W-CTRUNC.
-#[test]
-fn a_worker_that_has_lost_descriptors_leaves() {
-    const ROLE: &str = "rules::a_worker_that_has_lost_descriptors_leaves";
-    if let Some(socket) = role_socket(ROLE) {
-        return run_and_pass(async {
-            let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
-            let _connection = incoming.next().await.unwrap();
-            setrlimit(Resource::RLIMIT_NOFILE, 3, 3).unwrap();
-            assert!(incoming.next().await.is_none());
-            let End::Failed(error) = incoming.handle().ended().await else { panic!("it has not failed") };
-            assert!(matches!(*error, Error::TruncatedControl), "{error}");
-        });
-    }
-    counted(async |kind| {
-        let (here, there) = Socket::pair(kind).unwrap();
-        let mut child = spawn_role(ROLE, None, there.into());
-        let mut dispatcher = RawDispatcher::before_greeting(here).await;
-        dispatcher.send(ToWorker::Welcome { version: 1 }).await;
-        let _first = dispatcher.offer().await;
-        dispatcher.expect_adopted(1).await;
-        let _second = dispatcher.offer().await;
-        assert!(dispatcher.answer().await.is_none());
-        assert_eq!(child.wait().unwrap().code(), Some(PASSED));
     });
 }
 

@@ -18,17 +18,14 @@ use fdwire::{
     },
 };
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
-use nix::sys::{
-    resource::{Resource, setrlimit},
-    socket::MsgFlags,
-};
+use nix::sys::socket::MsgFlags;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, UnixStream},
 };
 
 use crate::{
-    common::{counted, role_socket, run, spawn_role},
+    common::counted,
     raw_dispatcher::{RawDispatcher, offer_of, pair},
 };
 
@@ -155,6 +152,7 @@ fn unix_connections_are_served_too() {
         ask(&mut incoming);
         let (client, accepted) = unix::net::UnixStream::pair().unwrap();
         client.set_nonblocking(true).unwrap();
+        accepted.set_nonblocking(true).unwrap();
         let mut client = UnixStream::from_std(client).unwrap();
         let offer = Offer {
             cookie: rustix::net::sockopt::socket_cookie(&accepted).unwrap(),
@@ -643,56 +641,6 @@ fn a_dispatcher_that_does_not_read_is_left() {
 }
 
 /// Rules: W-ROOM.
-#[test]
-fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
-    const ROLE: &str = "worker::a_worker_asks_for_no_more_than_its_descriptors_allow";
-    if let Some(socket) = role_socket(ROLE) {
-        setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
-        return run(async {
-            let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
-            let ended = incoming.handle().ended();
-            while let Some(mut connection) = incoming.next().await {
-                tokio::spawn(async move { connection.read(&mut [0]).await });
-            }
-            assert!(matches!(ended.await, End::Drained));
-        });
-    }
-    counted(async |kind| {
-        let (a, b) = Socket::pair(kind).unwrap();
-        let mut child = spawn_role(ROLE, None, b.into());
-        let mut dispatcher = RawDispatcher::greet(a).await;
-        let mut clients = Vec::new();
-        loop {
-            // No more demand than this comes: the last pong has been sent after all answers.
-            for _ in clients.len() as u64..dispatcher.demand {
-                clients.push(dispatcher.offer().await.0);
-                dispatcher.expect_adopted(1).await;
-            }
-            dispatcher.settle().await;
-            if dispatcher.demand > 0 && dispatcher.demand == clients.len() as u64 {
-                break;
-            }
-        }
-        let served = clients.len();
-        assert!((30..60).contains(&served), "{served} connections with 64 descriptors");
-        clients.clear();
-        dispatcher.expect_finished(served as u64).await;
-        let (mut client, copy) = loop {
-            if dispatcher.demand > served as u64 {
-                break dispatcher.offer().await;
-            }
-            dispatcher.settle().await;
-        };
-        drop(copy);
-        dispatcher.expect_adopted(1).await;
-        dispatcher.send(ToWorker::Drain { within: None }).await;
-        dispatcher.expect(FromWorker::Draining).await;
-        client.shutdown().await.unwrap();
-        dispatcher.expect(FromWorker::Goodbye).await;
-        assert!(child.wait().unwrap().success());
-    });
-}
-
 #[test]
 fn options_of_a_connection_can_be_set() {
     counted(async |kind| {

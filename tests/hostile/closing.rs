@@ -1,4 +1,5 @@
-//! Descriptors whose last `close` lasts as long as a peer likes. No task may wait for it, and they get closed all the same.
+//! Descriptors whose last `close` takes as long as a peer likes. No task may wait for it, and they
+//! still get closed.
 
 use std::{
     io::ErrorKind,
@@ -12,6 +13,10 @@ use bytes::{Buf, BytesMut};
 use fdwire::{
     Codec, DatagramSocket, Decoder, Error, FdQueue, Fds, Frame, FrameCodec, Framed, Listener, PacketCodec, SendError,
     SendFd, Socket, SocketKind,
+    handoff::{
+        Address, Incoming, Transport,
+        protocol::{DispatcherCodec, FromWorker, Offer, ToWorker, VERSION},
+    },
 };
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -87,7 +92,7 @@ fn dropping_a_datagram_or_its_socket_does_not_wait() {
         without_waiting(clients, async { drop(b) }).await;
         let (_a, b, clients) = with_unread();
         without_waiting(clients, async { drop(b.recv().await.unwrap()) }).await;
-        // Too long: nobody gets to see it.
+        // The message is too long, so nobody sees it.
         let (a, b) = DatagramSocket::pair().unwrap();
         let (slow, client) = slow_to_close();
         setsockopt(&a, sockopt::SndBuf, &(2 << 20)).unwrap();
@@ -182,7 +187,7 @@ fn dropping_descriptors_of_a_message_one_by_one_or_as_a_wrong_number_does_not_wa
 
         let (mut rx, _peer, clients) = with_unread(kind);
         let mut frame = rx.try_next().await.unwrap().unwrap();
-        without_waiting(clients, async { frame.fds = Fds::new() }).await;
+        without_waiting(clients, async { frame.fds = Fds::none() }).await;
     });
 }
 
@@ -208,14 +213,14 @@ fn a_message_that_is_not_sent_is_dropped_without_waiting() {
         for way in WAYS {
             let (slow, client) = slow_to_close();
             let (mut tx, _peer) = with_raw_peer(kind);
-            tx.feed(Frame::carrying("", [way(slow)])).await.unwrap();
+            tx.feed(Frame::from_parts("", [way(slow)])).await.unwrap();
             without_waiting([client], async { drop(tx) }).await;
         }
     });
 }
 
-/// Receives on a thread of its own until the end. Closes the last descriptor of each message at once, often before the
-/// sender has closed its copy, which is the last one then.
+/// Receives on a thread of its own until the end. It closes the last descriptor of each message at
+/// once, often before the sender has closed its copy. The sender's copy is the last one then.
 fn close_quickly(socket: OwnedFd, makes_slow: bool) -> JoinHandle<()> {
     std::thread::spawn(move || {
         loop {
@@ -231,7 +236,7 @@ fn close_quickly(socket: OwnedFd, makes_slow: bool) -> JoinHandle<()> {
     })
 }
 
-/// The ways to hand over a socket, whose last reference the connection then has.
+/// The ways to hand a socket over. The connection has the last reference then.
 const WAYS: [fn(OwnedFd) -> SendFd; 3] =
     [SendFd::from, |socket| SendFd::assume_socket(socket), |socket| SendFd::from(Arc::new(socket))];
 
@@ -242,9 +247,10 @@ async fn send_to_a_quick_receiver(kind: SocketKind, makes_slow: bool) {
     let mut tx = Framed::new(Socket::try_from(ours).unwrap(), FrameCodec::default());
     for way in WAYS.into_iter().cycle().take(SENDS) {
         let (socket, client) = if makes_slow { full_connection() } else { slow_to_close() };
-        // These are in front, and their numbers are not consecutive, so that the sender closes its copies one by one and is busy.
+        // These descriptors come first. Their numbers are not consecutive, so the sender closes its
+        // copies one by one and is busy.
         let others = nulls(200).into_iter().step_by(2);
-        let frame = Frame::carrying("", others.map(SendFd::from)).with_fd(way(socket));
+        let frame = Frame::from_parts("", others.map(SendFd::from)).with_fd(way(socket));
         without_waiting([client], tx.send(frame)).await.unwrap();
     }
     drop(tx);
@@ -282,7 +288,7 @@ fn a_message_that_a_mapping_refuses_is_dropped_without_waiting() {
     });
 }
 
-/// Takes a descriptor with each byte, and likes only the letter F.
+/// A codec that takes a descriptor with each byte, and accepts only the letter F.
 struct Letters;
 
 impl Codec for Letters {}
@@ -317,7 +323,8 @@ fn what_came_before_descriptors_were_lost_is_dropped_without_waiting() {
         let (a, peer) = Socket::pair(kind).unwrap();
         let mut rx = Framed::new(a, PacketCodec::default());
         let (slow, client) = slow_to_close();
-        // The kernel closes what it can't install during the call, so only the first ones can be slow.
+        // The kernel closes what it can't install during the call, so only the first ones can be
+        // slow.
         raw_send(&peer, b"?", &[slow].into_iter().chain(nulls(30)).collect::<Vec<_>>());
         let limit = FdLimit::leave(10);
         let lost = without_waiting([client], rx.next()).await;
@@ -365,5 +372,36 @@ fn a_descriptor_that_is_not_the_expected_socket_is_not_waited_for() {
         without_waiting([client], async { Socket::try_from(slow).unwrap_err() }).await;
         let (slow, client) = slow_to_close();
         without_waiting([client], async { Listener::try_from(slow).unwrap_err() }).await;
+    });
+}
+
+/// The descriptors that come with a connection are of the dispatcher's choice.
+#[test]
+fn dropping_an_adopted_connection_does_not_wait_for_what_came_with_it() {
+    counted(async |kind| {
+        let (a, b) = Socket::pair(kind).unwrap();
+        let mut incoming = Incoming::builder().max_fds(2).build(b);
+        let mut dispatcher = Framed::new(a, DispatcherCodec::default());
+        dispatcher.next().await.unwrap().unwrap();
+        dispatcher.send(ToWorker::<Offer<SendFd>>::Welcome { version: VERSION }).await.unwrap();
+
+        let (slow, client) = slow_to_close();
+        let (accepted, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        accepted.set_nonblocking(true).unwrap();
+        let offer = Offer {
+            cookie: rustix::net::sockopt::socket_cookie(&accepted).unwrap(),
+            transport: Transport::UnixStream,
+            peer: Address::Unnamed,
+            local: Address::Unnamed,
+            read: Default::default(),
+            metadata: Default::default(),
+            fd: SendFd::from(OwnedFd::from(accepted)),
+            bundle: vec![SendFd::from(slow)],
+        };
+        let (connection, ()) = tokio::join!(incoming.next(), async {
+            assert!(matches!(dispatcher.next().await, Some(Ok(FromWorker::Demand { .. }))));
+            dispatcher.send(ToWorker::Offer { number: 0, offer }).await.unwrap();
+        });
+        without_waiting([client], async { drop(connection) }).await;
     });
 }

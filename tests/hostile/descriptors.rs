@@ -1,4 +1,4 @@
-//! Threads and descriptors that hostile connections take, and descriptors that are lost.
+//! The threads and descriptors that hostile connections take, and descriptors that are lost.
 
 use std::{
     fs::File,
@@ -43,7 +43,7 @@ pub(crate) fn nulls(count: usize) -> Vec<OwnedFd> {
     (0..count).map(|_| File::open("/dev/null").unwrap().into()).collect()
 }
 
-/// A connection that ends with an error for what came with these descriptors.
+/// A connection that ends with an error because of the bytes that came with these descriptors.
 async fn bad_connection(kind: SocketKind, fds: Vec<OwnedFd>) {
     let (mut rx, peer) = with_raw_peer(kind);
     raw_send(&peer, b"?", &fds);
@@ -67,7 +67,7 @@ fn slow_sockets_of_many_connections_take_few_threads() {
     });
 }
 
-/// Whoever closes such a socket frees all these files, one after the other.
+/// The thread that closes such a socket frees all these files, one after the other.
 #[test]
 fn sockets_with_many_unread_descriptors_take_one_task_at_a_time() {
     counted(async |kind| {
@@ -86,7 +86,7 @@ fn sockets_with_many_unread_descriptors_take_one_task_at_a_time() {
         let mut most = before;
         for socket in full {
             fdwire::close_in_background([socket]);
-            // So that the next one is not closed together with this one.
+            // Wait, so that the next one is not closed together with this one.
             tokio::time::sleep(Duration::from_millis(3)).await;
             most = most.max(threads() + children());
         }
@@ -123,7 +123,7 @@ fn a_slow_socket_does_not_keep_others_open() {
     });
 }
 
-/// A descriptor for each letter F, which the decoder takes if there is one.
+/// A codec whose letter F takes a descriptor if there is one.
 struct Optional {
     is_there_one: fn(&FdQueue) -> bool,
 }
@@ -166,7 +166,8 @@ fn a_decoder_that_asks_for_the_number_of_descriptors_does_not_mistake_lost_ones_
     });
 }
 
-/// A handler that runs in a thread with a descriptor table of its own can't write to the pipe of tokio's signals.
+/// A handler that runs in a thread with a descriptor table of its own can't write to the pipe of
+/// tokio's signals.
 #[test]
 fn no_signal_is_handled_by_a_thread_without_the_descriptors_of_the_process() {
     counted(async |_| {

@@ -1,7 +1,9 @@
-//! Peers that do harm on purpose: they make a `close` last, send what nobody claims, and take what a process has little of.
+//! Peers that do harm on purpose: they make a `close` slow, send descriptors that nobody claims,
+//! and use up scarce resources.
 //!
-//! The tests count descriptors and threads of their process, so they run one at a time. None measures
-//! time. If the library waits where it must not, [`slow::Watchdog`] ends the waiting and the test fails.
+//! The tests count descriptors and threads of their process, so they run one at a time. None
+//! measures time. If the library waits where it must not, [`slow::Watchdog`] ends the waiting and
+//! the test fails.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -39,7 +41,7 @@ async fn soon<T>(what: &str, event: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, event).await.unwrap_or_else(|_| panic!("still waiting: {what}"))
 }
 
-/// Waits until something is so.
+/// Waits until a condition holds.
 async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     soon(what, async {
         while !is_so() {
@@ -52,10 +54,12 @@ async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 /// Runs a test on both kinds of socket, and counts the descriptors of this process around it.
 fn counted(test: impl AsyncFn(SocketKind)) {
     static CLOSED_SOMETHING: Once = Once::new();
-    // The threads that close for the library start with the first descriptors, and may keep some of their own.
+    // The threads that close for the library start with the first descriptors, and may keep some of
+    // their own.
     CLOSED_SOMETHING.call_once(|| KINDS.map(close_something).into_iter().collect());
     common::counted(test);
-    // It panics if it runs what is not its own: without the descriptors of the process, a waker fails there.
+    // This thread panics if it runs foreign code: without the descriptors of the process, a waker
+    // fails there.
     nursery().expect("the thread that closes sockets has ended");
 }
 
@@ -90,5 +94,5 @@ fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").unwrap().count()
 }
 
-/// Threads that the library may have beside the test's.
+/// The number of threads that the library may have, besides those of the test.
 const FEW_THREADS: usize = 12;

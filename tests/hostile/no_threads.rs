@@ -1,4 +1,5 @@
-//! A process that can start no thread: its uid has as many as it may, which other processes of the uid can bring about.
+//! A process that can't start threads, because its uid has reached its limit. Other processes of
+//! the uid can cause that.
 
 use std::{
     io::{Read, Write},
@@ -15,14 +16,14 @@ use crate::{
     slow::{Watchdog, slow_to_close},
 };
 
-/// When the process loses the right to start threads.
+/// The moment at which the process loses the right to start threads.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Since {
     ItsStart,
     ItsFirstSocket,
 }
 
-/// Runs as another uid, to which the limit applies. It is counted for all processes of the uid.
+/// Runs as another uid, to which the limit applies. The limit counts all processes of the uid.
 fn process_without_threads(mut control: UnixStream) {
     let mut since = [0];
     control.read_exact(&mut since).unwrap();
@@ -52,7 +53,8 @@ fn process_without_threads(mut control: UnixStream) {
             assert_eq!(honest.try_next().await.unwrap().unwrap().payload[0], n);
         }
 
-        // What waits is closed when threads can be had again, with the next descriptor at the latest.
+        // Waiting descriptors are closed when threads can be started again, at the latest with the
+        // next descriptor.
         drop(limit);
         let (mut rx, peer) = with_raw_peer(kind);
         raw_send(&peer, b"?", &[std::io::pipe().unwrap().0.into()]);
@@ -74,7 +76,8 @@ fn check(role: &str, since: Since) {
     });
 }
 
-/// Takes a process of another uid than root's the right to start threads, until this is dropped.
+/// Takes away the right of a process to start threads, until this is dropped. The process must not
+/// run as root.
 pub(crate) struct NoThreads {
     before: (u64, u64),
 }
@@ -94,7 +97,8 @@ impl Drop for NoThreads {
     }
 }
 
-/// Runs a role process as another uid with these settings, and waits until it says `done` and succeeds.
+/// Runs a role process as another uid with these settings, and waits until it says `done` and
+/// succeeds.
 pub(crate) fn run_process(role: &str, uid: u32, settings: &[u8]) {
     let (mut control, theirs) = UnixStream::pair().unwrap();
     let mut child = spawn_role(role, Some(uid), theirs.into());

@@ -39,7 +39,7 @@ pub(crate) fn connected_to_name(name: &[u8], kind: SocketKind) -> OwnedFd {
     ours
 }
 
-/// One `sendmsg`. `None` if the kernel takes no descriptor that is nested so deep.
+/// Makes one `sendmsg`. Returns `None` if the kernel refuses a descriptor that is nested so deeply.
 pub(crate) fn try_send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) -> Option<()> {
     let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let control = [ControlMessage::ScmRights(&fds)];
@@ -54,7 +54,7 @@ pub(crate) fn try_send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) -> Opt
 /// One `recvmsg`.
 ///
 /// # Errors
-/// Those of the call.
+/// The errors of the call.
 pub(crate) fn receive(socket: &impl AsFd, wait: bool) -> rustix::io::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut control = [MaybeUninit::uninit(); cmsg_space!(ScmRights(253))];
     let mut control = RecvAncillaryBuffer::new(&mut control);
@@ -70,7 +70,7 @@ pub(crate) fn receive(socket: &impl AsFd, wait: bool) -> rustix::io::Result<(Vec
     Ok((bytes, control.drain().filter_map(rights).flatten().collect()))
 }
 
-/// Whether the kernel holds nothing that was sent to this socket.
+/// Returns true if nothing that was sent to this socket waits in the kernel.
 pub(crate) fn nothing_is_unread(socket: &impl AsFd) -> bool {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     recv(socket.as_fd().as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)

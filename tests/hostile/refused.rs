@@ -14,7 +14,7 @@ use crate::{
     soon,
 };
 
-/// Connects with what it gets and sends it on, then waits to be told to end.
+/// Connects, sends on what it has received, and then waits for the order to end.
 fn send_on(control: impl Into<UnixStream>) {
     let mut control = control.into();
     let (name, fds) = raw::receive(&control, true).unwrap();
@@ -46,7 +46,7 @@ fn a_peer_that_is_refused_does_not_block_the_listener_with_what_it_sent() {
         raw_send(&control, &[first, addr.as_abstract_name().unwrap()].concat(), &[slow]);
         control.read_exact(&mut [0; 4]).unwrap();
 
-        // The next in line is admitted.
+        // The next peer in the backlog is admitted.
         let admitted = fdwire::Socket::try_from(raw::connected_to(&addr, kind)).unwrap();
         let accepted = without_waiting([client], soon("the admitted peer", listener.accept())).await.unwrap();
         assert_eq!(listener.refused(), 1);

@@ -16,8 +16,8 @@ use tokio::sync::oneshot;
 
 use crate::PATIENCE;
 
-/// The server's end of a TCP connection whose last `close` takes an hour, or until the client reads:
-/// `SO_LINGER` is set, and not all of its bytes can be sent.
+/// The server's end of a TCP connection whose last `close` takes an hour, or until the client
+/// reads: `SO_LINGER` is set, and not all of its bytes can be sent.
 pub(crate) fn slow_to_close() -> (OwnedFd, Client) {
     let (server, client) = full_connection();
     linger(&server);
@@ -29,7 +29,8 @@ pub(crate) fn full_connection() -> (OwnedFd, Client) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let mut server = listener.accept().unwrap().0;
-    // Small enough to be full soon, with many connections at a time; smaller ones are read slowly.
+    // Small enough to be full soon, with many connections at the same time. Even smaller ones are
+    // read slowly.
     setsockopt(&client, sockopt::RcvBuf, &65536).unwrap();
     setsockopt(&server, sockopt::SndBuf, &65536).unwrap();
     server.set_nonblocking(true).unwrap();
@@ -78,8 +79,9 @@ impl Client {
     }
 }
 
-/// Keeps the clients of slow sockets from reading until the operation under test has returned. So an operation that waits
-/// for one of them can't return by itself. After [`PATIENCE`] the clients read all the same, and the test fails.
+/// Keeps the clients of slow sockets from reading until the operation under test has returned. So
+/// an operation that waits for one of them can't return by itself. After [`PATIENCE`] the clients
+/// read nevertheless, and the test fails.
 pub(crate) struct Watchdog {
     returned: mpsc::Sender<()>,
     report: oneshot::Receiver<Result<(), String>>,
@@ -105,15 +107,16 @@ impl Watchdog {
         Self { returned, report }
     }
 
-    /// The operation has returned. Lets the clients read, and fails unless each sees the end of its connection after all bytes.
+    /// The operation has returned. Lets the clients read, and fails unless each sees the end of its
+    /// connection after all bytes.
     pub(crate) async fn returned(self) {
         let _ = self.returned.send(());
         self.report.await.unwrap().unwrap();
     }
 }
 
-/// Runs an operation that must not wait for the slow sockets of these clients, and checks that the sockets
-/// are closed all the same, with nothing lost.
+/// Runs an operation that must not wait for the slow sockets of these clients, and checks that the
+/// sockets are closed nevertheless, with nothing lost.
 pub(crate) async fn without_waiting<T>(
     clients: impl IntoIterator<Item = Client>,
     operation: impl Future<Output = T>,

@@ -53,8 +53,8 @@ fn messages_with_many_descriptors_leave_other_tasks_their_turns() {
     });
 }
 
-/// The peer takes each message before the next one is sent, so only the cooperative budget can end a
-/// turn of the task.
+/// The peer takes each message before the next one is sent, so only the cooperative budget can end
+/// a turn of the task.
 #[test]
 fn a_task_whose_messages_are_taken_at_once_leaves_other_tasks_their_turns() {
     counted(async |kind| {

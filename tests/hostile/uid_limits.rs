@@ -1,4 +1,4 @@
-//! Many connections of one uid, which together hold no more than it may.
+//! Many connections of one uid, which together hold no more than the uid may hold.
 
 use std::{
     io::{Read, Write},
@@ -56,7 +56,7 @@ async fn refuse(listener: &Listener, addr: &SocketAddr) -> OwnedFd {
     peer
 }
 
-/// Connects, and sends on what the listener greets it with.
+/// Connects, and sends on what the listener sends first.
 fn greeted(control: OwnedFd) {
     let mut control = UnixStream::from(control);
     let mut name = String::new();
@@ -95,7 +95,7 @@ fn a_uid_has_no_more_connections_than_it_may_and_leaves_them_to_others() {
             child.wait().unwrap();
         }
 
-        // The place of a dropped connection is free, and that of one that is converted.
+        // The place of a dropped connection is free, and so is that of a converted one.
         drop(first);
         let third = accept(&listener, &addr).await;
         refuse(&listener, &addr).await;
@@ -159,7 +159,8 @@ fn connections_of_a_uid_hold_no_more_unclaimed_descriptors_than_it_may() {
     });
 }
 
-/// Runs as another uid, in a process that can't start a thread: what is dropped there waits to be closed.
+/// Runs as another uid, in a process that can't start a thread. So dropped descriptors wait to be
+/// closed.
 fn process_whose_descriptors_wait(mut control: UnixStream) {
     let kind = read_kind(&mut control);
     let limit = NoThreads::set();
@@ -178,7 +179,8 @@ fn process_whose_descriptors_wait(mut control: UnixStream) {
             assert!(honest.next().now_or_never().is_none(), "it receives although too much waits to be closed");
         }
 
-        // Refused connections hold descriptors too until they are closed, so only some are accepted meanwhile.
+        // Refused connections hold descriptors too until they are closed, so only some are accepted
+        // meanwhile.
         let refused = || {
             assert!(listener.accept().now_or_never().is_none());
             listener.refused()

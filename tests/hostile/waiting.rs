@@ -20,7 +20,8 @@ fn receiver(kind: SocketKind, time: Duration) -> (Framed<FrameCodec>, OwnedFd) {
     (Framed::new(a, FrameCodec::new(Limits::default().max_unfinished_time(time))), b.into())
 }
 
-/// The peer's descriptor is its own end of the connection, so the connection has no end while it waits.
+/// The peer's descriptor is its own end of the connection, so the connection has no end while it
+/// waits.
 #[test]
 fn a_peer_that_leaves_its_own_end_in_an_unfinished_frame_does_not_keep_the_connection() {
     counted(async |kind| {
@@ -103,7 +104,7 @@ fn a_connection_that_waits_between_frames_has_all_the_time() {
     });
 }
 
-/// Takes each byte for a message, and drops all descriptors.
+/// A codec that takes each byte as a message, and drops all descriptors.
 struct Refuse;
 
 impl Codec for Refuse {}
@@ -132,7 +133,8 @@ fn descriptors_that_an_application_refuses_are_closed_as_fast_as_they_come() {
             for _ in 0..100 {
                 raw_send(&peer, b"x", &many);
                 rx.next().await.unwrap().unwrap();
-                // Limits::max_queued_fds, what one more receive brings, and what belongs to the test.
+                // Limits::max_queued_fds, the descriptors of one more receive, and those of the
+                // test itself.
                 assert!(crate::common::open_fds() < before + 506 + 253 + 10);
             }
         })
@@ -147,7 +149,8 @@ fn a_connection_that_waits_for_its_sockets_to_be_closed_goes_on_then() {
         let peer = OwnedFd::from(peer);
         let mut rx = Framed::with_codecs(a, Refuse, FrameCodec::default());
         for _ in 0..10 {
-            // All at once, so that they arrive faster than they are closed, and the runtime sleeps meanwhile.
+            // Send all at once, so that they arrive faster than they are closed, and the runtime
+            // sleeps meanwhile.
             let batches = [(); 5].map(|()| Vec::from_iter((0..250).map(|_| raw::pair(kind).0)));
             batches.iter().for_each(|sockets| raw_send(&peer, b"x", sockets));
             drop(batches);

@@ -1,4 +1,5 @@
-//! The wake-ups of a receiver: for everything that is left after a read that ended early, and for nothing else.
+//! The wake-ups of a receiver: one for everything that is left after a read that ended early, and
+//! no others.
 
 use std::{
     future::poll_fn,
@@ -82,7 +83,8 @@ fn a_connection_that_was_made_with_credentials_on_hides_no_message_of_a_second_w
         return;
     }
     counted(async |kind| {
-        // As a service manager does it: the option is on when the client connects, before this process has the listener.
+        // The option is on when the client connects, before this process has the listener: a
+        // service manager does it in this way.
         let addr = abstract_name("credentials");
         let listener = listener(&addr, kind);
         setsockopt(&listener, sockopt::PassCred, &true).unwrap();
@@ -144,8 +146,8 @@ fn a_task_that_has_received_everything_sleeps_until_more_comes() {
             }
         });
         for _ in 0..3 {
-            // A read that brings descriptors may have ended early, so only EAGAIN shows that nothing is
-            // left.
+            // A read that brings descriptors may have ended early, so only EAGAIN shows that
+            // nothing is left.
             raw_send(&peer, &encoded(b"", 1), &[marked(1)]);
             settle().await;
             let before = polls.load(Ordering::Relaxed);

@@ -2,9 +2,14 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod drain;
+mod generations;
+#[cfg(feature = "axum")]
+mod http;
 mod intruders;
 mod listeners;
 mod processes;
+mod supervisor;
 mod undo;
 
 use std::{

@@ -1,4 +1,4 @@
-//! What only the blocking side has: its calls wait in the thread that makes them, for a time that
+//! The properties of the blocking side alone: its calls wait in the calling thread, for a time that
 //! can be limited.
 
 use std::{
@@ -13,7 +13,7 @@ use std::{
 };
 
 use fdwire::{
-    Error, Frame, FrameCodec, Framed, Limits, Parts, PassCredentials, Socket, SocketKind,
+    Error, Frame, FrameCodec, Framed, FramedParts, Limits, PassCredentials, Socket, SocketKind,
     blocking::{self, Listener},
 };
 use futures::{SinkExt, TryStreamExt};
@@ -55,7 +55,7 @@ fn with_raw_peer(kind: SocketKind) -> (blocking::Framed<FrameCodec>, OwnedFd) {
     (blocking::Framed::new(a, large()), b.into())
 }
 
-/// The next frame, which there has to be.
+/// Returns the next frame, which has to come.
 #[track_caller]
 fn next(rx: &mut blocking::Framed<FrameCodec>) -> Frame {
     rx.next().unwrap().unwrap()
@@ -116,7 +116,7 @@ fn a_read_that_times_out_loses_nothing() {
             let frame = next(&mut rx);
             assert_eq!((&frame.payload[..], marks(&frame)), (&b"payload"[..], vec![0, 5]));
         }
-        // No time limit is one that is longer than the clock reaches, too.
+        // A limit that is longer than the clock reaches is no limit.
         for timeout in [None, Some(Duration::MAX)] {
             rx.set_read_timeout(timeout);
             raw_send(&peer, &encoded(b"", 0), &[]);
@@ -151,7 +151,7 @@ fn a_write_that_times_out_loses_nothing() {
     without_runtime(|kind| {
         let (mut tx, mut rx) = framed_pair(kind);
         tx.set_write_timeout(Some(Duration::from_millis(2)));
-        // The peer is stalled.
+        // The peer reads nothing.
         let mut taken = 0;
         let refused = loop {
             match tx.send(Frame::new(vec![7; 50_000]).with_fd(marked(taken))) {
@@ -166,7 +166,7 @@ fn a_write_that_times_out_loses_nothing() {
             }
         };
         assert_eq!(marks(&refused), [taken]);
-        let (bytes, _) = tx.unsent();
+        let bytes = tx.unsent().bytes;
         assert!((256 << 10..(256 << 10) + 50_008).contains(&bytes), "{bytes} bytes wait");
         for _ in 0..2 {
             assert!(matches!(tx.flush(), Err(Error::TimedOut)));
@@ -183,13 +183,13 @@ fn a_write_that_times_out_loses_nothing() {
         });
         tx.feed(refused).unwrap();
         tx.close().unwrap();
-        assert_eq!(tx.unsent(), (0, 0));
+        assert_eq!((tx.unsent().bytes, tx.unsent().fds), (0, 0));
         receiver.join().unwrap();
     });
 }
 
-/// The call ends before the time that the peer has for the rest of the frame, and goes on counting
-/// it.
+/// The time limit of the call is shorter than the time for the rest of the frame, which goes on
+/// meanwhile.
 #[test]
 fn the_time_for_an_unfinished_frame_goes_on_over_calls_that_time_out() {
     without_runtime(|kind| {
@@ -296,7 +296,7 @@ fn a_connection_continues_from_its_parts() {
         let (mut tx, mut rx) = framed_pair(kind);
         tx.feed(Frame::new("one").with_fd(marked(1))).unwrap();
         tx.feed(Frame::new("two").with_fd(marked(2))).unwrap();
-        let parts: Parts<FrameCodec, FrameCodec, blocking::Socket> = tx.into_parts();
+        let parts: FramedParts<FrameCodec, FrameCodec, blocking::Socket> = tx.into_parts();
         assert_eq!((parts.unsent.len(), parts.unsent.fd_count()), (22, 2));
         let mut tx = blocking::Framed::from_parts(parts);
         tx.send(Frame::new("three").with_fd(marked(3))).unwrap();
@@ -353,7 +353,7 @@ fn the_sender_of_a_message_is_known_if_the_socket_or_its_listener_asks() {
     });
 }
 
-/// In a process of its own, which is a program without a runtime as they are.
+/// Runs in a process of its own, as a program without a runtime.
 #[test]
 fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
     const ROLE: &str = "blocking::a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing";
@@ -363,12 +363,12 @@ fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
         let limit = open_fds() as u64 + 10;
         setrlimit(Resource::RLIMIT_NOFILE, limit, limit).unwrap();
         let before = open_fds();
-        // What was complete before the loss is still good.
+        // Frames that were complete before the loss are still good.
         assert_eq!(next(&mut rx).fds.len(), 2);
         assert_eq!(next(&mut rx).payload, "none");
         assert!(matches!(rx.next(), Some(Err(Error::TruncatedControl))));
         assert!(rx.next().is_none());
-        // They are closed on another thread.
+        // The descriptors are closed on another thread.
         while std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count) != before {
             thread::yield_now();
         }
@@ -391,8 +391,8 @@ fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
 fn too_many_descriptors_in_flight_are_waited_for() {
     const ROLE: &str = "blocking::too_many_descriptors_in_flight_are_waited_for";
     if let Some(socket) = role_socket(ROLE) {
-        // In flight, over all processes of the uid: no more than this, checked before more are
-        // added.
+        // The limit of descriptors in flight counts all processes of the uid. The kernel checks it
+        // before it adds more.
         setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
         let mut tx = blocking::Framed::new(blocking::Socket::try_from(socket).unwrap(), FrameCodec::default());
         let null = std::fs::File::open("/dev/null").unwrap();
@@ -402,7 +402,7 @@ fn too_many_descriptors_in_flight_are_waited_for() {
         tx.send(frame(1)).unwrap();
         let stuck = tx.send(frame(2)).expect_err("80 descriptors of this uid are in flight, the limit is 64");
         assert!(matches!(stuck.error, Error::TimedOut), "{stuck}");
-        assert_eq!(tx.unsent(), (9, 40));
+        assert_eq!((tx.unsent().bytes, tx.unsent().fds), (9, 40));
         std::fs::write("/proc/self/comm", "stuck").unwrap(); // for the parent
         tx.set_write_timeout(None);
         tx.close().unwrap();

@@ -76,7 +76,7 @@ fn waiting_for_room_can_be_cancelled() {
         a.set_send_buffer_size(1).unwrap();
         let codec = FrameCodec::new(Limits::default().max_queued_bytes(1));
         let (mut tx, mut rx) = (Framed::new(a, codec), Framed::new(b, codec));
-        // Until the socket is full, and one frame waits.
+        // Send until the socket is full, and one frame waits.
         let mut sent = 0;
         let waiting = loop {
             let Some(permit) = once(tx.reserve()).await else { break marked(sent) };
@@ -123,7 +123,7 @@ fn a_cancelled_send_loses_only_its_item_and_closes_it() {
         let (mut tx, mut rx) = framed_pair(kind);
         while once(tx.send(Frame::new(vec![0; 100_000]))).await.is_some() {}
         let (reader, writer) = std::io::pipe().unwrap();
-        // Backpressure: over the limit nothing more is taken.
+        // Above the limit nothing more is taken.
         while once(tx.feed(Frame::new(vec![0; 100_000]))).await.is_some() {}
         assert!(once(tx.send(Frame::new("").with_fd(writer))).await.is_none());
         assert_eq!(std::io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");

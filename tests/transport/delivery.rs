@@ -1,7 +1,7 @@
-//! What is sent arrives, whatever the sizes.
+//! All frames arrive, whatever their sizes.
 
 use bytes::Bytes;
-use fdwire::{Error, Frame, FrameCodec, Framed, Parts, Socket};
+use fdwire::{Error, Frame, FrameCodec, Framed, FramedParts, Socket};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt, stream};
 
 use crate::{
@@ -98,7 +98,8 @@ async fn check_mixed_frames(rx: &mut Framed<FrameCodec>, count: u32) {
 #[test]
 fn short_writes_and_any_send_buffer_keep_descriptors_with_their_frames() {
     counted(async |kind| {
-        // The smallest that the kernel allows makes nearly every write short; the largest, packets of many sizes.
+        // The smallest buffer that the kernel allows makes nearly every write short. The largest
+        // makes packets of many sizes.
         for size in [1, 9000, 100_000, 4 << 20] {
             let (a, b) = Socket::pair(kind).unwrap();
             a.set_send_buffer_size(size).unwrap();
@@ -148,7 +149,8 @@ fn both_directions_at_once_do_not_wait_for_each_other() {
 fn barriers_do_not_hide_what_lies_behind_them() {
     counted(async |kind| {
         let (mut rx, peer) = with_raw_peer(kind);
-        // Each send with descriptors ends a read on a stream; no new event announces the rest.
+        // On a stream, a read ends behind each send with descriptors, and no event announces the
+        // rest.
         for n in 0..20 {
             raw_send(&peer, &encoded(b"plain", 0), &[]);
             raw_send(&peer, &encoded(b"marked", 2), &[marked(n), marked(n + 100)]);
@@ -166,7 +168,8 @@ fn frames_in_any_pieces_are_put_together() {
     counted(async |kind| {
         let (mut rx, peer) = with_raw_peer(kind);
         let bytes = [encoded(b"one", 1), encoded(b"", 0), encoded(b"three", 2)].concat();
-        // Descriptors come with the byte they are attached to, which may be long before their frame.
+        // Descriptors come with the byte they are attached to, which may be long before their
+        // frame.
         for (index, byte) in bytes.iter().enumerate() {
             let fds = if index % 4 == 0 && index < 12 { vec![marked(index as u32)] } else { vec![] };
             raw_send(&peer, &[*byte], &fds);
@@ -195,9 +198,9 @@ fn a_descriptor_is_closed_once_it_is_sent() {
         let (mut tx, rx) = framed_pair(kind);
         let (reader, writer) = std::io::pipe().unwrap();
         tx.feed(Frame::new("").with_fd(writer)).await.unwrap();
-        assert_eq!(tx.unsent(), (8, 1));
+        assert_eq!((tx.unsent().bytes, tx.unsent().fds), (8, 1));
         tx.flush().await.unwrap();
-        assert_eq!(tx.unsent(), (0, 0));
+        assert_eq!((tx.unsent().bytes, tx.unsent().fds), (0, 0));
         drop(rx); // the kernel closes what was not received
         assert_eq!(std::io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");
     });
@@ -209,7 +212,7 @@ fn a_connection_continues_from_its_parts() {
         let (mut tx, mut rx) = framed_pair(kind);
         tx.feed(Frame::new("one").with_fd(marked(1))).await.unwrap();
         tx.feed(Frame::new("two").with_fd(marked(2))).await.unwrap();
-        let parts: Parts<FrameCodec> = tx.into_parts();
+        let parts: FramedParts<FrameCodec> = tx.into_parts();
         assert_eq!((parts.unsent.len(), parts.unsent.fd_count()), (22, 2));
         let mut tx = Framed::from_parts(parts);
         tx.send(Frame::new("three").with_fd(marked(3))).await.unwrap();
@@ -306,7 +309,7 @@ fn a_fast_peer_does_not_starve_other_tasks() {
 fn what_is_put_into_the_parts_is_sent() {
     counted(async |kind| {
         let (tx, mut rx) = framed_pair(kind);
-        let mut parts: Parts<FrameCodec> = tx.into_parts();
+        let mut parts: FramedParts<FrameCodec> = tx.into_parts();
         parts.unsent.put_slice(&encoded(b"by hand", 1));
         parts.unsent.put_fd(marked(1));
         let mut tx = Framed::from_parts(parts);
@@ -314,7 +317,7 @@ fn what_is_put_into_the_parts_is_sent() {
         assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [1]);
         assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "and on");
 
-        let mut parts: Parts<FrameCodec> = tx.into_parts();
+        let mut parts: FramedParts<FrameCodec> = tx.into_parts();
         parts.unsent.put_fd(marked(1)); // a stream would drop it silently
         let mut tx = Framed::from_parts(parts);
         assert!(tx.flush().await.is_err());
@@ -346,7 +349,7 @@ fn polling_outside_of_the_runtime_waits_too() {
         let (mut tx, mut rx) = framed_pair(kind);
         let receive = tokio::spawn(async move { rx.try_next().await.unwrap().unwrap() });
         let send = std::thread::spawn(move || {
-            // An executor that knows nothing of tokio.
+            // This executor does not know tokio.
             let waker = futures::task::noop_waker();
             let mut context = std::task::Context::from_waker(&waker);
             let mut sending = tx.send(Frame::new(vec![0; 4 << 20]).with_fd(marked(1)));

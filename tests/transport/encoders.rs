@@ -1,4 +1,4 @@
-//! Encoders that stop in the middle of a message, and those whose messages have several parts.
+//! Encoders that fail in the middle of a message, and encoders of messages with several parts.
 
 use std::{
     fs::File,
@@ -8,7 +8,7 @@ use std::{
 };
 
 use fdwire::{
-    Codec, Encoder, Error, Frame, FrameCodec, Framed, PacketCodec, Parts, SendBuf, SendError, Socket, SocketKind,
+    Codec, Encoder, Error, Frame, FrameCodec, Framed, FramedParts, PacketCodec, SendBuf, SendError, Socket, SocketKind,
 };
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
 use nix::{
@@ -44,7 +44,7 @@ impl Encoder<Frame> for Halfway {
     }
 }
 
-/// A frame with the descriptor `mark`. Closed on drop, as `counted` checks.
+/// Returns a frame with the descriptor `mark`. `counted` checks that it is closed on drop.
 fn frame(payload: &'static str, mark: u32) -> Frame {
     Frame::new(payload).with_fd(marked(mark))
 }
@@ -56,7 +56,7 @@ fn nothing_is_left_of_a_message_whose_encoder_fails_or_panics() {
         let mut tx = Framed::with_codecs(a, FrameCodec::default(), Halfway(FrameCodec::default()));
         let mut rx = Framed::new(b, FrameCodec::default());
         for mark in 0..3 {
-            // Alone, then behind a message that waits.
+            // First alone, then behind a message that waits.
             for before in [false, true] {
                 if before {
                     tx.feed(frame("before", mark)).await.unwrap();
@@ -93,13 +93,14 @@ fn a_half_goes_on_after_an_encoder_that_panics() {
         let (_read, mut tx) = framed.into_split();
         let permit = tx.reserve().await.unwrap();
         assert!(catch_unwind(AssertUnwindSafe(|| permit.send(frame("panic", 9)))).is_err());
-        assert_eq!(tx.unsent(), (0, 0));
+        assert_eq!((tx.unsent().bytes, tx.unsent().fds), (0, 0));
         tx.send(frame("after", 1)).await.unwrap();
         assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [1]);
     });
 }
 
-/// One `recvmsg` without the code under test: the number of bytes, the first one, and the marks of the descriptors.
+/// Makes one `recvmsg` without the code under test. Returns the number of bytes, the first byte,
+/// and the marks of the descriptors.
 fn raw_recv(socket: &Socket) -> (usize, u8, Vec<u32>) {
     let (mut bytes, mut control) = (vec![0; 200_000], nix::cmsg_space!([RawFd; 253]));
     let mut room = [IoSliceMut::new(&mut bytes)];
@@ -117,7 +118,7 @@ fn raw_recv(socket: &Socket) -> (usize, u8, Vec<u32>) {
     (count, bytes[0], marks)
 }
 
-/// Each mark of the payload in a part of its own.
+/// Sends each mark of the payload in a part of its own.
 #[derive(Clone)]
 struct InParts;
 
@@ -162,14 +163,14 @@ fn each_part_of_a_message_is_received_by_itself_whoever_sends_at_the_same_time()
     });
 }
 
-/// It is a message of the encoder that sends it, not of the one before.
+/// The appended message belongs to the encoder that sends it, not to the one before.
 #[test]
 fn what_is_put_into_the_parts_is_grouped_as_the_encoder_wants_it() {
     counted(async |_| {
         let (a, peer) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let mut tx = Framed::new(a, PacketCodec::default());
         tx.feed(Frame::new("before").with_fd(marked(1))).await.unwrap();
-        let mut parts: Parts<PacketCodec> = tx.into_parts();
+        let mut parts: FramedParts<PacketCodec> = tx.into_parts();
         parts.unsent.put_slice(&vec![7; 100_000]); // more than a packet that is not announced may have
         parts.unsent.put_fd(marked(2));
         let mut tx = Framed::from_parts(parts);

@@ -16,13 +16,14 @@ use crate::{
     side::{End, end_with_raw_peer, ends, on_both_sides},
 };
 
-/// Three frames as they are sent: bytes, and at which byte which descriptors are attached.
+/// Returns three frames as they are sent: the bytes, and for each descriptor the byte that it is
+/// attached to.
 fn three_frames() -> Vec<u8> {
     [encoded(b"one", 1), encoded(b"two", 0), encoded(b"three", 2)].concat()
 }
 
-/// Checks what a receiver yields of the first `cut` bytes of [`three_frames`], after which the peer
-/// is gone.
+/// Checks what a receiver yields if the peer is gone after the first `cut` bytes of
+/// [`three_frames`].
 async fn check_cut(mut rx: End<FrameCodec>, cut: usize) {
     let ends = [11, 22, 35];
     for (payload, fds) in [("one", vec![1]), ("two", vec![]), ("three", vec![2, 3])]
@@ -67,7 +68,7 @@ fn a_peer_may_close_after_any_byte() {
 #[test]
 fn a_peer_may_be_killed_after_any_byte() {
     if let Some(socket) = role_socket("ends::a_peer_may_be_killed_after_any_byte") {
-        // The parent says where to stop, and kills.
+        // The parent chooses the byte to stop at, and kills this process there.
         return run(async {
             let mut control = Framed::new(Socket::try_from(socket).unwrap(), FrameCodec::default());
             let frame = control.try_next().await.unwrap().unwrap();
@@ -273,7 +274,8 @@ fn what_has_ended_stays_so_with_another_codec() {
         let (mut a, peer) = with_raw_peer(kind);
         raw_send(&peer, b"?", &[marked(1)]);
         assert!(matches!(a.next().await, Some(Err(Error::BadMagic { .. }))));
-        // The descriptor of the first is gone; the second must not get the third's.
+        // The descriptor of the first frame is gone. The second frame must not get that of the
+        // third.
         raw_send(&peer, &encoded(b"second", 1), &[]);
         raw_send(&peer, &encoded(b"third", 1), &[marked(3)]);
         a.close().await.unwrap();

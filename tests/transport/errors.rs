@@ -18,7 +18,7 @@ use crate::{
 /// way.
 type Provoke = fn(SocketKind, Side) -> LocalBoxFuture<'static, Option<Error>>;
 
-/// Which error, where it comes from, how it is provoked, and what it says.
+/// A row for each error: its name, its source, the way to provoke it, and its message.
 const TABLE: &[(&str, &str, Provoke, &str)] = &[
     ("Io", "sending to a peer that has closed", |k, s| Box::pin(send_to_closed(k, s)), "Broken pipe (os error 32)"),
     ("Io", "sending descriptors to a peer that takes none", |k, s| Box::pin(send_refused_fds(k, s)), "not permitted"),
@@ -125,7 +125,8 @@ fn small() -> FrameCodec {
     FrameCodec::new(Limits::default().max_payload_bytes(100).max_fds_per_frame(3))
 }
 
-/// What a receiver says to these bytes, sent with this number of descriptors, and then the end.
+/// Returns the error of a receiver for these bytes, sent with this number of descriptors before the
+/// end.
 async fn received(kind: SocketKind, side: Side, bytes: Vec<u8>, fds: u32) -> Option<Error> {
     let (a, peer) = Socket::pair(kind).unwrap();
     let mut rx = End::new(side, a, small());
@@ -142,7 +143,7 @@ async fn received(kind: SocketKind, side: Side, bytes: Vec<u8>, fds: u32) -> Opt
     }
 }
 
-/// What a sender says to an item, which comes back, and leaves it able to send others.
+/// Returns the error of a sender for an item. The item comes back, and the sender can send others.
 async fn refused(kind: SocketKind, side: Side, codec: impl FrameLike, frame: Frame) -> Option<Error> {
     let (a, peer) = Socket::pair(kind).unwrap();
     let (mut tx, mut rx) = (End::new(side, a, codec.clone()), End::new(Side::Async, peer, codec));
@@ -200,7 +201,7 @@ async fn truncated_control(kind: SocketKind, side: Side) -> Option<Error> {
     let (mut rx, peer) = end_with_raw_peer(kind, side);
     raw_send(&peer, &encoded(b"", 30), &Vec::from_iter((0..30).map(marked)));
     drop(peer);
-    // Those of the connections before this one are closed on another thread, and would make room.
+    // The descriptors of earlier connections are closed on another thread, which would make room.
     while open_fds() > 100 {
         tokio::task::yield_now().await;
     }
@@ -283,7 +284,7 @@ enum Waiting {
     Send,
 }
 
-/// The asynchronous side has tokio's timers for that.
+/// Only for the blocking side: the asynchronous side has tokio's timers for that.
 async fn timed_out(kind: SocketKind, side: Side, waiting: Waiting) -> Option<Error> {
     let (end, mut peer) = ends(kind, side);
     let End::Blocking(end) = end else { return None };
@@ -303,7 +304,7 @@ async fn timed_out(kind: SocketKind, side: Side, waiting: Waiting) -> Option<Err
             (end, error)
         })
         .await;
-    // Nothing has ended.
+    // The connection goes on.
     let send = async { futures::SinkExt::send(&mut peer, Frame::new("late").with_fd(marked(1))).await.unwrap() };
     send.await;
     let mut end = End::Blocking(crate::side::OnThread::new(move || end));

@@ -37,7 +37,7 @@ fn frames_without_a_limit() {
     });
 }
 
-/// A message is a letter, and nothing is to be received in one go.
+/// A codec whose message is a letter, and whose largest receive is 0 bytes.
 struct Nothing;
 
 impl Codec for Nothing {

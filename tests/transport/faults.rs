@@ -1,6 +1,6 @@
-//! What a peer does wrong is named once, then the stream ends.
+//! Each fault of a peer is one error, and then the stream ends.
 
-use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Parts, Socket, SocketKind};
+use fdwire::{Error, Frame, FrameCodec, Framed, FramedParts, Limits, Socket, SocketKind};
 use futures::{StreamExt, TryStreamExt};
 
 use crate::{
@@ -9,8 +9,8 @@ use crate::{
     side::{End, Side, end_with_raw_peer, on_both_sides},
 };
 
-/// What receivers of both sorts say to these bytes, sent with so many descriptors, and then the
-/// end.
+/// Returns the error of both kinds of receiver for these bytes, sent with this number of
+/// descriptors before the end.
 async fn fault(kind: SocketKind, bytes: &[u8], fds: u32) -> Error {
     let [error, blocking] =
         [fault_of(kind, Side::Async, bytes, fds).await, fault_of(kind, Side::Blocking, bytes, fds).await];
@@ -93,7 +93,7 @@ fn after_a_fault_nothing_that_was_received_is_given_back() {
         raw_send(&peer, &bytes, &[marked(1), marked(2)]);
         assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "fine");
         assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { found: b'?' }))));
-        let parts: Parts<FrameCodec> = rx.into_parts();
+        let parts: FramedParts<FrameCodec> = rx.into_parts();
         assert_eq!((&parts.received[..], parts.received_fds.len()), (&b""[..], 0));
         assert!(Framed::from_parts(parts).next().await.is_none());
     });
@@ -119,7 +119,7 @@ fn closing_what_nobody_claims_does_not_block_the_runtime() {
         lingering.set_nonblocking(true).unwrap();
         while lingering.write(&[0; 65536]).is_ok() {}
 
-        // Until then, or until it is clear that it blocks this thread.
+        // Wait until then, or until it is clear that the close blocks this thread.
         let (go_on, told) = std::sync::mpsc::channel();
         let client = std::thread::spawn(move || {
             let told = told.recv_timeout(std::time::Duration::from_secs(10));

@@ -1,4 +1,4 @@
-//! What the system has no more of.
+//! Shortages of the system: descriptors, and descriptors in flight.
 
 use std::{process::ExitStatus, time::Duration};
 
@@ -25,12 +25,12 @@ fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
             let limit = open_fds() as u64 + 10;
             setrlimit(Resource::RLIMIT_NOFILE, limit, limit).unwrap();
             let before = open_fds();
-            // What was complete before the loss is still good.
+            // Frames that were complete before the loss are still good.
             assert_eq!(rx.try_next().await.unwrap().unwrap().fds.len(), 2);
             assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "none");
             assert!(matches!(rx.next().await, Some(Err(Error::TruncatedControl))));
             assert!(rx.next().await.is_none());
-            // They are closed on another thread.
+            // The descriptors are closed on another thread.
             while std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count) != before {
                 tokio::task::yield_now().await;
             }
@@ -54,7 +54,8 @@ fn too_many_descriptors_in_flight_are_waited_for() {
     const ROLE: &str = "limits::too_many_descriptors_in_flight_are_waited_for";
     if let Some(socket) = role_socket(ROLE) {
         return run(async {
-            // In flight, over all processes of the uid: no more than this, checked before more are added.
+            // The limit of descriptors in flight counts all processes of the uid. The kernel checks
+            // it before it adds more.
             setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
             let mut tx = Framed::new(Socket::try_from(socket).unwrap(), FrameCodec::default());
             let null = std::fs::File::open("/dev/null").unwrap();
@@ -63,7 +64,7 @@ fn too_many_descriptors_in_flight_are_waited_for() {
             tx.send(frame(1)).await.unwrap();
             let stuck = timeout(Duration::from_millis(100), tx.send(frame(2))).await;
             assert!(stuck.is_err(), "80 descriptors of this uid are in flight, the limit of 64 is not there");
-            assert_eq!(tx.unsent(), (9, 40));
+            assert_eq!((tx.unsent().bytes, tx.unsent().fds), (9, 40));
             std::fs::write("/proc/self/comm", "stuck").unwrap(); // for the parent
             tx.close().await.unwrap();
             assert!(tx.next().await.is_none());
@@ -115,7 +116,7 @@ fn a_sink_waits_when_its_limits_are_reached() {
         let mut sent = 0;
         while timeout(Duration::ZERO, tx.feed(Frame::new(vec![0; 50_000]).with_fd(marked(sent)))).await.is_ok() {
             sent += 1;
-            let (bytes, fds) = tx.unsent();
+            let fdwire::Unsent { bytes, fds, .. } = tx.unsent();
             assert!(bytes < (256 << 10) + 50_008 && fds <= 6);
         }
         let receive = async {

@@ -1,5 +1,5 @@
-//! Random connections over real sockets: whatever is sent arrives, and whatever a peer does, an
-//! asynchronous and a blocking receiver see the same.
+//! Random connections over real sockets. Everything that is sent arrives, and an asynchronous and a
+//! blocking receiver see the same, whatever the peer does.
 
 use std::os::fd::OwnedFd;
 
@@ -38,7 +38,7 @@ fn every_frame_arrives_once_with_its_own_descriptors() {
         for (sender, receiver) in
             [(Side::Async, Side::Blocking), (Side::Blocking, Side::Async), (Side::Blocking, Side::Blocking)]
         {
-            // `proptest` has no asynchronous tests, so the runtime of each case is one of its own.
+            // `proptest` has no asynchronous tests, so each case has its own runtime.
             tokio::task::spawn_blocking(move || {
                 let check = |(frames, send_buffer)| {
                     crate::common::run(exchange(kind, sender, receiver, frames, send_buffer));
@@ -99,7 +99,7 @@ struct Wrong {
 
 fn wrong() -> impl Strategy<Value = Wrong> {
     let frames = prop::collection::vec((0..120usize, 0..5u16), 1..8);
-    // Not so small that they fill the socket before somebody receives.
+    // Large enough that they do not fill the socket before the peer receives.
     let sends = prop::collection::vec((8..60usize, 0..5u32), 1..20);
     (frames, any::<Option<(Index, u8)>>(), any::<Option<Index>>(), sends)
         .prop_map(|(frames, wrong_byte, kept, sends)| Wrong { frames, wrong_byte, kept, sends })
@@ -121,7 +121,7 @@ impl Wrong {
         bytes
     }
 
-    /// What a receiver yields, up to the end.
+    /// Returns everything that a receiver yields, up to the end.
     async fn yielded(&self, kind: SocketKind, side: Side) -> Vec<String> {
         let (a, peer) = Socket::pair(kind).unwrap();
         let peer = OwnedFd::from(peer);

@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use fdwire::{Driver, Frame, FrameCodec, Framed, Limits, ReadHalf, Sender, Socket, SocketKind};
+use fdwire::{Frame, FrameCodec, Framed, Limits, ReadHalf, SendDriver, Sender, Socket, SocketKind};
 use futures::{StreamExt, TryStreamExt, future::join_all};
 use nix::{
     errno::Errno,
@@ -20,7 +20,7 @@ use crate::{
     counted, counted_in,
 };
 
-pub(crate) type Parts = (ReadHalf<FrameCodec>, Sender<FrameCodec>, Driver<FrameCodec>);
+pub(crate) type Parts = (ReadHalf<FrameCodec>, Sender<FrameCodec>, SendDriver<FrameCodec>);
 
 pub(crate) fn shared(framed: Framed<FrameCodec>) -> Parts {
     let (read, write) = framed.into_split();
@@ -52,7 +52,7 @@ pub(crate) async fn check_marks(rx: &mut Framed<FrameCodec>, expected: impl Into
     }
 }
 
-/// A payload that says who sent it, and as which of its messages.
+/// A payload with the number of its sender and the number of the message.
 fn numbered(task: u32, n: u32) -> Bytes {
     [task.to_be_bytes(), n.to_be_bytes()].concat().into()
 }
@@ -107,7 +107,7 @@ fn packets(socket: &impl AsFd) -> Vec<usize> {
 
 #[test]
 fn what_tasks_send_at_a_time_goes_in_one_packet() {
-    // The first has a queue of tasks. The second prefers whom the last task has woken.
+    // The first runtime has a queue of tasks. The second one prefers the task that was woken last.
     for runtime in [one_thread, one_worker] {
         counted_in(runtime, async |kind| {
             if kind == SocketKind::Stream {
@@ -232,7 +232,7 @@ fn senders_that_give_up_waiting_hold_up_nobody() {
         let ((_read, sender, driver), mut rx) = narrow(kind, Limits::default().max_queued_bytes(5000));
         let driver = tokio::spawn(driver);
         let accepted = fill(&sender).await;
-        // One waits for room, the others for their turn.
+        // One task waits for room, the others for their turn.
         let (reader, writer) = io::pipe().unwrap();
         let mut waiting: Vec<JoinHandle<()>> = Vec::new();
         for n in 0..5 {
@@ -274,7 +274,7 @@ fn a_permit_keeps_room_for_one_message() {
         third.await.unwrap().unwrap();
         check_marks(&mut rx, [3]).await;
 
-        // Room for a descriptor that did not come is free again.
+        // The room for a descriptor that did not come is free again.
         let fourth = sender.reserve().await.unwrap();
         let fifth = tokio::spawn({
             let sender = sender.clone();

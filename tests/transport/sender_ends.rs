@@ -1,4 +1,4 @@
-//! How sending from many tasks ends, and what a message that is none leaves behind.
+//! The ends of sending from many tasks, and messages that leave nothing behind.
 
 use std::{
     io,
@@ -27,7 +27,7 @@ fn when_the_peer_is_gone_every_item_comes_back_or_is_in_the_half() {
     counted(async |kind| {
         let ((read, sender, driver), rx) = narrow(kind, Limits::default().max_queued_bytes(20_000));
         let driver = tokio::spawn(driver);
-        // Some in the socket, some in the driver's hands, some behind them.
+        // Some messages are in the socket, some with the driver, some in the queue.
         let accepted = fill(&sender).await;
         let waiting: Vec<JoinHandle<_>> = (0..5)
             .map(|n| {
@@ -93,7 +93,7 @@ async fn a_descriptor_that_is_not_passed_ends_sending(
     b.send(Frame::new("answer")).await.unwrap();
     assert_eq!(a.try_next().await.unwrap().unwrap().payload, "answer");
 
-    // What was not sent is in the half, with all descriptors.
+    // The unsent messages are in the half, with all descriptors.
     assert!(is_expected(&a.flush().await.unwrap_err()));
     let (bytes, fds) = a.into_parts().unsent.into_parts();
     assert_eq!(bytes, [encoded(b"one", 1), encoded(b"two", 1), encoded(b"three", 1)].concat());
@@ -159,7 +159,7 @@ fn without_a_driver_items_come_back_and_nobody_hangs() {
         drop(writer);
         assert_eq!(io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");
 
-        // What was not sent is closed, and the peer sees the end.
+        // The unsent descriptors are closed, and the peer sees the end.
         let mut received = 0;
         while let Some(Ok(frame)) = rx.next().await {
             assert_eq!(marks(&frame), [received]);
@@ -256,7 +256,7 @@ fn a_half_becomes_a_sender_and_a_half_again() {
         tx.close().await.unwrap();
         assert!(rx.next().await.is_none());
 
-        // What has ended stays so.
+        // A direction that has ended stays so.
         let (_read, sender, driver) = shared(tx);
         assert_eq!(is_closed(sender.send(Frame::new("late")).await).payload, "late");
         assert!(matches!(driver.await.close().await, Ok(())));

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 
 use crate::{common::large, counted};
 
-/// How an end waits.
+/// The way in which an end waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
     Async,
@@ -89,7 +89,7 @@ impl<C: FrameLike> End<C> {
         }
     }
 
-    /// The next frame, which there has to be.
+    /// Returns the next frame, which has to come.
     #[track_caller]
     pub(crate) fn frame(&mut self) -> impl Future<Output = Frame> {
         let caller = std::panic::Location::caller();
@@ -101,7 +101,7 @@ impl<C: FrameLike> End<C> {
         }
     }
 
-    /// The error that is next, which is followed by the end.
+    /// Returns the next error, which the end has to follow.
     #[track_caller]
     pub(crate) fn error(&mut self) -> impl Future<Output = Error> {
         let caller = std::panic::Location::caller();
@@ -126,7 +126,7 @@ impl<C: FrameLike> End<C> {
         }
     }
 
-    /// What was accepted and not sent.
+    /// Returns the bytes and descriptors that were accepted and not sent.
     pub(crate) async fn into_unsent(self) -> (bytes::BytesMut, Vec<fdwire::SendFd>) {
         match self {
             Self::Async(framed) => framed.into_parts().unsent.into_parts(),
@@ -147,7 +147,7 @@ pub(crate) fn end_with_raw_peer(kind: SocketKind, side: Side) -> (End<FrameCodec
     (End::new(side, a, large()), b.into())
 }
 
-/// A value in a thread of its own, which has no runtime.
+/// A value that lives in a thread of its own, without a runtime.
 pub(crate) struct OnThread<T> {
     jobs: mpsc::Sender<Job<T>>,
 }
@@ -196,5 +196,5 @@ impl<T> OnThread<T> {
     }
 }
 
-/// Time for something that must not happen, or that has to be waited for.
+/// The time for something that must not happen, or that the test waits for.
 pub(crate) const SHORT: Duration = Duration::from_millis(50);

@@ -19,7 +19,7 @@ impl Fdwire {
     }
 
     async fn feed(&mut self, payload: &Bytes, fd: Option<SendFd>) {
-        self.framed.feed(Frame::carrying(payload.clone(), fd)).await.expect("sending");
+        self.framed.feed(Frame::from_parts(payload.clone(), fd)).await.expect("sending");
     }
 }
 

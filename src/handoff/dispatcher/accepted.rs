@@ -13,7 +13,8 @@ use super::{Transport, protocol::RejectReason};
 
 /// An accepted connection, ready to be [dispatched](super::Dispatcher::dispatch): a stream, and what the worker is to know of it.
 ///
-/// Made from a `TcpStream` or `UnixStream` of tokio or std. One of tokio leaves its event loop here.
+/// Made from a `TcpStream` or `UnixStream` of tokio or std. One of tokio leaves its event loop here, and one of std becomes
+/// non-blocking, for all holders of a copy.
 ///
 /// ```no_run
 /// # async fn example(dispatcher: fdwire::handoff::Dispatcher, stream: tokio::net::TcpStream, head: Vec<u8>)
@@ -25,7 +26,7 @@ use super::{Transport, protocol::RejectReason};
 /// ```
 #[derive(Debug)]
 pub struct Accepted {
-    /// Or why it could not leave its event loop.
+    /// Or why it could not be made ready.
     pub(super) socket: io::Result<OwnedFd>,
     pub(super) about: About,
 }
@@ -99,13 +100,13 @@ impl Accepted {
 
 impl From<std::net::TcpStream> for Accepted {
     fn from(stream: std::net::TcpStream) -> Self {
-        Self::new(Ok(stream.into()), Transport::Tcp)
+        Self::new(stream.set_nonblocking(true).map(|()| stream.into()), Transport::Tcp)
     }
 }
 
 impl From<unix::net::UnixStream> for Accepted {
     fn from(stream: unix::net::UnixStream) -> Self {
-        Self::new(Ok(stream.into()), Transport::UnixStream)
+        Self::new(stream.set_nonblocking(true).map(|()| stream.into()), Transport::UnixStream)
     }
 }
 
@@ -137,7 +138,8 @@ pub struct DispatchError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotDispatched {
-    /// Too many workers died, hung or misbehaved while they had it, or too many rejected it.
+    /// Every worker that takes connections died, hung or misbehaved while it had this one, or could
+    /// not use it.
     #[error("offered {offers} times, most recently {last}")]
     TooManyOffers {
         /// How often it was offered.
@@ -148,6 +150,9 @@ pub enum NotDispatched {
     /// The dispatcher drains, and takes no more.
     #[error("the dispatcher drains")]
     Draining,
+    /// It is no connection: a listening socket, or one that was never connected.
+    #[error("the socket is not connected")]
+    NotConnected,
     /// It cannot be sent: what comes along is too long, or it could not leave its event loop.
     #[error(transparent)]
     Unfit(#[from] crate::Error),

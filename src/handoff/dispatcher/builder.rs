@@ -30,6 +30,7 @@ pub(super) struct Config {
     pub(super) max_fences: usize,
     pub(super) fence_window: Duration,
     pub(super) hello_timeout: Duration,
+    pub(super) exit_timeout: Duration,
     pub(super) kill_hung: bool,
     /// The most descriptors that may be on their way to all workers together.
     pub(super) max_in_flight: usize,
@@ -46,11 +47,15 @@ impl Default for Config {
             max_fences: 3,
             fence_window: Duration::from_secs(10),
             hello_timeout: Duration::from_secs(30),
+            exit_timeout: Duration::from_secs(30),
             kill_hung: true,
             max_in_flight: usize::MAX,
         }
     }
 }
+
+/// Workers and the dispatcher would do little else.
+const SHORTEST_PING_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Half of the descriptors that the kernel lets the processes of this uid have in flight. The limit is the sender's soft
 /// `RLIMIT_NOFILE` (`ETOOMANYREFS`, unix(7)).
@@ -87,16 +92,17 @@ impl DispatcherBuilder {
         self
     }
 
-    /// How often workers are pinged. One that has not answered by the next time gets no more connections until it does.
-    /// Default: 1 s.
+    /// How often workers are pinged, 1 ms at least. One that has not answered by the next time gets
+    /// no more connections until it does. Default: 1 s.
     pub fn ping_interval(mut self, interval: Duration) -> Self {
-        self.config.ping_interval = interval.min(LONGEST);
+        self.config.ping_interval = interval.clamp(SHORTEST_PING_INTERVAL, LONGEST);
         self
     }
 
-    /// How long a worker may leave a ping unanswered before it counts as hung: it is cut off, and what it has not
-    /// adopted goes to others. Workers answer pings whatever their application does, unless it blocks the thread of a runtime that has
-    /// one only. Default: 5 s.
+    /// How long a worker may leave a ping unanswered before it counts as hung: it is cut off, and
+    /// what it has not adopted goes to others. Workers answer pings whatever their application
+    /// does, unless it blocks the thread of a runtime that has one only. Default: 5 s. A time below
+    /// the [`ping_interval`](Self::ping_interval) counts as that.
     pub fn hang_timeout(mut self, timeout: Duration) -> Self {
         self.config.hang_timeout = timeout.min(LONGEST);
         self
@@ -108,6 +114,17 @@ impl DispatcherBuilder {
         self
     }
 
+    /// How long a process that the dispatcher has started may live after its worker has left: after
+    /// it has drained, or has ended the conversation in any other way. Then it is killed, unless
+    /// [`kill_hung`](Self::kill_hung) is off. Default: 30 s.
+    ///
+    /// A worker with a process that can't speak to the dispatcher any more may go on serving what
+    /// it has adopted for this time.
+    pub fn exit_timeout(mut self, timeout: Duration) -> Self {
+        self.config.exit_timeout = timeout.min(LONGEST);
+        self
+    }
+
     /// How long a worker that answers pings may leave an offer unanswered before it is asked to reject it, so that another
     /// worker gets it. Default: 1 s.
     pub fn recall_after(mut self, after: Duration) -> Self {
@@ -115,10 +132,12 @@ impl DispatcherBuilder {
         self
     }
 
-    /// How many workers may die, hang or misbehave while they have a connection that they have not answered for, or find it
-    /// [unusable](super::protocol::RejectReason::Unusable), before it is given up: the connection may be the cause, and must not take down all. It is
-    /// given up only if no worker is left that has not failed with it. Its last attempt is at a worker with no other
-    /// pending offers, so that no innocent connection becomes a suspect. Default: 3.
+    /// How many workers may die, hang or misbehave while they have a connection that they have not
+    /// answered for, or find it [unusable](super::protocol::RejectReason::Unusable), before it is
+    /// given up: the connection may be the cause, and must not take down all. It is given up only
+    /// if no worker is left that has not failed with it. Its last attempt is at a worker with no
+    /// other pending offers if workers were gone after others, so that no innocent connection
+    /// becomes a suspect. Default: 3.
     ///
     /// A worker that has no room or no time for a connection has not failed with it.
     pub fn max_offers(mut self, offers: u32) -> Self {
@@ -126,8 +145,9 @@ impl DispatcherBuilder {
         self
     }
 
-    /// How many hung workers may be cut off within a time; others are left alone until later, since the fault may be one of the
-    /// whole machine. Default: 3 within 10 s.
+    /// How many hung workers may be cut off within a time; others are left alone until later, since
+    /// the fault may be one of the whole machine. Workers that the dispatcher has started and
+    /// workers that have connected are counted apart. Default: 3 within 10 s.
     pub fn max_fences(mut self, fences: usize, within: Duration) -> Self {
         (self.config.max_fences, self.config.fence_window) = (fences, within.min(LONGEST));
         self
@@ -141,11 +161,24 @@ impl DispatcherBuilder {
         self
     }
 
-    /// The dispatcher.
+    /// Returns the dispatcher.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
-    pub fn build(self) -> Dispatcher {
+    pub fn build(mut self) -> Dispatcher {
+        self.config.hang_timeout = self.config.hang_timeout.max(self.config.ping_interval);
         Dispatcher::new(self.config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn times_that_make_no_sense_are_replaced_by_the_nearest_that_do() {
+        let dispatcher = Dispatcher::builder().ping_interval(Duration::ZERO).hang_timeout(Duration::ZERO).build();
+        let Config { ping_interval, hang_timeout, .. } = dispatcher.shared.config;
+        assert_eq!((ping_interval, hang_timeout), (SHORTEST_PING_INTERVAL, SHORTEST_PING_INTERVAL));
     }
 }

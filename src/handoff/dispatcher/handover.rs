@@ -3,6 +3,7 @@
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
+    net::TcpStream,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
@@ -13,7 +14,7 @@ use std::{
 
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout},
-    sys::socket::{self, getsockopt},
+    sys::socket::{self, getsockopt, sockopt},
 };
 use smallvec::SmallVec;
 use tokio::sync::oneshot;
@@ -50,7 +51,7 @@ impl Handover {
     pub(super) fn new(accepted: Accepted, reply: Reply) -> Option<Box<Self>> {
         let Accepted { socket, about } = accepted;
         let prepared = match socket {
-            Ok(socket) => Self::prepare(socket, about, None),
+            Ok(socket) => Self::prepare(socket, about, None, None),
             Err(error) => {
                 let again = error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
                 let connection = Accepted { socket: Err(again), about };
@@ -70,28 +71,32 @@ impl Handover {
     }
 
     /// # Errors
-    /// Gives everything back if what comes along is too long, or if it is no socket.
+    /// Gives everything back if what comes along is too long, or if it is no connection.
     pub(super) fn prepare(
         socket: OwnedFd,
         about: About,
+        peer: Option<Address>,
         local: Option<Address>,
     ) -> Result<Box<Self>, Box<DispatchError>> {
-        let unfit = |socket, about, error| {
+        let refuse = |socket, about, reason| {
             let connection = Accepted { socket: Ok(socket), about };
-            Err(Box::new(DispatchError { reason: NotDispatched::Unfit(error), connection }))
+            Err(Box::new(DispatchError { reason, connection }))
         };
         let (bytes, fds) = (about.read.len() + about.metadata.len() + MAX_OTHER_BYTES, 1 + about.bundle.len());
         if bytes > MAX_MESSAGE_BYTES {
-            return unfit(socket, about, Error::FrameTooLong { bytes, limit: MAX_MESSAGE_BYTES });
+            return refuse(socket, about, Error::FrameTooLong { bytes, limit: MAX_MESSAGE_BYTES }.into());
         }
         if fds > MAX_OFFER_FDS {
-            return unfit(socket, about, Error::TooManyFds { fds, limit: MAX_OFFER_FDS });
+            return refuse(socket, about, Error::TooManyFds { fds, limit: MAX_OFFER_FDS }.into());
         }
         let cookie = match getsockopt(&socket, sys::Cookie) {
             Ok(cookie) => cookie,
-            Err(error) => return unfit(socket, about, io::Error::from(error).into()),
+            Err(error) => return refuse(socket, about, Error::from(io::Error::from(error)).into()),
         };
-        let (socket, peer, local) = addresses(socket, about.transport, local);
+        let (socket, peer, local) = addresses(socket, about.transport, peer, local);
+        let Some(peer) = peer.or_else(|| had_client(&socket, &local).then(Address::default)) else {
+            return refuse(socket, about, NotDispatched::NotConnected);
+        };
         let mut about = about;
         let bundle = about.bundle.drain(..).map(SharedFd::new).collect();
         Ok(Box::new(Self { socket: SharedFd::new(socket), bundle, about, cookie, peer, local, reply: None }))
@@ -246,20 +251,32 @@ pub(super) fn shut_down(socket: OwnedFd) {
     close_sockets([socket]);
 }
 
-/// The client's address, and the one that it has connected to unless that is known. A client that has gone already has no address.
-fn addresses(socket: OwnedFd, transport: Transport, local: Option<Address>) -> (OwnedFd, Address, Address) {
-    match transport {
-        Transport::Tcp => {
-            let stream = std::net::TcpStream::from(socket);
-            let peer = stream.peer_addr().map(Address::from).unwrap_or_default();
+/// Returns the client's address if the socket has one, and the address that the client has
+/// connected to, unless they are known.
+fn addresses(
+    socket: OwnedFd,
+    transport: Transport,
+    peer: Option<Address>,
+    local: Option<Address>,
+) -> (OwnedFd, Option<Address>, Address) {
+    macro_rules! addresses {
+        ($stream:ty) => {{
+            let stream = <$stream>::from(socket);
+            let peer = peer.or_else(|| stream.peer_addr().map(Address::from).ok());
             let local = local.unwrap_or_else(|| stream.local_addr().map(Address::from).unwrap_or_default());
             (stream.into(), peer, local)
-        }
-        Transport::UnixStream => {
-            let stream = UnixStream::from(socket);
-            let peer = stream.peer_addr().map(Address::from).unwrap_or_default();
-            let local = local.unwrap_or_else(|| stream.local_addr().map(Address::from).unwrap_or_default());
-            (stream.into(), peer, local)
-        }
+        }};
     }
+    match transport {
+        Transport::Tcp => addresses!(TcpStream),
+        Transport::UnixStream => addresses!(UnixStream),
+    }
+}
+
+/// Returns true if a socket without a client's address was connected, and its client has gone. Only
+/// TCP forgets the address then. A listener has no client, and neither has a socket without a port
+/// of its own.
+fn had_client(socket: &OwnedFd, local: &Address) -> bool {
+    let is_listener = getsockopt(socket, sockopt::AcceptConn).unwrap_or(false);
+    !is_listener && local.ip().is_some_and(|local| local.port() != 0)
 }

@@ -6,12 +6,14 @@ mod bell;
 mod builder;
 mod dispatching;
 mod handover;
+mod joint_task;
 mod pool;
 mod process;
 mod serve;
 mod shared;
 mod spawn;
 mod stats;
+mod times;
 mod worker_task;
 
 use std::{
@@ -24,18 +26,15 @@ use builder::Config;
 pub use builder::{DispatcherBuilder, Strategy};
 pub use dispatching::{Dispatching, Permit};
 use dispatching::{dispatch, reserve};
-use process::Process;
 pub use serve::IntoListener;
 use shared::{Shared, WorkerEntryGuard};
 pub use spawn::WorkerCommand;
-pub use stats::{RetireCause, RetireCounts, Stats, WorkerId, WorkerState, WorkerStats};
+pub use stats::{RetireCause, RetireCounts, Stats, WorkerExit, WorkerId, WorkerState, WorkerStats};
+pub use times::AdoptionTimes;
 use worker_task::WorkerTask;
 
 use super::{Address, Transport, protocol};
 use crate::Socket;
-
-/// One connection to a worker process. A worker that is started again gets a new one.
-type LinkId = u64;
 
 /// No time is longer: an `Instant` cannot be as far away as a `Duration` may say. 30 years.
 const LONGEST: Duration = Duration::from_secs(30 * 365 * 86_400);
@@ -90,19 +89,23 @@ impl Dispatcher {
 
     /// Takes a worker that is at the other end of this socket. Until it says hello, it gets nothing.
     ///
-    /// The death of a process that has connected is noticed by its pidfd. At the other end of a pair it is noticed by the
-    /// end of the socket, which comes when no process has it open any more; see [`spawn_worker`](Self::spawn_worker).
-    ///
-    /// # Panics
-    /// Outside of a tokio runtime.
+    /// The worker is gone when its socket ends. A worker may connect in one process and serve in
+    /// another, as a program does that daemonizes: the end of the process that has connected does
+    /// not matter as long as the socket is open. So if a worker dies whose child processes have its
+    /// socket open, too, only its silence tells
+    /// ([`hang_timeout`](DispatcherBuilder::hang_timeout)). The death of a worker that the
+    /// dispatcher [starts](Self::spawn_worker) is noticed at once.
     pub fn add_worker(&self, socket: Socket) -> WorkerId {
-        let process = Process::of_peer(&socket);
-        let id = self.shared.act(|pool| pool.add_worker());
-        let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
-        let entry = WorkerEntryGuard::new(&self.shared, id);
-        tokio::spawn(async move {
+        let _context = self.shared.runtime.enter();
+        let process = self.shared.processes().peer_of(&socket);
+        let id = self.shared.act(|pool| pool.add_worker(None));
+        let shared = Arc::clone(&self.shared);
+        let task = WorkerTask::new(Arc::clone(&shared), id, socket, process);
+        let entry = WorkerEntryGuard::new(&shared, id);
+        self.shared.tasks.add(async move {
+            let _entry = entry;
             task.run().await;
-            drop(entry);
+            shared.log_exit(id);
         });
         id
     }

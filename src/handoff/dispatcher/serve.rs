@@ -7,6 +7,7 @@ use std::{
         unix,
     },
     pin::pin,
+    sync::Arc,
     time::Duration,
 };
 
@@ -20,8 +21,9 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Address, DispatchError, Dispatcher, NotDispatched, Transport,
+    Address, DispatchError, Dispatcher, NotDispatched, Shared, Transport,
     accepted::About,
+    dispatching::reserve,
     handover::{Handover, shut_down},
 };
 use crate::{
@@ -99,23 +101,65 @@ impl Dispatcher {
     /// connections in the backlog are.
     pub async fn serve(&self, listener: impl IntoListener) -> io::Result<()> {
         let (listener, transport, local) = listener.into_listener()?;
-        let listener = sys::register(listener, Interest::READABLE)?;
         // Each connection of a listener on all addresses has another one.
         let local = Some(local).filter(|local| local.ip().is_none_or(|address| !address.ip().is_unspecified()));
-        let accepting = pin!(self.accept(&listener, transport, local));
-        match select(accepting, pin!(self.shared.until(|pool| !pool.is_open()))).await {
+        let shared = Arc::clone(&self.shared);
+        let accepting = {
+            let _context = shared.runtime.enter();
+            Accepting {
+                listener: sys::register(listener, Interest::READABLE)?,
+                transport,
+                local,
+                shared: Arc::clone(&shared),
+            }
+        };
+        shared.tasks.run(accepting.run()).await?
+    }
+
+    /// Takes the workers that connect to this listener, until the dispatcher drains: see [`add_worker`](Self::add_worker).
+    ///
+    /// # Errors
+    /// Those of accept(2) that do not pass.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped but the listener.
+    pub async fn serve_workers(&self, listener: Listener) -> io::Result<()> {
+        loop {
+            let accepted = pin!(listener.accept());
+            match select(accepted, pin!(self.shared.until(|pool| !pool.is_open()))).await {
+                Either::Left((Ok(socket), _)) => drop(self.add_worker(socket)),
+                Either::Left((Err(error), _)) if is_final(&error) => return Err(error),
+                Either::Left((Err(error), _)) => {
+                    warn!(%error, "workers cannot be accepted for a while");
+                    sleep(BACK_OFF).await;
+                }
+                Either::Right(_) => return Ok(()),
+            }
+        }
+    }
+}
+
+/// The accept loop of one listener.
+struct Accepting {
+    shared: Arc<Shared>,
+    listener: AsyncFd<OwnedFd>,
+    transport: Transport,
+    /// The address of each connection's end here, if it is the same for all.
+    local: Option<Address>,
+}
+
+impl Accepting {
+    /// Accepts until the dispatcher drains.
+    async fn run(self) -> io::Result<()> {
+        match select(pin!(self.accept()), pin!(self.shared.until(|pool| !pool.is_open()))).await {
             Either::Left((outcome, _)) => outcome,
             Either::Right(_) => Ok(()),
         }
     }
 
     /// Dropped at any await, it has no connection in hand.
-    async fn accept(
-        &self,
-        listener: &AsyncFd<OwnedFd>,
-        transport: Transport,
-        local: Option<Address>,
-    ) -> io::Result<()> {
+    async fn accept(&self) -> io::Result<()> {
+        let Self { shared, listener, transport, local } = self;
         let mut warned = false;
         let mut warn_once = |error: io::Error| {
             if !std::mem::replace(&mut warned, true) {
@@ -127,19 +171,21 @@ impl Dispatcher {
             // Before a place is reserved, which others may have use for.
             let mut ready = listener.readable().await?;
             for _ in 0..BATCH {
-                let Some(permit) = self.reserve().await else { return Ok(()) };
+                let Some(permit) = reserve(shared).await else { return Ok(()) };
                 let mut is_scarce = true; // mostly, where it fails
-                let trouble = match sys::accept(listener.as_fd()) {
-                    Ok(socket) => {
+                let trouble = match self.accept_one() {
+                    Ok((socket, peer)) => {
                         is_scarce = is_of_reserve(&socket, ceiling);
-                        match Handover::prepare(socket, About::new(transport), local.clone()).map_err(|unfit| *unfit) {
+                        match Handover::prepare(socket, About::new(*transport), Some(peer), local.clone())
+                            .map_err(|unfit| *unfit)
+                        {
                             Ok(connection) => {
                                 permit.take(connection);
                                 None
                             }
                             Err(DispatchError { reason, connection }) => {
                                 drop(permit); // whoever waits for a place may have it meanwhile
-                                connection.socket.into_iter().for_each(|socket| self.turn_away(socket, &reason));
+                                connection.socket.into_iter().for_each(|socket| turn_away(shared, socket, &reason));
                                 Some(io::Error::other(reason))
                             }
                         }
@@ -167,11 +213,12 @@ impl Dispatcher {
         }
     }
 
-    /// Closes and counts an accepted connection that cannot be offered to any worker.
-    fn turn_away(&self, socket: OwnedFd, error: &NotDispatched) {
-        shut_down(socket);
-        self.shared.count_lost();
-        warn!(%error, "connection closed: it cannot be offered to a worker");
+    fn accept_one(&self) -> io::Result<(OwnedFd, Address)> {
+        let listener = self.listener.as_fd();
+        match self.transport {
+            Transport::Tcp => sys::accept_tcp(listener).map(|(stream, peer)| (stream.into(), peer.into())),
+            Transport::UnixStream => sys::accept_unix(listener).map(|(stream, peer)| (stream.into(), peer.into())),
+        }
     }
 
     /// Whether there are descriptors beside the reserve, or it is hardly used. Looks where the reserve begins, which may have changed.
@@ -180,28 +227,13 @@ impl Dispatcher {
         let is_one_free = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *ceiling));
         is_one_free || self.shared.act(|pool| pool.on_their_way()) < FEW
     }
+}
 
-    /// Takes the workers that connect to this listener, until the dispatcher drains: see [`add_worker`](Self::add_worker).
-    ///
-    /// # Errors
-    /// Those of accept(2) that do not pass.
-    ///
-    /// # Cancel safety
-    /// Nothing is lost when dropped but the listener.
-    pub async fn serve_workers(&self, listener: Listener) -> io::Result<()> {
-        loop {
-            let accepted = pin!(listener.accept());
-            match select(accepted, pin!(self.shared.until(|pool| !pool.is_open()))).await {
-                Either::Left((Ok(socket), _)) => drop(self.add_worker(socket)),
-                Either::Left((Err(error), _)) if is_final(&error) => return Err(error),
-                Either::Left((Err(error), _)) => {
-                    warn!(%error, "workers cannot be accepted for a while");
-                    sleep(BACK_OFF).await;
-                }
-                Either::Right(_) => return Ok(()),
-            }
-        }
-    }
+/// Closes and counts an accepted connection that cannot be offered to any worker.
+fn turn_away(shared: &Arc<Shared>, socket: OwnedFd, error: &NotDispatched) {
+    shut_down(socket);
+    shared.count_lost();
+    warn!(%error, "connection closed: it cannot be offered to a worker");
 }
 
 #[cfg(test)]
@@ -214,7 +246,7 @@ mod tests {
     async fn an_accepted_connection_that_cannot_be_offered_is_closed_and_counted() {
         let dispatcher = Dispatcher::builder().build();
         let (connection, mut client) = UnixStream::pair().unwrap();
-        dispatcher.turn_away(connection.into(), &NotDispatched::Draining);
+        turn_away(&dispatcher.shared, connection.into(), &NotDispatched::Draining);
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
         let stats = dispatcher.stats();
         assert_eq!((stats.dispatched, stats.lost), (1, 1));

@@ -2,9 +2,10 @@
 
 use std::{
     collections::HashMap,
+    process::ExitStatus,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -18,10 +19,12 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Config, NotDispatched, Permit, Stats, WorkerId, after,
+    Config, NotDispatched, Permit, RetireCause, Stats, WorkerId, after,
     bell::Bell,
     handover::{Copies, Handover},
-    pool::{Event, Failure, Pool, TicketId},
+    joint_task::JointTask,
+    pool::{Event, Failure, Pool, ProcessId, TicketId},
+    process::Processes,
 };
 
 /// Everything that the tasks of a dispatcher share.
@@ -29,6 +32,7 @@ use super::{
 pub(super) struct Shared {
     pub(super) config: Config,
     pool: Mutex<Pool<Box<Handover>>>,
+    processes: Mutex<Processes>,
     /// Wake the workers' tasks.
     bells: Mutex<HashMap<WorkerId, Arc<Bell>>>,
     /// Users that wait for a place. Locked while the pool is, never the other way around.
@@ -36,11 +40,11 @@ pub(super) struct Shared {
     changes: watch::Sender<()>,
     given_back: AtomicU64,
     lost: AtomicU64,
-    /// Processes of retired workers that have not ended.
-    pub(super) leftover: AtomicUsize,
-    /// Whether these are to be killed.
+    /// Whether processes of retired workers are to be killed.
     pub(super) kill: watch::Sender<bool>,
-    runtime: Handle,
+    pub(super) runtime: Handle,
+    /// Runs the links of the workers, and the accept loops.
+    pub(super) tasks: JointTask,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -49,17 +53,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     pub(super) fn new(config: Config) -> Arc<Self> {
+        let runtime = Handle::current();
         Arc::new(Self {
             config,
             pool: Mutex::new(Pool::new(config)),
+            processes: Mutex::default(),
             bells: Mutex::default(),
             waiters: Mutex::default(),
             changes: watch::Sender::new(()),
             given_back: AtomicU64::new(0),
             lost: AtomicU64::new(0),
-            leftover: AtomicUsize::new(0),
             kill: watch::Sender::new(false),
-            runtime: Handle::current(),
+            tasks: JointTask::spawn(&runtime),
+            runtime,
         })
     }
 
@@ -88,12 +94,12 @@ impl Shared {
                     let bell = lock(&self.bells).get(&id).cloned();
                     bell.into_iter().for_each(|bell| bell.ring());
                 }
-                Event::Adopted { mut connection, worker, link, holders } => {
+                Event::Adopted { mut connection, worker, process, holders } => {
                     connection.adopted_by(worker);
                     if holders.is_empty() {
                         useless.extend(connection.into_copies());
                     } else {
-                        self.act(|pool| pool.keep(connection, link, holders));
+                        self.act(|pool| pool.keep(connection, process, holders));
                     }
                 }
                 Event::Failed { connection, failure } => failed.push((connection, failure)),
@@ -103,7 +109,7 @@ impl Shared {
                     // If nobody waits, dropping the permit frees the place.
                     drop(waiter.map(|waiter| waiter.send(permit)));
                 }
-                Event::LeftAlone(id) => {
+                Event::FenceDeferred(id) => {
                     warn!(worker = %id, "worker is hung, but too many were fenced recently; leaving it alone")
                 }
                 Event::Close(connection) => useless.extend(connection.into_copies()),
@@ -147,7 +153,16 @@ impl Shared {
         self.lost.fetch_add(1, Relaxed);
     }
 
-    // Tasks and users that wait.
+    // Processes, and tasks and users that wait.
+
+    pub(super) fn processes(&self) -> MutexGuard<'_, Processes> {
+        lock(&self.processes)
+    }
+
+    pub(super) fn process_ended(self: &Arc<Self>, process: ProcessId, status: Option<ExitStatus>) {
+        self.act(|pool| pool.on_process_end(process, status));
+        self.changed();
+    }
 
     pub(super) fn add_bell(&self, id: WorkerId, bell: Arc<Bell>) {
         lock(&self.bells).insert(id, bell);
@@ -197,7 +212,25 @@ impl Shared {
             given_back: self.given_back.load(Relaxed),
             lost: self.lost.load(Relaxed),
             waiting: pool.waiting(),
+            in_flight: pool.in_flight(),
+            send_shortages: totals.send_shortages,
+            leftover: pool.leftover(),
             retired: totals.retired,
+            refused_workers: totals.refused_workers,
+            departed: pool.departed().cloned().collect(),
+            adoption_times: totals.adoption_times,
+            waits_for_place: pool.waits_for_place(Instant::now()),
+        }
+    }
+
+    /// Logs that a worker has left, and why.
+    pub(super) fn log_exit(&self, id: WorkerId) {
+        let worker = lock(&self.pool).worker(id);
+        let Some((program, exit)) = worker.and_then(|worker| Some((worker.program, worker.last_exit?))) else { return };
+        let (pid, unanswered) = (exit.pid, exit.unanswered);
+        match exit.cause {
+            RetireCause::Drained => info!(worker = %id, program, pid, "worker has drained"),
+            _ => warn!(worker = %id, program, pid, unanswered, "worker is gone: {exit}"),
         }
     }
 
@@ -218,8 +251,10 @@ impl Shared {
         self.act(|pool| pool.close(Instant::now()));
         self.changed();
         self.until(Pool::has_no_workers).await;
-        let ended = || self.until(|_| self.leftover.load(Relaxed) == 0);
-        at_most(until, ended()).await;
+        let ended = || self.until(|pool| pool.leftover() == 0);
+        // Those that are not killed in time are left to themselves.
+        let exit_by = after(self.config.exit_timeout);
+        at_most(Some(until.map_or(exit_by, |until| until.min(exit_by))), ended()).await;
         if self.config.kill_hung {
             self.kill.send_replace(true);
             ended().await;

@@ -8,18 +8,29 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{Dispatcher, Shared, WorkerEntryGuard, WorkerId, WorkerTask, process::Process};
+use super::{Dispatcher, LONGEST, Shared, WorkerEntryGuard, WorkerId, WorkerTask};
 use crate::{Socket, SocketKind};
 
-/// The first wait before a worker is started again; twice as long each time, up to [`LONGEST_WAIT`], until one has adopted a
-/// connection.
+/// The first wait before a worker is started again. Twice as long each time, until a process has
+/// lived for longer than the longest wait.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
+
+/// The most processes of a worker that have left and not ended. If there are as many, it is not
+/// started again.
+const MOST_LEFTOVER: usize = 2;
+
+/// How long a process may take to end after its socket, so that its status is logged.
+const TIME_TO_END: Duration = Duration::from_secs(1);
 
 /// How a worker is started: a `Command` of tokio or std, and what to do when it ends.
 ///
 /// The worker gets its end of the socket as standard input, which is where
 /// [`Incoming::from_stdin`](crate::handoff::Incoming::from_stdin) takes it from.
+///
+/// The process that is started has to be the worker. A shell that prepares something goes on with
+/// `exec my-worker`: otherwise the shell is what is waited for and killed, and the worker would
+/// live on unnoticed.
 ///
 /// ```no_run
 /// # fn example(dispatcher: fdwire::handoff::Dispatcher) -> std::io::Result<()> {
@@ -33,12 +44,13 @@ const LONGEST_WAIT: Duration = Duration::from_secs(10);
 pub struct WorkerCommand {
     command: Command,
     restart: bool,
+    longest_wait: Duration,
     kind: SocketKind,
 }
 
 impl From<Command> for WorkerCommand {
     fn from(command: Command) -> Self {
-        Self { command, restart: false, kind: SocketKind::SeqPacket }
+        Self { command, restart: false, longest_wait: LONGEST_WAIT, kind: SocketKind::SeqPacket }
     }
 }
 
@@ -49,11 +61,22 @@ impl From<std::process::Command> for WorkerCommand {
 }
 
 impl WorkerCommand {
-    /// Whether the worker is started again when it leaves without having been told to: after 10 ms, and after twice as long each
-    /// time, up to 10 s, until one has adopted a connection or has lived for longer than that. Default: no.
+    /// Whether the worker is started again when it leaves without having been told to: after 10 ms,
+    /// and after twice as long each time, up to the [longest wait](Self::longest_wait), until a
+    /// process has lived for longer than that. Default: no.
+    ///
+    /// While two of its processes have left and not ended, it is not started again.
     #[must_use]
     pub fn restart(mut self, restart: bool) -> Self {
         self.restart = restart;
+        self
+    }
+
+    /// The longest wait before the worker is started again. With a short one, a request that makes
+    /// the application crash makes it start as often as clients repeat the request. Default: 10 s.
+    #[must_use]
+    pub fn longest_wait(mut self, wait: Duration) -> Self {
+        self.longest_wait = wait.clamp(FIRST_WAIT, LONGEST);
         self
     }
 
@@ -64,12 +87,18 @@ impl WorkerCommand {
         self
     }
 
+    fn program(&self) -> String {
+        self.command.as_std().get_program().to_string_lossy().into_owned()
+    }
+
     fn start(&mut self) -> io::Result<(Socket, Child)> {
         let (ours, theirs) = Socket::pair(self.kind)?;
         let child = self.command.stdin(Stdio::from(OwnedFd::from(theirs))).spawn();
         // The command keeps what it was given. As long as the worker's end were open here, its death would not end the socket.
         self.command.stdin(Stdio::null());
-        Ok((ours, child?))
+        let named =
+            |error: io::Error| io::Error::new(error.kind(), format!("cannot start {}: {error}", self.program()));
+        Ok((ours, child.map_err(named)?))
     }
 }
 
@@ -81,16 +110,21 @@ impl Dispatcher {
     /// [`kill_on_drop`](Command::kill_on_drop).
     ///
     /// # Errors
-    /// Those of starting a process, and of making a pair of sockets. Starting it again is tried until it succeeds.
+    /// Those of starting a process, with the name of the program, and of making a pair of sockets.
+    /// Starting it again is tried until it succeeds.
     ///
-    /// # Panics
-    /// Outside of a tokio runtime.
+    /// A program that speaks no hand-off is found out by what it does: it is killed after
+    /// [`hello_timeout`](super::DispatcherBuilder::hello_timeout), or when it writes something else
+    /// to the socket. [`WorkerStats::last_exit`](super::WorkerStats::last_exit) and the log tell how
+    /// it ended.
     pub fn spawn_worker(&self, command: impl Into<WorkerCommand>) -> io::Result<WorkerId> {
+        let _context = self.shared.runtime.enter();
         let mut command = command.into();
         let (socket, child) = command.start()?;
-        let id = self.shared.act(|pool| pool.add_worker());
-        let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, Process::child(child));
-        tokio::spawn(supervise(Arc::clone(&self.shared), id, command, task));
+        let id = self.shared.act(|pool| pool.add_worker(Some(command.program())));
+        let process = self.shared.processes().child(child);
+        let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
+        self.shared.runtime.spawn(supervise(Arc::clone(&self.shared), id, command, task));
         Ok(id)
     }
 }
@@ -101,36 +135,51 @@ async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand
     let mut wait = FIRST_WAIT;
     loop {
         let begin = Instant::now();
-        if task.run().await.has_adopted || begin.elapsed() > LONGEST_WAIT {
+        // Starting a process takes time, so it does not happen in the task that serves all workers.
+        if shared.tasks.run(task.run()).await.is_err() {
+            break;
+        }
+        if begin.elapsed() > command.longest_wait {
             wait = FIRST_WAIT;
+        }
+        // Usually a process ends right after its socket. Then its status is worth to be logged.
+        let _ = timeout(TIME_TO_END, shared.until(|pool| pool.leftover_of(id) == 0)).await;
+        let is_wanted = command.restart && !shared.act(|pool| pool.is_removed(id));
+        if is_wanted {
+            shared.act(|pool| pool.restart_in(id, wait));
+        }
+        shared.log_exit(id);
+        if !is_wanted {
+            return;
         }
         match start_again(&shared, id, &mut command, &mut wait).await {
             Some(next) => task = next,
-            None => break,
+            None => return,
         }
     }
 }
 
-/// `None` if that is not wanted.
+/// `None` if that is not wanted any more.
 async fn start_again(
     shared: &Arc<Shared>,
     id: WorkerId,
     command: &mut WorkerCommand,
     wait: &mut Duration,
 ) -> Option<WorkerTask> {
-    while command.restart {
-        let removed = shared.until(|pool| pool.is_removed(id));
-        if timeout(*wait, removed).await.is_ok() {
-            break;
+    loop {
+        let _ = timeout(*wait, shared.until(|pool| pool.is_removed(id))).await;
+        shared.until(|pool| pool.is_removed(id) || pool.leftover_of(id) < MOST_LEFTOVER).await;
+        if shared.act(|pool| pool.is_removed(id)) {
+            return None;
         }
-        *wait = (*wait * 2).min(LONGEST_WAIT);
+        *wait = (*wait * 2).min(command.longest_wait);
         match command.start() {
             Ok((socket, child)) => {
                 info!(worker = %id, pid = child.id(), "worker is started again");
-                return Some(WorkerTask::new(Arc::clone(shared), id, socket, Process::child(child)));
+                let process = shared.processes().child(child);
+                return Some(WorkerTask::new(Arc::clone(shared), id, socket, process));
             }
-            Err(error) => warn!(worker = %id, %error, "worker cannot be started again yet"),
+            Err(error) => warn!(worker = %id, %error, "worker is not started again yet; trying it in {wait:?}"),
         }
     }
-    None
 }

@@ -1,6 +1,14 @@
 //! What a dispatcher tells about itself.
 
-use std::fmt;
+use std::{
+    fmt,
+    hash::{Hash, Hasher},
+    os::unix::process::ExitStatusExt,
+    process::ExitStatus,
+    time::Duration,
+};
+
+use super::AdoptionTimes;
 
 /// A worker of a [`Dispatcher`](super::Dispatcher). A worker that is started again keeps its id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,8 +41,28 @@ pub struct Stats {
     pub lost: u64,
     /// Waiting for a worker with room, now.
     pub waiting: usize,
+    /// Descriptors that are on their way to workers, or may be, now. The kernel limits them for the
+    /// whole uid.
+    pub in_flight: usize,
+    /// How often sending to a worker had to wait because the kernel had too many descriptors in
+    /// flight (`ETOOMANYREFS`) or too little memory.
+    pub send_shortages: u64,
+    /// Processes that the dispatcher has started and that have left and not ended, now. See
+    /// [`exit_timeout`](super::DispatcherBuilder::exit_timeout).
+    pub leftover: usize,
     /// Workers that left, by cause.
     pub retired: RetireCounts,
+    /// Workers that were cut off before they were welcomed: they said no hello in time, no proper
+    /// one, or speak another version of the protocol.
+    pub refused_workers: u64,
+    /// The workers that have left for good most recently, 32 at most, the oldest first.
+    pub departed: Vec<WorkerStats>,
+    /// How long connections took from being accepted to being adopted.
+    pub adoption_times: AdoptionTimes,
+    /// How long [`serve`](super::Dispatcher::serve), or a caller of
+    /// [`reserve`](super::Dispatcher::reserve), has been waiting for a worker with room, now. As long
+    /// as it waits, `serve` accepts nothing.
+    pub waits_for_place: Option<Duration>,
 }
 
 /// How many workers left, by [cause](RetireCause). One that is started again and leaves again counts again.
@@ -66,19 +94,23 @@ impl RetireCounts {
 }
 
 /// Numbers of one worker, from its beginning; over all its processes where it is started again.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct WorkerStats {
     /// Which.
     pub id: WorkerId,
+    /// The program that the dispatcher has started. `None` for a worker that has connected.
+    pub program: Option<String>,
     /// Its process at the moment, if that is known.
     pub pid: Option<u32>,
     /// What it does at the moment.
     pub state: WorkerState,
     /// How often its process was started again.
     pub restarts: u64,
-    /// Why its process before this one left.
-    pub last_exit: Option<RetireCause>,
+    /// How often its processes left, by cause.
+    pub retired: RetireCounts,
+    /// How its process before this one left.
+    pub last_exit: Option<WorkerExit>,
     /// Offers that it takes at the moment.
     pub room: u64,
     /// Offers that it has not answered, at the moment.
@@ -89,6 +121,8 @@ pub struct WorkerStats {
     pub adopted: u64,
     /// Connections that it has rejected.
     pub rejected: u64,
+    /// Its processes that have left and not ended, now.
+    pub leftover: usize,
 }
 
 /// What a worker does.
@@ -105,6 +139,47 @@ pub enum WorkerState {
     Draining,
     /// Its process has ended and is going to be started again.
     Restarting,
+    /// It has left for good.
+    Gone,
+}
+
+/// How a process of a worker left.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WorkerExit {
+    /// Why its conversation with the dispatcher ended.
+    pub cause: RetireCause,
+    /// The process, if that is known.
+    pub pid: Option<u32>,
+    /// How the process ended, if it has and the dispatcher has started it.
+    pub status: Option<ExitStatus>,
+    /// The time from its start, or from when it had connected, to the end of the conversation.
+    pub lifetime: Duration,
+    /// The number of connections that it had not answered for. Others get them.
+    pub unanswered: u64,
+    /// The time from then until the worker is started again, if it is.
+    pub restart_in: Option<Duration>,
+}
+
+impl Hash for WorkerExit {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let status = self.status.map(ExitStatusExt::into_raw);
+        (&self.cause, self.pid, status, self.lifetime, self.unanswered, self.restart_in).hash(state);
+    }
+}
+
+impl fmt::Display for WorkerExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cause, status, lifetime, restart_in, .. } = self;
+        write!(f, "{cause}, after {:.3} s", lifetime.as_secs_f64())?;
+        if let Some(status) = status {
+            write!(f, " ({status})")?;
+        }
+        match restart_in {
+            Some(wait) => write!(f, "; starting it again in {} s", wait.as_secs_f64()),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Why a worker left.

@@ -19,10 +19,10 @@ use tokio::time::{Sleep, sleep_until};
 use tracing::{debug, info, warn};
 
 use super::{
-    LinkId, RetireCause, Shared, WorkerId, after,
+    RetireCause, Shared, WorkerId, after,
     bell::Bell,
     handover::Copies,
-    pool::Remains,
+    pool::ProcessState,
     process::Process,
     protocol::{DispatcherCodec, FromWorker, Offer, ToWorker},
 };
@@ -56,7 +56,6 @@ const LATER: Duration = Duration::from_secs(3600);
 pub(super) struct WorkerTask {
     shared: Arc<Shared>,
     id: WorkerId,
-    link: LinkId,
     bell: Arc<Bell>,
     process: Process,
     read: ReadHalf<TolerantCodec>,
@@ -65,6 +64,9 @@ pub(super) struct WorkerTask {
     received: Vec<Result<FromWorker, Error>>,
     sending: Sending,
     has_greeted: bool,
+    /// The kernel has too little to send with.
+    is_short: bool,
+    has_warned: bool,
     /// The pool may have more for this worker.
     more: bool,
     timer: Pin<Box<Sleep>>,
@@ -75,11 +77,10 @@ impl WorkerTask {
         let bell = Arc::new(Bell::default());
         shared.add_bell(id, Arc::clone(&bell));
         let hello_by = after(shared.config.hello_timeout);
-        let link = shared.act(|pool| pool.connect(id, process.pid(), hello_by));
+        shared.act(|pool| pool.connect(id, process.info(), hello_by, Instant::now()));
         let (read, outbound) = halves(socket.quiet(), TolerantCodec::default());
         Self {
             id,
-            link,
             bell,
             process,
             read,
@@ -87,6 +88,8 @@ impl WorkerTask {
             received: Vec::new(),
             sending: Sending::default(),
             has_greeted: false,
+            is_short: false,
+            has_warned: false,
             more: true,
             timer: Box::pin(sleep_until((Instant::now() + LATER).into())),
             shared,
@@ -94,7 +97,7 @@ impl WorkerTask {
     }
 
     /// Serves the worker until it is gone.
-    pub(super) async fn run(mut self) -> Remains {
+    pub(super) async fn run(mut self) {
         // A subscriber of `tracing` may panic. What the worker has sent by then counts all the same.
         let cause = AssertUnwindSafe(poll_fn(|cx| self.poll(cx))).catch_unwind().await;
         self.retire(cause.unwrap_or_else(|_| RetireCause::Misbehaved("its task has panicked".into()))).await
@@ -120,10 +123,24 @@ impl WorkerTask {
             if let Poll::Ready(Err(error)) = self.outbound.poll_flush(cx) {
                 return Poll::Ready(error.into());
             }
+            if self.outbound.is_short() != self.is_short {
+                self.is_short = !self.is_short;
+                self.on_shortage();
+            }
             is_due = self.timer.as_mut().poll(cx).is_ready();
-            let has_room = self.outbound.unsent().0 < ENOUGH_UNSENT;
+            let has_room = self.outbound.unsent().bytes < ENOUGH_UNSENT;
             if !(is_due || self.more && has_room) {
                 return Poll::Pending;
+            }
+        }
+    }
+
+    /// Sending has to wait for what the kernel has too little of, or goes on.
+    fn on_shortage(&mut self) {
+        if self.is_short {
+            self.shared.act(|pool| pool.totals.send_shortages += 1);
+            if !std::mem::replace(&mut self.has_warned, true) {
+                warn!(worker = %self.id, "offers wait: too many descriptors of this uid are in flight (ETOOMANYREFS)");
             }
         }
     }
@@ -147,8 +164,8 @@ impl WorkerTask {
         // This process was stopped, or its machine, or the kernel has too little to send with.
         let was_stopped = now > Instant::from(timer.deadline()) + shared.config.ping_interval;
         let was_able = !was_stopped && !outbound.waits_for_the_kernel();
-        let unsent = sending.unsent(outbound.unsent().1);
-        let room = if outbound.unsent().0 < ENOUGH_UNSENT { BATCH } else { 0 };
+        let unsent = sending.unsent(outbound.unsent().fds);
+        let room = if outbound.unsent().bytes < ENOUGH_UNSENT { BATCH } else { 0 };
         let mut messages = Vec::new();
         let mut due = None;
         let outcome: Result<(), RetireCause> = shared.act(|pool| {
@@ -157,7 +174,7 @@ impl WorkerTask {
                 match (&outcome, message) {
                     (Ok(()), Ok(message)) => outcome = pool.on_message(id, message, unsent, now),
                     (Ok(()), Err(error)) => outcome = Err(error.into()),
-                    (Err(_), Ok(message)) => pool.on_last_message(id, message, unsent),
+                    (Err(_), Ok(message)) => pool.on_last_message(id, message, unsent, now),
                     (Err(_), Err(_)) => {}
                 }
             }
@@ -190,7 +207,7 @@ impl WorkerTask {
         match &message {
             ToWorker::Welcome { .. } => {
                 self.has_greeted = true;
-                info!(worker = %self.id, pid = self.process.pid(), "worker is ready");
+                info!(worker = %self.id, pid = self.process.info().pid, "worker is ready");
             }
             ToWorker::Offer { number, offer } => {
                 self.sending.add(1 + offer.bundle.len());
@@ -213,39 +230,38 @@ impl WorkerTask {
 
     /// The one way out, whatever the cause. After the cut the worker can write no answer, and those that it wrote before are
     /// here to be read: what is unanswered then, it will never adopt.
-    async fn retire(mut self, cause: RetireCause) -> Remains {
+    async fn retire(mut self, cause: RetireCause) {
         let _ = self.read.socket().shutdown(Shutdown::Read); // an error means that there is nothing left to cut
         let mut last = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
         while let Some(Ok(message)) = self.read.next().await {
             last.extend(message.ok());
         }
-        last.extend(rest_of(self.read.socket()));
+        let (rest, is_all) = rest_of(self.read.socket());
+        last.extend(rest);
 
-        let unsent = self.sending.unsent(self.outbound.unsent().1);
-        let Self { shared, id, link, mut process, outbound, has_greeted, .. } = self;
-        drop(outbound); // what it was lent belongs to the pool alone
-        let pid = process.pid();
-        // If nothing tells of its process, the end of its socket is taken for the end of the process.
-        let has_ended = process.has_ended() || cause == RetireCause::Ended && !process.is_known();
+        let unsent = self.sending.unsent(self.outbound.unsent().fds);
+        let has_received = self.outbound.is_all_received();
+        let Self { shared, id, mut process, outbound, has_greeted, .. } = self;
+        let state = process.state(&cause, has_received);
         // A process that has not said hello may not even look at its socket.
         let is_fenced = matches!(cause, RetireCause::Hung | RetireCause::Misbehaved(_) | RetireCause::Overdue);
-        if (is_fenced || !has_greeted) && !has_ended && shared.config.kill_hung {
+        let lives = matches!(state, ProcessState::Lives { .. });
+        if lives && (is_fenced || !has_greeted) && shared.config.kill_hung {
             process.kill();
         }
-        let (remains, unanswered) = shared.act(|pool| {
-            last.into_iter().for_each(|message| pool.on_last_message(id, message, unsent));
-            let unanswered = pool.unanswered(id);
-            (pool.retire(id, &cause, unsent, !has_ended, Instant::now()), unanswered)
+        drop(outbound); // what it was lent belongs to the pool alone
+        let now = Instant::now();
+        let matters = shared.act(|pool| {
+            last.into_iter().for_each(|message| pool.on_last_message(id, message, unsent, now));
+            if !is_all {
+                pool.on_unreadable(id, unsent, now);
+            }
+            pool.retire(id, &cause, unsent, state, now)
         });
-        if !has_ended {
-            process.watch(&shared, link, remains.end_matters);
+        if lives {
+            process.watch(&shared, matters);
         }
         shared.changed();
-        match cause {
-            RetireCause::Drained => info!(worker = %id, pid, "worker has drained"),
-            _ => warn!(worker = %id, pid, %cause, unanswered, "worker is gone"),
-        }
-        remains
     }
 }
 
@@ -271,24 +287,28 @@ impl Sending {
     }
 }
 
-/// Most receives in vain, after which nothing is expected.
-const MOST_IN_VAIN: usize = 100;
+/// The most errors of `recvmsg` in a row, after which there is no hope.
+const MOST_FAILURES: usize = 100;
 
-/// The messages that are left in a socket after its stream has failed or ended. An empty packet looks like the end, and an error of
-/// `recvmsg` may be followed by messages; in both cases a worker may have sent a whole ADOPTED after it.
-fn rest_of(socket: &Socket) -> Vec<FromWorker> {
+/// The messages that are left in a socket after its stream has failed or ended. An empty packet
+/// looks like the end, and an error of `recvmsg` may be followed by messages; in both cases a
+/// worker may have sent a whole ADOPTED after it. Returns false with them if there are more, which
+/// cannot be read.
+fn rest_of(socket: &Socket) -> (Vec<FromWorker>, bool) {
     let (mut bytes, mut fds) = (BytesMut::new(), FdQueue::<OwnedFd>::new());
-    let (mut codec, mut messages, mut in_vain) = (TolerantCodec::default(), Vec::new(), 0);
-    while in_vain < MOST_IN_VAIN {
+    let (mut codec, mut messages, mut failures) = (TolerantCodec::default(), Vec::new(), 0);
+    while sys::unread(socket.as_fd()).is_ok_and(|bytes| bytes > 0) {
+        if failures == MOST_FAILURES {
+            return (messages, false);
+        }
         bytes.reserve(64 << 10);
         match sys::recvmsg(socket.as_fd(), &mut bytes, usize::MAX, &mut fds) {
-            Ok(received) if received.bytes > 0 => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            _ => in_vain += 1,
+            Ok(_) => failures = 0, // of an empty packet if it is nothing, since more is there
+            Err(_) => failures += 1,
         }
         while let Ok(Some(message)) = codec.decode(&mut bytes, &mut fds) {
             messages.extend(message.ok());
         }
     }
-    messages
+    (messages, true)
 }

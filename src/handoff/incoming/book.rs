@@ -7,12 +7,23 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
 use crate::{
     Error,
     handoff::protocol::{FromWorker, MAX_UNANSWERED, RejectReason, ToWorker, VERSION},
 };
+
+/// How long the end of a connection may go unreported if there is nothing else to send. Answers bring the report along, so as
+/// long as connections come this time is not needed; but a nearer one would be set in hardware each time the process
+/// sleeps.
+const REPORT_AFTER: Duration = Duration::from_millis(100);
+
+/// How long to wait for descriptors to come free.
+const COUNT_AFTER: Duration = Duration::from_millis(10);
 
 /// The offers of one connection to a dispatcher. All numbers count from its beginning.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -21,6 +32,10 @@ pub(in crate::handoff) struct Book<T> {
     window: u64,
     /// Most of them together with adopted connections that have not ended.
     max_connections: u64,
+    /// Most descriptors of an offer.
+    max_fds: u64,
+    /// Descriptors that offers may be asked for before the free ones are counted again.
+    spare: u64,
     welcomed: bool,
     /// `offered <= demand`, and `offered == adopted + rejected + unanswered.len()`.
     demand: u64,
@@ -42,6 +57,10 @@ pub(in crate::handoff) struct Book<T> {
     refusal: Refusal,
     /// The dispatcher has asked for offers back, and the application has not shown up since.
     is_busy: bool,
+    /// When the connections that have ended are reported, if nothing else is sent before.
+    report_at: Option<Instant>,
+    /// There are too few descriptors for all offers that there is room for. When they are counted again.
+    count_at: Option<Instant>,
     /// To be sent, in this order.
     messages: VecDeque<FromWorker>,
     /// Messages that [`next_message`](Self::next_message) has returned, and those of them that were sent.
@@ -83,6 +102,8 @@ impl<T> Book<T> {
         Self {
             window: window.clamp(1, MAX_UNANSWERED),
             max_connections,
+            max_fds: max_fds.max(1).into(),
+            spare: 0,
             welcomed: false,
             demand: 0,
             offered: 0,
@@ -97,6 +118,8 @@ impl<T> Book<T> {
             state: Taking::Offers,
             refusal: Refusal::None,
             is_busy: false,
+            report_at: None,
+            count_at: None,
             messages: VecDeque::from([FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds }]),
             taken: 0,
             sent: 0,
@@ -105,21 +128,20 @@ impl<T> Book<T> {
 
     // From and to the dispatcher.
 
-    /// The dispatcher has sent a message. An offer that is `unfit` is rejected for that reason when its turn comes. Returns the
-    /// offers that are not wanted.
+    /// The dispatcher has sent a message. An offer that cannot be served has the reason in its place, for which it is rejected
+    /// when its turn comes. Returns the offers that are not wanted.
     ///
     /// # Errors
     /// When it breaks the protocol.
     pub(in crate::handoff) fn on_message(
         &mut self,
-        message: ToWorker<T>,
-        unfit: Option<RejectReason>,
+        message: ToWorker<Result<T, RejectReason>>,
     ) -> Result<Vec<T>, Error> {
         match message {
             ToWorker::Welcome { version: VERSION } if !self.welcomed => self.welcomed = true,
             ToWorker::Welcome { .. } => return Err(Error::invalid("a WELCOME out of place, or to another version")),
             _ if !self.welcomed => return Err(Error::invalid("a dispatcher that does not begin with WELCOME")),
-            ToWorker::Offer { number, offer } => return self.on_offer(number, offer, unfit).map(Vec::from_iter),
+            ToWorker::Offer { number, offer } => return self.on_offer(number, offer).map(Vec::from_iter),
             ToWorker::Recall { before } => {
                 let first = self.adopted + self.rejected;
                 return Ok(self.reject(before.saturating_sub(first), RejectReason::Recalled));
@@ -130,7 +152,7 @@ impl<T> Book<T> {
         Ok(Vec::new())
     }
 
-    fn on_offer(&mut self, number: u64, offer: T, unfit: Option<RejectReason>) -> Result<Option<T>, Error> {
+    fn on_offer(&mut self, number: u64, offer: Result<T, RejectReason>) -> Result<Option<T>, Error> {
         if self.offered == self.demand {
             return Err(Error::invalid("more offers than were asked for"));
         }
@@ -138,17 +160,17 @@ impl<T> Book<T> {
             return Err(Error::invalid("an offer is missing: something else has read from this socket"));
         }
         self.offered += 1;
-        let reason = match (unfit, self.state) {
-            (Some(unfit), _) => unfit,
-            (None, Taking::Offers) => {
-                self.unanswered.push_back(Waiting::ForApplication(offer));
-                return Ok(None);
-            }
-            _ => RejectReason::Draining,
+        let (waiting, unwanted) = match offer {
+            Ok(offer) if self.state == Taking::Offers => (Waiting::ForApplication(offer), None),
+            Ok(offer) => (Waiting::ForTurn(RejectReason::Draining), Some(offer)),
+            Err(reason) => (Waiting::ForTurn(reason), None),
         };
-        self.unanswered.push_back(Waiting::ForTurn(reason));
+        if matches!(waiting, Waiting::ForTurn(RejectReason::Full)) {
+            self.spare = 0; // there are fewer free descriptors than were counted
+        }
+        self.unanswered.push_back(waiting);
         self.reject_due();
-        Ok(Some(offer))
+        Ok(unwanted)
     }
 
     /// The dispatcher wants an answer. With the second one after a refusal it is known to have read that: no offer is on its
@@ -184,7 +206,7 @@ impl<T> Book<T> {
     }
 
     /// Reports how many connections have ended, if that is news.
-    pub(in crate::handoff) fn report(&mut self) {
+    fn report(&mut self) {
         if self.finished > self.reported {
             self.reported = self.finished;
             self.messages.push_back(FromWorker::Load { finished: self.finished });
@@ -231,9 +253,13 @@ impl<T> Book<T> {
         adopted
     }
 
-    /// An adopted connection has ended.
-    pub(in crate::handoff) fn finish(&mut self) {
+    /// An adopted connection has ended. Returns true if something is to be done about it before the [next
+    /// timeout](Self::next_timeout) that was set before.
+    pub(in crate::handoff) fn finish(&mut self, now: Instant) -> bool {
         self.finished += 1;
+        let is_first = self.report_at.is_none();
+        self.report_at.get_or_insert(now + REPORT_AFTER);
+        is_first || self.count_at.is_some() || self.is_full() || self.is_draining()
     }
 
     /// Takes no more offers. Returns those that wait.
@@ -279,8 +305,8 @@ impl<T> Book<T> {
 
     // Demand.
 
-    /// The number of offers that could be asked for.
-    pub(in crate::handoff) fn room(&self) -> u64 {
+    /// The number of offers that could be asked for if there are descriptors for them.
+    fn room(&self) -> u64 {
         if !self.welcomed || !self.asked || self.is_busy || self.state != Taking::Offers {
             return 0;
         }
@@ -288,17 +314,28 @@ impl<T> Book<T> {
         (self.adopted + self.replaced + limit).saturating_sub(self.demand)
     }
 
-    /// Asks for this many more offers.
-    pub(in crate::handoff) fn ask(&mut self, more: u64) {
-        if more > 0 {
-            self.demand += more;
+    /// Asks for as many offers as there is room for, and descriptors. `free` counts the descriptors that this process may
+    /// still open.
+    pub(in crate::handoff) fn ask(&mut self, now: Instant, free: impl FnOnce() -> u64) {
+        let room = self.room();
+        let wanted = room.saturating_mul(self.max_fds);
+        if wanted > self.spare {
+            let promised = self.on_their_way().saturating_mul(self.max_fds);
+            // Half of them, because the application opens files too.
+            self.spare = free().saturating_sub(promised).div_ceil(2);
+        }
+        let granted = room.min(self.spare / self.max_fds);
+        self.count_at = if granted < room { self.count_at.or(Some(now + COUNT_AFTER)) } else { None };
+        if granted > 0 {
+            self.spare -= granted * self.max_fds;
+            self.demand += granted;
             self.refusal = Refusal::None;
             self.messages.push_back(FromWorker::Demand { total: self.demand });
         }
     }
 
     /// The number of offers that were asked for and have not come.
-    pub(in crate::handoff) fn on_their_way(&self) -> u64 {
+    fn on_their_way(&self) -> u64 {
         self.demand - self.offered
     }
 
@@ -307,8 +344,24 @@ impl<T> Book<T> {
     }
 
     /// Returns true if the end of a connection makes room for an offer.
-    pub(in crate::handoff) fn is_full(&self) -> bool {
+    fn is_full(&self) -> bool {
         self.serving() + self.window >= self.max_connections
+    }
+
+    // Time.
+
+    /// Reports what is due, and lets [`ask`](Self::ask) count descriptors again.
+    pub(in crate::handoff) fn on_timeout(&mut self, now: Instant) {
+        if self.report_at.is_some_and(|at| at <= now) {
+            self.report_at = None;
+            self.report();
+        }
+        self.count_at = self.count_at.filter(|at| *at > now);
+    }
+
+    /// The next time when [`on_timeout`](Self::on_timeout) has something to do.
+    pub(in crate::handoff) fn next_timeout(&self) -> Option<Instant> {
+        self.report_at.into_iter().chain(self.count_at).min()
     }
 
     // The end.

@@ -30,13 +30,13 @@ use super::{End, Settings, book::Book, headroom::Headroom};
 use crate::{
     Error, Framed, Socket, WriteHalf, close_in_background,
     handoff::{
-        connection::{check, end_connection},
-        protocol::{FromWorker, Offer, RejectReason, ToWorker, WorkerCodec},
+        connection::{Connection, Prepared},
+        protocol::{FromWorker, Offer, RejectReason, SalvagingCodec, ToWorker, WorkerCodec},
     },
 };
 
-/// Offers that the application gets.
-pub(super) type Adopted = SmallVec<[Offer; 1]>;
+/// Connections that the application gets.
+pub(super) type Adopted = SmallVec<[Prepared; 1]>;
 
 pub(in crate::handoff) struct Channel {
     state: Mutex<State>,
@@ -51,12 +51,8 @@ pub(super) enum Phase {
 }
 
 struct State {
-    book: Book<Offer>,
+    book: Book<Prepared>,
     headroom: Headroom,
-    /// The most descriptors of an offer.
-    max_fds: u64,
-    /// There are too few descriptors for all offers that there is room for.
-    short: bool,
     serve_unanswered: bool,
     /// `None` after the end.
     write: Option<WriteHalf<WorkerCodec>>,
@@ -66,8 +62,6 @@ struct State {
     ends: VecDeque<u64>,
     /// Nobody will ask any more.
     abandoned: bool,
-    /// Connections have ended that are not reported: the task looks after it in a while.
-    report_due: bool,
     application: Option<Waker>,
     task: Waker,
     runtime: Handle,
@@ -75,18 +69,16 @@ struct State {
 
 impl Channel {
     pub(super) fn open(socket: Socket, settings: Settings) -> Arc<Self> {
-        let (read, write) = Framed::new(socket.quiet(), WorkerCodec::default()).into_split();
+        let (read, write) =
+            Framed::with_codecs(socket.quiet(), SalvagingCodec::default(), WorkerCodec::default()).into_split();
         let state = State {
             book: Book::new(settings.window, settings.max_connections, settings.max_fds),
             headroom: Headroom::default(),
-            max_fds: settings.max_fds.into(),
-            short: false,
             serve_unanswered: settings.serve_unanswered,
             write: Some(write),
             fed: 0,
             ends: VecDeque::new(),
             abandoned: false,
-            report_due: false,
             application: None,
             task: Waker::noop().clone(),
             runtime: Handle::current(),
@@ -119,20 +111,13 @@ impl Channel {
         Poll::Ready(adopted)
     }
 
-    /// The task's runtime, for whoever polls outside of any.
-    pub(super) fn runtime_for_outsiders(&self) -> Option<Handle> {
-        Handle::try_current().is_err().then(|| self.lock().runtime.clone())
-    }
-
     /// An adopted connection has ended.
     pub(in crate::handoff) fn finish(&self) {
         let mut state = self.lock();
         if state.write.is_none() {
             return; // nobody is left to count for
         }
-        state.book.finish();
-        let due = std::mem::replace(&mut state.report_due, true);
-        if !due || state.short || state.book.is_full() || state.book.is_draining() {
+        if state.book.finish(now()) {
             state.wake_task();
         }
     }
@@ -163,53 +148,45 @@ impl Channel {
     }
 
     /// Takes no more, and nobody asks for what was adopted last.
-    pub(super) fn abandon(&self) {
+    pub(super) fn abandon(self: &Arc<Self>) {
         self.lock().abandoned = true;
         self.end_abandoned();
         self.drain();
     }
 
-    fn end_abandoned(&self) {
+    fn end_abandoned(self: &Arc<Self>) {
         let mut state = self.lock();
         if state.abandoned {
             let adopted = state.book.take_adopted::<Adopted>(usize::MAX);
             drop(state);
-            for offer in adopted {
-                end_connection(&offer.fd);
-                close_in_background(offer.bundle);
-                drop(offer.fd);
-                self.finish();
-            }
+            adopted.into_iter().for_each(|prepared| drop(Connection::adopted(prepared, self)));
         }
     }
 
-    fn received(&self, message: ToWorker) -> Result<(), Error> {
-        let mut unfit = match &message {
-            ToWorker::Offer { offer, .. } if !check(offer)? => Some(RejectReason::Unusable),
-            _ => None,
-        };
-        let mut state = self.lock();
-        match &message {
-            ToWorker::Offer { offer, .. } => {
-                let mut fds = [&offer.fd].into_iter().chain(&offer.bundle);
-                let headroom = &mut state.headroom;
-                unfit = unfit.or_else(|| fds.any(|fd| headroom.is_reserve(fd)).then_some(RejectReason::Full));
-            }
-            ToWorker::Drain { within } => {
-                drop(state);
-                self.drain_by(|_| within.map(|within| Instant::now() + within));
-                state = self.lock();
-            }
-            _ => {}
+    fn received(&self, message: ToWorker<Option<Offer>>) -> Result<(), Error> {
+        if let ToWorker::Drain { within } = &message {
+            self.drain_by(|_| within.map(|within| Instant::now() + within));
         }
-        let unwanted = state.book.on_message(message, unfit)?;
-        drop(state);
+        let message = message.map(|offer| self.prepare(offer));
+        let unwanted = self.lock().book.on_message(message)?;
         close_offers(unwanted);
         Ok(())
     }
 
+    /// # Errors
+    /// Why the offer has to be rejected.
+    fn prepare(&self, offer: Option<Offer>) -> Result<Prepared, RejectReason> {
+        let offer = offer.ok_or(RejectReason::Full)?; // there was no room for its descriptors
+        let headroom = self.lock().headroom;
+        if offer.fds().any(|fd| headroom.is_reserve(fd)) {
+            close_in_background(offer.into_fds());
+            return Err(RejectReason::Full);
+        }
+        Prepared::new(offer)
+    }
+
     /// Nothing more is sent or received.
-    fn end(&self, end: End) {
+    fn end(self: &Arc<Self>, end: End) {
         let mut state = self.lock();
         let Some(write) = state.write.take() else { return };
         // Standard input stays open beside the socket that was made of it.
@@ -232,46 +209,44 @@ impl fmt::Debug for Channel {
 }
 
 /// Closes copies of connections that are not ours: no option and no flag of them is touched.
-fn close_offers(offers: impl IntoIterator<Item = Offer>) {
-    close_in_background(offers.into_iter().flat_map(|offer| [offer.fd].into_iter().chain(offer.bundle)));
+fn close_offers(offers: impl IntoIterator<Item = Prepared>) {
+    close_in_background(offers.into_iter().flat_map(Prepared::into_fds));
+}
+
+/// The runtime's time, as the book counts it.
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
 }
 
 impl State {
     fn adopt(&mut self, max: usize) {
         self.book.adopt(max);
         self.feed();
-        let was_short = self.short;
+        let before = self.book.next_timeout();
         self.ask();
         self.feed();
         let task = self.task.clone();
         let flushed = self.poll_flush(&mut Context::from_waker(&task));
-        // It sends the rest, finds out what an error means, or tries again to ask for more.
-        if !matches!(flushed, Poll::Ready(Ok(()))) || self.short && !was_short {
+        // It sends the rest, finds out what an error means, or waits for another time.
+        let is_sooner = |next| before.is_none_or(|before| next < before);
+        if !matches!(flushed, Poll::Ready(Ok(()))) || self.book.next_timeout().is_some_and(is_sooner) {
             self.wake_task();
         }
     }
 
     /// Asks for as many offers as there is room for.
     fn ask(&mut self) {
-        let room = self.book.room();
-        if room == 0 {
-            self.short = false;
-            return;
-        }
-        let on_their_way = self.book.on_their_way().saturating_mul(self.max_fds);
-        let granted = self.headroom.grant(room.saturating_mul(self.max_fds), on_their_way) / self.max_fds;
-        self.book.ask(granted);
-        self.short = granted < room;
+        self.book.ask(now(), || self.headroom.count());
     }
 
     /// Gives the book's messages to the socket's queue.
     fn feed(&mut self) {
         let Some(write) = &mut self.write else { return };
         while let Some(message) = self.book.next_message() {
-            let before = write.unsent().0;
+            let before = write.unsent().bytes;
             // One that is refused is never sent, and nothing after it: the socket has failed.
             match Pin::new(&mut *write).start_send(message) {
-                Ok(()) => self.fed = self.fed.saturating_add((write.unsent().0 - before) as u64),
+                Ok(()) => self.fed = self.fed.saturating_add((write.unsent().bytes - before) as u64),
                 Err(_) => self.fed = u64::MAX,
             }
             self.ends.push_back(self.fed);
@@ -282,7 +257,7 @@ impl State {
         let Some(write) = &mut self.write else { return Poll::Ready(Ok(())) };
         let flushed = Sink::<FromWorker>::poll_flush(Pin::new(&mut *write), cx);
         if self.fed != u64::MAX {
-            let sent = self.fed - write.unsent().0 as u64;
+            let sent = self.fed - write.unsent().bytes as u64;
             let messages = self.ends.partition_point(|end| *end <= sent);
             self.ends.drain(..messages);
             self.book.on_sent(messages as u64);
@@ -298,7 +273,7 @@ impl State {
     }
 
     fn unsent_bytes(&self) -> usize {
-        self.write.as_ref().map_or(0, |write| write.unsent().0)
+        self.write.as_ref().map_or(0, |write| write.unsent().bytes)
     }
 
     /// Returns true if the dispatcher takes no more answers though it is there: asked after a send has failed. If it has gone instead,

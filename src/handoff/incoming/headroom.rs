@@ -1,53 +1,43 @@
-//! How many more descriptors this process can take. One offer too many and the kernel drops descriptors on receipt, which
-//! ends the connection to the dispatcher.
+//! How many more descriptors this process can take. The kernel drops those that are too many when they are received, and
+//! their connections have to go to another worker.
 
-use std::{fs, os::fd::OwnedFd};
+use std::{fs, os::fd::AsFd};
+
+use nix::libc;
 
 use crate::handoff::reserve::{first_of_reserve, is_of_reserve};
 
-/// Descriptors that are free at the moment, less a reserve for what the application opens.
-#[derive(Debug, Default)]
+/// Descriptors that the application does not need: all below a reserve for what it opens.
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Headroom {
     /// First descriptor of the reserve.
     ceiling: u64,
-    /// What may be granted before counting again: half of what was free, since the application opens files too.
-    spare: u64,
 }
 
 impl Headroom {
-    /// How many of the `wanted` offers may be asked for, when `on_their_way` were asked for and have not come.
-    pub(super) fn grant(&mut self, wanted: u64, on_their_way: u64) -> u64 {
-        if wanted > self.spare {
-            self.count(on_their_way);
-        }
-        let granted = wanted.min(self.spare);
-        self.spare -= granted;
-        granted
-    }
-
-    /// Whether a descriptor that was just received shows that the reserve is in use: then no more is granted before counting again.
-    pub(super) fn is_reserve(&mut self, fd: &OwnedFd) -> bool {
-        let is_reserve = is_of_reserve(fd, self.ceiling);
-        if is_reserve {
-            self.spare = 0;
-        }
-        is_reserve
-    }
-
-    fn count(&mut self, on_their_way: u64) {
+    /// Counts those that are free.
+    pub(super) fn count(&mut self) -> u64 {
         self.ceiling = first_of_reserve(64);
-        let free = self.ceiling.saturating_sub(open_descriptors() + on_their_way);
-        self.spare = free.div_ceil(2);
+        self.ceiling.saturating_sub(open_descriptors())
+    }
+
+    /// Returns true if a descriptor that was just received shows that the reserve is in use.
+    pub(super) fn is_reserve(&self, fd: impl AsFd) -> bool {
+        is_of_reserve(fd, self.ceiling)
     }
 }
 
-/// Number of open descriptors of this process; 0 where /proc is not to be had.
+/// Number of open descriptors of this process; 0 if /proc is not to be had. If none is left to count them with, all are open.
 fn open_descriptors() -> u64 {
     let directory = "/proc/self/fd";
     match fs::metadata(directory) {
         Ok(metadata) if metadata.len() > 0 => metadata.len(),
-        // A kernel before 6.2 does not say it there.
-        _ => fs::read_dir(directory).map_or(0, |entries| entries.count() as u64),
+        // A kernel before 6.2 does not report it there.
+        _ => match fs::read_dir(directory) {
+            Ok(entries) => entries.count() as u64,
+            Err(error) if error.raw_os_error() == Some(libc::EMFILE) => u64::MAX,
+            Err(_) => 0,
+        },
     }
 }
 

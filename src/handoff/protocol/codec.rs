@@ -41,8 +41,12 @@ fn limits() -> Limits {
     Limits::default().max_payload_bytes(MAX_MESSAGE_BYTES).max_fds_per_frame(MAX_OFFER_FDS)
 }
 
-fn frames() -> FrameCodec {
+pub(super) fn frames() -> FrameCodec {
     FrameCodec::new(limits())
+}
+
+pub(super) fn not_a_message() -> Error {
+    Error::invalid("not a message of a hand-off's dispatcher")
 }
 
 impl Codec for WorkerCodec {
@@ -83,7 +87,7 @@ impl<F> Decoder<F> for WorkerCodec {
                 Ok(None) => {} // an extension that is not known here
                 Err(unclaimed) => {
                     fds.extend(unclaimed); // closed away from the runtime, as what is left there is
-                    return Err(Error::invalid("not a message of a hand-off's dispatcher"));
+                    return Err(not_a_message());
                 }
             }
         }

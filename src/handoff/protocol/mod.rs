@@ -7,12 +7,14 @@ use bytes::Bytes;
 pub use super::{Address, Transport};
 
 mod codec;
+mod salvage;
 #[cfg(test)]
 mod tests;
 mod wire;
 
 pub(super) use codec::TolerantCodec;
 pub use codec::{DispatcherCodec, WorkerCodec};
+pub(super) use salvage::SalvagingCodec;
 
 /// The version of the protocol that is spoken here.
 pub const VERSION: u8 = 1;
@@ -162,4 +164,15 @@ pub struct Offer<F = OwnedFd> {
     /// Further descriptors that belong to the connection, adopted or rejected together with it. What
     /// they are is in the metadata: the protocol does not know.
     pub bundle: Vec<F>,
+}
+
+impl<F> Offer<F> {
+    /// Its descriptors, the socket first.
+    pub(super) fn fds(&self) -> impl Iterator<Item = &F> {
+        [&self.fd].into_iter().chain(&self.bundle)
+    }
+
+    pub(super) fn into_fds(self) -> impl Iterator<Item = F> {
+        [self.fd].into_iter().chain(self.bundle)
+    }
 }

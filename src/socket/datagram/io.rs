@@ -1,4 +1,4 @@
-//! Sending and receiving datagrams.
+//! The ways to send and receive datagrams.
 
 use std::{
     future::poll_fn,
@@ -21,15 +21,16 @@ use tokio::{
 
 use super::{Datagram, DatagramSocket, MAX_PAYLOAD_BYTES};
 use crate::{
-    Error, Fds,
+    backoff::Backoff,
     closer::{Account, BackgroundFd},
+    error::Error,
+    frame::Fds,
     limits::SCM_MAX_FD,
-    socket::{Backoff, path::unix_addr},
+    socket::{SendFailure, open::unix_addr},
     sys,
 };
 
-/// Number of descriptors that came in datagrams and may wait to be closed. While more wait, nothing
-/// is received.
+/// The number of descriptors that may wait to be closed. While more wait, nothing is received.
 const MAX_CLOSING: usize = 2 * SCM_MAX_FD;
 
 impl DatagramSocket {
@@ -88,24 +89,25 @@ impl DatagramSocket {
                     coop.made_progress();
                     return Ok(());
                 }
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) if receiver.is_none() => {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => match SendFailure::of(&error) {
+                    SendFailure::Full if receiver.is_none() => {
                         drop(coop);
-                        // Readiness from before the send may be stale. Ask for it, and only if it
-                        // is stale then, wait.
+                        // The readiness from before the send may be stale. So first ask for
+                        // readiness and try again. If that fails too, it was stale: clear it and
+                        // wait.
                         match writable.take() {
                             None => writable = Some(self.io.writable().await?),
                             Some(mut stale) => stale.clear_ready(),
                         }
                     }
-                    // Nothing announces that another socket's queue has room, nor that fewer
-                    // descriptors of this uid are in flight, nor that there is memory.
-                    Some(libc::EAGAIN | libc::ETOOMANYREFS | libc::ENOMEM | libc::ENOBUFS) => {
+                    // No event announces that the queue of another socket has room, that fewer
+                    // descriptors are in flight, or that there is memory.
+                    SendFailure::Full | SendFailure::Scarce | SendFailure::NoMemoryForPacket => {
                         drop(coop);
                         tokio::time::sleep(backoff.next()).await;
                     }
-                    Some(libc::EINTR) => {}
-                    _ => return Err(error),
+                    SendFailure::PacketTooLarge | SendFailure::Final => return Err(error),
                 },
             }
         }
@@ -114,13 +116,13 @@ impl DatagramSocket {
     /// Waits for the next datagram.
     ///
     /// # Errors
-    /// None is the end: the next call goes on with the next datagram.
+    /// No error is final: the next call goes on with the next datagram.
     ///
     /// [`TruncatedPacket`](Error::TruncatedPacket) if a datagram is longer than 256 KiB, and
     /// [`TruncatedControl`](Error::TruncatedControl) if some of its descriptors were lost because
     /// this process has no more left. The rest of that datagram is closed. [`Io`](Error::Io) with
-    /// `ConnectionReset` before the next datagram, if the peer has connected to another socket and
-    /// so has discarded what was sent to it, and for others of recvmsg(2).
+    /// `ConnectionReset`, before the next datagram, if the peer has connected to another socket and
+    /// so has discarded its queue. Also `Io` with the other errors of recvmsg(2).
     ///
     /// # Cancel safety
     /// No datagram is lost when dropped.
@@ -155,11 +157,14 @@ impl DatagramSocket {
         }
     }
 
+    /// Receives the next datagram.
+    ///
     /// # Errors
     /// `WouldBlock` if there is no datagram. The inner error is about one datagram.
     fn try_recv(&self) -> Result<std::result::Result<Datagram, Error>> {
         let mut fds = SmallVec::new();
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        // Receive into the common buffer, and copy the datagram out of it: its size is known then.
         buffer.reserve(MAX_PAYLOAD_BYTES);
         let (received, sender) = loop {
             match sys::recv_datagram(self.as_fd(), &mut buffer, &mut fds) {

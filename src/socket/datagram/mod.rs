@@ -1,4 +1,4 @@
-//! Datagram sockets: each message stands for itself, and may come from anybody who may send there.
+//! Datagram sockets: messages without a connection, from any process that may send to the address.
 
 mod io;
 
@@ -18,19 +18,20 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     PassCredentials,
-    convert::{checked, invalid_descriptor, unix_socket_type},
+    check::{checked, invalid_descriptor, unix_socket_type},
     inherited::take_numbered,
-    local_addr,
-    path::{PathGuard, unix_addr},
+    open::{local_addr, unix_addr},
+    path::PathGuard,
 };
 use crate::{
-    Credentials, Fds,
     closer::{self, Account, BackgroundFd, InBackground},
+    credentials::Credentials,
+    frame::Fds,
     sys,
 };
 
-/// Room for a datagram. By default a sender's buffer holds one of 212,960 bytes (`SO_SNDBUF`,
-/// socket(7)).
+/// The most bytes of a datagram. With the default send buffer, a sender can send 212,960 bytes
+/// (`SO_SNDBUF`, socket(7)).
 const MAX_PAYLOAD_BYTES: usize = 256 << 10;
 
 /// One message from a [`DatagramSocket`].
@@ -41,8 +42,7 @@ pub struct Datagram {
     pub payload: Bytes,
     /// The descriptors that came with it, at most 253.
     pub fds: Fds,
-    /// The address that the sender is bound to, where an answer goes. `None` if the sender has
-    /// none.
+    /// The address that the sender is bound to, for an answer. `None` if the sender has none.
     pub sender: Option<SocketAddr>,
     /// The process that sent it, if the socket was [asked](DatagramSocket::set_pass_credentials) to
     /// report that. `None` also for datagrams that were sent before.
@@ -52,19 +52,19 @@ pub struct Datagram {
 /// A Unix socket of type `SOCK_DGRAM`, registered with tokio: messages with descriptors and without
 /// a connection.
 ///
-/// A datagram arrives whole, with its descriptors, or not at all, and each one stands for itself.
-/// So there is no end of the stream, no codec with state, and an error of one datagram says nothing
-/// about the next. Unix sockets do not reorder or lose datagrams: a sender waits while the
+/// A datagram arrives whole, with its descriptors, or not at all, and does not depend on others. So
+/// there is no end of the stream and no codec with state, and an error of one datagram does not
+/// affect the next. Unix sockets do not reorder or lose datagrams: a sender waits while the
 /// receiver's queue is full. For a connection between two processes [`Socket`](crate::Socket) is
 /// better, because it notices when the peer ends.
 ///
 /// All methods take `&self`, and any number of tasks may send and receive at a time.
 ///
-/// **Who may send.** A socket file is created with mode 0600. Anybody may send to an abstract name.
-/// Ask for [credentials](Self::set_pass_credentials) to know who did. While a socket is
-/// [connected](Self::connect), only its peer may send to it, but the connection is not a proof of
-/// who has sent a datagram: what others have sent before is still received, and the connection ends
-/// with the first send after the peer is gone.
+/// **Who may send.** A socket file is created with mode 0600. Any process may send to an abstract
+/// name. Ask for [credentials](Self::set_pass_credentials) to know which one did. While a socket is
+/// [connected](Self::connect), only its peer may send to it. But the connection does not prove
+/// which process has sent a datagram: datagrams that others have sent before are still received,
+/// and the connection ends with the first send after the peer is gone.
 ///
 /// **Who owns the path** is decided as for a [`Listener`](crate::Listener): a lock file beside it,
 /// a stale socket is replaced, and the socket file is removed on drop.
@@ -75,7 +75,7 @@ pub struct Datagram {
 /// more than 506 wait for that, nothing is received.
 ///
 /// # Panics
-/// Every way to get one panics outside of a tokio runtime, or where the runtime's I/O driver is not
+/// Every way to get one panics outside of a tokio runtime, or if the runtime's I/O driver is not
 /// enabled.
 ///
 /// ```
@@ -103,10 +103,11 @@ pub struct Datagram {
 #[derive(Debug)]
 pub struct DatagramSocket {
     io: AsyncFd<BackgroundFd>,
-    /// Descriptors that came in datagrams and wait to be closed.
+    /// The count of descriptors that came in datagrams and wait to be closed.
     account: Arc<Account>,
     path: Option<PathGuard>,
-    /// Room for one datagram, empty between receives. Without memory before the first one.
+    /// The buffer for one datagram. It is empty between receives, and has no memory before the
+    /// first one.
     buffer: Mutex<BytesMut>,
 }
 
@@ -114,7 +115,7 @@ impl DatagramSocket {
     /// Returns two sockets that are connected to each other.
     ///
     /// # Errors
-    /// Those of socketpair(2).
+    /// The errors of socketpair(2).
     pub fn pair() -> Result<(Self, Self)> {
         let (a, b) = socket::socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self::register(a, None)?, Self::register(b, None)?))
@@ -124,16 +125,16 @@ impl DatagramSocket {
     /// connected to by [`pair`](Self::pair).
     ///
     /// # Errors
-    /// Those of socket(2).
+    /// The errors of socket(2).
     pub fn unbound() -> Result<Self> {
         Self::register(new_socket()?, None)
     }
 
-    /// Binds to an abstract name that the kernel chooses and nobody else has (unix(7), "Autobind
-    /// feature"), so that the receiver of a datagram can answer.
+    /// Binds to an abstract name that the kernel chooses and no other socket has (unix(7),
+    /// "Autobind feature"), so that the receiver of a datagram can answer.
     ///
     /// # Errors
-    /// Those of bind(2).
+    /// The errors of bind(2).
     pub fn autobind() -> Result<Self> {
         let fd = new_socket()?;
         socket::bind(fd.as_raw_fd(), &UnixAddr::new_unnamed())?;
@@ -159,14 +160,15 @@ impl DatagramSocket {
     pub fn bind_with_mode(path: impl AsRef<Path>, mode: u32) -> Result<Self> {
         let path = path.as_ref();
         let addr = UnixAddr::new(path)?;
+        // Own the path before the socket is bound.
         let mut guard = PathGuard::take(path)?;
         let fd = new_socket()?;
         guard.bind(&fd, &addr, mode)?;
         Self::register(fd, Some(guard))
     }
 
-    /// Binds to an address; beside paths these are abstract names
-    /// ([`std::os::linux::net::SocketAddrExt`]), to which any uid can send.
+    /// Binds to an address, which may be a path or an abstract name
+    /// ([`std::os::linux::net::SocketAddrExt`]). Any uid can send to an abstract name.
     ///
     /// # Errors
     /// As for [`bind`](Self::bind).
@@ -197,26 +199,26 @@ impl DatagramSocket {
         Ok(Self { io, account, path, buffer: Mutex::default() })
     }
 
-    /// Connects to the socket at a path: [`send`](Self::send) goes there, and nobody else may send
-    /// to this socket from then on.
+    /// Connects to the socket at a path: [`send`](Self::send) goes there, and only that socket may
+    /// send to this one from then on.
     ///
-    /// The peer is not told. Datagrams that were queued before the first `connect` are still
-    /// received, whoever has sent them. The kernel discards what is queued when a socket connects
-    /// to another peer than before.
+    /// The peer does not notice. Datagrams that were queued before the first `connect` are still
+    /// received, from any sender. The kernel discards the queue when a socket connects to another
+    /// peer than before.
     ///
     /// If the peer goes away, nothing ends until the next send. That fails with
-    /// `ConnectionRefused`, and with it the kernel ends the connection and discards what is queued,
-    /// even the last datagrams of the peer. From then on sends fail with `NotConnected`, and
-    /// everybody may send to this socket as before, until another `connect`.
+    /// `ConnectionRefused`, and with it the kernel ends the connection and discards the queue, even
+    /// the last datagrams of the peer. From then on sends fail with `NotConnected`, and any process
+    /// may send to this socket as before, until another `connect`.
     ///
-    /// The kernel closes the descriptors that it discards in the calling thread. If there are
-    /// sockets with `SO_LINGER` among them, that takes as long as the peer likes. Only [refusing
-    /// descriptors](Self::set_pass_fds) of a peer that is not trusted prevents that.
+    /// The kernel closes the discarded descriptors in the calling thread. If sockets with
+    /// `SO_LINGER` are among them, that takes as long as the peer likes. The only way to prevent
+    /// that is to [refuse descriptors](Self::set_pass_fds) if you do not trust the peer.
     ///
     /// # Errors
-    /// Those of connect(2), among them `NotFound`, `ConnectionRefused` (nobody has the socket open)
-    /// and `PermissionDenied` (by the mode of the path, or because the peer is connected to another
-    /// socket).
+    /// The errors of connect(2), among them `NotFound`, `ConnectionRefused` (nobody has the socket
+    /// open) and `PermissionDenied` (by the mode of the path, or because the peer is connected to
+    /// another socket).
     pub fn connect(&self, path: impl AsRef<Path>) -> Result<()> {
         self.connect_addr(&SocketAddr::from_pathname(path)?)
     }
@@ -232,7 +234,7 @@ impl DatagramSocket {
     /// Returns the address that it is bound to. `None` if it is not bound.
     ///
     /// # Errors
-    /// Those of getsockname(2).
+    /// The errors of getsockname(2).
     pub fn local_addr(&self) -> Result<Option<SocketAddr>> {
         local_addr(&self.io)
     }

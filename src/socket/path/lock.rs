@@ -19,12 +19,12 @@ use nix::{
 use super::in_use;
 use crate::sys;
 
-/// An exclusive lock, which lives as long as this value or a copy of its descriptor.
+/// An exclusive lock. It lives as long as this value or a copy of its descriptor.
 #[derive(Debug)]
 pub(super) struct PathLock {
     file: OwnedFd,
-    /// Another process may have a copy. A lock that nobody else has is given up explicitly: a child
-    /// has a copy of the descriptor between its fork and its exec.
+    /// True if another process may have a copy. A lock without copies is given up explicitly,
+    /// because a child has a copy of the descriptor between its fork and its exec.
     is_shared: bool,
 }
 
@@ -88,7 +88,7 @@ pub(super) fn take_lock(path: &Path) -> Result<(PathBuf, PathLock)> {
         let file = open_lock(&lock_path)?;
         match PathLock::of(file, &lock_path) {
             Ok(Some(lock)) => return Ok((lock_path, lock)),
-            Ok(None) => {} // the last holder has removed it: make a new one
+            Ok(None) => {} // the last holder has removed the file: make a new one
             Err(Errno::EAGAIN) => return Err(in_use(path)),
             Err(error) => return Err(error.into()),
         }
@@ -111,15 +111,15 @@ pub(super) fn open_lock(lock_path: &Path) -> Result<File> {
         .create(true)
         .truncate(false)
         .mode(0o600)
-        // Where others may write to the directory, they choose what is there. Without O_NONBLOCK,
-        // opening a FIFO waits until somebody reads from it.
+        // If other uids may write to the directory, they choose what is there. Without O_NONBLOCK,
+        // opening a FIFO would wait for a reader.
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(lock_path);
     match opened {
         Ok(file) if file.metadata()?.is_file() => Ok(file),
         Ok(_) => Err(not_a_lock(lock_path)),
         Err(error) => match error.raw_os_error() {
-            // A FIFO without a reader or a socket, a directory, a symbolic link.
+            // A FIFO without a reader, a socket, a directory, or a symbolic link.
             Some(libc::ENXIO | libc::EISDIR | libc::ELOOP) => Err(not_a_lock(lock_path)),
             _ => Err(Error::new(error.kind(), format!("{}: {error}", lock_path.display()))),
         },

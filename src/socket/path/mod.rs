@@ -1,4 +1,4 @@
-//! Addresses, and who owns a path.
+//! The ownership of a path.
 
 mod lock;
 mod moved;
@@ -8,10 +8,9 @@ use std::{
     io::{Error, ErrorKind, Result},
     os::{
         fd::{AsRawFd, OwnedFd},
-        linux::net::SocketAddrExt,
         unix::{
             fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt},
-            net::{SocketAddr, UnixDatagram},
+            net::UnixDatagram,
         },
     },
     path::{Path, PathBuf},
@@ -26,37 +25,29 @@ use nix::{
     },
 };
 
-pub(crate) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
-    match (addr.as_pathname(), addr.as_abstract_name()) {
-        (Some(path), _) => Ok(UnixAddr::new(path)?),
-        (_, Some(name)) => Ok(UnixAddr::new_abstract(name)?),
-        _ => Err(Error::new(ErrorKind::InvalidInput, "the address has no name")),
-    }
-}
-
 /// The right to bind a socket to a path, and to remove it from there.
 ///
-/// Held by a lock on a file beside the path, which the kernel releases when the process dies. Without it, two
-/// processes that both find a stale socket can remove each other's new one.
+/// It holds a lock on a file beside the path. The kernel releases the lock when the process dies.
+/// Without it, two processes that both find a stale socket could remove each other's new socket.
 #[derive(Debug)]
 pub(crate) struct PathGuard {
     path: PathBuf,
     lock_path: PathBuf,
     lock: PathLock,
-    /// Device and inode of the bound socket.
+    /// The device and inode of the bound socket.
     bound: Option<(u64, u64)>,
-    /// Whether the path was made with a mode that lets only the owner connect.
+    /// True if the path was made with a mode that lets only the owner connect.
     bound_for_owner_only: bool,
     /// False while another process owns the path, with a copy of the lock.
     may_remove: bool,
 }
 
 impl PathGuard {
-    /// Takes the path, and removes a socket there that nobody listens on.
+    /// Takes the path, and removes a stale socket.
     ///
     /// # Errors
-    /// `AddrInUse` if a live process has it, `AlreadyExists` if something else than a socket is
-    /// there, or something else than a regular file at the lock's place.
+    /// `AddrInUse` if a live process has the path. `AlreadyExists` if something other than a socket
+    /// is there, or if the lock file is not a regular file.
     pub(crate) fn take(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path)?; // the working directory may change before the drop
         let (lock_path, lock) = take_lock(&path)?;
@@ -75,8 +66,9 @@ impl PathGuard {
             let reason = format!("{} exists and is not a socket", path.display());
             return Err(Error::new(ErrorKind::AlreadyExists, reason));
         }
-        // Not every listener takes the lock. Asked with a datagram socket, a live one refuses the type (EPROTOTYPE) and
-        // notices nothing; a socket that nobody has open refuses the connection.
+        // Not every listener takes the lock, so ask with a datagram socket. A live listener refuses
+        // its type (EPROTOTYPE) and does not notice. A socket that nobody has open refuses the
+        // connection.
         match UnixDatagram::unbound()?.connect(path) {
             Err(error) => match error.raw_os_error() {
                 Some(libc::ECONNREFUSED) => match fs::remove_file(path) {
@@ -84,7 +76,7 @@ impl PathGuard {
                     _ => Ok(()),
                 },
                 Some(libc::ENOENT) => Ok(()),
-                // EPERM: a datagram socket that receives only from the one that it is connected to.
+                // EPERM: a datagram socket that is connected to another one.
                 Some(libc::EPROTOTYPE | libc::EPERM) => Err(in_use(path)),
                 _ => Err(error),
             },
@@ -100,8 +92,9 @@ impl PathGuard {
     /// gets the rest before the socket listens.
     ///
     /// # Errors
-    /// Those of bind(2) and chmod(2), the latter with a reason.
+    /// The errors of bind(2) and chmod(2), the latter with a reason.
     pub(crate) fn bind(&mut self, socket: &OwnedFd, addr: &UnixAddr, mode: u32) -> Result<()> {
+        // The mode of the socket before `bind` becomes that of the path.
         let mode = mode & 0o777;
         let initial = initial_mode(mode);
         fchmod(socket, Mode::from_bits_truncate(initial))?;
@@ -111,9 +104,9 @@ impl PathGuard {
 
     /// Gives the bound socket its mode, if it is really that socket.
     ///
-    /// If others may write to the directory, they may swap another socket of this uid into the
-    /// path. So the mode is read and changed through one descriptor, and changed only if it is what
-    /// `bind` has made.
+    /// If other uids may write to the directory, they may move another socket of this uid to the
+    /// path. So the mode is read and changed through one descriptor, and changed only if it is the
+    /// mode that `bind` has made.
     fn finish_bind(&mut self, initial: u32, mode: u32) -> Result<()> {
         let path = self.path.display();
         // O_PATH opens a socket, and needs no permission for it.
@@ -138,9 +131,9 @@ impl PathGuard {
     /// Returns true if the kernel lets nobody but the owner, who is this process's uid, connect to
     /// the bound socket. Privileged processes can connect nevertheless.
     ///
-    /// The mode counts as it was at first, because clients of that time may still be in the
-    /// backlog, and as it is now, because a deployment may change it. An entry of an access control
-    /// list permits no more than the mode permits the group.
+    /// Both the first mode and the present mode count. Clients from the beginning may still be in
+    /// the backlog, and a deployment may change the mode later. An access control list permits no
+    /// more than the mode permits the group.
     pub(super) fn admits_owner_only(&self) -> bool {
         self.bound_for_owner_only
             && fs::symlink_metadata(&self.path).is_ok_and(|found| {
@@ -169,17 +162,17 @@ impl Drop for PathGuard {
     }
 }
 
-/// Returns true if nobody but the owner may write to a path with this mode, which is what
-/// connecting takes.
+/// Returns true if only the owner may write to a path with this mode. Connecting needs write
+/// permission.
 fn is_for_owner_only(mode: u32) -> bool {
     mode & 0o022 == 0
 }
 
 /// Returns the mode with which `bind` makes the path.
 ///
-/// If others are to connect, it is one that sockets do not usually have, so that a socket of this
-/// uid that was swapped in is noticed. It lets the owner connect, because that is how a stale
-/// socket is recognized.
+/// If others may connect, it is a mode that sockets do not usually have, so that another socket
+/// that was moved to the path is noticed. It lets the owner connect, because a stale socket is
+/// recognized by connecting to it.
 fn initial_mode(mode: u32) -> u32 {
     if is_for_owner_only(mode) { mode } else { 0o200 }
 }
@@ -199,8 +192,8 @@ mod tests {
 
     use super::*;
 
-    /// Others who may write to the directory can rename a socket of this uid, which is not for
-    /// them, to the path.
+    /// Other uids that may write to the directory can move a socket of this uid to the path,
+    /// although they may not connect to it.
     #[test]
     fn a_socket_that_was_swapped_in_does_not_get_the_mode() {
         let directory = tempfile::tempdir().unwrap();
@@ -215,7 +208,7 @@ mod tests {
         drop(guard);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "it is open to others now");
 
-        // The same with another name of a socket elsewhere, or with what is no socket.
+        // The same with another name of a socket elsewhere, or with a file that is no socket.
         fs::set_permissions(&path, Permissions::from_mode(0o200)).unwrap();
         fs::hard_link(&path, &other).unwrap();
         let (lock_path, lock) = take_lock(&path).unwrap();

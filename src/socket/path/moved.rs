@@ -13,12 +13,12 @@ use super::{
 };
 
 impl PathGuard {
-    /// The path that it guards.
+    /// Returns the path that it guards.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Device and inode of the path, if this process may remove it.
+    /// Returns the device and inode of the path, if this process may remove it.
     pub(crate) fn path_id(&self) -> Option<(u64, u64)> {
         self.bound.filter(|_| self.may_remove)
     }
@@ -35,7 +35,7 @@ impl PathGuard {
     }
 
     /// Guards a path whose lock came from its last owner. It may remove the path only if the lock
-    /// is the one beside it: another mount namespace may show something else there.
+    /// is the file beside the path: in another mount namespace, something else may be there.
     ///
     /// # Errors
     /// `AddrInUse` if the lock is not held.

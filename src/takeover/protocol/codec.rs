@@ -140,6 +140,7 @@ impl FromTaker {
                 dst.extend(baton);
             }
             Self::Release => dst.push(0x05),
+            Self::Status => dst.push(0x06),
         }
         dst
     }
@@ -152,6 +153,7 @@ impl FromTaker {
             0x03 => Self::Ready,
             0x04 => Self::HandBack { baton: Bytes::copy_from_slice(fields.rest()) },
             0x05 => Self::Release,
+            0x06 => Self::Status,
             _ => return None,
         };
         fields.is_at_end().then_some(message)
@@ -199,6 +201,20 @@ impl<F> ToTaker<F> {
             }
             Self::Resumed => dst.push(0x89),
             Self::Drained => dst.push(0x8A),
+            Self::Generations { replaced_for, fds } => {
+                dst.push(0x8B);
+                replaced_for.iter().for_each(|milliseconds| dst.extend(milliseconds.to_be_bytes()));
+                carried = fds;
+            }
+            Self::Status { pid, is_under_way, generations } => {
+                dst.push(0x8C);
+                dst.extend(pid.to_be_bytes());
+                dst.push(is_under_way.into());
+                for (pid, milliseconds) in generations {
+                    dst.extend(pid.to_be_bytes());
+                    dst.extend(milliseconds.to_be_bytes());
+                }
+            }
         }
         Ok(Frame { payload: dst.into(), fds: carried })
     }
@@ -225,6 +241,16 @@ impl<F> ToTaker<F> {
             }
             Some(0x87) if fields.is_at_end() && !fds.is_empty() => Ok(Self::Locks { fds }),
             Some(0x88) => Ok(Self::Yours { baton: Bytes::copy_from_slice(fields.rest()), fds }),
+            Some(0x8B) => {
+                let mut replaced_for = Vec::with_capacity(fds.len());
+                while let Some(milliseconds) = fields.u64() {
+                    replaced_for.push(milliseconds);
+                }
+                match fields.is_at_end() && replaced_for.len() == fds.len() && !fds.is_empty() {
+                    true => Ok(Self::Generations { replaced_for, fds }),
+                    false => Err(fds),
+                }
+            }
             _ if !fds.is_empty() => Err(fds),
             _ => Self::read_without_fds(payload).ok_or(fds),
         }
@@ -239,6 +265,14 @@ impl<F> ToTaker<F> {
             0x86 => Self::Aborted { reason: AbortReason::from_number(fields.u8()?)? },
             0x89 => Self::Resumed,
             0x8A => Self::Drained,
+            0x8C => {
+                let (pid, is_under_way) = (fields.u32()?, fields.bool()?);
+                let mut generations = Vec::new();
+                while !fields.is_at_end() {
+                    generations.push((fields.u32()?, fields.u64()?));
+                }
+                Self::Status { pid, is_under_way, generations }
+            }
             _ => return None,
         };
         fields.is_at_end().then_some(message)

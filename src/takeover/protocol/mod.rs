@@ -52,6 +52,8 @@ pub enum FromTaker {
     },
     /// The giver never needs to serve again: it gives up its copies of the listeners.
     Release,
+    /// The first message of a process that only wants a [`ToTaker::Status`].
+    Status,
 }
 
 /// A message of the giver. `F` is the type of a descriptor.
@@ -79,6 +81,14 @@ pub enum ToTaker<F = OwnedFd> {
         /// Descriptors of the application.
         fds: Fds<F>,
     },
+    /// The processes that were replaced and still run, from the oldest to the giver itself.
+    Generations {
+        /// The time for which each has been replaced, in milliseconds. 0 for the giver.
+        replaced_for: Vec<u64>,
+        /// A socket of each, whose other end lives as long as that process drains. A byte written
+        /// there asks it to leave.
+        fds: Fds<F>,
+    },
     /// All listeners and all state were sent. The taker may say [`FromTaker::Ready`].
     Complete,
     /// The giver goes on serving, and no [`FromTaker::Ready`] can reach it. Nothing follows.
@@ -102,6 +112,16 @@ pub enum ToTaker<F = OwnedFd> {
     Resumed,
     /// The giver has given up its copies and can't serve again. Nothing follows.
     Drained,
+    /// The answer to a [`FromTaker::Status`]. Nothing follows.
+    Status {
+        /// Process id of the giver, in its PID namespace.
+        pid: u32,
+        /// A takeover is under way.
+        is_under_way: bool,
+        /// Process id, or 0 if it is not known, and the time for which it has been replaced in
+        /// milliseconds, of each process that still runs; the oldest first.
+        generations: Vec<(u32, u64)>,
+    },
 }
 
 /// A listener that is offered.

@@ -52,6 +52,12 @@ fn to_taker() -> impl Strategy<Value = ToTaker<u32>> {
         (bytes(), fds(0)).prop_map(|(baton, fds)| ToTaker::Yours { baton, fds }),
         Just(ToTaker::Resumed),
         Just(ToTaker::Drained),
+        vec(any::<(u64, u32)>(), 1..5).prop_map(|generations| {
+            let (replaced_for, fds): (_, Vec<u32>) = generations.into_iter().unzip();
+            ToTaker::Generations { replaced_for, fds: fds.into_iter().collect() }
+        }),
+        (any::<(u32, bool)>(), vec(any::<(u32, u64)>(), 0..5))
+            .prop_map(|((pid, is_under_way), generations)| { ToTaker::Status { pid, is_under_way, generations } }),
     ]
 }
 
@@ -62,6 +68,7 @@ fn from_taker() -> impl Strategy<Value = FromTaker> {
         Just(FromTaker::Ready),
         bytes().prop_map(|baton| FromTaker::HandBack { baton }),
         Just(FromTaker::Release),
+        Just(FromTaker::Status),
     ]
 }
 
@@ -96,7 +103,7 @@ proptest! {
     fn a_payload_that_is_cut_or_too_long_is_refused(message in to_taker(), cut: prop::sample::Index) {
         let Frame { payload, fds } = message.clone().into_frame().unwrap();
         // The last field of these has any length.
-        let is_open = matches!(message, ToTaker::State { .. } | ToTaker::Yours { .. });
+        let is_open = matches!(message, ToTaker::State { .. } | ToTaker::Yours { .. } | ToTaker::Status { .. });
         if !is_open {
             let (mut bytes, mut queue) = frame(&payload[..cut.index(payload.len())], fds.len() as u32);
             // Whole listeners may be cut off; then descriptors are left over.
@@ -131,7 +138,7 @@ fn descriptors_come_with_the_messages_that_have_them_only() {
 
 #[test]
 fn a_hello_of_another_protocol_is_refused() {
-    for hello in [&b"\x01FDHO\x01\x01"[..], b"\x01FDTO\x01", b"\x01FDTO\x01\x01\x01", b"", b"\x06"] {
+    for hello in [&b"\x01FDHO\x01\x01"[..], b"\x01FDTO\x01", b"\x01FDTO\x01\x01\x01", b"", b"\x07"] {
         let (mut bytes, mut fds) = frame(hello, 0);
         assert!(GiverCodec::default().decode(&mut bytes, &mut fds).is_err(), "{hello:?}");
     }

@@ -23,7 +23,7 @@ const ATTACKERS: usize = 100;
 /// Round trips of the honest client while the attackers start, and again when all have.
 const TRIPS: usize = 30;
 
-/// Threads that the library may start beside those that it has: four for slow files.
+/// The number of threads that the library may start besides those that it has: four for slow files.
 const MORE_THREADS: usize = 4;
 
 /// Descriptors that the library and the runtime may open for a moment.
@@ -43,12 +43,13 @@ pub(super) struct Attack {
 /// The descriptors and threads that the victim's process may have.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Resources {
-    /// As much as there is.
+    /// As many as the system gives.
     All,
-    /// Few descriptors and threads, so that the attackers take all of them. The threads are those of all
-    /// processes of its uid, of which the attackers have more.
+    /// Few descriptors and threads, so that the attackers take all of them. The threads are those
+    /// of all processes of its uid, of which the attackers have more.
     Few { fds: usize, threads: usize },
-    /// Few descriptors, of which the listener's limits leave some to other uids than the attackers'.
+    /// Few descriptors, of which the listener's limits leave some to other uids than the
+    /// attackers'.
     FewForEachUid { fds: usize },
 }
 
@@ -141,13 +142,13 @@ impl Attack {
         let bytes = sorts().enumerate().map(|(index, sort)| sort.most_bytes(index)).sum::<usize>();
         assert!(most.peak_bytes <= before.peak_bytes + bytes + MORE_BYTES, "too much memory");
 
-        // Each attacker has about as many turns as the connection that was measured, and gets a frame
-        // or two in each.
+        // Each attacker has about as many turns as the connection that was measured, and gets a
+        // frame or two in each.
         const FRAMES_OF_EACH: usize = 8;
         assert!(report.inner_trips > 0);
         assert!(report.most_fds_in_a_trip <= FRAMES_OF_EACH * 253 * attackers, "no fair share of turns");
 
-        // It was an attack.
+        // The attack has really happened.
         let came = if self.are_refused { report.refused } else { report.accepted };
         match self.resources {
             Resources::All => assert!(came >= attackers, "not all attackers have come"),

@@ -36,7 +36,7 @@ pub(super) const OWN_ENDS: usize = 20;
 /// Connections that an attacker makes without waiting for the end of those before.
 pub(super) const QUICK_ROUNDS: usize = 50;
 
-/// How long an attacker rests where nothing else slows it down.
+/// The time for which an attacker rests if nothing else slows it down.
 const PACE: Duration = Duration::from_millis(10);
 
 #[derive(Serialize, Deserialize)]
@@ -50,7 +50,7 @@ pub(super) struct Settings {
 
 /// Attacks until it is killed, or the test has ended.
 pub(super) fn run(mut control: UnixStream, settings: Settings) {
-    // The victim's turns are tested, and not how much of the processor it gets.
+    // The test is about the victim's turns, and not about its share of the processor.
     rustix::process::nice(19).unwrap();
     let (started, all_started) = mpsc::channel();
     for index in 0..settings.attackers {
@@ -144,7 +144,7 @@ impl Attacker {
             Sort::SlowSocketInFrame => send(connection, &encoded(b"", 2), &[&slow(), null]),
             Sort::SlowSocketEchoed => send(connection, &encoded(b"", 1), &[&slow()]),
             Sort::Nested => send(connection, b"?", &[&self.nested(slow())]),
-            // So that few wait in the kernel.
+            // Only few shall wait in the kernel.
             Sort::Flood | Sort::FloodTaken => setsockopt(connection, sockopt::SndBuf, &(8 << 10)),
             Sort::BadFlood => send(connection, b"?", &[null; 253]),
             Sort::Garbage => send(connection, &Vec::from_iter((0..1000).map(|_| fastrand::u8(..))), &[]),
@@ -154,7 +154,7 @@ impl Attacker {
         }
     }
 
-    /// Goes on for as long as it likes.
+    /// Goes on until it is ended.
     fn go_on(&self, connection: &OwnedFd) -> Result {
         let whole = encoded(&[7; 10_000], 0);
         match self.sort {
@@ -207,7 +207,7 @@ fn header(payload: usize) -> [u8; 8] {
     header
 }
 
-/// Sends all of this, the descriptors with the first byte.
+/// Sends all bytes, and the descriptors with the first one.
 fn send(connection: &OwnedFd, bytes: &[u8], fds: &[&OwnedFd]) -> Result {
     let fds = Vec::from_iter(fds.iter().map(|fd| fd.as_raw_fd()));
     let control = [ControlMessage::ScmRights(&fds)];

@@ -1,8 +1,8 @@
 //! A hundred hostile connections of each sort, beside an honest one.
 //!
-//! One process, the victim, serves all of them on one thread. A second process has the attackers. The
-//! test has the honest client, and looks from outside at the threads, the descriptors and the memory
-//! of the victim.
+//! One process, the victim, serves all of them on one thread. A second process has the attackers.
+//! The test has the honest client, and looks from outside at the threads, the descriptors and the
+//! memory of the victim.
 
 mod attack;
 mod attackers;
@@ -143,7 +143,8 @@ fn peers_harm_no_process_in_a_user_namespace() {
 fn peers_do_not_stop_a_process_that_can_get_no_more_descriptors_and_threads() {
     let Some(uid) = other_uid() else { return };
     let resources = Resources::Few { fds: 80, threads: 20 };
-    // Slow sockets could block it: the kernel closes what does not fit in the middle of a receive.
+    // Slow sockets could block the victim: the kernel closes descriptors that do not fit in the
+    // middle of a receive.
     let sorts = Vec::from_iter(Sort::ALL.into_iter().filter(|sort| !sort.sends_slow_sockets()));
     withstand(&Attack { resources, ..Attack::within(Identity::Uid(uid)) }, &sorts);
 }

@@ -119,8 +119,8 @@ impl Process {
 
     /// Number of open descriptors.
     pub(super) fn fds(&self) -> usize {
-        // Since Linux 6.2 the size of the directory is its number of entries. Counting twenty thousand
-        // of them takes too long.
+        // Since Linux 6.2 the size of the directory is its number of entries. Counting twenty
+        // thousand of them takes too long.
         match fs::metadata(self.proc("fd")).unwrap().len() {
             0 => fs::read_dir(self.proc("fd")).unwrap().count(),
             entries => entries as usize,

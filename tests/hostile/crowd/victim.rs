@@ -28,8 +28,7 @@ pub(super) struct Settings {
     pub(super) name: String,
     pub(super) is_stream: bool,
     pub(super) admits_any_uid: bool,
-    /// Whether the connections of a uid may have together what they may by default. Otherwise, there is
-    /// no limit.
+    /// True if the default limits of a uid apply. Otherwise, there is no limit.
     pub(super) limits_uids: bool,
     /// `RLIMIT_NOFILE`, or `None` for as many as there can be.
     pub(super) max_fds: Option<usize>,

@@ -7,9 +7,9 @@ use std::{
     time::Instant,
 };
 
-use super::{Pending, clock::Clock};
+use super::{Pending, ProcessInfo, clock::Clock};
 use crate::handoff::{
-    dispatcher::{LinkId, RetireCause, WorkerState, builder::Config},
+    dispatcher::{RetireCause, WorkerState, builder::Config},
     protocol::{FromWorker, MAX_UNANSWERED, ToWorker, VERSION},
 };
 
@@ -20,8 +20,8 @@ use crate::handoff::{
 /// everything else that others want to know is derived as well.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Account<C> {
-    pub(super) link: LinkId,
-    pub(super) pid: Option<u32>,
+    pub(super) process: ProcessInfo,
+    pub(super) since: Instant,
     phase: Phase,
     /// The most descriptors of an offer that it takes.
     max_fds: u8,
@@ -54,10 +54,10 @@ fn misbehaved<T>(how: impl Into<String>) -> Result<T, RetireCause> {
 }
 
 impl<C> Account<C> {
-    pub(super) fn new(link: LinkId, pid: Option<u32>, hello_by: Instant) -> Self {
+    pub(super) fn new(process: ProcessInfo, hello_by: Instant, now: Instant) -> Self {
         Self {
-            link,
-            pid,
+            process,
+            since: now,
             phase: Phase::Starting,
             max_fds: 0,
             planned: Offers::default(),
@@ -258,6 +258,13 @@ impl<C> Account<C> {
         adopted
     }
 
+    /// Takes out everything that it was sent as its own.
+    pub(super) fn adopt_all(&mut self, unsent: usize) -> Vec<Pending<C>> {
+        let adopted = self.unanswered.take(..self.unanswered.len().saturating_sub(unsent));
+        self.adopted += adopted.len() as u64;
+        adopted
+    }
+
     /// What it has sent completely counts, whatever else it has sent: takes out the offers that a message
     /// answers, if it was sent these.
     pub(super) fn answered_at_last(&mut self, first: u64, count: u32, unsent: usize) -> Vec<Pending<C>> {
@@ -272,6 +279,11 @@ impl<C> Account<C> {
             self.unanswered.push_back(pending);
         }
         answered
+    }
+
+    /// If it is silent, others get what is planned for it. Returns that.
+    pub(super) fn take_back_if_silent(&mut self) -> Vec<Pending<C>> {
+        if self.clock.is_late() { self.planned.take(..) } else { Vec::new() }
     }
 
     // The end.
@@ -313,18 +325,18 @@ impl<C> Account<C> {
     }
 
     /// Takes everything that is left. The last `unsent` offers were not sent.
-    pub(super) fn retire(mut self, unsent: usize) -> Left<C> {
+    pub(super) fn retire(mut self, unsent: usize) -> Remains<C> {
         let sent = self.unanswered.len().saturating_sub(unsent);
         let mut unseen = self.unanswered.take(sent..);
         let repeated = unseen.iter().filter(|pending| pending.offers > 1).count();
         unseen.iter_mut().for_each(|pending| pending.offers -= 1);
         unseen.extend(self.planned.take(..));
-        Left { unanswered: self.unanswered.take(..), unseen, repeated: repeated as u64 }
+        Remains { unanswered: self.unanswered.take(..), unseen, repeated: repeated as u64 }
     }
 }
 
 /// What a worker has left behind.
-pub(super) struct Left<C> {
+pub(super) struct Remains<C> {
     /// It may have seen these.
     pub(super) unanswered: Vec<Pending<C>>,
     /// It has not seen these.

@@ -31,7 +31,7 @@ impl<C> Pool<C> {
         if self.phase == Phase::Closed || self.phase == Phase::Draining && !reserved {
             return self.events.push(Event::Failed { connection, failure: Failure::Draining });
         }
-        let pending = Pending::new(connection, key, fds);
+        let pending = Pending::new(connection, key, fds, now);
         if !reserved {
             self.queue.push_back(Waiter::Connection(pending));
             return self.distribute(now);
@@ -55,7 +55,7 @@ impl<C> Pool<C> {
 
     /// Waits for a place, which [`Event::Granted`] reserves.
     pub(in crate::handoff::dispatcher) fn wait_for_place(&mut self, now: Instant) -> TicketId {
-        let ticket = self.queue.push_back(Waiter::Ticket);
+        let ticket = self.queue.push_back(Waiter::Ticket(now));
         self.distribute(now); // what waits before it may wait for something else
         ticket
     }
@@ -92,7 +92,7 @@ impl<C> Pool<C> {
     }
 
     /// The number of descriptors that were sent, or are going to be, and that no worker is known to have received.
-    fn in_flight(&self) -> usize {
+    pub(in crate::handoff::dispatcher) fn in_flight(&self) -> usize {
         self.stale.fds() + self.accounts().map(|(_, _, account)| account.pending_fds()).sum::<usize>()
     }
 
@@ -128,7 +128,9 @@ impl<C> Pool<C> {
             let is_suspect = pending.is_suspect(self.config.max_offers);
             let since = is_suspect.then(|| *pending.suspect_since.get_or_insert(now));
             let is_overdue = since.is_some_and(|since| now >= since + self.config.recall_after);
-            let is_special = is_suspect || pending.fds > 1;
+            // These may wait for a worker that others have no need of, so they do not hold up those
+            // behind them.
+            let is_special = pending.is_at_last_attempt(self.config.max_offers) || pending.fds > 1;
             // Those that were offered before go before those that have a place reserved for a connection to come.
             let is_new = pending.offers == 0;
             let Some(pending) = self.queue.take(place) else { continue };
@@ -165,19 +167,26 @@ impl<C> Pool<C> {
 
     /// The worker that is to get a connection, of those that fit.
     fn best(&self, pending: &Pending<C>, fits: impl Fn(WorkerId, &Account<C>) -> bool) -> Option<WorkerId> {
-        // A suspect waits for a worker that has not failed with it, if there is one.
-        let only_others = pending.is_suspect(self.config.max_offers) && !self.is_failed_by_all(pending);
+        let only_others = pending.is_at_last_attempt(self.config.max_offers) && !self.is_failed_by_all(pending);
         let fitting = self.accounts().filter(|(id, _, account)| {
             fits(*id, account) && account.takes(pending.fds) && !(only_others && pending.failed_with.contains(id))
         });
-        // Rather a worker that has not had it.
-        let had = |id: &WorkerId| (pending.failed_with.contains(id), pending.refused_by.contains(id));
+        // Rather a worker that has not had it. One that has adopted nothing yet may be as bad as
+        // those that failed with it, such as a process that comes up again and again and dies.
+        let rank_of = |id: &WorkerId, account: &Account<C>| {
+            let is_unproven = pending.failures > 0 && !account.has_adopted();
+            (pending.failed_with.contains(id), is_unproven, pending.refused_by.contains(id))
+        };
         let best = match self.config.strategy {
-            Strategy::LeastLoaded => {
-                fitting.min_by_key(|(id, worker, account)| (had(id), account.active() + account.pending(), worker.turn))
+            Strategy::LeastLoaded => fitting.min_by_key(|(id, worker, account)| {
+                (rank_of(id, account), account.active() + account.pending(), worker.last_plan)
+            }),
+            Strategy::RoundRobin => {
+                fitting.min_by_key(|(id, worker, account)| (rank_of(id, account), worker.last_plan))
             }
-            Strategy::RoundRobin => fitting.min_by_key(|(id, worker, _)| (had(id), worker.turn)),
-            Strategy::ByKey => fitting.min_by_key(|(id, ..)| (had(id), rank(pending.key, *id))),
+            Strategy::ByKey => {
+                fitting.min_by_key(|(id, _, account)| (rank_of(id, account), order_of(pending.key, *id)))
+            }
         };
         best.map(|(id, ..)| id)
     }
@@ -190,12 +199,12 @@ impl<C> Pool<C> {
     }
 
     fn plan(&mut self, id: WorkerId, mut pending: Pending<C>) {
-        self.turn += 1;
-        let turn = self.turn;
+        self.plans += 1;
+        let plan = self.plans;
         pending.is_alone = pending.is_suspect(self.config.max_offers);
         pending.suspect_since = None;
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        worker.turn = turn;
+        worker.last_plan = plan;
         if worker.account.as_mut().is_some_and(|account| account.plan(pending)) {
             self.events.push(Event::Wake(id));
         }
@@ -204,7 +213,7 @@ impl<C> Pool<C> {
 
 /// Where a worker stands in the order in which a key prefers workers (rendezvous hashing): it changes for the keys of a
 /// worker that leaves, and for no others.
-fn rank(key: u64, worker: WorkerId) -> u64 {
+fn order_of(key: u64, worker: WorkerId) -> u64 {
     let mut hasher = DefaultHasher::new();
     (key, worker).hash(&mut hasher);
     hasher.finish()

@@ -1,61 +1,119 @@
 //! The end of a worker, and of the dispatcher.
 
-use std::time::Instant;
+use std::{
+    process::ExitStatus,
+    time::{Duration, Instant},
+};
 
-use super::{Event, Failure, Left, LinkId, Phase, Pool, Remains, RetireCause, WorkerId};
+use super::{
+    Event, Failure, Leftover, Phase, Pool, ProcessId, ProcessInfo, ProcessState, Remains, RetireCause, WorkerExit,
+    WorkerId,
+};
 
 impl<C> Pool<C> {
-    /// A worker is gone: it can adopt nothing more, and everything that it had sent was received. The last
-    /// `unsent` offers have not been sent to it. `lives` is true if its process may live, with copies of what it was sent.
+    /// A worker is gone: it can adopt nothing more, and everything that it had sent was received.
+    /// The last `unsent` offers have not been sent to it. Returns true if the end of its process
+    /// matters: it may hold copies of what it was sent, or the dispatcher keeps some for it.
     pub(in crate::handoff::dispatcher) fn retire(
         &mut self,
         id: WorkerId,
         cause: &RetireCause,
         unsent: usize,
-        lives: bool,
+        state: ProcessState,
         now: Instant,
-    ) -> Remains {
+    ) -> bool {
         self.totals.retired.count(cause);
         let worker = self.workers.get_mut(&id);
         let Some((worker, account)) = worker.and_then(|worker| worker.account.take().map(|account| (worker, account)))
         else {
-            return Remains { has_adopted: false, end_matters: false };
+            return false;
         };
-        worker.last_exit = Some(cause.clone());
-        let (link, has_adopted) = (account.link, account.has_adopted());
-        let Left { mut unanswered, unseen, repeated } = account.retire(unsent);
-        self.totals.offered_again -= repeated;
-        let may_hold_copies = lives && !unanswered.is_empty();
-        if may_hold_copies {
-            self.stale.add_holder(link, unanswered.iter().map(|pending| pending.fds).sum());
+        let ProcessInfo { id: process, pid, is_child } = account.process;
+        let status = match state {
+            ProcessState::Ended(status) => status,
+            ProcessState::Lives { .. } => None,
+        };
+        worker.retired.count(cause);
+        worker.last_exit = Some(WorkerExit {
+            cause: cause.clone(),
+            pid,
+            status,
+            lifetime: now.saturating_duration_since(account.since),
+            unanswered: account.pending(),
+            restart_in: None,
+        });
+        if !account.clock.is_greeted() && matches!(cause, RetireCause::Misbehaved(_)) {
+            self.totals.refused_workers += 1;
         }
+        let Remains { mut unanswered, unseen, repeated } = account.retire(unsent);
+        self.totals.offered_again -= repeated;
+
+        // What its process may hold, as long as it lives.
+        let may_hold_copies = match state {
+            ProcessState::Lives { has_received } if !unanswered.is_empty() => {
+                let fds = unanswered.iter().map(|pending| pending.fds).sum();
+                self.stale.add_holder(process, if has_received { 0 } else { fds });
+                true
+            }
+            _ => false,
+        };
         for pending in &mut unanswered {
             pending.on_unanswered(id, *cause != RetireCause::Drained);
-            pending.holders.extend(may_hold_copies.then_some(link));
+            if may_hold_copies && !pending.holders.contains(&process) {
+                pending.holders.push(process);
+            }
         }
+
         self.put_back(unanswered.into_iter().chain(unseen));
-        if !lives {
-            self.on_process_end(link);
+        if let ProcessState::Ended(status) = state {
+            self.on_process_end(process, status);
+        } else if is_child {
+            self.leftovers.insert(process, Leftover { worker: id, pid });
         }
-        let end_matters = may_hold_copies || self.stale.are_kept_for(link);
         self.distribute(now);
-        Remains { has_adopted, end_matters }
+        may_hold_copies || self.stale.are_kept_for(process)
     }
 
-    /// The process at the other end of a link has ended, and its copies with it.
-    pub(in crate::handoff::dispatcher) fn on_process_end(&mut self, link: LinkId) {
-        self.stale.on_process_end(link, &mut self.events);
+    /// A process has ended, and its copies with it.
+    pub(in crate::handoff::dispatcher) fn on_process_end(&mut self, process: ProcessId, status: Option<ExitStatus>) {
+        if let Some(Leftover { worker, pid }) = self.leftovers.remove(&process)
+            && let Some(exit) = self.workers.get_mut(&worker).and_then(|worker| worker.last_exit.as_mut())
+            && exit.pid == pid
+        // otherwise another process of this worker has left meanwhile
+        {
+            exit.status = status;
+        }
+        self.stale.on_process_end(process, &mut self.events);
     }
 
-    /// Keeps the dispatcher's copy of a connection that a worker has adopted, as long as one of the holders may have another.
-    pub(in crate::handoff::dispatcher) fn keep(&mut self, connection: C, adopter: LinkId, holders: Vec<LinkId>) {
+    /// The number of processes that the dispatcher has started and that have not ended, though
+    /// their links have.
+    pub(in crate::handoff::dispatcher) fn leftover(&self) -> usize {
+        self.leftovers.len()
+    }
+
+    /// The number of those of one worker.
+    pub(in crate::handoff::dispatcher) fn leftover_of(&self, id: WorkerId) -> usize {
+        self.leftovers.values().filter(|leftover| leftover.worker == id).count()
+    }
+
+    /// A worker that has left is going to be started again.
+    pub(in crate::handoff::dispatcher) fn restart_in(&mut self, id: WorkerId, wait: Duration) {
+        if let Some(exit) = self.workers.get_mut(&id).and_then(|worker| worker.last_exit.as_mut()) {
+            exit.restart_in = Some(wait);
+        }
+    }
+
+    /// Keeps the dispatcher's copy of a connection that a process has adopted, as long as one of
+    /// the holders may have another.
+    pub(in crate::handoff::dispatcher) fn keep(&mut self, connection: C, adopter: ProcessId, holders: Vec<ProcessId>) {
         self.stale.keep(connection, adopter, holders, &mut self.events);
     }
 
     /// Nothing more is taken. Workers have until then.
     pub(in crate::handoff::dispatcher) fn drain(&mut self, until: Option<Instant>) {
         self.phase = self.phase.max(Phase::Draining);
-        self.until = until;
+        self.drain_until = until;
         self.queue.remove_tickets();
     }
 
@@ -70,7 +128,7 @@ impl<C> Pool<C> {
             self.events.push(Event::Failed { connection, failure: Failure::Draining });
         }
         for id in Vec::from_iter(self.workers.keys().copied()) {
-            self.remove(id, self.until, now);
+            self.remove(id, self.drain_until, now);
         }
     }
 

@@ -12,8 +12,10 @@ mod account;
 mod choice;
 mod clock;
 mod end;
+mod fences;
 #[cfg(test)]
 mod model;
+mod numbers;
 #[cfg(test)]
 mod peer;
 mod pending;
@@ -26,18 +28,44 @@ mod world;
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    process::ExitStatus,
     time::Instant,
 };
 
-use account::{Account, Left};
+use account::{Account, Remains};
+use fences::Fences;
+pub(super) use numbers::Totals;
 pub(super) use pending::Failure;
 use pending::Pending;
 pub(super) use queue::TicketId;
 use queue::{Queue, Waiter};
 pub(super) use stale::StaleCopies;
 
-use super::{LinkId, RetireCause, RetireCounts, WorkerId, WorkerState, WorkerStats, builder::Config};
+use super::{RetireCause, RetireCounts, WorkerExit, WorkerId, WorkerStats, builder::Config};
 use crate::handoff::protocol::{FromWorker, RejectReason, ToWorker};
+
+/// The number of a process that has, or had, a link. A worker that is started again is another
+/// process.
+pub(super) type ProcessId = u64;
+
+/// The process at the other end of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct ProcessInfo {
+    pub(super) id: ProcessId,
+    pub(super) pid: Option<u32>,
+    /// The dispatcher has started it.
+    pub(super) is_child: bool,
+}
+
+/// What is known of a process whose link ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ProcessState {
+    /// It has ended, with this status if the dispatcher has started it.
+    Ended(Option<ExitStatus>),
+    /// It may live, and hold copies of what it was sent. Unless it has received all of that,
+    /// descriptors may still be in flight.
+    Lives { has_received: bool },
+}
 
 /// All workers of a dispatcher, and all connections that it has.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -48,16 +76,19 @@ pub(super) struct Pool<C> {
     /// Permits given out.
     reserved: u64,
     phase: Phase,
-    /// Until when the drain is to be over that was asked for last.
-    pub(super) until: Option<Instant>,
+    /// The time by which the drain is to be over that was asked for last.
+    drain_until: Option<Instant>,
     /// Gets nothing until it has answered, because a suspect has waited for a worker for too long.
     held: Option<WorkerId>,
     pub(super) stale: StaleCopies<C>,
-    fences: VecDeque<Instant>,
+    leftovers: BTreeMap<ProcessId, Leftover>,
+    /// The workers that have left for good most recently.
+    departed: VecDeque<WorkerStats>,
+    fences: Fences,
     events: Vec<Event<C>>,
-    turn: u64,
+    /// The number of plans, by which workers take turns.
+    plans: u64,
     last_worker: u64,
-    last_link: LinkId,
     pub(super) totals: Totals,
 }
 
@@ -70,27 +101,28 @@ enum Phase {
     Closed,
 }
 
-/// Connections, counted from the beginning, and workers that left.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Totals {
-    pub(super) dispatched: u64,
-    pub(super) adopted: u64,
-    pub(super) offered_again: u64,
-    pub(super) retired: RetireCounts,
-}
-
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Worker<C> {
     /// `None` until its process is started again.
     account: Option<Account<C>>,
+    /// What the dispatcher has started.
+    program: Option<String>,
     restarts: u64,
     adopted: u64,
     rejected: u64,
-    last_exit: Option<RetireCause>,
+    retired: RetireCounts,
+    last_exit: Option<WorkerExit>,
     /// It is to drain, until that time if there is one.
     removed: Option<Option<Instant>>,
-    /// The last time when it got a connection, counted in connections.
-    turn: u64,
+    /// The number of the last plan for it.
+    last_plan: u64,
+}
+
+/// A process that the dispatcher has started and that has not ended, though its link has.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Leftover {
+    worker: WorkerId,
+    pid: Option<u32>,
 }
 
 /// What a task has to do once the pool is unlocked.
@@ -100,26 +132,17 @@ pub(super) enum Event<C> {
     Wake(WorkerId),
     /// A worker has adopted a connection. The dispatcher's copy goes to
     /// [`StaleCopies::keep`] if there are holders.
-    Adopted { connection: C, worker: WorkerId, link: LinkId, holders: Vec<LinkId> },
+    Adopted { connection: C, worker: WorkerId, process: ProcessId, holders: Vec<ProcessId> },
     /// No worker adopts it.
     Failed { connection: C, failure: Failure },
     /// A place is kept for whoever has this ticket.
     Granted(TicketId),
-    /// A worker hangs, and is left alone because too many others were fenced.
-    LeftAlone(WorkerId),
+    /// A worker hangs, and is fenced later because too many others were.
+    FenceDeferred(WorkerId),
     /// The copy is of no use.
     Close(C),
     /// The process that served it has ended: so has the connection, whoever holds a copy.
     ShutDown(C),
-}
-
-/// What is left of a worker's link.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Remains {
-    /// It was of use.
-    pub(super) has_adopted: bool,
-    /// The end of its process matters: it may hold copies, or the dispatcher keeps some for it.
-    pub(super) end_matters: bool,
 }
 
 impl<C> Pool<C> {
@@ -130,14 +153,15 @@ impl<C> Pool<C> {
             queue: Queue::default(),
             reserved: 0,
             phase: Phase::Open,
-            until: None,
+            drain_until: None,
             held: None,
             stale: StaleCopies::default(),
-            fences: VecDeque::new(),
+            leftovers: BTreeMap::new(),
+            departed: VecDeque::new(),
+            fences: Fences::default(),
             events: Vec::new(),
-            turn: 0,
+            plans: 0,
             last_worker: 0,
-            last_link: 0,
             totals: Totals::default(),
         }
     }
@@ -149,25 +173,32 @@ impl<C> Pool<C> {
 
     // Workers come and go.
 
-    pub(super) fn add_worker(&mut self) -> WorkerId {
+    pub(super) fn add_worker(&mut self, program: Option<String>) -> WorkerId {
         self.last_worker += 1;
         let id = WorkerId(self.last_worker);
         // Those that come while the dispatcher drains have nothing to do.
-        let removed = (self.phase != Phase::Open).then_some(self.until);
-        let worker = Worker { account: None, restarts: 0, adopted: 0, rejected: 0, last_exit: None, removed, turn: 0 };
+        let removed = (self.phase != Phase::Open).then_some(self.drain_until);
+        let worker = Worker {
+            account: None,
+            program,
+            restarts: 0,
+            adopted: 0,
+            rejected: 0,
+            retired: RetireCounts::default(),
+            last_exit: None,
+            removed,
+            last_plan: 0,
+        };
         self.workers.insert(id, worker);
         id
     }
 
     /// A process of this worker is connected, and has to say hello by then.
-    pub(super) fn connect(&mut self, id: WorkerId, pid: Option<u32>, hello_by: Instant) -> LinkId {
-        self.last_link += 1;
-        let link = self.last_link;
+    pub(super) fn connect(&mut self, id: WorkerId, process: ProcessInfo, hello_by: Instant, now: Instant) {
         if let Some(worker) = self.workers.get_mut(&id) {
             worker.restarts += u64::from(worker.last_exit.is_some());
-            worker.account = Some(Account::new(link, pid, hello_by));
+            worker.account = Some(Account::new(process, hello_by, now));
         }
-        link
     }
 
     fn account(&mut self, id: WorkerId) -> Option<&mut Account<C>> {
@@ -195,9 +226,10 @@ impl<C> Pool<C> {
 
     /// The worker is gone for good.
     pub(super) fn forget(&mut self, id: WorkerId, now: Instant) {
+        self.depart(id);
         if let Some(account) = self.workers.remove(&id).and_then(|worker| worker.account) {
             // Its task has panicked, and nobody can know whether it has adopted these.
-            let Left { unanswered, unseen, .. } = account.retire(0);
+            let Remains { unanswered, unseen, .. } = account.retire(0);
             self.events.extend(unanswered.into_iter().map(|pending| Event::Close(pending.connection)));
             self.put_back(unseen);
         }
@@ -252,7 +284,7 @@ impl<C> Pool<C> {
             }
             FromWorker::Adopted { first, count } => {
                 let adopted = account.on_adopted(first, count, unsent)?;
-                self.adopted(id, adopted);
+                self.adopted(id, adopted, now);
             }
             FromWorker::Rejected { first, count, reason } => {
                 let rejected = account.on_rejected(first, count, unsent)?;
@@ -271,12 +303,12 @@ impl<C> Pool<C> {
     }
 
     /// A worker that is to be retired has sent this before it was fenced. A complete answer counts, whatever else it has sent.
-    pub(super) fn on_last_message(&mut self, id: WorkerId, message: FromWorker, unsent: usize) {
+    pub(super) fn on_last_message(&mut self, id: WorkerId, message: FromWorker, unsent: usize, now: Instant) {
         let Some(account) = self.account(id) else { return };
         match message {
             FromWorker::Adopted { first, count } => {
                 let adopted = account.adopted_at_last(first, count, unsent);
-                self.adopted(id, adopted);
+                self.adopted(id, adopted, now);
             }
             FromWorker::Rejected { first, count, reason } => {
                 let rejected = account.answered_at_last(first, count, unsent);
@@ -286,13 +318,23 @@ impl<C> Pool<C> {
         }
     }
 
-    fn adopted(&mut self, id: WorkerId, adopted: impl IntoIterator<Item = Pending<C>>) {
+    /// What a worker has sent before it was fenced cannot be read. It may have adopted everything
+    /// that it was sent, so no other worker gets that.
+    pub(super) fn on_unreadable(&mut self, id: WorkerId, unsent: usize, now: Instant) {
+        let Some(account) = self.account(id) else { return };
+        let adopted = account.adopt_all(unsent);
+        self.adopted(id, adopted, now);
+    }
+
+    fn adopted(&mut self, id: WorkerId, adopted: impl IntoIterator<Item = Pending<C>>, now: Instant) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let Some(account) = &worker.account else { return };
-        for Pending { connection, holders, .. } in adopted {
+        let process = account.process.id;
+        for Pending { connection, since, holders, .. } in adopted {
             worker.adopted += 1;
             self.totals.adopted += 1;
-            self.events.push(Event::Adopted { connection, worker: id, link: account.link, holders });
+            self.totals.adoption_times.record(now.saturating_duration_since(since));
+            self.events.push(Event::Adopted { connection, worker: id, process, holders });
         }
     }
 
@@ -323,13 +365,15 @@ impl<C> Pool<C> {
         if !was_able {
             account.clock.excuse(now);
         }
-        let mut is_left_alone = false;
+        let (is_child, mut is_deferred) = (account.process.is_child, false);
         account.on_timeout(now, config, || {
-            let may = may_fence(fences, config, now);
-            is_left_alone = !may;
+            let may = fences.may_fence(is_child, config, now);
+            is_deferred = !may;
             may
         })?;
-        self.events.extend(is_left_alone.then_some(Event::LeftAlone(id)));
+        let planned = account.take_back_if_silent();
+        self.events.extend(is_deferred.then_some(Event::FenceDeferred(id)));
+        self.put_back(planned);
         self.distribute(now);
         Ok(())
     }
@@ -338,60 +382,4 @@ impl<C> Pool<C> {
     pub(super) fn next_timeout(&self, id: WorkerId) -> Option<Instant> {
         self.workers.get(&id)?.account.as_ref()?.next_timeout(&self.config)
     }
-
-    // Numbers.
-
-    /// The number of connections that a worker has not answered for.
-    pub(super) fn unanswered(&self, id: WorkerId) -> u64 {
-        self.workers.get(&id).and_then(|worker| worker.account.as_ref()).map_or(0, Account::pending)
-    }
-
-    fn pending(&self) -> u64 {
-        self.accounts().map(|(_, _, account)| account.pending()).sum()
-    }
-
-    /// The number of connections that wait for a worker with room.
-    pub(super) fn waiting(&self) -> usize {
-        self.queue.connections()
-    }
-
-    #[cfg(test)]
-    pub(super) fn waiters(&self) -> usize {
-        self.queue.len()
-    }
-
-    /// The number of connections that were neither adopted nor given back.
-    pub(super) fn on_their_way(&self) -> u64 {
-        self.waiting() as u64 + self.pending()
-    }
-
-    pub(super) fn workers(&self) -> impl Iterator<Item = WorkerStats> {
-        self.workers.iter().map(|(id, worker)| {
-            let account = worker.account.as_ref();
-            WorkerStats {
-                id: *id,
-                pid: account.and_then(|account| account.pid),
-                state: account.map_or(WorkerState::Restarting, Account::state),
-                restarts: worker.restarts,
-                last_exit: worker.last_exit.clone(),
-                room: account.map_or(0, Account::room),
-                unanswered: account.map_or(0, Account::pending),
-                active: account.map_or(0, Account::active),
-                adopted: worker.adopted,
-                rejected: worker.rejected,
-            }
-        })
-    }
-}
-
-/// Returns false if too many workers were fenced lately: the fault may be one of the whole machine.
-fn may_fence(fences: &mut VecDeque<Instant>, config: &Config, now: Instant) -> bool {
-    while fences.front().is_some_and(|fence| *fence + config.fence_window <= now) {
-        fences.pop_front();
-    }
-    let may = fences.len() < config.max_fences;
-    if may {
-        fences.push_back(now);
-    }
-    may
 }

@@ -1,9 +1,10 @@
 //! One process of a worker: the shipped book, and a socket in memory.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Instant};
 
+use super::ProcessId;
 use crate::handoff::{
-    dispatcher::{LinkId, WorkerId},
+    dispatcher::WorkerId,
     incoming::book::Book,
     protocol::{FromWorker, RejectReason, ToWorker},
 };
@@ -12,7 +13,7 @@ use crate::handoff::{
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Peer {
     pub(super) id: WorkerId,
-    pub(super) link: LinkId,
+    pub(super) process: ProcessId,
     max_fds: u8,
     pub(super) book: Book<u8>,
     /// Taken from the pool and not sent.
@@ -41,10 +42,10 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn new(id: WorkerId, link: LinkId, window: u64, max_fds: u8) -> Self {
+    pub(super) fn new(id: WorkerId, process: ProcessId, window: u64, max_fds: u8) -> Self {
         Self {
             id,
-            link,
+            process,
             max_fds,
             book: Book::new(window, u64::MAX, max_fds),
             unsent: VecDeque::new(),
@@ -121,8 +122,7 @@ impl Peer {
             }
             return is_end;
         };
-        let unfit = unfit.filter(|_| matches!(message, ToWorker::Offer { .. }));
-        if let Err(error) = self.book.on_message(message, unfit) {
+        if let Err(error) = self.book.on_message(message.map(|offer| unfit.map_or(Ok(offer), Err))) {
             self.book.end(false);
             self.is_cut = true;
             self.complaint = Some(error.to_string());
@@ -141,23 +141,24 @@ impl Peer {
         self.given.extend(self.book.take_adopted::<Vec<_>>(usize::MAX));
     }
 
-    pub(super) fn finish(&mut self) -> bool {
+    pub(super) fn finish(&mut self, now: Instant) -> bool {
         let may = self.finished < self.given.len();
         if may {
             self.finished += 1;
-            self.book.finish();
+            self.book.finish(now);
         }
         may
     }
 
     /// Sends one message. Whatever an application has asked for it gets right then.
-    pub(super) fn answer(&mut self) -> bool {
+    pub(super) fn answer(&mut self, now: Instant) -> bool {
         if self.book.has_ended() {
             return false;
         }
-        let room = self.book.room();
-        self.book.ask(room);
-        self.book.report();
+        self.book.ask(now, || u64::MAX);
+        if let Some(due) = self.book.next_timeout() {
+            self.book.on_timeout(due);
+        }
         self.book.leave();
         let Some(message) = self.book.next_message() else { return false };
         if self.can_write() {

@@ -2,8 +2,9 @@
 
 use std::time::Instant;
 
+use super::ProcessId;
 use crate::handoff::{
-    dispatcher::{LinkId, Unadopted, WorkerId},
+    dispatcher::{Unadopted, WorkerId},
     protocol::RejectReason,
 };
 
@@ -11,6 +12,8 @@ use crate::handoff::{
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Pending<C> {
     pub(super) connection: C,
+    /// The time when the dispatcher got it.
+    pub(super) since: Instant,
     /// Connections with equal keys go to the same worker, if the strategy goes by it.
     pub(super) key: u64,
     /// The number of its descriptors.
@@ -19,6 +22,8 @@ pub(super) struct Pending<C> {
     pub(super) offers: u32,
     /// Those of them after which the worker was gone, or could not use the connection.
     pub(super) failures: u32,
+    /// A worker was gone after one of them.
+    has_ended_a_worker: bool,
     /// The workers of those, each once.
     pub(super) failed_with: Vec<WorkerId>,
     /// Workers that had no room or no time for it, each once.
@@ -32,8 +37,8 @@ pub(super) struct Pending<C> {
     pub(super) is_alone: bool,
     /// Since when it waits as a suspect.
     pub(super) suspect_since: Option<Instant>,
-    /// Retired workers whose processes may still hold a copy.
-    pub(super) holders: Vec<LinkId>,
+    /// The processes of retired workers that may still hold a copy.
+    pub(super) holders: Vec<ProcessId>,
 }
 
 /// Why no worker adopts a connection.
@@ -46,13 +51,15 @@ pub(in crate::handoff::dispatcher) enum Failure {
 }
 
 impl<C> Pending<C> {
-    pub(super) fn new(connection: C, key: u64, fds: usize) -> Self {
+    pub(super) fn new(connection: C, key: u64, fds: usize, now: Instant) -> Self {
         Self {
             connection,
+            since: now,
             key,
             fds,
             offers: 0,
             failures: 0,
+            has_ended_a_worker: false,
             failed_with: Vec::new(),
             refused_by: Vec::new(),
             last: Unadopted::Unanswered,
@@ -84,6 +91,7 @@ impl<C> Pending<C> {
     pub(super) fn on_unanswered(&mut self, by: WorkerId, has_failed: bool) {
         self.last = Unadopted::Unanswered;
         if has_failed {
+            self.has_ended_a_worker = true;
             self.on_failure(by);
         }
     }
@@ -95,9 +103,16 @@ impl<C> Pending<C> {
         }
     }
 
-    /// Returns true if its workers may die of it, so that its next offer is to be the only one of a worker.
-    pub(super) fn is_suspect(&self, max_offers: u32) -> bool {
+    /// Returns true if it may be given up after the next failure. Then it waits for a worker that
+    /// has not failed with it.
+    pub(super) fn is_at_last_attempt(&self, max_offers: u32) -> bool {
         self.failures > 0 && self.failures + 1 >= max_offers
+    }
+
+    /// Returns true if workers may die of it, so that its last offer is to be the only one of a
+    /// worker.
+    pub(super) fn is_suspect(&self, max_offers: u32) -> bool {
+        self.has_ended_a_worker && self.is_at_last_attempt(max_offers)
     }
 
     pub(super) fn too_many_offers(&self) -> Failure {

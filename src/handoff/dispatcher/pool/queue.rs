@@ -1,6 +1,6 @@
 //! Connections, and users with a connection to come, that wait for a worker with room.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Instant};
 
 use super::Pending;
 
@@ -20,7 +20,8 @@ pub(in crate::handoff::dispatcher) struct TicketId(i64);
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Waiter<C> {
     Connection(Pending<C>),
-    Ticket,
+    /// A user that has been waiting for a place since then.
+    Ticket(Instant),
 }
 
 impl<C> Default for Queue<C> {
@@ -54,7 +55,7 @@ impl<C> Queue<C> {
     pub(super) fn take(&mut self, place: i64) -> Option<Pending<C>> {
         match self.waiters.remove(&place)? {
             Waiter::Connection(pending) => Some(pending),
-            Waiter::Ticket => None,
+            Waiter::Ticket(_) => None,
         }
     }
 
@@ -65,13 +66,21 @@ impl<C> Queue<C> {
 
     /// Returns true if it was waiting.
     pub(super) fn remove_ticket(&mut self, ticket: TicketId) -> bool {
-        let waits = matches!(self.waiters.get(&ticket.0), Some(Waiter::Ticket));
+        let waits = matches!(self.waiters.get(&ticket.0), Some(Waiter::Ticket(_)));
         waits && self.waiters.remove(&ticket.0).is_some()
     }
 
     pub(super) fn grant(&mut self, place: i64) -> TicketId {
         self.waiters.remove(&place);
         TicketId(place)
+    }
+
+    /// Since when the first user has been waiting.
+    pub(super) fn first_ticket(&self) -> Option<Instant> {
+        self.waiters.values().find_map(|waiter| match waiter {
+            Waiter::Ticket(since) => Some(*since),
+            Waiter::Connection(_) => None,
+        })
     }
 
     pub(super) fn remove_tickets(&mut self) {
@@ -81,7 +90,7 @@ impl<C> Queue<C> {
     pub(super) fn take_connections(&mut self) -> impl Iterator<Item = C> + use<C> {
         std::mem::take(&mut self.waiters).into_values().filter_map(|waiter| match waiter {
             Waiter::Connection(pending) => Some(pending.connection),
-            Waiter::Ticket => None,
+            Waiter::Ticket(_) => None,
         })
     }
 
@@ -102,7 +111,7 @@ impl<C> Queue<C> {
     pub(super) fn iter(&self) -> impl Iterator<Item = &Pending<C>> {
         self.waiters.values().filter_map(|waiter| match waiter {
             Waiter::Connection(pending) => Some(pending),
-            Waiter::Ticket => None,
+            Waiter::Ticket(_) => None,
         })
     }
 }
@@ -113,14 +122,15 @@ mod tests {
 
     #[test]
     fn each_waiter_has_a_place_of_its_own() {
+        let now = Instant::now();
         let mut queue = Queue::default();
-        queue.push_front(Pending::new('b', 0, 1));
-        let ticket = queue.push_back(Waiter::Ticket);
-        queue.push_front(Pending::new('a', 0, 1));
-        queue.push_back(Waiter::Connection(Pending::new('c', 0, 1)));
+        queue.push_front(Pending::new('b', 0, 1, now));
+        let ticket = queue.push_back(Waiter::Ticket(now));
+        queue.push_front(Pending::new('a', 0, 1, now));
+        queue.push_back(Waiter::Connection(Pending::new('c', 0, 1, now)));
         assert_eq!(queue.len(), 4);
         assert!(queue.remove_ticket(ticket));
-        let next = queue.push_back(Waiter::Ticket);
+        let next = queue.push_back(Waiter::Ticket(now));
         assert!(!queue.remove_ticket(ticket) && queue.remove_ticket(next));
         assert_eq!(Vec::from_iter(queue.take_connections()), ['a', 'b', 'c']);
     }

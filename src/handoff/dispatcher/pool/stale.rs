@@ -2,24 +2,24 @@
 
 use std::collections::BTreeMap;
 
-use super::Event;
-use crate::handoff::dispatcher::LinkId;
+use super::{Event, ProcessId};
 
 /// A retired worker's process may hold, until it ends, copies of what it was offered. They do no harm to a connection
 /// that another worker serves. But if that one dies, the client would not see the end, so the dispatcher keeps its own copy, by
 /// which it can end the connection.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(in crate::handoff::dispatcher) struct StaleCopies<C> {
-    /// Retired workers whose processes may live, and how many descriptors each was sent and has not answered.
-    holders: BTreeMap<LinkId, usize>,
+    /// Processes of retired workers that may live, and how many descriptors each may have in
+    /// flight.
+    holders: BTreeMap<ProcessId, usize>,
     kept: Vec<Kept<C>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Kept<C> {
     connection: C,
-    adopter: LinkId,
-    holders: Vec<LinkId>,
+    adopter: ProcessId,
+    holders: Vec<ProcessId>,
 }
 
 impl<C> Default for StaleCopies<C> {
@@ -29,9 +29,10 @@ impl<C> Default for StaleCopies<C> {
 }
 
 impl<C> StaleCopies<C> {
-    /// This worker was retired, and its process may live.
-    pub(super) fn add_holder(&mut self, link: LinkId, fds: usize) {
-        self.holders.insert(link, fds);
+    /// A worker of this process was retired, and the process may live. It may have this many more
+    /// descriptors in flight.
+    pub(super) fn add_holder(&mut self, process: ProcessId, in_flight: usize) {
+        *self.holders.entry(process).or_default() += in_flight;
     }
 
     /// The number of descriptors that may be in flight to them.
@@ -43,11 +44,12 @@ impl<C> StaleCopies<C> {
     pub(super) fn keep(
         &mut self,
         connection: C,
-        adopter: LinkId,
-        mut holders: Vec<LinkId>,
+        adopter: ProcessId,
+        mut holders: Vec<ProcessId>,
         events: &mut Vec<Event<C>>,
     ) {
-        holders.retain(|holder| self.holders.contains_key(holder));
+        // The end of a process ends its connections, however many copies it holds.
+        holders.retain(|holder| *holder != adopter && self.holders.contains_key(holder));
         if holders.is_empty() {
             events.push(Event::Close(connection));
         } else {
@@ -56,7 +58,7 @@ impl<C> StaleCopies<C> {
     }
 
     /// Returns true if it matters when the process of this adopter ends.
-    pub(super) fn are_kept_for(&self, adopter: LinkId) -> bool {
+    pub(super) fn are_kept_for(&self, adopter: ProcessId) -> bool {
         self.kept.iter().any(|kept| kept.adopter == adopter)
     }
 
@@ -68,13 +70,13 @@ impl<C> StaleCopies<C> {
         self.kept.iter().any(|kept| kept.connection == *connection)
     }
 
-    pub(super) fn on_process_end(&mut self, link: LinkId, events: &mut Vec<Event<C>>) {
-        self.holders.remove(&link);
-        for kept in self.kept.extract_if(.., |kept| kept.adopter == link) {
+    pub(super) fn on_process_end(&mut self, process: ProcessId, events: &mut Vec<Event<C>>) {
+        self.holders.remove(&process);
+        for kept in self.kept.extract_if(.., |kept| kept.adopter == process) {
             events.push(Event::ShutDown(kept.connection));
         }
         for kept in &mut self.kept {
-            kept.holders.retain(|holder| *holder != link);
+            kept.holders.retain(|holder| *holder != process);
         }
         let needless = self.kept.extract_if(.., |kept| kept.holders.is_empty());
         events.extend(needless.map(|kept| Event::Close(kept.connection)));

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use proptest::{collection::vec, prelude::*, sample::select};
 
 use super::{
-    Event, Pool,
+    Event, Pool, ProcessInfo, ProcessState,
     world::{Fate, Step, World},
 };
 use crate::handoff::{
@@ -106,11 +106,11 @@ proptest! {
         world.settle();
         prop_assert_eq!(world.check(), Ok(()));
         for (serial, fate) in world.fates.iter().enumerate() {
-            let Fate::Adopted(link) = *fate else {
+            let Fate::Adopted(process) = *fate else {
                 prop_assert_eq!(*fate, Fate::Failed, "connection {} was left over", serial);
                 continue;
             };
-            let adopter = world.peers.iter().find(|peer| peer.link == link).unwrap();
+            let adopter = world.peers.iter().find(|peer| peer.process == process).unwrap();
             let got_it = adopter.given.contains(&(serial as u8));
             prop_assert!(got_it || adopter.lies || adopter.hangs || !adopter.lives, "connection {} was lost", serial);
         }
@@ -119,8 +119,12 @@ proptest! {
 
 /// A worker that has said hello and asked for all that there is.
 fn add_worker(pool: &mut Pool<u8>, now: Instant) -> WorkerId {
-    let id = pool.add_worker();
-    pool.connect(id, None, now);
+    add_process(pool, true, now)
+}
+
+fn add_process(pool: &mut Pool<u8>, is_child: bool, now: Instant) -> WorkerId {
+    let id = pool.add_worker(None);
+    pool.connect(id, ProcessInfo { id: id.0, pid: None, is_child }, now, now);
     let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1 };
     pool.on_message(id, hello, 0, now).unwrap();
     pool.on_message(id, FromWorker::Demand { total: 1000 }, 0, now).unwrap();
@@ -152,7 +156,7 @@ fn workers_that_do_not_receive_leave_places_to_the_others() {
         stuck += 1;
         assert!(offers > 0, "after {stuck} stuck workers");
         if stuck % 2 == 0 {
-            pool.retire(id, &RetireCause::Hung, 0, true, now);
+            pool.retire(id, &RetireCause::Hung, 0, ProcessState::Lives { has_received: false }, now);
         }
     }
     assert!(in_flight <= 16 + stuck, "{in_flight}");
@@ -192,7 +196,7 @@ fn only_offers_that_were_sent_count_as_repeated() {
     for (unsent, repeated) in [(2, 0), (0, 0), (2, 0), (1, 1)] {
         let id = add_worker(&mut pool, now);
         assert_eq!(send_all(&mut pool, id, now), 2);
-        pool.retire(id, &RetireCause::Drained, unsent, false, now);
+        pool.retire(id, &RetireCause::Drained, unsent, ProcessState::Ended(None), now);
         assert_eq!(pool.totals.offered_again, repeated);
     }
 }
@@ -214,7 +218,7 @@ fn an_adoption_that_was_not_read_before_the_fence_counts() {
         assert!(world.step(Step::Timeout(0)));
     }
     assert_eq!((world.check(), &world.peers[0].given[..]), (Ok(()), &[0][..]));
-    assert_eq!(world.fates, [Fate::Adopted(world.peers[0].link)]);
+    assert_eq!(world.fates, [Fate::Adopted(world.peers[0].process)]);
 }
 
 /// A lost answer would otherwise shift the next one to another connection.
@@ -235,5 +239,59 @@ fn an_answer_out_of_place_answers_nothing() {
         let refused = pool.on_message(id, answer, 0, now);
         assert!(matches!(refused, Err(RetireCause::Misbehaved(_))), "{answer:?}: {refused:?}");
         assert_eq!((pool.unanswered(id), pool.totals.adopted), (2, 0), "{answer:?}");
+    }
+}
+
+/// Those that have connected can hang on purpose.
+#[test]
+fn hung_workers_that_have_connected_do_not_put_off_the_fence_of_one_that_was_started() {
+    let mut now = Instant::now();
+    let mut pool = Pool::new(Config { max_fences: 2, fence_window: Duration::from_secs(3600), ..config() });
+    let peers = [(); 4].map(|()| add_process(&mut pool, false, now));
+    let child = add_process(&mut pool, true, now);
+    let mut hung = Vec::new();
+    for _ in 0..100 {
+        now += Duration::from_millis(100);
+        for id in peers.into_iter().chain([child]).filter(|id| !hung.contains(id)).collect::<Vec<_>>() {
+            if let Err(cause) = pool.on_timeout(id, true, now) {
+                assert_eq!(cause, RetireCause::Hung);
+                pool.retire(id, &cause, 0, ProcessState::Ended(None), now);
+                hung.push(id);
+            }
+        }
+    }
+    assert_eq!(hung, [peers[0], peers[1], child]);
+}
+
+#[test]
+fn what_is_planned_for_a_worker_that_falls_silent_goes_to_another_at_once() {
+    let mut now = Instant::now();
+    let mut pool = Pool::new(config());
+    let silent = add_worker(&mut pool, now);
+    assert_eq!(send_all(&mut pool, silent, now), 0);
+    (0..2).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+    let other = add_worker(&mut pool, now);
+    assert_eq!(send_all(&mut pool, other, now), 0);
+    for _ in 0..2 {
+        now = pool.next_timeout(silent).unwrap();
+        pool.on_timeout(silent, true, now).unwrap();
+    }
+    assert_eq!((send_all(&mut pool, silent, now), send_all(&mut pool, other, now)), (0, 2));
+}
+
+/// It has received what it was sent, so none of that is in flight.
+#[test]
+fn only_descriptors_that_were_not_received_count_as_in_flight() {
+    let now = Instant::now();
+    for (has_received, in_flight) in [(true, 0), (false, 2)] {
+        let mut pool = Pool::new(config());
+        (0..2).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+        let id = add_worker(&mut pool, now);
+        assert_eq!(send_all(&mut pool, id, now), 2);
+        assert_eq!(pool.in_flight(), 2);
+        pool.retire(id, &RetireCause::Hung, 0, ProcessState::Lives { has_received }, now);
+        assert_eq!(pool.in_flight(), in_flight);
+        pool.on_process_end(id.0, None);
+        assert_eq!(pool.in_flight(), 0);
     }
 }

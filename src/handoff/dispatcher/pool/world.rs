@@ -5,9 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Event, Pool, TicketId, Waiter, peer::Peer};
+use super::{Event, Pool, ProcessId, ProcessInfo, ProcessState, TicketId, Waiter, peer::Peer};
 use crate::handoff::{
-    dispatcher::{LinkId, RetireCause, WorkerId, WorkerState, WorkerStats, builder::Config},
+    dispatcher::{RetireCause, WorkerId, WorkerState, WorkerStats, builder::Config},
     protocol::{FromWorker, RejectReason, ToWorker},
 };
 
@@ -35,7 +35,7 @@ pub(super) struct World {
 pub(super) enum Fate {
     Accepted,
     /// The dispatcher has closed its copy.
-    Adopted(LinkId),
+    Adopted(ProcessId),
     /// The dispatcher has given it up.
     Failed,
 }
@@ -100,17 +100,18 @@ impl World {
             broken: None,
         };
         for _ in 0..workers {
-            let id = world.pool.add_worker();
+            let id = world.pool.add_worker(None);
             world.start(id);
         }
         world
     }
 
     pub(super) fn start(&mut self, id: WorkerId) {
-        let link = self.pool.connect(id, None, self.now + Duration::from_secs(60));
+        let process = ProcessInfo { id: self.peers.len() as u64, pid: None, is_child: true };
+        self.pool.connect(id, process, self.now + Duration::from_secs(60), self.now);
         // The first worker takes no bundles.
         let max_fds = if id == WorkerId(1) { 1 } else { 2 };
-        self.peers.push(Peer::new(id, link, self.window, max_fds));
+        self.peers.push(Peer::new(id, process.id, self.window, max_fds));
     }
 
     /// Takes a step. Returns false if it is none at the moment.
@@ -147,8 +148,8 @@ impl World {
             Step::Send(peer) => self.send(peer),
             Step::Get(peer, unfit) => self.get(peer, unfit),
             Step::Ask(peer) => self.peers[peer].works() && self.peers[peer].ask(),
-            Step::Finish(peer) => self.peers[peer].works() && self.peers[peer].finish(),
-            Step::Answer(peer) => self.peers[peer].works() && self.peers[peer].answer(),
+            Step::Finish(peer) => self.peers[peer].works() && self.peers[peer].finish(self.now),
+            Step::Answer(peer) => self.peers[peer].works() && self.peers[peer].answer(self.now),
             Step::Read(peer) => self.read(peer),
             Step::Timeout(peer) => self.timeout(peer),
             Step::Crash(peer) => std::mem::take(&mut self.peers[peer].lives) && self.died(peer),
@@ -280,7 +281,7 @@ impl World {
         let unsent = peer.unsent_offers();
         for message in std::mem::take(&mut peer.from_worker) {
             peer.on_read(message);
-            self.pool.on_last_message(peer.id, message, unsent);
+            self.pool.on_last_message(peer.id, message, unsent, self.now);
         }
         if *cause != RetireCause::Drained {
             for serial in &peer.sent {
@@ -288,16 +289,18 @@ impl World {
             }
         }
         peer.unsent.clear();
-        self.pool.retire(peer.id, cause, unsent, peer.lives, self.now);
+        let has_received = peer.to_worker.is_empty();
+        let state = if peer.lives { ProcessState::Lives { has_received } } else { ProcessState::Ended(None) };
+        self.pool.retire(peer.id, cause, unsent, state, self.now);
         if self.pool.is_removed(peer.id) {
             self.pool.forget(peer.id, self.now);
         }
     }
 
     fn died(&mut self, peer: usize) -> bool {
-        let Peer { link, is_retired, .. } = self.peers[peer];
+        let Peer { process, is_retired, .. } = self.peers[peer];
         if is_retired {
-            self.pool.on_process_end(link);
+            self.pool.on_process_end(process, None);
         }
         true
     }
@@ -305,10 +308,10 @@ impl World {
     pub(super) fn act_on_events(&mut self) {
         for event in self.pool.take_events() {
             match event {
-                Event::Adopted { connection, link, holders, .. } => {
-                    self.decide(connection, Fate::Adopted(link));
+                Event::Adopted { connection, process, holders, .. } => {
+                    self.decide(connection, Fate::Adopted(process));
                     if !holders.is_empty() {
-                        self.pool.keep(connection, link, holders);
+                        self.pool.keep(connection, process, holders);
                     }
                 }
                 Event::Failed { connection, .. } => {
@@ -330,7 +333,7 @@ impl World {
                     self.permits += 1;
                 }
                 Event::ShutDown(connection) => drop(self.shut_down.insert(connection)),
-                Event::Wake(_) | Event::LeftAlone(_) | Event::Close(_) => {}
+                Event::Wake(_) | Event::FenceDeferred(_) | Event::Close(_) => {}
             }
         }
     }
@@ -351,7 +354,7 @@ impl World {
         }
         for (serial, fate) in (0u8..).zip(&self.fates) {
             let honest = self.peers.iter().filter(|peer| !peer.lies);
-            let given = Vec::from_iter(honest.filter(|peer| peer.given.contains(&serial)).map(|peer| peer.link));
+            let given = Vec::from_iter(honest.filter(|peer| peer.given.contains(&serial)).map(|peer| peer.process));
             if given.len() > 1 {
                 return Err(format!("connection {serial} is given to {given:?}"));
             }
@@ -366,9 +369,10 @@ impl World {
                 return Err(format!("connection {serial} has {owners} owners, and is {fate:?}"));
             }
         }
-        // A suspect waits for a worker of its own.
+        let max_offers = self.pool.config.max_offers;
         let could_go = |waiter: &&Waiter<u8>| match waiter {
-            Waiter::Connection(pending) if pending.is_suspect(self.pool.config.max_offers) => false,
+            // At its last attempt a connection waits for a worker that has not failed with it.
+            Waiter::Connection(pending) if pending.is_at_last_attempt(max_offers) => false,
             Waiter::Connection(pending) if pending.fds > 1 => self.has_room_for(pending.fds),
             _ => true,
         };
@@ -381,11 +385,11 @@ impl World {
     /// The client of an adopted connection sees its end with the adopter's, though another process has a copy.
     fn check_copies(&self, serial: u8, fate: Fate) -> Result<(), String> {
         let Fate::Adopted(by) = fate else { return Ok(()) };
-        let Some(adopter) = self.peers.iter().find(|peer| peer.link == by) else { return Ok(()) };
+        let Some(adopter) = self.peers.iter().find(|peer| peer.process == by) else { return Ok(()) };
         if self.peers.iter().any(|peer| !peer.is_honest()) {
             return Ok(()); // nobody knows which answers count
         }
-        let has_copy = |peer: &Peer| peer.is_retired && peer.lives && peer.sent.contains(&serial) && peer.link != by;
+        let has_copy = |peer: &Peer| peer.is_retired && peer.lives && peer.sent.contains(&serial) && peer.process != by;
         let is_held = self.peers.iter().any(has_copy);
         let has_ended = adopter.is_retired && !adopter.lives;
         match (is_held, has_ended, self.pool.stale.keeps(&serial)) {
@@ -414,7 +418,7 @@ impl World {
     /// All that is left to do is done, in turns, by workers that do what they should. Time passes.
     pub(super) fn settle(&mut self) {
         while self.step(Step::GiveUp) {}
-        let honest = self.pool.add_worker();
+        let honest = self.pool.add_worker(None);
         self.start(honest);
         for _ in 0..400 {
             if self.fates.iter().all(|fate| *fate != Fate::Accepted) {

@@ -10,7 +10,10 @@ enum Event {
     Finish,
     Recall(u64),
     Ping,
-    Report,
+    /// The next timer goes off.
+    Timeout,
+    /// The application opens files, or closes some: so many descriptors are free.
+    Free(u64),
     Drain,
 }
 
@@ -22,7 +25,8 @@ fn event() -> impl Strategy<Value = Event> {
         4 => Just(Event::Finish),
         2 => (0u64..40).prop_map(Event::Recall),
         2 => Just(Event::Ping),
-        1 => Just(Event::Report),
+        2 => Just(Event::Timeout),
+        2 => prop_oneof![Just(0), 0u64..8, Just(u64::MAX)].prop_map(Event::Free),
         1 => Just(Event::Drain),
     ]
 }
@@ -93,26 +97,28 @@ proptest! {
         max_connections in 1u64..8,
     ) {
         let mut book = Book::new(window, max_connections, 1);
-        book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
+        book.on_message(ToWorker::Welcome { version: VERSION }).unwrap();
         let mut dispatcher = Dispatcher::default();
         let mut fates = Vec::new(); // of each offer, by its number
         let (mut adopted, mut finished) = (0, 0);
+        let (mut now, mut free) = (Instant::now(), u64::MAX);
         for event in events {
             let before = fates.len();
             match event {
                 Event::Offer | Event::Unfit if fates.len() as u64 == dispatcher.demand => {
                     // After a refusal one might still be on its way.
-                    let offer = ToWorker::Offer { number: before as u64, offer: before };
-                    prop_assert!(dispatcher.refused || book.on_message(offer, None).is_err());
+                    let offer = ToWorker::Offer { number: before as u64, offer: Ok(before) };
+                    prop_assert!(dispatcher.refused || book.on_message(offer).is_err());
                 }
                 Event::Offer => {
-                    let unwanted = book.on_message(ToWorker::Offer { number: before as u64, offer: before }, None).unwrap();
+                    let offer = ToWorker::Offer { number: before as u64, offer: Ok(before) };
+                    let unwanted = book.on_message(offer).unwrap();
                     prop_assert_eq!(!unwanted.is_empty(), dispatcher.draining);
                     fates.push(unwanted.first().map(|_| Fate::Rejected(RejectReason::Draining)));
                 }
                 Event::Unfit => {
-                    let offer = ToWorker::Offer { number: before as u64, offer: before };
-                    book.on_message(offer, Some(RejectReason::Unusable)).unwrap();
+                    let offer = ToWorker::Offer { number: before as u64, offer: Err(RejectReason::Unusable) };
+                    book.on_message(offer).unwrap();
                     fates.push(Some(Fate::Rejected(RejectReason::Unusable)));
                 }
                 Event::Ask(max) => {
@@ -126,29 +132,37 @@ proptest! {
                 }
                 Event::Finish if finished < adopted => {
                     finished += 1;
-                    book.finish();
+                    book.finish(now);
                 }
                 Event::Finish => {}
                 Event::Recall(first) => {
-                    for number in book.on_message(ToWorker::Recall { before: first }, None).unwrap() {
+                    for number in book.on_message(ToWorker::Recall { before: first }).unwrap() {
                         prop_assert!((number as u64) < first);
                         prop_assert!(fates[number].replace(Fate::Rejected(RejectReason::Recalled)).is_none());
                     }
                     let left = fates.iter().position(Option::is_none);
                     prop_assert!(left.is_none_or(|number| number as u64 >= first));
                 }
-                Event::Ping => drop(book.on_message(ToWorker::Ping { nonce: 7 }, None).unwrap()),
-                Event::Report => book.report(),
+                Event::Ping => drop(book.on_message(ToWorker::Ping { nonce: 7 }).unwrap()),
+                Event::Timeout => {
+                    now = book.next_timeout().unwrap_or(now);
+                    book.on_timeout(now);
+                }
+                Event::Free(fds) => free = fds,
                 Event::Drain => {
                     for number in book.drain() {
                         prop_assert!(fates[number].replace(Fate::Rejected(RejectReason::Draining)).is_none());
                     }
                 }
             }
-            let room = book.room();
-            book.ask(room);
+            book.ask(now, || free);
             book.leave();
             dispatcher.read(&mut book, fates.len() as u64);
+
+            // Neither a report nor a lack of descriptors waits for another event.
+            let due_within = |limit| book.next_timeout().is_some_and(|at| at <= now + limit);
+            prop_assert!(finished == dispatcher.finished || due_within(REPORT_AFTER));
+            prop_assert!(book.room() == 0 || due_within(COUNT_AFTER));
 
             // Answered is a beginning of the offers, and what is decided is not kept back for longer than it has to.
             let due = fates.iter().take_while(|fate| fate.is_some()).count();
@@ -216,9 +230,10 @@ proptest! {
         window in 1u64..6,
     ) {
         let mut book = Book::new(window, u64::MAX, 1);
-        book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
+        book.on_message(ToWorker::Welcome { version: VERSION }).unwrap();
         let mut dispatcher = Distant::default();
         let (mut adopted, mut finished, mut recalled) = (0, 0, false);
+        let now = Instant::now();
         for step in steps {
             match step {
                 Distantly::Read => match dispatcher.said.pop_front() {
@@ -247,8 +262,10 @@ proptest! {
                 }
                 Distantly::Offer | Distantly::Ping => {}
                 Distantly::Get { full } => {
-                    let message = dispatcher.sent.pop_front();
-                    message.into_iter().for_each(|message| drop(book.on_message(message, full.then_some(RejectReason::Full)).unwrap()));
+                    let offer = if full { Err(RejectReason::Full) } else { Ok(()) };
+                    if let Some(message) = dispatcher.sent.pop_front() {
+                        book.on_message(message.map(|()| offer)).unwrap();
+                    }
                 }
                 Distantly::Ask => {
                     recalled = false;
@@ -259,16 +276,15 @@ proptest! {
                     }
                     adopted += book.take_adopted::<Vec<_>>(1).len();
                 }
-                Distantly::Recall => recalled |= !book.on_message(ToWorker::Recall { before: u64::MAX }, None).unwrap().is_empty(),
+                Distantly::Recall => recalled |= !book.on_message(ToWorker::Recall { before: u64::MAX }).unwrap().is_empty(),
                 Distantly::Finish if finished < adopted => {
                     finished += 1;
-                    book.finish();
+                    book.finish(now);
                 }
                 Distantly::Finish => {}
             }
-            let room = book.room();
-            prop_assert!(!recalled || room == 0);
-            book.ask(room);
+            prop_assert!(!recalled || book.room() == 0);
+            book.ask(now, || u64::MAX);
             while let Some(message) = book.next_message() {
                 book.on_sent(1);
                 dispatcher.said.push_back(message);
@@ -278,38 +294,98 @@ proptest! {
     }
 }
 
+/// A worker that has been greeted, with nothing to limit its descriptors, whose application asks.
+fn asking<T>(window: u64, max_connections: u64, max_fds: u8) -> Book<T> {
+    let mut book = Book::new(window, max_connections, max_fds);
+    book.on_message(ToWorker::Welcome { version: VERSION }).unwrap();
+    book.adopt(1);
+    book
+}
+
+fn offer<T>(book: &mut Book<T>, offer: T) -> Result<Vec<T>, Error> {
+    book.on_message(ToWorker::Offer { number: book.offered, offer: Ok(offer) })
+}
+
 /// Something else has read from the socket: the answers would be about other offers than the dispatcher takes them for.
 ///
 /// Rules: W-BREACH, D-NUMBER.
 #[test]
 fn a_missing_offer_is_noticed() {
-    let mut book = Book::new(9, 9, 1);
-    book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
-    book.ask(9);
-    book.on_message(ToWorker::Offer { number: 0, offer: 0 }, None).unwrap();
-    assert!(book.on_message(ToWorker::Offer { number: 2, offer: 2 }, None).is_err());
+    let mut book = asking(9, 9, 1);
+    book.ask(Instant::now(), || u64::MAX);
+    offer(&mut book, 0).unwrap();
+    assert!(book.on_message(ToWorker::Offer { number: 2, offer: Ok(2) }).is_err());
 }
 
 #[test]
 fn a_window_without_limit_asks_for_what_is_possible() {
-    let mut book = Book::<()>::new(u64::MAX, u64::MAX, 1);
-    book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
-    book.adopt(1);
-    assert_eq!(book.room(), MAX_UNANSWERED);
+    let mut book = asking::<()>(u64::MAX, u64::MAX, 1);
+    book.ask(Instant::now(), || u64::MAX);
+    assert_eq!(book.demand, MAX_UNANSWERED);
     assert!(!book.is_full());
 }
 
 /// Then the task is woken by its end, and does not wait for the time of a report.
 #[test]
 fn a_connection_whose_end_makes_room_is_noticed() {
-    let mut book = Book::new(1, 1, 1);
-    book.on_message(ToWorker::Welcome { version: VERSION }, None).unwrap();
-    book.adopt(1);
-    book.ask(book.room());
-    book.on_message(ToWorker::Offer { number: 0, offer: () }, None).unwrap();
+    let now = Instant::now();
+    let mut book = asking(1, 1, 1);
+    book.ask(now, || u64::MAX);
+    offer(&mut book, ()).unwrap();
     book.adopt(1);
     assert_eq!(book.room(), 0);
-    assert!(book.is_full());
-    book.finish();
+    assert!(book.finish(now));
     assert_eq!(book.room(), 1);
+}
+
+#[test]
+fn no_more_is_asked_for_than_half_of_the_free_descriptors_and_the_rest_when_there_are_more() {
+    let now = Instant::now();
+    let mut book = asking::<()>(20, u64::MAX, 1);
+    book.ask(now, || 9);
+    assert_eq!((book.demand, book.next_timeout()), (5, Some(now + COUNT_AFTER)));
+    book.ask(now, || 6); // five of them are promised
+    assert_eq!((book.demand, book.next_timeout()), (6, Some(now + COUNT_AFTER)));
+
+    let later = now + COUNT_AFTER;
+    book.on_timeout(later);
+    book.ask(later, || u64::MAX);
+    assert_eq!((book.demand, book.next_timeout()), (20, None));
+}
+
+#[test]
+fn descriptors_are_asked_for_whole_bundles() {
+    let mut book = asking::<()>(20, u64::MAX, 3);
+    book.ask(Instant::now(), || 21);
+    assert_eq!(book.demand, 3);
+}
+
+#[test]
+fn an_offer_for_which_there_was_no_room_has_the_free_descriptors_counted_again() {
+    let now = Instant::now();
+    let mut book = asking::<()>(4, u64::MAX, 1);
+    book.ask(now, || 100);
+    book.on_message(ToWorker::Offer { number: 0, offer: Err(RejectReason::Full) }).unwrap();
+    book.adopt(1);
+    book.ask(now, || 3);
+    assert_eq!(book.demand, 4, "all that are free are promised");
+}
+
+/// The task is woken once for the report of many, and then waits for the time of it.
+#[test]
+fn connections_that_end_are_reported_together() {
+    let now = Instant::now();
+    let mut book = asking(64, u64::MAX, 1);
+    book.ask(now, || u64::MAX);
+    for _ in 0..3 {
+        offer(&mut book, ()).unwrap();
+    }
+    book.adopt(3);
+    while book.next_message().is_some() {}
+    assert!(book.finish(now));
+    assert!(!book.finish(now) && !book.finish(now));
+    assert_eq!(book.next_timeout(), Some(now + REPORT_AFTER));
+    book.on_timeout(now + REPORT_AFTER);
+    assert_eq!(book.next_message(), Some(FromWorker::Load { finished: 3 }));
+    assert_eq!((book.next_message(), book.next_timeout()), (None, None));
 }

@@ -5,24 +5,16 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
-    time::Duration,
 };
 
 use futures::StreamExt;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Sleep, sleep_until};
 
-use super::Channel;
+use super::{Channel, now};
 use crate::{
     Error, ReadHalf,
-    handoff::{incoming::End, protocol::WorkerCodec},
+    handoff::{incoming::End, protocol::SalvagingCodec},
 };
-
-/// How long a finished connection may go unreported when there is nothing else to say. Answers bring the report along, so as long as
-/// connections come this timer does nothing, but a near one would be set in hardware each time the process sleeps.
-const REPORT_AFTER: Duration = Duration::from_millis(100);
-
-/// How long to wait for descriptors to come free.
-const OUT_OF_FDS: Duration = Duration::from_millis(10);
 
 /// More bytes of answers than this wait for a dispatcher only if it asks and asks and does not read.
 const MAX_UNSENT_BYTES: usize = 256 << 10;
@@ -30,7 +22,7 @@ const MAX_UNSENT_BYTES: usize = 256 << 10;
 /// Serves the channel until it ends, whether or not the application asks for anything.
 pub(super) struct Task {
     pub(super) channel: Arc<Channel>,
-    pub(super) read: ReadHalf<WorkerCodec>,
+    pub(super) read: ReadHalf<SalvagingCodec>,
     pub(super) timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -70,18 +62,16 @@ impl Task {
         let mut state = channel.lock();
         state.task.clone_from(cx.waker());
         state.ask();
-        while state.report_due || state.short {
-            let waiting = timer.get_or_insert_with(|| Box::pin(sleep(REPORT_AFTER)));
-            if state.short {
-                let soon = waiting.deadline().min(Instant::now() + OUT_OF_FDS);
-                waiting.as_mut().reset(soon);
+        while let Some(due) = state.book.next_timeout() {
+            let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(due.into())));
+            // Usually there is more time than before. Then it goes off too early, which costs less than setting it each time.
+            if due < timer.deadline().into_std() || timer.is_elapsed() {
+                timer.as_mut().reset(due.into());
             }
-            if waiting.as_mut().poll(cx).is_pending() {
+            if timer.as_mut().poll(cx).is_pending() {
                 break;
             }
-            *timer = None;
-            state.report_due = false;
-            state.book.report();
+            state.book.on_timeout(now());
             state.ask();
         }
         let left = state.book.leave();

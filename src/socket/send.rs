@@ -1,9 +1,9 @@
-//! The one send loop and the one receive loop.
+//! The one send loop.
 
 use std::{
     future::Future,
     io::Result,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::AsFd,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -15,60 +15,14 @@ use tokio::{
         unix::{AsyncFd, AsyncFdReadyGuard},
     },
     task::coop,
-    time::{Instant, Sleep},
+    time::Sleep,
 };
 
-use super::{Attempt, Backoff, Endpoint, Socket, SocketKind};
-use crate::{
-    closer::BackgroundFd,
-    sys::{self, Received},
-};
+use super::{Attempt, Endpoint, Socket};
+use crate::{backoff::Backoff, closer::BackgroundFd, sys};
 
 impl Socket {
-    /// Waits until something is there, and calls `receive`, which makes one
-    /// [`recvmsg`](sys::recvmsg).
-    ///
-    /// Readiness is kept until nothing is left for sure, since no new event comes for data that is
-    /// left behind. Usually only `EAGAIN` proves that. A read of a stream that ends early proves it
-    /// too, unless [something splits](Self::is_drained) reads.
-    pub(crate) fn poll_recv(
-        &self,
-        cx: &mut Context<'_>,
-        mut receive: impl FnMut(BorrowedFd<'_>) -> Result<Received>,
-    ) -> Poll<Result<Received>> {
-        loop {
-            let mut ready = ready!(self.io.poll_read_ready(cx))?; // takes part in the cooperative budget
-            match self.endpoint().receive(&mut receive)? {
-                None => ready.clear_ready(),
-                Some(received) => {
-                    if self.is_drained(&received) {
-                        ready.clear_ready();
-                    }
-                    return Poll::Ready(Ok(received));
-                }
-            }
-        }
-    }
-
-    /// Returns true if a receive has taken everything that was there when it began.
-    ///
-    /// The kernel ends the read of a stream early at three places: behind bytes that came with
-    /// descriptors, between data of different processes if credentials are on, and before the
-    /// out-of-band mark. The first two bring control data. The third is announced as priority
-    /// readiness, which stays set from then on.
-    fn is_drained(&self, received: &Received) -> bool {
-        let stream = self.kind() == SocketKind::Stream;
-        let split = received.with_control || received.bytes == 0;
-        stream && received.short && !split && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_err()
-    }
-
-    /// A timer of the runtime that the socket is registered with.
-    pub(crate) fn sleep_until(&self, deadline: Instant) -> Sleep {
-        let _context = self.runtime.enter();
-        tokio::time::sleep_until(deadline)
-    }
-
-    /// Makes attempts until one of them has sent something. Tries first and waits only when the
+    /// Makes attempts until one of them has sent something. It tries first, and waits only if the
     /// socket takes nothing.
     pub(crate) fn poll_send(
         &self,
@@ -77,6 +31,7 @@ impl Socket {
         mut attempt: impl FnMut(Endpoint<'_>) -> Result<Attempt>,
     ) -> Poll<Result<()>> {
         loop {
+            // Wait for what the last attempt lacked, if it lacked something.
             let mut ready = ready!(wait.poll(cx, self))?;
             let coop = ready!(coop::poll_proceed(cx));
             match attempt(self.endpoint())? {
@@ -86,8 +41,8 @@ impl Socket {
                     return Poll::Ready(Ok(()));
                 }
                 Attempt::Again => {}
-                // Readiness from before the send may be stale. Ask for it, and only if it is stale
-                // then, wait.
+                // The readiness from before the send may be stale. So first ask for readiness and
+                // try again. If that fails too, it was stale: clear it and wait.
                 Attempt::Full => match &mut ready {
                     _ if self.quiet => wait.for_duplicate(self)?,
                     Some(ready) => ready.clear_ready(),
@@ -99,19 +54,19 @@ impl Socket {
     }
 }
 
-/// What a sender waits for.
+/// The events that a sender waits for.
 #[derive(Debug, Default)]
 pub(crate) struct SendWait {
-    /// The socket took nothing: to be asked whether it is writable.
+    /// True if the socket took nothing, so its readiness is asked before the next attempt.
     full: bool,
-    /// The same where the socket is [quiet](Socket::quiet).
+    /// A copy of a [quiet](Socket::quiet) socket that took nothing, registered for writing.
     duplicate: Option<AsyncFd<BackgroundFd>>,
     timer: Option<Pin<Box<Sleep>>>,
     backoff: Backoff,
 }
 
 impl SendWait {
-    /// Waits for the timer, and for the socket where it was full.
+    /// Waits for the timer, and for the socket if it was full.
     fn poll<'a>(
         &mut self,
         cx: &mut Context<'_>,
@@ -125,23 +80,20 @@ impl SendWait {
             drop(ready!(duplicate.poll_write_ready(cx))?);
             self.duplicate = None;
         }
-        match self.full {
-            true => socket.io.poll_write_ready(cx).map_ok(Some),
-            false => Poll::Ready(Ok(None)),
-        }
+        if self.full { socket.io.poll_write_ready(cx).map_ok(Some) } else { Poll::Ready(Ok(None)) }
     }
 
     /// Waits until a quiet socket is writable.
     ///
     /// # Errors
-    /// When the socket's runtime has ended.
+    /// If the socket's runtime has ended.
     fn for_duplicate(&mut self, socket: &Socket) -> Result<()> {
         let _context = socket.runtime.enter();
         let copy = socket.as_fd().try_clone_to_owned();
         match copy.and_then(|copy| sys::register(socket.state.guard(copy), Interest::WRITABLE)) {
             Ok(duplicate) => self.duplicate = Some(duplicate),
             Err(error) => match error.raw_os_error() {
-                // No descriptor is left for the duplicate, or no memory for watching it.
+                // There is no descriptor left for the duplicate, or no memory to watch it.
                 Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC) => self.a_while(socket),
                 _ => return Err(error),
             },
@@ -149,12 +101,12 @@ impl SendWait {
         Ok(())
     }
 
-    /// Whether the kernel has too little of something, which no event will announce.
+    /// Returns true if it waits for a resource of the kernel, which no event announces.
     pub(crate) fn is_for_a_while(&self) -> bool {
         self.timer.is_some()
     }
 
-    /// Waits for a while, longer each time until a send succeeds.
+    /// Waits for a while. The time grows until a send succeeds.
     pub(crate) fn a_while(&mut self, socket: &Socket) {
         let _context = socket.runtime.enter();
         self.timer = Some(Box::pin(tokio::time::sleep(self.backoff.next())));
@@ -166,6 +118,7 @@ mod tests {
     use std::{future::poll_fn, io::IoSlice, time::Duration};
 
     use super::*;
+    use crate::socket::SocketKind;
 
     #[tokio::test]
     async fn after_a_send_that_succeeds_nothing_is_left_of_what_was_waited_for() {

@@ -1,0 +1,93 @@
+//! What a dispatcher tells about itself, and what it counts for that.
+
+use std::time::{Duration, Instant};
+
+use super::{Account, Pool, RetireCounts, WorkerId, WorkerStats};
+use crate::handoff::dispatcher::{AdoptionTimes, WorkerState};
+
+/// The most workers whose numbers are kept after they have left for good.
+const MOST_DEPARTED: usize = 32;
+
+/// Connections, counted from the beginning, and workers that left.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
+pub(in crate::handoff::dispatcher) struct Totals {
+    pub(in crate::handoff::dispatcher) dispatched: u64,
+    pub(in crate::handoff::dispatcher) adopted: u64,
+    pub(in crate::handoff::dispatcher) offered_again: u64,
+    /// How often the kernel had too little to send offers with.
+    pub(in crate::handoff::dispatcher) send_shortages: u64,
+    pub(in crate::handoff::dispatcher) retired: RetireCounts,
+    /// Workers that have left without having been welcomed, through their own fault.
+    pub(in crate::handoff::dispatcher) refused_workers: u64,
+    pub(in crate::handoff::dispatcher) adoption_times: AdoptionTimes,
+}
+
+impl<C> Pool<C> {
+    /// The number of connections that a worker has not answered for.
+    #[cfg(test)]
+    pub(in crate::handoff::dispatcher) fn unanswered(&self, id: WorkerId) -> u64 {
+        self.workers.get(&id).and_then(|worker| worker.account.as_ref()).map_or(0, Account::pending)
+    }
+
+    pub(super) fn pending(&self) -> u64 {
+        self.accounts().map(|(_, _, account)| account.pending()).sum()
+    }
+
+    /// The number of connections that wait for a worker with room.
+    pub(in crate::handoff::dispatcher) fn waiting(&self) -> usize {
+        self.queue.connections()
+    }
+
+    #[cfg(test)]
+    pub(in crate::handoff::dispatcher) fn waiters(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// The number of connections that were neither adopted nor given back.
+    pub(in crate::handoff::dispatcher) fn on_their_way(&self) -> u64 {
+        self.waiting() as u64 + self.pending()
+    }
+
+    pub(in crate::handoff::dispatcher) fn workers(&self) -> impl Iterator<Item = WorkerStats> {
+        self.workers.keys().filter_map(|id| self.worker(*id))
+    }
+
+    pub(in crate::handoff::dispatcher) fn worker(&self, id: WorkerId) -> Option<WorkerStats> {
+        let worker = self.workers.get(&id)?;
+        let account = worker.account.as_ref();
+        Some(WorkerStats {
+            id,
+            program: worker.program.clone(),
+            pid: account.and_then(|account| account.process.pid),
+            state: account.map_or(WorkerState::Restarting, Account::state),
+            restarts: worker.restarts,
+            retired: worker.retired,
+            last_exit: worker.last_exit.clone(),
+            room: account.map_or(0, Account::room),
+            unanswered: account.map_or(0, Account::pending),
+            active: account.map_or(0, Account::active),
+            adopted: worker.adopted,
+            rejected: worker.rejected,
+            leftover: self.leftover_of(id),
+        })
+    }
+
+    /// The workers that have left for good most recently, the oldest first.
+    pub(in crate::handoff::dispatcher) fn departed(&self) -> impl Iterator<Item = &WorkerStats> {
+        self.departed.iter()
+    }
+
+    /// Keeps the numbers of a worker that leaves for good.
+    pub(super) fn depart(&mut self, id: WorkerId) {
+        let Some(worker) = self.worker(id) else { return };
+        if self.departed.len() == MOST_DEPARTED {
+            self.departed.pop_front();
+        }
+        self.departed.push_back(WorkerStats { state: WorkerState::Gone, room: 0, unanswered: 0, active: 0, ..worker });
+    }
+
+    /// How long the first of those that wait for a place has been waiting.
+    pub(in crate::handoff::dispatcher) fn waits_for_place(&self, now: Instant) -> Option<Duration> {
+        self.queue.first_ticket().map(|since| now.saturating_duration_since(since))
+    }
+}

@@ -1,0 +1,200 @@
+//! The codec of a worker that goes on after it has lost descriptors.
+
+use std::os::fd::OwnedFd;
+
+use bytes::BytesMut;
+use nix::sys::socket::getsockopt;
+
+use super::{
+    MAX_OFFER_FDS, Offer, ToWorker, WorkerCodec,
+    codec::{frames, not_a_message},
+};
+use crate::{Codec, Decoder, Error, FdQueue, Fds, Frame, Limits, sys};
+
+/// Decodes what a dispatcher sends, as [`WorkerCodec`] does, and goes on after the kernel has lost descriptors on receipt.
+/// An offer whose descriptors are lost is `None`: nothing has happened to the connection itself.
+///
+/// Its descriptors are recognized by the cookie of the first one, which each offer has. So it is also noticed if descriptors
+/// and offers have lost step for another reason.
+#[derive(Debug)]
+pub(in crate::handoff) struct SalvagingCodec<F = OwnedFd> {
+    /// Returns the `SO_COOKIE` of a socket.
+    cookie: fn(&F) -> Option<u64>,
+    /// Descriptors were lost. From then on, those of an offer that comes later may be lost too, and a part of its
+    /// bundle may still come: descriptors can run ahead of their offers.
+    has_lost: bool,
+}
+
+impl Default for SalvagingCodec {
+    fn default() -> Self {
+        Self { cookie: |fd| getsockopt(fd, sys::Cookie).ok(), has_lost: false }
+    }
+}
+
+impl<F> Codec for SalvagingCodec<F> {
+    fn limits(&self) -> Limits {
+        WorkerCodec::default().limits()
+    }
+}
+
+impl<F> Decoder<F> for SalvagingCodec<F> {
+    type Item = ToWorker<Option<Offer<F>>>;
+    type Error = Error;
+
+    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Error> {
+        loop {
+            // First without the descriptors, since they may be missing.
+            let mut stand_ins = FdQueue::from_iter([(); MAX_OFFER_FDS]);
+            let Some(Frame { payload, fds: claimed }) = frames().decode(src, &mut stand_ins)? else { break };
+            match ToWorker::read(&payload, claimed) {
+                Ok(None) => {} // an extension that is not known here
+                Ok(Some(ToWorker::Offer { number, offer })) => {
+                    let offer = self.claim(offer, fds)?;
+                    return Ok(Some(ToWorker::Offer { number, offer }));
+                }
+                Ok(Some(message)) => return Ok(Some(message.map(|_| None))),
+                Err(_) => return Err(not_a_message()),
+            }
+        }
+        if fds.is_lost() {
+            self.has_lost = true;
+            fds.make_good();
+        }
+        Ok(None)
+    }
+
+    fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
+        Decoder::<F>::missing_bytes(&frames(), src)
+    }
+}
+
+impl<F> SalvagingCodec<F> {
+    /// Adds the descriptors to an offer. `None` if they are lost.
+    fn claim(&mut self, offer: Offer<()>, fds: &mut FdQueue<F>) -> Result<Option<Offer<F>>, Error> {
+        let Offer { cookie, transport, peer, local, read, metadata, bundle, .. } = offer;
+        let count = 1 + bundle.len();
+        let is_it = |fd: &F| (self.cookie)(fd) == Some(cookie);
+        self.has_lost |= fds.is_lost();
+        if self.has_lost && !(fds.skip_to(is_it) && fds.count() >= count) {
+            return Ok(None);
+        }
+        let claimed: Fds<F> = fds.claim(count)?;
+        if !self.has_lost && !claimed.first().is_some_and(is_it) {
+            return Err(Error::invalid("the descriptor of an offer is not the one that it describes"));
+        }
+        let mut claimed = claimed.into_iter();
+        let Some(fd) = claimed.next() else { return Ok(None) }; // it has one at least
+        let bundle = claimed.collect();
+        Ok(Some(Offer { cookie, transport, peer, local, read, metadata, fd, bundle }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::BufMut;
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+    use crate::{
+        codec::{Inbound, Step},
+        handoff::{Address, Transport},
+    };
+
+    /// One `recvmsg`.
+    #[derive(Debug, Clone)]
+    struct Receive {
+        /// Share of the bytes that are left.
+        bytes: f64,
+        /// Descriptors that run ahead of their offers.
+        ahead: usize,
+        /// The kernel loses so many of its descriptors.
+        lost: usize,
+    }
+
+    fn receive() -> impl Strategy<Value = Receive> {
+        let lost = prop_oneof![3 => Just(0), 1 => 1..6_usize];
+        (0.0..1.0, 0..4_usize, lost).prop_map(|(bytes, ahead, lost)| Receive { bytes, ahead, lost })
+    }
+
+    /// Offers with these numbers of descriptors, which are numbered from 0 on and are their own cookies: the bytes, and where
+    /// each offer ends among the bytes and among the descriptors.
+    fn stream(counts: &[usize]) -> (Vec<u8>, Vec<(usize, usize)>) {
+        let (mut bytes, mut ends, mut fds) = (Vec::new(), Vec::new(), 0);
+        for (number, count) in counts.iter().enumerate() {
+            let offer = Offer {
+                cookie: fds as u64,
+                transport: Transport::Tcp,
+                peer: Address::Unnamed,
+                local: Address::Unnamed,
+                read: "GET / HTTP/1.1".into(),
+                metadata: Default::default(),
+                fd: (),
+                bundle: vec![(); count - 1],
+            };
+            let payload = ToWorker::Offer { number: number as u64, offer }.to_payload().unwrap();
+            bytes.put_slice(&[0xFD, 0x10]);
+            bytes.put_u16(*count as u16);
+            bytes.put_u32(payload.len() as u32);
+            bytes.put_slice(&payload);
+            fds += count;
+            ends.push((bytes.len(), fds));
+        }
+        (bytes, ends)
+    }
+
+    proptest! {
+        /// Whatever is lost, each offer has its own descriptors or none, and the loss is over with the `recvmsg` that had it.
+        #[test]
+        fn a_loss_takes_only_the_offers_that_it_is_about(
+            counts in vec(1..4_usize, 1..20),
+            receives in vec(receive(), 0..12),
+        ) {
+            let (bytes, ends) = stream(&counts);
+            let mut codec = SalvagingCodec { cookie: |fd: &u64| Some(*fd), has_lost: false };
+            let mut inbound = Inbound::new(false, BytesMut::new(), FdQueue::new());
+            let (mut position, mut sent, mut offers) = (0, 0, Vec::new());
+            let mut safe_from = 0; // descriptors from here on were sent after the last loss
+            let last = Receive { bytes: 1.0, ahead: 0, lost: 0 };
+            for Receive { bytes: share, ahead, lost } in receives.into_iter().chain([last]) {
+                let end = position + ((bytes.len() - position) as f64 * share).ceil() as usize;
+                let complete = ends.iter().take_while(|(bytes, _)| *bytes <= end).last().map_or(0, |(_, fds)| *fds);
+                let total = ends.last().map_or(0, |(_, fds)| *fds);
+                let now = sent.max((complete + ahead).min(total));
+                let lost = lost.min(now - sent);
+                inbound.bytes.put_slice(&bytes[position..end]);
+                inbound.fds.extend((sent..now - lost).map(|fd| fd as u64));
+                (position, sent) = (end, now);
+                if lost > 0 {
+                    inbound.received_truncated();
+                    safe_from = now;
+                } else {
+                    inbound.received();
+                }
+                loop {
+                    match inbound.next(&mut codec) {
+                        Ok(Step::Item(ToWorker::Offer { number, offer })) => offers.push((number, offer)),
+                        Ok(Step::Receive) => break,
+                        other => prop_assert!(false, "{other:?}"),
+                    }
+                }
+            }
+            prop_assert_eq!(offers.len(), counts.len());
+            for (at, (number, offer)) in offers.into_iter().enumerate() {
+                let (first, next) = (ends[at].1 - counts[at], ends[at].1);
+                prop_assert_eq!(number, at as u64);
+                match offer {
+                    Some(offer) => prop_assert!(offer.into_fds().eq(first as u64..next as u64)),
+                    None => prop_assert!(first < safe_from, "offer {} has lost nothing", at),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_loss_a_descriptor_of_another_offer_is_an_error() {
+        let (bytes, _) = stream(&[1]);
+        let mut codec = SalvagingCodec { cookie: |fd: &u64| Some(*fd), has_lost: false };
+        let mut fds = FdQueue::from_iter([7]);
+        assert!(codec.decode(&mut BytesMut::from(&bytes[..]), &mut fds).is_err());
+    }
+}

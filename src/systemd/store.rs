@@ -1,0 +1,105 @@
+//! The descriptor store: `FDSTORE`, `FDNAME` and `FDSTOREREMOVE` of sd_notify(3).
+
+use std::{
+    io::{Error, ErrorKind, Result},
+    os::fd::{BorrowedFd, OwnedFd},
+};
+
+use super::Notifier;
+use crate::{limits::SCM_MAX_FD, socket::passed};
+
+/// The longest name of a stored descriptor (sd_notify(3), `FDNAME=`).
+const MAX_NAME_BYTES: usize = 255;
+
+impl Notifier {
+    /// Leaves copies of descriptors with the manager, under a name (`FDSTORE=1`). The service gets
+    /// them when it is started again: [`take_stored`].
+    ///
+    /// systemd keeps as many as `FileDescriptorStoreMax=` of the unit allows, and closes further
+    /// ones without an answer. It also removes one at which poll(2) reports `POLLHUP` or `POLLERR`,
+    /// such as a connection that has ended. The same file under the same name is kept once.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+    /// use std::{net::TcpListener, os::fd::AsFd};
+    ///
+    /// use fdwire::systemd::Notifier;
+    ///
+    /// let notifier = Notifier::from_env()?;
+    /// let listener = TcpListener::bind("127.0.0.1:0")?;
+    /// notifier.store("http", &[listener.as_fd()]).await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// `InvalidInput` if the name is no [name](Self::remove_stored), and those of
+    /// [`notify`](Self::notify).
+    ///
+    /// # Cancel safety
+    /// When dropped, some may have been sent, if there are more than 253.
+    pub async fn store(&self, name: &str, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let name = assignment(name)?;
+        for fds in fds.chunks(SCM_MAX_FD) {
+            self.notify(&["FDSTORE=1", &name], fds).await?;
+        }
+        Ok(())
+    }
+
+    /// Has the manager close all descriptors that it has under a name (`FDSTOREREMOVE=1`).
+    ///
+    /// # Errors
+    /// `InvalidInput` if the name is empty, longer than 255 bytes, or has other characters than
+    /// printable ASCII ones or a colon; and those of [`notify`](Self::notify).
+    pub async fn remove_stored(&self, name: &str) -> Result<()> {
+        self.notify(&["FDSTOREREMOVE=1", &assignment(name)?], &[]).await
+    }
+}
+
+/// Takes the descriptors that the manager has stored under a name, and passed to this process
+/// (`LISTEN_FDS` and `LISTEN_FDNAMES`, sd_listen_fds(3)). Each is taken once, when the iterator
+/// yields it.
+///
+/// The inherited numbers become `/dev/null`, as described for
+/// [`Socket::from_inherited`](crate::Socket::from_inherited).
+///
+/// ```
+/// let stored = fdwire::systemd::take_stored("http").collect::<std::io::Result<Vec<_>>>()?;
+/// assert!(stored.is_empty()); // nothing was stored by a process before this one
+/// # std::io::Result::Ok(())
+/// ```
+///
+/// # Errors
+/// Yields `EMFILE` for one that can't be taken for want of a descriptor. It can be taken later.
+pub fn take_stored(name: &str) -> impl Iterator<Item = Result<OwnedFd>> + use<> {
+    let name = name.to_owned();
+    let named = passed().into_iter().filter(move |passed| passed.name.as_ref() == Some(&name));
+    // One that was taken before is passed over.
+    named.map(|passed| passed.take()).filter(|taken| !taken.as_ref().is_err_and(is_taken))
+}
+
+fn is_taken(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::ResourceBusy | ErrorKind::InvalidInput)
+}
+
+fn assignment(name: &str) -> Result<String> {
+    let is_valid = (1..=MAX_NAME_BYTES).contains(&name.len())
+        && name.bytes().all(|byte| (byte == b' ' || byte.is_ascii_graphic()) && byte != b':');
+    match is_valid {
+        true => Ok(format!("FDNAME={name}")),
+        false => Err(Error::new(ErrorKind::InvalidInput, format!("{name:?} is no name for a stored descriptor"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_printable_and_has_no_colon() {
+        assert_eq!(assignment("http 1").unwrap(), "FDNAME=http 1");
+        assert!(assignment(&"x".repeat(255)).is_ok());
+        for name in ["", "a:b", "a\nMAINPID=1", "ü", "\t", &"x".repeat(256)] {
+            assert_eq!(assignment(name).unwrap_err().kind(), ErrorKind::InvalidInput, "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! The connections of a server that was replaced, and their end: spread over some time, and by a
+//! deadline.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{sync::watch, time::sleep_until};
+use tracing::{info, warn};
+
+use super::{
+    Phase, Server,
+    shared::{Shared, Status},
+};
+
+/// The times of a drain, from the moment at which the server is replaced.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DrainLimits {
+    pub(super) spread: Duration,
+    pub(super) deadline: Duration,
+}
+
+/// The connections of a server.
+#[derive(Debug, Default)]
+pub(super) struct Connections {
+    /// Number of connections that were ever opened.
+    ever: AtomicU64,
+    counts: watch::Sender<Counts>,
+}
+
+/// Numbers of connections.
+#[derive(Debug, Default, Clone, Copy)]
+struct Counts {
+    open: usize,
+    /// Closed because they have heard of the deadline.
+    cut: usize,
+}
+
+/// The outcome of a [`Server::finish`]: this process may leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Finished {
+    /// Number of connections that were still open at the deadline, or when a successor asked this
+    /// process to leave. They were cut, or are when the process ends.
+    pub left: usize,
+}
+
+/// A connection that a server has accepted, until this is dropped.
+///
+/// It tells when its connection is to end, after the server was [replaced](Server::replaced).
+#[derive(Debug)]
+pub struct OpenConnection {
+    shared: Arc<Shared>,
+    /// Its number among all connections, which decides on its moment.
+    number: u64,
+    /// Its task was told that the deadline is over.
+    is_cut: AtomicBool,
+}
+
+impl Server {
+    /// Notes that this process has accepted a connection, which it will finish before it leaves.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::time::Duration;
+    ///
+    /// use fdwire::takeover::{self, Listeners, Options, Server};
+    /// use tokio::{io::AsyncReadExt, net::TcpListener};
+    ///
+    /// # let directory = tempfile::tempdir()?;
+    /// # let path = directory.path().join("app.takeover");
+    /// # let mut listeners = Listeners::new();
+    /// # listeners.bind_tcp("http", "127.0.0.1:0".parse()?)?;
+    /// # let options = Options::default().drain(Duration::from_millis(10), Duration::from_millis(20));
+    /// let server = Server::bind(&path, listeners, options)?;
+    /// let http = server.gated::<TcpListener>("http", 0)?;
+    /// # let takeover::protocol::Address::Ip(address) = http.identity().address else { unreachable!() };
+    /// # let client = tokio::net::TcpStream::connect(address).await?;
+    /// let (mut stream, _) = http.accept().await?;
+    /// let connection = server.open_connection();
+    /// tokio::spawn(async move {
+    ///     tokio::select! {
+    ///         _ = stream.read_u8() => {} // serve it
+    ///         () = connection.ending() => {} // tell the client that this is the end
+    ///     }
+    /// });
+    ///
+    /// # let new = takeover::request(&path, Options::default()).await?.ready().await?;
+    /// let finished = server.finish().await; // once it was replaced
+    /// assert_eq!(finished.left, 0);
+    /// # Ok(()) }
+    /// ```
+    pub fn open_connection(&self) -> OpenConnection {
+        let shared = Arc::clone(&self.shared);
+        let number = shared.connections.ever.fetch_add(1, Ordering::Relaxed);
+        shared.connections.counts.send_modify(|counts| counts.open += 1);
+        OpenConnection { shared, number, is_cut: AtomicBool::new(false) }
+    }
+
+    /// Serves until another process has taken over for good and this one may leave: its
+    /// [connections](Self::open_connection) have ended, or their [deadline](super::Options::drain)
+    /// is over, or a successor has asked it to leave because there are [too
+    /// many](super::Options::max_old_generations) old processes.
+    ///
+    /// As long as a takeover can be undone, this process stays for the whole spread of its drain.
+    /// If it is undone, this goes on waiting for the next one.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped.
+    pub async fn finish(&self) -> Finished {
+        loop {
+            let status = self.shared.wait(|status| status.phase != Phase::Serving).await;
+            self.shared.connections.counts.send_modify(|counts| counts.cut = 0);
+            tokio::select! {
+                biased;
+                // It serves again.
+                _ = self.shared.wait(|status| status.phase == Phase::Serving) => continue,
+                () = self.shared.connections_ended(&status) => {}
+                () = self.shared.deadline() => {}
+            }
+            let Counts { open, cut } = *self.shared.connections.counts.borrow();
+            let left = open + cut;
+            if self.phase() == Phase::Replaced || self.drained().await {
+                match left {
+                    0 => info!("takeover: all connections have ended, leaving"),
+                    _ => warn!(left, "takeover: leaving, and connections are cut"),
+                }
+                return Finished { left };
+            }
+        }
+    }
+}
+
+impl OpenConnection {
+    /// Returns true if another process serves, so that an answer on this connection should be the
+    /// last: `Connection: close` in HTTP/1.1.
+    pub fn is_replaced(&self) -> bool {
+        self.shared.phase() != Phase::Serving
+    }
+
+    /// Waits until this connection is to end, even if its client is silent: GOAWAY in HTTP/2. After
+    /// the server is replaced, the connections are told so at moments that are evenly spread, and
+    /// the first tenth of the [spread](super::Options::drain) is left to clients that ask anyway.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped. It returns at once when it is called later.
+    pub async fn ending(&self) {
+        self.shared.replaced_since(moment(self.number, self.shared.options.drain.spread)).await;
+    }
+
+    /// Waits until the connection is to be closed, whatever it does: the
+    /// [deadline](super::Options::drain) of the drain.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when dropped. It returns at once when it is called later.
+    pub async fn deadline(&self) {
+        self.shared.deadline().await;
+        self.is_cut.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        let is_cut = self.is_cut.load(Ordering::Relaxed);
+        self.shared.connections.counts.send_modify(|counts| {
+            counts.open -= 1;
+            counts.cut += usize::from(is_cut);
+        });
+    }
+}
+
+impl Shared {
+    /// Waits until this process was replaced that long ago, or has to leave.
+    async fn replaced_since(&self, duration: Duration) {
+        loop {
+            let Status { replaced_at: Some(replaced_at), must_leave: false, .. } =
+                self.wait(|status| status.replaced_at.is_some() || status.must_leave).await
+            else {
+                return;
+            };
+            tokio::select! {
+                biased;
+                status = self.wait(|status| status.phase == Phase::Serving || status.must_leave) => {
+                    if status.must_leave {
+                        return;
+                    }
+                }
+                () = sleep_until(replaced_at + duration) => return,
+            }
+        }
+    }
+
+    async fn deadline(&self) {
+        self.replaced_since(self.options.drain.deadline).await;
+    }
+
+    /// Waits until no connection is open. As long as a takeover can be undone, for the spread too.
+    async fn connections_ended(&self, status: &Status) {
+        if status.phase == Phase::Draining {
+            tokio::select! {
+                () = self.replaced_since(self.options.drain.spread) => {}
+                _ = self.wait(|status| status.phase == Phase::Replaced) => {}
+            }
+        }
+        let mut counts = self.connections.counts.subscribe();
+        counts.wait_for(|counts| counts.open == 0).await.expect("this value has the sender");
+    }
+}
+
+/// Returns how long after its server was replaced a connection is told to end.
+///
+/// Multiples of the golden ratio are spread evenly over the unit interval, whatever number of them
+/// there is, and without a memory of the others.
+fn moment(number: u64, spread: Duration) -> Duration {
+    const GOLDEN_RATIO: u64 = 0x9E37_79B9_7F4A_7C15; // its fraction, in units of 2^-64
+    let fraction = number.wrapping_mul(GOLDEN_RATIO) as f64 / 2f64.powi(64);
+    spread.mul_f64(0.1 + 0.9 * fraction)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Connections with these numbers are left over, for example because every third one is idle.
+    fn most_within_a_second(numbers: impl Iterator<Item = u64>) -> usize {
+        let mut moments: Vec<_> = numbers.map(|number| moment(number, Duration::from_secs(10))).collect();
+        moments.sort_unstable();
+        let first = moments[0];
+        assert!(first >= Duration::from_secs(1) && moments.last().unwrap() <= &Duration::from_secs(10));
+        let within =
+            |from: Duration| moments.iter().filter(|it| (from..from + Duration::from_secs(1)).contains(it)).count();
+        moments.iter().step_by(100).map(|&from| within(from)).max().unwrap()
+    }
+
+    #[test]
+    fn ten_thousand_connections_end_evenly_over_the_spread() {
+        // 1,111 in each of nine seconds would be perfect.
+        for step in [1, 2, 3, 5, 8, 10, 16, 21] {
+            let most = most_within_a_second((0..10_000).map(|number| 12_345 + number * step));
+            assert!(most < 1_200, "{most} of 10,000 connections end within a second");
+        }
+    }
+}

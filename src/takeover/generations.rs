@@ -1,0 +1,173 @@
+//! The processes that were replaced and still finish their connections.
+
+use std::{
+    io::{self, ErrorKind, Read, Write},
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    libc,
+    sys::socket::{getsockopt, sockopt::PeerCredentials},
+};
+use tracing::info;
+
+use crate::{close_in_background, sys};
+
+/// A process that was replaced, and still runs to finish its connections.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Generation {
+    /// Its process id. `None` if it is in another PID namespace.
+    pub pid: Option<u32>,
+    /// The time for which it has been replaced.
+    pub replaced_for: Duration,
+}
+
+/// The old generations that a server knows of, the oldest first.
+#[derive(Debug, Default)]
+pub(super) struct Generations(Vec<Leashed>);
+
+/// A process that was replaced, with the socket that tells whether it still runs.
+#[derive(Debug)]
+struct Leashed {
+    pid: Option<u32>,
+    replaced_at: Instant,
+    leash: UnixStream,
+    /// It was asked to leave.
+    is_asked: bool,
+}
+
+/// This process's end of its own leash.
+#[derive(Debug)]
+pub(super) struct OwnEnd(tokio::net::UnixStream);
+
+/// Makes a leash: one end for this process, one for the process that takes over.
+pub(super) fn leash() -> io::Result<(OwnEnd, OwnedFd)> {
+    let (own, other) = UnixStream::pair()?;
+    own.set_nonblocking(true)?;
+    Ok((OwnEnd(tokio::net::UnixStream::from_std(own)?), other.into()))
+}
+
+impl OwnEnd {
+    /// Waits until this process has to leave. Never returns if nobody is left who could say so.
+    pub(super) async fn must_leave(&self) {
+        while self.0.readable().await.is_ok() {
+            match self.0.try_read(&mut [0]) {
+                Ok(1..) => return,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                _ => break, // no holder is left
+            }
+        }
+        std::future::pending().await
+    }
+}
+
+impl Generations {
+    /// Notes a process by its leash. It was replaced so many milliseconds ago.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the descriptor is not a Unix socket.
+    pub(super) fn add(&mut self, milliseconds: u64, leash: OwnedFd) -> io::Result<()> {
+        if getsockopt(&leash, sys::Domain) != Ok(libc::AF_UNIX) {
+            close_in_background([leash]);
+            return Err(io::Error::new(ErrorKind::InvalidInput, "the leash of an old process is not a Unix socket"));
+        }
+        let made_by = getsockopt(&leash, PeerCredentials)?.pid();
+        let leash = UnixStream::from(leash);
+        leash.set_nonblocking(true)?;
+        let now = Instant::now();
+        let replaced_at = now.checked_sub(Duration::from_millis(milliseconds)).unwrap_or(now);
+        let pid = u32::try_from(made_by).ok().filter(|&pid| pid > 0);
+        self.0.push(Leashed { pid, replaced_at, leash, is_asked: false });
+        Ok(())
+    }
+
+    /// The one that has been replaced by this process was so just now.
+    pub(super) fn last_was_replaced(&mut self) {
+        if let Some(last) = self.0.last_mut() {
+            last.replaced_at = Instant::now();
+        }
+    }
+
+    /// Lists those that still run.
+    pub(super) fn list(&mut self) -> Vec<Generation> {
+        self.0.retain(Leashed::runs);
+        let list = self.0.iter();
+        list.map(|it| Generation { pid: it.pid, replaced_for: it.replaced_at.elapsed() }).collect()
+    }
+
+    /// Returns copies for the next process: for how long each has been replaced, and its leash.
+    pub(super) fn copies(&mut self) -> io::Result<Vec<(u64, OwnedFd)>> {
+        self.0.retain(Leashed::runs);
+        let milliseconds = |it: &Leashed| u64::try_from(it.replaced_at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.0.iter().map(|it| Ok((milliseconds(it), it.leash.try_clone()?.into()))).collect()
+    }
+
+    /// Asks the oldest to leave, if more than this number still run.
+    pub(super) fn limit(&mut self, most: usize) {
+        self.0.retain(Leashed::runs);
+        let surplus = self.0.len().saturating_sub(most);
+        for it in self.0[..surplus].iter_mut().filter(|it| !it.is_asked) {
+            info!(pid = it.pid, most, "takeover: too many old processes, asking the oldest to leave");
+            it.is_asked = (&it.leash).write(b"x").is_ok(); // an error says that it has just left
+        }
+    }
+}
+
+impl Leashed {
+    /// Nothing is ever sent to this end, so there is its end to read, or nothing.
+    fn runs(&self) -> bool {
+        let read = (&self.leash).read(&mut [0]);
+        read.is_err_and(|error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn generations_are_listed_while_they_run() {
+        let mut generations = Generations::default();
+        let mut ends = Vec::new();
+        for milliseconds in [3000, 2000, 0] {
+            let (own, other) = leash().unwrap();
+            generations.add(milliseconds, other).unwrap();
+            ends.push(own);
+        }
+        let list = generations.list();
+        assert!(list.iter().all(|it| it.pid == Some(std::process::id())), "{list:?}");
+        assert!(list.is_sorted_by_key(|it| std::cmp::Reverse(it.replaced_for)), "{list:?}");
+        // The next process knows the same.
+        let mut next = Generations::default();
+        generations.copies().unwrap().into_iter().for_each(|(age, leash)| next.add(age, leash).unwrap());
+        drop(generations);
+        ends.remove(1);
+        assert_eq!(next.list().len(), 2);
+        drop(ends);
+        assert_eq!(next.list(), []);
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(next.add(0, file.into()).is_err());
+    }
+
+    #[tokio::test]
+    async fn the_oldest_are_asked_to_leave() {
+        let mut generations = Generations::default();
+        let mut ends = Vec::new();
+        for _ in 0..4 {
+            let (own, other) = leash().unwrap();
+            generations.add(0, other).unwrap();
+            ends.push(own);
+        }
+        generations.limit(2);
+        ends[0].must_leave().await;
+        ends[1].must_leave().await;
+        assert_eq!(generations.list().len(), 4, "they still run");
+        let mut left = futures::future::select_all(ends[2..].iter().map(|own| Box::pin(own.must_leave())));
+        assert!(futures::FutureExt::now_or_never(&mut left).is_none());
+        drop(generations);
+        tokio::task::yield_now().await;
+        assert!(futures::FutureExt::now_or_never(&mut left).is_none(), "nobody said so");
+    }
+}

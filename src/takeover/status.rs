@@ -1,0 +1,134 @@
+//! The truth for whoever starts a server: who serves, and whether a new process does.
+
+use std::{path::Path, time::Duration};
+
+use futures::{SinkExt, StreamExt};
+use tokio::{
+    process::{Child, Command},
+    time::{sleep, timeout},
+};
+
+use super::{
+    Error, Generation, Options,
+    protocol::{FromTaker, TakerCodec, ToTaker},
+    request::connect,
+};
+use crate::Framed;
+
+/// The time between two questions.
+const POLL: Duration = Duration::from_millis(20);
+
+/// The state of the server at a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Status {
+    /// Process id of the one that serves, in its PID namespace.
+    pub pid: u32,
+    /// Another process is taking over.
+    pub is_under_way: bool,
+    /// The processes that were replaced and still finish their connections, the oldest first.
+    pub generations: Vec<Generation>,
+}
+
+/// Asks the server at a path for its state.
+///
+/// While one process replaces another, the question waits for the new one.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use fdwire::takeover::{self, Listeners, Options, Server};
+///
+/// # let directory = tempfile::tempdir()?;
+/// # let path = directory.path().join("app.takeover");
+/// let server = Server::bind(&path, Listeners::new(), Options::default())?;
+/// let status = takeover::status(&path, &Options::default()).await?;
+/// assert_eq!(status.pid, std::process::id());
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+/// As for [`request`](super::request()), without those of listeners.
+///
+/// # Panics
+/// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
+pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<Status, Error> {
+    let socket = connect(path.as_ref(), options).await?;
+    let mut connection = Framed::new(socket, TakerCodec::default());
+    let answer = async {
+        connection.send(FromTaker::Status).await.map_err(|refused| Error::Connection(refused.error))?;
+        match connection.next().await {
+            Some(Ok(ToTaker::Status { pid, is_under_way, generations })) => {
+                let generation = |(pid, milliseconds)| Generation {
+                    pid: Some(pid).filter(|&pid| pid > 0),
+                    replaced_for: Duration::from_millis(milliseconds),
+                };
+                Ok(Status { pid, is_under_way, generations: generations.into_iter().map(generation).collect() })
+            }
+            Some(Ok(_)) => Err(Error::Misbehaved),
+            Some(Err(error)) if !error.is_peer_gone() => Err(Error::Connection(error)),
+            _ => Err(Error::GiverGone),
+        }
+    };
+    timeout(options.answer_timeout, answer).await.map_err(|_| Error::TimedOut)?
+}
+
+/// Starts a new server process, and waits until it serves at a path. For the command of a service
+/// manager or of a deployment, whose exit code is to be true.
+///
+/// The process has to become the server itself, with [`bind_or_take`](super::bind_or_take): this
+/// waits until the server at the path has its process id. It lives on when the [`Child`] is
+/// dropped.
+///
+/// ```no_run
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::time::Duration;
+///
+/// use fdwire::takeover::{self, Options};
+/// use tokio::process::Command;
+///
+/// let mut command = Command::new("/usr/bin/app");
+/// let child = takeover::launch(&mut command, "/run/app/takeover", &Options::default(), Duration::from_secs(60));
+/// println!("process {:?} serves", child.await?.id());
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+/// [`Error::Ended`] if it ends before it serves, [`Error::TooLate`] if it does not serve within
+/// `limit`, and [`Error::Io`] if it can't be started. It does not run then, and a server that ran
+/// before it goes on.
+///
+/// # Panics
+/// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
+///
+/// # Cancel safety
+/// When dropped, the process goes on.
+pub async fn launch(
+    command: &mut Command,
+    path: impl AsRef<Path>,
+    options: &Options,
+    limit: Duration,
+) -> Result<Child, Error> {
+    let mut child = command.spawn()?;
+    let pid = child.id();
+    let outcome = timeout(limit, async {
+        tokio::select! {
+            biased;
+            ended = child.wait() => Err(Error::Ended { status: ended? }),
+            () = serves(path.as_ref(), options, pid) => Ok(()),
+        }
+    });
+    match outcome.await {
+        Ok(outcome) => outcome.map(|()| child),
+        Err(_) => {
+            child.kill().await?;
+            Err(Error::TooLate { limit })
+        }
+    }
+}
+
+/// Waits until a process serves.
+async fn serves(path: &Path, options: &Options, pid: Option<u32>) {
+    while status(path, options).await.ok().map(|status| status.pid) != pid {
+        sleep(POLL).await;
+    }
+}

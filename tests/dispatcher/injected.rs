@@ -1,0 +1,88 @@
+//! Errors of system calls that Linux does not give for these sockets, injected with strace.
+
+use std::{
+    io::{BufRead, BufReader},
+    os::fd::OwnedFd,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use fdwire::{
+    Framed, Socket,
+    handoff::{
+        Dispatcher,
+        protocol::{FromWorker, ToWorker, WorkerCodec},
+    },
+};
+use futures::{SinkExt, StreamExt, future::join_all};
+
+use crate::{
+    common::{KINDS, PASSED, installed, role_socket, run, run_and_pass, spawn_role},
+    raw_worker::{connections, greet, until},
+};
+
+const ROLE: &str = "injected::an_adoption_that_was_sent_counts_though_receiving_fails";
+
+/// Attaches strace to a process, which injects an error into its calls of recvmsg.
+fn inject(strace: &Path, pid: u32, error: &str, when: &str) -> Child {
+    let mut tracer = Command::new(strace)
+        .args(["-f", "-p", &pid.to_string(), "-o", "/dev/null"])
+        .arg(format!("--inject=recvmsg:error={error}:when={when}"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(tracer.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.contains("attached"), "{line}");
+    tracer
+}
+
+/// Two ADOPTEDs are in the queue when the dispatcher's first call fails, or the first five, or all.
+#[test]
+fn an_adoption_that_was_sent_counts_though_receiving_fails() {
+    if let Some(socket) = role_socket(ROLE) {
+        return run_and_pass(dispatch_two(socket));
+    }
+    let Some(strace) = installed("strace") else { return };
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("skipped: needs root to attach strace to a process");
+    }
+    for kind in KINDS {
+        for (error, when) in [("ENOBUFS", "1"), ("ENOMEM", "1..5"), ("EACCES", "1+")] {
+            run(async {
+                let (here, there) = Socket::pair(kind).unwrap();
+                let mut child = spawn_role(ROLE, None, there.into());
+                let mut framed = Framed::new(here, WorkerCodec::default());
+                greet(&mut framed, 2).await;
+                let mut offers = Vec::new();
+                while offers.len() < 2 {
+                    if let ToWorker::Offer { offer, .. } = framed.next().await.unwrap().unwrap() {
+                        offers.push(offer);
+                    }
+                }
+                let mut tracer = inject(&strace, child.id(), error, when);
+                for first in 0..2 {
+                    framed.feed(FromWorker::Adopted { first, count: 1 }).await.unwrap();
+                }
+                framed.flush().await.unwrap();
+                let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+                assert_eq!(status.code(), Some(PASSED), "{kind:?} {error} {when}");
+                tracer.wait().unwrap();
+            });
+        }
+    }
+}
+
+/// The dispatcher: no worker but the first may get one of the two connections.
+async fn dispatch_two(socket: OwnedFd) {
+    let dispatcher = Dispatcher::builder().ping_interval(Duration::MAX).build();
+    let id = dispatcher.add_worker(Socket::try_from(socket).unwrap());
+    let (_clients, accepted): (Vec<_>, Vec<_>) = connections(2).await.into_iter().unzip();
+    let outcomes = accepted.into_iter().map(|accepted| dispatcher.dispatch(accepted));
+    for outcome in join_all(outcomes).await {
+        assert_eq!(outcome.unwrap(), id);
+    }
+    until("it is gone", || dispatcher.stats().workers.is_empty()).await;
+    assert_eq!((dispatcher.stats().adopted, dispatcher.stats().offered_again), (2, 0));
+}

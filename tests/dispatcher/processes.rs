@@ -1,0 +1,211 @@
+//! Processes of workers that go on without their link, come back, or come up again and again.
+
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use fdwire::{
+    Framed, Listener, Socket, SocketKind,
+    handoff::{
+        Dispatcher, Incoming, NotDispatched, WorkerCommand,
+        protocol::{ToWorker, WorkerCodec},
+    },
+};
+use futures::StreamExt;
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        socket::{Shutdown, shutdown},
+    },
+    unistd::Pid,
+};
+use tokio::process::Command;
+
+use crate::{
+    common::run,
+    descriptors::alone,
+    raw_worker::{connections, greet, until},
+};
+
+/// This test again, as a process of its own.
+fn role(name: &str) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.args([name, "--exact", "--nocapture"]).env("FDWIRE_ROLE", name).stdout(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+fn is_role(name: &str) -> bool {
+    std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == name)
+}
+
+/// The number of descriptors of this process that stand for processes.
+fn pidfds() -> usize {
+    let links = std::fs::read_dir("/proc/self/fd").unwrap().map(|fd| std::fs::read_link(fd.unwrap().path()));
+    links.filter(|link| link.as_ref().is_ok_and(|link| link.to_string_lossy().contains("pidfd"))).count()
+}
+
+/// Each time it leaves an offer unanswered, so its end matters.
+#[test]
+fn a_process_takes_one_descriptor_however_often_it_connects() {
+    const ROLE: &str = "processes::a_process_takes_one_descriptor_however_often_it_connects";
+    const ROUNDS: u64 = 50;
+    if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
+        return run(async {
+            loop {
+                let socket = Socket::connect(&path, SocketKind::SeqPacket).await.unwrap();
+                let mut framed = Framed::new(socket, WorkerCodec::default());
+                greet(&mut framed, 1).await;
+                while !matches!(framed.next().await, Some(Ok(ToWorker::Offer { .. })) | None) {}
+            }
+        });
+    }
+    alone(ROLE, async {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("front.sock");
+        let dispatcher = Dispatcher::builder().max_offers(1).build();
+        let listener = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
+        let accepting = async { dispatcher.serve_workers(listener).await.unwrap() };
+        let mut process = role(ROLE).env("FDWIRE_CONNECT", &path).spawn().unwrap();
+        let work = async {
+            while dispatcher.stats().retired.ended < ROUNDS {
+                let (_client, accepted) = connections(1).await.pop().unwrap();
+                let failed = dispatcher.dispatch(accepted).await.unwrap_err();
+                assert!(matches!(failed.reason, NotDispatched::TooManyOffers { .. }));
+            }
+        };
+        tokio::select! {
+            () = accepting => unreachable!(),
+            () = work => {}
+        }
+        assert_eq!(pidfds(), 2, "one for the process, and one of the test for its child");
+        process.kill().await.unwrap();
+        until("its end was noticed", || pidfds() == 0).await;
+    });
+}
+
+/// It has another process serve, as a program does that daemonizes.
+#[test]
+fn a_worker_goes_on_though_the_process_that_has_connected_ends() {
+    const ROLE: &str = "processes::a_worker_goes_on_though_the_process_that_has_connected_ends";
+    if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
+        return run(async {
+            let socket = OwnedFd::from(Socket::connect(path, SocketKind::SeqPacket).await.unwrap());
+            let mut serving = role(ROLE);
+            serving.env_remove("FDWIRE_CONNECT").stdin(socket).kill_on_drop(false).spawn().unwrap();
+        });
+    }
+    if is_role(ROLE) {
+        run(async {
+            let mut incoming = Incoming::from_stdin().unwrap();
+            while let Some(connection) = incoming.next().await {
+                drop(connection);
+            }
+        });
+        std::process::exit(0);
+    }
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("front.sock");
+        let dispatcher = Dispatcher::builder().build();
+        let listener = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
+        let accepting = tokio::spawn({
+            let dispatcher = dispatcher.clone();
+            async move { dispatcher.serve_workers(listener).await }
+        });
+        assert!(role(ROLE).env("FDWIRE_CONNECT", &path).status().await.unwrap().success());
+        for (client, accepted) in connections(20).await {
+            dispatcher.dispatch(accepted).await.unwrap();
+            assert_eq!(client.answer().await, "");
+        }
+        assert_eq!(dispatcher.stats().retired, Default::default());
+        dispatcher.drain(None).await;
+        assert_eq!(dispatcher.stats().retired.drained, 1);
+        accepting.await.unwrap().unwrap();
+    });
+}
+
+/// A worker that adopts one connection, ends the conversation, and lives on, as one does whose
+/// socket has failed.
+fn lives_on() {
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    run(async {
+        let mut incoming = Incoming::from_stdin().unwrap();
+        drop(incoming.next().await);
+        shutdown(socket.as_raw_fd(), Shutdown::Both).unwrap();
+        std::future::pending::<()>().await
+    });
+}
+
+/// Rules: W-EXIT-TIME.
+#[test]
+fn a_process_that_has_left_and_lives_on_is_killed_and_few_are_started_meanwhile() {
+    const ROLE: &str = "processes::a_process_that_has_left_and_lives_on_is_killed_and_few_are_started_meanwhile";
+    if is_role(ROLE) {
+        return lives_on();
+    }
+    run(async {
+        let dispatcher = Dispatcher::builder().exit_timeout(Duration::from_millis(500)).build();
+        dispatcher.spawn_worker(WorkerCommand::from(role(ROLE)).restart(true)).unwrap();
+        let mut most = 0;
+        while dispatcher.stats().workers[0].restarts < 5 {
+            let (_client, accepted) = connections(1).await.pop().unwrap();
+            dispatcher.dispatch(accepted).await.unwrap();
+            let stats = dispatcher.stats();
+            assert_eq!(stats.leftover, stats.workers[0].leftover);
+            most = most.max(stats.leftover);
+        }
+        assert!((1..=2).contains(&most), "{most}");
+        // Without a limit of its own.
+        dispatcher.drain(None).await;
+        assert_eq!(dispatcher.stats().leftover, 0);
+    });
+}
+
+#[test]
+fn a_drain_does_not_wait_for_a_process_that_is_not_to_be_killed() {
+    const ROLE: &str = "processes::a_drain_does_not_wait_for_a_process_that_is_not_to_be_killed";
+    if is_role(ROLE) {
+        return lives_on();
+    }
+    run(async {
+        let dispatcher = Dispatcher::builder().exit_timeout(Duration::from_millis(100)).kill_hung(false).build();
+        dispatcher.spawn_worker(role(ROLE)).unwrap();
+        until("it has said hello", || dispatcher.stats().workers[0].room > 0).await;
+        let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        dispatcher.dispatch(accepted).await.unwrap();
+        until("it has left", || dispatcher.stats().workers.is_empty()).await;
+        dispatcher.drain(None).await;
+        assert_eq!(dispatcher.stats().leftover, 1);
+        kill(pid, Signal::SIGKILL).unwrap();
+        until("it was reaped", || dispatcher.stats().leftover == 0).await;
+    });
+}
+
+/// It has adopted the request each time.
+#[test]
+fn a_request_that_crashes_the_application_does_not_start_a_storm_of_processes() {
+    const ROLE: &str = "processes::a_request_that_crashes_the_application_does_not_start_a_storm_of_processes";
+    const RESTARTS: u32 = 7;
+    if is_role(ROLE) {
+        run(async {
+            let mut incoming = Incoming::from_stdin().unwrap();
+            let _crashes = incoming.next().await;
+        });
+        std::process::abort();
+    }
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let begin = Instant::now();
+        dispatcher.spawn_worker(WorkerCommand::from(role(ROLE)).restart(true)).unwrap();
+        while dispatcher.stats().workers[0].restarts < RESTARTS.into() {
+            let (_client, accepted) = connections(1).await.pop().unwrap();
+            dispatcher.dispatch(accepted).await.unwrap();
+        }
+        let waits = (0..RESTARTS).map(|restart| Duration::from_millis(10) * 2u32.pow(restart)).sum();
+        assert!(begin.elapsed() >= waits, "{:?}", begin.elapsed());
+        dispatcher.drain(Some(Duration::ZERO)).await;
+    });
+}

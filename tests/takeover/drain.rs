@@ -1,0 +1,154 @@
+//! The end of a replaced server's connections.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use fdwire::takeover::{OpenConnection, Options, Phase, Server};
+use futures::{FutureExt, future::join_all};
+
+use crate::{common::*, first_with, place, request};
+
+const HOUR: Duration = Duration::from_secs(3600);
+const SHORT: Duration = Duration::from_millis(30);
+
+fn options(spread: Duration, deadline: Duration) -> Options {
+    Options::default().drain(spread, deadline)
+}
+
+fn connections(server: &Server, number: usize) -> Vec<OpenConnection> {
+    (0..number).map(|_| server.open_connection()).collect()
+}
+
+#[test]
+fn a_server_stays_until_its_connections_have_ended_and_reports_that_none_is_left() {
+    run(async {
+        let (_directory, path) = place();
+        let old = first_with(&path, options(SHORT, HOUR));
+        let mut open = connections(&old, 10);
+        let mut finish = Box::pin(old.finish());
+        assert!(finish.as_mut().now_or_never().is_none(), "nothing has replaced it");
+        assert!(!open[0].is_replaced());
+
+        let new = request(&path).await.ready().await.unwrap();
+        old.replaced().await;
+        // Each of them is told to end.
+        for connection in &open {
+            assert!(connection.is_replaced());
+            connection.ending().await;
+        }
+        assert!(finish.as_mut().now_or_never().is_none());
+        assert!(open[0].deadline().now_or_never().is_none());
+        let last = open.pop();
+        drop(open);
+        assert!(finish.as_mut().now_or_never().is_none(), "one is open");
+        drop(last);
+        assert_eq!(finish.await.left, 0);
+        assert_eq!((old.phase(), new.phase()), (Phase::Replaced, Phase::Serving));
+    });
+}
+
+#[test]
+fn connections_that_are_open_at_the_deadline_are_reported() {
+    run(async {
+        let (_directory, path) = place();
+        let old = first_with(&path, options(SHORT, SHORT));
+        let open = connections(&old, 3);
+        let _new = request(&path).await.ready().await.unwrap();
+        assert_eq!(old.finish().await.left, 3);
+        join_all(open.iter().map(OpenConnection::deadline)).await;
+    });
+}
+
+/// It stays for the spread even without a connection: its successor may still fail.
+#[test]
+fn a_takeover_can_be_undone_for_the_whole_spread() {
+    run(async {
+        let (_directory, path) = place();
+        let old = first_with(&path, options(HOUR, HOUR));
+        let mut finish = Box::pin(old.finish());
+        let connection = old.open_connection();
+        for _ in 0..2 {
+            let new = request(&path).await.ready().await.unwrap();
+            new.confirmed().await;
+            old.replaced().await;
+            assert!(finish.as_mut().now_or_never().is_none() && connection.is_replaced());
+            drop(new);
+            assert!(old.undone().await);
+            assert!(finish.as_mut().now_or_never().is_none() && !connection.is_replaced());
+            settle().await;
+        }
+        assert!(connection.ending().now_or_never().is_none(), "it serves");
+
+        // A successor of the successor makes sure that nothing can be undone.
+        let new = request(&path).await.ready().await.unwrap();
+        new.confirmed().await;
+        let _newest = request(&path).await.ready().await.unwrap();
+        drop(connection);
+        assert_eq!(finish.await.left, 0);
+    });
+}
+
+/// Told one by one, in an order that has nothing to do with that of their age.
+#[test]
+fn connections_do_not_end_at_one_moment() {
+    run(async {
+        let (_directory, path) = place();
+        let old = first_with(&path, options(Duration::from_secs(2), HOUR));
+        let ended = Arc::new(AtomicUsize::new(0));
+        let tasks: Vec<_> = connections(&old, 1000)
+            .into_iter()
+            .map(|connection| {
+                let ended = Arc::clone(&ended);
+                tokio::spawn(async move {
+                    connection.ending().await;
+                    ended.fetch_add(1, Ordering::SeqCst);
+                })
+            })
+            .collect();
+        let _new = request(&path).await.ready().await.unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        while seen.insert(ended.load(Ordering::SeqCst)) | !seen.contains(&1000) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(seen.len() > 20, "they ended at {} moments", seen.len());
+        join_all(tasks).await;
+        assert_eq!(old.finish().await.left, 0);
+    });
+}
+
+#[test]
+fn the_oldest_of_too_many_old_servers_leaves_at_once() {
+    run(async {
+        let (_directory, path) = place();
+        let options = || options(SHORT, HOUR).max_old_generations(2);
+        let mut servers = vec![first_with(&path, options())];
+        let mut connections = Vec::new();
+        for _ in 0..4 {
+            let new = fdwire::takeover::request(&path, options()).await.unwrap().ready().await.unwrap();
+            new.confirmed().await;
+            connections.push(servers.last().unwrap().open_connection());
+            servers.push(new);
+        }
+        // Four were replaced. The first two have to leave, with their connections.
+        for server in &servers[..2] {
+            assert_eq!(server.finish().await.left, 1);
+        }
+        assert!(servers[2].finish().now_or_never().is_none());
+        let newest = &servers[4];
+        assert_eq!(newest.generations().len(), 4, "those that were asked to leave are still here");
+        drop(servers.drain(..2));
+        assert_eq!(servers[0].generations(), [], "a server that was replaced for good knows of none");
+        let newest = servers.last().unwrap();
+        while newest.generations().len() > 2 {
+            tokio::task::yield_now().await;
+        }
+        let list = newest.generations();
+        assert!(list.iter().all(|old| old.pid == Some(std::process::id())), "{list:?}");
+        assert!(list[0].replaced_for >= list[1].replaced_for, "{list:?}");
+    });
+}

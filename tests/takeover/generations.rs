@@ -1,0 +1,142 @@
+//! Many generations of a server, each a process that still has a connection to finish.
+
+use std::{
+    io::Write,
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use fdwire::takeover::{self, Listeners, Options, Status};
+use tokio::{
+    io::AsyncReadExt,
+    process::{Child, Command},
+};
+
+use crate::{common::*, place};
+
+const ROLE: &str = "generations::ten_restarts_leave_a_limited_number_of_old_processes_which_are_listed";
+
+/// A server process, which tells each client its process id and keeps the connection until it has
+/// to cut it.
+async fn serve() {
+    let number = |name| std::env::var(name).unwrap().parse::<u64>().unwrap();
+    let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
+    let address: SocketAddr = std::env::var("FDWIRE_ADDRESS").unwrap().parse().unwrap();
+    let bind = || {
+        let mut listeners = Listeners::new();
+        listeners.bind_tcp("http", address)?;
+        Ok(listeners)
+    };
+    let deadline = Duration::from_millis(number("FDWIRE_DEADLINE"));
+    let options = Options::default().drain(Duration::from_millis(1), deadline).max_old_generations(3);
+    let server = takeover::bind_or_take(&path, options, bind).await.unwrap().ready().await.unwrap();
+    let http = server.gated::<tokio::net::TcpListener>("http", 0).unwrap();
+    let serving = async {
+        loop {
+            let Ok((stream, _)) = http.accept().await else { std::future::pending().await };
+            let connection = server.open_connection();
+            tokio::spawn(async move {
+                let stream = stream.into_std().unwrap();
+                write!(&stream, "{}", std::process::id()).unwrap();
+                connection.deadline().await;
+            });
+        }
+    };
+    let finished = tokio::select! {
+        finished = server.finish() => finished,
+        () = serving => unreachable!(),
+    };
+    std::process::exit(PASSED + finished.left as i32);
+}
+
+async fn start(path: &Path, address: SocketAddr, deadline: Duration) -> Child {
+    let mut command = Command::new("/proc/self/exe");
+    command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_ROLE", ROLE).kill_on_drop(true);
+    command.env("FDWIRE_PATH", path).env("FDWIRE_ADDRESS", address.to_string());
+    command.env("FDWIRE_DEADLINE", deadline.as_millis().to_string());
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    takeover::launch(&mut command, path, &Options::default(), Duration::from_secs(30)).await.unwrap()
+}
+
+async fn status(path: &Path) -> Status {
+    takeover::status(path, &Options::default()).await.unwrap()
+}
+
+/// A client whose connection stays open.
+async fn client(address: SocketAddr) -> tokio::net::TcpStream {
+    let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+    client.read_u8().await.unwrap();
+    client
+}
+
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+#[test]
+fn ten_restarts_leave_a_limited_number_of_old_processes_which_are_listed() {
+    if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == ROLE) {
+        return run(serve());
+    }
+    run(async {
+        let (_directory, path) = place();
+        let address = free_address();
+        let hour = Duration::from_secs(3600);
+        let mut processes = vec![start(&path, address, hour).await];
+        let mut clients = Vec::new();
+        for _ in 0..10 {
+            clients.push(client(address).await);
+            processes.push(start(&path, address, hour).await);
+        }
+        // The seven oldest are asked to leave, and cut the connection of their client.
+        for (process, mut client) in processes.drain(..7).zip(clients.drain(..7)) {
+            let mut process = process;
+            assert_eq!(process.wait().await.unwrap().code(), Some(PASSED + 1), "one connection was left");
+            while client.read_u8().await.is_ok() {}
+        }
+        let Status { pid, generations, .. } = status(&path).await;
+        assert_eq!(Some(pid), processes.last().unwrap().id());
+        let listed: Vec<_> = generations.iter().map(|old| old.pid).collect();
+        assert_eq!(listed, processes[..3].iter().map(Child::id).collect::<Vec<_>>());
+        assert!(generations.is_sorted_by_key(|old| std::cmp::Reverse(old.replaced_for)), "{generations:?}");
+        assert!(TcpStream::connect(address).is_ok());
+    });
+}
+
+#[test]
+fn an_old_process_does_not_grow_older_than_the_deadline() {
+    run(async {
+        let (_directory, path) = place();
+        let address = free_address();
+        let deadline = Duration::from_millis(200);
+        let mut first = start(&path, address, deadline).await;
+        let mut client = client(address).await;
+        let _second = start(&path, address, deadline).await;
+        assert_eq!(first.wait().await.unwrap().code(), Some(PASSED + 1));
+        while client.read_u8().await.is_ok() {}
+        while !status(&path).await.generations.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    });
+}
+
+/// SIGKILL: nothing is asked of it, and it is no longer listed.
+#[test]
+fn an_old_process_that_is_killed_is_not_listed() {
+    run(async {
+        let (_directory, path) = place();
+        let address = free_address();
+        let hour = Duration::from_secs(3600);
+        let mut first = start(&path, address, hour).await;
+        let _first_client = client(address).await;
+        let second = start(&path, address, hour).await;
+        let _second_client = client(address).await;
+        let _third = start(&path, address, hour).await;
+        assert_eq!(status(&path).await.generations.len(), 2);
+        first.kill().await.unwrap();
+        let left = status(&path).await.generations;
+        assert_eq!(left.iter().map(|old| old.pid).collect::<Vec<_>>(), [second.id()]);
+    });
+}

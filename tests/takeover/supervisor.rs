@@ -1,0 +1,244 @@
+//! The truth for whoever starts a new process, and what a service manager is told.
+
+use std::{
+    collections::BTreeMap,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::linux::net::SocketAddrExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use fdwire::{
+    Datagram, DatagramSocket, PassCredentials,
+    systemd::Notifier,
+    takeover::{self, Error, Listeners, Options},
+};
+use tokio::process::{Child, Command};
+
+use crate::{common::*, place};
+
+const ROLE: &str = "supervisor::a_call_returns_once_the_new_process_serves";
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A server process. `FDWIRE_FAILS`: how it fails before it is ready.
+async fn serve() {
+    let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
+    let address: SocketAddr = std::env::var("FDWIRE_ADDRESS").unwrap().parse().unwrap();
+    let bind = || {
+        let mut listeners = Listeners::new();
+        listeners.bind_tcp("http", address)?;
+        Ok(listeners)
+    };
+    let options = Options::default().drain(Duration::from_millis(10), PATIENCE);
+    let pending = takeover::bind_or_take(&path, options, bind).await.unwrap();
+    match std::env::var("FDWIRE_FAILS").as_deref() {
+        Ok("exits") => std::process::exit(7),
+        Ok("hangs") => return std::future::pending().await,
+        _ => {}
+    }
+    let server = pending.ready().await.unwrap();
+    let notifier = Notifier::from_env().unwrap();
+    let http = server.gated::<tokio::net::TcpListener>("http", 0).unwrap();
+    let serving = async {
+        while let Ok((connection, _)) = http.accept().await {
+            let connection = connection.into_std().unwrap();
+            write!(&connection, "{}", std::process::id()).unwrap();
+        }
+        std::future::pending().await // it was replaced for good
+    };
+    let following = async { tokio::join!(server.finish(), notifier.follow(&server)) };
+    tokio::select! {
+        (_, told) = following => told.unwrap(),
+        () = serving => unreachable!(),
+    }
+}
+
+struct Service {
+    _directory: tempfile::TempDir,
+    path: PathBuf,
+    address: SocketAddr,
+}
+
+impl Service {
+    fn new() -> Self {
+        let (_directory, path) = place();
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        Self { _directory, path, address }
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new("/proc/self/exe");
+        command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_ROLE", ROLE).kill_on_drop(true);
+        command.env("FDWIRE_PATH", &self.path).env("FDWIRE_ADDRESS", self.address.to_string());
+        command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+        command
+    }
+
+    async fn launch(&self, command: &mut Command, limit: Duration) -> Result<Child, Error> {
+        takeover::launch(command, &self.path, &Options::default(), limit).await
+    }
+
+    /// Asks who answers.
+    fn pid(&self) -> u32 {
+        let mut answer = String::new();
+        TcpStream::connect(self.address).unwrap().read_to_string(&mut answer).unwrap();
+        answer.parse().unwrap()
+    }
+}
+
+#[test]
+fn a_call_returns_once_the_new_process_serves() {
+    if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == ROLE) {
+        return run(serve());
+    }
+    run(async {
+        let service = Service::new();
+        let mut first = service.launch(&mut service.command(), PATIENCE).await.unwrap();
+        assert_eq!(Some(service.pid()), first.id());
+        let second = service.launch(&mut service.command(), PATIENCE).await.unwrap();
+        assert_eq!(Some(service.pid()), second.id());
+        let status = takeover::status(&service.path, &Options::default()).await.unwrap();
+        assert_eq!((Some(status.pid), status.is_under_way), (second.id(), false));
+        assert!(first.wait().await.unwrap().success());
+    });
+}
+
+#[test]
+fn a_call_fails_if_the_new_process_ends_before_it_serves() {
+    run(async {
+        let service = Service::new();
+        let mut failing = service.command();
+        failing.env("FDWIRE_FAILS", "exits");
+        // Also if no server runs.
+        for _ in 0..2 {
+            let error = service.launch(&mut failing, PATIENCE).await.unwrap_err();
+            assert!(matches!(error, Error::Ended { status } if status.code() == Some(7)), "{error}");
+        }
+        let first = service.launch(&mut service.command(), PATIENCE).await.unwrap();
+        let error = service.launch(&mut failing, PATIENCE).await.unwrap_err();
+        assert_eq!(error.to_string(), "the new process ended before it served: exit status: 7");
+        assert_eq!(Some(service.pid()), first.id());
+        let missing = service.launch(&mut Command::new("/nonexistent"), PATIENCE).await.unwrap_err();
+        assert!(matches!(missing, Error::Io(_)), "{missing}");
+    });
+}
+
+#[test]
+fn a_call_fails_if_the_new_process_hangs_and_leaves_none_behind() {
+    run(async {
+        let service = Service::new();
+        let first = service.launch(&mut service.command(), PATIENCE).await.unwrap();
+        let mut hanging = service.command();
+        hanging.env("FDWIRE_FAILS", "hangs");
+        let limit = Duration::from_millis(300);
+        let error = service.launch(&mut hanging, limit).await.unwrap_err();
+        assert!(matches!(error, Error::TooLate { .. }), "{error}");
+        assert_eq!(Some(service.pid()), first.id());
+        // Nothing of it is in the way of the next one.
+        let second = loop {
+            match service.launch(&mut service.command(), PATIENCE).await {
+                Err(Error::Ended { .. }) => {} // the end of the one before is not noticed yet
+                launched => break launched.unwrap(),
+            }
+        };
+        assert_eq!(Some(service.pid()), second.id());
+    });
+}
+
+/// The first line of each message of each process, in the order of that process. The barrier of a
+/// process comes with its descriptor.
+async fn messages(
+    manager: &DatagramSocket,
+    until: impl Fn(&BTreeMap<i32, Vec<String>>) -> bool,
+) -> BTreeMap<i32, Vec<String>> {
+    let mut messages = BTreeMap::<i32, Vec<String>>::new();
+    while !until(&messages) {
+        let Datagram { payload, credentials, fds, .. } = manager.recv().await.unwrap();
+        let text = String::from_utf8(payload.to_vec()).unwrap();
+        assert_eq!(fds.len(), usize::from(text == "BARRIER=1"), "{text}");
+        let (first, rest) = text.split_once('\n').unwrap_or((&text, ""));
+        if first == "RELOADING=1" {
+            let time = rest.strip_prefix("MONOTONIC_USEC=").unwrap();
+            assert!(time.parse::<u64>().unwrap() > 0);
+        } else {
+            assert_eq!(rest, "");
+        }
+        let of_process = messages.entry(credentials.unwrap().pid.unwrap()).or_default();
+        of_process.push(first.to_owned());
+    }
+    messages
+}
+
+#[test]
+fn a_service_manager_learns_of_each_step_before_the_old_process_leaves() {
+    run(async {
+        let service = Service::new();
+        let name = abstract_name("supervisor");
+        let manager = DatagramSocket::bind_addr(&name).unwrap();
+        manager.set_pass_credentials(PassCredentials::Ids).unwrap();
+        let text = format!("@{}", str::from_utf8(name.as_abstract_name().unwrap()).unwrap());
+        let command = || {
+            let mut command = service.command();
+            command.env("NOTIFY_SOCKET", &text);
+            command
+        };
+        let mut first = service.launch(&mut command(), PATIENCE).await.unwrap();
+        let old = first.id().unwrap() as i32;
+        // A takeover that fails is a reload that has ended.
+        let mut failing = command();
+        failing.env("FDWIRE_FAILS", "exits");
+        service.launch(&mut failing, PATIENCE).await.unwrap_err();
+        let told = messages(&manager, |told| told.get(&old).is_some_and(|told| told.len() == 3)).await;
+        assert_eq!(told[&old], ["READY=1", "RELOADING=1", "READY=1"]);
+
+        let second = service.launch(&mut command(), PATIENCE).await.unwrap();
+        let new = second.id().unwrap();
+        let has_ended = |told: &BTreeMap<i32, Vec<String>>| {
+            let old_has = told.get(&old).is_some_and(|told| told.last().is_some_and(|last| last == "BARRIER=1"));
+            old_has && told.contains_key(&(new as i32))
+        };
+        let told = messages(&manager, has_ended).await;
+        let expected = ["RELOADING=1", "READY=1", &format!("MAINPID={new}"), "BARRIER=1"];
+        assert_eq!(
+            (&told[&old][..], &told[&(new as i32)][..]),
+            (&expected.map(str::to_owned)[..], &["READY=1".to_owned()][..])
+        );
+        assert!(first.wait().await.unwrap().success());
+        assert_eq!(service.pid(), new);
+    });
+}
+
+/// Until the manager has dealt with MAINPID, the main process is still there.
+#[test]
+fn the_old_main_process_waits_for_the_manager_before_it_leaves() {
+    run(async {
+        let service = Service::new();
+        let manager = DatagramSocket::bind(service.path.with_extension("notify")).unwrap();
+        let command = || {
+            let mut command = service.command();
+            command.env("NOTIFY_SOCKET", service.path.with_extension("notify"));
+            command
+        };
+        let mut first = service.launch(&mut command(), PATIENCE).await.unwrap();
+        let _second = service.launch(&mut command(), PATIENCE).await.unwrap();
+        let barrier = loop {
+            let datagram = manager.recv().await.unwrap();
+            if datagram.payload == "BARRIER=1" {
+                break datagram;
+            }
+        };
+        settle().await;
+        assert!(first.try_wait().unwrap().is_none(), "it has left");
+        drop(barrier);
+        assert!(first.wait().await.unwrap().success());
+    });
+}
+
+#[test]
+fn nobody_is_asked_at_a_path_without_a_server() {
+    run(async {
+        let error = takeover::status(Path::new("/nonexistent/path"), &Options::default()).await.unwrap_err();
+        assert!(matches!(error, Error::Io(_)), "{error}");
+    });
+}
