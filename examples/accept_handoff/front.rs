@@ -4,6 +4,7 @@ use std::{
     env,
     future::pending,
     io::{Error, Result},
+    iter,
     net::{Ipv4Addr, SocketAddr},
     pin::pin,
     time::Duration,
@@ -42,9 +43,10 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
         builder = builder.max_offers(u32::MAX);
     }
     let dispatcher = builder.build();
-    for number in 1..=arguments.workers {
-        let mut command = Command::new(env::current_exe()?);
-        command.args(["--worker", &number.to_string()]);
+    let own = iter::repeat_n(env::current_exe()?, arguments.workers.into());
+    for (number, program) in (1..).zip(own.chain(arguments.also)) {
+        let mut command = Command::new(program);
+        command.args(["--worker", &u16::to_string(&number)]);
         if let Some(journal) = &journal {
             command.arg("--journal").arg(journal.path());
         }

@@ -48,6 +48,11 @@ struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     workers: u16,
 
+    /// One more worker: a program that speaks the hand-off protocol at its standard input, such as
+    /// examples/foreign_workers/worker.py; may be given again
+    #[arg(long, value_name = "PROGRAM")]
+    also: Vec<PathBuf>,
+
     /// Kind of the sockets between the processes
     #[arg(long, value_name = "KIND", default_value = "seqpacket")]
     socket: Kind,

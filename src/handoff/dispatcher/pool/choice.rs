@@ -39,7 +39,10 @@ impl<C> Pool<C> {
         // The place that it had may be gone with its worker. Then it is the first to wait.
         match self.choose(&pending) {
             Choice::Plan(id) => self.plan(id, pending),
-            _ => self.queue.push_front(pending),
+            _ => {
+                self.queue.push_front(pending);
+                self.distribute(now); // a bundle that no worker takes leaves its place to others
+            }
         }
     }
 

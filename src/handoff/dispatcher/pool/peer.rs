@@ -14,37 +14,53 @@ use crate::handoff::{
 pub(super) struct Peer {
     pub(super) id: WorkerId,
     pub(super) process: ProcessId,
+    max_fds: u8,
     pub(super) book: Book<u8>,
     /// Taken from the pool and not sent.
     pub(super) unsent: VecDeque<ToWorker<u8>>,
     pub(super) to_worker: VecDeque<ToWorker<u8>>,
     pub(super) from_worker: VecDeque<FromWorker>,
+    /// Offers that were sent and whose answer was not read. After the end, copies of these may be here.
+    pub(super) sent: VecDeque<u8>,
     /// What its application has got.
     pub(super) given: Vec<u8>,
     finished: usize,
     pub(super) lives: bool,
     pub(super) hangs: bool,
+    /// The dispatcher has read its DRAINING, or a refusal without another DEMAND after it.
+    pub(super) is_draining: bool,
+    pub(super) has_refused: bool,
     /// It does not do as it says, so nothing is promised of what it gets.
     pub(super) lies: bool,
+    /// Something else has read from its socket.
+    pub(super) is_robbed: bool,
+    /// It has found that the dispatcher breaks the protocol.
+    pub(super) complaint: Option<String>,
     /// Its socket has failed, and each side sees the end.
     pub(super) is_cut: bool,
     pub(super) is_retired: bool,
 }
 
 impl Peer {
-    pub(super) fn new(id: WorkerId, process: ProcessId, window: u64) -> Self {
+    pub(super) fn new(id: WorkerId, process: ProcessId, window: u64, max_fds: u8) -> Self {
         Self {
             id,
             process,
-            book: Book::new(window, u64::MAX, 1),
+            max_fds,
+            book: Book::new(window, u64::MAX, max_fds),
             unsent: VecDeque::new(),
             to_worker: VecDeque::new(),
             from_worker: VecDeque::new(),
+            sent: VecDeque::new(),
             given: Vec::new(),
             finished: 0,
             lives: true,
             hangs: false,
+            is_draining: false,
+            has_refused: false,
             lies: false,
+            is_robbed: false,
+            complaint: None,
             is_cut: false,
             is_retired: false,
         }
@@ -63,6 +79,34 @@ impl Peer {
         self.works() && !self.is_retired && !self.is_cut
     }
 
+    /// Returns true if both sides should agree about everything.
+    pub(super) fn is_honest(&self) -> bool {
+        !self.lies && !self.is_robbed
+    }
+
+    /// The dispatcher reads a message. An answer is about the oldest offers.
+    pub(super) fn on_read(&mut self, message: FromWorker) {
+        match message {
+            FromWorker::Adopted { count, .. } | FromWorker::Rejected { count, .. } => {
+                self.sent.drain(..self.sent.len().min(count as usize));
+            }
+            FromWorker::Draining => self.is_draining = true,
+            FromWorker::Demand { .. } => self.has_refused = false,
+            _ => {}
+        }
+        self.has_refused |= matches!(message, FromWorker::Rejected { reason, .. } if reason.is_refusal());
+    }
+
+    /// The reason why it must not be offered this connection.
+    pub(super) fn must_not_get(&self, fds: usize) -> Option<&'static str> {
+        match self {
+            _ if fds > self.max_fds.into() => Some("takes no bundles"),
+            Self { is_draining: true, .. } => Some("drains"),
+            Self { has_refused: true, lies: false, .. } => Some("has refused, and has not asked again"),
+            _ => None,
+        }
+    }
+
     pub(super) fn unsent_offers(&self) -> usize {
         self.unsent.iter().filter(|message| matches!(message, ToWorker::Offer { .. })).count()
     }
@@ -78,9 +122,10 @@ impl Peer {
             }
             return is_end;
         };
-        if self.book.on_message(message.map(|offer| unfit.map_or(Ok(offer), Err))).is_err() {
+        if let Err(error) = self.book.on_message(message.map(|offer| unfit.map_or(Ok(offer), Err))) {
             self.book.end(false);
             self.is_cut = true;
+            self.complaint = Some(error.to_string());
         }
         true
     }

@@ -62,6 +62,14 @@ impl<C> StaleCopies<C> {
         self.kept.iter().any(|kept| kept.adopter == adopter)
     }
 
+    #[cfg(test)]
+    pub(super) fn keeps(&self, connection: &C) -> bool
+    where
+        C: PartialEq,
+    {
+        self.kept.iter().any(|kept| kept.connection == *connection)
+    }
+
     pub(super) fn on_process_end(&mut self, process: ProcessId, events: &mut Vec<Event<C>>) {
         self.holders.remove(&process);
         for kept in self.kept.extract_if(.., |kept| kept.adopter == process) {

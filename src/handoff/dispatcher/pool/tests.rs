@@ -65,6 +65,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => peer().prop_map(Step::Cut),
         1 => peer().prop_map(Step::Steal),
         1 => peer().prop_map(Step::Drain),
+        1 => peer().prop_map(Step::Remove),
         // Nothing is promised of what a liar gets, so only the first one lies.
         1 => lie().prop_map(|lie| Step::Lie(0, lie)),
         3 => peer().prop_map(Step::Restart),
@@ -168,6 +169,23 @@ fn workers_that_do_not_receive_leave_places_to_the_others() {
         first += u64::from(count);
     }
     assert!(pool.take_events().iter().all(|event| !matches!(event, Event::Failed { .. })));
+}
+
+/// Its permit was for any worker, and none with room takes it.
+#[test]
+fn a_bundle_that_has_to_wait_leaves_its_place_to_the_next_waiter() {
+    let now = Instant::now();
+    let mut pool = Pool::new(config());
+    let id = add_worker(&mut pool, now);
+    pool.on_message(id, FromWorker::Demand { total: 1000 }, 0, now).unwrap();
+    let mut permits = 0;
+    while pool.try_reserve() {
+        permits += 1;
+    }
+    assert!(permits > 0);
+    let ticket = pool.wait_for_place(now);
+    pool.dispatch(0, 0, 2, true, now);
+    assert!(pool.take_events().contains(&Event::Granted(ticket)));
 }
 
 #[test]

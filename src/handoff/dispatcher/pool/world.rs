@@ -17,8 +17,10 @@ pub(super) struct World {
     pub(super) pool: Pool<u8>,
     pub(super) peers: Vec<Peer>,
     pub(super) fates: Vec<Fate>,
-    /// The workers that each connection was sent to.
-    pub(super) sent_to: Vec<BTreeSet<WorkerId>>,
+    /// The workers that have failed with each connection: they have left without an answer, or could not use it.
+    failed_with: Vec<BTreeSet<WorkerId>>,
+    /// Connections that the dispatcher has shut down for the sake of their clients.
+    shut_down: BTreeSet<u8>,
     pub(super) now: Instant,
     window: u64,
     /// Places that a user of the dispatcher waits for, and places that are kept for one.
@@ -74,6 +76,8 @@ pub(super) enum Step {
     Steal(usize),
     /// The worker's application drains.
     Drain(usize),
+    /// The dispatcher's application removes the worker.
+    Remove(usize),
     /// A message that the worker's book knows nothing of.
     Lie(usize, FromWorker),
     /// The worker is started again.
@@ -87,7 +91,8 @@ impl World {
             pool,
             peers: Vec::new(),
             fates: Vec::new(),
-            sent_to: Vec::new(),
+            failed_with: Vec::new(),
+            shut_down: BTreeSet::new(),
             now,
             window,
             tickets: Vec::new(),
@@ -104,7 +109,9 @@ impl World {
     pub(super) fn start(&mut self, id: WorkerId) {
         let process = ProcessInfo { id: self.peers.len() as u64, pid: None, is_child: true };
         self.pool.connect(id, process, self.now + Duration::from_secs(60), self.now);
-        self.peers.push(Peer::new(id, process.id, self.window));
+        // The first worker takes no bundles.
+        let max_fds = if id == WorkerId(1) { 1 } else { 2 };
+        self.peers.push(Peer::new(id, process.id, self.window, max_fds));
     }
 
     /// Takes a step. Returns false if it is none at the moment.
@@ -139,7 +146,7 @@ impl World {
             },
             Step::Take(peer) => self.take(peer),
             Step::Send(peer) => self.send(peer),
-            Step::Get(peer, unfit) => self.peers[peer].get(unfit),
+            Step::Get(peer, unfit) => self.get(peer, unfit),
             Step::Ask(peer) => self.peers[peer].works() && self.peers[peer].ask(),
             Step::Finish(peer) => self.peers[peer].works() && self.peers[peer].finish(self.now),
             Step::Answer(peer) => self.peers[peer].works() && self.peers[peer].answer(self.now),
@@ -148,13 +155,21 @@ impl World {
             Step::Crash(peer) => std::mem::take(&mut self.peers[peer].lives) && self.died(peer),
             Step::Hang(peer) => self.peers[peer].works() && !std::mem::replace(&mut self.peers[peer].hangs, true),
             Step::Cut(peer) => !self.peers[peer].is_retired && !std::mem::replace(&mut self.peers[peer].is_cut, true),
-            Step::Steal(peer) => self.peers[peer].works() && self.peers[peer].to_worker.pop_front().is_some(),
+            Step::Steal(peer) => {
+                let peer = &mut self.peers[peer];
+                peer.is_robbed |= peer.works() && peer.to_worker.pop_front().is_some();
+                peer.is_robbed
+            }
             Step::Drain(peer) => {
                 let peer = &mut self.peers[peer];
                 peer.works() && !peer.book.is_draining() && {
                     drop(peer.book.drain());
                     true
                 }
+            }
+            Step::Remove(peer) => {
+                let id = self.peers[peer].id;
+                !self.pool.is_removed(id) && self.pool.remove(id, None, self.now)
             }
             Step::Lie(peer, message) => {
                 let peer = &mut self.peers[peer];
@@ -180,8 +195,8 @@ impl World {
     fn dispatch(&mut self, reserved: bool) -> bool {
         let serial = self.fates.len() as u8;
         self.fates.push(Fate::Accepted);
-        self.sent_to.push(BTreeSet::new());
-        self.pool.dispatch(serial, serial.into(), 1, reserved, self.now);
+        self.failed_with.push(BTreeSet::new());
+        self.pool.dispatch(serial, serial.into(), fds_of(serial), reserved, self.now);
         true
     }
 
@@ -191,7 +206,13 @@ impl World {
         while !peer.is_retired
             && let Some(message) = self.pool.next_message(peer.id, self.now)
         {
-            peer.unsent.push_back(message.map(|connection| *connection));
+            let message = message.map(|connection| *connection);
+            if let ToWorker::Offer { offer, .. } = message
+                && let Some(why) = peer.must_not_get(fds_of(offer))
+            {
+                self.broken.get_or_insert(format!("worker {} {why}, and is offered connection {offer}", peer.id));
+            }
+            peer.unsent.push_back(message);
         }
         peer.unsent.len() > before
     }
@@ -200,10 +221,18 @@ impl World {
         let peer = &mut self.peers[peer];
         let Some(message) = peer.unsent.pop_front() else { return false };
         if let ToWorker::Offer { offer, .. } = message {
-            self.sent_to[usize::from(offer)].insert(peer.id);
+            peer.sent.push_back(offer);
         }
         peer.to_worker.push_back(message);
         true
+    }
+
+    fn get(&mut self, peer: usize, unfit: Option<RejectReason>) -> bool {
+        let peer = &mut self.peers[peer];
+        if let (Some(RejectReason::Unusable), Some(ToWorker::Offer { offer, .. })) = (unfit, peer.to_worker.front()) {
+            self.failed_with[usize::from(*offer)].insert(peer.id);
+        }
+        peer.get(unfit)
     }
 
     fn read(&mut self, peer: usize) -> bool {
@@ -215,7 +244,12 @@ impl World {
         let outcome = match peer_state.from_worker.pop_front() {
             Some(message) => {
                 let unsent = peer_state.unsent_offers();
-                self.pool.on_message(id, message, unsent, self.now)
+                peer_state.on_read(message);
+                let outcome = self.pool.on_message(id, message, unsent, self.now);
+                if let (Err(RetireCause::Misbehaved(how)), true) = (&outcome, peer_state.is_honest()) {
+                    self.broken.get_or_insert(format!("worker {id} is honest, and {how}"));
+                }
+                outcome
             }
             None if peer_state.is_cut || !peer_state.lives => Err(RetireCause::Ended),
             None => return false,
@@ -245,13 +279,22 @@ impl World {
         let peer = &mut self.peers[peer];
         peer.is_retired = true;
         let unsent = peer.unsent_offers();
-        for message in peer.from_worker.drain(..) {
+        for message in std::mem::take(&mut peer.from_worker) {
+            peer.on_read(message);
             self.pool.on_last_message(peer.id, message, unsent, self.now);
+        }
+        if *cause != RetireCause::Drained {
+            for serial in &peer.sent {
+                self.failed_with[usize::from(*serial)].insert(peer.id);
+            }
         }
         peer.unsent.clear();
         let has_received = peer.to_worker.is_empty();
         let state = if peer.lives { ProcessState::Lives { has_received } } else { ProcessState::Ended(None) };
         self.pool.retire(peer.id, cause, unsent, state, self.now);
+        if self.pool.is_removed(peer.id) {
+            self.pool.forget(peer.id, self.now);
+        }
     }
 
     fn died(&mut self, peer: usize) -> bool {
@@ -275,10 +318,13 @@ impl World {
                     self.decide(connection, Fate::Failed);
                     let leaves =
                         |worker: &WorkerStats| worker.state == WorkerState::Draining || self.pool.is_removed(worker.id);
-                    let sent_to = &self.sent_to[usize::from(connection)];
-                    let unasked = self.pool.workers().find(|worker| !leaves(worker) && !sent_to.contains(&worker.id));
-                    if let Some(WorkerStats { id, .. }) = unasked {
-                        let broken = format!("connection {connection} is given up, and worker {id} has not had it");
+                    let failed_with = &self.failed_with[usize::from(connection)];
+                    let is_honest = |id| self.peers.iter().all(|peer| peer.id != id || peer.is_honest());
+                    let may_take = |worker: &WorkerStats| !failed_with.contains(&worker.id) && is_honest(worker.id);
+                    let willing = self.pool.workers().find(|worker| !leaves(worker) && may_take(worker));
+                    if let Some(WorkerStats { id, .. }) = willing {
+                        let broken =
+                            format!("connection {connection} is given up, and worker {id} has not failed with it");
                         self.broken.get_or_insert(broken);
                     }
                 }
@@ -286,7 +332,8 @@ impl World {
                     self.tickets.retain(|waiting| *waiting != ticket);
                     self.permits += 1;
                 }
-                Event::Wake(_) | Event::FenceDeferred(_) | Event::Close(_) | Event::ShutDown(_) => {}
+                Event::ShutDown(connection) => drop(self.shut_down.insert(connection)),
+                Event::Wake(_) | Event::FenceDeferred(_) | Event::Close(_) => {}
             }
         }
     }
@@ -302,6 +349,9 @@ impl World {
     /// The part of the promise that is broken.
     pub(super) fn check(&self) -> Result<(), String> {
         self.broken.clone().map_or(Ok(()), Err)?;
+        if let Some(peer) = self.peers.iter().find(|peer| peer.is_honest() && peer.complaint.is_some()) {
+            return Err(format!("the dispatcher breaks the protocol: {:?}", peer.complaint));
+        }
         for (serial, fate) in (0u8..).zip(&self.fates) {
             let honest = self.peers.iter().filter(|peer| !peer.lies);
             let given = Vec::from_iter(honest.filter(|peer| peer.given.contains(&serial)).map(|peer| peer.process));
@@ -313,17 +363,49 @@ impl World {
             {
                 return Err(format!("connection {serial} was given to {to}, and is counted for {by}"));
             }
+            self.check_copies(serial, *fate)?;
             let owners = self.owners(serial);
             if owners != usize::from(*fate == Fate::Accepted) {
                 return Err(format!("connection {serial} has {owners} owners, and is {fate:?}"));
             }
         }
-        // At its last attempt a connection waits for a worker that has not failed with it.
-        let is_choosy = |waiter: &&Waiter<u8>| matches!(waiter, Waiter::Connection(pending) if pending.is_at_last_attempt(self.pool.config.max_offers));
-        match self.pool.queue.waiters().find(|waiter| !is_choosy(waiter)) {
+        let max_offers = self.pool.config.max_offers;
+        let could_go = |waiter: &&Waiter<u8>| match waiter {
+            // At its last attempt a connection waits for a worker that has not failed with it.
+            Waiter::Connection(pending) if pending.is_at_last_attempt(max_offers) => false,
+            Waiter::Connection(pending) if pending.fds > 1 => self.has_room_for(pending.fds),
+            _ => true,
+        };
+        match self.pool.queue.waiters().find(could_go) {
             Some(waiter) if self.pool.free() > 0 => Err(format!("{waiter:?} waits, and a worker has room")),
             _ => Ok(()),
         }
+    }
+
+    /// The client of an adopted connection sees its end with the adopter's, though another process has a copy.
+    fn check_copies(&self, serial: u8, fate: Fate) -> Result<(), String> {
+        let Fate::Adopted(by) = fate else { return Ok(()) };
+        let Some(adopter) = self.peers.iter().find(|peer| peer.process == by) else { return Ok(()) };
+        if self.peers.iter().any(|peer| !peer.is_honest()) {
+            return Ok(()); // nobody knows which answers count
+        }
+        let has_copy = |peer: &Peer| peer.is_retired && peer.lives && peer.sent.contains(&serial) && peer.process != by;
+        let is_held = self.peers.iter().any(has_copy);
+        let has_ended = adopter.is_retired && !adopter.lives;
+        match (is_held, has_ended, self.pool.stale.keeps(&serial)) {
+            (true, true, _) if !self.shut_down.contains(&serial) => {
+                Err(format!("connection {serial} has ended with worker {by}, and its client does not see it"))
+            }
+            (true, false, false) => Err(format!("no copy of connection {serial} is kept, and another worker has one")),
+            (false, _, true) => Err(format!("a copy of connection {serial} is kept for nothing")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns true if a worker takes a bundle of this size, and nothing else than descriptors in flight may be in the way.
+    fn has_room_for(&self, fds: usize) -> bool {
+        let is_limited = self.pool.config.max_in_flight < usize::MAX;
+        !is_limited && self.pool.accounts().any(|(_, _, account)| account.takes(fds) && account.room() > 0)
     }
 
     /// The number of places of the pool that have a connection which is not decided.
@@ -359,6 +441,11 @@ impl World {
     }
 }
 
+/// Some connections are bundles.
+fn fds_of(serial: u8) -> usize {
+    if serial % 3 == 1 { 2 } else { 1 }
+}
+
 impl Step {
     /// The number of the peer that it is about.
     pub(super) fn peer(self) -> Option<usize> {
@@ -377,6 +464,7 @@ impl Step {
             | Self::Cut(peer)
             | Self::Steal(peer)
             | Self::Drain(peer)
+            | Self::Remove(peer)
             | Self::Lie(peer, _)
             | Self::Restart(peer) => Some(peer),
         }

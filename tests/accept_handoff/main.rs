@@ -1,6 +1,8 @@
 //! Runs the examples of the hand-off, `accept_handoff` and `axum_worker`, as their user would: real processes, real signals, HTTP over TCP.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod foreign_workers;
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -137,7 +139,7 @@ async fn is_last_answer(client: &mut BufReader<TcpStream>) -> bool {
     while !line.starts_with("worker ") {
         line.clear();
         assert!(soon("an answer", client.read_line(&mut line)).await.unwrap() > 0, "the connection was cut");
-        last |= line == "connection: close\r\n";
+        last |= line.eq_ignore_ascii_case("connection: close\r\n");
     }
     last
 }
