@@ -146,12 +146,10 @@ pub(crate) fn accept_rate(rounds: usize) -> Result<String> {
         }
     }
     let usual = sites[0].rates.clone();
-    let mut table = format!(
-        "\n## Connections a second while old generations drain\n\nAccepted by one process, with 4 clients that connect again \
+    let mut table = "\n## Connections a second while old generations drain\n\nAccepted by one process, with 4 clients that connect again \
          as soon as they are answered. *ratio* is the median of the ratios to the first line within a round. The last \
          line is what a process does that stops to accept and keeps its listener registered.\n\n\
-         | beside the process that accepts | connections / s | ratio | CPU of all of them for each |\n|---|---|---|---|\n",
-    );
+         | beside the process that accepts | connections / s | ratio | CPU of all of them for each |\n|---|---|---|---|\n".to_string();
     for site in &mut sites {
         let mut ratios: Vec<_> = site.rates.iter().zip(&usual).map(|(rate, usual)| rate / usual).collect();
         let [_, ratio, _] = quartiles(&mut ratios);

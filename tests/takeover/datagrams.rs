@@ -335,15 +335,15 @@ fn the_destination_and_the_ecn_bits_are_forwarded() {
 
 /// A giver that speaks the protocol by hand, up to COMPLETE.
 async fn raw_giver(path: &Path, lanes: impl FnOnce(ToTaker<SendFd>) -> ToTaker<SendFd>, socket: UdpSocket) -> OwnedFd {
-    let server = {
+    
+    {
         let (_directory, place) = place();
         let mut listeners = Listeners::new();
         listeners.add("udp", socket).unwrap();
         let server = Server::bind(&place, listeners, Options::default()).unwrap();
         let _forwarding = forwarding(&server);
         relay(&place, path, lanes).await
-    };
-    server
+    }
 }
 
 /// Takes what a true server offers, and offers it with other lanes.
@@ -442,7 +442,7 @@ fn a_process_that_floods_its_lane_keeps_no_client_waiting() {
         let flooding = std::thread::spawn(move || {
             let mut sent = 0u64;
             while rustix::net::send(&flood, &packet, rustix::net::SendFlags::NOSIGNAL).is_ok() {
-                let foreign = if sent % 3 == 0 { &packet[..20] } else { &[9; 60][..] };
+                let foreign = if sent.is_multiple_of(3) { &packet[..20] } else { &[9; 60][..] };
                 let _ = rustix::net::send(&flood, foreign, rustix::net::SendFlags::NOSIGNAL);
                 sent += 1;
             }

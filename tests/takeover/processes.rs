@@ -78,7 +78,7 @@ impl Process {
     }
 
     /// The next report, or the empty string if it is dead.
-    fn report(&mut self) -> String {
+    pub(crate) fn report(&mut self) -> String {
         let mut report = String::new();
         let _ = self.reports.read_line(&mut report);
         report.trim().to_owned()
