@@ -364,6 +364,9 @@ async fn relay(from: &Path, to: &Path, lanes: impl FnOnce(ToTaker<SendFd>) -> To
                 let offered = offered.into_iter().map(|lane| lane.with_fd(SendFd::from)).collect();
                 lanes.take().unwrap()(ToTaker::Lanes { generation, giver, lanes: offered })
             }
+            ToTaker::Generations { replaced_for, fds } => {
+                ToTaker::Generations { replaced_for, fds: fds.into_iter().map(SendFd::from).collect() }
+            }
             ToTaker::Complete => {
                 giver.send(ToTaker::Complete).await.unwrap();
                 break;
