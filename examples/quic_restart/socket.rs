@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    future::Future,
     io::{self, IoSliceMut},
     net::SocketAddr,
     pin::Pin,
@@ -11,6 +10,7 @@ use std::{
 };
 
 use fdwire::takeover::{Datagrams, protocol::Address};
+use futures::future::BoxFuture;
 use quinn::{
     AsyncUdpSocket, UdpPoller,
     udp::{EcnCodepoint, RecvMeta, Transmit, UdpSocketState},
@@ -81,7 +81,7 @@ impl AsyncUdpSocket for MovingSocket {
 /// Waits for room to send.
 struct Poller {
     socket: Arc<MovingSocket>,
-    waiting: Mutex<Option<Pin<Box<dyn Future<Output = io::Result<()>> + Send>>>>,
+    waiting: Mutex<Option<BoxFuture<'static, io::Result<()>>>>,
 }
 
 impl UdpPoller for Poller {

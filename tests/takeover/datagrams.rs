@@ -335,7 +335,6 @@ fn the_destination_and_the_ecn_bits_are_forwarded() {
 
 /// A giver that speaks the protocol by hand, up to COMPLETE.
 async fn raw_giver(path: &Path, lanes: impl FnOnce(ToTaker<SendFd>) -> ToTaker<SendFd>, socket: UdpSocket) -> OwnedFd {
-    
     {
         let (_directory, place) = place();
         let mut listeners = Listeners::new();
