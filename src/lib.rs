@@ -180,7 +180,7 @@
 //!
 //! Messages that are values of your own, with descriptors in their fields, are in the module
 //! `typed` (feature `serde`), with the formats of varlink and of JSON-RPC (feature `json`).
-//! [`FdPolicy`] checks what a peer has sent.
+//! [`FdPolicy`](fd_policy::FdPolicy) checks what a peer has sent.
 //!
 //! A program without a runtime uses the same frames and codecs in the module [`blocking`].
 //!

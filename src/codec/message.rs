@@ -13,7 +13,7 @@ pub(super) const RUN_BELOW: usize = 32 << 10;
 pub(super) struct OpenPart {
     pub(super) end_bytes: usize,
     pub(super) end_fds: usize,
-    /// The head, as in [`SendBuf::open_head`].
+    /// The head, as in [`SendBuf::open_head`](super::SendBuf::open_head).
     pub(super) head: Option<NonZero<usize>>,
 }
 

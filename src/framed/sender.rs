@@ -9,7 +9,7 @@ use crate::{
 /// Sends messages over one socket from many tasks. Made by
 /// [`WriteHalf::into_sender`](crate::framed::WriteHalf::into_sender); clone it for each task.
 ///
-/// A message is encoded into a common queue at once. The [`SendDriver`](crate::framed::SendDriver),
+/// A message is encoded into a common queue at once. The [`SendDriver`],
 /// which has to be spawned, sends all waiting messages together. So many tasks with a message each
 /// cost one or two system calls, not one each. The messages of one task arrive in their order.
 ///
@@ -18,7 +18,7 @@ use crate::{
 ///
 /// After sending has failed, or the driver is gone ([`Error::Closed`]), each item comes back in the
 /// [`SendError`]. Items that were accepted before and not sent are in the
-/// [`WriteHalf`](crate::framed::WriteHalf) that the driver resolves to.
+/// [`WriteHalf`] that the driver resolves to.
 ///
 /// If the kernel refuses a descriptor, sending fails for **all** senders of the connection. It
 /// refuses io_uring descriptors (`EINVAL`), and every descriptor if the peer

@@ -85,7 +85,7 @@
 //! - **Few generations.** A server [lists](Server::generations) the old processes that still run,
 //!   and asks the oldest to leave if there are [too many](Options::max_old_generations).
 //! - **The truth for a supervisor.** [`launch`] starts a new process and returns once it serves or
-//!   has failed; [`status`] asks from outside who serves.
+//!   has failed; [`status()`] asks from outside who serves.
 //!   [`systemd::Notifier`](crate::systemd::Notifier) tells a service manager.
 //!
 //! # What happens when
