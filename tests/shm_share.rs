@@ -179,7 +179,7 @@ fn a_parent_that_closes_before_it_takes_the_answer_is_gone() {
         let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
         common::raw_send(&ours, &common::encoded(PAYLOAD, 2), &good());
         common::raw_send(&ours, &common::encoded(b"copy 1", 0), &[]);
-        drop(ours);
+        ours.shutdown(Shutdown::Both).unwrap();
         shm_share(&["--child"]).stdin(Stdio::from(OwnedFd::from(theirs))).output().await.unwrap()
     });
     check_failed(&output, "the other process is gone: Broken pipe (os error 32)");

@@ -187,8 +187,11 @@ pub(crate) async fn run(connections: usize) -> Result<()> {
     generations.dedup();
 
     // Without connections, all but the last process leave.
-    for client in &open {
-        client.connection.close(0u32.into(), b"");
+    // A close is a datagram that nobody repeats, so they are not sent all at once: one that is lost
+    // keeps its connection until the server has heard nothing of it for long.
+    for some in open.chunks(AT_ONCE) {
+        some.iter().for_each(|client| client.connection.close(0u32.into(), b""));
+        sleep(PAUSE).await;
     }
     for endpoint in &clients.endpoints {
         endpoint.wait_idle().await;

@@ -41,25 +41,20 @@ impl Server {
     /// deadline, and serves on if the takeover is undone. Handlers find the client's address in
     /// `ConnectInfo<SocketAddr>`.
     ///
-    /// ```
+    /// ```no_run
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use axum::{Router, routing::get};
     /// use fdwire::takeover::{self, Listeners, Options};
     ///
-    /// # let directory = tempfile::tempdir()?;
-    /// # let path = directory.path().join("app.takeover");
     /// let bind = || {
     ///     let mut listeners = Listeners::new();
     ///     listeners.bind_tcp("http", "127.0.0.1:0".parse().expect("an address"))?;
     ///     Ok(listeners)
     /// };
-    /// let server = takeover::bind_or_take(&path, Options::default(), bind).await?.ready().await?;
+    /// let server = takeover::bind_or_take("/run/app/takeover", Options::default(), bind).await?.ready().await?;
     /// let router = Router::new().route("/", get(|| async { "hello\n" }));
-    /// let serving = server.serve_axum(server.gated("http", 0)?, router);
-    /// # drop(serving);
-    /// # async {
-    /// println!("{} connections are cut", serving.await.left);
-    /// # };
+    /// let finished = server.serve_axum(server.gated("http", 0)?, router).await;
+    /// println!("{} connections are cut", finished.left);
     /// # Ok(()) }
     /// ```
     ///

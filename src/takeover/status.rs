@@ -87,8 +87,9 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerS
 /// use tokio::process::Command;
 ///
 /// let mut command = Command::new("/usr/bin/app");
-/// let child = takeover::launch(&mut command, "/run/app/takeover", &Options::default(), Duration::from_secs(60));
-/// println!("process {:?} serves", child.await?.id());
+/// let limit = Duration::from_secs(60);
+/// let child = takeover::launch(&mut command, "/run/app/takeover", &Options::default(), limit).await?;
+/// println!("process {:?} serves", child.id());
 /// # Ok(()) }
 /// ```
 ///

@@ -415,7 +415,8 @@ fn a_stopped_worker_that_goes_on_leaves_its_connections_to_others() {
             until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
             let second = spawn();
             assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == second)));
-            let second = dispatcher.stats().workers[0].pid.unwrap();
+            let workers = dispatcher.stats().workers;
+            let second = workers.iter().find(|worker| worker.id == second).unwrap().pid.unwrap();
 
             // The application of the second one waits for the serial numbers meanwhile.
             kill(first, Signal::SIGCONT).unwrap();

@@ -199,10 +199,16 @@ impl<C> Pool<C> {
     }
 
     /// Returns true if no worker is left that might take a connection and has not failed with it.
+    ///
+    /// A process that has connected and not said hello is nobody to wait for: one that connects
+    /// again and again, and dies of each connection, would keep the connection forever.
     fn is_failed_by_all(&self, pending: &Pending<C>) -> bool {
-        let leaves =
-            |worker: &Worker<C>| worker.removed.is_some() || worker.account.as_ref().is_some_and(Account::is_draining);
-        self.workers.iter().all(|(id, worker)| pending.failed_with.contains(id) || leaves(worker))
+        let may_take = |worker: &Worker<C>| match &worker.account {
+            _ if worker.removed.is_some() => false,
+            Some(account) => !account.is_draining() && (worker.program.is_some() || account.clock.is_greeted()),
+            None => true,
+        };
+        self.workers.iter().all(|(id, worker)| pending.failed_with.contains(id) || !may_take(worker))
     }
 
     fn plan(&mut self, id: WorkerId, mut pending: Pending<C>) {
