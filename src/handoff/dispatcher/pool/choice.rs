@@ -16,6 +16,10 @@ enum Choice {
     GiveUp,
 }
 
+/// The number of failures, beyond the limit of offers, after which a connection does not wait for
+/// workers that have connected and adopted nothing.
+const STRANGERS: u32 = 32;
+
 impl<C> Pool<C> {
     /// Takes a connection. It comes with a permit if `reserved` is true.
     pub(in crate::handoff::dispatcher) fn dispatch(
@@ -200,13 +204,17 @@ impl<C> Pool<C> {
 
     /// Returns true if no worker is left that might take a connection and has not failed with it.
     ///
-    /// A process that has connected and not said hello is nobody to wait for: one that connects
-    /// again and again, and dies of each connection, would keep the connection forever.
+    /// A process that connects again and again, and dies each time, is a new worker each time. So
+    /// after many failures, workers that have connected and adopted nothing do not count: they
+    /// would keep the connection forever.
     fn is_failed_by_all(&self, pending: &Pending<C>) -> bool {
+        let trusts_strangers = pending.failures < self.config.max_offers.saturating_add(STRANGERS);
         let may_take = |worker: &Worker<C>| match &worker.account {
             _ if worker.removed.is_some() => false,
-            Some(account) => !account.is_draining() && (worker.program.is_some() || account.clock.is_greeted()),
-            None => true,
+            Some(account) if account.is_draining() => false,
+            _ if trusts_strangers || worker.program.is_some() => true,
+            Some(account) => account.has_adopted(),
+            None => false,
         };
         self.workers.iter().all(|(id, worker)| pending.failed_with.contains(id) || !may_take(worker))
     }
