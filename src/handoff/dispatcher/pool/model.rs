@@ -245,7 +245,7 @@ fn the_promise_is_kept_in_each_order_of_a_few_events() {
 #[test]
 #[ignore = "takes minutes"]
 fn the_promise_is_kept_in_each_order_of_events() {
-    check(Bounds { connections: 3, crashes: 1, hangs: 1, cuts: 1, refusals: 1, drains: 1, ..NONE });
+    check(Bounds { connections: 3, crashes: 1, hangs: 1, cuts: 1, refusals: 1, ..NONE });
     check(Bounds { connections: 1, hangs: 1, timeouts: 3, ..NONE });
     check(Bounds { connections: 2, crashes: 1, cuts: 1, restarts: 1, ..NONE });
 }
