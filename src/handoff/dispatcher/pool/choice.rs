@@ -212,6 +212,8 @@ impl<C> Pool<C> {
         let may_take = |worker: &Worker<C>| match &worker.account {
             _ if worker.removed.is_some() => false,
             Some(account) if account.is_draining() => false,
+            // It takes no bundles, or no bundle of this size.
+            Some(account) if account.clock.is_greeted() && !account.takes(pending.fds) => false,
             _ if trusts_strangers || worker.program.is_some() => true,
             Some(account) => account.has_adopted(),
             None => false,
