@@ -37,8 +37,9 @@ const BATCH: usize = 64;
 /// raised the limit (`net.core.somaxconn`).
 const MOST_AT_END: usize = 4096;
 
-/// Descriptors that are left for starting a worker, and for a few connections: if these held all, and waited for a worker that
-/// cannot be started again for want of one, they would wait forever.
+/// The descriptors that are left for starting a worker, and for a few connections. Without this
+/// reserve, waiting connections could use up every descriptor, and no worker could be started again
+/// to take them.
 const RESERVE: u64 = 16;
 
 /// Connections that may be on their way when only the reserve is left.

@@ -24,7 +24,7 @@ use super::{
     accepted::About,
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
 };
-use crate::{Error, SendFd, close_in_background, closer::close_sockets, sys};
+use crate::{Error, SendFd, close_in_background, closer::close_sockets, error::copy_of, sys};
 
 /// Tells the application that dispatched a connection what became of it.
 type Reply = oneshot::Sender<Result<WorkerId, DispatchError>>;
@@ -68,8 +68,7 @@ impl Handover {
         match socket {
             Ok(socket) => Self::prepare(socket, about, None, None),
             Err(error) => {
-                let again = error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
-                let connection = Accepted { socket: Err(again), about };
+                let connection = Accepted { socket: Err(copy_of(&error)), about };
                 Err(Box::new(DispatchError { reason: NotDispatched::Unfit(error.into()), connection }))
             }
         }

@@ -9,7 +9,10 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{Dispatcher, LONGEST, Shared, WorkerEntryGuard, WorkerId, WorkerTask};
-use crate::{Socket, SocketKind};
+use crate::{
+    backoff::Backoff,
+    socket::{Socket, SocketKind},
+};
 
 /// The first wait before a worker is started again. Twice as long each time, until a process has
 /// lived for longer than the longest wait.
@@ -137,7 +140,7 @@ impl Dispatcher {
 /// Runs one process of the worker after the other.
 async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand, mut task: WorkerTask) {
     let _entry = WorkerEntryGuard::new(&shared, id);
-    let mut wait = FIRST_WAIT;
+    let mut backoff = Backoff::new(FIRST_WAIT, command.longest_wait);
     loop {
         let begin = Instant::now();
         // Starting a process takes time, so it does not happen in the task that serves all workers.
@@ -145,46 +148,49 @@ async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand
             break;
         }
         if begin.elapsed() > command.longest_wait {
-            wait = FIRST_WAIT;
+            backoff = Backoff::new(FIRST_WAIT, command.longest_wait);
         }
         // Usually a process ends right after its socket. Then its status is worth to be logged.
         let _ = timeout(TIME_TO_END, shared.until(|pool| pool.leftover_of(id) == 0)).await;
         let is_wanted = command.restart && !shared.act(|pool| pool.is_removed(id));
-        if is_wanted {
-            shared.act(|pool| pool.restart_in(id, wait));
-        }
-        shared.log_exit(id);
         if !is_wanted {
-            return;
+            return shared.log_exit(id);
         }
-        match start_again(&shared, id, &mut command, &mut wait).await {
+        let wait = backoff.next();
+        shared.act(|pool| pool.restart_in(id, wait));
+        shared.log_exit(id);
+        match start_again(&shared, id, &mut command, &mut backoff, wait).await {
             Some(next) => task = next,
             None => return,
         }
     }
 }
 
-/// `None` if that is not wanted any more.
+/// Starts the worker again after this wait, or a longer one if that fails. Returns `None` if the
+/// worker is removed meanwhile.
 async fn start_again(
     shared: &Arc<Shared>,
     id: WorkerId,
     command: &mut WorkerCommand,
-    wait: &mut Duration,
+    backoff: &mut Backoff,
+    mut wait: Duration,
 ) -> Option<WorkerTask> {
     loop {
-        let _ = timeout(*wait, shared.until(|pool| pool.is_removed(id))).await;
+        let _ = timeout(wait, shared.until(|pool| pool.is_removed(id))).await;
         shared.until(|pool| pool.is_removed(id) || pool.leftover_of(id) < MOST_LEFTOVER).await;
         if shared.act(|pool| pool.is_removed(id)) {
             return None;
         }
-        *wait = (*wait * 2).min(command.longest_wait);
         match command.start() {
             Ok((socket, child)) => {
                 info!(worker = %id, pid = child.id(), "worker is started again");
                 let process = shared.processes().child(child);
                 return Some(WorkerTask::new(Arc::clone(shared), id, socket, process));
             }
-            Err(error) => warn!(worker = %id, %error, "worker is not started again yet; trying it in {wait:?}"),
+            Err(error) => {
+                wait = backoff.next();
+                warn!(worker = %id, %error, "worker is not started again yet; trying it in {wait:?}");
+            }
         }
     }
 }
