@@ -52,8 +52,9 @@ async fn worker() -> io::Result<()> {
     // Ctrl-C goes to all processes of the terminal. The front is the one to act on it.
     let _ignored = signal(SignalKind::interrupt())?;
 
-    let answer =
-        |ConnectInfo(peer): ConnectInfo<Address>| async move { format!("worker {} answers {peer}\n", process::id()) };
+    let answer = |ConnectInfo(peer): ConnectInfo<Address>| async move {
+        format!("worker {} answers {peer}\n", process::id())
+    };
     let app = Router::new().route("/", get(answer));
     Incoming::from_stdin()?.serve_axum(app).await; // until the front is told to stop, or has died
     Ok(())

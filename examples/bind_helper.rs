@@ -119,12 +119,14 @@ async fn serve(path: &Path, rules: Vec<Rule>) -> Result<(), Box<dyn StdError>> {
 
 async fn answer(socket: Socket, rules: &[Rule]) -> Result<(), TypedError> {
     let uid = socket.peer_cred().map_err(fdwire::Error::from)?.uid;
-    let requests = Typed::<Listen>::new(Limits::default().max_payload_bytes(100).max_fds_per_frame(0));
+    let requests =
+        Typed::<Listen>::new(Limits::default().max_payload_bytes(100).max_fds_per_frame(0));
     let mut client = Framed::with_codecs(socket, requests, Typed::<Answer>::default());
     while let Some(Listen(address)) = client.try_next().await? {
         let listener = listen(address, uid, rules);
         let outcome = listener.as_ref().err().map_or("granted".to_owned(), ToString::to_string);
-        say(format_args!("helper: uid {uid} asks for {address}: {outcome}")).map_err(fdwire::Error::from)?;
+        say(format_args!("helper: uid {uid} asks for {address}: {outcome}"))
+            .map_err(fdwire::Error::from)?;
         let errno = |error: io::Error| error.raw_os_error().unwrap_or(libc::EIO);
         client.send(listener.map(Passed::from).map_err(errno)).await?;
     }
@@ -156,7 +158,11 @@ fn run(path: &Path, address: SocketAddr, clients: usize) -> Result<(), Box<dyn S
 fn request(path: &Path, address: SocketAddr) -> Result<TcpListener, Box<dyn StdError>> {
     let socket = blocking::Socket::connect(path, SocketKind::SeqPacket)
         .map_err(|error| format!("cannot connect to {}: {error}", path.display()))?;
-    let mut helper = blocking::Framed::with_codecs(socket, Typed::<Answer>::default(), Typed::<Listen>::default());
+    let mut helper = blocking::Framed::with_codecs(
+        socket,
+        Typed::<Answer>::default(),
+        Typed::<Listen>::default(),
+    );
     helper.set_read_timeout(Some(PATIENCE));
     let gone = || format!("the helper at {} serves no request of this uid", path.display());
     helper.send(Listen(address)).map_err(|refused| match refused.error {
@@ -166,7 +172,9 @@ fn request(path: &Path, address: SocketAddr) -> Result<TcpListener, Box<dyn StdE
     let answer = match helper.next() {
         Some(Err(TypedError::Connection(error))) if error.is_peer_gone() => Err(gone())?,
         None => Err(gone())?,
-        Some(answer) => answer.map_err(|error| format!("the helper at {}: {error}", path.display()))?,
+        Some(answer) => {
+            answer.map_err(|error| format!("the helper at {}: {error}", path.display()))?
+        }
     };
     let listener = answer.map_err(io::Error::from_raw_os_error);
     Ok(listener.map_err(|error| format!("cannot listen at {address}: {error}"))?.into_inner())

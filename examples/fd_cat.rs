@@ -77,10 +77,16 @@ async fn receive_and_print(args: &Args) -> Result<(), Box<dyn Error>> {
         return Err(format!("{name}: not a regular file").into());
     }
     if args.verbose {
-        eprintln!("{name}: opened by process {}, descriptor {} here", child.id().unwrap_or(0), file.as_raw_fd());
+        eprintln!(
+            "{name}: opened by process {}, descriptor {} here",
+            child.id().unwrap_or(0),
+            file.as_raw_fd()
+        );
     }
     let mut out = tokio::io::stdout();
-    tokio::io::copy(&mut tokio::fs::File::from(file), &mut out).await.map_err(|error| format!("{name}: {error}"))?;
+    tokio::io::copy(&mut tokio::fs::File::from(file), &mut out)
+        .await
+        .map_err(|error| format!("{name}: {error}"))?;
     Ok(out.flush().await?)
 }
 
@@ -88,7 +94,8 @@ async fn receive_and_print(args: &Args) -> Result<(), Box<dyn Error>> {
 fn open_and_pass(path: &Path) -> Result<(), Box<dyn Error>> {
     let mut parent = blocking::Framed::new(blocking::Socket::from_stdin()?, FrameCodec::default());
     // Non-blocking, or a FIFO that nobody writes to would hold it up. Regular files don't care.
-    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let opened =
+        File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     let answer = match opened {
         Ok(file) => Frame::new(path.as_os_str().as_bytes().to_vec()).with_fd(file),
         Err(error) => Frame::new(format!("{}: {error}", path.display())),

@@ -1,9 +1,10 @@
-//! Five files, each written by two processes: the parent opens one, writes a line, sends it and closes it; the child
-//! appends a line to whatever comes, until the stream ends.
+//! Five files, each written by two processes: the parent opens one, writes a line, sends it and
+//! closes it; the child appends a line to whatever comes, until the stream ends.
 //!
-//! Shows that what arrives is the **same open file**, not the same name opened again: it was not opened for appending,
-//! yet the child goes on where the parent stopped, because the offset came along. Also that a sent descriptor is closed
-//! by the sender at once, and how the end of the stream ends the other process.
+//! Shows that what arrives is the **same open file**, not the same name opened again: it was not
+//! opened for appending, yet the child goes on where the parent stopped, because the offset came
+//! along. Also that a sent descriptor is closed by the sender at once, and how the end of the
+//! stream ends the other process.
 //!
 //! ```sh
 //! cargo run --example file_relay              # in a directory that is removed afterwards
@@ -27,7 +28,8 @@ use tokio::process::Command;
 /// Two processes write five files, passing each on while it is open.
 #[derive(Parser)]
 struct Args {
-    /// Where to make the files; none of them may exist. By default in a directory that is removed afterwards.
+    /// Where to make the files; none of them may exist. By default in a directory that is removed
+    /// afterwards.
     directory: Option<PathBuf>,
     /// The process that appends: standard input is its socket.
     #[arg(long, hide = true)]
@@ -73,7 +75,9 @@ async fn parent(args: Args) -> Result<ExitCode, Box<dyn Error>> {
     for name in names() {
         let content = std::fs::read_to_string(directory.join(&name))?;
         if content != [PARENTS_LINE, CHILDS_LINE].concat() {
-            return Err(format!("{name}: the child's line is not where it should be: {content:?}").into());
+            return Err(
+                format!("{name}: the child's line is not where it should be: {content:?}").into()
+            );
         }
         writeln!(std::io::stdout(), "parent: {name} holds {content:?}")?;
     }
@@ -88,9 +92,16 @@ async fn write_and_send(socket: Socket, directory: &Path) -> Result<(), Box<dyn 
         let failed = |error: io::Error| format!("{}: {error}", path.display());
         let mut file = File::options().write(true).create_new(true).open(&path).map_err(failed)?;
         file.write_all(PARENTS_LINE.as_bytes()).map_err(failed)?;
-        writeln!(std::io::stdout(), "parent: {name}: wrote {} bytes, sends it and closes it", PARENTS_LINE.len())?;
+        writeln!(
+            std::io::stdout(),
+            "parent: {name}: wrote {} bytes, sends it and closes it",
+            PARENTS_LINE.len()
+        )?;
         let frame = Frame::new(name).with_fd(file);
-        child.send(frame).await.map_err(|error| format!("the child takes nothing any more: {error}"))?;
+        child
+            .send(frame)
+            .await
+            .map_err(|error| format!("the child takes nothing any more: {error}"))?;
     }
     Ok(child.close().await?)
 }
@@ -99,7 +110,9 @@ async fn append() -> Result<ExitCode, Box<dyn Error>> {
     let mut parent = Framed::new(Socket::from_stdin()?, FrameCodec::default());
     while let Some(Frame { payload, fds }) = parent.try_next().await? {
         let name = String::from_utf8_lossy(&payload);
-        let [file] = fds.into_array().map_err(|fds| format!("{name}: one descriptor expected, {} came", fds.len()))?;
+        let [file] = fds
+            .into_array()
+            .map_err(|fds| format!("{name}: one descriptor expected, {} came", fds.len()))?;
         let mut file = File::from(file);
         if !file.metadata()?.is_file() {
             return Err(format!("{name}: what came is not a regular file").into());
@@ -107,7 +120,11 @@ async fn append() -> Result<ExitCode, Box<dyn Error>> {
         let failed = |error| format!("{name}: {error}");
         let offset = file.stream_position().map_err(failed)?;
         file.write_all(CHILDS_LINE.as_bytes()).map_err(failed)?;
-        writeln!(std::io::stdout(), "child:  {name}: came at offset {offset}, now at {}", file.stream_position()?)?;
+        writeln!(
+            std::io::stdout(),
+            "child:  {name}: came at offset {offset}, now at {}",
+            file.stream_position()?
+        )?;
     }
     writeln!(std::io::stdout(), "child:  the stream has ended")?;
     Ok(ExitCode::SUCCESS)

@@ -69,7 +69,9 @@ fn replies() -> impl Decoder<Item = Reply, Error = Error> + Encoder<Reply, Error
             (&[b'E', a, b, c, d], Err(_)) => {
                 Ok(Reply::Failed(io::Error::from_raw_os_error(i32::from_be_bytes([a, b, c, d]))))
             }
-            ([b'N', text @ ..], Err(_)) => Ok(Reply::Note(String::from_utf8_lossy(text).into_owned())),
+            ([b'N', text @ ..], Err(_)) => {
+                Ok(Reply::Note(String::from_utf8_lossy(text).into_owned()))
+            }
             _ => Err(nonsense("reply")),
         },
         |reply: Reply| {
@@ -149,7 +151,8 @@ async fn answer(socket: Socket) -> Result<(), Error> {
         client.feed(Reply::Note(note)).await?; // goes out together with what comes next
         // Non-blocking, or a FIFO that nobody writes to would hold it up. Regular files don't care.
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-        let opened = OpenOptions::new().read(true).append(append).custom_flags(flags).open(path).await;
+        let opened =
+            OpenOptions::new().read(true).append(append).custom_flags(flags).open(path).await;
         let reply = match opened {
             Ok(file) => Reply::File(file.into_std().await),
             Err(error) => Reply::Failed(error),
@@ -172,7 +175,9 @@ fn client(args: Args) -> Result<ExitCode, Box<dyn StdError>> {
     let mut code = ExitCode::SUCCESS;
     for path in args.files {
         let request = Frame::new([mode, path.as_os_str().as_bytes()].concat());
-        server.send(request).map_err(|error| format!("the server takes nothing any more: {error}"))?;
+        server
+            .send(request)
+            .map_err(|error| format!("the server takes nothing any more: {error}"))?;
         let opened = loop {
             match server.next().ok_or("the server is gone")?? {
                 Reply::Note(text) => writeln!(out, "server: {text}")?,

@@ -1,8 +1,10 @@
-//! A terminal passed between processes: a server sends 250 bytes and both ends of a pty over a named socket; the client
-//! talks on the terminal to the server, which holds the controlling end and plays the one who types.
+//! A terminal passed between processes: a server sends 250 bytes and both ends of a pty over a
+//! named socket; the client talks on the terminal to the server, which holds the controlling end
+//! and plays the one who types.
 //!
-//! Shows a frame with data and two descriptors, and that the terminal works as one on both sides: it is a tty, its
-//! window size is one thing seen by both, it echoes, the one who types can correct a line, and Ctrl-D ends the input.
+//! Shows a frame with data and two descriptors, and that the terminal works as one on both sides:
+//! it is a tty, its window size is one thing seen by both, it echoes, the one who types can correct
+//! a line, and Ctrl-D ends the input.
 //!
 //! ```sh
 //! cargo run --example pty_share
@@ -66,7 +68,8 @@ async fn server(path: Option<PathBuf>) -> Result<ExitCode, Box<dyn Error>> {
     let path = path.unwrap_or_else(|| temporary.path().join("socket"));
     let listener = Listener::bind(&path, SocketKind::SeqPacket)
         .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?;
-    let (controller, terminal) = open_pty().map_err(|error| format!("cannot open a pty: {error}"))?;
+    let (controller, terminal) =
+        open_pty().map_err(|error| format!("cannot open a pty: {error}"))?;
     let mut client = Command::new(std::env::current_exe()?)
         .arg("--client-of")
         .arg(&path)
@@ -104,14 +107,20 @@ async fn share(
         status = client.wait() => return Err(format!("the client ended before it connected ({})", status?).into()),
     };
     let mut connection = Framed::new(socket, FrameCodec::default());
-    // The terminal is closed here once it is sent: the client's end of it is then the end for the controller, too.
+    // The terminal is closed here once it is sent: the client's end of it is then the end for the
+    // controller, too.
     let frame = Frame::new(&DATA[..]).with_fd(controller.try_clone()?).with_fd(terminal);
-    connection.send(frame).await.map_err(|error| format!("the client takes nothing any more: {error}"))?;
+    connection
+        .send(frame)
+        .await
+        .map_err(|error| format!("the client takes nothing any more: {error}"))?;
     writeln!(std::io::stdout(), "server: sent {} bytes and a pty of 24 x 80", DATA.len())?;
 
     let controller = File::from(controller);
     let typist = controller.try_clone()?;
-    spawn_blocking(move || type_on(typist)).await?.map_err(|error| format!("the terminal is gone: {error}"))?;
+    spawn_blocking(move || type_on(typist))
+        .await?
+        .map_err(|error| format!("the terminal is gone: {error}"))?;
     let report = connection.try_next().await?.ok_or("the client is gone")?.payload;
     let Winsize { ws_row: rows, ws_col: columns, .. } = tcgetwinsize(&controller)?;
     println!("server: the client says {report:?}; the window is {rows} x {columns}");
@@ -121,7 +130,8 @@ async fn share(
     Ok(())
 }
 
-/// What one who sits at the terminal does: reads a question, types an answer with a correction, and Ctrl-D.
+/// What one who sits at the terminal does: reads a question, types an answer with a correction, and
+/// Ctrl-D.
 fn type_on(mut controller: File) -> io::Result<()> {
     let mut screen = BufReader::new(controller.try_clone()?).lines();
     let mut see = || -> io::Result<()> {
@@ -154,11 +164,17 @@ async fn client(path: &Path) -> Result<ExitCode, Box<dyn Error>> {
         return Err("what came is not the two ends of one terminal".into());
     }
     let Winsize { ws_row: rows, ws_col: columns, .. } = tcgetwinsize(&terminal)?;
-    println!("client: got {} bytes and a terminal, {rows} x {columns}; makes it 50 x 132", payload.len());
+    println!(
+        "client: got {} bytes and a terminal, {rows} x {columns}; makes it 50 x 132",
+        payload.len()
+    );
     tcsetwinsize(&terminal, size(50, 132))?;
-    // Kept, it would hide the server's end: a terminal hangs up with the last copy of its controller.
+    // Kept, it would hide the server's end: a terminal hangs up with the last copy of its
+    // controller.
     drop(controller);
-    spawn_blocking(move || converse(terminal.into())).await?.map_err(|error| format!("on the terminal: {error}"))?;
+    spawn_blocking(move || converse(terminal.into()))
+        .await?
+        .map_err(|error| format!("on the terminal: {error}"))?;
     let report = server.send(Frame::new("end of file")).await;
     report.map_err(|error| format!("the server takes nothing any more: {error}"))?;
     Ok(ExitCode::SUCCESS)
@@ -169,7 +185,9 @@ fn converse(mut terminal: File) -> io::Result<()> {
     let mut lines = BufReader::new(terminal.try_clone()?).lines();
     writeln!(terminal, "who is there?")?;
     // A hang-up is an error or the end of the file, whichever is noticed first.
-    let Some(Ok(name)) = lines.next() else { return Err(io::Error::other("the other end is gone")) };
+    let Some(Ok(name)) = lines.next() else {
+        return Err(io::Error::other("the other end is gone"));
+    };
     writeln!(std::io::stdout(), "client: reads  {name:?}")?;
     writeln!(terminal, "welcome, {name}")?;
     match lines.next().transpose()? {

@@ -36,8 +36,9 @@ fn main() {
 
 fn pass_connection(host: &str, port: u16) -> Result<(), Box<dyn Error>> {
     let stdout = io::stdout().as_fd().try_clone_to_owned()?;
-    let ssh = Socket::try_from(stdout)
-        .map_err(|error| format!("standard output is not ssh's socket ({error}): use it with ProxyUseFdpass=yes"))?;
+    let ssh = Socket::try_from(stdout).map_err(|error| {
+        format!("standard output is not ssh's socket ({error}): use it with ProxyUseFdpass=yes")
+    })?;
 
     let connection = TcpStream::connect((host, port))?;
     let mut ssh = Framed::new(ssh, PacketCodec::default());

@@ -128,7 +128,8 @@ impl Tickets {
             close_in_background([file]);
             return Err(format!("{} files of uid {uid} wait already", Self::MOST));
         }
-        waiting.insert(ticket.clone(), Waiting { file, uid, until: Instant::now() + self.lifetime });
+        waiting
+            .insert(ticket.clone(), Waiting { file, uid, until: Instant::now() + self.lifetime });
         Ok(ticket)
     }
 
@@ -171,11 +172,14 @@ fn main() -> ExitCode {
 async fn serve(path: &Path, http: SocketAddr, lifetime: Duration) -> Result<(), Box<dyn StdError>> {
     let side = Listener::bind(path, SocketKind::SeqPacket)
         .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?;
-    let http = TcpListener::bind(http).await.map_err(|error| format!("cannot listen at {http}: {error}"))?;
+    let http = TcpListener::bind(http)
+        .await
+        .map_err(|error| format!("cannot listen at {http}: {error}"))?;
     say(format_args!("serving at http://{}", http.local_addr()?))?;
     let tickets = Arc::new(Tickets { waiting: Mutex::default(), lifetime });
 
-    let app = Router::new().route("/count/{ticket}", post(answer_call)).with_state(Arc::clone(&tickets));
+    let app =
+        Router::new().route("/count/{ticket}", post(answer_call)).with_state(Arc::clone(&tickets));
     let expiring = async {
         loop {
             sleep(lifetime).await;
@@ -231,7 +235,8 @@ async fn take_deposits(side: Listener, tickets: &Arc<Tickets>) -> Result<(), Box
 
 async fn take_deposits_of(socket: Socket, tickets: &Tickets) -> Result<(), TypedError> {
     let uid = socket.peer_cred().map_err(fdwire::Error::from)?.uid;
-    let mut client = Framed::with_codecs(socket, Typed::<Deposit>::default(), Typed::<Answer>::default());
+    let mut client =
+        Framed::with_codecs(socket, Typed::<Deposit>::default(), Typed::<Answer>::default());
     while let Some(Deposit(file)) = client.try_next().await? {
         client.send(tickets.issue(file.into_inner().0, uid)).await?;
     }
@@ -243,7 +248,11 @@ fn deposit(path: &Path, file: &Path) -> Result<String, Box<dyn StdError>> {
     let input = File::open(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let socket = blocking::Socket::connect(path, SocketKind::SeqPacket)
         .map_err(|error| format!("cannot connect to {}: {error}", path.display()))?;
-    let mut service = blocking::Framed::with_codecs(socket, Typed::<Answer>::default(), Typed::<Deposit>::default());
+    let mut service = blocking::Framed::with_codecs(
+        socket,
+        Typed::<Answer>::default(),
+        Typed::<Deposit>::default(),
+    );
     service.set_read_timeout(Some(Duration::from_secs(10)));
     let failed = |error: TypedError| format!("the service at {}: {error}", path.display());
     service.send(Deposit(Input(input).into())).map_err(|refused| failed(refused.error))?;
@@ -253,11 +262,13 @@ fn deposit(path: &Path, file: &Path) -> Result<String, Box<dyn StdError>> {
 
 fn count(path: &Path, http: SocketAddr, file: &Path) -> Result<(), Box<dyn StdError>> {
     let ticket = deposit(path, file)?;
-    let mut service = TcpStream::connect(http).map_err(|error| format!("cannot connect to {http}: {error}"))?;
+    let mut service =
+        TcpStream::connect(http).map_err(|error| format!("cannot connect to {http}: {error}"))?;
     write!(service, "POST /count/{ticket} HTTP/1.0\r\nhost: {http}\r\n\r\n")?;
     let mut response = String::new();
     service.read_to_string(&mut response)?;
-    let (head, body) = response.split_once("\r\n\r\n").ok_or("the service has not answered in HTTP")?;
+    let (head, body) =
+        response.split_once("\r\n\r\n").ok_or("the service has not answered in HTTP")?;
     if !head.contains(" 200 ") {
         return Err(format!("the service at {http}: {}", body.trim_end()).into());
     }

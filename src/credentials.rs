@@ -37,7 +37,12 @@ impl fmt::Display for Credentials {
 }
 
 /// Writes a process as people read it.
-pub(crate) fn write_process(f: &mut fmt::Formatter<'_>, pid: Option<i32>, uid: u32, gid: u32) -> fmt::Result {
+pub(crate) fn write_process(
+    f: &mut fmt::Formatter<'_>,
+    pid: Option<i32>,
+    uid: u32,
+    gid: u32,
+) -> fmt::Result {
     match pid {
         Some(pid) => write!(f, "process {pid} of uid {uid}, gid {gid}"),
         None => write!(f, "a process of uid {uid}, gid {gid}"),

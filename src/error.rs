@@ -63,7 +63,9 @@ pub enum Error {
     /// A message, or a [part](crate::codec::SendBuf::end_part) of one, has more descriptors than
     /// its bytes can carry. One `sendmsg` takes at most 253 descriptors and has to carry at least
     /// one byte.
-    #[error("{fds} descriptors are too many for a message of {bytes} bytes: each byte carries at most 253")]
+    #[error(
+        "{fds} descriptors are too many for a message of {bytes} bytes: each byte carries at most 253"
+    )]
     TooManyFdsForLength {
         /// The number of descriptors of the message or part.
         fds: usize,
@@ -118,7 +120,9 @@ pub enum Error {
     /// The rest of a message did not arrive within
     /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time), or
     /// descriptors arrived that no message claimed within it.
-    #[error("message is still unfinished: {bytes} bytes and {fds} descriptors of it arrived, and nothing more in time")]
+    #[error(
+        "message is still unfinished: {bytes} bytes and {fds} descriptors of it arrived, and nothing more in time"
+    )]
     Unfinished {
         /// The number of bytes of the unfinished message.
         bytes: usize,
@@ -176,7 +180,9 @@ impl Error {
     pub fn is_peer_gone(&self) -> bool {
         match self {
             Self::Reset | Self::UnexpectedEnd { .. } => true,
-            Self::Io(error) => matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset),
+            Self::Io(error) => {
+                matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+            }
             _ => false,
         }
     }
@@ -258,7 +264,10 @@ impl<I> From<SendError<I>> for io::Error {
 
 impl<I, E: fmt::Debug> fmt::Debug for SendError<I, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SendError").field("error", &self.error).field("refused", &self.item.is_some()).finish()
+        f.debug_struct("SendError")
+            .field("error", &self.error)
+            .field("refused", &self.item.is_some())
+            .finish()
     }
 }
 

@@ -268,7 +268,8 @@ impl FdInfo {
         let fd = fd.as_fd();
         let access = access(fd);
         let fd_type = fd_type(fd);
-        let is_sealed = fd_type == FdType::RegularFile && access != FdAccess::Neither && sys::is_sealed(fd);
+        let is_sealed =
+            fd_type == FdType::RegularFile && access != FdAccess::Neither && sys::is_sealed(fd);
         Self { fd_type, access, is_sealed }
     }
 }
@@ -412,12 +413,17 @@ mod tests {
         let tcp_listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let tcp = TcpStream::connect(tcp_listener.local_addr().unwrap()).unwrap();
         let sealed = File::from(memfd_create("sealed", MFdFlags::MFD_ALLOW_SEALING).unwrap());
-        fcntl(&sealed, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK)).unwrap();
-        let o_path = |path| OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).unwrap();
+        fcntl(&sealed, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK))
+            .unwrap();
+        let o_path =
+            |path| OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).unwrap();
         let offers: [(&str, OwnedFd); 14] = [
             ("read-only file", File::open(&path).unwrap().into()),
             ("write-only file", writable.into()),
-            ("read-write file", OpenOptions::new().read(true).write(true).open(&path).unwrap().into()),
+            (
+                "read-write file",
+                OpenOptions::new().read(true).write(true).open(&path).unwrap().into(),
+            ),
             ("path of a file", o_path(path.as_path()).into()),
             ("unsealed memfd", memfd_create("unsealed", MFdFlags::MFD_ALLOW_SEALING).unwrap()),
             ("sealed memfd", sealed.into()),
@@ -435,7 +441,10 @@ mod tests {
         let policies: [(FdPolicy, &[&str]); 12] = [
             (FdPolicy::regular_file().read_only(), &["read-only file"]),
             (FdPolicy::regular_file().write_only(), &["write-only file"]),
-            (FdPolicy::regular_file().read_write(), &["read-write file", "unsealed memfd", "sealed memfd"]),
+            (
+                FdPolicy::regular_file().read_write(),
+                &["read-write file", "unsealed memfd", "sealed memfd"],
+            ),
             (FdPolicy::sealed_memfd(), &["sealed memfd"]),
             (FdPolicy::directory(), &["directory"]),
             (FdPolicy::pipe().read_only(), &["read end"]),
@@ -454,7 +463,9 @@ mod tests {
         }
         for (name, fd) in &offers {
             assert!(FdPolicy::any().check(fd).is_ok());
-            let is_file = !["path of a file", "unix", "tcp", "tcp listener", "udp", "unix listener"].contains(name);
+            let is_file =
+                !["path of a file", "unix", "tcp", "tcp listener", "udp", "unix listener"]
+                    .contains(name);
             assert_eq!(FdPolicy::file().check(fd).is_ok(), is_file, "{name}");
         }
     }
@@ -469,7 +480,11 @@ mod tests {
     #[test]
     fn a_refusal_says_what_was_expected_and_what_came() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let refused = FdPolicy::socket(SocketDomain::Ip, SocketType::Stream).accept(listener).unwrap_err();
-        assert_eq!(refused.to_string(), "expected a stream socket of IP, got a listening stream socket of IP");
+        let refused =
+            FdPolicy::socket(SocketDomain::Ip, SocketType::Stream).accept(listener).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "expected a stream socket of IP, got a listening stream socket of IP"
+        );
     }
 }

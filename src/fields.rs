@@ -75,14 +75,18 @@ impl<'a> Fields<'a> {
 
 /// Appends bytes after a `u16` with their number.
 pub(crate) fn put_short(dst: &mut Vec<u8>, bytes: &[u8]) -> Result<(), Error> {
-    dst.extend(u16::try_from(bytes.len()).map_err(|_| too_long(bytes, u16::MAX.into()))?.to_be_bytes());
+    dst.extend(
+        u16::try_from(bytes.len()).map_err(|_| too_long(bytes, u16::MAX.into()))?.to_be_bytes(),
+    );
     dst.extend(bytes);
     Ok(())
 }
 
 /// Appends bytes after a `u32` with their number.
 pub(crate) fn put_long(dst: &mut Vec<u8>, bytes: &[u8]) -> Result<(), Error> {
-    dst.extend(u32::try_from(bytes.len()).map_err(|_| too_long(bytes, u32::MAX as usize))?.to_be_bytes());
+    dst.extend(
+        u32::try_from(bytes.len()).map_err(|_| too_long(bytes, u32::MAX as usize))?.to_be_bytes(),
+    );
     dst.extend(bytes);
     Ok(())
 }

@@ -128,7 +128,9 @@ impl<F> Fds<F> {
     pub(crate) fn split(mut self) -> impl Iterator<Item = Self> {
         let mut fds = self.take();
         let home = fds.home.clone();
-        std::iter::from_fn(move || Some(Self::from_peer(SmallVec::from_buf([fds.next()?]), home.clone())))
+        std::iter::from_fn(move || {
+            Some(Self::from_peer(SmallVec::from_buf([fds.next()?]), home.clone()))
+        })
     }
 
     #[inline(never)] // so that `drop` is short

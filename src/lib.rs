@@ -204,7 +204,10 @@
 //! The crate works on Linux. Everything that only Linux has is in the modules `sys` and `socket`.
 //! Frames and codecs do not depend on a system.
 
-#![cfg_attr(not(feature = "handoff"), allow(dead_code, reason = "the hand-off alone uses some items below it"))]
+#![cfg_attr(
+    not(feature = "handoff"),
+    allow(dead_code, reason = "the hand-off alone uses some items below it")
+)]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("fdwire works on Linux");

@@ -191,7 +191,8 @@ mod tests {
     fn only_the_last_reference_takes_the_descriptor_out() {
         let shared = Arc::new(null());
         let number = shared.as_raw_fd();
-        let (first, second) = (SendFd::from(Arc::clone(&shared)), SendFd::assume_file(Arc::clone(&shared)));
+        let (first, second) =
+            (SendFd::from(Arc::clone(&shared)), SendFd::assume_file(Arc::clone(&shared)));
         assert_eq!(first.as_fd().as_raw_fd(), number);
         assert!(first.into_inner().is_none());
         drop(shared);

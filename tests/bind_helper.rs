@@ -131,14 +131,16 @@ fn a_port_or_a_uid_that_is_not_listed_gets_the_reason_and_no_listener() {
     let Some(installed) = Installed::new() else { return };
     let (address, uid) = (privileged(), installed.uid);
     let port = address.port();
-    let helper = installed.helper(&[format!("{uid}:{}-{}", port + 1, port + 1000), format!("{}:{port}", uid + 1)]);
+    let helper = installed
+        .helper(&[format!("{uid}:{}-{}", port + 1, port + 1000), format!("{}:{port}", uid + 1)]);
     let denied = format!("error: cannot listen at {address}: Permission denied (os error 13)\n");
     assert_eq!(installed.refused(address), denied);
     drop(helper);
 
     let helper = installed.helper(&[format!("{}:{port}", uid + 1)]);
     let path = installed.at("socket");
-    let not_served = format!("error: the helper at {} serves no request of this uid\n", path.display());
+    let not_served =
+        format!("error: the helper at {} serves no request of this uid\n", path.display());
     assert_eq!(installed.refused(address), not_served);
     drop(helper);
 
@@ -152,6 +154,7 @@ fn a_port_that_is_in_use_is_the_errno_of_the_helpers_bind() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();
     let _helper = installed.helper(&[format!("{}:1-65535", installed.uid)]);
-    let in_use = format!("error: cannot listen at {address}: Address already in use (os error 98)\n");
+    let in_use =
+        format!("error: cannot listen at {address}: Address already in use (os error 98)\n");
     assert_eq!(installed.refused(address), in_use);
 }

@@ -14,7 +14,9 @@ use std::{
 };
 
 use bytes::BytesMut;
-use common::{KINDS, abstract_name, encoded, marked, other_uid, raw_send, role_socket, run, spawn_role};
+use common::{
+    KINDS, abstract_name, encoded, marked, other_uid, raw_send, role_socket, run, spawn_role,
+};
 use fdwire::{
     Error, Frame, FrameCodec, Framed, Listener, Socket, SocketKind,
     codec::{Codec, PacketCodec},
@@ -40,8 +42,11 @@ fn write_if_inner(test: &str) -> bool {
     let Some(socket) = role_socket(test) else { return false };
     let pieces = std::env::var("FDWIRE_PIECES").unwrap();
     for piece in pieces.split(' ') {
-        let bytes =
-            Vec::from_iter((0..piece.len()).step_by(2).map(|at| u8::from_str_radix(&piece[at..at + 2], 16).unwrap()));
+        let bytes = Vec::from_iter(
+            (0..piece.len())
+                .step_by(2)
+                .map(|at| u8::from_str_radix(&piece[at..at + 2], 16).unwrap()),
+        );
         raw_send(&socket, &bytes, &[]);
     }
     true
@@ -62,7 +67,11 @@ fn write_elsewhere(test: &str, uid: Option<u32>, socket: &impl AsFd, pieces: &[&
 }
 
 /// A receiver that asks for credentials, and the bare other end.
-fn receiver<C: Codec + Clone>(kind: SocketKind, codec: C, pass: PassCredentials) -> (Framed<C>, OwnedFd) {
+fn receiver<C: Codec + Clone>(
+    kind: SocketKind,
+    codec: C,
+    pass: PassCredentials,
+) -> (Framed<C>, OwnedFd) {
     let (a, b) = Socket::pair(kind).unwrap();
     a.set_pass_credentials(pass).unwrap();
     (Framed::new(a, codec), b.into())
@@ -87,7 +96,9 @@ fn each_message_has_its_own_sender() {
             raw_send(&peer, &[&one[..], &one].concat(), &[]);
             let child = write_elsewhere(TEST, None, &peer, &[&one, &one]);
             raw_send(&peer, &two, &[marked(3)]);
-            for (text, pid) in [("one", own_pid()), ("one", own_pid()), ("one", Some(child)), ("one", Some(child))] {
+            for (text, pid) in
+                [("one", own_pid()), ("one", own_pid()), ("one", Some(child)), ("one", Some(child))]
+            {
                 assert_eq!(next(&mut rx).await, (text.to_owned(), pid), "on {kind:?}");
             }
             assert_eq!(next(&mut rx).await, ("two".to_owned(), own_pid()));
@@ -120,7 +131,10 @@ fn another_uid_is_told_by_its_messages() {
             let sender = rx.credentials().unwrap();
             assert_eq!((sender.uid, sender.gid, sender.pid), (uid, uid, Some(child)));
             assert!(sender.pidfd.is_none());
-            assert_eq!((rx.socket().peer_cred().unwrap().uid, rx.socket().peer_cred().unwrap().pid), (0, own_pid()));
+            assert_eq!(
+                (rx.socket().peer_cred().unwrap().uid, rx.socket().peer_cred().unwrap().pid),
+                (0, own_pid())
+            );
         }
     });
 }
@@ -205,7 +219,8 @@ fn a_pidfd_comes_with_the_message_and_names_its_sender() {
             raw_send(&peer, &encoded(b"from here", 253), &Vec::from_iter((0..253).map(marked)));
             assert_eq!(rx.try_next().await.unwrap().unwrap().fds.len(), 253);
             let pidfd = rx.credentials().unwrap().pidfd.as_ref().unwrap();
-            let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
+            let info =
+                fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
             assert!(info.contains(&format!("Pid:\t{}\n", std::process::id())), "{info}");
 
             rx.socket().set_pass_credentials(PassCredentials::Ids).unwrap();
@@ -223,7 +238,8 @@ fn without_a_descriptor_to_spare_there_is_no_pidfd() {
     if role_socket(TEST).is_some() {
         return run(async {
             for kind in KINDS {
-                let (mut rx, peer) = receiver(kind, FrameCodec::default(), PassCredentials::IdsAndPidfd);
+                let (mut rx, peer) =
+                    receiver(kind, FrameCodec::default(), PassCredentials::IdsAndPidfd);
                 raw_send(&peer, &encoded(b"ids", 0), &[]);
                 let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
                 // New descriptors get the lowest free number.
@@ -246,11 +262,14 @@ fn packets_have_their_own_senders() {
         return;
     }
     run(async {
-        let (mut rx, peer) = receiver(SocketKind::SeqPacket, PacketCodec::default(), PassCredentials::Ids);
+        let (mut rx, peer) =
+            receiver(SocketKind::SeqPacket, PacketCodec::default(), PassCredentials::Ids);
         raw_send(&peer, b"one", &[]);
         let child = write_elsewhere(TEST, None, &peer, &[b"two", b"three"]);
         raw_send(&peer, b"four", &[]);
-        for (text, pid) in [("one", own_pid()), ("two", Some(child)), ("three", Some(child)), ("four", own_pid())] {
+        for (text, pid) in
+            [("one", own_pid()), ("two", Some(child)), ("three", Some(child)), ("four", own_pid())]
+        {
             assert_eq!(rx.try_next().await.unwrap().unwrap().payload, text);
             assert_eq!(pid_of(rx.credentials()), pid);
         }
@@ -293,7 +312,10 @@ fn the_senders_on_accepted_connections_are_known_from_the_first_byte() {
             let addr = abstract_name("accepted");
             let listener = Listener::bind_addr(&addr, kind).unwrap();
             // This client connects and sends before the listener asks for credentials.
-            let early = Framed::new(Socket::connect_addr(&addr, kind).await.unwrap(), FrameCodec::default());
+            let early = Framed::new(
+                Socket::connect_addr(&addr, kind).await.unwrap(),
+                FrameCodec::default(),
+            );
             raw_send(early.socket(), &encoded(b"early", 0), &[]);
             listener.set_pass_credentials(PassCredentials::Ids).unwrap();
             let late = Socket::connect_addr(&addr, kind).await.unwrap();
@@ -356,10 +378,18 @@ fn what_a_codec_yields_at_the_end_has_its_sender() {
     impl fdwire::codec::Decoder for Whole {
         type Item = usize;
         type Error = Error;
-        fn decode(&mut self, _: &mut BytesMut, _: &mut fdwire::codec::FdQueue) -> Result<Option<usize>, Error> {
+        fn decode(
+            &mut self,
+            _: &mut BytesMut,
+            _: &mut fdwire::codec::FdQueue,
+        ) -> Result<Option<usize>, Error> {
             Ok(None)
         }
-        fn decode_eof(&mut self, src: &mut BytesMut, _: &mut fdwire::codec::FdQueue) -> Result<Option<usize>, Error> {
+        fn decode_eof(
+            &mut self,
+            src: &mut BytesMut,
+            _: &mut fdwire::codec::FdQueue,
+        ) -> Result<Option<usize>, Error> {
             let bytes = std::mem::take(src).len();
             Ok((bytes > 0).then_some(bytes))
         }

@@ -19,7 +19,9 @@ use std::{
     time::Duration,
 };
 
-use common::{PASSED, abstract_name, mark_of, marked, open_fds, other_uid, run, run_and_pass, settle};
+use common::{
+    PASSED, abstract_name, mark_of, marked, open_fds, other_uid, run, run_and_pass, settle,
+};
 use fdwire::{
     Error, Socket, SocketKind,
     socket::{Datagram, DatagramSocket},
@@ -63,7 +65,10 @@ fn an_empty_datagram_is_a_message() {
         a.send("text", &[]).await.unwrap();
         for (payload, expected) in [("", &[][..]), ("", &[1]), ("text", &[])] {
             let datagram = b.recv().await.unwrap();
-            assert_eq!((&datagram.payload[..], &marks(&datagram)[..]), (payload.as_bytes(), expected));
+            assert_eq!(
+                (&datagram.payload[..], &marks(&datagram)[..]),
+                (payload.as_bytes(), expected)
+            );
             assert!(datagram.sender.is_none() && datagram.credentials.is_none());
         }
         assert!(b.recv().now_or_never().is_none());
@@ -96,7 +101,8 @@ fn a_receiver_learns_the_address_of_the_sender_and_answers() {
             DatagramSocket::bind(directory.path().join("client")).unwrap(),
             DatagramSocket::bind(&longest).unwrap(),
             DatagramSocket::bind_addr(&abstract_name("client")).unwrap(),
-            DatagramSocket::bind_addr(&SocketAddr::from_abstract_name(b"zero \0 byte").unwrap()).unwrap(),
+            DatagramSocket::bind_addr(&SocketAddr::from_abstract_name(b"zero \0 byte").unwrap())
+                .unwrap(),
             DatagramSocket::autobind().unwrap(),
         ] {
             client.send_to("question", &[], &address).await.unwrap();
@@ -197,21 +203,26 @@ fn a_sender_waits_while_the_queue_is_full() {
 
         // A send that is given up sends nothing.
         while connected.send("filler", &[]).now_or_never().is_some() {}
-        let waiting =
-            [connected.send("given up", &[]).now_or_never(), unconnected.send_to("", &[], &address).now_or_never()];
+        let waiting = [
+            connected.send("given up", &[]).now_or_never(),
+            unconnected.send_to("", &[], &address).now_or_never(),
+        ];
         assert!(waiting.iter().all(Option::is_none));
         // The queue is full of another socket's datagrams, so no event announces room to this one.
         let drain = async {
             settle().await;
             while service.recv().await.unwrap().payload != "after the others" {}
         };
-        let (sent, ()) = tokio::join!(unconnected.send_to("after the others", &[], &address), drain);
+        let (sent, ()) =
+            tokio::join!(unconnected.send_to("after the others", &[], &address), drain);
         sent.unwrap();
         // Several tasks may wait at a time.
         let senders = join_all((0..50).map(|_| connected.send("from many", &[])));
-        let receiver = stream::poll_fn(|cx| service.poll_recv(cx).map(Some)).take(50).for_each(async |datagram| {
-            assert_eq!(datagram.unwrap().payload, "from many");
-        });
+        let receiver = stream::poll_fn(|cx| service.poll_recv(cx).map(Some)).take(50).for_each(
+            async |datagram| {
+                assert_eq!(datagram.unwrap().payload, "from many");
+            },
+        );
         let (sent, ()) = tokio::join!(senders, receiver);
         assert!(sent.into_iter().all(|sent| sent.is_ok()));
     });
@@ -254,8 +265,14 @@ fn a_receiver_that_is_gone_is_an_error_and_not_the_end() {
         let address = SocketAddr::from_pathname(&path).unwrap();
         let client = DatagramSocket::autobind().unwrap();
         assert_eq!(client.connect(&path).unwrap_err().kind(), ErrorKind::NotFound);
-        assert_eq!(client.send("to nobody", &[]).await.unwrap_err().kind(), ErrorKind::NotConnected);
-        assert_eq!(client.send_to("to nobody", &[], &address).await.unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(
+            client.send("to nobody", &[]).await.unwrap_err().kind(),
+            ErrorKind::NotConnected
+        );
+        assert_eq!(
+            client.send_to("to nobody", &[], &address).await.unwrap_err().kind(),
+            ErrorKind::NotFound
+        );
 
         let service = DatagramSocket::bind(&path).unwrap();
         client.connect(&path).unwrap();
@@ -404,8 +421,11 @@ fn another_uid_sends_only_where_the_mode_lets_it() {
         let directory = tempfile::tempdir().unwrap();
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let _private = DatagramSocket::bind(directory.path().join("private")).unwrap();
-        let public = DatagramSocket::bind_with_mode(directory.path().join("public"), 0o666).unwrap();
-        run_inner(TEST, |command| _ = command.uid(uid).gid(uid).env("FDWIRE_DIRECTORY", directory.path()));
+        let public =
+            DatagramSocket::bind_with_mode(directory.path().join("public"), 0o666).unwrap();
+        run_inner(TEST, |command| {
+            _ = command.uid(uid).gid(uid).env("FDWIRE_DIRECTORY", directory.path())
+        });
         assert_eq!(public.recv().await.unwrap().payload, "hello");
     });
 }
@@ -462,7 +482,8 @@ fn descriptors_that_nobody_takes_are_closed_as_fast_as_they_come() {
     if is_inner(TEST) {
         return run_and_pass(async {
             let (a, b) = DatagramSocket::pair().unwrap();
-            let sockets = Vec::from_iter((0..250).map(|_| OwnedFd::from(UnixStream::pair().unwrap().0)));
+            let sockets =
+                Vec::from_iter((0..250).map(|_| OwnedFd::from(UnixStream::pair().unwrap().0)));
             let fds = Vec::from_iter(sockets.iter().map(AsFd::as_fd));
             let before = open_fds();
             for _ in 0..100 {
@@ -483,7 +504,10 @@ fn a_socket_that_takes_no_descriptors_refuses_them_to_the_sender() {
             return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
         }
         let file = marked(1);
-        assert_eq!(a.send("x", &[file.as_fd()]).await.unwrap_err().kind(), ErrorKind::PermissionDenied);
+        assert_eq!(
+            a.send("x", &[file.as_fd()]).await.unwrap_err().kind(),
+            ErrorKind::PermissionDenied
+        );
         a.send("without", &[]).await.unwrap();
         assert_eq!(b.recv().await.unwrap().payload, "without");
     });

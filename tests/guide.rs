@@ -1,4 +1,5 @@
-//! Codecs for two protocols that the guide does not name, written from the guide and the documentation alone.
+//! Codecs for two protocols that the guide does not name, written from the guide and the
+//! documentation alone.
 
 use std::{
     io::{IoSlice, IoSliceMut, PipeReader, Read, pipe},
@@ -72,7 +73,11 @@ mod qmp {
         type Item = Message<F>;
         type Error = Error;
 
-        fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Message<F>>, Error> {
+        fn decode(
+            &mut self,
+            src: &mut BytesMut,
+            fds: &mut FdQueue<F>,
+        ) -> Result<Option<Message<F>>, Error> {
             let Some(at) = src[self.searched..].iter().position(|&byte| byte == b'\n') else {
                 self.searched = src.len();
                 return if src.len() > MAX_LINE { Err(too_long(src.len())) } else { Ok(None) };
@@ -87,7 +92,8 @@ mod qmp {
                 true => Some(fds.claim_one()?),
                 false => None,
             };
-            // A descriptor comes with the first byte of its message: with no byte left, none may be left.
+            // A descriptor comes with the first byte of its message: with no byte left, none may be
+            // left.
             if src.is_empty() && !fds.is_empty() {
                 return Err(Error::UnclaimedFds { fds: fds.len() });
             }
@@ -98,9 +104,16 @@ mod qmp {
     impl<F> Encoder<Message<F>, F> for Qmp {
         type Error = Error;
 
-        fn encode(&mut self, message: Message<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Message<F>>> {
+        fn encode(
+            &mut self,
+            message: Message<F>,
+            dst: &mut SendBuf<F>,
+        ) -> Result<(), SendError<Message<F>>> {
             if has_fd(&message.json) != message.fd.is_some() {
-                return Err(SendError::refused(message, Error::invalid("getfd has one descriptor, no other has")));
+                return Err(SendError::refused(
+                    message,
+                    Error::invalid("getfd has one descriptor, no other has"),
+                ));
             }
             let line = message.json.to_string();
             if line.len() > MAX_LINE {
@@ -114,7 +127,8 @@ mod qmp {
     }
 }
 
-/// In the style of `sd_notify`: a packet is lines `KEY=VALUE`, and one with `FDSTORE=1` has descriptors.
+/// In the style of `sd_notify`: a packet is lines `KEY=VALUE`, and one with `FDSTORE=1` has
+/// descriptors.
 mod fd_store {
     use fdwire::{
         Error, Fds, Frame, Limits, SendError,
@@ -128,13 +142,18 @@ mod fd_store {
     }
 
     impl<F> Notify<F> {
-        pub(crate) fn new<const N: usize>(lines: [(&str, &str); N], fds: impl IntoIterator<Item = F>) -> Self {
+        pub(crate) fn new<const N: usize>(
+            lines: [(&str, &str); N],
+            fds: impl IntoIterator<Item = F>,
+        ) -> Self {
             let lines = lines.map(|(key, value)| (key.into(), value.into())).into();
             Self { lines, fds: fds.into_iter().collect() }
         }
 
         fn check(&self) -> Result<(), Error> {
-            let has = |key, value: &str| self.lines.iter().any(|(k, v)| k == key && (value.is_empty() || v == value));
+            let has = |key, value: &str| {
+                self.lines.iter().any(|(k, v)| k == key && (value.is_empty() || v == value))
+            };
             match (has("FDSTORE", "1"), self.fds.len()) {
                 (true, 0) => Err(Error::MissingFds { expected: 1, received: 0 }),
                 (true, _) if !has("FDNAME", "") => Err(Error::invalid("FDSTORE without FDNAME")),
@@ -146,27 +165,34 @@ mod fd_store {
 
     fn decoded<F>(frame: Frame<F>) -> Result<Notify<F>, Error> {
         let text = str::from_utf8(&frame.payload).map_err(Error::invalid)?;
-        let text = text.strip_suffix('\n').ok_or_else(|| Error::invalid("no line feed at the end"))?;
+        let text =
+            text.strip_suffix('\n').ok_or_else(|| Error::invalid("no line feed at the end"))?;
         let pair = |line: &str| line.split_once('=').map(|(key, value)| (key.into(), value.into()));
         let lines = text.split('\n').map(pair).collect::<Option<_>>();
-        let notify = Notify { lines: lines.ok_or_else(|| Error::invalid("a line without `=`"))?, fds: frame.fds };
+        let notify = Notify {
+            lines: lines.ok_or_else(|| Error::invalid("a line without `=`"))?,
+            fds: frame.fds,
+        };
         notify.check().map(|()| notify)
     }
 
     fn encoded<F>(notify: Notify<F>) -> Result<Frame<F>, SendError<Notify<F>>> {
-        let broken = |(key, value): &(String, String)| key.contains(['=', '\n']) || value.contains('\n');
+        let broken =
+            |(key, value): &(String, String)| key.contains(['=', '\n']) || value.contains('\n');
         if notify.lines.is_empty() || notify.lines.iter().any(broken) {
             return Err(SendError::refused(notify, Error::invalid("not lines of KEY=VALUE")));
         }
         if let Err(error) = notify.check() {
             return Err(SendError::refused(notify, error));
         }
-        let text: String = notify.lines.iter().map(|(key, value)| format!("{key}={value}\n")).collect();
+        let text: String =
+            notify.lines.iter().map(|(key, value)| format!("{key}={value}\n")).collect();
         Ok(Frame { payload: text.into(), fds: notify.fds })
     }
 
     pub(crate) fn codec<F, G>()
-    -> impl Decoder<F, Item = Notify<F>, Error = Error> + Encoder<Notify<G>, G, Error = Error> + Clone {
+    -> impl Decoder<F, Item = Notify<F>, Error = Error> + Encoder<Notify<G>, G, Error = Error> + Clone
+    {
         PacketCodec::new(Limits::default().max_payload_bytes(4096)).map(decoded::<F>, encoded::<G>)
     }
 }
@@ -175,7 +201,8 @@ async fn soon<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(30), future).await.expect("takes too long")
 }
 
-/// A pipe's end to read, and one to write that is given away: the end of the pipe tells that it was closed.
+/// A pipe's end to read, and one to write that is given away: the end of the pipe tells that it was
+/// closed.
 fn tracked() -> (PipeReader, OwnedFd) {
     let (reader, writer) = pipe().unwrap();
     (reader, writer.into())
@@ -196,17 +223,29 @@ fn qmp_messages_are_lines_and_only_getfd_has_a_descriptor() {
     let mut messages = Vec::new();
     for byte in bytes {
         src.extend_from_slice(&[byte]);
-        // Here 7 is there before its message, as after a read that merged both; so keep a byte of what follows.
+        // Here 7 is there before its message, as after a read that merged both; so keep a byte of
+        // what follows.
         if !(byte == b'\n' && messages.is_empty()) {
             messages.extend(codec.decode(&mut src, &mut fds).unwrap());
         }
     }
     assert_eq!(messages, [Message::new(json!({"execute": "stop"})), Message::getfd("net0", 7)]);
 
-    let decode = |line: &str, fds: &[i32]| Qmp::default().decode(&mut line.into(), &mut fds.iter().copied().collect());
-    assert!(matches!(decode("{\"execute\":\"getfd\"}\n", &[]), Err(Error::MissingFds { expected: 1, received: 0 })));
-    assert!(matches!(decode("{\"execute\":\"stop\"}\n", &[7]), Err(Error::UnclaimedFds { fds: 1 })));
-    assert!(matches!(decode("{\"execute\":\"getfd\"}\n", &[7, 8]), Err(Error::UnclaimedFds { fds: 1 })));
+    let decode = |line: &str, fds: &[i32]| {
+        Qmp::default().decode(&mut line.into(), &mut fds.iter().copied().collect())
+    };
+    assert!(matches!(
+        decode("{\"execute\":\"getfd\"}\n", &[]),
+        Err(Error::MissingFds { expected: 1, received: 0 })
+    ));
+    assert!(matches!(
+        decode("{\"execute\":\"stop\"}\n", &[7]),
+        Err(Error::UnclaimedFds { fds: 1 })
+    ));
+    assert!(matches!(
+        decode("{\"execute\":\"getfd\"}\n", &[7, 8]),
+        Err(Error::UnclaimedFds { fds: 1 })
+    ));
     assert!(matches!(decode("hello\n", &[]), Err(Error::Invalid(_))));
     assert!(matches!(decode(&" ".repeat(MAX_LINE), &[]), Ok(None)));
     assert!(matches!(decode(&" ".repeat(MAX_LINE + 1), &[]), Err(Error::FrameTooLong { .. })));
@@ -214,7 +253,8 @@ fn qmp_messages_are_lines_and_only_getfd_has_a_descriptor() {
     assert!(matches!(decode(&longest, &[]), Ok(Some(_))));
     assert!(matches!(decode(&format!(" {longest}"), &[]), Err(Error::FrameTooLong { .. })));
 
-    let refused = |message| Qmp::default().encode(message, &mut SendBuf::new()).unwrap_err().item.unwrap();
+    let refused =
+        |message| Qmp::default().encode(message, &mut SendBuf::new()).unwrap_err().item.unwrap();
     assert_eq!(refused(Message { json: json!({"execute": "stop"}), fd: Some(7) }).fd, Some(7));
     assert_eq!(refused(Message { json: json!({"execute": "getfd"}), fd: None }).fd, None);
     assert_eq!(refused(Message::getfd(&"x".repeat(MAX_LINE), 7)).fd, Some(7));
@@ -224,7 +264,13 @@ fn qmp_messages_are_lines_and_only_getfd_has_a_descriptor() {
 fn read_byte(socket: &UnixStream) -> (u8, Vec<RawFd>) {
     let (mut byte, mut control) = ([0], nix::cmsg_space!([RawFd; 8]));
     let mut into = [IoSliceMut::new(&mut byte)];
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut into, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC).unwrap();
+    let message = recvmsg::<()>(
+        socket.as_raw_fd(),
+        &mut into,
+        Some(&mut control),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )
+    .unwrap();
     let fds = message.cmsgs().unwrap().flat_map(|cmsg| match cmsg {
         ControlMessageOwned::ScmRights(fds) => fds,
         other => panic!("{other:?}"),
@@ -260,7 +306,14 @@ async fn qmp_descriptors_are_attached_to_the_first_byte_of_getfd() {
     let send = |text: &str, fds: &[RawFd]| {
         let rights = [ControlMessage::ScmRights(fds)];
         let rights = if fds.is_empty() { &[] } else { &rights[..] };
-        sendmsg::<()>(raw.as_raw_fd(), &[IoSlice::new(text.as_bytes())], rights, MsgFlags::empty(), None).unwrap();
+        sendmsg::<()>(
+            raw.as_raw_fd(),
+            &[IoSlice::new(text.as_bytes())],
+            rights,
+            MsgFlags::empty(),
+            None,
+        )
+        .unwrap();
     };
     let (pipe, writer) = tracked();
     send("{\"QMP\": {}}\r\n", &[]);
@@ -281,7 +334,16 @@ async fn qemu_takes_descriptors() {
     let path = dir.path().join("qmp");
     let listener = Listener::bind(&path, SocketKind::Stream).unwrap();
     let spawned = tokio::process::Command::new("qemu-system-x86_64")
-        .args(["-M", "none", "-nodefaults", "-display", "none", "-S", "-mon", "chardev=c,mode=control"])
+        .args([
+            "-M",
+            "none",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-S",
+            "-mon",
+            "chardev=c,mode=control",
+        ])
         .args(["-chardev", &format!("socket,id=c,path={}", path.display())])
         .kill_on_drop(true)
         .spawn();
@@ -333,16 +395,24 @@ fn fd_store_packets_with_descriptors_say_so() {
     assert_eq!(bytes, "FDSTORE=1\nFDNAME=web\n");
     assert_eq!(codec().decode(&mut bytes, &mut fds.into_iter().collect()).unwrap(), Some(store()));
 
-    let decode = |text: &str, fds: &[i32]| codec().decode(&mut text.into(), &mut fds.iter().copied().collect());
+    let decode = |text: &str, fds: &[i32]| {
+        codec().decode(&mut text.into(), &mut fds.iter().copied().collect())
+    };
     assert_eq!(decode("READY=1\n", &[]).unwrap(), Some(Notify::new([("READY", "1")], [])));
     assert!(matches!(decode("READY=1\n", &[7]), Err(Error::UnclaimedFds { fds: 1 })));
     assert!(matches!(decode("FDSTORE=1\nFDNAME=web\n", &[]), Err(Error::MissingFds { .. })));
     for text in ["FDSTORE=1\n", "READY\n", "READY=1"] {
-        assert!(matches!(decode(text, if text.len() > 8 { &[7] } else { &[] }), Err(Error::Invalid(_))), "{text}");
+        assert!(
+            matches!(decode(text, if text.len() > 8 { &[7] } else { &[] }), Err(Error::Invalid(_))),
+            "{text}"
+        );
     }
 
     let refused = |notify| codec().encode(notify, &mut SendBuf::new()).unwrap_err().item;
-    assert_eq!(refused(Notify::new([("READY", "1")], [7])), Some(Notify::new([("READY", "1")], [7])));
+    assert_eq!(
+        refused(Notify::new([("READY", "1")], [7])),
+        Some(Notify::new([("READY", "1")], [7]))
+    );
     // What the inner codec refuses does not come back.
     assert_eq!(refused(Notify::new([("STATUS", &*"x".repeat(5000))], [])), None);
 }

@@ -55,7 +55,8 @@ fn command(path: &Path, listen: SocketAddr, arguments: &[&str]) -> Output {
 fn serves(output: &Output) -> Background {
     let stdout = str::from_utf8(&output.stdout).unwrap();
     assert!(output.status.success(), "{stdout}");
-    let pid = stdout.lines().find_map(|line| line.strip_prefix("process ")?.strip_suffix(" serves"));
+    let pid =
+        stdout.lines().find_map(|line| line.strip_prefix("process ")?.strip_suffix(" serves"));
     Background(pid.expect(stdout).parse().unwrap())
 }
 
@@ -74,6 +75,9 @@ fn the_exit_code_of_a_command_that_waits_is_true() {
     assert_eq!(std::mem::ManuallyDrop::new(serves(&listed)).0, second.0);
     // No server at all.
     let elsewhere = path.with_extension("elsewhere");
-    assert_eq!(command(&elsewhere, "203.0.113.1:1".parse().unwrap(), &["--wait"]).status.code(), Some(1));
+    assert_eq!(
+        command(&elsewhere, "203.0.113.1:1".parse().unwrap(), &["--wait"]).status.code(),
+        Some(1)
+    );
     assert_eq!(command(&elsewhere, listen, &["--list"]).status.code(), Some(1));
 }

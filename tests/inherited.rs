@@ -18,8 +18,13 @@ use std::{
     thread,
 };
 
-use common::{KINDS, PASSED, abstract_name, descriptors_of_a_child, marked, one_thread, other_uid, run, run_and_pass};
-use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind, blocking, socket::DatagramSocket};
+use common::{
+    KINDS, PASSED, abstract_name, descriptors_of_a_child, marked, one_thread, other_uid, run,
+    run_and_pass,
+};
+use fdwire::{
+    Frame, FrameCodec, Framed, Listener, Socket, SocketKind, blocking, socket::DatagramSocket,
+};
 use futures::{FutureExt, SinkExt, TryStreamExt};
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
@@ -62,7 +67,11 @@ fn framed(socket: Socket) -> Framed<FrameCodec> {
 
 /// Returns the path that a descriptor number of this process leads to.
 fn target(number: i32) -> String {
-    fs::read_link(format!("/proc/self/fd/{number}")).unwrap().into_os_string().into_string().unwrap()
+    fs::read_link(format!("/proc/self/fd/{number}"))
+        .unwrap()
+        .into_os_string()
+        .into_string()
+        .unwrap()
 }
 
 fn is_close_on_exec(fd: impl AsFd) -> bool {
@@ -80,10 +89,16 @@ fn a_socket_is_taken_by_its_number_once_and_leaves_no_copy_to_children() {
             let error = Socket::from_inherited(NUMBER).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ResourceBusy);
             assert_eq!(error.to_string(), format!("descriptor {NUMBER}: it was taken before"));
-            assert_eq!(Listener::from_inherited(NUMBER).unwrap_err().kind(), ErrorKind::ResourceBusy);
+            assert_eq!(
+                Listener::from_inherited(NUMBER).unwrap_err().kind(),
+                ErrorKind::ResourceBusy
+            );
 
             let children = descriptors_of_a_child();
-            assert!(!children.contains("socket:") && !children.contains(&format!(" {NUMBER} ->")), "{children}");
+            assert!(
+                !children.contains("socket:") && !children.contains(&format!(" {NUMBER} ->")),
+                "{children}"
+            );
             assert_eq!(target(NUMBER), "/dev/null");
             framed(socket).send(Frame::new("here").with_fd(marked(1))).await.unwrap();
             // A number that was taken once is never free for other files.
@@ -129,7 +144,10 @@ fn a_number_that_is_refused_keeps_its_file() {
             refused(Socket::from_inherited(NUMBER).unwrap_err(), "listening");
             refused(Listener::from_inherited(NUMBER + 1).unwrap_err(), "not a socket");
             assert!(target(NUMBER + 1).contains("memfd"), "{}", target(NUMBER + 1));
-            assert!(descriptors_of_a_child().contains("socket:"), "what was refused is still inherited");
+            assert!(
+                descriptors_of_a_child().contains("socket:"),
+                "what was refused is still inherited"
+            );
             let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
             setrlimit(Resource::RLIMIT_NOFILE, NUMBER as u64, hard).unwrap();
             refused(Listener::from_inherited(NUMBER).unwrap_err(), "RLIMIT_NOFILE");
@@ -160,7 +178,10 @@ fn a_datagram_socket_is_taken_by_its_number_too() {
             assert!(Socket::from_inherited(NUMBER).unwrap_err().to_string().contains("neither"));
             let socket = DatagramSocket::from_inherited(NUMBER).unwrap();
             assert!(is_close_on_exec(&socket) && !descriptors_of_a_child().contains("socket:"));
-            assert_eq!(DatagramSocket::from_inherited(NUMBER).unwrap_err().kind(), ErrorKind::ResourceBusy);
+            assert_eq!(
+                DatagramSocket::from_inherited(NUMBER).unwrap_err().kind(),
+                ErrorKind::ResourceBusy
+            );
             socket.send("here", &[]).await.unwrap();
         });
     }
@@ -189,7 +210,10 @@ fn of_many_threads_that_take_a_number_one_gets_it() {
             threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
         });
         assert_eq!(taken.iter().filter(|taken| taken.is_ok()).count(), 1, "{taken:?}");
-        assert!(taken.iter().all(|taken| taken.is_ok() || *taken == Err(ErrorKind::ResourceBusy)), "{taken:?}");
+        assert!(
+            taken.iter().all(|taken| taken.is_ok() || *taken == Err(ErrorKind::ResourceBusy)),
+            "{taken:?}"
+        );
         return run_and_pass(async {});
     }
     for _ in 0..5 {
@@ -212,9 +236,16 @@ fn without_a_descriptor_to_spare_nothing_is_taken() {
                 while last.as_raw_fd() < NUMBER + 20 {
                     std::mem::forget(std::mem::replace(&mut last, marked(3)));
                 }
-                setrlimit(Resource::RLIMIT_NOFILE, last.as_raw_fd() as u64 + 1 + spare, hard).unwrap();
-                for error in [Socket::from_inherited(NUMBER).unwrap_err(), Socket::from_stdin().unwrap_err()] {
-                    assert_eq!(error.raw_os_error(), Some(nix::libc::EMFILE), "{spare} to spare: {error}");
+                setrlimit(Resource::RLIMIT_NOFILE, last.as_raw_fd() as u64 + 1 + spare, hard)
+                    .unwrap();
+                for error in
+                    [Socket::from_inherited(NUMBER).unwrap_err(), Socket::from_stdin().unwrap_err()]
+                {
+                    assert_eq!(
+                        error.raw_os_error(),
+                        Some(nix::libc::EMFILE),
+                        "{spare} to spare: {error}"
+                    );
                 }
                 setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
             }
@@ -257,7 +288,8 @@ fn a_listener_is_taken_from_standard_input() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
-        let mut child = inner(TEST).stdin(OwnedFd::from(listener)).stdout(Stdio::null()).spawn().unwrap();
+        let mut child =
+            inner(TEST).stdin(OwnedFd::from(listener)).stdout(Stdio::null()).spawn().unwrap();
         let mut client = framed(Socket::connect(&path, SocketKind::Stream).await.unwrap());
         assert_eq!(client.try_next().await.unwrap().unwrap().payload, "here");
         assert!(has_passed(child.wait().unwrap()));
@@ -301,7 +333,10 @@ fn standard_input_is_taken_once_and_leaves_an_end_of_file() {
             let mut ours = framed(ours);
             ours.send(Frame::new("for the child")).await.unwrap();
             assert_eq!(ours.try_next().await.unwrap().unwrap().payload, "here");
-            assert!(ours.try_next().await.unwrap().is_none(), "dropping the socket does not end the connection");
+            assert!(
+                ours.try_next().await.unwrap().is_none(),
+                "dropping the socket does not end the connection"
+            );
             assert!(child.try_wait().unwrap().is_none());
             drop(until_it_ends);
             assert!(has_passed(child.wait().unwrap()));
@@ -357,16 +392,23 @@ fn a_clone_is_another_handle_to_the_same_socket() {
             let accepted = listener.accept().await.unwrap();
             let clone = accepted.try_clone().unwrap();
             assert!(is_close_on_exec(&clone));
-            assert_eq!((clone.kind(), clone.peer_cred().unwrap()), (kind, accepted.peer_cred().unwrap()));
+            assert_eq!(
+                (clone.kind(), clone.peer_cred().unwrap()),
+                (kind, accepted.peer_cred().unwrap())
+            );
 
-            let (mut client, mut first, mut second) = (framed(client), framed(accepted), framed(clone));
+            let (mut client, mut first, mut second) =
+                (framed(client), framed(accepted), framed(clone));
             first.send(Frame::new("one")).await.unwrap();
             second.send(Frame::new("two")).await.unwrap();
             client.send(Frame::new("to either")).await.unwrap();
             assert_eq!(client.try_next().await.unwrap().unwrap().payload, "one");
             assert_eq!(client.try_next().await.unwrap().unwrap().payload, "two");
             drop(first);
-            assert!(client.try_next().now_or_never().is_none(), "the connection ends with the first handle");
+            assert!(
+                client.try_next().now_or_never().is_none(),
+                "the connection ends with the first handle"
+            );
             assert_eq!(second.try_next().await.unwrap().unwrap().payload, "to either");
             second.close().await.unwrap();
             assert!(client.try_next().await.unwrap().is_none());
@@ -416,7 +458,8 @@ fn a_program_without_a_runtime_takes_its_sockets_in_the_same_way() {
 fn a_program_without_a_runtime_takes_standard_input_away() {
     const TEST: &str = "a_program_without_a_runtime_takes_standard_input_away";
     if is_inner(TEST) {
-        let mut parent = blocking::Framed::new(blocking::Socket::from_stdin().unwrap(), FrameCodec::default());
+        let mut parent =
+            blocking::Framed::new(blocking::Socket::from_stdin().unwrap(), FrameCodec::default());
         assert_eq!(target(0), "/dev/null");
         assert_eq!(blocking::Socket::from_stdin().unwrap_err().kind(), ErrorKind::ResourceBusy);
         parent.send(Frame::new("here")).unwrap();

@@ -22,7 +22,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{KINDS, abstract_name, check_connected, leave_stale_socket, other_uid, role_socket, run, spawn_role};
+use common::{
+    KINDS, abstract_name, check_connected, leave_stale_socket, other_uid, role_socket, run,
+    spawn_role,
+};
 use fdwire::{Listener, Socket, SocketKind};
 use futures::future::join_all;
 use nix::{
@@ -43,7 +46,11 @@ fn a_socket_file_is_for_its_owner_only_and_goes_with_the_listener() {
             let listener = Listener::bind_with_mode(&path, kind, 0o640).unwrap();
             assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
             drop(listener);
-            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
+            assert_eq!(
+                fs::read_dir(directory.path()).unwrap().count(),
+                0,
+                "a file was left behind"
+            );
         }
     });
 }
@@ -68,7 +75,11 @@ fn a_live_listeners_path_is_not_taken() {
             assert_eq!(Listener::bind(&path, kind).unwrap_err().kind(), ErrorKind::AddrInUse);
         }
         foreign.set_nonblocking(true).unwrap();
-        assert_eq!(foreign.accept().unwrap_err().kind(), ErrorKind::WouldBlock, "the owner was disturbed");
+        assert_eq!(
+            foreign.accept().unwrap_err().kind(),
+            ErrorKind::WouldBlock,
+            "the owner was disturbed"
+        );
         UnixStream::connect(&path).unwrap();
     });
 }
@@ -101,7 +112,11 @@ fn of_many_that_bind_at_once_one_wins() {
         leave_stale_socket(&path); // everybody wants to replace it
         let bound: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4)
-                .map(|_| scope.spawn(|| run(async { Listener::bind(&path, SocketKind::Stream).map(OwnedFd::from) })))
+                .map(|_| {
+                    scope.spawn(|| {
+                        run(async { Listener::bind(&path, SocketKind::Stream).map(OwnedFd::from) })
+                    })
+                })
                 .collect();
             threads.into_iter().filter_map(|thread| thread.join().unwrap().ok()).collect()
         });
@@ -185,8 +200,12 @@ fn only_a_regular_file_is_taken_as_the_lock() {
     let refused = |what: &str| {
         let (done, outcome) = mpsc::channel();
         let path = path.clone();
-        std::thread::spawn(move || run(async move { done.send(Listener::bind(&path, SocketKind::Stream).map(drop)) }));
-        let outcome = outcome.recv_timeout(Duration::from_secs(10)).unwrap_or_else(|_| panic!("bind waits for {what}"));
+        std::thread::spawn(move || {
+            run(async move { done.send(Listener::bind(&path, SocketKind::Stream).map(drop)) })
+        });
+        let outcome = outcome
+            .recv_timeout(Duration::from_secs(10))
+            .unwrap_or_else(|_| panic!("bind waits for {what}"));
         let error = outcome.expect_err(what);
         assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{what}: {error}");
         assert!(error.to_string().contains("socket.lock is not a regular file"), "{what}: {error}");
@@ -408,7 +427,11 @@ fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
             None => client(stdin, &told),
         };
     }
-    if !Command::new("unshare").args(["--user", "true"]).output().is_ok_and(|output| output.status.success()) {
+    if !Command::new("unshare")
+        .args(["--user", "true"])
+        .output()
+        .is_ok_and(|output| output.status.success())
+    {
         return eprintln!("skipped: a user namespace cannot be made here");
     }
     let directory = tempfile::tempdir().unwrap();
@@ -442,7 +465,8 @@ fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
 async fn listen_in_namespace(mut stdin: UnixStream, directory: &Path) {
     assert_eq!(nix::unistd::geteuid().as_raw(), 65534);
     let kind = SocketKind::Stream;
-    let path = |name: &str, mode| Listener::bind_with_mode(directory.join(name), kind, mode).unwrap();
+    let path =
+        |name: &str, mode| Listener::bind_with_mode(directory.join(name), kind, mode).unwrap();
     let name = |name: &str| Listener::bind_addr(&namespace_name(directory, name), kind).unwrap();
     let listeners = [
         path("0600", 0o600),
@@ -586,16 +610,25 @@ mod blocking {
             leave_stale_socket(&path);
             let listener = blocking::Listener::bind_with_mode(&path, kind, 0o640).unwrap();
             assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
-            assert_eq!(blocking::Listener::bind(&path, kind).unwrap_err().kind(), ErrorKind::AddrInUse);
+            assert_eq!(
+                blocking::Listener::bind(&path, kind).unwrap_err().kind(),
+                ErrorKind::AddrInUse
+            );
             assert_eq!(listener.local_addr().unwrap().as_pathname(), Some(&*path));
             assert_eq!(listener.kind(), kind);
             let client = blocking::Socket::connect(&path, kind).unwrap();
             let server = listener.accept().unwrap();
             assert_eq!(server.peer_cred().unwrap().pid, Some(std::process::id() as i32));
-            run(async { check_connected(client.try_into().unwrap(), server.try_into().unwrap()).await });
+            run(async {
+                check_connected(client.try_into().unwrap(), server.try_into().unwrap()).await
+            });
             drop(listener);
             // The socket is closed in the background, its path is gone at once.
-            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
+            assert_eq!(
+                fs::read_dir(directory.path()).unwrap().count(),
+                0,
+                "a file was left behind"
+            );
         }
     }
 
@@ -615,7 +648,8 @@ mod blocking {
             listener.set_accept_timeout(None);
             std::thread::scope(|scope| {
                 let threads = [(); 4].map(|()| scope.spawn(|| listener.accept().unwrap()));
-                let clients = [(); 4].map(|()| blocking::Socket::connect_addr(&name, kind).unwrap());
+                let clients =
+                    [(); 4].map(|()| blocking::Socket::connect_addr(&name, kind).unwrap());
                 threads.into_iter().for_each(|thread| drop(thread.join().unwrap()));
                 drop(clients);
             });
@@ -639,7 +673,11 @@ mod blocking {
                 assert!(futures::FutureExt::now_or_never(listener.accept()).is_none());
                 tokio::task::yield_now().await;
                 while listener.refused() == 0 {
-                    assert!(tokio::time::timeout(Duration::from_millis(1), listener.accept()).await.is_err());
+                    assert!(
+                        tokio::time::timeout(Duration::from_millis(1), listener.accept())
+                            .await
+                            .is_err()
+                    );
                 }
                 drop((first, refused));
                 assert!(path.exists());
@@ -698,13 +736,16 @@ mod blocking {
     fn what_is_no_listener_or_no_connection_is_refused_with_a_reason() {
         let (stream, _peer) = UnixStream::pair().unwrap();
         let reason = |error: std::io::Error| error.to_string();
-        let no_listener = blocking::Listener::try_from(OwnedFd::from(stream.try_clone().unwrap())).unwrap_err();
+        let no_listener =
+            blocking::Listener::try_from(OwnedFd::from(stream.try_clone().unwrap())).unwrap_err();
         assert!(reason(no_listener).contains("it is not a listening socket"));
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
-        let no_connection = blocking::Socket::try_from(OwnedFd::from(listener.try_clone().unwrap())).unwrap_err();
+        let no_connection =
+            blocking::Socket::try_from(OwnedFd::from(listener.try_clone().unwrap())).unwrap_err();
         assert!(reason(no_connection).contains("it is a listening socket"));
-        let null = blocking::Socket::try_from(OwnedFd::from(fs::File::open("/dev/null").unwrap())).unwrap_err();
+        let null = blocking::Socket::try_from(OwnedFd::from(fs::File::open("/dev/null").unwrap()))
+            .unwrap_err();
         assert!(reason(null).contains("it is not a socket"));
         assert_eq!(blocking::Socket::try_from(stream).unwrap().kind(), SocketKind::Stream);
         assert_eq!(blocking::Listener::try_from(listener).unwrap().kind(), SocketKind::Stream);

@@ -1,5 +1,5 @@
-//! The reference programs among the examples, run as a user would: what they do, and the one line that they say when it
-//! cannot be done.
+//! The reference programs among the examples, run as a user would: what they do, and the one line
+//! that they say when it cannot be done.
 
 mod common;
 
@@ -43,7 +43,12 @@ fn ran(command: Command) -> Ran {
 /// It ends with status 1 and says this, and only this, on standard error.
 #[track_caller]
 fn check_fails(ran: &Ran, line: &str) {
-    assert_eq!((ran.code, &ran.err[..]), (Some(1), &format!("error: {line}\n")[..]), "output: {}", ran.out);
+    assert_eq!(
+        (ran.code, &ran.err[..]),
+        (Some(1), &format!("error: {line}\n")[..]),
+        "output: {}",
+        ran.out
+    );
 }
 
 fn with<const N: usize>(mut command: Command, args: [&Path; N]) -> Command {
@@ -58,10 +63,11 @@ fn open_directory() -> TempDir {
     directory
 }
 
-/// A copy of a program. Made by another process: what a test writes is held open by the children that other tests start
-/// meanwhile, and a program that someone can write cannot be executed.
+/// A copy of a program. Made by another process: what a test writes is held open by the children
+/// that other tests start meanwhile, and a program that someone can write cannot be executed.
 fn install(program: impl AsRef<Path>, to: &Path) {
-    let installed = Command::new("install").args(["-m", "755"]).arg(program.as_ref()).arg(to).status().unwrap();
+    let installed =
+        Command::new("install").args(["-m", "755"]).arg(program.as_ref()).arg(to).status().unwrap();
     assert!(installed.success());
 }
 
@@ -72,8 +78,8 @@ struct WithOtherChild {
 }
 
 impl WithOtherChild {
-    /// An example finds itself through `/proc/self/exe`, which ends in " (deleted)" for a file that was removed. The
-    /// script has that name.
+    /// An example finds itself through `/proc/self/exe`, which ends in " (deleted)" for a file that
+    /// was removed. The script has that name.
     fn new(name: &str, script: &str) -> Self {
         let directory = open_directory();
         let path = directory.path().join(name);
@@ -95,7 +101,8 @@ impl WithOtherChild {
     }
 }
 
-/// An example in the role of the process that is started, with its socket as standard input, and the other end of that.
+/// An example in the role of the process that is started, with its socket as standard input, and
+/// the other end of that.
 fn as_child(name: &str, kind: SocketKind) -> (Framed<FrameCodec>, Command) {
     let (ours, childs) = Socket::pair(kind).unwrap();
     let mut command = example(name);
@@ -104,13 +111,18 @@ fn as_child(name: &str, kind: SocketKind) -> (Framed<FrameCodec>, Command) {
 }
 
 /// Lets `serve` be the server of a program in the role of the client.
-async fn served<F: Future<Output = ()>>(name: &str, args: &[&str], serve: impl FnOnce(Framed<FrameCodec>) -> F) -> Ran {
+async fn served<F: Future<Output = ()>>(
+    name: &str,
+    args: &[&str],
+    serve: impl FnOnce(Framed<FrameCodec>) -> F,
+) -> Ran {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let listener = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
     let mut command = example(name);
     command.arg("--client-of").arg(&path).args(args);
-    let serve = async { serve(Framed::new(listener.accept().await.unwrap(), FrameCodec::default())).await };
+    let serve =
+        async { serve(Framed::new(listener.accept().await.unwrap(), FrameCodec::default())).await };
     tokio::join!(finish(command), serve).0
 }
 
@@ -125,7 +137,12 @@ impl LonelyServer {
     async fn start(name: &str, args: &[&str]) -> Self {
         let program = WithOtherChild::new(name, "echo started; cat");
         let mut command = tokio::process::Command::from(program.command());
-        command.arg("--path").arg(program.path()).args(args).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .arg("--path")
+            .arg(program.path())
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut process = command.stderr(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
         let mut out = BufReader::new(process.stdout.take().unwrap());
         let mut line = String::new();
@@ -188,7 +205,10 @@ fn other_users_are_refused_with_one_line() {
     check_fails(&ran_server, &denied(&secret));
     let note = format!("server: uid {uid}, gid {uid} asks for {}\n", secret.display());
     assert!(ran_server.out.ends_with(&note), "{}", ran_server.out);
-    check_fails(&ran(with(as_other("file_relay"), [directory.path()])), &denied(&at("relay-1.txt")));
+    check_fails(
+        &ran(with(as_other("file_relay"), [directory.path()])),
+        &denied(&at("relay-1.txt")),
+    );
     assert_eq!(ran(as_other("pty_share")).code, Some(0));
 
     run(async {
@@ -244,10 +264,17 @@ mod fd_cat {
             assert!(ran.out == content);
         }
         let version = ran(with(example("fd_cat"), [Path::new("/proc/version")])); // says that it is empty
-        assert_eq!((version.code, version.out), (Some(0), fs::read_to_string("/proc/version").unwrap()));
+        assert_eq!(
+            (version.code, version.out),
+            (Some(0), fs::read_to_string("/proc/version").unwrap())
+        );
 
         let told = ran(with(example("fd_cat"), [Path::new("--verbose"), &path]));
-        assert!(told.err.starts_with(&format!("{}: opened by process ", path.display())), "{}", told.err);
+        assert!(
+            told.err.starts_with(&format!("{}: opened by process ", path.display())),
+            "{}",
+            told.err
+        );
     }
 
     #[test]
@@ -261,7 +288,10 @@ mod fd_cat {
             ("fifo", "not a regular file"),
         ] {
             let path = at(name);
-            check_fails(&ran(with(example("fd_cat"), [&path])), &format!("{}: {reason}", path.display()));
+            check_fails(
+                &ran(with(example("fd_cat"), [&path])),
+                &format!("{}: {reason}", path.display()),
+            );
         }
     }
 
@@ -327,9 +357,13 @@ mod file_relay {
         assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
 
         let missing = directory.path().join("missing");
-        let expected = format!("{}: No such file or directory (os error 2)", missing.join("relay-1.txt").display());
+        let expected = format!(
+            "{}: No such file or directory (os error 2)",
+            missing.join("relay-1.txt").display()
+        );
         check_fails(&ran(with(example("file_relay"), [&missing])), &expected);
-        let expected = format!("{}: Not a directory (os error 20)", file.join("relay-1.txt").display());
+        let expected =
+            format!("{}: Not a directory (os error 20)", file.join("relay-1.txt").display());
         check_fails(&ran(with(example("file_relay"), [&file])), &expected);
     }
 
@@ -348,7 +382,10 @@ mod file_relay {
             for (frame, line) in [
                 (Frame::new("a").with_fd(null()), "a: what came is not a regular file"),
                 (Frame::new("b"), "b: one descriptor expected, 0 came"),
-                (Frame::new("c").with_fd(marked(1)).with_fd(marked(2)), "c: one descriptor expected, 2 came"),
+                (
+                    Frame::new("c").with_fd(marked(1)).with_fd(marked(2)),
+                    "c: one descriptor expected, 2 came",
+                ),
                 (Frame::new("d").with_fd(read_only), "d: Bad file descriptor (os error 9)"),
             ] {
                 let (mut parent, child) = as_child("file_relay", SocketKind::SeqPacket);
@@ -367,7 +404,11 @@ mod file_relay {
             parent.close().await.unwrap();
             let ran = finish(child).await;
             assert_eq!(ran.code, Some(0));
-            assert!(ran.out.starts_with("child:  memory: came at offset 4, now at 22\n"), "{}", ran.out);
+            assert!(
+                ran.out.starts_with("child:  memory: came at offset 4, now at 22\n"),
+                "{}",
+                ran.out
+            );
             assert_eq!(common::mark_of(&file), 7);
         });
     }
@@ -410,7 +451,10 @@ mod open_server {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
         fs::write(&file, "first\n").unwrap();
-        let ran = ran(with(example("open_server"), [Path::new("--append"), Path::new("--second"), &file]));
+        let ran = ran(with(
+            example("open_server"),
+            [Path::new("--append"), Path::new("--second"), &file],
+        ));
         // An option's value may not look like an option ...
         assert_eq!(ran.code, Some(2));
         let ran = super::ran(with(example("open_server"), [Path::new("--append=--second"), &file]));
@@ -435,7 +479,11 @@ mod open_server {
             server.arg("--path").arg(&path).args((name == "open_server").then_some("Cargo.toml"));
             let ran = ran(server);
             assert_eq!((ran.code, ran.err.lines().count()), (Some(1), 1), "{}", ran.err);
-            assert!(ran.err.starts_with(&format!("error: cannot listen at {}: ", path.display())), "{}", ran.err);
+            assert!(
+                ran.err.starts_with(&format!("error: cannot listen at {}: ", path.display())),
+                "{}",
+                ran.err
+            );
         }
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
     }
@@ -447,7 +495,10 @@ mod open_server {
         for name in ["open_server", "pty_share"] {
             let mut client = example(name);
             client.arg("--client-of").arg(&path).args((name == "open_server").then_some("file"));
-            let expected = format!("cannot connect to {}: No such file or directory (os error 2)", path.display());
+            let expected = format!(
+                "cannot connect to {}: No such file or directory (os error 2)",
+                path.display()
+            );
             check_fails(&ran(client), &expected);
         }
     }
@@ -461,8 +512,12 @@ mod open_server {
                 // Tokio's event loop is an epoll instance.
                 let process = client.socket().peer_cred().unwrap().pid.unwrap();
                 let links = fs::read_dir(format!("/proc/{process}/fd")).unwrap();
-                let opened = Vec::from_iter(links.map(|link| fs::read_link(link.unwrap().path()).unwrap()));
-                assert!(!opened.iter().any(|file| file.ends_with("anon_inode:[eventpoll]")), "{opened:?}");
+                let opened =
+                    Vec::from_iter(links.map(|link| fs::read_link(link.unwrap().path()).unwrap()));
+                assert!(
+                    !opened.iter().any(|file| file.ends_with("anon_inode:[eventpoll]")),
+                    "{opened:?}"
+                );
                 client.send(Frame::new(&b"E\0\0\0\x0d"[..])).await.unwrap();
             })
             .await;
@@ -486,15 +541,25 @@ mod open_server {
                 (Frame::new("F").with_fd(null()), "a file: not a regular file"),
                 (Frame::new(&b"E\0\0\0\x0d"[..]), "a file: Permission denied (os error 13)"),
                 (Frame::new("F"), "invalid message: no reply looks like this"),
-                (Frame::new("F").with_fd(null()).with_fd(null()), "invalid message: no reply looks like this"),
-                (Frame::new("Nwith a file").with_fd(null()), "invalid message: no reply looks like this"),
+                (
+                    Frame::new("F").with_fd(null()).with_fd(null()),
+                    "invalid message: no reply looks like this",
+                ),
+                (
+                    Frame::new("Nwith a file").with_fd(null()),
+                    "invalid message: no reply looks like this",
+                ),
                 (Frame::new("E"), "invalid message: no reply looks like this"),
                 (Frame::new("?"), "invalid message: no reply looks like this"),
                 (Frame::new(""), "invalid message: no reply looks like this"),
             ] {
                 check(async |client| client.send(reply).await.unwrap(), line).await;
             }
-            check(async |client| client.send(Frame::new("Nsoon")).await.unwrap(), "the server is gone").await;
+            check(
+                async |client| client.send(Frame::new("Nsoon")).await.unwrap(),
+                "the server is gone",
+            )
+            .await;
             check(async |_| (), "the server is gone").await;
         });
     }
@@ -514,7 +579,10 @@ mod open_server {
             assert_eq!((&reply.payload[..], reply.fds.len()), (&b"F"[..], 1));
 
             let ran = server.end().await;
-            assert_eq!((ran.code, &ran.err[..]), (Some(0), "server: invalid message: no request looks like this\n"));
+            assert_eq!(
+                (ran.code, &ran.err[..]),
+                (Some(0), "server: invalid message: no request looks like this\n")
+            );
         });
     }
 }
@@ -562,7 +630,10 @@ mod pty_share {
                     Some(data().with_fd(controller.try_clone().unwrap()).with_fd(other_terminal)),
                     "what came is not the two ends of one terminal",
                 ),
-                (Some(data().with_fd(null()).with_fd(terminal)), "what came is not the two ends of one terminal"),
+                (
+                    Some(data().with_fd(null()).with_fd(terminal)),
+                    "what came is not the two ends of one terminal",
+                ),
                 (Some(data().with_fd(null())), "two descriptors expected, 1 came"),
                 (Some(Frame::new("less")), "4 bytes came that are not the ones agreed on"),
                 (None, "the server is gone"),
@@ -583,10 +654,15 @@ mod pty_share {
         run(async {
             let serve = async |mut client: Framed<FrameCodec>| {
                 let (controller, terminal) = pty();
-                let frame = Frame::new(vec![b'.'; 250]).with_fd(controller.try_clone().unwrap()).with_fd(terminal);
+                let frame = Frame::new(vec![b'.'; 250])
+                    .with_fd(controller.try_clone().unwrap())
+                    .with_fd(terminal);
                 client.send(frame).await.unwrap();
                 let mut question = [0; 15];
-                tokio::fs::File::from_std(controller.into()).read_exact(&mut question).await.unwrap();
+                tokio::fs::File::from_std(controller.into())
+                    .read_exact(&mut question)
+                    .await
+                    .unwrap();
                 assert_eq!(&question, b"who is there?\r\n");
             };
             let ran = served("pty_share", &[], serve).await;
@@ -601,7 +677,10 @@ mod pty_share {
             let frame = server.connect().await.try_next().await.unwrap().unwrap();
             assert_eq!((frame.payload.len(), frame.fds.len()), (250, 2));
             drop(frame);
-            check_fails(&server.end().await, "the terminal is gone: Input/output error (os error 5)");
+            check_fails(
+                &server.end().await,
+                "the terminal is gone: Input/output error (os error 5)",
+            );
         });
     }
 }

@@ -1,4 +1,5 @@
-//! The example that shares an image between two processes: run as a user would, and its child with a hostile parent.
+//! The example that shares an image between two processes: run as a user would, and its child with
+//! a hostile parent.
 
 mod common;
 
@@ -44,7 +45,8 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 fn memfd(bytes: u64, seals: SealFlags) -> OwnedFd {
-    let file = File::from(memfd_create("image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
+    let file =
+        File::from(memfd_create("image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
     file.set_len(bytes).unwrap();
     fcntl_add_seals(&file, seals).unwrap();
     file.into()
@@ -62,7 +64,8 @@ fn good() -> [OwnedFd; 2] {
 fn child_given(messages: &[(&[u8], &[OwnedFd])]) -> Output {
     common::run(async {
         let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        let child = shm_share(&["--child"]).stdin(Stdio::from(OwnedFd::from(theirs))).spawn().unwrap();
+        let child =
+            shm_share(&["--child"]).stdin(Stdio::from(OwnedFd::from(theirs))).spawn().unwrap();
         for (payload, fds) in messages {
             common::raw_send(&ours, &common::encoded(payload, fds.len() as u16), fds);
         }
@@ -90,7 +93,13 @@ fn two_processes_draw_in_one_image_and_both_ways_are_measured() {
     assert!(stdout.starts_with("101 x 67 pixels, 30016 bytes"), "{stdout}");
     let drawn = 7u32.wrapping_mul(0x9E37_79B9);
     assert!(stdout.contains(&format!("saw as 00000000 is {drawn:08x}")), "{stdout}");
-    for row in ["median of 3", "draw the image, hand it over", "hand over what is drawn", "in a frame", "pidfd_getfd"] {
+    for row in [
+        "median of 3",
+        "draw the image, hand it over",
+        "hand over what is drawn",
+        "in a frame",
+        "pidfd_getfd",
+    ] {
         assert!(stdout.contains(row), "{row} in {stdout}");
     }
 }
@@ -149,12 +158,19 @@ fn another_number_of_descriptors_is_refused() {
 
 #[test]
 fn a_payload_that_describes_no_image_is_refused() {
-    for nonsense in [&b""[..], b"\xFF\n\xFF", b"101 67", b"101 67 448 1", b"101 67 448 x", b"-1 67 448"] {
+    for nonsense in
+        [&b""[..], b"\xFF\n\xFF", b"101 67", b"101 67 448 1", b"101 67 448 x", b"-1 67 448"]
+    {
         check_refused(nonsense, &good(), "no width, height and stride");
     }
-    for [width, height, stride] in
-        [[0, 67, 448], [101, 0, 448], [101, 67, 400], [101, 67, 446], [8192, 8193, 32768], [1, u32::MAX, u32::MAX - 3]]
-    {
+    for [width, height, stride] in [
+        [0, 67, 448],
+        [101, 0, 448],
+        [101, 67, 400],
+        [101, 67, 446],
+        [8192, 8193, 32768],
+        [1, u32::MAX, u32::MAX - 3],
+    ] {
         let reason = format!("no image has {width} x {height} pixels and {stride} bytes a row");
         check_refused(format!("{width} {height} {stride}").as_bytes(), &good(), &reason);
     }
@@ -221,7 +237,8 @@ fn a_refused_pidfd_getfd_is_told_and_is_no_failure() {
     let directory = tempfile::tempdir().unwrap();
     set_permissions(&directory, Permissions::from_mode(0o755)).unwrap();
     let copy = directory.path().join("shm_share");
-    // Another process writes it: until this one's children have all called exec, they would keep it open for writing.
+    // Another process writes it: until this one's children have all called exec, they would keep it
+    // open for writing.
     let mut install = std::process::Command::new("install");
     install.args(["-m", "0111"]).arg(common::example("shm_share").get_program()).arg(&copy);
     assert!(install.status().unwrap().success());
@@ -230,15 +247,22 @@ fn a_refused_pidfd_getfd_is_told_and_is_no_failure() {
         let uid = 1_000_000 + std::process::id();
         command.uid(uid).gid(uid);
     }
-    let output = common::run(async { command.args(["--rounds", "2"]).kill_on_drop(true).output().await.unwrap() });
+    let output = common::run(async {
+        command.args(["--rounds", "2"]).kill_on_drop(true).output().await.unwrap()
+    });
     let stdout = text(&output.stdout);
     assert_eq!((text(&output.stderr), output.status.code()), ("", Some(0)), "{stdout}");
-    assert!(stdout.contains("pidfd_getfd: refused: Operation not permitted (os error 1)"), "{stdout}");
+    assert!(
+        stdout.contains("pidfd_getfd: refused: Operation not permitted (os error 1)"),
+        "{stdout}"
+    );
 }
 
 #[test]
 fn nonsense_arguments_are_refused() {
-    for nonsense in [["--width", "0"], ["--height", "8193"], ["--rounds", "0"], ["--rounds", "many"]] {
+    for nonsense in
+        [["--width", "0"], ["--height", "8193"], ["--rounds", "0"], ["--rounds", "many"]]
+    {
         let output = common::run(async { shm_share(&nonsense).output().await.unwrap() });
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(2), ""), "{nonsense:?}");
         assert!(text(&output.stderr).starts_with("error: invalid value"), "{nonsense:?}");

@@ -100,7 +100,10 @@ fn a_worker_gets_whole_clients_by_name() {
                 tokio::spawn(async move {
                     let mut bytes = Vec::new();
                     connection.read_to_end(&mut bytes).await.unwrap();
-                    connection.write_all(&echo(str::from_utf8(&name).unwrap(), &bytes)).await.unwrap();
+                    connection
+                        .write_all(&echo(str::from_utf8(&name).unwrap(), &bytes))
+                        .await
+                        .unwrap();
                 });
             }
         });
@@ -148,8 +151,11 @@ fn what_is_no_client_hello_gets_an_answer_that_it_understands() {
 #[test]
 fn a_client_hello_that_is_too_long_is_refused_before_it_is_whole() {
     let router = Router::start("60000");
-    let message = [&[1, 0, 60_000_u32.to_be_bytes()[2], 60_000_u32.to_be_bytes()[3]][..], &[0; 40_000]].concat();
-    let record = |payload: &[u8]| [&[22, 3, 1][..], &(payload.len() as u16).to_be_bytes(), payload].concat();
+    let message =
+        [&[1, 0, 60_000_u32.to_be_bytes()[2], 60_000_u32.to_be_bytes()[3]][..], &[0; 40_000]]
+            .concat();
+    let record =
+        |payload: &[u8]| [&[22, 3, 1][..], &(payload.len() as u16).to_be_bytes(), payload].concat();
     let records = message.chunks(1000).map(record).collect::<Vec<_>>();
     let answer = router.ask(records.iter().map(|record| &record[..]));
     assert_eq!(answer, alert(22));
@@ -169,6 +175,9 @@ fn a_client_that_is_slow_is_disconnected_however_often_it_sends() {
             break error;
         }
     };
-    assert!(matches!(ended.kind(), std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset));
+    assert!(matches!(
+        ended.kind(),
+        std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset
+    ));
     assert_eq!(rest(silent), alert(0));
 }

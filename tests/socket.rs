@@ -14,8 +14,8 @@ use std::{
 };
 
 use common::{
-    KINDS, abstract_name, check_connected, encoded, leave_stale_socket, marked, raw_send, role_socket, run, sock_type,
-    spawn_role,
+    KINDS, abstract_name, check_connected, encoded, leave_stale_socket, marked, raw_send,
+    role_socket, run, sock_type, spawn_role,
 };
 use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt};
@@ -34,7 +34,10 @@ fn connects_to_a_path_and_to_an_abstract_name() {
             for addr in [SocketAddr::from_pathname(&path).unwrap(), abstract_name("connect")] {
                 let listener = Listener::bind_addr(&addr, kind).unwrap();
                 assert_eq!(listener.local_addr().unwrap().as_pathname(), addr.as_pathname());
-                assert_eq!(listener.local_addr().unwrap().as_abstract_name(), addr.as_abstract_name());
+                assert_eq!(
+                    listener.local_addr().unwrap().as_abstract_name(),
+                    addr.as_abstract_name()
+                );
                 let (a, b) = tokio::join!(Socket::connect_addr(&addr, kind), listener.accept());
                 let (a, b) = (a.unwrap(), b.unwrap());
                 assert_eq!((a.kind(), b.kind()), (kind, kind));
@@ -53,9 +56,15 @@ fn a_connect_that_fails_says_why() {
             assert_eq!(Socket::connect(&path, kind).await.unwrap_err().kind(), ErrorKind::NotFound);
         }
         leave_stale_socket(&path);
-        assert_eq!(Socket::connect(&path, SocketKind::Stream).await.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(
+            Socket::connect(&path, SocketKind::Stream).await.unwrap_err().kind(),
+            ErrorKind::ConnectionRefused
+        );
         let long = directory.path().join("x".repeat(200));
-        assert_eq!(Socket::connect(&long, SocketKind::Stream).await.unwrap_err().kind(), ErrorKind::InvalidInput);
+        assert_eq!(
+            Socket::connect(&long, SocketKind::Stream).await.unwrap_err().kind(),
+            ErrorKind::InvalidInput
+        );
         let unnamed = UnixStream::pair().unwrap().0.local_addr().unwrap();
         let error = Socket::connect_addr(&unnamed, SocketKind::Stream).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
@@ -73,7 +82,8 @@ fn a_full_backlog_is_waited_for() {
         let directory = tempfile::tempdir().unwrap();
         for kind in KINDS {
             let path = directory.path().join(format!("{kind:?}"));
-            let listener = socket(AddressFamily::Unix, sock_type(kind), SockFlag::SOCK_CLOEXEC, None).unwrap();
+            let listener =
+                socket(AddressFamily::Unix, sock_type(kind), SockFlag::SOCK_CLOEXEC, None).unwrap();
             bind(listener.as_raw_fd(), &nix::sys::socket::UnixAddr::new(&path).unwrap()).unwrap();
             listen(&listener, Backlog::new(0).unwrap()).unwrap();
             let listener = Listener::try_from(listener).unwrap();
@@ -129,7 +139,8 @@ fn accepted_sockets_do_not_inherit_what_takes_the_descriptors_room() {
         let listener = UnixListener::bind_addr(&addr).unwrap();
         setsockopt(&listener, sockopt::PassCred, &true).unwrap();
         let listener = Listener::try_from(listener).unwrap();
-        let (_client, accepted) = tokio::join!(Socket::connect_addr(&addr, SocketKind::Stream), listener.accept());
+        let (_client, accepted) =
+            tokio::join!(Socket::connect_addr(&addr, SocketKind::Stream), listener.accept());
         assert!(!getsockopt(&accepted.unwrap(), sockopt::PassCred).unwrap());
     });
 }
@@ -169,12 +180,18 @@ fn the_peer_is_known() {
             assert_eq!(cred.uid, nix::unistd::geteuid().as_raw());
             assert_eq!(cred.gid, nix::unistd::getegid().as_raw());
             assert_eq!(cred.pid, Some(std::process::id() as i32));
-            let process = format!("process {} of uid {}, gid {}", std::process::id(), cred.uid, cred.gid);
+            let process =
+                format!("process {} of uid {}, gid {}", std::process::id(), cred.uid, cred.gid);
             assert_eq!(cred.to_string(), process);
             match a.peer_pidfd() {
                 Ok(pidfd) => {
-                    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
-                    assert!(info.lines().any(|line| line == format!("Pid:\t{}", std::process::id())), "{info}");
+                    let info =
+                        fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))
+                            .unwrap();
+                    assert!(
+                        info.lines().any(|line| line == format!("Pid:\t{}", std::process::id())),
+                        "{info}"
+                    );
                 }
                 Err(error) => eprintln!("skipped: SO_PEERPIDFD is not to be had: {error}"),
             }
@@ -195,7 +212,10 @@ fn a_peer_that_was_reaped_can_still_be_told_from_others() {
         let stdin = UnixStream::connect_addr(&addr).unwrap();
         let mut child = spawn_role(ROLE, None, stdin.into());
         assert!(child.wait().unwrap().success());
-        assert_eq!(listener.accept().await.unwrap().peer_cred().unwrap().pid, Some(std::process::id() as i32));
+        assert_eq!(
+            listener.accept().await.unwrap().peer_cred().unwrap().pid,
+            Some(std::process::id() as i32)
+        );
         let peer = listener.accept().await.unwrap();
         assert_eq!(peer.peer_cred().unwrap().pid, Some(child.id() as i32));
         match peer.peer_pidfd() {
@@ -203,7 +223,8 @@ fn a_peer_that_was_reaped_can_still_be_told_from_others() {
                 let mut has_ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
                 assert_eq!(poll(&mut has_ended, PollTimeout::ZERO).unwrap(), 1);
                 // It is not a pidfd of a later process with the same number.
-                let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
+                let info =
+                    fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
                 assert!(info.lines().any(|line| line == "Pid:\t-1"), "{info}");
             }
             // SO_PASSRIGHTS came with the same release.
@@ -216,7 +237,9 @@ fn a_peer_that_was_reaped_can_still_be_told_from_others() {
 fn a_task_that_waits_to_receive_is_woken_by_a_shutdown() {
     run(async {
         for kind in KINDS {
-            for (how, ours) in [(Shutdown::Read, true), (Shutdown::Both, true), (Shutdown::Read, false)] {
+            for (how, ours) in
+                [(Shutdown::Read, true), (Shutdown::Both, true), (Shutdown::Read, false)]
+            {
                 let (a, _b) = Socket::pair(kind).unwrap();
                 let (mut rx, tx) = Framed::new(a, FrameCodec::default()).into_split();
                 assert!(rx.next().now_or_never().is_none());
@@ -226,7 +249,8 @@ fn a_task_that_waits_to_receive_is_woken_by_a_shutdown() {
                     tx.socket().shutdown(how).unwrap();
                 } else {
                     // Another holder shuts the socket down, so only the kernel can wake the task.
-                    shutdown(tx.socket().as_fd().as_raw_fd(), nix::sys::socket::Shutdown::Read).unwrap();
+                    shutdown(tx.socket().as_fd().as_raw_fd(), nix::sys::socket::Shutdown::Read)
+                        .unwrap();
                 }
                 assert!(waiting.await.unwrap(), "on {kind:?}, {how:?}, ours: {ours}");
             }
@@ -245,7 +269,8 @@ fn sockets_of_other_crates_become_ours_and_back() {
         check_connected(a.try_into().unwrap(), b.try_into().unwrap()).await;
 
         let (a, b) = Socket::pair(SocketKind::Stream).unwrap();
-        let (a, b) = (UnixStream::try_from(a).unwrap(), tokio::net::UnixStream::try_from(b).unwrap());
+        let (a, b) =
+            (UnixStream::try_from(a).unwrap(), tokio::net::UnixStream::try_from(b).unwrap());
         check_connected(a.try_into().unwrap(), b.try_into().unwrap()).await;
 
         let (a, b) = Socket::pair(SocketKind::SeqPacket).unwrap();
@@ -287,7 +312,8 @@ fn a_descriptor_of_another_type_is_refused_with_a_reason() {
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let name = abstract_name("types");
         let listener = UnixListener::bind_addr(&name).unwrap();
-        let unconnected = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let unconnected =
+            socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         let datagram = UnixDatagram::pair().unwrap().0;
         let copy = |fd: &dyn AsFd| fd.as_fd().try_clone_to_owned().unwrap();
         for (fd, reason) in [
@@ -301,8 +327,11 @@ fn a_descriptor_of_another_type_is_refused_with_a_reason() {
             assert_eq!(error.kind(), ErrorKind::InvalidInput);
             assert!(error.to_string().contains(reason), "{error}");
         }
-        for (fd, reason) in [(marked(1), "not a socket"), (copy(&tcp), "not a Unix"), (unconnected, "not a listening")]
-        {
+        for (fd, reason) in [
+            (marked(1), "not a socket"),
+            (copy(&tcp), "not a Unix"),
+            (unconnected, "not a listening"),
+        ] {
             let error = Listener::try_from(fd).unwrap_err();
             assert!(error.to_string().contains(reason), "{error}");
         }
@@ -317,7 +346,8 @@ fn a_socket_whose_peer_is_gone_can_still_be_read() {
             let mut tx = Framed::new(a, FrameCodec::default());
             tx.send(Frame::new("left behind").with_fd(marked(1))).await.unwrap();
             drop(tx);
-            let mut rx = Framed::new(Socket::try_from(OwnedFd::from(b)).unwrap(), FrameCodec::default());
+            let mut rx =
+                Framed::new(Socket::try_from(OwnedFd::from(b)).unwrap(), FrameCodec::default());
             assert_eq!(rx.try_next().await.unwrap().unwrap().fds.len(), 1);
             assert!(rx.next().await.is_none());
         }
@@ -337,7 +367,11 @@ fn a_child_finds_its_socket_as_standard_input() {
         for kind in KINDS {
             let (ours, theirs) = Socket::pair(kind).unwrap();
             let flags = nix::fcntl::fcntl(&theirs, nix::fcntl::FcntlArg::F_GETFL).unwrap();
-            assert_eq!(flags & nix::libc::O_NONBLOCK, 0, "a child in another language would not expect it");
+            assert_eq!(
+                flags & nix::libc::O_NONBLOCK,
+                0,
+                "a child in another language would not expect it"
+            );
             let mut child = spawn_role(ROLE, None, theirs.into());
             let frame = Framed::new(ours, FrameCodec::default()).try_next().await.unwrap().unwrap();
             assert_eq!((&frame.payload[..], common::mark_of(&frame.fds[0])), (&b"here"[..], 1));
@@ -368,7 +402,8 @@ fn a_socket_that_takes_no_descriptors_still_receives_what_was_sent_before() {
     run(async {
         for kind in KINDS {
             let (a, b) = Socket::pair(kind).unwrap();
-            let (mut tx, mut rx) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
+            let (mut tx, mut rx) =
+                (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
             send_fd(&mut tx, 1).await.unwrap();
             if let Err(error) = rx.socket().set_pass_fds(false) {
                 return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
@@ -402,7 +437,11 @@ fn connections_take_no_descriptors_if_their_listener_is_set_so() {
 
             let mut accepted = framed(listener.accept().await.unwrap());
             assert_eq!(common::marks(&accepted.try_next().await.unwrap().unwrap()), [1]);
-            assert_eq!(send_fd(&mut early, 3).await, Err(ErrorKind::PermissionDenied), "it was in the backlog");
+            assert_eq!(
+                send_fd(&mut early, 3).await,
+                Err(ErrorKind::PermissionDenied),
+                "it was in the backlog"
+            );
 
             drop(listener.accept().await.unwrap());
             listener.set_pass_fds(true).unwrap();

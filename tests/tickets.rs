@@ -65,7 +65,8 @@ impl Service {
     fn open_files(&self) -> usize {
         let fds = fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
         let own = self.directory.path().join("file");
-        fds.filter(|fd| fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|path| path == own)).count()
+        fds.filter(|fd| fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|path| path == own))
+            .count()
     }
 }
 
@@ -80,7 +81,8 @@ impl Drop for Service {
 fn a_service_counts_the_lines_of_a_file_that_a_client_has_deposited() {
     let service = Service::start("60000");
     let file = service.file("one\ntwo\nthree\n");
-    let output = service.client("count").args(["--http", &service.http]).arg(&file).output().unwrap();
+    let output =
+        service.client("count").args(["--http", &service.http]).arg(&file).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{}: 3 lines\n", file.display()));
 }
@@ -142,10 +144,20 @@ fn errors_name_the_file_or_the_address() {
     };
     let missing = failed(service.client("deposit").arg("/nowhere/file"));
     assert_eq!(missing, "error: /nowhere/file: No such file or directory (os error 2)\n");
-    let nobody = failed(example("tickets").args(["deposit", "--path", "/nowhere/socket", "/dev/null"]));
+    let nobody =
+        failed(example("tickets").args(["deposit", "--path", "/nowhere/socket", "/dev/null"]));
     assert!(nobody.starts_with("error: cannot connect to /nowhere/socket: "), "{nobody}");
     let mut taken = example("tickets");
-    taken.args(["serve", "--path"]).arg(service.directory.path().join("other")).args(["--http", &service.http]);
+    taken
+        .args(["serve", "--path"])
+        .arg(service.directory.path().join("other"))
+        .args(["--http", &service.http]);
     let taken = failed(&mut taken);
-    assert!(taken.starts_with(&format!("error: cannot listen at {}: Address already in use", service.http)), "{taken}");
+    assert!(
+        taken.starts_with(&format!(
+            "error: cannot listen at {}: Address already in use",
+            service.http
+        )),
+        "{taken}"
+    );
 }

@@ -6,7 +6,8 @@ use tokio_util::codec::LengthDelimitedCodec;
 
 use crate::{BATCH, MESSAGE_BYTES};
 
-/// One end of a connection. The methods never wait: the socket has room for a batch, and a batch comes whole.
+/// One end of a connection. The methods never wait: the socket has room for a batch, and a batch
+/// comes whole.
 pub(crate) trait Link: Sized {
     const NAME: &str;
 
@@ -57,9 +58,14 @@ impl Link for LengthDelimited {
 
     fn pair() -> (Self, Self) {
         let (a, b) = UnixStream::pair().expect("a pair of sockets");
-        // As fdwire has it: the default read buffer has 8 KiB, and 8 KiB of messages are sent without a flush.
+        // As fdwire has it: the default read buffer has 8 KiB, and 8 KiB of messages are sent
+        // without a flush.
         let framed = |stream| {
-            let mut framed = tokio_util::codec::Framed::with_capacity(stream, LengthDelimitedCodec::new(), 64 << 10);
+            let mut framed = tokio_util::codec::Framed::with_capacity(
+                stream,
+                LengthDelimitedCodec::new(),
+                64 << 10,
+            );
             framed.set_backpressure_boundary(256 << 10);
             Self(framed)
         };

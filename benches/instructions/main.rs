@@ -1,12 +1,13 @@
-//! User instructions for each message of 64 bytes, sent and received in batches of 64 over a STREAM socket, by fdwire's
-//! `FrameCodec` and by tokio-util's `LengthDelimitedCodec`.
+//! User instructions for each message of 64 bytes, sent and received in batches of 64 over a STREAM
+//! socket, by fdwire's `FrameCodec` and by tokio-util's `LengthDelimitedCodec`.
 //!
 //! ```text
 //! cargo bench --bench instructions
 //! ```
 //!
-//! Valgrind counts the instructions, so a figure is exact and the same on a busy machine. The kernel's instructions do not
-//! count. The program starts itself again under valgrind for each figure. Above a bound it fails.
+//! Valgrind counts the instructions, so a figure is exact and the same on a busy machine. The
+//! kernel's instructions do not count. The program starts itself again under valgrind for each
+//! figure. Above a bound it fails.
 
 mod contenders;
 
@@ -50,7 +51,10 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     if let Ok(role) = std::env::var(ROLE) {
         return Ok(run_role(&role));
     }
-    let installed = Command::new("valgrind").arg("--version").output().is_ok_and(|output| output.status.success());
+    let installed = Command::new("valgrind")
+        .arg("--version")
+        .output()
+        .is_ok_and(|output| output.status.success());
     if !installed {
         println!("skipped: valgrind is not installed");
         return Ok(match std::env::var_os("FDWIRE_REQUIRE_FOREIGN") {
@@ -58,11 +62,14 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
             None => ExitCode::SUCCESS,
         });
     }
-    println!("user instructions for a message of {MESSAGE_BYTES} bytes, in batches of {BATCH}, on STREAM:");
+    println!(
+        "user instructions for a message of {MESSAGE_BYTES} bytes, in batches of {BATCH}, on STREAM:"
+    );
     println!("{:<22}{:>10}{:>11}", "", "sending", "receiving");
     let mut exit = ExitCode::SUCCESS;
     for name in [Fdwire::NAME, LengthDelimited::NAME] {
-        let [sending, receiving] = [count(name, Direction::Sending)?, count(name, Direction::Receiving)?];
+        let [sending, receiving] =
+            [count(name, Direction::Sending)?, count(name, Direction::Receiving)?];
         println!("{name:<22}{sending:>10.1}{receiving:>11.1}");
         if name == Fdwire::NAME && (sending > MAX_SENDING || receiving > MAX_RECEIVING) {
             exit = ExitCode::FAILURE;
@@ -73,7 +80,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     Ok(exit)
 }
 
-/// Runs one contender under valgrind. Returns the instructions for each message inside of [`counted`].
+/// Runs one contender under valgrind. Returns the instructions for each message inside of
+/// [`counted`].
 fn count(name: &str, direction: Direction) -> Result<f64, Box<dyn Error>> {
     let profile = Path::new(PROFILES).join(format!("callgrind.{name}.{direction:?}"));
     let output = Command::new("valgrind")
@@ -86,7 +94,10 @@ fn count(name: &str, direction: Direction) -> Result<f64, Box<dyn Error>> {
         return Err(format!("valgrind failed: {}", String::from_utf8_lossy(&output.stderr)).into());
     }
     let profile = fs::read_to_string(&profile)?;
-    let total = profile.lines().find_map(|line| line.strip_prefix("totals: ")).ok_or("no total in the profile")?;
+    let total = profile
+        .lines()
+        .find_map(|line| line.strip_prefix("totals: "))
+        .ok_or("no total in the profile")?;
     match total.trim().parse::<u64>()? {
         0 => Err("valgrind has counted nothing: it did not find the function".into()),
         instructions => Ok(instructions as f64 / (COUNTED * BATCH) as f64),
@@ -108,7 +119,8 @@ fn run_role(role: &str) -> ExitCode {
 }
 
 fn run_contender<L: Link>(direction: Direction) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let (mut tx, mut rx) = L::pair();
         let payload = bytes::Bytes::from(vec![7; MESSAGE_BYTES]);

@@ -22,7 +22,8 @@ pub(crate) struct Load {
 
 impl Load {
     pub(crate) fn start(address: SocketAddr) -> Self {
-        let (stop, accepted) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<Instant>>>::default());
+        let (stop, accepted) =
+            (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<Instant>>>::default());
         let client = |_| {
             let (stop, accepted) = (Arc::clone(&stop), Arc::clone(&accepted));
             thread::spawn(move || {
@@ -48,7 +49,9 @@ impl Load {
     /// The first failed connection of a client.
     pub(crate) fn stop(self) -> io::Result<()> {
         self.stop.store(true, Ordering::Relaxed);
-        self.clients.into_iter().try_for_each(|client| client.join().expect("a client does not panic"))
+        self.clients
+            .into_iter()
+            .try_for_each(|client| client.join().expect("a client does not panic"))
     }
 }
 

@@ -1,5 +1,5 @@
-//! What a takeover costs: until the new process is ready, the clients meanwhile, and everybody while
-//! old generations drain.
+//! What a takeover costs: until the new process is ready, the clients meanwhile, and everybody
+//! while old generations drain.
 //!
 //! ```text
 //! cargo bench --bench takeover                    # prints tables

@@ -33,7 +33,10 @@ impl Process {
     /// sockets, of which the first is at `address`.
     pub(crate) fn server(path: &Path, address: SocketAddr, listeners: usize) -> Result<Self> {
         let mut command = Command::new(env::current_exe()?);
-        command.env(ROLE, "server").env("BENCH_PATH", path).env("BENCH_ADDRESS", address.to_string());
+        command
+            .env(ROLE, "server")
+            .env("BENCH_PATH", path)
+            .env("BENCH_ADDRESS", address.to_string());
         command.env("BENCH_LISTENERS", listeners.to_string()).stdin(Stdio::piped());
         let mut process = Self::start(command)?;
         process.stdin = process.child.stdin.take();
@@ -42,7 +45,11 @@ impl Process {
 
     /// One that serves, and the CPU time and the time that it took from its request until it was
     /// ready.
-    pub(crate) fn serving(path: &Path, address: SocketAddr, listeners: usize) -> Result<(Self, Duration, Duration)> {
+    pub(crate) fn serving(
+        path: &Path,
+        address: SocketAddr,
+        listeners: usize,
+    ) -> Result<(Self, Duration, Duration)> {
         let mut process = Self::server(path, address, listeners)?;
         process.report()?;
         process.go()?;

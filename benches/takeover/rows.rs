@@ -31,7 +31,14 @@ pub(crate) fn until_ready(rounds: usize) -> Result<String> {
         let directory = tempfile::tempdir()?;
         let (path, address) = (directory.path().join("takeover"), free_address()?);
         let (first, ..) = Process::serving(&path, address, listeners)?;
-        sites.push((listeners, directory, path, address, first, [Vec::new(), Vec::new(), Vec::new()]));
+        sites.push((
+            listeners,
+            directory,
+            path,
+            address,
+            first,
+            [Vec::new(), Vec::new(), Vec::new()],
+        ));
     }
     for _ in 0..rounds {
         for (listeners, _, path, address, serving, [elapsed, new, old]) in &mut sites {
@@ -99,14 +106,24 @@ struct Site {
 }
 
 impl Site {
-    fn new(name: &'static str, others: fn(&Path, &TcpListener) -> Result<Vec<Process>>) -> Result<Self> {
+    fn new(
+        name: &'static str,
+        others: fn(&Path, &TcpListener) -> Result<Vec<Process>>,
+    ) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let path: PathBuf = directory.path().join("takeover");
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let mut processes = vec![Process::first(&path, &listener)?];
         processes.extend(others(&path, &listener)?);
         let address = listener.local_addr()?;
-        Ok(Self { name, address, processes, _directory: directory, rates: Vec::new(), cpu: Vec::new() })
+        Ok(Self {
+            name,
+            address,
+            processes,
+            _directory: directory,
+            rates: Vec::new(),
+            cpu: Vec::new(),
+        })
     }
 
     fn measure(&mut self) -> Result<()> {
@@ -151,7 +168,8 @@ pub(crate) fn accept_rate(rounds: usize) -> Result<String> {
          line is what a process does that stops to accept and keeps its listener registered.\n\n\
          | beside the process that accepts | connections / s | ratio | CPU of all of them for each |\n|---|---|---|---|\n".to_string();
     for site in &mut sites {
-        let mut ratios: Vec<_> = site.rates.iter().zip(&usual).map(|(rate, usual)| rate / usual).collect();
+        let mut ratios: Vec<_> =
+            site.rates.iter().zip(&usual).map(|(rate, usual)| rate / usual).collect();
         let [_, ratio, _] = quartiles(&mut ratios);
         let [_, rate, _] = quartiles(&mut site.rates);
         let mut cpu: Vec<_> = site.cpu.iter().map(|cpu| cpu.as_secs_f64() * 1e6).collect();

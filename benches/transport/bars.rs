@@ -68,7 +68,11 @@ pub(crate) fn bars(results: &Results) -> Vec<Bar> {
         of(id, |bars, fdwire| bars.faster_than(fdwire, bars.row.bare_for(fdwire), 0.9));
         of(id, |bars, fdwire| {
             // On the kind that is chosen for bulk.
-            if bars.row.fastest(|contender| contender.role == Role::Fdwire).is_some_and(|it| it.name == fdwire.name) {
+            if bars
+                .row
+                .fastest(|contender| contender.role == Role::Fdwire)
+                .is_some_and(|it| it.name == fdwire.name)
+            {
                 bars.faster_than(fdwire, bars.row.fastest_peer(), 1.0);
             }
         });

@@ -33,7 +33,8 @@ struct Messages {
 
 impl Messages {
     fn new<L: Link>(load: Load) -> Self {
-        let fd = (load.fd && L::PASSES_FDS).then(|| File::open("/dev/null").expect("/dev/null is there").into());
+        let fd = (load.fd && L::PASSES_FDS)
+            .then(|| File::open("/dev/null").expect("/dev/null is there").into());
         Self { payload: vec![7; load.bytes].into(), fd }
     }
 
@@ -111,7 +112,11 @@ struct Client<L>(Sender<L>);
 
 pub(crate) fn client<L: Link>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
     let load = setup.load;
-    Box::new(Client(Sender { link: L::new(socket, setup), load, messages: Messages::new::<L>(load) }))
+    Box::new(Client(Sender {
+        link: L::new(socket, setup),
+        load,
+        messages: Messages::new::<L>(load),
+    }))
 }
 
 impl<L: Link> End for Client<L> {

@@ -1,7 +1,8 @@
 //! Connections that one process accepts and another one answers.
 //!
-//! Three processes: a client, the one that measures and accepts, and a worker. The client keeps connections open at a time,
-//! asks if there is something to ask, reads each to its end, and checks what it got. Its CPU time is not counted.
+//! Three processes: a client, the one that measures and accepts, and a worker. The client keeps
+//! connections open at a time, asks if there is something to ask, reads each to its end, and checks
+//! what it got. Its CPU time is not counted.
 
 use std::{
     collections::VecDeque,
@@ -82,7 +83,8 @@ impl<L: Link> End for Front<L> {
                 let mut next = Some(listener.accept().await);
                 let mut batch = 0;
                 while let Some(connection) = next {
-                    let connection = connection.expect("accepting").0.into_std().expect("deregistering");
+                    let connection =
+                        connection.expect("accepting").0.into_std().expect("deregistering");
                     link.send_socket(metadata, connection.into()).await;
                     (accepted, batch) = (accepted + 1, batch + 1);
                     let more = batch < load.batch && accepted < count;
@@ -146,7 +148,8 @@ pub(crate) fn run_client(address: SocketAddr, window: usize, request: &str, mut 
     let connect = || {
         let mut connection = net::TcpStream::connect(address).expect("the front listens");
         // No connection is left in TIME_WAIT, or there would be no free ports after a while.
-        setsockopt(&connection, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 }).expect("it is a socket");
+        setsockopt(&connection, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 })
+            .expect("it is a socket");
         connection.write_all(request.as_bytes()).expect("the front or the worker reads");
         connection
     };

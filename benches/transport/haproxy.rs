@@ -1,5 +1,5 @@
-//! The same HTTP server behind a real haproxy, which passes bytes on and not connections. It keeps its connections to the
-//! server open (`http-reuse always`).
+//! The same HTTP server behind a real haproxy, which passes bytes on and not connections. It keeps
+//! its connections to the server open (`http-reuse always`).
 
 use std::{
     convert::Infallible,
@@ -36,7 +36,8 @@ use crate::{
 
 /// Returns true if it can be started.
 pub(crate) fn is_installed() -> bool {
-    let version = Command::new(PROGRAM).arg("-v").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let version =
+        Command::new(PROGRAM).arg("-v").stdout(Stdio::null()).stderr(Stdio::null()).status();
     version.is_ok_and(|status| status.success())
 }
 
@@ -94,12 +95,21 @@ fn framed(socket: OwnedFd) -> Framed<FrameCodec> {
     Framed::new(Socket::try_from(socket).expect("a connected Unix socket"), FrameCodec::default())
 }
 
-pub(crate) fn front<const WINDOW: usize, const THREADS: usize>(socket: OwnedFd, _: Setup) -> Box<dyn End> {
+pub(crate) fn front<const WINDOW: usize, const THREADS: usize>(
+    socket: OwnedFd,
+    _: Setup,
+) -> Box<dyn End> {
     let directory = tempfile::tempdir().expect("a directory can be made");
     let server = UnixListener::bind(directory.path().join("server")).expect("the path is free");
     let (listener, client) = listen(talk(WINDOW));
     let haproxy = Haproxy::start(listener, &directory, THREADS);
-    Box::new(Front { haproxy, peer: framed(socket), server: Some(server), client, _directory: directory })
+    Box::new(Front {
+        haproxy,
+        peer: framed(socket),
+        server: Some(server),
+        client,
+        _directory: directory,
+    })
 }
 
 impl End for Front {
@@ -134,7 +144,8 @@ pub(crate) fn server(socket: OwnedFd, _: Setup) -> Box<dyn End> {
 }
 
 async fn serve_all(stream: net::UnixStream) {
-    let answer = async |_| Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(ANSWER))));
+    let answer =
+        async |_| Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(ANSWER))));
     // haproxy ends a connection as it likes.
     let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)).await;
 }
@@ -148,7 +159,9 @@ impl End for Server {
                 let [fd] = frame.fds.into_array().expect("the listener");
                 let received = UnixListener::from(fd);
                 received.set_nonblocking(true).expect("it is a socket");
-                *listener = Some(net::UnixListener::from_std(received).expect("the socket can be registered"));
+                *listener = Some(
+                    net::UnixListener::from_std(received).expect("the socket can be registered"),
+                );
             }
             let listener = listener.as_ref().expect("received above");
             loop {

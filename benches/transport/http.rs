@@ -1,5 +1,5 @@
-//! A whole HTTP server, one request for each connection: in the process that accepts, behind this crate's hand-off layer, and
-//! behind bare calls.
+//! A whole HTTP server, one request for each connection: in the process that accepts, behind this
+//! crate's hand-off layer, and behind bare calls.
 
 use std::{convert::Infallible, net, os::fd::OwnedFd};
 
@@ -32,8 +32,10 @@ pub(crate) fn talk(window: usize) -> Talk {
 
 /// The server.
 pub(crate) async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin) {
-    let answer = async |_| Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(ANSWER))));
-    let served = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)).await;
+    let answer =
+        async |_| Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(ANSWER))));
+    let served =
+        http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)).await;
     served.expect("a request and its answer");
 }
 
@@ -45,7 +47,10 @@ struct OneProcess {
 
 pub(crate) fn one_process<const WINDOW: usize>(_: OwnedFd, _: Setup) -> Box<dyn End> {
     let (listener, client) = listen(talk(WINDOW));
-    Box::new(OneProcess { listener: TcpListener::from_std(listener).expect("the socket can be registered"), client })
+    Box::new(OneProcess {
+        listener: TcpListener::from_std(listener).expect("the socket can be registered"),
+        client,
+    })
 }
 
 impl End for OneProcess {
@@ -111,7 +116,8 @@ fn take_connections(socket: OwnedFd) -> Incoming {
 async fn serve_incoming(incoming: &mut Incoming, count: usize, batch: usize) {
     let (mut serving, mut left) = (JoinSet::new(), count);
     while left > 0 {
-        let connections = incoming.next_batch(left.min(batch)).await.expect("the dispatcher is there");
+        let connections =
+            incoming.next_batch(left.min(batch)).await.expect("the dispatcher is there");
         left -= connections.len();
         connections.into_iter().for_each(|connection| drop(serving.spawn(serve(connection))));
     }
@@ -168,7 +174,9 @@ impl<L: Link> End for BareWorker<L> {
                 for connection in received.fds.drain(..) {
                     let connection = net::TcpStream::from(connection);
                     connection.set_nonblocking(true).expect("it is a socket");
-                    serving.spawn(serve(TcpStream::from_std(connection).expect("the socket can be registered")));
+                    serving.spawn(serve(
+                        TcpStream::from_std(connection).expect("the socket can be registered"),
+                    ));
                 }
             }
             serving.join_all().await;

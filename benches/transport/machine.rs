@@ -12,8 +12,10 @@ use crate::{
 impl Machine {
     pub(crate) fn this() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-        let kernel = uname().map(|it| format!("{} {}", it.sysname().display(), it.release().display()));
+        let model =
+            cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+        let kernel =
+            uname().map(|it| format!("{} {}", it.sysname().display(), it.release().display()));
         let args = env::args().skip(1).filter(|arg| arg != "--bench").collect::<Vec<_>>();
         let separator = if args.is_empty() { "" } else { " -- " };
         Self {
@@ -32,7 +34,9 @@ impl Machine {
     pub(crate) fn lines(&self) -> Vec<String> {
         let (small, large) = self.send_buffer_bytes;
         let cores = match self.bound_to {
-            Some((near, far)) => format!("{} cores, the two ends bound to cores {near} and {far}", self.cores),
+            Some((near, far)) => {
+                format!("{} cores, the two ends bound to cores {near} and {far}", self.cores)
+            }
             None => format!("{} core(s), the ends **not bound** to cores of their own", self.cores),
         };
         let asked = if large < 4 << 20 { ", where 4 MiB were asked for" } else { "" };
@@ -47,5 +51,7 @@ impl Machine {
 
 fn output_of(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output();
-    output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
+    output
+        .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        .unwrap_or_default()
 }

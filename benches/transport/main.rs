@@ -1,5 +1,6 @@
-//! fdwire against bare `sendmsg` and `recvmsg`, and against other crates: messages one way, there and back, from many tasks,
-//! connections handed over, and the same by this crate's hand-off layer with a whole HTTP server behind it.
+//! fdwire against bare `sendmsg` and `recvmsg`, and against other crates: messages one way, there
+//! and back, from many tasks, connections handed over, and the same by this crate's hand-off layer
+//! with a whole HTTP server behind it.
 //!
 //! ```text
 //! cargo bench --bench transport                          # everything, in some minutes
@@ -11,12 +12,13 @@
 //!
 //! Contenders of a row do the same work, under the same conditions:
 //!
-//! - The ends are two processes, each on a core of its own. Each has a current-thread runtime; synchronous contenders block.
-//!   The rows of HTTP have the runtimes that they name, on any core. Time ends when the receiver has told that it has everything.
-//! - They take turns, round after round. A figure is the median over the rounds, a ratio the median of ratios within a
-//!   round. CPU time is user and system time of both processes.
-//! - A message with a descriptor starts with an `OwnedFd` of its own, made by `dup`, which is closed after it was sent. The
-//!   receiver closes what it gets; in a round trip it sends it back.
+//! - The ends are two processes, each on a core of its own. Each has a current-thread runtime;
+//!   synchronous contenders block. The rows of HTTP have the runtimes that they name, on any core.
+//!   Time ends when the receiver has told that it has everything.
+//! - They take turns, round after round. A figure is the median over the rounds, a ratio the median
+//!   of ratios within a round. CPU time is user and system time of both processes.
+//! - A message with a descriptor starts with an `OwnedFd` of its own, made by `dup`, which is
+//!   closed after it was sent. The receiver closes what it gets; in a round trip it sends it back.
 //! - A receiver ends up with each long message whole in memory of its own.
 //! - Each run checks the number and length of messages, and the number of descriptors.
 
@@ -48,7 +50,8 @@ use crate::processes::Control;
 #[derive(Parser)]
 #[command(about = "fdwire against bare calls and other crates")]
 struct Args {
-    /// Only rows and contenders whose names hold one of these words; where none is a row's, all rows, and so for contenders
+    /// Only rows and contenders whose names hold one of these words; where none is a row's, all
+    /// rows, and so for contenders
     words: Vec<String>,
 
     /// Rounds in which all contenders of a row take turns
@@ -140,14 +143,21 @@ fn measure(args: &Args) -> Result<Results, Box<dyn Error>> {
     report::print_machine(&results.machine);
     let rows = rows::all();
     let is_row = |word: &String| rows.iter().any(|row| row.id.contains(word.as_str()));
-    let is_contender = |word: &String| rows.iter().flat_map(|row| &row.contenders).any(|it| it.name.contains(word));
+    let is_contender = |word: &String| {
+        rows.iter().flat_map(|row| &row.contenders).any(|it| it.name.contains(word))
+    };
     if let Some(word) = args.words.iter().find(|word| !is_row(word) && !is_contender(word)) {
         return Err(format!("no row and no contender has {word:?} in its name, see --list").into());
     }
-    let (any_row, any_contender) = (!args.words.iter().any(is_row), !args.words.iter().any(is_contender));
+    let (any_row, any_contender) =
+        (!args.words.iter().any(is_row), !args.words.iter().any(is_contender));
     let chosen = |name: &str| args.words.iter().any(|word| name.contains(word.as_str()));
     for row in rows.iter().filter(|row| any_row || chosen(row.id)) {
-        let contenders = row.contenders.iter().filter(|it| any_contender || chosen(&it.name)).collect::<Vec<_>>();
+        let contenders = row
+            .contenders
+            .iter()
+            .filter(|it| any_contender || chosen(&it.name))
+            .collect::<Vec<_>>();
         if std::io::stderr().is_terminal() {
             eprintln!("{} ...", row.title);
         }
@@ -177,7 +187,10 @@ fn be_the_other_process(args: &Args) -> Result<(), Box<dyn Error>> {
         handoff::run_client(address, args.window, &args.request, Control::from_stdout());
         return Ok(());
     }
-    let row = rows::all().into_iter().find(|row| Some(row.id) == args.far_end.as_deref()).ok_or("no such row")?;
+    let row = rows::all()
+        .into_iter()
+        .find(|row| Some(row.id) == args.far_end.as_deref())
+        .ok_or("no such row")?;
     let contender = row.contenders.iter().find(|it| Some(&it.name) == args.contender.as_ref());
     measure::run_far_end(&row, contender.ok_or("no such contender")?);
     Ok(())

@@ -27,9 +27,14 @@ pub(crate) enum Effort {
 /// Measures some contenders of a row.
 pub(crate) fn measure(row: &Row, contenders: &[&Contender], effort: Effort) -> RowResult {
     processes::take_place(row.threads);
-    let mut sessions = contenders.iter().map(|contender| Session::start(row, contender)).collect::<Vec<_>>();
-    let counts = sessions.iter_mut().map(|session| session.calibrate(row.quantum, effort)).collect::<Vec<_>>();
-    let mut results = contenders.iter().map(|contender| Measured::new(contender)).collect::<Vec<_>>();
+    let mut sessions =
+        contenders.iter().map(|contender| Session::start(row, contender)).collect::<Vec<_>>();
+    let counts = sessions
+        .iter_mut()
+        .map(|session| session.calibrate(row.quantum, effort))
+        .collect::<Vec<_>>();
+    let mut results =
+        contenders.iter().map(|contender| Measured::new(contender)).collect::<Vec<_>>();
     let rounds = if let Effort::Rounds(rounds, _) = effort { rounds } else { 1 };
     for _ in 0..rounds {
         for ((session, result), count) in sessions.iter_mut().zip(&mut results).zip(&counts) {
@@ -39,7 +44,12 @@ pub(crate) fn measure(row: &Row, contenders: &[&Contender], effort: Effort) -> R
             result.cpu_ns.push(per_message(sample.cpu));
         }
     }
-    RowResult { id: row.id.to_owned(), title: row.title.to_owned(), unit: row.unit.to_owned(), contenders: results }
+    RowResult {
+        id: row.id.to_owned(),
+        title: row.title.to_owned(),
+        unit: row.unit.to_owned(),
+        contenders: results,
+    }
 }
 
 struct Sample {
@@ -60,7 +70,8 @@ impl Session {
         let (near, far) = socket_pair(contender.kind, row.is_bulk());
         let far = Helper::far_end(row, &contender.name, far);
         let runtime = processes::runtime(row.threads);
-        let near = runtime.block_on(async { (contender.near)(near, row.setup(contender, Side::Near)) });
+        let near =
+            runtime.block_on(async { (contender.near)(near, row.setup(contender, Side::Near)) });
         Self { near, far, runtime }
     }
 
@@ -96,7 +107,8 @@ impl Session {
 
 /// The process of a far end: does its part each time it is told to.
 pub(crate) fn run_far_end(row: &Row, contender: &Contender) {
-    let socket: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned().expect("a descriptor is free");
+    let socket: OwnedFd =
+        std::io::stdin().as_fd().try_clone_to_owned().expect("a descriptor is free");
     let mut control = Control::from_stdout();
     let runtime = processes::runtime(row.threads);
     runtime.block_on(async {

@@ -1,4 +1,5 @@
-//! The results as a picture: a panel for each of some rows, a bar for each contender, on a logarithmic scale.
+//! The results as a picture: a panel for each of some rows, a bar for each contender, on a
+//! logarithmic scale.
 
 use std::{error::Error, path::Path};
 
@@ -34,7 +35,8 @@ const LINE: i32 = 20;
 
 /// The scale, in units of fdwire's time.
 const SCALE: (f64, f64) = (0.2, 40.0);
-const TICKS: [(f64, &str); 5] = [(0.3, "0.3×"), (1.0, "1×"), (3.0, "3×"), (10.0, "10×"), (30.0, "30×")];
+const TICKS: [(f64, &str); 5] =
+    [(0.3, "0.3×"), (1.0, "1×"), (3.0, "3×"), (10.0, "10×"), (30.0, "30×")];
 
 const INK: RGBColor = RGBColor(31, 41, 55);
 const FAINT: RGBColor = RGBColor(209, 213, 219);
@@ -53,9 +55,13 @@ fn color(role: Role) -> RGBColor {
 }
 
 pub(crate) fn draw(results: &Results, path: &Path) -> Drawn {
-    let panels = PANELS.iter().filter_map(|panel| Some((panel, Panel::new(results.row(panel.0)?, panel.2)?)));
+    let panels = PANELS
+        .iter()
+        .filter_map(|panel| Some((panel, Panel::new(results.row(panel.0)?, panel.2)?)));
     let panels = panels.collect::<Vec<_>>();
-    let heights = panels.chunks(2).map(|pair| pair.iter().map(|(_, panel)| panel.height()).max().unwrap_or(0));
+    let heights = panels
+        .chunks(2)
+        .map(|pair| pair.iter().map(|(_, panel)| panel.height()).max().unwrap_or(0));
     let heights = heights.collect::<Vec<_>>();
     let height = HEAD + heights.iter().sum::<i32>() + MARGIN / 2;
 
@@ -74,9 +80,19 @@ pub(crate) fn draw(results: &Results, path: &Path) -> Drawn {
 }
 
 fn draw_head(area: &Area<'_>, results: &Results) -> Drawn {
-    text(area, "fdwire and its peers, two processes on two cores", (MARGIN, 26), 22, HPos::Left, true)?;
+    text(
+        area,
+        "fdwire and its peers, two processes on two cores",
+        (MARGIN, 26),
+        22,
+        HPos::Left,
+        true,
+    )?;
     let machine = &results.machine;
-    let under = format!("shorter is better, logarithmic, 1× = fdwire SEQPACKET; {}, {}", machine.kernel, machine.date);
+    let under = format!(
+        "shorter is better, logarithmic, 1× = fdwire SEQPACKET; {}, {}",
+        machine.kernel, machine.date
+    );
     text(area, &under, (MARGIN, 50), 14, HPos::Left, false)?;
     let legend = [
         (Role::Fdwire, "fdwire"),
@@ -113,9 +129,14 @@ impl<'a> Panel<'a> {
         let of = |role| row.contenders.iter().filter(move |contender| contender.role == role);
         let fdwire = of(Role::Fdwire).next()?;
         let mut panel = Self { bars: Vec::new(), fdwire, cpu };
-        let mut peers = of(Role::Peer).chain(row.fastest(|it| it.role == Role::ByHand)).collect::<Vec<_>>();
+        let mut peers =
+            of(Role::Peer).chain(row.fastest(|it| it.role == Role::ByHand)).collect::<Vec<_>>();
         peers.sort_by(|a, b| panel.relative(a).total_cmp(&panel.relative(b)));
-        panel.bars = of(Role::Reference).chain(of(Role::Bare)).chain(of(Role::Fdwire)).chain(peers).collect();
+        panel.bars = of(Role::Reference)
+            .chain(of(Role::Bare))
+            .chain(of(Role::Fdwire))
+            .chain(peers)
+            .collect();
         Some(panel)
     }
 
@@ -125,7 +146,11 @@ impl<'a> Panel<'a> {
 
     /// Its time in units of fdwire's.
     fn relative(&self, contender: &Measured) -> f64 {
-        if self.cpu { contender.median_cpu_ns() / self.fdwire.median_cpu_ns() } else { contender.times(self.fdwire) }
+        if self.cpu {
+            contender.median_cpu_ns() / self.fdwire.median_cpu_ns()
+        } else {
+            contender.times(self.fdwire)
+        }
     }
 
     fn height(&self) -> i32 {
@@ -148,12 +173,26 @@ impl<'a> Panel<'a> {
         for (contender, y) in self.bars.iter().zip((first..).step_by(LINE as usize)) {
             let middle = y + LINE / 2;
             let relative = self.relative(contender);
-            text(area, &contender.name, (start - 8, middle), 14, HPos::Right, contender.role == Role::Fdwire)?;
+            text(
+                area,
+                &contender.name,
+                (start - 8, middle),
+                14,
+                HPos::Right,
+                contender.role == Role::Fdwire,
+            )?;
             let bar = [(start, y + 3), (place(relative), y + LINE - 3)];
             area.draw(&Rectangle::new(bar, color(contender.role).filled()))?;
             let right = start + BARS;
             text(area, &time(self.value(contender)), (right + 68, middle), 13, HPos::Right, false)?;
-            text(area, &format!("{}×", ratio(relative)), (right + 124, middle), 13, HPos::Right, false)?;
+            text(
+                area,
+                &format!("{}×", ratio(relative)),
+                (right + 124, middle),
+                13,
+                HPos::Right,
+                false,
+            )?;
         }
         Ok(())
     }

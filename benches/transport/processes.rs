@@ -33,7 +33,9 @@ pub(crate) struct Control(UnixStream);
 impl Control {
     /// What a process has as its standard output.
     pub(crate) fn from_stdout() -> Self {
-        Self(UnixStream::from(std::io::stdout().as_fd().try_clone_to_owned().expect("a descriptor is free")))
+        Self(UnixStream::from(
+            std::io::stdout().as_fd().try_clone_to_owned().expect("a descriptor is free"),
+        ))
     }
 
     pub(crate) fn say(&mut self, number: u64) {
@@ -80,13 +82,25 @@ impl Helper {
             (Threads::OneBound, None) => String::new(),
             (Threads::One | Threads::Many, _) => CORES.any(),
         };
-        Self::start(&["--far-end", row.id, "--contender", contender, "--cores", &cores], socket.into())
+        Self::start(
+            &["--far-end", row.id, "--contender", contender, "--cores", &cores],
+            socket.into(),
+        )
     }
 
     /// The client of hand-offs, on any core.
     pub(crate) fn client(address: SocketAddr, talk: Talk) -> Self {
         let (address, window, cores) = (address.to_string(), talk.window.to_string(), CORES.any());
-        let args = ["--client", &address, "--window", &window, "--request", talk.request, "--cores", &cores];
+        let args = [
+            "--client",
+            &address,
+            "--window",
+            &window,
+            "--request",
+            talk.request,
+            "--cores",
+            &cores,
+        ];
         Self::start(&args, Stdio::null())
     }
 }
@@ -134,12 +148,15 @@ pub(crate) fn take_place(threads: Threads) {
 pub(crate) fn cpu_time() -> Duration {
     let usage = getrusage(UsageWho::RUSAGE_SELF).expect("usage can be read");
     [usage.user_time(), usage.system_time()]
-        .map(|time| Duration::from_micros((time.tv_sec() * 1_000_000 + time.tv_usec()).unsigned_abs()))
+        .map(|time| {
+            Duration::from_micros((time.tv_sec() * 1_000_000 + time.tv_usec()).unsigned_abs())
+        })
         .iter()
         .sum()
 }
 
-/// Where the process that measures, and those it starts, run. It is bound to its core when this is first asked for.
+/// Where the process that measures, and those it starts, run. It is bound to its core when this is
+/// first asked for.
 pub(crate) static CORES: LazyLock<Cores> = LazyLock::new(Cores::choose);
 
 /// The cores of this process, and the two that the ends of a contender are bound to.
@@ -153,7 +170,8 @@ pub(crate) struct Cores {
 impl Cores {
     fn choose() -> Self {
         let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
-        let allowed = (0..CpuSet::count()).filter(|&core| set.is_set(core) == Ok(true)).collect::<Vec<_>>();
+        let allowed =
+            (0..CpuSet::count()).filter(|&core| set.is_set(core) == Ok(true)).collect::<Vec<_>>();
         let two = match allowed[..] {
             [near, far, ..] if bind(&[near]) => Some((near, far)),
             _ => None,
@@ -170,7 +188,8 @@ impl Cores {
 /// Binds this process to cores.
 pub(crate) fn bind(cores: &[usize]) -> bool {
     let mut set = CpuSet::new();
-    cores.iter().all(|&core| set.set(core).is_ok()) && sched_setaffinity(Pid::from_raw(0), &set).is_ok()
+    cores.iter().all(|&core| set.set(core).is_ok())
+        && sched_setaffinity(Pid::from_raw(0), &set).is_ok()
 }
 
 /// Two connected sockets, with larger send buffers for bulk. What is set is doubled by the kernel.
@@ -191,5 +210,6 @@ pub(crate) fn socket_pair(kind: SocketKind, bulk: bool) -> (OwnedFd, OwnedFd) {
 
 /// What [`socket_pair`] gets.
 pub(crate) fn send_buffer(bulk: bool) -> usize {
-    getsockopt(&socket_pair(SocketKind::SeqPacket, bulk).0, sockopt::SndBuf).expect("SO_SNDBUF can be read")
+    getsockopt(&socket_pair(SocketKind::SeqPacket, bulk).0, sockopt::SndBuf)
+        .expect("SO_SNDBUF can be read")
 }

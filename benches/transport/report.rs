@@ -94,10 +94,12 @@ fn row_cells(row: &RowResult) -> Vec<Vec<String>> {
         None => String::new(),
     };
     let (unit, base) = (&row.unit, row.without_passing().filter(|_| row.fastest_peer().is_none()));
-    let head = ["".to_owned(), format!("time / {unit}"), "quartiles".to_owned(), format!("{unit}s / s")];
+    let head =
+        ["".to_owned(), format!("time / {unit}"), "quartiles".to_owned(), format!("{unit}s / s")];
     let head = head.into_iter().chain([format!("CPU / {unit}"), "× bare".to_owned()]);
     let last = if base.is_some() { &["added CPU", "× bare's"][..] } else { &["× fastest peer"] };
-    let mut cells = vec![head.chain(last.iter().map(|name| (*name).to_owned())).collect::<Vec<_>>()];
+    let mut cells =
+        vec![head.chain(last.iter().map(|name| (*name).to_owned())).collect::<Vec<_>>()];
     for contender in &row.contenders {
         let (low, high) = contender.quartiles_ns();
         let mut line = vec![
@@ -110,11 +112,15 @@ fn row_cells(row: &RowResult) -> Vec<Vec<String>> {
         ];
         match base {
             None => line.push(times(contender, row.fastest_peer())),
-            Some(base) if base.name == contender.name => line.extend([String::new(), String::new()]),
+            Some(base) if base.name == contender.name => {
+                line.extend([String::new(), String::new()])
+            }
             Some(base) => {
                 let bare = row.bare_for(contender);
                 line.push(time(contender.median_cpu_beyond(base)));
-                line.push(bare.map_or_else(String::new, |bare| ratio(contender.adds_times(bare, base))));
+                line.push(
+                    bare.map_or_else(String::new, |bare| ratio(contender.adds_times(bare, base))),
+                );
             }
         }
         cells.push(line);
@@ -125,7 +131,13 @@ fn row_cells(row: &RowResult) -> Vec<Vec<String>> {
 fn bar_cells(results: &Results) -> Vec<Vec<String>> {
     let mut cells = vec![["row", "figure", "bar", "is", ""].map(str::to_owned).to_vec()];
     for bar in bars(results) {
-        cells.push(vec![bar.row.clone(), bar.what.clone(), bar.need(), ratio(bar.figure), bar.verdict().to_owned()]);
+        cells.push(vec![
+            bar.row.clone(),
+            bar.what.clone(),
+            bar.need(),
+            ratio(bar.figure),
+            bar.verdict().to_owned(),
+        ]);
     }
     cells
 }
@@ -135,7 +147,9 @@ fn table(cells: &[Vec<String>]) -> String {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN).set_header(&cells[0]).add_rows(&cells[1..]);
     for column in table.column_iter_mut().skip(1) {
-        let is_figure = |cell: &String| cell.is_empty() || cell.starts_with(|first: char| first.is_ascii_digit());
+        let is_figure = |cell: &String| {
+            cell.is_empty() || cell.starts_with(|first: char| first.is_ascii_digit())
+        };
         if cells[1..].iter().all(|row| is_figure(&row[column.index])) {
             column.set_cell_alignment(CellAlignment::Right);
         }
@@ -167,6 +181,7 @@ pub(crate) fn ratio(ratio: f64) -> String {
 
 fn thousands(value: f64) -> String {
     let digits = format!("{value:.0}");
-    let parts = digits.as_bytes().rchunks(3).rev().map(|part| String::from_utf8_lossy(part).into_owned());
+    let parts =
+        digits.as_bytes().rchunks(3).rev().map(|part| String::from_utf8_lossy(part).into_owned());
     parts.collect::<Vec<_>>().join(",")
 }

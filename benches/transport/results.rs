@@ -81,7 +81,13 @@ impl RowResult {
 impl Measured {
     pub(crate) fn new(contender: &Contender) -> Self {
         let stream = contender.kind == SocketKind::Stream;
-        Self { name: contender.name.clone(), stream, role: contender.role, ns: Vec::new(), cpu_ns: Vec::new() }
+        Self {
+            name: contender.name.clone(),
+            stream,
+            role: contender.role,
+            ns: Vec::new(),
+            cpu_ns: Vec::new(),
+        }
     }
 
     pub(crate) fn median_ns(&self) -> f64 {
@@ -97,15 +103,18 @@ impl Measured {
         (quantile(&self.ns, 0.25), quantile(&self.ns, 0.75))
     }
 
-    /// Its time in units of another's: the median of the ratios within a round, so that what slows the machine down for a
-    /// while counts for nothing.
+    /// Its time in units of another's: the median of the ratios within a round, so that what slows
+    /// the machine down for a while counts for nothing.
     pub(crate) fn times(&self, other: &Self) -> f64 {
         quantile(&self.ns.iter().zip(&other.ns).map(|(a, b)| a / b).collect::<Vec<_>>(), 0.5)
     }
 
     /// Its CPU time in units of another's: the median of the ratios within a round.
     pub(crate) fn cpu_times(&self, other: &Self) -> f64 {
-        quantile(&self.cpu_ns.iter().zip(&other.cpu_ns).map(|(a, b)| a / b).collect::<Vec<_>>(), 0.5)
+        quantile(
+            &self.cpu_ns.iter().zip(&other.cpu_ns).map(|(a, b)| a / b).collect::<Vec<_>>(),
+            0.5,
+        )
     }
 
     /// The CPU time that it takes beyond another's, round by round.
@@ -117,7 +126,8 @@ impl Measured {
         quantile(&self.cpu_beyond(base).collect::<Vec<_>>(), 0.5)
     }
 
-    /// What it adds to the CPU time of `base`, in units of what another adds: the median of the ratios within a round.
+    /// What it adds to the CPU time of `base`, in units of what another adds: the median of the
+    /// ratios within a round.
     pub(crate) fn adds_times(&self, other: &Self, base: &Self) -> f64 {
         let added = self.cpu_beyond(base).zip(other.cpu_beyond(base));
         quantile(&added.map(|(a, b)| a / b).collect::<Vec<_>>(), 0.5)

@@ -1,5 +1,5 @@
-//! The same HTTP server without a hand-over: two processes that listen at one address (`SO_REUSEPORT`, socket(7)), and the
-//! kernel gives each connection to one of them.
+//! The same HTTP server without a hand-over: two processes that listen at one address
+//! (`SO_REUSEPORT`, socket(7)), and the kernel gives each connection to one of them.
 
 use std::{
     io::Write,
@@ -85,7 +85,12 @@ fn make_near(socket: OwnedFd, window: usize, in_task: bool) -> Near {
     let mut peer = unix::net::UnixStream::from(socket);
     peer.write_all(&address.port().to_ne_bytes()).expect("the other process is there");
     let peer = register(peer);
-    Near { listener: Arc::new(listener), in_task, peer, client: Helper::client(address, talk(window)) }
+    Near {
+        listener: Arc::new(listener),
+        in_task,
+        peer,
+        client: Helper::client(address, talk(window)),
+    }
 }
 
 impl End for Near {
@@ -123,7 +128,8 @@ impl End for Far {
             if listener.is_none() {
                 let mut port = [0; 2];
                 peer.read_exact(&mut port).await.expect("the other process is there");
-                *listener = Some(Arc::new(listen(([127, 0, 0, 1], u16::from_ne_bytes(port)).into())));
+                *listener =
+                    Some(Arc::new(listen(([127, 0, 0, 1], u16::from_ne_bytes(port)).into())));
             }
             let listener = listener.as_ref().expect("made above");
             serve_in(*in_task, listener, peer.read_exact(&mut [0])).await;

@@ -5,15 +5,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     contenders::{
-        Anchovy, Bare, Fdwire, IpcChannel, IpcSharedMem, LengthDelimited, Link, Load, Setup, Side, TokioSeqpacket,
-        TokioUnixIpc, UnixAncillary,
+        Anchovy, Bare, Fdwire, IpcChannel, IpcSharedMem, LengthDelimited, Link, Load, Setup, Side,
+        TokioSeqpacket, TokioUnixIpc, UnixAncillary,
     },
     ends::{MakeEnd, client, echo, idle, receiver, sender},
     handoff::{InOneProcess, front, worker},
     haproxy, http,
     processes::Threads,
     reuse_port,
-    tasks::{BareShared, FdwireChannel, FdwireMutex, FdwireSender, SeqpacketShared, Shared, senders},
+    tasks::{
+        BareShared, FdwireChannel, FdwireMutex, FdwireSender, SeqpacketShared, Shared, senders,
+    },
 };
 
 /// Contenders that do the same work.
@@ -38,7 +40,8 @@ pub(crate) enum Role {
     Bare,
     /// What a crate does by itself.
     Peer,
-    /// What a user can make of a crate that leaves putting messages together, and taking them apart, to him.
+    /// What a user can make of a crate that leaves putting messages together, and taking them
+    /// apart, to him.
     ByHand,
     /// Something else to compare with.
     Reference,
@@ -120,7 +123,8 @@ fn ipc_channel(pattern: Pattern) -> Contender {
 
 /// It puts messages together itself.
 fn length_delimited(pattern: Pattern) -> Contender {
-    let contender = contender::<LengthDelimited>(pattern, "LengthDelimitedCodec", Stream, Role::Peer);
+    let contender =
+        contender::<LengthDelimited>(pattern, "LengthDelimitedCodec", Stream, Role::Peer);
     Contender { batched: true, ..contender }
 }
 
@@ -139,7 +143,15 @@ fn one_way(id: &'static str, title: &'static str, load: Load) -> Row {
         let name = "ipc-channel, shared memory";
         contenders.push(contender::<IpcSharedMem>(pattern, name, SeqPacket, Role::Peer));
     }
-    Row { id, title, unit: "message", load, quantum: load.batch, threads: Threads::OneBound, contenders }
+    Row {
+        id,
+        title,
+        unit: "message",
+        load,
+        quantum: load.batch,
+        threads: Threads::OneBound,
+        contenders,
+    }
 }
 
 fn round_trip(id: &'static str, title: &'static str, fd: bool) -> Row {
@@ -154,7 +166,11 @@ fn round_trip(id: &'static str, title: &'static str, fd: bool) -> Row {
     Row { id, title, unit: "round trip", load, quantum: 1, threads: Threads::OneBound, contenders }
 }
 
-fn shared<S: Shared, L: Link, const TASKS: usize>(name: &str, kind: SocketKind, role: Role) -> Contender {
+fn shared<S: Shared, L: Link, const TASKS: usize>(
+    name: &str,
+    kind: SocketKind,
+    role: Role,
+) -> Contender {
     let (near, far): (MakeEnd, MakeEnd) = (senders::<S, TASKS>, receiver::<L>);
     Contender { name: name.to_owned(), kind, role, batched: false, near, far }
 }
@@ -165,10 +181,18 @@ fn tasks<const TASKS: usize>(id: &'static str, title: &'static str) -> Row {
         shared::<FdwireSender, Fdwire, TASKS>("fdwire STREAM, Sender", Stream, Role::Fdwire),
         shared::<FdwireMutex, Fdwire, TASKS>("fdwire SEQPACKET, mutex", SeqPacket, Role::Fdwire),
         shared::<FdwireMutex, Fdwire, TASKS>("fdwire STREAM, mutex", Stream, Role::Fdwire),
-        shared::<FdwireChannel, Fdwire, TASKS>("fdwire SEQPACKET, channel", SeqPacket, Role::Fdwire),
+        shared::<FdwireChannel, Fdwire, TASKS>(
+            "fdwire SEQPACKET, channel",
+            SeqPacket,
+            Role::Fdwire,
+        ),
         shared::<FdwireChannel, Fdwire, TASKS>("fdwire STREAM, channel", Stream, Role::Fdwire),
         shared::<BareShared, Bare, TASKS>("bare SEQPACKET, shared", SeqPacket, Role::Bare),
-        shared::<SeqpacketShared, TokioSeqpacket, TASKS>("tokio-seqpacket, shared", SeqPacket, Role::Peer),
+        shared::<SeqpacketShared, TokioSeqpacket, TASKS>(
+            "tokio-seqpacket, shared",
+            SeqPacket,
+            Role::Peer,
+        ),
     ];
     let load = Load { bytes: 64, fd: false, batch: 1 };
     Row { id, title, unit: "message", load, quantum: TASKS, threads: Threads::OneBound, contenders }
@@ -176,7 +200,8 @@ fn tasks<const TASKS: usize>(id: &'static str, title: &'static str) -> Row {
 
 fn hand_off(id: &'static str, title: &'static str) -> Row {
     let pattern = Pattern::HandOff;
-    let here = contender::<InOneProcess>(pattern, "answered where accepted", SeqPacket, Role::Reference);
+    let here =
+        contender::<InOneProcess>(pattern, "answered where accepted", SeqPacket, Role::Reference);
     let mut contenders = vec![Contender { far: idle, ..here }];
     contenders.extend(ours(pattern));
     contenders.extend(peers(pattern));
@@ -187,10 +212,17 @@ fn hand_off(id: &'static str, title: &'static str) -> Row {
 /// Connections are asked for in a spawned task, as README shows, and not in `main`.
 pub(crate) const IN_TASKS: &str = "fdwire SEQPACKET, in tasks";
 
-/// A whole server in one process, in two, or behind something that accepts. Its client keeps this many connections open.
+/// A whole server in one process, in two, or behind something that accepts. Its client keeps this
+/// many connections open.
 fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Threads) -> Row {
-    let contender =
-        |name: &str, kind, role, near, far| Contender { name: name.to_owned(), kind, role, batched: false, near, far };
+    let contender = |name: &str, kind, role, near, far| Contender {
+        name: name.to_owned(),
+        kind,
+        role,
+        batched: false,
+        near,
+        far,
+    };
     let layer: MakeEnd = http::dispatcher::<WINDOW>;
     let bare: MakeEnd = http::front::<Bare, WINDOW>;
     let haproxy: MakeEnd = match threads {
@@ -199,17 +231,42 @@ fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Thr
     };
     let mut contenders = vec![
         contender("one process", SeqPacket, Role::Reference, http::one_process::<WINDOW>, idle),
-        contender("two processes, SO_REUSEPORT", Stream, Role::Reference, reuse_port::near::<WINDOW>, reuse_port::far),
+        contender(
+            "two processes, SO_REUSEPORT",
+            Stream,
+            Role::Reference,
+            reuse_port::near::<WINDOW>,
+            reuse_port::far,
+        ),
         contender("fdwire SEQPACKET", SeqPacket, Role::Fdwire, layer, http::incoming::<1>),
-        contender("fdwire SEQPACKET, next_batch", SeqPacket, Role::Fdwire, layer, http::incoming::<64>),
+        contender(
+            "fdwire SEQPACKET, next_batch",
+            SeqPacket,
+            Role::Fdwire,
+            layer,
+            http::incoming::<64>,
+        ),
         contender("fdwire STREAM", Stream, Role::Fdwire, layer, http::incoming::<1>),
         contender("bare SEQPACKET", SeqPacket, Role::Bare, bare, http::worker::<Bare>),
         contender("bare STREAM", Stream, Role::Bare, bare, http::worker::<Bare>),
     ];
     if threads == Threads::Many {
-        let (near, far): (MakeEnd, MakeEnd) = (reuse_port::near_in_task::<WINDOW>, reuse_port::far_in_task);
-        contenders.push(contender("two processes, SO_REUSEPORT, in tasks", Stream, Role::Reference, near, far));
-        contenders.push(contender(IN_TASKS, SeqPacket, Role::Fdwire, layer, http::incoming_in_task));
+        let (near, far): (MakeEnd, MakeEnd) =
+            (reuse_port::near_in_task::<WINDOW>, reuse_port::far_in_task);
+        contenders.push(contender(
+            "two processes, SO_REUSEPORT, in tasks",
+            Stream,
+            Role::Reference,
+            near,
+            far,
+        ));
+        contenders.push(contender(
+            IN_TASKS,
+            SeqPacket,
+            Role::Fdwire,
+            layer,
+            http::incoming_in_task,
+        ));
     }
     if haproxy::is_installed() {
         contenders.push(contender("haproxy", SeqPacket, Role::Reference, haproxy, haproxy::server));
@@ -223,8 +280,16 @@ pub(crate) fn all() -> Vec<Row> {
     vec![
         one_way("64B-batched", "64 B one way, 64 fed and then flushed", load(64, false, 64)),
         one_way("64B-each", "64 B one way, message by message", load(64, false, 1)),
-        one_way("64B-fd-batched", "64 B + 1 descriptor one way, 64 fed and then flushed", load(64, true, 64)),
-        one_way("64B-fd-each", "64 B + 1 descriptor one way, message by message", load(64, true, 1)),
+        one_way(
+            "64B-fd-batched",
+            "64 B + 1 descriptor one way, 64 fed and then flushed",
+            load(64, true, 64),
+        ),
+        one_way(
+            "64B-fd-each",
+            "64 B + 1 descriptor one way, message by message",
+            load(64, true, 1),
+        ),
         round_trip("64B-round-trip", "64 B there and back", false),
         round_trip("64B-fd-round-trip", "64 B + 1 descriptor there and back", true),
         one_way("4KiB", "4 KiB one way, 8 fed and then flushed", load(4 << 10, false, 8)),

@@ -37,8 +37,15 @@ struct Tasks<S> {
 }
 
 /// `TASKS` tasks.
-pub(crate) fn senders<S: Shared, const TASKS: usize>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
-    Box::new(Tasks { shared: S::new(socket), payload: vec![7; setup.load.bytes].into(), tasks: TASKS })
+pub(crate) fn senders<S: Shared, const TASKS: usize>(
+    socket: OwnedFd,
+    setup: Setup,
+) -> Box<dyn End> {
+    Box::new(Tasks {
+        shared: S::new(socket),
+        payload: vec![7; setup.load.bytes].into(),
+        tasks: TASKS,
+    })
 }
 
 impl<S: Shared> End for Tasks<S> {

@@ -55,15 +55,16 @@ pub(crate) async fn run(requests: u32, address: SocketAddr) -> Demo {
     Demo { clients, elapsed: begin.elapsed() }
 }
 
-/// A client's serial number is its address, since all of 127.0.0.0/8 is this machine. So a worker knows whose connection it
-/// was given before it has read a byte.
+/// A client's serial number is its address, since all of 127.0.0.0/8 is this machine. So a worker
+/// knows whose connection it was given before it has read a byte.
 fn address_of(serial: u32) -> Ipv4Addr {
     (u32::from(Ipv4Addr::new(127, 1, 0, 0)) + serial).into()
 }
 
 async fn request(client: Ipv4Addr, address: SocketAddr) -> Outcome {
     let begin = Instant::now();
-    let failed = |connected, error: &dyn ToString| Outcome::Failed { connected, error: error.to_string() };
+    let failed =
+        |connected, error: &dyn ToString| Outcome::Failed { connected, error: error.to_string() };
     let stream = match timeout(PATIENCE, connect(client, address)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return failed(false, &error),

@@ -38,8 +38,8 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
 
     let mut builder = Dispatcher::builder();
     if arguments.kill_every.is_some() {
-        // By default a connection is given up when three workers have died while they had it: it may be what they die of. Here it
-        // is known what they die of.
+        // By default a connection is given up when three workers have died while they had it: it
+        // may be what they die of. Here it is known what they die of.
         builder = builder.max_offers(u32::MAX);
     }
     let dispatcher = builder.build();
@@ -50,7 +50,8 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
         if let Some(journal) = &journal {
             command.arg("--journal").arg(journal.path());
         }
-        let mut worker = WorkerCommand::from(command).socket_kind(arguments.socket.into()).restart(true);
+        let mut worker =
+            WorkerCommand::from(command).socket_kind(arguments.socket.into()).restart(true);
         if arguments.kill_every.is_some() {
             // By default a worker that never lives for long is started again after 10 s at last.
             worker = worker.longest_wait(Duration::ZERO);
@@ -83,7 +84,9 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
     }
     match stats.retired.overdue {
         0 => Ok(()),
-        workers => Err(Error::other(format!("workers that did not stop in time and were killed: {workers}"))),
+        workers => Err(Error::other(format!(
+            "workers that did not stop in time and were killed: {workers}"
+        ))),
     }
 }
 
@@ -93,7 +96,8 @@ async fn listen(address: SocketAddr) -> Result<TcpListener> {
         .map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
 }
 
-/// The signals that end the front. Ctrl-C reaches the workers too, which leave it to the front to stop them.
+/// The signals that end the front. Ctrl-C reaches the workers too, which leave it to the front to
+/// stop them.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
@@ -101,7 +105,10 @@ struct Signals {
 
 impl Signals {
     fn new() -> Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
     }
 
     async fn stop(&mut self) {

@@ -44,7 +44,8 @@ impl Journal {
     pub(crate) fn read(&self) -> Result<Entries> {
         let mut entries = Entries::new();
         for line in fs::read_to_string(self.path())?.lines() {
-            let (client, given) = parse(line).ok_or_else(|| Error::other(format!("a broken journal: {line:?}")))?;
+            let (client, given) =
+                parse(line).ok_or_else(|| Error::other(format!("a broken journal: {line:?}")))?;
             entries.entry(client).or_default().push(given);
         }
         Ok(entries)
@@ -62,9 +63,11 @@ impl Writer {
         Ok(Self { file: OpenOptions::new().append(true).open(path)?, number })
     }
 
-    /// One `write` to the end of the file: the line is there whole or not at all, also if this process is killed.
+    /// One `write` to the end of the file: the line is there whole or not at all, also if this
+    /// process is killed.
     pub(crate) fn given(&mut self, peer: &Address) -> Result<()> {
         let Some(client) = peer.ip() else { return Ok(()) };
-        self.file.write_all(format!("{} {} {}\n", client.ip(), self.number, process::id()).as_bytes())
+        self.file
+            .write_all(format!("{} {} {}\n", client.ip(), self.number, process::id()).as_bytes())
     }
 }

@@ -37,8 +37,9 @@ impl Killer {
         }
     }
 
-    /// Any worker that has adopted something since it was killed last. With others nothing is at stake, and the dispatcher waits
-    /// longer each time before it starts one again that has died without having been of use.
+    /// Any worker that has adopted something since it was killed last. With others nothing is at
+    /// stake, and the dispatcher waits longer each time before it starts one again that has died
+    /// without having been of use.
     fn kill_one(&mut self, dispatcher: &Dispatcher) {
         let mut victims = dispatcher.stats().workers;
         victims.retain(|worker| {

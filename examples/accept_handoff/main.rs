@@ -1,4 +1,5 @@
-//! One process accepts TCP connections, others serve them over HTTP, and no client notices: not even when workers are killed.
+//! One process accepts TCP connections, others serve them over HTTP, and no client notices: not
+//! even when workers are killed.
 //!
 //! ```text
 //!                       the accepted connection
@@ -16,12 +17,12 @@
 //! RUST_LOG=fdwire=debug cargo run --example accept_handoff                   # says more of what it does
 //! ```
 //!
-//! The curl line answers with the worker's process id, another one each time. Ctrl-C stops all processes: what they serve is
-//! finished before.
+//! The curl line answers with the worker's process id, another one each time. Ctrl-C stops all
+//! processes: what they serve is finished before.
 //!
-//! [`front`] and [`worker`] are the two sides, and all that an application needs. The rest is the demo's: [`kill`] makes it
-//! hard, [`demo`] are the clients, and [`report`] finds out what became of each of them, from what the workers left in the
-//! [`journal`].
+//! [`front`] and [`worker`] are the two sides, and all that an application needs. The rest is the
+//! demo's: [`kill`] makes it hard, [`demo`] are the clients, and [`report`] finds out what became
+//! of each of them, from what the workers left in the [`journal`].
 
 mod demo;
 mod front;
@@ -40,7 +41,8 @@ use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 #[derive(Parser)]
 #[command(name = "accept_handoff")]
 struct Arguments {
-    /// Where to accept connections; port 0 takes a free one [default: 127.0.0.1:8080, with --demo a free port]
+    /// Where to accept connections; port 0 takes a free one [default: 127.0.0.1:8080, with --demo a
+    /// free port]
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
 
@@ -57,7 +59,8 @@ struct Arguments {
     #[arg(long, value_name = "KIND", default_value = "seqpacket")]
     socket: Kind,
 
-    /// Send that many requests, 64 at a time, each on a connection of its own, print what became of them, and stop
+    /// Send that many requests, 64 at a time, each on a connection of its own, print what became of
+    /// them, and stop
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(demo::MOST_CLIENTS)))]
     demo: Option<u32>,
 
@@ -65,7 +68,8 @@ struct Arguments {
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     kill_every: Option<u64>,
 
-    /// Be worker number N, for connections that come over the standard input: how the front starts its workers
+    /// Be worker number N, for connections that come over the standard input: how the front starts
+    /// its workers
     #[arg(long, value_name = "N", hide = true)]
     worker: Option<u16>,
 
@@ -105,14 +109,19 @@ async fn main() -> ExitCode {
     // In the demo, deaths are no news.
     let level = if arguments.demo.is_some() { LevelFilter::ERROR } else { LevelFilter::INFO };
     let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
-    // Where nobody reads them any more (`| head`), events are dropped: to complain of that would be a panic in the dispatcher's tasks.
-    let events = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    // Where nobody reads them any more (`| head`), events are dropped: to complain of that would be
+    // a panic in the dispatcher's tasks.
+    let events = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false);
     events.log_internal_errors(false).init();
 
     let (role, outcome) = match arguments.worker {
-        Some(number) => {
-            (format!("worker {}", std::process::id()), worker::run(number, arguments.journal.as_deref()).await)
-        }
+        Some(number) => (
+            format!("worker {}", std::process::id()),
+            worker::run(number, arguments.journal.as_deref()).await,
+        ),
         None => ("accept_handoff".to_owned(), front::run(arguments).await),
     };
     match outcome {

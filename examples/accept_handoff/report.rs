@@ -43,10 +43,17 @@ struct Worker {
 impl Report {
     /// `stats` are those after the end, when every connection has been adopted or has failed.
     ///
-    /// A connection that broke was being served if the journal has it with a process that was killed. One that the journal has not
-    /// was either lost, or adopted by a worker that was killed right then. How many were lost follows from the number of those
-    /// that connected and the number of those that were adopted.
-    pub(crate) fn new(demo: Demo, journal: &Entries, killed: &HashSet<u32>, stats: &Stats, restarts: u64) -> Self {
+    /// A connection that broke was being served if the journal has it with a process that was
+    /// killed. One that the journal has not was either lost, or adopted by a worker that was killed
+    /// right then. How many were lost follows from the number of those that connected and the
+    /// number of those that were adopted.
+    pub(crate) fn new(
+        demo: Demo,
+        journal: &Entries,
+        killed: &HashSet<u32>,
+        stats: &Stats,
+        restarts: u64,
+    ) -> Self {
         let mut report = Self {
             workers: BTreeMap::new(),
             cut_unseen: 0,
@@ -71,12 +78,19 @@ impl Report {
             report.given_twice += u64::from(given.len() > 1);
             match (outcome, given) {
                 (Outcome::Answered { pid, latency }, [given]) if given.pid == *pid => {
-                    report.worker(given.worker).answered.saturating_record(latency.as_micros() as u64);
+                    report
+                        .worker(given.worker)
+                        .answered
+                        .saturating_record(latency.as_micros() as u64);
                 }
-                (Outcome::Broken(_), [given]) if killed.contains(&given.pid) => report.worker(given.worker).cut += 1,
+                (Outcome::Broken(_), [given]) if killed.contains(&given.pid) => {
+                    report.worker(given.worker).cut += 1
+                }
                 (Outcome::Broken(_), []) => unseen += 1,
                 (Outcome::Answered { pid, .. }, given) => {
-                    report.failures.push(format!("{address}: answered by {pid}, given to {given:?}"));
+                    report
+                        .failures
+                        .push(format!("{address}: answered by {pid}, given to {given:?}"));
                 }
                 (Outcome::Broken(error) | Outcome::Failed { error, .. }, given) => {
                     report.failures.push(format!("{address}: {error}, given to {given:?}"));
@@ -87,7 +101,9 @@ impl Report {
         report.cut_unseen = u64::saturating_sub(unseen, report.lost);
         if report.cut_unseen > report.kills as u64 {
             // Workers of this program adopt one connection at a time.
-            report.failures.push(format!("{unseen} adopted and never seen, with {} kills", report.kills));
+            report
+                .failures
+                .push(format!("{unseen} adopted and never seen, with {} kills", report.kills));
         }
         report
     }
@@ -104,7 +120,12 @@ impl Report {
     /// # Errors
     /// If any client was neither answered nor cut while it was being served.
     pub(crate) fn print(&self) -> Result<()> {
-        let mut all = Worker { processes: HashSet::new(), given: 0, cut: self.cut_unseen, answered: histogram() };
+        let mut all = Worker {
+            processes: HashSet::new(),
+            given: 0,
+            cut: self.cut_unseen,
+            answered: histogram(),
+        };
         let mut table = new_table();
         table.set_header(["worker", "processes", "given", "answered", "cut", "p50 ms", "p99 ms"]);
         for (number, worker) in &self.workers {
@@ -136,22 +157,30 @@ impl Report {
         println!("{summary}");
 
         let (requests, seconds) = (self.requests, self.elapsed.as_secs_f64());
-        println!("{requests} requests in {seconds:.2} s, {:.0} requests/s", requests as f64 / seconds);
+        println!(
+            "{requests} requests in {seconds:.2} s, {:.0} requests/s",
+            requests as f64 / seconds
+        );
         match (&self.failures[..], self.lost, self.given_twice) {
             ([], 0, 0) => Ok(()),
-            ([first, ..], ..) => {
-                Err(Error::other(format!("{} requests failed, the first: {first}", self.failures.len())))
-            }
-            _ => Err(Error::other(format!("{} connections lost, {} given twice", self.lost, self.given_twice))),
+            ([first, ..], ..) => Err(Error::other(format!(
+                "{} requests failed, the first: {first}",
+                self.failures.len()
+            ))),
+            _ => Err(Error::other(format!(
+                "{} connections lost, {} given twice",
+                self.lost, self.given_twice
+            ))),
         }
     }
 }
 
 impl Worker {
     fn row(&self, name: String) -> [String; 7] {
-        let milliseconds = |quantile| format!("{:.2}", self.answered.value_at_quantile(quantile) as f64 / 1000.0);
-        let counts =
-            [self.processes.len() as u64, self.given, self.answered.len(), self.cut].map(|count| count.to_string());
+        let milliseconds =
+            |quantile| format!("{:.2}", self.answered.value_at_quantile(quantile) as f64 / 1000.0);
+        let counts = [self.processes.len() as u64, self.given, self.answered.len(), self.cut]
+            .map(|count| count.to_string());
         let [processes, given, answered, cut] = counts;
         [name, processes, given, answered, cut, milliseconds(0.5), milliseconds(0.99)]
     }

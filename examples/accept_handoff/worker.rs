@@ -28,16 +28,18 @@ use tokio::{
 
 use crate::journal::Writer;
 
-/// At the end, the time for requests that are on their way. With the answer they learn that it was the last; connections that
-/// are silent are ended then.
+/// At the end, the time for requests that are on their way. With the answer they learn that it was
+/// the last; connections that are silent are ended then.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// At the end, the time for requests being answered. The front mostly has less patience; this is for when it is gone.
+/// At the end, the time for requests being answered. The front mostly has less patience; this is
+/// for when it is gone.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
 
 pub(crate) async fn run(number: u16, journal: Option<&Path>) -> Result<()> {
-    // Ctrl-C goes to every process of the terminal's foreground group, and a service manager may signal all processes too.
-    // The front is in charge: a worker only listens, and drains when the front says so.
+    // Ctrl-C goes to every process of the terminal's foreground group, and a service manager may
+    // signal all processes too. The front is in charge: a worker only listens, and drains when the
+    // front says so.
     let _ignored = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut journal = journal.map(|path| Writer::open(path, number)).transpose()?;
 
@@ -54,11 +56,15 @@ pub(crate) async fn run(number: u16, journal: Option<&Path>) -> Result<()> {
             let answer = format!("worker {} answers {peer}\n", process::id());
             let mut response = Response::new(Full::new(Bytes::from(answer)));
             if draining.is_draining() {
-                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                response
+                    .headers_mut()
+                    .insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             async { Ok::<_, Infallible>(response) }
         });
-        let http = http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(connection), service);
+        let http = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .serve_connection(TokioIo::new(connection), service);
         tokio::spawn(serving.watch(http)); // errors are those of clients that went away
     }
 

@@ -108,7 +108,8 @@ async fn launch(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> 
     // Whoever waits for the end of this command's output does not wait for the server's. Standard
     // error is its log.
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
-    let server = takeover::launch(&mut command, &arguments.path, &Options::default(), PATIENCE).await?;
+    let server =
+        takeover::launch(&mut command, &arguments.path, &Options::default(), PATIENCE).await?;
     println!("process {} serves", server.id().unwrap_or_default());
     Ok(())
 }
@@ -117,7 +118,8 @@ async fn list(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let status = takeover::status(&arguments.path, &Options::default()).await?;
     println!("process {} serves", status.pid);
     for old in status.generations {
-        let process = old.pid.map_or_else(|| "in another container".to_owned(), |pid| pid.to_string());
+        let process =
+            old.pid.map_or_else(|| "in another container".to_owned(), |pid| pid.to_string());
         println!("process {process} was replaced {:.0?} ago", old.replaced_for);
     }
     Ok(())

@@ -68,7 +68,9 @@ impl Process {
     async fn wait_for(&mut self, report: &str) -> Result<()> {
         match timeout(PATIENCE, self.reports.next_line()).await?? {
             Some(line) if line == report => Ok(()),
-            other_report => Err(other(format!("a server reported {other_report:?} and not {report:?}")).into()),
+            other_report => {
+                Err(other(format!("a server reported {other_report:?} and not {report:?}")).into())
+            }
         }
     }
 }
@@ -146,14 +148,17 @@ pub(crate) async fn run(connections: usize) -> Result<()> {
     let mut processes = vec![Process::start(address, directory.path()).await?];
     let clients = Arc::new(Clients::new(address, fs::read(directory.path().join("certificate"))?)?);
 
-    let connecting = stream::iter(0..connections).map(|_| clients.connect()).buffer_unordered(AT_ONCE);
-    let mut open: Vec<Client> = connecting.collect::<Vec<_>>().await.into_iter().collect::<Result<_>>()?;
+    let connecting =
+        stream::iter(0..connections).map(|_| clients.connect()).buffer_unordered(AT_ONCE);
+    let mut open: Vec<Client> =
+        connecting.collect::<Vec<_>>().await.into_iter().collect::<Result<_>>()?;
     println!("{} connections are open", open.len());
 
     // New clients all the time, through every cut.
     let (connected, refused) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
     let load = tokio::spawn({
-        let (clients, connected, refused) = (Arc::clone(&clients), Arc::clone(&connected), Arc::clone(&refused));
+        let (clients, connected, refused) =
+            (Arc::clone(&clients), Arc::clone(&connected), Arc::clone(&refused));
         async move {
             loop {
                 match clients.connect().await {
@@ -174,13 +179,17 @@ pub(crate) async fn run(connections: usize) -> Result<()> {
     let mut lost = 0;
     for number in 1..=RESTARTS {
         // Requests are on their way while the processes change places.
-        let (process, lost_meanwhile) = tokio::join!(Process::start(address, directory.path()), ask_all(&open));
+        let (process, lost_meanwhile) =
+            tokio::join!(Process::start(address, directory.path()), ask_all(&open));
         processes.push(process?);
         lost += lost_meanwhile + ask_all(&open).await;
         for _ in 0..NEW {
             open.push(clients.connect().await?);
         }
-        println!("restart {number} of {RESTARTS}: {} connections are open, {lost} answers are missing", open.len());
+        println!(
+            "restart {number} of {RESTARTS}: {} connections are open, {lost} answers are missing",
+            open.len()
+        );
     }
     load.abort();
     let mut generations: Vec<_> = open.iter().map(|client| client.generation).collect();

@@ -81,7 +81,12 @@ async fn serve(arguments: Arguments) -> Result<()> {
     let endpoint_config = secrets.endpoint_config(ids.clone());
     let datagrams = server.datagrams("quic", 0)?.forwarding(move |datagram, _| ids.owner(datagram));
     let socket = Arc::new(MovingSocket::new(datagrams)?);
-    let endpoint = Endpoint::new_with_abstract_socket(endpoint_config, Some(config), socket, Arc::new(TokioRuntime))?;
+    let endpoint = Endpoint::new_with_abstract_socket(
+        endpoint_config,
+        Some(config),
+        socket,
+        Arc::new(TokioRuntime),
+    )?;
     println!("ready");
 
     tokio::spawn(accept(endpoint.clone(), server.generation()));

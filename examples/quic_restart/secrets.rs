@@ -47,7 +47,8 @@ impl Secrets {
             let (key, certificate) = rest.split_at_checked(u32::from_be_bytes(*length) as usize)?;
             Some(Self { seed: *seed, certificate: certificate.to_vec().into(), key: key.to_vec() })
         };
-        Ok(read().ok_or_else(|| other("the running server has sent something else than its secrets"))?)
+        Ok(read()
+            .ok_or_else(|| other("the running server has sent something else than its secrets"))?)
     }
 
     pub(crate) fn certificate(&self) -> &[u8] {
@@ -56,7 +57,8 @@ impl Secrets {
 
     pub(crate) fn server_config(&self) -> Result<ServerConfig> {
         let key = PrivatePkcs8KeyDer::from(self.key.clone());
-        let mut config = ServerConfig::with_single_cert(vec![self.certificate.clone()], key.into())?;
+        let mut config =
+            ServerConfig::with_single_cert(vec![self.certificate.clone()], key.into())?;
         let mut transport = TransportConfig::default();
         transport.max_idle_timeout(Some(LONGEST_SILENCE.try_into()?));
         config.transport_config(Arc::new(transport));
@@ -65,7 +67,8 @@ impl Secrets {
     }
 
     pub(crate) fn endpoint_config(&self, ids: ConnectionIds) -> EndpointConfig {
-        let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &self.seed)));
+        let mut config =
+            EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &self.seed)));
         config.cid_generator(move || Box::new(ids.clone()));
         config
     }

@@ -46,7 +46,9 @@ impl AsyncUdpSocket for MovingSocket {
         buffers: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        let (Some(buffer), Some(meta)) = (buffers.first_mut(), meta.first_mut()) else { return Poll::Ready(Ok(0)) };
+        let (Some(buffer), Some(meta)) = (buffers.first_mut(), meta.first_mut()) else {
+            return Poll::Ready(Ok(0));
+        };
         let received = ready!(self.datagrams.poll_recv(cx, buffer))?;
         *meta = RecvMeta {
             addr: received.source,

@@ -26,14 +26,17 @@ pub(crate) struct Layout {
 impl Layout {
     pub(crate) fn from_payload(payload: &[u8]) -> Result<Self> {
         let text = String::from_utf8_lossy(payload);
-        let numbers = text.split(' ').map(|number| number.parse().ok()).collect::<Option<Vec<u32>>>();
+        let numbers =
+            text.split(' ').map(|number| number.parse().ok()).collect::<Option<Vec<u32>>>();
         let [width, height, stride] = numbers.unwrap_or_default()[..] else {
             return Err("no width, height and stride".into());
         };
         let layout = Self { width, height, stride };
         let rows_fit = stride.is_multiple_of(4) && width <= stride / 4;
         if width == 0 || height == 0 || !rows_fit || layout.bytes() > LARGEST_BYTES {
-            return Err(format!("no image has {width} x {height} pixels and {stride} bytes a row").into());
+            return Err(
+                format!("no image has {width} x {height} pixels and {stride} bytes a row").into()
+            );
         }
         Ok(layout)
     }
@@ -46,7 +49,8 @@ impl Layout {
     fn picture(self, number: u32) -> impl Iterator<Item = (usize, u32)> {
         let offset = move |x: u32, y: u32| y as usize * self.stride as usize + 4 * x as usize;
         let color = move |x: u32, y: u32| (x ^ y).wrapping_add(number).wrapping_mul(0x9E37_79B9);
-        (0..self.height).flat_map(move |y| (0..self.width).map(move |x| (offset(x, y), color(x, y))))
+        (0..self.height)
+            .flat_map(move |y| (0..self.width).map(move |x| (offset(x, y), color(x, y))))
     }
 
     /// The picture in memory of its own, to be copied.
@@ -61,10 +65,10 @@ impl Layout {
 
 /// An image whose memory other processes may have mapped too.
 ///
-/// What is right with memory that others write to: every pixel is an atomic, and none is trusted. A process that draws
-/// out of turn spoils the picture and nothing else. `Relaxed` is enough, because whose turn it is goes through system
-/// calls on both sides: one process writes between the request to draw and the doorbell, the other reads between the
-/// doorbell and its next request.
+/// What is right with memory that others write to: every pixel is an atomic, and none is trusted. A
+/// process that draws out of turn spoils the picture and nothing else. `Relaxed` is enough, because
+/// whose turn it is goes through system calls on both sides: one process writes between the request
+/// to draw and the doorbell, the other reads between the doorbell and its next request.
 pub(crate) struct Image {
     pub(crate) file: Arc<File>,
     pub(crate) layout: Layout,
@@ -73,16 +77,19 @@ pub(crate) struct Image {
 
 impl Image {
     pub(crate) fn new(layout: Layout) -> Result<Self> {
-        let file = File::from(memfd_create("image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+        let file =
+            File::from(memfd_create("image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
         file.set_len(layout.bytes() as u64)?;
         // The last one keeps the receiver from adding others: sealed against writing, say.
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Self::map(file.into(), layout)
     }
 
-    /// Maps the image, if nobody can take its memory away: touching a page that is gone kills a process (SIGBUS).
+    /// Maps the image, if nobody can take its memory away: touching a page that is gone kills a
+    /// process (SIGBUS).
     pub(crate) fn map(fd: OwnedFd, layout: Layout) -> Result<Self> {
-        // The seals before the size: whoever holds the descriptor could change it at any time without them.
+        // The seals before the size: whoever holds the descriptor could change it at any time
+        // without them.
         let seals = fcntl_get_seals(&fd).map_err(|_| "the descriptor is not a memfd")?;
         if !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
             return Err("the memfd is not sealed against shrinking and growing".into());
@@ -92,7 +99,8 @@ impl Image {
         if is < needed as u64 {
             return Err(format!("the memfd has {is} bytes, the image needs {needed}").into());
         }
-        // Not `MmapRegion::from_file`: with its MAP_NORESERVE a memfd of huge pages is mapped though there are none.
+        // Not `MmapRegion::from_file`: with its MAP_NORESERVE a memfd of huge pages is mapped
+        // though there are none.
         let whole = Some(FileOffset::from_arc(Arc::clone(&file), 0));
         let memory = MmapRegion::build(whole, needed, PROT_READ | PROT_WRITE, MAP_SHARED)
             .map_err(|error| format!("the memfd cannot be mapped: {error}"))?;
@@ -104,14 +112,15 @@ impl Image {
     }
 
     pub(crate) fn draw(&self, number: u32) -> Result<()> {
-        self.layout
-            .picture(number)
-            .try_for_each(|(offset, color)| self.pixel(offset).map(|pixel| pixel.store(color, Relaxed)))
+        self.layout.picture(number).try_for_each(|(offset, color)| {
+            self.pixel(offset).map(|pixel| pixel.store(color, Relaxed))
+        })
     }
 
     /// That it is the picture of this number.
     pub(crate) fn check(&self, number: u32) -> Result<()> {
-        let is = |(offset, color)| self.pixel(offset).is_ok_and(|pixel| pixel.load(Relaxed) == color);
+        let is =
+            |(offset, color)| self.pixel(offset).is_ok_and(|pixel| pixel.load(Relaxed) == color);
         self.layout.picture(number).all(is).then_some(()).ok_or(WRONG.into())
     }
 }

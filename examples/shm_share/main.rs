@@ -1,4 +1,5 @@
-//! Two processes draw in one image: its memory is a memfd, passed in a frame together with an eventfd as doorbell.
+//! Two processes draw in one image: its memory is a memfd, passed in a frame together with an
+//! eventfd as doorbell.
 //!
 //! ```text
 //!             frame: width, height, stride + memfd + eventfd
@@ -9,8 +10,9 @@
 //!   reads ◄─────────────── the same memory ◄─────────────────── writes
 //! ```
 //!
-//! `image.rs` checks and maps the memory. `measure.rs` shows what sharing saves against copying through the socket, and
-//! `pidfd_getfd` beside a descriptor in a frame: `cargo run --release --example shm_share -- --rounds 50`.
+//! `image.rs` checks and maps the memory. `measure.rs` shows what sharing saves against copying
+//! through the socket, and `pidfd_getfd` beside a descriptor in a frame:
+//! `cargo run --release --example shm_share -- --rounds 50`.
 
 mod image;
 mod measure;
@@ -61,7 +63,10 @@ const GONE: &str = "the other process is gone";
 fn framed(socket: Socket) -> io::Result<Framed<FrameCodec>> {
     // The default holds a fortieth of a full HD image, and the sender would sleep as often.
     socket.set_send_buffer_size(4 << 20)?;
-    Ok(Framed::new(socket, FrameCodec::new(Limits::default().max_payload_bytes(image::LARGEST_BYTES))))
+    Ok(Framed::new(
+        socket,
+        FrameCodec::new(Limits::default().max_payload_bytes(image::LARGEST_BYTES)),
+    ))
 }
 
 /// Owns the image and asks for drawings.
@@ -70,7 +75,8 @@ async fn parent(arguments: &Arguments) -> Result<()> {
     let stdin = Stdio::from(OwnedFd::from(theirs));
     let mut child = Command::new(std::env::current_exe()?).arg("--child").stdin(stdin).spawn()?;
     let shared = share(arguments, framed(ours)?, &child).await;
-    // The socket is closed by now, so the child has ended or is about to. If it failed, that is the reason for all.
+    // The socket is closed by now, so the child has ended or is about to. If it failed, that is the
+    // reason for all.
     let status = child.wait()?;
     if status.success() { shared } else { Err(format!("{GONE} ({status})").into()) }
 }
@@ -82,15 +88,23 @@ async fn share(arguments: &Arguments, mut socket: Framed<FrameCodec>, child: &Ch
     let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let frame = Frame::new(format!("{width} {height} {stride}"));
     socket.send(frame.with_fd(image.file.try_clone()?).with_fd(doorbell.try_clone()?)).await?;
-    // To the event loop an eventfd is what a pipe is: readable or not. `unchecked`, since it is none.
+    // To the event loop an eventfd is what a pipe is: readable or not. `unchecked`, since it is
+    // none.
     let mut peer = Peer { socket, doorbell: pipe::Receiver::from_owned_fd_unchecked(doorbell)? };
 
     let before = image.pixel(0)?.load(Relaxed);
     peer.draw(7).await?;
     image.check(7)?;
     let (we, they, after) = (std::process::id(), child.id(), image.pixel(0)?.load(Relaxed));
-    writeln!(io::stdout(), "{width} x {height} pixels, {} bytes, in a sealed memfd", image.layout.bytes())?;
-    writeln!(io::stdout(), "{they} drew, and a pixel that {we} saw as {before:08x} is {after:08x}\n")?;
+    writeln!(
+        io::stdout(),
+        "{width} x {height} pixels, {} bytes, in a sealed memfd",
+        image.layout.bytes()
+    )?;
+    writeln!(
+        io::stdout(),
+        "{they} drew, and a pixel that {we} saw as {before:08x} is {after:08x}\n"
+    )?;
     measure::run(&mut peer, &image, child, rounds).await
 }
 
@@ -117,15 +131,19 @@ impl Peer {
     }
 }
 
-/// Is given the image and draws in it. Believes nothing: neither the payload nor what kind of descriptors came.
+/// Is given the image and draws in it. Believes nothing: neither the payload nor what kind of
+/// descriptors came.
 async fn child() -> Result<()> {
     let mut parent = framed(Socket::from_stdin()?)?;
     let Frame { payload, fds } = parent.try_next().await?.ok_or(GONE)?;
     let layout = Layout::from_payload(&payload)?;
-    let [memfd, doorbell] = fds.into_array().map_err(|fds| format!("two descriptors are due, not {}", fds.len()))?;
+    let [memfd, doorbell] =
+        fds.into_array().map_err(|fds| format!("two descriptors are due, not {}", fds.len()))?;
     let image = Image::map(memfd, layout)?;
     // No system call tells an eventfd from others, but a write to a full pipe would block.
-    if fs::read_link(format!("/proc/self/fd/{}", doorbell.as_raw_fd()))?.as_os_str() != "anon_inode:[eventfd]" {
+    if fs::read_link(format!("/proc/self/fd/{}", doorbell.as_raw_fd()))?.as_os_str()
+        != "anon_inode:[eventfd]"
+    {
         return Err("the doorbell is not an eventfd".into());
     }
     let mut doorbell = fs::File::from(doorbell);

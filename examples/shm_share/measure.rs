@@ -7,11 +7,19 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 use crate::{Peer, Result, image};
 
 /// All ways in turns, so that they meet the same noise.
-pub(crate) async fn run(peer: &mut Peer, image: &image::Image, child: &Child, rounds: u32) -> Result<()> {
-    // The second time it is drawn already and only handed over. Drawing has a price of its own in each memory.
-    let mut rows = ["draw the image, hand it over", "hand over what is drawn"].map(|what| (what, vec![], vec![]));
+pub(crate) async fn run(
+    peer: &mut Peer,
+    image: &image::Image,
+    child: &Child,
+    rounds: u32,
+) -> Result<()> {
+    // The second time it is drawn already and only handed over. Drawing has a price of its own in
+    // each memory.
+    let mut rows = ["draw the image, hand it over", "hand over what is drawn"]
+        .map(|what| (what, vec![], vec![]));
     let (mut received, mut taken, mut refusal) = (vec![], vec![], None);
-    // Of the child itself: `Socket::peer_pidfd` would name who made the pair of sockets, this process.
+    // Of the child itself: `Socket::peer_pidfd` would name who made the pair of sockets, this
+    // process.
     let pid = Pid::from_child(child);
     for number in 1..=rounds {
         for (_, shared, _) in &mut rows {
@@ -22,7 +30,11 @@ pub(crate) async fn run(peer: &mut Peer, image: &image::Image, child: &Child, ro
             let copy = timed(copied, peer.ask(format!("copy {number}"))).await?.payload;
             (copy == image.layout.draw_copy(number)).then_some(()).ok_or(image::WRONG)?;
         }
-        timed(&mut received, peer.ask("descriptor".into())).await?.fds.pop().ok_or("no descriptor came")?;
+        timed(&mut received, peer.ask("descriptor".into()))
+            .await?
+            .fds
+            .pop()
+            .ok_or("no descriptor came")?;
         let take = async {
             let number = str::from_utf8(&peer.ask("number".into()).await?.payload)?.parse()?;
             let pidfd = pidfd_open(pid, PidfdFlags::empty());
@@ -37,9 +49,17 @@ pub(crate) async fn run(peer: &mut Peer, image: &image::Image, child: &Child, ro
         let ratio = copied.as_secs_f64() / shared.as_secs_f64();
         writeln!(stdout(), "{what:32}{shared:>15.1?}{copied:>20.1?}{ratio:>8.1}")?;
     }
-    let taken = refusal.map_or_else(|| format!("{:.1?}", median(taken)), |refusal| format!("refused: {refusal}"));
-    writeln!(stdout(), "\nthe memfd in a frame:    {:.1?}; takes the socket, and its owner's will", median(received))?;
-    Ok(writeln!(stdout(), "the same by pidfd_getfd: {taken}; takes the right to ptrace its owner as well")?)
+    let taken = refusal
+        .map_or_else(|| format!("{:.1?}", median(taken)), |refusal| format!("refused: {refusal}"));
+    writeln!(
+        stdout(),
+        "\nthe memfd in a frame:    {:.1?}; takes the socket, and its owner's will",
+        median(received)
+    )?;
+    Ok(writeln!(
+        stdout(),
+        "the same by pidfd_getfd: {taken}; takes the right to ptrace its owner as well"
+    )?)
 }
 
 async fn timed<T>(times: &mut Vec<Duration>, work: impl Future<Output = Result<T>>) -> Result<T> {

@@ -41,7 +41,10 @@ pub(crate) enum NoHello {
 const MOST_BYTES: usize = 16 << 10;
 
 /// Reads the ClientHello. `patience` is for all of it: a byte now and then does not extend it.
-pub(crate) async fn read_hello(client: &mut TcpStream, patience: Duration) -> Result<Hello, NoHello> {
+pub(crate) async fn read_hello(
+    client: &mut TcpStream,
+    patience: Duration,
+) -> Result<Hello, NoHello> {
     timeout(patience, read(client)).await.unwrap_or(Err(NoHello::Slow(patience)))
 }
 
@@ -80,14 +83,19 @@ async fn read(client: &mut TcpStream) -> Result<Hello, NoHello> {
 }
 
 fn looks_like_http(bytes: &[u8]) -> bool {
-    [&b"GET "[..], b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"PRI "].iter().any(|method| bytes.starts_with(method))
+    [&b"GET "[..], b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"PRI "]
+        .iter()
+        .any(|method| bytes.starts_with(method))
 }
 
 impl NoHello {
     /// Returns the answer to the client, in its own protocol as far as that is known.
     pub(crate) fn answer(&self) -> Vec<u8> {
         match self {
-            Self::Http => b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\nThis port speaks TLS.\n".to_vec(),
+            Self::Http => {
+                b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\nThis port speaks TLS.\n"
+                    .to_vec()
+            }
             Self::Foreign { answer, .. } => answer.clone(),
             Self::TooLong => alert(RECORD_OVERFLOW),
             Self::Slow(_) => alert(CLOSE_NOTIFY),

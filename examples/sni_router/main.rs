@@ -13,8 +13,8 @@
 mod hello;
 
 use std::{
-    collections::HashMap, error::Error as StdError, io, net::SocketAddr, process::ExitCode, str::FromStr, sync::Arc,
-    time::Duration,
+    collections::HashMap, error::Error as StdError, io, net::SocketAddr, process::ExitCode,
+    str::FromStr, sync::Arc, time::Duration,
 };
 
 use clap::Parser;
@@ -77,8 +77,9 @@ async fn main() -> ExitCode {
 }
 
 async fn run(args: Args) -> Result<(), Box<dyn StdError>> {
-    let listener =
-        TcpListener::bind(args.address).await.map_err(|error| format!("cannot listen at {}: {error}", args.address))?;
+    let listener = TcpListener::bind(args.address)
+        .await
+        .map_err(|error| format!("cannot listen at {}: {error}", args.address))?;
     let mut routes = Routes::new();
     for Route { name, program, arguments } in args.route {
         let dispatcher = routes.entry(name).or_insert_with(|| Dispatcher::builder().build());

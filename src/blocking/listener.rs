@@ -15,7 +15,10 @@ use super::{
 use crate::{
     closer::BackgroundFd,
     error,
-    socket::{self, ListenerState, PassCredentials, SocketKind, UidLimits, listener_addr, take_numbered, take_stdin},
+    socket::{
+        self, ListenerState, PassCredentials, SocketKind, UidLimits, listener_addr, take_numbered,
+        take_stdin,
+    },
     sys::Event,
 };
 

@@ -111,11 +111,27 @@ impl<D, E: Codec> Framed<D, E> {
     /// Puts together the parts that [`into_parts`](Self::into_parts) has returned, without
     /// timeouts.
     pub fn from_parts(parts: FramedParts<D, E, Socket>) -> Self {
-        let FramedParts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } =
-            parts;
+        let FramedParts {
+            socket,
+            decoder,
+            encoder,
+            received,
+            received_fds,
+            unsent,
+            receiving,
+            sending,
+            senders,
+        } = parts;
         let socket = Arc::new(socket);
         Self {
-            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving, senders),
+            read: ReadHalf::new(
+                Arc::clone(&socket),
+                decoder,
+                received,
+                received_fds,
+                receiving,
+                senders,
+            ),
             write: WriteHalf::new(socket, encoder, unsent, sending),
         }
     }
@@ -127,7 +143,17 @@ impl<D, E: Codec> Framed<D, E> {
         let (socket, encoder, unsent, sending) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        FramedParts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
+        FramedParts {
+            socket,
+            decoder,
+            encoder,
+            received,
+            received_fds,
+            unsent,
+            receiving,
+            sending,
+            senders,
+        }
     }
 
     /// Changes the codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs) does,

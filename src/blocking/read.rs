@@ -73,7 +73,9 @@ impl<D> ReadHalf<D> {
         &mut self.decoder
     }
 
-    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
+    pub(super) fn into_parts(
+        mut self,
+    ) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
         let (bytes, fds, state, senders) = self.receiver.side.take();
         (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state, senders)
     }
@@ -90,7 +92,9 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
             // Yield what is complete. Otherwise receive, unless the time is over.
             let received = match receiver.side.next(decoder) {
                 Ok(Step::Item(item)) => return Some(Ok(item)),
-                Ok(Step::Receive) if receives >= MOST_WHEN_OVER && deadline.is_over() => Err(Error::TimedOut),
+                Ok(Step::Receive) if receives >= MOST_WHEN_OVER && deadline.is_over() => {
+                    Err(Error::TimedOut)
+                }
                 Ok(Step::Receive) => receiver.receive(decoder, deadline),
                 Ok(Step::End) => {
                     let last = receiver.side.last_error(receiver.socket.endpoint());

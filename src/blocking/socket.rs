@@ -11,8 +11,8 @@ use std::{
 use crate::{
     closer::BackgroundFd,
     socket::{
-        self, Endpoint, PassCredentials, PeerCred, SocketKind, SocketState, connect, connected, new_pair, new_socket,
-        take_numbered, take_stdin, unix_addr,
+        self, Endpoint, PassCredentials, PeerCred, SocketKind, SocketState, connect, connected,
+        new_pair, new_socket, take_numbered, take_stdin, unix_addr,
     },
 };
 

@@ -40,7 +40,11 @@ impl Deadline {
 ///
 /// # Errors
 /// The errors of ppoll(2): `EINVAL` if `RLIMIT_NOFILE` is 0.
-pub(super) fn until_ready(fd: BorrowedFd<'_>, event: Event, deadline: Deadline) -> io::Result<bool> {
+pub(super) fn until_ready(
+    fd: BorrowedFd<'_>,
+    event: Event,
+    deadline: Deadline,
+) -> io::Result<bool> {
     loop {
         match sys::wait_for(fd, event, deadline.left()) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {} // a signal handler has run
@@ -58,7 +62,10 @@ pub(super) fn sleep(time: Duration, deadline: Deadline) -> bool {
 
 /// Waits until `poll` is ready, which has to have its waker woken. Returns false if it is not ready
 /// at the deadline.
-pub(super) fn until_woken(deadline: Deadline, mut poll: impl FnMut(&mut Context<'_>) -> Poll<()>) -> bool {
+pub(super) fn until_woken(
+    deadline: Deadline,
+    mut poll: impl FnMut(&mut Context<'_>) -> Poll<()>,
+) -> bool {
     // Every call of a thread uses the same waker: an account keeps a waker that is not woken in
     // time, and would keep each of them.
     thread_local! {
@@ -115,7 +122,8 @@ mod tests {
         assert!(sleep(Duration::from_millis(1), never));
         assert!(!never.is_over() && !in_millis(600_000).is_over());
         assert!(
-            never.or(Instant::now()).is_over() && in_millis(0).or(Instant::now() + Duration::from_secs(600)).is_over()
+            never.or(Instant::now()).is_over()
+                && in_millis(0).or(Instant::now() + Duration::from_secs(600)).is_over()
         );
     }
 

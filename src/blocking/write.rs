@@ -160,7 +160,11 @@ impl Outbound {
         self.send_until(deadline, SendBuf::is_empty)
     }
 
-    fn send_until(&mut self, deadline: Deadline, enough: impl Fn(&SendBuf) -> bool) -> Result<(), Error> {
+    fn send_until(
+        &mut self,
+        deadline: Deadline,
+        enough: impl Fn(&SendBuf) -> bool,
+    ) -> Result<(), Error> {
         if let Some(error) = self.side.failure() {
             return Err(error);
         }
@@ -181,7 +185,9 @@ impl Outbound {
         match self.side.attempt(self.socket.endpoint())? {
             Attempt::Sent => *backoff = Backoff::default(),
             Attempt::Again => {}
-            Attempt::Full => return wait::until_ready(self.socket.as_fd(), Event::Writable, deadline),
+            Attempt::Full => {
+                return wait::until_ready(self.socket.as_fd(), Event::Writable, deadline);
+            }
             Attempt::Scarce => return Ok(wait::sleep(backoff.next(), deadline)),
         }
         Ok(true)

@@ -74,7 +74,8 @@ impl KnownFiles {
     /// Reads the mounts of this thread, and finds the device of memfds.
     pub(super) fn find() -> Self {
         let memfd = sys::new_memfd().ok();
-        let memfd = memfd.and_then(|memfd| sys::file_kind(memfd.as_fd()).ok()).map(|kind| kind.device);
+        let memfd =
+            memfd.and_then(|memfd| sys::file_kind(memfd.as_fd()).ok()).map(|kind| kind.device);
         let mounts = File::open("/proc/thread-self/mountinfo").ok();
         let mut known = Self { mounts, devices: BTreeSet::new(), memfd };
         known.read_mounts();
@@ -167,7 +168,9 @@ mod tests {
 
     #[test]
     fn a_file_of_an_unknown_file_system_is_not() {
-        let line = |kind| format!("36 35 0:42 / /mnt rw,noatime shared:1 - {kind} /dev/root rw,errors=continue");
+        let line = |kind| {
+            format!("36 35 0:42 / /mnt rw,noatime shared:1 - {kind} /dev/root rw,errors=continue")
+        };
         assert_eq!(local_device(&line("tmpfs")), Some((0, 42)));
         for kind in ["fuse", "fuseblk", "fuse.sshfs", "fuse.tmpfs", "nfs4", "9p"] {
             assert_eq!(local_device(&line(kind)), None);
@@ -185,9 +188,17 @@ mod tests {
                 if unshare(CloneFlags::CLONE_NEWNS).is_err() {
                     return eprintln!("skipped: needs root to mount a file system");
                 }
-                mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+                mount(
+                    None::<&str>,
+                    "/",
+                    None::<&str>,
+                    MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+                    None::<&str>,
+                )
+                .unwrap();
                 let mount_tmpfs = || {
-                    mount(Some("test"), path, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+                    mount(Some("test"), path, Some("tmpfs"), MsFlags::empty(), None::<&str>)
+                        .unwrap();
                     File::create(path.join("file")).unwrap()
                 };
                 let before = mount_tmpfs();
@@ -198,7 +209,11 @@ mod tests {
 
                 // The device number is likely the same.
                 let after = mount_tmpfs();
-                assert_eq!(known.lane(after.as_fd()), Lane::Slow, "it may be a file of any file system");
+                assert_eq!(
+                    known.lane(after.as_fd()),
+                    Lane::Slow,
+                    "it may be a file of any file system"
+                );
                 assert_eq!(known.lane(after.as_fd()), Lane::Quick, "the mounts were read again");
                 drop(after);
                 fs::remove_file(path.join("file")).unwrap();

@@ -99,7 +99,8 @@ impl Lanes {
             self.close_sockets();
         }
         // Quick ones come last, because freeing their memory may take time.
-        let (fds, charges): (Vec<_>, Vec<_>) = self.quick.drain(..).map(Closing::into_parts).unzip();
+        let (fds, charges): (Vec<_>, Vec<_>) =
+            self.quick.drain(..).map(Closing::into_parts).unzip();
         sys::close_all(fds);
         drop(charges);
     }
@@ -131,8 +132,11 @@ impl Lanes {
             let rest = sockets.split_off(sockets.len().min(sys::most_sockets_at_once()));
             let (fds, charges) = sockets.into_iter().map(Closing::into_parts).unzip();
             if let Err((fds, charges)) = exit.close(fds, charges) {
-                let mut refused: Vec<_> =
-                    fds.into_iter().zip(charges).map(|(fd, charge)| Closing { fd, charge }).collect();
+                let mut refused: Vec<_> = fds
+                    .into_iter()
+                    .zip(charges)
+                    .map(|(fd, charge)| Closing { fd, charge })
+                    .collect();
                 refused.extend(rest);
                 return refused;
             }

@@ -79,7 +79,11 @@ const RETRY: Duration = Duration::from_millis(20);
 /// # Ok(()) }
 /// ```
 pub fn close_in_background(fds: impl IntoIterator<Item = impl Into<OwnedFd>>) {
-    CLOSER.add(Job { fds: fds.into_iter().map(Into::into).collect(), account: None, are_sockets: false });
+    CLOSER.add(Job {
+        fds: fds.into_iter().map(Into::into).collect(),
+        account: None,
+        are_sockets: false,
+    });
 }
 
 /// Closes descriptors of which a copy was just sent. A shared one is left to its other holders.
@@ -152,12 +156,21 @@ impl InBackground {
 
 impl CloseFd for InBackground {
     fn close(&mut self, fd: OwnedFd) {
-        CLOSER.add(Job { fds: SmallVec::from_buf([fd]), account: self.0.take(), are_sockets: true });
+        CLOSER.add(Job {
+            fds: SmallVec::from_buf([fd]),
+            account: self.0.take(),
+            are_sockets: true,
+        });
     }
 }
 
 static CLOSER: Closer = Closer {
-    backlog: Mutex::new(Backlog { jobs: Vec::new(), fds: 0, closed: Vec::new(), thread: Thread::None }),
+    backlog: Mutex::new(Backlog {
+        jobs: Vec::new(),
+        fds: 0,
+        closed: Vec::new(),
+        thread: Thread::None,
+    }),
     changed: Condvar::new(),
     started: Condvar::new(),
 };
@@ -266,7 +279,10 @@ impl Closer {
             closed.clear();
             for job in jobs.drain(..) {
                 for fd in job.fds {
-                    lanes.add(Closing { fd, charge: job.account.clone().map(Charge::new) }, job.are_sockets);
+                    lanes.add(
+                        Closing { fd, charge: job.account.clone().map(Charge::new) },
+                        job.are_sockets,
+                    );
                 }
             }
             lanes.close();

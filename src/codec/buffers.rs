@@ -47,7 +47,12 @@ pub(super) struct Buffers {
 impl Buffers {
     pub(super) fn new(packets: bool, bytes: &BytesMut) -> Self {
         let least_room = if packets { SMALL_PACKET } else { 1 };
-        Self { least_room, in_large: bytes.capacity() > 0, other: BytesMut::new(), after_large: false }
+        Self {
+            least_room,
+            in_large: bytes.capacity() > 0,
+            other: BytesMut::new(),
+            after_large: false,
+        }
     }
 
     /// Makes room for `missing` bytes, which complete a message. Returns the most bytes to receive.
@@ -63,7 +68,11 @@ impl Buffers {
     }
 
     /// Makes room for a part of a message of unknown length. Returns the most bytes to receive.
-    pub(super) fn make_room(&mut self, bytes: &mut BytesMut, spare: impl FnOnce() -> BytesMut) -> usize {
+    pub(super) fn make_room(
+        &mut self,
+        bytes: &mut BytesMut,
+        spare: impl FnOnce() -> BytesMut,
+    ) -> usize {
         // A new buffer is twice as large. Otherwise each packet of a long message would move the
         // message.
         self.reserve(bytes, SMALL_PACKET, bytes.len(), spare);
@@ -94,7 +103,13 @@ impl Buffers {
 
     /// Makes room for at least `room` more bytes, and in a new buffer for `extra` beside. For the
     /// rest of a large message, a new buffer is just large enough.
-    fn reserve(&mut self, bytes: &mut BytesMut, room: usize, extra: usize, spare: impl FnOnce() -> BytesMut) {
+    fn reserve(
+        &mut self,
+        bytes: &mut BytesMut,
+        room: usize,
+        extra: usize,
+        spare: impl FnOnce() -> BytesMut,
+    ) {
         // A decoder may have reserved more than a usual buffer has.
         self.in_large |= bytes.capacity() > LARGEST_USUAL;
         // Leave `least_room` free even when `room` is filled. Otherwise the end of a large message

@@ -64,7 +64,9 @@ impl Carrier {
     fn limited_to(self, bytes: usize) -> Self {
         match self {
             Self::Stream => self,
-            Self::Packets { small, large } => Self::Packets { small: small.min(bytes), large: large.min(bytes) },
+            Self::Packets { small, large } => {
+                Self::Packets { small: small.min(bytes), large: large.min(bytes) }
+            }
         }
     }
 

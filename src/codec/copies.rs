@@ -37,13 +37,19 @@ impl Copies {
     fn batch(&mut self, payload: &Bytes, frames: usize) {
         let mut codec = FrameCodec::default();
         for _ in 0..frames {
-            codec.encode(Frame::<u32>::from_parts(payload.clone(), None), &mut self.outbound).unwrap();
+            codec
+                .encode(Frame::<u32>::from_parts(payload.clone(), None), &mut self.outbound)
+                .unwrap();
             self.outbound.commit(Grouping::Free).unwrap();
         }
         let mut received = 0;
         while !self.outbound.is_empty() {
             let plan = self.outbound.plan(self.carrier);
-            let taken = if self.carrier == Carrier::Stream { plan.bytes.min(Self::STREAM_CALL) } else { plan.bytes };
+            let taken = if self.carrier == Carrier::Stream {
+                plan.bytes.min(Self::STREAM_CALL)
+            } else {
+                plan.bytes
+            };
             let shared = place(payload);
             let mut call = Vec::with_capacity(taken);
             for slice in self.outbound.io_slices(taken) {
@@ -56,7 +62,10 @@ impl Copies {
                 received += self.decode(&mut codec);
                 let room = self.make_room(&codec);
                 let (now, rest) = call.split_at(room.min(call.len()));
-                assert!(rest.is_empty() || self.carrier == Carrier::Stream, "a packet would be cut");
+                assert!(
+                    rest.is_empty() || self.carrier == Carrier::Stream,
+                    "a packet would be cut"
+                );
                 self.inbound.bytes.put_slice(now);
                 self.inbound.received();
                 call = rest;
@@ -82,7 +91,8 @@ impl Copies {
             match self.inbound.next(codec).unwrap() {
                 Step::Item(Frame { payload, .. }) => {
                     frames += 1;
-                    self.moved += if before.contains(&payload.as_ptr().addr()) { 0 } else { payload.len() };
+                    self.moved +=
+                        if before.contains(&payload.as_ptr().addr()) { 0 } else { payload.len() };
                 }
                 Step::Receive => return frames,
                 Step::End => unreachable!("there is no end"),
@@ -94,20 +104,28 @@ impl Copies {
 #[test]
 fn frames_are_copied_when_they_are_small_and_only_then() {
     // Packets of the default send buffer, and of one for bulk.
-    let carriers =
-        [("stream", Carrier::Stream), ("packets", Carrier::packets(212_992)), ("bulk", Carrier::packets(4 << 20))];
+    let carriers = [
+        ("stream", Carrier::Stream),
+        ("packets", Carrier::packets(212_992)),
+        ("bulk", Carrier::packets(4 << 20)),
+    ];
     for (name, carrier) in carriers {
         // The size, the frames in a batch, and the most bytes copied for each frame when it is sent
         // and when it is received.
-        for (size, batch, most_out, most_in) in
-            [(64, 64, 72, 8), (4 * KIB, 64, 8, 512), (64 * KIB, 4, 8, 32 * KIB), (1024 * KIB, 1, 8, 128 * KIB)]
-        {
+        for (size, batch, most_out, most_in) in [
+            (64, 64, 72, 8),
+            (4 * KIB, 64, 8, 512),
+            (64 * KIB, 4, 8, 32 * KIB),
+            (1024 * KIB, 1, 8, 128 * KIB),
+        ] {
             const BATCHES: usize = 100;
             let payload = Bytes::from(vec![7; size]);
             let mut copies = Copies::new(carrier);
             (0..BATCHES).for_each(|_| copies.batch(&payload, batch));
             let (out, moved) = (copies.out / (BATCHES * batch), copies.moved / (BATCHES * batch));
-            println!("{size} bytes, {name}: {out} bytes copied on the way out, {moved} on the way in");
+            println!(
+                "{size} bytes, {name}: {out} bytes copied on the way out, {moved} on the way in"
+            );
             assert!(out <= most_out, "{out} bytes of {size} are copied on the way out, {name}");
             assert!(moved <= most_in, "{moved} bytes of {size} are copied on the way in, {name}");
         }

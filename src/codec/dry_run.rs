@@ -86,7 +86,11 @@ impl<F> DryRun<F> {
     /// # Errors
     /// The errors of the encoder, and the error for a message that no call can carry. Nothing of
     /// the item is left then.
-    pub fn encode<I, E: Encoder<I, F>>(&mut self, encoder: &mut E, item: I) -> Result<(), SendError<I, E::Error>> {
+    pub fn encode<I, E: Encoder<I, F>>(
+        &mut self,
+        encoder: &mut E,
+        item: I,
+    ) -> Result<(), SendError<I, E::Error>> {
         self.buf.encode_with(encoder, item, drop)
     }
 
@@ -147,10 +151,12 @@ mod tests {
     fn short_writes_keep_descriptors_with_bytes_that_are_not_ahead_of_them() {
         let mut run = DryRun::<i32>::stream();
         for first in [0, 200, 400] {
-            run.encode(&mut FrameCodec::default(), frame(0, &Vec::from_iter(first..first + 200))).unwrap();
+            run.encode(&mut FrameCodec::default(), frame(0, &Vec::from_iter(first..first + 200)))
+                .unwrap();
         }
         // At most 253 descriptors are of frames of which no byte is sent.
-        let sizes: Vec<usize> = std::iter::from_fn(|| run.next_short(1)).map(|call| call.fds.len()).collect();
+        let sizes: Vec<usize> =
+            std::iter::from_fn(|| run.next_short(1)).map(|call| call.fds.len()).collect();
         assert_eq!((sizes[..3].to_vec(), sizes.iter().sum::<usize>()), (vec![253, 200, 0], 600));
     }
 
@@ -171,7 +177,11 @@ mod tests {
         impl Codec for Halfway {}
         impl Encoder<bool, i32> for Halfway {
             type Error = Error;
-            fn encode(&mut self, good: bool, dst: &mut SendBuf<i32>) -> Result<(), SendError<bool>> {
+            fn encode(
+                &mut self,
+                good: bool,
+                dst: &mut SendBuf<i32>,
+            ) -> Result<(), SendError<bool>> {
                 dst.put_slice(b"half");
                 dst.put_fd(1);
                 dst.end_part();

@@ -108,7 +108,11 @@ impl<F> FdQueue<F> {
     #[cold]
     pub(super) fn missing(&self, expected: usize) -> Error {
         self.note_answer();
-        if self.lost { Error::TruncatedControl } else { Error::MissingFds { expected, received: self.fds.len() } }
+        if self.lost {
+            Error::TruncatedControl
+        } else {
+            Error::MissingFds { expected, received: self.fds.len() }
+        }
     }
 
     /// Takes the descriptor that arrived first, if there is one, for messages that may have one.
@@ -239,7 +243,10 @@ impl<F> Drop for FdQueue<F> {
 
 impl<F: fmt::Debug> fmt::Debug for FdQueue<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FdQueue").field("fds", &self.fds).field("lost", &self.lost).finish_non_exhaustive()
+        f.debug_struct("FdQueue")
+            .field("fds", &self.fds)
+            .field("lost", &self.lost)
+            .finish_non_exhaustive()
     }
 }
 

@@ -40,7 +40,10 @@ impl FrameCodec {
     fn check(&self, header: Header) -> Result<(), Error> {
         let Header { fds, payload_bytes } = header;
         if payload_bytes > self.limits.max_payload_bytes {
-            return Err(Error::FrameTooLong { bytes: payload_bytes, limit: self.limits.max_payload_bytes });
+            return Err(Error::FrameTooLong {
+                bytes: payload_bytes,
+                limit: self.limits.max_payload_bytes,
+            });
         }
         if fds > self.limits.max_fds_per_frame {
             return Err(Error::TooManyFds { fds, limit: self.limits.max_fds_per_frame });
@@ -68,7 +71,11 @@ impl<F> Decoder<F> for FrameCodec {
     type Error = Error;
 
     #[inline(always)]
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Frame<F>>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Frame<F>>, Error> {
         let Some(header) = Header::read(src)? else { return Ok(None) };
         self.check(header)?;
         if src.len() < header.frame_bytes() {
@@ -105,7 +112,11 @@ impl<F, G: From<F>> Encoder<Frame<F>, G> for FrameCodec {
 impl FrameCodec {
     /// Encodes a frame of any length, with or without descriptors.
     #[inline(never)] // so that `encode` is short
-    fn encode_long<F, G: From<F>>(&self, frame: Frame<F>, dst: &mut SendBuf<G>) -> Result<(), SendError<Frame<F>>> {
+    fn encode_long<F, G: From<F>>(
+        &self,
+        frame: Frame<F>,
+        dst: &mut SendBuf<G>,
+    ) -> Result<(), SendError<Frame<F>>> {
         let header = Header { fds: frame.fds.len(), payload_bytes: frame.payload.len() };
         let encoded = match self.check(header).and_then(|()| header.to_bytes()) {
             Ok(encoded) => encoded,
@@ -167,9 +178,12 @@ impl Header {
 
     #[inline]
     fn to_bytes(self) -> Result<[u8; Self::LEN], Error> {
-        let fds = u16::try_from(self.fds).map_err(|_| Error::TooManyFds { fds: self.fds, limit: u16::MAX.into() })?;
-        let payload_bytes = u32::try_from(self.payload_bytes)
-            .map_err(|_| Error::FrameTooLong { bytes: self.payload_bytes, limit: u32::MAX as usize })?;
+        let fds = u16::try_from(self.fds)
+            .map_err(|_| Error::TooManyFds { fds: self.fds, limit: u16::MAX.into() })?;
+        let payload_bytes = u32::try_from(self.payload_bytes).map_err(|_| Error::FrameTooLong {
+            bytes: self.payload_bytes,
+            limit: u32::MAX as usize,
+        })?;
         Ok(Self::bytes(fds, payload_bytes))
     }
 

@@ -92,7 +92,10 @@ impl<F> Inbound<F> {
 
     /// Returns the next message, or what to do to get one. After an error it returns the end.
     #[inline(always)]
-    pub(crate) fn next<D: Decoder<F>>(&mut self, decoder: &mut D) -> Result<Step<D::Item>, D::Error> {
+    pub(crate) fn next<D: Decoder<F>>(
+        &mut self,
+        decoder: &mut D,
+    ) -> Result<Step<D::Item>, D::Error> {
         loop {
             match self.phase {
                 // After a loss, only a message that needs none of the lost descriptors is good.
@@ -140,7 +143,11 @@ impl<F> Inbound<F> {
 
     /// Makes room in `bytes`, maybe in a new buffer. Returns the most bytes to receive. `spare`
     /// returns a buffer that [was released](Self::release), or an empty one.
-    pub(crate) fn make_room<D: Decoder<F>>(&mut self, decoder: &D, spare: impl FnOnce() -> BytesMut) -> usize {
+    pub(crate) fn make_room<D: Decoder<F>>(
+        &mut self,
+        decoder: &D,
+        spare: impl FnOnce() -> BytesMut,
+    ) -> usize {
         let limit = decoder.limits().max_payload_bytes;
         match decoder.missing_bytes(&self.bytes) {
             Some(missing) => self.buffers.make_room_for(&mut self.bytes, missing.min(limit), spare),
@@ -179,7 +186,10 @@ impl<F> Inbound<F> {
 
     /// Returns the message and descriptor that are not complete.
     pub(crate) fn unfinished(&self) -> Unfinished {
-        Unfinished { message: (!self.bytes.is_empty()).then_some(self.decoded), fd: self.fds.first() }
+        Unfinished {
+            message: (!self.bytes.is_empty()).then_some(self.decoded),
+            fd: self.fds.first(),
+        }
     }
 
     /// Gives up the descriptors that no message has claimed.

@@ -33,7 +33,11 @@ where
         self.codec.decode(src, fds)?.map(&mut self.decoded).transpose()
     }
 
-    fn decode_eof(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<T>, C::Error> {
+    fn decode_eof(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<T>, C::Error> {
         self.codec.decode_eof(src, fds)?.map(&mut self.decoded).transpose()
     }
 

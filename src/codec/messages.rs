@@ -23,7 +23,9 @@ impl<F> SendBuf<F> {
     ) -> Result<(), SendError<I, E::Error>> {
         let open = OpenMessage { buf: self, discard };
         encoder.encode(item, open.buf)?;
-        open.buf.commit(encoder.grouping()).map_err(|error| SendError::from(E::Error::from(error)))?;
+        open.buf
+            .commit(encoder.grouping())
+            .map_err(|error| SendError::from(E::Error::from(error)))?;
         mem::forget(open);
         Ok(())
     }
@@ -139,7 +141,9 @@ impl<F> SendBuf<F> {
     /// Moves all messages of `later` to the end of this buffer. None of them may have been sent in
     /// part.
     pub(crate) fn append(&mut self, later: &mut Self) {
-        debug_assert!(later.ahead == 0 && later.messages.front().is_none_or(|message| !message.begun));
+        debug_assert!(
+            later.ahead == 0 && later.messages.front().is_none_or(|message| !message.begun)
+        );
         if later.is_empty() {
             return; // this buffer may have an open message that no call can carry
         }
@@ -155,7 +159,9 @@ impl<F> SendBuf<F> {
     }
 
     fn has_no_open_message(&self) -> bool {
-        self.len() == self.finished_bytes && self.fds.len() == self.finished_fds && self.open_parts.is_empty()
+        self.len() == self.finished_bytes
+            && self.fds.len() == self.finished_fds
+            && self.open_parts.is_empty()
     }
 
     /// Returns the first `limit` bytes that wait, or fewer if they are more than `IOV_MAX` pieces.

@@ -194,14 +194,22 @@ pub trait Decoder<F = OwnedFd>: Codec {
     /// # Errors
     /// If the bytes or descriptors do not belong to this protocol. The stream yields the error and
     /// ends. The bytes and descriptors that are left are dropped.
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error>;
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Self::Item>, Self::Error>;
 
     /// Takes the next message after the end of the stream. It is called until it returns `None`.
     ///
     /// # Errors
     /// By default the errors of [`decode`](Self::decode), [`Error::UnexpectedEnd`] if bytes are
     /// left, and [`Error::UnclaimedFds`] if descriptors are left.
-    fn decode_eof(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error> {
+    fn decode_eof(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Self::Item>, Self::Error> {
         match self.decode(src, fds)? {
             Some(item) => Ok(Some(item)),
             None if !src.is_empty() => Err(Error::UnexpectedEnd { bytes: src.len() }.into()),
@@ -249,5 +257,9 @@ pub trait Encoder<Item, F = SendFd>: Codec {
     ///
     /// After an error or a panic, everything that this call has written to `dst` is removed and its
     /// descriptors are closed.
-    fn encode(&mut self, item: Item, dst: &mut SendBuf<F>) -> Result<(), SendError<Item, Self::Error>>;
+    fn encode(
+        &mut self,
+        item: Item,
+        dst: &mut SendBuf<F>,
+    ) -> Result<(), SendError<Item, Self::Error>>;
 }

@@ -29,7 +29,8 @@ impl Wire {
         let plan = buf.plan(self.carrier);
         assert!(plan.bytes > 0, "no progress");
         assert!(plan.fds <= SCM_MAX_FD, "the kernel takes 253");
-        let bytes: Vec<u8> = buf.io_slices(plan.bytes).iter().flat_map(|slice| slice.to_vec()).collect();
+        let bytes: Vec<u8> =
+            buf.io_slices(plan.bytes).iter().flat_map(|slice| slice.to_vec()).collect();
         assert_eq!(bytes.len(), plan.bytes);
         assert!(buf.io_slices(plan.bytes).len() <= 1024, "IOV_MAX");
         let taken = match self.carrier {
@@ -50,7 +51,11 @@ impl Wire {
         assert!(room > 0, "no room");
         if let Carrier::Packets { .. } = self.carrier {
             let packet = self.queue.pop_front().unwrap();
-            assert!(packet.bytes.len() <= room, "packet of {} truncated to {room}", packet.bytes.len());
+            assert!(
+                packet.bytes.len() <= room,
+                "packet of {} truncated to {room}",
+                packet.bytes.len()
+            );
             inbound.bytes.extend(packet.bytes);
             inbound.fds.extend(packet.fds);
         } else {
@@ -88,21 +93,18 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let payload = prop_oneof![6 => 0..40usize, 3 => 0..5000usize, 1 => 0..300_000usize];
     let fds = prop_oneof![6 => 0..3usize, 3 => 200..600usize, 1 => 0..=MAX_FDS];
     let op = prop_oneof![
-        (payload, fds, any::<bool>(), 1..4usize).prop_map(|(payload, fds, later, parts)| Op::Encode {
-            payload,
-            fds,
-            later,
-            parts
-        }),
-        prop_oneof![1 => Just(0.0), 2 => Just(1.0), 2 => 0.0..1.0].prop_map(|short| Op::Send { short }),
+        (payload, fds, any::<bool>(), 1..4usize)
+            .prop_map(|(payload, fds, later, parts)| Op::Encode { payload, fds, later, parts }),
+        prop_oneof![1 => Just(0.0), 2 => Just(1.0), 2 => 0.0..1.0]
+            .prop_map(|short| Op::Send { short }),
         prop_oneof![1 => 1..20usize, 1 => 1..100_000usize].prop_map(|most| Op::Receive { most }),
     ];
     prop::collection::vec(op, 1..80)
 }
 
 pub(super) fn carriers() -> impl Strategy<Value = Carrier> {
-    let packets =
-        (1..=SMALL_PACKET, 0..400_000usize).prop_map(|(small, more)| Carrier::Packets { small, large: small + more });
+    let packets = (1..=SMALL_PACKET, 0..400_000usize)
+        .prop_map(|(small, more)| Carrier::Packets { small, large: small + more });
     prop_oneof![Just(Carrier::Stream), packets]
 }
 
@@ -189,7 +191,11 @@ impl Connection {
         if !self.wire.queue.is_empty() {
             self.wire.recv(&mut self.inbound, &self.codec, most);
             let bound = MAX_FDS + SCM_MAX_FD;
-            assert!(self.inbound.fds.len() <= bound, "{} descriptors wait, over {bound}", self.inbound.fds.len());
+            assert!(
+                self.inbound.fds.len() <= bound,
+                "{} descriptors wait, over {bound}",
+                self.inbound.fds.len()
+            );
         }
         Ok(())
     }

@@ -73,7 +73,11 @@ impl<F> Decoder<F> for PacketCodec {
     type Item = Frame<F>;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Frame<F>>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Frame<F>>, Error> {
         /// Shorter messages are copied out of the buffer. Its room for the longest packet then
         /// stays, and is not allocated again for each message.
         const SLICE_FROM: usize = 4096;
@@ -82,7 +86,10 @@ impl<F> Decoder<F> for PacketCodec {
             return Ok(None);
         }
         if fds.count() > self.limits.max_fds_per_frame {
-            return Err(Error::TooManyFds { fds: fds.count(), limit: self.limits.max_fds_per_frame });
+            return Err(Error::TooManyFds {
+                fds: fds.count(),
+                limit: self.limits.max_fds_per_frame,
+            });
         }
         let payload = if src.len() < SLICE_FROM.min(self.limits.max_payload_bytes) {
             let copy = Bytes::copy_from_slice(src);

@@ -54,7 +54,12 @@ impl Calls {
             self.outbound.put_shared(vec![7; more_bytes].into());
             self.outbound.put_fds((fds..fds + more_fds).map(|fd| fd as u32));
             self.outbound.end_part();
-            placed.push(Placed { start: bytes, end: bytes + more_bytes, first_fd: fds, end_fd: fds + more_fds });
+            placed.push(Placed {
+                start: bytes,
+                end: bytes + more_bytes,
+                first_fd: fds,
+                end_fd: fds + more_fds,
+            });
             (bytes, fds) = (bytes + more_bytes, fds + more_fds);
         }
         let before = (self.bytes, self.fds);
@@ -79,17 +84,29 @@ impl Calls {
         let (mut start, mut first_fd) = (0, 0);
         for call in &self.wire.queue {
             let (end, end_fd) = (start + call.bytes.len(), first_fd + call.fds.len());
-            assert!(call.fds.iter().map(|&fd| fd as usize).eq(first_fd..end_fd), "descriptors keep their order");
-            for part in self.placed.iter().filter(|part| part.first_fd < end_fd && first_fd < part.end_fd) {
+            assert!(
+                call.fds.iter().map(|&fd| fd as usize).eq(first_fd..end_fd),
+                "descriptors keep their order"
+            );
+            for part in
+                self.placed.iter().filter(|part| part.first_fd < end_fd && first_fd < part.end_fd)
+            {
                 // Some of this part's descriptors are in the call.
                 assert!(start < part.end, "descriptors come after their part");
                 if grouping != Grouping::Free {
                     assert!(part.start <= start, "descriptors come before their part");
-                    assert!(part.first_fd <= first_fd && end_fd <= part.end_fd, "a call has descriptors of two parts");
-                    assert!(part.first_fd < first_fd || part.start == start, "not on the part's first byte");
+                    assert!(
+                        part.first_fd <= first_fd && end_fd <= part.end_fd,
+                        "a call has descriptors of two parts"
+                    );
+                    assert!(
+                        part.first_fd < first_fd || part.start == start,
+                        "not on the part's first byte"
+                    );
                 }
             }
-            let touched = self.placed.iter().filter(|part| part.start < end && start < part.end).count();
+            let touched =
+                self.placed.iter().filter(|part| part.start < end && start < part.end).count();
             assert!(grouping != Grouping::Alone || touched == 1, "a call to itself");
             (start, first_fd) = (end, end_fd);
         }
@@ -141,7 +158,8 @@ fn an_item_of_several_parts_has_a_call_for_each_part_with_descriptors() {
         while !calls.outbound.is_empty() {
             calls.wire.send(&mut calls.outbound, 1.0);
         }
-        let sizes: Vec<_> = calls.wire.queue.iter().map(|call| (call.bytes.len(), call.fds.len())).collect();
+        let sizes: Vec<_> =
+            calls.wire.queue.iter().map(|call| (call.bytes.len(), call.fds.len())).collect();
         assert_eq!(sizes, expected, "{grouping:?}");
     }
 }
@@ -150,9 +168,11 @@ fn an_item_of_several_parts_has_a_call_for_each_part_with_descriptors() {
 fn an_item_is_refused_if_one_of_its_parts_has_too_many_descriptors() {
     let mut calls = Calls::new(Carrier::Stream);
     calls.encode(&[(1, 1), (1, 0)], false, Grouping::FdsFirst).unwrap();
-    for (parts, refused_fds, refused_bytes) in
-        [(&[(100, 0), (1, 254), (100, 0)][..], 254, 1), (&[(100, 0), (0, 1)], 1, 0), (&[(0, 1), (100, 0)], 1, 0)]
-    {
+    for (parts, refused_fds, refused_bytes) in [
+        (&[(100, 0), (1, 254), (100, 0)][..], 254, 1),
+        (&[(100, 0), (0, 1)], 1, 0),
+        (&[(0, 1), (100, 0)], 1, 0),
+    ] {
         let error = calls.encode(parts, false, Grouping::FdsFirst).unwrap_err();
         assert!(
             matches!(error, Error::TooManyFdsForLength { fds, bytes } if (fds, bytes) == (refused_fds, refused_bytes))

@@ -73,7 +73,11 @@ impl<C: codec::Decoder, F> Decoder<F> for PayloadCodec<C> {
     type Item = (C::Item, Fds<F>);
     type Error = PayloadError<C::Error>;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Self::Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Self::Item>, Self::Error> {
         let Some(frame) = self.frames.decode(src, fds)? else { return Ok(None) };
         let mut payload = BytesMut::from(frame.payload); // without a copy if nothing else is in the buffer
         let error = match self.payload.decode_eof(&mut payload) {
@@ -103,6 +107,8 @@ impl<C: codec::Encoder<I>, I, F, G: From<F>> Encoder<(I, Fds<F>), G> for Payload
         let mut payload = BytesMut::new();
         self.payload.encode(message, &mut payload).map_err(PayloadError::Payload)?;
         let frame = Frame { payload: payload.freeze(), fds };
-        self.frames.encode(frame, dst).map_err(|error| SendError::from(PayloadError::Frame(error.error)))
+        self.frames
+            .encode(frame, dst)
+            .map_err(|error| SendError::from(PayloadError::Frame(error.error)))
     }
 }

@@ -160,6 +160,10 @@ impl Pieces {
 
     /// Returns the number of bytes in the first `IOV_MAX` pieces.
     pub(super) fn reachable_bytes(&self) -> usize {
-        if self.fit_one_call() { self.len() } else { self.iter().take(IOV_MAX).map(<[u8]>::len).sum() }
+        if self.fit_one_call() {
+            self.len()
+        } else {
+            self.iter().take(IOV_MAX).map(<[u8]>::len).sum()
+        }
     }
 }

@@ -122,7 +122,10 @@ impl<F> SendBuf<F> {
             // a frame of 8 + 102,400 bytes goes as 8 and 102,400 if `large` is 256 KiB. If `large`
             // is 64 KiB, it goes as 65,600 and 36,808, because 8, 65,536 and 36,864 would be three.
             let packets_after = |first: usize| (message.unsent_bytes - first).div_ceil(large);
-            let only_head = !fits_a_packet && 0 < head && head < most && packets_after(head) == packets_after(most);
+            let only_head = !fits_a_packet
+                && 0 < head
+                && head < most
+                && packets_after(head) == packets_after(most);
             let bytes = if only_head { head } else { most };
             if bytes == 0 {
                 break;

@@ -42,7 +42,8 @@ fn waiting_frames_go_out_in_one_call() {
 #[test]
 fn codecs_choose_how_messages_share_calls() {
     for carrier in [Carrier::Stream, PACKETS] {
-        let frames = || [frame(0, 0), frame(0, 2), frame(0, 0), frame(0, 1), frame(0, 254), frame(0, 0)];
+        let frames =
+            || [frame(0, 0), frame(0, 2), frame(0, 0), frame(0, 1), frame(0, 254), frame(0, 0)];
         assert_eq!(each_call(carrier, Grouping::Free, frames()), [(39, 253), (9, 4)]);
         assert_eq!(
             each_call(carrier, Grouping::FdsFirst, frames()),
@@ -55,7 +56,10 @@ fn codecs_choose_how_messages_share_calls() {
             "a message has a call to itself"
         );
     }
-    assert_eq!(each_call(PACKETS, Grouping::Alone, [frame(100_000, 1), frame(1, 0)]), [(100_008, 1), (9, 0)]);
+    assert_eq!(
+        each_call(PACKETS, Grouping::Alone, [frame(100_000, 1), frame(1, 0)]),
+        [(100_008, 1), (9, 0)]
+    );
 }
 
 #[test]
@@ -110,7 +114,10 @@ fn a_message_that_has_to_fit_a_packet_and_does_not_is_refused() {
     let mut buf = SendBuf::<i32>::new();
     buf.set_max_packet_bytes(Some(196_608));
     buf.put_slice(&[0; 196_609]);
-    assert!(matches!(buf.commit(Grouping::Alone), Err(Error::FrameTooLong { bytes: 196_609, limit: 196_608 })));
+    assert!(matches!(
+        buf.commit(Grouping::Alone),
+        Err(Error::FrameTooLong { bytes: 196_609, limit: 196_608 })
+    ));
     buf.roll_back();
     buf.put_slice(b"two");
     buf.put_fds(0..254);
@@ -139,7 +146,8 @@ fn a_message_with_more_descriptors_than_are_left_is_cut() {
         assert_eq!(buf.plan(Carrier::Stream), next, "after {taken} bytes");
     }
     let packets = |send_buffer_bytes| {
-        let calls = each_call(Carrier::packets(send_buffer_bytes), Grouping::Free, [frame(102_400, 0)]);
+        let calls =
+            each_call(Carrier::packets(send_buffer_bytes), Grouping::Free, [frame(102_400, 0)]);
         Vec::from_iter(calls.into_iter().map(|(bytes, _)| bytes))
     };
     assert_eq!(packets(1 << 20), [8, 102_400]);
@@ -161,7 +169,10 @@ fn the_rest_of_a_large_frame_goes_in_large_packets() {
     assert_eq!(calls(PACKETS, [frame(SMALL_PACKET - 8, 0)]), 1);
     assert_eq!(calls(PACKETS, [frame(SMALL_PACKET - 7, 0)]), 2);
     assert_eq!(calls(PACKETS, [frame(SMALL_PACKET + 196_608 - 8, 0)]), 2);
-    assert_eq!(calls(PACKETS, [frame(1 << 20, 0)]), 1 + ((1 << 20) + 8 - SMALL_PACKET).div_ceil(196_608));
+    assert_eq!(
+        calls(PACKETS, [frame(1 << 20, 0)]),
+        1 + ((1 << 20) + 8 - SMALL_PACKET).div_ceil(196_608)
+    );
 }
 
 /// A receiver in another language may have room for the rest of the frame only.
@@ -257,20 +268,27 @@ fn an_encoder_that_fails_leaves_nothing_behind() {
 fn descriptors_without_bytes_to_ride_on_are_refused() {
     let mut buf = SendBuf::<i32>::new();
     buf.put_fd(1);
-    assert!(matches!(buf.commit(Grouping::Free), Err(Error::TooManyFdsForLength { fds: 1, bytes: 0 })));
+    assert!(matches!(
+        buf.commit(Grouping::Free),
+        Err(Error::TooManyFdsForLength { fds: 1, bytes: 0 })
+    ));
     assert_eq!(buf.roll_back(), [1]);
 }
 
 fn faults(bytes: &[u8], fds: u32) -> Error {
     let mut inbound = Inbound::new(false, BytesMut::from(bytes), FdQueue::from_iter(0..fds));
-    let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(100).max_fds_per_frame(300));
+    let mut codec =
+        FrameCodec::new(Limits::default().max_payload_bytes(100).max_fds_per_frame(300));
     loop {
         match inbound.next(&mut codec) {
             Ok(Step::Item(_)) => {}
             Ok(Step::Receive) => inbound.end_of_stream(),
             Ok(Step::End) => panic!("no fault was found"),
             Err(error) => {
-                assert!(matches!(inbound.next(&mut codec), Ok(Step::End)), "an error is followed by the end");
+                assert!(
+                    matches!(inbound.next(&mut codec), Ok(Step::End)),
+                    "an error is followed by the end"
+                );
                 return error;
             }
         }
@@ -282,14 +300,29 @@ fn each_fault_has_its_error() {
     assert!(matches!(faults(b"G", 0), Error::BadMagic { found: b'G' }));
     assert!(matches!(faults(&[0xFD, 0x20], 0), Error::UnsupportedVersion { found: 2 }));
     assert!(matches!(faults(&[0xFD, 0x18], 0), Error::UnsupportedFlags { found: 8 }));
-    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 101], 0), Error::FrameTooLong { bytes: 101, limit: 100 }));
-    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 255, 255, 255, 255], 0), Error::FrameTooLong { .. }));
-    assert!(matches!(faults(&[0xFD, 0x10, 1, 45, 0, 0, 0, 9], 0), Error::TooManyFds { fds: 301, limit: 300 }));
-    assert!(matches!(faults(&[0xFD, 0x10, 0, 2, 0, 0, 0, 0], 1), Error::MissingFds { expected: 2, received: 1 }));
+    assert!(matches!(
+        faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 101], 0),
+        Error::FrameTooLong { bytes: 101, limit: 100 }
+    ));
+    assert!(matches!(
+        faults(&[0xFD, 0x10, 0, 0, 255, 255, 255, 255], 0),
+        Error::FrameTooLong { .. }
+    ));
+    assert!(matches!(
+        faults(&[0xFD, 0x10, 1, 45, 0, 0, 0, 9], 0),
+        Error::TooManyFds { fds: 301, limit: 300 }
+    ));
+    assert!(matches!(
+        faults(&[0xFD, 0x10, 0, 2, 0, 0, 0, 0], 1),
+        Error::MissingFds { expected: 2, received: 1 }
+    ));
     assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 0], 1), Error::UnclaimedFds { fds: 1 }));
     assert!(matches!(faults(&[], 554), Error::UnclaimedFds { fds: 554 }));
     assert!(matches!(faults(&[0xFD, 0x10, 0], 0), Error::UnexpectedEnd { bytes: 3 }));
-    assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 3, 1], 0), Error::UnexpectedEnd { bytes: 9 }));
+    assert!(matches!(
+        faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 3, 1], 0),
+        Error::UnexpectedEnd { bytes: 9 }
+    ));
     assert!(matches!(faults(&[0xFD, 0x10, 0, 0, 0, 0, 0, 0, 1], 0), Error::BadMagic { found: 1 }));
 }
 
@@ -299,7 +332,8 @@ fn after_a_loss_only_messages_that_need_none_of_it_are_good() {
     /// numbers of descriptors of the good ones.
     fn good(mut codec: impl Decoder<u32, Item = Frame<u32>, Error = Error>) -> Vec<usize> {
         let frames = [1, 0, 2].map(|fds| [0xFD, 0x10, 0, fds, 0, 0, 0, 0]).concat();
-        let mut inbound = Inbound::new(true, BytesMut::from(&frames[..]), FdQueue::from_iter([1, 2]));
+        let mut inbound =
+            Inbound::new(true, BytesMut::from(&frames[..]), FdQueue::from_iter([1, 2]));
         inbound.received_truncated();
         let mut good = Vec::new();
         loop {
@@ -322,7 +356,11 @@ fn a_decoder_that_takes_the_whole_queue_does_not_hide_a_loss() {
     impl Decoder<u32> for TakesTheQueue {
         type Item = Vec<u32>;
         type Error = Error;
-        fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<u32>) -> Result<Option<Vec<u32>>, Error> {
+        fn decode(
+            &mut self,
+            src: &mut BytesMut,
+            fds: &mut FdQueue<u32>,
+        ) -> Result<Option<Vec<u32>>, Error> {
             let message = (!src.is_empty()).then(|| std::mem::take(fds).into_vec());
             src.clear();
             Ok(message)

@@ -190,7 +190,8 @@ impl<F> SendBuf<F> {
     pub fn announce_length(&mut self) {
         let head = self.len() - self.part_start().0;
         self.plain_run = None;
-        self.open_head = if head > 0 || !self.open_parts.is_empty() { NonZero::new(head + 1) } else { None };
+        self.open_head =
+            if head > 0 || !self.open_parts.is_empty() { NonZero::new(head + 1) } else { None };
     }
 
     /// Forgets what [`announce_length`](Self::announce_length) has declared for the open message.

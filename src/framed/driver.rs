@@ -51,7 +51,10 @@ impl<E> SendDriver<E> {
         };
         let (encoder, mut pending) = self.shared.end(sending);
         outbound.side.buf.append(&mut pending);
-        WriteHalf { encoder: encoder.expect("only the driver takes it, when it resolves"), outbound }
+        WriteHalf {
+            encoder: encoder.expect("only the driver takes it, when it resolves"),
+            outbound,
+        }
     }
 }
 

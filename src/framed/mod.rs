@@ -89,11 +89,27 @@ impl<D, E: Codec> Framed<D, E> {
 
     /// Puts together the parts that [`into_parts`](Self::into_parts) has returned.
     pub fn from_parts(parts: FramedParts<D, E>) -> Self {
-        let FramedParts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } =
-            parts;
+        let FramedParts {
+            socket,
+            decoder,
+            encoder,
+            received,
+            received_fds,
+            unsent,
+            receiving,
+            sending,
+            senders,
+        } = parts;
         let socket = Arc::new(socket);
         Self {
-            read: ReadHalf::new(Arc::clone(&socket), decoder, received, received_fds, receiving, senders),
+            read: ReadHalf::new(
+                Arc::clone(&socket),
+                decoder,
+                received,
+                received_fds,
+                receiving,
+                senders,
+            ),
             write: WriteHalf::new(socket, encoder, unsent, sending),
         }
     }
@@ -110,7 +126,17 @@ impl<D, E> Framed<D, E> {
         let (socket, encoder, unsent, sending) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        FramedParts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
+        FramedParts {
+            socket,
+            decoder,
+            encoder,
+            received,
+            received_fds,
+            unsent,
+            receiving,
+            sending,
+            senders,
+        }
     }
 
     /// Changes the codecs, for a handshake in another format. The new decoder decodes everything
@@ -130,7 +156,10 @@ impl<D, E> Framed<D, E> {
     ///
     /// # Errors
     /// If they belong to different sockets. The error gives them back.
-    #[expect(clippy::result_large_err, reason = "the halves are as large when they are put together")]
+    #[expect(
+        clippy::result_large_err,
+        reason = "the halves are as large when they are put together"
+    )]
     pub fn reunite(read: ReadHalf<D>, mut write: WriteHalf<E>) -> Result<Self, ReuniteError<D, E>> {
         if !Arc::ptr_eq(read.shared_socket(), write.shared_socket()) {
             return Err(ReuniteError { read, write });
@@ -266,10 +295,18 @@ impl<D, E> From<ReuniteError<D, E>> for io::Error {
 /// Returns the two directions of a socket. The sending one takes messages of several encoders.
 pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
     let socket = Arc::new(socket);
-    let mut outbound = Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
+    let mut outbound =
+        Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
     outbound.side.shut_down_on_drop(true);
     (
-        ReadHalf::new(socket, decoder, BytesMut::new(), FdQueue::new(), Receiving::default(), Senders::default()),
+        ReadHalf::new(
+            socket,
+            decoder,
+            BytesMut::new(),
+            FdQueue::new(),
+            Receiving::default(),
+            Senders::default(),
+        ),
         outbound,
     )
 }
@@ -349,9 +386,11 @@ mod tests {
     /// Runs in a process of its own, because it uses up the descriptors.
     #[test]
     fn a_full_quiet_socket_sends_on_without_a_descriptor_to_spare() {
-        const ROLE: &str = "framed::tests::a_full_quiet_socket_sends_on_without_a_descriptor_to_spare";
+        const ROLE: &str =
+            "framed::tests::a_full_quiet_socket_sends_on_without_a_descriptor_to_spare";
         if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == ROLE) {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             return runtime.block_on(send_without_a_descriptor_to_spare());
         }
         let mut command = std::process::Command::new("/proc/self/exe");

@@ -25,7 +25,12 @@ pub(crate) struct Outbound {
 
 impl Outbound {
     /// Returns a direction that has `unsent` to send. An open message in it is finished.
-    pub(super) fn new(socket: Arc<Socket>, unsent: SendBuf, grouping: Grouping, state: Sending) -> Self {
+    pub(super) fn new(
+        socket: Arc<Socket>,
+        unsent: SendBuf,
+        grouping: Grouping,
+        state: Sending,
+    ) -> Self {
         let side = SendSide::new(socket.endpoint(), unsent, grouping, state);
         Self { socket, side, wait: SendWait::default() }
     }
@@ -58,13 +63,21 @@ impl Outbound {
 
     /// Queues an item, however much waits.
     #[inline]
-    pub(crate) fn accept<E: Encoder<I>, I>(&mut self, encoder: &mut E, item: I) -> Result<(), SendError<I, E::Error>> {
+    pub(crate) fn accept<E: Encoder<I>, I>(
+        &mut self,
+        encoder: &mut E,
+        item: I,
+    ) -> Result<(), SendError<I, E::Error>> {
         self.side.accept(encoder, item)
     }
 
     /// Sends until there is room for one more message.
     #[inline(never)] // so that `Sink::poll_ready` is short
-    pub(super) fn poll_ready(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<Result<(), Error>> {
+    pub(super) fn poll_ready(
+        &mut self,
+        cx: &mut Context<'_>,
+        limits: &Limits,
+    ) -> Poll<Result<(), Error>> {
         if let Sending::Closed = self.side.state() {
             return Poll::Ready(Err(Error::Closed));
         }

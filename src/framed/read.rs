@@ -90,7 +90,9 @@ impl<D> ReadHalf<D> {
         &mut self.decoder
     }
 
-    pub(super) fn into_parts(mut self) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
+    pub(super) fn into_parts(
+        mut self,
+    ) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
         let (bytes, fds, state, senders) = self.receiver.side.take();
         (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state, senders)
     }
@@ -156,7 +158,11 @@ struct Receiver {
 
 impl Receiver {
     /// Receives something, or the end.
-    fn poll_receive<D: Decoder>(&mut self, cx: &mut Context<'_>, decoder: &D) -> Poll<Result<(), Error>> {
+    fn poll_receive<D: Decoder>(
+        &mut self,
+        cx: &mut Context<'_>,
+        decoder: &D,
+    ) -> Poll<Result<(), Error>> {
         let Self { socket, side, uncharged, .. } = self;
         // Nothing complete is left, so everything that has arrived counts for the peer's uid.
         let is_rest = side.has_part();

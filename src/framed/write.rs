@@ -171,11 +171,17 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.get_mut().outbound.poll_flush(cx).map_err(|error| SendError::from(E::Error::from(error)))
+        self.get_mut()
+            .outbound
+            .poll_flush(cx)
+            .map_err(|error| SendError::from(E::Error::from(error)))
     }
 
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.get_mut().outbound.poll_close(cx).map_err(|error| SendError::from(E::Error::from(error)))
+        self.get_mut()
+            .outbound
+            .poll_close(cx)
+            .map_err(|error| SendError::from(E::Error::from(error)))
     }
 }
 

@@ -214,7 +214,9 @@ fn end_connection(connection: &impl AsFd) {
         return; // it has ended, in both directions
     }
     // With a time to linger the last `close` would block for it, non-blocking or not.
-    if getsockopt(&connection, sockopt::Linger).is_ok_and(|linger| linger.l_onoff != 0 && linger.l_linger > 0) {
+    if getsockopt(&connection, sockopt::Linger)
+        .is_ok_and(|linger| linger.l_onoff != 0 && linger.l_linger > 0)
+    {
         let _ = setsockopt(&connection, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
     }
 }
@@ -248,7 +250,8 @@ fn is_usable(offer: &Offer) -> bool {
 
 /// It has to be so already, because the flag belongs to all holders of the connection.
 fn is_non_blocking(fd: &OwnedFd) -> bool {
-    fcntl(fd, FcntlArg::F_GETFL).is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK))
+    fcntl(fd, FcntlArg::F_GETFL)
+        .is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK))
 }
 
 impl ConnectionStream {
@@ -294,7 +297,11 @@ impl AsFd for ConnectionStream {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if self.read.is_empty() {
             return Pin::new(self.stream().as_read()).poll_read(cx, buf);
         }
@@ -306,7 +313,11 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(self.stream().as_write()).poll_write(cx, bytes)
     }
 

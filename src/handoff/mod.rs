@@ -1,21 +1,26 @@
-//! Accepted connections over frames: a [`Dispatcher`] that has them, and workers that serve them, each from its [`Incoming`].
+//! Accepted connections over frames: a [`Dispatcher`] that has them, and workers that serve them,
+//! each from its [`Incoming`].
 //!
-//! The dispatcher's process accepts TCP or Unix connections and starts the workers, or waits for workers to connect to a path. A worker
-//! serves with whatever takes a stream: tokio, hyper, axum. Clients speak with one address, and notice nothing when a worker is
-//! replaced, or hangs or dies before it has taken their connection.
+//! The dispatcher's process accepts TCP or Unix connections and starts the workers, or waits for
+//! workers to connect to a path. A worker serves with whatever takes a stream: tokio, hyper, axum.
+//! Clients speak with one address, and notice nothing when a worker is replaced, or hangs or dies
+//! before it has taken their connection.
 //!
 //! # The promise
 //!
-//! > A connection that was accepted is given to the application of **at most one** worker, and is **never lost before that worker
-//! > has adopted it**: whatever dies, hangs, refuses or overflows, as long as the dispatcher lives.
+//! > A connection that was accepted is given to the application of **at most one** worker, and is
+//! **never lost before that worker > has adopted it**: whatever dies, hangs, refuses or overflows,
+//! as long as the dispatcher lives.
 //!
-//! A worker adopts a connection when its application asks [`Incoming`] for one, and tells the dispatcher so before the application
-//! gets it. Until then the dispatcher keeps a copy. After that the connection is the worker's: **what is adopted ends with its
-//! worker**. It is not repeated elsewhere, since nobody could know how much of it was done.
+//! A worker adopts a connection when its application asks [`Incoming`] for one, and tells the
+//! dispatcher so before the application gets it. Until then the dispatcher keeps a copy. After that
+//! the connection is the worker's: **what is adopted ends with its worker**. It is not repeated
+//! elsewhere, since nobody could know how much of it was done.
 //!
-//! The promise is tested on the shipped code in two ways: with everything that can happen at random, and by visiting all states of a
-//! dispatcher with two workers and three connections while one worker crashes, one hangs, a socket fails and a worker refuses, in each
-//! order (2,634,189 states).
+//! The promise is tested on the shipped code in two ways: with everything that can happen at
+//! random, and by visiting all states of a dispatcher with two workers and three connections while
+//! one worker crashes, one hangs, a socket fails and a worker refuses, in each order (2,634,189
+//! states).
 //!
 //! A connection waits longest at a worker that has stopped. The worker is pinged after at most one
 //! [`ping_interval`](DispatcherBuilder::ping_interval), and is cut off when the ping has been
@@ -40,8 +45,9 @@
 //!
 //! # Both sides
 //!
-//! In one process here, to be short. Mostly the dispatcher [starts](Dispatcher::spawn_worker) the workers, and a worker begins with
-//! [`Incoming::from_stdin`]; or workers [connect](Incoming::connect) to a [path](Dispatcher::serve_workers).
+//! In one process here, to be short. Mostly the dispatcher [starts](Dispatcher::spawn_worker) the
+//! workers, and a worker begins with [`Incoming::from_stdin`]; or workers
+//! [connect](Incoming::connect) to a [path](Dispatcher::serve_workers).
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -80,8 +86,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Whole programs: the example `accept_handoff` serves with hyper and kills its own workers to show that nothing is lost;
-//! `axum_worker` serves with axum (feature `axum`).
+//! Whole programs: the example `accept_handoff` serves with hyper and kills its own workers to show
+//! that nothing is lost; `axum_worker` serves with axum (feature `axum`).
 //!
 //! # What happens when
 //!
@@ -101,34 +107,43 @@
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
 //! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on, and the worker [ends](IncomingHandle::ended) after them |
 //!
-//! A worker that was started by the dispatcher is [started again](WorkerCommand::restart) where that is asked for.
+//! A worker that was started by the dispatcher is [started again](WorkerCommand::restart) where
+//! that is asked for.
 //!
 //! # Limits
 //!
-//! - After several workers have died or hung while holding a connection, and if no worker is left that has not, the connection is
-//!   given up: it may be the cause. See [`max_offers`](DispatcherBuilder::max_offers). A worker that has no room or no time for a
-//!   connection has not failed with it. A request that makes the *application* crash costs one worker, since it was adopted before.
-//! - When many workers hang at a time, only [some](DispatcherBuilder::max_fences) are cut off: the machine may be the cause.
+//! - After several workers have died or hung while holding a connection, and if no worker is left
+//!   that has not, the connection is given up: it may be the cause. See
+//!   [`max_offers`](DispatcherBuilder::max_offers). A worker that has no room or no time for a
+//!   connection has not failed with it. A request that makes the *application* crash costs one
+//!   worker, since it was adopted before.
+//! - When many workers hang at a time, only [some](DispatcherBuilder::max_fences) are cut off: the
+//!   machine may be the cause.
 //! - A worker whose processes never live for long is [started again](WorkerCommand::longest_wait)
 //!   less and less often, and not while two of its processes have left and not ended.
-//! - Already-read bytes and metadata of a connection have to fit one message, of [`MAX_MESSAGE_BYTES`](protocol::MAX_MESSAGE_BYTES).
-//! - The dispatcher holds one descriptor for each connection that is not adopted, and none after that, unless a worker that was cut
-//!   off may hold a copy. The [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`; where they do
-//!   not, clients wait. To hand over what is accepted takes no more descriptors.
-//! - A worker gets at most half of the descriptors in flight that other workers leave, of half of the soft `RLIMIT_NOFILE`: the kernel
-//!   limits them for a whole uid (`ETOOMANYREFS`), and a worker that does not receive keeps them.
-//! - Descriptors that belong to a connection can [come with it](Accepted::with_fd), and state can as metadata. What is in neither
-//!   does not move along: hand a TLS connection over before the
+//! - Already-read bytes and metadata of a connection have to fit one message, of
+//!   [`MAX_MESSAGE_BYTES`](protocol::MAX_MESSAGE_BYTES).
+//! - The dispatcher holds one descriptor for each connection that is not adopted, and none after
+//!   that, unless a worker that was cut off may hold a copy. The
+//!   [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`;
+//!   where they do not, clients wait. To hand over what is accepted takes no more descriptors.
+//! - A worker gets at most half of the descriptors in flight that other workers leave, of half of
+//!   the soft `RLIMIT_NOFILE`: the kernel limits them for a whole uid (`ETOOMANYREFS`), and a
+//!   worker that does not receive keeps them.
+//! - Descriptors that belong to a connection can [come with it](Accepted::with_fd), and state can
+//!   as metadata. What is in neither does not move along: hand a TLS connection over before the
 //!   handshake, with what was [read](Accepted::read_bytes) from it.
 //!
 //! # Traps
 //!
 //! What the library sees to, and who goes around it has to:
 //!
-//! - **A passed socket has to leave the sender's epoll set before.** A registration lives as long as any copy of the socket, also one in
-//!   another process. [`Accepted`] takes a tokio stream out of its event loop; a duplicate that is registered elsewhere stays.
-//! - **A close is no end as long as another process has a copy.** The client sees one when the connection is shut down, which a
-//!   [`Connection`] is when it is dropped. After [`into_parts`](Connection::into_parts) it is yours to do, and so it is with a connection that
+//! - **A passed socket has to leave the sender's epoll set before.** A registration lives as long
+//!   as any copy of the socket, also one in another process. [`Accepted`] takes a tokio stream out
+//!   of its event loop; a duplicate that is registered elsewhere stays.
+//! - **A close is no end as long as another process has a copy.** The client sees one when the
+//!   connection is shut down, which a [`Connection`] is when it is dropped. After
+//!   [`into_parts`](Connection::into_parts) it is yours to do, and so it is with a connection that
 //!   came back in a [`DispatchError`].
 //! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. [`Accepted`] makes it
 //!   non-blocking. From then on nobody touches them before the adoption.
@@ -136,12 +151,15 @@
 //!
 //! What the application sees to:
 //!
-//! - **To ask is to adopt.** A loop that asks without end takes all there is on itself. Where that is too much,
-//!   [`max_connections`](IncomingBuilder::max_connections) leaves the rest to others.
-//! - A worker that **blocks every thread of its runtime** answers no pings, and is taken for one that hangs.
-//! - A graceful shutdown of hyper, and so of axum, ends at once what is idle and what has sent nothing yet. Requests may be on their
-//!   way there: let a moment pass between [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
-//!   `Connection: close` while [`is_draining`](IncomingHandle::is_draining), as the examples do. Then no client that is busy sees its connection cut.
+//! - **To ask is to adopt.** A loop that asks without end takes all there is on itself. Where that
+//!   is too much, [`max_connections`](IncomingBuilder::max_connections) leaves the rest to others.
+//! - A worker that **blocks every thread of its runtime** answers no pings, and is taken for one
+//!   that hangs.
+//! - A graceful shutdown of hyper, and so of axum, ends at once what is idle and what has sent
+//!   nothing yet. Requests may be on their way there: let a moment pass between
+//!   [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
+//!   `Connection: close` while [`is_draining`](IncomingHandle::is_draining), as the examples do.
+//!   Then no client that is busy sees its connection cut.
 //! - **Adopted connections go on as long as the process does**, also when the dispatcher has died.
 //!   So await [`ended`](IncomingHandle::ended) before the process ends: it waits for them. It waits
 //!   for connections that are kept alive too: a graceful shutdown ends those.
@@ -150,8 +168,8 @@
 //! - **A listener that is closed resets its backlog.** Keep the future of
 //!   [`serve`](Dispatcher::serve) until the dispatcher has [drained](Dispatcher::drain): the drain
 //!   hands the backlog over first.
-//! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers that are to finish their work
-//!   ignore that signal and wait to be drained.
+//! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers
+//!   that are to finish their work ignore that signal and wait to be drained.
 
 mod connection;
 mod dispatcher;
@@ -162,9 +180,9 @@ mod transport;
 
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
 pub use dispatcher::{
-    Accepted, AdoptionTimes, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, IntoListener, NotDispatched,
-    Permit, RetireCause, RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerExit, WorkerId, WorkerState,
-    WorkerStats,
+    Accepted, AdoptionTimes, DispatchError, Dispatcher, DispatcherBuilder, Dispatching,
+    IntoListener, NotDispatched, Permit, RetireCause, RetireCounts, Stats, Strategy, Unadopted,
+    WorkerCommand, WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
 pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
 pub use transport::Transport;

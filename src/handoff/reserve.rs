@@ -10,8 +10,8 @@ pub(super) fn first_of_reserve(most: u64) -> u64 {
     limit - (limit / 8).min(most)
 }
 
-/// Whether a descriptor that was just opened is of the reserve that begins there. The kernel gives out the lowest free number:
-/// all below are taken then.
+/// Whether a descriptor that was just opened is of the reserve that begins there. The kernel gives
+/// out the lowest free number: all below are taken then.
 pub(super) fn is_of_reserve(fd: impl AsFd, first_of_reserve: u64) -> bool {
     fd.as_fd().as_raw_fd() as u64 >= first_of_reserve
 }

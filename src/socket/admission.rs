@@ -76,7 +76,13 @@ impl Admission {
     pub(super) fn new() -> Self {
         let admitted = Admitted::Uids(vec![nix::unistd::geteuid().as_raw(), 0]);
         let accounts = UidAccounts::new(UidLimits::default());
-        Self { admitted, accounts, overflow_uid: overflow_uid(), refused: AtomicU64::new(0), log: Mutex::default() }
+        Self {
+            admitted,
+            accounts,
+            overflow_uid: overflow_uid(),
+            refused: AtomicU64::new(0),
+            log: Mutex::default(),
+        }
     }
 
     pub(crate) fn allow_uids(&mut self, uids: impl IntoIterator<Item = u32>) {
@@ -102,7 +108,8 @@ impl Admission {
         addr: impl FnOnce() -> std::io::Result<SocketAddr>,
     ) -> Option<UidShare> {
         // Is the uid in the list, and has it room for one more connection?
-        let refusal = match self.check(peer.uid, || path.is_some_and(PathGuard::admits_owner_only)) {
+        let refusal = match self.check(peer.uid, || path.is_some_and(PathGuard::admits_owner_only))
+        {
             Some(refusal) => refusal,
             None => match self.accounts.add_connection(peer.uid) {
                 Ok(share) => return Some(share),
@@ -115,7 +122,13 @@ impl Admission {
         let to_log = self.log.lock().unwrap_or_else(PoisonError::into_inner).count(Instant::now());
         if let Some(refused) = to_log {
             let listener = addr().map_or_else(|error| error.to_string(), |addr| readable(&addr));
-            warn!(uid = peer.uid, pid = peer.pid, listener, refused, "connection refused: {refusal}");
+            warn!(
+                uid = peer.uid,
+                pid = peer.pid,
+                listener,
+                refused,
+                "connection refused: {refusal}"
+            );
         }
         None
     }

@@ -37,7 +37,10 @@ pub(crate) fn connected(fd: OwnedFd) -> Result<(BackgroundFd, SocketState)> {
 
 /// Returns a descriptor that passes a check, with what the check returns. Another one is closed in
 /// the background: a peer that sent it may have made its `close` slow.
-pub(super) fn checked<T>(fd: OwnedFd, check: impl FnOnce(&OwnedFd) -> Result<T>) -> Result<(OwnedFd, T)> {
+pub(super) fn checked<T>(
+    fd: OwnedFd,
+    check: impl FnOnce(&OwnedFd) -> Result<T>,
+) -> Result<(OwnedFd, T)> {
     match check(&fd) {
         Ok(found) => Ok((fd, found)),
         Err(error) => {

@@ -55,7 +55,9 @@ impl TryFrom<Socket> for unix::net::UnixStream {
     fn try_from(socket: Socket) -> Result<Self> {
         match socket.kind() {
             SocketKind::Stream => Ok(OwnedFd::from(socket).into()),
-            SocketKind::SeqPacket => Err(invalid_descriptor("it is SOCK_SEQPACKET, SOCK_STREAM is expected")),
+            SocketKind::SeqPacket => {
+                Err(invalid_descriptor("it is SOCK_SEQPACKET, SOCK_STREAM is expected"))
+            }
         }
     }
 }

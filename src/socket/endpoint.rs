@@ -45,8 +45,15 @@ impl SocketState {
     /// uid if there is a share.
     pub(crate) fn new(kind: SocketKind, uid_share: Option<UidShare>) -> Self {
         closer::start();
-        let account = Arc::new(uid_share.as_ref().map(UidShare::closing_account).unwrap_or_default());
-        Self { kind, account, uid_share, reset: AtomicBool::new(false), wants_credentials: Arc::default() }
+        let account =
+            Arc::new(uid_share.as_ref().map(UidShare::closing_account).unwrap_or_default());
+        Self {
+            kind,
+            account,
+            uid_share,
+            reset: AtomicBool::new(false),
+            wants_credentials: Arc::default(),
+        }
     }
 
     /// Returns the state of a copy of the socket, which this process has made.

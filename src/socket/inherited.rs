@@ -103,7 +103,8 @@ pub(crate) fn take_stdin<T: TryFrom<OwnedFd, Error = Error>>() -> Result<T> {
 pub(crate) fn take_numbered<T: TryFrom<OwnedFd, Error = Error>>(number: i32) -> Result<T> {
     let name = format!("descriptor {number}");
     if (libc::STDIN_FILENO..=libc::STDERR_FILENO).contains(&number) {
-        let reason = format!("{name}: it is a standard stream; for standard input use `from_stdin`");
+        let reason =
+            format!("{name}: it is a standard stream; for standard input use `from_stdin`");
         return Err(Error::new(ErrorKind::InvalidInput, reason));
     }
     take(number, &name)

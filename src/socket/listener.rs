@@ -212,7 +212,9 @@ impl Listener {
     pub async fn accept(&self) -> Result<Socket> {
         loop {
             poll_fn(|cx| self.state.poll_closed(cx)).await;
-            if let Some(socket) = self.io.async_io(Interest::READABLE, |_| self.try_accept()).await? {
+            if let Some(socket) =
+                self.io.async_io(Interest::READABLE, |_| self.try_accept()).await?
+            {
                 return Ok(socket);
             }
         }

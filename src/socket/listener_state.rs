@@ -135,7 +135,10 @@ impl ListenerState {
     ///
     /// # Errors
     /// `WouldBlock` if no connection waits.
-    pub(crate) fn try_accept(&self, listener: BorrowedFd<'_>) -> Result<Option<(BackgroundFd, SocketState)>> {
+    pub(crate) fn try_accept(
+        &self,
+        listener: BorrowedFd<'_>,
+    ) -> Result<Option<(BackgroundFd, SocketState)>> {
         let fd = match sys::accept(listener) {
             Ok(fd) => fd,
             Err(error) => match error.raw_os_error() {
@@ -149,7 +152,11 @@ impl ListenerState {
     }
 
     /// Prepares an accepted connection if its peer is admitted.
-    fn take_accepted(&self, listener: BorrowedFd<'_>, fd: BackgroundFd) -> Result<Option<(BackgroundFd, SocketState)>> {
+    fn take_accepted(
+        &self,
+        listener: BorrowedFd<'_>,
+        fd: BackgroundFd,
+    ) -> Result<Option<(BackgroundFd, SocketState)>> {
         // The connection of a peer that is not admitted is closed here.
         let Some(uid_share) = self.admit(listener, &fd)? else { return Ok(None) };
         // Clients in the backlog may have connected before the listener got the option.
@@ -167,10 +174,16 @@ impl ListenerState {
     }
 
     fn admit(&self, listener: BorrowedFd<'_>, peer: &BackgroundFd) -> Result<Option<UidShare>> {
-        Ok(self.admission.admit(PeerCred::of(peer)?, self.path.as_ref(), || listener_addr(listener)))
+        Ok(self
+            .admission
+            .admit(PeerCred::of(peer)?, self.path.as_ref(), || listener_addr(listener)))
     }
 
-    pub(crate) fn set_pass_credentials(&self, listener: BorrowedFd<'_>, pass: PassCredentials) -> Result<()> {
+    pub(crate) fn set_pass_credentials(
+        &self,
+        listener: BorrowedFd<'_>,
+        pass: PassCredentials,
+    ) -> Result<()> {
         let mut credentials = self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
         pass.set(&listener)?;
         *credentials = Some(pass);
@@ -186,7 +199,8 @@ impl ListenerState {
 
 /// Returns the address of a listener.
 pub(crate) fn listener_addr(listener: BorrowedFd<'_>) -> Result<SocketAddr> {
-    local_addr(&listener)?.ok_or_else(|| Error::new(ErrorKind::InvalidData, "the listener has no name"))
+    local_addr(&listener)?
+        .ok_or_else(|| Error::new(ErrorKind::InvalidData, "the listener has no name"))
 }
 
 /// Turns `WouldBlock` into another kind of error.
@@ -195,7 +209,9 @@ pub(crate) fn listener_addr(listener: BorrowedFd<'_>) -> Result<SocketAddr> {
 /// that connections are waiting, and the caller would never learn that one was accepted and closed.
 pub(super) fn not_would_block(error: Error) -> Error {
     match error.kind() {
-        ErrorKind::WouldBlock => Error::other(format!("an accepted connection was closed: {error}")),
+        ErrorKind::WouldBlock => {
+            Error::other(format!("an accepted connection was closed: {error}"))
+        }
         _ => error,
     }
 }

@@ -93,7 +93,8 @@ fn passed_in(variable: impl Fn(&str) -> Option<String>, ids: Ids) -> Vec<Passed>
                     .map_while(|index| variable(&format!("EINHORN_FD_{index}")))
                     .filter_map(|number| unnamed(&number)),
             ),
-            None => passed.extend(variable("EINHORN_FDS").unwrap_or_default().split(' ').filter_map(unnamed)),
+            None => passed
+                .extend(variable("EINHORN_FDS").unwrap_or_default().split(' ').filter_map(unnamed)),
         }
     }
     // Server::Starter(3pm): `host:port=number`, `port=number` and `path=number`. The socket itself
@@ -122,7 +123,8 @@ mod tests {
 
     #[test]
     fn systemd_names_consecutive_numbers() {
-        let ours = [("LISTEN_PID", "7"), ("LISTEN_FDS", "3"), ("LISTEN_FDNAMES", "http:http:admin")];
+        let ours =
+            [("LISTEN_PID", "7"), ("LISTEN_FDS", "3"), ("LISTEN_FDNAMES", "http:http:admin")];
         assert_eq!(numbers(&ours), [(3, named("http")), (4, named("http")), (5, named("admin"))]);
         assert_eq!(numbers(&ours[..2]), [(3, None), (4, None), (5, None)]);
         assert_eq!(numbers(&ours[1..]), []);
@@ -148,7 +150,11 @@ mod tests {
         assert_eq!(numbers(&ours[1..]), [], "it is no child of einhorn");
         let of_grandparent = [&[("EINHORN_MASTER_PID", "4")], &ours[1..]].concat();
         assert_eq!(numbers(&of_grandparent), []);
-        let nonsense = [("EINHORN_MASTER_PID", "1"), ("EINHORN_FD_COUNT", "4294967295"), ("EINHORN_FD_0", "x")];
+        let nonsense = [
+            ("EINHORN_MASTER_PID", "1"),
+            ("EINHORN_FD_COUNT", "4294967295"),
+            ("EINHORN_FD_0", "x"),
+        ];
         assert_eq!(numbers(&nonsense), []);
     }
 

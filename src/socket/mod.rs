@@ -157,7 +157,9 @@ impl Socket {
                     return Self::register(fd, kind);
                 }
                 // The backlog is full. The kernel has begun nothing, so no event will come.
-                Err(error) if error.kind() == ErrorKind::WouldBlock => tokio::time::sleep(backoff.next()).await,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    tokio::time::sleep(backoff.next()).await
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -225,7 +227,9 @@ impl Socket {
         let registered = {
             let _context = self.runtime.enter();
             let copy = self.as_fd().try_clone_to_owned();
-            copy.and_then(|copy| sys::register(self.state.guard(copy), Interest::READABLE | Interest::PRIORITY))
+            copy.and_then(|copy| {
+                sys::register(self.state.guard(copy), Interest::READABLE | Interest::PRIORITY)
+            })
         };
         if let Ok(io) = registered {
             // The old descriptor is not the last copy, so its `close` is quick.

@@ -49,7 +49,10 @@ impl Socket {
     fn is_drained(&self, received: &Received) -> bool {
         let stream = self.kind() == SocketKind::Stream;
         let split = received.with_control || received.bytes == 0;
-        stream && received.short && !split && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_err()
+        stream
+            && received.short
+            && !split
+            && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_err()
     }
 
     /// Returns a timer of the runtime that the socket is registered with.

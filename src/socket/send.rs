@@ -94,7 +94,9 @@ impl SendWait {
             Ok(duplicate) => self.duplicate = Some(duplicate),
             Err(error) => match error.raw_os_error() {
                 // There is no descriptor left for the duplicate, or no memory to watch it.
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC) => self.a_while(socket),
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC) => {
+                    self.a_while(socket)
+                }
                 _ => return Err(error),
             },
         }
@@ -134,7 +136,11 @@ mod tests {
             poll_fn(|cx| socket.poll_send(cx, &mut wait, attempt)).await.unwrap();
 
             assert!(!wait.full, "the next send asks first whether the socket is writable");
-            assert_eq!(wait.backoff.next(), Duration::from_millis(1), "the next shortage is waited for longer");
+            assert_eq!(
+                wait.backoff.next(),
+                Duration::from_millis(1),
+                "the next shortage is waited for longer"
+            );
         }
     }
 }

@@ -30,7 +30,9 @@ impl TryFrom<Socket> for UnixSeqpacket {
                 set_nonblocking(&socket, true)?;
                 OwnedFd::from(socket).try_into()
             }
-            SocketKind::Stream => Err(invalid_descriptor("it is SOCK_STREAM, SOCK_SEQPACKET is expected")),
+            SocketKind::Stream => {
+                Err(invalid_descriptor("it is SOCK_STREAM, SOCK_SEQPACKET is expected"))
+            }
         }
     }
 }

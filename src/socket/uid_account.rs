@@ -59,7 +59,11 @@ impl Default for UidLimits {
     fn default() -> Self {
         let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 0));
         let quarter = usize::try_from(soft / 4).unwrap_or(usize::MAX);
-        Self { max_connections: quarter.max(1), max_bytes: 256 << 20, max_fds: quarter.max(SCM_MAX_FD) }
+        Self {
+            max_connections: quarter.max(1),
+            max_bytes: 256 << 20,
+            max_fds: quarter.max(SCM_MAX_FD),
+        }
     }
 }
 
@@ -128,7 +132,8 @@ impl UidAccounts {
         if !by_uid.contains_key(&uid) {
             by_uid.retain(|_, account| is_used(account));
         }
-        let account = by_uid.entry(uid).or_insert_with(|| Arc::new(UidAccount::new(uid, self.limits)));
+        let account =
+            by_uid.entry(uid).or_insert_with(|| Arc::new(UidAccount::new(uid, self.limits)));
         if account.connections.load(Ordering::Relaxed) >= self.limits.max_connections {
             return Err(OverLimit::Connections);
         }
@@ -197,7 +202,8 @@ impl UidShare {
         // Only growth can be an error: less is always allowed, even if the sum is too large.
         let bytes = replace_part(&self.bytes, bytes, all_bytes);
         let fds = replace_part(&self.fds, fds, all_fds);
-        let is_over = bytes.is_some_and(|all| all > limits.max_bytes) || fds.is_some_and(|all| all > limits.max_fds);
+        let is_over = bytes.is_some_and(|all| all > limits.max_bytes)
+            || fds.is_some_and(|all| all > limits.max_fds);
         if !is_over {
             return Ok(());
         }
@@ -251,7 +257,10 @@ mod tests {
         a.hold(500, 0).unwrap();
         b.hold(500, 253).unwrap();
         let error = b.hold(501, 253).unwrap_err();
-        assert!(matches!(error, Error::OverUidLimit { uid: 1000, bytes: 1001, fds: 253 }), "{error}");
+        assert!(
+            matches!(error, Error::OverUidLimit { uid: 1000, bytes: 1001, fds: 253 }),
+            "{error}"
+        );
         // Less is never an error, even if the sum is still too much.
         b.hold(501, 252).unwrap();
         assert!(a.hold(500, 2).is_err());

@@ -35,7 +35,8 @@ impl Run {
         if count > 1 {
             // SAFETY: closes the descriptors that this run owns, which nobody else uses, and no
             // others.
-            let closed = unsafe { libc::syscall(libc::SYS_close_range, first, first + count - 1, 0) };
+            let closed =
+                unsafe { libc::syscall(libc::SYS_close_range, first, first + count - 1, 0) };
             if closed == 0 {
                 return;
             }
@@ -65,8 +66,9 @@ mod tests {
             writers.push(OwnedFd::from(writer));
         }
         // In pieces and in both orders; the numbers in between are the readers'.
-        let consecutive =
-            (0..20).map(|_| File::open("/dev/null").map(OwnedFd::from)).collect::<io::Result<Vec<_>>>()?;
+        let consecutive = (0..20)
+            .map(|_| File::open("/dev/null").map(OwnedFd::from))
+            .collect::<io::Result<Vec<_>>>()?;
         let kept = writers.split_off(15);
         close_all(writers.into_iter().rev().chain(consecutive));
         for (index, mut reader) in readers.into_iter().enumerate() {

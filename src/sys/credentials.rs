@@ -14,7 +14,8 @@ use crate::credentials::Credentials;
 pub(super) fn from_kernel(sender: libc::ucred, pidfd: Option<OwnedFd>) -> Option<Credentials> {
     let libc::ucred { pid, uid, gid } = sender;
     let pid = (pid != 0).then_some(pid);
-    let is_unknown = pid.is_none() && (uid, gid) == (overflow_id("overflowuid"), overflow_id("overflowgid"));
+    let is_unknown =
+        pid.is_none() && (uid, gid) == (overflow_id("overflowuid"), overflow_id("overflowgid"));
     (!is_unknown).then_some(Credentials { uid, gid, pid, pidfd })
 }
 

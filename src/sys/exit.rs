@@ -71,7 +71,8 @@ impl<T: Send + 'static> ExitCloser<T> {
     /// left, if the kernel has no `CLOSE_RANGE_UNSHARE` (Linux 5.9), or if a sandbox forbids
     /// `close_range`.
     pub(crate) fn start(report_closed: impl Fn(T) + Send + 'static) -> io::Result<Self> {
-        let (queue, nursery) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let (queue, nursery) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let (announce, announced) = mpsc::channel();
         let (tell, ready) = mpsc::sync_channel(1);
         let number = nursery.as_raw_fd();
@@ -95,7 +96,9 @@ impl<T: Send + 'static> ExitCloser<T> {
             }
         })?;
         // `nursery` stays open in the shared table until the thread has copied it.
-        ready.recv_timeout(LONGEST_START).map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        ready
+            .recv_timeout(LONGEST_START)
+            .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
         Ok(Self { queue, announce })
     }
 
@@ -163,11 +166,13 @@ struct Message<'a> {
 /// The task is like one of vfork(2), but with a stack of its own. It runs in the same memory while
 /// this thread sleeps, and has a copy of this thread's descriptor table.
 fn receive_in_exiting_task(nursery: BorrowedFd<'_>, stack: &mut Stack) -> io::Result<bool> {
-    let mut message = Message { nursery, byte: BytesMut::with_capacity(1), fds: Vec::with_capacity(SCM_MAX_FD) };
+    let mut message =
+        Message { nursery, byte: BytesMut::with_capacity(1), fds: Vec::with_capacity(SCM_MAX_FD) };
     let flags = libc::CLONE_VM | libc::CLONE_VFORK; // and no signal at its end
     // SAFETY: the task uses `message` and the stack only while this thread sleeps in the call. The
     // stack is large enough for the function, which only calls `recvmsg` and allocates nothing.
-    let task = unsafe { libc::clone(receive_and_exit, stack.end(), flags, (&raw mut message).cast()) };
+    let task =
+        unsafe { libc::clone(receive_and_exit, stack.end(), flags, (&raw mut message).cast()) };
     message.fds.into_iter().for_each(|fd| _ = fd.into_raw_fd());
     let task = Pid::from_raw(Errno::result(task)?);
     // The task first leaves this memory and then closes its descriptors. So wait for its end.
@@ -204,6 +209,8 @@ fn unshare_up_to(number: RawFd) -> io::Result<()> {
     let (first, last) = (number + 1, libc::c_uint::MAX);
     // SAFETY: the kernel first copies the table and then closes only numbers of the copy, on which
     // no owner relies.
-    Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_UNSHARE) })?;
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_UNSHARE)
+    })?;
     Ok(())
 }

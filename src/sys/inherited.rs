@@ -31,7 +31,10 @@ static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 /// `ResourceBusy` if the number was taken before, `InvalidInput` if it is not open or is
 /// close-on-exec, those of `make`, and `EMFILE`. The number then still has its open file, and can
 /// be taken later.
-pub(crate) fn take_inherited<T>(number: RawFd, make: impl FnOnce(OwnedFd) -> io::Result<T>) -> io::Result<T> {
+pub(crate) fn take_inherited<T>(
+    number: RawFd,
+    make: impl FnOnce(OwnedFd) -> io::Result<T>,
+) -> io::Result<T> {
     let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
     if taken.contains(&number) {
         return Err(Error::new(ErrorKind::ResourceBusy, "it was taken before"));
@@ -56,7 +59,8 @@ pub(crate) fn copy_inherited(number: RawFd) -> io::Result<OwnedFd> {
     match flags {
         Err(Errno::EBADF) => return Err(Error::new(ErrorKind::InvalidInput, "it is not open")),
         flags if flags? & libc::FD_CLOEXEC != 0 => {
-            let reason = "it is close-on-exec, so this process has opened it and did not inherit it";
+            let reason =
+                "it is close-on-exec, so this process has opened it and did not inherit it";
             return Err(Error::new(ErrorKind::InvalidInput, reason));
         }
         _ => {}

@@ -68,7 +68,9 @@ pub(crate) fn file_kind(fd: BorrowedFd<'_>) -> io::Result<FileKind> {
     let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
     // SAFETY: the path is an empty C string, and the call writes one `statx` to a place with room
     // for it.
-    let outcome = unsafe { libc::statx(fd.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_TYPE, found.as_mut_ptr()) };
+    let outcome = unsafe {
+        libc::statx(fd.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_TYPE, found.as_mut_ptr())
+    };
     Errno::result(outcome)?;
     // SAFETY: all zero is a valid value, and the call has succeeded.
     let found = unsafe { found.assume_init() };
@@ -86,6 +88,7 @@ pub(crate) fn new_memfd() -> io::Result<OwnedFd> {
 
 /// Returns true for a memfd that nobody can write to or shorten. Only a memfd can have these seals.
 pub(crate) fn is_sealed(fd: BorrowedFd<'_>) -> bool {
-    let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_truncate);
+    let seals =
+        fcntl(fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_truncate);
     seals.contains(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK)
 }

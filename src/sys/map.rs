@@ -12,7 +12,10 @@ use super::is_sealed;
 /// Maps a memfd for reading that nobody can write to or shorten.
 pub(crate) fn map_sealed(fd: BorrowedFd<'_>) -> io::Result<Mmap> {
     if !is_sealed(fd) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "memory is not sealed against changes"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "memory is not sealed against changes",
+        ));
     }
     // It is private, because kernels before 6.7 refuse a shared mapping of a write-sealed file.
     // SAFETY: seals cannot be taken off. So nobody writes to the file, and it does not get shorter

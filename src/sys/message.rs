@@ -51,7 +51,11 @@ impl Control {
         let payload_bytes = (count * size_of::<RawFd>()) as libc::c_uint;
         // SAFETY: only computes a size.
         let length = unsafe { libc::CMSG_LEN(payload_bytes) };
-        let header = libc::cmsghdr { cmsg_len: length as _, cmsg_level: libc::SOL_SOCKET, cmsg_type: libc::SCM_RIGHTS };
+        let header = libc::cmsghdr {
+            cmsg_len: length as _,
+            cmsg_level: libc::SOL_SOCKET,
+            cmsg_type: libc::SCM_RIGHTS,
+        };
         self.header = header;
         // SAFETY: the pointer is to the header just written.
         let data = unsafe { libc::CMSG_DATA((&raw mut *self).cast::<libc::cmsghdr>()) };
@@ -133,7 +137,9 @@ fn send<'fd>(
     }
     // SAFETY: the message points to `bytes`, `control` and `receiver`, valid for the lengths it
     // names until the call returns.
-    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+    let sent = unsafe {
+        libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+    };
     Ok(Errno::result(sent)? as usize)
 }
 
@@ -175,7 +181,8 @@ fn receive(
     let mut control = Control::new();
     let room = bytes.spare_capacity_mut();
     debug_assert!(!room.is_empty() && max_bytes > 0);
-    let mut place = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len().min(max_bytes) };
+    let mut place =
+        libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len().min(max_bytes) };
     let mut message = empty_message();
     message.msg_iov = &raw mut place;
     message.msg_iovlen = 1;
@@ -213,7 +220,10 @@ fn receive(
 /// Takes ownership of every descriptor in the control data of a received message. Returns the
 /// number of descriptors that the peer has sent, and the credentials.
 #[allow(clippy::unnecessary_cast, reason = "`cmsg_len` is narrower on musl")]
-fn take_control(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> (usize, Option<Credentials>) {
+fn take_control(
+    message: &libc::msghdr,
+    fds: &mut impl Extend<OwnedFd>,
+) -> (usize, Option<Credentials>) {
     let (mut count, mut sender, mut pidfd) = (0, None, None);
     // SAFETY: the kernel has set `msg_controllen` to what it wrote to `msg_control`.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
@@ -243,7 +253,9 @@ fn take_control(message: &libc::msghdr, fds: &mut impl Extend<OwnedFd>) -> (usiz
                     }
                 }
             }
-            (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if payload_bytes >= size_of::<libc::ucred>() => {
+            (libc::SOL_SOCKET, libc::SCM_CREDENTIALS)
+                if payload_bytes >= size_of::<libc::ucred>() =>
+            {
                 // SAFETY: `cmsg_len` covers the value. The place need not be aligned.
                 sender = Some(unsafe { data.cast::<libc::ucred>().read_unaligned() });
             }
@@ -285,7 +297,10 @@ mod tests {
             // SAFETY: every byte was written above.
             let bytes: [u8; CONTROL_BYTES] = unsafe { mem::transmute(control) };
             let fds = size_of::<libc::cmsghdr>() + count * size_of::<RawFd>();
-            assert!(fds <= length && bytes[fds..length].iter().all(|&byte| byte == 0), "{count} descriptors");
+            assert!(
+                fds <= length && bytes[fds..length].iter().all(|&byte| byte == 0),
+                "{count} descriptors"
+            );
         }
     }
 
@@ -308,14 +323,16 @@ mod tests {
         let fds = |count| std::iter::repeat_n(null.as_fd(), count);
         let mut control = Control::new();
         assert_eq!(control.write_fds(Liar(fds(1000))), control.write_fds(fds(1)));
-        let too_many = std::panic::AssertUnwindSafe(|| Control::new().write_fds(fds(SCM_MAX_FD + 1)));
+        let too_many =
+            std::panic::AssertUnwindSafe(|| Control::new().write_fds(fds(SCM_MAX_FD + 1)));
         assert!(std::panic::catch_unwind(too_many).is_err());
     }
 
     #[test]
     fn descriptors_arrive_in_order_and_close_on_exec() -> io::Result<()> {
         let (a, b) = UnixStream::pair()?;
-        let files = (0..SCM_MAX_FD).map(|_| File::open("/dev/null")).collect::<io::Result<Vec<_>>>()?;
+        let files =
+            (0..SCM_MAX_FD).map(|_| File::open("/dev/null")).collect::<io::Result<Vec<_>>>()?;
         let pipe = io::pipe()?.0;
         let fds = files[1..].iter().map(AsFd::as_fd).chain([pipe.as_fd()]).collect::<Vec<_>>();
         assert_eq!(sendmsg(a.as_fd(), &[IoSlice::new(b"hi")], fds.into_iter())?, 2);
@@ -323,9 +340,15 @@ mod tests {
         let mut bytes = BytesMut::with_capacity(16);
         let mut fds = Vec::new();
         let received = recvmsg(b.as_fd(), &mut bytes, usize::MAX, &mut fds)?;
-        assert_eq!((received.bytes, received.control_truncated, &bytes[..]), (2, false, &b"hi"[..]));
+        assert_eq!(
+            (received.bytes, received.control_truncated, &bytes[..]),
+            (2, false, &b"hi"[..])
+        );
         assert_eq!(fds.len(), SCM_MAX_FD);
-        assert!(nix::sys::stat::fstat(&fds[252]).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO));
+        assert!(
+            nix::sys::stat::fstat(&fds[252])
+                .is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO)
+        );
         let flags = nix::fcntl::fcntl(&fds[0], nix::fcntl::FcntlArg::F_GETFD)?;
         assert_eq!(flags, libc::FD_CLOEXEC);
         Ok(())

@@ -68,7 +68,9 @@ pub(crate) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(TcpStream, Soc
 }
 
 /// Takes a connection off the queue of a listener of Unix sockets, as [`accept_tcp`] does.
-pub(crate) fn accept_unix(listener: BorrowedFd<'_>) -> io::Result<(UnixStream, unix::net::SocketAddr)> {
+pub(crate) fn accept_unix(
+    listener: BorrowedFd<'_>,
+) -> io::Result<(UnixStream, unix::net::SocketAddr)> {
     // SAFETY: the descriptor stays open for the call, and is not closed, because the listener is
     // not dropped.
     let listener = ManuallyDrop::new(unsafe { UnixListener::from_raw_fd(listener.as_raw_fd()) });

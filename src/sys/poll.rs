@@ -18,7 +18,11 @@ pub(crate) enum Event {
 ///
 /// # Errors
 /// The errors of ppoll(2): `Interrupted` after a signal, `EINVAL` if `RLIMIT_NOFILE` is 0.
-pub(crate) fn wait_for(fd: BorrowedFd<'_>, event: Event, timeout: Option<Duration>) -> io::Result<bool> {
+pub(crate) fn wait_for(
+    fd: BorrowedFd<'_>,
+    event: Event,
+    timeout: Option<Duration>,
+) -> io::Result<bool> {
     let flags = match event {
         Event::Readable => PollFlags::POLLIN,
         Event::Writable => PollFlags::POLLOUT,
@@ -32,5 +36,7 @@ pub(crate) fn wait_for(fd: BorrowedFd<'_>, event: Event, timeout: Option<Duratio
 pub(crate) fn has_changed(file: BorrowedFd<'_>) -> bool {
     let mut events = [PollFd::new(file, PollFlags::POLLPRI)];
     poll(&mut events, PollTimeout::ZERO).is_err()
-        || events[0].revents().is_none_or(|events| events.intersects(PollFlags::POLLPRI | PollFlags::POLLERR))
+        || events[0]
+            .revents()
+            .is_none_or(|events| events.intersects(PollFlags::POLLPRI | PollFlags::POLLERR))
 }

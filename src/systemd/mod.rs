@@ -80,9 +80,10 @@ impl Notifier {
     /// Outside of a tokio runtime, or if its I/O driver is not enabled.
     pub fn from_env() -> Result<Self> {
         let manager = match env::var("NOTIFY_SOCKET") {
-            Ok(address) if !address.is_empty() => {
-                Some(Manager { socket: DatagramSocket::unbound()?, address: parse_address(&address)? })
-            }
+            Ok(address) if !address.is_empty() => Some(Manager {
+                socket: DatagramSocket::unbound()?,
+                address: parse_address(&address)?,
+            }),
             _ => None,
         };
         let watchdog_period = watchdog_period(|name| env::var(name).ok(), process::id());
@@ -198,10 +199,15 @@ impl Notifier {
     /// When dropped, nothing was sent.
     pub async fn notify(&self, assignments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<()> {
         if assignments.iter().any(|assignment| assignment.contains('\n')) {
-            return Err(Error::new(ErrorKind::InvalidInput, "a line feed would begin another assignment"));
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "a line feed would begin another assignment",
+            ));
         }
         match &self.manager {
-            Some(Manager { socket, address }) => socket.send_to(assignments.join("\n"), fds, address).await,
+            Some(Manager { socket, address }) => {
+                socket.send_to(assignments.join("\n"), fds, address).await
+            }
             None => Ok(()),
         }
     }
@@ -213,7 +219,8 @@ fn parse_address(text: &str) -> Result<SocketAddr> {
         Some(name) => SocketAddr::from_abstract_name(name),
         None if text.starts_with('/') => SocketAddr::from_pathname(text),
         None => {
-            let reason = format!("NOTIFY_SOCKET is {text:?}, which is neither a path nor an abstract name");
+            let reason =
+                format!("NOTIFY_SOCKET is {text:?}, which is neither a path nor an abstract name");
             Err(Error::new(ErrorKind::InvalidInput, reason))
         }
     }
@@ -238,7 +245,8 @@ mod tests {
     #[test]
     fn the_watchdog_watches_the_process_that_it_names() {
         let period = |variables: &[(&str, &str)]| {
-            let variable = |name: &str| Some(variables.iter().find(|it| it.0 == name)?.1.to_owned());
+            let variable =
+                |name: &str| Some(variables.iter().find(|it| it.0 == name)?.1.to_owned());
             watchdog_period(variable, 7)
         };
         let ten = Some(Duration::from_secs(10));
@@ -255,11 +263,18 @@ mod tests {
 
     #[test]
     fn an_address_is_a_path_or_an_abstract_name() {
-        assert_eq!(parse_address("/run/notify").unwrap().as_pathname(), Some("/run/notify".as_ref()));
+        assert_eq!(
+            parse_address("/run/notify").unwrap().as_pathname(),
+            Some("/run/notify".as_ref())
+        );
         assert_eq!(parse_address("@a/b").unwrap().as_abstract_name(), Some(&b"a/b"[..]));
         let long = format!("/{}", "x".repeat(200));
         for other in ["vsock:2:1234", "relative", &long] {
-            assert_eq!(parse_address(other).unwrap_err().kind(), ErrorKind::InvalidInput, "{other}");
+            assert_eq!(
+                parse_address(other).unwrap_err().kind(),
+                ErrorKind::InvalidInput,
+                "{other}"
+            );
         }
     }
 }

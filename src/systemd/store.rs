@@ -86,7 +86,10 @@ fn assignment(name: &str) -> Result<String> {
         && name.bytes().all(|byte| (byte == b' ' || byte.is_ascii_graphic()) && byte != b':');
     match is_valid {
         true => Ok(format!("FDNAME={name}")),
-        false => Err(Error::new(ErrorKind::InvalidInput, format!("{name:?} is no name for a stored descriptor"))),
+        false => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("{name:?} is no name for a stored descriptor"),
+        )),
     }
 }
 

@@ -1,6 +1,8 @@
 //! axum serves from a gated listener.
 
-use std::{convert::Infallible, future::pending, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible, future::pending, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration,
+};
 
 use axum::{
     Router,
@@ -78,7 +80,12 @@ impl Server {
     }
 }
 
-async fn serve_connection(connection: OpenConnection, stream: TcpStream, client: SocketAddr, router: Router) {
+async fn serve_connection(
+    connection: OpenConnection,
+    stream: TcpStream,
+    client: SocketAddr,
+    router: Router,
+) {
     let connection = Arc::new(connection);
     let router = TowerToHyperService::new(router);
     let service = service_fn(|mut request: Request<Incoming>| {

@@ -238,12 +238,16 @@ mod tests {
 
     /// Connections with these numbers are left over, for example because every third one is idle.
     fn most_within_a_second(numbers: impl Iterator<Item = u64>) -> usize {
-        let mut moments: Vec<_> = numbers.map(|number| moment(number, Duration::from_secs(10))).collect();
+        let mut moments: Vec<_> =
+            numbers.map(|number| moment(number, Duration::from_secs(10))).collect();
         moments.sort_unstable();
         let first = moments[0];
-        assert!(first >= Duration::from_secs(1) && moments.last().unwrap() <= &Duration::from_secs(10));
-        let within =
-            |from: Duration| moments.iter().filter(|it| (from..from + Duration::from_secs(1)).contains(it)).count();
+        assert!(
+            first >= Duration::from_secs(1) && moments.last().unwrap() <= &Duration::from_secs(10)
+        );
+        let within = |from: Duration| {
+            moments.iter().filter(|it| (from..from + Duration::from_secs(1)).contains(it)).count()
+        };
         moments.iter().step_by(100).map(|&from| within(from)).max().unwrap()
     }
 

@@ -58,7 +58,9 @@ pub enum Error {
     },
 
     /// The process at the path runs as a uid that this process does not take listeners from.
-    #[error("the process at the path runs as uid {uid}, which is not trusted; to trust it, use `Options::allow_uids`")]
+    #[error(
+        "the process at the path runs as uid {uid}, which is not trusted; to trust it, use `Options::allow_uids`"
+    )]
     NotTrusted {
         /// The uid.
         uid: u32,
@@ -194,7 +196,9 @@ impl From<Error> for io::Error {
             Error::NotTrusted { .. } => io::ErrorKind::PermissionDenied,
             Error::NoSuchListener { .. } => io::ErrorKind::NotFound,
             Error::GiverGone => io::ErrorKind::UnexpectedEof,
-            Error::Refused(_) | Error::Aborted(_) | Error::AnotherServes => io::ErrorKind::ResourceBusy,
+            Error::Refused(_) | Error::Aborted(_) | Error::AnotherServes => {
+                io::ErrorKind::ResourceBusy
+            }
             _ => io::ErrorKind::InvalidData,
         };
         match error {

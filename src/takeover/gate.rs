@@ -63,8 +63,9 @@ mod sealed {
 
 impl<L: Accepts> Gated<L> {
     pub(super) fn new(shared: Arc<Shared>, name: &str, index: u32) -> Result<Self, Error> {
-        let identity =
-            shared.with_listeners(|listeners| listeners.find(name, index).map(|entry| entry.identity.clone()))?;
+        let identity = shared.with_listeners(|listeners| {
+            listeners.find(name, index).map(|entry| entry.identity.clone())
+        })?;
         if !L::fits(&identity) {
             return Err(Error::WrongKind { identity: Box::new(identity), expected: L::NAME });
         }

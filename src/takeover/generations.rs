@@ -71,7 +71,10 @@ impl Generations {
     pub(super) fn add(&mut self, milliseconds: u64, leash: OwnedFd) -> io::Result<()> {
         if getsockopt(&leash, sys::Domain) != Ok(libc::AF_UNIX) {
             close_in_background([leash]);
-            return Err(io::Error::new(ErrorKind::InvalidInput, "the leash of an old process is not a Unix socket"));
+            return Err(io::Error::new(
+                ErrorKind::InvalidInput,
+                "the leash of an old process is not a Unix socket",
+            ));
         }
         let made_by = getsockopt(&leash, PeerCredentials)?.pid();
         let leash = UnixStream::from(leash);
@@ -100,7 +103,8 @@ impl Generations {
     /// Returns copies for the next process: for how long each has been replaced, and its leash.
     pub(super) fn copies(&mut self) -> io::Result<Vec<(u64, OwnedFd)>> {
         self.0.retain(Leashed::runs);
-        let milliseconds = |it: &Leashed| u64::try_from(it.replaced_at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let milliseconds =
+            |it: &Leashed| u64::try_from(it.replaced_at.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.0.iter().map(|it| Ok((milliseconds(it), it.leash.try_clone()?.into()))).collect()
     }
 
@@ -109,7 +113,10 @@ impl Generations {
         self.0.retain(Leashed::runs);
         let surplus = self.0.len().saturating_sub(most);
         for it in self.0[..surplus].iter_mut().filter(|it| !it.is_asked) {
-            info!(pid = it.pid, most, "takeover: too many old processes, asking the oldest to leave");
+            info!(
+                pid = it.pid,
+                most, "takeover: too many old processes, asking the oldest to leave"
+            );
             it.is_asked = (&it.leash).write(b"x").is_ok(); // an error says that it has just left
         }
     }
@@ -119,7 +126,9 @@ impl Leashed {
     /// Nothing is ever sent to this end, so there is its end to read, or nothing.
     fn runs(&self) -> bool {
         let read = (&self.leash).read(&mut [0]);
-        read.is_err_and(|error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted))
+        read.is_err_and(|error| {
+            matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+        })
     }
 }
 
@@ -141,7 +150,11 @@ mod tests {
         assert!(list.is_sorted_by_key(|it| std::cmp::Reverse(it.replaced_for)), "{list:?}");
         // The next process knows the same.
         let mut next = Generations::default();
-        generations.copies().unwrap().into_iter().for_each(|(age, leash)| next.add(age, leash).unwrap());
+        generations
+            .copies()
+            .unwrap()
+            .into_iter()
+            .for_each(|(age, leash)| next.add(age, leash).unwrap());
         drop(generations);
         ends.remove(1);
         assert_eq!(next.list().len(), 2);
@@ -164,7 +177,8 @@ mod tests {
         ends[0].must_leave().await;
         ends[1].must_leave().await;
         assert_eq!(generations.list().len(), 4, "they still run");
-        let mut left = futures::future::select_all(ends[2..].iter().map(|own| Box::pin(own.must_leave())));
+        let mut left =
+            futures::future::select_all(ends[2..].iter().map(|own| Box::pin(own.must_leave())));
         assert!(futures::FutureExt::now_or_never(&mut left).is_none());
         drop(generations);
         tokio::task::yield_now().await;

@@ -149,7 +149,12 @@ impl Giving {
             GiverStep::Stop { declined } => {
                 self.declined.clone_from(&declined);
                 shared.set_declined(declined);
-                let taker = self.read.socket().peer_cred().ok().and_then(|taker| u32::try_from(taker.pid?).ok());
+                let taker = self
+                    .read
+                    .socket()
+                    .peer_cred()
+                    .ok()
+                    .and_then(|taker| u32::try_from(taker.pid?).ok());
                 shared.status.send_modify(|status| status.successor = taker);
                 shared.set_phase(Phase::Draining);
                 shared.set_may_remove(false); // the other one serves at these paths
@@ -160,7 +165,8 @@ impl Giving {
             GiverStep::Give { baton } => {
                 let Some(Gift { control, control_lock, locks }) = self.gift.take() else { return };
                 let locks = locks.into_iter().filter(|(number, _)| !self.declined.contains(number));
-                let mut locks = locks.map(|(_, lock)| lock).collect::<Vec<_>>().into_iter().peekable();
+                let mut locks =
+                    locks.map(|(_, lock)| lock).collect::<Vec<_>>().into_iter().peekable();
                 while locks.peek().is_some() {
                     let fds = locks.by_ref().take(MAX_MESSAGE_FDS).map(SendFd::from).collect();
                     self.send(ToTaker::Locks { fds });
@@ -219,17 +225,23 @@ impl Giving {
         let mut messages = Vec::new();
         while !generations.is_empty() {
             let rest = generations.split_off(generations.len().min(MAX_MESSAGE_FDS));
-            let (replaced_for, fds): (_, Vec<_>) = std::mem::replace(&mut generations, rest).into_iter().unzip();
-            messages.push(ToTaker::Generations { replaced_for, fds: fds.into_iter().map(SendFd::from).collect() });
+            let (replaced_for, fds): (_, Vec<_>) =
+                std::mem::replace(&mut generations, rest).into_iter().unzip();
+            messages.push(ToTaker::Generations {
+                replaced_for,
+                fds: fds.into_iter().map(SendFd::from).collect(),
+            });
         }
         Ok(messages)
     }
 
     fn tell_status(&mut self) {
-        let generations = self.shared.with_generations(Generations::list).into_iter().map(|generation| {
-            let milliseconds = generation.replaced_for.as_millis().try_into().unwrap_or(u64::MAX);
-            (generation.pid.unwrap_or_default(), milliseconds)
-        });
+        let generations =
+            self.shared.with_generations(Generations::list).into_iter().map(|generation| {
+                let milliseconds =
+                    generation.replaced_for.as_millis().try_into().unwrap_or(u64::MAX);
+                (generation.pid.unwrap_or_default(), milliseconds)
+            });
         let is_under_way = self.shared.status.borrow().is_claimed;
         let generations = generations.collect();
         self.send(ToTaker::Status { pid: std::process::id(), is_under_way, generations });
@@ -287,7 +299,9 @@ impl Giving {
                 // The runtime learns of it while this task waits for its next turn.
                 tokio::task::yield_now().await;
                 while self.reads && self.giver.is_draining() {
-                    let Some(message) = unconstrained(self.read.next()).now_or_never() else { break };
+                    let Some(message) = unconstrained(self.read.next()).now_or_never() else {
+                        break;
+                    };
                     self.on_read(message);
                 }
                 self.giver.drained();
@@ -330,7 +344,10 @@ enum SendFailed {
 }
 
 /// Sends what waits.
-async fn send(write: &mut WriteHalf<GiverCodec>, queue: &mut VecDeque<ToTaker<SendFd>>) -> Result<(), SendFailed> {
+async fn send(
+    write: &mut WriteHalf<GiverCodec>,
+    queue: &mut VecDeque<ToTaker<SendFd>>,
+) -> Result<(), SendFailed> {
     while !queue.is_empty() {
         let permit = write.reserve().await.map_err(SendFailed::Socket)?;
         if let Some(message) = queue.pop_front() {

@@ -175,10 +175,14 @@ impl Giver {
                 self.steps.push_back(GiverStep::TellStatus);
                 self.end(true);
             }
-            (State::Waiting | State::Cutting { .. }, FromTaker::Decline { number }) if number < self.listeners => {
+            (State::Waiting | State::Cutting { .. }, FromTaker::Decline { number })
+                if number < self.listeners =>
+            {
                 self.declined.insert(number);
             }
-            (State::Waiting | State::Cutting { ready_counts: true, .. }, FromTaker::Ready) => self.stop(),
+            (State::Waiting | State::Cutting { ready_counts: true, .. }, FromTaker::Ready) => {
+                self.stop()
+            }
             (State::Draining { .. }, FromTaker::HandBack { baton }) => {
                 self.resume(Undone::HandedBack(baton));
                 self.steps.push_back(GiverStep::TellResumed);

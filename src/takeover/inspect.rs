@@ -31,7 +31,9 @@ pub(super) fn identity_of(name: String, index: u32, fd: BorrowedFd<'_>) -> Resul
         libc::AF_UNIX => Family::Unix,
         libc::AF_INET => Family::Ipv4,
         libc::AF_INET6 => Family::Ipv6,
-        other => return Err(unusable(&name, format!("its address family {other} is not supported"))),
+        other => {
+            return Err(unusable(&name, format!("its address family {other} is not supported")));
+        }
     };
     let kind = match getsockopt(&fd, sockopt::SockType)? {
         SockType::Stream => Kind::Stream,
@@ -128,13 +130,16 @@ fn address_of(fd: BorrowedFd<'_>, family: Family) -> Result<Address> {
 
 /// Returns true if a descriptor can be a lane: a Unix socket that keeps packets apart.
 pub(super) fn is_lane(fd: &OwnedFd) -> bool {
-    getsockopt(fd, sys::Domain) == Ok(libc::AF_UNIX) && getsockopt(fd, sockopt::SockType) == Ok(SockType::SeqPacket)
+    getsockopt(fd, sys::Domain) == Ok(libc::AF_UNIX)
+        && getsockopt(fd, sockopt::SockType) == Ok(SockType::SeqPacket)
 }
 
 /// Returns an address of IP with its port.
 pub(super) fn socket_addr(address: &SockaddrStorage) -> Option<SocketAddr> {
     let v4 = address.as_sockaddr_in().map(|address| SocketAddr::V4(SocketAddrV4::from(*address)));
-    v4.or_else(|| address.as_sockaddr_in6().map(|address| SocketAddr::V6(SocketAddrV6::from(*address))))
+    v4.or_else(|| {
+        address.as_sockaddr_in6().map(|address| SocketAddr::V6(SocketAddrV6::from(*address)))
+    })
 }
 
 fn unusable(name: &str, reason: String) -> Error {
@@ -173,13 +178,19 @@ mod tests {
         // Linux sets the option for a socket that is bound to one address (ipv6(7)).
         for (address, v6_only) in [("[::]:0", false), ("[::1]:0", true)] {
             if let Ok(v6) = TcpListener::bind(address) {
-                assert_eq!((identity(&v6).family, identity(&v6).v6_only), (Family::Ipv6, Some(v6_only)));
+                assert_eq!(
+                    (identity(&v6).family, identity(&v6).v6_only),
+                    (Family::Ipv6, Some(v6_only))
+                );
             }
         }
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let unix = UnixListener::bind(&path).unwrap();
-        assert_eq!((identity(&unix).family, identity(&unix).address), (Family::Unix, Address::Path(path)));
+        assert_eq!(
+            (identity(&unix).family, identity(&unix).address),
+            (Family::Unix, Address::Path(path))
+        );
         let name = format!("fdwire-inspect-{}", std::process::id());
         let unix = UnixDatagram::bind_addr(&UnixName::from_abstract_name(&name).unwrap()).unwrap();
         assert_eq!(identity(&unix).address, Address::Abstract(name.into()));
@@ -195,7 +206,10 @@ mod tests {
         assert!(refused.to_string().contains("does not listen"), "{refused}");
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        assert_eq!(identity_of("x".to_owned(), 0, client.as_fd()).unwrap_err().kind(), ErrorKind::InvalidInput);
+        assert_eq!(
+            identity_of("x".to_owned(), 0, client.as_fd()).unwrap_err().kind(),
+            ErrorKind::InvalidInput
+        );
     }
 
     /// Takes a privilege, so it is done on a socket of this test only.

@@ -42,7 +42,15 @@ impl Link {
     pub(super) fn new(socket: Socket, limits: TakerLimits) -> Self {
         let (read, write) = Framed::new(socket, TakerCodec::default()).into_split();
         let taker = Taker::new(now(), limits);
-        Self { taker, read, write, queue: VecDeque::new(), is_ready_unwritten: false, reads: true, writes: true }
+        Self {
+            taker,
+            read,
+            write,
+            queue: VecDeque::new(),
+            is_ready_unwritten: false,
+            reads: true,
+            writes: true,
+        }
     }
 
     /// Returns what is to be done next, except for sending.
@@ -107,7 +115,10 @@ impl Link {
 }
 
 /// Sends what waits.
-async fn send(write: &mut WriteHalf<TakerCodec>, queue: &mut VecDeque<FromTaker>) -> io::Result<()> {
+async fn send(
+    write: &mut WriteHalf<TakerCodec>,
+    queue: &mut VecDeque<FromTaker>,
+) -> io::Result<()> {
     while !queue.is_empty() {
         let permit = write.reserve().await.map_err(io::Error::from)?;
         if let Some(message) = queue.pop_front() {

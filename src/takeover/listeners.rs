@@ -74,7 +74,11 @@ impl Listeners {
     ///
     /// # Errors
     /// [`Error::Io`] with `InvalidInput` if it is not a socket of IP or Unix, or does not listen.
-    pub fn add(&mut self, name: impl Into<String>, listener: impl Into<OwnedFd>) -> Result<(), Error> {
+    pub fn add(
+        &mut self,
+        name: impl Into<String>,
+        listener: impl Into<OwnedFd>,
+    ) -> Result<(), Error> {
         self.add_guarded(name.into(), listener.into(), None)
     }
 
@@ -121,7 +125,12 @@ impl Listeners {
     /// # Errors
     /// [`Error::Mismatch`] if sockets were passed for the name, and all of them are of another
     /// type, or at another address. [`Error::Io`] with `EMFILE` if there is no descriptor left.
-    pub fn adopt(&mut self, name: impl Into<String>, kind: Kind, address: &Address) -> Result<bool, Error> {
+    pub fn adopt(
+        &mut self,
+        name: impl Into<String>,
+        kind: Kind,
+        address: &Address,
+    ) -> Result<bool, Error> {
         let name = name.into();
         let passed = passed::copy((&name, self.next_index(&name)), kind, address, &self.cookies())?;
         passed.map_or(Ok(false), |fd| self.add(name, fd).map(|()| true))
@@ -180,7 +189,8 @@ impl Listeners {
             Kind::SeqPacket => SockType::SeqPacket,
         };
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket::socket(AddressFamily::Unix, kind, flags, None).map_err(std::io::Error::from)?;
+        let fd =
+            socket::socket(AddressFamily::Unix, kind, flags, None).map_err(std::io::Error::from)?;
         guard.bind(&fd, &addr, mode)?;
         if kind != SockType::Datagram {
             socket::listen(&fd, Backlog::MAXCONN).map_err(std::io::Error::from)?;
@@ -203,7 +213,12 @@ impl Listeners {
         self.entries.is_empty()
     }
 
-    fn add_guarded(&mut self, name: String, fd: OwnedFd, guard: Option<PathGuard>) -> Result<(), Error> {
+    fn add_guarded(
+        &mut self,
+        name: String,
+        fd: OwnedFd,
+        guard: Option<PathGuard>,
+    ) -> Result<(), Error> {
         let index = self.next_index(&name);
         let identity = identity_of(name, index, fd.as_fd())?;
         let cookie = cookie_of(fd.as_fd())?;
@@ -317,7 +332,9 @@ mod tests {
             assert_eq!(listeners.identities().next().unwrap().kind, kind);
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
             let second = Listeners::new().bind_path("y", &path, kind, 0o600).unwrap_err();
-            assert!(matches!(&second, Error::Io(error) if error.kind() == std::io::ErrorKind::AddrInUse));
+            assert!(
+                matches!(&second, Error::Io(error) if error.kind() == std::io::ErrorKind::AddrInUse)
+            );
             drop(listeners);
         }
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);

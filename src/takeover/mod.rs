@@ -27,8 +27,8 @@
 //!
 //! A model checker visits every state of both sides, about 1,500, with crashes, timeouts and halves
 //! of messages at every place; the [protocol] is written down byte by byte. Real processes are
-//! killed with SIGKILL at each system call that they make in a takeover, about 90 in the old one and
-//! 75 in the new one: after n of n kills, exactly one serves.
+//! killed with SIGKILL at each system call that they make in a takeover, about 90 in the old one
+//! and 75 in the new one: after n of n kills, exactly one serves.
 //!
 //! # Both sides
 //!
@@ -109,8 +109,8 @@
 //! - **A `SO_REUSEPORT` group moves as a whole**, since the kernel gives each client to one of its
 //!   sockets. A process with fewer workers than sockets lets each worker accept from several; one
 //!   with more workers [adds](Server::add) sockets. Nobody closes one: that resets the clients in
-//!   its queue, unless `net.ipv4.tcp_migrate_req` is on (80 clients of two sockets, one of which was
-//!   closed: 37 resets without, 0 with it).
+//!   its queue, unless `net.ipv4.tcp_migrate_req` is on (80 clients of two sockets, one of which
+//!   was closed: 37 resets without, 0 with it).
 //! - A server in a process that is stopped (`SIGSTOP`) while it drains keeps its successor from
 //!   being replaced, until it is continued or killed.
 //! - The lock counts among processes that see the same directory. The path has to be on a file

@@ -335,14 +335,20 @@ impl Model for Takeover {
 
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
-            Property::always("two accept only while the message is on its way that stops one", |_, world: &World| {
-                !(world.giver_accepts && world.taker_accepts) || world.is_at_the_cut()
-            }),
-            Property::always("without a crash, at least one accepts at any moment", |_, world: &World| {
-                // A taker that has written READY accepts next, without waiting for anything.
-                let taker_accepts = world.taker.as_ref().is_some_and(Taker::is_serving);
-                world.killed || world.giver_accepts || world.taker_accepts || taker_accepts
-            }),
+            Property::always(
+                "two accept only while the message is on its way that stops one",
+                |_, world: &World| {
+                    !(world.giver_accepts && world.taker_accepts) || world.is_at_the_cut()
+                },
+            ),
+            Property::always(
+                "without a crash, at least one accepts at any moment",
+                |_, world: &World| {
+                    // A taker that has written READY accepts next, without waiting for anything.
+                    let taker_accepts = world.taker.as_ref().is_some_and(Taker::is_serving);
+                    world.killed || world.giver_accepts || world.taker_accepts || taker_accepts
+                },
+            ),
             Property::always(
                 "once nothing is on its way, exactly one accepts if one is left",
                 |model: &Self, world: &World| {
@@ -359,19 +365,28 @@ impl Model for Takeover {
                 "once nothing is on its way, no third process gets the lock",
                 |model: &Self, world: &World| {
                     let accepts = world.giver_accepts || world.taker_accepts;
-                    !accepts || world.giver_has_lock || world.taker_has_lock || !world.is_settled(model)
+                    !accepts
+                        || world.giver_has_lock
+                        || world.taker_has_lock
+                        || !world.is_settled(model)
                 },
             ),
             Property::always(
                 "a taker that has everything gives up only if told so, or too late",
                 |_, world: &World| {
                     let reasons = [Failure::TimedOut, Failure::AnotherServes];
-                    let is_good = |failure| matches!(failure, Failure::Aborted(_)) || reasons.contains(&failure);
+                    let is_good = |failure| {
+                        matches!(failure, Failure::Aborted(_)) || reasons.contains(&failure)
+                    };
                     world.gave_up.is_none_or(is_good)
                 },
             ),
             Property::sometimes("a taker replaces the giver", |_, world: &World| {
-                world.taker_accepts && world.giver.as_ref().is_some_and(|giver| giver.is_over() && !giver.is_serving())
+                world.taker_accepts
+                    && world
+                        .giver
+                        .as_ref()
+                        .is_some_and(|giver| giver.is_over() && !giver.is_serving())
             }),
             Property::sometimes("a takeover is undone", |_, world: &World| {
                 world.giver_accepts
@@ -379,7 +394,10 @@ impl Model for Takeover {
                     && world.to_taker.contains(&Sent::Resumed)
             }),
             Property::sometimes("a taker serves by the lock alone", |_, world: &World| {
-                world.giver.is_none() && world.taker_accepts && world.to_giver.is_empty() && world.taker_has_lock
+                world.giver.is_none()
+                    && world.taker_accepts
+                    && world.to_giver.is_empty()
+                    && world.taker_has_lock
             }),
         ]
     }

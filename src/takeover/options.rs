@@ -37,7 +37,10 @@ impl Default for Options {
             mode: 0o600,
             uids: Vec::new(),
             has_baton: false,
-            drain: DrainLimits { spread: Duration::from_secs(10), deadline: Duration::from_secs(60) },
+            drain: DrainLimits {
+                spread: Duration::from_secs(10),
+                deadline: Duration::from_secs(60),
+            },
             max_old_generations: 8,
         }
     }

@@ -32,7 +32,9 @@ pub(super) fn copy(
     let mut mismatch = None;
     let mut unnamed = None;
     for passed in passed() {
-        let look = |fd: OwnedFd| Ok((identity_of(name.to_owned(), index, fd.as_fd())?, cookie_of(fd.as_fd())?, fd));
+        let look = |fd: OwnedFd| {
+            Ok((identity_of(name.to_owned(), index, fd.as_fd())?, cookie_of(fd.as_fd())?, fd))
+        };
         let Some((found, cookie, fd)) = passed.look_at(look) else { continue };
         if adopted.contains(&cookie) {
             continue;
@@ -61,7 +63,10 @@ pub(super) fn close_copies(ours: &BTreeSet<u64>) {
             continue;
         }
         match passed.take() {
-            Ok(_) => debug!(number = passed.number, "the process manager's listener has another number now"),
+            Ok(_) => debug!(
+                number = passed.number,
+                "the process manager's listener has another number now"
+            ),
             Err(error) => {
                 warn!(number = passed.number, %error, "a listener of the process manager stays open for child processes");
             }

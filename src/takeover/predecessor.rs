@@ -26,8 +26,15 @@ pub(super) fn watch(
 ) -> impl Future<Output = ()> + Send + use<> {
     let (to_task, commands) = unbounded_channel();
     shared.set_predecessor(to_task);
-    let predecessor =
-        Predecessor { shared, link, path_ids, locks: Vec::new(), gift: None, lock: None, hand_back: None };
+    let predecessor = Predecessor {
+        shared,
+        link,
+        path_ids,
+        locks: Vec::new(),
+        gift: None,
+        lock: None,
+        hand_back: None,
+    };
     predecessor.run(commands)
 }
 
@@ -116,7 +123,8 @@ impl Predecessor {
     /// removed.
     fn received(&mut self, fds: Fds) -> io::Result<Control> {
         self.shared.receive_locks(std::mem::take(&mut self.locks), &self.path_ids);
-        let [fd, lock] = fds.into_array().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+        let [fd, lock] =
+            fds.into_array().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
         let path_id = super::inspect::path_id_of(&self.shared.path)?;
         let guard = PathGuard::received(self.shared.path.clone(), lock, path_id)?;
         Ok(Control { fd, guard })
@@ -149,7 +157,8 @@ impl Predecessor {
         match command {
             UpCommand::Release => self.link.taker.release(),
             UpCommand::HandBack { baton, answer } => {
-                if self.shared.phase() == Phase::Serving && self.link.taker.hand_back(baton.clone()) {
+                if self.shared.phase() == Phase::Serving && self.link.taker.hand_back(baton.clone())
+                {
                     self.hand_back = Some(answer);
                 } else {
                     let _ = answer.send(Err(baton)); // nobody may wait any longer

@@ -9,7 +9,8 @@ use proptest::{collection::vec, prelude::*};
 use super::{
     giver::{Giver, GiverLimits, GiverStep},
     protocol::{
-        AbortReason, Address, Family, FromTaker, GiverCodec, Identity, Kind, Offered, Refusal, TakerCodec, ToTaker,
+        AbortReason, Address, Family, FromTaker, GiverCodec, Identity, Kind, Offered, Refusal,
+        TakerCodec, ToTaker,
     },
     taker::{Taker, TakerLimits, TakerStep},
 };
@@ -35,7 +36,11 @@ struct Pipe {
 }
 
 impl Pipe {
-    fn send<I: std::fmt::Debug>(&mut self, mut codec: impl Encoder<I, u32, Error = Error>, message: I) {
+    fn send<I: std::fmt::Debug>(
+        &mut self,
+        mut codec: impl Encoder<I, u32, Error = Error>,
+        message: I,
+    ) {
         let mut buf = SendBuf::new();
         codec.encode(message, &mut buf).unwrap();
         let (bytes, fds) = buf.into_parts();
@@ -200,7 +205,10 @@ impl Processes {
     fn giver_runs(&mut self, listeners: u32) {
         let Some(giver) = &mut self.giver else { return };
         loop {
-            match GiverCodec::default().decode(&mut self.to_giver.bytes, &mut FdQueue::<u32>::new()).unwrap() {
+            match GiverCodec::default()
+                .decode(&mut self.to_giver.bytes, &mut FdQueue::<u32>::new())
+                .unwrap()
+            {
                 Some(message) => giver.on_message(message),
                 None if self.to_giver.ended => break giver.on_taker_gone(),
                 None if self.to_giver.refused => break giver.on_end(),
@@ -233,7 +241,9 @@ impl Processes {
                     self.giver_accepts = false;
                     giver.give(Bytes::from_static(b"baton"));
                 }
-                GiverStep::Give { baton } => out.send(codec, ToTaker::Yours { baton, fds: Default::default() }),
+                GiverStep::Give { baton } => {
+                    out.send(codec, ToTaker::Yours { baton, fds: Default::default() })
+                }
                 GiverStep::Resume(_) => self.giver_accepts = true,
                 GiverStep::TellResumed => out.send(codec, ToTaker::Resumed),
                 GiverStep::GiveUpCopies => self.giver_has_lock = false,
@@ -249,7 +259,10 @@ impl Processes {
     fn taker_runs(&mut self) {
         let Some(taker) = &mut self.taker else { return };
         loop {
-            match TakerCodec::default().decode(&mut self.to_taker.bytes, &mut self.to_taker.fds).unwrap() {
+            match TakerCodec::default()
+                .decode(&mut self.to_taker.bytes, &mut self.to_taker.fds)
+                .unwrap()
+            {
                 Some(message) => {
                     taker.on_message(self.now, &message);
                     if let ToTaker::Listeners(listeners) = message {
@@ -283,7 +296,12 @@ impl Processes {
     /// Lets everything happen that is going to.
     fn settle(&mut self, listeners: u32) {
         for _ in 0..40 {
-            let both = [Op::GiverWrites(usize::MAX), Op::TakerWrites(usize::MAX), Op::GiverRuns, Op::TakerRuns];
+            let both = [
+                Op::GiverWrites(usize::MAX),
+                Op::TakerWrites(usize::MAX),
+                Op::GiverRuns,
+                Op::TakerRuns,
+            ];
             both.into_iter().for_each(|op| self.apply(op, listeners));
             // An application that has everything says ready sooner or later.
             self.apply(Op::Ready, listeners);

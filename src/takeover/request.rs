@@ -54,7 +54,8 @@ pub async fn request(path: impl AsRef<Path>, options: Options) -> Result<Pending
 /// Connects to the server at a path, if it can be trusted.
 pub(super) async fn connect(path: &Path, options: &Options) -> Result<Socket, Error> {
     let connecting = Socket::connect(path, SocketKind::SeqPacket);
-    let socket = timeout(options.answer_timeout, connecting).await.map_err(|_| Error::TimedOut)??;
+    let socket =
+        timeout(options.answer_timeout, connecting).await.map_err(|_| Error::TimedOut)??;
     let uid = socket.peer_cred()?.uid;
     match options.trusts(uid) {
         true => Ok(socket),
@@ -111,7 +112,8 @@ impl Pending {
     /// [`Error::NoSuchListener`].
     pub fn decline(&mut self, name: &str, index: u32) -> Result<(), Error> {
         let number = self.listeners.position(name, index);
-        let number = number.ok_or_else(|| Error::NoSuchListener { name: name.to_owned(), index })?;
+        let number =
+            number.ok_or_else(|| Error::NoSuchListener { name: name.to_owned(), index })?;
         if self.declined.insert(number)
             && let Some(link) = &mut self.link
         {
@@ -157,8 +159,10 @@ impl Pending {
     /// Clients of a declined listener would wait for ever beside those that are served.
     fn check_groups(&self) -> Result<(), Error> {
         let numbered = || (0..).zip(self.identities());
-        let (declined, kept): (Vec<_>, Vec<_>) = numbered().partition(|(number, _)| self.declined.contains(number));
-        let is_in_group = |identity: &Identity| kept.iter().any(|(_, other)| identity.shares_address_with(other));
+        let (declined, kept): (Vec<_>, Vec<_>) =
+            numbered().partition(|(number, _)| self.declined.contains(number));
+        let is_in_group =
+            |identity: &Identity| kept.iter().any(|(_, other)| identity.shares_address_with(other));
         match declined.into_iter().find(|(_, identity)| is_in_group(identity)) {
             Some((_, identity)) => Err(Error::SplitGroup { identity: Box::new(identity.clone()) }),
             None => Ok(()),
@@ -177,9 +181,21 @@ impl Pending {
 
     /// For a process that replaces another one. Without a link, that one has died.
     fn serve(self, link: Option<Link>) -> Result<Server, Error> {
-        let Self { options, path, mut listeners, mut path_ids, declined, mut generations, lock, .. } = self;
+        let Self {
+            options,
+            path,
+            mut listeners,
+            mut path_ids,
+            declined,
+            mut generations,
+            lock,
+            ..
+        } = self;
         let Self { generation, giver, lanes, .. } = self;
-        let names: Vec<_> = listeners.identities().map(|identity| (identity.name.clone(), identity.index)).collect();
+        let names: Vec<_> = listeners
+            .identities()
+            .map(|identity| (identity.name.clone(), identity.index))
+            .collect();
         listeners.retain(|number| !declined.contains(&number));
         let mut numbers = 0..;
         path_ids.retain(|_| numbers.next().is_some_and(|number| !declined.contains(&number)));
@@ -191,10 +207,12 @@ impl Pending {
                 None
             }
         };
-        let shared = Arc::new(Shared::new(options, path, generation, listeners, control, link.is_some()));
+        let shared =
+            Arc::new(Shared::new(options, path, generation, listeners, control, link.is_some()));
         for Lane { listener, generation, fd } in lanes {
             let (name, index) = &names[listener as usize];
-            let added = shared.lanes(name, *index).add(generation, Arc::new(fd), generation == giver);
+            let added =
+                shared.lanes(name, *index).add(generation, Arc::new(fd), generation == giver);
             if let Err(error) = added {
                 // As if that process had ended: an old process must not stop the new one.
                 warn!(%error, generation, "datagrams of an older process are not forwarded");

@@ -99,7 +99,11 @@ impl Server {
     ///
     /// # Panics
     /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
-    pub fn bind(path: impl AsRef<Path>, listeners: Listeners, options: Options) -> Result<Self, Error> {
+    pub fn bind(
+        path: impl AsRef<Path>,
+        listeners: Listeners,
+        options: Options,
+    ) -> Result<Self, Error> {
         let guard = PathGuard::take(path.as_ref())?;
         let path = guard.path().to_owned();
         let control = Control::bind(guard, options.mode)?;
@@ -108,7 +112,10 @@ impl Server {
         Ok(Self::start(Arc::new(shared), None::<Ready<()>>))
     }
 
-    pub(super) fn start(shared: Arc<Shared>, predecessor: Option<impl Future<Output = ()> + Send + 'static>) -> Self {
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        predecessor: Option<impl Future<Output = ()> + Send + 'static>,
+    ) -> Self {
         let mut tasks = vec![tokio::spawn(accept_takers(Arc::clone(&shared)))];
         tasks.extend(predecessor.map(tokio::spawn));
         Self { shared, tasks }
@@ -162,7 +169,9 @@ impl Server {
     /// # Errors
     /// [`Error::NoSuchListener`], and [`Error::Io`] if there is no descriptor left.
     pub fn socket(&self, name: &str, index: u32) -> Result<OwnedFd, Error> {
-        self.shared.with_listeners(|listeners| Ok(listeners.find(name, index)?.fd.as_fd().try_clone_to_owned()?))
+        self.shared.with_listeners(|listeners| {
+            Ok(listeners.find(name, index)?.fd.as_fd().try_clone_to_owned()?)
+        })
     }
 
     /// Returns what tells the listeners from others. Empty once another process has taken over for
@@ -286,8 +295,9 @@ impl Drop for Server {
 async fn accept_takers(shared: Arc<Shared>) {
     let mut takers = JoinSet::new();
     loop {
-        let status = shared
-            .wait(|status| status.phase == Phase::Serving && status.has_control || status.phase == Phase::Replaced);
+        let status = shared.wait(|status| {
+            status.phase == Phase::Serving && status.has_control || status.phase == Phase::Replaced
+        });
         if status.await.phase == Phase::Replaced {
             break;
         }

@@ -135,7 +135,10 @@ impl Control {
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let status = &*self.status.borrow();
-        f.debug_struct("Shared").field("path", &self.path).field("status", status).finish_non_exhaustive()
+        f.debug_struct("Shared")
+            .field("path", &self.path)
+            .field("status", status)
+            .finish_non_exhaustive()
     }
 }
 
@@ -160,9 +163,17 @@ impl Shared {
             replaced_at: None,
             must_leave: false,
         };
-        let state = State { listeners, control, lanes: AllLanes::new(generation), ..State::default() };
+        let state =
+            State { listeners, control, lanes: AllLanes::new(generation), ..State::default() };
         let status = watch::Sender::new(status);
-        Self { options, path, generation, state: Mutex::new(state), status, connections: Connections::default() }
+        Self {
+            options,
+            path,
+            generation,
+            state: Mutex::new(state),
+            status,
+            connections: Connections::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -317,7 +328,8 @@ impl Shared {
     pub(super) fn set_may_remove(&self, may_remove: bool) {
         let mut state = self.lock();
         let State { listeners, control, declined, .. } = &mut *state;
-        let entries = (0..).zip(&mut listeners.entries).filter(|(number, _)| !declined.contains(number));
+        let entries =
+            (0..).zip(&mut listeners.entries).filter(|(number, _)| !declined.contains(number));
         let guards = entries.filter_map(|(_, entry)| entry.guard.as_mut());
         let control = control.iter_mut().map(|control| &mut control.guard);
         guards.chain(control).for_each(|guard| guard.set_may_remove(may_remove));
@@ -388,7 +400,9 @@ impl Shared {
         if self.status.borrow().has_predecessor {
             self.command_predecessor(UpCommand::Release);
             let released = self.wait(|status| !status.has_predecessor);
-            tokio::time::timeout(self.options.answer_timeout, released).await.map_err(|_| Error::TimedOut)?;
+            tokio::time::timeout(self.options.answer_timeout, released)
+                .await
+                .map_err(|_| Error::TimedOut)?;
         }
         Ok(())
     }

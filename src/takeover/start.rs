@@ -88,7 +88,10 @@ fn is_absent(error: &Error) -> bool {
     match error {
         Error::Io(error) => matches!(
             error.kind(),
-            ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe
+            ErrorKind::NotFound
+                | ErrorKind::ConnectionRefused
+                | ErrorKind::ConnectionReset
+                | ErrorKind::BrokenPipe
         ),
         Error::GiverGone => true,
         _ => false,

@@ -55,14 +55,21 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerS
     let socket = connect(path.as_ref(), options).await?;
     let mut connection = Framed::new(socket, TakerCodec::default());
     let answer = async {
-        connection.send(FromTaker::Status).await.map_err(|refused| Error::Connection(refused.error))?;
+        connection
+            .send(FromTaker::Status)
+            .await
+            .map_err(|refused| Error::Connection(refused.error))?;
         match connection.next().await {
             Some(Ok(ToTaker::Status { pid, is_under_way, generations })) => {
                 let generation = |(pid, milliseconds)| Generation {
                     pid: Some(pid).filter(|&pid| pid > 0),
                     replaced_for: Duration::from_millis(milliseconds),
                 };
-                Ok(ServerStatus { pid, is_under_way, generations: generations.into_iter().map(generation).collect() })
+                Ok(ServerStatus {
+                    pid,
+                    is_under_way,
+                    generations: generations.into_iter().map(generation).collect(),
+                })
             }
             Some(Ok(_)) => Err(Error::Misbehaved),
             Some(Err(error)) if !error.is_peer_gone() => Err(Error::Connection(error)),

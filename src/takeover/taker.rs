@@ -173,7 +173,9 @@ impl Taker {
         }
         match self.state {
             // A READY that was not written in full never will be: this process closes its end.
-            State::Hello | State::Receiving { .. } | State::Readying => self.fail(Failure::TimedOut),
+            State::Hello | State::Receiving { .. } | State::Readying => {
+                self.fail(Failure::TimedOut)
+            }
             State::Cut => self.begin_locking(now),
             State::Locking { .. } | State::Relocking => {
                 self.deadline = None;
@@ -194,17 +196,26 @@ impl Taker {
                 self.state = State::Receiving { left: *listeners };
             }
             (State::Hello, ToTaker::Refused { reason }) => self.fail(Failure::Refused(*reason)),
-            (State::Receiving { left }, ToTaker::Listeners(listeners)) if *left as usize >= listeners.len() => {
+            (State::Receiving { left }, ToTaker::Listeners(listeners))
+                if *left as usize >= listeners.len() =>
+            {
                 *left -= listeners.len() as u32;
             }
-            (State::Receiving { .. }, ToTaker::State { .. } | ToTaker::Generations { .. } | ToTaker::Lanes { .. }) => {}
+            (
+                State::Receiving { .. },
+                ToTaker::State { .. } | ToTaker::Generations { .. } | ToTaker::Lanes { .. },
+            ) => {}
             (State::Receiving { left: 0 }, ToTaker::Complete) => {
                 self.state = State::Offered { giver_gone: false };
                 self.deadline = None;
                 self.steps.push_back(TakerStep::Offered);
             }
             (
-                State::Receiving { .. } | State::Offered { .. } | State::Readying | State::Cut | State::Locking { .. },
+                State::Receiving { .. }
+                | State::Offered { .. }
+                | State::Readying
+                | State::Cut
+                | State::Locking { .. },
                 ToTaker::Aborted { reason },
             ) => self.fail(Failure::Aborted(*reason)),
             (State::Unconfirmed, ToTaker::Locks { .. }) => {}
@@ -250,7 +261,9 @@ impl Taker {
                 self.deadline = None;
                 self.steps.push_back(TakerStep::TryLock);
             }
-            State::Confirmed | State::HandingBack { .. } | State::Releasing => self.on_giver_final(),
+            State::Confirmed | State::HandingBack { .. } | State::Releasing => {
+                self.on_giver_final()
+            }
             State::Locking { .. } | State::Relocking | State::Final | State::Ended => {}
         }
     }

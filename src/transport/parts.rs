@@ -52,9 +52,32 @@ impl<D, E, S> FramedParts<D, E, S> {
     }
 
     /// Replaces the codecs.
-    pub(crate) fn map_codecs<D2, E2>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> FramedParts<D2, E2, S> {
-        let Self { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders } = self;
+    pub(crate) fn map_codecs<D2, E2>(
+        self,
+        map: impl FnOnce(D, E) -> (D2, E2),
+    ) -> FramedParts<D2, E2, S> {
+        let Self {
+            socket,
+            decoder,
+            encoder,
+            received,
+            received_fds,
+            unsent,
+            receiving,
+            sending,
+            senders,
+        } = self;
         let (decoder, encoder) = map(decoder, encoder);
-        FramedParts { socket, decoder, encoder, received, received_fds, unsent, receiving, sending, senders }
+        FramedParts {
+            socket,
+            decoder,
+            encoder,
+            received,
+            received_fds,
+            unsent,
+            receiving,
+            sending,
+            senders,
+        }
     }
 }

@@ -93,7 +93,11 @@ impl ReceiveSide {
     ///
     /// # Errors
     /// The errors of recvmsg(2).
-    pub(crate) fn receive<D: Decoder>(&mut self, socket: BorrowedFd<'_>, decoder: &D) -> io::Result<Received> {
+    pub(crate) fn receive<D: Decoder>(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        decoder: &D,
+    ) -> io::Result<Received> {
         let most = self.inbound.make_room(decoder, spare::take).min(decoder.max_receive_bytes());
         // A receive of nothing would look like the end.
         sys::recvmsg(socket, &mut self.inbound.bytes, most.max(1), &mut self.inbound.fds)
@@ -194,7 +198,12 @@ struct RestTiming {
 }
 
 impl RestTiming {
-    fn rest(&mut self, unfinished: Unfinished, limit: Duration, now: impl FnOnce() -> Instant) -> Rest {
+    fn rest(
+        &mut self,
+        unfinished: Unfinished,
+        limit: Duration,
+        now: impl FnOnce() -> Instant,
+    ) -> Rest {
         let (unfinished, begins) = self.unfinished.update(unfinished);
         self.unfinished = unfinished;
         if unfinished.is_nothing() {
@@ -204,7 +213,9 @@ impl RestTiming {
         let now = now();
         // If nobody has polled for a while, the peer may have waited for this process. So a
         // deadline that is noticed late does not count.
-        if begins || self.deadline.is_some_and(|deadline| now.saturating_duration_since(deadline) > LATE) {
+        if begins
+            || self.deadline.is_some_and(|deadline| now.saturating_duration_since(deadline) > LATE)
+        {
             self.deadline = now.checked_add(limit);
         }
         match self.deadline {
@@ -227,13 +238,18 @@ mod tests {
     use crate::{codec::Codec, socket::Socket};
 
     #[tokio::test]
-    async fn a_decoder_that_takes_the_whole_queue_does_not_keep_later_descriptors_from_the_closer() {
+    async fn a_decoder_that_takes_the_whole_queue_does_not_keep_later_descriptors_from_the_closer()
+    {
         struct TakesTheQueue;
         impl Codec for TakesTheQueue {}
         impl Decoder for TakesTheQueue {
             type Item = ();
             type Error = Error;
-            fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<()>, Error> {
+            fn decode(
+                &mut self,
+                src: &mut BytesMut,
+                fds: &mut FdQueue,
+            ) -> Result<Option<()>, Error> {
                 *fds = FdQueue::new();
                 src.clear();
                 Ok(None)
@@ -241,7 +257,8 @@ mod tests {
         }
         let (a, b) = Socket::pair(SocketKind::Stream).unwrap();
         let (receiving, senders) = (Receiving::default(), Senders::default());
-        let mut side = ReceiveSide::new(b.endpoint(), BytesMut::new(), FdQueue::new(), receiving, senders);
+        let mut side =
+            ReceiveSide::new(b.endpoint(), BytesMut::new(), FdQueue::new(), receiving, senders);
         for _ in 0..2 {
             assert!(matches!(side.next(&mut TakesTheQueue), Ok(Step::Receive)));
             sys::sendmsg(a.as_fd(), &[IoSlice::new(b"x")], [a.as_fd()].into_iter()).unwrap();
@@ -269,11 +286,19 @@ mod tests {
         let mut timing = RestTiming::default();
         assert_eq!(timing.rest(nothing(), LIMIT, || unreachable!("nobody waits")), Rest::Unlimited);
         assert_eq!(timing.rest(part(), LIMIT, at(5)), Rest::Until(at(35)()));
-        assert_eq!(timing.rest(part(), LIMIT, at(34)), Rest::Until(at(35)()), "more of it gives no more time");
+        assert_eq!(
+            timing.rest(part(), LIMIT, at(34)),
+            Rest::Until(at(35)()),
+            "more of it gives no more time"
+        );
         assert_eq!(timing.rest(part(), LIMIT, at(35)), Rest::Over);
 
         assert_eq!(timing.rest(nothing(), LIMIT, at(35)), Rest::Unlimited);
-        assert_eq!(timing.rest(part(), LIMIT, at(36)), Rest::Until(at(66)()), "the next message has a time of its own");
+        assert_eq!(
+            timing.rest(part(), LIMIT, at(36)),
+            Rest::Until(at(66)()),
+            "the next message has a time of its own"
+        );
     }
 
     #[test]

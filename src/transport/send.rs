@@ -61,7 +61,12 @@ impl Clone for Sending {
 
 impl SendSide {
     /// Returns a direction that has `unsent` to send. An open message in it is finished.
-    pub(crate) fn new(socket: Endpoint<'_>, mut unsent: SendBuf, grouping: Grouping, state: Sending) -> Self {
+    pub(crate) fn new(
+        socket: Endpoint<'_>,
+        mut unsent: SendBuf,
+        grouping: Grouping,
+        state: Sending,
+    ) -> Self {
         let (largest, max_packet_bytes) = largest_call(socket);
         unsent.set_max_packet_bytes(max_packet_bytes);
         // The user may have appended several messages, which become one. None of them announces the
@@ -90,7 +95,11 @@ impl SendSide {
 
     /// Queues an item, however much waits.
     #[inline]
-    pub(crate) fn accept<E: Encoder<I>, I>(&mut self, encoder: &mut E, item: I) -> Result<(), SendError<I, E::Error>> {
+    pub(crate) fn accept<E: Encoder<I>, I>(
+        &mut self,
+        encoder: &mut E,
+        item: I,
+    ) -> Result<(), SendError<I, E::Error>> {
         if !self.state.is_open() {
             return Err(SendError::refused(item, self.refusal()));
         }
@@ -139,7 +148,12 @@ impl SendSide {
 
     /// Decides what to do after a send has failed.
     #[cold]
-    fn recover(&mut self, socket: Endpoint<'_>, failed: Plan, error: io::Error) -> io::Result<Attempt> {
+    fn recover(
+        &mut self,
+        socket: Endpoint<'_>,
+        failed: Plan,
+        error: io::Error,
+    ) -> io::Result<Attempt> {
         match SendFailure::of(&error) {
             SendFailure::Full => Ok(Attempt::Full),
             SendFailure::Scarce => Ok(Attempt::Scarce),
@@ -177,7 +191,11 @@ impl SendSide {
     ///
     /// # Errors
     /// The error of the flush, or of shutdown(2).
-    pub(crate) fn close(&mut self, socket: Endpoint<'_>, flushed: Result<(), Error>) -> Result<(), Error> {
+    pub(crate) fn close(
+        &mut self,
+        socket: Endpoint<'_>,
+        flushed: Result<(), Error>,
+    ) -> Result<(), Error> {
         if let Sending::Closed = self.state {
             return Ok(());
         }
@@ -246,19 +264,25 @@ mod tests {
     async fn a_packet_that_there_is_no_memory_for_is_sent_in_smaller_ones_or_later() {
         for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
             let (a, b) = Socket::pair(kind).unwrap();
-            let mut side = SendSide::new(a.endpoint(), SendBuf::new(), Grouping::Free, Sending::default());
+            let mut side =
+                SendSide::new(a.endpoint(), SendBuf::new(), Grouping::Free, Sending::default());
             side.accept(&mut FrameCodec::default(), Frame::new(vec![7; 60_000])).unwrap();
             let mut sizes = Vec::new();
             loop {
                 let plan = side.buf.plan(side.carrier);
                 sizes.push(plan.bytes);
-                match side.recover(a.endpoint(), plan, io::Error::from_raw_os_error(libc::ENOBUFS)).unwrap() {
+                match side
+                    .recover(a.endpoint(), plan, io::Error::from_raw_os_error(libc::ENOBUFS))
+                    .unwrap()
+                {
                     Attempt::Again => {}
                     attempt => break assert_eq!(attempt, Attempt::Scarce),
                 }
             }
             match kind {
-                SocketKind::SeqPacket => assert_eq!((sizes[0], sizes.last()), (60_008, Some(&2048))),
+                SocketKind::SeqPacket => {
+                    assert_eq!((sizes[0], sizes.last()), (60_008, Some(&2048)))
+                }
                 SocketKind::Stream => assert_eq!(sizes, [60_008], "it has no packets"),
             }
             while !side.buf.is_empty() {

@@ -43,7 +43,9 @@ impl Senders {
         let was_unknown = self.first_is_unknown && decoded == self.decoded;
         let before = self.of_message(decoded).cloned();
         let is_same = match (&self.last, &credentials) {
-            (Some(last), Some(now)) if is_rest && !is_same_process(last, now) => return Err(Error::MixedSenders),
+            (Some(last), Some(now)) if is_rest && !is_same_process(last, now) => {
+                return Err(Error::MixedSenders);
+            }
             (last, now) => last.is_some() == now.is_some(),
         };
         self.before = before;

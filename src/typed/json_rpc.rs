@@ -115,11 +115,19 @@ impl<M: DeserializeOwned, F> Decoder<F> for JsonRpc<M> {
     type Item = (M, Fds<F>);
     type Error = TypedError;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, TypedError> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Self::Item>, TypedError> {
         let Some(end) = self.object(src)? else {
             // Descriptors come with bytes of their message, or with the spaces behind it.
             let count = if src.is_empty() { fds.len() } else { 0 };
-            return if count == 0 { Ok(None) } else { Err(Error::UnclaimedFds { fds: count }.into()) };
+            return if count == 0 {
+                Ok(None)
+            } else {
+                Err(Error::UnclaimedFds { fds: count }.into())
+            };
         };
         // An object that waits for descriptors was parsed before.
         let count = match self.search.count {
@@ -127,7 +135,9 @@ impl<M: DeserializeOwned, F> Decoder<F> for JsonRpc<M> {
             None => serde_json::from_slice::<Count>(&src[..end]).map_err(TypedError::format)?.fds,
         };
         if count > self.limits.max_fds_per_frame {
-            return Err(Error::TooManyFds { fds: count, limit: self.limits.max_fds_per_frame }.into());
+            return Err(
+                Error::TooManyFds { fds: count, limit: self.limits.max_fds_per_frame }.into()
+            );
         }
         // The sender may still send spaces, with further descriptors. Those that came have done
         // their work.
@@ -146,12 +156,18 @@ impl<M: DeserializeOwned, F> Decoder<F> for JsonRpc<M> {
 
     /// # Errors
     /// [`Error::MissingFds`] if the stream ends before the descriptors of a message have come.
-    fn decode_eof(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, TypedError> {
+    fn decode_eof(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Self::Item>, TypedError> {
         match self.decode(src, fds)? {
             Some(item) => Ok(Some(item)),
-            None if let Some(count) = self.search.count => {
-                Err(fds.claim(count).err().unwrap_or(Error::UnexpectedEnd { bytes: src.len() }).into())
-            }
+            None if let Some(count) = self.search.count => Err(fds
+                .claim(count)
+                .err()
+                .unwrap_or(Error::UnexpectedEnd { bytes: src.len() })
+                .into()),
             None if !src.is_empty() => Err(Error::UnexpectedEnd { bytes: src.len() }.into()),
             None => Ok(None),
         }

@@ -30,8 +30,7 @@ enum Tried {
     },
 }
 
-const MOUNT: &str =
-    r#"{"method":"org.example.Mount","parameters":{"name":"a\u0000b","fileDescriptor":1,"mountFds":[0,2]}}"#;
+const MOUNT: &str = r#"{"method":"org.example.Mount","parameters":{"name":"a\u0000b","fileDescriptor":1,"mountFds":[0,2]}}"#;
 
 /// Everything that a codec makes of what arrives.
 fn all<C, M>(codec: &mut C, arrived: &mut Arrived) -> Result<Vec<M>, TypedError>
@@ -55,7 +54,10 @@ fn varlink(text: &str, numbers: &[u32]) -> Result<Vec<String>, TypedError> {
 
 #[test]
 fn a_varlink_message_has_the_descriptors_that_it_names() {
-    let both = varlink(&format!("{MOUNT}~{{\"method\":\"org.example.Ping\"}}~{MOUNT}~"), &[5, 6, 7, 8, 9, 10]);
+    let both = varlink(
+        &format!("{MOUNT}~{{\"method\":\"org.example.Ping\"}}~{MOUNT}~"),
+        &[5, 6, 7, 8, 9, 10],
+    );
     assert_eq!(
         both.unwrap(),
         [
@@ -69,18 +71,29 @@ fn a_varlink_message_has_the_descriptors_that_it_names() {
 #[test]
 fn each_fault_of_a_varlink_message_has_its_error() {
     let fault = |text: &str, numbers: &[u32]| varlink(text, numbers).unwrap_err();
-    let mount = |fds: &str| format!("{{\"method\":\"org.example.Mount\",\"parameters\":{{\"name\":\"\",{fds}}}}}~");
+    let mount = |fds: &str| {
+        format!("{{\"method\":\"org.example.Mount\",\"parameters\":{{\"name\":\"\",{fds}}}}}~")
+    };
     let one = |index: u32| mount(&format!("\"fileDescriptor\":{index},\"mountFds\":[]"));
     assert!(matches!(fault(&one(0), &[]), TypedError::Fd(FdError::Missing { index: 0, count: 0 })));
-    assert!(matches!(fault(&one(3), &[5, 6]), TypedError::Fd(FdError::Missing { index: 3, count: 2 })));
+    assert!(matches!(
+        fault(&one(3), &[5, 6]),
+        TypedError::Fd(FdError::Missing { index: 3, count: 2 })
+    ));
     assert!(matches!(fault(&one(1), &[5, 6]), TypedError::Fd(FdError::Unclaimed { count: 1 })));
-    assert!(matches!(fault(&one(0), &[5, 6]), TypedError::Connection(Error::UnclaimedFds { fds: 1 })));
+    assert!(matches!(
+        fault(&one(0), &[5, 6]),
+        TypedError::Connection(Error::UnclaimedFds { fds: 1 })
+    ));
     assert!(matches!(fault(&one(0), &[900]), TypedError::Fd(FdError::Mismatch { index: 0, .. })));
     let doubled = mount("\"fileDescriptor\":0,\"mountFds\":[0]");
     assert!(matches!(fault(&doubled, &[5]), TypedError::Fd(FdError::Doubled { index: 0 })));
     assert!(matches!(fault("{\"method\":\"no\"}~", &[5]), TypedError::Format(_)));
     assert!(matches!(fault("{}{}~", &[]), TypedError::Format(_)));
-    assert!(matches!(fault("{\"method\":", &[]), TypedError::Connection(Error::UnexpectedEnd { bytes: 10 })));
+    assert!(matches!(
+        fault("{\"method\":", &[]),
+        TypedError::Connection(Error::UnexpectedEnd { bytes: 10 })
+    ));
 }
 
 #[test]
@@ -96,14 +109,18 @@ fn a_variant_that_does_not_fit_gives_its_descriptors_to_the_next() {
 #[test]
 fn a_message_without_an_end_is_refused_at_the_limit() {
     let limits = Limits::default().max_payload_bytes(10);
-    let text = |length: usize| Arrived::new(&[b"{\"a\":\"", &vec![b'x'; length - 6][..]].concat(), []);
+    let text =
+        |length: usize| Arrived::new(&[b"{\"a\":\"", &vec![b'x'; length - 6][..]].concat(), []);
     for (length, is_refused) in [(10, false), (11, true)] {
         let (mut varlink, mut rpc) = (text(length), text(length));
-        let varlink = Varlink::<Value>::new(limits).decode(&mut varlink.src, &mut varlink.fds).map(drop);
+        let varlink =
+            Varlink::<Value>::new(limits).decode(&mut varlink.src, &mut varlink.fds).map(drop);
         let rpc = JsonRpc::<Value>::new(limits).decode(&mut rpc.src, &mut rpc.fds).map(drop);
         for outcome in [varlink, rpc] {
-            let is_too_long =
-                matches!(outcome, Err(TypedError::Connection(Error::FrameTooLong { bytes: 11, limit: 10 })));
+            let is_too_long = matches!(
+                outcome,
+                Err(TypedError::Connection(Error::FrameTooLong { bytes: 11, limit: 10 }))
+            );
             assert_eq!(is_too_long, is_refused);
         }
     }
@@ -147,9 +164,17 @@ fn each_fault_of_a_json_rpc_message_has_its_error() {
     assert!(matches!(fault("{x}", &[]), TypedError::Format(_)));
     assert!(matches!(fault("{\"fds\":-1}", &[]), TypedError::Format(_)));
     assert!(matches!(fault("{\"fds\":1,\"fds\":0}", &[]), TypedError::Format(_)));
-    assert!(matches!(fault("{\"a\"", &[]), TypedError::Connection(Error::UnexpectedEnd { bytes: 4 })));
-    let missing = |error| matches!(error, TypedError::Connection(Error::MissingFds { expected: 2, received: 1 }));
-    assert!(missing(fault("{\"fds\":2}  ", &[5])), "the connection ends before the descriptors come");
+    assert!(matches!(
+        fault("{\"a\"", &[]),
+        TypedError::Connection(Error::UnexpectedEnd { bytes: 4 })
+    ));
+    let missing = |error| {
+        matches!(error, TypedError::Connection(Error::MissingFds { expected: 2, received: 1 }))
+    };
+    assert!(
+        missing(fault("{\"fds\":2}  ", &[5])),
+        "the connection ends before the descriptors come"
+    );
     assert!(missing(fault("{\"fds\":2} {", &[5])), "the next message begins before they come");
     assert!(matches!(fault("{}", &[5]), TypedError::Connection(Error::UnclaimedFds { fds: 1 })));
     let many = TypedError::from(Error::TooManyFds { fds: 1000, limit: 253 }).to_string();
@@ -180,7 +205,10 @@ fn more_descriptors_than_one_call_takes_go_with_spaces() {
     run.encode(&mut JsonRpc::new(limits), message).unwrap();
     run.encode(&mut JsonRpc::new(limits), (json!({}), Fds::<u32>::default())).unwrap();
     let calls: Vec<_> = run.map(|call| (call.bytes, call.fds.len())).collect();
-    assert_eq!(calls, [(r#"{"id":1,"fds":600}"#.into(), 253), (" ".into(), 253), (" {}".into(), 94)],);
+    assert_eq!(
+        calls,
+        [(r#"{"id":1,"fds":600}"#.into(), 253), (" ".into(), 253), (" {}".into(), 94)],
+    );
 }
 
 /// Messages that come in pieces, the descriptors of each with the piece that has its first byte.

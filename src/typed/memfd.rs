@@ -40,7 +40,10 @@ impl SealedMemfd {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let mut file = File::from(memfd_create("fdwire", flags)?);
         file.write_all(content)?;
-        let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        let seals = SealFlag::F_SEAL_WRITE
+            | SealFlag::F_SEAL_SHRINK
+            | SealFlag::F_SEAL_GROW
+            | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
         Ok(Self(file.into()))
     }
@@ -119,7 +122,10 @@ mod tests {
     fn memory_that_is_not_sealed_is_not_mapped() {
         let unsealed = memfd_create("unsealed", MFdFlags::MFD_ALLOW_SEALING).unwrap();
         File::from(unsealed.try_clone().unwrap()).write_all(b"content").unwrap();
-        assert_eq!(SealedMemfd::from(unsealed).map().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(
+            SealedMemfd::from(unsealed).map().unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
         let file = File::open("/proc/self/exe").unwrap();
         assert_eq!(SealedMemfd(file.into()).map().unwrap_err().kind(), io::ErrorKind::InvalidData);
     }

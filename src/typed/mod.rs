@@ -42,12 +42,12 @@
 //! message are closed away from the runtime. Kinds are checked before the message is yielded: see
 //! [`Passable`] to be stricter than the types of std are.
 //!
-//! Two types of messages are not for a peer that you do not trust, because `postcard` does not limit
-//! what they take:
+//! Two types of messages are not for a peer that you do not trust, because `postcard` does not
+//! limit what they take:
 //!
-//! - A type that contains itself, such as a tree. The peer decides how deep a value is, with a level
-//!   for each byte of the [limit](crate::Limits#structfield.max_payload_bytes), and a deep one
-//!   overflows the stack. (JSON has a limit of 128 levels.)
+//! - A type that contains itself, such as a tree. The peer decides how deep a value is, with a
+//!   level for each byte of the [limit](crate::Limits#structfield.max_payload_bytes), and a deep
+//!   one overflows the stack. (JSON has a limit of 128 levels.)
 //! - A list of values that have no bytes, such as `Vec<()>`. The peer decides how long it takes.
 //!
 //! # Formats
@@ -243,10 +243,15 @@ impl<M: DeserializeOwned, F: 'static> Decoder<F> for Typed<M> {
     type Item = M;
     type Error = TypedError;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<M>, TypedError> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<M>, TypedError> {
         let Some(frame) = self.frames.decode(src, fds)? else { return Ok(None) };
         // The header's count is the truth: each of these descriptors has to have its field.
-        let (message, slots) = scope::decode(Slots::counted(frame.fds), || from_postcard(&frame.payload));
+        let (message, slots) =
+            scope::decode(Slots::counted(frame.fds), || from_postcard(&frame.payload));
         slots.give_back(fds);
         message.map(Some)
     }
@@ -268,7 +273,9 @@ where
     fn encode(&mut self, message: M, dst: &mut SendBuf<G>) -> Result<(), SendError<M, TypedError>> {
         let (payload, fds) = encode_within(self.limits(), message, to_postcard)?;
         let frame = Frame::<G> { payload: payload.into(), fds };
-        self.frames.encode(frame, dst).map_err(|refused| SendError::from(TypedError::from(refused.error)))
+        self.frames
+            .encode(frame, dst)
+            .map_err(|refused| SendError::from(TypedError::from(refused.error)))
     }
 }
 

@@ -160,7 +160,8 @@ impl<T: Passable> Serialize for Passed<T> {
 impl<'de, T: Passable> Deserialize<'de> for Passed<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let index = u32::deserialize(deserializer)?;
-        let check = |fd: &T::Fd| T::check(fd).map_err(|mismatch| FdError::Mismatch { index, mismatch });
+        let check =
+            |fd: &T::Fd| T::check(fd).map_err(|mismatch| FdError::Mismatch { index, mismatch });
         let fd = scope::claim(index, check).map_err(de::Error::custom)?;
         Ok(Self { fd, passed: PhantomData })
     }

@@ -81,7 +81,11 @@ impl<F> Slots<F> {
             self.claimable.push(Arc::new(next.ok_or(FdError::Missing { index, count })?));
         }
         let slot = &self.claimable[index as usize];
-        if Arc::strong_count(slot) > 1 { Err(FdError::Doubled { index }) } else { Ok(Arc::clone(slot)) }
+        if Arc::strong_count(slot) > 1 {
+            Err(FdError::Doubled { index })
+        } else {
+            Ok(Arc::clone(slot))
+        }
     }
 
     /// # Errors

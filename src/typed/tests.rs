@@ -99,7 +99,8 @@ fn encoded<M: Serialize>(message: M) -> (Vec<u8>, Vec<u32>) {
 /// The error of a payload with these descriptors, after which all of them are closed.
 fn refused<M: DeserializeOwned>(payload: &[u8], numbers: &[u32]) -> TypedError {
     let mut arrived = Arrived::frame(payload, numbers);
-    let error = arrived.decode(&mut Typed::<M>::default()).err().expect("a message that is refused");
+    let error =
+        arrived.decode(&mut Typed::<M>::default()).err().expect("a message that is refused");
     assert_eq!(arrived.end(), numbers);
     error
 }
@@ -125,7 +126,9 @@ fn build(shape: &[u8], depth: u32, next: &mut u32) -> Message {
     match shape {
         [] => Message::Text(String::new()),
         [first, rest @ ..] if first % 4 == 0 || depth == 0 => Message::Text(format!("{rest:?}")),
-        [first, rest @ ..] if first % 4 == 1 => Message::One { name: format!("{}", rest.len()), fd: number(next) },
+        [first, rest @ ..] if first % 4 == 1 => {
+            Message::One { name: format!("{}", rest.len()), fd: number(next) }
+        }
         [first, rest @ ..] if first % 4 == 2 => {
             let one = |byte: &u8| (*byte, byte.is_multiple_of(2).then(|| number(next)));
             Message::Many(rest.iter().map(one).collect())
@@ -185,7 +188,10 @@ fn each_fault_of_the_descriptors_has_its_error_and_leaks_nothing() {
     };
     assert_eq!(fault(&[0, 2], &[5, 6]), FdError::Missing { index: 2, count: 2 });
     assert_eq!(fault(&[0, 1], &[5]), FdError::Missing { index: 1, count: 1 });
-    assert_eq!(fault(&[0xFF, 0xFF, 0xFF, 0xFF, 0x0F, 0], &[5]), FdError::Missing { index: u32::MAX, count: 1 });
+    assert_eq!(
+        fault(&[0xFF, 0xFF, 0xFF, 0xFF, 0x0F, 0], &[5]),
+        FdError::Missing { index: u32::MAX, count: 1 }
+    );
     assert_eq!(fault(&[0, 0], &[5, 6]), FdError::Doubled { index: 0 });
     assert_eq!(fault(&[0, 2], &[5, 6, 7]), FdError::Unclaimed { count: 1 });
     assert!(matches!(fault(&[0, 1], &[5, WRONG]), FdError::Mismatch { index: 1, .. }));
@@ -203,7 +209,10 @@ fn each_fault_of_the_bytes_has_its_error_and_leaks_nothing() {
     assert!(matches!(refused::<Pair>(&[], &[]), TypedError::Format(_)));
     let mut missing = Arrived::new(&framed(&[0, 1], 2), [5]);
     let error = missing.decode(&mut Typed::<Pair>::default()).unwrap_err();
-    assert!(matches!(error, TypedError::Connection(Error::MissingFds { expected: 2, received: 1 })));
+    assert!(matches!(
+        error,
+        TypedError::Connection(Error::MissingFds { expected: 2, received: 1 })
+    ));
     assert_eq!(missing.end(), [5]);
 }
 
@@ -292,7 +301,8 @@ struct Elsewhere<T>(T);
 
 impl<T: Serialize> Serialize for Elsewhere<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let (bytes, fds) = scope::encode::<u32, _>(|| to_postcard(&Passed::from(99))).map_err(S::Error::custom)?;
+        let (bytes, fds) =
+            scope::encode::<u32, _>(|| to_postcard(&Passed::from(99))).map_err(S::Error::custom)?;
         assert_eq!((&bytes[..], fds.len()), (&[0][..], 1));
         self.0.serialize(serializer)
     }
@@ -300,7 +310,8 @@ impl<T: Serialize> Serialize for Elsewhere<T> {
 
 #[test]
 fn a_codec_that_is_used_within_another_ones_call_has_its_own_descriptors() {
-    let (payload, numbers) = encoded((Passed::from(5), Elsewhere(Passed::from(6)), Passed::from(7)));
+    let (payload, numbers) =
+        encoded((Passed::from(5), Elsewhere(Passed::from(6)), Passed::from(7)));
     assert_eq!((&payload[..], &numbers[..]), (&[0, 1, 2][..], &[5, 6, 7][..]));
 }
 
@@ -309,7 +320,11 @@ struct Fails(bool);
 
 impl Serialize for Fails {
     fn serialize<S: Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
-        if self.0 { panic!("as the test wants") } else { Err(S::Error::custom("as the test wants")) }
+        if self.0 {
+            panic!("as the test wants")
+        } else {
+            Err(S::Error::custom("as the test wants"))
+        }
     }
 }
 
@@ -330,7 +345,9 @@ fn a_message_that_cannot_be_encoded_comes_back_with_its_descriptors() {
 #[test]
 fn a_panic_leaves_nothing_behind_for_the_next_message() {
     let message = (Passed::from(5), Fails(true));
-    let attempt = std::panic::AssertUnwindSafe(|| scope::encode::<u32, _>(|| to_postcard(&message)).map(drop));
+    let attempt = std::panic::AssertUnwindSafe(|| {
+        scope::encode::<u32, _>(|| to_postcard(&message)).map(drop)
+    });
     assert!(std::panic::catch_unwind(attempt).is_err());
     assert!(postcard::to_allocvec(&Passed::from(6)).is_err(), "no codec is at work");
     assert_eq!(message.0.into_inner(), 5);
@@ -350,7 +367,9 @@ impl<'de> Deserialize<'de> for PanicsBehind {
 #[test]
 fn a_panic_of_a_receiver_closes_the_descriptors() {
     let mut arrived = Arrived::frame(&[0], &[5]);
-    let attempt = std::panic::AssertUnwindSafe(|| arrived.decode(&mut Typed::<PanicsBehind>::default()).map(drop));
+    let attempt = std::panic::AssertUnwindSafe(|| {
+        arrived.decode(&mut Typed::<PanicsBehind>::default()).map(drop)
+    });
     assert!(std::panic::catch_unwind(attempt).is_err());
     assert!(postcard::from_bytes::<Passed<u32>>(&[0]).is_err(), "no codec is at work");
     assert_eq!(arrived.end(), [5]);
@@ -378,7 +397,8 @@ fn a_message_over_the_limits_comes_back() {
         assert!(matches!(
             refused.error,
             TypedError::Connection(
-                Error::FrameTooLong { bytes: 23, limit: 10 } | Error::TooManyFds { fds: 2, limit: 1 }
+                Error::FrameTooLong { bytes: 23, limit: 10 }
+                    | Error::TooManyFds { fds: 2, limit: 1 }
             )
         ));
         assert_eq!(refused.item.unwrap().1.len(), fds);

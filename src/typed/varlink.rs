@@ -104,9 +104,14 @@ impl<M: DeserializeOwned, F: 'static> Decoder<F> for Varlink<M> {
     type Item = M;
     type Error = TypedError;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<M>, TypedError> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<M>, TypedError> {
         // Each byte is looked at once, however slowly they come.
-        let end = src[self.searched..].iter().position(|&byte| byte == 0).map(|end| self.searched + end);
+        let end =
+            src[self.searched..].iter().position(|&byte| byte == 0).map(|end| self.searched + end);
         let (bytes, limit) = (end.unwrap_or(src.len()), self.limits.max_payload_bytes);
         if bytes > limit {
             return Err(Error::FrameTooLong { bytes, limit }.into());

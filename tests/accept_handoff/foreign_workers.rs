@@ -8,11 +8,15 @@ const PYTHON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/foreign_work
 /// Takes sockets of kind STREAM only.
 const NODE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/foreign_workers/worker.mjs");
 
-/// The arguments for a kind of socket, with two of each of the workers that are to be had and speak over it.
+/// The arguments for a kind of socket, with two of each of the workers that are to be had and speak
+/// over it.
 fn with_foreign_workers<'a>(kind: &'a str, first: &[&'a str]) -> Vec<&'a str> {
     let python = installed("python3").map(|_| PYTHON);
     let node = installed("node").filter(|_| kind == "stream").map(|_| NODE);
-    let also = [python, node].into_iter().flatten().flat_map(|program| ["--also", program, "--also", program]);
+    let also = [python, node]
+        .into_iter()
+        .flatten()
+        .flat_map(|program| ["--also", program, "--also", program]);
     first.iter().copied().chain(["--socket", kind]).chain(also).collect()
 }
 
@@ -31,9 +35,16 @@ async fn workers_in_other_languages_serve_and_drain_beside_ours() {
 #[tokio::test]
 async fn nothing_is_lost_while_workers_in_other_languages_are_killed() {
     for kind in KINDS {
-        let arguments = with_foreign_workers(kind, &["--demo", "3000", "--workers", "1", "--kill-every", "100"]);
+        let arguments = with_foreign_workers(
+            kind,
+            &["--demo", "3000", "--workers", "1", "--kill-every", "100"],
+        );
         let (workers, summary) = demo(&arguments).await;
-        assert_eq!(summary["answered"] + summary["cut while being served"], 3000, "{kind}: {summary:?}");
+        assert_eq!(
+            summary["answered"] + summary["cut while being served"],
+            3000,
+            "{kind}: {summary:?}"
+        );
         assert!(summary["kills"] > 0 && summary["restarts"] > 0, "{kind}: {summary:?}");
         for none in ["failed", "lost before adoption", "given twice"] {
             assert_eq!(summary[none], 0, "{kind}: {none}");

@@ -1,4 +1,5 @@
-//! Runs the examples of the hand-off, `accept_handoff` and `axum_worker`, as their user would: real processes, real signals, HTTP over TCP.
+//! Runs the examples of the hand-off, `accept_handoff` and `axum_worker`, as their user would: real
+//! processes, real signals, HTTP over TCP.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -40,17 +41,29 @@ async fn demo_is_answered_by_every_worker() {
         assert_eq!(workers.len(), 3, "two workers and a row for all");
         let given = |row: &str| workers[row][1].parse::<u32>().unwrap();
         assert!(given("1") > 0 && given("2") > 0 && given("all") == 300, "{kind}: {workers:?}");
-        assert_eq!((summary["answered"], summary["cut while being served"], summary["kills"]), (300, 0, 0), "{kind}");
+        assert_eq!(
+            (summary["answered"], summary["cut while being served"], summary["kills"]),
+            (300, 0, 0),
+            "{kind}"
+        );
     }
 }
 
 #[tokio::test]
 async fn demo_loses_nothing_while_workers_are_killed() {
     for kind in KINDS {
-        let arguments = ["--demo", "3000", "--workers", "3", "--kill-every", "20", "--socket", kind];
+        let arguments =
+            ["--demo", "3000", "--workers", "3", "--kill-every", "20", "--socket", kind];
         let (_, summary) = demo(&arguments).await;
-        assert_eq!(summary["answered"] + summary["cut while being served"], 3000, "{kind}: {summary:?}");
-        assert!(summary["answered"] > 0 && summary["kills"] > 0 && summary["restarts"] > 0, "{kind}: {summary:?}");
+        assert_eq!(
+            summary["answered"] + summary["cut while being served"],
+            3000,
+            "{kind}: {summary:?}"
+        );
+        assert!(
+            summary["answered"] > 0 && summary["kills"] > 0 && summary["restarts"] > 0,
+            "{kind}: {summary:?}"
+        );
         for none in ["failed", "lost before adoption", "given twice"] {
             assert_eq!(summary[none], 0, "{kind}: {none}");
         }
@@ -66,7 +79,8 @@ async fn requests_reach_every_worker_and_connections_end() {
     }
 }
 
-/// Clients that connect again and again, so that most of them wait in the kernel's backlog at any time.
+/// Clients that connect again and again, so that most of them wait in the kernel's backlog at any
+/// time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_saturated_front_that_is_stopped_answers_those_that_wait() {
     const CLIENTS: usize = 64;
@@ -82,7 +96,8 @@ async fn a_saturated_front_that_is_stopped_answers_those_that_wait() {
                 }
             }
         };
-        let clients = Vec::from_iter((0..CLIENTS).map(|_| tokio::spawn(client(Arc::clone(&answers)))));
+        let clients =
+            Vec::from_iter((0..CLIENTS).map(|_| tokio::spawn(client(Arc::clone(&answers)))));
         until("all clients are busy", || answers.load(Ordering::Relaxed) > 10 * CLIENTS).await;
         front.stop(Signal::SIGTERM).await;
 
@@ -138,7 +153,10 @@ async fn is_last_answer(client: &mut BufReader<TcpStream>) -> bool {
     let (mut line, mut last) = (String::new(), false);
     while !line.starts_with("worker ") {
         line.clear();
-        assert!(soon("an answer", client.read_line(&mut line)).await.unwrap() > 0, "the connection was cut");
+        assert!(
+            soon("an answer", client.read_line(&mut line)).await.unwrap() > 0,
+            "the connection was cut"
+        );
         last |= line.eq_ignore_ascii_case("connection: close\r\n");
     }
     last
@@ -315,7 +333,9 @@ impl Front {
     /// Its children.
     fn workers(&self) -> HashSet<Pid> {
         let processes = std::fs::read_dir("/proc").unwrap();
-        let pids = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok().map(Pid::from_raw));
+        let pids = processes.filter_map(|entry| {
+            entry.unwrap().file_name().to_str()?.parse().ok().map(Pid::from_raw)
+        });
         pids.filter(|pid| stat(*pid).is_some_and(|(_, parent)| parent == self.pid())).collect()
     }
 
@@ -328,9 +348,12 @@ impl Front {
         workers
     }
 
-    /// The workers have the same standard output: its end says that no process is left to write to it.
+    /// The workers have the same standard output: its end says that no process is left to write to
+    /// it.
     async fn all_ended(&mut self) {
-        while let Some(_line) = soon("the end of all processes", self.stdout.next_line()).await.unwrap() {}
+        while let Some(_line) =
+            soon("the end of all processes", self.stdout.next_line()).await.unwrap()
+        {}
     }
 
     /// Signals the whole process group, and expects that the front has waited for every worker.
@@ -365,7 +388,8 @@ fn example() -> Command {
     command
 }
 
-/// What the demo prints: the cells of each worker's row by its first one, and the numbers of the summary.
+/// What the demo prints: the cells of each worker's row by its first one, and the numbers of the
+/// summary.
 async fn demo(arguments: &[&str]) -> (BTreeMap<String, Vec<String>>, BTreeMap<String, u64>) {
     let output = run(arguments).await;
     let stdout = String::from_utf8(output.stdout).unwrap();
@@ -390,7 +414,8 @@ fn only_line(output: &Output) -> String {
     stderr
 }
 
-/// A request on a connection of its own, read to the end of that connection. Returns the worker that answered.
+/// A request on a connection of its own, read to the end of that connection. Returns the worker
+/// that answered.
 async fn get(address: SocketAddr) -> io::Result<Pid> {
     let exchange = async {
         let mut stream = TcpStream::connect(address).await?;
@@ -409,7 +434,8 @@ async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what} should have come by now"))
 }
 
-/// State and parent of a process as proc(5) has them; `None` if there is none. They are what follows the command in parentheses.
+/// State and parent of a process as proc(5) has them; `None` if there is none. They are what
+/// follows the command in parentheses.
 fn stat(process: Pid) -> Option<(char, Pid)> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     let mut fields = stat.rsplit_once(") ")?.1.split(' ');

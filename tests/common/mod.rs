@@ -55,11 +55,13 @@ pub(crate) fn some_threads() -> Runtime {
 /// The same in this runtime.
 pub(crate) fn run_in<T>(runtime: Runtime, test: impl Future<Output = T>) -> T {
     raise_fd_limit();
-    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test hangs") })
+    runtime.block_on(async {
+        tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test hangs")
+    })
 }
 
-/// Runs a test on both kinds of socket and counts the process's descriptors around it. Only with others of its kind in one
-/// binary, which then run one at a time.
+/// Runs a test on both kinds of socket and counts the process's descriptors around it. Only with
+/// others of its kind in one binary, which then run one at a time.
 pub(crate) fn counted(test: impl AsyncFn(SocketKind)) {
     counted_in(one_thread, test);
 }
@@ -103,7 +105,8 @@ pub(crate) fn open_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Leaves a socket that nobody listens on. A child that another test is starting may have a copy of it for a moment.
+/// Leaves a socket that nobody listens on. A child that another test is starting may have a copy of
+/// it for a moment.
 pub(crate) fn leave_stale_socket(path: &Path) {
     drop(UnixListener::bind(path).unwrap());
     while UnixStream::connect(path).is_ok() {
@@ -127,7 +130,8 @@ pub(crate) fn with_raw_peer(kind: SocketKind) -> (Framed<FrameCodec>, OwnedFd) {
     (Framed::new(a, large()), b.into())
 }
 
-/// Waits until the kernel has closed the other end of a socket: connections are closed in the background.
+/// Waits until the kernel has closed the other end of a socket: connections are closed in the
+/// background.
 pub(crate) fn wait_for_close_of_peer(socket: &impl AsFd) {
     let mut poll = [PollFd::new(socket.as_fd(), PollFlags::empty())];
     while !poll[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)) {
@@ -167,12 +171,14 @@ pub(crate) fn raw_send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) {
     let control = [ControlMessage::ScmRights(&fds)];
     let control = if fds.is_empty() { &[][..] } else { &control[..] };
     let socket = socket.as_fd().as_raw_fd();
-    let sent = sendmsg::<UnixAddr>(socket, &[IoSlice::new(bytes)], control, MsgFlags::empty(), None).unwrap();
+    let sent =
+        sendmsg::<UnixAddr>(socket, &[IoSlice::new(bytes)], control, MsgFlags::empty(), None)
+            .unwrap();
     assert_eq!(sent, bytes.len());
 }
 
-/// Starts the test `name` of this binary again as a process of its own, with `socket` as standard input and
-/// `FDWIRE_ROLE` set.
+/// Starts the test `name` of this binary again as a process of its own, with `socket` as standard
+/// input and `FDWIRE_ROLE` set.
 pub(crate) fn spawn_role(name: &str, uid: Option<u32>, socket: OwnedFd) -> Child {
     // Not the path, which another uid may have no access to.
     let mut command = Command::new("/proc/self/exe");
@@ -188,12 +194,15 @@ pub(crate) fn spawn_role_by(mut command: Command, name: &str, socket: OwnedFd) -
     command.stdin(Stdio::from(socket)).stdout(Stdio::null()).spawn().unwrap()
 }
 
-/// In a process started by [`spawn_role`] for this test: standard input as a socket. `None` in the ordinary test run.
+/// In a process started by [`spawn_role`] for this test: standard input as a socket. `None` in the
+/// ordinary test run.
 pub(crate) fn role_socket(name: &str) -> Option<OwnedFd> {
-    (std::env::var("FDWIRE_ROLE").ok()? == name).then(|| std::io::stdin().as_fd().try_clone_to_owned().unwrap())
+    (std::env::var("FDWIRE_ROLE").ok()? == name)
+        .then(|| std::io::stdin().as_fd().try_clone_to_owned().unwrap())
 }
 
-/// The exit status of a process of a test that has done what it should. A process that finds no test by its name ends with 0.
+/// The exit status of a process of a test that has done what it should. A process that finds no
+/// test by its name ends with 0.
 pub(crate) const PASSED: i32 = 42;
 
 /// Runs what a process of a test has to do, and ends the process.
@@ -204,7 +213,8 @@ pub(crate) fn run_and_pass(role: impl Future<Output = ()>) {
 
 /// Returns what a program that this process starts finds under its numbers, as `ls` prints it.
 pub(crate) fn descriptors_of_a_child() -> String {
-    let output = Command::new("ls").args(["-l", "/proc/self/fd"]).stdin(Stdio::inherit()).output().unwrap();
+    let output =
+        Command::new("ls").args(["-l", "/proc/self/fd"]).stdin(Stdio::inherit()).output().unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -218,12 +228,16 @@ pub(crate) fn other_uid() -> Option<u32> {
     root.then(|| 1_000_000 + std::process::id())
 }
 
-/// Where a program is. `None`, with the reason printed, where it is not installed; a failure with `FDWIRE_REQUIRE_FOREIGN`.
+/// Where a program is. `None`, with the reason printed, where it is not installed; a failure with
+/// `FDWIRE_REQUIRE_FOREIGN`.
 pub(crate) fn installed(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut directories: Vec<_> = std::env::split_paths(&path).collect();
     directories.push("/usr/sbin".into());
-    let found = directories.into_iter().map(|directory| directory.join(program)).find(|path| path.is_file());
+    let found = directories
+        .into_iter()
+        .map(|directory| directory.join(program))
+        .find(|path| path.is_file());
     if found.is_none() {
         skipped(&format!("{program} is not installed"));
     }
@@ -231,12 +245,15 @@ pub(crate) fn installed(program: &str) -> Option<PathBuf> {
 }
 
 pub(crate) fn skipped(reason: &str) {
-    assert!(std::env::var_os("FDWIRE_REQUIRE_FOREIGN").is_none(), "{reason}, and FDWIRE_REQUIRE_FOREIGN is set");
+    assert!(
+        std::env::var_os("FDWIRE_REQUIRE_FOREIGN").is_none(),
+        "{reason}, and FDWIRE_REQUIRE_FOREIGN is set"
+    );
     eprintln!("skipped: {reason}");
 }
 
-/// The example of this name. `cargo test` builds all of them; a run of a single test binary does not, and would find an
-/// old one.
+/// The example of this name. `cargo test` builds all of them; a run of a single test binary does
+/// not, and would find an old one.
 pub(crate) fn example(name: &str) -> Command {
     let profile = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
     static UP_TO_DATE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
@@ -245,8 +262,11 @@ pub(crate) fn example(name: &str) -> Command {
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--example", name]);
         // What `cargo test` has built with these features is not built again.
-        let features =
-            [("axum", cfg!(feature = "axum")), ("serde", cfg!(feature = "serde")), ("json", cfg!(feature = "json"))];
+        let features = [
+            ("axum", cfg!(feature = "axum")),
+            ("serde", cfg!(feature = "serde")),
+            ("json", cfg!(feature = "json")),
+        ];
         for (feature, _) in features.into_iter().filter(|(_, is_on)| *is_on) {
             build.args(["--features", feature]);
         }
@@ -255,7 +275,8 @@ pub(crate) fn example(name: &str) -> Command {
         }
         // cargo has set them for this test. A build script that reads them, as that of ring does,
         // would run again, and everything that depends on it would be built again.
-        let is_of_package = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+        let is_of_package =
+            |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
         for (name, _) in std::env::vars().filter(|(name, _)| is_of_package(name)) {
             build.env_remove(name);
         }
@@ -278,7 +299,8 @@ pub(crate) fn demo(name: &str, arguments: &[&str]) -> BTreeMap<String, f64> {
 
 /// Both ends can talk, descriptors included.
 pub(crate) async fn check_connected(a: Socket, b: Socket) {
-    let (mut a, mut b) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
+    let (mut a, mut b) =
+        (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
     a.send(Frame::new("hello").with_fd(marked(1))).await.unwrap();
     let frame = b.try_next().await.unwrap().unwrap();
     assert_eq!((&frame.payload[..], frame.fds.len()), (&b"hello"[..], 1));

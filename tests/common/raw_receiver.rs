@@ -1,6 +1,9 @@
-//! Receives frames with plain `recvmsg`, as a peer in another language does, and checks the rules that every sender has to keep.
+//! Receives frames with plain `recvmsg`, as a peer in another language does, and checks the rules
+//! that every sender has to keep.
 
-use std::{collections::VecDeque, io::IoSliceMut, mem::MaybeUninit, os::fd::OwnedFd, time::Duration};
+use std::{
+    collections::VecDeque, io::IoSliceMut, mem::MaybeUninit, os::fd::OwnedFd, time::Duration,
+};
 
 use fdwire::SocketKind;
 use rustix::{
@@ -28,8 +31,14 @@ impl RawReceiver {
     /// The payload and the descriptors of the next frame. `None` at the end.
     pub(crate) async fn frame(&mut self) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
         loop {
-            if let Some((fds, frame_bytes)) = self.header().filter(|(_, bytes)| *bytes <= self.bytes.len()) {
-                assert!(fds <= self.fds.len(), "a whole frame has come, and {} of {fds} descriptors", self.fds.len());
+            if let Some((fds, frame_bytes)) =
+                self.header().filter(|(_, bytes)| *bytes <= self.bytes.len())
+            {
+                assert!(
+                    fds <= self.fds.len(),
+                    "a whole frame has come, and {} of {fds} descriptors",
+                    self.fds.len()
+                );
                 let frame = Vec::from_iter(self.bytes.drain(..frame_bytes));
                 return Some((frame[8..].to_vec(), self.fds.drain(..fds).collect()));
             }
@@ -62,7 +71,10 @@ impl RawReceiver {
                 received => break received.unwrap(),
             }
         };
-        assert!(!received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC), "there was too little room");
+        assert!(
+            !received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC),
+            "there was too little room"
+        );
         let rights = |message| match message {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
             _ => None,
@@ -70,7 +82,10 @@ impl RawReceiver {
         self.fds.extend(control.drain().filter_map(rights).flatten());
         if self.kind == SocketKind::SeqPacket {
             let (bytes, is_rest) = (received.bytes, received.bytes <= missing);
-            assert!(bytes <= MOST_BYTES || is_rest, "a packet of {bytes} bytes; {missing} are missing of a frame");
+            assert!(
+                bytes <= MOST_BYTES || is_rest,
+                "a packet of {bytes} bytes; {missing} are missing of a frame"
+            );
         }
         self.bytes.extend_from_slice(&room[..received.bytes]);
         self.check_ahead();

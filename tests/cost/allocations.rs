@@ -92,9 +92,13 @@ fn per_frame(load: &Load, batch: usize, outgoing: Start, what: &str) -> [(f64, f
             }
             let after = COUNT.get();
             let frames = (BATCHES * batch) as f64;
-            let (calls, bytes) =
-                ((after.calls - before.calls) as f64 / frames, (after.bytes - before.bytes) as f64 / frames);
-            println!("{what}, {kind:?}: {calls:.4} allocations of {bytes:.0} bytes in all per frame");
+            let (calls, bytes) = (
+                (after.calls - before.calls) as f64 / frames,
+                (after.bytes - before.bytes) as f64 / frames,
+            );
+            println!(
+                "{what}, {kind:?}: {calls:.4} allocations of {bytes:.0} bytes in all per frame"
+            );
             (calls, bytes)
         })
     })
@@ -103,7 +107,9 @@ fn per_frame(load: &Load, batch: usize, outgoing: Start, what: &str) -> [(f64, f
 #[test]
 fn small_frames_take_less_than_a_tenth_of_an_allocation() {
     for (outgoing, how) in [(half as Start, "half"), (sender, "Sender")] {
-        for (load, what) in [(Load::plain(64), "64 B"), (Load::with_fd(64), "64 B with a descriptor")] {
+        for (load, what) in
+            [(Load::plain(64), "64 B"), (Load::with_fd(64), "64 B with a descriptor")]
+        {
             for (calls, _) in per_frame(&load, BATCH, outgoing, &format!("{what}, {how}")) {
                 assert!(calls < 0.1, "{calls} allocations per frame of {what}, {how}");
             }
@@ -173,7 +179,10 @@ fn a_small_frame_keeps_no_large_buffer() {
                 let ((), small) = tokio::join!(send, receive);
                 drop((tx, rx));
                 let held = COUNT.get().held() - before;
-                println!("{kind:?}: {held} bytes are held for a frame of {} bytes", small.payload.len());
+                println!(
+                    "{kind:?}: {held} bytes are held for a frame of {} bytes",
+                    small.payload.len()
+                );
                 assert!(held < 1 << 20, "{held} bytes");
             });
         }

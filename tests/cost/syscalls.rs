@@ -37,8 +37,17 @@ fn rows(kind: SocketKind) -> Vec<Row> {
         getsockopt: 0,
     };
     let mut rows = vec![
-        Row { what: "64 frames of 64 B with a descriptor each", load: || Load::with_fd(64), getsockopt: 1, ..small },
-        Row { what: "64 frames of 64 B with a known file each", load: || Load::with_known_file(64), ..small },
+        Row {
+            what: "64 frames of 64 B with a descriptor each",
+            load: || Load::with_fd(64),
+            getsockopt: 1,
+            ..small
+        },
+        Row {
+            what: "64 frames of 64 B with a known file each",
+            load: || Load::with_known_file(64),
+            ..small
+        },
         Row { what: "64 tasks with a frame of 64 B each", outgoing: tasks, ..small },
         Row {
             what: "64 tasks with a frame of 64 B and a descriptor each",
@@ -49,7 +58,8 @@ fn rows(kind: SocketKind) -> Vec<Row> {
         },
         small,
     ];
-    let wmem_max: usize = std::fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap().trim().parse().unwrap();
+    let wmem_max: usize =
+        std::fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap().trim().parse().unwrap();
     if wmem_max < 1 << 20 {
         eprintln!("skipped: net.core.wmem_max is too small for packets of 1 MiB");
     } else if kind == SocketKind::SeqPacket {
@@ -125,14 +135,23 @@ fn a_batch_takes_one_send_and_two_receives() {
     let Some(strace) = installed("strace") else { return };
     let probe = Command::new(&strace).args(["-qq", "-o", "/dev/null", "true"]).output().unwrap();
     if !probe.status.success() {
-        return skipped(&format!("strace may not trace: {}", String::from_utf8_lossy(&probe.stderr)));
+        return skipped(&format!(
+            "strace may not trace: {}",
+            String::from_utf8_lossy(&probe.stderr)
+        ));
     }
     let directory = tempfile::tempdir().unwrap();
     for kind in KINDS {
         let trace = directory.path().join(format!("{kind:?}"));
         let mut command = Command::new(&strace);
         command
-            .args(["-f", "-qq", "-e", "trace=network,?epoll_wait,epoll_pwait,?epoll_pwait2,getppid", "-o"])
+            .args([
+                "-f",
+                "-qq",
+                "-e",
+                "trace=network,?epoll_wait,epoll_pwait,?epoll_pwait2,getppid",
+                "-o",
+            ])
             .arg(&trace);
         command.arg(std::env::current_exe().unwrap()).args([ROLE, "--exact"]);
         let output = command.env("FDWIRE_ROLE", format!("{ROLE} {kind:?}")).output().unwrap();
@@ -142,10 +161,15 @@ fn a_batch_takes_one_send_and_two_receives() {
         let (rows, counts) = (rows(kind), between_marks(&trace));
         assert_eq!(rows.len(), counts.len());
         for (row, mut counts) in rows.into_iter().zip(counts) {
-            let mut per_batch = |call: &str| counts.remove(call).unwrap_or(0) as f64 / BATCHES as f64;
+            let mut per_batch =
+                |call: &str| counts.remove(call).unwrap_or(0) as f64 / BATCHES as f64;
             let (sends, receives) = (per_batch("sendmsg"), per_batch("recvmsg"));
-            let waits = per_batch("epoll_wait") + per_batch("epoll_pwait") + per_batch("epoll_pwait2");
-            println!("{}, {kind:?}: {sends} sendmsg, {receives} recvmsg, {waits} epoll_wait", row.what);
+            let waits =
+                per_batch("epoll_wait") + per_batch("epoll_pwait") + per_batch("epoll_pwait2");
+            println!(
+                "{}, {kind:?}: {sends} sendmsg, {receives} recvmsg, {waits} epoll_wait",
+                row.what
+            );
             let questions = per_batch("getsockopt");
             let most_questions = row.getsockopt * row.frames;
             assert!(questions <= most_questions as f64, "{questions} getsockopt for {}", row.what);

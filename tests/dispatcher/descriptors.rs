@@ -47,7 +47,8 @@ pub(crate) fn alone(name: &str, test: impl Future<Output = ()>) {
         return run(test);
     }
     let mut command = std::process::Command::new("/proc/self/exe");
-    let output = command.args([name, "--exact", "--nocapture"]).env("FDWIRE_ROLE", name).output().unwrap();
+    let output =
+        command.args([name, "--exact", "--nocapture"]).env("FDWIRE_ROLE", name).output().unwrap();
     assert!(
         output.status.success(),
         "{}{}",
@@ -63,7 +64,8 @@ fn clients_of_full_workers_wait_in_the_backlog() {
 
 async fn full() {
     const CLIENTS: u32 = 1000;
-    let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+    let dispatcher =
+        Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
     let mut a = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
     let mut b = Raw::start(&dispatcher, SocketKind::Stream, 1).await;
     let socket = TcpSocket::new_v4().unwrap();
@@ -132,14 +134,16 @@ async fn emfile() {
     }
 }
 
-/// If an offer took a descriptor, connections that hold all that there are would wait for each other.
+/// If an offer took a descriptor, connections that hold all that there are would wait for each
+/// other.
 #[test]
 fn a_hand_over_takes_no_descriptor() {
     alone("descriptors::a_hand_over_takes_no_descriptor", async {
         let (_directory, dispatcher) = with_worker().await;
         let (clients, accepted): (Vec<_>, Vec<_>) = connections(20).await.into_iter().unzip();
         limit_fds(3);
-        let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        let outcomes =
+            Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
         assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok()));
         for client in clients {
             assert_ne!(client.answer().await, "");
@@ -148,7 +152,8 @@ fn a_hand_over_takes_no_descriptor() {
     });
 }
 
-/// The application holds nearly all descriptors, and a worker does not answer: the others are served all the same.
+/// The application holds nearly all descriptors, and a worker does not answer: the others are
+/// served all the same.
 #[test]
 fn accepting_goes_on_where_few_descriptors_are_left() {
     alone("descriptors::accepting_goes_on_where_few_descriptors_are_left", async {
@@ -179,17 +184,22 @@ fn accepting_goes_on_where_few_descriptors_are_left() {
     });
 }
 
-/// Connections that nobody takes for the moment do not hold all descriptors: one is free for the worker that will take them.
+/// Connections that nobody takes for the moment do not hold all descriptors: one is free for the
+/// worker that will take them.
 #[test]
 fn a_worker_is_started_again_though_clients_wait() {
     const NAME: &str = "descriptors::a_worker_is_started_again_though_clients_wait";
     const CLIENTS: u32 = 100;
     alone(NAME, async {
         let directory = tempfile::tempdir().unwrap();
-        let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+        let dispatcher =
+            Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
         let command = worker_command(Point::Never, Signal::SIGKILL, &directory.path().join("log"));
-        let restarted = dispatcher.spawn_worker(WorkerCommand::from(command).restart(true)).unwrap();
-        let worker = || dispatcher.stats().workers.into_iter().find(|worker| worker.id == restarted).unwrap();
+        let restarted =
+            dispatcher.spawn_worker(WorkerCommand::from(command).restart(true)).unwrap();
+        let worker = || {
+            dispatcher.stats().workers.into_iter().find(|worker| worker.id == restarted).unwrap()
+        };
         until("the worker is ready", || worker().room > 0).await;
         let pid = Pid::from_raw(worker().pid.unwrap() as i32);
         let mut busy = Raw::start(&dispatcher, SocketKind::SeqPacket, CLIENTS.into()).await;
@@ -207,7 +217,13 @@ fn a_worker_is_started_again_though_clients_wait() {
             until("the reserve is reached", || dispatcher.stats().dispatched > 5).await;
             sleep(Duration::from_millis(200)).await; // for all that would be accepted
             kill(pid, Signal::SIGKILL).unwrap();
-            let offers = dispatcher.stats().workers.iter().find(|worker| worker.id == busy.id).unwrap().unanswered;
+            let offers = dispatcher
+                .stats()
+                .workers
+                .iter()
+                .find(|worker| worker.id == busy.id)
+                .unwrap()
+                .unanswered;
             busy.reject(offers as u32, RejectReason::Recalled).await;
             join_all(clients.into_iter().map(Client::answer)).await
         };
@@ -270,7 +286,8 @@ fn the_end_of_the_runtime_waits_for_no_connection() {
             accepted.set_nonblocking(false).unwrap();
             accepted.read_exact(&mut [0; 4]).unwrap(); // or it would be reset, and not linger
             accepted.set_nonblocking(true).unwrap();
-            setsockopt(&accepted, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 600 }).unwrap();
+            setsockopt(&accepted, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 600 })
+                .unwrap();
             while accepted.write(&[0; 65536]).is_ok() {}
             let _handed_over = dispatcher.dispatch(accepted);
             if offered {
@@ -289,7 +306,8 @@ fn the_end_of_the_runtime_waits_for_no_connection() {
     }
 }
 
-/// A client that reads nothing until the returned function is called, or until a close has blocked for long, which is an error.
+/// A client that reads nothing until the returned function is called, or until a close has blocked
+/// for long, which is an error.
 fn late_reader(mut client: net::TcpStream) -> impl FnOnce() -> Result<(), RecvTimeoutError> {
     client.set_nonblocking(false).unwrap();
     let (go_on, told) = std::sync::mpsc::channel();
@@ -305,7 +323,8 @@ fn late_reader(mut client: net::TcpStream) -> impl FnOnce() -> Result<(), RecvTi
     }
 }
 
-/// The worker has room for one at a time, and a listener that can't accept waits for a descriptor: not in that place.
+/// The worker has room for one at a time, and a listener that can't accept waits for a descriptor:
+/// not in that place.
 #[test]
 fn a_listener_without_descriptors_leaves_its_place_to_others() {
     const NAME: &str = "descriptors::a_listener_without_descriptors_leaves_its_place_to_others";
@@ -318,7 +337,8 @@ fn a_listener_without_descriptors_leaves_its_place_to_others() {
         });
     }
     alone(NAME, async {
-        let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+        let dispatcher =
+            Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command.args([NAME, "--exact", "--nocapture"]).env("FDWIRE_WORKER", "1").kill_on_drop(true);
         dispatcher.spawn_worker(command).unwrap();
@@ -340,10 +360,12 @@ fn a_listener_without_descriptors_leaves_its_place_to_others() {
     });
 }
 
-/// A dispatcher with a worker that is a process of its own, and so has descriptors when the dispatcher has none.
+/// A dispatcher with a worker that is a process of its own, and so has descriptors when the
+/// dispatcher has none.
 async fn with_worker() -> (TempDir, Dispatcher) {
     let directory = tempfile::tempdir().unwrap();
-    let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+    let dispatcher =
+        Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
     let command = worker_command(Point::Never, Signal::SIGKILL, &directory.path().join("log"));
     dispatcher.spawn_worker(WorkerCommand::from(command)).unwrap();
     until("the worker is ready", || dispatcher.stats().workers[0].room > 0).await;
@@ -356,15 +378,16 @@ fn limit_fds(limit: u64) {
     setrlimit(Resource::RLIMIT_NOFILE, limit, hard).unwrap();
 }
 
-/// A worker that was cut off, and may live on, holds copies of connections that another one serves. The dispatcher's own are needed
-/// as long as these are served, and no longer.
+/// A worker that was cut off, and may live on, holds copies of connections that another one serves.
+/// The dispatcher's own are needed as long as these are served, and no longer.
 #[test]
 fn copies_are_kept_as_long_as_they_are_of_use() {
     alone("descriptors::copies_are_kept_as_long_as_they_are_of_use", async {
         let dispatcher = Dispatcher::builder().ping_interval(Duration::from_millis(20)).build();
         let mut bad = Raw::start(&dispatcher, SocketKind::SeqPacket, 3).await;
         let (clients, accepted): (Vec<_>, Vec<_>) = connections(3).await.into_iter().unzip();
-        let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        let outcomes =
+            Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
         let copies = bad.offers(3).await;
         bad.say(FromWorker::Adopted { first: 0, count: 4 }).await;
         bad.ended().await;
@@ -412,7 +435,10 @@ fn a_process_that_connects_again_and_again_leaves_nothing_behind() {
         let listener = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
         let accepting = async { dispatcher.serve_workers(listener).await.unwrap() };
         let mut command = tokio::process::Command::new("/proc/self/exe");
-        command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_CONNECT", &path).kill_on_drop(true);
+        command
+            .args([ROLE, "--exact", "--nocapture"])
+            .env("FDWIRE_CONNECT", &path)
+            .kill_on_drop(true);
         let _process = command.spawn().unwrap();
         let before = open_fds();
         let work = async {
@@ -448,14 +474,18 @@ fn copies_of_no_use_are_closed_without_blocking() {
         good.adopt(1).await;
         outcome.await.unwrap();
 
-        // It ends with unsent data, which the client takes when it is told to, or when the close has blocked this thread.
+        // It ends with unsent data, which the client takes when it is told to, or when the close
+        // has blocked this thread.
         let (_, mut stream) = serve(offer, "good").unwrap();
         stream.set_nonblocking(true).unwrap();
         while stream.write(&[0; 65536]).is_ok() {}
         stream.shutdown(Shutdown::Write).unwrap();
         let client = client.0.into_std().unwrap();
         client.shutdown(Shutdown::Write).unwrap();
-        let has_ended = || poll(&mut [PollFd::new(stream.as_fd(), PollFlags::empty())], PollTimeout::ZERO).unwrap() > 0;
+        let has_ended = || {
+            poll(&mut [PollFd::new(stream.as_fd(), PollFlags::empty())], PollTimeout::ZERO).unwrap()
+                > 0
+        };
         while !has_ended() {
             std::thread::yield_now();
         }

@@ -16,8 +16,9 @@ fn a_drain_hands_over_what_waits_and_lets_workers_finish() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Raw::start(&dispatcher, kind, 1).await;
-        let outcomes =
-            Vec::from_iter(connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        let outcomes = Vec::from_iter(
+            connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)),
+        );
         let work = async {
             worker.offer().await.unwrap();
             worker.adopt(1).await;
@@ -36,7 +37,10 @@ fn a_drain_hands_over_what_waits_and_lets_workers_finish() {
             outcome.await.unwrap();
         }
         let (_client, accepted) = connections(1).await.pop().unwrap();
-        assert!(matches!(dispatcher.dispatch(accepted).await.unwrap_err().reason, NotDispatched::Draining));
+        assert!(matches!(
+            dispatcher.dispatch(accepted).await.unwrap_err().reason,
+            NotDispatched::Draining
+        ));
         assert!(dispatcher.reserve().await.is_none());
         assert_eq!(dispatcher.stats().retired.drained, 1);
     });

@@ -1,8 +1,8 @@
 //! Dispatcher and workers of this crate together, in processes of their own.
 
 use std::{
-    cell::Cell, collections::BTreeMap, convert::Infallible, fs::OpenOptions, io::Write, net::SocketAddr, path::Path,
-    process::Stdio, time::Duration,
+    cell::Cell, collections::BTreeMap, convert::Infallible, fs::OpenOptions, io::Write,
+    net::SocketAddr, path::Path, process::Stdio, time::Duration,
 };
 
 use fdwire::{
@@ -81,12 +81,14 @@ async fn application(mut connection: Connection) {
         return;
     }
     let pid = std::process::id();
-    let log = OpenOptions::new().append(true).create(true).open(std::env::var_os("FDWIRE_LOG").unwrap());
+    let log =
+        OpenOptions::new().append(true).create(true).open(std::env::var_os("FDWIRE_LOG").unwrap());
     log.unwrap().write_all(format!("{} {pid}\n", u32::from_be_bytes(serial)).as_bytes()).unwrap();
     let _ = connection.write_all(pid.to_string().as_bytes()).await;
 }
 
-/// Answers requests with the process id; once it is to drain, it ends each connection with its next answer.
+/// Answers requests with the process id; once it is to drain, it ends each connection with its next
+/// answer.
 async fn http_application(connection: Connection, handle: IncomingHandle) {
     let service = service_fn(|_request| {
         let draining = handle.drain_requested().now_or_never().is_some();
@@ -102,7 +104,12 @@ async fn http_application(connection: Connection, handle: IncomingHandle) {
 pub(crate) async fn started(dispatcher: &Dispatcher, workers: usize) {
     until("the workers are ready", || {
         let stats = dispatcher.stats();
-        stats.workers.iter().filter(|worker| worker.state == WorkerState::Ready && worker.room > 0).count() == workers
+        stats
+            .workers
+            .iter()
+            .filter(|worker| worker.state == WorkerState::Ready && worker.room > 0)
+            .count()
+            == workers
     })
     .await;
 }
@@ -115,16 +122,21 @@ fn connections_are_served_and_the_workers_drain() {
             let log = directory.path().join("served");
             let dispatcher = Dispatcher::builder().build();
             for _ in 0..2 {
-                dispatcher.spawn_worker(WorkerCommand::from(command(&log)).socket_kind(kind)).unwrap();
+                dispatcher
+                    .spawn_worker(WorkerCommand::from(command(&log)).socket_kind(kind))
+                    .unwrap();
             }
             started(&dispatcher, 2).await;
             let (clients, accepted): (Vec<_>, Vec<_>) = connections(20).await.into_iter().unzip();
-            let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+            let outcomes = Vec::from_iter(
+                accepted.into_iter().map(|connection| dispatcher.dispatch(connection)),
+            );
             for outcome in outcomes {
                 outcome.await.unwrap();
             }
-            let pids =
-                BTreeMap::from_iter(dispatcher.stats().workers.iter().map(|worker| (worker.pid, worker.adopted)));
+            let pids = BTreeMap::from_iter(
+                dispatcher.stats().workers.iter().map(|worker| (worker.pid, worker.adopted)),
+            );
             assert_eq!(Vec::from_iter(pids.values().copied()), [10, 10]);
             for client in clients {
                 assert!(pids.contains_key(&client.answer().await.parse().ok()));
@@ -166,7 +178,8 @@ struct Storm {
     cut: Cell<u32>,
 }
 
-/// Clients one after the other, 64 at a time, each with a connection and a serial number of its own.
+/// Clients one after the other, 64 at a time, each with a connection and a serial number of its
+/// own.
 async fn storm(address: SocketAddr, clients: u32) -> Storm {
     let storm = Storm::default();
     stream::iter(0..clients)
@@ -214,7 +227,11 @@ fn a_storm_while_workers_are_killed_at_random() {
             loop {
                 next += Duration::from_millis(50);
                 sleep_until(next).await;
-                let ready = dispatcher.stats().workers.into_iter().filter(|worker| worker.state == WorkerState::Ready);
+                let ready = dispatcher
+                    .stats()
+                    .workers
+                    .into_iter()
+                    .filter(|worker| worker.state == WorkerState::Ready);
                 let pids = Vec::from_iter(ready.filter_map(|worker| worker.pid));
                 random = random * std::num::Wrapping(1_103_515_245) + std::num::Wrapping(12_345);
                 if let Some(&pid) = pids.get((random.0 >> 16) % pids.len().max(1)) {
@@ -285,12 +302,14 @@ async fn keep_alive_client(address: SocketAddr, requests: u32) {
     let mut left = requests;
     while left > 0 {
         let stream = TcpStream::connect(address).await.unwrap();
-        let (mut client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        let (mut client, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
         let connection = tokio::spawn(connection);
         let mut last = false;
         while left > 0 && !last {
             client.ready().await.unwrap();
-            let request = Request::get("/").header(HOST, "localhost").body(Empty::<Bytes>::new()).unwrap();
+            let request =
+                Request::get("/").header(HOST, "localhost").body(Empty::<Bytes>::new()).unwrap();
             let response = client.send_request(request).await.unwrap();
             assert_eq!(response.status(), 200);
             last = response.headers().get(CONNECTION).is_some_and(|value| value == "close");
@@ -357,7 +376,8 @@ fn a_stopped_worker_is_killed_and_started_again() {
         let pid = dispatcher.stats().workers[0].pid.unwrap();
         stop(Pid::from_raw(pid as i32)).await;
         let (clients, accepted): (Vec<_>, Vec<_>) = connections(10).await.into_iter().unzip();
-        let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        let outcomes =
+            Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
         for outcome in outcomes {
             outcome.await.unwrap();
         }
@@ -401,7 +421,11 @@ fn a_stopped_worker_that_goes_on_leaves_its_connections_to_others() {
                 .hang_timeout(Duration::from_secs(1))
                 .kill_hung(false)
                 .build();
-            let spawn = || dispatcher.spawn_worker(WorkerCommand::from(command(&log)).socket_kind(kind)).unwrap();
+            let spawn = || {
+                dispatcher
+                    .spawn_worker(WorkerCommand::from(command(&log)).socket_kind(kind))
+                    .unwrap()
+            };
             spawn();
             started(&dispatcher, 1).await;
             let first = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
@@ -414,7 +438,12 @@ fn a_stopped_worker_that_goes_on_leaves_its_connections_to_others() {
             }
             until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
             let second = spawn();
-            assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == second)));
+            assert!(
+                join_all(outcomes)
+                    .await
+                    .into_iter()
+                    .all(|outcome| outcome.is_ok_and(|worker| worker == second))
+            );
             let workers = dispatcher.stats().workers;
             let second = workers.iter().find(|worker| worker.id == second).unwrap().pid.unwrap();
 

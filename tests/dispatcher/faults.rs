@@ -22,7 +22,8 @@ async fn misbehaves(kind: SocketKind, how: impl AsyncFnOnce(Raw) -> Raw) {
     let dispatcher = Dispatcher::builder().build();
     let mut bad = Raw::start(&dispatcher, kind, 2).await;
     let (clients, accepted): (Vec<_>, Vec<_>) = connections(2).await.into_iter().unzip();
-    let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+    let outcomes =
+        Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
     let copies = bad.offers(2).await;
     let mut bad = how(bad).await;
     bad.ended().await;
@@ -68,7 +69,11 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
             }
         };
         misbehaves(kind, says(FromWorker::Adopted { first: 0, count: 3 })).await;
-        misbehaves(kind, says(FromWorker::Rejected { first: 0, count: u32::MAX, reason: RejectReason::Full })).await;
+        misbehaves(
+            kind,
+            says(FromWorker::Rejected { first: 0, count: u32::MAX, reason: RejectReason::Full }),
+        )
+        .await;
         misbehaves(kind, says(FromWorker::Demand { total: 1 })).await;
         misbehaves(kind, says(FromWorker::Load { finished: 1 })).await;
         misbehaves(kind, says(FromWorker::Pong { nonce: 99 })).await;
@@ -106,8 +111,9 @@ fn answers_before_a_fault_count() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut bad = Raw::start(&dispatcher, kind, 2).await;
-        let mut outcomes =
-            Vec::from_iter(connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        let mut outcomes = Vec::from_iter(
+            connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)),
+        );
         bad.offers(2).await;
         raw_send(bad.framed.socket(), &[&adopted(0, 1)[..], b"garbage"].concat(), &[]);
         bad.ended().await;
@@ -126,7 +132,8 @@ fn a_connection_that_its_workers_die_of_is_given_back_and_the_others_are_not() {
         const POISON: usize = 4;
         let dispatcher = Dispatcher::builder().max_offers(3).build();
         let (_clients, accepted): (Vec<_>, Vec<_>) = connections(10).await.into_iter().unzip();
-        let mut outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        let mut outcomes =
+            Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
         let poison = outcomes.remove(POISON);
         for _ in 0..2 {
             let mut worker = Raw::start(&dispatcher, kind, 100).await;
@@ -144,7 +151,10 @@ fn a_connection_that_its_workers_die_of_is_given_back_and_the_others_are_not() {
         worker.offer().await.unwrap();
         drop(worker);
         let error = poison.await.unwrap_err();
-        assert!(matches!(error.reason, NotDispatched::TooManyOffers { offers: 3, last: Unadopted::Unanswered }));
+        assert!(matches!(
+            error.reason,
+            NotDispatched::TooManyOffers { offers: 3, last: Unadopted::Unanswered }
+        ));
         error.connection.into_socket().unwrap();
 
         let mut worker = Raw::start(&dispatcher, kind, 100).await;
@@ -166,8 +176,9 @@ fn a_busy_worker_is_recalled_and_not_cut_off() {
             .recall_after(Duration::from_millis(100))
             .build();
         let mut busy = Raw::start(&dispatcher, kind, 2).await;
-        let outcomes =
-            Vec::from_iter(connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        let outcomes = Vec::from_iter(
+            connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)),
+        );
         let copies = busy.offers(2).await;
         while busy.recalled == 0 {
             busy.step().await.unwrap();

@@ -31,7 +31,8 @@ fn a_connection_comes_with_what_is_known_of_it() {
         let (peer, local) = (accepted.peer_addr().unwrap(), accepted.local_addr().unwrap());
         let mut read = [0; 3];
         tokio::io::AsyncReadExt::read_exact(&mut accepted, &mut read).await.unwrap();
-        let outcome = dispatcher.dispatch(Accepted::from(accepted).read_bytes(read.to_vec()).metadata("tenant 7"));
+        let outcome = dispatcher
+            .dispatch(Accepted::from(accepted).read_bytes(read.to_vec()).metadata("tenant 7"));
         let offer = worker.offer().await.unwrap();
         assert_eq!((&offer.peer, &offer.local), (&peer.into(), &local.into()));
         assert_eq!((&offer.read[..], &offer.metadata[..]), (&read[..], &b"tenant 7"[..]));
@@ -82,7 +83,8 @@ fn round_robin_takes_turns_whatever_the_load() {
         for _ in 0..3 {
             workers.push(Raw::start(&dispatcher, SocketKind::SeqPacket, 2).await);
         }
-        let outcomes = connections(6).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted));
+        let outcomes =
+            connections(6).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted));
         let outcomes = Vec::from_iter(outcomes);
         for worker in &mut workers {
             worker.offers(2).await;
@@ -97,7 +99,8 @@ fn round_robin_takes_turns_whatever_the_load() {
 #[test]
 fn a_key_sticks_to_its_worker_and_overflows_to_one_other() {
     run(async {
-        let dispatcher = Dispatcher::builder().strategy(Strategy::ByKey).ping_interval(Duration::MAX).build();
+        let dispatcher =
+            Dispatcher::builder().strategy(Strategy::ByKey).ping_interval(Duration::MAX).build();
         let mut workers = Vec::new();
         for _ in 0..4 {
             workers.push(Raw::start(&dispatcher, SocketKind::SeqPacket, 3).await);
@@ -107,10 +110,15 @@ fn a_key_sticks_to_its_worker_and_overflows_to_one_other() {
             .into_iter()
             .map(|(_, accepted)| dispatcher.dispatch(Accepted::from(accepted).key("k")));
         let outcomes = Vec::from_iter(all);
-        let unanswered = || Vec::from_iter(dispatcher.stats().workers.iter().map(|worker| worker.unanswered));
+        let unanswered =
+            || Vec::from_iter(dispatcher.stats().workers.iter().map(|worker| worker.unanswered));
         let mut sorted = unanswered();
         sorted.sort_unstable();
-        assert_eq!(sorted, [0, 0, 3, 3], "three fit the first, the others go to the second in its order");
+        assert_eq!(
+            sorted,
+            [0, 0, 3, 3],
+            "three fit the first, the others go to the second in its order"
+        );
         drop(outcomes);
         // Without a key, a client's address is one: all are from the same.
         let dispatcher = Dispatcher::builder().strategy(Strategy::ByKey).build();
@@ -118,9 +126,11 @@ fn a_key_sticks_to_its_worker_and_overflows_to_one_other() {
             Raw::start(&dispatcher, SocketKind::SeqPacket, 9).await,
             Raw::start(&dispatcher, SocketKind::SeqPacket, 9).await,
         );
-        let _outcomes =
-            Vec::from_iter(connections(5).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
-        let mut sorted = Vec::from_iter(dispatcher.stats().workers.iter().map(|worker| worker.unanswered));
+        let _outcomes = Vec::from_iter(
+            connections(5).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)),
+        );
+        let mut sorted =
+            Vec::from_iter(dispatcher.stats().workers.iter().map(|worker| worker.unanswered));
         sorted.sort_unstable();
         assert_eq!(sorted, [0, 5]);
     });
@@ -149,8 +159,9 @@ fn what_a_worker_rejects_goes_to_another() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut a = Raw::start(&dispatcher, kind, 5).await;
-        let outcomes =
-            Vec::from_iter(connections(5).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        let outcomes = Vec::from_iter(
+            connections(5).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)),
+        );
         a.offers(5).await;
         let mut b = Raw::start(&dispatcher, kind, 5).await;
         a.reject(1, RejectReason::Full).await;
@@ -206,7 +217,10 @@ fn what_is_too_long_is_given_back() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let (_client, accepted) = connections(1).await.pop().unwrap();
-        let error = dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 2 << 20])).await.unwrap_err();
+        let error = dispatcher
+            .dispatch(Accepted::from(accepted).read_bytes(vec![0; 2 << 20]))
+            .await
+            .unwrap_err();
         assert!(matches!(error.reason, NotDispatched::Unfit(fdwire::Error::FrameTooLong { .. })));
         error.connection.into_socket().unwrap();
     });
@@ -241,11 +255,15 @@ fn a_socket_that_is_no_connection_is_given_back() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let directory = tempfile::tempdir().unwrap();
-        let unix_listener = std::os::unix::net::UnixListener::bind(directory.path().join("listener")).unwrap();
+        let unix_listener =
+            std::os::unix::net::UnixListener::bind(directory.path().join("listener")).unwrap();
         let (family, kind) = (AddressFamily::Inet, SockType::Stream);
         let unconnected = socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
         let sockets: [Accepted; 3] = [
-            std::net::TcpStream::from(OwnedFd::from(std::net::TcpListener::bind("127.0.0.1:0").unwrap())).into(),
+            std::net::TcpStream::from(OwnedFd::from(
+                std::net::TcpListener::bind("127.0.0.1:0").unwrap(),
+            ))
+            .into(),
             std::os::unix::net::UnixStream::from(OwnedFd::from(unix_listener)).into(),
             std::net::TcpStream::from(unconnected).into(),
         ];

@@ -23,7 +23,8 @@ fn a_program_that_reads_standard_input_takes_no_offers_of_its_worker() {
             let dispatcher = Dispatcher::builder().build();
             let mut worker = command(&path("served"));
             // It reads for as long as anything comes, and tells when nothing more does.
-            let script = "exec 2>/dev/null; ls -l /proc/self/fd >$0.fds; cat >$0.read; touch $0.end";
+            let script =
+                "exec 2>/dev/null; ls -l /proc/self/fd >$0.fds; cat >$0.read; touch $0.end";
             worker.env("FDWIRE_HELPER", script.replace("$0", path("helper").to_str().unwrap()));
             dispatcher.spawn_worker(WorkerCommand::from(worker).socket_kind(kind)).unwrap();
             started(&dispatcher, 1).await;
@@ -42,7 +43,10 @@ fn a_program_that_reads_standard_input_takes_no_offers_of_its_worker() {
             assert!(fds.contains("0 -> /dev/null") && !fds.contains("socket:"), "{fds}");
 
             dispatcher.drain(None).await;
-            assert_eq!((served_by(&path("served")).len(), dispatcher.stats().retired.drained), (60, 1));
+            assert_eq!(
+                (served_by(&path("served")).len(), dispatcher.stats().retired.drained),
+                (60, 1)
+            );
         });
     }
 }

@@ -66,7 +66,8 @@ fn an_adoption_that_was_sent_counts_though_receiving_fails() {
                     framed.feed(FromWorker::Adopted { first, count: 1 }).await.unwrap();
                 }
                 framed.flush().await.unwrap();
-                let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+                let status =
+                    tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
                 assert_eq!(status.code(), Some(PASSED), "{kind:?} {error} {when}");
                 tracer.wait().unwrap();
             });

@@ -1,4 +1,5 @@
-//! What a worker has sent completely before it is cut off counts, whatever it has sent before or after it.
+//! What a worker has sent completely before it is cut off counts, whatever it has sent before or
+//! after it.
 
 use fdwire::{
     SocketKind,
@@ -24,7 +25,11 @@ async fn adopts_with(kind: SocketKind, name: &str, packets: &[(Vec<u8>, u32)]) {
     until("it was cut off", || dispatcher.stats().workers.is_empty()).await;
     let other = Raw::start(&dispatcher, kind, 1).await;
     assert_eq!(outcome.await.unwrap(), worker.id, "{kind:?} {name}");
-    assert_eq!((dispatcher.stats().adopted, dispatcher.stats().offered_again), (1, 0), "{kind:?} {name}");
+    assert_eq!(
+        (dispatcher.stats().adopted, dispatcher.stats().offered_again),
+        (1, 0),
+        "{kind:?} {name}"
+    );
     drop((copy, other));
 }
 
@@ -38,7 +43,8 @@ fn an_adoption_counts_whatever_breach_comes_before_or_after_it() {
         let adopted = || (adopted(0, 1), 0);
         adopts_with(kind, "unknown message before", &[(unknown.clone(), 0), adopted()]).await;
         adopts_with(kind, "unknown message after", &[adopted(), (unknown, 0)]).await;
-        adopts_with(kind, "two wrong pongs before", &[(pong.clone(), 0), (pong, 0), adopted()]).await;
+        adopts_with(kind, "two wrong pongs before", &[(pong.clone(), 0), (pong, 0), adopted()])
+            .await;
         adopts_with(kind, "goodbye before", &[(encoded(&[8], 0), 0), adopted()]).await;
         adopts_with(kind, "garbage after", &[adopted(), (garbage, 0)]).await;
         adopts_with(kind, "a message with a descriptor before", &[with_fd(1), adopted()]).await;
@@ -51,7 +57,8 @@ fn an_adoption_counts_whatever_breach_comes_before_or_after_it() {
     });
 }
 
-/// A REJECTED that can't be read is skipped, and the ADOPTED after it says which offers it is about.
+/// A REJECTED that can't be read is skipped, and the ADOPTED after it says which offers it is
+/// about.
 ///
 /// Rules: D-LAST-WORDS.
 #[test]
@@ -59,8 +66,9 @@ fn an_adoption_is_not_counted_for_another_connection() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Raw::start(&dispatcher, kind, 2).await;
-        let mut outcomes =
-            Vec::from_iter(connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        let mut outcomes = Vec::from_iter(
+            connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)),
+        );
         let copies = worker.offers(2).await;
         // A REJECTED without its reason.
         let rejected = encoded(&[4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], 0);
@@ -83,8 +91,9 @@ fn an_answer_to_another_offer_ends_the_conversation() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Raw::start(&dispatcher, kind, 2).await;
-        let outcomes =
-            Vec::from_iter(connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)));
+        let outcomes = Vec::from_iter(
+            connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)),
+        );
         let copies = worker.offers(2).await;
         worker.next(1);
         worker.reject(1, RejectReason::Full).await;

@@ -1,4 +1,5 @@
-//! The dispatcher of the hand-off layer, with workers built from the codec and with those of this crate.
+//! The dispatcher of the hand-off layer, with workers built from the codec and with those of this
+//! crate.
 
 #[path = "../common/mod.rs"]
 mod common;

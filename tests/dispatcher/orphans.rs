@@ -59,7 +59,11 @@ fn front_process() {
         return;
     }
     let (application, directory) = (std::env::var("FDWIRE_APPLICATION").unwrap(), directory());
-    let kind = if std::env::var_os("FDWIRE_STREAM").is_some() { SocketKind::Stream } else { SocketKind::SeqPacket };
+    let kind = if std::env::var_os("FDWIRE_STREAM").is_some() {
+        SocketKind::Stream
+    } else {
+        SocketKind::SeqPacket
+    };
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         let dispatcher = Dispatcher::builder().build();
         for _ in 0..2 {
@@ -115,7 +119,8 @@ async fn answer_one(mut connection: Connection, handle: IncomingHandle) {
     }
     let path = String::from_utf8(request).unwrap().split(' ').nth(1).unwrap().to_owned();
     let body = answer(&path, handle).await;
-    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    let head =
+        format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
     connection.write_all((head + &body).as_bytes()).await.unwrap();
     connection.shutdown().await.unwrap();
 }
@@ -133,7 +138,10 @@ async fn with_hyper() {
                 Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(body))))
             }
         });
-        tokio::spawn(serving.watch(http1::Builder::new().serve_connection(TokioIo::new(connection), service)));
+        tokio::spawn(
+            serving
+                .watch(http1::Builder::new().serve_connection(TokioIo::new(connection), service)),
+        );
     }
     serving.shutdown().await;
     handle.ended().await;
@@ -156,7 +164,8 @@ async fn answer_of(serial: String, handle: IncomingHandle) -> String {
 
 /// Logs the request. Only `/0` is answered before the dispatcher has gone.
 async fn answer(path: &str, handle: IncomingHandle) -> String {
-    let mut log = OpenOptions::new().append(true).create(true).open(directory().join("asked")).unwrap();
+    let mut log =
+        OpenOptions::new().append(true).create(true).open(directory().join("asked")).unwrap();
     log.write_all(format!("{path}\n").as_bytes()).unwrap();
     if path != "/0" {
         handle.drain_requested().await;
@@ -209,15 +218,23 @@ fn check(application: &str) {
             kept_alive.readable().await.unwrap();
 
             let clients = tokio::spawn(join_all((1..=30).map(|serial| get(address, serial))));
-            until("all requests have reached an application", || asked(directory).len() == 31).await;
+            until("all requests have reached an application", || asked(directory).len() == 31)
+                .await;
             front.kill().await.unwrap();
             for (serial, answer) in clients.await.unwrap() {
-                assert!(answer.ends_with(&format!("answer to /{serial}")), "request {serial} was cut: {answer:?}");
+                assert!(
+                    answer.ends_with(&format!("answer to /{serial}")),
+                    "request {serial} was cut: {answer:?}"
+                );
             }
             let _ = kept_alive.read_to_end(&mut Vec::new()).await;
 
-            let names = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-            let pids = Vec::from_iter(names.filter_map(|name| Some(name.strip_prefix("worker-")?.to_owned())));
+            let names = fs::read_dir(directory)
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            let pids = Vec::from_iter(
+                names.filter_map(|name| Some(name.strip_prefix("worker-")?.to_owned())),
+            );
             assert_eq!(pids.len(), 2);
             until("no worker is left", || pids.iter().all(|pid| has_ended(pid))).await;
         });

@@ -32,7 +32,11 @@ use crate::{
 /// This test again, as a process of its own.
 fn role(name: &str) -> Command {
     let mut command = Command::new("/proc/self/exe");
-    command.args([name, "--exact", "--nocapture"]).env("FDWIRE_ROLE", name).stdout(Stdio::null()).kill_on_drop(true);
+    command
+        .args([name, "--exact", "--nocapture"])
+        .env("FDWIRE_ROLE", name)
+        .stdout(Stdio::null())
+        .kill_on_drop(true);
     command
 }
 
@@ -42,8 +46,12 @@ fn is_role(name: &str) -> bool {
 
 /// The number of descriptors of this process that stand for processes.
 fn pidfds() -> usize {
-    let links = std::fs::read_dir("/proc/self/fd").unwrap().map(|fd| std::fs::read_link(fd.unwrap().path()));
-    links.filter(|link| link.as_ref().is_ok_and(|link| link.to_string_lossy().contains("pidfd"))).count()
+    let links = std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .map(|fd| std::fs::read_link(fd.unwrap().path()));
+    links
+        .filter(|link| link.as_ref().is_ok_and(|link| link.to_string_lossy().contains("pidfd")))
+        .count()
 }
 
 /// Each time it leaves an offer unanswered, so its end matters.
@@ -141,7 +149,8 @@ fn lives_on() {
 /// Rules: W-EXIT-TIME.
 #[test]
 fn a_process_that_has_left_and_lives_on_is_killed_and_few_are_started_meanwhile() {
-    const ROLE: &str = "processes::a_process_that_has_left_and_lives_on_is_killed_and_few_are_started_meanwhile";
+    const ROLE: &str =
+        "processes::a_process_that_has_left_and_lives_on_is_killed_and_few_are_started_meanwhile";
     if is_role(ROLE) {
         return lives_on();
     }
@@ -170,7 +179,8 @@ fn a_drain_does_not_wait_for_a_process_that_is_not_to_be_killed() {
         return lives_on();
     }
     run(async {
-        let dispatcher = Dispatcher::builder().exit_timeout(Duration::from_millis(100)).kill_hung(false).build();
+        let dispatcher =
+            Dispatcher::builder().exit_timeout(Duration::from_millis(100)).kill_hung(false).build();
         dispatcher.spawn_worker(role(ROLE)).unwrap();
         until("it has said hello", || dispatcher.stats().workers[0].room > 0).await;
         let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
@@ -187,7 +197,8 @@ fn a_drain_does_not_wait_for_a_process_that_is_not_to_be_killed() {
 /// It has adopted the request each time.
 #[test]
 fn a_request_that_crashes_the_application_does_not_start_a_storm_of_processes() {
-    const ROLE: &str = "processes::a_request_that_crashes_the_application_does_not_start_a_storm_of_processes";
+    const ROLE: &str =
+        "processes::a_request_that_crashes_the_application_does_not_start_a_storm_of_processes";
     const RESTARTS: u32 = 7;
     if is_role(ROLE) {
         run(async {
@@ -204,7 +215,8 @@ fn a_request_that_crashes_the_application_does_not_start_a_storm_of_processes() 
             let (_client, accepted) = connections(1).await.pop().unwrap();
             dispatcher.dispatch(accepted).await.unwrap();
         }
-        let waits = (0..RESTARTS).map(|restart| Duration::from_millis(10) * 2u32.pow(restart)).sum();
+        let waits =
+            (0..RESTARTS).map(|restart| Duration::from_millis(10) * 2u32.pow(restart)).sum();
         assert!(begin.elapsed() >= waits, "{:?}", begin.elapsed());
         dispatcher.drain(Some(Duration::ZERO)).await;
     });

@@ -1,4 +1,5 @@
-//! A worker built from the codec, which does exactly what a test says, and clients that can be told apart.
+//! A worker built from the codec, which does exactly what a test says, and clients that can be told
+//! apart.
 
 use std::{
     collections::BTreeMap,
@@ -89,7 +90,8 @@ impl Raw {
         self.answered - u64::from(count)
     }
 
-    /// The next offer; `None` at the end. Answers pings, unless it is to be silent, and notes what else it is told.
+    /// The next offer; `None` at the end. Answers pings, unless it is to be silent, and notes what
+    /// else it is told.
     pub(crate) async fn offer(&mut self) -> Option<Offer> {
         loop {
             if let ToWorker::Offer { offer, .. } = self.step().await? {
@@ -155,8 +157,8 @@ pub(crate) fn adopted(first: u64, count: u32) -> Vec<u8> {
     encoded(&[&[3][..], &first.to_be_bytes(), &count.to_be_bytes()].concat(), 0)
 }
 
-/// What the application of a worker does: reads the client's serial number and answers with a name. The connection stays
-/// open as long as what is returned.
+/// What the application of a worker does: reads the client's serial number and answers with a name.
+/// The connection stays open as long as what is returned.
 pub(crate) fn serve(offer: Offer, name: &str) -> io::Result<(u32, std::net::TcpStream)> {
     let mut stream = std::net::TcpStream::from(offer.fd);
     stream.set_nonblocking(false)?;
@@ -217,14 +219,18 @@ pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Stops a process. Its threads stop one after the other, as they get to run, and `kill` waits for none of them.
+/// Stops a process. Its threads stop one after the other, as they get to run, and `kill` waits for
+/// none of them.
 pub(crate) async fn stop(pid: Pid) {
     kill(pid, Signal::SIGSTOP).unwrap();
     let is_stopped = |task: io::Result<DirEntry>| {
         let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
         status.contains("State:\tT")
     };
-    until("it has stopped", || std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(is_stopped)).await;
+    until("it has stopped", || {
+        std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(is_stopped)
+    })
+    .await;
 }
 
 /// Where a worker process stops, having said that it takes [`DEMAND`] connections.
@@ -246,19 +252,28 @@ pub(crate) const ADOPTED: u32 = 2;
 
 const ROLE: &str = "raw_worker::worker_process";
 
-/// The command of a worker process that stops at a point, by a signal, and logs the serial numbers it serves.
+/// The command of a worker process that stops at a point, by a signal, and logs the serial numbers
+/// it serves.
 pub(crate) fn worker_command(point: Point, signal: Signal, log: &Path) -> Command {
     let mut command = Command::new("/proc/self/exe");
-    command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_ROLE", ROLE).env("FDWIRE_POINT", format!("{point:?}"));
-    command.env("FDWIRE_SIGNAL", signal.as_str()).env("FDWIRE_LOG", log).stdout(Stdio::null()).kill_on_drop(true);
+    command
+        .args([ROLE, "--exact", "--nocapture"])
+        .env("FDWIRE_ROLE", ROLE)
+        .env("FDWIRE_POINT", format!("{point:?}"));
+    command
+        .env("FDWIRE_SIGNAL", signal.as_str())
+        .env("FDWIRE_LOG", log)
+        .stdout(Stdio::null())
+        .kill_on_drop(true);
     command
 }
 
 /// Which process has served which serial number, in the order of the log.
 pub(crate) fn served(log: &Path) -> Vec<(u32, u32)> {
     let log = std::fs::read_to_string(log).unwrap_or_default();
-    let numbers =
-        |line: &str| line.split_once(' ').map(|(serial, pid)| (serial.parse().unwrap(), pid.parse().unwrap()));
+    let numbers = |line: &str| {
+        line.split_once(' ').map(|(serial, pid)| (serial.parse().unwrap(), pid.parse().unwrap()))
+    };
     log.lines().filter_map(numbers).collect()
 }
 
@@ -351,7 +366,10 @@ async fn work(socket: OwnedFd, point: Point, signal: Signal) {
 fn application(offer: Offer) -> io::Result<std::net::TcpStream> {
     let pid = std::process::id();
     let (serial, stream) = serve(offer, &pid.to_string())?;
-    let mut log = OpenOptions::new().append(true).create(true).open(std::env::var_os("FDWIRE_LOG").unwrap())?;
+    let mut log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(std::env::var_os("FDWIRE_LOG").unwrap())?;
     log.write_all(format!("{serial} {pid}\n").as_bytes())?;
     if std::env::var_os("FDWIRE_KEEP").is_none() {
         stream.shutdown(Shutdown::Both)?;

@@ -24,13 +24,18 @@ use tokio::net::UnixStream;
 use crate::{
     common::{KINDS, run},
     raw_worker::{
-        ADOPTED, Client, DEMAND, Point, Raw, adopted, connections, serve, served, served_by, until, worker_command,
+        ADOPTED, Client, DEMAND, Point, Raw, adopted, connections, serve, served, served_by, until,
+        worker_command,
     },
 };
 
 /// The points, and how many connections of that worker are its own.
-const POINTS: [(Point, u32); 4] =
-    [(Point::BeforeReading, 0), (Point::BeforeAnswering, 0), (Point::InAnswer, 0), (Point::AfterAnswering, ADOPTED)];
+const POINTS: [(Point, u32); 4] = [
+    (Point::BeforeReading, 0),
+    (Point::BeforeAnswering, 0),
+    (Point::InAnswer, 0),
+    (Point::AfterAnswering, ADOPTED),
+];
 
 fn quick() -> Dispatcher {
     Dispatcher::builder()
@@ -40,7 +45,13 @@ fn quick() -> Dispatcher {
         .build()
 }
 
-fn spawn(dispatcher: &Dispatcher, kind: SocketKind, point: Point, signal: Signal, log: &Path) -> WorkerId {
+fn spawn(
+    dispatcher: &Dispatcher,
+    kind: SocketKind,
+    point: Point,
+    signal: Signal,
+    log: &Path,
+) -> WorkerId {
     let mut command = worker_command(point, signal, log);
     command.env("FDWIRE_KEEP", "1");
     dispatcher.spawn_worker(WorkerCommand::from(command).socket_kind(kind)).unwrap()
@@ -57,8 +68,8 @@ async fn pid(dispatcher: &Dispatcher, id: WorkerId) -> Pid {
     Pid::from_raw(pid.unwrap() as i32)
 }
 
-/// The first worker is stopped by `signal` at `point` with all connections. Returns it and the second one, which comes
-/// then, and the clients.
+/// The first worker is stopped by `signal` at `point` with all connections. Returns it and the
+/// second one, which comes then, and the clients.
 async fn cut(
     dispatcher: &Dispatcher,
     kind: SocketKind,
@@ -68,8 +79,10 @@ async fn cut(
 ) -> (Pid, Pid, Vec<Client>) {
     let first = spawn(dispatcher, kind, point, signal, log);
     let first_pid = pid(dispatcher, first).await;
-    let (clients, accepted): (Vec<_>, Vec<_>) = connections(DEMAND as u32).await.into_iter().unzip();
-    let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+    let (clients, accepted): (Vec<_>, Vec<_>) =
+        connections(DEMAND as u32).await.into_iter().unzip();
+    let outcomes =
+        Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
     let gone = || dispatcher.stats().workers.is_empty();
     until("the first worker is gone", gone).await;
     assert_eq!(served(log), [], "{point:?}");
@@ -77,18 +90,23 @@ async fn cut(
     let second = spawn(dispatcher, kind, Point::Never, signal, log);
     let second_pid = pid(dispatcher, second).await;
     let outcomes = Vec::from_iter(join_all(outcomes).await.into_iter().map(Result::unwrap));
-    let expected = Vec::from_iter((0..DEMAND as u32).map(|serial| if serial < adopted { first } else { second }));
+    let expected = Vec::from_iter(
+        (0..DEMAND as u32).map(|serial| if serial < adopted { first } else { second }),
+    );
     assert_eq!(outcomes, expected, "{kind:?} {point:?}");
     let others = DEMAND as usize - adopted as usize;
     until("the others are served", || served(log).len() == others).await;
-    let expected = (adopted..DEMAND as u32).map(|serial| (serial, second_pid.as_raw() as u32)).collect();
+    let expected =
+        (adopted..DEMAND as u32).map(|serial| (serial, second_pid.as_raw() as u32)).collect();
     assert_eq!(served_by(log), expected, "{kind:?} {point:?}");
     (first_pid, second_pid, clients)
 }
 
 fn points(kind: SocketKind) -> impl Iterator<Item = (Point, u32)> {
     // A packet cannot be written in halves that are noticed.
-    POINTS.into_iter().filter(move |(point, _)| *point != Point::InAnswer || kind == SocketKind::Stream)
+    POINTS
+        .into_iter()
+        .filter(move |(point, _)| *point != Point::InAnswer || kind == SocketKind::Stream)
 }
 
 fn log() -> (TempDir, std::path::PathBuf) {
@@ -105,7 +123,8 @@ fn what_a_killed_worker_has_not_adopted_is_served_by_another() {
             run(async {
                 let (_directory, log) = log();
                 let dispatcher = quick();
-                let (.., clients) = cut(&dispatcher, kind, (point, adopted), Signal::SIGKILL, &log).await;
+                let (.., clients) =
+                    cut(&dispatcher, kind, (point, adopted), Signal::SIGKILL, &log).await;
                 assert_eq!(dispatcher.stats().retired.ended, 1);
                 assert_eq!(dispatcher.stats().lost, 0);
                 // Those that it had adopted end with it.
@@ -125,7 +144,8 @@ fn what_a_hanging_worker_has_not_adopted_is_served_by_another() {
             run(async {
                 let (_directory, log) = log();
                 let dispatcher = quick();
-                let (first, _, clients) = cut(&dispatcher, kind, (point, adopted), Signal::SIGSTOP, &log).await;
+                let (first, _, clients) =
+                    cut(&dispatcher, kind, (point, adopted), Signal::SIGSTOP, &log).await;
                 assert_eq!(dispatcher.stats().retired.hung, 1);
                 until("it was killed and reaped", || kill(first, None).is_err()).await;
                 for client in clients.into_iter().take(adopted as usize) {
@@ -155,12 +175,17 @@ fn a_stopped_worker_that_goes_on_adopts_nothing_and_disturbs_nobody() {
                 until("it has seen the end and is gone", || kill(first, None).is_err()).await;
 
                 let own = (0..adopted).map(|serial| (serial, first.as_raw() as u32));
-                let others = (adopted..DEMAND as u32).map(|serial| (serial, second.as_raw() as u32));
+                let others =
+                    (adopted..DEMAND as u32).map(|serial| (serial, second.as_raw() as u32));
                 assert_eq!(served_by(&log), own.chain(others).collect(), "{kind:?} {point:?}");
                 // The live connections live: neither end nor reset.
                 for client in &mut clients[adopted as usize..] {
                     let nothing = client.0.try_read(&mut [0]).unwrap_err();
-                    assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock, "{kind:?} {point:?}");
+                    assert_eq!(
+                        nothing.kind(),
+                        std::io::ErrorKind::WouldBlock,
+                        "{kind:?} {point:?}"
+                    );
                 }
                 kill(second, Signal::SIGKILL).unwrap();
                 for client in clients {
@@ -187,7 +212,8 @@ fn clients_of_a_worker_that_dies_see_the_end_though_a_stopped_one_holds_copies()
             let (_directory, log) = log();
             let dispatcher = gentle();
             let point = (Point::BeforeAnswering, 0);
-            let (first, second, clients) = cut(&dispatcher, kind, point, Signal::SIGSTOP, &log).await;
+            let (first, second, clients) =
+                cut(&dispatcher, kind, point, Signal::SIGSTOP, &log).await;
             kill(second, Signal::SIGKILL).unwrap();
             for client in clients {
                 assert_eq!(client.answer().await, second.to_string());
@@ -219,7 +245,9 @@ fn a_dead_worker_is_noticed_though_its_socket_stays_open() {
             let dispatcher = quick();
             // A child of its own holds the socket open, as standard input, and answers nothing.
             let mut command = tokio::process::Command::new("sh");
-            command.args(["-c", "sleep 600 <&0 & echo $! > \"$FDWIRE_LOG\"; kill -KILL $$"]).env("FDWIRE_LOG", &log);
+            command
+                .args(["-c", "sleep 600 <&0 & echo $! > \"$FDWIRE_LOG\"; kill -KILL $$"])
+                .env("FDWIRE_LOG", &log);
             dispatcher.spawn_worker(WorkerCommand::from(command).socket_kind(kind)).unwrap();
             until("its death is noticed", || dispatcher.stats().retired.ended == 1).await;
             let child: i32 = std::fs::read_to_string(&log).unwrap().trim().parse().unwrap();
@@ -244,7 +272,8 @@ fn a_worker_is_started_again_where_asked() {
             assert_eq!(dispatcher.dispatch(connection).await.unwrap(), id);
             assert_eq!(client.answer().await, pid.to_string());
             kill(pid, Signal::SIGKILL).unwrap();
-            until("it was started again", || dispatcher.stats().workers[0].restarts == round + 1).await;
+            until("it was started again", || dispatcher.stats().workers[0].restarts == round + 1)
+                .await;
         }
         let last = pid(&dispatcher, id).await;
         kill(last, Signal::SIGKILL).unwrap();
@@ -267,7 +296,8 @@ fn too_many_hung_workers_are_left_alone() {
                 workers.push(Raw::start(&dispatcher, kind, 1).await);
             }
             until("two are cut off", || dispatcher.stats().retired.hung == 2).await;
-            until("one is silent", || dispatcher.stats().workers[0].state == WorkerState::Silent).await;
+            until("one is silent", || dispatcher.stats().workers[0].state == WorkerState::Silent)
+                .await;
             let left = dispatcher.stats().workers[0].id;
 
             // It gets nothing as long as it is silent, and what waits once it is not.
@@ -284,7 +314,8 @@ fn too_many_hung_workers_are_left_alone() {
     }
 }
 
-/// The cut is one instant: an answer is either written before it and counts, or it cannot be written.
+/// The cut is one instant: an answer is either written before it and counts, or it cannot be
+/// written.
 ///
 /// Rules: D-FENCE, D-LAST-WORDS.
 #[test]
@@ -318,7 +349,12 @@ fn every_answer_that_could_be_written_counts_whenever_the_cut_comes() {
                 assert_eq!(dispatcher.stats().adopted, written as u64, "{kind:?}");
                 in_the_middle += usize::from((1..OFFERS).contains(&written));
                 let adopted = outcomes.drain(..written);
-                assert!(join_all(adopted).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == id)));
+                assert!(
+                    join_all(adopted)
+                        .await
+                        .into_iter()
+                        .all(|outcome| outcome.is_ok_and(|worker| worker == id))
+                );
                 assert_eq!(dispatcher.stats().waiting, OFFERS - written);
                 drop(copies);
             }

@@ -1,4 +1,5 @@
-//! Rules of the protocol that bind a dispatcher, against workers made of the codec or of plain calls.
+//! Rules of the protocol that bind a dispatcher, against workers made of the codec or of plain
+//! calls.
 
 use std::{
     io::Read,
@@ -35,13 +36,20 @@ fn plain_worker(dispatcher: &Dispatcher, kind: SocketKind, max_fds: u8, demand: 
     dispatcher.add_worker(there);
     let here = OwnedFd::from(here);
     let hello = encoded(&[b"\x01FDHO\x01\x01", &[max_fds][..]].concat(), 0);
-    raw_send(&here, &[hello, encoded(&[&[2][..], &demand.to_be_bytes()].concat(), 0)].concat(), &[]);
+    raw_send(
+        &here,
+        &[hello, encoded(&[&[2][..], &demand.to_be_bytes()].concat(), 0)].concat(),
+        &[],
+    );
     here
 }
 
 /// Pings often, and recalls nothing.
 fn quick() -> Dispatcher {
-    Dispatcher::builder().ping_interval(Duration::from_millis(10)).recall_after(Duration::MAX).build()
+    Dispatcher::builder()
+        .ping_interval(Duration::from_millis(10))
+        .recall_after(Duration::MAX)
+        .build()
 }
 
 fn number(payload: &[u8]) -> u64 {
@@ -50,19 +58,22 @@ fn number(payload: &[u8]) -> u64 {
 
 /// Offers with many descriptors and many bytes wait together, so that packets and calls are full.
 ///
-/// Rules: P-FRAME, P-FDS, P-AHEAD, P-PACKET, P-EMPTY, D-WELCOME, D-WELCOME-ONCE, D-NUMBER, D-OFFER-FDS, D-COOKIE.
+/// Rules: P-FRAME, P-FDS, P-AHEAD, P-PACKET, P-EMPTY, D-WELCOME, D-WELCOME-ONCE, D-NUMBER,
+/// D-OFFER-FDS, D-COOKIE.
 #[test]
 fn a_worker_of_plain_calls_receives_what_the_document_says() {
     both(async |kind| {
         const CONNECTIONS: u64 = 200;
-        let dispatcher = Dispatcher::builder().ping_interval(Duration::MAX).recall_after(Duration::MAX).build();
+        let dispatcher =
+            Dispatcher::builder().ping_interval(Duration::MAX).recall_after(Duration::MAX).build();
         let mut outcomes = Vec::new();
         for serial in 0..CONNECTIONS as usize {
             let (_, connection) = UnixStream::pair().unwrap();
             // A few are longer than a packet.
             let read = if serial % 40 == 7 { 150_000 + serial } else { serial * 3 };
             let bundle = (0..serial % 16).map(|_| UnixStream::pair().unwrap().0);
-            let accepted = Accepted::from(tokio_stream(connection)).read_bytes(vec![serial as u8; read]);
+            let accepted =
+                Accepted::from(tokio_stream(connection)).read_bytes(vec![serial as u8; read]);
             outcomes.push(dispatcher.dispatch(bundle.fold(accepted, Accepted::with_fd)));
         }
         let socket = plain_worker(&dispatcher, kind, 16, 1000);
@@ -75,7 +86,10 @@ fn a_worker_of_plain_calls_receives_what_the_document_says() {
                 raw_send(&socket, &encoded(&[&[6][..], &payload[1..9]].concat(), 0), &[]);
                 (payload, fds) = receiver.frame().await.unwrap();
             }
-            assert_eq!((payload[0], number(&payload), fds.len() as u64), (0x82, serial, 1 + serial % 16));
+            assert_eq!(
+                (payload[0], number(&payload), fds.len() as u64),
+                (0x82, serial, 1 + serial % 16)
+            );
             let cookie = rustix::net::sockopt::socket_cookie(&fds[0]).unwrap();
             assert_eq!(payload[9..17], cookie.to_be_bytes());
             raw_send(&socket, &adopted(serial, 1), &[]);
@@ -99,7 +113,8 @@ fn a_dispatcher_has_room_for_the_largest_packets() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let socket = plain_worker(&dispatcher, kind, 1, 2);
-        let outcomes = [(); 2].map(|()| dispatcher.dispatch(tokio_stream(UnixStream::pair().unwrap().1)));
+        let outcomes =
+            [(); 2].map(|()| dispatcher.dispatch(tokio_stream(UnixStream::pair().unwrap().1)));
         let mut receiver = RawReceiver::new(socket.try_clone().unwrap(), kind);
         let mut offers = Vec::new();
         while offers.len() < 2 {
@@ -131,8 +146,9 @@ fn a_worker_is_offered_no_more_than_it_asked_for_and_never_more_than_253() {
     both(async |kind| {
         let dispatcher = quick();
         let mut worker = Raw::start(&dispatcher, kind, 3).await;
-        let outcomes =
-            Vec::from_iter((0..300).map(|_| dispatcher.dispatch(tokio_stream(UnixStream::pair().unwrap().1))));
+        let outcomes = Vec::from_iter(
+            (0..300).map(|_| dispatcher.dispatch(tokio_stream(UnixStream::pair().unwrap().1))),
+        );
         let copies = worker.offers(3).await;
         worker.settle().await;
         let stats = dispatcher.stats();
@@ -142,7 +158,10 @@ fn a_worker_is_offered_no_more_than_it_asked_for_and_never_more_than_253() {
         let more = worker.offers(250).await;
         worker.settle().await;
         let stats = dispatcher.stats();
-        assert_eq!((stats.workers[0].unanswered, stats.waiting as u64), (MAX_UNANSWERED, 300 - MAX_UNANSWERED));
+        assert_eq!(
+            (stats.workers[0].unanswered, stats.waiting as u64),
+            (MAX_UNANSWERED, 300 - MAX_UNANSWERED)
+        );
         worker.adopt(40).await;
         worker.offers(40).await;
         worker.settle().await;
@@ -152,7 +171,8 @@ fn a_worker_is_offered_no_more_than_it_asked_for_and_never_more_than_253() {
 }
 
 impl Raw {
-    /// Answers two pings. What the dispatcher had to send before, this worker has got; it gets no offer.
+    /// Answers two pings. What the dispatcher had to send before, this worker has got; it gets no
+    /// offer.
     async fn settle(&mut self) {
         for _ in 0..2 {
             match self.step().await {
@@ -198,7 +218,9 @@ fn is_watched(inode: u64) -> bool {
     let files = std::fs::read_dir("/proc/self/fdinfo").unwrap();
     let infos = files.filter_map(|file| std::fs::read_to_string(file.ok()?.path()).ok());
     let watched = format!("ino:{inode:x} ");
-    infos.into_iter().any(|info| info.lines().any(|line| line.starts_with("tfd:") && line.contains(&watched)))
+    infos
+        .into_iter()
+        .any(|info| info.lines().any(|line| line.starts_with("tfd:") && line.contains(&watched)))
 }
 
 /// Rules: D-COPY.
@@ -299,7 +321,10 @@ fn a_refusal_of_no_offer_is_one() {
         until("it was read", || dispatcher.stats().workers[0].room == 0).await;
         let outcome = dispatcher.dispatch(tokio_stream(UnixStream::pair().unwrap().1));
         worker.settle().await;
-        assert_eq!((dispatcher.stats().waiting, dispatcher.stats().workers[0].state), (1, WorkerState::Ready));
+        assert_eq!(
+            (dispatcher.stats().waiting, dispatcher.stats().workers[0].state),
+            (1, WorkerState::Ready)
+        );
         worker.say(FromWorker::Demand { total: 1 }).await;
         let _offer = worker.offer().await.unwrap();
         worker.adopt(1).await;
@@ -322,7 +347,8 @@ fn a_worker_that_was_cut_off_can_write_nothing_more() {
         let mut other = Raw::start(&dispatcher, kind, 0).await;
         other.say(FromWorker::Demand { total: 1 }).await;
         let offer = other.offer().await.unwrap();
-        let send = rustix::net::send(socket.as_fd(), &adopted(0, 1), rustix::net::SendFlags::NOSIGNAL);
+        let send =
+            rustix::net::send(socket.as_fd(), &adopted(0, 1), rustix::net::SendFlags::NOSIGNAL);
         assert_eq!(send, Err(rustix::io::Errno::PIPE));
         assert!((&mut outcome).now_or_never().is_none());
         other.adopt(1).await;

@@ -120,7 +120,9 @@ fn the_listener_is_closed_at_once_when_serve_is_dropped() {
                     let _client = TcpStream::connect(address).await.unwrap();
                 }
                 // Nobody else has the port or the descriptor's number.
-                listener = TcpListener::bind(address).await.unwrap_or_else(|error| panic!("{fd}: {error}"));
+                listener = TcpListener::bind(address)
+                    .await
+                    .unwrap_or_else(|error| panic!("{fd}: {error}"));
             }
         });
     }

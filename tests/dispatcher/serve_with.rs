@@ -143,8 +143,9 @@ fn unix_connections_are_prepared_too() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("front");
         let listener = UnixListener::bind(&path).unwrap();
-        let serving =
-            dispatcher.serve_with(listener, async |stream: UnixStream| Some(Accepted::from(stream).metadata("unix")));
+        let serving = dispatcher.serve_with(listener, async |stream: UnixStream| {
+            Some(Accepted::from(stream).metadata("unix"))
+        });
         let checking = async {
             let _client = UnixStream::connect(&path).await.unwrap();
             assert_eq!(worker.next().await.metadata(), "unix");
@@ -211,7 +212,8 @@ fn no_more_connections_are_prepared_at_a_time_than_may_be() {
                 clients.push(says(address, b"").await);
             }
             for (index, mut client) in clients.into_iter().enumerate() {
-                until("the next ones are prepared", || begun.load(SeqCst) >= (index + 2).min(6)).await;
+                until("the next ones are prepared", || begun.load(SeqCst) >= (index + 2).min(6))
+                    .await;
                 client.write_all(b"a").await.unwrap();
                 worker.next().await;
             }
@@ -287,7 +289,8 @@ fn a_connection_that_is_not_wanted_is_not_handed_over() {
     });
 }
 
-/// They have been accepted, so they are not lost when `serve_with` is dropped, or the dispatcher drains.
+/// They have been accepted, so they are not lost when `serve_with` is dropped, or the dispatcher
+/// drains.
 #[test]
 fn connections_that_are_being_prepared_are_handed_over_at_the_end() {
     for drains in [false, true] {

@@ -104,7 +104,13 @@ fn a_worker_whose_event_loop_is_full_leaves_connections_to_others() {
         run(async {
             let dispatcher = Dispatcher::builder().build();
             let mut traced = Command::new(&strace);
-            traced.args(["-f", "-qq", "-o", "/dev/null", "--inject=epoll_ctl:error=ENOSPC:when=20+"]);
+            traced.args([
+                "-f",
+                "-qq",
+                "-o",
+                "/dev/null",
+                "--inject=epoll_ctl:error=ENOSPC:when=20+",
+            ]);
             traced.arg(std::env::current_exe().unwrap());
             let full = WorkerCommand::from(with_role(traced)).socket_kind(kind);
             let full = dispatcher.spawn_worker(full).unwrap();
@@ -120,6 +126,7 @@ fn a_worker_whose_event_loop_is_full_leaves_connections_to_others() {
 }
 
 fn may_trace(strace: &Path) -> bool {
-    let probe = std::process::Command::new(strace).args(["-qq", "-o", "/dev/null", "true"]).status();
+    let probe =
+        std::process::Command::new(strace).args(["-qq", "-o", "/dev/null", "true"]).status();
     probe.is_ok_and(|status| status.success())
 }

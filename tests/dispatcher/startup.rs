@@ -46,7 +46,10 @@ fn first(dispatcher: &Dispatcher) -> WorkerStats {
 
 /// How the first worker has left, once its process has ended.
 async fn exit_of(dispatcher: &Dispatcher) -> WorkerExit {
-    until("its process has ended", || first(dispatcher).last_exit.is_some_and(|exit| exit.status.is_some())).await;
+    until("its process has ended", || {
+        first(dispatcher).last_exit.is_some_and(|exit| exit.status.is_some())
+    })
+    .await;
     first(dispatcher).last_exit.unwrap()
 }
 
@@ -56,7 +59,8 @@ fn with_log(name: &str, test: impl AsyncFnOnce(&Mutex<String>)) {
     alone(name, async {
         let log = Arc::new(Mutex::new(String::new()));
         let kept = Arc::clone(&log);
-        let _guard = set_default(Events(Level::WARN, move |event: &Event<'_>| write_to(&kept, event)));
+        let _guard =
+            set_default(Events(Level::WARN, move |event: &Event<'_>| write_to(&kept, event)));
         test(&log).await;
     });
 }
@@ -68,7 +72,8 @@ fn a_program_that_cannot_be_started_is_an_error_with_its_name() {
         let (missing, text) = (directory.path().join("missing"), directory.path().join("text"));
         std::fs::write(&text, "hello").unwrap();
         let dispatcher = Dispatcher::builder().build();
-        for (program, kind) in [(missing, ErrorKind::NotFound), (text, ErrorKind::PermissionDenied)] {
+        for (program, kind) in [(missing, ErrorKind::NotFound), (text, ErrorKind::PermissionDenied)]
+        {
             let error = dispatcher.spawn_worker(Command::new(&program)).unwrap_err();
             assert_eq!(error.kind(), kind);
             let expected = format!("cannot start {}: ", program.display());
@@ -84,15 +89,24 @@ fn it_is_known_and_logged_how_a_program_has_ended_that_exits_at_once() {
     with_log(NAME, async |log| {
         for (script, code, signal, text) in [
             ("exit 3", Some(3), None, "(exit status: 3); starting it again in 0.01 s"),
-            ("kill -KILL $$", None, Some(SIGKILL), "(signal: 9 (SIGKILL)); starting it again in 0.01 s"),
+            (
+                "kill -KILL $$",
+                None,
+                Some(SIGKILL),
+                "(signal: 9 (SIGKILL)); starting it again in 0.01 s",
+            ),
         ] {
             log.lock().unwrap().clear();
             let dispatcher = Dispatcher::builder().build();
-            let id = dispatcher.spawn_worker(WorkerCommand::from(shell(script)).restart(true)).unwrap();
+            let id =
+                dispatcher.spawn_worker(WorkerCommand::from(shell(script)).restart(true)).unwrap();
             let pid = dispatcher.stats().workers[0].pid.unwrap();
             let exit = exit_of(&dispatcher).await;
             let status = exit.status.unwrap();
-            assert_eq!((status.code(), status.signal(), &exit.cause), (code, signal, &RetireCause::Ended));
+            assert_eq!(
+                (status.code(), status.signal(), &exit.cause),
+                (code, signal, &RetireCause::Ended)
+            );
             assert!(exit.pid.is_some() && exit.lifetime < Duration::from_secs(60));
             until("it is logged", || log.lock().unwrap().contains(text)).await;
             let line = log.lock().unwrap().lines().next().unwrap().to_owned();
@@ -109,7 +123,8 @@ fn it_is_known_and_logged_how_a_program_has_ended_that_exits_at_once() {
 fn a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_another() {
     let silent = RetireCause::Misbehaved("it did not say hello in time".into());
     let garbage = RetireCause::Misbehaved("bad magic byte 0x68 where a frame should begin".into());
-    const NAME: &str = "startup::a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_another";
+    const NAME: &str =
+        "startup::a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_another";
     with_log(NAME, async |log| {
         for kind in KINDS {
             for (command, cause) in [
@@ -119,7 +134,8 @@ fn a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_anothe
                 (shell("echo hello >&0; exec sleep 100"), &garbage),
             ] {
                 log.lock().unwrap().clear();
-                let dispatcher = Dispatcher::builder().hello_timeout(Duration::from_millis(300)).build();
+                let dispatcher =
+                    Dispatcher::builder().hello_timeout(Duration::from_millis(300)).build();
                 let program = command.as_std().get_program().to_str().unwrap().to_owned();
                 dispatcher.spawn_worker(WorkerCommand::from(command).socket_kind(kind)).unwrap();
                 let (_client, accepted) = connections(1).await.pop().unwrap();
@@ -128,7 +144,10 @@ fn a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_anothe
                 assert_eq!((&exit.cause, exit.status.unwrap().signal()), (cause, Some(SIGKILL)));
                 until("it has left", || dispatcher.stats().workers.is_empty()).await;
                 let gone = first(&dispatcher);
-                assert_eq!((gone.program.as_deref(), gone.state), (Some(&*program), WorkerState::Gone));
+                assert_eq!(
+                    (gone.program.as_deref(), gone.state),
+                    (Some(&*program), WorkerState::Gone)
+                );
                 assert_eq!((dispatcher.stats().refused_workers, gone.retired.misbehaved), (1, 1));
                 let log = log.lock().unwrap().clone();
                 assert!(log.contains(&program) && log.contains("signal: 9"), "{log}");
@@ -159,12 +178,14 @@ fn a_worker_whose_program_has_gone_is_started_again_when_it_is_back() {
         command.args(like.as_std().get_args()).kill_on_drop(true);
         command.envs(like.as_std().get_envs().filter_map(|(name, value)| Some((name, value?))));
         let dispatcher = Dispatcher::builder().build();
-        let worker = WorkerCommand::from(command).restart(true).longest_wait(Duration::from_millis(50));
+        let worker =
+            WorkerCommand::from(command).restart(true).longest_wait(Duration::from_millis(50));
         let id = dispatcher.spawn_worker(worker).unwrap();
         until("it is ready", || dispatcher.stats().workers[0].room > 0).await;
 
         std::fs::remove_file(&program).unwrap();
-        kill(Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32), Signal::SIGKILL).unwrap();
+        kill(Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32), Signal::SIGKILL)
+            .unwrap();
         let text = format!("cannot start {}: No such file", program.display());
         until("it is logged", || log.lock().unwrap().contains(&text)).await;
         assert_eq!(dispatcher.stats().workers[0].state, WorkerState::Restarting);
@@ -182,7 +203,9 @@ fn the_numbers_of_workers_that_have_left_are_kept() {
         for round in 0..40 {
             let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, 2).await;
             let (_clients, accepted): (Vec<_>, Vec<_>) = connections(2).await.into_iter().unzip();
-            let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+            let outcomes = Vec::from_iter(
+                accepted.into_iter().map(|connection| dispatcher.dispatch(connection)),
+            );
             worker.offers(2).await;
             worker.reject(1, RejectReason::Unusable).await;
             worker.adopt(1).await;
@@ -203,7 +226,8 @@ fn the_time_to_each_adoption_is_counted() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let (_clients, accepted): (Vec<_>, Vec<_>) = connections(3).await.into_iter().unzip();
-        let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        let outcomes =
+            Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
         tokio::time::sleep(Duration::from_millis(20)).await;
         let mut worker = Raw::start(&dispatcher, kind, 3).await;
         worker.offers(3).await;
@@ -213,7 +237,8 @@ fn the_time_to_each_adoption_is_counted() {
         }
         let times = dispatcher.stats().adoption_times;
         assert_eq!(times.buckets().map(|(_, count)| count).sum::<u64>(), 3);
-        let less = |up_to: Option<Duration>| up_to.is_some_and(|up_to| up_to < Duration::from_millis(20));
+        let less =
+            |up_to: Option<Duration>| up_to.is_some_and(|up_to| up_to < Duration::from_millis(20));
         assert!(times.buckets().all(|(up_to, count)| count == 0 || !less(up_to)), "{times:?}");
     });
 }

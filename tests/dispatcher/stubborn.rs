@@ -43,7 +43,8 @@ fn a_worker_that_talks_and_never_answers_is_cut_off() {
             .build();
         let mut bad = Raw::start(&dispatcher, kind, 2).await;
         let (_clients, accepted): (Vec<_>, Vec<_>) = connections(2).await.into_iter().unzip();
-        let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        let outcomes =
+            Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
         let talk = async {
             while bad.framed.send(FromWorker::Demand { total: 2 }).await.is_ok() {
                 sleep(Duration::from_millis(5)).await;
@@ -54,7 +55,12 @@ fn a_worker_that_talks_and_never_answers_is_cut_off() {
         let mut good = Raw::start(&dispatcher, kind, 2).await;
         good.offers(2).await;
         good.adopt(2).await;
-        assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok_and(|worker| worker == good.id)));
+        assert!(
+            join_all(outcomes)
+                .await
+                .into_iter()
+                .all(|outcome| outcome.is_ok_and(|worker| worker == good.id))
+        );
     });
 }
 
@@ -104,7 +110,8 @@ fn times_may_be_without_end() {
         assert_eq!(outcome.await.unwrap(), worker.id);
 
         let mut other = Raw::start(&dispatcher, kind, 1).await;
-        let (removed, ()) = tokio::join!(dispatcher.remove_worker(other.id, Some(Duration::MAX)), other.leave());
+        let (removed, ()) =
+            tokio::join!(dispatcher.remove_worker(other.id, Some(Duration::MAX)), other.leave());
         assert!(removed);
         tokio::join!(dispatcher.drain(Some(Duration::MAX)), worker.leave());
         assert_eq!(dispatcher.stats().retired.drained, 2);
@@ -133,19 +140,24 @@ fn the_limit_of_the_last_drain_counts() {
     });
 }
 
-/// Who has no time for one connection is not sent those that were meant for it and are not on their way.
+/// Who has no time for one connection is not sent those that were meant for it and are not on their
+/// way.
 #[test]
 fn after_a_refusal_nothing_is_sent_that_was_only_planned() {
     both(async |kind| {
         const CONNECTIONS: u32 = 120;
-        let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+        let dispatcher =
+            Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
         let mut first = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
         let (_clients, outcomes): (Vec<_>, Vec<_>) = connections(CONNECTIONS)
             .await
             .into_iter()
             .map(|(client, accepted)| {
                 // So long that a third of them fills the queues on the way.
-                (client, dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 10 << 10])))
+                (
+                    client,
+                    dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 10 << 10])),
+                )
             })
             .unzip();
         drop(first.offer().await.unwrap());
@@ -161,7 +173,8 @@ fn after_a_refusal_nothing_is_sent_that_was_only_planned() {
             outcomes = join_all(outcomes) => outcomes,
             _ = async { tokio::join!(adopt_all(&mut first), adopt_all(&mut second)) } => unreachable!(),
         };
-        let by_second = outcomes.into_iter().filter(|outcome| *outcome.as_ref().unwrap() == second.id).count();
+        let by_second =
+            outcomes.into_iter().filter(|outcome| *outcome.as_ref().unwrap() == second.id).count();
         assert!(by_second > CONNECTIONS as usize / 4, "{by_second}");
     });
 }
@@ -178,7 +191,8 @@ fn only_offers_that_were_sent_count() {
             .build();
         let mut silent = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
         let outcomes = connections(CONNECTIONS).await.into_iter().map(|(client, accepted)| {
-            let outcome = dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 10 << 10]));
+            let outcome =
+                dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 10 << 10]));
             async { (client, outcome.await).1 }
         });
         let outcomes = Vec::from_iter(outcomes);
@@ -198,9 +212,13 @@ fn only_offers_that_were_sent_count() {
             () = work => unreachable!(),
         };
         let given_back = outcomes.iter().filter(|outcome| outcome.is_err()).count();
-        // The last one may have been sent in part. On a stream, the descriptors of those behind it may have gone ahead.
+        // The last one may have been sent in part. On a stream, the descriptors of those behind it
+        // may have gone ahead.
         assert!(given_back >= sent, "{sent} were sent, {given_back} given back");
-        assert!(given_back <= sent + 1 || kind == SocketKind::Stream, "{sent} were sent, {given_back} given back");
+        assert!(
+            given_back <= sent + 1 || kind == SocketKind::Stream,
+            "{sent} were sent, {given_back} given back"
+        );
     });
 }
 
@@ -223,7 +241,8 @@ fn a_process_that_never_said_hello_does_not_outlive_its_removal() {
     });
 }
 
-/// It has asked for more than it can take. Connections wait for it to ask again, rather than run out of offers.
+/// It has asked for more than it can take. Connections wait for it to ask again, rather than run
+/// out of offers.
 ///
 /// Rules: D-REFUSAL.
 #[test]

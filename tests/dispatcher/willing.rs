@@ -69,7 +69,9 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
                     let dispatcher = dispatcher.clone();
                     tokio::spawn(async move {
                         match bad {
-                            Bad::Rejects(reason) => refuse(Raw::start(&dispatcher, kind, 10_000).await, reason).await,
+                            Bad::Rejects(reason) => {
+                                refuse(Raw::start(&dispatcher, kind, 10_000).await, reason).await
+                            }
                             Bad::Dies => loop {
                                 drop(Raw::start(&dispatcher, kind, 10_000).await.offer().await);
                             },
@@ -84,14 +86,19 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
                 clients.await;
                 let stats = dispatcher.stats();
                 let (adopted, tried) = (stats.adopted as usize, stats.offered_again);
-                assert_eq!((adopted, stats.lost, stats.given_back), (CONNECTIONS, 0, 0), "{kind:?} {bad:?}");
+                assert_eq!(
+                    (adopted, stats.lost, stats.given_back),
+                    (CONNECTIONS, 0, 0),
+                    "{kind:?} {bad:?}"
+                );
                 assert!(tried >= 8, "{kind:?} {bad:?}: the bad ones got {tried} offers");
             });
         }
     }
 }
 
-/// A new version that dies of its first offer, of which there are more than a connection may fail with.
+/// A new version that dies of its first offer, of which there are more than a connection may fail
+/// with.
 #[test]
 fn a_connection_outlives_any_number_of_dying_workers_as_long_as_a_healthy_one_is_only_full() {
     both(async |kind| {
@@ -117,13 +124,16 @@ fn a_connection_outlives_any_number_of_dying_workers_as_long_as_a_healthy_one_is
 fn a_connection_that_no_worker_can_use_is_given_back() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().max_offers(3).build();
-        let mut workers = [Raw::start(&dispatcher, kind, 10).await, Raw::start(&dispatcher, kind, 10).await];
+        let mut workers =
+            [Raw::start(&dispatcher, kind, 10).await, Raw::start(&dispatcher, kind, 10).await];
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome = dispatcher.dispatch(accepted);
         let work = async {
             loop {
                 for worker in &mut workers {
-                    if let Some(offer) = timeout(Duration::from_millis(50), worker.offer()).await.ok().flatten() {
+                    if let Some(offer) =
+                        timeout(Duration::from_millis(50), worker.offer()).await.ok().flatten()
+                    {
                         drop(offer);
                         worker.reject(1, RejectReason::Unusable).await;
                     }
@@ -138,7 +148,8 @@ fn a_connection_that_no_worker_can_use_is_given_back() {
     });
 }
 
-/// It has rejected everything that it was offered so far, so it does not get the next offer at once.
+/// It has rejected everything that it was offered so far, so it does not get the next offer at
+/// once.
 ///
 /// Rules: D-REFUSAL.
 #[test]
@@ -209,12 +220,16 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
         let (here, there) = Socket::pair(kind).unwrap();
         let id = dispatcher.add_worker(there);
         let mut framed = Framed::new(here, WorkerCodec::default());
-        framed.send(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 2 }).await.unwrap();
+        framed
+            .send(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 2 })
+            .await
+            .unwrap();
         framed.send(FromWorker::Demand { total: 10 }).await.unwrap();
         let mut worker = Raw::of(id, framed);
         let (mut upstream, passed) = std::os::unix::net::UnixStream::pair().unwrap();
         let (_client, accepted) = connections(1).await.pop().unwrap();
-        let outcome = dispatcher.dispatch(Accepted::from(accepted).metadata("state").with_fd(passed));
+        let outcome =
+            dispatcher.dispatch(Accepted::from(accepted).metadata("state").with_fd(passed));
         let mut offer = worker.offer().await.unwrap();
         assert_eq!((offer.bundle.len(), &offer.metadata[..]), (1, &b"state"[..]));
         worker.adopt(1).await;

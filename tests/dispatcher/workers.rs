@@ -43,7 +43,10 @@ use tracing::{
 
 use crate::{
     both,
-    common::{KINDS, PASSED, encoded, marked, other_uid, raw_send, role_socket, run, run_in, some_threads, spawn_role},
+    common::{
+        KINDS, PASSED, encoded, marked, other_uid, raw_send, role_socket, run, run_in,
+        some_threads, spawn_role,
+    },
     descriptors::alone,
     raw_worker::{Client, HELLO, Raw, adopted, connections, greet, serve, until},
 };
@@ -73,7 +76,8 @@ where
 /// Keeps a warning as text.
 pub(crate) fn write_to(log: &Mutex<String>, event: &Event<'_>) {
     let mut log = log.lock().unwrap();
-    event.record(&mut |field: &Field, value: &dyn Debug| write!(log, "{field}={value:?} ").unwrap());
+    event
+        .record(&mut |field: &Field, value: &dyn Debug| write!(log, "{field}={value:?} ").unwrap());
     log.push('\n');
 }
 
@@ -84,43 +88,57 @@ fn it_is_logged_why_a_worker_was_dropped() {
         (&encoded(b"\x01FDHO\x02\x09\x01", 0), 0, "it speaks versions 2 to 9, not 1"),
         (&encoded(&[2, 0, 0, 0, 0, 0, 0, 0, 1], 0), 0, "its first message is not a hello"),
         (&[encoded(HELLO, 0), adopted(0, 1)].concat(), 0, "it answered 1 offers, 0 were"),
-        (&[encoded(HELLO, 0), encoded(&[0x3E], 0)].concat(), 0, "not a message of a hand-off's worker"),
+        (
+            &[encoded(HELLO, 0), encoded(&[0x3E], 0)].concat(),
+            0,
+            "not a message of a hand-off's worker",
+        ),
         (&encoded(b"\x07", 1), 1, "1 descriptors"),
     ];
     for (bytes, fds, reason) in cases {
         for kind in KINDS {
             let log = Arc::new(Mutex::new(String::new()));
             let kept = Arc::clone(&log);
-            with_default(Events(Level::WARN, move |event: &Event<'_>| write_to(&kept, event)), || {
-                run(async {
-                    let dispatcher = Dispatcher::builder().build();
-                    let (here, there) = Socket::pair(kind).unwrap();
-                    let id = dispatcher.add_worker(there);
-                    raw_send(&here, bytes, &Vec::from_iter((0..fds).map(marked)));
-                    until("it is gone", || dispatcher.stats().workers.is_empty()).await;
-                    assert_eq!(dispatcher.stats().retired.misbehaved, 1);
-                    let log = log.lock().unwrap();
-                    assert!(log.contains("message=worker is gone: "), "{log}");
-                    assert!(log.contains(&format!("worker={id}")) && log.contains(reason), "{reason:?}: {log}");
-                });
-            });
+            with_default(
+                Events(Level::WARN, move |event: &Event<'_>| write_to(&kept, event)),
+                || {
+                    run(async {
+                        let dispatcher = Dispatcher::builder().build();
+                        let (here, there) = Socket::pair(kind).unwrap();
+                        let id = dispatcher.add_worker(there);
+                        raw_send(&here, bytes, &Vec::from_iter((0..fds).map(marked)));
+                        until("it is gone", || dispatcher.stats().workers.is_empty()).await;
+                        assert_eq!(dispatcher.stats().retired.misbehaved, 1);
+                        let log = log.lock().unwrap();
+                        assert!(log.contains("message=worker is gone: "), "{log}");
+                        assert!(
+                            log.contains(&format!("worker={id}")) && log.contains(reason),
+                            "{reason:?}: {log}"
+                        );
+                    });
+                },
+            );
         }
     }
 }
 
-/// A subscriber that panics ends the task that looks after the worker, and a drain has nothing to wait for.
+/// A subscriber that panics ends the task that looks after the worker, and a drain has nothing to
+/// wait for.
 #[test]
 fn a_drain_ends_though_a_subscriber_panics() {
-    with_default(Events(Level::WARN, |_: &Event<'_>| panic!("a log that cannot be written")), || {
-        run(async {
-            let dispatcher = Dispatcher::builder().build();
-            let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-            dispatcher.add_worker(here);
-            drop(there); // which is worth a warning
-            dispatcher.drain(None).await;
-            assert!(dispatcher.stats().workers.is_empty());
-        });
-    });
+    with_default(
+        Events(Level::WARN, |_: &Event<'_>| panic!("a log that cannot be written")),
+        || {
+            run(async {
+                let dispatcher = Dispatcher::builder().build();
+                let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
+                dispatcher.add_worker(here);
+                drop(there); // which is worth a warning
+                dispatcher.drain(None).await;
+                assert!(dispatcher.stats().workers.is_empty());
+            });
+        },
+    );
 }
 
 /// It ends the conversation with the worker, and what was on its way goes to another one.
@@ -133,7 +151,10 @@ fn a_connection_is_handed_over_though_a_subscriber_panics_at_its_offer() {
             let log = Mutex::default();
             write_to(&log, event);
             let is_offer = log.into_inner().unwrap().contains("connection is offered");
-            assert!(!is_offer || panicked.swap(true, Ordering::Relaxed), "a log that cannot be written");
+            assert!(
+                !is_offer || panicked.swap(true, Ordering::Relaxed),
+                "a log that cannot be written"
+            );
         };
         let _guard = set_default(Events(Level::DEBUG, panics_once));
         let dispatcher = Dispatcher::builder().build();
@@ -152,10 +173,15 @@ fn a_connection_is_handed_over_though_a_subscriber_panics_at_its_offer() {
 fn it_is_known_why_the_process_before_left() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
-        let id = dispatcher.spawn_worker(WorkerCommand::from(Command::new("true")).restart(true)).unwrap();
+        let id = dispatcher
+            .spawn_worker(WorkerCommand::from(Command::new("true")).restart(true))
+            .unwrap();
         until("it was started again", || dispatcher.stats().workers[0].restarts > 0).await;
         let worker = &dispatcher.stats().workers[0];
-        assert_eq!((worker.id, &worker.last_exit.as_ref().unwrap().cause), (id, &RetireCause::Ended));
+        assert_eq!(
+            (worker.id, &worker.last_exit.as_ref().unwrap().cause),
+            (id, &RetireCause::Ended)
+        );
         dispatcher.drain(None).await;
     });
 }
@@ -165,8 +191,7 @@ fn it_is_known_why_the_process_before_left() {
 /// Rules: W-SOCKET-END.
 #[test]
 fn the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_if_its_socket_stays_open() {
-    const ROLE: &str =
-        "workers::the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_if_its_socket_stays_open";
+    const ROLE: &str = "workers::the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_if_its_socket_stays_open";
     if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
         return run(async {
             let socket = Socket::connect(path, SocketKind::SeqPacket).await.unwrap();
@@ -175,7 +200,11 @@ fn the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_if_its_soc
             let holder = Command::new("sleep").arg("600").stdin(Stdio::from(copy)).spawn().unwrap();
             let mut framed = Framed::new(socket, WorkerCodec::default());
             greet(&mut framed, 1).await;
-            std::fs::write(std::env::var_os("FDWIRE_LOG").unwrap(), holder.id().unwrap().to_string()).unwrap();
+            std::fs::write(
+                std::env::var_os("FDWIRE_LOG").unwrap(),
+                holder.id().unwrap().to_string(),
+            )
+            .unwrap();
             while framed.next().await.is_some() {}
         });
     }
@@ -193,13 +222,20 @@ fn the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_if_its_soc
             async move { dispatcher.serve_workers(listener).await }
         });
         let mut command = Command::new("/proc/self/exe");
-        command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_CONNECT", &path).env("FDWIRE_LOG", &log);
+        command
+            .args([ROLE, "--exact", "--nocapture"])
+            .env("FDWIRE_CONNECT", &path)
+            .env("FDWIRE_LOG", &log);
         let mut worker = command.stdout(Stdio::null()).kill_on_drop(true).spawn().unwrap();
-        until("it has a child", || std::fs::read_to_string(&log).is_ok_and(|pid| !pid.is_empty())).await;
+        until("it has a child", || std::fs::read_to_string(&log).is_ok_and(|pid| !pid.is_empty()))
+            .await;
         let holder: i32 = std::fs::read_to_string(&log).unwrap().parse().unwrap();
         let (client, accepted) = connections(1).await.pop().unwrap();
         let outcome = dispatcher.dispatch(accepted);
-        until("it was offered", || dispatcher.stats().workers.iter().any(|worker| worker.unanswered == 1)).await;
+        until("it was offered", || {
+            dispatcher.stats().workers.iter().any(|worker| worker.unanswered == 1)
+        })
+        .await;
 
         worker.start_kill().unwrap();
         until("its death is noticed", || dispatcher.stats().retired.hung == 1).await;
@@ -216,7 +252,8 @@ fn the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_if_its_soc
     });
 }
 
-/// Runs a role as another uid: root is exempt from the limit on descriptors in flight, and others share theirs.
+/// Runs a role as another uid: root is exempt from the limit on descriptors in flight, and others
+/// share theirs.
 fn in_role_of_other_uid(role: &str) {
     let Some(uid) = other_uid() else { return };
     let mut child = spawn_role(role, Some(uid), File::open("/dev/null").unwrap().into());
@@ -234,7 +271,8 @@ fn unread(worker: &Raw) -> u64 {
     ioctl_fionread(worker.framed.socket()).unwrap()
 }
 
-/// More connections on their way than descriptors of one uid may be: the dispatcher waits, and none is lost.
+/// More connections on their way than descriptors of one uid may be: the dispatcher waits, and none
+/// is lost.
 #[test]
 fn too_many_descriptors_in_flight_are_waited_for() {
     const ROLE: &str = "workers::too_many_descriptors_in_flight_are_waited_for";
@@ -242,17 +280,25 @@ fn too_many_descriptors_in_flight_are_waited_for() {
     if role_socket(ROLE).is_some() {
         KINDS.into_iter().for_each(|kind| {
             run(async {
-                let dispatcher = Dispatcher::builder().recall_after(Duration::MAX).ping_interval(Duration::MAX).build();
+                let dispatcher = Dispatcher::builder()
+                    .recall_after(Duration::MAX)
+                    .ping_interval(Duration::MAX)
+                    .build();
                 let mut worker = Raw::start(&dispatcher, kind, u64::from(2 * HALF)).await;
-                let (clients, accepted): (Vec<_>, Vec<_>) = connections(2 * HALF).await.into_iter().unzip();
+                let (clients, accepted): (Vec<_>, Vec<_>) =
+                    connections(2 * HALF).await.into_iter().unzip();
                 let mut accepted = accepted.into_iter();
-                let mut half =
-                    || Vec::from_iter(accepted.by_ref().take(HALF as usize).map(|it| dispatcher.dispatch(it)));
+                let mut half = || {
+                    Vec::from_iter(
+                        accepted.by_ref().take(HALF as usize).map(|it| dispatcher.dispatch(it)),
+                    )
+                };
                 let first = half();
                 let on_their_way = || unread(&worker);
                 until("they are on their way", || on_their_way() > 0).await;
                 let before = on_their_way();
-                // In flight, over all processes of the uid: no more than this, checked before more are added.
+                // In flight, over all processes of the uid: no more than this, checked before more
+                // are added.
                 setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
                 let second = half();
                 sleep(Duration::from_millis(200)).await;
@@ -302,11 +348,15 @@ fn stuck_workers_leave_a_healthy_one_all_that_it_needs() {
                 let mut framed = Framed::new(here, WorkerCodec::default());
                 greet(&mut framed, 253).await;
                 stuck.push(framed); // not read from
-                let offered = Vec::from_iter(
-                    (0..OFFERS).map(|_| dispatcher.dispatch(std::os::unix::net::UnixStream::pair().unwrap().0)),
-                );
+                let offered = Vec::from_iter((0..OFFERS).map(|_| {
+                    dispatcher.dispatch(std::os::unix::net::UnixStream::pair().unwrap().0)
+                }));
                 until("it is cut off", || dispatcher.stats().retired.hung == round + 1).await;
-                assert!(dispatcher.stats().in_flight <= 128 + stuck.len(), "{:?}", dispatcher.stats());
+                assert!(
+                    dispatcher.stats().in_flight <= 128 + stuck.len(),
+                    "{:?}",
+                    dispatcher.stats()
+                );
                 let mut healthy = Raw::start(&dispatcher, SocketKind::SeqPacket, 60).await;
                 healthy.offers(1).await;
                 healthy.adopt(1).await;
@@ -331,16 +381,24 @@ fn a_worker_is_not_cut_off_while_the_dispatcher_cannot_send() {
     const IN_FLIGHT: u32 = 100;
     if role_socket(ROLE).is_some() {
         return run(async {
-            let other = Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
+            let other = Dispatcher::builder()
+                .recall_after(Duration::MAX)
+                .hang_timeout(Duration::MAX)
+                .build();
             let stopped = Raw::start(&other, SocketKind::Stream, u64::from(IN_FLIGHT)).await;
-            let (_clients, mut accepted): (Vec<_>, Vec<_>) = connections(IN_FLIGHT + 1).await.into_iter().unzip();
+            let (_clients, mut accepted): (Vec<_>, Vec<_>) =
+                connections(IN_FLIGHT + 1).await.into_iter().unzip();
             let last = accepted.pop().unwrap();
-            let _outcomes = Vec::from_iter(accepted.into_iter().map(|connection| other.dispatch(connection)));
+            let _outcomes =
+                Vec::from_iter(accepted.into_iter().map(|connection| other.dispatch(connection)));
             until("they are on their way", || unread(&stopped) > 0).await;
 
             let hang_timeout = Duration::from_millis(200);
             let ping_interval = Duration::from_millis(50);
-            let dispatcher = Dispatcher::builder().ping_interval(ping_interval).hang_timeout(hang_timeout).build();
+            let dispatcher = Dispatcher::builder()
+                .ping_interval(ping_interval)
+                .hang_timeout(hang_timeout)
+                .build();
             let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
             setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
             let outcome = dispatcher.dispatch(last);
@@ -361,10 +419,12 @@ fn a_worker_is_not_cut_off_while_the_dispatcher_cannot_send() {
     in_role_of_other_uid(ROLE);
 }
 
-/// An offer that comes when it has no room is a reason to count what is free, not to ask for the same one at once.
+/// An offer that comes when it has no room is a reason to count what is free, not to ask for the
+/// same one at once.
 #[test]
 fn a_connection_does_not_go_to_and_fro_to_a_worker_without_descriptors() {
-    const ROLE: &str = "workers::a_connection_does_not_go_to_and_fro_to_a_worker_without_descriptors";
+    const ROLE: &str =
+        "workers::a_connection_does_not_go_to_and_fro_to_a_worker_without_descriptors";
     if let Some(socket) = role_socket(ROLE) {
         setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
         return run(async {
@@ -396,10 +456,12 @@ fn a_connection_does_not_go_to_and_fro_to_a_worker_without_descriptors() {
     });
 }
 
-/// It had asked for more than there is room for later, and the dispatcher takes it at its word only until it refuses.
+/// It had asked for more than there is room for later, and the dispatcher takes it at its word only
+/// until it refuses.
 #[test]
 fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
-    const ROLE: &str = "workers::a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later";
+    const ROLE: &str =
+        "workers::a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later";
     if let Some(socket) = role_socket(ROLE) {
         setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
         return run(async {
@@ -443,7 +505,10 @@ fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
         control.0.read_exact(&mut [0]).await.unwrap();
         assert_eq!(outcome.await.unwrap(), worker);
         assert_eq!(client.answer().await, "served");
-        until("it asks for what it has room for", || (1..=8).contains(&dispatcher.stats().workers[0].room)).await;
+        until("it asks for what it has room for", || {
+            (1..=8).contains(&dispatcher.stats().workers[0].room)
+        })
+        .await;
         assert_eq!(dispatcher.stats().retired, Default::default());
         drop(control);
         assert!(dispatcher.remove_worker(worker, None).await);
@@ -454,7 +519,8 @@ fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
 /// The same limit, and its own fault: it does not receive.
 #[test]
 fn a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_send() {
-    const ROLE: &str = "workers::a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_send";
+    const ROLE: &str =
+        "workers::a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_send";
     const IN_FLIGHT: u32 = 100;
     if role_socket(ROLE).is_some() {
         return run(async {
@@ -464,10 +530,14 @@ fn a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_sen
                 .hang_timeout(20 * interval)
                 .recall_after(Duration::MAX)
                 .build();
-            let (_clients, mut accepted): (Vec<_>, Vec<_>) = connections(IN_FLIGHT + 1).await.into_iter().unzip();
-            let stopped = Raw::start(&dispatcher, SocketKind::SeqPacket, u64::from(IN_FLIGHT + 1)).await;
+            let (_clients, mut accepted): (Vec<_>, Vec<_>) =
+                connections(IN_FLIGHT + 1).await.into_iter().unzip();
+            let stopped =
+                Raw::start(&dispatcher, SocketKind::SeqPacket, u64::from(IN_FLIGHT + 1)).await;
             let last = accepted.pop().unwrap();
-            let _outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+            let _outcomes = Vec::from_iter(
+                accepted.into_iter().map(|connection| dispatcher.dispatch(connection)),
+            );
             until("they are on their way", || unread(&stopped) > 0).await;
             setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
             let _last = dispatcher.dispatch(last);
@@ -479,12 +549,14 @@ fn a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_sen
     in_role_of_other_uid(ROLE);
 }
 
-/// What was recalled waits for an application. That of a worker which comes back is one, its library is none.
+/// What was recalled waits for an application. That of a worker which comes back is one, its
+/// library is none.
 #[test]
 fn a_recalled_connection_does_not_go_around_busy_workers() {
     both(async |kind| {
         let interval = Duration::from_millis(10);
-        let dispatcher = Dispatcher::builder().ping_interval(interval).recall_after(interval).build();
+        let dispatcher =
+            Dispatcher::builder().ping_interval(interval).recall_after(interval).build();
         let mut workers = Vec::new();
         let mut all = connections(3).await.into_iter();
         for _ in 0..2 {
@@ -492,13 +564,15 @@ fn a_recalled_connection_does_not_go_around_busy_workers() {
             dispatcher.add_worker(here);
             let mut incoming = Incoming::new(there);
             let (client, accepted) = all.next().unwrap();
-            let (outcome, connection) = tokio::join!(dispatcher.dispatch(accepted), incoming.next());
+            let (outcome, connection) =
+                tokio::join!(dispatcher.dispatch(accepted), incoming.next());
             outcome.unwrap();
             workers.push((incoming, client, connection));
         }
         let (_client, accepted) = all.next().unwrap();
         let mut outcome = dispatcher.dispatch(accepted);
-        let rejected = || dispatcher.stats().workers.iter().map(|worker| worker.rejected).sum::<u64>();
+        let rejected =
+            || dispatcher.stats().workers.iter().map(|worker| worker.rejected).sum::<u64>();
         until("both have rejected it", || rejected() == 2).await;
         assert!(timeout(20 * interval, &mut outcome).await.is_err());
         assert_eq!(rejected(), 2);
@@ -536,7 +610,8 @@ fn a_worker_at_its_reserve_of_descriptors_rejects_and_lives() {
 
         let mut other = Raw::start(&dispatcher, kind, 9).await;
         let (clients, accepted): (Vec<Client>, Vec<_>) = all.unzip();
-        let outcomes = Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
+        let outcomes =
+            Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
         let work = async {
             loop {
                 let offer = other.offer().await.unwrap();
@@ -559,7 +634,8 @@ fn a_worker_at_its_reserve_of_descriptors_rejects_and_lives() {
     });
 }
 
-/// Blocked in its application, on one thread of several: what waits for it is recalled, and it is not cut off.
+/// Blocked in its application, on one thread of several: what waits for it is recalled, and it is
+/// not cut off.
 #[test]
 fn a_worker_whose_application_blocks_for_long_is_recalled_and_goes_on() {
     for kind in KINDS {
@@ -592,7 +668,9 @@ fn a_worker_whose_application_blocks_for_long_is_recalled_and_goes_on() {
             let mut all = connections(4).await.into_iter();
             dispatcher.dispatch(all.next().unwrap().1).await.unwrap();
             beginning.await.unwrap();
-            let waiting = Vec::from_iter(all.by_ref().take(2).map(|(_, accepted)| dispatcher.dispatch(accepted)));
+            let waiting = Vec::from_iter(
+                all.by_ref().take(2).map(|(_, accepted)| dispatcher.dispatch(accepted)),
+            );
             until("they were given back", || dispatcher.stats().workers[0].rejected >= 2).await;
             let mut other = Raw::start(&dispatcher, kind, 2).await;
             other.offers(2).await;
@@ -601,7 +679,9 @@ fn a_worker_whose_application_blocks_for_long_is_recalled_and_goes_on() {
                 assert_eq!(outcome.unwrap(), other.id);
             }
             // Longer than it may be silent.
-            assert!(tokio::time::timeout(Duration::from_millis(1500), other.ended()).await.is_err());
+            assert!(
+                tokio::time::timeout(Duration::from_millis(1500), other.ended()).await.is_err()
+            );
             assert_eq!(dispatcher.stats().retired, Default::default());
             release.send(()).unwrap();
             assert_eq!(dispatcher.dispatch(all.next().unwrap().1).await.unwrap(), busy);

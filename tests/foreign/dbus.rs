@@ -1,5 +1,6 @@
-//! D-Bus through a real `dbus-daemon`: a handshake in lines of text, then binary messages on the same connection. The
-//! header says how many descriptors a message has. <https://dbus.freedesktop.org/doc/dbus-specification.html>
+//! D-Bus through a real `dbus-daemon`: a handshake in lines of text, then binary messages on the
+//! same connection. The header says how many descriptors a message has.
+//! <https://dbus.freedesktop.org/doc/dbus-specification.html>
 
 use std::{
     collections::BTreeMap,
@@ -50,7 +51,8 @@ impl Encoder<&str> for AuthCodec {
     }
 }
 
-/// A message. The header's fields of text are under their numbers, those that are numbers have names.
+/// A message. The header's fields of text are under their numbers, those that are numbers have
+/// names.
 #[derive(Debug, Default)]
 struct Message {
     kind: u8,
@@ -84,7 +86,8 @@ impl DbusCodec {
     /// Length of a message and of its header's fields, once they are known.
     fn lengths(src: &[u8]) -> Option<(usize, usize)> {
         let mut header = src.get(4..Self::FIXED)?;
-        let (body, _serial, fields) = (header.get_u32_le(), header.get_u32_le(), header.get_u32_le());
+        let (body, _serial, fields) =
+            (header.get_u32_le(), header.get_u32_le(), header.get_u32_le());
         Some((Self::FIXED + (fields as usize).next_multiple_of(8) + body as usize, fields as usize))
     }
 }
@@ -109,10 +112,16 @@ impl Decoder for DbusCodec {
         }
         let mut whole = src.split_to(length).freeze();
         let body = whole.split_off(Self::FIXED + fields.next_multiple_of(8));
-        let mut message = Message { kind: whole[1], serial: (&whole[8..]).get_u32_le(), body, ..Message::default() };
+        let mut message = Message {
+            kind: whole[1],
+            serial: (&whole[8..]).get_u32_le(),
+            body,
+            ..Message::default()
+        };
         let (mut at, mut fd_count) = (Self::FIXED, 0);
         while at < Self::FIXED + fields {
-            // A field: number, length of the type's signature (1), the type, 0, the value, and zeros up to a multiple of 8.
+            // A field: number, length of the type's signature (1), the type, 0, the value, and
+            // zeros up to a multiple of 8.
             let (field, kind) = (byte(&whole, at)?, byte(&whole, at + 2)?);
             let value = whole.get(at + 4..).unwrap_or_default();
             let length = match (field, kind) {
@@ -145,8 +154,11 @@ fn int(into: &mut u32, value: &[u8]) -> io::Result<usize> {
 
 /// A length of `prefix` bytes, the text, and a zero.
 fn text(into: &mut String, value: &[u8], prefix: usize) -> io::Result<usize> {
-    let length =
-        value.get(..prefix).ok_or_else(|| invalid("header too short"))?.iter().rfold(0, |n, &b| n << 8 | b as usize);
+    let length = value
+        .get(..prefix)
+        .ok_or_else(|| invalid("header too short"))?
+        .iter()
+        .rfold(0, |n, &b| n << 8 | b as usize);
     let text = value.get(prefix..prefix + length).ok_or_else(|| invalid("text too short"))?;
     *into = std::str::from_utf8(text).map_err(invalid)?.to_owned();
     Ok(prefix + length + 1)
@@ -171,7 +183,9 @@ impl Encoder<Message> for DbusCodec {
             };
             field(number, kind, &[length, text.as_bytes(), b"\0"].concat());
         }
-        for (number, value) in [(REPLY_SERIAL, message.reply_serial), (UNIX_FDS, message.fds.len() as u32)] {
+        for (number, value) in
+            [(REPLY_SERIAL, message.reply_serial), (UNIX_FDS, message.fds.len() as u32)]
+        {
             if value > 0 {
                 field(number, b'u', &value.to_le_bytes());
             }
@@ -195,11 +209,13 @@ fn invalid(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::E
 
 type Bus = Framed<DbusCodec>;
 
-/// Connects, and says hello in the same breath as it leaves the handshake. Returns its unique name too.
+/// Connects, and says hello in the same breath as it leaves the handshake. Returns its unique name
+/// too.
 async fn connect(path: &Path) -> (Bus, String) {
     let socket = Socket::connect(path, SocketKind::Stream).await.unwrap();
     let mut auth = Framed::new(socket, AuthCodec);
-    let uid: String = nix::unistd::geteuid().to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
+    let uid: String =
+        nix::unistd::geteuid().to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
     auth.send(&*format!("\0AUTH EXTERNAL {uid}")).await.unwrap();
     assert!(auth.try_next().await.unwrap().unwrap().starts_with("OK "));
     auth.send("NEGOTIATE_UNIX_FD").await.unwrap();
@@ -207,7 +223,8 @@ async fn connect(path: &Path) -> (Bus, String) {
     auth.feed("BEGIN").await.unwrap(); // still unsent when the codec changes
 
     let mut bus = auth.map_codecs(|_, _| (DbusCodec, DbusCodec));
-    let hello = call("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "Hello");
+    let hello =
+        call("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "Hello");
     bus.send(Message { serial: 1, ..hello }).await.unwrap();
     let reply = next(&mut bus).await;
     assert_eq!((reply.kind, reply.reply_serial, &*reply.text[&SIGNATURE]), (REPLY, 1, "s"));
@@ -261,10 +278,20 @@ async fn start_bus(program: &Path, directory: &Path) -> (Daemon, std::path::Path
     let (config, socket) = (directory.join("bus.conf"), directory.join("bus"));
     std::fs::write(&config, CONFIG.replace("SOCKET", socket.to_str().unwrap())).unwrap();
     let mut command = Command::new(program);
-    command.arg("--config-file").arg(&config).args(["--nofork", "--print-address"]).stdout(Stdio::piped());
+    command
+        .arg("--config-file")
+        .arg(&config)
+        .args(["--nofork", "--print-address"])
+        .stdout(Stdio::piped());
     let mut daemon = Daemon::start(&mut command, directory);
-    let stdout = tokio::process::ChildStdout::from_std(daemon.child.stdout.take().unwrap()).unwrap();
-    let address = BufReader::new(stdout).lines().next_line().await.unwrap().expect("the daemon prints its address");
+    let stdout =
+        tokio::process::ChildStdout::from_std(daemon.child.stdout.take().unwrap()).unwrap();
+    let address = BufReader::new(stdout)
+        .lines()
+        .next_line()
+        .await
+        .unwrap()
+        .expect("the daemon prints its address");
     assert!(address.starts_with("unix:path="), "{address}");
     (daemon, socket)
 }
@@ -275,7 +302,8 @@ fn a_call_with_descriptors_goes_through_a_real_bus_and_is_answered_with_one() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let (_daemon, socket) = start_bus(&program, directory.path()).await;
-        let ((mut here, here_name), (mut there, there_name)) = tokio::join!(connect(&socket), connect(&socket));
+        let ((mut here, here_name), (mut there, there_name)) =
+            tokio::join!(connect(&socket), connect(&socket));
         assert_ne!(here_name, there_name);
 
         let mut message = call(&there_name, "/files", "io.fdwire.Files", "Take");
@@ -284,13 +312,23 @@ fn a_call_with_descriptors_goes_through_a_real_bus_and_is_answered_with_one() {
         here.send(Message { serial: 2, body, fds, ..message }).await.unwrap();
 
         let taken = next(&mut there).await;
-        assert_eq!((taken.kind, &*taken.text[&MEMBER], &taken.text[&SENDER]), (CALL, "Take", &here_name));
+        assert_eq!(
+            (taken.kind, &*taken.text[&MEMBER], &taken.text[&SENDER]),
+            (CALL, "Take", &here_name)
+        );
         assert_eq!(taken.body, indices(2));
         assert_eq!(taken.fds.iter().map(mark_of).collect::<Vec<_>>(), [7, 8]);
 
         let text = [(DESTINATION, here_name), (SIGNATURE, "h".to_owned())].into();
         let fds = [marked(9)].into_iter().collect();
-        let reply = Message { kind: REPLY, serial: 2, reply_serial: taken.serial, text, body: indices(1), fds };
+        let reply = Message {
+            kind: REPLY,
+            serial: 2,
+            reply_serial: taken.serial,
+            text,
+            body: indices(1),
+            fds,
+        };
         there.send(reply).await.unwrap();
         let reply = next(&mut here).await;
         assert_eq!((reply.kind, reply.reply_serial, &reply.text[&SENDER]), (REPLY, 2, &there_name));
@@ -304,7 +342,8 @@ fn many_calls_in_one_flush_each_keep_their_own_descriptors() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let (_daemon, socket) = start_bus(&program, directory.path()).await;
-        let ((mut here, _), (mut there, there_name)) = tokio::join!(connect(&socket), connect(&socket));
+        let ((mut here, _), (mut there, there_name)) =
+            tokio::join!(connect(&socket), connect(&socket));
 
         for n in 1..=60 {
             let fds: Fds = (0..n % 4).map(|_| marked(n)).collect();

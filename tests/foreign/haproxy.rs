@@ -99,7 +99,11 @@ impl<F> Decoder<F> for NewProcess {
     type Item = FromOld<F>;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<FromOld<F>>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<FromOld<F>>, Error> {
         let Some(left) = self.left else {
             let Ok(number) = src.try_get_i32_ne() else { return Ok(None) };
             let number = usize::try_from(number).map_err(Error::invalid)?;
@@ -195,7 +199,10 @@ fn a_peer_that_reads_call_by_call_finds_the_batches_while_other_messages_wait() 
         let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
         let mut framed = Framed::new(a, OldProcess::default());
         for first in [0, 300] {
-            framed.feed((first..first + 300).map(|mark| SendFd::assume_file(marked(mark))).collect()).await.unwrap();
+            framed
+                .feed((first..first + 300).map(|mark| SendFd::assume_file(marked(mark))).collect())
+                .await
+                .unwrap();
         }
         framed.flush().await.unwrap();
         for first in [0_u32, 300] {
@@ -210,7 +217,12 @@ fn a_peer_that_reads_call_by_call_finds_the_batches_while_other_messages_wait() 
 
 /// Starts haproxy as the new process, and gives it listeners. They are bound, so that it ends at
 /// once unless it gets every one of them.
-async fn start_with(program: &Path, directory: &Path, addresses: &[SocketAddr], sockets: &[Arc<OwnedFd>]) -> Daemon {
+async fn start_with(
+    program: &Path,
+    directory: &Path,
+    addresses: &[SocketAddr],
+    sockets: &[Arc<OwnedFd>],
+) -> Daemon {
     let path = directory.join("old");
     let listener = Listener::bind(&path, SocketKind::Stream).unwrap();
     let mut command = haproxy(program, directory, addresses);
@@ -233,7 +245,8 @@ fn haproxy_takes_our_listeners() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let (sockets, addresses) = listeners(300);
-        let kept: Vec<Arc<OwnedFd>> = sockets.into_iter().map(|socket| Arc::new(socket.into())).collect();
+        let kept: Vec<Arc<OwnedFd>> =
+            sockets.into_iter().map(|socket| Arc::new(socket.into())).collect();
         let mut daemon = start_with(&program, directory.path(), &addresses, &kept).await;
         drop(kept);
         for &address in [addresses[0], addresses[252], addresses[299]].iter() {
@@ -245,12 +258,19 @@ fn haproxy_takes_our_listeners() {
 
 /// Asks haproxy for all of its listeners, as a new haproxy does.
 async fn take(path: &Path) -> Vec<OwnedFd> {
-    let mut framed = Framed::new(Socket::connect(path, SocketKind::Stream).await.unwrap(), NewProcess::default());
+    let mut framed = Framed::new(
+        Socket::connect(path, SocketKind::Stream).await.unwrap(),
+        NewProcess::default(),
+    );
     framed.send(FromNew::GetSocks).await.unwrap();
-    let Some(FromOld::Number(count)) = framed.try_next().await.unwrap() else { panic!("no number") };
+    let Some(FromOld::Number(count)) = framed.try_next().await.unwrap() else {
+        panic!("no number")
+    };
     let mut taken = Vec::new();
     while taken.len() < count {
-        let Some(FromOld::Socket(socket)) = framed.try_next().await.unwrap() else { panic!("the end") };
+        let Some(FromOld::Socket(socket)) = framed.try_next().await.unwrap() else {
+            panic!("the end")
+        };
         taken.push(socket);
         if taken.len() % BATCH == 0 {
             framed.send(FromNew::Ack).await.unwrap();
@@ -278,7 +298,11 @@ fn we_take_the_listeners_of_haproxy() {
         drop(daemon);
         // All of them listen on, without haproxy.
         let ours: Vec<_> = taken.iter().filter_map(address_of).collect();
-        assert!(addresses.iter().all(|address| ours.contains(address)), "{} of 300 came", ours.len());
+        assert!(
+            addresses.iter().all(|address| ours.contains(address)),
+            "{} of 300 came",
+            ours.len()
+        );
         TcpStream::connect(addresses[0]).unwrap();
     });
 }
@@ -292,7 +316,8 @@ fn a_server_takes_over_from_haproxy_and_haproxy_from_its_next_generation() {
         let directory = tempfile::tempdir().unwrap();
         let (sockets, addresses) = listeners(2);
         drop(sockets); // free again, for haproxy
-        let mut daemon = Daemon::start(&mut haproxy(&program, directory.path(), &addresses), directory.path());
+        let mut daemon =
+            Daemon::start(&mut haproxy(&program, directory.path(), &addresses), directory.path());
         daemon.ready(async || get(addresses[1])).await;
         let mut front = Listeners::new();
         for socket in take(&directory.path().join("admin")).await {
@@ -306,10 +331,12 @@ fn a_server_takes_over_from_haproxy_and_haproxy_from_its_next_generation() {
         drop(daemon);
         let waiting = TcpStream::connect(addresses[0]).unwrap();
 
-        let second = takeover::request(&path, Options::default()).await.unwrap().ready().await.unwrap();
+        let second =
+            takeover::request(&path, Options::default()).await.unwrap().ready().await.unwrap();
         first.replaced().await;
         assert!(first.drained().await);
-        let index = second.identities().iter().position(|it| it.address == addresses[0].into()).unwrap();
+        let index =
+            second.identities().iter().position(|it| it.address == addresses[0].into()).unwrap();
         let gated = second.gated::<tokio::net::TcpListener>("front", index as u32).unwrap();
         assert_eq!(gated.accept().await.unwrap().1, waiting.local_addr().unwrap());
 

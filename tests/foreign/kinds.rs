@@ -1,5 +1,6 @@
-//! A header in the manner of vhost-user: the kind of message implies its descriptors, in one case with a number or a flag
-//! in the payload. <https://qemu-project.gitlab.io/qemu/interop/vhost-user.html>
+//! A header in the manner of vhost-user: the kind of message implies its descriptors, in one case
+//! with a number or a flag in the payload.
+//! <https://qemu-project.gitlab.io/qemu/interop/vhost-user.html>
 
 use std::io;
 
@@ -20,7 +21,8 @@ const SET_MEM_TABLE: u32 = 5;
 const SET_LOG_FD: u32 = 7;
 const SET_VRING_KICK: u32 = 12;
 
-/// Messages are their kind and a frame. On the wire: kind, flags (the version), length of the payload, payload.
+/// Messages are their kind and a frame. On the wire: kind, flags (the version), length of the
+/// payload, payload.
 #[derive(Clone)]
 struct VhostCodec;
 
@@ -32,7 +34,9 @@ impl VhostCodec {
         match kind {
             SET_LOG_FD => 1,
             SET_MEM_TABLE => payload.try_get_u32_ne().map_or(0, |regions| regions as usize),
-            SET_VRING_KICK => payload.try_get_u64_ne().map_or(0, |queue| usize::from(queue & 0x100 == 0)),
+            SET_VRING_KICK => {
+                payload.try_get_u64_ne().map_or(0, |queue| usize::from(queue & 0x100 == 0))
+            }
             _ => 0,
         }
     }
@@ -48,17 +52,26 @@ impl Decoder for VhostCodec {
     type Item = (u32, Frame);
     type Error = io::Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> io::Result<Option<(u32, Frame)>> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue,
+    ) -> io::Result<Option<(u32, Frame)>> {
         if src.len() < Self::HEADER {
             return Ok(None);
         }
         let mut header = &src[..Self::HEADER];
-        let (kind, flags, length) = (header.get_u32_ne(), header.get_u32_ne(), header.get_u32_ne() as usize);
+        let (kind, flags, length) =
+            (header.get_u32_ne(), header.get_u32_ne(), header.get_u32_ne() as usize);
         if flags & 3 != Self::VERSION {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "unsupported version"));
         }
         if length > self.limits().max_payload_bytes {
-            return Err(Error::FrameTooLong { bytes: length, limit: self.limits().max_payload_bytes }.into());
+            return Err(Error::FrameTooLong {
+                bytes: length,
+                limit: self.limits().max_payload_bytes,
+            }
+            .into());
         }
         if src.len() < Self::HEADER + length {
             return Ok(None);
@@ -73,10 +86,17 @@ impl Decoder for VhostCodec {
 impl Encoder<(u32, Frame)> for VhostCodec {
     type Error = Error;
 
-    fn encode(&mut self, item: (u32, Frame), dst: &mut SendBuf) -> Result<(), SendError<(u32, Frame)>> {
+    fn encode(
+        &mut self,
+        item: (u32, Frame),
+        dst: &mut SendBuf,
+    ) -> Result<(), SendError<(u32, Frame)>> {
         let (expected, present) = (Self::expected_fds(item.0, &item.1.payload), item.1.fds.len());
         if expected != present {
-            return Err(SendError::refused(item, Error::MissingFds { expected, received: present }));
+            return Err(SendError::refused(
+                item,
+                Error::MissingFds { expected, received: present },
+            ));
         }
         let (kind, Frame { payload, fds }) = item;
         for field in [kind, Self::VERSION, payload.len() as u32] {

@@ -33,7 +33,11 @@ impl Decoder for LineFdCodec {
     type Item = (String, Option<OwnedFd>);
     type Error = LineError;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<Self::Item>, LineError> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue,
+    ) -> Result<Option<Self::Item>, LineError> {
         let Some(line) = codec::Decoder::decode(&mut self.0, src)? else { return Ok(None) };
         let Some(name) = line.strip_suffix(" fd") else { return Ok(Some((line, None))) };
         let fd = fds.claim_one()?;
@@ -51,7 +55,8 @@ impl Encoder<(&str, Option<OwnedFd>)> for LineFdCodec {
     ) -> Result<(), SendError<(&'a str, Option<OwnedFd>), LineError>> {
         let mut bytes = BytesMut::new();
         let suffix = if fd.is_some() { " fd" } else { "" };
-        codec::Encoder::encode(&mut self.0, [line, suffix].concat(), &mut bytes).map_err(LineError::from)?;
+        codec::Encoder::encode(&mut self.0, [line, suffix].concat(), &mut bytes)
+            .map_err(LineError::from)?;
         dst.put_shared(bytes.freeze());
         dst.put_fds(fd);
         Ok(())
@@ -63,7 +68,8 @@ fn lines_bring_the_descriptors_that_they_name() {
     for kind in KINDS {
         run(async {
             let (a, b) = Socket::pair(kind).unwrap();
-            let (mut a, mut b) = (Framed::new(a, LineFdCodec::default()), Framed::new(b, LineFdCodec::default()));
+            let (mut a, mut b) =
+                (Framed::new(a, LineFdCodec::default()), Framed::new(b, LineFdCodec::default()));
             let names: Vec<String> = (0..300).map(|n| format!("line {n}")).collect();
             for (name, n) in names.iter().zip(0..) {
                 a.feed((name, (n % 3 == 0).then(|| marked(n)))).await.unwrap();
@@ -92,13 +98,15 @@ fn lines_of_a_peer_that_writes_in_any_pieces() {
             while let Some((line, fd)) = a.try_next().await.unwrap() {
                 seen.push((line, fd.as_ref().map(mark_of)));
             }
-            let expected = [("plain", None), ("log", Some(1)), ("two", Some(2)), ("three", Some(3))];
+            let expected =
+                [("plain", None), ("log", Some(1)), ("two", Some(2)), ("three", Some(3))];
             assert!(seen.iter().map(|(line, mark)| (&**line, *mark)).eq(expected), "{seen:?}");
         });
     }
 }
 
-/// Lines, and descriptors that each come with a zero byte of their own, as in the messages of OpenSSH's multiplexing.
+/// Lines, and descriptors that each come with a zero byte of their own, as in the messages of
+/// OpenSSH's multiplexing.
 #[derive(Clone)]
 struct ZeroByteCodec;
 
@@ -167,7 +175,12 @@ fn descriptors_with_a_zero_byte_each() {
         }
         assert_eq!(seen, [Err("open".into()), Ok(1), Ok(2), Err("done".into())]);
 
-        for part in [Part::Line("open".into()), Part::Fd(marked(3)), Part::Fd(marked(4)), Part::Line("done".into())] {
+        for part in [
+            Part::Line("open".into()),
+            Part::Fd(marked(3)),
+            Part::Fd(marked(4)),
+            Part::Line("done".into()),
+        ] {
             a.feed(part).await.unwrap();
         }
         a.flush().await.unwrap();
@@ -178,8 +191,8 @@ fn descriptors_with_a_zero_byte_each() {
     });
 }
 
-/// Text up to an empty line. Only who has read all of it knows where it ends, and from a line in it how many descriptors
-/// came with its first byte.
+/// Text up to an empty line. Only who has read all of it knows where it ends, and from a line in it
+/// how many descriptors came with its first byte.
 #[derive(Clone)]
 struct RecordCodec;
 
@@ -198,7 +211,8 @@ impl Decoder for RecordCodec {
         let payload = src.split_to(end).freeze();
         src.advance(2);
         let text = String::from_utf8_lossy(&payload);
-        let expected = text.lines().find_map(|line| line.strip_prefix("fds: ")?.parse().ok()).unwrap_or(0);
+        let expected =
+            text.lines().find_map(|line| line.strip_prefix("fds: ")?.parse().ok()).unwrap_or(0);
         let fds = fds.claim(expected)?;
         Ok(Some(Frame { payload, fds }))
     }
@@ -244,9 +258,14 @@ fn our_messages_begin_with_their_descriptors_too() {
             a.feed(Frame::new(text).with_fds(fds.map(marked))).await.unwrap();
         }
         a.flush().await.unwrap();
-        for (text, fds) in [("one", vec![]), ("fds: 2", vec![1, 2]), ("three", vec![]), ("fds: 1", vec![4])] {
+        for (text, fds) in
+            [("one", vec![]), ("fds: 2", vec![1, 2]), ("three", vec![]), ("fds: 1", vec![4])]
+        {
             assert_eq!(raw_recv(&peer, 1), (text.as_bytes()[..1].to_vec(), fds), "{text}");
-            assert_eq!(raw_recv(&peer, text.len() + 1), ([&text.as_bytes()[1..], b"\n\n"].concat(), vec![]));
+            assert_eq!(
+                raw_recv(&peer, text.len() + 1),
+                ([&text.as_bytes()[1..], b"\n\n"].concat(), vec![])
+            );
         }
     });
 }

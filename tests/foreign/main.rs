@@ -1,7 +1,8 @@
-//! Protocols that are not ours, against the programs that speak them. Codecs are written as a user of the crate would
-//! write them, against its public face only.
+//! Protocols that are not ours, against the programs that speak them. Codecs are written as a user
+//! of the crate would write them, against its public face only.
 //!
-//! A test whose program is not installed skips itself and prints why; with `FDWIRE_REQUIRE_FOREIGN=1` it fails instead.
+//! A test whose program is not installed skips itself and prints why; with
+//! `FDWIRE_REQUIRE_FOREIGN=1` it fails instead.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -47,13 +48,15 @@ use nix::{
     unistd::{Pid, close},
 };
 
-/// One `recvmsg` of at most so many bytes, without the code under test: bytes, and the marks of the descriptors that came.
+/// One `recvmsg` of at most so many bytes, without the code under test: bytes, and the marks of the
+/// descriptors that came.
 fn raw_recv(socket: &impl AsFd, room: usize) -> (Vec<u8>, Vec<u32>) {
     let (mut bytes, mut control) = (vec![0; room], cmsg_space!([RawFd; 253]));
     let mut pieces = [IoSliceMut::new(&mut bytes)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let received = recvmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &mut pieces, Some(&mut control), flags)
-        .expect("something waits");
+    let received =
+        recvmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &mut pieces, Some(&mut control), flags)
+            .expect("something waits");
     let mut marks = Vec::new();
     for message in received.cmsgs().unwrap() {
         let ControlMessageOwned::ScmRights(fds) = message else { continue };
@@ -67,8 +70,8 @@ fn raw_recv(socket: &impl AsFd, room: usize) -> (Vec<u8>, Vec<u32>) {
     (bytes, marks)
 }
 
-/// A program that runs until it is dropped; then it is killed with all that it started, and if the test has failed, its
-/// complaints are printed.
+/// A program that runs until it is dropped; then it is killed with all that it started, and if the
+/// test has failed, its complaints are printed.
 struct Daemon {
     child: Child,
     log: PathBuf,

@@ -42,7 +42,8 @@ async fn serve(name: &str) {
         listeners.bind_path("admin", &admin, Kind::Stream, 0o600)?;
         Ok(listeners)
     };
-    let pending = takeover::bind_or_take(variable("FDWIRE_PATH"), Options::default(), bind).await.unwrap();
+    let pending =
+        takeover::bind_or_take(variable("FDWIRE_PATH"), Options::default(), bind).await.unwrap();
     assert!(!descriptors_of_a_child().contains("socket:"), "a child has a copy of a listener");
     let server = pending.ready().await.unwrap();
     let serving = async {
@@ -122,7 +123,11 @@ impl Place {
             .ready(async || -> io::Result<u32> {
                 let tcp = pid_from(TcpStream::connect(self.address).await?).await?;
                 let unix = pid_from(UnixStream::connect(self.admin()).await?).await?;
-                if tcp == unix && !others.contains(&tcp) { Ok(tcp) } else { Err(io::ErrorKind::WouldBlock.into()) }
+                if tcp == unix && !others.contains(&tcp) {
+                    Ok(tcp)
+                } else {
+                    Err(io::ErrorKind::WouldBlock.into())
+                }
             })
             .await
     }
@@ -153,8 +158,16 @@ fn systemd_passes_named_listeners() {
     run(async {
         let place = Place::new();
         let mut command = Command::new(&program);
-        command.args(["--fdname=http:admin", "-l", &place.address.to_string(), "-l", place.admin().to_str().unwrap()]);
-        command.args(place.environment().map(|(name, value)| format!("--setenv={name}={}", value.display())));
+        command.args([
+            "--fdname=http:admin",
+            "-l",
+            &place.address.to_string(),
+            "-l",
+            place.admin().to_str().unwrap(),
+        ]);
+        command.args(
+            place.environment().map(|(name, value)| format!("--setenv={name}={}", value.display())),
+        );
         let mut manager = place.start(command);
         let first = place.wait_for_another(&mut manager, &[]).await;
         assert_eq!(first, manager.child.id(), "it executes the service");
@@ -171,7 +184,9 @@ fn systemd_passes_listeners_without_names() {
         let place = Place::new();
         let mut command = Command::new(&program);
         command.args(["-l", place.admin().to_str().unwrap(), "-l", &place.address.to_string()]);
-        command.args(place.environment().map(|(name, value)| format!("--setenv={name}={}", value.display())));
+        command.args(
+            place.environment().map(|(name, value)| format!("--setenv={name}={}", value.display())),
+        );
         let mut manager = place.start(command);
         place.wait_for_another(&mut manager, &[]).await;
     });
@@ -184,12 +199,17 @@ fn a_listener_of_the_right_name_at_another_address_is_refused() {
         let (place, elsewhere) = (Place::new(), Place::new());
         let mut command = Command::new(&program);
         command.args(["--fdname=http", "-l", &elsewhere.address.to_string()]);
-        command.args(place.environment().map(|(name, value)| format!("--setenv={name}={}", value.display())));
+        command.args(
+            place.environment().map(|(name, value)| format!("--setenv={name}={}", value.display())),
+        );
         let mut manager = place.start(command);
         manager.ready(async || TcpStream::connect(elsewhere.address).await).await;
         assert!(!manager.ended().await.success());
         let complaint = std::fs::read_to_string(&manager.log).unwrap();
-        let expected = format!("Address {{ expected: Ip({}), found: Ip({}) }}", place.address, elsewhere.address);
+        let expected = format!(
+            "Address {{ expected: Ip({}), found: Ip({}) }}",
+            place.address, elsewhere.address
+        );
         assert!(complaint.contains(&expected), "{complaint}");
     });
 }
@@ -202,13 +222,24 @@ fn server_starter_passes_its_listeners_to_each_generation() {
     run(async {
         let place = Place::new();
         let mut command = Command::new(&program);
-        command.args([format!("--port={}", place.address), format!("--path={}", place.admin().display())]).arg("--");
+        command
+            .args([
+                format!("--port={}", place.address),
+                format!("--path={}", place.admin().display()),
+            ])
+            .arg("--");
         let mut manager = place.start(command);
         let first = place.wait_for_another(&mut manager, &[]).await;
         kill(Pid::from_raw(manager.child.id() as i32), Signal::SIGHUP).unwrap();
         let second = place.wait_for_another(&mut manager, &[first]).await;
         // The first one has left by itself; then it is left to the new one.
-        manager.ready(async || if Path::new(&format!("/proc/{first}/exe")).exists() { Err(()) } else { Ok(()) }).await;
+        manager
+            .ready(
+                async || {
+                    if Path::new(&format!("/proc/{first}/exe")).exists() { Err(()) } else { Ok(()) }
+                },
+            )
+            .await;
         leave_the_manager(&place, second).await;
     });
 }
@@ -260,17 +291,24 @@ fn stored_descriptors_come_back_by_their_names() {
                 let mut listeners = Listeners::new();
                 listeners.bind_tcp("http", address).unwrap();
                 let refused = listeners.bind_tcp("other", address).unwrap_err();
-                assert!(matches!(&refused, takeover::Error::Io(error) if error.kind() == io::ErrorKind::AddrInUse));
+                assert!(
+                    matches!(&refused, takeover::Error::Io(error) if error.kind() == io::ErrorKind::AddrInUse)
+                );
             }
             let mut listeners = Listeners::new();
             listeners.bind_tcp("http", address).unwrap();
             let directory = tempfile::tempdir().unwrap();
-            let _server = Server::bind(directory.path().join("takeover"), listeners, Options::default()).unwrap();
+            let _server =
+                Server::bind(directory.path().join("takeover"), listeners, Options::default())
+                    .unwrap();
             let stored = take_stored("session").collect::<io::Result<Vec<_>>>().unwrap();
             assert_eq!(stored.iter().map(mark_of).collect::<Vec<_>>(), [7]);
             assert_eq!(take_stored("session").count(), 0, "each is taken once");
             assert_eq!(take_stored("http").count(), 0, "it was adopted");
-            assert!(!descriptors_of_a_child().contains("socket:"), "a child has a copy of a listener");
+            assert!(
+                !descriptors_of_a_child().contains("socket:"),
+                "a child has a copy of a listener"
+            );
         });
     }
     // systemd itself executes a service in this way.
@@ -279,7 +317,10 @@ fn stored_descriptors_come_back_by_their_names() {
     let mut shell = Command::new("sh");
     shell.args(["-c", "LISTEN_PID=$$ exec \"$@\" 3<&0 4<&1 </dev/null >/dev/null", "sh"]);
     shell.arg(std::env::current_exe().unwrap()).args([TEST, "--exact", "--nocapture"]);
-    shell.env("LISTEN_FDS", "2").env("LISTEN_FDNAMES", "session:http").env("FDWIRE_ADDRESS", address);
+    shell
+        .env("LISTEN_FDS", "2")
+        .env("LISTEN_FDNAMES", "session:http")
+        .env("FDWIRE_ADDRESS", address);
     shell.env("FDWIRE_ROLE", TEST).stdin(marked(7)).stdout(OwnedFd::from(listener));
     assert_eq!(shell.status().unwrap().code(), Some(PASSED));
 }

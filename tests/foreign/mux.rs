@@ -49,7 +49,11 @@ impl Codec for Mux {}
 impl<F> Encoder<Request<F>, F> for Mux {
     type Error = Error;
 
-    fn encode(&mut self, request: Request<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Request<F>>> {
+    fn encode(
+        &mut self,
+        request: Request<F>,
+        dst: &mut SendBuf<F>,
+    ) -> Result<(), SendError<Request<F>>> {
         let mut body = BytesMut::new();
         let mut stdio = None;
         match request {
@@ -90,8 +94,13 @@ impl<F> Decoder<F> for Mux {
     type Item = (u32, Vec<u32>);
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, _: &mut FdQueue<F>) -> Result<Option<Self::Item>, Error> {
-        let Some(length) = src.first_chunk().map(|length| u32::from_be_bytes(*length) as usize) else {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        _: &mut FdQueue<F>,
+    ) -> Result<Option<Self::Item>, Error> {
+        let Some(length) = src.first_chunk().map(|length| u32::from_be_bytes(*length) as usize)
+        else {
             return Ok(None);
         };
         if length > 256 << 10 {
@@ -147,7 +156,8 @@ fn a_peer_that_reads_one_message_at_a_time_finds_each_descriptor_with_its_byte()
                 break;
             }
             assert_eq!(fds, [0; 0]);
-            let (body, fds) = raw_recv(&peer, u32::from_be_bytes(length.try_into().unwrap()) as usize);
+            let (body, fds) =
+                raw_recv(&peer, u32::from_be_bytes(length.try_into().unwrap()) as usize);
             assert_eq!(fds, [0; 0]);
             let number = u32::from_be_bytes(body[4..8].try_into().unwrap());
             if body[..4] == NEW_SESSION.to_be_bytes() {
@@ -173,7 +183,8 @@ async fn read_to_end(mut reader: PipeReader) -> String {
 
 #[test]
 fn a_master_accepts_a_session_that_is_sent_as_one_item() {
-    let (Some(sshd), Some(client), Some(keygen)) = (installed("sshd"), installed("ssh"), installed("ssh-keygen"))
+    let (Some(sshd), Some(client), Some(keygen)) =
+        (installed("sshd"), installed("ssh"), installed("ssh-keygen"))
     else {
         return;
     };
@@ -186,9 +197,14 @@ fn a_master_accepts_a_session_that_is_sent_as_one_item() {
         let (socket, logs) = (directory.path().join("mux"), directory.path().join("master"));
         std::fs::create_dir(&logs).unwrap();
         let mut command = Command::new(&client);
-        command.args(["-M", "-N", "-S"]).arg(&socket).args(options(directory.path(), port)).arg("127.0.0.1");
+        command
+            .args(["-M", "-N", "-S"])
+            .arg(&socket)
+            .args(options(directory.path(), port))
+            .arg("127.0.0.1");
         let mut master = Daemon::start(command.stdin(Stdio::null()).stdout(Stdio::null()), &logs);
-        let socket = master.ready(async || Socket::connect(&socket, SocketKind::Stream).await).await;
+        let socket =
+            master.ready(async || Socket::connect(&socket, SocketKind::Stream).await).await;
 
         let ((input, mut typed), (printed, output), (complaints, error)) =
             (pipe().unwrap(), pipe().unwrap(), pipe().unwrap());
@@ -196,8 +212,12 @@ fn a_master_accepts_a_session_that_is_sent_as_one_item() {
         // All in one flush: other requests wait before the session and behind it.
         framed.feed(Request::Hello).await.unwrap();
         framed.feed(Request::AliveCheck(1)).await.unwrap();
-        let stdio = [SendFd::assume_file(input), SendFd::assume_file(output), SendFd::assume_file(error)];
-        framed.feed(Request::NewSession(2, "cat; echo complaint >&2; exit 5", stdio)).await.unwrap();
+        let stdio =
+            [SendFd::assume_file(input), SendFd::assume_file(output), SendFd::assume_file(error)];
+        framed
+            .feed(Request::NewSession(2, "cat; echo complaint >&2; exit 5", stdio))
+            .await
+            .unwrap();
         framed.feed(Request::AliveCheck(3)).await.unwrap();
         framed.flush().await.unwrap();
         typed.write_all(b"typed").unwrap();

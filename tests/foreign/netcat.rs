@@ -1,5 +1,5 @@
-//! `nc -F` of OpenBSD's netcat connects, passes the connection over its standard output, attached to one zero byte, and
-//! ends.
+//! `nc -F` of OpenBSD's netcat connects, passes the connection over its standard output, attached
+//! to one zero byte, and ends.
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},

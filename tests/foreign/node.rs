@@ -46,7 +46,11 @@ impl Decoder for NodeChannel {
         let Some(more) = src[self.searched..].iter().position(|&byte| byte == b'\n') else {
             self.searched = src.len();
             let limit = self.limits().max_payload_bytes;
-            return if src.len() <= limit { Ok(None) } else { Err(Error::FrameTooLong { bytes: src.len(), limit }) };
+            return if src.len() <= limit {
+                Ok(None)
+            } else {
+                Err(Error::FrameTooLong { bytes: src.len(), limit })
+            };
         };
         let line = src.split_to(self.searched + more);
         src.advance(1);
@@ -63,7 +67,11 @@ impl Decoder for NodeChannel {
 impl Encoder<Message> for NodeChannel {
     type Error = Error;
 
-    fn encode(&mut self, (message, fd): Message, dst: &mut SendBuf) -> Result<(), SendError<Message>> {
+    fn encode(
+        &mut self,
+        (message, fd): Message,
+        dst: &mut SendBuf,
+    ) -> Result<(), SendError<Message>> {
         dst.put_slice(format!("{message}\n").as_bytes());
         dst.put_fds(fd);
         Ok(())
@@ -85,26 +93,35 @@ child.on('exit', code => process.exit(code));
 
 #[test]
 fn a_child_of_node_finds_its_channel_and_leaks_nothing_to_its_own_children() {
-    const TEST: &str = "node::a_child_of_node_finds_its_channel_and_leaks_nothing_to_its_own_children";
+    const TEST: &str =
+        "node::a_child_of_node_finds_its_channel_and_leaks_nothing_to_its_own_children";
     if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == TEST) {
         return run_and_pass(async {
             let number = std::env::var("NODE_CHANNEL_FD").unwrap().parse().unwrap();
             assert!(descriptors_of_a_child().contains("socket:"), "node passes no channel");
-            let mut node = Framed::new(Socket::from_inherited(number).unwrap(), NodeChannel::default());
+            let mut node =
+                Framed::new(Socket::from_inherited(number).unwrap(), NodeChannel::default());
             assert!(!descriptors_of_a_child().contains("socket:"));
 
             let (message, fd) = node.try_next().await.unwrap().unwrap();
             let listener = TcpListener::from(fd.unwrap());
             let address = listener.local_addr().unwrap();
-            assert_eq!((&message["type"], &message["msg"]), (&json!("net.Server"), &json!({"port": address.port()})));
+            assert_eq!(
+                (&message["type"], &message["msg"]),
+                (&json!("net.Server"), &json!({"port": address.port()}))
+            );
             node.send((json!({"cmd": "NODE_HANDLE_ACK"}), None)).await.unwrap();
 
             // A connection goes to node, which writes to it.
             let other = TcpListener::bind("127.0.0.1:0").unwrap();
             let mut client = TcpStream::connect(other.local_addr().unwrap()).unwrap();
-            let handle = json!({"cmd": "NODE_HANDLE", "type": "net.Socket", "msg": {"text": "hello"}});
+            let handle =
+                json!({"cmd": "NODE_HANDLE", "type": "net.Socket", "msg": {"text": "hello"}});
             node.send((handle, Some(other.accept().unwrap().0.into()))).await.unwrap();
-            assert_eq!(node.try_next().await.unwrap().unwrap().0, json!({"cmd": "NODE_HANDLE_ACK"}));
+            assert_eq!(
+                node.try_next().await.unwrap().unwrap().0,
+                json!({"cmd": "NODE_HANDLE_ACK"})
+            );
             let mut text = String::new();
             client.read_to_string(&mut text).unwrap();
             assert_eq!(text, "hello through node");
@@ -115,7 +132,11 @@ fn a_child_of_node_finds_its_channel_and_leaks_nothing_to_its_own_children() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let mut command = Command::new(program);
-        command.args(["-e", PARENT]).arg(std::env::current_exe().unwrap()).args([TEST, "--exact", "--nocapture"]);
+        command.args(["-e", PARENT]).arg(std::env::current_exe().unwrap()).args([
+            TEST,
+            "--exact",
+            "--nocapture",
+        ]);
         command.env("FDWIRE_ROLE", TEST).stdin(Stdio::null()).stdout(Stdio::null());
         let mut node = Daemon::start(&mut command, directory.path());
         assert_eq!(node.ended().await.code(), Some(PASSED));
@@ -139,7 +160,11 @@ fn node_is_a_child_that_serves_our_listener() {
         let directory = tempfile::tempdir().unwrap();
         let (ours, theirs) = Socket::pair(SocketKind::Stream).unwrap();
         let mut command = Command::new(program);
-        command.args(["-e", CHILD]).env("NODE_CHANNEL_FD", "0").stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
+        command
+            .args(["-e", CHILD])
+            .env("NODE_CHANNEL_FD", "0")
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null());
         let mut child = Daemon::start(&mut command, directory.path());
         drop(command);
 

@@ -22,7 +22,8 @@ fn limits_hold_for_descriptors_and_for_what_another_codec_has_left() {
     run(async {
         let limits = Limits::default().max_payload_bytes(10).max_fds_per_frame(1);
         let (a, b) = Socket::pair(SocketKind::Stream).unwrap();
-        let (mut a, mut b) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
+        let (mut a, mut b) =
+            (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
         a.feed(Frame::new("hello")).await.unwrap();
         let mut a = a.map_codecs(|_, _| (PacketCodec::default(), PacketCodec::default()));
         a.send(Frame::new(vec![7; 25])).await.unwrap();
@@ -101,11 +102,15 @@ fn what_is_over_a_limit_of_the_codec_is_refused_and_given_back() {
     for kind in KINDS {
         run(async {
             let (a, _b) = Socket::pair(kind).unwrap();
-            let mut a = Framed::new(a, PacketCodec::new(Limits::default().max_payload_bytes(4).max_fds_per_frame(2)));
+            let mut a = Framed::new(
+                a,
+                PacketCodec::new(Limits::default().max_payload_bytes(4).max_fds_per_frame(2)),
+            );
             let refused = a.send(Frame::new("12345")).await.unwrap_err();
             assert!(matches!(refused.error, Error::FrameTooLong { bytes: 5, limit: 4 }));
             assert_eq!(refused.item.unwrap().payload, "12345");
-            let refused = a.send(Frame::new("1234").with_fds((0..3).map(marked))).await.unwrap_err();
+            let refused =
+                a.send(Frame::new("1234").with_fds((0..3).map(marked))).await.unwrap_err();
             assert!(matches!(refused.error, Error::TooManyFds { fds: 3, limit: 2 }));
             assert_eq!(marks(&refused.item.unwrap()), [0, 1, 2]);
             a.send(Frame::new("1234").with_fds((0..2).map(marked))).await.unwrap();
@@ -129,7 +134,10 @@ fn check_a_packet_above(limit: usize) {
         raw_send(&peer, b"not seen", &[]);
         match a.next().await {
             Some(Err(Error::TruncatedPacket)) => {}
-            other => panic!("limit {limit}: {:?}", other.map(|result| result.map(|frame| frame.payload.len()))),
+            other => panic!(
+                "limit {limit}: {:?}",
+                other.map(|result| result.map(|frame| frame.payload.len()))
+            ),
         }
         assert!(a.next().await.is_none());
     });
@@ -147,7 +155,8 @@ fn a_packet_above_a_small_limit_ends_the_stream() {
     }
 }
 
-/// It looks like the end, and what is behind it is lost; only its descriptors tell that it was none.
+/// It looks like the end, and what is behind it is lost; only its descriptors tell that it was
+/// none.
 #[test]
 fn an_empty_packet_is_the_end() {
     run(async {

@@ -53,7 +53,8 @@ fn length_delimited_messages_both_ways() {
             let (mut a, mut b) = (Framed::new(a, codec()), Framed::new(b, codec()));
             for length in [0, 1, 5000, 1 << 20] {
                 let message = Bytes::from(vec![7; length]);
-                let (sent, received) = tokio::join!(a.send((message.clone(), fds([1, 2]))), b.try_next());
+                let (sent, received) =
+                    tokio::join!(a.send((message.clone(), fds([1, 2]))), b.try_next());
                 sent.unwrap();
                 let (bytes, fds) = received.unwrap().unwrap();
                 assert!(bytes == message && fds.len() == 2);
@@ -99,7 +100,10 @@ fn what_the_inner_codec_or_the_frame_refuses_leaves_the_connection_usable() {
         let error = a.send((Bytes::from(vec![0; 101]), Fds::none())).await.unwrap_err().error;
         assert!(matches!(error, PayloadError::Payload(_)), "{error:?}");
         let error = a.send((Bytes::new(), fds([1, 2]))).await.unwrap_err().error;
-        assert!(matches!(error, PayloadError::Frame(Error::TooManyFds { fds: 2, limit: 1 })), "{error:?}");
+        assert!(
+            matches!(error, PayloadError::Frame(Error::TooManyFds { fds: 2, limit: 1 })),
+            "{error:?}"
+        );
         a.send((Bytes::from("fits"), fds([3]))).await.unwrap();
         let (bytes, fds) = b.try_next().await.unwrap().unwrap();
         assert_eq!((&bytes[..], mark_of(&fds[0])), (&b"fits"[..], 3));
@@ -117,7 +121,9 @@ fn job_of(frame: Frame) -> Result<Job, Error> {
     match (&frame.payload[..], frame.fds.into_array()) {
         (b"print", Ok([file])) => Ok(Job::Print(file.into())),
         (b"stop", Err(fds)) if fds.is_empty() => Ok(Job::Stop),
-        (_, fds) => Err(Error::UnclaimedFds { fds: fds.map_or_else(|fds| fds.len(), |fds: [OwnedFd; 1]| fds.len()) }),
+        (_, fds) => Err(Error::UnclaimedFds {
+            fds: fds.map_or_else(|fds| fds.len(), |fds: [OwnedFd; 1]| fds.len()),
+        }),
     }
 }
 
@@ -127,7 +133,10 @@ fn frame_of(job: Job) -> Result<Frame, SendError<Job>> {
         Job::Stop => Ok(Frame::new("stop")),
         Job::Print(file) => match file.metadata() {
             Ok(metadata) if metadata.is_file() => Ok(Frame::new("print").with_fd(file)),
-            _ => Err(SendError::refused(Job::Print(file), std::io::Error::from(std::io::ErrorKind::InvalidInput))),
+            _ => Err(SendError::refused(
+                Job::Print(file),
+                std::io::Error::from(std::io::ErrorKind::InvalidInput),
+            )),
         },
     }
 }
@@ -142,10 +151,14 @@ fn messages_as_values_of_ones_own() {
         let (a, b) = Socket::pair(kind).unwrap();
         let (mut a, mut b) = (Framed::new(a, codec.clone()), Framed::new(b, codec));
         let refused = a.send(Job::Print(File::open("/").unwrap())).await.unwrap_err();
-        assert!(matches!(refused.item, Some(Job::Print(directory)) if directory.metadata().unwrap().is_dir()));
+        assert!(
+            matches!(refused.item, Some(Job::Print(directory)) if directory.metadata().unwrap().is_dir())
+        );
 
         a.send(Job::Print(marked(5).into())).await.unwrap();
-        let Job::Print(mut file) = b.try_next().await.unwrap().unwrap() else { panic!("not what was sent") };
+        let Job::Print(mut file) = b.try_next().await.unwrap().unwrap() else {
+            panic!("not what was sent")
+        };
         let mut content = Vec::new();
         file.rewind().unwrap();
         file.read_to_end(&mut content).unwrap();
@@ -165,7 +178,8 @@ fn what_a_mapping_refuses_on_receipt_ends_the_stream() {
         let (a, b) = Socket::pair(SocketKind::Stream).unwrap();
         let mut a = Framed::new(a, FrameCodec::default());
         let mut b = Framed::new(b, FrameCodec::default().map(job_of, frame_of));
-        let frames = [Frame::new("stop"), Frame::new("stop").with_fd(marked(1)), Frame::new("stop")];
+        let frames =
+            [Frame::new("stop"), Frame::new("stop").with_fd(marked(1)), Frame::new("stop")];
         a.send_all(&mut stream::iter(frames.map(Ok))).await.unwrap();
         assert!(matches!(b.next().await, Some(Ok(Job::Stop))));
         assert!(matches!(b.next().await, Some(Err(Error::UnclaimedFds { fds: 1 }))));

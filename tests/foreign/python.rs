@@ -1,4 +1,5 @@
-//! Our frames in a few lines of Python, with its `socket.send_fds` and `recv_fds`, on both kinds of socket.
+//! Our frames in a few lines of Python, with its `socket.send_fds` and `recv_fds`, on both kinds of
+//! socket.
 
 use std::{
     os::fd::OwnedFd,
@@ -36,7 +37,8 @@ def send(payload, fds):
     socket.send_fds(peer, [struct.pack(">BBHI", 0xFD, 0x10, len(fds), len(payload)), payload], fds)
 "#;
 
-/// Sends each frame back: its descriptors in the opposite order, and what they hold behind the payload.
+/// Sends each frame back: its descriptors in the opposite order, and what they hold behind the
+/// payload.
 const ECHO_FRAMES: &str = "
 while True:
     payload, mine = receive()
@@ -74,16 +76,26 @@ fn with_marks(payload: impl AsRef<[u8]>, marks: impl IntoIterator<Item = u32>) -
 fn frames_with_descriptors_go_to_python_and_back() {
     for kind in KINDS {
         run(async {
-            let Some((mut daemon, _directory, socket)) = start(kind, &[FRAMES, ECHO_FRAMES].concat()) else { return };
+            let Some((mut daemon, _directory, socket)) =
+                start(kind, &[FRAMES, ECHO_FRAMES].concat())
+            else {
+                return;
+            };
             let mut python = Framed::new(socket, FrameCodec::default());
-            for (length, count) in [(0, 0), (5, 1), (100, 0), (64 << 10, 3), (300_000, 253), (10, 2)] {
+            for (length, count) in
+                [(0, 0), (5, 1), (100, 0), (64 << 10, 3), (300_000, 253), (10, 2)]
+            {
                 let payload = vec![b'x'; length];
                 python.send(with_marks(&payload, 1..=count)).await.unwrap();
                 let answer = python.try_next().await.unwrap().unwrap();
-                let mut expected = [&payload[..length.min(100)], length.to_string().as_bytes()].concat();
+                let mut expected =
+                    [&payload[..length.min(100)], length.to_string().as_bytes()].concat();
                 (1..=count).for_each(|mark| expected.extend(mark.to_be_bytes()));
                 assert!(answer.payload == expected, "{length} bytes on {kind:?}");
-                assert!(marks(&answer).into_iter().eq((1..=count).rev()), "{count} descriptors on {kind:?}");
+                assert!(
+                    marks(&answer).into_iter().eq((1..=count).rev()),
+                    "{count} descriptors on {kind:?}"
+                );
             }
             python.close().await.unwrap();
             assert!(python.next().await.is_none());
@@ -92,13 +104,18 @@ fn frames_with_descriptors_go_to_python_and_back() {
     }
 }
 
-/// Python reads whatever is there, several of our frames at a time, as many of their descriptors as the kernel merges.
+/// Python reads whatever is there, several of our frames at a time, as many of their descriptors as
+/// the kernel merges.
 #[test]
 fn many_frames_in_one_flush_go_to_python_and_back() {
     for kind in KINDS {
         run(async {
-            let Some((_daemon, _directory, socket)) = start(kind, &[FRAMES, ECHO_FRAMES].concat()) else { return };
-            let (mut from_python, mut to_python) = Framed::new(socket, FrameCodec::default()).into_split();
+            let Some((_daemon, _directory, socket)) = start(kind, &[FRAMES, ECHO_FRAMES].concat())
+            else {
+                return;
+            };
+            let (mut from_python, mut to_python) =
+                Framed::new(socket, FrameCodec::default()).into_split();
             for n in 0..200 {
                 to_python.feed(with_marks(n.to_string(), (0..n % 4).map(|_| n))).await.unwrap();
             }
@@ -118,7 +135,9 @@ fn many_frames_in_one_flush_go_to_python_and_back() {
 #[test]
 fn packets_with_descriptors_go_to_python_and_back() {
     run(async {
-        let Some((_daemon, _directory, socket)) = start(SocketKind::SeqPacket, ECHO_PACKETS) else { return };
+        let Some((_daemon, _directory, socket)) = start(SocketKind::SeqPacket, ECHO_PACKETS) else {
+            return;
+        };
         let mut python = Framed::new(socket, PacketCodec::default());
         for n in 1..=20 {
             python.feed(with_marks(format!("packet {n}"), 0..n)).await.unwrap();

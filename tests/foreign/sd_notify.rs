@@ -48,13 +48,20 @@ fn systemd_notify_tells_that_it_is_ready_and_waits_for_the_barrier() {
         let directory = tempfile::tempdir().unwrap();
         for (manager, address) in managers("ready", directory.path()) {
             let mut command = Command::new(&program);
-            command.args(["--ready", "--status=all is well"]).env("NOTIFY_SOCKET", address).stdin(Stdio::null());
+            command
+                .args(["--ready", "--status=all is well"])
+                .env("NOTIFY_SOCKET", address)
+                .stdin(Stdio::null());
             let mut service = Daemon::start(&mut command, directory.path());
             let ready = manager.recv().await.unwrap();
-            assert_eq!((lines(&ready), ready.fds.len()), (vec!["READY=1", "STATUS=all is well"], 0));
+            assert_eq!(
+                (lines(&ready), ready.fds.len()),
+                (vec!["READY=1", "STATUS=all is well"], 0)
+            );
             // As root it speaks for its parent, which is the script that calls it.
             let sender = ready.credentials.as_ref().unwrap();
-            let [child, parent] = [service.child.id(), std::process::id()].map(|pid| Some(pid as i32));
+            let [child, parent] =
+                [service.child.id(), std::process::id()].map(|pid| Some(pid as i32));
             assert!(sender.pid == child || sender.pid == parent, "{sender:?}");
             assert_eq!(sender.uid, nix::unistd::getuid().as_raw());
 
@@ -62,7 +69,10 @@ fn systemd_notify_tells_that_it_is_ready_and_waits_for_the_barrier() {
             assert_eq!((lines(&barrier), barrier.fds.len()), (vec!["BARRIER=1"], 1));
             assert_eq!(barrier.credentials.as_ref().unwrap().pid, child);
             settle().await;
-            assert!(service.child.try_wait().unwrap().is_none(), "it does not wait for the barrier");
+            assert!(
+                service.child.try_wait().unwrap().is_none(),
+                "it does not wait for the barrier"
+            );
             drop(barrier);
             assert!(service.ended().await.success());
         }
@@ -84,17 +94,26 @@ assert passed > 0, os.strerror(-passed)
 #[test]
 fn libsystemd_stores_descriptors_and_waits_for_the_barrier() {
     let Some(python) = installed("python3") else { return };
-    let loads = Command::new(&python).args(["-c", "import ctypes; ctypes.CDLL('libsystemd.so.0')"]).output().unwrap();
+    let loads = Command::new(&python)
+        .args(["-c", "import ctypes; ctypes.CDLL('libsystemd.so.0')"])
+        .output()
+        .unwrap();
     if !loads.status.success() {
         return skipped("libsystemd is not installed");
     }
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let files = ["first", "second"].map(|name| directory.path().join(name));
-        files.iter().for_each(|path| std::fs::write(path, path.file_name().unwrap().as_encoded_bytes()).unwrap());
+        files.iter().for_each(|path| {
+            std::fs::write(path, path.file_name().unwrap().as_encoded_bytes()).unwrap()
+        });
         for (manager, address) in managers("store", directory.path()) {
             let mut command = Command::new(&python);
-            command.args(["-c", STORE]).args(&files).env("NOTIFY_SOCKET", address).stdin(Stdio::null());
+            command
+                .args(["-c", STORE])
+                .args(&files)
+                .env("NOTIFY_SOCKET", address)
+                .stdin(Stdio::null());
             let mut service = Daemon::start(&mut command, directory.path());
             let store = manager.recv().await.unwrap();
             assert_eq!(lines(&store), ["FDSTORE=1", "FDNAME=stored"]);
@@ -109,7 +128,10 @@ fn libsystemd_stores_descriptors_and_waits_for_the_barrier() {
             assert_eq!((lines(&barrier), barrier.fds.len()), (vec!["BARRIER=1"], 1));
             assert_eq!(barrier.credentials.as_ref().unwrap().pid, Some(service.child.id() as i32));
             settle().await;
-            assert!(service.child.try_wait().unwrap().is_none(), "it does not wait for the barrier");
+            assert!(
+                service.child.try_wait().unwrap().is_none(),
+                "it does not wait for the barrier"
+            );
             drop(barrier);
             assert!(service.ended().await.success());
         }
@@ -200,7 +222,11 @@ fn a_service_notifies_a_manager_and_stores_descriptors_there() {
             let (printed, output) = std::io::pipe().unwrap();
             let listens = directory.path().join(format!("listens {n}"));
             let mut command = Command::new(&python);
-            command.args(["-c", MANAGER, &address]).arg(&listens).stdin(Stdio::null()).stdout(output);
+            command
+                .args(["-c", MANAGER, &address])
+                .arg(&listens)
+                .stdin(Stdio::null())
+                .stdout(output);
             let mut manager = Daemon::start(&mut command, directory.path());
             drop(command);
             manager.ready(async || File::open(&listens)).await;
@@ -250,10 +276,15 @@ fn a_service_sends_the_same_as_systemd_notify() {
             drop(manager.recv().await.unwrap()); // the barrier
             assert_eq!(ours.ended().await.code(), Some(PASSED));
             for (argument, ours) in
-                ["--ready", "--status=all is well", "STOPPING=1", "WATCHDOG=1", "--pid=812"].into_iter().zip(said)
+                ["--ready", "--status=all is well", "STOPPING=1", "WATCHDOG=1", "--pid=812"]
+                    .into_iter()
+                    .zip(said)
             {
                 let mut command = Command::new(&program);
-                command.args(["--no-block", argument]).env("NOTIFY_SOCKET", &address).stdin(Stdio::null());
+                command
+                    .args(["--no-block", argument])
+                    .env("NOTIFY_SOCKET", &address)
+                    .stdin(Stdio::null());
                 let mut theirs = Daemon::start(&mut command, directory.path());
                 assert_eq!(manager.recv().await.unwrap().payload, ours);
                 assert!(theirs.ended().await.success());

@@ -1,5 +1,5 @@
-//! A real `skopeo experimental-image-proxy`: a JSON object in each packet, and the read end of a pipe with a reply that has
-//! more to say.
+//! A real `skopeo experimental-image-proxy`: a JSON object in each packet, and the read end of a
+//! pipe with a reply that has more to say.
 
 use std::{
     fs,
@@ -33,10 +33,12 @@ struct Reply {
 }
 
 /// The whole codec.
-fn proxy_codec() -> impl Decoder<Item = Reply, Error = Error> + Encoder<Value, Error = Error> + Clone {
+fn proxy_codec() -> impl Decoder<Item = Reply, Error = Error> + Encoder<Value, Error = Error> + Clone
+{
     PacketCodec::default().map(
         |frame: Frame| {
-            let mut reply: Reply = serde_json::from_slice(&frame.payload).map_err(Error::invalid)?;
+            let mut reply: Reply =
+                serde_json::from_slice(&frame.payload).map_err(Error::invalid)?;
             match (frame.fds.into_array(), reply.pipe_id) {
                 (Ok([pipe]), 1..) => reply.pipe = Some(pipe),
                 (Err(fds), 0) if fds.is_empty() => {}
@@ -71,8 +73,10 @@ impl<C: Decoder<Item = Reply, Error = Error> + Encoder<Value, Error = Error>> Pr
         let mut pipe = pipe::Receiver::from_owned_fd(reply.pipe.expect("a pipe")).unwrap();
         let mut bytes = Vec::new();
         // skopeo says whether all was written only while the pipe is being read to its end.
-        let (read, finished) =
-            tokio::join!(pipe.read_to_end(&mut bytes), self.succeed("FinishPipe", json!([reply.pipe_id])));
+        let (read, finished) = tokio::join!(
+            pipe.read_to_end(&mut bytes),
+            self.succeed("FinishPipe", json!([reply.pipe_id]))
+        );
         read.unwrap();
         assert!(finished.pipe.is_none());
         (reply.value, bytes)
@@ -90,7 +94,8 @@ fn write_image(directory: &Path, layer: &[u8]) -> String {
         format!("sha256:{digest}")
     };
     fs::write(directory.join("version"), "Directory Transport Version: 1.1\n").unwrap();
-    let config = br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
+    let config =
+        br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
     let layer_digest = put(layer);
     let manifest = json!({
         "schemaVersion": 2,

@@ -18,7 +18,11 @@ use crate::{
 
 fn generate_key(program: &Path, path: &Path) -> String {
     let mut command = Command::new(program);
-    let made = command.args(["-q", "-t", "ed25519", "-N", "", "-C", "test", "-f"]).arg(path).status().unwrap();
+    let made = command
+        .args(["-q", "-t", "ed25519", "-N", "", "-C", "test", "-f"])
+        .arg(path)
+        .status()
+        .unwrap();
     assert!(made.success());
     std::fs::read_to_string(path.with_extension("pub")).unwrap()
 }
@@ -43,7 +47,11 @@ pub(crate) async fn start_sshd(program: &Path, keygen: &Path, directory: &Path) 
     std::fs::write(path("sshd_config"), config).unwrap();
 
     let mut command = Command::new(program);
-    command.args(["-D", "-e", "-f"]).arg(path("sshd_config")).stdin(Stdio::null()).stdout(Stdio::null());
+    command
+        .args(["-D", "-e", "-f"])
+        .arg(path("sshd_config"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
     let mut daemon = Daemon::start(&mut command, directory);
     daemon.ready(async || TcpStream::connect(("127.0.0.1", port)).await).await;
     (daemon, port)
@@ -52,7 +60,8 @@ pub(crate) async fn start_sshd(program: &Path, keygen: &Path, directory: &Path) 
 /// How a client logs in to that server and uses nothing else of this machine.
 pub(crate) fn options(directory: &Path, port: u16) -> Vec<String> {
     let path = |name: &str| directory.join(name).display().to_string();
-    let mut options = ["-F", "none", "-i", &path("key"), "-p", &port.to_string()].map(str::to_owned).to_vec();
+    let mut options =
+        ["-F", "none", "-i", &path("key"), "-p", &port.to_string()].map(str::to_owned).to_vec();
     for option in [
         &format!("UserKnownHostsFile={}", path("known_hosts")),
         "GlobalKnownHostsFile=none",
@@ -76,7 +85,8 @@ async fn ssh(program: &Path, directory: &Path, port: u16, proxy: &str) -> Output
 
 #[test]
 fn ssh_speaks_on_the_connection_that_our_proxy_passed() {
-    let (Some(sshd), Some(client), Some(keygen)) = (installed("sshd"), installed("ssh"), installed("ssh-keygen"))
+    let (Some(sshd), Some(client), Some(keygen)) =
+        (installed("sshd"), installed("ssh"), installed("ssh-keygen"))
     else {
         return;
     };
@@ -96,7 +106,10 @@ fn ssh_speaks_on_the_connection_that_our_proxy_passed() {
         let output = ssh(&client, directory.path(), port, &format!("'{proxy}' %h 1")).await;
         assert!(!output.status.success());
         let complaints = String::from_utf8_lossy(&output.stderr);
-        assert!(complaints.contains("ssh_proxy: 127.0.0.1 port 1: Connection refused"), "{complaints}");
+        assert!(
+            complaints.contains("ssh_proxy: 127.0.0.1 port 1: Connection refused"),
+            "{complaints}"
+        );
     });
 }
 

@@ -1,4 +1,5 @@
-//! Another codec in mid-connection: a handshake in text, then binary frames, with nothing lost in either direction.
+//! Another codec in mid-connection: a handshake in text, then binary frames, with nothing lost in
+//! either direction.
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
@@ -50,8 +51,13 @@ fn what_arrived_in_one_burst_with_the_handshake_is_decoded_by_the_next_codec() {
     for kind in KINDS {
         run(async {
             let (a, peer) = Socket::pair(kind).unwrap();
-            let burst =
-                [&b"HELLO\nBEGIN\n"[..], &encoded(b"one", 2), &encoded(b"two", 0), &encoded(b"three", 1)].concat();
+            let burst = [
+                &b"HELLO\nBEGIN\n"[..],
+                &encoded(b"one", 2),
+                &encoded(b"two", 0),
+                &encoded(b"three", 1),
+            ]
+            .concat();
             let (now, later) = burst.split_at(burst.len() - 4); // the last frame is cut
             raw_send(&peer, now, &[1, 2, 3].map(marked));
 
@@ -81,7 +87,10 @@ fn what_waits_unsent_goes_out_before_what_the_next_codec_encodes() {
             assert_eq!((words.unsent().bytes, words.unsent().fds), (12, 0));
             let mut frames = binary(words);
             for n in 0..600 {
-                frames.feed(Frame::new(n.to_string()).with_fds((0..n % 3).map(|_| marked(n)))).await.unwrap();
+                frames
+                    .feed(Frame::new(n.to_string()).with_fds((0..n % 3).map(|_| marked(n))))
+                    .await
+                    .unwrap();
             }
 
             // Back to words, with hundreds of descriptors unsent.
@@ -111,7 +120,8 @@ fn what_waits_unsent_goes_out_before_what_the_next_codec_encodes() {
     }
 }
 
-/// Both ends talk at once: each sends its handshake and its first frames in one flush, before it has read a byte.
+/// Both ends talk at once: each sends its handshake and its first frames in one flush, before it
+/// has read a byte.
 #[test]
 fn both_ends_switch_without_waiting_for_each_other() {
     async fn end(socket: Socket, mark: u32) -> Vec<u32> {

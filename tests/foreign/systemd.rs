@@ -31,9 +31,14 @@ fn a_service_takes_its_listeners_from_socket_activation() {
             let listeners = systemd_listeners().unwrap();
             assert!(!descriptors_of_a_child().contains("socket:"));
             for listener in &listeners {
-                let (connection, path) = (listener.accept().await.unwrap(), listener.local_addr().unwrap());
-                let name = path.as_pathname().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
-                Framed::new(connection, FrameCodec::default()).send(Frame::new(name)).await.unwrap();
+                let (connection, path) =
+                    (listener.accept().await.unwrap(), listener.local_addr().unwrap());
+                let name =
+                    path.as_pathname().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
+                Framed::new(connection, FrameCodec::default())
+                    .send(Frame::new(name))
+                    .await
+                    .unwrap();
             }
             assert!(systemd_listeners().is_err(), "each can be taken once");
         });
@@ -47,13 +52,20 @@ fn a_service_takes_its_listeners_from_socket_activation() {
             if kind == SocketKind::SeqPacket {
                 command.arg("--seqpacket");
             }
-            command.args([format!("--listen={}", paths[0].display()), format!("--listen={}", paths[1].display())]);
-            command.arg(format!("--setenv=FDWIRE_ROLE={TEST}")).stdin(Stdio::null()).stdout(Stdio::null());
+            command.args([
+                format!("--listen={}", paths[0].display()),
+                format!("--listen={}", paths[1].display()),
+            ]);
+            command
+                .arg(format!("--setenv=FDWIRE_ROLE={TEST}"))
+                .stdin(Stdio::null())
+                .stdout(Stdio::null());
             command.arg(std::env::current_exe().unwrap()).args([TEST, "--exact", "--nocapture"]);
             let mut service = Daemon::start(&mut command, directory.path());
             for path in &paths {
                 let socket = service.ready(async || Socket::connect(path, kind).await).await;
-                let frame = Framed::new(socket, FrameCodec::default()).try_next().await.unwrap().unwrap();
+                let frame =
+                    Framed::new(socket, FrameCodec::default()).try_next().await.unwrap().unwrap();
                 assert_eq!(frame.payload, path.file_name().unwrap().to_str().unwrap());
             }
             assert_eq!(service.ended().await.code(), Some(PASSED));

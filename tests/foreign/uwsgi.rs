@@ -1,6 +1,7 @@
-//! Real `uwsgi` processes that pass their listening sockets on, as "zerg server" and as "zergling": 10 bytes of text, the
-//! number of sockets in the machine's byte order, and the sockets. A receiver has room for 8; if there are more it says
-//! nothing, connects again and makes room for as many as it was told.
+//! Real `uwsgi` processes that pass their listening sockets on, as "zerg server" and as "zergling":
+//! 10 bytes of text, the number of sockets in the machine's byte order, and the sockets. A receiver
+//! has room for 8; if there are more it says nothing, connects again and makes room for as many as
+//! it was told.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
@@ -42,7 +43,11 @@ impl<F> Decoder<F> for ZergCodec {
     type Item = Fds<F>;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Fds<F>>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Fds<F>>, Error> {
         let Some(message) = src.first_chunk::<14>() else { return Ok(None) };
         let (magic, count) = message.split_at(MAGIC.len());
         if magic != MAGIC {
@@ -58,7 +63,11 @@ impl<F> Decoder<F> for ZergCodec {
 impl<F> Encoder<Vec<F>, F> for ZergCodec {
     type Error = Error;
 
-    fn encode(&mut self, sockets: Vec<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<Vec<F>, Error>> {
+    fn encode(
+        &mut self,
+        sockets: Vec<F>,
+        dst: &mut SendBuf<F>,
+    ) -> Result<(), SendError<Vec<F>, Error>> {
         dst.put_slice(MAGIC);
         dst.put_slice(&(sockets.len() as u32).to_ne_bytes());
         dst.put_fds(sockets);
@@ -143,7 +152,9 @@ fn a_zergling_serves_the_listening_sockets_that_it_gets() {
         let _daemon = start_uwsgi(&program, directory.path(), &["--zerg", path.to_str().unwrap()]);
         for _attempt in 0..2 {
             let mut connection = Framed::new(server.accept().await.unwrap(), ZergCodec);
-            let copies = listeners.iter().map(|(listener, _)| SendFd::assume_socket(listener.try_clone().unwrap()));
+            let copies = listeners
+                .iter()
+                .map(|(listener, _)| SendFd::assume_socket(listener.try_clone().unwrap()));
             connection.send(copies.collect::<Vec<_>>()).await.unwrap();
         }
         for (listener, address) in listeners {
@@ -164,14 +175,16 @@ fn a_server_takes_over_from_a_zerg_server_and_gives_to_a_zergling() {
         let options = ["--socket", &address.to_string(), "--zerg-server", zerg.to_str().unwrap()];
         let mut daemon = start_uwsgi(&program, directory.path(), &options);
         let socket = daemon.ready(async || Socket::connect(&zerg, SocketKind::Stream).await).await;
-        let [socket] = Framed::new(socket, ZergCodec).try_next().await.unwrap().unwrap().into_array().unwrap();
+        let [socket] =
+            Framed::new(socket, ZergCodec).try_next().await.unwrap().unwrap().into_array().unwrap();
         let mut listeners = Listeners::new();
         listeners.add("uwsgi", socket).unwrap();
         let path = directory.path().join("takeover");
         let first = Server::bind(&path, listeners, Options::default()).unwrap();
         drop(daemon);
 
-        let second = takeover::request(&path, Options::default()).await.unwrap().ready().await.unwrap();
+        let second =
+            takeover::request(&path, Options::default()).await.unwrap().ready().await.unwrap();
         first.replaced().await;
         assert!(first.drained().await);
         let gated = second.gated::<tokio::net::TcpListener>("uwsgi", 0).unwrap();
@@ -185,7 +198,10 @@ fn a_server_takes_over_from_a_zerg_server_and_gives_to_a_zergling() {
         let server = Listener::bind(&zerg, SocketKind::Stream).unwrap();
         let _daemon = start_uwsgi(&program, directory.path(), &["--zerg", zerg.to_str().unwrap()]);
         let mut connection = Framed::new(server.accept().await.unwrap(), ZergCodec);
-        connection.send(vec![SendFd::assume_socket(second.socket("uwsgi", 0).unwrap())]).await.unwrap();
+        connection
+            .send(vec![SendFd::assume_socket(second.socket("uwsgi", 0).unwrap())])
+            .await
+            .unwrap();
         drop((gated, second)); // uwsgi alone has it
         assert_eq!(ping(address).await, PONG);
     });

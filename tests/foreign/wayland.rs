@@ -1,5 +1,6 @@
-//! Wayland with a real compositor, `weston` without a screen. No header says how many descriptors a message has: it
-//! follows from the kind of object and the number of the request or event. <https://wayland.freedesktop.org/docs/html>
+//! Wayland with a real compositor, `weston` without a screen. No header says how many descriptors a
+//! message has: it follows from the kind of object and the number of the request or event.
+//! <https://wayland.freedesktop.org/docs/html>
 
 use std::{
     collections::HashMap,
@@ -117,13 +118,19 @@ impl Decoder for WaylandCodec {
     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> io::Result<Option<Event>> {
         let Some((object, opcode, length)) = Self::header(src) else { return Ok(None) };
         if length < Self::HEADER {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "message shorter than its header"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "message shorter than its header",
+            ));
         }
         if src.len() < length {
             return Ok(None);
         }
         let Some(&from) = self.objects.get(&object) else {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("event of unknown object {object}")));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("event of unknown object {object}"),
+            ));
         };
         let fd = fds.claim(from.fds_of_event(opcode))?.pop();
         let args = src.split_to(length).freeze().slice(Self::HEADER..);
@@ -137,7 +144,10 @@ impl Encoder<Request> for WaylandCodec {
     fn encode(&mut self, request: Request, dst: &mut SendBuf) -> Result<(), SendError<Request>> {
         let length = Self::HEADER + request.args.bytes.len();
         if length > u16::MAX.into() {
-            return Err(SendError::refused(request, Error::FrameTooLong { bytes: length, limit: u16::MAX.into() }));
+            return Err(SendError::refused(
+                request,
+                Error::FrameTooLong { bytes: length, limit: u16::MAX.into() },
+            ));
         }
         dst.put_slice(&request.object.to_ne_bytes());
         dst.put_slice(&((length as u32) << 16 | u32::from(request.opcode)).to_ne_bytes());
@@ -213,8 +223,8 @@ impl Client {
         pool
     }
 
-    /// Sends what waits, and returns the events up to the answer, which comes after all earlier requests were handled; or
-    /// the compositor's complaint.
+    /// Sends what waits, and returns the events up to the answer, which comes after all earlier
+    /// requests were handled; or the compositor's complaint.
     async fn round_trip(&mut self) -> Result<Vec<Event>, String> {
         let callback = self.new_object(Interface::Callback);
         self.request(DISPLAY, SYNC, Args::default().int(callback)).await;
@@ -238,10 +248,19 @@ async fn start_weston(program: &Path, directory: &Path) -> (Daemon, Client) {
     std::fs::set_permissions(directory, Permissions::from_mode(0o700)).unwrap();
     let version = Command::new(program).arg("--version").output().unwrap().stdout;
     let version = String::from_utf8(version).unwrap();
-    let major = version.trim().trim_start_matches("weston ").split('.').next().unwrap().parse::<u32>().unwrap();
+    let major = version
+        .trim()
+        .trim_start_matches("weston ")
+        .split('.')
+        .next()
+        .unwrap()
+        .parse::<u32>()
+        .unwrap();
     let mut command = Command::new(program);
     command.arg(if major < 12 { "--backend=headless-backend.so" } else { "--backend=headless" });
-    command.args(["--socket=wire", "--no-config", "--idle-time=0"]).env("XDG_RUNTIME_DIR", directory);
+    command
+        .args(["--socket=wire", "--no-config", "--idle-time=0"])
+        .env("XDG_RUNTIME_DIR", directory);
     command.env_remove("WAYLAND_DISPLAY").stdin(Stdio::null()).stdout(Stdio::null());
     let mut daemon = Daemon::start(&mut command, directory);
     let client = daemon.ready(async || Client::connect(&directory.join("wire")).await).await;
@@ -263,12 +282,16 @@ fn a_real_compositor_takes_a_pool_of_shared_memory() {
         client.get_registry().await;
         let shm = client.bind(Interface::Shm, "wl_shm", 1).await;
         let formats = client.round_trip().await.unwrap();
-        assert!(formats.iter().any(|event| event.from == Interface::Shm), "it tells its pixel formats");
+        assert!(
+            formats.iter().any(|event| event.from == Interface::Shm),
+            "it tells its pixel formats"
+        );
 
         let (width, height) = (16, 16);
         let pool = client.create_pool(shm, memfd(width * height * 4), width * height * 4).await;
         let buffer = client.new_object(Interface::Buffer);
-        let args = [buffer, 0, width, height, width * 4, 0].into_iter().fold(Args::default(), Args::int);
+        let args =
+            [buffer, 0, width, height, width * 4, 0].into_iter().fold(Args::default(), Args::int);
         client.request(pool, CREATE_BUFFER, args).await;
         client.round_trip().await.unwrap();
 
@@ -310,14 +333,21 @@ fn an_event_brings_the_descriptor_that_its_object_and_number_imply() {
         };
         raw_send(&compositor, &event(DISPLAY, 1, &[99]), &[]);
         let mime_type = u32::from_ne_bytes(*b"a/b\0");
-        let both = [event(keyboard, KEYMAP.into(), &[1, 4]), event(source, SEND.into(), &[4, mime_type])].concat();
+        let both =
+            [event(keyboard, KEYMAP.into(), &[1, 4]), event(source, SEND.into(), &[4, mime_type])]
+                .concat();
         raw_send(&compositor, &both, &[marked(1), marked(2)]); // as libwayland flushes: all in one call
         raw_send(&compositor, &event(keyboard, 3, &[7, 0, 30, 1]), &[]);
         raw_send(&compositor, &event(callback, 0, &[0]), &[]);
 
         let events = client.round_trip().await.unwrap();
-        let seen: Vec<_> = events.iter().map(|event| (event.from, event.fd.as_ref().map(mark_of))).collect();
-        let [display, keyboard, source] = [Interface::Display, Interface::Keyboard, Interface::DataSource];
-        assert_eq!(seen, [(display, None), (keyboard, Some(1)), (source, Some(2)), (keyboard, None)]);
+        let seen: Vec<_> =
+            events.iter().map(|event| (event.from, event.fd.as_ref().map(mark_of))).collect();
+        let [display, keyboard, source] =
+            [Interface::Display, Interface::Keyboard, Interface::DataSource];
+        assert_eq!(
+            seen,
+            [(display, None), (keyboard, Some(1)), (source, Some(2)), (keyboard, None)]
+        );
     });
 }

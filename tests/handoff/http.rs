@@ -12,7 +12,8 @@ use fdwire::{
 use futures::{FutureExt, SinkExt, StreamExt};
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::{
-    Request, Response, body::Bytes, client::conn::http1::SendRequest, server::conn::http1, service::service_fn,
+    Request, Response, body::Bytes, client::conn::http1::SendRequest, server::conn::http1,
+    service::service_fn,
 };
 use hyper_util::rt::TokioIo;
 use tokio::{
@@ -27,7 +28,8 @@ use crate::{
     raw_dispatcher::{offer_of, pair},
 };
 
-/// Hands everything that it accepts to the worker, until it is told to drain; then waits for the worker's goodbye.
+/// Hands everything that it accepts to the worker, until it is told to drain; then waits for the
+/// worker's goodbye.
 async fn front(kind: SocketKind) -> (SocketAddr, Incoming, oneshot::Sender<()>, JoinHandle<u64>) {
     let (mut dispatcher, incoming) = pair(kind, Incoming::builder()).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -64,7 +66,8 @@ async fn front(kind: SocketKind) -> (SocketAddr, Incoming, oneshot::Sender<()>, 
 
 async fn client(address: SocketAddr) -> SendRequest<Empty<Bytes>> {
     let stream = TcpStream::connect(address).await.unwrap();
-    let (client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    let (client, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
     tokio::spawn(connection);
     client
 }
@@ -88,12 +91,14 @@ fn axum_serves_and_drains() {
     counted(async |kind| {
         let (address, incoming, drain, front) = front(kind).await;
         let handle = incoming.handle();
-        let answer = |ConnectInfo(peer): ConnectInfo<Address>| async move { format!("you are {peer}") };
+        let answer =
+            |ConnectInfo(peer): ConnectInfo<Address>| async move { format!("you are {peer}") };
         let app = Router::new().route("/", routing::get(answer));
         let app = app.into_make_service_with_connect_info::<Address>();
         let requested = handle.drain_requested();
-        let server =
-            tokio::spawn(async { axum::serve(incoming, app).with_graceful_shutdown(requested).await.unwrap() });
+        let server = tokio::spawn(async {
+            axum::serve(incoming, app).with_graceful_shutdown(requested).await.unwrap()
+        });
 
         for _ in 0..20 {
             let (answer, last) = get(&mut client(address).await, "/").await;
@@ -143,7 +148,8 @@ fn hyper_serves_and_ends_what_is_kept_alive_with_its_next_answer() {
 async fn serve(connection: Connection, handle: IncomingHandle, asked: mpsc::Sender<()>) {
     let requested = handle.drain_requested();
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-        let (slow, asked, requested) = (request.uri() == "/slow", asked.clone(), handle.drain_requested());
+        let (slow, asked, requested) =
+            (request.uri() == "/slow", asked.clone(), handle.drain_requested());
         async move {
             if slow {
                 asked.send(()).await.unwrap();

@@ -68,7 +68,8 @@ fn a_task_may_end_with_its_waker_and_its_connections_with_it() {
     });
 }
 
-/// The worker was stopped meanwhile, or it has no descriptors to spare: its application still waits, and is not asked.
+/// The worker was stopped meanwhile, or it has no descriptors to spare: its application still
+/// waits, and is not asked.
 #[test]
 fn offers_that_go_back_while_the_application_waits_are_asked_for_again() {
     counted(async |kind| {

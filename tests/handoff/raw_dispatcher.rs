@@ -76,7 +76,10 @@ impl RawDispatcher {
 
     async fn total(&mut self) {
         let message = self.message().await;
-        assert!(matches!(message, Some(FromWorker::Demand { .. } | FromWorker::Load { .. })), "{message:?}");
+        assert!(
+            matches!(message, Some(FromWorker::Demand { .. } | FromWorker::Load { .. })),
+            "{message:?}"
+        );
     }
 
     /// What comes next is this.
@@ -99,7 +102,9 @@ impl RawDispatcher {
         let end = self.answered + u64::from(total);
         while self.answered < end {
             let answer = self.answer().await;
-            let Some(FromWorker::Rejected { first, count, reason: given }) = answer else { panic!("{answer:?}") };
+            let Some(FromWorker::Rejected { first, count, reason: given }) = answer else {
+                panic!("{answer:?}")
+            };
             assert_eq!((first, given), (self.next(count), reason));
         }
     }
@@ -131,7 +136,8 @@ impl RawDispatcher {
         assert_eq!(self.finished, finished);
     }
 
-    /// Whatever the worker had to say to what was sent before is in `demand` and `finished`, and was nothing else.
+    /// Whatever the worker had to say to what was sent before is in `demand` and `finished`, and
+    /// was nothing else.
     pub(crate) async fn settle(&mut self) {
         self.send(ToWorker::Ping { nonce: 77 }).await;
         self.expect(FromWorker::Pong { nonce: 77 }).await;
@@ -144,7 +150,8 @@ impl RawDispatcher {
         (client.unwrap(), accepted.unwrap().0.into_std().unwrap())
     }
 
-    /// Offers a connection, the first one when that has been asked for. The client, and the dispatcher's own copy.
+    /// Offers a connection, the first one when that has been asked for. The client, and the
+    /// dispatcher's own copy.
     pub(crate) async fn offer(&mut self) -> (TcpStream, net::TcpStream) {
         let (client, accepted) = self.accept().await;
         self.send_offer(offer_of(&accepted)).await;

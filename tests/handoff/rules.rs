@@ -1,4 +1,5 @@
-//! Rules of the protocol that bind a worker, against dispatchers made of the codec or of plain calls.
+//! Rules of the protocol that bind a worker, against dispatchers made of the codec or of plain
+//! calls.
 
 use std::{net, os::fd::OwnedFd, time::Duration};
 
@@ -38,7 +39,8 @@ async fn plain_dispatcher(kind: SocketKind, window: usize) -> (OwnedFd, RawRecei
 /// An OFFER without addresses.
 fn offer(number: u64, connection: &net::TcpStream, read: &[u8]) -> Vec<u8> {
     let cookie = sockopt::socket_cookie(connection).unwrap();
-    let mut payload = [&[0x82][..], &number.to_be_bytes(), &cookie.to_be_bytes(), &[1, 0, 0]].concat();
+    let mut payload =
+        [&[0x82][..], &number.to_be_bytes(), &cookie.to_be_bytes(), &[1, 0, 0]].concat();
     payload.extend((read.len() as u32).to_be_bytes());
     payload.extend(read);
     payload.extend([0; 4]);
@@ -65,9 +67,17 @@ fn a_worker_has_room_for_the_largest_packets() {
         for number in 0..MOST_FDS as u64 - 1 {
             packet.extend(offer(number, &copy, b"ab"));
         }
-        packet.extend(offer(MOST_FDS as u64 - 1, &copy, &vec![b'c'; MOST_BYTES - packet.len() - bare]));
+        packet.extend(offer(
+            MOST_FDS as u64 - 1,
+            &copy,
+            &vec![b'c'; MOST_BYTES - packet.len() - bare],
+        ));
         assert_eq!(packet.len(), MOST_BYTES);
-        raw_send(&socket, &packet, &Vec::from_iter((0..MOST_FDS).map(|_| copy.try_clone().unwrap().into())));
+        raw_send(
+            &socket,
+            &packet,
+            &Vec::from_iter((0..MOST_FDS).map(|_| copy.try_clone().unwrap().into())),
+        );
         let mut served = Vec::new();
         while served.len() < MOST_FDS {
             served.extend(incoming.next_batch(MOST_FDS).await.unwrap());
@@ -161,7 +171,8 @@ fn a_connection_that_is_not_adopted_is_left_as_it_was() {
         };
         let before = state();
         dispatcher.send_offer(offer_of(&copy)).await;
-        let unusable = Offer { transport: fdwire::handoff::Transport::UnixStream, ..offer_of(&copy) };
+        let unusable =
+            Offer { transport: fdwire::handoff::Transport::UnixStream, ..offer_of(&copy) };
         dispatcher.send_offer(unusable).await;
         dispatcher.send(ToWorker::Recall { before: 1 }).await;
         dispatcher.expect_rejected(1, RejectReason::Recalled).await;
@@ -198,7 +209,8 @@ fn the_limit_of_the_last_drain_counts() {
             assert_eq!(deadline.is_some(), seconds.is_some());
             assert!(deadline.is_none_or(|deadline| {
                 let limit = before..=Instant::now();
-                (*limit.start() + within.unwrap()..=*limit.end() + within.unwrap()).contains(&deadline)
+                (*limit.start() + within.unwrap()..=*limit.end() + within.unwrap())
+                    .contains(&deadline)
             }));
         }
         drop(connection);
@@ -224,7 +236,10 @@ fn nothing_follows_a_goodbye() {
             messages.push(message);
         }
         let pongs = (0..pings).map(|nonce| FromWorker::Pong { nonce });
-        assert_eq!(messages, Vec::from_iter(pongs.chain([FromWorker::Draining, FromWorker::Goodbye])));
+        assert_eq!(
+            messages,
+            Vec::from_iter(pongs.chain([FromWorker::Draining, FromWorker::Goodbye]))
+        );
         assert!(matches!(incoming.handle().ended().await, End::Drained));
     });
 }

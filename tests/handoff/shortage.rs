@@ -127,7 +127,10 @@ fn offers_for_which_the_application_has_left_no_descriptors_go_back() {
         dispatcher.framed.flush().await.unwrap();
         dispatcher.expect_rejected_in_parts(5, RejectReason::Full).await;
         for (client, _) in &mut lost {
-            assert!(client.read(&mut [0]).now_or_never().is_none(), "the connection as such is left alone");
+            assert!(
+                client.read(&mut [0]).now_or_never().is_none(),
+                "the connection as such is left alone"
+            );
         }
 
         // The worker serves again as soon as it can.
@@ -169,7 +172,8 @@ fn a_runtime_may_end_while_offers_wait() {
         let (end, ended) = oneshot::channel();
         let worker = std::thread::spawn(move || {
             let runtime = one_thread();
-            let mut incoming = runtime.block_on(async { Incoming::new(socket.try_into().unwrap()) });
+            let mut incoming =
+                runtime.block_on(async { Incoming::new(socket.try_into().unwrap()) });
             runtime.block_on(async {
                 assert!(incoming.next().now_or_never().is_none());
                 ended.await.unwrap();

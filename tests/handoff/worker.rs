@@ -178,7 +178,8 @@ fn unix_connections_are_served_too() {
     });
 }
 
-/// Makes the worker's answers wait: it has been asked for more of them than its socket takes. Returns how many.
+/// Makes the worker's answers wait: it has been asked for more of them than its socket takes.
+/// Returns how many.
 pub(crate) async fn clog(dispatcher: &mut RawDispatcher) -> u64 {
     let pings = 5_000;
     for nonce in 0..pings {
@@ -341,7 +342,11 @@ fn pings_are_answered_while_the_application_blocks() {
         let socket = OwnedFd::from(b);
         let (release, released) = mpsc::channel();
         let worker = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap();
             let application = async move {
                 let mut incoming = Incoming::new(socket.try_into().unwrap());
                 drop(incoming.next().await);
@@ -374,7 +379,8 @@ fn pings_are_answered_while_the_application_blocks() {
 #[test]
 fn no_more_connections_at_a_time_than_allowed() {
     counted(async |kind| {
-        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().max_connections(2)).await;
+        let (mut dispatcher, mut incoming) =
+            pair(kind, Incoming::builder().max_connections(2)).await;
         ask(&mut incoming);
         dispatcher.expect_demand(2).await;
         let _clients = [dispatcher.offer().await, dispatcher.offer().await];
@@ -534,7 +540,8 @@ fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
 #[test]
 fn what_a_dead_dispatcher_offered_is_served_where_that_is_asked_for() {
     counted(async |kind| {
-        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().serve_unanswered(true)).await;
+        let (mut dispatcher, mut incoming) =
+            pair(kind, Incoming::builder().serve_unanswered(true)).await;
         ask(&mut incoming);
         let mut clients = Vec::new();
         for _ in 0..3 {
@@ -554,7 +561,8 @@ fn what_a_dead_dispatcher_offered_is_served_where_that_is_asked_for() {
 #[test]
 fn an_application_that_leaves_after_the_end_has_nothing_more_to_do() {
     counted(async |kind| {
-        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().serve_unanswered(true)).await;
+        let (mut dispatcher, mut incoming) =
+            pair(kind, Incoming::builder().serve_unanswered(true)).await;
         ask(&mut incoming);
         let mut clients = [dispatcher.offer().await.0, dispatcher.offer().await.0];
         dispatcher.settle().await;
@@ -574,7 +582,8 @@ fn an_application_that_leaves_after_the_end_has_nothing_more_to_do() {
 #[test]
 fn what_a_dispatcher_took_back_is_not_served_even_so() {
     counted(async |kind| {
-        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().serve_unanswered(true)).await;
+        let (mut dispatcher, mut incoming) =
+            pair(kind, Incoming::builder().serve_unanswered(true)).await;
         ask(&mut incoming);
         let (mut client, _copy) = dispatcher.offer().await;
         dispatcher.framed.socket().shutdown(Shutdown::Read).unwrap();
@@ -585,7 +594,11 @@ fn what_a_dispatcher_took_back_is_not_served_even_so() {
 }
 
 /// The worker has ended the connection for this reason.
-pub(crate) async fn check_failed(incoming: &mut Incoming, dispatcher: &mut RawDispatcher, reason: &str) {
+pub(crate) async fn check_failed(
+    incoming: &mut Incoming,
+    dispatcher: &mut RawDispatcher,
+    reason: &str,
+) {
     assert!(incoming.next().await.is_none());
     match incoming.handle().ended().await {
         End::Failed(error) => assert!(error.to_string().contains(reason), "{error}"),
@@ -600,16 +613,20 @@ fn a_descriptor_that_is_not_the_offered_one_ends_it() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         ask(&mut incoming);
-        let [(mut client, one), (_, other)] = [dispatcher.accept().await, dispatcher.accept().await];
+        let [(mut client, one), (_, other)] =
+            [dispatcher.accept().await, dispatcher.accept().await];
         let offer = Offer { fd: other.into(), ..offer_of(&one) };
         dispatcher.send_offer(offer).await;
         check_failed(&mut incoming, &mut dispatcher, "not the one that it describes").await;
-        assert!(client.read(&mut [0]).now_or_never().is_none(), "the connection as such is left alone");
+        assert!(
+            client.read(&mut [0]).now_or_never().is_none(),
+            "the connection as such is left alone"
+        );
     });
 }
 
-/// Here something else has read an offer from its socket, as a child process does that has inherited it. What the worker answered
-/// next would be taken for the answer to the lost one.
+/// Here something else has read an offer from its socket, as a child process does that has
+/// inherited it. What the worker answered next would be taken for the answer to the lost one.
 ///
 /// Rules: W-BREACH, D-NUMBER.
 #[test]
@@ -625,7 +642,8 @@ fn a_worker_whose_offers_somebody_else_reads_ends_it() {
         let lost = dispatcher.number(offer_of(&lost));
         dispatcher.framed.feed(lost).await.unwrap();
         dispatcher.framed.flush().await.unwrap();
-        let read = nix::sys::socket::recv(thief.as_raw_fd(), &mut [0; 1 << 10], MsgFlags::MSG_DONTWAIT);
+        let read =
+            nix::sys::socket::recv(thief.as_raw_fd(), &mut [0; 1 << 10], MsgFlags::MSG_DONTWAIT);
         assert!(read.unwrap() > 0);
         let (mut client, _copy) = dispatcher.offer().await;
         check_failed(&mut incoming, &mut dispatcher, "an offer is missing").await;
@@ -661,9 +679,13 @@ fn a_dispatcher_that_breaks_the_protocol_is_left() {
 fn a_dispatcher_that_does_not_read_is_left() {
     counted(async |kind| {
         let (mut dispatcher, incoming) = narrow_pair(kind).await;
-        let flood = async { while dispatcher.framed.send(ToWorker::Ping { nonce: 0 }).await.is_ok() {} };
+        let flood =
+            async { while dispatcher.framed.send(ToWorker::Ping { nonce: 0 }).await.is_ok() {} };
         let ((), end) = tokio::join!(flood, incoming.handle().ended());
-        assert!(matches!(&end, End::Failed(error) if matches!(**error, Error::Invalid(_))), "{end:?}");
+        assert!(
+            matches!(&end, End::Failed(error) if matches!(**error, Error::Invalid(_))),
+            "{end:?}"
+        );
     });
 }
 

@@ -278,7 +278,9 @@ fn a_message_that_a_mapping_refuses_is_dropped_without_waiting() {
                     Ok([file]) => Ok(std::fs::File::from(file)),
                     Err(fds) => Err(Error::invalid(format!("{} files", fds.len()))),
                 },
-                |file: std::fs::File| -> Result<Frame, SendError<std::fs::File>> { Ok(Frame::new("").with_fd(file)) },
+                |file: std::fs::File| -> Result<Frame, SendError<std::fs::File>> {
+                    Ok(Frame::new("").with_fd(file))
+                },
             )
         };
         let mut rx = Framed::with_codecs(a, codec(), codec());

@@ -80,7 +80,9 @@ fn sockets_with_many_unread_descriptors_take_one_task_at_a_time() {
             let (socket, sender) = raw::pair(kind);
             for _ in 0..20 {
                 if raw::try_send(&sender, b"?", &nulls(253)).is_none() {
-                    return eprintln!("skipped: RLIMIT_NOFILE is too small for so many descriptors in flight");
+                    return eprintln!(
+                        "skipped: RLIMIT_NOFILE is too small for so many descriptors in flight"
+                    );
                 }
             }
             full.push(socket);
@@ -104,7 +106,10 @@ fn children() -> usize {
         let stat = std::fs::read_to_string(process.path().join("stat")).unwrap_or_default();
         stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.split(' ').nth(1) == Some(&parent))
     };
-    std::fs::read_dir("/proc").unwrap().filter(|process| process.as_ref().is_ok_and(is_child)).count()
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .filter(|process| process.as_ref().is_ok_and(is_child))
+        .count()
 }
 
 #[test]
@@ -137,7 +142,11 @@ impl Decoder for Optional {
     type Item = Option<OwnedFd>;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue) -> Result<Option<Self::Item>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue,
+    ) -> Result<Option<Self::Item>, Error> {
         if src.is_empty() {
             return Ok(None);
         }
@@ -149,7 +158,9 @@ impl Decoder for Optional {
 #[test]
 fn a_decoder_that_asks_for_the_number_of_descriptors_does_not_mistake_lost_ones_for_none() {
     counted(async |kind| {
-        for is_there_one in [|fds: &FdQueue| !fds.is_empty(), |fds: &FdQueue| matches!(fds.len(), 1..)] {
+        for is_there_one in
+            [|fds: &FdQueue| !fds.is_empty(), |fds: &FdQueue| matches!(fds.len(), 1..)]
+        {
             let (a, peer) = Socket::pair(kind).unwrap();
             let mut rx = Framed::with_codecs(a, Optional { is_there_one }, FrameCodec::default());
             raw_send(&peer, &[b'F'; 30], &nulls(30));
@@ -158,7 +169,9 @@ fn a_decoder_that_asks_for_the_number_of_descriptors_does_not_mistake_lost_ones_
             let error = loop {
                 match rx.next().await.unwrap() {
                     Ok(Some(_)) => complete += 1,
-                    Ok(None) => panic!("a message without its descriptor, after {complete} with theirs"),
+                    Ok(None) => {
+                        panic!("a message without its descriptor, after {complete} with theirs")
+                    }
                     Err(error) => break error,
                 }
             };
@@ -177,7 +190,9 @@ fn no_signal_is_handled_by_a_thread_without_the_descriptors_of_the_process() {
         let status = std::fs::read_to_string(nursery().unwrap().join("status")).unwrap();
         let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
         let blocked = u64::from_str_radix(blocked.trim(), 16).unwrap();
-        for signal in [nix::libc::SIGINT, nix::libc::SIGTERM, nix::libc::SIGCHLD, nix::libc::SIGUSR1] {
+        for signal in
+            [nix::libc::SIGINT, nix::libc::SIGTERM, nix::libc::SIGCHLD, nix::libc::SIGUSR1]
+        {
             assert_ne!(blocked & 1 << (signal - 1), 0, "signal {signal}");
         }
     });

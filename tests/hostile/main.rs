@@ -66,7 +66,9 @@ fn counted(test: impl AsyncFn(SocketKind)) {
 /// Finds the library's thread that has a descriptor table of its own, as a path in `/proc`.
 fn nursery() -> Option<PathBuf> {
     let mut tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
-    tasks.find(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "fdwire-nursery\n"))
+    tasks.find(|task| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "fdwire-nursery\n")
+    })
 }
 
 /// Lets the library close descriptors of several types, and waits until it has.

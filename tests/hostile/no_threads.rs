@@ -11,7 +11,10 @@ use futures::{SinkExt, StreamExt, TryStreamExt};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
-    common::{framed_pair, one_thread, other_uid, raw_send, role_socket, run_in, spawn_role, with_raw_peer},
+    common::{
+        framed_pair, one_thread, other_uid, raw_send, role_socket, run_in, spawn_role,
+        with_raw_peer,
+    },
     counted,
     slow::{Watchdog, slow_to_close},
 };
@@ -86,7 +89,10 @@ impl NoThreads {
     pub(crate) fn set() -> Self {
         let before = getrlimit(Resource::RLIMIT_NPROC).unwrap();
         setrlimit(Resource::RLIMIT_NPROC, 1, before.1).unwrap();
-        assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "a thread was started in spite of RLIMIT_NPROC");
+        assert!(
+            std::thread::Builder::new().spawn(|| ()).is_err(),
+            "a thread was started in spite of RLIMIT_NPROC"
+        );
         Self { before }
     }
 }
@@ -117,10 +123,16 @@ pub(crate) fn read_kind(control: &mut UnixStream) -> SocketKind {
 
 #[test]
 fn a_process_that_never_could_start_a_thread_goes_on_and_closes_when_it_can() {
-    check("no_threads::a_process_that_never_could_start_a_thread_goes_on_and_closes_when_it_can", Since::ItsStart);
+    check(
+        "no_threads::a_process_that_never_could_start_a_thread_goes_on_and_closes_when_it_can",
+        Since::ItsStart,
+    );
 }
 
 #[test]
 fn a_process_that_can_start_no_more_threads_goes_on_and_closes_when_it_can() {
-    check("no_threads::a_process_that_can_start_no_more_threads_goes_on_and_closes_when_it_can", Since::ItsFirstSocket);
+    check(
+        "no_threads::a_process_that_can_start_no_more_threads_goes_on_and_closes_when_it_can",
+        Since::ItsFirstSocket,
+    );
 }

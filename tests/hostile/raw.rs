@@ -14,7 +14,8 @@ use fdwire::SocketKind;
 use nix::{
     errno::Errno,
     sys::socket::{
-        AddressFamily, ControlMessage, MsgFlags, SockFlag, UnixAddr, connect, recv, sendmsg, socket, socketpair,
+        AddressFamily, ControlMessage, MsgFlags, SockFlag, UnixAddr, connect, recv, sendmsg,
+        socket, socketpair,
     },
 };
 use rustix::{
@@ -44,7 +45,8 @@ pub(crate) fn try_send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) -> Opt
     let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let control = [ControlMessage::ScmRights(&fds)];
     let place = [IoSlice::new(bytes)];
-    match sendmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &place, &control, MsgFlags::empty(), None) {
+    match sendmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &place, &control, MsgFlags::empty(), None)
+    {
         Ok(_) => Some(()),
         Err(Errno::ETOOMANYREFS) => None,
         Err(error) => panic!("{error}"),
@@ -55,7 +57,10 @@ pub(crate) fn try_send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) -> Opt
 ///
 /// # Errors
 /// The errors of the call.
-pub(crate) fn receive(socket: &impl AsFd, wait: bool) -> rustix::io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+pub(crate) fn receive(
+    socket: &impl AsFd,
+    wait: bool,
+) -> rustix::io::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut control = [MaybeUninit::uninit(); cmsg_space!(ScmRights(253))];
     let mut control = RecvAncillaryBuffer::new(&mut control);
     let mut bytes = vec![0; 4096];

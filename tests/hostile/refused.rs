@@ -31,7 +31,8 @@ fn send_on(control: impl Into<UnixStream>) {
 
 #[test]
 fn a_peer_that_is_refused_does_not_block_the_listener_with_what_it_sent() {
-    const ROLE: &str = "refused::a_peer_that_is_refused_does_not_block_the_listener_with_what_it_sent";
+    const ROLE: &str =
+        "refused::a_peer_that_is_refused_does_not_block_the_listener_with_what_it_sent";
     if let Some(control) = role_socket(ROLE) {
         return send_on(control);
     }
@@ -48,7 +49,8 @@ fn a_peer_that_is_refused_does_not_block_the_listener_with_what_it_sent() {
 
         // The next peer in the backlog is admitted.
         let admitted = fdwire::Socket::try_from(raw::connected_to(&addr, kind)).unwrap();
-        let accepted = without_waiting([client], soon("the admitted peer", listener.accept())).await.unwrap();
+        let accepted =
+            without_waiting([client], soon("the admitted peer", listener.accept())).await.unwrap();
         assert_eq!(listener.refused(), 1);
         check_connected(admitted, accepted).await;
         drop(control);

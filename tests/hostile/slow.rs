@@ -73,7 +73,9 @@ impl Client {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     return Err("a slow socket is never closed".to_owned());
                 }
-                Err(error) => return Err(format!("{received} of {} bytes arrived: {error}", self.sent)),
+                Err(error) => {
+                    return Err(format!("{received} of {} bytes arrived: {error}", self.sent));
+                }
             }
         }
     }

@@ -28,7 +28,9 @@ fn messages_with_many_descriptors_leave_other_tasks_their_turns() {
         let fds = nulls(253);
         for _ in 0..MESSAGES {
             if raw::try_send(&peer, &encoded(b"", 253), &fds).is_none() {
-                return eprintln!("skipped: RLIMIT_NOFILE is too small for so many descriptors in flight");
+                return eprintln!(
+                    "skipped: RLIMIT_NOFILE is too small for so many descriptors in flight"
+                );
             }
         }
         let received = Arc::new(AtomicUsize::new(0));

@@ -15,7 +15,8 @@ use tokio::task::yield_now;
 
 use crate::{
     common::{
-        abstract_name, check_connected, encoded, one_thread, other_uid, raw_send, role_socket, run_in, spawn_role,
+        abstract_name, check_connected, encoded, one_thread, other_uid, raw_send, role_socket,
+        run_in, spawn_role,
     },
     counted,
     descriptors::nulls,
@@ -68,12 +69,14 @@ fn greeted(control: OwnedFd) {
 
 #[test]
 fn a_uid_has_no_more_connections_than_it_may_and_leaves_them_to_others() {
-    const ROLE: &str = "uid_limits::a_uid_has_no_more_connections_than_it_may_and_leaves_them_to_others";
+    const ROLE: &str =
+        "uid_limits::a_uid_has_no_more_connections_than_it_may_and_leaves_them_to_others";
     if let Some(control) = role_socket(ROLE) {
         return greeted(control);
     }
     counted(async |kind| {
-        let (mut listener, addr) = listen("connections", kind, UidLimits::default().max_connections(2));
+        let (mut listener, addr) =
+            listen("connections", kind, UidLimits::default().max_connections(2));
         let uid = other_uid().filter(|_| kind == SocketKind::Stream);
         listener = listener.allow_uids(uid);
         let first = accept(&listener, &addr).await;
@@ -131,7 +134,8 @@ fn connections_of_a_uid_hold_no_more_of_unfinished_frames_than_it_may() {
         let (mut next, nexts_peer) = accept(&listener, &addr).await;
         raw_send(&nexts_peer, &frame[..400], &[]);
         receive_part(&mut next).await;
-        for (rx, peer, sent) in [(&mut patient, &patients_peer, 600), (&mut next, &nexts_peer, 400)] {
+        for (rx, peer, sent) in [(&mut patient, &patients_peer, 600), (&mut next, &nexts_peer, 400)]
+        {
             raw_send(peer, &frame[sent..], &[]);
             assert_eq!(rx.next().await.unwrap().unwrap().payload.len(), 700);
         }
@@ -176,7 +180,10 @@ fn process_whose_descriptors_wait(mut control: UnixStream) {
         raw_send(&honest_peer, &encoded(b"hello", 0), &[]);
         for _ in 0..10 {
             yield_now().await; // the runtime learns that there is something to receive
-            assert!(honest.next().now_or_never().is_none(), "it receives although too much waits to be closed");
+            assert!(
+                honest.next().now_or_never().is_none(),
+                "it receives although too much waits to be closed"
+            );
         }
 
         // Refused connections hold descriptors too until they are closed, so only some are accepted

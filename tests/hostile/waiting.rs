@@ -131,7 +131,9 @@ fn descriptors_that_an_application_refuses_are_closed_as_fast_as_they_come() {
         let (slow, client) = slow_to_close();
         without_waiting([client], async {
             raw_send(&peer, b"x", &[slow]);
-            let many = Vec::from_iter((0..250).map(|_| OwnedFd::from(std::fs::File::open("/dev/null").unwrap())));
+            let many = Vec::from_iter(
+                (0..250).map(|_| OwnedFd::from(std::fs::File::open("/dev/null").unwrap())),
+            );
             let before = crate::common::open_fds();
             for _ in 0..100 {
                 raw_send(&peer, b"x", &many);

@@ -16,11 +16,15 @@ use std::{
 use fdwire::{FrameCodec, Framed, Listener, SocketKind};
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, UnixAddr, bind, getsockopt, listen, send, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, MsgFlags, SockFlag, UnixAddr, bind, getsockopt, listen, send,
+    setsockopt, socket, sockopt,
 };
 
 use crate::{
-    common::{abstract_name, encoded, marked, raw_send, role_socket, settle, sock_type, spawn_role, with_raw_peer},
+    common::{
+        abstract_name, encoded, marked, raw_send, role_socket, settle, sock_type, spawn_role,
+        with_raw_peer,
+    },
     counted, raw, soon,
 };
 
@@ -69,7 +73,8 @@ fn is_other_process(role: &str) -> bool {
 }
 
 fn listener(name: &std::os::unix::net::SocketAddr, kind: SocketKind) -> OwnedFd {
-    let listener = socket(AddressFamily::Unix, sock_type(kind), SockFlag::SOCK_CLOEXEC, None).unwrap();
+    let listener =
+        socket(AddressFamily::Unix, sock_type(kind), SockFlag::SOCK_CLOEXEC, None).unwrap();
     let addr = UnixAddr::new_abstract(name.as_abstract_name().unwrap()).unwrap();
     bind(listener.as_raw_fd(), &addr).unwrap();
     listen(&listener, Backlog::new(8).unwrap()).unwrap();
@@ -112,7 +117,8 @@ fn a_connection_that_is_accepted_has_no_credentials_on() {
 
 #[test]
 fn credentials_that_another_holder_switches_on_hide_no_message_of_a_second_writer() {
-    const ROLE: &str = "wakeups::credentials_that_another_holder_switches_on_hide_no_message_of_a_second_writer";
+    const ROLE: &str =
+        "wakeups::credentials_that_another_holder_switches_on_hide_no_message_of_a_second_writer";
     if is_other_process(ROLE) {
         return;
     }
@@ -152,7 +158,11 @@ fn a_task_that_has_received_everything_sleeps_until_more_comes() {
             settle().await;
             let before = polls.load(Ordering::Relaxed);
             settle().await;
-            assert_eq!(polls.load(Ordering::Relaxed), before, "the task was polled although nothing came");
+            assert_eq!(
+                polls.load(Ordering::Relaxed),
+                before,
+                "the task was polled although nothing came"
+            );
         }
         drop(peer);
         receiver.await.unwrap();

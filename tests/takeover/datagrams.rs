@@ -131,7 +131,10 @@ fn each_generation_gets_its_datagrams_with_their_source() {
             }
             for (number, (datagrams, _)) in (1..6).zip(&generations) {
                 for client in &clients {
-                    assert_eq!(next(datagrams).await, (vec![number, round], client.local_addr().unwrap()));
+                    assert_eq!(
+                        next(datagrams).await,
+                        (vec![number, round], client.local_addr().unwrap())
+                    );
                 }
             }
         }
@@ -156,7 +159,8 @@ fn while_both_receive_each_forwards_to_the_other() {
         client.send(&[0, 2]).unwrap();
         assert_eq!(next(&from_old).await.0, [0, 2]);
         let mut packet = [0; 100];
-        let (length, _) = rustix::net::recv(lane, &mut packet, rustix::net::RecvFlags::DONTWAIT).unwrap();
+        let (length, _) =
+            rustix::net::recv(lane, &mut packet, rustix::net::RecvFlags::DONTWAIT).unwrap();
         assert_eq!((length, &packet[48..50]), (50, &[2, 1][..]));
         packet[48..50].copy_from_slice(&[1, 3]);
         rustix::net::send(lane, &packet[..50], rustix::net::SendFlags::empty()).unwrap();
@@ -334,7 +338,11 @@ fn the_destination_and_the_ecn_bits_are_forwarded() {
 }
 
 /// A giver that speaks the protocol by hand, up to COMPLETE.
-async fn raw_giver(path: &Path, lanes: impl FnOnce(ToTaker<SendFd>) -> ToTaker<SendFd>, socket: UdpSocket) -> OwnedFd {
+async fn raw_giver(
+    path: &Path,
+    lanes: impl FnOnce(ToTaker<SendFd>) -> ToTaker<SendFd>,
+    socket: UdpSocket,
+) -> OwnedFd {
     {
         let (_directory, place) = place();
         let mut listeners = Listeners::new();
@@ -346,7 +354,11 @@ async fn raw_giver(path: &Path, lanes: impl FnOnce(ToTaker<SendFd>) -> ToTaker<S
 }
 
 /// Takes what a true server offers, and offers it with other lanes.
-async fn relay(from: &Path, to: &Path, lanes: impl FnOnce(ToTaker<SendFd>) -> ToTaker<SendFd>) -> OwnedFd {
+async fn relay(
+    from: &Path,
+    to: &Path,
+    lanes: impl FnOnce(ToTaker<SendFd>) -> ToTaker<SendFd>,
+) -> OwnedFd {
     let listener = Listener::bind(to, SocketKind::SeqPacket).unwrap();
     let mut giver = Framed::new(listener.accept().await.unwrap(), GiverCodec::default());
     let socket = Socket::connect(from, SocketKind::SeqPacket).await.unwrap();
@@ -356,16 +368,17 @@ async fn relay(from: &Path, to: &Path, lanes: impl FnOnce(ToTaker<SendFd>) -> To
     loop {
         let message = match taker.next().await.unwrap().unwrap() {
             ToTaker::Welcome { version, listeners } => ToTaker::Welcome { version, listeners },
-            ToTaker::Listeners(offered) => {
-                ToTaker::Listeners(offered.into_iter().map(|offered| offered.with_fd(SendFd::from)).collect())
-            }
+            ToTaker::Listeners(offered) => ToTaker::Listeners(
+                offered.into_iter().map(|offered| offered.with_fd(SendFd::from)).collect(),
+            ),
             ToTaker::Lanes { generation, giver, lanes: offered } => {
                 let offered = offered.into_iter().map(|lane| lane.with_fd(SendFd::from)).collect();
                 lanes.take().unwrap()(ToTaker::Lanes { generation, giver, lanes: offered })
             }
-            ToTaker::Generations { replaced_for, fds } => {
-                ToTaker::Generations { replaced_for, fds: fds.into_iter().map(SendFd::from).collect() }
-            }
+            ToTaker::Generations { replaced_for, fds } => ToTaker::Generations {
+                replaced_for,
+                fds: fds.into_iter().map(SendFd::from).collect(),
+            },
             ToTaker::Complete => {
                 giver.send(ToTaker::Complete).await.unwrap();
                 break;

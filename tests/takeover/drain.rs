@@ -132,7 +132,8 @@ fn the_oldest_of_too_many_old_servers_leaves_at_once() {
         let mut servers = vec![first_with(&path, options())];
         let mut connections = Vec::new();
         for _ in 0..4 {
-            let new = fdwire::takeover::request(&path, options()).await.unwrap().ready().await.unwrap();
+            let new =
+                fdwire::takeover::request(&path, options()).await.unwrap().ready().await.unwrap();
             new.confirmed().await;
             connections.push(servers.last().unwrap().open_connection());
             servers.push(new);
@@ -145,7 +146,11 @@ fn the_oldest_of_too_many_old_servers_leaves_at_once() {
         let newest = &servers[4];
         assert_eq!(newest.generations().len(), 4, "those that were asked to leave are still here");
         drop(servers.drain(..2));
-        assert_eq!(servers[0].generations(), [], "a server that was replaced for good knows of none");
+        assert_eq!(
+            servers[0].generations(),
+            [],
+            "a server that was replaced for good knows of none"
+        );
         let newest = servers.last().unwrap();
         while newest.generations().len() > 2 {
             tokio::task::yield_now().await;

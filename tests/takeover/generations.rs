@@ -16,7 +16,8 @@ use tokio::{
 
 use crate::{common::*, place};
 
-const ROLE: &str = "generations::ten_restarts_leave_a_limited_number_of_old_processes_which_are_listed";
+const ROLE: &str =
+    "generations::ten_restarts_leave_a_limited_number_of_old_processes_which_are_listed";
 
 /// A server process, which tells each client its process id and keeps the connection until it has
 /// to cut it.
@@ -30,7 +31,8 @@ async fn serve() {
         Ok(listeners)
     };
     let deadline = Duration::from_millis(number("FDWIRE_DEADLINE"));
-    let options = Options::default().drain(Duration::from_millis(1), deadline).max_old_generations(3);
+    let options =
+        Options::default().drain(Duration::from_millis(1), deadline).max_old_generations(3);
     let server = takeover::bind_or_take(&path, options, bind).await.unwrap().ready().await.unwrap();
     let http = server.gated::<tokio::net::TcpListener>("http", 0).unwrap();
     let serving = async {
@@ -57,7 +59,9 @@ async fn start(path: &Path, address: SocketAddr, deadline: Duration) -> Child {
     command.env("FDWIRE_PATH", path).env("FDWIRE_ADDRESS", address.to_string());
     command.env("FDWIRE_DEADLINE", deadline.as_millis().to_string());
     command.stdin(Stdio::null()).stdout(Stdio::null());
-    takeover::launch(&mut command, path, &Options::default(), Duration::from_secs(30)).await.unwrap()
+    takeover::launch(&mut command, path, &Options::default(), Duration::from_secs(30))
+        .await
+        .unwrap()
 }
 
 async fn status(path: &Path) -> ServerStatus {
@@ -93,14 +97,21 @@ fn ten_restarts_leave_a_limited_number_of_old_processes_which_are_listed() {
         // The seven oldest are asked to leave, and cut the connection of their client.
         for (process, mut client) in processes.drain(..7).zip(clients.drain(..7)) {
             let mut process = process;
-            assert_eq!(process.wait().await.unwrap().code(), Some(PASSED + 1), "one connection was left");
+            assert_eq!(
+                process.wait().await.unwrap().code(),
+                Some(PASSED + 1),
+                "one connection was left"
+            );
             while client.read_u8().await.is_ok() {}
         }
         let ServerStatus { pid, generations, .. } = status(&path).await;
         assert_eq!(Some(pid), processes.last().unwrap().id());
         let listed: Vec<_> = generations.iter().map(|old| old.pid).collect();
         assert_eq!(listed, processes[..3].iter().map(Child::id).collect::<Vec<_>>());
-        assert!(generations.is_sorted_by_key(|old| std::cmp::Reverse(old.replaced_for)), "{generations:?}");
+        assert!(
+            generations.is_sorted_by_key(|old| std::cmp::Reverse(old.replaced_for)),
+            "{generations:?}"
+        );
         assert!(TcpStream::connect(address).is_ok());
     });
 }

@@ -172,7 +172,10 @@ fn a_part_of_a_group_can_not_be_declined() {
         pending.decline("http", 1).unwrap();
         let refused = pending.ready().await.unwrap_err();
         assert!(matches!(refused, Error::SplitGroup { .. }), "{refused}");
-        assert!(refused.to_string().starts_with("listener \"http\" 1 (TCP 127.0.0.1:"), "{refused}");
+        assert!(
+            refused.to_string().starts_with("listener \"http\" 1 (TCP 127.0.0.1:"),
+            "{refused}"
+        );
         // Nothing has happened, and the whole group can be declined.
         let mut pending = loop {
             match takeover::request(&path, Options::default()).await {

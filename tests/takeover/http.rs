@@ -67,7 +67,10 @@ impl Http1 {
     }
 
     async fn ask(&mut self, page: &str) {
-        self.0.write_all(format!("GET {page} HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes()).await.unwrap();
+        self.0
+            .write_all(format!("GET {page} HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes())
+            .await
+            .unwrap();
     }
 
     /// Reads an answer whose body ends with `body`. Returns its headers.

@@ -57,7 +57,12 @@ async fn serve(socket: OwnedFd) {
         }
         Ok(listeners)
     };
-    let server = takeover::bind_or_take(&path, Options::default(), bind).await.unwrap().ready().await.unwrap();
+    let server = takeover::bind_or_take(&path, Options::default(), bind)
+        .await
+        .unwrap()
+        .ready()
+        .await
+        .unwrap();
     let state = State { open: watch::Sender::new(0), is_draining: watch::Sender::new(false) };
     for (name, is_http2) in [("http1", false), ("http2", true)] {
         tokio::spawn(accept(server.gated(name, 0).unwrap(), is_http2, state.clone()));
@@ -76,7 +81,8 @@ async fn accept(listener: Gated<TcpListener>, is_http2: bool, state: State) {
         let state = state.clone();
         state.open.send_modify(|open| *open += 1);
         tokio::spawn(async move {
-            let answer = service_fn(|_| std::future::ready(Ok::<_, hyper::Error>(answer(&state, is_http2))));
+            let answer =
+                service_fn(|_| std::future::ready(Ok::<_, hyper::Error>(answer(&state, is_http2))));
             let io = TokioIo::new(connection);
             if is_http2 {
                 let builder = serve_conn::http2::Builder::new(TokioExecutor::new());
@@ -140,8 +146,12 @@ async fn outcome(
 ) -> Result<Outcome, String> {
     match sent {
         Ok(response) => {
-            let body = response.into_body().collect().await.map_err(|error| error.to_string())?.to_bytes();
-            body.iter().all(u8::is_ascii_digit).then_some(Outcome::Answered).ok_or_else(|| format!("{body:?}"))
+            let body =
+                response.into_body().collect().await.map_err(|error| error.to_string())?.to_bytes();
+            body.iter()
+                .all(u8::is_ascii_digit)
+                .then_some(Outcome::Answered)
+                .ok_or_else(|| format!("{body:?}"))
         }
         Err(mut error) => match error.take_message() {
             Some(_) => Ok(Outcome::NotSent),
@@ -154,7 +164,8 @@ async fn outcome(
 /// A client of HTTP/1.1, with one connection for each request or as long as the server likes.
 async fn http1_client(address: SocketAddr, keep: bool, seen: Arc<Seen>) -> String {
     let client = async || -> Result<(), String> {
-        let connection = TcpStream::connect(address).await.map_err(|error| format!("connect: {error}"))?;
+        let connection =
+            TcpStream::connect(address).await.map_err(|error| format!("connect: {error}"))?;
         let handshake = http1::handshake::<_, Body>(TokioIo::new(connection)).await;
         let (mut sender, driver) = handshake.map_err(|error| error.to_string())?;
         tokio::spawn(driver);
@@ -176,8 +187,10 @@ async fn http1_client(address: SocketAddr, keep: bool, seen: Arc<Seen>) -> Strin
 
 async fn http2_client(address: SocketAddr, seen: Arc<Seen>) -> String {
     let client = async || -> Result<(), String> {
-        let connection = TcpStream::connect(address).await.map_err(|error| format!("connect: {error}"))?;
-        let handshake = http2::handshake::<_, _, Body>(TokioExecutor::new(), TokioIo::new(connection)).await;
+        let connection =
+            TcpStream::connect(address).await.map_err(|error| format!("connect: {error}"))?;
+        let handshake =
+            http2::handshake::<_, _, Body>(TokioExecutor::new(), TokioIo::new(connection)).await;
         let (mut sender, driver) = handshake.map_err(|error| error.to_string())?;
         tokio::spawn(driver);
         seen.connections.fetch_add(1, Ordering::SeqCst);
@@ -218,7 +231,8 @@ fn a_hundred_restarts_fail_no_request_of_any_client() {
     let mut serving = start();
 
     let runtime = one_worker();
-    let kinds: [(&str, Arc<Seen>); 3] = ["one-shot", "keep-alive", "HTTP/2"].map(|name| (name, Arc::default()));
+    let kinds: [(&str, Arc<Seen>); 3] =
+        ["one-shot", "keep-alive", "HTTP/2"].map(|name| (name, Arc::default()));
     let mut clients = tokio::task::JoinSet::new();
     for _ in 0..2 {
         let [one_shot, keep_alive, http2] = kinds.each_ref().map(|(_, seen)| Arc::clone(seen));
@@ -236,7 +250,11 @@ fn a_hundred_restarts_fail_no_request_of_any_client() {
     for _ in 0..RESTARTS {
         // Each client has had answers of this process.
         let before = kinds.each_ref().map(|(_, seen)| seen.answers.load(Ordering::SeqCst));
-        while kinds.iter().zip(before).any(|((_, seen), before)| seen.answers.load(Ordering::SeqCst) < before + 10) {
+        while kinds
+            .iter()
+            .zip(before)
+            .any(|((_, seen), before)| seen.answers.load(Ordering::SeqCst) < before + 10)
+        {
             check(&mut clients);
             std::thread::yield_now();
         }
@@ -247,8 +265,11 @@ fn a_hundred_restarts_fail_no_request_of_any_client() {
     }
     check(&mut clients);
     for (name, seen) in &kinds {
-        let [answers, connections] = [&seen.answers, &seen.connections].map(|number| number.load(Ordering::SeqCst));
-        println!("{name}: {answers} answers over {connections} connections, no failure in {RESTARTS} restarts");
+        let [answers, connections] =
+            [&seen.answers, &seen.connections].map(|number| number.load(Ordering::SeqCst));
+        println!(
+            "{name}: {answers} answers over {connections} connections, no failure in {RESTARTS} restarts"
+        );
         assert!(connections > RESTARTS, "{name}: {connections} connections");
     }
 }

@@ -34,9 +34,15 @@ fn nothing_that_a_stranger_sends_stops_the_server() {
         let foreign = encoded(b"\x01FDTO\x07\x09", 0);
         let release = encoded(b"\x05", 0);
         let back = encoded(b"\x04", 0);
-        for bytes in
-            [&b"x"[..], &ready, &[&hello[..], &hello].concat(), &foreign, &release, &back, b"GET / HTTP/1.1\r\n"]
-        {
+        for bytes in [
+            &b"x"[..],
+            &ready,
+            &[&hello[..], &hello].concat(),
+            &foreign,
+            &release,
+            &back,
+            b"GET / HTTP/1.1\r\n",
+        ] {
             let socket = Socket::connect(&path, SocketKind::SeqPacket).await.unwrap();
             raw_send(&socket, bytes, &[]);
             drop(socket);
@@ -61,7 +67,10 @@ fn a_taker_of_another_version_learns_of_it() {
         let mut taker = connected(&path).await;
         taker.send(FromTaker::Hello { lowest: 7, highest: 9 }).await.unwrap();
         let answer = taker.next().await.unwrap().unwrap();
-        assert!(matches!(answer, ToTaker::Refused { reason: takeover::protocol::Refusal::Version }), "{answer:?}");
+        assert!(
+            matches!(answer, ToTaker::Refused { reason: takeover::protocol::Refusal::Version }),
+            "{answer:?}"
+        );
         // One that speaks this version and later ones is welcome, and this version is spoken.
         let mut taker = connected(&path).await;
         taker.send(FromTaker::Hello { lowest: 1, highest: 9 }).await.unwrap();
@@ -92,7 +101,9 @@ fn other_uids_neither_get_listeners_nor_give_any() {
         let mut command = Command::new("/proc/self/exe");
         command.uid(uid).env("FDWIRE_PATH", directory.path());
         let mut child = spawn_role_by(command, NAME, there.into());
-        let here = tokio::task::spawn_blocking(move || (&here).read_exact(&mut [0]).map(|()| here)).await.unwrap();
+        let here = tokio::task::spawn_blocking(move || (&here).read_exact(&mut [0]).map(|()| here))
+            .await
+            .unwrap();
         check_serves(&server, address).await;
 
         let foreign = directory.path().join("foreign");
@@ -106,7 +117,8 @@ fn other_uids_neither_get_listeners_nor_give_any() {
 /// Is refused by the server, and listens beside it.
 async fn be_another_uid(socket: OwnedFd) {
     let directory = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
-    let refused = takeover::request(directory.join("control"), Options::default()).await.unwrap_err();
+    let refused =
+        takeover::request(directory.join("control"), Options::default()).await.unwrap_err();
     assert!(!matches!(refused, Error::Io(_) | Error::Aborted(_) | Error::TimedOut), "{refused}");
     let _listener = Listener::bind(directory.join("foreign"), SocketKind::SeqPacket).unwrap();
     let mut parent = UnixStream::from(socket);
@@ -125,7 +137,8 @@ fn a_foreign_process_at_the_path_is_a_clear_error() {
             raw_send(&socket, b"220 welcome\r\n", &[]);
             socket
         };
-        let (requested, _socket) = tokio::join!(takeover::request(&path, Options::default()), foreign);
+        let (requested, _socket) =
+            tokio::join!(takeover::request(&path, Options::default()), foreign);
         let error = requested.unwrap_err();
         assert!(matches!(error, Error::Connection(_)), "{error}");
 
@@ -134,7 +147,8 @@ fn a_foreign_process_at_the_path_is_a_clear_error() {
         let error = takeover::request(&path, options).await.unwrap_err();
         assert!(matches!(error, Error::TimedOut), "{error}");
         // Nobody.
-        let error = takeover::request(path.with_extension("none"), Options::default()).await.unwrap_err();
+        let error =
+            takeover::request(path.with_extension("none"), Options::default()).await.unwrap_err();
         assert!(matches!(error, Error::Io(_)), "{error}");
         // A server that closes the connection.
         let closing = async {
@@ -156,7 +170,9 @@ fn a_socket_that_is_not_the_announced_one_is_refused() {
         let mut pending = connected(&path).await;
         pending.send(FromTaker::Hello { lowest: 1, highest: 1 }).await.unwrap();
         pending.next().await.unwrap().unwrap();
-        let ToTaker::Listeners(mut offered) = pending.next().await.unwrap().unwrap() else { panic!() };
+        let ToTaker::Listeners(mut offered) = pending.next().await.unwrap().unwrap() else {
+            panic!()
+        };
         let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         offered[0].fd = other.into();
         let offered = offered.into_iter().map(|listener| listener.with_fd(SendFd::from)).collect();
@@ -171,7 +187,10 @@ fn a_socket_that_is_not_the_announced_one_is_refused() {
         };
         let (requested, ()) = tokio::join!(takeover::request(&path2, Options::default()), lying);
         let error = requested.unwrap_err();
-        assert!(matches!(error, Error::Mismatch { mismatch: takeover::Mismatch::Address { .. }, .. }), "{error}");
+        assert!(
+            matches!(error, Error::Mismatch { mismatch: takeover::Mismatch::Address { .. }, .. }),
+            "{error}"
+        );
         drop((pending, server));
     });
 }
@@ -225,7 +244,9 @@ fn a_first_start_does_not_replace_what_is_foreign() {
         };
         // A file, another kind of socket, and a process that holds the lock and does not listen.
         std::fs::write(&path, "precious").unwrap();
-        assert!(matches!(start(&path).await, Error::Io(error) if error.kind() == std::io::ErrorKind::AlreadyExists));
+        assert!(
+            matches!(start(&path).await, Error::Io(error) if error.kind() == std::io::ErrorKind::AlreadyExists)
+        );
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
         std::fs::remove_file(&path).unwrap();
 

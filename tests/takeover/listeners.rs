@@ -27,7 +27,9 @@ fn listeners_of_every_kind_move_and_work() {
         let udp_address = udp.local_addr().unwrap();
         listeners.add("udp", udp).unwrap();
         for kind in [Kind::Stream, Kind::SeqPacket, Kind::Datagram] {
-            listeners.bind_path("unix", directory.path().join(kind.to_string()), kind, 0o600).unwrap();
+            listeners
+                .bind_path("unix", directory.path().join(kind.to_string()), kind, 0o600)
+                .unwrap();
         }
         let old = Server::bind(&path, listeners, Options::default()).unwrap();
         let identities = old.identities();
@@ -50,7 +52,10 @@ fn listeners_of_every_kind_move_and_work() {
 
         let mut received = [0; 4];
         let datagram = UnixDatagram::from(new.socket("unix", 2).unwrap());
-        UnixDatagram::unbound().unwrap().send_to(b"unix", directory.path().join("datagram")).unwrap();
+        UnixDatagram::unbound()
+            .unwrap()
+            .send_to(b"unix", directory.path().join("datagram"))
+            .unwrap();
         assert_eq!((datagram.recv(&mut received).unwrap(), &received), (4, b"unix"));
 
         let udp = UdpSocket::from(new.socket("udp", 0).unwrap());
@@ -97,7 +102,9 @@ fn six_hundred_and_one_listeners_move() {
         let (_directory, path) = place();
         let mut listeners = Listeners::new();
         for index in 0..601 {
-            listeners.add(format!("listener {index}"), TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+            listeners
+                .add(format!("listener {index}"), TcpListener::bind("127.0.0.1:0").unwrap())
+                .unwrap();
         }
         let old = Server::bind(&path, listeners, Options::default()).unwrap();
         let identities = old.identities();
@@ -121,7 +128,8 @@ fn sockets_with_equal_addresses_stay_apart() {
         let before = cookies(&old);
         let new = request(&path).await.ready().await.unwrap();
         assert_eq!(cookies(&new), before);
-        let indices: Vec<_> = new.identities().iter().map(|identity: &Identity| identity.index).collect();
+        let indices: Vec<_> =
+            new.identities().iter().map(|identity: &Identity| identity.index).collect();
         assert_eq!(indices, (0..8).collect::<Vec<_>>());
     });
 }

@@ -1,5 +1,5 @@
-//! Processes that have nothing in common but a directory: other PID, mount and network namespaces, and
-//! any order of their starts.
+//! Processes that have nothing in common but a directory: other PID, mount and network namespaces,
+//! and any order of their starts.
 
 use std::{path::Path, process::Command};
 
@@ -28,14 +28,19 @@ fn elsewhere(directory: &Path, place: &Path) -> Command {
         "sh",
         "-c",
     ]);
-    command.arg("mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"").args(["sh".as_ref(), directory, place]);
+    command.arg("mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"").args([
+        "sh".as_ref(),
+        directory,
+        place,
+    ]);
     command.arg(std::env::current_exe().unwrap());
     command
 }
 
 /// Whether namespaces can be made here, which takes root and may be forbidden in a container.
 fn can_unshare() -> bool {
-    let unshare = Command::new("unshare").args(["--pid", "--fork", "--mount", "--net", "true"]).output();
+    let unshare =
+        Command::new("unshare").args(["--pid", "--fork", "--mount", "--net", "true"]).output();
     let can = unshare.is_ok_and(|output| output.status.success());
     if !can {
         eprintln!("skipped: needs root to make namespaces");
@@ -52,7 +57,8 @@ fn a_process_in_other_namespaces_takes_over_and_is_replaced() {
     let (bind, address) = (tempfile::tempdir().unwrap(), free_address());
     let other_path = bind.path().join(path.file_name().unwrap());
     let mut first = Process::serving(&path, address);
-    let other = || Process::serving_by(elsewhere(directory.path(), bind.path()), &other_path, address);
+    let other =
+        || Process::serving_by(elsewhere(directory.path(), bind.path()), &other_path, address);
 
     // Undone: it dies while the first one drains.
     let open = keep_open(address);
@@ -84,7 +90,8 @@ fn old_generations_in_other_pid_namespaces_are_listed_without_an_id() {
     let other_path = bind.path().join(path.file_name().unwrap());
     let _first = Process::serving(&path, address);
     let _open = keep_open(address);
-    let second = Process::serving_by(elsewhere(directory.path(), bind.path()), &other_path, address);
+    let second =
+        Process::serving_by(elsewhere(directory.path(), bind.path()), &other_path, address);
     let _open = keep_open(address);
     // Its own list: the first one is in no namespace that it knows.
     let status = || one_thread().block_on(takeover::status(&path, &Options::default())).unwrap();

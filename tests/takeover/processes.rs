@@ -167,7 +167,8 @@ async fn answer(server: &Server) {
                 let mut lines = tokio::io::BufReader::new(read).lines();
                 while let Ok(Some(_)) = lines.next_line().await {
                     let last = is_draining.load(Ordering::SeqCst);
-                    let answer = format!("{} {}\n", std::process::id(), if last { "close" } else { "keep" });
+                    let answer =
+                        format!("{} {}\n", std::process::id(), if last { "close" } else { "keep" });
                     if write.write_all(answer.as_bytes()).await.is_err() || last {
                         break;
                     }
@@ -180,7 +181,8 @@ async fn answer(server: &Server) {
         loop {
             server.replaced().await;
             is_draining.store(true, Ordering::SeqCst);
-            let finished = || async { open.subscribe().wait_for(|&open| open == 0).await.map(drop).unwrap() };
+            let finished =
+                || async { open.subscribe().wait_for(|&open| open == 0).await.map(drop).unwrap() };
             tokio::select! {
                 () = finished() => if server.drained().await { break },
                 undone = server.undone() => if !undone {
@@ -211,7 +213,12 @@ pub(crate) fn free_address() -> SocketAddr {
 }
 
 /// Asks again and again. One-shot clients connect for each request, others when they are told to.
-fn ask(address: SocketAddr, one_shot: bool, stop: &AtomicBool, answers: &AtomicUsize) -> Vec<String> {
+fn ask(
+    address: SocketAddr,
+    one_shot: bool,
+    stop: &AtomicBool,
+    answers: &AtomicUsize,
+) -> Vec<String> {
     let mut failures = Vec::new();
     let mut connection = None;
     while !stop.load(Ordering::SeqCst) {
@@ -272,7 +279,11 @@ fn a_restart_under_load_fails_no_request() {
     }
     stop.store(true, Ordering::SeqCst);
     let failures: Vec<_> = clients.into_iter().flat_map(|client| client.join().unwrap()).collect();
-    println!("10 restarts, {} answers, {} failures", answers.load(Ordering::SeqCst), failures.len());
+    println!(
+        "10 restarts, {} answers, {} failures",
+        answers.load(Ordering::SeqCst),
+        failures.len()
+    );
     assert!(failures.is_empty(), "{failures:?}");
 }
 
@@ -396,7 +407,12 @@ fn ten_generations_that_drain_are_not_woken_by_clients_of_the_newest() {
             let length = client.recv(&mut answer).unwrap();
             assert_eq!(answer[..length], *newest.child.id().to_string().as_bytes());
         }
-        draining.iter().map(switches).zip(before).map(|(after, before)| after - before).collect::<Vec<_>>()
+        draining
+            .iter()
+            .map(switches)
+            .zip(before)
+            .map(|(after, before)| after - before)
+            .collect::<Vec<_>>()
     };
     // The first ones may still be busy with the last takeover.
     let mut wakes = clients_come();
@@ -407,15 +423,22 @@ fn ten_generations_that_drain_are_not_woken_by_clients_of_the_newest() {
         }
         wakes = clients_come();
     }
-    panic!("100 connections and datagrams have woken the generations that drain so often: {wakes:?}");
+    panic!(
+        "100 connections and datagrams have woken the generations that drain so often: {wakes:?}"
+    );
 }
 
 /// The number of times that a thread of a process was switched to.
 fn switches(process: &Process) -> u64 {
     let threads = std::fs::read_dir(format!("/proc/{}/task", process.child.id())).unwrap();
-    let status = threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap());
+    let status = threads
+        .map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap());
     let number = |line: &str| line.rsplit('\t').next().unwrap().parse::<u64>().unwrap();
-    status.map(|status| status.lines().filter(|line| line.contains("ctxt_switches")).map(number).sum::<u64>()).sum()
+    status
+        .map(|status| {
+            status.lines().filter(|line| line.contains("ctxt_switches")).map(number).sum::<u64>()
+        })
+        .sum()
 }
 
 /// Looks for the listener with this address in the event loops of a process.
@@ -423,12 +446,17 @@ fn is_watched(process: &Process, address: SocketAddr) -> bool {
     let port = format!(":{:04X}", address.port());
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
     let row = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let listens = row.filter(|row| row[1].ends_with(&port) && row[3] == "0A").map(|row| row[9].to_owned()).next();
+    let listens = row
+        .filter(|row| row[1].ends_with(&port) && row[3] == "0A")
+        .map(|row| row[9].to_owned())
+        .next();
     let inode: u64 = listens.expect("somebody listens").parse().unwrap();
     let watched = format!("ino:{inode:x} ");
     let files = std::fs::read_dir(format!("/proc/{}/fdinfo", process.child.id())).unwrap();
     let infos = files.filter_map(|file| std::fs::read_to_string(file.unwrap().path()).ok());
-    infos.into_iter().any(|info| info.lines().any(|line| line.starts_with("tfd:") && line.contains(&watched)))
+    infos
+        .into_iter()
+        .any(|info| info.lines().any(|line| line.starts_with("tfd:") && line.contains(&watched)))
 }
 
 /// Attaches strace to all threads of a process.
@@ -489,8 +517,10 @@ fn kill_at_each_call(kills_old: bool) {
     let log = directory.path().join("log");
     assert!(!take_over(&strace, kills_old, &["-o", log.to_str().unwrap()]));
     let log = std::fs::read_to_string(log).unwrap();
-    let name = |line: &str| Some(line.split_once(' ')?.1.trim_start().split_once('(')?.0.to_owned());
-    let is_name = |name: &String| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    let name =
+        |line: &str| Some(line.split_once(' ')?.1.trim_start().split_once('(')?.0.to_owned());
+    let is_name =
+        |name: &String| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
     let names: BTreeSet<_> = log.lines().filter_map(name).filter(is_name).collect();
 
     let mut kills = 0;
@@ -504,7 +534,10 @@ fn kill_at_each_call(kills_old: bool) {
         }
     }
     let side = if kills_old { "old" } else { "new" };
-    println!("SIGKILL of the {side} process at {kills} of {kills} system calls of {} kinds: one serves", names.len());
+    println!(
+        "SIGKILL of the {side} process at {kills} of {kills} system calls of {} kinds: one serves",
+        names.len()
+    );
     assert!(kills > 30, "it was not killed in the takeover");
 }
 
@@ -523,7 +556,8 @@ fn check_one_serves(address: SocketAddr, processes: &[&Process]) {
 }
 
 fn is_dead(process: &Process) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{}/stat", process.child.id())).unwrap_or_default();
+    let status =
+        std::fs::read_to_string(format!("/proc/{}/stat", process.child.id())).unwrap_or_default();
     status.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with(['Z', 'X']))
 }
 

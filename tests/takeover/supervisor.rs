@@ -113,13 +113,17 @@ fn a_call_fails_if_the_new_process_ends_before_it_serves() {
         // Also if no server runs.
         for _ in 0..2 {
             let error = service.launch(&mut failing, PATIENCE).await.unwrap_err();
-            assert!(matches!(error, Error::Ended { status } if status.code() == Some(7)), "{error}");
+            assert!(
+                matches!(error, Error::Ended { status } if status.code() == Some(7)),
+                "{error}"
+            );
         }
         let first = service.launch(&mut service.command(), PATIENCE).await.unwrap();
         let error = service.launch(&mut failing, PATIENCE).await.unwrap_err();
         assert_eq!(error.to_string(), "the new process ended before it served: exit status: 7");
         assert_eq!(Some(service.pid()), first.id());
-        let missing = service.launch(&mut Command::new("/nonexistent"), PATIENCE).await.unwrap_err();
+        let missing =
+            service.launch(&mut Command::new("/nonexistent"), PATIENCE).await.unwrap_err();
         assert!(matches!(missing, Error::Io(_)), "{missing}");
     });
 }
@@ -189,13 +193,16 @@ fn a_service_manager_learns_of_each_step_before_the_old_process_leaves() {
         let mut failing = command();
         failing.env("FDWIRE_FAILS", "exits");
         service.launch(&mut failing, PATIENCE).await.unwrap_err();
-        let told = messages(&manager, |told| told.get(&old).is_some_and(|told| told.len() == 3)).await;
+        let told =
+            messages(&manager, |told| told.get(&old).is_some_and(|told| told.len() == 3)).await;
         assert_eq!(told[&old], ["READY=1", "RELOADING=1", "READY=1"]);
 
         let second = service.launch(&mut command(), PATIENCE).await.unwrap();
         let new = second.id().unwrap();
         let has_ended = |told: &BTreeMap<i32, Vec<String>>| {
-            let old_has = told.get(&old).is_some_and(|told| told.last().is_some_and(|last| last == "BARRIER=1"));
+            let old_has = told
+                .get(&old)
+                .is_some_and(|told| told.last().is_some_and(|last| last == "BARRIER=1"));
             old_has && told.contains_key(&(new as i32))
         };
         let told = messages(&manager, has_ended).await;
@@ -238,7 +245,9 @@ fn the_old_main_process_waits_for_the_manager_before_it_leaves() {
 #[test]
 fn nobody_is_asked_at_a_path_without_a_server() {
     run(async {
-        let error = takeover::status(Path::new("/nonexistent/path"), &Options::default()).await.unwrap_err();
+        let error = takeover::status(Path::new("/nonexistent/path"), &Options::default())
+            .await
+            .unwrap_err();
         assert!(matches!(error, Error::Io(_)), "{error}");
     });
 }

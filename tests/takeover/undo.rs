@@ -21,7 +21,9 @@ use nix::{
 };
 use tokio::net::TcpStream;
 
-use crate::{check_does_not_serve, check_serves, common::*, first, first_with, http, place, request};
+use crate::{
+    check_does_not_serve, check_serves, common::*, first, first_with, http, place, request,
+};
 
 #[test]
 fn a_new_server_serves_and_the_old_one_drains_and_leaves() {
@@ -120,7 +122,12 @@ fn a_new_server_hands_everything_back_with_the_baton() {
         let (_directory, path) = place();
         let old = first_with(&path, Options::default().with_baton());
         let address = crate::address(&old);
-        let new = takeover::request(&path, Options::default().with_baton()).await.unwrap().ready().await.unwrap();
+        let new = takeover::request(&path, Options::default().with_baton())
+            .await
+            .unwrap()
+            .ready()
+            .await
+            .unwrap();
         old.replaced().await;
         old.put_down_baton(Bytes::from_static(b"leader"));
         assert_eq!(new.confirmed().await.unwrap(), "leader");
@@ -198,7 +205,9 @@ fn state_travels_with_its_descriptors() {
     run(async {
         let (_directory, path) = place();
         let old = first(&path);
-        old.send_state(|| vec![Frame::new("counters").with_fd(marked(7)), Frame::new("cache").with_fds([])]);
+        old.send_state(|| {
+            vec![Frame::new("counters").with_fd(marked(7)), Frame::new("cache").with_fds([])]
+        });
         let mut pending = request(&path).await;
         let state = pending.take_state();
         assert_eq!(state[0].payload, "counters");
@@ -256,7 +265,12 @@ fn large_state_arrives_in_its_order() {
         let mut pending = request(&path).await;
         let state = pending.take_state();
         assert_eq!(state.len(), 20);
-        assert!(state.iter().zip(0..).all(|(frame, number)| frame.payload.iter().all(|&byte| byte == number)));
+        assert!(
+            state
+                .iter()
+                .zip(0..)
+                .all(|(frame, number)| frame.payload.iter().all(|&byte| byte == number))
+        );
         pending.ready().await.unwrap();
     });
 }

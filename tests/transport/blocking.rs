@@ -27,7 +27,10 @@ use nix::sys::{
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    common::{encoded, large, mark_of, marked, marks, open_fds, other_uid, raw_send, role_socket, spawn_role},
+    common::{
+        encoded, large, mark_of, marked, marks, open_fds, other_uid, raw_send, role_socket,
+        spawn_role,
+    },
     counted,
     side::SHORT,
 };
@@ -80,7 +83,8 @@ fn nothing_needs_a_runtime() {
         let path = directory.path().join("socket");
         let listener = Listener::bind(&path, kind).unwrap();
         let server = thread::spawn(move || {
-            let mut client = blocking::Framed::new(listener.accept().unwrap(), FrameCodec::default());
+            let mut client =
+                blocking::Framed::new(listener.accept().unwrap(), FrameCodec::default());
             while let Some(frame) = client.next().transpose().unwrap() {
                 client.send(frame).unwrap();
             }
@@ -112,7 +116,8 @@ fn a_read_that_times_out_loses_nothing() {
             rx.set_read_timeout(Some(timeout));
             for (index, byte) in encoded(b"payload", 2).iter().enumerate() {
                 assert!(matches!(rx.next(), Some(Err(Error::TimedOut))));
-                let fds = if index == 0 || index == 5 { vec![marked(index as u32)] } else { vec![] };
+                let fds =
+                    if index == 0 || index == 5 { vec![marked(index as u32)] } else { vec![] };
                 raw_send(&peer, &[*byte], &fds);
             }
             let frame = next(&mut rx);
@@ -197,7 +202,8 @@ fn the_time_for_an_unfinished_frame_goes_on_over_calls_that_time_out() {
     without_runtime(|kind| {
         let (a, peer) = blocking::Socket::pair(kind).unwrap();
         let peer = OwnedFd::from(peer);
-        let codec = FrameCodec::new(Limits::default().max_unfinished_time(Duration::from_millis(100)));
+        let codec =
+            FrameCodec::new(Limits::default().max_unfinished_time(Duration::from_millis(100)));
         let mut rx = blocking::Framed::new(a, codec);
         rx.set_read_timeout(Some(Duration::from_millis(5)));
         raw_send(&peer, &encoded(b"cut", 0)[..9], &[]);
@@ -283,8 +289,12 @@ fn out_of_band_data_does_not_hide_the_messages_behind_it() {
         let (mut rx, peer) = with_raw_peer(kind);
         rx.set_read_timeout(Some(SHORT));
         for n in 0..3 {
-            nix::sys::socket::send(std::os::fd::AsRawFd::as_raw_fd(&peer), b"!", nix::sys::socket::MsgFlags::MSG_OOB)
-                .unwrap();
+            nix::sys::socket::send(
+                std::os::fd::AsRawFd::as_raw_fd(&peer),
+                b"!",
+                nix::sys::socket::MsgFlags::MSG_OOB,
+            )
+            .unwrap();
             assert!(matches!(rx.next(), Some(Err(Error::TimedOut))));
             raw_send(&peer, &encoded(b"", 1), &[marked(n)]);
             assert_eq!(marks(&next(&mut rx)), [n]);
@@ -324,7 +334,8 @@ fn a_message_whose_encoder_panics_leaves_nothing_behind() {
         });
         let mut tx = blocking::Framed::with_codecs(a, large(), panics);
         let mut rx = blocking::Framed::new(b, large());
-        let panicked = catch_unwind(AssertUnwindSafe(|| tx.send(Frame::new("panic").with_fd(marked(1)))));
+        let panicked =
+            catch_unwind(AssertUnwindSafe(|| tx.send(Frame::new("panic").with_fd(marked(1)))));
         assert!(panicked.is_err());
         tx.send(Frame::new("after").with_fd(marked(2))).unwrap();
         assert_eq!(marks(&next(&mut rx)), [2]);
@@ -337,7 +348,8 @@ fn the_sender_of_a_message_is_known_if_the_socket_or_its_listener_asks() {
         let own_pid = Some(std::process::id() as i32);
         let (a, b) = blocking::Socket::pair(kind).unwrap();
         b.set_pass_credentials(PassCredentials::Ids).unwrap();
-        let (mut tx, mut rx) = (blocking::Framed::new(a, large()), blocking::Framed::new(b, large()));
+        let (mut tx, mut rx) =
+            (blocking::Framed::new(a, large()), blocking::Framed::new(b, large()));
         tx.send(Frame::new("")).unwrap();
         assert!(rx.credentials().is_none());
         next(&mut rx);
@@ -347,7 +359,8 @@ fn the_sender_of_a_message_is_known_if_the_socket_or_its_listener_asks() {
         let path = directory.path().join("socket");
         let listener = Listener::bind(&path, kind).unwrap();
         listener.set_pass_credentials(PassCredentials::Ids).unwrap();
-        let mut client = blocking::Framed::new(blocking::Socket::connect(&path, kind).unwrap(), large());
+        let mut client =
+            blocking::Framed::new(blocking::Socket::connect(&path, kind).unwrap(), large());
         client.send(Frame::new("before it is accepted")).unwrap();
         let mut rx = blocking::Framed::new(listener.accept().unwrap(), large());
         next(&mut rx);
@@ -360,7 +373,10 @@ fn the_sender_of_a_message_is_known_if_the_socket_or_its_listener_asks() {
 fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
     const ROLE: &str = "blocking::a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing";
     if let Some(socket) = role_socket(ROLE) {
-        let mut rx = blocking::Framed::new(blocking::Socket::try_from(socket).unwrap(), FrameCodec::default());
+        let mut rx = blocking::Framed::new(
+            blocking::Socket::try_from(socket).unwrap(),
+            FrameCodec::default(),
+        );
         rx.send(Frame::new("ready")).unwrap();
         let limit = open_fds() as u64 + 10;
         setrlimit(Resource::RLIMIT_NOFILE, limit, limit).unwrap();
@@ -396,13 +412,19 @@ fn too_many_descriptors_in_flight_are_waited_for() {
         // The limit of descriptors in flight counts all processes of the uid. The kernel checks it
         // before it adds more.
         setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
-        let mut tx = blocking::Framed::new(blocking::Socket::try_from(socket).unwrap(), FrameCodec::default());
+        let mut tx = blocking::Framed::new(
+            blocking::Socket::try_from(socket).unwrap(),
+            FrameCodec::default(),
+        );
         let null = std::fs::File::open("/dev/null").unwrap();
-        let frame = |n: u8| Frame::new(vec![n]).with_fds((0..40).map(|_| null.try_clone().unwrap().into()));
+        let frame =
+            |n: u8| Frame::new(vec![n]).with_fds((0..40).map(|_| null.try_clone().unwrap().into()));
         tx.set_write_timeout(Some(2 * SHORT));
         tx.send(frame(0)).unwrap();
         tx.send(frame(1)).unwrap();
-        let stuck = tx.send(frame(2)).expect_err("80 descriptors of this uid are in flight, the limit is 64");
+        let stuck = tx
+            .send(frame(2))
+            .expect_err("80 descriptors of this uid are in flight, the limit is 64");
         assert!(matches!(stuck.error, Error::TimedOut), "{stuck}");
         assert_eq!((tx.unsent().bytes, tx.unsent().fds), (9, 40));
         std::fs::write("/proc/self/comm", "stuck").unwrap(); // for the parent
@@ -415,7 +437,9 @@ fn too_many_descriptors_in_flight_are_waited_for() {
         let (a, b) = blocking::Socket::pair(kind).unwrap();
         let mut rx = blocking::Framed::new(a, FrameCodec::default());
         let mut child = spawn_role(ROLE, Some(uid), b.into());
-        while std::fs::read_to_string(format!("/proc/{}/comm", child.id())).unwrap().trim() != "stuck" {
+        while std::fs::read_to_string(format!("/proc/{}/comm", child.id())).unwrap().trim()
+            != "stuck"
+        {
             thread::sleep(Duration::from_millis(5));
         }
         for n in 0..3 {

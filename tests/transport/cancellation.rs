@@ -50,7 +50,9 @@ fn flushing_can_be_cancelled_after_every_send() {
         let (mut tx, mut rx) = (Framed::new(a, large()), Framed::new(b, large()));
         let mut cancelled = 0;
         for n in 0..50 {
-            tx.feed(Frame::new(vec![0; 20_000]).with_fd(marked(n)).with_fd(marked(n + 100))).await.unwrap();
+            tx.feed(Frame::new(vec![0; 20_000]).with_fd(marked(n)).with_fd(marked(n + 100)))
+                .await
+                .unwrap();
             while once(tx.flush()).await.is_none() {
                 cancelled += 1;
                 if let Some(frame) = once(rx.next()).await {
@@ -155,7 +157,8 @@ async fn send_at_random(sender: Sender<FrameCodec>, seed: u64) -> usize {
     let mut accepted = 0;
     for _ in 0..40 {
         let polls = random.usize(0..4);
-        let frame = Frame::new(vec![0; random.usize(0..2000)]).with_fds((0..random.u32(0..3)).map(marked));
+        let frame =
+            Frame::new(vec![0; random.usize(0..2000)]).with_fds((0..random.u32(0..3)).map(marked));
         match random.u8(0..5) {
             0 => drop(at_most(polls, sender.flush()).await.transpose().unwrap()),
             1 => drop(at_most(polls, sender.reserve()).await.transpose().unwrap()),
@@ -165,7 +168,11 @@ async fn send_at_random(sender: Sender<FrameCodec>, seed: u64) -> usize {
                 permit.send(frame).unwrap();
                 accepted += 1;
             }
-            3 => accepted += usize::from(at_most(polls, sender.send(frame)).await.transpose().unwrap().is_some()),
+            3 => {
+                accepted += usize::from(
+                    at_most(polls, sender.send(frame)).await.transpose().unwrap().is_some(),
+                )
+            }
             _ => {
                 sender.send(frame).await.unwrap();
                 accepted += 1;
@@ -182,14 +189,19 @@ fn senders_that_give_up_at_random_lose_nothing_that_was_accepted_and_hang_nobody
         counted_in(some_threads, async |kind| {
             let (a, b) = Socket::pair(kind).unwrap();
             a.set_send_buffer_size(1).unwrap();
-            let limits = Limits::default().max_queued_bytes(200 + 1000 * round).max_queued_fds(1 + 4 * round);
+            let limits = Limits::default()
+                .max_queued_bytes(200 + 1000 * round)
+                .max_queued_fds(1 + 4 * round);
             let (_read, sender, driver) = shared(Framed::new(a, FrameCodec::new(limits)));
             let driver = tokio::spawn(driver);
-            let tasks = (0..20).map(|task| tokio::spawn(send_at_random(sender.clone(), 1000 * round as u64 + task)));
+            let tasks = (0..20).map(|task| {
+                tokio::spawn(send_at_random(sender.clone(), 1000 * round as u64 + task))
+            });
             let tasks = Vec::from_iter(tasks);
             drop(sender);
             let end = async { driver.await.unwrap().close().await.unwrap() };
-            let (received, ()) = tokio::join!(Framed::new(b, large()).try_fold(0, async |n, _| Ok(n + 1)), end);
+            let (received, ()) =
+                tokio::join!(Framed::new(b, large()).try_fold(0, async |n, _| Ok(n + 1)), end);
             let accepted: usize = join_all(tasks).await.into_iter().map(Result::unwrap).sum();
             assert_eq!(received.unwrap(), accepted);
         });

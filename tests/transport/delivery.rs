@@ -5,7 +5,9 @@ use fdwire::{Error, Frame, FrameCodec, Framed, Socket, framed::FramedParts};
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt, stream};
 
 use crate::{
-    common::{encoded, framed_pair, large, mark_of, marked, marks, raw_send, sock_type, with_raw_peer},
+    common::{
+        encoded, framed_pair, large, mark_of, marked, marks, raw_send, sock_type, with_raw_peer,
+    },
     counted,
 };
 
@@ -17,8 +19,12 @@ fn pattern(len: usize) -> Bytes {
 fn payloads_of_every_size_arrive_whole() {
     counted(async |kind| {
         let (mut tx, mut rx) = framed_pair(kind);
-        for len in [0, 1, (64 << 10) - 9, (64 << 10) - 8, (64 << 10) - 1, 64 << 10, 1 << 20, 16 << 20] {
-            let sent = async { tx.send(Frame::new(pattern(len)).with_fd(marked(len as u32))).await.unwrap() };
+        for len in
+            [0, 1, (64 << 10) - 9, (64 << 10) - 8, (64 << 10) - 1, 64 << 10, 1 << 20, 16 << 20]
+        {
+            let sent = async {
+                tx.send(Frame::new(pattern(len)).with_fd(marked(len as u32))).await.unwrap()
+            };
             let ((), received) = tokio::join!(sent, rx.try_next());
             let frame = received.unwrap().unwrap();
             assert!(frame.payload == pattern(len), "payload of {len} bytes on {kind:?}");
@@ -60,8 +66,12 @@ fn any_number_of_descriptors_arrives_in_order() {
         let (mut tx, mut rx) = framed_pair(kind);
         for count in [0, 1, 2, 252, 253, 254, 506, 1000, 2024] {
             let frame = Frame::new("").with_fds((0..count).map(marked));
-            let ((), received) = tokio::join!(async { tx.send(frame).await.unwrap() }, rx.try_next());
-            assert!(marks(&received.unwrap().unwrap()).into_iter().eq(0..count), "{count} descriptors");
+            let ((), received) =
+                tokio::join!(async { tx.send(frame).await.unwrap() }, rx.try_next());
+            assert!(
+                marks(&received.unwrap().unwrap()).into_iter().eq(0..count),
+                "{count} descriptors"
+            );
         }
     });
 }
@@ -90,7 +100,10 @@ fn mixed_frames(count: u32) -> impl Iterator<Item = Frame> {
 async fn check_mixed_frames(rx: &mut Framed<FrameCodec>, count: u32) {
     for n in 0..count {
         let frame = rx.try_next().await.unwrap().unwrap();
-        assert!(frame.payload == pattern([0, 3, 100, 5000, 70_000, 300_000][n as usize % 6]), "frame {n}");
+        assert!(
+            frame.payload == pattern([0, 3, 100, 5000, 70_000, 300_000][n as usize % 6]),
+            "frame {n}"
+        );
         assert_eq!(marks(&frame), vec![n; n as usize % 5]);
     }
 }
@@ -171,11 +184,12 @@ fn frames_in_any_pieces_are_put_together() {
         // Descriptors come with the byte they are attached to, which may be long before their
         // frame.
         for (index, byte) in bytes.iter().enumerate() {
-            let fds = if index % 4 == 0 && index < 12 { vec![marked(index as u32)] } else { vec![] };
+            let fds =
+                if index % 4 == 0 && index < 12 { vec![marked(index as u32)] } else { vec![] };
             raw_send(&peer, &[*byte], &fds);
         }
-        let frames =
-            [rx.try_next().await, rx.try_next().await, rx.try_next().await].map(|frame| frame.unwrap().unwrap());
+        let frames = [rx.try_next().await, rx.try_next().await, rx.try_next().await]
+            .map(|frame| frame.unwrap().unwrap());
         assert_eq!(frames.each_ref().map(|frame| frame.payload.clone()), ["one", "", "three"]);
         assert_eq!(frames.each_ref().map(marks), [vec![0], vec![], vec![4, 8]]);
     });
@@ -249,8 +263,11 @@ fn halves_work_apart_and_together_again() {
 #[test]
 fn options_that_take_the_descriptors_room_are_switched_off() {
     counted(async |kind| {
-        use nix::sys::socket::{AddressFamily, SockFlag, getsockopt, setsockopt, socketpair, sockopt};
-        let (a, b) = socketpair(AddressFamily::Unix, sock_type(kind), None, SockFlag::SOCK_CLOEXEC).unwrap();
+        use nix::sys::socket::{
+            AddressFamily, SockFlag, getsockopt, setsockopt, socketpair, sockopt,
+        };
+        let (a, b) =
+            socketpair(AddressFamily::Unix, sock_type(kind), None, SockFlag::SOCK_CLOEXEC).unwrap();
         setsockopt(&b, sockopt::PassCred, &true).unwrap();
         let mut rx = Framed::new(Socket::try_from(b).unwrap(), large());
         assert!(!getsockopt(rx.socket(), sockopt::PassCred).unwrap());
@@ -263,7 +280,8 @@ fn options_that_take_the_descriptors_room_are_switched_off() {
 fn a_blocking_socket_does_not_block_the_runtime() {
     counted(async |kind| {
         use nix::sys::socket::{AddressFamily, SockFlag, socketpair};
-        let (a, b) = socketpair(AddressFamily::Unix, sock_type(kind), None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let (a, b) =
+            socketpair(AddressFamily::Unix, sock_type(kind), None, SockFlag::SOCK_CLOEXEC).unwrap();
         let (a, b) = (Socket::try_from(a).unwrap(), Socket::try_from(b).unwrap());
         let (mut tx, mut rx) = (Framed::new(a, large()), Framed::new(b, large()));
         let frame = Frame::new(pattern(4 << 20));
@@ -333,7 +351,13 @@ fn descriptors_of_other_control_messages_are_owned_too() {
         #[derive(Clone)]
         struct PassPidfd;
         const SO_PASSPIDFD: i32 = 76;
-        setsockopt_impl!(PassPidfd, libc::SOL_SOCKET, SO_PASSPIDFD, bool, nix::sys::socket::sockopt::SetBool);
+        setsockopt_impl!(
+            PassPidfd,
+            libc::SOL_SOCKET,
+            SO_PASSPIDFD,
+            bool,
+            nix::sys::socket::sockopt::SetBool
+        );
         let (mut rx, peer) = with_raw_peer(kind);
         if PassPidfd.set(rx.socket(), &true).is_err() {
             return eprintln!("skipped: SO_PASSPIDFD is not to be had");

@@ -68,7 +68,8 @@ fn nothing_is_left_of_a_message_whose_encoder_fails_or_panics() {
                 assert!(matches!(failed.error, Error::Invalid(_)));
                 assert_eq!(tx.unsent(), unsent);
 
-                let panicked = catch_unwind(AssertUnwindSafe(|| tx.feed(frame("panic", 9)).now_or_never()));
+                let panicked =
+                    catch_unwind(AssertUnwindSafe(|| tx.feed(frame("panic", 9)).now_or_never()));
                 assert!(panicked.is_err());
                 assert_eq!(tx.unsent(), unsent);
 
@@ -148,18 +149,28 @@ fn each_part_of_a_message_is_received_by_itself_whoever_sends_at_the_same_time()
         let (sender, driver) = write.into_sender();
         for task in 0..10 {
             let sender = sender.clone();
-            tokio::spawn(async move { sender.send(vec![10 * task, 10 * task + 1, 10 * task + 2]).await.unwrap() });
+            tokio::spawn(async move {
+                sender.send(vec![10 * task, 10 * task + 1, 10 * task + 2]).await.unwrap()
+            });
         }
         drop(sender);
         let half = driver.await;
         let mut received = Vec::new();
         for _ in 0..30 {
             let (count, byte, marks) = raw_recv(&peer);
-            assert_eq!((count, &marks[..]), (1, &[u32::from(byte)][..]), "the descriptor is that of the byte");
+            assert_eq!(
+                (count, &marks[..]),
+                (1, &[u32::from(byte)][..]),
+                "the descriptor is that of the byte"
+            );
             received.extend(marks);
         }
         for message in received.chunks(3) {
-            assert_eq!(message, [message[0], message[0] + 1, message[0] + 2], "another message is between the parts");
+            assert_eq!(
+                message,
+                [message[0], message[0] + 1, message[0] + 2],
+                "another message is between the parts"
+            );
         }
         drop(half);
     });

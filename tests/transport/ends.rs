@@ -11,7 +11,9 @@ use nix::{
 };
 
 use crate::{
-    common::{encoded, framed_pair, marked, marks, raw_send, role_socket, run, spawn_role, with_raw_peer},
+    common::{
+        encoded, framed_pair, marked, marks, raw_send, role_socket, run, spawn_role, with_raw_peer,
+    },
     counted,
     side::{End, end_with_raw_peer, ends, on_both_sides},
 };
@@ -84,7 +86,8 @@ fn a_peer_may_be_killed_after_any_byte() {
             let (rx, peer) = end_with_raw_peer(kind, side);
             let (control, child_end) = Socket::pair(kind).unwrap();
             let mut control = Framed::new(control, FrameCodec::default());
-            let mut child = spawn_role("ends::a_peer_may_be_killed_after_any_byte", None, child_end.into());
+            let mut child =
+                spawn_role("ends::a_peer_may_be_killed_after_any_byte", None, child_end.into());
             control.send(Frame::new(vec![cut as u8]).with_fd(peer)).await.unwrap();
             assert_eq!(control.try_next().await.unwrap().unwrap().payload, "sent");
             kill(Pid::from_raw(child.id() as i32), Signal::SIGKILL).unwrap();
@@ -263,7 +266,9 @@ fn a_sender_whose_peer_is_killed_gets_back_what_was_not_sent() {
         };
         assert_eq!(marks(&refused), [accepted]);
         let (_, unsent) = tx.into_unsent().await;
-        assert!(unsent.iter().map(crate::common::mark_of).eq(accepted - unsent.len() as u32..accepted));
+        assert!(
+            unsent.iter().map(crate::common::mark_of).eq(accepted - unsent.len() as u32..accepted)
+        );
         child.wait().unwrap();
     });
 }

@@ -21,17 +21,42 @@ type Provoke = fn(SocketKind, Side) -> LocalBoxFuture<'static, Option<Error>>;
 
 /// A row for each error: its name, its source, the way to provoke it, and its message.
 const TABLE: &[(&str, &str, Provoke, &str)] = &[
-    ("Io", "sending to a peer that has closed", |k, s| Box::pin(send_to_closed(k, s)), "Broken pipe (os error 32)"),
-    ("Io", "sending descriptors to a peer that takes none", |k, s| Box::pin(send_refused_fds(k, s)), "not permitted"),
-    ("BadMagic", "receiving", |k, s| Box::pin(received(k, s, b"G".to_vec(), 3)), "bad magic byte 0x47"),
+    (
+        "Io",
+        "sending to a peer that has closed",
+        |k, s| Box::pin(send_to_closed(k, s)),
+        "Broken pipe (os error 32)",
+    ),
+    (
+        "Io",
+        "sending descriptors to a peer that takes none",
+        |k, s| Box::pin(send_refused_fds(k, s)),
+        "not permitted",
+    ),
+    (
+        "BadMagic",
+        "receiving",
+        |k, s| Box::pin(received(k, s, b"G".to_vec(), 3)),
+        "bad magic byte 0x47",
+    ),
     (
         "BadMagic",
         "receiving behind a frame",
         |k, s| Box::pin(received(k, s, [encoded(b"fine", 1), b"?".to_vec()].concat(), 2)),
         "bad magic byte 0x3f",
     ),
-    ("UnsupportedVersion", "receiving", |k, s| Box::pin(received(k, s, vec![0xFD, 0x20], 1)), "version 2"),
-    ("UnsupportedFlags", "receiving", |k, s| Box::pin(received(k, s, vec![0xFD, 0x11], 1)), "flags 0x1"),
+    (
+        "UnsupportedVersion",
+        "receiving",
+        |k, s| Box::pin(received(k, s, vec![0xFD, 0x20], 1)),
+        "version 2",
+    ),
+    (
+        "UnsupportedFlags",
+        "receiving",
+        |k, s| Box::pin(received(k, s, vec![0xFD, 0x11], 1)),
+        "flags 0x1",
+    ),
     (
         "FrameTooLong",
         "receiving",
@@ -59,7 +84,14 @@ const TABLE: &[(&str, &str, Provoke, &str)] = &[
     (
         "TooManyFdsForLength",
         "sending",
-        |k, s| Box::pin(refused(k, s, crate::common::large(), Frame::new("").with_fds((0..2025).map(marked)))),
+        |k, s| {
+            Box::pin(refused(
+                k,
+                s,
+                crate::common::large(),
+                Frame::new("").with_fds((0..2025).map(marked)),
+            ))
+        },
         "2025 descriptors are too many for a message of 8 bytes",
     ),
     (
@@ -74,9 +106,24 @@ const TABLE: &[(&str, &str, Provoke, &str)] = &[
         |k, s| Box::pin(received(k, s, encoded(b"", 2), 1)),
         "frame needs 2 descriptors, 1 arrived",
     ),
-    ("UnclaimedFds", "at the end", |k, s| Box::pin(received(k, s, encoded(b"", 1), 2)), "1 descriptors arrived"),
-    ("UnclaimedFds", "receiving too many", |k, s| Box::pin(unclaimed(k, s)), "759 descriptors arrived"),
-    ("TruncatedControl", "receiving without room", |k, s| Box::pin(truncated_control(k, s)), "RLIMIT_NOFILE"),
+    (
+        "UnclaimedFds",
+        "at the end",
+        |k, s| Box::pin(received(k, s, encoded(b"", 1), 2)),
+        "1 descriptors arrived",
+    ),
+    (
+        "UnclaimedFds",
+        "receiving too many",
+        |k, s| Box::pin(unclaimed(k, s)),
+        "759 descriptors arrived",
+    ),
+    (
+        "TruncatedControl",
+        "receiving without room",
+        |k, s| Box::pin(truncated_control(k, s)),
+        "RLIMIT_NOFILE",
+    ),
     ("TruncatedPacket", "receiving", |k, s| Box::pin(truncated_packet(k, s)), "lost its tail"),
     (
         "UnexpectedEnd",
@@ -84,12 +131,37 @@ const TABLE: &[(&str, &str, Provoke, &str)] = &[
         |k, s| Box::pin(received(k, s, encoded(b"cut", 1)[..9].to_vec(), 1)),
         "connection ended inside a message, 9 bytes of it had arrived",
     ),
-    ("Unfinished", "receiving", |k, s| Box::pin(unfinished(k, s)), "9 bytes and 1 descriptors of it arrived"),
-    ("OverUidLimit", "receiving", |k, s| Box::pin(over_uid_limit(k, s)), "1000 bytes and 0 descriptors"),
-    ("MixedSenders", "receiving", |k, s| Box::pin(mixed_senders(k, s)), "written by several processes"),
+    (
+        "Unfinished",
+        "receiving",
+        |k, s| Box::pin(unfinished(k, s)),
+        "9 bytes and 1 descriptors of it arrived",
+    ),
+    (
+        "OverUidLimit",
+        "receiving",
+        |k, s| Box::pin(over_uid_limit(k, s)),
+        "1000 bytes and 0 descriptors",
+    ),
+    (
+        "MixedSenders",
+        "receiving",
+        |k, s| Box::pin(mixed_senders(k, s)),
+        "written by several processes",
+    ),
     ("Reset", "receiving", |k, s| Box::pin(reset(k, s)), "without reading everything"),
-    ("TimedOut", "receiving", |k, s| Box::pin(timed_out(k, s, Waiting::Receive)), "the time set for this call is over"),
-    ("TimedOut", "sending", |k, s| Box::pin(timed_out(k, s, Waiting::Send)), "the time set for this call is over"),
+    (
+        "TimedOut",
+        "receiving",
+        |k, s| Box::pin(timed_out(k, s, Waiting::Receive)),
+        "the time set for this call is over",
+    ),
+    (
+        "TimedOut",
+        "sending",
+        |k, s| Box::pin(timed_out(k, s, Waiting::Send)),
+        "the time set for this call is over",
+    ),
     ("Invalid", "receiving", |k, s| Box::pin(invalid(k, s)), "invalid message: not welcome"),
     ("Closed", "sending", |k, s| Box::pin(closed(k, s)), "sending side is closed"),
 ];
@@ -145,7 +217,12 @@ async fn received(kind: SocketKind, side: Side, bytes: Vec<u8>, fds: u32) -> Opt
 }
 
 /// Returns the error of a sender for an item. The item comes back, and the sender can send others.
-async fn refused(kind: SocketKind, side: Side, codec: impl FrameLike, frame: Frame) -> Option<Error> {
+async fn refused(
+    kind: SocketKind,
+    side: Side,
+    codec: impl FrameLike,
+    frame: Frame,
+) -> Option<Error> {
     let (a, peer) = Socket::pair(kind).unwrap();
     let (mut tx, mut rx) = (End::new(side, a, codec.clone()), End::new(Side::Async, peer, codec));
     let fds = frame.fds.len();
@@ -259,7 +336,8 @@ async fn mixed_senders(kind: SocketKind, side: Side) -> Option<Error> {
     let mut rx = End::new(side, a, FrameCodec::default());
     raw_send(&peer, &encoded(b"whole", 0), &[]);
     raw_send(&peer, &encoded(b"?", 0)[..8], &[]);
-    let mut other = Command::new("printf").arg("?").stdout(peer.try_clone().unwrap()).spawn().unwrap();
+    let mut other =
+        Command::new("printf").arg("?").stdout(peer.try_clone().unwrap()).spawn().unwrap();
     assert!(other.wait().unwrap().success());
     assert_eq!(rx.frame().await.payload, "whole");
     Some(rx.error().await)
@@ -269,7 +347,9 @@ async fn reset(kind: SocketKind, side: Side) -> Option<Error> {
     let (mut end, mut peer) = ends(kind, side);
     end.send(Frame::new("never read")).await.unwrap();
     for n in 0..3 {
-        futures::SinkExt::send(&mut peer, Frame::new("last words").with_fd(marked(n))).await.unwrap();
+        futures::SinkExt::send(&mut peer, Frame::new("last words").with_fd(marked(n)))
+            .await
+            .unwrap();
     }
     drop(peer); // with unread data: ECONNRESET, on SEQPACKET before the data
     end.wait_for_close_of_peer().await;
@@ -306,7 +386,9 @@ async fn timed_out(kind: SocketKind, side: Side, waiting: Waiting) -> Option<Err
         })
         .await;
     // The connection goes on.
-    let send = async { futures::SinkExt::send(&mut peer, Frame::new("late").with_fd(marked(1))).await.unwrap() };
+    let send = async {
+        futures::SinkExt::send(&mut peer, Frame::new("late").with_fd(marked(1))).await.unwrap()
+    };
     send.await;
     let mut end = End::Blocking(crate::side::OnThread::new(move || end));
     assert_eq!(marks(&end.frame().await), [1]);
@@ -319,7 +401,8 @@ async fn invalid(kind: SocketKind, side: Side) -> Option<Error> {
         _ => Err(Error::invalid("not welcome")),
     };
     let (a, peer) = Socket::pair(kind).unwrap();
-    let mut rx = End::new(side, a, FrameCodec::default().map(refuse, Ok::<Frame, fdwire::SendError<Frame>>));
+    let mut rx =
+        End::new(side, a, FrameCodec::default().map(refuse, Ok::<Frame, fdwire::SendError<Frame>>));
     raw_send(&peer, &[encoded(b"welcome", 0), encoded(b"?", 1)].concat(), &[marked(1)]);
     rx.frame().await;
     Some(rx.error().await)

@@ -32,7 +32,9 @@ fn packets_without_a_limit() {
 fn frames_without_a_limit() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
-        let codec = FrameCodec::new(Limits::default().max_payload_bytes(usize::MAX).max_fds_per_frame(usize::MAX));
+        let codec = FrameCodec::new(
+            Limits::default().max_payload_bytes(usize::MAX).max_fds_per_frame(usize::MAX),
+        );
         let (mut tx, mut rx) = (Framed::new(a, codec), Framed::new(b, codec));
         tx.send(Frame::new(vec![7; 100_000]).with_fd(marked(1))).await.unwrap();
         let frame = rx.try_next().await.unwrap().unwrap();
@@ -74,7 +76,10 @@ fn a_codec_that_receives_nothing_receives_a_byte_at_a_time() {
         raw_send(&b, b"a", &[]);
         raw_send(&b, b"b", &[]);
         drop(b);
-        assert_eq!((rx.next().await.unwrap().unwrap(), rx.next().await.unwrap().unwrap()), (b'a', b'b'));
+        assert_eq!(
+            (rx.next().await.unwrap().unwrap(), rx.next().await.unwrap().unwrap()),
+            (b'a', b'b')
+        );
         assert!(rx.next().await.is_none());
     });
 }

@@ -12,8 +12,10 @@ use crate::{
 /// Returns the error of both kinds of receiver for these bytes, sent with this number of
 /// descriptors before the end.
 async fn fault(kind: SocketKind, bytes: &[u8], fds: u32) -> Error {
-    let [error, blocking] =
-        [fault_of(kind, Side::Async, bytes, fds).await, fault_of(kind, Side::Blocking, bytes, fds).await];
+    let [error, blocking] = [
+        fault_of(kind, Side::Async, bytes, fds).await,
+        fault_of(kind, Side::Blocking, bytes, fds).await,
+    ];
     assert_eq!(format!("{error:?}"), format!("{blocking:?}"));
     error
 }
@@ -39,7 +41,10 @@ async fn fault_of(kind: SocketKind, side: Side, bytes: &[u8], fds: u32) -> Error
 #[test]
 fn foreign_bytes() {
     counted(async |kind| {
-        assert!(matches!(fault(kind, b"GET / HTTP/1.1\r\n", 0).await, Error::BadMagic { found: b'G' }));
+        assert!(matches!(
+            fault(kind, b"GET / HTTP/1.1\r\n", 0).await,
+            Error::BadMagic { found: b'G' }
+        ));
         assert!(matches!(fault(kind, b"G", 3).await, Error::BadMagic { found: b'G' }));
         let after_a_frame = [encoded(b"fine", 1), b"G".to_vec()].concat();
         assert!(matches!(fault(kind, &after_a_frame, 2).await, Error::BadMagic { found: b'G' }));
@@ -49,8 +54,14 @@ fn foreign_bytes() {
 #[test]
 fn unsupported_version_or_flags() {
     counted(async |kind| {
-        assert!(matches!(fault(kind, &[0xFD, 0x20], 1).await, Error::UnsupportedVersion { found: 2 }));
-        assert!(matches!(fault(kind, &[0xFD, 0x11], 1).await, Error::UnsupportedFlags { found: 1 }));
+        assert!(matches!(
+            fault(kind, &[0xFD, 0x20], 1).await,
+            Error::UnsupportedVersion { found: 2 }
+        ));
+        assert!(matches!(
+            fault(kind, &[0xFD, 0x11], 1).await,
+            Error::UnsupportedFlags { found: 1 }
+        ));
     });
 }
 
@@ -58,17 +69,32 @@ fn unsupported_version_or_flags() {
 fn frames_over_the_limits() {
     counted(async |kind| {
         let long = [0xFD, 0x10, 0, 1, 0xFF, 0xFF, 0xFF, 0xFF];
-        assert!(matches!(fault(kind, &long, 1).await, Error::FrameTooLong { bytes: 0xFFFF_FFFF, limit: 100 }));
-        assert!(matches!(fault(kind, &encoded(&[0; 101], 0), 0).await, Error::FrameTooLong { bytes: 101, limit: 100 }));
-        assert!(matches!(fault(kind, &encoded(b"", 4), 4).await, Error::TooManyFds { fds: 4, limit: 3 }));
+        assert!(matches!(
+            fault(kind, &long, 1).await,
+            Error::FrameTooLong { bytes: 0xFFFF_FFFF, limit: 100 }
+        ));
+        assert!(matches!(
+            fault(kind, &encoded(&[0; 101], 0), 0).await,
+            Error::FrameTooLong { bytes: 101, limit: 100 }
+        ));
+        assert!(matches!(
+            fault(kind, &encoded(b"", 4), 4).await,
+            Error::TooManyFds { fds: 4, limit: 3 }
+        ));
     });
 }
 
 #[test]
 fn descriptors_missing_or_surplus() {
     counted(async |kind| {
-        assert!(matches!(fault(kind, &encoded(b"", 2), 1).await, Error::MissingFds { expected: 2, received: 1 }));
-        assert!(matches!(fault(kind, &encoded(b"", 1), 0).await, Error::MissingFds { expected: 1, received: 0 }));
+        assert!(matches!(
+            fault(kind, &encoded(b"", 2), 1).await,
+            Error::MissingFds { expected: 2, received: 1 }
+        ));
+        assert!(matches!(
+            fault(kind, &encoded(b"", 1), 0).await,
+            Error::MissingFds { expected: 1, received: 0 }
+        ));
         assert!(matches!(fault(kind, &encoded(b"", 1), 2).await, Error::UnclaimedFds { fds: 1 }));
     });
 }
@@ -115,7 +141,8 @@ fn closing_what_nobody_claims_does_not_block_the_runtime() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let mut lingering = listener.accept().unwrap().0;
-        setsockopt(&lingering, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 600 }).unwrap();
+        setsockopt(&lingering, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 600 })
+            .unwrap();
         lingering.set_nonblocking(true).unwrap();
         while lingering.write(&[0; 65536]).is_ok() {}
 

@@ -18,7 +18,9 @@ async fn ended(mut child: std::process::Child) -> ExitStatus {
 
 #[test]
 fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
-    if let Some(socket) = role_socket("limits::a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing") {
+    if let Some(socket) =
+        role_socket("limits::a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing")
+    {
         return run(async {
             let mut rx = Framed::new(Socket::try_from(socket).unwrap(), FrameCodec::default());
             rx.send(Frame::new("ready")).await.unwrap();
@@ -39,7 +41,11 @@ fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
         let mut tx = Framed::new(a, FrameCodec::default());
-        let child = spawn_role("limits::a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing", None, b.into());
+        let child = spawn_role(
+            "limits::a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing",
+            None,
+            b.into(),
+        );
         assert_eq!(tx.try_next().await.unwrap().unwrap().payload, "ready");
         tx.feed(Frame::new("few").with_fds((0..2).map(marked))).await.unwrap();
         tx.feed(Frame::new("none")).await.unwrap();
@@ -59,11 +65,16 @@ fn too_many_descriptors_in_flight_are_waited_for() {
             setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
             let mut tx = Framed::new(Socket::try_from(socket).unwrap(), FrameCodec::default());
             let null = std::fs::File::open("/dev/null").unwrap();
-            let frame = |n: u8| Frame::new(vec![n]).with_fds((0..40).map(|_| null.try_clone().unwrap().into()));
+            let frame = |n: u8| {
+                Frame::new(vec![n]).with_fds((0..40).map(|_| null.try_clone().unwrap().into()))
+            };
             tx.send(frame(0)).await.unwrap();
             tx.send(frame(1)).await.unwrap();
             let stuck = timeout(Duration::from_millis(100), tx.send(frame(2))).await;
-            assert!(stuck.is_err(), "80 descriptors of this uid are in flight, the limit of 64 is not there");
+            assert!(
+                stuck.is_err(),
+                "80 descriptors of this uid are in flight, the limit of 64 is not there"
+            );
             assert_eq!((tx.unsent().bytes, tx.unsent().fds), (9, 40));
             std::fs::write("/proc/self/comm", "stuck").unwrap(); // for the parent
             tx.close().await.unwrap();
@@ -75,7 +86,9 @@ fn too_many_descriptors_in_flight_are_waited_for() {
         let (a, b) = Socket::pair(kind).unwrap();
         let mut rx = Framed::new(a, FrameCodec::default());
         let child = spawn_role(ROLE, Some(uid), b.into());
-        while std::fs::read_to_string(format!("/proc/{}/comm", child.id())).unwrap().trim() != "stuck" {
+        while std::fs::read_to_string(format!("/proc/{}/comm", child.id())).unwrap().trim()
+            != "stuck"
+        {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         for n in 0..3 {
@@ -114,7 +127,10 @@ fn a_sink_waits_when_its_limits_are_reached() {
     counted(async |kind| {
         let (mut tx, mut rx) = framed_pair(kind);
         let mut sent = 0;
-        while timeout(Duration::ZERO, tx.feed(Frame::new(vec![0; 50_000]).with_fd(marked(sent)))).await.is_ok() {
+        while timeout(Duration::ZERO, tx.feed(Frame::new(vec![0; 50_000]).with_fd(marked(sent))))
+            .await
+            .is_ok()
+        {
             sent += 1;
             let fdwire::framed::Unsent { bytes, fds, .. } = tx.unsent();
             assert!(bytes < (256 << 10) + 50_008 && fds <= 6);

@@ -35,16 +35,23 @@ fn runner(cases: u32) -> TestRunner {
 #[test]
 fn every_frame_arrives_once_with_its_own_descriptors() {
     counted(async |kind| {
-        for (sender, receiver) in
-            [(Side::Async, Side::Blocking), (Side::Blocking, Side::Async), (Side::Blocking, Side::Blocking)]
-        {
+        for (sender, receiver) in [
+            (Side::Async, Side::Blocking),
+            (Side::Blocking, Side::Async),
+            (Side::Blocking, Side::Blocking),
+        ] {
             // `proptest` has no asynchronous tests, so each case has its own runtime.
             tokio::task::spawn_blocking(move || {
                 let check = |(frames, send_buffer)| {
                     crate::common::run(exchange(kind, sender, receiver, frames, send_buffer));
                     Ok(())
                 };
-                runner(25).run(&(frames(), prop_oneof![Just(None), (1..100_000usize).prop_map(Some)]), check).unwrap();
+                runner(25)
+                    .run(
+                        &(frames(), prop_oneof![Just(None), (1..100_000usize).prop_map(Some)]),
+                        check,
+                    )
+                    .unwrap();
             })
             .await
             .unwrap();
@@ -68,7 +75,8 @@ async fn exchange(
     let expected = frames.clone();
     let send = async {
         for (n, (payload, fds, flush)) in frames.into_iter().enumerate() {
-            let frame = Frame::new(pattern(payload, n)).with_fds((0..fds).map(|fd| marked(n as u32 * 1000 + fd)));
+            let frame = Frame::new(pattern(payload, n))
+                .with_fds((0..fds).map(|fd| marked(n as u32 * 1000 + fd)));
             tx.feed(frame).await.unwrap();
             if flush {
                 tx.flush().await.unwrap();
@@ -80,7 +88,10 @@ async fn exchange(
         for (n, (payload, fds, _)) in expected.into_iter().enumerate() {
             let frame = rx.frame().await;
             assert!(frame.payload == pattern(payload, n), "payload of frame {n}");
-            assert!(marks(&frame).into_iter().eq((0..fds).map(|fd| n as u32 * 1000 + fd)), "descriptors of frame {n}");
+            assert!(
+                marks(&frame).into_iter().eq((0..fds).map(|fd| n as u32 * 1000 + fd)),
+                "descriptors of frame {n}"
+            );
         }
         assert!(rx.next().await.is_none());
     };
@@ -125,7 +136,9 @@ impl Wrong {
     async fn yielded(&self, kind: SocketKind, side: Side) -> Vec<String> {
         let (a, peer) = Socket::pair(kind).unwrap();
         let peer = OwnedFd::from(peer);
-        let codec = FrameCodec::new(Limits::default().max_payload_bytes(100).max_fds_per_frame(3).max_queued_fds(20));
+        let codec = FrameCodec::new(
+            Limits::default().max_payload_bytes(100).max_fds_per_frame(3).max_queued_fds(20),
+        );
         let mut rx = End::new(side, a, codec);
         let bytes = self.bytes();
         let (mut rest, mut number) = (&bytes[..], 0);
@@ -157,7 +170,8 @@ fn whatever_a_peer_sends_receivers_of_both_sorts_see_the_same() {
     counted(async |kind| {
         tokio::task::spawn_blocking(move || {
             let check = |wrong: Wrong| {
-                let [first, second] = SIDES.map(|side| crate::common::run(wrong.yielded(kind, side)));
+                let [first, second] =
+                    SIDES.map(|side| crate::common::run(wrong.yielded(kind, side)));
                 prop_assert_eq!(first, second);
                 Ok(())
             };

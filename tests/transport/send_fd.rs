@@ -26,7 +26,9 @@ fn a_descriptor_that_is_lent_stays_open_and_arrives_as_often_as_it_is_sent() {
         let (mut tx, mut rx) = framed_pair(kind);
         let kept = Arc::new(marked(7));
         for _ in 0..3 {
-            tx.feed(Frame::from_parts("lent", [Arc::clone(&kept), Arc::clone(&kept)])).await.unwrap();
+            tx.feed(Frame::from_parts("lent", [Arc::clone(&kept), Arc::clone(&kept)]))
+                .await
+                .unwrap();
         }
         tx.flush().await.unwrap();
         assert_eq!((Arc::strong_count(&kept), mark_of(&*kept)), (1, 7));
@@ -58,7 +60,9 @@ fn frames_of_every_type_of_descriptor_share_a_connection() {
         let number = file.as_raw_fd();
         tx.feed(Frame::new("owned").with_fd(marked(1))).await.unwrap();
         tx.feed(Frame::from_parts("lent", [Arc::new(marked(2))])).await.unwrap();
-        tx.feed(Frame::from_parts("ours", [SendFd::assume_file(file), SendFd::from(marked(4))])).await.unwrap();
+        tx.feed(Frame::from_parts("ours", [SendFd::assume_file(file), SendFd::from(marked(4))]))
+            .await
+            .unwrap();
         tx.flush().await.unwrap();
         assert!(!is_open(number), "a file that the sender vouches for is closed at once");
         for expected in [&[1][..], &[2], &[3, 4]] {
@@ -74,14 +78,20 @@ fn frames_of_every_type_of_descriptor_share_a_connection() {
 fn a_socket_ends_when_both_sides_have_closed_it() {
     counted(async |kind| {
         let (mut tx, mut rx) = framed_pair(kind);
-        let pairs: Vec<(UnixStream, UnixStream)> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();
+        let pairs: Vec<(UnixStream, UnixStream)> =
+            (0..3).map(|_| UnixStream::pair().unwrap()).collect();
         let (sent, kept): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
         let [a, b, c] = <[UnixStream; 3]>::try_from(sent).unwrap();
-        let fds = [SendFd::assume_socket(a), SendFd::assume_socket(Arc::new(OwnedFd::from(b))), SendFd::from(c)];
+        let fds = [
+            SendFd::assume_socket(a),
+            SendFd::assume_socket(Arc::new(OwnedFd::from(b))),
+            SendFd::from(c),
+        ];
         tx.send(Frame::from_parts("sockets", fds)).await.unwrap();
         drop(rx.try_next().await.unwrap().unwrap());
         for mut end in kept {
-            let read = tokio::task::spawn_blocking(move || std::io::Read::read(&mut end, &mut [0])).await;
+            let read =
+                tokio::task::spawn_blocking(move || std::io::Read::read(&mut end, &mut [0])).await;
             assert_eq!(read.unwrap().unwrap(), 0);
         }
     });
@@ -122,7 +132,9 @@ fn what_is_not_sent_is_closed() {
         // A frame that the kernel refuses, because the peer is gone.
         let (mut tx, rx) = framed_pair(kind);
         drop(rx);
-        while tx.feed(Frame::from_parts("", one_of_each())).await.is_ok() && tx.flush().await.is_ok() {}
+        while tx.feed(Frame::from_parts("", one_of_each())).await.is_ok()
+            && tx.flush().await.is_ok()
+        {}
         assert!(tx.unsent().fds > 0);
         let fds = tx.into_parts().unsent.into_fds();
         assert_eq!(mark_of(&fds[0]), 1);
@@ -138,7 +150,10 @@ fn a_refused_frame_brings_back_what_was_lent() {
         let lent = || [Arc::clone(&kept), Arc::clone(&kept)];
         let refused = tx.send(Frame::from_parts("two", lent())).await.unwrap_err();
         assert_eq!(Arc::strong_count(&kept), 3);
-        assert_eq!(refused.item.unwrap().fds.iter().map(|fd| mark_of(&fd.as_fd())).sum::<u32>(), 14);
+        assert_eq!(
+            refused.item.unwrap().fds.iter().map(|fd| mark_of(&fd.as_fd())).sum::<u32>(),
+            14
+        );
         assert_eq!(Arc::strong_count(&kept), 1);
     });
 }

@@ -19,7 +19,10 @@ use tokio::task::{JoinHandle, yield_now};
 
 use crate::{
     cancellation::once,
-    common::{framed_pair, large, marked, marks, one_thread, one_worker, settle, some_threads, with_raw_peer},
+    common::{
+        framed_pair, large, marked, marks, one_thread, one_worker, settle, some_threads,
+        with_raw_peer,
+    },
     counted, counted_in,
 };
 
@@ -49,7 +52,10 @@ pub(crate) async fn fill(sender: &Sender<FrameCodec>) -> u32 {
     }
 }
 
-pub(crate) async fn check_marks(rx: &mut Framed<FrameCodec>, expected: impl IntoIterator<Item = u32>) {
+pub(crate) async fn check_marks(
+    rx: &mut Framed<FrameCodec>,
+    expected: impl IntoIterator<Item = u32>,
+) {
     for mark in expected {
         assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [mark]);
     }
@@ -151,8 +157,9 @@ fn packets_stay_full_when_senders_wait_in_line() {
         let (_read, sender, driver) = shared(Framed::new(a, FrameCodec::new(limits)));
         let driver = tokio::spawn(driver);
         let tasks = (0..640).map(|_| sender.clone());
-        let tasks =
-            tasks.map(|sender| tokio::spawn(async move { sender.send(Frame::new(vec![7; 64])).await.unwrap() }));
+        let tasks = tasks.map(|sender| {
+            tokio::spawn(async move { sender.send(Frame::new(vec![7; 64])).await.unwrap() })
+        });
         join_all(tasks).await;
         drop(sender);
         driver.await.unwrap();
@@ -171,17 +178,23 @@ fn no_more_waits_than_the_limits_allow_when_the_peer_does_not_read() {
             let sends: Vec<JoinHandle<_>> = (0..200)
                 .map(|n| {
                     let sender = sender.clone();
-                    tokio::spawn(async move { sender.send(Frame::new(vec![0; 1000]).with_fd(marked(n))).await })
+                    tokio::spawn(async move {
+                        sender.send(Frame::new(vec![0; 1000]).with_fd(marked(n))).await
+                    })
                 })
                 .collect();
             settle().await;
             let accepted = sends.iter().filter(|task| task.is_finished()).count();
             let in_socket: usize = packets(&b).iter().sum();
             assert!(in_socket > 0 && accepted < 200, "the socket was never full");
-            assert!(accepted * 1008 - in_socket < 6 * 1008, "{accepted} were accepted, {in_socket} bytes of them sent");
+            assert!(
+                accepted * 1008 - in_socket < 6 * 1008,
+                "{accepted} were accepted, {in_socket} bytes of them sent"
+            );
             drop(b);
             driver.await.unwrap();
-            let refused = join_all(sends).await.into_iter().filter(|sent| matches!(sent, Ok(Err(_)))).count();
+            let refused =
+                join_all(sends).await.into_iter().filter(|sent| matches!(sent, Ok(Err(_)))).count();
             assert!(refused > 0);
         });
     }
@@ -190,7 +203,8 @@ fn no_more_waits_than_the_limits_allow_when_the_peer_does_not_read() {
 #[test]
 fn who_waits_first_is_served_first() {
     counted(async |kind| {
-        let ((_read, sender, driver), mut rx) = narrow(kind, Limits::default().max_queued_bytes(5000));
+        let ((_read, sender, driver), mut rx) =
+            narrow(kind, Limits::default().max_queued_bytes(5000));
         let driver = tokio::spawn(driver);
         let accepted = fill(&sender).await;
         for n in 0..50 {
@@ -232,7 +246,8 @@ fn a_flush_waits_for_what_was_accepted_before_and_can_be_cancelled() {
 #[test]
 fn senders_that_give_up_waiting_hold_up_nobody() {
     counted(async |kind| {
-        let ((_read, sender, driver), mut rx) = narrow(kind, Limits::default().max_queued_bytes(5000));
+        let ((_read, sender, driver), mut rx) =
+            narrow(kind, Limits::default().max_queued_bytes(5000));
         let driver = tokio::spawn(driver);
         let accepted = fill(&sender).await;
         // One task waits for room, the others for their turn.
@@ -240,7 +255,11 @@ fn senders_that_give_up_waiting_hold_up_nobody() {
         let mut waiting: Vec<JoinHandle<()>> = Vec::new();
         for n in 0..5 {
             let sender = sender.clone();
-            let frame = Frame::new("").with_fd(if n % 2 == 0 { writer.try_clone().unwrap().into() } else { marked(n) });
+            let frame = Frame::new("").with_fd(if n % 2 == 0 {
+                writer.try_clone().unwrap().into()
+            } else {
+                marked(n)
+            });
             waiting.push(tokio::spawn(async move { sender.send(frame).await.unwrap() }));
             settle().await;
         }
@@ -262,10 +281,12 @@ fn senders_that_give_up_waiting_hold_up_nobody() {
 #[test]
 fn an_item_that_finds_no_room_at_once_comes_back() {
     counted(async |kind| {
-        let ((_read, sender, driver), mut rx) = narrow(kind, Limits::default().max_queued_bytes(5000));
+        let ((_read, sender, driver), mut rx) =
+            narrow(kind, Limits::default().max_queued_bytes(5000));
         let driver = tokio::spawn(driver);
         let accepted = fill(&sender).await;
-        let Err(TrySendError::Full(item)) = sender.try_send(Frame::new("").with_fd(marked(7))) else {
+        let Err(TrySendError::Full(item)) = sender.try_send(Frame::new("").with_fd(marked(7)))
+        else {
             panic!("there is room");
         };
         assert_eq!(marks(&item), [7]);
@@ -287,7 +308,10 @@ fn an_item_that_finds_no_room_at_once_comes_back() {
         settle().await;
         assert!(sender.is_closed());
         let refused = sender.try_send(Frame::new("").with_fd(marked(8))).unwrap_err();
-        assert!(matches!(refused, TrySendError::Failed(SendError { item: Some(_), error: Error::Closed })));
+        assert!(matches!(
+            refused,
+            TrySendError::Failed(SendError { item: Some(_), error: Error::Closed })
+        ));
     });
 }
 

@@ -86,7 +86,8 @@ async fn a_descriptor_that_is_not_passed_ends_sending(
     for sender in &others {
         assert!(is_expected(&sender.flush().await.unwrap_err()));
         assert!(is_expected(&sender.reserve().await.unwrap_err()));
-        let SendError { error, item } = sender.send(Frame::new("late").with_fd(marked(4))).await.unwrap_err();
+        let SendError { error, item } =
+            sender.send(Frame::new("late").with_fd(marked(4))).await.unwrap_err();
         assert!(is_expected(&error) && marks(&item.unwrap()) == [4], "{error}");
     }
 
@@ -118,7 +119,10 @@ fn a_descriptor_that_the_peer_does_not_take_ends_sending_for_every_sender() {
 #[test]
 fn a_descriptor_that_cannot_be_passed_ends_sending_for_every_sender() {
     counted(async |kind| match io_uring() {
-        Ok(ring) => a_descriptor_that_is_not_passed_ends_sending(framed_pair(kind), ring, Errno::EINVAL).await,
+        Ok(ring) => {
+            a_descriptor_that_is_not_passed_ends_sending(framed_pair(kind), ring, Errno::EINVAL)
+                .await
+        }
         Err(error) => eprintln!("skipped: io_uring is not to be had: {error}"),
     });
 }
@@ -195,7 +199,8 @@ fn a_refused_item_comes_back_and_disturbs_nobody() {
         let (driver, mut rx) = (tokio::spawn(driver), Framed::new(b, codec));
         for n in 0..3 {
             sender.send(Frame::new("").with_fd(marked(n))).await.unwrap();
-            let refused = sender.send(Frame::new(vec![0; 101]).with_fd(marked(n))).await.unwrap_err();
+            let refused =
+                sender.send(Frame::new(vec![0; 101]).with_fd(marked(n))).await.unwrap_err();
             assert!(matches!(refused.error, Error::FrameTooLong { bytes: 101, limit: 100 }));
             assert_eq!(marks(&refused.item.unwrap()), [n]);
         }
@@ -228,12 +233,14 @@ fn an_encoder_that_panics_disturbs_nobody() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
         let codecs = (FrameCodec::default(), Panics(FrameCodec::default()));
-        let (sender, driver) = Framed::with_codecs(a, codecs.0, codecs.1).into_split().1.into_sender();
+        let (sender, driver) =
+            Framed::with_codecs(a, codecs.0, codecs.1).into_split().1.into_sender();
         let (driver, mut rx) = (tokio::spawn(driver), Framed::new(b, large()));
         for n in 0..3 {
             sender.send(Frame::new("fine").with_fd(marked(n))).await.unwrap();
             let other = sender.clone();
-            let panics = tokio::spawn(async move { other.send(Frame::new("").with_fd(marked(9))).await });
+            let panics =
+                tokio::spawn(async move { other.send(Frame::new("").with_fd(marked(9))).await });
             assert!(panics.await.unwrap_err().is_panic());
         }
         drop(sender);

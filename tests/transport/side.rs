@@ -32,12 +32,22 @@ pub(crate) fn on_both_sides(test: impl AsyncFn(SocketKind, Side)) {
 
 /// The codec of an end.
 pub(crate) trait FrameLike:
-    Codec + Decoder<Item = Frame, Error = Error> + Encoder<Frame, Error = Error> + Clone + Send + 'static
+    Codec
+    + Decoder<Item = Frame, Error = Error>
+    + Encoder<Frame, Error = Error>
+    + Clone
+    + Send
+    + 'static
 {
 }
 
 impl<C> FrameLike for C where
-    C: Codec + Decoder<Item = Frame, Error = Error> + Encoder<Frame, Error = Error> + Clone + Send + 'static
+    C: Codec
+        + Decoder<Item = Frame, Error = Error>
+        + Encoder<Frame, Error = Error>
+        + Clone
+        + Send
+        + 'static
 {
 }
 
@@ -51,9 +61,9 @@ impl<C: FrameLike> End<C> {
     pub(crate) fn new(side: Side, socket: Socket, codec: C) -> Self {
         match side {
             Side::Async => Self::Async(Box::new(Framed::new(socket, codec))),
-            Side::Blocking => {
-                Self::Blocking(OnThread::new(move || blocking::Framed::new(blocking::Socket::from(socket), codec)))
-            }
+            Side::Blocking => Self::Blocking(OnThread::new(move || {
+                blocking::Framed::new(blocking::Socket::from(socket), codec)
+            })),
         }
     }
 
@@ -133,7 +143,9 @@ impl<C: FrameLike> End<C> {
     pub(crate) async fn into_unsent(self) -> (bytes::BytesMut, Vec<fdwire::SendFd>) {
         match self {
             Self::Async(framed) => framed.into_parts().unsent.into_parts(),
-            Self::Blocking(framed) => framed.end(|framed| framed.into_parts().unsent.into_parts()).await,
+            Self::Blocking(framed) => {
+                framed.end(|framed| framed.into_parts().unsent.into_parts()).await
+            }
         }
     }
 }
@@ -145,7 +157,10 @@ pub(crate) fn ends(kind: SocketKind, side: Side) -> (End<FrameCodec>, Framed<Fra
 }
 
 /// An end and the bare descriptor of its peer, for a test that misbehaves.
-pub(crate) fn end_with_raw_peer(kind: SocketKind, side: Side) -> (End<FrameCodec>, std::os::fd::OwnedFd) {
+pub(crate) fn end_with_raw_peer(
+    kind: SocketKind,
+    side: Side,
+) -> (End<FrameCodec>, std::os::fd::OwnedFd) {
     let (a, b) = Socket::pair(kind).unwrap();
     (End::new(side, a, large()), b.into())
 }
@@ -179,7 +194,10 @@ impl<T> OnThread<T> {
         Self { jobs }
     }
 
-    pub(crate) async fn call<R: Send + 'static>(&self, call: impl FnOnce(&mut T) -> R + Send + 'static) -> R {
+    pub(crate) async fn call<R: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut T) -> R + Send + 'static,
+    ) -> R {
         let (tell, told) = oneshot::channel();
         let call = Job::Call(Box::new(move |value| {
             let _cancelled = tell.send(call(value));
@@ -189,7 +207,10 @@ impl<T> OnThread<T> {
     }
 
     /// The same for a call that takes the value.
-    pub(crate) async fn end<R: Send + 'static>(self, call: impl FnOnce(T) -> R + Send + 'static) -> R {
+    pub(crate) async fn end<R: Send + 'static>(
+        self,
+        call: impl FnOnce(T) -> R + Send + 'static,
+    ) -> R {
         let (tell, told) = oneshot::channel();
         let call = Job::End(Box::new(move |value| {
             let _cancelled = tell.send(call(value));

@@ -32,8 +32,10 @@ fn its_authors_crate_gets_and_sends_descriptors_with_their_messages() {
         sender.set_max_fds_per_sendmsg(NonZeroUsize::new(100).unwrap());
         let echo = async {
             for count in COUNTS {
-                let MessageWithFds { message, file_descriptors } = receiver.receive().await.unwrap();
-                let JsonRpcMessage::Notification(JsonRpcNotification { params, .. }) = message else {
+                let MessageWithFds { message, file_descriptors } =
+                    receiver.receive().await.unwrap();
+                let JsonRpcMessage::Notification(JsonRpcNotification { params, .. }) = message
+                else {
                     panic!("not what was sent")
                 };
                 let params = params.unwrap();
@@ -49,7 +51,10 @@ fn its_authors_crate_gets_and_sends_descriptors_with_their_messages() {
             }
             for count in COUNTS {
                 let (message, fds): (Value, Fds<OwnedFd>) = ours.try_next().await.unwrap().unwrap();
-                assert_eq!((&message["method"], &message["params"]["number"]), (&json!("stored"), &json!(count)));
+                assert_eq!(
+                    (&message["method"], &message["params"]["number"]),
+                    (&json!("stored"), &json!(count))
+                );
                 assert!(fds.iter().map(mark_of).eq(0..count));
             }
         };

@@ -46,7 +46,9 @@ fn each_field_comes_back_as_what_it_was() {
         let (mut controller, control) = UnixStream::pair().unwrap();
         a.feed(Message::Text("no descriptor".into())).await.unwrap();
         a.feed(Message::Any((0..253).map(|mark| marked(mark).into()).collect())).await.unwrap();
-        a.feed(Message::Log { name: "log".into(), file: File::from(marked(7)).into() }).await.unwrap();
+        a.feed(Message::Log { name: "log".into(), file: File::from(marked(7)).into() })
+            .await
+            .unwrap();
         let control = Some(control.into());
         a.feed(Message::Serve { connection: connection.into(), control }).await.unwrap();
         let pixels = SealedMemfd::new(&[9; 100_000]).unwrap().into();
@@ -58,10 +60,14 @@ fn each_field_comes_back_as_what_it_was() {
         assert!(fds.iter().map(mark_of).eq(0..253));
         let Message::Log { name, file } = next().await else { panic!("not what was sent") };
         assert_eq!((&name[..], mark_of(&file.into_inner())), ("log", 7));
-        let Message::Serve { connection, control: Some(control) } = next().await else { panic!("not what was sent") };
+        let Message::Serve { connection, control: Some(control) } = next().await else {
+            panic!("not what was sent")
+        };
         connection.into_inner().write_all(b"tcp").unwrap();
         control.into_inner().write_all(b"unix").unwrap();
-        let Message::Image { width: 10, pixels } = next().await else { panic!("not what was sent") };
+        let Message::Image { width: 10, pixels } = next().await else {
+            panic!("not what was sent")
+        };
         let pixels = Bytes::from_owner(pixels.into_inner().map().unwrap());
         assert!(pixels.len() == 100_000 && pixels.iter().all(|pixel| *pixel == 9));
 
@@ -84,8 +90,14 @@ fn without_a_runtime_it_is_the_same() {
             }
         });
         let mut tool = blocking::Framed::new(a, Typed::default());
-        tool.send(Message::Log { name: "there and back".into(), file: File::from(marked(5)).into() }).unwrap();
-        let Message::Log { name, file } = tool.next().unwrap().unwrap() else { panic!("not what was sent") };
+        tool.send(Message::Log {
+            name: "there and back".into(),
+            file: File::from(marked(5)).into(),
+        })
+        .unwrap();
+        let Message::Log { name, file } = tool.next().unwrap().unwrap() else {
+            panic!("not what was sent")
+        };
         assert_eq!((&name[..], mark_of(&file)), ("there and back", 5));
         tool.close().unwrap();
         echo.join().unwrap();
@@ -116,18 +128,37 @@ fn a_descriptor_of_the_wrong_kind_ends_the_stream_and_is_closed() {
         let (reader, _writer) = std::io::pipe().unwrap();
         // Variants: 2 has a file, 3 a TCP connection, 4 sealed memory.
         let cases: [(&[u8], OwnedFd, &str); 5] = [
-            (&[2, 0, 0], unix.into(), "expected a file that is no socket, got a stream socket of AF_UNIX"),
-            (&[3, 0, 0], listener.into(), "expected a stream socket of IP, got a listening stream socket of IP"),
+            (
+                &[2, 0, 0],
+                unix.into(),
+                "expected a file that is no socket, got a stream socket of AF_UNIX",
+            ),
+            (
+                &[3, 0, 0],
+                listener.into(),
+                "expected a stream socket of IP, got a listening stream socket of IP",
+            ),
             (&[3, 0, 0], reader.into(), "expected a stream socket of IP, got a read-only pipe"),
-            (&[4, 1, 0], marked(1), "expected a memfd sealed against changes, got a read-write regular file"),
-            (&[4, 1, 0], tcp.into(), "expected a memfd sealed against changes, got a stream socket of IP"),
+            (
+                &[4, 1, 0],
+                marked(1),
+                "expected a memfd sealed against changes, got a read-write regular file",
+            ),
+            (
+                &[4, 1, 0],
+                tcp.into(),
+                "expected a memfd sealed against changes, got a stream socket of IP",
+            ),
         ];
         for (payload, fd, expected) in cases {
             let (a, peer) = Socket::pair(kind).unwrap();
             let mut a = Framed::new(a, Typed::<Message>::default());
             raw_send(&peer, &encoded(payload, 1), &[fd]);
             let error = a.next().await.unwrap().unwrap_err();
-            assert!(matches!(error, TypedError::Fd(FdError::Mismatch { index: 0, .. })), "{error:?}");
+            assert!(
+                matches!(error, TypedError::Fd(FdError::Mismatch { index: 0, .. })),
+                "{error:?}"
+            );
             assert_eq!(error.to_string(), format!("descriptor 0 of the message: {expected}"));
             assert!(a.next().await.is_none());
         }

@@ -12,8 +12,8 @@ use super::{
     batch::{Batch, Room},
 };
 
-/// anchovy. It knows bytes and a queue of descriptors; messages of one known length are taken apart by hand, and by hand
-/// many can go in one write.
+/// anchovy. It knows bytes and a queue of descriptors; messages of one known length are taken apart
+/// by hand, and by hand many can go in one write.
 pub(crate) struct Anchovy {
     stream: AnchovyStream<DBUS_FD_LIMIT>,
     waiting: Batch,
@@ -22,7 +22,8 @@ pub(crate) struct Anchovy {
 
 impl Link for Anchovy {
     fn new(socket: OwnedFd, setup: Setup) -> Self {
-        let stream = AnchovyStream::new(UnixStream::from(socket)).expect("the socket can be registered");
+        let stream =
+            AnchovyStream::new(UnixStream::from(socket)).expect("the socket can be registered");
         Self { stream, waiting: Batch::default(), room: Room::new(setup.load) }
     }
 

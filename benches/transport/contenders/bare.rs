@@ -6,8 +6,8 @@ use std::{
 
 use bytes::Bytes;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use smallvec::SmallVec;
 use tokio::io::{Interest, unix::AsyncFd};
@@ -17,8 +17,9 @@ use super::{
     batch::{Batch, Room, same_packet},
 };
 
-/// `sendmsg` and `recvmsg`, as one would write it by hand for tokio: all messages between two flushes go in one call with
-/// all their descriptors, and the receiver takes what comes as it is. The floor for any coalescing.
+/// `sendmsg` and `recvmsg`, as one would write it by hand for tokio: all messages between two
+/// flushes go in one call with all their descriptors, and the receiver takes what comes as it is.
+/// The floor for any coalescing.
 pub(crate) struct Bare {
     io: AsyncFd<OwnedFd>,
     max_packet: usize,
@@ -32,8 +33,10 @@ const CONTROL_BYTES: usize = rustix::cmsg_space!(ScmRights(253));
 
 #[allow(unsafe_code, reason = "tokio has no safe registration")]
 pub(crate) fn register(socket: OwnedFd) -> AsyncFd<OwnedFd> {
-    // SAFETY: an `OwnedFd` is open and keeps its number for as long as it lives, and it lives in the `AsyncFd`.
-    let io = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE | Interest::WRITABLE) };
+    // SAFETY: an `OwnedFd` is open and keeps its number for as long as it lives, and it lives in
+    // the `AsyncFd`.
+    let io =
+        unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE | Interest::WRITABLE) };
     io.expect("the socket can be registered")
 }
 
@@ -86,7 +89,9 @@ impl Link for Bare {
             let mut control = RecvAncillaryBuffer::new(&mut control[..]);
             let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
             let place = &mut [IoSliceMut::new(room.spare())];
-            let Ok(result) = ready.try_io(|io| Ok(recvmsg(io, place, &mut control, flags)?)) else { continue };
+            let Ok(result) = ready.try_io(|io| Ok(recvmsg(io, place, &mut control, flags)?)) else {
+                continue;
+            };
             let bytes = result.expect("receiving").bytes;
             for message in control.drain() {
                 if let RecvAncillaryMessage::ScmRights(fds) = message {

@@ -1,4 +1,5 @@
-//! What users of interfaces to bare sockets write themselves: messages put together, and memory to receive into.
+//! What users of interfaces to bare sockets write themselves: messages put together, and memory to
+//! receive into.
 
 use std::{
     io::{IoSlice, Result},
@@ -17,8 +18,8 @@ use super::{LONG_MESSAGE, Load, Setup};
 
 const PAGE: usize = 4096;
 
-/// Messages that wait to be sent together. Short ones are copied one behind the other, which is cheaper than a piece in
-/// the call for each.
+/// Messages that wait to be sent together. Short ones are copied one behind the other, which is
+/// cheaper than a piece in the call for each.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     copied: Vec<u8>,
@@ -53,8 +54,8 @@ impl Batch {
         self.fds.clear();
     }
 
-    /// Sends everything: the descriptors with the first call, and all messages with it too, as far as the socket takes
-    /// them. A message longer than a packet is cut.
+    /// Sends everything: the descriptors with the first call, and all messages with it too, as far
+    /// as the socket takes them. A message longer than a packet is cut.
     pub(super) async fn send_all(
         &mut self,
         max_packet: &mut usize,
@@ -73,7 +74,9 @@ impl Batch {
                     IoSlice::advance_slices(&mut pieces, sent);
                 }
                 // The kernel has no memory in one piece for a packet of that size.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) && *max_packet > PAGE => *max_packet /= 2,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) && *max_packet > PAGE => {
+                    *max_packet /= 2
+                }
                 Err(error) => panic!("sending: {error}"),
             }
         }
@@ -100,8 +103,9 @@ pub(super) fn same_packet(socket: &OwnedFd, setup: Setup) -> usize {
     }
 }
 
-/// Memory to receive into. A long message is received whole into memory of its own: that of the message before it, which
-/// is not needed any more. So contenders that need initialised memory pay for that only once, as with a pool of buffers.
+/// Memory to receive into. A long message is received whole into memory of its own: that of the
+/// message before it, which is not needed any more. So contenders that need initialised memory pay
+/// for that only once, as with a pool of buffers.
 #[derive(Debug)]
 pub(super) struct Room {
     memory: BytesMut,
@@ -112,8 +116,8 @@ pub(super) struct Room {
 impl Room {
     pub(super) fn new(load: Load) -> Self {
         let bytes = load.bytes.max(LONG_MESSAGE);
-        // It does not begin at the start of a page, as a plain large `Vec` does: some processors are ten times slower
-        // there, and the comparison would be between allocators.
+        // It does not begin at the start of a page, as a plain large `Vec` does: some processors
+        // are ten times slower there, and the comparison would be between allocators.
         let mut memory = BytesMut::zeroed(bytes + 2 * PAGE);
         memory.advance(memory.as_ptr().align_offset(PAGE) + 64);
         memory.truncate(bytes);

@@ -15,7 +15,10 @@ pub(crate) struct Fdwire {
 impl Fdwire {
     pub(crate) fn framed(socket: OwnedFd) -> Framed<FrameCodec> {
         let limits = Limits::default().max_payload_bytes(LONGEST_MESSAGE);
-        Framed::new(Socket::try_from(socket).expect("a connected Unix socket"), FrameCodec::new(limits))
+        Framed::new(
+            Socket::try_from(socket).expect("a connected Unix socket"),
+            FrameCodec::new(limits),
+        )
     }
 
     async fn feed(&mut self, payload: &Bytes, fd: Option<SendFd>) {

@@ -5,15 +5,20 @@ use std::{
 
 use bytes::Bytes;
 use ipc_channel::ipc::{
-    IpcBytesReceiver, IpcBytesSender, IpcOneShotServer, IpcReceiver, IpcSender, IpcSharedMemory, bytes_channel, channel,
+    IpcBytesReceiver, IpcBytesSender, IpcOneShotServer, IpcReceiver, IpcSender, IpcSharedMemory,
+    bytes_channel, channel,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{Link, Received, Setup, Side};
 
-/// Gives the near end what the far end has made for it. ipc-channel makes its sockets itself, blocking ones and with the
-/// default send buffer; ours only brings the name of its server across.
-fn meet<T: Serialize + DeserializeOwned>(socket: OwnedFd, side: Side, for_near: Option<T>) -> Option<T> {
+/// Gives the near end what the far end has made for it. ipc-channel makes its sockets itself,
+/// blocking ones and with the default send buffer; ours only brings the name of its server across.
+fn meet<T: Serialize + DeserializeOwned>(
+    socket: OwnedFd,
+    side: Side,
+    for_near: Option<T>,
+) -> Option<T> {
     let mut socket = UnixStream::from(socket);
     socket.set_nonblocking(false).expect("it is a socket");
     match side {
@@ -32,9 +37,9 @@ fn meet<T: Serialize + DeserializeOwned>(socket: OwnedFd, side: Side, for_near: 
     }
 }
 
-/// ipc-channel, which is synchronous. Bytes go through its channel for bytes. With a descriptor, the message is a tuple
-/// of bytes and a handle: it can pass only its own, so a sender is passed, the same one each time, and no `dup` is
-/// made of it.
+/// ipc-channel, which is synchronous. Bytes go through its channel for bytes. With a descriptor,
+/// the message is a tuple of bytes and a handle: it can pass only its own, so a sender is passed,
+/// the same one each time, and no `dup` is made of it.
 pub(crate) enum IpcChannel {
     Bytes(IpcBytesSender, IpcBytesReceiver),
     Handles {
@@ -61,10 +66,11 @@ impl Link for IpcChannel {
         }
         let pair = || channel::<Message>().expect("a channel");
         let ((to_far, from_near), (to_near, from_far)) = (pair(), pair());
-        let (sender, receiver) = match meet(socket, side, (side == Side::Far).then_some((to_far, from_far))) {
-            Some(near) => near,
-            None => (to_near, from_near),
-        };
+        let (sender, receiver) =
+            match meet(socket, side, (side == Side::Far).then_some((to_far, from_far))) {
+                Some(near) => near,
+                None => (to_near, from_near),
+            };
         Self::Handles { sender, receiver, own: channel().expect("a channel").0, arrived: None }
     }
 

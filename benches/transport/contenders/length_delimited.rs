@@ -7,7 +7,8 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::{LONG_MESSAGE, LONGEST_MESSAGE, Link, Received, Setup};
 
-/// tokio's `UnixStream` with tokio-util's `LengthDelimitedCodec`, fed and flushed as fdwire is. No descriptors.
+/// tokio's `UnixStream` with tokio-util's `LengthDelimitedCodec`, fed and flushed as fdwire is. No
+/// descriptors.
 pub(crate) struct LengthDelimited {
     framed: Framed<UnixStream, LengthDelimitedCodec>,
     message_bytes: usize,

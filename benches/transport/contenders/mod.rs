@@ -29,7 +29,8 @@ pub(crate) use self::{
 /// Longest message of any row, for contenders that have a limit.
 pub(crate) const LONGEST_MESSAGE: usize = 64 << 20;
 
-/// From this length on a receiver of bytes reads each message into its own memory; shorter ones arrive many at a time.
+/// From this length on a receiver of bytes reads each message into its own memory; shorter ones
+/// arrive many at a time.
 const LONG_MESSAGE: usize = 64 << 10;
 
 /// What the messages of a row are.
@@ -69,15 +70,15 @@ pub(crate) struct Received {
 
 /// One end of a connection. Synchronous contenders block inside of the functions.
 pub(crate) trait Link: Sized + 'static {
-    /// Whether it passes any descriptor. If not, it gets none, and where [`Load::fd`] asks for one it sends a handle of
-    /// its own.
+    /// Whether it passes any descriptor. If not, it gets none, and where [`Load::fd`] asks for one
+    /// it sends a handle of its own.
     const PASSES_FDS: bool = true;
 
     /// Takes over a non-blocking socket, inside of a runtime.
     fn new(socket: OwnedFd, setup: Setup) -> Self;
 
-    /// Sends a message, or keeps it for [`flush`](Self::flush). Closes the descriptor once it is sent: it is a file of this
-    /// process.
+    /// Sends a message, or keeps it for [`flush`](Self::flush). Closes the descriptor once it is
+    /// sent: it is a file of this process.
     async fn send(&mut self, payload: &Bytes, fd: Option<OwnedFd>);
 
     /// The same with a socket.
@@ -93,6 +94,7 @@ pub(crate) trait Link: Sized + 'static {
     /// Sends what is kept.
     async fn flush(&mut self);
 
-    /// Receives a message, several, or a part of one. Contenders that know messages check their length.
+    /// Receives a message, several, or a part of one. Contenders that know messages check their
+    /// length.
     async fn recv(&mut self, received: &mut Received);
 }

@@ -5,7 +5,8 @@ use tokio_unix_ipc::{RawReceiver, RawSender, raw_channel_from_std};
 
 use super::{Link, Received, Setup, batch::Batch};
 
-/// The raw channel of tokio-unix-ipc, which its typed one is made of. By hand, many messages can go in one.
+/// The raw channel of tokio-unix-ipc, which its typed one is made of. By hand, many messages can go
+/// in one.
 pub(crate) struct TokioUnixIpc {
     sender: RawSender,
     receiver: RawReceiver,
@@ -14,7 +15,8 @@ pub(crate) struct TokioUnixIpc {
 
 impl Link for TokioUnixIpc {
     fn new(socket: OwnedFd, _: Setup) -> Self {
-        let (sender, receiver) = raw_channel_from_std(socket.into()).expect("the socket can be registered");
+        let (sender, receiver) =
+            raw_channel_from_std(socket.into()).expect("the socket can be registered");
         Self { sender, receiver, waiting: Batch::default() }
     }
 
@@ -37,6 +39,8 @@ impl Link for TokioUnixIpc {
         let (message, fds) = self.receiver.recv().await.expect("receiving");
         received.bytes += message.len();
         // SAFETY: the kernel has just installed it in this process, for this message.
-        received.fds.extend(fds.into_iter().flatten().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        received
+            .fds
+            .extend(fds.into_iter().flatten().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
     }
 }

@@ -9,8 +9,8 @@ use super::{
     batch::{Batch, Room},
 };
 
-/// unix-ancillary on tokio's `UnixStream`. It knows bytes and descriptors; messages of one known length are taken apart by
-/// hand, and by hand many can go in one call.
+/// unix-ancillary on tokio's `UnixStream`. It knows bytes and descriptors; messages of one known
+/// length are taken apart by hand, and by hand many can go in one call.
 pub(crate) struct UnixAncillary {
     stream: UnixStream,
     waiting: Batch,
@@ -37,7 +37,8 @@ impl Link for UnixAncillary {
     }
 
     async fn recv(&mut self, received: &mut Received) {
-        let (bytes, fds) = self.stream.recv_fds_into::<253>(self.room.spare()).await.expect("receiving");
+        let (bytes, fds) =
+            self.stream.recv_fds_into::<253>(self.room.spare()).await.expect("receiving");
         self.room.received(bytes);
         received.bytes += bytes;
         received.fds.extend(fds);

@@ -1,4 +1,5 @@
-//! A connection on its way: what the application hands in, and what it gets back when no worker takes it.
+//! A connection on its way: what the application hands in, and what it gets back when no worker
+//! takes it.
 
 use std::{
     fmt,
@@ -11,10 +12,11 @@ use bytes::Bytes;
 
 use super::{Transport, protocol::RejectReason};
 
-/// An accepted connection, ready to be [dispatched](super::Dispatcher::dispatch): a stream, and what the worker is to know of it.
+/// An accepted connection, ready to be [dispatched](super::Dispatcher::dispatch): a stream, and
+/// what the worker is to know of it.
 ///
-/// Made from a `TcpStream` or `UnixStream` of tokio or std. One of tokio leaves its event loop here, and one of std becomes
-/// non-blocking, for all holders of a copy.
+/// Made from a `TcpStream` or `UnixStream` of tokio or std. One of tokio leaves its event loop
+/// here, and one of std becomes non-blocking, for all holders of a copy.
 ///
 /// ```no_run
 /// # async fn example(dispatcher: fdwire::handoff::Dispatcher, stream: tokio::net::TcpStream, head: Vec<u8>)
@@ -43,7 +45,13 @@ pub(super) struct About {
 
 impl About {
     pub(super) fn new(transport: Transport) -> Self {
-        Self { transport, read: Bytes::new(), metadata: Bytes::new(), key: None, bundle: Vec::new() }
+        Self {
+            transport,
+            read: Bytes::new(),
+            metadata: Bytes::new(),
+            key: None,
+            bundle: Vec::new(),
+        }
     }
 }
 
@@ -52,8 +60,8 @@ impl Accepted {
         Self { socket, about: About::new(transport) }
     }
 
-    /// What was already read from the connection. The worker's application reads it first. Together with the metadata it
-    /// has to fit one message, of
+    /// What was already read from the connection. The worker's application reads it first. Together
+    /// with the metadata it has to fit one message, of
     /// [`MAX_MESSAGE_BYTES`](super::protocol::MAX_MESSAGE_BYTES).
     #[must_use]
     pub fn read_bytes(mut self, bytes: impl Into<Bytes>) -> Self {
@@ -68,7 +76,8 @@ impl Accepted {
         self
     }
 
-    /// What [`Strategy::ByKey`](super::Strategy::ByKey) goes by. By default the client's address without its port.
+    /// What [`Strategy::ByKey`](super::Strategy::ByKey) goes by. By default the client's address
+    /// without its port.
     #[must_use]
     pub fn key(mut self, key: impl Hash) -> Self {
         let mut hasher = DefaultHasher::new();
@@ -77,12 +86,14 @@ impl Accepted {
         self
     }
 
-    /// Adds a descriptor that belongs to the connection, such as the upstream connection of a proxy's client. A worker adopts
-    /// them together, and finds them in [`Connection::bundle_mut`](crate::handoff::Connection::bundle_mut), in this order. What they are is yours to say in the
-    /// metadata.
+    /// Adds a descriptor that belongs to the connection, such as the upstream connection of a
+    /// proxy's client. A worker adopts them together, and finds them in
+    /// [`Connection::bundle_mut`](crate::handoff::Connection::bundle_mut), in this order. What they
+    /// are is yours to say in the metadata.
     ///
-    /// Only workers that [take that many](crate::handoff::IncomingBuilder::max_fds) get the connection. The connection and its
-    /// bundle have at most [`MAX_OFFER_FDS`](super::protocol::MAX_OFFER_FDS) descriptors.
+    /// Only workers that [take that many](crate::handoff::IncomingBuilder::max_fds) get the
+    /// connection. The connection and its bundle have at most
+    /// [`MAX_OFFER_FDS`](super::protocol::MAX_OFFER_FDS) descriptors.
     #[must_use]
     pub fn with_fd(mut self, fd: impl Into<OwnedFd>) -> Self {
         self.about.bundle.push(fd.into());
@@ -129,8 +140,8 @@ pub struct DispatchError {
     /// Why.
     #[source]
     pub reason: NotDispatched,
-    /// The connection. A worker that was cut off may still hold a copy, so it should be shut down where it is not
-    /// served after all, not only dropped.
+    /// The connection. A worker that was cut off may still hold a copy, so it should be shut down
+    /// where it is not served after all, not only dropped.
     pub connection: Accepted,
 }
 
@@ -175,7 +186,9 @@ impl fmt::Display for Unadopted {
             Self::Rejected(RejectReason::Draining) => f.write_str("rejected: draining"),
             Self::Rejected(RejectReason::Recalled) => f.write_str("rejected when it was recalled"),
             Self::Rejected(RejectReason::Unusable) => f.write_str("rejected: unusable"),
-            Self::Rejected(RejectReason::Other(reason)) => write!(f, "rejected for reason {reason}"),
+            Self::Rejected(RejectReason::Other(reason)) => {
+                write!(f, "rejected for reason {reason}")
+            }
             Self::Unanswered => f.write_str("left unanswered"),
         }
     }

@@ -33,8 +33,8 @@ use crate::{
 /// Accepted before other tasks get their turn.
 const BATCH: usize = 64;
 
-/// Most connections that are accepted after a drain has begun: as many as fit the backlog of a listener, if nobody has
-/// raised the limit (`net.core.somaxconn`).
+/// Most connections that are accepted after a drain has begun: as many as fit the backlog of a
+/// listener, if nobody has raised the limit (`net.core.somaxconn`).
 const MOST_AT_END: usize = 4096;
 
 /// The descriptors that are left for starting a worker, and for a few connections. Without this
@@ -48,7 +48,8 @@ const FEW: u64 = 8;
 /// How long to wait for what comes free without an event, usually a descriptor.
 pub(super) const BACK_OFF: Duration = Duration::from_millis(20);
 
-/// The listener was shut down. Everything else that accept(2) reports is about one connection, or passes.
+/// The listener was shut down. Everything else that accept(2) reports is about one connection, or
+/// passes.
 pub(super) fn is_final(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EBADF))
 }
@@ -114,7 +115,9 @@ impl Accepting {
 
                 // Descriptors are usually scarce if it fails.
                 let (is_scarce, outcome) = match self.accept_one() {
-                    Ok((socket, peer)) => (is_of_reserve(&socket, ceiling), self.take_on(socket, peer, permit, slot)),
+                    Ok((socket, peer)) => {
+                        (is_of_reserve(&socket, ceiling), self.take_on(socket, peer, permit, slot))
+                    }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         ready.clear_ready();
                         continue 'ready;
@@ -122,7 +125,14 @@ impl Accepting {
                     Err(error) if is_final(&error) => return Err(error),
                     Err(error) => {
                         drop(permit); // whoever waits for a place may have it meanwhile
-                        (true, if error.kind() == io::ErrorKind::ConnectionAborted { Ok(()) } else { Err(error) })
+                        (
+                            true,
+                            if error.kind() == io::ErrorKind::ConnectionAborted {
+                                Ok(())
+                            } else {
+                                Err(error)
+                            },
+                        )
                     }
                 };
                 if let Err(error) = outcome {
@@ -171,19 +181,30 @@ impl Accepting {
     fn accept_one(&self) -> io::Result<(OwnedFd, Address)> {
         let listener = self.listener.as_fd();
         match self.transport {
-            Transport::Tcp => sys::accept_tcp(listener).map(|(stream, peer)| (stream.into(), peer.into())),
-            Transport::UnixStream => sys::accept_unix(listener).map(|(stream, peer)| (stream.into(), peer.into())),
+            Transport::Tcp => {
+                sys::accept_tcp(listener).map(|(stream, peer)| (stream.into(), peer.into()))
+            }
+            Transport::UnixStream => {
+                sys::accept_unix(listener).map(|(stream, peer)| (stream.into(), peer.into()))
+            }
         }
     }
 
     /// Hands over an accepted connection, or begins to prepare it if there is a slot.
-    fn take_on(&self, socket: OwnedFd, peer: Address, permit: Permit, slot: Option<Slot>) -> io::Result<()> {
+    fn take_on(
+        &self,
+        socket: OwnedFd,
+        peer: Address,
+        permit: Permit,
+        slot: Option<Slot>,
+    ) -> io::Result<()> {
         if let Some(slot) = slot {
             drop(permit); // it would be kept for as long as the peer likes
             slot.prepare(&self.shared, socket);
             return Ok(());
         }
-        match Handover::prepare(socket, About::new(self.transport), Some(peer), self.local.clone()) {
+        match Handover::prepare(socket, About::new(self.transport), Some(peer), self.local.clone())
+        {
             Ok(connection) => {
                 permit.take(connection);
                 Ok(())
@@ -192,18 +213,20 @@ impl Accepting {
         }
     }
 
-    /// Returns true if there are descriptors beside the reserve, or if it is hardly used. Looks where the reserve begins,
-    /// because that may have changed.
+    /// Returns true if there are descriptors beside the reserve, or if it is hardly used. Looks
+    /// where the reserve begins, because that may have changed.
     fn may_accept(&self, ceiling: &mut u64) -> bool {
         let listener: BorrowedFd<'_> = self.listener.as_fd();
         *ceiling = first_of_reserve(RESERVE);
-        let is_one_free = listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *ceiling));
+        let is_one_free =
+            listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *ceiling));
         let preparing = self.preparing.as_ref().map_or(0, Preparing::count);
         is_one_free || self.shared.act(|pool| pool.on_their_way()) + preparing < FEW
     }
 }
 
-/// Closes and counts an accepted connection that cannot be offered to any worker. Returns the reason.
+/// Closes and counts an accepted connection that cannot be offered to any worker. Returns the
+/// reason.
 pub(super) fn turn_away(shared: &Arc<Shared>, unfit: DispatchError) -> io::Error {
     let DispatchError { reason, connection } = unfit;
     connection.socket.into_iter().for_each(shut_down);
@@ -223,7 +246,10 @@ mod tests {
     async fn an_accepted_connection_that_cannot_be_offered_is_closed_and_counted() {
         let dispatcher = Dispatcher::builder().build();
         let (connection, mut client) = UnixStream::pair().unwrap();
-        let unfit = DispatchError { reason: NotDispatched::Draining, connection: Accepted::from(connection) };
+        let unfit = DispatchError {
+            reason: NotDispatched::Draining,
+            connection: Accepted::from(connection),
+        };
         turn_away(&dispatcher.shared, unfit);
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
         let stats = dispatcher.stats();

@@ -11,13 +11,15 @@ use super::{Dispatcher, LONGEST};
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Strategy {
-    /// The one with the fewest connections: adopted ones that have not ended, and offers that it has not answered.
+    /// The one with the fewest connections: adopted ones that have not ended, and offers that it
+    /// has not answered.
     #[default]
     LeastLoaded,
     /// Each in turn.
     RoundRobin,
-    /// The same one for the same [key](super::Accepted::key), as long as it has room; else the next one in an order that is
-    /// fixed for each key. A worker that comes or goes changes this for few keys, and one that is started again for none.
+    /// The same one for the same [key](super::Accepted::key), as long as it has room; else the next
+    /// one in an order that is fixed for each key. A worker that comes or goes changes this for few
+    /// keys, and one that is started again for none.
     ByKey,
 }
 
@@ -62,8 +64,8 @@ impl Default for Config {
 /// Workers and the dispatcher would do little else.
 const SHORTEST_PING_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Half of the descriptors that the kernel lets the processes of this uid have in flight. The limit is the sender's soft
-/// `RLIMIT_NOFILE` (`ETOOMANYREFS`, unix(7)).
+/// Half of the descriptors that the kernel lets the processes of this uid have in flight. The limit
+/// is the sender's soft `RLIMIT_NOFILE` (`ETOOMANYREFS`, unix(7)).
 fn max_in_flight() -> usize {
     let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
     usize::try_from(limit / 2).unwrap_or(usize::MAX)
@@ -113,7 +115,8 @@ impl DispatcherBuilder {
         self
     }
 
-    /// How long a worker may take to say hello, from when it is started or has connected. Default: 30 s.
+    /// How long a worker may take to say hello, from when it is started or has connected. Default:
+    /// 30 s.
     pub fn hello_timeout(mut self, timeout: Duration) -> Self {
         self.config.hello_timeout = timeout.min(LONGEST);
         self
@@ -130,8 +133,8 @@ impl DispatcherBuilder {
         self
     }
 
-    /// How long a worker that answers pings may leave an offer unanswered before it is asked to reject it, so that another
-    /// worker gets it. Default: 1 s.
+    /// How long a worker that answers pings may leave an offer unanswered before it is asked to
+    /// reject it, so that another worker gets it. Default: 1 s.
     pub fn recall_after(mut self, after: Duration) -> Self {
         self.config.recall_after = after.min(LONGEST);
         self
@@ -158,23 +161,25 @@ impl DispatcherBuilder {
         self
     }
 
-    /// Whether workers that the dispatcher has started are killed when they hang, misbehave, do not drain in time, or are to
-    /// leave and have not said hello yet; a killed one's clients see their connections end. Workers that have connected are
-    /// never killed. Default: yes.
+    /// Whether workers that the dispatcher has started are killed when they hang, misbehave, do not
+    /// drain in time, or are to leave and have not said hello yet; a killed one's clients see their
+    /// connections end. Workers that have connected are never killed. Default: yes.
     pub fn kill_hung(mut self, kill: bool) -> Self {
         self.config.kill_hung = kill;
         self
     }
 
-    /// How many connections [`serve_with`](Dispatcher::serve_with) prepares at a time, or keeps that are prepared and wait for a
-    /// place at a worker, 1 at least. Each takes a descriptor, and peers that send nothing take theirs for the whole
-    /// [time](Self::prepare_timeout). Default: 1,024.
+    /// How many connections [`serve_with`](Dispatcher::serve_with) prepares at a time, or keeps
+    /// that are prepared and wait for a place at a worker, 1 at least. Each takes a descriptor, and
+    /// peers that send nothing take theirs for the whole [time](Self::prepare_timeout). Default:
+    /// 1,024.
     pub fn max_preparing(mut self, connections: usize) -> Self {
         self.config.max_preparing = connections.clamp(1, Semaphore::MAX_PERMITS);
         self
     }
 
-    /// How long it may take to prepare a connection, in [`serve_with`](Dispatcher::serve_with). Default: 10 s.
+    /// How long it may take to prepare a connection, in [`serve_with`](Dispatcher::serve_with).
+    /// Default: 10 s.
     pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
         self.config.prepare_timeout = timeout.min(LONGEST);
         self
@@ -196,7 +201,10 @@ mod tests {
 
     #[tokio::test]
     async fn times_that_make_no_sense_are_replaced_by_the_nearest_that_do() {
-        let dispatcher = Dispatcher::builder().ping_interval(Duration::ZERO).hang_timeout(Duration::ZERO).build();
+        let dispatcher = Dispatcher::builder()
+            .ping_interval(Duration::ZERO)
+            .hang_timeout(Duration::ZERO)
+            .build();
         let Config { ping_interval, hang_timeout, .. } = dispatcher.shared.config;
         assert_eq!((ping_interval, hang_timeout), (SHORTEST_PING_INTERVAL, SHORTEST_PING_INTERVAL));
     }

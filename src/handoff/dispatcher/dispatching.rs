@@ -22,7 +22,8 @@ pub(super) fn dispatch(shared: &Arc<Shared>, connection: Accepted, reserved: boo
     Dispatching { outcome }
 }
 
-/// A connection that is being handed over, from [`Dispatcher::dispatch`](super::Dispatcher::dispatch). Ready when a worker has adopted it.
+/// A connection that is being handed over, from
+/// [`Dispatcher::dispatch`](super::Dispatcher::dispatch). Ready when a worker has adopted it.
 #[derive(Debug)]
 #[must_use = "if it is dropped, a connection that no worker adopts is closed instead of given back"]
 pub struct Dispatching {
@@ -40,7 +41,8 @@ impl Future for Dispatching {
     }
 }
 
-/// A place for one connection, from [`Dispatcher::reserve`](super::Dispatcher::reserve). Free again when it is dropped.
+/// A place for one connection, from [`Dispatcher::reserve`](super::Dispatcher::reserve). Free again
+/// when it is dropped.
 #[derive(Debug)]
 #[must_use = "dropping it frees the place again"]
 pub struct Permit {
@@ -89,8 +91,8 @@ pub(super) async fn reserve(shared: &Arc<Shared>) -> Option<Permit> {
     }
 }
 
-/// Reserves a place that there may not be, for a connection that was accepted before the dispatcher has drained. `None` when
-/// it has.
+/// Reserves a place that there may not be, for a connection that was accepted before the dispatcher
+/// has drained. `None` when it has.
 pub(super) fn reserve_late(shared: &Arc<Shared>) -> Option<Permit> {
     shared.act(|pool| pool.reserve_late()).then(|| Permit::new(shared))
 }

@@ -35,8 +35,8 @@ const MAX_OTHER_BYTES: usize = 512;
 /// A connection that no worker has adopted: what an offer says of it, and who waits for it.
 #[derive(Debug)]
 pub(super) struct Handover {
-    /// Lent to the task that is sending it, so that an offer takes no descriptor. Otherwise connections that hold all descriptors
-    /// there are could wait for one more each, forever.
+    /// Lent to the task that is sending it, so that an offer takes no descriptor. Otherwise
+    /// connections that hold all descriptors there are could wait for one more each, forever.
     socket: SharedFd,
     bundle: Vec<SharedFd>,
     about: About,
@@ -69,7 +69,10 @@ impl Handover {
             Ok(socket) => Self::prepare(socket, about, None, None),
             Err(error) => {
                 let connection = Accepted { socket: Err(copy_of(&error)), about };
-                Err(Box::new(DispatchError { reason: NotDispatched::Unfit(error.into()), connection }))
+                Err(Box::new(DispatchError {
+                    reason: NotDispatched::Unfit(error.into()),
+                    connection,
+                }))
             }
         }
     }
@@ -86,9 +89,14 @@ impl Handover {
             let connection = Accepted { socket: Ok(socket), about };
             Err(Box::new(DispatchError { reason, connection }))
         };
-        let (bytes, fds) = (about.read.len() + about.metadata.len() + MAX_OTHER_BYTES, 1 + about.bundle.len());
+        let (bytes, fds) =
+            (about.read.len() + about.metadata.len() + MAX_OTHER_BYTES, 1 + about.bundle.len());
         if bytes > MAX_MESSAGE_BYTES {
-            return refuse(socket, about, Error::FrameTooLong { bytes, limit: MAX_MESSAGE_BYTES }.into());
+            return refuse(
+                socket,
+                about,
+                Error::FrameTooLong { bytes, limit: MAX_MESSAGE_BYTES }.into(),
+            );
         }
         if fds > MAX_OFFER_FDS {
             return refuse(socket, about, Error::TooManyFds { fds, limit: MAX_OFFER_FDS }.into());
@@ -103,7 +111,15 @@ impl Handover {
         };
         let mut about = about;
         let bundle = about.bundle.drain(..).map(SharedFd::new).collect();
-        Ok(Box::new(Self { socket: SharedFd::new(socket), bundle, about, cookie, peer, local, reply: None }))
+        Ok(Box::new(Self {
+            socket: SharedFd::new(socket),
+            bundle,
+            about,
+            cookie,
+            peer,
+            local,
+            reply: None,
+        }))
     }
 
     pub(super) fn dispatch(self: Box<Self>, shared: &Arc<Shared>, reserved: bool) {
@@ -157,8 +173,8 @@ impl Handover {
         self.reply.as_ref().is_some_and(|reply| !reply.is_closed())
     }
 
-    /// No worker adopts it. Gives it back to who waits for it; without anybody, its client sees the end. Returns whether
-    /// it was given back.
+    /// No worker adopts it. Gives it back to who waits for it; without anybody, its client sees the
+    /// end. Returns whether it was given back.
     pub(super) fn fail(mut self, reason: NotDispatched) -> bool {
         self.about.bundle.extend(self.bundle.into_iter().map(SharedFd::into_owned));
         let connection = Accepted { socket: Ok(self.socket.into_owned()), about: self.about };
@@ -170,7 +186,8 @@ impl Handover {
             },
             None => Some(error),
         };
-        if let Some(Accepted { socket: Ok(socket), about }) = unwanted.map(|error| error.connection) {
+        if let Some(Accepted { socket: Ok(socket), about }) = unwanted.map(|error| error.connection)
+        {
             shut_down(socket);
             close_in_background(about.bundle);
         }
@@ -190,7 +207,8 @@ impl Handover {
     }
 }
 
-/// Copies that are to be closed. The worker may have been so quick that they are the last ones, whose `close` can block.
+/// Copies that are to be closed. The worker may have been so quick that they are the last ones,
+/// whose `close` can block.
 #[derive(Debug)]
 pub(super) struct Copies {
     sockets: SmallVec<[OwnedFd; 1]>,
@@ -217,7 +235,8 @@ impl Copies {
     }
 }
 
-/// The dispatcher's copy of a descriptor, until it is taken out. Dropping it closes it without blocking.
+/// The dispatcher's copy of a descriptor, until it is taken out. Dropping it closes it without
+/// blocking.
 #[derive(Debug)]
 struct SharedFd(Option<Arc<OwnedFd>>);
 
@@ -231,7 +250,10 @@ impl SharedFd {
     }
 
     fn into_owned(mut self) -> OwnedFd {
-        self.0.take().and_then(Arc::into_inner).expect("a task that was lent it has sent it, or is gone")
+        self.0
+            .take()
+            .and_then(Arc::into_inner)
+            .expect("a task that was lent it has sent it, or is gone")
     }
 }
 
@@ -267,7 +289,8 @@ fn addresses(
         ($stream:ty) => {{
             let stream = <$stream>::from(socket);
             let peer = peer.or_else(|| stream.peer_addr().map(Address::from).ok());
-            let local = local.unwrap_or_else(|| stream.local_addr().map(Address::from).unwrap_or_default());
+            let local =
+                local.unwrap_or_else(|| stream.local_addr().map(Address::from).unwrap_or_default());
             (stream.into(), peer, local)
         }};
     }

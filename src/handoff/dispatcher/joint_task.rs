@@ -1,9 +1,10 @@
 //! One task for everything that a connection passes through.
 //!
-//! The accept loop and the links of the workers wake each other for each connection. If they were tasks of their own, a
-//! multi-thread runtime would spread them over its threads, and an accept loop that is awaited in `main` would run on the
-//! thread of `block_on`. To wake another thread takes more CPU than everything else that is done for a connection. So one
-//! task polls them all, and a wake-up among them costs no more than a turn of a loop.
+//! The accept loop and the links of the workers wake each other for each connection. If they were
+//! tasks of their own, a multi-thread runtime would spread them over its threads, and an accept
+//! loop that is awaited in `main` would run on the thread of `block_on`. To wake another thread
+//! takes more CPU than everything else that is done for a connection. So one task polls them all,
+//! and a wake-up among them costs no more than a turn of a loop.
 
 use std::{
     future::{Future, poll_fn},
@@ -21,13 +22,16 @@ use std::{
     thread,
 };
 
-use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered, task::AtomicWaker};
+use futures::{
+    FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered, task::AtomicWaker,
+};
 use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot},
 };
 
-/// Adds futures to a task of their own. The task ends with its runtime, or when this is dropped and the futures have ended.
+/// Adds futures to a task of their own. The task ends with its runtime, or when this is dropped and
+/// the futures have ended.
 #[derive(Debug)]
 pub(super) struct JointTask {
     added: mpsc::UnboundedSender<BoxFuture<'static, ()>>,
@@ -44,16 +48,23 @@ impl JointTask {
         let (added, receiver) = mpsc::unbounded_channel();
         let wakeups = Arc::new(Wakeups::default());
         let waker = Waker::from(Arc::clone(&wakeups));
-        (Self { added }, Members { added: receiver, running: FuturesUnordered::new(), wakeups, waker })
+        (
+            Self { added },
+            Members { added: receiver, running: FuturesUnordered::new(), wakeups, waker },
+        )
     }
 
-    /// Runs a future in the task. If it panics, the others go on. If the runtime is gone, the future is dropped.
+    /// Runs a future in the task. If it panics, the others go on. If the runtime is gone, the
+    /// future is dropped.
     pub(super) fn add(&self, future: impl Future<Output = ()> + Send + 'static) {
         let _ = self.added.send(AssertUnwindSafe(future).catch_unwind().map(drop).boxed());
     }
 
     /// Runs a future in the task until what is returned is dropped.
-    pub(super) fn run<T: Send + 'static>(&self, future: impl Future<Output = T> + Send + 'static) -> Remote<T> {
+    pub(super) fn run<T: Send + 'static>(
+        &self,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Remote<T> {
         let (mut reply, outcome) = oneshot::channel();
         let future = Arc::new(Mutex::new(Some(future.boxed())));
         let remote = Remote { future: Arc::clone(&future), outcome };
@@ -63,7 +74,9 @@ impl JointTask {
                     return Poll::Ready(None);
                 }
                 // `None` if the `Remote` is just being dropped.
-                lock(&future).as_mut().map_or(Poll::Pending, |future| future.poll_unpin(cx).map(Some))
+                lock(&future)
+                    .as_mut()
+                    .map_or(Poll::Pending, |future| future.poll_unpin(cx).map(Some))
             }));
             let ended = running.catch_unwind().await.transpose();
             let _ = ended.map(|ended| reply.send(ended)); // nobody has to wait for it
@@ -72,7 +85,8 @@ impl JointTask {
     }
 }
 
-/// A future that runs in a [`JointTask`]. Dropping this drops the future at once: if it is being polled, when that is over.
+/// A future that runs in a [`JointTask`]. Dropping this drops the future at once: if it is being
+/// polled, when that is over.
 ///
 /// Yields an error if the task's runtime is gone, and panics if the future has panicked.
 pub(super) struct Remote<T> {
@@ -144,7 +158,8 @@ impl Future for Members {
     }
 }
 
-/// Wakes the task, unless it runs: then it takes another turn. The runtime would queue it and wake a thread for that.
+/// Wakes the task, unless it runs: then it takes another turn. The runtime would queue it and wake
+/// a thread for that.
 #[derive(Debug, Default)]
 struct Wakeups {
     state: AtomicU8,
@@ -161,7 +176,8 @@ impl Wakeups {
         self.state.swap(RUNNING, AcqRel);
     }
 
-    /// Returns true if nothing has woken it since the turn began. Otherwise it has to be polled again.
+    /// Returns true if nothing has woken it since the turn began. Otherwise it has to be polled
+    /// again.
     fn end_turn(&self) -> bool {
         self.state.compare_exchange(RUNNING, IDLE, AcqRel, Acquire).is_ok()
     }
@@ -221,7 +237,9 @@ mod tests {
     }
 
     /// Sends back each number that comes, until there is no sender.
-    fn echo() -> (channel::UnboundedSender<u32>, impl Future<Output = ()>, channel::UnboundedReceiver<u32>) {
+    fn echo()
+    -> (channel::UnboundedSender<u32>, impl Future<Output = ()>, channel::UnboundedReceiver<u32>)
+    {
         let (to, mut from_test) = channel::unbounded();
         let (to_test, from) = channel::unbounded();
         let echo = async move {

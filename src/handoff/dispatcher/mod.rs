@@ -1,5 +1,5 @@
-//! The dispatcher. [`Dispatcher`] is what its users see; the [`pool`] decides everything; a [`worker_task`] moves the bytes and
-//! descriptors of one worker.
+//! The dispatcher. [`Dispatcher`] is what its users see; the [`pool`] decides everything; a
+//! [`worker_task`] moves the bytes and descriptors of one worker.
 
 mod accepted;
 mod accepting;
@@ -47,13 +47,14 @@ fn after(within: Duration) -> Instant {
 
 /// Hands accepted connections to worker processes. Cheap to clone: clones are the same dispatcher.
 ///
-/// **What is promised.** A connection is given to the application of at most one worker, and is never lost before that
-/// worker has adopted it, whatever dies, hangs, refuses or overflows, as long as the dispatcher lives. The dispatcher keeps a copy of each
-/// connection until the answer; what a worker leaves unanswered goes to another one. A connection that was
-/// adopted ends with its worker.
+/// **What is promised.** A connection is given to the application of at most one worker, and is
+/// never lost before that worker has adopted it, whatever dies, hangs, refuses or overflows, as
+/// long as the dispatcher lives. The dispatcher keeps a copy of each connection until the answer;
+/// what a worker leaves unanswered goes to another one. A connection that was adopted ends with its
+/// worker.
 ///
-/// **How much.** Workers say how many connections they take. When none takes any, connections wait: in
-/// [`serve`](Self::serve) in the kernel's backlog, not accepted.
+/// **How much.** Workers say how many connections they take. When none takes any, connections wait:
+/// in [`serve`](Self::serve) in the kernel's backlog, not accepted.
 ///
 /// When the last clone is dropped, it [drains](Self::drain) without a limit.
 ///
@@ -89,7 +90,8 @@ impl Dispatcher {
         Self { _last: Arc::new(DrainOnLastDrop(Arc::clone(&shared))), shared }
     }
 
-    /// Takes a worker that is at the other end of this socket. Until it says hello, it gets nothing.
+    /// Takes a worker that is at the other end of this socket. Until it says hello, it gets
+    /// nothing.
     ///
     /// The worker is gone when its socket ends. A worker may connect in one process and serve in
     /// another, as a program does that daemonizes: the end of the process that has connected does
@@ -112,8 +114,8 @@ impl Dispatcher {
         id
     }
 
-    /// Tells a worker to finish what it has, within this time, and waits until it has left. It gets no more connections, and
-    /// is not started again. Returns whether there was such a worker.
+    /// Tells a worker to finish what it has, within this time, and waits until it has left. It gets
+    /// no more connections, and is not started again. Returns whether there was such a worker.
     ///
     /// # Cancel safety
     /// It leaves also if this is dropped, once it was polled.
@@ -125,23 +127,27 @@ impl Dispatcher {
         removed
     }
 
-    /// Hands a connection over, and begins at once: the future only waits for the outcome, which is the worker that has adopted
-    /// it. As long as no worker has room, and also as long as there are no workers, the connection waits for one.
+    /// Hands a connection over, and begins at once: the future only waits for the outcome, which is
+    /// the worker that has adopted it. As long as no worker has room, and also as long as there are
+    /// no workers, the connection waits for one.
     ///
     /// # Errors
-    /// [`DispatchError`], which brings the connection back: too many offers, or the dispatcher drains.
+    /// [`DispatchError`], which brings the connection back: too many offers, or the dispatcher
+    /// drains.
     ///
     /// # Cancel safety
-    /// If the future is dropped, the connection is handed over all the same; should that fail, its client sees the end. To be
-    /// able to stop before anything has begun, [`reserve`](Self::reserve) first.
+    /// If the future is dropped, the connection is handed over all the same; should that fail, its
+    /// client sees the end. To be able to stop before anything has begun,
+    /// [`reserve`](Self::reserve) first.
     pub fn dispatch(&self, connection: impl Into<Accepted>) -> Dispatching {
         dispatch(&self.shared, connection.into(), false)
     }
 
-    /// Waits until a worker has room for a connection, and keeps a place free for it: for those who have a connection only
-    /// then, or may be cancelled.
+    /// Waits until a worker has room for a connection, and keeps a place free for it: for those who
+    /// have a connection only then, or may be cancelled.
     ///
-    /// Places of a worker that leaves are gone with it; a connection dispatched with such a permit is the next to be offered.
+    /// Places of a worker that leaves are gone with it; a connection dispatched with such a permit
+    /// is the next to be offered.
     ///
     /// # Errors
     /// `None` when the dispatcher drains.
@@ -157,15 +163,17 @@ impl Dispatcher {
         self.shared.stats()
     }
 
-    /// Ends it, for all clones: [`serve`](Self::serve) accepts what waits in the kernel's backlog and ends, no more connections are
-    /// taken, those that there are get handed over (for half of the time at most), all workers finish what they have
-    /// adopted, and it waits until they have left. Those that have not after this time are cut off;
-    /// [their processes](DispatcherBuilder::kill_hung) are killed if the dispatcher has started them.
+    /// Ends it, for all clones: [`serve`](Self::serve) accepts what waits in the kernel's backlog
+    /// and ends, no more connections are taken, those that there are get handed over (for half of
+    /// the time at most), all workers finish what they have adopted, and it waits until they have
+    /// left. Those that have not after this time are cut off; [their
+    /// processes](DispatcherBuilder::kill_hung) are killed if the dispatcher has started them.
     ///
     /// What is not handed over by then is given back.
     ///
     /// # Cancel safety
-    /// Draining goes on if this is dropped, once it was polled. Call it again to wait, or to set another limit.
+    /// Draining goes on if this is dropped, once it was polled. Call it again to wait, or to set
+    /// another limit.
     pub async fn drain(&self, within: Option<Duration>) {
         let _ = self.shared.start_drain(within).await; // it does not panic
     }

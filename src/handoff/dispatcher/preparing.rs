@@ -19,7 +19,8 @@ use super::{
     shared::Source,
 };
 
-type Prepare = Arc<dyn Fn(OwnedFd) -> BoxFuture<'static, io::Result<Option<Accepted>>> + Send + Sync>;
+type Prepare =
+    Arc<dyn Fn(OwnedFd) -> BoxFuture<'static, io::Result<Option<Accepted>>> + Send + Sync>;
 
 /// The function, and the number of connections that it may be at work on.
 pub(super) struct Preparing {
@@ -51,7 +52,8 @@ impl Preparing {
 
     /// Waits until another connection can be prepared.
     pub(super) async fn slot(&self) -> Slot {
-        let taken = Arc::clone(&self.free).acquire_owned().await.expect("nobody closes the semaphore");
+        let taken =
+            Arc::clone(&self.free).acquire_owned().await.expect("nobody closes the semaphore");
         Slot { prepare: Arc::clone(&self.prepare), _taken: taken }
     }
 

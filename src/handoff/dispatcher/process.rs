@@ -27,7 +27,8 @@ use super::{
 };
 use crate::{Socket, sys};
 
-/// The end of a socket says little about a process: a child of its own may hold it open, and it may go on without.
+/// The end of a socket says little about a process: a child of its own may hold it open, and it may
+/// go on without.
 pub(super) enum Process {
     /// Started here.
     Child { id: ProcessId, child: Box<Child>, pid: Option<u32> },
@@ -85,7 +86,8 @@ impl Processes {
             return Some(known);
         }
         let pidfd = sys::register(pidfd, Interest::READABLE).ok()?;
-        let peer = Arc::new(Peer { id: self.next_id(), pid, pidfd, is_watched: AtomicBool::new(false) });
+        let peer =
+            Arc::new(Peer { id: self.next_id(), pid, pidfd, is_watched: AtomicBool::new(false) });
         if let Some(pid) = pid.filter(|_| is_alive) {
             self.peers.retain(|_, known| known.strong_count() > 0);
             self.peers.insert(pid, Arc::downgrade(&peer));
@@ -170,7 +172,9 @@ impl Process {
     /// matters.
     pub(super) fn watch(self, shared: &Arc<Shared>, matters: bool) {
         match self {
-            Self::Child { id, child, .. } => drop(tokio::spawn(reap(Arc::clone(shared), id, child))),
+            Self::Child { id, child, .. } => {
+                drop(tokio::spawn(reap(Arc::clone(shared), id, child)))
+            }
             Self::Peer(peer) if matters => peer.watch(shared),
             Self::Peer(_) | Self::Unknown(_) => {}
         }

@@ -66,47 +66,54 @@ into_listener! {
 }
 
 impl Dispatcher {
-    /// Accepts connections and hands them over, until the dispatcher drains. Takes a listener of tokio or std, of TCP or Unix
-    /// sockets.
+    /// Accepts connections and hands them over, until the dispatcher drains. Takes a listener of
+    /// tokio or std, of TCP or Unix sockets.
     ///
-    /// It accepts only what a worker has room for: the others wait in the kernel's backlog, where they take no descriptor. When
-    /// only 16 descriptors are left (an eighth of `RLIMIT_NOFILE`, if that is less), it accepts only as long as fewer than 8 connections are
-    /// on their way: the rest is for starting workers. At `EMFILE` it waits for some to come free.
+    /// It accepts only what a worker has room for: the others wait in the kernel's backlog, where
+    /// they take no descriptor. When only 16 descriptors are left (an eighth of `RLIMIT_NOFILE`, if
+    /// that is less), it accepts only as long as fewer than 8 connections are on their way: the
+    /// rest is for starting workers. At `EMFILE` it waits for some to come free.
     ///
-    /// A connection that finds no worker [after too many offers](super::NotDispatched::TooManyOffers), or in the time of a drain, is
-    /// shut down and [counted](super::Stats::lost).
+    /// A connection that finds no worker [after too many
+    /// offers](super::NotDispatched::TooManyOffers), or in the time of a drain, is shut down and
+    /// [counted](super::Stats::lost).
     ///
-    /// **The end.** A listener that is closed takes its backlog along: the kernel resets those connections. So keep this
-    /// future until the dispatcher has [drained](Self::drain), and let that end it. First it accepts what waits in the
-    /// backlog (4,096 connections at most), and then it closes the listener. A client whose connection is established between
-    /// the last `accept` and that moment, or that connects later, is not served, unless another process has the listener too:
-    /// a [successor](crate::takeover).
+    /// **The end.** A listener that is closed takes its backlog along: the kernel resets those
+    /// connections. So keep this future until the dispatcher has [drained](Self::drain), and let
+    /// that end it. First it accepts what waits in the backlog (4,096 connections at most), and
+    /// then it closes the listener. A client whose connection is established between the last
+    /// `accept` and that moment, or that connects later, is not served, unless another process has
+    /// the listener too: a [successor](crate::takeover).
     ///
-    /// The work is done in a task of the dispatcher, from the first poll until this future is dropped.
+    /// The work is done in a task of the dispatcher, from the first poll until this future is
+    /// dropped.
     ///
     /// # Errors
-    /// Those of taking the listener out of its event loop, `InvalidInput` when somebody has shut it down, and `Other` when the runtime
-    /// that the dispatcher was built in has ended.
+    /// Those of taking the listener out of its event loop, `InvalidInput` when somebody has shut it
+    /// down, and `Other` when the runtime that the dispatcher was built in has ended.
     ///
     /// # Cancel safety
-    /// What was accepted is handed over also if this is dropped. The listener is closed at once, and with its last copy the
-    /// connections in the backlog are.
+    /// What was accepted is handed over also if this is dropped. The listener is closed at once,
+    /// and with its last copy the connections in the backlog are.
     pub async fn serve(&self, listener: impl IntoListener) -> io::Result<()> {
         self.accept(listener, None).await
     }
 
-    /// Like [`serve`](Self::serve), with a function that prepares each connection: it may set socket options, look at the
-    /// first bytes, and say what the worker is to know. `None` if it does not want the connection to be handed over: it
-    /// has dropped it, or keeps it.
+    /// Like [`serve`](Self::serve), with a function that prepares each connection: it may set
+    /// socket options, look at the first bytes, and say what the worker is to know. `None` if it
+    /// does not want the connection to be handed over: it has dropped it, or keeps it.
     ///
-    /// Each connection is prepared in a task of its own, so a peer that sends nothing holds up no others. Two limits bound
-    /// what such peers take: the [number](super::DispatcherBuilder::max_preparing) of connections that are being prepared, and
-    /// the [time](super::DispatcherBuilder::prepare_timeout) for each. A connection that is not prepared in time is closed
-    /// and [counted](super::Stats::lost), as is one whose function panics.
+    /// Each connection is prepared in a task of its own, so a peer that sends nothing holds up no
+    /// others. Two limits bound what such peers take: the
+    /// [number](super::DispatcherBuilder::max_preparing) of connections that are being prepared,
+    /// and the [time](super::DispatcherBuilder::prepare_timeout) for each. A connection that is not
+    /// prepared in time is closed and [counted](super::Stats::lost), as is one whose function
+    /// panics.
     ///
-    /// Connections are accepted only when a worker has room, as in `serve`. Its place is not kept meanwhile: when
-    /// a connection is prepared, it waits for a place again, and still counts as being prepared. While the dispatcher
-    /// drains, those that are being prepared are handed over, too.
+    /// Connections are accepted only when a worker has room, as in `serve`. Its place is not kept
+    /// meanwhile: when a connection is prepared, it waits for a place again, and still counts as
+    /// being prepared. While the dispatcher drains, those that are being prepared are handed over,
+    /// too.
     ///
     /// ```no_run
     /// # async fn example(dispatcher: fdwire::handoff::Dispatcher, listener: tokio::net::TcpListener)
@@ -129,7 +136,8 @@ impl Dispatcher {
     /// As [`serve`](Self::serve).
     ///
     /// # Cancel safety
-    /// As [`serve`](Self::serve). Connections that are being prepared are handed over also if this is dropped.
+    /// As [`serve`](Self::serve). Connections that are being prepared are handed over also if this
+    /// is dropped.
     pub async fn serve_with<L, P, F>(&self, listener: L, prepare: P) -> io::Result<()>
     where
         L: IntoListener,
@@ -139,13 +147,18 @@ impl Dispatcher {
         self.accept(listener, Some(Preparing::new::<L, P, F>(&self.shared.config, prepare))).await
     }
 
-    async fn accept(&self, listener: impl IntoListener, preparing: Option<Preparing>) -> io::Result<()> {
+    async fn accept(
+        &self,
+        listener: impl IntoListener,
+        preparing: Option<Preparing>,
+    ) -> io::Result<()> {
         let (listener, transport, local) = listener.into_listener()?;
         let accepting = Accepting::new(&self.shared, listener, transport, local, preparing)?;
         self.shared.tasks.run(accepting.run()).await?
     }
 
-    /// Takes the workers that connect to this listener, until the dispatcher drains: see [`add_worker`](Self::add_worker).
+    /// Takes the workers that connect to this listener, until the dispatcher drains: see
+    /// [`add_worker`](Self::add_worker).
     ///
     /// # Errors
     /// Those of accept(2) that do not pass.

@@ -88,7 +88,8 @@ impl Shared {
         outcome
     }
 
-    /// Does what the pool has decided. Wakers and subscribers of `tracing` are foreign code, so nothing is locked.
+    /// Does what the pool has decided. Wakers and subscribers of `tracing` are foreign code, so
+    /// nothing is locked.
     fn handle(self: &Arc<Self>, events: Vec<Event<Box<Handover>>>) {
         let (mut failed, mut useless) = (Vec::new(), Copies::new());
         for event in events {
@@ -127,7 +128,9 @@ impl Shared {
         // All users are told before anything is logged, which may panic.
         let told = Vec::from_iter(failed.into_iter().map(|(connection, failure)| {
             let reason = match failure {
-                Failure::TooManyOffers { offers, last } => NotDispatched::TooManyOffers { offers, last },
+                Failure::TooManyOffers { offers, last } => {
+                    NotDispatched::TooManyOffers { offers, last }
+                }
                 Failure::Draining => NotDispatched::Draining,
             };
             // Counted before the user is told, who may look at the numbers then.
@@ -145,7 +148,10 @@ impl Shared {
             if is_given_back {
                 warn!(reason, "connection given back: no worker adopted it");
             } else {
-                warn!(reason, "connection closed: no worker adopted it and nobody was waiting for it");
+                warn!(
+                    reason,
+                    "connection closed: no worker adopted it and nobody was waiting for it"
+                );
             }
         }
     }
@@ -172,7 +178,9 @@ impl Shared {
     }
 
     /// Waits in the queue of the pool for a place. `None` if it gives out none.
-    pub(super) fn wait_for_place(self: &Arc<Self>) -> Option<Result<Permit, (TicketId, oneshot::Receiver<Permit>)>> {
+    pub(super) fn wait_for_place(
+        self: &Arc<Self>,
+    ) -> Option<Result<Permit, (TicketId, oneshot::Receiver<Permit>)>> {
         self.act(|pool| {
             if pool.try_reserve() {
                 return Some(Ok(Permit::new(self)));
@@ -191,8 +199,8 @@ impl Shared {
         lock(&self.waiters).remove(&ticket);
     }
 
-    /// Wakes every [`until`](Self::until) waiter. Called after any change except those of a single connection; while draining,
-    /// after those too.
+    /// Wakes every [`until`](Self::until) waiter. Called after any change except those of a single
+    /// connection; while draining, after those too.
     pub(super) fn changed(&self) {
         self.changes.send_replace(());
     }
@@ -229,7 +237,11 @@ impl Shared {
     /// Logs that a worker has left, and why.
     pub(super) fn log_exit(&self, id: WorkerId) {
         let worker = lock(&self.pool).worker(id);
-        let Some((program, exit)) = worker.and_then(|worker| Some((worker.program, worker.last_exit?))) else { return };
+        let Some((program, exit)) =
+            worker.and_then(|worker| Some((worker.program, worker.last_exit?)))
+        else {
+            return;
+        };
         let (pid, unanswered) = (exit.pid, exit.unanswered);
         match exit.cause {
             RetireCause::Drained => info!(worker = %id, program, pid, "worker has drained"),
@@ -249,7 +261,8 @@ impl Shared {
     }
 
     async fn drain(self: &Arc<Self>, half: Option<Instant>, until: Option<Instant>) {
-        // First everything is handed over that was accepted. Workers that are full may not take it in time.
+        // First everything is handed over that was accepted. Workers that are full may not take it
+        // in time.
         let is_settled = |pool: &Pool<_>| self.sources.load(Relaxed) == 0 && pool.is_settled();
         at_most(half, self.until(is_settled)).await;
         self.act(|pool| pool.close(Instant::now()));
@@ -274,8 +287,8 @@ async fn at_most(until: Option<Instant>, future: impl Future<Output = ()>) {
     }
 }
 
-/// An accept loop, or a connection that is being prepared: it may bring connections while the dispatcher drains, and the drain
-/// waits for it.
+/// An accept loop, or a connection that is being prepared: it may bring connections while the
+/// dispatcher drains, and the drain waits for it.
 #[derive(Debug)]
 pub(super) struct Source(Arc<Shared>);
 
@@ -299,7 +312,8 @@ impl Drop for Source {
     }
 }
 
-/// A worker is listed as long as its task lives, even if that panics in a subscriber of `tracing`: nobody waits for it then.
+/// A worker is listed as long as its task lives, even if that panics in a subscriber of `tracing`:
+/// nobody waits for it then.
 #[derive(Debug)]
 pub(super) struct WorkerEntryGuard {
     shared: Arc<Shared>,

@@ -97,25 +97,28 @@ impl WorkerCommand {
     /// # Errors
     /// They have the name of the program.
     fn start(&mut self) -> io::Result<(Socket, Child)> {
-        self.try_start()
-            .map_err(|error| io::Error::new(error.kind(), format!("cannot start {}: {error}", self.program())))
+        self.try_start().map_err(|error| {
+            io::Error::new(error.kind(), format!("cannot start {}: {error}", self.program()))
+        })
     }
 
     fn try_start(&mut self) -> io::Result<(Socket, Child)> {
         let (ours, theirs) = Socket::pair(self.kind)?;
         let child = self.command.stdin(Stdio::from(OwnedFd::from(theirs))).spawn();
-        // The command keeps what it was given. As long as the worker's end were open here, its death would not end the socket.
+        // The command keeps what it was given. As long as the worker's end were open here, its
+        // death would not end the socket.
         self.command.stdin(Stdio::null());
         Ok((ours, child?))
     }
 }
 
 impl Dispatcher {
-    /// Starts a worker: a process with the worker's end of a socket as its standard input. Nothing else is open in it that was not
-    /// meant for it, since all descriptors of this crate are close-on-exec.
+    /// Starts a worker: a process with the worker's end of a socket as its standard input. Nothing
+    /// else is open in it that was not meant for it, since all descriptors of this crate are
+    /// close-on-exec.
     ///
-    /// When the dispatcher is gone, the worker sees the end of the socket. Whether it is killed then is the command's
-    /// [`kill_on_drop`](Command::kill_on_drop).
+    /// When the dispatcher is gone, the worker sees the end of the socket. Whether it is killed
+    /// then is the command's [`kill_on_drop`](Command::kill_on_drop).
     ///
     /// # Errors
     /// Those of starting a process, with the name of the program, and of making a pair of sockets.
@@ -138,7 +141,12 @@ impl Dispatcher {
 }
 
 /// Runs one process of the worker after the other.
-async fn supervise(shared: Arc<Shared>, id: WorkerId, mut command: WorkerCommand, mut task: WorkerTask) {
+async fn supervise(
+    shared: Arc<Shared>,
+    id: WorkerId,
+    mut command: WorkerCommand,
+    mut task: WorkerTask,
+) {
     let _entry = WorkerEntryGuard::new(&shared, id);
     let mut backoff = Backoff::new(FIRST_WAIT, command.longest_wait);
     loop {

@@ -20,8 +20,8 @@ impl fmt::Display for WorkerId {
     }
 }
 
-/// Numbers of a dispatcher, from [`Dispatcher::stats`](super::Dispatcher::stats). Those without a unit count connections,
-/// from the beginning.
+/// Numbers of a dispatcher, from [`Dispatcher::stats`](super::Dispatcher::stats). Those without a
+/// unit count connections, from the beginning.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct Stats {
@@ -36,8 +36,8 @@ pub struct Stats {
     /// Given back to the application in a [`DispatchError`](super::DispatchError).
     pub given_back: u64,
     /// Closed by the dispatcher without being adopted, since nobody was there to take them back: of
-    /// [`serve`](super::Dispatcher::serve) or a dropped [`Dispatching`](super::Dispatching), after too many offers or at the end
-    /// of a drain.
+    /// [`serve`](super::Dispatcher::serve) or a dropped [`Dispatching`](super::Dispatching), after
+    /// too many offers or at the end of a drain.
     pub lost: u64,
     /// Waiting for a worker with room, now.
     pub waiting: usize,
@@ -65,7 +65,8 @@ pub struct Stats {
     pub waits_for_place: Option<Duration>,
 }
 
-/// How many workers left, by [cause](RetireCause). One that is started again and leaves again counts again.
+/// How many workers left, by [cause](RetireCause). One that is started again and leaves again
+/// counts again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct RetireCounts {
@@ -164,7 +165,8 @@ pub struct WorkerExit {
 impl Hash for WorkerExit {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let status = self.status.map(ExitStatusExt::into_raw);
-        (&self.cause, self.pid, status, self.lifetime, self.unanswered, self.restart_in).hash(state);
+        (&self.cause, self.pid, status, self.lifetime, self.unanswered, self.restart_in)
+            .hash(state);
     }
 }
 

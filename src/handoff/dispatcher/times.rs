@@ -37,7 +37,8 @@ impl AdoptionTimes {
     /// long as the shortest such time. `None` if no connection was adopted, or if it took longer
     /// than 67 s.
     pub fn quantile(&self, share: f64) -> Option<Duration> {
-        let wanted = (self.0.iter().sum::<u64>() as f64 * share.clamp(0.0, 1.0)).ceil().max(1.0) as u64;
+        let wanted =
+            (self.0.iter().sum::<u64>() as f64 * share.clamp(0.0, 1.0)).ceil().max(1.0) as u64;
         let mut counted = 0;
         let bucket = self.0.iter().position(|count| {
             counted += count;
@@ -49,7 +50,8 @@ impl AdoptionTimes {
     pub(super) fn record(&mut self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         // 64 us belong to the first bucket, 65 to 128 to the second, 129 to 256 to the third.
-        let bucket = (micros.saturating_sub(1) / FIRST).checked_ilog2().map_or(0, |log| log as usize + 1);
+        let bucket =
+            (micros.saturating_sub(1) / FIRST).checked_ilog2().map_or(0, |log| log as usize + 1);
         self.0[bucket.min(BUCKETS - 1)] += 1;
     }
 }
@@ -64,10 +66,14 @@ mod tests {
 
     #[test]
     fn each_time_is_counted_in_the_first_bucket_that_is_long_enough() {
-        for micros in [0, 1, 63, 64, 65, 127, 128, 129, 1_000_000, FIRST << 20, (FIRST << 20) + 1, u64::MAX] {
+        for micros in
+            [0, 1, 63, 64, 65, 127, 128, 129, 1_000_000, FIRST << 20, (FIRST << 20) + 1, u64::MAX]
+        {
             let mut times = AdoptionTimes::default();
             times.record(Duration::from_micros(micros));
-            let long_enough = |up_to: Option<Duration>| up_to.is_none_or(|up_to| up_to.as_micros() >= micros.into());
+            let long_enough = |up_to: Option<Duration>| {
+                up_to.is_none_or(|up_to| up_to.as_micros() >= micros.into())
+            };
             let expected = times.buckets().position(|(up_to, _)| long_enough(up_to));
             assert_eq!(times.buckets().position(|(_, count)| count == 1), expected, "{micros}");
         }
@@ -80,7 +86,8 @@ mod tests {
         for micros in [10, 100, 100, 1000] {
             times.record(Duration::from_micros(micros));
         }
-        let quantiles = [0.0, 0.25, 0.5, 0.75, 0.76, 1.0].map(|share| times.quantile(share).unwrap().as_micros());
+        let quantiles = [0.0, 0.25, 0.5, 0.75, 0.76, 1.0]
+            .map(|share| times.quantile(share).unwrap().as_micros());
         assert_eq!(quantiles, [64, 64, 128, 128, 1024, 1024]);
         times.record(Duration::MAX);
         assert_eq!(times.quantile(1.0), None);

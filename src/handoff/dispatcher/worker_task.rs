@@ -1,4 +1,5 @@
-//! The task of one worker: it owns the socket and the process, and moves messages between them and the pool, which decides.
+//! The task of one worker: it owns the socket and the process, and moves messages between them and
+//! the pool, which decides.
 
 use std::{
     collections::VecDeque,
@@ -99,14 +100,19 @@ impl WorkerTask {
 
     /// Serves the worker until it is gone.
     pub(super) async fn run(mut self) {
-        // A subscriber of `tracing` may panic. What the worker has sent by then counts all the same.
+        // A subscriber of `tracing` may panic. What the worker has sent by then counts all the
+        // same.
         let cause = AssertUnwindSafe(poll_fn(|cx| self.poll(cx))).catch_unwind().await;
-        self.retire(cause.unwrap_or_else(|_| RetireCause::Misbehaved("its task has panicked".into()))).await
+        self.retire(
+            cause.unwrap_or_else(|_| RetireCause::Misbehaved("its task has panicked".into())),
+        )
+        .await
     }
 
     /// Everything that there is to do. Ready when the worker has to go.
     ///
-    /// Messages are received before the time is looked at: if this process was not running, answers wait in the socket.
+    /// Messages are received before the time is looked at: if this process was not running, answers
+    /// wait in the socket.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<RetireCause> {
         let mut is_due = false;
         loop {
@@ -158,7 +164,8 @@ impl WorkerTask {
         }
     }
 
-    /// Gives the pool what was received, and takes what is to be sent, and the time of the next timeout.
+    /// Gives the pool what was received, and takes what is to be sent, and the time of the next
+    /// timeout.
     fn exchange(&mut self, end: Option<RetireCause>) -> Result<(), RetireCause> {
         let Self { shared, id, outbound, received, sending, timer, .. } = self;
         let (id, now) = (*id, Instant::now());
@@ -196,14 +203,16 @@ impl WorkerTask {
         Ok(())
     }
 
-    /// Usually there is more time than before. Then it goes off too early, which costs less than setting it each time.
+    /// Usually there is more time than before. Then it goes off too early, which costs less than
+    /// setting it each time.
     fn set_timer(&mut self, due: Instant) {
         if due < self.timer.deadline().into() || self.timer.is_elapsed() {
             self.timer.as_mut().reset(due.into());
         }
     }
 
-    /// Queues a message. Room is not waited for: offers are bounded by their number, and the other messages are few.
+    /// Queues a message. Room is not waited for: offers are bounded by their number, and the other
+    /// messages are few.
     fn send(&mut self, message: ToWorker<Offer<SendFd>>) -> Result<(), RetireCause> {
         match &message {
             ToWorker::Welcome { .. } => {
@@ -218,26 +227,30 @@ impl WorkerTask {
             ToWorker::Ping { .. } => self.close_ended(),
             ToWorker::Drain { .. } | ToWorker::Fenced => {}
         }
-        self.outbound.accept(&mut DispatcherCodec::default(), message).map_err(|refused| refused.error.into())
+        self.outbound
+            .accept(&mut DispatcherCodec::default(), message)
+            .map_err(|refused| refused.error.into())
     }
 
     /// Closes the copies that were kept of connections which have ended.
     fn close_ended(&self) {
-        let ended = self.shared.act(|pool| pool.stale.take_ended(|connection| connection.has_ended()));
+        let ended =
+            self.shared.act(|pool| pool.stale.take_ended(|connection| connection.has_ended()));
         let mut copies = Copies::new();
         ended.into_iter().for_each(|connection| copies.extend(connection.into_copies()));
         copies.close();
     }
 
-    /// Tells a worker that may go on. Not after messages that it has not taken yet: there may be offers among them.
+    /// Tells a worker that may go on. Not after messages that it has not taken yet: there may be
+    /// offers among them.
     async fn report_fence(&mut self) {
         if self.outbound.unsent().bytes == 0 && self.send(ToWorker::Fenced).is_ok() {
             let _ = poll_fn(|cx| Poll::Ready(self.outbound.poll_flush(cx))).await;
         }
     }
 
-    /// The one way out, whatever the cause. After the cut the worker can write no answer, and those that it wrote before are
-    /// here to be read: what is unanswered then, it will never adopt.
+    /// The one way out, whatever the cause. After the cut the worker can write no answer, and those
+    /// that it wrote before are here to be read: what is unanswered then, it will never adopt.
     async fn retire(mut self, cause: RetireCause) {
         let _ = self.read.socket().shutdown(Shutdown::Read); // an error means that there is nothing left to cut
         let mut last = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
@@ -255,7 +268,8 @@ impl WorkerTask {
         let Self { shared, id, mut process, outbound, has_greeted, .. } = self;
         let state = process.state(&cause, has_received);
         // A process that has not said hello may not even look at its socket.
-        let is_fenced = matches!(cause, RetireCause::Hung | RetireCause::Misbehaved(_) | RetireCause::Overdue);
+        let is_fenced =
+            matches!(cause, RetireCause::Hung | RetireCause::Misbehaved(_) | RetireCause::Overdue);
         let lives = matches!(state, ProcessState::Lives { .. });
         if lives && (is_fenced || !has_greeted) && shared.config.kill_hung {
             process.kill();

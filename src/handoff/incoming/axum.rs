@@ -83,14 +83,20 @@ impl Listener for Incoming {
         }
         let end = self.handle().ended().await;
         sleep(10 * GRACE).await;
-        warn!(?end, "nothing more is to be served, but axum::serve goes on: it needs a graceful shutdown");
+        warn!(
+            ?end,
+            "nothing more is to be served, but axum::serve goes on: it needs a graceful shutdown"
+        );
         pending().await
     }
 
     /// # Errors
     /// Always: each connection has a [local address](Connection::local_addr) of its own.
     fn local_addr(&self) -> io::Result<Address> {
-        Err(io::Error::new(io::ErrorKind::Unsupported, "each connection has a local address of its own"))
+        Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "each connection has a local address of its own",
+        ))
     }
 }
 

@@ -126,7 +126,11 @@ impl<T> Book<T> {
             is_busy: false,
             report_at: None,
             count_at: None,
-            messages: VecDeque::from([FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds }]),
+            messages: VecDeque::from([FromWorker::Hello {
+                lowest: VERSION,
+                highest: VERSION,
+                max_fds,
+            }]),
             taken: 0,
             sent: 0,
         }
@@ -145,9 +149,15 @@ impl<T> Book<T> {
     ) -> Result<Vec<T>, Error> {
         match message {
             ToWorker::Welcome { version: VERSION } if !self.welcomed => self.welcomed = true,
-            ToWorker::Welcome { .. } => return Err(Error::invalid("a WELCOME out of place, or to another version")),
-            _ if !self.welcomed => return Err(Error::invalid("a dispatcher that does not begin with WELCOME")),
-            ToWorker::Offer { number, offer } => return self.on_offer(number, offer).map(Vec::from_iter),
+            ToWorker::Welcome { .. } => {
+                return Err(Error::invalid("a WELCOME out of place, or to another version"));
+            }
+            _ if !self.welcomed => {
+                return Err(Error::invalid("a dispatcher that does not begin with WELCOME"));
+            }
+            ToWorker::Offer { number, offer } => {
+                return self.on_offer(number, offer).map(Vec::from_iter);
+            }
             ToWorker::Recall { before } => {
                 let first = self.adopted + self.rejected;
                 return Ok(self.reject(before.saturating_sub(first), RejectReason::Recalled));
@@ -159,12 +169,18 @@ impl<T> Book<T> {
         Ok(Vec::new())
     }
 
-    fn on_offer(&mut self, number: u64, offer: Result<T, RejectReason>) -> Result<Option<T>, Error> {
+    fn on_offer(
+        &mut self,
+        number: u64,
+        offer: Result<T, RejectReason>,
+    ) -> Result<Option<T>, Error> {
         if self.offered == self.demand {
             return Err(Error::invalid("more offers than were asked for"));
         }
         if number != self.offered {
-            return Err(Error::invalid("an offer is missing: something else has read from this socket"));
+            return Err(Error::invalid(
+                "an offer is missing: something else has read from this socket",
+            ));
         }
         self.offered += 1;
         let (waiting, unwanted) = match offer {
@@ -307,7 +323,9 @@ impl<T> Book<T> {
             }
             self.is_busy |= reason == RejectReason::Recalled;
             match self.messages.back_mut() {
-                Some(FromWorker::Rejected { count, reason: last, .. }) if *last == reason => *count += 1,
+                Some(FromWorker::Rejected { count, reason: last, .. }) if *last == reason => {
+                    *count += 1
+                }
                 _ => self.messages.push_back(FromWorker::Rejected { first, count: 1, reason }),
             }
         }
@@ -335,7 +353,8 @@ impl<T> Book<T> {
             self.spare = free().saturating_sub(promised).div_ceil(2);
         }
         let granted = room.min(self.spare / self.max_fds);
-        self.count_at = if granted < room { self.count_at.or(Some(now + COUNT_AFTER)) } else { None };
+        self.count_at =
+            if granted < room { self.count_at.or(Some(now + COUNT_AFTER)) } else { None };
         if granted > 0 {
             self.spare -= granted * self.max_fds;
             self.demand += granted;
@@ -393,10 +412,11 @@ impl<T> Book<T> {
         let untold = self.adopting.partition_point(|(told, _)| *told <= self.sent);
         self.adopted -= (self.adopting.len() - untold) as u64;
         let untold = self.adopting.split_off(untold).into_iter().map(|(_, offer)| offer);
-        let waiting = std::mem::take(&mut self.unanswered).into_iter().filter_map(|waiting| match waiting {
-            Waiting::ForApplication(offer) => Some(offer),
-            Waiting::ForTurn(_) => None,
-        });
+        let waiting =
+            std::mem::take(&mut self.unanswered).into_iter().filter_map(|waiting| match waiting {
+                Waiting::ForApplication(offer) => Some(offer),
+                Waiting::ForTurn(_) => None,
+            });
         let mut left = Vec::from_iter(untold.chain(waiting));
         if serve {
             self.adopted += left.len() as u64;

@@ -78,7 +78,8 @@ struct State {
 impl Channel {
     pub(super) fn open(socket: Socket, settings: Settings) -> Arc<Self> {
         let (read, write) =
-            Framed::with_codecs(socket.quiet(), SalvagingCodec::default(), WorkerCodec::default()).into_split();
+            Framed::with_codecs(socket.quiet(), SalvagingCodec::default(), WorkerCodec::default())
+                .into_split();
         let state = State {
             book: Book::new(settings.window, settings.max_connections, settings.max_fds),
             headroom: Headroom::default(),
@@ -91,7 +92,8 @@ impl Channel {
             task: Waker::noop().clone(),
             runtime: Handle::current(),
         };
-        let channel = Arc::new(Self { state: Mutex::new(state), phase: watch::Sender::new(Phase::Open) });
+        let channel =
+            Arc::new(Self { state: Mutex::new(state), phase: watch::Sender::new(Phase::Open) });
         tokio::spawn(Task { channel: Arc::clone(&channel), read, timer: None });
         channel
     }
@@ -215,7 +217,8 @@ impl Channel {
         let Some(write) = state.write.take() else { return };
         // Standard input stays open beside the socket that was made of it.
         let _ = write.socket().shutdown(Shutdown::Both);
-        let serve = state.serve_unanswered && matches!(end, End::DispatcherGone) && !state.abandoned;
+        let serve =
+            state.serve_unanswered && matches!(end, End::DispatcherGone) && !state.abandoned;
         let unwanted = state.book.end(serve);
         let application = state.application.take();
         drop((state, write));
@@ -256,7 +259,9 @@ impl State {
         let flushed = self.poll_flush(&mut Context::from_waker(&task));
         // It sends the rest, finds out what an error means, or waits for another time.
         let is_sooner = |next| before.is_none_or(|before| next < before);
-        if !matches!(flushed, Poll::Ready(Ok(()))) || self.book.next_timeout().is_some_and(is_sooner) {
+        if !matches!(flushed, Poll::Ready(Ok(())))
+            || self.book.next_timeout().is_some_and(is_sooner)
+        {
             self.wake_task();
         }
     }
@@ -273,7 +278,9 @@ impl State {
             let before = write.unsent().bytes;
             // One that is refused is never sent, and nothing after it: the socket has failed.
             match Pin::new(&mut *write).start_send(message) {
-                Ok(()) => self.fed = self.fed.saturating_add((write.unsent().bytes - before) as u64),
+                Ok(()) => {
+                    self.fed = self.fed.saturating_add((write.unsent().bytes - before) as u64)
+                }
                 Err(_) => self.fed = u64::MAX,
             }
             self.ends.push_back(self.fed);
@@ -309,6 +316,8 @@ impl State {
     fn is_cut_off(&self) -> bool {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let socket = self.write.as_ref().map(WriteHalf::socket);
-        socket.is_some_and(|socket| recv(socket.as_fd().as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN))
+        socket.is_some_and(|socket| {
+            recv(socket.as_fd().as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
+        })
     }
 }

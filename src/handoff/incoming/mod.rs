@@ -126,12 +126,17 @@ impl Incoming {
         poll_fn(|cx| self.poll_batch(cx, max.max(1))).await
     }
 
-    fn poll_batch<B: FromIterator<Connection>>(&mut self, cx: &Context<'_>, max: usize) -> Poll<Option<B>> {
+    fn poll_batch<B: FromIterator<Connection>>(
+        &mut self,
+        cx: &Context<'_>,
+        max: usize,
+    ) -> Poll<Option<B>> {
         let adopted = ready!(self.channel.poll_adopt(cx, max));
         if adopted.is_empty() {
             return Poll::Ready(None);
         }
-        let connections = adopted.into_iter().map(|prepared| Connection::adopted(prepared, &self.channel));
+        let connections =
+            adopted.into_iter().map(|prepared| Connection::adopted(prepared, &self.channel));
         Poll::Ready(Some(connections.collect()))
     }
 
@@ -241,12 +246,18 @@ impl IncomingHandle {
         })
     }
 
-    fn end_of(&self, end: fn(&Phase) -> Option<End>) -> impl Future<Output = End> + Send + 'static + use<> {
+    fn end_of(
+        &self,
+        end: fn(&Phase) -> Option<End>,
+    ) -> impl Future<Output = End> + Send + 'static + use<> {
         let mut phase = self.channel.phase();
         async move {
             let ended = phase.wait_for(|phase| end(phase).is_some()).await;
             // It cannot be closed before: a connection keeps the channel.
-            ended.ok().and_then(|phase| end(&phase)).unwrap_or_else(|| End::Failed(Arc::new(Error::Closed)))
+            ended
+                .ok()
+                .and_then(|phase| end(&phase))
+                .unwrap_or_else(|| End::Failed(Arc::new(Error::Closed)))
         }
     }
 }
@@ -289,7 +300,12 @@ struct Settings {
 
 impl Default for IncomingBuilder {
     fn default() -> Self {
-        Self(Settings { window: 64, max_connections: u64::MAX, serve_unanswered: false, max_fds: 1 })
+        Self(Settings {
+            window: 64,
+            max_connections: u64::MAX,
+            serve_unanswered: false,
+            max_fds: 1,
+        })
     }
 }
 

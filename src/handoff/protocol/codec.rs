@@ -32,8 +32,9 @@ pub struct WorkerCodec(());
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DispatcherCodec(());
 
-/// Decodes what a worker sends, as [`DispatcherCodec`] does, and goes on after a message that is none of the
-/// protocol's: an item is a message, or what is wrong with one. Only broken frames end it.
+/// Decodes what a worker sends, as [`DispatcherCodec`] does, and goes on after a message that is
+/// none of the protocol's: an item is a message, or what is wrong with one. Only broken frames end
+/// it.
 #[derive(Debug, Default)]
 pub(in crate::handoff) struct TolerantCodec {
     /// Descriptors without a message were complained of.
@@ -83,7 +84,11 @@ impl<F> Decoder<F> for WorkerCodec {
     type Item = ToWorker<Offer<F>>;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Self::Item>, Error> {
         while let Some(frame) = frames().decode(src, fds)? {
             match ToWorker::read(&frame.payload, frame.fds) {
                 Ok(Some(message)) => return Ok(Some(message)),
@@ -105,7 +110,11 @@ impl<F> Decoder<F> for WorkerCodec {
 impl<F> Encoder<FromWorker, F> for WorkerCodec {
     type Error = Error;
 
-    fn encode(&mut self, message: FromWorker, dst: &mut SendBuf<F>) -> Result<(), SendError<FromWorker>> {
+    fn encode(
+        &mut self,
+        message: FromWorker,
+        dst: &mut SendBuf<F>,
+    ) -> Result<(), SendError<FromWorker>> {
         let frame = Frame { payload: message.to_payload().into(), fds: Default::default() };
         frames().encode(frame, dst).map_err(|refused| SendError::refused(message, refused.error))
     }
@@ -115,7 +124,11 @@ impl<F> Decoder<F> for TolerantCodec {
     type Item = Result<FromWorker, Error>;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Self::Item>, Error> {
         while let Some(frame) = FrameCodec::new(self.limits()).decode(src, fds)? {
             if !frame.fds.is_empty() {
                 let count = frame.fds.len();
@@ -128,13 +141,17 @@ impl<F> Decoder<F> for TolerantCodec {
                 Err(error) => return Ok(Some(Err(error))),
             }
         }
-        // No message of a worker has descriptors. They are looked at last: on a stream, those of a later
-        // message come with the bytes of the messages before it.
+        // No message of a worker has descriptors. They are looked at last: on a stream, those of a
+        // later message come with the bytes of the messages before it.
         let surplus = fds.count() > 0 && !std::mem::replace(&mut self.complained, fds.count() > 0);
         Ok(surplus.then(|| Err(Error::UnclaimedFds { fds: fds.count() })))
     }
 
-    fn decode_eof(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Error> {
+    fn decode_eof(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Self::Item>, Error> {
         match self.decode(src, fds)? {
             None if !src.is_empty() => Err(Error::UnexpectedEnd { bytes: src.len() }),
             item => Ok(item),
@@ -150,7 +167,11 @@ impl<F> Decoder<F> for DispatcherCodec {
     type Item = FromWorker;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<FromWorker>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<FromWorker>, Error> {
         TolerantCodec::default().decode(src, fds)?.transpose()
     }
 
@@ -163,8 +184,8 @@ impl<F> Encoder<ToWorker<Offer<F>>, F> for DispatcherCodec {
     type Error = Error;
 
     /// # Errors
-    /// [`Error::FrameTooLong`] for an offer with more than [`MAX_MESSAGE_BYTES`], [`Error::TooManyFds`] for one
-    /// with more than [`MAX_OFFER_FDS`]. It comes back.
+    /// [`Error::FrameTooLong`] for an offer with more than [`MAX_MESSAGE_BYTES`],
+    /// [`Error::TooManyFds`] for one with more than [`MAX_OFFER_FDS`]. It comes back.
     fn encode(
         &mut self,
         message: ToWorker<Offer<F>>,

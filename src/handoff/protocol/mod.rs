@@ -19,8 +19,8 @@ pub(super) use salvage::SalvagingCodec;
 /// The version of the protocol that is spoken here.
 pub const VERSION: u8 = 1;
 
-/// Longest payload of a frame in bytes: what bounds the already-read bytes and the metadata of an offer, together with
-/// their addresses.
+/// Longest payload of a frame in bytes: what bounds the already-read bytes and the metadata of an
+/// offer, together with their addresses.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
 /// The most descriptors of an offer: the connection's, and those of its bundle.
@@ -43,8 +43,8 @@ pub enum FromWorker {
         /// The most descriptors of an offer that it takes, at least 1.
         max_fds: u8,
     },
-    /// It takes this many offers in all, counted from the beginning. Initially none; falls only after a
-    /// [refusal](self#refusals).
+    /// It takes this many offers in all, counted from the beginning. Initially none; falls only
+    /// after a [refusal](self#refusals).
     Demand {
         /// Number of offers.
         total: u64,
@@ -126,7 +126,8 @@ pub enum ToWorker<O = Offer> {
     },
     /// Take no more, finish what was adopted, then say [`FromWorker::Goodbye`].
     Drain {
-        /// How long that may take; `None` without a limit. Goes out in whole milliseconds, at most `u32::MAX - 1` of them.
+        /// How long that may take; `None` without a limit. Goes out in whole milliseconds, at most
+        /// `u32::MAX - 1` of them.
         within: Option<Duration>,
     },
     /// It takes no more answers from this worker. Nothing follows.
@@ -138,7 +139,9 @@ impl<O> ToWorker<O> {
     pub fn map<P>(self, offer: impl FnOnce(O) -> P) -> ToWorker<P> {
         match self {
             Self::Welcome { version } => ToWorker::Welcome { version },
-            Self::Offer { number, offer: before } => ToWorker::Offer { number, offer: offer(before) },
+            Self::Offer { number, offer: before } => {
+                ToWorker::Offer { number, offer: offer(before) }
+            }
             Self::Recall { before } => ToWorker::Recall { before },
             Self::Ping { nonce } => ToWorker::Ping { nonce },
             Self::Drain { within } => ToWorker::Drain { within },
@@ -164,8 +167,8 @@ pub struct Offer<F = OwnedFd> {
     pub metadata: Bytes,
     /// The socket.
     pub fd: F,
-    /// Further descriptors that belong to the connection, adopted or rejected together with it. What
-    /// they are is in the metadata: the protocol does not know.
+    /// Further descriptors that belong to the connection, adopted or rejected together with it.
+    /// What they are is in the metadata: the protocol does not know.
     pub bundle: Vec<F>,
 }
 

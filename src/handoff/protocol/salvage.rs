@@ -46,11 +46,18 @@ impl<F> Decoder<F> for SalvagingCodec<F> {
     type Item = ToWorker<Option<Offer<F>>>;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Self::Item>, Error> {
         loop {
             // First without the descriptors, since they may be missing.
             let mut stand_ins = FdQueue::from_iter([(); MAX_OFFER_FDS]);
-            let Some(Frame { payload, fds: claimed }) = frames().decode(src, &mut stand_ins)? else { break };
+            let Some(Frame { payload, fds: claimed }) = frames().decode(src, &mut stand_ins)?
+            else {
+                break;
+            };
             match ToWorker::read(&payload, claimed) {
                 Ok(None) => {} // an extension that is not known here
                 Ok(Some(ToWorker::Offer { number, offer })) => {
@@ -85,7 +92,9 @@ impl<F> SalvagingCodec<F> {
         }
         let claimed: Fds<F> = fds.claim(count)?;
         if !self.has_lost && !claimed.first().is_some_and(is_it) {
-            return Err(Error::invalid("the descriptor of an offer is not the one that it describes"));
+            return Err(Error::invalid(
+                "the descriptor of an offer is not the one that it describes",
+            ));
         }
         let mut claimed = claimed.into_iter();
         let Some(fd) = claimed.next() else { return Ok(None) }; // it has one at least

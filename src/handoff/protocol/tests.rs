@@ -45,12 +45,19 @@ fn to_worker() -> impl Strategy<Value = ToWorker<Offer<u32>>> {
 }
 
 fn reason() -> impl Strategy<Value = RejectReason> {
-    prop_oneof![proptest::sample::select(&RejectReason::KNOWN[..]), (5u8..).prop_map(RejectReason::Other)]
+    prop_oneof![
+        proptest::sample::select(&RejectReason::KNOWN[..]),
+        (5u8..).prop_map(RejectReason::Other)
+    ]
 }
 
 fn from_worker() -> impl Strategy<Value = FromWorker> {
     prop_oneof![
-        any::<(u8, u8, u8)>().prop_map(|(lowest, highest, max_fds)| FromWorker::Hello { lowest, highest, max_fds }),
+        any::<(u8, u8, u8)>().prop_map(|(lowest, highest, max_fds)| FromWorker::Hello {
+            lowest,
+            highest,
+            max_fds
+        }),
         any::<u64>().prop_map(|total| FromWorker::Demand { total }),
         any::<(u64, u32)>().prop_map(|(first, count)| FromWorker::Adopted { first, count }),
         (any::<(u64, u32)>(), reason()).prop_map(|((first, count), reason)| FromWorker::Rejected {
@@ -66,7 +73,10 @@ fn from_worker() -> impl Strategy<Value = FromWorker> {
 }
 
 /// What a codec makes of one message: its bytes, and its descriptors as numbers.
-fn encoded<I: std::fmt::Debug>(mut codec: impl Encoder<I, u32, Error = Error>, message: I) -> (BytesMut, Vec<u32>) {
+fn encoded<I: std::fmt::Debug>(
+    mut codec: impl Encoder<I, u32, Error = Error>,
+    message: I,
+) -> (BytesMut, Vec<u32>) {
     let mut buf = SendBuf::new();
     codec.encode(message, &mut buf).unwrap();
     buf.into_parts()
@@ -96,7 +106,8 @@ proptest! {
         prop_assert_eq!(decoded.unwrap(), Some(message));
     }
 
-    /// In bytes: nothing shorter, and nothing with a descriptor too many. What follows the fields is of a later revision.
+    /// In bytes: nothing shorter, and nothing with a descriptor too many. What follows the fields
+    /// is of a later revision.
     ///
     /// Rules: P-FIELDS.
     #[test]
@@ -177,7 +188,10 @@ fn messages_in_bytes() {
         ..offer
     };
     let bytes = b"\x82\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x09\x02\0\x01\0\x06/run/x\0\0\0\0\0\0\0\0";
-    assert_eq!(encoded(DispatcherCodec::default(), ToWorker::Offer { number: 0, offer: unix }).0, frame(bytes, 1));
+    assert_eq!(
+        encoded(DispatcherCodec::default(), ToWorker::Offer { number: 0, offer: unix }).0,
+        frame(bytes, 1)
+    );
 }
 
 /// Rules: P-LENGTH, D-OFFER-FDS.
@@ -196,8 +210,11 @@ fn an_offer_that_is_too_long_comes_back() {
         };
         ToWorker::Offer { number: 0, offer }
     };
-    for message in [offer(MAX_MESSAGE_BYTES, 0, 1), offer(0, 65_536, 1), offer(0, 0, MAX_OFFER_FDS + 1)] {
-        let refused = DispatcherCodec::default().encode(message.clone(), &mut SendBuf::new()).unwrap_err();
+    for message in
+        [offer(MAX_MESSAGE_BYTES, 0, 1), offer(0, 65_536, 1), offer(0, 0, MAX_OFFER_FDS + 1)]
+    {
+        let refused =
+            DispatcherCodec::default().encode(message.clone(), &mut SendBuf::new()).unwrap_err();
         assert!(matches!(refused.error, Error::FrameTooLong { .. } | Error::TooManyFds { .. }));
         assert_eq!(refused.item, Some(message));
     }
@@ -209,7 +226,9 @@ fn an_offer_that_is_too_long_comes_back() {
 #[test]
 fn unknown_extensions_are_skipped() {
     let frames = |payloads: &[&[u8]]| {
-        BytesMut::from(&payloads.iter().map(|payload| frame(payload, 0)).collect::<Vec<_>>().concat()[..])
+        BytesMut::from(
+            &payloads.iter().map(|payload| frame(payload, 0)).collect::<Vec<_>>().concat()[..],
+        )
     };
     let mut bytes = frames(&[b"\x41new", b"\x7f", b"\x07"]);
     let decoded = DispatcherCodec::default().decode(&mut bytes, &mut FdQueue::<u32>::new());
@@ -218,8 +237,16 @@ fn unknown_extensions_are_skipped() {
     let decoded = WorkerCodec::default().decode(&mut bytes, &mut FdQueue::<u32>::new());
     assert_eq!(decoded.unwrap(), Some(ToWorker::Welcome { version: 1 }));
     for unknown in [b"\x3f", b"\xbf", b"\x00"] {
-        assert!(DispatcherCodec::default().decode(&mut frame(unknown, 0), &mut FdQueue::<u32>::new()).is_err());
-        assert!(WorkerCodec::default().decode(&mut frame(unknown, 0), &mut FdQueue::<u32>::new()).is_err());
+        assert!(
+            DispatcherCodec::default()
+                .decode(&mut frame(unknown, 0), &mut FdQueue::<u32>::new())
+                .is_err()
+        );
+        assert!(
+            WorkerCodec::default()
+                .decode(&mut frame(unknown, 0), &mut FdQueue::<u32>::new())
+                .is_err()
+        );
     }
 }
 
@@ -229,10 +256,16 @@ fn a_worker_has_no_descriptors_to_send() {
     let (mut bytes, mut fds) = (frame(&[0x07], 0), FdQueue::from_iter([1]));
     let mut codec = TolerantCodec::default();
     assert!(matches!(codec.decode(&mut bytes, &mut fds), Ok(Some(Ok(FromWorker::Draining)))));
-    assert!(matches!(codec.decode(&mut bytes, &mut fds), Ok(Some(Err(Error::UnclaimedFds { fds: 1 })))));
+    assert!(matches!(
+        codec.decode(&mut bytes, &mut fds),
+        Ok(Some(Err(Error::UnclaimedFds { fds: 1 })))
+    ));
     assert!(matches!(codec.decode(&mut bytes, &mut fds), Ok(None)));
     let (mut bytes, mut fds) = (frame(&[0x07], 2), FdQueue::from_iter([1, 2]));
     bytes.extend_from_slice(&frame(&[0x08], 0));
-    assert!(matches!(codec.decode(&mut bytes, &mut fds), Ok(Some(Err(Error::UnclaimedFds { fds: 2 })))));
+    assert!(matches!(
+        codec.decode(&mut bytes, &mut fds),
+        Ok(Some(Err(Error::UnclaimedFds { fds: 2 })))
+    ));
     assert!(matches!(codec.decode(&mut bytes, &mut fds), Ok(Some(Ok(FromWorker::Goodbye)))));
 }

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Address, FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer, RejectReason, ToWorker, Transport};
+use super::{
+    Address, FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer, RejectReason, ToWorker, Transport,
+};
 use crate::{
     Error, Fds,
     fields::{Fields, put_long},
@@ -60,7 +62,9 @@ impl FromWorker {
     /// [`Error::Invalid`] if it is not a message.
     pub(super) fn read(payload: &[u8]) -> Result<Option<Self>, Error> {
         match Self::read_known(payload) {
-            None if !is_extension(payload) => Err(Error::invalid("not a message of a hand-off's worker")),
+            None if !is_extension(payload) => {
+                Err(Error::invalid("not a message of a hand-off's worker"))
+            }
             message => Ok(message),
         }
     }
@@ -98,7 +102,8 @@ impl RejectReason {
         self != Self::Unusable
     }
 
-    pub(super) const KNOWN: [Self; 4] = [Self::Full, Self::Draining, Self::Recalled, Self::Unusable];
+    pub(super) const KNOWN: [Self; 4] =
+        [Self::Full, Self::Draining, Self::Recalled, Self::Unusable];
 
     fn number(self) -> u8 {
         match self {
@@ -111,7 +116,10 @@ impl RejectReason {
     }
 
     fn from_number(number: u8) -> Self {
-        Self::KNOWN.into_iter().find(|reason| reason.number() == number).unwrap_or(Self::Other(number))
+        Self::KNOWN
+            .into_iter()
+            .find(|reason| reason.number() == number)
+            .unwrap_or(Self::Other(number))
     }
 }
 
@@ -145,8 +153,9 @@ impl<F> ToWorker<Offer<F>> {
                 dst.extend(nonce.to_be_bytes());
             }
             Self::Drain { within } => {
-                let millis = within
-                    .map_or(NO_LIMIT, |within| u32::try_from(within.as_millis()).unwrap_or(NO_LIMIT).min(NO_LIMIT - 1));
+                let millis = within.map_or(NO_LIMIT, |within| {
+                    u32::try_from(within.as_millis()).unwrap_or(NO_LIMIT).min(NO_LIMIT - 1)
+                });
                 dst.push(0x85);
                 dst.extend(millis.to_be_bytes());
             }
@@ -174,7 +183,10 @@ impl<F> ToWorker<Offer<F>> {
         let mut fds = fds.into_iter();
         let Some(fd) = fds.next() else { return Ok(None) }; // it has one at least
         let bundle = fds.collect();
-        Ok(Some(Self::Offer { number, offer: Offer { cookie, transport, peer, local, read, metadata, fd, bundle } }))
+        Ok(Some(Self::Offer {
+            number,
+            offer: Offer { cookie, transport, peer, local, read, metadata, fd, bundle },
+        }))
     }
 
     fn read_without_fds(payload: &[u8]) -> Option<Self> {

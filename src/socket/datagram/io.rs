@@ -75,9 +75,15 @@ impl DatagramSocket {
         self.send_with(payload.as_ref(), fds, Some(&unix_addr(receiver)?)).await
     }
 
-    async fn send_with(&self, payload: &[u8], fds: &[BorrowedFd<'_>], receiver: Option<&UnixAddr>) -> Result<()> {
+    async fn send_with(
+        &self,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        receiver: Option<&UnixAddr>,
+    ) -> Result<()> {
         if fds.len() > SCM_MAX_FD {
-            let reason = format!("a datagram takes at most {SCM_MAX_FD} descriptors, not {}", fds.len());
+            let reason =
+                format!("a datagram takes at most {SCM_MAX_FD} descriptors, not {}", fds.len());
             return Err(IoError::new(ErrorKind::InvalidInput, reason));
         }
         let mut backoff = Backoff::default();

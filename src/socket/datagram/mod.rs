@@ -117,7 +117,12 @@ impl DatagramSocket {
     /// # Errors
     /// The errors of socketpair(2).
     pub fn pair() -> Result<(Self, Self)> {
-        let (a, b) = socket::socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)?;
+        let (a, b) = socket::socketpair(
+            AddressFamily::Unix,
+            SockType::Datagram,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )?;
         Ok((Self::register(a, None)?, Self::register(b, None)?))
     }
 

@@ -128,7 +128,8 @@ pub(super) fn open_lock(lock_path: &Path) -> Result<File> {
 
 fn not_a_lock(lock_path: &Path) -> Error {
     let lock_path = lock_path.display();
-    let reason = format!("{lock_path} is not a regular file, so it cannot be used as the lock; remove it");
+    let reason =
+        format!("{lock_path} is not a regular file, so it cannot be used as the lock; remove it");
     Error::new(ErrorKind::AlreadyExists, reason)
 }
 

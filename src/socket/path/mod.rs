@@ -51,7 +51,14 @@ impl PathGuard {
     pub(crate) fn take(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path)?; // the working directory may change before the drop
         let (lock_path, lock) = take_lock(&path)?;
-        let guard = Self { path, lock_path, lock, bound: None, bound_for_owner_only: false, may_remove: true };
+        let guard = Self {
+            path,
+            lock_path,
+            lock,
+            bound: None,
+            bound_for_owner_only: false,
+            may_remove: true,
+        };
         guard.remove_stale()?;
         Ok(guard)
     }
@@ -110,18 +117,26 @@ impl PathGuard {
     fn finish_bind(&mut self, initial: u32, mode: u32) -> Result<()> {
         let path = self.path.display();
         // O_PATH opens a socket, and needs no permission for it.
-        let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(&self.path)?;
+        let found = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+            .open(&self.path)?;
         let metadata = found.metadata()?;
         let found_mode = metadata.mode() & 0o7777;
-        if !metadata.file_type().is_socket() || found_mode & !initial != 0 || metadata.nlink() != 1 {
-            return Err(Error::other(format!("{path} was replaced by another process right after it was bound")));
+        if !metadata.file_type().is_socket() || found_mode & !initial != 0 || metadata.nlink() != 1
+        {
+            return Err(Error::other(format!(
+                "{path} was replaced by another process right after it was bound"
+            )));
         }
         self.bound = Some(identity(&metadata));
         self.bound_for_owner_only = is_for_owner_only(mode);
         if found_mode != mode {
             let descriptor = format!("/proc/thread-self/fd/{}", found.as_raw_fd());
             fs::set_permissions(descriptor, Permissions::from_mode(mode)).map_err(|error| {
-                let reason = format!("mode {mode:o} cannot be set for {path}: {error} (this takes a mounted /proc)");
+                let reason = format!(
+                    "mode {mode:o} cannot be set for {path}: {error} (this takes a mounted /proc)"
+                );
                 Error::new(error.kind(), reason)
             })?;
         }
@@ -206,7 +221,11 @@ mod tests {
         let error = guard.finish_bind(initial_mode(0o666), 0o666).unwrap_err();
         assert!(error.to_string().contains("was replaced"), "{error}");
         drop(guard);
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "it is open to others now");
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600,
+            "it is open to others now"
+        );
 
         // The same with another name of a socket elsewhere, or with a file that is no socket.
         fs::set_permissions(&path, Permissions::from_mode(0o200)).unwrap();

@@ -43,7 +43,14 @@ impl PathGuard {
         let lock_path = lock_path_of(&path);
         let lock = PathLock::received(lock, &path)?;
         let may_remove = lock.is_at(&lock_path)?;
-        Ok(Self { path, lock_path, lock, bound: Some(path_id), bound_for_owner_only: false, may_remove })
+        Ok(Self {
+            path,
+            lock_path,
+            lock,
+            bound: Some(path_id),
+            bound_for_owner_only: false,
+            may_remove,
+        })
     }
 
     /// Guards a path whose last owner has died, for a process that has its socket.

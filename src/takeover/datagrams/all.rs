@@ -29,7 +29,9 @@ impl AllLanes {
     /// Returns the lanes of a socket.
     pub(crate) fn of(&mut self, name: &str, index: u32) -> Arc<Lanes> {
         let mut sockets = self.sockets.iter();
-        if let Some((.., found)) = sockets.find(|(its_name, its_index, _)| its_name == name && *its_index == index) {
+        if let Some((.., found)) =
+            sockets.find(|(its_name, its_index, _)| its_name == name && *its_index == index)
+        {
             return Arc::clone(found);
         }
         let new = Arc::<Lanes>::default();
@@ -50,7 +52,11 @@ impl AllLanes {
         let mut messages = Vec::new();
         loop {
             let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
-            messages.push(ToTaker::Lanes { generation: self.last, giver: self.own, lanes: offered });
+            messages.push(ToTaker::Lanes {
+                generation: self.last,
+                giver: self.own,
+                lanes: offered,
+            });
             if rest.is_empty() {
                 return Ok(messages);
             }

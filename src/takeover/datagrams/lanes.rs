@@ -15,7 +15,9 @@ use futures::task::AtomicWaker;
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recvmsg, setsockopt, socketpair, sockopt},
+    sys::socket::{
+        AddressFamily, MsgFlags, SockFlag, SockType, recvmsg, setsockopt, socketpair, sockopt,
+    },
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -78,8 +80,17 @@ impl Lanes {
     ///
     /// # Panics
     /// If it is ours, outside of a tokio runtime, or if its I/O driver is not enabled.
-    pub(crate) fn add(&self, generation: u32, socket: Arc<OwnedFd>, is_ours: bool) -> io::Result<()> {
-        let receiving = if is_ours { Some(sys::register(Arc::clone(&socket), Interest::READABLE)?) } else { None };
+    pub(crate) fn add(
+        &self,
+        generation: u32,
+        socket: Arc<OwnedFd>,
+        is_ours: bool,
+    ) -> io::Result<()> {
+        let receiving = if is_ours {
+            Some(sys::register(Arc::clone(&socket), Interest::READABLE)?)
+        } else {
+            None
+        };
         self.lock().lanes.push(Lane { generation, socket, receiving });
         self.receiver.wake();
         Ok(())
@@ -148,7 +159,11 @@ impl Lanes {
     }
 
     /// Receives a datagram that another process has forwarded. Returns its length.
-    pub(super) fn poll_receive(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<(usize, Header)> {
+    pub(super) fn poll_receive(
+        &self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<(usize, Header)> {
         let mut state = self.lock();
         let mut left = state.lanes.len();
         while left > 0 {
@@ -169,7 +184,11 @@ impl Lanes {
 }
 
 /// Receives from one lane. `None` is its end.
-fn poll_lane(lane: &Lane, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Option<(usize, Header)>> {
+fn poll_lane(
+    lane: &Lane,
+    cx: &mut Context<'_>,
+    buffer: &mut [u8],
+) -> Poll<Option<(usize, Header)>> {
     let Some(receiving) = &lane.receiving else { return Poll::Pending };
     loop {
         let Ok(mut ready) = ready!(receiving.poll_read_ready(cx)) else { return Poll::Ready(None) };

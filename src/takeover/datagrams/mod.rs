@@ -41,8 +41,8 @@ const BACK_OFF: Duration = Duration::from_millis(1);
 ///
 /// When another process has taken over, this one receives nothing from the socket any longer: the
 /// socket leaves its event loop, and datagrams wait in the kernel for the new process. So a
-/// **stateless** service (DNS, statsd, ...) has nothing to do but to receive in a loop. Sending goes
-/// on in all processes.
+/// **stateless** service (DNS, statsd, ...) has nothing to do but to receive in a loop. Sending
+/// goes on in all processes.
 ///
 /// # Forwarding
 /// A service with connections (QUIC, DTLS, WireGuard, ...) finishes those of the old process while
@@ -59,10 +59,10 @@ const BACK_OFF: Duration = Duration::from_millis(1);
 ///
 /// **The process that serves receives**, and not the old one, although that one knows its
 /// connections best: a datagram never takes more than one detour, whatever the number of
-/// generations; what new clients send takes none; and an old process that hangs, stops or dies takes
-/// nobody's datagrams but its own. Nothing is lost in between. The socket's queue stays where it is,
-/// and as long as both processes receive, which is from the moment at which the new one is ready
-/// until the old one knows, each forwards to the other. If the new process dies, the old one
+/// generations; what new clients send takes none; and an old process that hangs, stops or dies
+/// takes nobody's datagrams but its own. Nothing is lost in between. The socket's queue stays where
+/// it is, and as long as both processes receive, which is from the moment at which the new one is
+/// ready until the old one knows, each forwards to the other. If the new process dies, the old one
 /// receives again.
 ///
 /// | the other process | what happens to its datagrams |
@@ -71,7 +71,8 @@ const BACK_OFF: Duration = Duration::from_millis(1);
 /// | has ended | this process's application gets them, and can tell the client (QUIC: stateless reset) |
 /// | floods its lane | lanes and the socket take turns |
 ///
-/// If the process that serves hangs, nobody receives until it is killed. Then the old one does again.
+/// If the process that serves hangs, nobody receives until it is killed. Then the old one does
+/// again.
 ///
 /// The socket itself is of no use without its lanes: whoever calls
 /// [`Server::socket`](super::Server::socket) and receives from that takes datagrams away.
@@ -147,10 +148,18 @@ impl Datagrams {
         if identity.kind != Kind::Datagram || identity.family == Family::Unix {
             return Err(Error::WrongKind { identity: Box::new(identity), expected: "UDP socket" });
         }
-        let receiver = Arc::new(Receiver { registered: Mutex::new(None), lanes: shared.lanes(name, index) });
+        let receiver =
+            Arc::new(Receiver { registered: Mutex::new(None), lanes: shared.lanes(name, index) });
         let gate: Arc<dyn Gate> = Arc::<Receiver>::clone(&receiver);
         shared.add_gate(Arc::downgrade(&gate));
-        Ok(Self { shared, identity, socket: socket.into(), receiver, owner: None, lanes_first: AtomicBool::new(false) })
+        Ok(Self {
+            shared,
+            identity,
+            socket: socket.into(),
+            receiver,
+            owner: None,
+            lanes_first: AtomicBool::new(false),
+        })
     }
 
     /// Forwards datagrams of other generations. The closure gets each datagram with its source, and
@@ -160,7 +169,10 @@ impl Datagrams {
     ///
     /// The closure must not block: it is called for each datagram.
     #[must_use]
-    pub fn forwarding(mut self, owner: impl Fn(&[u8], SocketAddr) -> Option<u32> + Send + Sync + 'static) -> Self {
+    pub fn forwarding(
+        mut self,
+        owner: impl Fn(&[u8], SocketAddr) -> Option<u32> + Send + Sync + 'static,
+    ) -> Self {
         self.owner = Some(Box::new(owner));
         self.receiver.lanes.start_forwarding();
         self
@@ -271,7 +283,10 @@ impl Datagrams {
         }
         let socket = match &mut *registered {
             Some(socket) => socket,
-            none => none.insert(sys::register(self.socket.as_fd().try_clone_to_owned()?, Interest::READABLE)?),
+            none => none.insert(sys::register(
+                self.socket.as_fd().try_clone_to_owned()?,
+                Interest::READABLE,
+            )?),
         };
         loop {
             let mut ready = ready!(socket.poll_read_ready(cx))?;
@@ -296,7 +311,8 @@ impl Datagrams {
         loop {
             let end = len.min(start + stride);
             let datagram = &buffer[start..end];
-            let other = owner(datagram, source).filter(|&generation| generation != self.shared.generation);
+            let other =
+                owner(datagram, source).filter(|&generation| generation != self.shared.generation);
             let header = Header { source, destination, ecn };
             let forwarded = other.map(|other| self.receiver.lanes.forward(other, header, datagram));
             if forwarded != Some(Forwarded::Gone) {

@@ -97,7 +97,8 @@ mod tests {
 
     #[test]
     fn an_unknown_version_or_family_is_refused() {
-        let header = Header { source: ([127, 0, 0, 1], 80).into(), destination: None, ecn: 0 }.to_bytes();
+        let header =
+            Header { source: ([127, 0, 0, 1], 80).into(), destination: None, ecn: 0 }.to_bytes();
         for (place, value) in [(0, 2), (1, 5), (2, 1), (6, 1)] {
             let mut bytes = header;
             bytes[place] = value;

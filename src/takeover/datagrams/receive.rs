@@ -21,14 +21,19 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Recei
     let mut control = [0; CONTROL_BYTES];
     let mut parts = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_DONTWAIT;
-    let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let message =
+        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
     let source = message.address.as_ref().and_then(socket_addr).ok_or(Errno::EAFNOSUPPORT)?;
-    let mut received = Received { len: message.bytes, stride: message.bytes, source, destination: None, ecn: 0 };
+    let mut received =
+        Received { len: message.bytes, stride: message.bytes, source, destination: None, ecn: 0 };
     for part in message.cmsgs()? {
         match part {
-            ControlMessageOwned::UdpGroSegments(bytes) if bytes > 0 => received.stride = bytes as usize,
+            ControlMessageOwned::UdpGroSegments(bytes) if bytes > 0 => {
+                received.stride = bytes as usize
+            }
             ControlMessageOwned::Ipv4PacketInfo(info) => {
-                received.destination = Some(IpAddr::V4(Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes())));
+                received.destination =
+                    Some(IpAddr::V4(Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes())));
             }
             ControlMessageOwned::Ipv6PacketInfo(info) => {
                 received.destination = Some(IpAddr::V6(Ipv6Addr::from(info.ipi6_addr.s6_addr)));

@@ -2,7 +2,10 @@
 
 use bytes::{Bytes, BytesMut};
 
-use super::{AbortReason, FromTaker, Identity, Lane, MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, Offered, Refusal, ToTaker};
+use super::{
+    AbortReason, FromTaker, Identity, Lane, MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, Offered, Refusal,
+    ToTaker,
+};
 use crate::{
     Error, Fds, Frame, FrameCodec, Limits, SendError,
     codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
@@ -73,7 +76,11 @@ impl<F> Decoder<F> for TakerCodec {
     type Item = ToTaker<F>;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<ToTaker<F>>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<ToTaker<F>>, Error> {
         let Some(frame) = frames().decode(src, fds)? else { return Ok(None) };
         ToTaker::read(&frame.payload, frame.fds).map(Some).map_err(|unclaimed| {
             fds.extend(unclaimed); // closed away from the runtime, as what is left there is
@@ -89,7 +96,11 @@ impl<F> Decoder<F> for TakerCodec {
 impl<F> Encoder<FromTaker, F> for TakerCodec {
     type Error = Error;
 
-    fn encode(&mut self, message: FromTaker, dst: &mut SendBuf<F>) -> Result<(), SendError<FromTaker>> {
+    fn encode(
+        &mut self,
+        message: FromTaker,
+        dst: &mut SendBuf<F>,
+    ) -> Result<(), SendError<FromTaker>> {
         let frame = Frame::<F> { payload: message.to_payload().into(), fds: Fds::default() };
         frames().encode(frame, dst).map_err(|refused| SendError::refused(message, refused.error))
     }
@@ -99,13 +110,19 @@ impl<F> Decoder<F> for GiverCodec {
     type Item = FromTaker;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<FromTaker>, Error> {
+    fn decode(
+        &mut self,
+        src: &mut BytesMut,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<FromTaker>, Error> {
         // No message of a taker has one, so it need not wait for a message to claim it.
         if !fds.is_empty() {
             return Err(Error::UnclaimedFds { fds: fds.len() });
         }
         let Some(frame) = frames().decode(src, fds)? else { return Ok(None) };
-        FromTaker::read(&frame.payload).map(Some).ok_or_else(|| Error::invalid("not a message of a takeover's taker"))
+        FromTaker::read(&frame.payload)
+            .map(Some)
+            .ok_or_else(|| Error::invalid("not a message of a takeover's taker"))
     }
 
     fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
@@ -119,7 +136,11 @@ impl<F> Encoder<ToTaker<F>, F> for GiverCodec {
     /// # Errors
     /// [`Error::FrameTooLong`] and [`Error::TooManyFds`] for more than [`MAX_MESSAGE_BYTES`] and
     /// [`MAX_MESSAGE_FDS`]. The message does not come back.
-    fn encode(&mut self, message: ToTaker<F>, dst: &mut SendBuf<F>) -> Result<(), SendError<ToTaker<F>>> {
+    fn encode(
+        &mut self,
+        message: ToTaker<F>,
+        dst: &mut SendBuf<F>,
+    ) -> Result<(), SendError<ToTaker<F>>> {
         let frame = message.into_frame()?;
         frames().encode(frame, dst).map_err(|refused| SendError::from(refused.error))
     }
@@ -152,7 +173,9 @@ impl FromTaker {
     fn read(payload: &[u8]) -> Option<Self> {
         let mut fields = Fields(payload);
         let message = match fields.u8()? {
-            0x01 if fields.array()? == MAGIC => Self::Hello { lowest: fields.u8()?, highest: fields.u8()? },
+            0x01 if fields.array()? == MAGIC => {
+                Self::Hello { lowest: fields.u8()?, highest: fields.u8()? }
+            }
             0x02 => Self::Decline { number: fields.u32()? },
             0x03 => Self::Ready,
             0x04 => Self::HandBack { baton: Bytes::copy_from_slice(fields.rest()) },
@@ -246,20 +269,31 @@ impl<F> ToTaker<F> {
                 if described.len() != fds.len() || described.is_empty() {
                     return Err(fds);
                 }
-                let with_fds = described.into_iter().zip(fds).map(|(listener, fd)| listener.with_fd(|()| fd));
+                let with_fds =
+                    described.into_iter().zip(fds).map(|(listener, fd)| listener.with_fd(|()| fd));
                 Ok(Self::Listeners(with_fds.collect()))
             }
             Some(0x84) => {
                 // Copies: a slice would keep a whole read buffer for as long as it lives.
-                Ok(Self::State { bytes: Bytes::copy_from_slice(fields.rest()), fds: std::mem::take(&mut fds) })
+                Ok(Self::State {
+                    bytes: Bytes::copy_from_slice(fields.rest()),
+                    fds: std::mem::take(&mut fds),
+                })
             }
             Some(0x8D) => {
-                let (Some(generation), Some(giver)) = (fields.u32(), fields.u32()) else { return Err(fds) };
+                let (Some(generation), Some(giver)) = (fields.u32(), fields.u32()) else {
+                    return Err(fds);
+                };
                 if fields.0.len() != fds.len() * LANE_BYTES {
                     return Err(fds);
                 }
-                let lane = |fd| Some(Lane { listener: fields.u32()?, generation: fields.u32()?, fd });
-                Ok(Self::Lanes { generation, giver, lanes: fds.into_iter().filter_map(lane).collect() })
+                let lane =
+                    |fd| Some(Lane { listener: fields.u32()?, generation: fields.u32()?, fd });
+                Ok(Self::Lanes {
+                    generation,
+                    giver,
+                    lanes: fds.into_iter().filter_map(lane).collect(),
+                })
             }
             Some(0x87) if fields.is_at_end() && !fds.is_empty() => Ok(Self::Locks { fds }),
             Some(0x88) => Ok(Self::Yours { baton: Bytes::copy_from_slice(fields.rest()), fds }),
@@ -332,7 +366,8 @@ impl Refusal {
 }
 
 impl AbortReason {
-    pub(super) const ALL: [Self; 4] = [Self::TimedOut, Self::Misbehaved, Self::Withdrawn, Self::Failed];
+    pub(super) const ALL: [Self; 4] =
+        [Self::TimedOut, Self::Misbehaved, Self::Withdrawn, Self::Failed];
 
     fn number(self) -> u8 {
         match self {

@@ -93,7 +93,8 @@ impl Identity {
     pub(in crate::takeover) fn shares_address_with(&self, other: &Self) -> bool {
         matches!(self.address, Address::Ip(_))
             && self.address == other.address
-            && (self.kind, self.protocol, &self.device) == (other.kind, other.protocol, &other.device)
+            && (self.kind, self.protocol, &self.device)
+                == (other.kind, other.protocol, &other.device)
     }
 
     pub(super) fn put(&self, dst: &mut Vec<u8>) -> Result<(), Error> {

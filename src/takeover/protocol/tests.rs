@@ -49,10 +49,12 @@ fn to_taker() -> impl Strategy<Value = ToTaker<u32>> {
         select(&Refusal::ALL[..]).prop_map(|reason| ToTaker::Refused { reason }),
         vec(offered(), 1..5).prop_map(ToTaker::Listeners),
         (bytes(), fds(0)).prop_map(|(bytes, fds)| ToTaker::State { bytes, fds }),
-        (any::<(u32, u32)>(), vec(any::<(u32, u32, u32)>(), 0..5)).prop_map(|((generation, giver), lanes)| {
-            let lane = |(listener, generation, fd)| Lane { listener, generation, fd };
-            ToTaker::Lanes { generation, giver, lanes: lanes.into_iter().map(lane).collect() }
-        }),
+        (any::<(u32, u32)>(), vec(any::<(u32, u32, u32)>(), 0..5)).prop_map(
+            |((generation, giver), lanes)| {
+                let lane = |(listener, generation, fd)| Lane { listener, generation, fd };
+                ToTaker::Lanes { generation, giver, lanes: lanes.into_iter().map(lane).collect() }
+            }
+        ),
         Just(ToTaker::Complete),
         select(&AbortReason::ALL[..]).prop_map(|reason| ToTaker::Aborted { reason }),
         fds(1).prop_map(|fds| ToTaker::Locks { fds }),
@@ -63,8 +65,11 @@ fn to_taker() -> impl Strategy<Value = ToTaker<u32>> {
             let (replaced_for, fds): (_, Vec<u32>) = generations.into_iter().unzip();
             ToTaker::Generations { replaced_for, fds: fds.into_iter().collect() }
         }),
-        (any::<(u32, bool)>(), vec(any::<(u32, u64)>(), 0..5))
-            .prop_map(|((pid, is_under_way), generations)| { ToTaker::Status { pid, is_under_way, generations } }),
+        (any::<(u32, bool)>(), vec(any::<(u32, u64)>(), 0..5)).prop_map(
+            |((pid, is_under_way), generations)| {
+                ToTaker::Status { pid, is_under_way, generations }
+            }
+        ),
     ]
 }
 
@@ -79,7 +84,10 @@ fn from_taker() -> impl Strategy<Value = FromTaker> {
     ]
 }
 
-fn encoded<I: std::fmt::Debug>(mut codec: impl Encoder<I, u32, Error = Error>, message: I) -> (BytesMut, FdQueue<u32>) {
+fn encoded<I: std::fmt::Debug>(
+    mut codec: impl Encoder<I, u32, Error = Error>,
+    message: I,
+) -> (BytesMut, FdQueue<u32>) {
     let mut buf = SendBuf::new();
     codec.encode(message, &mut buf).unwrap();
     let (bytes, fds) = buf.into_parts();
@@ -88,7 +96,10 @@ fn encoded<I: std::fmt::Debug>(mut codec: impl Encoder<I, u32, Error = Error>, m
 
 /// The bytes of a frame with this payload and number of descriptors.
 fn frame(payload: &[u8], fds: u32) -> (BytesMut, FdQueue<u32>) {
-    encoded(FrameCodec::default(), Frame { payload: Bytes::copy_from_slice(payload), fds: (0..fds).collect() })
+    encoded(
+        FrameCodec::default(),
+        Frame { payload: Bytes::copy_from_slice(payload), fds: (0..fds).collect() },
+    )
 }
 
 proptest! {
@@ -145,7 +156,8 @@ fn descriptors_come_with_the_messages_that_have_them_only() {
 
 #[test]
 fn a_hello_of_another_protocol_is_refused() {
-    for hello in [&b"\x01FDHO\x01\x01"[..], b"\x01FDTO\x01", b"\x01FDTO\x01\x01\x01", b"", b"\x07"] {
+    for hello in [&b"\x01FDHO\x01\x01"[..], b"\x01FDTO\x01", b"\x01FDTO\x01\x01\x01", b"", b"\x07"]
+    {
         let (mut bytes, mut fds) = frame(hello, 0);
         assert!(GiverCodec::default().decode(&mut bytes, &mut fds).is_err(), "{hello:?}");
     }

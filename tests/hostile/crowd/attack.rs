@@ -82,7 +82,12 @@ impl Default for Attack {
 impl Attack {
     /// An attack on a process by others like it.
     pub(super) fn within(identity: Identity) -> Self {
-        Self { victim: identity, attackers: identity, are_refused: false, resources: Resources::All }
+        Self {
+            victim: identity,
+            attackers: identity,
+            are_refused: false,
+            resources: Resources::All,
+        }
     }
 
     /// Lets the attack happen, and checks that the victim gets over it.
@@ -138,7 +143,10 @@ impl Attack {
         eprintln!("{before:?}, then {most:?}, {report:?}");
         let sorts = || (0..attackers).map(|index| sort.of_attacker(index));
         assert!(most.threads <= before.threads + MORE_THREADS, "too many threads");
-        assert!(most.fds <= before.fds + sorts().map(Sort::most_fds).sum::<usize>() + MORE_FDS, "too many descriptors");
+        assert!(
+            most.fds <= before.fds + sorts().map(Sort::most_fds).sum::<usize>() + MORE_FDS,
+            "too many descriptors"
+        );
         let bytes = sorts().enumerate().map(|(index, sort)| sort.most_bytes(index)).sum::<usize>();
         assert!(most.peak_bytes <= before.peak_bytes + bytes + MORE_BYTES, "too much memory");
 
@@ -146,7 +154,10 @@ impl Attack {
         // frame or two in each.
         const FRAMES_OF_EACH: usize = 8;
         assert!(report.inner_trips > 0);
-        assert!(report.most_fds_in_a_trip <= FRAMES_OF_EACH * 253 * attackers, "no fair share of turns");
+        assert!(
+            report.most_fds_in_a_trip <= FRAMES_OF_EACH * 253 * attackers,
+            "no fair share of turns"
+        );
 
         // The attack has really happened.
         let came = if self.are_refused { report.refused } else { report.accepted };
@@ -154,9 +165,14 @@ impl Attack {
             Resources::All => assert!(came >= attackers, "not all attackers have come"),
             Resources::Few { .. } => {
                 assert!(!report.can_start_threads, "there were threads");
-                assert!(sort != Sort::Silent || report.not_accepted > 0, "there were descriptors for all");
+                assert!(
+                    sort != Sort::Silent || report.not_accepted > 0,
+                    "there were descriptors for all"
+                );
             }
-            Resources::FewForEachUid { .. } => assert_eq!(report.not_accepted, 0, "a uid has taken all descriptors"),
+            Resources::FewForEachUid { .. } => {
+                assert_eq!(report.not_accepted, 0, "a uid has taken all descriptors")
+            }
         }
     }
 }
@@ -198,7 +214,8 @@ struct Honest {
 
 impl Honest {
     async fn connect(name: &str, kind: SocketKind) -> Self {
-        let socket = soon("a connection", Socket::connect_addr(&addr_of(name), kind)).await.unwrap();
+        let socket =
+            soon("a connection", Socket::connect_addr(&addr_of(name), kind)).await.unwrap();
         Self { framed: Framed::new(socket, FrameCodec::default()), trips: 0 }
     }
 

@@ -131,7 +131,9 @@ impl Attacker {
         };
         let null = &self.null;
         match self.sort {
-            Sort::PromisedFds => send(connection, &encoded(b"part", 253)[..10], &[null; SENT_OF_PROMISED]),
+            Sort::PromisedFds => {
+                send(connection, &encoded(b"part", 253)[..10], &[null; SENT_OF_PROMISED])
+            }
             Sort::UnclaimedFds => send(connection, b"\xFD", &[null; MAX_QUEUED_FDS]),
             Sort::OwnEnd => send(connection, b"\xFD", &[connection; OWN_ENDS]),
             Sort::SlowSocket => send(connection, b"?", &[&slow()]),
@@ -147,7 +149,9 @@ impl Attacker {
             // Only few shall wait in the kernel.
             Sort::Flood | Sort::FloodTaken => setsockopt(connection, sockopt::SndBuf, &(8 << 10)),
             Sort::BadFlood => send(connection, b"?", &[null; 253]),
-            Sort::Garbage => send(connection, &Vec::from_iter((0..1000).map(|_| fastrand::u8(..))), &[]),
+            Sort::Garbage => {
+                send(connection, &Vec::from_iter((0..1000).map(|_| fastrand::u8(..))), &[])
+            }
             Sort::EmptyPackets => send(connection, b"", &[null; 253]),
             Sort::Mix => unreachable!("each attacker has a sort of its own"),
             _ => Ok(()),
@@ -166,9 +170,9 @@ impl Attacker {
                 send(connection, &header(LARGE), &[])?;
                 let filled = if fills(self.index) { LARGE - 1 } else { 0 };
                 let part = [7; 60_000];
-                (0..filled)
-                    .step_by(part.len())
-                    .try_for_each(|sent| send(connection, &part[..part.len().min(filled - sent)], &[]))
+                (0..filled).step_by(part.len()).try_for_each(|sent| {
+                    send(connection, &part[..part.len().min(filled - sent)], &[])
+                })
             }
             Sort::Flood | Sort::FloodTaken => {
                 let payload = if self.sort == Sort::Flood { &b""[..] } else { TAKE };
@@ -214,7 +218,8 @@ fn send(connection: &OwnedFd, bytes: &[u8], fds: &[&OwnedFd]) -> Result {
     let control = if fds.is_empty() { &[][..] } else { &control[..] };
     loop {
         let parts = [IoSlice::new(bytes)];
-        match sendmsg::<UnixAddr>(connection.as_raw_fd(), &parts, control, MsgFlags::empty(), None) {
+        match sendmsg::<UnixAddr>(connection.as_raw_fd(), &parts, control, MsgFlags::empty(), None)
+        {
             Ok(sent) if sent < bytes.len() => return send(connection, &bytes[sent..], &[]),
             Ok(_) => return Ok(()),
             // Too many descriptors of this uid are in flight.

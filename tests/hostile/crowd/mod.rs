@@ -46,7 +46,10 @@ fn withstand(attack: &Attack, sorts: &[Sort]) {
 }
 
 fn can_make_a_user_namespace() -> bool {
-    Command::new("unshare").args(["--user", "true"]).output().is_ok_and(|output| output.status.success())
+    Command::new("unshare")
+        .args(["--user", "true"])
+        .output()
+        .is_ok_and(|output| output.status.success())
 }
 
 #[test]
@@ -123,7 +126,13 @@ fn peers_of_all_sorts_at_a_time_harm_nobody() {
 fn peers_that_are_refused_harm_nobody() {
     let Some(uid) = other_uid() else { return };
     let attack = Attack { attackers: Identity::Uid(uid), are_refused: true, ..Attack::default() };
-    let sorts = [Sort::SlowSocket, Sort::SlowSocketFirst, Sort::Nested, Sort::BadFlood, Sort::ConnectsAndCloses];
+    let sorts = [
+        Sort::SlowSocket,
+        Sort::SlowSocketFirst,
+        Sort::Nested,
+        Sort::BadFlood,
+        Sort::ConnectsAndCloses,
+    ];
     withstand(&attack, &sorts);
 }
 

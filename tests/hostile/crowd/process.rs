@@ -89,7 +89,8 @@ impl Process {
         command.env("MALLOC_MMAP_THRESHOLD_", (64 << 10).to_string());
         let child = spawn_role_by(command, ROLE, theirs.into());
         ours.set_nonblocking(true).unwrap();
-        let mut process = Self { child, control: BufReader::new(UnixStream::from_std(ours).unwrap()) };
+        let mut process =
+            Self { child, control: BufReader::new(UnixStream::from_std(ours).unwrap()) };
         process.tell(role).await;
         process
     }
@@ -134,7 +135,10 @@ impl Process {
     /// The most memory that it has had, in bytes.
     pub(super) fn peak_bytes(&self) -> usize {
         let status = fs::read_to_string(self.proc("status")).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("the process has ended");
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .expect("the process has ended");
         let kib: usize = line.trim().trim_end_matches(" kB").parse().unwrap();
         kib << 10
     }

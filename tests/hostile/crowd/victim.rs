@@ -46,10 +46,12 @@ fn limits() -> Limits {
 
 /// Makes the listener. Limits that it has for its peers belong here.
 fn listen(settings: &Settings) -> Listener {
-    let mut listener = Listener::bind_addr(&addr_of(&settings.name), kind_of(settings.is_stream)).unwrap();
+    let mut listener =
+        Listener::bind_addr(&addr_of(&settings.name), kind_of(settings.is_stream)).unwrap();
     if !settings.limits_uids {
         const ALL: usize = usize::MAX;
-        listener = listener.limit_each_uid(UidLimits::default().max_connections(ALL).max_bytes(ALL).max_fds(ALL));
+        listener = listener
+            .limit_each_uid(UidLimits::default().max_connections(ALL).max_bytes(ALL).max_fds(ALL));
     }
     if settings.admits_any_uid { listener.allow_any_uid() } else { listener }
 }
@@ -158,7 +160,9 @@ async fn report(control: StdUnixStream, listener: &Listener, counts: &Counts) {
             accepted: counts.accepted.load(Relaxed),
             not_accepted: counts.not_accepted.load(Relaxed),
             refused: listener.refused() as usize,
-            can_start_threads: thread::Builder::new().spawn(|| ()).is_ok_and(|thread| thread.join().is_ok()),
+            can_start_threads: thread::Builder::new()
+                .spawn(|| ())
+                .is_ok_and(|thread| thread.join().is_ok()),
             frames: counts.frames.load(Relaxed),
             inner_trips: counts.inner_trips.load(Relaxed),
             most_fds_in_a_trip: counts.most_fds_in_a_trip.load(Relaxed),

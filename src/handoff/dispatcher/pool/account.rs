@@ -1,4 +1,5 @@
-//! The account of one worker's link: what is planned for it, what it was offered, and what it asked for.
+//! The account of one worker's link: what is planned for it, what it was offered, and what it asked
+//! for.
 
 use std::{
     collections::VecDeque,
@@ -118,7 +119,10 @@ impl<C> Account<C> {
     /// The number of further connections that it takes.
     pub(super) fn room(&self) -> u64 {
         // A suspect is its only offer until it has answered.
-        let has_suspect = [self.planned.front(), self.unanswered.front()].iter().flatten().any(|first| first.is_alone);
+        let has_suspect = [self.planned.front(), self.unanswered.front()]
+            .iter()
+            .flatten()
+            .any(|first| first.is_alone);
         if self.state() != WorkerState::Ready || has_suspect || self.clock.is_paused() {
             return 0;
         }
@@ -131,7 +135,11 @@ impl<C> Account<C> {
     where
         C: PartialEq,
     {
-        self.planned.iter().chain(self.unanswered.iter()).filter(|pending| pending.connection == *connection).count()
+        self.planned
+            .iter()
+            .chain(self.unanswered.iter())
+            .filter(|pending| pending.connection == *connection)
+            .count()
     }
 
     // To the worker.
@@ -146,7 +154,8 @@ impl<C> Account<C> {
         self.control.push_back(message);
     }
 
-    /// The next message to be sent, and whether it repeats an offer of the connection. An offer counts as made from now on.
+    /// The next message to be sent, and whether it repeats an offer of the connection. An offer
+    /// counts as made from now on.
     pub(super) fn next_message(&mut self, now: Instant) -> Option<(ToWorker<&C>, bool)> {
         if let Some(control) = self.control.pop_front() {
             return Some((control.map(|never| match never {}), false));
@@ -195,10 +204,16 @@ impl<C> Account<C> {
             }
             FromWorker::Demand { total } => self.demand = total,
             FromWorker::Load { finished } if finished < self.finished => {
-                return misbehaved(format!("its finished connections fell from {} to {finished}", self.finished));
+                return misbehaved(format!(
+                    "its finished connections fell from {} to {finished}",
+                    self.finished
+                ));
             }
             FromWorker::Load { finished } if finished > self.adopted => {
-                return misbehaved(format!("it finished {finished} connections and adopted {}", self.adopted));
+                return misbehaved(format!(
+                    "it finished {finished} connections and adopted {}",
+                    self.adopted
+                ));
             }
             FromWorker::Load { finished } => self.finished = finished,
             FromWorker::Pong { nonce } if !self.clock.on_pong(nonce) => {
@@ -209,12 +224,19 @@ impl<C> Account<C> {
         Ok(())
     }
 
-    /// Takes out the next `count` offers, which are answered. It can't have seen the last `unsent` ones.
+    /// Takes out the next `count` offers, which are answered. It can't have seen the last `unsent`
+    /// ones.
     ///
     /// # Errors
     /// If they are not the next ones, or were not made.
-    fn answered(&mut self, first: u64, count: u32, unsent: usize) -> Result<Vec<Pending<C>>, RetireCause> {
-        let (next, sent) = (self.adopted + self.rejected, self.unanswered.len().saturating_sub(unsent));
+    fn answered(
+        &mut self,
+        first: u64,
+        count: u32,
+        unsent: usize,
+    ) -> Result<Vec<Pending<C>>, RetireCause> {
+        let (next, sent) =
+            (self.adopted + self.rejected, self.unanswered.len().saturating_sub(unsent));
         if first != next {
             return misbehaved(format!("it answered offer {first} instead of {next}"));
         }
@@ -224,7 +246,12 @@ impl<C> Account<C> {
         }
     }
 
-    pub(super) fn on_adopted(&mut self, first: u64, count: u32, unsent: usize) -> Result<Vec<Pending<C>>, RetireCause> {
+    pub(super) fn on_adopted(
+        &mut self,
+        first: u64,
+        count: u32,
+        unsent: usize,
+    ) -> Result<Vec<Pending<C>>, RetireCause> {
         let adopted = self.answered(first, count, unsent)?;
         self.adopted += u64::from(count);
         if count > 0 {
@@ -252,7 +279,12 @@ impl<C> Account<C> {
         self.planned.take(..)
     }
 
-    pub(super) fn adopted_at_last(&mut self, first: u64, count: u32, unsent: usize) -> Vec<Pending<C>> {
+    pub(super) fn adopted_at_last(
+        &mut self,
+        first: u64,
+        count: u32,
+        unsent: usize,
+    ) -> Vec<Pending<C>> {
         let adopted = self.answered_at_last(first, count, unsent);
         self.adopted += adopted.len() as u64;
         adopted
@@ -265,16 +297,27 @@ impl<C> Account<C> {
         adopted
     }
 
-    /// What it has sent completely counts, whatever else it has sent: takes out the offers that a message
-    /// answers, if it was sent these.
-    pub(super) fn answered_at_last(&mut self, first: u64, count: u32, unsent: usize) -> Vec<Pending<C>> {
+    /// What it has sent completely counts, whatever else it has sent: takes out the offers that a
+    /// message answers, if it was sent these.
+    pub(super) fn answered_at_last(
+        &mut self,
+        first: u64,
+        count: u32,
+        unsent: usize,
+    ) -> Vec<Pending<C>> {
         let sent = self.unanswered.len().saturating_sub(unsent);
-        let Some(past) = self.unanswered.get(sent.wrapping_sub(1)).map(|last| last.number + 1) else {
+        let Some(past) = self.unanswered.get(sent.wrapping_sub(1)).map(|last| last.number + 1)
+        else {
             return Vec::new();
         };
-        let Some(end) = first.checked_add(count.into()).filter(|end| *end <= past) else { return Vec::new() };
-        let (answered, rest): (Vec<_>, Vec<_>) =
-            self.unanswered.take(..).into_iter().partition(|pending| (first..end).contains(&pending.number));
+        let Some(end) = first.checked_add(count.into()).filter(|end| *end <= past) else {
+            return Vec::new();
+        };
+        let (answered, rest): (Vec<_>, Vec<_>) = self
+            .unanswered
+            .take(..)
+            .into_iter()
+            .partition(|pending| (first..end).contains(&pending.number));
         for pending in rest {
             self.unanswered.push_back(pending);
         }
@@ -312,7 +355,8 @@ impl<C> Account<C> {
         config: &Config,
         may_fence: impl FnOnce() -> bool,
     ) -> Result<(), RetireCause> {
-        let oldest = self.unanswered.front().and_then(|oldest| Some((oldest.number, oldest.offered_at?)));
+        let oldest =
+            self.unanswered.front().and_then(|oldest| Some((oldest.number, oldest.offered_at?)));
         let next = self.made();
         let due = self.clock.on_timeout(now, config, oldest, next, may_fence)?;
         due.into_iter().flatten().for_each(|message| self.send(message));
@@ -320,7 +364,8 @@ impl<C> Account<C> {
     }
 
     pub(super) fn next_timeout(&self, config: &Config) -> Option<Instant> {
-        let oldest = self.unanswered.front().and_then(|oldest| Some((oldest.number, oldest.offered_at?)));
+        let oldest =
+            self.unanswered.front().and_then(|oldest| Some((oldest.number, oldest.offered_at?)));
         self.clock.next_timeout(config, oldest)
     }
 

@@ -57,8 +57,9 @@ impl<C> Pool<C> {
         free
     }
 
-    /// Reserves a place that may not be free: its connection waits then. Also while the dispatcher drains, for connections
-    /// that were accepted before that. Returns false if nothing is taken any more.
+    /// Reserves a place that may not be free: its connection waits then. Also while the dispatcher
+    /// drains, for connections that were accepted before that. Returns false if nothing is taken
+    /// any more.
     pub(in crate::handoff::dispatcher) fn reserve_late(&mut self) -> bool {
         self.reserved += u64::from(!self.is_closed());
         !self.is_closed()
@@ -84,11 +85,17 @@ impl<C> Pool<C> {
     }
 
     /// They wait again, before all others and in their order.
-    pub(super) fn put_back(&mut self, again: impl IntoIterator<Item = Pending<C>, IntoIter: DoubleEndedIterator>) {
+    pub(super) fn put_back(
+        &mut self,
+        again: impl IntoIterator<Item = Pending<C>, IntoIter: DoubleEndedIterator>,
+    ) {
         for mut pending in again.into_iter().rev() {
             pending.is_alone = false;
             if self.phase == Phase::Closed {
-                self.events.push(Event::Failed { connection: pending.connection, failure: Failure::Draining });
+                self.events.push(Event::Failed {
+                    connection: pending.connection,
+                    failure: Failure::Draining,
+                });
             } else {
                 self.queue.push_front(pending);
             }
@@ -98,19 +105,23 @@ impl<C> Pool<C> {
     /// The number of places that are neither taken nor reserved.
     pub(super) fn free(&self) -> u64 {
         let in_flight = self.in_flight();
-        let room: u64 = self.accounts().map(|(id, _, account)| self.room(id, account, in_flight)).sum();
+        let room: u64 =
+            self.accounts().map(|(id, _, account)| self.room(id, account, in_flight)).sum();
         room.saturating_sub(self.reserved)
     }
 
-    /// The number of descriptors that were sent, or are going to be, and that no worker is known to have received.
+    /// The number of descriptors that were sent, or are going to be, and that no worker is known to
+    /// have received.
     pub(in crate::handoff::dispatcher) fn in_flight(&self) -> usize {
-        self.stale.fds() + self.accounts().map(|(_, _, account)| account.pending_fds()).sum::<usize>()
+        self.stale.fds()
+            + self.accounts().map(|(_, _, account)| account.pending_fds()).sum::<usize>()
     }
 
     /// The number of connections that can be planned for a worker.
     ///
-    /// Descriptors in flight are limited for the whole uid, and those of a worker that does not receive stay there. So each worker
-    /// gets at most half of what the others leave. However many workers are stuck, one place is left.
+    /// Descriptors in flight are limited for the whole uid, and those of a worker that does not
+    /// receive stay there. So each worker gets at most half of what the others leave. However many
+    /// workers are stuck, one place is left.
     fn room(&self, id: WorkerId, account: &Account<C>, in_flight: usize) -> u64 {
         if self.held == Some(id) {
             return 0;
@@ -142,10 +153,12 @@ impl<C> Pool<C> {
             // These may wait for a worker that others have no need of, so they do not hold up those
             // behind them.
             let is_special = pending.is_at_last_attempt(self.config.max_offers) || pending.fds > 1;
-            // Those that were offered before go before those that have a place reserved for a connection to come.
+            // Those that were offered before go before those that have a place reserved for a
+            // connection to come.
             let is_new = pending.offers == 0;
             let Some(pending) = self.queue.take(place) else { continue };
-            let choice = if is_new && self.free() == 0 { Choice::Wait } else { self.choose(&pending) };
+            let choice =
+                if is_new && self.free() == 0 { Choice::Wait } else { self.choose(&pending) };
             match choice {
                 Choice::Plan(id) => self.plan(id, pending),
                 Choice::GiveUp => {
@@ -171,16 +184,24 @@ impl<C> Pool<C> {
         }
         let in_flight = self.in_flight();
         let is_suspect = pending.is_suspect(self.config.max_offers);
-        let fits =
-            |id, account: &Account<C>| self.room(id, account, in_flight) > 0 && (!is_suspect || account.pending() == 0);
+        let fits = |id, account: &Account<C>| {
+            self.room(id, account, in_flight) > 0 && (!is_suspect || account.pending() == 0)
+        };
         self.best(pending, fits).map_or(Choice::Wait, Choice::Plan)
     }
 
     /// The worker that is to get a connection, of those that fit.
-    fn best(&self, pending: &Pending<C>, fits: impl Fn(WorkerId, &Account<C>) -> bool) -> Option<WorkerId> {
-        let only_others = pending.is_at_last_attempt(self.config.max_offers) && !self.is_failed_by_all(pending);
+    fn best(
+        &self,
+        pending: &Pending<C>,
+        fits: impl Fn(WorkerId, &Account<C>) -> bool,
+    ) -> Option<WorkerId> {
+        let only_others =
+            pending.is_at_last_attempt(self.config.max_offers) && !self.is_failed_by_all(pending);
         let fitting = self.accounts().filter(|(id, _, account)| {
-            fits(*id, account) && account.takes(pending.fds) && !(only_others && pending.failed_with.contains(id))
+            fits(*id, account)
+                && account.takes(pending.fds)
+                && !(only_others && pending.failed_with.contains(id))
         });
         // Rather a worker that has not had it. One that has adopted nothing yet may be as bad as
         // those that failed with it, such as a process that comes up again and again and dies.
@@ -195,9 +216,8 @@ impl<C> Pool<C> {
             Strategy::RoundRobin => {
                 fitting.min_by_key(|(id, worker, account)| (rank_of(id, account), worker.last_plan))
             }
-            Strategy::ByKey => {
-                fitting.min_by_key(|(id, _, account)| (rank_of(id, account), order_of(pending.key, *id)))
-            }
+            Strategy::ByKey => fitting
+                .min_by_key(|(id, _, account)| (rank_of(id, account), order_of(pending.key, *id))),
         };
         best.map(|(id, ..)| id)
     }
@@ -218,7 +238,9 @@ impl<C> Pool<C> {
             Some(account) => account.has_adopted(),
             None => false,
         };
-        self.workers.iter().all(|(id, worker)| pending.failed_with.contains(id) || !may_take(worker))
+        self.workers
+            .iter()
+            .all(|(id, worker)| pending.failed_with.contains(id) || !may_take(worker))
     }
 
     fn plan(&mut self, id: WorkerId, mut pending: Pending<C>) {
@@ -234,8 +256,8 @@ impl<C> Pool<C> {
     }
 }
 
-/// Where a worker stands in the order in which a key prefers workers (rendezvous hashing): it changes for the keys of a
-/// worker that leaves, and for no others.
+/// Where a worker stands in the order in which a key prefers workers (rendezvous hashing): it
+/// changes for the keys of a worker that leaves, and for no others.
 fn order_of(key: u64, worker: WorkerId) -> u64 {
     let mut hasher = DefaultHasher::new();
     (key, worker).hash(&mut hasher);

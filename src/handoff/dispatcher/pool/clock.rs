@@ -10,7 +10,8 @@ use crate::handoff::{
     protocol::ToWorker,
 };
 
-/// How long a worker gets nothing after its first refusal; twice as long after each further one, until it adopts.
+/// How long a worker gets nothing after its first refusal; twice as long after each further one,
+/// until it adopts.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
@@ -117,8 +118,8 @@ impl Clock {
         self.drain.replace(until) != Some(until)
     }
 
-    /// Pings, recalls, and gives up. `oldest` is the oldest unanswered offer, by its number and the time when it was made, and
-    /// `next` the number of the next one.
+    /// Pings, recalls, and gives up. `oldest` is the oldest unanswered offer, by its number and the
+    /// time when it was made, and `next` the number of the next one.
     pub(super) fn on_timeout(
         &mut self,
         now: Instant,
@@ -141,7 +142,9 @@ impl Clock {
                 self.ping.due = Some(now + config.ping_interval);
                 ping = Some(ToWorker::Ping { nonce: self.ping.nonce });
             }
-            Some(since) if !self.ping.late && now >= self.counted_from(since) + config.ping_interval => {
+            Some(since)
+                if !self.ping.late && now >= self.counted_from(since) + config.ping_interval =>
+            {
                 self.ping.late = true;
             }
             Some(since) if self.ping.late && now >= self.hung_at(since, config) => {
@@ -156,7 +159,9 @@ impl Clock {
         // Whether it has time.
         if let Some((number, offered_at)) = oldest {
             match self.recalled_at(number) {
-                Some(at) if !self.ping.late && now >= self.counted_from(at) + config.hang_timeout => {
+                Some(at)
+                    if !self.ping.late && now >= self.counted_from(at) + config.hang_timeout =>
+                {
                     return Err(RetireCause::Misbehaved("it did not answer a recall".into()));
                 }
                 None if now >= self.counted_from(offered_at) + config.recall_after => {
@@ -173,17 +178,26 @@ impl Clock {
     }
 
     /// The next time when [`on_timeout`](Self::on_timeout) has something to do.
-    pub(super) fn next_timeout(&self, config: &Config, oldest: Option<(u64, Instant)>) -> Option<Instant> {
+    pub(super) fn next_timeout(
+        &self,
+        config: &Config,
+        oldest: Option<(u64, Instant)>,
+    ) -> Option<Instant> {
         let ping = match self.ping.unanswered {
             None => self.ping.due,
             Some(since) if self.ping.late => Some(self.hung_at(since, config)),
             Some(since) => Some(self.counted_from(since) + config.ping_interval),
         };
         let recall = oldest.and_then(|(number, offered_at)| match self.recalled_at(number) {
-            Some(at) => Some(self.counted_from(at) + config.hang_timeout).filter(|_| !self.ping.late),
+            Some(at) => {
+                Some(self.counted_from(at) + config.hang_timeout).filter(|_| !self.ping.late)
+            }
             None => Some(self.counted_from(offered_at) + config.recall_after),
         });
-        [ping, recall, self.hello_by, self.drain.flatten(), self.paused_until].into_iter().flatten().min()
+        [ping, recall, self.hello_by, self.drain.flatten(), self.paused_until]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// When an offer was recalled, if it was.

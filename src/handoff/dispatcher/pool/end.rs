@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::{
-    Event, Failure, Leftover, Phase, Pool, ProcessId, ProcessInfo, ProcessState, Remains, RetireCause, WorkerExit,
-    WorkerId,
+    Event, Failure, Leftover, Phase, Pool, ProcessId, ProcessInfo, ProcessState, Remains,
+    RetireCause, WorkerExit, WorkerId,
 };
 
 impl<C> Pool<C> {
@@ -24,7 +24,8 @@ impl<C> Pool<C> {
     ) -> bool {
         self.totals.retired.count(cause);
         let worker = self.workers.get_mut(&id);
-        let Some((worker, account)) = worker.and_then(|worker| worker.account.take().map(|account| (worker, account)))
+        let Some((worker, account)) =
+            worker.and_then(|worker| worker.account.take().map(|account| (worker, account)))
         else {
             return false;
         };
@@ -75,9 +76,14 @@ impl<C> Pool<C> {
     }
 
     /// A process has ended, and its copies with it.
-    pub(in crate::handoff::dispatcher) fn on_process_end(&mut self, process: ProcessId, status: Option<ExitStatus>) {
+    pub(in crate::handoff::dispatcher) fn on_process_end(
+        &mut self,
+        process: ProcessId,
+        status: Option<ExitStatus>,
+    ) {
         if let Some(Leftover { worker, pid }) = self.leftovers.remove(&process)
-            && let Some(exit) = self.workers.get_mut(&worker).and_then(|worker| worker.last_exit.as_mut())
+            && let Some(exit) =
+                self.workers.get_mut(&worker).and_then(|worker| worker.last_exit.as_mut())
             && exit.pid == pid
         // otherwise another process of this worker has left meanwhile
         {
@@ -106,7 +112,12 @@ impl<C> Pool<C> {
 
     /// Keeps the dispatcher's copy of a connection that a process has adopted, as long as one of
     /// the holders may have another.
-    pub(in crate::handoff::dispatcher) fn keep(&mut self, connection: C, adopter: ProcessId, holders: Vec<ProcessId>) {
+    pub(in crate::handoff::dispatcher) fn keep(
+        &mut self,
+        connection: C,
+        adopter: ProcessId,
+        holders: Vec<ProcessId>,
+    ) {
         self.stale.keep(connection, adopter, holders, &mut self.events);
     }
 
@@ -137,7 +148,8 @@ impl<C> Pool<C> {
         }
     }
 
-    /// Returns true if waiting changes nothing for the connections that are on their way: what waits does so for nobody.
+    /// Returns true if waiting changes nothing for the connections that are on their way: what
+    /// waits does so for nobody.
     pub(in crate::handoff::dispatcher) fn is_settled(&self) -> bool {
         let nobody_comes = self.workers.values().all(|worker| worker.removed.is_some());
         self.pending() == 0 && (nobody_comes || self.queue.connections() == 0)

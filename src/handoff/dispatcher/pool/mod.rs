@@ -1,12 +1,14 @@
 //! Which worker gets which connection: every decision of a dispatcher, as one value without I/O.
 //!
-//! The tasks tell the pool what happens ([`on_message`](Pool::on_message), [`on_timeout`](Pool::on_timeout),
-//! [`retire`](Pool::retire)), send what [`next_message`](Pool::next_message) returns, and act on its
-//! [events](Pool::take_events) when it is unlocked. It has no clock: they bring the time along. `C` is
-//! a connection; the tests run the same code on numbers.
+//! The tasks tell the pool what happens ([`on_message`](Pool::on_message),
+//! [`on_timeout`](Pool::on_timeout), [`retire`](Pool::retire)), send what
+//! [`next_message`](Pool::next_message) returns, and act on its [events](Pool::take_events) when it
+//! is unlocked. It has no clock: they bring the time along. `C` is a connection; the tests run the
+//! same code on numbers.
 //!
-//! Each connection has one owner at any time. It waits in the [`Queue`], or it is in the [`Account`] of one
-//! worker, or it has left in an [`Event`], or its copy is among the [`StaleCopies`].
+//! Each connection has one owner at any time. It waits in the [`Queue`], or it is in the
+//! [`Account`] of one worker, or it has left in an [`Event`], or its copy is among the
+//! [`StaleCopies`].
 
 mod account;
 mod choice;
@@ -194,7 +196,13 @@ impl<C> Pool<C> {
     }
 
     /// A process of this worker is connected, and has to say hello by then.
-    pub(super) fn connect(&mut self, id: WorkerId, process: ProcessInfo, hello_by: Instant, now: Instant) {
+    pub(super) fn connect(
+        &mut self,
+        id: WorkerId,
+        process: ProcessInfo,
+        hello_by: Instant,
+        now: Instant,
+    ) {
         if let Some(worker) = self.workers.get_mut(&id) {
             worker.restarts += u64::from(worker.last_exit.is_some());
             worker.account = Some(Account::new(process, hello_by, now));
@@ -209,7 +217,8 @@ impl<C> Pool<C> {
         self.workers.iter().filter_map(|(id, worker)| Some((*id, worker, worker.account.as_ref()?)))
     }
 
-    /// The worker gets nothing more, and has to finish what it has until then. Returns true if there is such a worker.
+    /// The worker gets nothing more, and has to finish what it has until then. Returns true if
+    /// there is such a worker.
     pub(super) fn remove(&mut self, id: WorkerId, until: Option<Instant>, now: Instant) -> bool {
         let Some(worker) = self.workers.get_mut(&id) else { return false };
         worker.removed = Some(until);
@@ -230,7 +239,8 @@ impl<C> Pool<C> {
         if let Some(account) = self.workers.remove(&id).and_then(|worker| worker.account) {
             // Its task has panicked, and nobody can know whether it has adopted these.
             let Remains { unanswered, unseen, .. } = account.retire(0);
-            self.events.extend(unanswered.into_iter().map(|pending| Event::Close(pending.connection)));
+            self.events
+                .extend(unanswered.into_iter().map(|pending| Event::Close(pending.connection)));
             self.put_back(unseen);
         }
         self.distribute(now);
@@ -250,9 +260,11 @@ impl<C> Pool<C> {
 
     // What is sent to a worker, and what it sends.
 
-    /// The next message for a worker, to be sent in this order. Its task is woken when there is another one after `None`.
+    /// The next message for a worker, to be sent in this order. Its task is woken when there is
+    /// another one after `None`.
     pub(super) fn next_message(&mut self, id: WorkerId, now: Instant) -> Option<ToWorker<&C>> {
-        let (message, is_repeated) = self.workers.get_mut(&id)?.account.as_mut()?.next_message(now)?;
+        let (message, is_repeated) =
+            self.workers.get_mut(&id)?.account.as_mut()?.next_message(now)?;
         self.totals.offered_again += u64::from(is_repeated);
         Some(message)
     }
@@ -288,7 +300,8 @@ impl<C> Pool<C> {
             }
             FromWorker::Rejected { first, count, reason } => {
                 let rejected = account.on_rejected(first, count, unsent)?;
-                let planned = if reason.is_refusal() { account.on_refusal(now) } else { Vec::new() };
+                let planned =
+                    if reason.is_refusal() { account.on_refusal(now) } else { Vec::new() };
                 self.rejected(id, rejected, reason, planned);
             }
             FromWorker::Draining => {
@@ -302,8 +315,15 @@ impl<C> Pool<C> {
         Ok(())
     }
 
-    /// A worker that is to be retired has sent this before it was fenced. A complete answer counts, whatever else it has sent.
-    pub(super) fn on_last_message(&mut self, id: WorkerId, message: FromWorker, unsent: usize, now: Instant) {
+    /// A worker that is to be retired has sent this before it was fenced. A complete answer counts,
+    /// whatever else it has sent.
+    pub(super) fn on_last_message(
+        &mut self,
+        id: WorkerId,
+        message: FromWorker,
+        unsent: usize,
+        now: Instant,
+    ) {
         let Some(account) = self.account(id) else { return };
         match message {
             FromWorker::Adopted { first, count } => {
@@ -326,7 +346,12 @@ impl<C> Pool<C> {
         self.adopted(id, adopted, now);
     }
 
-    fn adopted(&mut self, id: WorkerId, adopted: impl IntoIterator<Item = Pending<C>>, now: Instant) {
+    fn adopted(
+        &mut self,
+        id: WorkerId,
+        adopted: impl IntoIterator<Item = Pending<C>>,
+        now: Instant,
+    ) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let Some(account) = &worker.account else { return };
         let process = account.process.id;
@@ -338,7 +363,13 @@ impl<C> Pool<C> {
         }
     }
 
-    fn rejected(&mut self, id: WorkerId, rejected: Vec<Pending<C>>, reason: RejectReason, planned: Vec<Pending<C>>) {
+    fn rejected(
+        &mut self,
+        id: WorkerId,
+        rejected: Vec<Pending<C>>,
+        reason: RejectReason,
+        planned: Vec<Pending<C>>,
+    ) {
         let mut again = rejected;
         again.iter_mut().for_each(|pending| pending.on_rejected(id, reason));
         if let Some(worker) = self.workers.get_mut(&id) {
@@ -350,12 +381,17 @@ impl<C> Pool<C> {
 
     // Time.
 
-    /// Does what is due for a worker. `was_able` is false if nothing could be sent or received until now, through no fault of the
-    /// worker.
+    /// Does what is due for a worker. `was_able` is false if nothing could be sent or received
+    /// until now, through no fault of the worker.
     ///
     /// # Errors
     /// The cause if it is to be retired.
-    pub(super) fn on_timeout(&mut self, id: WorkerId, was_able: bool, now: Instant) -> Result<(), RetireCause> {
+    pub(super) fn on_timeout(
+        &mut self,
+        id: WorkerId,
+        was_able: bool,
+        now: Instant,
+    ) -> Result<(), RetireCause> {
         let Self { config, workers, fences, .. } = self;
         let Some(worker) = workers.get_mut(&id) else { return Ok(()) };
         let Some(account) = &mut worker.account else { return Ok(()) };

@@ -45,8 +45,8 @@ struct State {
 
 const WORKERS: usize = 2;
 
-/// Time stands still, all times to wait for are zero, and a timer may go off at any moment after it was set. So each
-/// order of events is possible that any timing could bring about.
+/// Time stands still, all times to wait for are zero, and a timer may go off at any moment after it
+/// was set. So each order of events is possible that any timing could bring about.
 static NOW: LazyLock<Instant> = LazyLock::new(Instant::now);
 const LATE: Duration = Duration::from_secs(90);
 
@@ -60,7 +60,10 @@ impl Dispatching {
         for (peer, state) in world.peers.iter().enumerate() {
             let may = [
                 (Step::Send(peer), !state.unsent.is_empty()),
-                (Step::Get(peer, None), state.works() && (state.sees_end() || !state.to_worker.is_empty())),
+                (
+                    Step::Get(peer, None),
+                    state.works() && (state.sees_end() || !state.to_worker.is_empty()),
+                ),
                 (Step::Ask(peer), state.works()),
                 (Step::Answer(peer), state.works()),
                 (Step::Read(peer), !state.is_retired),
@@ -74,7 +77,8 @@ impl Dispatching {
                 (Step::Remove(peer), left.removals > 0 && peer == 0),
                 (
                     Step::Get(peer, Some(RejectReason::Full)),
-                    left.refusals > 0 && matches!(state.to_worker.front(), Some(ToWorker::Offer { .. })),
+                    left.refusals > 0
+                        && matches!(state.to_worker.front(), Some(ToWorker::Offer { .. })),
                 ),
             ];
             steps.extend(may.into_iter().filter(|(_, may)| *may).map(|(step, _)| step));
@@ -82,8 +86,8 @@ impl Dispatching {
         steps
     }
 
-    /// Returns true if something is left to do, or all connections are adopted. If only timers are left, they go off, and workers that
-    /// are gone are started again.
+    /// Returns true if something is left to do, or all connections are adopted. If only timers are
+    /// left, they go off, and workers that are gone are started again.
     fn is_done_or_goes_on(&self, state: &State) -> bool {
         let is_adopted = |fate: &Fate| matches!(fate, Fate::Adopted(_));
         if state.world.fates.iter().all(is_adopted) {
@@ -111,7 +115,9 @@ impl Dispatching {
                 world.step(Step::Restart(peer));
             }
             for peer in 0..world.peers.len() {
-                for step in [Step::Take(peer), Step::Send(peer), Step::Get(peer, None), Step::Ask(peer)] {
+                for step in
+                    [Step::Take(peer), Step::Send(peer), Step::Get(peer, None), Step::Ask(peer)]
+                {
                     while world.step(step) {}
                 }
                 for step in [Step::Answer(peer), Step::Read(peer)] {
@@ -193,12 +199,14 @@ impl Model for Dispatching {
                 "no connection is lost or given twice, or waits while a worker has room",
                 |_, state: &State| state.world.check().is_ok(),
             ),
-            Property::always("each connection is adopted in the end", |model: &Self, state: &State| {
-                model.is_done_or_goes_on(state)
-            }),
+            Property::always(
+                "each connection is adopted in the end",
+                |model: &Self, state: &State| model.is_done_or_goes_on(state),
+            ),
             Property::sometimes("all connections are adopted", |model: &Self, state: &State| {
                 let fates = &state.world.fates;
-                fates.len() == model.0.connections && fates.iter().all(|fate| matches!(fate, Fate::Adopted(_)))
+                fates.len() == model.0.connections
+                    && fates.iter().all(|fate| matches!(fate, Fate::Adopted(_)))
             }),
         ]
     }
@@ -240,8 +248,8 @@ fn the_promise_is_kept_in_each_order_of_a_few_events() {
     check(Bounds { connections: 1, drains: 1, removals: 1, ..NONE });
 }
 
-/// Takes minutes, and is run by `.ci/run`. In the first form, timers go off when nothing else is left to do;
-/// in the second one at any moment.
+/// Takes minutes, and is run by `.ci/run`. In the first form, timers go off when nothing else is
+/// left to do; in the second one at any moment.
 #[test]
 #[ignore = "takes minutes"]
 fn the_promise_is_kept_in_each_order_of_events() {

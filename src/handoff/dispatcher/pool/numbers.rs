@@ -83,7 +83,13 @@ impl<C> Pool<C> {
         if self.departed.len() == MOST_DEPARTED {
             self.departed.pop_front();
         }
-        self.departed.push_back(WorkerStats { state: WorkerState::Gone, room: 0, unanswered: 0, active: 0, ..worker });
+        self.departed.push_back(WorkerStats {
+            state: WorkerState::Gone,
+            room: 0,
+            unanswered: 0,
+            active: 0,
+            ..worker
+        });
     }
 
     /// How long the first of those that wait for a place has been waiting.

@@ -20,7 +20,8 @@ pub(super) struct Peer {
     pub(super) unsent: VecDeque<ToWorker<u8>>,
     pub(super) to_worker: VecDeque<ToWorker<u8>>,
     pub(super) from_worker: VecDeque<FromWorker>,
-    /// Offers that were sent and whose answer was not read. After the end, copies of these may be here.
+    /// Offers that were sent and whose answer was not read. After the end, copies of these may be
+    /// here.
     pub(super) sent: VecDeque<u8>,
     /// What its application has got.
     pub(super) given: Vec<u8>,
@@ -94,7 +95,8 @@ impl Peer {
             FromWorker::Demand { .. } => self.has_refused = false,
             _ => {}
         }
-        self.has_refused |= matches!(message, FromWorker::Rejected { reason, .. } if reason.is_refusal());
+        self.has_refused |=
+            matches!(message, FromWorker::Rejected { reason, .. } if reason.is_refusal());
     }
 
     /// The reason why it must not be offered this connection.
@@ -102,7 +104,9 @@ impl Peer {
         match self {
             _ if fds > self.max_fds.into() => Some("takes no bundles"),
             Self { is_draining: true, .. } => Some("drains"),
-            Self { has_refused: true, lies: false, .. } => Some("has refused, and has not asked again"),
+            Self { has_refused: true, lies: false, .. } => {
+                Some("has refused, and has not asked again")
+            }
             _ => None,
         }
     }
@@ -122,7 +126,8 @@ impl Peer {
             }
             return is_end;
         };
-        if let Err(error) = self.book.on_message(message.map(|offer| unfit.map_or(Ok(offer), Err))) {
+        if let Err(error) = self.book.on_message(message.map(|offer| unfit.map_or(Ok(offer), Err)))
+        {
             self.book.end(false);
             self.is_cut = true;
             self.complaint = Some(error.to_string());

@@ -1,12 +1,13 @@
-//! Copies of connections that the dispatcher has no control of: in processes that were fenced and have not ended.
+//! Copies of connections that the dispatcher has no control of: in processes that were fenced and
+//! have not ended.
 
 use std::collections::BTreeMap;
 
 use super::{Event, ProcessId};
 
-/// A retired worker's process may hold, until it ends, copies of what it was offered. They do no harm to a connection
-/// that another worker serves. But if that one dies, the client would not see the end, so the dispatcher keeps its own copy, by
-/// which it can end the connection.
+/// A retired worker's process may hold, until it ends, copies of what it was offered. They do no
+/// harm to a connection that another worker serves. But if that one dies, the client would not see
+/// the end, so the dispatcher keeps its own copy, by which it can end the connection.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(in crate::handoff::dispatcher) struct StaleCopies<C> {
     /// Processes of retired workers that may live, and how many descriptors each may have in
@@ -83,7 +84,13 @@ impl<C> StaleCopies<C> {
     }
 
     /// Takes out the copies of connections that have ended.
-    pub(in crate::handoff::dispatcher) fn take_ended(&mut self, has_ended: impl Fn(&C) -> bool) -> Vec<C> {
-        self.kept.extract_if(.., |kept| has_ended(&kept.connection)).map(|kept| kept.connection).collect()
+    pub(in crate::handoff::dispatcher) fn take_ended(
+        &mut self,
+        has_ended: impl Fn(&C) -> bool,
+    ) -> Vec<C> {
+        self.kept
+            .extract_if(.., |kept| has_ended(&kept.connection))
+            .map(|kept| kept.connection)
+            .collect()
     }
 }

@@ -27,14 +27,25 @@ fn config() -> Config {
 }
 
 fn reason() -> impl Strategy<Value = RejectReason> {
-    select(&[RejectReason::Full, RejectReason::Unusable, RejectReason::Draining, RejectReason::Other(9)][..])
+    select(
+        &[
+            RejectReason::Full,
+            RejectReason::Unusable,
+            RejectReason::Draining,
+            RejectReason::Other(9),
+        ][..],
+    )
 }
 
 fn lie() -> impl Strategy<Value = FromWorker> {
     let numbers = || (0..5u64, 0..4u32);
     prop_oneof![
         numbers().prop_map(|(first, count)| FromWorker::Adopted { first, count }),
-        (numbers(), reason()).prop_map(|((first, count), reason)| FromWorker::Rejected { first, count, reason }),
+        (numbers(), reason()).prop_map(|((first, count), reason)| FromWorker::Rejected {
+            first,
+            count,
+            reason
+        }),
         (0..9u64).prop_map(|total| FromWorker::Demand { total }),
         (0..3u64).prop_map(|finished| FromWorker::Load { finished }),
         (0..3u64).prop_map(|nonce| FromWorker::Pong { nonce }),
@@ -75,8 +86,8 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
-    /// Workers die, hang, stall, refuse and lie, and sockets fail. Each connection is given to at most one application, none is lost,
-    /// and none waits while a willing worker has room.
+    /// Workers die, hang, stall, refuse and lie, and sockets fail. Each connection is given to at
+    /// most one application, none is lost, and none waits while a willing worker has room.
     ///
     /// Rules: D-ADOPTED, D-NUMBER, D-DEMAND, D-REFUSAL.
     #[test]
@@ -140,8 +151,8 @@ fn send_all(pool: &mut Pool<u8>, id: WorkerId, now: Instant) -> u32 {
     offers
 }
 
-/// The kernel limits descriptors in flight for a whole uid, and those of a worker that does not receive stay there. Workers that
-/// were fenced and live on keep theirs.
+/// The kernel limits descriptors in flight for a whole uid, and those of a worker that does not
+/// receive stay there. Workers that were fenced and live on keep theirs.
 #[test]
 fn workers_that_do_not_receive_leave_places_to_the_others() {
     const CONNECTIONS: u8 = 100;
@@ -156,7 +167,13 @@ fn workers_that_do_not_receive_leave_places_to_the_others() {
         stuck += 1;
         assert!(offers > 0, "after {stuck} stuck workers");
         if stuck % 2 == 0 {
-            pool.retire(id, &RetireCause::Hung, 0, ProcessState::Lives { has_received: false }, now);
+            pool.retire(
+                id,
+                &RetireCause::Hung,
+                0,
+                ProcessState::Lives { has_received: false },
+                now,
+            );
         }
     }
     assert!(in_flight <= 16 + stuck, "{in_flight}");
@@ -208,7 +225,9 @@ fn an_adoption_that_was_not_read_before_the_fence_counts() {
     for step in [Step::Answer(0), Step::Read(0), Step::Take(0), Step::Send(0), Step::Get(0, None)] {
         assert!(world.step(step), "{step:?}");
     }
-    for step in [Step::Ask(0), Step::Answer(0), Step::Read(0), Step::Dispatch, Step::Take(0), Step::Send(0)] {
+    for step in
+        [Step::Ask(0), Step::Answer(0), Step::Read(0), Step::Dispatch, Step::Take(0), Step::Send(0)]
+    {
         assert!(world.step(step), "{step:?}");
     }
     for step in [Step::Get(0, None), Step::Ask(0), Step::Answer(0)] {
@@ -246,13 +265,16 @@ fn an_answer_out_of_place_answers_nothing() {
 #[test]
 fn hung_workers_that_have_connected_do_not_put_off_the_fence_of_one_that_was_started() {
     let mut now = Instant::now();
-    let mut pool = Pool::new(Config { max_fences: 2, fence_window: Duration::from_secs(3600), ..config() });
+    let mut pool =
+        Pool::new(Config { max_fences: 2, fence_window: Duration::from_secs(3600), ..config() });
     let peers = [(); 4].map(|()| add_process(&mut pool, false, now));
     let child = add_process(&mut pool, true, now);
     let mut hung = Vec::new();
     for _ in 0..100 {
         now += Duration::from_millis(100);
-        for id in peers.into_iter().chain([child]).filter(|id| !hung.contains(id)).collect::<Vec<_>>() {
+        for id in
+            peers.into_iter().chain([child]).filter(|id| !hung.contains(id)).collect::<Vec<_>>()
+        {
             if let Err(cause) = pool.on_timeout(id, true, now) {
                 assert_eq!(cause, RetireCause::Hung);
                 pool.retire(id, &cause, 0, ProcessState::Ended(None), now);

@@ -1,4 +1,5 @@
-//! The shipped pool against the shipped books of several workers, over queues in memory: for the property test and the model.
+//! The shipped pool against the shipped books of several workers, over queues in memory: for the
+//! property test and the model.
 
 use std::{
     collections::BTreeSet,
@@ -17,7 +18,8 @@ pub(super) struct World {
     pub(super) pool: Pool<u8>,
     pub(super) peers: Vec<Peer>,
     pub(super) fates: Vec<Fate>,
-    /// The workers that have failed with each connection: they have left without an answer, or could not use it.
+    /// The workers that have failed with each connection: they have left without an answer, or
+    /// could not use it.
     failed_with: Vec<BTreeSet<WorkerId>>,
     /// Connections that the dispatcher has shut down for the sake of their clients.
     shut_down: BTreeSet<u8>,
@@ -153,8 +155,13 @@ impl World {
             Step::Read(peer) => self.read(peer),
             Step::Timeout(peer) => self.timeout(peer),
             Step::Crash(peer) => std::mem::take(&mut self.peers[peer].lives) && self.died(peer),
-            Step::Hang(peer) => self.peers[peer].works() && !std::mem::replace(&mut self.peers[peer].hangs, true),
-            Step::Cut(peer) => !self.peers[peer].is_retired && !std::mem::replace(&mut self.peers[peer].is_cut, true),
+            Step::Hang(peer) => {
+                self.peers[peer].works() && !std::mem::replace(&mut self.peers[peer].hangs, true)
+            }
+            Step::Cut(peer) => {
+                !self.peers[peer].is_retired
+                    && !std::mem::replace(&mut self.peers[peer].is_cut, true)
+            }
             Step::Steal(peer) => {
                 let peer = &mut self.peers[peer];
                 peer.is_robbed |= peer.works() && peer.to_worker.pop_front().is_some();
@@ -210,7 +217,10 @@ impl World {
             if let ToWorker::Offer { offer, .. } = message
                 && let Some(why) = peer.must_not_get(fds_of(offer))
             {
-                self.broken.get_or_insert(format!("worker {} {why}, and is offered connection {offer}", peer.id));
+                self.broken.get_or_insert(format!(
+                    "worker {} {why}, and is offered connection {offer}",
+                    peer.id
+                ));
             }
             peer.unsent.push_back(message);
         }
@@ -229,7 +239,9 @@ impl World {
 
     fn get(&mut self, peer: usize, unfit: Option<RejectReason>) -> bool {
         let peer = &mut self.peers[peer];
-        if let (Some(RejectReason::Unusable), Some(ToWorker::Offer { offer, .. })) = (unfit, peer.to_worker.front()) {
+        if let (Some(RejectReason::Unusable), Some(ToWorker::Offer { offer, .. })) =
+            (unfit, peer.to_worker.front())
+        {
             self.failed_with[usize::from(*offer)].insert(peer.id);
         }
         peer.get(unfit)
@@ -246,7 +258,9 @@ impl World {
                 let unsent = peer_state.unsent_offers();
                 peer_state.on_read(message);
                 let outcome = self.pool.on_message(id, message, unsent, self.now);
-                if let (Err(RetireCause::Misbehaved(how)), true) = (&outcome, peer_state.is_honest()) {
+                if let (Err(RetireCause::Misbehaved(how)), true) =
+                    (&outcome, peer_state.is_honest())
+                {
                     self.broken.get_or_insert(format!("worker {id} is honest, and {how}"));
                 }
                 outcome
@@ -274,7 +288,8 @@ impl World {
         }
     }
 
-    /// As the task does: after the cut nothing can be written, and everything that was written is read.
+    /// As the task does: after the cut nothing can be written, and everything that was written is
+    /// read.
     fn retire(&mut self, peer: usize, cause: &RetireCause) {
         let peer = &mut self.peers[peer];
         peer.is_retired = true;
@@ -290,7 +305,11 @@ impl World {
         }
         peer.unsent.clear();
         let has_received = peer.to_worker.is_empty();
-        let state = if peer.lives { ProcessState::Lives { has_received } } else { ProcessState::Ended(None) };
+        let state = if peer.lives {
+            ProcessState::Lives { has_received }
+        } else {
+            ProcessState::Ended(None)
+        };
         self.pool.retire(peer.id, cause, unsent, state, self.now);
         if self.pool.is_removed(peer.id) {
             self.pool.forget(peer.id, self.now);
@@ -316,15 +335,21 @@ impl World {
                 }
                 Event::Failed { connection, .. } => {
                     self.decide(connection, Fate::Failed);
-                    let leaves =
-                        |worker: &WorkerStats| worker.state == WorkerState::Draining || self.pool.is_removed(worker.id);
+                    let leaves = |worker: &WorkerStats| {
+                        worker.state == WorkerState::Draining || self.pool.is_removed(worker.id)
+                    };
                     let failed_with = &self.failed_with[usize::from(connection)];
-                    let is_honest = |id| self.peers.iter().all(|peer| peer.id != id || peer.is_honest());
-                    let may_take = |worker: &WorkerStats| !failed_with.contains(&worker.id) && is_honest(worker.id);
-                    let willing = self.pool.workers().find(|worker| !leaves(worker) && may_take(worker));
+                    let is_honest =
+                        |id| self.peers.iter().all(|peer| peer.id != id || peer.is_honest());
+                    let may_take = |worker: &WorkerStats| {
+                        !failed_with.contains(&worker.id) && is_honest(worker.id)
+                    };
+                    let willing =
+                        self.pool.workers().find(|worker| !leaves(worker) && may_take(worker));
                     if let Some(WorkerStats { id, .. }) = willing {
-                        let broken =
-                            format!("connection {connection} is given up, and worker {id} has not failed with it");
+                        let broken = format!(
+                            "connection {connection} is given up, and worker {id} has not failed with it"
+                        );
                         self.broken.get_or_insert(broken);
                     }
                 }
@@ -341,7 +366,9 @@ impl World {
     fn decide(&mut self, connection: u8, fate: Fate) {
         let before = std::mem::replace(&mut self.fates[usize::from(connection)], fate);
         if before != Fate::Accepted {
-            self.broken.get_or_insert(format!("connection {connection} is decided twice: {before:?}, {fate:?}"));
+            self.broken.get_or_insert(format!(
+                "connection {connection} is decided twice: {before:?}, {fate:?}"
+            ));
         }
     }
 
@@ -349,19 +376,25 @@ impl World {
     /// The part of the promise that is broken.
     pub(super) fn check(&self) -> Result<(), String> {
         self.broken.clone().map_or(Ok(()), Err)?;
-        if let Some(peer) = self.peers.iter().find(|peer| peer.is_honest() && peer.complaint.is_some()) {
+        if let Some(peer) =
+            self.peers.iter().find(|peer| peer.is_honest() && peer.complaint.is_some())
+        {
             return Err(format!("the dispatcher breaks the protocol: {:?}", peer.complaint));
         }
         for (serial, fate) in (0u8..).zip(&self.fates) {
             let honest = self.peers.iter().filter(|peer| !peer.lies);
-            let given = Vec::from_iter(honest.filter(|peer| peer.given.contains(&serial)).map(|peer| peer.process));
+            let given = Vec::from_iter(
+                honest.filter(|peer| peer.given.contains(&serial)).map(|peer| peer.process),
+            );
             if given.len() > 1 {
                 return Err(format!("connection {serial} is given to {given:?}"));
             }
             if let (Fate::Adopted(by), [to]) = (fate, &given[..])
                 && by != to
             {
-                return Err(format!("connection {serial} was given to {to}, and is counted for {by}"));
+                return Err(format!(
+                    "connection {serial} was given to {to}, and is counted for {by}"
+                ));
             }
             self.check_copies(serial, *fate)?;
             let owners = self.owners(serial);
@@ -377,41 +410,53 @@ impl World {
             _ => true,
         };
         match self.pool.queue.waiters().find(could_go) {
-            Some(waiter) if self.pool.free() > 0 => Err(format!("{waiter:?} waits, and a worker has room")),
+            Some(waiter) if self.pool.free() > 0 => {
+                Err(format!("{waiter:?} waits, and a worker has room"))
+            }
             _ => Ok(()),
         }
     }
 
-    /// The client of an adopted connection sees its end with the adopter's, though another process has a copy.
+    /// The client of an adopted connection sees its end with the adopter's, though another process
+    /// has a copy.
     fn check_copies(&self, serial: u8, fate: Fate) -> Result<(), String> {
         let Fate::Adopted(by) = fate else { return Ok(()) };
-        let Some(adopter) = self.peers.iter().find(|peer| peer.process == by) else { return Ok(()) };
+        let Some(adopter) = self.peers.iter().find(|peer| peer.process == by) else {
+            return Ok(());
+        };
         if self.peers.iter().any(|peer| !peer.is_honest()) {
             return Ok(()); // nobody knows which answers count
         }
-        let has_copy = |peer: &Peer| peer.is_retired && peer.lives && peer.sent.contains(&serial) && peer.process != by;
+        let has_copy = |peer: &Peer| {
+            peer.is_retired && peer.lives && peer.sent.contains(&serial) && peer.process != by
+        };
         let is_held = self.peers.iter().any(has_copy);
         let has_ended = adopter.is_retired && !adopter.lives;
         match (is_held, has_ended, self.pool.stale.keeps(&serial)) {
-            (true, true, _) if !self.shut_down.contains(&serial) => {
-                Err(format!("connection {serial} has ended with worker {by}, and its client does not see it"))
+            (true, true, _) if !self.shut_down.contains(&serial) => Err(format!(
+                "connection {serial} has ended with worker {by}, and its client does not see it"
+            )),
+            (true, false, false) => {
+                Err(format!("no copy of connection {serial} is kept, and another worker has one"))
             }
-            (true, false, false) => Err(format!("no copy of connection {serial} is kept, and another worker has one")),
             (false, _, true) => Err(format!("a copy of connection {serial} is kept for nothing")),
             _ => Ok(()),
         }
     }
 
-    /// Returns true if a worker takes a bundle of this size, and nothing else than descriptors in flight may be in the way.
+    /// Returns true if a worker takes a bundle of this size, and nothing else than descriptors in
+    /// flight may be in the way.
     fn has_room_for(&self, fds: usize) -> bool {
         let is_limited = self.pool.config.max_in_flight < usize::MAX;
-        !is_limited && self.pool.accounts().any(|(_, _, account)| account.takes(fds) && account.room() > 0)
+        !is_limited
+            && self.pool.accounts().any(|(_, _, account)| account.takes(fds) && account.room() > 0)
     }
 
     /// The number of places of the pool that have a connection which is not decided.
     fn owners(&self, serial: u8) -> usize {
         let waiting = self.pool.queue.iter().filter(|pending| pending.connection == serial).count();
-        let in_accounts = self.pool.accounts().map(|(_, _, account)| account.count_of(&serial)).sum::<usize>();
+        let in_accounts =
+            self.pool.accounts().map(|(_, _, account)| account.count_of(&serial)).sum::<usize>();
         waiting + in_accounts
     }
 

@@ -84,7 +84,9 @@ impl Task {
         state.feed();
         match state.poll_flush(cx) {
             Poll::Ready(Ok(())) if left => return Poll::Ready(End::Drained),
-            Poll::Ready(Err(error)) if !error.is_peer_gone() => return Poll::Ready(End::Failed(Arc::new(error))),
+            Poll::Ready(Err(error)) if !error.is_peer_gone() => {
+                return Poll::Ready(End::Failed(Arc::new(error)));
+            }
             Poll::Ready(Err(_)) if state.is_cut_off() => return Poll::Ready(End::Fenced),
             _ => {}
         }
@@ -92,7 +94,8 @@ impl Task {
             let error = Error::invalid("a dispatcher that asks without reading the answers");
             return Poll::Ready(End::Failed(Arc::new(error)));
         }
-        let application = if state.book.is_worth_asking() { state.application.take() } else { None };
+        let application =
+            if state.book.is_worth_asking() { state.application.take() } else { None };
         drop(state);
         application.into_iter().for_each(Waker::wake);
         Poll::Pending
