@@ -251,7 +251,7 @@ fn a_worker_that_dies_meanwhile_is_started_again() {
         let like = command(&log);
         let mut late = Command::new("sh");
         late.args(["-c", "read _ < \"$GATE\"; exec \"$@\"", "sh"])
-            .arg(like.as_std().get_program())
+            .arg(std::env::current_exe().unwrap())
             .args(like.as_std().get_args())
             .envs(like.as_std().get_envs().filter_map(|(name, value)| Some((name, value?))))
             .env("GATE", &gate)

@@ -24,6 +24,7 @@ use tokio::{
 
 use crate::{
     common::{one_thread, run, run_in, some_threads},
+    descriptors::alone,
     raw_worker::{Client, Raw, serve, until},
 };
 
@@ -135,26 +136,30 @@ fn the_backlog_does_not_keep_a_drain_from_its_deadline() {
     });
 }
 
+/// In a process of its own: a child that another test is starting has a copy for a moment.
 #[test]
 fn the_listener_is_closed_at_once_when_serve_is_dropped() {
-    for runtime in [one_thread, some_threads] {
-        run_in(runtime(), async {
-            let dispatcher = Dispatcher::builder().build();
-            let _worker = worker(&dispatcher, 1000);
-            let (mut listener, address) = listen().await;
-            for _ in 0..50 {
-                let fd = listener.as_raw_fd();
-                {
-                    let mut serving = Box::pin(dispatcher.serve(listener));
-                    assert!(serving.as_mut().now_or_never().is_none());
-                    let _client = TcpStream::connect(address).await.unwrap();
-                }
-                // Nobody else has the port or the descriptor's number.
-                listener = TcpListener::bind(address)
-                    .await
-                    .unwrap_or_else(|error| panic!("{fd}: {error}"));
-            }
-        });
+    alone("serve_ends::the_listener_is_closed_at_once_when_serve_is_dropped", async {
+        for runtime in [one_thread, some_threads] {
+            let test = move || run_in(runtime(), serve_again_and_again());
+            tokio::task::spawn_blocking(test).await.unwrap();
+        }
+    });
+}
+
+async fn serve_again_and_again() {
+    let dispatcher = Dispatcher::builder().build();
+    let _worker = worker(&dispatcher, 1000);
+    let (mut listener, address) = listen().await;
+    for _ in 0..50 {
+        let fd = listener.as_raw_fd();
+        {
+            let mut serving = Box::pin(dispatcher.serve(listener));
+            assert!(serving.as_mut().now_or_never().is_none());
+            let _client = TcpStream::connect(address).await.unwrap();
+        }
+        // Nobody else has the port or the descriptor's number.
+        listener = TcpListener::bind(address).await.unwrap_or_else(|error| panic!("{fd}: {error}"));
     }
 }
 
