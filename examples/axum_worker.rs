@@ -44,7 +44,8 @@ async fn front(address: &str) -> io::Result<()> {
         dispatcher.drain(Some(Duration::from_secs(5))).await;
         Ok(())
     };
-    try_join!(dispatcher.serve(listener), stopping)?; // the drain ends `serve`, when nobody waits to be accepted
+    // The drain ends `serve`, when nobody waits to be accepted.
+    try_join!(dispatcher.serve(listener), stopping)?;
     Ok(())
 }
 

@@ -5,7 +5,8 @@
 //!
 //! ```sh
 //! cargo build --features serde --example bind_helper
-//! sudo target/debug/examples/bind_helper serve --path /run/bind.sock --allow 1000:80 --allow 1000:8000-8999
+//! sudo target/debug/examples/bind_helper serve --path /run/bind.sock \
+//!     --allow 1000:80 --allow 1000:8000-8999
 //! target/debug/examples/bind_helper run --path /run/bind.sock 127.0.0.1:80    # as uid 1000
 //! ```
 

@@ -8,7 +8,7 @@
 //! ```sh
 //! cargo run --example fd_cat -- Cargo.toml
 //! cargo run --example fd_cat -- --verbose Cargo.toml    # tells on stderr what came
-//! cargo run --example fd_cat -- missing                 # error: missing: No such file or directory (os error 2)
+//! cargo run --example fd_cat -- missing             # error: missing: No such file or directory
 //! ```
 
 use std::{
@@ -70,7 +70,8 @@ async fn receive_and_print(args: &Args) -> Result<(), Box<dyn Error>> {
     let name = Path::new(std::ffi::OsStr::from_bytes(&frame.payload)).display();
     let [file] = match frame.fds.into_array() {
         Ok(file) => file.map(File::from),
-        Err(fds) if fds.is_empty() => return Err(name.to_string().into()), // what the child says instead
+        // What the child says instead.
+        Err(fds) if fds.is_empty() => return Err(name.to_string().into()),
         Err(fds) => return Err(format!("{} descriptors came for one file", fds.len()).into()),
     };
     if !file.metadata()?.is_file() {

@@ -9,7 +9,7 @@
 //! reply for ten seconds at most.
 //!
 //! ```sh
-//! cargo run --example open_server -- Cargo.toml missing       # prints the one, says why not the other
+//! cargo run --example open_server -- Cargo.toml missing # prints the one, says why not the other
 //! cargo run --example open_server -- --append "one more" /tmp/notes.txt
 //! ```
 

@@ -104,7 +104,9 @@ async fn share(
 ) -> Result<(), Box<dyn Error>> {
     let socket = tokio::select! {
         socket = listener.accept() => socket?,
-        status = client.wait() => return Err(format!("the client ended before it connected ({})", status?).into()),
+        status = client.wait() => {
+            return Err(format!("the client ended before it connected ({})", status?).into());
+        }
     };
     let mut connection = Framed::new(socket, FrameCodec::default());
     // The terminal is closed here once it is sent: the client's end of it is then the end for the

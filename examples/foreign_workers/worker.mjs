@@ -3,8 +3,8 @@
 // along: `server` below is an ordinary http.Server, with its 'upgrade' events.
 //
 // Needs nothing but Node 18 or later and speaks the hand-off protocol of src/handoff/protocol.md.
-// The names of its rules, such as W-ADOPTED, are in the comments. The dispatcher starts it, with the
-// socket as standard input, which has to be of kind STREAM:
+// The names of its rules, such as W-ADOPTED, are in the comments. The dispatcher starts it, with
+// the socket as standard input, which has to be of kind STREAM:
 //
 //     let worker = WorkerCommand::from(Command::new("examples/foreign_workers/worker.mjs"));
 //     dispatcher.spawn_worker(worker.socket_kind(SocketKind::Stream))?;
