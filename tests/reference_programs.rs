@@ -581,7 +581,10 @@ mod open_server {
             let ran = server.end().await;
             assert_eq!(
                 (ran.code, &ran.err[..]),
-                (Some(0), "server: a client is disconnected: invalid message: the request is malformed\n")
+                (
+                    Some(0),
+                    "server: a client is disconnected: invalid message: the request is malformed\n"
+                )
             );
         });
     }
@@ -625,7 +628,10 @@ mod pty_share {
         let ((controller, terminal), (_other_controller, other_terminal)) = (pty(), pty());
         run(async {
             for (frame, line) in [
-                (Some(data().with_fd(null()).with_fd(null())), "the second descriptor is not a terminal"),
+                (
+                    Some(data().with_fd(null()).with_fd(null())),
+                    "the second descriptor is not a terminal",
+                ),
                 (
                     Some(data().with_fd(controller.try_clone().unwrap()).with_fd(other_terminal)),
                     "the descriptors are not the two ends of one terminal",
