@@ -98,11 +98,12 @@ impl Server {
             self.shared.connections.counts.send_modify(|counts| counts.cut = 0);
             tokio::select! {
                 biased;
-                // It serves again.
+                // The takeover is undone: wait for the next one.
                 _ = self.shared.wait(|status| status.phase == Phase::Serving) => continue,
                 () = self.shared.connections_ended(&status) => {}
                 () = self.shared.deadline() => {}
             }
+            // Connections that were cut at the deadline have ended by now, or are about to.
             let Counts { open, cut } = *self.shared.connections.counts.borrow();
             let left = open + cut;
             if self.phase() == Phase::Replaced || self.drained().await {
@@ -146,6 +147,7 @@ impl OpenConnection {
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
+        // One step for both numbers, so that `finish` never misses a connection.
         let is_cut = self.is_cut.load(Ordering::Relaxed);
         self.shared.connections.counts.send_modify(|counts| {
             counts.open -= 1;

@@ -97,6 +97,7 @@ impl<L: Accepts> Gated<L> {
                 return Err(io::Error::new(io::ErrorKind::NotConnected, reason));
             }
             let Some(listener) = self.register()? else { continue };
+            // A change of phase comes first: nothing is accepted after it was seen.
             tokio::select! {
                 biased;
                 _ = self.shared.wait(|status| status.phase != Phase::Serving) => {}
@@ -129,7 +130,7 @@ impl<L: Accepts> Gate for Registered<L> {
     fn on_phase(&self, phase: Phase) {
         if phase != Phase::Serving {
             let listener = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-            drop(listener);
+            drop(listener); // without the lock; an `accept` under way may still have a reference
         }
     }
 }

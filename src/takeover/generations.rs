@@ -77,6 +77,7 @@ impl Generations {
                 "the leash of an old process is not a Unix socket",
             ));
         }
+        // The process that has made the pair, whoever has sent it. 0 is another PID namespace.
         let made_by = getsockopt(&leash, PeerCredentials)?.pid();
         let leash = UnixStream::from(leash);
         leash.set_nonblocking(true)?;
@@ -112,6 +113,7 @@ impl Generations {
     /// Asks the oldest to leave, if more than this number still run.
     pub(super) fn limit(&mut self, most: usize) {
         self.0.retain(Leashed::runs);
+        // The oldest come first.
         let surplus = self.0.len().saturating_sub(most);
         for it in self.0[..surplus].iter_mut().filter(|it| !it.is_asked) {
             info!(

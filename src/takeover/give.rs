@@ -110,6 +110,7 @@ impl GiverTask {
         if !self.giver.is_over() {
             return true;
         }
+        // The next process may ask at once, while the last messages of this one are sent.
         if self.giver.is_serving() && std::mem::take(&mut self.is_claimed) {
             self.shared.unclaim();
         }
@@ -208,6 +209,7 @@ impl GiverTask {
         let mut offered = self.shared.offered();
         let listeners = offered.len() as u32;
         self.send(ToTaker::Welcome { version, listeners });
+        // One system call takes this many descriptors.
         while !offered.is_empty() {
             let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
             self.send(ToTaker::Listeners(std::mem::replace(&mut offered, rest)));
@@ -265,6 +267,7 @@ impl GiverTask {
         let is_unsent = *writes && (!queue.is_empty() || write.unsent().bytes > 0);
         tokio::select! {
             biased;
+            // Reading first: a READY that is there counts, whatever else has happened.
             message = read.next(), if *reads => self.on_read(message),
             () = peer_closed(peer), if peer.is_some() && !*reads => {
                 self.peer = None;
@@ -359,6 +362,7 @@ async fn send(
     write: &mut WriteHalf<GiverCodec>,
     queue: &mut VecDeque<ToTaker<SendFd>>,
 ) -> Result<(), SendFailed> {
+    // A message leaves the queue only when there is room for it, so a cancelled send loses none.
     while !queue.is_empty() {
         let permit = write.reserve().await.map_err(SendFailed::Socket)?;
         if let Some(message) = queue.pop_front() {

@@ -198,6 +198,7 @@ impl Giver {
     ///
     /// A taker that serves is not dead because of that. So nothing is undone: two would serve.
     pub(super) fn on_violation(&mut self) {
+        // After READY: the taker serves, so this process must not serve again.
         if self.is_draining() {
             return self.give_up();
         }
@@ -286,6 +287,7 @@ impl Giver {
     /// first reads everything that is readable.
     pub(super) fn drained(&mut self) {
         if self.is_draining() {
+            // A baton that the application still holds is lost with it; the rest has to move.
             self.give(Bytes::new());
             self.give_up();
         }

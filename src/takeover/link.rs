@@ -119,6 +119,7 @@ async fn send(
     write: &mut WriteHalf<TakerCodec>,
     queue: &mut VecDeque<FromTaker>,
 ) -> io::Result<()> {
+    // A message leaves the queue only when there is room for it, so a cancelled send loses none.
     while !queue.is_empty() {
         let permit = write.reserve().await.map_err(io::Error::from)?;
         if let Some(message) = queue.pop_front() {

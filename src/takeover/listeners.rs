@@ -185,6 +185,7 @@ impl Listeners {
             return Ok(());
         }
         let addr = UnixAddr::new(path).map_err(std::io::Error::from)?;
+        // The lock before the socket: a stale path is removed under it.
         let mut guard = PathGuard::take(path)?;
         let kind = match kind {
             Kind::Stream => SockType::Stream,

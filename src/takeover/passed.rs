@@ -36,6 +36,7 @@ pub(super) fn copy(
             Ok((identity_of(name.to_owned(), index, fd.as_fd())?, cookie_of(fd.as_fd())?, fd))
         };
         let Some((found, cookie, fd)) = passed.look_at(look) else { continue };
+        // Each socket of a group is adopted once.
         if adopted.contains(&cookie) {
             continue;
         }

@@ -63,6 +63,7 @@ impl Predecessor {
                     return;
                 }
             }
+            // RELEASE has to be on its way before this end is closed.
             if self.link.taker.is_over() && self.link.is_flushed() {
                 break;
             }
@@ -80,6 +81,7 @@ impl Predecessor {
             }
         }
         info!("takeover: the replaced server can't serve again");
+        // From here on only this process may serve at these paths.
         self.shared.set_may_remove(true);
         self.shared.status.send_modify(|status| {
             status.has_predecessor = false;
@@ -126,6 +128,7 @@ impl Predecessor {
         self.shared.receive_locks(std::mem::take(&mut self.locks), &self.path_ids);
         let [fd, lock] =
             fds.into_array().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+        // The same inode as before: the socket that listens there has moved along.
         let path_id = super::inspect::path_id_of(&self.shared.path)?;
         let guard = PathGuard::received(self.shared.path.clone(), lock, path_id)?;
         Ok(Control { fd, guard })

@@ -141,6 +141,7 @@ impl Pending {
     pub async fn ready(mut self) -> Result<Server, Error> {
         self.check_groups()?;
         let Some(mut link) = self.link.take() else { return self.serve_first() };
+        // Until READY is written in full, or the lock has decided.
         link.taker.ready(now());
         let mut is_confirmed = false;
         let mut lock_error = None;
@@ -181,6 +182,7 @@ impl Pending {
         let Self { options, path, mut listeners, declined, generation, lock, .. } = self;
         listeners.retain(|number| !declined.contains(&number));
         let guard = lock.expect("the first process has the lock");
+        // Nobody else serves, so this is the cut.
         let control = Control::bind(guard, options.mode)?;
         let shared = Shared::new(options, path, generation, listeners, Some(control), false);
         Ok(Server::start(Arc::new(shared), None::<Ready<()>>))
@@ -231,6 +233,7 @@ impl Pending {
         generations.last_was_replaced();
         generations.limit(shared.options.max_old_generations);
         shared.with_generations(|of_shared| *of_shared = generations);
+        // The paths of a dead server are inherited at once. Otherwise their locks are to come.
         let Some(link) = link else {
             shared.inherit_paths(&path_ids);
             return Ok(Server::start(shared, None::<Ready<()>>));
@@ -289,6 +292,7 @@ impl Pending {
                 let mut offered = offered.into_iter();
                 for listener in offered.by_ref() {
                     if let Err(error) = self.add(listener) {
+                        // The rest of the message is of no use either.
                         close_in_background(offered.map(|listener| listener.fd));
                         return Err(error);
                     }

@@ -94,6 +94,7 @@ impl Server {
         listeners: Listeners,
         options: Options,
     ) -> Result<Self, Error> {
+        // The lock first: it proves that no other process serves at the path.
         let guard = PathGuard::take(path.as_ref())?;
         let path = guard.path().to_owned();
         let control = Control::bind(guard, options.mode)?;
@@ -277,6 +278,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // The end of their connections undoes what a predecessor may still undo.
         self.tasks.iter().for_each(JoinHandle::abort);
         self.shared.give_up();
     }
@@ -292,6 +294,7 @@ async fn accept_takers(shared: Arc<Shared>) {
         if status.await.phase == Phase::Replaced {
             break;
         }
+        // A new copy of the socket each time: it leaves the event loop when the phase changes.
         match listener(&shared) {
             Ok(listener) => {
                 tokio::select! {

@@ -178,6 +178,7 @@ impl Shared {
     /// Adds a listener, unless another process is taking over: it would not get this one. Returns
     /// its index.
     pub(super) fn add_listener(&self, name: String, fd: OwnedFd) -> Result<u32, Error> {
+        // Under the lock, so that no takeover begins between the check and the addition.
         let mut state = self.lock();
         if self.status.borrow().is_claimed || self.phase() != Phase::Serving {
             return Err(Error::Refused(Refusal::Busy));
@@ -191,6 +192,7 @@ impl Shared {
         self.status.send_modify(|status| {
             status.phase = phase;
             match phase {
+                // Undone: the clock of the drain starts anew at the next takeover.
                 Phase::Serving => (status.replaced_at, status.successor) = (None, None),
                 _ => status.replaced_at = status.replaced_at.or(Some(Instant::now())),
             }
@@ -203,6 +205,7 @@ impl Shared {
 
     /// Begins a takeover, unless there is one. One at a time.
     pub(super) fn claim(&self, link: UnboundedSender<Command>) -> bool {
+        // Under the lock, so that no listener is added after the takeover has begun.
         let mut state = self.lock();
         let has_control = state.control.is_some();
         let claimed = self.status.send_if_modified(|status| {
@@ -240,6 +243,7 @@ impl Shared {
 
     /// Asks the application for its state.
     pub(super) fn application_state(&self) -> Vec<Frame> {
+        // The closure is foreign code, which may call back: it runs without the lock.
         let application = self.lock().application.clone();
         application.map_or_else(Vec::new, |application| application())
     }
@@ -278,6 +282,7 @@ impl Shared {
         let State { listeners, control, .. } = &mut *state;
         let control = control.as_mut().ok_or(io::ErrorKind::NotConnected)?;
         let guards = (0..).zip(&mut listeners.entries).filter_map(|(number, entry)| {
+            // The same listeners as in `offered`, in the same order.
             let guard = entry.guard.as_mut().filter(|guard| guard.path_id().is_some())?;
             Some(guard.share_lock().map(|lock| (number, lock)))
         });
@@ -364,7 +369,7 @@ impl Shared {
             let generations = std::mem::take(&mut state.generations);
             (std::mem::take(&mut state.listeners), state.control.take(), generations)
         };
-        drop(given_up);
+        drop(given_up); // without the lock: closing takes system calls
     }
 
     /// Makes sure that no predecessor serves again.

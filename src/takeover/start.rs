@@ -57,6 +57,7 @@ pub async fn bind_or_take(
     let path = path.as_ref();
     let until = Instant::now() + options.lock_timeout;
     loop {
+        // First the running server, then whatever a manager has passed or can be bound.
         let started = match request(path, options.clone()).await {
             Err(error) if is_absent(&error) => bind_first(path, &options, &mut bind),
             requested => requested,

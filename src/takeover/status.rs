@@ -60,6 +60,7 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerS
             .send(FromTaker::Status)
             .await
             .map_err(|refused| Error::Connection(refused.error))?;
+        // The server sends one answer, and closes the connection.
         match connection.next().await {
             Some(Ok(ToTaker::Status { pid, is_under_way, generations })) => {
                 let generation = |(pid, milliseconds)| Generation {
@@ -124,6 +125,7 @@ pub async fn launch(
     let outcome = timeout(limit, async {
         tokio::select! {
             biased;
+            // Its end comes first: a process that has ended does not serve.
             ended = child.wait() => Err(Error::Ended { status: ended? }),
             () = serves(path.as_ref(), options, pid) => Ok(()),
         }
@@ -131,6 +133,7 @@ pub async fn launch(
     match outcome.await {
         Ok(outcome) => outcome.map(|()| child),
         Err(_) => {
+            // Otherwise it might serve after the caller was told that it does not.
             child.kill().await?;
             Err(Error::TooLate { limit })
         }

@@ -197,6 +197,7 @@ impl Taker {
             self.deadline = now.checked_add(self.settings.answer); // it does not hang
         }
         match (&mut self.state, message) {
+            // The offer, in this order.
             (State::Hello, ToTaker::Welcome { version, listeners })
                 if self.settings.versions.contains(*version) =>
             {
@@ -226,6 +227,7 @@ impl Taker {
                 | State::Locking { .. },
                 ToTaker::Aborted { reason },
             ) => self.fail(Failure::Aborted(*reason)),
+            // After the cut.
             (State::Unconfirmed, ToTaker::Locks { .. }) => {}
             (State::Unconfirmed, ToTaker::Yours { baton, .. }) => {
                 self.state = State::Confirmed;
@@ -275,6 +277,7 @@ impl Taker {
     pub(super) fn on_end(&mut self, now: Instant) {
         match self.state {
             State::Hello | State::Receiving { .. } => self.fail(Failure::GiverGone),
+            // The application goes on setting itself up: it may have to serve.
             State::Offered { .. } => self.state = State::Offered { giver_gone: true },
             State::Readying | State::Cut => self.begin_locking(now),
             State::Unconfirmed => self.begin_relocking(now),

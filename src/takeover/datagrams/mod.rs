@@ -215,6 +215,7 @@ impl Datagrams {
     pub fn poll_recv(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<Received>> {
         // First, so that a change of phase after the look at it wakes this task.
         self.receiver.lanes.register(cx);
+        // By turns, so that a flood of one kind does not keep the other waiting.
         let lanes_first = self.lanes_first.fetch_xor(true, Ordering::Relaxed);
         for from_lanes in [lanes_first, !lanes_first] {
             let polled = if from_lanes {
@@ -307,6 +308,7 @@ impl Datagrams {
     fn keep_own(&self, buffer: &mut [u8], mut received: Received) -> Option<Received> {
         let Some(owner) = &self.owner else { return Some(received) };
         let Received { len, stride, source, destination, ecn } = received;
+        // Datagrams at `start` and behind it are to be looked at. Kept ones move to the front.
         let (mut start, mut kept) = (0, 0);
         loop {
             let end = len.min(start + stride);

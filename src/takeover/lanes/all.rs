@@ -44,6 +44,7 @@ impl AllLanes {
         &mut self,
         listeners: &Listeners,
     ) -> io::Result<Vec<ToTaker<SendFd>>> {
+        // A number of its own, even for a process that will not take over.
         self.last = self.last.wrapping_add(1);
         let mut offered = Vec::new();
         for (name, index, lanes) in &self.sockets {
@@ -52,6 +53,7 @@ impl AllLanes {
                 offered.push(Lane { listener, generation, fd: SendFd::assume_socket(socket) });
             }
         }
+        // One message at least, because it has the generation of the new process.
         let mut messages = Vec::new();
         loop {
             let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
