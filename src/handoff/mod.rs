@@ -176,6 +176,7 @@ mod dispatcher;
 mod incoming;
 pub mod protocol;
 mod reserve;
+mod span;
 mod transport;
 
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
@@ -184,7 +185,7 @@ pub use dispatcher::{
     IntoListener, NotDispatched, Permit, RetireCause, RetireCounts, Stats, Strategy, Unadopted,
     WorkerCommand, WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
-pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
+pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle, IncomingStats};
 pub use transport::Transport;
 
 pub use crate::address::Address;

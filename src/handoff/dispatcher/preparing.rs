@@ -8,7 +8,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
-use tracing::debug;
+use tracing::{Instrument, debug};
 
 use super::{
     Accepted, IntoListener, Shared,
@@ -18,6 +18,7 @@ use super::{
     handover::Handover,
     shared::Source,
 };
+use crate::handoff::span::ConnectionSpan;
 
 type Prepare =
     Arc<dyn Fn(OwnedFd) -> BoxFuture<'static, io::Result<Option<Accepted>>> + Send + Sync>;
@@ -66,7 +67,10 @@ impl Preparing {
 impl Slot {
     /// Prepares a connection and hands it over, in a task of its own.
     pub(super) fn prepare(self, shared: &Arc<Shared>, connection: OwnedFd) {
-        let prepared = AssertUnwindSafe((self.prepare)(connection)).catch_unwind();
+        let span = ConnectionSpan::prepare(&connection).into_span();
+        let prepare = (self.prepare)(connection).instrument(span);
+        // The span ends inside of `catch_unwind`: a subscriber may panic.
+        let prepared = AssertUnwindSafe(async move { prepare.await }).catch_unwind();
         let source = Source::new(shared);
         shared.runtime.spawn(async move {
             let shared = source.shared();

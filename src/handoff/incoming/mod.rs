@@ -5,6 +5,7 @@ mod axum;
 pub(in crate::handoff) mod book;
 mod channel;
 mod headroom;
+mod stats;
 
 use std::{
     future::{Future, poll_fn},
@@ -23,6 +24,7 @@ use super::{Connection, protocol::MAX_OFFER_FDS};
 use crate::{Error, Socket, SocketKind};
 pub(in crate::handoff) use channel::Channel;
 use channel::Phase;
+pub use stats::IncomingStats;
 
 /// Connections that a dispatcher hands to this process, as a [`Stream`].
 ///
@@ -213,6 +215,11 @@ impl IncomingHandle {
         async move {
             let _ = phase.wait_for(|phase| !matches!(phase, Phase::Open)).await;
         }
+    }
+
+    /// Returns the numbers of this worker, for whoever watches it.
+    pub fn stats(&self) -> IncomingStats {
+        self.channel.stats()
     }
 
     /// When the dispatcher will wait no longer for the adopted connections to end. `None` as long
