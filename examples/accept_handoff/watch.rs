@@ -66,15 +66,15 @@ impl Watch {
         let seconds = self.last.elapsed().as_secs_f64();
         let per_second = |more: u64| format!("{:.0}", more as f64 / seconds.max(0.001));
         let times = stats.adoption_times.since(&self.times);
-        let restarts: u64 = stats.workers.iter().map(|worker| worker.restarts).sum();
         let head = format!(
-            "{:.1} s: adopted {} ({}/s), waiting {}, offered again {}, lost {}, restarts {restarts}",
+            "{:.1} s: adopted {} ({}/s), waiting {}, offered again {}, lost {}, restarts {}",
             self.begin.elapsed().as_secs_f64(),
             stats.adopted,
             per_second(stats.adopted - self.adopted),
             stats.waiting,
             stats.offered_again,
             stats.lost,
+            stats.workers.iter().map(|worker| worker.restarts).sum::<u64>(),
         );
         let latency = format!("adopted within: {}", quantiles(&times));
         let text = if is_terminal {

@@ -138,7 +138,8 @@ impl Prepared {
             Ok(stream) => Ok(Self { cookie, stream, peer, local, read, metadata, bundle }),
             Err(error) => {
                 let connection = ConnectionId(cookie);
-                warn!(%error, %connection, %peer, "cannot serve it; it goes back to the dispatcher");
+                let text = "cannot serve a connection; it goes back to the dispatcher";
+                warn!(%error, %connection, %peer, "{text}");
                 close_in_background(bundle);
                 Err(RejectReason::Full)
             }

@@ -1,5 +1,5 @@
-//! The numbers of a dispatcher, a worker and a server that is replaced, for the [`metrics`](::metrics)
-//! facade (feature `metrics`).
+//! The numbers of a dispatcher, a worker and a server that is replaced, for the
+//! [`metrics`](::metrics) facade (feature `metrics`).
 //!
 //! Install a recorder first, such as that of `metrics-exporter-prometheus`. Then update the numbers
 //! as often as you like, for example before each scrape:
