@@ -196,6 +196,7 @@
 //! | `tokio-util` | yes | [`PayloadCodec`](codec::PayloadCodec), for the codecs of tokio-util |
 //! | `tokio-seqpacket` | yes | conversions from and into the sockets of tokio-seqpacket |
 //! | `axum` | no | `axum::serve` takes an [`Incoming`](handoff::Incoming) and a [`Gated`](takeover::Gated) listener |
+//! | `tonic` | no | tonic serves an [`Incoming`](handoff::Incoming): see the service `grpc` |
 //! | `metrics` | no | the module `metrics`: numbers for the `metrics` facade, and so for Prometheus |
 //!
 //! Without the defaults, incompatible versions of these 0.x crates do not affect you.

@@ -177,6 +177,8 @@ mod incoming;
 pub mod protocol;
 mod reserve;
 mod span;
+#[cfg(feature = "tonic")]
+mod tonic;
 mod transport;
 
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
