@@ -198,6 +198,8 @@
 //! | `tokio-util` | yes | [`PayloadCodec`](codec::PayloadCodec), for the codecs of tokio-util |
 //! | `tokio-seqpacket` | yes | conversions from and into the sockets of tokio-seqpacket |
 //! | `axum` | no | `axum::serve` takes an [`Incoming`](handoff::Incoming) and a [`Gated`](takeover::Gated) listener |
+//! | `tonic` | no | tonic serves an [`Incoming`](handoff::Incoming): see the service `grpc` |
+//! | `metrics` | no | the module `metrics`: numbers for the `metrics` facade, and so for Prometheus |
 //!
 //! Without the defaults, incompatible versions of these 0.x crates do not affect you.
 //!
@@ -230,6 +232,8 @@ pub mod guide {}
 #[cfg(feature = "handoff")]
 pub mod handoff;
 mod limits;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 mod send_fd;
 pub mod socket;
 mod sys;
@@ -238,6 +242,9 @@ pub mod takeover;
 mod transport;
 #[cfg(feature = "serde")]
 pub mod typed;
+#[cfg(feature = "handoff")]
+#[doc = include_str!("watching.md")]
+pub mod watching {}
 
 pub use closer::close_in_background;
 pub use codec::FrameCodec;

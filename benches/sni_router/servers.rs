@@ -3,9 +3,7 @@
 use std::{
     env,
     error::Error,
-    fs,
-    future::Future,
-    io,
+    fs, io,
     net::{SocketAddr, TcpListener},
     os::{
         fd::{AsFd, OwnedFd},
@@ -14,7 +12,6 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
-    thread::sleep,
     time::Duration,
 };
 
@@ -283,7 +280,8 @@ struct Site {
 
 impl Site {
     fn new(directory: &Path) -> Result<Self> {
-        let tls = tls_acceptor(&directory.join("certificate"), &directory.join("key"))?;
+        let tls = tls_acceptor(&directory.join("certificate"), &directory.join("key"));
+        let tls = tls.map_err(|error| -> Box<dyn Error> { error })?;
         Ok(Self { tls, serving: GracefulShutdown::new(), bytes: vec![b'x'; 1 << 20].into() })
     }
 

@@ -178,6 +178,9 @@ mod dispatcher;
 mod incoming;
 pub mod protocol;
 mod reserve;
+mod span;
+#[cfg(feature = "tonic")]
+mod tonic;
 mod transport;
 
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
@@ -187,7 +190,7 @@ pub use dispatcher::{
     RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerExit, WorkerId, WorkerState,
     WorkerStats,
 };
-pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
+pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle, IncomingStats};
 pub use transport::Transport;
 
 pub use crate::address::Address;

@@ -8,7 +8,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
-use tracing::{debug, warn};
+use tracing::{Instrument, debug, warn};
 
 use super::{
     Accepted, Group, IntoListener, Shared,
@@ -19,6 +19,7 @@ use super::{
     pool::Admission,
     shared::Source,
 };
+use crate::handoff::span::ConnectionSpan;
 
 type Prepare =
     Arc<dyn Fn(OwnedFd) -> BoxFuture<'static, io::Result<Option<Accepted>>> + Send + Sync>;
@@ -67,14 +68,20 @@ impl Preparing {
 impl Slot {
     /// Prepares a connection and hands it over, in a task of its own.
     pub(super) fn prepare(self, shared: &Arc<Shared>, group: &Group, connection: OwnedFd) {
-        let prepared = AssertUnwindSafe((self.prepare)(connection)).catch_unwind();
+        let span = ConnectionSpan::prepare(&connection).into_span();
+        let prepare = (self.prepare)(connection).instrument(span);
+        // The span ends inside of `catch_unwind`: a subscriber may panic.
+        #[expect(clippy::redundant_async_block, reason = "drops the span where it ends")]
+        let prepared = AssertUnwindSafe(async move { prepare.await }).catch_unwind();
         let (source, group) = (Source::new(shared), group.clone());
         shared.runtime.spawn(async move {
             let shared = source.shared();
             let drained = shared.until(|pool| pool.is_closed());
             let prepared = select! {
                 prepared = prepared => prepared,
-                () = sleep(shared.config.prepare_timeout) => return not_prepared(shared, "it took too long"),
+                () = sleep(shared.config.prepare_timeout) => {
+                    return not_prepared(shared, "it took too long");
+                }
                 () = drained => return not_prepared(shared, "the dispatcher has drained"),
             };
             match prepared {
