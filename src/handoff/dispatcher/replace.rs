@@ -98,7 +98,7 @@ impl Dispatcher {
     /// | a new worker dies | the new ones are stopped | it is started again if that is asked for |
     /// | a worker is added | it stays | it stays |
     /// | the dispatcher drains | the new ones are stopped | the old ones go on leaving |
-    /// | a second call for this group | [`InProgress`](NotReplaced::InProgress) | it replaces the new ones |
+    /// | another call for this group | is [refused](NotReplaced::InProgress) | replaces the new ones |
     ///
     /// ```no_run
     /// # async fn example(dispatcher: fdwire::handoff::Dispatcher)
@@ -155,7 +155,8 @@ impl Dispatcher {
         let failed = match guard.end() {
             Some(Outcome::Switched { new, old }) => {
                 let replaced = Replaced { new, old };
-                info!(group = %self.group, unfinished = replaced.unfinished(), "workers were replaced");
+                let unfinished = replaced.unfinished();
+                info!(group = %self.group, unfinished, "workers were replaced");
                 return Ok(replaced);
             }
             Some(Outcome::RolledBack { failed }) => failed,
