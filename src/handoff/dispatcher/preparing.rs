@@ -80,7 +80,9 @@ impl Slot {
             let drained = shared.until(|pool| pool.is_closed());
             let prepared = select! {
                 prepared = prepared => prepared,
-                () = sleep(shared.config.prepare_timeout) => return not_prepared(shared, "it took too long"),
+                () = sleep(shared.config.prepare_timeout) => {
+                    return not_prepared(shared, "it took too long");
+                }
                 () = drained => return not_prepared(shared, "the dispatcher has drained"),
             };
             match prepared {
