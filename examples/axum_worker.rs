@@ -1,7 +1,7 @@
 //! Workers that serve with axum the connections that another process accepts.
 //!
 //! ```text
-//! cargo run --features axum --example axum_worker                     # then: curl http://127.0.0.1:8080/
+//! cargo run --features axum --example axum_worker  # then: curl http://127.0.0.1:8080/
 //! cargo run --features axum --example axum_worker -- 127.0.0.1:8081   # another address
 //! ```
 //!

@@ -1,6 +1,12 @@
 //! The application's function that prepares accepted connections.
 
-use std::{future::Future, io, os::fd::OwnedFd, panic::AssertUnwindSafe, sync::Arc};
+use std::{
+    future::Future,
+    io,
+    os::fd::OwnedFd,
+    panic::AssertUnwindSafe,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
 
 use futures::{FutureExt, future::BoxFuture};
 use tokio::{
@@ -112,7 +118,11 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     // groups would not be accepted.
     if !shared.act(|pool| pool.may_wait(&group)) {
         shared.count_lost();
-        warn!(%group, "connection closed: too many wait for a worker of its group");
+        // Clients may cause many of these, so the others are for those that look closer.
+        if !shared.has_warned_of_crowd.swap(true, Relaxed) {
+            warn!(%group, "connections are closed: too many wait for a worker of their group");
+        }
+        debug!(%group, "connection closed: too many wait for a worker of its group");
         return connection.shut_down();
     }
     let permit = match reserve(shared, Some(&group)).await {
@@ -121,6 +131,7 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     };
     match permit {
         Some(permit) => permit.take(connection, &group),
-        None => connection.dispatch(shared, &group, Admission::None), // the drain is over: it fails, and is counted
+        // The drain is over: it fails, and is counted.
+        None => connection.dispatch(shared, &group, Admission::None),
     }
 }
