@@ -193,9 +193,10 @@
 //! | feature | default | adds |
 //! |---|---|---|
 //! | `handoff` | yes | the module [`handoff`] |
+//! | `takeover` | yes | the module [`takeover`], and [`Notifier::follow`](systemd::Notifier::follow) |
 //! | `tokio-util` | yes | [`PayloadCodec`](codec::PayloadCodec), for the codecs of tokio-util |
 //! | `tokio-seqpacket` | yes | conversions from and into the sockets of tokio-seqpacket |
-//! | `axum` | no | `axum::serve` takes an [`Incoming`](handoff::Incoming) and a [`Gated`](takeover::Gated) listener |
+//! | `axum` | no | axum serves an [`Incoming`](handoff::Incoming) or a [`Gated`](takeover::Gated) |
 //!
 //! Without the defaults, incompatible versions of these 0.x crates do not affect you.
 //!
@@ -205,8 +206,8 @@
 //! Frames and codecs do not depend on a system.
 
 #![cfg_attr(
-    not(feature = "handoff"),
-    allow(dead_code, reason = "the hand-off alone uses some items below it")
+    not(all(feature = "handoff", feature = "takeover")),
+    allow(dead_code, reason = "one of these alone uses some items below it")
 )]
 
 #[cfg(not(target_os = "linux"))]
@@ -232,6 +233,7 @@ mod send_fd;
 pub mod socket;
 mod sys;
 pub mod systemd;
+#[cfg(feature = "takeover")]
 pub mod takeover;
 mod transport;
 #[cfg(feature = "serde")]
