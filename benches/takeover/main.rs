@@ -2,8 +2,8 @@
 //! while old generations drain.
 //!
 //! ```text
-//! cargo bench --bench takeover                    # prints tables
-//! cargo bench --bench takeover -- --report docs   # writes docs/BENCHMARKS_TAKEOVER.md as well
+//! cargo bench --bench takeover               # prints tables
+//! cargo bench --bench takeover -- --report   # writes docs/BENCHMARKS_TAKEOVER.md as well
 //! ```
 //!
 //! All servers are processes of their own. Contenders of a table take turns, round after round.
@@ -16,7 +16,7 @@ mod load;
 mod processes;
 mod until_ready;
 
-use std::{env, error::Error, fmt::Write as _, fs, path::Path, process::Command, thread};
+use std::{env, error::Error, fmt::Write as _, fs, process::Command, thread};
 
 use nix::sys::utsname::uname;
 
@@ -46,11 +46,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let bars = Bar::table(&bars);
     print!("{bars}");
     write!(report, "{bars}")?;
-    if let Some(place) = arguments.iter().position(|argument| argument == "--report") {
-        let directory = arguments.get(place + 1).ok_or("--report takes a directory")?;
-        // `cargo bench` runs this in the directory of the package, below that of the workspace.
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(directory);
-        fs::write(directory.join("BENCHMARKS_TAKEOVER.md"), report)?;
+    if arguments.iter().any(|argument| argument == "--report") {
+        fs::write(REPORT, report)?;
+        println!("written to {REPORT}");
     }
     Ok(())
 }
@@ -68,10 +66,12 @@ fn machine(arguments: &[String]) -> String {
     )
 }
 
+const REPORT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/BENCHMARKS_TAKEOVER.md");
+
 const HEAD: &str = "\
 # Benchmarks of a takeover
 
-Written by `cargo bench --bench takeover -- --report docs`. Do not edit. The figures of other things
+Written by `cargo bench --bench takeover -- --report`. Do not edit. The figures of other things
 are in [BENCHMARKS.md](BENCHMARKS.md). A figure is the median of all rounds, with its quartiles. CPU
 is the time that the kernel's scheduler gave to the processes.
 ";

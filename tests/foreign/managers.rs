@@ -52,8 +52,12 @@ async fn serve(name: &str) {
         let answer = std::process::id().to_string();
         loop {
             tokio::select! {
-                Ok((mut client, _)) = tcp.accept() => client.write_all(answer.as_bytes()).await.unwrap(),
-                Ok((mut client, _)) = unix.accept() => client.write_all(answer.as_bytes()).await.unwrap(),
+                Ok((mut client, _)) = tcp.accept() => {
+                    client.write_all(answer.as_bytes()).await.unwrap();
+                }
+                Ok((mut client, _)) = unix.accept() => {
+                    client.write_all(answer.as_bytes()).await.unwrap();
+                }
                 else => std::future::pending().await,
             }
         }
