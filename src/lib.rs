@@ -209,12 +209,13 @@
 
 #![cfg_attr(
     not(all(feature = "handoff", feature = "takeover")),
-    allow(dead_code, reason = "one of these alone uses some items below it")
+    allow(dead_code, unused_imports, reason = "one of these alone uses some items below it")
 )]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("fdwire works on Linux");
 
+#[cfg(any(feature = "handoff", feature = "takeover"))]
 mod address;
 mod backoff;
 pub mod blocking;
@@ -223,6 +224,7 @@ pub mod codec;
 mod credentials;
 mod error;
 pub mod fd_policy;
+#[cfg(any(feature = "handoff", feature = "takeover"))]
 mod fields;
 pub mod frame;
 pub mod framed;

@@ -43,8 +43,8 @@ impl Process {
         Ok(process)
     }
 
-    /// Starts a server and waits until it serves. Returns the CPU time and the time that it took from
-    /// its request until it was ready.
+    /// Starts a server and waits until it serves. Returns the CPU time and the time that it took
+    /// from its request until it was ready.
     pub(crate) fn serving(
         path: &Path,
         address: SocketAddr,
