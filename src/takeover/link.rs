@@ -48,7 +48,11 @@ impl Link {
         }
     }
 
-    /// Returns what is to be done next, except for sending.
+    pub(super) fn socket(&self) -> &Socket {
+        self.read.socket()
+    }
+
+    /// Returns the next step, except for sending.
     pub(super) fn next_step(&mut self) -> Option<TakerStep> {
         loop {
             match self.taker.next_step()? {
