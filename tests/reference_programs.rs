@@ -263,7 +263,8 @@ mod fd_cat {
             assert_eq!((ran.code, &ran.err[..]), (Some(0), ""));
             assert!(ran.out == content);
         }
-        let version = ran(with(example("fd_cat"), [Path::new("/proc/version")])); // says that it is empty
+        // Says that it is empty.
+        let version = ran(with(example("fd_cat"), [Path::new("/proc/version")]));
         assert_eq!(
             (version.code, version.out),
             (Some(0), fs::read_to_string("/proc/version").unwrap())
