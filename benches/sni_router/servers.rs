@@ -225,8 +225,7 @@ async fn route(directory: &Path) -> Result<()> {
     let mut worker = tokio::process::Command::new(env::current_exe()?);
     worker.env(ROLE, "worker").env(DIRECTORY, directory);
     router.add_worker(NAME, worker)?;
-    Arc::new(router).serve(net::TcpListener::from_std(tcp_listener()?)?).await;
-    Ok(())
+    Ok(Arc::new(router).serve(net::TcpListener::from_std(tcp_listener()?)?).await?)
 }
 
 /// Finds the name as the router does, and passes all bytes on.
