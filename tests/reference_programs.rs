@@ -5,6 +5,8 @@ mod common;
 
 use std::{
     fs::{self, File, Permissions},
+    io::{self, Read, Write},
+    net::TcpStream,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::{fs::PermissionsExt, process::CommandExt},
@@ -16,7 +18,13 @@ use std::{
 use common::{example, marked, other_uid, run};
 use fdwire::{Frame, FrameCodec, Framed, Listener, Socket, SocketKind};
 use futures::{SinkExt, TryStreamExt};
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        socket::{Shutdown, shutdown},
+    },
+    unistd::Pid,
+};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
@@ -684,4 +692,40 @@ mod pty_share {
             );
         });
     }
+}
+
+/// Asks for a page, and returns all of the response.
+fn get(address: &str) -> String {
+    let mut client = TcpStream::connect(address).unwrap();
+    client.write_all(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n").unwrap();
+    let mut response = String::new();
+    client.read_to_string(&mut response).unwrap();
+    response
+}
+
+#[test]
+fn the_front_of_handoff_has_its_workers_answer_over_http_and_ends_at_ctrl_c() {
+    let mut command = example("handoff");
+    let mut front = command.arg("127.0.0.1:0").stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    let mut out = io::BufReader::new(front.stdout.take().unwrap());
+    io::BufRead::read_line(&mut out, &mut line).unwrap();
+    let address = line.trim_end().strip_prefix("try: curl http://").unwrap().trim_end_matches('/');
+    for _ in 0..10 {
+        let response = get(address);
+        let (head, body) = response.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{response}");
+        assert!(head.contains(&format!("content-length: {}\r\n", body.len())), "{response}");
+        let worker = body.strip_prefix("worker ").unwrap().strip_suffix(" answers\n").unwrap();
+        assert_ne!(worker, front.id().to_string());
+    }
+    kill(Pid::from_raw(front.id() as i32), Signal::SIGINT).unwrap();
+    assert!(front.wait().unwrap().success());
+}
+
+#[test]
+fn the_front_of_handoff_names_the_address_at_which_it_cannot_listen() {
+    let mut command = example("handoff");
+    command.arg("192.0.2.1:80"); // no address of any machine
+    check_fails(&ran(command), "192.0.2.1:80: Cannot assign requested address (os error 99)");
 }
