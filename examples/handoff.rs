@@ -1,81 +1,71 @@
-//! A front that accepts, and two workers that answer: README's two programs in one file.
+//! The smallest hand-off that `curl` can speak with: one process accepts, four others answer.
 //!
 //! ```text
-//! cargo run --example handoff          # then: curl http://127.0.0.1:8080/
+//! cargo run --example handoff                     # then: curl http://127.0.0.1:8080/
+//! cargo run --example handoff -- 0.0.0.0:8081     # another address
 //! ```
-//!
-//! Ctrl-C stops it when everything is answered.
 
-use std::{env, io, net::SocketAddr, process, time::Duration};
+use std::{env, io, process, time::Duration};
 
-use clap::Parser;
 use fdwire::handoff::{Connection, Dispatcher, Incoming, WorkerCommand};
-use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
-    net::TcpListener,
-    process::Command,
-    signal::ctrl_c,
-    try_join,
-};
-
-/// Accepts connections, and hands them to two workers that answer over HTTP.
-#[derive(Parser)]
-struct Args {
-    /// Where to listen.
-    #[arg(default_value = "127.0.0.1:8080")]
-    address: SocketAddr,
-    /// Be a worker, with the socket to the front as standard input.
-    #[arg(long, hide = true)]
-    worker: bool,
-}
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::signal::{ctrl_c, unix::SignalKind, unix::signal};
+use tokio::{net::TcpListener, process::Command, try_join};
 
 #[tokio::main]
-async fn main() -> process::ExitCode {
-    let Args { address, worker } = Args::parse();
-    let ended = if worker { serve().await } else { accept(address).await };
-    if let Err(error) = &ended {
-        eprintln!("error: {error}");
+async fn main() {
+    let done = match env::args().nth(1).as_deref() {
+        Some("--worker") => work().await,
+        Some("-h" | "--help") => Ok(println!("usage: handoff [ADDRESS]")),
+        address => accept(address.unwrap_or("127.0.0.1:8080")).await,
+    };
+    if let Err(error) = done {
+        eprintln!("handoff: {error}");
+        process::exit(1);
     }
-    process::ExitCode::from(u8::from(ended.is_err()))
 }
 
-async fn accept(address: SocketAddr) -> io::Result<()> {
-    let listener = TcpListener::bind(address)
-        .await
-        .map_err(|error| io::Error::new(error.kind(), format!("{address}: {error}")))?;
+async fn accept(address: &str) -> io::Result<()> {
+    let listener = TcpListener::bind(address).await.map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"))
+    })?;
     let dispatcher = Dispatcher::new();
-    for _ in 0..2 {
+    for _ in 0..4 {
         let mut worker = Command::new(env::current_exe()?);
-        worker.arg("--worker").process_group(0); // Ctrl-C in a terminal is for this process alone
+        worker.arg("--worker");
         dispatcher.spawn_worker(WorkerCommand::from(worker).restart(true))?;
     }
-    println!("try: curl http://{}/", listener.local_addr()?);
+    println!("listening on {0}, try: curl http://{0}/", listener.local_addr()?);
     let stop = async {
         ctrl_c().await?;
-        dispatcher.drain(Some(Duration::from_secs(5))).await;
+        dispatcher.drain(Some(Duration::from_secs(5))).await; // ends `serve` too
         Ok(())
     };
     try_join!(dispatcher.serve(listener), stop)?;
     Ok(())
 }
 
-async fn serve() -> io::Result<()> {
-    let mut incoming = Incoming::from_stdin()?;
+async fn work() -> io::Result<()> {
+    // Ctrl-C goes to all processes of the terminal. The one that accepts acts on it.
+    let _ignored = signal(SignalKind::interrupt())?;
+    let mut incoming = Incoming::from_stdin()?; // the dispatcher is at the other end
     let handle = incoming.handle();
+    // In a task: in `main` itself, each connection would wake one more thread.
     tokio::spawn(async move {
         while let Some(connection) = incoming.next().await {
             tokio::spawn(answer(connection));
         }
     });
-    handle.ended().await; // everything has been answered
+    // Everything has been served, and the dispatcher wants no more, or is gone.
+    handle.ended().await;
     Ok(())
 }
 
-/// Reads a request without a body, and answers it.
 async fn answer(mut connection: Connection) -> io::Result<()> {
-    let mut lines = BufReader::new(&mut connection).lines();
-    while lines.next_line().await?.is_some_and(|line| !line.is_empty()) {}
-    let body = format!("worker {} answers\n", process::id());
-    let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close", body.len());
-    connection.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).await
+    // Read the head of a request, up to the empty line.
+    let mut head = BufReader::new((&mut connection).take(8192)).lines();
+    while head.next_line().await?.is_some_and(|line| !line.is_empty()) {}
+    let text = format!("worker {} answers {}\n", process::id(), connection.peer_addr());
+    let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n", text.len());
+    connection.write_all(format!("{head}connection: close\r\n\r\n{text}").as_bytes()).await
 }

@@ -1,4 +1,4 @@
-//! What a takeover costs: until the new process is ready, the clients meanwhile, and everybody
+//! The cost of a takeover: until the new process is ready, the clients meanwhile, and everybody
 //! while old generations drain.
 //!
 //! ```text

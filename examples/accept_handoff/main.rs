@@ -10,11 +10,16 @@
 //! ```
 //!
 //! ```text
-//! cargo run --example accept_handoff                                         # then: curl http://127.0.0.1:8080/
-//! cargo run --example accept_handoff -- --kill-every 500                     # the same, and no worker lives for long
-//! cargo run --example accept_handoff -- --demo 20000 --kill-every 50         # drives itself with 20,000 HTTP clients
-//! cargo run --example accept_handoff -- --socket stream                      # STREAM in place of SEQPACKET
-//! RUST_LOG=fdwire=debug cargo run --example accept_handoff                   # says more of what it does
+//! cargo run --example accept_handoff      # then: curl http://127.0.0.1:8080/
+//!
+//! # The same, and no worker lives for long:
+//! cargo run --example accept_handoff -- --kill-every 500
+//! # Drives itself with 20,000 HTTP clients:
+//! cargo run --example accept_handoff -- --demo 20000 --kill-every 50
+//! # STREAM in place of SEQPACKET:
+//! cargo run --example accept_handoff -- --socket stream
+//! # Logs more of what it does:
+//! RUST_LOG=fdwire=debug cargo run --example accept_handoff
 //! ```
 //!
 //! The curl line answers with the worker's process id, another one each time. Ctrl-C stops all
@@ -52,7 +57,8 @@ struct Arguments {
     listen: Option<SocketAddr>,
 
     /// Number of processes that serve
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
     workers: u16,
 
     /// One more worker: a program that speaks the hand-off protocol at its standard input, such as
@@ -66,7 +72,8 @@ struct Arguments {
 
     /// Send that many requests, 64 at a time, each on a connection of its own, print what became of
     /// them, and stop
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(demo::MOST_CLIENTS)))]
+    #[arg(long, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(demo::MOST_CLIENTS)))]
     demo: Option<u32>,
 
     /// Kill a worker at random (SIGKILL) each time that so many milliseconds have passed

@@ -6,6 +6,8 @@
 //! wrong number.
 
 mod buffers;
+#[cfg(test)]
+pub(crate) mod by_hand;
 mod carrier;
 #[cfg(test)]
 mod copies;

@@ -131,7 +131,9 @@ impl Prepared {
         match ConnectionStream::new(transport, fd) {
             Ok(stream) => Ok(Self { stream, peer, local, read, metadata, bundle }),
             Err(error) => {
-                tracing::warn!(%error, %peer, "cannot serve a connection, it goes back to the dispatcher");
+                tracing::warn!(
+                    %error, %peer, "cannot serve a connection, it goes back to the dispatcher"
+                );
                 close_in_background(bundle);
                 Err(RejectReason::Full)
             }

@@ -277,7 +277,8 @@ impl Drop for SharedFd {
 
 /// The end of a connection, for its client and for every process that has a copy.
 pub(super) fn shut_down(socket: OwnedFd) {
-    let _ = socket::shutdown(socket.as_raw_fd(), socket::Shutdown::Both); // an error says that it has ended
+    // An error says that it has ended.
+    let _ = socket::shutdown(socket.as_raw_fd(), socket::Shutdown::Both);
     close_sockets([socket]);
 }
 

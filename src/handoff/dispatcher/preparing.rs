@@ -74,7 +74,9 @@ impl Slot {
             let drained = shared.until(|pool| pool.is_closed());
             let prepared = select! {
                 prepared = prepared => prepared,
-                () = sleep(shared.config.prepare_timeout) => return not_prepared(shared, "it took too long"),
+                () = sleep(shared.config.prepare_timeout) => {
+                    return not_prepared(shared, "it took too long");
+                }
                 () = drained => return not_prepared(shared, "the dispatcher has drained"),
             };
             match prepared {
@@ -114,6 +116,7 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     };
     match permit {
         Some(permit) => permit.take(connection, &group),
-        None => connection.dispatch(shared, &group, Admission::None), // the drain is over: it fails, and is counted
+        // The drain is over: it fails, and is counted.
+        None => connection.dispatch(shared, &group, Admission::None),
     }
 }

@@ -155,7 +155,8 @@ impl Dispatcher {
         let failed = match guard.end() {
             Some(Outcome::Switched { new, old }) => {
                 let replaced = Replaced { new, old };
-                info!(group = %self.group, unfinished = replaced.unfinished(), "workers were replaced");
+                let unfinished = replaced.unfinished();
+                info!(group = %self.group, unfinished, "workers were replaced");
                 return Ok(replaced);
             }
             Some(Outcome::RolledBack { failed }) => failed,

@@ -117,7 +117,10 @@ impl Shared {
                     drop(waiter.map(|waiter| waiter.send(permit)));
                 }
                 Event::FenceDeferred(id) => {
-                    warn!(worker = %id, "worker is hung, but too many were fenced recently; leaving it alone")
+                    warn!(
+                        worker = %id,
+                        "worker is hung, but too many were fenced recently; leaving it alone"
+                    )
                 }
                 Event::Changed => self.changed(),
                 Event::Close(connection) => useless.extend(connection.into_copies()),

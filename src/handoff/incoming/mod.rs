@@ -56,7 +56,8 @@ use channel::Phase;
 ///         tokio::spawn(async move { connection.write_all(b"hello\n").await });
 ///     }
 /// });
-/// println!("{:?}", handle.ended().await); // every connection has ended, and the dispatcher knows or has gone
+/// // Every connection has ended, and the dispatcher knows or has gone.
+/// println!("{:?}", handle.ended().await);
 /// # Ok(()) }
 /// ```
 ///
@@ -178,7 +179,8 @@ impl Drop for Incoming {
 /// let requested = handle.drain_requested();
 /// let stop = async {
 ///     requested.await;
-///     sleep(Duration::from_millis(100)).await; // for requests that are on their way: axum ends silent connections at once
+///     // For requests that are on their way: axum ends silent connections at once.
+///     sleep(Duration::from_millis(100)).await;
 /// };
 /// let serving = axum::serve(incoming, app).with_graceful_shutdown(stop);
 /// tokio::spawn(async move { serving.await }).await??;

@@ -454,7 +454,8 @@ impl World {
                         self.pool.workers().find(|worker| !leaves(worker) && may_take(worker));
                     if let Some(WorkerStats { id, .. }) = willing {
                         let broken = format!(
-                            "connection {connection} is given up, and worker {id} has not failed with it"
+                            "connection {connection} is given up, \
+                             and worker {id} has not failed with it"
                         );
                         self.broken.get_or_insert(broken);
                     }
