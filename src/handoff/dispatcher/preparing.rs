@@ -14,7 +14,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
-use tracing::{debug, warn};
+use tracing::{Instrument, debug, warn};
 
 use super::{
     Accepted, Group, IntoListener, Shared,
@@ -25,6 +25,7 @@ use super::{
     pool::Admission,
     shared::Source,
 };
+use crate::handoff::span::ConnectionSpan;
 
 type Prepare =
     Arc<dyn Fn(OwnedFd) -> BoxFuture<'static, io::Result<Option<Accepted>>> + Send + Sync>;
@@ -73,7 +74,11 @@ impl Preparing {
 impl Slot {
     /// Prepares a connection and hands it over, in a task of its own.
     pub(super) fn prepare(self, shared: &Arc<Shared>, group: &Group, connection: OwnedFd) {
-        let prepared = AssertUnwindSafe((self.prepare)(connection)).catch_unwind();
+        let span = ConnectionSpan::prepare(&connection).into_span();
+        let prepare = (self.prepare)(connection).instrument(span);
+        // The span ends inside of `catch_unwind`: a subscriber may panic.
+        #[expect(clippy::redundant_async_block, reason = "drops the span where it ends")]
+        let prepared = AssertUnwindSafe(async move { prepare.await }).catch_unwind();
         let (source, group) = (Source::new(shared), group.clone());
         shared.runtime.spawn(async move {
             let shared = source.shared();
