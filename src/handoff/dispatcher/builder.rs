@@ -19,7 +19,8 @@ pub enum Strategy {
     RoundRobin,
     /// The same one for the same [key](super::Accepted::key), as long as it has room; else the next
     /// one in an order that is fixed for each key. A worker that comes or goes changes this for few
-    /// keys, and one that is started again for none.
+    /// keys, and one that is started again for none. Workers that
+    /// [replace](super::Dispatcher::replace_workers) others are other ones for all keys.
     ByKey,
 }
 
@@ -174,8 +175,8 @@ impl DispatcherBuilder {
 
     /// How many connections [`serve_with`](Dispatcher::serve_with) prepares at a time, or keeps
     /// that are prepared and wait for a place at a worker, 1 at least. Each takes a descriptor, and
-    /// peers that send nothing take theirs for the whole [time](Self::prepare_timeout). Default:
-    /// 1,024.
+    /// peers that send nothing take theirs for the whole [time](Self::prepare_timeout). Groups of
+    /// workers share it as [`serve_with`](Dispatcher::serve_with) says. Default: 1,024.
     pub fn max_preparing(mut self, connections: usize) -> Self {
         self.config.max_preparing = connections.clamp(1, Semaphore::MAX_PERMITS);
         self
