@@ -43,7 +43,7 @@ pub(crate) fn measure(rounds: usize) -> Result<(String, Bar)> {
     let table = format!(
         "\n## The longest gap between two accepted connections\n\nIn windows of {} ms, with 4 \
          clients that connect again as soon as they are answered. No connection failed. The \
-         clients keep all cores busy, so the CPU of a takeover is time in which less is accepted.\n\n\
+         clients keep all cores busy, so less is accepted while a takeover uses CPU.\n\n\
          | window | longest gap |\n|---|---|\n| without a takeover | {} |\n| with one | {} |\n",
         WINDOW.as_millis(),
         in_milliseconds(&without),
