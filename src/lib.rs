@@ -17,7 +17,7 @@
 //! use fdwire::handoff::{Dispatcher, WorkerCommand};
 //! use tokio::{net::TcpListener, process::Command};
 //!
-//! let dispatcher = Dispatcher::builder().build();
+//! let dispatcher = Dispatcher::new();
 //! for _ in 0..4 {
 //!     dispatcher.spawn_worker(WorkerCommand::from(Command::new("./worker")).restart(true))?;
 //! }
@@ -198,14 +198,17 @@
 //! | `takeover` | yes | the module [`takeover`], and [`Notifier::follow`](systemd::Notifier::follow) |
 //! | `tokio-util` | yes | [`PayloadCodec`](codec::PayloadCodec), for the codecs of tokio-util |
 //! | `tokio-seqpacket` | yes | conversions from and into the sockets of tokio-seqpacket |
+//! | `serde` | no | the module `typed`: messages whose fields may be descriptors |
+//! | `json` | no | `serde`, and the formats of varlink and JSON-RPC in `typed` |
 //! | `axum` | no | axum serves an [`Incoming`](handoff::Incoming) or a [`Gated`](takeover::Gated) |
+//! | `tonic` | no | tonic serves an [`Incoming`](handoff::Incoming): see the service `grpc` |
+//! | `metrics` | no | the module `metrics`: numbers for the `metrics` facade, and so for Prometheus |
 //!
 //! Without the defaults, incompatible versions of these 0.x crates do not affect you.
 //!
 //! # Platform
 //!
-//! The crate works on Linux. Everything that only Linux has is in the modules `sys` and `socket`.
-//! Frames and codecs do not depend on a system.
+//! The crate works on Linux. Frames and codecs do not depend on a system; the rest does.
 
 #![cfg_attr(
     not(all(feature = "handoff", feature = "takeover")),
@@ -233,6 +236,8 @@ pub mod guide {}
 #[cfg(feature = "handoff")]
 pub mod handoff;
 mod limits;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 mod send_fd;
 pub mod socket;
 mod sys;
@@ -242,6 +247,9 @@ pub mod takeover;
 mod transport;
 #[cfg(feature = "serde")]
 pub mod typed;
+#[cfg(feature = "handoff")]
+#[doc = include_str!("watching.md")]
+pub mod watching {}
 
 pub use closer::close_in_background;
 pub use codec::FrameCodec;

@@ -50,7 +50,8 @@
 //! [connect](Incoming::connect) to a [path](Dispatcher::serve_workers).
 //!
 //! ```
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use fdwire::{Socket, SocketKind, handoff::{Dispatcher, Incoming}};
 //! use tokio::{io::{AsyncReadExt, AsyncWriteExt}, net::{TcpListener, TcpStream}};
 //!
@@ -59,7 +60,7 @@
 //! // One side accepts.
 //! let listener = TcpListener::bind("127.0.0.1:0").await?;
 //! let address = listener.local_addr()?;
-//! let dispatcher = Dispatcher::builder().build();
+//! let dispatcher = Dispatcher::new();
 //! dispatcher.add_worker(here);
 //! let accepting = tokio::spawn({
 //!     let dispatcher = dispatcher.clone();
@@ -178,6 +179,9 @@ mod dispatcher;
 mod incoming;
 pub mod protocol;
 mod reserve;
+mod span;
+#[cfg(feature = "tonic")]
+mod tonic;
 mod transport;
 
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
@@ -187,7 +191,7 @@ pub use dispatcher::{
     RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerExit, WorkerId, WorkerState,
     WorkerStats,
 };
-pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
+pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle, IncomingStats};
 pub use transport::Transport;
 
 pub use crate::address::Address;

@@ -79,7 +79,10 @@ fn max_in_flight() -> usize {
 ///
 /// use fdwire::handoff::{Dispatcher, Strategy};
 ///
-/// let dispatcher = Dispatcher::builder().strategy(Strategy::ByKey).hang_timeout(Duration::from_secs(30)).build();
+/// let dispatcher = Dispatcher::builder()
+///     .strategy(Strategy::ByKey)
+///     .hang_timeout(Duration::from_secs(30))
+///     .build();
 /// # drop(dispatcher); }
 /// ```
 #[derive(Debug, Clone)]
@@ -191,7 +194,7 @@ impl DispatcherBuilder {
     /// Outside of a tokio runtime.
     pub fn build(mut self) -> Dispatcher {
         self.config.hang_timeout = self.config.hang_timeout.max(self.config.ping_interval);
-        Dispatcher::new(self.config)
+        Dispatcher::with_config(self.config)
     }
 }
 

@@ -15,7 +15,7 @@ const BUCKETS: usize = 22;
 /// # #[tokio::main(flavor = "current_thread")] async fn main() {
 /// use fdwire::handoff::Dispatcher;
 ///
-/// let times = Dispatcher::builder().build().stats().adoption_times;
+/// let times = Dispatcher::new().stats().adoption_times;
 /// for (up_to, connections) in times.buckets() {
 ///     println!("{up_to:?} {connections}"); // Some(64µs) 0, Some(128µs) 0, ..., None 0
 /// }
@@ -45,6 +45,11 @@ impl AdoptionTimes {
             counted >= wanted
         });
         bucket.and_then(bound)
+    }
+
+    /// Returns those that have come since an earlier look at the same dispatcher.
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self(std::array::from_fn(|bucket| self.0[bucket].saturating_sub(earlier.0[bucket])))
     }
 
     pub(super) fn record(&mut self, time: Duration) {
@@ -89,7 +94,11 @@ mod tests {
         let quantiles = [0.0, 0.25, 0.5, 0.75, 0.76, 1.0]
             .map(|share| times.quantile(share).unwrap().as_micros());
         assert_eq!(quantiles, [64, 64, 128, 128, 1024, 1024]);
+        let before = times;
         times.record(Duration::MAX);
         assert_eq!(times.quantile(1.0), None);
+        let since = times.since(&before);
+        assert_eq!(since.buckets().map(|(_, count)| count).sum::<u64>(), 1);
+        assert_eq!(since.quantile(0.5), None);
     }
 }

@@ -31,7 +31,7 @@ use crate::{
     Error, SendFd, Socket,
     codec::{Decoder, FdQueue},
     framed::{Outbound, ReadHalf, halves},
-    handoff::protocol::TolerantCodec,
+    handoff::{protocol::TolerantCodec, span::ConnectionId},
     sys,
 };
 
@@ -147,7 +147,10 @@ impl WorkerTask {
         if self.is_short {
             self.shared.act(|pool| pool.totals.send_shortages += 1);
             if !std::mem::replace(&mut self.has_warned, true) {
-                warn!(worker = %self.id, "offers wait: too many descriptors of this uid are in flight (ETOOMANYREFS)");
+                warn!(
+                    worker = %self.id,
+                    "offers wait: too many descriptors of this uid are in flight (ETOOMANYREFS)"
+                );
             }
         }
     }
@@ -221,7 +224,8 @@ impl WorkerTask {
             }
             ToWorker::Offer { number, offer } => {
                 self.sending.add(1 + offer.bundle.len());
-                debug!(worker = %self.id, number, "connection is offered");
+                let connection = ConnectionId(offer.cookie);
+                debug!(worker = %self.id, number, %connection, "connection is offered");
             }
             ToWorker::Recall { before } => debug!(worker = %self.id, before, "offers are recalled"),
             ToWorker::Ping { .. } => self.close_ended(),
@@ -252,7 +256,8 @@ impl WorkerTask {
     /// The one way out, whatever the cause. After the cut the worker can write no answer, and those
     /// that it wrote before are here to be read: what is unanswered then, it will never adopt.
     async fn retire(mut self, cause: RetireCause) {
-        let _ = self.read.socket().shutdown(Shutdown::Read); // an error means that there is nothing left to cut
+        // An error means that there is nothing left to cut.
+        let _ = self.read.socket().shutdown(Shutdown::Read);
         let mut last = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
         while let Some(Ok(message)) = self.read.next().await {
             last.extend(message.ok());
