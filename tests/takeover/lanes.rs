@@ -109,6 +109,9 @@ fn a_process_that_floods_its_lane_keeps_no_client_waiting() {
             }
             sent
         });
+        for _ in 0..3 {
+            next(&datagrams).await; // the socket is registered with the event loop
+        }
         for number in 0..200u8 {
             client.send(&[0, 77, number]).unwrap();
             settle().await; // the event loop knows that the socket is readable
