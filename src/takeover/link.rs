@@ -48,11 +48,7 @@ impl Link {
         }
     }
 
-    pub(super) fn socket(&self) -> &Socket {
-        self.read.socket()
-    }
-
-    /// Returns the next step, except for sending.
+    /// Returns what is to be done next, except for sending.
     pub(super) fn next_step(&mut self) -> Option<TakerStep> {
         loop {
             match self.taker.next_step()? {
