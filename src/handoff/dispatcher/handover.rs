@@ -1,7 +1,6 @@
 //! A connection that is being handed over, with the dispatcher's copies of its descriptors.
 
 use std::{
-    hash::{DefaultHasher, Hash, Hasher},
     io,
     net::TcpStream,
     os::{
@@ -20,8 +19,10 @@ use smallvec::SmallVec;
 use tokio::sync::oneshot;
 
 use super::{
-    Accepted, Address, DispatchError, NotDispatched, Shared, Transport, WorkerId,
+    Accepted, Address, DispatchError, Group, NotDispatched, Shared, Transport, WorkerId,
     accepted::About,
+    key::key_of_client,
+    pool::Admission,
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
 };
 use crate::{
@@ -128,9 +129,19 @@ impl Handover {
         }))
     }
 
-    pub(super) fn dispatch(self: Box<Self>, shared: &Arc<Shared>, reserved: bool) {
-        let (key, fds) = (self.key(), 1 + self.bundle.len());
-        shared.act(|pool| pool.dispatch(self, key, fds, reserved, Instant::now()));
+    /// The group that it is meant for, or this one.
+    pub(super) fn group_or(&self, default: &Group) -> Group {
+        self.about.group.as_ref().unwrap_or(default).clone()
+    }
+
+    pub(super) fn dispatch(
+        self: Box<Self>,
+        shared: &Arc<Shared>,
+        group: &Group,
+        admission: Admission,
+    ) {
+        let (group, needs) = (self.group_or(group), (self.key(), 1 + self.bundle.len()));
+        shared.act(|pool| pool.dispatch(self, group, needs, admission, Instant::now()));
     }
 
     /// What a worker is told.
@@ -149,14 +160,7 @@ impl Handover {
 
     /// Keys that are equal go to the same worker. By default those of one client.
     fn key(&self) -> u64 {
-        self.about.key.unwrap_or_else(|| {
-            let mut hasher = DefaultHasher::new();
-            match &self.peer {
-                Address::Ip(address) => address.ip().hash(&mut hasher),
-                other => other.hash(&mut hasher),
-            }
-            hasher.finish()
-        })
+        self.about.key.unwrap_or_else(|| key_of_client(&self.peer))
     }
 
     /// A worker has adopted it.
@@ -206,7 +210,8 @@ impl Handover {
     }
 
     /// Ends the connection, for its client and for every process that has a copy.
-    pub(super) fn shut_down(self) {
+    pub(super) fn shut_down(mut self) {
+        self.span.end("closed", None);
         shut_down(self.socket.into_owned());
         close_in_background(self.bundle.into_iter().map(SharedFd::into_owned));
     }
