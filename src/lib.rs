@@ -54,13 +54,15 @@
 //! and a [`Sink`](futures::Sink), and a [`Sender`] sends from many tasks.
 //!
 //! ```
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::{fs::File, io::Read};
 //!
 //! use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
 //! use futures::{SinkExt, StreamExt};
 //!
-//! let (here, there) = Socket::pair(SocketKind::SeqPacket)?; // usually, the other end is a child's standard input
+//! // Usually, the other end is a child's standard input.
+//! let (here, there) = Socket::pair(SocketKind::SeqPacket)?;
 //!
 //! let mut tx = Framed::new(here, FrameCodec::default());
 //! tx.send(Frame::new("a file").with_fd(File::open("/proc/version")?)).await?;

@@ -1,9 +1,9 @@
-//! What a takeover costs: until the new process is ready, the clients meanwhile, and everybody
+//! The cost of a takeover: until the new process is ready, the clients meanwhile, and everybody
 //! while old generations drain.
 //!
 //! ```text
-//! cargo bench --bench takeover                    # prints tables
-//! cargo bench --bench takeover -- --report docs   # writes docs/BENCHMARKS_TAKEOVER.md as well
+//! cargo bench --bench takeover               # prints tables
+//! cargo bench --bench takeover -- --report   # writes docs/BENCHMARKS_TAKEOVER.md as well
 //! ```
 //!
 //! All servers are processes of their own. Contenders of a table take turns, round after round.
@@ -12,7 +12,7 @@ mod load;
 mod processes;
 mod rows;
 
-use std::{env, error::Error, fmt::Write as _, fs, path::Path};
+use std::{env, error::Error, fmt::Write as _, fs};
 
 fn main() -> Result<(), Box<dyn Error>> {
     if let Ok(role) = env::var(processes::ROLE) {
@@ -28,17 +28,19 @@ fn main() -> Result<(), Box<dyn Error>> {
         print!("{table}");
         write!(report, "{table}")?;
     }
-    if let Some(place) = arguments.iter().position(|argument| argument == "--report") {
-        let directory = arguments.get(place + 1).ok_or("--report takes a directory")?;
-        fs::write(Path::new(directory).join("BENCHMARKS_TAKEOVER.md"), report)?;
+    if arguments.iter().any(|argument| argument == "--report") {
+        fs::write(REPORT, report)?;
+        println!("written to {REPORT}");
     }
     Ok(())
 }
 
+const REPORT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/BENCHMARKS_TAKEOVER.md");
+
 const HEAD: &str = "\
 # Benchmarks of a takeover
 
-Written by `cargo bench --bench takeover -- --report docs`. Do not edit. Figures of other things are in
-[BENCHMARKS.md](BENCHMARKS.md). A figure is the median of all rounds, with its quartiles. CPU is the time that the
-kernel's scheduler gave to the processes.
+Written by `cargo bench --bench takeover -- --report`. Do not edit. Figures of other things are in
+[BENCHMARKS.md](BENCHMARKS.md). A figure is the median of all rounds, with its quartiles. CPU is the
+time that the kernel's scheduler gave to the processes.
 ";

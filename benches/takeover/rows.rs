@@ -51,8 +51,10 @@ pub(crate) fn until_ready(rounds: usize) -> Result<String> {
         }
     }
     let mut table = String::from(
-        "\n## From the request until the new process is ready\n\nBy the number of listeners, all TCP. Set-up of the \
-         application itself takes no time here.\n\n| listeners | time | CPU of the new process | CPU of the old process |\n\
+        "\n## From the request until the new process is ready\n\n\
+         By the number of listeners, all TCP. Set-up of the \
+         application itself takes no time here.\n\n\
+         | listeners | time | CPU of the new process | CPU of the old process |\n\
          |---|---|---|---|\n",
     );
     for (listeners, .., figures) in &mut sites {
@@ -86,8 +88,10 @@ pub(crate) fn gap(rounds: usize) -> Result<String> {
     load.stop()?;
     drop(serving);
     Ok(format!(
-        "\n## The longest gap between two accepted connections\n\nIn windows of {} ms, with 4 clients that connect \
-         again as soon as they are answered. No connection failed.\n\n| window | longest gap |\n|---|---|\n\
+        "\n## The longest gap between two accepted connections\n\n\
+         In windows of {} ms, with 4 clients that connect \
+         again as soon as they are answered. No connection failed.\n\n\
+         | window | longest gap |\n|---|---|\n\
          | without a takeover | {} |\n| with one | {} |\n",
         WINDOW.as_millis(),
         milliseconds(&mut without),
@@ -163,10 +167,14 @@ pub(crate) fn accept_rate(rounds: usize) -> Result<String> {
         }
     }
     let usual = sites[0].rates.clone();
-    let mut table = "\n## Connections a second while old generations drain\n\nAccepted by one process, with 4 clients that connect again \
-         as soon as they are answered. *ratio* is the median of the ratios to the first line within a round. The last \
-         line is what a process does that stops to accept and keeps its listener registered.\n\n\
-         | beside the process that accepts | connections / s | ratio | CPU of all of them for each |\n|---|---|---|---|\n".to_string();
+    let mut table = String::from(
+        "\n## Connections a second while old generations drain\n\n\
+         Accepted by one process, with 4 clients that connect again as soon as they are answered. \
+         *ratio* is the median of the ratios to the first line within a round. The last line is \
+         what a process does that stops to accept and keeps its listener registered.\n\n\
+         | beside the process that accepts | connections / s | ratio \
+         | CPU of all of them for each |\n|---|---|---|---|\n",
+    );
     for site in &mut sites {
         let mut ratios: Vec<_> =
             site.rates.iter().zip(&usual).map(|(rate, usual)| rate / usual).collect();

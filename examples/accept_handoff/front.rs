@@ -91,10 +91,10 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
 }
 
 /// Returns how each of the workers is started.
-fn workers(
-    arguments: &Arguments,
-    own: &Path,
-    journal: Option<&Journal>,
+fn workers<'a>(
+    arguments: &'a Arguments,
+    own: &'a Path,
+    journal: Option<&'a Journal>,
 ) -> impl Iterator<Item = WorkerCommand> {
     let programs = iter::repeat_n(own, arguments.workers.into());
     let programs = programs.chain(arguments.also.iter().map(PathBuf::as_path));

@@ -19,11 +19,12 @@ use tracing::{info, warn};
 
 use super::{
     Phase,
+    control::Handover,
     generations::{Generations, OwnEnd, leash},
     giver::{Giver, GiverStep},
     link::now,
     protocol::{AbortReason, FromTaker, GiverCodec, MAX_MESSAGE_FDS, Refusal, ToTaker},
-    shared::{Command, Gift, Shared},
+    shared::{Command, Shared},
 };
 use crate::{
     Error, Framed, SendFd, Socket,
@@ -31,44 +32,45 @@ use crate::{
     sys,
 };
 
-/// The longest time for which a last message is kept for a peer that does not read.
-const LAST_WORD: Duration = Duration::from_secs(1);
+/// The longest time that a peer has to read the last messages.
+const LAST_MESSAGES: Duration = Duration::from_secs(1);
 
-/// Lets a process take over, if it asks for it in the right way.
+/// Lets a connected process take over, and returns when the connection has ended.
 pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
     let (read, write) = Framed::new(socket, GiverCodec::default()).into_split();
     let (to_self, commands) = unbounded_channel();
-    let giver = Giver::new(now(), shared.options.giver_limits());
-    let mut link = Giving {
+    let giver = Giver::new(now(), shared.options.giver_settings());
+    let mut task = GiverTask {
         giver,
         read,
         write,
         shared,
         queue: VecDeque::new(),
-        gift: None,
+        handover: None,
         leash: None,
         reads: true,
         writes: true,
+        peer_copy: None,
         peer: None,
-        last_word: None,
+        last_messages_until: None,
         declined: BTreeSet::new(),
         is_claimed: false,
     };
     let mut commands = Commands { to_self: Some(to_self), receiver: commands };
-    while link.take_steps(&mut commands).await {
-        link.turn(&mut commands).await;
+    while task.take_steps(&mut commands).await {
+        task.wait(&mut commands).await;
     }
-    let leash = link.leash.take().filter(|_| !link.giver.is_serving());
-    let shared = Arc::clone(&link.shared);
-    drop(link); // ends the connection
+    let leash = task.leash.take().filter(|_| !task.giver.is_serving());
+    let shared = Arc::clone(&task.shared);
+    drop(task); // closes the connection
     if let Some(leash) = leash {
         leash.must_leave().await;
         shared.status.send_modify(|status| status.must_leave = true);
-        std::future::pending::<()>().await; // the leash tells that this process still runs
+        std::future::pending::<()>().await; // the leash shows that this process still runs
     }
 }
 
-struct Giving {
+struct GiverTask {
     giver: Giver,
     read: ReadHalf<GiverCodec>,
     write: WriteHalf<GiverCodec>,
@@ -76,16 +78,18 @@ struct Giving {
     /// Messages that wait for the socket.
     queue: VecDeque<ToTaker<SendFd>>,
     /// Copies of everything that goes to the taker after READY.
-    gift: Option<Gift>,
+    handover: Option<Handover>,
     /// Tells this process to leave, once it has been replaced.
     leash: Option<OwnEnd>,
     /// Something may still come from the taker.
     reads: bool,
     /// Something may still be written.
     writes: bool,
-    /// A copy of the socket that tells when the taker is gone, after a cut.
+    /// A copy of the socket for `peer`, made while a failure still changes nothing.
+    peer_copy: Option<OwnedFd>,
+    /// Tells when the taker is gone, after a cut.
     peer: Option<AsyncFd<OwnedFd>>,
-    last_word: Option<Instant>,
+    last_messages_until: Option<Instant>,
     /// Numbers of listeners that the taker has no use for.
     declined: BTreeSet<u32>,
     /// This is the one takeover of the server.
@@ -97,8 +101,8 @@ struct Commands {
     receiver: UnboundedReceiver<Command>,
 }
 
-impl Giving {
-    /// Does what is to be done now. Returns false at the end.
+impl GiverTask {
+    /// Takes the steps that are due. Returns false at the end.
     async fn take_steps(&mut self, commands: &mut Commands) -> bool {
         while let Some(step) = self.giver.next_step() {
             self.take_step(step, commands).await;
@@ -106,10 +110,11 @@ impl Giving {
         if !self.giver.is_over() {
             return true;
         }
+        // The next process may ask at once, while the last messages of this one are sent.
         if self.giver.is_serving() && std::mem::take(&mut self.is_claimed) {
             self.shared.unclaim();
         }
-        let until = *self.last_word.get_or_insert_with(|| Instant::now() + LAST_WORD);
+        let until = *self.last_messages_until.get_or_insert_with(|| Instant::now() + LAST_MESSAGES);
         let is_done = self.queue.is_empty() && self.write.unsent().bytes == 0;
         self.writes && !is_done && Instant::now() < until
     }
@@ -127,26 +132,28 @@ impl Giving {
                 match shared.release_predecessor().await {
                     Ok(()) => self.giver.welcome(now()),
                     Err(error) => {
-                        warn!(%error, "takeover refused: the predecessor of this server does not answer");
+                        warn!(%error, "takeover refused: the predecessor does not answer");
                         self.giver.refuse(Refusal::Busy);
                     }
                 }
             }
-            GiverStep::Offer { version } => self.offer(version),
-            GiverStep::Refuse(reason) => self.send(ToTaker::Refused { reason }),
-            GiverStep::TellStatus => self.tell_status(),
-            GiverStep::Complete => self.send(ToTaker::Complete),
+            GiverStep::SendOffer { version } => self.offer(version),
+            GiverStep::SendRefused(reason) => self.send(ToTaker::Refused { reason }),
+            GiverStep::SendStatus => self.send_status(),
+            GiverStep::SendComplete => self.send(ToTaker::Complete),
             GiverStep::Cut => {
                 self.queue.clear();
-                let _ = self.read.socket().shutdown(Shutdown::Read); // an error says that it has ended
-                let copy = self.read.socket().as_fd().try_clone_to_owned();
-                self.peer = copy.and_then(|copy| sys::register(copy, Interest::WRITABLE)).ok();
+                // An error means that the connection has ended.
+                let _ = self.read.socket().shutdown(Shutdown::Read);
+                let copy = self.peer_copy.take();
+                self.peer = copy.and_then(|copy| sys::register(copy, Interest::WRITABLE).ok());
             }
-            GiverStep::Abort(reason) => {
+            GiverStep::SendAborted(reason) => {
                 warn!(%reason, "takeover called off, this server goes on");
                 self.send(ToTaker::Aborted { reason });
             }
             GiverStep::Stop { declined } => {
+                // Everything that is to be known when the phase changes comes first.
                 self.declined.clone_from(&declined);
                 shared.set_declined(declined);
                 let taker = self
@@ -162,8 +169,10 @@ impl Giving {
                     self.giver.give(bytes::Bytes::new());
                 }
             }
-            GiverStep::Give { baton } => {
-                let Some(Gift { control, control_lock, locks }) = self.gift.take() else { return };
+            GiverStep::SendYours { baton } => {
+                let Some(Handover { control, control_lock, locks }) = self.handover.take() else {
+                    return;
+                };
                 let locks = locks.into_iter().filter(|(number, _)| !self.declined.contains(number));
                 let mut locks =
                     locks.map(|(_, lock)| lock).collect::<Vec<_>>().into_iter().peekable();
@@ -182,22 +191,25 @@ impl Giving {
                 shared.set_may_remove(true);
                 shared.set_phase(Phase::Serving);
             }
-            GiverStep::TellResumed => self.send(ToTaker::Resumed),
+            GiverStep::SendResumed => self.send(ToTaker::Resumed),
             GiverStep::GiveUpCopies => shared.give_up(),
-            GiverStep::TellDrained => self.send(ToTaker::Drained),
+            GiverStep::SendDrained => self.send(ToTaker::Drained),
         }
     }
 
     /// Queues everything that the taker needs to get ready.
     fn offer(&mut self, version: u8) {
-        let gift = self.shared.gift().and_then(|gift| {
+        // Whatever takes a descriptor comes before READY, when a failure still changes nothing.
+        let handover = self.shared.handover().and_then(|handover| {
+            self.peer_copy = Some(self.read.socket().as_fd().try_clone_to_owned()?);
             let mut messages = self.offer_generations()?;
             messages.extend(self.shared.offer_lanes()?);
-            Ok((gift, messages))
+            Ok((handover, messages))
         });
         let mut offered = self.shared.offered();
         let listeners = offered.len() as u32;
         self.send(ToTaker::Welcome { version, listeners });
+        // One system call takes this many descriptors.
         while !offered.is_empty() {
             let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
             self.send(ToTaker::Listeners(std::mem::replace(&mut offered, rest)));
@@ -206,9 +218,9 @@ impl Giving {
             let fds = frame.fds.into_iter().map(SendFd::from).collect();
             self.send(ToTaker::State { bytes: frame.payload, fds });
         }
-        match gift {
-            Ok((gift, messages)) => {
-                self.gift = Some(gift);
+        match handover {
+            Ok((handover, messages)) => {
+                self.handover = Some(handover);
                 self.queue.extend(messages);
             }
             Err(error) => return self.abort(&error),
@@ -216,7 +228,7 @@ impl Giving {
         self.giver.offered(now(), listeners);
     }
 
-    /// Makes the leash of this process, and messages that tell of all generations.
+    /// Makes the leash of this process, and the messages with the leashes of all generations.
     fn offer_generations(&mut self) -> std::io::Result<Vec<ToTaker<SendFd>>> {
         let mut generations = self.shared.with_generations(Generations::copies)?;
         let (own, other) = leash()?;
@@ -235,7 +247,7 @@ impl Giving {
         Ok(messages)
     }
 
-    fn tell_status(&mut self) {
+    fn send_status(&mut self) {
         let generations =
             self.shared.with_generations(Generations::list).into_iter().map(|generation| {
                 let milliseconds =
@@ -247,14 +259,15 @@ impl Giving {
         self.send(ToTaker::Status { pid: std::process::id(), is_under_way, generations });
     }
 
-    /// Waits until something happens, and tells the giver.
-    async fn turn(&mut self, commands: &mut Commands) {
-        let deadline = [self.giver.next_timeout().map(Instant::from_std), self.last_word];
+    /// Waits until something happens, and applies it to the giver.
+    async fn wait(&mut self, commands: &mut Commands) {
+        let deadline = [self.giver.next_timeout().map(Instant::from_std), self.last_messages_until];
         let deadline = deadline.into_iter().flatten().min();
         let Self { read, write, queue, peer, reads, writes, giver, .. } = self;
         let is_unsent = *writes && (!queue.is_empty() || write.unsent().bytes > 0);
         tokio::select! {
             biased;
+            // Reading first: a READY that is there counts, whatever else has happened.
             message = read.next(), if *reads => self.on_read(message),
             () = peer_closed(peer), if peer.is_some() && !*reads => {
                 self.peer = None;
@@ -295,8 +308,8 @@ impl Giving {
             Command::PutDown(baton) => self.giver.give(baton),
             Command::Withdraw => self.giver.abort(AbortReason::Withdrawn),
             Command::Drained => {
-                // A taker that has ended by now, or has given everything back, is noticed first.
-                // The runtime learns of it while this task waits for its next turn.
+                // A taker that has ended by now, or has handed everything back, has to be noticed
+                // first. The runtime learns of that while this task yields.
                 tokio::task::yield_now().await;
                 while self.reads && self.giver.is_draining() {
                     let Some(message) = unconstrained(self.read.next()).now_or_never() else {
@@ -313,7 +326,8 @@ impl Giving {
         self.queue.push_back(message);
     }
 
-    /// A message can't be sent, or nothing more can. A taker that is gone is noticed by reading.
+    /// Calls the takeover off because something can't be sent. A taker that is gone is noticed by
+    /// reading.
     fn on_send_failed(&mut self, error: &SendFailed) {
         match error {
             SendFailed::Message(error) => self.abort(error),
@@ -343,11 +357,12 @@ enum SendFailed {
     Socket(Error),
 }
 
-/// Sends what waits.
+/// Sends the queued messages.
 async fn send(
     write: &mut WriteHalf<GiverCodec>,
     queue: &mut VecDeque<ToTaker<SendFd>>,
 ) -> Result<(), SendFailed> {
+    // A message leaves the queue only when there is room for it, so a cancelled send loses none.
     while !queue.is_empty() {
         let permit = write.reserve().await.map_err(SendFailed::Socket)?;
         if let Some(message) = queue.pop_front() {
@@ -357,8 +372,8 @@ async fn send(
     write.flush().await.map_err(SendFailed::Socket)
 }
 
-/// Waits until the other end is closed. Reading tells nothing after `SHUT_RD`, but the kernel
-/// reports that neither direction is open any longer (`EPOLLHUP`).
+/// Waits until the other end is closed. After `SHUT_RD` a read does not show that, but the kernel
+/// reports that no direction is open (`EPOLLHUP`).
 async fn peer_closed(peer: &Option<AsyncFd<OwnedFd>>) {
     let Some(peer) = peer else { return };
     while let Ok(mut ready) = peer.writable().await {

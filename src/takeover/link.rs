@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     protocol::{FromTaker, TakerCodec, ToTaker},
-    taker::{Taker, TakerLimits, TakerStep},
+    taker::{Taker, TakerSettings, TakerStep},
 };
 use crate::{
     Error, Framed, Socket,
@@ -30,18 +30,18 @@ pub(super) struct Link {
     writes: bool,
 }
 
-/// Something that came over the connection.
-pub(super) enum Came {
-    /// A message, of which the taker knows.
+/// An event of the connection that its owner has to know.
+pub(super) enum Event {
+    /// A message, which was applied to the taker already.
     Message(ToTaker),
-    /// What the giver broke the protocol with.
+    /// A breach of the protocol.
     Error(Error),
 }
 
 impl Link {
-    pub(super) fn new(socket: Socket, limits: TakerLimits) -> Self {
+    pub(super) fn new(socket: Socket, settings: TakerSettings) -> Self {
         let (read, write) = Framed::new(socket, TakerCodec::default()).into_split();
-        let taker = Taker::new(now(), limits);
+        let taker = Taker::new(now(), settings);
         Self {
             taker,
             read,
@@ -71,11 +71,11 @@ impl Link {
         !self.writes || self.queue.is_empty() && self.write.unsent().bytes == 0
     }
 
-    /// Waits until something happens, and tells the taker.
+    /// Waits until something happens, and applies it to the taker.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
-    pub(super) async fn turn(&mut self) -> Option<Came> {
+    pub(super) async fn next_event(&mut self) -> Option<Event> {
         let deadline = self.taker.next_timeout().map(Instant::from_std);
         let is_unsent = !self.is_flushed();
         let Self { taker, read, write, queue, is_ready_unwritten, reads, writes } = self;
@@ -93,12 +93,12 @@ impl Link {
             message = read.next(), if *reads => match message {
                 Some(Ok(message)) => {
                     taker.on_message(now(), &message);
-                    return Some(Came::Message(message));
+                    return Some(Event::Message(message));
                 }
                 Some(Err(error)) if error.is_peer_gone() => {} // the end follows
                 Some(Err(error)) => {
-                    taker.on_violation();
-                    return Some(Came::Error(error));
+                    taker.on_violation(now());
+                    return Some(Event::Error(error));
                 }
                 None => {
                     *reads = false;
@@ -114,11 +114,12 @@ impl Link {
     }
 }
 
-/// Sends what waits.
+/// Sends the queued messages.
 async fn send(
     write: &mut WriteHalf<TakerCodec>,
     queue: &mut VecDeque<FromTaker>,
 ) -> io::Result<()> {
+    // A message leaves the queue only when there is room for it, so a cancelled send loses none.
     while !queue.is_empty() {
         let permit = write.reserve().await.map_err(io::Error::from)?;
         if let Some(message) = queue.pop_front() {

@@ -29,7 +29,8 @@ use crate::socket::PathGuard;
 /// `SO_REUSEPORT` group is one name with several indices.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::net::{TcpListener, UdpSocket};
 ///
 /// use fdwire::takeover::Listeners;
@@ -83,7 +84,7 @@ impl Listeners {
     }
 
     /// Adds the listener that a process manager has passed for this name, of this type and at this
-    /// address. Returns false if there is none: then it is the application that has to bind it.
+    /// address. Returns false if there is none: the application has to bind it then.
     ///
     /// These managers are known, by what they leave in the environment:
     ///
@@ -94,8 +95,9 @@ impl Listeners {
     /// - **Server::Starter**, also known as `start_server` (`SERVER_STARTER_PORT`), without names.
     ///
     /// A socket that was passed for the name has to be of this type and at this address; port 0 is
-    /// any port. If none was, one at exactly this address is taken, whatever its name is. What is
-    /// not adopted stays as it is, for example descriptors from systemd's store.
+    /// any port. If none was passed for the name, one at exactly this address is taken, whatever
+    /// its name is. A socket that is not adopted stays as it is, for example one from systemd's
+    /// store.
     ///
     /// The inherited number becomes `/dev/null` in [`Server::bind`](super::Server::bind) and
     /// [`bind_or_take`](super::bind_or_take), so that programs which this process starts later have
@@ -108,7 +110,8 @@ impl Listeners {
     /// that flag. [`add`](Self::add) what it returns.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use std::net::{SocketAddr, TcpListener};
     ///
     /// use fdwire::takeover::{Listeners, protocol::Kind};
@@ -123,8 +126,8 @@ impl Listeners {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if sockets were passed for the name, and all of them are of another
-    /// type, or at another address. [`Error::Io`] with `EMFILE` if there is no descriptor left.
+    /// [`Error::Mismatch`] if all sockets that were passed for the name are of another type, or at
+    /// another address. [`Error::Io`] with `EMFILE` if there is no descriptor left.
     pub fn adopt(
         &mut self,
         name: impl Into<String>,
@@ -139,7 +142,7 @@ impl Listeners {
     /// [Adopts](Self::adopt) the TCP listener that a process manager has passed, or binds one.
     ///
     /// # Errors
-    /// Those of [`adopt`](Self::adopt), and of bind(2).
+    /// The errors of [`adopt`](Self::adopt), and of bind(2).
     pub fn bind_tcp(&mut self, name: impl Into<String>, address: SocketAddr) -> Result<(), Error> {
         let name = name.into();
         match self.adopt(name.clone(), Kind::Stream, &address.into())? {
@@ -151,7 +154,7 @@ impl Listeners {
     /// [Adopts](Self::adopt) the UDP socket that a process manager has passed, or binds one.
     ///
     /// # Errors
-    /// Those of [`adopt`](Self::adopt), and of bind(2).
+    /// The errors of [`adopt`](Self::adopt), and of bind(2).
     pub fn bind_udp(&mut self, name: impl Into<String>, address: SocketAddr) -> Result<(), Error> {
         let name = name.into();
         match self.adopt(name.clone(), Kind::Datagram, &address.into())? {
@@ -163,12 +166,12 @@ impl Listeners {
     /// [Adopts](Self::adopt) the Unix socket that a process manager has passed, or binds one to a
     /// path with this mode. A connection takes write permission.
     ///
-    /// A lock file beside it (`<path>.lock`) says who owns a path that was bound here. It moves to
-    /// the process that takes over, together with the right to remove both; the last process
-    /// removes them.
+    /// The process that owns a path holds the lock of a file beside it (`<path>.lock`). The lock
+    /// moves to the process that takes over, together with the right to remove both files. The last
+    /// process removes them.
     ///
     /// # Errors
-    /// Those of [`adopt`](Self::adopt), and [`Error::Io`] as for
+    /// The errors of [`adopt`](Self::adopt), and [`Error::Io`] as for
     /// [`Listener::bind_with_mode`](crate::Listener::bind_with_mode).
     pub fn bind_path(
         &mut self,
@@ -182,6 +185,7 @@ impl Listeners {
             return Ok(());
         }
         let addr = UnixAddr::new(path).map_err(std::io::Error::from)?;
+        // The lock before the socket: a stale path is removed under it.
         let mut guard = PathGuard::take(path)?;
         let kind = match kind {
             Kind::Stream => SockType::Stream,
@@ -198,7 +202,7 @@ impl Listeners {
         self.add_guarded(name, fd, Some(guard))
     }
 
-    /// Returns what tells the listeners from others, in their order.
+    /// Returns the identities of the listeners, in their order.
     pub fn identities(&self) -> impl Iterator<Item = &Identity> {
         self.entries.iter().map(|entry| &entry.identity)
     }
@@ -249,7 +253,7 @@ impl Listeners {
         Ok(())
     }
 
-    /// Keeps those with these numbers only.
+    /// Removes the listeners whose numbers are not kept.
     pub(super) fn retain(&mut self, is_kept: impl Fn(u32) -> bool) {
         let entries = std::mem::take(self).entries;
         for (_, entry) in (0..).zip(entries).filter(|(number, _)| is_kept(*number)) {

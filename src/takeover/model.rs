@@ -7,9 +7,9 @@ use bytes::Bytes;
 use stateright::{Checker, Model, Property};
 
 use super::{
-    giver::{Giver, GiverLimits, GiverStep},
-    protocol::{AbortReason, FromTaker, ToTaker},
-    taker::{Failure, Taker, TakerLimits, TakerStep},
+    giver::{Giver, GiverSettings, GiverStep},
+    protocol::{AbortReason, FromTaker, ToTaker, Versions},
+    taker::{Failure, Taker, TakerSettings, TakerStep},
 };
 
 /// Two processes, the connection between them, and the lock of the path.
@@ -37,9 +37,11 @@ struct World {
     /// The taker had everything once, and has given up for this reason.
     gave_up: Option<Failure>,
     offered: bool,
+    /// The taker reads nothing more.
+    lost_yours: bool,
 }
 
-/// What the giver has written.
+/// A message that the giver has written.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Sent {
     Welcome,
@@ -70,6 +72,8 @@ enum Action {
     WriteHalf,
     GiverReads,
     TakerReads,
+    /// The descriptors of YOURS do not fit: the message is lost, and nothing follows.
+    TakerLosesYours,
     KillGiver,
     KillTaker,
     /// The kernel works on a dead process: its socket is closed before its lock is free.
@@ -89,12 +93,13 @@ struct Takeover {
     start: Instant,
 }
 
-const ACTIONS: [Action; 16] = [
+const ACTIONS: [Action; 17] = [
     Action::GiverStep,
     Action::TakerStep,
     Action::WriteHalf,
     Action::GiverReads,
     Action::TakerReads,
+    Action::TakerLosesYours,
     Action::KillGiver,
     Action::KillTaker,
     Action::FreeLockOfDead,
@@ -128,7 +133,7 @@ impl World {
         // After HAND_BACK, RESUMED is the giver's next step.
         let giver_tells = self.giver.as_ref().is_some_and(|giver| {
             let mut giver = giver.clone();
-            std::iter::from_fn(|| giver.next_step()).any(|step| step == GiverStep::TellResumed)
+            std::iter::from_fn(|| giver.next_step()).any(|step| step == GiverStep::SendResumed)
         });
         ready || giver_is_told || resumed || taker_is_told || giver_tells
     }
@@ -137,7 +142,16 @@ impl World {
     /// something.
     fn is_settled(&self, model: &Takeover) -> bool {
         use Action::*;
-        let optional = [KillGiver, KillTaker, PutDownBaton, Drained, HandBack, Release, Withdraw];
+        let optional = [
+            TakerLosesYours,
+            KillGiver,
+            KillTaker,
+            PutDownBaton,
+            Drained,
+            HandBack,
+            Release,
+            Withdraw,
+        ];
         ACTIONS
             .into_iter()
             .filter(|action| !optional.contains(action))
@@ -168,21 +182,21 @@ impl World {
         };
         match step {
             GiverStep::Asked => giver.welcome(now),
-            GiverStep::Offer { .. } => {
+            GiverStep::SendOffer { .. } => {
                 self.to_taker.push(Sent::Welcome);
                 giver.offered(now, 0);
             }
-            GiverStep::Refuse(_) => unreachable!("it is not busy"),
-            GiverStep::TellStatus => unreachable!("nobody asks for it"),
-            GiverStep::Complete => self.to_taker.push(Sent::Complete),
+            GiverStep::SendRefused(_) => unreachable!("it is not busy"),
+            GiverStep::SendStatus => unreachable!("nobody asks for it"),
+            GiverStep::SendComplete => self.to_taker.push(Sent::Complete),
             GiverStep::Cut => self.cut = true,
-            GiverStep::Abort(reason) => self.to_taker.push(Sent::Aborted(reason)),
+            GiverStep::SendAborted(reason) => self.to_taker.push(Sent::Aborted(reason)),
             GiverStep::Stop { .. } => self.giver_accepts = false,
-            GiverStep::Give { .. } => self.to_taker.push(Sent::Yours),
+            GiverStep::SendYours { .. } => self.to_taker.push(Sent::Yours),
             GiverStep::Resume(_) => self.giver_accepts = true,
-            GiverStep::TellResumed => self.to_taker.push(Sent::Resumed),
+            GiverStep::SendResumed => self.to_taker.push(Sent::Resumed),
             GiverStep::GiveUpCopies => self.giver_has_lock = false,
-            GiverStep::TellDrained => self.to_taker.push(Sent::Drained),
+            GiverStep::SendDrained => self.to_taker.push(Sent::Drained),
         }
         Some(())
     }
@@ -232,10 +246,13 @@ impl Model for Takeover {
     type Action = Action;
 
     fn init_states(&self) -> Vec<World> {
-        let limits = GiverLimits { answer: HOUR, ready: HOUR };
+        let limits = GiverSettings { versions: Versions::OURS, answer: HOUR, ready: HOUR };
         vec![World {
             giver: Some(Giver::new(self.start, limits)),
-            taker: Some(Taker::new(self.start, TakerLimits { answer: HOUR, lock: HOUR })),
+            taker: Some(Taker::new(
+                self.start,
+                TakerSettings { versions: Versions::OURS, answer: HOUR, lock: HOUR },
+            )),
             giver_accepts: true,
             taker_accepts: false,
             giver_has_lock: true,
@@ -249,6 +266,7 @@ impl Model for Takeover {
             killed: false,
             gave_up: None,
             offered: false,
+            lost_yours: false,
         }]
     }
 
@@ -283,7 +301,8 @@ impl Model for Takeover {
                 }
             }
             Action::TakerReads => {
-                let taker = world.taker.as_mut().filter(|_| !world.taker_closed)?;
+                let is_open = !world.taker_closed && !world.lost_yours;
+                let taker = world.taker.as_mut().filter(|_| is_open)?;
                 if !world.to_taker.is_empty() {
                     taker.on_message(now, &world.to_taker.remove(0).message());
                 } else if world.giver_closed {
@@ -291,6 +310,15 @@ impl Model for Takeover {
                 } else {
                     return None;
                 }
+            }
+            Action::TakerLosesYours => {
+                let taker = world.taker.as_mut().filter(|_| !world.taker_closed)?;
+                if world.to_taker.first() != Some(&Sent::Yours) {
+                    return None;
+                }
+                taker.on_violation(now);
+                world.to_taker.clear();
+                world.lost_yours = true;
             }
             Action::KillGiver => {
                 world.giver.take()?;

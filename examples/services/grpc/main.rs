@@ -26,7 +26,7 @@ use futures::StreamExt;
 use tokio::{select, spawn};
 use tonic::{codegen::http::Response, transport::Server};
 use tonic_health::{
-    ServingStatus::{NotServing, Serving},
+    ServingStatus::NotServing,
     server::{HealthReporter, health_reporter},
 };
 use tower::util::MapResponseLayer;
@@ -49,7 +49,6 @@ async fn serve() -> io::Result<()> {
     let incoming = Incoming::from_stdin()?;
     let handle = incoming.handle();
     let (reporter, health) = health_reporter();
-    reporter.set_service_status("", Serving).await;
     spawn(watch_drain(handle.clone(), reporter));
 
     // Each answer tells which worker it is from.

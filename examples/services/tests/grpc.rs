@@ -3,7 +3,10 @@
 mod common;
 
 use common::{Front, soon};
-use tonic::{Streaming, transport::Channel};
+use tonic::{
+    Streaming,
+    transport::{Channel, Endpoint},
+};
 use tonic_health::pb::{
     HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus,
     health_client::HealthClient,
@@ -12,8 +15,8 @@ use tonic_health::pb::{
 const PROGRAM: &str = env!("CARGO_BIN_EXE_grpc");
 
 async fn connect(front: &Front) -> HealthClient<Channel> {
-    let address = format!("http://{}", front.address);
-    soon("a connection", HealthClient::connect(address)).await.unwrap()
+    let endpoint = Endpoint::from_shared(format!("http://{}", front.address)).unwrap();
+    HealthClient::new(soon("a connection", endpoint.connect()).await.unwrap())
 }
 
 /// A unary call. Returns the process that has answered.

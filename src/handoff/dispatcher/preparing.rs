@@ -120,6 +120,7 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     };
     match permit {
         Some(permit) => permit.take(connection, &group),
-        None => connection.dispatch(shared, &group, Admission::None), // the drain is over: it fails, and is counted
+        // The drain is over: it fails, and is counted.
+        None => connection.dispatch(shared, &group, Admission::None),
     }
 }

@@ -243,7 +243,8 @@ impl IncomingHandle {
     ///
     /// ```no_run
     /// # async fn serve(_: fdwire::handoff::Connection) {}
-    /// # async fn example(connection: fdwire::handoff::Connection, handle: fdwire::handoff::IncomingHandle) {
+    /// # use fdwire::handoff::{Connection, IncomingHandle};
+    /// # async fn example(connection: Connection, handle: IncomingHandle) {
     /// use std::time::Duration;
     ///
     /// tokio::select! {

@@ -6,24 +6,18 @@ use proptest::{collection::vec, prelude::*};
 use super::{wire::NO_LIMIT, *};
 use crate::{
     Error,
-    codec::{Decoder, Encoder, FdQueue, SendBuf},
+    address::tests::any_address,
+    codec::{
+        Decoder, Encoder, FdQueue, SendBuf,
+        by_hand::{encoded, frame},
+    },
 };
-
-fn address() -> impl Strategy<Value = Address> {
-    prop_oneof![
-        Just(Address::Unnamed),
-        any::<std::net::SocketAddrV4>().prop_map(|address| Address::Ip(address.into())),
-        any::<std::net::SocketAddrV6>().prop_map(|address| Address::Ip(address.into())),
-        "/[a-z/]{0,100}".prop_map(|path| Address::Path(path.into())),
-        vec(any::<u8>(), 0..108).prop_map(Address::Abstract),
-    ]
-}
 
 prop_compose! {
     fn offer()(
         cookie: u64,
         tcp: bool,
-        (peer, local) in (address(), address()),
+        (peer, local) in (any_address(), any_address()),
         (read, metadata) in (vec(any::<u8>(), 0..5000), vec(any::<u8>(), 0..50)),
         (fd, bundle) in (any::<u32>(), vec(any::<u32>(), 0..MAX_OFFER_FDS)),
     ) -> Offer<u32> {
@@ -70,24 +64,6 @@ fn from_worker() -> impl Strategy<Value = FromWorker> {
         Just(FromWorker::Draining),
         Just(FromWorker::Goodbye),
     ]
-}
-
-/// What a codec makes of one message: its bytes, and its descriptors as numbers.
-fn encoded<I: std::fmt::Debug>(
-    mut codec: impl Encoder<I, u32, Error = Error>,
-    message: I,
-) -> (BytesMut, Vec<u32>) {
-    let mut buf = SendBuf::new();
-    codec.encode(message, &mut buf).unwrap();
-    buf.into_parts()
-}
-
-fn frame(payload: &[u8], fds: u16) -> BytesMut {
-    let mut frame = BytesMut::from(&[0xFD, 0x10][..]);
-    frame.extend_from_slice(&fds.to_be_bytes());
-    frame.extend_from_slice(&(payload.len() as u32).to_be_bytes());
-    frame.extend_from_slice(payload);
-    frame
 }
 
 proptest! {

@@ -13,7 +13,7 @@ use crate::{
 
 /// The lanes of each UDP socket, by its name and index, and the numbers of generations.
 #[derive(Debug, Default)]
-pub(crate) struct AllLanes {
+pub(in crate::takeover) struct AllLanes {
     sockets: Vec<(String, u32, Arc<Lanes>)>,
     /// The number of this process.
     own: u32,
@@ -22,12 +22,12 @@ pub(crate) struct AllLanes {
 }
 
 impl AllLanes {
-    pub(crate) fn new(own: u32) -> Self {
+    pub(in crate::takeover) fn new(own: u32) -> Self {
         Self { sockets: Vec::new(), own, last: own }
     }
 
     /// Returns the lanes of a socket.
-    pub(crate) fn of(&mut self, name: &str, index: u32) -> Arc<Lanes> {
+    pub(in crate::takeover) fn of(&mut self, name: &str, index: u32) -> Arc<Lanes> {
         let mut sockets = self.sockets.iter();
         if let Some((.., found)) =
             sockets.find(|(its_name, its_index, _)| its_name == name && *its_index == index)
@@ -40,7 +40,11 @@ impl AllLanes {
     }
 
     /// Gives a new process its generation, and lanes to this process and older ones.
-    pub(crate) fn offer(&mut self, listeners: &Listeners) -> io::Result<Vec<ToTaker<SendFd>>> {
+    pub(in crate::takeover) fn offer(
+        &mut self,
+        listeners: &Listeners,
+    ) -> io::Result<Vec<ToTaker<SendFd>>> {
+        // A number of its own, even for a process that will not take over.
         self.last = self.last.wrapping_add(1);
         let mut offered = Vec::new();
         for (name, index, lanes) in &self.sockets {
@@ -49,6 +53,7 @@ impl AllLanes {
                 offered.push(Lane { listener, generation, fd: SendFd::assume_socket(socket) });
             }
         }
+        // One message at least, because it has the generation of the new process.
         let mut messages = Vec::new();
         loop {
             let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));

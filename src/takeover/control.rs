@@ -1,0 +1,33 @@
+//! The socket at which takeovers are requested.
+
+use std::{io, os::fd::OwnedFd};
+
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+
+use crate::socket::PathGuard;
+
+/// The socket at which takeovers are requested, and its path.
+pub(super) struct Control {
+    pub(super) fd: OwnedFd,
+    pub(super) guard: PathGuard,
+}
+
+/// Copies of everything that a new process gets once it is ready.
+pub(super) struct Handover {
+    pub(super) control: OwnedFd,
+    pub(super) control_lock: OwnedFd,
+    /// The locks of listeners that have a path, with the numbers of the listeners.
+    pub(super) locks: Vec<(u32, OwnedFd)>,
+}
+
+impl Control {
+    /// Listens at a path that is guarded.
+    pub(super) fn bind(mut guard: PathGuard, mode: u32) -> io::Result<Self> {
+        let addr = UnixAddr::new(guard.path())?;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        guard.bind(&fd, &addr, mode)?;
+        socket::listen(&fd, Backlog::MAXCONN)?;
+        Ok(Self { fd, guard })
+    }
+}
