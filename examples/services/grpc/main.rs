@@ -13,6 +13,9 @@
 //!
 //! When a worker is replaced, its clients get a GOAWAY: they send new calls on another connection,
 //! which goes to the new worker. Calls that are under way go on, streams too, until the limit.
+//!
+//! A call that tonic's client has not sent yet when the GOAWAY comes fails there with `Cancelled`.
+//! No worker has seen it, so it may be sent again.
 
 #[path = "../front.rs"]
 mod front;
