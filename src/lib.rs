@@ -195,9 +195,10 @@
 //! | feature | default | adds |
 //! |---|---|---|
 //! | `handoff` | yes | the module [`handoff`] |
+//! | `takeover` | yes | the module [`takeover`], and [`Notifier::follow`](systemd::Notifier::follow) |
 //! | `tokio-util` | yes | [`PayloadCodec`](codec::PayloadCodec), for the codecs of tokio-util |
 //! | `tokio-seqpacket` | yes | conversions from and into the sockets of tokio-seqpacket |
-//! | `axum` | no | `axum::serve` takes an [`Incoming`](handoff::Incoming) and a [`Gated`](takeover::Gated) listener |
+//! | `axum` | no | axum serves an [`Incoming`](handoff::Incoming) or a [`Gated`](takeover::Gated) |
 //! | `tonic` | no | tonic serves an [`Incoming`](handoff::Incoming): see the service `grpc` |
 //! | `metrics` | no | the module `metrics`: numbers for the `metrics` facade, and so for Prometheus |
 //!
@@ -209,13 +210,14 @@
 //! Frames and codecs do not depend on a system.
 
 #![cfg_attr(
-    not(feature = "handoff"),
-    allow(dead_code, reason = "the hand-off alone uses some items below it")
+    not(all(feature = "handoff", feature = "takeover")),
+    allow(dead_code, unused_imports, reason = "one of these alone uses some items below it")
 )]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("fdwire works on Linux");
 
+#[cfg(any(feature = "handoff", feature = "takeover"))]
 mod address;
 mod backoff;
 pub mod blocking;
@@ -224,6 +226,7 @@ pub mod codec;
 mod credentials;
 mod error;
 pub mod fd_policy;
+#[cfg(any(feature = "handoff", feature = "takeover"))]
 mod fields;
 pub mod frame;
 pub mod framed;
@@ -238,6 +241,7 @@ mod send_fd;
 pub mod socket;
 mod sys;
 pub mod systemd;
+#[cfg(feature = "takeover")]
 pub mod takeover;
 mod transport;
 #[cfg(feature = "serde")]

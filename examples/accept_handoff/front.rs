@@ -70,8 +70,8 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
         served = &mut serving => served.map(|()| None),
         demo = clients => Ok(Some(demo)),
         () = killer.run(&dispatcher) => Ok(None), // it goes on for ever
-        watched = watching => watched.map(|()| None), // it goes on for ever
         () = replace_workers(&mut signals.replace, &dispatcher, workers) => Ok(None), // so does it
+        watched = watching => watched.map(|()| None), // and this
         () = stop(&mut signals.interrupt, &mut signals.terminate) => Ok(None),
     };
     println!("stopping");

@@ -60,8 +60,12 @@ struct Arguments {
     listen: Option<SocketAddr>,
 
     /// Number of processes that serve
-    #[arg(long, value_name = "N", default_value_t = 2,
-        value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 2,
+        value_parser = clap::value_parser!(u16).range(1..=64)
+    )]
     workers: u16,
 
     /// One more worker: a program that speaks the hand-off protocol at its standard input, such as
@@ -75,8 +79,11 @@ struct Arguments {
 
     /// Send that many requests, 64 at a time, each on a connection of its own, print what became of
     /// them, and stop
-    #[arg(long, value_name = "N",
-        value_parser = clap::value_parser!(u32).range(1..=i64::from(demo::MOST_CLIENTS)))]
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=i64::from(demo::MOST_CLIENTS))
+    )]
     demo: Option<u32>,
 
     /// Kill a worker at random (SIGKILL) each time that so many milliseconds have passed

@@ -50,7 +50,8 @@
 //! [connect](Incoming::connect) to a [path](Dispatcher::serve_workers).
 //!
 //! ```
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use fdwire::{Socket, SocketKind, handoff::{Dispatcher, Incoming}};
 //! use tokio::{io::{AsyncReadExt, AsyncWriteExt}, net::{TcpListener, TcpStream}};
 //!

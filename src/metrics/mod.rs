@@ -40,10 +40,9 @@
 //! Make a new value for each dispatcher, and for each link of a worker that connects again. With
 //! the same name, the counters go on where they were.
 
-#[cfg(feature = "handoff")]
 mod dispatcher;
-#[cfg(feature = "handoff")]
 mod incoming;
+#[cfg(feature = "takeover")]
 mod takeover;
 
 use std::collections::HashMap;
@@ -53,10 +52,9 @@ use metrics::{
     with_recorder,
 };
 
-#[cfg(feature = "handoff")]
 pub use dispatcher::{DispatcherMetrics, adoption_buckets};
-#[cfg(feature = "handoff")]
 pub use incoming::IncomingMetrics;
+#[cfg(feature = "takeover")]
 pub use takeover::TakeoverMetrics;
 
 const METADATA: Metadata<'static> =

@@ -55,7 +55,8 @@ impl Server {
     ///     Ok(listeners)
     /// };
     /// let options = Options::default();
-    /// let server = takeover::bind_or_take("/run/app/takeover", options, bind).await?.ready().await?;
+    /// let pending = takeover::bind_or_take("/run/app/takeover", options, bind).await?;
+    /// let server = pending.ready().await?;
     /// let router = Router::new().route("/", get(|| async { "hello\n" }));
     /// let finished = server.serve_axum(server.gated("http", 0)?, router).await;
     /// println!("{} connections are cut", finished.left);

@@ -99,7 +99,7 @@ fn a_connection_has_spans_of_one_number_in_two_processes() {
                 info!("the application prepares it");
                 Some(Accepted::from(stream))
             };
-            async move { dispatcher.serve_with(listener, move |stream| prepare(stream)).await }
+            async move { dispatcher.serve_with(listener, prepare).await }
         });
         let mut clients = Vec::new();
         for _ in 0..3 {

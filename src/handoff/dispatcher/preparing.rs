@@ -1,6 +1,12 @@
 //! The application's function that prepares accepted connections.
 
-use std::{future::Future, io, os::fd::OwnedFd, panic::AssertUnwindSafe, sync::Arc};
+use std::{
+    future::Future,
+    io,
+    os::fd::OwnedFd,
+    panic::AssertUnwindSafe,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
 
 use futures::{FutureExt, future::BoxFuture};
 use tokio::{
@@ -71,6 +77,7 @@ impl Slot {
         let span = ConnectionSpan::prepare(&connection).into_span();
         let prepare = (self.prepare)(connection).instrument(span);
         // The span ends inside of `catch_unwind`: a subscriber may panic.
+        #[expect(clippy::redundant_async_block, reason = "drops the span where it ends")]
         let prepared = AssertUnwindSafe(async move { prepare.await }).catch_unwind();
         let (source, group) = (Source::new(shared), group.clone());
         shared.runtime.spawn(async move {
@@ -111,7 +118,11 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     // groups would not be accepted.
     if !shared.act(|pool| pool.may_wait(&group)) {
         shared.count_lost();
-        warn!(%group, "connection closed: too many wait for a worker of its group");
+        // Clients may cause many of these, so the others are for those that look closer.
+        if !shared.has_warned_of_crowd.swap(true, Relaxed) {
+            warn!(%group, "connections are closed: too many wait for a worker of their group");
+        }
+        debug!(%group, "connection closed: too many wait for a worker of its group");
         return connection.shut_down();
     }
     let permit = match reserve(shared, Some(&group)).await {
