@@ -60,7 +60,7 @@
 //! // One side accepts.
 //! let listener = TcpListener::bind("127.0.0.1:0").await?;
 //! let address = listener.local_addr()?;
-//! let dispatcher = Dispatcher::builder().build();
+//! let dispatcher = Dispatcher::new();
 //! dispatcher.add_worker(here);
 //! let accepting = tokio::spawn({
 //!     let dispatcher = dispatcher.clone();
