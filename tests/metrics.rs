@@ -148,7 +148,7 @@ fn counters_go_on_and_slots_are_used_again_when_workers_come_and_go() {
         let mut recorded = Recorded::new();
         let front = Front::new().await;
         let mut front_metrics = recorded.with(|| DispatcherMetrics::new("front"));
-        let slots = ["1", "2"].map(|slot| format!("{{dispatcher=front,slot={slot}}}"));
+        let slots = ["1", "2"].map(|slot| format!("{{dispatcher=front,group=,slot={slot}}}"));
         let mut update = |recorded: &mut Recorded| {
             recorded.with(|| front_metrics.update(&front.dispatcher.stats()));
             recorded.values()
@@ -181,7 +181,7 @@ fn counters_go_on_and_slots_are_used_again_when_workers_come_and_go() {
         let gauges = ["active_connections", "unanswered_offers", "room_offers"];
         let gauges = gauges.map(|name| format!("fdwire_worker_{name}"));
         for name in gauges.clone() {
-            let labels = [("dispatcher", "front"), ("slot", "1")];
+            let labels = [("dispatcher", "front"), ("group", ""), ("slot", "1")];
             recorded.with(|| metrics::gauge!(name, &labels).set(7.0));
         }
         let values = update(&mut recorded);

@@ -1,17 +1,18 @@
-//! The front of these services: accepts connections and has a worker serve them. SIGHUP replaces
-//! the worker, as for a new version, and SIGTERM ends the service. In both cases the old worker
-//! gets no more connections, and finishes those that it has within a limit.
+//! The front of these services: accepts connections and has a worker serve them.
+//!
+//! SIGHUP replaces the worker, as for a new version, and SIGTERM ends the service. In both cases
+//! the old worker gets no more connections, and finishes those that it has within a limit.
 
 use std::{
     env,
+    future::pending,
     io::{Error, Result},
-    mem,
     net::SocketAddr,
     pin::pin,
     time::Duration,
 };
 
-use fdwire::handoff::{Dispatcher, WorkerCommand, WorkerId};
+use fdwire::handoff::{Dispatcher, WorkerCommand};
 use tokio::{
     join,
     net::TcpListener,
@@ -40,24 +41,26 @@ pub(crate) struct Arguments {
 
 pub(crate) async fn run(arguments: Arguments) -> Result<()> {
     let limit = Some(Duration::from_secs(arguments.limit));
-    let (mut replace, mut end) = (signal(SignalKind::hangup())?, signal(SignalKind::terminate())?);
+    let (mut hangup, mut end) = (signal(SignalKind::hangup())?, signal(SignalKind::terminate())?);
     let dispatcher = Dispatcher::builder().build();
-    let mut worker = start(&dispatcher)?;
+    dispatcher.spawn_worker(worker()?)?;
     let listener = TcpListener::bind(arguments.listen).await?;
     println!("listening on {}", listener.local_addr()?);
 
-    let mut serving = pin!(dispatcher.serve(listener));
-    loop {
-        select! {
-            served = &mut serving => return served,
-            _ = replace.recv() => {
-                // What comes from now on waits for the new worker.
-                let old = mem::replace(&mut worker, start(&dispatcher)?);
-                let dispatcher = dispatcher.clone();
-                tokio::spawn(async move { dispatcher.remove_worker(old, limit).await });
+    let replacing = async {
+        while hangup.recv().await.is_some() {
+            // The old worker serves until the new one is ready.
+            if let Err(error) = dispatcher.replace_workers([worker()?], limit).await {
+                eprintln!("the worker is not replaced: {error}");
             }
-            _ = end.recv() => break,
         }
+        pending().await
+    };
+    let mut serving = pin!(dispatcher.serve(listener));
+    select! {
+        served = &mut serving => return served,
+        failed = replacing => return failed,
+        _ = end.recv() => {}
     }
     // The drain ends `serving` when it has accepted what waits in the backlog.
     let ((), served) = join!(dispatcher.drain(limit), serving);
@@ -69,8 +72,8 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
 }
 
 /// This program again, as a worker.
-fn start(dispatcher: &Dispatcher) -> Result<WorkerId> {
+fn worker() -> Result<WorkerCommand> {
     let mut command = Command::new(env::current_exe()?);
     command.arg("--worker");
-    dispatcher.spawn_worker(WorkerCommand::from(command).restart(true))
+    Ok(WorkerCommand::from(command).restart(true))
 }

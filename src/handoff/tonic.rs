@@ -8,6 +8,9 @@ use super::Connection;
 /// `incoming.map(Ok::<_, Infallible>)`. A handler finds the client's address as
 /// `Request::remote_addr`; there is none for the client of a Unix socket.
 ///
+/// tonic's own settings of TCP do not apply to such a stream: set options such as `TCP_NODELAY` in
+/// [`serve_with`](super::Dispatcher::serve_with).
+///
 /// With [`drain_requested`](super::IncomingHandle::drain_requested) as the signal, clients get a
 /// GOAWAY when the worker drains, and their calls go on. The service `grpc` is a whole program.
 impl Connected for Connection {

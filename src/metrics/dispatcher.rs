@@ -1,17 +1,23 @@
 //! The numbers of a dispatcher and of its workers.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use metrics::Label;
 
 use super::{Series, describe};
-use crate::handoff::{AdoptionTimes, RetireCounts, Stats, WorkerId, WorkerState, WorkerStats};
+use crate::handoff::{
+    AdoptionTimes, Group, RetireCounts, Stats, WorkerId, WorkerState, WorkerStats,
+};
 
 /// Gives the [`Stats`] of a dispatcher to the recorder: see the [module](super).
 #[derive(Debug)]
 pub struct DispatcherMetrics {
     series: Series,
     times: AdoptionTimes,
-    /// The worker of each slot, from 1 on.
-    slots: Vec<Option<WorkerId>>,
+    /// The groups that were there at the last update.
+    groups: BTreeSet<Group>,
+    /// The worker in each slot of a group that is taken, from 1 on.
+    slots: BTreeMap<(Group, u64), WorkerId>,
 }
 
 impl DispatcherMetrics {
@@ -19,11 +25,13 @@ impl DispatcherMetrics {
     /// dispatcher from others of the process.
     pub fn new(name: impl Into<String>) -> Self {
         describe("fdwire_dispatcher_");
+        describe("fdwire_group_");
         describe("fdwire_worker_");
         Self {
             series: Series::new("dispatcher", name.into()),
             times: AdoptionTimes::default(),
-            slots: Vec::new(),
+            groups: BTreeSet::new(),
+            slots: BTreeMap::new(),
         }
     }
 
@@ -36,9 +44,10 @@ impl DispatcherMetrics {
             ("fdwire_dispatcher_lost_connections_total", stats.lost),
             ("fdwire_dispatcher_repeated_offers_total", stats.offered_again),
             ("fdwire_dispatcher_send_shortages_total", stats.send_shortages),
+            ("fdwire_dispatcher_accept_pauses_total", stats.accept_pauses),
             ("fdwire_dispatcher_refused_workers_total", stats.refused_workers),
         ] {
-            self.series.count(name, None, total);
+            self.series.count(name, &[], total);
         }
         let RetireCounts { ended, hung, misbehaved, drained, overdue } = stats.retired;
         for (cause, total) in [
@@ -49,16 +58,18 @@ impl DispatcherMetrics {
             ("overdue", overdue),
         ] {
             let cause = Label::from_static_parts("cause", cause);
-            self.series.count("fdwire_dispatcher_retired_workers_total", Some(&cause), total);
+            self.series.count("fdwire_dispatcher_retired_workers_total", &[cause], total);
         }
         let wait = stats.waits_for_place.unwrap_or_default().as_secs_f64();
+        let pause = stats.accept_paused.unwrap_or_default().as_secs_f64();
         for (name, value) in [
             ("fdwire_dispatcher_waiting_connections", stats.waiting as f64),
             ("fdwire_dispatcher_place_wait_seconds", wait),
+            ("fdwire_dispatcher_accept_pause_seconds", pause),
             ("fdwire_dispatcher_in_flight_descriptors", stats.in_flight as f64),
             ("fdwire_dispatcher_leftover_processes", stats.leftover as f64),
         ] {
-            self.series.set(name, None, value);
+            self.series.set(name, &[], value);
         }
         for (label, state) in [
             ("starting", WorkerState::Starting),
@@ -69,9 +80,10 @@ impl DispatcherMetrics {
         ] {
             let count = stats.workers.iter().filter(|worker| worker.state == state).count();
             let label = Label::from_static_parts("state", label);
-            self.series.set("fdwire_dispatcher_workers", Some(&label), count as f64);
+            self.series.set("fdwire_dispatcher_workers", &[label], count as f64);
         }
         self.record_times(stats.adoption_times);
+        self.update_groups(stats);
         self.update_workers(stats);
     }
 
@@ -88,62 +100,90 @@ impl DispatcherMetrics {
         self.times = times;
     }
 
+    fn update_groups(&mut self, stats: &Stats) {
+        for group in &stats.groups {
+            let wait = group.waits_for_place.unwrap_or_default().as_secs_f64();
+            self.set_group(&group.group, [group.workers as f64, group.waiting as f64, wait]);
+        }
+        let groups = stats.groups.iter().map(|group| group.group.clone()).collect();
+        for gone in self.groups.difference(&groups) {
+            self.set_group(gone, [0.0; 3]);
+        }
+        self.groups = groups;
+    }
+
+    fn set_group(&self, group: &Group, [workers, waiting, wait]: [f64; 3]) {
+        let group = [label("group", group)];
+        for (name, value) in [
+            ("fdwire_group_workers", workers),
+            ("fdwire_group_waiting_connections", waiting),
+            ("fdwire_group_place_wait_seconds", wait),
+        ] {
+            self.series.set(name, &group, value);
+        }
+    }
+
     fn update_workers(&mut self, stats: &Stats) {
         // Those that have left for good free their slots, with their last numbers.
-        for slot in 0..self.slots.len() {
-            let Some(id) = self.slots[slot] else { continue };
-            if stats.workers.iter().all(|worker| worker.id != id) {
-                let label = label(slot);
-                match stats.departed.iter().find(|worker| worker.id == id) {
-                    Some(last) => self.update_worker(&label, last),
-                    None => self.set_worker(&label, [0; 3]),
-                }
-                self.series.restart(&label);
-                self.slots[slot] = None;
+        let Self { series, slots, .. } = self;
+        slots.retain(|(group, slot), id| {
+            if stats.workers.iter().any(|worker| worker.id == *id) {
+                return true;
             }
-        }
+            let labels = [label("group", group), label("slot", slot)];
+            match stats.departed.iter().find(|worker| worker.id == *id) {
+                Some(last) => update_worker(series, &labels, last),
+                None => set_worker(series, &labels, [0; 3]),
+            }
+            series.restart(&labels);
+            false
+        });
         for worker in &stats.workers {
-            let slot = self.slot_of(worker.id);
-            self.update_worker(&label(slot), worker);
+            let slot = self.slot_of(worker);
+            let labels = [label("group", &worker.group), label("slot", slot)];
+            update_worker(&mut self.series, &labels, worker);
         }
     }
 
     /// Its own slot, or the lowest one that is free.
-    fn slot_of(&mut self, id: WorkerId) -> usize {
-        let own = self.slots.iter().position(|slot| *slot == Some(id));
-        let free = || self.slots.iter().position(Option::is_none);
-        let slot = own.or_else(free).unwrap_or(self.slots.len());
-        if slot == self.slots.len() {
-            self.slots.push(None);
+    fn slot_of(&mut self, worker: &WorkerStats) -> u64 {
+        let own = self.slots.iter().find(|(_, id)| **id == worker.id);
+        if let Some(((_, slot), _)) = own {
+            return *slot;
         }
-        self.slots[slot] = Some(id);
+        let mut key = (worker.group.clone(), 1);
+        while self.slots.contains_key(&key) {
+            key.1 += 1;
+        }
+        let slot = key.1;
+        self.slots.insert(key, worker.id);
         slot
-    }
-
-    fn update_worker(&mut self, slot: &Label, worker: &WorkerStats) {
-        for (name, total) in [
-            ("fdwire_worker_adopted_connections_total", worker.adopted),
-            ("fdwire_worker_rejected_connections_total", worker.rejected),
-            ("fdwire_worker_restarts_total", worker.restarts),
-        ] {
-            self.series.count(name, Some(slot), total);
-        }
-        self.set_worker(slot, [worker.active, worker.unanswered, worker.room]);
-    }
-
-    fn set_worker(&self, slot: &Label, [active, unanswered, room]: [u64; 3]) {
-        for (name, value) in [
-            ("fdwire_worker_active_connections", active),
-            ("fdwire_worker_unanswered_offers", unanswered),
-            ("fdwire_worker_room_offers", room),
-        ] {
-            self.series.set(name, Some(slot), value as f64);
-        }
     }
 }
 
-fn label(slot: usize) -> Label {
-    Label::new("slot", (slot + 1).to_string())
+fn update_worker(series: &mut Series, labels: &[Label], worker: &WorkerStats) {
+    for (name, total) in [
+        ("fdwire_worker_adopted_connections_total", worker.adopted),
+        ("fdwire_worker_rejected_connections_total", worker.rejected),
+        ("fdwire_worker_restarts_total", worker.restarts),
+    ] {
+        series.count(name, labels, total);
+    }
+    set_worker(series, labels, [worker.active, worker.unanswered, worker.room]);
+}
+
+fn set_worker(series: &Series, labels: &[Label], [active, unanswered, room]: [u64; 3]) {
+    for (name, value) in [
+        ("fdwire_worker_active_connections", active),
+        ("fdwire_worker_unanswered_offers", unanswered),
+        ("fdwire_worker_room_offers", room),
+    ] {
+        series.set(name, labels, value as f64);
+    }
+}
+
+fn label(name: &'static str, value: impl ToString) -> Label {
+    Label::new(name, value.to_string())
 }
 
 /// Returns the upper bounds, in seconds, of the buckets that a dispatcher counts

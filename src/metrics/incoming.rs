@@ -21,14 +21,14 @@ impl IncomingMetrics {
             ("fdwire_incoming_adopted_connections_total", stats.adopted),
             ("fdwire_incoming_rejected_connections_total", stats.rejected),
         ] {
-            self.0.count(name, None, total);
+            self.0.count(name, &[], total);
         }
         for (name, value) in [
             ("fdwire_incoming_active_connections", stats.active),
             ("fdwire_incoming_waiting_connections", stats.waiting),
             ("fdwire_incoming_requested_connections", stats.requested),
         ] {
-            self.0.set(name, None, value as f64);
+            self.0.set(name, &[], value as f64);
         }
     }
 }

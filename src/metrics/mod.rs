@@ -31,19 +31,18 @@
 //!
 //! # Labels
 //!
-//! The number of series is bounded. A worker that is started again keeps its **slot**. One that
-//! comes anew, or connects again, gets the lowest slot that is free, so there are no more slots
-//! than there were workers at a time. Until one has left, slots are the numbers by which the log
-//! calls the workers. A worker that comes and goes between two updates counts in the numbers of the
+//! The number of series is bounded, if that of your groups is. A worker that is started again keeps
+//! its **slot**. One that comes anew, or connects again, gets the lowest slot of its group that is
+//! free, so a group has no more slots than it had workers at a time. The default group has the
+//! label `group=""`. A worker that comes and goes between two updates counts in the numbers of the
 //! dispatcher only.
 //!
 //! Make a new value for each dispatcher, and for each link of a worker that connects again. With
 //! the same name, the counters go on where they were.
 
-#[cfg(feature = "handoff")]
 mod dispatcher;
-#[cfg(feature = "handoff")]
 mod incoming;
+#[cfg(feature = "takeover")]
 mod takeover;
 
 use std::collections::HashMap;
@@ -53,10 +52,9 @@ use metrics::{
     with_recorder,
 };
 
-#[cfg(feature = "handoff")]
 pub use dispatcher::{DispatcherMetrics, adoption_buckets};
-#[cfg(feature = "handoff")]
 pub use incoming::IncomingMetrics;
+#[cfg(feature = "takeover")]
 pub use takeover::TakeoverMetrics;
 
 const METADATA: Metadata<'static> =
@@ -98,32 +96,32 @@ impl Series {
         Self { name: Label::new(kind, name), counted: HashMap::new() }
     }
 
-    fn key(&self, name: &'static str, more: Option<&Label>) -> Key {
-        Key::from_parts(name, Vec::from_iter([&self.name].into_iter().chain(more).cloned()))
+    fn key(&self, name: &'static str, more: &[Label]) -> Key {
+        Key::from_parts(name, [std::slice::from_ref(&self.name), more].concat())
     }
 
     /// Adds to a counter what has come since the last time. It is not set to the total, so that it
     /// goes on when the next dispatcher or link counts from 0.
-    fn count(&mut self, name: &'static str, more: Option<&Label>, total: u64) {
+    fn count(&mut self, name: &'static str, more: &[Label], total: u64) {
         let key = self.key(name, more);
         let counter = with_recorder(|recorder| recorder.register_counter(&key, &METADATA));
         let before = self.counted.insert(key, total).unwrap_or(0);
         counter.increment(total.saturating_sub(before));
     }
 
-    fn set(&self, name: &'static str, more: Option<&Label>, value: f64) {
+    fn set(&self, name: &'static str, more: &[Label], value: f64) {
         let key = self.key(name, more);
         with_recorder(|recorder| recorder.register_gauge(&key, &METADATA)).set(value);
     }
 
     fn record(&self, name: &'static str, value: f64, times: u64) {
-        let key = self.key(name, None);
+        let key = self.key(name, &[]);
         let histogram = with_recorder(|recorder| recorder.register_histogram(&key, &METADATA));
         histogram.record_many(value, usize::try_from(times).unwrap_or(usize::MAX));
     }
 
-    /// The counters with this label begin at 0: it is another one's from now on.
-    fn restart(&mut self, label: &Label) {
-        self.counted.retain(|key, _| key.labels().all(|other| other != label));
+    /// The counters with these labels count for another one from now on, which begins at 0.
+    fn restart(&mut self, more: &[Label]) {
+        self.counted.retain(|key, _| !key.labels().skip(1).eq(more));
     }
 }

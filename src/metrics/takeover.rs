@@ -25,7 +25,7 @@ impl TakeoverMetrics {
             ("replaced", phase == Phase::Replaced),
         ] {
             let label = Label::from_static_parts("phase", label);
-            self.0.set("fdwire_takeover_phase", Some(&label), f64::from(u8::from(is_it)));
+            self.0.set("fdwire_takeover_phase", &[label], f64::from(u8::from(is_it)));
         }
         let oldest = old.first().map_or(0.0, |oldest| oldest.replaced_for.as_secs_f64());
         for (name, value) in [
@@ -34,7 +34,7 @@ impl TakeoverMetrics {
             ("fdwire_takeover_old_processes", old.len() as f64),
             ("fdwire_takeover_oldest_process_seconds", oldest),
         ] {
-            self.0.set(name, None, value);
+            self.0.set(name, &[], value);
         }
     }
 }

@@ -245,6 +245,8 @@ pub(crate) fn example(name: &str) -> Command {
             ("axum", cfg!(feature = "axum")),
             ("serde", cfg!(feature = "serde")),
             ("json", cfg!(feature = "json")),
+            ("metrics", cfg!(feature = "metrics")),
+            ("tonic", cfg!(feature = "tonic")),
         ];
         for (feature, _) in features.into_iter().filter(|(_, is_on)| *is_on) {
             build.args(["--features", feature]);

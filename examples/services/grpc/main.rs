@@ -13,6 +13,9 @@
 //!
 //! When a worker is replaced, its clients get a GOAWAY: they send new calls on another connection,
 //! which goes to the new worker. Calls that are under way go on, streams too, until the limit.
+//!
+//! A call that tonic's client has not sent yet when the GOAWAY comes fails there with `Cancelled`.
+//! No worker has seen it, so it may be sent again.
 
 #[path = "../front.rs"]
 mod front;
@@ -26,7 +29,7 @@ use futures::StreamExt;
 use tokio::{select, spawn};
 use tonic::{codegen::http::Response, transport::Server};
 use tonic_health::{
-    ServingStatus::{NotServing, Serving},
+    ServingStatus::NotServing,
     server::{HealthReporter, health_reporter},
 };
 use tower::util::MapResponseLayer;
@@ -49,7 +52,6 @@ async fn serve() -> io::Result<()> {
     let incoming = Incoming::from_stdin()?;
     let handle = incoming.handle();
     let (reporter, health) = health_reporter();
-    reporter.set_service_status("", Serving).await;
     spawn(watch_drain(handle.clone(), reporter));
 
     // Each answer tells which worker it is from.

@@ -104,7 +104,8 @@ impl Scrape {
 
     /// The sum over the two slots.
     fn of_workers(&self, name: &str) -> f64 {
-        let of_slot = |slot| self.value(&format!("{name}{{dispatcher=\"web\",slot=\"{slot}\"}}"));
+        let of_slot =
+            |slot| self.value(&format!("{name}{{dispatcher=\"web\",group=\"\",slot=\"{slot}\"}}"));
         of_slot(1) + of_slot(2)
     }
 }

@@ -210,7 +210,8 @@ impl Handover {
     }
 
     /// Ends the connection, for its client and for every process that has a copy.
-    pub(super) fn shut_down(self) {
+    pub(super) fn shut_down(mut self) {
+        self.span.end("closed", None);
         shut_down(self.socket.into_owned());
         close_in_background(self.bundle.into_iter().map(SharedFd::into_owned));
     }
