@@ -84,7 +84,7 @@ const LOADS: [Load; 3] = [
     Load { title: "Keep-alive, answers of 256 KiB", keep_alive: true, answer_bytes: 256 << 10 },
 ];
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     if let Ok(role) = env::var(servers::ROLE) {
         return servers::run(&role);
     }
@@ -111,7 +111,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Starts every contender that is installed, with one certificate for all.
-fn start(directory: &Path) -> Result<Vec<Servers>, Box<dyn Error>> {
+fn start(directory: &Path) -> Result<Vec<Servers>, Box<dyn Error + Send + Sync>> {
     servers::write_certificate(directory)?;
     let mut running = Vec::new();
     for contender in CONTENDERS {
@@ -128,7 +128,7 @@ fn measure(
     servers: &[Servers],
     rounds: usize,
     window: Duration,
-) -> Result<String, Box<dyn Error>> {
+) -> Result<String, Box<dyn Error + Send + Sync>> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let mut samples = vec![Vec::new(); servers.len()];
     for round in 0..=rounds {

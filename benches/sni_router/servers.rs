@@ -3,9 +3,7 @@
 use std::{
     env,
     error::Error,
-    fs,
-    future::Future,
-    io,
+    fs, io,
     net::{SocketAddr, TcpListener},
     os::{
         fd::{AsFd, OwnedFd},
@@ -14,7 +12,6 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
-    thread::sleep,
     time::Duration,
 };
 
@@ -34,7 +31,7 @@ use crate::{
     worker::{serve, tls_acceptor},
 };
 
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Names the role of a process.
 pub(crate) const ROLE: &str = "FDWIRE_SNI_BENCH";
