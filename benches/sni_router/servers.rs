@@ -68,10 +68,6 @@ impl Contender {
             Self::Haproxy { splices: true } => "haproxy, splice-auto",
         }
     }
-
-    pub(crate) fn has_router(self) -> bool {
-        self != Self::NoRouter
-    }
 }
 
 /// Writes the certificate that all workers have, and its key.
