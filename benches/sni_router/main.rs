@@ -7,9 +7,9 @@
 //! ```
 //!
 //! Routers and workers are processes of their own with one thread each. They run the example's
-//! code: [`router`] and [`hello`] find the worker, and [`worker`] serves everywhere. The clients are
-//! in the process that measures; their CPU time does not count. Contenders of a table take turns,
-//! round after round.
+//! code: [`router`] and [`hello`] find the worker, and [`worker`] serves everywhere. The clients
+//! are in the process that measures; their CPU time does not count. Contenders of a table take
+//! turns, round after round.
 
 mod client;
 mod figures;
@@ -152,6 +152,7 @@ fn measure(
     let base = &samples[by_name(Contender::NoRouter).ok_or("it is always there")?];
     let fdwire = &samples[by_name(Contender::Fdwire).ok_or("it is always there")?];
     for (servers, samples) in servers.iter().zip(&samples) {
+        let name = servers.contender.name();
         let Figures { low, median, high } = Figures::of(samples.iter().map(Sample::rate));
         let cpu = samples.iter().map(Sample::cpu);
         let beyond = cpu.clone().zip(base).map(|(cpu, base)| cpu - base.cpu());
@@ -160,8 +161,8 @@ fn measure(
             [Figures::of(cpu), Figures::of(beyond), Figures::of(ratio)].map(|it| it.median);
         writeln!(
             table,
-            "| {} | {median:.0} | {low:.0} – {high:.0} | {cpu:.1} µs | {beyond:.1} µs | {ratio:.2} |",
-            servers.contender.name()
+            "| {name} | {median:.0} | {low:.0} – {high:.0} | {cpu:.1} µs | {beyond:.1} µs | \
+             {ratio:.2} |",
         )?;
     }
     Ok(table)
@@ -170,18 +171,23 @@ fn measure(
 const HEAD: &str = "\
 # Benchmarks of a router by server name
 
-Written by `cargo bench --bench sni_router -- --report docs`. Do not edit. Figures of other things are in
-[BENCHMARKS.md](BENCHMARKS.md).
+Written by `cargo bench --bench sni_router -- --report docs`. Do not edit. Figures of other things
+are in [BENCHMARKS.md](BENCHMARKS.md).
 
-Clients open TLS connections (1.3, without resumption) and send HTTP/1.1 requests, 16 at a time. A router finds the worker by the
-name in the ClientHello. The worker is the same everywhere: rustls and hyper, with one thread, as each router has one.
+Clients open TLS connections (1.3, without resumption) and send HTTP/1.1 requests, 16 at a time. A
+router finds the worker by the name in the ClientHello. The worker is the same everywhere: rustls
+and hyper, with one thread, as each router has one.
 
 - *no router*: the worker accepts by itself.
-- *fdwire*: the example `sni_router`. It hands the connection to the worker, which then speaks with the client alone.
-- *copy_bidirectional*: finds the worker in the same way, connects to it over a Unix socket, and passes all bytes on.
-- *haproxy*: TCP mode, `req.ssl_sni`, over a Unix socket too; with its defaults, and with `option splice-auto`.
+- *fdwire*: the example `sni_router`. It hands the connection to the worker, which then speaks with
+  the client alone.
+- *copy_bidirectional*: finds the worker in the same way, connects to it over a Unix socket, and
+  passes all bytes on.
+- *haproxy*: TCP mode, `req.ssl_sni`, over a Unix socket too; with its defaults, and with
+  `option splice-auto`.
 
-A figure is the median of all rounds. CPU is the time that the kernel's scheduler gave to router and worker, without the clients.
-*beyond no router* is the difference to *no router* in the same round; *× fdwire* is the CPU in units of that of *fdwire* in the
-same round. All processes and the clients share the machine's cores.
+A figure is the median of all rounds. CPU is the time that the kernel's scheduler gave to router and
+worker, without the clients. *beyond no router* is the difference to *no router* in the same round;
+*× fdwire* is the CPU in units of that of *fdwire* in the same round. All processes and the clients
+share the machine's cores.
 ";
