@@ -76,7 +76,10 @@ impl<'a> Client<'a> {
     ///
     /// # Errors
     /// A connection or a request failed.
-    pub(crate) async fn run(&self, window: Duration) -> Result<Sample, Box<dyn Error>> {
+    pub(crate) async fn run(
+        &self,
+        window: Duration,
+    ) -> Result<Sample, Box<dyn Error + Send + Sync>> {
         // Connections that are kept are opened before the time begins.
         let mut open = Vec::new();
         if self.keep_alive {

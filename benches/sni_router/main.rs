@@ -31,7 +31,7 @@ use std::{env, error::Error, fmt::Write as _, fs, path::Path, time::Duration};
 use clap::Parser;
 use client::{Client, Sample};
 use figures::Figures;
-use servers::{CONTENDERS, Servers};
+use servers::{CONTENDERS, Contender, Servers};
 use tokio::runtime::Builder;
 
 #[derive(Parser)]
@@ -77,7 +77,7 @@ const LOADS: [Load; 3] = [
     Load { title: "Keep-alive, answers of 256 KiB", keep_alive: true, answer_bytes: 256 << 10 },
 ];
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     if let Ok(role) = env::var(servers::ROLE) {
         return servers::run(&role);
     }
@@ -104,7 +104,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Starts every contender that is installed, with one certificate for all.
-fn start(directory: &Path) -> Result<Vec<Servers>, Box<dyn Error>> {
+fn start(directory: &Path) -> Result<Vec<Servers>, Box<dyn Error + Send + Sync>> {
     servers::write_certificate(directory)?;
     let mut running = Vec::new();
     for contender in CONTENDERS {
@@ -121,7 +121,7 @@ fn measure(
     servers: &[Servers],
     rounds: usize,
     window: Duration,
-) -> Result<String, Box<dyn Error>> {
+) -> Result<String, Box<dyn Error + Send + Sync>> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let mut samples = vec![Vec::new(); servers.len()];
     for round in 0..=rounds {
@@ -137,27 +137,26 @@ fn measure(
     }
 
     let mut table = format!(
-        "\n## {}\n\n\
-         | | requests / s | quartiles | CPU / request | added CPU | added, × fdwire's |\n\
+        "\n## {}\n\n| | requests / s | quartiles | CPU / request | beyond no router | × fdwire |\n\
          |---|---:|---:|---:|---:|---:|\n",
         load.title
     );
-    // The first contender has no router: the others add to it. The second one is fdwire.
-    let added = |of: &[Sample]| {
-        Figures::of(of.iter().zip(&samples[0]).map(|(it, base)| it.cpu() - base.cpu()))
-    };
-    let of_fdwire = added(&samples[1]).median;
+    let by_name = |name: Contender| servers.iter().position(|it| it.contender == name);
+    let base = &samples[by_name(Contender::NoRouter).ok_or("it is always there")?];
+    let fdwire = &samples[by_name(Contender::Fdwire).ok_or("it is always there")?];
     for (servers, samples) in servers.iter().zip(&samples) {
-        let rate = Figures::of(samples.iter().map(Sample::rate));
-        let cpu = Figures::of(samples.iter().map(Sample::cpu)).median;
-        let added = added(samples).median;
-        let (name, Figures { low, median, high }) = (servers.contender.name(), rate);
-        write!(table, "| {name} | {median:.0} | {low:.0} – {high:.0} | {cpu:.1} µs ")?;
-        if servers.contender.has_router() {
-            writeln!(table, "| {added:.1} µs | {:.1} |", added / of_fdwire)?;
-        } else {
-            writeln!(table, "| | |")?;
-        }
+        let name = servers.contender.name();
+        let Figures { low, median, high } = Figures::of(samples.iter().map(Sample::rate));
+        let cpu = samples.iter().map(Sample::cpu);
+        let beyond = cpu.clone().zip(base).map(|(cpu, base)| cpu - base.cpu());
+        let ratio = cpu.clone().zip(fdwire).map(|(cpu, fdwire)| cpu / fdwire.cpu());
+        let [cpu, beyond, ratio] =
+            [Figures::of(cpu), Figures::of(beyond), Figures::of(ratio)].map(|it| it.median);
+        writeln!(
+            table,
+            "| {name} | {median:.0} | {low:.0} – {high:.0} | {cpu:.1} µs | {beyond:.1} µs | \
+             {ratio:.2} |",
+        )?;
     }
     Ok(table)
 }
@@ -179,10 +178,11 @@ and hyper, with one thread, as each router has one.
   the client alone.
 - *copy_bidirectional*: finds the worker in the same way, connects to it over a Unix socket, and
   passes all bytes on.
-- *haproxy*: TCP mode, `req.ssl_sni`, over a Unix socket too; with its defaults, and with `option
-  splice-auto`.
+- *haproxy*: TCP mode, `req.ssl_sni`, over a Unix socket too; with its defaults, and with
+  `option splice-auto`.
 
 A figure is the median of all rounds. CPU is the time that the kernel's scheduler gave to router and
-worker, the clients' not included; *added* is what it is beyond *no router* in the same round. All
-processes and the clients share the machine's cores.
+worker, without the clients. *beyond no router* is the difference to *no router* in the same round;
+*× fdwire* is the CPU in units of that of *fdwire* in the same round. All processes and the clients
+share the machine's cores.
 ";

@@ -31,7 +31,7 @@ use crate::{
     worker::{serve, tls_acceptor},
 };
 
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Names the role of a process.
 pub(crate) const ROLE: &str = "FDWIRE_SNI_BENCH";
@@ -67,10 +67,6 @@ impl Contender {
             Self::Haproxy { splices: false } => "haproxy",
             Self::Haproxy { splices: true } => "haproxy, splice-auto",
         }
-    }
-
-    pub(crate) fn has_router(self) -> bool {
-        self != Self::NoRouter
     }
 }
 

@@ -53,9 +53,10 @@ struct Arguments {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let done = match arguments.demo {
-        true => demo::run(arguments.connections).await,
-        false => serve(arguments).await,
+    let done = if arguments.demo {
+        demo::run(arguments.connections).await
+    } else {
+        serve(arguments).await
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -108,8 +109,7 @@ async fn serve(arguments: Arguments) -> Result<()> {
         select! {
             () = endpoint.wait_idle() => if server.drained().await { break },
             undone = server.undone() => if !undone {
-                // The new process was replaced too. The process that serves now forwards to this
-                // one.
+                // The new process was replaced too. The one that serves now forwards to this one.
                 endpoint.wait_idle().await;
                 break;
             }

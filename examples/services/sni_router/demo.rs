@@ -39,11 +39,9 @@ impl Demo {
         let all: &Path = &self.0.path().join("all.pem");
         let (host, port) = (address.ip(), address.port());
         let curl = |options: &str, name: &str| {
-            println!(
-                "  curl {options} --cacert {} --resolve {name}:{port}:{host} \
-                 https://{name}:{port}/",
-                all.display()
-            );
+            let trusted = format!("--cacert {}", all.display());
+            let resolved = format!("--resolve {name}:{port}:{host}");
+            println!("  curl {options} {trusted} {resolved} https://{name}:{port}/");
         };
         println!("try");
         curl("--http2", NAMES[0]);
