@@ -1,7 +1,7 @@
 //! Workers that serve with axum the connections that another process accepts.
 //!
 //! ```text
-//! cargo run --features axum --example axum_worker     # then: curl http://127.0.0.1:8080/
+//! cargo run --features axum --example axum_worker  # then: curl http://127.0.0.1:8080/
 //! cargo run --features axum --example axum_worker -- 127.0.0.1:8081   # another address
 //! ```
 //!
@@ -25,7 +25,10 @@ use tokio::{
 async fn main() {
     let done = match env::args().nth(1).as_deref() {
         Some("--worker") => worker().await,
-        Some("-h" | "--help") => Ok(println!("usage: axum_worker [ADDRESS]")),
+        Some("-h" | "--help") => {
+            println!("usage: axum_worker [ADDRESS]");
+            Ok(())
+        }
         address => front(address.unwrap_or("127.0.0.1:8080")).await,
     };
     if let Err(error) = done {
@@ -40,7 +43,7 @@ async fn front(address: &str) -> io::Result<()> {
     })?;
     let address = listener.local_addr()?;
 
-    let dispatcher = Dispatcher::new();
+    let dispatcher = Dispatcher::builder().build();
     for _ in 0..2 {
         let mut command = Command::new(env::current_exe()?);
         command.arg("--worker");

@@ -16,7 +16,10 @@ use tokio::{net::TcpListener, process::Command, try_join};
 async fn main() {
     let done = match env::args().nth(1).as_deref() {
         Some("--worker") => work().await,
-        Some("-h" | "--help") => Ok(println!("usage: handoff [ADDRESS]")),
+        Some("-h" | "--help") => {
+            println!("usage: handoff [ADDRESS]");
+            Ok(())
+        }
         address => accept(address.unwrap_or("127.0.0.1:8080")).await,
     };
     if let Err(error) = done {

@@ -3,9 +3,7 @@
 use std::{
     env,
     error::Error,
-    fs,
-    future::Future,
-    io,
+    fs, io,
     net::{SocketAddr, TcpListener},
     os::{
         fd::{AsFd, OwnedFd},
@@ -14,7 +12,6 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
-    thread::sleep,
     time::Duration,
 };
 
@@ -228,8 +225,7 @@ async fn route(directory: &Path) -> Result<()> {
     let mut worker = tokio::process::Command::new(env::current_exe()?);
     worker.env(ROLE, "worker").env(DIRECTORY, directory);
     router.add_worker(NAME, worker)?;
-    Arc::new(router).serve(net::TcpListener::from_std(tcp_listener()?)?).await;
-    Ok(())
+    Ok(Arc::new(router).serve(net::TcpListener::from_std(tcp_listener()?)?).await?)
 }
 
 /// Finds the name as the router does, and passes all bytes on.
@@ -283,7 +279,8 @@ struct Site {
 
 impl Site {
     fn new(directory: &Path) -> Result<Self> {
-        let tls = tls_acceptor(&directory.join("certificate"), &directory.join("key"))?;
+        let tls = tls_acceptor(&directory.join("certificate"), &directory.join("key"));
+        let tls = tls.map_err(|error| -> Box<dyn Error> { error })?;
         Ok(Self { tls, serving: GracefulShutdown::new(), bytes: vec![b'x'; 1 << 20].into() })
     }
 

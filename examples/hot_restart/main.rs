@@ -99,8 +99,8 @@ async fn serve(arguments: Arguments) -> Result<()> {
         listeners.bind_tcp("http", arguments.listen)?;
         Ok(listeners)
     };
-    let notifier = Notifier::from_env().map_err(with("NOTIFY_SOCKET"))?;
-    let place = format!("{}, listening at {}", arguments.path.display(), arguments.listen);
+    let notifier = Notifier::from_env()?;
+    let place = arguments.path.display();
     let pending =
         takeover::bind_or_take(&arguments.path, options, bind).await.map_err(with(&place))?;
     println!("offered");
@@ -114,7 +114,7 @@ async fn serve(arguments: Arguments) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     select! {
         (finished, told) = async { join!(serving, notifier.follow(&server)) } => {
-            told?;
+            told.map_err(with("NOTIFY_SOCKET"))?;
             println!("{} connections were cut", finished.left);
             println!("left");
         }

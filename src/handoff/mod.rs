@@ -179,6 +179,9 @@ mod dispatcher;
 mod incoming;
 pub mod protocol;
 mod reserve;
+mod span;
+#[cfg(feature = "tonic")]
+mod tonic;
 mod transport;
 
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
@@ -188,7 +191,7 @@ pub use dispatcher::{
     RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerExit, WorkerId, WorkerState,
     WorkerStats,
 };
-pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
+pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle, IncomingStats};
 pub use transport::Transport;
 
 pub use crate::address::Address;

@@ -15,6 +15,7 @@ mod message;
 mod option;
 mod poll;
 mod readiness;
+mod table;
 
 pub(crate) use close::close_all;
 pub(crate) use credentials::{may_have_same_file, overflow_id};
@@ -28,6 +29,7 @@ pub(crate) use message::{Received, recv_datagram, recvmsg, send_datagram, sendms
 pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol, switch_off_linger};
 pub(crate) use poll::{Event, has_changed, wait_for};
 pub(crate) use readiness::{CloseFd, FdGuard, register};
+pub(crate) use table::enlarge_table;
 
 use std::{
     io,

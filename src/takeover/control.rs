@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::OwnedFd};
 
-use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+use nix::sys::socket::SockType;
 
 use crate::socket::PathGuard;
 
@@ -23,11 +23,7 @@ pub(super) struct Handover {
 impl Control {
     /// Listens at a path that is guarded.
     pub(super) fn bind(mut guard: PathGuard, mode: u32) -> io::Result<Self> {
-        let addr = UnixAddr::new(guard.path())?;
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-        guard.bind(&fd, &addr, mode)?;
-        socket::listen(&fd, Backlog::MAXCONN)?;
+        let fd = guard.bind_new(SockType::SeqPacket, mode)?;
         Ok(Self { fd, guard })
     }
 }

@@ -82,6 +82,11 @@ impl Server {
         OpenConnection { shared, number, is_cut: AtomicBool::new(false) }
     }
 
+    /// Returns the number of [connections](Self::open_connection) that are open.
+    pub fn open_connections(&self) -> usize {
+        self.shared.connections.counts.borrow().open
+    }
+
     /// Waits until another process has taken over for good and this one may leave: its
     /// [connections](Self::open_connection) have ended, or their [deadline](super::Options::drain)
     /// is over, or a successor has asked it to leave because there are [too

@@ -79,6 +79,17 @@ pub enum Error {
         mismatch: Mismatch,
     },
 
+    /// A listener could not be bound: its address is in use, or not allowed.
+    #[error("listener {name:?} can't be bound to {address}: {source}")]
+    Bind {
+        /// The name of the listener.
+        name: String,
+        /// The address.
+        address: Address,
+        /// The error of bind(2), or of the calls around it.
+        source: io::Error,
+    },
+
     /// Two listeners have one name and one index.
     #[error("there are two listeners {name:?} {index}")]
     Duplicate {
@@ -195,7 +206,7 @@ impl From<Failure> for Error {
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match &error {
-            Error::Io(error) => error.kind(),
+            Error::Io(error) | Error::Bind { source: error, .. } => error.kind(),
             Error::TimedOut | Error::TooLate { .. } => io::ErrorKind::TimedOut,
             Error::NotTrusted { .. } => io::ErrorKind::PermissionDenied,
             Error::NoSuchListener { .. } => io::ErrorKind::NotFound,

@@ -1,7 +1,8 @@
 //! The task of one process that takes over from this server.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::BTreeSet,
+    io,
     net::Shutdown,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
@@ -23,14 +24,11 @@ use super::{
     generations::{Generations, OwnEnd, leash},
     giver::{Giver, GiverStep},
     link::now,
-    protocol::{AbortReason, FromTaker, GiverCodec, MAX_MESSAGE_FDS, Refusal, ToTaker},
+    outbox::{Outbox, SendFailed},
+    protocol::{AbortReason, FromTaker, GiverCodec, Refusal, ToTaker, in_messages},
     shared::{Command, Shared},
 };
-use crate::{
-    Error, Framed, SendFd, Socket,
-    framed::{ReadHalf, WriteHalf},
-    sys,
-};
+use crate::{Error, Framed, SendFd, Socket, framed::ReadHalf, sys};
 
 /// The longest time that a peer has to read the last messages.
 const LAST_MESSAGES: Duration = Duration::from_secs(1);
@@ -43,9 +41,8 @@ pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
     let mut task = GiverTask {
         giver,
         read,
-        write,
+        out: Outbox::new(write),
         shared,
-        queue: VecDeque::new(),
         handover: None,
         leash: None,
         reads: true,
@@ -73,10 +70,8 @@ pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
 struct GiverTask {
     giver: Giver,
     read: ReadHalf<GiverCodec>,
-    write: WriteHalf<GiverCodec>,
+    out: Outbox<GiverCodec, ToTaker<SendFd>>,
     shared: Arc<Shared>,
-    /// Messages that wait for the socket.
-    queue: VecDeque<ToTaker<SendFd>>,
     /// Copies of everything that goes to the taker after READY.
     handover: Option<Handover>,
     /// Tells this process to leave, once it has been replaced.
@@ -115,8 +110,7 @@ impl GiverTask {
             self.shared.unclaim();
         }
         let until = *self.last_messages_until.get_or_insert_with(|| Instant::now() + LAST_MESSAGES);
-        let is_done = self.queue.is_empty() && self.write.unsent().bytes == 0;
-        self.writes && !is_done && Instant::now() < until
+        self.writes && !self.out.is_empty() && Instant::now() < until
     }
 
     async fn take_step(&mut self, step: GiverStep, commands: &mut Commands) {
@@ -142,7 +136,7 @@ impl GiverTask {
             GiverStep::SendStatus => self.send_status(),
             GiverStep::SendComplete => self.send(ToTaker::Complete),
             GiverStep::Cut => {
-                self.queue.clear();
+                self.out.clear();
                 // An error means that the connection has ended.
                 let _ = self.read.socket().shutdown(Shutdown::Read);
                 let copy = self.peer_copy.take();
@@ -174,11 +168,8 @@ impl GiverTask {
                     return;
                 };
                 let locks = locks.into_iter().filter(|(number, _)| !self.declined.contains(number));
-                let mut locks =
-                    locks.map(|(_, lock)| lock).collect::<Vec<_>>().into_iter().peekable();
-                while locks.peek().is_some() {
-                    let fds = locks.by_ref().take(MAX_MESSAGE_FDS).map(SendFd::from).collect();
-                    self.send(ToTaker::Locks { fds });
+                for locks in in_messages(locks.map(|(_, lock)| SendFd::from(lock)).collect()) {
+                    self.send(ToTaker::Locks { fds: locks.into_iter().collect() });
                 }
                 self.send(ToTaker::Yours {
                     baton,
@@ -199,52 +190,43 @@ impl GiverTask {
 
     /// Queues everything that the taker needs to get ready.
     fn offer(&mut self, version: u8) {
-        // Whatever takes a descriptor comes before READY, when a failure still changes nothing.
-        let handover = self.shared.handover().and_then(|handover| {
-            self.peer_copy = Some(self.read.socket().as_fd().try_clone_to_owned()?);
-            let mut messages = self.offer_generations()?;
-            messages.extend(self.shared.offer_lanes()?);
-            Ok((handover, messages))
-        });
-        let mut offered = self.shared.offered();
+        let prepared = match self.prepare() {
+            Ok(prepared) => prepared,
+            Err(error) => return self.abort(&error),
+        };
+        let offered = self.shared.offered();
         let listeners = offered.len() as u32;
         self.send(ToTaker::Welcome { version, listeners });
-        // One system call takes this many descriptors.
-        while !offered.is_empty() {
-            let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
-            self.send(ToTaker::Listeners(std::mem::replace(&mut offered, rest)));
-        }
+        in_messages(offered).for_each(|offered| self.send(ToTaker::Listeners(offered)));
         for frame in self.shared.application_state() {
             let fds = frame.fds.into_iter().map(SendFd::from).collect();
             self.send(ToTaker::State { bytes: frame.payload, fds });
         }
-        match handover {
-            Ok((handover, messages)) => {
-                self.handover = Some(handover);
-                self.queue.extend(messages);
-            }
-            Err(error) => return self.abort(&error),
-        }
+        prepared.into_iter().for_each(|message| self.send(message));
         self.giver.offered(now(), listeners);
     }
 
+    /// Does everything that takes a descriptor, as long as a failure changes nothing. Returns the
+    /// messages with lanes and generations.
+    fn prepare(&mut self) -> io::Result<Vec<ToTaker<SendFd>>> {
+        self.handover = Some(self.shared.handover()?);
+        self.peer_copy = Some(self.read.socket().as_fd().try_clone_to_owned()?);
+        let mut messages = self.offer_generations()?;
+        messages.extend(self.shared.offer_lanes()?);
+        Ok(messages)
+    }
+
     /// Makes the leash of this process, and the messages with the leashes of all generations.
-    fn offer_generations(&mut self) -> std::io::Result<Vec<ToTaker<SendFd>>> {
+    fn offer_generations(&mut self) -> io::Result<Vec<ToTaker<SendFd>>> {
         let mut generations = self.shared.with_generations(Generations::copies)?;
         let (own, other) = leash()?;
         self.leash = Some(own);
         generations.push((0, other));
-        let mut messages = Vec::new();
-        while !generations.is_empty() {
-            let rest = generations.split_off(generations.len().min(MAX_MESSAGE_FDS));
-            let (replaced_for, fds): (_, Vec<_>) =
-                std::mem::replace(&mut generations, rest).into_iter().unzip();
-            messages.push(ToTaker::Generations {
-                replaced_for,
-                fds: fds.into_iter().map(SendFd::from).collect(),
-            });
-        }
-        Ok(messages)
+        let message = |generations: Vec<_>| {
+            let (replaced_for, fds): (_, Vec<_>) = generations.into_iter().unzip();
+            ToTaker::Generations { replaced_for, fds: fds.into_iter().map(SendFd::from).collect() }
+        };
+        Ok(in_messages(generations).map(message).collect())
     }
 
     fn send_status(&mut self) {
@@ -263,8 +245,8 @@ impl GiverTask {
     async fn wait(&mut self, commands: &mut Commands) {
         let deadline = [self.giver.next_timeout().map(Instant::from_std), self.last_messages_until];
         let deadline = deadline.into_iter().flatten().min();
-        let Self { read, write, queue, peer, reads, writes, giver, .. } = self;
-        let is_unsent = *writes && (!queue.is_empty() || write.unsent().bytes > 0);
+        let Self { read, out, peer, reads, writes, giver, .. } = self;
+        let is_unsent = *writes && !out.is_empty();
         tokio::select! {
             biased;
             // Reading first: a READY that is there counts, whatever else has happened.
@@ -273,7 +255,7 @@ impl GiverTask {
                 self.peer = None;
                 self.giver.on_taker_gone();
             }
-            sent = send(write, queue), if is_unsent => {
+            sent = out.flush(), if is_unsent => {
                 if let Err(error) = sent {
                     self.on_send_failed(&error);
                 }
@@ -296,7 +278,7 @@ impl GiverTask {
             None => {
                 self.reads = false;
                 if self.peer.is_none() {
-                    self.queue.clear(); // nobody reads it
+                    self.out.clear(); // nobody reads it
                 }
                 self.giver.on_end();
             }
@@ -323,7 +305,7 @@ impl GiverTask {
     }
 
     fn send(&mut self, message: ToTaker<SendFd>) {
-        self.queue.push_back(message);
+        self.out.push(message);
     }
 
     /// Calls the takeover off because something can't be sent. A taker that is gone is noticed by
@@ -333,7 +315,7 @@ impl GiverTask {
             SendFailed::Message(error) => self.abort(error),
             SendFailed::Socket(error) => {
                 self.writes = false;
-                self.queue.clear();
+                self.out.clear();
                 if error.is_peer_gone() {
                     self.giver.abort(AbortReason::Failed);
                 } else {
@@ -347,29 +329,6 @@ impl GiverTask {
         warn!(error, "listeners can't be sent to the process that takes over");
         self.giver.abort(AbortReason::Failed);
     }
-}
-
-/// The reason why sending failed.
-enum SendFailed {
-    /// A message was refused, for example because it is too long. Others can be sent.
-    Message(Error),
-    /// The socket takes nothing more.
-    Socket(Error),
-}
-
-/// Sends the queued messages.
-async fn send(
-    write: &mut WriteHalf<GiverCodec>,
-    queue: &mut VecDeque<ToTaker<SendFd>>,
-) -> Result<(), SendFailed> {
-    // A message leaves the queue only when there is room for it, so a cancelled send loses none.
-    while !queue.is_empty() {
-        let permit = write.reserve().await.map_err(SendFailed::Socket)?;
-        if let Some(message) = queue.pop_front() {
-            permit.send(message).map_err(|refused| SendFailed::Message(refused.error))?;
-        }
-    }
-    write.flush().await.map_err(SendFailed::Socket)
 }
 
 /// Waits until the other end is closed. After `SHUT_RD` a read does not show that, but the kernel

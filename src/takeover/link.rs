@@ -1,27 +1,23 @@
 //! The new process's end of the connection to the server that it replaces.
 
-use std::{collections::VecDeque, io, time::Instant as StdInstant};
+use std::time::Instant as StdInstant;
 
 use futures::StreamExt;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
+    outbox::Outbox,
     protocol::{FromTaker, TakerCodec, ToTaker},
     taker::{Taker, TakerSettings, TakerStep},
 };
-use crate::{
-    Error, Framed, Socket,
-    framed::{ReadHalf, WriteHalf},
-};
+use crate::{Error, Framed, Socket, framed::ReadHalf};
 
 /// A [`Taker`] with its connection.
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) taker: Taker,
     read: ReadHalf<TakerCodec>,
-    write: WriteHalf<TakerCodec>,
-    /// Messages that wait for the socket.
-    queue: VecDeque<FromTaker>,
+    out: Outbox<TakerCodec, FromTaker>,
     /// READY was queued, and is not written in full.
     is_ready_unwritten: bool,
     /// Something may still come.
@@ -45,21 +41,24 @@ impl Link {
         Self {
             taker,
             read,
-            write,
-            queue: VecDeque::new(),
+            out: Outbox::new(write),
             is_ready_unwritten: false,
             reads: true,
             writes: true,
         }
     }
 
-    /// Returns what is to be done next, except for sending.
+    pub(super) fn socket(&self) -> &Socket {
+        self.read.socket()
+    }
+
+    /// Returns the next step, except for sending.
     pub(super) fn next_step(&mut self) -> Option<TakerStep> {
         loop {
             match self.taker.next_step()? {
                 TakerStep::Send(message) => {
                     self.is_ready_unwritten |= message == FromTaker::Ready;
-                    self.queue.push_back(message);
+                    self.out.push(message);
                 }
                 step => return Some(step),
             }
@@ -68,7 +67,7 @@ impl Link {
 
     /// Returns true if nothing waits to be written, or nothing more can be.
     pub(super) fn is_flushed(&self) -> bool {
-        !self.writes || self.queue.is_empty() && self.write.unsent().bytes == 0
+        !self.writes || self.out.is_empty()
     }
 
     /// Waits until something happens, and applies it to the taker.
@@ -78,11 +77,11 @@ impl Link {
     pub(super) async fn next_event(&mut self) -> Option<Event> {
         let deadline = self.taker.next_timeout().map(Instant::from_std);
         let is_unsent = !self.is_flushed();
-        let Self { taker, read, write, queue, is_ready_unwritten, reads, writes } = self;
+        let Self { taker, read, out, is_ready_unwritten, reads, writes } = self;
         tokio::select! {
             biased;
             // Before reading: whether READY was written decides what an end means.
-            sent = send(write, queue), if is_unsent => match sent {
+            sent = out.flush(), if is_unsent => match sent {
                 Ok(()) if std::mem::take(is_ready_unwritten) => taker.on_ready_written(),
                 Ok(()) => {}
                 Err(_) => {
@@ -112,21 +111,6 @@ impl Link {
         }
         None
     }
-}
-
-/// Sends the queued messages.
-async fn send(
-    write: &mut WriteHalf<TakerCodec>,
-    queue: &mut VecDeque<FromTaker>,
-) -> io::Result<()> {
-    // A message leaves the queue only when there is room for it, so a cancelled send loses none.
-    while !queue.is_empty() {
-        let permit = write.reserve().await.map_err(io::Error::from)?;
-        if let Some(message) = queue.pop_front() {
-            permit.send(message).map_err(io::Error::from)?;
-        }
-    }
-    Ok(write.flush().await?)
 }
 
 pub(super) fn now() -> StdInstant {

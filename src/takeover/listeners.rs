@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map},
-    fmt,
+    fmt, io,
     net::{SocketAddr, TcpListener, UdpSocket},
     os::fd::{AsFd, OwnedFd},
     path::Path,
@@ -11,7 +11,7 @@ use std::{
 
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
-    sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr},
+    sys::socket::SockType,
 };
 
 use super::{
@@ -142,25 +142,21 @@ impl Listeners {
     /// [Adopts](Self::adopt) the TCP listener that a process manager has passed, or binds one.
     ///
     /// # Errors
-    /// The errors of [`adopt`](Self::adopt), and of bind(2).
+    /// The errors of [`adopt`](Self::adopt), and [`Error::Bind`].
     pub fn bind_tcp(&mut self, name: impl Into<String>, address: SocketAddr) -> Result<(), Error> {
-        let name = name.into();
-        match self.adopt(name.clone(), Kind::Stream, &address.into())? {
-            true => Ok(()),
-            false => self.add(name, TcpListener::bind(address)?),
-        }
+        self.adopt_or_bind(name.into(), Kind::Stream, address.into(), || {
+            Ok((TcpListener::bind(address)?.into(), None))
+        })
     }
 
     /// [Adopts](Self::adopt) the UDP socket that a process manager has passed, or binds one.
     ///
     /// # Errors
-    /// The errors of [`adopt`](Self::adopt), and of bind(2).
+    /// The errors of [`adopt`](Self::adopt), and [`Error::Bind`].
     pub fn bind_udp(&mut self, name: impl Into<String>, address: SocketAddr) -> Result<(), Error> {
-        let name = name.into();
-        match self.adopt(name.clone(), Kind::Datagram, &address.into())? {
-            true => Ok(()),
-            false => self.add(name, UdpSocket::bind(address)?),
-        }
+        self.adopt_or_bind(name.into(), Kind::Datagram, address.into(), || {
+            Ok((UdpSocket::bind(address)?.into(), None))
+        })
     }
 
     /// [Adopts](Self::adopt) the Unix socket that a process manager has passed, or binds one to a
@@ -171,7 +167,7 @@ impl Listeners {
     /// process removes them.
     ///
     /// # Errors
-    /// The errors of [`adopt`](Self::adopt), and [`Error::Io`] as for
+    /// The errors of [`adopt`](Self::adopt), and [`Error::Bind`] as for
     /// [`Listener::bind_with_mode`](crate::Listener::bind_with_mode).
     pub fn bind_path(
         &mut self,
@@ -180,26 +176,10 @@ impl Listeners {
         kind: Kind,
         mode: u32,
     ) -> Result<(), Error> {
-        let (name, path) = (name.into(), path.as_ref());
-        if self.adopt(name.clone(), kind, &Address::Path(path.to_owned()))? {
-            return Ok(());
-        }
-        let addr = UnixAddr::new(path).map_err(std::io::Error::from)?;
-        // The lock before the socket: a stale path is removed under it.
-        let mut guard = PathGuard::take(path)?;
-        let kind = match kind {
-            Kind::Stream => SockType::Stream,
-            Kind::Datagram => SockType::Datagram,
-            Kind::SeqPacket => SockType::SeqPacket,
-        };
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd =
-            socket::socket(AddressFamily::Unix, kind, flags, None).map_err(std::io::Error::from)?;
-        guard.bind(&fd, &addr, mode)?;
-        if kind != SockType::Datagram {
-            socket::listen(&fd, Backlog::MAXCONN).map_err(std::io::Error::from)?;
-        }
-        self.add_guarded(name, fd, Some(guard))
+        let path = path.as_ref();
+        self.adopt_or_bind(name.into(), kind, Address::Path(path.to_owned()), || {
+            bind_to_path(path, kind, mode).map(|(fd, guard)| (fd, Some(guard)))
+        })
     }
 
     /// Returns the identities of the listeners, in their order.
@@ -215,6 +195,22 @@ impl Listeners {
     /// Returns true if there are none.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
+    }
+
+    fn adopt_or_bind(
+        &mut self,
+        name: String,
+        kind: Kind,
+        address: Address,
+        bind: impl FnOnce() -> io::Result<(OwnedFd, Option<PathGuard>)>,
+    ) -> Result<(), Error> {
+        if self.adopt(name.clone(), kind, &address)? {
+            return Ok(());
+        }
+        match bind() {
+            Ok((fd, guard)) => self.add_guarded(name, fd, guard),
+            Err(source) => Err(Error::Bind { name, address, source }),
+        }
     }
 
     fn add_guarded(
@@ -281,8 +277,20 @@ impl fmt::Debug for Listeners {
     }
 }
 
+/// Binds a Unix socket to a path that no live process has, and listens if it is no datagram socket.
+fn bind_to_path(path: &Path, kind: Kind, mode: u32) -> io::Result<(OwnedFd, PathGuard)> {
+    // The lock before the socket: a stale path is removed under it.
+    let mut guard = PathGuard::take(path)?;
+    let kind = match kind {
+        Kind::Stream => SockType::Stream,
+        Kind::Datagram => SockType::Datagram,
+        Kind::SeqPacket => SockType::SeqPacket,
+    };
+    Ok((guard.bind_new(kind, mode)?, guard))
+}
+
 /// Sets `O_NONBLOCK`, which all holders of the socket share.
-fn set_nonblocking(fd: &OwnedFd) -> std::io::Result<()> {
+fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     Ok(())
@@ -336,9 +344,8 @@ mod tests {
             assert_eq!(listeners.identities().next().unwrap().kind, kind);
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
             let second = Listeners::new().bind_path("y", &path, kind, 0o600).unwrap_err();
-            assert!(
-                matches!(&second, Error::Io(error) if error.kind() == std::io::ErrorKind::AddrInUse)
-            );
+            assert!(second.to_string().contains(path.to_str().unwrap()), "{second}");
+            assert_eq!(io::Error::from(second).kind(), io::ErrorKind::AddrInUse);
             drop(listeners);
         }
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);

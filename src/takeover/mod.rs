@@ -142,6 +142,7 @@ mod listeners;
 mod model;
 mod news;
 mod options;
+mod outbox;
 mod passed;
 mod phase;
 mod predecessor;

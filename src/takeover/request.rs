@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     future::Ready,
     io,
+    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -24,7 +25,7 @@ use super::{
     shared::Shared,
     taker::{Failure, TakerStep},
 };
-use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard};
+use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard, sys};
 
 /// Asks the server at a path for its listeners, and receives them.
 ///
@@ -278,6 +279,9 @@ impl Pending {
                 Some(TakerStep::Fail(failure)) => return Err(failure.into()),
                 Some(_) => {}
                 None => match link.next_event().await {
+                    Some(Event::Message(ToTaker::Welcome { listeners, .. })) => {
+                        sys::enlarge_table(link.socket().as_fd(), listeners);
+                    }
                     Some(Event::Message(message)) => self.on_message(message)?,
                     Some(Event::Error(error)) => return Err(Error::Connection(error)),
                     None => {}

@@ -102,5 +102,10 @@ fn is_absent(error: &Error) -> bool {
 }
 
 fn is_in_use(error: &Error) -> bool {
-    matches!(error, Error::Io(error) if error.kind() == ErrorKind::AddrInUse)
+    match error {
+        Error::Io(error) | Error::Bind { source: error, .. } => {
+            error.kind() == ErrorKind::AddrInUse
+        }
+        _ => false,
+    }
 }

@@ -339,12 +339,11 @@ impl Taker {
             State::Locking { until } if until.is_some_and(|until| now >= until) => {
                 self.fail(Failure::AnotherServes);
             }
-            // It serves all the same, so it never gives up.
-            State::Relocking { until } if until.is_some_and(|until| now >= until) => {
-                self.deadline = now.checked_add(SLOW_LOCK_RETRY);
-            }
-            State::Locking { .. } | State::Relocking { .. } => {
-                self.deadline = now.checked_add(LOCK_RETRY);
+            // A process that serves already never gives up.
+            State::Relocking { until } | State::Locking { until } => {
+                let is_late = until.is_some_and(|until| now >= until);
+                let wait = if is_late { SLOW_LOCK_RETRY } else { LOCK_RETRY };
+                self.deadline = now.checked_add(wait);
             }
             _ => {}
         }

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod foreign_workers;
+mod watch;
 
 use std::{
     collections::{BTreeMap, HashSet},

@@ -137,8 +137,8 @@ async fn emfile() {
 }
 
 #[test]
-fn it_is_known_that_nothing_is_accepted_for_want_of_descriptors() {
-    const NAME: &str = "descriptors::it_is_known_that_nothing_is_accepted_for_want_of_descriptors";
+fn it_is_known_that_nothing_is_accepted_without_descriptors() {
+    const NAME: &str = "descriptors::it_is_known_that_nothing_is_accepted_without_descriptors";
     alone(NAME, async {
         let (_directory, dispatcher) = with_worker().await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -190,11 +190,9 @@ fn it_is_known_why_the_process_before_left() {
 ///
 /// Rules: W-SOCKET-END.
 #[test]
-fn the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_if_its_socket_stays_open() {
-    const ROLE: &str = concat!(
-        "workers::the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_",
-        "if_its_socket_stays_open"
-    );
+fn the_death_of_a_connected_worker_is_noticed_by_silence_if_its_socket_stays_open() {
+    const ROLE: &str =
+        "workers::the_death_of_a_connected_worker_is_noticed_by_silence_if_its_socket_stays_open";
     if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
         return run(async {
             let socket = Socket::connect(path, SocketKind::SeqPacket).await.unwrap();

@@ -58,7 +58,7 @@ async fn front(kind: SocketKind) -> (SocketAddr, Incoming, oneshot::Sender<()>, 
                     _ => {}
                 },
                 Some(Ok(())) = draining.next() => {
-                    dispatcher.send(ToWorker::Drain { within: None }).await;
+                    dispatcher.send(ToWorker::Drain { within: None }).await
                 }
             }
         }

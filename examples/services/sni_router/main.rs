@@ -54,7 +54,7 @@ use std::{
 use clap::Parser;
 use demo::Demo;
 use router::Router;
-use tokio::{net::TcpListener, process::Command, select, signal::ctrl_c};
+use tokio::{net::TcpListener, process::Command, signal::ctrl_c, try_join};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 /// Hands TLS connections to workers, by the name of the server that a client asks for.
@@ -146,10 +146,11 @@ async fn run_router(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         demo.print_commands(address);
     }
     let router = Arc::new(router);
-    select! {
-        () = Arc::clone(&router).serve(listener) => {}
-        stop = ctrl_c() => stop?,
-    }
-    router.drain(STOP_LIMIT).await;
+    let stop = async {
+        ctrl_c().await?;
+        router.drain(STOP_LIMIT).await; // ends `serve` too
+        Ok(())
+    };
+    try_join!(Arc::clone(&router).serve(listener), stop)?;
     Ok(())
 }

@@ -210,7 +210,8 @@ async fn start_again(
             Err(error) => {
                 wait = backoff.next();
                 warn!(
-                    worker = %id, %error, "worker is not started again yet; trying it in {wait:?}"
+                    worker = %id, %error,
+                    "worker is not started again yet; trying it in {wait:?}"
                 );
             }
         }

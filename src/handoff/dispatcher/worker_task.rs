@@ -31,7 +31,7 @@ use crate::{
     Error, SendFd, Socket,
     codec::{Decoder, FdQueue},
     framed::{Outbound, ReadHalf, halves},
-    handoff::protocol::TolerantCodec,
+    handoff::{protocol::TolerantCodec, span::ConnectionId},
     sys,
 };
 
@@ -224,7 +224,8 @@ impl WorkerTask {
             }
             ToWorker::Offer { number, offer } => {
                 self.sending.add(1 + offer.bundle.len());
-                debug!(worker = %self.id, number, "connection is offered");
+                let connection = ConnectionId(offer.cookie);
+                debug!(worker = %self.id, number, %connection, "connection is offered");
             }
             ToWorker::Recall { before } => debug!(worker = %self.id, before, "offers are recalled"),
             ToWorker::Ping { .. } => self.close_ended(),

@@ -14,7 +14,10 @@ use std::{
 
 use crate::{
     Error,
-    handoff::protocol::{FromWorker, MAX_UNANSWERED, RejectReason, ToWorker, VERSION},
+    handoff::{
+        IncomingStats,
+        protocol::{FromWorker, MAX_UNANSWERED, RejectReason, ToWorker, VERSION},
+    },
 };
 
 /// How long the end of a connection may go unreported if there is nothing else to send. Answers
@@ -360,6 +363,16 @@ impl<T> Book<T> {
             self.demand += granted;
             self.refusal = Refusal::None;
             self.messages.push_back(FromWorker::Demand { total: self.demand });
+        }
+    }
+
+    pub(in crate::handoff) fn stats(&self) -> IncomingStats {
+        IncomingStats {
+            adopted: self.adopted,
+            rejected: self.rejected,
+            active: self.serving(),
+            waiting: self.unanswered.len() as u64,
+            requested: if self.state == Taking::Ended { 0 } else { self.on_their_way() },
         }
     }
 

@@ -28,7 +28,7 @@ use tokio::{runtime::Handle, sync::watch, time::Instant};
 
 use task::Task;
 
-use super::{End, Settings, book::Book, headroom::Headroom};
+use super::{End, IncomingStats, Settings, book::Book, headroom::Headroom};
 use crate::{
     Error, Framed, Socket, close_in_background,
     framed::WriteHalf,
@@ -104,6 +104,10 @@ impl Channel {
 
     pub(super) fn phase(&self) -> watch::Receiver<Phase> {
         self.phase.subscribe()
+    }
+
+    pub(super) fn stats(&self) -> IncomingStats {
+        self.lock().book.stats()
     }
 
     /// Adopts up to `max` connections. None: there will not be any more.

@@ -93,8 +93,8 @@ proptest! {
         let (bytes, fds) = encoded(DispatcherCodec::default(), message.clone());
         let payload = &bytes[8..];
         let cut = (payload.len() as f64 * cut) as usize;
-        let one_or_none = usize::from(fds.is_empty());
-        for (payload, wrong) in [(&payload[..cut], fds.len()), (payload, one_or_none)] {
+        let other = if fds.is_empty() { 1 } else { 0 };
+        for (payload, wrong) in [(&payload[..cut], fds.len()), (payload, other)] {
             let mut queue = (0..wrong as u32).collect();
             let mut bytes = frame(payload, wrong as u16);
             let refused = WorkerCodec::default().decode(&mut bytes, &mut queue);

@@ -7,7 +7,7 @@ use crate::{
     SendFd,
     takeover::{
         listeners::Listeners,
-        protocol::{Lane, MAX_MESSAGE_FDS, ToTaker},
+        protocol::{Lane, ToTaker, in_messages},
     },
 };
 
@@ -53,19 +53,13 @@ impl AllLanes {
                 offered.push(Lane { listener, generation, fd: SendFd::assume_socket(socket) });
             }
         }
-        // One message at least, because it has the generation of the new process.
-        let mut messages = Vec::new();
-        loop {
-            let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
-            messages.push(ToTaker::Lanes {
-                generation: self.last,
-                giver: self.own,
-                lanes: offered,
-            });
-            if rest.is_empty() {
-                return Ok(messages);
-            }
-            offered = rest;
+        let (generation, giver) = (self.last, self.own);
+        let mut messages: Vec<_> =
+            in_messages(offered).map(|lanes| ToTaker::Lanes { generation, giver, lanes }).collect();
+        if messages.is_empty() {
+            // The new process gets its generation even if there are no lanes.
+            messages.push(ToTaker::Lanes { generation, giver, lanes: Vec::new() });
         }
+        Ok(messages)
     }
 }

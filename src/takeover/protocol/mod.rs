@@ -208,6 +208,14 @@ pub enum AbortReason {
     Failed,
 }
 
+/// Divides things that have a descriptor each over as few messages as possible.
+pub(in crate::takeover) fn in_messages<T>(mut things: Vec<T>) -> impl Iterator<Item = Vec<T>> {
+    std::iter::from_fn(move || {
+        let rest = things.split_off(things.len().min(MAX_MESSAGE_FDS));
+        Some(std::mem::replace(&mut things, rest)).filter(|message| !message.is_empty())
+    })
+}
+
 impl Versions {
     /// The versions that this crate speaks.
     pub(in crate::takeover) const OURS: Self =
