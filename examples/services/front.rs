@@ -1,6 +1,6 @@
 //! The front of these services: accepts connections and has a worker serve them. SIGHUP replaces
-//! the worker, as for a new version, and SIGTERM ends the service. In both cases the old worker gets
-//! no more connections, and finishes those that it has within a limit.
+//! the worker, as for a new version, and SIGTERM ends the service. In both cases the old worker
+//! gets no more connections, and finishes those that it has within a limit.
 
 use std::{
     env,
