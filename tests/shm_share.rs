@@ -60,7 +60,7 @@ fn good() -> [OwnedFd; 2] {
     [memfd(BYTES, SIZE_SEALS), doorbell()]
 }
 
-/// What the child does with a parent that sends these messages and then closes.
+/// Runs the child with a parent that sends these messages and then closes.
 fn child_given(messages: &[(&[u8], &[OwnedFd])]) -> Output {
     common::run(async {
         let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();

@@ -1,4 +1,4 @@
-//! What a router by server name costs: connections handed over, as the example `sni_router` does,
+//! The cost of a router by server name: connections handed over, as the example `sni_router` does,
 //! against the same bytes passed on by `copy_bidirectional` and by haproxy.
 //!
 //! ```text
@@ -53,12 +53,12 @@ struct Args {
     #[arg(long, conflicts_with = "test")]
     report: bool,
 
-    /// What `cargo bench` says to every bench. `cargo test --benches` does not, and means `--test`
+    /// `cargo bench` passes it to every bench. `cargo test --benches` does not, and means `--test`
     #[arg(long, hide = true)]
     bench: bool,
 }
 
-/// What clients do in a table.
+/// The behaviour of the clients of a table.
 #[derive(Debug, Clone, Copy)]
 struct Load {
     title: &'static str,

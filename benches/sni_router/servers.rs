@@ -266,7 +266,7 @@ where
     }
 }
 
-/// What all workers serve: as many bytes as the path says.
+/// The answer of all workers: as many bytes as the path says.
 struct Site {
     tls: tokio_rustls::TlsAcceptor,
     serving: GracefulShutdown,

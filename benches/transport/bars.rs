@@ -1,4 +1,4 @@
-//! What the figures have to reach. Ratios, so they mean the same on any machine.
+//! The ratios that the figures have to reach. They mean the same on any machine.
 
 use crate::{
     results::{Measured, Results, RowResult},

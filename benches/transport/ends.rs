@@ -1,4 +1,4 @@
-//! What the two processes of a contender do: one way, and there and back.
+//! The work of the two processes of a contender: one way, and there and back.
 
 use std::{
     fs::File,

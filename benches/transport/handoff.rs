@@ -25,15 +25,15 @@ use crate::{
     processes::{Control, Helper},
 };
 
-/// What the client gets, or the end of it.
+/// The answer that a client gets, or the end of it.
 pub(crate) const ANSWER: &[u8] = b"hello";
 
-/// What a client does.
+/// The behaviour of a client.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Talk {
     /// Connections that it keeps open.
     pub(crate) window: usize,
-    /// What it says first.
+    /// The bytes that it sends first.
     pub(crate) request: &'static str,
 }
 

@@ -30,7 +30,7 @@ impl Machine {
         }
     }
 
-    /// What a reader has to know, a line each.
+    /// Returns the facts that a reader has to know, a line each.
     pub(crate) fn lines(&self) -> Vec<String> {
         let (small, large) = self.send_buffer_bytes;
         let cores = match self.bound_to {

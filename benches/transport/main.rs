@@ -87,7 +87,7 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
 
-    /// What `cargo bench` says to every bench. `cargo test --benches` does not, and means `--test`
+    /// `cargo bench` passes it to every bench. `cargo test --benches` does not, and means `--test`
     #[arg(long, hide = true)]
     bench: bool,
 

@@ -31,7 +31,7 @@ use crate::{handoff::Talk, rows::Row};
 pub(crate) struct Control(UnixStream);
 
 impl Control {
-    /// What a process has as its standard output.
+    /// Returns the control that this process has as its standard output.
     pub(crate) fn from_stdout() -> Self {
         Self(UnixStream::from(
             std::io::stdout().as_fd().try_clone_to_owned().expect("a descriptor is free"),
@@ -115,7 +115,7 @@ impl Drop for Helper {
     }
 }
 
-/// What runs in each process.
+/// The runtime of each process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Threads {
     /// A current-thread runtime, bound to a core of its own.
@@ -208,7 +208,7 @@ pub(crate) fn socket_pair(kind: SocketKind, bulk: bool) -> (OwnedFd, OwnedFd) {
     (near, far)
 }
 
-/// What [`socket_pair`] gets.
+/// Returns the size of the send buffers that [`socket_pair`] gets.
 pub(crate) fn send_buffer(bulk: bool) -> usize {
     getsockopt(&socket_pair(SocketKind::SeqPacket, bulk).0, sockopt::SndBuf)
         .expect("SO_SNDBUF can be read")

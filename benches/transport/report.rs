@@ -96,7 +96,8 @@ row; between rows and machines only ratios mean something.
 const BARS: &str = "\
 ## Bars
 
-What fdwire has to reach. *time* is its time in units of the other's, *rate* its messages a second.
+The figures that fdwire has to reach. *time* is its time in units of the other's, *rate* its
+messages a second.
 ";
 
 fn row_cells(row: &RowResult) -> Vec<Vec<String>> {

@@ -1,4 +1,4 @@
-//! What has been measured, as it is saved, and what follows from it.
+//! The figures that were measured, as they are saved, and what follows from them.
 
 use fdwire::SocketKind;
 use serde::{Deserialize, Serialize};
@@ -126,8 +126,8 @@ impl Measured {
         quantile(&self.cpu_beyond(base).collect::<Vec<_>>(), 0.5)
     }
 
-    /// What it adds to the CPU time of `base`, in units of what another adds: the median of the
-    /// ratios within a round.
+    /// Returns the CPU time that it adds to that of `base`, in units of the time that another adds:
+    /// the median of the ratios within a round.
     pub(crate) fn adds_times(&self, other: &Self, base: &Self) -> f64 {
         let added = self.cpu_beyond(base).zip(other.cpu_beyond(base));
         quantile(&added.map(|(a, b)| a / b).collect::<Vec<_>>(), 0.5)

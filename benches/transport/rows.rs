@@ -1,4 +1,4 @@
-//! What is measured: rows, and who takes part in each.
+//! The rows that are measured, and the contenders of each.
 
 use fdwire::SocketKind::{self, SeqPacket, Stream};
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,7 @@ use crate::{
 pub(crate) struct Row {
     pub(crate) id: &'static str,
     pub(crate) title: &'static str,
-    /// What there is one time of.
+    /// The thing that a time is of.
     pub(crate) unit: &'static str,
     load: Load,
     /// Counts are multiples of this.
@@ -31,17 +31,17 @@ pub(crate) struct Row {
     pub(crate) contenders: Vec<Contender>,
 }
 
-/// What a contender is to a comparison.
+/// The part that a contender has in a comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Role {
     Fdwire,
     /// `sendmsg` and `recvmsg` on `AsyncFd`: the floor.
     Bare,
-    /// What a crate does by itself.
+    /// A crate as it is.
     Peer,
-    /// What a user can make of a crate that leaves putting messages together, and taking them
-    /// apart, to him.
+    /// A crate with code that puts messages together and takes them apart, which the crate leaves
+    /// to its user.
     ByHand,
     /// Something else to compare with.
     Reference,

@@ -27,11 +27,11 @@ impl Deadline {
     }
 
     pub(super) fn is_over(self) -> bool {
-        self.left().is_some_and(|left| left.is_zero())
+        self.remaining().is_some_and(|left| left.is_zero())
     }
 
     /// Returns the time until the deadline.
-    fn left(self) -> Option<Duration> {
+    fn remaining(self) -> Option<Duration> {
         self.0.map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 }
@@ -46,7 +46,7 @@ pub(super) fn until_ready(
     deadline: Deadline,
 ) -> io::Result<bool> {
     loop {
-        match sys::wait_for(fd, event, deadline.left()) {
+        match sys::wait_for(fd, event, deadline.remaining()) {
             // A signal handler has run.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             ready => return ready,
@@ -56,7 +56,7 @@ pub(super) fn until_ready(
 
 /// Sleeps for a time. Returns false if the deadline comes first.
 pub(super) fn sleep(time: Duration, deadline: Deadline) -> bool {
-    let left = deadline.left().unwrap_or(Duration::MAX);
+    let left = deadline.remaining().unwrap_or(Duration::MAX);
     thread::sleep(time.min(left));
     time < left
 }
@@ -75,7 +75,7 @@ pub(super) fn until_woken(
     let waker = WAKER.try_with(Waker::clone).unwrap_or_else(|_thread_ends| thread_waker());
     let mut context = Context::from_waker(&waker);
     while poll(&mut context).is_pending() {
-        match deadline.left() {
+        match deadline.remaining() {
             None => thread::park(),
             Some(left) if left.is_zero() => return false,
             Some(left) => thread::park_timeout(left),

@@ -29,7 +29,7 @@ use crate::{
 pub struct FdQueue<F = OwnedFd> {
     fds: VecDeque<F>,
     /// True if more descriptors were sent after these, and the kernel lost them.
-    lost: bool,
+    truncated: bool,
     /// True if the decoder has made the last loss good, and the connection has not noticed yet.
     made_good: bool,
     /// True if a decoder got a result that a loss may have changed. It is atomic because methods
@@ -46,7 +46,7 @@ impl<F> FdQueue<F> {
     pub const fn new() -> Self {
         Self {
             fds: VecDeque::new(),
-            lost: false,
+            truncated: false,
             made_good: false,
             spoiled: AtomicBool::new(false),
             taken: 0,
@@ -108,7 +108,7 @@ impl<F> FdQueue<F> {
     #[cold]
     pub(super) fn missing(&self, expected: usize) -> Error {
         self.note_answer();
-        if self.lost {
+        if self.truncated {
             Error::TruncatedControl
         } else {
             Error::MissingFds { expected, received: self.fds.len() }
@@ -142,7 +142,7 @@ impl<F> FdQueue<F> {
 
     /// Notes that a decoder gets a result that would be different if nothing had been lost.
     fn note_answer(&self) {
-        if self.lost {
+        if self.truncated {
             self.spoiled.store(true, Ordering::Relaxed);
         }
     }
@@ -166,12 +166,12 @@ impl<F> FdQueue<F> {
     }
 
     /// Notes a loss: from here on, messages may lack descriptors that they were sent with.
-    pub(crate) fn set_lost(&mut self) {
-        self.lost = true;
+    pub(crate) fn set_truncated(&mut self) {
+        self.truncated = true;
     }
 
-    pub(crate) fn is_lost(&self) -> bool {
-        self.lost
+    pub(crate) fn is_truncated(&self) -> bool {
+        self.truncated
     }
 
     /// Returns true if a decoder got an answer that a loss may have changed.
@@ -186,7 +186,7 @@ impl<F> FdQueue<F> {
     /// The descriptors that wait are given up, because others of their message may be lost.
     pub(crate) fn make_good(&mut self) {
         self.give_up(self.fds.len());
-        self.lost = false;
+        self.truncated = false;
         self.made_good = true;
     }
 
@@ -245,7 +245,7 @@ impl<F: fmt::Debug> fmt::Debug for FdQueue<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FdQueue")
             .field("fds", &self.fds)
-            .field("lost", &self.lost)
+            .field("truncated", &self.truncated)
             .finish_non_exhaustive()
     }
 }

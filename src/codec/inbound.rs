@@ -24,7 +24,7 @@ pub(crate) struct Inbound<F = OwnedFd> {
     pub(crate) fds: FdQueue<F>,
     /// True if descriptors were lost. The queue knows that too, but a decoder may replace the
     /// queue.
-    lost: bool,
+    truncated: bool,
     buffers: Buffers,
     phase: Phase,
     /// The number of messages decoded.
@@ -86,8 +86,8 @@ pub(crate) enum Step<T> {
 impl<F> Inbound<F> {
     pub(crate) fn new(packets: bool, bytes: BytesMut, fds: FdQueue<F>) -> Self {
         let buffers = Buffers::new(packets, &bytes);
-        let lost = fds.is_lost();
-        Self { bytes, fds, lost, buffers, phase: Phase::Decoding, decoded: 0 }
+        let truncated = fds.is_truncated();
+        Self { bytes, fds, truncated, buffers, phase: Phase::Decoding, decoded: 0 }
     }
 
     /// Returns the next message, or what to do to get one. After an error it returns the end.
@@ -100,12 +100,12 @@ impl<F> Inbound<F> {
             match self.phase {
                 // After a loss, only a message that needs none of the lost descriptors is good.
                 Phase::Decoding => match decoder.decode(&mut self.bytes, &mut self.fds) {
-                    Ok(Some(item)) if !self.lost || self.is_untouched_by_the_loss() => {
+                    Ok(Some(item)) if !self.truncated || self.is_untouched_by_the_loss() => {
                         self.decoded += 1;
                         return Ok(Step::Item(item));
                     }
                     // Nothing complete is left, so more has to be received.
-                    Ok(None) if !self.lost || self.is_made_good() => {
+                    Ok(None) if !self.truncated || self.is_made_good() => {
                         let fds = self.fds.count();
                         if fds > decoder.limits().max_queued_fds {
                             return Err(self.fail(Error::UnclaimedFds { fds }.into()));
@@ -132,13 +132,13 @@ impl<F> Inbound<F> {
 
     /// Returns true if the message that was decoded needs none of the descriptors that were lost.
     fn is_untouched_by_the_loss(&self) -> bool {
-        self.fds.is_lost() && !self.fds.is_spoiled()
+        self.fds.is_truncated() && !self.fds.is_spoiled()
     }
 
     /// Returns true if the decoder has given up the messages that have lost descriptors.
     fn is_made_good(&mut self) -> bool {
-        self.lost = !self.fds.take_made_good();
-        !self.lost
+        self.truncated = !self.fds.take_made_good();
+        !self.truncated
     }
 
     /// Makes room in `bytes`, maybe in a new buffer. Returns the most bytes to receive. `spare`
@@ -170,8 +170,8 @@ impl<F> Inbound<F> {
     /// Notes that bytes and descriptors were added, and that more descriptors were lost. The kernel
     /// loses the last ones, so messages that need none of them are still good.
     pub(crate) fn received_truncated(&mut self) {
-        self.fds.set_lost();
-        self.lost = true;
+        self.fds.set_truncated();
+        self.truncated = true;
         self.received();
     }
 
@@ -206,6 +206,6 @@ impl<F> Inbound<F> {
     /// caused any other.
     fn fail<E: From<Error>>(&mut self, error: E) -> E {
         self.phase = Phase::Ended;
-        if self.lost { Error::TruncatedControl.into() } else { error }
+        if self.truncated { Error::TruncatedControl.into() } else { error }
     }
 }

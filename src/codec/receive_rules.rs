@@ -115,7 +115,7 @@ fn an_answer_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
     let spoils = |question: Question, lost: bool| {
         let mut fds = FdQueue::from_iter([1, 2]);
         if lost {
-            fds.set_lost();
+            fds.set_truncated();
         }
         question(&mut fds);
         fds.is_spoiled()
@@ -147,7 +147,7 @@ fn an_answer_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
 
     let mut fds = FdQueue::<i32>::from_iter([1]);
     assert!(matches!(fds.claim(2), Err(Error::MissingFds { expected: 2, received: 1 })));
-    fds.set_lost();
+    fds.set_truncated();
     assert!(matches!(fds.claim(2), Err(Error::TruncatedControl)));
 }
 

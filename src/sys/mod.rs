@@ -89,7 +89,7 @@ pub(crate) fn unreceived(socket: BorrowedFd<'_>) -> io::Result<usize> {
     Ok(bytes as usize)
 }
 
-/// What was received on a Unix socket and not read, in bytes (`SIOCINQ`, which is `FIONREAD`).
+/// Returns the number of bytes that a Unix socket has received and nobody has read (`SIOCINQ`).
 /// Empty packets count for nothing.
 pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let mut bytes: libc::c_int = 0;

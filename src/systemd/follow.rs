@@ -52,7 +52,8 @@ impl Notifier {
     /// ```
     ///
     /// # Errors
-    /// Those of [`notify`](Self::notify), and `TimedOut` if the manager does not answer at the end.
+    /// The same as [`notify`](Self::notify), and `TimedOut` if the manager does not answer at the
+    /// end.
     ///
     /// # Cancel safety
     /// Called again, it says at first how the server is then.

@@ -99,7 +99,7 @@ impl Notifier {
     /// Says that the service has started, or has finished reloading (`READY=1`).
     ///
     /// # Errors
-    /// Those of [`notify`](Self::notify).
+    /// The same as [`notify`](Self::notify).
     pub async fn ready(&self) -> Result<()> {
         self.notify(&["READY=1"], &[]).await
     }
@@ -108,7 +108,7 @@ impl Notifier {
     /// `MONOTONIC_USEC`, which `Type=notify-reload` needs).
     ///
     /// # Errors
-    /// Those of [`notify`](Self::notify).
+    /// The same as [`notify`](Self::notify).
     pub async fn reloading(&self) -> Result<()> {
         let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
         self.notify(&["RELOADING=1", &format!("MONOTONIC_USEC={}", now.as_micros())], &[]).await
@@ -118,7 +118,7 @@ impl Notifier {
     /// replaced: the service goes on.
     ///
     /// # Errors
-    /// Those of [`notify`](Self::notify).
+    /// The same as [`notify`](Self::notify).
     pub async fn stopping(&self) -> Result<()> {
         self.notify(&["STOPPING=1"], &[]).await
     }
@@ -126,7 +126,7 @@ impl Notifier {
     /// Says how the service does, in one line for people (`STATUS=`).
     ///
     /// # Errors
-    /// Those of [`notify`](Self::notify).
+    /// The same as [`notify`](Self::notify).
     pub async fn status(&self, text: &str) -> Result<()> {
         self.notify(&[&format!("STATUS={text}")], &[]).await
     }
@@ -137,7 +137,7 @@ impl Notifier {
     /// before the old main process leaves: call [`barrier`](Self::barrier) after it.
     ///
     /// # Errors
-    /// Those of [`notify`](Self::notify).
+    /// The same as [`notify`](Self::notify).
     pub async fn main_pid(&self, pid: u32) -> Result<()> {
         self.notify(&[&format!("MAINPID={pid}")], &[]).await
     }
@@ -145,7 +145,7 @@ impl Notifier {
     /// Says that the service is alive (`WATCHDOG=1`).
     ///
     /// # Errors
-    /// Those of [`notify`](Self::notify).
+    /// The same as [`notify`](Self::notify).
     pub async fn watchdog(&self) -> Result<()> {
         self.notify(&["WATCHDOG=1"], &[]).await
     }

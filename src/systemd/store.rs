@@ -69,7 +69,8 @@ impl Notifier {
 /// ```
 ///
 /// # Errors
-/// Yields `EMFILE` for one that can't be taken for want of a descriptor. It can be taken later.
+/// Yields `EMFILE` for one that can't be taken because the process has no descriptor left. It can
+/// be taken later.
 pub fn take_stored(name: &str) -> impl Iterator<Item = Result<OwnedFd>> + use<> {
     let name = name.to_owned();
     let named = passed().into_iter().filter(move |passed| passed.name.as_ref() == Some(&name));

@@ -1,4 +1,4 @@
-//! What several test binaries need.
+//! Helpers of several test binaries.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 
 mod programs;

@@ -282,8 +282,8 @@ fn einhorn_passes_numbers_in_two_ways() {
     }
 }
 
-/// What a service finds after a crash, if it has left its descriptors with systemd: a listener by
-/// its name, and other files.
+/// A service that has left its descriptors with systemd finds them after a crash: a listener by its
+/// name, and other files.
 #[test]
 fn stored_descriptors_come_back_by_their_names() {
     const TEST: &str = "managers::stored_descriptors_come_back_by_their_names";

@@ -29,7 +29,7 @@ const EXIT_MESSAGE: u32 = 0x8000_0004;
 const ALIVE: u32 = 0x8000_0005;
 const SESSION_OPENED: u32 = 0x8000_0006;
 
-/// What a client says.
+/// A message of a client.
 enum Request<F> {
     Hello,
     /// Its number.

@@ -110,7 +110,7 @@ fn what_the_inner_codec_or_the_frame_refuses_leaves_the_connection_usable() {
     });
 }
 
-/// What an application sends and receives.
+/// The messages of an application.
 #[derive(Debug)]
 enum Job {
     Print(File),

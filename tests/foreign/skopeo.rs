@@ -19,7 +19,7 @@ use tokio::{io::AsyncReadExt, net::unix::pipe};
 
 use crate::{Daemon, common::run, installed};
 
-/// What skopeo answers.
+/// An answer of skopeo.
 #[derive(Debug, Deserialize)]
 struct Reply {
     success: bool,

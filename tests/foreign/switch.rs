@@ -153,7 +153,7 @@ fn both_ends_switch_without_waiting_for_each_other() {
     }
 }
 
-/// What was accepted keeps the grouping of the codec that encoded it.
+/// A message that was accepted keeps the grouping of the codec that encoded it.
 #[test]
 fn packets_that_wait_unsent_stay_packets() {
     run(async {

@@ -1,5 +1,5 @@
-//! What users of interfaces to bare sockets write themselves: messages put together, and memory to
-//! receive into.
+//! Code that users of interfaces to bare sockets write themselves: it puts messages together, and
+//! has memory to receive into.
 
 use std::{
     io::{IoSlice, Result},
@@ -104,7 +104,7 @@ pub(super) fn same_packet(socket: &OwnedFd, setup: Setup) -> usize {
 }
 
 /// Memory to receive into. A long message is received whole into memory of its own: that of the
-/// message before it, which is not needed any more. So contenders that need initialised memory pay
+/// message before it, which is no longer needed. So contenders that need initialised memory pay
 /// for that only once, as with a pool of buffers.
 #[derive(Debug)]
 pub(super) struct Room {

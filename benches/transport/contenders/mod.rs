@@ -33,7 +33,7 @@ pub(crate) const LONGEST_MESSAGE: usize = 64 << 20;
 /// arrive many at a time.
 const LONG_MESSAGE: usize = 64 << 10;
 
-/// What the messages of a row are.
+/// The messages of a row.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Load {
     pub(crate) bytes: usize,
@@ -50,7 +50,7 @@ pub(crate) enum Side {
     Far,
 }
 
-/// What a contender has to know to take over its end of a connection.
+/// The facts that a contender needs to take over its end of a connection.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Setup {
     pub(crate) kind: SocketKind,
@@ -58,7 +58,7 @@ pub(crate) struct Setup {
     pub(crate) load: Load,
 }
 
-/// What has arrived.
+/// The messages and descriptors that have arrived.
 #[derive(Debug, Default)]
 pub(crate) struct Received {
     pub(crate) bytes: usize,

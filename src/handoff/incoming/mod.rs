@@ -70,6 +70,7 @@ pub use stats::IncomingStats;
 /// # Cancel safety
 /// [`next`](Self::next) and [`next_batch`](Self::next_batch) can be dropped at any await and called
 /// again: nothing is lost.
+#[must_use = "a worker gets connections only when it asks for them"]
 #[derive(Debug)]
 pub struct Incoming {
     channel: Arc<Channel>,

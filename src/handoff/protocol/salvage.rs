@@ -68,7 +68,7 @@ impl<F> Decoder<F> for SalvagingCodec<F> {
                 Err(_) => return Err(not_a_message()),
             }
         }
-        if fds.is_lost() {
+        if fds.is_truncated() {
             self.has_lost = true;
             fds.make_good();
         }
@@ -86,7 +86,7 @@ impl<F> SalvagingCodec<F> {
         let Offer { cookie, transport, peer, local, read, metadata, bundle, .. } = offer;
         let count = 1 + bundle.len();
         let is_it = |fd: &F| (self.cookie)(fd) == Some(cookie);
-        self.has_lost |= fds.is_lost();
+        self.has_lost |= fds.is_truncated();
         if self.has_lost && !(fds.skip_to(is_it) && fds.count() >= count) {
             return Ok(None);
         }
