@@ -275,8 +275,7 @@ struct Site {
 
 impl Site {
     fn new(directory: &Path) -> Result<Self> {
-        let tls = tls_acceptor(&directory.join("certificate"), &directory.join("key"));
-        let tls = tls.map_err(|error| -> Box<dyn Error> { error })?;
+        let tls = tls_acceptor(&directory.join("certificate"), &directory.join("key"))?;
         Ok(Self { tls, serving: GracefulShutdown::new(), bytes: vec![b'x'; 1 << 20].into() })
     }
 
