@@ -181,8 +181,9 @@ mod transport;
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
 pub use dispatcher::{
     Accepted, AdoptionTimes, DispatchError, Dispatcher, DispatcherBuilder, Dispatching,
-    IntoListener, NotDispatched, Permit, RetireCause, RetireCounts, Stats, Strategy, Unadopted,
-    WorkerCommand, WorkerExit, WorkerId, WorkerState, WorkerStats,
+    IntoListener, NotDispatched, Permit, Replacement, RetireCause, RetireCounts, Stats, Strategy,
+    TakenWorker, TakenWorkers, Unadopted, WorkerCommand, WorkerExit, WorkerId, WorkerState,
+    WorkerStats,
 };
 pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
 pub use transport::Transport;

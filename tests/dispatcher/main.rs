@@ -16,6 +16,7 @@ mod last_words;
 mod orphans;
 mod processes;
 mod raw_worker;
+mod replace;
 mod retire;
 mod rules;
 mod serve_ends;

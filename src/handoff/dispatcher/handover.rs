@@ -23,7 +23,9 @@ use super::{
     Accepted, Address, DispatchError, NotDispatched, Shared, Transport, WorkerId,
     accepted::About,
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
+    replace::Envelope,
 };
+use crate::handoff::Serving;
 use crate::{Error, SendFd, close_in_background, closer::close_sockets, error::copy_of, sys};
 
 /// Tells the application that dispatched a connection what became of it.
@@ -44,6 +46,9 @@ pub(super) struct Handover {
     peer: Address,
     local: Address,
     reply: Option<Reply>,
+    /// Tells the dispatcher that this one has replaced that the connection is adopted, when it is
+    /// dropped.
+    pub(super) origin: Option<Serving>,
 }
 
 impl Handover {
@@ -119,6 +124,7 @@ impl Handover {
             peer,
             local,
             reply: None,
+            origin: None,
         }))
     }
 
@@ -141,6 +147,12 @@ impl Handover {
         }
     }
 
+    /// What a dispatcher is told that goes on in the place of this one.
+    pub(super) fn offer_to_successor(&self) -> Offer<SendFd> {
+        let metadata = Envelope { key: self.about.key, metadata: self.about.metadata.clone() };
+        Offer { metadata: metadata.encode(), ..self.offer() }
+    }
+
     /// Keys that are equal go to the same worker. By default those of one client.
     fn key(&self) -> u64 {
         self.about.key.unwrap_or_else(|| {
@@ -155,6 +167,7 @@ impl Handover {
 
     /// A worker has adopted it.
     pub(super) fn adopted_by(&mut self, worker: WorkerId) {
+        self.origin = None;
         if let Some(reply) = self.reply.take() {
             let _ = reply.send(Ok(worker)); // nobody has to wait for it
         }

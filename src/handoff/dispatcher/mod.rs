@@ -11,9 +11,11 @@ mod joint_task;
 mod pool;
 mod preparing;
 mod process;
+mod replace;
 mod serve;
 mod shared;
 mod spawn;
+mod started;
 mod stats;
 mod times;
 mod worker_task;
@@ -28,6 +30,7 @@ use builder::Config;
 pub use builder::{DispatcherBuilder, Strategy};
 pub use dispatching::{Dispatching, Permit};
 use dispatching::{dispatch, reserve};
+pub use replace::{Replacement, TakenWorker, TakenWorkers};
 pub use serve::IntoListener;
 use shared::{Shared, WorkerEntryGuard};
 pub use spawn::WorkerCommand;
@@ -103,15 +106,20 @@ impl Dispatcher {
         let _context = self.shared.runtime.enter();
         let process = self.shared.processes().peer_of(&socket);
         let id = self.shared.act(|pool| pool.add_worker(None));
+        let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
+        self.run(id, task);
+        id
+    }
+
+    /// Runs a worker that is not started again.
+    fn run(&self, id: WorkerId, task: WorkerTask) {
         let shared = Arc::clone(&self.shared);
-        let task = WorkerTask::new(Arc::clone(&shared), id, socket, process);
         let entry = WorkerEntryGuard::new(&shared, id);
         self.shared.tasks.add(async move {
             let _entry = entry;
             task.run().await;
             shared.log_exit(id);
         });
-        id
     }
 
     /// Tells a worker to finish what it has, within this time, and waits until it has left. It gets

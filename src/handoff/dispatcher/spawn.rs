@@ -8,7 +8,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{Dispatcher, LONGEST, Shared, WorkerEntryGuard, WorkerId, WorkerTask};
+use super::{Dispatcher, LONGEST, Shared, WorkerEntryGuard, WorkerId, WorkerTask, pool::Pool};
 use crate::{
     backoff::Backoff,
     socket::{Socket, SocketKind},
@@ -135,8 +135,12 @@ impl Dispatcher {
         let id = self.shared.act(|pool| pool.add_worker(Some(command.program())));
         let process = self.shared.processes().child(child);
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
-        self.shared.runtime.spawn(supervise(Arc::clone(&self.shared), id, command, task));
+        self.supervise(id, command, task);
         Ok(id)
+    }
+
+    pub(super) fn supervise(&self, id: WorkerId, command: WorkerCommand, task: WorkerTask) {
+        self.shared.runtime.spawn(supervise(Arc::clone(&self.shared), id, command, task));
     }
 }
 
@@ -160,6 +164,10 @@ async fn supervise(
         }
         // Usually a process ends right after its socket. Then its status is worth to be logged.
         let _ = timeout(TIME_TO_END, shared.until(|pool| pool.leftover_of(id) == 0)).await;
+        if command.restart {
+            // A dispatcher that was replaced starts none, unless it goes on after all.
+            shared.until(|pool| !pool.is_succeeded() || pool.is_removed(id)).await;
+        }
         let is_wanted = command.restart && !shared.act(|pool| pool.is_removed(id));
         if !is_wanted {
             return shared.log_exit(id);
@@ -185,7 +193,10 @@ async fn start_again(
 ) -> Option<WorkerTask> {
     loop {
         let _ = timeout(wait, shared.until(|pool| pool.is_removed(id))).await;
-        shared.until(|pool| pool.is_removed(id) || pool.leftover_of(id) < MOST_LEFTOVER).await;
+        let may_start = |pool: &Pool<_>| {
+            pool.leftover_of(id) < MOST_LEFTOVER && !pool.is_succeeded()
+        };
+        shared.until(|pool| pool.is_removed(id) || may_start(pool)).await;
         if shared.act(|pool| pool.is_removed(id)) {
             return None;
         }
