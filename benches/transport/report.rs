@@ -148,7 +148,8 @@ fn table(cells: &[Vec<String>]) -> String {
     table.load_style(presets::ASCII_MARKDOWN).set_header(&cells[0]).add_rows(&cells[1..]);
     for column in table.column_iter_mut().skip(1) {
         let is_figure = |cell: &String| {
-            cell.is_empty() || cell.starts_with(|first: char| first.is_ascii_digit())
+            cell.is_empty()
+                || cell.starts_with(|first: char| first.is_ascii_digit() || first == '-')
         };
         if cells[1..].iter().all(|row| is_figure(&row[column.index])) {
             column.set_cell_alignment(CellAlignment::Right);
@@ -159,7 +160,7 @@ fn table(cells: &[Vec<String>]) -> String {
 
 /// Three figures with their unit.
 pub(crate) fn time(ns: f64) -> String {
-    let (value, unit) = match ns {
+    let (value, unit) = match ns.abs() {
         ..1e3 => (ns, "ns"),
         ..1e6 => (ns / 1e3, "µs"),
         _ => (ns / 1e6, "ms"),
@@ -168,7 +169,7 @@ pub(crate) fn time(ns: f64) -> String {
 }
 
 fn three_figures(value: f64) -> String {
-    match value {
+    match value.abs() {
         ..9.995 => format!("{value:.2}"),
         ..99.95 => format!("{value:.1}"),
         _ => format!("{value:.0}"),

@@ -9,8 +9,8 @@
 //! # The promise
 //!
 //! > A connection that was accepted is given to the application of **at most one** worker, and is
-//! **never lost before that worker > has adopted it**: whatever dies, hangs, refuses or overflows,
-//! as long as the dispatcher lives.
+//! > **never lost before that worker has adopted it**: whatever dies, hangs, refuses or overflows,
+//! > as long as the dispatcher lives.
 //!
 //! A worker adopts a connection when its application asks [`Incoming`] for one, and tells the
 //! dispatcher so before the application gets it. Until then the dispatcher keeps a copy. After that

@@ -1,6 +1,7 @@
 //! What several test binaries need.
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 
+mod programs;
 pub(crate) mod raw_receiver;
 
 use std::{
@@ -17,11 +18,13 @@ use std::{
             process::CommandExt,
         },
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     sync::Mutex,
     time::{Duration, Instant},
 };
+
+pub(crate) use programs::{demo_of, installed, skipped};
 
 use fdwire::{Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
 use futures::{SinkExt, StreamExt, TryStreamExt};
@@ -228,30 +231,6 @@ pub(crate) fn other_uid() -> Option<u32> {
     root.then(|| 1_000_000 + std::process::id())
 }
 
-/// Where a program is. `None`, with the reason printed, where it is not installed; a failure with
-/// `FDWIRE_REQUIRE_FOREIGN`.
-pub(crate) fn installed(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut directories: Vec<_> = std::env::split_paths(&path).collect();
-    directories.push("/usr/sbin".into());
-    let found = directories
-        .into_iter()
-        .map(|directory| directory.join(program))
-        .find(|path| path.is_file());
-    if found.is_none() {
-        skipped(&format!("{program} is not installed"));
-    }
-    found
-}
-
-pub(crate) fn skipped(reason: &str) {
-    assert!(
-        std::env::var_os("FDWIRE_REQUIRE_FOREIGN").is_none(),
-        "{reason}, and FDWIRE_REQUIRE_FOREIGN is set"
-    );
-    eprintln!("skipped: {reason}");
-}
-
 /// The example of this name. `cargo test` builds all of them; a run of a single test binary does
 /// not, and would find an old one.
 pub(crate) fn example(name: &str) -> Command {
@@ -287,14 +266,7 @@ pub(crate) fn example(name: &str) -> Command {
 
 /// Runs the demo of an example. Returns its last lines: numbers with their names.
 pub(crate) fn demo(name: &str, arguments: &[&str]) -> BTreeMap<String, f64> {
-    let output = example(name).arg("--demo").args(arguments).output().unwrap();
-    let stdout = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{stdout}{}", String::from_utf8_lossy(&output.stderr));
-    let number = |line: &str| {
-        let (name, number) = line.trim_end_matches(" ms").rsplit_once(' ')?;
-        Some((name.to_owned(), number.parse().ok()?))
-    };
-    stdout.lines().filter(|line| !line.starts_with("restart ")).filter_map(number).collect()
+    demo_of(example(name), arguments)
 }
 
 /// Both ends can talk, descriptors included.

@@ -46,7 +46,7 @@ enum Bad {
 
 /// Clients come 64 at a time, as they do from the backlog of a listener.
 ///
-/// Rules: D-BLAME, D-REASONS.
+/// Rules: D-REASONS.
 #[test]
 fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
     const CONNECTIONS: usize = 2000;
@@ -95,6 +95,36 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
             });
         }
     }
+}
+
+/// One that counted would be enough: no failure is allowed.
+///
+/// Rules: D-BLAME.
+#[test]
+fn no_refusal_counts_against_a_connection() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().max_offers(1).build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        let refusals = [RejectReason::Full, RejectReason::Recalled, RejectReason::Other(7)];
+        for (made, reason) in (1..).zip(refusals) {
+            drop(worker.offer().await.unwrap());
+            worker.reject(1, reason).await;
+            worker.say(FromWorker::Demand { total: made + 1 }).await;
+        }
+        drop(worker.offer().await.unwrap());
+        worker.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), worker.id);
+
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        worker.say(FromWorker::Demand { total: 5 }).await;
+        drop(worker.offer().await.unwrap());
+        worker.reject(1, RejectReason::Unusable).await;
+        let refused = outcome.await.unwrap_err();
+        assert!(matches!(refused, NotDispatched::TooManyOffers { .. }), "{refused:?}");
+    });
 }
 
 /// A new version that dies of its first offer, of which there are more than a connection may fail

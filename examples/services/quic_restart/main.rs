@@ -2,8 +2,8 @@
 //! one. Connections that are open go on with the process that has accepted them.
 //!
 //! ```text
-//! cargo run --example quic_restart                 # then again, in another terminal
-//! cargo run --example quic_restart -- --demo       # 1,000 connections through 20 restarts
+//! cargo run -p fdwire-services --bin quic_restart            # then again, in another terminal
+//! cargo run -p fdwire-services --bin quic_restart -- --demo  # 1,000 connections, 20 restarts
 //! ```
 
 mod demo;

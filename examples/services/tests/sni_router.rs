@@ -1,6 +1,8 @@
 //! The example that routes TLS connections by name, with the ClientHello of a real client.
 
-mod common;
+#[path = "../../../tests/common/programs.rs"]
+#[allow(dead_code, reason = "each test binary uses a part")]
+mod programs;
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -8,9 +10,12 @@ use std::{
     process::{Child, ChildStdout, Command, Stdio},
 };
 
-use common::{example, installed, run};
 use fdwire::handoff::Incoming;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use programs::installed;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    runtime::Runtime,
+};
 
 const ROLE: &str = "a_worker_gets_whole_clients_by_name";
 
@@ -26,7 +31,7 @@ impl Router {
     fn start(patience: &str) -> Self {
         let this = std::env::current_exe().unwrap();
         let worker = format!("{} {ROLE} --exact --nocapture", this.display());
-        let mut command = example("sni_router");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sni_router"));
         command.args(["127.0.0.1:0", "--patience", patience]).env("FDWIRE_ROLE", ROLE);
         command.args(["one.test", "Two.test"].map(|name| format!("--route={name}={worker}")));
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
@@ -93,7 +98,7 @@ fn echo(name: &str, bytes: &[u8]) -> Vec<u8> {
 #[test]
 fn a_worker_gets_whole_clients_by_name() {
     if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == ROLE) {
-        return run(async {
+        return Runtime::new().unwrap().block_on(async {
             let mut incoming = Incoming::from_stdin().unwrap();
             while let Some(mut connection) = incoming.next().await {
                 let name = connection.metadata().clone();

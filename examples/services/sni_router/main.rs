@@ -3,7 +3,8 @@
 //! terminates TLS. After that no byte passes through the router, and it has no keys.
 //!
 //! ```sh
-//! cargo run --example sni_router -- 0.0.0.0:443 --route example.org=./worker --route www.example.org=./other
+//! cargo run -p fdwire-services --bin sni_router -- 0.0.0.0:443 \
+//!     --route example.org=./worker --route www.example.org=./other
 //! ```
 //!
 //! A worker is any program that takes its connections by `Incoming::from_stdin`. A client whose
