@@ -26,8 +26,9 @@ use super::{
     shared::{Command, Gift, Shared},
 };
 use crate::{
-    Error, Framed, SendFd, Socket,
+    Error, Frame, Framed, SendFd, Socket,
     framed::{ReadHalf, WriteHalf},
+    handoff::Replacement,
     sys,
 };
 
@@ -46,6 +47,7 @@ pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
         shared,
         queue: VecDeque::new(),
         gift: None,
+        replacement: None,
         leash: None,
         reads: true,
         writes: true,
@@ -77,6 +79,8 @@ struct Giving {
     queue: VecDeque<ToTaker<SendFd>>,
     /// Copies of everything that goes to the taker after READY.
     gift: Option<Gift>,
+    /// The dispatcher of the taker, which goes on with the workers of this process.
+    replacement: Option<Replacement>,
     /// Tells this process to leave, once it has been replaced.
     leash: Option<OwnEnd>,
     /// Something may still come from the taker.
@@ -157,6 +161,7 @@ impl Giving {
                     .and_then(|taker| u32::try_from(taker.pid?).ok());
                 shared.status.send_modify(|status| status.successor = taker);
                 shared.set_phase(Phase::Draining);
+                self.replacement.iter_mut().for_each(Replacement::begin);
                 shared.set_may_remove(false); // the other one serves at these paths
                 if !shared.options.has_baton {
                     self.giver.give(bytes::Bytes::new());
@@ -180,6 +185,7 @@ impl Giving {
                 info!(?undone, "takeover undone, this server accepts again");
                 shared.set_declined(BTreeSet::new());
                 shared.set_may_remove(true);
+                self.replacement.take().iter_mut().for_each(Replacement::undo);
                 shared.set_phase(Phase::Serving);
             }
             GiverStep::TellResumed => self.send(ToTaker::Resumed),
@@ -193,6 +199,7 @@ impl Giving {
         let gift = self.shared.gift().and_then(|gift| {
             let mut messages = self.offer_generations()?;
             messages.extend(self.shared.offer_lanes()?);
+            messages.extend(self.offer_workers()?);
             Ok((gift, messages))
         });
         let mut offered = self.shared.offered();
@@ -233,6 +240,19 @@ impl Giving {
             });
         }
         Ok(messages)
+    }
+
+    /// Prepares for the taker's dispatcher to go on with the workers of this process.
+    fn offer_workers(&mut self) -> std::io::Result<Vec<ToTaker<SendFd>>> {
+        let dispatcher = self.shared.with_workers(|workers| workers.dispatcher());
+        let Some(dispatcher) = dispatcher else { return Ok(Vec::new()) };
+        let (replacement, frames) = dispatcher.prepare_replacement()?;
+        self.replacement = Some(replacement);
+        let message = |frame: Frame| ToTaker::Workers {
+            bytes: frame.payload,
+            fds: frame.fds.into_iter().map(SendFd::from).collect(),
+        };
+        Ok(frames.into_iter().map(message).collect())
     }
 
     fn tell_status(&mut self) {

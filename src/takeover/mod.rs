@@ -147,6 +147,7 @@ mod shared;
 mod start;
 mod status;
 mod taker;
+mod workers;
 
 pub use datagrams::{Datagrams, Received};
 pub use drain::{Finished, OpenConnection};

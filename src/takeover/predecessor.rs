@@ -15,6 +15,7 @@ use super::{
     protocol::ToTaker,
     shared::{Baton, Control, Shared, UpCommand},
     taker::TakerStep,
+    workers::Workers,
 };
 use crate::{Fds, socket::PathGuard};
 
@@ -109,6 +110,7 @@ impl Predecessor {
             }
             TakerStep::Stop => {
                 self.shared.give_up(); // before anybody is told
+                self.shared.with_workers(Workers::give_back);
                 if let Some(answer) = self.hand_back.take() {
                     let _ = answer.send(Ok(()));
                 }

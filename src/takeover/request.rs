@@ -79,6 +79,8 @@ pub struct Pending {
     /// Numbers of listeners that this process has no use for.
     declined: BTreeSet<u32>,
     state: Vec<Frame>,
+    /// What the server's dispatcher hands on.
+    workers: Vec<Frame>,
     /// The number of this process among all.
     generation: u32,
     giver: u32,
@@ -191,7 +193,7 @@ impl Pending {
             lock,
             ..
         } = self;
-        let Self { generation, giver, lanes, .. } = self;
+        let Self { generation, giver, lanes, workers, .. } = self;
         let names: Vec<_> = listeners
             .identities()
             .map(|identity| (identity.name.clone(), identity.index))
@@ -218,6 +220,7 @@ impl Pending {
                 warn!(%error, generation, "datagrams of an older process are not forwarded");
             }
         }
+        shared.with_workers(|of_shared| of_shared.come(workers));
         generations.last_was_replaced();
         generations.limit(shared.options.max_old_generations);
         shared.with_generations(|of_shared| *of_shared = generations);
@@ -238,6 +241,7 @@ impl Pending {
             path_ids: Vec::new(),
             declined: BTreeSet::new(),
             state: Vec::new(),
+            workers: Vec::new(),
             generation: FIRST_GENERATION,
             giver: FIRST_GENERATION,
             lanes: Vec::new(),
@@ -299,6 +303,7 @@ impl Pending {
                 }
             }
             ToTaker::State { bytes, fds } => self.state.push(Frame { payload: bytes, fds }),
+            ToTaker::Workers { bytes, fds } => self.workers.push(Frame { payload: bytes, fds }),
             _ => {}
         }
         Ok(())

@@ -17,6 +17,7 @@ mod orphans;
 mod processes;
 mod raw_worker;
 mod replace;
+mod replace_processes;
 mod retire;
 mod rules;
 mod serve_ends;

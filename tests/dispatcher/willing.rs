@@ -123,7 +123,7 @@ fn no_refusal_counts_against_a_connection() {
         drop(worker.offer().await.unwrap());
         worker.reject(1, RejectReason::Unusable).await;
         let refused = outcome.await.unwrap_err();
-        assert!(matches!(refused, NotDispatched::TooManyOffers { .. }), "{refused:?}");
+        assert!(matches!(refused.reason, NotDispatched::TooManyOffers { .. }), "{refused:?}");
     });
 }
 

@@ -26,12 +26,15 @@ use task::Task;
 
 use super::{End, Settings, book::Book, headroom::Headroom};
 use crate::{
-    Socket, close_in_background,
+    Error, Socket, close_in_background,
     handoff::{
         connection::{Connection, Prepared},
         protocol::{NewLink, Offer, RejectReason, ToWorker},
     },
 };
+
+/// The most links that a worker has beside the current one. Usually it has one.
+const MOST_FORMER: usize = 16;
 
 /// Connections that the application gets.
 pub(super) type Adopted = SmallVec<[Prepared; 1]>;
@@ -186,10 +189,7 @@ impl Channel {
     ) -> Option<End> {
         let is_fence = matches!(message, ToWorker::Fenced);
         let message = match message {
-            ToWorker::Move(link) => {
-                self.move_to(link);
-                return None;
-            }
+            ToWorker::Move(link) => return self.move_to(link),
             ToWorker::Drain { within } => {
                 if self.lock().current.number == link {
                     self.drain_by(|_| within.map(|within| Instant::now() + within));
@@ -223,13 +223,18 @@ impl Channel {
 
     /// Goes on at another link. Without one, since its descriptor is lost or is no socket, this
     /// worker drains: nobody waits for it there.
-    fn move_to(self: &Arc<Self>, link: Option<NewLink>) {
+    fn move_to(self: &Arc<Self>, link: Option<NewLink>) -> Option<End> {
         let Some(socket) = link.and_then(|link| Socket::try_from(link.socket).ok()) else {
-            return self.drain();
+            self.drain();
+            return None;
         };
         let mut state = self.lock();
         if matches!(*self.phase.borrow(), Phase::Unlinked(_) | Phase::Finished(_)) {
-            return;
+            return None;
+        }
+        if state.former.len() >= MOST_FORMER {
+            let error = Error::invalid("a dispatcher that moves its worker and ends no old link");
+            return Some(End::Failed(Arc::new(error)));
         }
         let (book, unwanted) = state.current.book.move_on();
         let number = state.current.number + 1;
@@ -242,6 +247,7 @@ impl Channel {
         drop(state);
         close_offers(unwanted);
         tokio::spawn(Task { channel: Arc::clone(self), link: number, read, timer: None });
+        None
     }
 
     /// Nothing more is sent or received at a link.

@@ -154,6 +154,9 @@ impl Link {
     fn answer(&mut self, now: Instant) -> Vec<u8> {
         if !self.has_ended && !self.is_closed {
             self.book.ask(now, || u64::MAX);
+            if let Some(due) = self.book.next_timeout() {
+                self.book.on_timeout(due);
+            }
             self.book.leave();
             while let Some(message) = self.book.next_message() {
                 self.from_worker.push_back(message);
@@ -260,6 +263,7 @@ impl World {
         if may {
             *finished += 1;
             links.last_mut().expect("it has one").book.finish(self.now);
+            self.answer(worker);
         }
         may
     }
