@@ -105,7 +105,7 @@
 //! | its process lives on after the end of the conversation | go to others | go on, until it is killed after [`exit_timeout`](DispatcherBuilder::exit_timeout) if the dispatcher started it |
 //! | something else reads from its socket | it leaves, since an offer is missing, and they go to others | go on |
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
-//! | the dispatcher is [replaced](Dispatcher::prepare_replacement) | go to the dispatcher that goes on | go on, and the worker with the other dispatcher |
+//! | the dispatcher is [replaced](Dispatcher::prepare_succession) | go to the dispatcher that goes on | go on, and the worker with the other dispatcher |
 //! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on, and the worker [ends](IncomingHandle::ended) after them |
 //!
 //! A worker that was started by the dispatcher is [started again](WorkerCommand::restart) where
@@ -116,7 +116,7 @@
 //! A dispatcher in another process can go on with the workers of this one, which keep their
 //! connections. In a [takeover](crate::takeover) that is
 //! [`Server::keep_workers`](crate::takeover::Server::keep_workers). Without one, it is
-//! [`Dispatcher::prepare_replacement`] and [`Dispatcher::take_workers`]. It can be undone until the
+//! [`Dispatcher::prepare_succession`] and [`Dispatcher::take_workers`]. It can be undone until the
 //! old dispatcher ends.
 //!
 //! - Each connection has one owner at any time. One that no worker has adopted is adopted by the
@@ -200,7 +200,7 @@ mod transport;
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
 pub use dispatcher::{
     Accepted, AdoptionTimes, DispatchError, Dispatcher, DispatcherBuilder, Dispatching,
-    IntoListener, NotDispatched, Permit, Replacement, RetireCause, RetireCounts, Stats, Strategy,
+    IntoListener, NotDispatched, Permit, Succession, RetireCause, RetireCounts, Stats, Strategy,
     TakenWorker, TakenWorkers, Unadopted, WorkerCommand, WorkerExit, WorkerId, WorkerState,
     WorkerStats,
 };

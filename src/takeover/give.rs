@@ -28,7 +28,7 @@ use super::{
 use crate::{
     Error, Frame, Framed, SendFd, Socket,
     framed::{ReadHalf, WriteHalf},
-    handoff::Replacement,
+    handoff::Succession,
     sys,
 };
 
@@ -47,7 +47,7 @@ pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
         shared,
         queue: VecDeque::new(),
         gift: None,
-        replacement: None,
+        succession: None,
         leash: None,
         reads: true,
         writes: true,
@@ -80,7 +80,7 @@ struct Giving {
     /// Copies of everything that goes to the taker after READY.
     gift: Option<Gift>,
     /// The dispatcher of the taker, which goes on with the workers of this process.
-    replacement: Option<Replacement>,
+    succession: Option<Succession>,
     /// Tells this process to leave, once it has been replaced.
     leash: Option<OwnEnd>,
     /// Something may still come from the taker.
@@ -161,7 +161,7 @@ impl Giving {
                     .and_then(|taker| u32::try_from(taker.pid?).ok());
                 shared.status.send_modify(|status| status.successor = taker);
                 shared.set_phase(Phase::Draining);
-                self.replacement.iter_mut().for_each(Replacement::begin);
+                self.succession.iter_mut().for_each(Succession::begin);
                 shared.set_may_remove(false); // the other one serves at these paths
                 if !shared.options.has_baton {
                     self.giver.give(bytes::Bytes::new());
@@ -185,7 +185,7 @@ impl Giving {
                 info!(?undone, "takeover undone, this server accepts again");
                 shared.set_declined(BTreeSet::new());
                 shared.set_may_remove(true);
-                self.replacement.take().iter_mut().for_each(Replacement::undo);
+                self.succession.take().iter_mut().for_each(Succession::undo);
                 shared.set_phase(Phase::Serving);
             }
             GiverStep::TellResumed => self.send(ToTaker::Resumed),
@@ -246,8 +246,8 @@ impl Giving {
     fn offer_workers(&mut self) -> std::io::Result<Vec<ToTaker<SendFd>>> {
         let dispatcher = self.shared.with_workers(|workers| workers.dispatcher());
         let Some(dispatcher) = dispatcher else { return Ok(Vec::new()) };
-        let (replacement, frames) = dispatcher.prepare_replacement()?;
-        self.replacement = Some(replacement);
+        let (succession, frames) = dispatcher.prepare_succession()?;
+        self.succession = Some(succession);
         let message = |frame: Frame| ToTaker::Workers {
             bytes: frame.payload,
             fds: frame.fds.into_iter().map(SendFd::from).collect(),

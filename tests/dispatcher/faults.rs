@@ -77,7 +77,8 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
         misbehaves(kind, says(FromWorker::Demand { total: 1 })).await;
         misbehaves(kind, says(FromWorker::Load { finished: 1 })).await;
         misbehaves(kind, says(FromWorker::Pong { nonce: 99 })).await;
-        misbehaves(kind, says(FromWorker::Hello { lowest: 1, highest: 1, max_fds: 1, open: None })).await;
+        misbehaves(kind, says(FromWorker::Hello { lowest: 1, highest: 1, max_fds: 1, open: None }))
+            .await;
     });
 }
 

@@ -125,7 +125,10 @@ impl RawDispatcher {
     }
 
     /// An offer with the next number.
-    pub(crate) fn number(&mut self, offer: Offer<SendFd>) -> ToWorker<Offer<SendFd>, NewLink<SendFd>> {
+    pub(crate) fn number(
+        &mut self,
+        offer: Offer<SendFd>,
+    ) -> ToWorker<Offer<SendFd>, NewLink<SendFd>> {
         self.offered += 1;
         ToWorker::Offer { number: self.offered - 1, offer }
     }

@@ -286,8 +286,7 @@ fn a_worker_goes_on_at_a_new_link_and_stays_at_the_old_one() {
         // The order of the two does not matter.
         let mut answers = [dispatcher.answer().await.unwrap(), dispatcher.answer().await.unwrap()];
         answers.sort_by_key(|answer| *answer != FromWorker::Draining);
-        let rejected =
-            FromWorker::Rejected { first: 1, count: 1, reason: RejectReason::Draining };
+        let rejected = FromWorker::Rejected { first: 1, count: 1, reason: RejectReason::Draining };
         assert_eq!(answers, [FromWorker::Draining, rejected]);
 
         // What was adopted at the old link ends at the new one.

@@ -23,7 +23,7 @@ use super::{
     Accepted, Address, DispatchError, NotDispatched, Shared, Transport, WorkerId,
     accepted::About,
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
-    replace::Envelope,
+    succession::Envelope,
 };
 use crate::handoff::Serving;
 use crate::{Error, SendFd, close_in_background, closer::close_sockets, error::copy_of, sys};

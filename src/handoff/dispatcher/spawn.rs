@@ -193,9 +193,8 @@ async fn start_again(
 ) -> Option<WorkerTask> {
     loop {
         let _ = timeout(wait, shared.until(|pool| pool.is_removed(id))).await;
-        let may_start = |pool: &Pool<_>| {
-            pool.leftover_of(id) < MOST_LEFTOVER && !pool.is_succeeded()
-        };
+        let may_start =
+            |pool: &Pool<_>| pool.leftover_of(id) < MOST_LEFTOVER && !pool.is_succeeded();
         shared.until(|pool| pool.is_removed(id) || may_start(pool)).await;
         if shared.act(|pool| pool.is_removed(id)) {
             return None;

@@ -429,8 +429,7 @@ impl<T> Book<T> {
     /// until the dispatcher asks for a drain.
     pub(in crate::handoff) fn move_on(&mut self) -> (Self, Vec<T>) {
         let max_fds = u8::try_from(self.max_fds).unwrap_or(u8::MAX);
-        let mut next =
-            Self::with_open(self.serving(), self.window, self.max_connections, max_fds);
+        let mut next = Self::with_open(self.serving(), self.window, self.max_connections, max_fds);
         (next.asked, next.is_busy) = (self.asked, self.is_busy);
         if matches!(self.state, Taking::NoMore | Taking::Nothing) {
             next.drain();

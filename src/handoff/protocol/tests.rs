@@ -41,8 +41,7 @@ fn to_worker() -> impl Strategy<Value = ToWorker<Offer<u32>, NewLink<u32>>> {
         proptest::option::of(0..u64::from(NO_LIMIT))
             .prop_map(|millis| ToWorker::Drain { within: millis.map(Duration::from_millis) }),
         Just(ToWorker::Fenced),
-        any::<(u64, u32)>()
-            .prop_map(|(cookie, socket)| ToWorker::Move(NewLink { cookie, socket })),
+        any::<(u64, u32)>().prop_map(|(cookie, socket)| ToWorker::Move(NewLink { cookie, socket })),
     ]
 }
 

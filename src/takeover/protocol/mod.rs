@@ -103,7 +103,7 @@ pub enum ToTaker<F = OwnedFd> {
     /// A part of what a dispatcher hands on with its workers. Between [`Welcome`](Self::Welcome) and
     /// [`Complete`](Self::Complete).
     Workers {
-        /// Bytes of the [hand-off](crate::handoff::Dispatcher::prepare_replacement).
+        /// Bytes of the [hand-off](crate::handoff::Dispatcher::prepare_succession).
         bytes: Bytes,
         /// Links and processes of the workers.
         fds: Fds<F>,

@@ -23,7 +23,7 @@ mod peer;
 mod pending;
 mod queue;
 #[cfg(test)]
-mod replaced;
+mod succeeded;
 mod stale;
 mod successor;
 #[cfg(test)]

@@ -16,7 +16,7 @@ use std::{
 
 use fdwire::{
     Frame, FrameCodec, Framed, Socket, SocketKind,
-    handoff::{Dispatcher, Replacement, WorkerCommand},
+    handoff::{Dispatcher, Succession, WorkerCommand},
 };
 use futures::{SinkExt, StreamExt};
 use nix::{
@@ -37,7 +37,7 @@ use crate::{
     raw_worker::{served, served_by, stop, until},
 };
 
-const ROLE: &str = "replace_processes::front_process";
+const ROLE: &str = "succession_processes::front_process";
 const WORKERS: usize = 2;
 
 /// A dispatcher in a process of its own, as the test speaks with it.
@@ -136,7 +136,7 @@ async fn front() {
         .hang_timeout(Duration::from_millis(600))
         .build();
     let mut accepting: Option<Accepting> = None;
-    let mut replacement: Option<Replacement> = None;
+    let mut succession: Option<Succession> = None;
     let mut frames = Vec::new();
     while let Some(Ok(mut frame)) = framed.next().await {
         let told = String::from_utf8_lossy(&frame.payload).into_owned();
@@ -153,18 +153,18 @@ async fn front() {
                 accepting.as_mut().unwrap().start();
             }
             "prepare" => {
-                let (prepared, frames) = dispatcher.prepare_replacement().unwrap();
-                replacement = Some(prepared);
+                let (prepared, frames) = dispatcher.prepare_succession().unwrap();
+                succession = Some(prepared);
                 for frame in frames {
                     framed.send(frame).await.unwrap();
                 }
             }
             "begin" => {
                 accepting.as_mut().unwrap().stop().await;
-                replacement.as_mut().unwrap().begin();
+                succession.as_mut().unwrap().begin();
             }
             "undo" => {
-                replacement.as_mut().unwrap().undo();
+                succession.as_mut().unwrap().undo();
                 accepting.as_mut().unwrap().start();
             }
             "take" => {

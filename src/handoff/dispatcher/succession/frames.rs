@@ -13,7 +13,7 @@ use crate::{
 /// Each frame begins with this. The last byte is the version.
 const MAGIC: [u8; 5] = *b"FDHR\x01";
 
-/// A part of a replacement.
+/// A part of a succession.
 #[derive(Debug)]
 pub(super) enum Part {
     /// The links for connections that no worker has adopted.
@@ -55,7 +55,7 @@ impl Part {
     }
 
     /// # Errors
-    /// If it is not a part of a replacement, or of another version.
+    /// If it is not a part of a succession, or of another version.
     pub(super) fn from_frame(Frame { payload, fds }: Frame) -> io::Result<Self> {
         let mut fds = fds.into_iter();
         let part = Self::read(&payload, &mut fds)?;
@@ -74,10 +74,9 @@ impl Part {
         match fields.u8() {
             Some(1) => Ok(Self::Connections { forward: socket()?, back: socket()? }),
             Some(2) => {
-                let (is_started, has_program, program) = (|| {
-                    Some((fields.bool()?, fields.bool()?, fields.text()?))
-                })()
-                .ok_or_else(no_part)?;
+                let (is_started, has_program, program) =
+                    (|| Some((fields.bool()?, fields.bool()?, fields.text()?)))()
+                        .ok_or_else(no_part)?;
                 let program = has_program.then_some(program);
                 let link = socket()?;
                 Ok(Self::Worker(Traveller { link, pidfd: fds.next(), is_started, program }))

@@ -1,12 +1,12 @@
 //! A dispatcher is replaced by another one while its workers go on: both in this process, so that
-//! each moment can be looked at. `replace_processes` has the same between processes.
+//! each moment can be looked at. `succession_processes` has the same between processes.
 
 use std::time::Duration;
 
 use fdwire::{
     Frame, Socket, SocketKind,
     handoff::{
-        Accepted, Connection, Dispatcher, Incoming, IncomingHandle, Replacement, Strategy,
+        Accepted, Connection, Dispatcher, Incoming, IncomingHandle, Succession, Strategy,
         WorkerState,
         protocol::{FromWorker, ToWorker, VERSION},
     },
@@ -59,11 +59,11 @@ async fn ready(dispatcher: &Dispatcher, workers: usize) {
 }
 
 /// Replaces a dispatcher by another one in this process.
-fn replace(old: &Dispatcher, new: &Dispatcher) -> Replacement {
-    let (mut replacement, frames) = old.prepare_replacement().unwrap();
+fn succeed(old: &Dispatcher, new: &Dispatcher) -> Succession {
+    let (mut succession, frames) = old.prepare_succession().unwrap();
     new.take_workers(frames, |_| None).unwrap();
-    replacement.begin();
-    replacement
+    succession.begin();
+    succession
 }
 
 async fn one() -> (Client, tokio::net::TcpStream) {
@@ -81,7 +81,7 @@ fn a_worker_goes_on_with_another_dispatcher_and_keeps_its_connections() {
             old.dispatch(accepted).await.unwrap();
             let mut serving = worker.next().await;
 
-            drop(replace(&old, &new));
+            drop(succeed(&old, &new));
             ready(&new, 1).await;
             assert_eq!(new.stats().workers[0].active, 1, "what it has already counts");
             let (_after, accepted) = one().await;
@@ -103,15 +103,14 @@ fn a_worker_goes_on_with_another_dispatcher_and_keeps_its_connections() {
     }
 }
 
-/// Nobody takes them as long as the only worker is busy.
+/// The old dispatcher has no worker, so all of them wait.
 #[test]
 fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_them() {
     run(async {
-        let (old, new) = (Dispatcher::builder().build(), {
-            Dispatcher::builder().strategy(Strategy::ByKey).build()
-        });
+        let old = Dispatcher::builder().build();
+        let new = Dispatcher::builder().strategy(Strategy::ByKey).build();
         let mut waiting = Vec::new();
-        for serial in 0..300u32 {
+        for serial in 0..60u32 {
             let (client, accepted) = one().await;
             let (upstream, _) = std::os::unix::net::UnixStream::pair().unwrap();
             let accepted = Accepted::from(accepted)
@@ -121,30 +120,21 @@ fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_the
                 .with_fd(upstream);
             waiting.push((client, old.dispatch(accepted)));
         }
-        drop(replace(&old, &new));
-        // They stay with the old one as long as the new one has nobody to give them to.
         let mut workers = [(); 3].map(|()| Worker::add(&new, SocketKind::SeqPacket));
+        ready(&new, 3).await;
+        drop(succeed(&old, &new));
         let mut worker_of_key = [None; 7];
-        for (number, worker) in workers.iter_mut().enumerate() {
-            let share = async {
-                let mut share = Vec::new();
-                while let Ok(connection) =
-                    tokio::time::timeout(Duration::from_millis(500), worker.next()).await
-                {
-                    share.push(connection);
-                }
-                share
-            };
-            for mut connection in share.await {
-                let mut serial = [0; 4];
-                connection.read_exact(&mut serial).await.unwrap();
-                let serial = u32::from_be_bytes(serial);
-                assert_eq!(connection.metadata(), &format!("tenant {serial}"));
-                assert_eq!(connection.bundle_mut().len(), 1);
-                let of_key = worker_of_key[serial as usize % 7].get_or_insert(number);
-                assert_eq!(*of_key, number, "connections with one key went to two workers");
-                connection.write_all(&serial.to_be_bytes()).await.unwrap();
-            }
+        for _ in 0..waiting.len() {
+            let next = workers.iter_mut().map(|worker| Box::pin(worker.next()));
+            let (mut connection, number, _) = futures::future::select_all(next).await;
+            let mut serial = [0; 4];
+            connection.read_exact(&mut serial).await.unwrap();
+            let serial = u32::from_be_bytes(serial);
+            assert_eq!(connection.metadata(), &format!("tenant {serial}"));
+            assert_eq!(connection.bundle_mut().len(), 1);
+            let of_key = worker_of_key[serial as usize % 7].get_or_insert(number);
+            assert_eq!(*of_key, number, "connections with one key went to two workers");
+            connection.write_all(&serial.to_be_bytes()).await.unwrap();
         }
         for (serial, (mut client, outcome)) in (0u32..).zip(waiting) {
             outcome.await.unwrap();
@@ -175,7 +165,7 @@ fn what_a_worker_has_not_adopted_when_it_moves_is_served_once() {
         }
         let mut served = vec![incoming.next().await.unwrap()];
         until("all are offered", || old.stats().workers[0].unanswered == 19).await;
-        drop(replace(&old, &new));
+        drop(succeed(&old, &new));
         until("they have moved on", || new.stats().dispatched == 19).await;
         while served.len() < 20 {
             served.push(incoming.next().await.unwrap());
@@ -194,7 +184,7 @@ fn what_a_worker_has_not_adopted_when_it_moves_is_served_once() {
             serials
         };
         assert_eq!(serials.await, Vec::from_iter(0..20));
-        assert_eq!(new.stats().workers[0].active, 20);
+        until("the new one knows", || new.stats().workers[0].active == 20).await;
     });
 }
 
@@ -216,7 +206,7 @@ fn when_the_other_dispatcher_dies_workers_come_back() {
                     let _context = runtime.enter();
                     Dispatcher::builder().build()
                 };
-                let mut replacement = replace(&old, &new);
+                let mut succession = succeed(&old, &new);
                 ready(&new, 1).await;
                 runtime.shutdown_background();
                 if round > 0 {
@@ -224,7 +214,7 @@ fn when_the_other_dispatcher_dies_workers_come_back() {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     assert!(!worker.handle.is_draining());
                 }
-                replacement.undo();
+                succession.undo();
                 ready(&old, 1).await;
                 assert_eq!(old.stats().workers[0].active, 1);
                 let (_client, accepted) = one().await;
@@ -244,17 +234,17 @@ fn a_dispatcher_that_gives_everything_back_keeps_nothing() {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
         let mut worker = Worker::add(&old, SocketKind::SeqPacket);
         ready(&old, 1).await;
-        let (mut replacement, frames) = old.prepare_replacement().unwrap();
+        let (mut succession, frames) = old.prepare_succession().unwrap();
         let mut taken = new.take_workers(frames, |_| None).unwrap();
         assert_eq!(taken.workers().len(), 1);
-        replacement.begin();
+        succession.begin();
         ready(&new, 1).await;
 
         // First the new one stops, and its connections wait in the old one.
         taken.give_back();
         let (client, accepted) = one().await;
         let outcome = new.dispatch(accepted);
-        replacement.undo();
+        succession.undo();
         ready(&old, 1).await;
         let mut connection = worker.next().await;
         connection.write_all(b"back again").await.unwrap();
@@ -276,10 +266,10 @@ fn a_worker_that_does_not_know_how_to_move_drains() {
     run(async {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
         let mut raw = Raw::start(&old, SocketKind::SeqPacket, 10).await;
-        let (mut replacement, frames) = old.prepare_replacement().unwrap();
+        let (mut succession, frames) = old.prepare_succession().unwrap();
         assert_eq!(frames.len(), 1, "the links for connections");
         assert_eq!(new.take_workers(frames, |_| None).unwrap().workers(), []);
-        replacement.begin();
+        succession.begin();
         raw.leave().await;
         until("it has left", || old.stats().retired.drained == 1).await;
     });
@@ -294,12 +284,14 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
         let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let id = old.add_worker(there);
-        let mut framed = fdwire::Framed::new(here, fdwire::handoff::protocol::WorkerCodec::default());
-        let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: Some(0) };
+        let mut framed =
+            fdwire::Framed::new(here, fdwire::handoff::protocol::WorkerCodec::default());
+        let hello =
+            FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: Some(0) };
         framed.send(hello).await.unwrap();
         framed.send(FromWorker::Demand { total: 100 }).await.unwrap();
         ready(&old, 1).await;
-        drop(replace(&old, &new));
+        drop(succeed(&old, &new));
         let (_client, accepted) = one().await;
         let outcome = old.dispatch(accepted);
         let mut raw = Raw::of(id, framed);
@@ -312,8 +304,10 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
         };
         until("the new one has it", || new.stats().waiting == 1).await;
         let socket = Socket::try_from(link.socket).unwrap();
-        let mut next = fdwire::Framed::new(socket, fdwire::handoff::protocol::WorkerCodec::default());
-        let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: Some(3) };
+        let mut next =
+            fdwire::Framed::new(socket, fdwire::handoff::protocol::WorkerCodec::default());
+        let hello =
+            FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: Some(3) };
         next.send(hello).await.unwrap();
         next.send(FromWorker::Demand { total: 1 }).await.unwrap();
         next.send(FromWorker::Load { finished: 3 }).await.unwrap();
@@ -321,7 +315,7 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
         let _offer = next.offer().await.unwrap();
         next.adopt(1).await;
         outcome.await.unwrap();
-        assert_eq!(new.stats().workers[0].active, 1);
+        until("the new one knows", || new.stats().workers[0].active == 1).await;
     });
 }
 
@@ -331,7 +325,7 @@ fn frames_of_something_else_are_refused_and_no_worker_is_taken() {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
         let _worker = Worker::add(&old, SocketKind::SeqPacket);
         ready(&old, 1).await;
-        let (_replacement, mut frames) = old.prepare_replacement().unwrap();
+        let (_succession, mut frames) = old.prepare_succession().unwrap();
         assert_eq!(frames.len(), 2);
         frames.push(Frame::new("state of the application"));
         assert!(new.take_workers(frames, |_| None).is_err());

@@ -123,7 +123,8 @@ impl Link {
     /// The dispatcher's task sends all that there is.
     fn send(&mut self, sides: &mut [Side; 2], now: Instant) {
         let side = &mut sides[self.side];
-        while side.lives && !self.is_closed
+        while side.lives
+            && !self.is_closed
             && let Some(message) = side.pool.next_message(self.id, now)
         {
             self.to_worker.push_back(message.map(|connection| *connection));
@@ -290,7 +291,8 @@ impl World {
         }
         link.send(&mut self.sides, self.now);
         let moves = |message: &ToWorker<u8, ()>| matches!(message, ToWorker::Move(()));
-        if self.is_undone && link.side == OLD && !link.is_closed && link.to_worker.iter().any(moves) {
+        if self.is_undone && link.side == OLD && !link.is_closed && link.to_worker.iter().any(moves)
+        {
             // The task of a worker that is taken back cuts the link once the message is sent.
             let pool = &mut self.sides[OLD].pool;
             for message in std::mem::take(&mut link.from_worker) {
@@ -455,7 +457,8 @@ impl World {
             for worker in 0..self.workers.len() {
                 let links = self.workers[worker].links.len();
                 for age in 0..links {
-                    is_news |= self.step(Step::Down(worker, age)) | self.step(Step::Up(worker, age));
+                    is_news |=
+                        self.step(Step::Down(worker, age)) | self.step(Step::Up(worker, age));
                 }
                 is_news |= self.step(Step::Ask(worker)) | self.step(Step::Finish(worker));
             }

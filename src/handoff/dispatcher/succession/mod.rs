@@ -26,12 +26,12 @@ use crate::{
 };
 
 /// A dispatcher in another process that is going to replace this one, while the workers go on.
-/// From [`Dispatcher::prepare_replacement`].
+/// From [`Dispatcher::prepare_succession`].
 ///
 /// Dropped before it has [begun](Self::begin), it changes nothing: the other dispatcher sees the
 /// end of its links. Dropped after that, it can't be undone any longer.
 #[derive(Debug)]
-pub struct Replacement {
+pub struct Succession {
     shared: Arc<Shared>,
     /// The new links of workers, with their ends.
     links: Vec<(WorkerId, ProcessId, OwnedFd)>,
@@ -66,7 +66,7 @@ pub struct TakenWorker {
 impl Dispatcher {
     /// Prepares for a dispatcher in another process to go on in the place of this one. Send it the
     /// frames, for [`take_workers`](Self::take_workers), over a socket of this crate. Nothing has
-    /// changed until [`begin`](Replacement::begin).
+    /// changed until [`begin`](Succession::begin).
     ///
     /// Of all workers those move along that take connections, and know how to: each with
     /// [`Incoming`], and others that say so in their
@@ -78,7 +78,7 @@ impl Dispatcher {
     /// # Errors
     /// Those of making pairs of sockets, usually that there are too few descriptors: three for each
     /// worker.
-    pub fn prepare_replacement(&self) -> io::Result<(Replacement, Vec<Frame>)> {
+    pub fn prepare_succession(&self) -> io::Result<(Succession, Vec<Frame>)> {
         let _context = self.shared.runtime.enter();
         let mut parts = Vec::new();
         let (forward, theirs) = Socket::pair(SocketKind::SeqPacket)?;
@@ -99,12 +99,12 @@ impl Dispatcher {
         let frames = parts.into_iter().map(Part::into_frame).collect::<Result<_, _>>()?;
         let shared = Arc::clone(&self.shared);
         let connections = Some((forward, back));
-        Ok((Replacement { shared, links, connections, back: None }, frames))
+        Ok((Succession { shared, links, connections, back: None }, frames))
     }
 
     /// Goes on with the workers of another dispatcher, which has sent these frames: see
-    /// [`prepare_replacement`](Self::prepare_replacement). They say hello when that has
-    /// [begun](Replacement::begin). Connections that it has and that no worker has adopted come
+    /// [`prepare_succession`](Self::prepare_succession). They say hello when that has
+    /// [begun](Succession::begin). Connections that it has and that no worker has adopted come
     /// along.
     ///
     /// The closure returns the command by which a worker is to be [started
@@ -113,7 +113,7 @@ impl Dispatcher {
     /// has ended or is too old, is started right away.
     ///
     /// # Errors
-    /// `InvalidData` if a frame is none of `prepare_replacement`. Then no worker is taken.
+    /// `InvalidData` if a frame is none of `prepare_succession`. Then no worker is taken.
     pub fn take_workers(
         &self,
         frames: impl IntoIterator<Item = Frame>,
@@ -157,7 +157,7 @@ impl Dispatcher {
     }
 }
 
-impl Replacement {
+impl Succession {
     /// Begins: from here on the other dispatcher dispatches. Workers go on at their new links;
     /// connections that no worker has adopted go to the other dispatcher, and so does whatever is
     /// dispatched here from now on. Call it once.
@@ -217,7 +217,7 @@ impl TakenWorkers {
     }
 
     /// Gives everything back to the dispatcher before this one, which goes on after all: it takes
-    /// its workers back by itself ([`Replacement::undo`]). Connections that no worker has adopted
+    /// its workers back by itself ([`Succession::undo`]). Connections that no worker has adopted
     /// go to it, and workers that were started here finish what they have.
     ///
     /// [Drain](Dispatcher::drain) this dispatcher after that.
@@ -247,11 +247,8 @@ fn hand_on(shared: &Arc<Shared>, socket: Socket, links: &[(WorkerId, ProcessId)]
 /// dispatcher.
 fn receive(shared: &Arc<Shared>, socket: Socket) {
     let most = MAX_UNANSWERED as usize;
-    let incoming = Incoming::builder()
-        .window(most)
-        .max_connections(most)
-        .max_fds(MAX_OFFER_FDS)
-        .build(socket);
+    let incoming =
+        Incoming::builder().window(most).max_connections(most).max_fds(MAX_OFFER_FDS).build(socket);
     let source = Source::new(shared);
     tokio::spawn(async move { take_connections(source, incoming).await });
 }
