@@ -6,6 +6,7 @@ use std::{
     io::{Error, Result},
     iter,
     net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
     pin::pin,
     time::Duration,
 };
@@ -43,19 +44,9 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
         builder = builder.max_offers(u32::MAX);
     }
     let dispatcher = builder.build();
-    let own = iter::repeat_n(env::current_exe()?, arguments.workers.into());
-    for (number, program) in (1..).zip(own.chain(arguments.also)) {
-        let mut command = Command::new(program);
-        command.args(["--worker", &u16::to_string(&number)]);
-        if let Some(journal) = &journal {
-            command.arg("--journal").arg(journal.path());
-        }
-        let mut worker =
-            WorkerCommand::from(command).socket_kind(arguments.socket.into()).restart(true);
-        if arguments.kill_every.is_some() {
-            // By default a worker that never lives for long is started again after 10 s at last.
-            worker = worker.longest_wait(Duration::ZERO);
-        }
+    let own = env::current_exe()?; // its path: the workers may be replaced by a later version
+    let workers = || workers(&arguments, &own, journal.as_ref());
+    for worker in workers() {
         dispatcher.spawn_worker(worker)?;
     }
     println!("listening on {address}, try: curl http://{address}/");
@@ -72,7 +63,8 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
         served = &mut serving => served.map(|()| None),
         demo = clients => Ok(Some(demo)),
         () = killer.run(&dispatcher) => Ok(None), // it goes on for ever
-        () = signals.stop() => Ok(None),
+        () = replace_workers(&mut signals.replace, &dispatcher, workers) => Ok(None), // so does it
+        () = stop(&mut signals.interrupt, &mut signals.terminate) => Ok(None),
     };
     println!("stopping");
     let restarts = dispatcher.stats().workers.iter().map(|worker| worker.restarts).sum();
@@ -90,17 +82,64 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
     }
 }
 
+/// Returns how each of the workers is started.
+fn workers(
+    arguments: &Arguments,
+    own: &Path,
+    journal: Option<&Journal>,
+) -> impl Iterator<Item = WorkerCommand> {
+    let programs = iter::repeat_n(own, arguments.workers.into());
+    let programs = programs.chain(arguments.also.iter().map(PathBuf::as_path));
+    (1..).zip(programs).map(move |(number, program)| {
+        let mut command = Command::new(program);
+        command.args(["--worker", &u16::to_string(&number)]);
+        if let Some(journal) = journal {
+            command.arg("--journal").arg(journal.path());
+        }
+        let worker =
+            WorkerCommand::from(command).socket_kind(arguments.socket.into()).restart(true);
+        match arguments.kill_every {
+            // By default a worker that never lives for long is started again after 10 s at last.
+            Some(_) => worker.longest_wait(Duration::ZERO),
+            None => worker,
+        }
+    })
+}
+
+/// Replaces the workers each time that the signal comes.
+async fn replace_workers<W: Iterator<Item = WorkerCommand>>(
+    signal: &mut Signal,
+    dispatcher: &Dispatcher,
+    workers: impl Fn() -> W,
+) {
+    while signal.recv().await.is_some() {
+        match dispatcher.replace_workers(workers(), Some(STOP_LIMIT)).await {
+            Ok(replaced) => println!("replaced {} workers", replaced.old.len()),
+            Err(error) => eprintln!("accept_handoff: the workers are not replaced: {error}"),
+        }
+    }
+    pending().await
+}
+
+async fn stop(interrupt: &mut Signal, terminate: &mut Signal) {
+    select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
 async fn listen(address: SocketAddr) -> Result<TcpListener> {
     TcpListener::bind(address)
         .await
         .map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
 }
 
-/// The signals that end the front. Ctrl-C reaches the workers too, which leave it to the front to
-/// stop them.
+/// The signals that end the front, and the one that replaces the workers. Ctrl-C reaches the
+/// workers too, which leave it to the front to stop them.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    replace: Signal,
 }
 
 impl Signals {
@@ -108,13 +147,7 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            replace: signal(SignalKind::user_defined2())?,
         })
-    }
-
-    async fn stop(&mut self) {
-        select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
     }
 }

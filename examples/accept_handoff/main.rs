@@ -18,7 +18,8 @@
 //! ```
 //!
 //! The curl line answers with the worker's process id, another one each time. Ctrl-C stops all
-//! processes: what they serve is finished before.
+//! processes: what they serve is finished before. SIGUSR2 replaces the workers: the old ones go on
+//! if the new ones do not come up.
 //!
 //! [`front`] and [`worker`] are the two sides, and all that an application needs. The rest is the
 //! demo's: [`kill`] makes it hard, [`demo`] are the clients, and [`report`] finds out what became
@@ -39,7 +40,11 @@ use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 /// Accepts TCP connections in one process and serves them in others.
 #[derive(Parser)]
-#[command(name = "accept_handoff")]
+#[command(
+    name = "accept_handoff",
+    after_help = "Signals to the first process: SIGINT and SIGTERM stop all processes, SIGUSR2 \
+                  replaces the workers by new ones"
+)]
 struct Arguments {
     /// Where to accept connections; port 0 takes a free one [default: 127.0.0.1:8080, with --demo a
     /// free port]

@@ -100,6 +100,8 @@
 //! | it has no descriptor left when offers come, or its event loop has no room for them | go to others | go on |
 //! | all workers are full | [`serve`](Dispatcher::serve) does not accept: clients wait in the kernel's backlog | go on |
 //! | it [drains](IncomingHandle::drain), or is [removed](Dispatcher::remove_worker) | go to others | are finished, until the deadline |
+//! | it is [replaced](Dispatcher::replace_workers) | go to others, when the new workers are ready | are finished, until the deadline |
+//! | its [group](Dispatcher::in_group) has no workers | wait for one, and hold up no other group | - |
 //! | it breaks the protocol | as when it hangs | as when it hangs |
 //! | it does not say hello within [`hello_timeout`](DispatcherBuilder::hello_timeout) | - | - |
 //! | its process lives on after the end of the conversation | go to others | go on, until it is killed after [`exit_timeout`](DispatcherBuilder::exit_timeout) if the dispatcher started it |
@@ -199,10 +201,10 @@ mod transport;
 
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
 pub use dispatcher::{
-    Accepted, AdoptionTimes, DispatchError, Dispatcher, DispatcherBuilder, Dispatching,
-    IntoListener, NotDispatched, Permit, Succession, RetireCause, RetireCounts, Stats, Strategy,
-    TakenWorker, TakenWorkers, Unadopted, WorkerCommand, WorkerExit, WorkerId, WorkerState,
-    WorkerStats,
+    Accepted, AdoptionTimes, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, Group,
+    GroupStats, IntoListener, NotDispatched, NotReplaced, Permit, Replaced, RetireCause,
+    RetireCounts, Stats, Strategy, Succession, TakenWorker, TakenWorkers, Unadopted, WorkerCommand,
+    WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
 pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
 pub use transport::Transport;

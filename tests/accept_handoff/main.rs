@@ -108,6 +108,20 @@ async fn a_saturated_front_that_is_stopped_answers_those_that_wait() {
     }
 }
 
+#[tokio::test]
+async fn a_signal_replaces_the_workers() {
+    for kind in KINDS {
+        let mut front = Front::start(&["--socket", kind]).await;
+        let old = front.every_worker_answers().await;
+        kill(front.pid(), Signal::SIGUSR2).unwrap();
+        let line = soon("a line", front.stdout.next_line()).await.unwrap();
+        assert_eq!(line.as_deref(), Some("replaced 2 workers"));
+        until("the old ones have ended", || front.workers().is_disjoint(&old)).await;
+        assert_eq!(front.every_worker_answers().await.len(), 2);
+        front.stop(Signal::SIGTERM).await;
+    }
+}
+
 /// As Ctrl-C does, the signal goes to the workers too.
 #[tokio::test]
 async fn ctrl_c_stops_all_processes() {

@@ -13,7 +13,7 @@ use std::{
 
 use fdwire::{
     Socket, SocketKind,
-    handoff::{Dispatcher, Incoming},
+    handoff::{Dispatcher, Incoming, protocol::FromWorker},
 };
 use futures::{FutureExt, future::join_all};
 use tokio::{
@@ -24,7 +24,8 @@ use tokio::{
 
 use crate::{
     common::{one_thread, run, run_in, some_threads},
-    raw_worker::until,
+    descriptors::alone,
+    raw_worker::{Client, Raw, serve, until},
 };
 
 /// A worker in this process, with room for this many connections at a time.
@@ -85,6 +86,36 @@ fn a_drain_hands_over_what_waits_in_the_kernel() {
 }
 
 /// Full workers do not take them in time.
+/// They have waited longest.
+#[test]
+fn a_drain_hands_over_the_oldest_clients_of_the_backlog_first() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+        let (listener, address) = listen().await;
+        let serving = dispatcher.serve(listener);
+        let ending = async {
+            let mut clients = vec![Client::connect(address, 0).await];
+            let first = worker.offer().await.unwrap();
+            for serial in 1..20 {
+                clients.push(Client::connect(address, serial).await);
+            }
+            let mut drain = pin!(dispatcher.drain(None));
+            assert!(drain.as_mut().now_or_never().is_none());
+            until("all are accepted", || dispatcher.stats().waiting == 19).await;
+            worker.say(FromWorker::Demand { total: 20 }).await;
+            let mut offers = vec![first];
+            offers.extend(worker.offers(19).await);
+            let serials = offers.into_iter().map(|offer| serve(offer, "served").unwrap().0);
+            assert_eq!(Vec::from_iter(serials), Vec::from_iter(0..20));
+            worker.adopt(20).await;
+            tokio::join!(drain, worker.leave());
+        };
+        let (served, ()) = tokio::join!(serving, ending);
+        served.unwrap();
+    });
+}
+
 #[test]
 fn the_backlog_does_not_keep_a_drain_from_its_deadline() {
     run(async {
@@ -105,26 +136,30 @@ fn the_backlog_does_not_keep_a_drain_from_its_deadline() {
     });
 }
 
+/// In a process of its own: a child that another test is starting has a copy for a moment.
 #[test]
 fn the_listener_is_closed_at_once_when_serve_is_dropped() {
-    for runtime in [one_thread, some_threads] {
-        run_in(runtime(), async {
-            let dispatcher = Dispatcher::builder().build();
-            let _worker = worker(&dispatcher, 1000);
-            let (mut listener, address) = listen().await;
-            for _ in 0..50 {
-                let fd = listener.as_raw_fd();
-                {
-                    let mut serving = Box::pin(dispatcher.serve(listener));
-                    assert!(serving.as_mut().now_or_never().is_none());
-                    let _client = TcpStream::connect(address).await.unwrap();
-                }
-                // Nobody else has the port or the descriptor's number.
-                listener = TcpListener::bind(address)
-                    .await
-                    .unwrap_or_else(|error| panic!("{fd}: {error}"));
-            }
-        });
+    alone("serve_ends::the_listener_is_closed_at_once_when_serve_is_dropped", async {
+        for runtime in [one_thread, some_threads] {
+            let test = move || run_in(runtime(), serve_again_and_again());
+            tokio::task::spawn_blocking(test).await.unwrap();
+        }
+    });
+}
+
+async fn serve_again_and_again() {
+    let dispatcher = Dispatcher::builder().build();
+    let _worker = worker(&dispatcher, 1000);
+    let (mut listener, address) = listen().await;
+    for _ in 0..50 {
+        let fd = listener.as_raw_fd();
+        {
+            let mut serving = Box::pin(dispatcher.serve(listener));
+            assert!(serving.as_mut().now_or_never().is_none());
+            let _client = TcpStream::connect(address).await.unwrap();
+        }
+        // Nobody else has the port or the descriptor's number.
+        listener = TcpListener::bind(address).await.unwrap_or_else(|error| panic!("{fd}: {error}"));
     }
 }
 

@@ -67,7 +67,7 @@ async fn first_byte(stream: &TcpStream) -> Option<u8> {
 
 async fn by_first_byte(stream: TcpStream) -> Option<Accepted> {
     let first = first_byte(&stream).await?;
-    Some(Accepted::from(stream).key(first))
+    Some(Accepted::from(stream).key([first]))
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use fdwire::{
     Frame, Socket, SocketKind,
     handoff::{
-        Accepted, Connection, Dispatcher, Incoming, IncomingHandle, Succession, Strategy,
+        Accepted, Connection, Dispatcher, Incoming, IncomingHandle, Strategy, Succession,
         WorkerState,
         protocol::{FromWorker, ToWorker, VERSION},
     },
@@ -116,7 +116,7 @@ fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_the
             let accepted = Accepted::from(accepted)
                 .read_bytes(serial.to_be_bytes().to_vec())
                 .metadata(format!("tenant {serial}"))
-                .key(serial % 7)
+                .key([(serial % 7) as u8])
                 .with_fd(upstream);
             waiting.push((client, old.dispatch(accepted)));
         }

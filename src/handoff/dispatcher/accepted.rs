@@ -2,15 +2,13 @@
 //! takes it.
 
 use std::{
-    fmt,
-    hash::{DefaultHasher, Hash, Hasher},
-    io,
+    fmt, io,
     os::{fd::OwnedFd, unix},
 };
 
 use bytes::Bytes;
 
-use super::{Transport, protocol::RejectReason};
+use super::{Group, Transport, key::key_of, protocol::RejectReason};
 
 /// An accepted connection, ready to be [dispatched](super::Dispatcher::dispatch): a stream, and
 /// what the worker is to know of it.
@@ -23,7 +21,7 @@ use super::{Transport, protocol::RejectReason};
 /// # -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::handoff::Accepted;
 ///
-/// dispatcher.dispatch(Accepted::from(stream).read_bytes(head).metadata("tenant 7").key(7)).await?;
+/// dispatcher.dispatch(Accepted::from(stream).read_bytes(head).metadata("tenant 7").key("7")).await?;
 /// # Ok(()) }
 /// ```
 #[derive(Debug)]
@@ -40,6 +38,7 @@ pub(super) struct About {
     pub(super) read: Bytes,
     pub(super) metadata: Bytes,
     pub(super) key: Option<u64>,
+    pub(super) group: Option<Group>,
     pub(super) bundle: Vec<OwnedFd>,
 }
 
@@ -50,6 +49,7 @@ impl About {
             read: Bytes::new(),
             metadata: Bytes::new(),
             key: None,
+            group: None,
             bundle: Vec::new(),
         }
     }
@@ -76,13 +76,23 @@ impl Accepted {
         self
     }
 
-    /// What [`Strategy::ByKey`](super::Strategy::ByKey) goes by. By default the client's address
-    /// without its port.
+    /// Sets the key that [`Strategy::ByKey`](super::Strategy::ByKey) goes by. By default it is the
+    /// client's address without its port.
+    ///
+    /// Connections whose keys have the same bytes have the same key. Which worker a key prefers
+    /// depends on these bytes and on the ids of the workers only, also when the dispatcher is built
+    /// with another release of Rust.
     #[must_use]
-    pub fn key(mut self, key: impl Hash) -> Self {
-        let mut hasher = DefaultHasher::new();
-        key.hash(&mut hasher);
-        self.about.key = Some(hasher.finish());
+    pub fn key(mut self, key: impl AsRef<[u8]>) -> Self {
+        self.about.key = Some(key_of(key.as_ref()));
+        self
+    }
+
+    /// Sets the group whose workers may get the connection. By default it is the group of the
+    /// [`Dispatcher`](super::Dispatcher::in_group) that takes it.
+    #[must_use]
+    pub fn group(mut self, group: impl Into<Group>) -> Self {
+        self.about.group = Some(group.into());
         self
     }
 

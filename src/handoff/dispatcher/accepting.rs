@@ -18,7 +18,7 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Address, DispatchError, Permit, Shared, Transport,
+    Address, DispatchError, Dispatcher, Group, Permit, Shared, Transport,
     accepted::About,
     dispatching::{reserve, reserve_late},
     handover::{Handover, shut_down},
@@ -57,6 +57,8 @@ pub(super) fn is_final(error: &io::Error) -> bool {
 /// Accepts connections, and hands them over or has them prepared.
 pub(super) struct Accepting {
     shared: Arc<Shared>,
+    /// Of connections that name none.
+    group: Group,
     listener: AsyncFd<OwnedFd>,
     transport: Transport,
     /// The address of each connection's end here, if it is the same for all.
@@ -68,7 +70,7 @@ pub(super) struct Accepting {
 
 impl Accepting {
     pub(super) fn new(
-        shared: &Arc<Shared>,
+        Dispatcher { shared, group, .. }: &Dispatcher,
         listener: OwnedFd,
         transport: Transport,
         local: Address,
@@ -84,6 +86,7 @@ impl Accepting {
             preparing,
             _source: Source::new(shared),
             shared: Arc::clone(shared),
+            group: group.clone(),
         })
     }
 
@@ -105,20 +108,24 @@ impl Accepting {
                 warn!(%error, "connections cannot be accepted for a while");
             }
         };
-        let mut ceiling = first_of_reserve(RESERVE);
+        let (mut ceiling, mut pause) = (first_of_reserve(RESERVE), None);
+        // The group of a connection that is to be prepared is not known before.
+        let group = self.preparing.is_none().then_some(&self.group);
         'ready: loop {
             // Before a place is reserved, which others may have use for.
             let mut ready = self.listener.readable().await?;
             for _ in 0..BATCH {
                 let slot = self.slot().await;
-                let Some(permit) = reserve(&self.shared).await else { return Ok(()) };
+                let Some(permit) = reserve(&self.shared, group).await else { return Ok(()) };
 
                 // Descriptors are usually scarce if it fails.
                 let (is_scarce, outcome) = match self.accept_one() {
                     Ok((socket, peer)) => {
+                        pause = None;
                         (is_of_reserve(&socket, ceiling), self.take_on(socket, peer, permit, slot))
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        pause = None;
                         ready.clear_ready();
                         continue 'ready;
                     }
@@ -130,6 +137,7 @@ impl Accepting {
                             if error.kind() == io::ErrorKind::ConnectionAborted {
                                 Ok(())
                             } else {
+                                pause.get_or_insert_with(|| self.shared.pauses.begin());
                                 Err(error)
                             },
                         )
@@ -139,10 +147,13 @@ impl Accepting {
                     warn_once(error);
                     sleep(BACK_OFF).await;
                 }
+                let was_refused = pause.is_some(); // then only the next accept tells
                 while is_scarce && !self.may_accept(&mut ceiling) {
+                    pause.get_or_insert_with(|| self.shared.pauses.begin());
                     warn_once(io::Error::from_raw_os_error(libc::EMFILE));
                     sleep(BACK_OFF).await;
                 }
+                pause = pause.filter(|_| was_refused);
             }
             yield_now().await; // workers are sent what was accepted so far
         }
@@ -200,13 +211,13 @@ impl Accepting {
     ) -> io::Result<()> {
         if let Some(slot) = slot {
             drop(permit); // it would be kept for as long as the peer likes
-            slot.prepare(&self.shared, socket);
+            slot.prepare(&self.shared, &self.group, socket);
             return Ok(());
         }
         match Handover::prepare(socket, About::new(self.transport), Some(peer), self.local.clone())
         {
             Ok(connection) => {
-                permit.take(connection);
+                permit.take(connection, &self.group);
                 Ok(())
             }
             Err(unfit) => Err(turn_away(&self.shared, *unfit)),

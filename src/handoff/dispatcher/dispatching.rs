@@ -10,14 +10,26 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{Accepted, DispatchError, Shared, WorkerId, handover::Handover, pool::TicketId};
+use super::{
+    Accepted, DispatchError, Group, Shared, WorkerId,
+    handover::Handover,
+    pool::{Admission, TicketId},
+};
 
-pub(super) fn dispatch(shared: &Arc<Shared>, connection: Accepted, reserved: bool) -> Dispatching {
+/// Hands a connection over to its group, or to this one if it names none.
+pub(super) fn dispatch(
+    shared: &Arc<Shared>,
+    connection: Accepted,
+    group: &Group,
+    admission: Admission,
+) -> Dispatching {
     let (reply, outcome) = oneshot::channel();
-    match Handover::new(connection, reply) {
-        Some(connection) => connection.dispatch(shared, reserved),
-        None if reserved => shared.act(|pool| pool.give_up_place(Instant::now())),
-        None => {}
+    match (Handover::new(connection, reply), admission) {
+        (Some(connection), admission) => connection.dispatch(shared, group, admission),
+        (None, Admission::Reserved(group)) => {
+            shared.act(|pool| pool.give_up_place(&group, Instant::now()));
+        }
+        (None, _) => {}
     }
     Dispatching { outcome }
 }
@@ -47,15 +59,22 @@ impl Future for Dispatching {
 #[must_use = "dropping it frees the place again"]
 pub struct Permit {
     shared: Arc<Shared>,
-    is_used: bool,
+    /// The group in which a place is kept. If it is kept nowhere, the permit is good for a
+    /// connection that was accepted before the dispatcher has drained.
+    place: Option<Group>,
 }
 
 impl Permit {
-    pub(super) fn new(shared: &Arc<Shared>) -> Self {
-        Self { shared: Arc::clone(shared), is_used: false }
+    pub(super) fn new(shared: &Arc<Shared>, place: Option<Group>) -> Self {
+        Self { shared: Arc::clone(shared), place }
     }
 
-    /// [Hands a connection over](super::Dispatcher::dispatch) to the place.
+    fn use_up(&mut self) -> Admission {
+        self.place.take().map_or(Admission::Late, Admission::Reserved)
+    }
+
+    /// [Hands a connection over](super::Dispatcher::dispatch) to the place. If it is meant for
+    /// [another group](Accepted::group), it waits there, and the place is free again.
     ///
     /// # Errors
     /// As there.
@@ -63,43 +82,45 @@ impl Permit {
     /// # Cancel safety
     /// As there.
     pub fn dispatch(mut self, connection: impl Into<Accepted>) -> Dispatching {
-        let connection = connection.into();
-        self.is_used = true;
-        dispatch(&self.shared, connection, true)
+        let (connection, group) = (connection.into(), self.place.clone().unwrap_or_default());
+        let admission = self.use_up();
+        dispatch(&self.shared, connection, &group, admission)
     }
 
     /// The same for a connection for which nobody waits.
-    pub(super) fn take(mut self, connection: Box<Handover>) {
-        self.is_used = true;
-        connection.dispatch(&self.shared, true);
+    pub(super) fn take(mut self, connection: Box<Handover>, group: &Group) {
+        let admission = self.use_up();
+        connection.dispatch(&self.shared, group, admission);
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        if !self.is_used {
-            self.shared.act(|pool| pool.give_up_place(Instant::now()));
+        if let Some(group) = self.place.take() {
+            self.shared.act(|pool| pool.give_up_place(&group, Instant::now()));
         }
     }
 }
 
-/// Waits for a place. `None` when the dispatcher drains.
-pub(super) async fn reserve(shared: &Arc<Shared>) -> Option<Permit> {
-    match shared.wait_for_place()? {
+/// Waits for a place in a group, which is kept; without a group until there is one in any, which is
+/// not kept. `None` when the dispatcher drains.
+pub(super) async fn reserve(shared: &Arc<Shared>, group: Option<&Group>) -> Option<Permit> {
+    match shared.wait_for_place(group)? {
         Ok(permit) => Some(permit),
-        Err((ticket, granted)) => Waiting { shared, ticket, granted }.await,
+        Err((ticket, granted)) => Waiting { shared, group, ticket, granted }.await,
     }
 }
 
-/// Reserves a place that there may not be, for a connection that was accepted before the dispatcher
-/// has drained. `None` when it has.
+/// Permits a connection that was accepted before the dispatcher has drained to wait. `None` when it
+/// has.
 pub(super) fn reserve_late(shared: &Arc<Shared>) -> Option<Permit> {
-    shared.act(|pool| pool.reserve_late()).then(|| Permit::new(shared))
+    (!shared.act(|pool| pool.is_closed())).then(|| Permit::new(shared, None))
 }
 
 /// A place in the queue, until it is dropped.
 struct Waiting<'a> {
     shared: &'a Arc<Shared>,
+    group: Option<&'a Group>,
     ticket: TicketId,
     granted: oneshot::Receiver<Permit>,
 }
@@ -114,6 +135,6 @@ impl Future for Waiting<'_> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.shared.stop_waiting(self.ticket);
+        self.shared.stop_waiting(self.group, self.ticket);
     }
 }

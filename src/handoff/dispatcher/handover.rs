@@ -1,7 +1,6 @@
 //! A connection that is being handed over, with the dispatcher's copies of its descriptors.
 
 use std::{
-    hash::{DefaultHasher, Hash, Hasher},
     io,
     net::TcpStream,
     os::{
@@ -20,8 +19,10 @@ use smallvec::SmallVec;
 use tokio::sync::oneshot;
 
 use super::{
-    Accepted, Address, DispatchError, NotDispatched, Shared, Transport, WorkerId,
+    Accepted, Address, DispatchError, Group, NotDispatched, Shared, Transport, WorkerId,
     accepted::About,
+    key::key_of_client,
+    pool::Admission,
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
     succession::Envelope,
 };
@@ -31,7 +32,8 @@ use crate::{Error, SendFd, close_in_background, closer::close_sockets, error::co
 /// Tells the application that dispatched a connection what became of it.
 type Reply = oneshot::Sender<Result<WorkerId, DispatchError>>;
 
-/// Most bytes of an offer beside what was read and the metadata, with some to spare.
+/// Most bytes of an offer beside what was read, the metadata and the name of a group, with some to
+/// spare.
 const MAX_OTHER_BYTES: usize = 512;
 
 /// A connection that no worker has adopted: what an offer says of it, and who waits for it.
@@ -46,6 +48,8 @@ pub(super) struct Handover {
     peer: Address,
     local: Address,
     reply: Option<Reply>,
+    /// The group in which it waits, or has waited.
+    group: Group,
     /// Tells the dispatcher that this one has replaced that the connection is adopted, when it is
     /// dropped.
     pub(super) origin: Option<Serving>,
@@ -94,8 +98,9 @@ impl Handover {
             let connection = Accepted { socket: Ok(socket), about };
             Err(Box::new(DispatchError { reason, connection }))
         };
-        let (bytes, fds) =
-            (about.read.len() + about.metadata.len() + MAX_OTHER_BYTES, 1 + about.bundle.len());
+        let group = about.group.as_ref().map_or(0, |group| group.as_str().len());
+        let bytes = about.read.len() + about.metadata.len() + group + MAX_OTHER_BYTES;
+        let fds = 1 + about.bundle.len();
         if bytes > MAX_MESSAGE_BYTES {
             return refuse(
                 socket,
@@ -124,13 +129,25 @@ impl Handover {
             peer,
             local,
             reply: None,
+            group: Group::default(),
             origin: None,
         }))
     }
 
-    pub(super) fn dispatch(self: Box<Self>, shared: &Arc<Shared>, reserved: bool) {
-        let (key, fds) = (self.key(), 1 + self.bundle.len());
-        shared.act(|pool| pool.dispatch(self, key, fds, reserved, Instant::now()));
+    /// The group that it is meant for, or this one.
+    pub(super) fn group_or(&self, default: &Group) -> Group {
+        self.about.group.as_ref().unwrap_or(default).clone()
+    }
+
+    pub(super) fn dispatch(
+        mut self: Box<Self>,
+        shared: &Arc<Shared>,
+        group: &Group,
+        admission: Admission,
+    ) {
+        self.group = self.group_or(group);
+        let (group, needs) = (self.group.clone(), (self.key(), 1 + self.bundle.len()));
+        shared.act(|pool| pool.dispatch(self, group, needs, admission, Instant::now()));
     }
 
     /// What a worker is told.
@@ -149,20 +166,14 @@ impl Handover {
 
     /// What a dispatcher is told that goes on in the place of this one.
     pub(super) fn offer_to_successor(&self) -> Offer<SendFd> {
-        let metadata = Envelope { key: self.about.key, metadata: self.about.metadata.clone() };
-        Offer { metadata: metadata.encode(), ..self.offer() }
+        let (key, group) = (self.about.key, self.group.clone());
+        let envelope = Envelope { key, group, metadata: self.about.metadata.clone() };
+        Offer { metadata: envelope.encode(), ..self.offer() }
     }
 
     /// Keys that are equal go to the same worker. By default those of one client.
     fn key(&self) -> u64 {
-        self.about.key.unwrap_or_else(|| {
-            let mut hasher = DefaultHasher::new();
-            match &self.peer {
-                Address::Ip(address) => address.ip().hash(&mut hasher),
-                other => other.hash(&mut hasher),
-            }
-            hasher.finish()
-        })
+        self.about.key.unwrap_or_else(|| key_of_client(&self.peer))
     }
 
     /// A worker has adopted it.

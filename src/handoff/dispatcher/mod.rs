@@ -6,17 +6,21 @@ mod accepting;
 mod bell;
 mod builder;
 mod dispatching;
+mod group;
 mod handover;
 mod joint_task;
+mod key;
+mod pauses;
 mod pool;
 mod preparing;
 mod process;
-mod succession;
+mod replace;
 mod serve;
 mod shared;
 mod spawn;
 mod started;
 mod stats;
+mod succession;
 mod times;
 mod worker_task;
 
@@ -30,11 +34,16 @@ use builder::Config;
 pub use builder::{DispatcherBuilder, Strategy};
 pub use dispatching::{Dispatching, Permit};
 use dispatching::{dispatch, reserve};
-pub use succession::{Succession, TakenWorker, TakenWorkers};
+pub use group::Group;
+use pool::Admission;
+pub use replace::{NotReplaced, Replaced};
 pub use serve::IntoListener;
 use shared::{Shared, WorkerEntryGuard};
 pub use spawn::WorkerCommand;
-pub use stats::{RetireCause, RetireCounts, Stats, WorkerExit, WorkerId, WorkerState, WorkerStats};
+pub use stats::{
+    GroupStats, RetireCause, RetireCounts, Stats, WorkerExit, WorkerId, WorkerState, WorkerStats,
+};
+pub use succession::{Succession, TakenWorker, TakenWorkers};
 pub use times::AdoptionTimes;
 use worker_task::WorkerTask;
 
@@ -79,6 +88,8 @@ fn after(within: Duration) -> Instant {
 #[derive(Debug, Clone)]
 pub struct Dispatcher {
     shared: Arc<Shared>,
+    /// Of the workers and connections that come through this clone.
+    group: Group,
     _last: Arc<DrainOnLastDrop>,
 }
 
@@ -90,7 +101,37 @@ impl Dispatcher {
 
     fn new(config: Config) -> Self {
         let shared = Shared::new(config);
-        Self { _last: Arc::new(DrainOnLastDrop(Arc::clone(&shared))), shared }
+        let last = Arc::new(DrainOnLastDrop(Arc::clone(&shared)));
+        Self { shared, group: Group::default(), _last: last }
+    }
+
+    /// Returns a clone for one group: workers that are started or added through it belong to the
+    /// group, and connections that are dispatched or served through it go to the workers of the
+    /// group, unless a connection [names another](Accepted::group). The rest is about the whole
+    /// dispatcher: [`stats`](Self::stats), [`drain`](Self::drain),
+    /// [`remove_worker`](Self::remove_worker).
+    ///
+    /// A worker has no say in its group. For workers that connect, the path decides: one
+    /// [`serve_workers`](Self::serve_workers) for each group, or
+    /// [`add_worker`](Self::add_worker) after a look at the
+    /// [credentials](Socket::peer_cred) of the one that has connected.
+    ///
+    /// The [strategy](Strategy) chooses inside of a group. A connection whose group has no workers
+    /// waits for one, and holds up no connection of another group. Limits on offers, fences and
+    /// descriptors in flight are those of the whole dispatcher, and one place in flight is left to
+    /// each worker whatever the others do.
+    ///
+    /// ```no_run
+    /// # fn example(dispatcher: fdwire::handoff::Dispatcher) -> std::io::Result<()> {
+    /// use tokio::process::Command;
+    ///
+    /// dispatcher.in_group("images").spawn_worker(Command::new("image-worker"))?;
+    /// dispatcher.in_group("api").spawn_worker(Command::new("api-worker"))?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn in_group(&self, group: impl Into<Group>) -> Self {
+        Self { group: group.into(), ..self.clone() }
     }
 
     /// Takes a worker that is at the other end of this socket. Until it says hello, it gets
@@ -105,7 +146,7 @@ impl Dispatcher {
     pub fn add_worker(&self, socket: Socket) -> WorkerId {
         let _context = self.shared.runtime.enter();
         let process = self.shared.processes().peer_of(&socket);
-        let id = self.shared.act(|pool| pool.add_worker(None));
+        let id = self.shared.act(|pool| pool.add_worker(self.group.clone(), None));
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
         self.run(id, task);
         id
@@ -148,7 +189,7 @@ impl Dispatcher {
     /// client sees the end. To be able to stop before anything has begun,
     /// [`reserve`](Self::reserve) first.
     pub fn dispatch(&self, connection: impl Into<Accepted>) -> Dispatching {
-        dispatch(&self.shared, connection.into(), false)
+        dispatch(&self.shared, connection.into(), &self.group, Admission::None)
     }
 
     /// Waits until a worker has room for a connection, and keeps a place free for it: for those who
@@ -163,7 +204,7 @@ impl Dispatcher {
     /// # Cancel safety
     /// Nothing is lost when dropped; the place in the queue is.
     pub async fn reserve(&self) -> Option<Permit> {
-        reserve(&self.shared).await
+        reserve(&self.shared, Some(&self.group)).await
     }
 
     /// What it has done, and what its workers do.

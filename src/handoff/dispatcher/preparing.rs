@@ -8,14 +8,15 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{
-    Accepted, IntoListener, Shared,
+    Accepted, Group, IntoListener, Shared,
     accepting::turn_away,
     builder::Config,
     dispatching::{reserve, reserve_late},
     handover::Handover,
+    pool::Admission,
     shared::Source,
 };
 
@@ -65,9 +66,9 @@ impl Preparing {
 
 impl Slot {
     /// Prepares a connection and hands it over, in a task of its own.
-    pub(super) fn prepare(self, shared: &Arc<Shared>, connection: OwnedFd) {
+    pub(super) fn prepare(self, shared: &Arc<Shared>, group: &Group, connection: OwnedFd) {
         let prepared = AssertUnwindSafe((self.prepare)(connection)).catch_unwind();
-        let source = Source::new(shared);
+        let (source, group) = (Source::new(shared), group.clone());
         shared.runtime.spawn(async move {
             let shared = source.shared();
             let drained = shared.until(|pool| pool.is_closed());
@@ -77,7 +78,7 @@ impl Slot {
                 () = drained => return not_prepared(shared, "the dispatcher has drained"),
             };
             match prepared {
-                Ok(Ok(Some(accepted))) => hand_over(shared, accepted).await,
+                Ok(Ok(Some(accepted))) => hand_over(shared, accepted, &group).await,
                 Ok(Ok(None)) => {}
                 Ok(Err(error)) => not_prepared(shared, &error.to_string()),
                 Err(_) => not_prepared(shared, "the application's function panicked"),
@@ -92,18 +93,27 @@ fn not_prepared(shared: &Arc<Shared>, reason: &str) {
     debug!(reason, "connection closed: it was not prepared");
 }
 
-/// Hands a connection over when a worker has room for it.
-async fn hand_over(shared: &Arc<Shared>, accepted: Accepted) {
+/// Hands a connection over when a worker of its group has room for it. `group` is that of a
+/// connection which names none.
+async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     let connection = match Handover::of(accepted) {
         Ok(connection) => connection,
         Err(unfit) => return drop(turn_away(shared, *unfit)),
     };
-    let permit = match reserve(shared).await {
+    let group = connection.group_or(group);
+    // Otherwise those that wait for a group without room would keep all slots, and those of other
+    // groups would not be accepted.
+    if !shared.act(|pool| pool.may_wait(&group)) {
+        shared.count_lost();
+        warn!(%group, "connection closed: too many wait for a worker of its group");
+        return connection.shut_down();
+    }
+    let permit = match reserve(shared, Some(&group)).await {
         Some(permit) => Some(permit),
         None => reserve_late(shared), // the dispatcher drains
     };
     match permit {
-        Some(permit) => permit.take(connection),
-        None => connection.dispatch(shared, false), // the drain is over: it fails, and is counted
+        Some(permit) => permit.take(connection, &group),
+        None => connection.dispatch(shared, &group, Admission::None), // the drain is over: it fails, and is counted
     }
 }

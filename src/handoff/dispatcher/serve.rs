@@ -66,7 +66,8 @@ into_listener! {
 }
 
 impl Dispatcher {
-    /// Accepts connections and hands them over, until the dispatcher drains. Takes a listener of
+    /// Accepts connections and hands them over to the workers of [this group](Self::in_group),
+    /// until the dispatcher drains. Takes a listener of
     /// tokio or std, of TCP or Unix sockets.
     ///
     /// It accepts only what a worker has room for: the others wait in the kernel's backlog, where
@@ -110,10 +111,18 @@ impl Dispatcher {
     /// prepared in time is closed and [counted](super::Stats::lost), as is one whose function
     /// panics.
     ///
-    /// Connections are accepted only when a worker has room, as in `serve`. Its place is not kept
-    /// meanwhile: when a connection is prepared, it waits for a place again, and still counts as
-    /// being prepared. While the dispatcher drains, those that are being prepared are handed over,
-    /// too.
+    /// Connections are accepted only when a worker has room, of any group, because the function
+    /// may choose [the group](Accepted::group). Its place is not kept meanwhile: when a connection
+    /// is prepared, it waits for a place again, and still counts as being prepared. While the
+    /// dispatcher drains, those that are being prepared are handed over, too.
+    ///
+    /// **Groups do not wait for each other.** If a group has no worker with room and another one
+    /// has, prepared connections of the first one would in the end take the whole number, and
+    /// nothing more would be accepted. So when several groups have workers, each has at most half
+    /// of the number that the others leave; all groups without workers count as one. A connection
+    /// beyond that is shut down and [counted](super::Stats::lost), since its group is not known
+    /// before it is accepted. For a client that should wait in the kernel's backlog instead, give
+    /// its group [a listener of its own](Self::in_group).
     ///
     /// ```no_run
     /// # async fn example(dispatcher: fdwire::handoff::Dispatcher, listener: tokio::net::TcpListener)
@@ -153,7 +162,7 @@ impl Dispatcher {
         preparing: Option<Preparing>,
     ) -> io::Result<()> {
         let (listener, transport, local) = listener.into_listener()?;
-        let accepting = Accepting::new(&self.shared, listener, transport, local, preparing)?;
+        let accepting = Accepting::new(self, listener, transport, local, preparing)?;
         self.shared.tasks.run(accepting.run()).await?
     }
 

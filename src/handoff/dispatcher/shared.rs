@@ -20,10 +20,11 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Config, NotDispatched, Permit, RetireCause, Stats, WorkerId, after,
+    Config, Group, NotDispatched, Permit, RetireCause, Stats, WorkerId, after,
     bell::Bell,
     handover::{Copies, Handover},
     joint_task::JointTask,
+    pauses::Pauses,
     pool::{Event, Failure, Pool, ProcessId, TicketId},
     process::Processes,
 };
@@ -41,6 +42,7 @@ pub(super) struct Shared {
     /// Users that wait for a place. Locked while the pool is, never the other way around.
     waiters: Mutex<HashMap<TicketId, oneshot::Sender<Permit>>>,
     changes: watch::Sender<()>,
+    pub(super) pauses: Pauses,
     given_back: AtomicU64,
     lost: AtomicU64,
     /// The number of [`Source`]s.
@@ -76,6 +78,7 @@ impl Shared {
             new_links: Mutex::default(),
             waiters: Mutex::default(),
             changes: watch::Sender::new(()),
+            pauses: Pauses::default(),
             given_back: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             sources: AtomicUsize::new(0),
@@ -120,15 +123,16 @@ impl Shared {
                     }
                 }
                 Event::Failed { connection, failure } => failed.push((connection, failure)),
-                Event::Granted(ticket) => {
+                Event::Granted { ticket, group } => {
                     let waiter = lock(&self.waiters).remove(&ticket);
-                    let permit = Permit::new(self);
+                    let permit = Permit::new(self, group);
                     // If nobody waits, dropping the permit frees the place.
                     drop(waiter.map(|waiter| waiter.send(permit)));
                 }
                 Event::FenceDeferred(id) => {
                     warn!(worker = %id, "worker is hung, but too many were fenced recently; leaving it alone")
                 }
+                Event::Changed => self.changed(),
                 Event::Close(connection) => useless.extend(connection.into_copies()),
                 Event::ShutDown(connection) => connection.shut_down(),
             }
@@ -190,25 +194,31 @@ impl Shared {
         lock(&self.bells).insert(id, bell);
     }
 
-    /// Waits in the queue of the pool for a place. `None` if it gives out none.
+    /// Waits in the queue of a group for a place, or without a group until there is one in any.
+    /// `None` if the pool gives out none.
     pub(super) fn wait_for_place(
         self: &Arc<Self>,
+        group: Option<&Group>,
     ) -> Option<Result<Permit, (TicketId, oneshot::Receiver<Permit>)>> {
         self.act(|pool| {
-            if pool.try_reserve() {
-                return Some(Ok(Permit::new(self)));
+            let is_there_one = match group {
+                Some(group) => pool.try_reserve(group),
+                None => pool.has_place(),
+            };
+            if is_there_one {
+                return Some(Ok(Permit::new(self, group.cloned())));
             }
             pool.is_open().then(|| {
                 let (waiter, granted) = oneshot::channel();
-                let ticket = pool.wait_for_place(Instant::now());
+                let ticket = pool.wait_for_place(group, Instant::now());
                 lock(&self.waiters).insert(ticket, waiter);
                 Err((ticket, granted))
             })
         })
     }
 
-    pub(super) fn stop_waiting(self: &Arc<Self>, ticket: TicketId) {
-        self.act(|pool| pool.cancel(ticket, Instant::now()));
+    pub(super) fn stop_waiting(self: &Arc<Self>, group: Option<&Group>, ticket: TicketId) {
+        self.act(|pool| pool.cancel(group, ticket, Instant::now()));
         lock(&self.waiters).remove(&ticket);
     }
 
@@ -227,8 +237,10 @@ impl Shared {
 
     pub(super) fn stats(&self) -> Stats {
         let pool = lock(&self.pool);
-        let totals = pool.totals;
+        let (totals, now) = (pool.totals, Instant::now());
+        let (accept_pauses, accept_paused) = self.pauses.stats(now);
         Stats {
+            groups: pool.groups(now).collect(),
             workers: pool.workers().collect(),
             dispatched: totals.dispatched,
             adopted: totals.adopted,
@@ -243,7 +255,9 @@ impl Shared {
             refused_workers: totals.refused_workers,
             departed: pool.departed().cloned().collect(),
             adoption_times: totals.adoption_times,
-            waits_for_place: pool.waits_for_place(Instant::now()),
+            waits_for_place: pool.waits_for_place(now),
+            accept_pauses,
+            accept_paused,
         }
     }
 
@@ -266,7 +280,7 @@ impl Shared {
 
     pub(super) fn start_drain(self: &Arc<Self>, within: Option<Duration>) -> JoinHandle<()> {
         let (half, until) = (within.map(|within| after(within / 2)), within.map(after));
-        self.act(|pool| pool.drain(until));
+        self.act(|pool| pool.drain(until, Instant::now()));
         lock(&self.waiters).clear();
         self.changed();
         let shared = Arc::clone(self);

@@ -8,7 +8,10 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{Dispatcher, LONGEST, Shared, WorkerEntryGuard, WorkerId, WorkerTask, pool::Pool};
+use super::{
+    Dispatcher, LONGEST, Shared, WorkerEntryGuard, WorkerId, WorkerTask, handover::Handover,
+    pool::Pool,
+};
 use crate::{
     backoff::Backoff,
     socket::{Socket, SocketKind},
@@ -129,10 +132,19 @@ impl Dispatcher {
     /// to the socket. [`WorkerStats::last_exit`](super::WorkerStats::last_exit) and the log tell
     /// how it ended.
     pub fn spawn_worker(&self, command: impl Into<WorkerCommand>) -> io::Result<WorkerId> {
+        let group = self.group.clone();
+        self.start_worker(command.into(), |pool, program| pool.add_worker(group, Some(program)))
+    }
+
+    /// Starts a process for the worker that `add` adds.
+    pub(super) fn start_worker(
+        &self,
+        mut command: WorkerCommand,
+        add: impl FnOnce(&mut Pool<Box<Handover>>, String) -> WorkerId,
+    ) -> io::Result<WorkerId> {
         let _context = self.shared.runtime.enter();
-        let mut command = command.into();
         let (socket, child) = command.start()?;
-        let id = self.shared.act(|pool| pool.add_worker(Some(command.program())));
+        let id = self.shared.act(|pool| add(pool, command.program()));
         let process = self.shared.processes().child(child);
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
         self.supervise(id, command, task);

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::AdoptionTimes;
+use super::{AdoptionTimes, Group};
 
 /// A worker of a [`Dispatcher`](super::Dispatcher). A worker that is started again keeps its id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -27,6 +27,8 @@ impl fmt::Display for WorkerId {
 pub struct Stats {
     /// The workers, oldest first.
     pub workers: Vec<WorkerStats>,
+    /// The groups that have workers, or for which connections wait, by name.
+    pub groups: Vec<GroupStats>,
     /// Taken for handing over.
     pub dispatched: u64,
     /// Adopted by a worker.
@@ -62,6 +64,29 @@ pub struct Stats {
     /// How long [`serve`](super::Dispatcher::serve), or a caller of
     /// [`reserve`](super::Dispatcher::reserve), has been waiting for a worker with room, now. As
     /// long as it waits, `serve` accepts nothing.
+    pub waits_for_place: Option<Duration>,
+    /// How often [`serve`](super::Dispatcher::serve) has begun to wait for descriptors, or for
+    /// memory of the kernel, to accept with.
+    pub accept_pauses: u64,
+    /// How long `serve` has been waiting for these, now.
+    pub accept_paused: Option<Duration>,
+}
+
+/// Numbers of one group of workers, now.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct GroupStats {
+    /// Which.
+    pub group: Group,
+    /// The number of its workers, whatever they do. Connections for a group without workers wait
+    /// for one.
+    pub workers: usize,
+    /// Connections that wait for a worker with room.
+    pub waiting: usize,
+    /// Accept loops, prepared connections and callers of
+    /// [`reserve`](super::Dispatcher::reserve) that wait for a worker with room.
+    pub waiting_for_place: usize,
+    /// How long the first of these has been waiting.
     pub waits_for_place: Option<Duration>,
 }
 
@@ -100,6 +125,8 @@ impl RetireCounts {
 pub struct WorkerStats {
     /// Which.
     pub id: WorkerId,
+    /// Its group.
+    pub group: Group,
     /// The program that the dispatcher has started. `None` for a worker that has connected.
     pub program: Option<String>,
     /// Its process at the moment, if that is known.
@@ -130,7 +157,8 @@ pub struct WorkerStats {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WorkerState {
-    /// It has not said hello yet.
+    /// It has not said hello yet, or it waits for the other new workers of a
+    /// [replacement](super::Dispatcher::replace_workers).
     Starting,
     /// It takes connections as far as it has room.
     Ready,
@@ -158,6 +186,8 @@ pub struct WorkerExit {
     pub lifetime: Duration,
     /// The number of connections that it had not answered for. Others get them.
     pub unanswered: u64,
+    /// The number of connections that it had adopted and that had not ended, as far as it has told.
+    pub active: u64,
     /// The time from then until the worker is started again, if it is.
     pub restart_in: Option<Duration>,
 }
@@ -165,7 +195,15 @@ pub struct WorkerExit {
 impl Hash for WorkerExit {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let status = self.status.map(ExitStatusExt::into_raw);
-        (&self.cause, self.pid, status, self.lifetime, self.unanswered, self.restart_in)
+        (
+            &self.cause,
+            self.pid,
+            status,
+            self.lifetime,
+            self.unanswered,
+            self.active,
+            self.restart_in,
+        )
             .hash(state);
     }
 }

@@ -41,6 +41,8 @@ pub(super) struct Account<C> {
     finished: u64,
     /// To be sent before the next offer.
     control: VecDeque<ToWorker<Infallible, ()>>,
+    /// It gets nothing until the other new workers of a replacement are ready.
+    pub(super) is_held_back: bool,
     /// Its task has been told everything that there is for it.
     is_asleep: bool,
     pub(super) clock: Clock,
@@ -75,6 +77,7 @@ impl<C> Account<C> {
             rejected: 0,
             finished: 0,
             control: VecDeque::new(),
+            is_held_back: false,
             is_asleep: true,
             clock: Clock::new(hello_by),
         }
@@ -85,6 +88,7 @@ impl<C> Account<C> {
     pub(super) fn state(&self) -> WorkerState {
         match self.phase {
             Phase::Starting => WorkerState::Starting,
+            Phase::Open if self.is_held_back => WorkerState::Starting,
             Phase::Open if self.clock.is_late() => WorkerState::Silent,
             Phase::Open => WorkerState::Ready,
             Phase::Draining => WorkerState::Draining,

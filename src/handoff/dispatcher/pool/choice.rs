@@ -1,12 +1,9 @@
 //! Who waits, and who gets what.
 
-use std::{
-    hash::{DefaultHasher, Hash, Hasher},
-    time::Instant,
-};
+use std::time::Instant;
 
 use super::{Account, Event, Failure, Pending, Phase, Pool, TicketId, Waiter, Worker};
-use crate::handoff::dispatcher::{Strategy, WorkerId};
+use crate::handoff::dispatcher::{Group, Strategy, WorkerId, key::order_of};
 
 /// What can be done with a connection.
 enum Choice {
@@ -20,67 +17,107 @@ enum Choice {
 /// workers that have connected and adopted nothing.
 const STRANGERS: u32 = 32;
 
+/// The right of a connection to be taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::handoff::dispatcher) enum Admission {
+    /// None: while the dispatcher drains it is not taken.
+    None,
+    /// It was accepted before the dispatcher has drained.
+    Late,
+    /// A place is kept for it in this group.
+    Reserved(Group),
+}
+
 impl<C> Pool<C> {
-    /// Takes a connection. It comes with a permit if `reserved` is true.
+    /// Takes a connection for a group.
     pub(in crate::handoff::dispatcher) fn dispatch(
         &mut self,
         connection: C,
-        key: u64,
-        fds: usize,
-        reserved: bool,
+        group: Group,
+        (key, fds): (u64, usize),
+        admission: Admission,
         now: Instant,
     ) {
         self.totals.dispatched += 1;
-        self.reserved -= u64::from(reserved);
-        if self.phase == Phase::Closed || self.phase == Phase::Draining && !reserved {
+        if let Admission::Reserved(group) = &admission {
+            self.groups.get_mut(group).reserved -= 1;
+        }
+        let is_taken = match self.phase {
+            Phase::Open => true,
+            Phase::Draining => admission != Admission::None,
+            Phase::Closed => false,
+        };
+        if !is_taken {
             return self.events.push(Event::Failed { connection, failure: Failure::Draining });
         }
-        let pending = Pending::new(connection, key, fds, now);
-        if !reserved {
-            self.queue.push_back(Waiter::Connection(pending));
+        let has_place = admission == Admission::Reserved(group.clone());
+        let pending = Pending::new(connection, group, key, fds, now);
+        if !has_place {
+            self.groups.push_back(pending);
             return self.distribute(now);
         }
         // The place that it had may be gone with its worker. Then it is the first to wait.
         match self.choose(&pending) {
             Choice::Plan(id) => self.plan(id, pending),
             _ => {
-                self.queue.push_front(pending);
+                self.groups.push_front(pending);
                 self.distribute(now); // a bundle that no worker takes leaves its place to others
             }
         }
     }
 
-    /// Reserves a place, if one is free and nobody waits for it.
-    pub(in crate::handoff::dispatcher) fn try_reserve(&mut self) -> bool {
-        let free = self.is_open() && self.queue.is_empty() && self.free() > 0;
-        self.reserved += u64::from(free);
-        free
+    /// Reserves a place in a group, if one is free and nobody waits for it.
+    pub(in crate::handoff::dispatcher) fn try_reserve(&mut self, group: &Group) -> bool {
+        let nobody_waits = self.groups.get(group).is_some_and(|group| group.queue.is_empty());
+        let is_free = self.is_open() && nobody_waits && self.free(group) > 0;
+        if is_free {
+            self.groups.get_mut(group).reserved += 1;
+        }
+        is_free
     }
 
-    /// Reserves a place that may not be free: its connection waits then. Also while the dispatcher
-    /// drains, for connections that were accepted before that. Returns false if nothing is taken
-    /// any more.
-    pub(in crate::handoff::dispatcher) fn reserve_late(&mut self) -> bool {
-        self.reserved += u64::from(!self.is_closed());
-        !self.is_closed()
+    /// Returns true if there is a free place in any group.
+    pub(in crate::handoff::dispatcher) fn has_place(&self) -> bool {
+        self.is_open() && self.groups.iter().any(|(group, _)| self.free(group) > 0)
     }
 
-    /// Waits for a place, which [`Event::Granted`] reserves.
-    pub(in crate::handoff::dispatcher) fn wait_for_place(&mut self, now: Instant) -> TicketId {
-        let ticket = self.queue.push_back(Waiter::Ticket(now));
+    /// Waits for a place in a group, which [`Event::Granted`] reserves; without a group until there
+    /// is one in any, which is not reserved.
+    pub(in crate::handoff::dispatcher) fn wait_for_place(
+        &mut self,
+        group: Option<&Group>,
+        now: Instant,
+    ) -> TicketId {
+        let ticket = match group {
+            Some(group) => self.groups.add_ticket(group, now),
+            None => self.groups.add_ticket_for_any(now),
+        };
         self.distribute(now); // what waits before it may wait for something else
         ticket
     }
 
+    /// Returns true if one more user may wait for a place in this group while it holds an accepted
+    /// connection. See [`Groups::may_wait`](super::groups::Groups::may_wait).
+    pub(in crate::handoff::dispatcher) fn may_wait(&self, group: &Group) -> bool {
+        // Whatever waits, half of the descriptors are left.
+        let most = self.config.max_preparing.min(self.config.max_in_flight);
+        self.groups.may_wait(group, most)
+    }
+
     /// Nobody waits with this ticket.
-    pub(in crate::handoff::dispatcher) fn cancel(&mut self, ticket: TicketId, now: Instant) {
-        if self.queue.remove_ticket(ticket) {
+    pub(in crate::handoff::dispatcher) fn cancel(
+        &mut self,
+        group: Option<&Group>,
+        ticket: TicketId,
+        now: Instant,
+    ) {
+        if self.groups.remove_ticket(group, ticket) {
             self.distribute(now);
         }
     }
 
-    pub(in crate::handoff::dispatcher) fn give_up_place(&mut self, now: Instant) {
-        self.reserved -= 1;
+    pub(in crate::handoff::dispatcher) fn give_up_place(&mut self, group: &Group, now: Instant) {
+        self.groups.get_mut(group).reserved -= 1;
         self.distribute(now);
     }
 
@@ -91,23 +128,29 @@ impl<C> Pool<C> {
     ) {
         for mut pending in again.into_iter().rev() {
             pending.is_alone = false;
+            // No worker gets the id of one that has left for good.
+            pending.failed_with.retain(|id| self.workers.contains_key(id));
+            pending.refused_by.retain(|id| self.workers.contains_key(id));
             if self.phase == Phase::Closed {
                 self.events.push(Event::Failed {
                     connection: pending.connection,
                     failure: Failure::Draining,
                 });
             } else {
-                self.queue.push_front(pending);
+                self.groups.push_front(pending);
             }
         }
     }
 
-    /// The number of places that are neither taken nor reserved.
-    pub(super) fn free(&self) -> u64 {
+    /// The number of places in a group that are neither taken nor reserved.
+    pub(super) fn free(&self, group: &Group) -> u64 {
         let in_flight = self.in_flight();
-        let room: u64 =
-            self.accounts().map(|(id, _, account)| self.room(id, account, in_flight)).sum();
-        room.saturating_sub(self.reserved)
+        let room: u64 = self
+            .accounts()
+            .filter(|(id, worker, _)| self.is_in(group, *id, worker))
+            .map(|(id, _, account)| self.room(id, account, in_flight))
+            .sum();
+        room.saturating_sub(self.groups.get(group).map_or(0, |group| group.reserved))
     }
 
     /// The number of descriptors that were sent, or are going to be, and that no worker is known to
@@ -123,7 +166,7 @@ impl<C> Pool<C> {
     /// receive stay there. So each worker gets at most half of what the others leave. However many
     /// workers are stuck, one place is left.
     fn room(&self, id: WorkerId, account: &Account<C>, in_flight: usize) -> u64 {
-        if self.held == Some(id) {
+        if self.held.contains(&id) {
             return 0;
         }
         let own = account.pending_fds();
@@ -131,19 +174,35 @@ impl<C> Pool<C> {
         account.room().min(share.saturating_sub(own) as u64)
     }
 
-    /// Gives out what can be given out, in the order of waiting.
+    /// Gives out what can be given out.
     pub(super) fn distribute(&mut self, now: Instant) {
-        self.held = None;
-        let mut from = i64::MIN;
-        while let Some((place, waiter)) = self.queue.next(from) {
+        self.held.clear();
+        let is_succeeded = self.is_succeeded();
+        let mut next = self.groups.next_to_serve(None, is_succeeded);
+        while let Some(group) = next {
+            self.distribute_in(&group, now);
+            next = self.groups.next_to_serve(Some(&group), is_succeeded);
+        }
+        self.groups.remove_unused();
+        if self.groups.waits_for_any() && self.has_place() {
+            let tickets = self.groups.take_tickets_for_any();
+            self.events.extend(tickets.map(|ticket| Event::Granted { ticket, group: None }));
+        }
+    }
+
+    /// The same in one group, in the order of waiting.
+    fn distribute_in(&mut self, group: &Group, now: Instant) {
+        let (mut from, mut is_one_held) = (i64::MIN, false);
+        while let Some((place, waiter)) = self.groups.get_mut(group).queue.next(from) {
             from = place + 1;
             let Waiter::Connection(pending) = waiter else {
-                if self.free() == 0 {
+                if self.free(group) == 0 {
                     return;
                 }
-                let ticket = self.queue.grant(place);
-                self.reserved += 1;
-                self.events.push(Event::Granted(ticket));
+                let state = self.groups.get_mut(group);
+                let ticket = state.queue.grant(place);
+                state.reserved += 1;
+                self.events.push(Event::Granted { ticket, group: Some(group.clone()) });
                 continue;
             };
             // A suspect waits for a worker of its own, and others go before it, for some time.
@@ -156,9 +215,9 @@ impl<C> Pool<C> {
             // Those that were offered before go before those that have a place reserved for a
             // connection to come.
             let is_new = pending.offers == 0;
-            let Some(pending) = self.queue.take(place) else { continue };
+            let Some(pending) = self.groups.get_mut(group).queue.take(place) else { continue };
             let choice =
-                if is_new && self.free() == 0 { Choice::Wait } else { self.choose(&pending) };
+                if is_new && self.free(group) == 0 { Choice::Wait } else { self.choose(&pending) };
             match choice {
                 Choice::Plan(id) => self.plan(id, pending),
                 Choice::GiveUp => {
@@ -166,10 +225,13 @@ impl<C> Pool<C> {
                     self.events.push(Event::Failed { connection: pending.connection, failure });
                 }
                 Choice::Wait => {
-                    if is_overdue && self.held.is_none() {
-                        self.held = self.best(&pending, |_, account| account.room() > 0);
+                    if is_overdue && !is_one_held {
+                        let best = self.best(&pending, |_, account| account.room() > 0);
+                        self.held.extend(best);
+                        is_one_held = best.is_some();
                     }
-                    self.queue.put(place, pending);
+                    let queue = &mut self.groups.get_mut(group).queue;
+                    queue.put(place, Waiter::Connection(pending));
                     if !is_special {
                         return;
                     }
@@ -198,8 +260,9 @@ impl<C> Pool<C> {
     ) -> Option<WorkerId> {
         let only_others =
             pending.is_at_last_attempt(self.config.max_offers) && !self.is_failed_by_all(pending);
-        let fitting = self.accounts().filter(|(id, _, account)| {
-            fits(*id, account)
+        let fitting = self.accounts().filter(|(id, worker, account)| {
+            self.is_in(&pending.group, *id, worker)
+                && fits(*id, account)
                 && account.takes(pending.fds)
                 && !(only_others && pending.failed_with.contains(id))
         });
@@ -222,15 +285,15 @@ impl<C> Pool<C> {
         best.map(|(id, ..)| id)
     }
 
-    /// Returns true if no worker is left that might take a connection and has not failed with it.
+    /// Returns true if no worker of its group is left that might take a connection and has not failed with it.
     ///
     /// A process that connects again and again, and dies each time, is a new worker each time. So
     /// after many failures, workers that have connected and adopted nothing do not count: they
     /// would keep the connection forever.
     fn is_failed_by_all(&self, pending: &Pending<C>) -> bool {
         let trusts_strangers = pending.failures < self.config.max_offers.saturating_add(STRANGERS);
-        let may_take = |worker: &Worker<C>| match &worker.account {
-            _ if worker.removed.is_some() => false,
+        let may_take = |id: WorkerId, worker: &Worker<C>| match &worker.account {
+            _ if worker.removed.is_some() || !self.is_in(&pending.group, id, worker) => false,
             Some(account) if account.is_draining() => false,
             // It takes no bundles, or no bundle of this size.
             Some(account) if account.clock.is_greeted() && !account.takes(pending.fds) => false,
@@ -240,7 +303,7 @@ impl<C> Pool<C> {
         };
         self.workers
             .iter()
-            .all(|(id, worker)| pending.failed_with.contains(id) || !may_take(worker))
+            .all(|(id, worker)| pending.failed_with.contains(id) || !may_take(*id, worker))
     }
 
     fn plan(&mut self, id: WorkerId, mut pending: Pending<C>) {
@@ -254,12 +317,4 @@ impl<C> Pool<C> {
             self.events.push(Event::Wake(id));
         }
     }
-}
-
-/// Where a worker stands in the order in which a key prefers workers (rendezvous hashing): it
-/// changes for the keys of a worker that leaves, and for no others.
-fn order_of(key: u64, worker: WorkerId) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (key, worker).hash(&mut hasher);
-    hasher.finish()
 }

@@ -9,6 +9,7 @@ use super::{
     Event, Failure, Leftover, Phase, Pool, ProcessId, ProcessInfo, ProcessState, Remains,
     RetireCause, WorkerExit, WorkerId,
 };
+use crate::handoff::dispatcher::Group;
 
 impl<C> Pool<C> {
     /// A worker is gone: it can adopt nothing more, and everything that it had sent was received.
@@ -42,6 +43,7 @@ impl<C> Pool<C> {
             status,
             lifetime: now.saturating_duration_since(account.since),
             unanswered: account.pending(),
+            active: account.active(),
             restart_in: None,
         });
         if !account.clock.is_greeted() && matches!(cause, RetireCause::Misbehaved(_)) {
@@ -74,6 +76,7 @@ impl<C> Pool<C> {
         } else if is_child && is_ours {
             self.leftovers.insert(process, Leftover { worker: id, pid });
         }
+        self.on_new_gone(id, now);
         self.distribute(now);
         may_hold_copies || self.stale.are_kept_for(process)
     }
@@ -125,10 +128,11 @@ impl<C> Pool<C> {
     }
 
     /// Nothing more is taken. Workers have until then.
-    pub(in crate::handoff::dispatcher) fn drain(&mut self, until: Option<Instant>) {
+    pub(in crate::handoff::dispatcher) fn drain(&mut self, until: Option<Instant>, now: Instant) {
         self.phase = self.phase.max(Phase::Draining);
         self.drain_until = until;
-        self.queue.remove_tickets();
+        self.groups.remove_tickets();
+        self.roll_all_back(now);
     }
 
     pub(in crate::handoff::dispatcher) fn is_open(&self) -> bool {
@@ -143,7 +147,7 @@ impl<C> Pool<C> {
     /// No worker adopts what waits, and all workers leave.
     pub(in crate::handoff::dispatcher) fn close(&mut self, now: Instant) {
         self.phase = Phase::Closed;
-        for connection in self.queue.take_connections() {
+        for connection in self.groups.take_connections() {
             self.events.push(Event::Failed { connection, failure: Failure::Draining });
         }
         for id in Vec::from_iter(self.workers.keys().copied()) {
@@ -154,7 +158,10 @@ impl<C> Pool<C> {
     /// Returns true if waiting changes nothing for the connections that are on their way: what
     /// waits does so for nobody.
     pub(in crate::handoff::dispatcher) fn is_settled(&self) -> bool {
-        let nobody_comes = self.workers.values().all(|worker| worker.removed.is_some());
-        self.pending() == 0 && (nobody_comes || self.queue.connections() == 0)
+        let has_worker = |group: &Group| {
+            self.workers.values().any(|worker| worker.removed.is_none() && worker.group == *group)
+        };
+        let mut waited_for = self.groups.iter().filter(|(_, state)| state.queue.connections() > 0);
+        self.pending() == 0 && !waited_for.any(|(group, _)| has_worker(group))
     }
 }

@@ -6,8 +6,8 @@
 //! is unlocked. It has no clock: they bring the time along. `C` is a connection; the tests run the
 //! same code on numbers.
 //!
-//! Each connection has one owner at any time. It waits in the [`Queue`], or it is in the
-//! [`Account`] of one worker, or it has left in an [`Event`], or its copy is among the
+//! Each connection has one owner at any time. It waits in the [`Queue`] of its group, or it is in
+//! the [`Account`] of one worker, or it has left in an [`Event`], or its copy is among the
 //! [`StaleCopies`].
 
 mod account;
@@ -15,6 +15,7 @@ mod choice;
 mod clock;
 mod end;
 mod fences;
+mod groups;
 #[cfg(test)]
 mod model;
 mod numbers;
@@ -22,9 +23,10 @@ mod numbers;
 mod peer;
 mod pending;
 mod queue;
+mod replacement;
+mod stale;
 #[cfg(test)]
 mod succeeded;
-mod stale;
 mod successor;
 #[cfg(test)]
 mod tests;
@@ -38,15 +40,21 @@ use std::{
 };
 
 use account::{Account, Remains};
+pub(super) use choice::Admission;
 use fences::Fences;
+use groups::Groups;
 pub(super) use numbers::Totals;
 pub(super) use pending::Failure;
 use pending::Pending;
+#[cfg(doc)]
+use queue::Queue;
 pub(super) use queue::TicketId;
-use queue::{Queue, Waiter};
+use queue::Waiter;
+use replacement::Replacement;
+pub(super) use replacement::{Outcome, Refusal, ReplacementId};
 pub(super) use stale::StaleCopies;
 
-use super::{RetireCause, RetireCounts, WorkerExit, WorkerId, WorkerStats, builder::Config};
+use super::{Group, RetireCause, RetireCounts, WorkerExit, WorkerId, WorkerStats, builder::Config};
 use crate::handoff::protocol::{FromWorker, RejectReason, ToWorker};
 
 /// The number of a process that has, or had, a link. A worker that is started again is another
@@ -77,20 +85,21 @@ pub(super) enum ProcessState {
 pub(super) struct Pool<C> {
     config: Config,
     workers: BTreeMap<WorkerId, Worker<C>>,
-    queue: Queue<C>,
-    /// Permits given out.
-    reserved: u64,
+    groups: Groups<C>,
     phase: Phase,
     /// The time by which the drain is to be over that was asked for last.
     drain_until: Option<Instant>,
     /// Stands for the dispatcher that has replaced this one, and gets all connections.
     successor: Option<WorkerId>,
-    /// Gets nothing until it has answered, because a suspect has waited for a worker for too long.
-    held: Option<WorkerId>,
+    /// Get nothing until they have answered, because a suspect has waited for a worker for too
+    /// long: one in each group.
+    held: Vec<WorkerId>,
     pub(super) stale: StaleCopies<C>,
     leftovers: BTreeMap<ProcessId, Leftover>,
     /// The workers that have left for good most recently.
     departed: VecDeque<WorkerStats>,
+    replacements: BTreeMap<ReplacementId, Replacement>,
+    last_replacement: u64,
     fences: Fences,
     events: Vec<Event<C>>,
     /// The number of plans, by which workers take turns.
@@ -110,6 +119,7 @@ enum Phase {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Worker<C> {
+    group: Group,
     /// `None` until its process is started again.
     account: Option<Account<C>>,
     /// What the dispatcher has started.
@@ -123,6 +133,8 @@ struct Worker<C> {
     is_taken: bool,
     /// It is to drain, until that time if there is one.
     removed: Option<Option<Instant>>,
+    /// It is one of the new workers of this replacement, which is not decided yet.
+    replacement: Option<ReplacementId>,
     /// The number of the last plan for it.
     last_plan: u64,
 }
@@ -144,12 +156,15 @@ pub(super) enum Event<C> {
     Adopted { connection: C, worker: WorkerId, process: ProcessId, holders: Vec<ProcessId> },
     /// No worker adopts it.
     Failed { connection: C, failure: Failure },
-    /// A place is kept for whoever has this ticket.
-    Granted(TicketId),
+    /// A place is kept in this group for whoever has this ticket. Without a group there is one in
+    /// some group, and it is not kept.
+    Granted { ticket: TicketId, group: Option<Group> },
     /// A worker hangs, and is fenced later because too many others were.
     FenceDeferred(WorkerId),
     /// The copy is of no use.
     Close(C),
+    /// Something has changed that tasks or users may wait for.
+    Changed,
     /// The process that served it has ended: so has the connection, whoever holds a copy.
     ShutDown(C),
 }
@@ -177,15 +192,16 @@ impl<C> Pool<C> {
         Self {
             config,
             workers: BTreeMap::new(),
-            queue: Queue::default(),
-            reserved: 0,
+            groups: Groups::default(),
             phase: Phase::Open,
             drain_until: None,
             successor: None,
-            held: None,
+            held: Vec::new(),
             stale: StaleCopies::default(),
             leftovers: BTreeMap::new(),
             departed: VecDeque::new(),
+            replacements: BTreeMap::new(),
+            last_replacement: 0,
             fences: Fences::default(),
             events: Vec::new(),
             plans: 0,
@@ -201,12 +217,14 @@ impl<C> Pool<C> {
 
     // Workers come and go.
 
-    pub(super) fn add_worker(&mut self, program: Option<String>) -> WorkerId {
+    pub(super) fn add_worker(&mut self, group: Group, program: Option<String>) -> WorkerId {
         self.last_worker += 1;
+        self.groups.get_mut(&group).workers += 1;
         let id = WorkerId(self.last_worker);
         // Those that come while the dispatcher drains have nothing to do.
         let removed = (self.phase != Phase::Open).then_some(self.drain_until);
         let worker = Worker {
+            group,
             account: None,
             program,
             restarts: 0,
@@ -216,6 +234,7 @@ impl<C> Pool<C> {
             last_exit: None,
             is_taken: false,
             removed,
+            replacement: None,
             last_plan: 0,
         };
         self.workers.insert(id, worker);
@@ -232,7 +251,9 @@ impl<C> Pool<C> {
     ) {
         if let Some(worker) = self.workers.get_mut(&id) {
             worker.restarts += u64::from(worker.last_exit.is_some());
-            worker.account = Some(Account::new(process, hello_by, now));
+            let mut account = Account::new(process, hello_by, now);
+            account.is_held_back = worker.replacement.is_some();
+            worker.account = Some(account);
             worker.is_taken = false;
         }
     }
@@ -265,15 +286,20 @@ impl<C> Pool<C> {
 
     /// The worker is gone for good.
     pub(super) fn forget(&mut self, id: WorkerId, now: Instant) {
+        self.on_new_gone(id, now);
         self.depart(id);
-        if let Some(account) = self.workers.remove(&id).and_then(|worker| worker.account) {
+        let Some(worker) = self.workers.remove(&id) else { return };
+        if let Some(account) = worker.account {
             // Its task has panicked, and nobody can know whether it has adopted these.
             let Remains { unanswered, unseen, .. } = account.retire(0);
             self.events
                 .extend(unanswered.into_iter().map(|pending| Event::Close(pending.connection)));
             self.put_back(unseen);
         }
+        // It still counts, so that what waits for its group is given up if no worker is left.
         self.distribute(now);
+        self.groups.get_mut(&worker.group).workers -= 1;
+        self.groups.remove_unused();
     }
 
     pub(super) fn contains(&self, id: WorkerId) -> bool {
@@ -320,6 +346,9 @@ impl<C> Pool<C> {
                 if let Some(until) = worker.removed.or(is_replaced.then_some(None)) {
                     account.drain();
                     account.tell_to_drain(until, now);
+                }
+                if let Some(replacement) = worker.replacement {
+                    self.on_new_ready(replacement, now);
                 }
             }
             _ if !account.clock.is_greeted() => {

@@ -24,10 +24,14 @@ struct Bounds {
     hangs: u8,
     cuts: u8,
     refusals: u8,
+    /// Groups, to which workers and connections belong in turn.
+    groups: u64,
     /// Workers whose application drains.
     drains: u8,
     /// Removals of the first worker.
     removals: u8,
+    /// Replacements of the workers of the default group by a new one.
+    replacements: u8,
     restarts: u8,
     /// Timers that go off. It takes three to find out that a worker hangs.
     timeouts: u8,
@@ -56,6 +60,9 @@ impl Dispatching {
         let mut steps = Vec::new();
         if left.connections > 0 {
             steps.push(Step::Dispatch);
+        }
+        if left.replacements > 0 {
+            steps.push(Step::Replace(1));
         }
         for (peer, state) in world.peers.iter().enumerate() {
             let may = [
@@ -103,6 +110,7 @@ impl Dispatching {
                     | Step::Get(_, Some(_))
                     | Step::Drain(_)
                     | Step::Remove(_)
+                    | Step::Replace(_)
             );
             !is_trouble && self.next_state(state, step).is_some()
         };
@@ -145,7 +153,7 @@ impl Model for Dispatching {
             fence_window: Duration::ZERO,
             ..Config::default()
         };
-        vec![State { world: World::new(config, WORKERS, 2, *NOW), left: self.0 }]
+        vec![State { world: World::new(config, (WORKERS, self.0.groups), 2, *NOW), left: self.0 }]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Step>) {
@@ -163,6 +171,7 @@ impl Model for Dispatching {
             Step::Get(_, Some(_)) => left.refusals -= 1,
             Step::Drain(_) => left.drains -= 1,
             Step::Remove(_) => left.removals -= 1,
+            Step::Replace(_) => left.replacements -= 1,
             Step::Timeout(_) => left.timeouts -= 1,
             Step::Restart(_) => left.restarts -= 1,
             _ => {}
@@ -228,12 +237,14 @@ fn check(bounds: Bounds) {
 /// Nothing but connections.
 const NONE: Bounds = Bounds {
     connections: 0,
+    groups: 1,
     crashes: 0,
     hangs: 0,
     cuts: 0,
     refusals: 0,
     drains: 0,
     removals: 0,
+    replacements: 0,
     restarts: 0,
     timeouts: 0,
 };
@@ -246,6 +257,8 @@ fn the_promise_is_kept_in_each_order_of_a_few_events() {
     check(Bounds { connections: 1, cuts: 1, refusals: 1, ..NONE });
     check(Bounds { connections: 1, refusals: 1, timeouts: 1, ..NONE });
     check(Bounds { connections: 1, drains: 1, removals: 1, ..NONE });
+    check(Bounds { connections: 2, groups: 2, crashes: 1, restarts: 1, ..NONE });
+    check(Bounds { connections: 1, groups: 2, replacements: 1, crashes: 1, ..NONE });
 }
 
 /// Takes minutes, and is run by `.ci/run`. In the first form, timers go off when nothing else is

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Account, Pool, RetireCounts, WorkerId, WorkerStats};
-use crate::handoff::dispatcher::{AdoptionTimes, WorkerState};
+use crate::handoff::dispatcher::{AdoptionTimes, GroupStats, WorkerState};
 
 /// The most workers whose numbers are kept after they have left for good.
 const MOST_DEPARTED: usize = 32;
@@ -35,17 +35,33 @@ impl<C> Pool<C> {
 
     /// The number of connections that wait for a worker with room.
     pub(in crate::handoff::dispatcher) fn waiting(&self) -> usize {
-        self.queue.connections()
+        self.groups.connections()
     }
 
     #[cfg(test)]
     pub(in crate::handoff::dispatcher) fn waiters(&self) -> usize {
-        self.queue.len()
+        self.groups.iter().map(|(_, group)| group.queue.len()).sum()
     }
 
     /// The number of connections that were neither adopted nor given back.
     pub(in crate::handoff::dispatcher) fn on_their_way(&self) -> u64 {
         self.waiting() as u64 + self.pending()
+    }
+
+    pub(in crate::handoff::dispatcher) fn groups(
+        &self,
+        now: Instant,
+    ) -> impl Iterator<Item = GroupStats> {
+        self.groups.iter().map(move |(group, state)| GroupStats {
+            group: group.clone(),
+            workers: state.workers,
+            waiting: state.queue.connections(),
+            waiting_for_place: state.queue.tickets(),
+            waits_for_place: state
+                .queue
+                .first_ticket()
+                .map(|since| now.saturating_duration_since(since)),
+        })
     }
 
     pub(in crate::handoff::dispatcher) fn workers(&self) -> impl Iterator<Item = WorkerStats> {
@@ -57,6 +73,7 @@ impl<C> Pool<C> {
         let account = worker.account.as_ref();
         Some(WorkerStats {
             id,
+            group: worker.group.clone(),
             program: worker.program.clone(),
             pid: account.and_then(|account| account.process.pid),
             state: account.map_or(WorkerState::Restarting, Account::state),
@@ -83,17 +100,14 @@ impl<C> Pool<C> {
         if self.departed.len() == MOST_DEPARTED {
             self.departed.pop_front();
         }
-        self.departed.push_back(WorkerStats {
-            state: WorkerState::Gone,
-            room: 0,
-            unanswered: 0,
-            active: 0,
-            ..worker
-        });
+        let worker =
+            WorkerStats { state: WorkerState::Gone, room: 0, unanswered: 0, active: 0, ..worker };
+        self.on_departed(&worker);
+        self.departed.push_back(worker);
     }
 
     /// How long the first of those that wait for a place has been waiting.
     pub(in crate::handoff::dispatcher) fn waits_for_place(&self, now: Instant) -> Option<Duration> {
-        self.queue.first_ticket().map(|since| now.saturating_duration_since(since))
+        self.groups.first_ticket().map(|since| now.saturating_duration_since(since))
     }
 }

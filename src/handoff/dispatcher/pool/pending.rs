@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::ProcessId;
 use crate::handoff::{
-    dispatcher::{Unadopted, WorkerId},
+    dispatcher::{Group, Unadopted, WorkerId},
     protocol::RejectReason,
 };
 
@@ -14,6 +14,8 @@ pub(super) struct Pending<C> {
     pub(super) connection: C,
     /// The time when the dispatcher got it.
     pub(super) since: Instant,
+    /// It goes to the workers of this group.
+    pub(super) group: Group,
     /// Connections with equal keys go to the same worker, if the strategy goes by it.
     pub(super) key: u64,
     /// The number of its descriptors.
@@ -51,10 +53,11 @@ pub(in crate::handoff::dispatcher) enum Failure {
 }
 
 impl<C> Pending<C> {
-    pub(super) fn new(connection: C, key: u64, fds: usize, now: Instant) -> Self {
+    pub(super) fn new(connection: C, group: Group, key: u64, fds: usize, now: Instant) -> Self {
         Self {
             connection,
             since: now,
+            group,
             key,
             fds,
             offers: 0,

@@ -8,9 +8,9 @@ use std::{
 
 use proptest::{collection::vec, prelude::*};
 
-use super::{Event, Pool, ProcessInfo, ProcessState, WorkerId};
+use super::{Admission, Event, Pool, ProcessInfo, ProcessState, WorkerId};
 use crate::handoff::{
-    dispatcher::{RetireCause, builder::Config},
+    dispatcher::{Group, RetireCause, builder::Config},
     incoming::book::Book,
     protocol::{FromWorker, MAX_UNANSWERED, ToWorker},
 };
@@ -209,7 +209,7 @@ impl World {
 
     fn connect(&mut self, side: usize, process: u64) -> WorkerId {
         let pool = &mut self.sides[side].pool;
-        let id = pool.add_worker(None);
+        let id = pool.add_worker(Group::default(), None);
         let process = ProcessInfo { id: process, pid: None, is_child: true };
         pool.connect(id, process, later(self.now), self.now);
         id
@@ -243,7 +243,7 @@ impl World {
         let (connection, now) = (self.dispatched, self.now);
         let Some(side) = self.server().filter(|_| connection < 100) else { return false };
         side.has.insert(connection);
-        side.pool.dispatch(connection, 0, 1, false, now);
+        side.pool.dispatch(connection, Group::default(), (0, 1), Admission::Late, now);
         self.dispatched += 1;
         true
     }

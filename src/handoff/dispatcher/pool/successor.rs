@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::{Account, Event, Pool, ProcessId, ProcessInfo, Worker, WorkerId};
+use crate::handoff::dispatcher::Group;
 
 /// A worker that can be moved, as another dispatcher has to know it.
 #[derive(Debug, Clone)]
@@ -10,19 +11,21 @@ pub(in crate::handoff::dispatcher) struct Movable {
     pub(in crate::handoff::dispatcher) id: WorkerId,
     pub(in crate::handoff::dispatcher) process: ProcessInfo,
     pub(in crate::handoff::dispatcher) program: Option<String>,
+    pub(in crate::handoff::dispatcher) group: Group,
 }
 
 impl<C> Pool<C> {
     /// Returns the workers that can be moved to another dispatcher.
     pub(in crate::handoff::dispatcher) fn movable(&self) -> Vec<Movable> {
         let stays = |worker: &Worker<C>, account: &Account<C>| {
-            worker.removed.is_none() && account.can_move()
+            worker.removed.is_none() && worker.replacement.is_none() && account.can_move()
         };
         let movable = self.accounts().filter(|(_, worker, account)| stays(worker, account));
         let describe = |(id, worker, account): (WorkerId, &Worker<C>, &Account<C>)| Movable {
             id,
             process: account.process,
             program: worker.program.clone(),
+            group: worker.group.clone(),
         };
         movable.map(describe).collect()
     }
@@ -35,6 +38,7 @@ impl<C> Pool<C> {
         links: &[(WorkerId, ProcessId)],
         now: Instant,
     ) {
+        self.roll_all_back(now);
         self.successor = Some(successor);
         let mut planned = Vec::new();
         for (id, worker) in self.workers.iter_mut().filter(|(id, _)| **id != successor) {
@@ -53,6 +57,11 @@ impl<C> Pool<C> {
         }
         self.put_back(planned);
         self.distribute(now);
+    }
+
+    /// Returns true if a worker takes connections of this group. The successor takes all.
+    pub(super) fn is_in(&self, group: &Group, id: WorkerId, worker: &Worker<C>) -> bool {
+        worker.group == *group || self.successor == Some(id)
     }
 
     /// The process of a worker comes from another dispatcher.

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use proptest::{collection::vec, prelude::*, sample::select};
 
 use super::{
-    Event, Pool, ProcessInfo, ProcessState,
+    Admission, Event, Pool, ProcessInfo, ProcessState,
     world::{Fate, Step, World},
 };
 use crate::handoff::{
-    dispatcher::{RetireCause, Strategy as Choice, WorkerId, builder::Config},
+    dispatcher::{Group, RetireCause, Strategy as Choice, WorkerId, builder::Config},
     protocol::{FromWorker, RejectReason, ToWorker, VERSION},
 };
 
@@ -60,6 +60,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => Just(Step::Dispatch),
         3 => Just(Step::Reserve),
+        1 => Just(Step::WaitForAny),
         2 => Just(Step::DispatchReserved),
         1 => Just(Step::GiveUp),
         12 => peer().prop_map(Step::Take),
@@ -80,6 +81,8 @@ fn step() -> impl Strategy<Value = Step> {
         // Nothing is promised of what a liar gets, so only the first one lies.
         1 => lie().prop_map(|lie| Step::Lie(0, lie)),
         3 => peer().prop_map(Step::Restart),
+        1 => (1..3usize).prop_map(Step::Replace),
+        1 => Just(Step::Abandon),
     ]
 }
 
@@ -95,9 +98,15 @@ proptest! {
         steps in vec((step(), 0..40u64), 0..600),
         window in 1..5u64,
         max_offers in 1..4u32,
+        groups in 1..3u64,
         strategy in select(&[Choice::LeastLoaded, Choice::RoundRobin, Choice::ByKey][..]),
     ) {
-        let mut world = World::new(Config { max_offers, strategy, ..config() }, PEERS, window, Instant::now());
+        let mut world = World::new(
+            Config { max_offers, strategy, ..config() },
+            (PEERS, groups),
+            window,
+            Instant::now(),
+        );
         for (step, millis) in steps {
             if world.fates.len() == 60 && matches!(step, Step::Dispatch | Step::DispatchReserved) {
                 continue;
@@ -134,12 +143,16 @@ fn add_worker(pool: &mut Pool<u8>, now: Instant) -> WorkerId {
 }
 
 fn add_process(pool: &mut Pool<u8>, is_child: bool, now: Instant) -> WorkerId {
-    let id = pool.add_worker(None);
+    let id = pool.add_worker(Group::default(), None);
     pool.connect(id, ProcessInfo { id: id.0, pid: None, is_child }, now, now);
     let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: None };
     pool.on_message(id, hello, 0, now).unwrap();
     pool.on_message(id, FromWorker::Demand { total: 1000 }, 0, now).unwrap();
     id
+}
+
+fn dispatch(pool: &mut Pool<u8>, connection: u8, fds: usize, admission: Admission, now: Instant) {
+    pool.dispatch(connection, Group::default(), (0, fds), admission, now);
 }
 
 /// Sends all that there is for a worker. Returns the number of offers.
@@ -158,7 +171,8 @@ fn workers_that_do_not_receive_leave_places_to_the_others() {
     const CONNECTIONS: u8 = 100;
     let now = Instant::now();
     let mut pool = Pool::new(config());
-    (0..CONNECTIONS).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+    (0..CONNECTIONS)
+        .for_each(|connection| dispatch(&mut pool, connection, 1, Admission::None, now));
     let (mut stuck, mut in_flight) = (0, 0);
     for _ in 0..8 {
         let id = add_worker(&mut pool, now);
@@ -188,6 +202,27 @@ fn workers_that_do_not_receive_leave_places_to_the_others() {
     assert!(pool.take_events().iter().all(|event| !matches!(event, Event::Failed { .. })));
 }
 
+/// Otherwise its memory would grow with each process that connects and dies.
+#[test]
+fn a_connection_remembers_no_workers_that_have_left_for_good() {
+    let now = Instant::now();
+    let mut pool = Pool::new(Config { max_offers: u32::MAX, ..config() });
+    dispatch(&mut pool, 0, 1, Admission::None, now);
+    for round in 0..100 {
+        let id = add_worker(&mut pool, now);
+        assert_eq!(send_all(&mut pool, id, now), 1);
+        if round % 2 == 0 {
+            let full = FromWorker::Rejected { first: 0, count: 1, reason: RejectReason::Full };
+            pool.on_message(id, full, 0, now).unwrap();
+        }
+        pool.retire(id, &RetireCause::Ended, 0, ProcessState::Ended(None), now);
+        pool.forget(id, now);
+        let pending = pool.groups.get(&Group::default()).unwrap().queue.iter().next().unwrap();
+        assert!(pending.failed_with.len() + pending.refused_by.len() <= 2);
+        assert_eq!(pending.offers, round + 1);
+    }
+}
+
 /// Its permit was for any worker, and none with room takes it.
 #[test]
 fn a_bundle_that_has_to_wait_leaves_its_place_to_the_next_waiter() {
@@ -196,20 +231,20 @@ fn a_bundle_that_has_to_wait_leaves_its_place_to_the_next_waiter() {
     let id = add_worker(&mut pool, now);
     pool.on_message(id, FromWorker::Demand { total: 1000 }, 0, now).unwrap();
     let mut permits = 0;
-    while pool.try_reserve() {
+    while pool.try_reserve(&Group::default()) {
         permits += 1;
     }
     assert!(permits > 0);
-    let ticket = pool.wait_for_place(now);
-    pool.dispatch(0, 0, 2, true, now);
-    assert!(pool.take_events().contains(&Event::Granted(ticket)));
+    let ticket = pool.wait_for_place(Some(&Group::default()), now);
+    dispatch(&mut pool, 0, 2, Admission::Reserved(Group::default()), now);
+    assert!(pool.take_events().contains(&Event::Granted { ticket, group: Some(Group::default()) }));
 }
 
 #[test]
 fn only_offers_that_were_sent_count_as_repeated() {
     let now = Instant::now();
     let mut pool = Pool::new(config());
-    (0..2).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+    (0..2).for_each(|connection| dispatch(&mut pool, connection, 1, Admission::None, now));
     for (unsent, repeated) in [(2, 0), (0, 0), (2, 0), (1, 1)] {
         let id = add_worker(&mut pool, now);
         assert_eq!(send_all(&mut pool, id, now), 2);
@@ -221,7 +256,7 @@ fn only_offers_that_were_sent_count_as_repeated() {
 /// It is written before the cut, and read after it.
 #[test]
 fn an_adoption_that_was_not_read_before_the_fence_counts() {
-    let mut world = World::new(config(), 1, 1, Instant::now());
+    let mut world = World::new(config(), (1, 1), 1, Instant::now());
     for step in [Step::Answer(0), Step::Read(0), Step::Take(0), Step::Send(0), Step::Get(0, None)] {
         assert!(world.step(step), "{step:?}");
     }
@@ -252,7 +287,7 @@ fn an_answer_out_of_place_answers_nothing() {
         FromWorker::Adopted { first: 0, count: 3 },
     ] {
         let mut pool = Pool::new(config());
-        (0..2).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+        (0..2).for_each(|connection| dispatch(&mut pool, connection, 1, Admission::None, now));
         let id = add_worker(&mut pool, now);
         assert_eq!(send_all(&mut pool, id, now), 2);
         let refused = pool.on_message(id, answer, 0, now);
@@ -291,7 +326,7 @@ fn what_is_planned_for_a_worker_that_falls_silent_goes_to_another_at_once() {
     let mut pool = Pool::new(config());
     let silent = add_worker(&mut pool, now);
     assert_eq!(send_all(&mut pool, silent, now), 0);
-    (0..2).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+    (0..2).for_each(|connection| dispatch(&mut pool, connection, 1, Admission::None, now));
     let other = add_worker(&mut pool, now);
     assert_eq!(send_all(&mut pool, other, now), 0);
     for _ in 0..2 {
@@ -307,7 +342,7 @@ fn only_descriptors_that_were_not_received_count_as_in_flight() {
     let now = Instant::now();
     for (has_received, in_flight) in [(true, 0), (false, 2)] {
         let mut pool = Pool::new(config());
-        (0..2).for_each(|connection| pool.dispatch(connection, 0, 1, false, now));
+        (0..2).for_each(|connection| dispatch(&mut pool, connection, 1, Admission::None, now));
         let id = add_worker(&mut pool, now);
         assert_eq!(send_all(&mut pool, id, now), 2);
         assert_eq!(pool.in_flight(), 2);

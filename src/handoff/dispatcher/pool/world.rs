@@ -6,9 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Event, Pool, ProcessId, ProcessInfo, ProcessState, TicketId, Waiter, peer::Peer};
+use super::{
+    Admission, Event, Pending, Pool, ProcessId, ProcessInfo, ProcessState, ReplacementId, TicketId,
+    Waiter, peer::Peer, replacement::Phase,
+};
 use crate::handoff::{
-    dispatcher::{RetireCause, WorkerId, WorkerState, WorkerStats, builder::Config},
+    dispatcher::{Group, RetireCause, WorkerId, WorkerState, WorkerStats, builder::Config},
     protocol::{FromWorker, RejectReason, ToWorker},
 };
 
@@ -25,9 +28,16 @@ pub(super) struct World {
     shut_down: BTreeSet<u8>,
     pub(super) now: Instant,
     window: u64,
-    /// Places that a user of the dispatcher waits for, and places that are kept for one.
-    tickets: Vec<TicketId>,
-    permits: usize,
+    /// The number of groups, to which workers and connections belong in turn.
+    groups: u64,
+    /// Places that a user of the dispatcher waits for, in this group or in any, and groups in which
+    /// places are kept for one.
+    tickets: Vec<(Option<Group>, TicketId)>,
+    permits: Vec<Group>,
+    /// Replacements with their old and new workers.
+    replacements: Vec<(ReplacementId, Vec<WorkerId>, Vec<WorkerId>)>,
+    /// Workers that the dispatcher's application has removed.
+    removed: BTreeSet<WorkerId>,
     /// How the promise was broken, if an event has done so.
     broken: Option<String>,
 }
@@ -48,6 +58,8 @@ pub(super) enum Step {
     Dispatch,
     /// A user wants a place for a connection to come.
     Reserve,
+    /// An accept loop waits until any worker has room.
+    WaitForAny,
     /// The connection has come.
     DispatchReserved,
     /// A user waits no longer for a place, or has no use for it.
@@ -80,6 +92,10 @@ pub(super) enum Step {
     Drain(usize),
     /// The dispatcher's application removes the worker.
     Remove(usize),
+    /// The workers of the default group are replaced by this number of new ones.
+    Replace(usize),
+    /// Nobody waits for the last replacement any longer.
+    Abandon,
     /// A message that the worker's book knows nothing of.
     Lie(usize, FromWorker),
     /// The worker is started again.
@@ -87,7 +103,12 @@ pub(super) enum Step {
 }
 
 impl World {
-    pub(super) fn new(config: Config, workers: usize, window: u64, now: Instant) -> Self {
+    pub(super) fn new(
+        config: Config,
+        (workers, groups): (usize, u64),
+        window: u64,
+        now: Instant,
+    ) -> Self {
         let pool = Pool::new(config);
         let mut world = Self {
             pool,
@@ -97,15 +118,35 @@ impl World {
             shut_down: BTreeSet::new(),
             now,
             window,
+            groups,
             tickets: Vec::new(),
-            permits: 0,
+            permits: Vec::new(),
+            replacements: Vec::new(),
+            removed: BTreeSet::new(),
             broken: None,
         };
         for _ in 0..workers {
-            let id = world.pool.add_worker(None);
-            world.start(id);
+            world.add_worker();
         }
         world
+    }
+
+    fn add_worker(&mut self) {
+        let group = self.group(self.peers.len() as u64);
+        let id = self.pool.add_worker(group, None);
+        self.start(id);
+    }
+
+    fn group(&self, number: u64) -> Group {
+        match number % self.groups {
+            0 => Group::default(),
+            number => number.to_string().into(),
+        }
+    }
+
+    /// The first worker takes no bundles, and the second connection is one.
+    fn group_of(&self, serial: u8) -> Group {
+        self.group(serial.into())
     }
 
     pub(super) fn start(&mut self, id: WorkerId) {
@@ -119,33 +160,38 @@ impl World {
     /// Takes a step. Returns false if it is none at the moment.
     pub(super) fn step(&mut self, step: Step) -> bool {
         let did = match step {
-            Step::Dispatch => self.dispatch(false),
+            Step::Dispatch => self.dispatch(Admission::None),
             Step::Reserve => {
-                if self.pool.try_reserve() {
-                    self.permits += 1;
+                let group = self.group_of(self.fates.len() as u8);
+                if self.pool.try_reserve(&group) {
+                    self.permits.push(group);
                 } else {
-                    self.tickets.push(self.pool.wait_for_place(self.now));
+                    let ticket = self.pool.wait_for_place(Some(&group), self.now);
+                    self.tickets.push((Some(group), ticket));
                 }
                 true
             }
-            Step::DispatchReserved => {
-                self.permits > 0 && {
-                    self.permits -= 1;
-                    self.dispatch(true)
+            Step::WaitForAny => {
+                !self.pool.has_place() && {
+                    self.tickets.push((None, self.pool.wait_for_place(None, self.now)));
+                    true
                 }
             }
-            Step::GiveUp => match (self.tickets.pop(), self.permits) {
-                (None, 0) => false,
-                (Some(ticket), _) => {
-                    self.pool.cancel(ticket, self.now);
-                    true
-                }
-                (None, _) => {
-                    self.permits -= 1;
-                    self.pool.give_up_place(self.now);
-                    true
-                }
+            Step::DispatchReserved => match self.permits.pop() {
+                Some(group) => self.dispatch(Admission::Reserved(group)),
+                None => false,
             },
+            Step::GiveUp => {
+                if let Some((group, ticket)) = self.tickets.pop() {
+                    self.pool.cancel(group.as_ref(), ticket, self.now);
+                    true
+                } else if let Some(group) = self.permits.pop() {
+                    self.pool.give_up_place(&group, self.now);
+                    true
+                } else {
+                    false
+                }
+            }
             Step::Take(peer) => self.take(peer),
             Step::Send(peer) => self.send(peer),
             Step::Get(peer, unfit) => self.get(peer, unfit),
@@ -176,8 +222,16 @@ impl World {
             }
             Step::Remove(peer) => {
                 let id = self.peers[peer].id;
-                !self.pool.is_removed(id) && self.pool.remove(id, None, self.now)
+                !self.pool.is_removed(id) && {
+                    self.removed.insert(id);
+                    self.pool.remove(id, None, self.now)
+                }
             }
+            Step::Replace(number) => self.replace(number),
+            Step::Abandon => match self.replacements.pop() {
+                Some((id, ..)) => self.pool.end_replacement(id, self.now).is_some(),
+                None => false,
+            },
             Step::Lie(peer, message) => {
                 let peer = &mut self.peers[peer];
                 peer.lies |= peer.can_write();
@@ -199,23 +253,73 @@ impl World {
         did
     }
 
-    fn dispatch(&mut self, reserved: bool) -> bool {
+    fn replace(&mut self, number: usize) -> bool {
+        let group = Group::default();
+        let is_old =
+            |worker: &WorkerStats| worker.group == group && !self.pool.is_removed(worker.id);
+        let old = self.pool.workers().filter(is_old).map(|worker| worker.id).collect();
+        let Ok(id) = self.pool.begin_replacement(&group, None) else { return false };
+        let mut new = Vec::new();
+        for _ in 0..number {
+            let worker = self.pool.add_new_worker(id, String::new(), self.now);
+            self.start(worker);
+            new.push(worker);
+        }
+        self.pool.complete_replacement(id, self.now);
+        self.replacements.push((id, old, new));
+        true
+    }
+
+    /// Until all new workers are ready they get nothing, and the old ones stay; then the old ones
+    /// leave. If a new one is gone before, the new ones leave, and have got nothing.
+    fn check_replacements(&self) -> Result<(), String> {
+        for (id, old, new) in &self.replacements {
+            let stays = |id: &WorkerId| !self.pool.is_removed(*id) || self.removed.contains(id);
+            let has_got_nothing = |id: &WorkerId| {
+                let mut processes = self.peers.iter().filter(|peer| peer.id == *id);
+                processes.all(|peer| peer.given.is_empty() && peer.sent.is_empty())
+            };
+            let phase = self.pool.phase_of(*id);
+            let is_kept = match phase {
+                Some(Phase::Starting) => old.iter().all(stays) && new.iter().all(has_got_nothing),
+                Some(Phase::Switched) => old.iter().all(|id| self.pool.is_removed(*id)),
+                Some(Phase::RolledBack) => {
+                    new.iter().all(|id| self.pool.is_removed(*id) && has_got_nothing(id))
+                }
+                None => true,
+            };
+            if !is_kept {
+                return Err(format!("replacement of {old:?} by {new:?}: {phase:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn dispatch(&mut self, admission: Admission) -> bool {
         let serial = self.fates.len() as u8;
         self.fates.push(Fate::Accepted);
         self.failed_with.push(BTreeSet::new());
-        self.pool.dispatch(serial, serial.into(), fds_of(serial), reserved, self.now);
+        let (group, needs) = (self.group_of(serial), (serial.into(), fds_of(serial)));
+        self.pool.dispatch(serial, group, needs, admission, self.now);
         true
     }
 
     fn take(&mut self, peer: usize) -> bool {
+        let groups =
+            Vec::from_iter((0..self.fates.len()).map(|serial| self.group_of(serial as u8)));
         let peer = &mut self.peers[peer];
+        let own = self.pool.worker(peer.id).map(|worker| worker.group);
         let before = peer.unsent.len();
         while !peer.is_retired
             && let Some(message) = self.pool.next_message(peer.id, self.now)
         {
             let message = message.map(|connection| *connection);
             if let ToWorker::Offer { offer, .. } = message
-                && let Some(why) = peer.must_not_get(fds_of(offer))
+                && let Some(why) = if own.as_ref() == Some(&groups[usize::from(offer)]) {
+                    peer.must_not_get(fds_of(offer))
+                } else {
+                    Some("is of another group")
+                }
             {
                 self.broken.get_or_insert(format!(
                     "worker {} {why}, and is offered connection {offer}",
@@ -342,7 +446,9 @@ impl World {
                     let is_honest =
                         |id| self.peers.iter().all(|peer| peer.id != id || peer.is_honest());
                     let may_take = |worker: &WorkerStats| {
-                        !failed_with.contains(&worker.id) && is_honest(worker.id)
+                        worker.group == self.group_of(connection)
+                            && !failed_with.contains(&worker.id)
+                            && is_honest(worker.id)
                     };
                     let willing =
                         self.pool.workers().find(|worker| !leaves(worker) && may_take(worker));
@@ -353,12 +459,12 @@ impl World {
                         self.broken.get_or_insert(broken);
                     }
                 }
-                Event::Granted(ticket) => {
-                    self.tickets.retain(|waiting| *waiting != ticket);
-                    self.permits += 1;
+                Event::Granted { ticket, group } => {
+                    self.tickets.retain(|(_, waiting)| *waiting != ticket);
+                    self.permits.extend(group);
                 }
                 Event::ShutDown(connection) => drop(self.shut_down.insert(connection)),
-                Event::Wake(_) | Event::FenceDeferred(_) | Event::Close(_) => {}
+                Event::Wake(_) | Event::FenceDeferred(_) | Event::Close(_) | Event::Changed => {}
             }
         }
     }
@@ -376,6 +482,7 @@ impl World {
     /// The part of the promise that is broken.
     pub(super) fn check(&self) -> Result<(), String> {
         self.broken.clone().map_or(Ok(()), Err)?;
+        self.check_replacements()?;
         if let Some(peer) =
             self.peers.iter().find(|peer| peer.is_honest() && peer.complaint.is_some())
         {
@@ -406,15 +513,20 @@ impl World {
         let could_go = |waiter: &&Waiter<u8>| match waiter {
             // At its last attempt a connection waits for a worker that has not failed with it.
             Waiter::Connection(pending) if pending.is_at_last_attempt(max_offers) => false,
-            Waiter::Connection(pending) if pending.fds > 1 => self.has_room_for(pending.fds),
+            Waiter::Connection(pending) if pending.fds > 1 => self.has_room_for(pending),
             _ => true,
         };
-        match self.pool.queue.waiters().find(could_go) {
-            Some(waiter) if self.pool.free() > 0 => {
-                Err(format!("{waiter:?} waits, and a worker has room"))
+        for (group, state) in self.pool.groups.iter() {
+            if let Some(waiter) = state.queue.waiters().find(could_go)
+                && self.pool.free(group) > 0
+            {
+                return Err(format!("{waiter:?} waits for {group:?}, and a worker has room"));
             }
-            _ => Ok(()),
         }
+        if self.pool.groups.waits_for_any() && self.pool.has_place() {
+            return Err("an accept loop waits, and a worker has room".into());
+        }
+        Ok(())
     }
 
     /// The client of an adopted connection sees its end with the adopter's, though another process
@@ -446,15 +558,18 @@ impl World {
 
     /// Returns true if a worker takes a bundle of this size, and nothing else than descriptors in
     /// flight may be in the way.
-    fn has_room_for(&self, fds: usize) -> bool {
+    fn has_room_for(&self, pending: &Pending<u8>) -> bool {
         let is_limited = self.pool.config.max_in_flight < usize::MAX;
         !is_limited
-            && self.pool.accounts().any(|(_, _, account)| account.takes(fds) && account.room() > 0)
+            && self.pool.accounts().any(|(_, worker, account)| {
+                worker.group == pending.group && account.takes(pending.fds) && account.room() > 0
+            })
     }
 
     /// The number of places of the pool that have a connection which is not decided.
     fn owners(&self, serial: u8) -> usize {
-        let waiting = self.pool.queue.iter().filter(|pending| pending.connection == serial).count();
+        let pending = self.pool.groups.iter().flat_map(|(_, group)| group.queue.iter());
+        let waiting = pending.filter(|pending| pending.connection == serial).count();
         let in_accounts =
             self.pool.accounts().map(|(_, _, account)| account.count_of(&serial)).sum::<usize>();
         waiting + in_accounts
@@ -463,8 +578,7 @@ impl World {
     /// All that is left to do is done, in turns, by workers that do what they should. Time passes.
     pub(super) fn settle(&mut self) {
         while self.step(Step::GiveUp) {}
-        let honest = self.pool.add_worker(None);
-        self.start(honest);
+        (0..self.groups).for_each(|_| self.add_worker());
         for _ in 0..400 {
             if self.fates.iter().all(|fate| *fate != Fate::Accepted) {
                 return;
@@ -495,7 +609,13 @@ impl Step {
     /// The number of the peer that it is about.
     pub(super) fn peer(self) -> Option<usize> {
         match self {
-            Self::Dispatch | Self::Reserve | Self::DispatchReserved | Self::GiveUp => None,
+            Self::Dispatch
+            | Self::Reserve
+            | Self::WaitForAny
+            | Self::DispatchReserved
+            | Self::GiveUp
+            | Self::Replace(_)
+            | Self::Abandon => None,
             Self::Take(peer)
             | Self::Send(peer)
             | Self::Get(peer, _)

@@ -6,8 +6,8 @@ use bytes::Bytes;
 
 use crate::{
     Frame, Socket,
-    fields::{Fields, put_long, put_short},
-    handoff::protocol::MAX_MESSAGE_BYTES,
+    fields::{Fields, put_short},
+    handoff::Group,
 };
 
 /// Each frame begins with this. The last byte is the version.
@@ -35,6 +35,7 @@ pub(super) struct Traveller {
     /// A dispatcher has started it.
     pub(super) is_started: bool,
     pub(super) program: Option<String>,
+    pub(super) group: Group,
 }
 
 impl Part {
@@ -45,9 +46,10 @@ impl Part {
                 payload.push(1);
                 vec![OwnedFd::from(forward), back.into()]
             }
-            Self::Worker(Traveller { link, pidfd, is_started, program }) => {
+            Self::Worker(Traveller { link, pidfd, is_started, program, group }) => {
                 payload.extend([2, is_started.into(), program.is_some().into()]);
                 put_short(&mut payload, program.unwrap_or_default().as_bytes())?;
+                put_short(&mut payload, group.as_str().as_bytes())?;
                 [OwnedFd::from(link)].into_iter().chain(pidfd).collect()
             }
         };
@@ -74,12 +76,14 @@ impl Part {
         match fields.u8() {
             Some(1) => Ok(Self::Connections { forward: socket()?, back: socket()? }),
             Some(2) => {
-                let (is_started, has_program, program) =
-                    (|| Some((fields.bool()?, fields.bool()?, fields.text()?)))()
-                        .ok_or_else(no_part)?;
-                let program = has_program.then_some(program);
+                let described = (|| {
+                    let (is_started, has_program) = (fields.bool()?, fields.bool()?);
+                    let (program, group) = (fields.text()?, fields.text()?);
+                    Some((is_started, has_program.then_some(program), group.into()))
+                })();
+                let (is_started, program, group) = described.ok_or_else(no_part)?;
                 let link = socket()?;
-                Ok(Self::Worker(Traveller { link, pidfd: fds.next(), is_started, program }))
+                Ok(Self::Worker(Traveller { link, pidfd: fds.next(), is_started, program, group }))
             }
             _ => Err(no_part()),
         }
@@ -94,6 +98,7 @@ fn no_part() -> io::Error {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::handoff::dispatcher) struct Envelope {
     pub(in crate::handoff::dispatcher) key: Option<u64>,
+    pub(in crate::handoff::dispatcher) group: Group,
     pub(in crate::handoff::dispatcher) metadata: Bytes,
 }
 
@@ -102,16 +107,18 @@ impl Envelope {
         let mut bytes = Vec::with_capacity(16 + self.metadata.len());
         bytes.push(self.key.is_some().into());
         bytes.extend(self.key.unwrap_or_default().to_be_bytes());
-        let fits = put_long(&mut bytes, &self.metadata);
-        debug_assert!(fits.is_ok() && self.metadata.len() <= MAX_MESSAGE_BYTES);
+        let fits = put_short(&mut bytes, self.group.as_str().as_bytes());
+        debug_assert!(fits.is_ok(), "the length was checked");
+        bytes.extend_from_slice(&self.metadata);
         bytes.into()
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let mut fields = Fields(bytes);
         let (has_key, key) = (fields.bool()?, fields.u64()?);
-        let metadata = Bytes::copy_from_slice(fields.long()?);
-        Some(Self { key: has_key.then_some(key), metadata })
+        let group = Group::from(fields.text()?);
+        let metadata = Bytes::copy_from_slice(fields.rest());
+        Some(Self { key: has_key.then_some(key), group, metadata })
     }
 }
 
@@ -128,11 +135,16 @@ mod tests {
             let (link, _there) = Socket::pair(SocketKind::Stream).unwrap();
             let pidfd = pidfd.then(|| File::open("/dev/null").unwrap().into());
             let has_pidfd = pidfd.is_some();
-            let traveller =
-                Traveller { link, pidfd, is_started: has_pidfd, program: program.clone() };
+            let traveller = Traveller {
+                link,
+                pidfd,
+                is_started: has_pidfd,
+                program: program.clone(),
+                group: "images".into(),
+            };
             let frame = Part::Worker(traveller).into_frame().unwrap();
             let Part::Worker(arrived) = Part::from_frame(frame).unwrap() else { panic!() };
-            assert_eq!(arrived.program, program);
+            assert_eq!((arrived.program, arrived.group), (program, "images".into()));
             assert_eq!((arrived.pidfd.is_some(), arrived.is_started), (has_pidfd, has_pidfd));
         }
     }
@@ -140,7 +152,13 @@ mod tests {
     #[tokio::test]
     async fn foreign_frames_are_refused() {
         let (link, _there) = Socket::pair(SocketKind::Stream).unwrap();
-        let traveller = Traveller { link, pidfd: None, is_started: true, program: None };
+        let traveller = Traveller {
+            link,
+            pidfd: None,
+            is_started: true,
+            program: None,
+            group: Group::default(),
+        };
         let Frame { payload, .. } = Part::Worker(traveller).into_frame().unwrap();
         // Without its descriptor, cut short, of another version, and something else.
         let file = || OwnedFd::from(File::open("/dev/null").unwrap());
@@ -158,9 +176,9 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_keeps_its_key_and_metadata() {
+    fn a_connection_keeps_its_key_group_and_metadata() {
         for key in [None, Some(u64::MAX)] {
-            let envelope = Envelope { key, metadata: "tenant 7".into() };
+            let envelope = Envelope { key, group: "images".into(), metadata: "tenant 7".into() };
             assert_eq!(Envelope::decode(&envelope.encode()), Some(envelope));
         }
         assert_eq!(Envelope::decode(b"\0"), None);

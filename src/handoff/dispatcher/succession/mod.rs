@@ -20,7 +20,7 @@ use super::{
 use crate::{
     Frame, Socket, SocketKind,
     handoff::{
-        Connection, ConnectionParts, ConnectionStream, Incoming, Transport,
+        Connection, ConnectionParts, ConnectionStream, Group, Incoming, Transport,
         protocol::{MAX_OFFER_FDS, MAX_UNANSWERED},
     },
 };
@@ -61,6 +61,8 @@ pub struct TakenWorker {
     pub program: Option<String>,
     /// The number of its process, if that is in this PID namespace.
     pub pid: Option<u32>,
+    /// The group that it belongs to.
+    pub group: Group,
 }
 
 impl Dispatcher {
@@ -94,6 +96,7 @@ impl Dispatcher {
                 pidfd: self.shared.processes().pidfd(process.id),
                 is_started: process.is_child,
                 program: worker.program,
+                group: worker.group,
             }));
         }
         let frames = parts.into_iter().map(Part::into_frame).collect::<Result<_, _>>()?;
@@ -142,13 +145,13 @@ impl Dispatcher {
         traveller: Traveller,
         restart: &mut impl FnMut(&TakenWorker) -> Option<WorkerCommand>,
     ) -> WorkerId {
-        let Traveller { link, pidfd, is_started, program } = traveller;
+        let Traveller { link, pidfd, is_started, program, group } = traveller;
         let process = self.shared.processes().taken(pidfd, is_started);
         let pid = process.info().pid;
-        let id = self.shared.act(|pool| pool.add_worker(program.clone()));
+        let id = self.shared.act(|pool| pool.add_worker(group.clone(), program.clone()));
         let task = WorkerTask::new(Arc::clone(&self.shared), id, link, process);
         self.shared.act(|pool| pool.take_worker(id));
-        let worker = TakenWorker { id, program, pid };
+        let worker = TakenWorker { id, program, pid, group };
         match is_started.then(|| restart(&worker)).flatten() {
             Some(command) => self.supervise(id, command, task),
             None => self.run(id, task),
@@ -231,7 +234,7 @@ impl TakenWorkers {
 
 /// Hands all connections to another dispatcher, as if it were a worker.
 fn hand_on(shared: &Arc<Shared>, socket: Socket, links: &[(WorkerId, ProcessId)]) {
-    let successor = shared.act(|pool| pool.add_worker(None));
+    let successor = shared.act(|pool| pool.add_worker(Group::default(), None));
     let task = WorkerTask::of_successor(Arc::clone(shared), successor, socket);
     let entry = WorkerEntryGuard::new(shared, successor);
     shared.tasks.add(async move {
@@ -276,16 +279,16 @@ fn take_connection(shared: &Arc<Shared>, connection: Connection) {
         ConnectionStream::Unix(stream) => (Accepted::from(stream), Transport::UnixStream),
     };
     let envelope = Envelope::decode(&metadata);
-    let (Ok(socket), Some(Envelope { key, metadata })) = (accepted.socket, envelope) else {
+    let (Ok(socket), Some(Envelope { key, group, metadata })) = (accepted.socket, envelope) else {
         warn!("connection closed: it can't be taken from another dispatcher");
         return shared.count_lost();
     };
-    let about = About { transport, read, metadata, key, bundle };
+    let about = About { transport, read, metadata, key, group: Some(group), bundle };
     match Handover::prepare(socket, about, Some(peer), Some(local)) {
         Ok(mut connection) => {
             connection.origin = Some(serving);
             match reserve_late(shared) {
-                Some(permit) => permit.take(connection),
+                Some(permit) => permit.take(connection, &Group::default()),
                 None => {
                     connection.shut_down();
                     shared.count_lost();

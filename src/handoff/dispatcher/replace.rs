@@ -1,0 +1,190 @@
+//! Replacing the workers of a group.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::task::yield_now;
+use tracing::{info, warn};
+
+use super::{
+    Dispatcher, LONGEST, Shared, WorkerCommand, WorkerId, WorkerStats,
+    pool::{Outcome, Refusal, ReplacementId},
+};
+
+/// The workers of a group were replaced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Replaced {
+    /// The workers that have come.
+    pub new: Vec<WorkerId>,
+    /// The workers that have left, in the order in which they did. Their
+    /// [`last_exit`](WorkerStats::last_exit) tells how.
+    pub old: Vec<WorkerStats>,
+}
+
+impl Replaced {
+    /// Returns the number of connections that the old workers had adopted and that had not ended
+    /// when they left, as far as the workers have told. With a process that is
+    /// [killed](super::DispatcherBuilder::kill_hung), its connections end.
+    pub fn unfinished(&self) -> u64 {
+        let exits = self.old.iter().filter_map(|worker| worker.last_exit.as_ref());
+        exits.map(|exit| exit.active).sum()
+    }
+}
+
+/// The workers of a group were not replaced. The old ones go on, and of the new ones none is left.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotReplaced {
+    /// The program of a new worker could not be started. The error has its name.
+    #[error(transparent)]
+    NotStarted(io::Error),
+    /// A new worker was gone before all were ready, or was not ready in time. Its
+    /// [`last_exit`](WorkerStats::last_exit) tells why, and the exit status.
+    #[error("{}", failure(.0))]
+    Failed(Box<WorkerStats>),
+    /// New workers of this group are starting already.
+    #[error("new workers of this group are starting already")]
+    InProgress,
+    /// The dispatcher drains.
+    #[error("the dispatcher drains")]
+    Draining,
+    /// There was no command to start new workers with.
+    #[error("there is no command to start new workers with")]
+    NoCommand,
+}
+
+fn failure(worker: &WorkerStats) -> String {
+    let program = worker.program.as_deref().unwrap_or_default();
+    let Some(exit) = &worker.last_exit else {
+        return format!("new worker {} ({program}) is gone", worker.id);
+    };
+    let pid = exit.pid.map_or_else(String::new, |pid| format!(", pid {pid}"));
+    format!("new worker {} ({program}{pid}) is gone: {exit}", worker.id)
+}
+
+impl From<Refusal> for NotReplaced {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::InProgress => Self::InProgress,
+            Refusal::Draining => Self::Draining,
+        }
+    }
+}
+
+impl Dispatcher {
+    /// Replaces the workers of [this group](Self::in_group): starts the new ones, waits until each
+    /// has said hello, and then tells the old ones to finish what they have, within this time.
+    /// Returns when the old ones have left.
+    ///
+    /// The old workers are those that the group has when this is called, whether they were started
+    /// or have connected. Until all new ones are ready, the old ones get all connections; after
+    /// that the new ones do. What the old ones have not adopted then goes to the new ones too. No
+    /// connection takes a further descriptor for that; each new worker takes two.
+    ///
+    /// If a new worker fails before all are ready, the new ones are stopped, and the old ones have
+    /// noticed nothing. A new worker fails if its program cannot be started, if its process or its
+    /// socket ends, or if it does not say hello, in the
+    /// [time](super::DispatcherBuilder::hello_timeout) that there is for it, even if it is to be
+    /// [started again](WorkerCommand::restart). After the switch, a new worker that dies is treated
+    /// as any other.
+    ///
+    /// | what happens meanwhile | before the switch | after it |
+    /// |---|---|---|
+    /// | an old worker dies | it is started again if that is asked for | it has left |
+    /// | a new worker dies | the new ones are stopped | it is started again if that is asked for |
+    /// | a worker is added | it stays | it stays |
+    /// | the dispatcher drains | the new ones are stopped | the old ones go on leaving |
+    /// | a second call for this group | [`InProgress`](NotReplaced::InProgress) | it replaces the new ones |
+    ///
+    /// ```no_run
+    /// # async fn example(dispatcher: fdwire::handoff::Dispatcher)
+    /// # -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::time::Duration;
+    ///
+    /// use fdwire::handoff::WorkerCommand;
+    /// use tokio::process::Command;
+    ///
+    /// let new = (0..4).map(|_| WorkerCommand::from(Command::new("my-worker")).restart(true));
+    /// let replaced = dispatcher.replace_workers(new, Some(Duration::from_secs(30))).await?;
+    /// println!("{:?} have come; {} connections were cut", replaced.new, replaced.unfinished());
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`NotReplaced`]: the old workers go on, and the new ones have left.
+    ///
+    /// # Cancel safety
+    /// If it is dropped before the switch, the new workers are stopped, and the old ones go on. If
+    /// it is dropped after that, the old ones go on leaving.
+    pub async fn replace_workers<W: Into<WorkerCommand>>(
+        &self,
+        new: impl IntoIterator<Item = W>,
+        within: Option<Duration>,
+    ) -> Result<Replaced, NotReplaced> {
+        let commands = Vec::from_iter(new.into_iter().map(Into::into));
+        if commands.is_empty() {
+            return Err(NotReplaced::NoCommand);
+        }
+        let (shared, within) = (&self.shared, within.map(|within| within.min(LONGEST)));
+        let id = shared.act(|pool| pool.begin_replacement(&self.group, within))?;
+        let guard = ReplacementGuard { shared, id };
+
+        // Each start takes a while, so other tasks get their turn.
+        let mut not_started = None;
+        for command in commands {
+            if !shared.act(|pool| pool.is_starting(id)) {
+                break;
+            }
+            let started = self.start_worker(command, |pool, program| {
+                pool.add_new_worker(id, program, Instant::now())
+            });
+            if let Err(error) = started {
+                shared.act(|pool| pool.roll_back(id, None, Instant::now()));
+                not_started = Some(error);
+                break;
+            }
+            yield_now().await;
+        }
+        shared.act(|pool| pool.complete_replacement(id, Instant::now()));
+
+        shared.until(|pool| pool.is_replacement_over(id)).await;
+        let failed = match guard.end() {
+            Some(Outcome::Switched { new, old }) => {
+                let replaced = Replaced { new, old };
+                info!(group = %self.group, unfinished = replaced.unfinished(), "workers were replaced");
+                return Ok(replaced);
+            }
+            Some(Outcome::RolledBack { failed }) => failed,
+            None => None,
+        };
+        let error = match (not_started, failed) {
+            (Some(error), _) => NotReplaced::NotStarted(error),
+            (None, Some(failed)) => NotReplaced::Failed(Box::new(failed)),
+            (None, None) => NotReplaced::Draining,
+        };
+        warn!(group = %self.group, %error, "workers were not replaced");
+        Err(error)
+    }
+}
+
+/// Ends the replacement when nobody waits for it any longer.
+struct ReplacementGuard<'a> {
+    shared: &'a Arc<Shared>,
+    id: ReplacementId,
+}
+
+impl ReplacementGuard<'_> {
+    fn end(&self) -> Option<Outcome> {
+        self.shared.act(|pool| pool.end_replacement(self.id, Instant::now()))
+    }
+}
+
+impl Drop for ReplacementGuard<'_> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
