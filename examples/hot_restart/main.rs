@@ -7,12 +7,14 @@
 //! cargo run --features axum --example hot_restart -- --wait       # starts it in the background
 //! cargo run --features axum --example hot_restart -- --demo       # load through 20 restarts
 //! cargo run --features axum --example hot_restart -- --demo --kill
+//! cargo run --features axum --example hot_restart -- --demo --front   # workers go on through all of them
 //! ```
 //!
 //! `--wait` returns once the new process serves, with exit code 0, or once it has failed, with 1.
 //! It is the `ExecReload=` of a systemd unit: see docs/TAKEOVER.md.
 
 mod demo;
+mod front;
 mod load;
 
 use std::{env, io, net::SocketAddr, process, process::Stdio, time::Duration};
@@ -44,6 +46,12 @@ struct Arguments {
     /// Milliseconds after which a replaced server cuts what is left.
     #[arg(long, default_value_t = 30_000)]
     deadline: u64,
+    /// Serves with two worker processes, which go on when this one is replaced.
+    #[arg(long)]
+    front: bool,
+    /// Serves what a front hands over.
+    #[arg(long, hide = true)]
+    worker: bool,
     /// Starts the server in the background, and waits until it serves or has failed.
     #[arg(long)]
     wait: bool,
@@ -65,7 +73,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments = Arguments::parse();
     match () {
-        () if arguments.demo => Ok(demo::run(arguments.kill).await?),
+        () if arguments.demo => Ok(demo::run(arguments.kill, arguments.front).await?),
+        () if arguments.worker => front::work(router()).await,
         () if arguments.wait => launch(arguments).await,
         () if arguments.list => list(arguments).await,
         () => serve(arguments).await,
@@ -87,8 +96,10 @@ async fn serve(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let server = pending.ready().await?;
     println!("ready");
 
-    let router = Router::new().route("/", get(async || format!("{}\n", process::id())));
-    let serving = server.serve_axum(server.gated("http", 0)?, router);
+    if arguments.front {
+        return front::serve(server, notifier).await;
+    }
+    let serving = server.serve_axum(server.gated("http", 0)?, router());
     let mut terminate = signal(SignalKind::terminate())?;
     select! {
         (finished, told) = async { join!(serving, notifier.follow(&server)) } => {
@@ -99,6 +110,10 @@ async fn serve(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
         _ = terminate.recv() => notifier.stopping().await?,
     }
     Ok(())
+}
+
+fn router() -> Router {
+    Router::new().route("/", get(async || format!("{}\n", process::id())))
 }
 
 /// Starts this program again, without `--wait`.

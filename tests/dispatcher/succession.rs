@@ -148,6 +148,47 @@ fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_the
     });
 }
 
+#[test]
+fn workers_and_connections_keep_their_groups() {
+    run(async {
+        let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
+        let mut images = Worker::add(&old.in_group("images"), SocketKind::SeqPacket);
+        ready(&old, 1).await;
+        // One group has no workers at all, and both kinds of connection name theirs.
+        let (_client, accepted) = one().await;
+        let waiting = old.in_group("api").dispatch(accepted);
+        drop(succeed(&old, &new));
+        ready(&new, 1).await;
+        let (_other, accepted) = one().await;
+        let outcome = old.dispatch(Accepted::from(accepted).group("images"));
+        drop(images.next().await);
+        outcome.await.unwrap();
+        until("both have moved", || new.stats().dispatched == 2).await;
+        let mut api = Worker::add(&new.in_group("api"), SocketKind::SeqPacket);
+        drop(api.next().await);
+        waiting.await.unwrap();
+        assert_eq!(new.stats().workers.len(), 2);
+    });
+}
+
+/// It says hello when its dispatcher has been replaced already.
+#[test]
+fn a_worker_that_is_just_starting_moves_too() {
+    run(async {
+        let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
+        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        old.add_worker(there);
+        drop(succeed(&old, &new));
+        let mut incoming = Incoming::new(here);
+        let (_client, accepted) = one().await;
+        let outcome = new.dispatch(accepted);
+        drop(incoming.next().await.unwrap());
+        outcome.await.unwrap();
+        old.drain(None).await;
+        assert!(!incoming.handle().is_draining());
+    });
+}
+
 /// Rules: W-MOVED.
 #[test]
 fn what_a_worker_has_not_adopted_when_it_moves_is_served_once() {

@@ -15,6 +15,7 @@ mod namespaces;
 mod processes;
 mod supervisor;
 mod undo;
+mod workers;
 
 use std::{
     net::{SocketAddr, TcpListener},

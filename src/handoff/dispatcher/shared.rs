@@ -63,6 +63,13 @@ pub(super) struct NewLinks {
     pub(super) ours: HashMap<WorkerId, Socket>,
 }
 
+impl NewLinks {
+    /// Takes those of a worker: its end, and the end here.
+    pub(super) fn remove(&mut self, id: WorkerId) -> (Option<OwnedFd>, Option<Socket>) {
+        (self.theirs.remove(&id), self.ours.remove(&id))
+    }
+}
+
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -296,10 +296,9 @@ impl WorkerTask {
 
     /// Takes the new link of the worker. `None` if it was withdrawn meanwhile.
     fn new_link(&mut self) -> Result<Option<NewLink<SendFd>>, RetireCause> {
-        let mut links = lock(&self.shared.new_links);
-        let Some(socket) = links.theirs.remove(&self.id) else { return Ok(None) };
-        self.next_link = links.ours.remove(&self.id);
-        drop(links);
+        let (theirs, ours) = lock(&self.shared.new_links).remove(self.id);
+        let Some(socket) = theirs else { return Ok(None) };
+        self.next_link = ours;
         self.process.release();
         let cookie = getsockopt(&socket, sys::Cookie).map_err(io::Error::from);
         let cookie = cookie.map_err(|error| RetireCause::from(Error::from(error)))?;
@@ -332,6 +331,7 @@ impl WorkerTask {
             self.report_fence().await;
         }
         let Self { shared, id, mut process, outbound, has_greeted, .. } = self;
+        lock(&shared.new_links).remove(id); // the other dispatcher sees the end
         let state = process.state(&cause, has_received);
         // A process that has not said hello may not even look at its socket.
         let is_fenced =

@@ -29,6 +29,8 @@ pub(super) struct Account<C> {
     /// Connections that it had adopted before this link began, and that had not ended then. `None`
     /// if it can't be moved.
     open_before: Option<u64>,
+    /// There is another link for it, to the dispatcher that goes on in the place of this one.
+    pub(super) has_next_link: bool,
     /// It was told to go on at another link.
     has_moved: bool,
     /// To be offered. Not even the worker's task has them.
@@ -69,6 +71,7 @@ impl<C> Account<C> {
             phase: Phase::Starting,
             max_fds: 0,
             open_before: None,
+            has_next_link: false,
             has_moved: false,
             planned: Offers::default(),
             unanswered: Offers::default(),
@@ -132,9 +135,9 @@ impl<C> Account<C> {
         self.has_moved
     }
 
-    /// Returns true if the worker can go on at another link: it knows how, and takes connections.
-    pub(super) fn can_move(&self) -> bool {
-        self.phase == Phase::Open && self.open_before.is_some()
+    /// Returns true if it may be able to go on at another link.
+    pub(super) fn may_move(&self) -> bool {
+        self.phase == Phase::Starting || self.phase == Phase::Open && self.open_before.is_some()
     }
 
     pub(super) fn takes(&self, fds: usize) -> bool {
@@ -372,6 +375,20 @@ impl<C> Account<C> {
             self.send(ToWorker::Drain { within });
         }
         self.wake()
+    }
+
+    /// Another dispatcher goes on in the place of this one: the worker goes on with that if it
+    /// can, and leaves otherwise. One that has not said hello does so after that. Returns what was
+    /// planned for it.
+    pub(super) fn hand_on(&mut self, now: Instant) -> Vec<Pending<C>> {
+        match self.phase {
+            Phase::Open if self.has_next_link && self.open_before.is_some() => self.move_away(),
+            Phase::Open => {
+                self.tell_to_drain(None, now);
+                self.drain()
+            }
+            Phase::Starting | Phase::Draining => Vec::new(),
+        }
     }
 
     /// It is to go on at another link, and gets nothing more at this one. Returns what was planned

@@ -342,8 +342,11 @@ impl<C> Pool<C> {
         match message {
             FromWorker::Hello { lowest, highest, max_fds, open } => {
                 account.on_hello((lowest, highest), max_fds, open, now)?;
-                let is_replaced = self.successor.is_some_and(|successor| successor != id);
-                if let Some(until) = worker.removed.or(is_replaced.then_some(None)) {
+                let is_succeeded = self.successor.is_some_and(|successor| successor != id);
+                if is_succeeded && worker.removed.is_none() {
+                    account.hand_on(now);
+                }
+                if let Some(until) = worker.removed {
                     account.drain();
                     account.tell_to_drain(until, now);
                 }

@@ -36,6 +36,10 @@ struct Link {
     book: Book<u8>,
     to_worker: VecDeque<ToWorker<u8, ()>>,
     from_worker: VecDeque<FromWorker>,
+    /// The number of MOVEs that were sent.
+    moves: usize,
+    /// The dispatcher takes the worker back with the MOVE after this many.
+    returns_after: Option<usize>,
     /// The dispatcher's end is closed.
     is_closed: bool,
     /// The book has seen the end.
@@ -115,6 +119,8 @@ impl Link {
             book,
             to_worker: VecDeque::new(),
             from_worker: VecDeque::new(),
+            moves: 0,
+            returns_after: None,
             is_closed: false,
             has_ended: false,
         }
@@ -127,7 +133,16 @@ impl Link {
             && !self.is_closed
             && let Some(message) = side.pool.next_message(self.id, now)
         {
+            self.moves += usize::from(matches!(message, ToWorker::Move(())));
             self.to_worker.push_back(message.map(|connection| *connection));
+            if self.returns_after.is_some_and(|moves| self.moves > moves) {
+                // It cuts a worker off that it takes back, once the message is sent.
+                for message in std::mem::take(&mut self.from_worker) {
+                    side.pool.on_last_message(self.id, message, 0, now);
+                }
+                side.pool.relink(self.id, 0, later(now), now);
+                self.is_closed = true;
+            }
         }
     }
 
@@ -249,13 +264,11 @@ impl World {
     }
 
     fn ask(&mut self, worker: usize) -> bool {
-        let given = self.workers[worker].given;
         let current = self.workers[worker].links.last_mut().expect("it has one");
         if !current.has_ended {
             current.book.adopt(1);
         }
-        self.answer(worker);
-        self.workers[worker].given > given
+        self.answer(worker)
     }
 
     fn finish(&mut self, worker: usize) -> bool {
@@ -269,13 +282,17 @@ impl World {
         may
     }
 
-    /// As the channel of a worker does after whatever happened.
-    fn answer(&mut self, worker: usize) {
+    /// As the channel of a worker does after whatever happened. Returns true if it did something.
+    fn answer(&mut self, worker: usize) -> bool {
         let Worker { links, given, .. } = &mut self.workers[worker];
+        let messages =
+            |links: &[Link]| links.iter().map(|link| link.from_worker.len()).sum::<usize>();
+        let before = messages(links) + *given;
         for connection in links.iter_mut().flat_map(|link| link.answer(self.now)) {
             *given += 1;
             *self.adopted.entry(connection).or_default() += 1;
         }
+        messages(links) + *given > before
     }
 
     /// The index of a worker's link of this age, from 0 for the current one.
@@ -290,17 +307,6 @@ impl World {
             return false;
         }
         link.send(&mut self.sides, self.now);
-        let moves = |message: &ToWorker<u8, ()>| matches!(message, ToWorker::Move(()));
-        if self.is_undone && link.side == OLD && !link.is_closed && link.to_worker.iter().any(moves)
-        {
-            // The task of a worker that is taken back cuts the link once the message is sent.
-            let pool = &mut self.sides[OLD].pool;
-            for message in std::mem::take(&mut link.from_worker) {
-                pool.on_last_message(link.id, message, 0, self.now);
-            }
-            pool.relink(link.id, 0, later(self.now), self.now);
-            link.is_closed = true;
-        }
         if link.to_worker.is_empty() && link.is_closed {
             link.has_ended = true;
             let lost = link.book.end(false).lost;
@@ -351,7 +357,7 @@ impl World {
             waiting.insert(connection);
             let side = &mut self.sides[other];
             side.has.insert(connection);
-            side.pool.dispatch(connection, 0, 1, false, self.now);
+            side.pool.dispatch(connection, Group::default(), (0, 1), Admission::Late, self.now);
         }
         is_news
     }
@@ -398,8 +404,12 @@ impl World {
         }
         let moved = self.sides[OLD].pool.moved();
         for worker in &mut self.workers {
-            let first = &worker.links[0];
+            let first = &mut worker.links[0];
+            if first.moves == 0 {
+                worker.coming.clear(); // it was not told of that
+            }
             if moved.contains(&first.id) && first.side == OLD {
+                first.returns_after = Some(first.moves);
                 worker.coming.push_back((OLD, first.id));
             }
         }
@@ -473,7 +483,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
     /// Each connection is given to at most one application, and none is lost but with the
     /// dispatcher that had it. The worker's numbers are right at whatever link.

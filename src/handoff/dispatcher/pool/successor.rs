@@ -18,7 +18,7 @@ impl<C> Pool<C> {
     /// Returns the workers that can be moved to another dispatcher.
     pub(in crate::handoff::dispatcher) fn movable(&self) -> Vec<Movable> {
         let stays = |worker: &Worker<C>, account: &Account<C>| {
-            worker.removed.is_none() && worker.replacement.is_none() && account.can_move()
+            worker.removed.is_none() && worker.replacement.is_none() && account.may_move()
         };
         let movable = self.accounts().filter(|(_, worker, account)| stays(worker, account));
         let describe = |(id, worker, account): (WorkerId, &Worker<C>, &Account<C>)| Movable {
@@ -31,7 +31,7 @@ impl<C> Pool<C> {
     }
 
     /// Another dispatcher goes on in the place of this one. It takes all connections, as if it were
-    /// a worker. Those workers for which there is a new link move, and the others drain.
+    /// a worker. Those workers for which there is a new link move to it, and the others leave.
     pub(in crate::handoff::dispatcher) fn succeed(
         &mut self,
         successor: WorkerId,
@@ -43,16 +43,12 @@ impl<C> Pool<C> {
         let mut planned = Vec::new();
         for (id, worker) in self.workers.iter_mut().filter(|(id, _)| **id != successor) {
             let Some(account) = &mut worker.account else { continue };
-            let has_link = links.contains(&(*id, account.process.id));
-            if has_link && worker.removed.is_none() && account.can_move() {
-                planned.extend(account.move_away());
-            } else {
-                planned.extend(account.drain());
-                // One that comes from the successor is told by it.
-                if account.clock.is_greeted() && worker.removed.is_none() && !worker.is_taken {
-                    account.tell_to_drain(None, now);
-                }
-            }
+            account.has_next_link = links.contains(&(*id, account.process.id));
+            // If everything is given back, the successor tells its workers.
+            planned.extend(match worker.is_taken && links.is_empty() {
+                true => account.drain(),
+                false => account.hand_on(now),
+            });
             self.events.extend(account.wake().then_some(Event::Wake(*id)));
         }
         self.put_back(planned);
@@ -82,6 +78,12 @@ impl<C> Pool<C> {
         self.successor.is_some()
     }
 
+    /// Returns true if a worker has not gone on at its new link yet.
+    pub(in crate::handoff::dispatcher) fn needs_link(&self, id: WorkerId) -> bool {
+        let account = self.workers.get(&id).and_then(|worker| worker.account.as_ref());
+        account.is_some_and(|account| account.has_next_link)
+    }
+
     /// Returns the workers that have moved, and whose links here are open.
     pub(in crate::handoff::dispatcher) fn moved(&self) -> Vec<WorkerId> {
         let moved = self.accounts().filter(|(_, _, account)| account.has_moved());
@@ -93,10 +95,11 @@ impl<C> Pool<C> {
     pub(in crate::handoff::dispatcher) fn take_back(&mut self, links: &[WorkerId], now: Instant) {
         let Some(successor) = self.successor.take() else { return };
         for (id, worker) in &mut self.workers {
-            let Some(account) = worker.account.as_mut().filter(|account| account.has_moved())
-            else {
+            let Some(account) = &mut worker.account else { continue };
+            account.has_next_link = false;
+            if !account.has_moved() {
                 continue;
-            };
+            }
             if links.contains(id) {
                 account.move_away();
             } else {

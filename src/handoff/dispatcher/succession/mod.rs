@@ -2,10 +2,17 @@
 
 mod frames;
 
-use std::{io, os::fd::OwnedFd, sync::Arc, time::Instant};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 pub(super) use frames::Envelope;
 use frames::{Part, Traveller};
+use tokio::{select, time::sleep};
 use tracing::warn;
 
 use super::{
@@ -24,6 +31,10 @@ use crate::{
         protocol::{MAX_OFFER_FDS, MAX_UNANSWERED},
     },
 };
+
+/// For another dispatcher that hands on its connections to leave, once this one drains: its
+/// connections have nobody else to go to.
+const LAST_CALL: Duration = Duration::from_secs(1);
 
 /// A dispatcher in another process that is going to replace this one, while the workers go on.
 /// From [`Dispatcher::prepare_succession`].
@@ -183,8 +194,10 @@ impl Succession {
         }
         hand_on(shared, forward, &links);
         // Workers that have ended meanwhile do not come for theirs.
-        let moved = shared.act(|pool| pool.moved());
-        lock(&shared.new_links).theirs.retain(|id, _| moved.contains(id));
+        let coming = shared.act(|pool| {
+            Vec::from_iter(links.into_iter().map(|(id, _)| id).filter(|id| pool.needs_link(*id)))
+        });
+        lock(&shared.new_links).theirs.retain(|id, _| coming.contains(id));
     }
 
     /// Undoes it: this dispatcher dispatches again. Workers come back, also those whose link to the
@@ -196,6 +209,7 @@ impl Succession {
         let Some(back) = self.back.take() else { return };
         let shared = &self.shared;
         let mut links = Vec::new();
+        *lock(&shared.new_links) = Default::default(); // of workers that have not moved yet
         for id in shared.act(|pool| pool.moved()) {
             match Socket::pair(SocketKind::SeqPacket) {
                 Ok((ours, theirs)) => {
@@ -256,19 +270,22 @@ fn receive(shared: &Arc<Shared>, socket: Socket) {
     tokio::spawn(async move { take_connections(source, incoming).await });
 }
 
+/// Takes them as long as the dispatcher may bring connections.
 async fn take_connections(source: Source, mut incoming: Incoming) {
     let shared = Arc::clone(source.shared());
-    let mut closes = std::pin::pin!(shared.until(|pool| !pool.is_open()));
+    let mut closes = pin!(async {
+        shared.until(|pool| !pool.is_open()).await;
+        sleep(LAST_CALL).await;
+    });
     loop {
-        let connection = tokio::select! {
-            biased;
-            () = &mut closes => break, // what is left goes back
-            connection = incoming.next() => connection,
-        };
-        let Some(connection) = connection else { break };
-        take_connection(&shared, connection);
+        select! {
+            () = &mut closes => return, // what is left goes back
+            connection = incoming.next() => match connection {
+                Some(connection) => take_connection(&shared, connection),
+                None => return,
+            }
+        }
     }
-    drop(source);
 }
 
 fn take_connection(shared: &Arc<Shared>, connection: Connection) {
