@@ -24,11 +24,11 @@ use super::{
     link::now,
     protocol::{AbortReason, FromTaker, GiverCodec, MAX_MESSAGE_FDS, Refusal, ToTaker},
     shared::{Command, Gift, Shared},
+    workers::Succession,
 };
 use crate::{
     Error, Frame, Framed, SendFd, Socket,
     framed::{ReadHalf, WriteHalf},
-    handoff::Succession,
     sys,
 };
 
@@ -244,9 +244,8 @@ impl Giving {
 
     /// Prepares for the taker's dispatcher to go on with the workers of this process.
     fn offer_workers(&mut self) -> std::io::Result<Vec<ToTaker<SendFd>>> {
-        let dispatcher = self.shared.with_workers(|workers| workers.dispatcher());
-        let Some(dispatcher) = dispatcher else { return Ok(Vec::new()) };
-        let (succession, frames) = dispatcher.prepare_succession()?;
+        let prepared = self.shared.with_workers(|workers| workers.prepare())?;
+        let Some((succession, frames)) = prepared else { return Ok(Vec::new()) };
         self.succession = Some(succession);
         let message = |frame: Frame| ToTaker::Workers {
             bytes: frame.payload,

@@ -133,6 +133,8 @@ impl Link {
             && !self.is_closed
             && let Some(message) = side.pool.next_message(self.id, now)
         {
+            let is_offer = matches!(message, ToWorker::Offer { .. });
+            assert!(self.moves == 0 || !is_offer, "an offer after a MOVE");
             self.moves += usize::from(matches!(message, ToWorker::Move(())));
             self.to_worker.push_back(message.map(|connection| *connection));
             if self.returns_after.is_some_and(|moves| self.moves > moves) {

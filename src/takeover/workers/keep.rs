@@ -1,37 +1,11 @@
-//! A dispatcher whose workers go on when its process is replaced.
+//! The calls by which a dispatcher goes on with workers, and accepts for them.
 
 use std::io;
 
-use super::{Accepts, Gated, Phase, Server};
 use crate::{
-    Frame,
-    handoff::{Dispatcher, IntoListener, TakenWorker, TakenWorkers, WorkerCommand, WorkerId},
+    handoff::{Dispatcher, IntoListener, TakenWorker, WorkerCommand, WorkerId},
+    takeover::{Accepts, Gated, Phase, Server},
 };
-
-/// What a server knows of the workers of a hand-off.
-#[derive(Debug, Default)]
-pub(super) struct Workers {
-    /// From the server that this one has replaced.
-    coming: Vec<Frame>,
-    taken: Option<TakenWorkers>,
-    dispatcher: Option<Dispatcher>,
-}
-
-impl Workers {
-    pub(super) fn come(&mut self, workers: Vec<Frame>) {
-        self.coming = workers;
-    }
-
-    pub(super) fn dispatcher(&self) -> Option<Dispatcher> {
-        self.dispatcher.clone()
-    }
-
-    /// The server that this one has replaced goes on.
-    pub(super) fn give_back(&mut self) {
-        self.coming.clear();
-        self.taken.take().iter_mut().for_each(TakenWorkers::give_back);
-    }
-}
 
 impl Server {
     /// Keeps the workers of a [hand-off](crate::handoff) through takeovers: the dispatcher goes on
@@ -79,14 +53,11 @@ impl Server {
         dispatcher: &Dispatcher,
         restart: impl FnMut(&TakenWorker) -> Option<WorkerCommand>,
     ) -> io::Result<Vec<WorkerId>> {
-        let coming = self.shared.with_workers(|workers| {
-            workers.dispatcher = Some(dispatcher.clone());
-            std::mem::take(&mut workers.coming)
-        });
+        let coming = self.shared.with_workers(|workers| workers.keep(dispatcher.clone()));
         // The closure is foreign code, so nothing is locked.
         let taken = dispatcher.take_workers(coming, restart)?;
         let ids = taken.workers().to_vec();
-        self.shared.with_workers(|workers| workers.taken = Some(taken));
+        self.shared.with_workers(|workers| workers.took(taken));
         Ok(ids)
     }
 }
