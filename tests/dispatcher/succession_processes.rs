@@ -339,7 +339,9 @@ fn a_dispatcher_that_is_killed_while_it_is_replaced_takes_no_worker_along() {
                 sleep(Duration::from_micros(moment)).await;
                 kill(victim, Signal::SIGKILL).unwrap();
             });
-            let has_begun = front.tell(Frame::new("begin")).await.is_some();
+            // Its tasks have sent what there was to send when it answers the next question.
+            let has_begun = front.tell(Frame::new("begin")).await.is_some()
+                && front.tell(Frame::new("pids")).await.is_some();
             killer.await.unwrap();
             if kills_old {
                 front.process.wait().await.unwrap();
