@@ -1,10 +1,11 @@
-//! axum serves connections that another process accepts.
+//! Workers that serve with axum the connections that another process accepts.
 //!
 //! ```text
-//! cargo run --features axum --example axum_worker        # then: curl http://127.0.0.1:8080/
+//! cargo run --features axum --example axum_worker  # then: curl http://127.0.0.1:8080/
+//! cargo run --features axum --example axum_worker -- 127.0.0.1:8081   # another address
 //! ```
 //!
-//! Ctrl-C stops it when all requests are answered.
+//! Ctrl-C stops it after all requests are answered.
 
 use std::{env, io, process, time::Duration};
 
@@ -21,15 +22,25 @@ use tokio::{
 };
 
 #[tokio::main]
-async fn main() -> io::Result<()> {
-    match env::args().nth(1) {
-        Some(argument) if argument == "--worker" => worker().await,
-        address => front(address.as_deref().unwrap_or("127.0.0.1:8080")).await,
+async fn main() {
+    let done = match env::args().nth(1).as_deref() {
+        Some("--worker") => worker().await,
+        Some("-h" | "--help") => {
+            println!("usage: axum_worker [ADDRESS]");
+            Ok(())
+        }
+        address => front(address.unwrap_or("127.0.0.1:8080")).await,
+    };
+    if let Err(error) = done {
+        eprintln!("axum_worker: {error}");
+        process::exit(1);
     }
 }
 
 async fn front(address: &str) -> io::Result<()> {
-    let listener = TcpListener::bind(address).await?;
+    let listener = TcpListener::bind(address).await.map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"))
+    })?;
     let address = listener.local_addr()?;
 
     let dispatcher = Dispatcher::builder().build();
@@ -44,18 +55,18 @@ async fn front(address: &str) -> io::Result<()> {
         dispatcher.drain(Some(Duration::from_secs(5))).await;
         Ok(())
     };
-    try_join!(dispatcher.serve(listener), stopping)?; // the drain ends `serve`, when nobody waits to be accepted
+    try_join!(dispatcher.serve(listener), stopping)?; // the drain ends `serve` too
     Ok(())
 }
 
 async fn worker() -> io::Result<()> {
-    // Ctrl-C goes to all processes of the terminal. The front is the one to act on it.
+    // Ctrl-C goes to all processes of the terminal. The front acts on it, and drains the workers.
     let _ignored = signal(SignalKind::interrupt())?;
 
     let answer = |ConnectInfo(peer): ConnectInfo<Address>| async move {
         format!("worker {} answers {peer}\n", process::id())
     };
     let app = Router::new().route("/", get(answer));
-    Incoming::from_stdin()?.serve_axum(app).await; // until the front is told to stop, or has died
+    Incoming::from_stdin()?.serve_axum(app).await; // until the front stops, or has died
     Ok(())
 }

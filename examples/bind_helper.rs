@@ -1,12 +1,13 @@
 //! A bind helper: a service that is not root asks a small root process for a listener at a port
-//! that it may not bind itself. The helper looks its uid and the port up in an allow-list and
-//! answers with a listener or with the number of an error, as a typed message (feature `serde`).
-//! The service needs no capability and no start as root, and can ask again at any time.
+//! that the service may not bind. The helper looks up the service's uid and the port in an
+//! allow-list. It answers with a listener or with the number of an error, as a typed message
+//! (feature `serde`). The service needs no capability, is not started as root, and can ask again at
+//! any time.
 //!
 //! ```sh
 //! cargo build --features serde --example bind_helper
-//! sudo target/debug/examples/bind_helper serve --path /run/bind.sock --allow 1000:80 --allow 1000:8000-8999
-//! target/debug/examples/bind_helper run --path /run/bind.sock 127.0.0.1:80    # as uid 1000
+//! sudo target/debug/examples/bind_helper serve --path /run/bind.sock --allow 1000:80
+//! target/debug/examples/bind_helper run --path /run/bind.sock 127.0.0.1:80       # as uid 1000
 //! ```
 
 use std::{
@@ -36,21 +37,21 @@ use serde::{Deserialize, Serialize};
 enum Args {
     /// Serves requests, as root.
     Serve {
-        /// Where to listen for requests.
+        /// The path where the helper listens for requests.
         #[arg(long)]
         path: PathBuf,
-        /// A uid and the TCP ports that it may have.
+        /// A uid and the TCP ports that it may have. May be given again.
         #[arg(long, value_name = "UID:PORT[-PORT]", required = true)]
         allow: Vec<Rule>,
     },
     /// Runs a service that says hello to its clients.
     Run {
-        /// Where the helper listens.
+        /// The path where the helper listens.
         #[arg(long)]
         path: PathBuf,
-        /// Where the service is to listen.
+        /// The address that the service wants to listen on.
         address: SocketAddr,
-        /// Ends after this number of clients.
+        /// The number of clients after which the service ends.
         #[arg(long, default_value_t = usize::MAX, hide_default_value = true)]
         clients: usize,
     },
@@ -69,8 +70,8 @@ impl FromStr for Rule {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (uid, ports) = text.split_once(':').ok_or("no colon between uid and port")?;
         let (from, to) = ports.split_once('-').unwrap_or((ports, ports));
-        let port = |text: &str| text.parse().map_err(|_| "the port is no number up to 65535");
-        let uid = uid.parse().map_err(|_| "the uid is no number")?;
+        let port = |text: &str| text.parse().map_err(|_| "the port is not a number up to 65535");
+        let uid = uid.parse().map_err(|_| "the uid is not a number")?;
         Ok(Self { uid, ports: port(from)?..=port(to)? })
     }
 }
@@ -101,17 +102,17 @@ fn main() -> ExitCode {
 
 #[tokio::main(flavor = "current_thread")]
 async fn serve(path: &Path, rules: Vec<Rule>) -> Result<(), Box<dyn StdError>> {
-    // Anybody may connect to the path. The listener admits only those who have a rule.
+    // The mode lets everybody connect to the path. The listener admits only uids that have a rule.
     let listener = Listener::bind_with_mode(path, SocketKind::SeqPacket, 0o666)
-        .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?
+        .map_err(|error| format!("cannot listen on {}: {error}", path.display()))?
         .allow_uids(rules.iter().map(|rule| rule.uid));
-    say(format_args!("helper: listening at {}", path.display()))?;
+    say(format_args!("helper: listening on {}", path.display()))?;
     let rules: Arc<[Rule]> = rules.into();
     loop {
         let (socket, rules) = (listener.accept().await?, Arc::clone(&rules));
         tokio::spawn(async move {
             if let Err(error) = answer(socket, &rules).await {
-                eprintln!("helper: {error}"); // the end of this client, not of the helper
+                eprintln!("helper: a service is disconnected: {error}");
             }
         });
     }
@@ -144,17 +145,17 @@ fn listen(address: SocketAddr, uid: u32, rules: &[Rule]) -> io::Result<TcpListen
 fn run(path: &Path, address: SocketAddr, clients: usize) -> Result<(), Box<dyn StdError>> {
     let listener = request(path, address)?;
     let uid = nix::unistd::geteuid();
-    say(format_args!("service: uid {uid} listens at {}", listener.local_addr()?))?;
+    say(format_args!("service: uid {uid} listens on {}", listener.local_addr()?))?;
     for client in listener.incoming().take(clients) {
         let hello = client.and_then(|mut client| writeln!(client, "hello from uid {uid}"));
         if let Err(error) = hello {
-            eprintln!("service: {error}"); // the end of this client, not of the service
+            eprintln!("service: a client is disconnected: {error}");
         }
     }
     Ok(())
 }
 
-/// Asks the helper for a listener. The types have checked that it is one.
+/// Asks the helper for a listener. The type of the answer checks that its descriptor is one.
 fn request(path: &Path, address: SocketAddr) -> Result<TcpListener, Box<dyn StdError>> {
     let socket = blocking::Socket::connect(path, SocketKind::SeqPacket)
         .map_err(|error| format!("cannot connect to {}: {error}", path.display()))?;
@@ -177,10 +178,10 @@ fn request(path: &Path, address: SocketAddr) -> Result<TcpListener, Box<dyn StdE
         }
     };
     let listener = answer.map_err(io::Error::from_raw_os_error);
-    Ok(listener.map_err(|error| format!("cannot listen at {address}: {error}"))?.into_inner())
+    Ok(listener.map_err(|error| format!("cannot listen on {address}: {error}"))?.into_inner())
 }
 
-/// Prints a line at once, for those who wait for it.
+/// Prints a line at once, because another process may wait for it.
 fn say(line: fmt::Arguments<'_>) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}")?;

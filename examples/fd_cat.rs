@@ -1,14 +1,14 @@
 //! The "strange cat": `cat`, but the process that prints a file is not the one that opens it.
 //!
-//! A child opens the file and passes it, with its name, over a STREAM pair; the parent prints it.
-//! Shows how to start a child with a socket as its standard input, a frame with one descriptor, and
-//! a failure as a frame without one. The parent runs on tokio; the child is a small helper without
-//! a runtime (`fdwire::blocking`), which the parent cannot tell.
+//! A child opens the file and passes it, with its name, over a pair of STREAM sockets; the parent
+//! prints it. The example shows how to start a child with a socket as its standard input, a frame
+//! with one descriptor, and a failure as a frame without one. The parent runs on tokio. The child is
+//! a small helper without a runtime (`fdwire::blocking`); the parent cannot tell the difference.
 //!
 //! ```sh
 //! cargo run --example fd_cat -- Cargo.toml
-//! cargo run --example fd_cat -- --verbose Cargo.toml    # tells on stderr what came
-//! cargo run --example fd_cat -- missing                 # error: missing: No such file or directory (os error 2)
+//! cargo run --example fd_cat -- --verbose Cargo.toml    # also prints who has opened the file
+//! cargo run --example fd_cat -- missing                 # error: missing: No such file or directory
 //! ```
 
 use std::{
@@ -31,10 +31,10 @@ use tokio::{io::AsyncWriteExt, process::Command};
 /// Prints a file that another process has opened.
 #[derive(Parser)]
 struct Args {
-    /// Tells on standard error what came.
+    /// Print on standard error which process has opened the file.
     #[arg(long)]
     verbose: bool,
-    /// The process that opens the file: standard input is its socket.
+    /// Be the process that opens the file, with the socket as standard input.
     #[arg(long, hide = true)]
     child: bool,
     /// The file to print.
@@ -63,14 +63,15 @@ async fn receive_and_print(args: &Args) -> Result<(), Box<dyn Error>> {
         .spawn()
         .map_err(|error| format!("cannot start the child: {error}"))?;
 
-    // Ends when the child does, however it ends: its socket is open nowhere else.
+    // The stream ends when the child does, because its end of the socket is open nowhere else.
     let Some(frame) = Framed::new(ours, FrameCodec::default()).try_next().await? else {
         return Err(format!("the child is gone without an answer ({})", child.wait().await?).into());
     };
     let name = Path::new(std::ffi::OsStr::from_bytes(&frame.payload)).display();
     let [file] = match frame.fds.into_array() {
         Ok(file) => file.map(File::from),
-        Err(fds) if fds.is_empty() => return Err(name.to_string().into()), // what the child says instead
+        // Without a file, the payload is the reason.
+        Err(fds) if fds.is_empty() => return Err(name.to_string().into()),
         Err(fds) => return Err(format!("{} descriptors came for one file", fds.len()).into()),
     };
     if !file.metadata()?.is_file() {
@@ -90,10 +91,10 @@ async fn receive_and_print(args: &Args) -> Result<(), Box<dyn Error>> {
     Ok(out.flush().await?)
 }
 
-/// Answers with the name and the file, or with one line that says why not.
+/// Answers with the name and the file, or with one line that has the reason for the failure.
 fn open_and_pass(path: &Path) -> Result<(), Box<dyn Error>> {
     let mut parent = blocking::Framed::new(blocking::Socket::from_stdin()?, FrameCodec::default());
-    // Non-blocking, or a FIFO that nobody writes to would hold it up. Regular files don't care.
+    // Without O_NONBLOCK, opening a FIFO that nobody writes to would block. Regular files ignore it.
     let opened =
         File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     let answer = match opened {

@@ -1,10 +1,10 @@
-//! Five files, each written by two processes: the parent opens one, writes a line, sends it and
-//! closes it; the child appends a line to whatever comes, until the stream ends.
+//! Five files, each written by two processes: the parent opens a file, writes a line, sends the file
+//! and closes it; the child adds a line to each file that arrives, until the stream ends.
 //!
-//! Shows that what arrives is the **same open file**, not the same name opened again: it was not
-//! opened for appending, yet the child goes on where the parent stopped, because the offset came
-//! along. Also that a sent descriptor is closed by the sender at once, and how the end of the
-//! stream ends the other process.
+//! The example shows that the **same open file** arrives, not the same name opened again: the file
+//! was not opened for appending, and still the child goes on where the parent stopped, because the
+//! offset belongs to the open file. It also shows that the sender closes a descriptor as soon as it
+//! is sent, and how the end of the stream ends the other process.
 //!
 //! ```sh
 //! cargo run --example file_relay              # in a directory that is removed afterwards
@@ -28,10 +28,10 @@ use tokio::process::Command;
 /// Two processes write five files, passing each on while it is open.
 #[derive(Parser)]
 struct Args {
-    /// Where to make the files; none of them may exist. By default in a directory that is removed
-    /// afterwards.
+    /// The directory to make the files in; none of them may exist. By default a directory that is
+    /// removed afterwards.
     directory: Option<PathBuf>,
-    /// The process that appends: standard input is its socket.
+    /// Be the process that adds lines, with the socket as standard input.
     #[arg(long, hide = true)]
     child: bool,
 }
@@ -66,7 +66,7 @@ async fn parent(args: Args) -> Result<ExitCode, Box<dyn Error>> {
     let sent = write_and_send(ours, directory).await;
     let status = child.wait().await?;
     if status.code().is_some_and(|code| code != 0) {
-        return Ok(ExitCode::FAILURE); // the child has said why
+        return Ok(ExitCode::FAILURE); // the child has printed the reason
     }
     if !status.success() {
         return Err(format!("the child died ({status})").into());
@@ -101,7 +101,7 @@ async fn write_and_send(socket: Socket, directory: &Path) -> Result<(), Box<dyn 
         child
             .send(frame)
             .await
-            .map_err(|error| format!("the child takes nothing any more: {error}"))?;
+            .map_err(|error| format!("cannot send {} to the child: {error}", path.display()))?;
     }
     Ok(child.close().await?)
 }
@@ -110,12 +110,12 @@ async fn append() -> Result<ExitCode, Box<dyn Error>> {
     let mut parent = Framed::new(Socket::from_stdin()?, FrameCodec::default());
     while let Some(Frame { payload, fds }) = parent.try_next().await? {
         let name = String::from_utf8_lossy(&payload);
-        let [file] = fds
-            .into_array()
-            .map_err(|fds| format!("{name}: one descriptor expected, {} came", fds.len()))?;
+        let [file] = fds.into_array().map_err(|fds| {
+            format!("{name}: one descriptor was expected, and {} came", fds.len())
+        })?;
         let mut file = File::from(file);
         if !file.metadata()?.is_file() {
-            return Err(format!("{name}: what came is not a regular file").into());
+            return Err(format!("{name}: the descriptor is not a regular file").into());
         }
         let failed = |error| format!("{name}: {error}");
         let offset = file.stream_position().map_err(failed)?;

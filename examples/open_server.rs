@@ -2,14 +2,14 @@
 //! path and mode, a server opens them and answers with the descriptor, or with the number of the
 //! error.
 //!
-//! Shows a typed protocol made of `FrameCodec` by `map`, where a reply is a file, an `errno`, or a
-//! note: ordinary data, which may come before each of the others. Both sides learn from the kernel
-//! who the other one is. The server is this process, on tokio; it starts the client, a command-line
-//! tool without a runtime (`fdwire::blocking`), which connects to a named socket and waits for each
-//! reply for ten seconds at most.
+//! The example shows a protocol with types of its own, made of `FrameCodec` by `map`. A reply is a
+//! file, an `errno`, or a note; notes may come before the other two. Each side asks the kernel for
+//! the uid of the other one. The server is this process, on tokio. It starts the client, a
+//! command-line tool without a runtime (`fdwire::blocking`), which connects to a named socket and
+//! waits at most ten seconds for each reply.
 //!
 //! ```sh
-//! cargo run --example open_server -- Cargo.toml missing       # prints the one, says why not the other
+//! cargo run --example open_server -- Cargo.toml missing       # one file, and one error
 //! cargo run --example open_server -- --append "one more" /tmp/notes.txt
 //! ```
 
@@ -37,13 +37,13 @@ use tokio::{fs::OpenOptions, process::Command};
 /// Prints files that a server opens.
 #[derive(Parser)]
 struct Args {
-    /// Appends this line to each file before printing it.
+    /// Append this line to each file before printing it.
     #[arg(long, value_name = "LINE")]
     append: Option<String>,
-    /// Where the server listens. By default in a directory that is removed afterwards.
+    /// The path where the server listens. By default in a directory that is removed afterwards.
     #[arg(long)]
     path: Option<PathBuf>,
-    /// The client of the server that listens there.
+    /// Be the client of the server that listens on this path.
     #[arg(long, hide = true)]
     client_of: Option<PathBuf>,
     /// Files to ask for.
@@ -60,8 +60,8 @@ enum Reply {
     Note(String),
 }
 
-/// `F` with a descriptor, `E` and an error number, or `N` and a text. (A request is `r` or `a`, and
-/// the path.)
+/// Makes the codec of replies: `F` with a descriptor, `E` and an error number, or `N` and a text.
+/// A request is `r` (read) or `a` (append), and the path.
 fn replies() -> impl Decoder<Item = Reply, Error = Error> + Encoder<Reply, Error = Error> {
     FrameCodec::default().map(
         |Frame { payload, fds }: Frame| match (&payload[..], fds.into_array()) {
@@ -88,7 +88,7 @@ fn replies() -> impl Decoder<Item = Reply, Error = Error> + Encoder<Reply, Error
 }
 
 fn nonsense(what: &str) -> Error {
-    Error::invalid(format!("no {what} looks like this"))
+    Error::invalid(format!("the {what} is malformed"))
 }
 
 fn main() -> ExitCode {
@@ -106,7 +106,7 @@ async fn server(args: Args) -> Result<ExitCode, Box<dyn StdError>> {
     let temporary = tempfile::tempdir()?;
     let path = args.path.unwrap_or_else(|| temporary.path().join("socket"));
     let listener = Listener::bind(&path, SocketKind::SeqPacket)
-        .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?;
+        .map_err(|error| format!("cannot listen on {}: {error}", path.display()))?;
     let mut client = Command::new(std::env::current_exe()?)
         .arg("--client-of")
         .arg(&path)
@@ -122,7 +122,7 @@ async fn server(args: Args) -> Result<ExitCode, Box<dyn StdError>> {
     };
     match status.code() {
         Some(0) => Ok(ExitCode::SUCCESS),
-        Some(_) => Ok(ExitCode::FAILURE), // the client has said why
+        Some(_) => Ok(ExitCode::FAILURE), // the client has printed the reason
         None => Err(format!("the client died ({status})").into()),
     }
 }
@@ -132,7 +132,7 @@ async fn serve(listener: &Listener) -> io::Result<Infallible> {
         let socket = listener.accept().await?;
         tokio::spawn(async {
             if let Err(error) = answer(socket).await {
-                eprintln!("server: {error}"); // the end of this client, not of the server
+                eprintln!("server: a client is disconnected: {error}");
             }
         });
     }
@@ -148,8 +148,9 @@ async fn answer(socket: Socket) -> Result<(), Error> {
             _ => return Err(nonsense("request")),
         };
         let note = format!("uid {}, gid {} asks for {}", who.uid, who.gid, path.display());
-        client.feed(Reply::Note(note)).await?; // goes out together with what comes next
-        // Non-blocking, or a FIFO that nobody writes to would hold it up. Regular files don't care.
+        client.feed(Reply::Note(note)).await?; // is sent together with the next reply
+        // Without O_NONBLOCK, opening a FIFO that nobody writes to would block. Regular files ignore
+        // it.
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
         let opened =
             OpenOptions::new().read(true).append(append).custom_flags(flags).open(path).await;
@@ -177,7 +178,7 @@ fn client(args: Args) -> Result<ExitCode, Box<dyn StdError>> {
         let request = Frame::new([mode, path.as_os_str().as_bytes()].concat());
         server
             .send(request)
-            .map_err(|error| format!("the server takes nothing any more: {error}"))?;
+            .map_err(|error| format!("cannot send a request to the server: {error}"))?;
         let opened = loop {
             match server.next().ok_or("the server is gone")?? {
                 Reply::Note(text) => writeln!(out, "server: {text}")?,

@@ -1,10 +1,10 @@
 //! A terminal passed between processes: a server sends 250 bytes and both ends of a pty over a
-//! named socket; the client talks on the terminal to the server, which holds the controlling end
-//! and plays the one who types.
+//! named socket. The client runs a dialogue on the terminal. The server holds the controlling end
+//! and acts as the person who types.
 //!
-//! Shows a frame with data and two descriptors, and that the terminal works as one on both sides:
-//! it is a tty, its window size is one thing seen by both, it echoes, the one who types can correct
-//! a line, and Ctrl-D ends the input.
+//! The example shows a frame with data and two descriptors, and that the terminal works in both
+//! processes: it is a tty, both see the same window size, it echoes, a typed line can be corrected,
+//! and Ctrl-D ends the input.
 //!
 //! ```sh
 //! cargo run --example pty_share
@@ -34,10 +34,10 @@ use tokio::{
 /// Passes a terminal to another process and talks with it there.
 #[derive(Parser)]
 struct Args {
-    /// Where the server listens. By default in a directory that is removed afterwards.
+    /// The path where the server listens. By default in a directory that is removed afterwards.
     #[arg(long)]
     path: Option<PathBuf>,
-    /// The client of the server that listens there.
+    /// Be the client of the server that listens on this path.
     #[arg(long, hide = true)]
     client_of: Option<PathBuf>,
 }
@@ -67,7 +67,7 @@ async fn server(path: Option<PathBuf>) -> Result<ExitCode, Box<dyn Error>> {
     let temporary = tempfile::tempdir()?;
     let path = path.unwrap_or_else(|| temporary.path().join("socket"));
     let listener = Listener::bind(&path, SocketKind::SeqPacket)
-        .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?;
+        .map_err(|error| format!("cannot listen on {}: {error}", path.display()))?;
     let (controller, terminal) =
         open_pty().map_err(|error| format!("cannot open a pty: {error}"))?;
     let mut client = Command::new(std::env::current_exe()?)
@@ -81,7 +81,7 @@ async fn server(path: Option<PathBuf>) -> Result<ExitCode, Box<dyn Error>> {
     let status = client.wait().await?;
     match status.code() {
         Some(0) => shared.map(|()| ExitCode::SUCCESS),
-        Some(_) => Ok(ExitCode::FAILURE), // the client has said why
+        Some(_) => Ok(ExitCode::FAILURE), // the client has printed the reason
         None => Err(format!("the client died ({status})").into()),
     }
 }
@@ -104,16 +104,18 @@ async fn share(
 ) -> Result<(), Box<dyn Error>> {
     let socket = tokio::select! {
         socket = listener.accept() => socket?,
-        status = client.wait() => return Err(format!("the client ended before it connected ({})", status?).into()),
+        status = client.wait() => {
+            return Err(format!("the client ended before it connected ({})", status?).into());
+        }
     };
     let mut connection = Framed::new(socket, FrameCodec::default());
-    // The terminal is closed here once it is sent: the client's end of it is then the end for the
-    // controller, too.
+    // The terminal is closed here as soon as it is sent. So when the client closes its copy, the
+    // controller sees the end.
     let frame = Frame::new(&DATA[..]).with_fd(controller.try_clone()?).with_fd(terminal);
     connection
         .send(frame)
         .await
-        .map_err(|error| format!("the client takes nothing any more: {error}"))?;
+        .map_err(|error| format!("cannot send the terminal to the client: {error}"))?;
     writeln!(std::io::stdout(), "server: sent {} bytes and a pty of 24 x 80", DATA.len())?;
 
     let controller = File::from(controller);
@@ -123,14 +125,14 @@ async fn share(
         .map_err(|error| format!("the terminal is gone: {error}"))?;
     let report = connection.try_next().await?.ok_or("the client is gone")?.payload;
     let Winsize { ws_row: rows, ws_col: columns, .. } = tcgetwinsize(&controller)?;
-    println!("server: the client says {report:?}; the window is {rows} x {columns}");
+    println!("server: the client reports {report:?}; the window is {rows} x {columns}");
     if (&report[..], rows, columns) != (b"end of file", 50, 132) {
         return Err("the client has not used the terminal as agreed".into());
     }
     Ok(())
 }
 
-/// What one who sits at the terminal does: reads a question, types an answer with a correction, and
+/// Acts as a person at the terminal: reads a question, types an answer with a correction, and
 /// Ctrl-D.
 fn type_on(mut controller: File) -> io::Result<()> {
     let mut screen = BufReader::new(controller.try_clone()?).lines();
@@ -153,15 +155,20 @@ async fn client(path: &Path) -> Result<ExitCode, Box<dyn Error>> {
     let mut server = Framed::new(socket, FrameCodec::default());
     let Frame { payload, fds } = server.try_next().await?.ok_or("the server is gone")?;
     if payload != DATA[..] {
-        return Err(format!("{} bytes came that are not the ones agreed on", payload.len()).into());
+        return Err(format!(
+            "the frame should have 250 dots, and has {} other bytes",
+            payload.len()
+        )
+        .into());
     }
-    let [controller, terminal] =
-        fds.into_array().map_err(|fds| format!("two descriptors expected, {} came", fds.len()))?;
+    let [controller, terminal] = fds
+        .into_array()
+        .map_err(|fds| format!("two descriptors were expected, and {} came", fds.len()))?;
     if !isatty(&terminal) {
-        return Err("what came is not a terminal".into());
+        return Err("the second descriptor is not a terminal".into());
     }
     if ptsname(&controller, vec![]).ok() != Some(ttyname(&terminal, vec![])?) {
-        return Err("what came is not the two ends of one terminal".into());
+        return Err("the descriptors are not the two ends of one terminal".into());
     }
     let Winsize { ws_row: rows, ws_col: columns, .. } = tcgetwinsize(&terminal)?;
     println!(
@@ -169,22 +176,22 @@ async fn client(path: &Path) -> Result<ExitCode, Box<dyn Error>> {
         payload.len()
     );
     tcsetwinsize(&terminal, size(50, 132))?;
-    // Kept, it would hide the server's end: a terminal hangs up with the last copy of its
-    // controller.
+    // A terminal hangs up when the last copy of its controller is closed. With a copy here, the
+    // client would not notice the end of the server.
     drop(controller);
     spawn_blocking(move || converse(terminal.into()))
         .await?
         .map_err(|error| format!("on the terminal: {error}"))?;
     let report = server.send(Frame::new("end of file")).await;
-    report.map_err(|error| format!("the server takes nothing any more: {error}"))?;
+    report.map_err(|error| format!("cannot send a report to the server: {error}"))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a program on a terminal does: asks, reads a line, answers, and reads on to the end.
+/// Acts as a program on a terminal: asks, reads a line, answers, and reads on to the end.
 fn converse(mut terminal: File) -> io::Result<()> {
     let mut lines = BufReader::new(terminal.try_clone()?).lines();
     writeln!(terminal, "who is there?")?;
-    // A hang-up is an error or the end of the file, whichever is noticed first.
+    // A hang-up is reported as an error or as the end of the file.
     let Some(Ok(name)) = lines.next() else {
         return Err(io::Error::other("the other end is gone"));
     };
@@ -192,7 +199,9 @@ fn converse(mut terminal: File) -> io::Result<()> {
     writeln!(terminal, "welcome, {name}")?;
     match lines.next().transpose()? {
         None => writeln!(std::io::stdout(), "client: reads  the end of the file")?,
-        Some(line) => return Err(io::Error::other(format!("the end was expected, {line:?} came"))),
+        Some(line) => {
+            return Err(io::Error::other(format!("the end was expected, and {line:?} came")));
+        }
     }
     Ok(())
 }

@@ -1,11 +1,12 @@
-//! Tickets: how a call of an RPC system gets a descriptor, although no such system can carry one.
-//! The client deposits a file on a Unix socket beside the RPC and gets a ticket for it: a random
-//! text that is good for one call and for a short time. It quotes the ticket in the call, and the
-//! service takes the file. What is quoted is worth nothing to anybody who sees it later.
+//! Tickets: a way to give a descriptor to a call of an RPC system, because RPC systems can't carry
+//! descriptors. The client deposits a file over a Unix socket beside the RPC and gets a ticket for
+//! it: a random text that is good for one call and for a short time. It quotes the ticket in the
+//! call, and the service takes the file. A ticket that has been used is worthless to anybody who
+//! sees it.
 //!
 //! The RPC here is HTTP, served by axum: `POST /count/TICKET` counts the lines of a file that the
-//! service could not open. Deposits are typed messages, with a policy for the descriptors: a
-//! read-only regular file, or nothing.
+//! service itself need not be able to open. Deposits are typed messages, with a policy for the
+//! descriptors: a read-only regular file, or nothing.
 //!
 //! ```sh
 //! cargo build --features axum,serde --example tickets
@@ -43,33 +44,33 @@ use tokio::{net::TcpListener, time::sleep};
 enum Args {
     /// Serves HTTP, and takes deposits.
     Serve {
-        /// Where to take deposits.
+        /// The path of the socket that takes deposits.
         #[arg(long)]
         path: PathBuf,
-        /// Where to serve HTTP.
+        /// The address to serve HTTP on.
         #[arg(long)]
         http: SocketAddr,
-        /// The time for which a ticket is good.
+        /// How long a ticket is good.
         #[arg(long, value_name = "MILLISECONDS", default_value_t = 10_000)]
         lifetime: u64,
     },
     /// Prints a ticket for a file.
     Deposit {
-        /// Where the service takes deposits.
+        /// The path of the socket that takes deposits.
         #[arg(long)]
         path: PathBuf,
-        /// The file.
+        /// The file to deposit.
         file: PathBuf,
     },
     /// Deposits a file, and has its lines counted.
     Count {
-        /// Where the service takes deposits.
+        /// The path of the socket that takes deposits.
         #[arg(long)]
         path: PathBuf,
-        /// Where the service serves HTTP.
+        /// The address of the service.
         #[arg(long)]
         http: SocketAddr,
-        /// The file.
+        /// The file to deposit.
         file: PathBuf,
     },
 }
@@ -97,7 +98,7 @@ impl Passable for Input {
 #[derive(Serialize, Deserialize)]
 struct Deposit(Passed<Input>);
 
-/// The answer: a ticket, or why there is none.
+/// The answer: a ticket, or the reason why there is none.
 type Answer = Result<String, String>;
 
 /// The files that wait for their call.
@@ -108,32 +109,32 @@ struct Tickets {
 
 struct Waiting {
     file: File,
-    /// The uid that has deposited it.
+    /// The uid of the client that has deposited the file.
     uid: u32,
     until: Instant,
 }
 
 impl Tickets {
-    /// Files of one uid that may wait at a time. Each takes a descriptor of the service.
-    const MOST: usize = 64;
+    /// The number of files of one uid that may wait at a time. Each takes a descriptor here.
+    const MAX_FILES: usize = 64;
 
     fn issue(&self, file: File, uid: u32) -> Answer {
         let mut random = [0; 16];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| format!("no random number: {error}"))?;
+            .map_err(|error| format!("cannot get random bytes: {error}"))?;
         let ticket: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if waiting.values().filter(|other| other.uid == uid).count() >= Self::MOST {
+        if waiting.values().filter(|other| other.uid == uid).count() >= Self::MAX_FILES {
             drop(waiting);
             close_in_background([file]);
-            return Err(format!("{} files of uid {uid} wait already", Self::MOST));
+            return Err(format!("{} files of uid {uid} wait already", Self::MAX_FILES));
         }
         waiting
             .insert(ticket.clone(), Waiting { file, uid, until: Instant::now() + self.lifetime });
         Ok(ticket)
     }
 
-    /// Takes the file. The ticket is used up.
+    /// Takes the file of a ticket, which is used up then.
     fn redeem(&self, ticket: &str) -> Option<File> {
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(ticket)?;
         if waiting.until < Instant::now() {
@@ -143,7 +144,7 @@ impl Tickets {
         Some(waiting.file)
     }
 
-    /// Closes the files whose time is over.
+    /// Closes the files whose tickets have expired.
     fn expire(&self) {
         let now = Instant::now();
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -171,10 +172,10 @@ fn main() -> ExitCode {
 #[tokio::main(flavor = "current_thread")]
 async fn serve(path: &Path, http: SocketAddr, lifetime: Duration) -> Result<(), Box<dyn StdError>> {
     let side = Listener::bind(path, SocketKind::SeqPacket)
-        .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?;
+        .map_err(|error| format!("cannot listen on {}: {error}", path.display()))?;
     let http = TcpListener::bind(http)
         .await
-        .map_err(|error| format!("cannot listen at {http}: {error}"))?;
+        .map_err(|error| format!("cannot listen on {http}: {error}"))?;
     say(format_args!("serving at http://{}", http.local_addr()?))?;
     let tickets = Arc::new(Tickets { waiting: Mutex::default(), lifetime });
 
@@ -193,7 +194,7 @@ async fn serve(path: &Path, http: SocketAddr, lifetime: Duration) -> Result<(), 
     }
 }
 
-/// A call of the RPC: one that names a ticket.
+/// Answers a call of the RPC, which names a ticket.
 async fn answer_call(
     extract::State(tickets): extract::State<Arc<Tickets>>,
     extract::Path(ticket): extract::Path<String>,
@@ -208,7 +209,7 @@ async fn answer_call(
     }
 }
 
-/// Counts from the beginning. The offset is the client's too, so it is left alone.
+/// Counts from the beginning. Does not move the offset, because it is the client's too.
 fn lines(file: &File) -> io::Result<usize> {
     let (mut buffer, mut offset, mut lines) = ([0; 8192], 0, 0);
     loop {
@@ -227,7 +228,7 @@ async fn take_deposits(side: Listener, tickets: &Arc<Tickets>) -> Result<(), Box
         let (socket, tickets) = (side.accept().await?, Arc::clone(tickets));
         tokio::spawn(async move {
             if let Err(error) = take_deposits_of(socket, &tickets).await {
-                eprintln!("deposit refused: {error}"); // the end of this client, not of the service
+                eprintln!("deposit refused: {error}");
             }
         });
     }
@@ -275,7 +276,7 @@ fn count(path: &Path, http: SocketAddr, file: &Path) -> Result<(), Box<dyn StdEr
     Ok(say(format_args!("{}: {}", file.display(), body.trim_end()))?)
 }
 
-/// Prints a line at once, for those who wait for it.
+/// Prints a line at once, because another process may wait for it.
 fn say(line: impl fmt::Display) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}")?;

@@ -128,3 +128,23 @@ impl From<tokio::net::unix::SocketAddr> for Address {
         unix::net::SocketAddr::from(address).into()
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::net::{SocketAddrV4, SocketAddrV6};
+
+    use proptest::{collection::vec, prelude::*};
+
+    use super::Address;
+
+    /// Generates addresses of every kind.
+    pub(crate) fn any_address() -> impl Strategy<Value = Address> {
+        prop_oneof![
+            Just(Address::Unnamed),
+            any::<SocketAddrV4>().prop_map(|address| Address::Ip(address.into())),
+            any::<SocketAddrV6>().prop_map(|address| Address::Ip(address.into())),
+            "/[a-z/]{0,100}".prop_map(|path| Address::Path(path.into())),
+            vec(any::<u8>(), 0..108).prop_map(Address::Abstract),
+        ]
+    }
+}

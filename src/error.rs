@@ -64,7 +64,8 @@ pub enum Error {
     /// its bytes can carry. One `sendmsg` takes at most 253 descriptors and has to carry at least
     /// one byte.
     #[error(
-        "{fds} descriptors are too many for a message of {bytes} bytes: each byte carries at most 253"
+        "{fds} descriptors are too many for a message of {bytes} bytes: \
+         each byte carries at most 253"
     )]
     TooManyFdsForLength {
         /// The number of descriptors of the message or part.
@@ -100,7 +101,8 @@ pub enum Error {
     /// them, later descriptors would go to the wrong frames. A
     /// [`DatagramSocket`](crate::socket::DatagramSocket) still receives the next datagram.
     #[error(
-        "descriptors were lost on receipt (control data truncated); the likely cause is this process's RLIMIT_NOFILE"
+        "descriptors were lost on receipt (control data truncated); \
+         the likely cause is this process's RLIMIT_NOFILE"
     )]
     TruncatedControl,
 
@@ -121,7 +123,8 @@ pub enum Error {
     /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time), or
     /// descriptors arrived that no message claimed within it.
     #[error(
-        "message is still unfinished: {bytes} bytes and {fds} descriptors of it arrived, and nothing more in time"
+        "message is still unfinished: {bytes} bytes and {fds} descriptors of it arrived, \
+         and nothing more in time"
     )]
     Unfinished {
         /// The number of bytes of the unfinished message.
@@ -134,7 +137,8 @@ pub enum Error {
     /// listener allows ([`UidLimits`](crate::socket::UidLimits)). This connection received the last
     /// of them.
     #[error(
-        "the connections of uid {uid} hold {bytes} bytes and {fds} descriptors of unfinished messages, which is more \
+        "the connections of uid {uid} hold {bytes} bytes and {fds} descriptors of unfinished \
+         messages, which is more \
          than the listener allows"
     )]
     OverUidLimit {

@@ -54,13 +54,15 @@
 //! and a [`Sink`](futures::Sink), and a [`Sender`] sends from many tasks.
 //!
 //! ```
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::{fs::File, io::Read};
 //!
 //! use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
 //! use futures::{SinkExt, StreamExt};
 //!
-//! let (here, there) = Socket::pair(SocketKind::SeqPacket)?; // usually, the other end is a child's standard input
+//! // Usually, the other end is a child's standard input.
+//! let (here, there) = Socket::pair(SocketKind::SeqPacket)?;
 //!
 //! let mut tx = Framed::new(here, FrameCodec::default());
 //! tx.send(Frame::new("a file").with_fd(File::open("/proc/version")?)).await?;
@@ -193,9 +195,12 @@
 //! | feature | default | adds |
 //! |---|---|---|
 //! | `handoff` | yes | the module [`handoff`] |
+//! | `takeover` | yes | the module [`takeover`], and [`Notifier::follow`](systemd::Notifier::follow) |
 //! | `tokio-util` | yes | [`PayloadCodec`](codec::PayloadCodec), for the codecs of tokio-util |
 //! | `tokio-seqpacket` | yes | conversions from and into the sockets of tokio-seqpacket |
-//! | `axum` | no | `axum::serve` takes an [`Incoming`](handoff::Incoming) and a [`Gated`](takeover::Gated) listener |
+//! | `axum` | no | axum serves an [`Incoming`](handoff::Incoming) or a [`Gated`](takeover::Gated) |
+//! | `tonic` | no | tonic serves an [`Incoming`](handoff::Incoming): see the service `grpc` |
+//! | `metrics` | no | the module `metrics`: numbers for the `metrics` facade, and so for Prometheus |
 //!
 //! Without the defaults, incompatible versions of these 0.x crates do not affect you.
 //!
@@ -205,13 +210,14 @@
 //! Frames and codecs do not depend on a system.
 
 #![cfg_attr(
-    not(feature = "handoff"),
-    allow(dead_code, reason = "the hand-off alone uses some items below it")
+    not(all(feature = "handoff", feature = "takeover")),
+    allow(dead_code, unused_imports, reason = "one of these alone uses some items below it")
 )]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("fdwire works on Linux");
 
+#[cfg(any(feature = "handoff", feature = "takeover"))]
 mod address;
 mod backoff;
 pub mod blocking;
@@ -220,6 +226,7 @@ pub mod codec;
 mod credentials;
 mod error;
 pub mod fd_policy;
+#[cfg(any(feature = "handoff", feature = "takeover"))]
 mod fields;
 pub mod frame;
 pub mod framed;
@@ -228,14 +235,20 @@ pub mod guide {}
 #[cfg(feature = "handoff")]
 pub mod handoff;
 mod limits;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 mod send_fd;
 pub mod socket;
 mod sys;
 pub mod systemd;
+#[cfg(feature = "takeover")]
 pub mod takeover;
 mod transport;
 #[cfg(feature = "serde")]
 pub mod typed;
+#[cfg(feature = "handoff")]
+#[doc = include_str!("watching.md")]
+pub mod watching {}
 
 pub use closer::close_in_background;
 pub use codec::FrameCodec;

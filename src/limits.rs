@@ -14,7 +14,8 @@ pub(crate) const SCM_MAX_FD: usize = 253;
 /// ```
 /// use fdwire::{FrameCodec, Limits};
 ///
-/// let codec = FrameCodec::new(Limits::default().max_payload_bytes(64 << 20).max_fds_per_frame(1000));
+/// let limits = Limits::default().max_payload_bytes(64 << 20).max_fds_per_frame(1000);
+/// let codec = FrameCodec::new(limits);
 /// # let _ = codec;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

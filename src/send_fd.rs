@@ -21,7 +21,7 @@ use std::{
 ///
 /// | made from | after it was sent |
 /// |---|---|
-/// | a descriptor (`File`, [`OwnedFd`], ...) | the kernel is asked for its kind, then it is closed |
+/// | a descriptor (`File`, [`OwnedFd`]) | the kernel is asked for its kind, then it is closed |
 /// | `Arc<OwnedFd>` | other references keep it open; the last one closes it as above |
 /// | [`SendFd::assume_socket`] | it is closed in the background, without asking |
 /// | [`SendFd::assume_file`] | it is closed at once, without asking |
@@ -39,7 +39,8 @@ use std::{
 /// by [`SendFd::assume_file`].
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::{fs::File, os::fd::OwnedFd, sync::Arc};
 ///
 /// use fdwire::{Frame, FrameCodec, Framed, SendFd, Socket, SocketKind};
@@ -52,7 +53,8 @@ use std::{
 /// for _ in 0..3 {
 ///     tx.send(Frame::from_parts("the same file", [Arc::clone(&shared)])).await?; // no `dup`
 /// }
-/// tx.send(Frame::from_parts("a file of ours", [SendFd::assume_file(File::open("/dev/null")?)])).await?;
+/// let file = SendFd::assume_file(File::open("/dev/null")?);
+/// tx.send(Frame::from_parts("a file of ours", [file])).await?;
 /// tx.send(Frame::new("anything").with_fd(File::open("/dev/null")?)).await?;
 /// # drop(b); Ok(()) }
 /// ```

@@ -50,7 +50,7 @@ impl Installed {
         let mut command = self.command("serve");
         command.args(allow.iter().map(|rule| format!("--allow={rule}")));
         let mut helper = Running::start(command);
-        assert!(helper.line().starts_with("helper: listening at "));
+        assert!(helper.line().starts_with("helper: listening on "));
         helper
     }
 
@@ -116,7 +116,7 @@ fn a_service_that_is_not_root_serves_at_a_privileged_port_even_without_its_helpe
     let (address, uid) = (privileged(), installed.uid);
     let mut helper = installed.helper(&[format!("{uid}:{}", address.port())]);
     let mut service = Running::start(installed.service(address));
-    assert_eq!(service.line(), format!("service: uid {uid} listens at {address}"));
+    assert_eq!(service.line(), format!("service: uid {uid} listens on {address}"));
     assert_eq!(helper.line(), format!("helper: uid {uid} asks for {address}: granted"));
     assert_eq!(hello(address), format!("hello from uid {uid}\n"));
     drop(helper);
@@ -133,7 +133,7 @@ fn a_port_or_a_uid_that_is_not_listed_gets_the_reason_and_no_listener() {
     let port = address.port();
     let helper = installed
         .helper(&[format!("{uid}:{}-{}", port + 1, port + 1000), format!("{}:{port}", uid + 1)]);
-    let denied = format!("error: cannot listen at {address}: Permission denied (os error 13)\n");
+    let denied = format!("error: cannot listen on {address}: Permission denied (os error 13)\n");
     assert_eq!(installed.refused(address), denied);
     drop(helper);
 
@@ -155,6 +155,6 @@ fn a_port_that_is_in_use_is_the_errno_of_the_helpers_bind() {
     let address = taken.local_addr().unwrap();
     let _helper = installed.helper(&[format!("{}:1-65535", installed.uid)]);
     let in_use =
-        format!("error: cannot listen at {address}: Address already in use (os error 98)\n");
+        format!("error: cannot listen on {address}: Address already in use (os error 98)\n");
     assert_eq!(installed.refused(address), in_use);
 }

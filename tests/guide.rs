@@ -190,8 +190,9 @@ mod fd_store {
         Ok(Frame { payload: text.into(), fds: notify.fds })
     }
 
-    pub(crate) fn codec<F, G>()
-    -> impl Decoder<F, Item = Notify<F>, Error = Error> + Encoder<Notify<G>, G, Error = Error> + Clone
+    #[rustfmt::skip] // it would not break the bounds at 100 columns
+    pub(crate) fn codec<F, G>() -> impl Decoder<F, Item = Notify<F>, Error = Error>
+        + Encoder<Notify<G>, G, Error = Error> + Clone
     {
         PacketCodec::new(Limits::default().max_payload_bytes(4096)).map(decoded::<F>, encoded::<G>)
     }

@@ -99,3 +99,33 @@ fn the_exit_code_of_a_command_that_waits_is_true() {
     );
     assert_eq!(command(&elsewhere, listen, &["--list"]).status.code(), Some(1));
 }
+
+#[test]
+fn an_error_names_the_path_or_the_address() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("takeover");
+    let missing = directory.path().join("missing/takeover");
+    let file = directory.path().join("file");
+    std::fs::write(&file, "not a socket").unwrap();
+    let other = TcpListener::bind("127.0.0.1:0").unwrap();
+    let used = other.local_addr().unwrap();
+    let foreign: SocketAddr = "203.0.113.1:1".parse().unwrap();
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    for (path, listen, arguments, expected) in [
+        (&path, used, &[][..], used.to_string()),
+        (&path, foreign, &[], foreign.to_string()),
+        (&missing, any, &[], missing.display().to_string()),
+        (&file, any, &[], file.display().to_string()),
+        (&path, any, &["--list"], path.display().to_string()),
+        (&missing, any, &["--list"], missing.display().to_string()),
+        (&path, any, &["--spread", "soon"], "soon".to_owned()),
+        (&path, any, &["--nonsense"], "--nonsense".to_owned()),
+        (&path, any, &["--kill"], "--demo".to_owned()),
+    ] {
+        let mut command = background(path, listen, arguments);
+        let output = command.stderr(Stdio::piped()).output().unwrap();
+        let stderr = str::from_utf8(&output.stderr).unwrap();
+        assert!(!output.status.success(), "{arguments:?}");
+        assert!(stderr.contains(&expected), "{expected} is not in {stderr}");
+    }
+}

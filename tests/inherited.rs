@@ -229,7 +229,8 @@ fn without_a_descriptor_to_spare_nothing_is_taken() {
     if is_inner(TEST) {
         return run_and_pass(async {
             let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-            Socket::pair(SocketKind::Stream).unwrap(); // the crate's own threads have what they need
+            // The crate's own threads have what they need.
+            Socket::pair(SocketKind::Stream).unwrap();
             for spare in 0..=1 {
                 // New descriptors get the lowest free number.
                 let mut last = marked(3);

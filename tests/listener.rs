@@ -262,7 +262,8 @@ fn a_listener_that_is_handed_on_keeps_its_path() {
             check_connected(a.unwrap(), b.unwrap()).await;
             drop(listener);
             while Socket::connect(&path, kind).await.is_ok() {
-                tokio::task::yield_now().await; // a child that another test is starting may have a copy for a moment
+                // A child that another test is starting may have a copy for a moment.
+                tokio::task::yield_now().await;
             }
             drop(Listener::bind(&path, kind).unwrap()); // stale now
         }
@@ -340,7 +341,8 @@ fn refuse_and_log(role: &'static str) {
                     }
                     let seconds = begin.elapsed().as_secs() as usize + 1;
                     let lines = lines.lock().unwrap().len();
-                    assert!((1..=seconds).contains(&lines), "{lines} lines in less than {seconds} s");
+                    let expected = 1..=seconds;
+                    assert!(expected.contains(&lines), "{lines} lines in less than {seconds} s");
                     // This refusal certainly gets a line.
                     tokio::time::sleep(Duration::from_millis(1100)).await;
                     assert_eq!(answer_to(role, Some(uid), &addr).await, "<>");

@@ -263,7 +263,8 @@ mod fd_cat {
             assert_eq!((ran.code, &ran.err[..]), (Some(0), ""));
             assert!(ran.out == content);
         }
-        let version = ran(with(example("fd_cat"), [Path::new("/proc/version")])); // says that it is empty
+        // Says that it is empty.
+        let version = ran(with(example("fd_cat"), [Path::new("/proc/version")]));
         assert_eq!(
             (version.code, version.out),
             (Some(0), fs::read_to_string("/proc/version").unwrap())
@@ -380,11 +381,11 @@ mod file_relay {
         let read_only = File::open(tempfile::NamedTempFile::new().unwrap()).unwrap();
         run(async {
             for (frame, line) in [
-                (Frame::new("a").with_fd(null()), "a: what came is not a regular file"),
-                (Frame::new("b"), "b: one descriptor expected, 0 came"),
+                (Frame::new("a").with_fd(null()), "a: the descriptor is not a regular file"),
+                (Frame::new("b"), "b: one descriptor was expected, and 0 came"),
                 (
                     Frame::new("c").with_fd(marked(1)).with_fd(marked(2)),
-                    "c: one descriptor expected, 2 came",
+                    "c: one descriptor was expected, and 2 came",
                 ),
                 (Frame::new("d").with_fd(read_only), "d: Bad file descriptor (os error 9)"),
             ] {
@@ -480,7 +481,7 @@ mod open_server {
             let ran = ran(server);
             assert_eq!((ran.code, ran.err.lines().count()), (Some(1), 1), "{}", ran.err);
             assert!(
-                ran.err.starts_with(&format!("error: cannot listen at {}: ", path.display())),
+                ran.err.starts_with(&format!("error: cannot listen on {}: ", path.display())),
                 "{}",
                 ran.err
             );
@@ -540,18 +541,18 @@ mod open_server {
             for (reply, line) in [
                 (Frame::new("F").with_fd(null()), "a file: not a regular file"),
                 (Frame::new(&b"E\0\0\0\x0d"[..]), "a file: Permission denied (os error 13)"),
-                (Frame::new("F"), "invalid message: no reply looks like this"),
+                (Frame::new("F"), "invalid message: the reply is malformed"),
                 (
                     Frame::new("F").with_fd(null()).with_fd(null()),
-                    "invalid message: no reply looks like this",
+                    "invalid message: the reply is malformed",
                 ),
                 (
                     Frame::new("Nwith a file").with_fd(null()),
-                    "invalid message: no reply looks like this",
+                    "invalid message: the reply is malformed",
                 ),
-                (Frame::new("E"), "invalid message: no reply looks like this"),
-                (Frame::new("?"), "invalid message: no reply looks like this"),
-                (Frame::new(""), "invalid message: no reply looks like this"),
+                (Frame::new("E"), "invalid message: the reply is malformed"),
+                (Frame::new("?"), "invalid message: the reply is malformed"),
+                (Frame::new(""), "invalid message: the reply is malformed"),
             ] {
                 check(async |client| client.send(reply).await.unwrap(), line).await;
             }
@@ -581,7 +582,10 @@ mod open_server {
             let ran = server.end().await;
             assert_eq!(
                 (ran.code, &ran.err[..]),
-                (Some(0), "server: invalid message: no request looks like this\n")
+                (
+                    Some(0),
+                    "server: a client is disconnected: invalid message: the request is malformed\n"
+                )
             );
         });
     }
@@ -612,7 +616,7 @@ mod pty_share {
             r#"client: reads  "fdwire""#,
             r#"server: sees   "welcome, fdwire""#,
             "client: reads  the end of the file",
-            r#"server: the client says b"end of file"; the window is 50 x 132"#,
+            r#"server: the client reports b"end of file"; the window is 50 x 132"#,
         ] {
             assert!(ran.out.lines().any(|said| said == line), "{line} is not in {}", ran.out);
         }
@@ -625,17 +629,20 @@ mod pty_share {
         let ((controller, terminal), (_other_controller, other_terminal)) = (pty(), pty());
         run(async {
             for (frame, line) in [
-                (Some(data().with_fd(null()).with_fd(null())), "what came is not a terminal"),
+                (
+                    Some(data().with_fd(null()).with_fd(null())),
+                    "the second descriptor is not a terminal",
+                ),
                 (
                     Some(data().with_fd(controller.try_clone().unwrap()).with_fd(other_terminal)),
-                    "what came is not the two ends of one terminal",
+                    "the descriptors are not the two ends of one terminal",
                 ),
                 (
                     Some(data().with_fd(null()).with_fd(terminal)),
-                    "what came is not the two ends of one terminal",
+                    "the descriptors are not the two ends of one terminal",
                 ),
-                (Some(data().with_fd(null())), "two descriptors expected, 1 came"),
-                (Some(Frame::new("less")), "4 bytes came that are not the ones agreed on"),
+                (Some(data().with_fd(null())), "two descriptors were expected, and 1 came"),
+                (Some(Frame::new("less")), "the frame should have 250 dots, and has 4 other bytes"),
                 (None, "the server is gone"),
             ] {
                 let serve = async |mut client: Framed<FrameCodec>| {

@@ -155,7 +155,7 @@ fn errors_name_the_file_or_the_address() {
     let taken = failed(&mut taken);
     assert!(
         taken.starts_with(&format!(
-            "error: cannot listen at {}: Address already in use",
+            "error: cannot listen on {}: Address already in use",
             service.http
         )),
         "{taken}"

@@ -63,7 +63,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         });
     }
     println!(
-        "user instructions for a message of {MESSAGE_BYTES} bytes, in batches of {BATCH}, on STREAM:"
+        "user instructions for a message of {MESSAGE_BYTES} bytes, in batches of {BATCH}, \
+         on STREAM:"
     );
     println!("{:<22}{:>10}{:>11}", "", "sending", "receiving");
     let mut exit = ExitCode::SUCCESS;

@@ -13,6 +13,9 @@ use std::{
 
 const CLIENTS: usize = 4;
 
+/// The time of a measurement under load.
+pub(crate) const WINDOW: Duration = Duration::from_millis(400);
+
 /// Clients, each of which connects again as soon as it was answered.
 pub(crate) struct Load {
     stop: Arc<AtomicBool>,
@@ -38,7 +41,7 @@ impl Load {
         Self { stop, accepted, clients }
     }
 
-    /// Forgets what was, and returns the times at which connections were answered.
+    /// Returns the times at which connections were answered, and forgets them.
     pub(crate) fn take(&self) -> Vec<Instant> {
         std::mem::take(&mut *self.accepted.lock().unwrap())
     }
@@ -55,7 +58,7 @@ impl Load {
     }
 }
 
-/// The longest time between two connections.
+/// Returns the longest time between two connections.
 pub(crate) fn longest_gap(accepted: &[Instant]) -> Duration {
     let gaps = accepted.windows(2).map(|pair| pair[1].saturating_duration_since(pair[0]));
     gaps.max().unwrap_or_default()

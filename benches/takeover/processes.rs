@@ -43,8 +43,8 @@ impl Process {
         Ok(process)
     }
 
-    /// One that serves, and the CPU time and the time that it took from its request until it was
-    /// ready.
+    /// Starts a server and waits until it serves. Returns the CPU time and the time that it took
+    /// from its request until it was ready.
     pub(crate) fn serving(
         path: &Path,
         address: SocketAddr,
@@ -57,7 +57,7 @@ impl Process {
         Ok((process, Duration::from_nanos(cpu), Duration::from_nanos(elapsed)))
     }
 
-    /// One that serves first, at a listener that others have too.
+    /// Starts the first server, at a listener that others have too.
     pub(crate) fn first(path: &Path, listener: &TcpListener) -> Result<Self> {
         let mut command = Command::new(env::current_exe()?);
         command.env(ROLE, "server").env("BENCH_PATH", path).env("BENCH_LISTENERS", "1");
@@ -100,7 +100,7 @@ impl Process {
         Ok([first.parse()?, second.parse()?])
     }
 
-    /// CPU time so far.
+    /// Returns the CPU time so far.
     pub(crate) fn cpu(&self) -> Result<Duration> {
         cpu(&self.child.id().to_string())
     }
@@ -113,7 +113,7 @@ impl Drop for Process {
     }
 }
 
-/// The time that all threads of a process have run.
+/// Returns the time that all threads of a process have run.
 fn cpu(process: &str) -> Result<Duration> {
     let mut nanoseconds = 0;
     for thread in fs::read_dir(format!("/proc/{process}/task"))? {
@@ -121,6 +121,10 @@ fn cpu(process: &str) -> Result<Duration> {
         nanoseconds += figures.split(' ').next().ok_or("no figure")?.parse::<u64>()?;
     }
     Ok(Duration::from_nanos(nanoseconds))
+}
+
+pub(crate) fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }
 
 pub(crate) fn run(role: &str) -> Result<()> {
@@ -140,6 +144,7 @@ async fn serve() -> Result<()> {
     if soft < hard {
         nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)?;
     }
+    // Only the first process binds.
     let bind = || {
         let mut bound = Listeners::new();
         match &address {
@@ -156,6 +161,7 @@ async fn serve() -> Result<()> {
         io::stdin().read_exact(&mut [0])?;
     }
 
+    // What is measured: from the request until it is ready.
     let (begin, cpu_begin) = (Instant::now(), cpu("self")?);
     let server = takeover::bind_or_take(&path, Options::default(), bind).await?.ready().await?;
     let (elapsed, used) = (begin.elapsed(), cpu("self")? - cpu_begin);

@@ -166,8 +166,12 @@ impl End for Server {
             let listener = listener.as_ref().expect("received above");
             loop {
                 select! {
-                    accepted = listener.accept() => drop(serving.spawn(serve_all(accepted.expect("accepting").0))),
-                    frame = peer.next() => break drop(frame.expect("the front is there").expect("a frame")),
+                    accepted = listener.accept() => {
+                        serving.spawn(serve_all(accepted.expect("accepting").0));
+                    }
+                    frame = peer.next() => {
+                        break drop(frame.expect("the front is there").expect("a frame"));
+                    }
                 }
             }
         };

@@ -90,7 +90,9 @@ impl End for Front {
             client.control.say(count as u64);
             let listener = listener.try_clone().expect("a descriptor is free");
             select! {
-                ended = dispatcher.serve(listener) => panic!("nothing has ended the dispatcher: {ended:?}"),
+                ended = dispatcher.serve(listener) => {
+                    panic!("nothing has ended the dispatcher: {ended:?}")
+                }
                 _ = client.control.hear_in_runtime() => {}
             }
         };

@@ -3,11 +3,13 @@
 //! with a whole HTTP server behind it.
 //!
 //! ```text
-//! cargo bench --bench transport                          # everything, in some minutes
-//! cargo bench --bench transport -- 64B-fd anchovy fdwire # rows and contenders whose names hold one of the words
-//! cargo bench --bench transport -- --list
-//! cargo bench --bench transport -- --report docs         # write docs/BENCHMARKS.md and docs/benchmarks.svg
-//! cargo bench --bench transport -- --from FILE --report docs
+//! cargo bench --bench transport               # everything, in some minutes
+//! cargo bench --bench transport -- --list     # the names of rows and contenders
+//! cargo bench --bench transport -- --report   # write docs/BENCHMARKS.md and docs/benchmarks.svg
+//! cargo bench --bench transport -- --from FILE --report
+//!
+//! # Rows and contenders whose names hold one of the words:
+//! cargo bench --bench transport -- 64B-fd anchovy fdwire
 //! ```
 //!
 //! Contenders of a row do the same work, under the same conditions:
@@ -38,7 +40,14 @@ mod reuse_port;
 mod rows;
 mod tasks;
 
-use std::{error::Error, fs, io::IsTerminal, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    error::Error,
+    fs,
+    io::IsTerminal,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::Parser;
 use measure::Effort;
@@ -70,9 +79,9 @@ struct Args {
     #[arg(long)]
     list: bool,
 
-    /// Write BENCHMARKS.md and benchmarks.svg into this directory
-    #[arg(long, value_name = "DIRECTORY", conflicts_with = "test")]
-    report: Option<PathBuf>,
+    /// Write docs/BENCHMARKS.md and docs/benchmarks.svg
+    #[arg(long, conflicts_with = "test")]
+    report: bool,
 
     /// Measure nothing, take the results of an earlier run
     #[arg(long, value_name = "FILE")]
@@ -104,6 +113,9 @@ struct Args {
     cores: Vec<String>,
 }
 
+/// Cargo runs a bench in the directory of its package, which is not that of the documents.
+const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
+
 fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     if args.far_end.is_some() || args.client.is_some() {
@@ -124,8 +136,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         None => measure(&args)?,
     };
-    if let Some(directory) = &args.report {
-        fs::create_dir_all(directory)?;
+    if args.report {
+        let directory = Path::new(DOCS);
         fs::write(directory.join("BENCHMARKS.md"), report::markdown(&results))?;
         plot::draw(&results, &directory.join("benchmarks.svg"))?;
         println!("written to {}", directory.display());

@@ -44,41 +44,53 @@ pub(crate) fn markdown(results: &Results) -> String {
 const INTRODUCTION: &str = "\
 # Benchmarks
 
-Written by `cargo bench --bench transport -- --report docs`. Do not edit.
+Written by `cargo bench --bench transport -- --report`. Do not edit.
 
 ![Time of fdwire and its peers](benchmarks.svg)
 
 ";
 
 const HOW_TO_READ: &str = "\
-Two processes, each on a core of its own, but for the rows of HTTP. All contenders of a row take turns, round after round; a time is the median over
-the rounds with its quartiles, a ratio the median of the ratios within a round. CPU is user and system time of both
-processes. Compare within a row; between rows and machines only ratios mean something.
+Two processes, each on a core of its own, but for the rows of HTTP. All contenders of a row take
+turns, round after round; a time is the median over the rounds with its quartiles, a ratio the
+median of the ratios within a round. CPU is user and system time of both processes. Compare within a
+row; between rows and machines only ratios mean something.
 
-- *bare*: `sendmsg` and `recvmsg` on tokio's `AsyncFd`. What is flushed together goes in one call with all its descriptors, and the
-  receiver does not take messages apart. It is the floor. The column *× bare* compares with it on the same kind of socket.
-- *by hand*: the user puts all messages of a batch, and all their descriptors, into one call of the peer's, and takes
-  them apart. Other rows of peers are what they do by themselves, message by message (`LengthDelimitedCodec`: fed and flushed
-  like fdwire). *× fastest peer* compares with the fastest of those.
-- Messages with a descriptor each start with one of their own, made by `dup`; the sender closes it after sending, and the
-  receiver closes what it gets. ipc-channel can pass only handles of its own: it sends a sender, the same each time,
-  without `dup`. It uses sockets of its own, with the system's default send buffer.
-- On STREAM, a receiver that takes bytes takes all that is there: several messages, where they have no descriptors.
-- From 64 KiB on each message is received whole into memory of its own. Contenders that are given memory to receive into get the
-  same again for the next message, as from a pool. The shared memory of ipc-channel is mapped, and not read.
-- On SEQPACKET, 16 MiB take several packets: of 1 MiB, a quarter of the send buffer, with fdwire and with bare calls, so that one
-  is received while the next is sent; by tokio-seqpacket the largest that the socket takes.
-- Tasks that share a socket send one message and let the others run. *mutex*: each locks, sends and flushes; *channel*:
-  a task feeds what waits in a `tokio::sync::mpsc` and flushes; *shared*: all call `send` on one socket.
-- A hand-off: a third process connects by TCP, one process accepts, passes the connection, and the worker
-  writes 5 bytes and closes it. fdwire and bare calls send together what was accepted together. The client's CPU is not counted.
-- HTTP: the same server everywhere (hyper, one request per connection). *one process* accepts and serves; *fdwire* is the hand-off
-  layer (`Dispatcher::serve`, and `Incoming` with `next` or `next_batch`), with its promise that no connection is lost; *bare* accepts,
-  sends each connection with a `sendmsg` and knows nothing of what becomes of it. *added CPU* is what a contender
-  takes beyond one process, *× bare's* what it adds in units of what bare calls add. One client waits for each answer before
-  it connects again, so that every process sleeps between any two steps: all costs of waking up are there, and nothing is batched.
-  Runtimes are as users have them, for one process and both ends of a hand-off alike: current-thread, which is what several
-  workers are started for, and tokio's default, multi-thread; the loop that accepts is in `main`; no process is bound to a core.
+- *bare*: `sendmsg` and `recvmsg` on tokio's `AsyncFd`. What is flushed together goes in one call
+  with all its descriptors, and the receiver does not take messages apart. It is the floor. The
+  column *× bare* compares with it on the same kind of socket.
+- *by hand*: the user puts all messages of a batch, and all their descriptors, into one call of the
+  peer's, and takes them apart. Other rows of peers are what they do by themselves, message by
+  message (`LengthDelimitedCodec`: fed and flushed like fdwire). *× fastest peer* compares with the
+  fastest of those.
+- Messages with a descriptor each start with one of their own, made by `dup`; the sender closes it
+  after sending, and the receiver closes what it gets. ipc-channel can pass only handles of its own:
+  it sends a sender, the same each time, without `dup`. It uses sockets of its own, with the
+  system's default send buffer.
+- On STREAM, a receiver that takes bytes takes all that is there: several messages, where they have
+  no descriptors.
+- From 64 KiB on each message is received whole into memory of its own. Contenders that are given
+  memory to receive into get the same again for the next message, as from a pool. The shared memory
+  of ipc-channel is mapped, and not read.
+- On SEQPACKET, 16 MiB take several packets: of 1 MiB, a quarter of the send buffer, with fdwire and
+  with bare calls, so that one is received while the next is sent; by tokio-seqpacket the largest
+  that the socket takes.
+- Tasks that share a socket send one message and let the others run. *mutex*: each locks, sends and
+  flushes; *channel*: a task feeds what waits in a `tokio::sync::mpsc` and flushes; *shared*: all
+  call `send` on one socket.
+- A hand-off: a third process connects by TCP, one process accepts, passes the connection, and the
+  worker writes 5 bytes and closes it. fdwire and bare calls send together what was accepted
+  together. The client's CPU is not counted.
+- HTTP: the same server everywhere (hyper, one request per connection). *one process* accepts and
+  serves; *fdwire* is the hand-off layer (`Dispatcher::serve`, and `Incoming` with `next` or
+  `next_batch`), with its promise that no connection is lost; *bare* accepts, sends each connection
+  with a `sendmsg` and knows nothing of what becomes of it. *added CPU* is what a contender takes
+  beyond one process, *× bare's* what it adds in units of what bare calls add. One client waits for
+  each answer before it connects again, so that every process sleeps between any two steps: all
+  costs of waking up are there, and nothing is batched. Runtimes are as users have them, for one
+  process and both ends of a hand-off alike: current-thread, which is what several workers are
+  started for, and tokio's default, multi-thread; the loop that accepts is in `main`; no process is
+  bound to a core.
 ";
 
 const BARS: &str = "\

@@ -43,7 +43,9 @@ async fn serve_until(listener: &TcpListener, end: impl Future) {
     let mut serving = JoinSet::new();
     loop {
         select! {
-            accepted = listener.accept() => drop(serving.spawn(serve(accepted.expect("accepting").0))),
+            accepted = listener.accept() => {
+                serving.spawn(serve(accepted.expect("accepting").0));
+            }
             _ = &mut end => break,
         }
     }

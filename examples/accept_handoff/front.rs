@@ -19,7 +19,7 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
 };
 
-use crate::{Arguments, demo, journal::Journal, kill::Killer, report::Report};
+use crate::{Arguments, demo, journal::Journal, kill::Killer, report::Report, watch::Watch};
 
 /// How long the workers may take to finish what they serve. Those that take longer are killed.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
@@ -58,12 +58,20 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
             None => pending().await,
         }
     };
+    let mut watch = Watch::new(address);
+    let watching = async {
+        match arguments.watch {
+            true => watch.run(&dispatcher).await,
+            false => pending().await,
+        }
+    };
     let mut serving = pin!(dispatcher.serve(listener)); // until the dispatcher has drained
     let outcome = select! {
         served = &mut serving => served.map(|()| None),
         demo = clients => Ok(Some(demo)),
         () = killer.run(&dispatcher) => Ok(None), // it goes on for ever
         () = replace_workers(&mut signals.replace, &dispatcher, workers) => Ok(None), // so does it
+        watched = watching => watched.map(|()| None), // and this
         () = stop(&mut signals.interrupt, &mut signals.terminate) => Ok(None),
     };
     println!("stopping");
@@ -83,10 +91,10 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
 }
 
 /// Returns how each of the workers is started.
-fn workers(
-    arguments: &Arguments,
-    own: &Path,
-    journal: Option<&Journal>,
+fn workers<'a>(
+    arguments: &'a Arguments,
+    own: &'a Path,
+    journal: Option<&'a Journal>,
 ) -> impl Iterator<Item = WorkerCommand> {
     let programs = iter::repeat_n(own, arguments.workers.into());
     let programs = programs.chain(arguments.also.iter().map(PathBuf::as_path));

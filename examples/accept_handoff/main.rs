@@ -10,11 +10,18 @@
 //! ```
 //!
 //! ```text
-//! cargo run --example accept_handoff                                         # then: curl http://127.0.0.1:8080/
-//! cargo run --example accept_handoff -- --kill-every 500                     # the same, and no worker lives for long
-//! cargo run --example accept_handoff -- --demo 20000 --kill-every 50         # drives itself with 20,000 HTTP clients
-//! cargo run --example accept_handoff -- --socket stream                      # STREAM in place of SEQPACKET
-//! RUST_LOG=fdwire=debug cargo run --example accept_handoff                   # says more of what it does
+//! # Then: curl http://127.0.0.1:8080/
+//! cargo run --example accept_handoff
+//! # The same, and no worker lives for long.
+//! cargo run --example accept_handoff -- --kill-every 500
+//! # Drives itself with 20,000 HTTP clients.
+//! cargo run --example accept_handoff -- --demo 20000 --kill-every 50
+//! # Shows the workers meanwhile.
+//! cargo run --example accept_handoff -- --watch --demo 20000 --kill-every 50
+//! # STREAM in place of SEQPACKET.
+//! cargo run --example accept_handoff -- --socket stream
+//! # Says more of what it does.
+//! RUST_LOG=fdwire=debug cargo run --example accept_handoff
 //! ```
 //!
 //! The curl line answers with the worker's process id, another one each time. Ctrl-C stops all
@@ -30,6 +37,7 @@ mod front;
 mod journal;
 mod kill;
 mod report;
+mod watch;
 mod worker;
 
 use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode};
@@ -52,7 +60,12 @@ struct Arguments {
     listen: Option<SocketAddr>,
 
     /// Number of processes that serve
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 2,
+        value_parser = clap::value_parser!(u16).range(1..=64)
+    )]
     workers: u16,
 
     /// One more worker: a program that speaks the hand-off protocol at its standard input, such as
@@ -66,12 +79,21 @@ struct Arguments {
 
     /// Send that many requests, 64 at a time, each on a connection of its own, print what became of
     /// them, and stop
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(demo::MOST_CLIENTS)))]
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=i64::from(demo::MOST_CLIENTS))
+    )]
     demo: Option<u32>,
 
     /// Kill a worker at random (SIGKILL) each time that so many milliseconds have passed
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     kill_every: Option<u64>,
+
+    /// Show what the workers do: a picture that changes if the standard output is a terminal, else
+    /// a line each second
+    #[arg(long)]
+    watch: bool,
 
     /// Be worker number N, for connections that come over the standard input: how the front starts
     /// its workers
@@ -111,8 +133,12 @@ async fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
-    // In the demo, deaths are no news.
-    let level = if arguments.demo.is_some() { LevelFilter::ERROR } else { LevelFilter::INFO };
+    // In the demo, deaths are no news, and a picture shows them.
+    let level = if arguments.demo.is_some() || arguments.watch {
+        LevelFilter::ERROR
+    } else {
+        LevelFilter::INFO
+    };
     let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
     // Where nobody reads them any more (`| head`), events are dropped: to complain of that would be
     // a panic in the dispatcher's tasks.

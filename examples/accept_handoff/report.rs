@@ -191,14 +191,14 @@ fn histogram() -> Histogram<u64> {
     Histogram::new_with_max(PATIENCE.as_micros() as u64, 3).expect("the bounds are valid")
 }
 
-fn new_table() -> Table {
+pub(crate) fn new_table() -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
     table
 }
 
 /// Numbers to the right: columns from this one on.
-fn align(table: &mut Table, first: usize) {
+pub(crate) fn align(table: &mut Table, first: usize) {
     for column in table.column_iter_mut().skip(first) {
         column.set_cell_alignment(CellAlignment::Right);
     }

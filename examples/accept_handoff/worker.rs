@@ -70,7 +70,8 @@ pub(crate) async fn run(number: u16, journal: Option<&Path>) -> Result<()> {
 
     // The front wants this worker to end, or is gone.
     sleep(GRACE).await;
-    let _ = timeout(FINISH_LIMIT, serving.shutdown()).await; // idle connections end now, the others after their answer
+    // Idle connections end now, the others after their answer.
+    let _ = timeout(FINISH_LIMIT, serving.shutdown()).await;
     match handle.ended().await {
         End::Failed(error) => Err(Error::other(error)),
         _ => Ok(()),

@@ -1,24 +1,28 @@
 #!/usr/bin/env node
-// A worker in Node: serves HTTP over the connections that a dispatcher hands to it. WebSockets come
-// along: `server` below is an ordinary http.Server, with its 'upgrade' events.
+// A worker in Node: serves HTTP over the connections that a dispatcher hands to it. WebSockets work
+// too: `server` below is an ordinary http.Server, with its 'upgrade' events.
 //
-// Needs nothing but Node 18 or later and speaks the hand-off protocol of src/handoff/protocol.md.
-// The names of its rules, such as W-ADOPTED, are in the comments. The dispatcher starts it, with the
-// socket as standard input, which has to be of kind STREAM:
+// It needs nothing but Node 18 or later, and speaks the hand-off protocol of
+// src/handoff/protocol.md. The comments name the rules of the protocol, such as W-ADOPTED. The
+// dispatcher starts the worker, with the socket as its standard input. The socket has to be of kind
+// STREAM:
 //
 //     let worker = WorkerCommand::from(Command::new("examples/foreign_workers/worker.mjs"));
 //     dispatcher.spawn_worker(worker.socket_kind(SocketKind::Stream))?;
 //
-// Two of this crate's own workers and two of these, killed at random while clients come:
+// This runs two workers of the crate and two of these, which are killed at random under load:
 //
 //     cargo run --example accept_handoff -- --demo 5000 --kill-every 500 --socket stream \
 //         --also examples/foreign_workers/worker.mjs --also examples/foreign_workers/worker.mjs
 //
-// Node receives descriptors only within its own child_process channel. That is a pipe of libuv with
-// `ipc` set, which `process.binding` gives: an API that is deprecated (DEP0111) for no other one.
-// Such a pipe takes one descriptor out of each read, as a handle. So this worker never has more
-// than one offer on its way. Nor has Node a getsockopt: instead of the cookie, the client's address
-// is compared. And it registers a connection only when it reads from it, so W-REGISTER is not kept.
+// Three things are special to Node:
+//
+// - It receives descriptors only in the channel of its own child_process module, which is a pipe of
+//   libuv with `ipc` set. `process.binding` makes such a pipe. That API is deprecated (DEP0111),
+//   but there is no other one. The pipe takes one descriptor out of each read, so this worker never
+//   has more than one offer on its way.
+// - It has no getsockopt, so the client's address is compared instead of the cookie (D-COOKIE).
+// - It registers a connection only when it reads from it, so it does not keep W-REGISTER.
 
 import fs from 'node:fs';
 import http from 'node:http';
@@ -30,7 +34,7 @@ const { ShutdownWrap, WriteWrap, streamBaseState, ...stream } = process.binding(
 process.binding('tcp_wrap'); // makes handles of TCP sockets
 
 const [HELLO, DEMAND, ADOPTED, REJECTED, LOAD, PONG, DRAINING, GOODBYE] = [1, 2, 3, 4, 5, 6, 7, 8];
-const [WELCOME, OFFER, RECALL, PING, DRAIN] = [0x81, 0x82, 0x83, 0x84, 0x85];
+const [WELCOME, OFFER, RECALL, PING, DRAIN, FENCED] = [0x81, 0x82, 0x83, 0x84, 0x85, 0x86];
 const [REASON_DRAINING, REASON_UNUSABLE] = [2, 4];
 const UNKNOWN_MAY_BE_SKIPPED = 0x40;
 
@@ -42,7 +46,7 @@ const u64 = number => {
 };
 const u32 = number => u64(number).subarray(4);
 
-// One way to write an address.
+// Returns an address in the one form that can be compared.
 const canonical = address => {
     if (!address.includes(':')) return address;
     return new URL(`http://[${address.split('%')[0]}]/`).hostname.slice(1, -1);
@@ -77,6 +81,11 @@ class Fields {
     }
 }
 
+const fail = message => {
+    console.error(`worker.mjs: ${message}`);
+    process.exit(1);
+};
+
 // One conversation with a dispatcher. `give(socket, offer)` is the application.
 class Worker {
     constructor(fd, give, limit = 1000) {
@@ -85,7 +94,7 @@ class Worker {
         this.demand = this.offered = this.answered = this.adopted = this.finished = 0;
         this.pipe = new Pipe(constants.IPC);
         const error = this.pipe.open(fd);
-        if (error) throw new Error(`standard input is no socket of kind STREAM (${error})`);
+        if (error) fail(`standard input is not a dispatcher's socket of kind STREAM (${error})`);
         this.pipe.onread = bytes => this.onRead(bytes);
         this.pipe.readStart();
         this.send([u8(HELLO), Buffer.from('FDHO'), u8(1), u8(1), u8(1)]);
@@ -95,7 +104,7 @@ class Worker {
         if (this.pipe.pendingHandle) this.handles.push(this.pipe.pendingHandle);
         this.pipe.pendingHandle = null;
         const count = streamBaseState[stream.kReadBytesOrError];
-        if (count < 0) return this.end(); // cut off, or the dispatcher is gone (W-END)
+        if (count < 0) return this.end(); // this worker is cut off, or the dispatcher is gone
         if (count === 0) return;
         const offset = streamBaseState[stream.kArrayBufferOffset];
         this.data = Buffer.concat([this.data, Buffer.from(bytes, offset, count)]);
@@ -103,13 +112,14 @@ class Worker {
             while (!this.isOver && this.nextMessage());
         } catch (error) {
             this.end();
-            console.error(`worker ${process.pid}: the dispatcher breaks a rule: ${error.message}`);
+            const who = `worker ${process.pid}`;
+            console.error(`${who}: the dispatcher has broken the protocol: ${error.message}`);
         }
     }
 
     nextMessage() {
         if (this.data.length < 8) return false;
-        if (this.data.readUInt16BE(0) !== 0xFD10) throw new Error('no frame');
+        if (this.data.readUInt16BE(0) !== 0xFD10) throw new Error('these bytes are no frame');
         const [fds, length] = [this.data.readUInt16BE(2), this.data.readUInt32BE(4)];
         if (length > 1 << 20) throw new Error('a frame is too long');
         if (this.data.length < 8 + length) return false;
@@ -124,44 +134,46 @@ class Worker {
         const fields = new Fields(payload);
         const type = fields.u8();
         if (!this.isWelcome) {
-            if (type !== WELCOME || fields.u8() !== 1) throw new Error('no WELCOME');
+            const isWelcome = type === WELCOME && fields.u8() === 1;
+            if (!isWelcome) throw new Error('the first message is no WELCOME');
             this.isWelcome = true;
             return this.ask();
         }
         if (type === OFFER && handles.length === 1) return this.onOffer(fields, handles[0]);
-        if (handles.length) throw new Error('a descriptor out of place');
+        if (handles.length) throw new Error('a descriptor came with a message other than OFFER');
         if (type === PING) this.send([u8(PONG), u64(fields.u64())]);
         else if (type === DRAIN) this.drain();
-        else if (type === RECALL) return; // no offer is unanswered here
-        else if (!(type & UNKNOWN_MAY_BE_SKIPPED)) throw new Error('a message that is none');
+        else if (type === RECALL) return; // every offer is answered at once
+        else if (type === FENCED) this.end(); // adopt no more (W-END)
+        else if (!(type & UNKNOWN_MAY_BE_SKIPPED)) throw new Error(`unknown type ${type}`);
     }
 
     onOffer(fields, handle) {
         const [number, , transport] = [fields.u64(), fields.u64(), fields.u8()];
         const offer = { peer: fields.address(), local: fields.address() };
-        offer.read = fields.bytes(fields.u32()); // from the connection already
+        offer.prefix = fields.bytes(fields.u32()); // what was read from the connection before
         offer.metadata = fields.bytes(fields.u32());
-        if (this.offered === this.demand) throw new Error('more offers than were asked for');
+        if (this.offered === this.demand) throw new Error('there are more offers than asked for');
         if (number !== BigInt(this.offered)) throw new Error('an offer is missing');
         this.offered += 1;
         const peer = {};
         const isTcp = handle.getpeername !== undefined;
-        // A client that has gone has no address any more.
+        // The kernel has no address for a client that is gone.
         const isKnown = isTcp && handle.getpeername(peer) === 0 && offer.peer.port !== undefined;
         const { port, address = '' } = peer;
         if (isKnown && (port !== offer.peer.port || canonical(address) !== offer.peer.address)) {
-            throw new Error('an offer has the descriptor of another client');
+            throw new Error('an offer came with the connection of another client');
         }
         let reason = isTcp === (transport === 1) ? 0 : REASON_UNUSABLE;
         if (this.isDraining) reason = REASON_DRAINING;
         const first = u64(this.answered++);
         if (reason) {
-            handle.close(); // no more than that: it is another worker's (W-TOUCH)
+            handle.close(); // no shutdown: another worker may be serving it (W-TOUCH)
             this.send([u8(REJECTED), first, u32(1), u8(reason)]);
         } else {
             this.adopted += 1;
-            // The application gets it when the whole answer is sent (W-ADOPTED), and not if that
-            // fails (W-NOT-SENT).
+            // The application gets the connection when the whole answer is sent (W-ADOPTED), and
+            // does not get it if that fails (W-NOT-SENT).
             const decide = isSent => (isSent ? this.serve(handle, offer) : handle.close());
             this.send([u8(ADOPTED), first, u32(1)], decide);
         }
@@ -169,9 +181,9 @@ class Worker {
     }
 
     serve(handle, offer) {
-        handle.setBlocking(false); // it is ours now
+        handle.setBlocking(false); // allowed, because the connection is adopted (W-TOUCH)
         const socket = new net.Socket({ handle, readable: true, writable: true });
-        // Node only closes what it destroys, and another process may have a copy (W-SHUTDOWN).
+        // Node would only close the socket, and another process may have a copy (W-SHUTDOWN).
         const destroy = socket._destroy;
         socket._destroy = (error, done) => {
             const request = new ShutdownWrap();
@@ -184,11 +196,11 @@ class Worker {
             this.ask();
             this.leave();
         });
-        if (offer.read.length) socket.unshift(offer.read);
+        if (offer.prefix.length) socket.unshift(offer.prefix);
         this.give(socket, offer);
     }
 
-    // One offer at a time, and no more than `limit` connections.
+    // Asks for one offer at a time, and for no more than `limit` connections.
     ask() {
         const mayAsk = this.demand === this.answered && this.adopted - this.finished < this.limit;
         if (mayAsk && !this.isDraining) this.send([u8(DEMAND), u64(++this.demand)]);
@@ -221,7 +233,7 @@ class Worker {
         if (error || !streamBaseState[stream.kLastWriteWasAsync]) request.oncomplete(error);
     }
 
-    // Connections that were adopted go on.
+    // Ends the conversation. Adopted connections go on.
     end() {
         if (this.isOver) return;
         this.isOver = this.isDraining = true;
@@ -231,10 +243,24 @@ class Worker {
     }
 }
 
-const { values: { worker: number, journal } } =
-    parseArgs({ options: { worker: { type: 'string' }, journal: { type: 'string' } } });
+const USAGE = 'usage: worker.mjs [--worker N] [--journal PATH]';
+const { help, worker: number, journal } = (() => {
+    const text = { type: 'string' };
+    try {
+        const options = { help: { type: 'boolean', short: 'h' }, worker: text, journal: text };
+        return parseArgs({ options }).values;
+    } catch (error) {
+        return fail(`${error.message}\n${USAGE}`);
+    }
+})();
+if (help) {
+    console.log(`${USAGE}\n\nServes HTTP for the dispatcher at the standard input.`);
+    process.exit();
+}
+if (!fs.fstatSync(0).isSocket()) fail('standard input is not the socket of a dispatcher');
 const lines = journal && fs.openSync(journal, 'a');
-process.on('SIGINT', () => {}); // Ctrl-C reaches all; the dispatcher says when to stop
+// Ctrl-C goes to all processes of a terminal. The dispatcher acts on it, and drains its workers.
+process.on('SIGINT', () => {});
 
 // The application, and which of its connections are between two requests.
 const idle = new Set();
@@ -251,5 +277,5 @@ const worker = new Worker(0, (socket, offer) => {
     socket.once('close', () => idle.delete(socket));
     server.emit('connection', socket);
 });
-// Requests may be on their way, so idle connections end a moment later.
+// Requests may be on their way: so idle connections are ended a moment later.
 worker.onDrain = () => setTimeout(() => idle.forEach(socket => socket.end()), 100);

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """A worker in Python: serves HTTP over the connections that a dispatcher hands to it.
 
-Needs nothing but Python 3.9 and speaks the hand-off protocol of src/handoff/protocol.md. The names
-of its rules, such as W-ADOPTED, are in the comments. The dispatcher starts it, with the socket as
-standard input:
+It needs nothing but Python 3.9, and speaks the hand-off protocol of src/handoff/protocol.md. The
+comments name the rules of the protocol, such as W-ADOPTED. The dispatcher starts the worker, with
+the socket as its standard input:
 
     dispatcher.spawn_worker(Command::new("examples/foreign_workers/worker.py"))?;
 
-Two of this crate's own workers and two of these, killed at random while clients come:
+This runs two workers of the crate and two of these, which are killed at random under load:
 
     cargo run --example accept_handoff -- --demo 5000 --kill-every 100 \\
         --also examples/foreign_workers/worker.py --also examples/foreign_workers/worker.py
@@ -21,10 +21,11 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
 
 HELLO, DEMAND, ADOPTED, REJECTED, LOAD, PONG, DRAINING, GOODBYE = range(0x01, 0x09)
-WELCOME, OFFER, RECALL, PING, DRAIN = range(0x81, 0x86)
+WELCOME, OFFER, RECALL, PING, DRAIN, FENCED = range(0x81, 0x87)
 UNUSABLE, UNKNOWN_MAY_BE_SKIPPED = 4, 0x40
 SO_COOKIE = getattr(socket, "SO_COOKIE", 57)
 
@@ -40,16 +41,16 @@ class Frames:
         self.peer, self.data, self.fds = peer, b"", []
 
     def missing(self):
-        """Bytes that are missing of the frame that has begun, if its header is complete."""
+        """Returns how many bytes the first frame lacks, or None if its header is incomplete."""
         if len(self.data) < 8:
             return None
         magic, version, _, length = struct.unpack_from(">BBHI", self.data)
         if (magic, version) != (0xFD, 0x10) or length > 1 << 20:
-            raise Breach("no frame")
+            raise Breach("these bytes are no frame")
         return max(0, 8 + length - len(self.data))
 
     def receive(self):
-        """The next payload and its descriptors; None at the end."""
+        """Returns the next payload and its descriptors, or None at the end of the stream."""
         while self.missing() != 0:
             room = max(65_600, self.missing() or 0)  # P-ROOM
             flags = socket.MSG_CMSG_CLOEXEC
@@ -68,12 +69,12 @@ class Frames:
         payload, self.data = self.data[8 : 8 + length], self.data[8 + length :]
         fds, self.fds = self.fds[:count], self.fds[count:]
         if len(fds) < count:
-            raise Breach("a frame without its descriptors")
+            raise Breach("a frame came without its descriptors")
         return payload, fds
 
     def send(self, layout, *fields):
         payload = struct.pack(">" + layout, *fields)
-        # On STREAM, sendall goes on until the whole frame is sent.
+        # On STREAM, one send may take a part of the frame. sendall sends the rest too.
         self.peer.sendall(struct.pack(">BBHI", 0xFD, 0x10, 0, len(payload)) + payload)
 
 
@@ -84,23 +85,23 @@ class Offer:
         self.rest, self.fd, self.bundle = payload, fds[0], fds[1:]
         _, self.number, self.cookie, self.transport = self.take("BQQB")
         self.peer, self.local = self.address(), self.address()
-        self.prefix = self.bytes("I")  # read from the connection already
+        self.prefix = self.bytes("I")  # what was read from the connection before
         self.metadata = self.bytes("I")
 
     def take(self, layout):
-        fields = struct.unpack_from(">" + layout, self.rest)
-        self.rest = self.rest[struct.calcsize(">" + layout) :]
-        return fields
+        return struct.unpack(">" + layout, self.cut(struct.calcsize(">" + layout)))
 
     def bytes(self, length):
-        (length,) = self.take(length)
+        return self.cut(*self.take(length))
+
+    def cut(self, length):
         if length > len(self.rest):
             raise Breach("a message is too short")
         field, self.rest = self.rest[:length], self.rest[length:]
         return field
 
     def address(self):
-        """Host and port, as http.server has it."""
+        """Returns host and port, as http.server wants them."""
         (kind,) = self.take("B")
         if kind in (1, 2):
             return (os.fsdecode(self.bytes("H")), 0)
@@ -115,17 +116,20 @@ class Offer:
         raise Breach("an unknown kind of address")
 
     def is_usable(self, connection):
-        family = {1: (socket.AF_INET, socket.AF_INET6), 2: (socket.AF_UNIX,)}[self.transport]
-        is_stream = connection.family in family and connection.type == socket.SOCK_STREAM
+        families = {1: (socket.AF_INET, socket.AF_INET6), 2: (socket.AF_UNIX,)}
+        is_stream = (
+            connection.family in families.get(self.transport, ())
+            and connection.type == socket.SOCK_STREAM
+        )
         return is_stream and not os.get_blocking(self.fd)
 
     def close(self):
         for fd in [self.fd, *self.bundle]:
-            os.close(fd)  # only closed: it is another worker's (W-TOUCH)
+            os.close(fd)  # not shut down: another worker may be serving it (W-TOUCH)
 
 
 class Worker:
-    """Adopts each connection at once, and serves it with a thread of its own."""
+    """Adopts each connection at once, and serves it in a thread of its own."""
 
     def __init__(self, peer, serve, limit=64):
         self.frames, self.serve, self.limit = Frames(peer), serve, limit
@@ -135,7 +139,7 @@ class Worker:
         self.is_draining = self.has_left = False
 
     def run(self):
-        """Returns after GOODBYE or the dispatcher's end, when all connections have ended."""
+        """Serves until GOODBYE or the dispatcher's end, and until all connections have ended."""
         threads = []
         try:
             self.frames.send("B4sBBB", HELLO, b"FDHO", 1, 1, 1)
@@ -146,7 +150,7 @@ class Worker:
                 threads = [thread for thread in threads if thread.is_alive()]
                 threads.extend(self.on_message(*message))
         except OSError:
-            pass  # cut off, or the dispatcher is gone: nothing more is adopted (W-END)
+            pass  # this worker is cut off, or the dispatcher is gone: adopt no more (W-END)
         finally:
             self.is_draining = True
             self.frames.peer.close()
@@ -156,37 +160,38 @@ class Worker:
     def has_welcome(self):
         message = self.frames.receive()
         if message and (message[0][:2] != bytes([WELCOME, 1]) or message[1]):
-            raise Breach("no WELCOME")
+            raise Breach("the first message is no WELCOME")
         return message is not None
 
     def on_message(self, payload, fds):
-        """Returns the threads that it has started."""
+        """Acts on a message. Returns the threads that serve the connections of it."""
         kind = payload[0] if payload else None
         if kind == OFFER and fds:
             return self.on_offer(Offer(payload, fds))
         with self.lock:
             if fds:
-                raise Breach("a descriptor with another message than OFFER")
+                raise Breach("a descriptor came with a message other than OFFER")
             if kind == PING:
-                (nonce,) = struct.unpack_from(">Q", payload, 1)
-                self.frames.send("BQ", PONG, nonce)
+                self.frames.send("B8s", PONG, payload[1:9])
             elif kind == DRAIN and not self.is_draining:
                 self.is_draining = True
                 self.frames.send("B", DRAINING)
                 self.leave()
             elif kind in (DRAIN, RECALL):
-                pass  # no offer is unanswered here
+                pass  # every offer is answered at once, so there is none to give back
+            elif kind == FENCED:
+                raise OSError("the dispatcher has cut this worker off")
             elif kind is None or not kind & UNKNOWN_MAY_BE_SKIPPED:
-                raise Breach("a message that is none")
+                raise Breach("the type of a message is unknown")
         return []
 
     def on_offer(self, offer):
         connection = socket.socket(fileno=offer.fd)
         cookie = connection.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
         if offer.number != self.offered or struct.unpack("=Q", cookie) != (offer.cookie,):
-            raise Breach("an offer is missing, or has the wrong descriptor")
+            raise Breach("an offer is missing, or came with another connection")
         if self.offered == self.demand:
-            raise Breach("more offers than were asked for")
+            raise Breach("there are more offers than this worker has asked for")
         self.offered += 1
         first = self.adopted + self.rejected
         with self.lock:
@@ -205,10 +210,10 @@ class Worker:
 
     def serve_one(self, connection, offer):
         try:
-            connection.setblocking(True)  # it is ours now
+            connection.setblocking(True)  # allowed, because the connection is adopted (W-TOUCH)
             self.serve(self, connection, offer)
         except OSError:
-            pass  # the client has gone
+            pass  # the client is gone
         finally:
             try:
                 connection.shutdown(socket.SHUT_RDWR)  # others may have a copy (W-SHUTDOWN)
@@ -222,7 +227,7 @@ class Worker:
                     self.ask()
                     self.leave()
                 except OSError:
-                    pass  # the main thread sees it too
+                    pass  # the main thread notices that too
 
     def ask(self):
         demand = self.finished + self.rejected + self.limit
@@ -238,7 +243,7 @@ class Worker:
 
 
 class Prefixed(io.RawIOBase):
-    """What was read from a connection already, then the rest of it."""
+    """Reads first what the dispatcher had read from a connection, then the connection itself."""
 
     def __init__(self, prefix, connection):
         self.prefix, self.connection = prefix, connection
@@ -255,10 +260,10 @@ class Prefixed(io.RawIOBase):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """The application. `self.server` is the worker."""
+    """Is the application. `self.server` is the worker."""
 
     protocol_version = "HTTP/1.1"
-    timeout = 2  # seconds until an idle connection ends, also while this worker drains
+    timeout = 2  # seconds until an idle connection ends, so that a drain ends too
 
     def __init__(self, worker, connection, offer):
         self.prefix = offer.prefix
@@ -282,9 +287,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def main():
-    arguments = argparse.ArgumentParser(description="Serves HTTP for a dispatcher at stdin.")
-    arguments.add_argument("--worker", metavar="N", help="its number in the journal")
-    arguments.add_argument("--journal", metavar="PATH", help="writes there what it was given")
+    about = "Serves HTTP for the dispatcher at the standard input."
+    arguments = argparse.ArgumentParser(description=about)
+    arguments.add_argument("--worker", metavar="N", help="the number of this worker in the journal")
+    arguments.add_argument("--journal", metavar="PATH", help="the file to list connections in")
     arguments = arguments.parse_args()
     journal = arguments.journal and os.open(arguments.journal, os.O_WRONLY | os.O_APPEND)
 
@@ -293,12 +299,19 @@ def main():
             os.write(journal, f"{offer.peer[0]} {arguments.worker} {os.getpid()}\n".encode())
         Handler(worker, connection, offer)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # reaches all; the dispatcher says when to stop
-    # A child process would find the socket as its standard input (W-STDIN).
-    peer = socket.socket(fileno=os.dup(0))
+    # Ctrl-C goes to all processes of a terminal. The dispatcher acts on it, and drains its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Otherwise the socket would be the standard input of each child process (W-STDIN).
+    try:
+        peer = socket.socket(fileno=os.dup(0))
+    except OSError as error:
+        sys.exit(f"worker.py: standard input is not the socket of a dispatcher: {error}")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     peer.setblocking(True)
-    Worker(peer, serve).run()
+    try:
+        Worker(peer, serve).run()
+    except Breach as breach:
+        sys.exit(f"worker {os.getpid()}: the dispatcher has broken the protocol: {breach}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ use crate::{load::Load, other};
 const RESTARTS: usize = 20;
 const CLIENTS: usize = 8;
 
-/// For the baseline, and between two restarts.
+/// The time between two restarts, and for the baseline before them.
 const QUIET: Duration = Duration::from_millis(250);
 
 /// A process is killed at most this long after it has everything. The other one stays for longer.
@@ -28,7 +28,7 @@ const LATEST_KILL: u64 = 60;
 /// A client that is silent for a tenth of this may find its connection closed, in milliseconds.
 const SPREAD: &str = "3000";
 
-/// For anything that should happen soon.
+/// The longest time for anything that should happen soon.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A server process.
@@ -64,7 +64,9 @@ impl Process {
     }
 }
 
+/// Runs the demo. `kill`: a process is killed in most restarts. `front`: the servers have workers.
 pub(crate) async fn run(kill: bool, front: bool) -> io::Result<()> {
+    // A server, its clients, and the longest gap without a restart.
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("takeover");
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
@@ -77,6 +79,7 @@ pub(crate) async fn run(kill: bool, front: bool) -> io::Result<()> {
     sleep(QUIET * RESTARTS as u32).await;
     let gap_without = load.take_longest_gap();
 
+    // Restart it again and again. Old processes finish their connections meanwhile.
     let mut leaving = Vec::new();
     let mut kills = 0;
     for number in 1..=RESTARTS {
@@ -111,6 +114,7 @@ pub(crate) async fn run(kill: bool, front: bool) -> io::Result<()> {
     }
     sleep(QUIET).await;
 
+    // Report what the clients have seen.
     let gap_with = load.take_longest_gap();
     let seen = load.seen.lock().unwrap();
     println!("answered {}", seen.answered);

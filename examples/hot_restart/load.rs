@@ -15,13 +15,13 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// Between two requests of a client.
+/// The pause between two requests of a client.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// A server that does not answer for so long has failed.
+/// The longest time for an answer: then the server has failed.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Counts what clients see.
+/// The experience of all clients.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) answered: u64,
@@ -41,7 +41,8 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// `repeats`: a request whose connection is cut is sent once more, as browsers and proxies do.
+    /// Starts clients. If `repeats` is true, they send a request once more if its connection is
+    /// cut, as browsers and proxies do.
     pub(crate) fn start(address: SocketAddr, clients: usize, repeats: bool) -> Self {
         let seen = Arc::<Mutex<Seen>>::default();
         let mut load = Self { seen, clients: JoinSet::new() };

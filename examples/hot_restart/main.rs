@@ -2,10 +2,10 @@
 //! one.
 //!
 //! ```text
-//! cargo run --features axum --example hot_restart                 # then again, in another terminal
-//! cargo run --features axum --example hot_restart -- --list       # who serves, and who finishes
-//! cargo run --features axum --example hot_restart -- --wait       # starts it in the background
-//! cargo run --features axum --example hot_restart -- --demo       # load through 20 restarts
+//! cargo run --features axum --example hot_restart             # then again, in another terminal
+//! cargo run --features axum --example hot_restart -- --list   # the processes of the server
+//! cargo run --features axum --example hot_restart -- --wait   # starts it in the background
+//! cargo run --features axum --example hot_restart -- --demo   # load through 20 restarts
 //! cargo run --features axum --example hot_restart -- --demo --kill
 //! cargo run --features axum --example hot_restart -- --demo --front   # workers go on through all of them
 //! ```
@@ -17,7 +17,16 @@ mod demo;
 mod front;
 mod load;
 
-use std::{env, io, net::SocketAddr, process, process::Stdio, time::Duration};
+use std::{
+    env,
+    error::Error,
+    fmt::Display,
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    process::{self, ExitCode, Stdio},
+    time::Duration,
+};
 
 use axum::{Router, routing::get};
 use clap::Parser;
@@ -37,13 +46,13 @@ struct Arguments {
     /// Address to listen at, unless a process manager has passed a listener named "http".
     #[arg(long, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
-    /// Where a new process finds the running one.
+    /// Path at which a new process finds the running one.
     #[arg(long, default_value = "/tmp/fdwire-hot-restart")]
-    path: String,
+    path: PathBuf,
     /// Milliseconds over which a replaced server ends the connections of silent clients.
     #[arg(long, default_value_t = 1000)]
     spread: u64,
-    /// Milliseconds after which a replaced server cuts what is left.
+    /// Milliseconds after which a replaced server cuts its remaining connections.
     #[arg(long, default_value_t = 30_000)]
     deadline: u64,
     /// Serves with two worker processes, which go on when this one is replaced.
@@ -55,7 +64,7 @@ struct Arguments {
     /// Starts the server in the background, and waits until it serves or has failed.
     #[arg(long)]
     wait: bool,
-    /// Lists the process that serves, and those that were replaced and finish their connections.
+    /// Lists the process that serves, and the replaced processes that finish their connections.
     #[arg(long, conflicts_with = "wait")]
     list: bool,
     /// Shows 20 restarts under load.
@@ -66,22 +75,34 @@ struct Arguments {
     kill: bool,
 }
 
-/// For a new process to be ready.
+/// The longest time until a new process serves.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
+async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match () {
-        () if arguments.demo => Ok(demo::run(arguments.kill, arguments.front).await?),
+    let outcome = match () {
+        () if arguments.demo => {
+            demo::run(arguments.kill, arguments.front).await.map_err(Into::into)
+        }
         () if arguments.worker => front::work(router()).await,
         () if arguments.wait => launch(arguments).await,
         () if arguments.list => list(arguments).await,
         () => serve(arguments).await,
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hot_restart: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 
-async fn serve(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
+async fn serve(arguments: Arguments) -> Result<()> {
+    // The first process binds the listener; the others take it over.
     let [spread, deadline] = [arguments.spread, arguments.deadline].map(Duration::from_millis);
     let options = Options::default().drain(spread, deadline);
     let bind = || {
@@ -90,20 +111,23 @@ async fn serve(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
         Ok(listeners)
     };
     let notifier = Notifier::from_env()?;
-    let pending = takeover::bind_or_take(&arguments.path, options, bind).await?;
+    let place = arguments.path.display();
+    let pending =
+        takeover::bind_or_take(&arguments.path, options, bind).await.map_err(with(&place))?;
     println!("offered");
     // Here a server reads its configuration and warms its caches. A crash costs nothing.
-    let server = pending.ready().await?;
+    let server = pending.ready().await.map_err(with(&place))?;
     println!("ready");
 
     if arguments.front {
         return front::serve(server, notifier).await;
     }
+    // Serve until another process has taken over for good, or a signal ends the service.
     let serving = server.serve_axum(server.gated("http", 0)?, router());
     let mut terminate = signal(SignalKind::terminate())?;
     select! {
         (finished, told) = async { join!(serving, notifier.follow(&server)) } => {
-            told?;
+            told.map_err(with("NOTIFY_SOCKET"))?;
             println!("{} connections were cut", finished.left);
             println!("left");
         }
@@ -117,20 +141,22 @@ fn router() -> Router {
 }
 
 /// Starts this program again, without `--wait`.
-async fn launch(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
+async fn launch(arguments: Arguments) -> Result<()> {
     let mut command = Command::new(env::current_exe()?);
     command.args(env::args_os().skip(1).filter(|argument| argument != "--wait"));
-    // Whoever waits for the end of this command's output does not wait for the server's. Standard
-    // error is its log.
+    // A caller that reads the output of this command to its end must not wait for the server.
+    // Standard error is the server's log.
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
-    let server =
-        takeover::launch(&mut command, &arguments.path, &Options::default(), PATIENCE).await?;
+    let path = &arguments.path;
+    let launched = takeover::launch(&mut command, path, &Options::default(), PATIENCE).await;
+    let server = launched.map_err(with(path.display()))?;
     println!("process {} serves", server.id().unwrap_or_default());
     Ok(())
 }
 
-async fn list(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
-    let status = takeover::status(&arguments.path, &Options::default()).await?;
+async fn list(arguments: Arguments) -> Result<()> {
+    let asked = takeover::status(&arguments.path, &Options::default()).await;
+    let status = asked.map_err(with(arguments.path.display()))?;
     println!("process {} serves", status.pid);
     for old in status.generations {
         let process =
@@ -140,7 +166,12 @@ async fn list(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// For errors that end the demo.
+/// Returns a function that names the file or the address that an error is about.
+fn with<E: Error>(place: impl Display) -> impl FnOnce(E) -> Box<dyn Error> {
+    move |error| format!("{place}: {error}").into()
+}
+
+/// Returns an error that ends the demo.
 fn other(reason: impl Into<String>) -> io::Error {
     io::Error::other(reason.into())
 }

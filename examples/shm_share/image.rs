@@ -9,12 +9,12 @@ use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 use crate::Result;
 
-/// Neither process maps or receives more, whatever the other one says.
+/// The limit of what a process maps or receives, whatever the other one claims.
 pub(crate) const LARGEST_BYTES: usize = 256 << 20;
 
 pub(crate) const WRONG: &str = "the picture is not what was asked for";
 
-/// What the payload of the first frame says.
+/// The layout of the image, which is the payload of the first frame.
 #[derive(Clone, Copy)]
 pub(crate) struct Layout {
     pub(crate) width: u32,
@@ -45,7 +45,7 @@ impl Layout {
         (self.stride as usize).saturating_mul(self.height as usize)
     }
 
-    /// The pixels of picture `number`: where in memory, and the colour.
+    /// Returns the pixels of picture `number`: the offset of each in memory, and its colour.
     fn picture(self, number: u32) -> impl Iterator<Item = (usize, u32)> {
         let offset = move |x: u32, y: u32| y as usize * self.stride as usize + 4 * x as usize;
         let color = move |x: u32, y: u32| (x ^ y).wrapping_add(number).wrapping_mul(0x9E37_79B9);
@@ -53,7 +53,7 @@ impl Layout {
             .flat_map(move |y| (0..self.width).map(move |x| (offset(x, y), color(x, y))))
     }
 
-    /// The picture in memory of its own, to be copied.
+    /// Draws the picture into memory of its own, to be copied.
     pub(crate) fn draw_copy(self, number: u32) -> Vec<u8> {
         let mut bytes = vec![0; self.bytes()];
         for (offset, color) in self.picture(number) {
@@ -65,10 +65,10 @@ impl Layout {
 
 /// An image whose memory other processes may have mapped too.
 ///
-/// What is right with memory that others write to: every pixel is an atomic, and none is trusted. A
-/// process that draws out of turn spoils the picture and nothing else. `Relaxed` is enough, because
-/// whose turn it is goes through system calls on both sides: one process writes between the request
-/// to draw and the doorbell, the other reads between the doorbell and its next request.
+/// Another process may write to the memory at any time, so every pixel is an atomic, and none is
+/// trusted. A process that draws out of turn spoils the picture and nothing else. `Relaxed` is
+/// enough, because turns are passed by system calls on both sides: one process writes between the
+/// request to draw and the doorbell, the other reads between the doorbell and its next request.
 pub(crate) struct Image {
     pub(crate) file: Arc<File>,
     pub(crate) layout: Layout,
@@ -80,16 +80,15 @@ impl Image {
         let file =
             File::from(memfd_create("image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
         file.set_len(layout.bytes() as u64)?;
-        // The last one keeps the receiver from adding others: sealed against writing, say.
+        // The last seal keeps the receiver from adding others, such as one against writing.
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Self::map(file.into(), layout)
     }
 
-    /// Maps the image, if nobody can take its memory away: touching a page that is gone kills a
-    /// process (SIGBUS).
+    /// Maps the image, if nobody can take its memory away. A process that touches a page which is
+    /// gone is killed (SIGBUS).
     pub(crate) fn map(fd: OwnedFd, layout: Layout) -> Result<Self> {
-        // The seals before the size: whoever holds the descriptor could change it at any time
-        // without them.
+        // Check the seals before the size: without seals, the size could change after the check.
         let seals = fcntl_get_seals(&fd).map_err(|_| "the descriptor is not a memfd")?;
         if !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
             return Err("the memfd is not sealed against shrinking and growing".into());
@@ -99,8 +98,8 @@ impl Image {
         if is < needed as u64 {
             return Err(format!("the memfd has {is} bytes, the image needs {needed}").into());
         }
-        // Not `MmapRegion::from_file`: with its MAP_NORESERVE a memfd of huge pages is mapped
-        // though there are none.
+        // Not `MmapRegion::from_file`: its MAP_NORESERVE maps a memfd of huge pages even if the
+        // machine has none.
         let whole = Some(FileOffset::from_arc(Arc::clone(&file), 0));
         let memory = MmapRegion::build(whole, needed, PROT_READ | PROT_WRITE, MAP_SHARED)
             .map_err(|error| format!("the memfd cannot be mapped: {error}"))?;
@@ -117,7 +116,7 @@ impl Image {
         })
     }
 
-    /// That it is the picture of this number.
+    /// Checks that the image is the picture of this number.
     pub(crate) fn check(&self, number: u32) -> Result<()> {
         let is =
             |(offset, color)| self.pixel(offset).is_ok_and(|pixel| pixel.load(Relaxed) == color);

@@ -10,9 +10,13 @@
 //!   reads ◄─────────────── the same memory ◄─────────────────── writes
 //! ```
 //!
-//! `image.rs` checks and maps the memory. `measure.rs` shows what sharing saves against copying
-//! through the socket, and `pidfd_getfd` beside a descriptor in a frame:
-//! `cargo run --release --example shm_share -- --rounds 50`.
+//! ```text
+//! cargo run --example shm_share
+//! cargo run --release --example shm_share -- --rounds 50     # measures what sharing saves
+//! ```
+//!
+//! `image.rs` checks and maps the memory. `measure.rs` compares sharing with a copy through the
+//! socket, and a descriptor in a frame with `pidfd_getfd`.
 
 mod image;
 mod measure;
@@ -40,9 +44,9 @@ struct Arguments {
     /// Height of the image in pixels
     #[arg(long, default_value_t = 1080, value_parser = value_parser!(u32).range(1..=8192))]
     height: u32,
-    /// How often each way is measured
-    #[arg(long, default_value_t = 30, value_parser = value_parser!(u32).range(1..))]
-    rounds: u32,
+    /// Number of times that each way is measured [default: as many as take two seconds]
+    #[arg(long, value_parser = value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
     /// Be the other process, with the socket as standard input
     #[arg(long, hide = true)]
     child: bool,
@@ -61,7 +65,7 @@ const GONE: &str = "the other process is gone";
 
 /// Frames that may be as long as the largest image.
 fn framed(socket: Socket) -> io::Result<Framed<FrameCodec>> {
-    // The default holds a fortieth of a full HD image, and the sender would sleep as often.
+    // The default buffer holds a fortieth of a full HD image: the sender would sleep 40 times.
     socket.set_send_buffer_size(4 << 20)?;
     Ok(Framed::new(
         socket,
@@ -75,8 +79,8 @@ async fn parent(arguments: &Arguments) -> Result<()> {
     let stdin = Stdio::from(OwnedFd::from(theirs));
     let mut child = Command::new(std::env::current_exe()?).arg("--child").stdin(stdin).spawn()?;
     let shared = share(arguments, framed(ours)?, &child).await;
-    // The socket is closed by now, so the child has ended or is about to. If it failed, that is the
-    // reason for all.
+    // The socket is closed by now, so the child has ended or is about to. If the child has failed,
+    // that is why sharing has failed too.
     let status = child.wait()?;
     if status.success() { shared } else { Err(format!("{GONE} ({status})").into()) }
 }
@@ -88,8 +92,8 @@ async fn share(arguments: &Arguments, mut socket: Framed<FrameCodec>, child: &Ch
     let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let frame = Frame::new(format!("{width} {height} {stride}"));
     socket.send(frame.with_fd(image.file.try_clone()?).with_fd(doorbell.try_clone()?)).await?;
-    // To the event loop an eventfd is what a pipe is: readable or not. `unchecked`, since it is
-    // none.
+    // An event loop treats an eventfd like a pipe: it is readable or not. `unchecked`, because it
+    // is not a pipe.
     let mut peer = Peer { socket, doorbell: pipe::Receiver::from_owned_fd_unchecked(doorbell)? };
 
     let before = image.pixel(0)?.load(Relaxed);
@@ -120,19 +124,20 @@ impl Peer {
         Ok(self.socket.try_next().await?.ok_or(GONE)?)
     }
 
-    /// Returns when it is drawn. A process that died never rings, so its socket is watched too.
+    /// Waits until the child has drawn. A child that has died never rings, so the socket is watched
+    /// too.
     async fn draw(&mut self, number: u32) -> Result<()> {
         self.socket.send(Frame::new(format!("draw {number}"))).await?;
         let mut rings = [0; 8];
         tokio::select! {
             rung = self.doorbell.read_exact(&mut rings) => Ok(rung.map(drop)?),
-            other = self.socket.try_next() => Err(format!("a ring is expected, not {other:?}").into()),
+            other = self.socket.try_next() => Err(format!("the doorbell should ring, and this came: {other:?}").into()),
         }
     }
 }
 
-/// Is given the image and draws in it. Believes nothing: neither the payload nor what kind of
-/// descriptors came.
+/// Receives the image and draws in it. Trusts nothing: neither the payload nor the kinds of the
+/// descriptors.
 async fn child() -> Result<()> {
     let mut parent = framed(Socket::from_stdin()?)?;
     let Frame { payload, fds } = parent.try_next().await?.ok_or(GONE)?;
@@ -140,7 +145,8 @@ async fn child() -> Result<()> {
     let [memfd, doorbell] =
         fds.into_array().map_err(|fds| format!("two descriptors are due, not {}", fds.len()))?;
     let image = Image::map(memfd, layout)?;
-    // No system call tells an eventfd from others, but a write to a full pipe would block.
+    // A write to anything else, such as a full pipe, could block. No system call tells what is an
+    // eventfd.
     if fs::read_link(format!("/proc/self/fd/{}", doorbell.as_raw_fd()))?.as_os_str()
         != "anon_inode:[eventfd]"
     {
@@ -148,7 +154,7 @@ async fn child() -> Result<()> {
     }
     let mut doorbell = fs::File::from(doorbell);
 
-    // What is asked for again is only handed over, so that this can be measured alone.
+    // A request that is repeated is not drawn again, so that handing over can be measured alone.
     let (mut last, mut copy) = (Bytes::new(), Bytes::new());
     while let Some(Frame { payload, .. }) = parent.try_next().await? {
         let request = String::from_utf8_lossy(&payload);

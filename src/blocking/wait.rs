@@ -47,7 +47,8 @@ pub(super) fn until_ready(
 ) -> io::Result<bool> {
     loop {
         match sys::wait_for(fd, event, deadline.left()) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {} // a signal handler has run
+            // A signal handler has run.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             ready => return ready,
         }
     }

@@ -73,7 +73,8 @@ const RETRY: Duration = Duration::from_millis(20);
 /// files, refuse descriptors ([`Socket::set_pass_fds`](crate::Socket::set_pass_fds)).
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let file = std::fs::File::open("/dev/null")?;
 /// fdwire::close_in_background([file]);
 /// # Ok(()) }

@@ -45,7 +45,8 @@ use crate::error::SendError;
 /// let call = run.next().ok_or("nothing waits")?;
 /// assert_eq!((&call.bytes[..], &call.fds[..]), (&b"one\n"[..], &[][..]));
 /// let call = run.next_short(2).ok_or("nothing waits")?;
-/// assert_eq!((&call.bytes[..], &call.fds[..]), (&b"tw"[..], &[7][..])); // descriptors are sent even so
+/// // Descriptors are sent even so.
+/// assert_eq!((&call.bytes[..], &call.fds[..]), (&b"tw"[..], &[7][..]));
 /// let rest: Vec<_> = run.map(|call| (call.bytes, call.fds)).collect();
 /// assert_eq!(rest, [("o\nthree\n".into(), vec![]), ("four\n".into(), vec![8])]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -6,6 +6,8 @@
 //! wrong number.
 
 mod buffers;
+#[cfg(test)]
+pub(crate) mod by_hand;
 mod carrier;
 #[cfg(test)]
 mod copies;
@@ -79,7 +81,8 @@ pub trait Codec {
     /// refuses after that is lost.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use std::{fs::File, os::fd::OwnedFd};
     ///
     /// use fdwire::{Error, Frame, FrameCodec, Framed, Socket, SocketKind, codec::Codec};
@@ -88,7 +91,10 @@ pub trait Codec {
     /// let files = |name: &'static str| {
     ///     FrameCodec::default().map(
     ///         |frame: Frame| {
-    ///             let [file] = frame.fds.into_array().map_err(|fds| Error::invalid(format!("{} files", fds.len())))?;
+    ///             let [file] = frame
+    ///                 .fds
+    ///                 .into_array()
+    ///                 .map_err(|fds| Error::invalid(format!("{} files", fds.len())))?;
     ///             Ok(File::from(file))
     ///         },
     ///         move |file: File| Ok(Frame::new(name).with_fd(file)),
@@ -155,7 +161,11 @@ pub enum Grouping {
 ///     type Item = (char, Option<F>);
 ///     type Error = Error;
 ///
-///     fn decode(&mut self, src: &mut BytesMut, fds: &mut FdQueue<F>) -> Result<Option<Self::Item>, Error> {
+///     fn decode(
+///         &mut self,
+///         src: &mut BytesMut,
+///         fds: &mut FdQueue<F>,
+///     ) -> Result<Option<Self::Item>, Error> {
 ///         if src.is_empty() {
 ///             return Ok(None);
 ///         }

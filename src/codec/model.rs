@@ -286,10 +286,13 @@ proptest! {
         let (mut bytes, mut fds) = (0, 0);
         for op in ops {
             match op {
-                Op::Encode { payload, fds: count, later, .. } if count <= SCM_MAX_FD * (8 + payload) => {
+                Op::Encode { payload, fds: count, later, .. }
+                    if count <= SCM_MAX_FD * (8 + payload) =>
+                {
                     bytes += 8 + payload;
                     fds += count;
-                    let frame = Frame { payload: vec![0; payload].into(), fds: (0..count as u32).collect() };
+                    let fds = (0..count as u32).collect();
+                    let frame = Frame { payload: vec![0; payload].into(), fds };
                     match later {
                         true => connection.encode_later(frame).unwrap(),
                         false => connection.encode(frame).unwrap(),
@@ -305,18 +308,22 @@ proptest! {
         prop_assert!(connection.later.is_empty() && connection.later.fd_count() == 0);
         let on_the_wire = connection.wire.queue;
         let (unsent_bytes, unsent_fds) = connection.outbound.into_parts();
-        prop_assert_eq!(unsent_bytes.len() + on_the_wire.iter().map(|chunk| chunk.bytes.len()).sum::<usize>(), bytes);
-        prop_assert_eq!(unsent_fds.len() + on_the_wire.iter().map(|chunk| chunk.fds.len()).sum::<usize>(), fds);
+        let sent_bytes: usize = on_the_wire.iter().map(|chunk| chunk.bytes.len()).sum();
+        let sent_fds: usize = on_the_wire.iter().map(|chunk| chunk.fds.len()).sum();
+        prop_assert_eq!(unsent_bytes.len() + sent_bytes, bytes);
+        prop_assert_eq!(unsent_fds.len() + sent_fds, fds);
     }
 
     /// Garbage from a peer gives an error or frames, never a panic, and never more room than the
     /// limit allows.
     #[test]
     fn any_bytes_are_frames_or_an_error(
-        chunks in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..40), 0..5u32), 0..20),
+        chunks in
+            prop::collection::vec((prop::collection::vec(any::<u8>(), 0..40), 0..5u32), 0..20),
         header in prop::option::of((0..5u16, 0..100u32)),
     ) {
-        let mut codec = FrameCodec::new(Limits::default().max_payload_bytes(64).max_fds_per_frame(3).max_queued_fds(6));
+        let limits = Limits::default().max_payload_bytes(64).max_fds_per_frame(3).max_queued_fds(6);
+        let mut codec = FrameCodec::new(limits);
         let mut inbound = Inbound::new(false, BytesMut::new(), FdQueue::new());
         if let Some((fds, bytes)) = header {
             inbound.bytes.extend_from_slice(&[0xFD, 0x10]);
@@ -329,7 +336,9 @@ proptest! {
             inbound.received();
             loop {
                 match inbound.next(&mut codec) {
-                    Ok(Step::Item(frame)) => prop_assert!(frame.payload.len() <= 64 && frame.fds.len() <= 3),
+                    Ok(Step::Item(frame)) => {
+                        prop_assert!(frame.payload.len() <= 64 && frame.fds.len() <= 3);
+                    }
                     Ok(Step::Receive) => {
                         inbound.make_room(&codec, BytesMut::new);
                         break;

@@ -20,12 +20,14 @@ use crate::{
 /// [`Error::TruncatedPacket`].
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::{Frame, Framed, Socket, SocketKind, codec::PacketCodec};
 /// use futures::{SinkExt, StreamExt};
 ///
 /// let (a, b) = Socket::pair(SocketKind::SeqPacket)?;
-/// let (mut a, mut b) = (Framed::new(a, PacketCodec::default()), Framed::new(b, PacketCodec::default()));
+/// let mut a = Framed::new(a, PacketCodec::default());
+/// let mut b = Framed::new(b, PacketCodec::default());
 /// a.send_all(&mut futures::stream::iter([Ok(Frame::new("one")), Ok(Frame::new("two"))])).await?;
 /// assert_eq!(b.next().await.ok_or("gone")??.payload, "one");
 /// # Ok(()) }

@@ -135,7 +135,8 @@ proptest! {
                 (Grouping::Alone, Carrier::Packets { .. }) => SCM_MAX_FD,
                 _ => usize::MAX,
             };
-            let parts: Vec<Part> = parts.into_iter().map(|(bytes, fds)| (bytes, fds.min(most_fds))).collect();
+            let parts: Vec<Part> =
+                parts.into_iter().map(|(bytes, fds)| (bytes, fds.min(most_fds))).collect();
             let fits = parts.iter().all(|(bytes, fds)| *fds <= SCM_MAX_FD * bytes);
             prop_assert_eq!(calls.encode(&parts, announces, grouping).is_ok(), fits);
             if let Some(short) = short && !calls.outbound.is_empty() {
@@ -174,12 +175,15 @@ fn an_item_is_refused_if_one_of_its_parts_has_too_many_descriptors() {
         (&[(0, 1), (100, 0)], 1, 0),
     ] {
         let error = calls.encode(parts, false, Grouping::FdsFirst).unwrap_err();
-        assert!(
-            matches!(error, Error::TooManyFdsForLength { fds, bytes } if (fds, bytes) == (refused_fds, refused_bytes))
-        );
+        assert!(matches!(
+            error,
+            Error::TooManyFdsForLength { fds, bytes }
+                if (fds, bytes) == (refused_fds, refused_bytes)
+        ));
         assert_eq!((calls.outbound.len(), calls.outbound.fd_count()), (2, 1));
     }
-    calls.encode(&[(1, 1), (0, 0), (1, 1)], false, Grouping::FdsFirst).unwrap(); // an empty part is none
+    // An empty part is none.
+    calls.encode(&[(1, 1), (0, 0), (1, 1)], false, Grouping::FdsFirst).unwrap();
     calls.check(Grouping::FdsFirst);
 }
 

@@ -14,7 +14,8 @@ use crate::{
 /// message, so a codec whose messages can be empty does not fit.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::{Fds, FrameCodec, Framed, SendFd, Socket, SocketKind, codec::PayloadCodec};
 /// use futures::{SinkExt, StreamExt};
 /// use tokio_util::codec::LinesCodec;
@@ -79,7 +80,8 @@ impl<C: codec::Decoder, F> Decoder<F> for PayloadCodec<C> {
         fds: &mut FdQueue<F>,
     ) -> Result<Option<Self::Item>, Self::Error> {
         let Some(frame) = self.frames.decode(src, fds)? else { return Ok(None) };
-        let mut payload = BytesMut::from(frame.payload); // without a copy if nothing else is in the buffer
+        // Without a copy if nothing else is in the buffer.
+        let mut payload = BytesMut::from(frame.payload);
         let error = match self.payload.decode_eof(&mut payload) {
             Ok(Some(message)) if payload.is_empty() => return Ok(Some((message, frame.fds))),
             Ok(_) => PayloadError::NotOneMessage,

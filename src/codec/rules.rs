@@ -432,7 +432,8 @@ fn bytes_are_written_as_to_any_other_buffer() {
     buf.put_bytes(5, 3);
     BufMut::put(&mut buf, &b"six"[..]);
     let room = buf.chunk_mut().len();
-    buf.chunk_mut().copy_from_slice(&vec![7; room]); // written and not advanced over: not a part of it
+    // Written and not advanced over: not a part of it.
+    buf.chunk_mut().copy_from_slice(&vec![7; room]);
     assert_eq!(buf.len(), 1 + 5000 + 2 + 3 + 3);
     buf.commit(Grouping::FdsFirst).unwrap();
     let expected = [&[1][..], &[2; 5000], &[3, 4, 5, 5, 5], b"six"].concat();

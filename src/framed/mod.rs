@@ -46,7 +46,8 @@ use crate::{
 /// The runtime's I/O driver and its timer have to be enabled.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
 /// use futures::{SinkExt, StreamExt};
 ///

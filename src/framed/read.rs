@@ -69,13 +69,15 @@ impl<D> ReadHalf<D> {
     /// sent before the socket was set to report it, or if the kernel does not know the sender.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind, socket::PassCredentials};
     /// use futures::{SinkExt, StreamExt};
     ///
     /// let (a, b) = Socket::pair(SocketKind::Stream)?;
     /// b.set_pass_credentials(PassCredentials::Ids)?;
-    /// let (mut a, mut b) = (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
+    /// let mut a = Framed::new(a, FrameCodec::default());
+    /// let mut b = Framed::new(b, FrameCodec::default());
     /// a.send(Frame::new("hello")).await?;
     /// b.next().await.ok_or("the peer is gone")??;
     /// assert_eq!(b.credentials().and_then(|sender| sender.pid), Some(std::process::id() as i32));

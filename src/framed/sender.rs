@@ -29,7 +29,8 @@ use crate::{
 /// When all senders are dropped, the driver sends what waits and resolves.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
 /// use futures::StreamExt;
 ///
@@ -44,7 +45,8 @@ use crate::{
 /// drop(sender);
 /// let mut write = driver.await?; // all is sent
 /// write.close().await?;
-/// # let received = Framed::new(b, FrameCodec::default()).filter(|frame| std::future::ready(frame.is_ok()));
+/// # let received = Framed::new(b, FrameCodec::default());
+/// # let received = received.filter(|frame| std::future::ready(frame.is_ok()));
 /// # assert_eq!(received.count().await, 64);
 /// # Ok(()) }
 /// ```
@@ -107,7 +109,8 @@ impl<E: Codec> Sender<E> {
     /// Accepts the item for sending if there is room for it at once.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind, framed::TrySendError};
     ///
     /// # let (a, b) = Socket::pair(SocketKind::SeqPacket)?;
@@ -139,7 +142,8 @@ impl<E: Codec> Sender<E> {
     /// Other senders go on meanwhile: an unused permit takes room for one byte and one descriptor.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
     /// # let (a, b) = Socket::pair(SocketKind::SeqPacket)?;
     /// # let (sender, driver) = Framed::new(a, FrameCodec::default()).into_split().1.into_sender();

@@ -106,7 +106,8 @@ impl<E: Codec> WriteHalf<E> {
     /// that is cancelled while it waits still has its item.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
     /// # let (a, b) = Socket::pair(SocketKind::SeqPacket)?;
     /// # let mut framed = Framed::new(a, FrameCodec::default());

@@ -19,11 +19,13 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
 };
+use tracing::{Span, warn};
 
 use super::{
     Address, Transport,
     incoming::Channel,
     protocol::{Offer, RejectReason},
+    span::{ConnectionId, ConnectionSpan},
 };
 use crate::{close_in_background, sys};
 
@@ -96,11 +98,14 @@ pub struct ConnectionParts {
 /// Counts as a connection that is being served until it is dropped: the dispatcher goes by it when
 /// it chooses a worker, and a drain waits for it.
 #[derive(Debug)]
-pub struct Serving(Arc<Channel>);
+pub struct Serving {
+    channel: Arc<Channel>,
+    span: ConnectionSpan,
+}
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        self.0.finish();
+        self.channel.finish();
     }
 }
 
@@ -109,6 +114,7 @@ impl Drop for Serving {
 /// up](Self::into_fds).
 #[derive(Debug)]
 pub(super) struct Prepared {
+    cookie: u64,
     stream: ConnectionStream,
     peer: Address,
     local: Address,
@@ -127,11 +133,13 @@ impl Prepared {
             close_in_background(offer.into_fds());
             return Err(RejectReason::Unusable);
         }
-        let Offer { transport, peer, local, read, metadata, fd, bundle, .. } = offer;
+        let Offer { cookie, transport, peer, local, read, metadata, fd, bundle } = offer;
         match ConnectionStream::new(transport, fd) {
-            Ok(stream) => Ok(Self { stream, peer, local, read, metadata, bundle }),
+            Ok(stream) => Ok(Self { cookie, stream, peer, local, read, metadata, bundle }),
             Err(error) => {
-                tracing::warn!(%error, %peer, "cannot serve a connection, it goes back to the dispatcher");
+                let connection = ConnectionId(cookie);
+                let text = "cannot serve a connection; it goes back to the dispatcher";
+                warn!(%error, %connection, %peer, "{text}");
                 close_in_background(bundle);
                 Err(RejectReason::Full)
             }
@@ -147,8 +155,10 @@ impl Prepared {
 impl Connection {
     /// The dispatcher has been told of the adoption.
     pub(super) fn adopted(prepared: Prepared, channel: &Arc<Channel>) -> Self {
-        let Prepared { stream, peer, local, read, metadata, bundle } = prepared;
-        let (stream, serving) = (EndOnDrop(Some(stream)), Serving(Arc::clone(channel)));
+        let Prepared { cookie, stream, peer, local, read, metadata, bundle } = prepared;
+        let span = ConnectionSpan::serve(cookie, &peer, &local);
+        let serving = Serving { channel: Arc::clone(channel), span };
+        let stream = EndOnDrop(Some(stream));
         Self { stream, read, peer, local, metadata, bundle: Bundle(bundle), serving }
     }
 
@@ -172,6 +182,23 @@ impl Connection {
     /// what you use; the rest is closed with the connection.
     pub fn bundle_mut(&mut self) -> &mut Vec<OwnedFd> {
         &mut self.bundle.0
+    }
+
+    /// Returns the `tracing` span of this connection, which ends with it: for events of the
+    /// application that belong to the connection. It is [described](crate::watching#spans) with the
+    /// others.
+    ///
+    /// ```no_run
+    /// # async fn serve(_: fdwire::handoff::Connection) {}
+    /// # async fn example(connection: fdwire::handoff::Connection) {
+    /// use tracing::Instrument;
+    ///
+    /// let span = connection.span().clone();
+    /// tokio::spawn(serve(connection).instrument(span));
+    /// # }
+    /// ```
+    pub fn span(&self) -> &Span {
+        self.serving.span.get()
     }
 
     /// Takes it apart, for what wants tokio's own streams.

@@ -50,7 +50,8 @@
 //! [connect](Incoming::connect) to a [path](Dispatcher::serve_workers).
 //!
 //! ```
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use fdwire::{Socket, SocketKind, handoff::{Dispatcher, Incoming}};
 //! use tokio::{io::{AsyncReadExt, AsyncWriteExt}, net::{TcpListener, TcpStream}};
 //!
@@ -197,6 +198,9 @@ mod dispatcher;
 mod incoming;
 pub mod protocol;
 mod reserve;
+mod span;
+#[cfg(feature = "tonic")]
+mod tonic;
 mod transport;
 
 pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
@@ -206,7 +210,7 @@ pub use dispatcher::{
     RetireCounts, Stats, Strategy, Succession, TakenWorker, TakenWorkers, Unadopted, WorkerCommand,
     WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
-pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle};
+pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle, IncomingStats};
 pub use transport::Transport;
 
 pub use crate::address::Address;

@@ -57,11 +57,13 @@ impl fmt::Display for Refusal {
         f.write_str(match self {
             Self::NotListed => "its uid is not admitted; to admit it, use `Listener::allow_uids`",
             Self::Overflow => {
-                "its uid may stand for any uid that this user namespace does not map, so it cannot be admitted by number; \
-                 bind a path with mode 0600, or use `Listener::allow_any_uid` and the mode of the path or its directory"
+                "its uid may stand for any uid that this user namespace does not map, \
+                 so it cannot be admitted by number; bind a path with mode 0600, or use \
+                 `Listener::allow_any_uid` and the mode of the path or its directory"
             }
             Self::OverLimit(OverLimit::Connections) => {
-                "its uid has as many connections as `UidLimits::max_connections` allows; to change that, use \
+                "its uid has as many connections as `UidLimits::max_connections` allows; \
+                 to change that, use \
                  `Listener::limit_each_uid`"
             }
             Self::OverLimit(OverLimit::Closing) => {

@@ -54,7 +54,8 @@ use crate::{closer::BackgroundFd, sys};
 /// # let directory = tempfile::tempdir()?;
 /// # let path = directory.path().join("app.sock");
 /// let listener = Listener::bind(&path, SocketKind::SeqPacket)?;
-/// let (client, server) = tokio::join!(Socket::connect(&path, SocketKind::SeqPacket), listener.accept());
+/// let client = Socket::connect(&path, SocketKind::SeqPacket);
+/// let (client, server) = tokio::join!(client, listener.accept());
 /// # client?; server?;
 /// # Ok(()) }
 /// ```
@@ -119,7 +120,8 @@ impl Listener {
     /// use fdwire::{Listener, SocketKind};
     ///
     /// let www_data = 33;
-    /// let listener = Listener::bind_with_mode("/run/app.sock", SocketKind::SeqPacket, 0o666)?.allow_uids([www_data]);
+    /// let listener = Listener::bind_with_mode("/run/app.sock", SocketKind::SeqPacket, 0o666)?;
+    /// let listener = listener.allow_uids([www_data]);
     /// # drop(listener); Ok(()) }
     /// ```
     #[must_use]
@@ -143,7 +145,8 @@ impl Listener {
     /// use fdwire::{Listener, SocketKind, socket::UidLimits};
     ///
     /// let limits = UidLimits::default().max_connections(10);
-    /// let listener = Listener::bind("/run/app.sock", SocketKind::SeqPacket)?.limit_each_uid(limits);
+    /// let listener = Listener::bind("/run/app.sock", SocketKind::SeqPacket)?;
+    /// let listener = listener.limit_each_uid(limits);
     /// # drop(listener); Ok(()) }
     /// ```
     #[must_use]

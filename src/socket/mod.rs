@@ -203,7 +203,8 @@ impl Socket {
     /// `EMFILE` and `ENFILE`, and those of registering the descriptor with tokio.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
     /// use futures::SinkExt;
     ///

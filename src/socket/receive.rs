@@ -27,7 +27,8 @@ impl Socket {
         mut receive: impl FnMut(BorrowedFd<'_>) -> Result<Received>,
     ) -> Poll<Result<Received>> {
         loop {
-            let mut ready = ready!(self.io.poll_read_ready(cx))?; // takes part in the cooperative budget
+            // Takes part in the cooperative budget.
+            let mut ready = ready!(self.io.poll_read_ready(cx))?;
             match self.endpoint().receive(&mut receive)? {
                 None => ready.clear_ready(),
                 Some(received) => {

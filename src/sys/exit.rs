@@ -13,7 +13,7 @@
 //! sendmsg(sockets) ──────────► queue of the nursery's socket
 //! close(own copies)            the queue has a copy, so this
 //!                              is never the last one
-//! announce the message ──────► starts ────────────────────────────► table of its own, recvmsg, exit
+//! announce the message ──────► starts ──────────────────────────► table of its own, recvmsg, exit
 //!                              waits until it is gone
 //! ```
 //!

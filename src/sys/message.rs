@@ -125,7 +125,8 @@ fn send<'fd>(
 ) -> io::Result<usize> {
     let mut control = Control::new();
     let mut message = empty_message();
-    message.msg_iov = bytes.as_ptr().cast_mut().cast(); // IoSlice has the layout of iovec, as std says
+    // IoSlice has the layout of iovec, as std says.
+    message.msg_iov = bytes.as_ptr().cast_mut().cast();
     message.msg_iovlen = bytes.len() as _;
     if let Some(receiver) = receiver {
         message.msg_name = receiver.as_ptr().cast_mut().cast();

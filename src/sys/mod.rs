@@ -16,6 +16,7 @@ mod option;
 mod poll;
 mod process;
 mod readiness;
+mod table;
 
 pub(crate) use close::close_all;
 pub(crate) use credentials::{may_have_same_file, overflow_id};
@@ -30,6 +31,7 @@ pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol, switch_
 pub(crate) use poll::{Event, has_changed, wait_for};
 pub(crate) use process::{kill, pidfd_open};
 pub(crate) use readiness::{CloseFd, FdGuard, register};
+pub(crate) use table::enlarge_table;
 
 use std::{
     io,

@@ -27,7 +27,8 @@ impl Notifier {
     /// main process dies while it drains, systemd ends its successor as well.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use fdwire::{
     ///     systemd::Notifier,
     ///     takeover::{self, Listeners, Options},
@@ -36,7 +37,8 @@ impl Notifier {
     /// # let directory = tempfile::tempdir()?;
     /// # let path = directory.path().join("app.takeover");
     /// let notifier = Notifier::from_env()?;
-    /// let pending = takeover::bind_or_take(&path, Options::default(), || Ok(Listeners::new())).await?;
+    /// let bind = || Ok(Listeners::new());
+    /// let pending = takeover::bind_or_take(&path, Options::default(), bind).await?;
     /// let server = pending.ready().await?;
     /// let follow = async { tokio::join!(server.finish(), notifier.follow(&server)) };
     /// tokio::select! {

@@ -30,6 +30,7 @@
 //!
 //! [`Notifier::follow`] tells of the takeovers of a server, in the order that systemd needs.
 
+#[cfg(feature = "takeover")]
 mod follow;
 mod store;
 

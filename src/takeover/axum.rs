@@ -25,7 +25,7 @@ use tracing::{debug, warn};
 
 use super::{Finished, Gated, OpenConnection, Server, protocol::Address};
 
-/// How long to wait after an error: mostly no descriptor is left.
+/// The time to wait after an error, which usually means that no descriptor is left.
 const BACK_OFF: Duration = Duration::from_millis(20);
 
 impl Server {
@@ -44,7 +44,8 @@ impl Server {
     /// `ConnectInfo<SocketAddr>`.
     ///
     /// ```no_run
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use axum::{Router, routing::get};
     /// use fdwire::takeover::{self, Listeners, Options};
     ///
@@ -53,7 +54,9 @@ impl Server {
     ///     listeners.bind_tcp("http", "127.0.0.1:0".parse().expect("an address"))?;
     ///     Ok(listeners)
     /// };
-    /// let server = takeover::bind_or_take("/run/app/takeover", Options::default(), bind).await?.ready().await?;
+    /// let options = Options::default();
+    /// let pending = takeover::bind_or_take("/run/app/takeover", options, bind).await?;
+    /// let server = pending.ready().await?;
     /// let router = Router::new().route("/", get(|| async { "hello\n" }));
     /// let finished = server.serve_axum(server.gated("http", 0)?, router).await;
     /// println!("{} connections are cut", finished.left);
@@ -86,6 +89,7 @@ async fn serve_connection(
     client: SocketAddr,
     router: Router,
 ) {
+    // Each answer of HTTP/1.1 is the last one once this process is replaced.
     let connection = Arc::new(connection);
     let router = TowerToHyperService::new(router);
     let service = service_fn(|mut request: Request<Incoming>| {
@@ -100,6 +104,7 @@ async fn serve_connection(
             Ok::<_, Infallible>(response)
         }
     });
+    // Serve until the client is done, the connection's moment has come, or the deadline is over.
     let builder = Builder::new(TokioExecutor::new());
     let mut serving = pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
     let served = tokio::select! {
@@ -108,7 +113,9 @@ async fn serve_connection(
             serving.as_mut().graceful_shutdown();
             tokio::select! {
                 served = serving => served,
-                () = connection.deadline() => return debug!(%client, "cut at the deadline of the drain"),
+                () = connection.deadline() => {
+                    return debug!(%client, "cut at the deadline of the drain");
+                }
             }
         }
     };

@@ -4,44 +4,19 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep_until},
-};
+use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
 use super::{
     Phase, Server,
+    connections::Counts,
     shared::{Shared, Status},
 };
-
-/// The times of a drain, from the moment at which the server is replaced.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct DrainLimits {
-    pub(super) spread: Duration,
-    pub(super) deadline: Duration,
-}
-
-/// The connections of a server.
-#[derive(Debug, Default)]
-pub(super) struct Connections {
-    /// Number of connections that were ever opened.
-    ever: AtomicU64,
-    counts: watch::Sender<Counts>,
-}
-
-/// Numbers of connections.
-#[derive(Debug, Default, Clone, Copy)]
-struct Counts {
-    open: usize,
-    /// Closed because they have heard of the deadline.
-    cut: usize,
-}
 
 /// The outcome of a [`Server::finish`]: this process may leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +29,7 @@ pub struct Finished {
 
 /// A connection that a server has accepted, until this is dropped.
 ///
-/// It tells when its connection is to end, after the server was [replaced](Server::replaced).
+/// It says when the connection is to end, after the server was [replaced](Server::replaced).
 #[derive(Debug)]
 pub struct OpenConnection {
     shared: Arc<Shared>,
@@ -65,10 +40,11 @@ pub struct OpenConnection {
 }
 
 impl Server {
-    /// Notes that this process has accepted a connection, which it will finish before it leaves.
+    /// Registers a connection that this process has accepted, and will finish before it leaves.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use std::time::Duration;
     ///
     /// use fdwire::takeover::{self, Listeners, Options, Server};
@@ -78,10 +54,12 @@ impl Server {
     /// # let path = directory.path().join("app.takeover");
     /// # let mut listeners = Listeners::new();
     /// # listeners.bind_tcp("http", "127.0.0.1:0".parse()?)?;
-    /// # let options = Options::default().drain(Duration::from_millis(10), Duration::from_millis(20));
+    /// # let [spread, deadline] = [10, 20].map(Duration::from_millis);
+    /// # let options = Options::default().drain(spread, deadline);
     /// let server = Server::bind(&path, listeners, options)?;
     /// let http = server.gated::<TcpListener>("http", 0)?;
-    /// # let takeover::protocol::Address::Ip(address) = http.identity().address else { unreachable!() };
+    /// # use fdwire::takeover::protocol::Address;
+    /// # let Address::Ip(address) = http.identity().address else { unreachable!() };
     /// # let client = tokio::net::TcpStream::connect(address).await?;
     /// let (mut stream, _) = http.accept().await?;
     /// let connection = server.open_connection();
@@ -104,6 +82,11 @@ impl Server {
         OpenConnection { shared, number, is_cut: AtomicBool::new(false) }
     }
 
+    /// Returns the number of [connections](Self::open_connection) that are open.
+    pub fn open_connections(&self) -> usize {
+        self.shared.connections.counts.borrow().open
+    }
+
     /// Waits until another process has taken over for good and this one may leave: its
     /// [connections](Self::open_connection) have ended, or their [deadline](super::Options::drain)
     /// is over, or a successor has asked it to leave because there are [too
@@ -120,11 +103,12 @@ impl Server {
             self.shared.connections.counts.send_modify(|counts| counts.cut = 0);
             tokio::select! {
                 biased;
-                // It serves again.
+                // The takeover is undone: wait for the next one.
                 _ = self.shared.wait(|status| status.phase == Phase::Serving) => continue,
                 () = self.shared.connections_ended(&status) => {}
                 () = self.shared.deadline() => {}
             }
+            // Connections that were cut at the deadline have ended by now, or are about to.
             let Counts { open, cut } = *self.shared.connections.counts.borrow();
             let left = open + cut;
             if self.phase() == Phase::Replaced || self.drained().await {
@@ -168,6 +152,7 @@ impl OpenConnection {
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
+        // One step for both numbers, so that `finish` never misses a connection.
         let is_cut = self.is_cut.load(Ordering::Relaxed);
         self.shared.connections.counts.send_modify(|counts| {
             counts.open -= 1;
@@ -177,7 +162,7 @@ impl Drop for OpenConnection {
 }
 
 impl Shared {
-    /// Waits until this process was replaced that long ago, or has to leave.
+    /// Waits until this much time has passed since this process was replaced, or it has to leave.
     async fn replaced_since(&self, duration: Duration) {
         loop {
             let Status { replaced_at: Some(replaced_at), must_leave: false, .. } =
@@ -187,14 +172,15 @@ impl Shared {
             };
             tokio::select! {
                 biased;
-                status = self.wait(|status| status.phase == Phase::Serving || status.must_leave) => {
-                    if status.must_leave {
-                        return;
-                    }
-                }
+                () = self.must_leave() => return,
+                _ = self.wait(|status| status.phase == Phase::Serving) => {}
                 () = sleep_for(duration, replaced_at) => return,
             }
         }
+    }
+
+    async fn must_leave(&self) {
+        self.wait(|status| status.must_leave).await;
     }
 
     async fn deadline(&self) {
@@ -214,7 +200,7 @@ impl Shared {
     }
 }
 
-/// Waits for so long from a moment on. A time that no clock reaches never ends.
+/// Waits until this much time has passed since a moment. Never returns if no clock reaches that.
 async fn sleep_for(duration: Duration, since: Instant) {
     match since.checked_add(duration) {
         Some(until) => sleep_until(until).await,

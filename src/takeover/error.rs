@@ -1,4 +1,4 @@
-//! What can go wrong in a takeover.
+//! The errors of a takeover.
 
 use std::{io, process::ExitStatus, time::Duration};
 
@@ -15,7 +15,9 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] io::Error),
 
-    /// The connection failed, or what came over it is no message.
+    /// The connection failed, or something came over it that is no message. If this process has no
+    /// descriptor left for the listeners, that is
+    /// [`TruncatedControl`](crate::Error::TruncatedControl).
     #[error("takeover connection failed: {0}")]
     Connection(#[source] crate::Error),
 
@@ -59,7 +61,8 @@ pub enum Error {
 
     /// The process at the path runs as a uid that this process does not take listeners from.
     #[error(
-        "the process at the path runs as uid {uid}, which is not trusted; to trust it, use `Options::allow_uids`"
+        "the process at the path runs as uid {uid}, which is not trusted; to trust it, use \
+         `Options::allow_uids`"
     )]
     NotTrusted {
         /// The uid.
@@ -74,6 +77,17 @@ pub enum Error {
         identity: Box<Identity>,
         /// The difference.
         mismatch: Mismatch,
+    },
+
+    /// A listener could not be bound: its address is in use, or not allowed.
+    #[error("listener {name:?} can't be bound to {address}: {source}")]
+    Bind {
+        /// The name of the listener.
+        name: String,
+        /// The address.
+        address: Address,
+        /// The error of bind(2), or of the calls around it.
+        source: io::Error,
     },
 
     /// Two listeners have one name and one index.
@@ -96,7 +110,8 @@ pub enum Error {
 
     /// A listener was declined, and others with its address were not.
     #[error(
-        "listener {identity} was declined, and others with its address were not: some of its clients would wait for ever"
+        "listener {identity} was declined, and others with its address were not: some clients \
+         would wait without end"
     )]
     SplitGroup {
         /// The listener.
@@ -108,7 +123,7 @@ pub enum Error {
     WrongKind {
         /// The listener.
         identity: Box<Identity>,
-        /// What was asked for.
+        /// The kind that was asked for.
         expected: &'static str,
     },
 }
@@ -120,7 +135,7 @@ pub enum Mismatch {
     /// The address family.
     #[error("its family is {found:?}, expected was {expected:?}")]
     Family {
-        /// What was announced, or asked for.
+        /// The value that was announced, or asked for.
         expected: Family,
         /// The socket's.
         found: Family,
@@ -128,7 +143,7 @@ pub enum Mismatch {
     /// The type of the socket.
     #[error("its type is {found}, expected was {expected}")]
     Kind {
-        /// What was announced, or asked for.
+        /// The value that was announced, or asked for.
         expected: Kind,
         /// The socket's.
         found: Kind,
@@ -136,7 +151,7 @@ pub enum Mismatch {
     /// The protocol number.
     #[error("its protocol is {found}, expected was {expected}")]
     Protocol {
-        /// What was announced, or asked for.
+        /// The value that was announced, or asked for.
         expected: u16,
         /// The socket's.
         found: u16,
@@ -144,7 +159,7 @@ pub enum Mismatch {
     /// The address or the port.
     #[error("its address is {found}, expected was {expected}")]
     Address {
-        /// What was announced, or asked for.
+        /// The value that was announced, or asked for.
         expected: Address,
         /// The socket's.
         found: Address,
@@ -152,7 +167,7 @@ pub enum Mismatch {
     /// The device.
     #[error("its device is {found:?}, expected was {expected:?}")]
     Device {
-        /// What was announced, or asked for.
+        /// The value that was announced, or asked for.
         expected: Option<String>,
         /// The socket's.
         found: Option<String>,
@@ -160,7 +175,7 @@ pub enum Mismatch {
     /// `IPV6_V6ONLY`.
     #[error("its IPV6_V6ONLY is {found:?}, expected was {expected:?}")]
     V6Only {
-        /// What was announced, or asked for.
+        /// The value that was announced, or asked for.
         expected: Option<bool>,
         /// The socket's.
         found: Option<bool>,
@@ -191,7 +206,7 @@ impl From<Failure> for Error {
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match &error {
-            Error::Io(error) => error.kind(),
+            Error::Io(error) | Error::Bind { source: error, .. } => error.kind(),
             Error::TimedOut | Error::TooLate { .. } => io::ErrorKind::TimedOut,
             Error::NotTrusted { .. } => io::ErrorKind::PermissionDenied,
             Error::NoSuchListener { .. } => io::ErrorKind::NotFound,

@@ -75,16 +75,17 @@ impl<L: Accepts> Gated<L> {
         Ok(Self { shared, registered, identity })
     }
 
-    /// Returns what tells the listener from others.
+    /// Returns the identity of the listener.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    /// Waits for the next connection. Waits on while another process serves.
+    /// Waits for the next connection, and while another process serves.
     ///
     /// # Errors
-    /// `NotConnected` if another process has taken over for good. Those of accept(2): `EMFILE` and
-    /// `ENFILE` pass when descriptors are closed, so wait a little before the next call.
+    /// `NotConnected` if another process has taken over for good, and the errors of accept(2). Of
+    /// these, `EMFILE` and `ENFILE` pass when descriptors are closed, so wait a little before the
+    /// next call.
     ///
     /// # Cancel safety
     /// No connection is lost when dropped.
@@ -96,6 +97,7 @@ impl<L: Accepts> Gated<L> {
                 return Err(io::Error::new(io::ErrorKind::NotConnected, reason));
             }
             let Some(listener) = self.register()? else { continue };
+            // A change of phase comes first: nothing is accepted after it was seen.
             tokio::select! {
                 biased;
                 _ = self.shared.wait(|status| status.phase != Phase::Serving) => {}
@@ -130,7 +132,7 @@ impl<L: Accepts> Gated<L> {
         if let Some(listener) = &*registered {
             return Ok(Some(Arc::clone(listener)));
         }
-        // Under the lock, so that nothing is registered behind the back of a change of phase.
+        // Checked under the lock, so that a change of phase finds everything that is registered.
         if self.shared.phase() != Phase::Serving {
             return Ok(None);
         }
@@ -144,7 +146,7 @@ impl<L: Accepts> Gate for Registered<L> {
     fn on_phase(&self, phase: Phase) {
         if phase != Phase::Serving {
             let listener = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-            drop(listener);
+            drop(listener); // without the lock; an `accept` under way may still have a reference
         }
     }
 }

@@ -28,7 +28,7 @@ pub struct Generation {
 #[derive(Debug, Default)]
 pub(super) struct Generations(Vec<Leashed>);
 
-/// A process that was replaced, with the socket that tells whether it still runs.
+/// A process that was replaced, with the socket that shows whether it still runs.
 #[derive(Debug)]
 struct Leashed {
     pid: Option<u32>,
@@ -50,7 +50,8 @@ pub(super) fn leash() -> io::Result<(OwnEnd, OwnedFd)> {
 }
 
 impl OwnEnd {
-    /// Waits until this process has to leave. Never returns if nobody is left who could say so.
+    /// Waits until this process has to leave. Never returns if all holders of the other end have
+    /// ended.
     pub(super) async fn must_leave(&self) {
         while self.0.readable().await.is_ok() {
             match self.0.try_read(&mut [0]) {
@@ -64,7 +65,7 @@ impl OwnEnd {
 }
 
 impl Generations {
-    /// Notes a process by its leash. It was replaced so many milliseconds ago.
+    /// Adds a process by its leash. It was replaced this number of milliseconds ago.
     ///
     /// # Errors
     /// `InvalidInput` if the descriptor is not a Unix socket.
@@ -76,6 +77,7 @@ impl Generations {
                 "the leash of an old process is not a Unix socket",
             ));
         }
+        // The process that has made the pair, whoever has sent it. 0 is another PID namespace.
         let made_by = getsockopt(&leash, PeerCredentials)?.pid();
         let leash = UnixStream::from(leash);
         leash.set_nonblocking(true)?;
@@ -86,14 +88,14 @@ impl Generations {
         Ok(())
     }
 
-    /// The one that has been replaced by this process was so just now.
+    /// Notes that the last one was replaced just now, by this process.
     pub(super) fn last_was_replaced(&mut self) {
         if let Some(last) = self.0.last_mut() {
             last.replaced_at = Instant::now();
         }
     }
 
-    /// Lists those that still run.
+    /// Lists the processes that still run.
     pub(super) fn list(&mut self) -> Vec<Generation> {
         self.0.retain(Leashed::runs);
         let list = self.0.iter();
@@ -111,19 +113,21 @@ impl Generations {
     /// Asks the oldest to leave, if more than this number still run.
     pub(super) fn limit(&mut self, most: usize) {
         self.0.retain(Leashed::runs);
+        // The oldest come first.
         let surplus = self.0.len().saturating_sub(most);
         for it in self.0[..surplus].iter_mut().filter(|it| !it.is_asked) {
             info!(
                 pid = it.pid,
                 most, "takeover: too many old processes, asking the oldest to leave"
             );
-            it.is_asked = (&it.leash).write(b"x").is_ok(); // an error says that it has just left
+            it.is_asked = (&it.leash).write(b"x").is_ok(); // an error means that it has just left
         }
     }
 }
 
 impl Leashed {
-    /// Nothing is ever sent to this end, so there is its end to read, or nothing.
+    /// Returns true if the process still runs. It never sends anything, so a read finds nothing, or
+    /// the end of the stream.
     fn runs(&self) -> bool {
         let read = (&self.leash).read(&mut [0]);
         read.is_err_and(|error| {
@@ -164,6 +168,7 @@ mod tests {
         assert!(next.add(0, file.into()).is_err());
     }
 
+    /// Rules: G-LEAVE, G-LEASH-END.
     #[tokio::test]
     async fn the_oldest_are_asked_to_leave() {
         let mut generations = Generations::default();
@@ -182,6 +187,6 @@ mod tests {
         assert!(futures::FutureExt::now_or_never(&mut left).is_none());
         drop(generations);
         tokio::task::yield_now().await;
-        assert!(futures::FutureExt::now_or_never(&mut left).is_none(), "nobody said so");
+        assert!(futures::FutureExt::now_or_never(&mut left).is_none(), "nobody asked it to");
     }
 }

@@ -1,7 +1,8 @@
 //! The task of one process that takes over from this server.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::BTreeSet,
+    io,
     net::Shutdown,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
@@ -19,66 +20,62 @@ use tracing::{info, warn};
 
 use super::{
     Phase,
+    control::Handover,
     generations::{Generations, OwnEnd, leash},
     giver::{Giver, GiverStep},
     link::now,
-    protocol::{AbortReason, FromTaker, GiverCodec, MAX_MESSAGE_FDS, Refusal, ToTaker},
-    shared::{Command, Gift, Shared},
+    outbox::{Outbox, SendFailed},
+    protocol::{AbortReason, FromTaker, GiverCodec, Refusal, ToTaker, in_messages},
+    shared::{Command, Shared},
     workers::Succession,
 };
-use crate::{
-    Error, Frame, Framed, SendFd, Socket,
-    framed::{ReadHalf, WriteHalf},
-    sys,
-};
+use crate::{Error, Frame, Framed, SendFd, Socket, framed::ReadHalf, sys};
 
-/// The longest time for which a last message is kept for a peer that does not read.
-const LAST_WORD: Duration = Duration::from_secs(1);
+/// The longest time that a peer has to read the last messages.
+const LAST_MESSAGES: Duration = Duration::from_secs(1);
 
-/// Lets a process take over, if it asks for it in the right way.
+/// Lets a connected process take over, and returns when the connection has ended.
 pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
     let (read, write) = Framed::new(socket, GiverCodec::default()).into_split();
     let (to_self, commands) = unbounded_channel();
-    let giver = Giver::new(now(), shared.options.giver_limits());
-    let mut link = Giving {
+    let giver = Giver::new(now(), shared.options.giver_settings());
+    let mut task = GiverTask {
         giver,
         read,
-        write,
+        out: Outbox::new(write),
         shared,
-        queue: VecDeque::new(),
-        gift: None,
+        handover: None,
         succession: None,
         leash: None,
         reads: true,
         writes: true,
+        peer_copy: None,
         peer: None,
-        last_word: None,
+        last_messages_until: None,
         declined: BTreeSet::new(),
         is_claimed: false,
     };
     let mut commands = Commands { to_self: Some(to_self), receiver: commands };
-    while link.take_steps(&mut commands).await {
-        link.turn(&mut commands).await;
+    while task.take_steps(&mut commands).await {
+        task.wait(&mut commands).await;
     }
-    let leash = link.leash.take().filter(|_| !link.giver.is_serving());
-    let shared = Arc::clone(&link.shared);
-    drop(link); // ends the connection
+    let leash = task.leash.take().filter(|_| !task.giver.is_serving());
+    let shared = Arc::clone(&task.shared);
+    drop(task); // closes the connection
     if let Some(leash) = leash {
         leash.must_leave().await;
         shared.status.send_modify(|status| status.must_leave = true);
-        std::future::pending::<()>().await; // the leash tells that this process still runs
+        std::future::pending::<()>().await; // the leash shows that this process still runs
     }
 }
 
-struct Giving {
+struct GiverTask {
     giver: Giver,
     read: ReadHalf<GiverCodec>,
-    write: WriteHalf<GiverCodec>,
+    out: Outbox<GiverCodec, ToTaker<SendFd>>,
     shared: Arc<Shared>,
-    /// Messages that wait for the socket.
-    queue: VecDeque<ToTaker<SendFd>>,
     /// Copies of everything that goes to the taker after READY.
-    gift: Option<Gift>,
+    handover: Option<Handover>,
     /// The dispatcher of the taker, which goes on with the workers of this process.
     succession: Option<Succession>,
     /// Tells this process to leave, once it has been replaced.
@@ -87,9 +84,11 @@ struct Giving {
     reads: bool,
     /// Something may still be written.
     writes: bool,
-    /// A copy of the socket that tells when the taker is gone, after a cut.
+    /// A copy of the socket for `peer`, made while a failure still changes nothing.
+    peer_copy: Option<OwnedFd>,
+    /// Tells when the taker is gone, after a cut.
     peer: Option<AsyncFd<OwnedFd>>,
-    last_word: Option<Instant>,
+    last_messages_until: Option<Instant>,
     /// Numbers of listeners that the taker has no use for.
     declined: BTreeSet<u32>,
     /// This is the one takeover of the server.
@@ -101,8 +100,8 @@ struct Commands {
     receiver: UnboundedReceiver<Command>,
 }
 
-impl Giving {
-    /// Does what is to be done now. Returns false at the end.
+impl GiverTask {
+    /// Takes the steps that are due. Returns false at the end.
     async fn take_steps(&mut self, commands: &mut Commands) -> bool {
         while let Some(step) = self.giver.next_step() {
             self.take_step(step, commands).await;
@@ -110,12 +109,12 @@ impl Giving {
         if !self.giver.is_over() {
             return true;
         }
+        // The next process may ask at once, while the last messages of this one are sent.
         if self.giver.is_serving() && std::mem::take(&mut self.is_claimed) {
             self.shared.unclaim();
         }
-        let until = *self.last_word.get_or_insert_with(|| Instant::now() + LAST_WORD);
-        let is_done = self.queue.is_empty() && self.write.unsent().bytes == 0;
-        self.writes && !is_done && Instant::now() < until
+        let until = *self.last_messages_until.get_or_insert_with(|| Instant::now() + LAST_MESSAGES);
+        self.writes && !self.out.is_empty() && Instant::now() < until
     }
 
     async fn take_step(&mut self, step: GiverStep, commands: &mut Commands) {
@@ -131,26 +130,28 @@ impl Giving {
                 match shared.release_predecessor().await {
                     Ok(()) => self.giver.welcome(now()),
                     Err(error) => {
-                        warn!(%error, "takeover refused: the predecessor of this server does not answer");
+                        warn!(%error, "takeover refused: the predecessor does not answer");
                         self.giver.refuse(Refusal::Busy);
                     }
                 }
             }
-            GiverStep::Offer { version } => self.offer(version),
-            GiverStep::Refuse(reason) => self.send(ToTaker::Refused { reason }),
-            GiverStep::TellStatus => self.tell_status(),
-            GiverStep::Complete => self.send(ToTaker::Complete),
+            GiverStep::SendOffer { version } => self.offer(version),
+            GiverStep::SendRefused(reason) => self.send(ToTaker::Refused { reason }),
+            GiverStep::SendStatus => self.send_status(),
+            GiverStep::SendComplete => self.send(ToTaker::Complete),
             GiverStep::Cut => {
-                self.queue.clear();
-                let _ = self.read.socket().shutdown(Shutdown::Read); // an error says that it has ended
-                let copy = self.read.socket().as_fd().try_clone_to_owned();
-                self.peer = copy.and_then(|copy| sys::register(copy, Interest::WRITABLE)).ok();
+                self.out.clear();
+                // An error means that the connection has ended.
+                let _ = self.read.socket().shutdown(Shutdown::Read);
+                let copy = self.peer_copy.take();
+                self.peer = copy.and_then(|copy| sys::register(copy, Interest::WRITABLE).ok());
             }
-            GiverStep::Abort(reason) => {
+            GiverStep::SendAborted(reason) => {
                 warn!(%reason, "takeover called off, this server goes on");
                 self.send(ToTaker::Aborted { reason });
             }
             GiverStep::Stop { declined } => {
+                // Everything that is to be known when the phase changes comes first.
                 self.declined.clone_from(&declined);
                 shared.set_declined(declined);
                 let taker = self
@@ -167,14 +168,13 @@ impl Giving {
                     self.giver.give(bytes::Bytes::new());
                 }
             }
-            GiverStep::Give { baton } => {
-                let Some(Gift { control, control_lock, locks }) = self.gift.take() else { return };
+            GiverStep::SendYours { baton } => {
+                let Some(Handover { control, control_lock, locks }) = self.handover.take() else {
+                    return;
+                };
                 let locks = locks.into_iter().filter(|(number, _)| !self.declined.contains(number));
-                let mut locks =
-                    locks.map(|(_, lock)| lock).collect::<Vec<_>>().into_iter().peekable();
-                while locks.peek().is_some() {
-                    let fds = locks.by_ref().take(MAX_MESSAGE_FDS).map(SendFd::from).collect();
-                    self.send(ToTaker::Locks { fds });
+                for locks in in_messages(locks.map(|(_, lock)| SendFd::from(lock)).collect()) {
+                    self.send(ToTaker::Locks { fds: locks.into_iter().collect() });
                 }
                 self.send(ToTaker::Yours {
                     baton,
@@ -188,62 +188,56 @@ impl Giving {
                 self.succession.take().iter_mut().for_each(Succession::undo);
                 shared.set_phase(Phase::Serving);
             }
-            GiverStep::TellResumed => self.send(ToTaker::Resumed),
+            GiverStep::SendResumed => self.send(ToTaker::Resumed),
             GiverStep::GiveUpCopies => shared.give_up(),
-            GiverStep::TellDrained => self.send(ToTaker::Drained),
+            GiverStep::SendDrained => self.send(ToTaker::Drained),
         }
     }
 
     /// Queues everything that the taker needs to get ready.
     fn offer(&mut self, version: u8) {
-        let gift = self.shared.gift().and_then(|gift| {
-            let mut messages = self.offer_generations()?;
-            messages.extend(self.shared.offer_lanes()?);
-            messages.extend(self.offer_workers()?);
-            Ok((gift, messages))
-        });
-        let mut offered = self.shared.offered();
+        let prepared = match self.prepare() {
+            Ok(prepared) => prepared,
+            Err(error) => return self.abort(&error),
+        };
+        let offered = self.shared.offered();
         let listeners = offered.len() as u32;
         self.send(ToTaker::Welcome { version, listeners });
-        while !offered.is_empty() {
-            let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
-            self.send(ToTaker::Listeners(std::mem::replace(&mut offered, rest)));
-        }
+        in_messages(offered).for_each(|offered| self.send(ToTaker::Listeners(offered)));
         for frame in self.shared.application_state() {
             let fds = frame.fds.into_iter().map(SendFd::from).collect();
             self.send(ToTaker::State { bytes: frame.payload, fds });
         }
-        match gift {
-            Ok((gift, messages)) => {
-                self.gift = Some(gift);
-                self.queue.extend(messages);
-            }
-            Err(error) => return self.abort(&error),
-        }
+        prepared.into_iter().for_each(|message| self.send(message));
         self.giver.offered(now(), listeners);
     }
 
-    /// Makes the leash of this process, and messages that tell of all generations.
-    fn offer_generations(&mut self) -> std::io::Result<Vec<ToTaker<SendFd>>> {
+    /// Does everything that takes a descriptor, as long as a failure changes nothing. Returns the
+    /// messages with lanes and generations.
+    fn prepare(&mut self) -> io::Result<Vec<ToTaker<SendFd>>> {
+        self.handover = Some(self.shared.handover()?);
+        self.peer_copy = Some(self.read.socket().as_fd().try_clone_to_owned()?);
+        let mut messages = self.offer_generations()?;
+        messages.extend(self.shared.offer_lanes()?);
+        messages.extend(self.offer_workers()?);
+        Ok(messages)
+    }
+
+    /// Makes the leash of this process, and the messages with the leashes of all generations.
+    fn offer_generations(&mut self) -> io::Result<Vec<ToTaker<SendFd>>> {
         let mut generations = self.shared.with_generations(Generations::copies)?;
         let (own, other) = leash()?;
         self.leash = Some(own);
         generations.push((0, other));
-        let mut messages = Vec::new();
-        while !generations.is_empty() {
-            let rest = generations.split_off(generations.len().min(MAX_MESSAGE_FDS));
-            let (replaced_for, fds): (_, Vec<_>) =
-                std::mem::replace(&mut generations, rest).into_iter().unzip();
-            messages.push(ToTaker::Generations {
-                replaced_for,
-                fds: fds.into_iter().map(SendFd::from).collect(),
-            });
-        }
-        Ok(messages)
+        let message = |generations: Vec<_>| {
+            let (replaced_for, fds): (_, Vec<_>) = generations.into_iter().unzip();
+            ToTaker::Generations { replaced_for, fds: fds.into_iter().map(SendFd::from).collect() }
+        };
+        Ok(in_messages(generations).map(message).collect())
     }
 
     /// Prepares for the taker's dispatcher to go on with the workers of this process.
-    fn offer_workers(&mut self) -> std::io::Result<Vec<ToTaker<SendFd>>> {
+    fn offer_workers(&mut self) -> io::Result<Vec<ToTaker<SendFd>>> {
         let prepared = self.shared.with_workers(|workers| workers.prepare())?;
         let Some((succession, frames)) = prepared else { return Ok(Vec::new()) };
         self.succession = Some(succession);
@@ -254,7 +248,7 @@ impl Giving {
         Ok(frames.into_iter().map(message).collect())
     }
 
-    fn tell_status(&mut self) {
+    fn send_status(&mut self) {
         let generations =
             self.shared.with_generations(Generations::list).into_iter().map(|generation| {
                 let milliseconds =
@@ -266,20 +260,21 @@ impl Giving {
         self.send(ToTaker::Status { pid: std::process::id(), is_under_way, generations });
     }
 
-    /// Waits until something happens, and tells the giver.
-    async fn turn(&mut self, commands: &mut Commands) {
-        let deadline = [self.giver.next_timeout().map(Instant::from_std), self.last_word];
+    /// Waits until something happens, and applies it to the giver.
+    async fn wait(&mut self, commands: &mut Commands) {
+        let deadline = [self.giver.next_timeout().map(Instant::from_std), self.last_messages_until];
         let deadline = deadline.into_iter().flatten().min();
-        let Self { read, write, queue, peer, reads, writes, giver, .. } = self;
-        let is_unsent = *writes && (!queue.is_empty() || write.unsent().bytes > 0);
+        let Self { read, out, peer, reads, writes, giver, .. } = self;
+        let is_unsent = *writes && !out.is_empty();
         tokio::select! {
             biased;
+            // Reading first: a READY that is there counts, whatever else has happened.
             message = read.next(), if *reads => self.on_read(message),
             () = peer_closed(peer), if peer.is_some() && !*reads => {
                 self.peer = None;
                 self.giver.on_taker_gone();
             }
-            sent = send(write, queue), if is_unsent => {
+            sent = out.flush(), if is_unsent => {
                 if let Err(error) = sent {
                     self.on_send_failed(&error);
                 }
@@ -302,7 +297,7 @@ impl Giving {
             None => {
                 self.reads = false;
                 if self.peer.is_none() {
-                    self.queue.clear(); // nobody reads it
+                    self.out.clear(); // nobody reads it
                 }
                 self.giver.on_end();
             }
@@ -314,8 +309,8 @@ impl Giving {
             Command::PutDown(baton) => self.giver.give(baton),
             Command::Withdraw => self.giver.abort(AbortReason::Withdrawn),
             Command::Drained => {
-                // A taker that has ended by now, or has given everything back, is noticed first.
-                // The runtime learns of it while this task waits for its next turn.
+                // A taker that has ended by now, or has handed everything back, has to be noticed
+                // first. The runtime learns of that while this task yields.
                 tokio::task::yield_now().await;
                 while self.reads && self.giver.is_draining() {
                     let Some(message) = unconstrained(self.read.next()).now_or_never() else {
@@ -329,16 +324,17 @@ impl Giving {
     }
 
     fn send(&mut self, message: ToTaker<SendFd>) {
-        self.queue.push_back(message);
+        self.out.push(message);
     }
 
-    /// A message can't be sent, or nothing more can. A taker that is gone is noticed by reading.
+    /// Calls the takeover off because something can't be sent. A taker that is gone is noticed by
+    /// reading.
     fn on_send_failed(&mut self, error: &SendFailed) {
         match error {
             SendFailed::Message(error) => self.abort(error),
             SendFailed::Socket(error) => {
                 self.writes = false;
-                self.queue.clear();
+                self.out.clear();
                 if error.is_peer_gone() {
                     self.giver.abort(AbortReason::Failed);
                 } else {
@@ -354,30 +350,8 @@ impl Giving {
     }
 }
 
-/// The reason why sending failed.
-enum SendFailed {
-    /// A message was refused, for example because it is too long. Others can be sent.
-    Message(Error),
-    /// The socket takes nothing more.
-    Socket(Error),
-}
-
-/// Sends what waits.
-async fn send(
-    write: &mut WriteHalf<GiverCodec>,
-    queue: &mut VecDeque<ToTaker<SendFd>>,
-) -> Result<(), SendFailed> {
-    while !queue.is_empty() {
-        let permit = write.reserve().await.map_err(SendFailed::Socket)?;
-        if let Some(message) = queue.pop_front() {
-            permit.send(message).map_err(|refused| SendFailed::Message(refused.error))?;
-        }
-    }
-    write.flush().await.map_err(SendFailed::Socket)
-}
-
-/// Waits until the other end is closed. Reading tells nothing after `SHUT_RD`, but the kernel
-/// reports that neither direction is open any longer (`EPOLLHUP`).
+/// Waits until the other end is closed. After `SHUT_RD` a read does not show that, but the kernel
+/// reports that no direction is open (`EPOLLHUP`).
 async fn peer_closed(peer: &Option<AsyncFd<OwnedFd>>) {
     let Some(peer) = peer else { return };
     while let Ok(mut ready) = peer.writable().await {

@@ -7,29 +7,29 @@ use std::{
 
 use bytes::Bytes;
 
-use super::protocol::{AbortReason, FromTaker, HIGHEST_VERSION, LOWEST_VERSION, Refusal};
+use super::protocol::{AbortReason, FromTaker, Refusal, Versions};
 
 /// One takeover, seen by the process that serves.
 ///
 /// ```text
 ///         HELLO        welcome()          offered()          READY           drained(), RELEASE
-///   Hello -----> Asked --------> Offering --------> Waiting -----> Draining ------------------> Over
-///     |            |                |                 |               | the taker's end, HAND_BACK
-///     |            | refuse()       '-- abort ---.    | abort         '--------------> Over, serving
+///   Hello -----> Asked --------> Offering --------> Waiting -----> Draining ---------------> Over
+///     |            |                |                 |               | taker's end, HAND_BACK
+///     |            | refuse()       '-- abort ---.    | abort         '-----------> Over, serving
 ///     |            |                             v    v
 ///     |            |                             Cutting --- READY was written ---> Draining
 ///     |            v                                |
 ///     '---------> Over, serving <-------------------' end of what was written
 /// ```
 ///
-/// It serves in every state but `Draining` and what follows from it. Only one thing makes it stop:
-/// READY was read. Only two make it serve again: the end of a taker that has not said RELEASE, and
-/// HAND_BACK. A taker that was cut off can say neither, so it takes over for good only after
-/// DRAINED.
+/// It serves in every state except `Draining` and the end that follows from it. Only one event
+/// makes it stop: READY was read. Only two events make it serve again: HAND_BACK, and the end of a
+/// taker that has not sent RELEASE. A taker that was cut off can send neither HAND_BACK nor
+/// RELEASE, so its takeover is final only after DRAINED.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Giver {
     state: State,
-    limits: GiverLimits,
+    settings: GiverSettings,
     /// Number of listeners that were offered.
     listeners: u32,
     declined: BTreeSet<u32>,
@@ -37,45 +37,46 @@ pub(super) struct Giver {
     steps: VecDeque<GiverStep>,
 }
 
-/// How long a giver waits, and for what.
+/// The versions that a giver speaks, and its time limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct GiverLimits {
+pub(super) struct GiverSettings {
+    pub(super) versions: Versions,
     /// From the connection to HELLO, and from there until everything was sent.
     pub(super) answer: Duration,
     /// From COMPLETE to READY.
     pub(super) ready: Duration,
 }
 
-/// What has to be done next, in this order.
+/// An action that the caller has to take next, in the order of these values.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum GiverStep {
     /// Call [`Giver::welcome`] or [`Giver::refuse`].
     Asked,
     /// Send WELCOME, then the listeners and the state, then call [`Giver::offered`].
-    Offer { version: u8 },
+    SendOffer { version: u8 },
     /// Send REFUSED.
-    Refuse(Refusal),
+    SendRefused(Refusal),
     /// Send STATUS.
-    TellStatus,
+    SendStatus,
     /// Send COMPLETE.
-    Complete,
+    SendComplete,
     /// Shut down the receiving direction, and read on to the end: from then on no READY can be
     /// written, and one that was written before is read.
     Cut,
     /// Send ABORTED.
-    Abort(AbortReason),
+    SendAborted(AbortReason),
     /// Accept no more. The taker has no use for some listeners, named by their numbers.
     Stop { declined: BTreeSet<u32> },
     /// Send the locks and YOURS.
-    Give { baton: Bytes },
+    SendYours { baton: Bytes },
     /// Accept again.
     Resume(Undone),
     /// Send RESUMED.
-    TellResumed,
+    SendResumed,
     /// Close the copies of listeners and locks.
     GiveUpCopies,
     /// Send DRAINED.
-    TellDrained,
+    SendDrained,
 }
 
 /// The reason why a server accepts again after another process has replaced it.
@@ -90,32 +91,32 @@ pub(super) enum Undone {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum State {
-    /// Waits for HELLO.
+    /// HELLO is to come.
     Hello,
     /// The server decides whether there is a takeover now.
     Asked { version: u8 },
     /// Listeners and state are on their way.
     Offering,
-    /// Waits for READY.
+    /// READY is to come.
     Waiting,
     /// The receiving direction is shut down; what was written before is read to its end.
     Cutting { reason: AbortReason, ready_counts: bool },
     /// The taker accepts. `given`: YOURS is sent. `cut`: the receiving direction is shut down, so
-    /// its end does not tell of the taker's.
+    /// its end is not the taker's end.
     Draining { given: bool, cut: bool },
     /// Nothing follows.
     Over { serving: bool },
 }
 
 impl Giver {
-    /// Answers a connection.
-    pub(super) fn new(now: Instant, limits: GiverLimits) -> Self {
+    /// Returns the giver's side of a new connection.
+    pub(super) fn new(now: Instant, settings: GiverSettings) -> Self {
         Self {
             state: State::Hello,
-            limits,
+            settings,
             listeners: 0,
             declined: BTreeSet::new(),
-            deadline: now.checked_add(limits.answer),
+            deadline: now.checked_add(settings.answer),
             steps: VecDeque::new(),
         }
     }
@@ -163,16 +164,16 @@ impl Giver {
     pub(super) fn on_message(&mut self, message: FromTaker) {
         match (self.state, message) {
             (State::Hello, FromTaker::Hello { lowest, highest }) => {
-                let version = highest.min(HIGHEST_VERSION);
-                if version < lowest.max(LOWEST_VERSION) {
-                    self.refuse(Refusal::Version);
-                } else {
-                    self.state = State::Asked { version };
-                    self.steps.push_back(GiverStep::Asked);
+                match self.settings.versions.highest_common(Versions { lowest, highest }) {
+                    Some(version) => {
+                        self.state = State::Asked { version };
+                        self.steps.push_back(GiverStep::Asked);
+                    }
+                    None => self.refuse(Refusal::Version),
                 }
             }
             (State::Hello, FromTaker::Status) => {
-                self.steps.push_back(GiverStep::TellStatus);
+                self.steps.push_back(GiverStep::SendStatus);
                 self.end(true);
             }
             (State::Waiting | State::Cutting { .. }, FromTaker::Decline { number })
@@ -185,18 +186,19 @@ impl Giver {
             }
             (State::Draining { .. }, FromTaker::HandBack { baton }) => {
                 self.resume(Undone::HandedBack(baton));
-                self.steps.push_back(GiverStep::TellResumed);
+                self.steps.push_back(GiverStep::SendResumed);
             }
             (State::Draining { .. }, FromTaker::Release) => self.give_up(),
-            (State::Over { .. }, _) => {} // crossed the last message
+            (State::Over { .. }, _) => {} // it crossed the last message
             _ => self.on_violation(),
         }
     }
 
-    /// The taker broke the protocol, or nothing more can be read from it although it lives.
+    /// Handles a breach of the protocol, after which nothing more can be understood.
     ///
-    /// A taker that serves is not dead because of that, so there is no undo: two would serve.
+    /// A taker that serves is not dead because of that. So nothing is undone: two would serve.
     pub(super) fn on_violation(&mut self) {
+        // After READY: the taker serves, so this process must not serve again.
         if self.is_draining() {
             return self.give_up();
         }
@@ -207,9 +209,8 @@ impl Giver {
         }
     }
 
-    /// The taker has closed its end of the connection, and what it wrote was read.
-    ///
-    /// After a [cut](GiverStep::Cut) that is not the same as [`on_end`](Self::on_end).
+    /// Handles the end of the taker, after everything that it wrote was read. After a
+    /// [cut](GiverStep::Cut) that is not the same as [`on_end`](Self::on_end).
     pub(super) fn on_taker_gone(&mut self) {
         match self.state {
             State::Draining { .. } => self.resume(Undone::Ended),
@@ -217,13 +218,14 @@ impl Giver {
         }
     }
 
-    /// Nothing more can be read: the taker has closed its end, or the giver has cut it off.
+    /// Handles the end of everything that can be read: the taker has closed its end, or the giver
+    /// has cut it off.
     pub(super) fn on_end(&mut self) {
         match self.state {
             State::Draining { cut: false, .. } => self.resume(Undone::Ended),
             State::Draining { cut: true, .. } => {}
             State::Cutting { reason, .. } => {
-                self.steps.push_back(GiverStep::Abort(reason));
+                self.steps.push_back(GiverStep::SendAborted(reason));
                 self.end(true);
             }
             State::Over { .. } => {}
@@ -231,30 +233,30 @@ impl Giver {
         }
     }
 
-    /// The server offers its listeners.
+    /// Begins to offer the listeners.
     pub(super) fn welcome(&mut self, now: Instant) {
         if let State::Asked { version } = self.state {
             self.state = State::Offering;
-            self.deadline = now.checked_add(self.limits.answer);
-            self.steps.push_back(GiverStep::Offer { version });
+            self.deadline = now.checked_add(self.settings.answer);
+            self.steps.push_back(GiverStep::SendOffer { version });
         }
     }
 
-    /// There is no takeover now.
+    /// Refuses a takeover.
     pub(super) fn refuse(&mut self, reason: Refusal) {
         if matches!(self.state, State::Hello | State::Asked { .. }) {
-            self.steps.push_back(GiverStep::Refuse(reason));
+            self.steps.push_back(GiverStep::SendRefused(reason));
             self.end(true);
         }
     }
 
-    /// This number of listeners, and all state, are sent.
+    /// Notes that this number of listeners, and all state, are sent.
     pub(super) fn offered(&mut self, now: Instant, listeners: u32) {
         if self.state == State::Offering {
             self.listeners = listeners;
             self.state = State::Waiting;
-            self.deadline = now.checked_add(self.limits.ready);
-            self.steps.push_back(GiverStep::Complete);
+            self.deadline = now.checked_add(self.settings.ready);
+            self.steps.push_back(GiverStep::SendComplete);
         }
     }
 
@@ -273,18 +275,19 @@ impl Giver {
         }
     }
 
-    /// The application has put down its exclusive thing, which the taker may pick up.
+    /// Passes the baton on, which the application has put down.
     pub(super) fn give(&mut self, baton: Bytes) {
         if let State::Draining { given: given @ false, .. } = &mut self.state {
             *given = true;
-            self.steps.push_back(GiverStep::Give { baton });
+            self.steps.push_back(GiverStep::SendYours { baton });
         }
     }
 
-    /// The application has finished its connections: nothing can be undone from here on. To be
-    /// called only after everything that was readable was read.
+    /// Makes the takeover final, because the application has finished its connections. The caller
+    /// first reads everything that is readable.
     pub(super) fn drained(&mut self) {
         if self.is_draining() {
+            // A baton that the application still holds is lost with it; the rest has to move.
             self.give(Bytes::new());
             self.give_up();
         }
@@ -303,7 +306,7 @@ impl Giver {
     }
 
     fn give_up(&mut self) {
-        self.steps.extend([GiverStep::GiveUpCopies, GiverStep::TellDrained]);
+        self.steps.extend([GiverStep::GiveUpCopies, GiverStep::SendDrained]);
         self.end(false);
     }
 

@@ -27,6 +27,7 @@ use crate::sys;
 /// `InvalidInput` if the descriptor is not a socket of IP or Unix, or a stream that does not
 /// listen.
 pub(super) fn identity_of(name: String, index: u32, fd: BorrowedFd<'_>) -> Result<Identity> {
+    // What cannot be offered is refused first.
     let family = match getsockopt(&fd, sys::Domain)? {
         libc::AF_UNIX => Family::Unix,
         libc::AF_INET => Family::Ipv4,
@@ -44,12 +45,13 @@ pub(super) fn identity_of(name: String, index: u32, fd: BorrowedFd<'_>) -> Resul
     if kind != Kind::Datagram && !getsockopt(&fd, sockopt::AcceptConn)? {
         return Err(unusable(&name, "it does not listen".to_owned()));
     }
+    // The rest of the fields.
     let protocol = getsockopt(&fd, sys::Protocol)?;
     let v6_only = match family {
         Family::Ipv6 => Some(getsockopt(&fd, sockopt::Ipv6V6Only)?),
         _ => None,
     };
-    // Unix sockets know the option, and no device.
+    // Unix sockets have the option too, and return no device.
     let device = getsockopt(&fd, sockopt::BindToDevice)?.to_string_lossy().into_owned();
     Ok(Identity {
         address: address_of(fd, family)?,
@@ -198,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_listener_is_refused() {
+    fn a_descriptor_that_is_no_listener_is_refused() {
         let file = std::fs::File::open("/dev/null").unwrap();
         assert!(identity_of("x".to_owned(), 0, file.as_fd()).is_err());
         let (stream, _) = UnixStream::pair().unwrap();
@@ -222,6 +224,7 @@ mod tests {
         assert_eq!(identity(&tcp).device.as_deref(), Some("lo"));
     }
 
+    /// Rules: T-COMPARE.
     #[test]
     fn each_difference_has_an_error_of_its_own() {
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();

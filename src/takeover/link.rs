@@ -1,27 +1,23 @@
 //! The new process's end of the connection to the server that it replaces.
 
-use std::{collections::VecDeque, io, time::Instant as StdInstant};
+use std::time::Instant as StdInstant;
 
 use futures::StreamExt;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
+    outbox::Outbox,
     protocol::{FromTaker, TakerCodec, ToTaker},
-    taker::{Taker, TakerLimits, TakerStep},
+    taker::{Taker, TakerSettings, TakerStep},
 };
-use crate::{
-    Error, Framed, Socket,
-    framed::{ReadHalf, WriteHalf},
-};
+use crate::{Error, Framed, Socket, framed::ReadHalf};
 
 /// A [`Taker`] with its connection.
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) taker: Taker,
     read: ReadHalf<TakerCodec>,
-    write: WriteHalf<TakerCodec>,
-    /// Messages that wait for the socket.
-    queue: VecDeque<FromTaker>,
+    out: Outbox<TakerCodec, FromTaker>,
     /// READY was queued, and is not written in full.
     is_ready_unwritten: bool,
     /// Something may still come.
@@ -30,36 +26,39 @@ pub(super) struct Link {
     writes: bool,
 }
 
-/// Something that came over the connection.
-pub(super) enum Came {
-    /// A message, of which the taker knows.
+/// An event of the connection that its owner has to know.
+pub(super) enum Event {
+    /// A message, which was applied to the taker already.
     Message(ToTaker),
-    /// What the giver broke the protocol with.
+    /// A breach of the protocol.
     Error(Error),
 }
 
 impl Link {
-    pub(super) fn new(socket: Socket, limits: TakerLimits) -> Self {
+    pub(super) fn new(socket: Socket, settings: TakerSettings) -> Self {
         let (read, write) = Framed::new(socket, TakerCodec::default()).into_split();
-        let taker = Taker::new(now(), limits);
+        let taker = Taker::new(now(), settings);
         Self {
             taker,
             read,
-            write,
-            queue: VecDeque::new(),
+            out: Outbox::new(write),
             is_ready_unwritten: false,
             reads: true,
             writes: true,
         }
     }
 
-    /// Returns what is to be done next, except for sending.
+    pub(super) fn socket(&self) -> &Socket {
+        self.read.socket()
+    }
+
+    /// Returns the next step, except for sending.
     pub(super) fn next_step(&mut self) -> Option<TakerStep> {
         loop {
             match self.taker.next_step()? {
                 TakerStep::Send(message) => {
                     self.is_ready_unwritten |= message == FromTaker::Ready;
-                    self.queue.push_back(message);
+                    self.out.push(message);
                 }
                 step => return Some(step),
             }
@@ -68,21 +67,21 @@ impl Link {
 
     /// Returns true if nothing waits to be written, or nothing more can be.
     pub(super) fn is_flushed(&self) -> bool {
-        !self.writes || self.queue.is_empty() && self.write.unsent().bytes == 0
+        !self.writes || self.out.is_empty()
     }
 
-    /// Waits until something happens, and tells the taker.
+    /// Waits until something happens, and applies it to the taker.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
-    pub(super) async fn turn(&mut self) -> Option<Came> {
+    pub(super) async fn next_event(&mut self) -> Option<Event> {
         let deadline = self.taker.next_timeout().map(Instant::from_std);
         let is_unsent = !self.is_flushed();
-        let Self { taker, read, write, queue, is_ready_unwritten, reads, writes } = self;
+        let Self { taker, read, out, is_ready_unwritten, reads, writes } = self;
         tokio::select! {
             biased;
             // Before reading: whether READY was written decides what an end means.
-            sent = send(write, queue), if is_unsent => match sent {
+            sent = out.flush(), if is_unsent => match sent {
                 Ok(()) if std::mem::take(is_ready_unwritten) => taker.on_ready_written(),
                 Ok(()) => {}
                 Err(_) => {
@@ -93,12 +92,12 @@ impl Link {
             message = read.next(), if *reads => match message {
                 Some(Ok(message)) => {
                     taker.on_message(now(), &message);
-                    return Some(Came::Message(message));
+                    return Some(Event::Message(message));
                 }
                 Some(Err(error)) if error.is_peer_gone() => {} // the end follows
                 Some(Err(error)) => {
-                    taker.on_violation();
-                    return Some(Came::Error(error));
+                    taker.on_violation(now());
+                    return Some(Event::Error(error));
                 }
                 None => {
                     *reads = false;
@@ -112,20 +111,6 @@ impl Link {
         }
         None
     }
-}
-
-/// Sends what waits.
-async fn send(
-    write: &mut WriteHalf<TakerCodec>,
-    queue: &mut VecDeque<FromTaker>,
-) -> io::Result<()> {
-    while !queue.is_empty() {
-        let permit = write.reserve().await.map_err(io::Error::from)?;
-        if let Some(message) = queue.pop_front() {
-            permit.send(message).map_err(io::Error::from)?;
-        }
-    }
-    Ok(write.flush().await?)
 }
 
 pub(super) fn now() -> StdInstant {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map},
-    fmt,
+    fmt, io,
     net::{SocketAddr, TcpListener, UdpSocket},
     os::fd::{AsFd, OwnedFd},
     path::Path,
@@ -11,7 +11,7 @@ use std::{
 
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
-    sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr},
+    sys::socket::SockType,
 };
 
 use super::{
@@ -29,7 +29,8 @@ use crate::socket::PathGuard;
 /// `SO_REUSEPORT` group is one name with several indices.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::net::{TcpListener, UdpSocket};
 ///
 /// use fdwire::takeover::Listeners;
@@ -83,7 +84,7 @@ impl Listeners {
     }
 
     /// Adds the listener that a process manager has passed for this name, of this type and at this
-    /// address. Returns false if there is none: then it is the application that has to bind it.
+    /// address. Returns false if there is none: the application has to bind it then.
     ///
     /// These managers are known, by what they leave in the environment:
     ///
@@ -94,8 +95,9 @@ impl Listeners {
     /// - **Server::Starter**, also known as `start_server` (`SERVER_STARTER_PORT`), without names.
     ///
     /// A socket that was passed for the name has to be of this type and at this address; port 0 is
-    /// any port. If none was, one at exactly this address is taken, whatever its name is. What is
-    /// not adopted stays as it is, for example descriptors from systemd's store.
+    /// any port. If none was passed for the name, one at exactly this address is taken, whatever
+    /// its name is. A socket that is not adopted stays as it is, for example one from systemd's
+    /// store.
     ///
     /// The inherited number becomes `/dev/null` in [`Server::bind`](super::Server::bind) and
     /// [`bind_or_take`](super::bind_or_take), so that programs which this process starts later have
@@ -108,7 +110,8 @@ impl Listeners {
     /// that flag. [`add`](Self::add) what it returns.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use std::net::{SocketAddr, TcpListener};
     ///
     /// use fdwire::takeover::{Listeners, protocol::Kind};
@@ -123,8 +126,8 @@ impl Listeners {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if sockets were passed for the name, and all of them are of another
-    /// type, or at another address. [`Error::Io`] with `EMFILE` if there is no descriptor left.
+    /// [`Error::Mismatch`] if all sockets that were passed for the name are of another type, or at
+    /// another address. [`Error::Io`] with `EMFILE` if there is no descriptor left.
     pub fn adopt(
         &mut self,
         name: impl Into<String>,
@@ -139,36 +142,32 @@ impl Listeners {
     /// [Adopts](Self::adopt) the TCP listener that a process manager has passed, or binds one.
     ///
     /// # Errors
-    /// Those of [`adopt`](Self::adopt), and of bind(2).
+    /// The errors of [`adopt`](Self::adopt), and [`Error::Bind`].
     pub fn bind_tcp(&mut self, name: impl Into<String>, address: SocketAddr) -> Result<(), Error> {
-        let name = name.into();
-        match self.adopt(name.clone(), Kind::Stream, &address.into())? {
-            true => Ok(()),
-            false => self.add(name, TcpListener::bind(address)?),
-        }
+        self.adopt_or_bind(name.into(), Kind::Stream, address.into(), || {
+            Ok((TcpListener::bind(address)?.into(), None))
+        })
     }
 
     /// [Adopts](Self::adopt) the UDP socket that a process manager has passed, or binds one.
     ///
     /// # Errors
-    /// Those of [`adopt`](Self::adopt), and of bind(2).
+    /// The errors of [`adopt`](Self::adopt), and [`Error::Bind`].
     pub fn bind_udp(&mut self, name: impl Into<String>, address: SocketAddr) -> Result<(), Error> {
-        let name = name.into();
-        match self.adopt(name.clone(), Kind::Datagram, &address.into())? {
-            true => Ok(()),
-            false => self.add(name, UdpSocket::bind(address)?),
-        }
+        self.adopt_or_bind(name.into(), Kind::Datagram, address.into(), || {
+            Ok((UdpSocket::bind(address)?.into(), None))
+        })
     }
 
     /// [Adopts](Self::adopt) the Unix socket that a process manager has passed, or binds one to a
     /// path with this mode. A connection takes write permission.
     ///
-    /// A lock file beside it (`<path>.lock`) says who owns a path that was bound here. It moves to
-    /// the process that takes over, together with the right to remove both; the last process
-    /// removes them.
+    /// The process that owns a path holds the lock of a file beside it (`<path>.lock`). The lock
+    /// moves to the process that takes over, together with the right to remove both files. The last
+    /// process removes them.
     ///
     /// # Errors
-    /// Those of [`adopt`](Self::adopt), and [`Error::Io`] as for
+    /// The errors of [`adopt`](Self::adopt), and [`Error::Bind`] as for
     /// [`Listener::bind_with_mode`](crate::Listener::bind_with_mode).
     pub fn bind_path(
         &mut self,
@@ -177,28 +176,13 @@ impl Listeners {
         kind: Kind,
         mode: u32,
     ) -> Result<(), Error> {
-        let (name, path) = (name.into(), path.as_ref());
-        if self.adopt(name.clone(), kind, &Address::Path(path.to_owned()))? {
-            return Ok(());
-        }
-        let addr = UnixAddr::new(path).map_err(std::io::Error::from)?;
-        let mut guard = PathGuard::take(path)?;
-        let kind = match kind {
-            Kind::Stream => SockType::Stream,
-            Kind::Datagram => SockType::Datagram,
-            Kind::SeqPacket => SockType::SeqPacket,
-        };
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd =
-            socket::socket(AddressFamily::Unix, kind, flags, None).map_err(std::io::Error::from)?;
-        guard.bind(&fd, &addr, mode)?;
-        if kind != SockType::Datagram {
-            socket::listen(&fd, Backlog::MAXCONN).map_err(std::io::Error::from)?;
-        }
-        self.add_guarded(name, fd, Some(guard))
+        let path = path.as_ref();
+        self.adopt_or_bind(name.into(), kind, Address::Path(path.to_owned()), || {
+            bind_to_path(path, kind, mode).map(|(fd, guard)| (fd, Some(guard)))
+        })
     }
 
-    /// Returns what tells the listeners from others, in their order.
+    /// Returns the identities of the listeners, in their order.
     pub fn identities(&self) -> impl Iterator<Item = &Identity> {
         self.entries.iter().map(|entry| &entry.identity)
     }
@@ -211,6 +195,22 @@ impl Listeners {
     /// Returns true if there are none.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
+    }
+
+    fn adopt_or_bind(
+        &mut self,
+        name: String,
+        kind: Kind,
+        address: Address,
+        bind: impl FnOnce() -> io::Result<(OwnedFd, Option<PathGuard>)>,
+    ) -> Result<(), Error> {
+        if self.adopt(name.clone(), kind, &address)? {
+            return Ok(());
+        }
+        match bind() {
+            Ok((fd, guard)) => self.add_guarded(name, fd, guard),
+            Err(source) => Err(Error::Bind { name, address, source }),
+        }
     }
 
     fn add_guarded(
@@ -249,7 +249,7 @@ impl Listeners {
         Ok(())
     }
 
-    /// Keeps those with these numbers only.
+    /// Removes the listeners whose numbers are not kept.
     pub(super) fn retain(&mut self, is_kept: impl Fn(u32) -> bool) {
         let entries = std::mem::take(self).entries;
         for (_, entry) in (0..).zip(entries).filter(|(number, _)| is_kept(*number)) {
@@ -277,8 +277,20 @@ impl fmt::Debug for Listeners {
     }
 }
 
+/// Binds a Unix socket to a path that no live process has, and listens if it is no datagram socket.
+fn bind_to_path(path: &Path, kind: Kind, mode: u32) -> io::Result<(OwnedFd, PathGuard)> {
+    // The lock before the socket: a stale path is removed under it.
+    let mut guard = PathGuard::take(path)?;
+    let kind = match kind {
+        Kind::Stream => SockType::Stream,
+        Kind::Datagram => SockType::Datagram,
+        Kind::SeqPacket => SockType::SeqPacket,
+    };
+    Ok((guard.bind_new(kind, mode)?, guard))
+}
+
 /// Sets `O_NONBLOCK`, which all holders of the socket share.
-fn set_nonblocking(fd: &OwnedFd) -> std::io::Result<()> {
+fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     Ok(())
@@ -332,9 +344,8 @@ mod tests {
             assert_eq!(listeners.identities().next().unwrap().kind, kind);
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
             let second = Listeners::new().bind_path("y", &path, kind, 0o600).unwrap_err();
-            assert!(
-                matches!(&second, Error::Io(error) if error.kind() == std::io::ErrorKind::AddrInUse)
-            );
+            assert!(second.to_string().contains(path.to_str().unwrap()), "{second}");
+            assert_eq!(io::Error::from(second).kind(), io::ErrorKind::AddrInUse);
             drop(listeners);
         }
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);

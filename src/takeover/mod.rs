@@ -1,7 +1,7 @@
 //! A new process replaces a running server, and no connection fails.
 //!
 //! The running server offers its named listeners at a path: TCP, UDP, and Unix sockets of each
-//! kind. A new process, of any parent, asks for them, sets itself up, and says that it is ready.
+//! kind. A new process, of any parent, asks for them, sets itself up, and reports that it is ready.
 //! From then on it accepts, and the old one finishes what it has. If the new one dies meanwhile,
 //! the old one accepts again.
 //!
@@ -12,23 +12,23 @@
 //!
 //! In detail:
 //!
-//! - **Both hold the same listening sockets**, so no connection in a queue is lost, whoever closes
-//!   them. The old process accepts until the new one does.
+//! - **Both hold the same listening sockets**, so no connection in a queue is lost if one
+//!   of them closes its copies. The old process accepts until the new one does.
 //! - **One message decides.** The new process serves from the moment at which it has written
 //!   *ready* in full. The old one stops when it has read it. In between, both accept from the same
 //!   queue. Nobody sees a difference.
 //! - **Calling off is atomic.** When the new process is too late, the old one shuts down its
 //!   receiving direction first and reads what is there: either *ready* is in it, or it can't be
-//!   written any more.
-//! - **The lock of the path decides when a server dies** before it could read *ready*: it is held
-//!   by whoever serves, and the kernel releases that of a dead process.
+//!   written from then on.
+//! - **The lock of the path decides when a server dies** before it could read *ready*: the
+//!   process that serves holds it, and the kernel releases the lock of a dead process.
 //! - **Undo.** Until the old process has [drained](Server::drained), it keeps its copies. If the
 //!   new one ends, or [hands back](Server::hand_back), it accepts again.
 //!
-//! A model checker visits every state of both sides, about 1,500, with crashes, timeouts and halves
-//! of messages at every place; the [protocol] is written down byte by byte. Real processes are
-//! killed with SIGKILL at each system call that they make in a takeover, about 90 in the old one
-//! and 75 in the new one: after n of n kills, exactly one serves.
+//! A model checker visits every state of both sides, more than 1,700, with crashes, timeouts and
+//! halves of messages at every place. The [protocol] is written down byte by byte, and each of its
+//! rules is tested by name. Real processes are killed with SIGKILL at each system call that they
+//! make in a takeover, and exactly one serves after each kill: docs/TAKEOVER.md has the numbers.
 //!
 //! # Both sides
 //!
@@ -39,7 +39,8 @@
 //!
 //! ```no_run
 //! # async fn set_up() {}
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
 //!
 //! use fdwire::takeover::{self, Listeners, Options};
@@ -75,7 +76,7 @@
 //!
 //! # The old process
 //!
-//! [`Server::finish`] tells when it may leave, and how many connections are left then.
+//! [`Server::finish`] returns when it may leave, with the number of connections that are left.
 //!
 //! - **No reconnect storm.** Its connections are told to end at moments that are spread evenly over
 //!   10 s or [what you choose](Options::drain). With the feature `axum`, `Server::serve_axum` sends
@@ -86,25 +87,27 @@
 //!   and asks the oldest to leave if there are [too many](Options::max_old_generations).
 //! - **The truth for a supervisor.** [`launch`] starts a new process and returns once it serves or
 //!   has failed; [`status()`] asks from outside who serves.
-//!   [`systemd::Notifier`](crate::systemd::Notifier) tells a service manager.
+//!   [`systemd::Notifier`](crate::systemd::Notifier) reports to a service manager.
 //!
 //! # What happens when
 //!
 //! | event | the old process | the new process |
 //! |---|---|---|
-//! | the new one dies, hangs or gives up before it is ready | goes on serving | gets [`Error::Aborted`] when it wakes up |
-//! | the old one dies before the new one is ready | - | serves as soon as it is ready, with the lock of the path |
+//! | the new one dies, hangs or gives up before ready | serves on | [`Error::Aborted`] at its ready |
+//! | the old one dies before the new one is ready | - | serves as soon as it is ready, by the lock |
 //! | the new one dies while the old one drains | accepts again | - |
 //! | the old one dies while it drains | - | goes on serving |
 //! | a second process asks meanwhile | refuses it | - |
 //! | a stranger sends anything | closes its connection | - |
-//! | the new one is replaced itself while the old one drains | drains on, and can't serve again | drains |
+//! | the new one is replaced while the old one drains | drains on, can't serve again | drains |
+//! | the old one has no descriptor left | serves on | [`Error::Aborted`] or [`Error::TimedOut`] |
+//! | the new one has no descriptor left | serves on | [`Error::Connection`] or [`Error::Io`] |
 //!
 //! # Limits
 //!
 //! - **Datagrams belong to connections only in the application's protocol.** [`Datagrams`] stops
 //!   receiving when another process serves. That one forwards what belongs to older processes if
-//!   each datagram tells whose it is, as QUIC's connection ids can. If it does not, the new process
+//!   each datagram shows its owner, as QUIC's connection ids can. If it does not, the new process
 //!   gets all of them.
 //! - **A `SO_REUSEPORT` group moves as a whole**, since the kernel gives each client to one of its
 //!   sockets. A process with fewer workers than sockets lets each worker accept from several; one
@@ -122,6 +125,8 @@
 
 #[cfg(feature = "axum")]
 mod axum;
+mod connections;
+mod control;
 mod datagrams;
 mod drain;
 mod error;
@@ -130,18 +135,23 @@ mod generations;
 mod give;
 mod giver;
 mod inspect;
+mod lanes;
 mod link;
 mod listeners;
 #[cfg(test)]
 mod model;
 mod news;
 mod options;
+mod outbox;
 mod passed;
+mod phase;
 mod predecessor;
 pub mod protocol;
 #[cfg(test)]
 mod random;
 mod request;
+#[cfg(test)]
+mod rules;
 mod server;
 mod shared;
 mod start;
@@ -157,7 +167,8 @@ pub use generations::Generation;
 pub use listeners::Listeners;
 pub(crate) use news::News;
 pub use options::Options;
+pub use phase::Phase;
 pub use request::{Pending, request};
-pub use server::{Phase, Server};
+pub use server::Server;
 pub use start::bind_or_take;
 pub use status::{ServerStatus, launch, status};

@@ -1,4 +1,4 @@
-//! A server's changes, as a service manager has to learn of them.
+//! The changes of a server that a service manager has to know.
 
 use super::{Phase, Server};
 
@@ -14,7 +14,7 @@ pub(crate) enum News {
 }
 
 impl Server {
-    /// Waits until there is something new to tell.
+    /// Waits until the state differs from the one that the manager was told last.
     pub(crate) async fn news_after(&self, told: Option<News>) -> News {
         let mut news = None;
         self.wait(|status| {

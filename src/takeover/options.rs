@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{drain::DrainLimits, giver::GiverLimits, taker::TakerLimits};
+use super::{giver::GiverSettings, protocol::Versions, taker::TakerSettings};
 
 /// Settings of a server and of the process that takes over. Every wait has a limit.
 ///
@@ -16,6 +16,7 @@ use super::{drain::DrainLimits, giver::GiverLimits, taker::TakerLimits};
 /// ```
 #[derive(Debug, Clone)]
 pub struct Options {
+    versions: Versions,
     pub(super) answer_timeout: Duration,
     pub(super) ready_timeout: Duration,
     pub(super) lock_timeout: Duration,
@@ -26,11 +27,19 @@ pub struct Options {
     pub(super) max_old_generations: usize,
 }
 
+/// The times of a drain, from the moment at which the server is replaced.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DrainLimits {
+    pub(super) spread: Duration,
+    pub(super) deadline: Duration,
+}
+
 impl Default for Options {
     /// 5 s for answers and for the lock, 60 s until ready, mode 0600, own uid and root, no baton, a
     /// drain of 10 to 60 s, 8 old generations.
     fn default() -> Self {
         Self {
+            versions: Versions::OURS,
             answer_timeout: Duration::from_secs(5),
             ready_timeout: Duration::from_secs(60),
             lock_timeout: Duration::from_secs(5),
@@ -55,7 +64,8 @@ impl Options {
     }
 
     /// Limits the time from the moment at which a server has sent its listeners until the new
-    /// process is ready. After that the server goes on as if nothing had been. Default: 60 s.
+    /// process is ready. When it is over, the server calls the takeover off and goes on serving.
+    /// Default: 60 s.
     #[must_use]
     pub fn ready_timeout(mut self, limit: Duration) -> Self {
         self.ready_timeout = limit;
@@ -63,8 +73,8 @@ impl Options {
     }
 
     /// Limits the time from the death of a server until the kernel has released its lock. The
-    /// kernel closes everything that a dead process had open, one thing after another. Default: 5
-    /// s.
+    /// kernel closes everything that a dead process had open, one thing after another. The default
+    /// is 5 s.
     #[must_use]
     pub fn lock_timeout(mut self, limit: Duration) -> Self {
         self.lock_timeout = limit;
@@ -86,8 +96,8 @@ impl Options {
         self
     }
 
-    /// Says that the application has a baton: an exclusive thing that only the process that serves
-    /// may use. A server that is replaced passes it on with
+    /// Declares that the application has a baton: an exclusive thing that only the process that
+    /// serves may use. A server that is replaced passes it on with
     /// [`put_down_baton`](super::Server::put_down_baton), and nothing else is passed on before.
     #[must_use]
     pub fn with_baton(mut self) -> Self {
@@ -110,12 +120,20 @@ impl Options {
     }
 
     /// Limits the number of processes that were replaced and still finish their connections. If
-    /// there are more, a new server asks the oldest to leave: what that one has left is cut.
-    /// Default:
-    /// 8. At least 1, the one that may have to serve again.
+    /// there are more, a new server asks the oldest to leave, and its connections are cut. The
+    /// default is 8. At least 1 is kept, the one that may have to serve again.
     #[must_use]
     pub fn max_old_generations(mut self, most: usize) -> Self {
         self.max_old_generations = most.max(1);
+        self
+    }
+
+    /// Sets the versions of the protocol that this process speaks: for tests of a takeover between
+    /// releases.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn versions(mut self, lowest: u8, highest: u8) -> Self {
+        self.versions = Versions { lowest, highest };
         self
     }
 
@@ -123,11 +141,19 @@ impl Options {
         uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.uids.contains(&uid)
     }
 
-    pub(super) fn giver_limits(&self) -> GiverLimits {
-        GiverLimits { answer: self.answer_timeout, ready: self.ready_timeout }
+    pub(super) fn giver_settings(&self) -> GiverSettings {
+        GiverSettings {
+            versions: self.versions,
+            answer: self.answer_timeout,
+            ready: self.ready_timeout,
+        }
     }
 
-    pub(super) fn taker_limits(&self) -> TakerLimits {
-        TakerLimits { answer: self.answer_timeout, lock: self.lock_timeout }
+    pub(super) fn taker_settings(&self) -> TakerSettings {
+        TakerSettings {
+            versions: self.versions,
+            answer: self.answer_timeout,
+            lock: self.lock_timeout,
+        }
     }
 }

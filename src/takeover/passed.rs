@@ -36,6 +36,7 @@ pub(super) fn copy(
             Ok((identity_of(name.to_owned(), index, fd.as_fd())?, cookie_of(fd.as_fd())?, fd))
         };
         let Some((found, cookie, fd)) = passed.look_at(look) else { continue };
+        // Each socket of a group is adopted once.
         if adopted.contains(&cookie) {
             continue;
         }
@@ -54,8 +55,9 @@ pub(super) fn copy(
     }
 }
 
-/// Closes what a manager has passed and this process has by other numbers as well, adopted or from
-/// the running server. Otherwise programs that this process starts would have copies.
+/// Closes the sockets that a manager has passed and that this process has by other numbers as well,
+/// adopted or from the running server. Otherwise programs that this process starts would have
+/// copies.
 pub(super) fn close_copies(ours: &BTreeSet<u64>) {
     for passed in passed() {
         let cookie = passed.look_at(|fd| cookie_of(fd.as_fd()));
@@ -68,7 +70,11 @@ pub(super) fn close_copies(ours: &BTreeSet<u64>) {
                 "the process manager's listener has another number now"
             ),
             Err(error) => {
-                warn!(number = passed.number, %error, "a listener of the process manager stays open for child processes");
+                warn!(
+                    number = passed.number,
+                    %error,
+                    "a listener of the process manager stays open for child processes"
+                );
             }
         }
     }

@@ -3,6 +3,7 @@
 use std::{future::Future, io, os::fd::OwnedFd, sync::Arc};
 
 use bytes::Bytes;
+use nix::libc;
 use tokio::sync::{
     mpsc::{UnboundedReceiver, unbounded_channel},
     oneshot,
@@ -11,9 +12,10 @@ use tracing::{info, warn};
 
 use super::{
     Phase,
-    link::{Came, Link, now},
+    control::Control,
+    link::{Event, Link, now},
     protocol::ToTaker,
-    shared::{Baton, Control, Shared, UpCommand},
+    shared::{Baton, Shared, UpCommand},
     taker::TakerStep,
     workers::Workers,
 };
@@ -32,8 +34,8 @@ pub(super) fn watch(
         link,
         path_ids,
         locks: Vec::new(),
-        gift: None,
-        lock: None,
+        handover: None,
+        inherited: None,
         hand_back: None,
     };
     predecessor.run(commands)
@@ -46,9 +48,10 @@ struct Predecessor {
     /// Locks of paths that have come.
     locks: Vec<OwnedFd>,
     /// The control socket and its lock, from YOURS.
-    gift: Option<Fds>,
-    /// The lock of the path, if the predecessor has died.
-    lock: Option<PathGuard>,
+    handover: Option<Fds>,
+    /// The control socket, bound again, or the reason why that failed, if the predecessor has gone
+    /// without YOURS.
+    inherited: Option<io::Result<Control>>,
     /// Waits for the answer to a HAND_BACK.
     hand_back: Option<oneshot::Sender<Result<(), Bytes>>>,
 }
@@ -61,16 +64,17 @@ impl Predecessor {
                     return;
                 }
             }
+            // RELEASE has to be on its way before this end is closed.
             if self.link.taker.is_over() && self.link.is_flushed() {
                 break;
             }
             tokio::select! {
                 biased;
-                came = self.link.turn() => match came {
-                    Some(Came::Message(ToTaker::Locks { fds })) => self.locks.extend(fds),
-                    Some(Came::Message(ToTaker::Yours { fds, .. })) => self.gift = Some(fds),
-                    Some(Came::Error(error)) => {
-                        warn!(%error, "the replaced server does not follow the protocol; going on without it");
+                event = self.link.next_event() => match event {
+                    Some(Event::Message(ToTaker::Locks { fds })) => self.locks.extend(fds),
+                    Some(Event::Message(ToTaker::Yours { fds, .. })) => self.handover = Some(fds),
+                    Some(Event::Error(error)) => {
+                        warn!(%error, "nothing more can be read from the old server; going on");
                     }
                     _ => {}
                 },
@@ -78,11 +82,12 @@ impl Predecessor {
             }
         }
         info!("takeover: the replaced server can't serve again");
+        // From here on only this process may serve at these paths.
         self.shared.set_may_remove(true);
         self.shared.status.send_modify(|status| {
             status.has_predecessor = false;
             if status.baton == Baton::Coming {
-                status.baton = Baton::Here(None); // it broke the protocol and has passed nothing on
+                status.baton = Baton::Here(None); // it has passed nothing on
             }
         });
     }
@@ -91,21 +96,19 @@ impl Predecessor {
     fn take_step(&mut self, step: TakerStep) -> bool {
         match step {
             TakerStep::TryLock => {
-                let lock = PathGuard::take(&self.shared.path);
-                let is_ours = lock.is_ok();
-                self.lock = lock.ok();
-                self.link.taker.on_lock(now(), is_ours);
+                self.inherited = self.inherit();
+                self.link.taker.on_lock(now(), self.inherited.is_some());
             }
             TakerStep::Confirmed(baton) => {
-                let control = match self.gift.take() {
+                let control = match self.handover.take() {
                     Some(fds) => self.received(fds),
-                    None => self.inherited(),
+                    None => self.inherited.take().unwrap_or(Err(io::ErrorKind::NotFound.into())),
                 };
                 self.confirm(control, baton);
             }
             TakerStep::NotHandedBack(baton) => {
                 if let Some(answer) = self.hand_back.take() {
-                    let _ = answer.send(Err(baton)); // nobody may wait any longer
+                    let _ = answer.send(Err(baton)); // the caller may have given up
                 }
             }
             TakerStep::Stop => {
@@ -127,16 +130,23 @@ impl Predecessor {
         self.shared.receive_locks(std::mem::take(&mut self.locks), &self.path_ids);
         let [fd, lock] =
             fds.into_array().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+        // The same inode as before: the socket that listens there has moved along.
         let path_id = super::inspect::path_id_of(&self.shared.path)?;
         let guard = PathGuard::received(self.shared.path.clone(), lock, path_id)?;
         Ok(Control { fd, guard })
     }
 
-    /// The predecessor has died, and its lock is here.
-    fn inherited(&mut self) -> io::Result<Control> {
+    /// Takes the path of a predecessor that has gone without YOURS. Returns `None` if that has to
+    /// be tried again: its lock is not free yet, or this process has no descriptor left.
+    fn inherit(&mut self) -> Option<io::Result<Control>> {
+        let guard = PathGuard::take(&self.shared.path).ok()?;
+        let control = Control::bind(guard, self.shared.options.mode);
+        if control.as_ref().is_err_and(is_exhausted) {
+            return None;
+        }
+        self.locks.clear(); // a copy that was received would keep them taken
         self.shared.inherit_paths(&self.path_ids);
-        let guard = self.lock.take().ok_or(io::ErrorKind::NotFound)?;
-        Control::bind(guard, self.shared.options.mode)
+        Some(control)
     }
 
     fn confirm(&self, control: io::Result<Control>, baton: Option<Bytes>) {
@@ -163,9 +173,14 @@ impl Predecessor {
                 {
                     self.hand_back = Some(answer);
                 } else {
-                    let _ = answer.send(Err(baton)); // nobody may wait any longer
+                    let _ = answer.send(Err(baton)); // the caller may have given up
                 }
             }
         }
     }
+}
+
+/// Returns true if descriptors or memory have run out, which passes.
+fn is_exhausted(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }

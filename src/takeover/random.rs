@@ -7,16 +7,16 @@ use bytes::{Bytes, BytesMut};
 use proptest::{collection::vec, prelude::*};
 
 use super::{
-    giver::{Giver, GiverLimits, GiverStep},
+    giver::{Giver, GiverSettings, GiverStep},
     protocol::{
         AbortReason, Address, Family, FromTaker, GiverCodec, Identity, Kind, Offered, Refusal,
-        TakerCodec, ToTaker,
+        TakerCodec, ToTaker, Versions,
     },
-    taker::{Taker, TakerLimits, TakerStep},
+    taker::{Taker, TakerSettings, TakerStep},
 };
 use crate::{
     Error,
-    codec::{Decoder, Encoder, FdQueue, SendBuf},
+    codec::{Decoder, Encoder, FdQueue, by_hand::encoded},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -36,19 +36,13 @@ struct Pipe {
 }
 
 impl Pipe {
-    fn send<I: std::fmt::Debug>(
-        &mut self,
-        mut codec: impl Encoder<I, u32, Error = Error>,
-        message: I,
-    ) {
-        let mut buf = SendBuf::new();
-        codec.encode(message, &mut buf).unwrap();
-        let (bytes, fds) = buf.into_parts();
+    fn send<I: std::fmt::Debug>(&mut self, codec: impl Encoder<I, u32, Error = Error>, message: I) {
+        let (bytes, fds) = encoded(codec, message);
         self.unsent.extend_from_slice(&bytes);
         self.fds.extend(fds);
     }
 
-    /// Writes at most this many bytes. Returns false if nothing can be written any more.
+    /// Writes at most this many bytes. Returns false if nothing can be written from now on.
     fn write(&mut self, most: usize) -> bool {
         let count = most.min(self.unsent.len());
         if count > 0 && self.refused {
@@ -129,11 +123,15 @@ fn listener(number: u32) -> Offered<u32> {
 impl Processes {
     fn new() -> Self {
         let now = Instant::now();
-        let limits = GiverLimits { answer: 5 * SECOND, ready: 10 * SECOND };
+        let limits =
+            GiverSettings { versions: Versions::OURS, answer: 5 * SECOND, ready: 10 * SECOND };
         Self {
             now,
             giver: Some(Giver::new(now, limits)),
-            taker: Some(Taker::new(now, TakerLimits { answer: 5 * SECOND, lock: 2 * SECOND })),
+            taker: Some(Taker::new(
+                now,
+                TakerSettings { versions: Versions::OURS, answer: 5 * SECOND, lock: 2 * SECOND },
+            )),
             to_giver: Pipe::default(),
             to_taker: Pipe::default(),
             giver_accepts: true,
@@ -220,7 +218,7 @@ impl Processes {
             let codec = GiverCodec::default();
             match step {
                 GiverStep::Asked => giver.welcome(self.now),
-                GiverStep::Offer { version } => {
+                GiverStep::SendOffer { version } => {
                     out.send(codec, ToTaker::Welcome { version, listeners });
                     for number in 0..listeners {
                         out.send(codec, ToTaker::Listeners(vec![listener(number)]));
@@ -229,25 +227,25 @@ impl Processes {
                     out.send(codec, ToTaker::Generations { replaced_for: vec![0], fds });
                     giver.offered(self.now, listeners);
                 }
-                GiverStep::TellStatus => unreachable!("nobody asks for it"),
-                GiverStep::Refuse(reason) => out.send(codec, ToTaker::Refused { reason }),
-                GiverStep::Complete => out.send(codec, ToTaker::Complete),
+                GiverStep::SendStatus => unreachable!("nobody asks for it"),
+                GiverStep::SendRefused(reason) => out.send(codec, ToTaker::Refused { reason }),
+                GiverStep::SendComplete => out.send(codec, ToTaker::Complete),
                 GiverStep::Cut => {
                     self.to_giver.refused = true;
                     // What was written before is read when it runs next.
                 }
-                GiverStep::Abort(reason) => out.send(codec, ToTaker::Aborted { reason }),
+                GiverStep::SendAborted(reason) => out.send(codec, ToTaker::Aborted { reason }),
                 GiverStep::Stop { .. } => {
                     self.giver_accepts = false;
                     giver.give(Bytes::from_static(b"baton"));
                 }
-                GiverStep::Give { baton } => {
+                GiverStep::SendYours { baton } => {
                     out.send(codec, ToTaker::Yours { baton, fds: Default::default() })
                 }
                 GiverStep::Resume(_) => self.giver_accepts = true,
-                GiverStep::TellResumed => out.send(codec, ToTaker::Resumed),
+                GiverStep::SendResumed => out.send(codec, ToTaker::Resumed),
                 GiverStep::GiveUpCopies => self.giver_has_lock = false,
-                GiverStep::TellDrained => out.send(codec, ToTaker::Drained),
+                GiverStep::SendDrained => out.send(codec, ToTaker::Drained),
             }
         }
         if giver.is_over() && self.to_taker.unsent.is_empty() {
@@ -303,7 +301,7 @@ impl Processes {
                 Op::TakerRuns,
             ];
             both.into_iter().for_each(|op| self.apply(op, listeners));
-            // An application that has everything says ready sooner or later.
+            // An application that has everything is ready sooner or later.
             self.apply(Op::Ready, listeners);
             self.apply(Op::Time(500), listeners);
         }
@@ -314,19 +312,24 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
-    fn exactly_one_process_serves_after_any_crash_cut_or_timeout(ops in ops(), listeners in 0..5u32) {
+    fn exactly_one_process_serves_after_any_crash_cut_or_timeout(
+        ops in ops(),
+        listeners in 0..5u32,
+    ) {
         let mut processes = Processes::new();
         for op in ops {
             processes.apply(op, listeners);
         }
         processes.settle(listeners);
         let Processes { giver, taker, giver_accepts, taker_accepts, received, .. } = &processes;
-        let giver_stands_by = giver.as_ref().is_some_and(|giver| !giver.is_over() || giver.is_serving());
+        let stands_by = |giver: &Giver| !giver.is_over() || giver.is_serving();
+        let giver_stands_by = giver.as_ref().is_some_and(stands_by);
         let taker_stands_by = taker.as_ref().is_some_and(Taker::has_everything);
         let accepting = u8::from(*giver_accepts) + u8::from(*taker_accepts);
         prop_assert_eq!(accepting, u8::from(giver_stands_by || taker_stands_by));
         if *taker_accepts {
-            prop_assert_eq!(received, &(0..listeners).collect::<Vec<_>>(), "it serves without some listeners");
+            let all: Vec<_> = (0..listeners).collect();
+            prop_assert_eq!(received, &all, "it serves without some listeners");
         }
     }
 
@@ -346,9 +349,14 @@ proptest! {
 
     /// Whatever anybody sends, only READY in its place makes a server stop.
     #[test]
-    fn nothing_but_ready_after_complete_stops_the_giver(messages in vec(any_message(), 0..12), busy: bool) {
+    fn nothing_but_ready_after_complete_stops_the_giver(
+        messages in vec(any_message(), 0..12),
+        busy: bool,
+    ) {
         let now = Instant::now();
-        let mut giver = Giver::new(now, GiverLimits { answer: SECOND, ready: SECOND });
+        let settings =
+            GiverSettings { versions: Versions::OURS, answer: SECOND, ready: SECOND };
+        let mut giver = Giver::new(now, settings);
         let (mut complete, mut violated, mut ready) = (false, false, false);
         for message in messages {
             let in_place = match &message {
@@ -364,8 +372,8 @@ proptest! {
                 match step {
                     GiverStep::Asked if busy => giver.refuse(Refusal::Busy),
                     GiverStep::Asked => giver.welcome(now),
-                    GiverStep::Offer { .. } => giver.offered(now, 2),
-                    GiverStep::Complete => complete = true,
+                    GiverStep::SendOffer { .. } => giver.offered(now, 2),
+                    GiverStep::SendComplete => complete = true,
                     GiverStep::Stop { .. } => prop_assert!(ready && !busy),
                     _ => {}
                 }

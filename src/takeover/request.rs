@@ -3,6 +3,8 @@
 use std::{
     collections::BTreeSet,
     future::Ready,
+    io,
+    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -12,17 +14,18 @@ use tracing::warn;
 
 use super::{
     Error, Options, Server,
+    control::Control,
     generations::Generations,
     inspect::{compare, is_lane},
-    link::{Came, Link, now},
+    link::{Event, Link, now},
     listeners::{Entry, Listeners},
     passed, predecessor,
     protocol::{Identity, Lane, Offered, ToTaker},
     server::FIRST_GENERATION,
-    shared::{Control, Shared},
-    taker::TakerStep,
+    shared::Shared,
+    taker::{Failure, TakerStep},
 };
-use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard};
+use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard, sys};
 
 /// Asks the server at a path for its listeners, and receives them.
 ///
@@ -34,7 +37,7 @@ use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard};
 /// [`Error::Io`] with `NotFound` or `ConnectionRefused` if no server is there;
 /// [`Error::NotTrusted`], [`Error::Refused`], [`Error::Aborted`], [`Error::GiverGone`],
 /// [`Error::TimedOut`], [`Error::Misbehaved`], and [`Error::Mismatch`] for a listener that is not
-/// what the server says. In none of these cases has anything changed for the server.
+/// what the server has announced. In each of these cases nothing has changed for the server.
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
@@ -44,7 +47,7 @@ use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard};
 pub async fn request(path: impl AsRef<Path>, options: Options) -> Result<Pending, Error> {
     let path = std::path::absolute(path)?;
     let socket = connect(&path, &options).await?;
-    let mut link = Link::new(socket, options.taker_limits());
+    let mut link = Link::new(socket, options.taker_settings());
     let mut pending = Pending::new(options, path);
     pending.receive(&mut link).await?;
     pending.link = Some(link);
@@ -65,8 +68,8 @@ pub(super) async fn connect(path: &Path, options: &Options) -> Result<Socket, Er
 
 /// The listeners of a running server, before this process serves.
 ///
-/// The application sets itself up now, and says [`ready`](Self::ready) then. Until that moment it
-/// can look at the listeners and can't accept from them.
+/// The application sets itself up now, and then calls [`ready`](Self::ready). Until that moment it
+/// can look at the listeners, but it can't accept from them.
 #[derive(Debug)]
 pub struct Pending {
     /// `None` if no server runs.
@@ -92,7 +95,7 @@ pub struct Pending {
 }
 
 impl Pending {
-    /// Returns what tells the listeners from others, in the order of the server.
+    /// Returns the identities of the listeners, in the order of the server.
     pub fn identities(&self) -> impl Iterator<Item = &Identity> {
         self.listeners.identities()
     }
@@ -102,13 +105,13 @@ impl Pending {
         std::mem::take(&mut self.state)
     }
 
-    /// Says that this process has no use for a listener. The server's application learns of it
-    /// ([`Server::declined`]); the listener stays open there, without anybody who accepts, until
-    /// that server can't serve again.
+    /// Declines a listener that this process has no use for. The server's application learns of it
+    /// ([`Server::declined`]). The listener stays open there until that server can't serve again,
+    /// and nobody accepts from it.
     ///
     /// Several listeners with one address are a `SO_REUSEPORT` group: the kernel gives each client
-    /// to one of them, whoever accepts. So decline all of them or none. A process that has fewer
-    /// workers than before lets each accept from several.
+    /// to one of them, whichever process accepts. So decline all of them or none. A process that
+    /// has fewer workers than before lets each accept from several.
     ///
     /// # Errors
     /// [`Error::NoSuchListener`].
@@ -124,10 +127,10 @@ impl Pending {
         Ok(())
     }
 
-    /// Takes over: from here on this process serves, and the running server stops to accept.
+    /// Takes over: this process serves, and the running server stops accepting. The cut is the
+    /// moment at which READY was written in full.
     ///
-    /// This process serves from the moment at which the message was written in full. If the server
-    /// has died meanwhile, this process serves if no other one does.
+    /// If the server has died meanwhile, this process serves if no other one does.
     ///
     /// # Errors
     /// [`Error::SplitGroup`] if a `SO_REUSEPORT` group was declined in part.
@@ -136,29 +139,35 @@ impl Pending {
     /// are closed here.
     ///
     /// # Cancel safety
-    /// None: if it is dropped, nobody can tell whether this process was to serve. The server then
-    /// learns that it does not, and accepts again.
+    /// Not cancel safe. When dropped, this process does not serve, and the server goes on or
+    /// accepts again.
     pub async fn ready(mut self) -> Result<Server, Error> {
         self.check_groups()?;
         let Some(mut link) = self.link.take() else { return self.serve_first() };
+        // Until READY is written in full, or the lock has decided.
         link.taker.ready(now());
         let mut is_confirmed = false;
+        let mut lock_error = None;
         while !link.taker.is_serving() || link.taker.has_steps() {
             match link.next_step() {
                 Some(TakerStep::TryLock) => {
-                    self.lock = PathGuard::take(&self.path).ok();
+                    match PathGuard::take(&self.path) {
+                        Ok(lock) => self.lock = Some(lock),
+                        Err(error) => lock_error = Some(error),
+                    }
                     link.taker.on_lock(now(), self.lock.is_some());
                 }
-                Some(TakerStep::Fail(failure)) => return Err(failure.into()),
+                Some(TakerStep::Fail(failure)) => return Err(failed(failure, lock_error)),
                 Some(TakerStep::Confirmed(_)) => is_confirmed = true, // by the lock
                 Some(_) => {}
-                None => drop(link.turn().await),
+                None => drop(link.next_event().await),
             }
         }
         self.serve(Some(link).filter(|_| !is_confirmed))
     }
 
-    /// Clients of a declined listener would wait for ever beside those that are served.
+    /// Checks that no group was declined in part: the clients of a declined listener would wait
+    /// without end.
     fn check_groups(&self) -> Result<(), Error> {
         let numbered = || (0..).zip(self.identities());
         let (declined, kept): (Vec<_>, Vec<_>) =
@@ -171,17 +180,18 @@ impl Pending {
         }
     }
 
-    /// For the first process at a path.
+    /// Serves as the first process at a path.
     fn serve_first(self) -> Result<Server, Error> {
         let Self { options, path, mut listeners, declined, generation, lock, .. } = self;
         listeners.retain(|number| !declined.contains(&number));
         let guard = lock.expect("the first process has the lock");
+        // Nobody else serves, so this is the cut.
         let control = Control::bind(guard, options.mode)?;
         let shared = Shared::new(options, path, generation, listeners, Some(control), false);
         Ok(Server::start(Arc::new(shared), None::<Ready<()>>))
     }
 
-    /// For a process that replaces another one. Without a link, that one has died.
+    /// Serves as the successor of another process. Without a link, that one has died.
     fn serve(self, link: Option<Link>) -> Result<Server, Error> {
         let Self {
             options,
@@ -194,6 +204,7 @@ impl Pending {
             ..
         } = self;
         let Self { generation, giver, lanes, workers, .. } = self;
+        // Lanes have the numbers of the listeners as they were before some are removed.
         let names: Vec<_> = listeners
             .identities()
             .map(|identity| (identity.name.clone(), identity.index))
@@ -201,6 +212,7 @@ impl Pending {
         listeners.retain(|number| !declined.contains(&number));
         let mut numbers = 0..;
         path_ids.retain(|_| numbers.next().is_some_and(|number| !declined.contains(&number)));
+        // With the lock, nobody else will pass on the socket of the path.
         let control = match lock.map(|guard| Control::bind(guard, options.mode)).transpose() {
             Ok(control) => control,
             Err(error) => {
@@ -220,10 +232,12 @@ impl Pending {
                 warn!(%error, generation, "datagrams of an older process are not forwarded");
             }
         }
+        // The giver is an old generation now.
         shared.with_workers(|of_shared| of_shared.come(workers));
         generations.last_was_replaced();
         generations.limit(shared.options.max_old_generations);
         shared.with_generations(|of_shared| *of_shared = generations);
+        // The paths of a dead server are inherited at once. Otherwise their locks are to come.
         let Some(link) = link else {
             shared.inherit_paths(&path_ids);
             return Ok(Server::start(shared, None::<Ready<()>>));
@@ -250,12 +264,12 @@ impl Pending {
         }
     }
 
-    /// Closes what a process manager has passed and is here as well.
+    /// Closes the sockets that a process manager has passed and that are here as well.
     pub(super) fn close_passed_copies(&self) {
         passed::close_copies(&self.listeners.cookies());
     }
 
-    /// For the first process at a path.
+    /// Returns the listeners of the first process at a path.
     pub(super) fn first(options: Options, guard: PathGuard, listeners: Listeners) -> Self {
         let path = guard.path().to_owned();
         Self { listeners, lock: Some(guard), ..Self::new(options, path) }
@@ -268,9 +282,12 @@ impl Pending {
                 Some(TakerStep::Offered) => return Ok(()),
                 Some(TakerStep::Fail(failure)) => return Err(failure.into()),
                 Some(_) => {}
-                None => match link.turn().await {
-                    Some(Came::Message(message)) => self.on_message(message)?,
-                    Some(Came::Error(error)) => return Err(Error::Connection(error)),
+                None => match link.next_event().await {
+                    Some(Event::Message(ToTaker::Welcome { listeners, .. })) => {
+                        sys::enlarge_table(link.socket().as_fd(), listeners);
+                    }
+                    Some(Event::Message(message)) => self.on_message(message)?,
+                    Some(Event::Error(error)) => return Err(Error::Connection(error)),
                     None => {}
                 },
             }
@@ -283,6 +300,7 @@ impl Pending {
                 let mut offered = offered.into_iter();
                 for listener in offered.by_ref() {
                     if let Err(error) = self.add(listener) {
+                        // The rest of the message is of no use either.
                         close_in_background(offered.map(|listener| listener.fd));
                         return Err(error);
                     }
@@ -326,5 +344,18 @@ impl Pending {
                 Err(error.into())
             }
         }
+    }
+}
+
+/// Returns the error of a takeover that has failed. If the lock of the path could not be tried,
+/// nobody knows whether another process serves.
+fn failed(failure: Failure, lock_error: Option<io::Error>) -> Error {
+    match lock_error {
+        Some(error)
+            if failure == Failure::AnotherServes && error.kind() != io::ErrorKind::AddrInUse =>
+        {
+            error.into()
+        }
+        _ => failure.into(),
     }
 }

@@ -17,12 +17,13 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Accepts, Datagrams, Error, Gated, Generation, Listeners, Options,
+    Accepts, Datagrams, Error, Gated, Generation, Listeners, Options, Phase,
+    control::Control,
     generations::Generations,
     give::give,
     passed,
     protocol::Identity,
-    shared::{Baton, Command, Control, Shared, Status, UpCommand},
+    shared::{Baton, Command, Shared, Status, UpCommand},
 };
 use crate::{Frame, Listener, Socket, SocketKind, socket::PathGuard};
 
@@ -32,7 +33,7 @@ const MAX_CONNECTIONS: usize = 16;
 /// The number of the first process at a path.
 pub(super) const FIRST_GENERATION: u32 = 1;
 
-/// How long to wait if no descriptor is left.
+/// The time to wait if no descriptor is left.
 const BACK_OFF: Duration = Duration::from_millis(20);
 
 /// A server that a new process can take over from.
@@ -45,7 +46,8 @@ const BACK_OFF: Duration = Duration::from_millis(20);
 /// again.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::net::TcpListener;
 ///
 /// use fdwire::takeover::{self, Listeners, Options, Phase, Server};
@@ -61,7 +63,8 @@ const BACK_OFF: Duration = Duration::from_millis(20);
 /// // The new process.
 /// let new = takeover::request(&path, Options::default()).await?.ready().await?;
 /// let http = new.gated::<tokio::net::TcpListener>("http", 0)?;
-/// # let takeover::protocol::Address::Ip(address) = http.identity().address else { unreachable!() };
+/// # use fdwire::takeover::protocol::Address;
+/// # let Address::Ip(address) = http.identity().address else { unreachable!() };
 /// let (client, served) = tokio::join!(TcpStream::connect(address), http.accept());
 /// # client?; served?;
 ///
@@ -75,19 +78,6 @@ const BACK_OFF: Duration = Duration::from_millis(20);
 pub struct Server {
     pub(super) shared: Arc<Shared>,
     tasks: Vec<JoinHandle<()>>,
-}
-
-/// Says who serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Phase {
-    /// This process accepts connections.
-    Serving,
-    /// Another process accepts, and this one finishes its connections. If the other one ends, this
-    /// one accepts again.
-    Draining,
-    /// Another process accepts. This one has closed its listeners.
-    Replaced,
 }
 
 impl Server {
@@ -104,6 +94,7 @@ impl Server {
         listeners: Listeners,
         options: Options,
     ) -> Result<Self, Error> {
+        // The lock first: it proves that no other process serves at the path.
         let guard = PathGuard::take(path.as_ref())?;
         let path = guard.path().to_owned();
         let control = Control::bind(guard, options.mode)?;
@@ -162,9 +153,9 @@ impl Server {
 
     /// Returns a copy of a listener's descriptor: for options, and for Unix datagram sockets.
     ///
-    /// Whoever receives from it has to stop when this process is [replaced](Self::replaced): two
-    /// readers of one socket take each other's datagrams. UDP sockets do that by themselves:
-    /// [`datagrams`](Self::datagrams).
+    /// Code that receives datagrams from it has to stop when this process is
+    /// [replaced](Self::replaced), because two readers of one socket take each other's datagrams.
+    /// For UDP, [`datagrams`](Self::datagrams) takes care of that.
     ///
     /// # Errors
     /// [`Error::NoSuchListener`], and [`Error::Io`] if there is no descriptor left.
@@ -174,7 +165,7 @@ impl Server {
         })
     }
 
-    /// Returns what tells the listeners from others. Empty once another process has taken over for
+    /// Returns the identities of the listeners. Empty once another process has taken over for
     /// good.
     pub fn identities(&self) -> Vec<Identity> {
         self.shared.with_listeners(|listeners| listeners.identities().cloned().collect())
@@ -185,13 +176,13 @@ impl Server {
         self.shared.declined()
     }
 
-    /// Returns who serves.
+    /// Returns the phase that this process is in.
     pub fn phase(&self) -> Phase {
         self.shared.phase()
     }
 
-    /// Waits until another process has taken over: time to finish the open connections, and to say
-    /// [`drained`](Self::drained) then.
+    /// Waits until another process has taken over. Then finish the open connections, and call
+    /// [`drained`](Self::drained).
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -208,11 +199,12 @@ impl Server {
         self.wait(|status| status.phase != Phase::Draining).await.phase == Phase::Serving
     }
 
-    /// Says that this process has finished its connections. Returns true if it may leave, and false
-    /// if it serves, because nothing has replaced it or the takeover was undone.
+    /// Makes the takeover final, after this process has finished its connections. Returns true if
+    /// it may leave, and false if it serves, because nothing has replaced it or the takeover was
+    /// undone.
     ///
     /// # Cancel safety
-    /// It is said all the same when dropped.
+    /// The takeover becomes final even if this is dropped.
     pub async fn drained(&self) -> bool {
         if self.phase() == Phase::Draining && self.shared.command(Command::Drained) {
             self.undone().await;
@@ -286,6 +278,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // The end of their connections undoes what a predecessor may still undo.
         self.tasks.iter().for_each(JoinHandle::abort);
         self.shared.give_up();
     }
@@ -301,6 +294,7 @@ async fn accept_takers(shared: Arc<Shared>) {
         if status.await.phase == Phase::Replaced {
             break;
         }
+        // A new copy of the socket each time: it leaves the event loop when the phase changes.
         match listener(&shared) {
             Ok(listener) => {
                 tokio::select! {
@@ -314,13 +308,14 @@ async fn accept_takers(shared: Arc<Shared>) {
             }
         }
     }
-    // The last messages are still on their way.
+    // The last messages may still be on their way.
     while takers.join_next().await.is_some() {}
 }
 
 fn listener(shared: &Shared) -> std::io::Result<Listener> {
     let listener = Listener::unguarded(shared.control_copy()?, SocketKind::SeqPacket)?;
-    let _ = listener.set_pass_fds(false); // before Linux 6.16 they are received and closed
+    // A kernel before Linux 6.16 refuses; descriptors are received and closed then.
+    let _ = listener.set_pass_fds(false);
     Ok(listener.allow_uids(shared.options.uids.iter().copied()))
 }
 

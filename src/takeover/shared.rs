@@ -1,4 +1,4 @@
-//! What the tasks of a server and its handles share.
+//! The state that the tasks of a server and its handles share.
 
 use std::{
     collections::BTreeSet,
@@ -9,18 +9,18 @@ use std::{
 };
 
 use bytes::Bytes;
-use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use tokio::{
     sync::{mpsc::UnboundedSender, oneshot, watch},
     time::Instant,
 };
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{
     Error, Options, Phase,
-    datagrams::{AllLanes, Lanes},
-    drain::Connections,
+    connections::Connections,
+    control::{Control, Handover},
     generations::Generations,
+    lanes::{AllLanes, Lanes},
     listeners::Listeners,
     protocol::{Address, Identity, Offered, Refusal, ToTaker},
     workers::Workers,
@@ -38,7 +38,7 @@ pub(super) struct Shared {
     pub(super) connections: Connections,
 }
 
-/// What handles and tasks wait for.
+/// The state that handles and tasks wait for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Status {
     pub(super) phase: Phase,
@@ -87,20 +87,6 @@ struct State {
 
 pub(super) type Application = Arc<dyn Fn() -> Vec<Frame> + Send + Sync>;
 
-/// The socket at which takeovers are requested, and its path.
-pub(super) struct Control {
-    pub(super) fd: OwnedFd,
-    pub(super) guard: PathGuard,
-}
-
-/// Copies of everything that goes to a new process once it is ready.
-pub(super) struct Gift {
-    pub(super) control: OwnedFd,
-    pub(super) control_lock: OwnedFd,
-    /// Of listeners with these numbers.
-    pub(super) locks: Vec<(u32, OwnedFd)>,
-}
-
 /// For the task of a process that takes over.
 #[derive(Debug)]
 pub(super) enum Command {
@@ -122,18 +108,6 @@ pub(super) trait Gate: Send + Sync {
     fn on_phase(&self, phase: Phase);
 }
 
-impl Control {
-    /// Listens at a path that is guarded.
-    pub(super) fn bind(mut guard: PathGuard, mode: u32) -> io::Result<Self> {
-        let addr = UnixAddr::new(guard.path())?;
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-        guard.bind(&fd, &addr, mode)?;
-        socket::listen(&fd, Backlog::MAXCONN)?;
-        Ok(Self { fd, guard })
-    }
-}
-
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let status = &*self.status.borrow();
@@ -145,8 +119,8 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    /// For a process that serves. `has_predecessor`: the control socket and the baton are still to
-    /// come.
+    /// Returns the state of a process that serves. `has_predecessor` is true if the control socket
+    /// and the baton are still to come.
     pub(super) fn new(
         options: Options,
         path: PathBuf,
@@ -190,7 +164,7 @@ impl Shared {
         self.status.borrow().phase
     }
 
-    /// Waits until the status is like that.
+    /// Waits until the status satisfies a condition.
     pub(super) async fn wait(&self, is_it: impl FnMut(&Status) -> bool) -> Status {
         let mut status = self.status.subscribe();
         let found = status.wait_for(is_it).await.expect("this value has the sender");
@@ -206,6 +180,7 @@ impl Shared {
     /// Adds a listener, unless another process is taking over: it would not get this one. Returns
     /// its index.
     pub(super) fn add_listener(&self, name: String, fd: OwnedFd) -> Result<u32, Error> {
+        // Under the lock, so that no takeover begins between the check and the addition.
         let mut state = self.lock();
         if self.status.borrow().is_claimed || self.phase() != Phase::Serving {
             return Err(Error::Refused(Refusal::Busy));
@@ -219,11 +194,12 @@ impl Shared {
         self.status.send_modify(|status| {
             status.phase = phase;
             match phase {
+                // Undone: the clock of the drain starts anew at the next takeover.
                 Phase::Serving => (status.replaced_at, status.successor) = (None, None),
                 _ => status.replaced_at = status.replaced_at.or(Some(Instant::now())),
             }
         });
-        // Outside of the lock: closing runs code of an event loop.
+        // Without the lock: closing a listener runs code of its event loop.
         let gates = self.lock().gates.clone();
         gates.iter().filter_map(Weak::upgrade).for_each(|gate| gate.on_phase(phase));
         info!(path = %self.path.display(), ?phase, "takeover: the server changed its phase");
@@ -231,6 +207,7 @@ impl Shared {
 
     /// Begins a takeover, unless there is one. One at a time.
     pub(super) fn claim(&self, link: UnboundedSender<Command>) -> bool {
+        // Under the lock, so that no listener is added after the takeover has begun.
         let mut state = self.lock();
         let has_control = state.control.is_some();
         let claimed = self.status.send_if_modified(|status| {
@@ -244,7 +221,7 @@ impl Shared {
         claimed
     }
 
-    /// The takeover has ended, and this process serves.
+    /// Notes that the takeover has ended, and this process serves.
     pub(super) fn unclaim(&self) {
         self.lock().link = None;
         self.status.send_modify(|status| status.is_claimed = false);
@@ -268,6 +245,7 @@ impl Shared {
 
     /// Asks the application for its state.
     pub(super) fn application_state(&self) -> Vec<Frame> {
+        // The closure is foreign code, which may call back: it runs without the lock.
         let application = self.lock().application.clone();
         application.map_or_else(Vec::new, |application| application())
     }
@@ -303,16 +281,18 @@ impl Shared {
         lanes.offer(listeners)
     }
 
-    /// Copies what a new process gets once it is ready: then nothing may fail any more.
-    pub(super) fn gift(&self) -> io::Result<Gift> {
+    /// Copies everything that a new process gets once it is ready. It is done before, because
+    /// nothing may fail after READY.
+    pub(super) fn handover(&self) -> io::Result<Handover> {
         let mut state = self.lock();
         let State { listeners, control, .. } = &mut *state;
         let control = control.as_mut().ok_or(io::ErrorKind::NotConnected)?;
         let guards = (0..).zip(&mut listeners.entries).filter_map(|(number, entry)| {
+            // The same listeners as in `offered`, in the same order.
             let guard = entry.guard.as_mut().filter(|guard| guard.path_id().is_some())?;
             Some(guard.share_lock().map(|lock| (number, lock)))
         });
-        Ok(Gift {
+        Ok(Handover {
             control: control.fd.try_clone()?,
             control_lock: control.guard.share_lock()?,
             locks: guards.collect::<io::Result<_>>()?,
@@ -370,13 +350,13 @@ impl Shared {
                 Ok(guard) => entry.guard = Some(guard),
                 Err(error) => {
                     let path = path.display();
-                    tracing::warn!(%path, %error, "takeover: the path is served, but not removed at the end");
+                    warn!(%path, %error, "takeover: the path will not be removed at the end");
                 }
             }
         }
     }
 
-    /// Notes what the new process has no use for.
+    /// Notes the listeners that the new process has no use for.
     pub(super) fn set_declined(&self, numbers: BTreeSet<u32>) {
         self.lock().declined = numbers;
     }
@@ -395,7 +375,7 @@ impl Shared {
             let generations = std::mem::take(&mut state.generations);
             (std::mem::take(&mut state.listeners), state.control.take(), generations)
         };
-        drop(given_up);
+        drop(given_up); // without the lock: closing takes system calls
     }
 
     /// Makes sure that no predecessor serves again.

@@ -22,7 +22,8 @@ const RETRY: Duration = Duration::from_millis(10);
 /// same manager, the copies that the manager has passed are closed.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::takeover::{self, Listeners, Options};
 ///
 /// # let directory = tempfile::tempdir()?;
@@ -39,8 +40,9 @@ const RETRY: Duration = Duration::from_millis(10);
 /// ```
 ///
 /// # Errors
-/// Those of [`request()`], except that nobody is there, and those of `bind`. If two processes start
-/// at a time, one of them may get [`Error::Refused`]: another takeover is under way.
+/// The errors of [`request()`], except those for a path without a server, and the errors of `bind`.
+/// If two processes start at the same time, one of them may get [`Error::Refused`]: another
+/// takeover is under way.
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
@@ -55,6 +57,7 @@ pub async fn bind_or_take(
     let path = path.as_ref();
     let until = Instant::now() + options.lock_timeout;
     loop {
+        // First the running server, then whatever a manager has passed or can be bound.
         let started = match request(path, options.clone()).await {
             Err(error) if is_absent(&error) => bind_first(path, &options, &mut bind),
             requested => requested,
@@ -99,5 +102,10 @@ fn is_absent(error: &Error) -> bool {
 }
 
 fn is_in_use(error: &Error) -> bool {
-    matches!(error, Error::Io(error) if error.kind() == ErrorKind::AddrInUse)
+    match error {
+        Error::Io(error) | Error::Bind { source: error, .. } => {
+            error.kind() == ErrorKind::AddrInUse
+        }
+        _ => false,
+    }
 }

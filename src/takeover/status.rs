@@ -1,4 +1,4 @@
-//! The truth for whoever starts a server: who serves, and whether a new process does.
+//! Questions from outside: which process serves, and whether a new one has started to.
 
 use std::{path::Path, time::Duration};
 
@@ -22,7 +22,7 @@ const POLL: Duration = Duration::from_millis(20);
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ServerStatus {
-    /// Process id of the one that serves, in its PID namespace.
+    /// Process id of the server, in its PID namespace.
     pub pid: u32,
     /// Another process is taking over.
     pub is_under_way: bool,
@@ -35,7 +35,8 @@ pub struct ServerStatus {
 /// While one process replaces another, the question waits for the new one.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::takeover::{self, Listeners, Options, Server};
 ///
 /// # let directory = tempfile::tempdir()?;
@@ -59,6 +60,7 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerS
             .send(FromTaker::Status)
             .await
             .map_err(|refused| Error::Connection(refused.error))?;
+        // The server sends one answer, and closes the connection.
         match connection.next().await {
             Some(Ok(ToTaker::Status { pid, is_under_way, generations })) => {
                 let generation = |(pid, milliseconds)| Generation {
@@ -79,15 +81,16 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerS
     timeout(options.answer_timeout, answer).await.map_err(|_| Error::TimedOut)?
 }
 
-/// Starts a new server process, and waits until it serves at a path. For the command of a service
-/// manager or of a deployment, whose exit code is to be true.
+/// Starts a new server process, and waits until it serves at a path. A command of a service manager
+/// or of a deployment can use the result as its exit code.
 ///
 /// The process has to become the server itself, with [`bind_or_take`](super::bind_or_take): this
 /// waits until the server at the path has its process id. It lives on when the [`Child`] is
 /// dropped.
 ///
 /// ```no_run
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::time::Duration;
 ///
 /// use fdwire::takeover::{self, Options};
@@ -95,7 +98,8 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerS
 ///
 /// let mut command = Command::new("/usr/bin/app");
 /// let limit = Duration::from_secs(60);
-/// let child = takeover::launch(&mut command, "/run/app/takeover", &Options::default(), limit).await?;
+/// let (path, options) = ("/run/app/takeover", Options::default());
+/// let child = takeover::launch(&mut command, path, &options, limit).await?;
 /// println!("process {:?} serves", child.id());
 /// # Ok(()) }
 /// ```
@@ -121,6 +125,7 @@ pub async fn launch(
     let outcome = timeout(limit, async {
         tokio::select! {
             biased;
+            // Its end comes first: a process that has ended does not serve.
             ended = child.wait() => Err(Error::Ended { status: ended? }),
             () = serves(path.as_ref(), options, pid) => Ok(()),
         }
@@ -128,6 +133,7 @@ pub async fn launch(
     match outcome.await {
         Ok(outcome) => outcome.map(|()| child),
         Err(_) => {
+            // Otherwise it might serve after the caller was told that it does not.
             child.kill().await?;
             Err(Error::TooLate { limit })
         }

@@ -7,39 +7,44 @@ use std::{
 
 use bytes::Bytes;
 
-use super::protocol::{AbortReason, FromTaker, HIGHEST_VERSION, LOWEST_VERSION, Refusal, ToTaker};
+use super::protocol::{AbortReason, FromTaker, Refusal, ToTaker, Versions};
 
 /// The time between two attempts to get the lock of the path.
 const LOCK_RETRY: Duration = Duration::from_millis(10);
+
+/// The same, once the lock should have been free long ago: something else holds it.
+const SLOW_LOCK_RETRY: Duration = Duration::from_secs(1);
 
 /// One takeover, seen by the process that wants to serve.
 ///
 /// ```text
 ///          WELCOME             COMPLETE          ready()           READY was written
-///   Hello ---------> Receiving --------> Offered -------> Readying ----------------> Unconfirmed
-///                                           |                | READY can't be written     | YOURS
-///                                           |                v                            v
-///                            giver's end,   |               Cut                       Confirmed
-///                            then ready()   |                | giver's end                | giver's
-///                                           '----> Locking <-'                            v end
-///                                             lock |   | no lock                        Final
-///                                         Final <--'   '--> Failed
+///   Hello ---------> Receiving --------> Offered -------> Readying ----------> Unconfirmed
+///                                           |                | can't be written  |  | giver's end
+///                            giver's end,   |                v             YOURS |  | or a breach
+///                            then ready()   |               Cut                  |  v
+///                                           |                | giver's end       |  Relocking
+///                                           '----> Locking <-'                   v      |
+///                                             lock |   | no lock         Confirmed      | lock
+///                                         Final <--'   '--> Ended    DRAINED |          |
+///                                                                  or an end '-> Final <'
 /// ```
 ///
-/// It serves from `Unconfirmed` on. Two things make it serve: READY was written in full, which the
-/// giver can't miss; or the giver has gone without it, and the lock of the path proves that nobody
-/// else serves.
+/// It serves from `Unconfirmed` on. Two events make it serve. Either READY was written in full, so
+/// the giver reads it. Or the giver has gone without it, and the lock of the path proves that no
+/// other process serves.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Taker {
     state: State,
-    limits: TakerLimits,
+    settings: TakerSettings,
     deadline: Option<Instant>,
     steps: VecDeque<TakerStep>,
 }
 
-/// How long a taker waits, and for what.
+/// The versions that a taker speaks, and its time limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct TakerLimits {
+pub(super) struct TakerSettings {
+    pub(super) versions: Versions,
     /// For each message until COMPLETE, and for sending READY.
     pub(super) answer: Duration,
     /// From the giver's end until its lock is free: an exiting process closes one thing after
@@ -47,7 +52,7 @@ pub(super) struct TakerLimits {
     pub(super) lock: Duration,
 }
 
-/// What has to be done next, in this order.
+/// An action that the caller has to take next, in the order of these values.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum TakerStep {
     /// Send a message. After READY, [`Taker::on_ready_written`] or [`Taker::on_send_failed`].
@@ -58,14 +63,14 @@ pub(super) enum TakerStep {
     TryLock,
     /// Accept connections.
     Serve,
-    /// What the giver had is this process's: the baton came along, or `None` if the giver has ended
-    /// before it could pass it on.
+    /// Everything of the giver is this process's now, with its baton. `None` if the giver has ended
+    /// before it could pass the baton on, or it was lost on the way.
     Confirmed(Option<Bytes>),
     /// The giver has refused to serve again, or has ended: the baton is here as before.
     NotHandedBack(Bytes),
     /// Accept no more: the giver serves.
     Stop,
-    /// Nothing was taken over. What was sent and is not written must not be: close the connection.
+    /// Nothing was taken over. Close the connection without writing what is still queued.
     Fail(Failure),
 }
 
@@ -99,8 +104,9 @@ enum State {
     Locking { until: Option<Instant> },
     /// READY was written in full: this process serves.
     Unconfirmed,
-    /// The same, and the giver has gone before YOURS. The lock is on its way to be free.
-    Relocking,
+    /// The same, and the giver has gone before YOURS, or has broken the protocol and was sent
+    /// RELEASE. The lock is on its way to be free.
+    Relocking { until: Option<Instant> },
     /// YOURS is here. The giver may still have to serve again.
     Confirmed,
     /// HAND_BACK is written, or will be; this process serves until the answer.
@@ -114,12 +120,13 @@ enum State {
 }
 
 impl Taker {
-    pub(super) fn new(now: Instant, limits: TakerLimits) -> Self {
-        let hello = FromTaker::Hello { lowest: LOWEST_VERSION, highest: HIGHEST_VERSION };
+    pub(super) fn new(now: Instant, settings: TakerSettings) -> Self {
+        let Versions { lowest, highest } = settings.versions;
+        let hello = FromTaker::Hello { lowest, highest };
         Self {
             state: State::Hello,
-            limits,
-            deadline: now.checked_add(limits.answer),
+            settings,
+            deadline: now.checked_add(settings.answer),
             steps: [TakerStep::Send(hello)].into(),
         }
     }
@@ -129,7 +136,7 @@ impl Taker {
         matches!(
             self.state,
             State::Unconfirmed
-                | State::Relocking
+                | State::Relocking { .. }
                 | State::Confirmed
                 | State::HandingBack { .. }
                 | State::Releasing
@@ -177,7 +184,7 @@ impl Taker {
                 self.fail(Failure::TimedOut)
             }
             State::Cut => self.begin_locking(now),
-            State::Locking { .. } | State::Relocking => {
+            State::Locking { .. } | State::Relocking { .. } => {
                 self.deadline = None;
                 self.steps.push_back(TakerStep::TryLock);
             }
@@ -187,11 +194,12 @@ impl Taker {
 
     pub(super) fn on_message<F>(&mut self, now: Instant, message: &ToTaker<F>) {
         if let State::Hello | State::Receiving { .. } = self.state {
-            self.deadline = now.checked_add(self.limits.answer); // whoever sends does not hang
+            self.deadline = now.checked_add(self.settings.answer); // it does not hang
         }
         match (&mut self.state, message) {
+            // The offer, in this order.
             (State::Hello, ToTaker::Welcome { version, listeners })
-                if (LOWEST_VERSION..=HIGHEST_VERSION).contains(version) =>
+                if self.settings.versions.contains(*version) =>
             {
                 self.state = State::Receiving { left: *listeners };
             }
@@ -214,18 +222,27 @@ impl Taker {
                 self.steps.push_back(TakerStep::Offered);
             }
             (
-                State::Receiving { .. }
+                State::Hello
+                | State::Receiving { .. }
                 | State::Offered { .. }
                 | State::Readying
                 | State::Cut
                 | State::Locking { .. },
                 ToTaker::Aborted { reason },
             ) => self.fail(Failure::Aborted(*reason)),
+            // After the cut.
             (State::Unconfirmed, ToTaker::Locks { .. }) => {}
             (State::Unconfirmed, ToTaker::Yours { baton, .. }) => {
                 self.state = State::Confirmed;
                 self.steps.push_back(TakerStep::Confirmed(Some(baton.clone())));
             }
+            // YOURS has crossed RELEASE. The lock comes with it, and will not be free otherwise.
+            (State::Relocking { .. }, ToTaker::Yours { baton, .. }) => {
+                self.state = State::Releasing;
+                self.deadline = None;
+                self.steps.push_back(TakerStep::Confirmed(Some(baton.clone())));
+            }
+            (State::Relocking { .. }, _) => {}
             (State::HandingBack { .. }, ToTaker::Resumed) => {
                 self.steps.push_back(TakerStep::Stop);
                 self.state = State::Ended;
@@ -234,17 +251,23 @@ impl Taker {
                 self.on_giver_final();
             }
             (State::Final | State::Ended, _) => {}
-            _ => self.on_violation(),
+            _ => self.on_violation(now),
         }
     }
 
-    /// The giver broke the protocol, or nothing more can be read from it although it lives.
+    /// Handles a breach of the protocol, or the loss of descriptors, after which nothing more can
+    /// be read.
     ///
     /// If this process serves, it goes on, and makes sure that the giver does not serve as well.
-    pub(super) fn on_violation(&mut self) {
+    pub(super) fn on_violation(&mut self, now: Instant) {
         match self.state {
-            State::Final | State::Ended => {}
+            State::Relocking { .. } | State::Final | State::Ended => {}
             State::Releasing => self.state = State::Final,
+            // YOURS will never be here in full. The giver gives up the lock after RELEASE.
+            State::Unconfirmed => {
+                self.steps.push_back(TakerStep::Send(FromTaker::Release));
+                self.begin_relocking(now);
+            }
             _ if self.is_serving() => {
                 self.steps.push_back(TakerStep::Send(FromTaker::Release));
                 self.on_giver_final();
@@ -253,45 +276,42 @@ impl Taker {
         }
     }
 
-    /// Everything that the giver has ever written was read.
+    /// Handles the giver's end, after everything that it wrote was read.
     pub(super) fn on_end(&mut self, now: Instant) {
         match self.state {
             State::Hello | State::Receiving { .. } => self.fail(Failure::GiverGone),
+            // The application goes on setting itself up: it may have to serve.
             State::Offered { .. } => self.state = State::Offered { giver_gone: true },
             State::Readying | State::Cut => self.begin_locking(now),
-            State::Unconfirmed => {
-                self.state = State::Relocking;
-                self.deadline = None;
-                self.steps.push_back(TakerStep::TryLock);
-            }
+            State::Unconfirmed => self.begin_relocking(now),
             State::Confirmed | State::HandingBack { .. } | State::Releasing => {
                 self.on_giver_final()
             }
-            State::Locking { .. } | State::Relocking | State::Final | State::Ended => {}
+            State::Locking { .. } | State::Relocking { .. } | State::Final | State::Ended => {}
         }
     }
 
-    /// The application has no use for a listener.
+    /// Declines a listener that the application has no use for.
     pub(super) fn decline(&mut self, number: u32) {
         if self.state == (State::Offered { giver_gone: false }) {
             self.steps.push_back(TakerStep::Send(FromTaker::Decline { number }));
         }
     }
 
-    /// The application is set up.
+    /// Begins to take over: the application is set up.
     pub(super) fn ready(&mut self, now: Instant) {
         match self.state {
             State::Offered { giver_gone: true } => self.begin_locking(now),
             State::Offered { giver_gone: false } => {
                 self.state = State::Readying;
-                self.deadline = now.checked_add(self.limits.answer);
+                self.deadline = now.checked_add(self.settings.answer);
                 self.steps.push_back(TakerStep::Send(FromTaker::Ready));
             }
             _ => {}
         }
     }
 
-    /// The socket has taken the last byte of READY: the giver reads it, or has died.
+    /// Notes that the socket has taken the last byte of READY: the giver reads it, or has died.
     pub(super) fn on_ready_written(&mut self) {
         if self.state == State::Readying {
             self.state = State::Unconfirmed;
@@ -300,29 +320,34 @@ impl Taker {
         }
     }
 
-    /// Nothing more can be written.
+    /// Notes that nothing more can be written.
     pub(super) fn on_send_failed(&mut self, now: Instant) {
         if self.state == State::Readying {
             self.state = State::Cut;
-            self.deadline = now.checked_add(self.limits.lock);
+            self.deadline = now.checked_add(self.settings.lock);
         }
     }
 
-    /// The result of a [`TakerStep::TryLock`].
+    /// Takes the result of a [`TakerStep::TryLock`].
     pub(super) fn on_lock(&mut self, now: Instant, is_ours: bool) {
         match self.state {
             State::Locking { .. } if is_ours => {
                 self.finish();
                 self.steps.extend([TakerStep::Serve, TakerStep::Confirmed(None)]);
             }
-            State::Relocking if is_ours => {
+            State::Relocking { .. } if is_ours => {
                 self.finish();
                 self.steps.push_back(TakerStep::Confirmed(None));
             }
             State::Locking { until } if until.is_some_and(|until| now >= until) => {
                 self.fail(Failure::AnotherServes);
             }
-            State::Locking { .. } | State::Relocking => self.deadline = now.checked_add(LOCK_RETRY),
+            // A process that serves already never gives up.
+            State::Relocking { until } | State::Locking { until } => {
+                let is_late = until.is_some_and(|until| now >= until);
+                let wait = if is_late { SLOW_LOCK_RETRY } else { LOCK_RETRY };
+                self.deadline = now.checked_add(wait);
+            }
             _ => {}
         }
     }
@@ -346,7 +371,13 @@ impl Taker {
     }
 
     fn begin_locking(&mut self, now: Instant) {
-        self.state = State::Locking { until: now.checked_add(self.limits.lock) };
+        self.state = State::Locking { until: now.checked_add(self.settings.lock) };
+        self.deadline = None;
+        self.steps.push_back(TakerStep::TryLock);
+    }
+
+    fn begin_relocking(&mut self, now: Instant) {
+        self.state = State::Relocking { until: now.checked_add(self.settings.lock) };
         self.deadline = None;
         self.steps.push_back(TakerStep::TryLock);
     }
@@ -366,7 +397,7 @@ impl Taker {
     fn fail(&mut self, failure: Failure) {
         self.state = State::Ended;
         self.deadline = None;
-        self.steps.clear(); // a READY that was not sent must not be
+        self.steps.clear(); // a READY that was not sent must not be sent now
         self.steps.push_back(TakerStep::Fail(failure));
     }
 }

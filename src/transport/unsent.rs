@@ -3,7 +3,8 @@ use std::fmt;
 /// The amount that a connection has accepted and not sent.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::{Frame, FrameCodec, Framed, Socket, SocketKind};
 /// use futures::SinkExt;
 ///

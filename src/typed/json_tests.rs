@@ -30,7 +30,10 @@ enum Tried {
     },
 }
 
-const MOUNT: &str = r#"{"method":"org.example.Mount","parameters":{"name":"a\u0000b","fileDescriptor":1,"mountFds":[0,2]}}"#;
+const MOUNT: &str = concat!(
+    r#"{"method":"org.example.Mount","parameters":"#,
+    r#"{"name":"a\u0000b","fileDescriptor":1,"mountFds":[0,2]}}"#,
+);
 
 /// Everything that a codec makes of what arrives.
 fn all<C, M>(codec: &mut C, arrived: &mut Arrived) -> Result<Vec<M>, TypedError>
@@ -54,18 +57,15 @@ fn varlink(text: &str, numbers: &[u32]) -> Result<Vec<String>, TypedError> {
 
 #[test]
 fn a_varlink_message_has_the_descriptors_that_it_names() {
+    let mount = |file, [a, b]: [u32; 2]| {
+        let fds = format!("file_descriptor: Passed({file}), mount_fds: [Passed({a}), Passed({b})]");
+        format!("Mount {{ name: \"a\\0b\", {fds} }}")
+    };
     let both = varlink(
         &format!("{MOUNT}~{{\"method\":\"org.example.Ping\"}}~{MOUNT}~"),
         &[5, 6, 7, 8, 9, 10],
     );
-    assert_eq!(
-        both.unwrap(),
-        [
-            r#"Mount { name: "a\0b", file_descriptor: Passed(6), mount_fds: [Passed(5), Passed(7)] }"#,
-            "Ping",
-            r#"Mount { name: "a\0b", file_descriptor: Passed(9), mount_fds: [Passed(8), Passed(10)] }"#,
-        ]
-    );
+    assert_eq!(both.unwrap(), [mount(6, [5, 7]), "Ping".to_owned(), mount(9, [8, 10])]);
 }
 
 #[test]
@@ -272,7 +272,8 @@ proptest! {
         });
         let pieces = Pieces::of(varlink);
         let fds_of = |fds: Vec<Passed<u32>>| fds.into_iter().map(Passed::into_inner).collect();
-        prop_assert_eq!(pieces.receive(Varlink::<Vec<Passed<u32>>>::default(), &sizes, fds_of), expected.clone());
+        let received = pieces.receive(Varlink::<Vec<Passed<u32>>>::default(), &sizes, fds_of);
+        prop_assert_eq!(received, expected.clone());
 
         let rpc = expected.iter().map(|own| {
             let message = json!({ "text": "}\"{", "fds": own.len() });
@@ -286,7 +287,8 @@ proptest! {
     /// Whatever a mutated message is, each of its descriptors ends in one place.
     #[test]
     fn a_mutated_json_message_loses_no_descriptor(mask in 1..=255u8) {
-        for text in [format!("{MOUNT}\0{MOUNT}\0"), "{\"fds\":2,\"a\":[\"{\"]}{\"fds\":4}".to_owned()] {
+        let rpc = "{\"fds\":2,\"a\":[\"{\"]}{\"fds\":4}".to_owned();
+        for text in [format!("{MOUNT}\0{MOUNT}\0"), rpc] {
             for position in 0..text.len() {
                 let mut bytes = text.clone().into_bytes();
                 bytes[position] ^= mask;

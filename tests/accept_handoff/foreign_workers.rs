@@ -1,8 +1,18 @@
 //! The workers in Python and Node beside this crate's own.
 
+use std::{
+    io::Write,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    process::{Command, Stdio},
+};
+
 use nix::sys::signal::Signal;
 
-use crate::{Front, KINDS, check_last_answers, common::installed, demo};
+use crate::{
+    Front, KINDS, check_last_answers,
+    common::{encoded, installed},
+    demo,
+};
 
 const PYTHON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/foreign_workers/worker.py");
 /// Takes sockets of kind STREAM only.
@@ -50,5 +60,41 @@ async fn nothing_is_lost_while_workers_in_other_languages_are_killed() {
             assert_eq!(summary[none], 0, "{kind}: {none}");
         }
         assert!(workers.len() > 2, "{kind}: a row for ours, one for all, and others: {workers:?}");
+    }
+}
+
+#[test]
+fn a_worker_in_another_language_that_is_fenced_ends_in_order() {
+    const WELCOME: [u8; 2] = [0x81, 1];
+    const FENCED: [u8; 1] = [0x86];
+    for (interpreter, program) in [("python3", PYTHON), ("node", NODE)] {
+        if installed(interpreter).is_none() {
+            continue;
+        }
+        let (mut dispatcher, socket) = UnixStream::pair().unwrap();
+        let mut worker = Command::new(program);
+        worker.stdin(OwnedFd::from(socket)).stderr(Stdio::piped());
+        let worker = worker.spawn().unwrap();
+        dispatcher.write_all(&[encoded(&WELCOME, 0), encoded(&FENCED, 0)].concat()).unwrap();
+        let ended = worker.wait_with_output().unwrap();
+        assert!(ended.status.success() && ended.stderr.is_empty(), "{program}: {ended:?}");
+    }
+}
+
+#[test]
+fn a_worker_in_another_language_names_what_is_wrong() {
+    for (interpreter, program) in [("python3", PYTHON), ("node", NODE)] {
+        if installed(interpreter).is_none() {
+            continue;
+        }
+        let output = |arguments: &[&str]| {
+            Command::new(program).args(arguments).stdin(Stdio::null()).output().unwrap()
+        };
+        assert!(output(&["--help"]).status.success(), "{program}");
+        for (arguments, reason) in [(&["--nonsense"][..], "--nonsense"), (&[], "standard input")] {
+            let ended = output(arguments);
+            let stderr = String::from_utf8_lossy(&ended.stderr);
+            assert!(!ended.status.success() && stderr.contains(reason), "{program}: {stderr}");
+        }
     }
 }

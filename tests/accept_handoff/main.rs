@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod foreign_workers;
+mod watch;
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -221,7 +222,8 @@ async fn requests_after_the_death_of_a_worker_are_answered() {
             for _ in 0..100 {
                 assert_ne!(get(front.address).await.unwrap(), victim, "{kind}");
             }
-            while before.contains(&get(front.address).await.unwrap()) {} // until one that was started again serves
+            // Until one that was started again serves.
+            while before.contains(&get(front.address).await.unwrap()) {}
             enough.store(true, Ordering::Relaxed);
         };
         tokio::join!(background, after_the_death);

@@ -107,7 +107,8 @@ fn between_marks(trace: &str) -> Vec<BTreeMap<&str, usize>> {
     let mark = trace.lines().find(|line| line.contains("getppid(")).unwrap();
     let thread = mark.split_whitespace().next().unwrap();
     for line in trace.lines() {
-        let Some((start, _)) = line.split_once('(') else { continue }; // the rest of a call, or a signal
+        // The rest of a call, or a signal.
+        let Some((start, _)) = line.split_once('(') else { continue };
         let mut words = start.split_whitespace();
         if words.next() != Some(thread) || line.contains("resumed>") {
             continue;

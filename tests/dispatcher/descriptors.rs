@@ -130,13 +130,15 @@ async fn emfile() {
     limit_fds(open_fds() as u64 + 2);
     tokio::select! {
         outcome = dispatcher.serve(listener) => outcome.unwrap(),
-        answers = join_all(clients.into_iter().map(Client::answer)) => assert!(answers.iter().all(|answer| !answer.is_empty())),
+        answers = join_all(clients.into_iter().map(Client::answer)) => {
+            assert!(answers.iter().all(|answer| !answer.is_empty()));
+        }
     }
 }
 
 #[test]
-fn it_is_known_that_nothing_is_accepted_for_want_of_descriptors() {
-    const NAME: &str = "descriptors::it_is_known_that_nothing_is_accepted_for_want_of_descriptors";
+fn it_is_known_that_nothing_is_accepted_without_descriptors() {
+    const NAME: &str = "descriptors::it_is_known_that_nothing_is_accepted_without_descriptors";
     alone(NAME, async {
         let (_directory, dispatcher) = with_worker().await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -472,7 +474,8 @@ fn a_process_that_connects_again_and_again_leaves_nothing_behind() {
                 dispatcher.dispatch(accepted).await.unwrap();
                 until("it has left", || dispatcher.stats().retired.drained == round).await;
             }
-            until("nothing is left of it", || open_fds() <= before + 2).await; // the listener's, and its lock
+            // The listener's, and its lock.
+            until("nothing is left of it", || open_fds() <= before + 2).await;
         };
         tokio::select! {
             () = accepting => unreachable!(),

@@ -2,7 +2,10 @@
 
 use std::{pin::pin, time::Duration};
 
-use fdwire::handoff::{Dispatcher, NotDispatched, WorkerState, protocol::FromWorker};
+use fdwire::{
+    Socket,
+    handoff::{Dispatcher, Incoming, NotDispatched, WorkerState, protocol::FromWorker},
+};
 use futures::FutureExt;
 
 use crate::{
@@ -153,5 +156,42 @@ fn a_removed_worker_is_drained_and_gets_nothing_more() {
         a.say(FromWorker::Goodbye).await;
         assert!(remove.await.unwrap());
         assert!(!dispatcher.remove_worker(id, None).await);
+    });
+}
+
+/// The dispatcher hears a goodbye, though the connection would have gone on.
+#[test]
+fn a_worker_that_ends_what_is_left_right_before_the_deadline_leaves_in_order() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let (here, there) = Socket::pair(kind).unwrap();
+        dispatcher.add_worker(here);
+        let mut incoming = Incoming::new(there);
+        let handle = incoming.handle();
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let adopted = dispatcher.dispatch(accepted);
+        let connection = incoming.next().await.unwrap();
+        adopted.await.unwrap();
+
+        let margin = Duration::from_secs(3599);
+        let mut over = Box::pin(handle.drain_over(margin));
+        assert!(over.as_mut().now_or_never().is_none());
+        // A drain without a limit comes first.
+        let unlimited = tokio::spawn({
+            let dispatcher = dispatcher.clone();
+            async move { dispatcher.drain(None).await }
+        });
+        handle.drain_requested().await;
+        assert!(over.as_mut().now_or_never().is_none());
+        let limited = tokio::spawn({
+            let dispatcher = dispatcher.clone();
+            async move { dispatcher.drain(Some(Duration::from_secs(3600))).await }
+        });
+        over.await;
+        drop(connection);
+        unlimited.await.unwrap();
+        limited.await.unwrap();
+        let retired = dispatcher.stats().retired;
+        assert_eq!((retired.drained, retired.overdue), (1, 0));
     });
 }

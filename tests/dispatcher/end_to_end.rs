@@ -399,7 +399,8 @@ fn a_connection_kept_alive_is_cut_at_the_deadline_of_a_drain() {
         dispatcher.spawn_worker(command(&log)).unwrap();
         started(&dispatcher, 1).await;
         let (listener, address) = listen().await;
-        let mut silent = TcpStream::connect(address).await.unwrap(); // the application waits for its serial number
+        // The application waits for its serial number.
+        let mut silent = TcpStream::connect(address).await.unwrap();
         dispatcher.dispatch(listener.accept().await.unwrap().0).await.unwrap();
         let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
         dispatcher.drain(Some(Duration::from_millis(300))).await;

@@ -59,9 +59,11 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
         misbehaves(kind, garbage(b"GET / HTTP/1.1\r\n\r\n", 0)).await;
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\x10\0\x01", 0)).await; // one byte too long
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\x3E", 0)).await; // an unknown message
-        misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\x03", 0)).await; // a known one without its fields
+        // A known one without its fields.
+        misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\x03", 0)).await;
         misbehaves(kind, garbage(b"\xFD\x10\0\x01\0\0\0\x01\x07", 1)).await; // a descriptor
-        misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x09\x02\0\0\0\0\0\0\0\x09", 1)).await; // one that nobody claims
+        // One that nobody claims.
+        misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x09\x02\0\0\0\0\0\0\0\x09", 1)).await;
         let says = |message| {
             async move |mut raw: Raw| {
                 raw.say(message).await;

@@ -19,7 +19,7 @@ use tokio::{
 use crate::{
     both,
     common::run,
-    end_to_end::command,
+    end_to_end::{command, started},
     raw_worker::{Client, Raw, connections, until},
 };
 
@@ -52,13 +52,14 @@ async fn listen() -> (TcpListener, SocketAddr) {
 }
 
 /// Starts two worker processes in each group.
-fn start_groups(dispatcher: &Dispatcher, directory: &tempfile::TempDir) {
+async fn start_groups(dispatcher: &Dispatcher, directory: &tempfile::TempDir) {
     for group in ["a", "b"] {
         for _ in 0..2 {
             let command = command(&directory.path().join(group));
             dispatcher.in_group(group).spawn_worker(WorkerCommand::from(command)).unwrap();
         }
     }
+    started(dispatcher, 4).await;
 }
 
 async fn answers(address: SocketAddr, serials: impl Iterator<Item = u32>) -> BTreeSet<u32> {
@@ -75,7 +76,7 @@ fn a_router_sends_connections_to_two_groups_by_their_first_bytes() {
         run(async {
             let directory = tempfile::tempdir().unwrap();
             let dispatcher = Dispatcher::builder().strategy(strategy).build();
-            start_groups(&dispatcher, &directory);
+            start_groups(&dispatcher, &directory).await;
             let (pids_a, pids_b) = (pids_of(&dispatcher, "a"), pids_of(&dispatcher, "b"));
             assert_eq!((pids_a.len(), pids_b.len()), (2, 2));
             let (listener, address) = listen().await;
@@ -105,7 +106,7 @@ fn a_group_whose_workers_all_die_does_not_harm_the_other() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let dispatcher = Dispatcher::builder().max_preparing(16).build();
-        start_groups(&dispatcher, &directory);
+        start_groups(&dispatcher, &directory).await;
         let (listener, address) = listen().await;
         let checking = async {
             answers(address, 0..10).await;

@@ -24,6 +24,7 @@ mod rules;
 mod serve_ends;
 mod serve_with;
 mod shortage;
+mod spans;
 mod startup;
 mod stubborn;
 mod succession;

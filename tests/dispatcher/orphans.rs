@@ -169,7 +169,8 @@ async fn answer(path: &str, handle: IncomingHandle) -> String {
     log.write_all(format!("{path}\n").as_bytes()).unwrap();
     if path != "/0" {
         handle.drain_requested().await;
-        sleep(Duration::from_millis(300)).await; // longer than a process takes that does not wait for it
+        // Longer than a process takes that does not wait for it.
+        sleep(Duration::from_millis(300)).await;
     }
     format!("answer to {path}")
 }

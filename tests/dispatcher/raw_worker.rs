@@ -324,7 +324,8 @@ async fn work(socket: OwnedFd, point: Point, signal: Signal) {
     while let Some(Ok(message)) = framed.next().await {
         match message {
             ToWorker::Ping { nonce } => {
-                let _ = framed.send(FromWorker::Pong { nonce }).await; // after a stop it may be cut off
+                // After a stop it may be cut off.
+                let _ = framed.send(FromWorker::Pong { nonce }).await;
             }
             ToWorker::Offer { offer, .. } => offers.push(offer),
             _ => {}

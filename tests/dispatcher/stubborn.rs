@@ -171,7 +171,9 @@ fn after_a_refusal_nothing_is_sent_that_was_only_planned() {
         };
         let outcomes = tokio::select! {
             outcomes = join_all(outcomes) => outcomes,
-            _ = async { tokio::join!(adopt_all(&mut first), adopt_all(&mut second)) } => unreachable!(),
+            _ = async {
+                tokio::join!(adopt_all(&mut first), adopt_all(&mut second))
+            } => unreachable!(),
         };
         let by_second =
             outcomes.into_iter().filter(|outcome| *outcome.as_ref().unwrap() == second.id).count();

@@ -190,8 +190,9 @@ fn it_is_known_why_the_process_before_left() {
 ///
 /// Rules: W-SOCKET-END.
 #[test]
-fn the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_if_its_socket_stays_open() {
-    const ROLE: &str = "workers::the_death_of_a_worker_that_has_connected_is_noticed_by_its_silence_if_its_socket_stays_open";
+fn the_death_of_a_connected_worker_is_noticed_by_silence_if_its_socket_stays_open() {
+    const ROLE: &str =
+        "workers::the_death_of_a_connected_worker_is_noticed_by_silence_if_its_socket_stays_open";
     if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
         return run(async {
             let socket = Socket::connect(path, SocketKind::SeqPacket).await.unwrap();
@@ -474,7 +475,8 @@ fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
                 while let Ok(1..) = control.read(&mut command[..1]).await {
                     match command[0] {
                         b'f' => files = fill_fds(60),
-                        _ => files.retain(|file| file.as_raw_fd() < 48), // 8 below the reserve are free
+                        // 8 below the reserve are free.
+                        _ => files.retain(|file| file.as_raw_fd() < 48),
                     }
                     control.write_all(&command[..1]).await.unwrap();
                 }

@@ -148,7 +148,8 @@ fn configuration(directory: &Path, addresses: &[SocketAddr]) -> String {
     let mut text = format!(
         "global\n  maxconn 100\n  stats socket {}/admin mode 600 level admin expose-fd listeners\n\
          defaults\n  mode http\n  timeout client 30s\n  timeout server 30s\n  timeout connect 30s\n\
-         frontend front\n  http-request return status 200 content-type text/plain string answered\n",
+         frontend front\n  \
+         http-request return status 200 content-type text/plain string answered\n",
         directory.display()
     );
     for address in addresses {
@@ -231,7 +232,8 @@ async fn start_with(
     assert_eq!(framed.try_next().await.unwrap(), Some(FromNew::GetSocks));
     let lent = sockets.iter().map(|socket| SendFd::assume_socket(Arc::clone(socket))).collect();
     framed.feed(lent).await.unwrap();
-    framed.feed(Vec::new()).await.unwrap(); // another message waits behind it; haproxy does not read it
+    // Another message waits behind it; haproxy does not read it.
+    framed.feed(Vec::new()).await.unwrap();
     framed.flush().await.unwrap();
     for _batch in 0..sockets.len().div_ceil(BATCH) {
         assert_eq!(framed.try_next().await.unwrap(), Some(FromNew::Ack));

@@ -90,7 +90,8 @@ fn lines_of_a_peer_that_writes_in_any_pieces() {
         run(async {
             let (a, peer) = Socket::pair(kind).unwrap();
             let mut a = Framed::new(a, LineFdCodec::default());
-            raw_send(&peer, b"plain\nlog f", &[marked(1)]); // with the first byte of the call, as ever
+            // With the first byte of the call, as ever.
+            raw_send(&peer, b"plain\nlog f", &[marked(1)]);
             raw_send(&peer, b"d\r\ntwo f", &[marked(2)]);
             raw_send(&peer, b"d\nthree fd\n", &[marked(3)]);
             drop(peer);

@@ -52,8 +52,12 @@ async fn serve(name: &str) {
         let answer = std::process::id().to_string();
         loop {
             tokio::select! {
-                Ok((mut client, _)) = tcp.accept() => client.write_all(answer.as_bytes()).await.unwrap(),
-                Ok((mut client, _)) = unix.accept() => client.write_all(answer.as_bytes()).await.unwrap(),
+                Ok((mut client, _)) = tcp.accept() => {
+                    client.write_all(answer.as_bytes()).await.unwrap();
+                }
+                Ok((mut client, _)) = unix.accept() => {
+                    client.write_all(answer.as_bytes()).await.unwrap();
+                }
                 else => std::future::pending().await,
             }
         }
@@ -291,9 +295,7 @@ fn stored_descriptors_come_back_by_their_names() {
                 let mut listeners = Listeners::new();
                 listeners.bind_tcp("http", address).unwrap();
                 let refused = listeners.bind_tcp("other", address).unwrap_err();
-                assert!(
-                    matches!(&refused, takeover::Error::Io(error) if error.kind() == io::ErrorKind::AddrInUse)
-                );
+                assert_eq!(io::Error::from(refused).kind(), io::ErrorKind::AddrInUse);
             }
             let mut listeners = Listeners::new();
             listeners.bind_tcp("http", address).unwrap();

@@ -81,7 +81,8 @@ impl Encoder<Message> for NodeChannel {
 /// Node starts us as it starts its own children, passes a listener, and takes a connection.
 const PARENT: &str = "
 const { spawn } = require('child_process'), net = require('net');
-const child = spawn(process.argv[1], process.argv.slice(2), { stdio: ['ignore', 'ignore', 'inherit', 'ipc'] });
+const stdio = ['ignore', 'ignore', 'inherit', 'ipc'];
+const child = spawn(process.argv[1], process.argv.slice(2), { stdio });
 const server = net.createServer();
 server.listen(0, '127.0.0.1', () => child.send({ port: server.address().port }, server));
 child.on('message', (message, socket) => {

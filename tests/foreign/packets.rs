@@ -71,9 +71,10 @@ fn the_largest_packet_goes_through_and_one_more_byte_is_refused_and_given_back()
         assert_eq!((frame.payload.len(), marks(&frame)), (largest, vec![largest as u32]));
 
         let refused = a.send(message(largest + 1)).await.unwrap_err();
-        assert!(
-            matches!(refused.error, Error::FrameTooLong { bytes, limit } if (bytes, limit) == (largest + 1, largest))
-        );
+        assert!(matches!(
+            refused.error,
+            Error::FrameTooLong { bytes, limit } if (bytes, limit) == (largest + 1, largest)
+        ));
         let item = refused.item.unwrap();
         assert_eq!((item.payload.len(), marks(&item)), (largest + 1, vec![largest as u32 + 1]));
 

@@ -151,9 +151,10 @@ fn messages_as_values_of_ones_own() {
         let (a, b) = Socket::pair(kind).unwrap();
         let (mut a, mut b) = (Framed::new(a, codec.clone()), Framed::new(b, codec));
         let refused = a.send(Job::Print(File::open("/").unwrap())).await.unwrap_err();
-        assert!(
-            matches!(refused.item, Some(Job::Print(directory)) if directory.metadata().unwrap().is_dir())
-        );
+        assert!(matches!(
+            refused.item,
+            Some(Job::Print(directory)) if directory.metadata().unwrap().is_dir()
+        ));
 
         a.send(Job::Print(marked(5).into())).await.unwrap();
         let Job::Print(mut file) = b.try_next().await.unwrap().unwrap() else {

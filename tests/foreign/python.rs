@@ -42,7 +42,8 @@ def send(payload, fds):
 const ECHO_FRAMES: &str = "
 while True:
     payload, mine = receive()
-    send(payload[:100] + b'%d' % len(payload) + b''.join(os.pread(fd, 4, 0) for fd in mine), mine[::-1])
+    contents = b''.join(os.pread(fd, 4, 0) for fd in mine)
+    send(payload[:100] + b'%d' % len(payload) + contents, mine[::-1])
     for fd in mine:
         os.close(fd)
 ";

@@ -85,7 +85,8 @@ import ctypes, os, sys
 systemd = ctypes.CDLL("libsystemd.so.0", use_errno=True)
 files = [os.open(path, os.O_RDONLY) for path in sys.argv[1:]]
 fds = (ctypes.c_int * len(files))(*files)
-sent = systemd.sd_pid_notify_with_fds(0, 0, b"FDSTORE=1\nFDNAME=stored", fds, ctypes.c_uint(len(files)))
+state = b"FDSTORE=1\nFDNAME=stored"
+sent = systemd.sd_pid_notify_with_fds(0, 0, state, fds, ctypes.c_uint(len(files)))
 assert sent > 0, os.strerror(-sent)
 passed = systemd.sd_notify_barrier(0, ctypes.c_uint64(30_000_000))
 assert passed > 0, os.strerror(-passed)

@@ -33,8 +33,7 @@ struct Reply {
 }
 
 /// The whole codec.
-fn proxy_codec() -> impl Decoder<Item = Reply, Error = Error> + Encoder<Value, Error = Error> + Clone
-{
+fn codec() -> impl Decoder<Item = Reply, Error = Error> + Encoder<Value, Error = Error> + Clone {
     PacketCodec::default().map(
         |frame: Frame| {
             let mut reply: Reply =
@@ -128,7 +127,7 @@ fn skopeo_sends_an_image_through_the_pipes_that_come_with_its_replies() {
         command.arg("experimental-image-proxy").stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
         let mut daemon = Daemon::start(&mut command, directory.path());
         drop(command); // our copy of its end
-        let mut proxy = Proxy { connection: Framed::new(ours, proxy_codec()) };
+        let mut proxy = Proxy { connection: Framed::new(ours, codec()) };
 
         let version = proxy.succeed("Initialize", json!([])).await.value;
         assert!(version.as_str().unwrap().starts_with("0.2."), "{version}");

@@ -39,7 +39,8 @@ pub(crate) async fn start_sshd(program: &Path, keygen: &Path, directory: &Path) 
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     std::fs::write(path("known_hosts"), format!("[127.0.0.1]:{port} {host_key}")).unwrap();
     let config = format!(
-        "ListenAddress 127.0.0.1:{port}\nHostKey {0}/host_key\nAuthorizedKeysFile {0}/authorized_keys\n\
+        "ListenAddress 127.0.0.1:{port}\nHostKey {0}/host_key\n\
+         AuthorizedKeysFile {0}/authorized_keys\n\
          PidFile none\nStrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\n\
          KbdInteractiveAuthentication no\n",
         directory.display()

@@ -131,7 +131,8 @@ fn both_ends_switch_without_waiting_for_each_other() {
         frames.feed(Frame::new("early").with_fds([marked(mark), marked(mark + 1)])).await.unwrap();
         frames.flush().await.unwrap();
 
-        let mut words = frames.map_codecs(|_, encoder| (Words, encoder)); // one direction is behind the other
+        // One direction is behind the other.
+        let mut words = frames.map_codecs(|_, encoder| (Words, encoder));
         assert_eq!(words.try_next().await.unwrap().unwrap(), "BEGIN");
         let mut frames = words.map_codecs(|_, encoder| (FrameCodec::default(), encoder));
         frames.send(Frame::new("late").with_fd(marked(mark + 2))).await.unwrap();

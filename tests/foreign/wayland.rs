@@ -107,7 +107,8 @@ impl WaylandCodec {
 
 impl Codec for WaylandCodec {
     fn grouping(&self) -> Grouping {
-        Grouping::FdsFirst // a compositor has room for 28 descriptors in one read; seen to fail with `Free`
+        // A compositor has room for 28 descriptors in one read; seen to fail with `Free`.
+        Grouping::FdsFirst
     }
 }
 
@@ -336,7 +337,8 @@ fn an_event_brings_the_descriptor_that_its_object_and_number_imply() {
         let both =
             [event(keyboard, KEYMAP.into(), &[1, 4]), event(source, SEND.into(), &[4, mime_type])]
                 .concat();
-        raw_send(&compositor, &both, &[marked(1), marked(2)]); // as libwayland flushes: all in one call
+        // As libwayland flushes: all in one call.
+        raw_send(&compositor, &both, &[marked(1), marked(2)]);
         raw_send(&compositor, &event(keyboard, 3, &[7, 0, 30, 1]), &[]);
         raw_send(&compositor, &event(callback, 0, &[0]), &[]);
 

@@ -57,7 +57,9 @@ async fn front(kind: SocketKind) -> (SocketAddr, Incoming, oneshot::Sender<()>, 
                     FromWorker::Goodbye => return adopted,
                     _ => {}
                 },
-                Some(Ok(())) = draining.next() => dispatcher.send(ToWorker::Drain { within: None }).await,
+                Some(Ok(())) = draining.next() => {
+                    dispatcher.send(ToWorker::Drain { within: None }).await
+                }
             }
         }
     });

@@ -221,7 +221,8 @@ fn a_connection_is_given_only_after_the_answer_was_sent() {
         let (mut dispatcher, mut incoming) = narrow_pair(kind).await;
         let pings = clog(&mut dispatcher).await;
         let (mut client, _copy) = dispatcher.offer().await;
-        gets_nothing(&mut incoming).await; // each time the future is dropped, and nothing is lost by that
+        // Each time the future is dropped, and nothing is lost by that.
+        gets_nothing(&mut incoming).await;
         unclog(&mut dispatcher, pings).await;
         dispatcher.expect_adopted(1).await;
         check_talk(&mut incoming.next().await.unwrap(), &mut client).await;

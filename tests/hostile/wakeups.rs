@@ -83,7 +83,10 @@ fn listener(name: &std::os::unix::net::SocketAddr, kind: SocketKind) -> OwnedFd 
 
 #[test]
 fn a_connection_that_was_made_with_credentials_on_hides_no_message_of_a_second_writer() {
-    const ROLE: &str = "wakeups::a_connection_that_was_made_with_credentials_on_hides_no_message_of_a_second_writer";
+    const ROLE: &str = concat!(
+        "wakeups::a_connection_that_was_made_with_credentials_on_",
+        "hides_no_message_of_a_second_writer"
+    );
     if is_other_process(ROLE) {
         return;
     }

@@ -2,29 +2,25 @@
 
 use std::{
     io::Write,
-    net::{SocketAddr, TcpListener, TcpStream},
-    path::{Path, PathBuf},
-    process::Stdio,
+    net::{SocketAddr, TcpStream},
+    path::Path,
     time::Duration,
 };
 
 use fdwire::takeover::{self, Listeners, Options, ServerStatus};
-use tokio::{
-    io::AsyncReadExt,
-    process::{Child, Command},
+use tokio::{io::AsyncReadExt, process::Child};
+
+use crate::{
+    common::*, is_role, place, place_of_this_process, process::free_address, server_command,
 };
 
-use crate::{common::*, place};
-
-const ROLE: &str =
-    "generations::ten_restarts_leave_a_limited_number_of_old_processes_which_are_listed";
+const ROLE: &str = "generations::ten_restarts_leave_few_old_processes_which_are_listed";
 
 /// A server process, which tells each client its process id and keeps the connection until it has
 /// to cut it.
 async fn serve() {
     let number = |name| std::env::var(name).unwrap().parse::<u64>().unwrap();
-    let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
-    let address: SocketAddr = std::env::var("FDWIRE_ADDRESS").unwrap().parse().unwrap();
+    let (path, address) = place_of_this_process();
     let bind = || {
         let mut listeners = Listeners::new();
         listeners.bind_tcp("http", address)?;
@@ -54,11 +50,8 @@ async fn serve() {
 }
 
 async fn start(path: &Path, address: SocketAddr, deadline: Duration) -> Child {
-    let mut command = Command::new("/proc/self/exe");
-    command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_ROLE", ROLE).kill_on_drop(true);
-    command.env("FDWIRE_PATH", path).env("FDWIRE_ADDRESS", address.to_string());
+    let mut command = server_command(ROLE, path, address);
     command.env("FDWIRE_DEADLINE", deadline.as_millis().to_string());
-    command.stdin(Stdio::null()).stdout(Stdio::null());
     takeover::launch(&mut command, path, &Options::default(), Duration::from_secs(30))
         .await
         .unwrap()
@@ -75,13 +68,10 @@ async fn client(address: SocketAddr) -> tokio::net::TcpStream {
     client
 }
 
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
-
+/// Rules: G-LEAVE, G-LEASH.
 #[test]
-fn ten_restarts_leave_a_limited_number_of_old_processes_which_are_listed() {
-    if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == ROLE) {
+fn ten_restarts_leave_few_old_processes_which_are_listed() {
+    if is_role(ROLE) {
         return run(serve());
     }
     run(async {

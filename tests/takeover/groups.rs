@@ -22,7 +22,7 @@ use tokio::{
     net::TcpListener,
 };
 
-use crate::{common::*, place, processes::Process, request};
+use crate::{common::*, place, process::Process, request};
 
 const ROLE: &str = "groups::a_group_grows_and_shrinks_under_load_and_resets_no_client";
 

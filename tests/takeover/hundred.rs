@@ -30,14 +30,14 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{common::*, place, processes::Process};
+use crate::{common::*, place, process::Process};
 
 const ROLE: &str = "hundred::a_hundred_restarts_fail_no_request_of_any_client";
 const RESTARTS: usize = 100;
 
 type Body = Full<Bytes>;
 
-/// What the connections of a server know of its end.
+/// The state of a server that its connections know.
 #[derive(Clone)]
 struct State {
     open: watch::Sender<usize>,
@@ -88,9 +88,10 @@ async fn accept(listener: Gated<TcpListener>, is_http2: bool, state: State) {
                 let builder = serve_conn::http2::Builder::new(TokioExecutor::new());
                 let mut connection = pin!(builder.serve_connection(io, answer));
                 let mut is_draining = state.is_draining.subscribe();
+                let draining = async { drop(is_draining.wait_for(|&it| it).await) };
                 tokio::select! {
                     _ = &mut connection => {}
-                    _ = async { is_draining.wait_for(|&is_draining| is_draining).await.map(drop) } => {
+                    () = draining => {
                         connection.as_mut().graceful_shutdown(); // GOAWAY
                         let _ = connection.await;
                     }
@@ -112,7 +113,7 @@ fn answer(state: &State, is_http2: bool) -> Response<Body> {
     response
 }
 
-/// What a kind of client sees.
+/// The answers that one kind of client has got.
 #[derive(Default)]
 struct Seen {
     answers: AtomicUsize,
@@ -125,7 +126,7 @@ enum Outcome {
     NotSent,
 }
 
-/// Returns true if a server that says goodbye has not seen a request (RFC 9113, section 6.8).
+/// Returns true if a server that has sent GOAWAY has not seen a request (RFC 9113, section 6.8).
 fn is_goodbye(error: &hyper::Error) -> bool {
     let source = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
     source.is_some_and(|error| error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR))
@@ -268,7 +269,8 @@ fn a_hundred_restarts_fail_no_request_of_any_client() {
         let [answers, connections] =
             [&seen.answers, &seen.connections].map(|number| number.load(Ordering::SeqCst));
         println!(
-            "{name}: {answers} answers over {connections} connections, no failure in {RESTARTS} restarts"
+            "{name}: {answers} answers over {connections} connections, \
+             no failure in {RESTARTS} restarts"
         );
         assert!(connections > RESTARTS, "{name}: {connections} connections");
     }

@@ -15,14 +15,16 @@ use fdwire::{
     Framed, Listener, SendFd, Socket, SocketKind,
     takeover::{
         self, Error, Options,
-        protocol::{FromTaker, GiverCodec, TakerCodec, ToTaker},
+        protocol::{FromTaker, GiverCodec, ToTaker},
     },
 };
 use futures::{SinkExt, StreamExt};
 
-use crate::{check_serves, common::*, first, place, request};
+use crate::{check_serves, common::*, first, offered_to_raw_taker, place, raw_taker, request};
 
 /// One byte ends volo's server.
+///
+/// Rules: T-HELLO, T-EARLY, G-BREACH.
 #[test]
 fn nothing_that_a_stranger_sends_stops_the_server() {
     run(async {
@@ -59,12 +61,13 @@ fn nothing_that_a_stranger_sends_stops_the_server() {
     });
 }
 
+/// Rules: G-VERSION, G-NO-VERSION.
 #[test]
 fn a_taker_of_another_version_learns_of_it() {
     run(async {
         let (_directory, path) = place();
         let _server = first(&path);
-        let mut taker = connected(&path).await;
+        let mut taker = raw_taker(&path).await;
         taker.send(FromTaker::Hello { lowest: 7, highest: 9 }).await.unwrap();
         let answer = taker.next().await.unwrap().unwrap();
         assert!(
@@ -72,19 +75,17 @@ fn a_taker_of_another_version_learns_of_it() {
             "{answer:?}"
         );
         // One that speaks this version and later ones is welcome, and this version is spoken.
-        let mut taker = connected(&path).await;
+        let mut taker = raw_taker(&path).await;
         taker.send(FromTaker::Hello { lowest: 1, highest: 9 }).await.unwrap();
         let answer = taker.next().await.unwrap().unwrap();
         assert!(matches!(answer, ToTaker::Welcome { version: 1, listeners: 1 }), "{answer:?}");
     });
 }
 
-async fn connected(path: &std::path::Path) -> Framed<TakerCodec> {
-    Framed::new(Socket::connect(path, SocketKind::SeqPacket).await.unwrap(), TakerCodec::default())
-}
-
 /// A server of another uid at the path is not trusted, and a new process of another uid gets
 /// nothing.
+///
+/// Rules: B-UID.
 #[test]
 fn other_uids_neither_get_listeners_nor_give_any() {
     const NAME: &str = "intruders::other_uids_neither_get_listeners_nor_give_any";
@@ -142,7 +143,7 @@ fn a_foreign_process_at_the_path_is_a_clear_error() {
         let error = requested.unwrap_err();
         assert!(matches!(error, Error::Connection(_)), "{error}");
 
-        // One that says nothing.
+        // One that sends nothing.
         let options = Options::default().answer_timeout(std::time::Duration::from_millis(10));
         let error = takeover::request(&path, options).await.unwrap_err();
         assert!(matches!(error, Error::TimedOut), "{error}");
@@ -161,18 +162,20 @@ fn a_foreign_process_at_the_path_is_a_clear_error() {
 }
 
 /// A giver that announces one socket and sends another: everything it sent is closed.
+///
+/// Rules: T-COMPARE.
 #[test]
 fn a_socket_that_is_not_the_announced_one_is_refused() {
     run(async {
         let (_directory, path) = place();
         let (_directory2, path2) = place();
         let server = first(&path);
-        let mut pending = connected(&path).await;
-        pending.send(FromTaker::Hello { lowest: 1, highest: 1 }).await.unwrap();
-        pending.next().await.unwrap().unwrap();
-        let ToTaker::Listeners(mut offered) = pending.next().await.unwrap().unwrap() else {
-            panic!()
-        };
+        let (taker, offer) = offered_to_raw_taker(&path).await;
+        let listeners = offer.into_iter().find_map(|message| match message {
+            ToTaker::Listeners(listeners) => Some(listeners),
+            _ => None,
+        });
+        let mut offered = listeners.unwrap();
         let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         offered[0].fd = other.into();
         let offered = offered.into_iter().map(|listener| listener.with_fd(SendFd::from)).collect();
@@ -191,19 +194,20 @@ fn a_socket_that_is_not_the_announced_one_is_refused() {
             matches!(error, Error::Mismatch { mismatch: takeover::Mismatch::Address { .. }, .. }),
             "{error}"
         );
-        drop((pending, server));
+        drop((taker, server));
     });
 }
 
-/// A taker that serves and then talks nonsense lives: if the old server accepted again, two would.
+/// A taker that serves and then sends nonsense is alive: if the old server accepted again, two
+/// would.
+///
+/// Rules: G-BREACH-LATE.
 #[test]
 fn nonsense_after_ready_does_not_undo_a_takeover() {
     run(async {
         let (_directory, path) = place();
         let server = first(&path);
-        let mut taker = connected(&path).await;
-        taker.send(FromTaker::Hello { lowest: 1, highest: 1 }).await.unwrap();
-        while !matches!(taker.next().await.unwrap().unwrap(), ToTaker::Complete) {}
+        let (mut taker, _) = offered_to_raw_taker(&path).await;
         taker.send(FromTaker::Ready).await.unwrap();
         server.replaced().await;
         taker.send(FromTaker::Hello { lowest: 1, highest: 1 }).await.unwrap();
@@ -211,9 +215,11 @@ fn nonsense_after_ready_does_not_undo_a_takeover() {
     });
 }
 
-/// A giver that talks nonsense after READY is told that it must not serve again.
+/// A giver that sends nonsense after READY gets RELEASE, and must not serve again.
+///
+/// Rules: T-BREACH.
 #[test]
-fn a_server_survives_a_predecessor_that_talks_nonsense() {
+fn a_server_survives_a_predecessor_that_sends_nonsense() {
     run(async {
         let (_directory, path) = place();
         let liar = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
@@ -244,9 +250,8 @@ fn a_first_start_does_not_replace_what_is_foreign() {
         };
         // A file, another kind of socket, and a process that holds the lock and does not listen.
         std::fs::write(&path, "precious").unwrap();
-        assert!(
-            matches!(start(&path).await, Error::Io(error) if error.kind() == std::io::ErrorKind::AlreadyExists)
-        );
+        let error = std::io::Error::from(start(&path).await);
+        assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists);
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
         std::fs::remove_file(&path).unwrap();
 

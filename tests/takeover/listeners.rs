@@ -1,4 +1,4 @@
-//! Listeners of every kind, and what tells them from each other.
+//! Listeners of every kind, and their identities.
 
 use std::{
     net::{TcpListener, UdpSocket},

@@ -9,23 +9,40 @@ mod groups;
 #[cfg(feature = "axum")]
 mod http;
 mod hundred;
+mod idle;
 mod intruders;
+mod kills;
+mod lanes;
 mod listeners;
 mod namespaces;
+mod process;
 mod processes;
+mod rules;
+mod shortage;
 mod supervisor;
 mod undo;
+mod versions;
 mod workers;
 
 use std::{
+    fs::File,
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
+    process::Stdio,
     time::Duration,
 };
 
-use fdwire::takeover::{self, Gated, Listeners, Options, Pending, Server, protocol::Address};
+use fdwire::{
+    Framed, Socket, SocketKind,
+    takeover::{
+        self, Error, Gated, Listeners, Options, Pending, Server,
+        protocol::{Address, FromTaker, Refusal, TakerCodec, ToTaker},
+    },
+};
+use futures::{SinkExt, StreamExt};
+use nix::fcntl::{Flock, FlockArg};
 use tempfile::TempDir;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, process::Command};
 
 /// A directory with a path for a control socket.
 pub(crate) fn place() -> (TempDir, PathBuf) {
@@ -47,6 +64,65 @@ pub(crate) fn first_with(path: &Path, options: Options) -> Server {
 
 pub(crate) async fn request(path: &Path) -> Pending {
     takeover::request(path, Options::default()).await.unwrap()
+}
+
+/// The end of the takeover before may not be noticed yet.
+pub(crate) async fn request_until_not_busy(path: &Path) -> Pending {
+    loop {
+        match takeover::request(path, Options::default()).await {
+            Err(Error::Refused(Refusal::Busy)) => tokio::task::yield_now().await,
+            requested => return requested.unwrap(),
+        }
+    }
+}
+
+/// Connects to a server, to speak the protocol by hand.
+pub(crate) async fn raw_taker(path: &Path) -> Framed<TakerCodec> {
+    Framed::new(Socket::connect(path, SocketKind::SeqPacket).await.unwrap(), TakerCodec::default())
+}
+
+/// Asks for a takeover by hand, and receives everything up to COMPLETE.
+pub(crate) async fn offered_to_raw_taker(path: &Path) -> (Framed<TakerCodec>, Vec<ToTaker>) {
+    loop {
+        let mut taker = raw_taker(path).await;
+        taker.send(FromTaker::Hello { lowest: 1, highest: 1 }).await.unwrap();
+        let mut offered = Vec::new();
+        while let Some(message) = taker.next().await {
+            match message.unwrap() {
+                ToTaker::Complete => return (taker, offered),
+                // The end of the takeover before is not noticed yet.
+                ToTaker::Refused { .. } => break,
+                other => offered.push(other),
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Returns true if a process holds the lock of a path.
+pub(crate) fn is_locked(path: &Path) -> bool {
+    let lock = File::open(path.with_extension("lock"));
+    lock.is_ok_and(|lock| Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_err())
+}
+
+/// Returns a command that runs the test `role` of this binary as a server process.
+pub(crate) fn server_command(role: &str, path: &Path, address: SocketAddr) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.args([role, "--exact", "--nocapture"]).env("FDWIRE_ROLE", role).kill_on_drop(true);
+    command.env("FDWIRE_PATH", path).env("FDWIRE_ADDRESS", address.to_string());
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
+/// Returns true in a process that was started with [`server_command`] for this test.
+pub(crate) fn is_role(role: &str) -> bool {
+    std::env::var("FDWIRE_ROLE").is_ok_and(|found| found == role)
+}
+
+/// The path and the address of a server process.
+pub(crate) fn place_of_this_process() -> (PathBuf, SocketAddr) {
+    let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
+    (path, std::env::var("FDWIRE_ADDRESS").unwrap().parse().unwrap())
 }
 
 pub(crate) fn address(server: &Server) -> SocketAddr {

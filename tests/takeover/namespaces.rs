@@ -8,7 +8,7 @@ use fdwire::takeover::{self, Options};
 use crate::{
     common::*,
     place,
-    processes::{Process, free_address, keep_open, who_serves},
+    process::{Process, free_address, keep_open, who_serves},
 };
 
 /// Returns a command that runs this binary in namespaces of its own, in which a directory is at

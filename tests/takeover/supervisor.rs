@@ -1,9 +1,9 @@
-//! The truth for whoever starts a new process, and what a service manager is told.
+//! A command that starts a new process learns the truth, and so does a service manager.
 
 use std::{
     collections::BTreeMap,
     io::{Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     os::linux::net::SocketAddrExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -16,15 +16,16 @@ use fdwire::{
 };
 use tokio::process::{Child, Command};
 
-use crate::{common::*, place};
+use crate::{
+    common::*, is_role, place, place_of_this_process, process::free_address, server_command,
+};
 
 const ROLE: &str = "supervisor::a_call_returns_once_the_new_process_serves";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A server process. `FDWIRE_FAILS`: how it fails before it is ready.
 async fn serve() {
-    let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
-    let address: SocketAddr = std::env::var("FDWIRE_ADDRESS").unwrap().parse().unwrap();
+    let (path, address) = place_of_this_process();
     let bind = || {
         let mut listeners = Listeners::new();
         listeners.bind_tcp("http", address)?;
@@ -63,16 +64,11 @@ struct Service {
 impl Service {
     fn new() -> Self {
         let (_directory, path) = place();
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        Self { _directory, path, address }
+        Self { _directory, path, address: free_address() }
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new("/proc/self/exe");
-        command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_ROLE", ROLE).kill_on_drop(true);
-        command.env("FDWIRE_PATH", &self.path).env("FDWIRE_ADDRESS", self.address.to_string());
-        command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
-        command
+        server_command(ROLE, &self.path, self.address)
     }
 
     async fn launch(&self, command: &mut Command, limit: Duration) -> Result<Child, Error> {
@@ -89,7 +85,7 @@ impl Service {
 
 #[test]
 fn a_call_returns_once_the_new_process_serves() {
-    if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == ROLE) {
+    if is_role(ROLE) {
         return run(serve());
     }
     run(async {
@@ -175,7 +171,7 @@ async fn messages(
 }
 
 #[test]
-fn a_service_manager_learns_of_each_step_before_the_old_process_leaves() {
+fn a_manager_learns_of_each_step_before_the_old_process_leaves() {
     run(async {
         let service = Service::new();
         let name = abstract_name("supervisor");

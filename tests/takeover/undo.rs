@@ -1,20 +1,18 @@
-//! Who serves, when a takeover succeeds, is called off, or is undone.
+//! The process that serves after a takeover succeeds, is called off, or is undone.
 
 use std::{
     os::fd::{AsRawFd, OwnedFd},
-    path::Path,
     time::Duration,
 };
 
 use bytes::Bytes;
 use fdwire::{
-    Frame, Framed, Socket, SocketKind,
+    Frame,
     takeover::{
         self, Error, Options, Phase,
-        protocol::{AbortReason, FromTaker, Refusal, TakerCodec, ToTaker},
+        protocol::{AbortReason, Refusal},
     },
 };
-use futures::{SinkExt, StreamExt};
 use nix::{
     errno::Errno,
     sys::socket::{MsgFlags, Shutdown, send, shutdown},
@@ -22,7 +20,8 @@ use nix::{
 use tokio::net::TcpStream;
 
 use crate::{
-    check_does_not_serve, check_serves, common::*, first, first_with, http, place, request,
+    check_does_not_serve, check_serves, common::*, first, first_with, http, offered_to_raw_taker,
+    place, request, request_until_not_busy,
 };
 
 #[test]
@@ -88,16 +87,7 @@ fn a_new_server_that_ends_before_it_is_ready_changes_nothing() {
     });
 }
 
-/// The end of the one before may not be noticed yet.
-async fn request_until_not_busy(path: &Path) -> takeover::Pending {
-    loop {
-        match takeover::request(path, Options::default()).await {
-            Err(Error::Refused(Refusal::Busy)) => tokio::task::yield_now().await,
-            requested => return requested.unwrap(),
-        }
-    }
-}
-
+/// Rules: G-UNDO.
 #[test]
 fn a_new_server_that_ends_while_the_old_one_drains_is_undone() {
     run(async {
@@ -116,6 +106,7 @@ fn a_new_server_that_ends_while_the_old_one_drains_is_undone() {
     });
 }
 
+/// Rules: G-RESUMED, G-BATON.
 #[test]
 fn a_new_server_hands_everything_back_with_the_baton() {
     run(async {
@@ -147,6 +138,7 @@ fn a_new_server_hands_everything_back_with_the_baton() {
     });
 }
 
+/// Rules: T-READY-TIME.
 #[test]
 fn a_new_server_that_is_too_late_does_not_serve() {
     run(async {
@@ -163,6 +155,7 @@ fn a_new_server_that_is_too_late_does_not_serve() {
     });
 }
 
+/// Rules: G-BUSY, G-STATUS.
 #[test]
 fn a_second_takeover_is_refused_while_one_is_under_way() {
     run(async {
@@ -172,6 +165,8 @@ fn a_second_takeover_is_refused_while_one_is_under_way() {
         let second = takeover::request(&path, Options::default()).await.unwrap_err();
         assert!(matches!(second, Error::Refused(Refusal::Busy)), "{second}");
         assert!(second.to_string().contains("another process is taking over"), "{second}");
+        let status = takeover::status(&path, &Options::default()).await.unwrap();
+        assert_eq!((status.pid, status.is_under_way), (std::process::id(), true));
         let new = pending.ready().await.unwrap();
         old.replaced().await;
         // The control socket has moved along: the next one waits for the new server, which lets it
@@ -216,6 +211,7 @@ fn state_travels_with_its_descriptors() {
     });
 }
 
+/// Rules: T-RELEASE.
 #[test]
 fn generations_replace_each_other_and_only_the_last_two_hold_the_listeners() {
     run(async {
@@ -242,6 +238,8 @@ fn generations_replace_each_other_and_only_the_last_two_hold_the_listeners() {
 }
 
 /// State that no message can hold calls the takeover off, with a reason for both.
+///
+/// Rules: B-FRAME.
 #[test]
 fn state_that_is_too_long_calls_the_takeover_off() {
     run(async {
@@ -275,8 +273,10 @@ fn large_state_arrives_in_its_order() {
     });
 }
 
-/// Whether READY could be written says the same as whether the server stops: it is called off at
-/// about the same time, from another thread. After that, the end of the new process is noticed too.
+/// READY can be written if and only if the server stops. It is called off at about the same time,
+/// from another thread. After that, the end of the new process is noticed too.
+///
+/// Rules: G-CUT, G-UNDO.
 #[test]
 fn calling_a_takeover_off_and_ready_exclude_each_other() {
     run_in(some_threads(), async {
@@ -284,7 +284,7 @@ fn calling_a_takeover_off_and_ready_exclude_each_other() {
         let server = first(&path);
         let (mut called_off, mut replaced) = (0, 0);
         for round in 0..300 {
-            let taker = complete(&path).await;
+            let taker = OwnedFd::from(offered_to_raw_taker(&path).await.0.into_parts().socket);
             let ready = tokio::task::spawn_blocking(move || {
                 std::thread::sleep(Duration::from_micros(round % 40 * 5));
                 let sent = send(taker.as_raw_fd(), &encoded(b"\x03", 0), MsgFlags::MSG_NOSIGNAL);
@@ -311,7 +311,9 @@ fn calling_a_takeover_off_and_ready_exclude_each_other() {
     });
 }
 
-/// The old server asks once more before it leaves.
+/// The old server reads once more before it leaves.
+///
+/// Rules: G-DRAINED.
 #[test]
 fn a_new_process_that_ends_just_before_the_old_one_leaves_is_noticed() {
     run(async {
@@ -319,7 +321,7 @@ fn a_new_process_that_ends_just_before_the_old_one_leaves_is_noticed() {
         let server = first(&path);
         let address = crate::address(&server);
         for _ in 0..20 {
-            let taker = complete(&path).await;
+            let taker = OwnedFd::from(offered_to_raw_taker(&path).await.0.into_parts().socket);
             raw_send(&taker, &encoded(b"\x03", 0), &[]);
             server.replaced().await;
             settle().await;
@@ -330,21 +332,4 @@ fn a_new_process_that_ends_just_before_the_old_one_leaves_is_noticed() {
             check_serves(&server, address).await;
         }
     });
-}
-
-/// A raw taker that has received everything.
-async fn complete(path: &Path) -> OwnedFd {
-    loop {
-        let socket = Socket::connect(path, SocketKind::SeqPacket).await.unwrap();
-        let mut taker = Framed::new(socket, TakerCodec::default());
-        taker.send(FromTaker::Hello { lowest: 1, highest: 1 }).await.unwrap();
-        while let Some(message) = taker.next().await {
-            match message.unwrap() {
-                ToTaker::Complete => return taker.into_parts().socket.into(),
-                ToTaker::Refused { .. } => break, // the end of the one before is not noticed yet
-                _ => {}
-            }
-        }
-        tokio::task::yield_now().await;
-    }
 }

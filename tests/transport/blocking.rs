@@ -314,7 +314,8 @@ fn a_connection_continues_from_its_parts() {
         tx.send(Frame::new("three").with_fd(marked(3))).unwrap();
 
         assert_eq!(marks(&next(&mut rx)), [1]);
-        let mut rx = rx.map_codecs(|_, _| (large(), large())); // the others were received with the first
+        // The others were received with the first.
+        let mut rx = rx.map_codecs(|_, _| (large(), large()));
         assert_eq!(marks(&next(&mut rx)), [2]);
         assert_eq!(marks(&next(&mut rx)), [3]);
 

@@ -302,7 +302,8 @@ fn a_fast_peer_does_not_starve_other_tasks() {
             tx.feed(Frame::new("x")).await.unwrap();
         }
         tx.flush().await.unwrap();
-        assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "x"); // the others are in the buffer
+        // The others are in the buffer.
+        assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "x");
 
         let (turns, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let other = tokio::spawn({

@@ -184,7 +184,8 @@ fn what_is_put_into_the_parts_is_grouped_as_the_encoder_wants_it() {
         let mut tx = Framed::new(a, PacketCodec::default());
         tx.feed(Frame::new("before").with_fd(marked(1))).await.unwrap();
         let mut parts: FramedParts<PacketCodec> = tx.into_parts();
-        parts.unsent.put_slice(&vec![7; 100_000]); // more than a packet that is not announced may have
+        // More than a packet that is not announced may have.
+        parts.unsent.put_slice(&vec![7; 100_000]);
         parts.unsent.put_fd(marked(2));
         let mut tx = Framed::from_parts(parts);
         tx.feed(Frame::new("behind").with_fd(marked(3))).await.unwrap();

@@ -211,7 +211,8 @@ fn who_waits_first_is_served_first() {
             let sender = sender.clone();
             tokio::spawn(async move {
                 sender.send(Frame::new("").with_fd(marked(n))).await.unwrap();
-                sender.send(Frame::new("").with_fd(marked(n + 50))).await.unwrap(); // behind those who wait by now
+                // Behind those who wait by now.
+                sender.send(Frame::new("").with_fd(marked(n + 50))).await.unwrap();
             });
         }
         settle().await;

@@ -72,7 +72,9 @@ async fn a_descriptor_that_is_not_passed_ends_sending(
     refused: OwnedFd,
     errno: Errno,
 ) {
-    let is_expected = |error: &Error| matches!(error, Error::Io(error) if error.raw_os_error() == Some(errno as i32));
+    let expected = Some(errno as i32);
+    let is_expected =
+        |error: &Error| matches!(error, Error::Io(error) if error.raw_os_error() == expected);
     let (read, sender, driver) = shared(a);
     let driver = tokio::spawn(driver);
     let others: [Sender<FrameCodec>; 2] = [sender.clone(), sender.clone()];

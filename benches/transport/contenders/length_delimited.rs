@@ -20,8 +20,10 @@ impl Link for LengthDelimited {
     fn new(socket: OwnedFd, setup: Setup) -> Self {
         let stream = UnixStream::from_std(socket.into()).expect("the socket can be registered");
         let codec = LengthDelimitedCodec::builder().max_frame_length(LONGEST_MESSAGE).new_codec();
-        let mut framed = Framed::with_capacity(stream, codec, LONG_MESSAGE); // its own default is 8 KiB
-        framed.set_backpressure_boundary(256 << 10); // as fdwire has it, so that a batch goes in one call
+        // Its own default is 8 KiB.
+        let mut framed = Framed::with_capacity(stream, codec, LONG_MESSAGE);
+        // As fdwire has it, so that a batch goes in one call.
+        framed.set_backpressure_boundary(256 << 10);
         Self { framed, message_bytes: setup.load.bytes }
     }
 

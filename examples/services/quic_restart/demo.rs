@@ -75,13 +75,13 @@ impl Process {
     }
 }
 
-/// A connection, and the process that has answered first.
+/// A connection, and the process that has answered its first request.
 struct Client {
     connection: Connection,
     generation: u32,
 }
 
-/// Connects from some sockets by turns.
+/// Connects from several sockets in turn.
 struct Clients {
     endpoints: Vec<Endpoint>,
     server: SocketAddr,
@@ -115,7 +115,7 @@ impl Clients {
     }
 }
 
-/// Asks who serves a connection.
+/// Asks which generation serves a connection.
 async fn ask(connection: &Connection) -> Result<u32> {
     let asking = async {
         let (mut send, mut receive) = connection.open_bi().await?;
@@ -154,7 +154,7 @@ pub(crate) async fn run(connections: usize) -> Result<()> {
         connecting.collect::<Vec<_>>().await.into_iter().collect::<Result<_>>()?;
     println!("{} connections are open", open.len());
 
-    // New clients all the time, through every cut.
+    // New clients connect all the time, during every restart.
     let (connected, refused) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
     let load = tokio::spawn({
         let (clients, connected, refused) =
@@ -195,9 +195,9 @@ pub(crate) async fn run(connections: usize) -> Result<()> {
     let mut generations: Vec<_> = open.iter().map(|client| client.generation).collect();
     generations.dedup();
 
-    // Without connections, all but the last process leave.
-    // A close is a datagram that nobody repeats, so they are not sent all at once: one that is lost
-    // keeps its connection until the server has heard nothing of it for long.
+    // Without connections, all processes but the last one end. A close is one datagram, and if it
+    // is lost, the server keeps the connection for a long time. So the closes are not sent all at
+    // once.
     for some in open.chunks(AT_ONCE) {
         some.iter().for_each(|client| client.connection.close(0u32.into(), b""));
         sleep(PAUSE).await;

@@ -1,5 +1,5 @@
-//! A QUIC server that takes over from itself: start it again, and the new process replaces the old
-//! one. Connections that are open go on with the process that has accepted them.
+//! A QUIC server that takes over from itself: start it again, and the new process replaces the
+//! running one. Open connections stay with the process that has accepted them.
 //!
 //! ```text
 //! cargo run -p fdwire-services --bin quic_restart            # then again, in another terminal
@@ -13,7 +13,8 @@ mod socket;
 use std::{
     fs, io,
     net::{SocketAddr, UdpSocket},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    process::ExitCode,
     sync::Arc,
 };
 
@@ -26,21 +27,22 @@ use crate::{secrets::Secrets, socket::MovingSocket};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// A connection may stay for a long time, and so may its process.
+/// The number of old processes that may be left. Each stays as long as its connections do.
 const GENERATIONS: usize = 100;
 
+/// Answers over QUIC, and replaces the server that is running.
 #[derive(Parser, Debug, Clone)]
 struct Arguments {
-    /// Address to receive at.
+    /// Address to receive on.
     #[arg(long, default_value = "127.0.0.1:4433")]
     listen: SocketAddr,
-    /// Where a new process finds the running one.
+    /// Path of the socket through which a new process finds the running one.
     #[arg(long, default_value = "/tmp/fdwire-quic-restart")]
     path: PathBuf,
-    /// Where the first process writes its certificate, for clients.
+    /// File that the certificate is written to, for clients.
     #[arg(long, default_value = "/tmp/fdwire-quic-restart.der")]
     certificate: PathBuf,
-    /// Shows 20 restarts under load.
+    /// Show 20 restarts under load.
     #[arg(long)]
     demo: bool,
     /// Number of connections that the demo keeps open.
@@ -49,30 +51,40 @@ struct Arguments {
 }
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<()> {
+async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if arguments.demo {
-        return demo::run(arguments.connections).await;
+    let done = match arguments.demo {
+        true => demo::run(arguments.connections).await,
+        false => serve(arguments).await,
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
     }
-    serve(arguments).await
 }
 
 async fn serve(arguments: Arguments) -> Result<()> {
     let bind = || {
         let mut listeners = Listeners::new();
-        listeners.add("quic", UdpSocket::bind(arguments.listen)?)?;
+        let socket = UdpSocket::bind(arguments.listen);
+        listeners.add("quic", socket.map_err(|error| at(arguments.listen, error))?)?;
         Ok(listeners)
     };
     let options = Options::default().max_old_generations(GENERATIONS);
-    let mut pending = takeover::bind_or_take(&arguments.path, options, bind).await?;
+    let pending = takeover::bind_or_take(&arguments.path, options, bind).await;
+    let mut pending = pending.map_err(|error| format!("{}: {error}", arguments.path.display()))?;
 
-    // All generations have one certificate, and the keys of what clients keep: tokens and resets.
+    // All generations have the same certificate, and the same keys for what clients keep: tokens
+    // and resets.
     let secrets = match pending.take_state().first() {
         Some(state) => Secrets::from_bytes(&state.payload)?,
         None => Secrets::generate()?,
     };
     let state = secrets.to_bytes();
-    fs::write(&arguments.certificate, secrets.certificate())?;
+    write(&arguments.certificate, secrets.certificate())?;
     let config = secrets.server_config()?;
 
     let server = pending.ready().await?;
@@ -92,11 +104,11 @@ async fn serve(arguments: Arguments) -> Result<()> {
     tokio::spawn(accept(endpoint.clone(), server.generation()));
     loop {
         server.replaced().await;
-        // Its last connections end, or the new process does.
+        // Either the last connections of this process end, or the new process ends.
         select! {
             () = endpoint.wait_idle() => if server.drained().await { break },
             undone = server.undone() => if !undone {
-                // The new process was replaced as well. The one that serves now still forwards.
+                // The new process was replaced too. The process that serves now forwards to this one.
                 endpoint.wait_idle().await;
                 break;
             }
@@ -126,7 +138,16 @@ async fn answer(connection: Connection, generation: u32) -> Result<()> {
     }
 }
 
-/// For errors that end the demo.
+/// Names the address that an error is about.
+fn at(address: SocketAddr, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("cannot receive on {address}: {error}"))
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    Ok(fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()))?)
+}
+
+/// Makes an error that ends the demo.
 fn other(reason: impl Into<String>) -> io::Error {
     io::Error::other(reason.into())
 }

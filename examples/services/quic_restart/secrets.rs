@@ -1,4 +1,5 @@
-//! What all generations of the server have in common, and the connection ids that tell them apart.
+//! The secrets that all generations of the server share, and the connection ids that tell the
+//! generations apart.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,7 +17,7 @@ use crate::{Result, other};
 
 const SEED_BYTES: usize = 32;
 
-/// A client that is silent for so long is given up.
+/// A client that is silent for longer is given up.
 const LONGEST_SILENCE: Duration = Duration::from_secs(120);
 
 /// A certificate with its key, and a seed for further keys.
@@ -47,8 +48,7 @@ impl Secrets {
             let (key, certificate) = rest.split_at_checked(u32::from_be_bytes(*length) as usize)?;
             Some(Self { seed: *seed, certificate: certificate.to_vec().into(), key: key.to_vec() })
         };
-        Ok(read()
-            .ok_or_else(|| other("the running server has sent something else than its secrets"))?)
+        Ok(read().ok_or_else(|| other("the running server has not sent its secrets"))?)
     }
 
     pub(crate) fn certificate(&self) -> &[u8] {
@@ -82,8 +82,8 @@ impl Secrets {
 const NONCE_BYTES: usize = 8;
 const ID_BYTES: usize = 16;
 
-/// Connection ids that tell the generation to whoever has the key, and are random to others: 8
-/// random bytes, then the generation and 4 zero bytes, masked.
+/// Connection ids that show their generation to a process that has the key, and look random to
+/// others: 8 random bytes, then the generation and 4 zero bytes, both masked.
 #[derive(Clone)]
 pub(crate) struct ConnectionIds {
     key: hmac::Key,
@@ -95,7 +95,8 @@ impl ConnectionIds {
     pub(crate) fn owner(&self, datagram: &[u8]) -> Option<u32> {
         let is_long = datagram.first()? & 0x80 != 0;
         let id = if is_long {
-            // After the version is the length of the id. A client that begins has chosen its own.
+            // The length of the id follows the version. The first id of a connection is chosen by
+            // the client, and has no generation.
             let (&length, rest) = datagram.get(5..)?.split_first()?;
             rest.get(..length.into()).filter(|id| id.len() == ID_BYTES)?
         } else {

@@ -1,4 +1,4 @@
-//! quinn's socket on one that moves between processes.
+//! A socket for quinn that moves between processes.
 
 use std::{
     fmt,
@@ -25,7 +25,7 @@ pub(crate) struct MovingSocket {
 
 impl MovingSocket {
     pub(crate) fn new(datagrams: Datagrams) -> io::Result<Self> {
-        // Switches on what quinn wants to know of each datagram, and UDP_GRO.
+        // Switches on the control messages that quinn needs with each datagram, and UDP_GRO.
         let state = UdpSocketState::new((&datagrams).into())?;
         Ok(Self { datagrams, state })
     }

@@ -1,44 +1,90 @@
-//! A router for TLS connections: it reads the name of the server that a client wants (SNI) and
-//! hands the connection, with the bytes that it has read, to a worker of that name. The worker
-//! terminates TLS. After that no byte passes through the router, and it has no keys.
+//! A router for TLS connections. It reads the name of the server that a client asks for (SNI) in
+//! the first message of TLS, and hands the connection to a worker of that name, together with the
+//! bytes that it has read. The worker terminates TLS and speaks HTTP/1.1 or HTTP/2. From then on no
+//! byte passes through the router, which never has a key.
 //!
-//! ```sh
-//! cargo run -p fdwire-services --bin sni_router -- 0.0.0.0:443 \
-//!     --route example.org=./worker --route www.example.org=./other
+//! ```text
+//!          ClientHello            the connection, and the bytes of the ClientHello
+//!  client ─────────────► router ───────────────────────────────────────────────────► worker
+//!     └────────────────────────── the rest of TLS, and HTTP ───────────────────────────┘
 //! ```
 //!
-//! A worker is any program that takes its connections by `Incoming::from_stdin`. A client whose
-//! first message is no ClientHello, is too long or too slow, or names no server that there is, gets
-//! an answer in its own protocol and is disconnected.
+//! ```sh
+//! cargo run -p fdwire-services --bin sni_router -- --demo       # prints curl lines to try
+//! ```
+//!
+//! With a certificate of your own:
+//!
+//! ```sh
+//! openssl req -x509 -newkey rsa:2048 -nodes -keyout one.key -out one.pem -subj /CN=one.test \
+//!     -addext subjectAltName=DNS:one.test
+//! cargo build -p fdwire-services --bin sni_router
+//! worker='target/debug/sni_router --worker one.pem one.key'
+//! target/debug/sni_router 127.0.0.1:8443 --route "one.test=$worker"
+//! ```
+//!
+//! Any other program can be a worker, if it takes its connections from `Incoming::from_stdin`.
+//!
+//! A client gets an answer that it understands, and is disconnected, if it
+//!
+//! | sends | answer |
+//! |---|---|
+//! | a name without workers, or no name | alert `unrecognized_name` |
+//! | a ClientHello that is cut off, or longer than 16 KiB | alert `decode_error` |
+//! | a ClientHello that is broken | the alert that fits |
+//! | plain HTTP | status 400 |
+//! | another protocol | alert `decode_error` |
+//! | no complete ClientHello in time | alert `user_canceled` |
+//! | a ClientHello while no worker of its name takes connections | alert `internal_error` |
+//!
+//! Clients that send nothing do not keep others out: [`clients`]. To see why clients are refused,
+//! set `RUST_LOG=sni_router=debug`.
 
+mod clients;
+mod demo;
 mod hello;
+mod router;
+mod worker;
 
 use std::{
-    collections::HashMap, error::Error as StdError, io, net::SocketAddr, process::ExitCode,
-    str::FromStr, sync::Arc, time::Duration,
+    error::Error, io, net::SocketAddr, path::PathBuf, process::ExitCode, str::FromStr, sync::Arc,
+    time::Duration,
 };
 
 use clap::Parser;
-use fdwire::handoff::{Accepted, Dispatcher, WorkerCommand};
-use hello::{Hello, NoHello, UNRECOGNIZED_NAME, alert, read_hello, refuse};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    process::Command,
-    sync::Semaphore,
-    time::sleep,
-};
+use demo::Demo;
+use router::Router;
+use tokio::{net::TcpListener, process::Command, signal::ctrl_c, try_join};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
-/// Hands TLS connections to workers by the name of the server that the client wants.
+/// Hands TLS connections to workers, by the name of the server that a client asks for.
 #[derive(Parser)]
 struct Args {
-    /// Where to listen.
+    /// Where to listen; port 0 takes a free one
+    #[arg(default_value = "127.0.0.1:8443")]
     address: SocketAddr,
-    /// A program, with its arguments behind spaces, that serves the connections for a name.
-    #[arg(long, value_name = "NAME=PROGRAM", required = true)]
+
+    /// A program that serves the connections for a name, with its arguments after spaces. Several
+    /// for the same name share its connections
+    #[arg(long, value_name = "NAME=PROGRAM", required_unless_present_any = ["demo", "worker"])]
     route: Vec<Route>,
-    /// The time that a client has for its first message.
+
+    /// Serve one.test and two.test with certificates made on the spot, and print commands to try
+    #[arg(long)]
+    demo: bool,
+
+    /// The time until a client has to be handed to a worker
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 5000)]
     patience: u64,
+
+    /// Clients to hold until they are handed over. If there are more, the oldest one is let go
+    #[arg(long, value_name = "NUMBER", default_value_t = 500)]
+    clients: usize,
+
+    /// Be a worker: serve connections that come over the standard input, with this certificate and
+    /// key (PEM)
+    #[arg(long, num_args = 2, value_names = ["CERTIFICATE", "KEY"])]
+    worker: Option<Vec<PathBuf>>,
 }
 
 #[derive(Debug, Clone)]
@@ -54,21 +100,25 @@ impl FromStr for Route {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (name, command) = text.split_once('=').ok_or("no `=` between name and program")?;
         let mut words = command.split_whitespace().map(str::to_owned);
-        let program = words.next().ok_or("no program behind `=`")?;
-        Ok(Self { name: name.to_ascii_lowercase(), program, arguments: words.collect() })
+        let program = words.next().ok_or("no program after `=`")?;
+        Ok(Self { name: name.to_owned(), program, arguments: words.collect() })
     }
 }
 
-/// The workers of each name.
-type Routes = HashMap<String, Dispatcher>;
-
-/// Clients whose first message is awaited at a time. More wait in the kernel's queue.
-const MOST_GREETED: usize = 1000;
+/// How long requests may take after Ctrl-C.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(io::stderr).init();
-    match run(Args::parse()).await {
+    let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into());
+    let events = tracing_subscriber::fmt().with_writer(io::stderr);
+    events.with_env_filter(filter.from_env_lossy()).init();
+    let args = Args::parse();
+    let outcome = match args.worker.as_deref() {
+        Some([certificate, key]) => worker::run(certificate, key).await,
+        _ => run_router(args).await,
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
@@ -77,61 +127,30 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(args: Args) -> Result<(), Box<dyn StdError>> {
+async fn run_router(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let listener = TcpListener::bind(args.address)
         .await
-        .map_err(|error| format!("cannot listen at {}: {error}", args.address))?;
-    let mut routes = Routes::new();
+        .map_err(|error| format!("cannot listen on {}: {error}", args.address))?;
+    let address = listener.local_addr()?;
+
+    let mut router = Router::new(args.clients, Duration::from_millis(args.patience));
     for Route { name, program, arguments } in args.route {
-        let dispatcher = routes.entry(name).or_insert_with(|| Dispatcher::builder().build());
-        let mut command = Command::new(&program);
+        let mut command = Command::new(program);
         command.args(arguments);
-        dispatcher
-            .spawn_worker(WorkerCommand::from(command).restart(true))
-            .map_err(|error| format!("cannot start {program}: {error}"))?;
+        router.add_worker(&name, command)?;
     }
-    println!("listening at {}", listener.local_addr()?);
+    let demo = args.demo.then(|| Demo::start(&mut router)).transpose()?;
 
-    let (routes, patience) = (Arc::new(routes), Duration::from_millis(args.patience));
-    let greeted = Arc::new(Semaphore::new(MOST_GREETED));
-    loop {
-        let permit = Arc::clone(&greeted).acquire_owned().await?;
-        let (client, address) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!("cannot accept: {error}");
-                sleep(Duration::from_millis(100)).await; // usually there are too many descriptors
-                continue;
-            }
-        };
-        let routes = Arc::clone(&routes);
-        tokio::spawn(async move {
-            if let Err(error) = route(client, &routes, patience).await {
-                tracing::info!("{address}: {error}");
-            }
-            drop(permit);
-        });
+    println!("listening on {address}");
+    if let Some(demo) = &demo {
+        demo.print_commands(address);
     }
-}
-
-async fn route(
-    mut client: TcpStream,
-    routes: &Routes,
-    patience: Duration,
-) -> Result<(), Box<dyn StdError + Send + Sync>> {
-    let Hello { server_name, bytes } = match read_hello(&mut client, patience).await {
-        Ok(hello) => hello,
-        Err(NoHello::Io(error)) => return Err(error.into()),
-        Err(error) => {
-            refuse(client, &error.answer()).await?;
-            return Err(error.into());
-        }
+    let router = Arc::new(router);
+    let stop = async {
+        ctrl_c().await?;
+        router.drain(STOP_LIMIT).await; // ends `serve` too
+        Ok(())
     };
-    let name = server_name.unwrap_or_default();
-    let Some(dispatcher) = routes.get(&name) else {
-        refuse(client, &alert(UNRECOGNIZED_NAME)).await?;
-        return Err(format!("no worker for the name {name:?}").into());
-    };
-    dispatcher.dispatch(Accepted::from(client).read_bytes(bytes).metadata(name)).await?;
+    try_join!(Arc::clone(&router).serve(listener), stop)?;
     Ok(())
 }

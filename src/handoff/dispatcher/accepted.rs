@@ -17,11 +17,13 @@ use super::{Group, Transport, key::key_of, protocol::RejectReason};
 /// here, and one of std becomes non-blocking, for all holders of a copy.
 ///
 /// ```no_run
-/// # async fn example(dispatcher: fdwire::handoff::Dispatcher, stream: tokio::net::TcpStream, head: Vec<u8>)
-/// # -> Result<(), Box<dyn std::error::Error>> {
+/// # async fn example(
+/// #     dispatcher: fdwire::handoff::Dispatcher, stream: tokio::net::TcpStream, head: Vec<u8>,
+/// # ) -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::handoff::Accepted;
 ///
-/// dispatcher.dispatch(Accepted::from(stream).read_bytes(head).metadata("tenant 7").key("7")).await?;
+/// let connection = Accepted::from(stream).read_bytes(head).metadata("tenant 7").key("7");
+/// dispatcher.dispatch(connection).await?;
 /// # Ok(()) }
 /// ```
 #[derive(Debug)]

@@ -79,7 +79,10 @@ fn max_in_flight() -> usize {
 ///
 /// use fdwire::handoff::{Dispatcher, Strategy};
 ///
-/// let dispatcher = Dispatcher::builder().strategy(Strategy::ByKey).hang_timeout(Duration::from_secs(30)).build();
+/// let dispatcher = Dispatcher::builder()
+///     .strategy(Strategy::ByKey)
+///     .hang_timeout(Duration::from_secs(30))
+///     .build();
 /// # drop(dispatcher); }
 /// ```
 #[derive(Debug, Clone)]

@@ -26,8 +26,13 @@ use super::{
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
     succession::Envelope,
 };
-use crate::handoff::Serving;
-use crate::{Error, SendFd, close_in_background, closer::close_sockets, error::copy_of, sys};
+use crate::{
+    Error, SendFd, close_in_background,
+    closer::close_sockets,
+    error::copy_of,
+    handoff::{Serving, span::ConnectionSpan},
+    sys,
+};
 
 /// Tells the application that dispatched a connection what became of it.
 type Reply = oneshot::Sender<Result<WorkerId, DispatchError>>;
@@ -48,6 +53,8 @@ pub(super) struct Handover {
     peer: Address,
     local: Address,
     reply: Option<Reply>,
+    /// Lasts until the outcome is known.
+    span: ConnectionSpan,
     /// The group in which it waits, or has waited.
     group: Group,
     /// Tells the dispatcher that this one has replaced that the connection is adopted, when it is
@@ -126,6 +133,7 @@ impl Handover {
             bundle,
             about,
             cookie,
+            span: ConnectionSpan::dispatch(cookie, &peer, &local),
             peer,
             local,
             reply: None,
@@ -182,6 +190,7 @@ impl Handover {
         if let Some(reply) = self.reply.take() {
             let _ = reply.send(Ok(worker)); // nobody has to wait for it
         }
+        self.span.end("adopted", Some(worker.0));
     }
 
     /// The dispatcher's copies of the descriptors, which are of no use to it.
@@ -205,7 +214,10 @@ impl Handover {
         let error = DispatchError { reason, connection };
         let unwanted = match self.reply {
             Some(reply) => match reply.send(Err(error)) {
-                Ok(()) => return true,
+                Ok(()) => {
+                    self.span.end("given back", None);
+                    return true;
+                }
                 Err(unwanted) => unwanted.err(),
             },
             None => Some(error),
@@ -215,6 +227,7 @@ impl Handover {
             shut_down(socket);
             close_in_background(about.bundle);
         }
+        self.span.end("closed", None);
         false
     }
 
@@ -297,7 +310,8 @@ impl Drop for SharedFd {
 
 /// The end of a connection, for its client and for every process that has a copy.
 pub(super) fn shut_down(socket: OwnedFd) {
-    let _ = socket::shutdown(socket.as_raw_fd(), socket::Shutdown::Both); // an error says that it has ended
+    // An error means that it has ended.
+    let _ = socket::shutdown(socket.as_raw_fd(), socket::Shutdown::Both);
     close_sockets([socket]);
 }
 

@@ -71,7 +71,8 @@ fn after(within: Duration) -> Instant {
 /// When the last clone is dropped, it [drains](Self::drain) without a limit.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::{Socket, SocketKind, handoff::Dispatcher};
 /// use tokio::net::{TcpListener, TcpStream};
 ///

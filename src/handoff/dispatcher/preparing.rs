@@ -1,6 +1,12 @@
 //! The application's function that prepares accepted connections.
 
-use std::{future::Future, io, os::fd::OwnedFd, panic::AssertUnwindSafe, sync::Arc};
+use std::{
+    future::Future,
+    io,
+    os::fd::OwnedFd,
+    panic::AssertUnwindSafe,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
 
 use futures::{FutureExt, future::BoxFuture};
 use tokio::{
@@ -8,7 +14,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
-use tracing::{debug, warn};
+use tracing::{Instrument, debug, warn};
 
 use super::{
     Accepted, Group, IntoListener, Shared,
@@ -19,6 +25,7 @@ use super::{
     pool::Admission,
     shared::Source,
 };
+use crate::handoff::span::ConnectionSpan;
 
 type Prepare =
     Arc<dyn Fn(OwnedFd) -> BoxFuture<'static, io::Result<Option<Accepted>>> + Send + Sync>;
@@ -67,14 +74,20 @@ impl Preparing {
 impl Slot {
     /// Prepares a connection and hands it over, in a task of its own.
     pub(super) fn prepare(self, shared: &Arc<Shared>, group: &Group, connection: OwnedFd) {
-        let prepared = AssertUnwindSafe((self.prepare)(connection)).catch_unwind();
+        let span = ConnectionSpan::prepare(&connection).into_span();
+        let prepare = (self.prepare)(connection).instrument(span);
+        // The span ends inside of `catch_unwind`: a subscriber may panic.
+        #[expect(clippy::redundant_async_block, reason = "drops the span where it ends")]
+        let prepared = AssertUnwindSafe(async move { prepare.await }).catch_unwind();
         let (source, group) = (Source::new(shared), group.clone());
         shared.runtime.spawn(async move {
             let shared = source.shared();
             let drained = shared.until(|pool| pool.is_closed());
             let prepared = select! {
                 prepared = prepared => prepared,
-                () = sleep(shared.config.prepare_timeout) => return not_prepared(shared, "it took too long"),
+                () = sleep(shared.config.prepare_timeout) => {
+                    return not_prepared(shared, "it took too long");
+                }
                 () = drained => return not_prepared(shared, "the dispatcher has drained"),
             };
             match prepared {
@@ -105,7 +118,11 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     // groups would not be accepted.
     if !shared.act(|pool| pool.may_wait(&group)) {
         shared.count_lost();
-        warn!(%group, "connection closed: too many wait for a worker of its group");
+        // Clients may cause many of these, so the others are for those that look closer.
+        if !shared.has_warned_of_crowd.swap(true, Relaxed) {
+            warn!(%group, "connections are closed: too many wait for a worker of their group");
+        }
+        debug!(%group, "connection closed: too many wait for a worker of its group");
         return connection.shut_down();
     }
     let permit = match reserve(shared, Some(&group)).await {
@@ -114,6 +131,7 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     };
     match permit {
         Some(permit) => permit.take(connection, &group),
-        None => connection.dispatch(shared, &group, Admission::None), // the drain is over: it fails, and is counted
+        // The drain is over: it fails, and is counted.
+        None => connection.dispatch(shared, &group, Admission::None),
     }
 }

@@ -169,7 +169,8 @@ impl Peer {
                 shared.process_ended(id, None);
             });
         } else if self.has_ended() {
-            shared.process_ended(id, None); // the task that has watched it may have told so before this link was retired
+            // The task that has watched it may have told so before this link was retired.
+            shared.process_ended(id, None);
         }
     }
 }

@@ -98,7 +98,17 @@ impl Dispatcher {
     /// | a new worker dies | the new ones are stopped | it is started again if that is asked for |
     /// | a worker is added | it stays | it stays |
     /// | the dispatcher drains | the new ones are stopped | the old ones go on leaving |
-    /// | a second call for this group | [`InProgress`](NotReplaced::InProgress) | it replaces the new ones |
+    /// | another call for this group | is [refused](NotReplaced::InProgress) | replaces the new ones |
+    ///
+    /// **Clients that keep their connection.** An adopted connection stays with its old worker, so
+    /// the worker decides what its client sees. If it answers with `Connection: close` once it is
+    /// [to drain](crate::handoff::IncomingHandle::is_draining), the client connects again, to a new
+    /// worker, and no request fails. To end a silent connection is another matter: a request that
+    /// the client sends in that moment gets a reset instead of an answer, in HTTP/1 with any server
+    /// (RFC 9112, section 9.5). Clients send such a request again if it is idempotent; load
+    /// generators such as wrk count an error. So leave silent connections open for longer than
+    /// clients pause between requests, with a `within` that is longer still.
+    /// [`serve_axum`](crate::handoff::Incoming::serve_axum) ends them after 100 ms.
     ///
     /// ```no_run
     /// # async fn example(dispatcher: fdwire::handoff::Dispatcher)
@@ -155,7 +165,8 @@ impl Dispatcher {
         let failed = match guard.end() {
             Some(Outcome::Switched { new, old }) => {
                 let replaced = Replaced { new, old };
-                info!(group = %self.group, unfinished = replaced.unfinished(), "workers were replaced");
+                let unfinished = replaced.unfinished();
+                info!(group = %self.group, unfinished, "workers were replaced");
                 return Ok(replaced);
             }
             Some(Outcome::RolledBack { failed }) => failed,

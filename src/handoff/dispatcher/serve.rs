@@ -59,10 +59,14 @@ macro_rules! into_listener {
 }
 
 into_listener! {
-    tokio::net::TcpListener, tokio::net::TcpListener::into_std, Tcp, tokio::net::TcpStream, std::net::TcpStream;
-    tokio::net::UnixListener, tokio::net::UnixListener::into_std, UnixStream, tokio::net::UnixStream, unix::net::UnixStream;
-    std::net::TcpListener, io::Result::Ok, Tcp, tokio::net::TcpStream, std::net::TcpStream;
-    unix::net::UnixListener, io::Result::Ok, UnixStream, tokio::net::UnixStream, unix::net::UnixStream;
+    tokio::net::TcpListener, tokio::net::TcpListener::into_std, Tcp,
+        tokio::net::TcpStream, std::net::TcpStream;
+    tokio::net::UnixListener, tokio::net::UnixListener::into_std, UnixStream,
+        tokio::net::UnixStream, unix::net::UnixStream;
+    std::net::TcpListener, io::Result::Ok, Tcp,
+        tokio::net::TcpStream, std::net::TcpStream;
+    unix::net::UnixListener, io::Result::Ok, UnixStream,
+        tokio::net::UnixStream, unix::net::UnixStream;
 }
 
 impl Dispatcher {
@@ -125,8 +129,9 @@ impl Dispatcher {
     /// its group [a listener of its own](Self::in_group).
     ///
     /// ```no_run
-    /// # async fn example(dispatcher: fdwire::handoff::Dispatcher, listener: tokio::net::TcpListener)
-    /// # -> std::io::Result<()> {
+    /// # async fn example(
+    /// #     dispatcher: fdwire::handoff::Dispatcher, listener: tokio::net::TcpListener,
+    /// # ) -> std::io::Result<()> {
     /// use fdwire::handoff::Accepted;
     /// use tokio::net::TcpStream;
     ///

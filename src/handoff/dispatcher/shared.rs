@@ -6,7 +6,7 @@ use std::{
     process::ExitStatus,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -45,6 +45,8 @@ pub(super) struct Shared {
     pub(super) pauses: Pauses,
     given_back: AtomicU64,
     lost: AtomicU64,
+    /// Connections were closed because too many wait for a worker of their group.
+    pub(super) has_warned_of_crowd: AtomicBool,
     /// The number of [`Source`]s.
     sources: AtomicUsize,
     /// Whether processes of retired workers are to be killed.
@@ -88,6 +90,7 @@ impl Shared {
             pauses: Pauses::default(),
             given_back: AtomicU64::new(0),
             lost: AtomicU64::new(0),
+            has_warned_of_crowd: AtomicBool::new(false),
             sources: AtomicUsize::new(0),
             kill: watch::Sender::new(false),
             tasks: JointTask::spawn(&runtime),
@@ -137,7 +140,10 @@ impl Shared {
                     drop(waiter.map(|waiter| waiter.send(permit)));
                 }
                 Event::FenceDeferred(id) => {
-                    warn!(worker = %id, "worker is hung, but too many were fenced recently; leaving it alone")
+                    warn!(
+                        worker = %id,
+                        "worker is hung, but too many were fenced recently; leaving it alone"
+                    );
                 }
                 Event::Changed => self.changed(),
                 Event::Close(connection) => useless.extend(connection.into_copies()),

@@ -219,7 +219,10 @@ async fn start_again(
             }
             Err(error) => {
                 wait = backoff.next();
-                warn!(worker = %id, %error, "worker is not started again yet; trying it in {wait:?}");
+                warn!(
+                    worker = %id, %error,
+                    "worker is not started again yet; trying it in {wait:?}"
+                );
             }
         }
     }

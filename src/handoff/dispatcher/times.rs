@@ -47,6 +47,11 @@ impl AdoptionTimes {
         bucket.and_then(bound)
     }
 
+    /// Returns those that have come since an earlier look at the same dispatcher.
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self(std::array::from_fn(|bucket| self.0[bucket].saturating_sub(earlier.0[bucket])))
+    }
+
     pub(super) fn record(&mut self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         // 64 us belong to the first bucket, 65 to 128 to the second, 129 to 256 to the third.
@@ -89,7 +94,11 @@ mod tests {
         let quantiles = [0.0, 0.25, 0.5, 0.75, 0.76, 1.0]
             .map(|share| times.quantile(share).unwrap().as_micros());
         assert_eq!(quantiles, [64, 64, 128, 128, 1024, 1024]);
+        let before = times;
         times.record(Duration::MAX);
         assert_eq!(times.quantile(1.0), None);
+        let since = times.since(&before);
+        assert_eq!(since.buckets().map(|(_, count)| count).sum::<u64>(), 1);
+        assert_eq!(since.quantile(0.5), None);
     }
 }

@@ -33,7 +33,7 @@ use crate::{
     Error, SendFd, Socket,
     codec::{Decoder, FdQueue},
     framed::{Outbound, ReadHalf, halves},
-    handoff::protocol::TolerantCodec,
+    handoff::{protocol::TolerantCodec, span::ConnectionId},
     sys,
 };
 
@@ -197,7 +197,10 @@ impl WorkerTask {
         if self.is_short {
             self.shared.act(|pool| pool.totals.send_shortages += 1);
             if !std::mem::replace(&mut self.has_warned, true) {
-                warn!(worker = %self.id, "offers wait: too many descriptors of this uid are in flight (ETOOMANYREFS)");
+                warn!(
+                    worker = %self.id,
+                    "offers wait: too many descriptors of this uid are in flight (ETOOMANYREFS)"
+                );
             }
         }
     }
@@ -282,7 +285,8 @@ impl WorkerTask {
             }
             ToWorker::Offer { number, offer } => {
                 self.sending.add(1 + offer.bundle.len());
-                debug!(worker = %self.id, number, "connection is offered");
+                let connection = ConnectionId(offer.cookie);
+                debug!(worker = %self.id, number, %connection, "connection is offered");
             }
             ToWorker::Recall { before } => debug!(worker = %self.id, before, "offers are recalled"),
             ToWorker::Ping { .. } => self.close_ended(),

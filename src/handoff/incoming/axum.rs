@@ -63,7 +63,8 @@ impl Incoming {
         // Dropping the set aborts it.
         let mut task = JoinSet::new();
         task.spawn(serving);
-        task.join_next().await; // never an error, unless it panics; then `self` is dropped, which drains
+        // Never an error, unless it panics; then `self` is dropped, which drains.
+        task.join_next().await;
         ended.await
     }
 }

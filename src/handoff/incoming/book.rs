@@ -15,7 +15,10 @@ use std::{
 
 use crate::{
     Error,
-    handoff::protocol::{FromWorker, MAX_UNANSWERED, RejectReason, ToWorker, VERSION},
+    handoff::{
+        IncomingStats,
+        protocol::{FromWorker, MAX_UNANSWERED, RejectReason, ToWorker, VERSION},
+    },
 };
 
 /// How long the end of a connection may go unreported if there is nothing else to send. Answers
@@ -42,6 +45,9 @@ pub(in crate::handoff) struct Book<T> {
     welcomed: bool,
     /// Connections that were adopted before this link began, and had not ended then.
     open_before: u64,
+    /// The numbers of answers at links before this one.
+    adopted_before: u64,
+    rejected_before: u64,
     /// `offered <= demand`, and `offered == adopted + rejected + unanswered.len()`.
     demand: u64,
     offered: u64,
@@ -133,6 +139,8 @@ impl<T> Book<T> {
             spare: 0,
             welcomed: false,
             open_before: open,
+            adopted_before: 0,
+            rejected_before: 0,
             demand: 0,
             offered: 0,
             adopted: 0,
@@ -392,6 +400,16 @@ impl<T> Book<T> {
         }
     }
 
+    pub(in crate::handoff) fn stats(&self) -> IncomingStats {
+        IncomingStats {
+            adopted: self.adopted_before + self.adopted,
+            rejected: self.rejected_before + self.rejected,
+            active: self.serving(),
+            waiting: self.unanswered.len() as u64,
+            requested: if self.state == Taking::Ended { 0 } else { self.on_their_way() },
+        }
+    }
+
     /// The number of offers that were asked for and have not come.
     fn on_their_way(&self) -> u64 {
         self.demand - self.offered
@@ -435,7 +453,10 @@ impl<T> Book<T> {
             next.drain();
         }
         self.has_moved = true;
-        (next, self.drain())
+        let unwanted = self.drain();
+        next.adopted_before = self.adopted_before + self.adopted;
+        next.rejected_before = self.rejected_before + self.rejected;
+        (next, unwanted)
     }
 
     /// Says goodbye when it is time to. Returns true if GOODBYE is the last message.

@@ -24,7 +24,7 @@ use tokio::{runtime::Handle, sync::watch, time::Instant};
 use link::Link;
 use task::Task;
 
-use super::{End, Settings, book::Book, headroom::Headroom};
+use super::{End, IncomingStats, Settings, book::Book, headroom::Headroom};
 use crate::{
     Error, Socket, close_in_background,
     handoff::{
@@ -97,6 +97,10 @@ impl Channel {
 
     pub(super) fn phase(&self) -> watch::Receiver<Phase> {
         self.phase.subscribe()
+    }
+
+    pub(super) fn stats(&self) -> IncomingStats {
+        self.lock().current.book.stats()
     }
 
     /// Adopts up to `max` connections. None: there will not be any more.

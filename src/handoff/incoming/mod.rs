@@ -5,24 +5,30 @@ mod axum;
 pub(in crate::handoff) mod book;
 mod channel;
 mod headroom;
+mod stats;
 
 use std::{
-    future::{Future, poll_fn},
+    future::{Future, pending, poll_fn},
     io,
     path::Path,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use futures_core::Stream;
 use smallvec::SmallVec;
-use tokio::time::Instant;
+use tokio::{
+    select,
+    time::{Instant, sleep_until},
+};
 
 use super::{Connection, protocol::MAX_OFFER_FDS};
 use crate::{Error, Socket, SocketKind};
 pub(in crate::handoff) use channel::Channel;
 use channel::Phase;
+pub use stats::IncomingStats;
 
 /// Connections that a dispatcher hands to this process, as a [`Stream`].
 ///
@@ -56,7 +62,8 @@ use channel::Phase;
 ///         tokio::spawn(async move { connection.write_all(b"hello\n").await });
 ///     }
 /// });
-/// println!("{:?}", handle.ended().await); // every connection has ended, and the dispatcher knows or has gone
+/// // Every connection has ended, and the dispatcher knows or has gone.
+/// println!("{:?}", handle.ended().await);
 /// # Ok(()) }
 /// ```
 ///
@@ -178,7 +185,8 @@ impl Drop for Incoming {
 /// let requested = handle.drain_requested();
 /// let stop = async {
 ///     requested.await;
-///     sleep(Duration::from_millis(100)).await; // for requests that are on their way: axum ends silent connections at once
+///     // For requests that are on their way: axum ends silent connections at once.
+///     sleep(Duration::from_millis(100)).await;
 /// };
 /// let serving = axum::serve(incoming, app).with_graceful_shutdown(stop);
 /// tokio::spawn(async move { serving.await }).await??;
@@ -215,12 +223,60 @@ impl IncomingHandle {
         }
     }
 
+    /// Returns the numbers of this worker, for whoever watches it.
+    pub fn stats(&self) -> IncomingStats {
+        self.channel.stats()
+    }
+
     /// When the dispatcher will wait no longer for the adopted connections to end. `None` as long
     /// as it has not asked, or where it has set no time.
     pub fn drain_deadline(&self) -> Option<Instant> {
         match *self.channel.phase().borrow() {
             Phase::Draining { deadline } => deadline,
             _ => None,
+        }
+    }
+
+    /// Waits until the [deadline](Self::drain_deadline) of the drain is no further away than
+    /// `margin`: the time to end the connections that are left, so that the dispatcher still hears
+    /// a goodbye. Never ends if the drain has no deadline, or if the link has ended before.
+    ///
+    /// ```no_run
+    /// # async fn serve(_: fdwire::handoff::Connection) {}
+    /// # async fn example(connection: fdwire::handoff::Connection, handle: fdwire::handoff::IncomingHandle) {
+    /// use std::time::Duration;
+    ///
+    /// tokio::select! {
+    ///     () = serve(connection) => {}
+    ///     () = handle.drain_over(Duration::from_millis(500)) => println!("a connection is cut"),
+    /// }
+    /// # }
+    /// ```
+    pub fn drain_over(
+        &self,
+        margin: Duration,
+    ) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let mut phase = self.channel.phase();
+        async move {
+            loop {
+                let deadline = match *phase.borrow_and_update() {
+                    Phase::Draining { deadline } => deadline,
+                    _ => None,
+                };
+                let over = async {
+                    match deadline {
+                        Some(it) => sleep_until(it.checked_sub(margin).unwrap_or(it)).await,
+                        None => pending().await,
+                    }
+                };
+                select! {
+                    () = over => return,
+                    // A drain has begun, or has another deadline now.
+                    changed = phase.changed() => if changed.is_err() {
+                        pending().await
+                    }
+                }
+            }
         }
     }
 

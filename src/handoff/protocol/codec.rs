@@ -11,7 +11,8 @@ use crate::{
 /// The worker's codec: [`ToWorker`] in, [`FromWorker`] out.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::{Framed, Socket, SocketKind, handoff::protocol::*};
 /// use futures::{SinkExt, StreamExt};
 ///

@@ -192,7 +192,8 @@ mod tests {
             let last = Receive { bytes: 1.0, ahead: 0, lost: 0 };
             for Receive { bytes: share, ahead, lost } in receives.into_iter().chain([last]) {
                 let end = position + ((bytes.len() - position) as f64 * share).ceil() as usize;
-                let complete = ends.iter().take_while(|(bytes, _)| *bytes <= end).last().map_or(0, |(_, fds)| *fds);
+                let complete = ends.iter().take_while(|(bytes, _)| *bytes <= end).last();
+                let complete = complete.map_or(0, |(_, fds)| *fds);
                 let total = ends.last().map_or(0, |(_, fds)| *fds);
                 let now = sent.max((complete + ahead).min(total));
                 let lost = lost.min(now - sent);
@@ -207,7 +208,9 @@ mod tests {
                 }
                 loop {
                     match inbound.next(&mut codec) {
-                        Ok(Step::Item(ToWorker::Offer { number, offer })) => offers.push((number, offer)),
+                        Ok(Step::Item(ToWorker::Offer { number, offer })) => {
+                            offers.push((number, offer));
+                        }
                         Ok(Step::Receive) => break,
                         other => prop_assert!(false, "{other:?}"),
                     }

@@ -6,29 +6,24 @@ use proptest::{collection::vec, prelude::*};
 use super::{wire::NO_LIMIT, *};
 use crate::{
     Error,
-    codec::{Decoder, Encoder, FdQueue, SendBuf},
+    address::tests::any_address,
+    codec::{
+        Decoder, Encoder, FdQueue, SendBuf,
+        by_hand::{encoded, frame},
+    },
 };
-
-fn address() -> impl Strategy<Value = Address> {
-    prop_oneof![
-        Just(Address::Unnamed),
-        any::<std::net::SocketAddrV4>().prop_map(|address| Address::Ip(address.into())),
-        any::<std::net::SocketAddrV6>().prop_map(|address| Address::Ip(address.into())),
-        "/[a-z/]{0,100}".prop_map(|path| Address::Path(path.into())),
-        vec(any::<u8>(), 0..108).prop_map(Address::Abstract),
-    ]
-}
 
 prop_compose! {
     fn offer()(
         cookie: u64,
         tcp: bool,
-        (peer, local) in (address(), address()),
+        (peer, local) in (any_address(), any_address()),
         (read, metadata) in (vec(any::<u8>(), 0..5000), vec(any::<u8>(), 0..50)),
         (fd, bundle) in (any::<u32>(), vec(any::<u32>(), 0..MAX_OFFER_FDS)),
     ) -> Offer<u32> {
         let transport = if tcp { Transport::Tcp } else { Transport::UnixStream };
-        Offer { cookie, transport, peer, local, read: read.into(), metadata: metadata.into(), fd, bundle }
+        let (read, metadata) = (read.into(), metadata.into());
+        Offer { cookie, transport, peer, local, read, metadata, fd, bundle }
     }
 }
 
@@ -71,30 +66,13 @@ fn from_worker() -> impl Strategy<Value = FromWorker> {
     ]
 }
 
-/// What a codec makes of one message: its bytes, and its descriptors as numbers.
-fn encoded<I: std::fmt::Debug>(
-    mut codec: impl Encoder<I, u32, Error = Error>,
-    message: I,
-) -> (BytesMut, Vec<u32>) {
-    let mut buf = SendBuf::new();
-    codec.encode(message, &mut buf).unwrap();
-    buf.into_parts()
-}
-
-fn frame(payload: &[u8], fds: u16) -> BytesMut {
-    let mut frame = BytesMut::from(&[0xFD, 0x10][..]);
-    frame.extend_from_slice(&fds.to_be_bytes());
-    frame.extend_from_slice(&(payload.len() as u32).to_be_bytes());
-    frame.extend_from_slice(payload);
-    frame
-}
-
 proptest! {
     #[test]
     fn what_a_dispatcher_says_arrives(message in to_worker()) {
         let (mut bytes, fds) = encoded(DispatcherCodec::default(), message.clone());
         let mut fds = FdQueue::from_iter(fds);
-        prop_assert_eq!(WorkerCodec::default().decode(&mut bytes, &mut fds).unwrap(), Some(message));
+        let decoded = WorkerCodec::default().decode(&mut bytes, &mut fds).unwrap();
+        prop_assert_eq!(decoded, Some(message));
         prop_assert!(bytes.is_empty() && fds.is_empty());
     }
 
@@ -114,21 +92,26 @@ proptest! {
         let (bytes, fds) = encoded(DispatcherCodec::default(), message.clone());
         let payload = &bytes[8..];
         let cut = (payload.len() as f64 * cut) as usize;
-        for (payload, wrong) in [(&payload[..cut], fds.len()), (payload, if fds.is_empty() { 1 } else { 0 })] {
+        let other = if fds.is_empty() { 1 } else { 0 };
+        for (payload, wrong) in [(&payload[..cut], fds.len()), (payload, other)] {
             let mut queue = (0..wrong as u32).collect();
-            let refused = WorkerCodec::default().decode(&mut frame(payload, wrong as u16), &mut queue);
+            let mut bytes = frame(payload, wrong as u16);
+            let refused = WorkerCodec::default().decode(&mut bytes, &mut queue);
             prop_assert!(refused.is_err());
             prop_assert_eq!(queue.len(), wrong, "descriptors are left to be closed");
         }
         let longer = [payload, b"later"].concat();
-        let decoded = WorkerCodec::default().decode(&mut frame(&longer, fds.len() as u16), &mut FdQueue::from_iter(fds));
+        let mut bytes = frame(&longer, fds.len() as u16);
+        let decoded = WorkerCodec::default().decode(&mut bytes, &mut FdQueue::from_iter(fds));
         prop_assert_eq!(decoded.unwrap(), Some(message));
     }
 
     #[test]
     fn garbage_is_refused_without_a_panic(payload in vec(any::<u8>(), 0..100)) {
-        let _ = WorkerCodec::default().decode(&mut frame(&payload, 1), &mut FdQueue::from_iter([1]));
-        let _ = DispatcherCodec::default().decode(&mut frame(&payload, 0), &mut FdQueue::<u32>::new());
+        let mut one = FdQueue::from_iter([1]);
+        let _ = WorkerCodec::default().decode(&mut frame(&payload, 1), &mut one);
+        let mut none = FdQueue::<u32>::new();
+        let _ = DispatcherCodec::default().decode(&mut frame(&payload, 0), &mut none);
     }
 }
 

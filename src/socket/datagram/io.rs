@@ -140,7 +140,8 @@ impl DatagramSocket {
     /// Polls for the next datagram. Only the task that polled last is woken.
     ///
     /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use fdwire::socket::DatagramSocket;
     /// use futures::{StreamExt, stream};
     ///

@@ -79,7 +79,8 @@ pub struct Datagram {
 /// enabled.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::{fs::File, os::fd::AsFd};
 ///
 /// use fdwire::socket::DatagramSocket;

@@ -20,7 +20,7 @@ use lock::{PathLock, take_lock};
 use nix::{
     libc,
     sys::{
-        socket::{self, UnixAddr},
+        socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr},
         stat::{Mode, fchmod},
     },
 };
@@ -107,6 +107,21 @@ impl PathGuard {
         fchmod(socket, Mode::from_bits_truncate(initial))?;
         socket::bind(socket.as_raw_fd(), addr)?;
         self.finish_bind(initial, mode)
+    }
+
+    /// Binds a new non-blocking socket, which listens then unless it is one for datagrams.
+    ///
+    /// # Errors
+    /// The errors of [`bind`](Self::bind), socket(2) and listen(2).
+    pub(crate) fn bind_new(&mut self, kind: SockType, mode: u32) -> Result<OwnedFd> {
+        let addr = UnixAddr::new(&self.path)?;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket::socket(AddressFamily::Unix, kind, flags, None)?;
+        self.bind(&fd, &addr, mode)?;
+        if kind != SockType::Datagram {
+            socket::listen(&fd, Backlog::MAXCONN)?;
+        }
+        Ok(fd)
     }
 
     /// Gives the bound socket its mode, if it is really that socket.

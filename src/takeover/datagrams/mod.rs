@@ -1,8 +1,5 @@
 //! Receiving datagrams from a socket that moves between processes.
 
-mod all;
-mod lanes;
-mod packet;
 mod receive;
 
 use std::{
@@ -24,15 +21,14 @@ use tokio::{
     time::sleep,
 };
 
-use self::{lanes::Forwarded, packet::Header, receive::receive};
+use self::receive::receive;
 use super::{
     Error, Phase,
+    lanes::{Forwarded, Header, Lanes},
     protocol::{Family, Identity, Kind},
     shared::{Gate, Shared},
 };
 use crate::sys;
-
-pub(super) use self::{all::AllLanes, lanes::Lanes};
 
 /// How long to wait before the next attempt to send if no descriptor is left.
 const BACK_OFF: Duration = Duration::from_millis(1);
@@ -67,18 +63,22 @@ const BACK_OFF: Duration = Duration::from_millis(1);
 ///
 /// | the other process | what happens to its datagrams |
 /// |---|---|
-/// | does not receive | its lane fills up to the kernel's limit (`net.core.wmem_max`). What comes then is [lost](Self::lost), as from a full socket |
-/// | has ended | this process's application gets them, and can tell the client (QUIC: stateless reset) |
+/// | does not receive | its lane fills up; what comes then is [lost](Self::lost) |
+/// | has ended | this process's application gets them, and can tell the client |
 /// | floods its lane | lanes and the socket take turns |
+///
+/// A lane holds as much as `net.core.wmem_max` allows. QUIC tells the client of a connection whose
+/// process has ended with a stateless reset.
 ///
 /// If the process that serves hangs, nobody receives until it is killed. Then the old one does
 /// again.
 ///
-/// The socket itself is of no use without its lanes: whoever calls
-/// [`Server::socket`](super::Server::socket) and receives from that takes datagrams away.
+/// The socket alone is of no use. Code that receives from
+/// [`Server::socket`](super::Server::socket) takes datagrams away from this value.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::net::UdpSocket;
 ///
 /// use fdwire::takeover::{self, Listeners, Options, Server};
@@ -178,7 +178,7 @@ impl Datagrams {
         self
     }
 
-    /// Returns what tells the socket from others.
+    /// Returns the identity of the socket.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
@@ -193,8 +193,8 @@ impl Datagrams {
     /// what the process that serves forwards. What does not fit the buffer is cut off.
     ///
     /// # Errors
-    /// Those of recvmsg(2), and of a registration with the event loop: `EMFILE` and `ENFILE` pass
-    /// when descriptors are closed, so wait a little before the next call.
+    /// The errors of recvmsg(2), and of a registration with the event loop: `EMFILE` and `ENFILE`
+    /// pass when descriptors are closed, so wait a little before the next call.
     ///
     /// # Panics
     /// Outside of a tokio runtime, or if its I/O driver is not enabled.
@@ -208,13 +208,14 @@ impl Datagrams {
     /// Receives in the same way. Only the task of the last call is woken.
     ///
     /// # Errors
-    /// Those of [`recv`](Self::recv).
+    /// The errors of [`recv`](Self::recv).
     ///
     /// # Panics
     /// As [`recv`](Self::recv).
     pub fn poll_recv(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<Received>> {
-        // First: a change of phase must not go unnoticed after it was looked at.
+        // First, so that a change of phase after the look at it wakes this task.
         self.receiver.lanes.register(cx);
+        // By turns, so that a flood of one kind does not keep the other waiting.
         let lanes_first = self.lanes_first.fetch_xor(true, Ordering::Relaxed);
         for from_lanes in [lanes_first, !lanes_first] {
             let polled = if from_lanes {
@@ -232,7 +233,7 @@ impl Datagrams {
     /// Sends a datagram. A process that drains goes on sending.
     ///
     /// # Errors
-    /// Those of sendto(2).
+    /// The errors of sendto(2).
     ///
     /// # Panics
     /// Outside of a tokio runtime, or if its I/O driver is not enabled.
@@ -251,7 +252,7 @@ impl Datagrams {
     /// Sends a datagram without waiting.
     ///
     /// # Errors
-    /// `WouldBlock` if there is no room for it, and those of sendto(2).
+    /// `WouldBlock` if there is no room for it, and the errors of sendto(2).
     pub fn try_send_to(&self, payload: &[u8], receiver: SocketAddr) -> io::Result<usize> {
         self.socket.send_to(payload, receiver)
     }
@@ -260,7 +261,7 @@ impl Datagrams {
     /// registered for that is reported for each datagram that leaves, of whatever process.
     ///
     /// # Errors
-    /// Those of a registration with the event loop.
+    /// The errors of a registration with the event loop.
     ///
     /// # Panics
     /// Outside of a tokio runtime, or if its I/O driver is not enabled.
@@ -277,7 +278,7 @@ impl Datagrams {
 
     fn poll_socket(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<Received>> {
         let mut registered = self.receiver.registered();
-        // Under the lock, so that nothing is registered behind the back of a change of phase.
+        // Checked under the lock, so that a change of phase finds everything that is registered.
         if self.shared.phase() != Phase::Serving {
             return Poll::Pending;
         }
@@ -307,6 +308,7 @@ impl Datagrams {
     fn keep_own(&self, buffer: &mut [u8], mut received: Received) -> Option<Received> {
         let Some(owner) = &self.owner else { return Some(received) };
         let Received { len, stride, source, destination, ecn } = received;
+        // Datagrams at `start` and behind it are to be looked at. Kept ones move to the front.
         let (mut start, mut kept) = (0, 0);
         loop {
             let end = len.min(start + stride);
@@ -322,7 +324,7 @@ impl Datagrams {
             }
             start = end;
             if start == len {
-                // An empty datagram is one, too.
+                // An empty datagram counts as one, too.
                 let is_own = kept > 0 || len == 0 && forwarded != Some(Forwarded::Gone);
                 return is_own.then_some(received);
             }

@@ -21,7 +21,8 @@ const LANE_BYTES: usize = 8;
 /// The taker's codec: [`ToTaker`] in, [`FromTaker`] out.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::{Framed, Socket, SocketKind, takeover::protocol::*};
 /// use futures::{SinkExt, StreamExt};
 ///
@@ -55,7 +56,7 @@ impl Codec for TakerCodec {
         limits()
     }
 
-    /// A frame says how many descriptors it has.
+    /// The header of a frame has the number of its descriptors, so frames may share a system call.
     fn grouping(&self) -> Grouping {
         Grouping::Free
     }
@@ -66,7 +67,7 @@ impl Codec for GiverCodec {
         limits()
     }
 
-    /// A frame says how many descriptors it has.
+    /// The header of a frame has the number of its descriptors, so frames may share a system call.
     fn grouping(&self) -> Grouping {
         Grouping::Free
     }
@@ -191,6 +192,7 @@ impl<F> ToTaker<F> {
     pub(super) fn into_frame(self) -> Result<Frame<F>, Error> {
         let mut dst = Vec::with_capacity(64);
         let mut carried = Fds::default();
+        // The order is that of the tables in protocol.md, by type.
         match self {
             Self::Welcome { version, listeners } => {
                 dst.extend([0x81, version]);
@@ -220,16 +222,6 @@ impl<F> ToTaker<F> {
                 dst.extend(bytes);
                 carried = fds;
             }
-            Self::Lanes { generation, giver, lanes } => {
-                dst.push(0x8D);
-                dst.extend(generation.to_be_bytes());
-                dst.extend(giver.to_be_bytes());
-                for Lane { listener, generation, fd } in lanes {
-                    dst.extend(listener.to_be_bytes());
-                    dst.extend(generation.to_be_bytes());
-                    carried.push(fd);
-                }
-            }
             Self::Complete => dst.push(0x85),
             Self::Aborted { reason } => dst.extend([0x86, reason.number()]),
             Self::Locks { fds } => {
@@ -257,6 +249,16 @@ impl<F> ToTaker<F> {
                     dst.extend(milliseconds.to_be_bytes());
                 }
             }
+            Self::Lanes { generation, giver, lanes } => {
+                dst.push(0x8D);
+                dst.extend(generation.to_be_bytes());
+                dst.extend(giver.to_be_bytes());
+                for Lane { listener, generation, fd } in lanes {
+                    dst.extend(listener.to_be_bytes());
+                    dst.extend(generation.to_be_bytes());
+                    carried.push(fd);
+                }
+            }
         }
         Ok(Frame { payload: dst.into(), fds: carried })
     }
@@ -281,6 +283,18 @@ impl<F> ToTaker<F> {
             // Copies: a slice would keep a whole read buffer for as long as it lives.
             Some(0x84) => Ok(Self::State { bytes: Bytes::copy_from_slice(fields.rest()), fds }),
             Some(0x8E) => Ok(Self::Workers { bytes: Bytes::copy_from_slice(fields.rest()), fds }),
+            Some(0x87) if fields.is_at_end() && !fds.is_empty() => Ok(Self::Locks { fds }),
+            Some(0x88) => Ok(Self::Yours { baton: Bytes::copy_from_slice(fields.rest()), fds }),
+            Some(0x8B) => {
+                let mut replaced_for = Vec::with_capacity(fds.len());
+                while let Some(milliseconds) = fields.u64() {
+                    replaced_for.push(milliseconds);
+                }
+                match fields.is_at_end() && replaced_for.len() == fds.len() && !fds.is_empty() {
+                    true => Ok(Self::Generations { replaced_for, fds }),
+                    false => Err(fds),
+                }
+            }
             Some(0x8D) => {
                 let (Some(generation), Some(giver)) = (fields.u32(), fields.u32()) else {
                     return Err(fds);
@@ -295,18 +309,6 @@ impl<F> ToTaker<F> {
                     giver,
                     lanes: fds.into_iter().filter_map(lane).collect(),
                 })
-            }
-            Some(0x87) if fields.is_at_end() && !fds.is_empty() => Ok(Self::Locks { fds }),
-            Some(0x88) => Ok(Self::Yours { baton: Bytes::copy_from_slice(fields.rest()), fds }),
-            Some(0x8B) => {
-                let mut replaced_for = Vec::with_capacity(fds.len());
-                while let Some(milliseconds) = fields.u64() {
-                    replaced_for.push(milliseconds);
-                }
-                match fields.is_at_end() && replaced_for.len() == fds.len() && !fds.is_empty() {
-                    true => Ok(Self::Generations { replaced_for, fds }),
-                    false => Err(fds),
-                }
             }
             _ if !fds.is_empty() => Err(fds),
             _ => Self::read_without_fds(payload).ok_or(fds),

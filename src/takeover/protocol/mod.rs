@@ -21,6 +21,13 @@ pub const LOWEST_VERSION: u8 = 1;
 /// The highest version of the protocol that is spoken here.
 pub const HIGHEST_VERSION: u8 = 1;
 
+/// A range of versions of the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(in crate::takeover) struct Versions {
+    pub(in crate::takeover) lowest: u8,
+    pub(in crate::takeover) highest: u8,
+}
+
 /// The longest payload of a message in bytes: limits application state and batons.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
@@ -108,7 +115,7 @@ pub enum ToTaker<F = OwnedFd> {
         /// Links and processes of the workers.
         fds: Fds<F>,
     },
-    /// All listeners and all state were sent. The taker may say [`FromTaker::Ready`].
+    /// All listeners and all state were sent. The taker may send [`FromTaker::Ready`].
     Complete,
     /// The giver goes on serving, and no [`FromTaker::Ready`] can reach it. Nothing follows.
     Aborted {
@@ -185,7 +192,7 @@ impl<F> Lane<F> {
     }
 }
 
-/// The reason why there is no takeover now.
+/// The reason why a giver refuses a takeover.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Refusal {
@@ -199,14 +206,39 @@ pub enum Refusal {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum AbortReason {
-    /// The taker did not say in time that it is ready.
+    /// The taker was not ready in time.
     TimedOut,
     /// The taker broke the protocol.
     Misbehaved,
     /// The giver's application called it off.
     Withdrawn,
-    /// The giver failed to send, for example for want of descriptors.
+    /// The giver failed to send, for example because it has no descriptor left.
     Failed,
+}
+
+/// Divides things that have a descriptor each over as few messages as possible.
+pub(in crate::takeover) fn in_messages<T>(mut things: Vec<T>) -> impl Iterator<Item = Vec<T>> {
+    std::iter::from_fn(move || {
+        let rest = things.split_off(things.len().min(MAX_MESSAGE_FDS));
+        Some(std::mem::replace(&mut things, rest)).filter(|message| !message.is_empty())
+    })
+}
+
+impl Versions {
+    /// The versions that this crate speaks.
+    pub(in crate::takeover) const OURS: Self =
+        Self { lowest: LOWEST_VERSION, highest: HIGHEST_VERSION };
+
+    /// Returns true if a version is in the range.
+    pub(in crate::takeover) fn contains(self, version: u8) -> bool {
+        (self.lowest..=self.highest).contains(&version)
+    }
+
+    /// Returns the highest version that is in both ranges.
+    pub(in crate::takeover) fn highest_common(self, other: Self) -> Option<u8> {
+        let highest = self.highest.min(other.highest);
+        (highest >= self.lowest.max(other.lowest)).then_some(highest)
+    }
 }
 
 impl fmt::Display for Refusal {

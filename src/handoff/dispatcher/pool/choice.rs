@@ -285,7 +285,8 @@ impl<C> Pool<C> {
         best.map(|(id, ..)| id)
     }
 
-    /// Returns true if no worker of its group is left that might take a connection and has not failed with it.
+    /// Returns true if no worker of its group is left that might take a connection and has not
+    /// failed with it.
     ///
     /// A process that connects again and again, and dies each time, is a new worker each time. So
     /// after many failures, workers that have connected and adopted nothing do not count: they

@@ -132,7 +132,11 @@ proptest! {
             };
             let adopter = world.peers.iter().find(|peer| peer.process == process).unwrap();
             let got_it = adopter.given.contains(&(serial as u8));
-            prop_assert!(got_it || adopter.lies || adopter.hangs || !adopter.lives, "connection {} was lost", serial);
+            prop_assert!(
+                got_it || adopter.lies || adopter.hangs || !adopter.lives,
+                "connection {} was lost",
+                serial
+            );
         }
     }
 }

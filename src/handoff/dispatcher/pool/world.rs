@@ -453,9 +453,8 @@ impl World {
                     let willing =
                         self.pool.workers().find(|worker| !leaves(worker) && may_take(worker));
                     if let Some(WorkerStats { id, .. }) = willing {
-                        let broken = format!(
-                            "connection {connection} is given up, and worker {id} has not failed with it"
-                        );
+                        let broken =
+                            format!("connection {connection} is given up, but not by worker {id}");
                         self.broken.get_or_insert(broken);
                     }
                 }

@@ -117,13 +117,15 @@ proptest! {
                     fates.push(unwanted.first().map(|_| Fate::Rejected(RejectReason::Draining)));
                 }
                 Event::Unfit => {
-                    let offer = ToWorker::Offer { number: before as u64, offer: Err(RejectReason::Unusable) };
+                    let offer = Err(RejectReason::Unusable);
+                    let offer = ToWorker::Offer { number: before as u64, offer };
                     book.on_message(offer).unwrap();
                     fates.push(Some(Fate::Rejected(RejectReason::Unusable)));
                 }
                 Event::Ask(max) => {
                     book.adopt(max);
-                    prop_assert!(book.take_adopted::<Vec<_>>(max).is_empty(), "the dispatcher was not told");
+                    let adopted = book.take_adopted::<Vec<_>>(max);
+                    prop_assert!(adopted.is_empty(), "the dispatcher was not told");
                     dispatcher.read(&mut book, fates.len() as u64);
                     for number in book.take_adopted::<Vec<_>>(max) {
                         prop_assert!(fates[number].replace(Fate::Adopted).is_none());
@@ -168,9 +170,11 @@ proptest! {
             // longer than it has to.
             let due = fates.iter().take_while(|fate| fate.is_some()).count();
             prop_assert_eq!(dispatcher.answers.len(), due);
-            prop_assert!(dispatcher.answers.iter().zip(&fates).all(|(answer, fate)| Some(*answer) == *fate));
+            let mut answers = dispatcher.answers.iter().zip(&fates);
+            prop_assert!(answers.all(|(answer, fate)| Some(*answer) == *fate));
             let unanswered = dispatcher.demand - due as u64;
-            prop_assert!(unanswered <= window && unanswered + adopted - finished <= max_connections.max(adopted));
+            prop_assert!(unanswered <= window);
+            prop_assert!(unanswered + adopted - finished <= max_connections.max(adopted));
             let over = dispatcher.draining && due == fates.len() && finished == adopted;
             prop_assert_eq!(dispatcher.left, over);
             if dispatcher.left {
@@ -243,7 +247,9 @@ proptest! {
                         prop_assert!(total >= dispatcher.demand);
                         dispatcher.demand = total;
                     }
-                    Some(FromWorker::Adopted { count, .. }) => dispatcher.answered += u64::from(count),
+                    Some(FromWorker::Adopted { count, .. }) => {
+                        dispatcher.answered += u64::from(count);
+                    }
                     Some(FromWorker::Rejected { count, reason, .. }) => {
                         dispatcher.answered += u64::from(count);
                         if matches!(reason, RejectReason::Full | RejectReason::Recalled) {
@@ -278,7 +284,10 @@ proptest! {
                     }
                     adopted += book.take_adopted::<Vec<_>>(1).len();
                 }
-                Distantly::Recall => recalled |= !book.on_message(ToWorker::Recall { before: u64::MAX }).unwrap().is_empty(),
+                Distantly::Recall => {
+                    let recall = ToWorker::Recall { before: u64::MAX };
+                    recalled |= !book.on_message(recall).unwrap().is_empty();
+                }
                 Distantly::Finish if finished < adopted => {
                     finished += 1;
                     book.finish(now);

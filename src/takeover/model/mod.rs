@@ -1,67 +1,19 @@
 //! A model checker visits every state of a takeover: each order of messages, crashes, timeouts and
 //! the application's calls, over the functions that are shipped.
 
+mod world;
+
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use stateright::{Checker, Model, Property};
 
+use self::world::{Sent, World};
 use super::{
-    giver::{Giver, GiverLimits, GiverStep},
-    protocol::{AbortReason, FromTaker, ToTaker},
-    taker::{Failure, Taker, TakerLimits, TakerStep},
+    giver::{Giver, GiverSettings},
+    protocol::{AbortReason, FromTaker, Versions},
+    taker::{Failure, Taker, TakerSettings, TakerStep},
 };
-
-/// Two processes, the connection between them, and the lock of the path.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct World {
-    /// `None` once it is dead.
-    giver: Option<Giver>,
-    taker: Option<Taker>,
-    giver_accepts: bool,
-    taker_accepts: bool,
-    giver_has_lock: bool,
-    taker_has_lock: bool,
-    /// Written and not read.
-    to_giver: Vec<FromTaker>,
-    to_taker: Vec<Sent>,
-    /// Half of READY was written, which a stream allows.
-    half_written: bool,
-    /// The giver has shut down its receiving direction.
-    cut: bool,
-    /// A side has closed its end, or has died.
-    giver_closed: bool,
-    taker_closed: bool,
-    /// A process was killed.
-    killed: bool,
-    /// The taker had everything once, and has given up for this reason.
-    gave_up: Option<Failure>,
-    offered: bool,
-}
-
-/// What the giver has written.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum Sent {
-    Welcome,
-    Complete,
-    Aborted(AbortReason),
-    Yours,
-    Resumed,
-    Drained,
-}
-
-impl Sent {
-    fn message(&self) -> ToTaker<()> {
-        match self {
-            Self::Welcome => ToTaker::Welcome { version: 1, listeners: 0 },
-            Self::Complete => ToTaker::Complete,
-            Self::Aborted(reason) => ToTaker::Aborted { reason: *reason },
-            Self::Yours => ToTaker::Yours { baton: Bytes::new(), fds: Default::default() },
-            Self::Resumed => ToTaker::Resumed,
-            Self::Drained => ToTaker::Drained,
-        }
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Action {
@@ -70,6 +22,8 @@ enum Action {
     WriteHalf,
     GiverReads,
     TakerReads,
+    /// The descriptors of YOURS do not fit: the message is lost, and nothing follows.
+    TakerLosesYours,
     KillGiver,
     KillTaker,
     /// The kernel works on a dead process: its socket is closed before its lock is free.
@@ -89,12 +43,13 @@ struct Takeover {
     start: Instant,
 }
 
-const ACTIONS: [Action; 16] = [
+const ACTIONS: [Action; 17] = [
     Action::GiverStep,
     Action::TakerStep,
     Action::WriteHalf,
     Action::GiverReads,
     Action::TakerReads,
+    Action::TakerLosesYours,
     Action::KillGiver,
     Action::KillTaker,
     Action::FreeLockOfDead,
@@ -108,120 +63,25 @@ const ACTIONS: [Action; 16] = [
     Action::Withdraw,
 ];
 
-impl World {
-    /// Returns true if the giver may serve, now or after an undo.
-    fn giver_stands_by(&self) -> bool {
-        self.giver.as_ref().is_some_and(|giver| !giver.is_over() || giver.is_serving())
-    }
-
-    /// Returns true if the taker serves or is going to.
-    fn taker_stands_by(&self) -> bool {
-        self.taker.as_ref().is_some_and(Taker::has_everything)
-    }
-
-    /// Returns true if a message is on its way after which one of the two stops to accept.
-    fn is_at_the_cut(&self) -> bool {
-        let ready = self.to_giver.contains(&FromTaker::Ready);
-        let giver_is_told = self.giver.as_ref().is_some_and(|giver| !giver.is_serving());
-        let resumed = self.to_taker.contains(&Sent::Resumed);
-        let taker_is_told = self.taker.as_ref().is_some_and(|taker| !taker.is_serving());
-        // After HAND_BACK, RESUMED is the giver's next step.
-        let giver_tells = self.giver.as_ref().is_some_and(|giver| {
-            let mut giver = giver.clone();
-            std::iter::from_fn(|| giver.next_step()).any(|step| step == GiverStep::TellResumed)
-        });
-        ready || giver_is_told || resumed || taker_is_told || giver_tells
-    }
-
+impl Takeover {
     /// Returns true if nothing more happens unless a process dies or an application wants
     /// something.
-    fn is_settled(&self, model: &Takeover) -> bool {
+    fn is_settled(&self, world: &World) -> bool {
         use Action::*;
-        let optional = [KillGiver, KillTaker, PutDownBaton, Drained, HandBack, Release, Withdraw];
+        let optional = [
+            TakerLosesYours,
+            KillGiver,
+            KillTaker,
+            PutDownBaton,
+            Drained,
+            HandBack,
+            Release,
+            Withdraw,
+        ];
         ACTIONS
             .into_iter()
             .filter(|action| !optional.contains(action))
-            .all(|action| model.next_state(self, action).is_none_or(|next| next == *self))
-    }
-
-    /// Writes a message of the taker in full, if anybody can read it.
-    fn taker_writes(&mut self, now: Instant, message: FromTaker) {
-        let taker = self.taker.as_mut().expect("it lives");
-        if self.cut || self.giver_closed {
-            return taker.on_send_failed(now);
-        }
-        if message == FromTaker::Ready {
-            taker.on_ready_written();
-        }
-        self.to_giver.push(message);
-    }
-
-    fn giver_step(&mut self, now: Instant) -> Option<()> {
-        let giver = self.giver.as_mut()?;
-        let Some(step) = giver.next_step() else {
-            // A connection that is of no more use is closed.
-            if !giver.is_over() || self.giver_closed {
-                return None;
-            }
-            self.giver_closed = true;
-            return Some(());
-        };
-        match step {
-            GiverStep::Asked => giver.welcome(now),
-            GiverStep::Offer { .. } => {
-                self.to_taker.push(Sent::Welcome);
-                giver.offered(now, 0);
-            }
-            GiverStep::Refuse(_) => unreachable!("it is not busy"),
-            GiverStep::TellStatus => unreachable!("nobody asks for it"),
-            GiverStep::Complete => self.to_taker.push(Sent::Complete),
-            GiverStep::Cut => self.cut = true,
-            GiverStep::Abort(reason) => self.to_taker.push(Sent::Aborted(reason)),
-            GiverStep::Stop { .. } => self.giver_accepts = false,
-            GiverStep::Give { .. } => self.to_taker.push(Sent::Yours),
-            GiverStep::Resume(_) => self.giver_accepts = true,
-            GiverStep::TellResumed => self.to_taker.push(Sent::Resumed),
-            GiverStep::GiveUpCopies => self.giver_has_lock = false,
-            GiverStep::TellDrained => self.to_taker.push(Sent::Drained),
-        }
-        Some(())
-    }
-
-    fn taker_step(&mut self, now: Instant) -> Option<()> {
-        let taker = self.taker.as_mut()?;
-        let Some(step) = taker.next_step() else {
-            if !taker.is_over() || self.taker_closed {
-                return None;
-            }
-            self.taker_closed = true;
-            return Some(());
-        };
-        match step {
-            TakerStep::Send(message) => {
-                self.half_written = false;
-                self.taker_writes(now, message);
-            }
-            TakerStep::Offered => self.offered = true,
-            TakerStep::TryLock => {
-                let in_flight = self.to_taker.contains(&Sent::Yours);
-                let is_free = !self.giver_has_lock && !in_flight;
-                self.taker_has_lock |= is_free;
-                // Only as long as a process lives is it too late: see the limit's documentation.
-                let late = if self.giver.is_some() { now + HOUR } else { now };
-                self.taker.as_mut()?.on_lock(late, is_free);
-            }
-            TakerStep::Serve => self.taker_accepts = true,
-            TakerStep::Confirmed(_) => self.taker_has_lock = true,
-            TakerStep::NotHandedBack(_) => {}
-            TakerStep::Stop | TakerStep::Fail(_) => {
-                if let TakerStep::Fail(failure) = step {
-                    self.gave_up = Some(failure).filter(|_| self.offered);
-                }
-                self.taker_accepts = false;
-                self.taker_has_lock = false;
-            }
-        }
-        Some(())
+            .all(|action| self.next_state(world, action).is_none_or(|next| next == *world))
     }
 }
 
@@ -232,10 +92,13 @@ impl Model for Takeover {
     type Action = Action;
 
     fn init_states(&self) -> Vec<World> {
-        let limits = GiverLimits { answer: HOUR, ready: HOUR };
+        let limits = GiverSettings { versions: Versions::OURS, answer: HOUR, ready: HOUR };
         vec![World {
             giver: Some(Giver::new(self.start, limits)),
-            taker: Some(Taker::new(self.start, TakerLimits { answer: HOUR, lock: HOUR })),
+            taker: Some(Taker::new(
+                self.start,
+                TakerSettings { versions: Versions::OURS, answer: HOUR, lock: HOUR },
+            )),
             giver_accepts: true,
             taker_accepts: false,
             giver_has_lock: true,
@@ -249,6 +112,7 @@ impl Model for Takeover {
             killed: false,
             gave_up: None,
             offered: false,
+            lost_yours: false,
         }]
     }
 
@@ -283,7 +147,8 @@ impl Model for Takeover {
                 }
             }
             Action::TakerReads => {
-                let taker = world.taker.as_mut().filter(|_| !world.taker_closed)?;
+                let is_open = !world.taker_closed && !world.lost_yours;
+                let taker = world.taker.as_mut().filter(|_| is_open)?;
                 if !world.to_taker.is_empty() {
                     taker.on_message(now, &world.to_taker.remove(0).message());
                 } else if world.giver_closed {
@@ -291,6 +156,15 @@ impl Model for Takeover {
                 } else {
                     return None;
                 }
+            }
+            Action::TakerLosesYours => {
+                let taker = world.taker.as_mut().filter(|_| !world.taker_closed)?;
+                if world.to_taker.first() != Some(&Sent::Yours) {
+                    return None;
+                }
+                taker.on_violation(now);
+                world.to_taker.clear();
+                world.lost_yours = true;
             }
             Action::KillGiver => {
                 world.giver.take()?;
@@ -354,7 +228,7 @@ impl Model for Takeover {
                 |model: &Self, world: &World| {
                     let accepting = u8::from(world.giver_accepts) + u8::from(world.taker_accepts);
                     let expected = u8::from(world.giver_stands_by() || world.taker_stands_by());
-                    accepting == expected || !world.is_settled(model)
+                    accepting == expected || !model.is_settled(world)
                 },
             ),
             Property::always("nobody holds the baton beside the other", |_, world: &World| {
@@ -368,7 +242,7 @@ impl Model for Takeover {
                     !accepts
                         || world.giver_has_lock
                         || world.taker_has_lock
-                        || !world.is_settled(model)
+                        || !model.is_settled(world)
                 },
             ),
             Property::always(

@@ -7,13 +7,13 @@ use crate::{
     SendFd,
     takeover::{
         listeners::Listeners,
-        protocol::{Lane, MAX_MESSAGE_FDS, ToTaker},
+        protocol::{Lane, ToTaker, in_messages},
     },
 };
 
 /// The lanes of each UDP socket, by its name and index, and the numbers of generations.
 #[derive(Debug, Default)]
-pub(crate) struct AllLanes {
+pub(in crate::takeover) struct AllLanes {
     sockets: Vec<(String, u32, Arc<Lanes>)>,
     /// The number of this process.
     own: u32,
@@ -22,12 +22,12 @@ pub(crate) struct AllLanes {
 }
 
 impl AllLanes {
-    pub(crate) fn new(own: u32) -> Self {
+    pub(in crate::takeover) fn new(own: u32) -> Self {
         Self { sockets: Vec::new(), own, last: own }
     }
 
     /// Returns the lanes of a socket.
-    pub(crate) fn of(&mut self, name: &str, index: u32) -> Arc<Lanes> {
+    pub(in crate::takeover) fn of(&mut self, name: &str, index: u32) -> Arc<Lanes> {
         let mut sockets = self.sockets.iter();
         if let Some((.., found)) =
             sockets.find(|(its_name, its_index, _)| its_name == name && *its_index == index)
@@ -40,7 +40,11 @@ impl AllLanes {
     }
 
     /// Gives a new process its generation, and lanes to this process and older ones.
-    pub(crate) fn offer(&mut self, listeners: &Listeners) -> io::Result<Vec<ToTaker<SendFd>>> {
+    pub(in crate::takeover) fn offer(
+        &mut self,
+        listeners: &Listeners,
+    ) -> io::Result<Vec<ToTaker<SendFd>>> {
+        // A number of its own, even for a process that will not take over.
         self.last = self.last.wrapping_add(1);
         let mut offered = Vec::new();
         for (name, index, lanes) in &self.sockets {
@@ -49,18 +53,13 @@ impl AllLanes {
                 offered.push(Lane { listener, generation, fd: SendFd::assume_socket(socket) });
             }
         }
-        let mut messages = Vec::new();
-        loop {
-            let rest = offered.split_off(offered.len().min(MAX_MESSAGE_FDS));
-            messages.push(ToTaker::Lanes {
-                generation: self.last,
-                giver: self.own,
-                lanes: offered,
-            });
-            if rest.is_empty() {
-                return Ok(messages);
-            }
-            offered = rest;
+        let (generation, giver) = (self.last, self.own);
+        let mut messages: Vec<_> =
+            in_messages(offered).map(|lanes| ToTaker::Lanes { generation, giver, lanes }).collect();
+        if messages.is_empty() {
+            // The new process gets its generation even if there are no lanes.
+            messages.push(ToTaker::Lanes { generation, giver, lanes: Vec::new() });
         }
+        Ok(messages)
     }
 }

@@ -11,10 +11,10 @@ const VERSION: u8 = 1;
 
 /// Everything about a datagram but its payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Header {
-    pub(super) source: SocketAddr,
-    pub(super) destination: Option<IpAddr>,
-    pub(super) ecn: u8,
+pub(in crate::takeover) struct Header {
+    pub(in crate::takeover) source: SocketAddr,
+    pub(in crate::takeover) destination: Option<IpAddr>,
+    pub(in crate::takeover) ecn: u8,
 }
 
 impl Header {
@@ -81,7 +81,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_header_arrives_as_it_was(source: SocketAddr, destination: Option<IpAddr>, ecn: u8) {
+        fn every_header_arrives_as_it_was(
+            source: SocketAddr,
+            destination: Option<IpAddr>,
+            ecn: u8,
+        ) {
             let header = Header { source, destination, ecn };
             prop_assert_eq!(Header::from_bytes(&header.to_bytes()), Some(header));
         }
@@ -95,6 +99,7 @@ mod tests {
         }
     }
 
+    /// Rules: B-PACKET.
     #[test]
     fn an_unknown_version_or_family_is_refused() {
         let header =

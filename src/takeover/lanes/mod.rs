@@ -1,6 +1,9 @@
 //! The lanes of one socket: to each other process that may have connections on it, a pair of Unix
 //! sockets over which that process gets its datagrams.
 
+mod all;
+mod packet;
+
 use std::{
     io::{self, IoSlice, IoSliceMut},
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -21,15 +24,17 @@ use nix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::packet::{HEADER_BYTES, Header};
+use self::packet::HEADER_BYTES;
 use crate::sys;
 
-/// The wish for a lane's buffer in bytes: the kernel cuts it to `net.core.wmem_max`.
+pub(super) use self::{all::AllLanes, packet::Header};
+
+/// The size of a lane's buffer in bytes. The kernel cuts it to `net.core.wmem_max`.
 const BUFFER_BYTES: usize = 4 << 20;
 
 /// The lanes of one socket, in the order of their age.
 #[derive(Debug, Default)]
-pub(crate) struct Lanes {
+pub(super) struct Lanes {
     state: Mutex<State>,
     /// The task that receives.
     receiver: AtomicWaker,
@@ -54,7 +59,7 @@ struct Lane {
     receiving: Option<AsyncFd<Arc<OwnedFd>>>,
 }
 
-/// What has become of a datagram of another generation.
+/// The fate of a datagram of another generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Forwarded {
     /// It is on its way, or was lost as in a socket's full buffer.
@@ -76,11 +81,11 @@ impl Lanes {
         self.lost.load(Ordering::Relaxed)
     }
 
-    /// Adds a lane to a generation. `is_ours`: the other process sends to this one, too.
+    /// Adds a lane to a generation. `is_ours` is true if the other process sends to this one, too.
     ///
     /// # Panics
     /// If it is ours, outside of a tokio runtime, or if its I/O driver is not enabled.
-    pub(crate) fn add(
+    pub(super) fn add(
         &self,
         generation: u32,
         socket: Arc<OwnedFd>,
@@ -97,9 +102,9 @@ impl Lanes {
     }
 
     /// Returns lanes for a new process, with the generations at their other ends: one to this
-    /// process, whose generation is `own`, and those to older ones that live. None if this process
-    /// forwards nothing and there are no older ones.
-    pub(crate) fn offer(&self, own: u32, new: u32) -> io::Result<Vec<(u32, Arc<OwnedFd>)>> {
+    /// process, whose generation is `own`, and those to older ones that live. The list is empty if
+    /// this process forwards nothing and there are no older ones.
+    pub(super) fn offer(&self, own: u32, new: u32) -> io::Result<Vec<(u32, Arc<OwnedFd>)>> {
         let mut offered = self.living();
         if self.lock().is_forwarding {
             let (here, there) = pair()?;
@@ -112,7 +117,7 @@ impl Lanes {
     /// Removes the lanes whose other end is closed, and returns the others.
     fn living(&self) -> Vec<(u32, Arc<OwnedFd>)> {
         let mut state = self.lock();
-        // What a process has forwarded before its end is still received from a lane that is ours.
+        // A lane that is ours may still have datagrams that a process forwarded before its end.
         state.lanes.retain(|lane| lane.receiving.is_some() || !is_closed(&lane.socket));
         let living = state.lanes.iter().filter(|lane| !is_closed(&lane.socket));
         living.map(|lane| (lane.generation, Arc::clone(&lane.socket))).collect()
@@ -231,7 +236,8 @@ fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let (here, there) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
     for end in [&here, &there] {
         setsockopt(end, sockopt::SndBuf, &BUFFER_BYTES)?;
-        let _ = setsockopt(end, sys::PassRights, &false); // before Linux 6.16 they are closed unseen
+        // Before Linux 6.16 there is no such option, and `receive` has no room for descriptors.
+        let _ = setsockopt(end, sys::PassRights, &false);
     }
     Ok((here, there))
 }

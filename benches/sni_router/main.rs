@@ -1,0 +1,187 @@
+//! What a router by server name costs: connections handed over, as the example `sni_router` does,
+//! against the same bytes passed on by `copy_bidirectional` and by haproxy.
+//!
+//! ```text
+//! cargo bench --bench sni_router                    # prints tables
+//! cargo bench --bench sni_router -- --report docs   # writes docs/BENCHMARKS_SNI_ROUTER.md as well
+//! ```
+//!
+//! Routers and workers are processes of their own with one thread each. They run the example's
+//! code: [`router`] and [`hello`] find the worker, and [`worker`] serves everywhere. The clients are
+//! in the process that measures; their CPU time does not count. Contenders of a table take turns,
+//! round after round.
+
+mod client;
+mod figures;
+mod servers;
+
+#[path = "../../examples/services/sni_router/clients.rs"]
+mod clients;
+#[path = "../../examples/services/sni_router/hello.rs"]
+mod hello;
+#[path = "../../examples/services/sni_router/router.rs"]
+#[allow(dead_code, reason = "the routers of the bench are killed, and do not drain")]
+mod router;
+#[path = "../../examples/services/sni_router/worker.rs"]
+#[allow(dead_code, reason = "the workers of the bench have answers of their own")]
+mod worker;
+
+use std::{
+    env,
+    error::Error,
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::Parser;
+use client::{Client, Sample};
+use figures::Figures;
+use servers::{CONTENDERS, Servers};
+use tokio::runtime::Builder;
+
+#[derive(Parser)]
+#[command(about = "Handing connections over by server name, against passing bytes on")]
+struct Args {
+    /// Rounds in which all contenders of a table take turns
+    #[arg(long, default_value_t = 10)]
+    rounds: usize,
+
+    /// Time of one contender in one round, in milliseconds
+    #[arg(long, default_value_t = 300)]
+    sample: u64,
+
+    /// One short round: checks that it works
+    #[arg(long)]
+    test: bool,
+
+    /// Write BENCHMARKS_SNI_ROUTER.md into this directory
+    #[arg(long, value_name = "DIRECTORY", conflicts_with = "test")]
+    report: Option<PathBuf>,
+
+    /// What `cargo bench` says to every bench. `cargo test --benches` does not, and means `--test`
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What clients do in a table.
+#[derive(Debug, Clone, Copy)]
+struct Load {
+    title: &'static str,
+    /// Requests share connections.
+    keep_alive: bool,
+    answer_bytes: usize,
+}
+
+const LOADS: [Load; 3] = [
+    Load {
+        title: "A connection for each request, answers of 100 bytes",
+        keep_alive: false,
+        answer_bytes: 100,
+    },
+    Load { title: "Keep-alive, answers of 100 bytes", keep_alive: true, answer_bytes: 100 },
+    Load { title: "Keep-alive, answers of 256 KiB", keep_alive: true, answer_bytes: 256 << 10 },
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    if let Ok(role) = env::var(servers::ROLE) {
+        return servers::run(&role);
+    }
+    let args = Args::parse();
+    let (rounds, window) = if args.test || !args.bench {
+        (1, Duration::from_millis(20))
+    } else {
+        (args.rounds.max(1), Duration::from_millis(args.sample))
+    };
+
+    let directory = tempfile::tempdir()?;
+    let mut report = String::from(HEAD);
+    let servers = start(directory.path())?;
+    for load in LOADS {
+        let table = measure(load, &servers, rounds, window)?;
+        print!("{table}");
+        report += &table;
+    }
+    if let Some(directory) = args.report {
+        fs::create_dir_all(&directory)?;
+        fs::write(directory.join("BENCHMARKS_SNI_ROUTER.md"), report)?;
+    }
+    Ok(())
+}
+
+/// Starts every contender that is installed, with one certificate for all.
+fn start(directory: &Path) -> Result<Vec<Servers>, Box<dyn Error>> {
+    servers::write_certificate(directory)?;
+    let mut running = Vec::new();
+    for contender in CONTENDERS {
+        match Servers::start(contender, directory)? {
+            Some(servers) => running.push(servers),
+            None => eprintln!("{}: not installed, left out", contender.name()),
+        }
+    }
+    Ok(running)
+}
+
+fn measure(
+    load: Load,
+    servers: &[Servers],
+    rounds: usize,
+    window: Duration,
+) -> Result<String, Box<dyn Error>> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let mut samples = vec![Vec::new(); servers.len()];
+    for round in 0..=rounds {
+        for turn in 0..servers.len() {
+            let turn = (round + turn) % servers.len();
+            let client = Client::new(&servers[turn], load);
+            let sample = runtime.block_on(client.run(window))?;
+            // The first round warms up.
+            if round > 0 {
+                samples[turn].push(sample);
+            }
+        }
+    }
+
+    let mut table = format!(
+        "\n## {}\n\n| | requests / s | quartiles | CPU / request | added CPU | added, × fdwire's |\n\
+         |---|---:|---:|---:|---:|---:|\n",
+        load.title
+    );
+    // The first contender has no router: the others add to it. The second one is fdwire.
+    let added = |of: &[Sample]| {
+        Figures::of(of.iter().zip(&samples[0]).map(|(it, base)| it.cpu() - base.cpu()))
+    };
+    let of_fdwire = added(&samples[1]).median;
+    for (servers, samples) in servers.iter().zip(&samples) {
+        let rate = Figures::of(samples.iter().map(Sample::rate));
+        let cpu = Figures::of(samples.iter().map(Sample::cpu)).median;
+        let added = added(samples).median;
+        let (name, Figures { low, median, high }) = (servers.contender.name(), rate);
+        write!(table, "| {name} | {median:.0} | {low:.0} – {high:.0} | {cpu:.1} µs ")?;
+        if servers.contender.has_router() {
+            writeln!(table, "| {added:.1} µs | {:.1} |", added / of_fdwire)?;
+        } else {
+            writeln!(table, "| | |")?;
+        }
+    }
+    Ok(table)
+}
+
+const HEAD: &str = "\
+# Benchmarks of a router by server name
+
+Written by `cargo bench --bench sni_router -- --report docs`. Do not edit. Figures of other things are in
+[BENCHMARKS.md](BENCHMARKS.md).
+
+Clients open TLS connections (1.3, without resumption) and send HTTP/1.1 requests, 16 at a time. A router finds the worker by the
+name in the ClientHello. The worker is the same everywhere: rustls and hyper, with one thread, as each router has one.
+
+- *no router*: the worker accepts by itself.
+- *fdwire*: the example `sni_router`. It hands the connection to the worker, which then speaks with the client alone.
+- *copy_bidirectional*: finds the worker in the same way, connects to it over a Unix socket, and passes all bytes on.
+- *haproxy*: TCP mode, `req.ssl_sni`, over a Unix socket too; with its defaults, and with `option splice-auto`.
+
+A figure is the median of all rounds. CPU is the time that the kernel's scheduler gave to router and worker, the clients' not
+included; *added* is what it is beyond *no router* in the same round. All processes and the clients share the machine's cores.
+";

@@ -1,0 +1,113 @@
+//! A front with workers whose numbers Prometheus scrapes.
+//!
+//! ```text
+//! cargo run -p fdwire-services --bin prometheus
+//! curl http://127.0.0.1:8080/           # a worker answers
+//! curl http://127.0.0.1:9100/metrics    # the numbers of the dispatcher and of each worker
+//! ```
+//!
+//! The numbers come from the front alone: it knows what each worker has adopted and serves. A worker
+//! that has numbers of its own exports them in the same way, at an address of its own.
+//!
+//! The table of all numbers is in the documentation of `fdwire::metrics`.
+
+use std::{
+    env,
+    io::{Error, Result},
+    net::SocketAddr,
+    process,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use axum::{Router, routing::get};
+use clap::Parser;
+use fdwire::{
+    handoff::{Dispatcher, Incoming, WorkerCommand},
+    metrics::{DispatcherMetrics, adoption_buckets},
+};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::{
+    net::TcpListener,
+    process::Command,
+    select,
+    signal::unix::{SignalKind, signal},
+};
+
+/// Accepts HTTP connections, has workers serve them, and tells Prometheus about it.
+#[derive(Parser)]
+struct Arguments {
+    /// Where to accept connections for the workers
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+
+    /// Where Prometheus finds /metrics
+    #[arg(long, default_value = "127.0.0.1:9100")]
+    metrics: SocketAddr,
+
+    /// Number of processes that serve
+    #[arg(long, default_value_t = 2)]
+    workers: usize,
+
+    /// Be a worker: how the front starts its workers
+    #[arg(long, hide = true)]
+    worker: bool,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    if arguments.worker {
+        let app = Router::new().route("/", get(|| async { format!("{}\n", process::id()) }));
+        Incoming::from_stdin()?.serve_axum(app).await;
+        return Ok(());
+    }
+    front(arguments).await
+}
+
+async fn front(arguments: Arguments) -> Result<()> {
+    // The recorder comes first: what is described or counted before it is lost.
+    let adoption = Matcher::Full("fdwire_dispatcher_adoption_seconds".to_owned());
+    let recorder = PrometheusBuilder::new()
+        .set_buckets_for_metric(adoption, &adoption_buckets())
+        .and_then(PrometheusBuilder::install_recorder)
+        .map_err(Error::other)?;
+
+    let dispatcher = Dispatcher::builder().build();
+    for _ in 0..arguments.workers {
+        let mut command = Command::new(env::current_exe()?);
+        command.arg("--worker");
+        dispatcher.spawn_worker(WorkerCommand::from(command).restart(true))?;
+    }
+
+    let scraped = TcpListener::bind(arguments.metrics).await?;
+    println!("metrics at http://{}/metrics", scraped.local_addr()?);
+    tokio::spawn(export(scraped, dispatcher.clone(), recorder));
+
+    let listener = TcpListener::bind(arguments.listen).await?;
+    println!("listening on http://{}/", listener.local_addr()?);
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut serving = std::pin::pin!(dispatcher.serve(listener));
+    select! {
+        served = &mut serving => return served,
+        _ = terminate.recv() => {}
+    }
+    // The accept loop ends with the drain, which takes what is in the backlog.
+    let ((), served) = tokio::join!(dispatcher.drain(None), serving);
+    served
+}
+
+/// Answers each scrape with the numbers of that moment.
+async fn export(
+    listener: TcpListener,
+    dispatcher: Dispatcher,
+    recorder: PrometheusHandle,
+) -> Result<()> {
+    let metrics = Arc::new(Mutex::new(DispatcherMetrics::new("web")));
+    let scrape = move || {
+        metrics.lock().unwrap_or_else(PoisonError::into_inner).update(&dispatcher.stats());
+        recorder.run_upkeep();
+        let text = recorder.render();
+        async move { text }
+    };
+    axum::serve(listener, Router::new().route("/metrics", get(scrape))).await
+}

@@ -1,0 +1,19 @@
+//! tonic serves what is handed over.
+
+use tonic::transport::server::{Connected, TcpConnectInfo};
+
+use super::Connection;
+
+/// For tonic's `serve_with_incoming_shutdown`, with an [`Incoming`](super::Incoming) as the stream:
+/// `incoming.map(Ok::<_, Infallible>)`. A handler finds the client's address as
+/// `Request::remote_addr`; there is none for the client of a Unix socket.
+///
+/// With [`drain_requested`](super::IncomingHandle::drain_requested) as the signal, clients get a
+/// GOAWAY when the worker drains, and their calls go on. The service `grpc` is a whole program.
+impl Connected for Connection {
+    type ConnectInfo = TcpConnectInfo;
+
+    fn connect_info(&self) -> TcpConnectInfo {
+        TcpConnectInfo { local_addr: self.local_addr().ip(), remote_addr: self.peer_addr().ip() }
+    }
+}

@@ -1,0 +1,29 @@
+//! The socket at which takeovers are requested.
+
+use std::{io, os::fd::OwnedFd};
+
+use nix::sys::socket::SockType;
+
+use crate::socket::PathGuard;
+
+/// The socket at which takeovers are requested, and its path.
+pub(super) struct Control {
+    pub(super) fd: OwnedFd,
+    pub(super) guard: PathGuard,
+}
+
+/// Copies of everything that a new process gets once it is ready.
+pub(super) struct Handover {
+    pub(super) control: OwnedFd,
+    pub(super) control_lock: OwnedFd,
+    /// The locks of listeners that have a path, with the numbers of the listeners.
+    pub(super) locks: Vec<(u32, OwnedFd)>,
+}
+
+impl Control {
+    /// Listens at a path that is guarded.
+    pub(super) fn bind(mut guard: PathGuard, mode: u32) -> io::Result<Self> {
+        let fd = guard.bind_new(SockType::SeqPacket, mode)?;
+        Ok(Self { fd, guard })
+    }
+}
