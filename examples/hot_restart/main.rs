@@ -7,7 +7,7 @@
 //! cargo run --features axum --example hot_restart -- --wait   # starts it in the background
 //! cargo run --features axum --example hot_restart -- --demo   # load through 20 restarts
 //! cargo run --features axum --example hot_restart -- --demo --kill
-//! cargo run --features axum --example hot_restart -- --demo --front   # workers go on through all of them
+//! cargo run --features axum --example hot_restart -- --demo --front   # workers go on
 //! ```
 //!
 //! `--wait` returns once the new process serves, with exit code 0, or once it has failed, with 1.

@@ -135,6 +135,8 @@ mod generations;
 mod give;
 mod giver;
 mod inspect;
+#[cfg(feature = "handoff")]
+mod keep_workers;
 mod lanes;
 mod link;
 mod listeners;

@@ -184,9 +184,9 @@ impl Process {
         }
     }
 
-    /// Ready when a process that was started has ended. Of other processes the end of the socket tells: one that has
-    /// connected may have handed the socket over to the process that stays, as a program does that
-    /// daemonizes.
+    /// Ready when a process that was started has ended. Of other processes the end of the socket
+    /// tells: one that has connected may have handed the socket over to the process that stays, as
+    /// a program does that daemonizes.
     pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self {
             Self::Started { process, .. } => process.poll_ended(cx).map(drop),

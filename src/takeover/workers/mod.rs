@@ -2,8 +2,6 @@
 
 #[cfg(not(feature = "handoff"))]
 mod absent;
-#[cfg(feature = "handoff")]
-mod keep;
 
 use std::io;
 
@@ -30,13 +28,13 @@ impl Workers {
 
     /// Keeps the workers of a dispatcher from now on. Returns those that it is to take.
     #[cfg(feature = "handoff")]
-    fn keep(&mut self, dispatcher: Dispatcher) -> Vec<Frame> {
+    pub(super) fn keep(&mut self, dispatcher: Dispatcher) -> Vec<Frame> {
         self.dispatcher = Some(dispatcher);
         std::mem::take(&mut self.coming)
     }
 
     #[cfg(feature = "handoff")]
-    fn took(&mut self, taken: TakenWorkers) {
+    pub(super) fn took(&mut self, taken: TakenWorkers) {
         self.taken = Some(taken);
     }
 

@@ -124,8 +124,8 @@ proptest! {
                 }
                 Event::Ask(max) => {
                     book.adopt(max);
-                    let adopted = book.take_adopted::<Vec<_>>(max);
-                    prop_assert!(adopted.is_empty(), "the dispatcher was not told");
+                    let untold = book.take_adopted::<Vec<_>>(max);
+                    prop_assert!(untold.is_empty(), "the dispatcher was not told");
                     dispatcher.read(&mut book, fates.len() as u64);
                     for number in book.take_adopted::<Vec<_>>(max) {
                         prop_assert!(fates[number].replace(Fate::Adopted).is_none());

@@ -2,10 +2,8 @@
 
 use std::io;
 
-use crate::{
-    handoff::{Dispatcher, IntoListener, TakenWorker, WorkerCommand, WorkerId},
-    takeover::{Accepts, Gated, Phase, Server},
-};
+use super::{Accepts, Gated, Phase, Server};
+use crate::handoff::{Dispatcher, IntoListener, TakenWorker, WorkerCommand, WorkerId};
 
 impl Server {
     /// Keeps the workers of a [hand-off](crate::handoff) through takeovers: the dispatcher goes on
