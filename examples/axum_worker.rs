@@ -43,7 +43,7 @@ async fn front(address: &str) -> io::Result<()> {
     })?;
     let address = listener.local_addr()?;
 
-    let dispatcher = Dispatcher::builder().build();
+    let dispatcher = Dispatcher::new();
     for _ in 0..2 {
         let mut command = Command::new(env::current_exe()?);
         command.arg("--worker");

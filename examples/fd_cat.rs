@@ -2,13 +2,13 @@
 //!
 //! A child opens the file and passes it, with its name, over a pair of STREAM sockets; the parent
 //! prints it. The example shows how to start a child with a socket as its standard input, a frame
-//! with one descriptor, and a failure as a frame without one. The parent runs on tokio. The child is
-//! a small helper without a runtime (`fdwire::blocking`); the parent cannot tell the difference.
+//! with one descriptor, and a failure as a frame without one. The parent runs on tokio. The child
+//! is a small helper without a runtime (`fdwire::blocking`); the parent cannot tell the difference.
 //!
 //! ```sh
 //! cargo run --example fd_cat -- Cargo.toml
 //! cargo run --example fd_cat -- --verbose Cargo.toml    # also prints who has opened the file
-//! cargo run --example fd_cat -- missing                 # error: missing: No such file or directory
+//! cargo run --example fd_cat -- missing           # error: missing: No such file or directory
 //! ```
 
 use std::{
@@ -94,7 +94,8 @@ async fn receive_and_print(args: &Args) -> Result<(), Box<dyn Error>> {
 /// Answers with the name and the file, or with one line that has the reason for the failure.
 fn open_and_pass(path: &Path) -> Result<(), Box<dyn Error>> {
     let mut parent = blocking::Framed::new(blocking::Socket::from_stdin()?, FrameCodec::default());
-    // Without O_NONBLOCK, opening a FIFO that nobody writes to would block. Regular files ignore it.
+    // Without O_NONBLOCK, opening a FIFO that nobody writes to would block. Regular files ignore
+    // it.
     let opened =
         File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     let answer = match opened {

@@ -1,5 +1,5 @@
-//! Five files, each written by two processes: the parent opens a file, writes a line, sends the file
-//! and closes it; the child adds a line to each file that arrives, until the stream ends.
+//! Five files, each written by two processes: the parent opens a file, writes a line, sends the
+//! file and closes it; the child adds a line to each file that arrives, until the stream ends.
 //!
 //! The example shows that the **same open file** arrives, not the same name opened again: the file
 //! was not opened for appending, and still the child goes on where the parent stopped, because the

@@ -32,7 +32,7 @@ async fn accept(address: &str) -> io::Result<()> {
     let listener = TcpListener::bind(address).await.map_err(|error| {
         io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"))
     })?;
-    let dispatcher = Dispatcher::builder().build();
+    let dispatcher = Dispatcher::new();
     for _ in 0..4 {
         let mut worker = Command::new(env::current_exe()?);
         worker.arg("--worker");
@@ -59,7 +59,8 @@ async fn work() -> io::Result<()> {
             tokio::spawn(answer(connection));
         }
     });
-    handle.ended().await; // everything has been served, and the dispatcher wants no more, or is gone
+    // Everything has been served, and the dispatcher wants no more, or is gone.
+    handle.ended().await;
     Ok(())
 }
 

@@ -149,8 +149,8 @@ async fn answer(socket: Socket) -> Result<(), Error> {
         };
         let note = format!("uid {}, gid {} asks for {}", who.uid, who.gid, path.display());
         client.feed(Reply::Note(note)).await?; // is sent together with the next reply
-        // Without O_NONBLOCK, opening a FIFO that nobody writes to would block. Regular files ignore
-        // it.
+        // Without O_NONBLOCK, opening a FIFO that nobody writes to would block. Regular files
+        // ignore it.
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
         let opened =
             OpenOptions::new().read(true).append(append).custom_flags(flags).open(path).await;

@@ -17,7 +17,7 @@
 //! use fdwire::handoff::{Dispatcher, WorkerCommand};
 //! use tokio::{net::TcpListener, process::Command};
 //!
-//! let dispatcher = Dispatcher::builder().build();
+//! let dispatcher = Dispatcher::new();
 //! for _ in 0..4 {
 //!     dispatcher.spawn_worker(WorkerCommand::from(Command::new("./worker")).restart(true))?;
 //! }
@@ -198,6 +198,8 @@
 //! | `takeover` | yes | the module [`takeover`], and [`Notifier::follow`](systemd::Notifier::follow) |
 //! | `tokio-util` | yes | [`PayloadCodec`](codec::PayloadCodec), for the codecs of tokio-util |
 //! | `tokio-seqpacket` | yes | conversions from and into the sockets of tokio-seqpacket |
+//! | `serde` | no | the module `typed`: messages whose fields may be descriptors |
+//! | `json` | no | `serde`, and the formats of varlink and JSON-RPC in `typed` |
 //! | `axum` | no | axum serves an [`Incoming`](handoff::Incoming) or a [`Gated`](takeover::Gated) |
 //! | `tonic` | no | tonic serves an [`Incoming`](handoff::Incoming): see the service `grpc` |
 //! | `metrics` | no | the module `metrics`: numbers for the `metrics` facade, and so for Prometheus |
@@ -206,8 +208,7 @@
 //!
 //! # Platform
 //!
-//! The crate works on Linux. Everything that only Linux has is in the modules `sys` and `socket`.
-//! Frames and codecs do not depend on a system.
+//! The crate works on Linux. Frames and codecs do not depend on a system; the rest does.
 
 #![cfg_attr(
     not(all(feature = "handoff", feature = "takeover")),

@@ -2,14 +2,14 @@
 //! against the same bytes passed on by `copy_bidirectional` and by haproxy.
 //!
 //! ```text
-//! cargo bench --bench sni_router                    # prints tables
-//! cargo bench --bench sni_router -- --report docs   # writes docs/BENCHMARKS_SNI_ROUTER.md as well
+//! cargo bench --bench sni_router               # prints tables
+//! cargo bench --bench sni_router -- --report   # writes docs/BENCHMARKS_SNI_ROUTER.md as well
 //! ```
 //!
 //! Routers and workers are processes of their own with one thread each. They run the example's
-//! code: [`router`] and [`hello`] find the worker, and [`worker`] serves everywhere. The clients are
-//! in the process that measures; their CPU time does not count. Contenders of a table take turns,
-//! round after round.
+//! code: [`router`] and [`hello`] find the worker, and [`worker`] serves everywhere. The clients
+//! are in the process that measures; their CPU time does not count. Contenders of a table take
+//! turns, round after round.
 
 mod client;
 mod figures;
@@ -26,14 +26,7 @@ mod router;
 #[allow(dead_code, reason = "the workers of the bench have answers of their own")]
 mod worker;
 
-use std::{
-    env,
-    error::Error,
-    fmt::Write as _,
-    fs,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{env, error::Error, fmt::Write as _, fs, path::Path, time::Duration};
 
 use clap::Parser;
 use client::{Client, Sample};
@@ -56,9 +49,9 @@ struct Args {
     #[arg(long)]
     test: bool,
 
-    /// Write BENCHMARKS_SNI_ROUTER.md into this directory
-    #[arg(long, value_name = "DIRECTORY", conflicts_with = "test")]
-    report: Option<PathBuf>,
+    /// Write docs/BENCHMARKS_SNI_ROUTER.md
+    #[arg(long, conflicts_with = "test")]
+    report: bool,
 
     /// What `cargo bench` says to every bench. `cargo test --benches` does not, and means `--test`
     #[arg(long, hide = true)]
@@ -103,9 +96,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         print!("{table}");
         report += &table;
     }
-    if let Some(directory) = args.report {
-        fs::create_dir_all(&directory)?;
-        fs::write(directory.join("BENCHMARKS_SNI_ROUTER.md"), report)?;
+    if args.report {
+        fs::write(REPORT, report)?;
+        println!("written to {REPORT}");
     }
     Ok(())
 }
@@ -144,7 +137,8 @@ fn measure(
     }
 
     let mut table = format!(
-        "\n## {}\n\n| | requests / s | quartiles | CPU / request | added CPU | added, × fdwire's |\n\
+        "\n## {}\n\n\
+         | | requests / s | quartiles | CPU / request | added CPU | added, × fdwire's |\n\
          |---|---:|---:|---:|---:|---:|\n",
         load.title
     );
@@ -168,20 +162,27 @@ fn measure(
     Ok(table)
 }
 
+const REPORT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/BENCHMARKS_SNI_ROUTER.md");
+
 const HEAD: &str = "\
 # Benchmarks of a router by server name
 
-Written by `cargo bench --bench sni_router -- --report docs`. Do not edit. Figures of other things are in
+Written by `cargo bench --bench sni_router -- --report`. Do not edit. Figures of other things are in
 [BENCHMARKS.md](BENCHMARKS.md).
 
-Clients open TLS connections (1.3, without resumption) and send HTTP/1.1 requests, 16 at a time. A router finds the worker by the
-name in the ClientHello. The worker is the same everywhere: rustls and hyper, with one thread, as each router has one.
+Clients open TLS connections (1.3, without resumption) and send HTTP/1.1 requests, 16 at a time. A
+router finds the worker by the name in the ClientHello. The worker is the same everywhere: rustls
+and hyper, with one thread, as each router has one.
 
 - *no router*: the worker accepts by itself.
-- *fdwire*: the example `sni_router`. It hands the connection to the worker, which then speaks with the client alone.
-- *copy_bidirectional*: finds the worker in the same way, connects to it over a Unix socket, and passes all bytes on.
-- *haproxy*: TCP mode, `req.ssl_sni`, over a Unix socket too; with its defaults, and with `option splice-auto`.
+- *fdwire*: the example `sni_router`. It hands the connection to the worker, which then speaks with
+  the client alone.
+- *copy_bidirectional*: finds the worker in the same way, connects to it over a Unix socket, and
+  passes all bytes on.
+- *haproxy*: TCP mode, `req.ssl_sni`, over a Unix socket too; with its defaults, and with `option
+  splice-auto`.
 
-A figure is the median of all rounds. CPU is the time that the kernel's scheduler gave to router and worker, the clients' not
-included; *added* is what it is beyond *no router* in the same round. All processes and the clients share the machine's cores.
+A figure is the median of all rounds. CPU is the time that the kernel's scheduler gave to router and
+worker, the clients' not included; *added* is what it is beyond *no router* in the same round. All
+processes and the clients share the machine's cores.
 ";

@@ -77,7 +77,7 @@ struct Front {
 }
 
 pub(crate) fn dispatcher<const WINDOW: usize>(socket: OwnedFd, _: Setup) -> Box<dyn End> {
-    let dispatcher = Dispatcher::builder().build();
+    let dispatcher = Dispatcher::new();
     dispatcher.add_worker(Socket::try_from(socket).expect("a connected Unix socket"));
     let (listener, client) = listen(talk(WINDOW));
     Box::new(Front { dispatcher, listener, client })

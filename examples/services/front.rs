@@ -1,6 +1,6 @@
-//! The front of these services: accepts connections and has a worker serve them. SIGHUP replaces the
-//! worker, as for a new version, and SIGTERM ends the service. In both cases the old worker gets no
-//! more connections, and finishes those that it has within a limit.
+//! The front of these services: accepts connections and has a worker serve them. SIGHUP replaces
+//! the worker, as for a new version, and SIGTERM ends the service. In both cases the old worker
+//! gets no more connections, and finishes those that it has within a limit.
 
 use std::{
     env,
@@ -52,7 +52,8 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
             served = &mut serving => return served,
             _ = replace.recv() => {
                 // What comes from now on waits for the new worker.
-                let (old, dispatcher) = (mem::replace(&mut worker, start(&dispatcher)?), dispatcher.clone());
+                let old = mem::replace(&mut worker, start(&dispatcher)?);
+                let dispatcher = dispatcher.clone();
                 tokio::spawn(async move { dispatcher.remove_worker(old, limit).await });
             }
             _ = end.recv() => break,

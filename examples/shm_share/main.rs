@@ -131,7 +131,9 @@ impl Peer {
         let mut rings = [0; 8];
         tokio::select! {
             rung = self.doorbell.read_exact(&mut rings) => Ok(rung.map(drop)?),
-            other = self.socket.try_next() => Err(format!("the doorbell should ring, and this came: {other:?}").into()),
+            other = self.socket.try_next() => {
+                Err(format!("the doorbell should ring, and this came: {other:?}").into())
+            }
         }
     }
 }

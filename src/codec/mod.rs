@@ -28,8 +28,10 @@ mod payload;
 mod pieces;
 mod plan;
 #[cfg(test)]
-mod rules;
+mod receive_rules;
 mod send_buf;
+#[cfg(test)]
+mod send_rules;
 
 use std::os::fd::OwnedFd;
 

@@ -60,7 +60,7 @@
 //! // One side accepts.
 //! let listener = TcpListener::bind("127.0.0.1:0").await?;
 //! let address = listener.local_addr()?;
-//! let dispatcher = Dispatcher::builder().build();
+//! let dispatcher = Dispatcher::new();
 //! dispatcher.add_worker(here);
 //! let accepting = tokio::spawn({
 //!     let dispatcher = dispatcher.clone();
@@ -124,12 +124,12 @@
 //!
 //! - Each connection has one owner at any time. One that no worker has adopted is adopted by the
 //!   other dispatcher first, when that asks for it, and from then on it is lost only with that.
-//! - Workers that the old dispatcher has started are not its new one's children. That one sees their
-//!   end and can kill them, but it does not learn their exit status; and it starts them again by a
+//! - Workers that the old dispatcher has started are not children of the new one. It sees their end
+//!   and can kill them, but it does not learn their exit status, and it starts them again by a
 //!   command of its own.
 //! - Nothing of the old process ends a worker that has moved, not even
-//!   [`kill_on_drop`](tokio::process::Command::kill_on_drop). A parent-death signal (`PR_SET_PDEATHSIG`)
-//!   does, and so does a service manager that kills all processes of a unit.
+//!   [`kill_on_drop`](tokio::process::Command::kill_on_drop). A parent-death signal
+//!   (`PR_SET_PDEATHSIG`) does, and so does a service manager that kills all processes of a unit.
 //! - A worker that does not know how to move finishes what it has, and leaves.
 //!
 //! # Limits

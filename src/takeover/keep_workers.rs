@@ -15,7 +15,8 @@ impl Server {
     /// moved, or is about to leave, finishes what it has.
     ///
     /// Workers that the first process has started are children of none of the later ones: these
-    /// know of their ends, and [kill](crate::handoff::DispatcherBuilder::kill_hung) those that hang.
+    /// know of their ends, and [kill](crate::handoff::DispatcherBuilder::kill_hung) those that
+    /// hang.
     /// The closure returns the command by which such a worker is [started
     /// again](WorkerCommand::restart), if it is to be.
     ///
@@ -24,7 +25,8 @@ impl Server {
     ///
     /// ```no_run
     /// # fn worker() -> tokio::process::Command { unimplemented!() }
-    /// # async fn front(server: fdwire::takeover::Server) -> Result<(), Box<dyn std::error::Error>> {
+    /// # type Outcome = Result<(), Box<dyn std::error::Error>>;
+    /// # async fn front(server: fdwire::takeover::Server) -> Outcome {
     /// use fdwire::handoff::{Dispatcher, WorkerCommand};
     /// use tokio::net::TcpListener;
     ///

@@ -6,8 +6,8 @@
 //! curl http://127.0.0.1:9100/metrics    # the numbers of the dispatcher and of each worker
 //! ```
 //!
-//! The numbers come from the front alone: it knows what each worker has adopted and serves. A worker
-//! that has numbers of its own exports them in the same way, at an address of its own.
+//! The numbers come from the front alone: it knows what each worker has adopted and serves. A
+//! worker that has numbers of its own exports them in the same way, at an address of its own.
 //!
 //! The table of all numbers is in the documentation of `fdwire::metrics`.
 

@@ -108,7 +108,8 @@ async fn serve(arguments: Arguments) -> Result<()> {
         select! {
             () = endpoint.wait_idle() => if server.drained().await { break },
             undone = server.undone() => if !undone {
-                // The new process was replaced too. The process that serves now forwards to this one.
+                // The new process was replaced too. The process that serves now forwards to this
+                // one.
                 endpoint.wait_idle().await;
                 break;
             }

@@ -19,8 +19,8 @@ pub(crate) struct Clients {
 #[derive(Default)]
 struct Held {
     next_number: u64,
-    /// By number, so the first one is the oldest. A sender is only dropped, which wakes its client's
-    /// task.
+    /// By number, so the first one is the oldest. A sender is only dropped, which wakes its
+    /// client's task.
     clients: BTreeMap<u64, oneshot::Sender<()>>,
 }
 

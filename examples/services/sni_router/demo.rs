@@ -40,7 +40,8 @@ impl Demo {
         let (host, port) = (address.ip(), address.port());
         let curl = |options: &str, name: &str| {
             println!(
-                "  curl {options} --cacert {} --resolve {name}:{port}:{host} https://{name}:{port}/",
+                "  curl {options} --cacert {} --resolve {name}:{port}:{host} \
+                 https://{name}:{port}/",
                 all.display()
             );
         };

@@ -194,7 +194,7 @@ impl DispatcherBuilder {
     /// Outside of a tokio runtime.
     pub fn build(mut self) -> Dispatcher {
         self.config.hang_timeout = self.config.hang_timeout.max(self.config.ping_interval);
-        Dispatcher::new(self.config)
+        Dispatcher::with_config(self.config)
     }
 }
 

@@ -76,7 +76,7 @@ fn after(within: Duration) -> Instant {
 /// use fdwire::{Socket, SocketKind, handoff::Dispatcher};
 /// use tokio::net::{TcpListener, TcpStream};
 ///
-/// let dispatcher = Dispatcher::builder().build();
+/// let dispatcher = Dispatcher::new();
 /// let (here, there) = Socket::pair(SocketKind::SeqPacket)?;
 /// dispatcher.add_worker(here); // `there` mostly belongs to another process
 ///
@@ -95,12 +95,21 @@ pub struct Dispatcher {
 }
 
 impl Dispatcher {
-    /// A dispatcher with settings of your own.
+    /// Returns a dispatcher with the default settings.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    #[expect(clippy::new_without_default, reason = "a `default` should not panic")]
+    pub fn new() -> Self {
+        Self::builder().build()
+    }
+
+    /// Returns a builder, to change settings.
     pub fn builder() -> DispatcherBuilder {
         DispatcherBuilder::new()
     }
 
-    fn new(config: Config) -> Self {
+    fn with_config(config: Config) -> Self {
         let shared = Shared::new(config);
         let last = Arc::new(DrainOnLastDrop(Arc::clone(&shared)));
         Self { shared, group: Group::default(), _last: last }

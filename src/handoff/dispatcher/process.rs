@@ -264,8 +264,8 @@ async fn attend(shared: Arc<Shared>, id: ProcessId, mut process: Started) {
     reap(shared, id, process).await;
 }
 
-/// Waits until a process that has left ends. It is killed at the end of a drain, or when its time to
-/// exit is over.
+/// Waits until a process that has left ends. It is killed at the end of a drain, or when its time
+/// to exit is over.
 async fn reap(shared: Arc<Shared>, id: ProcessId, mut process: Started) {
     let mut kill_all = shared.kill.subscribe();
     let is_overdue = async {

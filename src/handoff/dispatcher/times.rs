@@ -15,7 +15,7 @@ const BUCKETS: usize = 22;
 /// # #[tokio::main(flavor = "current_thread")] async fn main() {
 /// use fdwire::handoff::Dispatcher;
 ///
-/// let times = Dispatcher::builder().build().stats().adoption_times;
+/// let times = Dispatcher::new().stats().adoption_times;
 /// for (up_to, connections) in times.buckets() {
 ///     println!("{up_to:?} {connections}"); // Some(64µs) 0, Some(128µs) 0, ..., None 0
 /// }

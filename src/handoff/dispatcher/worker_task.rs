@@ -381,7 +381,8 @@ impl WorkerTask {
     /// Cuts the worker off. After this it can write no answer, and those that it wrote before are
     /// here.
     async fn cut(&mut self) -> Cut {
-        let _ = self.read.socket().shutdown(Shutdown::Read); // an error means that there is nothing left to cut
+        // An error means that there is nothing left to cut.
+        let _ = self.read.socket().shutdown(Shutdown::Read);
         let mut last = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
         while let Some(Ok(message)) = self.read.next().await {
             last.extend(message.ok());

@@ -242,8 +242,9 @@ impl IncomingHandle {
     /// a goodbye. Never ends if the drain has no deadline, or if the link has ended before.
     ///
     /// ```no_run
-    /// # async fn serve(_: fdwire::handoff::Connection) {}
-    /// # async fn example(connection: fdwire::handoff::Connection, handle: fdwire::handoff::IncomingHandle) {
+    /// # use fdwire::handoff::{Connection, IncomingHandle};
+    /// # async fn serve(_: Connection) {}
+    /// # async fn example(connection: Connection, handle: IncomingHandle) {
     /// use std::time::Duration;
     ///
     /// tokio::select! {

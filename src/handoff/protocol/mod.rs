@@ -42,8 +42,8 @@ pub enum FromWorker {
         highest: u8,
         /// The most descriptors of an offer that it takes, at least 1.
         max_fds: u8,
-        /// The number of adopted connections that have not ended, from links before this one. `None`
-        /// if the worker takes no [`ToWorker::Move`].
+        /// The number of adopted connections that have not ended, from links before this one.
+        /// `None` if the worker takes no [`ToWorker::Move`].
         open: Option<u64>,
     },
     /// It takes this many offers in all, counted from the beginning. Initially none; falls only

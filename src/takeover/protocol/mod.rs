@@ -107,8 +107,8 @@ pub enum ToTaker<F = OwnedFd> {
         /// there asks it to leave.
         fds: Fds<F>,
     },
-    /// A part of what a dispatcher hands on with its workers. Between [`Welcome`](Self::Welcome) and
-    /// [`Complete`](Self::Complete).
+    /// A part of what a dispatcher hands on with its workers. Between [`Welcome`](Self::Welcome)
+    /// and [`Complete`](Self::Complete).
     Workers {
         /// Bytes of the [hand-off](crate::handoff::Dispatcher::prepare_succession).
         bytes: Bytes,

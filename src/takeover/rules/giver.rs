@@ -76,7 +76,8 @@ fn a_breach_before_ready_ends_the_takeover_and_the_giver_serves() {
     let now = Instant::now();
     let back = FromTaker::HandBack { baton: Bytes::new() };
     let decline = |number| FromTaker::Decline { number };
-    let cases: [(fn(Instant) -> Giver, Vec<FromTaker>); 3] = [
+    type Start = fn(Instant) -> Giver;
+    let cases: [(Start, Vec<FromTaker>); 3] = [
         (
             |now| new_giver(now, Versions::OURS),
             vec![FromTaker::Ready, decline(0), back.clone(), FromTaker::Release],

@@ -1,20 +1,15 @@
 //! The check of received descriptors.
 
+mod info;
+
 use std::{
     fmt,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
 };
 
-use nix::{
-    fcntl::{FcntlArg, OFlag, fcntl},
-    libc,
-    sys::socket::{SockType, getsockopt, sockopt},
-};
+pub use info::{FdAccess, FdInfo, FdType, SocketDomain, SocketType};
 
-use crate::{
-    closer::close_in_background,
-    sys::{self, FileType},
-};
+use crate::closer::close_in_background;
 
 /// A condition for received descriptors: "a read-only regular file, or nothing".
 ///
@@ -54,93 +49,6 @@ enum Wanted {
     File,
     SealedMemfd,
     Type(FdType),
-}
-
-/// The type of the open file behind a descriptor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FdType {
-    /// A regular file. A memfd is one, too.
-    RegularFile,
-    /// A directory.
-    Directory,
-    /// A character device: a terminal, `/dev/null`.
-    CharDevice,
-    /// A block device.
-    BlockDevice,
-    /// An end of a pipe, or a FIFO.
-    Pipe,
-    /// A socket that does not listen.
-    Socket(SocketDomain, SocketType),
-    /// A socket that listens.
-    Listener(SocketDomain, SocketType),
-    /// An eventfd, a pidfd, an epoll instance and their kin, or something that the kernel does not
-    /// tell (for example, because a sandbox forbids asking).
-    Other,
-}
-
-/// The address family of a socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum SocketDomain {
-    /// IPv4 or IPv6.
-    Ip,
-    /// `AF_UNIX`.
-    Unix,
-    /// Another one, by the number that `SO_DOMAIN` has for it.
-    Other(i32),
-}
-
-/// The type of a socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum SocketType {
-    /// `SOCK_STREAM`.
-    Stream,
-    /// `SOCK_DGRAM`.
-    Datagram,
-    /// `SOCK_SEQPACKET`.
-    SeqPacket,
-    /// Another one.
-    Other,
-}
-
-/// The access that a descriptor permits (`O_ACCMODE`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FdAccess {
-    /// `O_RDONLY`. It says nothing of the file: who may open the file anew may get more.
-    ReadOnly,
-    /// `O_WRONLY`.
-    WriteOnly,
-    /// `O_RDWR`.
-    ReadWrite,
-    /// `O_PATH`, or nothing that the kernel tells.
-    Neither,
-}
-
-/// The facts about a descriptor that a policy can ask for.
-///
-/// ```
-/// # fn main() -> std::io::Result<()> {
-/// use fdwire::fd_policy::{FdInfo, FdType, SocketDomain, SocketType};
-///
-/// let (socket, _) = std::os::unix::net::UnixStream::pair()?;
-/// let info = FdInfo::of(&socket);
-/// assert_eq!(info.fd_type, FdType::Socket(SocketDomain::Unix, SocketType::Stream));
-/// assert_eq!(info.to_string(), "a stream socket of AF_UNIX");
-/// # Ok(()) }
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct FdInfo {
-    /// The type of the open file.
-    pub fd_type: FdType,
-    /// The access that it permits.
-    pub access: FdAccess,
-    /// True for a memfd that nobody can write to or shorten: it is sealed with `F_SEAL_WRITE` and
-    /// `F_SEAL_SHRINK`, see memfd_create(2).
-    pub is_sealed: bool,
 }
 
 /// A descriptor is not what it has to be.
@@ -262,62 +170,6 @@ impl Wanted {
     }
 }
 
-impl FdInfo {
-    /// Asks the kernel. Takes a few system calls, none of which waits.
-    pub fn of(fd: impl AsFd) -> Self {
-        let fd = fd.as_fd();
-        let access = access(fd);
-        let fd_type = fd_type(fd);
-        let is_sealed =
-            fd_type == FdType::RegularFile && access != FdAccess::Neither && sys::is_sealed(fd);
-        Self { fd_type, access, is_sealed }
-    }
-}
-
-fn access(fd: BorrowedFd<'_>) -> FdAccess {
-    let Ok(flags) = fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain) else {
-        return FdAccess::Neither;
-    };
-    match flags & OFlag::O_ACCMODE {
-        _ if flags.contains(OFlag::O_PATH) => FdAccess::Neither,
-        OFlag::O_RDONLY => FdAccess::ReadOnly,
-        OFlag::O_WRONLY => FdAccess::WriteOnly,
-        OFlag::O_RDWR => FdAccess::ReadWrite,
-        _ => FdAccess::Neither, // 3 permits ioctl only, see open(2)
-    }
-}
-
-fn fd_type(fd: BorrowedFd<'_>) -> FdType {
-    match sys::file_kind(fd).map_or(FileType::Other, |kind| kind.file_type) {
-        FileType::Regular => FdType::RegularFile,
-        FileType::Directory => FdType::Directory,
-        FileType::CharacterDevice => FdType::CharDevice,
-        FileType::BlockDevice => FdType::BlockDevice,
-        FileType::Pipe => FdType::Pipe,
-        FileType::Socket => socket_type(fd),
-        FileType::Other => FdType::Other,
-    }
-}
-
-fn socket_type(fd: BorrowedFd<'_>) -> FdType {
-    let domain = match getsockopt(&fd, sys::Domain) {
-        Ok(libc::AF_INET | libc::AF_INET6) => SocketDomain::Ip,
-        Ok(libc::AF_UNIX) => SocketDomain::Unix,
-        Ok(other) => SocketDomain::Other(other),
-        Err(_) => return FdType::Other, // a socket's path, opened with O_PATH
-    };
-    let socket_type = match getsockopt(&fd, sockopt::SockType) {
-        Ok(SockType::Stream) => SocketType::Stream,
-        Ok(SockType::Datagram) => SocketType::Datagram,
-        Ok(SockType::SeqPacket) => SocketType::SeqPacket,
-        _ => SocketType::Other,
-    };
-    match getsockopt(&fd, sockopt::AcceptConn) {
-        Ok(true) => FdType::Listener(domain, socket_type),
-        _ => FdType::Socket(domain, socket_type),
-    }
-}
-
 impl fmt::Display for FdPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let access = self.access.map_or("", FdAccess::adjective);
@@ -327,62 +179,6 @@ impl fmt::Display for FdPolicy {
             Wanted::SealedMemfd => write!(f, "a {access}memfd sealed against changes"),
             Wanted::Type(fd_type) => write!(f, "a {access}{fd_type}"),
         }
-    }
-}
-
-impl fmt::Display for FdInfo {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let is_socket = matches!(self.fd_type, FdType::Socket(..) | FdType::Listener(..));
-        let access = if is_socket { "" } else { self.access.adjective() };
-        let sealed = if self.is_sealed { "sealed " } else { "" };
-        write!(f, "a {access}{sealed}{}", self.fd_type)
-    }
-}
-
-impl FdAccess {
-    fn adjective(self) -> &'static str {
-        match self {
-            Self::ReadOnly => "read-only ",
-            Self::WriteOnly => "write-only ",
-            Self::ReadWrite => "read-write ",
-            Self::Neither => "path-only ",
-        }
-    }
-}
-
-impl fmt::Display for FdType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::RegularFile => f.write_str("regular file"),
-            Self::Directory => f.write_str("directory"),
-            Self::CharDevice => f.write_str("character device"),
-            Self::BlockDevice => f.write_str("block device"),
-            Self::Pipe => f.write_str("pipe"),
-            Self::Socket(domain, kind) => write!(f, "{kind} socket of {domain}"),
-            Self::Listener(domain, kind) => write!(f, "listening {kind} socket of {domain}"),
-            Self::Other => f.write_str("descriptor of another type"),
-        }
-    }
-}
-
-impl fmt::Display for SocketDomain {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Ip => f.write_str("IP"),
-            Self::Unix => f.write_str("AF_UNIX"),
-            Self::Other(number) => write!(f, "address family {number}"),
-        }
-    }
-}
-
-impl fmt::Display for SocketType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Stream => "stream",
-            Self::Datagram => "datagram",
-            Self::SeqPacket => "seqpacket",
-            Self::Other => "raw",
-        })
     }
 }
 
@@ -396,7 +192,8 @@ mod tests {
     };
 
     use nix::{
-        fcntl::SealFlag,
+        fcntl::{FcntlArg, SealFlag, fcntl},
+        libc,
         sys::memfd::{MFdFlags, memfd_create},
     };
 
