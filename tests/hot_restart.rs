@@ -31,6 +31,24 @@ fn twenty_restarts_in_which_processes_are_killed_fail_no_request_that_is_repeate
     println!("{seen:?}");
 }
 
+#[test]
+fn workers_go_on_through_twenty_restarts_of_their_front() {
+    let seen = demo("hot_restart", &["--front"]);
+    assert_eq!((seen["failed"], seen["processes that answered"]), (0.0, 2.0), "{seen:?}");
+    assert!(seen["answered"] > 1000.0, "{seen:?}");
+    println!("{seen:?}");
+}
+
+/// A front that dies after the new one is ready, and before it has moved its workers, takes them
+/// along: the new one starts others.
+#[test]
+fn fronts_that_are_killed_while_they_are_replaced_fail_no_request_that_is_repeated() {
+    let seen = demo("hot_restart", &["--front", "--kill"]);
+    assert_eq!(seen["failed"], 0.0, "{seen:?}");
+    assert!(seen["answered"] > 1000.0 && seen["kills"] > 0.0, "{seen:?}");
+    println!("{seen:?}");
+}
+
 /// A server that was started in the background, ended with this value.
 struct Background(u32);
 

@@ -38,10 +38,11 @@ struct Process {
 }
 
 impl Process {
-    fn start(address: SocketAddr, path: &Path) -> io::Result<Self> {
+    fn start(address: SocketAddr, path: &Path, front: bool) -> io::Result<Self> {
         let mut child = Command::new(env::current_exe()?)
             .args(["--listen", &address.to_string(), "--spread", SPREAD, "--path"])
             .arg(path)
+            .args(front.then_some("--front"))
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;
@@ -63,13 +64,13 @@ impl Process {
     }
 }
 
-/// Runs the demo. `kill`: a process is killed in most restarts.
-pub(crate) async fn run(kill: bool) -> io::Result<()> {
+/// Runs the demo. `kill`: a process is killed in most restarts. `front`: the servers have workers.
+pub(crate) async fn run(kill: bool, front: bool) -> io::Result<()> {
     // A server, its clients, and the longest gap without a restart.
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("takeover");
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-    let mut serving = Process::start(address, &path)?;
+    let mut serving = Process::start(address, &path, front)?;
     serving.wait_for("ready").await?;
 
     let load = Load::start(address, CLIENTS, kill);
@@ -82,7 +83,7 @@ pub(crate) async fn run(kill: bool) -> io::Result<()> {
     let mut leaving = Vec::new();
     let mut kills = 0;
     for number in 1..=RESTARTS {
-        let mut new = Process::start(address, &path)?;
+        let mut new = Process::start(address, &path, front)?;
         new.wait_for("offered").await?;
         match kill.then(|| fastrand::u8(..3)) {
             Some(0) => {
@@ -118,6 +119,7 @@ pub(crate) async fn run(kill: bool) -> io::Result<()> {
     let seen = load.seen.lock().unwrap();
     println!("answered {}", seen.answered);
     println!("failed {}", seen.failed.len());
+    println!("processes that answered {}", seen.processes.len());
     if kill {
         println!("kills {kills}");
         println!("cut by a kill and answered when repeated {}", seen.repeated);

@@ -1,6 +1,7 @@
 //! Clients that ask all the time.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::SocketAddr,
     sync::{Arc, Mutex},
@@ -27,6 +28,8 @@ pub(crate) struct Seen {
     /// Requests whose connection was cut, and that were answered on another one.
     pub(crate) repeated: u64,
     pub(crate) failed: Vec<String>,
+    /// The process ids in the answers.
+    pub(crate) processes: BTreeSet<String>,
     last: Option<Instant>,
     pub(crate) longest_gap: Duration,
 }
@@ -93,16 +96,18 @@ async fn request(
     };
     let end = if one_shot { "connection: close\r\n" } else { "" };
     open.write_all(format!("GET / HTTP/1.1\r\nhost: localhost\r\n{end}\r\n").as_bytes()).await?;
-    let closes = timeout(PATIENCE, answer(&mut open)).await??;
+    let (closes, process) = timeout(PATIENCE, answer(&mut open)).await??;
+    let mut seen = seen.lock().unwrap();
     if is_new {
-        seen.lock().unwrap().accepted();
+        seen.accepted();
     }
+    seen.processes.insert(process);
     *connection = Some(open).filter(|_| !closes);
     Ok(())
 }
 
-/// Returns true if the server closes the connection behind this answer.
-async fn answer(connection: &mut BufReader<TcpStream>) -> io::Result<bool> {
+/// Returns true if the server closes the connection behind this answer, and the answer.
+async fn answer(connection: &mut BufReader<TcpStream>) -> io::Result<(bool, String)> {
     let (mut closes, mut length) = (false, 0);
     loop {
         let mut line = String::new();
@@ -118,8 +123,9 @@ async fn answer(connection: &mut BufReader<TcpStream>) -> io::Result<bool> {
             length = bytes.parse().map_err(io::Error::other)?;
         }
     }
-    connection.read_exact(&mut vec![0; length]).await?;
-    Ok(closes)
+    let mut body = vec![0; length];
+    connection.read_exact(&mut body).await?;
+    Ok((closes, String::from_utf8_lossy(&body).trim().to_owned()))
 }
 
 impl Seen {

@@ -7,12 +7,14 @@
 //! cargo run --features axum --example hot_restart -- --wait   # starts it in the background
 //! cargo run --features axum --example hot_restart -- --demo   # load through 20 restarts
 //! cargo run --features axum --example hot_restart -- --demo --kill
+//! cargo run --features axum --example hot_restart -- --demo --front   # workers go on
 //! ```
 //!
 //! `--wait` returns once the new process serves, with exit code 0, or once it has failed, with 1.
 //! It is the `ExecReload=` of a systemd unit: see docs/TAKEOVER.md.
 
 mod demo;
+mod front;
 mod load;
 
 use std::{
@@ -53,6 +55,12 @@ struct Arguments {
     /// Milliseconds after which a replaced server cuts its remaining connections.
     #[arg(long, default_value_t = 30_000)]
     deadline: u64,
+    /// Serves with two worker processes, which go on when this one is replaced.
+    #[arg(long)]
+    front: bool,
+    /// Serves what a front hands over.
+    #[arg(long, hide = true)]
+    worker: bool,
     /// Starts the server in the background, and waits until it serves or has failed.
     #[arg(long)]
     wait: bool,
@@ -76,7 +84,10 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = match () {
-        () if arguments.demo => demo::run(arguments.kill).await.map_err(Into::into),
+        () if arguments.demo => {
+            demo::run(arguments.kill, arguments.front).await.map_err(Into::into)
+        }
+        () if arguments.worker => front::work(router()).await,
         () if arguments.wait => launch(arguments).await,
         () if arguments.list => list(arguments).await,
         () => serve(arguments).await,
@@ -108,9 +119,11 @@ async fn serve(arguments: Arguments) -> Result<()> {
     let server = pending.ready().await.map_err(with(&place))?;
     println!("ready");
 
+    if arguments.front {
+        return front::serve(server, notifier).await;
+    }
     // Serve until another process has taken over for good, or a signal ends the service.
-    let router = Router::new().route("/", get(async || format!("{}\n", process::id())));
-    let serving = server.serve_axum(server.gated("http", 0)?, router);
+    let serving = server.serve_axum(server.gated("http", 0)?, router());
     let mut terminate = signal(SignalKind::terminate())?;
     select! {
         (finished, told) = async { join!(serving, notifier.follow(&server)) } => {
@@ -121,6 +134,10 @@ async fn serve(arguments: Arguments) -> Result<()> {
         _ = terminate.recv() => notifier.stopping().await?,
     }
     Ok(())
+}
+
+fn router() -> Router {
+    Router::new().route("/", get(async || format!("{}\n", process::id())))
 }
 
 /// Starts this program again, without `--wait`.

@@ -108,10 +108,29 @@
 //! | its process lives on after the end of the conversation | go to others | go on, until it is killed after [`exit_timeout`](DispatcherBuilder::exit_timeout) if the dispatcher started it |
 //! | something else reads from its socket | it leaves, since an offer is missing, and they go to others | go on |
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
+//! | the dispatcher is [replaced](Dispatcher::prepare_succession) | go to the dispatcher that goes on | go on, and the worker with the other dispatcher |
 //! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on, and the worker [ends](IncomingHandle::ended) after them |
 //!
 //! A worker that was started by the dispatcher is [started again](WorkerCommand::restart) where
 //! that is asked for.
+//!
+//! # A dispatcher is replaced
+//!
+//! A dispatcher in another process can go on with the workers of this one, which keep their
+//! connections. In a [takeover](crate::takeover) that is
+//! [`Server::keep_workers`](crate::takeover::Server::keep_workers). Without one, it is
+//! [`Dispatcher::prepare_succession`] and [`Dispatcher::take_workers`]. It can be undone until the
+//! old dispatcher ends.
+//!
+//! - Each connection has one owner at any time. One that no worker has adopted is adopted by the
+//!   other dispatcher first, when that asks for it, and from then on it is lost only with that.
+//! - Workers that the old dispatcher has started are not children of the new one. It sees their end
+//!   and can kill them, but it does not learn their exit status, and it starts them again by a
+//!   command of its own.
+//! - Nothing of the old process ends a worker that has moved, not even
+//!   [`kill_on_drop`](tokio::process::Command::kill_on_drop). A parent-death signal
+//!   (`PR_SET_PDEATHSIG`) does, and so does a service manager that kills all processes of a unit.
+//! - A worker that does not know how to move finishes what it has, and leaves.
 //!
 //! # Limits
 //!
@@ -188,8 +207,8 @@ pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
 pub use dispatcher::{
     Accepted, AdoptionTimes, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, Group,
     GroupStats, IntoListener, NotDispatched, NotReplaced, Permit, Replaced, RetireCause,
-    RetireCounts, Stats, Strategy, Unadopted, WorkerCommand, WorkerExit, WorkerId, WorkerState,
-    WorkerStats,
+    RetireCounts, Stats, Strategy, Succession, TakenWorker, TakenWorkers, Unadopted, WorkerCommand,
+    WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
 pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle, IncomingStats};
 pub use transport::Transport;

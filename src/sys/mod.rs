@@ -14,6 +14,7 @@ mod map;
 mod message;
 mod option;
 mod poll;
+mod process;
 mod readiness;
 
 pub(crate) use close::close_all;
@@ -27,6 +28,7 @@ pub(crate) use map::map_sealed;
 pub(crate) use message::{Received, recv_datagram, recvmsg, send_datagram, sendmsg};
 pub(crate) use option::{Cookie, Domain, PassPidfd, PassRights, Protocol, switch_off_linger};
 pub(crate) use poll::{Event, has_changed, wait_for};
+pub(crate) use process::{kill, pidfd_open};
 pub(crate) use readiness::{CloseFd, FdGuard, register};
 
 use std::{

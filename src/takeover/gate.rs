@@ -106,6 +106,26 @@ impl<L: Accepts> Gated<L> {
         }
     }
 
+    pub(super) async fn until_phase(&self, is_it: impl Fn(Phase) -> bool) -> Phase {
+        self.shared.wait(|status| is_it(status.phase)).await.phase
+    }
+
+    /// Returns a listener of its own. `None` if this process serves no longer.
+    pub(super) fn copy(&self) -> io::Result<Option<L>> {
+        if self.shared.phase() != Phase::Serving {
+            return Ok(None);
+        }
+        L::register(self.copy_fd()?).map(Some)
+    }
+
+    fn copy_fd(&self) -> io::Result<OwnedFd> {
+        let (name, index) = (&self.identity.name, self.identity.index);
+        let copy = self.shared.with_listeners(|listeners| -> Result<_, Error> {
+            Ok(listeners.find(name, index)?.fd.as_fd().try_clone_to_owned()?)
+        });
+        Ok(copy?)
+    }
+
     /// Returns `None` if this process serves no longer.
     fn register(&self) -> io::Result<Option<Arc<L>>> {
         let mut registered = self.registered.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -116,11 +136,7 @@ impl<L: Accepts> Gated<L> {
         if self.shared.phase() != Phase::Serving {
             return Ok(None);
         }
-        let (name, index) = (&self.identity.name, self.identity.index);
-        let copy = self.shared.with_listeners(|listeners| -> Result<_, Error> {
-            Ok(listeners.find(name, index)?.fd.as_fd().try_clone_to_owned()?)
-        })?;
-        let listener = Arc::new(L::register(copy)?);
+        let listener = Arc::new(L::register(self.copy_fd()?)?);
         *registered = Some(Arc::clone(&listener));
         Ok(Some(listener))
     }

@@ -27,8 +27,9 @@ use super::{
     outbox::{Outbox, SendFailed},
     protocol::{AbortReason, FromTaker, GiverCodec, Refusal, ToTaker, in_messages},
     shared::{Command, Shared},
+    workers::Succession,
 };
-use crate::{Error, Framed, SendFd, Socket, framed::ReadHalf, sys};
+use crate::{Error, Frame, Framed, SendFd, Socket, framed::ReadHalf, sys};
 
 /// The longest time that a peer has to read the last messages.
 const LAST_MESSAGES: Duration = Duration::from_secs(1);
@@ -44,6 +45,7 @@ pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
         out: Outbox::new(write),
         shared,
         handover: None,
+        succession: None,
         leash: None,
         reads: true,
         writes: true,
@@ -74,6 +76,8 @@ struct GiverTask {
     shared: Arc<Shared>,
     /// Copies of everything that goes to the taker after READY.
     handover: Option<Handover>,
+    /// The dispatcher of the taker, which goes on with the workers of this process.
+    succession: Option<Succession>,
     /// Tells this process to leave, once it has been replaced.
     leash: Option<OwnEnd>,
     /// Something may still come from the taker.
@@ -158,6 +162,7 @@ impl GiverTask {
                     .and_then(|taker| u32::try_from(taker.pid?).ok());
                 shared.status.send_modify(|status| status.successor = taker);
                 shared.set_phase(Phase::Draining);
+                self.succession.iter_mut().for_each(Succession::begin);
                 shared.set_may_remove(false); // the other one serves at these paths
                 if !shared.options.has_baton {
                     self.giver.give(bytes::Bytes::new());
@@ -180,6 +185,7 @@ impl GiverTask {
                 info!(?undone, "takeover undone, this server accepts again");
                 shared.set_declined(BTreeSet::new());
                 shared.set_may_remove(true);
+                self.succession.take().iter_mut().for_each(Succession::undo);
                 shared.set_phase(Phase::Serving);
             }
             GiverStep::SendResumed => self.send(ToTaker::Resumed),
@@ -213,6 +219,7 @@ impl GiverTask {
         self.peer_copy = Some(self.read.socket().as_fd().try_clone_to_owned()?);
         let mut messages = self.offer_generations()?;
         messages.extend(self.shared.offer_lanes()?);
+        messages.extend(self.offer_workers()?);
         Ok(messages)
     }
 
@@ -227,6 +234,18 @@ impl GiverTask {
             ToTaker::Generations { replaced_for, fds: fds.into_iter().map(SendFd::from).collect() }
         };
         Ok(in_messages(generations).map(message).collect())
+    }
+
+    /// Prepares for the taker's dispatcher to go on with the workers of this process.
+    fn offer_workers(&mut self) -> io::Result<Vec<ToTaker<SendFd>>> {
+        let prepared = self.shared.with_workers(|workers| workers.prepare())?;
+        let Some((succession, frames)) = prepared else { return Ok(Vec::new()) };
+        self.succession = Some(succession);
+        let message = |frame: Frame| ToTaker::Workers {
+            bytes: frame.payload,
+            fds: frame.fds.into_iter().map(SendFd::from).collect(),
+        };
+        Ok(frames.into_iter().map(message).collect())
     }
 
     fn send_status(&mut self) {

@@ -135,6 +135,8 @@ mod generations;
 mod give;
 mod giver;
 mod inspect;
+#[cfg(feature = "handoff")]
+mod keep_workers;
 mod lanes;
 mod link;
 mod listeners;
@@ -157,6 +159,7 @@ mod shared;
 mod start;
 mod status;
 mod taker;
+mod workers;
 
 pub use datagrams::{Datagrams, Received};
 pub use drain::{Finished, OpenConnection};

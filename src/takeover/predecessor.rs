@@ -17,6 +17,7 @@ use super::{
     protocol::ToTaker,
     shared::{Baton, Shared, UpCommand},
     taker::TakerStep,
+    workers::Workers,
 };
 use crate::{Fds, socket::PathGuard};
 
@@ -112,6 +113,7 @@ impl Predecessor {
             }
             TakerStep::Stop => {
                 self.shared.give_up(); // before anybody is told
+                self.shared.with_workers(Workers::give_back);
                 if let Some(answer) = self.hand_back.take() {
                     let _ = answer.send(Ok(()));
                 }

@@ -81,6 +81,8 @@ pub struct Pending {
     /// Numbers of listeners that this process has no use for.
     declined: BTreeSet<u32>,
     state: Vec<Frame>,
+    /// What the server's dispatcher hands on.
+    workers: Vec<Frame>,
     /// The number of this process among all.
     generation: u32,
     giver: u32,
@@ -200,7 +202,7 @@ impl Pending {
             lock,
             ..
         } = self;
-        let Self { generation, giver, lanes, .. } = self;
+        let Self { generation, giver, lanes, workers, .. } = self;
         // Lanes have the numbers of the listeners as they were before some are removed.
         let names: Vec<_> = listeners
             .identities()
@@ -230,6 +232,7 @@ impl Pending {
             }
         }
         // The giver is an old generation now.
+        shared.with_workers(|of_shared| of_shared.come(workers));
         generations.last_was_replaced();
         generations.limit(shared.options.max_old_generations);
         shared.with_generations(|of_shared| *of_shared = generations);
@@ -251,6 +254,7 @@ impl Pending {
             path_ids: Vec::new(),
             declined: BTreeSet::new(),
             state: Vec::new(),
+            workers: Vec::new(),
             generation: FIRST_GENERATION,
             giver: FIRST_GENERATION,
             lanes: Vec::new(),
@@ -313,6 +317,7 @@ impl Pending {
                 }
             }
             ToTaker::State { bytes, fds } => self.state.push(Frame { payload: bytes, fds }),
+            ToTaker::Workers { bytes, fds } => self.workers.push(Frame { payload: bytes, fds }),
             _ => {}
         }
         Ok(())

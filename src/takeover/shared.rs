@@ -23,6 +23,7 @@ use super::{
     lanes::{AllLanes, Lanes},
     listeners::Listeners,
     protocol::{Address, Identity, Offered, Refusal, ToTaker},
+    workers::Workers,
 };
 use crate::{Frame, SendFd, socket::PathGuard};
 
@@ -81,6 +82,7 @@ struct State {
     application: Option<Application>,
     /// Processes that were replaced before this one serves, and still run.
     generations: Generations,
+    workers: Workers,
 }
 
 pub(super) type Application = Arc<dyn Fn() -> Vec<Frame> + Send + Sync>;
@@ -250,6 +252,10 @@ impl Shared {
 
     pub(super) fn with_generations<T>(&self, look: impl FnOnce(&mut Generations) -> T) -> T {
         look(&mut self.lock().generations)
+    }
+
+    pub(super) fn with_workers<T>(&self, look: impl FnOnce(&mut Workers) -> T) -> T {
+        look(&mut self.lock().workers)
     }
 
     /// Returns the listeners as they are sent. No copies are made: they stay this process's.

@@ -211,7 +211,10 @@ impl Taker {
             }
             (
                 State::Receiving { .. },
-                ToTaker::State { .. } | ToTaker::Generations { .. } | ToTaker::Lanes { .. },
+                ToTaker::State { .. }
+                | ToTaker::Workers { .. }
+                | ToTaker::Generations { .. }
+                | ToTaker::Lanes { .. },
             ) => {}
             (State::Receiving { left: 0 }, ToTaker::Complete) => {
                 self.state = State::Offered { giver_gone: false };

@@ -79,7 +79,8 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
         misbehaves(kind, says(FromWorker::Demand { total: 1 })).await;
         misbehaves(kind, says(FromWorker::Load { finished: 1 })).await;
         misbehaves(kind, says(FromWorker::Pong { nonce: 99 })).await;
-        misbehaves(kind, says(FromWorker::Hello { lowest: 1, highest: 1, max_fds: 1 })).await;
+        misbehaves(kind, says(FromWorker::Hello { lowest: 1, highest: 1, max_fds: 1, open: None }))
+            .await;
     });
 }
 
@@ -88,10 +89,10 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
 fn a_worker_that_does_not_say_hello_properly_is_cut_off() {
     both(async |kind| {
         let first = [
-            FromWorker::Hello { lowest: 2, highest: 9, max_fds: 1 },
+            FromWorker::Hello { lowest: 2, highest: 9, max_fds: 1, open: None },
             FromWorker::Demand { total: 1 },
-            FromWorker::Hello { lowest: 0, highest: 0, max_fds: 1 },
-            FromWorker::Hello { lowest: 1, highest: 1, max_fds: 0 },
+            FromWorker::Hello { lowest: 0, highest: 0, max_fds: 1, open: None },
+            FromWorker::Hello { lowest: 1, highest: 1, max_fds: 0, open: None },
         ];
         for first in first {
             let dispatcher = Dispatcher::builder().build();

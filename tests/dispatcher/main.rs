@@ -27,6 +27,8 @@ mod shortage;
 mod spans;
 mod startup;
 mod stubborn;
+mod succession;
+mod succession_processes;
 mod willing;
 mod workers;
 

@@ -143,7 +143,7 @@ impl Raw {
 }
 
 pub(crate) async fn greet(framed: &mut Framed<WorkerCodec>, demand: u64) {
-    let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1 };
+    let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: None };
     framed.send(hello).await.unwrap();
     assert!(matches!(framed.next().await, Some(Ok(ToWorker::Welcome { version: VERSION }))));
     framed.send(FromWorker::Demand { total: demand }).await.unwrap();

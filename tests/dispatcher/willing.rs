@@ -251,7 +251,7 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
         let id = dispatcher.add_worker(there);
         let mut framed = Framed::new(here, WorkerCodec::default());
         framed
-            .send(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 2 })
+            .send(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 2, open: None })
             .await
             .unwrap();
         framed.send(FromWorker::Demand { total: 10 }).await.unwrap();

@@ -6,7 +6,7 @@ use fdwire::{
     Framed, SendFd, Socket, SocketKind,
     handoff::{
         Address, Incoming, IncomingBuilder, Transport,
-        protocol::{DispatcherCodec, FromWorker, Offer, RejectReason, ToWorker, VERSION},
+        protocol::{DispatcherCodec, FromWorker, NewLink, Offer, RejectReason, ToWorker, VERSION},
     },
 };
 use futures::{SinkExt, TryStreamExt};
@@ -43,14 +43,24 @@ impl RawDispatcher {
 
     /// The worker takes this many descriptors with an offer.
     pub(crate) async fn before_greeting_with(socket: Socket, max_fds: u8) -> Self {
+        Self::hello(socket, max_fds, 0).await
+    }
+
+    /// At a new link of a worker with this many open connections.
+    pub(crate) async fn before_greeting_again(socket: Socket, open: u64) -> Self {
+        Self::hello(socket, 1, open).await
+    }
+
+    async fn hello(socket: Socket, max_fds: u8, open: u64) -> Self {
         let mut framed = Framed::new(socket, DispatcherCodec::default());
         let hello = framed.try_next().await.unwrap();
-        assert_eq!(hello, Some(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds }));
+        let (lowest, highest, open) = (VERSION, VERSION, Some(open));
+        assert_eq!(hello, Some(FromWorker::Hello { lowest, highest, max_fds, open }));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         Self { framed, listener, demand: 0, finished: 0, offered: 0, answered: 0 }
     }
 
-    pub(crate) async fn send(&mut self, message: ToWorker<Offer<SendFd>>) {
+    pub(crate) async fn send(&mut self, message: ToWorker<Offer<SendFd>, NewLink<SendFd>>) {
         self.framed.send(message).await.unwrap();
     }
 
@@ -115,7 +125,10 @@ impl RawDispatcher {
     }
 
     /// An offer with the next number.
-    pub(crate) fn number(&mut self, offer: Offer<SendFd>) -> ToWorker<Offer<SendFd>> {
+    pub(crate) fn number(
+        &mut self,
+        offer: Offer<SendFd>,
+    ) -> ToWorker<Offer<SendFd>, NewLink<SendFd>> {
         self.offered += 1;
         ToWorker::Offer { number: self.offered - 1, offer }
     }

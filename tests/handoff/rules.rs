@@ -7,7 +7,7 @@ use fdwire::{
     Socket, SocketKind,
     handoff::{
         End, Incoming,
-        protocol::{FromWorker, Offer, RejectReason, ToWorker},
+        protocol::{FromWorker, NewLink, Offer, RejectReason, ToWorker},
     },
 };
 use rustix::{fs::fcntl_getfl, net::sockopt};
@@ -19,7 +19,7 @@ use crate::{
         raw_receiver::{MOST_BYTES, MOST_FDS, RawReceiver},
         raw_send, settle,
     },
-    raw_dispatcher::{offer_of, pair},
+    raw_dispatcher::{RawDispatcher, offer_of, pair},
     worker::{ask, check_failed, clog, narrow_pair},
 };
 
@@ -29,7 +29,7 @@ async fn plain_dispatcher(kind: SocketKind, window: usize) -> (OwnedFd, RawRecei
     let mut incoming = Incoming::builder().window(window).build(there);
     let here = OwnedFd::from(here);
     let mut receiver = RawReceiver::new(here.try_clone().unwrap(), kind);
-    assert_eq!(receiver.frame().await.unwrap().0, b"\x01FDHO\x01\x01\x01");
+    assert_eq!(receiver.frame().await.unwrap().0, b"\x01FDHO\x01\x01\x01\0\0\0\0\0\0\0\0");
     raw_send(&here, &encoded(&[0x81, 1], 0), &[]);
     ask(&mut incoming);
     while receiver.frame().await.unwrap().0[0] != 2 {} // until DEMAND
@@ -241,5 +241,92 @@ fn nothing_follows_a_goodbye() {
             Vec::from_iter(pongs.chain([FromWorker::Draining, FromWorker::Goodbye]))
         );
         assert!(matches!(incoming.handle().ended().await, End::Drained));
+    });
+}
+
+/// It may be that the kernel has lost it, or that it is no socket for a link.
+///
+/// Rules: W-MOVE-LOST.
+#[test]
+fn a_worker_that_cannot_use_its_new_link_drains() {
+    counted(async |kind| {
+        let (mut dispatcher, incoming) = pair(kind, Incoming::builder()).await;
+        let handle = incoming.handle();
+        let socket = OwnedFd::from(net::UdpSocket::bind("127.0.0.1:0").unwrap());
+        let cookie = sockopt::socket_cookie(&socket).unwrap();
+        let link = NewLink { cookie, socket: socket.into() };
+        dispatcher.send(ToWorker::Move(link)).await;
+        dispatcher.expect(FromWorker::Draining).await;
+        dispatcher.expect(FromWorker::Goodbye).await;
+        assert!(matches!(handle.ended().await, End::Drained));
+    });
+}
+
+/// Everything that a worker has to say at a link before a MOVE and after it.
+///
+/// Rules: W-MOVE, W-OPEN, W-MOVED, W-STAY.
+#[test]
+fn a_worker_goes_on_at_a_new_link_and_stays_at_the_old_one() {
+    counted(async |kind| {
+        let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
+        let handle = incoming.handle();
+        ask(&mut incoming);
+        let (client, copy) = dispatcher.offer().await;
+        let connection = incoming.next().await.unwrap();
+        dispatcher.expect_adopted(1).await;
+        let (other_client, other_copy) = dispatcher.offer().await;
+        dispatcher.settle().await;
+
+        let (here, there) = Socket::pair(kind).unwrap();
+        let there = OwnedFd::from(there);
+        let cookie = sockopt::socket_cookie(&there).unwrap();
+        dispatcher.send(ToWorker::Move(NewLink { cookie, socket: there.into() })).await;
+        let mut next = RawDispatcher::before_greeting_again(here, 1).await;
+        next.send(ToWorker::Welcome { version: 1 }).await;
+        // The order of the two does not matter.
+        let mut answers = [dispatcher.answer().await.unwrap(), dispatcher.answer().await.unwrap()];
+        answers.sort_by_key(|answer| *answer != FromWorker::Draining);
+        let rejected = FromWorker::Rejected { first: 1, count: 1, reason: RejectReason::Draining };
+        assert_eq!(answers, [FromWorker::Draining, rejected]);
+
+        // What was adopted at the old link ends at the new one.
+        drop(connection);
+        next.expect_finished(1).await;
+        dispatcher.settle().await;
+        dispatcher.send(ToWorker::Drain { within: None }).await;
+        dispatcher.expect(FromWorker::Goodbye).await;
+        assert_eq!(dispatcher.answer().await, None);
+        assert!(!handle.is_draining());
+
+        next.send(ToWorker::Drain { within: None }).await;
+        next.expect(FromWorker::Draining).await;
+        next.expect(FromWorker::Goodbye).await;
+        assert!(matches!(handle.ended().await, End::Drained));
+        drop((client, copy, other_client, other_copy));
+    });
+}
+
+/// Rules: W-END-MOVED.
+#[test]
+fn a_worker_whose_new_link_ends_waits_at_the_old_one_until_that_ends_too() {
+    counted(async |kind| {
+        let (mut dispatcher, incoming) = pair(kind, Incoming::builder()).await;
+        let handle = incoming.handle();
+        for open_in_between in [true, false] {
+            let (here, there) = Socket::pair(kind).unwrap();
+            let there = OwnedFd::from(there);
+            let cookie = sockopt::socket_cookie(&there).unwrap();
+            dispatcher.send(ToWorker::Move(NewLink { cookie, socket: there.into() })).await;
+            let next = RawDispatcher::before_greeting_again(here, 0).await;
+            if open_in_between {
+                dispatcher.expect(FromWorker::Draining).await;
+            }
+            drop(next);
+            dispatcher.settle().await;
+            settle().await;
+            assert!(!handle.is_draining());
+        }
+        drop(dispatcher);
+        assert!(matches!(handle.ended().await, End::DispatcherGone));
     });
 }

@@ -386,7 +386,8 @@ fn dropping_an_adopted_connection_does_not_wait_for_what_came_with_it() {
         let mut incoming = Incoming::builder().max_fds(2).build(b);
         let mut dispatcher = Framed::new(a, DispatcherCodec::default());
         dispatcher.next().await.unwrap().unwrap();
-        dispatcher.send(ToWorker::<Offer<SendFd>>::Welcome { version: VERSION }).await.unwrap();
+        let welcome = ToWorker::<Offer<SendFd>, NewLink<SendFd>>::Welcome { version: VERSION };
+        dispatcher.send(welcome).await.unwrap();
 
         let (slow, client) = slow_to_close();
         let (accepted, _peer) = std::os::unix::net::UnixStream::pair().unwrap();

@@ -22,6 +22,7 @@ mod shortage;
 mod supervisor;
 mod undo;
 mod versions;
+mod workers;
 
 use std::{
     fs::File,

@@ -24,16 +24,21 @@ use super::{
     key::key_of_client,
     pool::Admission,
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
+    succession::Envelope,
 };
 use crate::{
-    Error, SendFd, close_in_background, closer::close_sockets, error::copy_of,
-    handoff::span::ConnectionSpan, sys,
+    Error, SendFd, close_in_background,
+    closer::close_sockets,
+    error::copy_of,
+    handoff::{Serving, span::ConnectionSpan},
+    sys,
 };
 
 /// Tells the application that dispatched a connection what became of it.
 type Reply = oneshot::Sender<Result<WorkerId, DispatchError>>;
 
-/// Most bytes of an offer beside what was read and the metadata, with some to spare.
+/// Most bytes of an offer beside what was read, the metadata and the name of a group, with some to
+/// spare.
 const MAX_OTHER_BYTES: usize = 512;
 
 /// A connection that no worker has adopted: what an offer says of it, and who waits for it.
@@ -50,6 +55,11 @@ pub(super) struct Handover {
     reply: Option<Reply>,
     /// Lasts until the outcome is known.
     span: ConnectionSpan,
+    /// The group in which it waits, or has waited.
+    group: Group,
+    /// Tells the dispatcher that this one has replaced that the connection is adopted, when it is
+    /// dropped.
+    pub(super) origin: Option<Serving>,
 }
 
 impl Handover {
@@ -95,8 +105,9 @@ impl Handover {
             let connection = Accepted { socket: Ok(socket), about };
             Err(Box::new(DispatchError { reason, connection }))
         };
-        let (bytes, fds) =
-            (about.read.len() + about.metadata.len() + MAX_OTHER_BYTES, 1 + about.bundle.len());
+        let group = about.group.as_ref().map_or(0, |group| group.as_str().len());
+        let bytes = about.read.len() + about.metadata.len() + group + MAX_OTHER_BYTES;
+        let fds = 1 + about.bundle.len();
         if bytes > MAX_MESSAGE_BYTES {
             return refuse(
                 socket,
@@ -126,6 +137,8 @@ impl Handover {
             peer,
             local,
             reply: None,
+            group: Group::default(),
+            origin: None,
         }))
     }
 
@@ -135,12 +148,13 @@ impl Handover {
     }
 
     pub(super) fn dispatch(
-        self: Box<Self>,
+        mut self: Box<Self>,
         shared: &Arc<Shared>,
         group: &Group,
         admission: Admission,
     ) {
-        let (group, needs) = (self.group_or(group), (self.key(), 1 + self.bundle.len()));
+        self.group = self.group_or(group);
+        let (group, needs) = (self.group.clone(), (self.key(), 1 + self.bundle.len()));
         shared.act(|pool| pool.dispatch(self, group, needs, admission, Instant::now()));
     }
 
@@ -158,6 +172,13 @@ impl Handover {
         }
     }
 
+    /// What a dispatcher is told that goes on in the place of this one.
+    pub(super) fn offer_to_successor(&self) -> Offer<SendFd> {
+        let (key, group) = (self.about.key, self.group.clone());
+        let envelope = Envelope { key, group, metadata: self.about.metadata.clone() };
+        Offer { metadata: envelope.encode(), ..self.offer() }
+    }
+
     /// Keys that are equal go to the same worker. By default those of one client.
     fn key(&self) -> u64 {
         self.about.key.unwrap_or_else(|| key_of_client(&self.peer))
@@ -165,6 +186,7 @@ impl Handover {
 
     /// A worker has adopted it.
     pub(super) fn adopted_by(&mut self, worker: WorkerId) {
+        self.origin = None;
         if let Some(reply) = self.reply.take() {
             let _ = reply.send(Ok(worker)); // nobody has to wait for it
         }

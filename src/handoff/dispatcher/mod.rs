@@ -18,7 +18,9 @@ mod replace;
 mod serve;
 mod shared;
 mod spawn;
+mod started;
 mod stats;
+mod succession;
 mod times;
 mod worker_task;
 
@@ -41,6 +43,7 @@ pub use spawn::WorkerCommand;
 pub use stats::{
     GroupStats, RetireCause, RetireCounts, Stats, WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
+pub use succession::{Succession, TakenWorker, TakenWorkers};
 pub use times::AdoptionTimes;
 use worker_task::WorkerTask;
 
@@ -154,15 +157,20 @@ impl Dispatcher {
         let _context = self.shared.runtime.enter();
         let process = self.shared.processes().peer_of(&socket);
         let id = self.shared.act(|pool| pool.add_worker(self.group.clone(), None));
+        let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
+        self.run(id, task);
+        id
+    }
+
+    /// Runs a worker that is not started again.
+    fn run(&self, id: WorkerId, task: WorkerTask) {
         let shared = Arc::clone(&self.shared);
-        let task = WorkerTask::new(Arc::clone(&shared), id, socket, process);
         let entry = WorkerEntryGuard::new(&shared, id);
         self.shared.tasks.add(async move {
             let _entry = entry;
             task.run().await;
             shared.log_exit(id);
         });
-        id
     }
 
     /// Tells a worker to finish what it has, within this time, and waits until it has left. It gets

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    os::fd::OwnedFd,
     process::ExitStatus,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -27,6 +28,7 @@ use super::{
     pool::{Event, Failure, Pool, ProcessId, TicketId},
     process::Processes,
 };
+use crate::Socket;
 
 /// Everything that the tasks of a dispatcher share.
 #[derive(Debug)]
@@ -36,6 +38,7 @@ pub(super) struct Shared {
     processes: Mutex<Processes>,
     /// Wake the workers' tasks.
     bells: Mutex<HashMap<WorkerId, Arc<Bell>>>,
+    pub(super) new_links: Mutex<NewLinks>,
     /// Users that wait for a place. Locked while the pool is, never the other way around.
     waiters: Mutex<HashMap<TicketId, oneshot::Sender<Permit>>>,
     changes: watch::Sender<()>,
@@ -53,7 +56,23 @@ pub(super) struct Shared {
     pub(super) tasks: JointTask,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// The links at which workers are to go on, until their tasks take them.
+#[derive(Debug, Default)]
+pub(super) struct NewLinks {
+    /// The workers' ends.
+    pub(super) theirs: HashMap<WorkerId, OwnedFd>,
+    /// The ends here, of those that this dispatcher takes back.
+    pub(super) ours: HashMap<WorkerId, Socket>,
+}
+
+impl NewLinks {
+    /// Takes those of a worker: its end, and the end here.
+    pub(super) fn remove(&mut self, id: WorkerId) -> (Option<OwnedFd>, Option<Socket>) {
+        (self.theirs.remove(&id), self.ours.remove(&id))
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -65,6 +84,7 @@ impl Shared {
             pool: Mutex::new(Pool::new(config)),
             processes: Mutex::default(),
             bells: Mutex::default(),
+            new_links: Mutex::default(),
             waiters: Mutex::default(),
             changes: watch::Sender::new(()),
             pauses: Pauses::default(),

@@ -147,8 +147,12 @@ impl Dispatcher {
         let id = self.shared.act(|pool| add(pool, command.program()));
         let process = self.shared.processes().child(child);
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
-        self.shared.runtime.spawn(supervise(Arc::clone(&self.shared), id, command, task));
+        self.supervise(id, command, task);
         Ok(id)
+    }
+
+    pub(super) fn supervise(&self, id: WorkerId, command: WorkerCommand, task: WorkerTask) {
+        self.shared.runtime.spawn(supervise(Arc::clone(&self.shared), id, command, task));
     }
 }
 
@@ -172,6 +176,10 @@ async fn supervise(
         }
         // Usually a process ends right after its socket. Then its status is worth to be logged.
         let _ = timeout(TIME_TO_END, shared.until(|pool| pool.leftover_of(id) == 0)).await;
+        if command.restart {
+            // A dispatcher that was replaced starts none, unless it goes on after all.
+            shared.until(|pool| !pool.is_succeeded() || pool.is_removed(id)).await;
+        }
         let is_wanted = command.restart && !shared.act(|pool| pool.is_removed(id));
         if !is_wanted {
             return shared.log_exit(id);
@@ -197,7 +205,9 @@ async fn start_again(
 ) -> Option<WorkerTask> {
     loop {
         let _ = timeout(wait, shared.until(|pool| pool.is_removed(id))).await;
-        shared.until(|pool| pool.is_removed(id) || pool.leftover_of(id) < MOST_LEFTOVER).await;
+        let may_start =
+            |pool: &Pool<_>| pool.leftover_of(id) < MOST_LEFTOVER && !pool.is_succeeded();
+        shared.until(|pool| pool.is_removed(id) || may_start(pool)).await;
         if shared.act(|pool| pool.is_removed(id)) {
             return None;
         }

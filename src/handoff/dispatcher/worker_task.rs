@@ -16,6 +16,7 @@ use std::{
 
 use bytes::BytesMut;
 use futures::{FutureExt, StreamExt};
+use nix::sys::socket::getsockopt;
 use tokio::time::{Sleep, sleep_until};
 use tracing::{debug, info, warn};
 
@@ -25,7 +26,8 @@ use super::{
     handover::Copies,
     pool::ProcessState,
     process::Process,
-    protocol::{DispatcherCodec, FromWorker, Offer, ToWorker},
+    protocol::{DispatcherCodec, FromWorker, NewLink, Offer, ToWorker},
+    shared::lock,
 };
 use crate::{
     Error, SendFd, Socket,
@@ -66,6 +68,10 @@ pub(super) struct WorkerTask {
     received: Vec<Result<FromWorker, Error>>,
     sending: Sending,
     has_greeted: bool,
+    /// The worker is another dispatcher, which goes on in the place of this one.
+    is_successor: bool,
+    /// The worker was told to go on at the other end of this.
+    next_link: Option<Socket>,
     /// The kernel has too little to send with.
     is_short: bool,
     has_warned: bool,
@@ -74,12 +80,45 @@ pub(super) struct WorkerTask {
     timer: Pin<Box<Sleep>>,
 }
 
+/// The end of a link.
+enum End {
+    /// The worker has to go.
+    Retire(RetireCause),
+    /// It goes on at another link to this dispatcher.
+    Relink(Socket),
+}
+
+impl From<RetireCause> for End {
+    fn from(cause: RetireCause) -> Self {
+        Self::Retire(cause)
+    }
+}
+
+/// What a link that can adopt nothing more has left to be read, and how much of it was sent.
+struct Cut {
+    last: Vec<FromWorker>,
+    /// There is more, which cannot be read.
+    is_all: bool,
+    unsent: usize,
+}
+
 impl WorkerTask {
     pub(super) fn new(shared: Arc<Shared>, id: WorkerId, socket: Socket, process: Process) -> Self {
-        let bell = Arc::new(Bell::default());
-        shared.add_bell(id, Arc::clone(&bell));
         let hello_by = after(shared.config.hello_timeout);
         shared.act(|pool| pool.connect(id, process.info(), hello_by, Instant::now()));
+        Self::of_link(shared, id, socket, process)
+    }
+
+    /// The same for another dispatcher, which goes on in the place of this one.
+    pub(super) fn of_successor(shared: Arc<Shared>, id: WorkerId, socket: Socket) -> Self {
+        let process = shared.processes().peer_of(&socket);
+        Self { is_successor: true, ..Self::new(shared, id, socket, process) }
+    }
+
+    /// The task of a link that the pool knows of.
+    fn of_link(shared: Arc<Shared>, id: WorkerId, socket: Socket, process: Process) -> Self {
+        let bell = Arc::new(Bell::default());
+        shared.add_bell(id, Arc::clone(&bell));
         let (read, outbound) = halves(socket.quiet(), TolerantCodec::default());
         Self {
             id,
@@ -90,6 +129,8 @@ impl WorkerTask {
             received: Vec::new(),
             sending: Sending::default(),
             has_greeted: false,
+            is_successor: false,
+            next_link: None,
             is_short: false,
             has_warned: false,
             more: true,
@@ -100,20 +141,23 @@ impl WorkerTask {
 
     /// Serves the worker until it is gone.
     pub(super) async fn run(mut self) {
-        // A subscriber of `tracing` may panic. What the worker has sent by then counts all the
-        // same.
-        let cause = AssertUnwindSafe(poll_fn(|cx| self.poll(cx))).catch_unwind().await;
-        self.retire(
-            cause.unwrap_or_else(|_| RetireCause::Misbehaved("its task has panicked".into())),
-        )
-        .await
+        loop {
+            // A subscriber of `tracing` may panic. What the worker has sent by then counts all the
+            // same.
+            let end = AssertUnwindSafe(poll_fn(|cx| self.poll(cx))).catch_unwind().await;
+            let panicked = |_| RetireCause::Misbehaved("its task has panicked".into()).into();
+            match end.unwrap_or_else(panicked) {
+                End::Retire(cause) => return self.retire(cause).await,
+                End::Relink(socket) => self = self.relink(socket).await,
+            }
+        }
     }
 
     /// Everything that there is to do. Ready when the worker has to go.
     ///
     /// Messages are received before the time is looked at: if this process was not running, answers
     /// wait in the socket.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<RetireCause> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         let mut is_due = false;
         loop {
             let mut end = self.receive(cx);
@@ -125,10 +169,16 @@ impl WorkerTask {
             if (is_news || is_due || self.more)
                 && let Err(cause) = self.exchange(end)
             {
-                return Poll::Ready(cause);
+                return Poll::Ready(cause.into());
             }
-            if let Poll::Ready(Err(error)) = self.outbound.poll_flush(cx) {
-                return Poll::Ready(error.into());
+            match self.outbound.poll_flush(cx) {
+                Poll::Ready(Err(error)) => return Poll::Ready(RetireCause::from(error).into()),
+                Poll::Ready(Ok(())) => {
+                    if let Some(socket) = self.next_link.take() {
+                        return Poll::Ready(End::Relink(socket));
+                    }
+                }
+                Poll::Pending => {}
             }
             if self.outbound.is_short() != self.is_short {
                 self.is_short = !self.is_short;
@@ -171,6 +221,7 @@ impl WorkerTask {
     /// timeout.
     fn exchange(&mut self, end: Option<RetireCause>) -> Result<(), RetireCause> {
         let Self { shared, id, outbound, received, sending, timer, .. } = self;
+        let is_successor = self.is_successor;
         let (id, now) = (*id, Instant::now());
         // This process was stopped, or its machine, or the kernel has too little to send with.
         let was_stopped = now > Instant::from(timer.deadline()) + shared.config.ping_interval;
@@ -194,7 +245,10 @@ impl WorkerTask {
             while messages.len() < room
                 && let Some(message) = pool.next_message(id, now)
             {
-                messages.push(message.map(|connection| connection.offer()));
+                messages.push(message.map(|connection| match is_successor {
+                    false => connection.offer(),
+                    true => connection.offer_to_successor(),
+                }));
             }
             due = pool.next_timeout(id);
             Ok(())
@@ -216,7 +270,14 @@ impl WorkerTask {
 
     /// Queues a message. Room is not waited for: offers are bounded by their number, and the other
     /// messages are few.
-    fn send(&mut self, message: ToWorker<Offer<SendFd>>) -> Result<(), RetireCause> {
+    fn send(&mut self, message: ToWorker<Offer<SendFd>, ()>) -> Result<(), RetireCause> {
+        let message = match message {
+            ToWorker::Move(()) => match self.new_link()? {
+                Some(link) => ToWorker::Move(link),
+                None => return Ok(()),
+            },
+            other => other.map_both(|offer| offer, |()| unreachable!("handled above")),
+        };
         match &message {
             ToWorker::Welcome { .. } => {
                 self.has_greeted = true;
@@ -230,10 +291,22 @@ impl WorkerTask {
             ToWorker::Recall { before } => debug!(worker = %self.id, before, "offers are recalled"),
             ToWorker::Ping { .. } => self.close_ended(),
             ToWorker::Drain { .. } | ToWorker::Fenced => {}
+            ToWorker::Move(_) => info!(worker = %self.id, "worker goes on at another link"),
         }
         self.outbound
             .accept(&mut DispatcherCodec::default(), message)
             .map_err(|refused| refused.error.into())
+    }
+
+    /// Takes the new link of the worker. `None` if it was withdrawn meanwhile.
+    fn new_link(&mut self) -> Result<Option<NewLink<SendFd>>, RetireCause> {
+        let (theirs, ours) = lock(&self.shared.new_links).remove(self.id);
+        let Some(socket) = theirs else { return Ok(None) };
+        self.next_link = ours;
+        self.process.release();
+        let cookie = getsockopt(&socket, sys::Cookie).map_err(io::Error::from);
+        let cookie = cookie.map_err(|error| RetireCause::from(Error::from(error)))?;
+        Ok(Some(NewLink { cookie, socket: socket.into() }))
     }
 
     /// Closes the copies that were kept of connections which have ended.
@@ -256,27 +329,20 @@ impl WorkerTask {
     /// The one way out, whatever the cause. After the cut the worker can write no answer, and those
     /// that it wrote before are here to be read: what is unanswered then, it will never adopt.
     async fn retire(mut self, cause: RetireCause) {
-        // An error means that there is nothing left to cut.
-        let _ = self.read.socket().shutdown(Shutdown::Read);
-        let mut last = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
-        while let Some(Ok(message)) = self.read.next().await {
-            last.extend(message.ok());
-        }
-        let (rest, is_all) = rest_of(self.read.socket());
-        last.extend(rest);
-
-        let unsent = self.sending.unsent(self.outbound.unsent().fds);
+        let Cut { last, is_all, unsent } = self.cut().await;
         let has_received = self.outbound.is_all_received();
         if self.has_greeted && !matches!(cause, RetireCause::Drained | RetireCause::Ended) {
             self.report_fence().await;
         }
         let Self { shared, id, mut process, outbound, has_greeted, .. } = self;
+        lock(&shared.new_links).remove(id); // the other dispatcher sees the end
         let state = process.state(&cause, has_received);
         // A process that has not said hello may not even look at its socket.
         let is_fenced =
             matches!(cause, RetireCause::Hung | RetireCause::Misbehaved(_) | RetireCause::Overdue);
         let lives = matches!(state, ProcessState::Lives { .. });
-        if lives && (is_fenced || !has_greeted) && shared.config.kill_hung {
+        let is_ours = shared.act(|pool| pool.is_ours(id));
+        if lives && is_ours && (is_fenced || !has_greeted) && shared.config.kill_hung {
             process.kill();
         }
         drop(outbound); // what it was lent belongs to the pool alone
@@ -289,9 +355,42 @@ impl WorkerTask {
             pool.retire(id, &cause, unsent, state, now)
         });
         if lives {
-            process.watch(&shared, matters);
+            process.watch(&shared, is_ours, matters);
         }
         shared.changed();
+    }
+
+    /// The worker was told to go on at another link to this dispatcher. It can adopt nothing more
+    /// at this one.
+    async fn relink(mut self, socket: Socket) -> Self {
+        let Cut { last, is_all, unsent } = self.cut().await;
+        let Self { shared, id, mut process, outbound, .. } = self;
+        drop(outbound); // what it was lent belongs to the pool alone
+        let (now, hello_by) = (Instant::now(), after(shared.config.hello_timeout));
+        shared.act(|pool| {
+            last.into_iter().for_each(|message| pool.on_last_message(id, message, unsent, now));
+            if !is_all {
+                pool.on_unreadable(id, unsent, now);
+            }
+            pool.relink(id, unsent, hello_by, now);
+        });
+        process.take_back();
+        Self::of_link(shared, id, socket, process)
+    }
+
+    /// Cuts the worker off. After this it can write no answer, and those that it wrote before are
+    /// here.
+    async fn cut(&mut self) -> Cut {
+        // An error means that there is nothing left to cut.
+        let _ = self.read.socket().shutdown(Shutdown::Read);
+        let mut last = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
+        while let Some(Ok(message)) = self.read.next().await {
+            last.extend(message.ok());
+        }
+        let (rest, is_all) = rest_of(self.read.socket());
+        last.extend(rest);
+        let unsent = self.sending.unsent(self.outbound.unsent().fds);
+        Cut { last, is_all, unsent }
     }
 }
 

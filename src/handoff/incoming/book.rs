@@ -9,6 +9,7 @@ mod tests;
 
 use std::{
     collections::VecDeque,
+    convert::Infallible,
     time::{Duration, Instant},
 };
 
@@ -28,7 +29,9 @@ const REPORT_AFTER: Duration = Duration::from_millis(100);
 /// How long to wait for descriptors to come free.
 const COUNT_AFTER: Duration = Duration::from_millis(10);
 
-/// The offers of one connection to a dispatcher. All numbers count from its beginning.
+/// The offers of one link to a dispatcher. All numbers count from its beginning.
+///
+/// When the dispatcher [moves](Self::move_on) its worker, a book for the new link follows this one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(in crate::handoff) struct Book<T> {
     /// Most offers that may be on their way or wait.
@@ -40,6 +43,11 @@ pub(in crate::handoff) struct Book<T> {
     /// Descriptors that offers may be asked for before the free ones are counted again.
     spare: u64,
     welcomed: bool,
+    /// Connections that were adopted before this link began, and had not ended then.
+    open_before: u64,
+    /// The numbers of answers at links before this one.
+    adopted_before: u64,
+    rejected_before: u64,
     /// `offered <= demand`, and `offered == adopted + rejected + unanswered.len()`.
     demand: u64,
     offered: u64,
@@ -48,7 +56,7 @@ pub(in crate::handoff) struct Book<T> {
     /// Of the rejected, those in whose place others may come: rejected before the application asked
     /// last.
     replaced: u64,
-    /// `reported <= finished <= adopted`.
+    /// Also of those that were open before. `reported <= finished <= open_before + adopted`.
     finished: u64,
     reported: u64,
     /// The first one, if any, waits for the application: answers are given in the order of the
@@ -60,6 +68,10 @@ pub(in crate::handoff) struct Book<T> {
     /// The application has asked for a connection at least once.
     asked: bool,
     state: Taking,
+    /// The book of another link has followed this one: connections end there.
+    has_moved: bool,
+    /// The dispatcher has asked for a drain.
+    told_to_drain: bool,
     refusal: Refusal,
     /// The dispatcher has asked for offers back, and the application has not shown up since.
     is_busy: bool,
@@ -74,6 +86,14 @@ pub(in crate::handoff) struct Book<T> {
     /// sent.
     taken: u64,
     sent: u64,
+}
+
+/// The offers that a link leaves behind at its end, which are not this worker's.
+#[derive(Debug)]
+pub(in crate::handoff) struct Left<T> {
+    pub(in crate::handoff) offers: Vec<T>,
+    /// The number of those that the application had asked for: the dispatcher was not told.
+    pub(in crate::handoff) lost: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -108,12 +128,19 @@ impl<T> Book<T> {
     /// A worker that takes offers of at most `max_fds` descriptors each. Its first message is
     /// HELLO.
     pub(in crate::handoff) fn new(window: u64, max_connections: u64, max_fds: u8) -> Self {
+        Self::with_open(0, window, max_connections, max_fds)
+    }
+
+    fn with_open(open: u64, window: u64, max_connections: u64, max_fds: u8) -> Self {
         Self {
             window: window.clamp(1, MAX_UNANSWERED),
             max_connections,
             max_fds: max_fds.max(1).into(),
             spare: 0,
             welcomed: false,
+            open_before: open,
+            adopted_before: 0,
+            rejected_before: 0,
             demand: 0,
             offered: 0,
             adopted: 0,
@@ -125,6 +152,8 @@ impl<T> Book<T> {
             adopting: VecDeque::new(),
             asked: false,
             state: Taking::Offers,
+            has_moved: false,
+            told_to_drain: false,
             refusal: Refusal::None,
             is_busy: false,
             report_at: None,
@@ -133,6 +162,7 @@ impl<T> Book<T> {
                 lowest: VERSION,
                 highest: VERSION,
                 max_fds,
+                open: Some(open),
             }]),
             taken: 0,
             sent: 0,
@@ -148,7 +178,7 @@ impl<T> Book<T> {
     /// When it breaks the protocol.
     pub(in crate::handoff) fn on_message(
         &mut self,
-        message: ToWorker<Result<T, RejectReason>>,
+        message: ToWorker<Result<T, RejectReason>, Infallible>,
     ) -> Result<Vec<T>, Error> {
         match message {
             ToWorker::Welcome { version: VERSION } if !self.welcomed => self.welcomed = true,
@@ -166,8 +196,12 @@ impl<T> Book<T> {
                 return Ok(self.reject(before.saturating_sub(first), RejectReason::Recalled));
             }
             ToWorker::Ping { nonce } => self.on_ping(nonce),
-            ToWorker::Drain { .. } => return Ok(self.drain()),
+            ToWorker::Drain { .. } => {
+                self.told_to_drain = true;
+                return Ok(self.drain());
+            }
             ToWorker::Fenced => {} // the link ends here
+            ToWorker::Move(never) => match never {},
         }
         Ok(Vec::new())
     }
@@ -368,8 +402,8 @@ impl<T> Book<T> {
 
     pub(in crate::handoff) fn stats(&self) -> IncomingStats {
         IncomingStats {
-            adopted: self.adopted,
-            rejected: self.rejected,
+            adopted: self.adopted_before + self.adopted,
+            rejected: self.rejected_before + self.rejected,
             active: self.serving(),
             waiting: self.unanswered.len() as u64,
             requested: if self.state == Taking::Ended { 0 } else { self.on_their_way() },
@@ -382,7 +416,7 @@ impl<T> Book<T> {
     }
 
     fn serving(&self) -> u64 {
-        self.adopted - self.finished
+        self.open_before + self.adopted - self.finished
     }
 
     /// Returns true if the end of a connection makes room for an offer.
@@ -408,9 +442,27 @@ impl<T> Book<T> {
 
     // The end.
 
+    /// The worker goes on at another link. Returns the book of that, and the offers that are not
+    /// wanted at this one, which the dispatcher gets back. If this link has not ended, it stays
+    /// until the dispatcher asks for a drain.
+    pub(in crate::handoff) fn move_on(&mut self) -> (Self, Vec<T>) {
+        let max_fds = u8::try_from(self.max_fds).unwrap_or(u8::MAX);
+        let mut next = Self::with_open(self.serving(), self.window, self.max_connections, max_fds);
+        (next.asked, next.is_busy) = (self.asked, self.is_busy);
+        if matches!(self.state, Taking::NoMore | Taking::Nothing) {
+            next.drain();
+        }
+        self.has_moved = true;
+        let unwanted = self.drain();
+        next.adopted_before = self.adopted_before + self.adopted;
+        next.rejected_before = self.rejected_before + self.rejected;
+        (next, unwanted)
+    }
+
     /// Says goodbye when it is time to. Returns true if GOODBYE is the last message.
     pub(in crate::handoff) fn leave(&mut self) -> bool {
-        if self.state == Taking::NoMore && self.serving() == 0 && self.unanswered.is_empty() {
+        let is_done = if self.has_moved { self.told_to_drain } else { self.serving() == 0 };
+        if self.state == Taking::NoMore && is_done && self.unanswered.is_empty() {
             self.report();
             self.messages.push_back(FromWorker::Goodbye);
             self.state = Taking::Nothing;
@@ -420,27 +472,33 @@ impl<T> Book<T> {
 
     /// The link has ended. What the dispatcher was not told of is not this worker's: it is
     /// returned, or else kept for the application if that serves it all the same.
-    pub(in crate::handoff) fn end(&mut self, serve: bool) -> Vec<T> {
+    pub(in crate::handoff) fn end(&mut self, serve: bool) -> Left<T> {
         self.state = Taking::Ended;
         let untold = self.adopting.partition_point(|(told, _)| *told <= self.sent);
-        self.adopted -= (self.adopting.len() - untold) as u64;
+        let lost = (self.adopting.len() - untold) as u64;
+        self.adopted -= lost;
         let untold = self.adopting.split_off(untold).into_iter().map(|(_, offer)| offer);
         let waiting =
             std::mem::take(&mut self.unanswered).into_iter().filter_map(|waiting| match waiting {
                 Waiting::ForApplication(offer) => Some(offer),
                 Waiting::ForTurn(_) => None,
             });
-        let mut left = Vec::from_iter(untold.chain(waiting));
+        let mut offers = Vec::from_iter(untold.chain(waiting));
         if serve {
-            self.adopted += left.len() as u64;
-            self.adopting.extend(left.drain(..).map(|offer| (0, offer)));
+            self.adopted += offers.len() as u64;
+            self.adopting.extend(offers.drain(..).map(|offer| (0, offer)));
         }
-        left
+        Left { offers, lost }
     }
 
     #[cfg(test)]
     pub(in crate::handoff) fn has_ended(&self) -> bool {
         self.state == Taking::Ended
+    }
+
+    /// The number of connections that were adopted and that the application has not got.
+    pub(in crate::handoff) fn adopting(&self) -> usize {
+        self.adopting.len()
     }
 
     /// Returns true if every adopted connection has ended too.
@@ -461,6 +519,7 @@ impl<T> Book<T> {
     pub(in crate::handoff) fn is_worth_asking(&self) -> bool {
         match self.adopting.front() {
             Some((told, _)) => *told <= self.sent,
+            None if self.has_moved => false,
             // Others may come in the place of rejected ones because the application has never
             // stopped asking.
             None => !self.unanswered.is_empty() || self.replaced < self.rejected || self.is_over(),

@@ -5,38 +5,36 @@
 //! has the answer sent right then, so nothing is adopted that nobody has asked for. The **task**
 //! reads, and sends the other answers. Only the task waits for the socket. The application's sends
 //! use the task's waker, so the task sends whatever they leave behind.
+//!
+//! A dispatcher that is replaced moves the worker to a new [`Link`], with a task of its own. The
+//! links before it stay until their dispatchers end them, since one of these may serve again.
 
+mod link;
 mod task;
 
 use std::{
-    collections::VecDeque,
     fmt,
-    net::Shutdown,
-    os::fd::{AsFd, AsRawFd},
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
 };
 
-use futures_sink::Sink;
-use nix::{
-    errno::Errno,
-    sys::socket::{MsgFlags, recv},
-};
 use smallvec::SmallVec;
 use tokio::{runtime::Handle, sync::watch, time::Instant};
 
+use link::Link;
 use task::Task;
 
 use super::{End, IncomingStats, Settings, book::Book, headroom::Headroom};
 use crate::{
-    Error, Framed, Socket, close_in_background,
-    framed::WriteHalf,
+    Error, Socket, close_in_background,
     handoff::{
         connection::{Connection, Prepared},
-        protocol::{FromWorker, Offer, RejectReason, SalvagingCodec, ToWorker, WorkerCodec},
+        protocol::{NewLink, Offer, RejectReason, ToWorker},
     },
 };
+
+/// The most links that a worker has beside the current one. Usually it has one.
+const MOST_FORMER: usize = 16;
 
 /// Connections that the application gets.
 pub(super) type Adopted = SmallVec<[Prepared; 1]>;
@@ -59,42 +57,37 @@ pub(super) enum Phase {
 }
 
 struct State {
-    book: Book<Prepared>,
+    /// The link at which offers come, and at which adopted connections end.
+    current: Link,
+    /// Those before it that have not ended, or have connections that the application has not got.
+    former: Vec<Link>,
+    /// The current link has ended, and a dispatcher before it may serve again.
+    is_waiting: bool,
     headroom: Headroom,
     serve_unanswered: bool,
-    /// `None` after the end.
-    write: Option<WriteHalf<WorkerCodec>>,
-    /// Bytes given to `write` in all.
-    fed: u64,
-    /// Where each message ends among them that was not sent as a whole.
-    ends: VecDeque<u64>,
     /// Nobody will ask any more.
     abandoned: bool,
     application: Option<Waker>,
-    task: Waker,
     runtime: Handle,
 }
 
 impl Channel {
     pub(super) fn open(socket: Socket, settings: Settings) -> Arc<Self> {
-        let (read, write) =
-            Framed::with_codecs(socket.quiet(), SalvagingCodec::default(), WorkerCodec::default())
-                .into_split();
+        let book = Book::new(settings.window, settings.max_connections, settings.max_fds);
+        let (current, read) = Link::new(0, book, socket);
         let state = State {
-            book: Book::new(settings.window, settings.max_connections, settings.max_fds),
+            current,
+            former: Vec::new(),
+            is_waiting: false,
             headroom: Headroom::default(),
             serve_unanswered: settings.serve_unanswered,
-            write: Some(write),
-            fed: 0,
-            ends: VecDeque::new(),
             abandoned: false,
             application: None,
-            task: Waker::noop().clone(),
             runtime: Handle::current(),
         };
         let channel =
             Arc::new(Self { state: Mutex::new(state), phase: watch::Sender::new(Phase::Open) });
-        tokio::spawn(Task { channel: Arc::clone(&channel), read, timer: None });
+        tokio::spawn(Task { channel: Arc::clone(&channel), link: 0, read, timer: None });
         channel
     }
 
@@ -107,15 +100,15 @@ impl Channel {
     }
 
     pub(super) fn stats(&self) -> IncomingStats {
-        self.lock().book.stats()
+        self.lock().current.book.stats()
     }
 
     /// Adopts up to `max` connections. None: there will not be any more.
     pub(super) fn poll_adopt(&self, cx: &Context<'_>, max: usize) -> Poll<Adopted> {
         let mut state = self.lock();
         state.adopt(max);
-        let adopted = state.book.take_adopted::<Adopted>(max);
-        if adopted.is_empty() && !state.book.is_over() {
+        let adopted = state.take_adopted(max);
+        if adopted.is_empty() && !state.is_over() {
             let known = state.application.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
             let replaced = if known { None } else { state.application.replace(cx.waker().clone()) };
             drop(state);
@@ -128,10 +121,10 @@ impl Channel {
     /// An adopted connection has ended.
     pub(in crate::handoff) fn finish(&self) {
         let mut state = self.lock();
-        if state.book.finish(now()) {
+        if state.current.book.finish(now()) {
             state.wake_task();
         }
-        let has_finished = state.book.has_finished();
+        let has_finished = state.current.book.has_finished();
         drop(state);
         if has_finished {
             self.note_finished();
@@ -148,14 +141,14 @@ impl Channel {
     }
 
     /// Takes no more.
-    pub(super) fn drain(&self) {
+    pub(super) fn drain(self: &Arc<Self>) {
         self.drain_by(|deadline| deadline);
     }
 
     /// Takes no more, by a deadline that follows from the one there is.
-    fn drain_by(&self, next: impl FnOnce(Option<Instant>) -> Option<Instant>) {
+    fn drain_by(self: &Arc<Self>, next: impl FnOnce(Option<Instant>) -> Option<Instant>) {
         let mut state = self.lock();
-        let unwanted = state.book.drain();
+        let unwanted = state.current.book.drain();
         self.phase.send_if_modified(|phase| {
             let deadline = match *phase {
                 Phase::Open => next(None),
@@ -167,7 +160,11 @@ impl Channel {
         });
         let application = state.application.take();
         state.wake_task();
-        drop(state);
+        if state.is_waiting {
+            self.unlink(state, End::DispatcherGone);
+        } else {
+            drop(state);
+        }
         close_offers(unwanted);
         application.into_iter().for_each(Waker::wake);
     }
@@ -182,20 +179,33 @@ impl Channel {
     fn end_abandoned(self: &Arc<Self>) {
         let mut state = self.lock();
         if state.abandoned {
-            let adopted = state.book.take_adopted::<Adopted>(usize::MAX);
+            let adopted = state.take_adopted(usize::MAX);
             drop(state);
             adopted.into_iter().for_each(|prepared| drop(Connection::adopted(prepared, self)));
         }
     }
 
-    /// Takes a message. Returns how the link has ended, if it has.
-    fn received(&self, message: ToWorker<Option<Offer>>) -> Option<End> {
+    /// Takes a message of a link. Returns how the link has ended, if it has.
+    fn received(
+        self: &Arc<Self>,
+        link: u64,
+        message: ToWorker<Option<Offer>, Option<NewLink>>,
+    ) -> Option<End> {
         let is_fence = matches!(message, ToWorker::Fenced);
-        if let ToWorker::Drain { within } = &message {
-            self.drain_by(|_| within.map(|within| Instant::now() + within));
-        }
-        let message = message.map(|offer| self.prepare(offer));
-        let outcome = self.lock().book.on_message(message);
+        let message = match message {
+            ToWorker::Move(link) => return self.move_to(link),
+            ToWorker::Drain { within } => {
+                if self.lock().current.number == link {
+                    self.drain_by(|_| within.map(|within| Instant::now() + within));
+                }
+                ToWorker::Drain { within }
+            }
+            other => other.map_both(|offer| self.prepare(offer), |_| unreachable!("handled above")),
+        };
+        let mut state = self.lock();
+        let Some(link) = state.link(link) else { return None };
+        let outcome = link.book.on_message(message);
+        drop(state);
         match outcome {
             Ok(unwanted) => close_offers(unwanted),
             Err(error) => return Some(End::Failed(Arc::new(error))),
@@ -215,21 +225,97 @@ impl Channel {
         Prepared::new(offer)
     }
 
-    /// Nothing more is sent or received.
-    fn end(self: &Arc<Self>, end: End) {
+    /// Goes on at another link. Without one, since its descriptor is lost or is no socket, this
+    /// worker drains: nobody waits for it there.
+    fn move_to(self: &Arc<Self>, link: Option<NewLink>) -> Option<End> {
+        let Some(socket) = link.and_then(|link| Socket::try_from(link.socket).ok()) else {
+            self.drain();
+            return None;
+        };
         let mut state = self.lock();
-        let Some(write) = state.write.take() else { return };
-        // Standard input stays open beside the socket that was made of it.
-        let _ = write.socket().shutdown(Shutdown::Both);
+        if matches!(*self.phase.borrow(), Phase::Unlinked(_) | Phase::Finished(_)) {
+            return None;
+        }
+        if state.former.len() >= MOST_FORMER {
+            let error = Error::invalid("a dispatcher that moves its worker and ends no old link");
+            return Some(End::Failed(Arc::new(error)));
+        }
+        let (book, unwanted) = state.current.book.move_on();
+        let number = state.current.number + 1;
+        let (current, read) = Link::new(number, book, socket);
+        let before = std::mem::replace(&mut state.current, current);
+        state.is_waiting = false;
+        before.task.wake_by_ref();
+        state.former.push(before);
+        state.forget_ended();
+        drop(state);
+        close_offers(unwanted);
+        tokio::spawn(Task { channel: Arc::clone(self), link: number, read, timer: None });
+        None
+    }
+
+    /// Nothing more is sent or received at a link.
+    fn end(self: &Arc<Self>, link: u64, end: End) {
+        let mut state = self.lock();
+        let is_current = link == state.current.number;
+        let Some(ended) = state.link(link) else { return };
+        if !ended.shut_down() {
+            return;
+        }
+        if !is_current {
+            let unwanted = ended.book.end(false);
+            state.on_lost(unwanted.lost);
+            state.forget_ended();
+            let is_last = state.is_waiting && state.former.iter().all(Link::has_ended);
+            state.wake_task();
+            let application = state.application.take(); // it may have adopted some at this link
+            if is_last {
+                self.unlink(state, end);
+            } else {
+                drop(state);
+            }
+            close_offers(unwanted.offers);
+            return application.into_iter().for_each(Waker::wake);
+        }
+        // A dispatcher that was replaced may serve again, and this worker goes on then.
+        let waits = matches!(end, End::DispatcherGone)
+            && matches!(*self.phase.borrow(), Phase::Open)
+            && state.former.iter().any(|former| !former.has_ended());
+        if waits {
+            state.is_waiting = true;
+            let unwanted = state.current.book.end(false);
+            let application = state.application.take();
+            drop(state);
+            close_offers(unwanted.offers);
+            application.into_iter().for_each(Waker::wake);
+        } else {
+            self.unlink(state, end);
+        }
+    }
+
+    /// No link is left, and none will come.
+    fn unlink(self: &Arc<Self>, mut state: MutexGuard<'_, State>, end: End) {
+        state.is_waiting = false;
+        let mut unwanted = Vec::new();
+        let mut lost = 0;
+        for former in state.former.iter_mut().filter(|former| !former.has_ended()) {
+            former.shut_down();
+            former.task.wake_by_ref();
+            let former = former.book.end(false);
+            unwanted.extend(former.offers);
+            lost += former.lost;
+        }
+        state.on_lost(lost);
+        state.forget_ended();
         let serve =
             state.serve_unanswered && matches!(end, End::DispatcherGone) && !state.abandoned;
-        let unwanted = state.book.end(serve);
+        unwanted.extend(state.current.book.end(serve).offers);
         let application = state.application.take();
-        drop((state, write));
+        drop(state);
         close_offers(unwanted);
         self.end_abandoned();
         self.phase.send_replace(Phase::Unlinked(end));
-        if self.lock().book.has_finished() {
+        if self.lock().current.book.has_finished() {
             self.note_finished();
         }
         application.into_iter().for_each(Waker::wake);
@@ -253,75 +339,73 @@ fn now() -> std::time::Instant {
 }
 
 impl State {
+    /// Returns true if the application gets nothing more.
+    fn is_over(&self) -> bool {
+        !self.is_waiting
+            && self.current.book.is_over()
+            && self.former.iter().all(|former| former.book.is_over())
+    }
+
+    /// Adoptions at a link before this one were not told of. When this one began, they were counted
+    /// as open.
+    fn on_lost(&mut self, connections: u64) {
+        for _ in 0..connections {
+            self.current.book.finish(now());
+        }
+    }
+
+    /// Returns the link of this number, unless it has ended before another one followed.
+    fn link(&mut self, number: u64) -> Option<&mut Link> {
+        self.link_and_headroom(number).map(|(link, _)| link)
+    }
+
+    fn link_and_headroom(&mut self, number: u64) -> Option<(&mut Link, &mut Headroom)> {
+        let Self { current, former, headroom, .. } = self;
+        let mut links = former.iter_mut().chain([current]);
+        links.find(|link| link.number == number).map(|link| (link, headroom))
+    }
+
+    fn forget_ended(&mut self) {
+        self.former.retain(|link| !link.has_ended() || link.book.adopting() > 0);
+    }
+
     fn adopt(&mut self, max: usize) {
-        self.book.adopt(max);
-        self.feed();
-        let before = self.book.next_timeout();
+        self.current.book.adopt(max);
+        self.current.feed();
+        let before = self.current.book.next_timeout();
         self.ask();
-        self.feed();
-        let task = self.task.clone();
-        let flushed = self.poll_flush(&mut Context::from_waker(&task));
+        self.current.feed();
+        let task = self.current.task.clone();
+        let flushed = self.current.poll_flush(&mut Context::from_waker(&task));
         // It sends the rest, finds out what an error means, or waits for another time.
         let is_sooner = |next| before.is_none_or(|before| next < before);
         if !matches!(flushed, Poll::Ready(Ok(())))
-            || self.book.next_timeout().is_some_and(is_sooner)
+            || self.current.book.next_timeout().is_some_and(is_sooner)
         {
             self.wake_task();
         }
     }
 
+    /// Takes out up to `max` connections that were adopted and that the dispatcher has been told
+    /// of.
+    fn take_adopted(&mut self, max: usize) -> Adopted {
+        let mut adopted = Adopted::new();
+        for link in self.former.iter_mut().chain([&mut self.current]) {
+            adopted.extend(link.book.take_adopted::<Adopted>(max - adopted.len()));
+        }
+        self.forget_ended();
+        adopted
+    }
+
     /// Asks for as many offers as there is room for.
     fn ask(&mut self) {
-        self.book.ask(now(), || self.headroom.count());
-    }
-
-    /// Gives the book's messages to the socket's queue.
-    fn feed(&mut self) {
-        let Some(write) = &mut self.write else { return };
-        while let Some(message) = self.book.next_message() {
-            let before = write.unsent().bytes;
-            // One that is refused is never sent, and nothing after it: the socket has failed.
-            match Pin::new(&mut *write).start_send(message) {
-                Ok(()) => {
-                    self.fed = self.fed.saturating_add((write.unsent().bytes - before) as u64)
-                }
-                Err(_) => self.fed = u64::MAX,
-            }
-            self.ends.push_back(self.fed);
-        }
-    }
-
-    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        let Some(write) = &mut self.write else { return Poll::Ready(Ok(())) };
-        let flushed = Sink::<FromWorker>::poll_flush(Pin::new(&mut *write), cx);
-        if self.fed != u64::MAX {
-            let sent = self.fed - write.unsent().bytes as u64;
-            let messages = self.ends.partition_point(|end| *end <= sent);
-            self.ends.drain(..messages);
-            self.book.on_sent(messages as u64);
-        }
-        flushed.map_err(|error| error.error)
+        self.current.book.ask(now(), || self.headroom.count());
     }
 
     /// Wakes the task from the application. Another task follows, which does nothing: tokio keeps
     /// what was woken last for the thread that woke it, and the application may block that one.
     fn wake_task(&self) {
-        self.task.wake_by_ref();
+        self.current.task.wake_by_ref();
         drop(self.runtime.spawn(async {}));
-    }
-
-    fn unsent_bytes(&self) -> usize {
-        self.write.as_ref().map_or(0, |write| write.unsent().bytes)
-    }
-
-    /// Returns true if the dispatcher takes no more answers though it is there: asked after a send
-    /// has failed. If it has gone instead, the end of the stream, or what it sent before, is there
-    /// to be read already.
-    fn is_cut_off(&self) -> bool {
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        let socket = self.write.as_ref().map(WriteHalf::socket);
-        socket.is_some_and(|socket| {
-            recv(socket.as_fd().as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
-        })
     }
 }

@@ -2,7 +2,7 @@
 
 use bytes::BytesMut;
 
-use super::{FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer, ToWorker};
+use super::{FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, NewLink, Offer, ToWorker};
 use crate::{
     Error, Frame, FrameCodec, Limits, SendError,
     codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
@@ -20,7 +20,8 @@ use crate::{
 /// let mut worker = Framed::new(a, WorkerCodec::default());
 /// let mut dispatcher = Framed::new(b, DispatcherCodec::default());
 ///
-/// worker.send(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1 }).await?;
+/// let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: None };
+/// worker.send(hello).await?;
 /// assert!(matches!(dispatcher.next().await, Some(Ok(FromWorker::Hello { lowest: 1, .. }))));
 /// dispatcher.send(ToWorker::Welcome { version: VERSION }).await?;
 /// assert!(matches!(worker.next().await, Some(Ok(ToWorker::Welcome { version: 1 }))));
@@ -82,7 +83,7 @@ impl Codec for TolerantCodec {
 }
 
 impl<F> Decoder<F> for WorkerCodec {
-    type Item = ToWorker<Offer<F>>;
+    type Item = ToWorker<Offer<F>, NewLink<F>>;
     type Error = Error;
 
     fn decode(
@@ -181,7 +182,7 @@ impl<F> Decoder<F> for DispatcherCodec {
     }
 }
 
-impl<F> Encoder<ToWorker<Offer<F>>, F> for DispatcherCodec {
+impl<F> Encoder<ToWorker<Offer<F>, NewLink<F>>, F> for DispatcherCodec {
     type Error = Error;
 
     /// # Errors
@@ -189,15 +190,16 @@ impl<F> Encoder<ToWorker<Offer<F>>, F> for DispatcherCodec {
     /// [`Error::TooManyFds`] for one with more than [`MAX_OFFER_FDS`]. It comes back.
     fn encode(
         &mut self,
-        message: ToWorker<Offer<F>>,
+        message: ToWorker<Offer<F>, NewLink<F>>,
         dst: &mut SendBuf<F>,
-    ) -> Result<(), SendError<ToWorker<Offer<F>>>> {
+    ) -> Result<(), SendError<ToWorker<Offer<F>, NewLink<F>>>> {
         let payload = match message.to_payload() {
             Ok(payload) => payload,
             Err(error) => return Err(SendError::refused(message, error)),
         };
         let fds = match message {
             ToWorker::Offer { offer, .. } => [offer.fd].into_iter().chain(offer.bundle).collect(),
+            ToWorker::Move(link) => [link.socket].into_iter().collect(),
             _ => Default::default(),
         };
         let frame = Frame { payload: payload.into(), fds };

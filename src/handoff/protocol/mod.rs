@@ -42,6 +42,9 @@ pub enum FromWorker {
         highest: u8,
         /// The most descriptors of an offer that it takes, at least 1.
         max_fds: u8,
+        /// The number of adopted connections that have not ended, from links before this one.
+        /// `None` if the worker takes no [`ToWorker::Move`].
+        open: Option<u64>,
     },
     /// It takes this many offers in all, counted from the beginning. Initially none; falls only
     /// after a [refusal](self#refusals).
@@ -66,7 +69,8 @@ pub enum FromWorker {
         /// Why.
         reason: RejectReason,
     },
-    /// This many adopted connections have ended in all. Never falls.
+    /// This many adopted connections have ended in all, on this link, including those that were
+    /// open at its beginning. Never falls.
     Load {
         /// Number of connections.
         finished: u64,
@@ -98,10 +102,10 @@ pub enum RejectReason {
     Other(u8),
 }
 
-/// A message of a dispatcher. `O` is what an offer is about.
+/// A message of a dispatcher. `O` is what an offer is about, and `L` a new link.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum ToWorker<O = Offer> {
+pub enum ToWorker<O = Offer, L = NewLink> {
     /// Its first message, once it has the worker's [`FromWorker::Hello`].
     Welcome {
         /// The version that is spoken from here on.
@@ -132,11 +136,22 @@ pub enum ToWorker<O = Offer> {
     },
     /// It takes no more answers from this worker. Nothing follows.
     Fenced,
+    /// The conversation [goes on at another socket](self#moves). This link stays, without offers.
+    Move(L),
 }
 
-impl<O> ToWorker<O> {
+impl<O, L> ToWorker<O, L> {
     /// Exchanges what an offer is about.
-    pub fn map<P>(self, offer: impl FnOnce(O) -> P) -> ToWorker<P> {
+    pub fn map<P>(self, offer: impl FnOnce(O) -> P) -> ToWorker<P, L> {
+        self.map_both(offer, |link| link)
+    }
+
+    /// Exchanges what an offer is about, and a new link.
+    pub(in crate::handoff) fn map_both<P, M>(
+        self,
+        offer: impl FnOnce(O) -> P,
+        link: impl FnOnce(L) -> M,
+    ) -> ToWorker<P, M> {
         match self {
             Self::Welcome { version } => ToWorker::Welcome { version },
             Self::Offer { number, offer: before } => {
@@ -146,8 +161,18 @@ impl<O> ToWorker<O> {
             Self::Ping { nonce } => ToWorker::Ping { nonce },
             Self::Drain { within } => ToWorker::Drain { within },
             Self::Fenced => ToWorker::Fenced,
+            Self::Move(before) => ToWorker::Move(link(before)),
         }
     }
+}
+
+/// The worker's end of a link to the dispatcher that goes on with it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct NewLink<F = OwnedFd> {
+    /// `SO_COOKIE` of the socket.
+    pub cookie: u64,
+    /// The socket.
+    pub socket: F,
 }
 
 /// A connection that is offered to a worker.

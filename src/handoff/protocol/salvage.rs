@@ -6,7 +6,7 @@ use bytes::BytesMut;
 use nix::sys::socket::getsockopt;
 
 use super::{
-    MAX_OFFER_FDS, Offer, ToWorker, WorkerCodec,
+    MAX_OFFER_FDS, NewLink, Offer, ToWorker, WorkerCodec,
     codec::{frames, not_a_message},
 };
 use crate::{
@@ -17,16 +17,16 @@ use crate::{
 
 /// Decodes what a dispatcher sends, as [`WorkerCodec`] does, and goes on after the kernel has lost
 /// descriptors on receipt. An offer whose descriptors are lost is `None`: nothing has happened to
-/// the connection itself.
+/// the connection itself. So is a new link.
 ///
-/// Its descriptors are recognized by the cookie of the first one, which each offer has. So it is
-/// also noticed if descriptors and offers have lost step for another reason.
+/// Their descriptors are recognized by the cookie of the first one, which both messages have. So it
+/// is also noticed if descriptors and messages have lost step for another reason.
 #[derive(Debug)]
 pub(in crate::handoff) struct SalvagingCodec<F = OwnedFd> {
     /// Returns the `SO_COOKIE` of a socket.
     cookie: fn(&F) -> Option<u64>,
-    /// Descriptors were lost. From then on, those of an offer that comes later may be lost too, and
-    /// a part of its bundle may still come: descriptors can run ahead of their offers.
+    /// Descriptors were lost. From then on, those of a message that comes later may be lost too,
+    /// and a part of a bundle may still come: descriptors can run ahead of their messages.
     has_lost: bool,
 }
 
@@ -43,7 +43,7 @@ impl<F> Codec for SalvagingCodec<F> {
 }
 
 impl<F> Decoder<F> for SalvagingCodec<F> {
-    type Item = ToWorker<Option<Offer<F>>>;
+    type Item = ToWorker<Option<Offer<F>>, Option<NewLink<F>>>;
     type Error = Error;
 
     fn decode(
@@ -61,10 +61,15 @@ impl<F> Decoder<F> for SalvagingCodec<F> {
             match ToWorker::read(&payload, claimed) {
                 Ok(None) => {} // an extension that is not known here
                 Ok(Some(ToWorker::Offer { number, offer })) => {
-                    let offer = self.claim(offer, fds)?;
+                    let offer = self.claim_offer(offer, fds)?;
                     return Ok(Some(ToWorker::Offer { number, offer }));
                 }
-                Ok(Some(message)) => return Ok(Some(message.map(|_| None))),
+                Ok(Some(ToWorker::Move(NewLink { cookie, .. }))) => {
+                    let socket = self.claim(cookie, 1, fds)?.and_then(|fds| fds.into_iter().next());
+                    let link = socket.map(|socket| NewLink { cookie, socket });
+                    return Ok(Some(ToWorker::Move(link)));
+                }
+                Ok(Some(message)) => return Ok(Some(message.map_both(|_| None, |_| None))),
                 Err(_) => return Err(not_a_message()),
             }
         }
@@ -82,9 +87,27 @@ impl<F> Decoder<F> for SalvagingCodec<F> {
 
 impl<F> SalvagingCodec<F> {
     /// Adds the descriptors to an offer. `None` if they are lost.
-    fn claim(&mut self, offer: Offer<()>, fds: &mut FdQueue<F>) -> Result<Option<Offer<F>>, Error> {
+    fn claim_offer(
+        &mut self,
+        offer: Offer<()>,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Offer<F>>, Error> {
         let Offer { cookie, transport, peer, local, read, metadata, bundle, .. } = offer;
-        let count = 1 + bundle.len();
+        let Some(claimed) = self.claim(cookie, 1 + bundle.len(), fds)? else { return Ok(None) };
+        let mut claimed = claimed.into_iter();
+        let Some(fd) = claimed.next() else { return Ok(None) }; // it has one at least
+        let bundle = claimed.collect();
+        Ok(Some(Offer { cookie, transport, peer, local, read, metadata, fd, bundle }))
+    }
+
+    /// Takes the descriptors of a message, the first of which has this cookie. `None` if they are
+    /// lost.
+    fn claim(
+        &mut self,
+        cookie: u64,
+        count: usize,
+        fds: &mut FdQueue<F>,
+    ) -> Result<Option<Fds<F>>, Error> {
         let is_it = |fd: &F| (self.cookie)(fd) == Some(cookie);
         self.has_lost |= fds.is_truncated();
         if self.has_lost && !(fds.skip_to(is_it) && fds.count() >= count) {
@@ -93,13 +116,10 @@ impl<F> SalvagingCodec<F> {
         let claimed: Fds<F> = fds.claim(count)?;
         if !self.has_lost && !claimed.first().is_some_and(is_it) {
             return Err(Error::invalid(
-                "the descriptor of an offer is not the one that it describes",
+                "the descriptor of a message is not the one that it describes",
             ));
         }
-        let mut claimed = claimed.into_iter();
-        let Some(fd) = claimed.next() else { return Ok(None) }; // it has one at least
-        let bundle = claimed.collect();
-        Ok(Some(Offer { cookie, transport, peer, local, read, metadata, fd, bundle }))
+        Ok(Some(claimed))
     }
 }
 

@@ -27,7 +27,7 @@ prop_compose! {
     }
 }
 
-fn to_worker() -> impl Strategy<Value = ToWorker<Offer<u32>>> {
+fn to_worker() -> impl Strategy<Value = ToWorker<Offer<u32>, NewLink<u32>>> {
     prop_oneof![
         any::<u8>().prop_map(|version| ToWorker::Welcome { version }),
         (any::<u64>(), offer()).prop_map(|(number, offer)| ToWorker::Offer { number, offer }),
@@ -36,6 +36,7 @@ fn to_worker() -> impl Strategy<Value = ToWorker<Offer<u32>>> {
         proptest::option::of(0..u64::from(NO_LIMIT))
             .prop_map(|millis| ToWorker::Drain { within: millis.map(Duration::from_millis) }),
         Just(ToWorker::Fenced),
+        any::<(u64, u32)>().prop_map(|(cookie, socket)| ToWorker::Move(NewLink { cookie, socket })),
     ]
 }
 
@@ -48,10 +49,8 @@ fn reason() -> impl Strategy<Value = RejectReason> {
 
 fn from_worker() -> impl Strategy<Value = FromWorker> {
     prop_oneof![
-        any::<(u8, u8, u8)>().prop_map(|(lowest, highest, max_fds)| FromWorker::Hello {
-            lowest,
-            highest,
-            max_fds
+        any::<(u8, u8, u8, Option<u64>)>().prop_map(|(lowest, highest, max_fds, open)| {
+            FromWorker::Hello { lowest, highest, max_fds, open }
         }),
         any::<u64>().prop_map(|total| FromWorker::Demand { total }),
         any::<(u64, u32)>().prop_map(|(first, count)| FromWorker::Adopted { first, count }),
@@ -122,7 +121,14 @@ proptest! {
 #[test]
 fn messages_in_bytes() {
     for (message, bytes) in [
-        (FromWorker::Hello { lowest: 1, highest: 2, max_fds: 3 }, &b"\x01FDHO\x01\x02\x03"[..]),
+        (
+            FromWorker::Hello { lowest: 1, highest: 2, max_fds: 3, open: None },
+            &b"\x01FDHO\x01\x02\x03"[..],
+        ),
+        (
+            FromWorker::Hello { lowest: 1, highest: 2, max_fds: 3, open: Some(7) },
+            b"\x01FDHO\x01\x02\x03\0\0\0\0\0\0\0\x07",
+        ),
         (FromWorker::Demand { total: 64 }, b"\x02\0\0\0\0\0\0\0\x40"),
         (FromWorker::Adopted { first: 5, count: 3 }, b"\x03\0\0\0\0\0\0\0\x05\0\0\0\x03"),
         (
@@ -161,6 +167,11 @@ fn messages_in_bytes() {
         \0\0\0\x03GET\0\0\0\x01m";
     let message = ToWorker::Offer { number: 10, offer: offer.clone() };
     assert_eq!(encoded(DispatcherCodec::default(), message), (frame(bytes, 3), vec![5, 6, 7]));
+    let link = NewLink { cookie: 9, socket: 5 };
+    assert_eq!(
+        encoded(DispatcherCodec::default(), ToWorker::Move(link)),
+        (frame(b"\x87\0\0\0\0\0\0\0\x09", 1), vec![5])
+    );
     let unix = Offer {
         transport: Transport::UnixStream,
         peer: Address::Unnamed,

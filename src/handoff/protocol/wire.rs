@@ -5,7 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::{
-    Address, FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer, RejectReason, ToWorker, Transport,
+    Address, FromWorker, MAX_MESSAGE_BYTES, MAX_OFFER_FDS, NewLink, Offer, RejectReason, ToWorker,
+    Transport,
 };
 use crate::{
     Error, Fds,
@@ -15,6 +16,9 @@ use crate::{
 /// The bytes that a worker's HELLO begins with.
 const MAGIC: [u8; 4] = *b"FDHO";
 
+/// The type of a message that has a descriptor and is no OFFER.
+const MOVE: u8 = 0x87;
+
 /// The milliseconds of a DRAIN without a limit.
 pub(super) const NO_LIMIT: u32 = u32::MAX;
 
@@ -22,10 +26,11 @@ impl FromWorker {
     pub(super) fn to_payload(self) -> Vec<u8> {
         let mut dst = Vec::with_capacity(16);
         match self {
-            Self::Hello { lowest, highest, max_fds } => {
+            Self::Hello { lowest, highest, max_fds, open } => {
                 dst.push(0x01);
                 dst.extend(MAGIC);
                 dst.extend([lowest, highest, max_fds]);
+                dst.extend(open.iter().flat_map(|open| open.to_be_bytes()));
             }
             Self::Demand { total } => {
                 dst.push(0x02);
@@ -73,7 +78,8 @@ impl FromWorker {
         let mut fields = Fields(payload);
         Some(match fields.u8()? {
             0x01 if fields.array()? == MAGIC => {
-                Self::Hello { lowest: fields.u8()?, highest: fields.u8()?, max_fds: fields.u8()? }
+                let (lowest, highest, max_fds) = (fields.u8()?, fields.u8()?, fields.u8()?);
+                Self::Hello { lowest, highest, max_fds, open: fields.u64() }
             }
             0x02 => Self::Demand { total: fields.u64()? },
             0x03 => Self::Adopted { first: fields.u64()?, count: fields.u32()? },
@@ -123,7 +129,7 @@ impl RejectReason {
     }
 }
 
-impl<F> ToWorker<Offer<F>> {
+impl<F> ToWorker<Offer<F>, NewLink<F>> {
     /// # Errors
     /// [`Error::FrameTooLong`] or [`Error::TooManyFds`].
     pub(super) fn to_payload(&self) -> Result<Vec<u8>, Error> {
@@ -160,6 +166,10 @@ impl<F> ToWorker<Offer<F>> {
                 dst.extend(millis.to_be_bytes());
             }
             Self::Fenced => dst.push(0x86),
+            Self::Move(NewLink { cookie, .. }) => {
+                dst.push(MOVE);
+                dst.extend(cookie.to_be_bytes());
+            }
         }
         match dst.len() {
             0..=MAX_MESSAGE_BYTES => Ok(dst),
@@ -178,6 +188,9 @@ impl<F> ToWorker<Offer<F>> {
                 message => Ok(message),
             };
         }
+        if payload.first() == Some(&MOVE) {
+            return Self::read_move(payload, fds).map(Some);
+        }
         let Some((number, offer)) = Offer::read(payload) else { return Err(fds) };
         let Offer { cookie, transport, peer, local, read, metadata, .. } = offer;
         let mut fds = fds.into_iter();
@@ -187,6 +200,12 @@ impl<F> ToWorker<Offer<F>> {
             number,
             offer: Offer { cookie, transport, peer, local, read, metadata, fd, bundle },
         }))
+    }
+
+    fn read_move(payload: &[u8], fds: Fds<F>) -> Result<Self, Fds<F>> {
+        let Some(cookie) = Fields(&payload[1..]).u64() else { return Err(fds) };
+        let [socket] = fds.into_array()?;
+        Ok(Self::Move(NewLink { cookie, socket }))
     }
 
     fn read_without_fds(payload: &[u8]) -> Option<Self> {

@@ -217,6 +217,11 @@ impl<F> ToTaker<F> {
                 dst.extend(bytes);
                 carried = fds;
             }
+            Self::Workers { bytes, fds } => {
+                dst.push(0x8E);
+                dst.extend(bytes);
+                carried = fds;
+            }
             Self::Complete => dst.push(0x85),
             Self::Aborted { reason } => dst.extend([0x86, reason.number()]),
             Self::Locks { fds } => {
@@ -259,7 +264,7 @@ impl<F> ToTaker<F> {
     }
 
     /// Gives the descriptors back if it is not a message.
-    fn read(payload: &[u8], mut fds: Fds<F>) -> Result<Self, Fds<F>> {
+    fn read(payload: &[u8], fds: Fds<F>) -> Result<Self, Fds<F>> {
         let mut fields = Fields(payload);
         match fields.u8() {
             Some(0x83) => {
@@ -275,13 +280,9 @@ impl<F> ToTaker<F> {
                     described.into_iter().zip(fds).map(|(listener, fd)| listener.with_fd(|()| fd));
                 Ok(Self::Listeners(with_fds.collect()))
             }
-            Some(0x84) => {
-                // Copies: a slice would keep a whole read buffer for as long as it lives.
-                Ok(Self::State {
-                    bytes: Bytes::copy_from_slice(fields.rest()),
-                    fds: std::mem::take(&mut fds),
-                })
-            }
+            // Copies: a slice would keep a whole read buffer for as long as it lives.
+            Some(0x84) => Ok(Self::State { bytes: Bytes::copy_from_slice(fields.rest()), fds }),
+            Some(0x8E) => Ok(Self::Workers { bytes: Bytes::copy_from_slice(fields.rest()), fds }),
             Some(0x87) if fields.is_at_end() && !fds.is_empty() => Ok(Self::Locks { fds }),
             Some(0x88) => Ok(Self::Yours { baton: Bytes::copy_from_slice(fields.rest()), fds }),
             Some(0x8B) => {

@@ -107,6 +107,14 @@ pub enum ToTaker<F = OwnedFd> {
         /// there asks it to leave.
         fds: Fds<F>,
     },
+    /// A part of what a dispatcher hands on with its workers. Between [`Welcome`](Self::Welcome)
+    /// and [`Complete`](Self::Complete).
+    Workers {
+        /// Bytes of the [hand-off](crate::handoff::Dispatcher::prepare_succession).
+        bytes: Bytes,
+        /// Links and processes of the workers.
+        fds: Fds<F>,
+    },
     /// All listeners and all state were sent. The taker may send [`FromTaker::Ready`].
     Complete,
     /// The giver goes on serving, and no [`FromTaker::Ready`] can reach it. Nothing follows.

@@ -43,6 +43,7 @@ fn to_taker() -> impl Strategy<Value = ToTaker<u32>> {
         select(&Refusal::ALL[..]).prop_map(|reason| ToTaker::Refused { reason }),
         vec(offered(), 1..5).prop_map(ToTaker::Listeners),
         (bytes(), fds(0)).prop_map(|(bytes, fds)| ToTaker::State { bytes, fds }),
+        (bytes(), fds(0)).prop_map(|(bytes, fds)| ToTaker::Workers { bytes, fds }),
         (any::<(u32, u32)>(), vec(any::<(u32, u32, u32)>(), 0..5)).prop_map(
             |((generation, giver), lanes)| {
                 let lane = |(listener, generation, fd)| Lane { listener, generation, fd };

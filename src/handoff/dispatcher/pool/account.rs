@@ -26,6 +26,13 @@ pub(super) struct Account<C> {
     phase: Phase,
     /// The most descriptors of an offer that it takes.
     max_fds: u8,
+    /// Connections that it had adopted before this link began, and that had not ended then. `None`
+    /// if it can't be moved.
+    open_before: Option<u64>,
+    /// There is another link for it, to the dispatcher that goes on in the place of this one.
+    pub(super) has_next_link: bool,
+    /// It was told to go on at another link.
+    has_moved: bool,
     /// To be offered. Not even the worker's task has them.
     planned: Offers<C>,
     /// Offered and not answered, the oldest first.
@@ -35,7 +42,7 @@ pub(super) struct Account<C> {
     rejected: u64,
     finished: u64,
     /// To be sent before the next offer.
-    control: VecDeque<ToWorker<Infallible>>,
+    control: VecDeque<ToWorker<Infallible, ()>>,
     /// It gets nothing until the other new workers of a replacement are ready.
     pub(super) is_held_back: bool,
     /// Its task has been told everything that there is for it.
@@ -63,6 +70,9 @@ impl<C> Account<C> {
             since: now,
             phase: Phase::Starting,
             max_fds: 0,
+            open_before: None,
+            has_next_link: false,
+            has_moved: false,
             planned: Offers::default(),
             unanswered: Offers::default(),
             demand: 0,
@@ -105,7 +115,12 @@ impl<C> Account<C> {
 
     /// The number of adopted connections that have not ended.
     pub(super) fn active(&self) -> u64 {
-        self.adopted - self.finished
+        self.ever_open() - self.finished
+    }
+
+    /// The number of connections that this link has ever been told of as adopted.
+    fn ever_open(&self) -> u64 {
+        self.open_before.unwrap_or(0).saturating_add(self.adopted)
     }
 
     pub(super) fn is_draining(&self) -> bool {
@@ -113,7 +128,16 @@ impl<C> Account<C> {
     }
 
     pub(super) fn has_adopted(&self) -> bool {
-        self.adopted > 0
+        self.ever_open() > 0
+    }
+
+    pub(super) fn has_moved(&self) -> bool {
+        self.has_moved
+    }
+
+    /// Returns true if it may be able to go on at another link.
+    pub(super) fn may_move(&self) -> bool {
+        self.phase == Phase::Starting || self.phase == Phase::Open && self.open_before.is_some()
     }
 
     pub(super) fn takes(&self, fds: usize) -> bool {
@@ -151,16 +175,16 @@ impl<C> Account<C> {
     /// Plans an offer. Returns true if the worker's task has to be woken.
     pub(super) fn plan(&mut self, pending: Pending<C>) -> bool {
         self.planned.push_back(pending);
-        std::mem::take(&mut self.is_asleep)
+        self.wake()
     }
 
-    fn send(&mut self, message: ToWorker<Infallible>) {
+    fn send(&mut self, message: ToWorker<Infallible, ()>) {
         self.control.push_back(message);
     }
 
     /// The next message to be sent, and whether it repeats an offer of the connection. An offer
     /// counts as made from now on.
-    pub(super) fn next_message(&mut self, now: Instant) -> Option<(ToWorker<&C>, bool)> {
+    pub(super) fn next_message(&mut self, now: Instant) -> Option<(ToWorker<&C, ()>, bool)> {
         if let Some(control) = self.control.pop_front() {
             return Some((control.map(|never| match never {}), false));
         }
@@ -180,6 +204,7 @@ impl<C> Account<C> {
         &mut self,
         (lowest, highest): (u8, u8),
         max_fds: u8,
+        open: Option<u64>,
         now: Instant,
     ) -> Result<(), RetireCause> {
         if self.clock.is_greeted() {
@@ -192,7 +217,7 @@ impl<C> Account<C> {
             return misbehaved("it takes offers with no descriptors only");
         }
         self.clock.on_hello(now);
-        self.max_fds = max_fds;
+        (self.max_fds, self.open_before) = (max_fds, open);
         if self.phase == Phase::Starting {
             self.phase = Phase::Open;
         }
@@ -213,10 +238,10 @@ impl<C> Account<C> {
                     self.finished
                 ));
             }
-            FromWorker::Load { finished } if finished > self.adopted => {
+            FromWorker::Load { finished } if finished > self.ever_open() => {
                 return misbehaved(format!(
                     "it finished {finished} connections and adopted {}",
-                    self.adopted
+                    self.ever_open()
                 ));
             }
             FromWorker::Load { finished } => self.finished = finished,
@@ -349,6 +374,33 @@ impl<C> Account<C> {
             let within = until.map(|until| until.saturating_duration_since(now));
             self.send(ToWorker::Drain { within });
         }
+        self.wake()
+    }
+
+    /// Another dispatcher goes on in the place of this one: the worker goes on with that if it
+    /// can, and leaves otherwise. One that has not said hello does so after that. Returns what was
+    /// planned for it.
+    pub(super) fn hand_on(&mut self, now: Instant) -> Vec<Pending<C>> {
+        match self.phase {
+            Phase::Open if self.has_next_link && self.open_before.is_some() => self.move_away(),
+            Phase::Open => {
+                self.tell_to_drain(None, now);
+                self.drain()
+            }
+            Phase::Starting | Phase::Draining => Vec::new(),
+        }
+    }
+
+    /// It is to go on at another link, and gets nothing more at this one. Returns what was planned
+    /// for it.
+    pub(super) fn move_away(&mut self) -> Vec<Pending<C>> {
+        self.has_moved = true;
+        self.send(ToWorker::Move(()));
+        self.drain()
+    }
+
+    /// Returns true if its task has to be woken.
+    pub(super) fn wake(&mut self) -> bool {
         std::mem::take(&mut self.is_asleep)
     }
 

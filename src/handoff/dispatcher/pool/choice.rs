@@ -147,7 +147,7 @@ impl<C> Pool<C> {
         let in_flight = self.in_flight();
         let room: u64 = self
             .accounts()
-            .filter(|(_, worker, _)| worker.group == *group)
+            .filter(|(id, worker, _)| self.is_in(group, *id, worker))
             .map(|(id, _, account)| self.room(id, account, in_flight))
             .sum();
         room.saturating_sub(self.groups.get(group).map_or(0, |group| group.reserved))
@@ -177,10 +177,11 @@ impl<C> Pool<C> {
     /// Gives out what can be given out.
     pub(super) fn distribute(&mut self, now: Instant) {
         self.held.clear();
-        let mut next = self.groups.next_to_serve(None);
+        let is_succeeded = self.is_succeeded();
+        let mut next = self.groups.next_to_serve(None, is_succeeded);
         while let Some(group) = next {
             self.distribute_in(&group, now);
-            next = self.groups.next_to_serve(Some(&group));
+            next = self.groups.next_to_serve(Some(&group), is_succeeded);
         }
         self.groups.remove_unused();
         if self.groups.waits_for_any() && self.has_place() {
@@ -260,7 +261,7 @@ impl<C> Pool<C> {
         let only_others =
             pending.is_at_last_attempt(self.config.max_offers) && !self.is_failed_by_all(pending);
         let fitting = self.accounts().filter(|(id, worker, account)| {
-            worker.group == pending.group
+            self.is_in(&pending.group, *id, worker)
                 && fits(*id, account)
                 && account.takes(pending.fds)
                 && !(only_others && pending.failed_with.contains(id))
@@ -292,8 +293,8 @@ impl<C> Pool<C> {
     /// would keep the connection forever.
     fn is_failed_by_all(&self, pending: &Pending<C>) -> bool {
         let trusts_strangers = pending.failures < self.config.max_offers.saturating_add(STRANGERS);
-        let may_take = |worker: &Worker<C>| match &worker.account {
-            _ if worker.removed.is_some() || worker.group != pending.group => false,
+        let may_take = |id: WorkerId, worker: &Worker<C>| match &worker.account {
+            _ if worker.removed.is_some() || !self.is_in(&pending.group, id, worker) => false,
             Some(account) if account.is_draining() => false,
             // It takes no bundles, or no bundle of this size.
             Some(account) if account.clock.is_greeted() && !account.takes(pending.fds) => false,
@@ -303,7 +304,7 @@ impl<C> Pool<C> {
         };
         self.workers
             .iter()
-            .all(|(id, worker)| pending.failed_with.contains(id) || !may_take(worker))
+            .all(|(id, worker)| pending.failed_with.contains(id) || !may_take(*id, worker))
     }
 
     fn plan(&mut self, id: WorkerId, mut pending: Pending<C>) {

@@ -127,7 +127,7 @@ impl Clock {
         oldest: Option<(u64, Instant)>,
         next: u64,
         may_fence: impl FnOnce() -> bool,
-    ) -> Result<[Option<ToWorker<Infallible>>; 2], RetireCause> {
+    ) -> Result<[Option<ToWorker<Infallible, ()>>; 2], RetireCause> {
         let (mut ping, mut recall) = (None, None);
         if self.hello_by.is_some_and(|by| now >= by) {
             return Err(RetireCause::Misbehaved("it did not say hello in time".into()));

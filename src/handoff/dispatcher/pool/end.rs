@@ -24,6 +24,7 @@ impl<C> Pool<C> {
         now: Instant,
     ) -> bool {
         self.totals.retired.count(cause);
+        let is_ours = self.is_ours(id);
         let worker = self.workers.get_mut(&id);
         let Some((worker, account)) =
             worker.and_then(|worker| worker.account.take().map(|account| (worker, account)))
@@ -48,6 +49,8 @@ impl<C> Pool<C> {
         if !account.clock.is_greeted() && matches!(cause, RetireCause::Misbehaved(_)) {
             self.totals.refused_workers += 1;
         }
+        // A connection is not to blame for the end of another dispatcher.
+        let has_failed = *cause != RetireCause::Drained && self.successor != Some(id);
         let Remains { mut unanswered, unseen, repeated } = account.retire(unsent);
         self.totals.offered_again -= repeated;
 
@@ -61,7 +64,7 @@ impl<C> Pool<C> {
             _ => false,
         };
         for pending in &mut unanswered {
-            pending.on_unanswered(id, *cause != RetireCause::Drained);
+            pending.on_unanswered(id, has_failed);
             if may_hold_copies && !pending.holders.contains(&process) {
                 pending.holders.push(process);
             }
@@ -70,7 +73,7 @@ impl<C> Pool<C> {
         self.put_back(unanswered.into_iter().chain(unseen));
         if let ProcessState::Ended(status) = state {
             self.on_process_end(process, status);
-        } else if is_child {
+        } else if is_child && is_ours {
             self.leftovers.insert(process, Leftover { worker: id, pid });
         }
         self.on_new_gone(id, now);

@@ -66,11 +66,12 @@ impl<C> Groups<C> {
             .retain(|_, group| group.workers > 0 || group.reserved > 0 || !group.queue.is_empty());
     }
 
-    /// The first group behind this one that has workers and something that waits for them.
-    pub(super) fn next_to_serve(&self, after: Option<&Group>) -> Option<Group> {
+    /// The first group behind this one that has workers, or to which any may belong, and something
+    /// that waits for them.
+    pub(super) fn next_to_serve(&self, after: Option<&Group>, is_any: bool) -> Option<Group> {
         self.groups
             .range((after.map_or(Unbounded, Excluded), Unbounded))
-            .find(|(_, group)| group.workers > 0 && !group.queue.is_empty())
+            .find(|(_, group)| (is_any || group.workers > 0) && !group.queue.is_empty())
             .map(|(group, _)| group.clone())
     }
 

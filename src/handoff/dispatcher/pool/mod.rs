@@ -26,6 +26,9 @@ mod queue;
 mod replacement;
 mod stale;
 #[cfg(test)]
+mod succeeded;
+mod successor;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod world;
@@ -86,6 +89,8 @@ pub(super) struct Pool<C> {
     phase: Phase,
     /// The time by which the drain is to be over that was asked for last.
     drain_until: Option<Instant>,
+    /// Stands for the dispatcher that has replaced this one, and gets all connections.
+    successor: Option<WorkerId>,
     /// Get nothing until they have answered, because a suspect has waited for a worker for too
     /// long: one in each group.
     held: Vec<WorkerId>,
@@ -124,6 +129,8 @@ struct Worker<C> {
     rejected: u64,
     retired: RetireCounts,
     last_exit: Option<WorkerExit>,
+    /// Its process comes from another dispatcher.
+    is_taken: bool,
     /// It is to drain, until that time if there is one.
     removed: Option<Option<Instant>>,
     /// It is one of the new workers of this replacement, which is not decided yet.
@@ -162,6 +169,24 @@ pub(super) enum Event<C> {
     ShutDown(C),
 }
 
+impl<C> Worker<C> {
+    /// Returns true if it is not told when it is to leave: the end of its socket tells it. It has
+    /// not said hello, so it has nothing; or the dispatcher that it came from goes on with it.
+    fn leaves_untold(&self, is_succeeded: bool) -> bool {
+        self.account.as_ref().is_some_and(|account| {
+            let is_given_back = is_succeeded && self.is_taken && !account.has_moved();
+            !account.clock.is_greeted() || is_given_back
+        })
+    }
+
+    /// Returns true if its process is this dispatcher's to end.
+    fn is_ours(&self, is_succeeded: bool) -> bool {
+        self.account.as_ref().is_some_and(|account| {
+            !account.has_moved() && !(self.is_taken && self.leaves_untold(is_succeeded))
+        })
+    }
+}
+
 impl<C> Pool<C> {
     pub(super) fn new(config: Config) -> Self {
         Self {
@@ -170,6 +195,7 @@ impl<C> Pool<C> {
             groups: Groups::default(),
             phase: Phase::Open,
             drain_until: None,
+            successor: None,
             held: Vec::new(),
             stale: StaleCopies::default(),
             leftovers: BTreeMap::new(),
@@ -206,6 +232,7 @@ impl<C> Pool<C> {
             rejected: 0,
             retired: RetireCounts::default(),
             last_exit: None,
+            is_taken: false,
             removed,
             replacement: None,
             last_plan: 0,
@@ -227,6 +254,7 @@ impl<C> Pool<C> {
             let mut account = Account::new(process, hello_by, now);
             account.is_held_back = worker.replacement.is_some();
             worker.account = Some(account);
+            worker.is_taken = false;
         }
     }
 
@@ -241,12 +269,14 @@ impl<C> Pool<C> {
     /// The worker gets nothing more, and has to finish what it has until then. Returns true if
     /// there is such a worker.
     pub(super) fn remove(&mut self, id: WorkerId, until: Option<Instant>, now: Instant) -> bool {
+        let is_succeeded = self.is_succeeded();
         let Some(worker) = self.workers.get_mut(&id) else { return false };
         worker.removed = Some(until);
+        let leaves_untold = worker.leaves_untold(is_succeeded);
         if let Some(account) = &mut worker.account {
             let planned = account.drain();
-            // One that has not said hello leaves at its next timeout, which is now.
-            let is_asleep = !account.clock.is_greeted() || account.tell_to_drain(until, now);
+            // It leaves at its next timeout, which is now.
+            let is_asleep = leaves_untold || account.tell_to_drain(until, now);
             self.events.extend(is_asleep.then_some(Event::Wake(id)));
             self.put_back(planned);
         }
@@ -288,7 +318,7 @@ impl<C> Pool<C> {
 
     /// The next message for a worker, to be sent in this order. Its task is woken when there is
     /// another one after `None`.
-    pub(super) fn next_message(&mut self, id: WorkerId, now: Instant) -> Option<ToWorker<&C>> {
+    pub(super) fn next_message(&mut self, id: WorkerId, now: Instant) -> Option<ToWorker<&C, ()>> {
         let (message, is_repeated) =
             self.workers.get_mut(&id)?.account.as_mut()?.next_message(now)?;
         self.totals.offered_again += u64::from(is_repeated);
@@ -310,8 +340,12 @@ impl<C> Pool<C> {
         let Some(account) = &mut worker.account else { return Ok(()) };
         account.clock.on_received(now);
         match message {
-            FromWorker::Hello { lowest, highest, max_fds } => {
-                account.on_hello((lowest, highest), max_fds, now)?;
+            FromWorker::Hello { lowest, highest, max_fds, open } => {
+                account.on_hello((lowest, highest), max_fds, open, now)?;
+                let is_succeeded = self.successor.is_some_and(|successor| successor != id);
+                if is_succeeded && worker.removed.is_none() {
+                    account.hand_on(now);
+                }
                 if let Some(until) = worker.removed {
                     account.drain();
                     account.tell_to_drain(until, now);
@@ -421,12 +455,13 @@ impl<C> Pool<C> {
         was_able: bool,
         now: Instant,
     ) -> Result<(), RetireCause> {
+        let is_succeeded = self.is_succeeded();
         let Self { config, workers, fences, .. } = self;
         let Some(worker) = workers.get_mut(&id) else { return Ok(()) };
-        let Some(account) = &mut worker.account else { return Ok(()) };
-        if worker.removed.is_some() && !account.clock.is_greeted() {
-            return Err(RetireCause::Drained); // it has nothing, and the end of its socket tells it
+        if worker.removed.is_some() && worker.leaves_untold(is_succeeded) {
+            return Err(RetireCause::Drained);
         }
+        let Some(account) = &mut worker.account else { return Ok(()) };
         if !was_able {
             account.clock.excuse(now);
         }

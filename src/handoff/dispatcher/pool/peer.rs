@@ -17,8 +17,8 @@ pub(super) struct Peer {
     max_fds: u8,
     pub(super) book: Book<u8>,
     /// Taken from the pool and not sent.
-    pub(super) unsent: VecDeque<ToWorker<u8>>,
-    pub(super) to_worker: VecDeque<ToWorker<u8>>,
+    pub(super) unsent: VecDeque<ToWorker<u8, ()>>,
+    pub(super) to_worker: VecDeque<ToWorker<u8, ()>>,
     pub(super) from_worker: VecDeque<FromWorker>,
     /// Offers that were sent and whose answer was not read. After the end, copies of these may be
     /// here.
@@ -126,8 +126,11 @@ impl Peer {
             }
             return is_end;
         };
-        if let Err(error) = self.book.on_message(message.map(|offer| unfit.map_or(Ok(offer), Err)))
-        {
+        let message = message.map_both(
+            |offer| unfit.map_or(Ok(offer), Err),
+            |()| unreachable!("nobody replaces this dispatcher"),
+        );
+        if let Err(error) = self.book.on_message(message) {
             self.book.end(false);
             self.is_cut = true;
             self.complaint = Some(error.to_string());

@@ -66,7 +66,7 @@ impl<C> Pool<C> {
         group: &Group,
         within: Option<Duration>,
     ) -> Result<ReplacementId, Refusal> {
-        if !self.is_open() {
+        if !self.is_open() || self.is_succeeded() {
             return Err(Refusal::Draining);
         }
         let is_starting =

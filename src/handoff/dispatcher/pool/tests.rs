@@ -149,7 +149,7 @@ fn add_worker(pool: &mut Pool<u8>, now: Instant) -> WorkerId {
 fn add_process(pool: &mut Pool<u8>, is_child: bool, now: Instant) -> WorkerId {
     let id = pool.add_worker(Group::default(), None);
     pool.connect(id, ProcessInfo { id: id.0, pid: None, is_child }, now, now);
-    let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1 };
+    let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: None };
     pool.on_message(id, hello, 0, now).unwrap();
     pool.on_message(id, FromWorker::Demand { total: 1000 }, 0, now).unwrap();
     id

@@ -189,7 +189,7 @@ proptest! {
 #[derive(Debug, Default)]
 struct Distant {
     said: VecDeque<FromWorker>,
-    sent: VecDeque<ToWorker<()>>,
+    sent: VecDeque<ToWorker<(), Infallible>>,
     demand: u64,
     offered: u64,
     answered: u64,

@@ -21,9 +21,11 @@ use crate::{
 /// read.
 const MAX_UNSENT_BYTES: usize = 256 << 10;
 
-/// Serves the channel until it ends, whether or not the application asks for anything.
+/// Serves one link of the channel until it ends, whether or not the application asks for anything.
 pub(super) struct Task {
     pub(super) channel: Arc<Channel>,
+    /// The number of the link.
+    pub(super) link: u64,
     pub(super) read: ReadHalf<SalvagingCodec>,
     pub(super) timer: Option<Pin<Box<Sleep>>>,
 }
@@ -40,7 +42,7 @@ impl Future for Task {
                 ready!(answered)
             }
         };
-        self.channel.end(end);
+        self.channel.end(self.link, end);
         Poll::Ready(())
     }
 }
@@ -50,7 +52,7 @@ impl Task {
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         while let Some(message) = ready!(self.read.poll_next_unpin(cx)) {
             let end = match message {
-                Ok(message) => self.channel.received(message),
+                Ok(message) => self.channel.received(self.link, message),
                 Err(error) if error.is_peer_gone() => break,
                 Err(error) => Some(End::Failed(Arc::new(error))),
             };
@@ -63,11 +65,14 @@ impl Task {
 
     /// Says what there is to say. Ready at the end.
     fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<End> {
-        let Self { channel, timer, .. } = self;
+        let Self { channel, link: number, timer, .. } = self;
         let mut state = channel.lock();
-        state.task.clone_from(cx.waker());
-        state.ask();
-        while let Some(due) = state.book.next_timeout() {
+        let Some((link, headroom)) = state.link_and_headroom(*number) else {
+            return Poll::Ready(End::DispatcherGone); // it was ended elsewhere
+        };
+        link.task.clone_from(cx.waker());
+        link.book.ask(now(), || headroom.count());
+        while let Some(due) = link.book.next_timeout() {
             let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(due.into())));
             // Usually there is more time than before. Then it goes off too early, which costs less
             // than setting it each time.
@@ -77,25 +82,25 @@ impl Task {
             if timer.as_mut().poll(cx).is_pending() {
                 break;
             }
-            state.book.on_timeout(now());
-            state.ask();
+            link.book.on_timeout(now());
+            link.book.ask(now(), || headroom.count());
         }
-        let left = state.book.leave();
-        state.feed();
-        match state.poll_flush(cx) {
+        let left = link.book.leave();
+        link.feed();
+        match link.poll_flush(cx) {
             Poll::Ready(Ok(())) if left => return Poll::Ready(End::Drained),
             Poll::Ready(Err(error)) if !error.is_peer_gone() => {
                 return Poll::Ready(End::Failed(Arc::new(error)));
             }
-            Poll::Ready(Err(_)) if state.is_cut_off() => return Poll::Ready(End::Fenced),
+            Poll::Ready(Err(_)) if link.is_cut_off() => return Poll::Ready(End::Fenced),
             _ => {}
         }
-        if state.unsent_bytes() > MAX_UNSENT_BYTES {
+        if link.unsent_bytes() > MAX_UNSENT_BYTES {
             let error = Error::invalid("a dispatcher that asks without reading the answers");
             return Poll::Ready(End::Failed(Arc::new(error)));
         }
-        let application =
-            if state.book.is_worth_asking() { state.application.take() } else { None };
+        let is_worth_asking = link.book.is_worth_asking();
+        let application = if is_worth_asking { state.application.take() } else { None };
         drop(state);
         application.into_iter().for_each(Waker::wake);
         Poll::Pending
@@ -105,6 +110,6 @@ impl Task {
 /// The runtime may drop it in the middle.
 impl Drop for Task {
     fn drop(&mut self) {
-        self.channel.end(End::Failed(Arc::new(Error::Closed)));
+        self.channel.end(self.link, End::Failed(Arc::new(Error::Closed)));
     }
 }

@@ -1,0 +1,62 @@
+//! The same server with workers, which go on when its process is replaced.
+
+use std::{env, io, time::Duration};
+
+use axum::Router;
+use fdwire::{
+    handoff::{Dispatcher, Incoming, WorkerCommand},
+    systemd::Notifier,
+    takeover::Server,
+};
+use tokio::{
+    join,
+    net::TcpListener,
+    process::Command,
+    select,
+    signal::unix::{SignalKind, signal},
+    try_join,
+};
+
+const WORKERS: usize = 2;
+
+/// For connections that no worker has adopted when this process leaves.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// This program again, as a worker.
+fn command() -> io::Result<WorkerCommand> {
+    let mut command = Command::new(env::current_exe()?);
+    command.arg("--worker");
+    Ok(WorkerCommand::from(command).restart(true))
+}
+
+/// Accepts connections for the workers, until another process does.
+pub(crate) async fn serve(
+    server: Server,
+    notifier: Notifier,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let dispatcher = Dispatcher::builder().build();
+    // Those of the process that this one has replaced. The first one starts them.
+    let taken = server.keep_workers(&dispatcher, |_| command().ok())?;
+    for _ in taken.len()..WORKERS {
+        dispatcher.spawn_worker(command()?)?;
+    }
+    let http = server.gated::<TcpListener>("http", 0)?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stopping = async {
+        select! {
+            (_, told) = async { join!(server.finish(), notifier.follow(&server)) } => told?,
+            _ = terminate.recv() => notifier.stopping().await?,
+        }
+        dispatcher.drain(Some(PATIENCE)).await; // that ends the other future too
+        io::Result::Ok(())
+    };
+    try_join!(http.dispatch_to(&dispatcher), stopping)?;
+    println!("left");
+    Ok(())
+}
+
+/// Serves what the front hands over, until it is told to stop, or no front is left.
+pub(crate) async fn work(router: Router) -> Result<(), Box<dyn std::error::Error>> {
+    Incoming::from_stdin()?.serve_axum(router).await;
+    Ok(())
+}

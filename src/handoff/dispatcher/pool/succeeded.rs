@@ -1,0 +1,518 @@
+//! A dispatcher is replaced by another one: two shipped pools and the shipped books of their
+//! workers, over queues in memory, while either dispatcher dies at any moment.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::{Duration, Instant},
+};
+
+use proptest::{collection::vec, prelude::*};
+
+use super::{Admission, Event, Pool, ProcessInfo, ProcessState, WorkerId};
+use crate::handoff::{
+    dispatcher::{Group, RetireCause, builder::Config},
+    incoming::book::Book,
+    protocol::{FromWorker, MAX_UNANSWERED, ToWorker},
+};
+
+const OLD: usize = 0;
+const NEW: usize = 1;
+const WORKERS: usize = 2;
+
+/// One of the two dispatchers.
+#[derive(Debug)]
+struct Side {
+    pool: Pool<u8>,
+    lives: bool,
+    /// Connections that it has, and of which it has not read that they are adopted.
+    has: BTreeSet<u8>,
+}
+
+/// A link, with a pool at one end and a book at the other.
+#[derive(Debug)]
+struct Link {
+    side: usize,
+    id: WorkerId,
+    book: Book<u8>,
+    to_worker: VecDeque<ToWorker<u8, ()>>,
+    from_worker: VecDeque<FromWorker>,
+    /// The number of MOVEs that were sent.
+    moves: usize,
+    /// The dispatcher takes the worker back with the MOVE after this many.
+    returns_after: Option<usize>,
+    /// The dispatcher's end is closed.
+    is_closed: bool,
+    /// The book has seen the end.
+    has_ended: bool,
+}
+
+/// A worker: the links that it has had, the last of which is the current one.
+#[derive(Debug)]
+struct Worker {
+    links: Vec<Link>,
+    /// The dispatchers' ends of links at which it has not said hello.
+    coming: VecDeque<(usize, WorkerId)>,
+    given: usize,
+    finished: usize,
+}
+
+#[derive(Debug)]
+struct World {
+    sides: [Side; 2],
+    workers: Vec<Worker>,
+    /// The links for connections, to the other dispatcher; and which of the connections that came
+    /// no worker there has adopted.
+    relays: Vec<(Link, BTreeSet<u8>)>,
+    dispatched: u8,
+    /// How often applications got each connection.
+    adopted: BTreeMap<u8, u32>,
+    /// Connections that a dispatcher had when it died.
+    may_be_lost: BTreeSet<u8>,
+    now: Instant,
+    has_begun: bool,
+    is_undone: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    /// The dispatcher that serves accepts a connection.
+    Accept,
+    /// The application of a worker asks for a connection, or one ends.
+    Ask(usize),
+    Finish(usize),
+    /// A message arrives at a link of a worker, chosen by its age.
+    Down(usize, usize),
+    /// A message arrives from there.
+    Up(usize, usize),
+    RelayDown(usize),
+    RelayUp(usize),
+    Begin,
+    Undo,
+    Crash(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let link = || (0..WORKERS, 0..3_usize);
+    prop_oneof![
+        8 => Just(Step::Accept),
+        10 => (0..WORKERS).prop_map(Step::Ask),
+        3 => (0..WORKERS).prop_map(Step::Finish),
+        20 => link().prop_map(|(worker, age)| Step::Down(worker, age)),
+        20 => link().prop_map(|(worker, age)| Step::Up(worker, age)),
+        8 => (0..2_usize).prop_map(Step::RelayDown),
+        8 => (0..2_usize).prop_map(Step::RelayUp),
+        1 => Just(Step::Begin),
+        1 => Just(Step::Undo),
+        1 => (0..2_usize).prop_map(Step::Crash),
+    ]
+}
+
+fn later(now: Instant) -> Instant {
+    now + Duration::from_secs(3600)
+}
+
+impl Link {
+    fn new(side: usize, id: WorkerId, book: Book<u8>) -> Self {
+        Self {
+            side,
+            id,
+            book,
+            to_worker: VecDeque::new(),
+            from_worker: VecDeque::new(),
+            moves: 0,
+            returns_after: None,
+            is_closed: false,
+            has_ended: false,
+        }
+    }
+
+    /// The dispatcher's task sends all that there is.
+    fn send(&mut self, sides: &mut [Side; 2], now: Instant) {
+        let side = &mut sides[self.side];
+        while side.lives
+            && !self.is_closed
+            && let Some(message) = side.pool.next_message(self.id, now)
+        {
+            let is_offer = matches!(message, ToWorker::Offer { .. });
+            assert!(self.moves == 0 || !is_offer, "an offer after a MOVE");
+            self.moves += usize::from(matches!(message, ToWorker::Move(())));
+            self.to_worker.push_back(message.map(|connection| *connection));
+            if self.returns_after.is_some_and(|moves| self.moves > moves) {
+                // It cuts a worker off that it takes back, once the message is sent.
+                for message in std::mem::take(&mut self.from_worker) {
+                    side.pool.on_last_message(self.id, message, 0, now);
+                }
+                side.pool.relink(self.id, 0, later(now), now);
+                self.is_closed = true;
+            }
+        }
+    }
+
+    /// The dispatcher reads a message.
+    fn read(&mut self, sides: &mut [Side; 2], now: Instant) -> bool {
+        let side = &mut sides[self.side];
+        if !side.lives || self.is_closed {
+            return false;
+        }
+        let outcome = match self.from_worker.pop_front() {
+            Some(message) => side.pool.on_message(self.id, message, 0, now),
+            None if self.has_ended => Err(RetireCause::Ended),
+            None => return false,
+        };
+        if let Err(cause) = outcome {
+            assert!(!matches!(cause, RetireCause::Misbehaved(_)), "an honest worker: {cause:?}");
+            self.is_closed = true;
+            let state = ProcessState::Lives { has_received: true };
+            side.pool.retire(self.id, &cause, 0, state, now);
+        }
+        true
+    }
+
+    /// The worker sends all that there is. Returns what its application has got.
+    fn answer(&mut self, now: Instant) -> Vec<u8> {
+        if !self.has_ended && !self.is_closed {
+            self.book.ask(now, || u64::MAX);
+            if let Some(due) = self.book.next_timeout() {
+                self.book.on_timeout(due);
+            }
+            self.book.leave();
+            while let Some(message) = self.book.next_message() {
+                self.from_worker.push_back(message);
+                self.book.on_sent(1);
+            }
+        }
+        self.book.take_adopted(usize::MAX)
+    }
+
+    /// A message arrives. Returns true if it is a MOVE.
+    fn receive(&mut self) -> bool {
+        match self.to_worker.pop_front() {
+            Some(ToWorker::Move(())) => return true,
+            Some(message) => {
+                let message = message.map_both(Ok, |()| unreachable!("handled above"));
+                self.book.on_message(message).expect("an honest dispatcher");
+            }
+            None => {}
+        }
+        false
+    }
+}
+
+impl World {
+    fn new() -> Self {
+        let config = Config { hello_timeout: Duration::from_secs(3600), ..Config::default() };
+        let side = || Side { pool: Pool::new(config), lives: true, has: BTreeSet::new() };
+        let mut world = Self {
+            sides: [side(), side()],
+            workers: Vec::new(),
+            relays: Vec::new(),
+            dispatched: 0,
+            adopted: BTreeMap::new(),
+            may_be_lost: BTreeSet::new(),
+            now: Instant::now(),
+            has_begun: false,
+            is_undone: false,
+        };
+        (0..WORKERS).for_each(|_| world.start_worker(OLD));
+        world
+    }
+
+    fn start_worker(&mut self, side: usize) {
+        let process = self.workers.len() as u64;
+        let id = self.connect(side, process);
+        let links = vec![Link::new(side, id, Book::new(3, u64::MAX, 1))];
+        self.workers.push(Worker { links, coming: VecDeque::new(), given: 0, finished: 0 });
+    }
+
+    fn connect(&mut self, side: usize, process: u64) -> WorkerId {
+        let pool = &mut self.sides[side].pool;
+        let id = pool.add_worker(Group::default(), None);
+        let process = ProcessInfo { id: process, pid: None, is_child: true };
+        pool.connect(id, process, later(self.now), self.now);
+        id
+    }
+
+    /// The dispatcher that accepts. Before the other one notices, both may do.
+    fn server(&mut self) -> Option<&mut Side> {
+        let new_serves = self.has_begun && !self.is_undone;
+        let side = if new_serves { NEW } else { OLD };
+        Some(&mut self.sides[side]).filter(|side| side.lives)
+    }
+
+    fn step(&mut self, step: Step) -> bool {
+        let did = match step {
+            Step::Accept => self.accept(),
+            Step::Ask(worker) => self.ask(worker),
+            Step::Finish(worker) => self.finish(worker),
+            Step::Down(worker, age) => self.down(worker, age),
+            Step::Up(worker, age) => self.up(worker, age),
+            Step::RelayDown(relay) => self.relay_down(relay),
+            Step::RelayUp(relay) => self.relay_up(relay),
+            Step::Begin => self.begin(),
+            Step::Undo => self.undo(),
+            Step::Crash(side) => self.crash(side),
+        };
+        self.act_on_events();
+        did
+    }
+
+    fn accept(&mut self) -> bool {
+        let (connection, now) = (self.dispatched, self.now);
+        let Some(side) = self.server().filter(|_| connection < 100) else { return false };
+        side.has.insert(connection);
+        side.pool.dispatch(connection, Group::default(), (0, 1), Admission::Late, now);
+        self.dispatched += 1;
+        true
+    }
+
+    fn ask(&mut self, worker: usize) -> bool {
+        let current = self.workers[worker].links.last_mut().expect("it has one");
+        if !current.has_ended {
+            current.book.adopt(1);
+        }
+        self.answer(worker)
+    }
+
+    fn finish(&mut self, worker: usize) -> bool {
+        let Worker { links, given, finished, .. } = &mut self.workers[worker];
+        let may = finished < given;
+        if may {
+            *finished += 1;
+            links.last_mut().expect("it has one").book.finish(self.now);
+            self.answer(worker);
+        }
+        may
+    }
+
+    /// As the channel of a worker does after whatever happened. Returns true if it did something.
+    fn answer(&mut self, worker: usize) -> bool {
+        let Worker { links, given, .. } = &mut self.workers[worker];
+        let messages =
+            |links: &[Link]| links.iter().map(|link| link.from_worker.len()).sum::<usize>();
+        let before = messages(links) + *given;
+        for connection in links.iter_mut().flat_map(|link| link.answer(self.now)) {
+            *given += 1;
+            *self.adopted.entry(connection).or_default() += 1;
+        }
+        messages(links) + *given > before
+    }
+
+    /// The index of a worker's link of this age, from 0 for the current one.
+    fn index(&self, worker: usize, age: usize) -> Option<usize> {
+        self.workers.get(worker)?.links.len().checked_sub(1 + age)
+    }
+
+    fn down(&mut self, worker: usize, age: usize) -> bool {
+        let Some(index) = self.index(worker, age) else { return false };
+        let link = &mut self.workers[worker].links[index];
+        if link.has_ended {
+            return false;
+        }
+        link.send(&mut self.sides, self.now);
+        if link.to_worker.is_empty() && link.is_closed {
+            link.has_ended = true;
+            let lost = link.book.end(false).lost;
+            if age > 0 {
+                let current = self.workers[worker].links.last_mut().expect("it has one");
+                (0..lost).for_each(|_| _ = current.book.finish(self.now));
+            }
+        } else if link.to_worker.is_empty() {
+            return false;
+        } else if link.receive() {
+            self.moves(worker);
+        }
+        self.answer(worker);
+        true
+    }
+
+    /// A worker goes on at the next link.
+    fn moves(&mut self, worker: usize) {
+        let Worker { links, coming, .. } = &mut self.workers[worker];
+        let (side, id) = coming.pop_front().expect("there is a link for each MOVE");
+        let (book, _unwanted) = links.last_mut().expect("it has one").book.move_on();
+        let is_closed = !self.sides[side].lives;
+        links.push(Link { is_closed, ..Link::new(side, id, book) });
+    }
+
+    fn up(&mut self, worker: usize, age: usize) -> bool {
+        let Some(index) = self.index(worker, age) else { return false };
+        self.workers[worker].links[index].read(&mut self.sides, self.now)
+    }
+
+    /// A dispatcher sends connections to the other one, which takes all.
+    fn relay_down(&mut self, relay: usize) -> bool {
+        let Some((link, waiting)) = self.relays.get_mut(relay) else { return false };
+        let other = 1 - link.side;
+        if link.has_ended || !self.sides[other].lives {
+            return false;
+        }
+        link.send(&mut self.sides, self.now);
+        let is_news = !link.to_worker.is_empty();
+        if !is_news && link.is_closed {
+            link.has_ended = true;
+            link.book.end(false);
+            return true;
+        }
+        link.receive();
+        link.book.adopt(usize::MAX);
+        for connection in link.answer(self.now) {
+            waiting.insert(connection);
+            let side = &mut self.sides[other];
+            side.has.insert(connection);
+            side.pool.dispatch(connection, Group::default(), (0, 1), Admission::Late, self.now);
+        }
+        is_news
+    }
+
+    fn relay_up(&mut self, relay: usize) -> bool {
+        let Some((link, _)) = self.relays.get_mut(relay) else { return false };
+        link.read(&mut self.sides, self.now)
+    }
+
+    fn relay(&mut self, from: usize, links: &[(WorkerId, u64)]) {
+        let process = 100 + from as u64;
+        let id = self.connect(from, process);
+        let mut book = Book::new(MAX_UNANSWERED, MAX_UNANSWERED, 16);
+        book.adopt(1);
+        self.relays.push((Link::new(from, id, book), BTreeSet::new()));
+        self.sides[from].pool.succeed(id, links, self.now);
+    }
+
+    fn begin(&mut self) -> bool {
+        if self.has_begun || !self.sides.iter().all(|side| side.lives) {
+            return false;
+        }
+        self.has_begun = true;
+        let mut links = Vec::new();
+        for worker in self.sides[OLD].pool.movable() {
+            let process = worker.process.id;
+            let id = self.connect(NEW, process);
+            self.sides[NEW].pool.take_worker(id);
+            self.workers[process as usize].coming.push_back((NEW, id));
+            links.push((worker.id, process));
+        }
+        self.relay(OLD, &links);
+        true
+    }
+
+    /// The new dispatcher has died, or gives everything back.
+    fn undo(&mut self) -> bool {
+        if !self.has_begun || self.is_undone || !self.sides[OLD].lives {
+            return false;
+        }
+        self.is_undone = true;
+        if self.sides[NEW].lives {
+            self.relay(NEW, &[]);
+        }
+        let moved = self.sides[OLD].pool.moved();
+        for worker in &mut self.workers {
+            let first = &mut worker.links[0];
+            if first.moves == 0 {
+                worker.coming.clear(); // it was not told of that
+            }
+            if moved.contains(&first.id) && first.side == OLD {
+                first.returns_after = Some(first.moves);
+                worker.coming.push_back((OLD, first.id));
+            }
+        }
+        self.sides[OLD].pool.take_back(&moved, self.now);
+        true
+    }
+
+    fn crash(&mut self, side: usize) -> bool {
+        if !std::mem::take(&mut self.sides[side].lives) {
+            return false;
+        }
+        self.may_be_lost.append(&mut self.sides[side].has);
+        let links = self.workers.iter_mut().flat_map(|worker| &mut worker.links);
+        links.filter(|link| link.side == side).for_each(|link| link.is_closed = true);
+        for (relay, _) in &mut self.relays {
+            // What it has sent to the other one, or read from it, stays.
+            relay.is_closed |= relay.side == side;
+            relay.has_ended |= relay.side != side;
+        }
+        true
+    }
+
+    fn act_on_events(&mut self) {
+        for number in [OLD, NEW] {
+            for event in self.sides[number].pool.take_events() {
+                match event {
+                    Event::Adopted { connection, .. } => {
+                        self.sides[number].has.remove(&connection);
+                        for (relay, waiting) in &mut self.relays {
+                            if relay.side != number && waiting.remove(&connection) {
+                                relay.book.finish(self.now);
+                            }
+                        }
+                    }
+                    Event::Failed { connection, .. } => panic!("{connection} is given up"),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Lets everything come to rest, with a dispatcher that serves.
+    fn settle(&mut self) {
+        if !self.sides[NEW].lives {
+            self.undo();
+        }
+        if self.server().is_none() {
+            return;
+        }
+        // If a dispatcher has died, some workers may have gone with it.
+        let side = if self.has_begun && !self.is_undone { NEW } else { OLD };
+        self.start_worker(side);
+        loop {
+            let mut is_news = false;
+            for worker in 0..self.workers.len() {
+                let links = self.workers[worker].links.len();
+                for age in 0..links {
+                    is_news |=
+                        self.step(Step::Down(worker, age)) | self.step(Step::Up(worker, age));
+                }
+                is_news |= self.step(Step::Ask(worker)) | self.step(Step::Finish(worker));
+            }
+            for relay in 0..self.relays.len() {
+                is_news |= self.step(Step::RelayDown(relay)) | self.step(Step::RelayUp(relay));
+            }
+            if !is_news {
+                return;
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    /// Each connection is given to at most one application, and none is lost but with the
+    /// dispatcher that had it. The worker's numbers are right at whatever link.
+    ///
+    /// Rules: D-MOVE-OFFERS, W-MOVED, W-OPEN, W-LOAD.
+    #[test]
+    fn the_promise_is_kept_while_a_dispatcher_is_replaced(steps in vec(step(), 0..400)) {
+        let mut world = World::new();
+        for step in steps {
+            world.step(step);
+            prop_assert!(world.adopted.values().all(|count| *count == 1), "given twice");
+        }
+        world.settle();
+        prop_assert!(world.adopted.values().all(|count| *count == 1), "given twice");
+        let may_serve = world.server().is_some();
+        for connection in 0..world.dispatched {
+            let may_be_lost = world.may_be_lost.contains(&connection) || !may_serve;
+            prop_assert!(
+                may_be_lost || world.adopted.contains_key(&connection),
+                "connection {} is lost: {:?}", connection, world
+            );
+        }
+        // All connections have ended, and the dispatcher that serves knows.
+        for side in world.sides.iter().filter(|side| side.lives && !side.pool.is_succeeded()) {
+            let active = side.pool.workers().map(|worker| worker.active).sum::<u64>();
+            let relayed = world.relays.len();
+            prop_assert!(active == 0 || !may_serve, "{} active, {} relays", active, relayed);
+        }
+    }
+}
