@@ -15,7 +15,7 @@ use fdwire::{
     codec::{Codec, Decoder, FdQueue, PacketCodec},
     handoff::{
         Address, Incoming, Transport,
-        protocol::{DispatcherCodec, FromWorker, Offer, ToWorker, VERSION},
+        protocol::{DispatcherCodec, FromWorker, NewLink, Offer, ToWorker, VERSION},
     },
     socket::DatagramSocket,
 };

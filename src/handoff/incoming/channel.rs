@@ -203,7 +203,7 @@ impl Channel {
             other => other.map_both(|offer| self.prepare(offer), |_| unreachable!("handled above")),
         };
         let mut state = self.lock();
-        let Some(link) = state.link(link) else { return None };
+        let link = state.link(link)?;
         let outcome = link.book.on_message(message);
         drop(state);
         match outcome {

@@ -182,7 +182,7 @@ impl<C> Worker<C> {
     /// Returns true if its process is this dispatcher's to end.
     fn is_ours(&self, is_succeeded: bool) -> bool {
         self.account.as_ref().is_some_and(|account| {
-            !account.has_moved() && !(self.is_taken && self.leaves_untold(is_succeeded))
+            !account.has_moved() && (!self.is_taken || !self.leaves_untold(is_succeeded))
         })
     }
 }

@@ -72,7 +72,7 @@ impl Part {
         if fields.array() != Some(MAGIC) {
             return Err(no_part());
         }
-        let mut socket = || Ok::<_, io::Error>(Socket::try_from(fds.next().ok_or_else(no_part)?)?);
+        let mut socket = || Socket::try_from(fds.next().ok_or_else(no_part)?);
         match fields.u8() {
             Some(1) => Ok(Self::Connections { forward: socket()?, back: socket()? }),
             Some(2) => {
