@@ -119,5 +119,5 @@ fn the_proxy_says_clearly_that_ssh_does_not_want_a_descriptor() {
     let output = example("ssh_proxy").args(["127.0.0.1", "1"]).output().unwrap();
     assert!(!output.status.success());
     let complaints = String::from_utf8(output.stderr).unwrap();
-    assert!(complaints.contains("use it with ProxyUseFdpass=yes"), "{complaints}");
+    assert!(complaints.contains("set ProxyUseFdpass=yes"), "{complaints}");
 }

@@ -111,7 +111,10 @@ proptest! {
         // The last field of these has any length.
         let is_open = matches!(
             message,
-            ToTaker::State { .. } | ToTaker::Yours { .. } | ToTaker::Status { .. }
+            ToTaker::State { .. }
+                | ToTaker::Workers { .. }
+                | ToTaker::Yours { .. }
+                | ToTaker::Status { .. }
         );
         if !is_open {
             let part = &payload[..cut.index(payload.len())];
