@@ -61,6 +61,7 @@ impl<F> Slots<F> {
     }
 
     /// The descriptors that wait. The message has as many of them as it names.
+    #[cfg(feature = "json")]
     pub(super) fn waiting(fds: &mut FdQueue<F>) -> Self {
         Self { claimable: Vec::new(), more: Some(std::mem::take(fds)) }
     }

@@ -1,40 +1,41 @@
-//! The example in which an HTTP service gets files by tickets, run as a user would.
-
-mod common;
+//! Clients of the service `tickets`, with tonic.
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Read, Write},
-    net::TcpStream,
+    io::{BufRead, BufReader},
     path::PathBuf,
     process::{Child, Command, Stdio},
 };
 
-use common::example;
 use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use tonic::{Code, Request, Response, codegen::http::uri::PathAndQuery, transport::Endpoint};
+use tonic_prost::ProstCodec;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_tickets");
 
 /// The service, which is killed when it is dropped.
 struct Service {
     child: Child,
     directory: TempDir,
-    http: String,
+    address: String,
 }
 
 impl Service {
     fn start(lifetime: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let mut command = example("tickets");
+        let mut command = Command::new(PROGRAM);
         command.arg("serve").arg("--path").arg(directory.path().join("socket"));
-        command.args(["--http", "127.0.0.1:0", "--lifetime", lifetime]);
+        command.args(["--rpc", "127.0.0.1:0", "--lifetime", lifetime]);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let http = line.trim_end().strip_prefix("serving at http://").unwrap().to_owned();
-        Self { child, directory, http }
+        let address = line.trim_end().strip_prefix("serving at http://").unwrap().to_owned();
+        Self { child, directory, address }
     }
 
     fn client(&self, action: &str) -> Command {
-        let mut command = example("tickets");
+        let mut command = Command::new(PROGRAM);
         command.arg(action).arg("--path").arg(self.directory.path().join("socket"));
         command
     }
@@ -51,14 +52,19 @@ impl Service {
         String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
     }
 
-    /// Status and body of a call that quotes this.
-    fn call(&self, ticket: &str) -> (String, String) {
-        let mut service = TcpStream::connect(&self.http).unwrap();
-        write!(service, "POST /count/{ticket} HTTP/1.0\r\n\r\n").unwrap();
-        let mut response = String::new();
-        service.read_to_string(&mut response).unwrap();
-        let (head, body) = response.split_once("\r\n\r\n").unwrap();
-        (head[9..12].to_owned(), body.trim_end().to_owned())
+    /// Has the lines counted by a call that quotes this.
+    fn call(&self, ticket: &str) -> Result<u64, Code> {
+        let (address, text) = (format!("http://{}", self.address), ticket.to_owned());
+        let call = async {
+            let service = Endpoint::from_shared(address).unwrap().connect().await.unwrap();
+            let mut client = tonic::client::Grpc::new(service);
+            client.ready().await.unwrap();
+            let path = PathAndQuery::from_static("/tickets.Counter/Count");
+            let codec = ProstCodec::<String, u64>::default();
+            let counted = client.unary(Request::new(text), path, codec).await;
+            counted.map(Response::into_inner).map_err(|status| status.code())
+        };
+        Runtime::new().unwrap().block_on(call)
     }
 
     /// Number of regular files that the service holds.
@@ -82,7 +88,7 @@ fn a_service_counts_the_lines_of_a_file_that_a_client_has_deposited() {
     let service = Service::start("60000");
     let file = service.file("one\ntwo\nthree\n");
     let output =
-        service.client("count").args(["--http", &service.http]).arg(&file).output().unwrap();
+        service.client("count").args(["--rpc", &service.address]).arg(&file).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{}: 3 lines\n", file.display()));
 }
@@ -92,11 +98,10 @@ fn a_ticket_is_good_for_one_call() {
     let service = Service::start("60000");
     let (first, second) = (service.deposit("one\n"), service.deposit("one\ntwo\n"));
     assert!(first != second && first.len() == 32);
-    let gone = ("410".to_owned(), "no file waits for this ticket".to_owned());
-    assert_eq!(service.call(&second), ("200".to_owned(), "2 lines".to_owned()));
-    assert_eq!(service.call(&second), gone);
-    assert_eq!(service.call("0123456789abcdef0123456789abcdef"), gone);
-    assert_eq!(service.call(&first).0, "200");
+    assert_eq!(service.call(&second), Ok(2));
+    assert_eq!(service.call(&second), Err(Code::NotFound));
+    assert_eq!(service.call("0123456789abcdef0123456789abcdef"), Err(Code::NotFound));
+    assert_eq!(service.call(&first), Ok(1));
     assert_eq!(service.open_files(), 0);
 }
 
@@ -107,7 +112,7 @@ fn a_ticket_expires_and_its_file_is_closed() {
     while service.open_files() > 0 {
         std::thread::yield_now();
     }
-    assert_eq!(service.call(&ticket).0, "410");
+    assert_eq!(service.call(&ticket), Err(Code::NotFound));
 }
 
 #[test]
@@ -120,7 +125,7 @@ fn a_uid_deposits_no_more_than_it_may() {
         String::from_utf8_lossy(&output.stderr),
         format!("error: 64 files of uid {} wait already\n", nix::unistd::geteuid())
     );
-    assert_eq!(service.call(&tickets[0]).0, "200");
+    assert_eq!(service.call(&tickets[0]), Ok(1));
     service.deposit("there is room again\n");
 }
 
@@ -145,18 +150,18 @@ fn errors_name_the_file_or_the_address() {
     let missing = failed(service.client("deposit").arg("/nowhere/file"));
     assert_eq!(missing, "error: /nowhere/file: No such file or directory (os error 2)\n");
     let nobody =
-        failed(example("tickets").args(["deposit", "--path", "/nowhere/socket", "/dev/null"]));
+        failed(Command::new(PROGRAM).args(["deposit", "--path", "/nowhere/socket", "/dev/null"]));
     assert!(nobody.starts_with("error: cannot connect to /nowhere/socket: "), "{nobody}");
-    let mut taken = example("tickets");
+    let mut taken = Command::new(PROGRAM);
     taken
         .args(["serve", "--path"])
         .arg(service.directory.path().join("other"))
-        .args(["--http", &service.http]);
+        .args(["--rpc", &service.address]);
     let taken = failed(&mut taken);
     assert!(
         taken.starts_with(&format!(
             "error: cannot listen on {}: Address already in use",
-            service.http
+            service.address
         )),
         "{taken}"
     );
