@@ -101,7 +101,7 @@ async fn exchange(stream: TcpStream, address: SocketAddr) -> hyper::Result<(u16,
         let body = response.into_body().collect().await?.to_bytes();
         Ok((status, String::from_utf8_lossy(&body).into_owned()))
     };
-    // Who has the whole answer was served, whatever the connection comes to after it.
+    // A client that has the whole answer was served, whatever the connection comes to after it.
     let (answer, _ended) = join!(answer, connection);
     answer
 }

@@ -69,7 +69,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
     let outcome = select! {
         served = &mut serving => served.map(|()| None),
         demo = clients => Ok(Some(demo)),
-        () = killer.run(&dispatcher) => Ok(None), // it goes on for ever
+        () = killer.run(&dispatcher) => Ok(None), // it never ends
         () = replace_workers(&mut signals.replace, &dispatcher, workers) => Ok(None), // so does it
         watched = watching => watched.map(|()| None), // and this
         () = stop(&mut signals.interrupt, &mut signals.terminate) => Ok(None),

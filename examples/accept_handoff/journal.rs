@@ -1,4 +1,4 @@
-//! What the applications of the workers were given, in a file that outlives them.
+//! The connections that the applications of the workers were given, in a file that outlives them.
 
 use std::{
     collections::HashMap,

@@ -16,7 +16,7 @@ use tokio::time::{MissedTickBehavior, interval};
 pub(crate) struct Killer {
     every: Option<Duration>,
     killed: HashSet<u32>,
-    /// What each worker had adopted when it was killed last.
+    /// The count that each worker had adopted when it was killed last.
     adopted: HashMap<WorkerId, u64>,
 }
 

@@ -140,7 +140,7 @@ async fn main() -> ExitCode {
         LevelFilter::INFO
     };
     let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
-    // Where nobody reads them any more (`| head`), events are dropped: to complain of that would be
+    // When nobody reads them (`| head`), events are dropped: to complain of that would be
     // a panic in the dispatcher's tasks.
     let events = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -164,7 +164,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// What is wrong, in one line and without the advice that follows it.
+/// The error, in one line and without the advice that follows it.
 fn first_paragraph(message: &str) -> String {
     let lines = message.lines().map(str::trim).take_while(|line| !line.is_empty());
     lines.collect::<Vec<_>>().join(" ")

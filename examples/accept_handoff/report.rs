@@ -1,4 +1,4 @@
-//! What became of each client, and the tables that say so.
+//! The fate of each client, and the tables that show it.
 
 use std::{
     collections::{BTreeMap, HashSet},

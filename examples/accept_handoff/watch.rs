@@ -1,4 +1,4 @@
-//! What the front and its workers do, live: a picture that is drawn again and again on a terminal,
+//! The front and its workers, live: a picture that is drawn again and again on a terminal,
 //! and lines elsewhere.
 
 use std::{
@@ -51,7 +51,7 @@ impl Watch {
     /// For as long as it is polled.
     ///
     /// # Errors
-    /// Those of writing to the standard output.
+    /// The errors of writing to the standard output.
     pub(crate) async fn run(&mut self, dispatcher: &Dispatcher) -> Result<()> {
         let is_terminal = stdout().is_terminal();
         let mut ticks = interval(if is_terminal { PICTURE } else { LINE });

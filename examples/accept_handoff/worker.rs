@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use fdwire::handoff::{End, Incoming};
+use fdwire::handoff::{Incoming, IncomingEnd};
 use http_body_util::Full;
 use hyper::{
     Response,
@@ -32,7 +32,7 @@ use crate::journal::Writer;
 /// the last; connections that are silent are ended then.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// At the end, the time for requests being answered. The front mostly has less patience; this is
+/// At the end, the time for requests being answered. The front usually has less patience; this is
 /// for when it is gone.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
 
@@ -73,7 +73,7 @@ pub(crate) async fn run(number: u16, journal: Option<&Path>) -> Result<()> {
     // Idle connections end now, the others after their answer.
     let _ = timeout(FINISH_LIMIT, serving.shutdown()).await;
     match handle.ended().await {
-        End::Failed(error) => Err(Error::other(error)),
+        IncomingEnd::Failed(error) => Err(Error::other(error)),
         _ => Ok(()),
     }
 }

@@ -35,7 +35,7 @@ pub(crate) async fn serve(
     notifier: Notifier,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let dispatcher = Dispatcher::builder().build();
-    // Those of the process that this one has replaced. The first one starts them.
+    // The workers of the process that this one has replaced. The first one starts them.
     let taken = server.keep_workers(&dispatcher, |_| command().ok())?;
     for _ in taken.len()..WORKERS {
         dispatcher.spawn_worker(command()?)?;

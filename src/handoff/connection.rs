@@ -61,7 +61,7 @@ pub struct Connection {
     local: Address,
     metadata: Bytes,
     bundle: Bundle,
-    serving: Serving,
+    serving: ServingGuard,
 }
 
 /// The socket of a [`Connection`], registered with tokio.
@@ -74,36 +74,37 @@ pub enum ConnectionStream {
     Unix(UnixStream),
 }
 
-/// What a [`Connection`] consists of, from [`Connection::into_parts`].
+/// The parts of a [`Connection`], from [`Connection::into_parts`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct ConnectionParts {
     /// The socket. Dropping it closes it, which ends the connection only if no other process has a
     /// copy: shut it down.
     pub stream: ConnectionStream,
-    /// What was read from it and is not consumed. Comes before what the socket still has.
+    /// Bytes that were read from it and are not consumed. They come before what the socket still
+    /// has.
     pub read: Bytes,
     /// Address of the client.
     pub peer: Address,
     /// Address that it has connected to.
     pub local: Address,
-    /// What the dispatcher's application says about it.
+    /// Metadata from the dispatcher's application.
     pub metadata: Bytes,
     /// The descriptors that [came with it](Connection::bundle_mut).
     pub bundle: Vec<OwnedFd>,
     /// To be kept until the connection has ended.
-    pub serving: Serving,
+    pub serving: ServingGuard,
 }
 
 /// Counts as a connection that is being served until it is dropped: the dispatcher goes by it when
 /// it chooses a worker, and a drain waits for it.
 #[derive(Debug)]
-pub struct Serving {
+pub struct ServingGuard {
     channel: Arc<Channel>,
     span: ConnectionSpan,
 }
 
-impl Drop for Serving {
+impl Drop for ServingGuard {
     fn drop(&mut self) {
         self.channel.finish();
     }
@@ -157,7 +158,7 @@ impl Connection {
     pub(super) fn adopted(prepared: Prepared, channel: &Arc<Channel>) -> Self {
         let Prepared { cookie, stream, peer, local, read, metadata, bundle } = prepared;
         let span = ConnectionSpan::serve(cookie, &peer, &local);
-        let serving = Serving { channel: Arc::clone(channel), span };
+        let serving = ServingGuard { channel: Arc::clone(channel), span };
         let stream = EndOnDrop(Some(stream));
         Self { stream, read, peer, local, metadata, bundle: Bundle(bundle), serving }
     }
@@ -172,7 +173,7 @@ impl Connection {
         &self.local
     }
 
-    /// What the dispatcher's application says about it; empty if it says nothing.
+    /// Metadata from the dispatcher's application; empty if there is none.
     pub fn metadata(&self) -> &Bytes {
         &self.metadata
     }

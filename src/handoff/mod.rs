@@ -95,7 +95,7 @@
 //! | event | connections that it has not adopted | connections that it serves |
 //! |---|---|---|
 //! | a worker dies | go to others | end |
-//! | it hangs: no answer to a ping within [`hang_timeout`](DispatcherBuilder::hang_timeout) | it is cut off, so that it can adopt nothing any more, and they go to others | end with its process, which is [killed](DispatcherBuilder::kill_hung) if the dispatcher started it |
+//! | it hangs: no answer to a ping within [`hang_timeout`](DispatcherBuilder::hang_timeout) | it is cut off, so that it can adopt nothing more, and they go to others | end with its process, which is [killed](DispatcherBuilder::kill_hung) if the dispatcher started it |
 //! | it is busy: answers pings, and does not ask for connections | are recalled after [`recall_after`](DispatcherBuilder::recall_after), and go to others | go on |
 //! | it is full: [`max_connections`](IncomingBuilder::max_connections), or no descriptors to spare | it gets none | go on |
 //! | it has no descriptor left when offers come, or its event loop has no room for them | go to others | go on |
@@ -158,7 +158,7 @@
 //!
 //! # Traps
 //!
-//! What the library sees to, and who goes around it has to:
+//! The library sees to these, and whoever goes around it has to:
 //!
 //! - **A passed socket has to leave the sender's epoll set before.** A registration lives as long
 //!   as any copy of the socket, also one in another process. [`Accepted`] takes a tokio stream out
@@ -171,7 +171,7 @@
 //!   non-blocking. From then on nobody touches them before the adoption.
 //! - The last close of a connection with `SO_LINGER` blocks. A `Connection` does without lingering.
 //!
-//! What the application sees to:
+//! The application sees to these:
 //!
 //! - **To ask is to adopt.** A loop that asks without end takes all there is on itself. Where that
 //!   is too much, [`max_connections`](IncomingBuilder::max_connections) leaves the rest to others.
@@ -203,14 +203,14 @@ mod span;
 mod tonic;
 mod transport;
 
-pub use connection::{Connection, ConnectionParts, ConnectionStream, Serving};
+pub use connection::{Connection, ConnectionParts, ConnectionStream, ServingGuard};
 pub use dispatcher::{
-    Accepted, AdoptionTimes, DispatchError, Dispatcher, DispatcherBuilder, Dispatching, Group,
-    GroupStats, IntoListener, NotDispatched, NotReplaced, Permit, Replaced, RetireCause,
-    RetireCounts, Stats, Strategy, Succession, TakenWorker, TakenWorkers, Unadopted, WorkerCommand,
-    WorkerExit, WorkerId, WorkerState, WorkerStats,
+    Accepted, AdoptionTimes, DispatchError, DispatchPermit, Dispatcher, DispatcherBuilder,
+    Dispatching, Group, GroupStats, IntoListener, NotDispatched, NotReplaced, Replaced,
+    RetireCause, RetireCounts, Stats, Strategy, Succession, TakenWorker, TakenWorkers, Unadopted,
+    WorkerCommand, WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
-pub use incoming::{End, Incoming, IncomingBuilder, IncomingHandle, IncomingStats};
+pub use incoming::{Incoming, IncomingBuilder, IncomingEnd, IncomingHandle, IncomingStats};
 pub use transport::Transport;
 
 pub use crate::address::Address;

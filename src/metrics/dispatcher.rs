@@ -124,7 +124,7 @@ impl DispatcherMetrics {
     }
 
     fn update_workers(&mut self, stats: &Stats) {
-        // Those that have left for good free their slots, with their last numbers.
+        // Workers that have left for good free their slots, with their last numbers.
         let Self { series, slots, .. } = self;
         slots.retain(|(group, slot), id| {
             if stats.workers.iter().any(|worker| worker.id == *id) {
@@ -169,14 +169,14 @@ fn update_worker(series: &mut Series, labels: &[Label], worker: &WorkerStats) {
     ] {
         series.count(name, labels, total);
     }
-    set_worker(series, labels, [worker.active, worker.unanswered, worker.room]);
+    set_worker(series, labels, [worker.active, worker.unanswered, worker.credit]);
 }
 
-fn set_worker(series: &Series, labels: &[Label], [active, unanswered, room]: [u64; 3]) {
+fn set_worker(series: &Series, labels: &[Label], [active, unanswered, credit]: [u64; 3]) {
     for (name, value) in [
         ("fdwire_worker_active_connections", active),
         ("fdwire_worker_unanswered_offers", unanswered),
-        ("fdwire_worker_room_offers", room),
+        ("fdwire_worker_credit_offers", credit),
     ] {
         series.set(name, labels, value as f64);
     }

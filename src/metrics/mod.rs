@@ -87,7 +87,7 @@ fn describe(prefix: &str) {
 struct Series {
     /// The name that it was given.
     name: Label,
-    /// What each counter has counted so far.
+    /// The count of each counter so far.
     counted: HashMap<Key, u64>,
 }
 

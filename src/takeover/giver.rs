@@ -203,7 +203,7 @@ impl Giver {
             return self.give_up();
         }
         self.abort(AbortReason::Misbehaved);
-        // What comes behind a violation means nothing.
+        // Anything that comes behind a violation means nothing.
         if let State::Cutting { ready_counts, .. } = &mut self.state {
             *ready_counts = false;
         }

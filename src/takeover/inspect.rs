@@ -27,7 +27,7 @@ use crate::sys;
 /// `InvalidInput` if the descriptor is not a socket of IP or Unix, or a stream that does not
 /// listen.
 pub(super) fn identity_of(name: String, index: u32, fd: BorrowedFd<'_>) -> Result<Identity> {
-    // What cannot be offered is refused first.
+    // Anything that cannot be offered is refused first.
     let family = match getsockopt(&fd, sys::Domain)? {
         libc::AF_UNIX => Family::Unix,
         libc::AF_INET => Family::Ipv4,

@@ -67,10 +67,10 @@ impl<L: Accepts + IntoListener> Gated<L> {
     /// Returns when another process has taken over for good, or the dispatcher drains.
     ///
     /// # Errors
-    /// Those of [`Dispatcher::serve`], and of making a descriptor.
+    /// The errors of [`Dispatcher::serve`], and of making a descriptor.
     ///
     /// # Cancel safety
-    /// What was accepted is handed over also if this is dropped.
+    /// Accepted connections are handed over also if this is dropped.
     pub async fn dispatch_to(&self, dispatcher: &Dispatcher) -> io::Result<()> {
         loop {
             let phase = self.until_phase(|phase| phase != Phase::Draining).await;

@@ -232,7 +232,7 @@ impl Processes {
                 GiverStep::SendComplete => out.send(codec, ToTaker::Complete),
                 GiverStep::Cut => {
                     self.to_giver.refused = true;
-                    // What was written before is read when it runs next.
+                    // All that was written before is read when it runs next.
                 }
                 GiverStep::SendAborted(reason) => out.send(codec, ToTaker::Aborted { reason }),
                 GiverStep::Stop { .. } => {

@@ -81,7 +81,7 @@ pub struct Pending {
     /// Numbers of listeners that this process has no use for.
     declined: BTreeSet<u32>,
     state: Vec<Frame>,
-    /// What the server's dispatcher hands on.
+    /// The workers that the server's dispatcher hands on.
     workers: Vec<Frame>,
     /// The number of this process among all.
     generation: u32,

@@ -104,7 +104,7 @@ async fn a_saturated_front_that_is_stopped_answers_those_that_wait() {
 
         let ends = join_all(clients).await.into_iter().map(Result::unwrap);
         let cut = ends.filter(|end| *end != io::ErrorKind::ConnectionRefused).count();
-        // Those that connected right before the listener was closed. It was nearly all of them.
+        // Clients that connected right before the listener was closed. It was nearly all of them.
         assert!(cut <= CLIENTS / 8, "{kind}: {cut} of {CLIENTS} clients were cut");
     }
 }
@@ -404,7 +404,7 @@ fn example() -> Command {
     command
 }
 
-/// What the demo prints: the cells of each worker's row by its first one, and the numbers of the
+/// The output of the demo: the cells of each worker's row by its first one, and the numbers of the
 /// summary.
 async fn demo(arguments: &[&str]) -> (BTreeMap<String, Vec<String>>, BTreeMap<String, u64>) {
     let output = run(arguments).await;

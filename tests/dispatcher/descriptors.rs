@@ -227,7 +227,7 @@ fn a_worker_is_started_again_though_clients_wait() {
         let worker = || {
             dispatcher.stats().workers.into_iter().find(|worker| worker.id == restarted).unwrap()
         };
-        until("the worker is ready", || worker().room > 0).await;
+        until("the worker is ready", || worker().credit > 0).await;
         let pid = Pid::from_raw(worker().pid.unwrap() as i32);
         let mut busy = Raw::start(&dispatcher, SocketKind::SeqPacket, CLIENTS.into()).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -369,7 +369,7 @@ fn a_listener_without_descriptors_leaves_its_place_to_others() {
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command.args([NAME, "--exact", "--nocapture"]).env("FDWIRE_WORKER", "1").kill_on_drop(true);
         dispatcher.spawn_worker(command).unwrap();
-        until("the worker is ready", || dispatcher.stats().workers[0].room == 1).await;
+        until("the worker is ready", || dispatcher.stats().workers[0].credit == 1).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let _client = Client::connect(listener.local_addr().unwrap(), 0).await;
         let (_clients, accepted): (Vec<_>, Vec<_>) = connections(10).await.into_iter().unzip();
@@ -395,7 +395,7 @@ async fn with_worker() -> (TempDir, Dispatcher) {
         Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
     let command = worker_command(Point::Never, Signal::SIGKILL, &directory.path().join("log"));
     dispatcher.spawn_worker(WorkerCommand::from(command)).unwrap();
-    until("the worker is ready", || dispatcher.stats().workers[0].room > 0).await;
+    until("the worker is ready", || dispatcher.stats().workers[0].credit > 0).await;
     (directory, dispatcher)
 }
 

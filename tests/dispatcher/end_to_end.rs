@@ -107,7 +107,7 @@ pub(crate) async fn started(dispatcher: &Dispatcher, workers: usize) {
         stats
             .workers
             .iter()
-            .filter(|worker| worker.state == WorkerState::Ready && worker.room > 0)
+            .filter(|worker| worker.state == WorkerState::Ready && worker.credit > 0)
             .count()
             == workers
     })
@@ -171,7 +171,7 @@ fn workers_may_connect_to_a_path() {
     });
 }
 
-/// What happened to the clients of a storm.
+/// The fates of the clients of a storm.
 #[derive(Debug, Default)]
 struct Storm {
     answered: Cell<u32>,

@@ -17,7 +17,7 @@ use crate::{
     raw_worker::{Raw, adopted, connections, serve, until},
 };
 
-/// What it makes of the worker, and that its connections go to another one.
+/// The worker is cut off, and its connections go to another one.
 async fn misbehaves(kind: SocketKind, how: impl AsyncFnOnce(Raw) -> Raw) {
     let dispatcher = Dispatcher::builder().build();
     let mut bad = Raw::start(&dispatcher, kind, 2).await;
@@ -106,7 +106,7 @@ fn a_worker_that_does_not_say_hello_properly_is_cut_off() {
     });
 }
 
-/// Also what it adopted in the same breath counts.
+/// The adoptions in the same breath count too.
 ///
 /// Rules: D-LAST-WORDS, D-ADOPTED.
 #[test]

@@ -5,7 +5,7 @@ use std::{os::fd::OwnedFd, time::Duration};
 use fdwire::{
     Socket,
     handoff::{
-        Dispatcher, End, Incoming,
+        Dispatcher, Incoming, IncomingEnd,
         protocol::{FromWorker, ToWorker},
     },
 };
@@ -62,7 +62,7 @@ fn a_worker_that_was_fenced_and_goes_on_learns_that() {
             until("it is fenced", || dispatcher.stats().retired.hung == 1).await;
             release.send(()).unwrap();
             let end = tokio::task::spawn_blocking(|| worker.join().unwrap()).await.unwrap();
-            assert!(matches!(end, End::Fenced), "{end:?}");
+            assert!(matches!(end, IncomingEnd::Fenced), "{end:?}");
         });
     }
 }

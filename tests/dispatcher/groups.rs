@@ -126,7 +126,7 @@ fn a_group_whose_workers_all_die_does_not_harm_the_other() {
             let group = stats_of(&dispatcher, "a").unwrap();
             assert_eq!((group.workers, group.waiting_for_place), (0, 8));
 
-            // Those that wait are served when there is a worker again.
+            // Connections that wait are served when there is a worker again.
             let command = command(&directory.path().join("a"));
             dispatcher.in_group("a").spawn_worker(command).unwrap();
             let served = join_all(waiting.into_iter().map(Client::answer)).await;

@@ -39,7 +39,7 @@ fn a_connection_comes_with_what_is_known_of_it() {
         worker.adopt(1).await;
         assert_eq!(outcome.await.unwrap(), worker.id);
         assert_eq!(serve(offer, "hello").unwrap().0, 0);
-        assert_eq!(client.answer().await, "hello", "the dispatcher has no copy any more");
+        assert_eq!(client.answer().await, "hello", "the dispatcher has no copy left");
 
         let (here, there) = UnixStream::pair().unwrap();
         let outcome = dispatcher.dispatch(there);

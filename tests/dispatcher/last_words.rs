@@ -1,5 +1,5 @@
-//! What a worker has sent completely before it is cut off counts, whatever it has sent before or
-//! after it.
+//! Everything that a worker has sent completely before it is cut off counts, whatever it has sent
+//! before or after it.
 
 use fdwire::{
     SocketKind,

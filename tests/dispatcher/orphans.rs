@@ -179,7 +179,7 @@ async fn send(stream: &mut TcpStream, serial: u32) -> std::io::Result<()> {
     stream.write_all(format!("GET /{serial} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await
 }
 
-/// What a client hears until the end, which may be a reset.
+/// All that a client hears until the end, which may be a reset.
 async fn get(address: SocketAddr, serial: u32) -> (u32, String) {
     let mut heard = Vec::new();
     if let Ok(mut stream) = TcpStream::connect(address).await

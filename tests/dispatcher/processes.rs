@@ -182,7 +182,7 @@ fn a_drain_does_not_wait_for_a_process_that_is_not_to_be_killed() {
         let dispatcher =
             Dispatcher::builder().exit_timeout(Duration::from_millis(100)).kill_hung(false).build();
         dispatcher.spawn_worker(role(ROLE)).unwrap();
-        until("it has said hello", || dispatcher.stats().workers[0].room > 0).await;
+        until("it has said hello", || dispatcher.stats().workers[0].credit > 0).await;
         let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
         let (_client, accepted) = connections(1).await.pop().unwrap();
         dispatcher.dispatch(accepted).await.unwrap();

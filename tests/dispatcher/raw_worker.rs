@@ -59,7 +59,8 @@ impl Raw {
         until("its demand was heard", || {
             let workers = dispatcher.stats().workers;
             let worker = workers.iter().find(|worker| worker.id == id).expect("it is there");
-            worker.state == WorkerState::Ready && worker.room + worker.unanswered > 0 || demand == 0
+            worker.state == WorkerState::Ready && worker.credit + worker.unanswered > 0
+                || demand == 0
         })
         .await;
         raw
@@ -157,7 +158,7 @@ pub(crate) fn adopted(first: u64, count: u32) -> Vec<u8> {
     encoded(&[&[3][..], &first.to_be_bytes(), &count.to_be_bytes()].concat(), 0)
 }
 
-/// What the application of a worker does: reads the client's serial number and answers with a name.
+/// The application of a worker: reads the client's serial number and answers with a name.
 /// The connection stays open as long as what is returned.
 pub(crate) fn serve(offer: Offer, name: &str) -> io::Result<(u32, std::net::TcpStream)> {
     let mut stream = std::net::TcpStream::from(offer.fd);
@@ -180,14 +181,14 @@ impl Client {
         Self(stream)
     }
 
-    /// What is answered until the end, which may be a reset.
+    /// The answer until the end, which may be a reset.
     pub(crate) async fn answer(mut self) -> String {
         let mut answer = Vec::new();
         let _ = self.0.read_to_end(&mut answer).await;
         String::from_utf8(answer).unwrap()
     }
 
-    /// What is answered first.
+    /// The first part of the answer.
     pub(crate) async fn first(&mut self) -> String {
         let mut answer = [0; 64];
         let count = self.0.read(&mut answer).await.unwrap_or(0);

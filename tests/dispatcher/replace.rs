@@ -108,7 +108,7 @@ fn until_all_new_workers_are_ready_the_old_ones_get_everything() {
                 }
                 let stats = dispatcher.stats();
                 let new = stats.workers.iter().find(|worker| worker.id == ready).unwrap();
-                assert_eq!((new.state, new.room, new.adopted), (WorkerState::Starting, 0, 0));
+                assert_eq!((new.state, new.credit, new.adopted), (WorkerState::Starting, 0, 0));
             };
             tokio::select! {
                 ended = replacing.as_mut() => panic!("{ended:?}"),

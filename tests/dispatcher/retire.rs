@@ -62,7 +62,7 @@ async fn pid(dispatcher: &Dispatcher, id: WorkerId) -> Pid {
     until("the worker is ready", || {
         let worker = dispatcher.stats().workers.into_iter().find(|worker| worker.id == id).unwrap();
         pid = worker.pid;
-        worker.state == WorkerState::Ready && worker.room > 0
+        worker.state == WorkerState::Ready && worker.credit > 0
     })
     .await;
     Pid::from_raw(pid.unwrap() as i32)
@@ -127,7 +127,7 @@ fn what_a_killed_worker_has_not_adopted_is_served_by_another() {
                     cut(&dispatcher, kind, (point, adopted), Signal::SIGKILL, &log).await;
                 assert_eq!(dispatcher.stats().retired.ended, 1);
                 assert_eq!(dispatcher.stats().lost, 0);
-                // Those that it had adopted end with it.
+                // Connections that it had adopted end with it.
                 for client in clients.into_iter().take(adopted as usize) {
                     assert_eq!(client.answer().await, "");
                 }

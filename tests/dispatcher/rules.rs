@@ -318,7 +318,7 @@ fn a_refusal_of_no_offer_is_one() {
         let dispatcher = quick();
         let mut worker = Raw::start(&dispatcher, kind, 5).await;
         worker.reject(0, RejectReason::Draining).await;
-        until("it was read", || dispatcher.stats().workers[0].room == 0).await;
+        until("it was read", || dispatcher.stats().workers[0].credit == 0).await;
         let outcome = dispatcher.dispatch(tokio_stream(UnixStream::pair().unwrap().1));
         worker.settle().await;
         assert_eq!(

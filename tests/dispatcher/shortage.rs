@@ -67,8 +67,8 @@ async fn serve(dispatcher: &Dispatcher, count: u32, at_a_time: usize) -> Vec<(Wo
     stream::iter(served).buffer_unordered(at_a_time).collect().await
 }
 
-/// What they had promised was free when they asked for connections. The offers that find it spent
-/// go back, and nobody is cut.
+/// The descriptors that they had promised were free when they asked for connections. The offers
+/// that find it spent go back, and nobody is cut.
 #[test]
 fn workers_whose_application_uses_up_their_descriptors_lose_nothing() {
     for kind in KINDS {

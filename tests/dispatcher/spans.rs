@@ -153,7 +153,7 @@ fn a_connection_has_spans_of_one_number_in_two_processes() {
     });
 }
 
-/// What `ss -e` prints about connections, if it is installed.
+/// The lines that `ss -e` prints about connections, if it is installed.
 fn known_to_ss() -> Option<String> {
     let ss = installed("ss")?;
     let output = std::process::Command::new(ss).args(["-tnHe"]).output().unwrap();

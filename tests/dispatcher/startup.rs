@@ -181,7 +181,7 @@ fn a_worker_whose_program_has_gone_is_started_again_when_it_is_back() {
         let worker =
             WorkerCommand::from(command).restart(true).longest_wait(Duration::from_millis(50));
         let id = dispatcher.spawn_worker(worker).unwrap();
-        until("it is ready", || dispatcher.stats().workers[0].room > 0).await;
+        until("it is ready", || dispatcher.stats().workers[0].credit > 0).await;
 
         std::fs::remove_file(&program).unwrap();
         kill(Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32), Signal::SIGKILL)

@@ -30,7 +30,7 @@ use crate::{
     raw_worker::{Raw, connections, serve, until},
 };
 
-/// What it says keeps it from being taken for one that hangs.
+/// Its messages keep it from being taken for one that hangs.
 ///
 /// Rules: W-RECALL-TIME.
 #[test]
@@ -130,7 +130,7 @@ fn the_limit_of_the_last_drain_counts() {
         assert!(dispatcher.drain(None).now_or_never().is_none());
         let work = async {
             worker.told().await;
-            // Now nothing is unanswered any more: what the first drain has waited for.
+            // Now nothing is left unanswered, which the first drain has waited for.
             worker.adopt(1).await;
             outcome.await.unwrap();
             worker.ended().await;
@@ -140,8 +140,8 @@ fn the_limit_of_the_last_drain_counts() {
     });
 }
 
-/// Who has no time for one connection is not sent those that were meant for it and are not on their
-/// way.
+/// A worker that has no time for one connection is not sent those that were meant for it and are
+/// not on their way.
 #[test]
 fn after_a_refusal_nothing_is_sent_that_was_only_planned() {
     both(async |kind| {
@@ -181,7 +181,7 @@ fn after_a_refusal_nothing_is_sent_that_was_only_planned() {
     });
 }
 
-/// What is not even sent is not held against a connection.
+/// An offer that is not even sent is not held against a connection.
 #[test]
 fn only_offers_that_were_sent_count() {
     both(async |kind| {
@@ -258,7 +258,7 @@ fn a_worker_that_refuses_is_offered_nothing_until_it_asks_again() {
             drop(full.offer().await.unwrap());
             full.reject(1, reason).await;
             until("it was heard", || dispatcher.stats().waiting == 1).await;
-            assert_eq!(dispatcher.stats().workers[0].room, 0);
+            assert_eq!(dispatcher.stats().workers[0].credit, 0);
             full.say(FromWorker::Demand { total: u64::MAX }).await;
         }
         let offer = full.offer().await.unwrap();

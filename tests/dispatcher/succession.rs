@@ -52,7 +52,7 @@ async fn ready(dispatcher: &Dispatcher, workers: usize) {
     until("the workers are ready", || {
         let workers_of = dispatcher.stats().workers;
         let is_ready = |state| state == WorkerState::Ready;
-        workers_of.iter().filter(|worker| is_ready(worker.state) && worker.room > 0).count()
+        workers_of.iter().filter(|worker| is_ready(worker.state) && worker.credit > 0).count()
             == workers
     })
     .await;

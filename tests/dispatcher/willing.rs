@@ -36,7 +36,7 @@ async fn adopt_all(mut worker: Raw) {
     }
 }
 
-/// What eight workers do with what they are offered, beside two healthy ones.
+/// The fault of eight workers beside two healthy ones.
 #[derive(Debug, Clone, Copy)]
 enum Bad {
     Rejects(RejectReason),
@@ -217,7 +217,7 @@ fn a_suspect_does_not_hold_up_the_connections_behind_it() {
         }
         worker.say(FromWorker::Demand { total: 50 }).await;
         let (_third, accepted) = all.remove(0);
-        until("its demand was heard", || dispatcher.stats().workers[0].room > 0).await;
+        until("its demand was heard", || dispatcher.stats().workers[0].credit > 0).await;
         let place = dispatcher.reserve().now_or_never().flatten().expect("a place");
         let _behind = place.dispatch(accepted);
         worker.offer().await.unwrap();
@@ -265,7 +265,7 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
         worker.adopt(1).await;
         assert_eq!(outcome.await.unwrap(), id);
         drop(std::os::unix::net::UnixStream::from(offer.bundle.remove(0)));
-        // The dispatcher has no copy any more.
+        // The dispatcher has no copy left.
         assert_eq!(std::io::Read::read(&mut upstream, &mut [0]).unwrap(), 0);
 
         // One that no worker takes waits, and others pass it.

@@ -1,4 +1,4 @@
-//! What becomes of workers, told by what is logged and by their processes.
+//! The fate of workers, told by what is logged and by their processes.
 
 use std::{
     fmt::{Debug, Write},
@@ -267,7 +267,7 @@ fn fill_fds(below: i32) -> Vec<File> {
     open.map_while(|file| file.filter(|file| file.as_raw_fd() < below)).collect()
 }
 
-/// What is on its way to a worker, in bytes.
+/// The bytes on their way to a worker.
 fn unread(worker: &Raw) -> u64 {
     ioctl_fionread(worker.framed.socket()).unwrap()
 }
@@ -375,7 +375,7 @@ fn stuck_workers_leave_a_healthy_one_all_that_it_needs() {
     in_role_of_other_uid(ROLE);
 }
 
-/// What it is told waits in the dispatcher's queue then, and so it cannot answer.
+/// Its messages wait in the dispatcher's queue then, and so it cannot answer.
 #[test]
 fn a_worker_is_not_cut_off_while_the_dispatcher_cannot_send() {
     const ROLE: &str = "workers::a_worker_is_not_cut_off_while_the_dispatcher_cannot_send";
@@ -497,7 +497,7 @@ fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
         let mut all = connections(2).await.into_iter();
         let (mut control, accepted) = all.next().unwrap();
         dispatcher.dispatch(accepted).await.unwrap();
-        until("it has asked for more than 8", || dispatcher.stats().workers[0].room > 12).await;
+        until("it has asked for more than 8", || dispatcher.stats().workers[0].credit > 12).await;
         control.0.write_all(b"f").await.unwrap();
         control.0.read_exact(&mut [0]).await.unwrap();
         let (client, accepted) = all.next().unwrap();
@@ -508,7 +508,7 @@ fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
         assert_eq!(outcome.await.unwrap(), worker);
         assert_eq!(client.answer().await, "served");
         until("it asks for what it has room for", || {
-            (1..=8).contains(&dispatcher.stats().workers[0].room)
+            (1..=8).contains(&dispatcher.stats().workers[0].credit)
         })
         .await;
         assert_eq!(dispatcher.stats().retired, Default::default());
@@ -551,7 +551,7 @@ fn a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_sen
     in_role_of_other_uid(ROLE);
 }
 
-/// What was recalled waits for an application. That of a worker which comes back is one, its
+/// A recalled connection waits for an application. That of a worker which comes back is one, its
 /// library is none.
 #[test]
 fn a_recalled_connection_does_not_go_around_busy_workers() {
@@ -604,7 +604,7 @@ fn a_worker_at_its_reserve_of_descriptors_rejects_and_lives() {
         let dispatcher = Dispatcher::builder().build();
         let mut child = spawn_role(ROLE, None, there.into());
         let full = dispatcher.add_worker(here);
-        until("it is ready", || dispatcher.stats().workers[0].room > 3).await;
+        until("it is ready", || dispatcher.stats().workers[0].credit > 3).await;
         let mut all = connections(4).await.into_iter();
         let (_first, accepted) = all.next().unwrap();
         dispatcher.dispatch(accepted).await.unwrap();

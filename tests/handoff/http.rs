@@ -5,7 +5,7 @@ use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, pin::pin}
 use fdwire::{
     SocketKind,
     handoff::{
-        Connection, End, Incoming, IncomingHandle,
+        Connection, Incoming, IncomingEnd, IncomingHandle,
         protocol::{FromWorker, ToWorker},
     },
 };
@@ -112,7 +112,7 @@ fn axum_serves_and_drains() {
         drain.send(()).unwrap();
         handle.drain_requested().await;
         server.await.unwrap(); // the connection that was kept alive was idle, and has been ended
-        assert!(matches!(handle.ended().await, End::Drained));
+        assert!(matches!(handle.ended().await, IncomingEnd::Drained));
         assert_eq!(front.await.unwrap(), 21);
     });
 }
@@ -141,7 +141,7 @@ fn hyper_serves_and_ends_what_is_kept_alive_with_its_next_answer() {
         });
         assert_eq!((&answer[..], last), ("hello", true));
         server.await.unwrap();
-        assert!(matches!(handle.ended().await, End::Drained));
+        assert!(matches!(handle.ended().await, IncomingEnd::Drained));
         assert_eq!(front.await.unwrap(), 1);
     });
 }

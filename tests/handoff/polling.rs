@@ -37,7 +37,7 @@ fn connections_can_be_taken_outside_of_the_runtime() {
     });
 }
 
-/// As one of an executor that frees a task when nobody can wake it any more.
+/// As one of an executor that frees a task when nobody is left to wake it.
 struct Owns {
     _connection: Mutex<Connection>,
 }

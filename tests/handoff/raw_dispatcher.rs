@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 pub(crate) struct RawDispatcher {
     pub(crate) framed: Framed<DispatcherCodec>,
     listener: TcpListener,
-    /// What the worker has said last.
+    /// The last words of the worker.
     pub(crate) demand: u64,
     pub(crate) finished: u64,
     /// Offers made, and those that were answered.
@@ -92,7 +92,7 @@ impl RawDispatcher {
         );
     }
 
-    /// What comes next is this.
+    /// The next message is this.
     pub(crate) async fn expect(&mut self, answer: FromWorker) {
         assert_eq!(self.answer().await, Some(answer));
     }

@@ -6,7 +6,7 @@ use std::{net, os::fd::OwnedFd, time::Duration};
 use fdwire::{
     Socket, SocketKind,
     handoff::{
-        End, Incoming,
+        Incoming, IncomingEnd,
         protocol::{FromWorker, NewLink, Offer, RejectReason, ToWorker},
     },
 };
@@ -240,7 +240,7 @@ fn nothing_follows_a_goodbye() {
             messages,
             Vec::from_iter(pongs.chain([FromWorker::Draining, FromWorker::Goodbye]))
         );
-        assert!(matches!(incoming.handle().ended().await, End::Drained));
+        assert!(matches!(incoming.handle().ended().await, IncomingEnd::Drained));
     });
 }
 
@@ -258,7 +258,7 @@ fn a_worker_that_cannot_use_its_new_link_drains() {
         dispatcher.send(ToWorker::Move(link)).await;
         dispatcher.expect(FromWorker::Draining).await;
         dispatcher.expect(FromWorker::Goodbye).await;
-        assert!(matches!(handle.ended().await, End::Drained));
+        assert!(matches!(handle.ended().await, IncomingEnd::Drained));
     });
 }
 
@@ -289,7 +289,7 @@ fn a_worker_goes_on_at_a_new_link_and_stays_at_the_old_one() {
         let rejected = FromWorker::Rejected { first: 1, count: 1, reason: RejectReason::Draining };
         assert_eq!(answers, [FromWorker::Draining, rejected]);
 
-        // What was adopted at the old link ends at the new one.
+        // Connections that were adopted at the old link ends at the new one.
         drop(connection);
         next.expect_finished(1).await;
         dispatcher.settle().await;
@@ -301,7 +301,7 @@ fn a_worker_goes_on_at_a_new_link_and_stays_at_the_old_one() {
         next.send(ToWorker::Drain { within: None }).await;
         next.expect(FromWorker::Draining).await;
         next.expect(FromWorker::Goodbye).await;
-        assert!(matches!(handle.ended().await, End::Drained));
+        assert!(matches!(handle.ended().await, IncomingEnd::Drained));
         drop((client, copy, other_client, other_copy));
     });
 }
@@ -327,6 +327,6 @@ fn a_worker_whose_new_link_ends_waits_at_the_old_one_until_that_ends_too() {
             assert!(!handle.is_draining());
         }
         drop(dispatcher);
-        assert!(matches!(handle.ended().await, End::DispatcherGone));
+        assert!(matches!(handle.ended().await, IncomingEnd::DispatcherGone));
     });
 }

@@ -5,7 +5,7 @@ use std::{fs::File, os::fd::OwnedFd};
 use fdwire::{
     Socket,
     handoff::{
-        End, Incoming,
+        Incoming, IncomingEnd,
         protocol::{FromWorker, Offer, RejectReason, ToWorker},
     },
 };
@@ -33,7 +33,7 @@ fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
             while let Some(mut connection) = incoming.next().await {
                 tokio::spawn(async move { connection.read(&mut [0]).await });
             }
-            assert!(matches!(ended.await, End::Drained));
+            assert!(matches!(ended.await, IncomingEnd::Drained));
         });
     }
     counted(async |kind| {
@@ -86,7 +86,7 @@ async fn greedy_application(mut incoming: Incoming) {
     while let Some(mut connection) = incoming.next().await {
         connection.write_all(b"hello").await.unwrap();
     }
-    assert!(matches!(ended.await, End::Drained));
+    assert!(matches!(ended.await, IncomingEnd::Drained));
 }
 
 async fn heard(client: &mut TcpStream, count: usize) -> Vec<u8> {
@@ -163,7 +163,7 @@ fn a_blocking_connection_is_rejected_and_left_alone() {
     });
 }
 
-/// What waits is taken out of an event loop that is going away.
+/// A waiting connection is taken out of an event loop that is going away.
 #[test]
 fn a_runtime_may_end_while_offers_wait() {
     counted(async |kind| {

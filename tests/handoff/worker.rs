@@ -13,7 +13,7 @@ use std::{
 use fdwire::{
     Error, Socket, SocketKind,
     handoff::{
-        Address, Connection, ConnectionParts, ConnectionStream, End, Incoming, Transport,
+        Address, Connection, ConnectionParts, ConnectionStream, Incoming, IncomingEnd, Transport,
         protocol::{FromWorker, Offer, RejectReason, ToWorker},
     },
 };
@@ -62,7 +62,8 @@ fn nothing_is_asked_for_before_the_application_asks() {
             dispatcher.expect_adopted(1).await;
             dispatcher.expect_demand(64 + taken).await;
         }
-        // Who does not ask gets nothing more: credit is not renewed by offers that wait.
+        // An application that does not ask gets nothing more: credit is not renewed by offers that
+        // wait.
         let waiting = [dispatcher.offer().await, dispatcher.offer().await];
         dispatcher.settle().await;
         assert_eq!(dispatcher.demand, 67);
@@ -248,7 +249,7 @@ fn a_connection_whose_answer_is_cut_off_is_not_given() {
             }
             assert!(pongs < pings.max(1));
             assert!(incoming.next().await.is_none());
-            assert!(matches!(incoming.handle().ended().await, End::Fenced));
+            assert!(matches!(incoming.handle().ended().await, IncomingEnd::Fenced));
 
             // The worker's copy is gone, and the connection as it was.
             std::io::Write::write_all(&mut copy, b"elsewhere").unwrap();
@@ -373,7 +374,7 @@ fn pings_are_answered_while_the_application_blocks() {
         dispatcher.expect_adopted(1).await;
         dispatcher.expect(FromWorker::Draining).await;
         dispatcher.expect(FromWorker::Goodbye).await;
-        assert!(matches!(worker.join().unwrap(), End::Drained));
+        assert!(matches!(worker.join().unwrap(), IncomingEnd::Drained));
     });
 }
 
@@ -448,7 +449,7 @@ fn a_dispatcher_can_drain_a_worker() {
         assert!(handle.drain_deadline().is_some());
         assert!(incoming.next().await.is_none() && incoming.next_batch(5).await.is_none());
 
-        // What was on its way is rejected, and what was adopted goes on.
+        // Offers on their way are rejected, and adopted connections go on.
         let late = dispatcher.offer().await;
         dispatcher.expect_rejected(1, RejectReason::Draining).await;
         check_talk(&mut connection, &mut client).await;
@@ -457,7 +458,7 @@ fn a_dispatcher_can_drain_a_worker() {
         dispatcher.expect(FromWorker::Goodbye).await;
         assert_eq!(dispatcher.finished, 1);
         assert!(dispatcher.answer().await.is_none());
-        assert!(matches!(ended.await, End::Drained));
+        assert!(matches!(ended.await, IncomingEnd::Drained));
         drop((waiting, late));
     });
 }
@@ -485,7 +486,7 @@ fn an_application_can_drain() {
             handle.drain_requested().await;
             drop(connection);
             dispatcher.expect(FromWorker::Goodbye).await;
-            assert!(matches!(handle.ended().await, End::Drained));
+            assert!(matches!(handle.ended().await, IncomingEnd::Drained));
         }
     });
 }
@@ -526,14 +527,14 @@ fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
         let (mut waiting, _) = dispatcher.offer().await;
         drop(dispatcher);
         let handle = incoming.handle();
-        assert!(matches!(handle.link_ended().await, End::DispatcherGone));
+        assert!(matches!(handle.link_ended().await, IncomingEnd::DispatcherGone));
         assert!(incoming.next().await.is_none());
         assert!(is_at_end(&mut waiting).await);
         check_talk(&mut connection, &mut served).await;
         settle().await;
         assert!(handle.ended().now_or_never().is_none(), "a connection is being served");
         drop(connection);
-        assert!(matches!(handle.ended().await, End::DispatcherGone));
+        assert!(matches!(handle.ended().await, IncomingEnd::DispatcherGone));
     });
 }
 
@@ -554,7 +555,7 @@ fn what_a_dead_dispatcher_offered_is_served_where_that_is_asked_for() {
             check_talk(&mut incoming.next().await.unwrap(), &mut client).await;
         }
         assert!(incoming.next().await.is_none());
-        assert!(matches!(handle.ended().await, End::DispatcherGone));
+        assert!(matches!(handle.ended().await, IncomingEnd::DispatcherGone));
     });
 }
 
@@ -569,10 +570,10 @@ fn an_application_that_leaves_after_the_end_has_nothing_more_to_do() {
         dispatcher.settle().await;
         drop(dispatcher);
         let handle = incoming.handle();
-        assert!(matches!(handle.link_ended().await, End::DispatcherGone));
+        assert!(matches!(handle.link_ended().await, IncomingEnd::DispatcherGone));
         assert!(handle.ended().now_or_never().is_none(), "connections wait for the application");
         drop(incoming);
-        assert!(matches!(handle.ended().await, End::DispatcherGone));
+        assert!(matches!(handle.ended().await, IncomingEnd::DispatcherGone));
         for client in &mut clients {
             assert!(is_at_end(client).await);
         }
@@ -589,7 +590,7 @@ fn what_a_dispatcher_took_back_is_not_served_even_so() {
         let (mut client, _copy) = dispatcher.offer().await;
         dispatcher.framed.socket().shutdown(Shutdown::Read).unwrap();
         assert!(incoming.next().await.is_none());
-        assert!(matches!(incoming.handle().ended().await, End::Fenced));
+        assert!(matches!(incoming.handle().ended().await, IncomingEnd::Fenced));
         assert!(client.read(&mut [0]).now_or_never().is_none());
     });
 }
@@ -602,7 +603,7 @@ pub(crate) async fn check_failed(
 ) {
     assert!(incoming.next().await.is_none());
     match incoming.handle().ended().await {
-        End::Failed(error) => assert!(error.to_string().contains(reason), "{error}"),
+        IncomingEnd::Failed(error) => assert!(error.to_string().contains(reason), "{error}"),
         end => panic!("{end:?}"),
     }
     while let Ok(Some(_)) = dispatcher.framed.try_next().await {}
@@ -660,7 +661,7 @@ fn a_dispatcher_that_breaks_the_protocol_is_left() {
         ask(&mut incoming);
         let _offers = [dispatcher.offer().await, dispatcher.offer().await];
         let handle = incoming.handle();
-        assert!(matches!(handle.ended().await, End::Failed(_)));
+        assert!(matches!(handle.ended().await, IncomingEnd::Failed(_)));
         check_failed(&mut incoming, &mut dispatcher, "more offers than were asked for").await;
 
         for (first, reason) in [
@@ -684,7 +685,7 @@ fn a_dispatcher_that_does_not_read_is_left() {
             async { while dispatcher.framed.send(ToWorker::Ping { nonce: 0 }).await.is_ok() {} };
         let ((), end) = tokio::join!(flood, incoming.handle().ended());
         assert!(
-            matches!(&end, End::Failed(error) if matches!(**error, Error::Invalid(_))),
+            matches!(&end, IncomingEnd::Failed(error) if matches!(**error, Error::Invalid(_))),
             "{end:?}"
         );
     });

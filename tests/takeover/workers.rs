@@ -45,7 +45,7 @@ impl Front {
         loop {
             let of = self.dispatcher.stats().workers;
             let is_ready = |state| state == WorkerState::Ready;
-            let ready = of.iter().filter(|worker| is_ready(worker.state) && worker.room > 0);
+            let ready = of.iter().filter(|worker| is_ready(worker.state) && worker.credit > 0);
             if ready.count() == workers {
                 return;
             }

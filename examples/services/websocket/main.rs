@@ -82,7 +82,7 @@ async fn talk(socket: &mut WebSocket, handle: &IncomingHandle) -> Result<(), axu
             }
         };
         match message.transpose()? {
-            // What comes after the Close frame was sent before the client had it: no answer.
+            // Any message after the Close frame was sent before the client had it: no answer.
             Some(Message::Text(_) | Message::Binary(_)) if is_closing => {}
             Some(message @ (Message::Text(_) | Message::Binary(_))) => socket.send(message).await?,
             Some(Message::Ping(_) | Message::Pong(_)) => {} // they are answered already

@@ -33,7 +33,7 @@ pub struct Accepted {
     pub(super) about: About,
 }
 
-/// What an [`Accepted`] is beside its descriptor.
+/// The facts about an [`Accepted`] beside its descriptor.
 #[derive(Debug)]
 pub(super) struct About {
     pub(super) transport: Transport,
@@ -62,8 +62,8 @@ impl Accepted {
         Self { socket, about: About::new(transport) }
     }
 
-    /// What was already read from the connection. The worker's application reads it first. Together
-    /// with the metadata it has to fit one message, of
+    /// Bytes that were already read from the connection. The worker's application reads it first.
+    /// Together with the metadata it has to fit one message, of
     /// [`MAX_MESSAGE_BYTES`](super::protocol::MAX_MESSAGE_BYTES).
     #[must_use]
     pub fn read_bytes(mut self, bytes: impl Into<Bytes>) -> Self {
@@ -71,7 +71,7 @@ impl Accepted {
         self
     }
 
-    /// What the worker's application is to know about the connection.
+    /// Tells the worker's application something about the connection.
     #[must_use]
     pub fn metadata(mut self, metadata: impl Into<Bytes>) -> Self {
         self.about.metadata = metadata.into();
@@ -167,7 +167,7 @@ pub enum NotDispatched {
     TooManyOffers {
         /// How often it was offered.
         offers: u32,
-        /// What became of the last offer.
+        /// The outcome of the last offer.
         last: Unadopted,
     },
     /// The dispatcher drains, and takes no more.
@@ -181,7 +181,7 @@ pub enum NotDispatched {
     Unfit(#[from] crate::Error),
 }
 
-/// What became of an offer that was not adopted.
+/// The outcome of an offer that was not adopted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Unadopted {

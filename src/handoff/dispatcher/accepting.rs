@@ -18,7 +18,7 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Address, DispatchError, Dispatcher, Group, Permit, Shared, Transport,
+    Address, DispatchError, DispatchPermit, Dispatcher, Group, Shared, Transport,
     accepted::About,
     dispatching::{reserve, reserve_late},
     handover::{Handover, shut_down},
@@ -206,7 +206,7 @@ impl Accepting {
         &self,
         socket: OwnedFd,
         peer: Address,
-        permit: Permit,
+        permit: DispatchPermit,
         slot: Option<Slot>,
     ) -> io::Result<()> {
         if let Some(slot) = slot {

@@ -1,4 +1,4 @@
-//! What can be set on a dispatcher.
+//! The settings of a dispatcher.
 
 use std::time::Duration;
 
@@ -130,7 +130,7 @@ impl DispatcherBuilder {
     /// it has drained, or has ended the conversation in any other way. Then it is killed, unless
     /// [`kill_hung`](Self::kill_hung) is off. Default: 30 s.
     ///
-    /// A worker with a process that can't speak to the dispatcher any more may go on serving what
+    /// A worker with a process that can no longer speak to the dispatcher may go on serving what
     /// it has adopted for this time.
     pub fn exit_timeout(mut self, timeout: Duration) -> Self {
         self.config.exit_timeout = timeout.min(LONGEST);

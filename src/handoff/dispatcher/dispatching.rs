@@ -57,14 +57,14 @@ impl Future for Dispatching {
 /// when it is dropped.
 #[derive(Debug)]
 #[must_use = "dropping it frees the place again"]
-pub struct Permit {
+pub struct DispatchPermit {
     shared: Arc<Shared>,
     /// The group in which a place is kept. If it is kept nowhere, the permit is good for a
     /// connection that was accepted before the dispatcher has drained.
     place: Option<Group>,
 }
 
-impl Permit {
+impl DispatchPermit {
     pub(super) fn new(shared: &Arc<Shared>, place: Option<Group>) -> Self {
         Self { shared: Arc::clone(shared), place }
     }
@@ -94,7 +94,7 @@ impl Permit {
     }
 }
 
-impl Drop for Permit {
+impl Drop for DispatchPermit {
     fn drop(&mut self) {
         if let Some(group) = self.place.take() {
             self.shared.act(|pool| pool.give_up_place(&group, Instant::now()));
@@ -104,7 +104,7 @@ impl Drop for Permit {
 
 /// Waits for a place in a group, which is kept; without a group until there is one in any, which is
 /// not kept. `None` when the dispatcher drains.
-pub(super) async fn reserve(shared: &Arc<Shared>, group: Option<&Group>) -> Option<Permit> {
+pub(super) async fn reserve(shared: &Arc<Shared>, group: Option<&Group>) -> Option<DispatchPermit> {
     match shared.wait_for_place(group)? {
         Ok(permit) => Some(permit),
         Err((ticket, granted)) => Waiting { shared, group, ticket, granted }.await,
@@ -113,8 +113,8 @@ pub(super) async fn reserve(shared: &Arc<Shared>, group: Option<&Group>) -> Opti
 
 /// Permits a connection that was accepted before the dispatcher has drained to wait. `None` when it
 /// has.
-pub(super) fn reserve_late(shared: &Arc<Shared>) -> Option<Permit> {
-    (!shared.act(|pool| pool.is_closed())).then(|| Permit::new(shared, None))
+pub(super) fn reserve_late(shared: &Arc<Shared>) -> Option<DispatchPermit> {
+    (!shared.act(|pool| pool.is_closed())).then(|| DispatchPermit::new(shared, None))
 }
 
 /// A place in the queue, until it is dropped.
@@ -122,13 +122,13 @@ struct Waiting<'a> {
     shared: &'a Arc<Shared>,
     group: Option<&'a Group>,
     ticket: TicketId,
-    granted: oneshot::Receiver<Permit>,
+    granted: oneshot::Receiver<DispatchPermit>,
 }
 
 impl Future for Waiting<'_> {
-    type Output = Option<Permit>;
+    type Output = Option<DispatchPermit>;
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Permit>> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<DispatchPermit>> {
         Pin::new(&mut self.granted).poll(cx).map(Result::ok)
     }
 }

@@ -30,7 +30,7 @@ use crate::{
     Error, SendFd, close_in_background,
     closer::close_sockets,
     error::copy_of,
-    handoff::{Serving, span::ConnectionSpan},
+    handoff::{ServingGuard, span::ConnectionSpan},
     sys,
 };
 
@@ -59,7 +59,7 @@ pub(super) struct Handover {
     group: Group,
     /// Tells the dispatcher that this one has replaced that the connection is adopted, when it is
     /// dropped.
-    pub(super) origin: Option<Serving>,
+    pub(super) origin: Option<ServingGuard>,
 }
 
 impl Handover {
@@ -158,7 +158,7 @@ impl Handover {
         shared.act(|pool| pool.dispatch(self, group, needs, admission, Instant::now()));
     }
 
-    /// What a worker is told.
+    /// The offer for a worker.
     pub(super) fn offer(&self) -> Offer<SendFd> {
         Offer {
             cookie: self.cookie,
@@ -172,7 +172,7 @@ impl Handover {
         }
     }
 
-    /// What a dispatcher is told that goes on in the place of this one.
+    /// The offer for a dispatcher that goes on in the place of this one.
     pub(super) fn offer_to_successor(&self) -> Offer<SendFd> {
         let (key, group) = (self.about.key, self.group.clone());
         let envelope = Envelope { key, group, metadata: self.about.metadata.clone() };

@@ -32,7 +32,7 @@ use std::{
 pub use accepted::{Accepted, DispatchError, NotDispatched, Unadopted};
 use builder::Config;
 pub use builder::{DispatcherBuilder, Strategy};
-pub use dispatching::{Dispatching, Permit};
+pub use dispatching::{DispatchPermit, Dispatching};
 use dispatching::{dispatch, reserve};
 pub use group::Group;
 use pool::Admission;
@@ -78,7 +78,7 @@ fn after(within: Duration) -> Instant {
 ///
 /// let dispatcher = Dispatcher::new();
 /// let (here, there) = Socket::pair(SocketKind::SeqPacket)?;
-/// dispatcher.add_worker(here); // `there` mostly belongs to another process
+/// dispatcher.add_worker(here); // `there` usually belongs to another process
 ///
 /// let listener = TcpListener::bind("127.0.0.1:0").await?;
 /// # let client = TcpStream::connect(listener.local_addr()?).await?;
@@ -213,11 +213,11 @@ impl Dispatcher {
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped; the place in the queue is.
-    pub async fn reserve(&self) -> Option<Permit> {
+    pub async fn reserve(&self) -> Option<DispatchPermit> {
         reserve(&self.shared, Some(&self.group)).await
     }
 
-    /// What it has done, and what its workers do.
+    /// The numbers of the dispatcher and of its workers.
     pub fn stats(&self) -> Stats {
         self.shared.stats()
     }
@@ -228,7 +228,7 @@ impl Dispatcher {
     /// left. Those that have not after this time are cut off; [their
     /// processes](DispatcherBuilder::kill_hung) are killed if the dispatcher has started them.
     ///
-    /// What is not handed over by then is given back.
+    /// A connection that is not handed over by then is given back.
     ///
     /// # Cancel safety
     /// Draining goes on if this is dropped, once it was polled. Call it again to wait, or to set

@@ -194,7 +194,7 @@ impl Process {
         }
     }
 
-    /// What is known of it when its link ends for this reason. `has_received` is true if nothing
+    /// The knowledge of it when its link ends for this reason. `has_received` is true if nothing
     /// that it was sent is in flight.
     pub(super) fn state(&mut self, cause: &RetireCause, has_received: bool) -> ProcessState {
         if let Self::Peer(peer) = self

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::Listener;
 
-/// What [`Dispatcher::serve`] accepts from: a listener of tokio or std, of TCP or Unix sockets.
+/// A source for [`Dispatcher::serve`]: a listener of tokio or std, of TCP or Unix sockets.
 pub trait IntoListener: sealed::Sealed {
     /// A connection of this listener, registered with tokio: `TcpStream` or `UnixStream`.
     type Stream: Into<Accepted> + Send + 'static;
@@ -94,12 +94,12 @@ impl Dispatcher {
     /// dropped.
     ///
     /// # Errors
-    /// Those of taking the listener out of its event loop, `InvalidInput` when somebody has shut it
-    /// down, and `Other` when the runtime that the dispatcher was built in has ended.
+    /// The errors of taking the listener out of its event loop, `InvalidInput` when somebody has
+    /// shut it down, and `Other` when the runtime that the dispatcher was built in has ended.
     ///
     /// # Cancel safety
-    /// What was accepted is handed over also if this is dropped. The listener is closed at once,
-    /// and with its last copy the connections in the backlog are.
+    /// Accepted connections are handed over also if this is dropped. The listener is closed at
+    /// once, and with its last copy the connections in the backlog are.
     pub async fn serve(&self, listener: impl IntoListener) -> io::Result<()> {
         self.accept(listener, None).await
     }
@@ -175,7 +175,7 @@ impl Dispatcher {
     /// [`add_worker`](Self::add_worker).
     ///
     /// # Errors
-    /// Those of accept(2) that do not pass.
+    /// The errors of accept(2) that do not pass.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped but the listener.

@@ -20,7 +20,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Config, Group, NotDispatched, Permit, RetireCause, Stats, WorkerId, after,
+    Config, DispatchPermit, Group, NotDispatched, RetireCause, Stats, WorkerId, after,
     bell::Bell,
     handover::{Copies, Handover},
     joint_task::JointTask,
@@ -40,7 +40,7 @@ pub(super) struct Shared {
     bells: Mutex<HashMap<WorkerId, Arc<Bell>>>,
     pub(super) new_links: Mutex<NewLinks>,
     /// Users that wait for a place. Locked while the pool is, never the other way around.
-    waiters: Mutex<HashMap<TicketId, oneshot::Sender<Permit>>>,
+    waiters: Mutex<HashMap<TicketId, oneshot::Sender<DispatchPermit>>>,
     changes: watch::Sender<()>,
     pub(super) pauses: Pauses,
     given_back: AtomicU64,
@@ -135,7 +135,7 @@ impl Shared {
                 Event::Failed { connection, failure } => failed.push((connection, failure)),
                 Event::Granted { ticket, group } => {
                     let waiter = lock(&self.waiters).remove(&ticket);
-                    let permit = Permit::new(self, group);
+                    let permit = DispatchPermit::new(self, group);
                     // If nobody waits, dropping the permit frees the place.
                     drop(waiter.map(|waiter| waiter.send(permit)));
                 }
@@ -212,14 +212,14 @@ impl Shared {
     pub(super) fn wait_for_place(
         self: &Arc<Self>,
         group: Option<&Group>,
-    ) -> Option<Result<Permit, (TicketId, oneshot::Receiver<Permit>)>> {
+    ) -> Option<Result<DispatchPermit, (TicketId, oneshot::Receiver<DispatchPermit>)>> {
         self.act(|pool| {
             let is_there_one = match group {
                 Some(group) => pool.try_reserve(group),
                 None => pool.has_place(),
             };
             if is_there_one {
-                return Some(Ok(Permit::new(self, group.cloned())));
+                return Some(Ok(DispatchPermit::new(self, group.cloned())));
             }
             pool.is_open().then(|| {
                 let (waiter, granted) = oneshot::channel();
@@ -309,7 +309,7 @@ impl Shared {
         self.changed();
         self.until(Pool::has_no_workers).await;
         let ended = || self.until(|pool| pool.leftover() == 0);
-        // Those that are not killed in time are left to themselves.
+        // Processes that are not killed in time are left to themselves.
         let exit_by = after(self.config.exit_timeout);
         at_most(Some(until.map_or(exit_by, |until| until.min(exit_by))), ended()).await;
         if self.config.kill_hung {

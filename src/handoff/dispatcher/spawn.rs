@@ -124,8 +124,8 @@ impl Dispatcher {
     /// then is the command's [`kill_on_drop`](Command::kill_on_drop).
     ///
     /// # Errors
-    /// Those of starting a process, with the name of the program, and of making a pair of sockets.
-    /// Starting it again is tried until it succeeds.
+    /// The errors of starting a process, with the name of the program, and of making a pair of
+    /// sockets. Starting it again is tried until it succeeds.
     ///
     /// A program that speaks no hand-off is found out by what it does: it is killed after
     /// [`hello_timeout`](super::DispatcherBuilder::hello_timeout), or when it writes something else

@@ -58,7 +58,7 @@ impl Started {
     }
 
     /// # Errors
-    /// Those of registering with the event loop.
+    /// The errors of registering with the event loop.
     pub(super) fn elsewhere(pidfd: OwnedFd) -> io::Result<Self> {
         Ok(Self::Elsewhere(Arc::new(sys::register(pidfd, Interest::READABLE)?)))
     }

@@ -1,4 +1,4 @@
-//! What a dispatcher tells about itself.
+//! The numbers of a dispatcher.
 
 use std::{
     fmt,
@@ -131,7 +131,7 @@ pub struct WorkerStats {
     pub program: Option<String>,
     /// Its process at the moment, if that is known.
     pub pid: Option<u32>,
-    /// What it does at the moment.
+    /// Its state at the moment.
     pub state: WorkerState,
     /// How often its process was started again.
     pub restarts: u64,
@@ -140,7 +140,7 @@ pub struct WorkerStats {
     /// How its process before this one left.
     pub last_exit: Option<WorkerExit>,
     /// Offers that it takes at the moment.
-    pub room: u64,
+    pub credit: u64,
     /// Offers that it has not answered, at the moment.
     pub unanswered: u64,
     /// Connections that it has adopted and that have not ended, at the moment.
@@ -153,7 +153,7 @@ pub struct WorkerStats {
     pub leftover: usize,
 }
 
-/// What a worker does.
+/// The state of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WorkerState {

@@ -94,7 +94,8 @@ impl From<RetireCause> for End {
     }
 }
 
-/// What a link that can adopt nothing more has left to be read, and how much of it was sent.
+/// The bytes that a link which can adopt nothing more has left to be read, and how much of it was
+/// sent.
 struct Cut {
     last: Vec<FromWorker>,
     /// There is more, which cannot be read.
@@ -161,7 +162,7 @@ impl WorkerTask {
         let mut is_due = false;
         loop {
             let mut end = self.receive(cx);
-            // What it has written is in the socket by now: the retiring reads it.
+            // All that it has written is in the socket by now: the retiring reads it.
             if end.is_none() && self.process.poll_ended(cx).is_ready() {
                 end = Some(RetireCause::Ended);
             }

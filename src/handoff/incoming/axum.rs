@@ -17,7 +17,7 @@ use axum::{
 use tokio::{task::JoinSet, time::sleep};
 use tracing::warn;
 
-use super::{End, Incoming};
+use super::{Incoming, IncomingEnd};
 use crate::handoff::{Address, Connection};
 
 /// At the end, the time for requests that are on their way. With its answer a client learns that it
@@ -46,7 +46,7 @@ impl Incoming {
     ///
     /// # Cancel safety
     /// Dropping it is a [drain](super::IncomingHandle::drain).
-    pub async fn serve_axum(self, app: Router) -> End {
+    pub async fn serve_axum(self, app: Router) -> IncomingEnd {
         let handle = self.handle();
         let (ended, requested) = (handle.ended(), handle.drain_requested());
         let last = map_response(move |response: Response| {

@@ -56,7 +56,7 @@ pub(in crate::handoff) struct Book<T> {
     /// Of the rejected, those in whose place others may come: rejected before the application asked
     /// last.
     replaced: u64,
-    /// Also of those that were open before. `reported <= finished <= open_before + adopted`.
+    /// Includes those that were open before. `reported <= finished <= open_before + adopted`.
     finished: u64,
     reported: u64,
     /// The first one, if any, waits for the application: answers are given in the order of the
@@ -279,7 +279,7 @@ impl<T> Book<T> {
     /// The application asks for up to `max` connections, which adopts as many of those that wait.
     /// It [gets](Self::take_adopted) them when the dispatcher was told.
     pub(in crate::handoff) fn adopt(&mut self, max: usize) {
-        // Those adopted before come first.
+        // Connections that were adopted before come first.
         if self.state == Taking::Ended || !self.adopting.is_empty() {
             return;
         }

@@ -24,7 +24,7 @@ use tokio::{runtime::Handle, sync::watch, time::Instant};
 use link::Link;
 use task::Task;
 
-use super::{End, IncomingStats, Settings, book::Book, headroom::Headroom};
+use super::{IncomingEnd, IncomingStats, Settings, book::Book, headroom::Headroom};
 use crate::{
     Error, Socket, close_in_background,
     handoff::{
@@ -51,21 +51,22 @@ pub(super) enum Phase {
         deadline: Option<Instant>,
     },
     /// The link has ended. Adopted connections go on.
-    Unlinked(End),
+    Unlinked(IncomingEnd),
     /// They have ended too.
-    Finished(End),
+    Finished(IncomingEnd),
 }
 
 struct State {
     /// The link at which offers come, and at which adopted connections end.
     current: Link,
-    /// Those before it that have not ended, or have connections that the application has not got.
+    /// The links before it that have not ended, or have connections that the application has not
+    /// got.
     former: Vec<Link>,
     /// The current link has ended, and a dispatcher before it may serve again.
     is_waiting: bool,
     headroom: Headroom,
     serve_unanswered: bool,
-    /// Nobody will ask any more.
+    /// Nobody will ask again.
     abandoned: bool,
     application: Option<Waker>,
     runtime: Handle,
@@ -103,7 +104,7 @@ impl Channel {
         self.lock().current.book.stats()
     }
 
-    /// Adopts up to `max` connections. None: there will not be any more.
+    /// Adopts up to `max` connections. None: there will be no others.
     pub(super) fn poll_adopt(&self, cx: &Context<'_>, max: usize) -> Poll<Adopted> {
         let mut state = self.lock();
         state.adopt(max);
@@ -161,7 +162,7 @@ impl Channel {
         let application = state.application.take();
         state.wake_task();
         if state.is_waiting {
-            self.unlink(state, End::DispatcherGone);
+            self.unlink(state, IncomingEnd::DispatcherGone);
         } else {
             drop(state);
         }
@@ -190,7 +191,7 @@ impl Channel {
         self: &Arc<Self>,
         link: u64,
         message: ToWorker<Option<Offer>, Option<NewLink>>,
-    ) -> Option<End> {
+    ) -> Option<IncomingEnd> {
         let is_fence = matches!(message, ToWorker::Fenced);
         let message = match message {
             ToWorker::Move(link) => return self.move_to(link),
@@ -208,9 +209,9 @@ impl Channel {
         drop(state);
         match outcome {
             Ok(unwanted) => close_offers(unwanted),
-            Err(error) => return Some(End::Failed(Arc::new(error))),
+            Err(error) => return Some(IncomingEnd::Failed(Arc::new(error))),
         }
-        is_fence.then_some(End::Fenced)
+        is_fence.then_some(IncomingEnd::Fenced)
     }
 
     /// # Errors
@@ -227,7 +228,7 @@ impl Channel {
 
     /// Goes on at another link. Without one, since its descriptor is lost or is no socket, this
     /// worker drains: nobody waits for it there.
-    fn move_to(self: &Arc<Self>, link: Option<NewLink>) -> Option<End> {
+    fn move_to(self: &Arc<Self>, link: Option<NewLink>) -> Option<IncomingEnd> {
         let Some(socket) = link.and_then(|link| Socket::try_from(link.socket).ok()) else {
             self.drain();
             return None;
@@ -238,7 +239,7 @@ impl Channel {
         }
         if state.former.len() >= MOST_FORMER {
             let error = Error::invalid("a dispatcher that moves its worker and ends no old link");
-            return Some(End::Failed(Arc::new(error)));
+            return Some(IncomingEnd::Failed(Arc::new(error)));
         }
         let (book, unwanted) = state.current.book.move_on();
         let number = state.current.number + 1;
@@ -255,7 +256,7 @@ impl Channel {
     }
 
     /// Nothing more is sent or received at a link.
-    fn end(self: &Arc<Self>, link: u64, end: End) {
+    fn end(self: &Arc<Self>, link: u64, end: IncomingEnd) {
         let mut state = self.lock();
         let is_current = link == state.current.number;
         let Some(ended) = state.link(link) else { return };
@@ -278,7 +279,7 @@ impl Channel {
             return application.into_iter().for_each(Waker::wake);
         }
         // A dispatcher that was replaced may serve again, and this worker goes on then.
-        let waits = matches!(end, End::DispatcherGone)
+        let waits = matches!(end, IncomingEnd::DispatcherGone)
             && matches!(*self.phase.borrow(), Phase::Open)
             && state.former.iter().any(|former| !former.has_ended());
         if waits {
@@ -294,7 +295,7 @@ impl Channel {
     }
 
     /// No link is left, and none will come.
-    fn unlink(self: &Arc<Self>, mut state: MutexGuard<'_, State>, end: End) {
+    fn unlink(self: &Arc<Self>, mut state: MutexGuard<'_, State>, end: IncomingEnd) {
         state.is_waiting = false;
         let mut unwanted = Vec::new();
         let mut lost = 0;
@@ -307,8 +308,9 @@ impl Channel {
         }
         state.on_lost(lost);
         state.forget_ended();
-        let serve =
-            state.serve_unanswered && matches!(end, End::DispatcherGone) && !state.abandoned;
+        let serve = state.serve_unanswered
+            && matches!(end, IncomingEnd::DispatcherGone)
+            && !state.abandoned;
         unwanted.extend(state.current.book.end(serve).offers);
         let application = state.application.take();
         drop(state);

@@ -89,7 +89,7 @@ impl Incoming {
     /// offers from it. Call it once, before the application starts any: see [`Socket::from_stdin`].
     ///
     /// # Errors
-    /// Those of [`Socket::from_stdin`].
+    /// The errors of [`Socket::from_stdin`].
     ///
     /// # Panics
     /// Outside of a tokio runtime with I/O and time enabled.
@@ -101,7 +101,7 @@ impl Incoming {
     /// [`SocketKind::SeqPacket`].
     ///
     /// # Errors
-    /// Those of [`Socket::connect`].
+    /// The errors of [`Socket::connect`].
     ///
     /// # Panics
     /// Outside of a tokio runtime with I/O and time enabled.
@@ -286,8 +286,9 @@ impl IncomingHandle {
     /// has every connection that it has adopted. Await it before the process ends, and no client is
     /// cut off, whatever has ended the link.
     ///
-    /// A connection ends when its [`Connection`] is dropped, or its [`Serving`](super::Serving).
-    pub fn ended(&self) -> impl Future<Output = End> + Send + 'static + use<> {
+    /// A connection ends when its [`Connection`] is dropped, or its
+    /// [`ServingGuard`](super::ServingGuard).
+    pub fn ended(&self) -> impl Future<Output = IncomingEnd> + Send + 'static + use<> {
         self.end_of(|phase| match phase {
             Phase::Finished(end) => Some(end.clone()),
             _ => None,
@@ -296,8 +297,8 @@ impl IncomingHandle {
 
     /// Waits for the end of the link to the dispatcher. Adopted connections go on, except after a
     /// drain, which has waited for them. For a worker that connects again, or that has to know at
-    /// once that it was [fenced](End::Fenced).
-    pub fn link_ended(&self) -> impl Future<Output = End> + Send + 'static + use<> {
+    /// once that it was [fenced](IncomingEnd::Fenced).
+    pub fn link_ended(&self) -> impl Future<Output = IncomingEnd> + Send + 'static + use<> {
         self.end_of(|phase| match phase {
             Phase::Unlinked(end) | Phase::Finished(end) => Some(end.clone()),
             _ => None,
@@ -306,8 +307,8 @@ impl IncomingHandle {
 
     fn end_of(
         &self,
-        end: fn(&Phase) -> Option<End>,
-    ) -> impl Future<Output = End> + Send + 'static + use<> {
+        end: fn(&Phase) -> Option<IncomingEnd>,
+    ) -> impl Future<Output = IncomingEnd> + Send + 'static + use<> {
         let mut phase = self.channel.phase();
         async move {
             let ended = phase.wait_for(|phase| end(phase).is_some()).await;
@@ -315,7 +316,7 @@ impl IncomingHandle {
             ended
                 .ok()
                 .and_then(|phase| end(&phase))
-                .unwrap_or_else(|| End::Failed(Arc::new(Error::Closed)))
+                .unwrap_or_else(|| IncomingEnd::Failed(Arc::new(Error::Closed)))
         }
     }
 }
@@ -323,7 +324,7 @@ impl IncomingHandle {
 /// How the link to a dispatcher has ended. Adopted connections outlive it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
-pub enum End {
+pub enum IncomingEnd {
     /// In order: everything that was adopted has ended, and the dispatcher was told.
     Drained,
     /// The dispatcher has died, or has closed its end without a word.
@@ -335,7 +336,7 @@ pub enum End {
     Failed(Arc<Error>),
 }
 
-/// What an [`Incoming`] is made with.
+/// The settings of an [`Incoming`].
 ///
 /// ```no_run
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {

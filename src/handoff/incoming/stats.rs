@@ -1,4 +1,4 @@
-//! What a worker tells about itself.
+//! The numbers of a worker.
 
 /// Numbers of a worker's link to its dispatcher, from
 /// [`IncomingHandle::stats`](super::IncomingHandle::stats). They count connections.

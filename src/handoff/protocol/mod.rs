@@ -186,14 +186,14 @@ pub struct Offer<F = OwnedFd> {
     pub peer: Address,
     /// Address that it has connected to.
     pub local: Address,
-    /// What was already read from it. Comes before what the socket still has.
+    /// The bytes that were already read from it. They come before what the socket still has.
     pub read: Bytes,
-    /// What the dispatcher's application says about it.
+    /// Metadata from the dispatcher's application.
     pub metadata: Bytes,
     /// The socket.
     pub fd: F,
     /// Further descriptors that belong to the connection, adopted or rejected together with it.
-    /// What they are is in the metadata: the protocol does not know.
+    /// The metadata says what they are: the protocol does not know.
     pub bundle: Vec<F>,
 }
 

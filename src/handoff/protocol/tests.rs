@@ -214,7 +214,7 @@ fn an_offer_that_is_too_long_comes_back() {
     }
 }
 
-/// Those that are known are not, whatever follows them.
+/// Known messages are not, whatever follows them.
 ///
 /// Rules: P-TYPES.
 #[test]

@@ -12,7 +12,7 @@ use crate::Frame;
 #[cfg(feature = "handoff")]
 pub(super) use crate::handoff::{Dispatcher, Succession, TakenWorkers};
 
-/// What a server knows of the workers of a hand-off.
+/// The workers of a hand-off, as far as a server knows them.
 #[derive(Debug, Default)]
 pub(super) struct Workers {
     /// From the server that this one has replaced.

@@ -88,7 +88,7 @@ impl Client {
     /// byte, and completes the handshake.
     ///
     /// # Errors
-    /// Those of the handshake.
+    /// The errors of the handshake.
     pub(crate) async fn connect(
         router: &Router,
         name: &'static str,

@@ -86,7 +86,7 @@ impl<C> Account<C> {
         }
     }
 
-    // What others want to know.
+    // Questions of others.
 
     pub(super) fn state(&self) -> WorkerState {
         match self.phase {
@@ -326,8 +326,8 @@ impl<C> Account<C> {
         adopted
     }
 
-    /// What it has sent completely counts, whatever else it has sent: takes out the offers that a
-    /// message answers, if it was sent these.
+    /// Everything that it has sent completely counts, whatever else it has sent: takes out the
+    /// offers that a message answers, if it was sent these.
     pub(super) fn answered_at_last(
         &mut self,
         first: u64,
@@ -436,7 +436,7 @@ impl<C> Account<C> {
     }
 }
 
-/// What a worker has left behind.
+/// The remains of a worker.
 pub(super) struct Remains<C> {
     /// It may have seen these.
     pub(super) unanswered: Vec<Pending<C>>,

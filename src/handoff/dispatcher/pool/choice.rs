@@ -1,11 +1,11 @@
-//! Who waits, and who gets what.
+//! The choice of who waits, and of who gets which connection.
 
 use std::time::Instant;
 
 use super::{Account, Event, Failure, Pending, Phase, Pool, TicketId, Waiter, Worker};
 use crate::handoff::dispatcher::{Group, Strategy, WorkerId, key::order_of};
 
-/// What can be done with a connection.
+/// The choices for a connection.
 enum Choice {
     Plan(WorkerId),
     /// No worker has room for it.
@@ -212,7 +212,7 @@ impl<C> Pool<C> {
             // These may wait for a worker that others have no need of, so they do not hold up those
             // behind them.
             let is_special = pending.is_at_last_attempt(self.config.max_offers) || pending.fds > 1;
-            // Those that were offered before go before those that have a place reserved for a
+            // Connections that were offered before go before those that have a place reserved for a
             // connection to come.
             let is_new = pending.offers == 0;
             let Some(pending) = self.groups.get_mut(group).queue.take(place) else { continue };

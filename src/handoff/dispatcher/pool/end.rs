@@ -54,7 +54,7 @@ impl<C> Pool<C> {
         let Remains { mut unanswered, unseen, repeated } = account.retire(unsent);
         self.totals.offered_again -= repeated;
 
-        // What its process may hold, as long as it lives.
+        // Its process may hold these as long as it lives.
         let may_hold_copies = match state {
             ProcessState::Lives { has_received } if !unanswered.is_empty() => {
                 let fds = unanswered.iter().map(|pending| pending.fds).sum();
@@ -139,7 +139,7 @@ impl<C> Pool<C> {
         self.phase == Phase::Open
     }
 
-    /// Returns true if nothing is taken any more, whatever was accepted before.
+    /// Returns true if nothing is taken from now on, whatever was accepted before.
     pub(in crate::handoff::dispatcher) fn is_closed(&self) -> bool {
         self.phase == Phase::Closed
     }

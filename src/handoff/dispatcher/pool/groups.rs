@@ -75,7 +75,7 @@ impl<C> Groups<C> {
             .map(|(group, _)| group.clone())
     }
 
-    // Who waits.
+    // The queues.
 
     fn next_place(&mut self) -> i64 {
         self.back += 1;

@@ -70,7 +70,7 @@ pub(super) struct ProcessInfo {
     pub(super) is_child: bool,
 }
 
-/// What is known of a process whose link ends.
+/// A process whose link ends, as far as it is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ProcessState {
     /// It has ended, with this status if the dispatcher has started it.
@@ -122,7 +122,7 @@ struct Worker<C> {
     group: Group,
     /// `None` until its process is started again.
     account: Option<Account<C>>,
-    /// What the dispatcher has started.
+    /// The program that the dispatcher has started.
     program: Option<String>,
     restarts: u64,
     adopted: u64,
@@ -146,7 +146,7 @@ struct Leftover {
     pid: Option<u32>,
 }
 
-/// What a task has to do once the pool is unlocked.
+/// A thing for a task to do once the pool is unlocked.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Event<C> {
     /// There is something for a worker's task.
@@ -221,7 +221,7 @@ impl<C> Pool<C> {
         self.last_worker += 1;
         self.groups.get_mut(&group).workers += 1;
         let id = WorkerId(self.last_worker);
-        // Those that come while the dispatcher drains have nothing to do.
+        // Workers that come while the dispatcher drains have nothing to do.
         let removed = (self.phase != Phase::Open).then_some(self.drain_until);
         let worker = Worker {
             group,
@@ -314,7 +314,7 @@ impl<C> Pool<C> {
         self.workers.is_empty()
     }
 
-    // What is sent to a worker, and what it sends.
+    // Messages to a worker, and from it.
 
     /// The next message for a worker, to be sent in this order. Its task is woken when there is
     /// another one after `None`.
@@ -401,8 +401,8 @@ impl<C> Pool<C> {
         }
     }
 
-    /// What a worker has sent before it was fenced cannot be read. It may have adopted everything
-    /// that it was sent, so no other worker gets that.
+    /// The messages that a worker has sent before it was fenced can't be read. It may have adopted
+    /// everything that it was sent, so no other worker gets that.
     pub(super) fn on_unreadable(&mut self, id: WorkerId, unsent: usize, now: Instant) {
         let Some(account) = self.account(id) else { return };
         let adopted = account.adopt_all(unsent);

@@ -1,4 +1,4 @@
-//! What a dispatcher tells about itself, and what it counts for that.
+//! The numbers of a dispatcher, and the counters behind them.
 
 use std::time::{Duration, Instant};
 
@@ -80,7 +80,7 @@ impl<C> Pool<C> {
             restarts: worker.restarts,
             retired: worker.retired,
             last_exit: worker.last_exit.clone(),
-            room: account.map_or(0, Account::room),
+            credit: account.map_or(0, Account::room),
             unanswered: account.map_or(0, Account::pending),
             active: account.map_or(0, Account::active),
             adopted: worker.adopted,
@@ -101,7 +101,7 @@ impl<C> Pool<C> {
             self.departed.pop_front();
         }
         let worker =
-            WorkerStats { state: WorkerState::Gone, room: 0, unanswered: 0, active: 0, ..worker };
+            WorkerStats { state: WorkerState::Gone, credit: 0, unanswered: 0, active: 0, ..worker };
         self.on_departed(&worker);
         self.departed.push_back(worker);
     }

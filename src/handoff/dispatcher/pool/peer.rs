@@ -23,7 +23,7 @@ pub(super) struct Peer {
     /// Offers that were sent and whose answer was not read. After the end, copies of these may be
     /// here.
     pub(super) sent: VecDeque<u8>,
-    /// What its application has got.
+    /// The connections that its application has got.
     pub(super) given: Vec<u8>,
     finished: usize,
     pub(super) lives: bool,

@@ -22,7 +22,7 @@ pub(super) struct Pending<C> {
     pub(super) fds: usize,
     /// Offers made.
     pub(super) offers: u32,
-    /// Those of them after which the worker was gone, or could not use the connection.
+    /// The offers after which the worker was gone, or could not use the connection.
     pub(super) failures: u32,
     /// A worker was gone after one of them.
     has_ended_a_worker: bool,
@@ -30,7 +30,7 @@ pub(super) struct Pending<C> {
     pub(super) failed_with: Vec<WorkerId>,
     /// Workers that had no room or no time for it, each once.
     pub(super) refused_by: Vec<WorkerId>,
-    /// What became of the last offer.
+    /// The outcome of the last offer.
     last: Unadopted,
     /// The number of the last offer, and when it was made.
     pub(super) number: u64,

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Instant};
 
 use super::Pending;
 
-/// What waits, by its places, which grow to the back and fall to the front.
+/// The queue: who waits, by its places, which grow to the back and fall to the front.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Queue<C>(BTreeMap<i64, Waiter<C>>);
 

@@ -427,7 +427,7 @@ impl World {
         let links = self.workers.iter_mut().flat_map(|worker| &mut worker.links);
         links.filter(|link| link.side == side).for_each(|link| link.is_closed = true);
         for (relay, _) in &mut self.relays {
-            // What it has sent to the other one, or read from it, stays.
+            // All that it has sent to the other one, or read from it, stays.
             relay.is_closed |= relay.side == side;
             relay.has_ended |= relay.side != side;
         }

@@ -300,7 +300,7 @@ fn an_answer_out_of_place_answers_nothing() {
     }
 }
 
-/// Those that have connected can hang on purpose.
+/// Workers that have connected can hang on purpose.
 #[test]
 fn hung_workers_that_have_connected_do_not_put_off_the_fence_of_one_that_was_started() {
     let mut now = Instant::now();

@@ -52,7 +52,7 @@ pub(super) enum Fate {
     Failed,
 }
 
-/// What can happen. Numbers choose peers.
+/// An event. Numbers choose peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Step {
     Dispatch,

@@ -89,8 +89,8 @@ impl Dispatcher {
     /// [takeover](crate::takeover), which does all of this.
     ///
     /// # Errors
-    /// Those of making pairs of sockets, usually that there are too few descriptors: three for each
-    /// worker.
+    /// The errors of making pairs of sockets, usually that there are too few descriptors: three for
+    /// each worker.
     pub fn prepare_succession(&self) -> io::Result<(Succession, Vec<Frame>)> {
         let _context = self.shared.runtime.enter();
         let mut parts = Vec::new();

@@ -37,7 +37,7 @@ enum Fate {
     Rejected(RejectReason),
 }
 
-/// What a dispatcher makes of the messages.
+/// A dispatcher's view of the messages.
 #[derive(Debug, Default)]
 struct Dispatcher {
     answers: Vec<Fate>,

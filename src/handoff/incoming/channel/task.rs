@@ -14,7 +14,7 @@ use super::{Channel, now};
 use crate::{
     Error,
     framed::ReadHalf,
-    handoff::{incoming::End, protocol::SalvagingCodec},
+    handoff::{incoming::IncomingEnd, protocol::SalvagingCodec},
 };
 
 /// More bytes of answers than this wait for a dispatcher only if it asks and asks and does not
@@ -49,26 +49,26 @@ impl Future for Task {
 
 impl Task {
     /// Reads all there is. Ready at the end.
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<IncomingEnd> {
         while let Some(message) = ready!(self.read.poll_next_unpin(cx)) {
             let end = match message {
                 Ok(message) => self.channel.received(self.link, message),
                 Err(error) if error.is_peer_gone() => break,
-                Err(error) => Some(End::Failed(Arc::new(error))),
+                Err(error) => Some(IncomingEnd::Failed(Arc::new(error))),
             };
             if let Some(end) = end {
                 return Poll::Ready(end);
             }
         }
-        Poll::Ready(End::DispatcherGone)
+        Poll::Ready(IncomingEnd::DispatcherGone)
     }
 
     /// Says what there is to say. Ready at the end.
-    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<IncomingEnd> {
         let Self { channel, link: number, timer, .. } = self;
         let mut state = channel.lock();
         let Some((link, headroom)) = state.link_and_headroom(*number) else {
-            return Poll::Ready(End::DispatcherGone); // it was ended elsewhere
+            return Poll::Ready(IncomingEnd::DispatcherGone); // it was ended elsewhere
         };
         link.task.clone_from(cx.waker());
         link.book.ask(now(), || headroom.count());
@@ -88,16 +88,16 @@ impl Task {
         let left = link.book.leave();
         link.feed();
         match link.poll_flush(cx) {
-            Poll::Ready(Ok(())) if left => return Poll::Ready(End::Drained),
+            Poll::Ready(Ok(())) if left => return Poll::Ready(IncomingEnd::Drained),
             Poll::Ready(Err(error)) if !error.is_peer_gone() => {
-                return Poll::Ready(End::Failed(Arc::new(error)));
+                return Poll::Ready(IncomingEnd::Failed(Arc::new(error)));
             }
-            Poll::Ready(Err(_)) if link.is_cut_off() => return Poll::Ready(End::Fenced),
+            Poll::Ready(Err(_)) if link.is_cut_off() => return Poll::Ready(IncomingEnd::Fenced),
             _ => {}
         }
         if link.unsent_bytes() > MAX_UNSENT_BYTES {
             let error = Error::invalid("a dispatcher that asks without reading the answers");
-            return Poll::Ready(End::Failed(Arc::new(error)));
+            return Poll::Ready(IncomingEnd::Failed(Arc::new(error)));
         }
         let is_worth_asking = link.book.is_worth_asking();
         let application = if is_worth_asking { state.application.take() } else { None };
@@ -110,6 +110,6 @@ impl Task {
 /// The runtime may drop it in the middle.
 impl Drop for Task {
     fn drop(&mut self) {
-        self.channel.end(self.link, End::Failed(Arc::new(Error::Closed)));
+        self.channel.end(self.link, IncomingEnd::Failed(Arc::new(Error::Closed)));
     }
 }
