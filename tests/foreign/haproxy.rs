@@ -5,7 +5,7 @@
 
 use std::{
     fmt::Write,
-    io::Read,
+    io::{ErrorKind, Read},
     net::{SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, OwnedFd},
     path::Path,
@@ -23,7 +23,7 @@ use futures::{SinkExt, TryStreamExt};
 
 use crate::{
     Daemon,
-    common::{installed, marked, run},
+    common::{installed, marked, run, settle},
     raw_recv,
 };
 
@@ -260,10 +260,14 @@ fn haproxy_takes_our_listeners() {
 
 /// Asks haproxy for all of its listeners, as a new haproxy does.
 async fn take(path: &Path) -> Vec<OwnedFd> {
-    let mut framed = Framed::new(
-        Socket::connect(path, SocketKind::Stream).await.unwrap(),
-        NewProcess::default(),
-    );
+    let socket = loop {
+        match Socket::connect(path, SocketKind::Stream).await {
+            // It serves HTTP a moment before it listens at this path.
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => settle().await,
+            connected => break connected.unwrap(),
+        }
+    };
+    let mut framed = Framed::new(socket, NewProcess::default());
     framed.send(FromNew::GetSocks).await.unwrap();
     let Some(FromOld::Number(count)) = framed.try_next().await.unwrap() else {
         panic!("no number")
