@@ -272,18 +272,3 @@ fn the_promise_is_kept_in_each_order_of_events() {
     check(Bounds { connections: 2, groups: 2, crashes: 1, restarts: 1, ..NONE });
     check(Bounds { connections: 1, groups: 2, replacements: 1, crashes: 1, ..NONE });
 }
-
-/// Takes an hour or so. For a change of the pool's decisions, by hand.
-#[test]
-#[ignore = "takes an hour"]
-fn the_promise_is_kept_in_ten_million_states() {
-    check(Bounds {
-        connections: 3,
-        crashes: 1,
-        hangs: 1,
-        cuts: 1,
-        refusals: 1,
-        restarts: 1,
-        ..NONE
-    });
-}
