@@ -178,7 +178,7 @@ fn counters_go_on_and_slots_are_used_again_when_workers_come_and_go() {
         assert_eq!(values[drained], 3.0);
         front.remove(stays).await;
         // A snapshot leaves gauges at 0, so what is 0 afterwards was set if it was not 0 before.
-        let gauges = ["active_connections", "unanswered_offers", "room_offers"];
+        let gauges = ["active_connections", "unanswered_offers", "credit_offers"];
         let gauges = gauges.map(|name| format!("fdwire_worker_{name}"));
         for name in gauges.clone() {
             let labels = [("dispatcher", "front"), ("group", ""), ("slot", "1")];
