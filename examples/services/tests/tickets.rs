@@ -101,7 +101,7 @@ fn a_ticket_is_good_for_one_call() {
     assert_eq!(service.call(&second), Ok(2));
     assert_eq!(service.call(&second), Err(Code::NotFound));
     assert_eq!(service.call("0123456789abcdef0123456789abcdef"), Err(Code::NotFound));
-    assert_eq!(service.call(&first), Ok(1));
+    assert_eq!(service.call(&first), Ok(2), "the same file was deposited twice");
     assert_eq!(service.open_files(), 0);
 }
 
