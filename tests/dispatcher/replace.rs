@@ -1,7 +1,11 @@
 //! The workers of a group are replaced, or are not and notice nothing.
 
 use std::{
-    collections::BTreeSet, os::unix::process::ExitStatusExt, path::Path, pin::pin, time::Duration,
+    collections::BTreeSet,
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    pin::pin,
+    time::Duration,
 };
 
 use fdwire::{
@@ -17,6 +21,7 @@ use nix::{
     },
     unistd::Pid,
 };
+use tempfile::TempDir;
 use tokio::process::Command;
 
 use crate::{
@@ -28,6 +33,23 @@ use crate::{
 
 fn worker(log: &Path) -> WorkerCommand {
     WorkerCommand::from(command(log)).restart(true)
+}
+
+/// A dispatcher with a worker that is ready. The path is that of the worker's log.
+async fn one_worker() -> (TempDir, PathBuf, Dispatcher) {
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("log");
+    let dispatcher = Dispatcher::builder().build();
+    dispatcher.spawn_worker(worker(&log)).unwrap();
+    started(&dispatcher, 1).await;
+    (directory, log, dispatcher)
+}
+
+/// A program that never says hello.
+fn sleep() -> Command {
+    let mut sleep = Command::new("sleep");
+    sleep.arg("3600").kill_on_drop(true);
+    sleep
 }
 
 fn ids(dispatcher: &Dispatcher) -> Vec<WorkerId> {
@@ -89,14 +111,9 @@ fn new_workers_take_over_when_all_are_ready_and_the_old_ones_finish() {
 #[test]
 fn until_all_new_workers_are_ready_the_old_ones_get_everything() {
     run(async {
-        let directory = tempfile::tempdir().unwrap();
-        let log = directory.path().join("log");
-        let dispatcher = Dispatcher::builder().build();
-        dispatcher.spawn_worker(worker(&log)).unwrap();
-        started(&dispatcher, 1).await;
+        let (_directory, log, dispatcher) = one_worker().await;
         let old = pids(&dispatcher);
-        let mut sleep = Command::new("sleep");
-        sleep.arg("3600").kill_on_drop(true);
+        let sleep = sleep();
         let new = [worker(&log), sleep.into()];
         {
             let mut replacing = pin!(dispatcher.replace_workers(new, None));
@@ -290,13 +307,8 @@ fn a_worker_that_dies_meanwhile_is_started_again() {
 #[test]
 fn a_drain_before_the_switch_stops_the_new_workers() {
     run(async {
-        let directory = tempfile::tempdir().unwrap();
-        let log = directory.path().join("log");
-        let dispatcher = Dispatcher::builder().build();
-        dispatcher.spawn_worker(worker(&log)).unwrap();
-        started(&dispatcher, 1).await;
-        let mut sleep = Command::new("sleep");
-        sleep.arg("3600").kill_on_drop(true);
+        let (_directory, log, dispatcher) = one_worker().await;
+        let sleep = sleep();
         let mut replacing = pin!(dispatcher.replace_workers([sleep], None));
         assert!(replacing.as_mut().now_or_never().is_none());
         let (replaced, ()) = tokio::join!(replacing, dispatcher.drain(None));
@@ -339,11 +351,7 @@ fn dropped_after_the_switch_it_lets_the_old_workers_go_on_leaving() {
 fn without_descriptors_for_the_new_workers_the_old_ones_go_on() {
     const NAME: &str = "replace::without_descriptors_for_the_new_workers_the_old_ones_go_on";
     alone(NAME, async {
-        let directory = tempfile::tempdir().unwrap();
-        let log = directory.path().join("log");
-        let dispatcher = Dispatcher::builder().build();
-        dispatcher.spawn_worker(worker(&log)).unwrap();
-        started(&dispatcher, 1).await;
+        let (_directory, log, dispatcher) = one_worker().await;
         let old = pids(&dispatcher);
         let mut pairs = connections(5).await;
         let before = open_fds();
