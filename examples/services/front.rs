@@ -9,6 +9,7 @@ use std::{
     io::{Error, Result},
     net::SocketAddr,
     pin::pin,
+    process::ExitCode,
     time::Duration,
 };
 
@@ -36,15 +37,33 @@ pub(crate) struct Arguments {
 
     /// Be a worker: how the front starts it
     #[arg(long, hide = true)]
-    pub(crate) worker: bool,
+    worker: bool,
 }
 
-pub(crate) async fn run(arguments: Arguments) -> Result<()> {
+/// Runs the front, or the worker if this process is to be one. Prints the error that ends it.
+pub(crate) async fn main(
+    arguments: Arguments,
+    serve: impl Future<Output = Result<()>>,
+) -> ExitCode {
+    let done = if arguments.worker { serve.await } else { run(arguments).await };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> Result<()> {
     let limit = Some(Duration::from_secs(arguments.limit));
     let (mut hangup, mut end) = (signal(SignalKind::hangup())?, signal(SignalKind::terminate())?);
     let dispatcher = Dispatcher::builder().build();
     dispatcher.spawn_worker(worker()?)?;
-    let listener = TcpListener::bind(arguments.listen).await?;
+    let listener = TcpListener::bind(arguments.listen).await.map_err(|error| {
+        let reason = format!("cannot listen on {}: {error}", arguments.listen);
+        Error::new(error.kind(), reason)
+    })?;
     println!("listening on {}", listener.local_addr()?);
 
     let replacing = async {

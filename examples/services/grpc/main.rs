@@ -20,7 +20,11 @@
 #[path = "../front.rs"]
 mod front;
 
-use std::{convert::Infallible, io, process};
+use std::{
+    convert::Infallible,
+    io,
+    process::{self, ExitCode},
+};
 
 use clap::Parser;
 use fdwire::handoff::{Incoming, IncomingHandle};
@@ -43,9 +47,8 @@ struct Program {
 }
 
 #[tokio::main]
-async fn main() -> io::Result<()> {
-    let Program { arguments } = Program::parse();
-    if arguments.worker { serve().await } else { front::run(arguments).await }
+async fn main() -> ExitCode {
+    front::main(Program::parse().arguments, serve()).await
 }
 
 async fn serve() -> io::Result<()> {

@@ -15,7 +15,7 @@ use std::{
     env,
     io::{Error, Result},
     net::SocketAddr,
-    process,
+    process::{self, ExitCode},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -54,14 +54,22 @@ struct Arguments {
 }
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<()> {
+async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if arguments.worker {
-        let app = Router::new().route("/", get(|| async { format!("{}\n", process::id()) }));
-        Incoming::from_stdin()?.serve_axum(app).await;
-        return Ok(());
+    let done = if arguments.worker { serve().await } else { front(arguments).await };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
     }
-    front(arguments).await
+}
+
+async fn serve() -> Result<()> {
+    let app = Router::new().route("/", get(|| async { format!("{}\n", process::id()) }));
+    Incoming::from_stdin()?.serve_axum(app).await;
+    Ok(())
 }
 
 async fn front(arguments: Arguments) -> Result<()> {
@@ -79,11 +87,11 @@ async fn front(arguments: Arguments) -> Result<()> {
         dispatcher.spawn_worker(WorkerCommand::from(command).restart(true))?;
     }
 
-    let scraped = TcpListener::bind(arguments.metrics).await?;
+    let scraped = listen(arguments.metrics).await?;
     println!("metrics at http://{}/metrics", scraped.local_addr()?);
     tokio::spawn(export(scraped, dispatcher.clone(), recorder));
 
-    let listener = TcpListener::bind(arguments.listen).await?;
+    let listener = listen(arguments.listen).await?;
     println!("listening on http://{}/", listener.local_addr()?);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut serving = std::pin::pin!(dispatcher.serve(listener));
@@ -110,4 +118,10 @@ async fn export(
         async move { text }
     };
     axum::serve(listener, Router::new().route("/metrics", get(scrape))).await
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
 }

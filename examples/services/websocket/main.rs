@@ -16,7 +16,7 @@ mod front;
 use std::{
     io,
     pin::pin,
-    process,
+    process::{self, ExitCode},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -42,9 +42,8 @@ struct Program {
 }
 
 #[tokio::main]
-async fn main() -> io::Result<()> {
-    let Program { arguments } = Program::parse();
-    if arguments.worker { serve().await } else { front::run(arguments).await }
+async fn main() -> ExitCode {
+    front::main(Program::parse().arguments, serve()).await
 }
 
 async fn serve() -> io::Result<()> {
