@@ -161,7 +161,7 @@ async fn serve() -> Result<()> {
         io::stdin().read_exact(&mut [0])?;
     }
 
-    // What is measured: from the request until it is ready.
+    // The measured time goes from the request until it is ready.
     let (begin, cpu_begin) = (Instant::now(), cpu("self")?);
     let server = takeover::bind_or_take(&path, Options::default(), bind).await?.ready().await?;
     let (elapsed, used) = (begin.elapsed(), cpu("self")? - cpu_begin);

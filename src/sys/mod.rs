@@ -50,6 +50,12 @@ use nix::{
     sys::socket::{SockFlag, accept4},
 };
 
+/// Returns true if descriptors or memory have run out, which passes.
+#[cfg(any(feature = "handoff", feature = "takeover"))]
+pub(crate) fn is_exhausted(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+}
+
 /// Takes a connection off a listener's queue, close-on-exec.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;

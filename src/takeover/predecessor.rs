@@ -3,7 +3,6 @@
 use std::{future::Future, io, os::fd::OwnedFd, sync::Arc};
 
 use bytes::Bytes;
-use nix::libc;
 use tokio::sync::{
     mpsc::{UnboundedReceiver, unbounded_channel},
     oneshot,
@@ -19,7 +18,7 @@ use super::{
     taker::TakerStep,
     workers::Workers,
 };
-use crate::{Fds, socket::PathGuard};
+use crate::{Fds, socket::PathGuard, sys::is_exhausted};
 
 /// Returns the task that watches a predecessor.
 pub(super) fn watch(
@@ -178,9 +177,4 @@ impl Predecessor {
             }
         }
     }
-}
-
-/// Returns true if descriptors or memory have run out, which passes.
-fn is_exhausted(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }

@@ -57,7 +57,7 @@ fn a_server_without_descriptors_goes_on_and_loses_none() {
         new.go();
         new
     };
-    // What is opened once is open now.
+    // Whatever is opened only once is open now.
     start().expect("requested");
     assert_eq!(who_serves(address), Some(old.child.id()));
     let mut before = descriptors(&old);

@@ -166,14 +166,12 @@ impl Accepting {
             let Some(permit) = reserve_late(&self.shared) else { return };
             match self.accept_one() {
                 Ok((socket, peer)) => drop(self.take_on(socket, peer, permit, slot)),
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::ECONNABORTED) => {}
-                    Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-                        drop(permit);
-                        sleep(BACK_OFF).await;
-                    }
-                    _ => return, // nobody waits
-                },
+                Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {}
+                Err(error) if sys::is_exhausted(&error) => {
+                    drop(permit);
+                    sleep(BACK_OFF).await;
+                }
+                Err(_) => return, // nobody waits
             }
             if count % BATCH == 0 {
                 yield_now().await;
