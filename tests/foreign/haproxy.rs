@@ -176,9 +176,10 @@ fn get(address: SocketAddr) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// Listening sockets, and their addresses.
-fn listeners(count: usize) -> (Vec<TcpListener>, Vec<SocketAddr>) {
-    let listeners: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+/// Listening sockets, and their addresses. Each test has its own address of the loopback network:
+/// between the end of a socket and haproxy's bind, nobody else gets its port.
+fn listeners(ip: &str, count: usize) -> (Vec<TcpListener>, Vec<SocketAddr>) {
+    let listeners: Vec<_> = (0..count).map(|_| TcpListener::bind((ip, 0)).unwrap()).collect();
     let addresses = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
     (listeners, addresses)
 }
@@ -246,7 +247,7 @@ fn haproxy_takes_our_listeners() {
     let Some(program) = installed("haproxy") else { return };
     run(async {
         let directory = tempfile::tempdir().unwrap();
-        let (sockets, addresses) = listeners(300);
+        let (sockets, addresses) = listeners("127.0.0.2", 300);
         let kept: Vec<Arc<OwnedFd>> =
             sockets.into_iter().map(|socket| Arc::new(socket.into())).collect();
         let mut daemon = start_with(&program, directory.path(), &addresses, &kept).await;
@@ -294,7 +295,7 @@ fn we_take_the_listeners_of_haproxy() {
     let Some(program) = installed("haproxy") else { return };
     run(async {
         let directory = tempfile::tempdir().unwrap();
-        let (sockets, addresses) = listeners(300);
+        let (sockets, addresses) = listeners("127.0.0.3", 300);
         drop(sockets); // free again, for haproxy
         let mut command = haproxy(&program, directory.path(), &addresses);
         let mut daemon = Daemon::start(&mut command, directory.path());
@@ -320,7 +321,7 @@ fn a_server_takes_over_from_haproxy_and_haproxy_from_its_next_generation() {
     let Some(program) = installed("haproxy") else { return };
     run(async {
         let directory = tempfile::tempdir().unwrap();
-        let (sockets, addresses) = listeners(2);
+        let (sockets, addresses) = listeners("127.0.0.4", 2);
         drop(sockets); // free again, for haproxy
         let mut daemon =
             Daemon::start(&mut haproxy(&program, directory.path(), &addresses), directory.path());
