@@ -5,7 +5,7 @@
 
 use std::{
     fmt::Write,
-    io::{ErrorKind, Read},
+    io::Read,
     net::{SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, OwnedFd},
     path::Path,
@@ -23,7 +23,7 @@ use futures::{SinkExt, TryStreamExt};
 
 use crate::{
     Daemon,
-    common::{installed, marked, run, settle},
+    common::{installed, marked, run},
     raw_recv,
 };
 
@@ -260,14 +260,9 @@ fn haproxy_takes_our_listeners() {
 }
 
 /// Asks haproxy for all of its listeners, as a new haproxy does.
-async fn take(path: &Path) -> Vec<OwnedFd> {
-    let socket = loop {
-        match Socket::connect(path, SocketKind::Stream).await {
-            // It serves HTTP a moment before it listens at this path.
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => settle().await,
-            connected => break connected.unwrap(),
-        }
-    };
+async fn take(daemon: &mut Daemon, path: &Path) -> Vec<OwnedFd> {
+    // It serves HTTP a moment before it listens at this path.
+    let socket = daemon.ready(async || Socket::connect(path, SocketKind::Stream).await).await;
     let mut framed = Framed::new(socket, NewProcess::default());
     framed.send(FromNew::GetSocks).await.unwrap();
     let Some(FromOld::Number(count)) = framed.try_next().await.unwrap() else {
@@ -301,7 +296,7 @@ fn we_take_the_listeners_of_haproxy() {
         let mut daemon = Daemon::start(&mut command, directory.path());
         daemon.ready(async || get(addresses[299])).await;
 
-        let taken = take(&directory.path().join("admin")).await;
+        let taken = take(&mut daemon, &directory.path().join("admin")).await;
         drop(daemon);
         // All of them listen on, without haproxy.
         let ours: Vec<_> = taken.iter().filter_map(address_of).collect();
@@ -327,7 +322,7 @@ fn a_server_takes_over_from_haproxy_and_haproxy_from_its_next_generation() {
             Daemon::start(&mut haproxy(&program, directory.path(), &addresses), directory.path());
         daemon.ready(async || get(addresses[1])).await;
         let mut front = Listeners::new();
-        for socket in take(&directory.path().join("admin")).await {
+        for socket in take(&mut daemon, &directory.path().join("admin")).await {
             // The one of its administration comes along.
             if address_of(&socket).is_some_and(|address| addresses.contains(&address)) {
                 front.add("front", socket).unwrap();
