@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 pub(crate) struct RawDispatcher {
     pub(crate) framed: Framed<DispatcherCodec>,
     listener: TcpListener,
-    /// The last words of the worker.
+    /// The demand and the finished connections that the worker has reported most recently.
     pub(crate) demand: u64,
     pub(crate) finished: u64,
     /// Offers made, and those that were answered.

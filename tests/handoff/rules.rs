@@ -289,7 +289,7 @@ fn a_worker_goes_on_at_a_new_link_and_stays_at_the_old_one() {
         let rejected = FromWorker::Rejected { first: 1, count: 1, reason: RejectReason::Draining };
         assert_eq!(answers, [FromWorker::Draining, rejected]);
 
-        // Connections that were adopted at the old link ends at the new one.
+        // Connections that were adopted at the old link end at the new one.
         drop(connection);
         next.expect_finished(1).await;
         dispatcher.settle().await;

@@ -194,8 +194,8 @@ impl Process {
         }
     }
 
-    /// The knowledge of it when its link ends for this reason. `has_received` is true if nothing
-    /// that it was sent is in flight.
+    /// Returns what is known of it when its link ends for this reason. `has_received` is true if
+    /// nothing that it was sent is in flight.
     pub(super) fn state(&mut self, cause: &RetireCause, has_received: bool) -> ProcessState {
         if let Self::Peer(peer) = self
             && peer.has_ended()

@@ -86,7 +86,7 @@ impl<C> Account<C> {
         }
     }
 
-    // Questions of others.
+    // Queries.
 
     pub(super) fn state(&self) -> WorkerState {
         match self.phase {
@@ -436,7 +436,7 @@ impl<C> Account<C> {
     }
 }
 
-/// The remains of a worker.
+/// The offers that a worker has not answered when it is retired.
 pub(super) struct Remains<C> {
     /// It may have seen these.
     pub(super) unanswered: Vec<Pending<C>>,

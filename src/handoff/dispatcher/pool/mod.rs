@@ -146,7 +146,7 @@ struct Leftover {
     pid: Option<u32>,
 }
 
-/// A thing for a task to do once the pool is unlocked.
+/// A step that a task takes once the pool is unlocked.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Event<C> {
     /// There is something for a worker's task.
