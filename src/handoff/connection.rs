@@ -56,7 +56,7 @@ use crate::{close_in_background, sys};
 #[derive(Debug)]
 pub struct Connection {
     stream: EndOnDrop,
-    read: Bytes,
+    prefix: Bytes,
     peer: Address,
     local: Address,
     metadata: Bytes,
@@ -83,7 +83,7 @@ pub struct ConnectionParts {
     pub stream: ConnectionStream,
     /// Bytes that were read from it and are not consumed. They come before what the socket still
     /// has.
-    pub read: Bytes,
+    pub prefix: Bytes,
     /// Address of the client.
     pub peer: Address,
     /// Address that it has connected to.
@@ -119,7 +119,7 @@ pub(super) struct Prepared {
     stream: ConnectionStream,
     peer: Address,
     local: Address,
-    read: Bytes,
+    prefix: Bytes,
     metadata: Bytes,
     bundle: Vec<OwnedFd>,
 }
@@ -134,9 +134,9 @@ impl Prepared {
             close_in_background(offer.into_fds());
             return Err(RejectReason::Unusable);
         }
-        let Offer { cookie, transport, peer, local, read, metadata, fd, bundle } = offer;
+        let Offer { cookie, transport, peer, local, prefix, metadata, fd, bundle } = offer;
         match ConnectionStream::new(transport, fd) {
-            Ok(stream) => Ok(Self { cookie, stream, peer, local, read, metadata, bundle }),
+            Ok(stream) => Ok(Self { cookie, stream, peer, local, prefix, metadata, bundle }),
             Err(error) => {
                 let connection = ConnectionId(cookie);
                 let text = "cannot serve a connection; it goes back to the dispatcher";
@@ -156,11 +156,11 @@ impl Prepared {
 impl Connection {
     /// The dispatcher has been told of the adoption.
     pub(super) fn adopted(prepared: Prepared, channel: &Arc<Channel>) -> Self {
-        let Prepared { cookie, stream, peer, local, read, metadata, bundle } = prepared;
+        let Prepared { cookie, stream, peer, local, prefix, metadata, bundle } = prepared;
         let span = ConnectionSpan::serve(cookie, &peer, &local);
         let serving = ServingGuard { channel: Arc::clone(channel), span };
         let stream = EndOnDrop(Some(stream));
-        Self { stream, read, peer, local, metadata, bundle: Bundle(bundle), serving }
+        Self { stream, prefix, peer, local, metadata, bundle: Bundle(bundle), serving }
     }
 
     /// Address of the client.
@@ -206,8 +206,8 @@ impl Connection {
     pub fn into_parts(mut self) -> ConnectionParts {
         let stream = self.stream.0.take().expect(PRESENT);
         let bundle = mem::take(&mut self.bundle.0);
-        let Self { read, peer, local, metadata, serving, .. } = self;
-        ConnectionParts { stream, read, peer, local, metadata, bundle, serving }
+        let Self { prefix, peer, local, metadata, serving, .. } = self;
+        ConnectionParts { stream, prefix, peer, local, metadata, bundle, serving }
     }
 
     fn stream(self: Pin<&mut Self>) -> &mut ConnectionStream {
@@ -330,12 +330,12 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.read.is_empty() {
+        if self.prefix.is_empty() {
             return Pin::new(self.stream().as_read()).poll_read(cx, buf);
         }
-        let bytes = self.read.len().min(buf.remaining());
-        buf.put_slice(&self.read[..bytes]);
-        self.read.advance(bytes);
+        let bytes = self.prefix.len().min(buf.remaining());
+        buf.put_slice(&self.prefix[..bytes]);
+        self.prefix.advance(bytes);
         Poll::Ready(Ok(()))
     }
 }

@@ -154,7 +154,7 @@
 //!   worker that does not receive keeps them.
 //! - Descriptors that belong to a connection can [come with it](Accepted::with_fd), and state can
 //!   as metadata. What is in neither does not move along: hand a TLS connection over before the
-//!   handshake, with what was [read](Accepted::read_bytes) from it.
+//!   handshake, with what was [read](Accepted::with_prefix) from it.
 //!
 //! # Traps
 //!
