@@ -195,3 +195,25 @@ fn a_worker_that_ends_what_is_left_right_before_the_deadline_leaves_in_order() {
         assert_eq!((retired.drained, retired.overdue), (1, 0));
     });
 }
+
+/// Rules: W-DRAIN-TIME.
+#[test]
+fn the_limit_of_the_last_drain_counts() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let (_client, accepted) = connections(1).await.pop().unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        let _offer = worker.offer().await.unwrap();
+        assert!(dispatcher.drain(None).now_or_never().is_none());
+        let work = async {
+            worker.told().await;
+            // Now nothing is left unanswered, which the first drain has waited for.
+            worker.adopt(1).await;
+            outcome.await.unwrap();
+            worker.ended().await;
+        };
+        tokio::join!(dispatcher.drain(Some(Duration::from_millis(400))), work);
+        assert_eq!(dispatcher.stats().retired.overdue, 1);
+    });
+}

@@ -1,6 +1,9 @@
-//! Workers that break the protocol, or do not answer.
+//! Workers that break the protocol, flood the dispatcher, or do not answer.
 
-use std::time::Duration;
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    time::Duration,
+};
 
 use fdwire::{
     Framed, Socket, SocketKind,
@@ -10,10 +13,15 @@ use fdwire::{
     },
 };
 use futures::{SinkExt, StreamExt, future::join_all};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout},
+    sys::socket::{MsgFlags, send},
+};
 
 use crate::{
     both,
-    common::{marked, raw_send},
+    common::{encoded, marked, raw_send},
     raw_worker::{Raw, adopted, connections, serve, until},
 };
 
@@ -196,6 +204,35 @@ fn a_busy_worker_is_recalled_and_not_cut_off() {
             assert_eq!(outcome.await.unwrap(), free.id);
         }
         assert_eq!(dispatcher.stats().workers.len(), 2);
+        assert_eq!(dispatcher.stats().retired, Default::default());
+    });
+}
+
+/// The workers share one thread with the dispatcher.
+#[test]
+fn a_worker_that_floods_the_dispatcher_leaves_others_their_turns() {
+    both(async |kind| {
+        let dispatcher = Dispatcher::builder().build();
+        let flooding = Raw::start(&dispatcher, kind, 0).await;
+        let socket = OwnedFd::from(flooding.framed.into_parts().socket);
+        std::thread::spawn(move || {
+            let load = encoded(&[5, 0, 0, 0, 0, 0, 0, 0, 0], 0).repeat(3000);
+            let mut poll = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+            loop {
+                match send(socket.as_raw_fd(), &load, MsgFlags::MSG_NOSIGNAL) {
+                    Ok(_) => {}
+                    Err(Errno::EAGAIN) => drop(nix::poll::poll(&mut poll, PollTimeout::NONE)),
+                    Err(_) => return,
+                }
+            }
+        });
+        let mut worker = Raw::start(&dispatcher, kind, 50).await;
+        for (_client, accepted) in connections(50).await {
+            let outcome = dispatcher.dispatch(accepted);
+            worker.offer().await.unwrap();
+            worker.adopt(1).await;
+            assert_eq!(outcome.await.unwrap(), worker.id);
+        }
         assert_eq!(dispatcher.stats().retired, Default::default());
     });
 }

@@ -221,3 +221,22 @@ fn a_request_that_crashes_the_application_does_not_start_a_storm_of_processes() 
         dispatcher.drain(Some(Duration::ZERO)).await;
     });
 }
+
+/// The process is a program that ignores its standard input.
+#[test]
+fn a_process_that_never_said_hello_does_not_outlive_its_removal() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let sleep = || {
+            let mut command = Command::new("sleep");
+            command.arg("600").kill_on_drop(true);
+            command
+        };
+        let id = dispatcher.spawn_worker(sleep()).unwrap();
+        let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
+        assert!(dispatcher.remove_worker(id, None).await);
+        until("it was killed and reaped", || kill(pid, None).is_err()).await;
+        dispatcher.spawn_worker(sleep()).unwrap();
+        dispatcher.drain(None).await;
+    });
+}

@@ -28,8 +28,8 @@ use crate::{
     both,
     common::{KINDS, run},
     descriptors::alone,
+    log::{Events, write_to},
     raw_worker::{Point, Raw, connections, until, worker_command},
-    workers::{Events, write_to},
 };
 
 fn shell(script: &str) -> Command {
@@ -254,5 +254,22 @@ fn it_is_known_for_how_long_a_place_has_been_waited_for() {
         until("time has passed", || dispatcher.stats().slot_wait.unwrap() > before).await;
         drop(waiting);
         assert_eq!(dispatcher.stats().slot_wait, None);
+    });
+}
+
+#[test]
+fn the_reason_why_a_worker_was_started_again_is_in_its_stats() {
+    run(async {
+        let dispatcher = Dispatcher::builder().build();
+        let id = dispatcher
+            .spawn_worker(WorkerCommand::from(Command::new("true")).restart(true))
+            .unwrap();
+        until("it was started again", || dispatcher.stats().workers[0].restarts > 0).await;
+        let worker = &dispatcher.stats().workers[0];
+        assert_eq!(
+            (worker.id, &worker.last_exit.as_ref().unwrap().cause),
+            (id, &RetireCause::Ended)
+        );
+        dispatcher.drain(None).await;
     });
 }

@@ -1,0 +1,211 @@
+//! Too many descriptors of one uid are in flight, so the kernel takes no more (`ETOOMANYREFS`).
+
+use std::{fs::File, pin::pin, time::Duration};
+
+use fdwire::{
+    Framed, Socket, SocketKind,
+    handoff::{
+        Dispatcher,
+        protocol::{FromWorker, WorkerCodec},
+    },
+};
+use futures::future::join_all;
+use nix::sys::resource::{Resource, setrlimit};
+use rustix::io::ioctl_fionread;
+use tokio::time::timeout;
+
+use crate::{
+    common::{KINDS, PASSED, other_uid, role_socket, run, spawn_role},
+    raw_worker::{Raw, connections, greet, serve, until},
+};
+
+/// Runs a role as another uid: root is exempt from the limit on descriptors in flight, and others
+/// share theirs.
+fn in_role_of_other_uid(role: &str) {
+    let Some(uid) = other_uid() else { return };
+    let mut child = spawn_role(role, Some(uid), File::open("/dev/null").unwrap().into());
+    assert_eq!(child.wait().unwrap().code(), Some(PASSED));
+}
+
+/// The bytes on their way to a worker.
+fn unread(worker: &Raw) -> u64 {
+    ioctl_fionread(worker.framed.socket()).unwrap()
+}
+
+/// The dispatcher waits with the offers that exceed the limit, and loses none.
+#[test]
+fn too_many_descriptors_in_flight_are_waited_for() {
+    const ROLE: &str = "in_flight::too_many_descriptors_in_flight_are_waited_for";
+    const HALF: u32 = 100;
+    if role_socket(ROLE).is_some() {
+        KINDS.into_iter().for_each(|kind| {
+            run(async {
+                let dispatcher = Dispatcher::builder()
+                    .recall_after(Duration::MAX)
+                    .ping_interval(Duration::MAX)
+                    .build();
+                let mut worker = Raw::start(&dispatcher, kind, u64::from(2 * HALF)).await;
+                let (clients, accepted): (Vec<_>, Vec<_>) =
+                    connections(2 * HALF).await.into_iter().unzip();
+                let mut accepted = accepted.into_iter();
+                let mut half = || {
+                    Vec::from_iter(
+                        accepted.by_ref().take(HALF as usize).map(|it| dispatcher.dispatch(it)),
+                    )
+                };
+                let first = half();
+                let on_their_way = || unread(&worker);
+                until("they are on their way", || on_their_way() > 0).await;
+                let before = on_their_way();
+                // The limit of descriptors in flight, for all processes of the uid together. The
+                // kernel checks it before it takes more.
+                setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
+                let second = half();
+                until("a send has failed", || dispatcher.stats().send_shortages > 0).await;
+                assert_eq!(on_their_way(), before, "the limit is not there, they were sent");
+                setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
+                let work = async {
+                    for _ in 0..2 * HALF {
+                        let offer = worker.offer().await.unwrap();
+                        worker.adopt(1).await;
+                        serve(offer, "served").unwrap();
+                    }
+                };
+                let (outcomes, ()) = tokio::join!(join_all(first.into_iter().chain(second)), work);
+                assert!(outcomes.into_iter().all(|outcome| outcome.is_ok()));
+                for client in clients {
+                    assert_eq!(client.answer().await, "served");
+                }
+                let stats = dispatcher.stats();
+                assert_eq!((stats.adopted, stats.offered_again), (u64::from(2 * HALF), 0));
+            });
+        });
+        std::process::exit(PASSED);
+    }
+    in_role_of_other_uid(ROLE);
+}
+
+/// Workers that do not receive keep descriptors of the uid in flight, even after they were cut off.
+#[test]
+fn stuck_workers_leave_a_healthy_one_all_that_it_needs() {
+    const ROLE: &str = "in_flight::stuck_workers_leave_a_healthy_one_all_that_it_needs";
+    const OFFERS: usize = 60;
+    if role_socket(ROLE).is_some() {
+        return run(async {
+            setrlimit(Resource::RLIMIT_NOFILE, 256, 4096).unwrap();
+            let dispatcher = Dispatcher::builder()
+                .ping_interval(Duration::from_millis(20))
+                .hang_timeout(Duration::from_millis(100))
+                .max_fences(100, Duration::from_secs(1))
+                .build();
+            // The limit that counts is the soft one of the sender.
+            let mut stuck = Vec::new();
+            for round in 0..10 {
+                let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
+                dispatcher.add_worker(there);
+                let mut framed = Framed::new(here, WorkerCodec::default());
+                greet(&mut framed, 253).await;
+                stuck.push(framed); // not read from
+                let offered = Vec::from_iter((0..OFFERS).map(|_| {
+                    dispatcher.dispatch(std::os::unix::net::UnixStream::pair().unwrap().0)
+                }));
+                until("it is cut off", || dispatcher.stats().retired.hung == round + 1).await;
+                assert!(
+                    dispatcher.stats().in_flight <= 128 + stuck.len(),
+                    "{:?}",
+                    dispatcher.stats()
+                );
+                let mut healthy = Raw::start(&dispatcher, SocketKind::SeqPacket, 60).await;
+                healthy.offers(1).await;
+                healthy.adopt(1).await;
+                for _ in 1..OFFERS {
+                    healthy.offer().await.unwrap();
+                    healthy.adopt(1).await;
+                }
+                assert!(join_all(offered).await.into_iter().all(|adopted| adopted.is_ok()));
+                healthy.say(FromWorker::Goodbye).await;
+                until("it has left", || dispatcher.stats().workers.is_empty()).await;
+            }
+            std::process::exit(PASSED);
+        });
+    }
+    in_role_of_other_uid(ROLE);
+}
+
+/// The PING waits in the dispatcher's queue, so the worker cannot answer it.
+#[test]
+fn a_worker_is_not_cut_off_while_the_dispatcher_cannot_send() {
+    const ROLE: &str = "in_flight::a_worker_is_not_cut_off_while_the_dispatcher_cannot_send";
+    const IN_FLIGHT: u32 = 100;
+    if role_socket(ROLE).is_some() {
+        return run(async {
+            let other = Dispatcher::builder()
+                .recall_after(Duration::MAX)
+                .hang_timeout(Duration::MAX)
+                .build();
+            let stopped = Raw::start(&other, SocketKind::Stream, u64::from(IN_FLIGHT)).await;
+            let (_clients, mut accepted): (Vec<_>, Vec<_>) =
+                connections(IN_FLIGHT + 1).await.into_iter().unzip();
+            let last = accepted.pop().unwrap();
+            let _outcomes =
+                Vec::from_iter(accepted.into_iter().map(|connection| other.dispatch(connection)));
+            until("they are on their way", || unread(&stopped) > 0).await;
+
+            let hang_timeout = Duration::from_millis(200);
+            let ping_interval = Duration::from_millis(50);
+            let dispatcher = Dispatcher::builder()
+                .ping_interval(ping_interval)
+                .hang_timeout(hang_timeout)
+                .build();
+            let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+            setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
+            let outcome = dispatcher.dispatch(last);
+            let work = async {
+                let offer = worker.offer().await.expect("it was not cut off");
+                worker.adopt(1).await;
+                offer
+            };
+            let mut work = pin!(work);
+            let stuck = timeout(5 * hang_timeout, work.as_mut()).await;
+            assert!(stuck.is_err(), "the limit is not there");
+            setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
+            drop(work.await);
+            outcome.await.unwrap();
+            std::process::exit(PASSED);
+        });
+    }
+    in_role_of_other_uid(ROLE);
+}
+
+/// The worker itself is the reason: it does not receive, so its offers stay in flight.
+#[test]
+fn a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_send() {
+    const ROLE: &str =
+        "in_flight::a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_send";
+    const IN_FLIGHT: u32 = 100;
+    if role_socket(ROLE).is_some() {
+        return run(async {
+            let interval = Duration::from_millis(50);
+            let dispatcher = Dispatcher::builder()
+                .ping_interval(interval)
+                .hang_timeout(20 * interval)
+                .recall_after(Duration::MAX)
+                .build();
+            let (_clients, mut accepted): (Vec<_>, Vec<_>) =
+                connections(IN_FLIGHT + 1).await.into_iter().unzip();
+            let stopped =
+                Raw::start(&dispatcher, SocketKind::SeqPacket, u64::from(IN_FLIGHT + 1)).await;
+            let last = accepted.pop().unwrap();
+            let _outcomes = Vec::from_iter(
+                accepted.into_iter().map(|connection| dispatcher.dispatch(connection)),
+            );
+            until("they are on their way", || unread(&stopped) > 0).await;
+            setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
+            let _last = dispatcher.dispatch(last);
+            until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
+            setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
+            std::process::exit(PASSED);
+        });
+    }
+    in_role_of_other_uid(ROLE);
+}
