@@ -343,7 +343,8 @@ fn refuse_and_log(role: &'static str) {
                     let lines = lines.lock().unwrap().len();
                     let expected = 1..=seconds;
                     assert!(expected.contains(&lines), "{lines} lines in less than {seconds} s");
-                    // This refusal certainly gets a line.
+                    // At most one line a second is logged. This refusal comes more than a second
+                    // later, so it certainly gets a line. No event announces that moment.
                     tokio::time::sleep(Duration::from_millis(1100)).await;
                     assert_eq!(answer_to(role, Some(uid), &addr).await, "<>");
                 } => {}

@@ -67,6 +67,8 @@ impl RawReceiver {
         let received = loop {
             let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
             match recvmsg(&self.socket, &mut [IoSliceMut::new(&mut room)], &mut control, flags) {
+                // Waits until something arrives. The socket is in no event loop, because only `sys`
+                // may register one (that is `unsafe`).
                 Err(rustix::io::Errno::AGAIN) => tokio::time::sleep(Duration::from_millis(1)).await,
                 received => break received.unwrap(),
             }

@@ -93,7 +93,7 @@ fn the_reason_why_a_worker_was_cut_off_is_logged() {
     }
 }
 
-/// The panic ends the task of the worker. So there is nothing that the drain would have to wait for.
+/// The panic ends the task of the worker. So the drain has nothing to wait for.
 #[test]
 fn a_drain_ends_though_a_subscriber_panics() {
     with_default(
@@ -111,7 +111,7 @@ fn a_drain_ends_though_a_subscriber_panics() {
     );
 }
 
-/// The panic ends the link of the worker. The connection that was on its way goes to another worker.
+/// The panic ends the link of the worker. The connection on its way goes to another worker.
 #[test]
 fn a_connection_is_handed_over_though_a_subscriber_panics_at_its_offer() {
     // In a process of its own, because subscribers of other threads influence what is logged.

@@ -169,7 +169,8 @@ async fn answer(path: &str, handle: IncomingHandle) -> String {
     log.write_all(format!("{path}\n").as_bytes()).unwrap();
     if path != "/0" {
         handle.drain_requested().await;
-        // Longer than a process takes that does not wait for it.
+        // A worker that does not wait for its requests would end meanwhile. A test cannot wait for
+        // an event here, because nothing must happen.
         sleep(Duration::from_millis(300)).await;
     }
     format!("answer to {path}")
@@ -179,7 +180,7 @@ async fn send(stream: &mut TcpStream, serial: u32) -> std::io::Result<()> {
     stream.write_all(format!("GET /{serial} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await
 }
 
-/// All that a client hears until the end, which may be a reset.
+/// Sends a request. Returns all that the client receives until the end, which may be a reset.
 async fn get(address: SocketAddr, serial: u32) -> (u32, String) {
     let mut heard = Vec::new();
     if let Ok(mut stream) = TcpStream::connect(address).await
@@ -195,7 +196,7 @@ fn asked(directory: &Path) -> BTreeSet<String> {
     log.lines().map(str::to_owned).collect()
 }
 
-/// Neither runs, nor waits for anything but its parent to take note of its end.
+/// Returns true if a process no longer runs. It may be a zombie, which waits for its parent.
 fn has_ended(pid: &str) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }

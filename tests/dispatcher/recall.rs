@@ -15,8 +15,8 @@ use crate::{
     raw_worker::{Raw, connections, until},
 };
 
-/// A connection that every worker has rejected waits until the application of one of them asks for a
-/// connection. That the library of a worker answers is not enough.
+/// A connection that every worker has rejected waits until the application of one of them asks for
+/// a connection. An answer of its library is not enough.
 #[test]
 fn a_recalled_connection_does_not_go_around_busy_workers() {
     both(async |kind| {

@@ -1,5 +1,5 @@
 //! Dispatchers in processes of their own, which replace each other under load while their workers
-//! go on. The test is in between: it tells them what to do, and passes on what they send.
+//! go on. The test is in between: it sends them commands, and passes on the frames that they send.
 
 use std::{
     collections::BTreeSet,
@@ -23,6 +23,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -40,13 +41,13 @@ use crate::{
 const ROLE: &str = "succession_processes::front_process";
 const WORKERS: usize = 2;
 
-/// A dispatcher in a process of its own, as the test speaks with it.
+/// A dispatcher in a process of its own. It answers each command of the test with frames, the last
+/// of which is empty.
 struct Front {
     process: Child,
     framed: Framed<FrameCodec>,
 }
 
-/// It answers each command with frames, the last of which is empty.
 impl Front {
     async fn start(listener: &std::net::TcpListener, log: &Path) -> Self {
         let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
@@ -62,12 +63,16 @@ impl Front {
         drop(command); // it has the other end
         let mut this = Self { process, framed: Framed::new(here, FrameCodec::default()) };
         let listener = listener.try_clone().unwrap();
-        this.tell(Frame::new("listen").with_fd(OwnedFd::from(listener))).await.unwrap();
+        this.send_frame(Frame::new("listen").with_fd(OwnedFd::from(listener))).await.unwrap();
         this
     }
 
-    /// Returns what it answers. `None` if it has died.
-    async fn tell(&mut self, command: Frame) -> Option<Vec<Frame>> {
+    /// Sends a command. Returns the answers of the process, or `None` if it has died.
+    async fn send(&mut self, command: &'static str) -> Option<Vec<Frame>> {
+        self.send_frame(Frame::new(command)).await
+    }
+
+    async fn send_frame(&mut self, command: Frame) -> Option<Vec<Frame>> {
         self.framed.send(command).await.ok()?;
         let mut answers = Vec::new();
         loop {
@@ -83,7 +88,7 @@ impl Front {
         for frame in frames {
             self.framed.send(frame).await.ok()?;
         }
-        self.tell(Frame::new("take")).await.map(drop)
+        self.send("take").await.map(drop)
     }
 
     async fn kill(&mut self) {
@@ -139,8 +144,8 @@ async fn front() {
     let mut succession: Option<Succession> = None;
     let mut frames = Vec::new();
     while let Some(Ok(mut frame)) = framed.next().await {
-        let told = String::from_utf8_lossy(&frame.payload).into_owned();
-        match told.as_str() {
+        let command_name = String::from_utf8_lossy(&frame.payload).into_owned();
+        match command_name.as_str() {
             "listen" => {
                 let listener = frame.fds.pop().unwrap().into();
                 let dispatcher = dispatcher.clone();
@@ -191,7 +196,7 @@ async fn front() {
             }
         }
         framed.send(Frame::new("")).await.unwrap();
-        if told == "leave" {
+        if command_name == "leave" {
             break;
         }
     }
@@ -199,7 +204,7 @@ async fn front() {
 
 /// The process ids of a dispatcher's workers that are ready.
 async fn pids(front: &mut Front) -> BTreeSet<u32> {
-    let answers = front.tell(Frame::new("pids")).await.unwrap();
+    let answers = front.send("pids").await.unwrap();
     let ready = answers.iter().filter_map(|answer| {
         let answer = std::str::from_utf8(&answer.payload).unwrap();
         let mut words = answer.split(' ');
@@ -219,7 +224,7 @@ async fn ready_pids(front: &mut Front) -> BTreeSet<u32> {
     }
 }
 
-/// Clients one after the other, some at a time, until they are stopped.
+/// Sixteen clients at a time, each of which sends one request after the other until it is stopped.
 struct Load {
     stops: Arc<AtomicBool>,
     answered: Arc<AtomicU32>,
@@ -274,74 +279,92 @@ async fn request(address: SocketAddr, serial: u32) -> bool {
     timeout(Duration::from_secs(20), exchange).await.is_ok_and(|answer| answer.is_some())
 }
 
-async fn listen() -> (std::net::TcpListener, SocketAddr) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap().into_std().unwrap();
-    let address = listener.local_addr().unwrap();
-    (listener, address)
+/// The parts of a test that all its dispatchers share.
+struct Setup {
+    _directory: TempDir,
+    /// The file where the workers log what they have served.
+    log: PathBuf,
+    listener: std::net::TcpListener,
+    address: SocketAddr,
 }
 
-/// The workers' command kills its child when it is dropped, which must not happen to one that has
-/// moved.
+impl Setup {
+    async fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("served");
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap().into_std().unwrap();
+        let address = listener.local_addr().unwrap();
+        Self { _directory: directory, log, listener, address }
+    }
+
+    /// Starts the first dispatcher, with its workers. Returns their process ids as well.
+    async fn first(&self) -> (Front, BTreeSet<u32>) {
+        let mut front = Front::start(&self.listener, &self.log).await;
+        front.send("spawn").await.unwrap();
+        let workers = ready_pids(&mut front).await;
+        (front, workers)
+    }
+
+    /// Starts another dispatcher, which takes the workers of `front`. The workers move only when
+    /// `front` gets "begin".
+    async fn next(&self, front: &mut Front) -> Front {
+        let mut next = Front::start(&self.listener, &self.log).await;
+        let frames = front.send("prepare").await.unwrap();
+        assert_eq!(frames.len(), 1 + WORKERS);
+        next.take(frames).await.unwrap();
+        next
+    }
+}
+
+/// The command of the workers kills its child when it is dropped. That must not happen to a worker
+/// that has moved.
 ///
 /// Rules: D-MOVED, W-MOVE, W-STAY.
 #[test]
 fn a_dispatcher_is_replaced_again_and_again_under_load_and_its_workers_notice_nothing() {
     run(async {
-        let directory = tempfile::tempdir().unwrap();
-        let log = directory.path().join("served");
-        let (listener, address) = listen().await;
-        let mut front = Front::start(&listener, &log).await;
-        front.tell(Frame::new("spawn")).await.unwrap();
-        let workers = ready_pids(&mut front).await;
-        let load = Load::start(address);
+        let setup = Setup::new().await;
+        let (mut front, workers) = setup.first().await;
+        let load = Load::start(setup.address);
         for _ in 0..10 {
             load.goes_on(50).await;
-            let mut next = Front::start(&listener, &log).await;
-            let frames = front.tell(Frame::new("prepare")).await.unwrap();
-            assert_eq!(frames.len(), 1 + WORKERS);
-            next.take(frames).await.unwrap();
-            front.tell(Frame::new("begin")).await.unwrap();
+            let mut next = setup.next(&mut front).await;
+            front.send("begin").await.unwrap();
             load.goes_on(50).await;
             assert_eq!(ready_pids(&mut next).await, workers);
-            front.tell(Frame::new("leave")).await.unwrap();
+            front.send("leave").await.unwrap();
             assert!(front.process.wait().await.unwrap().success());
             front = next;
         }
         let (answered, failed) = load.stop().await;
         assert_eq!(failed, 0, "of {}", answered + failed);
         assert_eq!(ready_pids(&mut front).await, workers);
-        front.tell(Frame::new("leave")).await.unwrap();
-        assert_eq!(served_by(&log).len(), answered as usize);
+        front.send("leave").await.unwrap();
+        assert_eq!(served_by(&setup.log).len(), answered as usize);
     });
 }
 
-/// A connection that was not adopted dies with its dispatcher, and no other one does. None is
+/// A connection that no worker has adopted ends with its dispatcher, and no other one does. None is
 /// served twice.
 #[test]
 fn a_dispatcher_that_is_killed_while_it_is_replaced_takes_no_worker_along() {
     run(async {
-        let directory = tempfile::tempdir().unwrap();
-        let log = directory.path().join("served");
-        let (listener, address) = listen().await;
-        let mut front = Front::start(&listener, &log).await;
-        front.tell(Frame::new("spawn")).await.unwrap();
-        ready_pids(&mut front).await;
-        let load = Load::start(address);
+        let setup = Setup::new().await;
+        let (mut front, _) = setup.first().await;
+        let load = Load::start(setup.address);
         for _ in 0..20 {
             load.goes_on(20).await;
             let workers = ready_pids(&mut front).await;
-            let mut next = Front::start(&listener, &log).await;
-            let frames = front.tell(Frame::new("prepare")).await.unwrap();
-            next.take(frames).await.unwrap();
+            let mut next = setup.next(&mut front).await;
             let (kills_old, moment) = (fastrand::bool(), fastrand::u64(..3000));
             let victim = if kills_old { front.pid() } else { next.pid() };
             let killer = tokio::spawn(async move {
                 sleep(Duration::from_micros(moment)).await;
                 kill(victim, Signal::SIGKILL).unwrap();
             });
-            // Its tasks have sent what there was to send when it answers the next question.
-            let has_begun = front.tell(Frame::new("begin")).await.is_some()
-                && front.tell(Frame::new("pids")).await.is_some();
+            // When it answers the next command, its tasks have sent everything.
+            let has_begun =
+                front.send("begin").await.is_some() && front.send("pids").await.is_some();
             killer.await.unwrap();
             if kills_old {
                 front.process.wait().await.unwrap();
@@ -350,7 +373,7 @@ fn a_dispatcher_that_is_killed_while_it_is_replaced_takes_no_worker_along() {
                 assert!(!has_begun || now == workers, "{now:?} instead of {workers:?}");
             } else {
                 next.process.wait().await.unwrap();
-                front.tell(Frame::new("undo")).await.unwrap();
+                front.send("undo").await.unwrap();
                 assert_eq!(ready_pids(&mut front).await, workers);
             }
             load.goes_on(20).await;
@@ -358,27 +381,21 @@ fn a_dispatcher_that_is_killed_while_it_is_replaced_takes_no_worker_along() {
         let (answered, failed) = load.stop().await;
         println!("{answered} answered, {failed} failed with a dispatcher that was killed");
         assert!(failed < answered);
-        front.tell(Frame::new("leave")).await.unwrap();
-        let by_serial = served_by(&log);
+        front.send("leave").await.unwrap();
+        let by_serial = served_by(&setup.log);
         assert!(by_serial.len() >= answered as usize);
-        assert_eq!(served(&log).len(), by_serial.len());
+        assert_eq!(served(&setup.log).len(), by_serial.len());
     });
 }
 
-/// The other dispatcher is not its parent.
+/// The dispatcher that kills the worker is not its parent.
 #[test]
 fn a_worker_that_hangs_after_it_has_moved_is_killed_and_started_again() {
     run(async {
-        let directory = tempfile::tempdir().unwrap();
-        let log = directory.path().join("served");
-        let (listener, address) = listen().await;
-        let mut front = Front::start(&listener, &log).await;
-        front.tell(Frame::new("spawn")).await.unwrap();
-        ready_pids(&mut front).await;
-        let mut next = Front::start(&listener, &log).await;
-        let frames = front.tell(Frame::new("prepare")).await.unwrap();
-        next.take(frames).await.unwrap();
-        front.tell(Frame::new("begin")).await.unwrap();
+        let setup = Setup::new().await;
+        let (mut front, _) = setup.first().await;
+        let mut next = setup.next(&mut front).await;
+        front.send("begin").await.unwrap();
         let workers = ready_pids(&mut next).await;
         front.kill().await;
         let hung = *workers.first().unwrap();
@@ -387,8 +404,8 @@ fn a_worker_that_hangs_after_it_has_moved_is_killed_and_started_again() {
         let now = ready_pids(&mut next).await;
         assert_eq!(now.intersection(&workers).count(), WORKERS - 1, "{now:?}");
         for serial in 0..20 {
-            assert!(request(address, serial).await);
+            assert!(request(setup.address, serial).await);
         }
-        next.tell(Frame::new("leave")).await.unwrap();
+        next.send("leave").await.unwrap();
     });
 }

@@ -181,6 +181,9 @@ async fn read_to_end(mut reader: PipeReader) -> String {
     read.await.unwrap().unwrap()
 }
 
+/// The address of sshd in the test of this file.
+const ADDRESS: &str = "127.0.0.6";
+
 #[test]
 fn a_master_accepts_a_session_that_is_sent_as_one_item() {
     let (Some(sshd), Some(client), Some(keygen)) =
@@ -193,7 +196,7 @@ fn a_master_accepts_a_session_that_is_sent_as_one_item() {
     }
     run(async {
         let directory = tempfile::tempdir().unwrap();
-        let (_sshd, port) = start_sshd(&sshd, &keygen, directory.path()).await;
+        let (_sshd, port) = start_sshd(&sshd, &keygen, directory.path(), ADDRESS).await;
         let (socket, logs) = (directory.path().join("mux"), directory.path().join("master"));
         std::fs::create_dir(&logs).unwrap();
         let mut command = Command::new(&client);
@@ -201,7 +204,7 @@ fn a_master_accepts_a_session_that_is_sent_as_one_item() {
             .args(["-M", "-N", "-S"])
             .arg(&socket)
             .args(options(directory.path(), port))
-            .arg("127.0.0.1");
+            .arg(ADDRESS);
         let mut master = Daemon::start(command.stdin(Stdio::null()).stdout(Stdio::null()), &logs);
         let socket =
             master.ready(async || Socket::connect(&socket, SocketKind::Stream).await).await;

@@ -16,6 +16,9 @@ use crate::{
     installed, skipped,
 };
 
+/// The address of sshd in the test of this file.
+const ADDRESS: &str = "127.0.0.5";
+
 fn generate_key(program: &Path, path: &Path) -> String {
     let mut command = Command::new(program);
     let made = command
@@ -27,8 +30,15 @@ fn generate_key(program: &Path, path: &Path) -> String {
     std::fs::read_to_string(path.with_extension("pub")).unwrap()
 }
 
-/// Keys, a configuration and a running server in `directory`. Returns its port when it listens.
-pub(crate) async fn start_sshd(program: &Path, keygen: &Path, directory: &Path) -> (Daemon, u16) {
+/// Makes keys and a configuration in `directory`, and starts a server. Returns its port when it
+/// listens. Each test has a loopback address of its own, so no other process gets the port before
+/// sshd binds it.
+pub(crate) async fn start_sshd(
+    program: &Path,
+    keygen: &Path,
+    directory: &Path,
+    address: &str,
+) -> (Daemon, u16) {
     std::fs::set_permissions(directory, Permissions::from_mode(0o700)).unwrap();
     // sshd confines its unprivileged child there; a unit file makes it at boot.
     std::fs::create_dir_all("/run/sshd").unwrap();
@@ -36,10 +46,10 @@ pub(crate) async fn start_sshd(program: &Path, keygen: &Path, directory: &Path) 
     let host_key = generate_key(keygen, &path("host_key"));
     std::fs::write(path("authorized_keys"), generate_key(keygen, &path("key"))).unwrap();
 
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    std::fs::write(path("known_hosts"), format!("[127.0.0.1]:{port} {host_key}")).unwrap();
+    let port = TcpListener::bind((address, 0)).unwrap().local_addr().unwrap().port();
+    std::fs::write(path("known_hosts"), format!("[{address}]:{port} {host_key}")).unwrap();
     let config = format!(
-        "ListenAddress 127.0.0.1:{port}\nHostKey {0}/host_key\n\
+        "ListenAddress {address}:{port}\nHostKey {0}/host_key\n\
          AuthorizedKeysFile {0}/authorized_keys\n\
          PidFile none\nStrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\n\
          KbdInteractiveAuthentication no\n",
@@ -54,7 +64,7 @@ pub(crate) async fn start_sshd(program: &Path, keygen: &Path, directory: &Path) 
         .stdin(Stdio::null())
         .stdout(Stdio::null());
     let mut daemon = Daemon::start(&mut command, directory);
-    daemon.ready(async || TcpStream::connect(("127.0.0.1", port)).await).await;
+    daemon.ready(async || TcpStream::connect((address, port)).await).await;
     (daemon, port)
 }
 
@@ -81,7 +91,7 @@ async fn ssh(program: &Path, directory: &Path, port: u16, proxy: &str) -> Output
     let mut command = tokio::process::Command::new(program);
     command.kill_on_drop(true).stdin(Stdio::null()).args(options(directory, port));
     command.args(["-o", "ProxyUseFdpass=yes", "-o", &format!("ProxyCommand={proxy}")]);
-    command.args(["127.0.0.1", "echo", "hello"]).output().await.unwrap()
+    command.args([ADDRESS, "echo", "hello"]).output().await.unwrap()
 }
 
 #[test]
@@ -98,7 +108,7 @@ fn ssh_speaks_on_the_connection_that_our_proxy_passed() {
     let proxy = example.get_program().to_str().unwrap();
     run(async {
         let directory = tempfile::tempdir().unwrap();
-        let (_daemon, port) = start_sshd(&sshd, &keygen, directory.path()).await;
+        let (_daemon, port) = start_sshd(&sshd, &keygen, directory.path(), ADDRESS).await;
         let output = ssh(&client, directory.path(), port, &format!("'{proxy}' %h %p")).await;
         let complaints = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{complaints}");
@@ -108,7 +118,7 @@ fn ssh_speaks_on_the_connection_that_our_proxy_passed() {
         assert!(!output.status.success());
         let complaints = String::from_utf8_lossy(&output.stderr);
         assert!(
-            complaints.contains("ssh_proxy: 127.0.0.1 port 1: Connection refused"),
+            complaints.contains(&format!("ssh_proxy: {ADDRESS} port 1: Connection refused")),
             "{complaints}"
         );
     });

@@ -1,6 +1,11 @@
 //! A server that is the dispatcher of a hand-off is replaced while its workers go on.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use fdwire::{
@@ -8,6 +13,7 @@ use fdwire::{
     handoff::{Dispatcher, Incoming, IncomingHandle, WorkerState},
     takeover::{Finished, Options, Pending, Phase, Server},
 };
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -70,6 +76,31 @@ fn options() -> Options {
     Options::default().drain(Duration::from_millis(300), Duration::from_secs(10))
 }
 
+/// A front with one ready worker, which answers "a".
+struct WithWorker {
+    _directory: TempDir,
+    path: PathBuf,
+    front: Front,
+    address: SocketAddr,
+    worker: IncomingHandle,
+}
+
+impl WithWorker {
+    async fn start() -> Self {
+        let (directory, path) = place();
+        let front = Front::first(&path);
+        let (address, worker) = (address(&front.server), worker(&front.dispatcher, "a"));
+        front.has_workers(1).await;
+        Self { _directory: directory, path, front, address, worker }
+    }
+
+    /// Checks that the worker serves with this front, and was not told to drain.
+    async fn check_worker_serves(&self) {
+        assert_eq!(answer(self.address).await, "a");
+        assert!(!self.worker.is_draining());
+    }
+}
+
 /// A worker that answers each connection with its name.
 fn worker(dispatcher: &Dispatcher, name: &'static str) -> IncomingHandle {
     let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
@@ -84,7 +115,7 @@ fn worker(dispatcher: &Dispatcher, name: &'static str) -> IncomingHandle {
     handle
 }
 
-async fn answer(address: std::net::SocketAddr) -> String {
+async fn answer(address: SocketAddr) -> String {
     let mut answer = String::new();
     let mut client = TcpStream::connect(address).await.unwrap();
     client.read_to_string(&mut answer).await.unwrap();
@@ -92,7 +123,7 @@ async fn answer(address: std::net::SocketAddr) -> String {
 }
 
 /// Clients one after the other, until it is dropped. Each has to be answered.
-fn load(address: std::net::SocketAddr) -> JoinHandle<()> {
+fn load(address: SocketAddr) -> JoinHandle<()> {
     tokio::spawn(async move {
         loop {
             assert_ne!(answer(address).await, "");
@@ -133,22 +164,18 @@ fn workers_go_on_through_many_generations_and_no_client_notices() {
 #[test]
 fn workers_come_back_when_the_takeover_is_undone() {
     run(async {
-        let (_directory, path) = place();
-        let front = Front::first(&path);
-        let address = address(&front.server);
-        let worker = worker(&front.dispatcher, "a");
-        front.has_workers(1).await;
+        let setup = WithWorker::start().await;
+        let (path, front) = (&setup.path, &setup.front);
         for _ in 0..3 {
-            let next = Front::next(&path).await;
+            let next = Front::next(path).await;
             next.has_workers(1).await;
-            assert_eq!(answer(address).await, "a");
+            assert_eq!(answer(setup.address).await, "a");
             assert_eq!(front.server.phase(), Phase::Draining);
             next.tasks.iter().for_each(JoinHandle::abort);
             drop(next);
             assert!(front.server.undone().await);
             front.has_workers(1).await;
-            assert_eq!(answer(address).await, "a");
-            assert!(!worker.is_draining());
+            setup.check_worker_serves().await;
         }
     });
 }
@@ -156,41 +183,33 @@ fn workers_come_back_when_the_takeover_is_undone() {
 #[test]
 fn workers_are_given_back_together_with_the_listeners() {
     run(async {
-        let (_directory, path) = place();
-        let front = Front::first(&path);
-        let address = address(&front.server);
-        let worker = worker(&front.dispatcher, "a");
-        front.has_workers(1).await;
-        let load = load(address);
+        let setup = WithWorker::start().await;
+        let (path, front) = (&setup.path, &setup.front);
+        let load = load(setup.address);
         for _ in 0..3 {
-            let next = Front::next(&path).await;
+            let next = Front::next(path).await;
             next.has_workers(1).await;
             next.server.hand_back(Bytes::new()).await.unwrap();
             front.has_workers(1).await;
             next.leave().await;
-            assert_eq!(answer(address).await, "a");
-            assert!(!worker.is_draining());
+            setup.check_worker_serves().await;
         }
         assert!(!load.is_finished(), "a client was not answered");
         load.abort();
     });
 }
 
-/// Until it is ready nothing has changed.
+/// Until a new process is ready, nothing has changed.
 #[test]
 fn a_process_that_is_never_ready_takes_no_worker() {
     run(async {
-        let (_directory, path) = place();
-        let front = Front::first(&path);
-        let address = address(&front.server);
-        let worker = worker(&front.dispatcher, "a");
-        front.has_workers(1).await;
-        let pending: Pending = request(&path).await;
-        assert_eq!(answer(address).await, "a");
+        let setup = WithWorker::start().await;
+        let (path, front) = (&setup.path, &setup.front);
+        let pending: Pending = request(path).await;
+        assert_eq!(answer(setup.address).await, "a");
         drop(pending);
         front.has_workers(1).await;
-        assert_eq!(answer(address).await, "a");
-        assert!(!worker.is_draining());
+        setup.check_worker_serves().await;
         assert_eq!(front.dispatcher.stats().workers.len(), 1);
     });
 }

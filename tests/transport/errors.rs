@@ -12,7 +12,10 @@ use futures::future::LocalBoxFuture;
 use crate::{
     common::{abstract_name, encoded, marked, marks, raw_send},
     open_fds,
-    side::{End, FrameLike, SHORT, Side, end_with_raw_peer, ends, on_both_sides},
+    side::{
+        End, FrameLike, SHORT, Side, end_of_codec_with_raw_peer, end_with_raw_peer, ends,
+        on_both_sides,
+    },
 };
 
 /// Makes an end fail. Returns `None` if this kind of socket, or this kernel, does not fail in this
@@ -201,8 +204,7 @@ fn small() -> FrameCodec {
 /// Returns the error of a receiver for these bytes, sent with this number of descriptors before the
 /// end.
 async fn received(kind: SocketKind, side: Side, bytes: Vec<u8>, fds: u32) -> Option<Error> {
-    let (a, peer) = Socket::pair(kind).unwrap();
-    let mut rx = End::new(side, a, small());
+    let (mut rx, peer) = end_of_codec_with_raw_peer(kind, side, small());
     raw_send(&peer, &bytes, &Vec::from_iter((0..fds).map(marked)));
     drop(peer);
     loop {
@@ -253,7 +255,7 @@ async fn send_to_closed(kind: SocketKind, side: Side) -> Option<Error> {
 async fn send_refused_fds(kind: SocketKind, side: Side) -> Option<Error> {
     let (mut tx, rx) = ends(kind, side);
     if rx.socket().set_pass_fds(false).is_err() {
-        eprintln!("skipped: SO_PASSRIGHTS is not to be had");
+        eprintln!("skipped: this kernel has no SO_PASSRIGHTS");
         return None;
     }
     let error = tx.send(Frame::new("").with_fd(marked(1))).await.unwrap_err();
@@ -263,8 +265,7 @@ async fn send_refused_fds(kind: SocketKind, side: Side) -> Option<Error> {
 }
 
 async fn unclaimed(kind: SocketKind, side: Side) -> Option<Error> {
-    let (a, peer) = Socket::pair(kind).unwrap();
-    let mut rx = End::new(side, a, small());
+    let (mut rx, peer) = end_of_codec_with_raw_peer(kind, side, small());
     for _ in 0..3 {
         raw_send(&peer, &encoded(b"", 0), &Vec::from_iter((0..253).map(marked)));
     }
@@ -310,9 +311,8 @@ async fn truncated_packet(kind: SocketKind, side: Side) -> Option<Error> {
 
 /// The peer leaves its own end in an unfinished frame, so the connection has no end.
 async fn unfinished(kind: SocketKind, side: Side) -> Option<Error> {
-    let (a, peer) = Socket::pair(kind).unwrap();
-    let peer = OwnedFd::from(peer);
-    let mut rx = End::new(side, a, FrameCodec::new(Limits::default().max_unfinished_time(SHORT)));
+    let codec = FrameCodec::new(Limits::default().max_unfinished_time(SHORT));
+    let (mut rx, peer) = end_of_codec_with_raw_peer(kind, side, codec);
     let own_end = peer.try_clone().unwrap();
     raw_send(&peer, &encoded(b"cut", 1)[..9], &[own_end]);
     drop(peer);
@@ -331,9 +331,8 @@ async fn over_uid_limit(kind: SocketKind, side: Side) -> Option<Error> {
 
 async fn mixed_senders(kind: SocketKind, side: Side) -> Option<Error> {
     let (a, peer) = Socket::pair(kind).unwrap();
-    let peer = OwnedFd::from(peer);
     a.set_pass_credentials(PassCredentials::Ids).unwrap();
-    let mut rx = End::new(side, a, FrameCodec::default());
+    let (mut rx, peer) = (End::new(side, a, FrameCodec::default()), OwnedFd::from(peer));
     raw_send(&peer, &encoded(b"whole", 0), &[]);
     raw_send(&peer, &encoded(b"?", 0)[..8], &[]);
     let mut other =
@@ -400,9 +399,8 @@ async fn invalid(kind: SocketKind, side: Side) -> Option<Error> {
         b"welcome" => Ok(frame),
         _ => Err(Error::invalid("not welcome")),
     };
-    let (a, peer) = Socket::pair(kind).unwrap();
-    let mut rx =
-        End::new(side, a, FrameCodec::default().map(refuse, Ok::<Frame, fdwire::SendError<Frame>>));
+    let codec = FrameCodec::default().map(refuse, Ok::<Frame, fdwire::SendError<Frame>>);
+    let (mut rx, peer) = end_of_codec_with_raw_peer(kind, side, codec);
     raw_send(&peer, &[encoded(b"welcome", 0), encoded(b"?", 1)].concat(), &[marked(1)]);
     rx.frame().await;
     Some(rx.error().await)

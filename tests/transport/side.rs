@@ -156,13 +156,22 @@ pub(crate) fn ends(kind: SocketKind, side: Side) -> (End<FrameCodec>, Framed<Fra
     (End::new(side, a, large()), Framed::new(b, large()))
 }
 
-/// An end and the bare descriptor of its peer, for a test that misbehaves.
+/// Returns an end, and the bare descriptor of its peer, for a test whose peer misbehaves.
 pub(crate) fn end_with_raw_peer(
     kind: SocketKind,
     side: Side,
 ) -> (End<FrameCodec>, std::os::fd::OwnedFd) {
+    end_of_codec_with_raw_peer(kind, side, large())
+}
+
+/// Does the same with another codec.
+pub(crate) fn end_of_codec_with_raw_peer<C: FrameLike>(
+    kind: SocketKind,
+    side: Side,
+    codec: C,
+) -> (End<C>, std::os::fd::OwnedFd) {
     let (a, b) = Socket::pair(kind).unwrap();
-    (End::new(side, a, large()), b.into())
+    (End::new(side, a, codec), b.into())
 }
 
 /// A value that lives in a thread of its own, without a runtime.

@@ -114,13 +114,17 @@ fn systemd_answers_calls() {
         let path = directory.path().join("socket");
         let mut command = Command::new(&activate);
         command.arg(format!("--listen={}", path.display()));
-        // Or it would ask its parent, by a signal, to start more of them.
+        // Without this it would ask its parent, by a signal, to start more of its kind.
         command.arg("--setenv=USERDB_FIXED_WORKER=1").arg(USERWORK).stderr(Stdio::null());
-        let _service = Killed(command.spawn().unwrap());
+        let mut service = Killed(command.spawn().unwrap());
         let socket = loop {
             match Socket::connect(&path, SocketKind::Stream).await {
                 Ok(socket) => break socket,
-                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(10)).await,
+                // The program listens soon. It does not report when.
+                Err(_) => {
+                    assert!(service.0.try_wait().unwrap().is_none(), "the program has ended");
+                    tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                }
             }
         };
         let mut client = Framed::new(socket, Varlink::<Value>::default());
