@@ -26,7 +26,7 @@ async fn main() {
     let done = match env::args().nth(1).as_deref() {
         Some("--worker") => worker().await,
         Some("-h" | "--help") => {
-            println!("usage: axum_worker [ADDRESS]");
+            println!("usage: axum_worker [ADDRESS]  (default: 127.0.0.1:8080)");
             Ok(())
         }
         address => front(address.unwrap_or("127.0.0.1:8080")).await,

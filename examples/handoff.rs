@@ -17,7 +17,7 @@ async fn main() {
     let done = match env::args().nth(1).as_deref() {
         Some("--worker") => work().await,
         Some("-h" | "--help") => {
-            println!("usage: handoff [ADDRESS]");
+            println!("usage: handoff [ADDRESS]  (default: 127.0.0.1:8080)");
             Ok(())
         }
         address => accept(address.unwrap_or("127.0.0.1:8080")).await,

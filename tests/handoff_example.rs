@@ -58,7 +58,10 @@ fn workers_answer_whole_responses_until_ctrl_c_ends_all_processes() {
 #[test]
 fn it_explains_its_use_and_names_an_address_that_is_taken() {
     let help = example("handoff").arg("--help").output().unwrap();
-    assert_eq!(String::from_utf8(help.stdout).unwrap(), "usage: handoff [ADDRESS]\n");
+    assert_eq!(
+        String::from_utf8(help.stdout).unwrap(),
+        "usage: handoff [ADDRESS]  (default: 127.0.0.1:8080)\n"
+    );
 
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();

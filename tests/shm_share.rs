@@ -92,7 +92,7 @@ fn two_processes_draw_in_one_image_and_both_ways_are_measured() {
     // A row of 101 pixels takes 404 bytes and begins at a multiple of 64.
     assert!(stdout.starts_with("101 x 67 pixels, 30016 bytes"), "{stdout}");
     let drawn = 7u32.wrapping_mul(0x9E37_79B9);
-    assert!(stdout.contains(&format!("saw as 00000000 is {drawn:08x}")), "{stdout}");
+    assert!(stdout.contains(&format!("was 00000000, and is {drawn:08x}")), "{stdout}");
     for row in [
         "median of 3",
         "draw the image, hand it over",
@@ -208,7 +208,8 @@ fn a_child_that_is_killed_is_noticed() {
         let mut stdout = BufReader::new(parent.stdout.take().unwrap()).lines();
         stdout.next_line().await.unwrap();
         let drew = stdout.next_line().await.unwrap().unwrap();
-        let child = drew.split_once(" drew").unwrap().0.parse().unwrap();
+        let child =
+            drew.strip_prefix("process ").unwrap().split_once(" drew").unwrap().0.parse().unwrap();
         kill_process(Pid::from_raw(child).unwrap(), Signal::KILL).unwrap();
         let output = parent.wait_with_output().await.unwrap();
         check_failed(&output, "the other process is gone (signal: 9 (SIGKILL))");

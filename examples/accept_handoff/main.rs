@@ -77,7 +77,7 @@ struct Arguments {
     #[arg(long, value_name = "KIND", default_value = "seqpacket")]
     socket: Kind,
 
-    /// Send that many requests, 64 at a time, each on a connection of its own, print what became of
+    /// Send N requests, 64 at a time, each on a connection of its own, print what became of
     /// them, and stop
     #[arg(
         long,
@@ -86,7 +86,7 @@ struct Arguments {
     )]
     demo: Option<u32>,
 
-    /// Kill a worker at random (SIGKILL) each time that so many milliseconds have passed
+    /// Kill a worker at random (SIGKILL) every MS milliseconds
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     kill_every: Option<u64>,
 

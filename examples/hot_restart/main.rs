@@ -41,6 +41,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
+/// A web server that takes over from itself: start it again to replace the running process.
 #[derive(Parser, Debug, Clone)]
 struct Arguments {
     /// Address to listen at, unless a process manager has passed a listener named "http".
@@ -70,7 +71,7 @@ struct Arguments {
     /// Shows 20 restarts under load.
     #[arg(long)]
     demo: bool,
-    /// Kills the old or the new process at random meanwhile.
+    /// With --demo, kills the old or the new process at random during the restarts.
     #[arg(long, requires = "demo")]
     kill: bool,
 }

@@ -1,4 +1,4 @@
-//! The front of these services: accepts connections and has a worker serve them.
+//! The front of these services: accepts connections and lets a worker serve them.
 //!
 //! SIGHUP replaces the worker, as for a new version, and SIGTERM ends the service. In both cases
 //! the old worker gets no more connections, and finishes those that it has within a limit.
@@ -22,7 +22,8 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-/// How long before the limit a worker ends what is left, so that it still leaves in order.
+/// How long before the limit a worker ends the connections that are left, so that it still leaves
+/// in order.
 pub(crate) const MARGIN: Duration = Duration::from_millis(500);
 
 #[derive(clap::Parser)]
@@ -35,12 +36,13 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
 
-    /// Be a worker: how the front starts it
+    /// Be a worker. The front starts this program again with this option
     #[arg(long, hide = true)]
     worker: bool,
 }
 
-/// Runs the front, or the worker if this process is to be one. Prints the error that ends it.
+/// Runs the front, or `serve` if this process was started as a worker. Prints the error that ends
+/// it.
 pub(crate) async fn main(
     arguments: Arguments,
     serve: impl Future<Output = Result<()>>,
@@ -58,12 +60,13 @@ pub(crate) async fn main(
 async fn run(arguments: Arguments) -> Result<()> {
     let limit = Some(Duration::from_secs(arguments.limit));
     let (mut hangup, mut end) = (signal(SignalKind::hangup())?, signal(SignalKind::terminate())?);
-    let dispatcher = Dispatcher::builder().build();
-    dispatcher.spawn_worker(worker()?)?;
+    // The listener comes first: no worker is started if the address is taken.
     let listener = TcpListener::bind(arguments.listen).await.map_err(|error| {
         let reason = format!("cannot listen on {}: {error}", arguments.listen);
         Error::new(error.kind(), reason)
     })?;
+    let dispatcher = Dispatcher::builder().build();
+    dispatcher.spawn_worker(worker()?)?;
     println!("listening on {}", listener.local_addr()?);
 
     let replacing = async {
@@ -86,7 +89,9 @@ async fn run(arguments: Arguments) -> Result<()> {
     served?;
     match dispatcher.stats().retired.overdue {
         0 => Ok(()),
-        workers => Err(Error::other(format!("{workers} workers were killed at the limit"))),
+        workers => Err(Error::other(format!(
+            "{workers} workers still had connections at the limit, and were killed"
+        ))),
     }
 }
 

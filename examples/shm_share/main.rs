@@ -107,7 +107,7 @@ async fn share(arguments: &Arguments, mut socket: Framed<FrameCodec>, child: &Ch
     )?;
     writeln!(
         io::stdout(),
-        "{they} drew, and a pixel that {we} saw as {before:08x} is {after:08x}\n"
+        "process {they} drew: in process {we} one pixel was {before:08x}, and is {after:08x}\n"
     )?;
     measure::run(&mut peer, &image, child, rounds).await
 }

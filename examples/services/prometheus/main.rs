@@ -1,4 +1,4 @@
-//! A front with workers whose numbers Prometheus scrapes.
+//! A front that exports the numbers of its dispatcher and workers for Prometheus.
 //!
 //! ```text
 //! cargo run -p fdwire-services --bin prometheus
@@ -6,8 +6,8 @@
 //! curl http://127.0.0.1:9100/metrics    # the numbers of the dispatcher and of each worker
 //! ```
 //!
-//! The numbers come from the front alone: it knows what each worker has adopted and serves. A
-//! worker that has numbers of its own exports them in the same way, at an address of its own.
+//! All numbers come from the front: its dispatcher counts what each worker has adopted and serves.
+//! A worker with further numbers exports them in the same way, at an address of its own.
 //!
 //! The table of all numbers is in the documentation of `fdwire::metrics`.
 
@@ -33,7 +33,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-/// Accepts HTTP connections, has workers serve them, and tells Prometheus about it.
+/// Accepts HTTP connections, lets workers serve them, and exports numbers for Prometheus.
 #[derive(Parser)]
 struct Arguments {
     /// Where to accept connections for the workers
@@ -48,7 +48,7 @@ struct Arguments {
     #[arg(long, default_value_t = 2)]
     workers: usize,
 
-    /// Be a worker: how the front starts its workers
+    /// Be a worker. The front starts this program again with this option
     #[arg(long, hide = true)]
     worker: bool,
 }
@@ -73,13 +73,15 @@ async fn serve() -> Result<()> {
 }
 
 async fn front(arguments: Arguments) -> Result<()> {
-    // The recorder comes first: what is described or counted before it is lost.
+    // The recorder comes first: numbers that are described or counted before it are lost.
     let adoption = Matcher::Full("fdwire_dispatcher_adoption_seconds".to_owned());
     let recorder = PrometheusBuilder::new()
         .set_buckets_for_metric(adoption, &adoption_buckets())
         .and_then(PrometheusBuilder::install_recorder)
         .map_err(Error::other)?;
 
+    // The listeners come before the workers, which are not started if an address is taken.
+    let (scraped, listener) = (listen(arguments.metrics).await?, listen(arguments.listen).await?);
     let dispatcher = Dispatcher::builder().build();
     for _ in 0..arguments.workers {
         let mut command = Command::new(env::current_exe()?);
@@ -87,11 +89,9 @@ async fn front(arguments: Arguments) -> Result<()> {
         dispatcher.spawn_worker(WorkerCommand::from(command).restart(true))?;
     }
 
-    let scraped = listen(arguments.metrics).await?;
     println!("metrics at http://{}/metrics", scraped.local_addr()?);
     tokio::spawn(export(scraped, dispatcher.clone(), recorder));
 
-    let listener = listen(arguments.listen).await?;
     println!("listening on http://{}/", listener.local_addr()?);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut serving = std::pin::pin!(dispatcher.serve(listener));
@@ -99,12 +99,12 @@ async fn front(arguments: Arguments) -> Result<()> {
         served = &mut serving => return served,
         _ = terminate.recv() => {}
     }
-    // The accept loop ends with the drain, which takes what is in the backlog.
+    // The drain ends `serving` when it has accepted what waits in the backlog.
     let ((), served) = tokio::join!(dispatcher.drain(None), serving);
     served
 }
 
-/// Answers each scrape with the numbers of that moment.
+/// Answers each scrape with the current numbers.
 async fn export(
     listener: TcpListener,
     dispatcher: Dispatcher,
