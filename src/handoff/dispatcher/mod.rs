@@ -5,23 +5,30 @@ mod accepted;
 mod accepting;
 mod builder;
 mod dispatching;
+mod envelope;
 mod group;
 mod handover;
+mod into_listener;
 mod joint_task;
 mod key;
 mod pauses;
+mod pidfd;
 mod pool;
 mod preparing;
 mod process;
+mod processes;
 mod replace;
 mod serve;
 mod shared;
+mod source;
 mod spawn;
 mod started;
 mod stats;
 mod succession;
 mod task_signal;
 mod times;
+mod watch;
+mod worker_entry;
 mod worker_task;
 
 use std::{
@@ -35,16 +42,16 @@ pub use builder::{DispatcherBuilder, Strategy};
 pub use dispatching::{DispatchPermit, Dispatching};
 use dispatching::{dispatch, reserve};
 pub use group::Group;
-use pool::Admission;
+pub use into_listener::IntoListener;
 pub use replace::{NotReplaced, Replaced};
-pub use serve::IntoListener;
-use shared::{Shared, WorkerEntryGuard};
+use shared::Shared;
 pub use spawn::WorkerCommand;
 pub use stats::{
     GroupStats, RetireCause, RetireCounts, Stats, WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
 pub use succession::{Succession, TakenWorker, TakenWorkers};
 pub use times::AdoptionTimes;
+use worker_entry::WorkerEntryGuard;
 use worker_task::WorkerTask;
 
 use super::{Address, Transport, protocol};
@@ -199,7 +206,7 @@ impl Dispatcher {
     /// client sees the end. To be able to stop before anything has begun,
     /// [`reserve`](Self::reserve) first.
     pub fn dispatch(&self, connection: impl Into<Accepted>) -> Dispatching {
-        dispatch(&self.shared, connection.into(), &self.group, Admission::None)
+        dispatch(&self.shared, connection.into(), &self.group, None)
     }
 
     /// Waits until a worker has room for a connection, and keeps a place free for it: for those who
@@ -214,7 +221,7 @@ impl Dispatcher {
     /// # Cancel safety
     /// Nothing is lost when dropped; the place in the queue is.
     pub async fn reserve(&self) -> Option<DispatchPermit> {
-        reserve(&self.shared, Some(&self.group)).await
+        reserve(&self.shared, &self.group).await
     }
 
     /// The numbers of the dispatcher and of its workers.
