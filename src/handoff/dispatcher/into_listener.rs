@@ -5,7 +5,8 @@ use std::{
 
 use super::{Accepted, Address, Transport};
 
-/// A source for [`Dispatcher::serve`](super::Dispatcher::serve): a listener of tokio or std, of TCP or Unix sockets.
+/// A source for [`Dispatcher::serve`](super::Dispatcher::serve): a listener of tokio or std, of TCP
+/// or Unix sockets.
 pub trait IntoListener: sealed::Sealed {
     /// A connection of this listener, registered with tokio: `TcpStream` or `UnixStream`.
     type Stream: Into<Accepted> + Send + 'static;

@@ -23,8 +23,8 @@ use super::{
 pub(super) enum Process {
     /// A process that this dispatcher has started, or one that it has replaced.
     Started { id: ProcessId, process: Started, pid: Option<u32> },
-    /// A process that has connected. All its links share this, so it takes one descriptor even if it
-    /// connects often.
+    /// A process that has connected. All its links share this, so it takes one descriptor even if
+    /// it connects often.
     Peer(Arc<Peer>),
     /// The other end of a pair. The socket names the process that made the pair, which need not be
     /// the one that uses it.

@@ -29,8 +29,8 @@ impl Dispatcher {
     ///
     /// **The end.** A listener that is closed takes its backlog along: the kernel resets those
     /// connections. So keep this future until the dispatcher has [drained](Self::drain), and let
-    /// that end it. First it accepts the connections in the backlog (4,096 connections at most), and
-    /// then it closes the listener. A client whose connection is established between the last
+    /// that end it. First it accepts the connections in the backlog (4,096 connections at most),
+    /// and then it closes the listener. A client whose connection is established between the last
     /// `accept` and that moment, or that connects later, is not served, unless another process has
     /// the listener too: a [successor](crate::takeover).
     ///

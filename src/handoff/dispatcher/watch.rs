@@ -43,7 +43,8 @@ fn watch_peer(peer: Arc<Peer>, shared: &Arc<Shared>) {
 }
 
 /// Waits for the end of a process that is not this dispatcher's: another one goes on with it, or it
-/// has sent nothing to this one. The process is this dispatcher's again if the replacement is undone.
+/// has sent nothing to this one. The process is this dispatcher's again if the replacement is
+/// undone.
 async fn attend(shared: Arc<Shared>, id: ProcessId, mut process: Started) {
     process.release();
     let has_moved = shared.act(|pool| pool.is_succeeded());

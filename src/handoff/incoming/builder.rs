@@ -50,8 +50,9 @@ impl IncomingBuilder {
         self
     }
 
-    /// Sets the most descriptors that a connection may have [with its bundle](crate::handoff::Accepted::with_fd),
-    /// 1 to [`MAX_OFFER_FDS`]. Default: 1, the connection alone.
+    /// Sets the most descriptors that a connection may have [with its
+    /// bundle](crate::handoff::Accepted::with_fd), 1 to [`MAX_OFFER_FDS`]. Default: 1, the
+    /// connection alone.
     ///
     /// The worker keeps that many free for each connection that it asks for.
     pub const fn max_fds(mut self, fds: usize) -> Self {

@@ -145,8 +145,8 @@ impl IncomingHandle {
     }
 
     /// Waits for the end of the link to the dispatcher. Adopted connections go on, except after a
-    /// drain, which has waited for them. Use it in a worker that connects again, or that has to know
-    /// at once that it was [fenced](IncomingEnd::Fenced).
+    /// drain, which has waited for them. Use it in a worker that connects again, or that has to
+    /// know at once that it was [fenced](IncomingEnd::Fenced).
     pub fn link_ended(&self) -> impl Future<Output = IncomingEnd> + Send + 'static + use<> {
         self.end_of(|phase| match phase {
             Phase::Unlinked(end) | Phase::Finished(end) => Some(end.clone()),
