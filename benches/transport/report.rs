@@ -91,10 +91,9 @@ row; between rows and machines only ratios mean something.
   *added CPU* is what a contender takes beyond one process, *× bare's* and *× acknowledged's* what
   it adds in units of what those add, on the same kind of socket. One client waits for each answer
   before it connects again, so that every process sleeps between any two steps: all costs of waking
-  up are there, and nothing is batched. Runtimes are as users have them, for one
-  process and both ends of a hand-off alike: current-thread, which is what several workers are
-  started for, and tokio's default, multi-thread; the loop that accepts is in `main`; no process is
-  bound to a core.
+  up are there, and nothing is batched. Runtimes are as users have them, for one process and both
+  ends of a hand-off alike: current-thread, which is what several workers are started for, and
+  tokio's default, multi-thread; the loop that accepts is in `main`; no process is bound to a core.
 ";
 
 const BARS: &str = "\
