@@ -27,7 +27,7 @@ use crate::{
 ///
 /// let address = Address::from("127.0.0.1:80".parse::<std::net::SocketAddr>()?);
 /// assert_eq!(address.to_string(), "127.0.0.1:80");
-/// assert!(address.ip().is_some_and(|address| address.port() == 80));
+/// assert!(address.socket_addr().is_some_and(|address| address.port() == 80));
 /// # Ok::<(), std::net::AddrParseError>(())
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -46,7 +46,7 @@ pub enum Address {
 
 impl Address {
     /// Returns the address and port if this is an address of the internet protocol.
-    pub fn ip(&self) -> Option<SocketAddr> {
+    pub fn socket_addr(&self) -> Option<SocketAddr> {
         match self {
             Self::Ip(address) => Some(*address),
             _ => None,

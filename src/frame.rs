@@ -87,70 +87,73 @@ pub struct Fds<F = OwnedFd> {
     /// The descriptors, or `None` for most messages: then a drop looks at this field and does
     /// nothing. It is `ManuallyDrop` because the compiler's own drop of an `Option` would be a
     /// function call for each message.
-    held: ManuallyDrop<Option<Held<F>>>,
+    list: ManuallyDrop<Option<FdList<F>>>,
 }
 
-/// Takes back descriptors that came from a peer and that nobody wants.
-pub(crate) trait Home<F>: Send + Sync {
-    fn take_back(self: Arc<Self>, fds: SmallVec<[F; 1]>);
+/// Closes descriptors that came from a peer and that nobody has taken.
+pub(crate) trait FdCloser<F>: Send + Sync {
+    fn close(self: Arc<Self>, fds: SmallVec<[F; 1]>);
 }
 
 impl Fds {
     /// Returns no descriptors, for a message that has none. [`Fds::default`] does the same for
     /// descriptors of any type, if the compiler can infer it.
     pub const fn none() -> Self {
-        Self { held: ManuallyDrop::new(None) }
+        Self { list: ManuallyDrop::new(None) }
     }
 }
 
 impl<F> Fds<F> {
-    /// Returns descriptors that go back to `home` unless the user takes them out.
+    /// Returns descriptors that `closer` closes unless the user takes them out.
     #[inline]
-    pub(crate) fn from_peer(mut fds: SmallVec<[F; 1]>, home: Option<Arc<dyn Home<F>>>) -> Self {
-        let list = match fds.len() {
+    pub(crate) fn from_peer(
+        mut fds: SmallVec<[F; 1]>,
+        closer: Option<Arc<dyn FdCloser<F>>>,
+    ) -> Self {
+        let fds = match fds.len() {
             0 | 1 => fds.pop().map(List::One),
             _ => Some(List::Many(Box::new(fds.into_vec()))),
         };
-        Self { held: ManuallyDrop::new(list.map(|list| Held { list, home })) }
+        Self { list: ManuallyDrop::new(fds.map(|fds| FdList { fds, closer })) }
     }
 
     /// Takes all descriptors out.
     fn take(&mut self) -> FdsIntoIter<F> {
-        let (fds, home) = match self.held.take() {
+        let (fds, closer) = match self.list.take() {
             None => (SmallVec::new(), None),
-            Some(Held { list, home }) => (list.into(), home),
+            Some(FdList { fds, closer }) => (fds.into(), closer),
         };
-        FdsIntoIter { fds: fds.into_iter(), home }
+        FdsIntoIter { fds: fds.into_iter(), closer }
     }
 
     /// Gives each descriptor away in an `Fds` of its own, which is closed as this one is.
     #[cfg(feature = "serde")]
     pub(crate) fn split(mut self) -> impl Iterator<Item = Self> {
         let mut fds = self.take();
-        let home = fds.home.clone();
+        let closer = fds.closer.clone();
         std::iter::from_fn(move || {
-            Some(Self::from_peer(SmallVec::from_buf([fds.next()?]), home.clone()))
+            Some(Self::from_peer(SmallVec::from_buf([fds.next()?]), closer.clone()))
         })
     }
 
     #[inline(never)] // so that `drop` is short
-    fn drop_held(&mut self) {
+    fn drop_list(&mut self) {
         drop(self.take());
     }
 
     /// Adds a descriptor at the end.
     pub fn push(&mut self, fd: F) {
-        if let Some(Held { list: List::Many(fds), .. }) = &mut *self.held {
+        if let Some(FdList { fds: List::Many(fds), .. }) = &mut *self.list {
             return fds.push(fd);
         }
         let mut before = self.take();
-        let home = before.home.take();
-        *self = Self::from_peer(before.by_ref().chain([fd]).collect(), home);
+        let closer = before.closer.take();
+        *self = Self::from_peer(before.by_ref().chain([fd]).collect(), closer);
     }
 
     /// Takes the last descriptor.
     pub fn pop(&mut self) -> Option<F> {
-        if let Some(Held { list: List::Many(fds), .. }) = &mut *self.held {
+        if let Some(FdList { fds: List::Many(fds), .. }) = &mut *self.list {
             return fds.pop();
         }
         self.take().next()
@@ -183,13 +186,13 @@ impl<F> Deref for Fds<F> {
     type Target = [F];
 
     fn deref(&self) -> &[F] {
-        self.held.as_ref().map_or(&[], |held| held.list.as_slice())
+        self.list.as_ref().map_or(&[], |list| list.fds.as_slice())
     }
 }
 
 impl<F> Default for Fds<F> {
     fn default() -> Self {
-        Self { held: ManuallyDrop::new(None) }
+        Self { list: ManuallyDrop::new(None) }
     }
 }
 
@@ -233,7 +236,7 @@ impl<F> IntoIterator for Fds<F> {
 /// are closed in the way that `Fds` describes.
 pub struct FdsIntoIter<F> {
     fds: smallvec::IntoIter<[F; 1]>,
-    home: Option<Arc<dyn Home<F>>>,
+    closer: Option<Arc<dyn FdCloser<F>>>,
 }
 
 impl<F> Iterator for FdsIntoIter<F> {
@@ -252,10 +255,10 @@ impl<F> ExactSizeIterator for FdsIntoIter<F> {}
 
 impl<F> Drop for FdsIntoIter<F> {
     fn drop(&mut self) {
-        if let Some(home) = self.home.take()
+        if let Some(closer) = self.closer.take()
             && self.fds.len() > 0
         {
-            home.take_back(self.fds.by_ref().collect());
+            closer.close(self.fds.by_ref().collect());
         }
     }
 }
@@ -269,8 +272,8 @@ impl<F: fmt::Debug> fmt::Debug for FdsIntoIter<F> {
 impl<F> Drop for Fds<F> {
     #[inline]
     fn drop(&mut self) {
-        if self.held.is_some() {
-            self.drop_held();
+        if self.list.is_some() {
+            self.drop_list();
         }
     }
 }
@@ -283,8 +286,8 @@ impl<F: fmt::Debug> fmt::Debug for Fds<F> {
 
 impl<F: Clone> Clone for Fds<F> {
     fn clone(&self) -> Self {
-        let home = self.held.as_ref().and_then(|held| held.home.clone());
-        Self::from_peer(self.iter().cloned().collect(), home)
+        let closer = self.list.as_ref().and_then(|list| list.closer.clone());
+        Self::from_peer(self.iter().cloned().collect(), closer)
     }
 }
 
@@ -296,10 +299,10 @@ impl<F: PartialEq> PartialEq for Fds<F> {
 
 impl<F: Eq> Eq for Fds<F> {}
 
-struct Held<F> {
-    list: List<F>,
-    /// The place for descriptors that nobody takes. `None` if they did not come from a peer.
-    home: Option<Arc<dyn Home<F>>>,
+struct FdList<F> {
+    fds: List<F>,
+    /// Closes the descriptors that nobody takes. `None` if they did not come from a peer.
+    closer: Option<Arc<dyn FdCloser<F>>>,
 }
 
 /// A list of one descriptor or of any number. It is small, because a message is moved several

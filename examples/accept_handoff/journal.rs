@@ -66,7 +66,7 @@ impl Writer {
     /// One `write` to the end of the file: the line is there whole or not at all, also if this
     /// process is killed.
     pub(crate) fn given(&mut self, peer: &Address) -> Result<()> {
-        let Some(client) = peer.ip() else { return Ok(()) };
+        let Some(client) = peer.socket_addr() else { return Ok(()) };
         self.file
             .write_all(format!("{} {} {}\n", client.ip(), self.number, process::id()).as_bytes())
     }

@@ -128,7 +128,7 @@ async fn serve(arguments: Arguments) -> Result<()> {
     select! {
         (finished, told) = async { join!(serving, notifier.follow(&server)) } => {
             told.map_err(with("NOTIFY_SOCKET"))?;
-            println!("{} connections were cut", finished.left);
+            println!("{} connections were cut", finished.unfinished);
             println!("left");
         }
         _ = terminate.recv() => notifier.stopping().await?,

@@ -35,7 +35,7 @@ use account::{Charge, Closing};
 use lanes::{Closed, Lanes};
 
 use crate::{
-    frame::Home,
+    frame::FdCloser,
     send_fd::{FdKind, SendFd},
     sys::{self, CloseFd, FdGuard},
 };
@@ -80,7 +80,7 @@ const RETRY: Duration = Duration::from_millis(20);
 /// # Ok(()) }
 /// ```
 pub fn close_in_background(fds: impl IntoIterator<Item = impl Into<OwnedFd>>) {
-    CLOSER.add(Job {
+    CLOSER.add(CloseJob {
         fds: fds.into_iter().map(Into::into).collect(),
         account: None,
         are_sockets: false,
@@ -131,7 +131,7 @@ pub(crate) fn close_unsent(fds: impl IntoIterator<Item = SendFd>) {
 /// Closes sockets in the background, as [`close_in_background`] does, without asking for their
 /// kind.
 pub(crate) fn close_sockets(fds: impl Into<SmallVec<[OwnedFd; 1]>>) {
-    CLOSER.add(Job { fds: fds.into(), account: None, are_sockets: true });
+    CLOSER.add(CloseJob { fds: fds.into(), account: None, are_sockets: true });
 }
 
 /// Starts the closer's thread unless it runs, and waits until it has the descriptors that it needs.
@@ -157,7 +157,7 @@ impl InBackground {
 
 impl CloseFd for InBackground {
     fn close(&mut self, fd: OwnedFd) {
-        CLOSER.add(Job {
+        CLOSER.add(CloseJob {
             fds: SmallVec::from_buf([fd]),
             account: self.0.take(),
             are_sockets: true,
@@ -184,7 +184,7 @@ struct Closer {
 }
 
 struct Backlog {
-    jobs: Vec<Job>,
+    jobs: Vec<CloseJob>,
     /// The number of descriptors in all jobs.
     fds: usize,
     /// The charges of sockets that exiting tasks have closed. The closer's thread drops them, which
@@ -205,7 +205,7 @@ enum Thread {
     Busy,
 }
 
-struct Job {
+struct CloseJob {
     fds: SmallVec<[OwnedFd; 1]>,
     account: Option<Arc<Account>>,
     /// True if all of them are known to be sockets. Otherwise the closer's thread finds out.
@@ -213,9 +213,9 @@ struct Job {
 }
 
 /// Closes the descriptors of a connection that nobody wants in the background, and counts them.
-impl Home<OwnedFd> for Account {
-    fn take_back(self: Arc<Self>, fds: SmallVec<[OwnedFd; 1]>) {
-        CLOSER.add(Job { fds, account: Some(self), are_sockets: false });
+impl FdCloser<OwnedFd> for Account {
+    fn close(self: Arc<Self>, fds: SmallVec<[OwnedFd; 1]>) {
+        CLOSER.add(CloseJob { fds, account: Some(self), are_sockets: false });
     }
 }
 
@@ -238,7 +238,7 @@ impl Closer {
         backlog
     }
 
-    fn add(&'static self, job: Job) {
+    fn add(&'static self, job: CloseJob) {
         if job.fds.is_empty() {
             return;
         }
@@ -292,7 +292,7 @@ impl Closer {
 
     /// Waits until there is something to do, and swaps the waiting jobs and charges with `jobs` and
     /// `closed`, which are empty. So no vector is allocated anew.
-    fn next(&self, lanes: &Lanes, jobs: &mut Vec<Job>, closed: &mut Vec<Closed>) {
+    fn next(&self, lanes: &Lanes, jobs: &mut Vec<CloseJob>, closed: &mut Vec<Closed>) {
         // Pause first, so that a busy process wakes this thread seldom.
         let pause = if lanes.has_to_retry() { RETRY } else { PAUSE };
         let (mut backlog, _) = self

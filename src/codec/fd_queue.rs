@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 
 use crate::{
     error::Error,
-    frame::{Fds, Home},
+    frame::{FdCloser, Fds},
 };
 
 /// A queue of the descriptors that have arrived and that no message has claimed yet, first in,
@@ -37,8 +37,8 @@ pub struct FdQueue<F = OwnedFd> {
     spoiled: AtomicBool,
     /// The number of descriptors that were ever taken out.
     taken: u64,
-    /// The place for descriptors that nobody takes. `None` if they did not come from a peer.
-    home: Option<Arc<dyn Home<F>>>,
+    /// Closes the descriptors that nobody takes. `None` if they did not come from a peer.
+    closer: Option<Arc<dyn FdCloser<F>>>,
 }
 
 impl<F> FdQueue<F> {
@@ -50,7 +50,7 @@ impl<F> FdQueue<F> {
             made_good: false,
             spoiled: AtomicBool::new(false),
             taken: 0,
-            home: None,
+            closer: None,
         }
     }
 
@@ -92,7 +92,7 @@ impl<F> FdQueue<F> {
             fds.push(fd);
         }
         self.taken += count as u64;
-        Some(Fds::from_peer(fds, self.home.clone()))
+        Some(Fds::from_peer(fds, self.closer.clone()))
     }
 
     /// Takes the descriptor that arrived first. Call it when the bytes of a complete message tell
@@ -156,7 +156,7 @@ impl<F> FdQueue<F> {
     pub fn take_all(&mut self) -> Fds<F> {
         self.note_answer();
         self.taken += self.fds.len() as u64;
-        Fds::from_peer(self.fds.drain(..).collect(), self.home.clone())
+        Fds::from_peer(self.fds.drain(..).collect(), self.closer.clone())
     }
 
     /// Takes the waiting descriptors out for good. From then on nothing closes them in the
@@ -218,20 +218,20 @@ impl<F> FdQueue<F> {
     fn give_up(&mut self, count: usize) {
         let fds: SmallVec<_> = self.fds.drain(..count).collect();
         self.taken += count as u64;
-        if let Some(home) = &self.home
+        if let Some(closer) = &self.closer
             && !fds.is_empty()
         {
-            Arc::clone(home).take_back(fds);
+            Arc::clone(closer).close(fds);
         }
     }
 
-    pub(crate) fn has_home(&self) -> bool {
-        self.home.is_some()
+    pub(crate) fn has_closer(&self) -> bool {
+        self.closer.is_some()
     }
 
-    /// Sets the place for descriptors that nobody takes.
-    pub(crate) fn set_home(&mut self, home: Arc<dyn Home<F>>) {
-        self.home = Some(home);
+    /// Sets what closes the descriptors that nobody takes.
+    pub(crate) fn set_closer(&mut self, closer: Arc<dyn FdCloser<F>>) {
+        self.closer = Some(closer);
     }
 }
 

@@ -154,7 +154,7 @@
 //!   worker that does not receive keeps them.
 //! - Descriptors that belong to a connection can [come with it](Accepted::with_fd), and state can
 //!   as metadata. What is in neither does not move along: hand a TLS connection over before the
-//!   handshake, with what was [read](Accepted::read_bytes) from it.
+//!   handshake, with what was [read](Accepted::with_prefix) from it.
 //!
 //! # Traps
 //!
@@ -193,7 +193,6 @@
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers
 //!   that are to finish their work ignore that signal and wait to be drained.
 
-mod connection;
 mod dispatcher;
 mod incoming;
 pub mod protocol;
@@ -203,14 +202,16 @@ mod span;
 mod tonic;
 mod transport;
 
-pub use connection::{Connection, ConnectionParts, ConnectionStream, ServingGuard};
 pub use dispatcher::{
     Accepted, AdoptionTimes, DispatchError, DispatchPermit, Dispatcher, DispatcherBuilder,
     Dispatching, Group, GroupStats, IntoListener, NotDispatched, NotReplaced, Replaced,
     RetireCause, RetireCounts, Stats, Strategy, Succession, TakenWorker, TakenWorkers, Unadopted,
     WorkerCommand, WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
-pub use incoming::{Incoming, IncomingBuilder, IncomingEnd, IncomingHandle, IncomingStats};
+pub use incoming::{
+    Connection, ConnectionParts, ConnectionStream, Incoming, IncomingBuilder, IncomingEnd,
+    IncomingHandle, IncomingStats, ServingGuard,
+};
 pub use transport::Transport;
 
 pub use crate::address::Address;

@@ -17,6 +17,9 @@ impl Connected for Connection {
     type ConnectInfo = TcpConnectInfo;
 
     fn connect_info(&self) -> TcpConnectInfo {
-        TcpConnectInfo { local_addr: self.local_addr().ip(), remote_addr: self.peer_addr().ip() }
+        TcpConnectInfo {
+            local_addr: self.local_addr().socket_addr(),
+            remote_addr: self.peer_addr().socket_addr(),
+        }
     }
 }

@@ -60,8 +60,8 @@ impl DispatcherMetrics {
             let cause = Label::from_static_parts("cause", cause);
             self.series.count("fdwire_dispatcher_retired_workers_total", &[cause], total);
         }
-        let wait = stats.waits_for_place.unwrap_or_default().as_secs_f64();
-        let pause = stats.accept_paused.unwrap_or_default().as_secs_f64();
+        let wait = stats.slot_wait.unwrap_or_default().as_secs_f64();
+        let pause = stats.accept_paused_for.unwrap_or_default().as_secs_f64();
         for (name, value) in [
             ("fdwire_dispatcher_waiting_connections", stats.waiting as f64),
             ("fdwire_dispatcher_place_wait_seconds", wait),
@@ -102,7 +102,7 @@ impl DispatcherMetrics {
 
     fn update_groups(&mut self, stats: &Stats) {
         for group in &stats.groups {
-            let wait = group.waits_for_place.unwrap_or_default().as_secs_f64();
+            let wait = group.slot_wait.unwrap_or_default().as_secs_f64();
             self.set_group(&group.group, [group.workers as f64, group.waiting as f64, wait]);
         }
         let groups = stats.groups.iter().map(|group| group.group.clone()).collect();

@@ -59,7 +59,7 @@ impl Server {
     /// let server = pending.ready().await?;
     /// let router = Router::new().route("/", get(|| async { "hello\n" }));
     /// let finished = server.serve_axum(server.gated("http", 0)?, router).await;
-    /// println!("{} connections are cut", finished.left);
+    /// println!("{} connections are cut", finished.unfinished);
     /// # Ok(()) }
     /// ```
     ///

@@ -24,7 +24,7 @@ use super::{
 pub struct Finished {
     /// Number of connections that were still open at the deadline, or when a successor asked this
     /// process to leave. They were cut, or are when the process ends.
-    pub left: usize,
+    pub unfinished: usize,
 }
 
 /// A connection that a server has accepted, until this is dropped.
@@ -72,7 +72,7 @@ impl Server {
     ///
     /// # let new = takeover::request(&path, Options::default()).await?.ready().await?;
     /// let finished = server.finish().await; // once it was replaced
-    /// assert_eq!(finished.left, 0);
+    /// assert_eq!(finished.unfinished, 0);
     /// # Ok(()) }
     /// ```
     pub fn open_connection(&self) -> OpenConnection {
@@ -110,13 +110,13 @@ impl Server {
             }
             // Connections that were cut at the deadline have ended by now, or are about to.
             let Counts { open, cut } = *self.shared.connections.counts.borrow();
-            let left = open + cut;
+            let unfinished = open + cut;
             if self.phase() == Phase::Replaced || self.drained().await {
-                match left {
+                match unfinished {
                     0 => info!("takeover: all connections have ended, leaving"),
-                    _ => warn!(left, "takeover: leaving, and connections are cut"),
+                    _ => warn!(unfinished, "takeover: leaving, and connections are cut"),
                 }
-                return Finished { left };
+                return Finished { unfinished };
             }
         }
     }

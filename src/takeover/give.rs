@@ -168,7 +168,7 @@ impl GiverTask {
                     self.giver.give(bytes::Bytes::new());
                 }
             }
-            GiverStep::SendYours { baton } => {
+            GiverStep::SendCommit { baton } => {
                 let Some(Handover { control, control_lock, locks }) = self.handover.take() else {
                     return;
                 };
@@ -176,7 +176,7 @@ impl GiverTask {
                 for locks in in_messages(locks.map(|(_, lock)| SendFd::from(lock)).collect()) {
                     self.send(ToTaker::Locks { fds: locks.into_iter().collect() });
                 }
-                self.send(ToTaker::Yours {
+                self.send(ToTaker::Commit {
                     baton,
                     fds: [control, control_lock].into_iter().map(SendFd::from).collect(),
                 });

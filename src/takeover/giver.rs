@@ -67,8 +67,8 @@ pub(super) enum GiverStep {
     SendAborted(AbortReason),
     /// Accept no more. The taker has no use for some listeners, named by their numbers.
     Stop { declined: BTreeSet<u32> },
-    /// Send the locks and YOURS.
-    SendYours { baton: Bytes },
+    /// Send the locks and COMMIT.
+    SendCommit { baton: Bytes },
     /// Accept again.
     Resume(Undone),
     /// Send RESUMED.
@@ -101,7 +101,7 @@ enum State {
     Waiting,
     /// The receiving direction is shut down; what was written before is read to its end.
     Cutting { reason: AbortReason, ready_counts: bool },
-    /// The taker accepts. `given`: YOURS is sent. `cut`: the receiving direction is shut down, so
+    /// The taker accepts. `given`: COMMIT is sent. `cut`: the receiving direction is shut down, so
     /// its end is not the taker's end.
     Draining { given: bool, cut: bool },
     /// Nothing follows.
@@ -279,7 +279,7 @@ impl Giver {
     pub(super) fn give(&mut self, baton: Bytes) {
         if let State::Draining { given: given @ false, .. } = &mut self.state {
             *given = true;
-            self.steps.push_back(GiverStep::SendYours { baton });
+            self.steps.push_back(GiverStep::SendCommit { baton });
         }
     }
 

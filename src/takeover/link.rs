@@ -14,7 +14,7 @@ use crate::{Error, Framed, Socket, framed::ReadHalf};
 
 /// A [`Taker`] with its connection.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(super) struct TakerLink {
     pub(super) taker: Taker,
     read: ReadHalf<TakerCodec>,
     out: Outbox<TakerCodec, FromTaker>,
@@ -34,7 +34,7 @@ pub(super) enum Event {
     Error(Error),
 }
 
-impl Link {
+impl TakerLink {
     pub(super) fn new(socket: Socket, settings: TakerSettings) -> Self {
         let (read, write) = Framed::new(socket, TakerCodec::default()).into_split();
         let taker = Taker::new(now(), settings);

@@ -70,7 +70,7 @@
 //! });
 //! // Until another process has taken over and the connections have ended, or their time is over.
 //! let finished = server.finish().await;
-//! println!("{} connections are cut", finished.left);
+//! println!("{} connections are cut", finished.unfinished);
 //! # Ok(()) }
 //! ```
 //!

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::{
     Phase,
     control::Control,
-    link::{Event, Link, now},
+    link::{Event, TakerLink, now},
     protocol::ToTaker,
     shared::{Baton, Shared, UpCommand},
     taker::TakerStep,
@@ -23,7 +23,7 @@ use crate::{Fds, socket::PathGuard, sys::is_exhausted};
 /// Returns the task that watches a predecessor.
 pub(super) fn watch(
     shared: Arc<Shared>,
-    link: Link,
+    link: TakerLink,
     path_ids: Vec<Option<(u64, u64)>>,
 ) -> impl Future<Output = ()> + Send + use<> {
     let (to_task, commands) = unbounded_channel();
@@ -42,14 +42,14 @@ pub(super) fn watch(
 
 struct Predecessor {
     shared: Arc<Shared>,
-    link: Link,
+    link: TakerLink,
     path_ids: Vec<Option<(u64, u64)>>,
     /// Locks of paths that have come.
     locks: Vec<OwnedFd>,
-    /// The control socket and its lock, from YOURS.
+    /// The control socket and its lock, from COMMIT.
     handover: Option<Fds>,
     /// The control socket, bound again, or the reason why that failed, if the predecessor has gone
-    /// without YOURS.
+    /// without COMMIT.
     inherited: Option<io::Result<Control>>,
     /// Waits for the answer to a HAND_BACK.
     hand_back: Option<oneshot::Sender<Result<(), Bytes>>>,
@@ -71,7 +71,7 @@ impl Predecessor {
                 biased;
                 event = self.link.next_event() => match event {
                     Some(Event::Message(ToTaker::Locks { fds })) => self.locks.extend(fds),
-                    Some(Event::Message(ToTaker::Yours { fds, .. })) => self.handover = Some(fds),
+                    Some(Event::Message(ToTaker::Commit { fds, .. })) => self.handover = Some(fds),
                     Some(Event::Error(error)) => {
                         warn!(%error, "nothing more can be read from the old server; going on");
                     }
@@ -135,7 +135,7 @@ impl Predecessor {
         Ok(Control { fd, guard })
     }
 
-    /// Takes the path of a predecessor that has gone without YOURS. Returns `None` if that has to
+    /// Takes the path of a predecessor that has gone without COMMIT. Returns `None` if that has to
     /// be tried again: its lock is not free yet, or this process has no descriptor left.
     fn inherit(&mut self) -> Option<io::Result<Control>> {
         let guard = PathGuard::take(&self.shared.path).ok()?;

@@ -239,8 +239,8 @@ impl Processes {
                     self.giver_accepts = false;
                     giver.give(Bytes::from_static(b"baton"));
                 }
-                GiverStep::SendYours { baton } => {
-                    out.send(codec, ToTaker::Yours { baton, fds: Default::default() })
+                GiverStep::SendCommit { baton } => {
+                    out.send(codec, ToTaker::Commit { baton, fds: Default::default() })
                 }
                 GiverStep::Resume(_) => self.giver_accepts = true,
                 GiverStep::SendResumed => out.send(codec, ToTaker::Resumed),

@@ -16,7 +16,7 @@ use super::{
     control::Control,
     generations::Generations,
     inspect::{compare, is_lane},
-    link::{Event, Link, now},
+    link::{Event, TakerLink, now},
     listeners::{Entry, Listeners},
     passed, predecessor,
     protocol::{Identity, Lane, Offered, ToTaker},
@@ -46,7 +46,7 @@ use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard};
 pub async fn request(path: impl AsRef<Path>, options: Options) -> Result<Pending, Error> {
     let path = std::path::absolute(path)?;
     let socket = connect(&path, &options).await?;
-    let mut link = Link::new(socket, options.taker_settings());
+    let mut link = TakerLink::new(socket, options.taker_settings());
     let mut pending = Pending::new(options, path);
     pending.receive(&mut link).await?;
     pending.link = Some(link);
@@ -72,7 +72,7 @@ pub(super) async fn connect(path: &Path, options: &Options) -> Result<Socket, Er
 #[derive(Debug)]
 pub struct Pending {
     /// `None` if no server runs.
-    link: Option<Link>,
+    link: Option<TakerLink>,
     options: Options,
     path: PathBuf,
     listeners: Listeners,
@@ -191,7 +191,7 @@ impl Pending {
     }
 
     /// Serves as the successor of another process. Without a link, that one has died.
-    fn serve(self, link: Option<Link>) -> Result<Server, Error> {
+    fn serve(self, link: Option<TakerLink>) -> Result<Server, Error> {
         let Self {
             options,
             path,
@@ -275,7 +275,7 @@ impl Pending {
     }
 
     /// Receives until everything is here.
-    async fn receive(&mut self, link: &mut Link) -> Result<(), Error> {
+    async fn receive(&mut self, link: &mut TakerLink) -> Result<(), Error> {
         loop {
             match link.next_step() {
                 Some(TakerStep::Offered) => return Ok(()),

@@ -21,7 +21,7 @@ const SLOW_LOCK_RETRY: Duration = Duration::from_secs(1);
 ///          WELCOME             COMPLETE          ready()           READY was written
 ///   Hello ---------> Receiving --------> Offered -------> Readying ----------> Unconfirmed
 ///                                           |                | can't be written  |  | giver's end
-///                            giver's end,   |                v             YOURS |  | or a breach
+///                            giver's end,   |                v             COMMIT |  | or a breach
 ///                            then ready()   |               Cut                  |  v
 ///                                           |                | giver's end       |  Relocking
 ///                                           '----> Locking <-'                   v      |
@@ -104,10 +104,10 @@ enum State {
     Locking { until: Option<Instant> },
     /// READY was written in full: this process serves.
     Unconfirmed,
-    /// The same, and the giver has gone before YOURS, or has broken the protocol and was sent
+    /// The same, and the giver has gone before COMMIT, or has broken the protocol and was sent
     /// RELEASE. The lock is on its way to be free.
     Relocking { until: Option<Instant> },
-    /// YOURS is here. The giver may still have to serve again.
+    /// COMMIT is here. The giver may still have to serve again.
     Confirmed,
     /// HAND_BACK is written, or will be; this process serves until the answer.
     HandingBack { baton: Bytes },
@@ -232,12 +232,12 @@ impl Taker {
             ) => self.fail(Failure::Aborted(*reason)),
             // After the cut.
             (State::Unconfirmed, ToTaker::Locks { .. }) => {}
-            (State::Unconfirmed, ToTaker::Yours { baton, .. }) => {
+            (State::Unconfirmed, ToTaker::Commit { baton, .. }) => {
                 self.state = State::Confirmed;
                 self.steps.push_back(TakerStep::Confirmed(Some(baton.clone())));
             }
-            // YOURS has crossed RELEASE. The lock comes with it, and will not be free otherwise.
-            (State::Relocking { .. }, ToTaker::Yours { baton, .. }) => {
+            // COMMIT has crossed RELEASE. The lock comes with it, and will not be free otherwise.
+            (State::Relocking { .. }, ToTaker::Commit { baton, .. }) => {
                 self.state = State::Releasing;
                 self.deadline = None;
                 self.steps.push_back(TakerStep::Confirmed(Some(baton.clone())));
@@ -263,7 +263,7 @@ impl Taker {
         match self.state {
             State::Relocking { .. } | State::Final | State::Ended => {}
             State::Releasing => self.state = State::Final,
-            // YOURS will never be here in full. The giver gives up the lock after RELEASE.
+            // COMMIT will never be here in full. The giver gives up the lock after RELEASE.
             State::Unconfirmed => {
                 self.steps.push_back(TakerStep::Send(FromTaker::Release));
                 self.begin_relocking(now);

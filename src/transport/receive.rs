@@ -48,7 +48,7 @@ impl ReceiveSide {
     ) -> Self {
         let inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
         let mut side = Self { inbound, state, senders, timing: RestTiming::default() };
-        side.set_home(socket);
+        side.set_closer(socket);
         if state == Receiving::Over {
             side.inbound.end();
         }
@@ -85,8 +85,8 @@ impl ReceiveSide {
     }
 
     /// Lets the closer have the descriptors that nobody takes.
-    fn set_home(&mut self, socket: Endpoint<'_>) {
-        self.inbound.fds.set_home(Arc::<Account>::clone(socket.account()));
+    fn set_closer(&mut self, socket: Endpoint<'_>) {
+        self.inbound.fds.set_closer(Arc::<Account>::clone(socket.account()));
     }
 
     /// Makes room in the buffer, and makes one `recvmsg`.
@@ -114,8 +114,8 @@ impl ReceiveSide {
         mut received: Received,
         is_rest: bool,
     ) -> Result<(), Error> {
-        if !self.inbound.fds.has_home() {
-            self.set_home(socket); // a decoder has replaced the queue
+        if !self.inbound.fds.has_closer() {
+            self.set_closer(socket); // a decoder has replaced the queue
         }
         // Another holder may have switched credentials on. Only those that were asked for count.
         let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
@@ -264,7 +264,7 @@ mod tests {
             sys::sendmsg(a.as_fd(), &[IoSlice::new(b"x")], [a.as_fd()].into_iter()).unwrap();
             let received = side.receive(b.as_fd(), &TakesTheQueue).unwrap();
             side.received(b.endpoint(), received, false).unwrap();
-            assert!(side.inbound.fds.has_home());
+            assert!(side.inbound.fds.has_closer());
         }
     }
 

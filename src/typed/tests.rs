@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use super::*;
 use crate::{
     fd_policy::{FdAccess, FdInfo, FdPolicy, FdType},
-    frame::Home,
+    frame::FdCloser,
 };
 
 /// A test's descriptor. From this one on it is of the wrong kind.
@@ -37,8 +37,8 @@ impl Passable for u32 {
 #[derive(Default)]
 struct Closed(Mutex<Vec<u32>>);
 
-impl Home<u32> for Closed {
-    fn take_back(self: Arc<Self>, fds: SmallVec<[u32; 1]>) {
+impl FdCloser<u32> for Closed {
+    fn close(self: Arc<Self>, fds: SmallVec<[u32; 1]>) {
         self.0.lock().unwrap().extend(fds);
     }
 }
@@ -53,7 +53,7 @@ pub(super) struct Arrived {
 impl Arrived {
     pub(super) fn new(bytes: &[u8], numbers: impl IntoIterator<Item = u32>) -> Self {
         let (mut fds, closed) = (FdQueue::from_iter(numbers), Arc::new(Closed::default()));
-        fds.set_home(Arc::clone(&closed) as _);
+        fds.set_closer(Arc::clone(&closed) as _);
         Self { src: bytes.into(), fds, closed }
     }
 

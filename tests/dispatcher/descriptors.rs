@@ -143,12 +143,12 @@ fn it_is_known_that_nothing_is_accepted_without_descriptors() {
         let (_directory, dispatcher) = with_worker().await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = Client::connect(listener.local_addr().unwrap(), 0).await;
-        let stats = || (dispatcher.stats().accept_pauses, dispatcher.stats().accept_paused);
+        let stats = || (dispatcher.stats().accept_pauses, dispatcher.stats().accept_paused_for);
         let checking = async {
             assert_eq!(stats(), (0, None));
             limit_fds(3);
             until("the accept loop pauses", || stats().1 > Some(Duration::from_millis(50))).await;
-            assert_eq!((stats().0, dispatcher.stats().waits_for_place), (1, None));
+            assert_eq!((stats().0, dispatcher.stats().slot_wait), (1, None));
             limit_fds(1000);
             assert_ne!(client.answer().await, "");
             assert_eq!(stats(), (1, None));

@@ -124,7 +124,7 @@ fn a_group_whose_workers_all_die_does_not_harm_the_other() {
             until("the others are counted", || dispatcher.stats().lost == u64::from(CLIENTS) - 8)
                 .await;
             let group = stats_of(&dispatcher, "a").unwrap();
-            assert_eq!((group.workers, group.waiting_for_place), (0, 8));
+            assert_eq!((group.workers, group.waiting_for_slot), (0, 8));
 
             // Connections that wait are served when there is a worker again.
             let command = command(&directory.path().join("a"));
@@ -149,7 +149,7 @@ fn connections_to_be_prepared_are_accepted_when_a_worker_of_any_group_has_room()
         let checking = async {
             let mut client = TcpStream::connect(address).await.unwrap();
             client.write_all(&FIRST_OF_B.to_be_bytes()).await.unwrap();
-            until("it waits", || dispatcher.stats().waits_for_place.is_some()).await;
+            until("it waits", || dispatcher.stats().slot_wait.is_some()).await;
             assert_eq!(dispatcher.stats().groups, []);
             let mut worker = Raw::start(&dispatcher.in_group("b"), kind, 1).await;
             worker.offer().await.unwrap();

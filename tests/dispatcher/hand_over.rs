@@ -32,10 +32,10 @@ fn a_connection_comes_with_what_is_known_of_it() {
         let mut read = [0; 3];
         tokio::io::AsyncReadExt::read_exact(&mut accepted, &mut read).await.unwrap();
         let outcome = dispatcher
-            .dispatch(Accepted::from(accepted).read_bytes(read.to_vec()).metadata("tenant 7"));
+            .dispatch(Accepted::from(accepted).with_prefix(read.to_vec()).metadata("tenant 7"));
         let offer = worker.offer().await.unwrap();
         assert_eq!((&offer.peer, &offer.local), (&peer.into(), &local.into()));
-        assert_eq!((&offer.read[..], &offer.metadata[..]), (&read[..], &b"tenant 7"[..]));
+        assert_eq!((&offer.prefix[..], &offer.metadata[..]), (&read[..], &b"tenant 7"[..]));
         worker.adopt(1).await;
         assert_eq!(outcome.await.unwrap(), worker.id);
         assert_eq!(serve(offer, "hello").unwrap().0, 0);
@@ -218,10 +218,13 @@ fn what_is_too_long_is_given_back() {
         let dispatcher = Dispatcher::builder().build();
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let error = dispatcher
-            .dispatch(Accepted::from(accepted).read_bytes(vec![0; 2 << 20]))
+            .dispatch(Accepted::from(accepted).with_prefix(vec![0; 2 << 20]))
             .await
             .unwrap_err();
-        assert!(matches!(error.reason, NotDispatched::Unfit(fdwire::Error::FrameTooLong { .. })));
+        assert!(matches!(
+            error.reason,
+            NotDispatched::Unsendable(fdwire::Error::FrameTooLong { .. })
+        ));
         error.connection.into_socket().unwrap();
     });
 }

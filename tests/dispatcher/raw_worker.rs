@@ -164,8 +164,8 @@ pub(crate) fn serve(offer: Offer, name: &str) -> io::Result<(u32, std::net::TcpS
     let mut stream = std::net::TcpStream::from(offer.fd);
     stream.set_nonblocking(false)?;
     let mut serial = [0; 4];
-    let (read, rest) = serial.split_at_mut(offer.read.len().min(4));
-    read.copy_from_slice(&offer.read);
+    let (read, rest) = serial.split_at_mut(offer.prefix.len().min(4));
+    read.copy_from_slice(&offer.prefix);
     stream.read_exact(rest)?;
     stream.write_all(name.as_bytes())?;
     Ok((u32::from_be_bytes(serial), stream))

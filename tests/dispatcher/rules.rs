@@ -73,7 +73,7 @@ fn a_worker_of_plain_calls_receives_what_the_document_says() {
             let read = if serial % 40 == 7 { 150_000 + serial } else { serial * 3 };
             let bundle = (0..serial % 16).map(|_| UnixStream::pair().unwrap().0);
             let accepted =
-                Accepted::from(tokio_stream(connection)).read_bytes(vec![serial as u8; read]);
+                Accepted::from(tokio_stream(connection)).with_prefix(vec![serial as u8; read]);
             outcomes.push(dispatcher.dispatch(bundle.fold(accepted, Accepted::with_fd)));
         }
         let socket = plain_worker(&dispatcher, kind, 16, 1000);

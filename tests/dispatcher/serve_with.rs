@@ -117,7 +117,7 @@ fn options_bytes_that_were_read_and_metadata_reach_the_worker() {
             stream.set_nodelay(true).ok()?;
             let mut head = [0; 3];
             stream.read_exact(&mut head).await.ok()?;
-            Some(Accepted::from(stream).read_bytes(head.to_vec()).metadata("tenant 7"))
+            Some(Accepted::from(stream).with_prefix(head.to_vec()).metadata("tenant 7"))
         });
         let checking = async {
             let _client = says(address, b"GET /").await;

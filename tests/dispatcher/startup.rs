@@ -247,12 +247,12 @@ fn the_time_to_each_adoption_is_counted() {
 fn it_is_known_for_how_long_a_place_has_been_waited_for() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
-        assert_eq!(dispatcher.stats().waits_for_place, None);
+        assert_eq!(dispatcher.stats().slot_wait, None);
         let mut waiting = Box::pin(dispatcher.reserve());
         assert!(waiting.as_mut().now_or_never().is_none());
-        let before = dispatcher.stats().waits_for_place.unwrap();
-        until("time has passed", || dispatcher.stats().waits_for_place.unwrap() > before).await;
+        let before = dispatcher.stats().slot_wait.unwrap();
+        until("time has passed", || dispatcher.stats().slot_wait.unwrap() > before).await;
         drop(waiting);
-        assert_eq!(dispatcher.stats().waits_for_place, None);
+        assert_eq!(dispatcher.stats().slot_wait, None);
     });
 }

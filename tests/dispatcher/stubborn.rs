@@ -156,7 +156,7 @@ fn after_a_refusal_nothing_is_sent_that_was_only_planned() {
                 // So long that a third of them fills the queues on the way.
                 (
                     client,
-                    dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 10 << 10])),
+                    dispatcher.dispatch(Accepted::from(accepted).with_prefix(vec![0; 10 << 10])),
                 )
             })
             .unzip();
@@ -194,7 +194,7 @@ fn only_offers_that_were_sent_count() {
         let mut silent = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
         let outcomes = connections(CONNECTIONS).await.into_iter().map(|(client, accepted)| {
             let outcome =
-                dispatcher.dispatch(Accepted::from(accepted).read_bytes(vec![0; 10 << 10]));
+                dispatcher.dispatch(Accepted::from(accepted).with_prefix(vec![0; 10 << 10]));
             async { (client, outcome.await).1 }
         });
         let outcomes = Vec::from_iter(outcomes);

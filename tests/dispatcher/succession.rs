@@ -114,7 +114,7 @@ fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_the
             let (client, accepted) = one().await;
             let (upstream, _) = std::os::unix::net::UnixStream::pair().unwrap();
             let accepted = Accepted::from(accepted)
-                .read_bytes(serial.to_be_bytes().to_vec())
+                .with_prefix(serial.to_be_bytes().to_vec())
                 .metadata(format!("tenant {serial}"))
                 .key([(serial % 7) as u8])
                 .with_fd(upstream);

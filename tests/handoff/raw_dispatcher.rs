@@ -187,7 +187,7 @@ pub(crate) fn offer_of(connection: &net::TcpStream) -> Offer<SendFd> {
         transport: Transport::Tcp,
         peer: Address::from(connection.peer_addr().unwrap()),
         local: Address::from(connection.local_addr().unwrap()),
-        read: Default::default(),
+        prefix: Default::default(),
         metadata: Default::default(),
         fd: SendFd::assume_socket(connection.try_clone().unwrap()),
         bundle: Vec::new(),

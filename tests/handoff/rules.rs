@@ -93,7 +93,7 @@ fn a_worker_has_room_for_the_largest_packets() {
         });
         let connection = incoming.next().await.unwrap();
         sending.await.unwrap();
-        assert_eq!(connection.into_parts().read, [b'd'; 200_000][..]);
+        assert_eq!(connection.into_parts().prefix, [b'd'; 200_000][..]);
         drop((served, receiver));
     });
 }

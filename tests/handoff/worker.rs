@@ -79,8 +79,8 @@ fn a_connection_comes_with_what_the_offer_says_of_it() {
         let (client, copy) = dispatcher.accept().await;
         dispatcher.send_offer(Offer { metadata: "tenant 7".into(), ..offer_of(&copy) }).await;
         let connection = incoming.next().await.unwrap();
-        assert_eq!(connection.peer_addr().ip(), Some(client.local_addr().unwrap()));
-        assert_eq!(connection.local_addr().ip(), Some(client.peer_addr().unwrap()));
+        assert_eq!(connection.peer_addr().socket_addr(), Some(client.local_addr().unwrap()));
+        assert_eq!(connection.local_addr().socket_addr(), Some(client.peer_addr().unwrap()));
         assert_eq!(connection.metadata(), "tenant 7");
     });
 }
@@ -112,7 +112,7 @@ fn what_was_read_already_comes_first() {
         ask(&mut incoming);
         for taken_apart in [false, true] {
             let (mut client, copy) = dispatcher.accept().await;
-            dispatcher.send_offer(Offer { read: "GET / HT".into(), ..offer_of(&copy) }).await;
+            dispatcher.send_offer(Offer { prefix: "GET / HT".into(), ..offer_of(&copy) }).await;
             client.write_all(b"TP/1.1").await.unwrap();
 
             let mut connection = incoming.next().await.unwrap();
@@ -120,8 +120,8 @@ fn what_was_read_already_comes_first() {
             connection.read_exact(&mut begin).await.unwrap();
             assert_eq!(&begin, b"GET");
             if taken_apart {
-                let ConnectionParts { stream, read, serving, .. } = connection.into_parts();
-                assert_eq!(read, " / HT");
+                let ConnectionParts { stream, prefix, serving, .. } = connection.into_parts();
+                assert_eq!(prefix, " / HT");
                 let ConnectionStream::Tcp(mut stream) = stream else { panic!("not TCP") };
                 let mut rest = [0; 6];
                 stream.read_exact(&mut rest).await.unwrap();
@@ -160,7 +160,7 @@ fn unix_connections_are_served_too() {
             transport: Transport::UnixStream,
             peer: Address::Unnamed,
             local: Address::Path("/run/front.sock".into()),
-            read: "a".into(),
+            prefix: "a".into(),
             metadata: Default::default(),
             fd: accepted.into(),
             bundle: Vec::new(),

@@ -397,7 +397,7 @@ fn dropping_an_adopted_connection_does_not_wait_for_what_came_with_it() {
             transport: Transport::UnixStream,
             peer: Address::Unnamed,
             local: Address::Unnamed,
-            read: Default::default(),
+            prefix: Default::default(),
             metadata: Default::default(),
             fd: SendFd::from(OwnedFd::from(accepted)),
             bundle: vec![SendFd::from(slow)],

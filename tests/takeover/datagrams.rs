@@ -134,7 +134,7 @@ fn each_generation_gets_its_datagrams_with_their_source() {
         }
         for (datagrams, _) in &generations {
             assert!(next(datagrams).now_or_never().is_none(), "nothing arrives twice");
-            assert_eq!(datagrams.lost(), 0);
+            assert_eq!(datagrams.missed(), 0);
         }
     });
 }
@@ -186,7 +186,7 @@ fn an_old_process_that_does_not_receive_loses_its_own_datagrams_and_no_others() 
             client.send(&[0, high, low]).unwrap();
             assert_eq!(next(&from_new).await.0, [0, high, low]);
         }
-        let lost = from_new.lost();
+        let lost = from_new.missed();
         assert!(lost > 0, "a lane has no end");
         // It gets the first ones, in their order, and then new ones.
         for number in 0..SENT - lost as u16 {
@@ -196,7 +196,7 @@ fn an_old_process_that_does_not_receive_loses_its_own_datagrams_and_no_others() 
         client.send(b"\x01again").unwrap();
         assert!(next(&from_new).now_or_never().is_none());
         assert_eq!(next(&from_old).await.0, b"\x01again");
-        assert_eq!(from_new.lost(), lost);
+        assert_eq!(from_new.missed(), lost);
     });
 }
 

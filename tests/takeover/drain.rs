@@ -48,7 +48,7 @@ fn a_server_stays_until_its_connections_have_ended_and_reports_that_none_is_left
         drop(open);
         assert!(finish.as_mut().now_or_never().is_none(), "one is open");
         drop(last);
-        assert_eq!(finish.await.left, 0);
+        assert_eq!(finish.await.unfinished, 0);
         assert_eq!((old.phase(), new.phase()), (Phase::Replaced, Phase::Serving));
     });
 }
@@ -60,7 +60,7 @@ fn connections_that_are_open_at_the_deadline_are_reported() {
         let old = first_with(&path, options(SHORT, SHORT));
         let open = connections(&old, 3);
         let _new = request(&path).await.ready().await.unwrap();
-        assert_eq!(old.finish().await.left, 3);
+        assert_eq!(old.finish().await.unfinished, 3);
         join_all(open.iter().map(OpenConnection::deadline)).await;
     });
 }
@@ -90,7 +90,7 @@ fn a_takeover_can_be_undone_for_the_whole_spread() {
         new.confirmed().await;
         let _newest = request(&path).await.ready().await.unwrap();
         drop(connection);
-        assert_eq!(finish.await.left, 0);
+        assert_eq!(finish.await.unfinished, 0);
     });
 }
 
@@ -120,7 +120,7 @@ fn connections_do_not_end_at_one_moment() {
         println!("1,000 connections ended at {} moments or more", seen.len());
         assert!(seen.len() > 3, "they ended at one moment");
         join_all(tasks).await;
-        assert_eq!(old.finish().await.left, 0);
+        assert_eq!(old.finish().await.unfinished, 0);
     });
 }
 
@@ -140,7 +140,7 @@ fn the_oldest_of_too_many_old_servers_leaves_at_once() {
         }
         // Four were replaced. The first two have to leave, with their connections.
         for server in &servers[..2] {
-            assert_eq!(server.finish().await.left, 1);
+            assert_eq!(server.finish().await.unfinished, 1);
         }
         assert!(servers[2].finish().now_or_never().is_none());
         let newest = &servers[4];

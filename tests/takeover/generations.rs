@@ -46,7 +46,7 @@ async fn serve() {
         finished = server.finish() => finished,
         () = serving => unreachable!(),
     };
-    std::process::exit(PASSED + finished.left as i32);
+    std::process::exit(PASSED + finished.unfinished as i32);
 }
 
 async fn start(path: &Path, address: SocketAddr, deadline: Duration) -> Child {

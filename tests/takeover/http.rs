@@ -137,7 +137,7 @@ fn silent_clients_are_closed_within_the_spread_and_slow_ones_at_the_deadline() {
         for mut client in silent {
             client.check_closed().await;
         }
-        assert_eq!(site.serving.await.unwrap().left, 1);
+        assert_eq!(site.serving.await.unwrap().unfinished, 1);
         assert!(slow.0.read_u8().await.is_err());
     });
 }
@@ -189,6 +189,6 @@ fn clients_of_http_2_get_goaway_and_finish_their_requests() {
             }
         }
         assert_eq!((last_stream, &body[..]), (Some(1), &b"slow"[..]));
-        assert_eq!(site.serving.await.unwrap().left, 0);
+        assert_eq!(site.serving.await.unwrap().unfinished, 0);
     });
 }

@@ -27,10 +27,10 @@ fn locks_of_paths_move_after_ready_except_those_of_declined_listeners() {
         taker.send(FromTaker::Decline { number: 1 }).await.unwrap();
         taker.send(FromTaker::Ready).await.unwrap();
         let ToTaker::Locks { fds: locks } = taker.next().await.unwrap().unwrap() else { panic!() };
-        let ToTaker::Yours { fds: yours, .. } = taker.next().await.unwrap().unwrap() else {
+        let ToTaker::Commit { fds: commit, .. } = taker.next().await.unwrap().unwrap() else {
             panic!()
         };
-        let [_control, lock] = yours.into_array().unwrap();
+        let [_control, lock] = commit.into_array().unwrap();
         let moved: Vec<_> = locks.iter().chain([&lock]).map(inode_of).collect();
         let expected = ["a.lock", "c.lock", "control.lock"]
             .map(|name| inode_of(&File::open(directory.path().join(name)).unwrap()));

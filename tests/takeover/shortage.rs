@@ -122,7 +122,7 @@ fn a_new_process_without_descriptors_gives_up_and_the_old_one_goes_on() {
     panic!("room for {ENOUGH} descriptors is not enough: {failures:?}");
 }
 
-/// YOURS has two descriptors, which are lost then.
+/// COMMIT has two descriptors, which are lost then.
 ///
 /// Rules: T-LOST.
 #[test]
@@ -155,6 +155,6 @@ fn a_process_without_descriptors_at_the_cut_can_be_replaced_later() {
         serving = new;
         assert_eq!(who_serves(address), Some(serving.child.id()));
     }
-    println!("YOURS was lost with room for {lost:?} descriptors");
+    println!("COMMIT was lost with room for {lost:?} descriptors");
     assert!(lost.contains(&0));
 }

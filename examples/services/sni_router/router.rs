@@ -104,7 +104,7 @@ impl Router {
         };
         let refusal = match found {
             Ok(Hello { server_name, bytes }) => {
-                let accepted = Accepted::from(client).read_bytes(bytes);
+                let accepted = Accepted::from(client).with_prefix(bytes);
                 return Some(accepted.metadata(server_name.clone()).group(server_name));
             }
             Err(refusal) => refusal,

@@ -22,7 +22,7 @@ use super::{Group, Transport, key::key_of, protocol::RejectReason};
 /// # ) -> Result<(), Box<dyn std::error::Error>> {
 /// use fdwire::handoff::Accepted;
 ///
-/// let connection = Accepted::from(stream).read_bytes(head).metadata("tenant 7").key("7");
+/// let connection = Accepted::from(stream).with_prefix(head).metadata("tenant 7").key("7");
 /// dispatcher.dispatch(connection).await?;
 /// # Ok(()) }
 /// ```
@@ -30,25 +30,25 @@ use super::{Group, Transport, key::key_of, protocol::RejectReason};
 pub struct Accepted {
     /// Or why it could not be made ready.
     pub(super) socket: io::Result<OwnedFd>,
-    pub(super) about: About,
+    pub(super) attributes: Attributes,
 }
 
 /// The facts about an [`Accepted`] beside its descriptor.
 #[derive(Debug)]
-pub(super) struct About {
+pub(super) struct Attributes {
     pub(super) transport: Transport,
-    pub(super) read: Bytes,
+    pub(super) prefix: Bytes,
     pub(super) metadata: Bytes,
     pub(super) key: Option<u64>,
     pub(super) group: Option<Group>,
     pub(super) bundle: Vec<OwnedFd>,
 }
 
-impl About {
+impl Attributes {
     pub(super) fn new(transport: Transport) -> Self {
         Self {
             transport,
-            read: Bytes::new(),
+            prefix: Bytes::new(),
             metadata: Bytes::new(),
             key: None,
             group: None,
@@ -59,22 +59,22 @@ impl About {
 
 impl Accepted {
     fn new(socket: io::Result<OwnedFd>, transport: Transport) -> Self {
-        Self { socket, about: About::new(transport) }
+        Self { socket, attributes: Attributes::new(transport) }
     }
 
     /// Bytes that were already read from the connection. The worker's application reads it first.
     /// Together with the metadata it has to fit one message, of
     /// [`MAX_MESSAGE_BYTES`](super::protocol::MAX_MESSAGE_BYTES).
     #[must_use]
-    pub fn read_bytes(mut self, bytes: impl Into<Bytes>) -> Self {
-        self.about.read = bytes.into();
+    pub fn with_prefix(mut self, bytes: impl Into<Bytes>) -> Self {
+        self.attributes.prefix = bytes.into();
         self
     }
 
     /// Tells the worker's application something about the connection.
     #[must_use]
     pub fn metadata(mut self, metadata: impl Into<Bytes>) -> Self {
-        self.about.metadata = metadata.into();
+        self.attributes.metadata = metadata.into();
         self
     }
 
@@ -86,7 +86,7 @@ impl Accepted {
     /// with another release of Rust.
     #[must_use]
     pub fn key(mut self, key: impl AsRef<[u8]>) -> Self {
-        self.about.key = Some(key_of(key.as_ref()));
+        self.attributes.key = Some(key_of(key.as_ref()));
         self
     }
 
@@ -94,7 +94,7 @@ impl Accepted {
     /// [`Dispatcher`](super::Dispatcher::in_group) that takes it.
     #[must_use]
     pub fn group(mut self, group: impl Into<Group>) -> Self {
-        self.about.group = Some(group.into());
+        self.attributes.group = Some(group.into());
         self
     }
 
@@ -108,7 +108,7 @@ impl Accepted {
     /// [`MAX_OFFER_FDS`](super::protocol::MAX_OFFER_FDS) descriptors.
     #[must_use]
     pub fn with_fd(mut self, fd: impl Into<OwnedFd>) -> Self {
-        self.about.bundle.push(fd.into());
+        self.attributes.bundle.push(fd.into());
         self
     }
 
@@ -178,7 +178,7 @@ pub enum NotDispatched {
     NotConnected,
     /// It cannot be sent: what comes along is too long, or it could not leave its event loop.
     #[error(transparent)]
-    Unfit(#[from] crate::Error),
+    Unsendable(#[from] crate::Error),
 }
 
 /// The outcome of an offer that was not adopted.

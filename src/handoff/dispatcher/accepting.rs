@@ -19,7 +19,7 @@ use tracing::warn;
 
 use super::{
     Address, DispatchError, DispatchPermit, Dispatcher, Group, Shared, Transport,
-    accepted::About,
+    accepted::Attributes,
     dispatching::{reserve, reserve_late},
     handover::{Handover, shut_down},
     preparing::{Preparing, Slot},
@@ -78,7 +78,8 @@ impl Accepting {
     ) -> io::Result<Self> {
         let _context = shared.runtime.enter();
         // Each connection of a listener on all addresses has another one.
-        let is_same_for_all = local.ip().is_none_or(|address| !address.ip().is_unspecified());
+        let is_same_for_all =
+            local.socket_addr().is_none_or(|address| !address.ip().is_unspecified());
         Ok(Self {
             listener: sys::register(listener, Interest::READABLE)?,
             transport,
@@ -212,13 +213,17 @@ impl Accepting {
             slot.prepare(&self.shared, &self.group, socket);
             return Ok(());
         }
-        match Handover::prepare(socket, About::new(self.transport), Some(peer), self.local.clone())
-        {
+        match Handover::prepare(
+            socket,
+            Attributes::new(self.transport),
+            Some(peer),
+            self.local.clone(),
+        ) {
             Ok(connection) => {
                 permit.take(connection, &self.group);
                 Ok(())
             }
-            Err(unfit) => Err(turn_away(&self.shared, *unfit)),
+            Err(unsendable) => Err(refuse_unsendable(&self.shared, *unsendable)),
         }
     }
 
@@ -236,8 +241,8 @@ impl Accepting {
 
 /// Closes and counts an accepted connection that cannot be offered to any worker. Returns the
 /// reason.
-pub(super) fn turn_away(shared: &Arc<Shared>, unfit: DispatchError) -> io::Error {
-    let DispatchError { reason, connection } = unfit;
+pub(super) fn refuse_unsendable(shared: &Arc<Shared>, unsendable: DispatchError) -> io::Error {
+    let DispatchError { reason, connection } = unsendable;
     connection.socket.into_iter().for_each(shut_down);
     shared.count_lost();
     warn!(error = %reason, "connection closed: it cannot be offered to a worker");
@@ -255,11 +260,11 @@ mod tests {
     async fn an_accepted_connection_that_cannot_be_offered_is_closed_and_counted() {
         let dispatcher = Dispatcher::builder().build();
         let (connection, mut client) = UnixStream::pair().unwrap();
-        let unfit = DispatchError {
+        let unsendable = DispatchError {
             reason: NotDispatched::Draining,
             connection: Accepted::from(connection),
         };
-        turn_away(&dispatcher.shared, unfit);
+        refuse_unsendable(&dispatcher.shared, unsendable);
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
         let stats = dispatcher.stats();
         assert_eq!((stats.dispatched, stats.lost), (1, 1));

@@ -27,7 +27,7 @@ pub(super) fn dispatch(
     match (Handover::new(connection, reply), admission) {
         (Some(connection), admission) => connection.dispatch(shared, group, admission),
         (None, Admission::Reserved(group)) => {
-            shared.act(|pool| pool.give_up_place(&group, Instant::now()));
+            shared.act(|pool| pool.give_up_slot(&group, Instant::now()));
         }
         (None, _) => {}
     }
@@ -97,7 +97,7 @@ impl DispatchPermit {
 impl Drop for DispatchPermit {
     fn drop(&mut self) {
         if let Some(group) = self.place.take() {
-            self.shared.act(|pool| pool.give_up_place(&group, Instant::now()));
+            self.shared.act(|pool| pool.give_up_slot(&group, Instant::now()));
         }
     }
 }
@@ -105,7 +105,7 @@ impl Drop for DispatchPermit {
 /// Waits for a place in a group, which is kept; without a group until there is one in any, which is
 /// not kept. `None` when the dispatcher drains.
 pub(super) async fn reserve(shared: &Arc<Shared>, group: Option<&Group>) -> Option<DispatchPermit> {
-    match shared.wait_for_place(group)? {
+    match shared.wait_for_slot(group)? {
         Ok(permit) => Some(permit),
         Err((ticket, granted)) => Waiting { shared, group, ticket, granted }.await,
     }

@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 
 use super::{
     Accepted, Address, DispatchError, Group, NotDispatched, Shared, Transport, WorkerId,
-    accepted::About,
+    accepted::Attributes,
     key::key_of_client,
     pool::Admission,
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
@@ -48,7 +48,7 @@ pub(super) struct Handover {
     /// connections that hold all descriptors there are could wait for one more each, forever.
     socket: SharedFd,
     bundle: Vec<SharedFd>,
-    about: About,
+    attributes: Attributes,
     cookie: u64,
     peer: Address,
     local: Address,
@@ -70,8 +70,8 @@ impl Handover {
                 connection.reply = Some(reply);
                 Some(connection)
             }
-            Err(unfit) => {
-                let _ = reply.send(Err(*unfit));
+            Err(unsendable) => {
+                let _ = reply.send(Err(*unsendable));
                 None
             }
         }
@@ -80,13 +80,13 @@ impl Handover {
     /// # Errors
     /// Gives everything back if it cannot be offered.
     pub(super) fn of(accepted: Accepted) -> Result<Box<Self>, Box<DispatchError>> {
-        let Accepted { socket, about } = accepted;
+        let Accepted { socket, attributes } = accepted;
         match socket {
-            Ok(socket) => Self::prepare(socket, about, None, None),
+            Ok(socket) => Self::prepare(socket, attributes, None, None),
             Err(error) => {
-                let connection = Accepted { socket: Err(copy_of(&error)), about };
+                let connection = Accepted { socket: Err(copy_of(&error)), attributes };
                 Err(Box::new(DispatchError {
-                    reason: NotDispatched::Unfit(error.into()),
+                    reason: NotDispatched::Unsendable(error.into()),
                     connection,
                 }))
             }
@@ -97,41 +97,47 @@ impl Handover {
     /// Gives everything back if what comes along is too long, or if it is no connection.
     pub(super) fn prepare(
         socket: OwnedFd,
-        about: About,
+        attributes: Attributes,
         peer: Option<Address>,
         local: Option<Address>,
     ) -> Result<Box<Self>, Box<DispatchError>> {
-        let refuse = |socket, about, reason| {
-            let connection = Accepted { socket: Ok(socket), about };
+        let refuse = |socket, attributes, reason| {
+            let connection = Accepted { socket: Ok(socket), attributes };
             Err(Box::new(DispatchError { reason, connection }))
         };
-        let group = about.group.as_ref().map_or(0, |group| group.as_str().len());
-        let bytes = about.read.len() + about.metadata.len() + group + MAX_OTHER_BYTES;
-        let fds = 1 + about.bundle.len();
+        let group = attributes.group.as_ref().map_or(0, |group| group.as_str().len());
+        let bytes = attributes.prefix.len() + attributes.metadata.len() + group + MAX_OTHER_BYTES;
+        let fds = 1 + attributes.bundle.len();
         if bytes > MAX_MESSAGE_BYTES {
             return refuse(
                 socket,
-                about,
+                attributes,
                 Error::FrameTooLong { bytes, limit: MAX_MESSAGE_BYTES }.into(),
             );
         }
         if fds > MAX_OFFER_FDS {
-            return refuse(socket, about, Error::TooManyFds { fds, limit: MAX_OFFER_FDS }.into());
+            return refuse(
+                socket,
+                attributes,
+                Error::TooManyFds { fds, limit: MAX_OFFER_FDS }.into(),
+            );
         }
         let cookie = match getsockopt(&socket, sys::Cookie) {
             Ok(cookie) => cookie,
-            Err(error) => return refuse(socket, about, Error::from(io::Error::from(error)).into()),
+            Err(error) => {
+                return refuse(socket, attributes, Error::from(io::Error::from(error)).into());
+            }
         };
-        let (socket, peer, local) = addresses(socket, about.transport, peer, local);
+        let (socket, peer, local) = addresses(socket, attributes.transport, peer, local);
         let Some(peer) = peer.or_else(|| had_client(&socket, &local).then(Address::default)) else {
-            return refuse(socket, about, NotDispatched::NotConnected);
+            return refuse(socket, attributes, NotDispatched::NotConnected);
         };
-        let mut about = about;
-        let bundle = about.bundle.drain(..).map(SharedFd::new).collect();
+        let mut attributes = attributes;
+        let bundle = attributes.bundle.drain(..).map(SharedFd::new).collect();
         Ok(Box::new(Self {
             socket: SharedFd::new(socket),
             bundle,
-            about,
+            attributes,
             cookie,
             span: ConnectionSpan::dispatch(cookie, &peer, &local),
             peer,
@@ -144,7 +150,7 @@ impl Handover {
 
     /// The group that it is meant for, or this one.
     pub(super) fn group_or(&self, default: &Group) -> Group {
-        self.about.group.as_ref().unwrap_or(default).clone()
+        self.attributes.group.as_ref().unwrap_or(default).clone()
     }
 
     pub(super) fn dispatch(
@@ -162,11 +168,11 @@ impl Handover {
     pub(super) fn offer(&self) -> Offer<SendFd> {
         Offer {
             cookie: self.cookie,
-            transport: self.about.transport,
+            transport: self.attributes.transport,
             peer: self.peer.clone(),
             local: self.local.clone(),
-            read: self.about.read.clone(),
-            metadata: self.about.metadata.clone(),
+            prefix: self.attributes.prefix.clone(),
+            metadata: self.attributes.metadata.clone(),
             fd: SendFd::assume_socket(self.socket.lend()),
             bundle: self.bundle.iter().map(|fd| fd.lend().into()).collect(),
         }
@@ -174,14 +180,14 @@ impl Handover {
 
     /// The offer for a dispatcher that goes on in the place of this one.
     pub(super) fn offer_to_successor(&self) -> Offer<SendFd> {
-        let (key, group) = (self.about.key, self.group.clone());
-        let envelope = Envelope { key, group, metadata: self.about.metadata.clone() };
+        let (key, group) = (self.attributes.key, self.group.clone());
+        let envelope = Envelope { key, group, metadata: self.attributes.metadata.clone() };
         Offer { metadata: envelope.encode(), ..self.offer() }
     }
 
     /// Keys that are equal go to the same worker. By default those of one client.
     fn key(&self) -> u64 {
-        self.about.key.unwrap_or_else(|| key_of_client(&self.peer))
+        self.attributes.key.unwrap_or_else(|| key_of_client(&self.peer))
     }
 
     /// A worker has adopted it.
@@ -209,8 +215,9 @@ impl Handover {
     /// No worker adopts it. Gives it back to who waits for it; without anybody, its client sees the
     /// end. Returns whether it was given back.
     pub(super) fn fail(mut self, reason: NotDispatched) -> bool {
-        self.about.bundle.extend(self.bundle.into_iter().map(SharedFd::into_owned));
-        let connection = Accepted { socket: Ok(self.socket.into_owned()), about: self.about };
+        self.attributes.bundle.extend(self.bundle.into_iter().map(SharedFd::into_owned));
+        let connection =
+            Accepted { socket: Ok(self.socket.into_owned()), attributes: self.attributes };
         let error = DispatchError { reason, connection };
         let unwanted = match self.reply {
             Some(reply) => match reply.send(Err(error)) {
@@ -222,10 +229,11 @@ impl Handover {
             },
             None => Some(error),
         };
-        if let Some(Accepted { socket: Ok(socket), about }) = unwanted.map(|error| error.connection)
+        if let Some(Accepted { socket: Ok(socket), attributes }) =
+            unwanted.map(|error| error.connection)
         {
             shut_down(socket);
-            close_in_background(about.bundle);
+            close_in_background(attributes.bundle);
         }
         self.span.end("closed", None);
         false
@@ -344,5 +352,5 @@ fn addresses(
 /// of its own.
 fn had_client(socket: &OwnedFd, local: &Address) -> bool {
     let is_listener = getsockopt(socket, sockopt::AcceptConn).unwrap_or(false);
-    !is_listener && local.ip().is_some_and(|local| local.port() != 0)
+    !is_listener && local.socket_addr().is_some_and(|local| local.port() != 0)
 }

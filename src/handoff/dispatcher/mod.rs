@@ -3,7 +3,6 @@
 
 mod accepted;
 mod accepting;
-mod bell;
 mod builder;
 mod dispatching;
 mod group;
@@ -21,6 +20,7 @@ mod spawn;
 mod started;
 mod stats;
 mod succession;
+mod task_signal;
 mod times;
 mod worker_task;
 

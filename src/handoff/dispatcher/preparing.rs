@@ -18,7 +18,7 @@ use tracing::{Instrument, debug, warn};
 
 use super::{
     Accepted, Group, IntoListener, Shared,
-    accepting::turn_away,
+    accepting::refuse_unsendable,
     builder::Config,
     dispatching::{reserve, reserve_late},
     handover::Handover,
@@ -111,7 +111,7 @@ fn not_prepared(shared: &Arc<Shared>, reason: &str) {
 async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     let connection = match Handover::of(accepted) {
         Ok(connection) => connection,
-        Err(unfit) => return drop(turn_away(shared, *unfit)),
+        Err(unsendable) => return drop(refuse_unsendable(shared, *unsendable)),
     };
     let group = connection.group_or(group);
     // Otherwise those that wait for a group without room would keep all slots, and those of other

@@ -21,12 +21,12 @@ use tracing::{info, warn};
 
 use super::{
     Config, DispatchPermit, Group, NotDispatched, RetireCause, Stats, WorkerId, after,
-    bell::Bell,
     handover::{Copies, Handover},
     joint_task::JointTask,
     pauses::Pauses,
     pool::{Event, Failure, Pool, ProcessId, TicketId},
     process::Processes,
+    task_signal::TaskSignal,
 };
 use crate::Socket;
 
@@ -37,7 +37,7 @@ pub(super) struct Shared {
     pool: Mutex<Pool<Box<Handover>>>,
     processes: Mutex<Processes>,
     /// Wake the workers' tasks.
-    bells: Mutex<HashMap<WorkerId, Arc<Bell>>>,
+    signals: Mutex<HashMap<WorkerId, Arc<TaskSignal>>>,
     pub(super) new_links: Mutex<NewLinks>,
     /// Users that wait for a place. Locked while the pool is, never the other way around.
     waiters: Mutex<HashMap<TicketId, oneshot::Sender<DispatchPermit>>>,
@@ -83,7 +83,7 @@ impl Shared {
             config,
             pool: Mutex::new(Pool::new(config)),
             processes: Mutex::default(),
-            bells: Mutex::default(),
+            signals: Mutex::default(),
             new_links: Mutex::default(),
             waiters: Mutex::default(),
             changes: watch::Sender::new(()),
@@ -121,8 +121,8 @@ impl Shared {
         for event in events {
             match event {
                 Event::Wake(id) => {
-                    let bell = lock(&self.bells).get(&id).cloned();
-                    bell.into_iter().for_each(|bell| bell.ring());
+                    let signal = lock(&self.signals).get(&id).cloned();
+                    signal.into_iter().for_each(|signal| signal.set());
                 }
                 Event::Adopted { mut connection, worker, process, holders } => {
                     connection.adopted_by(worker);
@@ -203,27 +203,27 @@ impl Shared {
         self.changed();
     }
 
-    pub(super) fn add_bell(&self, id: WorkerId, bell: Arc<Bell>) {
-        lock(&self.bells).insert(id, bell);
+    pub(super) fn add_signal(&self, id: WorkerId, signal: Arc<TaskSignal>) {
+        lock(&self.signals).insert(id, signal);
     }
 
     /// Waits in the queue of a group for a place, or without a group until there is one in any.
     /// `None` if the pool gives out none.
-    pub(super) fn wait_for_place(
+    pub(super) fn wait_for_slot(
         self: &Arc<Self>,
         group: Option<&Group>,
     ) -> Option<Result<DispatchPermit, (TicketId, oneshot::Receiver<DispatchPermit>)>> {
         self.act(|pool| {
             let is_there_one = match group {
                 Some(group) => pool.try_reserve(group),
-                None => pool.has_place(),
+                None => pool.has_slot(),
             };
             if is_there_one {
                 return Some(Ok(DispatchPermit::new(self, group.cloned())));
             }
             pool.is_open().then(|| {
                 let (waiter, granted) = oneshot::channel();
-                let ticket = pool.wait_for_place(group, Instant::now());
+                let ticket = pool.wait_for_slot(group, Instant::now());
                 lock(&self.waiters).insert(ticket, waiter);
                 Err((ticket, granted))
             })
@@ -251,7 +251,7 @@ impl Shared {
     pub(super) fn stats(&self) -> Stats {
         let pool = lock(&self.pool);
         let (totals, now) = (pool.totals, Instant::now());
-        let (accept_pauses, accept_paused) = self.pauses.stats(now);
+        let (accept_pauses, accept_paused_for) = self.pauses.stats(now);
         Stats {
             groups: pool.groups(now).collect(),
             workers: pool.workers().collect(),
@@ -268,9 +268,9 @@ impl Shared {
             refused_workers: totals.refused_workers,
             departed: pool.departed().cloned().collect(),
             adoption_times: totals.adoption_times,
-            waits_for_place: pool.waits_for_place(now),
+            slot_wait: pool.slot_wait(now),
             accept_pauses,
-            accept_paused,
+            accept_paused_for,
         }
     }
 
@@ -368,7 +368,7 @@ impl WorkerEntryGuard {
 
 impl Drop for WorkerEntryGuard {
     fn drop(&mut self) {
-        lock(&self.shared.bells).remove(&self.id);
+        lock(&self.shared.signals).remove(&self.id);
         self.shared.act(|pool| pool.forget(self.id, Instant::now()));
         self.shared.changed();
     }

@@ -64,12 +64,12 @@ pub struct Stats {
     /// How long [`serve`](super::Dispatcher::serve), or a caller of
     /// [`reserve`](super::Dispatcher::reserve), has been waiting for a worker with room, now. As
     /// long as it waits, `serve` accepts nothing.
-    pub waits_for_place: Option<Duration>,
+    pub slot_wait: Option<Duration>,
     /// How often [`serve`](super::Dispatcher::serve) has begun to wait for descriptors, or for
     /// memory of the kernel, to accept with.
     pub accept_pauses: u64,
     /// How long `serve` has been waiting for these, now.
-    pub accept_paused: Option<Duration>,
+    pub accept_paused_for: Option<Duration>,
 }
 
 /// Numbers of one group of workers, now.
@@ -85,9 +85,9 @@ pub struct GroupStats {
     pub waiting: usize,
     /// Accept loops, prepared connections and callers of
     /// [`reserve`](super::Dispatcher::reserve) that wait for a worker with room.
-    pub waiting_for_place: usize,
+    pub waiting_for_slot: usize,
     /// How long the first of these has been waiting.
-    pub waits_for_place: Option<Duration>,
+    pub slot_wait: Option<Duration>,
 }
 
 /// How many workers left, by [cause](RetireCause). One that is started again and leaves again

@@ -22,12 +22,12 @@ use tracing::{debug, info, warn};
 
 use super::{
     RetireCause, Shared, WorkerId, after,
-    bell::Bell,
     handover::Copies,
     pool::ProcessState,
     process::Process,
     protocol::{DispatcherCodec, FromWorker, NewLink, Offer, ToWorker},
     shared::lock,
+    task_signal::TaskSignal,
 };
 use crate::{
     Error, SendFd, Socket,
@@ -60,7 +60,7 @@ const LATER: Duration = Duration::from_secs(3600);
 pub(super) struct WorkerTask {
     shared: Arc<Shared>,
     id: WorkerId,
-    bell: Arc<Bell>,
+    signal: Arc<TaskSignal>,
     process: Process,
     read: ReadHalf<TolerantCodec>,
     outbound: Outbound,
@@ -118,12 +118,12 @@ impl WorkerTask {
 
     /// The task of a link that the pool knows of.
     fn of_link(shared: Arc<Shared>, id: WorkerId, socket: Socket, process: Process) -> Self {
-        let bell = Arc::new(Bell::default());
-        shared.add_bell(id, Arc::clone(&bell));
+        let signal = Arc::new(TaskSignal::default());
+        shared.add_signal(id, Arc::clone(&signal));
         let (read, outbound) = halves(socket.quiet(), TolerantCodec::default());
         Self {
             id,
-            bell,
+            signal,
             process,
             read,
             outbound,
@@ -166,7 +166,7 @@ impl WorkerTask {
             if end.is_none() && self.process.poll_ended(cx).is_ready() {
                 end = Some(RetireCause::Ended);
             }
-            let is_news = self.bell.was_rung(cx) || end.is_some() || !self.received.is_empty();
+            let is_news = self.signal.take(cx) || end.is_some() || !self.received.is_empty();
             if (is_news || is_due || self.more)
                 && let Err(cause) = self.exchange(end)
             {

@@ -187,7 +187,7 @@ pub struct Offer<F = OwnedFd> {
     /// Address that it has connected to.
     pub local: Address,
     /// The bytes that were already read from it. They come before what the socket still has.
-    pub read: Bytes,
+    pub prefix: Bytes,
     /// Metadata from the dispatcher's application.
     pub metadata: Bytes,
     /// The socket.

@@ -92,12 +92,12 @@ impl<F> SalvagingCodec<F> {
         offer: Offer<()>,
         fds: &mut FdQueue<F>,
     ) -> Result<Option<Offer<F>>, Error> {
-        let Offer { cookie, transport, peer, local, read, metadata, bundle, .. } = offer;
+        let Offer { cookie, transport, peer, local, prefix, metadata, bundle, .. } = offer;
         let Some(claimed) = self.claim(cookie, 1 + bundle.len(), fds)? else { return Ok(None) };
         let mut claimed = claimed.into_iter();
         let Some(fd) = claimed.next() else { return Ok(None) }; // it has one at least
         let bundle = claimed.collect();
-        Ok(Some(Offer { cookie, transport, peer, local, read, metadata, fd, bundle }))
+        Ok(Some(Offer { cookie, transport, peer, local, prefix, metadata, fd, bundle }))
     }
 
     /// Takes the descriptors of a message, the first of which has this cookie. `None` if they are
@@ -160,7 +160,7 @@ mod tests {
                 transport: Transport::Tcp,
                 peer: Address::Unnamed,
                 local: Address::Unnamed,
-                read: "GET / HTTP/1.1".into(),
+                prefix: "GET / HTTP/1.1".into(),
                 metadata: Default::default(),
                 fd: (),
                 bundle: vec![(); count - 1],

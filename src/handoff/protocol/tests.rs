@@ -18,12 +18,12 @@ prop_compose! {
         cookie: u64,
         tcp: bool,
         (peer, local) in (any_address(), any_address()),
-        (read, metadata) in (vec(any::<u8>(), 0..5000), vec(any::<u8>(), 0..50)),
+        (prefix, metadata) in (vec(any::<u8>(), 0..5000), vec(any::<u8>(), 0..50)),
         (fd, bundle) in (any::<u32>(), vec(any::<u32>(), 0..MAX_OFFER_FDS)),
     ) -> Offer<u32> {
         let transport = if tcp { Transport::Tcp } else { Transport::UnixStream };
-        let (read, metadata) = (read.into(), metadata.into());
-        Offer { cookie, transport, peer, local, read, metadata, fd, bundle }
+        let (prefix, metadata) = (prefix.into(), metadata.into());
+        Offer { cookie, transport, peer, local, prefix, metadata, fd, bundle }
     }
 }
 
@@ -157,7 +157,7 @@ fn messages_in_bytes() {
         transport: Transport::Tcp,
         peer: Address::Ip("127.0.0.1:256".parse().unwrap()),
         local: Address::Ip("[::1%7]:80".parse().unwrap()),
-        read: "GET".into(),
+        prefix: "GET".into(),
         metadata: "m".into(),
         fd: 5,
         bundle: vec![6, 7],
@@ -176,7 +176,7 @@ fn messages_in_bytes() {
         transport: Transport::UnixStream,
         peer: Address::Unnamed,
         local: Address::Path("/run/x".into()),
-        read: Bytes::new(),
+        prefix: Bytes::new(),
         metadata: Bytes::new(),
         bundle: Vec::new(),
         ..offer
@@ -191,13 +191,13 @@ fn messages_in_bytes() {
 /// Rules: P-LENGTH, D-OFFER-FDS.
 #[test]
 fn an_offer_that_is_too_long_comes_back() {
-    let offer = |read: usize, path: usize, fds: usize| {
+    let offer = |prefix: usize, path: usize, fds: usize| {
         let offer = Offer {
             cookie: 0,
             transport: Transport::Tcp,
             peer: Address::Path("x".repeat(path).into()),
             local: Address::Unnamed,
-            read: vec![0; read].into(),
+            prefix: vec![0; prefix].into(),
             metadata: Bytes::new(),
             fd: 7,
             bundle: vec![8; fds - 1],

@@ -147,7 +147,7 @@ impl<F> ToWorker<Offer<F>, NewLink<F>> {
                 offer.transport.put(&mut dst);
                 offer.peer.put(&mut dst)?;
                 offer.local.put(&mut dst)?;
-                put_long(&mut dst, &offer.read)?;
+                put_long(&mut dst, &offer.prefix)?;
                 put_long(&mut dst, &offer.metadata)?;
             }
             Self::Recall { before } => {
@@ -192,13 +192,13 @@ impl<F> ToWorker<Offer<F>, NewLink<F>> {
             return Self::read_move(payload, fds).map(Some);
         }
         let Some((number, offer)) = Offer::read(payload) else { return Err(fds) };
-        let Offer { cookie, transport, peer, local, read, metadata, .. } = offer;
+        let Offer { cookie, transport, peer, local, prefix, metadata, .. } = offer;
         let mut fds = fds.into_iter();
         let Some(fd) = fds.next() else { return Ok(None) }; // it has one at least
         let bundle = fds.collect();
         Ok(Some(Self::Offer {
             number,
-            offer: Offer { cookie, transport, peer, local, read, metadata, fd, bundle },
+            offer: Offer { cookie, transport, peer, local, prefix, metadata, fd, bundle },
         }))
     }
 
@@ -238,7 +238,7 @@ impl Offer<()> {
             peer: Address::read(&mut fields)?,
             local: Address::read(&mut fields)?,
             // Copies: a slice would keep a whole read buffer for as long as the connection lives.
-            read: Bytes::copy_from_slice(fields.long()?),
+            prefix: Bytes::copy_from_slice(fields.long()?),
             metadata: Bytes::copy_from_slice(fields.long()?),
             fd: (),
             bundle: Vec::new(),

@@ -185,8 +185,8 @@ impl Datagrams {
 
     /// Returns the number of datagrams of other generations that were lost, because their process
     /// did not receive them and its lane was full.
-    pub fn lost(&self) -> u64 {
-        self.receiver.lanes.lost()
+    pub fn missed(&self) -> u64 {
+        self.receiver.lanes.missed()
     }
 
     /// Receives the next datagram of this process: from the socket while this process serves, and

@@ -48,7 +48,7 @@ struct State {
     /// A new process gets a lane to this one.
     is_forwarding: bool,
     /// The lane from which the next datagram is received.
-    turn: usize,
+    next_lane: usize,
 }
 
 #[derive(Debug)]
@@ -77,7 +77,7 @@ impl Lanes {
         self.lock().is_forwarding = true;
     }
 
-    pub(super) fn lost(&self) -> u64 {
+    pub(super) fn missed(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
     }
 
@@ -173,14 +173,14 @@ impl Lanes {
         let mut left = state.lanes.len();
         while left > 0 {
             // One lane after the other, so that none keeps the others waiting.
-            let turn = state.turn % state.lanes.len();
-            match poll_lane(&state.lanes[turn], cx, buffer) {
+            let lane = state.next_lane % state.lanes.len();
+            match poll_lane(&state.lanes[lane], cx, buffer) {
                 Poll::Ready(Some(received)) => {
-                    state.turn = turn + 1;
+                    state.next_lane = lane + 1;
                     return Poll::Ready(received);
                 }
-                Poll::Ready(None) => drop(state.lanes.remove(turn)),
-                Poll::Pending => state.turn = turn + 1,
+                Poll::Ready(None) => drop(state.lanes.remove(lane)),
+                Poll::Pending => state.next_lane = lane + 1,
             }
             left -= 1;
         }

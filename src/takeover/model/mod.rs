@@ -22,8 +22,8 @@ enum Action {
     WriteHalf,
     GiverReads,
     TakerReads,
-    /// The descriptors of YOURS do not fit: the message is lost, and nothing follows.
-    TakerLosesYours,
+    /// The descriptors of COMMIT do not fit: the message is lost, and nothing follows.
+    TakerLosesCommit,
     KillGiver,
     KillTaker,
     /// The kernel works on a dead process: its socket is closed before its lock is free.
@@ -49,7 +49,7 @@ const ACTIONS: [Action; 17] = [
     Action::WriteHalf,
     Action::GiverReads,
     Action::TakerReads,
-    Action::TakerLosesYours,
+    Action::TakerLosesCommit,
     Action::KillGiver,
     Action::KillTaker,
     Action::FreeLockOfDead,
@@ -69,7 +69,7 @@ impl Takeover {
     fn is_settled(&self, world: &World) -> bool {
         use Action::*;
         let optional = [
-            TakerLosesYours,
+            TakerLosesCommit,
             KillGiver,
             KillTaker,
             PutDownBaton,
@@ -112,7 +112,7 @@ impl Model for Takeover {
             killed: false,
             gave_up: None,
             offered: false,
-            lost_yours: false,
+            lost_commit: false,
         }]
     }
 
@@ -147,7 +147,7 @@ impl Model for Takeover {
                 }
             }
             Action::TakerReads => {
-                let is_open = !world.taker_closed && !world.lost_yours;
+                let is_open = !world.taker_closed && !world.lost_commit;
                 let taker = world.taker.as_mut().filter(|_| is_open)?;
                 if !world.to_taker.is_empty() {
                     taker.on_message(now, &world.to_taker.remove(0).message());
@@ -157,14 +157,14 @@ impl Model for Takeover {
                     return None;
                 }
             }
-            Action::TakerLosesYours => {
+            Action::TakerLosesCommit => {
                 let taker = world.taker.as_mut().filter(|_| !world.taker_closed)?;
-                if world.to_taker.first() != Some(&Sent::Yours) {
+                if world.to_taker.first() != Some(&Sent::Commit) {
                     return None;
                 }
                 taker.on_violation(now);
                 world.to_taker.clear();
-                world.lost_yours = true;
+                world.lost_commit = true;
             }
             Action::KillGiver => {
                 world.giver.take()?;

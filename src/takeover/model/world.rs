@@ -37,7 +37,7 @@ pub(super) struct World {
     pub(super) gave_up: Option<Failure>,
     pub(super) offered: bool,
     /// The taker reads nothing more.
-    pub(super) lost_yours: bool,
+    pub(super) lost_commit: bool,
 }
 
 /// A message that the giver has written.
@@ -46,7 +46,7 @@ pub(super) enum Sent {
     Welcome,
     Complete,
     Aborted(AbortReason),
-    Yours,
+    Commit,
     Resumed,
     Drained,
 }
@@ -57,7 +57,7 @@ impl Sent {
             Self::Welcome => ToTaker::Welcome { version: 1, listeners: 0 },
             Self::Complete => ToTaker::Complete,
             Self::Aborted(reason) => ToTaker::Aborted { reason: *reason },
-            Self::Yours => ToTaker::Yours { baton: Bytes::new(), fds: Default::default() },
+            Self::Commit => ToTaker::Commit { baton: Bytes::new(), fds: Default::default() },
             Self::Resumed => ToTaker::Resumed,
             Self::Drained => ToTaker::Drained,
         }
@@ -123,7 +123,7 @@ impl World {
             GiverStep::Cut => self.cut = true,
             GiverStep::SendAborted(reason) => self.to_taker.push(Sent::Aborted(reason)),
             GiverStep::Stop { .. } => self.giver_accepts = false,
-            GiverStep::SendYours { .. } => self.to_taker.push(Sent::Yours),
+            GiverStep::SendCommit { .. } => self.to_taker.push(Sent::Commit),
             GiverStep::Resume(_) => self.giver_accepts = true,
             GiverStep::SendResumed => self.to_taker.push(Sent::Resumed),
             GiverStep::GiveUpCopies => self.giver_has_lock = false,
@@ -148,7 +148,7 @@ impl World {
             }
             TakerStep::Offered => self.offered = true,
             TakerStep::TryLock => {
-                let in_flight = self.to_taker.contains(&Sent::Yours);
+                let in_flight = self.to_taker.contains(&Sent::Commit);
                 let is_free = !self.giver_has_lock && !in_flight;
                 self.taker_has_lock |= is_free;
                 // Only as long as a process lives is it too late: see the limit's documentation.

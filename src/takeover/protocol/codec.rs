@@ -228,7 +228,7 @@ impl<F> ToTaker<F> {
                 dst.push(0x87);
                 carried = fds;
             }
-            Self::Yours { baton, fds } => {
+            Self::Commit { baton, fds } => {
                 dst.push(0x88);
                 dst.extend(baton);
                 carried = fds;
@@ -284,7 +284,7 @@ impl<F> ToTaker<F> {
             Some(0x84) => Ok(Self::State { bytes: Bytes::copy_from_slice(fields.rest()), fds }),
             Some(0x8E) => Ok(Self::Workers { bytes: Bytes::copy_from_slice(fields.rest()), fds }),
             Some(0x87) if fields.is_at_end() && !fds.is_empty() => Ok(Self::Locks { fds }),
-            Some(0x88) => Ok(Self::Yours { baton: Bytes::copy_from_slice(fields.rest()), fds }),
+            Some(0x88) => Ok(Self::Commit { baton: Bytes::copy_from_slice(fields.rest()), fds }),
             Some(0x8B) => {
                 let mut replaced_for = Vec::with_capacity(fds.len());
                 while let Some(milliseconds) = fields.u64() {

@@ -128,7 +128,7 @@ pub enum ToTaker<F = OwnedFd> {
         fds: Fds<F>,
     },
     /// Everything is the taker's: the giver has read [`FromTaker::Ready`] and accepts no more.
-    Yours {
+    Commit {
         /// The application's exclusive thing.
         baton: Bytes,
         /// The socket at which takeovers are requested, and the lock of its path.

@@ -53,7 +53,7 @@ fn to_taker() -> impl Strategy<Value = ToTaker<u32>> {
         Just(ToTaker::Complete),
         select(&AbortReason::ALL[..]).prop_map(|reason| ToTaker::Aborted { reason }),
         fds(1).prop_map(|fds| ToTaker::Locks { fds }),
-        (bytes(), fds(0)).prop_map(|(baton, fds)| ToTaker::Yours { baton, fds }),
+        (bytes(), fds(0)).prop_map(|(baton, fds)| ToTaker::Commit { baton, fds }),
         Just(ToTaker::Resumed),
         Just(ToTaker::Drained),
         vec(any::<(u64, u32)>(), 1..5).prop_map(|generations| {
@@ -113,7 +113,7 @@ proptest! {
             message,
             ToTaker::State { .. }
                 | ToTaker::Workers { .. }
-                | ToTaker::Yours { .. }
+                | ToTaker::Commit { .. }
                 | ToTaker::Status { .. }
         );
         if !is_open {

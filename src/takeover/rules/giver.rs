@@ -174,7 +174,7 @@ fn a_giver_passes_the_baton_on_once_and_after_it_has_stopped() {
     giver.give(Bytes::from("baton"));
     giver.give(Bytes::from("another"));
     let stop = GiverStep::Stop { declined: [].into() };
-    assert_eq!(steps(&mut giver), [stop, GiverStep::SendYours { baton: Bytes::from("baton") }]);
+    assert_eq!(steps(&mut giver), [stop, GiverStep::SendCommit { baton: Bytes::from("baton") }]);
     assert!(!giver.holds_baton());
     giver.on_end();
     assert!(giver.holds_baton(), "it serves again");

@@ -33,7 +33,7 @@ fn ready_taker(now: Instant) -> Taker {
     taker
 }
 
-/// A taker that serves, and waits for YOURS.
+/// A taker that serves, and waits for COMMIT.
 fn serving_taker(now: Instant) -> Taker {
     let mut taker = ready_taker(now);
     taker.on_ready_written();
@@ -41,16 +41,16 @@ fn serving_taker(now: Instant) -> Taker {
     taker
 }
 
-/// A taker that has got YOURS.
+/// A taker that has got COMMIT.
 fn confirmed_taker(now: Instant) -> Taker {
     let mut taker = serving_taker(now);
-    receive(&mut taker, now, yours());
+    receive(&mut taker, now, commit());
     assert_eq!(steps(&mut taker), [TakerStep::Confirmed(Some(Bytes::from("baton")))]);
     taker
 }
 
-fn yours() -> ToTaker<u32> {
-    ToTaker::Yours { baton: Bytes::from("baton"), fds: [1, 2].into_iter().collect() }
+fn commit() -> ToTaker<u32> {
+    ToTaker::Commit { baton: Bytes::from("baton"), fds: [1, 2].into_iter().collect() }
 }
 
 fn receive(taker: &mut Taker, now: Instant, message: ToTaker<u32>) {
@@ -118,7 +118,7 @@ fn a_taker_serves_once_ready_is_written_and_stays_until_the_giver_is_final() {
     taker.on_ready_written();
     assert_eq!(steps(&mut taker), [TakerStep::Serve]);
     assert!(taker.is_serving() && !taker.is_over());
-    receive(&mut taker, now, yours());
+    receive(&mut taker, now, commit());
     assert!(!taker.is_over());
     receive(&mut taker, now, ToTaker::Drained);
     assert!(taker.is_over());
@@ -185,7 +185,7 @@ fn a_taker_refuses_an_offer_with_listeners_too_few_or_too_many_or_too_late() {
 #[test]
 fn a_taker_that_serves_goes_on_after_a_breach_of_the_giver() {
     let now = Instant::now();
-    for breach in [ToTaker::Complete, ToTaker::Resumed, yours()] {
+    for breach in [ToTaker::Complete, ToTaker::Resumed, commit()] {
         let mut taker = confirmed_taker(now);
         receive(&mut taker, now, breach);
         assert_eq!(steps(&mut taker), [TakerStep::Send(FromTaker::Release)]);
@@ -195,7 +195,7 @@ fn a_taker_that_serves_goes_on_after_a_breach_of_the_giver() {
 
 /// Rules: T-LOST.
 #[test]
-fn a_taker_that_has_lost_yours_takes_the_path_when_the_giver_has_given_it_up() {
+fn a_taker_that_has_lost_commit_takes_the_path_when_the_giver_has_given_it_up() {
     let now = Instant::now();
     let mut taker = serving_taker(now);
     taker.on_violation(now);
@@ -212,11 +212,11 @@ fn a_taker_that_has_lost_yours_takes_the_path_when_the_giver_has_given_it_up() {
     assert_eq!(steps(&mut taker), [TakerStep::Confirmed(None)]);
     assert!(taker.is_serving() && taker.is_over());
 
-    // A YOURS that has crossed RELEASE has the lock.
+    // A COMMIT that has crossed RELEASE has the lock.
     let mut taker = serving_taker(now);
     taker.on_violation(now);
     steps(&mut taker);
-    receive(&mut taker, now, yours());
+    receive(&mut taker, now, commit());
     assert_eq!(steps(&mut taker), [TakerStep::Confirmed(Some(Bytes::from("baton")))]);
     receive(&mut taker, now, ToTaker::Drained);
     assert!(taker.is_serving() && taker.is_over());

@@ -50,9 +50,9 @@ impl<C> Pool<C> {
         if !is_taken {
             return self.events.push(Event::Failed { connection, failure: Failure::Draining });
         }
-        let has_place = admission == Admission::Reserved(group.clone());
+        let has_slot = admission == Admission::Reserved(group.clone());
         let pending = Pending::new(connection, group, key, fds, now);
-        if !has_place {
+        if !has_slot {
             self.groups.push_back(pending);
             return self.distribute(now);
         }
@@ -77,13 +77,13 @@ impl<C> Pool<C> {
     }
 
     /// Returns true if there is a free place in any group.
-    pub(in crate::handoff::dispatcher) fn has_place(&self) -> bool {
+    pub(in crate::handoff::dispatcher) fn has_slot(&self) -> bool {
         self.is_open() && self.groups.iter().any(|(group, _)| self.free(group) > 0)
     }
 
     /// Waits for a place in a group, which [`Event::Granted`] reserves; without a group until there
     /// is one in any, which is not reserved.
-    pub(in crate::handoff::dispatcher) fn wait_for_place(
+    pub(in crate::handoff::dispatcher) fn wait_for_slot(
         &mut self,
         group: Option<&Group>,
         now: Instant,
@@ -116,7 +116,7 @@ impl<C> Pool<C> {
         }
     }
 
-    pub(in crate::handoff::dispatcher) fn give_up_place(&mut self, group: &Group, now: Instant) {
+    pub(in crate::handoff::dispatcher) fn give_up_slot(&mut self, group: &Group, now: Instant) {
         self.groups.get_mut(group).reserved -= 1;
         self.distribute(now);
     }
@@ -166,7 +166,7 @@ impl<C> Pool<C> {
     /// receive stay there. So each worker gets at most half of what the others leave. However many
     /// workers are stuck, one place is left.
     fn room(&self, id: WorkerId, account: &Account<C>, in_flight: usize) -> u64 {
-        if self.held.contains(&id) {
+        if self.kept_free.contains(&id) {
             return 0;
         }
         let own = account.pending_fds();
@@ -176,7 +176,7 @@ impl<C> Pool<C> {
 
     /// Gives out what can be given out.
     pub(super) fn distribute(&mut self, now: Instant) {
-        self.held.clear();
+        self.kept_free.clear();
         if self.groups.are_settled() {
             return; // the usual case, after each message of a worker
         }
@@ -187,7 +187,7 @@ impl<C> Pool<C> {
             next = self.groups.next_to_serve(Some(&group), is_succeeded);
         }
         self.groups.remove_unused();
-        if self.groups.waits_for_any() && self.has_place() {
+        if self.groups.waits_for_any() && self.has_slot() {
             let tickets = self.groups.take_tickets_for_any();
             self.events.extend(tickets.map(|ticket| Event::Granted { ticket, group: None }));
         }
@@ -195,7 +195,7 @@ impl<C> Pool<C> {
 
     /// The same in one group, in the order of waiting.
     fn distribute_in(&mut self, group: &Group, now: Instant) {
-        let (mut from, mut is_one_held) = (i64::MIN, false);
+        let (mut from, mut is_one_kept_free) = (i64::MIN, false);
         while let Some((place, waiter)) = self.groups.get_mut(group).queue.next(from) {
             from = place + 1;
             let Waiter::Connection(pending) = waiter else {
@@ -228,10 +228,10 @@ impl<C> Pool<C> {
                     self.events.push(Event::Failed { connection: pending.connection, failure });
                 }
                 Choice::Wait => {
-                    if is_overdue && !is_one_held {
+                    if is_overdue && !is_one_kept_free {
                         let best = self.best(&pending, |_, account| account.room() > 0);
-                        self.held.extend(best);
-                        is_one_held = best.is_some();
+                        self.kept_free.extend(best);
+                        is_one_kept_free = best.is_some();
                     }
                     let queue = &mut self.groups.get_mut(group).queue;
                     queue.put(place, Waiter::Connection(pending));

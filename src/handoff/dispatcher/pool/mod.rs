@@ -89,11 +89,11 @@ pub(super) struct Pool<C> {
     phase: Phase,
     /// The time by which the drain is to be over that was asked for last.
     drain_until: Option<Instant>,
-    /// Stands for the dispatcher that has replaced this one, and gets all connections.
+    /// The account of the dispatcher that has replaced this one, and gets all connections.
     successor: Option<WorkerId>,
-    /// Get nothing until they have answered, because a suspect has waited for a worker for too
-    /// long: one in each group.
-    held: Vec<WorkerId>,
+    /// Workers that get nothing until they have answered, because a suspect has waited for too
+    /// long: at most one in each group.
+    kept_free: Vec<WorkerId>,
     pub(super) stale: StaleCopies<C>,
     leftovers: BTreeMap<ProcessId, Leftover>,
     /// The workers that have left for good most recently.
@@ -196,7 +196,7 @@ impl<C> Pool<C> {
             phase: Phase::Open,
             drain_until: None,
             successor: None,
-            held: Vec::new(),
+            kept_free: Vec::new(),
             stale: StaleCopies::default(),
             leftovers: BTreeMap::new(),
             departed: VecDeque::new(),

@@ -56,11 +56,8 @@ impl<C> Pool<C> {
             group: group.clone(),
             workers: state.workers,
             waiting: state.queue.connections(),
-            waiting_for_place: state.queue.tickets(),
-            waits_for_place: state
-                .queue
-                .first_ticket()
-                .map(|since| now.saturating_duration_since(since)),
+            waiting_for_slot: state.queue.tickets(),
+            slot_wait: state.queue.first_ticket().map(|since| now.saturating_duration_since(since)),
         })
     }
 
@@ -107,7 +104,7 @@ impl<C> Pool<C> {
     }
 
     /// How long the first of those that wait for a place has been waiting.
-    pub(in crate::handoff::dispatcher) fn waits_for_place(&self, now: Instant) -> Option<Duration> {
+    pub(in crate::handoff::dispatcher) fn slot_wait(&self, now: Instant) -> Option<Duration> {
         self.groups.first_ticket().map(|since| now.saturating_duration_since(since))
     }
 }

@@ -115,7 +115,7 @@ impl Peer {
         self.unsent.iter().filter(|message| matches!(message, ToWorker::Offer { .. })).count()
     }
 
-    pub(super) fn get(&mut self, unfit: Option<RejectReason>) -> bool {
+    pub(super) fn get(&mut self, rejection: Option<RejectReason>) -> bool {
         if !self.works() || self.book.has_ended() {
             return false;
         }
@@ -127,7 +127,7 @@ impl Peer {
             return is_end;
         };
         let message = message.map_both(
-            |offer| unfit.map_or(Ok(offer), Err),
+            |offer| rejection.map_or(Ok(offer), Err),
             |()| unreachable!("nobody replaces this dispatcher"),
         );
         if let Err(error) = self.book.on_message(message) {

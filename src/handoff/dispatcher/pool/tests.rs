@@ -239,7 +239,7 @@ fn a_bundle_that_has_to_wait_leaves_its_place_to_the_next_waiter() {
         permits += 1;
     }
     assert!(permits > 0);
-    let ticket = pool.wait_for_place(Some(&Group::default()), now);
+    let ticket = pool.wait_for_slot(Some(&Group::default()), now);
     dispatch(&mut pool, 0, 2, Admission::Reserved(Group::default()), now);
     assert!(pool.take_events().contains(&Event::Granted { ticket, group: Some(Group::default()) }));
 }

@@ -166,14 +166,14 @@ impl World {
                 if self.pool.try_reserve(&group) {
                     self.permits.push(group);
                 } else {
-                    let ticket = self.pool.wait_for_place(Some(&group), self.now);
+                    let ticket = self.pool.wait_for_slot(Some(&group), self.now);
                     self.tickets.push((Some(group), ticket));
                 }
                 true
             }
             Step::WaitForAny => {
-                !self.pool.has_place() && {
-                    self.tickets.push((None, self.pool.wait_for_place(None, self.now)));
+                !self.pool.has_slot() && {
+                    self.tickets.push((None, self.pool.wait_for_slot(None, self.now)));
                     true
                 }
             }
@@ -186,7 +186,7 @@ impl World {
                     self.pool.cancel(group.as_ref(), ticket, self.now);
                     true
                 } else if let Some(group) = self.permits.pop() {
-                    self.pool.give_up_place(&group, self.now);
+                    self.pool.give_up_slot(&group, self.now);
                     true
                 } else {
                     false
@@ -194,7 +194,7 @@ impl World {
             }
             Step::Take(peer) => self.take(peer),
             Step::Send(peer) => self.send(peer),
-            Step::Get(peer, unfit) => self.get(peer, unfit),
+            Step::Get(peer, rejection) => self.get(peer, rejection),
             Step::Ask(peer) => self.peers[peer].works() && self.peers[peer].ask(),
             Step::Finish(peer) => self.peers[peer].works() && self.peers[peer].finish(self.now),
             Step::Answer(peer) => self.peers[peer].works() && self.peers[peer].answer(self.now),
@@ -341,14 +341,14 @@ impl World {
         true
     }
 
-    fn get(&mut self, peer: usize, unfit: Option<RejectReason>) -> bool {
+    fn get(&mut self, peer: usize, rejection: Option<RejectReason>) -> bool {
         let peer = &mut self.peers[peer];
         if let (Some(RejectReason::Unusable), Some(ToWorker::Offer { offer, .. })) =
-            (unfit, peer.to_worker.front())
+            (rejection, peer.to_worker.front())
         {
             self.failed_with[usize::from(*offer)].insert(peer.id);
         }
-        peer.get(unfit)
+        peer.get(rejection)
     }
 
     fn read(&mut self, peer: usize) -> bool {
@@ -522,7 +522,7 @@ impl World {
                 return Err(format!("{waiter:?} waits for {group:?}, and a worker has room"));
             }
         }
-        if self.pool.groups.waits_for_any() && self.pool.has_place() {
+        if self.pool.groups.waits_for_any() && self.pool.has_slot() {
             return Err("an accept loop waits, and a worker has room".into());
         }
         Ok(())

@@ -17,7 +17,7 @@ use tracing::warn;
 
 use super::{
     Accepted, Dispatcher, Shared, WorkerCommand, WorkerEntryGuard, WorkerId,
-    accepted::About,
+    accepted::Attributes,
     dispatching::reserve_late,
     handover::{Handover, shut_down},
     pool::ProcessId,
@@ -289,7 +289,7 @@ async fn take_connections(source: Source, mut incoming: Incoming) {
 }
 
 fn take_connection(shared: &Arc<Shared>, connection: Connection) {
-    let ConnectionParts { stream, read, peer, local, metadata, bundle, serving } =
+    let ConnectionParts { stream, prefix, peer, local, metadata, bundle, serving } =
         connection.into_parts();
     let (accepted, transport) = match stream {
         ConnectionStream::Tcp(stream) => (Accepted::from(stream), Transport::Tcp),
@@ -300,8 +300,8 @@ fn take_connection(shared: &Arc<Shared>, connection: Connection) {
         warn!("connection closed: it can't be taken from another dispatcher");
         return shared.count_lost();
     };
-    let about = About { transport, read, metadata, key, group: Some(group), bundle };
-    match Handover::prepare(socket, about, Some(peer), Some(local)) {
+    let attributes = Attributes { transport, prefix, metadata, key, group: Some(group), bundle };
+    match Handover::prepare(socket, attributes, Some(peer), Some(local)) {
         Ok(mut connection) => {
             connection.origin = Some(serving);
             match reserve_late(shared) {
@@ -312,8 +312,8 @@ fn take_connection(shared: &Arc<Shared>, connection: Connection) {
                 }
             }
         }
-        Err(unfit) => {
-            unfit.connection.socket.into_iter().for_each(shut_down);
+        Err(unsendable) => {
+            unsendable.connection.socket.into_iter().for_each(shut_down);
             shared.count_lost();
         }
     }

@@ -5,7 +5,7 @@ use super::*;
 #[derive(Debug, Clone)]
 enum Event {
     Offer,
-    Unfit,
+    Unusable,
     Ask(usize),
     Finish,
     Recall(u64),
@@ -20,7 +20,7 @@ enum Event {
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         6 => Just(Event::Offer),
-        1 => Just(Event::Unfit),
+        1 => Just(Event::Unusable),
         6 => (1usize..4).prop_map(Event::Ask),
         4 => Just(Event::Finish),
         2 => (0u64..40).prop_map(Event::Recall),
@@ -105,7 +105,7 @@ proptest! {
         for event in events {
             let before = fates.len();
             match event {
-                Event::Offer | Event::Unfit if fates.len() as u64 == dispatcher.demand => {
+                Event::Offer | Event::Unusable if fates.len() as u64 == dispatcher.demand => {
                     // After a refusal one might still be on its way.
                     let offer = ToWorker::Offer { number: before as u64, offer: Ok(before) };
                     prop_assert!(dispatcher.refused || book.on_message(offer).is_err());
@@ -116,7 +116,7 @@ proptest! {
                     prop_assert_eq!(!unwanted.is_empty(), dispatcher.draining);
                     fates.push(unwanted.first().map(|_| Fate::Rejected(RejectReason::Draining)));
                 }
-                Event::Unfit => {
+                Event::Unusable => {
                     let offer = Err(RejectReason::Unusable);
                     let offer = ToWorker::Offer { number: before as u64, offer };
                     book.on_message(offer).unwrap();
