@@ -19,7 +19,8 @@
 //!
 //! The promise is tested on the shipped code in two ways: with random events of every kind, and by
 //! visiting all states of a dispatcher with two workers and three connections while one worker
-//! crashes, one hangs, a socket fails and a worker refuses, in each order (2,634,189 states).
+//! crashes, one hangs, a socket fails, a worker refuses and a worker's application drains, in each
+//! order (54,813,855 states).
 //!
 //! A connection waits longest at a worker that has stopped. The worker is pinged after at most one
 //! [`ping_interval`](DispatcherBuilder::ping_interval), and is cut off when the ping has been

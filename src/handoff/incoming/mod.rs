@@ -105,7 +105,7 @@ impl Incoming {
     }
 
     /// Receives connections from the dispatcher that listens at a path, on a socket of kind
-    /// [`SocketKind::SeqPacket`].
+    /// [`SocketKind::SeqPacket`](crate::SocketKind::SeqPacket).
     ///
     /// # Errors
     /// The errors of [`Socket::connect`].

@@ -63,7 +63,7 @@ const BACK_OFF: Duration = Duration::from_millis(1);
 ///
 /// | the other process | what happens to its datagrams |
 /// |---|---|
-/// | does not receive | its lane fills up; what comes then is [lost](Self::lost) |
+/// | does not receive | its lane fills up; what comes then is [missed](Self::missed) |
 /// | has ended | this process's application gets them, and can tell the client |
 /// | floods its lane | lanes and the socket take turns |
 ///
