@@ -16,7 +16,7 @@ use super::{
 };
 use crate::Error;
 
-/// A handle of an [`Incoming`], from [`Incoming::handle`]: it drains the worker and waits for its
+/// A handle of an [`Incoming`](super::Incoming): it drains the worker and waits for its
 /// end. It keeps no connection and no link open.
 ///
 /// ```no_run
@@ -135,7 +135,7 @@ impl IncomingHandle {
     /// has every connection that it has adopted. Await it before the process ends: then no client
     /// is cut off, whatever has ended the link.
     ///
-    /// A connection ends when its [`Connection`] is dropped, or its
+    /// A connection ends when its [`Connection`](super::Connection) is dropped, or its
     /// [`ServingGuard`](crate::handoff::ServingGuard).
     pub fn ended(&self) -> impl Future<Output = IncomingEnd> + Send + 'static + use<> {
         self.end_of(|phase| match phase {
