@@ -111,49 +111,20 @@ impl<D, E: Codec> Framed<D, E> {
     /// Puts together the parts that [`into_parts`](Self::into_parts) has returned, without
     /// timeouts.
     pub fn from_parts(parts: FramedParts<D, E, Socket>) -> Self {
-        let FramedParts {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            sending,
-            senders,
-        } = parts;
+        let (socket, receive, send) = parts.split();
         let socket = Arc::new(socket);
-        Self {
-            read: ReadHalf::new(
-                Arc::clone(&socket),
-                decoder,
-                received,
-                received_fds,
-                receiving,
-                senders,
-            ),
-            write: WriteHalf::new(socket, encoder, unsent, sending),
-        }
+        let read = ReadHalf::new(Arc::clone(&socket), receive);
+        Self { read, write: WriteHalf::new(socket, send) }
     }
 
     /// Takes the connection apart, as [`fdwire::Framed::into_parts`](crate::Framed::into_parts)
     /// does.
     pub fn into_parts(self) -> FramedParts<D, E, Socket> {
-        let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
-        let (socket, encoder, unsent, sending) = self.write.into_parts();
+        let (shared, receive) = self.read.into_parts();
+        let (socket, send) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        FramedParts {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            sending,
-            senders,
-        }
+        FramedParts::join(socket, receive, send)
     }
 
     /// Changes the codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs) does,

@@ -1,21 +1,19 @@
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     sync::Arc,
     time::{Duration, Instant},
 };
-
-use bytes::BytesMut;
 
 use super::{
     Socket,
     wait::{self, Deadline},
 };
 use crate::{
-    codec::{Decoder, FdQueue, Step},
+    codec::{Decoder, Step},
     credentials::Credentials,
     error::Error,
     sys::Event,
-    transport::{ReceiveSide, Receiving, Rest, Senders},
+    transport::{ReceiveParts, ReceiveSide, Rest},
 };
 
 /// The receiving direction of a [`Framed`](super::Framed): an [`Iterator`] of messages, which waits
@@ -33,15 +31,9 @@ pub struct ReadHalf<D> {
 }
 
 impl<D> ReadHalf<D> {
-    pub(super) fn new(
-        socket: Arc<Socket>,
-        decoder: D,
-        bytes: BytesMut,
-        fds: FdQueue<OwnedFd>,
-        state: Receiving,
-        senders: Senders,
-    ) -> Self {
-        let side = ReceiveSide::new(socket.endpoint(), bytes, fds, state, senders);
+    /// Returns a half that goes on with `parts`.
+    pub(super) fn new(socket: Arc<Socket>, (decoder, parts): (D, ReceiveParts)) -> Self {
+        let side = ReceiveSide::new(socket.endpoint(), parts);
         Self { decoder, receiver: Receiver { socket, side, timeout: None } }
     }
 
@@ -73,11 +65,10 @@ impl<D> ReadHalf<D> {
         &mut self.decoder
     }
 
-    pub(super) fn into_parts(
-        mut self,
-    ) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
-        let (bytes, fds, state, senders) = self.receiver.side.take();
-        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state, senders)
+    /// Takes the half apart. The socket is one more reference to it.
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, (D, ReceiveParts)) {
+        let parts = self.receiver.side.take();
+        (Arc::clone(&self.receiver.socket), (self.decoder, parts))
     }
 }
 

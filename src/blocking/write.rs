@@ -10,7 +10,7 @@ use crate::{
     error::{Error, SendError},
     socket::Attempt,
     sys::Event,
-    transport::{SendSide, Sending, Unsent},
+    transport::{SendParts, SendSide, Unsent},
 };
 
 /// The sending direction of a [`Framed`](super::Framed).
@@ -61,9 +61,10 @@ impl<E> WriteHalf<E> {
         self.outbound.side.shut_down_on_drop(true);
     }
 
-    pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf, Sending) {
-        let (unsent, state) = self.outbound.side.take();
-        (Arc::clone(&self.outbound.socket), self.encoder, unsent, state)
+    /// Takes the half apart. The socket is one more reference to it.
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, (E, SendParts)) {
+        let parts = self.outbound.side.take();
+        (Arc::clone(&self.outbound.socket), (self.encoder, parts))
     }
 
     /// Sends an item, and everything that was fed before.
@@ -134,10 +135,9 @@ impl<E> WriteHalf<E> {
 }
 
 impl<E: Codec> WriteHalf<E> {
-    /// Returns a half that has `unsent` to send. Bytes that a user has appended to it become one
-    /// message, with the grouping of this encoder.
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
-        let side = SendSide::new(socket.endpoint(), unsent, encoder.grouping(), state);
+    /// Returns a half that goes on with `parts`.
+    pub(super) fn new(socket: Arc<Socket>, (encoder, parts): (E, SendParts)) -> Self {
+        let side = SendSide::new(socket.endpoint(), parts, encoder.grouping());
         Self { encoder, outbound: Outbound { socket, side, timeout: None } }
     }
 }

@@ -3,35 +3,35 @@
 mod driver;
 mod outbound;
 mod read;
+mod reunite;
 mod sender;
 mod shared;
 mod write;
 
 use std::{
-    fmt, io,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
 };
 
-use bytes::BytesMut;
 use futures_core::Stream;
 use futures_sink::Sink;
 
 pub use driver::SendDriver;
 pub(crate) use outbound::Outbound;
 pub use read::ReadHalf;
+pub use reunite::ReuniteError;
 pub use sender::{SendPermit, Sender, TrySendError};
 pub use write::{Permit, WriteHalf};
 
 pub use crate::transport::{FramedParts, Unsent};
 
 use crate::{
-    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
+    codec::{Codec, Decoder, Encoder, Grouping},
     credentials::Credentials,
     error::{Error, SendError},
     socket::Socket,
-    transport::{Receiving, Senders, Sending},
+    transport::{ReceiveParts, SendParts},
 };
 
 /// A connection over one socket: a [`Stream`] and [`Sink`] of messages with descriptors.
@@ -90,29 +90,10 @@ impl<D, E: Codec> Framed<D, E> {
 
     /// Puts together the parts that [`into_parts`](Self::into_parts) has returned.
     pub fn from_parts(parts: FramedParts<D, E>) -> Self {
-        let FramedParts {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            sending,
-            senders,
-        } = parts;
+        let (socket, receive, send) = parts.split();
         let socket = Arc::new(socket);
-        Self {
-            read: ReadHalf::new(
-                Arc::clone(&socket),
-                decoder,
-                received,
-                received_fds,
-                receiving,
-                senders,
-            ),
-            write: WriteHalf::new(socket, encoder, unsent, sending),
-        }
+        let read = ReadHalf::new(Arc::clone(&socket), receive);
+        Self { read, write: WriteHalf::new(socket, send) }
     }
 }
 
@@ -123,21 +104,11 @@ impl<D, E> Framed<D, E> {
     /// receiving direction has failed: then its bytes and descriptors were dropped.
     pub fn into_parts(self) -> FramedParts<D, E> {
         // Each half gives up its reference to the socket. The last one is then unwrapped.
-        let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
-        let (socket, encoder, unsent, sending) = self.write.into_parts();
+        let (shared, receive) = self.read.into_parts();
+        let (socket, send) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        FramedParts {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            sending,
-            senders,
-        }
+        FramedParts::join(socket, receive, send)
     }
 
     /// Changes the codecs, for a handshake in another format. The new decoder decodes everything
@@ -151,22 +122,6 @@ impl<D, E> Framed<D, E> {
     pub fn into_split(mut self) -> (ReadHalf<D>, WriteHalf<E>) {
         self.write.shut_down_on_drop(true);
         (self.read, self.write)
-    }
-
-    /// Puts two halves together again.
-    ///
-    /// # Errors
-    /// If they belong to different sockets. The error gives them back.
-    #[expect(
-        clippy::result_large_err,
-        reason = "the halves are as large when they are put together"
-    )]
-    pub fn reunite(read: ReadHalf<D>, mut write: WriteHalf<E>) -> Result<Self, ReuniteError<D, E>> {
-        if !Arc::ptr_eq(read.shared_socket(), write.shared_socket()) {
-            return Err(ReuniteError { read, write });
-        }
-        write.shut_down_on_drop(false);
-        Ok(Self { read, write })
     }
 
     /// Returns the socket, for its options and its peer.
@@ -265,51 +220,13 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
 // No field is pinned: codecs are only used through `&mut`.
 impl<D, E> Unpin for Framed<D, E> {}
 
-/// The error of [`Framed::reunite`] for halves of different sockets. It gives them back.
-pub struct ReuniteError<D, E = D> {
-    /// The receiving half.
-    pub read: ReadHalf<D>,
-    /// The sending half.
-    pub write: WriteHalf<E>,
-}
-
-impl<D, E> fmt::Debug for ReuniteError<D, E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ReuniteError").finish_non_exhaustive()
-    }
-}
-
-impl<D, E> fmt::Display for ReuniteError<D, E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("halves of different sockets cannot be put together")
-    }
-}
-
-impl<D, E> std::error::Error for ReuniteError<D, E> {}
-
-impl<D, E> From<ReuniteError<D, E>> for io::Error {
-    fn from(error: ReuniteError<D, E>) -> Self {
-        Self::new(io::ErrorKind::InvalidInput, error.to_string())
-    }
-}
-
 /// Returns the two directions of a socket. The sending one takes messages of several encoders.
 pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
     let socket = Arc::new(socket);
     let mut outbound =
-        Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
+        Outbound::new(Arc::clone(&socket), SendParts::default(), Grouping::default());
     outbound.side.shut_down_on_drop(true);
-    (
-        ReadHalf::new(
-            socket,
-            decoder,
-            BytesMut::new(),
-            FdQueue::new(),
-            Receiving::default(),
-            Senders::default(),
-        ),
-        outbound,
-    )
+    (ReadHalf::new(socket, (decoder, ReceiveParts::default())), outbound)
 }
 
 #[cfg(test)]

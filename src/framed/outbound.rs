@@ -12,7 +12,7 @@ use crate::{
     limits::Limits,
     socket::{SendWait, Socket},
     sys,
-    transport::{SendSide, Sending, Unsent},
+    transport::{SendParts, SendSide, Sending, Unsent},
 };
 
 /// The sending direction of a connection, and the socket that it goes to.
@@ -24,14 +24,9 @@ pub(crate) struct Outbound {
 }
 
 impl Outbound {
-    /// Returns a direction that has `unsent` to send. An open message in it is finished.
-    pub(super) fn new(
-        socket: Arc<Socket>,
-        unsent: SendBuf,
-        grouping: Grouping,
-        state: Sending,
-    ) -> Self {
-        let side = SendSide::new(socket.endpoint(), unsent, grouping, state);
+    /// Returns a direction that goes on with `parts`.
+    pub(super) fn new(socket: Arc<Socket>, parts: SendParts, grouping: Grouping) -> Self {
+        let side = SendSide::new(socket.endpoint(), parts, grouping);
         Self { socket, side, wait: SendWait::default() }
     }
 

@@ -1,13 +1,11 @@
 use std::{
     future::Future,
-    os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::BytesMut;
 use futures_core::Stream;
 use tokio::{
     task::coop,
@@ -15,11 +13,11 @@ use tokio::{
 };
 
 use crate::{
-    codec::{Decoder, FdQueue, Step},
+    codec::{Decoder, Step},
     credentials::Credentials,
     error::Error,
     socket::Socket,
-    transport::{ReceiveSide, Receiving, Rest, Senders},
+    transport::{ReceiveParts, ReceiveSide, Rest},
 };
 
 /// The receiving direction of a [`Framed`](crate::Framed): a [`Stream`] of messages.
@@ -39,15 +37,9 @@ pub struct ReadHalf<D> {
 }
 
 impl<D> ReadHalf<D> {
-    pub(super) fn new(
-        socket: Arc<Socket>,
-        decoder: D,
-        bytes: BytesMut,
-        fds: FdQueue<OwnedFd>,
-        state: Receiving,
-        senders: Senders,
-    ) -> Self {
-        let side = ReceiveSide::new(socket.endpoint(), bytes, fds, state, senders);
+    /// Returns a half that goes on with `parts`.
+    pub(super) fn new(socket: Arc<Socket>, (decoder, parts): (D, ReceiveParts)) -> Self {
+        let side = ReceiveSide::new(socket.endpoint(), parts);
         Self { decoder, receiver: Receiver { socket, side, uncharged: 0, rest_timer: None } }
     }
 
@@ -92,11 +84,10 @@ impl<D> ReadHalf<D> {
         &mut self.decoder
     }
 
-    pub(super) fn into_parts(
-        mut self,
-    ) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
-        let (bytes, fds, state, senders) = self.receiver.side.take();
-        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state, senders)
+    /// Takes the half apart. The socket is one more reference to it.
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, (D, ReceiveParts)) {
+        let parts = self.receiver.side.take();
+        (Arc::clone(&self.receiver.socket), (self.decoder, parts))
     }
 }
 

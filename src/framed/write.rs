@@ -9,10 +9,10 @@ use futures_sink::Sink;
 
 use super::outbound::Outbound;
 use crate::{
-    codec::{Codec, Encoder, SendBuf},
+    codec::{Codec, Encoder},
     error::{Error, SendError},
     socket::Socket,
-    transport::{Sending, Unsent},
+    transport::{SendParts, Unsent},
 };
 
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
@@ -63,9 +63,10 @@ impl<E> WriteHalf<E> {
         self.outbound.unsent()
     }
 
-    pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf, Sending) {
-        let (unsent, state) = self.outbound.side.take();
-        (Arc::clone(self.outbound.socket()), self.encoder, unsent, state)
+    /// Takes the half apart. The socket is one more reference to it.
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, (E, SendParts)) {
+        let parts = self.outbound.side.take();
+        (Arc::clone(self.outbound.socket()), (self.encoder, parts))
     }
 
     /// Sends everything that was accepted.
@@ -95,10 +96,9 @@ impl<E> WriteHalf<E> {
 }
 
 impl<E: Codec> WriteHalf<E> {
-    /// Returns a half that has `unsent` to send. Bytes that a user has appended to it become one
-    /// message, with the grouping of this encoder.
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
-        let outbound = Outbound::new(socket, unsent, encoder.grouping(), state);
+    /// Returns a half that goes on with `parts`.
+    pub(super) fn new(socket: Arc<Socket>, (encoder, parts): (E, SendParts)) -> Self {
+        let outbound = Outbound::new(socket, parts, encoder.grouping());
         Self { encoder, outbound }
     }
 

@@ -12,7 +12,6 @@ mod spare;
 mod unsent;
 
 pub use parts::FramedParts;
-pub(crate) use receive::{ReceiveSide, Receiving, Rest};
-pub(crate) use send::{SendSide, Sending, encode};
-pub(crate) use senders::Senders;
+pub(crate) use receive::{ReceiveParts, ReceiveSide, Rest};
+pub(crate) use send::{SendParts, SendSide, Sending, encode};
 pub use unsent::Unsent;

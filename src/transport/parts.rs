@@ -1,8 +1,14 @@
+//! The parts of a connection, for a change of its codecs or of its owner.
+
 use std::os::fd::OwnedFd;
 
 use bytes::BytesMut;
 
-use super::{Receiving, Senders, Sending};
+use super::{
+    receive::{ReceiveParts, Receiving},
+    send::{SendParts, Sending},
+    senders::Senders,
+};
 use crate::{
     codec::{FdQueue, SendBuf},
     socket::Socket,
@@ -38,17 +44,41 @@ pub struct FramedParts<D, E = D, S = Socket> {
 impl<D, E, S> FramedParts<D, E, S> {
     /// Returns the parts of a connection that was not used yet.
     pub(crate) fn new(socket: S, decoder: D, encoder: E) -> Self {
+        Self::join(socket, (decoder, ReceiveParts::default()), (encoder, SendParts::default()))
+    }
+
+    /// Puts together the socket and the two directions, each with its codec.
+    pub(crate) fn join(
+        socket: S,
+        (decoder, receive): (D, ReceiveParts),
+        (encoder, send): (E, SendParts),
+    ) -> Self {
+        let ReceiveParts { bytes: received, fds: received_fds, state: receiving, senders } =
+            receive;
+        let SendParts { unsent, state: sending } = send;
         Self {
             socket,
             decoder,
             encoder,
-            received: BytesMut::new(),
-            received_fds: FdQueue::new(),
-            unsent: SendBuf::new(),
-            receiving: Receiving::default(),
-            sending: Sending::default(),
-            senders: Senders::default(),
+            received,
+            received_fds,
+            unsent,
+            receiving,
+            sending,
+            senders,
         }
+    }
+
+    /// Takes apart what [`join`](Self::join) puts together.
+    pub(crate) fn split(self) -> (S, (D, ReceiveParts), (E, SendParts)) {
+        let receive = ReceiveParts {
+            bytes: self.received,
+            fds: self.received_fds,
+            state: self.receiving,
+            senders: self.senders,
+        };
+        let send = SendParts { unsent: self.unsent, state: self.sending };
+        (self.socket, (self.decoder, receive), (self.encoder, send))
     }
 
     /// Replaces the codecs.
@@ -56,28 +86,8 @@ impl<D, E, S> FramedParts<D, E, S> {
         self,
         map: impl FnOnce(D, E) -> (D2, E2),
     ) -> FramedParts<D2, E2, S> {
-        let Self {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            sending,
-            senders,
-        } = self;
+        let (socket, (decoder, receive), (encoder, send)) = self.split();
         let (decoder, encoder) = map(decoder, encoder);
-        FramedParts {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            sending,
-            senders,
-        }
+        FramedParts::join(socket, (decoder, receive), (encoder, send))
     }
 }

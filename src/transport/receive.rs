@@ -7,7 +7,7 @@ use std::{
 
 use bytes::BytesMut;
 
-use super::{Senders, spare};
+use super::{senders::Senders, spare};
 use crate::{
     closer::Account,
     codec::{Decoder, FdQueue, Inbound, Step, Unfinished},
@@ -38,14 +38,22 @@ pub(crate) enum Receiving {
     Over,
 }
 
+/// The content of a receiving direction, without its codec.
+#[derive(Debug, Default)]
+pub(crate) struct ReceiveParts {
+    /// The bytes that were received and not decoded.
+    pub(super) bytes: BytesMut,
+    /// The descriptors that were received and that no message has claimed.
+    pub(super) fds: FdQueue<OwnedFd>,
+    pub(super) state: Receiving,
+    /// The processes that sent the received bytes.
+    pub(super) senders: Senders,
+}
+
 impl ReceiveSide {
-    pub(crate) fn new(
-        socket: Endpoint<'_>,
-        bytes: BytesMut,
-        fds: FdQueue<OwnedFd>,
-        state: Receiving,
-        senders: Senders,
-    ) -> Self {
+    /// Returns a direction that goes on with `parts`.
+    pub(crate) fn new(socket: Endpoint<'_>, parts: ReceiveParts) -> Self {
+        let ReceiveParts { bytes, fds, state, senders } = parts;
         let inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
         let mut side = Self { inbound, state, senders, timing: RestTiming::default() };
         side.set_closer(socket);
@@ -173,10 +181,14 @@ impl ReceiveSide {
     }
 
     /// Takes out everything that has arrived, for a direction that goes on elsewhere.
-    pub(crate) fn take(&mut self) -> (BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
+    pub(crate) fn take(&mut self) -> ReceiveParts {
         self.release();
-        let senders = mem::take(&mut self.senders).carried_over(self.inbound.decoded());
-        (mem::take(&mut self.inbound.bytes), mem::take(&mut self.inbound.fds), self.state, senders)
+        ReceiveParts {
+            bytes: mem::take(&mut self.inbound.bytes),
+            fds: mem::take(&mut self.inbound.fds),
+            state: self.state,
+            senders: mem::take(&mut self.senders).carried_over(self.inbound.decoded()),
+        }
     }
 }
 
@@ -256,9 +268,7 @@ mod tests {
             }
         }
         let (a, b) = Socket::pair(SocketKind::Stream).unwrap();
-        let (receiving, senders) = (Receiving::default(), Senders::default());
-        let mut side =
-            ReceiveSide::new(b.endpoint(), BytesMut::new(), FdQueue::new(), receiving, senders);
+        let mut side = ReceiveSide::new(b.endpoint(), ReceiveParts::default());
         for _ in 0..2 {
             assert!(matches!(side.next(&mut TakesTheQueue), Ok(Step::Receive)));
             sys::sendmsg(a.as_fd(), &[IoSlice::new(b"x")], [a.as_fd()].into_iter()).unwrap();

@@ -59,14 +59,19 @@ impl Clone for Sending {
     }
 }
 
+/// The content of a sending direction, without its codec.
+#[derive(Debug, Default)]
+pub(crate) struct SendParts {
+    /// The bytes and descriptors that were accepted and not sent.
+    pub(super) unsent: SendBuf,
+    pub(super) state: Sending,
+}
+
 impl SendSide {
-    /// Returns a direction that has `unsent` to send. An open message in it is finished.
-    pub(crate) fn new(
-        socket: Endpoint<'_>,
-        mut unsent: SendBuf,
-        grouping: Grouping,
-        state: Sending,
-    ) -> Self {
+    /// Returns a direction that goes on with `parts`. Bytes and descriptors that were appended to it
+    /// become one message with this grouping.
+    pub(crate) fn new(socket: Endpoint<'_>, parts: SendParts, grouping: Grouping) -> Self {
+        let SendParts { mut unsent, state } = parts;
         let (largest, max_packet_bytes) = largest_call(socket);
         unsent.set_max_packet_bytes(max_packet_bytes);
         // The user may have appended several messages, which become one. None of them announces the
@@ -218,9 +223,9 @@ impl SendSide {
     }
 
     /// Takes out everything that waits, for a direction that goes on elsewhere.
-    pub(crate) fn take(&mut self) -> (SendBuf, Sending) {
+    pub(crate) fn take(&mut self) -> SendParts {
         self.shut_down_on_drop = false;
-        (mem::take(&mut self.buf), mem::take(&mut self.state))
+        SendParts { unsent: mem::take(&mut self.buf), state: mem::take(&mut self.state) }
     }
 }
 
@@ -264,8 +269,7 @@ mod tests {
     async fn a_packet_that_there_is_no_memory_for_is_sent_in_smaller_ones_or_later() {
         for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
             let (a, b) = Socket::pair(kind).unwrap();
-            let mut side =
-                SendSide::new(a.endpoint(), SendBuf::new(), Grouping::Free, Sending::default());
+            let mut side = SendSide::new(a.endpoint(), SendParts::default(), Grouping::Free);
             side.accept(&mut FrameCodec::default(), Frame::new(vec![7; 60_000])).unwrap();
             let mut sizes = Vec::new();
             loop {
