@@ -99,7 +99,7 @@ impl<F> FdQueue<F> {
     /// that it has one.
     ///
     /// # Errors
-    /// As for [`claim`](Self::claim).
+    /// The errors of [`claim`](Self::claim).
     pub fn claim_one(&mut self) -> Result<F, Error> {
         self.pop_front().ok_or_else(|| self.missing(1))
     }

@@ -36,12 +36,11 @@ use crate::{
 
 /// A connection over one socket: a [`Stream`] and [`Sink`] of messages with descriptors.
 ///
-/// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which
-/// [`into_split`](Self::into_split) gives away. They fail and end separately: after a write has
-/// failed, the messages of the peer are still yielded.
+/// It consists of a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which
+/// [`into_split`](Self::into_split) returns. They fail and end separately: after a write has
+/// failed, the stream still yields the messages of the peer.
 ///
-/// `D` decodes and `E` encodes. Usually they are the same codec, and the type is
-/// `Framed<FrameCodec>`.
+/// `D` decodes and `E` encodes. Usually both have the same type, for example `Framed<FrameCodec>`.
 ///
 /// The runtime's I/O driver and its timer have to be enabled.
 ///
@@ -66,7 +65,7 @@ use crate::{
 /// `next()`, [`flush`](Self::flush), [`close`](Self::close) and [`reserve`](Self::reserve) can be
 /// dropped at any await and called again: nothing is lost. `send(item)`, `feed(item)` and
 /// `send_all` of [`SinkExt`](futures::SinkExt) lose the item and close its descriptors if they are
-/// dropped before they took it. If an item must not be lost, call `reserve` first.
+/// dropped before the item is in the queue. If an item must not be lost, call `reserve` first.
 #[derive(Debug)]
 #[must_use = "a connection ends when it is dropped"]
 pub struct Framed<D, E = D> {
@@ -75,15 +74,15 @@ pub struct Framed<D, E = D> {
 }
 
 impl<C: Codec + Clone> Framed<C> {
-    /// Makes a connection of a socket. Each direction gets its own clone of the codec.
+    /// Returns a connection over a socket. Each direction gets its own clone of the codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
 impl<D, E: Codec> Framed<D, E> {
-    /// Makes a connection of a socket, with a codec for each direction. `()` is the encoder of a
-    /// direction that is not used.
+    /// Returns a connection over a socket, with a codec for each direction. Use `()` as the encoder
+    /// if nothing is sent.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
         Self::from_parts(FramedParts::new(socket, decoder, encoder))
     }
@@ -99,11 +98,11 @@ impl<D, E: Codec> Framed<D, E> {
 
 impl<D, E> Framed<D, E> {
     /// Takes the connection apart: the socket, the codecs, the bytes and descriptors that were
-    /// received and not decoded, and the messages that were accepted and not sent. `unsent` has the
-    /// rest of a message that was sent in part. No message and no descriptor is lost, unless the
+    /// received and not decoded, and the messages that were accepted and not sent. If a message was
+    /// sent in part, `unsent` has the rest of it. No message and no descriptor is lost, unless the
     /// receiving direction has failed: then its bytes and descriptors were dropped.
     pub fn into_parts(self) -> FramedParts<D, E> {
-        // Each half gives up its reference to the socket. The last one is then unwrapped.
+        // When one half has dropped its reference to the socket, the other one is the last.
         let (shared, receive) = self.read.into_parts();
         let (socket, send) = self.write.into_parts();
         drop(shared);
@@ -129,7 +128,7 @@ impl<D, E> Framed<D, E> {
         self.read.socket()
     }
 
-    /// Returns the process that sent the message that was yielded last: see
+    /// Returns the process that sent the last message that was yielded. See
     /// [`ReadHalf::credentials`].
     pub fn credentials(&self) -> Option<&Credentials> {
         self.read.credentials()
@@ -145,7 +144,7 @@ impl<D, E> Framed<D, E> {
         self.write.encoder_mut()
     }
 
-    /// Returns the amount that was accepted and is not sent.
+    /// Returns the amount that was accepted and not sent.
     pub fn unsent(&self) -> Unsent {
         self.write.unsent()
     }
@@ -153,10 +152,10 @@ impl<D, E> Framed<D, E> {
     /// Sends everything that was accepted. See [`WriteHalf::flush`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`WriteHalf::flush`].
     ///
     /// # Cancel safety
-    /// As there.
+    /// The same as for [`WriteHalf::flush`].
     pub async fn flush(&mut self) -> Result<(), Error> {
         self.write.flush().await
     }
@@ -164,10 +163,10 @@ impl<D, E> Framed<D, E> {
     /// Flushes, then shuts down the sending direction. See [`WriteHalf::close`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`WriteHalf::close`].
     ///
     /// # Cancel safety
-    /// As there.
+    /// The same as for [`WriteHalf::close`].
     pub async fn close(&mut self) -> Result<(), Error> {
         self.write.close().await
     }
@@ -177,10 +176,10 @@ impl<D, E: Codec> Framed<D, E> {
     /// Waits for room for one message. See [`WriteHalf::reserve`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`WriteHalf::reserve`].
     ///
     /// # Cancel safety
-    /// As there.
+    /// The same as for [`WriteHalf::reserve`].
     pub async fn reserve(&mut self) -> Result<Permit<'_, E>, Error> {
         self.write.reserve().await
     }
@@ -220,7 +219,8 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
 // No field is pinned: codecs are only used through `&mut`.
 impl<D, E> Unpin for Framed<D, E> {}
 
-/// Returns the two directions of a socket. The sending one takes messages of several encoders.
+/// Returns the two directions of a socket. The sending direction accepts messages of several
+/// encoders.
 pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
     let socket = Arc::new(socket);
     let mut outbound =

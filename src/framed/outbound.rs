@@ -1,4 +1,4 @@
-//! The sending direction with its socket, which it waits for.
+//! The sending direction together with its socket: waiting until there is room.
 
 use std::{
     os::fd::AsFd,
@@ -15,11 +15,12 @@ use crate::{
     transport::{SendParts, SendSide, Sending, Unsent},
 };
 
-/// The sending direction of a connection, and the socket that it goes to.
+/// The sending direction of a connection, and its socket.
 #[derive(Debug)]
 pub(crate) struct Outbound {
     socket: Arc<Socket>,
     pub(super) side: SendSide,
+    /// The event without which the next attempt to send is of no use.
     wait: SendWait,
 }
 
@@ -34,13 +35,13 @@ impl Outbound {
         &self.socket
     }
 
-    /// Returns the number of bytes and descriptors that wait.
+    /// Returns the number of bytes and descriptors that wait to be sent.
     pub(crate) fn unsent(&self) -> Unsent {
         self.side.unsent()
     }
 
-    /// Returns true if sending waits because the kernel lacks memory, or because too many
-    /// descriptors are in flight, and the receiver is not to blame: it has received everything.
+    /// Returns true if sending waits for the kernel ([`is_short`](Self::is_short)), although the
+    /// receiver has received everything. So the receiver is not the cause.
     pub(crate) fn waits_for_the_kernel(&self) -> bool {
         self.is_short() && self.is_all_received()
     }
@@ -56,7 +57,7 @@ impl Outbound {
         sys::unreceived(self.socket.as_fd()).is_ok_and(|bytes| bytes == 0)
     }
 
-    /// Queues an item, however much waits.
+    /// Queues an item, even if the queue is at its limits.
     #[inline]
     pub(crate) fn accept<E: Encoder<I>, I>(
         &mut self,
@@ -90,6 +91,7 @@ impl Outbound {
         Poll::Ready(self.side.close(self.socket.endpoint(), flushed))
     }
 
+    /// Sends until there is enough room in the queue.
     #[inline]
     pub(super) fn poll_send_until(
         &mut self,

@@ -8,10 +8,10 @@ impl<D, E> Framed<D, E> {
     /// Puts two halves together again.
     ///
     /// # Errors
-    /// If they belong to different sockets. The error gives them back.
+    /// [`ReuniteError`] with both halves, if they belong to different sockets.
     #[expect(
         clippy::result_large_err,
-        reason = "the halves are as large when they are put together"
+        reason = "both halves together are as large as the connection"
     )]
     pub fn reunite(read: ReadHalf<D>, mut write: WriteHalf<E>) -> Result<Self, ReuniteError<D, E>> {
         if !Arc::ptr_eq(read.shared_socket(), write.shared_socket()) {
@@ -22,7 +22,7 @@ impl<D, E> Framed<D, E> {
     }
 }
 
-/// The error of [`Framed::reunite`] for halves of different sockets. It gives them back.
+/// The error of [`Framed::reunite`] for halves of different sockets. It contains both halves.
 pub struct ReuniteError<D, E = D> {
     /// The receiving half.
     pub read: ReadHalf<D>,

@@ -74,7 +74,7 @@ impl Listener {
     /// stays as it is on drop.
     ///
     /// # Errors
-    /// As for [`Socket::from_stdin`], of a listening socket.
+    /// The errors of [`Socket::from_stdin`], with a listening socket in place of a connected one.
     pub fn from_stdin() -> Result<Self> {
         take_stdin()
     }
@@ -88,7 +88,8 @@ impl Listener {
     /// it has one, stays as it is on drop.
     ///
     /// # Errors
-    /// As for [`Socket::from_inherited`], of a listening socket.
+    /// The errors of [`Socket::from_inherited`], with a listening socket in place of a connected
+    /// one.
     pub fn from_inherited(number: i32) -> Result<Self> {
         take_numbered(number)
     }

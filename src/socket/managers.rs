@@ -38,7 +38,7 @@ impl Passed {
     /// told to.
     ///
     /// # Errors
-    /// As for [`Socket::from_inherited`](crate::Socket::from_inherited).
+    /// The errors of [`Socket::from_inherited`](crate::Socket::from_inherited).
     pub(crate) fn take(&self) -> io::Result<OwnedFd> {
         let Taken(fd) = if self.number == 0 { take_stdin()? } else { take_numbered(self.number)? };
         Ok(fd)

@@ -123,11 +123,12 @@ impl Socket {
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
-    /// the peer's sends fail with `EPIPE`. Messages that it sent before stay readable, then comes
-    /// the end. A task that waits to receive is woken, on both kinds of socket.
+    /// the peer's sends fail with `EPIPE`. Messages that the peer sent before stay readable,
+    /// followed by the end of the stream. A task that waits to receive is woken, on both kinds of
+    /// socket.
     ///
     /// # Errors
-    /// `NotConnected`.
+    /// `NotConnected` if the connection has ended.
     pub fn shutdown(&self, how: Shutdown) -> Result<()> {
         self.endpoint().shutdown(how)
     }

@@ -1,3 +1,5 @@
+//! The receiving direction of a connection, without waiting.
+
 use std::{
     io, mem,
     os::fd::{BorrowedFd, OwnedFd},

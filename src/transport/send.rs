@@ -1,3 +1,5 @@
+//! The sending direction of a connection, without waiting.
+
 use std::{io, mem, net::Shutdown, os::fd::AsFd};
 
 use super::Unsent;
@@ -68,8 +70,8 @@ pub(crate) struct SendParts {
 }
 
 impl SendSide {
-    /// Returns a direction that goes on with `parts`. Bytes and descriptors that were appended to it
-    /// become one message with this grouping.
+    /// Returns a direction that goes on with `parts`. Bytes and descriptors that were appended to
+    /// it become one message with this grouping.
     pub(crate) fn new(socket: Endpoint<'_>, parts: SendParts, grouping: Grouping) -> Self {
         let SendParts { mut unsent, state } = parts;
         let (largest, max_packet_bytes) = largest_call(socket);
@@ -98,7 +100,7 @@ impl SendSide {
         Unsent { bytes: self.buf.len(), fds: self.buf.fd_count() }
     }
 
-    /// Queues an item, however much waits.
+    /// Queues an item, even if the queue is at its limits.
     #[inline]
     pub(crate) fn accept<E: Encoder<I>, I>(
         &mut self,

@@ -143,7 +143,7 @@ where
     type Error = TypedError;
 
     /// # Errors
-    /// As for [`Typed`](super::Typed).
+    /// The errors of [`Typed`](super::Typed).
     fn encode(&mut self, message: M, dst: &mut SendBuf<G>) -> Result<(), SendError<M, TypedError>> {
         let to_json = |message: &M| serde_json::to_vec(message).map_err(TypedError::format);
         let (json, fds) = encode_within::<_, G>(self.limits, message, to_json)?;

@@ -58,8 +58,8 @@ impl DatagramSocket {
     /// timer, because no event announces room there.
     ///
     /// # Errors
-    /// As for [`send`](Self::send). `NotFound` and `ConnectionRefused` if nobody has a socket at
-    /// the address.
+    /// The errors of [`send`](Self::send). `NotFound` and `ConnectionRefused` if nobody has a
+    /// socket at the address.
     ///
     /// # Cancel safety
     /// When dropped, the datagram was not sent.
@@ -153,7 +153,7 @@ impl DatagramSocket {
     /// ```
     ///
     /// # Errors
-    /// As for [`recv`](Self::recv).
+    /// The errors of [`recv`](Self::recv).
     pub fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<std::result::Result<Datagram, Error>> {
         loop {
             ready!(self.account.poll_at_most(cx, MAX_CLOSING));

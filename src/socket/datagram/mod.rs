@@ -75,8 +75,8 @@ pub struct Datagram {
 /// more than 506 wait for that, nothing is received.
 ///
 /// # Panics
-/// Every way to get one panics outside of a tokio runtime, or if the runtime's I/O driver is not
-/// enabled.
+/// Every function that returns one panics outside of a tokio runtime, or if the runtime's I/O
+/// driver is not enabled.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -161,8 +161,8 @@ impl DatagramSocket {
     /// permission.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc` is not
-    /// mounted.
+    /// The errors of [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc`
+    /// is not mounted.
     pub fn bind_with_mode(path: impl AsRef<Path>, mode: u32) -> Result<Self> {
         let path = path.as_ref();
         let addr = UnixAddr::new(path)?;
@@ -177,7 +177,7 @@ impl DatagramSocket {
     /// ([`std::os::linux::net::SocketAddrExt`]). Any uid can send to an abstract name.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind).
+    /// The errors of [`bind`](Self::bind).
     pub fn bind_addr(addr: &SocketAddr) -> Result<Self> {
         if let Some(path) = addr.as_pathname() {
             return Self::bind(path);
@@ -192,7 +192,8 @@ impl DatagramSocket {
     /// [`Socket::from_inherited`](crate::Socket::from_inherited) does.
     ///
     /// # Errors
-    /// As there, of a Unix datagram socket.
+    /// The errors of [`Socket::from_inherited`](crate::Socket::from_inherited), with a Unix
+    /// datagram socket in place of a connected one.
     pub fn from_inherited(number: i32) -> Result<Self> {
         take_numbered(number)
     }
@@ -232,7 +233,7 @@ impl DatagramSocket {
     /// Connects to an address in the same way.
     ///
     /// # Errors
-    /// As for [`connect`](Self::connect).
+    /// The errors of [`connect`](Self::connect).
     pub fn connect_addr(&self, addr: &SocketAddr) -> Result<()> {
         Ok(socket::connect(self.io.as_raw_fd(), &unix_addr(addr)?)?)
     }
