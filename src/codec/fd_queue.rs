@@ -37,7 +37,7 @@ pub struct FdQueue<F = OwnedFd> {
     spoiled: AtomicBool,
     /// The number of descriptors that were ever taken out.
     taken: u64,
-    /// Closes the descriptors that nobody takes. `None` if they did not come from a peer.
+    /// Closes the descriptors that are not taken out. `None` if they did not come from a peer.
     closer: Option<Arc<dyn FdCloser<F>>>,
 }
 
