@@ -146,7 +146,7 @@ impl Socket {
         self.endpoint().send_buffer_size()
     }
 
-    /// Asks for a send buffer of `bytes` bytes, as
+    /// Requests a send buffer of `bytes` bytes, as
     /// [`fdwire::Socket::set_send_buffer_size`](crate::Socket::set_send_buffer_size) does.
     ///
     /// # Errors

@@ -1,3 +1,5 @@
+//! The buffers for received bytes.
+
 use std::mem;
 
 use bytes::{Buf, BufMut, BytesMut};

@@ -1,3 +1,5 @@
+//! A connection without a socket, for tests of codecs.
+
 use bytes::{Bytes, BytesMut};
 
 use super::{Carrier, Encoder, SendBuf, largest_packet};

@@ -1,3 +1,5 @@
+//! The queue of received descriptors.
+
 use std::{
     collections::VecDeque,
     fmt, mem,

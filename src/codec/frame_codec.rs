@@ -1,3 +1,5 @@
+//! The wire format of this crate.
+
 use bytes::{Buf, BytesMut};
 
 use super::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf, send_buf::SHARE_FROM};

@@ -1,3 +1,5 @@
+//! The receiving direction of a connection, without I/O.
+
 use std::os::fd::OwnedFd;
 
 use bytes::BytesMut;

@@ -1,3 +1,5 @@
+//! A codec without a header.
+
 use bytes::{Bytes, BytesMut};
 
 use super::{Codec, Decoder, Encoder, FdQueue, Grouping, LARGEST_PACKET, SendBuf};

@@ -1,3 +1,5 @@
+//! Frames whose payload is in a format of `tokio_util`.
+
 use bytes::BytesMut;
 use tokio_util::codec;
 

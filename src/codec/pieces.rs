@@ -1,3 +1,5 @@
+//! A queue of bytes, copied or shared.
+
 use std::{collections::VecDeque, io::IoSlice};
 
 use bytes::{Buf, Bytes};

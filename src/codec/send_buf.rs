@@ -1,3 +1,5 @@
+//! The buffer of messages that wait to be sent.
+
 use std::{collections::VecDeque, num::NonZero};
 
 use bytes::{Bytes, BytesMut};

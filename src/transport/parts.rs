@@ -31,11 +31,12 @@ pub struct FramedParts<D, E = D, S = Socket> {
     pub received_fds: FdQueue<OwnedFd>,
     /// The bytes and descriptors that were accepted and not sent. Everything that you append
     /// becomes one more message when the parts are put together again, with the
-    /// [grouping](crate::codec::Codec::grouping) of the encoder. If no call can carry that message,
-    /// the sending direction has failed from then on.
+    /// [grouping](crate::codec::Codec::grouping) of the encoder. If no system call can carry that
+    /// message, the sending direction has failed from the start.
     pub unsent: SendBuf,
-    /// The state of each direction: an end or a failure is kept.
+    /// The state of the receiving direction. An end or a failure is kept.
     pub(crate) receiving: Receiving,
+    /// The state of the sending direction. An end or a failure is kept.
     pub(crate) sending: Sending,
     /// The processes that sent the received bytes.
     pub(crate) senders: Senders,
