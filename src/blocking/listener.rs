@@ -177,6 +177,7 @@ impl Listener {
     /// If setting up an accepted connection fails, it is closed and the error is returned.
     pub fn accept(&self) -> Result<Socket> {
         let deadline = Deadline::after(self.timeout);
+        // Each connection that is refused restarts the loop with the same deadline.
         loop {
             // Wait while too many refused connections wait to be closed.
             if !wait::until_woken(deadline, |cx| self.state.poll_closed(cx)) {
@@ -187,6 +188,7 @@ impl Listener {
                 // A peer was refused. A loop of such peers must not extend the time of the call.
                 Ok(None) if deadline.is_over() => return Err(timed_out()),
                 Ok(None) => {}
+                // The socket is non-blocking, so that the deadline applies: wait with poll(2).
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     if !wait::until_ready(self.as_fd(), Event::Readable, deadline)? {
                         return Err(timed_out());

@@ -123,6 +123,7 @@ impl<D, E: Codec> Framed<D, E> {
     pub fn into_parts(self) -> FramedParts<D, E, Socket> {
         let (shared, receive) = self.read.into_parts();
         let (socket, send) = self.write.into_parts();
+        // Without this reference, `socket` is the last one.
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
         FramedParts::join(socket, receive, send)

@@ -89,6 +89,7 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
                     Err(Error::TimedOut)
                 }
                 Ok(Step::Receive) => receiver.receive(decoder, deadline),
+                // At the end, one more item is an error if the peer has not read everything.
                 Ok(Step::End) => {
                     let last = receiver.side.last_error(receiver.socket.endpoint());
                     return last.map(|error| Err(error.into()));
@@ -98,6 +99,7 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
                     return Some(Err(error));
                 }
             };
+            // Every error is final except that of the time limit.
             match received {
                 Ok(()) => receives = receives.saturating_add(1),
                 Err(Error::TimedOut) => return Some(Err(Error::TimedOut.into())),

@@ -84,6 +84,7 @@ impl Socket {
     /// The errors of [`connect`](Self::connect).
     pub fn connect_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
         let addr = unix_addr(addr)?;
+        // The socket is blocking, so the kernel waits for room in the backlog.
         let fd = new_socket(kind)?;
         connect(&fd, &addr)?;
         Ok(Self::unused(fd, kind))
@@ -110,6 +111,7 @@ impl Socket {
     /// # Errors
     /// `EMFILE` and `ENFILE`.
     pub fn try_clone(&self) -> Result<Self> {
+        // Both handles share one count of descriptors that wait to be closed.
         let state = self.state.for_copy();
         Ok(Self::new((state.guard(self.fd.as_fd().try_clone_to_owned()?), state)))
     }

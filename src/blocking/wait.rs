@@ -73,8 +73,10 @@ pub(super) fn until_woken(
     thread_local! {
         static WAKER: Waker = thread_waker();
     }
+    // While a thread ends, its thread-local variables may be gone.
     let waker = WAKER.try_with(Waker::clone).unwrap_or_else(|_thread_ends| thread_waker());
     let mut context = Context::from_waker(&waker);
+    // A thread may also be unparked for another reason, so poll again each time.
     while poll(&mut context).is_pending() {
         match deadline.remaining() {
             None => thread::park(),

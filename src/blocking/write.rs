@@ -79,6 +79,7 @@ impl<E> WriteHalf<E> {
     where
         E: Encoder<I>,
     {
+        // One time limit for both steps.
         let deadline = self.outbound.deadline();
         self.feed_until(item, deadline)?;
         self.outbound.flush(deadline).map_err(|error| SendError::from(E::Error::from(error)))
@@ -130,6 +131,7 @@ impl<E> WriteHalf<E> {
     /// The errors of [`flush`](Self::flush). After [`Error::TimedOut`] the direction is still open.
     pub fn close(&mut self) -> Result<(), Error> {
         match self.flush() {
+            // What is left can still be sent, so the direction stays open.
             Err(Error::TimedOut) => Err(Error::TimedOut),
             flushed => self.outbound.side.close(self.outbound.socket.endpoint(), flushed),
         }
@@ -187,6 +189,7 @@ impl Outbound {
     /// if the deadline comes first.
     fn attempt(&mut self, backoff: &mut Backoff, deadline: Deadline) -> io::Result<bool> {
         match self.side.attempt(self.socket.endpoint())? {
+            // The next shortage begins with a short pause again.
             Attempt::Sent => *backoff = Backoff::default(),
             Attempt::Again => {}
             // The kernel reports when the socket is writable.

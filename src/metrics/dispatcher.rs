@@ -66,7 +66,7 @@ impl DispatcherMetrics {
         let pause = stats.accept_paused_for.unwrap_or_default().as_secs_f64();
         for (name, value) in [
             ("fdwire_dispatcher_waiting_connections", stats.waiting as f64),
-            ("fdwire_dispatcher_place_wait_seconds", wait),
+            ("fdwire_dispatcher_slot_wait_seconds", wait),
             ("fdwire_dispatcher_accept_pause_seconds", pause),
             ("fdwire_dispatcher_in_flight_descriptors", stats.in_flight as f64),
             ("fdwire_dispatcher_leftover_processes", stats.leftover as f64),
@@ -120,7 +120,7 @@ impl DispatcherMetrics {
         for (name, value) in [
             ("fdwire_group_workers", workers),
             ("fdwire_group_waiting_connections", waiting),
-            ("fdwire_group_place_wait_seconds", wait),
+            ("fdwire_group_slot_wait_seconds", wait),
         ] {
             self.series.set(name, &group, value);
         }
