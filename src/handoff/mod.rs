@@ -193,7 +193,6 @@
 //! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers
 //!   that are to finish their work ignore that signal and wait to be drained.
 
-mod connection;
 mod dispatcher;
 mod incoming;
 pub mod protocol;
@@ -203,14 +202,16 @@ mod span;
 mod tonic;
 mod transport;
 
-pub use connection::{Connection, ConnectionParts, ConnectionStream, ServingGuard};
 pub use dispatcher::{
     Accepted, AdoptionTimes, DispatchError, DispatchPermit, Dispatcher, DispatcherBuilder,
     Dispatching, Group, GroupStats, IntoListener, NotDispatched, NotReplaced, Replaced,
     RetireCause, RetireCounts, Stats, Strategy, Succession, TakenWorker, TakenWorkers, Unadopted,
     WorkerCommand, WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
-pub use incoming::{Incoming, IncomingBuilder, IncomingEnd, IncomingHandle, IncomingStats};
+pub use incoming::{
+    Connection, ConnectionParts, ConnectionStream, Incoming, IncomingBuilder, IncomingEnd,
+    IncomingHandle, IncomingStats, ServingGuard,
+};
 pub use transport::Transport;
 
 pub use crate::address::Address;
