@@ -84,7 +84,7 @@
 //!
 //! dispatcher.drain(None).await; // accepts no more; the workers finish what they have, and leave
 //! accepting.await??;
-//! println!("{:?}", serving.await?);
+//! println!("{}", serving.await?);
 //! # Ok(()) }
 //! ```
 //!

@@ -23,7 +23,7 @@ impl Server {
     /// that waits until the other process has all connections.
     ///
     /// ```no_run
-    /// # fn worker() -> tokio::process::Command { unimplemented!() }
+    /// # fn worker() -> tokio::process::Command { tokio::process::Command::new("worker") }
     /// # type Outcome = Result<(), Box<dyn std::error::Error>>;
     /// # async fn front(server: fdwire::takeover::Server) -> Outcome {
     /// use fdwire::handoff::{Dispatcher, WorkerCommand};
@@ -38,7 +38,7 @@ impl Server {
     /// let http = server.gated::<TcpListener>("http", 0)?;
     /// tokio::select! {
     ///     served = http.dispatch_to(&dispatcher) => served?,
-    ///     finished = server.finish() => println!("{finished:?}"),
+    ///     finished = server.finish() => println!("{finished}"),
     /// }
     /// dispatcher.drain(None).await;
     /// # Ok(()) }

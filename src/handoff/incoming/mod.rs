@@ -70,7 +70,7 @@ pub use stream::ConnectionStream;
 ///     }
 /// });
 /// // Every connection has ended, and the dispatcher knows or has gone.
-/// println!("{:?}", handle.ended().await);
+/// println!("{}", handle.ended().await);
 /// # Ok(()) }
 /// ```
 ///
