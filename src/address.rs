@@ -19,8 +19,7 @@ use crate::{
     fields::{Fields, put_short},
 };
 
-/// The address of a socket: of one end of a connection, as the dispatcher saw it when it accepted,
-/// or of a listener.
+/// The address of a listener, or of one end of a connection at the time when it was accepted.
 ///
 /// ```
 /// use fdwire::handoff::Address;
@@ -33,7 +32,7 @@ use crate::{
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Address {
-    /// No address: a Unix socket that was never bound. Most clients are.
+    /// No address, as for a Unix socket that was never bound. Most clients do not bind theirs.
     #[default]
     Unnamed,
     /// An address of the internet protocol, with a port.
@@ -53,6 +52,7 @@ impl Address {
         }
     }
 
+    /// Appends the address as a field of a message.
     pub(crate) fn put(&self, dst: &mut Vec<u8>) -> Result<(), Error> {
         match self {
             Self::Unnamed => dst.push(0),
@@ -80,6 +80,7 @@ impl Address {
         Ok(())
     }
 
+    /// Reads the address from the fields of a message.
     pub(crate) fn read(fields: &mut Fields<'_>) -> Option<Self> {
         Some(match fields.u8()? {
             0 => Self::Unnamed,
@@ -96,7 +97,8 @@ impl Address {
 }
 
 impl fmt::Display for Address {
-    /// Writes an internet address as usual, a path as it is, an abstract name with `@` in front.
+    /// Writes an internet address such as `127.0.0.1:80`, a path, or an abstract name with `@` in
+    /// front.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unnamed => f.write_str("unnamed"),

@@ -1,16 +1,18 @@
-//! The growing waits between attempts.
+//! Growing pauses between attempts.
 
 use std::time::Duration;
 
-/// The waiting times for something that no event announces: the first one, then twice as long each
-/// time, up to the longest one.
+/// The pauses between attempts, for a condition of which the kernel does not report a change. Each
+/// pause is twice as long as the one before, up to the longest.
 #[derive(Debug, Clone)]
 pub(crate) struct Backoff {
+    /// The pause before the next attempt.
     next: Duration,
     longest: Duration,
 }
 
 impl Backoff {
+    /// Returns pauses that begin with `first` and are never longer than `longest`.
     pub(crate) const fn new(first: Duration, longest: Duration) -> Self {
         Self { next: first, longest }
     }

@@ -5,16 +5,16 @@ use std::{fmt, os::fd::OwnedFd};
 /// The process that sent a message, as the kernel reports it with the message (`SCM_CREDENTIALS`
 /// and `SCM_PIDFD`, unix(7)).
 ///
-/// This differs from [`PeerCred`](crate::socket::PeerCred), which names the process that made the
-/// connection: several processes may hold one end of it and write to it. A receiver has to ask for
-/// credentials, by [`Socket::set_pass_credentials`](crate::Socket::set_pass_credentials) or
+/// [`PeerCred`](crate::socket::PeerCred), in contrast, names the process that made the connection.
+/// Several processes may hold one end of a connection and write to it. A receiver has to switch
+/// credentials on, with [`Socket::set_pass_credentials`](crate::Socket::set_pass_credentials) or
 /// [`DatagramSocket::set_pass_credentials`](crate::socket::DatagramSocket::set_pass_credentials).
 ///
 /// **What credentials prove.** The kernel checks what it reports. An unprivileged sender can only
 /// choose among its own real, effective and saved ids. A sender with `CAP_SETUID`, `CAP_SETGID` or
 /// `CAP_SYS_ADMIN` may name other ids or another process, as systemd-notify does for the script
-/// that calls it. By the time that you look up `pid`, the number may belong to another process. The
-/// pidfd never does.
+/// that calls it. When you look up `pid`, the number may already belong to another process. The
+/// pidfd always means the same process.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Credentials {
@@ -24,8 +24,8 @@ pub struct Credentials {
     pub gid: u32,
     /// The process id. `None` if the process is in another PID namespace.
     pub pid: Option<i32>,
-    /// A pidfd of that process, if it was asked for and the kernel could make one: not before Linux
-    /// 6.5, and not if this process has no descriptor left.
+    /// A pidfd of that process, if it was [requested](crate::socket::PassCredentials::IdsAndPidfd).
+    /// `None` also before Linux 6.5, and if this process has no descriptor left.
     pub pidfd: Option<OwnedFd>,
 }
 
@@ -36,7 +36,7 @@ impl fmt::Display for Credentials {
     }
 }
 
-/// Writes a process as people read it.
+/// Writes the ids of a process for people.
 pub(crate) fn write_process(
     f: &mut fmt::Formatter<'_>,
     pid: Option<i32>,

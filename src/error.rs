@@ -5,12 +5,12 @@ use std::{fmt, io};
 /// An error of a connection, with one variant for each fault.
 ///
 /// An error is final for the direction in which it occurred, except [`TimedOut`](Self::TimedOut). A
-/// [`Stream`](futures::Stream) yields its error once and then ends; everything that was received
-/// and not yet yielded is closed. A [`Sink`](futures::Sink) that failed repeats its error and hands
-/// every further item back in a [`SendError`].
+/// [`Stream`](futures::Stream) yields its error once and then ends. Everything that was received
+/// and not yet yielded is closed. A [`Sink`](futures::Sink) that has failed repeats its error, and
+/// each further item comes back in a [`SendError`].
 ///
-/// Converts into [`io::Error`] for functions that return `io::Result`. Your own codecs may use the
-/// variants too.
+/// An `Error` converts into [`io::Error`], for functions that return `io::Result`. Your own codecs
+/// may use the variants too.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -26,7 +26,7 @@ pub enum Error {
         found: u8,
     },
 
-    /// A frame has a version of the wire format that this crate does not know.
+    /// A frame has a version of the wire format that this crate does not support.
     #[error("wire format version {found} is not supported")]
     UnsupportedVersion {
         /// The version in the frame's header.
@@ -40,7 +40,7 @@ pub enum Error {
         found: u8,
     },
 
-    /// A frame's payload is longer than
+    /// The payload of a frame is longer than
     /// [`Limits::max_payload_bytes`](crate::Limits#structfield.max_payload_bytes).
     #[error("frame payload of {bytes} bytes is over the limit of {limit}")]
     FrameTooLong {
@@ -74,7 +74,7 @@ pub enum Error {
         bytes: usize,
     },
 
-    /// A message without bytes was to be sent as a packet. The receiver would take an empty packet
+    /// A message without bytes can't be sent as a packet. The receiver would take an empty packet
     /// for the end of the stream.
     #[error("an empty message cannot be sent as a packet")]
     EmptyMessage,
@@ -88,17 +88,17 @@ pub enum Error {
         received: usize,
     },
 
-    /// Descriptors arrived that no message claims: more than
-    /// [`Limits::max_queued_fds`](crate::Limits#structfield.max_queued_fds) allows, or some that
-    /// were left at the end of the stream.
+    /// Descriptors arrived that no message claims. Their number is more than
+    /// [`Limits::max_queued_fds`](crate::Limits#structfield.max_queued_fds), or they were left at
+    /// the end of the stream.
     #[error("{fds} descriptors arrived that no message claims")]
     UnclaimedFds {
-        /// The number of unclaimed descriptors. All of them have been closed.
+        /// The number of unclaimed descriptors. All of them are closed.
         fds: usize,
     },
 
-    /// The kernel dropped descriptors on receipt (`MSG_CTRUNC`). A connection ends here: without
-    /// them, later descriptors would go to the wrong frames. A
+    /// The kernel lost descriptors on receipt (`MSG_CTRUNC`). A connection ends, because later
+    /// descriptors would be assigned to the wrong frames. A
     /// [`DatagramSocket`](crate::socket::DatagramSocket) still receives the next datagram.
     #[error(
         "descriptors were lost on receipt (control data truncated); \
@@ -106,9 +106,9 @@ pub enum Error {
     )]
     TruncatedControl,
 
-    /// A packet was longer than the room for it (`MSG_TRUNC`): the peer does not keep to the packet
-    /// sizes of the wire format. Or a datagram was longer than a
-    /// [`DatagramSocket`](crate::socket::DatagramSocket) takes, which still receives the next one.
+    /// A packet was longer than the room for it (`MSG_TRUNC`), because the peer violates the packet
+    /// sizes of the wire format. Or a datagram was longer than the limit of a
+    /// [`DatagramSocket`](crate::socket::DatagramSocket), which still receives the next one.
     #[error("packet was longer than the room for it and lost its tail")]
     TruncatedPacket,
 
@@ -138,8 +138,7 @@ pub enum Error {
     /// of them.
     #[error(
         "the connections of uid {uid} hold {bytes} bytes and {fds} descriptors of unfinished \
-         messages, which is more \
-         than the listener allows"
+         messages, which is more than the listener allows"
     )]
     OverUidLimit {
         /// The uid of the peer.
@@ -150,8 +149,8 @@ pub enum Error {
         fds: usize,
     },
 
-    /// A message was written by several processes, so it has no sender. Occurs only on a socket
-    /// that is set to [report senders](crate::Socket::set_pass_credentials).
+    /// A message was written by several processes, so it has no sender. This occurs only on a
+    /// socket that is set to [report senders](crate::Socket::set_pass_credentials).
     #[error("a message was written by several processes, so it has no sender")]
     MixedSenders,
 
@@ -167,8 +166,8 @@ pub enum Error {
     #[error("the time set for this call is over")]
     TimedOut,
 
-    /// A message is invalid in its protocol. For your own codecs that need no error type of their
-    /// own: see [`invalid`](Self::invalid).
+    /// A message is invalid in its protocol. A codec of your own can use this, made by
+    /// [`invalid`](Self::invalid), if it needs no error type of its own.
     #[error("invalid message: {0}")]
     Invalid(Box<dyn std::error::Error + Send + Sync>),
 
@@ -227,13 +226,13 @@ impl From<Error> for io::Error {
 
 /// The error of a send, with the item if it was refused.
 ///
-/// `item` is `Some` if the item was refused: nothing of it was sent, and its descriptors are still
-/// open in it. It is `None` if the failure is not about one item (a failed flush), or if the
-/// encoder had already taken the item apart. Items that were accepted earlier and not sent are in
-/// [`into_parts`](crate::Framed::into_parts).
+/// `item` is `Some` if the item was refused. Then nothing of it was sent, and it still has its
+/// descriptors. It is `None` if the failure does not concern one item, as in a failed flush, or if
+/// the encoder had already taken the item apart. Items that were accepted earlier and not sent are
+/// in [`into_parts`](crate::Framed::into_parts).
 ///
-/// Converts into `E`, and for `E = Error` into [`io::Error`]; these conversions drop the item,
-/// which closes its descriptors.
+/// A `SendError` converts into `E`, and for `E = Error` into [`io::Error`]. These conversions drop
+/// the item, which closes its descriptors.
 pub struct SendError<I, E = Error> {
     /// The reason.
     pub error: E,
@@ -242,7 +241,7 @@ pub struct SendError<I, E = Error> {
 }
 
 impl<I, E> SendError<I, E> {
-    /// Returns an error that brings `item` back.
+    /// Returns an error that contains the refused item.
     pub fn refused(item: I, error: impl Into<E>) -> Self {
         Self { error: error.into(), item: Some(item) }
     }

@@ -8,6 +8,7 @@ use crate::error::Error;
 pub(crate) struct Fields<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Fields<'a> {
+    /// Reads a field of `N` bytes.
     pub(crate) fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (field, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
@@ -56,7 +57,7 @@ impl<'a> Fields<'a> {
         Some(std::str::from_utf8(self.short()?).ok()?.to_owned())
     }
 
-    /// Takes all that is left.
+    /// Takes everything that was not read yet.
     pub(crate) fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
     }
@@ -91,6 +92,7 @@ pub(crate) fn put_long(dst: &mut Vec<u8>, bytes: &[u8]) -> Result<(), Error> {
     Ok(())
 }
 
+/// Returns the error for a field that is longer than its length can express.
 fn too_long(bytes: &[u8], limit: usize) -> Error {
     Error::FrameTooLong { bytes: bytes.len(), limit }
 }

@@ -23,12 +23,13 @@ use smallvec::SmallVec;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame<F = OwnedFd> {
-    /// The bytes. In a received frame they are a slice of a read buffer, which lives as long as any
-    /// slice of it. So copy a small payload that you keep for long. A read buffer usually has 256
-    /// KiB, at most 512 KiB, and the connections of one thread may share it.
+    /// The bytes. In a received frame they are a slice of a read buffer, which stays in memory as
+    /// long as any slice of it. So copy a small payload that you keep for long. A read buffer
+    /// usually has 256 KiB, at most 512 KiB, and the connections of one thread may share it.
     ///
-    /// A frame that is too long for that is received into a large buffer, which holds no small
-    /// frames. It may be the buffer of an even longer frame that came before and was not kept.
+    /// A frame that is too long for such a buffer is received into a large one, which holds no
+    /// small frames. The large buffer may be longer than the frame, if a longer frame has used it
+    /// before.
     pub payload: Bytes,
     /// The descriptors, in the order in which they were attached.
     pub fds: Fds<F>,
@@ -77,20 +78,21 @@ impl<F> Frame<F> {
     }
 }
 
-/// The descriptors of a frame, in order. It dereferences to a slice. Up to one descriptor takes no
-/// allocation.
+/// The descriptors of a frame, in order. It dereferences to a slice. One descriptor does not take
+/// an allocation.
 ///
-/// Descriptors that came from a peer and are still in it when it is dropped are closed [in the
-/// background](crate::close_in_background), because the peer decides how long that takes. So are
-/// descriptors that you add to them. Descriptors that you have taken out are closed like any other.
+/// If descriptors came from a peer and are still in this list when it is dropped, they are closed
+/// [in the background](crate::close_in_background), because the peer decides how long that takes.
+/// The same is true of descriptors that you add to the list. Descriptors that you have taken out
+/// are closed like any other.
 pub struct Fds<F = OwnedFd> {
-    /// The descriptors, or `None` for most messages: then a drop looks at this field and does
-    /// nothing. It is `ManuallyDrop` because the compiler's own drop of an `Option` would be a
+    /// The descriptors. `None` if there are none, as in most messages. Then `drop` only checks this
+    /// field. It is `ManuallyDrop` because the compiler's own drop of an `Option` would be a
     /// function call for each message.
     list: ManuallyDrop<Option<FdList<F>>>,
 }
 
-/// Closes descriptors that came from a peer and that nobody has taken.
+/// A way to close descriptors that came from a peer and were not taken out.
 pub(crate) trait FdCloser<F>: Send + Sync {
     fn close(self: Arc<Self>, fds: SmallVec<[F; 1]>);
 }
@@ -104,7 +106,7 @@ impl Fds {
 }
 
 impl<F> Fds<F> {
-    /// Returns descriptors that `closer` closes unless the user takes them out.
+    /// Returns descriptors that `closer` closes unless they are taken out.
     #[inline]
     pub(crate) fn from_peer(
         mut fds: SmallVec<[F; 1]>,
@@ -126,7 +128,7 @@ impl<F> Fds<F> {
         FdsIntoIter { fds: fds.into_iter(), closer }
     }
 
-    /// Gives each descriptor away in an `Fds` of its own, which is closed as this one is.
+    /// Yields each descriptor in an `Fds` of its own, with the same closer.
     #[cfg(feature = "serde")]
     pub(crate) fn split(mut self) -> impl Iterator<Item = Self> {
         let mut fds = self.take();
@@ -162,7 +164,7 @@ impl<F> Fds<F> {
     /// Takes the descriptors as an array, if there are exactly `N` of them.
     ///
     /// # Errors
-    /// Gives the descriptors back if their number is not `N`.
+    /// The descriptors, if their number is not `N`.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -301,12 +303,12 @@ impl<F: Eq> Eq for Fds<F> {}
 
 struct FdList<F> {
     fds: List<F>,
-    /// Closes the descriptors that nobody takes. `None` if they did not come from a peer.
+    /// Closes the descriptors that are not taken out. `None` if they did not come from a peer.
     closer: Option<Arc<dyn FdCloser<F>>>,
 }
 
-/// A list of one descriptor or of any number. It is small, because a message is moved several
-/// times.
+/// A list of one descriptor or of any number. It takes few bytes, because a message is moved
+/// several times.
 #[repr(usize)] // in whole words, which take fewer instructions to move
 enum List<F> {
     One(F),

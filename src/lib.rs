@@ -5,8 +5,8 @@
 //!   connection is lost on the way, even if a worker dies, hangs or is replaced.
 //! - [`takeover`]: a new process replaces a running server. It gets the listeners, and no
 //!   connection fails.
-//! - [`systemd`]: tells a service manager about a service and its takeovers.
-//! - [`Framed`]: messages that carry descriptors. The others use them, and you can too.
+//! - [`systemd`]: reports the state of a service and its takeovers to a service manager.
+//! - [`Framed`]: messages that carry descriptors. The other modules use them, and you can too.
 //!
 //! # Hand-off
 //!
@@ -43,15 +43,15 @@
 //! # Ok(()) }
 //! ```
 //!
-//! The [module](handoff) has the promise, what happens when a worker dies, hangs or is full, and
-//! the traps.
+//! The [module](handoff) documents the promise, the pitfalls, and the behaviour when a worker dies,
+//! hangs or is full.
 //!
 //! # Frames
 //!
-//! A message is bytes and any number of descriptors: files, pipes, listeners, connections. It goes
-//! over a Unix socket of either kind, [SEQPACKET or STREAM](SocketKind), and each descriptor
-//! arrives with the message that it was attached to. [`Framed`] is a [`Stream`](futures::Stream)
-//! and a [`Sink`](futures::Sink), and a [`Sender`] sends from many tasks.
+//! A message consists of bytes and any number of descriptors: files, pipes, listeners, connections.
+//! It is sent over a Unix socket of either kind, [SEQPACKET or STREAM](SocketKind), and each
+//! descriptor arrives with the message to which it was attached. [`Framed`] is a
+//! [`Stream`](futures::Stream) and a [`Sink`](futures::Sink). A [`Sender`] sends from many tasks.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]
@@ -82,12 +82,12 @@
 //!
 //! # What frames guarantee
 //!
-//! - **Descriptors stay with their messages**, even if the kernel cuts and merges what is sent, and
-//!   for any number of descriptors (253 is the limit of one system call, not of a frame).
-//! - **Nothing leaks and nothing is lost.** A descriptor is owned by this process until the
-//!   `sendmsg` that carried it has succeeded, and by the receiving one from the `recvmsg` on,
-//!   close-on-exec. A [refused item](SendError) comes back in the error. Items that were accepted
-//!   and not sent are in [`Framed::into_parts`].
+//! - **Descriptors stay with their messages**, even if the kernel cuts and merges the bytes, and
+//!   for any number of descriptors. (253 is the limit of one system call, not of a frame.)
+//! - **Nothing leaks and nothing is lost.** This process owns a descriptor until the `sendmsg` that
+//!   carries it has succeeded. The receiver owns it, close-on-exec, as soon as its `recvmsg`
+//!   returns. A [refused item](SendError) comes back in the error. Items that were accepted and not
+//!   sent are in [`Framed::into_parts`].
 //! - **Cancel safety** is stated for each method: `next()` and `flush()` can be dropped and called
 //!   again.
 //! - **Temporary shortages are waited for**: a full socket, too many descriptors in flight
@@ -97,92 +97,94 @@
 //!
 //! # What a peer can do
 //!
-//! A peer may lie, flood, stall, and send descriptors that nobody wants. `docs/ARCHITECTURE.md`
-//! lists the tests for each line.
+//! A peer may lie, flood, stall, and send unwanted descriptors. Each line has a case and what this
+//! crate does. `docs/ARCHITECTURE.md` lists the tests for each line.
 //!
-//! - A peer that **sends bytes or descriptors that are no message**: the stream yields one typed
-//!   [`Error`] and ends, and everything received is closed.
-//! - A peer that **announces more than the [`Limits`] allow**: the same, before memory is reserved.
-//! - A peer that **never finishes a message, even if it leaves its own end of the connection in
-//!   one**: the connection ends when the [time for it](Limits#structfield.max_unfinished_time) is
-//!   over.
-//! - A peer that **makes many connections to a [`Listener`]**: they hold together what [one uid may
-//!   hold](socket::UidLimits).
-//! - A peer that **is not admitted by a [`Listener`]**: its connection is closed, whatever it has
-//!   sent, and no more of them than a fixed number wait for that.
-//! - A peer that **sends sockets whose last `close` lasts**: no thread of the runtime waits for
-//!   one: what nobody takes, and the connection itself, is closed [in the
+//! - A peer **sends bytes or descriptors that are not a message**: the stream yields one typed
+//!   [`Error`] and ends, and everything that was received is closed.
+//! - A peer **announces more than the [`Limits`] allow**: the same, before memory is reserved.
+//! - A peer **never finishes a message, even one that contains its own end of the connection**: the
+//!   connection ends after a [time limit](Limits#structfield.max_unfinished_time).
+//! - A peer **makes many connections to a [`Listener`]**: together they hold no more than [one uid
+//!   may hold](socket::UidLimits).
+//! - A peer **is not admitted by a [`Listener`]**: its connection is closed, no matter what it has
+//!   sent. The number of connections that wait to be closed is limited.
+//! - A peer **sends sockets whose last `close` blocks**: no thread of the runtime waits for it.
+//!   Descriptors that the application does not take, and the connection itself, are closed [in the
 //!   background](close_in_background), by a fixed number of threads and without delaying other
 //!   descriptors.
-//! - A peer that **sends descriptors faster than they can be closed**: its connection receives
-//!   nothing more until they are closed.
-//! - A peer that **floods a connection**: other tasks get their turns: both directions, and
-//!   descriptors, count for tokio's cooperative budget.
-//! - A peer that **sends out-of-band data, or is several processes**: no message stays hidden
-//!   behind it.
-//! - A peer that **is several processes that write to one message, on a socket that is set to [tell
-//!   the sender](Socket::set_pass_credentials)**: the stream yields [`Error::MixedSenders`] and
-//!   ends.
-//! - A peer that **sends a datagram that is too long, or has more descriptors than this process may
-//!   open**: that datagram is a typed error, everything of it is closed, and the next one is
-//!   received.
-//! - A peer that **sends a typed message that lacks a descriptor, or has one too many, twice or of
-//!   the wrong kind**: the stream yields one `TypedError` and ends, and everything received is
+//! - A peer **sends descriptors faster than they can be closed**: its connection receives nothing
+//!   more until they are closed.
+//! - A peer **floods a connection**: other tasks get their turns, because both directions, and
+//!   descriptors, are charged to tokio's cooperative budget.
+//! - A peer **sends out-of-band data, or consists of several processes**: no message is delayed
+//!   because of that.
+//! - A peer **consists of several processes that write to one message, on a socket that is set to
+//!   [report senders](Socket::set_pass_credentials)**: the stream yields [`Error::MixedSenders`]
+//!   and ends.
+//! - A peer **sends a datagram that is too long, or has more descriptors than this process may
+//!   open**: the receive returns a typed error, everything of that datagram is closed, and the next
+//!   one is received.
+//! - A peer **sends a typed message that lacks a descriptor, or has one too many, twice or of the
+//!   wrong kind**: the stream yields one `TypedError` and ends, and everything that was received is
 //!   closed.
-//! - A peer that **dies, or closes after any byte**: what it had sent is received, then the end.
+//! - A peer **dies, or closes after any byte**: everything that it had sent is received, and then
+//!   the end.
 //!
 //! The crate cannot prevent these:
 //!
 //! - A descriptor that you take out of a message and drop is closed in your thread, which may
 //!   block. Pass it to [`close_in_background`] instead.
-//! - A receive at `RLIMIT_NOFILE` closes the descriptors that do not fit, inside the system call.
-//!   So keep 253 numbers free for each connection that may receive at the same time.
+//! - If this process is at its `RLIMIT_NOFILE`, a receive closes the descriptors that do not fit,
+//!   inside the system call. That may block. So keep 253 numbers free for each connection that may
+//!   receive at the same time.
 //! - A child process has copies of all descriptors until its exec closes them. If this process has
-//!   closed a slow one meanwhile, the exec blocks, and `Command::spawn` waits for it. So if peers
-//!   send sockets, spawn from a thread that may block.
+//!   closed a slow descriptor meanwhile, the exec blocks, and `Command::spawn` waits for it. So if
+//!   peers send sockets, spawn from a thread that may block.
 //! - Freeing a file takes time, for example 190 ms for a memfd of 1 GiB. The thread that closes it
 //!   spends that time, and other descriptors wait meanwhile.
 //! - When the peer of a connected [`DatagramSocket`](socket::DatagramSocket) is gone, the next send
-//!   makes the kernel close all queued descriptors, inside the system call. A socket that is slow
-//!   to close blocks it. Only
+//!   makes the kernel close all queued descriptors, inside the system call. If one of them is slow
+//!   to close, the send blocks. Only
 //!   [`DatagramSocket::set_pass_fds`](socket::DatagramSocket::set_pass_fds) prevents that. Sockets
 //!   that are not connected are not affected.
 //! - A file of a FUSE file system whose daemon does not answer cannot be closed at all. Passing it
 //!   on blocks too, because the sender's copy is closed. Only [`Socket::set_pass_fds`] and
-//!   [`Listener::set_pass_fds`] keep such files away.
+//!   [`Listener::set_pass_fds`] prevent that such files are received.
 //!
 //! # What the kernel does with descriptors
 //!
-//! The rules of [`FrameCodec`]'s wire format follow from what Linux does; see unix(7) and cmsg(3).
-//! The descriptors of a `sendmsg` attach to its first byte, and are sent even if the write is
-//! short. A `recvmsg` never returns descriptors of two sends, but it may return bytes from before a
-//! send together with that send's bytes and descriptors: the position inside a read says nothing
-//! about the owner of a descriptor. So a header counts them, and they are taken in the order of
-//! arrival.
+//! The rules of [`FrameCodec`]'s wire format follow from the behaviour of Linux: see unix(7) and
+//! cmsg(3). The kernel attaches the descriptors of a `sendmsg` to its first byte, and sends all of
+//! them even if it takes only part of the bytes. A `recvmsg` never returns descriptors of two
+//! sends. But it may return bytes from before a send together with the bytes and descriptors of
+//! that send. So the position inside a read does not show to which message a descriptor belongs.
+//! Therefore the header of a frame has the number of its descriptors, and frames take them in the
+//! order of arrival.
 //!
 //! Some facts about passed descriptors:
 //!
-//! - `O_NONBLOCK`, the file offset and locks belong to the open file, which sender and receiver
-//!   share from then on.
-//! - A TCP connection ends when the **last** copy is closed; `shutdown` ends it at once, for all
+//! - `O_NONBLOCK`, the file offset and locks belong to the open file. Sender and receiver share it
+//!   once a descriptor was passed.
+//! - A TCP connection ends when the **last** copy is closed. `shutdown` ends it at once, for all
 //!   holders.
-//! - If the receiver closes the socket, the kernel closes the descriptors that were not received: a
-//!   client sees its connection end.
-//! - With credentials on (`SO_PASSCRED`), one read never returns bytes of different processes, even
-//!   on a stream. Bytes that were sent before have no known sender. A privileged sender may name
-//!   another process.
+//! - If the receiver closes the Unix socket, the kernel closes the descriptors that were not
+//!   received. If one of them was the last copy of a TCP connection, that connection ends.
+//! - If credentials are on (`SO_PASSCRED`), one read never returns bytes of different processes,
+//!   even on a stream. Bytes that were sent before that have no known sender. A privileged sender
+//!   may name another process.
 //! - If a Unix socket is sent over itself, the kernel keeps it open until its garbage collector
 //!   runs.
 //!
 //! # Other wire formats
 //!
 //! [`FrameCodec`] is one of the codecs of this crate. [`PacketCodec`](codec::PacketCodec) has no
-//! header, and [`PayloadCodec`](codec::PayloadCodec) codes the payload of frames with any codec of
+//! header. [`PayloadCodec`](codec::PayloadCodec) encodes the payload of frames with any codec of
 //! `tokio_util`. For a protocol that exists, such as D-Bus or Wayland, [write a codec](guide).
 //!
-//! Messages that are values of your own, with descriptors in their fields, are in the module
-//! `typed` (feature `serde`), with the formats of varlink and of JSON-RPC (feature `json`).
-//! [`FdPolicy`](fd_policy::FdPolicy) checks what a peer has sent.
+//! The module `typed` (feature `serde`) has messages of your own types, with descriptors in their
+//! fields, and the formats of varlink and of JSON-RPC (feature `json`).
+//! [`FdPolicy`](fd_policy::FdPolicy) checks the descriptors that a peer has sent.
 //!
 //! A program without a runtime uses the same frames and codecs in the module [`blocking`].
 //!
@@ -204,11 +206,12 @@
 //! | `tonic` | no | tonic serves an [`Incoming`](handoff::Incoming): see the service `grpc` |
 //! | `metrics` | no | the module `metrics`: numbers for the `metrics` facade, and so for Prometheus |
 //!
-//! Without the defaults, incompatible versions of these 0.x crates do not affect you.
+//! If you disable the default features, incompatible versions of these 0.x crates do not affect
+//! you.
 //!
 //! # Platform
 //!
-//! The crate works on Linux. Frames and codecs do not depend on a system; the rest does.
+//! The crate works on Linux. Only frames and codecs are independent of the system.
 
 #![cfg_attr(
     not(all(feature = "handoff", feature = "takeover")),

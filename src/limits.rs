@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-/// The most descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
+/// The greatest number of descriptors that one `sendmsg` takes: `SCM_MAX_FD` of Linux, see unix(7).
 pub(crate) const SCM_MAX_FD: usize = 253;
 
 /// The limits of a connection, for each direction. [`UidLimits`](crate::socket::UidLimits) limits
 /// all connections of one uid together.
 ///
-/// [`FrameCodec`](crate::FrameCodec) checks its limits before memory is reserved. For codecs of
-/// your own see [`Codec::limits`](crate::codec::Codec::limits).
+/// [`FrameCodec`](crate::FrameCodec) checks its limits before memory is reserved. A codec of your
+/// own has to do that itself: see [`Codec::limits`](crate::codec::Codec::limits).
 ///
 /// ```
 /// use fdwire::{FrameCodec, Limits};
@@ -32,22 +32,23 @@ pub struct Limits {
     /// The number of descriptors that may wait: received before the message that claims them, or
     /// accepted for sending. Default: 506.
     ///
-    /// A sender of this crate lets descriptors run ahead of their frames by 253 at most, so a
-    /// receiver holds at most [`max_fds_per_frame`](Self#structfield.max_fds_per_frame) + 253 of
-    /// them. A smaller limit ends a connection on which a frame with that many descriptors arrives
-    /// ([`Error::UnclaimedFds`](crate::Error::UnclaimedFds)).
+    /// A sender of this crate sends at most 253 descriptors before the first byte of their frame.
+    /// So a receiver holds at most [`max_fds_per_frame`](Self#structfield.max_fds_per_frame) + 253
+    /// of them. If this limit is smaller, a frame with many descriptors may end the connection with
+    /// [`Error::UnclaimedFds`](crate::Error::UnclaimedFds).
     pub max_queued_fds: usize,
 
     /// The number of bytes accepted for sending at which a sink begins to wait. Default: 256 KiB.
     ///
-    /// A sink takes an item while less than this is queued, so the last frame may exceed the limit.
+    /// A sink accepts an item while less than this is queued, so the last item may exceed the
+    /// limit.
     pub max_queued_bytes: usize,
 
     /// The longest time to wait for the rest of a message. Default: 30 s.
     ///
-    /// The time begins when nothing more is there to receive, and part of a message has arrived or
-    /// a descriptor that no message has claimed. Time in which the receiver is not polled does not
-    /// count against the peer. When the time is over, the stream ends with
+    /// The time begins when there is nothing more to receive, although part of a message has
+    /// arrived, or a descriptor that no message has claimed. Time in which the receiver is not
+    /// polled does not count. When the time is over, the stream ends with
     /// [`Error::Unfinished`](crate::Error::Unfinished).
     ///
     /// Without this limit, a peer could keep a connection open forever by sending its own end of

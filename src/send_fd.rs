@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-/// A descriptor to be sent, and how this process closes its own copy after that.
+/// A descriptor to be sent, with the way in which this process closes its own copy afterwards.
 ///
 /// `sendmsg` puts a copy into the message, and the copy in this process is closed right after it.
 /// The receiver may have closed its copy by then, so this `close` can be the last one. The last
@@ -21,22 +21,22 @@ use std::{
 ///
 /// | made from | after it was sent |
 /// |---|---|
-/// | a descriptor (`File`, [`OwnedFd`]) | the kernel is asked for its kind, then it is closed |
+/// | a descriptor (`File`, [`OwnedFd`]) | a system call finds out its kind, then it is closed |
 /// | `Arc<OwnedFd>` | other references keep it open; the last one closes it as above |
-/// | [`SendFd::assume_socket`] | it is closed in the background, without asking |
-/// | [`SendFd::assume_file`] | it is closed at once, without asking |
+/// | [`SendFd::assume_socket`] | it is closed in the background, without this system call |
+/// | [`SendFd::assume_file`] | it is closed at once, without this system call |
 ///
-/// Asking is a system call of about 0.2 µs for each descriptor.
+/// The system call takes about 0.2 µs for each descriptor.
 ///
-/// The receiver of a socket that you share by `Arc` may set `SO_LINGER`, which makes your own
-/// `close` slow too. So do not drop the last reference: pass it to
-/// [`close_in_background`](crate::close_in_background), by `Arc::into_inner`.
+/// If you share a socket by `Arc`, its receiver may set `SO_LINGER`, which makes your own `close`
+/// slow too. So do not drop the last reference. Take the descriptor out with `Arc::into_inner`, and
+/// pass it to [`close_in_background`](crate::close_in_background).
 ///
-/// A `SendFd` that is dropped without being sent is closed on the spot, like an [`OwnedFd`]. That
-/// includes the descriptors in
+/// If a `SendFd` is dropped before a connection has accepted it, it is closed in the calling
+/// thread, like an [`OwnedFd`]. That is also true of the descriptors in
 /// [`FramedParts::unsent`](crate::framed::FramedParts#structfield.unsent). If a connection has
-/// accepted a descriptor and does not send it, it is closed in the background, unless it was made
-/// by [`SendFd::assume_file`].
+/// accepted a descriptor and does not send it, the descriptor is closed in the background, unless
+/// it was made by [`SendFd::assume_file`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -68,17 +68,19 @@ enum Handle {
     Shared(Arc<OwnedFd>, FdKind),
 }
 
-/// The kind of open file behind a descriptor, as far as the sender knows.
+/// The kind of open file that the caller has declared for a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FdKind {
+    /// Nothing was declared.
     Unknown,
     Socket,
+    /// A file whose `close` is quick.
     File,
 }
 
 impl SendFd {
-    /// Returns a descriptor that is known to be a socket, so the kernel is not asked. If it is not
-    /// a socket, it is still closed in the background, but may delay the closing of sockets.
+    /// Declares that a descriptor is a socket, which saves a system call. If it is not a socket, it
+    /// is still closed in the background, but may delay the closing of sockets.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -90,10 +92,10 @@ impl SendFd {
         fd.into().of_kind(FdKind::Socket)
     }
 
-    /// Returns a descriptor whose `close` is quick. The caller vouches for that: it is a regular
-    /// file of a local file system, a pipe, a memfd or `/dev/null`. Never use this for a socket, a
-    /// file of a network or FUSE file system, a terminal, or a descriptor that a peer has sent:
-    /// closing those may block the thread that sends.
+    /// Declares that the `close` of a descriptor is quick: it is a regular file of a local file
+    /// system, a pipe, a memfd or `/dev/null`. Never use this for a socket, a file of a network or
+    /// FUSE file system, a terminal, or a descriptor that a peer has sent. Closing such a
+    /// descriptor may block the thread that sends.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -181,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kind_is_what_the_sender_has_last_said() {
+    fn the_kind_is_the_one_that_was_declared_last() {
         let kind = |fd: SendFd| fd.into_last().map(|(_, kind)| kind);
         assert_eq!(kind(null().into()), Some(FdKind::Unknown));
         assert_eq!(kind(SendFd::assume_file(null())), Some(FdKind::File));

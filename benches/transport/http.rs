@@ -159,19 +159,33 @@ pub(crate) fn front<L: Link, const WINDOW: usize>(socket: OwnedFd, setup: Setup)
 struct BareWorker<L> {
     link: L,
     load: Load,
+    /// Whether it first answers with as many bytes as it has received connections.
+    acknowledges: bool,
 }
 
 pub(crate) fn worker<L: Link>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
-    Box::new(BareWorker { link: L::new(socket, setup), load: setup.load })
+    Box::new(BareWorker { link: L::new(socket, setup), load: setup.load, acknowledges: false })
+}
+
+pub(crate) fn acknowledging<L: Link>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
+    Box::new(BareWorker { link: L::new(socket, setup), load: setup.load, acknowledges: true })
 }
 
 impl<L: Link> End for BareWorker<L> {
     fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
-        let Self { link, load } = self;
+        let Self { link, load, acknowledges } = self;
         let run = async move {
+            let answer = Bytes::from_static(&[7]);
             let (mut serving, mut received, mut served) = (JoinSet::new(), Received::default(), 0);
             while served < count || received.bytes < count * load.bytes {
                 link.recv(&mut received).await;
+                if *acknowledges {
+                    while link.recv(&mut received).now_or_never().is_some() {}
+                    for _ in &received.fds {
+                        link.send(&answer, None).await;
+                    }
+                    link.flush().await;
+                }
                 served += received.fds.len();
                 for connection in received.fds.drain(..) {
                     let connection = net::TcpStream::from(connection);

@@ -24,6 +24,7 @@
 //! - A receiver ends up with each long message whole in memory of its own.
 //! - Each run checks the number and length of messages, and the number of descriptors.
 
+mod acknowledged;
 mod bars;
 mod contenders;
 mod ends;

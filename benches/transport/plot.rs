@@ -47,7 +47,7 @@ type Drawn = Result<(), Box<dyn Error>>;
 fn color(role: Role) -> RGBColor {
     match role {
         Role::Fdwire => RGBColor(37, 99, 235),
-        Role::Bare => RGBColor(156, 163, 175),
+        Role::Bare | Role::Acknowledged => RGBColor(156, 163, 175),
         Role::Peer => RGBColor(234, 138, 60),
         Role::ByHand => RGBColor(246, 200, 150),
         Role::Reference => RGBColor(110, 170, 130),
@@ -134,6 +134,7 @@ impl<'a> Panel<'a> {
         peers.sort_by(|a, b| panel.relative(a).total_cmp(&panel.relative(b)));
         panel.bars = of(Role::Reference)
             .chain(of(Role::Bare))
+            .chain(of(Role::Acknowledged))
             .chain(of(Role::Fdwire))
             .chain(peers)
             .collect();

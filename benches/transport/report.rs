@@ -84,13 +84,16 @@ row; between rows and machines only ratios mean something.
 - HTTP: the same server everywhere (hyper, one request per connection). *one process* accepts and
   serves; *fdwire* is the hand-off layer (`Dispatcher::serve`, and `Incoming` with `next` or
   `next_batch`), with its promise that no connection is lost; *bare* accepts, sends each connection
-  with a `sendmsg` and knows nothing of what becomes of it. *added CPU* is what a contender takes
-  beyond one process, *× bare's* what it adds in units of what bare calls add. One client waits for
-  each answer before it connects again, so that every process sleeps between any two steps: all
-  costs of waking up are there, and nothing is batched. Runtimes are as users have them, for one
-  process and both ends of a hand-off alike: current-thread, which is what several workers are
-  started for, and tokio's default, multi-thread; the loop that accepts is in `main`; no process is
-  bound to a core.
+  with a `sendmsg` and knows nothing of what becomes of it. *acknowledged* is bare, too, but the
+  worker answers with one byte for each connection before it serves it (those that it received
+  together get one answer), and the process that accepts keeps its copy until it has read that.
+  Nothing else is checked: it is the floor of any hand-off that loses nothing when a worker dies.
+  *added CPU* is what a contender takes beyond one process, *× bare's* and *× acknowledged's* what
+  it adds in units of what those add, on the same kind of socket. One client waits for each answer
+  before it connects again, so that every process sleeps between any two steps: all costs of waking
+  up are there, and nothing is batched. Runtimes are as users have them, for one process and both
+  ends of a hand-off alike: current-thread, which is what several workers are started for, and
+  tokio's default, multi-thread; the loop that accepts is in `main`; no process is bound to a core.
 ";
 
 const BARS: &str = "\
@@ -110,7 +113,10 @@ fn row_cells(row: &RowResult) -> Vec<Vec<String>> {
     let head =
         ["".to_owned(), format!("time / {unit}"), "quartiles".to_owned(), format!("{unit}s / s")];
     let head = head.into_iter().chain([format!("CPU / {unit}"), "× bare".to_owned()]);
-    let last = if base.is_some() { &["added CPU", "× bare's"][..] } else { &["× fastest peer"] };
+    let last = match base {
+        Some(_) => &["added CPU", "× bare's", "× acknowledged's"][..],
+        None => &["× fastest peer"],
+    };
     let mut cells =
         vec![head.chain(last.iter().map(|name| (*name).to_owned())).collect::<Vec<_>>()];
     for contender in &row.contenders {
@@ -126,14 +132,14 @@ fn row_cells(row: &RowResult) -> Vec<Vec<String>> {
         match base {
             None => line.push(times(contender, row.fastest_peer())),
             Some(base) if base.name == contender.name => {
-                line.extend([String::new(), String::new()])
+                line.extend([String::new(), String::new(), String::new()])
             }
             Some(base) => {
-                let bare = row.bare_for(contender);
                 line.push(time(contender.median_cpu_beyond(base)));
-                line.push(
-                    bare.map_or_else(String::new, |bare| ratio(contender.adds_times(bare, base))),
-                );
+                for floor in [row.bare_for(contender), row.acknowledged_for(contender)] {
+                    let times = |floor| ratio(contender.adds_times(floor, base));
+                    line.push(floor.map_or_else(String::new, times));
+                }
             }
         }
         cells.push(line);

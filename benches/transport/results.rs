@@ -72,6 +72,11 @@ impl RowResult {
         self.fastest(|other| other.role == Role::Bare && other.stream == contender.stream)
     }
 
+    /// Bare calls and an acknowledgement, on a socket of the same kind.
+    pub(crate) fn acknowledged_for(&self, contender: &Measured) -> Option<&Measured> {
+        self.fastest(|other| other.role == Role::Acknowledged && other.stream == contender.stream)
+    }
+
     /// The fastest of what other crates do by themselves.
     pub(crate) fn fastest_peer(&self) -> Option<&Measured> {
         self.fastest(|contender| contender.role == Role::Peer)

@@ -4,6 +4,7 @@ use fdwire::SocketKind::{self, SeqPacket, Stream};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    acknowledged,
     contenders::{
         Anchovy, Bare, Fdwire, IpcChannel, IpcSharedMem, LengthDelimited, Link, Load, Setup, Side,
         TokioSeqpacket, TokioUnixIpc, UnixAncillary,
@@ -38,6 +39,8 @@ pub(crate) enum Role {
     Fdwire,
     /// `sendmsg` and `recvmsg` on `AsyncFd`: the floor.
     Bare,
+    /// The same, and the receiver answers: the floor of a hand-off that loses nothing.
+    Acknowledged,
     /// A crate as it is.
     Peer,
     /// A crate with code that puts messages together and takes them apart, which the crate leaves
@@ -250,6 +253,13 @@ fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Thr
         contender("bare SEQPACKET", SeqPacket, Role::Bare, bare, http::worker::<Bare>),
         contender("bare STREAM", Stream, Role::Bare, bare, http::worker::<Bare>),
     ];
+    for (name, kind) in
+        [("bare SEQPACKET, acknowledged", SeqPacket), ("bare STREAM, acknowledged", Stream)]
+    {
+        let (front, worker): (MakeEnd, MakeEnd) =
+            (acknowledged::front::<WINDOW>, http::acknowledging::<Bare>);
+        contenders.push(contender(name, kind, Role::Acknowledged, front, worker));
+    }
     if threads == Threads::Many {
         let (near, far): (MakeEnd, MakeEnd) =
             (reuse_port::near_in_task::<WINDOW>, reuse_port::far_in_task);

@@ -127,9 +127,9 @@ async fn serve(arguments: Arguments) -> Result<()> {
     let serving = server.serve_axum(server.gated("http", 0)?, router());
     let mut terminate = signal(SignalKind::terminate())?;
     select! {
-        (finished, told) = async { join!(serving, notifier.follow(&server)) } => {
-            told.map_err(with("NOTIFY_SOCKET"))?;
-            println!("{} connections were cut", finished.unfinished);
+        (finished, reported) = async { join!(serving, notifier.follow(&server)) } => {
+            reported.map_err(with("NOTIFY_SOCKET"))?;
+            println!("{finished}");
             println!("left");
         }
         _ = terminate.recv() => notifier.stopping().await?,
@@ -156,14 +156,9 @@ async fn launch(arguments: Arguments) -> Result<()> {
 }
 
 async fn list(arguments: Arguments) -> Result<()> {
-    let asked = takeover::status(&arguments.path, &Options::default()).await;
-    let status = asked.map_err(with(arguments.path.display()))?;
-    println!("process {} serves", status.pid);
-    for old in status.generations {
-        let process =
-            old.pid.map_or_else(|| "in another container".to_owned(), |pid| pid.to_string());
-        println!("process {process} was replaced {:.0?} ago", old.replaced_for);
-    }
+    let status = takeover::status(&arguments.path, &Options::default()).await;
+    let status = status.map_err(with(arguments.path.display()))?;
+    println!("{status}");
     Ok(())
 }
 

@@ -1,3 +1,5 @@
+//! A listener for a program without a runtime.
+
 use std::{
     io::{Error, ErrorKind, Result},
     os::{
@@ -24,8 +26,8 @@ use crate::{
 
 /// Listens for connections at a path or an abstract name, for a program without a runtime.
 ///
-/// The rules about who may connect, how much one uid may have, and who owns the path are those of
-/// [`fdwire::Listener`](crate::Listener), into which it converts.
+/// The rules for admitted uids, for the limits of one uid and for the ownership of the path are
+/// those of [`fdwire::Listener`](crate::Listener), into which it converts.
 ///
 /// ```
 /// use std::thread;
@@ -44,6 +46,7 @@ use crate::{
 pub struct Listener {
     fd: BackgroundFd,
     state: ListenerState,
+    /// The limit of one call, set by [`set_accept_timeout`](Self::set_accept_timeout).
     timeout: Option<Duration>,
 }
 
@@ -61,18 +64,18 @@ impl Listener {
     /// [`fdwire::Listener::bind_with_mode`](crate::Listener::bind_with_mode) does.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc` is not
-    /// mounted.
+    /// The errors of [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc`
+    /// is not mounted.
     pub fn bind_with_mode(path: impl AsRef<Path>, kind: SocketKind, mode: u32) -> Result<Self> {
         ListenerState::bind(path.as_ref(), kind, mode).map(Self::new)
     }
 
     /// Listens at an address, which may be a path or an abstract name
-    /// ([`std::os::linux::net::SocketAddrExt`]). Any uid can connect to an abstract name, so only
-    /// admission guards it.
+    /// ([`std::os::linux::net::SocketAddrExt`]). The kernel lets any uid connect to an abstract
+    /// name, so only the list of admitted uids protects it.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind).
+    /// The errors of [`bind`](Self::bind).
     pub fn bind_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
         ListenerState::bind_addr(addr, kind).map(Self::new)
     }
@@ -81,7 +84,7 @@ impl Listener {
     /// [`fdwire::Listener::from_stdin`](crate::Listener::from_stdin) does.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`fdwire::Listener::from_stdin`](crate::Listener::from_stdin).
     pub fn from_stdin() -> Result<Self> {
         take_stdin()
     }
@@ -90,7 +93,7 @@ impl Listener {
     /// [`fdwire::Listener::from_inherited`](crate::Listener::from_inherited) does.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`fdwire::Listener::from_inherited`](crate::Listener::from_inherited).
     pub fn from_inherited(number: i32) -> Result<Self> {
         take_numbered(number)
     }
@@ -107,7 +110,7 @@ impl Listener {
         self
     }
 
-    /// Admits every uid that gets past the mode of the path.
+    /// Admits every uid. Then only the mode of the path decides who may connect.
     #[must_use]
     pub fn allow_any_uid(mut self) -> Self {
         self.state.admission.allow_any_uid();
@@ -157,7 +160,7 @@ impl Listener {
         self.state.kind()
     }
 
-    /// Returns the address it listens at.
+    /// Returns the address at which it listens.
     ///
     /// # Errors
     /// The errors of getsockname(2).
@@ -168,21 +171,24 @@ impl Listener {
     /// Waits for the next connection of an admitted uid. Any number of threads may wait at a time.
     ///
     /// # Errors
-    /// `TimedOut` if none came within the [time](Self::set_accept_timeout), and those of accept(2).
-    /// `EMFILE` and `ENFILE` pass when descriptors are closed: wait a little before the next call.
+    /// `TimedOut` if none came within the [time](Self::set_accept_timeout), and the errors of
+    /// accept(2). After `EMFILE` or `ENFILE`, wait a little and call again: they pass when
+    /// descriptors are closed.
     /// If setting up an accepted connection fails, it is closed and the error is returned.
     pub fn accept(&self) -> Result<Socket> {
         let deadline = Deadline::after(self.timeout);
+        // Each connection that is refused restarts the loop with the same deadline.
         loop {
-            // Too many refused connections may wait to be closed.
+            // Wait while too many refused connections wait to be closed.
             if !wait::until_woken(deadline, |cx| self.state.poll_closed(cx)) {
                 return Err(timed_out());
             }
             match self.state.try_accept(self.as_fd()) {
                 Ok(Some(accepted)) => return Ok(Socket::new(accepted)),
-                // A peer that is refused must not make the call wait longer.
+                // A peer was refused. A loop of such peers must not extend the time of the call.
                 Ok(None) if deadline.is_over() => return Err(timed_out()),
                 Ok(None) => {}
+                // The socket is non-blocking, so that the deadline applies: wait with poll(2).
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     if !wait::until_ready(self.as_fd(), Event::Readable, deadline)? {
                         return Err(timed_out());
@@ -233,7 +239,7 @@ impl From<Listener> for OwnedFd {
     }
 }
 
-/// Takes the listener off its event loop. It still owns its path and admits the same peers.
+/// Removes the listener from its event loop. It still owns its path and admits the same peers.
 impl From<socket::Listener> for Listener {
     fn from(listener: socket::Listener) -> Self {
         Self::new(listener.into_unregistered())
@@ -243,7 +249,8 @@ impl From<socket::Listener> for Listener {
 /// Registers the listener with tokio. It still owns its path and admits the same peers.
 ///
 /// # Errors
-/// If the event loop can't take more. The listener is closed then.
+/// The errors of epoll_ctl(2), if the event loop can't watch more sockets. The listener is closed
+/// then.
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if the runtime's I/O driver is not enabled.

@@ -1,8 +1,8 @@
-//! Connections for a program **without a runtime**: a command-line tool that passes a descriptor to
-//! a service, a small helper in a sandbox.
+//! Connections for a program **without a runtime**, for example a command-line tool that passes a
+//! descriptor to a service, or a small helper in a sandbox.
 //!
-//! The frames, the codecs, the limits and the rules are those of the asynchronous side, and the
-//! peer cannot tell the difference. Each call waits in the calling thread, without a limit or for
+//! The frames, the codecs, the limits and the rules are those of the asynchronous side. The peer
+//! cannot detect which side is used. Each call waits in the calling thread, without a limit or for
 //! the [time that you set](Framed::set_read_timeout). Signals do not end a wait.
 //!
 //! ```
@@ -29,16 +29,16 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Descriptors and connections that a peer may have made slow are closed [in the
-//! background](crate::close_in_background), by threads that start with the first socket. If your
-//! process has to have only one thread for a while, for example to enter a user namespace, do that
-//! before.
+//! A peer can make the `close` of a descriptor or a connection slow. So they are closed [in the
+//! background](crate::close_in_background), by threads that start with the first socket. Some
+//! system calls need a process with only one thread, for example to enter a user namespace. Make
+//! them before the first socket.
 //!
 //! `RLIMIT_NOFILE` has to be at least 1, because of poll(2). A program in a sandbox can set it to
-//! 1. It can then still send the descriptors that it has, and receives none.
+//! 1. It can then still send the descriptors that it has, but can't receive any.
 //!
-//! For sending from many tasks, [`fdwire::Sender`](crate::Sender) needs a runtime. Here,
-//! [`Framed::into_split`] gives halves to two threads.
+//! [`fdwire::Sender`](crate::Sender), for sending from many tasks, needs a runtime. Here,
+//! [`Framed::into_split`] returns halves for two threads.
 
 mod listener;
 mod read;
@@ -60,17 +60,18 @@ use crate::{
     transport::{FramedParts, Unsent},
 };
 
-/// A connection over one socket: an [`Iterator`] of the messages that arrive, which waits for the
-/// next one, and [`send`](Self::send).
+/// A connection over one socket. It is an [`Iterator`] of the messages that arrive, which waits for
+/// the next one, and it [sends](Self::send) messages.
 ///
-/// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which
-/// [`into_split`](Self::into_split) gives away. They fail and end separately: after a write has
-/// failed, the messages of the peer are still yielded.
+/// It consists of a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which
+/// [`into_split`](Self::into_split) returns. They fail and end separately: after a write has
+/// failed, the iterator still yields the messages of the peer.
 ///
-/// `D` decodes and `E` encodes; usually they are one codec, and the type is `Framed<FrameCodec>`.
+/// `D` decodes and `E` encodes. Usually both have the same type, for example `Framed<FrameCodec>`.
 ///
-/// If two peers both send more than the socket holds before they read, they wait for each other.
-/// Read in another thread then, or set a [time limit](Self::set_write_timeout).
+/// If two peers both send more than the socket holds before they read, they wait for each other
+/// without end. To avoid that, read in another thread or set a [time
+/// limit](Self::set_write_timeout).
 ///
 /// ```
 /// use fdwire::{Frame, FrameCodec, SocketKind, blocking::{Framed, Socket}};
@@ -80,7 +81,7 @@ use crate::{
 /// for name in ["one", "two"] {
 ///     tx.feed(Frame::new(name))?;
 /// }
-/// tx.close()?; // sends them together, then the end
+/// tx.close()?; // sends both messages together, and then the end of the stream
 ///
 /// let rx = Framed::new(b, FrameCodec::default());
 /// let frames = rx.collect::<Result<Vec<_>, _>>()?;
@@ -95,69 +96,41 @@ pub struct Framed<D, E = D> {
 }
 
 impl<C: Codec + Clone> Framed<C> {
-    /// Makes a connection of a socket. Each direction gets its own clone of the codec.
+    /// Returns a connection over a socket. Each direction gets its own clone of the codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
 impl<D, E: Codec> Framed<D, E> {
-    /// Makes a connection of a socket, with a codec for each direction. `()` is the encoder of a
-    /// direction that is not used.
+    /// Returns a connection over a socket, with a codec for each direction. Use `()` as the encoder
+    /// if nothing is sent.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
         Self::from_parts(FramedParts::new(socket, decoder, encoder))
     }
 
-    /// Puts together the parts that [`into_parts`](Self::into_parts) has returned, without
-    /// timeouts.
+    /// Puts together the parts that [`into_parts`](Self::into_parts) has returned. The connection
+    /// has no timeouts.
     pub fn from_parts(parts: FramedParts<D, E, Socket>) -> Self {
-        let FramedParts {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            sending,
-            senders,
-        } = parts;
+        let (socket, receive, send) = parts.split();
         let socket = Arc::new(socket);
-        Self {
-            read: ReadHalf::new(
-                Arc::clone(&socket),
-                decoder,
-                received,
-                received_fds,
-                receiving,
-                senders,
-            ),
-            write: WriteHalf::new(socket, encoder, unsent, sending),
-        }
+        let read = ReadHalf::new(Arc::clone(&socket), receive);
+        Self { read, write: WriteHalf::new(socket, send) }
     }
 
     /// Takes the connection apart, as [`fdwire::Framed::into_parts`](crate::Framed::into_parts)
     /// does.
     pub fn into_parts(self) -> FramedParts<D, E, Socket> {
-        let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
-        let (socket, encoder, unsent, sending) = self.write.into_parts();
+        let (shared, receive) = self.read.into_parts();
+        let (socket, send) = self.write.into_parts();
+        // Without this reference, `socket` is the last one.
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        FramedParts {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            sending,
-            senders,
-        }
+        FramedParts::join(socket, receive, send)
     }
 
-    /// Changes the codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs) does,
-    /// without timeouts.
+    /// Changes the codecs, as [`fdwire::Framed::map_codecs`](crate::Framed::map_codecs) does. The
+    /// new connection has no timeouts.
     pub fn map_codecs<D2, E2: Codec>(self, map: impl FnOnce(D, E) -> (D2, E2)) -> Framed<D2, E2> {
         Framed::from_parts(self.into_parts().map_codecs(map))
     }
@@ -173,7 +146,7 @@ impl<D, E: Codec> Framed<D, E> {
         self.read.set_read_timeout(timeout);
     }
 
-    /// Sets the time for which one call waits until the peer takes something. See
+    /// Sets the time for which one call waits until the socket accepts data. See
     /// [`WriteHalf::set_write_timeout`].
     pub fn set_write_timeout(&mut self, timeout: Option<Duration>) {
         self.write.set_write_timeout(timeout);
@@ -184,7 +157,7 @@ impl<D, E: Codec> Framed<D, E> {
         self.read.socket()
     }
 
-    /// Returns the process that sent the message that was yielded last. See
+    /// Returns the process that sent the last message that was yielded. See
     /// [`ReadHalf::credentials`].
     pub fn credentials(&self) -> Option<&Credentials> {
         self.read.credentials()
@@ -200,7 +173,7 @@ impl<D, E: Codec> Framed<D, E> {
         self.write.encoder_mut()
     }
 
-    /// Returns the amount that was accepted and is not sent.
+    /// Returns the amount that was accepted and not sent.
     pub fn unsent(&self) -> Unsent {
         self.write.unsent()
     }
@@ -208,7 +181,7 @@ impl<D, E: Codec> Framed<D, E> {
     /// Sends an item, and everything that was fed before. See [`WriteHalf::send`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`WriteHalf::send`].
     pub fn send<I>(&mut self, item: I) -> Result<(), SendError<I, E::Error>>
     where
         E: Encoder<I>,
@@ -219,7 +192,7 @@ impl<D, E: Codec> Framed<D, E> {
     /// Accepts an item for sending. See [`WriteHalf::feed`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`WriteHalf::feed`].
     pub fn feed<I>(&mut self, item: I) -> Result<(), SendError<I, E::Error>>
     where
         E: Encoder<I>,
@@ -230,7 +203,7 @@ impl<D, E: Codec> Framed<D, E> {
     /// Sends everything that was accepted. See [`WriteHalf::flush`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`WriteHalf::flush`].
     pub fn flush(&mut self) -> Result<(), Error> {
         self.write.flush()
     }
@@ -238,7 +211,7 @@ impl<D, E: Codec> Framed<D, E> {
     /// Flushes, then shuts down the sending direction. See [`WriteHalf::close`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`WriteHalf::close`].
     pub fn close(&mut self) -> Result<(), Error> {
         self.write.close()
     }

@@ -1,30 +1,30 @@
+//! The receiving half of a connection, as an [`Iterator`].
+
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     sync::Arc,
     time::{Duration, Instant},
 };
-
-use bytes::BytesMut;
 
 use super::{
     Socket,
     wait::{self, Deadline},
 };
 use crate::{
-    codec::{Decoder, FdQueue, Step},
+    codec::{Decoder, Step},
     credentials::Credentials,
     error::Error,
     sys::Event,
-    transport::{ReceiveSide, Receiving, Rest, Senders},
+    transport::{ReceiveParts, ReceiveSide, Rest},
 };
 
 /// The receiving direction of a [`Framed`](super::Framed): an [`Iterator`] of messages, which waits
 /// for the next one.
 ///
-/// Yields complete messages before it receives again. After an error it ends, and everything
-/// received is closed. There is one exception: after [`Error::TimedOut`] it goes on. If the peer
-/// closed without reading everything, the last item is [`Error::Reset`], after all that the peer
-/// had sent.
+/// The iterator yields all complete messages before it receives again. After an error it ends, and
+/// everything that was received is closed. [`Error::TimedOut`] is the exception: the iterator goes
+/// on. If the peer closed without reading everything, the last item is [`Error::Reset`], after
+/// everything that the peer had sent.
 #[derive(Debug)]
 #[must_use = "an iterator receives nothing unless it is called"]
 pub struct ReadHalf<D> {
@@ -33,22 +33,16 @@ pub struct ReadHalf<D> {
 }
 
 impl<D> ReadHalf<D> {
-    pub(super) fn new(
-        socket: Arc<Socket>,
-        decoder: D,
-        bytes: BytesMut,
-        fds: FdQueue<OwnedFd>,
-        state: Receiving,
-        senders: Senders,
-    ) -> Self {
-        let side = ReceiveSide::new(socket.endpoint(), bytes, fds, state, senders);
+    /// Returns a half that goes on with `parts`.
+    pub(super) fn new(socket: Arc<Socket>, (decoder, parts): (D, ReceiveParts)) -> Self {
+        let side = ReceiveSide::new(socket.endpoint(), parts);
         Self { decoder, receiver: Receiver { socket, side, timeout: None } }
     }
 
     /// Sets the time for which one call of `next` waits for a message. After that it yields
-    /// [`Error::TimedOut`]. The part of a message that has arrived stays, so the next call can go
-    /// on with it. `None`, the default, waits without a limit. Zero takes what is there and does
-    /// not wait.
+    /// [`Error::TimedOut`]. If part of a message has arrived, it is kept for the next call. `None`,
+    /// the default, waits without a limit. Zero does not wait: a call yields only what has already
+    /// arrived.
     ///
     /// [`Limits::max_unfinished_time`](crate::Limits#structfield.max_unfinished_time) is counted
     /// separately.
@@ -61,7 +55,7 @@ impl<D> ReadHalf<D> {
         &self.receiver.socket
     }
 
-    /// Returns the process that sent the message that was yielded last, if the socket is set to
+    /// Returns the process that sent the last message that was yielded, if the socket is set to
     /// [report it](Socket::set_pass_credentials), as
     /// [`fdwire::framed::ReadHalf::credentials`](crate::framed::ReadHalf::credentials) does.
     pub fn credentials(&self) -> Option<&Credentials> {
@@ -73,11 +67,10 @@ impl<D> ReadHalf<D> {
         &mut self.decoder
     }
 
-    pub(super) fn into_parts(
-        mut self,
-    ) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
-        let (bytes, fds, state, senders) = self.receiver.side.take();
-        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state, senders)
+    /// Takes the half apart. The socket is one more reference to it.
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, (D, ReceiveParts)) {
+        let parts = self.receiver.side.take();
+        (Arc::clone(&self.receiver.socket), (self.decoder, parts))
     }
 }
 
@@ -89,13 +82,14 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
         let deadline = Deadline::after(receiver.timeout);
         let mut receives = 0_u32;
         loop {
-            // Yield what is complete. Otherwise receive, unless the time is over.
+            // Yield a complete message if there is one. Otherwise receive, unless the time is over.
             let received = match receiver.side.next(decoder) {
                 Ok(Step::Item(item)) => return Some(Ok(item)),
                 Ok(Step::Receive) if receives >= MOST_WHEN_OVER && deadline.is_over() => {
                     Err(Error::TimedOut)
                 }
                 Ok(Step::Receive) => receiver.receive(decoder, deadline),
+                // At the end, one more item is an error if the peer has not read everything.
                 Ok(Step::End) => {
                     let last = receiver.side.last_error(receiver.socket.endpoint());
                     return last.map(|error| Err(error.into()));
@@ -105,6 +99,7 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
                     return Some(Err(error));
                 }
             };
+            // Every error is final except that of the time limit.
             match received {
                 Ok(()) => receives = receives.saturating_add(1),
                 Err(Error::TimedOut) => return Some(Err(Error::TimedOut.into())),
@@ -117,20 +112,22 @@ impl<D: Decoder> Iterator for ReadHalf<D> {
     }
 }
 
-/// The number of receives after which a call ends when its time is over. Until then it takes what
-/// is there even if the time is over. Without the limit, a peer that sends one byte after the other
-/// could make the call last.
+/// The number of receives that one call of `next` makes even if its time is over. So a call with
+/// little time still yields a message that has arrived in several parts. Without this number, a
+/// peer that sends single bytes all the time could make the call last without end.
 const MOST_WHEN_OVER: u32 = 256;
 
+/// The receiving direction with its socket, for which it waits.
 #[derive(Debug)]
 struct Receiver {
     socket: Arc<Socket>,
     side: ReceiveSide,
+    /// The limit of one call, set by [`ReadHalf::set_read_timeout`].
     timeout: Option<Duration>,
 }
 
 impl Receiver {
-    /// Receives something, or the end.
+    /// Receives bytes and descriptors, or the end of the stream.
     ///
     /// # Errors
     /// [`Error::TimedOut`], or an error that is final.
@@ -138,7 +135,7 @@ impl Receiver {
         let limits = decoder.limits();
         let Self { socket, side, .. } = self;
         let endpoint = socket.endpoint();
-        // Nothing complete is left, so everything that has arrived counts for the peer's uid.
+        // No complete message is left. Charge the peer's uid for what has arrived.
         let is_rest = side.has_part();
         side.hold(endpoint)?;
         // Receive nothing while too many descriptors of this peer wait to be closed.
@@ -149,7 +146,8 @@ impl Receiver {
             if let Some(received) = endpoint.receive(|fd| side.receive(fd, decoder))? {
                 return side.received(endpoint, received, is_rest);
             }
-            // Nothing is there: give the buffer up, and wait until the first of both limits.
+            // There is nothing to receive. Give the buffer up, and wait until the earlier one of
+            // both time limits: that of this call, and that of an unfinished message.
             side.release();
             let until = match side.rest(limits.max_unfinished_time, Instant::now) {
                 Rest::Unlimited => deadline,

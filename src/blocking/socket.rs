@@ -1,3 +1,5 @@
+//! A connected socket for a program without a runtime.
+
 use std::{
     io::{Error, Result},
     net::Shutdown,
@@ -18,10 +20,10 @@ use crate::{
 
 /// A connected Unix socket of either kind, for a program without a runtime.
 ///
-/// Used through [`Framed`](super::Framed). Converts from and into
-/// [`fdwire::Socket`](crate::Socket), and from `OwnedFd` and std's `UnixStream`; a descriptor of
+/// You use it through [`Framed`](super::Framed). It converts from and into
+/// [`fdwire::Socket`](crate::Socket), and from `OwnedFd` and std's `UnixStream`. A descriptor of
 /// another type is refused with a clear error. `O_NONBLOCK`, which all holders of a socket share,
-/// makes no difference here and is left alone.
+/// makes no difference here and is not changed.
 ///
 /// ```
 /// use fdwire::{SocketKind, blocking::Socket};
@@ -33,6 +35,7 @@ use crate::{
 /// ```
 #[derive(Debug)]
 pub struct Socket {
+    /// Closed in the background, because a peer can make `close` slow.
     fd: BackgroundFd,
     state: SocketState,
 }
@@ -51,7 +54,7 @@ impl Socket {
     /// [`fdwire::Socket::from_stdin`](crate::Socket::from_stdin) does.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`fdwire::Socket::from_stdin`](crate::Socket::from_stdin).
     pub fn from_stdin() -> Result<Self> {
         take_stdin()
     }
@@ -60,7 +63,7 @@ impl Socket {
     /// [`fdwire::Socket::from_inherited`](crate::Socket::from_inherited) does.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`fdwire::Socket::from_inherited`](crate::Socket::from_inherited).
     pub fn from_inherited(number: i32) -> Result<Self> {
         take_numbered(number)
     }
@@ -78,15 +81,16 @@ impl Socket {
     /// ([`std::os::linux::net::SocketAddrExt`]). Waits while the listener's backlog is full.
     ///
     /// # Errors
-    /// As for [`connect`](Self::connect).
+    /// The errors of [`connect`](Self::connect).
     pub fn connect_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
         let addr = unix_addr(addr)?;
+        // The socket is blocking, so the kernel waits for room in the backlog.
         let fd = new_socket(kind)?;
         connect(&fd, &addr)?;
         Ok(Self::unused(fd, kind))
     }
 
-    /// Takes a socket that nobody has used yet.
+    /// Takes a socket that was not used yet.
     fn unused(fd: OwnedFd, kind: SocketKind) -> Self {
         let state = SocketState::new(kind, None);
         Self::new((state.guard(fd), state))
@@ -100,13 +104,14 @@ impl Socket {
         Endpoint::new(self.fd.as_fd(), &self.state)
     }
 
-    /// Returns another handle to the same socket, by another descriptor, as
-    /// [`fdwire::Socket::try_clone`](crate::Socket::try_clone) does. With it, another thread can
-    /// end a wait by [`shutdown`](Self::shutdown).
+    /// Returns another handle to the same socket, with another descriptor, as
+    /// [`fdwire::Socket::try_clone`](crate::Socket::try_clone) does. Another thread can end a wait
+    /// by calling [`shutdown`](Self::shutdown) on it.
     ///
     /// # Errors
     /// `EMFILE` and `ENFILE`.
     pub fn try_clone(&self) -> Result<Self> {
+        // Both handles share one count of descriptors that wait to be closed.
         let state = self.state.for_copy();
         Ok(Self::new((state.guard(self.fd.as_fd().try_clone_to_owned()?), state)))
     }
@@ -129,7 +134,7 @@ impl Socket {
     /// [`fdwire::Socket::peer_pidfd`](crate::Socket::peer_pidfd) does.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`fdwire::Socket::peer_pidfd`](crate::Socket::peer_pidfd).
     pub fn peer_pidfd(&self) -> Result<OwnedFd> {
         self.endpoint().peer_pidfd()
     }
@@ -143,7 +148,7 @@ impl Socket {
         self.endpoint().send_buffer_size()
     }
 
-    /// Asks for a send buffer of `bytes` bytes, as
+    /// Requests a send buffer of `bytes` bytes, as
     /// [`fdwire::Socket::set_send_buffer_size`](crate::Socket::set_send_buffer_size) does.
     ///
     /// # Errors
@@ -171,11 +176,12 @@ impl Socket {
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
-    /// the peer's sends fail with `EPIPE`. Messages that it sent before stay readable, then comes
-    /// the end. A thread that waits to receive is woken, on both kinds of socket.
+    /// the peer's sends fail with `EPIPE`. Messages that the peer sent before stay readable,
+    /// followed by the end of the stream. A thread that waits to receive is woken, on both kinds of
+    /// socket.
     ///
     /// # Errors
-    /// `NotConnected`.
+    /// `NotConnected` if the connection has ended.
     pub fn shutdown(&self, how: Shutdown) -> Result<()> {
         self.endpoint().shutdown(how)
     }
@@ -213,8 +219,8 @@ impl From<Socket> for OwnedFd {
     }
 }
 
-/// Takes the socket off its event loop. A connection that a listener has accepted still counts for
-/// its uid.
+/// Removes the socket from its event loop. A connection that a listener has accepted still counts
+/// for its uid.
 impl From<socket::Socket> for Socket {
     fn from(socket: socket::Socket) -> Self {
         Self::new(socket.into_unregistered())
@@ -225,7 +231,8 @@ impl From<socket::Socket> for Socket {
 /// uid.
 ///
 /// # Errors
-/// If the event loop can't take more. The socket is closed then.
+/// The errors of epoll_ctl(2), if the event loop can't watch more sockets. The socket is closed
+/// then.
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if the runtime's I/O driver is not enabled.

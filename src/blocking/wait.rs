@@ -1,4 +1,4 @@
-//! The ways to wait in the calling thread.
+//! Waiting in the calling thread, each time with a deadline.
 
 use std::{
     io,
@@ -11,7 +11,7 @@ use std::{
 
 use crate::sys::{self, Event};
 
-/// The time at which a call gives up. `None` is never.
+/// The time at which a call gives up. `None` if it never does.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadline(Option<Instant>);
 
@@ -21,16 +21,17 @@ impl Deadline {
         Self(timeout.and_then(|timeout| Instant::now().checked_add(timeout)))
     }
 
-    /// Returns the earlier one of two.
+    /// Returns the earlier one of two deadlines.
     pub(super) fn or(self, other: Instant) -> Self {
         Self(Some(self.0.map_or(other, |own| own.min(other))))
     }
 
+    /// Returns true if the deadline has passed.
     pub(super) fn is_over(self) -> bool {
         self.remaining().is_some_and(|left| left.is_zero())
     }
 
-    /// Returns the time until the deadline.
+    /// Returns the time until the deadline. `None` if there is no deadline.
     fn remaining(self) -> Option<Duration> {
         self.0.map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
@@ -47,7 +48,7 @@ pub(super) fn until_ready(
 ) -> io::Result<bool> {
     loop {
         match sys::wait_for(fd, event, deadline.remaining()) {
-            // A signal handler has run.
+            // A signal handler has run. Wait for the rest of the time.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             ready => return ready,
         }
@@ -61,19 +62,21 @@ pub(super) fn sleep(time: Duration, deadline: Deadline) -> bool {
     time < left
 }
 
-/// Waits until `poll` is ready, which has to have its waker woken. Returns false if it is not ready
-/// at the deadline.
+/// Waits until `poll` returns ready. Between the calls the thread sleeps, so something has to wake
+/// the waker. Returns false if `poll` is not ready at the deadline.
 pub(super) fn until_woken(
     deadline: Deadline,
     mut poll: impl FnMut(&mut Context<'_>) -> Poll<()>,
 ) -> bool {
-    // Every call of a thread uses the same waker: an account keeps a waker that is not woken in
-    // time, and would keep each of them.
+    // All calls in a thread use the same waker. If a wait ends at its deadline, an account keeps
+    // the waker, and recognizes it the next time. Otherwise it would keep one waker for each call.
     thread_local! {
         static WAKER: Waker = thread_waker();
     }
+    // While a thread ends, its thread-local variables may be gone.
     let waker = WAKER.try_with(Waker::clone).unwrap_or_else(|_thread_ends| thread_waker());
     let mut context = Context::from_waker(&waker);
+    // A thread may also be unparked for another reason, so poll again each time.
     while poll(&mut context).is_pending() {
         match deadline.remaining() {
             None => thread::park(),
@@ -84,6 +87,7 @@ pub(super) fn until_woken(
     true
 }
 
+/// Returns a waker that unparks this thread.
 fn thread_waker() -> Waker {
     struct Unpark(Thread);
     impl Wake for Unpark {

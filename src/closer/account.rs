@@ -1,3 +1,5 @@
+//! Counts of descriptors that wait to be closed.
+
 use std::{
     os::fd::OwnedFd,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -12,15 +14,16 @@ use std::{
 /// uid, or of all peers that a listener refuses.
 #[derive(Debug, Default)]
 pub(crate) struct Account {
+    /// The number of descriptors that wait.
     closing: AtomicUsize,
-    waiting: Mutex<Vec<Waiting>>,
-    /// An account that counts the same descriptors too.
+    waiters: Mutex<Vec<Waiter>>,
+    /// An account for which the same descriptors count too.
     parent: Option<Arc<Account>>,
 }
 
-/// A task that waits until at most this number of descriptors is left.
+/// A task that waits until at most `limit` descriptors wait to be closed.
 #[derive(Debug)]
-struct Waiting {
+struct Waiter {
     limit: usize,
     waker: Waker,
 }
@@ -42,16 +45,16 @@ impl Account {
             return Poll::Ready(());
         }
         let waker = cx.waker().clone(); // cloning is foreign code, so it runs without the lock
-        let mut waiting = self.lock();
-        if !waiting.iter().any(|other| other.limit == limit && other.waker.will_wake(&waker)) {
-            waiting.push(Waiting { limit, waker });
+        let mut waiters = self.lock();
+        if !waiters.iter().any(|other| other.limit == limit && other.waker.will_wake(&waker)) {
+            waiters.push(Waiter { limit, waker });
         }
-        // `remove` subtracts, then locks. If it has not seen this task, this task sees the new
-        // number.
+        // Check the number once more. `remove` first subtracts and then locks. So if it did not
+        // find this waiter, its new number is found here.
         if self.closing() <= limit { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// Counts descriptors that wait from now on. A [`Charge`] for each takes it back.
+    /// Counts descriptors that wait from now on. A [`Charge`] for each of them undoes that.
     pub(super) fn add(&self, fds: usize) {
         self.closing.fetch_add(fds, Ordering::Relaxed);
         if let Some(parent) = &self.parent {
@@ -59,12 +62,12 @@ impl Account {
         }
     }
 
-    /// Notes that one descriptor is closed.
+    /// Counts one descriptor less, because it is closed, and wakes the tasks that waited for that.
     fn remove(&self) {
         let left = self.closing.fetch_sub(1, Ordering::Relaxed) - 1;
-        let ready: Vec<_> = self.lock().extract_if(.., |waiting| left <= waiting.limit).collect();
-        for Waiting { waker, .. } in ready {
-            // A waker is foreign code. Its panic must not end the thread that closes for everybody.
+        let ready: Vec<_> = self.lock().extract_if(.., |waiter| left <= waiter.limit).collect();
+        for Waiter { waker, .. } in ready {
+            // A waker is foreign code. Its panic must not end the closer's thread.
             let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
         }
         if let Some(parent) = &self.parent {
@@ -72,12 +75,12 @@ impl Account {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Waiting>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Vec<Waiter>> {
+        self.waiters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A charge for one descriptor. It is taken back on drop, when the descriptor is closed.
+/// A charge for one descriptor. When it is dropped, the descriptor no longer counts.
 #[derive(Debug)]
 pub(super) struct Charge(Arc<Account>);
 
@@ -94,8 +97,8 @@ impl Drop for Charge {
     }
 }
 
-/// A descriptor to be closed, with its charge. The fields are dropped in their order, so the charge
-/// ends after the descriptor is closed.
+/// A descriptor that is going to be closed, with its charge. The fields are dropped in their order,
+/// so the charge ends after the descriptor is closed.
 #[derive(Debug)]
 pub(super) struct Closing {
     pub(super) fd: OwnedFd,

@@ -1,3 +1,5 @@
+//! The decision how to close a descriptor, by the kind of its file.
+
 use std::{
     collections::BTreeSet,
     fs::File,
@@ -7,7 +9,7 @@ use std::{
 
 use crate::sys::{self, FileKind, FileType};
 
-/// The file systems of Linux that need neither another process nor another host.
+/// The file systems of Linux that depend neither on another process nor on another host.
 const LOCAL_FILE_SYSTEMS: [&str; 28] = [
     "bcachefs",
     "btrfs",
@@ -42,20 +44,21 @@ const LOCAL_FILE_SYSTEMS: [&str; 28] = [
 /// The way in which a descriptor is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lane {
-    /// By a task that exits. For sockets.
+    /// A task that exits closes it. For sockets.
     Exit,
-    /// At once, because its `close` waits for nothing.
+    /// The closer's thread closes it, because its `close` does not block.
     Quick,
-    /// By a thread that may be stuck in the `close`.
+    /// One of the slow threads closes it, and may block.
     Slow,
 }
 
-/// The knowledge of which files close quickly.
+/// The facts that decide which files close quickly.
 ///
 /// The `close` of a regular file of a FUSE file system waits for an answer of the daemon. No signal
 /// ends that wait, and a hostile daemon never answers. Network file systems wait for their server.
-/// So only files of local file systems count as quick, and only while this process sees the file
-/// system mounted: the kernel gives the device number of one that is gone to another.
+/// So only files of local file systems count as quick, and only while the file system is mounted
+/// for this process. When a file system is unmounted, the kernel may use its device number for
+/// another.
 #[derive(Debug)]
 pub(super) struct KnownFiles {
     /// The file `/proc/thread-self/mountinfo`, which poll(2) reports with priority when the mounts
@@ -67,7 +70,7 @@ pub(super) struct KnownFiles {
     memfd: Option<Device>,
 }
 
-/// The major and minor number of the device that a file system is on.
+/// The major and minor number of the device of a file system.
 type Device = (u32, u32);
 
 impl KnownFiles {
@@ -82,6 +85,7 @@ impl KnownFiles {
         known
     }
 
+    /// Reads the devices of the local file systems that are mounted now.
     fn read_mounts(&mut self) {
         self.devices.clear();
         let Some(mounts) = &mut self.mounts else { return };
@@ -92,15 +96,15 @@ impl KnownFiles {
     }
 
     /// Returns true if a local file system is on this device. The caller has read the device number
-    /// of the file before this call. So if the mounts have not changed by now, the number still has
-    /// the same meaning.
+    /// from the file before this call. So if the mounts have not changed by now, the number still
+    /// means the same file system.
     fn is_local(&mut self, device: Device) -> bool {
         if self.memfd == Some(device) {
             return true;
         }
         if self.mounts_have_changed() {
             self.read_mounts();
-            // The number may have had another meaning when the caller read it.
+            // The number may have meant another file system when the caller read it.
             return false;
         }
         self.devices.contains(&device)

@@ -13,25 +13,28 @@ use super::{
 };
 use crate::sys::{self, ExitCloser};
 
-/// The most threads that wait for files whose `close` may block.
+/// The greatest number of threads for descriptors whose `close` may block.
 const SLOW_THREADS: usize = 4;
 
-/// The time for which sockets wait for the kernel before the slow threads get them.
+/// The time for which sockets wait, if the kernel refuses them, before the slow threads get them.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The charges of sockets that an exiting task closes.
+/// The charges of the sockets in one message to an exiting task.
 pub(super) type Closed = Vec<Option<Charge>>;
 
 /// The descriptors that the closer's thread has sorted, and the means to close each kind.
 pub(super) struct Lanes {
-    /// `None` if the kernel or a sandbox does not allow it, or if the system had no thread.
+    /// `None` if the kernel or a sandbox does not allow it, or if the system could not start its
+    /// thread.
     exit: Option<ExitCloser<Closed>>,
-    /// The time to try again to start it. `None` if that is of no use.
+    /// The time of the next attempt to start it. `None` if no attempt is worth making.
     next_start: Option<Instant>,
     report_closed: fn(Closed),
-    /// The number of messages of sockets that are not reported as closed yet.
+    /// The number of messages whose sockets are not reported as closed yet.
     unreported: usize,
+    /// Descriptors whose `close` does not block.
     quick: Vec<Closing>,
+    /// Sockets for exiting tasks.
     sockets: Vec<Closing>,
     /// The time since which the kernel has refused `sockets`.
     refused_since: Option<Instant>,
@@ -40,8 +43,9 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    /// `report_closed` gets the charges of sockets that are closed, in a thread that must not end
-    /// them: it has none of the process's descriptors, and a charge that ends may wake a task.
+    /// Returns empty lanes. `report_closed` is called with the charges of closed sockets. It must
+    /// not drop them, because that may wake a task, and its thread has none of the process's
+    /// descriptors.
     pub(super) fn new(report_closed: fn(Closed)) -> Self {
         let mut lanes = Self {
             exit: None,
@@ -58,26 +62,27 @@ impl Lanes {
         lanes
     }
 
+    /// Starts the closer for sockets, or sets the time of the next attempt.
     fn start_exit(&mut self) {
         match ExitCloser::start(self.report_closed) {
             Ok(exit) => self.exit = Some(exit),
-            // The thread that was started is stuck, and the next one would be.
+            // The thread that was started is stuck, and another one would get stuck too.
             Err(error) if error.kind() == io::ErrorKind::TimedOut => self.next_start = None,
             Err(_) => self.next_start = Some(Instant::now() + PATIENCE),
         }
     }
 
-    /// Returns true if something has to be tried again.
+    /// Returns true if an attempt has failed and has to be repeated.
     pub(super) fn has_to_retry(&self) -> bool {
         !self.sockets.is_empty() || self.slow.lacks_a_thread()
     }
 
-    /// Returns true if sockets are on their way whose charges will be reported.
+    /// Returns true if sockets are being closed whose charges will be reported.
     pub(super) fn expects_a_report(&self) -> bool {
         self.unreported > 0
     }
 
-    /// Notes that this many messages were reported.
+    /// Counts the messages that were reported.
     pub(super) fn reported(&mut self, messages: usize) {
         self.unreported -= messages;
     }
@@ -105,6 +110,7 @@ impl Lanes {
         drop(charges);
     }
 
+    /// Passes the sockets to exiting tasks, or to the slow threads if that is not possible.
     fn close_sockets(&mut self) {
         if self.exit.is_none() && self.next_start.is_some_and(|next| next < Instant::now()) {
             self.start_exit();
@@ -116,7 +122,8 @@ impl Lanes {
             return;
         }
         let since = *self.refused_since.get_or_insert_with(Instant::now);
-        // While other messages are on their way, there will be room when those are closed.
+        // Wait if it is not too late, or if other messages are being processed: then there will be
+        // room. Otherwise use the slow threads.
         if self.exit.is_some() && (since.elapsed() < PATIENCE || self.expects_a_report()) {
             self.sockets = refused;
         } else {
@@ -125,9 +132,10 @@ impl Lanes {
         }
     }
 
-    /// Returns the sockets that the kernel refuses for now.
+    /// Passes sockets to exiting tasks. Returns those that the kernel refuses at the moment.
     fn close_in_exiting_tasks(&mut self, mut sockets: Vec<Closing>) -> Vec<Closing> {
         let Some(exit) = &self.exit else { return sockets };
+        // One message carries a limited number of sockets.
         while !sockets.is_empty() {
             let rest = sockets.split_off(sockets.len().min(sys::most_sockets_at_once()));
             let (fds, charges) = sockets.into_iter().map(Closing::into_parts).unzip();

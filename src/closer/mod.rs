@@ -3,8 +3,8 @@
 //! Any process with a copy of a descriptor can make its last `close` block: with `SO_LINGER` on a
 //! TCP socket, with a file of a FUSE file system whose daemon does not answer, or with a Unix
 //! socket that has such descriptors in its queue. So the threads of a runtime never close a
-//! descriptor that came from a peer, a socket that was sent to one, or a connection. They append it
-//! to a backlog, which costs a lock and seldom a wake-up. The closer's own thread sorts the
+//! descriptor that came from a peer, a socket that was sent to a peer, or a connection. They append
+//! it to a backlog, which costs a lock and rarely a wake-up. The closer's own thread sorts the
 //! backlog:
 //!
 //! | kind | how it is closed | what can delay it |
@@ -40,37 +40,37 @@ use crate::{
     sys::{self, CloseFd, FdGuard},
 };
 
-/// The time after which the closer's thread looks at the backlog again when it has closed
-/// something, unless [`WAKE_AT`] descriptors wait before. A process that closes all the time should
-/// not wake the thread for each descriptor, and to start an exiting task takes as much CPU as to
-/// close 50 sockets.
+/// The pause of the closer's thread after it has closed something. It ends early if [`WAKE_AT`]
+/// descriptors wait. A process that closes all the time should not wake the thread for each
+/// descriptor, and starting an exiting task takes as much CPU as closing 50 sockets.
 const PAUSE: Duration = Duration::from_millis(10);
+/// The number of waiting descriptors that ends a [`PAUSE`].
 const WAKE_AT: usize = 64;
 
-/// The time after which the thread tries again if the kernel refuses something.
+/// The time until the next attempt if the kernel has refused one.
 const RETRY: Duration = Duration::from_millis(20);
 
 /// Closes descriptors on a thread of the crate, so that the caller never blocks.
 ///
-/// The sender of a descriptor decides how long its last `close` takes: even days, with `SO_LINGER`
-/// on a TCP connection whose client does not read. Use this function for received descriptors that
-/// you do not want, and for sockets of which you have sent a copy. [`Fds`](crate::Fds) that came
-/// from a peer, connections and listeners use it by themselves when they are dropped.
+/// The sender of a descriptor decides how long its last `close` takes. With `SO_LINGER` on a TCP
+/// connection whose client does not read, it can take days. Use this function for received
+/// descriptors that you do not use, and for sockets of which you have sent a copy. Received
+/// [`Fds`](crate::Fds), connections and listeners use it by themselves when they are dropped.
 ///
 /// A connection is closed as by a plain `close`: unsent data is still sent, and other copies are
-/// not touched. The peer sees the end a moment later, usually within 10 milliseconds. The
-/// function works on any thread, with or without a runtime.
+/// not affected. The peer is notified a moment later, usually within 10 milliseconds. The function
+/// works on any thread, with or without a runtime.
 ///
-/// The crate has two threads for this, a child process that lives for a moment, and up to four
-/// threads for files of file systems that it does not know. These four also close sockets, after
-/// `SO_LINGER` was switched off, if the kernel is older than 5.9 or refuses to move sockets for a
-/// second (too many descriptors in flight, see unix(7)).
+/// The crate has two threads for this, a short-lived child process, and up to four threads for
+/// files of unknown file systems. These four also close sockets, after `SO_LINGER` was switched
+/// off, in two cases: if the kernel is older than 5.9, or if it refuses for a second to move
+/// sockets, because too many descriptors are in flight (unix(7)).
 ///
 /// # Limitations
 /// A regular file of a FUSE file system whose daemon does not answer can't be closed at all, not
-/// even by the exit of the process. Each takes one of four threads until the daemon answers or
-/// ends. When all four are taken, further files of this kind stay open. If a peer may send such
-/// files, refuse descriptors ([`Socket::set_pass_fds`](crate::Socket::set_pass_fds)).
+/// even by the exit of the process. Each such file occupies one of four threads until the daemon
+/// answers or ends. When all four are occupied, further files of this kind stay open. If a peer may
+/// send such files, refuse descriptors ([`Socket::set_pass_fds`](crate::Socket::set_pass_fds)).
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -87,12 +87,13 @@ pub fn close_in_background(fds: impl IntoIterator<Item = impl Into<OwnedFd>>) {
     });
 }
 
-/// Closes descriptors of which a copy was just sent. A shared one is left to its other holders.
+/// Closes descriptors of which a copy was just sent. A shared descriptor is left to its other
+/// holders.
 ///
-/// The message has a copy, so this `close` is not the last one, unless the receiver was faster and
-/// has closed its copy. In that case sockets can block. Files of a FUSE file system can block in
-/// any case. To recognize them would take three times as long for each descriptor, so the
-/// documentation warns of them instead.
+/// The message has a copy, so this `close` is usually not the last one. But the receiver may
+/// already have closed its copy. Then closing a socket may block, so sockets are closed in the
+/// background. Files of a FUSE file system may block in any case. Recognizing them would take three
+/// times as long for each descriptor, so the documentation warns of them instead.
 pub(crate) fn close_sent(fds: impl Iterator<Item = SendFd>) {
     let mut sockets = SmallVec::<[OwnedFd; 1]>::new();
     sys::close_all(fds.filter_map(|fd| {
@@ -112,8 +113,8 @@ pub(crate) fn close_sent(fds: impl Iterator<Item = SendFd>) {
     close_sockets(sockets);
 }
 
-/// Closes descriptors that were accepted and not sent. A shared one is left to its other holders.
-/// If the kind of a descriptor is unknown, the closer's thread finds out.
+/// Closes descriptors that were accepted and not sent. A shared descriptor is left to its other
+/// holders. If the kind of a descriptor is unknown, the closer's thread determines it.
 pub(crate) fn close_unsent(fds: impl IntoIterator<Item = SendFd>) {
     let mut unknown = SmallVec::<[OwnedFd; 1]>::new();
     let mut sockets = SmallVec::<[OwnedFd; 1]>::new();
@@ -128,14 +129,13 @@ pub(crate) fn close_unsent(fds: impl IntoIterator<Item = SendFd>) {
     close_sockets(sockets);
 }
 
-/// Closes sockets in the background, as [`close_in_background`] does, without asking for their
-/// kind.
+/// Closes sockets in the background. Unlike in [`close_in_background`], their kind is not checked.
 pub(crate) fn close_sockets(fds: impl Into<SmallVec<[OwnedFd; 1]>>) {
     CLOSER.add(CloseJob { fds: fds.into(), account: None, are_sockets: true });
 }
 
 /// Starts the closer's thread unless it runs, and waits until it has the descriptors that it needs.
-/// Called before a peer can do harm, for example by using up all threads.
+/// Sockets call this when they are made, before a peer can do harm.
 pub(crate) fn start() {
     let backlog = CLOSER.running();
     let starting = |backlog: &mut Backlog| backlog.thread == Thread::Starting;
@@ -145,7 +145,8 @@ pub(crate) fn start() {
 /// A socket that is closed in the background when it is dropped.
 pub(crate) type BackgroundFd = FdGuard<InBackground>;
 
-/// Closes a socket in the background. The account, if there is one, lives until then.
+/// The way in which a [`BackgroundFd`] is closed. If there is an account, the socket counts for it
+/// while it waits to be closed.
 #[derive(Debug, Default)]
 pub(crate) struct InBackground(Option<Arc<Account>>);
 
@@ -176,13 +177,16 @@ static CLOSER: Closer = Closer {
     started: Condvar::new(),
 };
 
+/// The closer of this process.
 struct Closer {
     backlog: Mutex<Backlog>,
     /// Wakes the closer's thread.
     changed: Condvar,
+    /// Wakes the callers of [`start`].
     started: Condvar,
 }
 
+/// The descriptors that wait for the closer's thread.
 struct Backlog {
     jobs: Vec<CloseJob>,
     /// The number of descriptors in all jobs.
@@ -195,24 +199,25 @@ struct Backlog {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Thread {
-    /// The thread does not run: it is not started, or the system had no thread.
+    /// The thread does not run, because it was not started yet or the system could not start it.
     None,
     /// The thread opens the descriptors that it needs.
     Starting,
     /// The thread waits for something to close.
     Idle,
-    /// The thread closes something, or looks again after [`PAUSE`].
+    /// The thread closes something, or pauses and then checks the backlog again.
     Busy,
 }
 
+/// Descriptors that were added to the backlog together.
 struct CloseJob {
     fds: SmallVec<[OwnedFd; 1]>,
     account: Option<Arc<Account>>,
-    /// True if all of them are known to be sockets. Otherwise the closer's thread finds out.
+    /// True if all of them are known to be sockets. Otherwise the closer's thread checks each.
     are_sockets: bool,
 }
 
-/// Closes the descriptors of a connection that nobody wants in the background, and counts them.
+/// Closes the unused descriptors of a connection in the background, and counts them.
 impl FdCloser<OwnedFd> for Account {
     fn close(self: Arc<Self>, fds: SmallVec<[OwnedFd; 1]>) {
         CLOSER.add(CloseJob { fds, account: Some(self), are_sockets: false });
@@ -229,8 +234,8 @@ impl Closer {
         let mut backlog = self.lock();
         if backlog.thread == Thread::None {
             let thread = thread::Builder::new().name("fdwire-close".to_owned());
-            // Without a thread the jobs wait for a later call that gets one. The caller never
-            // closes them itself.
+            // If no thread can be started, the jobs wait until a later call starts one. The caller
+            // never closes them itself.
             if thread.spawn(|| self.run()).is_ok() {
                 backlog.thread = Thread::Starting;
             }
@@ -238,6 +243,7 @@ impl Closer {
         backlog
     }
 
+    /// Adds a job to the backlog.
     fn add(&'static self, job: CloseJob) {
         if job.fds.is_empty() {
             return;
@@ -261,13 +267,14 @@ impl Closer {
         }
     }
 
-    /// Reports charges of sockets that are closed. The nursery thread calls this, which has no
-    /// descriptors and so must not wake a task. It need not wake the closer's thread either: while
-    /// that expects a report, it looks again by itself.
+    /// Passes the charges of closed sockets to the closer's thread. The caller is the nursery
+    /// thread, which has no descriptors and so must not wake a task. It need not wake the closer's
+    /// thread either: as long as that thread expects a report, it checks again after each pause.
     fn report_closed(&self, closed: Closed) {
         self.lock().closed.push(closed);
     }
 
+    /// Runs the closer's thread, without end.
     fn run(&'static self) {
         let mut lanes = Lanes::new(|closed| CLOSER.report_closed(closed));
         self.lock().thread = Thread::Busy;
@@ -290,16 +297,16 @@ impl Closer {
         }
     }
 
-    /// Waits until there is something to do, and swaps the waiting jobs and charges with `jobs` and
-    /// `closed`, which are empty. So no vector is allocated anew.
+    /// Waits until there is something to do. Then swaps the waiting jobs and charges with `jobs`
+    /// and `closed`, which are empty, so that no vector is allocated anew.
     fn next(&self, lanes: &Lanes, jobs: &mut Vec<CloseJob>, closed: &mut Vec<Closed>) {
-        // Pause first, so that a busy process wakes this thread seldom.
+        // Pause first, so that a busy process rarely wakes this thread.
         let pause = if lanes.has_to_retry() { RETRY } else { PAUSE };
         let (mut backlog, _) = self
             .changed
             .wait_timeout_while(self.lock(), pause, |backlog| backlog.fds < WAKE_AT)
             .unwrap_or_else(PoisonError::into_inner);
-        // Sleep without a limit only if nothing can come without a wake-up.
+        // Sleep without a limit only if everything that may come wakes this thread.
         if !lanes.has_to_retry() && !lanes.expects_a_report() && backlog.jobs.is_empty() {
             backlog.thread = Thread::Idle;
             backlog = self

@@ -1,3 +1,5 @@
+//! Threads for descriptors whose `close` may block.
+
 use std::{
     collections::VecDeque,
     os::fd::AsFd,
@@ -15,6 +17,7 @@ pub(super) struct SlowThreads {
     most: usize,
 }
 
+/// The state that the threads share.
 #[derive(Debug, Default)]
 struct State {
     waiting: VecDeque<Closing>,
@@ -25,8 +28,8 @@ struct State {
 }
 
 impl State {
-    /// Returns true if something waits that no thread is about to take, and one more thread is
-    /// allowed.
+    /// Returns true if more descriptors wait than idle threads are about to take, and one more
+    /// thread is allowed.
     fn needs_a_thread(&self, most: usize) -> bool {
         self.threads < most && self.threads - self.busy < self.waiting.len()
     }
@@ -37,7 +40,7 @@ impl SlowThreads {
         Self { shared: Arc::default(), most }
     }
 
-    /// Appends a descriptor. [`start_threads`](Self::start_threads) has to follow.
+    /// Appends a descriptor. Call [`start_threads`](Self::start_threads) after that.
     pub(super) fn close(&self, closing: Closing) {
         lock(&self.shared).waiting.push_back(closing);
     }
@@ -55,12 +58,13 @@ impl SlowThreads {
         }
     }
 
-    /// Returns true if something waits and the system had no thread for it.
+    /// Returns true if a descriptor waits because the system could not start a thread.
     pub(super) fn lacks_a_thread(&self) -> bool {
         lock(&self.shared).needs_a_thread(self.most)
     }
 }
 
+/// Runs a thread, until nothing waits.
 fn close_all_that_wait(shared: &Mutex<State>) {
     loop {
         let mut state = lock(shared);
@@ -72,8 +76,8 @@ fn close_all_that_wait(shared: &Mutex<State>) {
         state.busy += 1;
         drop(state);
         if sys::is_socket(closing.fd.as_fd()) {
-            // The exiting tasks could not take it. Without the linger time nothing is lost, and
-            // `close` waits only if a peer sets it again in this very moment.
+            // The exiting tasks could not take this socket. Switching the linger time off loses no
+            // data. `close` then blocks only if a peer sets the time again at this very moment.
             sys::switch_off_linger(closing.fd.as_fd());
         }
         drop(closing);
@@ -102,7 +106,7 @@ mod tests {
 
     use super::*;
 
-    /// A Unix socket whose `close` takes an hour, and what keeps it from being quick.
+    /// Returns a Unix socket whose `close` takes an hour, and the sockets that make it slow.
     fn stuck() -> (OwnedFd, impl Sized) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

@@ -1,9 +1,11 @@
+//! The buffers for received bytes.
+
 use std::mem;
 
 use bytes::{Buf, BufMut, BytesMut};
 
-/// The most bytes of a packet, unless it is the rest of a message whose length is known. It is a
-/// little above 64 KiB, so that 64 KiB and their header fit one packet. It is also a good size for
+/// The greatest length of a packet, unless it is the rest of a message whose length is known. It is
+/// a little above 64 KiB, so that 64 KiB and a header fit in one packet. It is also a good size for
 /// reads.
 pub(crate) const SMALL_PACKET: usize = (64 << 10) + 64;
 
@@ -14,29 +16,29 @@ const USUAL: usize = 4 * SMALL_PACKET;
 /// would keep the whole buffer.
 const LARGEST_USUAL: usize = 512 << 10;
 
-/// The usual size of a page. If the real one differs, some receives are slower, and nothing else
-/// changes.
+/// The usual size of a page. If the real size differs, some receives are slower, but everything
+/// still works.
 pub(super) const PAGE: usize = 4096;
 
-/// The first bytes of a page, in which no buffer may begin. The kernel keeps data from the start of
-/// a page on, and on AMD processors a copy takes up to ten times as long if it goes up to 31 bytes
-/// further into a page than it comes from (`rep movsb`,
+/// The number of bytes at the start of a page in which no buffer may begin. The kernel stores data
+/// from the start of a page. On AMD processors a copy takes up to ten times as long if its
+/// destination begins up to 31 bytes further into a page than its source (`rep movsb`,
 /// <https://sourceware.org/bugzilla/show_bug.cgi?id=30994>). Large blocks of malloc begin 16 bytes
-/// into a page.
+/// into a page, which is such a place.
 pub(super) const PAGE_START: usize = 64;
 
 /// Chooses the buffer for received bytes: a usual one, or a large one for a message that does not
 /// fit.
 ///
-/// The caller has the received bytes, as `bytes`. Messages are slices of them and may live on. When
-/// a buffer has no room left, it is used again from its beginning if no message of it lives.
-/// Otherwise it belongs to its messages from then on.
+/// The caller has the received bytes, as `bytes`. Messages are slices of them, and may be kept by
+/// the application. When a buffer has no room left, it is used again from its beginning if none of
+/// its messages is kept. Otherwise it is left to its messages, and a new one is used.
 #[derive(Debug)]
 pub(super) struct Buffers {
-    /// The least room for a receive, whatever the decoder asks for: a whole packet, or 1 byte on a
-    /// stream.
+    /// The smallest room for a receive: a whole packet, or 1 byte on a stream. It holds even if the
+    /// decoder needs less.
     least_room: usize,
-    /// True if `bytes` is in a large buffer, or in one from elsewhere, whose size is not known.
+    /// True if `bytes` is in a large buffer, or in a buffer of unknown size from the application.
     in_large: bool,
     /// The buffer of the other size that was used before. It is empty.
     other: BytesMut,
@@ -55,7 +57,8 @@ impl Buffers {
         }
     }
 
-    /// Makes room for `missing` bytes, which complete a message. Returns the most bytes to receive.
+    /// Makes room for `missing` bytes, which complete a message. Returns the greatest number of
+    /// bytes to receive.
     pub(super) fn make_room_for(
         &mut self,
         bytes: &mut BytesMut,
@@ -67,28 +70,29 @@ impl Buffers {
         if self.in_large { missing.saturating_add(self.least_room) } else { usize::MAX }
     }
 
-    /// Makes room for a part of a message of unknown length. Returns the most bytes to receive.
+    /// Makes room for a part of a message of unknown length. Returns the greatest number of bytes
+    /// to receive.
     pub(super) fn make_room(
         &mut self,
         bytes: &mut BytesMut,
         spare: impl FnOnce() -> BytesMut,
     ) -> usize {
-        // A new buffer is twice as large. Otherwise each packet of a long message would move the
-        // message.
+        // A new buffer is twice as large as what has arrived. Otherwise each packet of a long
+        // message would move the whole message to a new buffer.
         self.reserve(bytes, SMALL_PACKET, bytes.len(), spare);
-        // A large message may be followed by another one. What is received of it before its length
-        // is known has to be moved to a large buffer. Packets are not divided: the header of a
-        // large frame comes alone.
+        // After a large message, another one may follow. The part of it that is received before its
+        // length is known has to be moved to a large buffer. So receive little of it at first. On
+        // SEQPACKET this is not necessary, because the header of a large frame comes alone.
         let is_stream = self.least_room == 1;
         if self.after_large && is_stream { PAGE } else { usize::MAX }
     }
 
-    /// Notes that something was received.
+    /// Handles that something was received.
     pub(super) fn received(&mut self) {
         self.after_large = false;
     }
 
-    /// Gives up every empty buffer. Returns the usual one if there is one.
+    /// Gives up all empty buffers. Returns the usual one if there is one.
     pub(super) fn release(&mut self, bytes: &mut BytesMut) -> BytesMut {
         let other = mem::take(&mut self.other);
         if !self.in_large {
@@ -101,8 +105,8 @@ impl Buffers {
         other
     }
 
-    /// Makes room for at least `room` more bytes, and in a new buffer for `extra` beside. For the
-    /// rest of a large message, a new buffer is just large enough.
+    /// Makes room for at least `room` more bytes. A new buffer has room for `extra` bytes more. For
+    /// the rest of a large message, a new buffer is just large enough.
     fn reserve(
         &mut self,
         bytes: &mut BytesMut,
@@ -110,7 +114,7 @@ impl Buffers {
         extra: usize,
         spare: impl FnOnce() -> BytesMut,
     ) {
-        // A decoder may have reserved more than a usual buffer has.
+        // A decoder may have made the buffer larger than a usual one.
         self.in_large |= bytes.capacity() > LARGEST_USUAL;
         // Leave `least_room` free even when `room` is filled. Otherwise the end of a large message
         // would be moved once more.

@@ -5,7 +5,7 @@ use bytes::BytesMut;
 use super::{Encoder, SendBuf};
 use crate::error::Error;
 
-/// Returns the bytes that a codec makes of a message, and its descriptors as numbers.
+/// Returns the bytes of an encoded message, and its descriptors as numbers.
 pub(crate) fn encoded<I: std::fmt::Debug>(
     mut codec: impl Encoder<I, u32, Error = Error>,
     message: I,

@@ -1,8 +1,8 @@
-//! The limits of one system call, and the plan for one.
+//! The limits of a system call, and the type of a plan.
 
 use super::buffers::SMALL_PACKET;
 
-/// The plan for one `sendmsg`: how many of the bytes and of the descriptors that wait it carries.
+/// The plan for one `sendmsg`: the number of waiting bytes and descriptors that it carries.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub(crate) bytes: usize,
@@ -14,22 +14,22 @@ pub(crate) struct Plan {
 pub(crate) enum Carrier {
     /// A byte stream: any number of bytes.
     Stream,
-    /// Packets. A receiver that knows how many bytes of a message are missing has room for them.
+    /// Packets. If a receiver knows how many bytes of a message are missing, it has room for them.
     /// Otherwise it has room for `small` bytes.
     Packets {
-        /// The most bytes of a packet of whole messages.
+        /// The greatest length of a packet of whole messages.
         small: usize,
-        /// The most bytes of a packet that holds only the rest of one message whose length the
-        /// receiver knows.
+        /// The greatest length of a packet that contains only the rest of one message whose length
+        /// the receiver knows.
         large: usize,
     },
 }
 
-/// The most bytes of a packet that any socket takes.
+/// The greatest length of a packet on any socket.
 pub(super) const LARGEST_PACKET: usize = 4_263_616;
 
-/// Returns the most bytes of a packet on a socket with a send buffer of this size (`SO_SNDBUF`): 32
-/// bytes less, and at most [`LARGEST_PACKET`].
+/// Returns the greatest length of a packet on a socket with a send buffer of this size
+/// (`SO_SNDBUF`): 32 bytes less, and at most [`LARGEST_PACKET`].
 pub(crate) fn largest_packet(send_buffer_bytes: usize) -> usize {
     send_buffer_bytes.saturating_sub(32).clamp(Carrier::SMALLEST, LARGEST_PACKET)
 }
@@ -47,8 +47,8 @@ impl Carrier {
         Self::Packets { small, large: (send_buffer_bytes / 4).clamp(small, most) }
     }
 
-    /// Returns the limits for packets of at most half of `bytes`, and at least 2 KiB. For use after
-    /// the kernel had no memory for a packet of `bytes`, which has to be in one piece.
+    /// Returns the limits for packets of at most half of `bytes`, and at least 2 KiB. Use it if the
+    /// kernel had no contiguous memory for a packet of `bytes`.
     pub(crate) fn smaller_than(self, bytes: usize) -> Self {
         self.limited_to((bytes / 2).max(Self::SMALLEST))
     }

@@ -1,5 +1,5 @@
-//! The number of bytes of a frame that this process copies, found by their addresses. The kernel's
-//! copies do not count.
+//! Tests of the number of bytes of a frame that this process copies. Copies are recognized by the
+//! addresses of bytes. Those that the kernel makes do not count.
 
 use std::ops::Range;
 

@@ -1,18 +1,20 @@
+//! A connection without a socket, for tests of codecs.
+
 use bytes::{Bytes, BytesMut};
 
 use super::{Carrier, Encoder, SendBuf, largest_packet};
 use crate::error::SendError;
 
-/// A connection without a socket: shows what the messages of a codec become, system call by system
-/// call.
+/// A connection without a socket. It shows the system calls by which the messages of a codec are
+/// sent.
 ///
 /// A test of a codec against its own decoder passes with any [`Grouping`](super::Grouping), because
-/// that decoder takes descriptors in their order. What a foreign receiver finds in each call
-/// depends on the grouping, on other messages that wait, and on short writes. A dry run shows all
-/// of that, with integers for descriptors.
+/// that decoder takes descriptors in their order. What a foreign receiver gets in each call depends
+/// on the grouping, on other messages that wait, and on short writes. A dry run shows all of that,
+/// with integers for descriptors.
 ///
-/// [`encode`](Self::encode) accepts messages as a connection does. The iterator gives the calls
-/// that send them; on a stream, [`next_short`](Self::next_short) gives one of which the kernel
+/// [`encode`](Self::encode) accepts messages as a connection does. The iterator yields the calls
+/// that send them. On a stream, [`next_short`](Self::next_short) returns a call of which the kernel
 /// takes fewer bytes than planned.
 ///
 /// ```
@@ -85,8 +87,8 @@ impl<F> DryRun<F> {
     /// here. A real connection begins to send when its [`Limits`](crate::Limits) are reached.
     ///
     /// # Errors
-    /// The errors of the encoder, and the error for a message that no call can carry. Nothing of
-    /// the item is left then.
+    /// The errors of the encoder, and the error for a message that no call can carry. Then nothing
+    /// of the item is left.
     pub fn encode<I, E: Encoder<I, F>>(
         &mut self,
         encoder: &mut E,
@@ -95,8 +97,8 @@ impl<F> DryRun<F> {
         self.buf.encode_with(encoder, item, drop)
     }
 
-    /// Makes the next call, of which the kernel takes at most `bytes` bytes, but at least one, and
-    /// all descriptors. Packets go whole.
+    /// Returns the next call, of which the kernel takes at most `bytes` bytes, but at least one,
+    /// and all descriptors. A packet is always taken whole.
     pub fn next_short(&mut self, bytes: usize) -> Option<SendCall<F>> {
         let plan = self.buf.plan(self.carrier);
         if plan.bytes == 0 {
@@ -115,7 +117,7 @@ impl<F> DryRun<F> {
 impl<F> Iterator for DryRun<F> {
     type Item = SendCall<F>;
 
-    /// Makes the next call, which the kernel takes whole.
+    /// Returns the next call, which the kernel takes whole.
     fn next(&mut self) -> Option<SendCall<F>> {
         self.next_short(usize::MAX)
     }
@@ -139,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn our_frames_share_a_call_with_all_their_descriptors() {
+    fn frames_share_a_call_with_all_their_descriptors() {
         for mut run in [DryRun::stream(), DryRun::packets(212_992)] {
             for (payload, fds) in [(10, &[1, 2][..]), (0, &[]), (20, &[3])] {
                 run.encode(&mut FrameCodec::default(), frame(payload, fds)).unwrap();

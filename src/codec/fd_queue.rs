@@ -1,3 +1,5 @@
+//! The queue of received descriptors.
+
 use std::{
     collections::VecDeque,
     fmt, mem,
@@ -18,11 +20,11 @@ use crate::{
 /// A queue of the descriptors that have arrived and that no message has claimed yet, first in,
 /// first out.
 ///
-/// The kernel may lose descriptors on receipt, usually because this process is at its
+/// The kernel may lose descriptors on receipt, usually because this process has reached its
 /// `RLIMIT_NOFILE`. It loses the last ones. So **a result that would differ without the loss spoils
-/// the message** that is being decoded: it is not yielded, and the stream ends with
-/// [`Error::TruncatedControl`]. Messages that need none of the lost descriptors are still good.
-/// Each method documents which of its results spoil a message.
+/// the message** that is being decoded. Such a message is not yielded, and the stream ends with
+/// [`Error::TruncatedControl`]. Messages that need none of the lost descriptors are not affected.
+/// The documentation of each method names the results that spoil a message.
 ///
 /// The descriptors that are left when the queue is dropped are closed [in the
 /// background](crate::close_in_background) if they came from a peer.
@@ -30,14 +32,15 @@ pub struct FdQueue<F = OwnedFd> {
     fds: VecDeque<F>,
     /// True if more descriptors were sent after these, and the kernel lost them.
     truncated: bool,
-    /// True if the decoder has made the last loss good, and the connection has not noticed yet.
+    /// True if the decoder has made the last loss good, and the connection has not handled that
+    /// yet.
     made_good: bool,
     /// True if a decoder got a result that a loss may have changed. It is atomic because methods
-    /// with `&self` give results too.
+    /// with `&self` return such results too.
     spoiled: AtomicBool,
-    /// The number of descriptors that were ever taken out.
+    /// The number of descriptors that were taken out so far.
     taken: u64,
-    /// Closes the descriptors that nobody takes. `None` if they did not come from a peer.
+    /// Closes the descriptors that are not taken out. `None` if they did not come from a peer.
     closer: Option<Arc<dyn FdCloser<F>>>,
 }
 
@@ -54,8 +57,8 @@ impl<F> FdQueue<F> {
         }
     }
 
-    /// Takes the `count` descriptors that arrived first. Call it when the bytes of a complete
-    /// message tell that it has this many.
+    /// Takes the `count` descriptors that arrived first. Call it for a complete message that has
+    /// this number of descriptors.
     ///
     /// # Errors
     /// [`Error::MissingFds`] if fewer wait. They stay in the queue. [`Error::TruncatedControl`] if
@@ -75,7 +78,7 @@ impl<F> FdQueue<F> {
         self.take(count).ok_or_else(|| self.missing(count))
     }
 
-    /// Does the same for this crate's own codec, with an `Option`, which takes fewer instructions.
+    /// Does the same, but returns an `Option`, which takes fewer instructions.
     #[inline]
     pub(super) fn take(&mut self, count: usize) -> Option<Fds<F>> {
         if count == 0 {
@@ -85,7 +88,7 @@ impl<F> FdQueue<F> {
             return None;
         }
         let mut fds = SmallVec::new();
-        // One by one: usually there is one, for which a `Drain` takes longer.
+        // Usually there is one descriptor, for which a `Drain` would take longer.
         while fds.len() < count
             && let Some(fd) = self.fds.pop_front()
         {
@@ -95,19 +98,19 @@ impl<F> FdQueue<F> {
         Some(Fds::from_peer(fds, self.closer.clone()))
     }
 
-    /// Takes the descriptor that arrived first. Call it when the bytes of a complete message tell
-    /// that it has one.
+    /// Takes the descriptor that arrived first. Call it for a complete message that has one
+    /// descriptor.
     ///
     /// # Errors
-    /// As for [`claim`](Self::claim).
+    /// The errors of [`claim`](Self::claim).
     pub fn claim_one(&mut self) -> Result<F, Error> {
         self.pop_front().ok_or_else(|| self.missing(1))
     }
 
-    /// Returns the error for descriptors of a complete message that are not there.
+    /// Returns the error for a complete message whose descriptors have not all arrived.
     #[cold]
     pub(super) fn missing(&self, expected: usize) -> Error {
-        self.note_answer();
+        self.record_doubtful_result();
         if self.truncated {
             Error::TruncatedControl
         } else {
@@ -119,7 +122,7 @@ impl<F> FdQueue<F> {
     /// After a loss, `None` spoils the message.
     pub fn pop_front(&mut self) -> Option<F> {
         let Some(fd) = self.fds.pop_front() else {
-            self.note_answer();
+            self.record_doubtful_result();
             return None;
         };
         self.taken += 1;
@@ -128,44 +131,45 @@ impl<F> FdQueue<F> {
 
     /// Returns the number of descriptors that wait. After a loss, any number spoils the message.
     pub fn len(&self) -> usize {
-        self.note_answer();
+        self.record_doubtful_result();
         self.fds.len()
     }
 
     /// Returns true if none wait. After a loss, that spoils the message.
     pub fn is_empty(&self) -> bool {
         if self.fds.is_empty() {
-            self.note_answer();
+            self.record_doubtful_result();
         }
         self.fds.is_empty()
     }
 
-    /// Notes that a decoder gets a result that would be different if nothing had been lost.
-    fn note_answer(&self) {
+    /// Records that a decoder gets a result that may differ from the one without a loss.
+    fn record_doubtful_result(&self) {
         if self.truncated {
             self.spoiled.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Returns the number of descriptors that wait, for the connection's own use.
+    /// Returns the number of descriptors that wait, without any effect on messages. For the
+    /// connection.
     pub(crate) fn count(&self) -> usize {
         self.fds.len()
     }
 
     /// Takes all descriptors that wait. After a loss, that spoils the message.
     pub fn take_all(&mut self) -> Fds<F> {
-        self.note_answer();
+        self.record_doubtful_result();
         self.taken += self.fds.len() as u64;
         Fds::from_peer(self.fds.drain(..).collect(), self.closer.clone())
     }
 
-    /// Takes the waiting descriptors out for good. From then on nothing closes them in the
-    /// background: each is closed where it is dropped.
+    /// Takes the waiting descriptors out. They are no longer closed in the background: each is
+    /// closed in the thread that drops it.
     pub fn into_vec(mut self) -> Vec<F> {
         mem::take(&mut self.fds).into()
     }
 
-    /// Notes a loss: from here on, messages may lack descriptors that they were sent with.
+    /// Records a loss: messages that come after these descriptors may have lost theirs.
     pub(crate) fn set_truncated(&mut self) {
         self.truncated = true;
     }
@@ -174,16 +178,16 @@ impl<F> FdQueue<F> {
         self.truncated
     }
 
-    /// Returns true if a decoder got an answer that a loss may have changed.
+    /// Returns true if a decoder got a result that a loss may have changed.
     pub(crate) fn is_spoiled(&self) -> bool {
         self.spoiled.load(Ordering::Relaxed)
     }
 
-    /// Makes a loss good. For a decoder that recognizes the descriptors of each message, after it
-    /// has decoded every complete message: it knows which messages have lost theirs, and the
-    /// connection goes on.
+    /// Makes a loss good, so that the connection goes on. Only a decoder that recognizes the
+    /// descriptors of each message may call this, because it can determine which messages have lost
+    /// theirs. It has to decode every complete message first.
     ///
-    /// The descriptors that wait are given up, because others of their message may be lost.
+    /// The descriptors that wait are closed, because others of their message may be lost.
     pub(crate) fn make_good(&mut self) {
         self.give_up(self.fds.len());
         self.truncated = false;
@@ -195,8 +199,8 @@ impl<F> FdQueue<F> {
         mem::take(&mut self.made_good)
     }
 
-    /// Gives up the descriptors before the first one that `is_it`. If there is none, all stay, and
-    /// the result is false.
+    /// Closes the descriptors before the first one for which `is_it` returns true. If there is
+    /// none, all stay, and the result is false.
     pub(crate) fn skip_to(&mut self, is_it: impl Fn(&F) -> bool) -> bool {
         let found = self.fds.iter().position(is_it);
         self.give_up(found.unwrap_or(0));
@@ -209,12 +213,12 @@ impl<F> FdQueue<F> {
         (!self.fds.is_empty()).then_some(self.taken)
     }
 
-    /// Gives up all descriptors that wait.
+    /// Closes all descriptors that wait.
     pub(crate) fn clear(&mut self) {
         self.give_up(self.fds.len());
     }
 
-    /// Gives up those that have waited longest.
+    /// Closes the descriptors that have waited longest.
     fn give_up(&mut self, count: usize) {
         let fds: SmallVec<_> = self.fds.drain(..count).collect();
         self.taken += count as u64;
@@ -229,7 +233,7 @@ impl<F> FdQueue<F> {
         self.closer.is_some()
     }
 
-    /// Sets what closes the descriptors that nobody takes.
+    /// Sets the closer of the descriptors that are not taken out.
     pub(crate) fn set_closer(&mut self, closer: Arc<dyn FdCloser<F>>) {
         self.closer = Some(closer);
     }

@@ -1,3 +1,5 @@
+//! The wire format of this crate.
+
 use bytes::{Buf, BytesMut};
 
 use super::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf, send_buf::SHARE_FROM};
@@ -17,14 +19,15 @@ use crate::{
 /// | 4 | 4, big-endian | length of the payload in bytes |
 ///
 /// The descriptors of a frame are the next ones in the order of arrival. A receiver that has all
-/// bytes of a frame has all its descriptors. A sender attaches them to the frame's first byte, and
-/// to later bytes of the frame if they are more than one call takes. They may come before their
-/// frame: at most 253 descriptors arrive before the first byte of their frame.
+/// bytes of a frame has all its descriptors. A sender attaches them to the frame's first byte. If
+/// they are more than one call takes, it attaches the others to later bytes of the frame.
+/// Descriptors may come before their frame: at most 253 arrive before the first byte of their
+/// frame.
 ///
-/// The format is the same on both kinds of socket, and packet boundaries mean nothing. For a
-/// receiver in another language: on SEQPACKET, have room for 65,600 bytes. If the whole header of
-/// an unfinished frame has come, and more than that is missing of the frame, have room for
-/// everything that is missing.
+/// The format is the same on both kinds of socket, and packet boundaries have no meaning. A
+/// receiver in another language needs room for 65,600 bytes on SEQPACKET. If the whole header of an
+/// unfinished frame has come, and more than 65,600 bytes of the frame are missing, it needs room
+/// for everything that is missing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FrameCodec {
     limits: Limits,
@@ -36,6 +39,7 @@ impl FrameCodec {
         Self { limits }
     }
 
+    /// Checks a header against the limits, and that its frame can be sent.
     #[inline]
     fn check(&self, header: Header) -> Result<(), Error> {
         let Header { fds, payload_bytes } = header;
@@ -60,7 +64,7 @@ impl Codec for FrameCodec {
         self.limits
     }
 
-    /// The receiver counts descriptors.
+    /// Returns `Free`, because the receiver takes the number of descriptors from the header.
     fn grouping(&self) -> Grouping {
         Grouping::Free
     }
@@ -103,7 +107,7 @@ impl<F, G: From<F>> Encoder<Frame<F>, G> for FrameCodec {
         if !is_short || !frame.fds.is_empty() {
             return self.encode_long(frame, dst);
         }
-        // The length of a short message need not be announced: it goes in one packet.
+        // A short message is sent in one packet, so its length need not be announced.
         dst.put_header_and_payload(Header::bytes(0, payload_bytes as u32), &frame.payload);
         Ok(())
     }
@@ -132,6 +136,7 @@ impl FrameCodec {
     }
 }
 
+/// The header of a frame.
 #[derive(Debug, Clone, Copy)]
 struct Header {
     fds: usize,
@@ -149,8 +154,9 @@ impl Header {
         Self::LEN.saturating_add(self.payload_bytes)
     }
 
-    /// Returns `None` if the header is not complete. Checks each byte as soon as it is there,
-    /// because a foreign peer may wait for an answer and never send eight bytes.
+    /// Reads the header at the start of `src`. Returns `None` if it is not complete. Each byte is
+    /// checked as soon as it has come, because a foreign peer may wait for an answer and never send
+    /// eight bytes.
     #[inline]
     fn read(src: &[u8]) -> Result<Option<Self>, Error> {
         if let Some(&found) = src.first()

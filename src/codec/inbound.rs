@@ -1,3 +1,5 @@
+//! The receiving direction of a connection, without I/O.
+
 use std::os::fd::OwnedFd;
 
 use bytes::BytesMut;
@@ -22,7 +24,7 @@ use crate::error::Error;
 pub(crate) struct Inbound<F = OwnedFd> {
     pub(crate) bytes: BytesMut,
     pub(crate) fds: FdQueue<F>,
-    /// True if descriptors were lost. The queue knows that too, but a decoder may replace the
+    /// True if descriptors were lost. The queue records that too, but a decoder may replace the
     /// queue.
     truncated: bool,
     buffers: Buffers,
@@ -31,8 +33,8 @@ pub(crate) struct Inbound<F = OwnedFd> {
     decoded: u64,
 }
 
-/// The message and the descriptor that have arrived and are not complete. Each number stays the
-/// same until its message is complete.
+/// The message of which only part has arrived, and the oldest descriptor that waits for its
+/// message. Each has a number, which stays the same until the message is complete.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Unfinished {
     /// The number of the message of which some bytes have arrived.
@@ -50,7 +52,8 @@ impl Unfinished {
         }
     }
 
-    /// Returns what to wait for from now on, and whether the time for it begins now.
+    /// Returns the message and the descriptor for which the time runs from now on. The second value
+    /// is true if it begins now. `self` is the value before, and `now` the present state.
     pub(crate) fn update(self, now: Self) -> (Self, bool) {
         match self.still_in(now) {
             Self { message: None, fd: None } => (now, true),
@@ -58,16 +61,22 @@ impl Unfinished {
         }
     }
 
+    /// Returns true if nothing is unfinished.
     pub(crate) fn is_nothing(self) -> bool {
         self == Self::default()
     }
 }
 
+/// The phase of a receiving direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
+    /// A complete message may have arrived.
     Decoding,
+    /// No complete message has arrived.
     Receiving,
+    /// The stream has ended, and what has arrived is decoded.
     Draining,
+    /// Nothing follows.
     Ended,
 }
 
@@ -76,7 +85,7 @@ enum Phase {
 pub(crate) enum Step<T> {
     /// A message.
     Item(T),
-    /// Nothing is complete. Call `make_room`, receive into the spare room of `bytes` and into
+    /// No message is complete. Call `make_room`, receive into the spare room of `bytes` and into
     /// `fds`, and then call `received` or `end_of_stream`.
     Receive,
     /// The direction has ended.
@@ -104,7 +113,7 @@ impl<F> Inbound<F> {
                         self.decoded += 1;
                         return Ok(Step::Item(item));
                     }
-                    // Nothing complete is left, so more has to be received.
+                    // No complete message is left, so more has to be received.
                     Ok(None) if !self.truncated || self.is_made_good() => {
                         let fds = self.fds.count();
                         if fds > decoder.limits().max_queued_fds {
@@ -116,7 +125,7 @@ impl<F> Inbound<F> {
                     Err(error) => return Err(self.fail(error)),
                 },
                 Phase::Receiving => return Ok(Step::Receive),
-                // The stream has ended: the decoder yields what it can make of the rest.
+                // The stream has ended. The decoder gets the rest.
                 Phase::Draining => match decoder.decode_eof(&mut self.bytes, &mut self.fds) {
                     Ok(Some(item)) => {
                         self.decoded += 1;
@@ -141,8 +150,8 @@ impl<F> Inbound<F> {
         !self.truncated
     }
 
-    /// Makes room in `bytes`, maybe in a new buffer. Returns the most bytes to receive. `spare`
-    /// returns a buffer that [was released](Self::release), or an empty one.
+    /// Makes room in `bytes`, possibly in a new buffer. Returns the greatest number of bytes to
+    /// receive. `spare` returns a buffer that [was released](Self::release), or an empty one.
     pub(crate) fn make_room<D: Decoder<F>>(
         &mut self,
         decoder: &D,
@@ -155,26 +164,27 @@ impl<F> Inbound<F> {
         }
     }
 
-    /// Gives up the empty buffers. Returns one that other connections can use, which may be without
-    /// memory. Call it when there is nothing to receive.
+    /// Gives up the empty buffers. Returns a buffer that other connections can use. It may be
+    /// without memory. Call this when there is nothing to receive.
     pub(crate) fn release(&mut self) -> BytesMut {
         self.buffers.release(&mut self.bytes)
     }
 
-    /// Notes that bytes or descriptors were added.
+    /// Handles that bytes or descriptors were added.
     pub(crate) fn received(&mut self) {
         self.buffers.received();
         self.phase = Phase::Decoding;
     }
 
-    /// Notes that bytes and descriptors were added, and that more descriptors were lost. The kernel
-    /// loses the last ones, so messages that need none of them are still good.
+    /// Handles that bytes and descriptors were added, and that further descriptors were lost. The
+    /// kernel loses the last ones, so messages that need none of them are not affected.
     pub(crate) fn received_truncated(&mut self) {
         self.fds.set_truncated();
         self.truncated = true;
         self.received();
     }
 
+    /// Handles the end of the stream.
     pub(crate) fn end_of_stream(&mut self) {
         self.phase = Phase::Draining;
     }
@@ -192,7 +202,7 @@ impl<F> Inbound<F> {
         }
     }
 
-    /// Gives up the descriptors that no message has claimed.
+    /// Closes the descriptors that no message has claimed.
     pub(crate) fn close_fds(&mut self) {
         self.fds.clear();
     }
@@ -202,8 +212,8 @@ impl<F> Inbound<F> {
         self.phase = Phase::Ended;
     }
 
-    /// Ends the direction with an error. After a loss that is the error, because the loss may have
-    /// caused any other.
+    /// Ends the direction with an error. After a loss of descriptors, the error is always that of
+    /// the loss, because it may have caused any other error.
     fn fail<E: From<Error>>(&mut self, error: E) -> E {
         self.phase = Phase::Ended;
         if self.truncated { Error::TruncatedControl.into() } else { error }

@@ -1,3 +1,5 @@
+//! A codec with another type of message.
+
 use bytes::BytesMut;
 
 use super::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf};

@@ -1,11 +1,11 @@
-//! A message that waits to be sent, as a value.
+//! The sizes of a message that waits to be sent.
 
 use std::num::NonZero;
 
 use super::Grouping;
 use crate::{error::Error, limits::SCM_MAX_FD};
 
-/// The limit of a run, and of a message in a run. Both are shorter than this.
+/// The limit of a run, and of a message in a run, in bytes. Both are shorter than this.
 pub(super) const RUN_BELOW: usize = 32 << 10;
 
 /// The end of a part of the open message, in bytes and descriptors of the buffer.
@@ -23,7 +23,7 @@ pub(super) struct Message {
     pub(super) unsent_bytes: usize,
     pub(super) unsent_fds: usize,
     pub(super) sent_fds: usize,
-    /// The number of unsent bytes that the receiver still needs to know the message's length.
+    /// The number of unsent bytes after which the receiver knows the length of the message.
     pub(super) unsent_head: usize,
     /// True if the first byte has been sent.
     pub(super) begun: bool,
@@ -32,15 +32,15 @@ pub(super) struct Message {
 
 impl Message {
     /// Returns true if a run of this length and grouping may become a part of this message, which
-    /// must be one too.
+    /// must be a run itself.
     pub(super) fn takes_run(&self, bytes: usize, grouping: Grouping) -> bool {
         let has_fds = self.unsent_fds > 0 || self.sent_fds > 0;
         let is_short = self.unsent_bytes + bytes < RUN_BELOW;
         is_short && !has_fds && self.grouping == grouping && !self.begun
     }
 
-    /// Checks that the calls for this message can carry its descriptors, and that it fits a packet
-    /// if it has to.
+    /// Checks that the calls for this message can carry its descriptors. If it has to be one
+    /// packet, also checks that it fits.
     pub(super) fn check(&self, max_packet_bytes: Option<usize>) -> Result<(), Error> {
         let (bytes, fds) = (self.unsent_bytes, self.unsent_fds);
         if fds > SCM_MAX_FD.saturating_mul(bytes) {

@@ -30,10 +30,11 @@ impl<F> SendBuf<F> {
         Ok(())
     }
 
-    /// Finishes the open message. An empty message without descriptors vanishes.
+    /// Finishes the open message. A message without bytes and descriptors is ignored.
     ///
     /// # Errors
-    /// If no send can carry the message. It is still open then, for [`roll_back`](Self::roll_back).
+    /// An error if no call can carry the message. Then it is still open, for
+    /// [`roll_back`](Self::roll_back).
     #[inline]
     pub(crate) fn commit(&mut self, grouping: Grouping) -> Result<(), Error> {
         if self.plain_run == Some(grouping) && self.run_takes_message() {
@@ -63,7 +64,7 @@ impl<F> SendBuf<F> {
         for index in 0..self.open_parts.len() {
             self.open_part(index, grouping).check(self.max_packet_bytes)?;
         }
-        // The messages before come first. The next run has the grouping of this message.
+        // The run before comes first. The next run has the grouping of this message.
         self.end_run();
         if grouping != Grouping::Alone {
             self.run_grouping = grouping;
@@ -79,13 +80,14 @@ impl<F> SendBuf<F> {
         Ok(())
     }
 
+    /// Sets the fields for a new open message.
     fn begin_message(&mut self) {
         self.open_parts.clear();
         (self.open_head, self.open_pieces) = (None, 0);
         self.plain_run = Some(self.run_grouping);
     }
 
-    /// Returns a part of the open message as a message of its own.
+    /// Returns a part of the open message as a separate message.
     fn open_part(&self, index: usize, grouping: Grouping) -> Message {
         let OpenPart { end_bytes, end_fds, head } = self.open_parts[index];
         let (start_bytes, start_fds) = match index.checked_sub(1) {
@@ -108,8 +110,8 @@ impl<F> SendBuf<F> {
         (self.messages.is_empty() && self.bytes.fit_one_call()).then_some(self.finished_bytes)
     }
 
-    /// Moves the run to `messages`: into the last message if that was a run too and is short and
-    /// not begun, otherwise as a new message.
+    /// Moves the run to `messages`. It becomes part of the last message if that was a run too, is
+    /// short and is not begun. Otherwise it becomes a new message.
     pub(super) fn end_run(&mut self) {
         let (bytes, grouping) = (self.finished_bytes - self.message_bytes, self.run_grouping);
         if bytes == 0 {
@@ -145,7 +147,7 @@ impl<F> SendBuf<F> {
             later.ahead == 0 && later.messages.front().is_none_or(|message| !message.begun)
         );
         if later.is_empty() {
-            return; // this buffer may have an open message that no call can carry
+            return; // do not check this buffer: it may have an open message that can't be sent
         }
         debug_assert!([&*self, &*later].iter().all(|buf| buf.has_no_open_message()));
         self.end_run();
@@ -158,6 +160,7 @@ impl<F> SendBuf<F> {
         self.finished_fds += mem::take(&mut later.finished_fds);
     }
 
+    /// Returns true if no encoder has begun a message.
     fn has_no_open_message(&self) -> bool {
         self.len() == self.finished_bytes
             && self.fds.len() == self.finished_fds
@@ -183,7 +186,7 @@ impl<F> SendBuf<F> {
     /// fewer than planned, and all descriptors of the plan, because they went with the first byte.
     pub(crate) fn sent(&mut self, plan: Plan, bytes: usize) -> impl Iterator<Item = F> {
         debug_assert!(0 < bytes && bytes <= plan.bytes);
-        // The usual case: the run was all that waited, and all of it was sent.
+        // In the usual case, only the run waited, and all of it was sent.
         if self.only_run() == Some(bytes) {
             self.finished_bytes = 0;
             self.bytes.remove_first(bytes);
@@ -193,15 +196,15 @@ impl<F> SendBuf<F> {
         self.attribute_sent_fds(plan.fds);
         // Take the bytes from the messages. Descriptors of a message that begins are no longer
         // ahead.
-        let mut left = bytes;
-        while left > 0 {
+        let mut remaining = bytes;
+        while remaining > 0 {
             let message = self.messages.front_mut().expect("messages hold all bytes");
             if !message.begun {
                 message.begun = true;
                 self.ahead -= message.sent_fds;
             }
-            let of_this = left.min(message.unsent_bytes);
-            left -= of_this;
+            let of_this = remaining.min(message.unsent_bytes);
+            remaining -= of_this;
             message.unsent_bytes -= of_this;
             message.unsent_head = message.unsent_head.saturating_sub(of_this);
             if message.unsent_bytes == 0 {
@@ -213,11 +216,11 @@ impl<F> SendBuf<F> {
         self.finished_bytes -= bytes;
         self.finished_fds -= plan.fds;
         self.bytes.remove_first(bytes);
-        // An empty `Drain` would take longer than all else here.
+        // Without descriptors, an empty `Drain` would take longer than everything else here.
         (plan.fds > 0).then(|| self.fds.drain(..plan.fds)).into_iter().flatten()
     }
 
-    /// Counts sent descriptors for the messages that they belong to.
+    /// Counts sent descriptors for the messages to which they belong.
     fn attribute_sent_fds(&mut self, mut fds: usize) {
         for message in &mut self.messages {
             if fds == 0 {

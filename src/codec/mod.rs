@@ -1,8 +1,8 @@
-//! The codecs: they turn bytes and descriptors into messages and back. They are **sans-IO**: no
-//! socket, no tokio, no clock.
+//! The codecs, which turn bytes and descriptors into messages and back. They are **sans-IO**: they
+//! use no socket, no tokio and no clock.
 //!
-//! Everything here is generic over the type `F` of a descriptor, so that tests run the rules on
-//! plain integers. A descriptor that is lost, doubled or given to the wrong message then shows as a
+//! Everything here is generic over the type `F` of a descriptor, so that tests can use plain
+//! integers. If a descriptor is lost, doubled or assigned to the wrong message, the test finds a
 //! wrong number.
 
 mod buffers;
@@ -57,16 +57,17 @@ use crate::{
 
 /// The properties of a protocol that both directions share. Every method has a default.
 pub trait Codec {
-    /// Returns the limits of a connection. It is called often, so it should only return a stored
-    /// value.
+    /// Returns the limits of a connection. This method is called often, so it should only return a
+    /// stored value.
     ///
-    /// [`Framed`](crate::Framed) keeps the limits of the queues. The codec itself has to check
+    /// [`Framed`](crate::Framed) enforces the limits of the queues. The codec itself has to check
     /// `max_payload_bytes` and `max_fds_per_frame`, when it decodes and when it encodes.
     fn limits(&self) -> Limits {
         Limits::default()
     }
 
-    /// Returns how the messages that it encodes share system calls. It is called for each message.
+    /// Returns the rule by which the messages of this codec share system calls. This method is
+    /// called for each message.
     ///
     /// The default is [`FdsFirst`](Grouping::FdsFirst), which every receiver of a byte stream
     /// understands. If the receiver counts descriptors, as [`FrameCodec`] does,
@@ -119,18 +120,18 @@ pub trait Codec {
 /// The codec of a direction that is not used.
 impl Codec for () {}
 
-/// A rule for which messages may share a `sendmsg`, and so for what a receiver finds together.
+/// A rule for which messages may share a `sendmsg`, and so for what a receiver gets together.
 ///
-/// All waiting messages go out in as few calls as the rule allows. The [guide](crate::guide) has a
-/// table of what each kind of receiver needs. The [parts](SendBuf::end_part) of a message are
+/// All waiting messages are sent in as few calls as the rule allows. The [guide](crate::guide) has
+/// a table with the needs of each kind of receiver. The [parts](SendBuf::end_part) of a message are
 /// grouped as messages are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Grouping {
     /// Any messages share a call, so a descriptor may arrive with an earlier message than its own.
     /// This is by far the fastest if many messages have descriptors. Use it only for receivers that
-    /// learn from the bytes how many descriptors a message has, take them in the order of arrival,
-    /// and have room for 506 descriptors that came before their messages.
+    /// read the number of descriptors from the bytes of a message, take them in the order of
+    /// arrival, and have room for 506 descriptors that came before their messages.
     Free,
     /// A message with descriptors begins a call, so the descriptors are attached to its own first
     /// byte. No other message's descriptors are in that call. This is for receivers that read one
@@ -145,10 +146,10 @@ pub enum Grouping {
 /// Decodes messages from bytes and descriptors: `tokio_util`'s `Decoder` with a queue of
 /// descriptors.
 ///
-/// Descriptors arrive in a queue of their own, beside the bytes, in the order in which they were
-/// sent. Linux does not keep the exact position of a descriptor in the bytes: one `recvmsg` may
-/// return bytes that were sent before it and after it. So the bytes of a message have to tell how
-/// many descriptors it has, by a number or by the kind of message.
+/// Descriptors arrive in their own queue, beside the bytes, in the order in which they were sent.
+/// Linux does not keep the exact position of a descriptor in the bytes: one `recvmsg` may return
+/// bytes that were sent before it and after it. So the bytes of a message have to determine the
+/// number of its descriptors, by a number or by the kind of message.
 ///
 /// ```
 /// use bytes::{Buf, BytesMut};
@@ -196,16 +197,17 @@ pub trait Decoder<F = OwnedFd>: Codec {
     /// Takes the next message from `src` and its descriptors from `fds`. Returns `None` if more
     /// bytes are needed.
     ///
-    /// `src` grows as long as this returns `None`, so refuse a message as soon as it is known to be
-    /// too long. This method is also called with an empty `src`, which has to give `None`.
+    /// `src` grows as long as this returns `None`. So refuse a message as soon as its length is
+    /// known to be too large. This method is also called with an empty `src`, and has to return
+    /// `None` then.
     ///
-    /// Leave the bytes of a message in `src` until it is complete. From them the connection knows
-    /// that part of a message has arrived. The time limit and the limits of a uid depend on that,
-    /// and the check that one process has written the whole message.
+    /// Leave the bytes of a message in `src` until it is complete. The connection uses them to
+    /// recognize that part of a message has arrived. The time limit, the limits of a uid and the
+    /// check that one process has written the whole message depend on that.
     ///
     /// # Errors
-    /// If the bytes or descriptors do not belong to this protocol. The stream yields the error and
-    /// ends. The bytes and descriptors that are left are dropped.
+    /// An error if the bytes or descriptors do not belong to this protocol. The stream yields the
+    /// error and ends. The bytes and descriptors that are left are dropped.
     fn decode(
         &mut self,
         src: &mut BytesMut,
@@ -230,21 +232,23 @@ pub trait Decoder<F = OwnedFd>: Codec {
         }
     }
 
-    /// Returns the number of bytes that the message at the start of `src` still needs, or `None` if
-    /// that is not known, which is the default. With it, the connection reserves room for the rest
-    /// of a large message at once. It is the counterpart of [`SendBuf::announce_length`].
+    /// Returns the number of bytes that are missing of the message at the start of `src`. The
+    /// default is `None`, which means that the number is not known. If it is known, the connection
+    /// reserves room for the rest of a large message at once. This is the counterpart of
+    /// [`SendBuf::announce_length`].
     ///
-    /// It is called after [`decode`](Self::decode) has returned `None`. Numbers above
-    /// [`max_payload_bytes`](Limits#structfield.max_payload_bytes) are cut to that limit. If a peer
-    /// announces lengths and this method does not return them, the peer sends packets that are
+    /// This method is called after [`decode`](Self::decode) has returned `None`. Numbers above
+    /// [`max_payload_bytes`](Limits#structfield.max_payload_bytes) are reduced to that limit. If a
+    /// peer announces lengths and this method does not return them, the peer sends packets that are
     /// larger than the room for them.
     fn missing_bytes(&self, src: &BytesMut) -> Option<usize> {
         let _ = src;
         None
     }
 
-    /// Returns the most bytes to receive at once; 0 counts as 1. By default there is no limit but
-    /// the room in the buffer, which may be more than [`missing_bytes`](Self::missing_bytes).
+    /// Returns the greatest number of bytes to receive at once. 0 counts as 1. By default, only the
+    /// room in the buffer is the limit, which may be more than
+    /// [`missing_bytes`](Self::missing_bytes).
     ///
     /// A protocol of packets returns the length of its longest packet. The tail of a longer packet
     /// is lost, and the stream ends with [`Error::TruncatedPacket`].
@@ -255,7 +259,7 @@ pub trait Decoder<F = OwnedFd>: Codec {
 
 /// Encodes messages as bytes and descriptors: `tokio_util`'s `Encoder` with descriptors.
 ///
-/// `F` is the type of a descriptor to be sent, which is [`SendFd`] on a socket. Items may hold
+/// `F` is the type of a descriptor that is sent, which is [`SendFd`] on a socket. Items may contain
 /// descriptors of another type that converts into `F`, such as the [`OwnedFd`] of a received
 /// message.
 pub trait Encoder<Item, F = SendFd>: Codec {
@@ -265,7 +269,8 @@ pub trait Encoder<Item, F = SendFd>: Codec {
     /// Appends one message to `dst`. A message without bytes and descriptors is not sent.
     ///
     /// # Errors
-    /// If the item cannot be sent. It should come back in the error, so check before you write.
+    /// An error if the item can't be sent. The item should come back in the error, so check it
+    /// before you write.
     ///
     /// After an error or a panic, everything that this call has written to `dst` is removed and its
     /// descriptors are closed.

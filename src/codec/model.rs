@@ -1,5 +1,5 @@
-//! The rules of the wire format as properties: random frames through a model of the kernel's two
-//! kinds of socket, with integers for descriptors.
+//! Property tests of the wire format: random frames go through a model of the kernel's two kinds of
+//! socket, with integers for descriptors.
 
 use std::collections::VecDeque;
 
@@ -12,19 +12,19 @@ use crate::{frame::Frame, limits::SCM_MAX_FD};
 /// The bytes and descriptors of one `sendmsg` in the queue of a socket.
 pub(super) struct Chunk {
     pub(super) bytes: VecDeque<u8>,
-    /// Attached to the first byte.
+    /// The descriptors, which are attached to the first byte.
     pub(super) fds: Vec<u32>,
 }
 
-/// The kernel's part: two connected sockets, one direction.
+/// A model of the kernel: one direction of two connected sockets.
 pub(super) struct Wire {
     pub(super) carrier: Carrier,
     pub(super) queue: VecDeque<Chunk>,
 }
 
 impl Wire {
-    /// A `sendmsg` of which the kernel takes only part of the bytes, but all descriptors. Packets
-    /// go whole.
+    /// Models a `sendmsg` of which the kernel takes only part of the bytes, but all descriptors. A
+    /// packet is taken whole.
     pub(super) fn send(&mut self, buf: &mut SendBuf<u32>, short: f64) {
         let plan = buf.plan(self.carrier);
         assert!(plan.bytes > 0, "no progress");
@@ -43,8 +43,8 @@ impl Wire {
         drop(buf.sent(plan, taken));
     }
 
-    /// A `recvmsg`. Never returns descriptors of two sends; on a stream, it reads on from bytes
-    /// without descriptors into those with, and then stops.
+    /// Models a `recvmsg`. It never returns descriptors of two sends. On a stream, it reads on from
+    /// bytes without descriptors into bytes with descriptors, and then stops.
     fn recv(&mut self, inbound: &mut Inbound<u32>, codec: &FrameCodec, most: usize) {
         let most = most.min(inbound.make_room(codec, BytesMut::new));
         let room = inbound.bytes.capacity() - inbound.bytes.len();
@@ -215,7 +215,7 @@ impl Connection {
     }
 }
 
-/// One message, or nothing at all.
+/// Encodes one message. If that fails, nothing of it is left in the buffer.
 fn encode(
     buf: &mut SendBuf<u32>,
     codec: &mut FrameCodec,
@@ -279,7 +279,7 @@ proptest! {
         prop_assert_eq!(connection.inbound.fds.len(), 0);
     }
 
-    /// The buffer never forgets a message, whichever codec it is from.
+    /// Every byte and descriptor of a message was sent, or is still in the buffer.
     #[test]
     fn what_was_not_sent_can_be_taken_out(ops in ops()) {
         let mut connection = Connection::new(Carrier::Stream, Grouping::Free);
@@ -314,8 +314,8 @@ proptest! {
         prop_assert_eq!(unsent_fds.len() + sent_fds, fds);
     }
 
-    /// Garbage from a peer gives an error or frames, never a panic, and never more room than the
-    /// limit allows.
+    /// Random bytes from a peer are an error or frames. They never cause a panic, and never take
+    /// more room than the limit allows.
     #[test]
     fn any_bytes_are_frames_or_an_error(
         chunks in

@@ -1,3 +1,5 @@
+//! A codec without a header.
+
 use bytes::{Bytes, BytesMut};
 
 use super::{Codec, Decoder, Encoder, FdQueue, Grouping, LARGEST_PACKET, SendBuf};
@@ -7,16 +9,16 @@ use crate::{
     limits::Limits,
 };
 
-/// A codec without a header. On SEQPACKET a packet is a message, on STREAM the bytes that arrive
-/// together are one.
+/// A codec without a header. On SEQPACKET, a packet is a message. On STREAM, the bytes that arrive
+/// together are a message.
 ///
-/// It is for peers that send packets, and for plain bytes with descriptors. The kernel keeps the
+/// Use it for peers that send packets, and for plain bytes with descriptors. The kernel keeps the
 /// bytes and descriptors of a packet together. On a stream it only keeps the order of the
-/// descriptors, and the bytes have to tell where a message ends.
+/// descriptors, and the application has to find the ends of messages in the bytes.
 ///
 /// If a connection changes to this codec, the bytes that were received before become one message,
-/// whatever packets they came in. An empty message cannot be sent. A packet longer than the limit
-/// on payloads (256 KiB by default) loses its tail and ends the stream with
+/// even if they came in several packets. An empty message cannot be sent. A packet that is longer
+/// than the limit on payloads (256 KiB by default) loses its tail and ends the stream with
 /// [`Error::TruncatedPacket`].
 ///
 /// ```
@@ -45,16 +47,16 @@ impl PacketCodec {
         Self { limits }
     }
 
-    /// Returns the most bytes of a message. It is never zero, because a receive of nothing would
-    /// look like the end.
+    /// Returns the greatest length of a message. It is never zero, because a receive without room
+    /// would look like the end of the stream.
     fn max_bytes(&self) -> usize {
         self.limits.max_payload_bytes.clamp(1, LARGEST_PACKET)
     }
 }
 
 impl Default for PacketCodec {
-    /// Takes messages of up to 256 KiB, more than a packet holds with the default send buffer of
-    /// Linux.
+    /// Returns a codec for messages of up to 256 KiB. That is more than a packet can hold with the
+    /// default send buffer of Linux.
     fn default() -> Self {
         Self::new(Limits::default().max_payload_bytes(256 << 10))
     }
@@ -65,7 +67,8 @@ impl Codec for PacketCodec {
         self.limits
     }
 
-    /// A packet is a message. On a stream the bytes and descriptors of a message stay in one call.
+    /// Returns `Alone`, because a packet is a message. On a stream the bytes and descriptors of a
+    /// message stay in one call.
     fn grouping(&self) -> Grouping {
         Grouping::Alone
     }
@@ -80,8 +83,8 @@ impl<F> Decoder<F> for PacketCodec {
         src: &mut BytesMut,
         fds: &mut FdQueue<F>,
     ) -> Result<Option<Frame<F>>, Error> {
-        /// Shorter messages are copied out of the buffer. Its room for the longest packet then
-        /// stays, and is not allocated again for each message.
+        /// Shorter messages are copied out of the buffer. Otherwise the room for the longest packet
+        /// would have to be allocated again for each message.
         const SLICE_FROM: usize = 4096;
 
         if src.is_empty() {

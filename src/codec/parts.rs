@@ -1,4 +1,5 @@
-//! Messages of several parts, and the byte to which the descriptors of each are attached.
+//! Tests of messages with several parts, and of the byte to which the descriptors of each part are
+//! attached.
 
 use std::collections::VecDeque;
 
@@ -28,7 +29,7 @@ struct Placed {
     end_fd: usize,
 }
 
-/// A connection without a receiver. Only the content of each call matters.
+/// A connection without a receiver. It records the content of each call.
 struct Calls {
     outbound: SendBuf<u32>,
     wire: Wire,
@@ -43,7 +44,7 @@ impl Calls {
         Self { outbound: SendBuf::new(), wire, placed: Vec::new(), bytes: 0, fds: 0 }
     }
 
-    /// Encodes an item of these parts. A refused one leaves nothing behind.
+    /// Encodes an item of these parts. Nothing is left of an item that is refused.
     fn encode(&mut self, parts: &[Part], announces: bool, grouping: Grouping) -> Result<(), Error> {
         let mut placed = Vec::new();
         let (mut bytes, mut fds) = (self.bytes, self.fds);
@@ -182,7 +183,7 @@ fn an_item_is_refused_if_one_of_its_parts_has_too_many_descriptors() {
         ));
         assert_eq!((calls.outbound.len(), calls.outbound.fd_count()), (2, 1));
     }
-    // An empty part is none.
+    // An empty part is ignored.
     calls.encode(&[(1, 1), (0, 0), (1, 1)], false, Grouping::FdsFirst).unwrap();
     calls.check(Grouping::FdsFirst);
 }
@@ -215,7 +216,7 @@ fn parts_of_a_message_that_failed_are_not_those_of_the_next() {
     assert_eq!(buf.plan(Carrier::Stream), Plan { bytes: 5, fds: 1 });
 }
 
-/// Without descriptors, parts cost nothing: all of them share a call.
+/// Without descriptors, all parts share a call.
 #[test]
 fn parts_without_descriptors_share_a_call() {
     let mut buf = SendBuf::<i32>::new();

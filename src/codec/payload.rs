@@ -1,3 +1,5 @@
+//! Frames whose payload is in a format of `tokio_util`.
+
 use bytes::BytesMut;
 use tokio_util::codec;
 
@@ -8,10 +10,11 @@ use crate::{
     limits::Limits,
 };
 
-/// Frames whose payload is coded by a codec of `tokio_util`: typed messages with descriptors.
+/// The codec of frames whose payload is encoded by a codec of `tokio_util`: typed messages with
+/// descriptors.
 ///
-/// An item is the inner codec's message and the frame's descriptors. Each frame holds exactly one
-/// message, so a codec whose messages can be empty does not fit.
+/// An item is a message of the inner codec and the descriptors of the frame. Each frame contains
+/// exactly one message, so the inner codec must not have empty messages.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -37,7 +40,7 @@ pub struct PayloadCodec<C> {
 }
 
 impl<C> PayloadCodec<C> {
-    /// Returns a codec for frames of `frames` whose payload `payload` codes.
+    /// Returns a codec for frames of `frames`, whose payload is encoded by `payload`.
     pub const fn new(frames: FrameCodec, payload: C) -> Self {
         Self { frames, payload }
     }
@@ -51,7 +54,7 @@ pub enum PayloadError<E> {
     #[error(transparent)]
     Frame(#[from] Error),
 
-    /// The inner codec's error.
+    /// The error of the inner codec.
     #[error("payload: {0}")]
     Payload(E),
 
@@ -80,14 +83,15 @@ impl<C: codec::Decoder, F> Decoder<F> for PayloadCodec<C> {
         fds: &mut FdQueue<F>,
     ) -> Result<Option<Self::Item>, Self::Error> {
         let Some(frame) = self.frames.decode(src, fds)? else { return Ok(None) };
-        // Without a copy if nothing else is in the buffer.
+        // This makes no copy if nothing else is in the buffer.
         let mut payload = BytesMut::from(frame.payload);
         let error = match self.payload.decode_eof(&mut payload) {
             Ok(Some(message)) if payload.is_empty() => return Ok(Some((message, frame.fds))),
             Ok(_) => PayloadError::NotOneMessage,
             Err(error) => PayloadError::Payload(error),
         };
-        fds.extend(frame.fds); // closed in the background, as all that is left in the queue
+        // What is left in the queue is closed in the background.
+        fds.extend(frame.fds);
         Err(error)
     }
 

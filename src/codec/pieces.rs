@@ -1,29 +1,31 @@
+//! A queue of bytes, copied or shared.
+
 use std::{collections::VecDeque, io::IoSlice};
 
 use bytes::{Buf, Bytes};
 use smallvec::SmallVec;
 
-/// The most pieces of one `sendmsg`: one more makes it fail with `EMSGSIZE`.
+/// The greatest number of pieces in one `sendmsg`. One more makes it fail with `EMSGSIZE`.
 pub(super) const IOV_MAX: usize = 1024;
 
 /// A queue of bytes. Short pieces are copied into it, long ones are shared without a copy.
 ///
 /// ```text
-///  copied   [xxxx|aaaaaa|bbb|cccc]     x: sent, a b c: waiting
-///  shared          S1     S2           S1 goes out behind a, S2 behind b, then c (the tail)
+///  copied   [xxxx|aaaaaa|bbb|cccc]     x was sent; a, b and c wait
+///  shared          S1     S2           the order is a, S1, b, S2, c; c is the tail
 /// ```
 #[derive(Debug, Default)]
 pub(super) struct Pieces {
-    /// The copied bytes. They wait from `copied_start` on; the bytes before are sent.
+    /// The copied bytes. Those before `copied_start` were sent, and the others wait.
     copied: Vec<u8>,
     copied_start: usize,
-    /// The shared bytes that wait. Each piece follows `copied_before` copied bytes. The copied
+    /// The shared pieces that wait. Each piece follows `copied_before` copied bytes. The copied
     /// bytes from `tail_start` on follow the last piece.
     shared: VecDeque<Shared>,
     tail_start: usize,
-    /// The number of shared bytes that wait, minus `copied_start`, modulo 2^64. Added to the length
-    /// of `copied`, it gives the number of waiting bytes in one step: that is asked several times
-    /// for each message.
+    /// The number of shared bytes that wait, minus `copied_start`, modulo 2^64. The sum of this and
+    /// the length of `copied` is the number of waiting bytes. It is computed several times for each
+    /// message, so one addition has to be enough.
     beside_copied: usize,
 }
 
@@ -70,10 +72,11 @@ impl Pieces {
         (later.copied_start, later.tail_start, later.beside_copied) = (0, 0, 0);
     }
 
-    /// Removes bytes from the end. Of shared bytes it removes all or none.
+    /// Removes bytes from the end. A shared piece is removed as a whole or not at all.
     pub(super) fn remove_last(&mut self, mut count: usize) {
         loop {
-            // First from the tail, then the last shared piece, then from the copies before it.
+            // First remove from the tail, then the last shared piece. What is before it is the next
+            // tail.
             let in_tail = count.min(self.copied.len() - self.tail_start);
             self.copied.truncate(self.copied.len() - in_tail);
             count -= in_tail;
@@ -110,7 +113,7 @@ impl Pieces {
         self.drop_removed_copies();
     }
 
-    /// Moves the copied bytes that wait to the front, unless they are more than the sent ones
+    /// Moves the copied bytes that wait to the front, unless they are more than the sent bytes
     /// before them. So on average each byte is moved at most once.
     fn drop_removed_copies(&mut self) {
         let removed = self.copied_start;

@@ -1,4 +1,4 @@
-//! The plan of the next call: which messages share it, and where the last one is cut.
+//! The plan of the next call: the messages that share it, and the place where the last one is cut.
 
 use super::{
     Grouping, SendBuf,
@@ -8,8 +8,8 @@ use super::{
 };
 use crate::limits::SCM_MAX_FD;
 
-/// Returns true if `later` may go out in a call with messages before it. `before` is
-/// [`Grouping::Free`] only if all of them are.
+/// Returns true if `later` may share a call with the messages before it. `before` is
+/// [`Grouping::Free`] only if all of those have this grouping.
 fn may_join(before: Grouping, later: &Message) -> bool {
     match (before, later.grouping) {
         (Grouping::Free, Grouping::Free) => true,
@@ -66,7 +66,7 @@ impl<F> SendBuf<F> {
     ///
     /// In both cases, the descriptors that this call does not take need fewer bytes than are left.
     pub(crate) fn plan(&mut self, carrier: Carrier) -> Plan {
-        // The usual case: only small messages without descriptors wait, and all of them fit.
+        // In the usual case only small messages without descriptors wait, and all of them fit.
         let most = match carrier {
             Carrier::Stream => usize::MAX,
             Carrier::Packets { small, .. } => small,
@@ -77,8 +77,8 @@ impl<F> SendBuf<F> {
         self.end_run();
         let Some(first) = self.messages.front() else { return Plan::default() };
 
-        // The most bytes of a packet of whole messages (`small`), and of a packet that holds only
-        // the rest of a message whose length the receiver knows (`large`).
+        // The greatest length of a packet of whole messages (`small`), and of a packet that
+        // contains only the rest of a message whose length the receiver knows (`large`).
         let (small, large) = match carrier {
             // A large packet has whole pages. Then each packet of a message begins at the same
             // place in a page as the one before, in the memory of both processes, and none begins
@@ -91,8 +91,8 @@ impl<F> SendBuf<F> {
         };
         let is_rest_of_long_message = large < usize::MAX && first.unsent_head == 0;
         let mut room = if is_rest_of_long_message { large.min(first.unsent_bytes) } else { small };
-        // The call ends where its pieces end: descriptors of a message behind that would be sent
-        // without its first byte.
+        // The call can't carry more pieces than the kernel takes. Otherwise descriptors of a
+        // message might be sent without its first byte.
         room = room.min(self.reachable_bytes());
 
         let mut plan = Plan::default();

@@ -1,4 +1,4 @@
-//! The rules of receiving as examples. [`model`](super::model) has them as properties.
+//! Example tests of receiving. [`model`](super::model) has property tests of the same rules.
 
 use bytes::BytesMut;
 
@@ -69,7 +69,7 @@ fn after_a_loss_only_messages_that_need_none_of_it_are_good() {
         loop {
             match inbound.next(&mut codec) {
                 Ok(Step::Item(frame)) => good.push(frame.fds.len()),
-                Ok(_) => panic!("the loss went unsaid"),
+                Ok(_) => panic!("the loss was not reported"),
                 Err(Error::TruncatedControl) => return good,
                 Err(error) => panic!("{error}"),
             }
@@ -110,7 +110,7 @@ fn a_decoder_that_takes_the_whole_queue_does_not_hide_a_loss() {
 }
 
 #[test]
-fn an_answer_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
+fn a_result_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
     type Question = fn(&mut FdQueue<i32>);
     let spoils = |question: Question, lost: bool| {
         let mut fds = FdQueue::from_iter([1, 2]);
@@ -177,7 +177,7 @@ fn a_long_message_of_unknown_length_is_not_moved_for_every_packet() {
 }
 
 #[test]
-fn what_is_missing_of_a_frame_is_known_to_the_byte() {
+fn the_number_of_missing_bytes_of_a_frame_is_exact() {
     let codec = FrameCodec::default();
     let mut buf = SendBuf::<u32>::new();
     let frame = Frame::<u32> { payload: vec![7; 100].into(), fds: Default::default() };

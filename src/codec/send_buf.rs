@@ -1,3 +1,5 @@
+//! The buffer of messages that wait to be sent.
+
 use std::{collections::VecDeque, num::NonZero};
 
 use bytes::{Bytes, BytesMut};
@@ -15,14 +17,13 @@ pub(super) const SHARE_FROM: usize = 2048;
 
 /// A buffer of messages that wait to be sent: their bytes and their descriptors.
 ///
-/// An [`Encoder`](super::Encoder) appends to it. Each call of its
-/// [`encode`](super::Encoder::encode) is one message, which may have several
-/// [parts](Self::end_part).
+/// An [`Encoder`](super::Encoder) appends to it. Each call of [`encode`](super::Encoder::encode)
+/// appends one message, which may have several [parts](Self::end_part).
 #[derive(Debug)]
 pub struct SendBuf<F = SendFd> {
     /// The bytes that wait.
     pub(super) bytes: Pieces,
-    /// The descriptors that wait, in the order of the messages that they belong to.
+    /// The descriptors that wait, in the order of the messages to which they belong.
     pub(super) fds: VecDeque<F>,
     /// The parts of the finished messages, without the run. Consecutive small ones without
     /// descriptors count as one.
@@ -46,15 +47,15 @@ pub struct SendBuf<F = SendFd> {
     pub(super) plain_run: Option<Grouping>,
     /// The parts of the open message that have ended.
     pub(super) open_parts: Vec<OpenPart>,
-    /// The number of bytes of the open part from which the receiver knows its length, plus one.
-    /// `None` if the length was not announced.
+    /// One more than the number of bytes after which the receiver knows the length of the open
+    /// part. `None` if the length was not announced.
     pub(super) open_head: Option<NonZero<usize>>,
     /// An upper bound of the pieces of the open part, without the tail.
     pub(super) open_pieces: usize,
     /// The number of sent descriptors of messages whose first byte is not sent. At most
     /// `SCM_MAX_FD`.
     pub(super) ahead: usize,
-    /// The most bytes of a packet; `None` on a stream.
+    /// The greatest length of a packet. `None` on a stream.
     pub(super) max_packet_bytes: Option<usize>,
 }
 
@@ -113,42 +114,42 @@ impl<F> SendBuf<F> {
     }
 
     /// Attaches a descriptor to the message, or to the [part](Self::end_part) of it that is being
-    /// written. It makes no difference between which of its bytes this is called: [`Grouping`]
-    /// decides to which byte the descriptor is attached.
+    /// written. The place of this call among those that append bytes makes no difference: the
+    /// [`Grouping`] decides to which byte the descriptor is attached.
     pub fn put_fd(&mut self, fd: impl Into<F>) {
         self.put_fds([fd]);
     }
 
     /// Attaches descriptors to the message, or to the part of it, in their order.
     pub fn put_fds(&mut self, fds: impl IntoIterator<Item = impl Into<F>>) {
-        // One by one: usually there is one, for which `VecDeque::extend` takes longer.
+        // Usually there is one descriptor, for which `VecDeque::extend` would take longer.
         fds.into_iter().for_each(|fd| self.fds.push_back(fd.into()));
     }
 
-    /// Ends a part of the message. Descriptors attached before belong to the bytes written before,
-    /// those attached after it to the bytes written after it. The end of the message ends its last
-    /// part. A part without bytes and descriptors does not count.
+    /// Ends a part of the message. Descriptors that were attached before this call belong to the
+    /// bytes that were written before it. Those that are attached later belong to the bytes that
+    /// are written later. The end of the message ends its last part. A part without bytes and
+    /// descriptors is ignored.
     ///
     /// Use it for protocols in which one message has descriptors at several places, for example a
     /// request that is followed by a byte for each descriptor. The parts of a message stay
-    /// together: no other task's message comes between them, and if the encoder fails, nothing of
-    /// any part is sent.
+    /// together: no other message comes between them, and if the encoder fails, no part is sent.
     ///
-    /// To a receiver, each part looks like a message:
+    /// For a receiver, each part is like a message:
     ///
-    /// - The [grouping](super::Codec::grouping) holds between parts as it does between messages.
-    ///   With [`FdsFirst`](Grouping::FdsFirst) the descriptors of each part come with that part's
-    ///   first byte and in a `sendmsg` of their own. With [`Alone`](Grouping::Alone) each part has
-    ///   its own call, and on SEQPACKET its own packet. With [`Free`](Grouping::Free) a part makes
-    ///   no difference that a receiver should rely on.
+    /// - The [grouping](super::Codec::grouping) applies to parts as it does to messages. With
+    ///   [`FdsFirst`](Grouping::FdsFirst) the descriptors of each part come with that part's first
+    ///   byte and in a separate `sendmsg`. With [`Alone`](Grouping::Alone) each part has its own
+    ///   call, and on SEQPACKET its own packet. With [`Free`](Grouping::Free), a receiver should
+    ///   not rely on parts.
     /// - A part needs a byte for each 253 of its descriptors. Otherwise the whole message is
     ///   refused with [`Error::TooManyFdsForLength`](crate::Error::TooManyFdsForLength).
-    /// - [`announce_length`](Self::announce_length) counts for the part that is being written.
+    /// - [`announce_length`](Self::announce_length) applies to the part that is being written.
     ///
     /// ```
     /// use fdwire::codec::SendBuf;
     ///
-    /// /// A request, and behind it a byte for each of its descriptors, as OpenSSH wants them.
+    /// /// A request, followed by a byte for each of its descriptors, as OpenSSH expects them.
     /// fn encode(request: &[u8], fds: [i32; 2], dst: &mut SendBuf<i32>) {
     ///     dst.put_slice(request);
     ///     for fd in fds {
@@ -179,14 +180,14 @@ impl<F> SendBuf<F> {
         }
     }
 
-    /// Declares that a receiver knows the length of the message when it has the bytes up to here.
-    /// It then has room for the rest, however large the packets are
-    /// ([`Decoder::missing_bytes`](super::Decoder::missing_bytes)). So large messages go in packets
-    /// of more than 65,600 bytes, which a receiver without `missing_bytes` would lose.
+    /// Declares that a receiver knows the length of the message when it has the bytes that were
+    /// written so far. Then the receiver has room for the rest, because it implements
+    /// [`Decoder::missing_bytes`](super::Decoder::missing_bytes). So large messages are sent in
+    /// packets of more than 65,600 bytes. A receiver without `missing_bytes` would lose their ends.
     ///
-    /// In a message of several [parts](Self::end_part), this counts for the part that is being
-    /// written. Called at the beginning of a part, it declares that the parts before tell its
-    /// length.
+    /// In a message of several [parts](Self::end_part), this applies to the part that is being
+    /// written. A call at the beginning of a part declares that the receiver knows the length of
+    /// the part from the parts before it.
     pub fn announce_length(&mut self) {
         let head = self.len() - self.part_start().0;
         self.plain_run = None;
@@ -194,14 +195,14 @@ impl<F> SendBuf<F> {
             if head > 0 || !self.open_parts.is_empty() { NonZero::new(head + 1) } else { None };
     }
 
-    /// Forgets what [`announce_length`](Self::announce_length) has declared for the open message.
+    /// Cancels all calls of [`announce_length`](Self::announce_length) for the open message.
     pub(crate) fn withdraw_announcements(&mut self) {
         self.open_head = None;
         self.open_parts.iter_mut().for_each(|part| part.head = None);
     }
 
-    /// Returns the most bytes of a packet that the socket takes; `None` on a stream. Messages of a
-    /// codec that asks for [`Grouping::Alone`], or their [parts](Self::end_part), cannot be longer.
+    /// Returns the greatest length of a packet on the socket. `None` on a stream. Messages with
+    /// [`Grouping::Alone`], or their [parts](Self::end_part), can't be longer.
     pub fn max_packet_bytes(&self) -> Option<usize> {
         self.max_packet_bytes
     }

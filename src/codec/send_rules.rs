@@ -1,4 +1,4 @@
-//! The rules of sending as examples. [`model`](super::model) has them as properties.
+//! Example tests of sending. [`model`](super::model) has property tests of the same rules.
 
 use super::{buffers::SMALL_PACKET, model::Connection, *};
 use crate::{frame::Frame, limits::SCM_MAX_FD};

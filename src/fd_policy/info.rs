@@ -1,4 +1,4 @@
-//! The facts about a descriptor that a policy can ask for.
+//! The properties of a descriptor that a policy can check.
 
 use std::{
     fmt,
@@ -13,7 +13,7 @@ use nix::{
 
 use crate::sys::{self, FileType};
 
-/// The facts about a descriptor that a policy can ask for.
+/// The properties of a descriptor that a [policy](super::FdPolicy) can check.
 ///
 /// ```
 /// # fn main() -> std::io::Result<()> {
@@ -55,8 +55,8 @@ pub enum FdType {
     Socket(SocketDomain, SocketType),
     /// A socket that listens.
     Listener(SocketDomain, SocketType),
-    /// An eventfd, a pidfd, an epoll instance and their kin, or something that the kernel does not
-    /// tell (for example, because a sandbox forbids asking).
+    /// An eventfd, a pidfd, an epoll instance or a similar file. Also any file whose type can't be
+    /// determined, for example because a sandbox forbids the system call.
     Other,
 }
 
@@ -68,7 +68,7 @@ pub enum SocketDomain {
     Ip,
     /// `AF_UNIX`.
     Unix,
-    /// Another one, by the number that `SO_DOMAIN` has for it.
+    /// Another family, with its number in `SO_DOMAIN`.
     Other(i32),
 }
 
@@ -82,7 +82,7 @@ pub enum SocketType {
     Datagram,
     /// `SOCK_SEQPACKET`.
     SeqPacket,
-    /// Another one.
+    /// Another type.
     Other,
 }
 
@@ -90,18 +90,18 @@ pub enum SocketType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FdAccess {
-    /// `O_RDONLY`. It says nothing of the file: who may open the file anew may get more.
+    /// `O_RDONLY`. A process with permission to open the file anew may still get more access.
     ReadOnly,
     /// `O_WRONLY`.
     WriteOnly,
     /// `O_RDWR`.
     ReadWrite,
-    /// `O_PATH`, or nothing that the kernel tells.
+    /// `O_PATH`, or an access that can't be determined.
     Neither,
 }
 
 impl FdInfo {
-    /// Asks the kernel. Takes a few system calls, none of which waits.
+    /// Returns the properties of a descriptor. This takes a few system calls, none of which waits.
     pub fn of(fd: impl AsFd) -> Self {
         let fd = fd.as_fd();
         let access = access(fd);
@@ -112,6 +112,7 @@ impl FdInfo {
     }
 }
 
+/// Returns the access that a descriptor permits.
 fn access(fd: BorrowedFd<'_>) -> FdAccess {
     let Ok(flags) = fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain) else {
         return FdAccess::Neither;
@@ -121,10 +122,12 @@ fn access(fd: BorrowedFd<'_>) -> FdAccess {
         OFlag::O_RDONLY => FdAccess::ReadOnly,
         OFlag::O_WRONLY => FdAccess::WriteOnly,
         OFlag::O_RDWR => FdAccess::ReadWrite,
-        _ => FdAccess::Neither, // 3 permits ioctl only, see open(2)
+        // Linux has a fourth mode, 3, which permits ioctl only: see open(2).
+        _ => FdAccess::Neither,
     }
 }
 
+/// Returns the type of the open file.
 fn fd_type(fd: BorrowedFd<'_>) -> FdType {
     match sys::file_kind(fd).map_or(FileType::Other, |kind| kind.file_type) {
         FileType::Regular => FdType::RegularFile,
@@ -137,12 +140,14 @@ fn fd_type(fd: BorrowedFd<'_>) -> FdType {
     }
 }
 
+/// Returns the type of a socket.
 fn socket_type(fd: BorrowedFd<'_>) -> FdType {
     let domain = match getsockopt(&fd, sys::Domain) {
         Ok(libc::AF_INET | libc::AF_INET6) => SocketDomain::Ip,
         Ok(libc::AF_UNIX) => SocketDomain::Unix,
         Ok(other) => SocketDomain::Other(other),
-        Err(_) => return FdType::Other, // a socket's path, opened with O_PATH
+        // An `O_PATH` descriptor of a socket file is not a socket.
+        Err(_) => return FdType::Other,
     };
     let socket_type = match getsockopt(&fd, sockopt::SockType) {
         Ok(SockType::Stream) => SocketType::Stream,

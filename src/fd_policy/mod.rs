@@ -1,4 +1,4 @@
-//! The check of received descriptors.
+//! Checking received descriptors.
 
 mod info;
 
@@ -11,15 +11,16 @@ pub use info::{FdAccess, FdInfo, FdType, SocketDomain, SocketType};
 
 use crate::closer::close_in_background;
 
-/// A condition for received descriptors: "a read-only regular file, or nothing".
+/// A condition for received descriptors, for example "a read-only regular file".
 ///
-/// A peer decides what it sends. A program that expects a file and gets a FIFO blocks in `open` or
-/// `read`; one that gets its file writable shares more than it meant to. So look before use. The
-/// kernel is asked about the open file itself (statx(2), `F_GETFL`, `SO_DOMAIN`, `SO_TYPE`), no
-/// path and no daemon of a FUSE file system. All of that is fixed for an open file; only a socket
-/// that is connected or begins to listen changes, which any holder can do later.
+/// A peer decides what it sends. If a program expects a file and gets a FIFO, its `read` may block.
+/// If it expects a read-only file and gets a writable one, it may share more than it should. So
+/// check a descriptor before you use it. The check reads the properties of the open file itself
+/// (statx(2), `F_GETFL`, `SO_DOMAIN`, `SO_TYPE`). It uses no path, and does not wait for the daemon
+/// of a FUSE file system. These properties never change for an open file. The only exception are
+/// sockets: any holder can connect one, or make it listen, later.
 ///
-/// A descriptor opened with `O_PATH` satisfies nothing but [`any`](Self::any).
+/// A descriptor that was opened with `O_PATH` satisfies no policy except [`any`](Self::any).
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -39,90 +40,93 @@ use crate::closer::close_in_background;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FdPolicy {
-    wanted: Wanted,
+    required: Required,
+    /// `None` if any access will do.
     access: Option<FdAccess>,
 }
 
+/// The kind of descriptor that a policy requires, apart from its access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wanted {
+enum Required {
     Any,
+    /// Anything except a socket.
     File,
     SealedMemfd,
     Type(FdType),
 }
 
-/// A descriptor is not what it has to be.
+/// The error for a descriptor that does not satisfy a policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("expected {expected}, got {found}")]
 #[non_exhaustive]
 pub struct FdMismatch {
-    /// The policy.
+    /// The policy that was checked.
     pub expected: FdPolicy,
-    /// The descriptor.
+    /// The properties of the descriptor.
     pub found: FdInfo,
 }
 
 impl FdPolicy {
-    /// Any descriptor.
+    /// Accepts any descriptor.
     pub const fn any() -> Self {
-        Self::wanting(Wanted::Any)
+        Self::requiring(Required::Any)
     }
 
-    /// Anything that is used as a file: no socket.
+    /// Accepts anything that can be used as a file, which means everything except sockets.
     pub const fn file() -> Self {
-        Self::wanting(Wanted::File)
+        Self::requiring(Required::File)
     }
 
-    /// A regular file. Reading it never waits for a peer, unless it is on a network or FUSE file
-    /// system.
+    /// Accepts a regular file. Reading it never waits for a peer, unless it is on a network or FUSE
+    /// file system.
     pub const fn regular_file() -> Self {
-        Self::wanting(Wanted::Type(FdType::RegularFile))
+        Self::requiring(Required::Type(FdType::RegularFile))
     }
 
-    /// A memfd that nobody can write to or shorten, so that it can be mapped and trusted after one
-    /// check. See [`FdInfo::is_sealed`].
+    /// Accepts a memfd that nobody can write to or shorten. After one check of its content, it can
+    /// be mapped and trusted. See [`FdInfo::is_sealed`].
     pub const fn sealed_memfd() -> Self {
-        Self::wanting(Wanted::SealedMemfd)
+        Self::requiring(Required::SealedMemfd)
     }
 
-    /// A directory.
+    /// Accepts a directory.
     pub const fn directory() -> Self {
-        Self::wanting(Wanted::Type(FdType::Directory))
+        Self::requiring(Required::Type(FdType::Directory))
     }
 
-    /// An end of a pipe. [`read_only`](Self::read_only) is the end to read from.
+    /// Accepts an end of a pipe. With [`read_only`](Self::read_only), only the end to read from.
     pub const fn pipe() -> Self {
-        Self::wanting(Wanted::Type(FdType::Pipe))
+        Self::requiring(Required::Type(FdType::Pipe))
     }
 
-    /// A socket that does not listen, connected or not. `SOCK_STREAM` of IP is TCP, but for
-    /// protocols such as MPTCP that programs use in the same way.
+    /// Accepts a socket that does not listen, connected or not. `SOCK_STREAM` of IP is TCP, or a
+    /// protocol such as MPTCP that programs use in the same way.
     pub const fn socket(domain: SocketDomain, socket_type: SocketType) -> Self {
-        Self::wanting(Wanted::Type(FdType::Socket(domain, socket_type)))
+        Self::requiring(Required::Type(FdType::Socket(domain, socket_type)))
     }
 
-    /// A socket that listens.
+    /// Accepts a socket that listens.
     pub const fn listener(domain: SocketDomain, socket_type: SocketType) -> Self {
-        Self::wanting(Wanted::Type(FdType::Listener(domain, socket_type)))
+        Self::requiring(Required::Type(FdType::Listener(domain, socket_type)))
     }
 
-    const fn wanting(wanted: Wanted) -> Self {
-        Self { wanted, access: None }
+    const fn requiring(required: Required) -> Self {
+        Self { required, access: None }
     }
 
-    /// The same with reading permitted and writing not.
+    /// Returns the policy with a further condition: the descriptor permits only reading.
     #[must_use]
     pub const fn read_only(self) -> Self {
         Self { access: Some(FdAccess::ReadOnly), ..self }
     }
 
-    /// The same with writing permitted and reading not.
+    /// Returns the policy with a further condition: the descriptor permits only writing.
     #[must_use]
     pub const fn write_only(self) -> Self {
         Self { access: Some(FdAccess::WriteOnly), ..self }
     }
 
-    /// The same with both permitted.
+    /// Returns the policy with a further condition: the descriptor permits reading and writing.
     #[must_use]
     pub const fn read_write(self) -> Self {
         Self { access: Some(FdAccess::ReadWrite), ..self }
@@ -131,21 +135,21 @@ impl FdPolicy {
     /// Checks a descriptor without taking it.
     ///
     /// # Errors
-    /// [`FdMismatch`] if it is something else.
+    /// [`FdMismatch`] if the descriptor does not satisfy the policy.
     pub fn check(&self, fd: impl AsFd) -> Result<(), FdMismatch> {
         if *self == Self::any() {
             return Ok(());
         }
         let found = FdInfo::of(fd);
-        let fits = self.wanted.is(found) && self.access.is_none_or(|access| access == found.access);
+        let fits = self.required.is_met_by(found)
+            && self.access.is_none_or(|access| access == found.access);
         if fits { Ok(()) } else { Err(FdMismatch { expected: *self, found }) }
     }
 
-    /// Takes a descriptor if it is what it has to be.
+    /// Takes a descriptor, and returns it if it satisfies the policy.
     ///
     /// # Errors
-    /// [`FdMismatch`] if it is something else. It is closed
-    /// [in the background](close_in_background) then.
+    /// [`FdMismatch`] if it does not. Then it is closed [in the background](close_in_background).
     pub fn accept(&self, fd: impl Into<OwnedFd>) -> Result<OwnedFd, FdMismatch> {
         let fd = fd.into();
         match self.check(&fd) {
@@ -158,8 +162,9 @@ impl FdPolicy {
     }
 }
 
-impl Wanted {
-    fn is(self, found: FdInfo) -> bool {
+impl Required {
+    /// Returns true if a descriptor with these properties satisfies the requirement.
+    fn is_met_by(self, found: FdInfo) -> bool {
         let is_socket = matches!(found.fd_type, FdType::Socket(..) | FdType::Listener(..));
         match self {
             Self::Any => true,
@@ -173,11 +178,11 @@ impl Wanted {
 impl fmt::Display for FdPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let access = self.access.map_or("", FdAccess::adjective);
-        match self.wanted {
-            Wanted::Any => write!(f, "a {access}descriptor"),
-            Wanted::File => write!(f, "a {access}file that is no socket"),
-            Wanted::SealedMemfd => write!(f, "a {access}memfd sealed against changes"),
-            Wanted::Type(fd_type) => write!(f, "a {access}{fd_type}"),
+        match self.required {
+            Required::Any => write!(f, "a {access}descriptor"),
+            Required::File => write!(f, "a {access}file that is not a socket"),
+            Required::SealedMemfd => write!(f, "a {access}memfd sealed against changes"),
+            Required::Type(fd_type) => write!(f, "a {access}{fd_type}"),
         }
     }
 }
@@ -199,7 +204,7 @@ mod tests {
 
     use super::*;
 
-    /// Everything that a peer may send, and which policies take it.
+    /// Checks each kind of descriptor that a peer may send against each policy.
     #[test]
     fn a_policy_takes_what_it_names_and_nothing_else() {
         let directory = tempfile::tempdir().unwrap();
@@ -275,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_says_what_was_expected_and_what_came() {
+    fn a_refusal_names_the_expected_and_the_received_kind() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let refused =
             FdPolicy::socket(SocketDomain::Ip, SocketType::Stream).accept(listener).unwrap_err();

@@ -1,3 +1,5 @@
+//! The task that sends what the [`Sender`](super::Sender)s of a connection accept.
+
 use std::{
     future::Future,
     pin::Pin,
@@ -12,20 +14,20 @@ use super::{
 };
 use crate::{codec::Codec, transport::Sending};
 
-/// Sends the messages that [`Sender`](crate::Sender)s accept. It is a future, to be spawned, made
-/// by [`WriteHalf::into_sender`](crate::framed::WriteHalf::into_sender).
+/// Sends the messages that [`Sender`](crate::Sender)s accept. This is a future that you spawn.
+/// [`WriteHalf::into_sender`](crate::framed::WriteHalf::into_sender) makes it.
 ///
-/// It resolves when all senders are dropped and everything is sent, or when sending has failed. It
-/// gives the [`WriteHalf`] back, with everything that was accepted and not sent. After a failure,
+/// It resolves when all senders are dropped and everything is sent, or when sending has failed. The
+/// result is the [`WriteHalf`], with everything that was accepted and not sent. After a failure,
 /// the next [`flush`](WriteHalf::flush) of the half returns the error. Drop the half to end the
 /// direction, or reunite it with its other half.
 ///
 /// One descriptor that the kernel refuses makes sending fail for all senders: see
 /// [`Sender`](crate::Sender).
 ///
-/// If you drop the driver before it resolves, the sending direction is shut down, and everything
-/// accepted and not sent is closed. From then on, senders get their items back with
-/// [`Error::Closed`](crate::Error::Closed).
+/// If you drop the driver before it resolves, the sending direction is shut down, and the
+/// descriptors of messages that were not sent are closed. From then on, senders get their items
+/// back with [`Error::Closed`](crate::Error::Closed).
 ///
 /// # Panics
 /// If it is polled after it has resolved.
@@ -46,10 +48,11 @@ impl<E> SendDriver<E> {
     fn finish(&mut self) -> WriteHalf<E> {
         let mut outbound = self.outbound.take().expect("it is there until the driver resolves");
         let sending = match outbound.side.state().clone() {
-            Sending::Open => Sending::Closed, // there are no senders to see it
+            Sending::Open => Sending::Closed, // no sender is left that could get this error
             ended => ended,
         };
         let (encoder, mut pending) = self.shared.end(sending);
+        // What no call has taken yet follows what the driver had begun to send.
         outbound.side.buf.append(&mut pending);
         WriteHalf {
             encoder: encoder.expect("only the driver takes it, when it resolves"),
@@ -68,9 +71,10 @@ impl<E: Codec> Future for SendDriver<E> {
             match this.shared.next(cx, outbound) {
                 Next::Send => {
                     let before = outbound.side.buf.len();
-                    // An error stays in the half, and the next call of `next` sees it.
+                    // An error stays in the half. The next call of `next` returns `Finish` then.
                     let _ = ready!(outbound.poll_send_until(cx, |buf| buf.len() < before));
                 }
+                // Other tasks run now, and append their messages.
                 Next::Yield => {
                     cx.waker().wake_by_ref();
                     return Poll::Pending;

@@ -3,45 +3,44 @@
 mod driver;
 mod outbound;
 mod read;
+mod reunite;
 mod sender;
 mod shared;
 mod write;
 
 use std::{
-    fmt, io,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
 };
 
-use bytes::BytesMut;
 use futures_core::Stream;
 use futures_sink::Sink;
 
 pub use driver::SendDriver;
 pub(crate) use outbound::Outbound;
 pub use read::ReadHalf;
+pub use reunite::ReuniteError;
 pub use sender::{SendPermit, Sender, TrySendError};
 pub use write::{Permit, WriteHalf};
 
 pub use crate::transport::{FramedParts, Unsent};
 
 use crate::{
-    codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
+    codec::{Codec, Decoder, Encoder, Grouping},
     credentials::Credentials,
     error::{Error, SendError},
     socket::Socket,
-    transport::{Receiving, Senders, Sending},
+    transport::{ReceiveParts, SendParts},
 };
 
 /// A connection over one socket: a [`Stream`] and [`Sink`] of messages with descriptors.
 ///
-/// It is a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which
-/// [`into_split`](Self::into_split) gives away. They fail and end separately: after a write has
-/// failed, the messages of the peer are still yielded.
+/// It consists of a [`ReadHalf`] and a [`WriteHalf`] over the same socket, which
+/// [`into_split`](Self::into_split) returns. They fail and end separately: after a write has
+/// failed, the stream still yields the messages of the peer.
 ///
-/// `D` decodes and `E` encodes. Usually they are the same codec, and the type is
-/// `Framed<FrameCodec>`.
+/// `D` decodes and `E` encodes. Usually both have the same type, for example `Framed<FrameCodec>`.
 ///
 /// The runtime's I/O driver and its timer have to be enabled.
 ///
@@ -66,7 +65,7 @@ use crate::{
 /// `next()`, [`flush`](Self::flush), [`close`](Self::close) and [`reserve`](Self::reserve) can be
 /// dropped at any await and called again: nothing is lost. `send(item)`, `feed(item)` and
 /// `send_all` of [`SinkExt`](futures::SinkExt) lose the item and close its descriptors if they are
-/// dropped before they took it. If an item must not be lost, call `reserve` first.
+/// dropped before the item is in the queue. If an item must not be lost, call `reserve` first.
 #[derive(Debug)]
 #[must_use = "a connection ends when it is dropped"]
 pub struct Framed<D, E = D> {
@@ -75,69 +74,40 @@ pub struct Framed<D, E = D> {
 }
 
 impl<C: Codec + Clone> Framed<C> {
-    /// Makes a connection of a socket. Each direction gets its own clone of the codec.
+    /// Returns a connection over a socket. Each direction gets its own clone of the codec.
     pub fn new(socket: Socket, codec: C) -> Self {
         Self::with_codecs(socket, codec.clone(), codec)
     }
 }
 
 impl<D, E: Codec> Framed<D, E> {
-    /// Makes a connection of a socket, with a codec for each direction. `()` is the encoder of a
-    /// direction that is not used.
+    /// Returns a connection over a socket, with a codec for each direction. Use `()` as the encoder
+    /// if nothing is sent.
     pub fn with_codecs(socket: Socket, decoder: D, encoder: E) -> Self {
         Self::from_parts(FramedParts::new(socket, decoder, encoder))
     }
 
     /// Puts together the parts that [`into_parts`](Self::into_parts) has returned.
     pub fn from_parts(parts: FramedParts<D, E>) -> Self {
-        let FramedParts {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            sending,
-            senders,
-        } = parts;
+        let (socket, receive, send) = parts.split();
         let socket = Arc::new(socket);
-        Self {
-            read: ReadHalf::new(
-                Arc::clone(&socket),
-                decoder,
-                received,
-                received_fds,
-                receiving,
-                senders,
-            ),
-            write: WriteHalf::new(socket, encoder, unsent, sending),
-        }
+        let read = ReadHalf::new(Arc::clone(&socket), receive);
+        Self { read, write: WriteHalf::new(socket, send) }
     }
 }
 
 impl<D, E> Framed<D, E> {
     /// Takes the connection apart: the socket, the codecs, the bytes and descriptors that were
-    /// received and not decoded, and the messages that were accepted and not sent. `unsent` has the
-    /// rest of a message that was sent in part. No message and no descriptor is lost, unless the
+    /// received and not decoded, and the messages that were accepted and not sent. If a message was
+    /// sent in part, `unsent` has the rest of it. No message and no descriptor is lost, unless the
     /// receiving direction has failed: then its bytes and descriptors were dropped.
     pub fn into_parts(self) -> FramedParts<D, E> {
-        // Each half gives up its reference to the socket. The last one is then unwrapped.
-        let (shared, decoder, received, received_fds, receiving, senders) = self.read.into_parts();
-        let (socket, encoder, unsent, sending) = self.write.into_parts();
+        // When one half has dropped its reference to the socket, the other one is the last.
+        let (shared, receive) = self.read.into_parts();
+        let (socket, send) = self.write.into_parts();
         drop(shared);
         let socket = Arc::into_inner(socket).expect("only the two halves hold the socket");
-        FramedParts {
-            socket,
-            decoder,
-            encoder,
-            received,
-            received_fds,
-            unsent,
-            receiving,
-            sending,
-            senders,
-        }
+        FramedParts::join(socket, receive, send)
     }
 
     /// Changes the codecs, for a handshake in another format. The new decoder decodes everything
@@ -153,28 +123,12 @@ impl<D, E> Framed<D, E> {
         (self.read, self.write)
     }
 
-    /// Puts two halves together again.
-    ///
-    /// # Errors
-    /// If they belong to different sockets. The error gives them back.
-    #[expect(
-        clippy::result_large_err,
-        reason = "the halves are as large when they are put together"
-    )]
-    pub fn reunite(read: ReadHalf<D>, mut write: WriteHalf<E>) -> Result<Self, ReuniteError<D, E>> {
-        if !Arc::ptr_eq(read.shared_socket(), write.shared_socket()) {
-            return Err(ReuniteError { read, write });
-        }
-        write.shut_down_on_drop(false);
-        Ok(Self { read, write })
-    }
-
     /// Returns the socket, for its options and its peer.
     pub fn socket(&self) -> &Socket {
         self.read.socket()
     }
 
-    /// Returns the process that sent the message that was yielded last: see
+    /// Returns the process that sent the last message that was yielded. See
     /// [`ReadHalf::credentials`].
     pub fn credentials(&self) -> Option<&Credentials> {
         self.read.credentials()
@@ -190,7 +144,7 @@ impl<D, E> Framed<D, E> {
         self.write.encoder_mut()
     }
 
-    /// Returns the amount that was accepted and is not sent.
+    /// Returns the amount that was accepted and not sent.
     pub fn unsent(&self) -> Unsent {
         self.write.unsent()
     }
@@ -198,10 +152,10 @@ impl<D, E> Framed<D, E> {
     /// Sends everything that was accepted. See [`WriteHalf::flush`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`WriteHalf::flush`].
     ///
     /// # Cancel safety
-    /// As there.
+    /// The same as for [`WriteHalf::flush`].
     pub async fn flush(&mut self) -> Result<(), Error> {
         self.write.flush().await
     }
@@ -209,10 +163,10 @@ impl<D, E> Framed<D, E> {
     /// Flushes, then shuts down the sending direction. See [`WriteHalf::close`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`WriteHalf::close`].
     ///
     /// # Cancel safety
-    /// As there.
+    /// The same as for [`WriteHalf::close`].
     pub async fn close(&mut self) -> Result<(), Error> {
         self.write.close().await
     }
@@ -222,10 +176,10 @@ impl<D, E: Codec> Framed<D, E> {
     /// Waits for room for one message. See [`WriteHalf::reserve`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`WriteHalf::reserve`].
     ///
     /// # Cancel safety
-    /// As there.
+    /// The same as for [`WriteHalf::reserve`].
     pub async fn reserve(&mut self) -> Result<Permit<'_, E>, Error> {
         self.write.reserve().await
     }
@@ -265,51 +219,14 @@ impl<D, E: Encoder<I>, I> Sink<I> for Framed<D, E> {
 // No field is pinned: codecs are only used through `&mut`.
 impl<D, E> Unpin for Framed<D, E> {}
 
-/// The error of [`Framed::reunite`] for halves of different sockets. It gives them back.
-pub struct ReuniteError<D, E = D> {
-    /// The receiving half.
-    pub read: ReadHalf<D>,
-    /// The sending half.
-    pub write: WriteHalf<E>,
-}
-
-impl<D, E> fmt::Debug for ReuniteError<D, E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ReuniteError").finish_non_exhaustive()
-    }
-}
-
-impl<D, E> fmt::Display for ReuniteError<D, E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("halves of different sockets cannot be put together")
-    }
-}
-
-impl<D, E> std::error::Error for ReuniteError<D, E> {}
-
-impl<D, E> From<ReuniteError<D, E>> for io::Error {
-    fn from(error: ReuniteError<D, E>) -> Self {
-        Self::new(io::ErrorKind::InvalidInput, error.to_string())
-    }
-}
-
-/// Returns the two directions of a socket. The sending one takes messages of several encoders.
+/// Returns the two directions of a socket. The sending direction accepts messages of several
+/// encoders.
 pub(crate) fn halves<D>(socket: Socket, decoder: D) -> (ReadHalf<D>, Outbound) {
     let socket = Arc::new(socket);
     let mut outbound =
-        Outbound::new(Arc::clone(&socket), SendBuf::new(), Grouping::default(), Sending::default());
+        Outbound::new(Arc::clone(&socket), SendParts::default(), Grouping::default());
     outbound.side.shut_down_on_drop(true);
-    (
-        ReadHalf::new(
-            socket,
-            decoder,
-            BytesMut::new(),
-            FdQueue::new(),
-            Receiving::default(),
-            Senders::default(),
-        ),
-        outbound,
-    )
+    (ReadHalf::new(socket, (decoder, ReceiveParts::default())), outbound)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The sending direction with its socket, which it waits for.
+//! The sending direction together with its socket: waiting until there is room.
 
 use std::{
     os::fd::AsFd,
@@ -12,26 +12,22 @@ use crate::{
     limits::Limits,
     socket::{SendWait, Socket},
     sys,
-    transport::{SendSide, Sending, Unsent},
+    transport::{SendParts, SendSide, Sending, Unsent},
 };
 
-/// The sending direction of a connection, and the socket that it goes to.
+/// The sending direction of a connection, and its socket.
 #[derive(Debug)]
 pub(crate) struct Outbound {
     socket: Arc<Socket>,
     pub(super) side: SendSide,
+    /// The event without which the next attempt to send is of no use.
     wait: SendWait,
 }
 
 impl Outbound {
-    /// Returns a direction that has `unsent` to send. An open message in it is finished.
-    pub(super) fn new(
-        socket: Arc<Socket>,
-        unsent: SendBuf,
-        grouping: Grouping,
-        state: Sending,
-    ) -> Self {
-        let side = SendSide::new(socket.endpoint(), unsent, grouping, state);
+    /// Returns a direction that goes on with `parts`.
+    pub(super) fn new(socket: Arc<Socket>, parts: SendParts, grouping: Grouping) -> Self {
+        let side = SendSide::new(socket.endpoint(), parts, grouping);
         Self { socket, side, wait: SendWait::default() }
     }
 
@@ -39,13 +35,13 @@ impl Outbound {
         &self.socket
     }
 
-    /// Returns the number of bytes and descriptors that wait.
+    /// Returns the number of bytes and descriptors that wait to be sent.
     pub(crate) fn unsent(&self) -> Unsent {
         self.side.unsent()
     }
 
-    /// Returns true if sending waits because the kernel lacks memory, or because too many
-    /// descriptors are in flight, and the receiver is not to blame: it has received everything.
+    /// Returns true if sending waits for the kernel ([`is_short`](Self::is_short)), although the
+    /// receiver has received everything. So the receiver is not the cause.
     pub(crate) fn waits_for_the_kernel(&self) -> bool {
         self.is_short() && self.is_all_received()
     }
@@ -61,7 +57,7 @@ impl Outbound {
         sys::unreceived(self.socket.as_fd()).is_ok_and(|bytes| bytes == 0)
     }
 
-    /// Queues an item, however much waits.
+    /// Queues an item, even if the queue is at its limits.
     #[inline]
     pub(crate) fn accept<E: Encoder<I>, I>(
         &mut self,
@@ -95,6 +91,7 @@ impl Outbound {
         Poll::Ready(self.side.close(self.socket.endpoint(), flushed))
     }
 
+    /// Sends until there is enough room in the queue.
     #[inline]
     pub(super) fn poll_send_until(
         &mut self,

@@ -1,13 +1,13 @@
+//! The receiving half of a connection, as a [`Stream`].
+
 use std::{
     future::Future,
-    os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::BytesMut;
 use futures_core::Stream;
 use tokio::{
     task::coop,
@@ -15,19 +15,19 @@ use tokio::{
 };
 
 use crate::{
-    codec::{Decoder, FdQueue, Step},
+    codec::{Decoder, Step},
     credentials::Credentials,
     error::Error,
     socket::Socket,
-    transport::{ReceiveSide, Receiving, Rest, Senders},
+    transport::{ReceiveParts, ReceiveSide, Rest},
 };
 
 /// The receiving direction of a [`Framed`](crate::Framed): a [`Stream`] of messages.
 ///
-/// Yields complete messages before it receives again. After an error it ends, and everything
-/// received is closed. If the peer closed without reading everything, the last item is
-/// [`Error::Reset`], after all that the peer had sent. The kernel reports that only once, so this
-/// item can be missing if a send on another thread gets the report at that moment.
+/// The stream yields all complete messages before it receives again. After an error it ends, and
+/// everything that was received is closed. If the peer closed without reading everything, the last
+/// item is [`Error::Reset`], after everything that the peer had sent. The kernel reports that only
+/// once, so this item can be missing if a send on another thread gets the report at that moment.
 ///
 /// # Cancel safety
 /// `next()` can be dropped at any await and called again: nothing is lost.
@@ -39,15 +39,9 @@ pub struct ReadHalf<D> {
 }
 
 impl<D> ReadHalf<D> {
-    pub(super) fn new(
-        socket: Arc<Socket>,
-        decoder: D,
-        bytes: BytesMut,
-        fds: FdQueue<OwnedFd>,
-        state: Receiving,
-        senders: Senders,
-    ) -> Self {
-        let side = ReceiveSide::new(socket.endpoint(), bytes, fds, state, senders);
+    /// Returns a half that goes on with `parts`.
+    pub(super) fn new(socket: Arc<Socket>, (decoder, parts): (D, ReceiveParts)) -> Self {
+        let side = ReceiveSide::new(socket.endpoint(), parts);
         Self { decoder, receiver: Receiver { socket, side, uncharged: 0, rest_timer: None } }
     }
 
@@ -60,7 +54,7 @@ impl<D> ReadHalf<D> {
         &self.receiver.socket
     }
 
-    /// Returns the process that sent the message that was yielded last, if the socket is set to
+    /// Returns the process that sent the last message that was yielded, if the socket is set to
     /// [report it](Socket::set_pass_credentials).
     ///
     /// The sender of a message is the process that wrote all of it. Several processes may share one
@@ -92,11 +86,10 @@ impl<D> ReadHalf<D> {
         &mut self.decoder
     }
 
-    pub(super) fn into_parts(
-        mut self,
-    ) -> (Arc<Socket>, D, BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
-        let (bytes, fds, state, senders) = self.receiver.side.take();
-        (Arc::clone(&self.receiver.socket), self.decoder, bytes, fds, state, senders)
+    /// Takes the half apart. The socket is one more reference to it.
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, (D, ReceiveParts)) {
+        let parts = self.receiver.side.take();
+        (Arc::clone(&self.receiver.socket), (self.decoder, parts))
     }
 }
 
@@ -106,8 +99,9 @@ impl<D: Decoder> Stream for ReadHalf<D> {
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let Self { decoder, receiver } = self.get_mut();
         loop {
-            // Pay for the messages and descriptors of before. A buffer holds thousands of messages,
-            // and taking one out makes no system call that would be charged.
+            // First pay tokio's cooperative budget for the messages and descriptors of the calls
+            // before. One buffer holds thousands of messages. Taking one out makes no system call,
+            // so tokio would not charge for it, and other tasks would wait.
             while receiver.uncharged >= UNIT {
                 ready!(coop::poll_proceed(cx)).made_progress();
                 receiver.uncharged -= UNIT;
@@ -118,7 +112,7 @@ impl<D: Decoder> Stream for ReadHalf<D> {
                     return Poll::Ready(Some(Ok(item)));
                 }
                 Ok(Step::Receive) => {}
-                // The end comes once more as an error if the peer has not read everything.
+                // At the end, one more item is an error if the peer has not read everything.
                 Ok(Step::End) => {
                     let last = receiver.side.last_error(receiver.socket.endpoint());
                     return Poll::Ready(last.map(|error| Err(error.into())));
@@ -139,34 +133,36 @@ impl<D: Decoder> Stream for ReadHalf<D> {
 // No field is pinned: the decoder is only used through `&mut`.
 impl<D> Unpin for ReadHalf<D> {}
 
-/// The cost that one unit of the cooperative budget pays for. A unit is about the time of a
-/// receive, which is charged one unit by itself.
+/// The cost that one unit of the cooperative budget pays for. For example, eight messages cost one
+/// unit, and eight messages with one descriptor each cost five. One unit is about the time of a
+/// receive, for which tokio charges one unit too.
 const UNIT: u32 = 8;
 /// The cost of taking a message out of the buffer.
 const MESSAGE: u32 = 1;
 /// The cost of a received descriptor: the kernel installs it, and it has to be closed.
 const DESCRIPTOR: u32 = 4;
 
+/// The receiving direction with its socket, for which it waits.
 #[derive(Debug)]
 struct Receiver {
     socket: Arc<Socket>,
     side: ReceiveSide,
-    /// The cost that the cooperative budget was not charged yet.
+    /// The cost for which the cooperative budget was not charged yet.
     uncharged: u32,
-    /// The timer for the rest of a message. It may be set for an earlier time than the deadline.
-    /// `None` until it is needed first.
+    /// The timer for the rest of a message. It may still be set for the deadline of an earlier one.
+    /// `None` until it is first needed.
     rest_timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl Receiver {
-    /// Receives something, or the end.
+    /// Receives bytes and descriptors, or the end of the stream.
     fn poll_receive<D: Decoder>(
         &mut self,
         cx: &mut Context<'_>,
         decoder: &D,
     ) -> Poll<Result<(), Error>> {
         let Self { socket, side, uncharged, .. } = self;
-        // Nothing complete is left, so everything that has arrived counts for the peer's uid.
+        // No complete message is left. Charge the peer's uid for what has arrived.
         let is_rest = side.has_part();
         side.hold(socket.endpoint())?;
         // Receive nothing while too many descriptors of this peer wait to be closed.
@@ -178,7 +174,8 @@ impl Receiver {
                 *uncharged += received.fds as u32 * DESCRIPTOR;
                 Poll::Ready(side.received(socket.endpoint(), received, is_rest))
             }
-            // Nothing is there: give the buffer up, and limit the time for an unfinished message.
+            // There is nothing to receive. Give the buffer up, and limit the time for the rest of
+            // an unfinished message.
             Poll::Pending => {
                 side.release();
                 ready!(self.poll_rest(cx, decoder.limits().max_unfinished_time));
@@ -197,6 +194,7 @@ impl Receiver {
                 Rest::Until(deadline) => Instant::from_std(deadline),
                 Rest::Over => return Poll::Ready(()),
             };
+            // The timer is kept from one message to the next, and reset if the deadline is another.
             let timer = rest_timer.get_or_insert_with(|| Box::pin(socket.sleep_until(deadline)));
             if timer.deadline() != deadline {
                 timer.as_mut().reset(deadline);

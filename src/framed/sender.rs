@@ -1,3 +1,5 @@
+//! Sending over one connection from many tasks.
+
 use std::{fmt, sync::Arc};
 
 use super::{SendDriver, WriteHalf, shared::Shared};
@@ -6,25 +8,26 @@ use crate::{
     error::{Error, SendError},
 };
 
-/// Sends messages over one socket from many tasks. Made by
-/// [`WriteHalf::into_sender`](crate::framed::WriteHalf::into_sender); clone it for each task.
+/// Sends messages over one socket from many tasks.
+/// [`WriteHalf::into_sender`](crate::framed::WriteHalf::into_sender) makes a sender. Clone it for
+/// each task.
 ///
-/// A message is encoded into a common queue at once. The [`SendDriver`],
-/// which has to be spawned, sends all waiting messages together. So many tasks with a message each
-/// cost one or two system calls, not one each. The messages of one task arrive in their order.
+/// A message is encoded into a common queue at once. The [`SendDriver`], which you have to spawn,
+/// sends all waiting messages together. So if many tasks send one message each, that takes one or
+/// two system calls in total. The messages of one task arrive in their order.
 ///
 /// While the queue is at its [limits](Codec::limits), senders wait for room, first come, first
 /// served.
 ///
-/// After sending has failed, or the driver is gone ([`Error::Closed`]), each item comes back in the
-/// [`SendError`]. Items that were accepted before and not sent are in the
-/// [`WriteHalf`] that the driver resolves to.
+/// After sending has failed, or after the driver was dropped ([`Error::Closed`]), each item comes
+/// back in the [`SendError`]. If the driver resolves after a failure, its [`WriteHalf`] has the
+/// items that were accepted before and not sent.
 ///
 /// If the kernel refuses a descriptor, sending fails for **all** senders of the connection. It
-/// refuses io_uring descriptors (`EINVAL`), and every descriptor if the peer
-/// [takes none](crate::Socket::set_pass_fds) (`EPERM`). Messages that were accepted just before may
-/// then be unsent too, because waiting messages go out together. So check the type of a descriptor
-/// before you send it if somebody else has chosen it.
+/// refuses io_uring descriptors (`EINVAL`), and every descriptor if the peer [refuses
+/// descriptors](crate::Socket::set_pass_fds) (`EPERM`). Messages that were accepted just before may
+/// then be unsent too, because waiting messages are sent together. So if a descriptor comes from
+/// somebody else, check its type before you send it.
 ///
 /// When all senders are dropped, the driver sends what waits and resolves.
 ///
@@ -53,7 +56,7 @@ use crate::{
 ///
 /// # Cancel safety
 /// Each method can be dropped at any await. [`send`](Self::send) then loses its item and closes its
-/// descriptors if it had not taken the item yet. If an item must not be lost, call
+/// descriptors, unless the item is in the queue already. If an item must not be lost, call
 /// [`reserve`](Self::reserve) first. A task that is dropped while it waits also loses its turn.
 #[derive(Debug)]
 pub struct Sender<E> {
@@ -61,9 +64,9 @@ pub struct Sender<E> {
 }
 
 impl<E> WriteHalf<E> {
-    /// Turns the half into a [`Sender`] that can be cloned, for sending from many tasks, and the
-    /// [`SendDriver`] that sends what they accept, which is a future to be spawned. Messages that
-    /// were accepted before are sent first.
+    /// Turns the half into a [`Sender`], which can be cloned for many tasks, and its
+    /// [`SendDriver`]. Spawn the driver: it sends the messages that all senders accept. Messages
+    /// that this half has accepted before are sent first.
     pub fn into_sender(self) -> (Sender<E>, SendDriver<E>) {
         let shared = Arc::new(Shared::new(self.encoder, &self.outbound));
         (Sender { shared: Arc::clone(&shared) }, SendDriver::new(shared, self.outbound))
@@ -71,12 +74,12 @@ impl<E> WriteHalf<E> {
 }
 
 impl<E> Sender<E> {
-    /// Waits until everything that any sender has accepted before this call has been sent. Messages
-    /// are sent without it too.
+    /// Waits until everything that any sender has accepted before this call is sent. The driver
+    /// sends messages without this call too.
     ///
     /// # Errors
-    /// If sending has failed, as for [`WriteHalf::flush`](crate::framed::WriteHalf::flush).
-    /// [`Error::Closed`] if the driver is gone.
+    /// The errors of [`WriteHalf::flush`](crate::framed::WriteHalf::flush), and [`Error::Closed`]
+    /// if the driver is gone.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -84,7 +87,8 @@ impl<E> Sender<E> {
         self.shared.flush().await
     }
 
-    /// Returns true if no further item is accepted: sending has failed, or the driver is gone.
+    /// Returns true if no further item is accepted, because sending has failed or the driver is
+    /// gone.
     pub fn is_closed(&self) -> bool {
         self.shared.is_closed()
     }
@@ -98,7 +102,7 @@ impl<E: Codec> Sender<E> {
     /// the driver is gone. The item comes back with it.
     ///
     /// # Cancel safety
-    /// The item is lost, and its descriptors are closed, if this is dropped before it is ready.
+    /// If this is dropped before it returns, the item is lost and its descriptors are closed.
     pub async fn send<I>(&self, item: I) -> Result<(), SendError<I, E::Error>>
     where
         E: Encoder<I>,
@@ -117,7 +121,7 @@ impl<E: Codec> Sender<E> {
     /// # let (sender, driver) = Framed::new(a, FrameCodec::default()).into_split().1.into_sender();
     /// # let driver = tokio::spawn(driver);
     /// match sender.try_send(Frame::new("statistics")) {
-    ///     Err(TrySendError::Full(_frame)) => {} // the peer is slow: leave it out
+    ///     Err(TrySendError::Full(_frame)) => {} // the peer is slow: skip this message
     ///     sent => sent?,
     /// }
     /// # drop(b); Ok(()) }
@@ -125,7 +129,7 @@ impl<E: Codec> Sender<E> {
     ///
     /// # Errors
     /// [`TrySendError::Full`] if the queue is at its limits, or if other senders wait for room.
-    /// Otherwise as for [`send`](Self::send).
+    /// [`TrySendError::Failed`] with the errors of [`send`](Self::send).
     pub fn try_send<I>(&self, item: I) -> Result<(), TrySendError<I, E::Error>>
     where
         E: Encoder<I>,
@@ -136,10 +140,10 @@ impl<E: Codec> Sender<E> {
         }
     }
 
-    /// Waits for room for one message. [`SendPermit::send`] then takes the message at once, so a
-    /// task that is cancelled while it waits still has its item.
+    /// Waits for room for one message. [`SendPermit::send`] then accepts the message without
+    /// waiting. So a task that is cancelled while it waits still has its item.
     ///
-    /// Other senders go on meanwhile: an unused permit takes room for one byte and one descriptor.
+    /// A permit does not stop other senders: it takes room for one byte and one descriptor only.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -157,7 +161,7 @@ impl<E: Codec> Sender<E> {
     /// ```
     ///
     /// # Errors
-    /// As for [`send`](Self::send).
+    /// The errors of [`send`](Self::send).
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -182,9 +186,9 @@ impl<E> Drop for Sender<E> {
 
 /// The error of [`Sender::try_send`].
 pub enum TrySendError<I, E = Error> {
-    /// There is no room for the item at the moment. It comes back.
+    /// There is no room for the item at the moment. The item comes back.
     Full(I),
-    /// The item was refused, or sending has ended: the error that [`Sender::send`] gives.
+    /// The item was refused, or sending has ended: the error of [`Sender::send`].
     Failed(SendError<I, E>),
 }
 
@@ -226,7 +230,7 @@ impl<E> SendPermit<'_, E> {
     /// Accepts the item for sending.
     ///
     /// # Errors
-    /// As for [`Sender::send`].
+    /// The errors of [`Sender::send`].
     pub fn send<I>(self, item: I) -> Result<(), SendError<I, E::Error>>
     where
         E: Encoder<I>,

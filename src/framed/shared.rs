@@ -26,16 +26,18 @@ use crate::{
 
 /// The queue between the senders and the driver of a connection, and the turnstile in front of it.
 ///
-/// Messages wait in two buffers: `pending`, to which senders append, and the driver's own, which it
-/// sends without the lock. When the driver's buffer is empty, the driver exchanges the two.
+/// Messages wait in two buffers: senders append to `pending`, and the driver sends its own buffer
+/// without the lock. When the driver's buffer is empty, the driver exchanges the two.
 ///
-/// A sender that finds no room waits. Waiting senders pass the turnstile one after the other: the
-/// first one waits for room, the others for the turnstile. So new room wakes one task and not all.
+/// A sender that finds no room waits. Waiting senders pass the turnstile one after another: the
+/// first one waits for room, and the others wait for the turnstile. So new room wakes one task and
+/// not all.
 #[derive(Debug)]
 pub(super) struct Shared<E> {
     state: Mutex<State<E>>,
+    /// The number of senders. The driver ends when it is 0.
     senders: AtomicUsize,
-    /// Held by the first of the waiting senders.
+    /// The lock that the first of the waiting senders holds.
     turnstile: sync::Mutex<()>,
     /// The number of waiting senders, the first one included.
     waiters: AtomicUsize,
@@ -43,25 +45,28 @@ pub(super) struct Shared<E> {
     progress: Notify,
 }
 
+/// The part that is under the lock.
 #[derive(Debug)]
 pub(super) struct State<E> {
     /// `None` once the driver is gone.
     encoder: Option<E>,
+    /// The messages that the driver has not taken yet.
     pending: SendBuf,
-    /// The content of the driver's own buffer.
+    /// The amount in the driver's own buffer.
     under_way: Unsent,
-    /// The number of bytes sent. With `under_way` and `pending`, this gives the number of bytes
-    /// accepted since the beginning, which never falls.
+    /// The number of bytes sent since the beginning. The sum of `sent`, `under_way` and `pending`
+    /// is the number of bytes accepted since the beginning, which never decreases.
     sent: u64,
     sending: Sending,
-    /// The number of messages for which room is promised.
+    /// The number of permits: messages for which room is reserved.
     permits: usize,
-    /// The driver, while it waits to be woken.
+    /// The waker of the driver, while it waits for messages.
     idle_driver: Option<Waker>,
-    /// True if nothing waited when the driver looked last.
+    /// True if the last call of [`next`](Self::next) found nothing to send.
     was_idle: bool,
-    /// The number of bytes accepted by the time the driver looked last.
+    /// The number of bytes accepted before the last call of [`next`](Self::next).
     seen: u64,
+    /// The waker of the first waiting sender.
     first_waiter: Option<Waker>,
 }
 
@@ -103,7 +108,7 @@ impl<E> Shared<E> {
     }
 
     fn lock(&self) -> MutexGuard<'_, State<E>> {
-        // An encoder may have panicked. It has left nothing in the buffer.
+        // If an encoder has panicked under the lock, it has left nothing in the buffer.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -111,6 +116,7 @@ impl<E> Shared<E> {
         self.senders.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Wakes the driver if this was the last sender.
     pub(super) fn remove_sender(&self) {
         if self.senders.fetch_sub(1, Ordering::Relaxed) == 1 {
             let driver = self.lock().idle_driver.take();
@@ -118,8 +124,8 @@ impl<E> Shared<E> {
         }
     }
 
-    /// Gives up a permit, whether it was used or not. Its message may have taken less room than the
-    /// permit did, so the first waiter is woken.
+    /// Gives up a permit, used or unused. If it was not used, there is room for one more message,
+    /// so the first waiter is woken.
     pub(super) fn remove_permit(&self) {
         let mut state = self.lock();
         state.permits -= 1;
@@ -141,7 +147,7 @@ impl<E> Shared<E> {
             state.accepted()
         };
         loop {
-            let progress = self.progress.notified(); // made first, so that nothing is missed
+            let progress = self.progress.notified(); // before the check, so that nothing is missed
             {
                 let state = self.lock();
                 if state.sent >= target {
@@ -153,8 +159,8 @@ impl<E> Shared<E> {
         }
     }
 
-    /// Ends sending for good: the driver is done. Returns the encoder and the messages that the
-    /// driver has not taken.
+    /// Ends sending, because the driver resolves or was dropped. Returns the encoder and the
+    /// messages that the driver has not taken.
     pub(super) fn end(&self, sending: Sending) -> (Option<E>, SendBuf) {
         let mut state = self.lock();
         let rest = (state.encoder.take(), mem::take(&mut state.pending));
@@ -190,13 +196,14 @@ impl<E: Codec> Shared<E> {
         Slot { state, _turn: Some((turn, ticket)) }
     }
 
-    /// Returns a slot without waiting: `None` if there is no room, or if others wait for it.
+    /// Returns a slot without waiting. `None` if there is no room, or if other senders wait for it.
     pub(super) fn try_slot(&self) -> Option<Slot<'_, E>> {
         let state = self.lock();
         let nobody_waits = self.waiters.load(Ordering::Relaxed) == 0;
         (nobody_waits && state.is_decided()).then_some(Slot { state, _turn: None })
     }
 
+    /// Waits, as the first waiter, until there is room or sending has ended.
     fn poll_decided(&self, cx: &mut Context<'_>) -> Poll<MutexGuard<'_, State<E>>> {
         let mut state = self.lock();
         if state.is_decided() {
@@ -204,13 +211,13 @@ impl<E: Codec> Shared<E> {
         }
         let replaced = state.first_waiter.replace(cx.waker().clone());
         drop(state);
-        // The last reference to a task may be in this waker, and a permit in that task. So it is
-        // dropped without the lock.
+        // This waker may be the last reference to a task, and the task may hold a permit, whose
+        // drop takes the lock. So the waker is dropped after the lock is released.
         drop(replaced);
         Poll::Pending
     }
 
-    /// Notes what the driver has sent, and returns what it has to do next.
+    /// Counts what the driver has sent, and returns what it has to do next.
     pub(super) fn next(&self, cx: &mut Context<'_>, outbound: &mut Outbound) -> Next {
         let mut state = self.lock();
         // Count what was sent since the last call.
@@ -219,7 +226,8 @@ impl<E: Codec> Shared<E> {
         state.sent += sent as u64;
 
         let next = match state.next(outbound, self.waiters.load(Ordering::Relaxed) > 0) {
-            // The sender that makes this 0 takes the lock after that, and wakes the driver.
+            // If the last sender is dropped after this check, it then takes the lock and wakes the
+            // driver.
             Next::Wait if self.senders.load(Ordering::Relaxed) == 0 => Next::Finish,
             next => next,
         };
@@ -229,7 +237,7 @@ impl<E: Codec> Shared<E> {
         };
         let first = if sent > 0 { state.first_waiter.take() } else { None };
 
-        // Wakers are foreign code, so they are dropped and called without the lock.
+        // Wakers are foreign code, so they are dropped and called after the lock is released.
         drop(state);
         drop(replaced);
         wake(first);
@@ -241,6 +249,7 @@ impl<E: Codec> Shared<E> {
 }
 
 impl<E> State<E> {
+    /// Returns the error with which sending has ended, if it has.
     fn check(&self) -> Result<(), Error> {
         self.sending.error().map_or(Ok(()), Err)
     }
@@ -258,14 +267,15 @@ impl<E: Codec> State<E> {
         !self.sending.is_open() || self.has_room()
     }
 
-    /// Counts a permit as one byte and one descriptor. Its message may then exceed the limits, as
-    /// the last message before a limit may.
+    /// Returns true if there is room for one more message. A permit counts as one byte and one
+    /// descriptor. Its message may then exceed the limits, as the last message before a limit may.
     fn has_room(&self) -> bool {
         let bytes = self.under_way.bytes + self.pending.len() + self.permits;
         let fds = self.under_way.fds + self.pending.fd_count() + self.permits;
         self.encoder.as_ref().is_some_and(|encoder| encoder.limits().leave_room_beside(bytes, fds))
     }
 
+    /// Decides what the driver does next. If it has to send, this fills its buffer.
     fn next(&mut self, outbound: &mut Outbound, senders_wait: bool) -> Next {
         self.pending.set_max_packet_bytes(outbound.side.buf.max_packet_bytes());
         if !outbound.side.state().is_open() {
@@ -278,9 +288,10 @@ impl<E: Codec> State<E> {
             self.was_idle = true;
             return Next::Wait;
         }
-        // Let other tasks append before this driver sends, so that one call carries all of their
-        // messages. tokio runs the task that was woken last first, here the driver, so it yields:
-        // once after it was idle, and while senders wait and each round brings more.
+        // Let other tasks append before the driver sends, so that one call carries all of their
+        // messages. tokio runs the task first that was woken last, which is the driver here. So the
+        // driver yields once after it was idle, and again as long as senders wait and each round
+        // brings more messages.
         let was_idle = mem::take(&mut self.was_idle);
         let more = self.seen < self.accepted();
         self.seen = self.accepted();
@@ -293,8 +304,8 @@ impl<E: Codec> State<E> {
     }
 }
 
-/// The locked state, for one message. The fields are dropped in their order: first the lock is
-/// released, then the turnstile.
+/// The locked state, for one message. The fields are dropped in their order: the lock is released
+/// first, and then the turnstile.
 pub(super) struct Slot<'a, E> {
     state: MutexGuard<'a, State<E>>,
     _turn: Option<(sync::MutexGuard<'a, ()>, Ticket<'a>)>,
@@ -317,7 +328,7 @@ impl<E> Slot<'_, E> {
         Ok(())
     }
 
-    /// Keeps the room for a permit.
+    /// Reserves the room for a permit.
     pub(super) fn keep(mut self) -> Result<(), Error> {
         self.state.check()?;
         self.state.permits += 1;
@@ -325,7 +336,7 @@ impl<E> Slot<'_, E> {
     }
 }
 
-/// The right to wait at the turnstile. Counts its holder as a waiter.
+/// The right to wait at the turnstile. While it exists, its holder counts as a waiter.
 struct Ticket<'a>(&'a AtomicUsize);
 
 impl<'a> Ticket<'a> {

@@ -1,3 +1,5 @@
+//! The sending half of a connection, as a [`Sink`].
+
 use std::{
     future::poll_fn,
     pin::Pin,
@@ -9,30 +11,30 @@ use futures_sink::Sink;
 
 use super::outbound::Outbound;
 use crate::{
-    codec::{Codec, Encoder, SendBuf},
+    codec::{Codec, Encoder},
     error::{Error, SendError},
     socket::Socket,
-    transport::{Sending, Unsent},
+    transport::{SendParts, Unsent},
 };
 
 /// The sending direction of a [`Framed`](crate::Framed): a [`Sink`] of messages.
 ///
 /// Messages wait until they are flushed, or until the [limits](Codec::limits) are reached. All
-/// waiting messages go out together. A descriptor is closed right after the `sendmsg` that carried
-/// it, in the way that [`SendFd`](crate::SendFd) describes.
+/// waiting messages are sent together. A descriptor is closed right after the `sendmsg` that
+/// carried it, in the way that [`SendFd`](crate::SendFd) describes.
 ///
-/// After a failure, it hands every item back in the [`SendError`] and returns the error at each
-/// flush. Items that were accepted before and not sent are in
+/// After a failure, each further item comes back in the [`SendError`], and each flush returns the
+/// error. Items that were accepted before and not sent are in
 /// [`into_parts`](crate::Framed::into_parts).
 ///
-/// Dropping it shuts down the sending direction (the peer sees the end of the stream) and closes
-/// everything that was not flushed.
+/// When the half is dropped, the sending direction is shut down: the peer reads the end of the
+/// stream. Everything that was not flushed is closed.
 ///
 /// # Cancel safety
 /// [`flush`](Self::flush), [`close`](Self::close) and [`reserve`](Self::reserve) can be dropped at
 /// any await and called again: nothing is lost. `send(item)` and `feed(item)` of
 /// [`SinkExt`](futures::SinkExt) lose the item and close its descriptors if they are dropped before
-/// they took it. If an item must not be lost, call `reserve` first.
+/// the item is in the queue. If an item must not be lost, call `reserve` first.
 #[derive(Debug)]
 pub struct WriteHalf<E> {
     pub(super) encoder: E,
@@ -58,21 +60,22 @@ impl<E> WriteHalf<E> {
         &mut self.encoder
     }
 
-    /// Returns the amount that was accepted and is not sent.
+    /// Returns the amount that was accepted and not sent.
     pub fn unsent(&self) -> Unsent {
         self.outbound.unsent()
     }
 
-    pub(super) fn into_parts(mut self) -> (Arc<Socket>, E, SendBuf, Sending) {
-        let (unsent, state) = self.outbound.side.take();
-        (Arc::clone(self.outbound.socket()), self.encoder, unsent, state)
+    /// Takes the half apart. The socket is one more reference to it.
+    pub(super) fn into_parts(mut self) -> (Arc<Socket>, (E, SendParts)) {
+        let parts = self.outbound.side.take();
+        (Arc::clone(self.outbound.socket()), (self.encoder, parts))
     }
 
     /// Sends everything that was accepted.
     ///
     /// # Errors
     /// [`Error::Io`] with the error of `sendmsg`: `EPIPE` or `ECONNRESET` if the peer is gone,
-    /// `EPERM` if it refuses descriptors, `EINVAL` for a descriptor that cannot be passed
+    /// `EPERM` if the peer refuses descriptors, `EINVAL` for a descriptor that cannot be passed
     /// (io_uring). The receiving direction goes on.
     ///
     /// # Cancel safety
@@ -81,11 +84,11 @@ impl<E> WriteHalf<E> {
         poll_fn(|cx| self.outbound.poll_flush(cx)).await
     }
 
-    /// Flushes, then shuts down the sending direction, even if the flush has failed: the peer sees
+    /// Flushes, then shuts down the sending direction, even if the flush has failed: the peer reads
     /// the end of the stream. The receiving direction goes on.
     ///
     /// # Errors
-    /// As for [`flush`](Self::flush).
+    /// The errors of [`flush`](Self::flush).
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped. Call it again to finish.
@@ -95,15 +98,14 @@ impl<E> WriteHalf<E> {
 }
 
 impl<E: Codec> WriteHalf<E> {
-    /// Returns a half that has `unsent` to send. Bytes that a user has appended to it become one
-    /// message, with the grouping of this encoder.
-    pub(super) fn new(socket: Arc<Socket>, encoder: E, unsent: SendBuf, state: Sending) -> Self {
-        let outbound = Outbound::new(socket, unsent, encoder.grouping(), state);
+    /// Returns a half that goes on with `parts`.
+    pub(super) fn new(socket: Arc<Socket>, (encoder, parts): (E, SendParts)) -> Self {
+        let outbound = Outbound::new(socket, parts, encoder.grouping());
         Self { encoder, outbound }
     }
 
-    /// Waits for room for one message. [`Permit::send`] then takes the message at once, so a task
-    /// that is cancelled while it waits still has its item.
+    /// Waits for room for one message. [`Permit::send`] then accepts the message without waiting.
+    /// So a task that is cancelled while it waits still has its item.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -119,7 +121,7 @@ impl<E: Codec> WriteHalf<E> {
     /// ```
     ///
     /// # Errors
-    /// As for [`flush`](Self::flush), and [`Error::Closed`].
+    /// The errors of [`flush`](Self::flush), and [`Error::Closed`].
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -156,12 +158,12 @@ impl<I, E: Encoder<I>> Sink<I> for WriteHalf<E> {
     #[inline]
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         let Self { encoder, outbound } = self.get_mut();
-        // The usual case takes few instructions.
+        // In the usual case there is room, and this check takes few instructions.
         if outbound.side.surely_has_room(&encoder.limits()) {
             return Poll::Ready(Ok(()));
         }
-        // An error counts as ready: `start_send` then returns it together with the item.
-        // `SinkExt::send` would drop the item here.
+        // After an error this returns ready, and `start_send` returns the error together with the
+        // item. If this returned the error, `SinkExt::send` would drop the item.
         outbound.poll_ready(cx, &encoder.limits()).map(|_| Ok(()))
     }
 

@@ -1,10 +1,10 @@
-//! Accepted connections over frames: a [`Dispatcher`] that has them, and workers that serve them,
-//! each from its [`Incoming`].
+//! The hand-off of accepted connections: a [`Dispatcher`] accepts them, and worker processes serve
+//! them, each from its [`Incoming`].
 //!
-//! The dispatcher's process accepts TCP or Unix connections and starts the workers, or waits for
-//! workers to connect to a path. A worker serves with whatever takes a stream: tokio, hyper, axum.
-//! Clients speak with one address, and notice nothing when a worker is replaced, or hangs or dies
-//! before it has taken their connection.
+//! The dispatcher's process accepts TCP or Unix connections. It starts the workers, or waits for
+//! workers to connect to a path. A worker serves with any library that takes a stream: tokio,
+//! hyper, axum. Clients connect to one address. They notice nothing if a worker is replaced, or if
+//! it hangs or dies before it has adopted their connection.
 //!
 //! # The promise
 //!
@@ -12,15 +12,15 @@
 //! > **never lost before that worker has adopted it**: whatever dies, hangs, refuses or overflows,
 //! > as long as the dispatcher lives.
 //!
-//! A worker adopts a connection when its application asks [`Incoming`] for one, and tells the
-//! dispatcher so before the application gets it. Until then the dispatcher keeps a copy. After that
-//! the connection is the worker's: **what is adopted ends with its worker**. It is not repeated
-//! elsewhere, since nobody could know how much of it was done.
+//! A worker adopts a connection when its application asks [`Incoming`] for one. It sends the
+//! adoption to the dispatcher before the application gets the connection. Until then the dispatcher
+//! keeps a copy. After that the connection is the worker's: **an adopted connection ends with its
+//! worker**. It is not repeated elsewhere, because nobody could know how much of it was done.
 //!
-//! The promise is tested on the shipped code in two ways: with everything that can happen at
-//! random, and by visiting all states of a dispatcher with two workers and three connections while
-//! one worker crashes, one hangs, a socket fails and a worker refuses, in each order (2,634,189
-//! states).
+//! The promise is tested on the shipped code in two ways: with random events of every kind, and by
+//! visiting all states of a dispatcher with two workers and three connections while one worker
+//! crashes, one hangs, a socket fails, a worker refuses and a worker's application drains, in each
+//! order (54,813,855 states).
 //!
 //! A connection waits longest at a worker that has stopped. The worker is pinged after at most one
 //! [`ping_interval`](DispatcherBuilder::ping_interval), and is cut off when the ping has been
@@ -45,9 +45,10 @@
 //!
 //! # Both sides
 //!
-//! In one process here, to be short. Mostly the dispatcher [starts](Dispatcher::spawn_worker) the
-//! workers, and a worker begins with [`Incoming::from_stdin`]; or workers
-//! [connect](Incoming::connect) to a [path](Dispatcher::serve_workers).
+//! To be short, this example has both sides in one process. Usually the dispatcher
+//! [starts](Dispatcher::spawn_worker) the workers, and a worker begins with
+//! [`Incoming::from_stdin`]; or workers [connect](Incoming::connect) to a
+//! [path](Dispatcher::serve_workers).
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]
@@ -83,7 +84,7 @@
 //!
 //! dispatcher.drain(None).await; // accepts no more; the workers finish what they have, and leave
 //! accepting.await??;
-//! println!("{:?}", serving.await?);
+//! println!("{}", serving.await?);
 //! # Ok(()) }
 //! ```
 //!
@@ -111,89 +112,91 @@
 //! | the dispatcher is [replaced](Dispatcher::prepare_succession) | go to the dispatcher that goes on | go on, and the worker with the other dispatcher |
 //! | the dispatcher dies | are closed, or [served](IncomingBuilder::serve_unanswered) | go on, and the worker [ends](IncomingHandle::ended) after them |
 //!
-//! A worker that was started by the dispatcher is [started again](WorkerCommand::restart) where
-//! that is asked for.
+//! A worker that was started by the dispatcher can be [started again](WorkerCommand::restart) when
+//! it ends.
 //!
 //! # A dispatcher is replaced
 //!
 //! A dispatcher in another process can go on with the workers of this one, which keep their
-//! connections. In a [takeover](crate::takeover) that is
-//! [`Server::keep_workers`](crate::takeover::Server::keep_workers). Without one, it is
-//! [`Dispatcher::prepare_succession`] and [`Dispatcher::take_workers`]. It can be undone until the
-//! old dispatcher ends.
+//! connections. In a [takeover](crate::takeover),
+//! [`Server::keep_workers`](crate::takeover::Server::keep_workers) does that. Without a takeover,
+//! use [`Dispatcher::prepare_succession`] and [`Dispatcher::take_workers`]. The replacement can be
+//! undone until the old dispatcher ends.
 //!
-//! - Each connection has one owner at any time. One that no worker has adopted is adopted by the
-//!   other dispatcher first, when that asks for it, and from then on it is lost only with that.
-//! - Workers that the old dispatcher has started are not children of the new one. It sees their end
-//!   and can kill them, but it does not learn their exit status, and it starts them again by a
-//!   command of its own.
-//! - Nothing of the old process ends a worker that has moved, not even
+//! - Each connection has one owner at any time. If no worker has adopted it, the new dispatcher
+//!   adopts it from the old one, and from then on it is lost only if the new dispatcher dies.
+//! - Workers that the old dispatcher has started are not children of the new one. The new one sees
+//!   their end and can kill them, but it does not learn their exit status. To start them again it
+//!   needs a command of its own.
+//! - Nothing in the old process ends a worker that has moved, not even
 //!   [`kill_on_drop`](tokio::process::Command::kill_on_drop). A parent-death signal
 //!   (`PR_SET_PDEATHSIG`) does, and so does a service manager that kills all processes of a unit.
-//! - A worker that does not know how to move finishes what it has, and leaves.
+//! - A worker that cannot move finishes its connections, and leaves.
 //!
 //! # Limits
 //!
-//! - After several workers have died or hung while holding a connection, and if no worker is left
-//!   that has not, the connection is given up: it may be the cause. See
+//! - A connection is given up after several workers have died or hung while holding it, if every
+//!   other worker has, too: the connection may be the cause. See
 //!   [`max_offers`](DispatcherBuilder::max_offers). A worker that has no room or no time for a
 //!   connection has not failed with it. A request that makes the *application* crash costs one
-//!   worker, since it was adopted before.
+//!   worker, because the connection was adopted before.
 //! - When many workers hang at a time, only [some](DispatcherBuilder::max_fences) are cut off: the
 //!   machine may be the cause.
 //! - A worker whose processes never live for long is [started again](WorkerCommand::longest_wait)
-//!   less and less often, and not while two of its processes have left and not ended.
-//! - Already-read bytes and metadata of a connection have to fit one message, of
+//!   less and less often. It is not started as long as two of its processes have left the
+//!   dispatcher and not ended.
+//! - The already-read bytes and the metadata of a connection have to fit one message, of
 //!   [`MAX_MESSAGE_BYTES`](protocol::MAX_MESSAGE_BYTES).
 //! - The dispatcher holds one descriptor for each connection that is not adopted, and none after
 //!   that, unless a worker that was cut off may hold a copy. The
-//!   [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`;
-//!   where they do not, clients wait. To hand over what is accepted takes no more descriptors.
+//!   [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`.
+//!   If they do not, clients wait. Handing over an accepted connection takes no further descriptor.
 //! - A worker gets at most half of the descriptors in flight that other workers leave, of half of
 //!   the soft `RLIMIT_NOFILE`: the kernel limits them for a whole uid (`ETOOMANYREFS`), and a
 //!   worker that does not receive keeps them.
 //! - Descriptors that belong to a connection can [come with it](Accepted::with_fd), and state can
-//!   as metadata. What is in neither does not move along: hand a TLS connection over before the
-//!   handshake, with what was [read](Accepted::with_prefix) from it.
+//!   come as metadata. Nothing else moves along. So hand a TLS connection over before the
+//!   handshake, with the [bytes](Accepted::with_prefix) that were read from it.
 //!
 //! # Traps
 //!
-//! The library sees to these, and whoever goes around it has to:
+//! The library takes care of these. If you bypass it, you have to:
 //!
-//! - **A passed socket has to leave the sender's epoll set before.** A registration lives as long
-//!   as any copy of the socket, also one in another process. [`Accepted`] takes a tokio stream out
-//!   of its event loop; a duplicate that is registered elsewhere stays.
-//! - **A close is no end as long as another process has a copy.** The client sees one when the
-//!   connection is shut down, which a [`Connection`] is when it is dropped. After
-//!   [`into_parts`](Connection::into_parts) it is yours to do, and so it is with a connection that
-//!   came back in a [`DispatchError`].
+//! - **A passed socket has to leave the sender's epoll set before it is passed.** A registration
+//!   lives as long as any copy of the socket, even one in another process. [`Accepted`] takes a
+//!   tokio stream out of its event loop, but not a duplicate that is registered elsewhere.
+//! - **A close does not end a connection as long as another process has a copy.** The client sees
+//!   the end when the connection is shut down. Dropping a [`Connection`] does that. After
+//!   [`into_parts`](Connection::into_parts), shut it down yourself, and do the same with a
+//!   connection that came back in a [`DispatchError`].
 //! - **Options and `O_NONBLOCK` belong to the connection**, not to a copy. [`Accepted`] makes it
-//!   non-blocking. From then on nobody touches them before the adoption.
-//! - The last close of a connection with `SO_LINGER` blocks. A `Connection` does without lingering.
+//!   non-blocking. After that, neither side changes them before the adoption.
+//! - The last close of a connection with `SO_LINGER` blocks. A `Connection` is closed without
+//!   lingering.
 //!
-//! The application sees to these:
+//! The application has to take care of these:
 //!
-//! - **To ask is to adopt.** A loop that asks without end takes all there is on itself. Where that
-//!   is too much, [`max_connections`](IncomingBuilder::max_connections) leaves the rest to others.
-//! - A worker that **blocks every thread of its runtime** answers no pings, and is taken for one
-//!   that hangs.
-//! - A graceful shutdown of hyper, and so of axum, ends at once what is idle and what has sent
-//!   nothing yet. Requests may be on their way there: let a moment pass between
-//!   [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
+//! - **To ask is to adopt.** A loop that asks without end adopts every connection that there is. If
+//!   that is too much, [`max_connections`](IncomingBuilder::max_connections) leaves the rest to
+//!   other workers.
+//! - A worker that **blocks every thread of its runtime** answers no pings, so the dispatcher
+//!   fences it as one that hangs.
+//! - A graceful shutdown of hyper, and so of axum, ends at once the connections that are idle and
+//!   those that have sent nothing yet. But their requests may be on the way. So let a moment pass
+//!   between [`drain_requested`](IncomingHandle::drain_requested) and the shutdown, and answer with
 //!   `Connection: close` while [`is_draining`](IncomingHandle::is_draining), as the examples do.
-//!   Then no client that is busy sees its connection cut.
-//! - **Adopted connections go on as long as the process does**, also when the dispatcher has died.
-//!   So await [`ended`](IncomingHandle::ended) before the process ends: it waits for them. It waits
-//!   for connections that are kept alive too: a graceful shutdown ends those.
+//!   Then no busy client sees its connection cut.
+//! - **Adopted connections go on as long as the process does**, even if the dispatcher has died. So
+//!   await [`ended`](IncomingHandle::ended) before the process ends: it waits for all of them, even
+//!   for idle ones that are kept alive. A graceful shutdown ends those.
 //! - `axum::serve` does not return by itself, and a process that waits for it outlives its
 //!   dispatcher. [`serve_axum`](Incoming::serve_axum) returns.
 //! - **A listener that is closed resets its backlog.** Keep the future of
 //!   [`serve`](Dispatcher::serve) until the dispatcher has [drained](Dispatcher::drain): the drain
 //!   hands the backlog over first.
-//! - Ctrl-C reaches all processes of a terminal, and a service manager may signal them all. Workers
-//!   that are to finish their work ignore that signal and wait to be drained.
+//! - Ctrl-C reaches all processes of a terminal, and a service manager may signal all processes of
+//!   a service. Workers that should finish their work ignore the signal and wait to be drained.
 
-mod connection;
 mod dispatcher;
 mod incoming;
 pub mod protocol;
@@ -203,14 +206,16 @@ mod span;
 mod tonic;
 mod transport;
 
-pub use connection::{Connection, ConnectionParts, ConnectionStream, ServingGuard};
 pub use dispatcher::{
     Accepted, AdoptionTimes, DispatchError, DispatchPermit, Dispatcher, DispatcherBuilder,
     Dispatching, Group, GroupStats, IntoListener, NotDispatched, NotReplaced, Replaced,
     RetireCause, RetireCounts, Stats, Strategy, Succession, TakenWorker, TakenWorkers, Unadopted,
     WorkerCommand, WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
-pub use incoming::{Incoming, IncomingBuilder, IncomingEnd, IncomingHandle, IncomingStats};
+pub use incoming::{
+    Connection, ConnectionParts, ConnectionStream, Incoming, IncomingBuilder, IncomingEnd,
+    IncomingHandle, IncomingStats, ServingGuard,
+};
 pub use transport::Transport;
 
 pub use crate::address::Address;

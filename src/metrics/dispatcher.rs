@@ -9,20 +9,21 @@ use crate::handoff::{
     AdoptionTimes, Group, RetireCounts, Stats, WorkerId, WorkerState, WorkerStats,
 };
 
-/// Gives the [`Stats`] of a dispatcher to the recorder: see the [module](super).
+/// Passes the [`Stats`] of a dispatcher to the recorder of its process: see the [module](super).
 #[derive(Debug)]
 pub struct DispatcherMetrics {
     series: Series,
+    /// The adoption times at the last update.
     times: AdoptionTimes,
-    /// The groups that were there at the last update.
+    /// The groups that existed at the last update.
     groups: BTreeSet<Group>,
-    /// The worker in each slot of a group that is taken, from 1 on.
+    /// The worker in each occupied slot of a group. Slots are numbered from 1.
     slots: BTreeMap<(Group, u64), WorkerId>,
 }
 
 impl DispatcherMetrics {
-    /// Describes the numbers to the recorder. `name` becomes the label `dispatcher`, and tells this
-    /// dispatcher from others of the process.
+    /// Describes the numbers to the recorder. `name` becomes the label `dispatcher`, which
+    /// distinguishes this dispatcher from others of the process.
     pub fn new(name: impl Into<String>) -> Self {
         describe("fdwire_dispatcher_");
         describe("fdwire_group_");
@@ -35,9 +36,10 @@ impl DispatcherMetrics {
         }
     }
 
-    /// Brings the recorder up to date. The numbers are those of one and the same dispatcher.
+    /// Updates the recorder. All numbers have to come from the same dispatcher.
     pub fn update(&mut self, stats: &Stats) {
         for (name, total) in [
+            // Totals since the dispatcher was made.
             ("fdwire_dispatcher_dispatched_connections_total", stats.dispatched),
             ("fdwire_dispatcher_adopted_connections_total", stats.adopted),
             ("fdwire_dispatcher_given_back_connections_total", stats.given_back),
@@ -64,7 +66,7 @@ impl DispatcherMetrics {
         let pause = stats.accept_paused_for.unwrap_or_default().as_secs_f64();
         for (name, value) in [
             ("fdwire_dispatcher_waiting_connections", stats.waiting as f64),
-            ("fdwire_dispatcher_place_wait_seconds", wait),
+            ("fdwire_dispatcher_slot_wait_seconds", wait),
             ("fdwire_dispatcher_accept_pause_seconds", pause),
             ("fdwire_dispatcher_in_flight_descriptors", stats.in_flight as f64),
             ("fdwire_dispatcher_leftover_processes", stats.leftover as f64),
@@ -87,11 +89,11 @@ impl DispatcherMetrics {
         self.update_workers(stats);
     }
 
-    /// Records each bucket's connections with the longest time that belongs to it.
+    /// Records the new connections of each bucket, all with the longest time of the bucket.
     fn record_times(&mut self, times: AdoptionTimes) {
         let mut longest = 0.0;
         for (up_to, more) in times.since(&self.times).buckets() {
-            // The last bucket has no longest time: then it is twice that of the one before.
+            // The last bucket has no longest time. Use twice that of the bucket before.
             longest = up_to.map_or(2.0 * longest, |up_to| up_to.as_secs_f64());
             if more > 0 {
                 self.series.record("fdwire_dispatcher_adoption_seconds", longest, more);
@@ -100,6 +102,7 @@ impl DispatcherMetrics {
         self.times = times;
     }
 
+    /// Updates the numbers of each group. Those of groups that no longer exist become 0.
     fn update_groups(&mut self, stats: &Stats) {
         for group in &stats.groups {
             let wait = group.slot_wait.unwrap_or_default().as_secs_f64();
@@ -117,14 +120,15 @@ impl DispatcherMetrics {
         for (name, value) in [
             ("fdwire_group_workers", workers),
             ("fdwire_group_waiting_connections", waiting),
-            ("fdwire_group_place_wait_seconds", wait),
+            ("fdwire_group_slot_wait_seconds", wait),
         ] {
             self.series.set(name, &group, value);
         }
     }
 
+    /// Updates the numbers of each worker, by its slot.
     fn update_workers(&mut self, stats: &Stats) {
-        // Workers that have left for good free their slots, with their last numbers.
+        // Workers that have left for good free their slots. Record their last numbers first.
         let Self { series, slots, .. } = self;
         slots.retain(|(group, slot), id| {
             if stats.workers.iter().any(|worker| worker.id == *id) {
@@ -145,7 +149,7 @@ impl DispatcherMetrics {
         }
     }
 
-    /// Its own slot, or the lowest one that is free.
+    /// Returns the slot of a worker. A new worker gets the lowest free slot of its group.
     fn slot_of(&mut self, worker: &WorkerStats) -> u64 {
         let own = self.slots.iter().find(|(_, id)| **id == worker.id);
         if let Some(((_, slot), _)) = own {

@@ -3,7 +3,7 @@
 use super::{Series, describe};
 use crate::handoff::IncomingStats;
 
-/// Gives the [`IncomingStats`] of a worker to the recorder of its process: see the
+/// Passes the [`IncomingStats`] of a worker to the recorder of its process: see the
 /// [module](super).
 #[derive(Debug)]
 pub struct IncomingMetrics(Series);
@@ -15,7 +15,7 @@ impl IncomingMetrics {
         Self(Series::new("incoming", name.into()))
     }
 
-    /// Brings the recorder up to date. The numbers are those of one and the same link.
+    /// Updates the recorder. All numbers have to come from the same link.
     pub fn update(&mut self, stats: &IncomingStats) {
         for (name, total) in [
             ("fdwire_incoming_adopted_connections_total", stats.adopted),

@@ -1,4 +1,4 @@
-//! The numbers of a dispatcher, a worker and a server that is replaced, for the
+//! The numbers of dispatchers, workers and servers that can be replaced, for the
 //! [`metrics`](::metrics) facade (feature `metrics`).
 //!
 //! Install a recorder first, such as that of `metrics-exporter-prometheus`. Then update the numbers
@@ -25,20 +25,20 @@
 //!
 //! # The numbers
 //!
-//! `dispatcher`, `incoming` and `server` are the names that you give.
+//! The labels `dispatcher`, `incoming` and `server` have the names that you choose.
 //!
 #![doc = include_str!("numbers.md")]
 //!
 //! # Labels
 //!
-//! The number of series is bounded, if that of your groups is. A worker that is started again keeps
-//! its **slot**. One that comes anew, or connects again, gets the lowest slot of its group that is
-//! free, so a group has no more slots than it had workers at a time. The default group has the
-//! label `group=""`. A worker that comes and goes between two updates counts in the numbers of the
-//! dispatcher only.
+//! The number of series is limited if the number of your groups is limited. A worker that is
+//! started again keeps its **slot**. A new worker, or one that connects again, gets the lowest free
+//! slot of its group. So a group never has more slots than it had workers at the same time. The
+//! default group has the label `group=""`. If a worker comes and goes between two updates, it
+//! counts only in the numbers of the dispatcher.
 //!
-//! Make a new value for each dispatcher, and for each link of a worker that connects again. With
-//! the same name, the counters go on where they were.
+//! Make a new value for each dispatcher, and for each link of a worker that connects again. If it
+//! has the same name as before, the counters go on from their values.
 
 mod dispatcher;
 mod incoming;
@@ -69,7 +69,7 @@ fn rows() -> impl Iterator<Item = [&'static str; 5]> {
     })
 }
 
-/// Describes those numbers that have this prefix to the recorder.
+/// Describes the numbers with this prefix to the recorder.
 fn describe(prefix: &str) {
     for [name, kind, unit, _, meaning] in rows().filter(|row| row[0][1..].starts_with(prefix)) {
         let name = name.trim_matches('`');
@@ -82,12 +82,12 @@ fn describe(prefix: &str) {
     }
 }
 
-/// The series of one thing that is watched.
+/// The series of one dispatcher, worker or server.
 #[derive(Debug)]
 struct Series {
-    /// The name that it was given.
+    /// The label with the name that the application has chosen.
     name: Label,
-    /// The count of each counter so far.
+    /// The value of each counter at the last update.
     counted: HashMap<Key, u64>,
 }
 
@@ -96,12 +96,13 @@ impl Series {
         Self { name: Label::new(kind, name), counted: HashMap::new() }
     }
 
+    /// Returns the key of a series with further labels.
     fn key(&self, name: &'static str, more: &[Label]) -> Key {
         Key::from_parts(name, [std::slice::from_ref(&self.name), more].concat())
     }
 
-    /// Adds to a counter what has come since the last time. It is not set to the total, so that it
-    /// goes on when the next dispatcher or link counts from 0.
+    /// Increases a counter by the difference from the last update. It is not set to the total, so
+    /// that it goes on when the next dispatcher or link counts from 0.
     fn count(&mut self, name: &'static str, more: &[Label], total: u64) {
         let key = self.key(name, more);
         let counter = with_recorder(|recorder| recorder.register_counter(&key, &METADATA));
@@ -109,18 +110,21 @@ impl Series {
         counter.increment(total.saturating_sub(before));
     }
 
+    /// Sets a gauge.
     fn set(&self, name: &'static str, more: &[Label], value: f64) {
         let key = self.key(name, more);
         with_recorder(|recorder| recorder.register_gauge(&key, &METADATA)).set(value);
     }
 
+    /// Records a value in a histogram this number of times.
     fn record(&self, name: &'static str, value: f64, times: u64) {
         let key = self.key(name, &[]);
         let histogram = with_recorder(|recorder| recorder.register_histogram(&key, &METADATA));
         histogram.record_many(value, usize::try_from(times).unwrap_or(usize::MAX));
     }
 
-    /// The counters with these labels count for another one from now on, which begins at 0.
+    /// Forgets the counters with these labels, because they are used for another worker from now
+    /// on, which counts from 0.
     fn restart(&mut self, more: &[Label]) {
         self.counted.retain(|key, _| !key.labels().skip(1).eq(more));
     }

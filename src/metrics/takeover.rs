@@ -1,11 +1,11 @@
-//! The numbers of a server that other processes replace.
+//! The numbers of a server that can be replaced.
 
 use metrics::Label;
 
 use super::{Series, describe};
 use crate::takeover::{Phase, Server};
 
-/// Gives the numbers of a [`Server`] to the recorder of its process: see the [module](super).
+/// Passes the numbers of a [`Server`] to the recorder of its process: see the [module](super).
 #[derive(Debug)]
 pub struct TakeoverMetrics(Series);
 
@@ -16,7 +16,7 @@ impl TakeoverMetrics {
         Self(Series::new("server", name.into()))
     }
 
-    /// Brings the recorder up to date.
+    /// Updates the recorder.
     pub fn update(&mut self, server: &Server) {
         let (phase, old) = (server.phase(), server.generations());
         for (label, is_it) in [

@@ -19,8 +19,8 @@ use super::{
 };
 use crate::sys::overflow_id;
 
-/// The shortest time between two log lines about refused peers: a peer that connects in a loop must
-/// not fill the log.
+/// The shortest time between two log lines about refused peers. It keeps a peer that connects in a
+/// loop from filling the log.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The uids that a listener admits, and the account of each of them.
@@ -35,6 +35,7 @@ pub(crate) struct Admission {
     log: Mutex<RefusalLog>,
 }
 
+/// The uids that are admitted.
 #[derive(Debug)]
 enum Admitted {
     Uids(Vec<u32>),
@@ -63,8 +64,7 @@ impl fmt::Display for Refusal {
             }
             Self::OverLimit(OverLimit::Connections) => {
                 "its uid has as many connections as `UidLimits::max_connections` allows; \
-                 to change that, use \
-                 `Listener::limit_each_uid`"
+                 to change that, use `Listener::limit_each_uid`"
             }
             Self::OverLimit(OverLimit::Closing) => {
                 "more descriptors from its uid wait to be closed than `UidLimits::max_fds` allows"
@@ -101,15 +101,14 @@ impl Admission {
         self.accounts = UidAccounts::new(limits);
     }
 
-    /// Admits a peer to the listener with this address and path, or counts and logs that it is
-    /// refused.
+    /// Admits a peer to the listener with this address and path. A refusal is counted and logged.
     pub(super) fn admit(
         &self,
         peer: PeerCred,
         path: Option<&PathGuard>,
         addr: impl FnOnce() -> std::io::Result<SocketAddr>,
     ) -> Option<UidShare> {
-        // Is the uid in the list, and has it room for one more connection?
+        // The uid has to be in the list, and below its limit of connections.
         let refusal = match self.check(peer.uid, || path.is_some_and(PathGuard::admits_owner_only))
         {
             Some(refusal) => refusal,
@@ -139,13 +138,14 @@ impl Admission {
         self.refused.load(Ordering::Relaxed)
     }
 
+    /// Returns the reason to refuse a uid, apart from its limits.
     fn check(&self, uid: u32, path_admits_owner_only: impl FnOnce() -> bool) -> Option<Refusal> {
         let Admitted::Uids(uids) = &self.admitted else { return None };
         if !uids.contains(&uid) {
             return Some(Refusal::NotListed);
         }
-        // The kernel compares the owner of a path with the peer's real uid, not with the one that
-        // it reports here.
+        // The overflow uid may be any uid without a mapping. But for the permission to connect to a
+        // path, the kernel has compared the true uid, and not the one that it reports here.
         let is_ambiguous = self.overflow_uid == Some(uid) && !path_admits_owner_only();
         is_ambiguous.then_some(Refusal::Overflow)
     }
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_a_second_tells_of_all_refusals() {
+    fn one_line_a_second_counts_all_refusals() {
         let mut log = RefusalLog::default();
         let start = Instant::now();
         let at = |millis| start + Duration::from_millis(millis);

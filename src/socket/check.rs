@@ -1,4 +1,4 @@
-//! The checks of a descriptor that is to become a socket.
+//! The checks of a descriptor before it becomes a socket.
 
 use std::{
     io::{Error, ErrorKind, Result},
@@ -35,8 +35,9 @@ pub(crate) fn connected(fd: OwnedFd) -> Result<(BackgroundFd, SocketState)> {
     Ok((state.guard(fd), state))
 }
 
-/// Returns a descriptor that passes a check, with what the check returns. Another one is closed in
-/// the background: a peer that sent it may have made its `close` slow.
+/// Checks a descriptor, and returns it with the result of the check. If the check fails, the
+/// descriptor is closed in the background, because a peer that sent it may have made its `close`
+/// slow.
 pub(super) fn checked<T>(
     fd: OwnedFd,
     check: impl FnOnce(&OwnedFd) -> Result<T>,
@@ -50,6 +51,7 @@ pub(super) fn checked<T>(
     }
 }
 
+/// Returns the kind of a Unix socket.
 pub(super) fn unix_socket_kind(fd: &OwnedFd) -> Result<SocketKind> {
     match unix_socket_type(fd)? {
         SockType::SeqPacket => Ok(SocketKind::SeqPacket),
@@ -58,6 +60,7 @@ pub(super) fn unix_socket_kind(fd: &OwnedFd) -> Result<SocketKind> {
     }
 }
 
+/// Returns the type of a Unix socket (`SO_TYPE`).
 pub(super) fn unix_socket_type(fd: &OwnedFd) -> Result<SockType> {
     match getsockopt(fd, sys::Domain) {
         Err(Errno::ENOTSOCK) => Err(invalid_descriptor("it is not a socket")),
@@ -66,6 +69,7 @@ pub(super) fn unix_socket_type(fd: &OwnedFd) -> Result<SockType> {
     }
 }
 
+/// Returns the error for a descriptor that fails a check.
 pub(super) fn invalid_descriptor(reason: &str) -> Error {
     Error::new(ErrorKind::InvalidInput, format!("descriptor cannot be used: {reason}"))
 }

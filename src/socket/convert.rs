@@ -1,4 +1,4 @@
-//! The conversions from other types of socket and into them.
+//! Conversions from and into other types of socket.
 
 use std::{
     io::{Error, Result},
@@ -10,9 +10,9 @@ use super::{
     check::{connected, invalid_descriptor},
 };
 
-/// Takes a connected Unix socket of either kind. Its file status flags are left alone, since other
-/// holders of the socket share them. `SO_PASSCRED` and `SO_PASSPIDFD` are switched off, because
-/// their control messages take the room of descriptors.
+/// Takes a connected Unix socket of either kind. Its file status flags stay as they are, because
+/// other holders of the socket share them. `SO_PASSCRED` and `SO_PASSPIDFD` are switched off,
+/// because their control messages would use up the buffer for descriptors.
 ///
 /// # Errors
 /// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.

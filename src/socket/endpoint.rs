@@ -1,5 +1,5 @@
 //! The parts of a connected socket that the asynchronous and the blocking `Socket` share:
-//! everything but the waiting.
+//! everything except waiting.
 
 use std::{
     io::{Error, IoSlice, Result},
@@ -35,14 +35,14 @@ pub(crate) struct SocketState {
     uid_share: Option<UidShare>,
     /// True if the kernel has reported `ECONNRESET`.
     reset: AtomicBool,
-    /// True if this process has asked for credentials, by any of its handles. Other holders of the
-    /// socket may have asked too, which does not count.
+    /// True if this process has switched credentials on, through any of its handles. Credentials
+    /// that another holder of the socket has switched on are ignored.
     wants_credentials: Arc<AtomicBool>,
 }
 
 impl SocketState {
-    /// Returns the state of a socket that nobody has used yet. Its connection counts for its peer's
-    /// uid if there is a share.
+    /// Returns the state of a socket that was not used yet. If there is a share, the connection
+    /// counts for the uid of its peer.
     pub(crate) fn new(kind: SocketKind, uid_share: Option<UidShare>) -> Self {
         closer::start();
         let account =
@@ -56,7 +56,7 @@ impl SocketState {
         }
     }
 
-    /// Returns the state of a copy of the socket, which this process has made.
+    /// Returns the state for a copy of the socket that this process has made.
     pub(crate) fn for_copy(&self) -> Self {
         Self {
             kind: self.kind,
@@ -67,7 +67,7 @@ impl SocketState {
         }
     }
 
-    /// Returns the socket's descriptor, or a copy of it, as one that is closed in the background.
+    /// Wraps a descriptor of the socket, so that it is closed in the background when it is dropped.
     pub(crate) fn guard(&self, fd: OwnedFd) -> BackgroundFd {
         BackgroundFd::new(fd, InBackground::counted(Arc::clone(&self.account)))
     }
@@ -91,25 +91,25 @@ pub(crate) enum Attempt {
     Sent,
     /// Nothing was sent. The next attempt is different and can be made at once.
     Again,
-    /// The socket takes nothing until it is writable.
+    /// The socket is full. Wait until it is writable.
     Full,
-    /// The kernel lacks memory, or too many descriptors are in flight. No event announces a change,
-    /// so try again after a while.
+    /// The kernel lacks memory, or too many descriptors are in flight. The kernel does not report
+    /// when that changes, so try again after a while.
     Scarce,
 }
 
 /// The meaning of an error of a send, after which nothing was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SendFailure {
-    /// The socket takes nothing until it is writable (`EAGAIN`).
+    /// The socket is full until it is writable (`EAGAIN`).
     Full,
     /// Too many descriptors of this uid are in flight (`ETOOMANYREFS`), or the kernel has no memory
-    /// (`ENOMEM`). It takes some time until receivers receive, and no event announces that: the
-    /// socket reports writable all the time.
+    /// (`ENOMEM`). The kernel does not report when that changes: poll(2) reports the socket as
+    /// writable all the time.
     Scarce,
-    /// The send buffer never takes a packet of this size (`EMSGSIZE`).
+    /// The packet is larger than the send buffer can ever hold (`EMSGSIZE`).
     PacketTooLarge,
-    /// The kernel has no memory in one piece for a packet of this size at the moment (`ENOBUFS`).
+    /// The kernel has no contiguous memory for a packet of this size at the moment (`ENOBUFS`).
     NoMemoryForPacket,
     /// Any other error.
     Final,
@@ -140,9 +140,9 @@ impl<'a> Endpoint<'a> {
         &self.state.account
     }
 
-    /// Calls `receive`, which makes one [`recvmsg`](sys::recvmsg). Returns `None` if nothing is
-    /// there. `ECONNRESET` is not returned as an error: [`was_reset`](Self::was_reset) reports it
-    /// at the end.
+    /// Calls `receive`, which makes one [`recvmsg`](sys::recvmsg). Returns `None` if there is
+    /// nothing to receive. `ECONNRESET` is not returned as an error. Instead,
+    /// [`was_reset`](Self::was_reset) returns true from then on.
     ///
     /// # Errors
     /// The errors of recvmsg(2).
@@ -163,11 +163,11 @@ impl<'a> Endpoint<'a> {
         }
     }
 
-    /// Sends bytes, and descriptors with their first byte. Returns the number of bytes sent. All
-    /// descriptors are sent then.
+    /// Sends bytes, and descriptors with their first byte. Returns the number of bytes sent, which
+    /// may be less than all. The descriptors are always sent together.
     ///
     /// # Errors
-    /// The errors of sendmsg(2), which has sent nothing then.
+    /// The errors of sendmsg(2). Nothing was sent then.
     pub(crate) fn send<'fd>(
         self,
         bytes: &[IoSlice<'_>],
@@ -184,9 +184,9 @@ impl<'a> Endpoint<'a> {
         }
     }
 
-    /// Returns true if the peer has closed with unread data. The kernel reports that once, to a
-    /// receive or to a send. On STREAM the report comes after the data that is left to read, on
-    /// SEQPACKET before it.
+    /// Returns true if the peer has closed the connection with unread data. The kernel reports that
+    /// once, as `ECONNRESET` of a receive or of a send. On STREAM the report comes after the data
+    /// that is left to read, on SEQPACKET before it.
     pub(crate) fn was_reset(self) -> bool {
         self.state.reset.load(Ordering::Relaxed)
     }

@@ -1,3 +1,5 @@
+//! A listener for Unix sockets that is registered with tokio.
+
 use std::{
     future::poll_fn,
     io::{Error, Result},
@@ -23,20 +25,21 @@ use crate::{closer::BackgroundFd, sys};
 /// (`SO_PEERCRED`). By default, root is admitted, and the effective uid that the process has when
 /// it makes the listener. [`allow_uids`](Self::allow_uids) and
 /// [`allow_any_uid`](Self::allow_any_uid) admit others. The connection of a peer that is not
-/// admitted is closed at once, [counted](Self::refused), and logged as a warning: at most one line
-/// a second, with the number of connections refused since the last one.
+/// admitted is closed at once, [counted](Self::refused), and logged as a warning. There is at most
+/// one line a second, with the number of connections that were refused since the line before.
 ///
-/// **How much one uid may have.** The connections of a uid share [limits](UidLimits), which
-/// [`limit_each_uid`](Self::limit_each_uid) changes. A connection above them is refused like that
-/// of a uid that is not admitted.
+/// **What one uid may hold.** The connections of a uid share [limits](UidLimits), which
+/// [`limit_each_uid`](Self::limit_each_uid) changes. A connection above them is refused in the same
+/// way as the connection of a uid that is not admitted.
 ///
 /// **In a user namespace** that does not map every uid, the kernel reports each uid without a
 /// mapping as the overflow uid (`/proc/sys/kernel/overflowuid`, usually 65534). A peer with this
 /// uid can be anybody, so it is never admitted by its number, even if the process itself runs as
 /// that uid. There is one exception: a path that this listener has bound, if from the start only
-/// its owner may write to it (mode 0600). There, the kernel itself has checked that the peer is the
-/// owner or privileged. For anything else, combine [`allow_any_uid`](Self::allow_any_uid) with the
-/// mode of the path or its directory, or give each process one end of a [`Socket::pair`].
+/// its owner may write to it (mode 0600). For such a path, the kernel itself has checked that the
+/// peer is the owner or privileged. In all other cases, combine
+/// [`allow_any_uid`](Self::allow_any_uid) with the mode of the path or its directory, or give each
+/// process one end of a [`Socket::pair`].
 ///
 /// **Who owns the path.** A lock file beside it (`<path>.lock`) is held as long as the listener
 /// lives. A stale socket is replaced. A socket on which a live process listens is not, and neither
@@ -44,8 +47,8 @@ use crate::{closer::BackgroundFd, sys};
 /// bound. If the listener is converted into an `OwnedFd`, the file stays for the next holder.
 ///
 /// # Panics
-/// Every way to get one panics outside of a tokio runtime, or if the runtime's I/O driver is not
-/// enabled.
+/// Every function that returns one panics outside of a tokio runtime, or if the runtime's I/O
+/// driver is not enabled.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
@@ -75,23 +78,23 @@ impl Listener {
         Self::bind_with_mode(path, kind, 0o600)
     }
 
-    /// Listens at a path, which gets exactly the given mode (of which only the permission bits 0777
-    /// count), whatever the process's umask is. Connecting takes write permission. At no moment may
-    /// anyone connect whom the mode does not permit.
+    /// Listens at a path, which gets exactly the given mode, for any umask of the process. Only the
+    /// permission bits 0777 of the mode count. Clients need write permission to connect. There is
+    /// no moment at which a client can connect that the mode does not permit.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc` is not
-    /// mounted.
+    /// The errors of [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc`
+    /// is not mounted.
     pub fn bind_with_mode(path: impl AsRef<Path>, kind: SocketKind, mode: u32) -> Result<Self> {
         Self::register(ListenerState::bind(path.as_ref(), kind, mode)?)
     }
 
     /// Listens at an address, which may be a path or an abstract name
-    /// ([`std::os::linux::net::SocketAddrExt`]). Any uid can connect to an abstract name, so only
-    /// admission guards it.
+    /// ([`std::os::linux::net::SocketAddrExt`]). The kernel lets any uid connect to an abstract
+    /// name, so only the list of admitted uids protects it.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind).
+    /// The errors of [`bind`](Self::bind).
     pub fn bind_addr(addr: &SocketAddr, kind: SocketKind) -> Result<Self> {
         Self::register(ListenerState::bind_addr(addr, kind)?)
     }
@@ -100,7 +103,7 @@ impl Listener {
         Ok(Self { io: sys::register(fd, Interest::READABLE)?, state })
     }
 
-    /// Takes the listener off its event loop.
+    /// Removes the listener from its event loop.
     pub(crate) fn into_unregistered(self) -> (BackgroundFd, ListenerState) {
         (self.io.into_inner(), self.state)
     }
@@ -130,7 +133,7 @@ impl Listener {
         self
     }
 
-    /// Admits every uid that gets past the mode of the path.
+    /// Admits every uid. Then only the mode of the path decides who may connect.
     #[must_use]
     pub fn allow_any_uid(mut self) -> Self {
         self.state.admission.allow_any_uid();
@@ -180,9 +183,9 @@ impl Listener {
     /// [`Socket::set_pass_credentials`] does for one connection. The default is
     /// [`PassCredentials::No`].
     ///
-    /// A connection inherits the option when the client connects, and gets it when it is accepted
-    /// at the latest. So nothing that a client sends escapes it: what is sent before the accept is
-    /// reported with its sender in any case.
+    /// A connection inherits the option when the client connects, or gets it when it is accepted.
+    /// So the sender is also reported for messages that a client has sent before its connection was
+    /// accepted.
     ///
     /// # Errors
     /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
@@ -206,8 +209,8 @@ impl Listener {
     /// Waits for the next connection of an admitted uid.
     ///
     /// # Errors
-    /// The errors of accept(2). `EMFILE` and `ENFILE` pass when descriptors are closed: wait a
-    /// little before the next call. If setting up an accepted connection fails, it is closed and
+    /// The errors of accept(2). After `EMFILE` or `ENFILE`, wait a little and call again: they pass
+    /// when descriptors are closed. If setting up an accepted connection fails, it is closed and
     /// the error is returned.
     ///
     /// # Cancel safety
@@ -226,7 +229,7 @@ impl Listener {
     /// Polls for the next connection of an admitted uid. Only the task that polled last is woken.
     ///
     /// # Errors
-    /// As for [`accept`](Self::accept).
+    /// The errors of [`accept`](Self::accept).
     pub fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<Result<Socket>> {
         loop {
             ready!(self.state.poll_closed(cx));
@@ -244,7 +247,7 @@ impl Listener {
     /// can't keep the runtime busy.
     ///
     /// # Errors
-    /// `WouldBlock` if no connection waits.
+    /// `WouldBlock` if there is no connection to accept.
     fn try_accept(&self) -> Result<Option<Socket>> {
         let Some((fd, state)) = self.state.try_accept(self.as_fd())? else { return Ok(None) };
         Socket::register_with(fd, state).map(Some).map_err(not_would_block)

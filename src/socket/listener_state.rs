@@ -1,5 +1,5 @@
-//! The parts of a listener that the asynchronous and the blocking `Listener` share: everything but
-//! the waiting.
+//! The parts of a listener that the asynchronous and the blocking `Listener` share: everything
+//! except waiting.
 
 use std::{
     io::{Error, ErrorKind, Result},
@@ -33,8 +33,8 @@ use crate::{
     sys,
 };
 
-/// The number of refused connections that may wait to be closed. Peers connect faster than the
-/// closer's thread gets its turn, and each refused connection holds a descriptor until then.
+/// The number of refused connections that may wait to be closed. Peers may connect faster than the
+/// closer's thread runs, and each refused connection holds a descriptor until it is closed.
 const MAX_CLOSING: usize = 64;
 
 /// The state of a listener, besides its descriptor, which is non-blocking.
@@ -45,9 +45,9 @@ pub(crate) struct ListenerState {
     /// The count of refused connections that wait to be closed.
     closing: Arc<Account>,
     path: Option<PathGuard>,
-    /// The setting for each accepted connection, or `None` to leave it alone. A connection copies
-    /// `SO_PASSCRED` from the listener when the client connects. So connections that were in the
-    /// backlog before a change have the old value.
+    /// The setting for each accepted connection, or `None` to leave the connection's own. The
+    /// kernel copies `SO_PASSCRED` from the listener when the client connects. So connections that
+    /// were in the backlog before a change have the old value.
     credentials: Mutex<Option<PassCredentials>>,
     /// False after [`set_pass_fds(false)`](Self::set_pass_fds).
     pass_fds: AtomicBool,
@@ -56,7 +56,7 @@ pub(crate) struct ListenerState {
 impl ListenerState {
     /// Listens at a path, which gets exactly this mode.
     pub(crate) fn bind(path: &Path, kind: SocketKind, mode: u32) -> Result<(BackgroundFd, Self)> {
-        // Own the path before the socket is bound, and bind before it listens.
+        // The path is locked first, so that no other process removes the new socket as stale.
         let addr = UnixAddr::new(path)?;
         let mut guard = PathGuard::take(path)?;
         let fd = new_nonblocking(kind)?;
@@ -134,7 +134,7 @@ impl ListenerState {
     /// can give other tasks a turn: peers that are refused must not keep it busy.
     ///
     /// # Errors
-    /// `WouldBlock` if no connection waits.
+    /// `WouldBlock` if there is no connection to accept.
     pub(crate) fn try_accept(
         &self,
         listener: BorrowedFd<'_>,
@@ -146,7 +146,7 @@ impl ListenerState {
                 _ => return Err(error),
             },
         };
-        // The peer may have sent something already that makes `close` block.
+        // The peer may already have sent a descriptor that makes `close` block.
         let fd = BackgroundFd::new(fd, InBackground::counted(Arc::clone(&self.closing)));
         self.take_accepted(listener, fd).map_err(not_would_block)
     }
@@ -159,13 +159,13 @@ impl ListenerState {
     ) -> Result<Option<(BackgroundFd, SocketState)>> {
         // The connection of a peer that is not admitted is closed here.
         let Some(uid_share) = self.admit(listener, &fd)? else { return Ok(None) };
-        // Clients in the backlog may have connected before the listener got the option.
+        // A client that was in the backlog may have connected before the listener got the option.
         if !self.pass_fds.load(Ordering::Relaxed) {
             setsockopt(&fd, sys::PassRights, &false)?;
         }
         let state = SocketState::new(self.kind, Some(uid_share));
         let fd = state.guard(fd.into_fd());
-        // The same holds for this setting.
+        // The same is true of this option.
         let credentials = *self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pass) = credentials {
             Endpoint::new(fd.as_fd(), &state).set_pass_credentials(pass)?;
@@ -173,6 +173,7 @@ impl ListenerState {
         Ok(Some((fd, state)))
     }
 
+    /// Returns the share of the peer's uid, or `None` if the peer is not admitted.
     fn admit(&self, listener: BorrowedFd<'_>, peer: &BackgroundFd) -> Result<Option<UidShare>> {
         Ok(self
             .admission
@@ -205,8 +206,9 @@ pub(crate) fn listener_addr(listener: BorrowedFd<'_>) -> Result<SocketAddr> {
 
 /// Turns `WouldBlock` into another kind of error.
 ///
-/// After `accept` has succeeded, it would look like a result of `accept`. tokio would then forget
-/// that connections are waiting, and the caller would never learn that one was accepted and closed.
+/// If a step after `accept` fails with `WouldBlock`, tokio would take that for a result of
+/// `accept`. It would forget that connections are waiting, and the caller would get no error for
+/// the connection that was accepted and closed.
 pub(super) fn not_would_block(error: Error) -> Error {
     match error.kind() {
         ErrorKind::WouldBlock => {
@@ -221,7 +223,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn after_accept_no_error_says_that_nobody_waits() {
+    fn after_accept_no_error_is_would_block() {
         let mapped = not_would_block(Error::from_raw_os_error(libc::EAGAIN));
         assert_ne!(mapped.kind(), ErrorKind::WouldBlock);
         assert!(mapped.to_string().contains("Resource temporarily unavailable"), "{mapped}");

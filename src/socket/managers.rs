@@ -22,7 +22,7 @@ const FIRST: RawFd = 3;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Passed {
     pub(crate) number: RawFd,
-    /// Only systemd gives names.
+    /// The name of the descriptor. Only systemd passes names.
     pub(crate) name: Option<String>,
 }
 
@@ -34,25 +34,29 @@ pub(crate) fn passed() -> Vec<Passed> {
 }
 
 impl Passed {
-    /// Takes the open file away from the number. Server::Starter passes standard input if it is
-    /// told to.
+    /// Takes the open file away from the number. The number may be 0, because Server::Starter can
+    /// be configured to pass a listener as standard input.
     ///
     /// # Errors
-    /// As for [`Socket::from_inherited`](crate::Socket::from_inherited).
+    /// The errors of [`Socket::from_inherited`](crate::Socket::from_inherited).
     pub(crate) fn take(&self) -> io::Result<OwnedFd> {
         let Taken(fd) = if self.number == 0 { take_stdin()? } else { take_numbered(self.number)? };
         Ok(fd)
     }
 
-    /// Reads something from the descriptor. Returns `None` if that fails: it was taken before, or
-    /// it is something else than was looked for.
+    /// Calls `look` with a copy of the descriptor. Returns `None` if the descriptor was taken
+    /// before, or if `look` fails because it is of another type.
     pub(crate) fn look_at<T>(&self, look: impl FnOnce(OwnedFd) -> io::Result<T>) -> Option<T> {
         let looked = sys::copy_inherited(self.number).and_then(look);
-        looked.inspect_err(|error| debug!(passed = ?self, %error, "not what can be adopted")).ok()
+        looked
+            .inspect_err(
+                |error| debug!(passed = ?self, %error, "a passed descriptor is not suitable"),
+            )
+            .ok()
     }
 }
 
-/// An open file, as it comes.
+/// An open file of any type, for [`take_numbered`].
 struct Taken(OwnedFd);
 
 impl TryFrom<OwnedFd> for Taken {
@@ -63,20 +67,21 @@ impl TryFrom<OwnedFd> for Taken {
     }
 }
 
-/// The numbers to which the environment is compared.
+/// The facts about this process with which the environment is compared.
 #[derive(Debug, Clone, Copy)]
 struct Ids {
     own: u32,
     parent: u32,
-    /// No open descriptor is higher.
+    /// All open descriptors are below this number.
     limit: u64,
 }
 
-/// Reads the environment. Variables that were for another process do not count: children inherit
-/// them.
+/// Reads the environment. Children inherit variables, so those that were set for another process do
+/// not count.
 fn passed_in(variable: impl Fn(&str) -> Option<String>, ids: Ids) -> Vec<Passed> {
     let number = |name: &str| variable(name)?.parse::<u32>().ok();
     let mut passed = Vec::new();
+    // systemd: sd_listen_fds(3).
     if number("LISTEN_PID") == Some(ids.own) {
         let names = variable("LISTEN_FDNAMES").unwrap_or_default();
         let mut names = names.split(':').filter(|name| !name.is_empty()).map(str::to_owned);
@@ -97,8 +102,8 @@ fn passed_in(variable: impl Fn(&str) -> Option<String>, ids: Ids) -> Vec<Passed>
                 .extend(variable("EINHORN_FDS").unwrap_or_default().split(' ').filter_map(unnamed)),
         }
     }
-    // Server::Starter(3pm): `host:port=number`, `port=number` and `path=number`. The socket itself
-    // tells its address.
+    // Server::Starter(3pm): `host:port=number`, `port=number` and `path=number`. Only the number is
+    // used, because the address can be read from the socket.
     let ports = variable("SERVER_STARTER_PORT").unwrap_or_default();
     passed.extend(ports.split(';').filter_map(|port| unnamed(port.rsplit_once('=')?.1)));
     passed

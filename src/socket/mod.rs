@@ -1,5 +1,5 @@
-//! The Unix sockets, on tokio's event loop: connected ones of both kinds, listeners, and datagram
-//! sockets.
+//! Unix sockets that are registered with tokio: connected sockets of both kinds, listeners, and
+//! datagram sockets.
 
 mod admission;
 mod check;
@@ -86,8 +86,8 @@ impl fmt::Display for SocketKind {
 /// it. So a child that gets a socket from here as standard input has a blocking one.
 ///
 /// # Panics
-/// Every way to get one panics outside of a tokio runtime, or if the runtime's I/O driver is not
-/// enabled.
+/// Every function that returns a socket panics outside of a tokio runtime, or if the runtime's I/O
+/// driver is not enabled.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
@@ -101,10 +101,10 @@ impl fmt::Display for SocketKind {
 pub struct Socket {
     io: AsyncFd<BackgroundFd>,
     state: SocketState,
-    /// True if it is registered for reading only: see [`quiet`](Self::quiet).
+    /// True if the socket is registered for reading only: see [`quiet`](Self::quiet).
     quiet: bool,
-    /// The runtime that it is registered with. Timers are made there too, even if it is polled in
-    /// another runtime.
+    /// The runtime with which the socket is registered. Timers are made there too, even if the
+    /// socket is polled in another runtime.
     runtime: Handle,
 }
 
@@ -118,11 +118,12 @@ impl Socket {
         Ok((Self::register(a, kind)?, Self::register(b, kind)?))
     }
 
-    /// Connects to the listener at a path. Waits while the listener's backlog is full. No event
-    /// announces room there, so it tries again after a growing pause, by the runtime's timer.
+    /// Connects to the listener at a path. Waits while the listener's backlog is full. The kernel
+    /// does not report when there is room, so this tries again after a growing pause, which the
+    /// runtime's timer measures.
     ///
     /// # Panics
-    /// As for [every way to get a socket](Self#panics), and if the backlog is full and the
+    /// Like [every function that returns a socket](Self#panics), and if the backlog is full and the
     /// runtime's timer is not enabled.
     ///
     /// # Errors
@@ -139,10 +140,10 @@ impl Socket {
     /// ([`std::os::linux::net::SocketAddrExt`]). Waits while the listener's backlog is full.
     ///
     /// # Panics
-    /// As for [`connect`](Self::connect).
+    /// In the same cases as [`connect`](Self::connect).
     ///
     /// # Errors
-    /// As for [`connect`](Self::connect).
+    /// The errors of [`connect`](Self::connect).
     ///
     /// # Cancel safety
     /// Nothing is left behind when dropped.
@@ -181,7 +182,7 @@ impl Socket {
         })
     }
 
-    /// Takes the socket off its event loop.
+    /// Removes the socket from its event loop.
     pub(crate) fn into_unregistered(self) -> (BackgroundFd, SocketState) {
         (self.io.into_inner(), self.state)
     }
@@ -221,8 +222,8 @@ impl Socket {
     }
 
     /// Registers the socket for reading only, so this thread is not woken whenever the peer
-    /// consumes a packet. That uses less CPU, and an immediate reply is picked up a little later.
-    /// If the system refuses, the socket stays as it was.
+    /// consumes a packet. That uses less CPU, but an immediate reply is noticed a little later. If
+    /// the system refuses the registration, the socket stays as it was.
     pub(crate) fn quiet(mut self) -> Self {
         // A registration can't be changed, so register a copy and drop the old descriptor.
         let registered = {

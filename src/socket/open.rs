@@ -1,4 +1,4 @@
-//! The system calls that make, connect and name a socket.
+//! Making, connecting and naming sockets.
 
 use std::{
     io::{Error, ErrorKind, Result},
@@ -27,7 +27,8 @@ pub(crate) fn new_socket(kind: SocketKind) -> Result<OwnedFd> {
     Ok(socket::socket(AddressFamily::Unix, sock_type(kind), SockFlag::SOCK_CLOEXEC, None)?)
 }
 
-/// Makes a non-blocking socket, for `connect` and `accept`: they have no flag for a single call.
+/// Makes a non-blocking socket. `connect` and `accept` have no flag that makes one call
+/// non-blocking.
 pub(super) fn new_nonblocking(kind: SocketKind) -> Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     Ok(socket::socket(AddressFamily::Unix, sock_type(kind), flags, None)?)
@@ -53,7 +54,7 @@ pub(crate) fn connect(fd: &OwnedFd, addr: &UnixAddr) -> Result<()> {
     }
 }
 
-/// Changes `O_NONBLOCK` of the open file, for every holder.
+/// Changes `O_NONBLOCK` of the open file, which all holders share.
 pub(super) fn set_nonblocking(fd: impl AsFd, yes: bool) -> Result<()> {
     let mut flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
     flags.set(OFlag::O_NONBLOCK, yes);
@@ -61,10 +62,10 @@ pub(super) fn set_nonblocking(fd: impl AsFd, yes: bool) -> Result<()> {
     Ok(())
 }
 
-/// Returns an address in the form of the system calls.
+/// Converts an address to the type that the system calls take.
 ///
 /// # Errors
-/// `InvalidInput` if it has no name.
+/// `InvalidInput` if the address is unnamed.
 pub(crate) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
     match (addr.as_pathname(), addr.as_abstract_name()) {
         (Some(path), _) => Ok(UnixAddr::new(path)?),
@@ -73,7 +74,7 @@ pub(crate) fn unix_addr(addr: &SocketAddr) -> Result<UnixAddr> {
     }
 }
 
-/// Returns the address that a socket is bound to, or `None` if it has no name.
+/// Returns the address to which a socket is bound, or `None` if it is not bound.
 pub(super) fn local_addr(socket: &impl AsRawFd) -> Result<Option<SocketAddr>> {
     let addr = socket::getsockname::<UnixAddr>(socket.as_raw_fd())?;
     match (addr.path(), addr.as_abstract()) {

@@ -1,4 +1,4 @@
-//! The peer of a socket, and its options.
+//! The options of a socket, and the process at its other end.
 
 use std::{
     fmt,
@@ -15,8 +15,8 @@ use crate::credentials::write_process;
 /// The process at the other end, as it was when it called `connect`, `listen` or `socketpair`
 /// (`SO_PEERCRED`, unix(7)).
 ///
-/// If a parent has made a pair of sockets, this is the **parent**, even if a child uses the other
-/// end.
+/// If a parent process has made a pair of sockets, this is the **parent**, even if a child uses the
+/// other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PeerCred {
@@ -29,6 +29,7 @@ pub struct PeerCred {
 }
 
 impl PeerCred {
+    /// Returns the peer of a socket.
     pub(super) fn of(socket: &impl AsFd) -> Result<Self> {
         let cred = getsockopt(socket, sockopt::PeerCredentials)?;
         Ok(Self { uid: cred.uid(), gid: cred.gid(), pid: Some(cred.pid()).filter(|&pid| pid != 0) })
@@ -56,12 +57,12 @@ impl Socket {
         self.endpoint().peer_cred()
     }
 
-    /// Returns a pidfd of the process that [`peer_cred`](Self::peer_cred) names. It becomes
-    /// readable when that process ends, and never means another one, as a reused process id may
-    /// (`SO_PEERPIDFD`, Linux 6.5).
+    /// Returns a pidfd of the process that [`peer_cred`](Self::peer_cred) names (`SO_PEERPIDFD`,
+    /// Linux 6.5). It becomes readable when that process ends. A process id may be used again for
+    /// another process, but a pidfd always means the same one.
     ///
-    /// Linux 6.16 and later return a pidfd even if the process has ended and was reaped. It is
-    /// readable at once then.
+    /// Linux 6.16 and later return a pidfd even if the process has ended and was reaped. Then it is
+    /// readable at once.
     ///
     /// # Errors
     /// `ENOPROTOOPT` before Linux 6.5. Before 6.16 also an error, such as `ESRCH`, if the process
@@ -79,9 +80,9 @@ impl Socket {
         self.endpoint().send_buffer_size()
     }
 
-    /// Asks for a send buffer of `bytes` bytes. The kernel doubles the number for its own
-    /// bookkeeping, and caps it at `/proc/sys/net/core/wmem_max`. Call it before the socket goes
-    /// into a [`Framed`](crate::Framed).
+    /// Requests a send buffer of `bytes` bytes. The kernel limits the number to
+    /// `/proc/sys/net/core/wmem_max`, and then doubles it for its own bookkeeping. Call it before
+    /// you make a [`Framed`](crate::Framed) of the socket.
     ///
     /// For frames of 1 MiB and more on SEQPACKET, a buffer of 4 MiB instead of the usual 208 KiB
     /// gives four times the throughput, because the packets of a long frame are a quarter of the
@@ -97,9 +98,9 @@ impl Socket {
     /// The default is true. With false, the peer's send with descriptors fails with
     /// `PermissionDenied` and sends nothing.
     ///
-    /// Messages that the peer sent before this call still arrive with their descriptors. For an
-    /// accepted connection, which the client may use before it is accepted, use
-    /// [`Listener::set_pass_fds`](crate::Listener::set_pass_fds) instead.
+    /// Messages that the peer sent before this call still arrive with their descriptors. A client
+    /// may send before its connection is accepted, so use
+    /// [`Listener::set_pass_fds`](crate::Listener::set_pass_fds) for accepted connections.
     ///
     /// # Errors
     /// `ENOPROTOOPT` on an older kernel.
@@ -112,8 +113,8 @@ impl Socket {
     /// [`ReadHalf::credentials`](crate::framed::ReadHalf::credentials). The default is
     /// [`PassCredentials::No`], on accepted, inherited and converted sockets too.
     ///
-    /// Call it before the first receive. The sender is not known for messages that were received
-    /// before, or even sent before. For an accepted connection use
+    /// Call it before the first receive. The sender of a message that was received or sent before
+    /// this call is not known. For accepted connections, use
     /// [`Listener::set_pass_credentials`](crate::Listener::set_pass_credentials).
     ///
     /// # Errors
@@ -123,11 +124,12 @@ impl Socket {
     }
 
     /// Ends a direction of the connection, for every holder of the socket. After `Shutdown::Read`
-    /// the peer's sends fail with `EPIPE`. Messages that it sent before stay readable, then comes
-    /// the end. A task that waits to receive is woken, on both kinds of socket.
+    /// the peer's sends fail with `EPIPE`. Messages that the peer sent before stay readable,
+    /// followed by the end of the stream. A task that waits to receive is woken, on both kinds of
+    /// socket.
     ///
     /// # Errors
-    /// `NotConnected`.
+    /// `NotConnected` if the connection has ended.
     pub fn shutdown(&self, how: Shutdown) -> Result<()> {
         self.endpoint().shutdown(how)
     }

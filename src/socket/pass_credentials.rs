@@ -11,11 +11,11 @@ use crate::sys;
 
 /// The choice of what the kernel reports about the process that sends a message.
 ///
-/// The options are of the receiving socket (`SO_PASSCRED` and `SO_PASSPIDFD`, unix(7)).
+/// These are options of the receiving socket (`SO_PASSCRED` and `SO_PASSPIDFD`, unix(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum PassCredentials {
-    /// No report.
+    /// Nothing is reported.
     #[default]
     No,
     /// The ids of the process: [`Credentials`](crate::socket::Credentials) without a pidfd.
@@ -25,8 +25,9 @@ pub enum PassCredentials {
 }
 
 impl PassCredentials {
+    /// Sets the options of a socket.
     pub(super) fn set(self, socket: &impl AsFd) -> Result<()> {
-        // First set the option that may be missing, so that nothing has changed if it is.
+        // Set the newer option first, so that nothing has changed if the kernel does not have it.
         match setsockopt(socket, sys::PassPidfd, &(self == Self::IdsAndPidfd)) {
             Err(Errno::ENOPROTOOPT) if self != Self::IdsAndPidfd => {} // a kernel before 6.5
             set => set?,

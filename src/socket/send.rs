@@ -22,8 +22,8 @@ use super::{Attempt, Endpoint, Socket};
 use crate::{backoff::Backoff, closer::BackgroundFd, sys};
 
 impl Socket {
-    /// Makes attempts until one of them has sent something. It tries first, and waits only if the
-    /// socket takes nothing.
+    /// Makes attempts until one of them has sent something. The first attempt is made without
+    /// waiting.
     pub(crate) fn poll_send(
         &self,
         cx: &mut Context<'_>,
@@ -31,7 +31,7 @@ impl Socket {
         mut attempt: impl FnMut(Endpoint<'_>) -> Result<Attempt>,
     ) -> Poll<Result<()>> {
         loop {
-            // Wait for what the last attempt lacked, if it lacked something.
+            // If the last attempt has failed, wait for the event that it needs.
             let mut ready = ready!(wait.poll(cx, self))?;
             let coop = ready!(coop::poll_proceed(cx));
             match attempt(self.endpoint())? {
@@ -41,8 +41,9 @@ impl Socket {
                     return Poll::Ready(Ok(()));
                 }
                 Attempt::Again => {}
-                // The readiness from before the send may be stale. So first ask for readiness and
-                // try again. If that fails too, it was stale: clear it and wait.
+                // tokio may still have readiness from before this attempt. So try once more with
+                // the readiness that it has. If that attempt fails too, the readiness was stale:
+                // clear it and wait for an event.
                 Attempt::Full => match &mut ready {
                     _ if self.quiet => wait.for_duplicate(self)?,
                     Some(ready) => ready.clear_ready(),
@@ -54,14 +55,16 @@ impl Socket {
     }
 }
 
-/// The events that a sender waits for.
+/// The events for which a sender waits before the next attempt.
 #[derive(Debug, Default)]
 pub(crate) struct SendWait {
-    /// True if the socket took nothing, so its readiness is asked before the next attempt.
+    /// True if the socket was full at the last attempt. Then the next one needs readiness.
     full: bool,
-    /// A copy of a [quiet](Socket::quiet) socket that took nothing, registered for writing.
+    /// A copy of a [quiet](Socket::quiet) socket that was full, registered for writing.
     duplicate: Option<AsyncFd<BackgroundFd>>,
+    /// Set while sending waits for a resource of the kernel.
     timer: Option<Pin<Box<Sleep>>>,
+    /// The growing times of `timer`.
     backoff: Backoff,
 }
 
@@ -93,7 +96,7 @@ impl SendWait {
         match copy.and_then(|copy| sys::register(socket.state.guard(copy), Interest::WRITABLE)) {
             Ok(duplicate) => self.duplicate = Some(duplicate),
             Err(error) => match error.raw_os_error() {
-                // There is no descriptor left for the duplicate, or no memory to watch it.
+                // There is no descriptor left for the duplicate, or no room in the event loop.
                 Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC) => {
                     self.a_while(socket)
                 }
@@ -103,12 +106,12 @@ impl SendWait {
         Ok(())
     }
 
-    /// Returns true if it waits for a resource of the kernel, which no event announces.
+    /// Returns true if it waits for a resource of the kernel, which reports no event for that.
     pub(crate) fn is_for_a_while(&self) -> bool {
         self.timer.is_some()
     }
 
-    /// Waits for a while. The time grows until a send succeeds.
+    /// Sets the timer. Its time grows until a send succeeds.
     pub(crate) fn a_while(&mut self, socket: &Socket) {
         let _context = socket.runtime.enter();
         self.timer = Some(Box::pin(tokio::time::sleep(self.backoff.next())));
@@ -123,7 +126,7 @@ mod tests {
     use crate::socket::SocketKind;
 
     #[tokio::test]
-    async fn after_a_send_that_succeeds_nothing_is_left_of_what_was_waited_for() {
+    async fn a_send_that_succeeds_resets_the_wait() {
         for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
             let (socket, _peer) = Socket::pair(kind).unwrap();
             let mut wait = SendWait { full: true, ..SendWait::default() };
@@ -135,11 +138,11 @@ mod tests {
             };
             poll_fn(|cx| socket.poll_send(cx, &mut wait, attempt)).await.unwrap();
 
-            assert!(!wait.full, "the next send asks first whether the socket is writable");
+            assert!(!wait.full, "the next send waits for readiness first");
             assert_eq!(
                 wait.backoff.next(),
                 Duration::from_millis(1),
-                "the next shortage is waited for longer"
+                "the next shortage begins with a longer wait"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! The conversions from the sockets of tokio-seqpacket and into them.
+//! Conversions from and into the sockets of tokio-seqpacket.
 
 use std::{
     io::{Error, Result},

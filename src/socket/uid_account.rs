@@ -15,8 +15,8 @@ use crate::{closer::Account, error::Error, limits::SCM_MAX_FD};
 
 /// Limits for all connections of one uid together, at a [`Listener`](crate::Listener).
 ///
-/// [`Limits`](crate::Limits) limits one connection. `UidLimits` limits a uid that makes many of
-/// them, so that other uids get their part.
+/// [`Limits`](crate::Limits) limits one connection. `UidLimits` limits a uid that makes many
+/// connections, so that other uids get their share.
 ///
 /// ```
 /// use fdwire::socket::UidLimits;
@@ -34,16 +34,16 @@ pub struct UidLimits {
     /// A [`Socket`](crate::Socket) no longer counts when it is converted into another type.
     pub max_connections: usize,
 
-    /// The number of bytes of messages that have arrived in part. The connection that brings more
-    /// ends with [`Error::OverUidLimit`]. Default: 256 MiB.
+    /// The number of bytes of messages that have arrived in part. A connection that exceeds the
+    /// limit ends with [`Error::OverUidLimit`]. Default: 256 MiB.
     ///
     /// Messages that wait to be sent do not count. They are limited by the [limit of each
     /// connection](crate::Limits#structfield.max_queued_bytes) and by the number of connections.
     pub max_bytes: usize,
 
-    /// The number of descriptors that have arrived and that no message has claimed yet. The
-    /// connection that brings more ends with [`Error::OverUidLimit`]. Default: a quarter of the
-    /// soft `RLIMIT_NOFILE`, at least 253.
+    /// The number of descriptors that have arrived and that no message has claimed yet. A
+    /// connection that exceeds the limit ends with [`Error::OverUidLimit`]. Default: a quarter of
+    /// the soft `RLIMIT_NOFILE`, at least 253.
     ///
     /// Raise it, or `RLIMIT_NOFILE`, if honest peers send frames with many descriptors at the same
     /// time: one connection may have
@@ -68,21 +68,21 @@ impl Default for UidLimits {
 }
 
 impl UidLimits {
-    /// Returns them with another [`max_connections`](Self#structfield.max_connections).
+    /// Returns the limits with another [`max_connections`](Self#structfield.max_connections).
     #[must_use]
     pub const fn max_connections(mut self, connections: usize) -> Self {
         self.max_connections = connections;
         self
     }
 
-    /// Returns them with another [`max_bytes`](Self#structfield.max_bytes).
+    /// Returns the limits with another [`max_bytes`](Self#structfield.max_bytes).
     #[must_use]
     pub const fn max_bytes(mut self, bytes: usize) -> Self {
         self.max_bytes = bytes;
         self
     }
 
-    /// Returns them with another [`max_fds`](Self#structfield.max_fds).
+    /// Returns the limits with another [`max_fds`](Self#structfield.max_fds).
     #[must_use]
     pub const fn max_fds(mut self, fds: usize) -> Self {
         self.max_fds = fds;
@@ -103,18 +103,20 @@ struct UidAccount {
     uid: u32,
     limits: UidLimits,
     connections: AtomicUsize,
-    /// The bytes of messages that have arrived in part, and the descriptors that no message has
-    /// claimed.
+    /// The bytes of messages that have arrived in part.
     bytes: AtomicUsize,
+    /// The descriptors that no message has claimed.
     fds: AtomicUsize,
-    /// The parent of the account of each connection.
+    /// The count of descriptors that wait to be closed: the parent of each connection's account.
     closing: Arc<Account>,
 }
 
 /// The limit that one more connection would exceed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum OverLimit {
+    /// The number of connections.
     Connections,
+    /// The number of descriptors that wait to be closed.
     Closing,
 }
 
@@ -128,7 +130,7 @@ impl UidAccounts {
         // The lock is held until the connection counts, because several tasks may accept at the
         // same time.
         let mut by_uid = self.by_uid.lock().unwrap_or_else(PoisonError::into_inner);
-        // A new uid is the time to forget accounts that nobody uses.
+        // Before an account is added, remove those that are no longer used.
         if !by_uid.contains_key(&uid) {
             by_uid.retain(|_, account| is_used(account));
         }
@@ -196,10 +198,11 @@ impl UidShare {
     /// Sets the number of bytes and descriptors that this connection holds of incomplete messages.
     ///
     /// # Errors
-    /// [`Error::OverUidLimit`] if the connection brings more than its uid may hold.
+    /// [`Error::OverUidLimit`] if the connection grows and its uid holds more than it may hold.
     pub(super) fn hold(&self, bytes: usize, fds: usize) -> Result<(), Error> {
         let UidAccount { uid, limits, bytes: all_bytes, fds: all_fds, .. } = &*self.account;
-        // Only growth can be an error: less is always allowed, even if the sum is too large.
+        // Only growth can be an error. To hold less is always allowed, even if the sum is too
+        // large.
         let bytes = replace_part(&self.bytes, bytes, all_bytes);
         let fds = replace_part(&self.fds, fds, all_fds);
         let is_over = bytes.is_some_and(|all| all > limits.max_bytes)
@@ -224,7 +227,7 @@ fn replace_part(part: &AtomicUsize, new: usize, sum: &AtomicUsize) -> Option<usi
 
 impl Drop for UidShare {
     fn drop(&mut self) {
-        let _ = self.hold(0, 0); // never too much
+        let _ = self.hold(0, 0); // to hold nothing is never over a limit
         self.account.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -12,7 +12,7 @@ use std::{
 use nix::libc;
 
 /// A buffer for the address of a sender. It is larger than `sockaddr_un`, because the kernel may
-/// add a zero byte.
+/// append a zero byte.
 #[derive(Debug)]
 pub(super) struct Name {
     pub(super) bytes: [u8; 128],

@@ -4,9 +4,9 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use nix::libc;
 
-/// Closes descriptors. Consecutive numbers go in one call, because a system call for each takes
-/// longer than the closing. Descriptors that were opened one after the other usually have such
-/// numbers.
+/// Closes descriptors. Consecutive numbers are closed by one call, because a system call for each
+/// takes longer than the work itself. Descriptors that were opened one after another usually have
+/// consecutive numbers.
 pub(crate) fn close_all(fds: impl IntoIterator<Item = OwnedFd>) {
     let mut run = Run { first: 0, count: 0 };
     for fd in fds {
@@ -41,7 +41,8 @@ impl Run {
                 return;
             }
         }
-        // One descriptor, a kernel before 5.9, or a sandbox that does not know the call.
+        // Close each one: there is only one, or the kernel is older than 5.9, or a sandbox forbids
+        // the call.
         for fd in first..first + count {
             // SAFETY: the run owns it, and has not closed it: the call above failed or was not
             // made.
@@ -65,7 +66,7 @@ mod tests {
             readers.push(reader);
             writers.push(OwnedFd::from(writer));
         }
-        // In pieces and in both orders; the numbers in between are the readers'.
+        // The numbers of the writers have gaps, and come in both orders.
         let consecutive = (0..20)
             .map(|_| File::open("/dev/null").map(OwnedFd::from))
             .collect::<io::Result<Vec<_>>>()?;

@@ -1,4 +1,4 @@
-//! Credentials as the kernel reports them.
+//! Credentials in the form in which the kernel reports them.
 
 use std::{
     fs,
@@ -9,8 +9,9 @@ use nix::{libc, sys::stat::fstat};
 
 use crate::credentials::Credentials;
 
-/// Returns `None` if the kernel does not know the sender. It then reports process 0 and the
-/// overflow ids, for example for all messages that were sent before credentials were switched on.
+/// Converts credentials from the kernel. Returns `None` if the kernel does not know the sender. In
+/// that case it reports process 0 and the overflow ids, for example for all messages that were sent
+/// before credentials were switched on.
 pub(super) fn from_kernel(sender: libc::ucred, pidfd: Option<OwnedFd>) -> Option<Credentials> {
     let libc::ucred { pid, uid, gid } = sender;
     let pid = (pid != 0).then_some(pid);
@@ -21,7 +22,7 @@ pub(super) fn from_kernel(sender: libc::ucred, pidfd: Option<OwnedFd>) -> Option
 
 /// Returns the id that the kernel reports for an id without a mapping in this user namespace.
 pub(crate) fn overflow_id(name: &str) -> u32 {
-    /// The kernel's own default.
+    /// The default of the kernel.
     const DEFAULT: u32 = 65534;
     let id = fs::read_to_string(format!("/proc/sys/kernel/{name}")).ok();
     id.and_then(|id| id.trim().parse().ok()).unwrap_or(DEFAULT)

@@ -1,9 +1,9 @@
 //! A way to close sockets that never blocks: in a task that exits.
 //!
 //! The last `close` of a TCP socket with `SO_LINGER` blocks until its data is acknowledged or the
-//! linger time is over. Any process with a copy of the socket can set that time. The same holds for
-//! every other call that drops the last reference, for example the `close` of a Unix socket in
-//! whose queue the TCP socket waits. There is one exception: **a task that exits never waits**
+//! linger time is over. Any process with a copy of the socket can set that time. The same is true
+//! of every other call that drops the last reference, for example the `close` of a Unix socket
+//! whose queue contains the TCP socket. There is one exception: **a task that exits never waits**
 //! (`inet_release` tests `PF_EXITING`), and unsent data is still sent afterwards.
 //!
 //! So sockets are moved into the descriptor table of a task that then exits:
@@ -20,8 +20,8 @@
 //! The message is announced after the caller has closed its own copies. Otherwise the exiting task
 //! could be faster, and the caller's `close` would be the last one.
 //!
-//! The exiting task is not a thread. Starting a thread, and learning when it has closed its
-//! descriptors, takes several times as long.
+//! The exiting task is not a thread, because it would take several times as long to start a thread
+//! and to wait until it has closed its descriptors.
 
 use std::{
     ffi::{c_int, c_void},
@@ -52,8 +52,8 @@ use crate::{backoff::Backoff, limits::SCM_MAX_FD};
 /// The longest time that the nursery thread may take to start.
 const LONGEST_START: Duration = Duration::from_secs(5);
 
-/// A closer of sockets in tasks that exit. Each message of sockets comes with a `T`, which is
-/// reported when they are closed.
+/// A closer of sockets in tasks that exit. Each message of sockets has a value of type `T`, which
+/// is reported when the sockets are closed.
 #[derive(Debug)]
 pub(crate) struct ExitCloser<T> {
     queue: OwnedFd,
@@ -66,15 +66,15 @@ impl<T: Send + 'static> ExitCloser<T> {
     /// to a descriptor.
     ///
     /// # Errors
-    /// `TimedOut` if the thread is stuck: it closes its copies of the process's descriptors, and
-    /// one may be a file of a FUSE file system. Also if the system has no thread or descriptor
-    /// left, if the kernel has no `CLOSE_RANGE_UNSHARE` (Linux 5.9), or if a sandbox forbids
-    /// `close_range`.
+    /// `TimedOut` if the thread is stuck. It closes its copies of the process's descriptors, and
+    /// one of them may be a file of a FUSE file system. Other errors if the system has no thread or
+    /// descriptor left, if the kernel has no `CLOSE_RANGE_UNSHARE` (Linux 5.9), or if a sandbox
+    /// forbids `close_range`.
     pub(crate) fn start(report_closed: impl Fn(T) + Send + 'static) -> io::Result<Self> {
         let (queue, nursery) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let (announce, announced) = mpsc::channel();
-        let (tell, ready) = mpsc::sync_channel(1);
+        let (report_ready, ready) = mpsc::sync_channel(1);
         let number = nursery.as_raw_fd();
         thread::Builder::new().name("fdwire-nursery".to_owned()).spawn(move || {
             // Block all signals. A signal handler in this thread, or in a task that it starts,
@@ -83,7 +83,7 @@ impl<T: Send + 'static> ExitCloser<T> {
             SigSet::all().thread_block().expect("the mask is valid");
             let unshared = keep_only(number);
             let is_ready = unshared.is_ok();
-            let _ = tell.send(unshared);
+            let _ = report_ready.send(unshared);
             if is_ready {
                 // SAFETY: the table of this thread is its own from now on. The number is open in
                 // it, and nobody else owns it.
@@ -105,8 +105,8 @@ impl<T: Send + 'static> ExitCloser<T> {
     /// Closes sockets, at most [`most_sockets_at_once`] of them.
     ///
     /// # Errors
-    /// If the kernel takes no message: `ETOOMANYREFS`, `EAGAIN` (too many wait already), or no
-    /// memory. The sockets and `closed` come back.
+    /// The sockets and `closed`, if the kernel does not accept the message: too many descriptors
+    /// are in flight (`ETOOMANYREFS`), too many messages wait (`EAGAIN`), or there is no memory.
     pub(crate) fn close(&self, sockets: Vec<OwnedFd>, closed: T) -> Result<(), (Vec<OwnedFd>, T)> {
         let fds = sockets.iter().map(AsFd::as_fd);
         if sendmsg(self.queue.as_fd(), &[IoSlice::new(b"x")], fds).is_err() {
@@ -122,13 +122,14 @@ impl<T: Send + 'static> ExitCloser<T> {
 /// needs a descriptor number below `RLIMIT_NOFILE` for each. Otherwise the kernel would close the
 /// rest inside `recvmsg`.
 pub(crate) fn most_sockets_at_once() -> usize {
-    const OTHERS: u64 = 2; // the nursery's socket has a number too
+    // Numbers that are in use in the exiting task: the socket of the nursery, and one in reserve.
+    const OTHERS: u64 = 2;
     let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((SCM_MAX_FD as u64, 0));
     soft.saturating_sub(OTHERS).clamp(1, SCM_MAX_FD as u64) as usize
 }
 
-/// Starts a task that takes the next message out of the queue and exits, and waits until it is
-/// gone.
+/// Starts a task that takes the next message out of the queue and exits, and waits until it has
+/// ended.
 fn close_next_message(nursery: BorrowedFd<'_>, stack: &mut Stack) {
     let mut backoff = Backoff::new(Duration::from_millis(1), Duration::from_secs(1));
     while !matches!(receive_in_exiting_task(nursery, stack), Ok(true)) {
@@ -178,7 +179,7 @@ fn receive_in_exiting_task(nursery: BorrowedFd<'_>, stack: &mut Stack) -> io::Re
     // The task first leaves this memory and then closes its descriptors. So wait for its end.
     match waitpid(task, Some(WaitPidFlag::__WALL)) {
         Ok(status) => Ok(status == WaitStatus::Exited(task, 0)),
-        // Other code of this process waits for any child with __WALL, and got the result.
+        // Other code of this process waits for any child with __WALL, and has got this result.
         Err(_) => Ok(true),
     }
 }

@@ -1,4 +1,4 @@
-//! A safe way to take a descriptor that the process was started with.
+//! A safe way to take a descriptor with which the process was started.
 
 use std::{
     collections::BTreeSet,
@@ -14,23 +14,23 @@ use nix::{
     sys::resource::{Resource, getrlimit},
 };
 
-/// The numbers that were taken. They stay in use until the process ends, so none becomes another
-/// file's.
+/// The numbers that were taken. They stay open until the process ends, so none of them becomes the
+/// number of another file.
 static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 
 /// Takes the open file away from a number that this process has inherited, and leaves /dev/null
 /// there. `make` gets the file under another number, close-on-exec.
 ///
-/// **Why this is safe to call with any number.** `make` owns a number that the kernel has made for
-/// it. The inherited number is never closed. So other code that also believes to own it can close
-/// only `/dev/null`, never another file. It is taken only if it is open and not close-on-exec: the
-/// standard library and most others open everything close-on-exec, so such a number is usually one
-/// that the process was started with.
+/// **Why this is safe to call with any number.** `make` owns a new number, which the kernel has
+/// made for it. The inherited number is never closed. If other code believes that it owns the
+/// inherited number too, it can close only `/dev/null`, and never another file. A number is taken
+/// only if it is open and not close-on-exec. The standard library and most others open everything
+/// close-on-exec, so such a number is usually one with which the process was started.
 ///
 /// # Errors
 /// `ResourceBusy` if the number was taken before, `InvalidInput` if it is not open or is
-/// close-on-exec, those of `make`, and `EMFILE`. The number then still has its open file, and can
-/// be taken later.
+/// close-on-exec, the errors of `make`, and `EMFILE`. Then the number still has its open file, and
+/// can be taken later.
 pub(crate) fn take_inherited<T>(
     number: RawFd,
     make: impl FnOnce(OwnedFd) -> io::Result<T>,
@@ -51,8 +51,8 @@ pub(crate) fn take_inherited<T>(
 /// Copies an inherited descriptor to a number above standard error's. The number keeps its file.
 ///
 /// # Errors
-/// `InvalidInput` if the number is not open or is close-on-exec, as one that was taken is, and
-/// `EMFILE`.
+/// `InvalidInput` if the number is not open or is close-on-exec, for example because it was taken.
+/// `EMFILE` if there is no free descriptor.
 pub(crate) fn copy_inherited(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: reads a flag of a number. It need not be open.
     let flags = Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) });
@@ -65,7 +65,7 @@ pub(crate) fn copy_inherited(number: RawFd) -> io::Result<OwnedFd> {
         }
         _ => {}
     }
-    // `dup3` will refuse such a number, after everything else has been done.
+    // `dup3` would refuse such a number later, when the other steps are done.
     if getrlimit(Resource::RLIMIT_NOFILE).is_ok_and(|(soft, _)| number as u64 >= soft) {
         return Err(Error::new(ErrorKind::InvalidInput, "it is not below the limit RLIMIT_NOFILE"));
     }
@@ -84,8 +84,8 @@ fn placeholder() -> io::Result<OwnedFd> {
     }
 }
 
-/// Gives a number another open file. Only standard input is inherited by children, which expect to
-/// have one.
+/// Replaces the open file of a number. Only standard input is not close-on-exec then, because
+/// children need one.
 fn replace(number: RawFd, file: BorrowedFd<'_>) -> io::Result<()> {
     let flags = if number == libc::STDIN_FILENO { 0 } else { libc::O_CLOEXEC };
     loop {

@@ -1,4 +1,4 @@
-//! The kind of an open file, without asking the process or host that provides the file.
+//! The kind of an open file, determined without the process or host that provides the file.
 
 use std::{
     io,
@@ -20,7 +20,7 @@ use super::Domain;
 
 /// Returns true if the descriptor is a socket of any kind.
 pub(crate) fn is_socket(fd: BorrowedFd<'_>) -> bool {
-    // EBADF is the answer for an `O_PATH` descriptor, which has no open file.
+    // The kernel returns EBADF for an `O_PATH` descriptor, which has no open file.
     !matches!(getsockopt(&fd, Domain), Err(Errno::ENOTSOCK | Errno::EBADF))
 }
 
@@ -51,17 +51,17 @@ impl FileType {
     }
 }
 
-/// The type of an open file and the device that it is on.
+/// The type of an open file, and its device.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FileKind {
     pub(crate) file_type: FileType,
-    /// The major and minor number of the device that the file system is on.
+    /// The major and minor number of the device of the file system.
     pub(crate) device: (u32, u32),
     /// The major number of the file itself, if it is a device.
     pub(crate) own_major: u32,
 }
 
-/// Returns the kind of an open file. Unlike `fstat`, the call does not ask the daemon of a FUSE
+/// Returns the kind of an open file. Unlike `fstat`, this does not wait for the daemon of a FUSE
 /// file system, which may never answer (`AT_STATX_DONT_SYNC`, statx(2)).
 pub(crate) fn file_kind(fd: BorrowedFd<'_>) -> io::Result<FileKind> {
     let mut found = MaybeUninit::<libc::statx>::zeroed();

@@ -4,8 +4,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::{errno::Errno, libc};
 
-/// Takes the exclusive lock of a file without waiting. It belongs to the open file: whoever has a
-/// copy of the descriptor holds it too.
+/// Takes the exclusive lock of a file without waiting. The lock belongs to the open file, so all
+/// processes with a copy of the descriptor hold it.
 ///
 /// # Errors
 /// `EWOULDBLOCK` if another open file has it.
@@ -15,7 +15,7 @@ pub(crate) fn try_lock(file: BorrowedFd<'_>) -> nix::Result<()> {
     Errno::result(outcome).map(drop)
 }
 
-/// Gives the lock up, for every copy of the descriptor.
+/// Releases the lock, for all copies of the descriptor.
 pub(crate) fn unlock(file: BorrowedFd<'_>) {
     // SAFETY: the call takes two numbers, and the descriptor is open.
     unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };

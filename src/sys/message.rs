@@ -26,9 +26,9 @@ use crate::{credentials::Credentials, limits::SCM_MAX_FD};
 /// installed like any other.
 const SCM_PIDFD: libc::c_int = 4;
 
-/// The room for 253 descriptors (1,032 bytes), and for credentials, a pidfd and timestamps. This
-/// process or another holder of the socket may have switched those on. They come before or after
-/// the descriptors, and must not take their room.
+/// The size of the buffer for control data: 1,032 bytes for 253 descriptors, and the rest for
+/// credentials, a pidfd and timestamps. This process or another holder of the socket may have
+/// switched these on. They come before or after the descriptors, and must not use up their room.
 const CONTROL_BYTES: usize = 1032 + 248;
 
 /// The control data of a call, with the alignment of `cmsghdr`.
@@ -59,7 +59,8 @@ impl Control {
         self.header = header;
         // SAFETY: the pointer is to the header just written.
         let data = unsafe { libc::CMSG_DATA((&raw mut *self).cast::<libc::cmsghdr>()) };
-        // One number more, because the kernel also reads the padding behind an odd number of them.
+        // Write one number more: for an odd number of descriptors, the kernel also reads the
+        // padding.
         let numbers = fds.take(count).map(|fd| fd.as_raw_fd()).chain([0]);
         for (index, number) in numbers.enumerate() {
             let place = data.cast::<RawFd>().wrapping_add(index);
@@ -79,17 +80,17 @@ pub(crate) struct Received {
     pub(crate) bytes: usize,
     /// True if there was room for more bytes.
     pub(crate) short: bool,
-    /// The number of descriptors that came too.
+    /// The number of descriptors that were received.
     pub(crate) fds: usize,
-    /// True if control data of any kind came: descriptors, or credentials that another holder of
-    /// the socket asked for.
+    /// True if control data of any kind was received: descriptors, or for example credentials that
+    /// another holder of the socket has switched on.
     pub(crate) with_control: bool,
     /// True if the kernel could not install some descriptors.
     pub(crate) control_truncated: bool,
     /// True if the packet was longer than the room for it.
     pub(crate) packet_truncated: bool,
-    /// The process that has sent everything, if the socket is set to report that and the kernel
-    /// knows it.
+    /// The process that has sent the bytes and descriptors, if the socket is set to report that and
+    /// the kernel knows it.
     pub(crate) credentials: Option<Credentials>,
 }
 
@@ -125,7 +126,7 @@ fn send<'fd>(
 ) -> io::Result<usize> {
     let mut control = Control::new();
     let mut message = empty_message();
-    // IoSlice has the layout of iovec, as std says.
+    // std guarantees that IoSlice has the layout of iovec.
     message.msg_iov = bytes.as_ptr().cast_mut().cast();
     message.msg_iovlen = bytes.len() as _;
     if let Some(receiver) = receiver {
@@ -145,10 +146,10 @@ fn send<'fd>(
 }
 
 /// Receives at most `max_bytes` into the spare room of `bytes`, without blocking. Every descriptor
-/// that arrives is appended to `fds`, close-on-exec, whatever else is wrong with the message.
+/// that arrives is appended to `fds`, close-on-exec, even if the message was truncated.
 ///
-/// Neither `max_bytes` nor the spare room may be zero, or the result looks like the end of the
-/// stream.
+/// Neither `max_bytes` nor the spare room may be zero. Otherwise the result would look like the end
+/// of the stream.
 pub(crate) fn recvmsg(
     socket: BorrowedFd<'_>,
     bytes: &mut BytesMut,
@@ -201,7 +202,7 @@ fn receive(
     if let Some(sender) = sender {
         sender.length = message.msg_namelen as usize;
     }
-    // Own the descriptors first, whatever else is wrong with the message.
+    // First take ownership of the descriptors, even if the message was truncated.
     let with_control = message.msg_controllen > 0;
     let (fds, credentials) = if with_control { take_control(&message, fds) } else { (0, None) };
     // SAFETY: the kernel has written that many bytes to the spare room, in which they fit:
@@ -269,6 +270,7 @@ fn take_control(
     (count, credentials)
 }
 
+/// Returns a message header without any pointers.
 fn empty_message() -> libc::msghdr {
     // `msghdr` has private padding on some C libraries, so it cannot be written as a literal.
     // SAFETY: all zero is a valid value: null pointers, zero lengths.

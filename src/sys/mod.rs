@@ -50,7 +50,7 @@ use nix::{
     sys::socket::{SockFlag, accept4},
 };
 
-/// Returns true if descriptors or memory have run out, which passes.
+/// Returns true if descriptors or memory have run out. That is usually temporary.
 #[cfg(any(feature = "handoff", feature = "takeover"))]
 pub(crate) fn is_exhausted(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
@@ -64,8 +64,8 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// Takes a connection off the queue of a TCP listener, non-blocking and close-on-exec, with the
-/// address of its client. To ask for the address later takes another call, and a client that has
-/// gone by then has none.
+/// address of its client. To get the address later would take another call, which fails if the
+/// client has gone meanwhile.
 pub(crate) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(TcpStream, SocketAddr)> {
     // SAFETY: the descriptor stays open for the call, and is not closed, because the listener is
     // not dropped.
@@ -97,8 +97,8 @@ pub(crate) fn unreceived(socket: BorrowedFd<'_>) -> io::Result<usize> {
     Ok(bytes as usize)
 }
 
-/// Returns the number of bytes that a Unix socket has received and nobody has read (`SIOCINQ`).
-/// Empty packets count for nothing.
+/// Returns the number of bytes that a Unix socket has received and that were not read (`SIOCINQ`).
+/// Empty packets do not count.
 pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the call writes an int, to one that lives until it returns.

@@ -14,7 +14,7 @@ pub(crate) enum Event {
     Writable,
 }
 
-/// Waits for an event of a descriptor, or for its end. Returns false if the time is over before.
+/// Waits for an event of a descriptor, or for its end. Returns false if the timeout comes first.
 ///
 /// # Errors
 /// The errors of ppoll(2): `Interrupted` after a signal, `EINVAL` if `RLIMIT_NOFILE` is 0.
@@ -31,8 +31,8 @@ pub(crate) fn wait_for(
     Ok(ready > 0)
 }
 
-/// Returns true if the content of a file in `/proc` has changed since it was read, which the kernel
-/// reports with priority. An error counts as a change.
+/// Returns true if the content of a file in `/proc` has changed since it was read. The kernel
+/// reports that as `POLLPRI`. An error counts as a change.
 pub(crate) fn has_changed(file: BorrowedFd<'_>) -> bool {
     let mut events = [PollFd::new(file, PollFlags::POLLPRI)];
     poll(&mut events, PollTimeout::ZERO).is_err()

@@ -4,11 +4,11 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::{errno::Errno, libc};
 
-/// Returns a pidfd of a process, close-on-exec. If the process is a child of this one that was not
-/// waited for, the number is still its own.
+/// Returns a pidfd of a process, close-on-exec. The number of a child is not used again until this
+/// process has waited for the child.
 ///
 /// # Errors
-/// `ESRCH` if there is no such process, and those of opening a descriptor.
+/// `ESRCH` if there is no such process, and `EMFILE` or `ENFILE`.
 pub(crate) fn pidfd_open(pid: u32) -> nix::Result<OwnedFd> {
     // SAFETY: the call takes two numbers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0) };
@@ -20,7 +20,7 @@ pub(crate) fn pidfd_open(pid: u32) -> nix::Result<OwnedFd> {
 /// Kills the process of a pidfd.
 ///
 /// # Errors
-/// `ESRCH` if it has ended, and `EPERM` if it belongs to somebody else.
+/// `ESRCH` if it has ended, and `EPERM` if it belongs to another user.
 pub(crate) fn kill(pidfd: BorrowedFd<'_>) -> nix::Result<()> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: a null pointer stands for the information that kill(2) would give.

@@ -21,7 +21,10 @@ unsafe impl OwnsFd for OwnedFd {}
 // SAFETY: it keeps the `OwnedFd` alive, whose number it returns.
 unsafe impl OwnsFd for Arc<OwnedFd> {}
 
-/// Registers a descriptor.
+/// Registers a descriptor with the event loop of the current runtime.
+///
+/// # Errors
+/// The errors of epoll_ctl(2).
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver is not enabled.
@@ -37,10 +40,10 @@ pub(crate) trait CloseFd {
     fn close(&mut self, fd: OwnedFd);
 }
 
-/// A descriptor that is closed in a way of its own when it is dropped.
+/// A descriptor that its closer closes when the guard is dropped.
 #[derive(Debug)]
 pub(crate) struct FdGuard<C: CloseFd> {
-    /// `None` only while the guard ends.
+    /// `None` only while the guard is dropped or taken apart.
     fd: Option<OwnedFd>,
     closer: C,
 }
@@ -51,7 +54,7 @@ impl<C: CloseFd> FdGuard<C> {
     }
 
     pub(crate) fn into_fd(mut self) -> OwnedFd {
-        self.fd.take().expect("it is there until the end")
+        self.fd.take().expect("only the end of the guard takes it")
     }
 }
 
@@ -60,7 +63,7 @@ unsafe impl<C: CloseFd> OwnsFd for FdGuard<C> {}
 
 impl<C: CloseFd> AsFd for FdGuard<C> {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_ref().expect("it is there until the end").as_fd()
+        self.fd.as_ref().expect("only the end of the guard takes it").as_fd()
     }
 }
 

@@ -1,28 +1,30 @@
-//! The takeovers of a server, as a service manager has to learn of them.
+//! Reports the takeovers of a server to the service manager.
 
 use std::{io::Result, time::Duration};
 
 use super::Notifier;
-use crate::takeover::{News, Server};
+use crate::takeover::{Server, ServiceState};
 
-/// The longest time that the manager has for the last message.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest time for which the last message waits for the manager.
+const BARRIER_LIMIT: Duration = Duration::from_secs(10);
 
 impl Notifier {
-    /// Tells of a server and its takeovers, until another process has replaced it for good.
+    /// Reports a server and its takeovers to the manager. Returns when another process has replaced
+    /// this one for good.
     ///
     /// | event | message |
     /// |---|---|
     /// | the server serves | `READY=1` |
     /// | a new process asks for its listeners | `RELOADING=1` |
-    /// | that one is ready, or the takeover was called off or undone | `READY=1` |
-    /// | this process can't serve again | `MAINPID=` of the new one, and a barrier |
+    /// | the new process is ready, or the takeover was called off or undone | `READY=1` |
+    /// | this process can't serve again | `MAINPID=` of the new process, and a barrier |
     ///
     /// systemd ends the whole service when its main process ends. So this process stays the main
-    /// one as long as it may have to serve again, and has arranged for its successor when this
-    /// returns: it may exit then. `STOPPING=1` is not sent, because the service goes on.
+    /// process as long as it may have to serve again. When this method returns, its successor is
+    /// the main process, and this one may exit. `STOPPING=1` is not sent, because the service goes
+    /// on.
     ///
-    /// The main process says everything that counts, but its successor has to know `NOTIFY_SOCKET`
+    /// Only the main process sends messages that matter, but its successor needs `NOTIFY_SOCKET`
     /// too. So the unit needs `NotifyAccess=exec` if `ExecReload=` starts the new process. If the
     /// main process dies while it drains, systemd ends its successor as well.
     ///
@@ -42,9 +44,9 @@ impl Notifier {
     /// let server = pending.ready().await?;
     /// let follow = async { tokio::join!(server.finish(), notifier.follow(&server)) };
     /// tokio::select! {
-    ///     (finished, told) = follow => {
-    ///         println!("{} connections are cut", finished.left);
-    ///         told?;
+    ///     (finished, reported) = follow => {
+    ///         println!("{finished}");
+    ///         reported?;
     ///     }
     ///     _ = std::future::ready("SIGTERM") => notifier.stopping().await?,
     /// }
@@ -52,26 +54,29 @@ impl Notifier {
     /// ```
     ///
     /// # Errors
-    /// The same as [`notify`](Self::notify), and `TimedOut` if the manager does not answer at the
-    /// end.
+    /// The errors of [`notify`](Self::notify), and `TimedOut` if the manager does not answer the
+    /// barrier.
     ///
     /// # Cancel safety
-    /// Called again, it says at first how the server is then.
+    /// Nothing is lost when dropped. The next call begins with a report of the state at that
+    /// moment.
     pub async fn follow(&self, server: &Server) -> Result<()> {
-        let mut told = None;
+        let mut reported = None;
         loop {
-            let news = server.news_after(told).await;
-            match news {
-                News::Ready => self.ready().await?,
-                News::Reloading => self.reloading().await?,
-                News::Replaced(Some(successor)) => {
+            let state = server.next_service_state(reported).await;
+            match state {
+                ServiceState::Ready => self.ready().await?,
+                ServiceState::Reloading => self.reloading().await?,
+                ServiceState::Replaced(Some(successor)) => {
                     self.main_pid(successor).await?;
-                    return self.barrier(PATIENCE).await;
+                    // systemd must know the new main process before this one exits.
+                    return self.barrier(BARRIER_LIMIT).await;
                 }
-                // It is in another PID namespace, or this server has ended or was handed back.
-                News::Replaced(None) => return Ok(()),
+                // The successor is in another PID namespace, or there is none: this server has
+                // ended, or was handed back.
+                ServiceState::Replaced(None) => return Ok(()),
             }
-            told = Some(news);
+            reported = Some(state);
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Tells systemd, or another service manager with the same protocol, how this service does:
-//! sd_notify(3).
+//! Reports the state of this service to systemd, or to another service manager with the same
+//! protocol: sd_notify(3).
 //!
-//! A [`Notifier`] sends to the socket that `NOTIFY_SOCKET` names, and does nothing if there is
-//! none. So a program calls it in any case, and runs by hand as well.
+//! A [`Notifier`] sends to the socket that `NOTIFY_SOCKET` names, and does nothing if the variable
+//! is not set. So a program can call it in any case, even if it is started by hand.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
@@ -12,7 +12,7 @@
 //! // Bind, read the configuration, warm the caches.
 //! notifier.ready().await?;
 //! if let Some(period) = notifier.watchdog_period() {
-//!     println!("to be told every {period:?} that this process is alive");
+//!     println!("the manager expects a sign of life every {period:?}");
 //! }
 //! // Serve.
 //! notifier.stopping().await?;
@@ -28,7 +28,7 @@
 //!
 //! # Takeovers
 //!
-//! [`Notifier::follow`] tells of the takeovers of a server, in the order that systemd needs.
+//! [`Notifier::follow`] reports the takeovers of a server, in the order that systemd needs.
 
 #[cfg(feature = "takeover")]
 mod follow;
@@ -52,20 +52,22 @@ use tokio::{net::unix::pipe, time::timeout};
 
 use crate::socket::DatagramSocket;
 
-/// The way to the service manager, if there is one.
+/// A connection to the service manager, if there is one.
 ///
 /// Each method sends one datagram, and waits while the manager's queue is full.
 ///
-/// systemd takes messages of the service's main process only, unless the unit has
+/// systemd accepts messages from the service's main process only, unless the unit has
 /// `NotifyAccess=exec` or `all`.
 #[derive(Debug)]
 pub struct Notifier {
+    /// `None` if `NOTIFY_SOCKET` is not set: nothing is sent then.
     manager: Option<Manager>,
     watchdog_period: Option<Duration>,
 }
 
 #[derive(Debug)]
 struct Manager {
+    /// Not connected, so that a manager that binds its address anew still gets the next message.
     socket: DatagramSocket,
     address: SocketAddr,
 }
@@ -75,7 +77,8 @@ impl Notifier {
     /// variable, nothing is ever sent.
     ///
     /// # Errors
-    /// `InvalidInput` if the address is of another kind, such as `vsock:`, and those of socket(2).
+    /// `InvalidInput` if the address is of another kind, such as `vsock:`, and the errors of
+    /// socket(2).
     ///
     /// # Panics
     /// Outside of a tokio runtime, or if its I/O driver is not enabled.
@@ -96,72 +99,73 @@ impl Notifier {
         self.manager.is_some()
     }
 
-    /// Says that the service has started, or has finished reloading (`READY=1`).
+    /// Reports that the service has started, or has finished reloading (`READY=1`).
     ///
     /// # Errors
-    /// The same as [`notify`](Self::notify).
+    /// The errors of [`notify`](Self::notify).
     pub async fn ready(&self) -> Result<()> {
         self.notify(&["READY=1"], &[]).await
     }
 
-    /// Says that the service reloads, until [`ready`](Self::ready) (`RELOADING=1`, with the time as
-    /// `MONOTONIC_USEC`, which `Type=notify-reload` needs).
+    /// Reports that the service reloads, until [`ready`](Self::ready) is called (`RELOADING=1`,
+    /// with the time as `MONOTONIC_USEC`, which `Type=notify-reload` needs).
     ///
     /// # Errors
-    /// The same as [`notify`](Self::notify).
+    /// The errors of [`notify`](Self::notify).
     pub async fn reloading(&self) -> Result<()> {
         let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
         self.notify(&["RELOADING=1", &format!("MONOTONIC_USEC={}", now.as_micros())], &[]).await
     }
 
-    /// Says that the service is about to end (`STOPPING=1`). Not for a process that another one has
-    /// replaced: the service goes on.
+    /// Reports that the service is about to end (`STOPPING=1`). A process that another one has
+    /// replaced must not send this, because the service goes on.
     ///
     /// # Errors
-    /// The same as [`notify`](Self::notify).
+    /// The errors of [`notify`](Self::notify).
     pub async fn stopping(&self) -> Result<()> {
         self.notify(&["STOPPING=1"], &[]).await
     }
 
-    /// Says how the service does, in one line for people (`STATUS=`).
+    /// Reports the state of the service as one line for people (`STATUS=`).
     ///
     /// # Errors
-    /// The same as [`notify`](Self::notify).
+    /// The errors of [`notify`](Self::notify).
     pub async fn status(&self, text: &str) -> Result<()> {
         self.notify(&[&format!("STATUS={text}")], &[]).await
     }
 
-    /// Says which process is the service's main process from here on (`MAINPID=`).
+    /// Makes another process the service's main process (`MAINPID=`).
     ///
-    /// When the main process ends, systemd ends the whole service. So this has to have arrived
-    /// before the old main process leaves: call [`barrier`](Self::barrier) after it.
+    /// When the main process ends, systemd ends the whole service. So this message has to arrive
+    /// before the old main process exits: call [`barrier`](Self::barrier) after it.
     ///
     /// # Errors
-    /// The same as [`notify`](Self::notify).
+    /// The errors of [`notify`](Self::notify).
     pub async fn main_pid(&self, pid: u32) -> Result<()> {
         self.notify(&[&format!("MAINPID={pid}")], &[]).await
     }
 
-    /// Says that the service is alive (`WATCHDOG=1`).
+    /// Reports that the service is alive (`WATCHDOG=1`).
     ///
     /// # Errors
-    /// The same as [`notify`](Self::notify).
+    /// The errors of [`notify`](Self::notify).
     pub async fn watchdog(&self) -> Result<()> {
         self.notify(&["WATCHDOG=1"], &[]).await
     }
 
-    /// Returns how often to call [`watchdog`](Self::watchdog): half of the time after which the
-    /// manager takes the service for dead (`WATCHDOG_USEC`). `None` if it does not watch this
-    /// process.
+    /// Returns the interval at which to call [`watchdog`](Self::watchdog): half of the time after
+    /// which the manager considers the service dead (`WATCHDOG_USEC`). Returns `None` if the
+    /// manager does not watch this process.
     pub fn watchdog_period(&self) -> Option<Duration> {
         self.watchdog_period
     }
 
-    /// Waits until the manager has dealt with everything that was sent before (`BARRIER=1`, see
+    /// Waits until the manager has processed everything that was sent before (`BARRIER=1`, see
     /// sd_notify_barrier(3)).
     ///
     /// # Errors
-    /// `TimedOut`, those of [`notify`](Self::notify), and `EMFILE`.
+    /// `TimedOut` if the manager does not answer within `limit`, the errors of
+    /// [`notify`](Self::notify), and `EMFILE`.
     ///
     /// # Panics
     /// If the runtime's timer is not enabled.
@@ -169,7 +173,8 @@ impl Notifier {
         if !self.is_active() {
             return Ok(());
         }
-        // The manager closes its copy of one end, and this process sees the end of the other one.
+        // The manager closes its copy of the writing end once it reaches this message. As this
+        // process closes its own copy too, the reading end then reports the end of the stream.
         let (reader, writer) = std::io::pipe()?;
         self.notify(&["BARRIER=1"], &[writer.as_fd()]).await?;
         drop(writer);
@@ -192,12 +197,12 @@ impl Notifier {
     /// Sends assignments of sd_notify(3) in one datagram, with at most 253 descriptors.
     ///
     /// # Errors
-    /// `InvalidInput` if there is a line feed in an assignment, and those of
+    /// `InvalidInput` if there is a line feed in an assignment, and the errors of
     /// [`DatagramSocket::send_to`]: among them `NotFound` and `ConnectionRefused` if the manager is
     /// gone.
     ///
     /// # Cancel safety
-    /// When dropped, nothing was sent.
+    /// If this is dropped before it returns, nothing was sent.
     pub async fn notify(&self, assignments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<()> {
         if assignments.iter().any(|assignment| assignment.contains('\n')) {
             return Err(Error::new(
@@ -227,11 +232,12 @@ fn parse_address(text: &str) -> Result<SocketAddr> {
     }
 }
 
-/// Reads `WATCHDOG_USEC`, as sd_watchdog_enabled(3) does: it does not count if `WATCHDOG_PID` names
-/// another process.
+/// Returns half of `WATCHDOG_USEC`, as sd_watchdog_enabled(3) reads it: the variable does not count
+/// if `WATCHDOG_PID` names another process.
 fn watchdog_period(variable: impl Fn(&str) -> Option<String>, own: u32) -> Option<Duration> {
     let number = |name| Some(variable(name)?.parse::<u64>());
     match number("WATCHDOG_PID") {
+        // The variables were inherited from a parent that is the watched process.
         Some(pid) if pid != Ok(own.into()) => return None,
         _ => {}
     }

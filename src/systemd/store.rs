@@ -12,12 +12,13 @@ use crate::{limits::SCM_MAX_FD, socket::passed};
 const MAX_NAME_BYTES: usize = 255;
 
 impl Notifier {
-    /// Leaves copies of descriptors with the manager, under a name (`FDSTORE=1`). The service gets
-    /// them when it is started again: [`take_stored`].
+    /// Stores copies of descriptors with the manager, under a name (`FDSTORE=1`). The service gets
+    /// them back with [`take_stored`] when it is started again.
     ///
-    /// systemd keeps as many as `FileDescriptorStoreMax=` of the unit allows, and closes further
-    /// ones without an answer. It also removes one at which poll(2) reports `POLLHUP` or `POLLERR`,
-    /// such as a connection that has ended. The same file under the same name is kept once.
+    /// systemd keeps as many descriptors as `FileDescriptorStoreMax=` of the unit allows. It closes
+    /// further ones, and does not report that. It also removes a descriptor for which poll(2)
+    /// reports `POLLHUP` or `POLLERR`, such as a connection that has ended. If the same file is
+    /// stored twice under one name, it is kept once.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
@@ -32,11 +33,12 @@ impl Notifier {
     /// ```
     ///
     /// # Errors
-    /// `InvalidInput` if the name is no [name](Self::remove_stored), and those of
+    /// `InvalidInput` if the name is not [valid](Self::remove_stored), and the errors of
     /// [`notify`](Self::notify).
     ///
     /// # Cancel safety
-    /// When dropped, some may have been sent, if there are more than 253.
+    /// One message carries at most 253 descriptors. If there are more, some may have been sent when
+    /// this is dropped before it returns.
     pub async fn store(&self, name: &str, fds: &[BorrowedFd<'_>]) -> Result<()> {
         let name = assignment(name)?;
         for fds in fds.chunks(SCM_MAX_FD) {
@@ -45,19 +47,20 @@ impl Notifier {
         Ok(())
     }
 
-    /// Has the manager close all descriptors that it has under a name (`FDSTOREREMOVE=1`).
+    /// Removes all descriptors under a name from the store (`FDSTOREREMOVE=1`). The manager closes
+    /// them.
     ///
     /// # Errors
-    /// `InvalidInput` if the name is empty, longer than 255 bytes, or has other characters than
-    /// printable ASCII ones or a colon; and those of [`notify`](Self::notify).
+    /// `InvalidInput` if the name is empty, longer than 255 bytes, or contains a colon or anything
+    /// but printable ASCII characters; and the errors of [`notify`](Self::notify).
     pub async fn remove_stored(&self, name: &str) -> Result<()> {
         self.notify(&["FDSTOREREMOVE=1", &assignment(name)?], &[]).await
     }
 }
 
-/// Takes the descriptors that the manager has stored under a name, and passed to this process
-/// (`LISTEN_FDS` and `LISTEN_FDNAMES`, sd_listen_fds(3)). Each is taken once, when the iterator
-/// yields it.
+/// Takes the descriptors that were [stored](Notifier::store) under a name, and that the manager has
+/// passed to this process (`LISTEN_FDS` and `LISTEN_FDNAMES`, sd_listen_fds(3)). Each descriptor is
+/// taken once, when the iterator yields it.
 ///
 /// The inherited numbers become `/dev/null`, as described for
 /// [`Socket::from_inherited`](crate::Socket::from_inherited).
@@ -69,19 +72,22 @@ impl Notifier {
 /// ```
 ///
 /// # Errors
-/// Yields `EMFILE` for one that can't be taken because the process has no descriptor left. It can
-/// be taken later.
+/// The iterator yields `EMFILE` for a descriptor that can't be taken because this process has
+/// reached its limit of open descriptors. A later call can still take it.
 pub fn take_stored(name: &str) -> impl Iterator<Item = Result<OwnedFd>> + use<> {
     let name = name.to_owned();
     let named = passed().into_iter().filter(move |passed| passed.name.as_ref() == Some(&name));
-    // One that was taken before is passed over.
+    // Descriptors that were taken before are skipped.
     named.map(|passed| passed.take()).filter(|taken| !taken.as_ref().is_err_and(is_taken))
 }
 
+/// Returns true if the descriptor was taken by an earlier call, or its number is no longer that of
+/// an inherited descriptor: other code has closed it, or has set close-on-exec.
 fn is_taken(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::ResourceBusy | ErrorKind::InvalidInput)
 }
 
+/// Returns the assignment of a name to the descriptors of the same message.
 fn assignment(name: &str) -> Result<String> {
     let is_valid = (1..=MAX_NAME_BYTES).contains(&name.len())
         && name.bytes().all(|byte| (byte == b' ' || byte.is_ascii_graphic()) && byte != b':');
@@ -89,7 +95,7 @@ fn assignment(name: &str) -> Result<String> {
         true => Ok(format!("FDNAME={name}")),
         false => Err(Error::new(
             ErrorKind::InvalidInput,
-            format!("{name:?} is no name for a stored descriptor"),
+            format!("{name:?} is not a valid name for a stored descriptor"),
         )),
     }
 }

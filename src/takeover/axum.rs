@@ -1,4 +1,4 @@
-//! axum serves from a gated listener.
+//! HTTP from a gated listener, with axum.
 
 use std::{
     convert::Infallible, future::pending, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration,
@@ -32,16 +32,16 @@ impl Server {
     /// Serves a router by HTTP/1.1 and HTTP/2 until another process has taken over for good and
     /// this one may leave, as described for [`finish`](Self::finish).
     ///
-    /// When this process is replaced, answers by HTTP/1.1 say `Connection: close` from that moment
-    /// on, so clients that ask anyway move to the new process by themselves. The others are told to
-    /// end at moments that are [spread](super::Options::drain) over some time: a silent connection
-    /// of HTTP/1.1 is closed, one of HTTP/2 gets GOAWAY and finishes its requests. A client that
-    /// sends a request at the very moment at which its connection is closed has to repeat it, which
-    /// clients of HTTP/1.1 have to expect of every server (RFC 9112, section 9.5).
+    /// From the moment at which this process is replaced, its answers in HTTP/1.1 have `Connection:
+    /// close`. So active clients move to the new process by themselves. The other connections end
+    /// at moments that are [spread](super::Options::drain) over some time: a silent connection of
+    /// HTTP/1.1 is closed, and one of HTTP/2 gets GOAWAY and finishes its requests. If a client
+    /// sends a request at the very moment at which its connection is closed, it has to repeat the
+    /// request. Clients of HTTP/1.1 have to expect that of every server (RFC 9112, section 9.5).
     ///
-    /// Unlike `axum::serve` with a graceful shutdown, this does not tell all clients at once, has a
-    /// deadline, and serves on if the takeover is undone. Handlers find the client's address in
-    /// `ConnectInfo<SocketAddr>`.
+    /// `axum::serve` with a graceful shutdown ends all connections at once, and has no deadline.
+    /// This method spreads them, has a deadline, and goes on serving if the takeover is undone.
+    /// Handlers find the client's address in `ConnectInfo<SocketAddr>`.
     ///
     /// ```no_run
     /// # #[tokio::main(flavor = "current_thread")]
@@ -59,7 +59,7 @@ impl Server {
     /// let server = pending.ready().await?;
     /// let router = Router::new().route("/", get(|| async { "hello\n" }));
     /// let finished = server.serve_axum(server.gated("http", 0)?, router).await;
-    /// println!("{} connections are cut", finished.unfinished);
+    /// println!("{finished}");
     /// # Ok(()) }
     /// ```
     ///
@@ -67,7 +67,8 @@ impl Server {
     /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
     ///
     /// # Cancel safety
-    /// When dropped, no further connection is accepted. Those that are open go on until their end.
+    /// If this is dropped, no further connection is accepted. Open connections go on until they
+    /// end.
     pub async fn serve_axum(&self, mut listener: Gated<TcpListener>, router: Router) -> Finished {
         let accept = async {
             loop {
@@ -78,18 +79,19 @@ impl Server {
         };
         tokio::select! {
             finished = self.finish() => finished,
-            () = accept => unreachable!("it accepts until it is dropped"),
+            () = accept => unreachable!("this loop has no end"),
         }
     }
 }
 
+/// Serves one connection until it ends or is cut.
 async fn serve_connection(
     connection: OpenConnection,
     stream: TcpStream,
     client: SocketAddr,
     router: Router,
 ) {
-    // Each answer of HTTP/1.1 is the last one once this process is replaced.
+    // Once this process is replaced, each answer of HTTP/1.1 is the last one of its connection.
     let connection = Arc::new(connection);
     let router = TowerToHyperService::new(router);
     let service = service_fn(|mut request: Request<Incoming>| {
@@ -104,7 +106,8 @@ async fn serve_connection(
             Ok::<_, Infallible>(response)
         }
     });
-    // Serve until the client is done, the connection's moment has come, or the deadline is over.
+    // Serve until the client has ended, or until this connection has to end. Then wait for requests
+    // that are being answered, up to the deadline.
     let builder = Builder::new(TokioExecutor::new());
     let mut serving = pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
     let served = tokio::select! {
@@ -114,17 +117,17 @@ async fn serve_connection(
             tokio::select! {
                 served = serving => served,
                 () = connection.deadline() => {
-                    return debug!(%client, "cut at the deadline of the drain");
+                    return debug!(%client, "connection cut at the deadline of the drain");
                 }
             }
         }
     };
     if let Err(error) = served {
-        debug!(%client, %error, "a connection has failed");
+        debug!(%client, %error, "connection failed");
     }
 }
 
-/// For `axum::serve`. While another process serves, it accepts nothing and does not return.
+/// Lets `axum::serve` accept from this listener. While another process serves, `accept` waits.
 impl Listener for Gated<TcpListener> {
     type Io = TcpStream;
     type Addr = SocketAddr;
@@ -135,15 +138,17 @@ impl Listener for Gated<TcpListener> {
                 Ok(accepted) => return accepted,
                 Err(error) if error.kind() == io::ErrorKind::NotConnected => pending().await,
                 Err(error) => {
-                    warn!(%error, "a connection can't be accepted for the moment");
+                    warn!(%error, "can't accept a connection; trying again");
                     sleep(BACK_OFF).await;
                 }
             }
         }
     }
 
+    /// Returns the address of the listener.
+    ///
     /// # Errors
-    /// None: a TCP listener has an address.
+    /// It does not fail, because a TCP listener has an address.
     fn local_addr(&self) -> io::Result<SocketAddr> {
         match self.identity().address {
             Address::Ip(address) => Ok(address),

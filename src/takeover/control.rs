@@ -1,4 +1,4 @@
-//! The socket at which takeovers are requested.
+//! The control socket, at which takeovers are requested.
 
 use std::{io, os::fd::OwnedFd};
 
@@ -8,7 +8,9 @@ use crate::socket::PathGuard;
 
 /// The socket at which takeovers are requested, and its path.
 pub(super) struct Control {
+    /// Listens. All generations share this one socket, so nobody in its queue is lost.
     pub(super) fd: OwnedFd,
+    /// The lock of the path, and the right to remove it.
     pub(super) guard: PathGuard,
 }
 
@@ -21,7 +23,7 @@ pub(super) struct Handover {
 }
 
 impl Control {
-    /// Listens at a path that is guarded.
+    /// Listens at a path whose lock this process holds.
     pub(super) fn bind(mut guard: PathGuard, mode: u32) -> io::Result<Self> {
         let fd = guard.bind_new(SockType::SeqPacket, mode)?;
         Ok(Self { fd, guard })

@@ -4,7 +4,7 @@ use std::{io, process::ExitStatus, time::Duration};
 
 use super::{
     protocol::{AbortReason, Address, Family, Identity, Kind, Refusal},
-    taker::Failure,
+    steps::Failure,
 };
 
 /// The reason why a process could not take over, or could not offer its listeners.
@@ -15,13 +15,13 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] io::Error),
 
-    /// The connection failed, or something came over it that is no message. If this process has no
-    /// descriptor left for the listeners, that is
-    /// [`TruncatedControl`](crate::Error::TruncatedControl).
+    /// The connection failed, or something was received that is not a message. The source is
+    /// [`TruncatedControl`](crate::Error::TruncatedControl) if this process had no descriptor left
+    /// for the listeners.
     #[error("takeover connection failed: {0}")]
     Connection(#[source] crate::Error),
 
-    /// The running server refuses.
+    /// The running server refuses the takeover.
     #[error("the running server refuses a takeover: {0}")]
     Refused(Refusal),
 
@@ -29,7 +29,7 @@ pub enum Error {
     #[error("the takeover was called off: {0}; the running server goes on")]
     Aborted(AbortReason),
 
-    /// The running server has ended before its listeners were here.
+    /// The running server has ended before all of its listeners were received.
     #[error("the running server ended before it had sent its listeners")]
     GiverGone,
 
@@ -45,21 +45,22 @@ pub enum Error {
     #[error("the process at the path does not follow the takeover protocol")]
     Misbehaved,
 
-    /// A process that was to serve has ended before it did.
+    /// The process that [`launch`](super::launch) has started ended before it served.
     #[error("the new process ended before it served: {status}")]
     Ended {
         /// Its exit status.
         status: ExitStatus,
     },
 
-    /// A process that was to serve did not do so in time, and was killed.
+    /// The process that [`launch`](super::launch) has started did not serve in time, and was
+    /// killed.
     #[error("the new process did not serve within {limit:?}, and was killed")]
     TooLate {
         /// The limit.
         limit: Duration,
     },
 
-    /// The process at the path runs as a uid that this process does not take listeners from.
+    /// The process at the path runs as a uid that is not [trusted](super::Options::allow_uids).
     #[error(
         "the process at the path runs as uid {uid}, which is not trusted; to trust it, use \
          `Options::allow_uids`"
@@ -69,8 +70,8 @@ pub enum Error {
         uid: u32,
     },
 
-    /// A socket is not the one that the running server has announced or, if a process manager has
-    /// passed it, not the one that was asked for.
+    /// A received socket differs from the announcement of the running server, or a socket that a
+    /// process manager has passed is not of the requested type at the requested address.
     #[error("listener {identity} is not the expected socket: {mismatch}")]
     Mismatch {
         /// The announcement, or the socket that the process manager has passed.
@@ -79,7 +80,7 @@ pub enum Error {
         mismatch: Mismatch,
     },
 
-    /// A listener could not be bound: its address is in use, or not allowed.
+    /// A listener could not be bound, for example because its address is in use.
     #[error("listener {name:?} can't be bound to {address}: {source}")]
     Bind {
         /// The name of the listener.
@@ -90,7 +91,7 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// Two listeners have one name and one index.
+    /// Two listeners have the same name and index.
     #[error("there are two listeners {name:?} {index}")]
     Duplicate {
         /// Their name.
@@ -108,84 +109,84 @@ pub enum Error {
         index: u32,
     },
 
-    /// A listener was declined, and others with its address were not.
+    /// A listener was declined, but another one with the same address was not.
     #[error(
-        "listener {identity} was declined, and others with its address were not: some clients \
-         would wait without end"
+        "listener {identity} was declined, but another one with the same address was not: clients \
+         of the declined one would wait without end; decline all of them or none"
     )]
     SplitGroup {
         /// The listener.
         identity: Box<Identity>,
     },
 
-    /// A listener is of another kind than the one asked for.
+    /// A listener is not of the requested kind.
     #[error("listener {identity} is not a {expected}")]
     WrongKind {
         /// The listener.
         identity: Box<Identity>,
-        /// The kind that was asked for.
+        /// The requested kind.
         expected: &'static str,
     },
 }
 
-/// A difference between the listener that was expected and the socket.
+/// The difference between an expected listener and the socket that was found.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Mismatch {
     /// The address family.
     #[error("its family is {found:?}, expected was {expected:?}")]
     Family {
-        /// The value that was announced, or asked for.
+        /// The expected value.
         expected: Family,
-        /// The socket's.
+        /// The value of the socket.
         found: Family,
     },
     /// The type of the socket.
     #[error("its type is {found}, expected was {expected}")]
     Kind {
-        /// The value that was announced, or asked for.
+        /// The expected value.
         expected: Kind,
-        /// The socket's.
+        /// The value of the socket.
         found: Kind,
     },
     /// The protocol number.
     #[error("its protocol is {found}, expected was {expected}")]
     Protocol {
-        /// The value that was announced, or asked for.
+        /// The expected value.
         expected: u16,
-        /// The socket's.
+        /// The value of the socket.
         found: u16,
     },
     /// The address or the port.
     #[error("its address is {found}, expected was {expected}")]
     Address {
-        /// The value that was announced, or asked for.
+        /// The expected value.
         expected: Address,
-        /// The socket's.
+        /// The value of the socket.
         found: Address,
     },
     /// The device.
     #[error("its device is {found:?}, expected was {expected:?}")]
     Device {
-        /// The value that was announced, or asked for.
+        /// The expected value.
         expected: Option<String>,
-        /// The socket's.
+        /// The value of the socket.
         found: Option<String>,
     },
     /// `IPV6_V6ONLY`.
     #[error("its IPV6_V6ONLY is {found:?}, expected was {expected:?}")]
     V6Only {
-        /// The value that was announced, or asked for.
+        /// The expected value.
         expected: Option<bool>,
-        /// The socket's.
+        /// The value of the socket.
         found: Option<bool>,
     },
-    /// The socket itself: everything else is equal, for example in a `SO_REUSEPORT` group.
+    /// It is another socket, although everything else is equal, as in a `SO_REUSEPORT` group.
     #[error("its cookie is {found}, expected was {expected}")]
     Socket {
         /// The expected cookie (`SO_COOKIE`).
         expected: u64,
-        /// The socket's.
+        /// The value of the socket.
         found: u64,
     },
 }

@@ -17,11 +17,11 @@ use super::{
 };
 use crate::{Listener, Socket, SocketKind};
 
-/// A listener of a [`Server`](super::Server), which accepts while this process serves.
+/// A listener of a [`Server`](super::Server) that accepts only while this process serves.
 ///
-/// When another process has taken over, the socket leaves the event loop at once, so that it costs
-/// the new process nothing; [`accept`](Self::accept) then waits. If the takeover is undone, it
-/// accepts again. So an application that calls it in a loop has nothing to do for that.
+/// When another process has taken over, the socket leaves the event loop of this one at once, and
+/// [`accept`](Self::accept) waits. If the takeover is undone, `accept` goes on. So an application
+/// calls `accept` in a loop, and need not handle takeovers there.
 ///
 /// `L` is [`TcpListener`], [`UnixListener`] or [`Listener`].
 #[derive(Debug)]
@@ -31,11 +31,12 @@ pub struct Gated<L: Accepts> {
     identity: Identity,
 }
 
-/// A listener in the event loop, while this process serves.
+/// A listener that is registered with the event loop. `None` unless this process serves and has
+/// called [`Gated::accept`].
 #[derive(Debug)]
 struct Registered<L>(Mutex<Option<Arc<L>>>);
 
-/// A listener of tokio or of this crate.
+/// A listener of tokio or of this crate. It can't be implemented elsewhere.
 pub trait Accepts: sealed::Sealed + Send + Sync + Sized + 'static {
     /// A connection, with the client's address if it has one.
     type Connection;
@@ -80,12 +81,12 @@ impl<L: Accepts> Gated<L> {
         &self.identity
     }
 
-    /// Waits for the next connection, and while another process serves.
+    /// Waits for the next connection. While another process serves, there is none.
     ///
     /// # Errors
-    /// `NotConnected` if another process has taken over for good, and the errors of accept(2). Of
-    /// these, `EMFILE` and `ENFILE` pass when descriptors are closed, so wait a little before the
-    /// next call.
+    /// `NotConnected` if another process has taken over for good, and the errors of accept(2).
+    /// After `EMFILE` or `ENFILE`, wait a little and call again: they pass when descriptors are
+    /// closed.
     ///
     /// # Cancel safety
     /// No connection is lost when dropped.
@@ -97,7 +98,7 @@ impl<L: Accepts> Gated<L> {
                 return Err(io::Error::new(io::ErrorKind::NotConnected, reason));
             }
             let Some(listener) = self.register()? else { continue };
-            // A change of phase comes first: nothing is accepted after it was seen.
+            // The change of phase comes first, so that nothing is accepted after it.
             tokio::select! {
                 biased;
                 _ = self.shared.wait(|status| status.phase != Phase::Serving) => {}
@@ -106,11 +107,12 @@ impl<L: Accepts> Gated<L> {
         }
     }
 
+    /// Waits until the phase satisfies a condition.
     pub(super) async fn until_phase(&self, is_it: impl Fn(Phase) -> bool) -> Phase {
         self.shared.wait(|status| is_it(status.phase)).await.phase
     }
 
-    /// Returns a listener of its own. `None` if this process serves no longer.
+    /// Returns another listener for a copy of the socket, or `None` if this process does not serve.
     pub(super) fn copy(&self) -> io::Result<Option<L>> {
         if self.shared.phase() != Phase::Serving {
             return Ok(None);
@@ -126,13 +128,14 @@ impl<L: Accepts> Gated<L> {
         Ok(copy?)
     }
 
-    /// Returns `None` if this process serves no longer.
+    /// Returns the registered listener, and registers it first if necessary. `None` if this process
+    /// does not serve.
     fn register(&self) -> io::Result<Option<Arc<L>>> {
         let mut registered = self.registered.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(listener) = &*registered {
             return Ok(Some(Arc::clone(listener)));
         }
-        // Checked under the lock, so that a change of phase finds everything that is registered.
+        // The check is under the lock, so that a change of phase finds whatever is registered.
         if self.shared.phase() != Phase::Serving {
             return Ok(None);
         }
@@ -146,7 +149,8 @@ impl<L: Accepts> Gate for Registered<L> {
     fn on_phase(&self, phase: Phase) {
         if phase != Phase::Serving {
             let listener = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-            drop(listener); // without the lock; an `accept` under way may still have a reference
+            // Dropped after the lock is released. An `accept` that is running may have a reference.
+            drop(listener);
         }
     }
 }
@@ -189,7 +193,7 @@ impl Accepts for UnixListener {
     }
 }
 
-/// Admits the own uid and root, like any [`Listener`].
+/// Connections of the own uid and of root are admitted, as for any [`Listener`].
 impl Accepts for Listener {
     type Connection = Socket;
     const NAME: &'static str = "Unix listener of kind seqpacket";

@@ -1,6 +1,7 @@
 //! The processes that were replaced and still finish their connections.
 
 use std::{
+    fmt,
     io::{self, ErrorKind, Read, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
     time::{Duration, Instant},
@@ -24,40 +25,53 @@ pub struct Generation {
     pub replaced_for: Duration,
 }
 
-/// The old generations that a server knows of, the oldest first.
+impl fmt::Display for Generation {
+    /// Writes for example `process 700 was replaced 12 s ago`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pid {
+            Some(pid) => write!(f, "process {pid}")?,
+            None => f.write_str("a process in another PID namespace")?,
+        }
+        write!(f, " was replaced {} s ago", self.replaced_for.as_secs())
+    }
+}
+
+/// The processes that a server, or one before it, has replaced, the oldest first.
 #[derive(Debug, Default)]
-pub(super) struct Generations(Vec<Leashed>);
+pub(super) struct Generations(Vec<OldProcess>);
 
 /// A process that was replaced, with the socket that shows whether it still runs.
 #[derive(Debug)]
-struct Leashed {
+struct OldProcess {
+    /// `None` if it is in another PID namespace.
     pid: Option<u32>,
     replaced_at: Instant,
+    /// The other end is open as long as that process runs. A byte written here asks it to leave.
     leash: UnixStream,
-    /// It was asked to leave.
-    is_asked: bool,
+    /// True once it was asked to leave.
+    was_asked: bool,
 }
 
 /// This process's end of its own leash.
 #[derive(Debug)]
-pub(super) struct OwnEnd(tokio::net::UnixStream);
+pub(super) struct OwnLeash(tokio::net::UnixStream);
 
-/// Makes a leash: one end for this process, one for the process that takes over.
-pub(super) fn leash() -> io::Result<(OwnEnd, OwnedFd)> {
+/// Makes a leash: returns the end of this process, and the end for the process that takes over.
+pub(super) fn leash() -> io::Result<(OwnLeash, OwnedFd)> {
     let (own, other) = UnixStream::pair()?;
     own.set_nonblocking(true)?;
-    Ok((OwnEnd(tokio::net::UnixStream::from_std(own)?), other.into()))
+    Ok((OwnLeash(tokio::net::UnixStream::from_std(own)?), other.into()))
 }
 
-impl OwnEnd {
-    /// Waits until this process has to leave. Never returns if all holders of the other end have
-    /// ended.
+impl OwnLeash {
+    /// Waits until another process asks this one to leave. Never returns if all processes that hold
+    /// the other end have ended.
     pub(super) async fn must_leave(&self) {
         while self.0.readable().await.is_ok() {
             match self.0.try_read(&mut [0]) {
                 Ok(1..) => return,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                _ => break, // no holder is left
+                _ => break, // the other end is closed in all processes
             }
         }
         std::future::pending().await
@@ -65,7 +79,7 @@ impl OwnEnd {
 }
 
 impl Generations {
-    /// Adds a process by its leash. It was replaced this number of milliseconds ago.
+    /// Adds a process with its leash. It was replaced this number of milliseconds ago.
     ///
     /// # Errors
     /// `InvalidInput` if the descriptor is not a Unix socket.
@@ -77,18 +91,19 @@ impl Generations {
                 "the leash of an old process is not a Unix socket",
             ));
         }
-        // The process that has made the pair, whoever has sent it. 0 is another PID namespace.
+        // The kernel returns the process that has made the pair of sockets, whichever process has
+        // sent this end. The number 0 stands for a process in another PID namespace.
         let made_by = getsockopt(&leash, PeerCredentials)?.pid();
         let leash = UnixStream::from(leash);
         leash.set_nonblocking(true)?;
         let now = Instant::now();
         let replaced_at = now.checked_sub(Duration::from_millis(milliseconds)).unwrap_or(now);
         let pid = u32::try_from(made_by).ok().filter(|&pid| pid > 0);
-        self.0.push(Leashed { pid, replaced_at, leash, is_asked: false });
+        self.0.push(OldProcess { pid, replaced_at, leash, was_asked: false });
         Ok(())
     }
 
-    /// Notes that the last one was replaced just now, by this process.
+    /// Sets the time of the newest process's replacement to this moment: this process does it now.
     pub(super) fn last_was_replaced(&mut self) {
         if let Some(last) = self.0.last_mut() {
             last.replaced_at = Instant::now();
@@ -97,37 +112,40 @@ impl Generations {
 
     /// Lists the processes that still run.
     pub(super) fn list(&mut self) -> Vec<Generation> {
-        self.0.retain(Leashed::runs);
+        self.0.retain(OldProcess::runs);
         let list = self.0.iter();
         list.map(|it| Generation { pid: it.pid, replaced_for: it.replaced_at.elapsed() }).collect()
     }
 
-    /// Returns copies for the next process: for how long each has been replaced, and its leash.
+    /// Returns what the next process needs: the milliseconds since each process was replaced, and a
+    /// copy of its leash.
     pub(super) fn copies(&mut self) -> io::Result<Vec<(u64, OwnedFd)>> {
-        self.0.retain(Leashed::runs);
-        let milliseconds =
-            |it: &Leashed| u64::try_from(it.replaced_at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.0.retain(OldProcess::runs);
+        let milliseconds = |it: &OldProcess| {
+            u64::try_from(it.replaced_at.elapsed().as_millis()).unwrap_or(u64::MAX)
+        };
         self.0.iter().map(|it| Ok((milliseconds(it), it.leash.try_clone()?.into()))).collect()
     }
 
-    /// Asks the oldest to leave, if more than this number still run.
+    /// Asks the oldest processes to leave if more than `most` still run.
     pub(super) fn limit(&mut self, most: usize) {
-        self.0.retain(Leashed::runs);
+        self.0.retain(OldProcess::runs);
         // The oldest come first.
         let surplus = self.0.len().saturating_sub(most);
-        for it in self.0[..surplus].iter_mut().filter(|it| !it.is_asked) {
+        for it in self.0[..surplus].iter_mut().filter(|it| !it.was_asked) {
             info!(
                 pid = it.pid,
                 most, "takeover: too many old processes, asking the oldest to leave"
             );
-            it.is_asked = (&it.leash).write(b"x").is_ok(); // an error means that it has just left
+            // An error means that it has just ended.
+            it.was_asked = (&it.leash).write(b"x").is_ok();
         }
     }
 }
 
-impl Leashed {
-    /// Returns true if the process still runs. It never sends anything, so a read finds nothing, or
-    /// the end of the stream.
+impl OldProcess {
+    /// Returns true if the process still runs. It never writes to its leash, so a read finds either
+    /// nothing (`EAGAIN`) or the end of the stream.
     fn runs(&self) -> bool {
         let read = (&self.leash).read(&mut [0]);
         read.is_err_and(|error| {

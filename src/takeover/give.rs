@@ -21,17 +21,18 @@ use tracing::{info, warn};
 use super::{
     Phase,
     control::Handover,
-    generations::{Generations, OwnEnd, leash},
-    giver::{Giver, GiverStep},
+    generations::{Generations, OwnLeash, leash},
+    giver::Giver,
     link::now,
     outbox::{Outbox, SendFailed},
     protocol::{AbortReason, FromTaker, GiverCodec, Refusal, ToTaker, in_messages},
     shared::{Command, Shared},
+    steps::GiverStep,
     workers::Succession,
 };
 use crate::{Error, Frame, Framed, SendFd, Socket, framed::ReadHalf, sys};
 
-/// The longest time that a peer has to read the last messages.
+/// The longest time for which the last messages wait for the peer to read them.
 const LAST_MESSAGES: Duration = Duration::from_secs(1);
 
 /// Lets a connected process take over, and returns when the connection has ended.
@@ -47,8 +48,8 @@ pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
         handover: None,
         succession: None,
         leash: None,
-        reads: true,
-        writes: true,
+        can_read: true,
+        can_write: true,
         peer_copy: None,
         peer: None,
         last_messages_until: None,
@@ -59,16 +60,20 @@ pub(super) async fn give(shared: Arc<Shared>, socket: Socket) {
     while task.take_steps(&mut commands).await {
         task.wait(&mut commands).await;
     }
+    // If this process was replaced, its leash outlives the connection: a later process may ask it
+    // to leave.
     let leash = task.leash.take().filter(|_| !task.giver.is_serving());
     let shared = Arc::clone(&task.shared);
     drop(task); // closes the connection
     if let Some(leash) = leash {
         leash.must_leave().await;
         shared.status.send_modify(|status| status.must_leave = true);
-        std::future::pending::<()>().await; // the leash shows that this process still runs
+        // Keep the leash open until this process exits: it shows that the process still runs.
+        std::future::pending::<()>().await;
     }
 }
 
+/// A [`Giver`] with its connection, and everything that it needs to take its steps.
 struct GiverTask {
     giver: Giver,
     read: ReadHalf<GiverCodec>,
@@ -76,26 +81,29 @@ struct GiverTask {
     shared: Arc<Shared>,
     /// Copies of everything that goes to the taker after READY.
     handover: Option<Handover>,
-    /// The dispatcher of the taker, which goes on with the workers of this process.
+    /// The move of this process's workers to the dispatcher of the taker.
     succession: Option<Succession>,
-    /// Tells this process to leave, once it has been replaced.
-    leash: Option<OwnEnd>,
-    /// Something may still come from the taker.
-    reads: bool,
-    /// Something may still be written.
-    writes: bool,
-    /// A copy of the socket for `peer`, made while a failure still changes nothing.
+    /// The socket by which a later process asks this one to leave.
+    leash: Option<OwnLeash>,
+    /// False once the end of the data was read.
+    can_read: bool,
+    /// False once the socket has refused to send.
+    can_write: bool,
+    /// A copy of the socket for `peer`, made at a time when a failure changes nothing.
     peer_copy: Option<OwnedFd>,
-    /// Tells when the taker is gone, after a cut.
+    /// Set after a cut, to notice the end of the taker without reading.
     peer: Option<AsyncFd<OwnedFd>>,
+    /// Set when the takeover is over: the time at which the connection is closed.
     last_messages_until: Option<Instant>,
-    /// Numbers of listeners that the taker has no use for.
+    /// Numbers of listeners that the taker does not use.
     declined: BTreeSet<u32>,
-    /// This is the one takeover of the server.
+    /// True while this is the one takeover that the server allows.
     is_claimed: bool,
 }
 
+/// The channel over which the application's calls reach this task.
 struct Commands {
+    /// The sending end, until the takeover begins and the server gets it.
     to_self: Option<tokio::sync::mpsc::UnboundedSender<Command>>,
     receiver: UnboundedReceiver<Command>,
 }
@@ -109,28 +117,30 @@ impl GiverTask {
         if !self.giver.is_over() {
             return true;
         }
-        // The next process may ask at once, while the last messages of this one are sent.
+        // The next takeover may begin while the last messages of this one are sent.
         if self.giver.is_serving() && std::mem::take(&mut self.is_claimed) {
             self.shared.unclaim();
         }
         let until = *self.last_messages_until.get_or_insert_with(|| Instant::now() + LAST_MESSAGES);
-        self.writes && !self.out.is_empty() && Instant::now() < until
+        self.can_write && !self.out.is_empty() && Instant::now() < until
     }
 
     async fn take_step(&mut self, step: GiverStep, commands: &mut Commands) {
         let shared = Arc::clone(&self.shared);
         match step {
-            GiverStep::Asked => {
+            GiverStep::Decide => {
+                // One takeover at a time.
                 let to_self = commands.to_self.take();
                 self.is_claimed = to_self.is_some_and(|to_self| shared.claim(to_self));
                 if !self.is_claimed {
                     return self.giver.refuse(Refusal::Busy);
                 }
-                // The predecessor must not serve beside the successor of this process.
+                // If the predecessor of this process could still serve again, it might do so beside
+                // the taker.
                 match shared.release_predecessor().await {
                     Ok(()) => self.giver.welcome(now()),
                     Err(error) => {
-                        warn!(%error, "takeover refused: the predecessor does not answer");
+                        warn!(%error, "takeover refused: the server before this does not answer");
                         self.giver.refuse(Refusal::Busy);
                     }
                 }
@@ -141,17 +151,17 @@ impl GiverTask {
             GiverStep::SendComplete => self.send(ToTaker::Complete),
             GiverStep::Cut => {
                 self.out.clear();
-                // An error means that the connection has ended.
+                // An error means that the connection has ended, which reading notices.
                 let _ = self.read.socket().shutdown(Shutdown::Read);
                 let copy = self.peer_copy.take();
                 self.peer = copy.and_then(|copy| sys::register(copy, Interest::WRITABLE).ok());
             }
             GiverStep::SendAborted(reason) => {
-                warn!(%reason, "takeover called off, this server goes on");
+                warn!(%reason, "takeover called off; this server goes on");
                 self.send(ToTaker::Aborted { reason });
             }
             GiverStep::Stop { declined } => {
-                // Everything that is to be known when the phase changes comes first.
+                // Waiters wake when the phase changes, so the facts that they read are set first.
                 self.declined.clone_from(&declined);
                 shared.set_declined(declined);
                 let taker = self
@@ -163,7 +173,8 @@ impl GiverTask {
                 shared.status.send_modify(|status| status.successor = taker);
                 shared.set_phase(Phase::Draining);
                 self.succession.iter_mut().for_each(Succession::begin);
-                shared.set_may_remove(false); // the other one serves at these paths
+                shared.set_may_remove(false); // the taker serves at these paths
+                // Without a baton, nobody has to put one down: COMMIT follows at once.
                 if !shared.options.has_baton {
                     self.giver.give(bytes::Bytes::new());
                 }
@@ -172,6 +183,7 @@ impl GiverTask {
                 let Some(Handover { control, control_lock, locks }) = self.handover.take() else {
                     return;
                 };
+                // The locks come before COMMIT, which completes the takeover.
                 let locks = locks.into_iter().filter(|(number, _)| !self.declined.contains(number));
                 for locks in in_messages(locks.map(|(_, lock)| SendFd::from(lock)).collect()) {
                     self.send(ToTaker::Locks { fds: locks.into_iter().collect() });
@@ -182,7 +194,7 @@ impl GiverTask {
                 });
             }
             GiverStep::Resume(undone) => {
-                info!(?undone, "takeover undone, this server accepts again");
+                info!(?undone, "takeover undone; this server accepts again");
                 shared.set_declined(BTreeSet::new());
                 shared.set_may_remove(true);
                 self.succession.take().iter_mut().for_each(Succession::undo);
@@ -196,6 +208,7 @@ impl GiverTask {
 
     /// Queues everything that the taker needs to get ready.
     fn offer(&mut self, version: u8) {
+        // First everything that can fail: nothing was sent yet.
         let prepared = match self.prepare() {
             Ok(prepared) => prepared,
             Err(error) => return self.abort(&error),
@@ -212,8 +225,8 @@ impl GiverTask {
         self.giver.offered(now(), listeners);
     }
 
-    /// Does everything that takes a descriptor, as long as a failure changes nothing. Returns the
-    /// messages with lanes and generations.
+    /// Makes all descriptors that the takeover needs, at a time when a failure changes nothing.
+    /// Returns the messages with generations, lanes and workers.
     fn prepare(&mut self) -> io::Result<Vec<ToTaker<SendFd>>> {
         self.handover = Some(self.shared.handover()?);
         self.peer_copy = Some(self.read.socket().as_fd().try_clone_to_owned()?);
@@ -228,6 +241,7 @@ impl GiverTask {
         let mut generations = self.shared.with_generations(Generations::copies)?;
         let (own, other) = leash()?;
         self.leash = Some(own);
+        // This process is the newest of the old ones: it is replaced now, 0 ms ago.
         generations.push((0, other));
         let message = |generations: Vec<_>| {
             let (replaced_for, fds): (_, Vec<_>) = generations.into_iter().unzip();
@@ -264,13 +278,13 @@ impl GiverTask {
     async fn wait(&mut self, commands: &mut Commands) {
         let deadline = [self.giver.next_timeout().map(Instant::from_std), self.last_messages_until];
         let deadline = deadline.into_iter().flatten().min();
-        let Self { read, out, peer, reads, writes, giver, .. } = self;
-        let is_unsent = *writes && !out.is_empty();
+        let Self { read, out, peer, can_read, can_write, giver, .. } = self;
+        let is_unsent = *can_write && !out.is_empty();
         tokio::select! {
             biased;
-            // Reading first: a READY that is there counts, whatever else has happened.
-            message = read.next(), if *reads => self.on_read(message),
-            () = peer_closed(peer), if peer.is_some() && !*reads => {
+            // Reading comes first: a READY that was written counts, whatever else has happened.
+            message = read.next(), if *can_read => self.on_read(message),
+            () = peer_closed(peer), if peer.is_some() && !*can_read => {
                 self.peer = None;
                 self.giver.on_taker_gone();
             }
@@ -291,13 +305,13 @@ impl GiverTask {
             Some(Ok(message)) => self.giver.on_message(message),
             Some(Err(error)) if error.is_peer_gone() => {} // the end follows
             Some(Err(error)) => {
-                warn!(%error, "the process that takes over does not follow the protocol");
+                warn!(%error, "takeover: the new process does not follow the protocol");
                 self.giver.on_violation();
             }
             None => {
-                self.reads = false;
+                self.can_read = false;
                 if self.peer.is_none() {
-                    self.out.clear(); // nobody reads it
+                    self.out.clear(); // nobody can_read it
                 }
                 self.giver.on_end();
             }
@@ -309,10 +323,10 @@ impl GiverTask {
             Command::PutDown(baton) => self.giver.give(baton),
             Command::Withdraw => self.giver.abort(AbortReason::Withdrawn),
             Command::Drained => {
-                // A taker that has ended by now, or has handed everything back, has to be noticed
-                // first. The runtime learns of that while this task yields.
+                // If the taker has ended or has handed back, that comes first. Yielding lets the
+                // runtime poll the socket, and the loop reads everything that is there.
                 tokio::task::yield_now().await;
-                while self.reads && self.giver.is_draining() {
+                while self.can_read && self.giver.is_draining() {
                     let Some(message) = unconstrained(self.read.next()).now_or_never() else {
                         break;
                     };
@@ -327,13 +341,13 @@ impl GiverTask {
         self.out.push(message);
     }
 
-    /// Calls the takeover off because something can't be sent. A taker that is gone is noticed by
-    /// reading.
+    /// Calls the takeover off because something can't be sent. The end of the taker is handled when
+    /// it is read.
     fn on_send_failed(&mut self, error: &SendFailed) {
         match error {
             SendFailed::Message(error) => self.abort(error),
             SendFailed::Socket(error) => {
-                self.writes = false;
+                self.can_write = false;
                 self.out.clear();
                 if error.is_peer_gone() {
                     self.giver.abort(AbortReason::Failed);
@@ -344,14 +358,15 @@ impl GiverTask {
         }
     }
 
+    /// Logs the reason, and calls the takeover off.
     fn abort(&mut self, error: &(dyn std::error::Error + 'static)) {
-        warn!(error, "listeners can't be sent to the process that takes over");
+        warn!(error, "takeover: the listeners can't be sent to the new process; calling it off");
         self.giver.abort(AbortReason::Failed);
     }
 }
 
-/// Waits until the other end is closed. After `SHUT_RD` a read does not show that, but the kernel
-/// reports that no direction is open (`EPOLLHUP`).
+/// Waits until the other end is closed. After `SHUT_RD` a read does not show that. But the kernel
+/// reports `EPOLLHUP` once neither direction is open, and tokio counts that as closed for writing.
 async fn peer_closed(peer: &Option<AsyncFd<OwnedFd>>) {
     let Some(peer) = peer else { return };
     while let Ok(mut ready) = peer.writable().await {

@@ -7,13 +7,16 @@ use std::{
 
 use bytes::Bytes;
 
-use super::protocol::{AbortReason, FromTaker, Refusal, Versions};
+use super::{
+    protocol::{AbortReason, FromTaker, Refusal, Versions},
+    steps::{GiverStep, Undone},
+};
 
-/// One takeover, seen by the process that serves.
+/// One takeover, from the point of view of the process that serves.
 ///
 /// ```text
 ///         HELLO        welcome()          offered()          READY           drained(), RELEASE
-///   Hello -----> Asked --------> Offering --------> Waiting -----> Draining ---------------> Over
+///   Hello ---> Requested ------> Offering --------> Waiting -----> Draining ---------------> Over
 ///     |            |                |                 |               | taker's end, HAND_BACK
 ///     |            | refuse()       '-- abort ---.    | abort         '-----------> Over, serving
 ///     |            |                             v    v
@@ -22,9 +25,9 @@ use super::protocol::{AbortReason, FromTaker, Refusal, Versions};
 ///     '---------> Over, serving <-------------------' end of what was written
 /// ```
 ///
-/// It serves in every state except `Draining` and the end that follows from it. Only one event
-/// makes it stop: READY was read. Only two events make it serve again: HAND_BACK, and the end of a
-/// taker that has not sent RELEASE. A taker that was cut off can send neither HAND_BACK nor
+/// The process serves in every state except `Draining` and the end that follows from it. Only one
+/// event makes it stop: READY was read. Only two events make it serve again: HAND_BACK, and the end
+/// of a taker that has not sent RELEASE. A taker that was cut off can send neither HAND_BACK nor
 /// RELEASE, so its takeover is final only after DRAINED.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Giver {
@@ -32,8 +35,11 @@ pub(super) struct Giver {
     settings: GiverSettings,
     /// Number of listeners that were offered.
     listeners: u32,
+    /// Numbers of listeners that the taker does not use. They move into [`GiverStep::Stop`].
     declined: BTreeSet<u32>,
+    /// The end of the current wait. `None` once READY was read or the takeover was called off.
     deadline: Option<Instant>,
+    /// Actions that the task has not taken yet.
     steps: VecDeque<GiverStep>,
 }
 
@@ -41,75 +47,34 @@ pub(super) struct Giver {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct GiverSettings {
     pub(super) versions: Versions,
-    /// From the connection to HELLO, and from there until everything was sent.
+    /// The longest time from the connection to HELLO, and from there until everything was sent.
     pub(super) answer: Duration,
-    /// From COMPLETE to READY.
+    /// The longest time from COMPLETE to READY.
     pub(super) ready: Duration,
-}
-
-/// An action that the caller has to take next, in the order of these values.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) enum GiverStep {
-    /// Call [`Giver::welcome`] or [`Giver::refuse`].
-    Asked,
-    /// Send WELCOME, then the listeners and the state, then call [`Giver::offered`].
-    SendOffer { version: u8 },
-    /// Send REFUSED.
-    SendRefused(Refusal),
-    /// Send STATUS.
-    SendStatus,
-    /// Send COMPLETE.
-    SendComplete,
-    /// Shut down the receiving direction, and read on to the end: from then on no READY can be
-    /// written, and one that was written before is read.
-    Cut,
-    /// Send ABORTED.
-    SendAborted(AbortReason),
-    /// Accept no more. The taker has no use for some listeners, named by their numbers.
-    Stop { declined: BTreeSet<u32> },
-    /// Send the locks and COMMIT.
-    SendCommit { baton: Bytes },
-    /// Accept again.
-    Resume(Undone),
-    /// Send RESUMED.
-    SendResumed,
-    /// Close the copies of listeners and locks.
-    GiveUpCopies,
-    /// Send DRAINED.
-    SendDrained,
-}
-
-/// The reason why a server accepts again after another process has replaced it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub(super) enum Undone {
-    /// The new process has ended.
-    Ended,
-    /// The new process has given everything back, with its baton.
-    HandedBack(Bytes),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum State {
-    /// HELLO is to come.
+    /// The giver waits for HELLO.
     Hello,
-    /// The server decides whether there is a takeover now.
-    Asked { version: u8 },
-    /// Listeners and state are on their way.
+    /// The server decides whether this takeover may begin.
+    Requested { version: u8 },
+    /// Listeners and state are being sent.
     Offering,
-    /// READY is to come.
+    /// The giver waits for READY.
     Waiting,
-    /// The receiving direction is shut down; what was written before is read to its end.
+    /// The takeover is called off. The receiving direction is shut down, and what was written
+    /// before is read to its end. A READY that is found there counts if `ready_counts`.
     Cutting { reason: AbortReason, ready_counts: bool },
-    /// The taker accepts. `given`: COMMIT is sent. `cut`: the receiving direction is shut down, so
-    /// its end is not the taker's end.
+    /// The taker accepts. `given` is true if COMMIT was sent. `cut` is true if the receiving
+    /// direction is shut down: then the end of the data is not the taker's end.
     Draining { given: bool, cut: bool },
-    /// Nothing follows.
+    /// The connection is of no more use. `serving` is true if this process serves.
     Over { serving: bool },
 }
 
 impl Giver {
-    /// Returns the giver's side of a new connection.
+    /// Returns the state machine of a new connection.
     pub(super) fn new(now: Instant, settings: GiverSettings) -> Self {
         Self {
             state: State::Hello,
@@ -121,7 +86,7 @@ impl Giver {
         }
     }
 
-    /// Returns true if this process accepts connections, as far as this takeover goes.
+    /// Returns true unless this takeover has stopped this process from accepting connections.
     pub(super) fn is_serving(&self) -> bool {
         !matches!(self.state, State::Draining { .. } | State::Over { serving: false })
     }
@@ -131,7 +96,7 @@ impl Giver {
         matches!(self.state, State::Draining { .. })
     }
 
-    /// Returns true if the connection is of no more use, once all steps are done.
+    /// Returns true if the connection can be closed once all steps are taken.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.state, State::Over { .. })
     }
@@ -146,14 +111,17 @@ impl Giver {
         }
     }
 
+    /// Returns the next action to take. Call it after each event, until it returns `None`.
     pub(super) fn next_step(&mut self) -> Option<GiverStep> {
         self.steps.pop_front()
     }
 
+    /// Returns the time at which to call [`on_timeout`](Self::on_timeout).
     pub(super) fn next_timeout(&self) -> Option<Instant> {
         self.deadline
     }
 
+    /// Calls the takeover off if the current wait has lasted too long.
     pub(super) fn on_timeout(&mut self, now: Instant) {
         if self.deadline.is_none_or(|deadline| now < deadline) {
             return;
@@ -161,13 +129,15 @@ impl Giver {
         self.abort(AbortReason::TimedOut);
     }
 
+    /// Handles a message of the taker. One that has no place in the current state is a breach.
     pub(super) fn on_message(&mut self, message: FromTaker) {
         match (self.state, message) {
+            // The first message: a request for a takeover, or for the status.
             (State::Hello, FromTaker::Hello { lowest, highest }) => {
                 match self.settings.versions.highest_common(Versions { lowest, highest }) {
                     Some(version) => {
-                        self.state = State::Asked { version };
-                        self.steps.push_back(GiverStep::Asked);
+                        self.state = State::Requested { version };
+                        self.steps.push_back(GiverStep::Decide);
                     }
                     None => self.refuse(Refusal::Version),
                 }
@@ -176,6 +146,7 @@ impl Giver {
                 self.steps.push_back(GiverStep::SendStatus);
                 self.end(true);
             }
+            // Between COMPLETE and READY, and what was written then and is read after the cut.
             (State::Waiting | State::Cutting { .. }, FromTaker::Decline { number })
                 if number < self.listeners =>
             {
@@ -184,33 +155,34 @@ impl Giver {
             (State::Waiting | State::Cutting { ready_counts: true, .. }, FromTaker::Ready) => {
                 self.stop()
             }
+            // After READY.
             (State::Draining { .. }, FromTaker::HandBack { baton }) => {
                 self.resume(Undone::HandedBack(baton));
                 self.steps.push_back(GiverStep::SendResumed);
             }
             (State::Draining { .. }, FromTaker::Release) => self.give_up(),
-            (State::Over { .. }, _) => {} // it crossed the last message
+            // The taker wrote this before it read the giver's last message.
+            (State::Over { .. }, _) => {}
             _ => self.on_violation(),
         }
     }
 
-    /// Handles a breach of the protocol, after which nothing more can be understood.
-    ///
-    /// A taker that serves is not dead because of that. So nothing is undone: two would serve.
+    /// Handles a breach of the protocol. Nothing that comes after it counts.
     pub(super) fn on_violation(&mut self) {
-        // After READY: the taker serves, so this process must not serve again.
+        // After READY the taker serves, and a breach does not prove that it has ended. If this
+        // process served again, both would serve.
         if self.is_draining() {
             return self.give_up();
         }
         self.abort(AbortReason::Misbehaved);
-        // Anything that comes behind a violation means nothing.
         if let State::Cutting { ready_counts, .. } = &mut self.state {
             *ready_counts = false;
         }
     }
 
     /// Handles the end of the taker, after everything that it wrote was read. After a
-    /// [cut](GiverStep::Cut) that is not the same as [`on_end`](Self::on_end).
+    /// [cut](GiverStep::Cut), the end of the data does not prove that the taker has ended: use
+    /// [`on_end`](Self::on_end) for that.
     pub(super) fn on_taker_gone(&mut self) {
         match self.state {
             State::Draining { .. } => self.resume(Undone::Ended),
@@ -218,8 +190,7 @@ impl Giver {
         }
     }
 
-    /// Handles the end of everything that can be read: the taker has closed its end, or the giver
-    /// has cut it off.
+    /// Handles the end of the data: the taker has closed its end, or the giver has cut it off.
     pub(super) fn on_end(&mut self) {
         match self.state {
             State::Draining { cut: false, .. } => self.resume(Undone::Ended),
@@ -229,13 +200,15 @@ impl Giver {
                 self.end(true);
             }
             State::Over { .. } => {}
-            State::Hello | State::Asked { .. } | State::Offering | State::Waiting => self.end(true),
+            State::Hello | State::Requested { .. } | State::Offering | State::Waiting => {
+                self.end(true)
+            }
         }
     }
 
     /// Begins to offer the listeners.
     pub(super) fn welcome(&mut self, now: Instant) {
-        if let State::Asked { version } = self.state {
+        if let State::Requested { version } = self.state {
             self.state = State::Offering;
             self.deadline = now.checked_add(self.settings.answer);
             self.steps.push_back(GiverStep::SendOffer { version });
@@ -244,13 +217,13 @@ impl Giver {
 
     /// Refuses a takeover.
     pub(super) fn refuse(&mut self, reason: Refusal) {
-        if matches!(self.state, State::Hello | State::Asked { .. }) {
+        if matches!(self.state, State::Hello | State::Requested { .. }) {
             self.steps.push_back(GiverStep::SendRefused(reason));
             self.end(true);
         }
     }
 
-    /// Notes that this number of listeners, and all state, are sent.
+    /// Handles the end of the offer: all state and this number of listeners were sent.
     pub(super) fn offered(&mut self, now: Instant, listeners: u32) {
         if self.state == State::Offering {
             self.listeners = listeners;
@@ -260,10 +233,10 @@ impl Giver {
         }
     }
 
-    /// Calls the takeover off, unless READY was written before.
+    /// Begins to call the takeover off. If READY was written before, it takes place all the same.
     pub(super) fn abort(&mut self, reason: AbortReason) {
         match self.state {
-            State::Hello | State::Asked { .. } => self.end(true),
+            State::Hello | State::Requested { .. } => self.end(true),
             State::Offering | State::Waiting => {
                 // A READY before COMPLETE is a violation and does not count.
                 let ready_counts = self.state == State::Waiting;
@@ -275,7 +248,7 @@ impl Giver {
         }
     }
 
-    /// Passes the baton on, which the application has put down.
+    /// Sends COMMIT with the baton, which the application has put down.
     pub(super) fn give(&mut self, baton: Bytes) {
         if let State::Draining { given: given @ false, .. } = &mut self.state {
             *given = true;
@@ -287,7 +260,7 @@ impl Giver {
     /// first reads everything that is readable.
     pub(super) fn drained(&mut self) {
         if self.is_draining() {
-            // A baton that the application still holds is lost with it; the rest has to move.
+            // If the application still holds its baton, the baton is lost. The rest has to move.
             self.give(Bytes::new());
             self.give_up();
         }

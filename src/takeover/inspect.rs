@@ -21,13 +21,13 @@ use super::{
 };
 use crate::sys;
 
-/// Returns the identity of a socket, to which the application has given a name and an index.
+/// Returns the identity of a socket. The name and the index are the application's.
 ///
 /// # Errors
 /// `InvalidInput` if the descriptor is not a socket of IP or Unix, or a stream that does not
 /// listen.
 pub(super) fn identity_of(name: String, index: u32, fd: BorrowedFd<'_>) -> Result<Identity> {
-    // Anything that cannot be offered is refused first.
+    // Refuse everything that can't be offered.
     let family = match getsockopt(&fd, sys::Domain)? {
         libc::AF_UNIX => Family::Unix,
         libc::AF_INET => Family::Ipv4,
@@ -45,13 +45,13 @@ pub(super) fn identity_of(name: String, index: u32, fd: BorrowedFd<'_>) -> Resul
     if kind != Kind::Datagram && !getsockopt(&fd, sockopt::AcceptConn)? {
         return Err(unusable(&name, "it does not listen".to_owned()));
     }
-    // The rest of the fields.
+    // Read the remaining fields.
     let protocol = getsockopt(&fd, sys::Protocol)?;
     let v6_only = match family {
         Family::Ipv6 => Some(getsockopt(&fd, sockopt::Ipv6V6Only)?),
         _ => None,
     };
-    // Unix sockets have the option too, and return no device.
+    // For a Unix socket, the kernel accepts this option too, and returns an empty name.
     let device = getsockopt(&fd, sockopt::BindToDevice)?.to_string_lossy().into_owned();
     Ok(Identity {
         address: address_of(fd, family)?,
@@ -79,7 +79,7 @@ pub(super) fn path_id_of(path: &Path) -> Result<(u64, u64)> {
 /// Compares a received descriptor with its announcement, field by field.
 ///
 /// # Errors
-/// The first difference, and those of getsockopt(2) if it is no socket.
+/// The inner result has the first difference. The outer one has the errors of [`identity_of`].
 pub(super) fn compare(offered: &Offered<OwnedFd>) -> Result<std::result::Result<(), Mismatch>> {
     let expected = offered.identity.clone();
     let found = identity_of(expected.name.clone(), expected.index, offered.fd.as_fd())?;
@@ -87,7 +87,11 @@ pub(super) fn compare(offered: &Offered<OwnedFd>) -> Result<std::result::Result<
     Ok(difference(expected, found, (offered.cookie, cookie)))
 }
 
-/// Compares the identity that is expected of a socket with that of the socket, and two cookies.
+/// Compares the expected identity of a socket with the identity that was found, and then the two
+/// cookies.
+///
+/// # Errors
+/// The first difference.
 pub(super) fn difference(
     expected: Identity,
     found: Identity,
@@ -117,6 +121,7 @@ pub(super) fn difference(
     }
 }
 
+/// Returns the address that a socket is bound to.
 fn address_of(fd: BorrowedFd<'_>, family: Family) -> Result<Address> {
     if family == Family::Unix {
         let address = getsockname::<UnixAddr>(fd.as_raw_fd())?;
@@ -136,7 +141,7 @@ pub(super) fn is_lane(fd: &OwnedFd) -> bool {
         && getsockopt(fd, sockopt::SockType) == Ok(SockType::SeqPacket)
 }
 
-/// Returns an address of IP with its port.
+/// Returns an IP address with its port. `None` for another address family.
 pub(super) fn socket_addr(address: &SockaddrStorage) -> Option<SocketAddr> {
     let v4 = address.as_sockaddr_in().map(|address| SocketAddr::V4(SocketAddrV4::from(*address)));
     v4.or_else(|| {
@@ -144,6 +149,7 @@ pub(super) fn socket_addr(address: &SockaddrStorage) -> Option<SocketAddr> {
     })
 }
 
+/// Returns the error for a descriptor that can't be offered.
 fn unusable(name: &str, reason: String) -> Error {
     Error::new(ErrorKind::InvalidInput, format!("listener {name:?} can't be offered: {reason}"))
 }
@@ -214,7 +220,7 @@ mod tests {
         );
     }
 
-    /// Takes a privilege, so it is done on a socket of this test only.
+    /// Binding to a device needs a privilege before Linux 5.7.
     #[test]
     fn a_device_is_a_part_of_the_identity() {
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,4 +1,4 @@
-//! The calls by which a dispatcher goes on with workers, and accepts for them.
+//! The methods by which a dispatcher keeps its workers through a takeover, and accepts for them.
 
 use std::io;
 
@@ -6,25 +6,24 @@ use super::{Accepts, Gated, Phase, Server};
 use crate::handoff::{Dispatcher, IntoListener, TakenWorker, WorkerCommand, WorkerId};
 
 impl Server {
-    /// Keeps the workers of a [hand-off](crate::handoff) through takeovers: the dispatcher goes on
-    /// with those of the server that this one has replaced, which it returns, and passes all of its
-    /// own on to the next one. Call it once, as soon as this process serves.
+    /// Keeps the workers of a [hand-off](crate::handoff) through takeovers. The dispatcher takes
+    /// the workers of the server that this one has replaced, whose ids are returned. In the next
+    /// takeover it passes on all of its workers. Call this once, as soon as this process serves.
     ///
-    /// Workers notice nothing, and keep their connections. Connections that no worker has adopted
-    /// move along. If the takeover is undone, everything comes back. A worker that is too old to be
-    /// moved, or is about to leave, finishes what it has.
+    /// The workers keep their links and their connections. Connections that no worker has adopted
+    /// move along. If the takeover is undone, everything comes back. A worker that can't be moved,
+    /// because its version is too old or it is about to leave, finishes its connections.
     ///
-    /// Workers that the first process has started are children of none of the later ones: these
-    /// know of their ends, and [kill](crate::handoff::DispatcherBuilder::kill_hung) those that
-    /// hang.
-    /// The closure returns the command by which such a worker is [started
-    /// again](WorkerCommand::restart), if it is to be.
+    /// A worker that an earlier process has started is not a child of this one. The dispatcher
+    /// notices its end all the same, and [kills](crate::handoff::DispatcherBuilder::kill_hung) it
+    /// if it hangs. The closure returns the command by which such a worker is [started
+    /// again](WorkerCommand::restart), or `None`.
     ///
-    /// Once this process has been replaced and may leave, [drain](Dispatcher::drain) the
-    /// dispatcher: that waits until the other one has all connections.
+    /// Once this process has been replaced and may exit, [drain](Dispatcher::drain) the dispatcher:
+    /// that waits until the other process has all connections.
     ///
     /// ```no_run
-    /// # fn worker() -> tokio::process::Command { unimplemented!() }
+    /// # fn worker() -> tokio::process::Command { tokio::process::Command::new("worker") }
     /// # type Outcome = Result<(), Box<dyn std::error::Error>>;
     /// # async fn front(server: fdwire::takeover::Server) -> Outcome {
     /// use fdwire::handoff::{Dispatcher, WorkerCommand};
@@ -39,25 +38,25 @@ impl Server {
     /// let http = server.gated::<TcpListener>("http", 0)?;
     /// tokio::select! {
     ///     served = http.dispatch_to(&dispatcher) => served?,
-    ///     finished = server.finish() => println!("{finished:?}"),
+    ///     finished = server.finish() => println!("{finished}"),
     /// }
     /// dispatcher.drain(None).await;
     /// # Ok(()) }
     /// ```
     ///
     /// # Errors
-    /// `InvalidData` if the server before this one has sent something else than workers. Then none
-    /// is taken, and the dispatcher's own are kept all the same.
+    /// `InvalidData` if the server before this one has sent something that does not describe
+    /// workers. Then no worker is taken, and the dispatcher's own workers are kept all the same.
     pub fn keep_workers(
         &self,
         dispatcher: &Dispatcher,
         restart: impl FnMut(&TakenWorker) -> Option<WorkerCommand>,
     ) -> io::Result<Vec<WorkerId>> {
-        let coming = self.shared.with_workers(|workers| workers.keep(dispatcher.clone()));
-        // The closure is foreign code, so nothing is locked.
-        let taken = dispatcher.take_workers(coming, restart)?;
+        let received = self.shared.with_workers(|workers| workers.keep(dispatcher.clone()));
+        // The closure is foreign code, so no lock is held.
+        let taken = dispatcher.take_workers(received, restart)?;
         let ids = taken.workers().to_vec();
-        self.shared.with_workers(|workers| workers.took(taken));
+        self.shared.with_workers(|workers| workers.set_taken(taken));
         Ok(ids)
     }
 }
@@ -67,10 +66,10 @@ impl<L: Accepts + IntoListener> Gated<L> {
     /// Returns when another process has taken over for good, or the dispatcher drains.
     ///
     /// # Errors
-    /// The errors of [`Dispatcher::serve`], and of making a descriptor.
+    /// The errors of [`Dispatcher::serve`], and `EMFILE` or `ENFILE` if the socket can't be copied.
     ///
     /// # Cancel safety
-    /// Accepted connections are handed over also if this is dropped.
+    /// Connections that were accepted are handed over even if this is dropped.
     pub async fn dispatch_to(&self, dispatcher: &Dispatcher) -> io::Result<()> {
         loop {
             let phase = self.until_phase(|phase| phase != Phase::Draining).await;

@@ -8,7 +8,8 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     outbox::Outbox,
     protocol::{FromTaker, TakerCodec, ToTaker},
-    taker::{Taker, TakerSettings, TakerStep},
+    steps::TakerStep,
+    taker::{Taker, TakerSettings},
 };
 use crate::{Error, Framed, Socket, framed::ReadHalf};
 
@@ -18,17 +19,17 @@ pub(super) struct TakerLink {
     pub(super) taker: Taker,
     read: ReadHalf<TakerCodec>,
     out: Outbox<TakerCodec, FromTaker>,
-    /// READY was queued, and is not written in full.
+    /// True while READY is queued and not written in full.
     is_ready_unwritten: bool,
-    /// Something may still come.
-    reads: bool,
-    /// Something may still be written.
-    writes: bool,
+    /// False once the end of the data was read.
+    can_read: bool,
+    /// False once the socket has refused to send.
+    can_write: bool,
 }
 
-/// An event of the connection that its owner has to know.
+/// An event of the connection that the owner of the link has to handle.
 pub(super) enum Event {
-    /// A message, which was applied to the taker already.
+    /// A message. It was applied to the taker already.
     Message(ToTaker),
     /// A breach of the protocol.
     Error(Error),
@@ -43,12 +44,12 @@ impl TakerLink {
             read,
             out: Outbox::new(write),
             is_ready_unwritten: false,
-            reads: true,
-            writes: true,
+            can_read: true,
+            can_write: true,
         }
     }
 
-    /// Returns what is to be done next, except for sending.
+    /// Returns the taker's next step. Steps that send a message are taken here.
     pub(super) fn next_step(&mut self) -> Option<TakerStep> {
         loop {
             match self.taker.next_step()? {
@@ -61,9 +62,9 @@ impl TakerLink {
         }
     }
 
-    /// Returns true if nothing waits to be written, or nothing more can be.
+    /// Returns true if everything was written, or nothing more can be written.
     pub(super) fn is_flushed(&self) -> bool {
-        !self.writes || self.out.is_empty()
+        !self.can_write || self.out.is_empty()
     }
 
     /// Waits until something happens, and applies it to the taker.
@@ -73,19 +74,20 @@ impl TakerLink {
     pub(super) async fn next_event(&mut self) -> Option<Event> {
         let deadline = self.taker.next_timeout().map(Instant::from_std);
         let is_unsent = !self.is_flushed();
-        let Self { taker, read, out, is_ready_unwritten, reads, writes } = self;
+        let Self { taker, read, out, is_ready_unwritten, can_read, can_write } = self;
         tokio::select! {
             biased;
-            // Before reading: whether READY was written decides what an end means.
+            // Writing comes before reading: what the giver's end means depends on whether READY was
+            // written.
             sent = out.flush(), if is_unsent => match sent {
                 Ok(()) if std::mem::take(is_ready_unwritten) => taker.on_ready_written(),
                 Ok(()) => {}
                 Err(_) => {
-                    *writes = false;
+                    *can_write = false;
                     taker.on_send_failed(now());
                 }
             },
-            message = read.next(), if *reads => match message {
+            message = read.next(), if *can_read => match message {
                 Some(Ok(message)) => {
                     taker.on_message(now(), &message);
                     return Some(Event::Message(message));
@@ -96,7 +98,7 @@ impl TakerLink {
                     return Some(Event::Error(error));
                 }
                 None => {
-                    *reads = false;
+                    *can_read = false;
                     taker.on_end(now());
                 }
             },
@@ -109,6 +111,7 @@ impl TakerLink {
     }
 }
 
+/// Returns the time of tokio's clock, which tests can pause.
 pub(super) fn now() -> StdInstant {
     Instant::now().into_std()
 }

@@ -45,16 +45,19 @@ use crate::socket::PathGuard;
 #[derive(Default)]
 pub struct Listeners {
     pub(super) entries: Vec<Entry>,
-    /// Of each name, the places of its sockets in `entries`, by index. Declined ones leave gaps.
+    /// For each name, the position of each of its sockets in `entries`, by the socket's index. The
+    /// indices have gaps if sockets were declined.
     places: HashMap<String, BTreeMap<u32, u32>>,
 }
 
+/// One listener.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) identity: Identity,
+    /// The number that all copies of the socket share (`SO_COOKIE`).
     pub(super) cookie: u64,
     pub(super) fd: Arc<OwnedFd>,
-    /// For a Unix path that this process may remove.
+    /// The lock of a Unix path, and the right to remove the path.
     pub(super) guard: Option<PathGuard>,
 }
 
@@ -64,14 +67,13 @@ impl Listeners {
         Self::default()
     }
 
-    /// Adds a listening socket, or a bound datagram socket: a listener of std, or any descriptor.
-    /// It is made non-blocking.
+    /// Adds a listening socket or a bound datagram socket, for example a listener of std. The
+    /// socket becomes non-blocking.
     ///
-    /// The path of a Unix socket stays as it is when the server ends. To have it removed by the
-    /// last process that serves, use [`bind_path`](Self::bind_path).
+    /// The path of a Unix socket stays as it is when the server ends. If the last process that
+    /// serves is to remove it, use [`bind_path`](Self::bind_path).
     ///
-    /// A listener that is registered with an event loop has to leave it first: `into_std` does that
-    /// for tokio's listeners.
+    /// Convert a listener of tokio with `into_std` first, which removes it from the event loop.
     ///
     /// # Errors
     /// [`Error::Io`] with `InvalidInput` if it is not a socket of IP or Unix, or does not listen.
@@ -84,9 +86,9 @@ impl Listeners {
     }
 
     /// Adds the listener that a process manager has passed for this name, of this type and at this
-    /// address. Returns false if there is none: the application has to bind it then.
+    /// address. Returns false if there is none. Then the application has to bind the listener.
     ///
-    /// These managers are known, by what they leave in the environment:
+    /// These managers are recognized by their environment variables:
     ///
     /// - **systemd**, sockets of a `.socket` unit (`LISTEN_PID`, `LISTEN_FDS`, `LISTEN_FDNAMES`,
     ///   see sd_listen_fds(3)). `FileDescriptorName=` is the name.
@@ -94,20 +96,20 @@ impl Listeners {
     ///   older `EINHORN_FDS`), without names.
     /// - **Server::Starter**, also known as `start_server` (`SERVER_STARTER_PORT`), without names.
     ///
-    /// A socket that was passed for the name has to be of this type and at this address; port 0 is
-    /// any port. If none was passed for the name, one at exactly this address is taken, whatever
-    /// its name is. A socket that is not adopted stays as it is, for example one from systemd's
+    /// A socket with this name has to be of this type and at this address. Port 0 accepts any port.
+    /// If no socket has the name, a socket at exactly this address is taken, whatever its name is.
+    /// Sockets that are not adopted stay as they are, for example those of systemd's descriptor
     /// store.
     ///
-    /// The inherited number becomes `/dev/null` in [`Server::bind`](super::Server::bind) and
-    /// [`bind_or_take`](super::bind_or_take), so that programs which this process starts later have
-    /// no copy. Until then, dropping this value changes nothing.
+    /// [`Server::bind`](super::Server::bind) and [`bind_or_take`](super::bind_or_take) replace the
+    /// inherited number by `/dev/null`, so that programs which this process starts later have no
+    /// copy of the socket. Until then, dropping this value changes nothing.
     ///
-    /// The manager keeps its own copy. It owns the path of a Unix socket, which stays as it is when
-    /// the server ends.
+    /// The manager keeps its own copy. It owns the path of a Unix socket, so the path stays as it
+    /// is when the server ends.
     ///
-    /// A number that is close-on-exec does not count as passed: `sd_listen_fds` of libsystemd sets
-    /// that flag. [`add`](Self::add) what it returns.
+    /// A number that is close-on-exec does not count as passed. `sd_listen_fds` of libsystemd sets
+    /// that flag: if you call it, [`add`](Self::add) the sockets that it returns.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -160,14 +162,14 @@ impl Listeners {
     }
 
     /// [Adopts](Self::adopt) the Unix socket that a process manager has passed, or binds one to a
-    /// path with this mode. A connection takes write permission.
+    /// path with this mode. Clients need write permission to connect.
     ///
     /// The process that owns a path holds the lock of a file beside it (`<path>.lock`). The lock
     /// moves to the process that takes over, together with the right to remove both files. The last
     /// process removes them.
     ///
     /// # Errors
-    /// The errors of [`adopt`](Self::adopt), and [`Error::Bind`] as for
+    /// The errors of [`adopt`](Self::adopt), and [`Error::Bind`] with the errors of
     /// [`Listener::bind_with_mode`](crate::Listener::bind_with_mode).
     pub fn bind_path(
         &mut self,
@@ -197,6 +199,7 @@ impl Listeners {
         self.entries.is_empty()
     }
 
+    /// Adopts the listener that a process manager has passed, or adds the one that `bind` returns.
     fn adopt_or_bind(
         &mut self,
         name: String,
@@ -213,6 +216,7 @@ impl Listeners {
         }
     }
 
+    /// Adds a listener with the next index of its name.
     fn add_guarded(
         &mut self,
         name: String,
@@ -226,17 +230,18 @@ impl Listeners {
         self.insert(Entry { identity, cookie, fd: Arc::new(fd), guard })
     }
 
-    /// Returns the numbers that are the same for all copies of the listeners.
+    /// Returns the [cookies](Entry::cookie) of all listeners.
     pub(super) fn cookies(&self) -> BTreeSet<u64> {
         self.entries.iter().map(|entry| entry.cookie).collect()
     }
 
+    /// Returns the index of the next socket of a name: one more than the highest.
     fn next_index(&self, name: &str) -> u32 {
         let last = self.places.get(name).and_then(|places| places.keys().next_back());
         last.map_or(0, |last| last + 1)
     }
 
-    /// Adds a listener that has its index already.
+    /// Adds a listener whose identity already has its index.
     pub(super) fn insert(&mut self, entry: Entry) -> Result<(), Error> {
         let Identity { name, index, .. } = &entry.identity;
         match self.places.entry(name.clone()).or_default().entry(*index) {
@@ -249,7 +254,7 @@ impl Listeners {
         Ok(())
     }
 
-    /// Removes the listeners whose numbers are not kept.
+    /// Keeps only the listeners whose positions satisfy a condition. Indices stay as they are.
     pub(super) fn retain(&mut self, is_kept: impl Fn(u32) -> bool) {
         let entries = std::mem::take(self).entries;
         for (_, entry) in (0..).zip(entries).filter(|(number, _)| is_kept(*number)) {
@@ -260,12 +265,13 @@ impl Listeners {
         }
     }
 
+    /// Returns a listener by its name and index.
     pub(super) fn find(&self, name: &str, index: u32) -> Result<&Entry, Error> {
         let found = self.position(name, index).and_then(|number| self.entries.get(number as usize));
         found.ok_or_else(|| Error::NoSuchListener { name: name.to_owned(), index })
     }
 
-    /// Returns the number of a listener in the order of all.
+    /// Returns the position of a listener among all.
     pub(super) fn position(&self, name: &str, index: u32) -> Option<u32> {
         self.places.get(name)?.get(&index).copied()
     }
@@ -277,9 +283,10 @@ impl fmt::Debug for Listeners {
     }
 }
 
-/// Binds a Unix socket to a path that no live process has, and listens if it is no datagram socket.
+/// Binds a Unix socket to a path that no live process owns, and listens unless it is a datagram
+/// socket.
 fn bind_to_path(path: &Path, kind: Kind, mode: u32) -> io::Result<(OwnedFd, PathGuard)> {
-    // The lock before the socket: a stale path is removed under it.
+    // The lock comes before the socket, because a stale path may only be removed under the lock.
     let mut guard = PathGuard::take(path)?;
     let kind = match kind {
         Kind::Stream => SockType::Stream,
@@ -289,7 +296,8 @@ fn bind_to_path(path: &Path, kind: Kind, mode: u32) -> io::Result<(OwnedFd, Path
     Ok((guard.bind_new(kind, mode)?, guard))
 }
 
-/// Sets `O_NONBLOCK`, which all holders of the socket share.
+/// Sets `O_NONBLOCK`. The flag belongs to the open file, so it changes for all processes that share
+/// the socket.
 fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;

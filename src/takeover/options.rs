@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{giver::GiverSettings, protocol::Versions, taker::TakerSettings};
 
-/// Settings of a server and of the process that takes over. Every wait has a limit.
+/// Settings of a server and of the process that takes over from it. Every wait has a limit.
 ///
 /// ```
 /// use std::time::Duration;
@@ -21,13 +21,15 @@ pub struct Options {
     pub(super) ready_timeout: Duration,
     pub(super) lock_timeout: Duration,
     pub(super) mode: u32,
+    /// Uids that are trusted beside the own one and root.
     pub(super) uids: Vec<u32>,
     pub(super) has_baton: bool,
     pub(super) drain: DrainLimits,
     pub(super) max_old_generations: usize,
 }
 
-/// The times of a drain, from the moment at which the server is replaced.
+/// The times of a drain. Both are measured from the moment at which the server is replaced, and the
+/// deadline is never before the end of the spread.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct DrainLimits {
     pub(super) spread: Duration,
@@ -64,7 +66,7 @@ impl Options {
     }
 
     /// Limits the time from the moment at which a server has sent its listeners until the new
-    /// process is ready. When it is over, the server calls the takeover off and goes on serving.
+    /// process is ready. After that, the server calls the takeover off and goes on serving.
     /// Default: 60 s.
     #[must_use]
     pub fn ready_timeout(mut self, limit: Duration) -> Self {
@@ -73,8 +75,8 @@ impl Options {
     }
 
     /// Limits the time from the death of a server until the kernel has released its lock. The
-    /// kernel closes everything that a dead process had open, one thing after another. The default
-    /// is 5 s.
+    /// kernel closes the files of a dead process one after another, so the lock may take a moment.
+    /// Default: 5 s.
     #[must_use]
     pub fn lock_timeout(mut self, limit: Duration) -> Self {
         self.lock_timeout = limit;
@@ -88,31 +90,31 @@ impl Options {
         self
     }
 
-    /// Trusts these uids beside the own one and root: a server gives them its listeners, and a new
-    /// process takes listeners from them.
+    /// Trusts processes of these uids, beside the own uid and root: a server gives its listeners to
+    /// them, and a new process takes listeners from them.
     #[must_use]
     pub fn allow_uids(mut self, uids: impl IntoIterator<Item = u32>) -> Self {
         self.uids.extend(uids);
         self
     }
 
-    /// Declares that the application has a baton: an exclusive thing that only the process that
-    /// serves may use. A server that is replaced passes it on with
-    /// [`put_down_baton`](super::Server::put_down_baton), and nothing else is passed on before.
+    /// Declares that the application has a baton: something exclusive, such as a leader's role,
+    /// that only the process that serves may have. A server that is replaced has to pass it on with
+    /// [`put_down_baton`](super::Server::put_down_baton). The takeover is not confirmed before.
     #[must_use]
     pub fn with_baton(mut self) -> Self {
         self.has_baton = true;
         self
     }
 
-    /// Sets the times of the drain, from the moment at which a server is replaced. They count in
-    /// [`Server::finish`](super::Server::finish).
+    /// Sets the times of the drain, both measured from the moment at which a server is replaced.
+    /// [`Server::finish`](super::Server::finish) obeys them.
     ///
-    /// - Its connections are told to end at moments that are spread over `spread`, so that clients
-    ///   do not all come back at once. The server stays for at least as long, so a takeover can be
-    ///   undone for that time. Default: 10 s.
-    /// - After `deadline`, what is left is cut. So that is also the greatest age of an old
-    ///   generation. Default: 60 s. At least `spread`.
+    /// - `spread` is the time over which its connections [end](super::OpenConnection::ending), so
+    ///   that clients do not all come back at once. The server stays at least that long, so the
+    ///   takeover can be undone for that time. Default: 10 s.
+    /// - After `deadline`, connections that are still open are cut. So this is also the greatest
+    ///   age of an old generation. Default: 60 s. It is raised to `spread` if it is less.
     #[must_use]
     pub fn drain(mut self, spread: Duration, deadline: Duration) -> Self {
         self.drain = DrainLimits { spread, deadline: deadline.max(spread) };
@@ -120,16 +122,17 @@ impl Options {
     }
 
     /// Limits the number of processes that were replaced and still finish their connections. If
-    /// there are more, a new server asks the oldest to leave, and its connections are cut. The
-    /// default is 8. At least 1 is kept, the one that may have to serve again.
+    /// there are more, a new server asks the oldest to leave, and that process cuts its
+    /// connections. Default: 8. The limit is at least 1, for the process that may have to serve
+    /// again.
     #[must_use]
     pub fn max_old_generations(mut self, most: usize) -> Self {
         self.max_old_generations = most.max(1);
         self
     }
 
-    /// Sets the versions of the protocol that this process speaks: for tests of a takeover between
-    /// releases.
+    /// Sets the versions of the protocol that this process speaks. Tests use this to simulate a
+    /// takeover between releases.
     #[doc(hidden)]
     #[must_use]
     pub fn versions(mut self, lowest: u8, highest: u8) -> Self {

@@ -1,4 +1,4 @@
-//! Messages that wait for the socket.
+//! A queue of messages in front of a connection.
 
 use std::collections::VecDeque;
 
@@ -8,7 +8,7 @@ use crate::{
     framed::WriteHalf,
 };
 
-/// The sending half of a connection, with the messages that wait for it.
+/// The sending half of a connection, with a queue of messages that are not encoded yet.
 #[derive(Debug)]
 pub(super) struct Outbox<C, M> {
     write: WriteHalf<C>,
@@ -17,9 +17,9 @@ pub(super) struct Outbox<C, M> {
 
 /// The reason why sending failed.
 pub(super) enum SendFailed {
-    /// A message was refused, for example because it is too long. Others can be sent.
+    /// The codec has refused a message, for example because it is too long. Others can be sent.
     Message(Error),
-    /// The socket takes nothing more.
+    /// The socket has failed, and nothing more can be sent.
     Socket(Error),
 }
 
@@ -32,7 +32,7 @@ impl<C, M> Outbox<C, M> {
         self.queue.push_back(message);
     }
 
-    /// Forgets the messages of which nothing is written.
+    /// Removes the messages that are not encoded yet.
     pub(super) fn clear(&mut self) {
         self.queue.clear();
     }
@@ -44,10 +44,10 @@ impl<C, M> Outbox<C, M> {
 }
 
 impl<C: Codec + Encoder<M, Error = Error>, M> Outbox<C, M> {
-    /// Sends everything that waits.
+    /// Sends the whole queue, and waits until the socket has taken it.
     ///
     /// # Cancel safety
-    /// Nothing is lost when dropped: a message leaves the queue when there is room for it.
+    /// Nothing is lost when dropped: a message leaves the queue only when there is room for it.
     pub(super) async fn flush(&mut self) -> Result<(), SendFailed> {
         while !self.queue.is_empty() {
             let permit = self.write.reserve().await.map_err(SendFailed::Socket)?;

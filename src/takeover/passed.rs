@@ -1,4 +1,4 @@
-//! The listener of a process manager that fits a name, a type and an address.
+//! Finds the listener that a process manager has passed for a name, a type and an address.
 
 use std::{
     collections::BTreeSet,
@@ -15,10 +15,11 @@ use super::{
 use crate::socket::passed;
 
 /// Copies the listener that a manager has passed for this name or, if none has the name, at this
-/// address. Returns `None` if there is none but those that are `adopted` already.
+/// address. `adopted` has the cookies of sockets that can't be copied again. Returns `None` if
+/// there is no other socket.
 ///
-/// The number keeps its socket until [`close_copies`]: if something else fails, it can be adopted
-/// again.
+/// The inherited number keeps its socket until [`close_copies`]. So if something else fails, the
+/// socket can be adopted again.
 ///
 /// # Errors
 /// [`Error::Mismatch`] if sockets were passed for the name, and none of them is of this type at
@@ -36,14 +37,14 @@ pub(super) fn copy(
             Ok((identity_of(name.to_owned(), index, fd.as_fd())?, cookie_of(fd.as_fd())?, fd))
         };
         let Some((found, cookie, fd)) = passed.look_at(look) else { continue };
-        // Each socket of a group is adopted once.
+        // Each socket of a `SO_REUSEPORT` group is adopted once.
         if adopted.contains(&cookie) {
             continue;
         }
         let is_named = passed.name.as_deref() == Some(name);
         match difference(expected(&found, kind, address), found.clone(), (0, 0)) {
             Ok(()) if is_named => return Ok(Some(fd)),
-            // Without a name, any port would be any socket.
+            // Without a name, the port has to be equal too: port 0 would fit any socket.
             Ok(()) if found.address == *address => unnamed = unnamed.or(Some(fd)),
             Err(difference) if is_named => mismatch = mismatch.or(Some((found, difference))),
             _ => {}
@@ -55,9 +56,9 @@ pub(super) fn copy(
     }
 }
 
-/// Closes the sockets that a manager has passed and that this process has by other numbers as well,
-/// adopted or from the running server. Otherwise programs that this process starts would have
-/// copies.
+/// Closes the inherited numbers of those sockets that this process also has under other numbers,
+/// because it has adopted them or got them from the running server. Otherwise programs that this
+/// process starts would inherit copies. `ours` has the cookies of the sockets.
 pub(super) fn close_copies(ours: &BTreeSet<u64>) {
     for passed in passed() {
         let cookie = passed.look_at(|fd| cookie_of(fd.as_fd()));
@@ -67,21 +68,21 @@ pub(super) fn close_copies(ours: &BTreeSet<u64>) {
         match passed.take() {
             Ok(_) => debug!(
                 number = passed.number,
-                "the process manager's listener has another number now"
+                "a listener of the process manager was moved to another descriptor"
             ),
             Err(error) => {
                 warn!(
                     number = passed.number,
                     %error,
-                    "a listener of the process manager stays open for child processes"
+                    "a listener of the process manager can't be closed; child processes inherit it"
                 );
             }
         }
     }
 }
 
-/// Returns the identity that a socket would have if it were of this type at this address. Port 0 is
-/// any port.
+/// Returns the identity of a socket, changed to this type and this address. If the port is 0, the
+/// port of the socket stays.
 fn expected(found: &Identity, kind: Kind, address: &Address) -> Identity {
     let family = match address {
         Address::Ip(address) if address.is_ipv4() => Family::Ipv4,

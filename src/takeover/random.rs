@@ -1,5 +1,4 @@
-//! Random takeovers with bytes that are cut anywhere, numbers for descriptors, and a clock that the
-//! test moves.
+//! Random takeovers: bytes are cut anywhere, descriptors are numbers, and the test moves the clock.
 
 use std::time::{Duration, Instant};
 
@@ -7,12 +6,13 @@ use bytes::{Bytes, BytesMut};
 use proptest::{collection::vec, prelude::*};
 
 use super::{
-    giver::{Giver, GiverSettings, GiverStep},
+    giver::{Giver, GiverSettings},
     protocol::{
         AbortReason, Address, Family, FromTaker, GiverCodec, Identity, Kind, Offered, Refusal,
         TakerCodec, ToTaker, Versions,
     },
-    taker::{Taker, TakerSettings, TakerStep},
+    steps::{GiverStep, TakerStep},
+    taker::{Taker, TakerSettings},
 };
 use crate::{
     Error,
@@ -24,14 +24,14 @@ const SECOND: Duration = Duration::from_secs(1);
 /// One direction of the connection.
 #[derive(Default)]
 struct Pipe {
-    /// Accepted for sending.
+    /// Bytes that were accepted for sending.
     unsent: BytesMut,
-    /// Written and not read.
+    /// Bytes that were written and not read.
     bytes: BytesMut,
     fds: FdQueue<u32>,
-    /// The writer is gone.
+    /// True once the writer has closed its end.
     ended: bool,
-    /// The reader is gone, or takes nothing more.
+    /// True once the reader has closed its end, or has shut down its receiving direction.
     refused: bool,
 }
 
@@ -59,6 +59,7 @@ impl Pipe {
     }
 }
 
+/// Both processes and their connection.
 struct Processes {
     now: Instant,
     giver: Option<Giver>,
@@ -67,10 +68,10 @@ struct Processes {
     to_taker: Pipe,
     giver_accepts: bool,
     taker_accepts: bool,
-    /// Listeners that the taker has received, by their numbers.
+    /// The numbers of the listeners that the taker has received.
     received: Vec<u32>,
     giver_has_lock: bool,
-    /// The taker waits for its READY to be written.
+    /// True while the taker's READY is not written in full.
     ready_unsent: bool,
 }
 
@@ -199,7 +200,7 @@ impl Processes {
         }
     }
 
-    /// Reads all there is, looks at the clock, and does what is to be done.
+    /// Lets the giver read everything, apply its timeout, and take its steps.
     fn giver_runs(&mut self, listeners: u32) {
         let Some(giver) = &mut self.giver else { return };
         loop {
@@ -217,7 +218,7 @@ impl Processes {
             let out = &mut self.to_taker;
             let codec = GiverCodec::default();
             match step {
-                GiverStep::Asked => giver.welcome(self.now),
+                GiverStep::Decide => giver.welcome(self.now),
                 GiverStep::SendOffer { version } => {
                     out.send(codec, ToTaker::Welcome { version, listeners });
                     for number in 0..listeners {
@@ -227,13 +228,11 @@ impl Processes {
                     out.send(codec, ToTaker::Generations { replaced_for: vec![0], fds });
                     giver.offered(self.now, listeners);
                 }
-                GiverStep::SendStatus => unreachable!("nobody asks for it"),
+                GiverStep::SendStatus => unreachable!("nobody requests the status"),
                 GiverStep::SendRefused(reason) => out.send(codec, ToTaker::Refused { reason }),
                 GiverStep::SendComplete => out.send(codec, ToTaker::Complete),
-                GiverStep::Cut => {
-                    self.to_giver.refused = true;
-                    // All that was written before is read when it runs next.
-                }
+                // What was written before is read when the giver runs next.
+                GiverStep::Cut => self.to_giver.refused = true,
                 GiverStep::SendAborted(reason) => out.send(codec, ToTaker::Aborted { reason }),
                 GiverStep::Stop { .. } => {
                     self.giver_accepts = false;
@@ -254,6 +253,7 @@ impl Processes {
         }
     }
 
+    /// Lets the taker do the same.
     fn taker_runs(&mut self) {
         let Some(taker) = &mut self.taker else { return };
         loop {
@@ -291,7 +291,7 @@ impl Processes {
         }
     }
 
-    /// Lets everything happen that is going to.
+    /// Runs both processes until nothing more happens.
     fn settle(&mut self, listeners: u32) {
         for _ in 0..40 {
             let both = [
@@ -301,7 +301,7 @@ impl Processes {
                 Op::TakerRuns,
             ];
             both.into_iter().for_each(|op| self.apply(op, listeners));
-            // An application that has everything is ready sooner or later.
+            // An application that has the whole offer becomes ready sooner or later.
             self.apply(Op::Ready, listeners);
             self.apply(Op::Time(500), listeners);
         }
@@ -323,31 +323,32 @@ proptest! {
         processes.settle(listeners);
         let Processes { giver, taker, giver_accepts, taker_accepts, received, .. } = &processes;
         let stands_by = |giver: &Giver| !giver.is_over() || giver.is_serving();
-        let giver_stands_by = giver.as_ref().is_some_and(stands_by);
-        let taker_stands_by = taker.as_ref().is_some_and(Taker::has_everything);
+        let giver_may_serve = giver.as_ref().is_some_and(stands_by);
+        let taker_may_serve = taker.as_ref().is_some_and(Taker::has_everything);
         let accepting = u8::from(*giver_accepts) + u8::from(*taker_accepts);
-        prop_assert_eq!(accepting, u8::from(giver_stands_by || taker_stands_by));
+        prop_assert_eq!(accepting, u8::from(giver_may_serve || taker_may_serve));
         if *taker_accepts {
             let all: Vec<_> = (0..listeners).collect();
             prop_assert_eq!(received, &all, "it serves without some listeners");
         }
     }
 
-    /// Two processes accept for a moment around the cut, but as long as nobody dies, never none.
+    /// Around the cut, both processes accept for a moment. Unless one dies, there is no moment at
+    /// which neither does.
     #[test]
     fn without_a_crash_somebody_accepts_at_any_moment(ops in ops(), listeners in 0..5u32) {
         let mut processes = Processes::new();
         for op in ops {
             if !matches!(op, Op::KillGiver | Op::KillTaker) {
                 processes.apply(op, listeners);
-                // A taker that has written READY accepts next, without waiting for anything.
+                // A taker that has written READY accepts in its next step, without any wait.
                 let taker_serves = processes.taker.as_ref().is_some_and(Taker::is_serving);
                 prop_assert!(processes.giver_accepts || taker_serves);
             }
         }
     }
 
-    /// Whatever anybody sends, only READY in its place makes a server stop.
+    /// For any messages, only a READY in its place makes a server stop.
     #[test]
     fn nothing_but_ready_after_complete_stops_the_giver(
         messages in vec(any_message(), 0..12),
@@ -370,8 +371,8 @@ proptest! {
             giver.on_message(message);
             while let Some(step) = giver.next_step() {
                 match step {
-                    GiverStep::Asked if busy => giver.refuse(Refusal::Busy),
-                    GiverStep::Asked => giver.welcome(now),
+                    GiverStep::Decide if busy => giver.refuse(Refusal::Busy),
+                    GiverStep::Decide => giver.welcome(now),
                     GiverStep::SendOffer { .. } => giver.offered(now, 2),
                     GiverStep::SendComplete => complete = true,
                     GiverStep::Stop { .. } => prop_assert!(ready && !busy),

@@ -1,4 +1,4 @@
-//! The new process: asks a running server for its listeners.
+//! The new process's request to a running server for its listeners.
 
 use std::{
     collections::BTreeSet,
@@ -22,21 +22,21 @@ use super::{
     protocol::{Identity, Lane, Offered, ToTaker},
     server::FIRST_GENERATION,
     shared::Shared,
-    taker::{Failure, TakerStep},
+    steps::{Failure, TakerStep},
 };
 use crate::{Frame, Socket, SocketKind, close_in_background, socket::PathGuard};
 
-/// Asks the server at a path for its listeners, and receives them.
+/// Requests the listeners of the server at a path, and receives them.
 ///
-/// The server goes on serving until [`Pending::ready`]. If this process ends, or drops the
-/// [`Pending`], or takes longer than the server's
-/// [`ready_timeout`](Options::ready_timeout), nothing has changed for the server.
+/// The server goes on serving until [`Pending::ready`] is called. If this process ends, or drops
+/// the [`Pending`], or takes longer than the server's [`ready_timeout`](Options::ready_timeout),
+/// nothing changes for the server.
 ///
 /// # Errors
 /// [`Error::Io`] with `NotFound` or `ConnectionRefused` if no server is there;
 /// [`Error::NotTrusted`], [`Error::Refused`], [`Error::Aborted`], [`Error::GiverGone`],
 /// [`Error::TimedOut`], [`Error::Misbehaved`], and [`Error::Mismatch`] for a listener that is not
-/// what the server has announced. In each of these cases nothing has changed for the server.
+/// the one that the server has announced. In each of these cases nothing changes for the server.
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
@@ -65,31 +65,33 @@ pub(super) async fn connect(path: &Path, options: &Options) -> Result<Socket, Er
     }
 }
 
-/// The listeners of a running server, before this process serves.
+/// The listeners of a server, in a process that does not serve yet.
 ///
-/// The application sets itself up now, and then calls [`ready`](Self::ready). Until that moment it
-/// can look at the listeners, but it can't accept from them.
+/// The application sets itself up now, and then calls [`ready`](Self::ready). Until then it can
+/// look at the listeners, but it can't accept from them.
 #[derive(Debug)]
 pub struct Pending {
-    /// `None` if no server runs.
+    /// The connection to the running server. `None` if no server runs.
     link: Option<TakerLink>,
     options: Options,
     path: PathBuf,
     listeners: Listeners,
-    /// Of each listener, device and inode of the path that may be removed at its end.
+    /// For each listener, device and inode of the path that may be removed at its end.
     path_ids: Vec<Option<(u64, u64)>>,
-    /// Numbers of listeners that this process has no use for.
+    /// Numbers of listeners that this process does not use.
     declined: BTreeSet<u32>,
+    /// The state that the server's application has sent along.
     state: Vec<Frame>,
-    /// The workers that the server's dispatcher hands on.
+    /// The workers that the server's dispatcher passes on.
     workers: Vec<Frame>,
-    /// The number of this process among all.
+    /// The generation of this process.
     generation: u32,
+    /// The generation of the running server.
     giver: u32,
     lanes: Vec<Lane>,
-    /// Processes that were replaced, with the one that serves now as the last.
+    /// The processes that were replaced. The last one is the running server.
     generations: Generations,
-    /// The path, if no server runs any longer.
+    /// The lock of the path, if no server runs or the running server has died.
     lock: Option<PathGuard>,
 }
 
@@ -99,18 +101,19 @@ impl Pending {
         self.listeners.identities()
     }
 
-    /// Takes the state that the server's application has sent along.
+    /// Takes the state that the server's application has [sent along](Server::send_state).
     pub fn take_state(&mut self) -> Vec<Frame> {
         std::mem::take(&mut self.state)
     }
 
-    /// Declines a listener that this process has no use for. The server's application learns of it
-    /// ([`Server::declined`]). The listener stays open there until that server can't serve again,
-    /// and nobody accepts from it.
+    /// Declines a listener that this process does not use. [`Server::declined`] lists it for the
+    /// server's application. The listener stays open there until that server can't serve again, and
+    /// nobody accepts from it.
     ///
-    /// Several listeners with one address are a `SO_REUSEPORT` group: the kernel gives each client
-    /// to one of them, whichever process accepts. So decline all of them or none. A process that
-    /// has fewer workers than before lets each accept from several.
+    /// Several listeners with one address are a `SO_REUSEPORT` group. The kernel assigns each
+    /// client to one of these sockets, no matter which process accepts from it. So decline all of
+    /// them or none. A process with fewer workers than before lets each worker accept from several
+    /// sockets.
     ///
     /// # Errors
     /// [`Error::NoSuchListener`].
@@ -126,16 +129,17 @@ impl Pending {
         Ok(())
     }
 
-    /// Takes over: this process serves, and the running server stops accepting. The cut is the
-    /// moment at which READY was written in full.
+    /// Takes over: this process serves from the moment at which READY was written in full, and the
+    /// running server stops accepting.
     ///
-    /// If the server has died meanwhile, this process serves if no other one does.
+    /// If the server has died meanwhile, this process serves unless another process does.
     ///
     /// # Errors
-    /// [`Error::SplitGroup`] if a `SO_REUSEPORT` group was declined in part.
-    /// [`Error::Aborted`] if the server has called the takeover off, and [`Error::AnotherServes`]
-    /// if it ended and another process serves. Then this process must not serve, and all listeners
-    /// are closed here.
+    /// - [`Error::SplitGroup`] if a `SO_REUSEPORT` group was declined in part.
+    /// - [`Error::Aborted`] if the server has called the takeover off.
+    /// - [`Error::AnotherServes`] if the server has ended and another process serves.
+    ///
+    /// Then this process does not serve, and its copies of the listeners are closed.
     ///
     /// # Cancel safety
     /// Not cancel safe. When dropped, this process does not serve, and the server goes on or
@@ -143,7 +147,7 @@ impl Pending {
     pub async fn ready(mut self) -> Result<Server, Error> {
         self.check_groups()?;
         let Some(mut link) = self.link.take() else { return self.serve_first() };
-        // Until READY is written in full, or the lock has decided.
+        // Run the protocol until READY is written in full, or the lock has decided.
         link.taker.ready(now());
         let mut is_confirmed = false;
         let mut lock_error = None;
@@ -157,16 +161,17 @@ impl Pending {
                     link.taker.on_lock(now(), self.lock.is_some());
                 }
                 Some(TakerStep::Fail(failure)) => return Err(failed(failure, lock_error)),
-                Some(TakerStep::Confirmed(_)) => is_confirmed = true, // by the lock
+                Some(TakerStep::Confirmed(_)) => is_confirmed = true, // this process got the lock
                 Some(_) => {}
                 None => drop(link.next_event().await),
             }
         }
+        // With the lock, the server has died: there is no predecessor to watch.
         self.serve(Some(link).filter(|_| !is_confirmed))
     }
 
-    /// Checks that no group was declined in part: the clients of a declined listener would wait
-    /// without end.
+    /// Checks that no group was declined in part. Otherwise the clients of a declined listener
+    /// would wait without end.
     fn check_groups(&self) -> Result<(), Error> {
         let numbered = || (0..).zip(self.identities());
         let (declined, kept): (Vec<_>, Vec<_>) =
@@ -184,13 +189,13 @@ impl Pending {
         let Self { options, path, mut listeners, declined, generation, lock, .. } = self;
         listeners.retain(|number| !declined.contains(&number));
         let guard = lock.expect("the first process has the lock");
-        // Nobody else serves, so this is the cut.
+        // No other process serves. This one does from the moment at which it listens here.
         let control = Control::bind(guard, options.mode)?;
         let shared = Shared::new(options, path, generation, listeners, Some(control), false);
         Ok(Server::start(Arc::new(shared), None::<Ready<()>>))
     }
 
-    /// Serves as the successor of another process. Without a link, that one has died.
+    /// Serves as the successor of another process. If there is no link, that process has died.
     fn serve(self, link: Option<TakerLink>) -> Result<Server, Error> {
         let Self {
             options,
@@ -203,7 +208,7 @@ impl Pending {
             ..
         } = self;
         let Self { generation, giver, lanes, workers, .. } = self;
-        // Lanes have the numbers of the listeners as they were before some are removed.
+        // Remove the declined listeners. Lanes refer to the numbers that the listeners had before.
         let names: Vec<_> = listeners
             .identities()
             .map(|identity| (identity.name.clone(), identity.index))
@@ -211,32 +216,34 @@ impl Pending {
         listeners.retain(|number| !declined.contains(&number));
         let mut numbers = 0..;
         path_ids.retain(|_| numbers.next().is_some_and(|number| !declined.contains(&number)));
-        // With the lock, nobody else will pass on the socket of the path.
+        // If this process got the lock, nobody passes on a control socket: bind a new one.
         let control = match lock.map(|guard| Control::bind(guard, options.mode)).transpose() {
             Ok(control) => control,
             Err(error) => {
-                // It serves all the same: nobody else does.
-                warn!(path = %path.display(), %error, "no takeover from this server is possible");
+                // This process serves all the same, because no other does.
+                warn!(path = %path.display(), %error, "takeover: no process can replace this one");
                 None
             }
         };
         let shared =
             Arc::new(Shared::new(options, path, generation, listeners, control, link.is_some()));
+        // This process receives only from the lanes to its giver.
         for Lane { listener, generation, fd } in lanes {
             let (name, index) = &names[listener as usize];
             let added =
                 shared.lanes(name, *index).add(generation, Arc::new(fd), generation == giver);
             if let Err(error) = added {
-                // As if that process had ended: an old process must not stop the new one.
+                // The lane is dropped, as if that process had ended: a bad lane of an old process
+                // must not stop the new one.
                 warn!(%error, generation, "datagrams of an older process are not forwarded");
             }
         }
-        // The giver is an old generation now.
-        shared.with_workers(|of_shared| of_shared.come(workers));
+        // The giver is one of the old generations now.
+        shared.with_workers(|of_shared| of_shared.set_received(workers));
         generations.last_was_replaced();
         generations.limit(shared.options.max_old_generations);
         shared.with_generations(|of_shared| *of_shared = generations);
-        // The paths of a dead server are inherited at once. Otherwise their locks are to come.
+        // The paths of a dead server are inherited at once. A live server sends their locks later.
         let Some(link) = link else {
             shared.inherit_paths(&path_ids);
             return Ok(Server::start(shared, None::<Ready<()>>));
@@ -245,6 +252,7 @@ impl Pending {
         Ok(Server::start(shared, Some(predecessor)))
     }
 
+    /// Returns a value without anything received.
     fn new(options: Options, path: PathBuf) -> Self {
         Self {
             link: None,
@@ -263,7 +271,7 @@ impl Pending {
         }
     }
 
-    /// Closes the sockets that a process manager has passed and that are here as well.
+    /// Closes the inherited copies of listeners that a process manager has passed.
     pub(super) fn close_passed_copies(&self) {
         passed::close_copies(&self.listeners.cookies());
     }
@@ -274,7 +282,7 @@ impl Pending {
         Self { listeners, lock: Some(guard), ..Self::new(options, path) }
     }
 
-    /// Receives until everything is here.
+    /// Receives until the offer is complete.
     async fn receive(&mut self, link: &mut TakerLink) -> Result<(), Error> {
         loop {
             match link.next_step() {
@@ -296,7 +304,7 @@ impl Pending {
                 let mut offered = offered.into_iter();
                 for listener in offered.by_ref() {
                     if let Err(error) = self.add(listener) {
-                        // The rest of the message is of no use either.
+                        // The takeover fails, so the rest of the message is closed too.
                         close_in_background(offered.map(|listener| listener.fd));
                         return Err(error);
                     }
@@ -304,6 +312,7 @@ impl Pending {
             }
             ToTaker::Lanes { generation, giver, lanes } => {
                 (self.generation, self.giver) = (generation, giver);
+                // A lane has to belong to a listener that was announced before.
                 let is_known = |lane: &Lane| (lane.listener as usize) < self.listeners.len();
                 if !lanes.iter().all(|lane| is_known(lane) && is_lane(&lane.fd)) {
                     close_in_background(lanes.into_iter().map(|lane| lane.fd));
@@ -323,6 +332,7 @@ impl Pending {
         Ok(())
     }
 
+    /// Adds a listener, if its socket is the one that was announced.
     fn add(&mut self, listener: Offered) -> Result<(), Error> {
         let checked = compare(&listener);
         let Offered { identity, cookie, path_id, fd } = listener;
@@ -343,8 +353,9 @@ impl Pending {
     }
 }
 
-/// Returns the error of a takeover that has failed. If the lock of the path could not be tried,
-/// nobody knows whether another process serves.
+/// Returns the error of a takeover that has failed. `lock_error` is the error of the last attempt
+/// to get the lock. If it is not that another process holds the lock, it is the cause of the
+/// failure.
 fn failed(failure: Failure, lock_error: Option<io::Error>) -> Error {
     match lock_error {
         Some(error)

@@ -23,27 +23,28 @@ use super::{
     give::give,
     passed,
     protocol::Identity,
-    shared::{Baton, Command, Shared, Status, UpCommand},
+    shared::{Baton, Command, PredecessorCommand, Shared, Status},
 };
 use crate::{Frame, Listener, Socket, SocketKind, socket::PathGuard};
 
-/// Most connections to the control socket at a time. Others wait in the kernel's queue.
+/// The greatest number of connections to the control socket at a time. Others wait in the queue of
+/// the kernel.
 const MAX_CONNECTIONS: usize = 16;
 
-/// The number of the first process at a path.
+/// The generation of the first process at a path.
 pub(super) const FIRST_GENERATION: u32 = 1;
 
-/// The time to wait if no descriptor is left.
+/// The time until the next attempt to accept if no descriptor is left.
 const BACK_OFF: Duration = Duration::from_millis(20);
 
 /// A server that a new process can take over from.
 ///
-/// It offers its listeners at a path, and accepts from them through [`Gated`] listeners. The first
-/// process [binds](Self::bind) it; each further one gets it from [`request`](super::request()) and
-/// [`Pending::ready`](super::Pending::ready).
+/// A server offers its listeners at a path, and accepts from them through [`Gated`] listeners. The
+/// first process [binds](Self::bind) it. Each further process gets it from
+/// [`request`](super::request()) and [`Pending::ready`](super::Pending::ready).
 ///
-/// Dropped, it closes its listeners. If it has a predecessor that still drains, that one accepts
-/// again.
+/// When a server is dropped, it closes its listeners. If the process before it still drains, that
+/// process accepts again.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -77,6 +78,7 @@ const BACK_OFF: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Server {
     pub(super) shared: Arc<Shared>,
+    /// The task that accepts takeovers, and the one for the predecessor. Aborted when dropped.
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -94,7 +96,7 @@ impl Server {
         listeners: Listeners,
         options: Options,
     ) -> Result<Self, Error> {
-        // The lock first: it proves that no other process serves at the path.
+        // The lock comes first, because it proves that no other process serves at the path.
         let guard = PathGuard::take(path.as_ref())?;
         let path = guard.path().to_owned();
         let control = Control::bind(guard, options.mode)?;
@@ -103,6 +105,7 @@ impl Server {
         Ok(Self::start(Arc::new(shared), None::<Ready<()>>))
     }
 
+    /// Starts the tasks of a server.
     pub(super) fn start(
         shared: Arc<Shared>,
         predecessor: Option<impl Future<Output = ()> + Send + 'static>,
@@ -122,21 +125,21 @@ impl Server {
         Gated::new(Arc::clone(&self.shared), name, index)
     }
 
-    /// Adds a listener, which is offered to processes that take over from then on. Returns its
-    /// index among those with its name.
+    /// Adds a listener, which is offered in all later takeovers. Returns its index among the
+    /// listeners with its name.
     ///
-    /// To make a `SO_REUSEPORT` group larger, let a new socket listen only now that this process
-    /// serves: clients are in its queue from that moment.
+    /// To make a `SO_REUSEPORT` group larger, call listen(2) on the new socket only now that this
+    /// process serves. From that moment the kernel assigns clients to it.
     ///
     /// # Errors
-    /// [`Error::Refused`] while another process is taking over, or has taken over. Otherwise those
-    /// of [`Listeners::add`].
+    /// [`Error::Refused`] while another process is taking over, or has taken over. Otherwise the
+    /// errors of [`Listeners::add`].
     pub fn add(&self, name: impl Into<String>, listener: impl Into<OwnedFd>) -> Result<u32, Error> {
         self.shared.add_listener(name.into(), listener.into())
     }
 
-    /// Returns a UDP socket that receives while this process serves. Ask for it once: two of them
-    /// take each other's datagrams.
+    /// Returns a UDP socket that receives while this process serves. Call this once for each
+    /// socket: two values for one socket take each other's datagrams.
     ///
     /// # Errors
     /// [`Error::NoSuchListener`], [`Error::WrongKind`], and [`Error::Io`] if there is no descriptor
@@ -145,13 +148,14 @@ impl Server {
         Datagrams::new(Arc::clone(&self.shared), name, index)
     }
 
-    /// Returns the number of this process among all that have asked for a takeover: 1 for the first
-    /// one. No other process that serves or drains has the same.
+    /// Returns the number of this process among all that have requested a takeover. The first
+    /// process has 1. No other process that serves or drains has the same number.
     pub fn generation(&self) -> u32 {
         self.shared.generation
     }
 
-    /// Returns a copy of a listener's descriptor: for options, and for Unix datagram sockets.
+    /// Returns a copy of a listener's descriptor, for example to set options or to use a Unix
+    /// datagram socket.
     ///
     /// Code that receives datagrams from it has to stop when this process is
     /// [replaced](Self::replaced), because two readers of one socket take each other's datagrams.
@@ -165,24 +169,25 @@ impl Server {
         })
     }
 
-    /// Returns the identities of the listeners. Empty once another process has taken over for
-    /// good.
+    /// Returns the identities of the listeners. The list is empty once another process has taken
+    /// over for good.
     pub fn identities(&self) -> Vec<Identity> {
         self.shared.with_listeners(|listeners| listeners.identities().cloned().collect())
     }
 
-    /// Returns the listeners that the new process had no use for. Nobody accepts from them.
+    /// Returns the listeners that the new process has [declined](super::Pending::decline). Nobody
+    /// accepts from them.
     pub fn declined(&self) -> Vec<Identity> {
         self.shared.declined()
     }
 
-    /// Returns the phase that this process is in.
+    /// Returns the phase of this process.
     pub fn phase(&self) -> Phase {
         self.shared.phase()
     }
 
-    /// Waits until another process has taken over. Then finish the open connections, and call
-    /// [`drained`](Self::drained).
+    /// Waits until another process has taken over. After that, finish the open connections, and
+    /// call [`drained`](Self::drained). [`finish`](Self::finish) does all of it.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -190,8 +195,8 @@ impl Server {
         self.wait(|status| status.phase != Phase::Serving).await;
     }
 
-    /// Waits until a takeover is undone, and this process accepts again. Returns false if that
-    /// can't happen any longer.
+    /// Waits until a takeover is undone and this process accepts again. Returns false if this
+    /// process can't serve again.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -199,9 +204,10 @@ impl Server {
         self.wait(|status| status.phase != Phase::Draining).await.phase == Phase::Serving
     }
 
-    /// Makes the takeover final, after this process has finished its connections. Returns true if
-    /// it may leave, and false if it serves, because nothing has replaced it or the takeover was
-    /// undone.
+    /// Makes the takeover final. Call this after the connections of this process have ended.
+    ///
+    /// Returns true if this process may exit. Returns false if it serves, because no process has
+    /// replaced it or the takeover was undone.
     ///
     /// # Cancel safety
     /// The takeover becomes final even if this is dropped.
@@ -212,27 +218,31 @@ impl Server {
         self.phase() == Phase::Replaced
     }
 
-    /// Calls off the takeover that is under way, unless the new process is ready already.
+    /// Calls off the current takeover, unless the new process has already written that it is ready.
     pub fn withdraw(&self) {
         self.shared.command(Command::Withdraw);
     }
 
-    /// Gives the listeners back to the server that this process has replaced, as long as that one
-    /// drains. This process serves until the answer.
+    /// Hands the listeners back to the server that this process has replaced, if that server still
+    /// drains. This process serves until that server has answered.
     ///
     /// # Errors
-    /// Gives the baton back if that server can't serve again. This process goes on then.
+    /// The baton, if that server can't serve again. Then this process goes on serving.
     pub async fn hand_back(&self, baton: Bytes) -> Result<(), Bytes> {
         self.confirmed().await;
         let (answer, answered) = oneshot::channel();
-        if !self.shared.command_predecessor(UpCommand::HandBack { baton: baton.clone(), answer }) {
+        if !self
+            .shared
+            .command_predecessor(PredecessorCommand::HandBack { baton: baton.clone(), answer })
+        {
             return Err(baton);
         }
         answered.await.unwrap_or(Err(baton))
     }
 
-    /// Waits until everything is this process's, and returns the baton of its predecessor: `None`
-    /// if this process was the first, or its predecessor died before it could put it down.
+    /// Waits until the predecessor has passed everything on, and returns its baton. The baton is
+    /// `None` if this process is the first, or if the predecessor died before it put the baton
+    /// down.
     ///
     /// # Cancel safety
     /// Nothing is lost when dropped.
@@ -243,7 +253,8 @@ impl Server {
         }
     }
 
-    /// Returns true if no predecessor of this process can serve again.
+    /// Returns true if the takeover by this process can't be undone, because no predecessor can
+    /// serve again.
     pub fn is_final(&self) -> bool {
         !self.shared.status.borrow().has_predecessor
     }
@@ -253,24 +264,25 @@ impl Server {
         self.shared.with_generations(Generations::list)
     }
 
-    /// Returns the process id of the one that has replaced this one. `None` if none has, or if it
+    /// Returns the id of the process that has replaced this one. `None` if no process has, or if it
     /// is in another PID namespace.
     pub fn successor(&self) -> Option<u32> {
         self.shared.status.borrow().successor
     }
 
-    /// Passes the baton on after this process was [replaced](Self::replaced). For a server
-    /// [with a baton](Options::with_baton), which no longer uses it.
+    /// Passes the baton on. A server [with a baton](Options::with_baton) has to call this once it
+    /// was [replaced](Self::replaced) and no longer uses the baton.
     pub fn put_down_baton(&self, baton: Bytes) {
         self.shared.command(Command::PutDown(baton));
     }
 
-    /// Sends state along with each takeover: the closure is called when one begins, and the new
-    /// process finds the frames in [`Pending::take_state`](super::Pending::take_state).
+    /// Sends state along with each takeover. The closure is called when a takeover begins, and the
+    /// new process gets the frames from [`Pending::take_state`](super::Pending::take_state).
     pub fn send_state(&self, state: impl Fn() -> Vec<Frame> + Send + Sync + 'static) {
-        self.shared.set_application(Arc::new(state));
+        self.shared.set_state_source(Arc::new(state));
     }
 
+    /// Waits until the status satisfies a condition.
     pub(super) async fn wait(&self, is_it: impl FnMut(&Status) -> bool) -> Status {
         self.shared.wait(is_it).await
     }
@@ -278,13 +290,13 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // The end of their connections undoes what a predecessor may still undo.
+        // The tasks close their connections. If the predecessor still drains, it accepts again.
         self.tasks.iter().for_each(JoinHandle::abort);
         self.shared.give_up();
     }
 }
 
-/// Accepts processes that want to take over, while this process serves.
+/// Accepts connections of processes that request a takeover, while this process serves.
 async fn accept_takers(shared: Arc<Shared>) {
     let mut takers = JoinSet::new();
     loop {
@@ -294,7 +306,8 @@ async fn accept_takers(shared: Arc<Shared>) {
         if status.await.phase == Phase::Replaced {
             break;
         }
-        // A new copy of the socket each time: it leaves the event loop when the phase changes.
+        // While another process serves, the socket must not be in the event loop of this one. So
+        // each phase has a copy of its own.
         match listener(&shared) {
             Ok(listener) => {
                 tokio::select! {
@@ -303,29 +316,31 @@ async fn accept_takers(shared: Arc<Shared>) {
                 }
             }
             Err(error) => {
-                warn!(%error, "takeover: no new process can connect for the moment");
+                warn!(%error, "takeover: can't listen for new processes; trying again");
                 sleep(BACK_OFF).await;
             }
         }
     }
-    // The last messages may still be on their way.
+    // The tasks of old connections may still have to send their last messages.
     while takers.join_next().await.is_some() {}
 }
 
+/// Returns a listener for a copy of the control socket.
 fn listener(shared: &Shared) -> std::io::Result<Listener> {
     let listener = Listener::unguarded(shared.control_copy()?, SocketKind::SeqPacket)?;
-    // A kernel before Linux 6.16 refuses; descriptors are received and closed then.
+    // Linux before 6.16 can't refuse descriptors. Then they are received, and closed.
     let _ = listener.set_pass_fds(false);
     Ok(listener.allow_uids(shared.options.uids.iter().copied()))
 }
 
+/// Accepts connections without end, and starts a task for each.
 async fn accept_from(shared: &Arc<Shared>, listener: &Listener, takers: &mut JoinSet<()>) {
     loop {
         tokio::select! {
             accepted = listener.accept(), if takers.len() < MAX_CONNECTIONS => match accepted {
                 Ok(socket) => spawn(takers, shared, socket),
                 Err(error) => {
-                    warn!(%error, "takeover: a new process can't be accepted for the moment");
+                    warn!(%error, "takeover: can't accept a new process; trying again");
                     sleep(BACK_OFF).await;
                 }
             },

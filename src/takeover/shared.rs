@@ -1,4 +1,4 @@
-//! The state that the tasks of a server and its handles share.
+//! The state that is shared by the tasks and the handles of a server.
 
 use std::{
     collections::BTreeSet,
@@ -27,84 +27,96 @@ use super::{
 };
 use crate::{Frame, SendFd, socket::PathGuard};
 
+/// The state of one server.
 pub(super) struct Shared {
     pub(super) options: Options,
-    /// The path of the control socket, absolute.
+    /// The absolute path of the control socket.
     pub(super) path: PathBuf,
-    /// The number of this process among all that have asked for a takeover.
+    /// The number of this process among all that have requested a takeover.
     pub(super) generation: u32,
     state: Mutex<State>,
+    /// The part of the state that can be waited for. It may be changed while `state` is locked, but
+    /// `state` must not be locked while it is borrowed.
     pub(super) status: watch::Sender<Status>,
     pub(super) connections: Connections,
 }
 
-/// The state that handles and tasks wait for.
+/// The part of the state that handles and tasks wait for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Status {
     pub(super) phase: Phase,
-    /// The control socket is here.
+    /// True if this process has the control socket, so that another one can take over.
     pub(super) has_control: bool,
-    /// A predecessor may still have to serve again.
+    /// True as long as the predecessor may still have to serve again.
     pub(super) has_predecessor: bool,
     pub(super) baton: Baton,
-    /// A takeover from this process is under way.
+    /// True while another process is taking over from this one.
     pub(super) is_claimed: bool,
-    /// Process id of the one that has replaced this one, if it is in this PID namespace.
+    /// The id of the process that has replaced this one, if it is in this PID namespace.
     pub(super) successor: Option<u32>,
-    /// The moment at which this process was replaced.
+    /// The moment at which this process was replaced. `None` in [`Phase::Serving`].
     pub(super) replaced_at: Option<Instant>,
-    /// A successor does not wait for this process's connections any longer.
+    /// True once a successor has asked this process to leave before its connections have ended.
     pub(super) must_leave: bool,
 }
 
 /// The baton that comes with a takeover.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Baton {
-    /// The predecessor has not put it down.
+    /// The predecessor has not put it down yet.
     Coming,
-    /// It is here, or there is none: nobody else holds it.
+    /// This process has it. `None` if there is no baton: then no other process has one either.
     Here(Option<Bytes>),
 }
 
+/// The part of the state that is under the lock.
 #[derive(Default)]
 struct State {
     listeners: Listeners,
+    /// `None` until the predecessor has passed it on, and after this process was replaced for good.
     control: Option<Control>,
-    /// Numbers of listeners that the new process has no use for.
+    /// Numbers of listeners that the new process does not use.
     declined: BTreeSet<u32>,
+    /// The holders of registered listeners, which a change of phase reaches.
     gates: Vec<Weak<dyn Gate>>,
     lanes: AllLanes,
-    /// To the task of the process that takes over.
-    link: Option<UnboundedSender<Command>>,
-    /// To the task of the predecessor.
-    predecessor: Option<UnboundedSender<UpCommand>>,
+    /// The way to the task that gives the listeners to a new process. `Some` while `is_claimed`.
+    giver: Option<UnboundedSender<Command>>,
+    /// The way to the task of the predecessor.
+    predecessor: Option<UnboundedSender<PredecessorCommand>>,
     /// Called for each takeover.
-    application: Option<Application>,
-    /// Processes that were replaced before this one serves, and still run.
+    state_source: Option<StateSource>,
+    /// The processes that were replaced before this one and still run.
     generations: Generations,
     workers: Workers,
 }
 
-pub(super) type Application = Arc<dyn Fn() -> Vec<Frame> + Send + Sync>;
+/// The application's function that returns the state to send along.
+pub(super) type StateSource = Arc<dyn Fn() -> Vec<Frame> + Send + Sync>;
 
-/// For the task of a process that takes over.
+/// A call of the application for the task that gives the listeners to a new process.
 #[derive(Debug)]
 pub(super) enum Command {
+    /// Pass the baton on.
     PutDown(Bytes),
+    /// Make the takeover final: the connections have ended.
     Drained,
+    /// Call the takeover off.
     Withdraw,
 }
 
-/// For the task of the predecessor.
+/// A call for the task of the predecessor.
 #[derive(Debug)]
-pub(super) enum UpCommand {
+pub(super) enum PredecessorCommand {
+    /// Make sure that the predecessor can't serve again.
     Release,
+    /// Hand the listeners back. The answer is the baton if the predecessor does not take them.
     HandBack { baton: Bytes, answer: oneshot::Sender<Result<(), Bytes>> },
 }
 
-/// Something that has listeners in an event loop.
+/// A holder of a listener that is registered with an event loop.
 pub(super) trait Gate: Send + Sync {
-    /// Takes them out of it, unless this process serves.
+    /// Handles a change of phase. Unless this process serves, the listener leaves the event loop.
     fn on_phase(&self, phase: Phase);
 }
 
@@ -177,10 +189,10 @@ impl Shared {
         state.gates.push(gate);
     }
 
-    /// Adds a listener, unless another process is taking over: it would not get this one. Returns
-    /// its index.
+    /// Adds a listener, and returns its index. That is refused while another process is taking
+    /// over, because the listener would be missing there.
     pub(super) fn add_listener(&self, name: String, fd: OwnedFd) -> Result<u32, Error> {
-        // Under the lock, so that no takeover begins between the check and the addition.
+        // The lock prevents that a takeover begins between the check and the addition.
         let mut state = self.lock();
         if self.status.borrow().is_claimed || self.phase() != Phase::Serving {
             return Err(Error::Refused(Refusal::Busy));
@@ -189,25 +201,27 @@ impl Shared {
         Ok(state.listeners.entries.last().map_or(0, |entry| entry.identity.index))
     }
 
-    /// Changes the phase. Listeners leave their event loops when this process stops to serve.
+    /// Changes the phase. Listeners leave their event loops if this process no longer serves.
     pub(super) fn set_phase(&self, phase: Phase) {
         self.status.send_modify(|status| {
             status.phase = phase;
             match phase {
-                // Undone: the clock of the drain starts anew at the next takeover.
+                // The takeover was undone: the next one starts a new drain.
                 Phase::Serving => (status.replaced_at, status.successor) = (None, None),
+                // The drain begins with the first of the two other phases.
                 _ => status.replaced_at = status.replaced_at.or(Some(Instant::now())),
             }
         });
-        // Without the lock: closing a listener runs code of its event loop.
+        // The lock is not held, because closing a listener runs code of its event loop.
         let gates = self.lock().gates.clone();
         gates.iter().filter_map(Weak::upgrade).for_each(|gate| gate.on_phase(phase));
-        info!(path = %self.path.display(), ?phase, "takeover: the server changed its phase");
+        info!(path = %self.path.display(), %phase, "takeover: this server has a new phase");
     }
 
-    /// Begins a takeover, unless there is one. One at a time.
-    pub(super) fn claim(&self, link: UnboundedSender<Command>) -> bool {
-        // Under the lock, so that no listener is added after the takeover has begun.
+    /// Begins a takeover. Returns false if another one is under way, or this process does not serve
+    /// or has no control socket yet.
+    pub(super) fn claim(&self, giver: UnboundedSender<Command>) -> bool {
+        // The lock prevents that a listener is added after the takeover has begun.
         let mut state = self.lock();
         let has_control = state.control.is_some();
         let claimed = self.status.send_if_modified(|status| {
@@ -216,38 +230,40 @@ impl Shared {
             may_claim
         });
         if claimed {
-            state.link = Some(link);
+            state.giver = Some(giver);
         }
         claimed
     }
 
-    /// Notes that the takeover has ended, and this process serves.
+    /// Ends a takeover that has failed or was undone: this process serves.
     pub(super) fn unclaim(&self) {
-        self.lock().link = None;
+        self.lock().giver = None;
         self.status.send_modify(|status| status.is_claimed = false);
     }
 
+    /// Passes a call on to the task of the current takeover. Returns false if there is none.
     pub(super) fn command(&self, command: Command) -> bool {
-        self.lock().link.as_ref().is_some_and(|link| link.send(command).is_ok())
+        self.lock().giver.as_ref().is_some_and(|giver| giver.send(command).is_ok())
     }
 
-    pub(super) fn set_predecessor(&self, predecessor: UnboundedSender<UpCommand>) {
+    pub(super) fn set_predecessor(&self, predecessor: UnboundedSender<PredecessorCommand>) {
         self.lock().predecessor = Some(predecessor);
     }
 
-    pub(super) fn command_predecessor(&self, command: UpCommand) -> bool {
+    /// Passes a call on to the task of the predecessor. Returns false if there is none.
+    pub(super) fn command_predecessor(&self, command: PredecessorCommand) -> bool {
         self.lock().predecessor.as_ref().is_some_and(|up| up.send(command).is_ok())
     }
 
-    pub(super) fn set_application(&self, application: Application) {
-        self.lock().application = Some(application);
+    pub(super) fn set_state_source(&self, source: StateSource) {
+        self.lock().state_source = Some(source);
     }
 
-    /// Asks the application for its state.
+    /// Returns the state that the application sends along.
     pub(super) fn application_state(&self) -> Vec<Frame> {
-        // The closure is foreign code, which may call back: it runs without the lock.
-        let application = self.lock().application.clone();
-        application.map_or_else(Vec::new, |application| application())
+        // The closure is foreign code, which may call this server. So the lock is not held.
+        let source = self.lock().state_source.clone();
+        source.map_or_else(Vec::new, |source| source())
     }
 
     pub(super) fn with_generations<T>(&self, look: impl FnOnce(&mut Generations) -> T) -> T {
@@ -258,7 +274,8 @@ impl Shared {
         look(&mut self.lock().workers)
     }
 
-    /// Returns the listeners as they are sent. No copies are made: they stay this process's.
+    /// Returns the listeners as they are sent. They share this process's descriptors, so this makes
+    /// no copies and can't fail.
     pub(super) fn offered(&self) -> Vec<Offered<SendFd>> {
         let state = self.lock();
         let offered = state.listeners.entries.iter().map(|entry| Offered {
@@ -275,20 +292,20 @@ impl Shared {
         self.lock().lanes.of(name, index)
     }
 
-    /// Returns messages that give a new process its generation, and its lanes.
+    /// Returns the messages that contain the generation of a new process, and its lanes.
     pub(super) fn offer_lanes(&self) -> io::Result<Vec<ToTaker<SendFd>>> {
         let State { lanes, listeners, .. } = &mut *self.lock();
         lanes.offer(listeners)
     }
 
-    /// Copies everything that a new process gets once it is ready. It is done before, because
-    /// nothing may fail after READY.
+    /// Copies everything that a new process gets once it is ready. The copies are made before
+    /// READY, because nothing may fail after it.
     pub(super) fn handover(&self) -> io::Result<Handover> {
         let mut state = self.lock();
         let State { listeners, control, .. } = &mut *state;
         let control = control.as_mut().ok_or(io::ErrorKind::NotConnected)?;
         let guards = (0..).zip(&mut listeners.entries).filter_map(|(number, entry)| {
-            // The same listeners as in `offered`, in the same order.
+            // These are the listeners for which `offered` returns a path id, in the same order.
             let guard = entry.guard.as_mut().filter(|guard| guard.path_id().is_some())?;
             Some(guard.share_lock().map(|lock| (number, lock)))
         });
@@ -309,8 +326,8 @@ impl Shared {
         self.lock().control = Some(control);
     }
 
-    /// Gives up the right to remove paths, or takes it back. Paths that the new process has no use
-    /// for stay this process's.
+    /// Gives up the right to remove paths, or takes it back. The paths of declined listeners are
+    /// left out, because this process remains their owner.
     pub(super) fn set_may_remove(&self, may_remove: bool) {
         let mut state = self.lock();
         let State { listeners, control, declined, .. } = &mut *state;
@@ -321,8 +338,8 @@ impl Shared {
         guards.chain(control).for_each(|guard| guard.set_may_remove(may_remove));
     }
 
-    /// Guards the paths of listeners whose locks have come. Each lock belongs to the next listener
-    /// with a path.
+    /// Takes the paths of listeners, with the locks that the predecessor has sent: one for each
+    /// listener with a path id, in their order.
     pub(super) fn receive_locks(&self, locks: Vec<OwnedFd>, path_ids: &[Option<(u64, u64)>]) {
         let mut locks = locks.into_iter();
         self.guard_paths(path_ids, |path, path_id| match locks.next() {
@@ -331,11 +348,12 @@ impl Shared {
         });
     }
 
-    /// Guards the paths of listeners whose last owner has died.
+    /// Takes the paths of listeners from a predecessor that has died.
     pub(super) fn inherit_paths(&self, path_ids: &[Option<(u64, u64)>]) {
         self.guard_paths(path_ids, PathGuard::inherited);
     }
 
+    /// Takes the path of each listener with a path id, by a call of `guard`.
     fn guard_paths(
         &self,
         path_ids: &[Option<(u64, u64)>],
@@ -356,7 +374,7 @@ impl Shared {
         }
     }
 
-    /// Notes the listeners that the new process has no use for.
+    /// Sets the listeners that the new process does not use.
     pub(super) fn set_declined(&self, numbers: BTreeSet<u32>) {
         self.lock().declined = numbers;
     }
@@ -367,7 +385,8 @@ impl Shared {
         state.declined.iter().filter_map(entry).map(|entry| entry.identity.clone()).collect()
     }
 
-    /// Closes everything. Paths are removed, unless another process has the right to.
+    /// Closes everything: this process can't serve again. Paths are removed, unless another process
+    /// has the right to do so.
     pub(super) fn give_up(&self) {
         self.set_phase(Phase::Replaced);
         let given_up = {
@@ -375,16 +394,16 @@ impl Shared {
             let generations = std::mem::take(&mut state.generations);
             (std::mem::take(&mut state.listeners), state.control.take(), generations)
         };
-        drop(given_up); // without the lock: closing takes system calls
+        drop(given_up); // after the lock is released, because closing takes system calls
     }
 
-    /// Makes sure that no predecessor serves again.
+    /// Makes sure that no predecessor can serve again.
     ///
     /// # Errors
-    /// [`Error::TimedOut`] if it does not answer.
+    /// [`Error::TimedOut`] if the predecessor does not answer.
     pub(super) async fn release_predecessor(&self) -> Result<(), Error> {
         if self.status.borrow().has_predecessor {
-            self.command_predecessor(UpCommand::Release);
+            self.command_predecessor(PredecessorCommand::Release);
             let released = self.wait(|status| !status.has_predecessor);
             tokio::time::timeout(self.options.answer_timeout, released)
                 .await

@@ -1,4 +1,4 @@
-//! The first start and every further one in one call.
+//! One call that binds the listeners in the first process and takes over in every further one.
 
 use std::{io::ErrorKind, path::Path, time::Duration};
 
@@ -7,19 +7,20 @@ use tokio::time::{Instant, sleep};
 use super::{Error, Listeners, Options, Pending, request};
 use crate::socket::PathGuard;
 
-/// The time between two attempts while a process that has died is on its way out.
+/// The time between two attempts while the kernel closes the files of a process that has died.
 const RETRY: Duration = Duration::from_millis(10);
 
 /// Takes over from the server at a path, or binds the listeners if no server runs.
 ///
 /// Every generation of a server can start with this call, by hand or from a service manager, and go
-/// on with [`Pending::ready`]. `bind` is called only if no server runs, and again if an address is
-/// still in use by one that is just ending.
+/// on with [`Pending::ready`]. `bind` is called only if no server runs. It is called again if an
+/// address is still in use by a server that is just ending.
 ///
-/// In `bind`, [`Listeners::bind_tcp`] and its siblings adopt what systemd, einhorn or
-/// Server::Starter has passed, and bind otherwise. So the same program runs under such a manager
-/// and without one. If a server runs that has the same sockets, for example an older process of the
-/// same manager, the copies that the manager has passed are closed.
+/// In `bind`, use [`Listeners::bind_tcp`] and its siblings. They adopt a listener that systemd,
+/// einhorn or Server::Starter has passed, and bind it otherwise. So the same program runs under
+/// such a manager and without one. If a running server has the same sockets, for example because
+/// the same manager has started it, the copies that the manager has passed to this process are
+/// closed.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -41,8 +42,8 @@ const RETRY: Duration = Duration::from_millis(10);
 ///
 /// # Errors
 /// The errors of [`request()`], except those for a path without a server, and the errors of `bind`.
-/// If two processes start at the same time, one of them may get [`Error::Refused`]: another
-/// takeover is under way.
+/// If two processes start at the same time, one of them may get [`Error::Refused`], because the
+/// other one is taking over.
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
@@ -57,7 +58,7 @@ pub async fn bind_or_take(
     let path = path.as_ref();
     let until = Instant::now() + options.lock_timeout;
     loop {
-        // First the running server, then whatever a manager has passed or can be bound.
+        // Try the running server first. If there is none, adopt or bind the listeners.
         let started = match request(path, options.clone()).await {
             Err(error) if is_absent(&error) => bind_first(path, &options, &mut bind),
             requested => requested,
@@ -69,7 +70,8 @@ pub async fn bind_or_take(
             }
             Err(error) => error,
         };
-        // The kernel closes what a dead process had open one thing after another.
+        // A dead process may still own an address or the lock: the kernel closes its files one
+        // after another.
         if !is_in_use(&error) || Instant::now() >= until {
             return Err(error);
         }
@@ -77,6 +79,7 @@ pub async fn bind_or_take(
     }
 }
 
+/// Gets the lock of the path, and then the listeners.
 fn bind_first(
     path: &Path,
     options: &Options,
@@ -86,7 +89,7 @@ fn bind_first(
     Ok(Pending::first(options.clone(), guard, bind()?))
 }
 
-/// Returns true if no server is at the path, or one that was there has just died.
+/// Returns true if no server is at the path, or the server that was there has just died.
 fn is_absent(error: &Error) -> bool {
     match error {
         Error::Io(error) => matches!(
@@ -101,6 +104,7 @@ fn is_absent(error: &Error) -> bool {
     }
 }
 
+/// Returns true if an address, or the lock of the path, is in use.
 fn is_in_use(error: &Error) -> bool {
     match error {
         Error::Io(error) | Error::Bind { source: error, .. } => {

@@ -1,6 +1,7 @@
-//! Questions from outside: which process serves, and whether a new one has started to.
+//! Functions for a process outside of the server: which process serves, and whether a new process
+//! has begun to serve.
 
-use std::{path::Path, time::Duration};
+use std::{fmt, path::Path, time::Duration};
 
 use futures::{SinkExt, StreamExt};
 use tokio::{
@@ -15,24 +16,40 @@ use super::{
 };
 use crate::Framed;
 
-/// The time between two questions.
+/// The time between two requests for the status.
 const POLL: Duration = Duration::from_millis(20);
 
 /// The state of the server at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ServerStatus {
-    /// Process id of the server, in its PID namespace.
+    /// The process id of the server, in the PID namespace of the server.
     pub pid: u32,
-    /// Another process is taking over.
+    /// True while another process is taking over.
     pub is_under_way: bool,
     /// The processes that were replaced and still finish their connections, the oldest first.
     pub generations: Vec<Generation>,
 }
 
-/// Asks the server at a path for its state.
+impl fmt::Display for ServerStatus {
+    /// Writes one line for each process, for example:
+    ///
+    /// ```text
+    /// process 812 serves
+    /// process 700 was replaced 12 s ago
+    /// ```
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {} serves", self.pid)?;
+        if self.is_under_way {
+            f.write_str("\nanother process is taking over")?;
+        }
+        self.generations.iter().try_for_each(|generation| write!(f, "\n{generation}"))
+    }
+}
+
+/// Returns the state of the server at a path.
 ///
-/// While one process replaces another, the question waits for the new one.
+/// While one process replaces another, the request waits until the new process answers it.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -48,7 +65,7 @@ pub struct ServerStatus {
 /// ```
 ///
 /// # Errors
-/// As for [`request`](super::request()), without those of listeners.
+/// The errors of [`request`](super::request()), except those that concern listeners.
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
@@ -60,7 +77,7 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerS
             .send(FromTaker::Status)
             .await
             .map_err(|refused| Error::Connection(refused.error))?;
-        // The server sends one answer, and closes the connection.
+        // The server sends one answer and closes the connection.
         match connection.next().await {
             Some(Ok(ToTaker::Status { pid, is_under_way, generations })) => {
                 let generation = |(pid, milliseconds)| Generation {
@@ -81,12 +98,12 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerS
     timeout(options.answer_timeout, answer).await.map_err(|_| Error::TimedOut)?
 }
 
-/// Starts a new server process, and waits until it serves at a path. A command of a service manager
-/// or of a deployment can use the result as its exit code.
+/// Starts a new server process, and waits until it serves at a path. A program that a service
+/// manager or a deployment runs can derive its exit code from the result.
 ///
-/// The process has to become the server itself, with [`bind_or_take`](super::bind_or_take): this
-/// waits until the server at the path has its process id. It lives on when the [`Child`] is
-/// dropped.
+/// The started process itself has to become the server, with
+/// [`bind_or_take`](super::bind_or_take): this function waits until the server at the path has its
+/// process id. The process goes on when the [`Child`] is dropped.
 ///
 /// ```no_run
 /// # #[tokio::main(flavor = "current_thread")]
@@ -105,15 +122,15 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerS
 /// ```
 ///
 /// # Errors
-/// [`Error::Ended`] if it ends before it serves, [`Error::TooLate`] if it does not serve within
-/// `limit`, and [`Error::Io`] if it can't be started. It does not run then, and a server that ran
-/// before it goes on.
+/// [`Error::Ended`] if the process ends before it serves, [`Error::TooLate`] if it does not serve
+/// within `limit`, and [`Error::Io`] if it can't be started. In each of these cases it no longer
+/// runs, and a server that ran before goes on.
 ///
 /// # Panics
 /// Outside of a tokio runtime, or if its I/O driver or its timer is not enabled.
 ///
 /// # Cancel safety
-/// When dropped, the process goes on.
+/// If this is dropped, the started process goes on.
 pub async fn launch(
     command: &mut Command,
     path: impl AsRef<Path>,
@@ -125,7 +142,7 @@ pub async fn launch(
     let outcome = timeout(limit, async {
         tokio::select! {
             biased;
-            // Its end comes first: a process that has ended does not serve.
+            // The end of the process comes first, because a process that has ended does not serve.
             ended = child.wait() => Err(Error::Ended { status: ended? }),
             () = serves(path.as_ref(), options, pid) => Ok(()),
         }
@@ -133,16 +150,39 @@ pub async fn launch(
     match outcome.await {
         Ok(outcome) => outcome.map(|()| child),
         Err(_) => {
-            // Otherwise it might serve after the caller was told that it does not.
+            // Without this, the process might still begin to serve after the caller got the error.
             child.kill().await?;
             Err(Error::TooLate { limit })
         }
     }
 }
 
-/// Waits until a process serves.
+/// Waits until the process with this id serves.
 async fn serves(path: &Path, options: &Options, pid: Option<u32>) {
     while status(path, options).await.ok().map(|status| status.pid) != pid {
         sleep(POLL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_has_one_line_for_each_process() {
+        let mut status = ServerStatus { pid: 812, is_under_way: false, generations: Vec::new() };
+        assert_eq!(status.to_string(), "process 812 serves");
+        status.is_under_way = true;
+        status.generations = vec![
+            Generation { pid: Some(700), replaced_for: Duration::from_millis(12_900) },
+            Generation { pid: None, replaced_for: Duration::ZERO },
+        ];
+        let lines = [
+            "process 812 serves",
+            "another process is taking over",
+            "process 700 was replaced 12 s ago",
+            "a process in another PID namespace was replaced 0 s ago",
+        ];
+        assert_eq!(status.to_string(), lines.join("\n"));
     }
 }

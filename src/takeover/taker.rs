@@ -7,15 +7,19 @@ use std::{
 
 use bytes::Bytes;
 
-use super::protocol::{AbortReason, FromTaker, Refusal, ToTaker, Versions};
+use super::{
+    protocol::{FromTaker, ToTaker, Versions},
+    steps::{Failure, TakerStep},
+};
 
 /// The time between two attempts to get the lock of the path.
 const LOCK_RETRY: Duration = Duration::from_millis(10);
 
-/// The same, once the lock should have been free long ago: something else holds it.
+/// The time between two attempts once the lock should have been free long ago: another process
+/// holds it.
 const SLOW_LOCK_RETRY: Duration = Duration::from_secs(1);
 
-/// One takeover, seen by the process that wants to serve.
+/// One takeover, from the point of view of the process that is going to serve.
 ///
 /// ```text
 ///          WELCOME             COMPLETE          ready()           READY was written
@@ -30,14 +34,16 @@ const SLOW_LOCK_RETRY: Duration = Duration::from_secs(1);
 ///                                                                  or an end '-> Final <'
 /// ```
 ///
-/// It serves from `Unconfirmed` on. Two events make it serve. Either READY was written in full, so
-/// the giver reads it. Or the giver has gone without it, and the lock of the path proves that no
-/// other process serves.
+/// The process serves in `Unconfirmed` and in all states that follow, except `Ended`. Two events
+/// make it serve. Either READY was written in full, so the giver will read it. Or the giver has
+/// ended without reading READY, and the lock of the path proves that no other process serves.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Taker {
     state: State,
     settings: TakerSettings,
+    /// The time at which the current wait ends, or the lock is tried again. `None` without either.
     deadline: Option<Instant>,
+    /// Actions that the task has not taken yet.
     steps: VecDeque<TakerStep>,
 }
 
@@ -45,81 +51,46 @@ pub(super) struct Taker {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct TakerSettings {
     pub(super) versions: Versions,
-    /// For each message until COMPLETE, and for sending READY.
+    /// The longest wait for each message until COMPLETE, and for the socket to take READY.
     pub(super) answer: Duration,
-    /// From the giver's end until its lock is free: an exiting process closes one thing after
-    /// another.
+    /// The longest time from the giver's end until its lock is free. The kernel closes the files of
+    /// a process that exits one after another.
     pub(super) lock: Duration,
-}
-
-/// An action that the caller has to take next, in the order of these values.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) enum TakerStep {
-    /// Send a message. After READY, [`Taker::on_ready_written`] or [`Taker::on_send_failed`].
-    Send(FromTaker),
-    /// Everything is here.
-    Offered,
-    /// Try to get the lock, and call [`Taker::on_lock`].
-    TryLock,
-    /// Accept connections.
-    Serve,
-    /// Everything of the giver is this process's now, with its baton. `None` if the giver has ended
-    /// before it could pass the baton on, or it was lost on the way.
-    Confirmed(Option<Bytes>),
-    /// The giver has refused to serve again, or has ended: the baton is here as before.
-    NotHandedBack(Bytes),
-    /// Accept no more: the giver serves.
-    Stop,
-    /// Nothing was taken over. Close the connection without writing what is still queued.
-    Fail(Failure),
-}
-
-/// The reason why nothing was taken over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Failure {
-    Refused(Refusal),
-    Aborted(AbortReason),
-    /// The giver has ended before everything was here.
-    GiverGone,
-    /// Another process has the lock of the path.
-    AnotherServes,
-    /// No answer in time.
-    TimedOut,
-    Misbehaved,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum State {
-    /// HELLO is sent.
+    /// HELLO is sent, and the taker waits for WELCOME.
     Hello,
-    /// Listeners and state are on their way. `left`: number of listeners to come.
-    Receiving { left: u32 },
-    /// The application sets itself up.
+    /// The offer is being received. `missing` is the number of listeners that have not come.
+    Receiving { missing: u32 },
+    /// The offer is complete, and the application sets itself up.
     Offered { giver_gone: bool },
-    /// READY is to be written and is not yet, or not in full.
+    /// READY is queued, and is not written in full.
     Readying,
-    /// READY can't be written. A reason may still come.
+    /// READY can't be written. An ABORTED with a reason may still come.
     Cut,
-    /// The giver has gone without READY: the lock decides.
+    /// The giver has ended without READY. This process serves if it gets the lock by `until`.
     Locking { until: Option<Instant> },
-    /// READY was written in full: this process serves.
+    /// READY was written in full: this process serves, and waits for COMMIT.
     Unconfirmed,
-    /// The same, and the giver has gone before COMMIT, or has broken the protocol and was sent
-    /// RELEASE. The lock is on its way to be free.
+    /// This process serves, and COMMIT will not come: the giver has ended, or has broken the
+    /// protocol and was sent RELEASE. Either way its lock becomes free.
     Relocking { until: Option<Instant> },
-    /// COMMIT is here. The giver may still have to serve again.
+    /// COMMIT was received. The giver may still have to serve again.
     Confirmed,
-    /// HAND_BACK is written, or will be; this process serves until the answer.
+    /// HAND_BACK is queued or written. This process serves until the answer.
     HandingBack { baton: Bytes },
-    /// RELEASE is written, or will be.
+    /// RELEASE is queued or written. This process waits for DRAINED.
     Releasing,
-    /// This process serves, and the giver never will again.
+    /// This process serves, and the giver can't serve again.
     Final,
     /// This process does not serve.
     Ended,
 }
 
 impl Taker {
+    /// Returns the state machine of a new connection, with HELLO as its first step.
     pub(super) fn new(now: Instant, settings: TakerSettings) -> Self {
         let Versions { lowest, highest } = settings.versions;
         let hello = FromTaker::Hello { lowest, highest };
@@ -144,12 +115,12 @@ impl Taker {
         )
     }
 
-    /// Returns true if the connection is of no more use, once all steps are done.
+    /// Returns true if the connection can be closed once all steps are taken.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.state, State::Final | State::Ended)
     }
 
-    /// Returns true if this process has everything that it needs to serve, and has not given up.
+    /// Returns true if this process has the whole offer, and has not given up.
     #[cfg(test)]
     pub(super) fn has_everything(&self) -> bool {
         !matches!(self.state, State::Hello | State::Receiving { .. } | State::Ended)
@@ -161,25 +132,28 @@ impl Taker {
         matches!(self.state, State::Confirmed | State::Releasing | State::Final)
     }
 
-    /// Returns true if something is to be done.
+    /// Returns true if [`next_step`](Self::next_step) has an action.
     pub(super) fn has_steps(&self) -> bool {
         !self.steps.is_empty()
     }
 
+    /// Returns the next action to take. Call it after each event, until it returns `None`.
     pub(super) fn next_step(&mut self) -> Option<TakerStep> {
         self.steps.pop_front()
     }
 
+    /// Returns the time at which to call [`on_timeout`](Self::on_timeout).
     pub(super) fn next_timeout(&self) -> Option<Instant> {
         self.deadline
     }
 
+    /// Gives up, or tries the lock again, if the time for that has come.
     pub(super) fn on_timeout(&mut self, now: Instant) {
         if self.deadline.is_none_or(|deadline| now < deadline) {
             return;
         }
         match self.state {
-            // A READY that was not written in full never will be: this process closes its end.
+            // If READY is not written in full, its rest is never sent: this process closes its end.
             State::Hello | State::Receiving { .. } | State::Readying => {
                 self.fail(Failure::TimedOut)
             }
@@ -192,22 +166,25 @@ impl Taker {
         }
     }
 
+    /// Handles a message of the giver. One that has no place in the current state is a breach.
     pub(super) fn on_message<F>(&mut self, now: Instant, message: &ToTaker<F>) {
         if let State::Hello | State::Receiving { .. } = self.state {
-            self.deadline = now.checked_add(self.settings.answer); // it does not hang
+            // The limit is for the time between two messages, because the giver does not hang.
+            self.deadline = now.checked_add(self.settings.answer);
         }
         match (&mut self.state, message) {
-            // The offer, in this order.
+            // The answer to HELLO.
             (State::Hello, ToTaker::Welcome { version, listeners })
                 if self.settings.versions.contains(*version) =>
             {
-                self.state = State::Receiving { left: *listeners };
+                self.state = State::Receiving { missing: *listeners };
             }
             (State::Hello, ToTaker::Refused { reason }) => self.fail(Failure::Refused(*reason)),
-            (State::Receiving { left }, ToTaker::Listeners(listeners))
-                if *left as usize >= listeners.len() =>
+            // The offer. COMPLETE counts only if no listener is missing.
+            (State::Receiving { missing }, ToTaker::Listeners(listeners))
+                if *missing as usize >= listeners.len() =>
             {
-                *left -= listeners.len() as u32;
+                *missing -= listeners.len() as u32;
             }
             (
                 State::Receiving { .. },
@@ -216,11 +193,12 @@ impl Taker {
                 | ToTaker::Generations { .. }
                 | ToTaker::Lanes { .. },
             ) => {}
-            (State::Receiving { left: 0 }, ToTaker::Complete) => {
+            (State::Receiving { missing: 0 }, ToTaker::Complete) => {
                 self.state = State::Offered { giver_gone: false };
                 self.deadline = None;
                 self.steps.push_back(TakerStep::Offered);
             }
+            // The giver may call the takeover off until READY was written in full.
             (
                 State::Hello
                 | State::Receiving { .. }
@@ -230,13 +208,14 @@ impl Taker {
                 | State::Locking { .. },
                 ToTaker::Aborted { reason },
             ) => self.fail(Failure::Aborted(*reason)),
-            // After the cut.
+            // After READY.
             (State::Unconfirmed, ToTaker::Locks { .. }) => {}
             (State::Unconfirmed, ToTaker::Commit { baton, .. }) => {
                 self.state = State::Confirmed;
                 self.steps.push_back(TakerStep::Confirmed(Some(baton.clone())));
             }
-            // COMMIT has crossed RELEASE. The lock comes with it, and will not be free otherwise.
+            // The giver wrote COMMIT before it read RELEASE. The lock has come with it, so it would
+            // never become free.
             (State::Relocking { .. }, ToTaker::Commit { baton, .. }) => {
                 self.state = State::Releasing;
                 self.deadline = None;
@@ -255,15 +234,14 @@ impl Taker {
         }
     }
 
-    /// Handles a breach of the protocol, or the loss of descriptors, after which nothing more can
-    /// be read.
+    /// Handles a breach of the protocol, or the loss of descriptors. Nothing can be read after it.
     ///
-    /// If this process serves, it goes on, and makes sure that the giver does not serve as well.
+    /// If this process serves, it goes on, and makes sure that the giver does not serve again.
     pub(super) fn on_violation(&mut self, now: Instant) {
         match self.state {
             State::Relocking { .. } | State::Final | State::Ended => {}
             State::Releasing => self.state = State::Final,
-            // COMMIT will never be here in full. The giver gives up the lock after RELEASE.
+            // COMMIT can no longer be read. The giver releases the lock after RELEASE.
             State::Unconfirmed => {
                 self.steps.push_back(TakerStep::Send(FromTaker::Release));
                 self.begin_relocking(now);
@@ -276,11 +254,11 @@ impl Taker {
         }
     }
 
-    /// Handles the giver's end, after everything that it wrote was read.
+    /// Handles the end of the giver, after everything that it wrote was read.
     pub(super) fn on_end(&mut self, now: Instant) {
         match self.state {
             State::Hello | State::Receiving { .. } => self.fail(Failure::GiverGone),
-            // The application goes on setting itself up: it may have to serve.
+            // The application is not interrupted: once it is ready, it serves if it gets the lock.
             State::Offered { .. } => self.state = State::Offered { giver_gone: true },
             State::Readying | State::Cut => self.begin_locking(now),
             State::Unconfirmed => self.begin_relocking(now),
@@ -291,7 +269,7 @@ impl Taker {
         }
     }
 
-    /// Declines a listener that the application has no use for.
+    /// Declines a listener that the application does not use.
     pub(super) fn decline(&mut self, number: u32) {
         if self.state == (State::Offered { giver_gone: false }) {
             self.steps.push_back(TakerStep::Send(FromTaker::Decline { number }));
@@ -311,7 +289,7 @@ impl Taker {
         }
     }
 
-    /// Notes that the socket has taken the last byte of READY: the giver reads it, or has died.
+    /// Handles that the socket has taken the last byte of READY: the giver reads it, or has died.
     pub(super) fn on_ready_written(&mut self) {
         if self.state == State::Readying {
             self.state = State::Unconfirmed;
@@ -320,7 +298,7 @@ impl Taker {
         }
     }
 
-    /// Notes that nothing more can be written.
+    /// Handles that nothing more can be written.
     pub(super) fn on_send_failed(&mut self, now: Instant) {
         if self.state == State::Readying {
             self.state = State::Cut;
@@ -328,7 +306,7 @@ impl Taker {
         }
     }
 
-    /// Takes the result of a [`TakerStep::TryLock`].
+    /// Handles the result of a [`TakerStep::TryLock`].
     pub(super) fn on_lock(&mut self, now: Instant, is_ours: bool) {
         match self.state {
             State::Locking { .. } if is_ours => {
@@ -342,7 +320,7 @@ impl Taker {
             State::Locking { until } if until.is_some_and(|until| now >= until) => {
                 self.fail(Failure::AnotherServes);
             }
-            // A process that serves already never gives up.
+            // Try again later. A process that serves already (`Relocking`) never gives up.
             State::Relocking { until } | State::Locking { until } => {
                 let is_late = until.is_some_and(|until| now >= until);
                 let wait = if is_late { SLOW_LOCK_RETRY } else { LOCK_RETRY };
@@ -352,7 +330,7 @@ impl Taker {
         }
     }
 
-    /// Asks the giver to serve again. Returns false if it never will.
+    /// Asks the giver to serve again. Returns false if it can't be asked in the current state.
     pub(super) fn hand_back(&mut self, baton: Bytes) -> bool {
         let confirmed = self.state == State::Confirmed;
         if confirmed {
@@ -370,18 +348,21 @@ impl Taker {
         }
     }
 
+    /// Waits for the lock before this process serves.
     fn begin_locking(&mut self, now: Instant) {
         self.state = State::Locking { until: now.checked_add(self.settings.lock) };
         self.deadline = None;
         self.steps.push_back(TakerStep::TryLock);
     }
 
+    /// Waits for the lock while this process serves.
     fn begin_relocking(&mut self, now: Instant) {
         self.state = State::Relocking { until: now.checked_add(self.settings.lock) };
         self.deadline = None;
         self.steps.push_back(TakerStep::TryLock);
     }
 
+    /// Handles that the giver can't serve again.
     fn on_giver_final(&mut self) {
         if let State::HandingBack { baton } = &self.state {
             self.steps.push_back(TakerStep::NotHandedBack(baton.clone()));

@@ -1,3 +1,5 @@
+//! The receiving direction of a connection, without waiting.
+
 use std::{
     io, mem,
     os::fd::{BorrowedFd, OwnedFd},
@@ -7,7 +9,7 @@ use std::{
 
 use bytes::BytesMut;
 
-use super::{Senders, spare};
+use super::{senders::Senders, spare};
 use crate::{
     closer::Account,
     codec::{Decoder, FdQueue, Inbound, Step, Unfinished},
@@ -20,7 +22,7 @@ use crate::{
 /// The receiving direction of a connection: the bytes and descriptors that have arrived, and the
 /// state of the direction.
 ///
-/// It does not hold its socket. The caller passes the same one in all calls.
+/// It does not contain its socket. The caller passes the same socket in all calls.
 #[derive(Debug)]
 pub(crate) struct ReceiveSide {
     inbound: Inbound,
@@ -32,20 +34,29 @@ pub(crate) struct ReceiveSide {
 /// The state of a receiving direction.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Receiving {
+    /// More may be received.
     #[default]
     Open,
-    /// The last error or the end was yielded.
+    /// The error or the end was yielded, and nothing follows.
     Over,
 }
 
+/// The content of a receiving direction, without its codec.
+#[derive(Debug, Default)]
+pub(crate) struct ReceiveParts {
+    /// The bytes that were received and not decoded.
+    pub(super) bytes: BytesMut,
+    /// The descriptors that were received and that no message has claimed.
+    pub(super) fds: FdQueue<OwnedFd>,
+    pub(super) state: Receiving,
+    /// The processes that sent the received bytes.
+    pub(super) senders: Senders,
+}
+
 impl ReceiveSide {
-    pub(crate) fn new(
-        socket: Endpoint<'_>,
-        bytes: BytesMut,
-        fds: FdQueue<OwnedFd>,
-        state: Receiving,
-        senders: Senders,
-    ) -> Self {
+    /// Returns a direction that goes on with `parts`.
+    pub(crate) fn new(socket: Endpoint<'_>, parts: ReceiveParts) -> Self {
+        let ReceiveParts { bytes, fds, state, senders } = parts;
         let inbound = Inbound::new(socket.kind() == SocketKind::SeqPacket, bytes, fds);
         let mut side = Self { inbound, state, senders, timing: RestTiming::default() };
         side.set_closer(socket);
@@ -69,12 +80,12 @@ impl ReceiveSide {
     /// [`next`](Self::next) finds no complete message.
     ///
     /// # Errors
-    /// [`Error::OverUidLimit`] if the uid has more than it may have.
+    /// [`Error::OverUidLimit`] if the uid holds more than it may hold.
     pub(crate) fn hold(&self, socket: Endpoint<'_>) -> Result<(), Error> {
         socket.hold(self.inbound.bytes.len(), self.inbound.fds.count())
     }
 
-    /// Returns true if part of a message has arrived, or a descriptor of one.
+    /// Returns true if part of a message has arrived, or a descriptor that no message has claimed.
     pub(crate) fn has_part(&self) -> bool {
         !self.inbound.bytes.is_empty() || self.inbound.fds.count() > 0
     }
@@ -84,7 +95,7 @@ impl ReceiveSide {
         self.senders.of_message(self.inbound.decoded()).map(|credentials| &**credentials)
     }
 
-    /// Lets the closer have the descriptors that nobody takes.
+    /// Makes the queue close its descriptors in the background, unless they are taken out.
     fn set_closer(&mut self, socket: Endpoint<'_>) {
         self.inbound.fds.set_closer(Arc::<Account>::clone(socket.account()));
     }
@@ -99,12 +110,12 @@ impl ReceiveSide {
         decoder: &D,
     ) -> io::Result<Received> {
         let most = self.inbound.make_room(decoder, spare::take).min(decoder.max_receive_bytes());
-        // A receive of nothing would look like the end.
+        // With no room, `recvmsg` returns 0, which looks like the end of the stream.
         sys::recvmsg(socket, &mut self.inbound.bytes, most.max(1), &mut self.inbound.fds)
     }
 
-    /// Notes the result of a [`receive`](Self::receive). `is_rest` is true if
-    /// [part](Self::has_part) of a message was there before.
+    /// Handles the result of a [`receive`](Self::receive). `is_rest` is true if
+    /// [part](Self::has_part) of a message had arrived before.
     ///
     /// # Errors
     /// [`Error::TruncatedPacket`] and [`Error::MixedSenders`].
@@ -115,9 +126,10 @@ impl ReceiveSide {
         is_rest: bool,
     ) -> Result<(), Error> {
         if !self.inbound.fds.has_closer() {
-            self.set_closer(socket); // a decoder has replaced the queue
+            self.set_closer(socket); // a decoder has replaced the whole queue
         }
-        // Another holder may have switched credentials on. Only those that were asked for count.
+        // Credentials count only if this process has switched them on. Another holder of the socket
+        // may have done so too.
         let credentials = received.credentials.take().filter(|_| socket.wants_credentials());
         if received.bytes > 0 && (credentials.is_some() || self.senders.know_any()) {
             self.senders.received(credentials, self.inbound.decoded(), is_rest)?;
@@ -131,8 +143,7 @@ impl ReceiveSide {
         Ok(())
     }
 
-    /// Returns how long to wait for the rest of a message. Call it when nothing is there to
-    /// receive.
+    /// Returns the time limit for the rest of a message. Call it when there is nothing to receive.
     pub(crate) fn rest(&mut self, limit: Duration, now: impl FnOnce() -> Instant) -> Rest {
         self.timing.rest(self.inbound.unfinished(), limit, now)
     }
@@ -142,7 +153,7 @@ impl ReceiveSide {
         Error::Unfinished { bytes: self.inbound.bytes.len(), fds: self.inbound.fds.count() }
     }
 
-    /// Gives up unused buffers. Call it when nothing is there to receive.
+    /// Gives up unused buffers. Call it when there is nothing to receive.
     pub(crate) fn release(&mut self) {
         spare::keep(self.inbound.release());
     }
@@ -156,8 +167,7 @@ impl ReceiveSide {
 
     /// Ends the direction after an error: closes everything that has arrived.
     pub(crate) fn fail(&mut self, socket: Endpoint<'_>) {
-        // Nothing of the direction is left: neither bytes, nor descriptors, nor the charge for
-        // them.
+        // Drop everything that the direction holds: bytes, descriptors, and the charge for them.
         self.state = Receiving::Over;
         self.inbound.end();
         self.inbound.bytes.clear();
@@ -169,35 +179,44 @@ impl ReceiveSide {
     /// Takes back the charge of the peer's uid. Call it when the half with this direction is
     /// dropped.
     pub(crate) fn end(&self, socket: Endpoint<'_>) {
-        let _ = socket.hold(0, 0); // never too much
+        let _ = socket.hold(0, 0); // to hold nothing is never over a limit
     }
 
     /// Takes out everything that has arrived, for a direction that goes on elsewhere.
-    pub(crate) fn take(&mut self) -> (BytesMut, FdQueue<OwnedFd>, Receiving, Senders) {
+    pub(crate) fn take(&mut self) -> ReceiveParts {
         self.release();
-        let senders = mem::take(&mut self.senders).carried_over(self.inbound.decoded());
-        (mem::take(&mut self.inbound.bytes), mem::take(&mut self.inbound.fds), self.state, senders)
+        ReceiveParts {
+            bytes: mem::take(&mut self.inbound.bytes),
+            fds: mem::take(&mut self.inbound.fds),
+            state: self.state,
+            senders: mem::take(&mut self.senders).carried_over(self.inbound.decoded()),
+        }
     }
 }
 
-/// The time to wait for the rest of a message.
+/// The time limit for the rest of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rest {
-    /// No limit: nothing is unfinished, or no limit is set.
+    /// There is no limit, because nothing is unfinished or no limit is set.
     Unlimited,
+    /// The rest has to come before this time.
     Until(Instant),
-    /// The time is over.
+    /// The time limit has been reached.
     Over,
 }
 
-/// The clock of the time for the rest of a message.
+/// The measurement of the time for the rest of a message.
 #[derive(Debug, Default)]
 struct RestTiming {
+    /// The message and the descriptor for which the time runs.
     unfinished: Unfinished,
+    /// `None` if nothing is unfinished, or the limit is longer than the clock reaches.
     deadline: Option<Instant>,
 }
 
 impl RestTiming {
+    /// Returns the limit, if this is unfinished now. The time begins when it is unfinished for the
+    /// first time.
     fn rest(
         &mut self,
         unfinished: Unfinished,
@@ -211,8 +230,8 @@ impl RestTiming {
             return Rest::Unlimited;
         }
         let now = now();
-        // If nobody has polled for a while, the peer may have waited for this process. So a
-        // deadline that is noticed late does not count.
+        // If this is called long after the deadline, the receiver was not polled, and the peer may
+        // have waited for this process. So such a deadline does not count.
         if begins
             || self.deadline.is_some_and(|deadline| now.saturating_duration_since(deadline) > LATE)
         {
@@ -227,7 +246,8 @@ impl RestTiming {
     }
 }
 
-/// The delay after which a missed deadline means that nobody has polled meanwhile.
+/// The delay after a deadline from which on it counts as missed because the receiver was not
+/// polled.
 const LATE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -256,9 +276,7 @@ mod tests {
             }
         }
         let (a, b) = Socket::pair(SocketKind::Stream).unwrap();
-        let (receiving, senders) = (Receiving::default(), Senders::default());
-        let mut side =
-            ReceiveSide::new(b.endpoint(), BytesMut::new(), FdQueue::new(), receiving, senders);
+        let mut side = ReceiveSide::new(b.endpoint(), ReceiveParts::default());
         for _ in 0..2 {
             assert!(matches!(side.next(&mut TakesTheQueue), Ok(Step::Receive)));
             sys::sendmsg(a.as_fd(), &[IoSlice::new(b"x")], [a.as_fd()].into_iter()).unwrap();
@@ -274,7 +292,7 @@ mod tests {
         Unfinished::default()
     }
 
-    /// One message has arrived in part.
+    /// Returns the state after part of one message has arrived.
     fn part() -> Unfinished {
         Inbound::<OwnedFd>::new(false, BytesMut::from("part"), FdQueue::new()).unfinished()
     }

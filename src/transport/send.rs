@@ -1,3 +1,5 @@
+//! The sending direction of a connection, without waiting.
+
 use std::{io, mem, net::Shutdown, os::fd::AsFd};
 
 use super::Unsent;
@@ -12,13 +14,13 @@ use crate::{
 
 /// The sending direction of a connection: the messages that wait, and the state of the direction.
 ///
-/// It does not hold its socket. The caller passes the same one in all calls.
+/// It does not contain its socket. The caller passes the same socket in all calls.
 #[derive(Debug)]
 pub(crate) struct SendSide {
     pub(crate) buf: SendBuf,
-    /// The limits of one call at the moment. They are below `largest` while the kernel lacks
-    /// memory.
+    /// The present limits of one call. They are below `largest` while the kernel lacks memory.
     carrier: Carrier,
+    /// The limits of one call that the socket permits.
     largest: Carrier,
     state: Sending,
     shut_down_on_drop: bool,
@@ -27,9 +29,12 @@ pub(crate) struct SendSide {
 /// The state of a sending direction.
 #[derive(Debug, Default)]
 pub(crate) enum Sending {
+    /// Messages are accepted and sent.
     #[default]
     Open,
+    /// The direction was shut down after everything was sent.
     Closed,
+    /// A send has failed with this error, which is repeated.
     Failed(io::Error),
 }
 
@@ -38,7 +43,7 @@ impl Sending {
         matches!(self, Self::Open)
     }
 
-    /// Returns the error that refuses further messages, if there is one.
+    /// Returns the error for further messages. `None` if they are accepted.
     #[inline]
     pub(crate) fn error(&self) -> Option<Error> {
         match self {
@@ -59,18 +64,23 @@ impl Clone for Sending {
     }
 }
 
+/// The content of a sending direction, without its codec.
+#[derive(Debug, Default)]
+pub(crate) struct SendParts {
+    /// The bytes and descriptors that were accepted and not sent.
+    pub(super) unsent: SendBuf,
+    pub(super) state: Sending,
+}
+
 impl SendSide {
-    /// Returns a direction that has `unsent` to send. An open message in it is finished.
-    pub(crate) fn new(
-        socket: Endpoint<'_>,
-        mut unsent: SendBuf,
-        grouping: Grouping,
-        state: Sending,
-    ) -> Self {
+    /// Returns a direction that goes on with `parts`. Bytes and descriptors that were appended to
+    /// it become one message with this grouping.
+    pub(crate) fn new(socket: Endpoint<'_>, parts: SendParts, grouping: Grouping) -> Self {
+        let SendParts { mut unsent, state } = parts;
         let (largest, max_packet_bytes) = largest_call(socket);
         unsent.set_max_packet_bytes(max_packet_bytes);
-        // The user may have appended several messages, which become one. None of them announces the
-        // length of all.
+        // The user may have appended several messages, which become one. So an announced length is
+        // not the length of the whole message.
         unsent.withdraw_announcements();
         let state = match unsent.commit(grouping) {
             Ok(()) => state,
@@ -84,6 +94,7 @@ impl SendSide {
         self.shut_down_on_drop = yes;
     }
 
+    /// Returns the state of the direction.
     pub(crate) fn state(&self) -> &Sending {
         &self.state
     }
@@ -93,7 +104,7 @@ impl SendSide {
         Unsent { bytes: self.buf.len(), fds: self.buf.fd_count() }
     }
 
-    /// Queues an item, however much waits.
+    /// Queues an item, even if the queue is at its limits.
     #[inline]
     pub(crate) fn accept<E: Encoder<I>, I>(
         &mut self,
@@ -106,6 +117,7 @@ impl SendSide {
         encode(encoder, item, &mut self.buf)
     }
 
+    /// Returns the error for an item that is not accepted.
     #[cold]
     fn refusal(&self) -> Error {
         self.state.error().unwrap_or(Error::Closed)
@@ -123,7 +135,7 @@ impl SendSide {
         if let Sending::Failed(_) = self.state { self.state.error() } else { None }
     }
 
-    /// Makes one `sendmsg`, with as much as it takes. Something has to wait.
+    /// Makes one `sendmsg`, with as much as it can carry. The queue must not be empty.
     ///
     /// # Errors
     /// The errors of sendmsg(2) that are final. The caller has to [fail](Self::fail) the direction
@@ -157,7 +169,7 @@ impl SendSide {
         match SendFailure::of(&error) {
             SendFailure::Full => Ok(Attempt::Full),
             SendFailure::Scarce => Ok(Attempt::Scarce),
-            // The send buffer may have been made smaller. If it was not, the error is final.
+            // Somebody may have made the send buffer smaller. If not, the error is final.
             SendFailure::PacketTooLarge => {
                 let (largest, max_packet_bytes) = largest_call(socket);
                 if max_packet_bytes == self.buf.max_packet_bytes() {
@@ -167,7 +179,7 @@ impl SendSide {
                 self.buf.set_max_packet_bytes(max_packet_bytes);
                 Ok(Attempt::Again)
             }
-            // Try smaller packets, until the plan gets no smaller.
+            // Try smaller packets. If they can't be smaller, wait for memory.
             SendFailure::NoMemoryForPacket => {
                 let smaller = self.carrier.smaller_than(failed.bytes);
                 if self.buf.plan(smaller) == failed {
@@ -199,7 +211,7 @@ impl SendSide {
         if let Sending::Closed = self.state {
             return Ok(());
         }
-        // Shut down first, even if the flush has failed. The error of the flush is more important.
+        // Shut down even if the flush has failed. If both fail, return the error of the flush.
         let shut_down = socket.shutdown(Shutdown::Write);
         flushed?;
         self.state = Sending::Closed;
@@ -218,9 +230,9 @@ impl SendSide {
     }
 
     /// Takes out everything that waits, for a direction that goes on elsewhere.
-    pub(crate) fn take(&mut self) -> (SendBuf, Sending) {
+    pub(crate) fn take(&mut self) -> SendParts {
         self.shut_down_on_drop = false;
-        (mem::take(&mut self.buf), mem::take(&mut self.state))
+        SendParts { unsent: mem::take(&mut self.buf), state: mem::take(&mut self.state) }
     }
 }
 
@@ -230,7 +242,7 @@ impl Drop for SendSide {
     }
 }
 
-/// Returns the limits of a call, and the most bytes of a packet.
+/// Returns the limits of a call, and the greatest number of bytes in a packet.
 fn largest_call(socket: Endpoint<'_>) -> (Carrier, Option<usize>) {
     match socket.kind() {
         SocketKind::Stream => (Carrier::Stream, None),
@@ -259,13 +271,12 @@ mod tests {
     use super::*;
     use crate::{codec::FrameCodec, frame::Frame, framed::Framed, socket::Socket};
 
-    /// A test cannot make the kernel run out of memory for a packet, so it brings the error itself.
+    /// A test can't make the kernel run out of memory for a packet, so it passes the error itself.
     #[tokio::test]
     async fn a_packet_that_there_is_no_memory_for_is_sent_in_smaller_ones_or_later() {
         for kind in [SocketKind::SeqPacket, SocketKind::Stream] {
             let (a, b) = Socket::pair(kind).unwrap();
-            let mut side =
-                SendSide::new(a.endpoint(), SendBuf::new(), Grouping::Free, Sending::default());
+            let mut side = SendSide::new(a.endpoint(), SendParts::default(), Grouping::Free);
             side.accept(&mut FrameCodec::default(), Frame::new(vec![7; 60_000])).unwrap();
             let mut sizes = Vec::new();
             loop {

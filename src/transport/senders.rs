@@ -1,36 +1,35 @@
-//! The process that has sent a message.
+//! The processes that have sent the received messages.
 
 use std::{os::fd::AsFd, sync::Arc};
 
 use crate::{credentials::Credentials, error::Error, sys};
 
-/// Attributes messages to the processes that wrote them. As long as the socket asks for
-/// credentials, the kernel ends a read where the bytes of another process begin. So all bytes of
-/// one receive are from one process.
+/// Attributes messages to the processes that wrote them.
 ///
-/// When something is received, everything complete was decoded before. So only the first message
-/// that a receive completes can have begun in an earlier one.
+/// While credentials are on, the kernel ends a read where the bytes of another process begin. So
+/// all bytes of one receive are from one process. Before each receive, all complete messages are
+/// decoded. So only the first message that a receive completes can have begun in an earlier one.
 #[derive(Debug, Default)]
 pub(crate) struct Senders {
-    /// The sender of what the last receive brought.
+    /// The sender of the bytes of the last receive. `None` if it is not known.
     last: Option<Arc<Credentials>>,
     /// The number of messages that were decoded before the last receive.
     decoded: u64,
-    /// The sender of the last of those.
+    /// The sender of the last message that was decoded before the last receive.
     before: Option<Arc<Credentials>>,
-    /// True if part of the first message after those is from a process that is not known.
+    /// True if part of the first message after that one is from an unknown process.
     first_is_unknown: bool,
 }
 
 impl Senders {
-    /// Returns true if the sender of any bytes is known. If not, a receive without credentials
-    /// changes nothing.
+    /// Returns true if the sender of any bytes is known. Otherwise a receive without credentials
+    /// need not be reported here.
     pub(super) fn know_any(&self) -> bool {
         self.last.is_some() || self.before.is_some()
     }
 
-    /// Notes the sender of the bytes that were just received. `decoded` is the number of messages
-    /// decoded before, and `is_rest` is true if part of one more was there.
+    /// Records the sender of the bytes that were just received. `decoded` is the number of messages
+    /// that were decoded before. `is_rest` is true if part of one more had arrived before.
     ///
     /// # Errors
     /// [`Error::MixedSenders`] if the rest of a message is from another process than its beginning.
@@ -64,8 +63,8 @@ impl Senders {
         }
     }
 
-    /// Returns the senders for a receiving direction that continues with the same bytes, and that
-    /// counts its messages from 0.
+    /// Returns the senders for a new receiving direction with the same bytes, which counts its
+    /// messages from 0.
     pub(super) fn carried_over(self, decoded: u64) -> Self {
         Self {
             before: self.of_message(decoded).cloned(),
@@ -76,10 +75,10 @@ impl Senders {
     }
 }
 
-/// Returns true if both name the same process with the same ids, as far as this can be known.
+/// Returns true if both name the same process with the same ids, as far as that can be determined.
 ///
-/// A process id may have been used again, and processes of another PID namespace have none. Pidfds
-/// distinguish even these processes.
+/// A process id may have been used again, and processes of another PID namespace have none. If
+/// there are pidfds, they distinguish even these processes.
 fn is_same_process(a: &Credentials, b: &Credentials) -> bool {
     let has_same_ids = (a.pid, a.uid, a.gid) == (b.pid, b.uid, b.gid);
     has_same_ids
@@ -125,9 +124,9 @@ mod tests {
         senders.received(process(2), 5, false).unwrap();
     }
 
-    /// Processes of another PID namespace have no number. The files stand for pidfds.
+    /// Processes of another PID namespace have no number. The files represent pidfds.
     #[test]
-    fn processes_without_a_number_are_told_apart_by_their_pidfds() {
+    fn processes_without_a_number_are_distinguished_by_their_pidfds() {
         let [(one, _), (other, _)] = [(); 2].map(|()| std::io::pipe().unwrap());
         let process = |pidfd: &std::io::PipeReader| {
             let pidfd = pidfd.try_clone().unwrap().into();
@@ -148,7 +147,7 @@ mod tests {
             senders.received(second, 0, true).unwrap();
             assert_eq!([1, 2].map(|decoded| pid_of(&senders, decoded)), [None, expected]);
         }
-        // However many receives follow.
+        // That is so for any number of receives that follow.
         let mut senders = Senders::default();
         senders.received(None, 0, false).unwrap();
         senders.received(process(1), 0, true).unwrap();

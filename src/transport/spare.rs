@@ -1,21 +1,21 @@
-//! The read buffers of this thread that no connection uses at the moment.
+//! The unused read buffers of this thread.
 //!
 //! A connection that waits has no buffer. It [takes](take) one when there is something to receive,
-//! and [gives](keep) it back when everything is received and decoded. So the number of buffers
-//! follows the number of busy connections.
+//! and [returns](keep) it when everything is received and decoded. So the number of buffers depends
+//! on the number of busy connections only.
 
 use std::cell::RefCell;
 
 use bytes::BytesMut;
 
-/// The most buffers that a thread keeps. They take 2 MiB if they have the usual size, and at most 4
-/// MiB.
+/// The greatest number of buffers that a thread keeps. They take 2 MiB if they have the usual size,
+/// and at most 4 MiB.
 const MOST: usize = 8;
 
 thread_local! {
     /// The buffers. The last one is taken first, because it is most likely in the processor's
-    /// cache. Messages may still live in a buffer. The next messages then go behind them, even
-    /// those of another connection.
+    /// cache. Received messages may still occupy the beginning of a buffer. Then further messages,
+    /// even those of another connection, are received behind them.
     static BUFFERS: RefCell<Vec<BytesMut>> = const { RefCell::new(Vec::new()) };
 }
 

@@ -1,3 +1,5 @@
+//! The amount that waits to be sent.
+
 use std::fmt;
 
 /// The amount that a connection has accepted and not sent.

@@ -1,3 +1,5 @@
+//! The codec of JSON-RPC with descriptors.
+
 use std::{fmt, marker::PhantomData};
 
 use bytes::{Buf, BytesMut};
@@ -13,15 +15,15 @@ use crate::{
 };
 
 /// The codec of [JSON-RPC 2.0 with descriptors](https://github.com/bootc-dev/jsonrpc-fdpass): JSON
-/// objects one after the other, with whitespace between them or none, on a STREAM socket. A member
-/// `fds` of the object tells how many descriptors a message has.
+/// objects one after another, with or without whitespace between them, on a STREAM socket. The
+/// member `fds` of the object is the number of descriptors of the message.
 ///
-/// Which descriptor is what is up to the application, by their order. So an item is a message and
-/// its descriptors, and `M` has no [`Passed`](super::Passed) fields. The codec writes the member
-/// `fds`; `M` has none of that name, and ignores or allows it.
+/// The meaning of each descriptor depends on its position, and is up to the application. So an item
+/// is a pair of a message and its descriptors, and `M` has no [`Passed`](super::Passed) fields. The
+/// codec writes the member `fds`. `M` must not write one, and must not refuse it.
 ///
-/// Descriptors may come later than the bytes of their message, with a space for each batch that
-/// one call takes. The message waits for them.
+/// Descriptors may come later than the bytes of their message, because one call carries at most 253
+/// of them. Each further batch comes with a space. The message waits for all of them.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -48,12 +50,12 @@ pub struct JsonRpc<M> {
 }
 
 impl<M> JsonRpc<M> {
-    /// A codec that takes messages within these limits, in both directions.
+    /// Returns a codec with these limits for messages, in both directions.
     pub const fn new(limits: Limits) -> Self {
         Self { limits, search: Search::new(), message: PhantomData }
     }
 
-    /// Returns the length of the object at the front, if it is there.
+    /// Returns the length of the object at the front, if it is complete.
     fn object(&mut self, src: &mut BytesMut) -> Result<Option<usize>, TypedError> {
         if self.search.searched == 0 {
             src.advance(spaces(src));
@@ -91,14 +93,14 @@ impl<M> Codec for JsonRpc<M> {
     }
 }
 
-/// The number of descriptors in a received message.
+/// The number of descriptors of a received message.
 #[derive(Deserialize)]
 struct Count {
     #[serde(default)]
     fds: usize,
 }
 
-/// A message to be sent.
+/// A message that is sent, with the number of its descriptors.
 #[derive(Serialize)]
 struct Counted<'a, M> {
     #[serde(flatten)]
@@ -121,7 +123,8 @@ impl<M: DeserializeOwned, F> Decoder<F> for JsonRpc<M> {
         fds: &mut FdQueue<F>,
     ) -> Result<Option<Self::Item>, TypedError> {
         let Some(end) = self.object(src)? else {
-            // Descriptors come with bytes of their message, or with the spaces behind it.
+            // Descriptors come with bytes of their message, or with the spaces after it. If there
+            // is no byte of a message, these belong to none.
             let count = if src.is_empty() { fds.len() } else { 0 };
             return if count == 0 {
                 Ok(None)
@@ -129,7 +132,7 @@ impl<M: DeserializeOwned, F> Decoder<F> for JsonRpc<M> {
                 Err(Error::UnclaimedFds { fds: count }.into())
             };
         };
-        // An object that waits for descriptors was parsed before.
+        // If the object already waits for descriptors, their number is known.
         let count = match self.search.count {
             Some(count) => count,
             None => serde_json::from_slice::<Count>(&src[..end]).map_err(TypedError::format)?.fds,
@@ -139,14 +142,15 @@ impl<M: DeserializeOwned, F> Decoder<F> for JsonRpc<M> {
                 Error::TooManyFds { fds: count, limit: self.limits.max_fds_per_frame }.into()
             );
         }
-        // The sender may still send spaces, with further descriptors. Those that came have done
-        // their work.
+        // Descriptors are missing, and only spaces have come after the message. So the sender may
+        // still send further spaces with descriptors. Remove the spaces that have come.
         if fds.count() < count && spaces(&src[end..]) == src.len() - end {
             src.truncate(end);
             self.search.count = Some(count);
             return Ok(None);
         }
-        // Either all descriptors are there, or the next message has begun without them.
+        // Either all descriptors are there, or the next message has begun without them. In the
+        // second case, `claim` returns the error.
         let message = serde_json::from_slice(&src[..end]).map_err(TypedError::format)?;
         let fds = fds.claim(count)?;
         src.advance(end);
@@ -178,7 +182,8 @@ impl<M: Serialize, F, G: From<F>> Encoder<(M, Fds<F>), G> for JsonRpc<M> {
     type Error = TypedError;
 
     /// # Errors
-    /// The item comes back.
+    /// The errors of [`Typed`](super::Typed), except those that concern `Passed` fields. The item
+    /// comes back.
     fn encode(
         &mut self,
         (message, fds): (M, Fds<F>),
@@ -189,7 +194,7 @@ impl<M: Serialize, F, G: From<F>> Encoder<(M, Fds<F>), G> for JsonRpc<M> {
             Err(error) => return Err(SendError::refused((message, fds), error)),
         };
         dst.put_shared(json.into());
-        // What does not fit the call of the message goes with a space for each further call.
+        // One call carries at most 253 descriptors. For each further call, send a space.
         for (number, fd) in fds.into_iter().enumerate() {
             if number > 0 && number.is_multiple_of(SCM_MAX_FD) {
                 dst.end_part();
@@ -202,6 +207,7 @@ impl<M: Serialize, F, G: From<F>> Encoder<(M, Fds<F>), G> for JsonRpc<M> {
 }
 
 impl<M: Serialize> JsonRpc<M> {
+    /// Encodes a message with the number of its descriptors, within the limits.
     fn to_json(&self, message: &M, fds: usize) -> Result<Vec<u8>, TypedError> {
         let limits = self.limits;
         if fds > limits.max_fds_per_frame {
@@ -213,16 +219,17 @@ impl<M: Serialize> JsonRpc<M> {
     }
 }
 
-/// How far the end of an object has been searched for. Each byte is looked at once, however slowly
-/// they come.
+/// The state of the search for the end of an object. Each byte is searched once, even if the object
+/// comes in many small pieces.
 struct Search {
+    /// The number of bytes that were searched.
     searched: usize,
-    /// Number of braces that are open.
+    /// The number of braces that are open.
     depth: usize,
     in_string: bool,
-    /// The byte before is a backslash in a string.
+    /// True if the last byte was a backslash in a string, and not itself escaped.
     is_escaped: bool,
-    /// The end, when it was found.
+    /// The end, once it was found.
     end: Option<usize>,
     /// The number of descriptors, if the object waits for some of them.
     count: Option<usize>,
@@ -233,8 +240,8 @@ impl Search {
         Self { searched: 0, depth: 0, in_string: false, is_escaped: false, end: None, count: None }
     }
 
-    /// Returns where the object that begins `src` ends. Whether it is one is for the parser to
-    /// find out: here only strings and braces count.
+    /// Returns the end of the object at the front of `src`. Only strings and braces are recognized
+    /// here. The parser checks the rest.
     ///
     /// # Errors
     /// If `src` does not begin with an object.
@@ -242,7 +249,7 @@ impl Search {
         if src.first().is_some_and(|&first| first != b'{') {
             return Err(Error::invalid("a message is not a JSON object").into());
         }
-        // Braces in strings do not count, and neither do escaped quotes.
+        // A brace in a string does not count. An escaped quote does not end a string.
         while self.end.is_none()
             && let Some(&byte) = src.get(self.searched)
         {

@@ -1,4 +1,5 @@
-//! The JSON formats on integers, however their bytes and descriptors are cut.
+//! The JSON formats with integers as descriptors, and with bytes and descriptors that are cut
+//! anywhere.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -35,7 +36,7 @@ const MOUNT: &str = concat!(
     r#"{"name":"a\u0000b","fileDescriptor":1,"mountFds":[0,2]}}"#,
 );
 
-/// Everything that a codec makes of what arrives.
+/// Decodes everything that has arrived.
 fn all<C, M>(codec: &mut C, arrived: &mut Arrived) -> Result<Vec<M>, TypedError>
 where
     C: Decoder<u32, Item = M, Error = TypedError>,
@@ -132,7 +133,7 @@ fn json_rpc(text: &str, numbers: &[u32]) -> Result<Vec<(Value, Vec<u32>)>, Typed
     Ok(messages.into_iter().map(|(message, fds)| (message, fds.to_vec())).collect())
 }
 
-/// A receiver that goes by the end of a read would give the descriptor to another message.
+/// Some receivers assign descriptors to the message in which a read ends.
 #[test]
 fn a_varlink_message_with_descriptors_shares_its_call_with_no_other() {
     let mut run = DryRun::<crate::send_fd::SendFd>::stream();
@@ -189,7 +190,7 @@ fn descriptors_may_come_with_spaces_behind_their_message() {
     arrived.src.extend_from_slice(b" ");
     arrived.fds.extend([6]);
     assert!(arrived.decode(&mut codec).unwrap().is_none());
-    assert_eq!(arrived.src.len(), 9, "a space that has done its work is not kept");
+    assert_eq!(arrived.src.len(), 9, "a space whose descriptors were received is not kept");
     arrived.src.extend_from_slice(b" {\"fds\":0}");
     arrived.fds.extend([7]);
     let (_, fds) = arrived.decode(&mut codec).unwrap().unwrap();
@@ -211,7 +212,8 @@ fn more_descriptors_than_one_call_takes_go_with_spaces() {
     );
 }
 
-/// Messages that come in pieces, the descriptors of each with the piece that has its first byte.
+/// Messages that arrive in pieces. The descriptors of each come with the piece that has its first
+/// byte.
 struct Pieces {
     bytes: Vec<u8>,
     fds: Vec<(usize, Vec<u32>)>,
@@ -228,7 +230,7 @@ impl Pieces {
         pieces
     }
 
-    /// Receives all of it, and returns the messages' descriptors.
+    /// Receives everything, and returns the descriptors of each message.
     fn receive<C: Decoder<u32, Error = TypedError>>(
         mut self,
         mut codec: C,
@@ -284,7 +286,7 @@ proptest! {
         prop_assert_eq!(pieces.receive(JsonRpc::<Value>::default(), &sizes, fds_of), expected);
     }
 
-    /// Whatever a mutated message is, each of its descriptors ends in one place.
+    /// A mutated message may be an error or a message. Each of its descriptors is closed once.
     #[test]
     fn a_mutated_json_message_loses_no_descriptor(mask in 1..=255u8) {
         let rpc = "{\"fds\":2,\"a\":[\"{\"]}{\"fds\":4}".to_owned();

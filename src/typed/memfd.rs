@@ -1,3 +1,5 @@
+//! Memory that is passed as a descriptor.
+
 use std::{
     fmt,
     fs::File,
@@ -16,10 +18,10 @@ use crate::sys;
 /// Memory that is passed as a descriptor and not copied: a memfd, sealed so that nobody can change
 /// its content or shorten it (memfd_create(2)).
 ///
-/// For large contents: a field [`Passed<SealedMemfd>`](super::Passed) takes a few bytes of the
-/// message however long the memory is. A peer that sends a memfd which is not sealed is refused,
-/// because it could change what was checked, or shorten the file and so end the receiver with
-/// `SIGBUS`.
+/// Use it for large contents: a field [`Passed<SealedMemfd>`](super::Passed) takes a few bytes of
+/// the message, for memory of any length. A message with a memfd that is not sealed is refused.
+/// Otherwise the peer could change the content after it was checked, or shorten the file, which
+/// kills the receiver with `SIGBUS`.
 ///
 /// ```
 /// use fdwire::typed::SealedMemfd;
@@ -32,10 +34,10 @@ use crate::sys;
 pub struct SealedMemfd(OwnedFd);
 
 impl SealedMemfd {
-    /// Copies `content` into memory that is sealed from then on.
+    /// Copies `content` into new memory, and seals it.
     ///
     /// # Errors
-    /// The errors of memfd_create(2) and write(2): no memory, no free descriptor.
+    /// The errors of memfd_create(2) and write(2), for example if there is no free descriptor.
     pub fn new(content: &[u8]) -> io::Result<Self> {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let mut file = File::from(memfd_create("fdwire", flags)?);
@@ -51,15 +53,15 @@ impl SealedMemfd {
     /// Maps the memory for reading.
     ///
     /// # Errors
-    /// [`InvalidData`](io::ErrorKind::InvalidData) if it is not sealed, which only a descriptor
-    /// can be that did not come by a message. Else what mmap(2) reports.
+    /// [`InvalidData`](io::ErrorKind::InvalidData) if the memory is not sealed, which is possible
+    /// only after a conversion from an `OwnedFd`. The errors of mmap(2).
     pub fn map(&self) -> io::Result<SealedBytes> {
         sys::map_sealed(self.0.as_fd()).map(SealedBytes)
     }
 }
 
 impl From<OwnedFd> for SealedMemfd {
-    /// [`map`](Self::map) looks at the seals.
+    /// Takes any descriptor. [`map`](Self::map) checks that it is sealed.
     fn from(fd: OwnedFd) -> Self {
         Self(fd)
     }
@@ -77,7 +79,8 @@ impl AsFd for SealedMemfd {
     }
 }
 
-/// Mapped memory of a [`SealedMemfd`], which it outlives. `bytes::Bytes::from_owner` takes it.
+/// The mapped memory of a [`SealedMemfd`]. It stays mapped when the `SealedMemfd` is dropped.
+/// `bytes::Bytes::from_owner` makes `Bytes` of it without a copy.
 pub struct SealedBytes(memmap2::Mmap);
 
 impl Deref for SealedBytes {

@@ -1,9 +1,10 @@
-//! Messages that are values of your own, with descriptors in their fields (feature `serde`).
+//! Messages of your own types, with descriptors in their fields (feature `serde`).
 //!
-//! A message is any type with serde's `Serialize` and `Deserialize`. A field [`Passed<T>`] is a
-//! descriptor: it travels beside the bytes, and comes back as a [`File`](std::fs::File), a socket
-//! of std, an [`OwnedFd`] or sealed memory. [`Typed`] is the codec: a [`Framed`](crate::Framed)
-//! with it is a `Stream` and a `Sink` of the type, and [`blocking`](crate::blocking) has the same.
+//! A message is any type with serde's `Serialize` and `Deserialize`. A field of type [`Passed<T>`]
+//! is a descriptor. It is sent beside the bytes, and the receiver gets it as a
+//! [`File`](std::fs::File), a socket of std, an [`OwnedFd`] or sealed memory. [`Typed`] is the
+//! codec: a [`Framed`](crate::Framed) with this codec is a `Stream` and a `Sink` of the type. A
+//! [`blocking::Framed`](crate::blocking::Framed) can use it too.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]
@@ -39,23 +40,23 @@
 //!
 //! A message has exactly the descriptors that its fields name. If one is missing, left over, named
 //! twice or of the wrong kind, the stream ends with a [`TypedError`], and all descriptors of the
-//! message are closed away from the runtime. Kinds are checked before the message is yielded: see
-//! [`Passable`] to be stricter than the types of std are.
+//! message are closed away from the runtime. Kinds are checked before the message is yielded.
+//! Implement [`Passable`] for checks that are stricter than those for the types of std.
 //!
-//! Two types of messages are not for a peer that you do not trust, because `postcard` does not
-//! limit what they take:
+//! Do not use two kinds of types with a peer that you do not trust, because `postcard` does not
+//! limit the stack and the time that they need:
 //!
-//! - A type that contains itself, such as a tree. The peer decides how deep a value is, with a
-//!   level for each byte of the [limit](crate::Limits#structfield.max_payload_bytes), and a deep
-//!   one overflows the stack. (JSON has a limit of 128 levels.)
-//! - A list of values that have no bytes, such as `Vec<()>`. The peer decides how long it takes.
+//! - A type that contains itself, such as a tree. The peer decides how deep a value is. One byte of
+//!   the [payload](crate::Limits#structfield.max_payload_bytes) can be one level, and a deep value
+//!   overflows the stack. (For JSON, `serde_json` has a limit of 128 levels.)
+//! - A list of values without bytes, such as `Vec<()>`. The peer decides how long decoding takes.
 //!
 //! # Formats
 //!
-//! [`Typed`] has one of our frames for each message; its payload is the format of `postcard`. It
-//! tells nothing of the names of fields and variants, so both sides need the same types.
-//! With the feature `json` there are the formats of other projects: [`Varlink`] and
-//! [`JsonRpc`].
+//! [`Typed`] sends each message as one frame of [`FrameCodec`]. The payload is in the format of
+//! `postcard`. It does not contain the names of fields and variants, so both sides need the same
+//! types. With the feature `json`, [`Varlink`] and [`JsonRpc`] are codecs for the formats of other
+//! projects.
 
 #[cfg(feature = "json")]
 mod json_rpc;
@@ -64,6 +65,8 @@ mod json_tests;
 mod memfd;
 mod passed;
 mod scope;
+#[cfg(test)]
+mod scope_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(feature = "json")]
@@ -90,9 +93,9 @@ use crate::{
     limits::Limits,
 };
 
-/// The codec of messages of type `M`: each is the payload of one of our frames.
+/// The codec of messages of type `M`. Each message is the payload of one frame of [`FrameCodec`].
 ///
-/// One type for both directions, in an enum for example, or one for each with
+/// Use one type for both directions, for example an enum, or another type for each direction with
 /// [`Framed::with_codecs`](crate::Framed::with_codecs).
 ///
 /// ```
@@ -110,75 +113,75 @@ pub struct Typed<M> {
     message: PhantomData<fn(M) -> M>,
 }
 
-/// A fault of a message, or of the connection.
+/// The error of a message, or of the connection.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TypedError {
-    /// The connection failed, or the bytes are no frame.
+    /// The connection failed, or the bytes are not a frame.
     #[error(transparent)]
     Connection(#[from] Error),
 
-    /// The bytes are no message of the type, or the value cannot be encoded. This is the error of
-    /// the format's crate.
+    /// The bytes are not a message of the type, or the value cannot be encoded. The source is the
+    /// error of `postcard` or `serde_json`.
     #[error("message: {0}")]
     Format(Box<dyn std::error::Error + Send + Sync>),
 
-    /// There are bytes behind the message in its frame.
-    #[error("{bytes} bytes are left over behind the message")]
+    /// The frame has bytes after the message.
+    #[error("{bytes} bytes are left over after the message")]
     LeftOver {
         /// The number of bytes.
         bytes: usize,
     },
 
-    /// The descriptors are not as the message says.
+    /// The descriptors do not match the fields of the message.
     #[error(transparent)]
     Fd(#[from] FdError),
 }
 
-/// A fault of the descriptors of a message.
+/// The error of a descriptor of a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FdError {
-    /// The message names a descriptor that it has not.
-    #[error("message names descriptor {index} and has {count}")]
+    /// The message names a descriptor that it does not have.
+    #[error("message names descriptor {index}, counted from 0, and has {count}")]
     Missing {
-        /// The descriptor that it names, counted from 0.
+        /// The position of the descriptor, counted from 0.
         index: u32,
-        /// The number of descriptors that it has.
+        /// The number of descriptors of the message.
         count: usize,
     },
 
     /// Two fields of the message name the same descriptor.
     #[error("message names descriptor {index} twice")]
     Doubled {
-        /// The descriptor, counted from 0.
+        /// The position of the descriptor, counted from 0.
         index: u32,
     },
 
     /// The message has descriptors that none of its fields names.
     #[error("message has {count} descriptors that it does not name")]
     Unclaimed {
-        /// The number of these.
+        /// The number of these descriptors.
         count: usize,
     },
 
-    /// A descriptor is not what its field takes.
+    /// A descriptor does not have the kind that its field requires.
     #[error("descriptor {index} of the message: {mismatch}")]
     Mismatch {
-        /// The descriptor, counted from 0.
+        /// The position of the descriptor, counted from 0.
         index: u32,
-        /// The difference between what was expected and what came.
+        /// The expected and the received kind.
         mismatch: FdMismatch,
     },
 
-    /// The message was sent by reference, for example as an `Arc`, and still has its descriptors.
-    /// [`SharedFd`] is for those that the sender keeps.
-    #[error("message was not sent as a whole and keeps its descriptors; use SharedFd to keep one")]
+    /// The message was sent by reference, for example as an `Arc`, so it would keep its
+    /// descriptors. Use [`SharedFd`] for a descriptor that the sender keeps.
+    #[error("a message that is sent by reference keeps its descriptors; use SharedFd for these")]
     Kept,
 
-    /// A descriptor cannot be read or written here: by another serializer than a codec of
-    /// [`typed`](self), or on a connection with descriptors of another type.
-    #[error("only a codec of fdwire can read and write descriptors, each of its own type")]
+    /// A field with a descriptor was serialized or deserialized without a codec of [`typed`](self),
+    /// or on a connection that has descriptors of another type.
+    #[error("descriptors can only be read and written by a codec of fdwire, and of its type")]
     NoCodec,
 }
 
@@ -205,7 +208,7 @@ impl From<TypedError> for std::io::Error {
 }
 
 impl<M> Typed<M> {
-    /// A codec that takes messages within these limits, in both directions.
+    /// Returns a codec with these limits for messages, in both directions.
     pub const fn new(limits: Limits) -> Self {
         Self { frames: FrameCodec::new(limits), message: PhantomData }
     }
@@ -249,7 +252,7 @@ impl<M: DeserializeOwned, F: 'static> Decoder<F> for Typed<M> {
         fds: &mut FdQueue<F>,
     ) -> Result<Option<M>, TypedError> {
         let Some(frame) = self.frames.decode(src, fds)? else { return Ok(None) };
-        // The header's count is the truth: each of these descriptors has to have its field.
+        // The header of the frame has the number of descriptors. Each of them has to have a field.
         let (message, slots) =
             scope::decode(Slots::counted(frame.fds), || from_postcard(&frame.payload));
         slots.give_back(fds);
@@ -291,16 +294,16 @@ fn from_postcard<M: DeserializeOwned>(payload: &[u8]) -> Result<M, TypedError> {
     }
 }
 
-/// Makes bytes of a message, and takes its descriptors out of it.
+/// Encodes a message to bytes, and takes its descriptors out.
 ///
 /// # Errors
-/// The message comes back if the bytes cannot be made or are over the limits.
+/// The message comes back if it can't be encoded or is over the limits.
 fn encode_within<M, G: From<OwnedFd> + From<Arc<OwnedFd>>>(
     limits: Limits,
     message: M,
     to_bytes: impl FnOnce(&M) -> Result<Vec<u8>, TypedError>,
 ) -> Result<(Vec<u8>, Fds<G>), SendError<M, TypedError>> {
-    // The message is whole until nothing can be wrong with it, so that it can come back.
+    // Until everything is checked, the message keeps its descriptors, so that it can come back.
     let (bytes, fds) = match scope::encode(|| to_bytes(&message)) {
         Ok(encoded) => encoded,
         Err(error) => return Err(SendError::refused(message, error)),
@@ -315,7 +318,7 @@ fn encode_within<M, G: From<OwnedFd> + From<Arc<OwnedFd>>>(
         return Err(SendError::refused(message, error));
     }
     // Now it gives its descriptors away: `fds` has the last reference to each, unless somebody else
-    // holds the same message.
+    // still holds the same message, for example by an `Arc`.
     drop(message);
     let is_kept = |fd: &Outgoing<_>| matches!(fd, Outgoing::Given(fd) if Arc::strong_count(fd) > 1);
     if fds.iter().any(is_kept) {

@@ -1,3 +1,5 @@
+//! The fields of a message that are descriptors.
+
 use std::{
     fmt,
     fs::File,
@@ -23,28 +25,28 @@ use crate::{
 
 /// A field of a typed message that is a descriptor: `Passed<File>`, `Passed<TcpStream>`.
 ///
-/// Made with `into()`, it is given away with the message. On the other side it is taken out with
-/// [`into_inner`](Self::into_inner). In the bytes of the message it is a number: the position of
-/// the descriptor among those of the message.
+/// The sender makes it with `into()`, and gives the descriptor away with the message. The receiver
+/// takes the descriptor out with [`into_inner`](Self::into_inner). In the bytes of the message, the
+/// field is a number: the position of the descriptor among those of the message.
 ///
-/// A `Passed` that came from a peer and is dropped with its message is closed
-/// [in the background](crate::close_in_background). One that was taken out is closed like any
-/// other descriptor.
+/// If a received message is dropped, its descriptors are closed [in the
+/// background](crate::close_in_background). A descriptor that was taken out is closed like any
+/// other.
 ///
-/// It can be serialized only by a codec of this module. With anything else that is an error, for
-/// example if a message is to be printed as JSON.
+/// Only a codec of this module can serialize it. Other serializers return an error, for example if
+/// you print a message as JSON.
 pub struct Passed<T: Passable> {
-    /// Exactly one. The only reference, but for the time in which a codec encodes or decodes the
-    /// message.
+    /// Exactly one descriptor. There is a second reference to it only while a codec encodes or
+    /// decodes the message.
     fd: Arc<Fds<T::Fd>>,
     passed: PhantomData<fn(T) -> T>,
 }
 
-/// A type that a field of a message can have: an owner of a descriptor, with a check of what a peer
-/// has sent for it.
+/// A type that owns a descriptor and can be in a [`Passed`] field. It checks the descriptors that a
+/// peer sends.
 ///
-/// Implemented for the owners of descriptors in std that a peer can send, and for
-/// [`SealedMemfd`](super::SealedMemfd). Write it for a type of your own to be strict:
+/// It is implemented for the types of std that own a descriptor, and for
+/// [`SealedMemfd`](super::SealedMemfd). Implement it for a type of your own to check more:
 ///
 /// ```
 /// use std::{fs::File, os::fd::OwnedFd};
@@ -71,16 +73,17 @@ pub struct Passed<T: Passable> {
 /// }
 /// ```
 pub trait Passable: Sized {
-    /// The type of a descriptor as a connection has it: [`OwnedFd`]. A test may use integers.
+    /// The descriptor type of the connection: [`OwnedFd`]. Tests may use integers.
     type Fd: 'static;
 
-    /// Checks a descriptor that came from a peer. It stays with the message for now.
+    /// Checks a descriptor that came from a peer.
     ///
     /// # Errors
-    /// The difference from what it has to be. The message is refused then.
+    /// The expected and the received kind. The message is refused then.
     fn check(fd: &Self::Fd) -> Result<(), FdMismatch>;
 
-    /// Makes the owner from a descriptor. Of those that came from a peer, `check` has seen it.
+    /// Makes the owner from a descriptor. A descriptor from a peer has passed
+    /// [`check`](Self::check).
     fn from_fd(fd: Self::Fd) -> Self;
 
     /// Takes the descriptor out.
@@ -124,11 +127,11 @@ impl<T: Passable> Passed<T> {
     /// Takes the descriptor out.
     ///
     /// # Panics
-    /// If a codec is encoding the message at this moment. That takes an `Arc` of the message that
-    /// another thread sends.
+    /// If a codec is encoding the message at this moment. That can only happen if another thread
+    /// sends the same message by an `Arc`.
     pub fn into_inner(self) -> T {
         let fd = Arc::into_inner(self.fd).and_then(|mut fds| fds.pop());
-        T::from_fd(fd.expect("no codec has it"))
+        T::from_fd(fd.expect("no codec is encoding the message"))
     }
 }
 
@@ -167,11 +170,12 @@ impl<'de, T: Passable> Deserialize<'de> for Passed<T> {
     }
 }
 
-/// A field of a message that sends a copy of a descriptor: the sender keeps it, without `dup`.
+/// A field of a message that sends a copy of a descriptor. The sender keeps the descriptor, without
+/// a call of `dup`.
 ///
-/// It looks like a [`Passed`] on the wire, so a message whose receiver has `Passed<File>` in a
-/// field may have `SharedFd` there on the sender's side, if the message is generic over the type
-/// of that field. Each clone in a message is a descriptor of its own.
+/// On the wire it is the same as a [`Passed`]. So if a message is generic over the type of a field,
+/// the sender may have a `SharedFd` there and the receiver a `Passed<File>`. Each clone in a
+/// message is sent as another descriptor.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]

@@ -1,12 +1,12 @@
 //! The descriptors of the message that this thread is encoding or decoding.
 //!
-//! serde has no place for them in `Serialize` and `Deserialize`, so they are in a thread-local. A
-//! codec sets it for the time of one call and a guard takes it out again, also in a panic. A codec
-//! that is used inside another one's call has a scope of its own meanwhile.
+//! The methods of `Serialize` and `Deserialize` have no parameter for descriptors, so these are in
+//! a thread-local variable. A codec sets it for the time of one call, and a guard clears it again,
+//! even after a panic. If a codec is used inside the call of another one, it has its own scope.
 //!
 //! **No descriptor moves before the call has succeeded.** A scope only has further references to
-//! them. So a message that can't be encoded still has its own, and one that can't be decoded
-//! leaves them all in their slots.
+//! the descriptors. So a message that can't be encoded keeps its descriptors, and the descriptors
+//! of a message that can't be decoded stay in their slots.
 
 use std::{
     any::Any,
@@ -20,14 +20,15 @@ use std::{
 use super::{FdError, TypedError};
 use crate::{codec::FdQueue, frame::Fds};
 
+/// The message of this thread. `None` if no codec is running.
 type State = RefCell<Option<Running>>;
 
 /// A message that is being encoded or decoded.
 struct Running {
     /// [`Sending`] or [`Slots`], of the connection's type of descriptor.
     fds: Box<dyn Any>,
-    /// The last fault of a descriptor, because only a text fits in the error of a format, and
-    /// `postcard` drops that.
+    /// The last error of a descriptor. The errors of serde's formats can only have a text, and
+    /// `postcard` drops even that.
     fault: Option<FdError>,
 }
 
@@ -36,38 +37,40 @@ thread_local! {
     static RECEIVING: State = const { RefCell::new(None) };
 }
 
-/// A descriptor of a message that is encoded.
+/// A descriptor of a message that is being encoded.
 #[derive(Debug)]
 pub(super) enum Outgoing<F> {
-    /// The message gives it away.
+    /// A descriptor that moves with the message.
     Given(Arc<Fds<F>>),
-    /// The sender keeps it.
+    /// A descriptor that the sender keeps.
     Lent(Arc<F>),
 }
 
-/// The descriptors of a message that is decoded. Whoever holds the second reference to a slot's
-/// descriptor has claimed it. When it drops that, as serde does when it tries the variants of an
-/// enum one after the other, the descriptor can be claimed again.
+/// The descriptors of a message that is being decoded. A slot is claimed while a field holds a
+/// second reference to its descriptor. When serde tries the variants of an enum one after another,
+/// it drops the fields of a variant that does not fit. Then the slot can be claimed again.
 pub(super) struct Slots<F> {
+    /// One slot for each descriptor that is known to belong to the message.
     claimable: Vec<Arc<Fds<F>>>,
-    /// The descriptors that may belong to the message, in a protocol that does not count them.
+    /// Further descriptors that may belong to the message, if the protocol does not count them.
     more: Option<FdQueue<F>>,
 }
 
 impl<F> Slots<F> {
-    /// The descriptors that a message came with.
+    /// Returns the slots of a message that came with these descriptors.
     pub(super) fn counted(fds: Fds<F>) -> Self {
         Self { claimable: fds.split().map(Arc::new).collect(), more: None }
     }
 
-    /// The descriptors that wait. The message has as many of them as it names.
+    /// Returns the slots of a message in a protocol that does not count descriptors. The message
+    /// has as many of the waiting descriptors as its fields name.
     #[cfg(feature = "json")]
     pub(super) fn waiting(fds: &mut FdQueue<F>) -> Self {
         Self { claimable: Vec::new(), more: Some(std::mem::take(fds)) }
     }
 
-    /// Gives back what is not the message's. The queue closes it away from the runtime if the
-    /// connection ends.
+    /// Puts descriptors that were not claimed back into the queue. If the connection ends, the
+    /// queue closes them away from the runtime.
     pub(super) fn give_back(self, fds: &mut FdQueue<F>) {
         if let Some(waiting) = self.more {
             *fds = waiting;
@@ -75,7 +78,9 @@ impl<F> Slots<F> {
         fds.extend(self.claimable.into_iter().filter_map(Arc::into_inner).flatten());
     }
 
+    /// Claims the descriptor at a position.
     fn claim(&mut self, index: u32) -> Result<Arc<Fds<F>>, FdError> {
+        // Make slots up to this position, if the protocol does not count descriptors.
         while self.claimable.len() <= index as usize {
             let next = self.more.as_mut().and_then(|fds| fds.claim(1).ok());
             let count = self.claimable.len();
@@ -89,19 +94,21 @@ impl<F> Slots<F> {
         }
     }
 
+    /// Checks that the message has named all of its descriptors.
+    ///
     /// # Errors
-    /// [`FdError::Unclaimed`] if the message has not named all of its descriptors.
+    /// [`FdError::Unclaimed`] if it has not.
     fn check_all_claimed(&self) -> Result<(), FdError> {
         let count = self.claimable.iter().filter(|slot| Arc::strong_count(slot) == 1).count();
         if count == 0 { Ok(()) } else { Err(FdError::Unclaimed { count }) }
     }
 }
 
-/// Encodes a message by `to_bytes`. Returns what that returns, and the descriptors of the message.
+/// Encodes a message by a call of `to_bytes`. Returns the bytes, and the descriptors of the
+/// message.
 ///
 /// # Errors
-/// If a field can't be encoded, or the error of `to_bytes`. The message has its descriptors as
-/// before.
+/// The error of a field, or else of `to_bytes`. The message keeps its descriptors.
 pub(super) fn encode<F: 'static, B>(
     to_bytes: impl FnOnce() -> Result<B, TypedError>,
 ) -> Result<(B, Vec<Outgoing<F>>), TypedError> {
@@ -111,11 +118,11 @@ pub(super) fn encode<F: 'static, B>(
     Ok((or_fault(outcome, fault)?, sending.fds))
 }
 
-/// Decodes a message by `parse`. Returns it, and the slots of its descriptors in any case.
+/// Decodes a message by a call of `parse`. Returns the message or an error, and in both cases the
+/// slots.
 ///
 /// # Errors
-/// If a descriptor is not as the message says, or the error of `parse`. The slots have all
-/// descriptors then.
+/// The error of a descriptor, or else of `parse`. The slots then have all descriptors.
 pub(super) fn decode<F: 'static, M>(
     slots: Slots<F>,
     parse: impl FnOnce() -> Result<M, TypedError>,
@@ -130,21 +137,26 @@ pub(super) fn decode<F: 'static, M>(
     (message, slots)
 }
 
-/// A fault without an error is one that the message has got over, such as in a variant of an enum
-/// that it turned out not to be.
+/// Replaces the error of a format by the error of a descriptor, which says more.
+///
+/// There may be a fault although the outcome is a message. It occurred in a variant of an enum that
+/// serde has tried and given up, and does not count.
 fn or_fault<T>(outcome: Result<T, TypedError>, fault: Option<FdError>) -> Result<T, TypedError> {
     outcome.map_err(|error| fault.map_or(error, TypedError::Fd))
 }
 
-/// Attaches a descriptor to the message that is being encoded. Returns its number there. A field
-/// that is serialized twice, as some serializers do to learn the length first, has one number.
+/// Attaches a descriptor to the message that is being encoded, and returns its position. Some
+/// serializers serialize a field twice, to compute the length first. The field then has one
+/// position.
 ///
 /// # Errors
 /// If this thread is not encoding a message with descriptors of this type.
 pub(super) fn attach<F: 'static, T>(field: &T, fd: Outgoing<F>) -> Result<u32, FdError> {
     with(&SENDING, |sending: &mut Sending<F>| {
-        // Both addresses are needed. A field that is gone leaves its address to the next one, and
-        // two fields may share a descriptor. The references here keep the latter in use.
+        // A field is recognized by two addresses, its own and that of its descriptor. The first one
+        // is not enough, because a field that is dropped leaves its address to the next one. The
+        // second one is not enough, because two fields may share a descriptor. It is not used again
+        // during the call, because `sending.fds` holds a reference.
         let descriptor = match &fd {
             Outgoing::Given(fd) => Arc::as_ptr(fd).addr(),
             Outgoing::Lent(fd) => Arc::as_ptr(fd).addr(),
@@ -160,11 +172,11 @@ pub(super) fn attach<F: 'static, T>(field: &T, fd: Outgoing<F>) -> Result<u32, F
     })
 }
 
-/// Claims a descriptor of the message that is being decoded, if `check` is content with it.
+/// Claims a descriptor of the message that is being decoded, if it passes `check`.
 ///
 /// # Errors
-/// If it is not, if the message has no such descriptor or has named it before, or if this thread
-/// is not decoding a message with descriptors of this type.
+/// The error of `check`. Other errors if the message has no such descriptor or has named it before,
+/// or if this thread is not decoding a message with descriptors of this type.
 pub(super) fn claim<F: 'static>(
     index: u32,
     check: impl FnOnce(&F) -> Result<(), FdError>,
@@ -172,17 +184,20 @@ pub(super) fn claim<F: 'static>(
     let fd = with(&RECEIVING, |slots: &mut Slots<F>| slots.claim(index))?;
     match check(&fd[0]) {
         Ok(()) => Ok(fd),
+        // Record the error too: see `Running::fault`.
         Err(fault) => with(&RECEIVING, |_: &mut Slots<F>| Err(fault)),
     }
 }
 
+/// The descriptors of a message that is being encoded.
 struct Sending<F> {
     fds: Vec<Outgoing<F>>,
-    /// The number of each field's descriptor.
+    /// The position of each field's descriptor in `fds`. The key has the addresses of the field and
+    /// of the descriptor.
     numbers: HashMap<(usize, usize), u32>,
 }
 
-/// Acts on the message that is running, and notes an error.
+/// Calls `act` with the descriptors of the current message, and records an error.
 fn with<S: 'static, R>(
     key: &'static LocalKey<State>,
     act: impl FnOnce(&mut S) -> Result<R, FdError>,
@@ -194,9 +209,10 @@ fn with<S: 'static, R>(
     })
 }
 
-/// The time of one call. Puts back what was there before when it is over.
+/// The scope of one call. When it ends, the scope that was there before is set again.
 struct Scope<S> {
     key: &'static LocalKey<State>,
+    /// The scope of a codec inside whose call this one runs.
     outer: Option<Running>,
     fds: PhantomData<S>,
 }
@@ -208,14 +224,15 @@ impl<S: 'static> Scope<S> {
     }
 
     fn leave(self) -> (S, Option<FdError>) {
-        let Running { fds, fault } = self.key.take().expect("inner scopes have put it back");
+        let Running { fds, fault } = self.key.take().expect("inner scopes have set it again");
         (*fds.downcast().expect("it is what was put there"), fault)
     }
 }
 
 impl<S> Drop for Scope<S> {
     fn drop(&mut self) {
-        // What is dropped here, in a panic, may run code that uses a codec: outside of the borrow.
+        // After a panic, this drops a message, whose code may use a codec. So the variable is not
+        // borrowed here.
         drop(self.key.replace(self.outer.take()));
     }
 }

@@ -1,10 +1,10 @@
-//! Codecs on integers: a descriptor lost, doubled or kept shows as a wrong number.
+//! Codecs with integers as descriptors: one that is lost, doubled or kept shows as a wrong number.
 
 use std::sync::{Arc, Mutex};
 
 use bytes::{BufMut, BytesMut};
 use proptest::prelude::*;
-use serde::{Deserialize, Deserializer, Serialize, Serializer, ser::Error as _};
+use serde::{Deserialize, Serialize, Serializer, ser::Error as _};
 use smallvec::SmallVec;
 
 use super::*;
@@ -13,7 +13,7 @@ use crate::{
     frame::FdCloser,
 };
 
-/// A test's descriptor. From this one on it is of the wrong kind.
+/// Descriptors from this number on have the wrong kind.
 const WRONG: u32 = 900;
 
 impl Passable for u32 {
@@ -33,7 +33,7 @@ impl Passable for u32 {
     }
 }
 
-/// Collects what the connection closes.
+/// Collects the descriptors that the connection closes.
 #[derive(Default)]
 struct Closed(Mutex<Vec<u32>>);
 
@@ -43,7 +43,7 @@ impl FdCloser<u32> for Closed {
     }
 }
 
-/// Bytes and descriptors that have arrived, and the place where the latter end.
+/// Bytes and descriptors that have arrived, and the descriptors that were closed.
 pub(super) struct Arrived {
     pub(super) src: BytesMut,
     pub(super) fds: FdQueue<u32>,
@@ -57,7 +57,8 @@ impl Arrived {
         Self { src: bytes.into(), fds, closed }
     }
 
-    fn frame(payload: &[u8], numbers: &[u32]) -> Self {
+    /// Returns a frame with this payload and these descriptors.
+    pub(super) fn frame(payload: &[u8], numbers: &[u32]) -> Self {
         Self::new(&framed(payload, numbers.len()), numbers.iter().copied())
     }
 
@@ -68,7 +69,7 @@ impl Arrived {
         codec.decode(&mut self.src, &mut self.fds)
     }
 
-    /// Closes what still waits. Returns everything that was closed, in order of numbers.
+    /// Closes the descriptors that still wait. Returns all that were closed, in ascending order.
     pub(super) fn end(self) -> Vec<u32> {
         drop(self.fds);
         let mut closed = std::mem::take(&mut *self.closed.0.lock().unwrap());
@@ -85,8 +86,8 @@ fn framed(payload: &[u8], fds: usize) -> Vec<u8> {
     frame
 }
 
-/// Encodes a message on numbers. What is put on the wire is what `Typed` puts there.
-fn encoded<M: Serialize>(message: M) -> (Vec<u8>, Vec<u32>) {
+/// Encodes a message whose descriptors are numbers, as `Typed` does.
+pub(super) fn encoded<M: Serialize>(message: M) -> (Vec<u8>, Vec<u32>) {
     let (payload, fds) = scope::encode::<u32, _>(|| to_postcard(&message)).unwrap();
     drop(message);
     let numbers = fds.into_iter().map(|fd| match fd {
@@ -96,7 +97,7 @@ fn encoded<M: Serialize>(message: M) -> (Vec<u8>, Vec<u32>) {
     (payload, numbers.collect())
 }
 
-/// The error of a payload with these descriptors, after which all of them are closed.
+/// Returns the error of a payload with these descriptors, and checks that all of them were closed.
 fn refused<M: DeserializeOwned>(payload: &[u8], numbers: &[u32]) -> TypedError {
     let mut arrived = Arrived::frame(payload, numbers);
     let error =
@@ -114,7 +115,7 @@ enum Message {
 }
 
 fn messages() -> impl Strategy<Value = (u64, Vec<u8>)> {
-    // Shapes by a random walk; the numbers are given in order of appearance.
+    // The bytes choose the shape of a message. Its descriptors are numbered in their order.
     (any::<u64>(), prop::collection::vec(any::<u8>(), 0..40))
 }
 
@@ -154,7 +155,7 @@ proptest! {
         prop_assert!(arrived.end().is_empty());
     }
 
-    /// Whatever a mutated message is, each of its descriptors ends in one place.
+    /// A mutated message may be an error or a message. Each of its descriptors is closed once.
     #[test]
     fn a_mutated_message_is_an_error_or_a_message_and_loses_no_descriptor(
         (mask, shape) in messages(),
@@ -178,7 +179,7 @@ proptest! {
     }
 }
 
-type Pair = (Passed<u32>, Passed<u32>);
+pub(super) type Pair = (Passed<u32>, Passed<u32>);
 
 #[test]
 fn each_fault_of_the_descriptors_has_its_error_and_leaks_nothing() {
@@ -239,91 +240,17 @@ fn only_a_codec_can_serialize_a_descriptor() {
     assert!(postcard::from_bytes::<Passed<u32>>(&[0]).is_err());
 }
 
-/// Serializes what it has twice, as a serializer does that writes the length first.
-struct Twice<T>(T);
-
-impl<T: Serialize> Serialize for Twice<T> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let length = postcard::to_allocvec(&self.0).map_err(S::Error::custom)?.len();
-        (length as u32, &self.0).serialize(serializer)
-    }
+/// A field that fails or panics when it is serialized, after another field with a descriptor.
+pub(super) enum Fails {
+    WithAnError,
+    WithAPanic,
 }
-
-#[test]
-fn a_field_that_is_serialized_twice_is_sent_once() {
-    let (payload, numbers) = encoded(Twice((Passed::from(5), Passed::from(6))));
-    assert_eq!((&payload[..], &numbers[..]), (&[2, 0, 1][..], &[5, 6][..]));
-}
-
-/// Makes its field anew each time, at what may be the same address.
-struct Made;
-
-impl Serialize for Made {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        Passed::from(5).serialize(serializer)
-    }
-}
-
-#[test]
-fn fields_that_are_made_while_they_are_serialized_are_descriptors_of_their_own() {
-    let (payload, numbers) = encoded((Made, Made, Made));
-    assert_eq!((&payload[..], &numbers[..]), (&[0, 1, 2][..], &[5, 5, 5][..]));
-}
-
-/// Bytes within the message that another call of the format has made.
-struct Inside<T>(T);
-
-impl<T: Serialize> Serialize for Inside<T> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        postcard::to_allocvec(&self.0).map_err(S::Error::custom)?.serialize(serializer)
-    }
-}
-
-impl<'de, T: DeserializeOwned> Deserialize<'de> for Inside<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let bytes = Vec::<u8>::deserialize(deserializer)?;
-        postcard::from_bytes(&bytes).map(Self).map_err(serde::de::Error::custom)
-    }
-}
-
-#[test]
-fn bytes_within_a_message_may_have_its_descriptors() {
-    let (payload, numbers) = encoded((Passed::from(5), Inside((Passed::from(6), Passed::from(7)))));
-    assert_eq!(numbers, [5, 6, 7]);
-    let mut arrived = Arrived::frame(&payload, &numbers);
-    let mut codec = Typed::<(Passed<u32>, Inside<Pair>)>::default();
-    let (first, Inside((second, third))) = arrived.decode(&mut codec).unwrap().unwrap();
-    assert_eq!([first, second, third].map(Passed::into_inner), [5, 6, 7]);
-}
-
-/// Uses a codec while another one is at work.
-struct Elsewhere<T>(T);
-
-impl<T: Serialize> Serialize for Elsewhere<T> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let (bytes, fds) =
-            scope::encode::<u32, _>(|| to_postcard(&Passed::from(99))).map_err(S::Error::custom)?;
-        assert_eq!((&bytes[..], fds.len()), (&[0][..], 1));
-        self.0.serialize(serializer)
-    }
-}
-
-#[test]
-fn a_codec_that_is_used_within_another_ones_call_has_its_own_descriptors() {
-    let (payload, numbers) =
-        encoded((Passed::from(5), Elsewhere(Passed::from(6)), Passed::from(7)));
-    assert_eq!((&payload[..], &numbers[..]), (&[0, 1, 2][..], &[5, 6, 7][..]));
-}
-
-/// Fails or panics behind a descriptor.
-struct Fails(bool);
 
 impl Serialize for Fails {
     fn serialize<S: Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
-        if self.0 {
-            panic!("as the test wants")
-        } else {
-            Err(S::Error::custom("as the test wants"))
+        match self {
+            Self::WithAnError => Err(S::Error::custom("as the test requires")),
+            Self::WithAPanic => panic!("as the test requires"),
         }
     }
 }
@@ -332,7 +259,7 @@ impl Serialize for Fails {
 fn a_message_that_cannot_be_encoded_comes_back_with_its_descriptors() {
     let (a, b) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut buf = SendBuf::<crate::SendFd>::new();
-    let message = (Passed::from(OwnedFd::from(a)), Fails(false));
+    let message = (Passed::from(OwnedFd::from(a)), Fails::WithAnError);
     let error = Typed::default().encode(message, &mut buf).unwrap_err();
     assert!(matches!(error.error, TypedError::Format(_)));
     assert_eq!((buf.len(), buf.fd_count()), (0, 0));
@@ -340,39 +267,6 @@ fn a_message_that_cannot_be_encoded_comes_back_with_its_descriptors() {
     let mut socket = std::os::unix::net::UnixStream::from(fd.into_inner());
     std::io::Write::write_all(&mut socket, b"open").unwrap();
     drop(b);
-}
-
-#[test]
-fn a_panic_leaves_nothing_behind_for_the_next_message() {
-    let message = (Passed::from(5), Fails(true));
-    let attempt = std::panic::AssertUnwindSafe(|| {
-        scope::encode::<u32, _>(|| to_postcard(&message)).map(drop)
-    });
-    assert!(std::panic::catch_unwind(attempt).is_err());
-    assert!(postcard::to_allocvec(&Passed::from(6)).is_err(), "no codec is at work");
-    assert_eq!(message.0.into_inner(), 5);
-    assert_eq!(encoded(Passed::from(7)).1, [7]);
-}
-
-/// Panics after it has claimed a descriptor.
-struct PanicsBehind;
-
-impl<'de> Deserialize<'de> for PanicsBehind {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let _claimed = Passed::<u32>::deserialize(deserializer)?;
-        panic!("as the test wants")
-    }
-}
-
-#[test]
-fn a_panic_of_a_receiver_closes_the_descriptors() {
-    let mut arrived = Arrived::frame(&[0], &[5]);
-    let attempt = std::panic::AssertUnwindSafe(|| {
-        arrived.decode(&mut Typed::<PanicsBehind>::default()).map(drop)
-    });
-    assert!(std::panic::catch_unwind(attempt).is_err());
-    assert!(postcard::from_bytes::<Passed<u32>>(&[0]).is_err(), "no codec is at work");
-    assert_eq!(arrived.end(), [5]);
 }
 
 #[test]

@@ -1,3 +1,5 @@
+//! The codec of varlink.
+
 use std::{fmt, marker::PhantomData, os::fd::OwnedFd, sync::Arc};
 
 use bytes::{Buf, BytesMut};
@@ -13,17 +15,18 @@ use crate::{
     limits::Limits,
 };
 
-/// The codec of [varlink](https://varlink.org): each message is a JSON object and a NUL byte. With
-/// systemd's convention for descriptors: a field has the position of its descriptor among those
-/// that came with the message. That is what a [`Passed`](super::Passed) is in JSON, so the fields
-/// of `M` that systemd's interfaces call `fileDescriptor` and the like are `Passed` fields.
+/// The codec of [varlink](https://varlink.org): each message is a JSON object and a NUL byte. It
+/// uses systemd's convention for descriptors: the value of a field is the position of its
+/// descriptor among those that came with the message. A [`Passed`](super::Passed) field has this
+/// form in JSON. So fields that systemd's interfaces call `fileDescriptor` and the like are
+/// `Passed` fields of `M`.
 ///
-/// `M` is what a call or a reply is on the wire. A call has `method` and `parameters`, a reply
-/// `parameters` or `error`. systemd sends no `parameters` if there are none, so let serde default
-/// them.
+/// `M` is the whole JSON object of a call or a reply. A call has `method` and `parameters`, a reply
+/// has `parameters` or `error`. systemd omits `parameters` if there are none, so give the field a
+/// serde default.
 ///
-/// A message says nowhere how many descriptors it has. It has those that it names, from 0 up
-/// without a gap, and each sender attaches them to its first byte. As with systemd's
+/// A message does not contain the number of its descriptors. It has those that it names, from 0
+/// upwards without a gap, and senders attach them to its first byte. As with systemd's
 /// `SD_VARLINK_SERVER_FD_PASSING_INPUT_STRICT`, descriptors that no field names are an error.
 ///
 /// ```
@@ -55,15 +58,15 @@ use crate::{
 /// ```
 pub struct Varlink<M> {
     limits: Limits,
-    /// Number of bytes at the front in which there is no NUL.
+    /// The number of bytes at the front that are known to contain no NUL.
     searched: usize,
-    /// The message that was encoded last has descriptors.
+    /// True if the message that was encoded last has descriptors.
     sent_fds: bool,
     message: PhantomData<fn(M) -> M>,
 }
 
 impl<M> Varlink<M> {
-    /// A codec that takes messages within these limits, in both directions. The NUL byte does not
+    /// Returns a codec with these limits for messages, in both directions. The NUL byte does not
     /// count.
     pub const fn new(limits: Limits) -> Self {
         Self { limits, searched: 0, sent_fds: false, message: PhantomData }
@@ -93,8 +96,9 @@ impl<M> Codec for Varlink<M> {
         self.limits
     }
 
-    /// A message with descriptors has a call to itself, because receivers go by what a read ends
-    /// in: that is where `zlink` looks for the owner of the descriptors. The others share calls.
+    /// Returns [`Grouping::Alone`] for a message with descriptors: it must not share a system call
+    /// with others. Some receivers, such as `zlink`, assign descriptors to the message in which a
+    /// read ends. Messages without descriptors share calls.
     fn grouping(&self) -> Grouping {
         if self.sent_fds { Grouping::Alone } else { Grouping::FdsFirst }
     }
@@ -109,7 +113,7 @@ impl<M: DeserializeOwned, F: 'static> Decoder<F> for Varlink<M> {
         src: &mut BytesMut,
         fds: &mut FdQueue<F>,
     ) -> Result<Option<M>, TypedError> {
-        // Each byte is looked at once, however slowly they come.
+        // Each byte is searched once, even if the message comes in many small pieces.
         let end =
             src[self.searched..].iter().position(|&byte| byte == 0).map(|end| self.searched + end);
         let (bytes, limit) = (end.unwrap_or(src.len()), self.limits.max_payload_bytes);
@@ -126,8 +130,8 @@ impl<M: DeserializeOwned, F: 'static> Decoder<F> for Varlink<M> {
         let (message, slots) = scope::decode(Slots::waiting(fds), parse);
         slots.give_back(fds);
         let message = message?;
-        // Descriptors come with the first byte of their message, so these belong to this one or
-        // to one before it.
+        // Descriptors come with the first byte of their message. As no further message has begun,
+        // those that are left belong to this one or to one before it, which did not name them.
         if src.is_empty() && !fds.is_empty() {
             return Err(Error::UnclaimedFds { fds: fds.len() }.into());
         }
@@ -143,7 +147,7 @@ where
     type Error = TypedError;
 
     /// # Errors
-    /// As for [`Typed`](super::Typed).
+    /// The errors of [`Typed`](super::Typed).
     fn encode(&mut self, message: M, dst: &mut SendBuf<G>) -> Result<(), SendError<M, TypedError>> {
         let to_json = |message: &M| serde_json::to_vec(message).map_err(TypedError::format);
         let (json, fds) = encode_within::<_, G>(self.limits, message, to_json)?;

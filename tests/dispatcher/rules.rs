@@ -332,6 +332,25 @@ fn a_refusal_of_no_offer_is_one() {
     });
 }
 
+/// The reason may be one of a later version.
+///
+/// Rules: D-REFUSAL, D-ADOPTED.
+#[test]
+fn an_adoption_counts_after_a_refusal_of_no_offer() {
+    both(async |kind| {
+        let dispatcher = quick();
+        let mut worker = Raw::start(&dispatcher, kind, 1).await;
+        let outcome = dispatcher.dispatch(tokio_stream(UnixStream::pair().unwrap().1));
+        let _offer = worker.offer().await.unwrap();
+        worker.reject(0, RejectReason::Other(9)).await;
+        worker.adopt(1).await;
+        assert_eq!(outcome.await.unwrap(), worker.id);
+        let stats = dispatcher.stats();
+        assert_eq!((stats.adopted, stats.offered_again), (1, 0));
+        assert_eq!(stats.workers[0].state, WorkerState::Ready);
+    });
+}
+
 /// Another worker has got its connection by then.
 ///
 /// Rules: D-FENCE.

@@ -100,7 +100,12 @@ fn no_refusal_counts_against_a_connection() {
         let mut worker = Raw::start(&dispatcher, kind, 1).await;
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome = dispatcher.dispatch(accepted);
-        let refusals = [RejectReason::Full, RejectReason::Recalled, RejectReason::Other(7)];
+        let refusals = [
+            RejectReason::Full,
+            RejectReason::Draining,
+            RejectReason::Recalled,
+            RejectReason::Other(7),
+        ];
         for (made, reason) in (1..).zip(refusals) {
             drop(worker.offer().await.unwrap());
             worker.reject(1, reason).await;
@@ -112,7 +117,7 @@ fn no_refusal_counts_against_a_connection() {
 
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome = dispatcher.dispatch(accepted);
-        worker.say(FromWorker::Demand { total: 5 }).await;
+        worker.say(FromWorker::Demand { total: 6 }).await;
         drop(worker.offer().await.unwrap());
         worker.reject(1, RejectReason::Unusable).await;
         let refused = outcome.await.unwrap_err();

@@ -131,7 +131,7 @@ fn a_descriptor_of_the_wrong_kind_ends_the_stream_and_is_closed() {
             (
                 &[2, 0, 0],
                 unix.into(),
-                "expected a file that is no socket, got a stream socket of AF_UNIX",
+                "expected a file that is not a socket, got a stream socket of AF_UNIX",
             ),
             (
                 &[3, 0, 0],

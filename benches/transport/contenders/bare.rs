@@ -1,7 +1,7 @@
 use std::{
     io::{IoSlice, IoSliceMut, Result},
     mem::MaybeUninit,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use bytes::Bytes;
@@ -51,6 +51,16 @@ pub(crate) async fn send(
         if let Ok(sent) = ready.try_io(|io| Ok(sendmsg(io, pieces, control, flags)?)) {
             return sent;
         }
+    }
+}
+
+impl Bare {
+    /// Sends a message at once, and leaves the descriptor with its owner.
+    pub(crate) async fn send_copy(&self, payload: &Bytes, fd: BorrowedFd<'_>) {
+        let mut control = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let (mut control, fds) = (SendAncillaryBuffer::new(&mut control), [fd]);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        send(&self.io, &[IoSlice::new(payload)], &mut control).await.expect("sending");
     }
 }
 

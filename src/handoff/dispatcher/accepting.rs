@@ -18,12 +18,13 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Address, DispatchError, DispatchPermit, Dispatcher, Group, Shared, Transport,
+    Address, Dispatcher, Group, Transport,
     accepted::Attributes,
-    dispatching::{reserve, reserve_late},
-    handover::{Handover, shut_down},
-    preparing::{Preparing, Slot},
-    shared::Source,
+    dispatching::slot_in,
+    handover::Handover,
+    preparing::{PrepareSlot, Preparing},
+    shared::{Shared, Slot},
+    source::Source,
 };
 use crate::{
     handoff::reserve::{first_of_reserve, is_of_reserve},
@@ -113,17 +114,17 @@ impl Accepting {
         // The group of a connection that is to be prepared is not known before.
         let group = self.preparing.is_none().then_some(&self.group);
         'ready: loop {
-            // Before a place is reserved, which others may have use for.
+            // Wait for a client before a slot is reserved, because others may need the slot.
             let mut ready = self.listener.readable().await?;
             for _ in 0..BATCH {
-                let slot = self.slot().await;
-                let Some(permit) = reserve(&self.shared, group).await else { return Ok(()) };
+                let prepare = self.prepare_slot().await;
+                let Some(slot) = slot_in(&self.shared, group).await else { return Ok(()) };
 
                 // Descriptors are usually scarce if it fails.
                 let (is_scarce, outcome) = match self.accept_one() {
                     Ok((socket, peer)) => {
                         pause = None;
-                        (is_of_reserve(&socket, ceiling), self.take_on(socket, peer, permit, slot))
+                        (is_of_reserve(&socket, ceiling), self.take_on(socket, peer, slot, prepare))
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         pause = None;
@@ -132,7 +133,7 @@ impl Accepting {
                     }
                     Err(error) if is_final(&error) => return Err(error),
                     Err(error) => {
-                        drop(permit); // whoever waits for a place may have it meanwhile
+                        drop(slot); // others may use it meanwhile
                         (
                             true,
                             if error.kind() == io::ErrorKind::ConnectionAborted {
@@ -163,13 +164,13 @@ impl Accepting {
     /// Accepts what waits in the kernel. With the listener it would be reset.
     async fn accept_backlog(&self) {
         for count in 1..=MOST_AT_END {
-            let slot = self.slot().await;
-            let Some(permit) = reserve_late(&self.shared) else { return };
+            let prepare = self.prepare_slot().await;
+            let Some(slot) = self.shared.late_slot() else { return };
             match self.accept_one() {
-                Ok((socket, peer)) => drop(self.take_on(socket, peer, permit, slot)),
+                Ok((socket, peer)) => drop(self.take_on(socket, peer, slot, prepare)),
                 Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {}
                 Err(error) if sys::is_exhausted(&error) => {
-                    drop(permit);
+                    drop(slot);
                     sleep(BACK_OFF).await;
                 }
                 Err(_) => return, // nobody waits
@@ -180,8 +181,8 @@ impl Accepting {
         }
     }
 
-    /// A slot for a connection that is to be prepared.
-    async fn slot(&self) -> Option<Slot> {
+    /// Waits until a connection may be prepared. `None` if connections are handed over as they are.
+    async fn prepare_slot(&self) -> Option<PrepareSlot> {
         match &self.preparing {
             Some(preparing) => Some(preparing.slot().await),
             None => None,
@@ -200,17 +201,17 @@ impl Accepting {
         }
     }
 
-    /// Hands over an accepted connection, or begins to prepare it if there is a slot.
+    /// Hands over an accepted connection, or begins to prepare it.
     fn take_on(
         &self,
         socket: OwnedFd,
         peer: Address,
-        permit: DispatchPermit,
-        slot: Option<Slot>,
+        slot: Slot,
+        prepare: Option<PrepareSlot>,
     ) -> io::Result<()> {
-        if let Some(slot) = slot {
-            drop(permit); // it would be kept for as long as the peer likes
-            slot.prepare(&self.shared, &self.group, socket);
+        if let Some(prepare) = prepare {
+            drop(slot); // the peer decides how long the preparation takes
+            prepare.prepare(&self.shared, &self.group, socket);
             return Ok(());
         }
         match Handover::prepare(
@@ -220,10 +221,10 @@ impl Accepting {
             self.local.clone(),
         ) {
             Ok(connection) => {
-                permit.take(connection, &self.group);
+                slot.dispatch(connection, &self.group);
                 Ok(())
             }
-            Err(unsendable) => Err(refuse_unsendable(&self.shared, *unsendable)),
+            Err(unsendable) => Err(self.shared.refuse_unsendable(*unsendable)),
         }
     }
 
@@ -239,22 +240,11 @@ impl Accepting {
     }
 }
 
-/// Closes and counts an accepted connection that cannot be offered to any worker. Returns the
-/// reason.
-pub(super) fn refuse_unsendable(shared: &Arc<Shared>, unsendable: DispatchError) -> io::Error {
-    let DispatchError { reason, connection } = unsendable;
-    connection.socket.into_iter().for_each(shut_down);
-    shared.count_lost();
-    warn!(error = %reason, "connection closed: it cannot be offered to a worker");
-    io::Error::other(reason)
-}
-
 #[cfg(test)]
 mod tests {
     use std::{io::Read, os::unix::net::UnixStream};
 
-    use super::*;
-    use crate::handoff::{Accepted, Dispatcher, NotDispatched};
+    use crate::handoff::{Accepted, DispatchError, Dispatcher, NotDispatched};
 
     #[tokio::test]
     async fn an_accepted_connection_that_cannot_be_offered_is_closed_and_counted() {
@@ -264,7 +254,7 @@ mod tests {
             reason: NotDispatched::Draining,
             connection: Accepted::from(connection),
         };
-        refuse_unsendable(&dispatcher.shared, unsendable);
+        dispatcher.shared.refuse_unsendable(unsendable);
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
         let stats = dispatcher.stats();
         assert_eq!((stats.dispatched, stats.lost), (1, 1));

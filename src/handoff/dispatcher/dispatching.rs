@@ -1,35 +1,36 @@
-//! A connection that is being handed over, and a place that is kept for one.
+//! A connection that is being handed over, and a slot that is kept for one.
 
 use std::{
     future::Future,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Instant,
 };
 
 use tokio::sync::oneshot;
 
 use super::{
-    Accepted, DispatchError, Group, Shared, WorkerId,
+    Accepted, DispatchError, Group, WorkerId,
     handover::Handover,
     pool::{Admission, TicketId},
+    shared::{Shared, Slot},
 };
 
-/// Hands a connection over to its group, or to this one if it names none.
+/// Hands a connection over to its group, or to `group` if it names none. Takes a slot that was
+/// reserved for it.
 pub(super) fn dispatch(
     shared: &Arc<Shared>,
     connection: Accepted,
     group: &Group,
-    admission: Admission,
+    slot: Option<Slot>,
 ) -> Dispatching {
     let (reply, outcome) = oneshot::channel();
-    match (Handover::new(connection, reply), admission) {
-        (Some(connection), admission) => connection.dispatch(shared, group, admission),
-        (None, Admission::Reserved(group)) => {
-            shared.act(|pool| pool.give_up_slot(&group, Instant::now()));
+    // If the connection cannot be offered, the slot is dropped, and free again.
+    if let Some(connection) = Handover::new(connection, reply) {
+        match slot {
+            Some(slot) => slot.dispatch(connection, group),
+            None => shared.dispatch(connection, group, Admission::None),
         }
-        (None, _) => {}
     }
     Dispatching { outcome }
 }
@@ -53,82 +54,55 @@ impl Future for Dispatching {
     }
 }
 
-/// A place for one connection, from [`Dispatcher::reserve`](super::Dispatcher::reserve). Free again
-/// when it is dropped.
+/// A slot at a worker for one connection, from
+/// [`Dispatcher::reserve`](super::Dispatcher::reserve). Free again when it is dropped.
 #[derive(Debug)]
-#[must_use = "dropping it frees the place again"]
-pub struct DispatchPermit {
-    shared: Arc<Shared>,
-    /// The group in which a place is kept. If it is kept nowhere, the permit is good for a
-    /// connection that was accepted before the dispatcher has drained.
-    place: Option<Group>,
-}
+#[must_use = "dropping it frees the slot again"]
+pub struct DispatchPermit(Slot);
 
 impl DispatchPermit {
-    pub(super) fn new(shared: &Arc<Shared>, place: Option<Group>) -> Self {
-        Self { shared: Arc::clone(shared), place }
-    }
-
-    fn use_up(&mut self) -> Admission {
-        self.place.take().map_or(Admission::Late, Admission::Reserved)
-    }
-
-    /// [Hands a connection over](super::Dispatcher::dispatch) to the place. If it is meant for
-    /// [another group](Accepted::group), it waits there, and the place is free again.
+    /// [Hands a connection over](super::Dispatcher::dispatch) to the slot. If it is meant for
+    /// [another group](Accepted::group), it waits there, and the slot is free again.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`Dispatcher::dispatch`](super::Dispatcher::dispatch).
     ///
     /// # Cancel safety
-    /// As there.
-    pub fn dispatch(mut self, connection: impl Into<Accepted>) -> Dispatching {
-        let (connection, group) = (connection.into(), self.place.clone().unwrap_or_default());
-        let admission = self.use_up();
-        dispatch(&self.shared, connection, &group, admission)
-    }
-
-    /// The same for a connection for which nobody waits.
-    pub(super) fn take(mut self, connection: Box<Handover>, group: &Group) {
-        let admission = self.use_up();
-        connection.dispatch(&self.shared, group, admission);
+    /// If the future is dropped, the connection is handed over all the same. If that fails, its
+    /// client sees the end.
+    pub fn dispatch(self, connection: impl Into<Accepted>) -> Dispatching {
+        let Self(slot) = self;
+        let group = slot.group().cloned().unwrap_or_default();
+        dispatch(&Arc::clone(slot.shared()), connection.into(), &group, Some(slot))
     }
 }
 
-impl Drop for DispatchPermit {
-    fn drop(&mut self) {
-        if let Some(group) = self.place.take() {
-            self.shared.act(|pool| pool.give_up_slot(&group, Instant::now()));
-        }
-    }
+/// Waits for a slot in a group, and keeps it. Returns `None` when the dispatcher drains.
+pub(super) async fn reserve(shared: &Arc<Shared>, group: &Group) -> Option<DispatchPermit> {
+    slot_in(shared, Some(group)).await.map(DispatchPermit)
 }
 
-/// Waits for a place in a group, which is kept; without a group until there is one in any, which is
-/// not kept. `None` when the dispatcher drains.
-pub(super) async fn reserve(shared: &Arc<Shared>, group: Option<&Group>) -> Option<DispatchPermit> {
+/// Waits for a slot in a group, and keeps it. Without a group, waits until there is a slot in any
+/// group, which is not kept. Returns `None` when the dispatcher drains.
+pub(super) async fn slot_in(shared: &Arc<Shared>, group: Option<&Group>) -> Option<Slot> {
     match shared.wait_for_slot(group)? {
-        Ok(permit) => Some(permit),
+        Ok(slot) => Some(slot),
         Err((ticket, granted)) => Waiting { shared, group, ticket, granted }.await,
     }
 }
 
-/// Permits a connection that was accepted before the dispatcher has drained to wait. `None` when it
-/// has.
-pub(super) fn reserve_late(shared: &Arc<Shared>) -> Option<DispatchPermit> {
-    (!shared.act(|pool| pool.is_closed())).then(|| DispatchPermit::new(shared, None))
-}
-
-/// A place in the queue, until it is dropped.
+/// A position in the queue for a slot, given up when it is dropped.
 struct Waiting<'a> {
     shared: &'a Arc<Shared>,
     group: Option<&'a Group>,
     ticket: TicketId,
-    granted: oneshot::Receiver<DispatchPermit>,
+    granted: oneshot::Receiver<Slot>,
 }
 
 impl Future for Waiting<'_> {
-    type Output = Option<DispatchPermit>;
+    type Output = Option<Slot>;
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<DispatchPermit>> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Slot>> {
         Pin::new(&mut self.granted).poll(cx).map(Result::ok)
     }
 }

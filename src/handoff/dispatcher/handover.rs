@@ -8,7 +8,6 @@ use std::{
         unix::net::UnixStream,
     },
     sync::Arc,
-    time::Instant,
 };
 
 use nix::{
@@ -19,12 +18,11 @@ use smallvec::SmallVec;
 use tokio::sync::oneshot;
 
 use super::{
-    Accepted, Address, DispatchError, Group, NotDispatched, Shared, Transport, WorkerId,
+    Accepted, Address, DispatchError, Group, NotDispatched, Transport, WorkerId,
     accepted::Attributes,
+    envelope::Envelope,
     key::key_of_client,
-    pool::Admission,
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
-    succession::Envelope,
 };
 use crate::{
     Error, SendFd, close_in_background,
@@ -148,20 +146,19 @@ impl Handover {
         }))
     }
 
-    /// The group that it is meant for, or this one.
+    /// Returns the group that it is meant for, or `default`.
     pub(super) fn group_or(&self, default: &Group) -> Group {
         self.attributes.group.as_ref().unwrap_or(default).clone()
     }
 
-    pub(super) fn dispatch(
-        mut self: Box<Self>,
-        shared: &Arc<Shared>,
-        group: &Group,
-        admission: Admission,
-    ) {
-        self.group = self.group_or(group);
-        let (group, needs) = (self.group.clone(), (self.key(), 1 + self.bundle.len()));
-        shared.act(|pool| pool.dispatch(self, group, needs, admission, Instant::now()));
+    /// Sets the group in which it waits.
+    pub(super) fn set_group(&mut self, group: Group) {
+        self.group = group;
+    }
+
+    /// Returns the key by which its worker is chosen, and the number of its descriptors.
+    pub(super) fn needs(&self) -> (u64, usize) {
+        (self.key(), 1 + self.bundle.len())
     }
 
     /// The offer for a worker.

@@ -1,27 +1,34 @@
-//! The dispatcher. [`Dispatcher`] is what its users see; the [`pool`] decides everything; a
+//! The dispatcher. [`Dispatcher`] is its public face, the [`pool`] decides everything, and a
 //! [`worker_task`] moves the bytes and descriptors of one worker.
 
 mod accepted;
 mod accepting;
 mod builder;
 mod dispatching;
+mod envelope;
 mod group;
 mod handover;
+mod into_listener;
 mod joint_task;
 mod key;
 mod pauses;
+mod pidfd;
 mod pool;
 mod preparing;
 mod process;
+mod processes;
 mod replace;
 mod serve;
 mod shared;
+mod source;
 mod spawn;
 mod started;
 mod stats;
 mod succession;
 mod task_signal;
 mod times;
+mod watch;
+mod worker_entry;
 mod worker_task;
 
 use std::{
@@ -35,22 +42,23 @@ pub use builder::{DispatcherBuilder, Strategy};
 pub use dispatching::{DispatchPermit, Dispatching};
 use dispatching::{dispatch, reserve};
 pub use group::Group;
-use pool::Admission;
+pub use into_listener::IntoListener;
 pub use replace::{NotReplaced, Replaced};
-pub use serve::IntoListener;
-use shared::{Shared, WorkerEntryGuard};
+use shared::Shared;
 pub use spawn::WorkerCommand;
 pub use stats::{
     GroupStats, RetireCause, RetireCounts, Stats, WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
 pub use succession::{Succession, TakenWorker, TakenWorkers};
 pub use times::AdoptionTimes;
+use worker_entry::WorkerEntryGuard;
 use worker_task::WorkerTask;
 
 use super::{Address, Transport, protocol};
 use crate::Socket;
 
-/// No time is longer: an `Instant` cannot be as far away as a `Duration` may say. 30 years.
+/// The longest time that is used, 30 years. An `Instant` cannot be as far away as a `Duration` may
+/// be long.
 const LONGEST: Duration = Duration::from_secs(30 * 365 * 86_400);
 
 fn after(within: Duration) -> Instant {
@@ -59,16 +67,17 @@ fn after(within: Duration) -> Instant {
 
 /// Hands accepted connections to worker processes. Cheap to clone: clones are the same dispatcher.
 ///
-/// **What is promised.** A connection is given to the application of at most one worker, and is
-/// never lost before that worker has adopted it, whatever dies, hangs, refuses or overflows, as
-/// long as the dispatcher lives. The dispatcher keeps a copy of each connection until the answer;
-/// what a worker leaves unanswered goes to another one. A connection that was adopted ends with its
-/// worker.
+/// **The promise.** A connection is given to the application of at most one worker, and is never
+/// lost before that worker has adopted it, whatever dies, hangs, refuses or overflows, as long as
+/// the dispatcher lives. The dispatcher keeps a copy of each connection until the worker has
+/// answered. A connection that a worker leaves unanswered goes to another one. An adopted
+/// connection ends with its worker.
 ///
-/// **How much.** Workers say how many connections they take. When none takes any, connections wait:
-/// in [`serve`](Self::serve) in the kernel's backlog, not accepted.
+/// **Flow control.** Each worker reports how many connections it takes. If no worker takes any,
+/// connections wait. [`serve`](Self::serve) does not accept them then: they wait in the kernel's
+/// backlog.
 ///
-/// When the last clone is dropped, it [drains](Self::drain) without a limit.
+/// When the last clone is dropped, the dispatcher [drains](Self::drain) without a time limit.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -89,7 +98,7 @@ fn after(within: Duration) -> Instant {
 #[derive(Debug, Clone)]
 pub struct Dispatcher {
     shared: Arc<Shared>,
-    /// Of the workers and connections that come through this clone.
+    /// The group of workers and connections that come through this clone.
     group: Group,
     _last: Arc<DrainOnLastDrop>,
 }
@@ -98,7 +107,7 @@ impl Dispatcher {
     /// Returns a dispatcher with the default settings.
     ///
     /// # Panics
-    /// Outside of a tokio runtime.
+    /// Panics outside of a tokio runtime.
     #[expect(clippy::new_without_default, reason = "a `default` should not panic")]
     pub fn new() -> Self {
         Self::builder().build()
@@ -117,19 +126,19 @@ impl Dispatcher {
 
     /// Returns a clone for one group: workers that are started or added through it belong to the
     /// group, and connections that are dispatched or served through it go to the workers of the
-    /// group, unless a connection [names another](Accepted::group). The rest is about the whole
-    /// dispatcher: [`stats`](Self::stats), [`drain`](Self::drain),
+    /// group, unless a connection [names another](Accepted::group). The other methods concern the
+    /// whole dispatcher: [`stats`](Self::stats), [`drain`](Self::drain),
     /// [`remove_worker`](Self::remove_worker).
     ///
-    /// A worker has no say in its group. For workers that connect, the path decides: one
-    /// [`serve_workers`](Self::serve_workers) for each group, or
-    /// [`add_worker`](Self::add_worker) after a look at the
-    /// [credentials](Socket::peer_cred) of the one that has connected.
+    /// A worker cannot choose its group. For workers that connect, have one path with
+    /// [`serve_workers`](Self::serve_workers) for each group, or check the
+    /// [credentials](Socket::peer_cred) of each worker before you [add](Self::add_worker) it.
     ///
-    /// The [strategy](Strategy) chooses inside of a group. A connection whose group has no workers
-    /// waits for one, and holds up no connection of another group. Limits on offers, fences and
-    /// descriptors in flight are those of the whole dispatcher, and one place in flight is left to
-    /// each worker whatever the others do.
+    /// The [strategy](Strategy) chooses a worker inside of the group. A connection whose group has
+    /// no workers waits for one, and holds up no connection of another group. The limits on offers,
+    /// fences and descriptors in flight are those of the whole dispatcher. Even if other workers
+    /// use up the limit of descriptors in flight, each worker can still get one connection at a
+    /// time.
     ///
     /// ```no_run
     /// # fn example(dispatcher: fdwire::handoff::Dispatcher) -> std::io::Result<()> {
@@ -144,15 +153,14 @@ impl Dispatcher {
         Self { group: group.into(), ..self.clone() }
     }
 
-    /// Takes a worker that is at the other end of this socket. Until it says hello, it gets
-    /// nothing.
+    /// Adds the worker at the other end of this socket. It gets connections after its HELLO.
     ///
-    /// The worker is gone when its socket ends. A worker may connect in one process and serve in
-    /// another, as a program does that daemonizes: the end of the process that has connected does
-    /// not matter as long as the socket is open. So if a worker dies whose child processes have its
-    /// socket open, too, only its silence tells
-    /// ([`hang_timeout`](DispatcherBuilder::hang_timeout)). The death of a worker that the
-    /// dispatcher [starts](Self::spawn_worker) is noticed at once.
+    /// The worker counts as gone when its socket ends. The end of the process that has connected
+    /// does not matter as long as the socket is open, because a worker may connect in one process
+    /// and serve in another, as a program that daemonizes does. So if a worker dies while a child
+    /// process of its own has the socket open, the dispatcher notices it only by the missing
+    /// answers to pings ([`hang_timeout`](DispatcherBuilder::hang_timeout)). It notices the death
+    /// of a worker that it has [started](Self::spawn_worker) at once.
     pub fn add_worker(&self, socket: Socket) -> WorkerId {
         let _context = self.shared.runtime.enter();
         let process = self.shared.processes().peer_of(&socket);
@@ -173,11 +181,11 @@ impl Dispatcher {
         });
     }
 
-    /// Tells a worker to finish what it has, within this time, and waits until it has left. It gets
-    /// no more connections, and is not started again. Returns whether there was such a worker.
+    /// Asks a worker to finish its connections within this time, and waits until it has left. It
+    /// gets no more connections, and is not started again. Returns true if there was such a worker.
     ///
     /// # Cancel safety
-    /// It leaves also if this is dropped, once it was polled.
+    /// Once this was polled, the worker leaves even if this is dropped.
     pub async fn remove_worker(&self, id: WorkerId, within: Option<Duration>) -> bool {
         let until = within.map(after);
         let removed = self.shared.act(|pool| pool.remove(id, until, Instant::now()));
@@ -186,53 +194,54 @@ impl Dispatcher {
         removed
     }
 
-    /// Hands a connection over, and begins at once: the future only waits for the outcome, which is
-    /// the worker that has adopted it. As long as no worker has room, and also as long as there are
-    /// no workers, the connection waits for one.
+    /// Hands a connection over. This begins at once, and the future only waits for the outcome: the
+    /// worker that has adopted the connection. If no worker has room, or if there are no workers,
+    /// the connection waits for one.
     ///
     /// # Errors
-    /// [`DispatchError`], which brings the connection back: too many offers, or the dispatcher
-    /// drains.
+    /// A [`DispatchError`], which returns the connection, if it was offered too often or cannot be
+    /// sent, or if the dispatcher drains.
     ///
     /// # Cancel safety
-    /// If the future is dropped, the connection is handed over all the same; should that fail, its
-    /// client sees the end. To be able to stop before anything has begun,
-    /// [`reserve`](Self::reserve) first.
+    /// If the future is dropped, the connection is handed over all the same. If that fails, its
+    /// client sees the end. To be able to cancel before anything has begun,
+    /// [`reserve`](Self::reserve) a slot first.
     pub fn dispatch(&self, connection: impl Into<Accepted>) -> Dispatching {
-        dispatch(&self.shared, connection.into(), &self.group, Admission::None)
+        dispatch(&self.shared, connection.into(), &self.group, None)
     }
 
-    /// Waits until a worker has room for a connection, and keeps a place free for it: for those who
-    /// have a connection only then, or may be cancelled.
+    /// Waits until a worker has room for a connection, and keeps the slot free. Use it to accept a
+    /// connection only if a worker has room for it, or to wait in a future that may be dropped.
     ///
-    /// Places of a worker that leaves are gone with it; a connection dispatched with such a permit
-    /// is the next to be offered.
+    /// The slots of a worker that leaves are gone with it. A connection that is dispatched with
+    /// such a permit is the next to be offered.
     ///
-    /// # Errors
-    /// `None` when the dispatcher drains.
+    /// Returns `None` when the dispatcher drains.
     ///
     /// # Cancel safety
-    /// Nothing is lost when dropped; the place in the queue is.
+    /// If the future is dropped, only its position in the queue is lost.
     pub async fn reserve(&self) -> Option<DispatchPermit> {
-        reserve(&self.shared, Some(&self.group)).await
+        reserve(&self.shared, &self.group).await
     }
 
-    /// The numbers of the dispatcher and of its workers.
+    /// Returns the numbers of the dispatcher and of its workers.
     pub fn stats(&self) -> Stats {
         self.shared.stats()
     }
 
-    /// Ends it, for all clones: [`serve`](Self::serve) accepts what waits in the kernel's backlog
-    /// and ends, no more connections are taken, those that there are get handed over (for half of
-    /// the time at most), all workers finish what they have adopted, and it waits until they have
-    /// left. Those that have not after this time are cut off; [their
-    /// processes](DispatcherBuilder::kill_hung) are killed if the dispatcher has started them.
+    /// Ends the dispatcher, for all clones, and waits until its workers have left:
     ///
-    /// A connection that is not handed over by then is given back.
+    /// 1. [`serve`](Self::serve) accepts the connections in the kernel's backlog and ends. No more
+    ///    connections are taken.
+    /// 2. Connections that wait are handed over, for half of the time at most. Then those that are
+    ///    left are given back.
+    /// 3. All workers finish the connections that they have adopted, and leave.
+    /// 4. At the end of the time, workers that are left are cut off. [Their
+    ///    processes](DispatcherBuilder::kill_hung) are killed if the dispatcher has started them.
     ///
     /// # Cancel safety
-    /// Draining goes on if this is dropped, once it was polled. Call it again to wait, or to set
-    /// another limit.
+    /// Once this was polled, draining goes on even if this is dropped. Call it again to wait, or to
+    /// set another limit.
     pub async fn drain(&self, within: Option<Duration>) {
         let _ = self.shared.start_drain(within).await; // it does not panic
     }

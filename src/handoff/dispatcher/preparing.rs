@@ -17,13 +17,8 @@ use tokio::{
 use tracing::{Instrument, debug, warn};
 
 use super::{
-    Accepted, Group, IntoListener, Shared,
-    accepting::refuse_unsendable,
-    builder::Config,
-    dispatching::{reserve, reserve_late},
-    handover::Handover,
-    pool::Admission,
-    shared::Source,
+    Accepted, Group, IntoListener, Shared, builder::Config, dispatching::slot_in,
+    handover::Handover, pool::Admission, source::Source,
 };
 use crate::handoff::span::ConnectionSpan;
 
@@ -38,7 +33,7 @@ pub(super) struct Preparing {
 }
 
 /// A place for a connection that is being prepared.
-pub(super) struct Slot {
+pub(super) struct PrepareSlot {
     prepare: Prepare,
     _taken: OwnedSemaphorePermit,
 }
@@ -59,10 +54,10 @@ impl Preparing {
     }
 
     /// Waits until another connection can be prepared.
-    pub(super) async fn slot(&self) -> Slot {
+    pub(super) async fn slot(&self) -> PrepareSlot {
         let taken =
             Arc::clone(&self.free).acquire_owned().await.expect("nobody closes the semaphore");
-        Slot { prepare: Arc::clone(&self.prepare), _taken: taken }
+        PrepareSlot { prepare: Arc::clone(&self.prepare), _taken: taken }
     }
 
     /// The number of connections that are being prepared, or wait for a place after that.
@@ -71,7 +66,7 @@ impl Preparing {
     }
 }
 
-impl Slot {
+impl PrepareSlot {
     /// Prepares a connection and hands it over, in a task of its own.
     pub(super) fn prepare(self, shared: &Arc<Shared>, group: &Group, connection: OwnedFd) {
         let span = ConnectionSpan::prepare(&connection).into_span();
@@ -111,7 +106,7 @@ fn not_prepared(shared: &Arc<Shared>, reason: &str) {
 async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     let connection = match Handover::of(accepted) {
         Ok(connection) => connection,
-        Err(unsendable) => return drop(refuse_unsendable(shared, *unsendable)),
+        Err(unsendable) => return drop(shared.refuse_unsendable(*unsendable)),
     };
     let group = connection.group_or(group);
     // Otherwise those that wait for a group without room would keep all slots, and those of other
@@ -125,13 +120,13 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
         debug!(%group, "connection closed: too many wait for a worker of its group");
         return connection.shut_down();
     }
-    let permit = match reserve(shared, Some(&group)).await {
-        Some(permit) => Some(permit),
-        None => reserve_late(shared), // the dispatcher drains
+    let slot = match slot_in(shared, Some(&group)).await {
+        Some(slot) => Some(slot),
+        None => shared.late_slot(), // the dispatcher drains
     };
-    match permit {
-        Some(permit) => permit.take(connection, &group),
+    match slot {
+        Some(slot) => slot.dispatch(connection, &group),
         // The drain is over: it fails, and is counted.
-        None => connection.dispatch(shared, &group, Admission::None),
+        None => shared.dispatch(connection, &group, Admission::None),
     }
 }

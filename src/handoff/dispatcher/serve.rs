@@ -1,83 +1,27 @@
-//! Accepting for the workers.
+//! The methods of [`Dispatcher`] that accept connections and workers.
 
-use std::{
-    future::Future,
-    io,
-    os::{fd::OwnedFd, unix},
-    pin::pin,
-};
+use std::{future::Future, io, pin::pin};
 
 use futures::future::{Either, select};
 use tokio::time::sleep;
 use tracing::warn;
 
 use super::{
-    Accepted, Address, Dispatcher, Transport,
+    Accepted, Dispatcher, IntoListener,
     accepting::{Accepting, BACK_OFF, is_final},
     preparing::Preparing,
 };
 use crate::Listener;
 
-/// A source for [`Dispatcher::serve`]: a listener of tokio or std, of TCP or Unix sockets.
-pub trait IntoListener: sealed::Sealed {
-    /// A connection of this listener, registered with tokio: `TcpStream` or `UnixStream`.
-    type Stream: Into<Accepted> + Send + 'static;
-
-    /// Takes it out of its event loop.
-    #[doc(hidden)]
-    fn into_listener(self) -> io::Result<(OwnedFd, Transport, Address)>;
-
-    /// Makes a stream of an accepted connection.
-    #[doc(hidden)]
-    fn stream(connection: OwnedFd) -> io::Result<Self::Stream>;
-}
-
-mod sealed {
-    pub trait Sealed {}
-}
-
-macro_rules! into_listener {
-    ($($listener:ty, $into_std:expr, $transport:ident, $stream:ty, $std_stream:ty;)*) => {$(
-        impl sealed::Sealed for $listener {}
-        impl IntoListener for $listener {
-            type Stream = $stream;
-
-            fn into_listener(self) -> io::Result<(OwnedFd, Transport, Address)> {
-                let listener = $into_std(self)?;
-                listener.set_nonblocking(true)?;
-                let local = listener.local_addr()?.into();
-                Ok((listener.into(), Transport::$transport, local))
-            }
-
-            fn stream(connection: OwnedFd) -> io::Result<$stream> {
-                let stream = <$std_stream>::from(connection);
-                stream.set_nonblocking(true)?;
-                <$stream>::from_std(stream)
-            }
-        }
-    )*};
-}
-
-into_listener! {
-    tokio::net::TcpListener, tokio::net::TcpListener::into_std, Tcp,
-        tokio::net::TcpStream, std::net::TcpStream;
-    tokio::net::UnixListener, tokio::net::UnixListener::into_std, UnixStream,
-        tokio::net::UnixStream, unix::net::UnixStream;
-    std::net::TcpListener, io::Result::Ok, Tcp,
-        tokio::net::TcpStream, std::net::TcpStream;
-    unix::net::UnixListener, io::Result::Ok, UnixStream,
-        tokio::net::UnixStream, unix::net::UnixStream;
-}
-
 impl Dispatcher {
     /// Accepts connections and hands them over to the workers of [this group](Self::in_group),
-    /// until the dispatcher drains. Takes a listener of
-    /// tokio or std, of TCP or Unix sockets.
+    /// until the dispatcher drains. Takes a listener of tokio or std, of TCP or Unix sockets.
     ///
-    /// It accepts only what a worker has room for: the others wait in the kernel's backlog, where
-    /// they take no descriptor. When only 16 descriptors are left (an eighth of `RLIMIT_NOFILE`, if
-    /// that is less), it accepts only as long as fewer than 8 connections are on their way: the
-    /// rest is for starting workers. At `EMFILE` it waits for some to come free.
+    /// It accepts a connection only if a worker has room for it. The others wait in the kernel's
+    /// backlog, where they take no descriptor. When only 16 descriptors are left (an eighth of
+    /// `RLIMIT_NOFILE`, if that is less), it accepts only as long as fewer than 8 connections are
+    /// on their way, because starting a worker takes descriptors, too. At `EMFILE` it waits until
+    /// descriptors are free.
     ///
     /// A connection that finds no worker [after too many
     /// offers](super::NotDispatched::TooManyOffers), or in the time of a drain, is shut down and
@@ -85,8 +29,8 @@ impl Dispatcher {
     ///
     /// **The end.** A listener that is closed takes its backlog along: the kernel resets those
     /// connections. So keep this future until the dispatcher has [drained](Self::drain), and let
-    /// that end it. First it accepts what waits in the backlog (4,096 connections at most), and
-    /// then it closes the listener. A client whose connection is established between the last
+    /// that end it. First it accepts the connections in the backlog (4,096 connections at most),
+    /// and then it closes the listener. A client whose connection is established between the last
     /// `accept` and that moment, or that connects later, is not served, unless another process has
     /// the listener too: a [successor](crate::takeover).
     ///
@@ -94,19 +38,19 @@ impl Dispatcher {
     /// dropped.
     ///
     /// # Errors
-    /// The errors of taking the listener out of its event loop, `InvalidInput` when somebody has
-    /// shut it down, and `Other` when the runtime that the dispatcher was built in has ended.
+    /// The errors of taking the listener out of its event loop, `InvalidInput` if it was shut down,
+    /// and `Other` if the runtime that the dispatcher was built in has ended.
     ///
     /// # Cancel safety
-    /// Accepted connections are handed over also if this is dropped. The listener is closed at
-    /// once, and with its last copy the connections in the backlog are.
+    /// Accepted connections are handed over even if this is dropped. The listener is closed at
+    /// once. If no other process has a copy, the kernel resets the connections in the backlog.
     pub async fn serve(&self, listener: impl IntoListener) -> io::Result<()> {
         self.accept(listener, None).await
     }
 
     /// Like [`serve`](Self::serve), with a function that prepares each connection: it may set
-    /// socket options, look at the first bytes, and say what the worker is to know. `None` if it
-    /// does not want the connection to be handed over: it has dropped it, or keeps it.
+    /// socket options, read the first bytes, choose the group, and add metadata. It returns `None`
+    /// for a connection that is not to be handed over, which it has dropped or keeps.
     ///
     /// Each connection is prepared in a task of its own, so a peer that sends nothing holds up no
     /// others. Two limits bound what such peers take: the
@@ -115,14 +59,15 @@ impl Dispatcher {
     /// prepared in time is closed and [counted](super::Stats::lost), as is one whose function
     /// panics.
     ///
-    /// Connections are accepted only when a worker has room, of any group, because the function
-    /// may choose [the group](Accepted::group). Its place is not kept meanwhile: when a connection
-    /// is prepared, it waits for a place again, and still counts as being prepared. While the
-    /// dispatcher drains, those that are being prepared are handed over, too.
+    /// Connections are accepted only when a worker of any group has a free slot, because the
+    /// function may choose [the group](Accepted::group). The slot is not kept during the
+    /// preparation: a connection that is prepared waits for one again, and still counts as being
+    /// prepared. While the dispatcher drains, connections that are being prepared are handed over,
+    /// too.
     ///
     /// **Groups do not wait for each other.** If a group has no worker with room and another one
     /// has, prepared connections of the first one would in the end take the whole number, and
-    /// nothing more would be accepted. So when several groups have workers, each has at most half
+    /// nothing more would be accepted. So if several groups have workers, each has at most half
     /// of the number that the others leave; all groups without workers count as one. A connection
     /// beyond that is shut down and [counted](super::Stats::lost), since its group is not known
     /// before it is accepted. For a client that should wait in the kernel's backlog instead, give
@@ -147,11 +92,11 @@ impl Dispatcher {
     /// ```
     ///
     /// # Errors
-    /// As [`serve`](Self::serve).
+    /// The errors of [`serve`](Self::serve).
     ///
     /// # Cancel safety
-    /// As [`serve`](Self::serve). Connections that are being prepared are handed over also if this
-    /// is dropped.
+    /// The same as that of [`serve`](Self::serve). Connections that are being prepared are handed
+    /// over even if this is dropped.
     pub async fn serve_with<L, P, F>(&self, listener: L, prepare: P) -> io::Result<()>
     where
         L: IntoListener,
@@ -175,10 +120,10 @@ impl Dispatcher {
     /// [`add_worker`](Self::add_worker).
     ///
     /// # Errors
-    /// The errors of accept(2) that do not pass.
+    /// The errors of accept(2) that do not go away by themselves.
     ///
     /// # Cancel safety
-    /// Nothing is lost when dropped but the listener.
+    /// Only the listener is lost if this is dropped.
     pub async fn serve_workers(&self, listener: Listener) -> io::Result<()> {
         loop {
             let accepted = pin!(listener.accept());

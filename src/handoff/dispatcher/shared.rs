@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     os::fd::OwnedFd,
     process::ExitStatus,
     sync::{
@@ -20,12 +21,12 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Config, DispatchPermit, Group, NotDispatched, RetireCause, Stats, WorkerId, after,
-    handover::{Copies, Handover},
+    Config, DispatchError, Group, NotDispatched, RetireCause, Stats, WorkerId, after,
+    handover::{Copies, Handover, shut_down},
     joint_task::JointTask,
     pauses::Pauses,
-    pool::{Event, Failure, Pool, ProcessId, TicketId},
-    process::Processes,
+    pool::{Admission, Event, Failure, Pool, ProcessId, TicketId},
+    processes::Processes,
     task_signal::TaskSignal,
 };
 use crate::Socket;
@@ -39,15 +40,15 @@ pub(super) struct Shared {
     /// Wake the workers' tasks.
     signals: Mutex<HashMap<WorkerId, Arc<TaskSignal>>>,
     pub(super) new_links: Mutex<NewLinks>,
-    /// Users that wait for a place. Locked while the pool is, never the other way around.
-    waiters: Mutex<HashMap<TicketId, oneshot::Sender<DispatchPermit>>>,
+    /// Users that wait for a slot. Locked while the pool is, never the other way around.
+    waiters: Mutex<HashMap<TicketId, oneshot::Sender<Slot>>>,
     changes: watch::Sender<()>,
     pub(super) pauses: Pauses,
     given_back: AtomicU64,
     lost: AtomicU64,
     /// Connections were closed because too many wait for a worker of their group.
     pub(super) has_warned_of_crowd: AtomicBool,
-    /// The number of [`Source`]s.
+    /// The number of [`Source`](super::source::Source)s.
     sources: AtomicUsize,
     /// Whether processes of retired workers are to be killed.
     pub(super) kill: watch::Sender<bool>,
@@ -135,9 +136,9 @@ impl Shared {
                 Event::Failed { connection, failure } => failed.push((connection, failure)),
                 Event::Granted { ticket, group } => {
                     let waiter = lock(&self.waiters).remove(&ticket);
-                    let permit = DispatchPermit::new(self, group);
-                    // If nobody waits, dropping the permit frees the place.
-                    drop(waiter.map(|waiter| waiter.send(permit)));
+                    let slot = Slot { shared: Arc::clone(self), group };
+                    // If nobody waits, dropping the slot frees it.
+                    drop(waiter.map(|waiter| waiter.send(slot)));
                 }
                 Event::FenceDeferred(id) => {
                     warn!(
@@ -155,15 +156,15 @@ impl Shared {
     }
 
     fn give_back(&self, failed: Vec<(Box<Handover>, Failure)>) {
-        // All users are told before anything is logged, which may panic.
-        let told = Vec::from_iter(failed.into_iter().map(|(connection, failure)| {
+        // All users get their connections before anything is logged, because logging may panic.
+        let outcomes = Vec::from_iter(failed.into_iter().map(|(connection, failure)| {
             let reason = match failure {
                 Failure::TooManyOffers { offers, last } => {
                     NotDispatched::TooManyOffers { offers, last }
                 }
                 Failure::Draining => NotDispatched::Draining,
             };
-            // Counted before the user is told, who may look at the numbers then.
+            // Count it before the user gets it, because the user may look at the numbers then.
             let was_awaited = connection.is_awaited();
             let count = if was_awaited { &self.given_back } else { &self.lost };
             count.fetch_add(1, Relaxed);
@@ -174,7 +175,7 @@ impl Shared {
             }
             (text, is_given_back)
         }));
-        for (reason, is_given_back) in told {
+        for (reason, is_given_back) in outcomes {
             if is_given_back {
                 warn!(reason, "connection given back: no worker adopted it");
             } else {
@@ -192,6 +193,16 @@ impl Shared {
         self.lost.fetch_add(1, Relaxed);
     }
 
+    /// Closes and counts an accepted connection that cannot be offered to any worker. Returns the
+    /// reason.
+    pub(super) fn refuse_unsendable(self: &Arc<Self>, unsendable: DispatchError) -> io::Error {
+        let DispatchError { reason, connection } = unsendable;
+        connection.socket.into_iter().for_each(shut_down);
+        self.count_lost();
+        warn!(error = %reason, "connection closed: it cannot be offered to a worker");
+        io::Error::other(reason)
+    }
+
     // Processes, and tasks and users that wait.
 
     pub(super) fn processes(&self) -> MutexGuard<'_, Processes> {
@@ -203,23 +214,39 @@ impl Shared {
         self.changed();
     }
 
+    pub(super) fn remove_signal(&self, id: WorkerId) {
+        lock(&self.signals).remove(&id);
+    }
+
     pub(super) fn add_signal(&self, id: WorkerId, signal: Arc<TaskSignal>) {
         lock(&self.signals).insert(id, signal);
     }
 
-    /// Waits in the queue of a group for a place, or without a group until there is one in any.
-    /// `None` if the pool gives out none.
+    /// Hands a connection over to its group, or to `default` if it names none.
+    pub(super) fn dispatch(
+        self: &Arc<Self>,
+        mut connection: Box<Handover>,
+        default: &Group,
+        admission: Admission,
+    ) {
+        let (group, needs) = (connection.group_or(default), connection.needs());
+        connection.set_group(group.clone());
+        self.act(|pool| pool.dispatch(connection, group, needs, admission, Instant::now()));
+    }
+
+    /// Returns a free slot in a group, or else a ticket of its queue. Without a group, the slot may
+    /// be in any group and is not kept. `None` if the dispatcher drains.
     pub(super) fn wait_for_slot(
         self: &Arc<Self>,
         group: Option<&Group>,
-    ) -> Option<Result<DispatchPermit, (TicketId, oneshot::Receiver<DispatchPermit>)>> {
+    ) -> Option<Result<Slot, (TicketId, oneshot::Receiver<Slot>)>> {
         self.act(|pool| {
-            let is_there_one = match group {
+            let has_slot = match group {
                 Some(group) => pool.try_reserve(group),
                 None => pool.has_slot(),
             };
-            if is_there_one {
-                return Some(Ok(DispatchPermit::new(self, group.cloned())));
+            if has_slot {
+                return Some(Ok(Slot { shared: Arc::clone(self), group: group.cloned() }));
             }
             pool.is_open().then(|| {
                 let (waiter, granted) = oneshot::channel();
@@ -228,6 +255,13 @@ impl Shared {
                 Err((ticket, granted))
             })
         })
+    }
+
+    /// Permits a connection that was accepted before the dispatcher drained to wait. `None` when
+    /// the drain is over.
+    pub(super) fn late_slot(self: &Arc<Self>) -> Option<Slot> {
+        let is_closed = self.act(|pool| pool.is_closed());
+        (!is_closed).then(|| Slot { shared: Arc::clone(self), group: None })
     }
 
     pub(super) fn stop_waiting(self: &Arc<Self>, group: Option<&Group>, ticket: TicketId) {
@@ -291,6 +325,17 @@ impl Shared {
 
     // The end.
 
+    pub(super) fn add_source(&self) {
+        self.sources.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn remove_source(self: &Arc<Self>) {
+        self.sources.fetch_sub(1, Relaxed);
+        if !self.act(|pool| pool.is_open()) {
+            self.changed();
+        }
+    }
+
     pub(super) fn start_drain(self: &Arc<Self>, within: Option<Duration>) -> JoinHandle<()> {
         let (half, until) = (within.map(|within| after(within / 2)), within.map(after));
         self.act(|pool| pool.drain(until, Instant::now()));
@@ -327,49 +372,40 @@ async fn at_most(until: Option<Instant>, future: impl Future<Output = ()>) {
     }
 }
 
-/// An accept loop, or a connection that is being prepared: it may bring connections while the
-/// dispatcher drains, and the drain waits for it.
+/// A slot at a worker that is kept for one connection. Free again when it is dropped.
 #[derive(Debug)]
-pub(super) struct Source(Arc<Shared>);
-
-impl Source {
-    pub(super) fn new(shared: &Arc<Shared>) -> Self {
-        shared.sources.fetch_add(1, Relaxed);
-        Self(Arc::clone(shared))
-    }
-
-    pub(super) fn shared(&self) -> &Arc<Shared> {
-        &self.0
-    }
-}
-
-impl Drop for Source {
-    fn drop(&mut self) {
-        self.0.sources.fetch_sub(1, Relaxed);
-        if !self.0.act(|pool| pool.is_open()) {
-            self.0.changed();
-        }
-    }
-}
-
-/// A worker is listed as long as its task lives, even if that panics in a subscriber of `tracing`:
-/// nobody waits for it then.
-#[derive(Debug)]
-pub(super) struct WorkerEntryGuard {
+pub(super) struct Slot {
     shared: Arc<Shared>,
-    id: WorkerId,
+    /// The group in which the slot is kept. `None` permits a connection that was accepted before
+    /// the dispatcher drained to wait, without a slot.
+    group: Option<Group>,
 }
 
-impl WorkerEntryGuard {
-    pub(super) fn new(shared: &Arc<Shared>, id: WorkerId) -> Self {
-        Self { shared: Arc::clone(shared), id }
+impl Slot {
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    pub(super) fn group(&self) -> Option<&Group> {
+        self.group.as_ref()
+    }
+
+    /// Takes the slot for a connection that the caller dispatches next.
+    pub(super) fn use_up(mut self) -> Admission {
+        self.group.take().map_or(Admission::Late, Admission::Reserved)
+    }
+
+    /// [Dispatches](Shared::dispatch) a connection to the slot.
+    pub(super) fn dispatch(self, connection: Box<Handover>, default: &Group) {
+        let shared = Arc::clone(&self.shared);
+        shared.dispatch(connection, default, self.use_up());
     }
 }
 
-impl Drop for WorkerEntryGuard {
+impl Drop for Slot {
     fn drop(&mut self) {
-        lock(&self.shared.signals).remove(&self.id);
-        self.shared.act(|pool| pool.forget(self.id, Instant::now()));
-        self.shared.changed();
+        if let Some(group) = self.group.take() {
+            self.shared.act(|pool| pool.give_up_slot(&group, Instant::now()));
+        }
     }
 }

@@ -9,8 +9,8 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Dispatcher, LONGEST, Shared, WorkerEntryGuard, WorkerId, WorkerTask, handover::Handover,
-    pool::Pool,
+    Dispatcher, LONGEST, Shared, WorkerId, WorkerTask, handover::Handover, pool::Pool,
+    worker_entry::WorkerEntryGuard,
 };
 use crate::{
     backoff::Backoff,

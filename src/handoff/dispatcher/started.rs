@@ -16,7 +16,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::process::has_ended;
+use super::pidfd::has_ended;
 use crate::sys;
 
 /// A process that was started to be a worker.
@@ -25,7 +25,7 @@ pub(super) enum Started {
     /// By this process.
     Child(Child),
     /// By a dispatcher that this one has replaced, so that it can't be waited for (wait(2)). A
-    /// pidfd tells of its end, but not of its status.
+    /// pidfd shows its end, but not its exit status.
     Elsewhere(Arc<AsyncFd<OwnedFd>>),
 }
 
@@ -33,9 +33,9 @@ pub(super) enum Started {
 /// [released](Started::release).
 #[derive(Debug)]
 pub(super) struct Child {
-    /// `None` only while it is dropped.
+    /// `None` only while this is dropped.
     child: Option<Box<process::Child>>,
-    /// For a dispatcher that goes on with it.
+    /// Passed to a dispatcher that goes on with the process.
     pidfd: Option<Arc<OwnedFd>>,
     is_released: bool,
 }
@@ -43,7 +43,8 @@ pub(super) struct Child {
 impl Drop for Child {
     fn drop(&mut self) {
         if self.is_released {
-            // Dropping it might kill it. What is leaked ends with this process, which is about to.
+            // Dropping the child might kill it. The leaked memory is freed when this process ends,
+            // which is about to happen.
             std::mem::forget(self.child.take());
         }
     }
@@ -113,12 +114,12 @@ impl Started {
         }
     }
 
-    /// Another dispatcher goes on with it: nothing of this process ends it any longer.
+    /// Leaves the process to another dispatcher: nothing in this process ends it from now on.
     pub(super) fn release(&mut self) {
         self.set_released(true);
     }
 
-    /// It is this dispatcher's again.
+    /// Makes the process this dispatcher's again.
     pub(super) fn take_back(&mut self) {
         self.set_released(false);
     }

@@ -28,6 +28,7 @@ use super::{
     protocol::{DispatcherCodec, FromWorker, NewLink, Offer, ToWorker},
     shared::lock,
     task_signal::TaskSignal,
+    watch::watch,
 };
 use crate::{
     Error, SendFd, Socket,
@@ -356,7 +357,7 @@ impl WorkerTask {
             pool.retire(id, &cause, unsent, state, now)
         });
         if lives {
-            process.watch(&shared, is_ours, matters);
+            watch(process, &shared, is_ours, matters);
         }
         shared.changed();
     }

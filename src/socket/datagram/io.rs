@@ -1,4 +1,4 @@
-//! The ways to send and receive datagrams.
+//! Sending and receiving datagrams.
 
 use std::{
     future::poll_fn,
@@ -34,35 +34,35 @@ use crate::{
 const MAX_CLOSING: usize = 2 * SCM_MAX_FD;
 
 impl DatagramSocket {
-    /// Sends a datagram to the connected peer, with at most 253 descriptors, of which the receiver
-    /// gets copies. Waits while the receiver's queue is full.
+    /// Sends a datagram to the connected peer, with copies of at most 253 descriptors. Waits while
+    /// the receiver's queue is full.
     ///
     /// # Errors
-    /// Nothing was sent then, and the next send may succeed. `ConnectionRefused` (the peer has
-    /// closed its socket, which ends the [connection](Self::connect)), `NotConnected`, `EMSGSIZE`
-    /// (larger than the send buffer), `InvalidInput` (more than 253 descriptors),
-    /// `PermissionDenied` (the peer takes no descriptors, or is connected to another socket), and
-    /// others of sendmsg(2).
+    /// After an error nothing was sent, and the next send may succeed. `ConnectionRefused` (the
+    /// peer has closed its socket, which ends the [connection](Self::connect)), `NotConnected`,
+    /// `EMSGSIZE` (larger than the send buffer), `InvalidInput` (more than 253 descriptors),
+    /// `PermissionDenied` (the peer refuses descriptors, or is connected to another socket), and
+    /// other errors of sendmsg(2).
     ///
     /// # Cancel safety
-    /// When dropped, the datagram was not sent.
+    /// If this is dropped before it returns, the datagram was not sent.
     ///
     /// # Panics
-    /// If the kernel has too little of something, which no event announces, and the runtime's timer
-    /// is not enabled.
+    /// If the kernel lacks memory or too many descriptors are in flight, and the runtime's timer is
+    /// not enabled.
     pub async fn send(&self, payload: impl AsRef<[u8]>, fds: &[BorrowedFd<'_>]) -> Result<()> {
         self.send_with(payload.as_ref(), fds, None).await
     }
 
-    /// Sends a datagram to an address. Waits while the receiver's queue is full, by the runtime's
-    /// timer, because no event announces room there.
+    /// Sends a datagram to an address. While the receiver's queue is full, this tries again after
+    /// growing pauses, because the kernel does not report when there is room.
     ///
     /// # Errors
-    /// As for [`send`](Self::send). `NotFound` and `ConnectionRefused` if nobody has a socket at
-    /// the address.
+    /// The errors of [`send`](Self::send). `NotFound` and `ConnectionRefused` if nobody has a
+    /// socket at the address.
     ///
     /// # Cancel safety
-    /// When dropped, the datagram was not sent.
+    /// If this is dropped before it returns, the datagram was not sent.
     ///
     /// # Panics
     /// If it has to wait and the runtime's timer is not enabled.
@@ -99,16 +99,16 @@ impl DatagramSocket {
                 Err(error) => match SendFailure::of(&error) {
                     SendFailure::Full if receiver.is_none() => {
                         drop(coop);
-                        // The readiness from before the send may be stale. So first ask for
-                        // readiness and try again. If that fails too, it was stale: clear it and
-                        // wait.
+                        // tokio may still have readiness from before this attempt. So try once
+                        // more with the readiness that it has. If that attempt fails too, the
+                        // readiness was stale: clear it and wait for an event.
                         match writable.take() {
                             None => writable = Some(self.io.writable().await?),
                             Some(mut stale) => stale.clear_ready(),
                         }
                     }
-                    // No event announces that the queue of another socket has room, that fewer
-                    // descriptors are in flight, or that there is memory.
+                    // The kernel does not report when the queue of another socket has room, when
+                    // fewer descriptors are in flight, or when there is memory.
                     SendFailure::Full | SendFailure::Scarce | SendFailure::NoMemoryForPacket => {
                         drop(coop);
                         tokio::time::sleep(backoff.next()).await;
@@ -122,13 +122,14 @@ impl DatagramSocket {
     /// Waits for the next datagram.
     ///
     /// # Errors
-    /// No error is final: the next call goes on with the next datagram.
+    /// No error is final: the next call returns the next datagram.
     ///
-    /// [`TruncatedPacket`](Error::TruncatedPacket) if a datagram is longer than 256 KiB, and
-    /// [`TruncatedControl`](Error::TruncatedControl) if some of its descriptors were lost because
-    /// this process has no more left. The rest of that datagram is closed. [`Io`](Error::Io) with
-    /// `ConnectionReset`, before the next datagram, if the peer has connected to another socket and
-    /// so has discarded its queue. Also `Io` with the other errors of recvmsg(2).
+    /// - [`TruncatedPacket`](Error::TruncatedPacket) if a datagram is longer than 256 KiB.
+    /// - [`TruncatedControl`](Error::TruncatedControl) if some of its descriptors were lost because
+    ///   this process has reached its limit. The other descriptors of that datagram are closed.
+    /// - [`Io`](Error::Io) with `ConnectionReset` if the peer has connected to another socket, and
+    ///   so has discarded its queue.
+    /// - [`Io`](Error::Io) with other errors of recvmsg(2).
     ///
     /// # Cancel safety
     /// No datagram is lost when dropped.
@@ -153,7 +154,7 @@ impl DatagramSocket {
     /// ```
     ///
     /// # Errors
-    /// As for [`recv`](Self::recv).
+    /// The errors of [`recv`](Self::recv).
     pub fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<std::result::Result<Datagram, Error>> {
         loop {
             ready!(self.account.poll_at_most(cx, MAX_CLOSING));
@@ -167,11 +168,11 @@ impl DatagramSocket {
     /// Receives the next datagram.
     ///
     /// # Errors
-    /// `WouldBlock` if there is no datagram. The inner error is about one datagram.
+    /// `WouldBlock` if there is no datagram. The inner error concerns one datagram.
     fn try_recv(&self) -> Result<std::result::Result<Datagram, Error>> {
         let mut fds = SmallVec::new();
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        // Receive into the common buffer, and copy the datagram out of it: its size is known then.
+        // Receive into the common buffer, and then copy the datagram, whose size is known then.
         buffer.reserve(MAX_PAYLOAD_BYTES);
         let (received, sender) = loop {
             match sys::recv_datagram(self.as_fd(), &mut buffer, &mut fds) {
@@ -182,7 +183,7 @@ impl DatagramSocket {
         let payload = Bytes::copy_from_slice(&buffer);
         buffer.clear();
         drop(buffer);
-        // From here on, descriptors that nobody takes are closed in the background.
+        // From here on, descriptors that are not taken out are closed in the background.
         let fds = Fds::from_peer(fds, Some(Arc::<Account>::clone(&self.account)));
         Ok(match received {
             sys::Received { packet_truncated: true, .. } => Err(Error::TruncatedPacket),

@@ -30,8 +30,8 @@ use crate::{
     sys,
 };
 
-/// The most bytes of a datagram. With the default send buffer, a sender can send 212,960 bytes
-/// (`SO_SNDBUF`, socket(7)).
+/// The greatest length of a datagram in bytes. With the default send buffer, a sender can send
+/// 212,960 bytes (`SO_SNDBUF`, socket(7)).
 const MAX_PAYLOAD_BYTES: usize = 256 << 10;
 
 /// One message from a [`DatagramSocket`].
@@ -42,41 +42,42 @@ pub struct Datagram {
     pub payload: Bytes,
     /// The descriptors that came with it, at most 253.
     pub fds: Fds,
-    /// The address that the sender is bound to, for an answer. `None` if the sender has none.
+    /// The address to which the sender is bound, for an answer. `None` if the sender is not bound.
     pub sender: Option<SocketAddr>,
-    /// The process that sent it, if the socket was [asked](DatagramSocket::set_pass_credentials) to
-    /// report that. `None` also for datagrams that were sent before.
+    /// The process that sent it, if the socket is set to [report
+    /// it](DatagramSocket::set_pass_credentials). `None` also for datagrams that were sent before
+    /// that was set.
     pub credentials: Option<Credentials>,
 }
 
 /// A Unix socket of type `SOCK_DGRAM`, registered with tokio: messages with descriptors and without
 /// a connection.
 ///
-/// A datagram arrives whole, with its descriptors, or not at all, and does not depend on others. So
+/// A datagram arrives whole, with its descriptors, or not at all. It does not depend on others. So
 /// there is no end of the stream and no codec with state, and an error of one datagram does not
 /// affect the next. Unix sockets do not reorder or lose datagrams: a sender waits while the
-/// receiver's queue is full. For a connection between two processes [`Socket`](crate::Socket) is
-/// better, because it notices when the peer ends.
+/// receiver's queue is full. For a connection between two processes, use [`Socket`](crate::Socket),
+/// which reports when the peer ends.
 ///
 /// All methods take `&self`, and any number of tasks may send and receive at a time.
 ///
 /// **Who may send.** A socket file is created with mode 0600. Any process may send to an abstract
-/// name. Ask for [credentials](Self::set_pass_credentials) to know which one did. While a socket is
-/// [connected](Self::connect), only its peer may send to it. But the connection does not prove
+/// name. Switch [credentials](Self::set_pass_credentials) on to identify the sender. While a socket
+/// is [connected](Self::connect), only its peer may send to it. But the connection does not prove
 /// which process has sent a datagram: datagrams that others have sent before are still received,
 /// and the connection ends with the first send after the peer is gone.
 ///
-/// **Who owns the path** is decided as for a [`Listener`](crate::Listener): a lock file beside it,
-/// a stale socket is replaced, and the socket file is removed on drop.
+/// **Who owns the path** is decided as for a [`Listener`](crate::Listener): there is a lock file
+/// beside it, a stale socket is replaced, and the socket file is removed on drop.
 ///
-/// **Against floods.** The kernel queues few datagrams of others
-/// (`/proc/sys/net/unix/max_dgram_qlen`, usually 10), so a sender that floods keeps others waiting.
-/// Descriptors that nobody takes are closed [in the background](crate::close_in_background); while
-/// more than 506 wait for that, nothing is received.
+/// **Against floods.** The kernel queues few datagrams (`/proc/sys/net/unix/max_dgram_qlen`,
+/// usually 10), so a sender that floods keeps others waiting. Descriptors that the application does
+/// not take are closed [in the background](crate::close_in_background). While more than 506 of them
+/// wait to be closed, nothing is received.
 ///
 /// # Panics
-/// Every way to get one panics outside of a tokio runtime, or if the runtime's I/O driver is not
-/// enabled.
+/// Every function that returns one panics outside of a tokio runtime, or if the runtime's I/O
+/// driver is not enabled.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -107,7 +108,7 @@ pub struct DatagramSocket {
     /// The count of descriptors that came in datagrams and wait to be closed.
     account: Arc<Account>,
     path: Option<PathGuard>,
-    /// The buffer for one datagram. It is empty between receives, and has no memory before the
+    /// The buffer for one datagram. It is empty between receives, and without memory before the
     /// first one.
     buffer: Mutex<BytesMut>,
 }
@@ -127,8 +128,8 @@ impl DatagramSocket {
         Ok((Self::register(a, None)?, Self::register(b, None)?))
     }
 
-    /// Returns a socket without an address. It can send, and receives only from a peer that it is
-    /// connected to by [`pair`](Self::pair).
+    /// Returns a socket without an address. It can send, but as long as it has no address, nobody
+    /// can send to it.
     ///
     /// # Errors
     /// The errors of socket(2).
@@ -157,16 +158,16 @@ impl DatagramSocket {
     }
 
     /// Binds to a path, which gets exactly the given mode, as
-    /// [`Listener::bind_with_mode`](crate::Listener::bind_with_mode) does. Sending takes write
+    /// [`Listener::bind_with_mode`](crate::Listener::bind_with_mode) does. Senders need write
     /// permission.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc` is not
-    /// mounted.
+    /// The errors of [`bind`](Self::bind), and `NotFound` if the umask has to be undone and `/proc`
+    /// is not mounted.
     pub fn bind_with_mode(path: impl AsRef<Path>, mode: u32) -> Result<Self> {
         let path = path.as_ref();
         let addr = UnixAddr::new(path)?;
-        // Own the path before the socket is bound.
+        // The path is locked before the socket is bound.
         let mut guard = PathGuard::take(path)?;
         let fd = new_socket()?;
         guard.bind(&fd, &addr, mode)?;
@@ -177,7 +178,7 @@ impl DatagramSocket {
     /// ([`std::os::linux::net::SocketAddrExt`]). Any uid can send to an abstract name.
     ///
     /// # Errors
-    /// As for [`bind`](Self::bind).
+    /// The errors of [`bind`](Self::bind).
     pub fn bind_addr(addr: &SocketAddr) -> Result<Self> {
         if let Some(path) = addr.as_pathname() {
             return Self::bind(path);
@@ -192,7 +193,8 @@ impl DatagramSocket {
     /// [`Socket::from_inherited`](crate::Socket::from_inherited) does.
     ///
     /// # Errors
-    /// As there, of a Unix datagram socket.
+    /// The errors of [`Socket::from_inherited`](crate::Socket::from_inherited), with a Unix
+    /// datagram socket in place of a connected one.
     pub fn from_inherited(number: i32) -> Result<Self> {
         take_numbered(number)
     }
@@ -205,21 +207,22 @@ impl DatagramSocket {
         Ok(Self { io, account, path, buffer: Mutex::default() })
     }
 
-    /// Connects to the socket at a path: [`send`](Self::send) goes there, and only that socket may
-    /// send to this one from then on.
+    /// Connects to the socket at a path. From then on, [`send`](Self::send) sends to that socket,
+    /// and only that socket may send to this one.
     ///
-    /// The peer does not notice. Datagrams that were queued before the first `connect` are still
-    /// received, from any sender. The kernel discards the queue when a socket connects to another
-    /// peer than before.
+    /// The peer is not notified. Datagrams that were queued before the first `connect` are still
+    /// received, from any sender. If a socket connects to another peer than before, the kernel
+    /// discards its queue.
     ///
-    /// If the peer goes away, nothing ends until the next send. That fails with
-    /// `ConnectionRefused`, and with it the kernel ends the connection and discards the queue, even
-    /// the last datagrams of the peer. From then on sends fail with `NotConnected`, and any process
-    /// may send to this socket as before, until another `connect`.
+    /// If the peer closes its socket, nothing happens until the next send. That send fails with
+    /// `ConnectionRefused`. At this moment the kernel ends the connection and discards the queue,
+    /// even the last datagrams of the peer. From then on sends fail with `NotConnected`, and any
+    /// process may send to this socket as before, until another `connect`.
     ///
-    /// The kernel closes the discarded descriptors in the calling thread. If sockets with
-    /// `SO_LINGER` are among them, that takes as long as the peer likes. The only way to prevent
-    /// that is to [refuse descriptors](Self::set_pass_fds) if you do not trust the peer.
+    /// The kernel closes the descriptors in a discarded queue in the calling thread. If sockets
+    /// with `SO_LINGER` are among them, that can take as long as the peer wants. If you do not
+    /// trust the peer, [refuse descriptors](Self::set_pass_fds), because nothing else prevents
+    /// that.
     ///
     /// # Errors
     /// The errors of connect(2), among them `NotFound`, `ConnectionRefused` (nobody has the socket
@@ -229,15 +232,16 @@ impl DatagramSocket {
         self.connect_addr(&SocketAddr::from_pathname(path)?)
     }
 
-    /// Connects to an address in the same way.
+    /// Connects to an address, which may be a path or an abstract name, as
+    /// [`connect`](Self::connect) does.
     ///
     /// # Errors
-    /// As for [`connect`](Self::connect).
+    /// The errors of [`connect`](Self::connect).
     pub fn connect_addr(&self, addr: &SocketAddr) -> Result<()> {
         Ok(socket::connect(self.io.as_raw_fd(), &unix_addr(addr)?)?)
     }
 
-    /// Returns the address that it is bound to. `None` if it is not bound.
+    /// Returns the address to which the socket is bound. `None` if it is not bound.
     ///
     /// # Errors
     /// The errors of getsockname(2).
@@ -248,8 +252,8 @@ impl DatagramSocket {
     /// Chooses what is reported about the sender of each datagram, in [`Datagram::credentials`].
     /// The default is [`PassCredentials::No`].
     ///
-    /// A sender that is not bound gets an abstract name from the kernel when it sends to a socket
-    /// that asks for credentials, or asks for them itself.
+    /// If credentials are on at the sender or at the receiver, the kernel binds an unbound sender
+    /// to an abstract name when it sends.
     ///
     /// # Errors
     /// `ENOPROTOOPT` for a pidfd before Linux 6.5.
@@ -277,8 +281,8 @@ impl AsFd for DatagramSocket {
     }
 }
 
-/// Takes a Unix datagram socket. Its file status flags are left alone, and credentials are switched
-/// off. The path, if it has one, stays as it is on drop.
+/// Takes a Unix datagram socket. Its file status flags stay as they are, and credentials are
+/// switched off. If the socket has a path, it stays as it is on drop.
 ///
 /// # Errors
 /// `InvalidInput` with a reason if the descriptor is anything else. It is closed then.

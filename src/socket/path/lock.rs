@@ -19,18 +19,19 @@ use nix::{
 use super::in_use;
 use crate::sys;
 
-/// An exclusive lock. It lives as long as this value or a copy of its descriptor.
+/// An exclusive lock. It is held as long as this value or a copy of its descriptor exists.
 #[derive(Debug)]
 pub(super) struct PathLock {
     file: OwnedFd,
-    /// True if another process may have a copy. A lock without copies is given up explicitly,
-    /// because a child has a copy of the descriptor between its fork and its exec.
+    /// True if another process may have a copy that is to keep the lock. Otherwise the lock is
+    /// released explicitly, because between its fork and its exec a child has a copy of the
+    /// descriptor.
     is_shared: bool,
 }
 
 impl PathLock {
-    /// Locks an open file. Returns `None` if it is no longer the file at `lock_path`: the last
-    /// holder removes the file before it unlocks it, so a lock on the old file excludes nobody.
+    /// Locks an open file. Returns `None` if it is no longer the file at `lock_path`. The last
+    /// holder removes the file before it unlocks it, so a lock on a removed file protects nothing.
     ///
     /// # Errors
     /// `EAGAIN` if another open file has the lock.
@@ -41,10 +42,10 @@ impl PathLock {
         Ok(lock.is_at(lock_path)?.then_some(lock))
     }
 
-    /// Takes over a lock that another process holds and has sent.
+    /// Takes over a lock from another process, which has sent a copy of the descriptor.
     ///
     /// # Errors
-    /// `AddrInUse` if it does not hold it.
+    /// `AddrInUse` if the descriptor does not have the lock.
     pub(super) fn received(file: OwnedFd, path: &Path) -> Result<Self> {
         sys::try_lock(file.as_fd()).map_err(|_| in_use(path))?;
         Ok(Self { file, is_shared: true })
@@ -95,6 +96,7 @@ pub(super) fn take_lock(path: &Path) -> Result<(PathBuf, PathLock)> {
     }
 }
 
+/// Returns the path of the lock file.
 pub(super) fn lock_path_of(path: &Path) -> PathBuf {
     let mut lock_path = path.as_os_str().to_owned();
     lock_path.push(".lock");
@@ -111,8 +113,9 @@ pub(super) fn open_lock(lock_path: &Path) -> Result<File> {
         .create(true)
         .truncate(false)
         .mode(0o600)
-        // If other uids may write to the directory, they choose what is there. Without O_NONBLOCK,
-        // opening a FIFO would wait for a reader.
+        // If other uids may write to the directory, they may have put another file there.
+        // O_NOFOLLOW refuses symbolic links. Without O_NONBLOCK, opening a FIFO would wait for a
+        // reader.
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(lock_path);
     match opened {
@@ -126,6 +129,7 @@ pub(super) fn open_lock(lock_path: &Path) -> Result<File> {
     }
 }
 
+/// Returns the error for another type of file at the path of the lock.
 fn not_a_lock(lock_path: &Path) -> Error {
     let lock_path = lock_path.display();
     let reason =

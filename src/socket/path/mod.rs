@@ -1,4 +1,4 @@
-//! The ownership of a path.
+//! The ownership of a path, by a lock file beside it.
 
 mod lock;
 mod moved;
@@ -28,7 +28,8 @@ use nix::{
 /// The right to bind a socket to a path, and to remove it from there.
 ///
 /// It holds a lock on a file beside the path. The kernel releases the lock when the process dies.
-/// Without it, two processes that both find a stale socket could remove each other's new socket.
+/// Without the lock, two processes that both find a stale socket could remove each other's new
+/// socket.
 #[derive(Debug)]
 pub(crate) struct PathGuard {
     path: PathBuf,
@@ -63,6 +64,7 @@ impl PathGuard {
         Ok(guard)
     }
 
+    /// Removes a socket that no process has open.
     fn remove_stale(&self) -> Result<()> {
         let path = &self.path;
         let found = match fs::symlink_metadata(path) {
@@ -73,9 +75,9 @@ impl PathGuard {
             let reason = format!("{} exists and is not a socket", path.display());
             return Err(Error::new(ErrorKind::AlreadyExists, reason));
         }
-        // Not every listener takes the lock, so ask with a datagram socket. A live listener refuses
-        // its type (EPROTOTYPE) and does not notice. A socket that nobody has open refuses the
-        // connection.
+        // Other programs may listen there without the lock. So try to connect with a datagram
+        // socket. The kernel refuses its type for a live listener (EPROTOTYPE), which does not
+        // notice the attempt. For a socket that no process has open, it refuses the connection.
         match UnixDatagram::unbound()?.connect(path) {
             Err(error) => match error.raw_os_error() {
                 Some(libc::ECONNREFUSED) => match fs::remove_file(path) {
@@ -94,14 +96,14 @@ impl PathGuard {
     /// Binds a socket, and gives the path exactly this mode. From then on, the socket is removed on
     /// drop.
     ///
-    /// `bind` applies the umask to the mode of the path, and changing the umask would change it for
-    /// the whole process. So the path is made with a mode that admits nobody but the owner, and
-    /// gets the rest before the socket listens.
+    /// `bind` applies the umask to the mode of the path, and a change of the umask would affect the
+    /// whole process. So the path is made with a mode that admits only the owner, and gets its
+    /// final mode before the socket listens.
     ///
     /// # Errors
     /// The errors of bind(2) and chmod(2), the latter with a reason.
     pub(crate) fn bind(&mut self, socket: &OwnedFd, addr: &UnixAddr, mode: u32) -> Result<()> {
-        // The mode of the socket before `bind` becomes that of the path.
+        // `bind` gives the path the mode that the socket has before.
         let mode = mode & 0o777;
         let initial = initial_mode(mode);
         fchmod(socket, Mode::from_bits_truncate(initial))?;
@@ -109,7 +111,7 @@ impl PathGuard {
         self.finish_bind(initial, mode)
     }
 
-    /// Binds a new non-blocking socket, which listens then unless it is one for datagrams.
+    /// Binds a new non-blocking socket. Unless it is a datagram socket, it listens then.
     ///
     /// # Errors
     /// The errors of [`bind`](Self::bind), socket(2) and listen(2).
@@ -124,14 +126,14 @@ impl PathGuard {
         Ok(fd)
     }
 
-    /// Gives the bound socket its mode, if it is really that socket.
+    /// Sets the mode of the path, after a check that the bound socket is still there.
     ///
     /// If other uids may write to the directory, they may move another socket of this uid to the
-    /// path. So the mode is read and changed through one descriptor, and changed only if it is the
-    /// mode that `bind` has made.
+    /// path. So the mode is read and changed through one descriptor. It is changed only if it is
+    /// the mode that `bind` has made.
     fn finish_bind(&mut self, initial: u32, mode: u32) -> Result<()> {
         let path = self.path.display();
-        // O_PATH opens a socket, and needs no permission for it.
+        // Only O_PATH can open the file of a socket. It needs no permission.
         let found = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
@@ -158,12 +160,12 @@ impl PathGuard {
         Ok(())
     }
 
-    /// Returns true if the kernel lets nobody but the owner, who is this process's uid, connect to
-    /// the bound socket. Privileged processes can connect nevertheless.
+    /// Returns true if the kernel lets only the owner, which is this process's uid, connect to the
+    /// bound socket. Privileged processes can connect too.
     ///
-    /// Both the first mode and the present mode count. Clients from the beginning may still be in
-    /// the backlog, and a deployment may change the mode later. An access control list permits no
-    /// more than the mode permits the group.
+    /// Both the first mode and the present mode are checked. Clients that connected with the first
+    /// mode may still be in the backlog, and a deployment may change the mode later. Access control
+    /// lists need no check, because they permit no more than the mode permits to the group.
     pub(super) fn admits_owner_only(&self) -> bool {
         self.bound_for_owner_only
             && fs::symlink_metadata(&self.path).is_ok_and(|found| {
@@ -173,7 +175,7 @@ impl PathGuard {
             })
     }
 
-    /// Leaves the socket in its place: another process listens on it.
+    /// Leaves the socket file in its place for the next holder of the socket.
     pub(super) fn hand_on(mut self) {
         self.bound = None;
     }
@@ -188,7 +190,8 @@ impl Drop for PathGuard {
         if self.bound.is_some() && self.bound == there {
             let _ = fs::remove_file(&self.path);
         }
-        let _ = fs::remove_file(&self.lock_path); // the lock is still held
+        // The lock is still held here. It is released when this field is dropped.
+        let _ = fs::remove_file(&self.lock_path);
     }
 }
 
@@ -200,9 +203,9 @@ fn is_for_owner_only(mode: u32) -> bool {
 
 /// Returns the mode with which `bind` makes the path.
 ///
-/// If others may connect, it is a mode that sockets do not usually have, so that another socket
-/// that was moved to the path is noticed. It lets the owner connect, because a stale socket is
-/// recognized by connecting to it.
+/// If others may connect, it is a mode that sockets do not usually have. So another socket that was
+/// moved to the path is noticed. It lets the owner connect, because a stale socket is recognized by
+/// an attempt to connect.
 fn initial_mode(mode: u32) -> u32 {
     if is_for_owner_only(mode) { mode } else { 0o200 }
 }
@@ -212,6 +215,7 @@ fn identity(metadata: &Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
+/// Returns the error for a path that a live process owns.
 fn in_use(path: &Path) -> Error {
     Error::new(ErrorKind::AddrInUse, format!("{} is in use by a live process", path.display()))
 }
@@ -242,7 +246,7 @@ mod tests {
             "it is open to others now"
         );
 
-        // The same with another name of a socket elsewhere, or with a file that is no socket.
+        // The same with a hard link to a socket elsewhere, and with a file that is not a socket.
         fs::set_permissions(&path, Permissions::from_mode(0o200)).unwrap();
         fs::hard_link(&path, &other).unwrap();
         let (lock_path, lock) = take_lock(&path).unwrap();

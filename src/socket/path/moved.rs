@@ -1,4 +1,4 @@
-//! A path whose socket, lock and right to remove it move to another process.
+//! A path that moves to another process, with its socket, its lock and the right to remove it.
 
 use std::{
     fs,
@@ -13,7 +13,7 @@ use super::{
 };
 
 impl PathGuard {
-    /// Returns the path that it guards.
+    /// Returns the owned path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -34,11 +34,12 @@ impl PathGuard {
         self.may_remove = may_remove && self.lock.is_at(&self.lock_path).unwrap_or(false);
     }
 
-    /// Guards a path whose lock came from its last owner. It may remove the path only if the lock
-    /// is the file beside the path: in another mount namespace, something else may be there.
+    /// Takes a path whose lock its last owner has sent. This process may remove the path only if
+    /// the locked file is the one beside the path. In another mount namespace, another file may be
+    /// there.
     ///
     /// # Errors
-    /// `AddrInUse` if the lock is not held.
+    /// `AddrInUse` if the received descriptor does not have the lock.
     pub(crate) fn received(path: PathBuf, lock: OwnedFd, path_id: (u64, u64)) -> Result<Self> {
         let lock_path = lock_path_of(&path);
         let lock = PathLock::received(lock, &path)?;
@@ -53,7 +54,7 @@ impl PathGuard {
         })
     }
 
-    /// Guards a path whose last owner has died, for a process that has its socket.
+    /// Takes a path whose last owner has died. This process has the socket of that owner.
     ///
     /// # Errors
     /// `AddrInUse` if a live process has the lock.

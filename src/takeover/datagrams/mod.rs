@@ -30,51 +30,50 @@ use super::{
 };
 use crate::sys;
 
-/// How long to wait before the next attempt to send if no descriptor is left.
+/// The time until the next attempt to send if no descriptor is left.
 const BACK_OFF: Duration = Duration::from_millis(1);
 
 /// A UDP socket of a [`Server`](super::Server), from which one process at a time receives.
 ///
-/// When another process has taken over, this one receives nothing from the socket any longer: the
-/// socket leaves its event loop, and datagrams wait in the kernel for the new process. So a
-/// **stateless** service (DNS, statsd, ...) has nothing to do but to receive in a loop. Sending
-/// goes on in all processes.
+/// When another process has taken over, this one stops receiving from the socket. The socket leaves
+/// its event loop, and datagrams wait in the kernel for the new process. So a **stateless** service
+/// (DNS, statsd, ...) only has to receive in a loop. Sending goes on in all processes.
 ///
 /// # Forwarding
 /// A service with connections (QUIC, DTLS, WireGuard, ...) finishes those of the old process while
-/// the new one receives. So the new process has to forward their datagrams. It is told which those
-/// are by a closure: [`forwarding`](Self::forwarding). Each server has a
-/// [generation](super::Server::generation), a number that no other process has; the old one has put
-/// its number into each datagram that its clients send, for example into the connection ids of
-/// QUIC, and the closure reads it there.
+/// the new one receives. So the new process has to forward the datagrams of old connections. A
+/// closure returns the owner of each datagram: see [`forwarding`](Self::forwarding). Each server
+/// has a [generation](super::Server::generation), a number that no other process has. The service
+/// makes its clients send this number in each datagram, for example in the connection ids of QUIC,
+/// and the closure reads it there.
 ///
-/// The new process sends such a datagram over a *lane*: a pair of Unix sockets for each older
-/// process that still drains, and for this socket. It arrives there from
-/// [`poll_recv`](Self::poll_recv) as if it came from the socket, with its source, its destination
-/// and its ECN bits.
+/// The new process sends such a datagram over a *lane*: a pair of Unix sockets, one pair for each
+/// older process that still drains and for each UDP socket. In the old process,
+/// [`poll_recv`](Self::poll_recv) returns the datagram as if it came from the socket, with its
+/// source, its destination and its ECN bits.
 ///
-/// **The process that serves receives**, and not the old one, although that one knows its
-/// connections best: a datagram never takes more than one detour, whatever the number of
-/// generations; what new clients send takes none; and an old process that hangs, stops or dies
-/// takes nobody's datagrams but its own. Nothing is lost in between. The socket's queue stays where
-/// it is, and as long as both processes receive, which is from the moment at which the new one is
-/// ready until the old one knows, each forwards to the other. If the new process dies, the old one
-/// receives again.
+/// **The process that serves receives, and not the old one**, although the old one knows its
+/// connections best. There are three reasons. A datagram never takes more than one detour, for any
+/// number of generations. Datagrams of new clients take none. And an old process that hangs, stops
+/// or dies affects only its own datagrams. Nothing is lost during a takeover: the queue of the
+/// socket stays where it is. From the moment at which the new process is ready until the old one
+/// has read that, both receive, and each forwards to the other. If the new process dies, the old
+/// one receives again.
 ///
 /// | the other process | what happens to its datagrams |
 /// |---|---|
-/// | does not receive | its lane fills up; what comes then is [lost](Self::lost) |
-/// | has ended | this process's application gets them, and can tell the client |
+/// | does not receive | its lane fills up; further ones are [missed](Self::missed) |
+/// | has ended | this process's application gets them, and can notify the client |
 /// | floods its lane | lanes and the socket take turns |
 ///
-/// A lane holds as much as `net.core.wmem_max` allows. QUIC tells the client of a connection whose
-/// process has ended with a stateless reset.
+/// A lane holds as much as `net.core.wmem_max` allows. In QUIC, the answer to a datagram whose
+/// process has ended is a stateless reset.
 ///
-/// If the process that serves hangs, nobody receives until it is killed. Then the old one does
-/// again.
+/// If the process that serves hangs, nobody receives until it is killed. Then the old process
+/// receives again.
 ///
-/// The socket alone is of no use. Code that receives from
-/// [`Server::socket`](super::Server::socket) takes datagrams away from this value.
+/// Do not receive from a [copy of the socket](super::Server::socket): that takes datagrams away
+/// from this value.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -103,25 +102,27 @@ const BACK_OFF: Duration = Duration::from_millis(1);
 pub struct Datagrams {
     shared: Arc<Shared>,
     identity: Identity,
-    /// For sending.
+    /// The copy of the socket that sends. It is not registered with the event loop.
     socket: UdpSocket,
     receiver: Arc<Receiver>,
     owner: Option<Owner>,
-    /// The next datagram is looked for in the lanes first.
+    /// True if the next call tries the lanes before the socket.
     lanes_first: AtomicBool,
 }
 
+/// The application's function that returns the generation to which a datagram belongs.
 type Owner = Box<dyn Fn(&[u8], SocketAddr) -> Option<u32> + Send + Sync>;
 
-/// The part of [`Datagrams`] that a change of phase reaches.
+/// The part of [`Datagrams`] that a change of phase concerns.
 struct Receiver {
-    /// In the event loop, while this process serves.
+    /// The copy of the socket that is registered with the event loop. `None` unless this process
+    /// serves.
     registered: Mutex<Option<AsyncFd<OwnedFd>>>,
     lanes: Arc<Lanes>,
 }
 
-/// A datagram that was received. If the application has switched on `UDP_GRO`, it can be several of
-/// one source, one after another.
+/// A datagram that was received. If the application has switched on `UDP_GRO`, the buffer may
+/// contain several datagrams of one source, one after another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Received {
@@ -163,11 +164,11 @@ impl Datagrams {
     }
 
     /// Forwards datagrams of other generations. The closure gets each datagram with its source, and
-    /// returns the [generation](super::Server::generation) that it belongs to, or `None` if it
-    /// belongs to no connection. What belongs to none, or to a generation that has ended, is this
-    /// process's.
+    /// returns the [generation](super::Server::generation) to which it belongs, or `None` if it
+    /// belongs to no connection. This process keeps a datagram that belongs to no connection, or to
+    /// a generation that has ended.
     ///
-    /// The closure must not block: it is called for each datagram.
+    /// The closure is called for each datagram, so it must not block.
     #[must_use]
     pub fn forwarding(
         mut self,
@@ -189,12 +190,12 @@ impl Datagrams {
         self.receiver.lanes.missed()
     }
 
-    /// Receives the next datagram of this process: from the socket while this process serves, and
-    /// what the process that serves forwards. What does not fit the buffer is cut off.
+    /// Receives the next datagram of this process: from the socket while this process serves, or
+    /// one that another process has forwarded. What does not fit the buffer is cut off.
     ///
     /// # Errors
-    /// The errors of recvmsg(2), and of a registration with the event loop: `EMFILE` and `ENFILE`
-    /// pass when descriptors are closed, so wait a little before the next call.
+    /// The errors of recvmsg(2) and of registering with the event loop. After `EMFILE` or `ENFILE`,
+    /// wait a little and call again: they pass when descriptors are closed.
     ///
     /// # Panics
     /// Outside of a tokio runtime, or if its I/O driver is not enabled.
@@ -205,17 +206,18 @@ impl Datagrams {
         poll_fn(|cx| self.poll_recv(cx, buffer)).await
     }
 
-    /// Receives in the same way. Only the task of the last call is woken.
+    /// Polls for the next datagram, as [`recv`](Self::recv) does. Only the task of the last call is
+    /// woken.
     ///
     /// # Errors
     /// The errors of [`recv`](Self::recv).
     ///
     /// # Panics
-    /// As [`recv`](Self::recv).
+    /// Outside of a tokio runtime, or if its I/O driver is not enabled.
     pub fn poll_recv(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<Received>> {
-        // First, so that a change of phase after the look at it wakes this task.
+        // Register before the phase is read, so that a later change wakes this task.
         self.receiver.lanes.register(cx);
-        // By turns, so that a flood of one kind does not keep the other waiting.
+        // Lanes and socket take turns, so that a flood of one does not keep the other waiting.
         let lanes_first = self.lanes_first.fetch_xor(true, Ordering::Relaxed);
         for from_lanes in [lanes_first, !lanes_first] {
             let polled = if from_lanes {
@@ -239,7 +241,7 @@ impl Datagrams {
     /// Outside of a tokio runtime, or if its I/O driver is not enabled.
     ///
     /// # Cancel safety
-    /// When dropped, the datagram was not sent.
+    /// If this is dropped before it returns, the datagram was not sent.
     pub async fn send_to(&self, payload: &[u8], receiver: SocketAddr) -> io::Result<usize> {
         loop {
             match self.try_send_to(payload, receiver) {
@@ -257,11 +259,12 @@ impl Datagrams {
         self.socket.send_to(payload, receiver)
     }
 
-    /// Waits until there is room to send. Call it after `WouldBlock` only: a socket that is
-    /// registered for that is reported for each datagram that leaves, of whatever process.
+    /// Waits until there is room to send. Call it only after `WouldBlock`: while a socket is
+    /// registered for writing, the kernel wakes this process for each datagram that leaves, no
+    /// matter which process has sent it.
     ///
     /// # Errors
-    /// The errors of a registration with the event loop.
+    /// The errors of registering with the event loop.
     ///
     /// # Panics
     /// Outside of a tokio runtime, or if its I/O driver is not enabled.
@@ -276,9 +279,10 @@ impl Datagrams {
         Ok(())
     }
 
+    /// Receives from the socket, if this process serves.
     fn poll_socket(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<Received>> {
         let mut registered = self.receiver.registered();
-        // Checked under the lock, so that a change of phase finds everything that is registered.
+        // The check is under the lock, so that a change of phase finds whatever is registered.
         if self.shared.phase() != Phase::Serving {
             return Poll::Pending;
         }
@@ -304,11 +308,17 @@ impl Datagrams {
         }
     }
 
-    /// Forwards the datagrams of other generations, and moves those of this one together.
+    /// Forwards the datagrams of other generations, and moves the others together at the front of
+    /// the buffer. Returns `None` if nothing is left for this process.
+    ///
+    /// For example, three datagrams of 100 bytes came at once (`UDP_GRO`), and the second one
+    /// belongs to another generation. It is forwarded, the third one moves to offset 100, and `len`
+    /// is 200.
     fn keep_own(&self, buffer: &mut [u8], mut received: Received) -> Option<Received> {
         let Some(owner) = &self.owner else { return Some(received) };
         let Received { len, stride, source, destination, ecn } = received;
-        // Datagrams at `start` and behind it are to be looked at. Kept ones move to the front.
+        // The datagrams from `start` on are not checked yet. `kept` bytes at the front are this
+        // process's.
         let (mut start, mut kept) = (0, 0);
         loop {
             let end = len.min(start + stride);
@@ -324,7 +334,7 @@ impl Datagrams {
             }
             start = end;
             if start == len {
-                // An empty datagram counts as one, too.
+                // An empty datagram is a datagram too.
                 let is_own = kept > 0 || len == 0 && forwarded != Some(Forwarded::Gone);
                 return is_own.then_some(received);
             }
@@ -332,11 +342,12 @@ impl Datagrams {
     }
 }
 
+/// Returns a forwarded datagram as a received one.
 fn from_lane((len, Header { source, destination, ecn }): (usize, Header)) -> Received {
     Received { len, stride: len, source, destination, ecn }
 }
 
-/// For options, and for sending in other ways.
+/// Gives access to the socket, to set options or to send in other ways.
 impl AsFd for Datagrams {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -350,7 +361,7 @@ impl fmt::Debug for Datagrams {
 }
 
 impl Drop for Datagrams {
-    /// The other processes learn that this one has no more connections.
+    /// Closes the lanes unless this process serves, so that the others stop forwarding to it.
     fn drop(&mut self) {
         if self.shared.phase() != Phase::Serving {
             self.receiver.lanes.close();

@@ -1,4 +1,4 @@
-//! Receiving from a UDP socket, with everything that a datagram's owner may want to know.
+//! Receiving from a UDP socket, with the addresses and the ECN bits of each datagram.
 
 use std::{
     io::{IoSliceMut, Result},
@@ -13,10 +13,11 @@ use nix::{
 
 use super::{super::inspect::socket_addr, Received};
 
-/// Room for the control data that the application may have asked for, timestamps included.
+/// The size of the buffer for control data, in bytes. It is enough for all options that the
+/// application may have switched on, timestamps included.
 const CONTROL_BYTES: usize = 512;
 
-/// Receives without waiting.
+/// Receives without waiting. Several datagrams come at once if `UDP_GRO` is switched on.
 pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Received> {
     let mut control = [0; CONTROL_BYTES];
     let mut parts = [IoSliceMut::new(buffer)];

@@ -11,13 +11,13 @@ use crate::{
     },
 };
 
-/// The lanes of each UDP socket, by its name and index, and the numbers of generations.
+/// The lanes of each UDP socket, by its name and index, and the generations of processes.
 #[derive(Debug, Default)]
 pub(in crate::takeover) struct AllLanes {
     sockets: Vec<(String, u32, Arc<Lanes>)>,
-    /// The number of this process.
+    /// The generation of this process.
     own: u32,
-    /// The number of the last process that has asked for a takeover.
+    /// The generation of the last process that has requested a takeover.
     last: u32,
 }
 
@@ -39,12 +39,13 @@ impl AllLanes {
         new
     }
 
-    /// Gives a new process its generation, and lanes to this process and older ones.
+    /// Returns the messages that contain the generation of a new process, and its lanes to this
+    /// process and to older ones.
     pub(in crate::takeover) fn offer(
         &mut self,
         listeners: &Listeners,
     ) -> io::Result<Vec<ToTaker<SendFd>>> {
-        // A number of its own, even for a process that will not take over.
+        // Each request gets a new number, even if that process does not take over in the end.
         self.last = self.last.wrapping_add(1);
         let mut offered = Vec::new();
         for (name, index, lanes) in &self.sockets {

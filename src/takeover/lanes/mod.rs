@@ -1,5 +1,5 @@
-//! The lanes of one socket: to each other process that may have connections on it, a pair of Unix
-//! sockets over which that process gets its datagrams.
+//! The lanes of one UDP socket. For each other process that may have connections on it, there is a
+//! pair of Unix sockets over which that process gets its datagrams.
 
 mod all;
 mod packet;
@@ -29,42 +29,44 @@ use crate::sys;
 
 pub(super) use self::{all::AllLanes, packet::Header};
 
-/// The size of a lane's buffer in bytes. The kernel cuts it to `net.core.wmem_max`.
+/// The size of a lane's buffer in bytes. The kernel lowers it to `net.core.wmem_max`.
 const BUFFER_BYTES: usize = 4 << 20;
 
 /// The lanes of one socket, in the order of their age.
 #[derive(Debug, Default)]
 pub(super) struct Lanes {
     state: Mutex<State>,
-    /// The task that receives.
+    /// The waker of the task that receives.
     receiver: AtomicWaker,
-    /// Number of datagrams that a lane had no room for.
-    lost: AtomicU64,
+    /// Number of datagrams that were lost because their lane was full.
+    missed: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct State {
     lanes: Vec<Lane>,
-    /// A new process gets a lane to this one.
+    /// True if a new process gets a lane to this one.
     is_forwarding: bool,
-    /// The lane from which the next datagram is received.
+    /// The index of the lane that is tried first, modulo the number of lanes.
     next_lane: usize,
 }
 
+/// One lane.
 #[derive(Debug)]
 struct Lane {
+    /// The generation of the process at the other end.
     generation: u32,
     socket: Arc<OwnedFd>,
-    /// `None` if the other end is for another process: that of a lane that was passed on.
+    /// `None` if this process only sends over the lane, because an older process has passed it on.
     receiving: Option<AsyncFd<Arc<OwnedFd>>>,
 }
 
-/// The fate of a datagram of another generation.
+/// The outcome of forwarding a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Forwarded {
-    /// It is on its way, or was lost as in a socket's full buffer.
+    /// The datagram was sent, or was lost because the lane was full.
     Gone,
-    /// No process of this generation is known.
+    /// There is no lane to a process of this generation.
     NoLane,
 }
 
@@ -73,25 +75,27 @@ impl Lanes {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Offers lanes to this process from now on.
     pub(super) fn start_forwarding(&self) {
         self.lock().is_forwarding = true;
     }
 
+    /// Returns the number of datagrams that were lost because their lane was full.
     pub(super) fn missed(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+        self.missed.load(Ordering::Relaxed)
     }
 
-    /// Adds a lane to a generation. `is_ours` is true if the other process sends to this one, too.
+    /// Adds a lane to a generation. `receives` is true if the other process also sends to this one.
     ///
     /// # Panics
-    /// If it is ours, outside of a tokio runtime, or if its I/O driver is not enabled.
+    /// If it receives, outside of a tokio runtime, or if its I/O driver is not enabled.
     pub(super) fn add(
         &self,
         generation: u32,
         socket: Arc<OwnedFd>,
-        is_ours: bool,
+        receives: bool,
     ) -> io::Result<()> {
-        let receiving = if is_ours {
+        let receiving = if receives {
             Some(sys::register(Arc::clone(&socket), Interest::READABLE)?)
         } else {
             None
@@ -101,9 +105,9 @@ impl Lanes {
         Ok(())
     }
 
-    /// Returns lanes for a new process, with the generations at their other ends: one to this
-    /// process, whose generation is `own`, and those to older ones that live. The list is empty if
-    /// this process forwards nothing and there are no older ones.
+    /// Returns the lanes that a new process gets, with the generations at their other ends: a new
+    /// one to this process, whose generation is `own`, and those to older processes that still
+    /// live. The list is empty if this process forwards nothing and there are no older ones.
     pub(super) fn offer(&self, own: u32, new: u32) -> io::Result<Vec<(u32, Arc<OwnedFd>)>> {
         let mut offered = self.living();
         if self.lock().is_forwarding {
@@ -117,7 +121,7 @@ impl Lanes {
     /// Removes the lanes whose other end is closed, and returns the others.
     fn living(&self) -> Vec<(u32, Arc<OwnedFd>)> {
         let mut state = self.lock();
-        // A lane that is ours may still have datagrams that a process forwarded before its end.
+        // A closed lane from which this process receives may still contain datagrams.
         state.lanes.retain(|lane| lane.receiving.is_some() || !is_closed(&lane.socket));
         let living = state.lanes.iter().filter(|lane| !is_closed(&lane.socket));
         living.map(|lane| (lane.generation, Arc::clone(&lane.socket))).collect()
@@ -133,27 +137,29 @@ impl Lanes {
         let bytes = [IoSlice::new(&header), IoSlice::new(payload)];
         match sys::sendmsg(state.lanes[index].socket.as_fd(), &bytes, [].into_iter()) {
             Ok(_) => Forwarded::Gone,
-            // It has ended. If it has forwarded something before, that is received first.
+            // That process has ended. If it has forwarded datagrams, they are received first: then
+            // `poll_receive` removes the lane.
             Err(error) if is_gone(&error) => {
                 if state.lanes[index].receiving.is_none() {
                     state.lanes.remove(index);
                 }
                 Forwarded::NoLane
             }
+            // The lane is full. The sender must not wait, so the datagram is lost.
             Err(_) => {
-                self.lost.fetch_add(1, Ordering::Relaxed);
+                self.missed.fetch_add(1, Ordering::Relaxed);
                 Forwarded::Gone
             }
         }
     }
 
-    /// Closes all lanes, and offers none any longer.
+    /// Closes all lanes. No lanes to this process are offered from now on.
     pub(super) fn close(&self) {
         let closed = std::mem::take(&mut *self.lock());
         drop(closed);
     }
 
-    /// Notes the task that receives.
+    /// Registers the task that receives.
     pub(super) fn register(&self, cx: &Context<'_>) {
         self.receiver.register(cx.waker());
     }
@@ -163,16 +169,16 @@ impl Lanes {
         self.receiver.wake();
     }
 
-    /// Receives a datagram that another process has forwarded. Returns its length.
+    /// Receives a datagram that another process has forwarded. Returns its length and its header.
     pub(super) fn poll_receive(
         &self,
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<(usize, Header)> {
         let mut state = self.lock();
-        let mut left = state.lanes.len();
-        while left > 0 {
-            // One lane after the other, so that none keeps the others waiting.
+        let mut untried = state.lanes.len();
+        while untried > 0 {
+            // Lanes take turns, so that a busy one does not keep the others waiting.
             let lane = state.next_lane % state.lanes.len();
             match poll_lane(&state.lanes[lane], cx, buffer) {
                 Poll::Ready(Some(received)) => {
@@ -182,13 +188,13 @@ impl Lanes {
                 Poll::Ready(None) => drop(state.lanes.remove(lane)),
                 Poll::Pending => state.next_lane = lane + 1,
             }
-            left -= 1;
+            untried -= 1;
         }
         Poll::Pending
     }
 }
 
-/// Receives from one lane. `None` is its end.
+/// Receives from one lane. Returns `None` at its end.
 fn poll_lane(
     lane: &Lane,
     cx: &mut Context<'_>,
@@ -202,7 +208,8 @@ fn poll_lane(
             Ok(Packet::Foreign) => {}
             Ok(Packet::End) => return Poll::Ready(None),
             Err(Errno::EAGAIN) => ready.clear_ready(),
-            // This end has closed with something unread, which is reported once, before the rest.
+            // The other end was closed while it had unread packets. The kernel reports that once,
+            // and what this end has not read follows.
             Err(Errno::ECONNRESET | Errno::EINTR) => {}
             Err(_) => return Poll::Ready(None),
         }
@@ -213,15 +220,17 @@ fn poll_lane(
 enum Packet {
     /// A datagram of this length.
     Datagram(usize, Header),
-    /// No datagram.
+    /// Something that is not a datagram of this protocol.
     Foreign,
+    /// The end: the other process has closed the lane.
     End,
 }
 
+/// Receives one packet without waiting.
 fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> nix::Result<Packet> {
     let mut header = [0; HEADER_BYTES];
     let mut parts = [IoSliceMut::new(&mut header), IoSliceMut::new(buffer)];
-    // Without room for control data, the kernel installs no descriptor that somebody may have sent.
+    // A peer might send descriptors. Without room for control data, the kernel installs none.
     let received = recvmsg::<()>(socket.as_raw_fd(), &mut parts, None, MsgFlags::MSG_DONTWAIT)?;
     let bytes = received.bytes;
     Ok(match (bytes, bytes.checked_sub(HEADER_BYTES), Header::from_bytes(&header)) {
@@ -231,21 +240,24 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> nix::Result<Packet> {
     })
 }
 
+/// Makes a lane: returns the end of this process, and the end for a new one.
 fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (here, there) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
     for end in [&here, &there] {
         setsockopt(end, sockopt::SndBuf, &BUFFER_BYTES)?;
-        // Before Linux 6.16 there is no such option, and `receive` has no room for descriptors.
+        // Linux before 6.16 does not have this option. Then `receive` still accepts no descriptors.
         let _ = setsockopt(end, sys::PassRights, &false);
     }
     Ok((here, there))
 }
 
+/// Returns true if sending has failed because the other end is closed.
 fn is_gone(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
+/// Returns true if the other end of a lane is closed: the kernel reports `POLLHUP`.
 fn is_closed(socket: &OwnedFd) -> bool {
     let mut polled = [PollFd::new(socket.as_fd(), PollFlags::empty())];
     let polls = poll(&mut polled, PollTimeout::ZERO);

@@ -1,4 +1,4 @@
-//! A datagram on a lane, as bytes: one packet holds a header and the payload.
+//! The bytes of a datagram on a lane: one packet is a header and the payload.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
@@ -9,7 +9,7 @@ pub(super) const HEADER_BYTES: usize = 48;
 
 const VERSION: u8 = 1;
 
-/// Everything about a datagram but its payload.
+/// Everything about a datagram except its payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::takeover) struct Header {
     pub(in crate::takeover) source: SocketAddr,
@@ -18,6 +18,7 @@ pub(in crate::takeover) struct Header {
 }
 
 impl Header {
+    /// Returns the bytes that [the protocol](crate::takeover::protocol#lanes) defines.
     pub(super) fn to_bytes(self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[0] = VERSION;
@@ -36,7 +37,7 @@ impl Header {
         bytes
     }
 
-    /// Returns `None` if these bytes are no header.
+    /// Reads a header. Returns `None` if the version, a family or the reserved field is wrong.
     pub(super) fn from_bytes(bytes: &[u8; HEADER_BYTES]) -> Option<Self> {
         let mut fields = Fields(bytes);
         let [version, source_family, destination_family, ecn] = fields.array()?;

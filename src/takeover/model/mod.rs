@@ -1,5 +1,5 @@
-//! A model checker visits every state of a takeover: each order of messages, crashes, timeouts and
-//! the application's calls, over the functions that are shipped.
+//! Checks every state of a takeover with a model checker: each order of messages, crashes, timeouts
+//! and calls of the application. The model runs the shipped `Giver` and `Taker`.
 
 mod world;
 
@@ -12,25 +12,33 @@ use self::world::{Sent, World};
 use super::{
     giver::{Giver, GiverSettings},
     protocol::{AbortReason, FromTaker, Versions},
-    taker::{Failure, Taker, TakerSettings, TakerStep},
+    steps::{Failure, TakerStep},
+    taker::{Taker, TakerSettings},
 };
 
+/// An event of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Action {
+    /// The giver takes its next step.
     GiverStep,
+    /// The taker takes its next step.
     TakerStep,
+    /// The taker writes half of READY.
     WriteHalf,
+    /// The giver reads a message, or the end.
     GiverReads,
+    /// The taker reads a message, or the end.
     TakerReads,
-    /// The descriptors of COMMIT do not fit: the message is lost, and nothing follows.
+    /// The taker has no room for the descriptors of COMMIT: the message is lost, and it can read
+    /// nothing more.
     TakerLosesCommit,
     KillGiver,
     KillTaker,
-    /// The kernel works on a dead process: its socket is closed before its lock is free.
+    /// The kernel releases the lock of a dead giver. Its socket was closed before.
     FreeLockOfDead,
     GiverTimesOut,
     TakerTimesOut,
-    /// The applications' calls.
+    // Calls of the applications.
     Ready,
     PutDownBaton,
     Drained,
@@ -64,8 +72,7 @@ const ACTIONS: [Action; 17] = [
 ];
 
 impl Takeover {
-    /// Returns true if nothing more happens unless a process dies or an application wants
-    /// something.
+    /// Returns true if nothing more happens unless a process dies or an application makes a call.
     fn is_settled(&self, world: &World) -> bool {
         use Action::*;
         let optional = [
@@ -194,7 +201,7 @@ impl Model for Takeover {
             Action::Ready => world.taker.as_mut()?.ready(now),
             Action::PutDownBaton => world.giver.as_mut()?.give(Bytes::new()),
             Action::Drained => {
-                // A process looks for what is readable before it leaves.
+                // The shipped task reads everything that is readable before it calls `drained`.
                 if !world.to_giver.is_empty() || world.taker_closed {
                     return None;
                 }
@@ -210,7 +217,7 @@ impl Model for Takeover {
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
             Property::always(
-                "two accept only while the message is on its way that stops one",
+                "both accept only while one of them is about to stop",
                 |_, world: &World| {
                     !(world.giver_accepts && world.taker_accepts) || world.is_at_the_cut()
                 },
@@ -218,25 +225,25 @@ impl Model for Takeover {
             Property::always(
                 "without a crash, at least one accepts at any moment",
                 |_, world: &World| {
-                    // A taker that has written READY accepts next, without waiting for anything.
+                    // A taker that has written READY accepts in its next step, without any wait.
                     let taker_accepts = world.taker.as_ref().is_some_and(Taker::is_serving);
                     world.killed || world.giver_accepts || world.taker_accepts || taker_accepts
                 },
             ),
             Property::always(
-                "once nothing is on its way, exactly one accepts if one is left",
+                "when everything has settled, exactly one accepts, if one lives",
                 |model: &Self, world: &World| {
                     let accepting = u8::from(world.giver_accepts) + u8::from(world.taker_accepts);
-                    let expected = u8::from(world.giver_stands_by() || world.taker_stands_by());
+                    let expected = u8::from(world.giver_may_serve() || world.taker_may_serve());
                     accepting == expected || !model.is_settled(world)
                 },
             ),
-            Property::always("nobody holds the baton beside the other", |_, world: &World| {
+            Property::always("at most one holds the baton", |_, world: &World| {
                 let giver = world.giver.as_ref().is_some_and(Giver::holds_baton);
                 !(giver && world.taker.as_ref().is_some_and(Taker::holds_baton))
             }),
             Property::always(
-                "once nothing is on its way, no third process gets the lock",
+                "when everything has settled, a process that accepts has the lock",
                 |model: &Self, world: &World| {
                     let accepts = world.giver_accepts || world.taker_accepts;
                     !accepts
@@ -246,7 +253,7 @@ impl Model for Takeover {
                 },
             ),
             Property::always(
-                "a taker that has everything gives up only if told so, or too late",
+                "after the offer, a taker gives up only for these reasons",
                 |_, world: &World| {
                     let reasons = [Failure::TimedOut, Failure::AnotherServes];
                     let is_good = |failure| {

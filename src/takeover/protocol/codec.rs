@@ -1,4 +1,4 @@
-//! Messages as frames, and back.
+//! Conversion between messages and frames.
 
 use bytes::{Bytes, BytesMut};
 
@@ -15,7 +15,7 @@ use crate::{
 /// The first bytes of a HELLO, after its type.
 const MAGIC: [u8; 4] = *b"FDTO";
 
-/// Length of a lane's description.
+/// The length in bytes of the fields of one lane.
 const LANE_BYTES: usize = 8;
 
 /// The taker's codec: [`ToTaker`] in, [`FromTaker`] out.
@@ -56,7 +56,8 @@ impl Codec for TakerCodec {
         limits()
     }
 
-    /// The header of a frame has the number of its descriptors, so frames may share a system call.
+    /// Returns `Free`: the header of a frame has the number of its descriptors, so several frames
+    /// with descriptors may share a system call.
     fn grouping(&self) -> Grouping {
         Grouping::Free
     }
@@ -67,7 +68,8 @@ impl Codec for GiverCodec {
         limits()
     }
 
-    /// The header of a frame has the number of its descriptors, so frames may share a system call.
+    /// Returns `Free`: the header of a frame has the number of its descriptors, so several frames
+    /// with descriptors may share a system call.
     fn grouping(&self) -> Grouping {
         Grouping::Free
     }
@@ -84,7 +86,8 @@ impl<F> Decoder<F> for TakerCodec {
     ) -> Result<Option<ToTaker<F>>, Error> {
         let Some(frame) = frames().decode(src, fds)? else { return Ok(None) };
         ToTaker::read(&frame.payload, frame.fds).map(Some).map_err(|unclaimed| {
-            fds.extend(unclaimed); // closed away from the runtime, as what is left there is
+            // What is left in the queue is closed away from the runtime.
+            fds.extend(unclaimed);
             Error::invalid("not a message of a takeover's giver")
         })
     }
@@ -116,7 +119,8 @@ impl<F> Decoder<F> for GiverCodec {
         src: &mut BytesMut,
         fds: &mut FdQueue<F>,
     ) -> Result<Option<FromTaker>, Error> {
-        // No message of a taker has one, so it need not wait for a message to claim it.
+        // No message of a taker has a descriptor. Report that at once, without waiting for the rest
+        // of a message.
         if !fds.is_empty() {
             return Err(Error::UnclaimedFds { fds: fds.len() });
         }
@@ -135,8 +139,8 @@ impl<F> Encoder<ToTaker<F>, F> for GiverCodec {
     type Error = Error;
 
     /// # Errors
-    /// [`Error::FrameTooLong`] and [`Error::TooManyFds`] for more than [`MAX_MESSAGE_BYTES`] and
-    /// [`MAX_MESSAGE_FDS`]. The message does not come back.
+    /// [`Error::FrameTooLong`] for more than [`MAX_MESSAGE_BYTES`], and [`Error::TooManyFds`] for
+    /// more than [`MAX_MESSAGE_FDS`]. The error does not contain the message.
     fn encode(
         &mut self,
         message: ToTaker<F>,
@@ -192,7 +196,7 @@ impl<F> ToTaker<F> {
     pub(super) fn into_frame(self) -> Result<Frame<F>, Error> {
         let mut dst = Vec::with_capacity(64);
         let mut carried = Fds::default();
-        // The order is that of the tables in protocol.md, by type.
+        // The types and fields are those of the tables in protocol.md.
         match self {
             Self::Welcome { version, listeners } => {
                 dst.extend([0x81, version]);
@@ -263,11 +267,12 @@ impl<F> ToTaker<F> {
         Ok(Frame { payload: dst.into(), fds: carried })
     }
 
-    /// Gives the descriptors back if it is not a message.
+    /// Reads a message. Returns the descriptors if the payload is not one.
     fn read(payload: &[u8], fds: Fds<F>) -> Result<Self, Fds<F>> {
         let mut fields = Fields(payload);
         match fields.u8() {
             Some(0x83) => {
+                // One description for each descriptor.
                 let mut described = Vec::with_capacity(fds.len());
                 while !fields.is_at_end() {
                     let Some(listener) = Offered::read(&mut fields) else { return Err(fds) };
@@ -280,7 +285,7 @@ impl<F> ToTaker<F> {
                     described.into_iter().zip(fds).map(|(listener, fd)| listener.with_fd(|()| fd));
                 Ok(Self::Listeners(with_fds.collect()))
             }
-            // Copies: a slice would keep a whole read buffer for as long as it lives.
+            // The bytes are copied, because a slice would keep the whole read buffer in memory.
             Some(0x84) => Ok(Self::State { bytes: Bytes::copy_from_slice(fields.rest()), fds }),
             Some(0x8E) => Ok(Self::Workers { bytes: Bytes::copy_from_slice(fields.rest()), fds }),
             Some(0x87) if fields.is_at_end() && !fds.is_empty() => Ok(Self::Locks { fds }),
@@ -315,6 +320,7 @@ impl<F> ToTaker<F> {
         }
     }
 
+    /// Reads a message that has no descriptors.
     fn read_without_fds(payload: &[u8]) -> Option<Self> {
         let mut fields = Fields(payload);
         let message = match fields.u8()? {

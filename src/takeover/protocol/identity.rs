@@ -1,4 +1,4 @@
-//! The description of a listener, as values and as bytes.
+//! The description of a listener, as a value and as bytes.
 
 use std::fmt;
 
@@ -8,17 +8,16 @@ use crate::{
     fields::{Fields, put_short},
 };
 
-/// The identity of a listener: its name and index, and everything that tells its socket from
-/// others.
+/// The identity of a listener: its name and index, and the properties of its socket.
 ///
-/// The taker reads all fields but the first two from the descriptor as well, and refuses one that
-/// differs from its announcement.
+/// The taker also reads all fields except the name and the index from the descriptor. It refuses a
+/// descriptor that differs from its announcement.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Identity {
-    /// The name that the application has given to it.
+    /// The name that the application has given to the listener.
     pub name: String,
-    /// Number of the socket among those with its name, from 0: the sockets of a `SO_REUSEPORT`
+    /// The number of the socket among those with its name, from 0. The sockets of a `SO_REUSEPORT`
     /// group have one name and equal addresses.
     pub index: u32,
     /// Address family (`SO_DOMAIN`).
@@ -27,9 +26,9 @@ pub struct Identity {
     pub kind: Kind,
     /// Protocol number (`SO_PROTOCOL`): 6 for TCP, 17 for UDP, 0 for Unix sockets.
     pub protocol: u16,
-    /// The address that it is bound to (getsockname(2)).
+    /// The address to which the socket is bound (getsockname(2)).
     pub address: Address,
-    /// The device that it is bound to (`SO_BINDTODEVICE`).
+    /// The network device to which the socket is bound (`SO_BINDTODEVICE`).
     pub device: Option<String>,
     /// `IPV6_V6ONLY`. `None` if the family is not IPv6.
     pub v6_only: Option<bool>,
@@ -60,7 +59,7 @@ pub enum Kind {
 }
 
 impl fmt::Display for Identity {
-    /// For example `"http" 0 (TCP 0.0.0.0:80)`.
+    /// Writes for example `"http" 0 (TCP 0.0.0.0:80)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} {} (", self.name, self.index)?;
         match (self.family, self.kind, self.protocol) {
@@ -88,8 +87,8 @@ impl fmt::Display for Kind {
 }
 
 impl Identity {
-    /// Returns true if clients who use this address may get to either socket: a `SO_REUSEPORT`
-    /// group.
+    /// Returns true if the two sockets are of one `SO_REUSEPORT` group: the kernel assigns a client
+    /// of their address to either.
     pub(in crate::takeover) fn shares_address_with(&self, other: &Self) -> bool {
         matches!(self.address, Address::Ip(_))
             && self.address == other.address

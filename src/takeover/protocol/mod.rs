@@ -15,10 +15,10 @@ pub use identity::{Family, Identity, Kind};
 use crate::Fds;
 pub use crate::address::Address;
 
-/// The lowest version of the protocol that is spoken here.
+/// The lowest version of the protocol that this crate speaks.
 pub const LOWEST_VERSION: u8 = 1;
 
-/// The highest version of the protocol that is spoken here.
+/// The highest version of the protocol that this crate speaks.
 pub const HIGHEST_VERSION: u8 = 1;
 
 /// A range of versions of the protocol.
@@ -28,10 +28,10 @@ pub(in crate::takeover) struct Versions {
     pub(in crate::takeover) highest: u8,
 }
 
-/// The longest payload of a message in bytes: limits application state and batons.
+/// The longest payload of a message in bytes. It also limits application state and batons.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
-/// Most descriptors of one message.
+/// The greatest number of descriptors in one message.
 pub const MAX_MESSAGE_FDS: usize = 253;
 
 /// A message of the taker.
@@ -45,21 +45,21 @@ pub enum FromTaker {
         /// Highest version.
         highest: u8,
     },
-    /// The taker has no use for this listener. Before [`Ready`](Self::Ready) only.
+    /// The taker does not use this listener. Sent only before [`Ready`](Self::Ready).
     Decline {
-        /// Number of the listener in the order of the announcements, from 0.
+        /// The number of the listener in the order of the announcements, from 0.
         number: u32,
     },
     /// The taker accepts connections from the moment at which this is written in full.
     Ready,
-    /// The taker wants the giver to serve again. It goes on accepting until the answer.
+    /// A request that the giver serve again. The taker goes on accepting until the answer.
     HandBack {
-        /// The application's exclusive thing.
+        /// The baton of the application.
         baton: Bytes,
     },
     /// The giver never needs to serve again: it gives up its copies of the listeners.
     Release,
-    /// The first message of a process that only wants a [`ToTaker::Status`].
+    /// The first message of a process that only requests a [`ToTaker::Status`].
     Status,
 }
 
@@ -74,62 +74,65 @@ pub enum ToTaker<F = OwnedFd> {
         /// Number of listeners that follow.
         listeners: u32,
     },
-    /// No takeover now. Nothing follows.
+    /// The giver refuses a takeover now. Nothing follows.
     Refused {
         /// The reason.
         reason: Refusal,
     },
-    /// Some listeners, in their order.
+    /// A part of the listeners, in their order.
     Listeners(Vec<Offered<F>>),
-    /// A piece of the application's state.
+    /// A part of the application's state.
     State {
         /// Bytes of the application.
         bytes: Bytes,
         /// Descriptors of the application.
         fds: Fds<F>,
     },
-    /// The taker's generation, and ways to processes whose connections have their datagrams on a
-    /// listener's socket. One or more, between [`Welcome`](Self::Welcome) and
+    /// The taker's generation, and lanes to processes that still have connections on a UDP socket.
+    /// One or more of these messages come between [`Welcome`](Self::Welcome) and
     /// [`Complete`](Self::Complete).
     Lanes {
-        /// The number of the taker among all processes.
+        /// The generation of the taker: its number among all processes.
         generation: u32,
-        /// That of the giver.
+        /// The generation of the giver.
         giver: u32,
         /// The lanes.
         lanes: Vec<Lane<F>>,
     },
-    /// The processes that were replaced and still run, from the oldest to the giver itself.
+    /// The processes that were replaced and still run, the oldest first. The giver itself is the
+    /// last.
     Generations {
-        /// The time for which each has been replaced, in milliseconds. 0 for the giver.
+        /// The time for which each process has been replaced, in milliseconds. 0 for the giver.
         replaced_for: Vec<u64>,
-        /// A socket of each, whose other end lives as long as that process drains. A byte written
-        /// there asks it to leave.
+        /// The leash of each process: a socket whose other end is open as long as that process
+        /// drains. A byte that is written to it asks the process to leave.
         fds: Fds<F>,
     },
-    /// A part of what a dispatcher hands on with its workers. Between [`Welcome`](Self::Welcome)
-    /// and [`Complete`](Self::Complete).
+    /// A part of what a dispatcher passes on with its workers. Comes between
+    /// [`Welcome`](Self::Welcome) and [`Complete`](Self::Complete).
     Workers {
         /// Bytes of the [hand-off](crate::handoff::Dispatcher::prepare_succession).
         bytes: Bytes,
-        /// Links and processes of the workers.
+        /// New links of the workers, and handles of their processes.
         fds: Fds<F>,
     },
     /// All listeners and all state were sent. The taker may send [`FromTaker::Ready`].
     Complete,
-    /// The giver goes on serving, and no [`FromTaker::Ready`] can reach it. Nothing follows.
+    /// The takeover is called off: the giver goes on serving, and no [`FromTaker::Ready`] can reach
+    /// it. Nothing follows.
     Aborted {
         /// The reason.
         reason: AbortReason,
     },
-    /// Locks of the paths that listeners are bound to. After [`FromTaker::Ready`].
+    /// Locks of the paths to which listeners are bound. Sent after [`FromTaker::Ready`].
     Locks {
         /// One lock for each listener with a [path](Offered::path_id), in their order.
         fds: Fds<F>,
     },
-    /// Everything is the taker's: the giver has read [`FromTaker::Ready`] and accepts no more.
+    /// The takeover is confirmed: the giver has read [`FromTaker::Ready`] and has stopped
+    /// accepting.
     Commit {
-        /// The application's exclusive thing.
+        /// The baton of the application.
         baton: Bytes,
         /// The socket at which takeovers are requested, and the lock of its path.
         fds: Fds<F>,
@@ -140,12 +143,12 @@ pub enum ToTaker<F = OwnedFd> {
     Drained,
     /// The answer to a [`FromTaker::Status`]. Nothing follows.
     Status {
-        /// Process id of the giver, in its PID namespace.
+        /// The process id of the giver, in its PID namespace.
         pid: u32,
-        /// A takeover is under way.
+        /// True while a takeover is under way.
         is_under_way: bool,
-        /// Process id, or 0 if it is not known, and the time for which it has been replaced in
-        /// milliseconds, of each process that still runs; the oldest first.
+        /// The processes that were replaced and still run, the oldest first: the process id, or 0
+        /// if it is not known, and the time in milliseconds for which it has been replaced.
         generations: Vec<(u32, u64)>,
     },
 }
@@ -154,30 +157,31 @@ pub enum ToTaker<F = OwnedFd> {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Offered<F = OwnedFd> {
-    /// Its identity.
+    /// The identity of the listener.
     pub identity: Identity,
-    /// `SO_COOKIE` of the socket: the same for all copies of one socket, and of no other.
+    /// `SO_COOKIE` of the socket: a number that all copies of one socket share, and no other socket
+    /// has.
     pub cookie: u64,
-    /// Device and inode of the path, if the giver may remove it: that right moves along.
+    /// Device and inode of the path, if the giver may remove it. That right moves to the taker.
     pub path_id: Option<(u64, u64)>,
     /// The socket.
     pub fd: F,
 }
 
-/// A way to another process: a Unix socket of kind SEQPACKET that carries datagrams.
+/// A lane to another process: a Unix socket of kind SEQPACKET that carries datagrams.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Lane<F = OwnedFd> {
-    /// Number of the UDP socket in the order of the announcements, from 0.
+    /// The number of the UDP socket in the order of the announcements, from 0.
     pub listener: u32,
-    /// The process that receives at the other end.
+    /// The generation of the process that receives at the other end.
     pub generation: u32,
-    /// This end.
+    /// This end of the lane.
     pub fd: F,
 }
 
 impl<F> Offered<F> {
-    /// The same with another descriptor.
+    /// Returns the same with another descriptor.
     pub fn with_fd<G>(self, fd: impl FnOnce(F) -> G) -> Offered<G> {
         let Self { identity, cookie, path_id, fd: old } = self;
         Offered { identity, cookie, path_id, fd: fd(old) }
@@ -185,7 +189,7 @@ impl<F> Offered<F> {
 }
 
 impl<F> Lane<F> {
-    /// The same with another descriptor.
+    /// Returns the same with another descriptor.
     pub fn with_fd<G>(self, fd: impl FnOnce(F) -> G) -> Lane<G> {
         let Self { listener, generation, fd: old } = self;
         Lane { listener, generation, fd: fd(old) }
@@ -216,11 +220,11 @@ pub enum AbortReason {
     Failed,
 }
 
-/// Divides things that have a descriptor each over as few messages as possible.
-pub(in crate::takeover) fn in_messages<T>(mut things: Vec<T>) -> impl Iterator<Item = Vec<T>> {
+/// Divides items that have one descriptor each over as few messages as possible.
+pub(in crate::takeover) fn in_messages<T>(mut items: Vec<T>) -> impl Iterator<Item = Vec<T>> {
     std::iter::from_fn(move || {
-        let rest = things.split_off(things.len().min(MAX_MESSAGE_FDS));
-        Some(std::mem::replace(&mut things, rest)).filter(|message| !message.is_empty())
+        let rest = items.split_off(items.len().min(MAX_MESSAGE_FDS));
+        Some(std::mem::replace(&mut items, rest)).filter(|message| !message.is_empty())
     })
 }
 
@@ -244,8 +248,8 @@ impl Versions {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Busy => "another process is taking over from it at the moment",
-            Self::Version => "it speaks no version of the protocol that is spoken here",
+            Self::Busy => "another process is taking over from it",
+            Self::Version => "it speaks no version of the protocol that this process speaks",
         })
     }
 }

@@ -1,3 +1,5 @@
+//! Tests of the messages as bytes.
+
 use bytes::BytesMut;
 use proptest::{collection::vec, option, prelude::*, sample::select};
 

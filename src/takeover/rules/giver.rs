@@ -6,8 +6,9 @@ use bytes::Bytes;
 
 use super::{HELLO, SECOND};
 use crate::takeover::{
-    giver::{Giver, GiverSettings, GiverStep, Undone},
+    giver::{Giver, GiverSettings},
     protocol::{AbortReason, FromTaker, Refusal, Versions},
+    steps::{GiverStep, Undone},
 };
 
 fn new_giver(now: Instant, versions: Versions) -> Giver {
@@ -19,7 +20,7 @@ fn offering_giver(now: Instant) -> Giver {
     let mut giver = new_giver(now, Versions::OURS);
     giver.on_message(HELLO);
     giver.welcome(now);
-    assert_eq!(steps(&mut giver), [GiverStep::Asked, GiverStep::SendOffer { version: 1 }]);
+    assert_eq!(steps(&mut giver), [GiverStep::Decide, GiverStep::SendOffer { version: 1 }]);
     giver
 }
 
@@ -55,13 +56,13 @@ fn the_highest_version_that_both_speak_is_spoken() {
         ((0, 255), (0, 255), Some(255)),
         ((1, 1), (2, 9), None),
         ((2, 3), (1, 1), None),
-        ((1, 1), (1, 0), None), // no range at all
+        ((1, 1), (1, 0), None), // an empty range
     ] {
         let mut giver = new_giver(now, Versions { lowest, highest });
         giver.on_message(FromTaker::Hello { lowest: its_lowest, highest: its_highest });
         giver.welcome(now);
         let expected = match common {
-            Some(version) => vec![GiverStep::Asked, GiverStep::SendOffer { version }],
+            Some(version) => vec![GiverStep::Decide, GiverStep::SendOffer { version }],
             None => vec![GiverStep::SendRefused(Refusal::Version)],
         };
         assert_eq!(steps(&mut giver), expected);
@@ -99,7 +100,7 @@ fn a_breach_before_ready_ends_the_takeover_and_the_giver_serves() {
         for breach in breaches {
             let mut giver = giver(now);
             giver.on_message(breach.clone());
-            giver.on_message(FromTaker::Ready); // means nothing behind a breach
+            giver.on_message(FromTaker::Ready); // does not count after a breach
             giver.on_end();
             assert!(giver.is_serving() && giver.is_over(), "{breach:?}");
             let steps = steps(&mut giver);
@@ -141,7 +142,7 @@ fn a_taker_that_is_not_ready_in_time_is_called_off() {
 
 /// Rules: G-CUT.
 #[test]
-fn a_giver_reads_to_the_end_before_it_tells_that_it_has_called_off() {
+fn a_giver_that_calls_off_reads_to_the_end_before_it_sends_aborted() {
     let now = Instant::now();
     for ready_was_written in [false, true] {
         let mut giver = complete_giver(now);
@@ -158,7 +159,7 @@ fn a_giver_reads_to_the_end_before_it_tells_that_it_has_called_off() {
         };
         assert_eq!(steps(&mut giver), [expected]);
         assert_eq!(giver.is_serving(), !ready_was_written);
-        // The end of what can be read is not the taker's end.
+        // After a cut, the end of the data is not the taker's end.
         assert_eq!(giver.is_draining(), ready_was_written);
     }
 }
@@ -205,7 +206,7 @@ fn the_end_of_the_taker_undoes_the_takeover_until_it_is_final() {
 
 /// Rules: G-RESUMED.
 #[test]
-fn a_giver_accepts_before_it_says_so() {
+fn a_giver_accepts_before_it_sends_resumed() {
     let now = Instant::now();
     let mut giver = draining_giver(now);
     giver.on_message(FromTaker::HandBack { baton: Bytes::from("baton") });

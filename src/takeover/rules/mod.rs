@@ -1,4 +1,4 @@
-//! The rules of `protocol.md` that are kept by the values of both sides.
+//! Tests of the rules in `protocol.md` that the state machines of both sides keep.
 
 mod giver;
 mod taker;

@@ -9,7 +9,8 @@ use crate::takeover::{
     protocol::{
         AbortReason, Address, Family, FromTaker, Identity, Kind, Offered, ToTaker, Versions,
     },
-    taker::{Failure, Taker, TakerSettings, TakerStep},
+    steps::{Failure, TakerStep},
+    taker::{Taker, TakerSettings},
 };
 
 fn new_taker(now: Instant, versions: Versions) -> Taker {
@@ -23,7 +24,7 @@ fn greeting_taker(now: Instant) -> Taker {
     taker
 }
 
-/// A taker that has everything, and whose application is ready.
+/// A taker that has the whole offer, and whose application is ready.
 fn ready_taker(now: Instant) -> Taker {
     let mut taker = greeting_taker(now);
     receive(&mut taker, now, ToTaker::Welcome { version: 1, listeners: 0 });
@@ -41,7 +42,7 @@ fn serving_taker(now: Instant) -> Taker {
     taker
 }
 
-/// A taker that has got COMMIT.
+/// A taker that has received COMMIT.
 fn confirmed_taker(now: Instant) -> Taker {
     let mut taker = serving_taker(now);
     receive(&mut taker, now, commit());
@@ -134,7 +135,7 @@ fn without_ready_only_the_lock_makes_a_taker_serve() {
         assert!(!taker.is_serving() && taker.next_step().is_none());
         taker.on_end(now);
         assert_eq!(steps(&mut taker), [TakerStep::TryLock]);
-        taker.on_lock(now, false); // an exiting process closes one thing after another
+        taker.on_lock(now, false); // the kernel has not released the lock of the dead giver yet
         assert_eq!(taker.next_step(), None);
         taker.on_lock(now + 5 * SECOND, gets_it);
         let expected = match gets_it {
@@ -146,7 +147,7 @@ fn without_ready_only_the_lock_makes_a_taker_serve() {
     }
 }
 
-/// A giver that has no descriptor left calls a takeover off before it has sent anything.
+/// This happens if a giver has no descriptor left before it has sent anything.
 #[test]
 fn a_takeover_may_be_called_off_instead_of_a_welcome() {
     let now = Instant::now();
@@ -200,7 +201,7 @@ fn a_taker_that_has_lost_commit_takes_the_path_when_the_giver_has_given_it_up() 
     let mut taker = serving_taker(now);
     taker.on_violation(now);
     assert_eq!(steps(&mut taker), [TakerStep::Send(FromTaker::Release), TakerStep::TryLock]);
-    // It never gives up, and asks seldom after a while.
+    // It never gives up, and tries less often after a while.
     for (time, wait) in [(now, SECOND / 100), (now + 5 * SECOND, SECOND)] {
         taker.on_lock(time, false);
         assert!(taker.is_serving() && !taker.is_over());
@@ -212,7 +213,7 @@ fn a_taker_that_has_lost_commit_takes_the_path_when_the_giver_has_given_it_up() 
     assert_eq!(steps(&mut taker), [TakerStep::Confirmed(None)]);
     assert!(taker.is_serving() && taker.is_over());
 
-    // A COMMIT that has crossed RELEASE has the lock.
+    // The giver wrote COMMIT before it read RELEASE: the lock comes with it.
     let mut taker = serving_taker(now);
     taker.on_violation(now);
     steps(&mut taker);

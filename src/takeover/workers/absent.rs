@@ -1,4 +1,4 @@
-//! The hand-off's types without the feature `handoff`: there are no values of them.
+//! Placeholders for the types of the hand-off, without the feature `handoff`. They have no values.
 
 use std::io;
 

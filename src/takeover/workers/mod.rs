@@ -1,4 +1,4 @@
-//! A dispatcher whose workers go on when its process is replaced.
+//! The workers of a dispatcher that move to the next process in a takeover.
 
 #[cfg(not(feature = "handoff"))]
 mod absent;
@@ -12,40 +12,43 @@ use crate::Frame;
 #[cfg(feature = "handoff")]
 pub(super) use crate::handoff::{Dispatcher, Succession, TakenWorkers};
 
-/// The workers of a hand-off, as far as a server knows them.
+/// The workers of a hand-off that a server receives, and that it passes on.
 #[derive(Debug, Default)]
 pub(super) struct Workers {
-    /// From the server that this one has replaced.
-    coming: Vec<Frame>,
+    /// The workers of the server that this one has replaced, until the application calls
+    /// `Server::keep_workers`.
+    received: Vec<Frame>,
+    /// The same workers, once the dispatcher has taken them.
     taken: Option<TakenWorkers>,
+    /// Set by `Server::keep_workers`.
     dispatcher: Option<Dispatcher>,
 }
 
 impl Workers {
-    pub(super) fn come(&mut self, workers: Vec<Frame>) {
-        self.coming = workers;
+    pub(super) fn set_received(&mut self, workers: Vec<Frame>) {
+        self.received = workers;
     }
 
-    /// Keeps the workers of a dispatcher from now on. Returns those that it is to take.
+    /// Sets the dispatcher whose workers are passed on. Returns the workers for it to take.
     #[cfg(feature = "handoff")]
     pub(super) fn keep(&mut self, dispatcher: Dispatcher) -> Vec<Frame> {
         self.dispatcher = Some(dispatcher);
-        std::mem::take(&mut self.coming)
+        std::mem::take(&mut self.received)
     }
 
     #[cfg(feature = "handoff")]
-    pub(super) fn took(&mut self, taken: TakenWorkers) {
+    pub(super) fn set_taken(&mut self, taken: TakenWorkers) {
         self.taken = Some(taken);
     }
 
-    /// Prepares for another process to go on with the workers.
+    /// Prepares the move of the workers to another process. `None` if there is no dispatcher.
     pub(super) fn prepare(&self) -> io::Result<Option<(Succession, Vec<Frame>)>> {
         self.dispatcher.as_ref().map(Dispatcher::prepare_succession).transpose()
     }
 
-    /// The server that this one has replaced goes on.
+    /// Gives the workers back to the server that this one had replaced.
     pub(super) fn give_back(&mut self) {
-        self.coming.clear();
+        self.received.clear();
         self.taken.take().iter_mut().for_each(TakenWorkers::give_back);
     }
 }

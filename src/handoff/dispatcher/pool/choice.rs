@@ -177,6 +177,9 @@ impl<C> Pool<C> {
     /// Gives out what can be given out.
     pub(super) fn distribute(&mut self, now: Instant) {
         self.kept_free.clear();
+        if self.groups.are_settled() {
+            return; // the usual case, after each message of a worker
+        }
         let is_succeeded = self.is_succeeded();
         let mut next = self.groups.next_to_serve(None, is_succeeded);
         while let Some(group) = next {

@@ -34,6 +34,12 @@ pub(super) struct GroupState<C> {
     pub(super) workers: usize,
 }
 
+impl<C> GroupState<C> {
+    fn is_used(&self) -> bool {
+        self.workers > 0 || self.reserved > 0 || !self.queue.is_empty()
+    }
+}
+
 impl<C> Default for GroupState<C> {
     fn default() -> Self {
         Self { queue: Queue::default(), reserved: 0, workers: 0 }
@@ -60,10 +66,15 @@ impl<C> Groups<C> {
         self.groups.iter()
     }
 
+    /// Returns true if nothing waits, and no group is to be forgotten.
+    pub(super) fn are_settled(&self) -> bool {
+        let is_settled = |group: &GroupState<C>| group.queue.is_empty() && group.is_used();
+        self.anywhere.is_empty() && self.groups.values().all(is_settled)
+    }
+
     /// Forgets the groups that have nothing: clients may have made up their names.
     pub(super) fn remove_unused(&mut self) {
-        self.groups
-            .retain(|_, group| group.workers > 0 || group.reserved > 0 || !group.queue.is_empty());
+        self.groups.retain(|_, group| group.is_used());
     }
 
     /// The first group behind this one that has workers, or to which any may belong, and something

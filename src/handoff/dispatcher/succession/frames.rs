@@ -2,8 +2,6 @@
 
 use std::{io, os::fd::OwnedFd};
 
-use bytes::Bytes;
-
 use crate::{
     Frame, Socket,
     fields::{Fields, put_short},
@@ -94,34 +92,6 @@ fn no_part() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "not a frame of a dispatcher that is replaced")
 }
 
-/// The metadata of an offer to another dispatcher: what that has to know beside the rest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::handoff::dispatcher) struct Envelope {
-    pub(in crate::handoff::dispatcher) key: Option<u64>,
-    pub(in crate::handoff::dispatcher) group: Group,
-    pub(in crate::handoff::dispatcher) metadata: Bytes,
-}
-
-impl Envelope {
-    pub(in crate::handoff::dispatcher) fn encode(&self) -> Bytes {
-        let mut bytes = Vec::with_capacity(16 + self.metadata.len());
-        bytes.push(self.key.is_some().into());
-        bytes.extend(self.key.unwrap_or_default().to_be_bytes());
-        let fits = put_short(&mut bytes, self.group.as_str().as_bytes());
-        debug_assert!(fits.is_ok(), "the length was checked");
-        bytes.extend_from_slice(&self.metadata);
-        bytes.into()
-    }
-
-    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
-        let mut fields = Fields(bytes);
-        let (has_key, key) = (fields.bool()?, fields.u64()?);
-        let group = Group::from(fields.text()?);
-        let metadata = Bytes::copy_from_slice(fields.rest());
-        Some(Self { key: has_key.then_some(key), group, metadata })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
@@ -173,14 +143,5 @@ mod tests {
         ] {
             assert!(Part::from_frame(frame).is_err());
         }
-    }
-
-    #[test]
-    fn a_connection_keeps_its_key_group_and_metadata() {
-        for key in [None, Some(u64::MAX)] {
-            let envelope = Envelope { key, group: "images".into(), metadata: "tenant 7".into() };
-            assert_eq!(Envelope::decode(&envelope.encode()), Some(envelope));
-        }
-        assert_eq!(Envelope::decode(b"\0"), None);
     }
 }

@@ -10,18 +10,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(super) use frames::Envelope;
 use frames::{Part, Traveller};
 use tokio::{select, time::sleep};
 use tracing::warn;
 
 use super::{
-    Accepted, Dispatcher, Shared, WorkerCommand, WorkerEntryGuard, WorkerId,
+    Accepted, Dispatcher, Shared, WorkerCommand, WorkerId,
     accepted::Attributes,
-    dispatching::reserve_late,
+    envelope::Envelope,
     handover::{Handover, shut_down},
     pool::ProcessId,
-    shared::{Source, lock},
+    shared::lock,
+    source::Source,
+    worker_entry::WorkerEntryGuard,
     worker_task::WorkerTask,
 };
 use crate::{
@@ -304,8 +305,8 @@ fn take_connection(shared: &Arc<Shared>, connection: Connection) {
     match Handover::prepare(socket, attributes, Some(peer), Some(local)) {
         Ok(mut connection) => {
             connection.origin = Some(serving);
-            match reserve_late(shared) {
-                Some(permit) => permit.take(connection, &Group::default()),
+            match shared.late_slot() {
+                Some(slot) => slot.dispatch(connection, &Group::default()),
                 None => {
                     connection.shut_down();
                     shared.count_lost();

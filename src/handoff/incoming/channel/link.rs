@@ -18,8 +18,7 @@ use crate::{
     Error, Framed, Socket,
     framed::{ReadHalf, WriteHalf},
     handoff::{
-        connection::Prepared,
-        incoming::book::Book,
+        incoming::{book::Book, prepared::Prepared},
         protocol::{FromWorker, SalvagingCodec, WorkerCodec},
     },
 };

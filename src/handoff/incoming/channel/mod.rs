@@ -10,6 +10,7 @@
 //! links before it stay until their dispatchers end them, since one of these may serve again.
 
 mod link;
+mod state;
 mod task;
 
 use std::{
@@ -18,26 +19,23 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use smallvec::SmallVec;
 use tokio::{runtime::Handle, sync::watch, time::Instant};
 
 use link::Link;
+use state::{Adopted, State, now};
 use task::Task;
 
-use super::{IncomingEnd, IncomingStats, Settings, book::Book, headroom::Headroom};
+use super::{
+    book::Book, end::IncomingEnd, headroom::Headroom, prepared::Prepared, settings::Settings,
+    stats::IncomingStats,
+};
 use crate::{
     Error, Socket, close_in_background,
-    handoff::{
-        connection::{Connection, Prepared},
-        protocol::{NewLink, Offer, RejectReason, ToWorker},
-    },
+    handoff::protocol::{NewLink, Offer, RejectReason, ToWorker},
 };
 
 /// The most links that a worker has beside the current one. Usually it has one.
 const MOST_FORMER: usize = 16;
-
-/// Connections that the application gets.
-pub(super) type Adopted = SmallVec<[Prepared; 1]>;
 
 pub(in crate::handoff) struct Channel {
     state: Mutex<State>,
@@ -54,22 +52,6 @@ pub(super) enum Phase {
     Unlinked(IncomingEnd),
     /// They have ended too.
     Finished(IncomingEnd),
-}
-
-struct State {
-    /// The link at which offers come, and at which adopted connections end.
-    current: Link,
-    /// The links before it that have not ended, or have connections that the application has not
-    /// got.
-    former: Vec<Link>,
-    /// The current link has ended, and a dispatcher before it may serve again.
-    is_waiting: bool,
-    headroom: Headroom,
-    serve_unanswered: bool,
-    /// Nobody will ask again.
-    abandoned: bool,
-    application: Option<Waker>,
-    runtime: Handle,
 }
 
 impl Channel {
@@ -182,7 +164,10 @@ impl Channel {
         if state.abandoned {
             let adopted = state.take_adopted(usize::MAX);
             drop(state);
-            adopted.into_iter().for_each(|prepared| drop(Connection::adopted(prepared, self)));
+            for prepared in adopted {
+                prepared.end();
+                self.finish();
+            }
         }
     }
 
@@ -333,81 +318,4 @@ impl fmt::Debug for Channel {
 /// Closes copies of connections that are not ours: no option and no flag of them is touched.
 fn close_offers(offers: impl IntoIterator<Item = Prepared>) {
     close_in_background(offers.into_iter().flat_map(Prepared::into_fds));
-}
-
-/// The runtime's time, as the book counts it.
-fn now() -> std::time::Instant {
-    Instant::now().into_std()
-}
-
-impl State {
-    /// Returns true if the application gets nothing more.
-    fn is_over(&self) -> bool {
-        !self.is_waiting
-            && self.current.book.is_over()
-            && self.former.iter().all(|former| former.book.is_over())
-    }
-
-    /// Adoptions at a link before this one were not told of. When this one began, they were counted
-    /// as open.
-    fn on_lost(&mut self, connections: u64) {
-        for _ in 0..connections {
-            self.current.book.finish(now());
-        }
-    }
-
-    /// Returns the link of this number, unless it has ended before another one followed.
-    fn link(&mut self, number: u64) -> Option<&mut Link> {
-        self.link_and_headroom(number).map(|(link, _)| link)
-    }
-
-    fn link_and_headroom(&mut self, number: u64) -> Option<(&mut Link, &mut Headroom)> {
-        let Self { current, former, headroom, .. } = self;
-        let mut links = former.iter_mut().chain([current]);
-        links.find(|link| link.number == number).map(|link| (link, headroom))
-    }
-
-    fn forget_ended(&mut self) {
-        self.former.retain(|link| !link.has_ended() || link.book.adopting() > 0);
-    }
-
-    fn adopt(&mut self, max: usize) {
-        self.current.book.adopt(max);
-        self.current.feed();
-        let before = self.current.book.next_timeout();
-        self.ask();
-        self.current.feed();
-        let task = self.current.task.clone();
-        let flushed = self.current.poll_flush(&mut Context::from_waker(&task));
-        // It sends the rest, finds out what an error means, or waits for another time.
-        let is_sooner = |next| before.is_none_or(|before| next < before);
-        if !matches!(flushed, Poll::Ready(Ok(())))
-            || self.current.book.next_timeout().is_some_and(is_sooner)
-        {
-            self.wake_task();
-        }
-    }
-
-    /// Takes out up to `max` connections that were adopted and that the dispatcher has been told
-    /// of.
-    fn take_adopted(&mut self, max: usize) -> Adopted {
-        let mut adopted = Adopted::new();
-        for link in self.former.iter_mut().chain([&mut self.current]) {
-            adopted.extend(link.book.take_adopted::<Adopted>(max - adopted.len()));
-        }
-        self.forget_ended();
-        adopted
-    }
-
-    /// Asks for as many offers as there is room for.
-    fn ask(&mut self) {
-        self.current.book.ask(now(), || self.headroom.count());
-    }
-
-    /// Wakes the task from the application. Another task follows, which does nothing: tokio keeps
-    /// what was woken last for the thread that woke it, and the application may block that one.
-    fn wake_task(&self) {
-        self.current.task.wake_by_ref();
-        drop(self.runtime.spawn(async {}));
-    }
 }
