@@ -20,7 +20,7 @@ use crate::{
 pub(crate) struct Outbound {
     socket: Arc<Socket>,
     pub(super) side: SendSide,
-    /// The event without which the next attempt to send is of no use.
+    /// The event to wait for before the next attempt to send.
     wait: SendWait,
 }
 

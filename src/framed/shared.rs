@@ -124,8 +124,8 @@ impl<E> Shared<E> {
         }
     }
 
-    /// Gives up a permit, used or unused. If it was not used, there is room for one more message,
-    /// so the first waiter is woken.
+    /// Gives up a permit, used or unused, and wakes the first waiter. A permit counts as one byte
+    /// and one descriptor, and its message may have taken less.
     pub(super) fn remove_permit(&self) {
         let mut state = self.lock();
         state.permits -= 1;

@@ -269,9 +269,9 @@ impl GiverTask {
                     generation.replaced_for.as_millis().try_into().unwrap_or(u64::MAX);
                 (generation.pid.unwrap_or_default(), milliseconds)
             });
-        let is_under_way = self.shared.status.borrow().is_claimed;
+        let takeover_in_progress = self.shared.status.borrow().is_claimed;
         let generations = generations.collect();
-        self.send(ToTaker::Status { pid: std::process::id(), is_under_way, generations });
+        self.send(ToTaker::Status { pid: std::process::id(), takeover_in_progress, generations });
     }
 
     /// Waits until something happens, and applies it to the giver.
@@ -311,7 +311,7 @@ impl GiverTask {
             None => {
                 self.can_read = false;
                 if self.peer.is_none() {
-                    self.out.clear(); // nobody can_read it
+                    self.out.clear(); // nobody reads it
                 }
                 self.giver.on_end();
             }

@@ -96,7 +96,8 @@
 //!
 //! | event | the old process | the new process |
 //! |---|---|---|
-//! | the new one hangs or gives up before ready | goes on | [`Error::Aborted`], if it lives |
+//! | the new one hangs before ready | goes on | [`Error::Aborted`] when it is ready |
+//! | the new one gives up before ready | goes on | - |
 //! | the old one dies before the new one is ready | - | gets the lock, and serves once ready |
 //! | the new one dies before ready | goes on | - |
 //! | the new one dies while the old one drains | accepts again | - |

@@ -26,7 +26,7 @@ pub struct ServerStatus {
     /// The process id of the server, in the PID namespace of the server.
     pub pid: u32,
     /// True while another process is taking over.
-    pub is_under_way: bool,
+    pub takeover_in_progress: bool,
     /// The processes that were replaced and still finish their connections, the oldest first.
     pub generations: Vec<Generation>,
 }
@@ -40,7 +40,7 @@ impl fmt::Display for ServerStatus {
     /// ```
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "process {} serves", self.pid)?;
-        if self.is_under_way {
+        if self.takeover_in_progress {
             f.write_str("\nanother process is taking over")?;
         }
         self.generations.iter().try_for_each(|generation| write!(f, "\n{generation}"))
@@ -79,14 +79,14 @@ pub async fn status(path: impl AsRef<Path>, options: &Options) -> Result<ServerS
             .map_err(|refused| Error::Connection(refused.error))?;
         // The server sends one answer and closes the connection.
         match connection.next().await {
-            Some(Ok(ToTaker::Status { pid, is_under_way, generations })) => {
+            Some(Ok(ToTaker::Status { pid, takeover_in_progress, generations })) => {
                 let generation = |(pid, milliseconds)| Generation {
                     pid: Some(pid).filter(|&pid| pid > 0),
                     replaced_for: Duration::from_millis(milliseconds),
                 };
                 Ok(ServerStatus {
                     pid,
-                    is_under_way,
+                    takeover_in_progress,
                     generations: generations.into_iter().map(generation).collect(),
                 })
             }
@@ -170,9 +170,10 @@ mod tests {
 
     #[test]
     fn a_status_has_one_line_for_each_process() {
-        let mut status = ServerStatus { pid: 812, is_under_way: false, generations: Vec::new() };
+        let mut status =
+            ServerStatus { pid: 812, takeover_in_progress: false, generations: Vec::new() };
         assert_eq!(status.to_string(), "process 812 serves");
-        status.is_under_way = true;
+        status.takeover_in_progress = true;
         status.generations = vec![
             Generation { pid: Some(700), replaced_for: Duration::from_millis(12_900) },
             Generation { pid: None, replaced_for: Duration::ZERO },

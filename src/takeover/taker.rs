@@ -25,7 +25,7 @@ const SLOW_LOCK_RETRY: Duration = Duration::from_secs(1);
 ///          WELCOME             COMPLETE          ready()           READY was written
 ///   Hello ---------> Receiving --------> Offered -------> Readying ----------> Unconfirmed
 ///                                           |                | can't be written  |  | giver's end
-///                            giver's end,   |                v             COMMIT |  | or a breach
+///                            giver's end,   |                v            COMMIT |  | or a breach
 ///                            then ready()   |               Cut                  |  v
 ///                                           |                | giver's end       |  Relocking
 ///                                           '----> Locking <-'                   v      |

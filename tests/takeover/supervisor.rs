@@ -95,7 +95,7 @@ fn a_call_returns_once_the_new_process_serves() {
         let second = service.launch(&mut service.command(), PATIENCE).await.unwrap();
         assert_eq!(Some(service.pid()), second.id());
         let status = takeover::status(&service.path, &Options::default()).await.unwrap();
-        assert_eq!((Some(status.pid), status.is_under_way), (second.id(), false));
+        assert_eq!((Some(status.pid), status.takeover_in_progress), (second.id(), false));
         assert!(first.wait().await.unwrap().success());
     });
 }

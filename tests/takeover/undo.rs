@@ -166,7 +166,7 @@ fn a_second_takeover_is_refused_while_one_is_under_way() {
         assert!(matches!(second, Error::Refused(Refusal::Busy)), "{second}");
         assert!(second.to_string().contains("another process is taking over"), "{second}");
         let status = takeover::status(&path, &Options::default()).await.unwrap();
-        assert_eq!((status.pid, status.is_under_way), (std::process::id(), true));
+        assert_eq!((status.pid, status.takeover_in_progress), (std::process::id(), true));
         let new = pending.ready().await.unwrap();
         old.replaced().await;
         // The control socket has moved along: the next one waits for the new server, which lets it

@@ -21,7 +21,7 @@ use super::{
 /// The process of a worker. The end of its socket does not show that the process has ended: it may
 /// go on without, and a child process of its own may hold the socket open.
 pub(super) enum Process {
-    /// A process that this dispatcher has started, or one that it has replaced.
+    /// A process that was started by this dispatcher, or by one that this dispatcher has replaced.
     Started { id: ProcessId, process: Started, pid: Option<u32> },
     /// A process that has connected. All its links share this, so it takes one descriptor even if
     /// it connects often.

@@ -244,10 +244,10 @@ impl<F> ToTaker<F> {
                 replaced_for.iter().for_each(|milliseconds| dst.extend(milliseconds.to_be_bytes()));
                 carried = fds;
             }
-            Self::Status { pid, is_under_way, generations } => {
+            Self::Status { pid, takeover_in_progress, generations } => {
                 dst.push(0x8C);
                 dst.extend(pid.to_be_bytes());
-                dst.push(is_under_way.into());
+                dst.push(takeover_in_progress.into());
                 for (pid, milliseconds) in generations {
                     dst.extend(pid.to_be_bytes());
                     dst.extend(milliseconds.to_be_bytes());
@@ -331,12 +331,12 @@ impl<F> ToTaker<F> {
             0x89 => Self::Resumed,
             0x8A => Self::Drained,
             0x8C => {
-                let (pid, is_under_way) = (fields.u32()?, fields.bool()?);
+                let (pid, takeover_in_progress) = (fields.u32()?, fields.bool()?);
                 let mut generations = Vec::new();
                 while !fields.is_at_end() {
                     generations.push((fields.u32()?, fields.u64()?));
                 }
-                Self::Status { pid, is_under_way, generations }
+                Self::Status { pid, takeover_in_progress, generations }
             }
             _ => return None,
         };

@@ -146,7 +146,7 @@ pub enum ToTaker<F = OwnedFd> {
         /// The process id of the giver, in its PID namespace.
         pid: u32,
         /// True while a takeover is under way.
-        is_under_way: bool,
+        takeover_in_progress: bool,
         /// The processes that were replaced and still run, the oldest first: the process id, or 0
         /// if it is not known, and the time in milliseconds for which it has been replaced.
         generations: Vec<(u32, u64)>,

@@ -63,8 +63,8 @@ fn to_taker() -> impl Strategy<Value = ToTaker<u32>> {
             ToTaker::Generations { replaced_for, fds: fds.into_iter().collect() }
         }),
         (any::<(u32, bool)>(), vec(any::<(u32, u64)>(), 0..5)).prop_map(
-            |((pid, is_under_way), generations)| {
-                ToTaker::Status { pid, is_under_way, generations }
+            |((pid, takeover_in_progress), generations)| {
+                ToTaker::Status { pid, takeover_in_progress, generations }
             }
         ),
     ]
