@@ -69,7 +69,7 @@ impl Dispatching {
                 (Step::Send(peer), !state.unsent.is_empty()),
                 (
                     Step::Get(peer, None),
-                    state.works() && (state.sees_end() || !state.to_worker.is_empty()),
+                    state.works() && (state.gets_end() || !state.to_worker.is_empty()),
                 ),
                 (Step::Ask(peer), state.works()),
                 (Step::Answer(peer), state.works()),
