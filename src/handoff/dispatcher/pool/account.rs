@@ -1,14 +1,9 @@
 //! The account of one link: the connections planned for the worker, its unanswered offers, and its
 //! demand.
 
-use std::{
-    collections::VecDeque,
-    convert::Infallible,
-    ops::{Deref, RangeBounds},
-    time::Instant,
-};
+use std::{collections::VecDeque, convert::Infallible, time::Instant};
 
-use super::{Pending, ProcessInfo, clock::Clock};
+use super::{Pending, ProcessInfo, clock::Clock, offers::Offers};
 use crate::handoff::{
     dispatcher::{RetireCause, WorkerState, builder::Config},
     protocol::{FromWorker, MAX_UNANSWERED, ToWorker, VERSION},
@@ -471,47 +466,4 @@ pub(super) struct Remains<C> {
     pub(super) unseen: Vec<Pending<C>>,
     /// The number of repeated offers among those that were made and not sent.
     pub(super) repeated: u64,
-}
-
-/// Offers in their order, and the number of their descriptors.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Offers<C> {
-    offers: VecDeque<Pending<C>>,
-    /// The sum of `fds` over all `offers`.
-    fds: usize,
-}
-
-impl<C> Offers<C> {
-    fn push_back(&mut self, pending: Pending<C>) -> &Pending<C> {
-        self.fds += pending.fds;
-        self.offers.push_back(pending);
-        &self.offers[self.offers.len() - 1]
-    }
-
-    fn pop_front(&mut self) -> Option<Pending<C>> {
-        let first = self.offers.pop_front()?;
-        self.fds -= first.fds;
-        Some(first)
-    }
-
-    /// Takes out the offers at these positions.
-    fn take(&mut self, range: impl RangeBounds<usize>) -> Vec<Pending<C>> {
-        let taken = Vec::from_iter(self.offers.drain(range));
-        self.fds -= taken.iter().map(|pending| pending.fds).sum::<usize>();
-        taken
-    }
-}
-
-impl<C> Default for Offers<C> {
-    fn default() -> Self {
-        Self { offers: VecDeque::new(), fds: 0 }
-    }
-}
-
-impl<C> Deref for Offers<C> {
-    type Target = VecDeque<Pending<C>>;
-
-    fn deref(&self) -> &VecDeque<Pending<C>> {
-        &self.offers
-    }
 }

@@ -5,6 +5,8 @@
 //! many messages were [sent](Book::on_sent). An application gets a connection only after its
 //! adoption was sent.
 
+mod demand;
+mod end;
 #[cfg(test)]
 mod tests;
 
@@ -16,19 +18,13 @@ use std::{
 
 use crate::{
     Error,
-    handoff::{
-        IncomingStats,
-        protocol::{FromWorker, MAX_UNANSWERED, RejectReason, ToWorker, VERSION},
-    },
+    handoff::protocol::{FromWorker, MAX_UNANSWERED, RejectReason, ToWorker, VERSION},
 };
 
 /// How long the end of a connection may go unreported if there is nothing else to send. Every
 /// answer carries the report along, so a busy worker does not need this time. A shorter time would
 /// make the kernel program a hardware timer each time the process sleeps.
 const REPORT_AFTER: Duration = Duration::from_millis(100);
-
-/// How long to wait before free descriptors are counted again.
-const COUNT_AFTER: Duration = Duration::from_millis(10);
 
 /// The offers of one link to a dispatcher. All numbers count from the beginning of the link, except
 /// those of connections that were open before.
@@ -92,14 +88,6 @@ pub(in crate::handoff) struct Book<T> {
     /// of them were sent. `sent <= taken`.
     taken: u64,
     sent: u64,
-}
-
-/// The offers that a link leaves behind at its end, and that do not belong to this worker.
-#[derive(Debug)]
-pub(in crate::handoff) struct Left<T> {
-    pub(in crate::handoff) offers: Vec<T>,
-    /// How many of the offers the application had asked for. Their adoption was not sent.
-    pub(in crate::handoff) lost: u64,
 }
 
 /// An offer without an answer.
@@ -387,68 +375,6 @@ impl<T> Book<T> {
         }
     }
 
-    // Demand.
-
-    /// The number of further offers that could be asked for, if there were enough descriptors.
-    fn room(&self) -> u64 {
-        if !self.welcomed || !self.asked || self.is_busy || self.phase != Phase::Open {
-            return 0;
-        }
-        // For example: 7 adopted, 2 rejected and replaced, and a limit of 64 allow a demand of 73
-        // in total. A demand of 70 so far leaves room for 3 offers.
-        let limit = self.window.min(self.max_connections.saturating_sub(self.serving()));
-        (self.adopted + self.replaced + limit).saturating_sub(self.demand)
-    }
-
-    /// Asks for as many offers as there is room for and as there are descriptors for. `free` counts
-    /// the descriptors that this process may still open.
-    pub(in crate::handoff) fn ask(&mut self, now: Instant, free: impl FnOnce() -> u64) {
-        // Count free descriptors only if those of the last count do not suffice.
-        let room = self.room();
-        let wanted = room.saturating_mul(self.max_fds);
-        if wanted > self.spare {
-            let promised = self.on_their_way().saturating_mul(self.max_fds);
-            // Use half of them only, because the application opens files too.
-            self.spare = free().saturating_sub(promised).div_ceil(2);
-        }
-        let granted = room.min(self.spare / self.max_fds);
-        self.count_at =
-            if granted < room { self.count_at.or(Some(now + COUNT_AFTER)) } else { None };
-        if granted > 0 {
-            self.spare -= granted * self.max_fds;
-            self.demand += granted;
-            self.refusal = Refusal::None;
-            self.messages.push_back(FromWorker::Demand { total: self.demand });
-        }
-    }
-
-    /// Returns the numbers of the worker, earlier links included.
-    pub(in crate::handoff) fn stats(&self) -> IncomingStats {
-        IncomingStats {
-            adopted: self.adopted_before + self.adopted,
-            rejected: self.rejected_before + self.rejected,
-            active: self.serving(),
-            waiting: self.unanswered.len() as u64,
-            requested: if self.phase == Phase::Ended { 0 } else { self.on_their_way() },
-        }
-    }
-
-    /// The number of offers that were asked for and have not arrived.
-    fn on_their_way(&self) -> u64 {
-        self.demand - self.offered
-    }
-
-    /// The number of adopted connections that have not ended.
-    fn serving(&self) -> u64 {
-        self.open_before + self.adopted - self.finished
-    }
-
-    /// Returns true if only `max_connections` limits the demand, so that the end of a connection
-    /// makes room for an offer.
-    fn is_full(&self) -> bool {
-        self.serving() + self.window >= self.max_connections
-    }
-
     // Time.
 
     /// Reports what is due, and lets [`ask`](Self::ask) count descriptors again.
@@ -463,97 +389,5 @@ impl<T> Book<T> {
     /// Returns the next time at which [`on_timeout`](Self::on_timeout) has something to do.
     pub(in crate::handoff) fn next_timeout(&self) -> Option<Instant> {
         self.report_at.into_iter().chain(self.count_at).min()
-    }
-
-    // The end.
-
-    /// Moves the worker on to a new link. Returns the book of the new link, and the offers of this
-    /// one that wait, which are rejected. This link stays until its dispatcher asks for a drain,
-    /// unless it has ended before.
-    pub(in crate::handoff) fn move_on(&mut self) -> (Self, Vec<T>) {
-        // The new book goes on where this one stops, also if this one is draining.
-        let max_fds = u8::try_from(self.max_fds).unwrap_or(u8::MAX);
-        let mut next = Self::with_open(self.serving(), self.window, self.max_connections, max_fds);
-        (next.asked, next.is_busy) = (self.asked, self.is_busy);
-        if matches!(self.phase, Phase::Draining | Phase::Left) {
-            next.drain();
-        }
-        self.has_moved = true;
-        let unwanted = self.drain();
-        next.adopted_before = self.adopted_before + self.adopted;
-        next.rejected_before = self.rejected_before + self.rejected;
-        (next, unwanted)
-    }
-
-    /// Sends GOODBYE if nothing is left to do at this link. Returns true if GOODBYE is in the
-    /// messages or was sent.
-    pub(in crate::handoff) fn leave(&mut self) -> bool {
-        let is_done = if self.has_moved { self.drain_requested } else { self.serving() == 0 };
-        if self.phase == Phase::Draining && is_done && self.unanswered.is_empty() {
-            self.report();
-            self.messages.push_back(FromWorker::Goodbye);
-            self.phase = Phase::Left;
-        }
-        self.phase == Phase::Left
-    }
-
-    /// Ends the link. Offers whose adoption was not sent do not belong to this worker, so they are
-    /// returned. If `serve` is true, the application gets them nevertheless, and none is returned.
-    pub(in crate::handoff) fn end(&mut self, serve: bool) -> Left<T> {
-        self.phase = Phase::Ended;
-        // Adoptions that were not sent are undone.
-        let sent = self.adopting.partition_point(|(sent_with, _)| *sent_with <= self.sent);
-        let lost = (self.adopting.len() - sent) as u64;
-        self.adopted -= lost;
-        let unsent = self.adopting.split_off(sent).into_iter().map(|(_, offer)| offer);
-        let waiting =
-            std::mem::take(&mut self.unanswered).into_iter().filter_map(|waiting| match waiting {
-                Waiting::ForApplication(offer) => Some(offer),
-                Waiting::ForRejection(_) => None,
-            });
-        let mut offers = Vec::from_iter(unsent.chain(waiting));
-        if serve {
-            // With the number 0 the application does not wait for any message to be sent.
-            self.adopted += offers.len() as u64;
-            self.adopting.extend(offers.drain(..).map(|offer| (0, offer)));
-        }
-        Left { offers, lost }
-    }
-
-    #[cfg(test)]
-    pub(in crate::handoff) fn has_ended(&self) -> bool {
-        self.phase == Phase::Ended
-    }
-
-    /// Returns the number of adopted connections that the application has not received.
-    pub(in crate::handoff) fn adopting(&self) -> usize {
-        self.adopting.len()
-    }
-
-    /// Returns true if the link has ended, and so has every adopted connection.
-    pub(in crate::handoff) fn has_finished(&self) -> bool {
-        self.phase == Phase::Ended && self.serving() == 0
-    }
-
-    /// Returns true if the worker takes no more offers at this link, or the link has ended.
-    pub(in crate::handoff) fn is_draining(&self) -> bool {
-        self.phase != Phase::Open
-    }
-
-    /// Returns true if the application gets no more connections from this link.
-    pub(in crate::handoff) fn is_over(&self) -> bool {
-        self.adopting.is_empty() && self.is_draining()
-    }
-
-    /// Returns true if the application would get something if it asked now: a connection, or the
-    /// end of its stream. Also true if its request would let the worker ask for more offers.
-    pub(in crate::handoff) fn is_worth_asking(&self) -> bool {
-        match self.adopting.front() {
-            Some((sent_with, _)) => *sent_with <= self.sent,
-            None if self.has_moved => false,
-            // After a rejection the worker asks for other offers only if the application asks
-            // again.
-            None => !self.unanswered.is_empty() || self.replaced < self.rejected || self.is_over(),
-        }
     }
 }

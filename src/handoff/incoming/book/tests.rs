@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use super::*;
+use super::{demand::COUNT_AFTER, *};
 
 #[derive(Debug, Clone)]
 enum Event {
