@@ -139,7 +139,7 @@ fn a_worker_leaves_a_dispatcher_at_each_breach() {
     counted(async |kind| {
         let (_client, copy) = connection();
         let fd = || OwnedFd::from(copy.try_clone().unwrap());
-        let no_message = "not a message of a hand-off's dispatcher";
+        let no_message = "not a message of a dispatcher of the hand-off protocol";
         leaves(kind, b"GET / HTTP/1.1\r\n\r\n", Vec::new(), "").await;
         leaves(kind, b"\xFD\x10\0\0\0\x10\0\x01", Vec::new(), "1048577").await;
         leaves(kind, b"\xFD\x10\0\x11\0\0\0\x01", Vec::new(), "17").await;

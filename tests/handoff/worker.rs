@@ -666,7 +666,7 @@ fn a_dispatcher_that_breaks_the_protocol_is_left() {
 
         for (first, reason) in [
             (ToWorker::Welcome { version: 2 }, "another version"),
-            (ToWorker::Ping { nonce: 0 }, "does not begin with WELCOME"),
+            (ToWorker::Ping { nonce: 0 }, "first message is not a WELCOME"),
         ] {
             let (a, b) = Socket::pair(kind).unwrap();
             let mut incoming = Incoming::new(b);

@@ -17,8 +17,8 @@ use crate::{Socket, SocketKind, handoff::protocol::MAX_OFFER_FDS};
 pub struct IncomingBuilder(Settings);
 
 impl IncomingBuilder {
-    /// Sets the most connections that are on their way to this worker or wait in it to be adopted,
-    /// 1 to 253. Default: 64.
+    /// Sets the most connections that are on their way to this worker or wait in it for their
+    /// adoption, 1 to 253. Default: 64.
     ///
     /// If the window is too small, the worker waits for the dispatcher between connections. Each
     /// waiting connection takes a descriptor in this process. Connections on their way to all
@@ -31,8 +31,8 @@ impl IncomingBuilder {
     /// Sets the most connections that this worker has at a time. A connection counts from when the
     /// worker asks the dispatcher for it until it has ended.
     ///
-    /// By default only `RLIMIT_NOFILE` limits them, which it does in any case: an eighth of it, at
-    /// most 64 descriptors, is left to the application.
+    /// By default only `RLIMIT_NOFILE` limits them. That limit applies in any case: an eighth of
+    /// it, at most 64 descriptors, is left to the application.
     pub const fn max_connections(mut self, connections: usize) -> Self {
         self.0.max_connections = connections as u64;
         self
@@ -50,11 +50,11 @@ impl IncomingBuilder {
         self
     }
 
-    /// Sets the most descriptors that a connection may have [with its
-    /// bundle](crate::handoff::Accepted::with_fd), 1 to [`MAX_OFFER_FDS`]. Default: 1, the
+    /// Sets the most descriptors that a connection may have together with its
+    /// [bundle](crate::handoff::Accepted::with_fd), 1 to [`MAX_OFFER_FDS`]. Default: 1, the
     /// connection alone.
     ///
-    /// The worker keeps that many free for each connection that it asks for.
+    /// The worker keeps that many descriptors free for each connection that it asks for.
     pub const fn max_fds(mut self, fds: usize) -> Self {
         self.0.max_fds = if fds == 0 {
             1

@@ -19,28 +19,30 @@ use crate::{
     handoff::{Address, span::ConnectionSpan},
 };
 
-/// A client's connection, adopted by this process. From [`Incoming`](crate::handoff::Incoming).
+/// A client's connection that this process has adopted, from
+/// [`Incoming`](crate::handoff::Incoming).
 ///
 /// ```
 /// use fdwire::handoff::Connection;
 /// use tokio::io::{AsyncReadExt, AsyncWriteExt};
 ///
 /// async fn echo(mut connection: Connection) -> std::io::Result<()> {
-///     let mut heard = [0; 1024];
+///     let mut buffer = [0; 1024];
 ///     loop {
-///         match connection.read(&mut heard).await? {
+///         match connection.read(&mut buffer).await? {
 ///             0 => return Ok(()), // the connection is ended here
-///             bytes => connection.write_all(&heard[..bytes]).await?,
+///             bytes => connection.write_all(&buffer[..bytes]).await?,
 ///         }
 ///     }
 /// }
 /// ```
 ///
-/// A read returns first the bytes that the dispatcher had read already, then those that come from
+/// A read first returns the bytes that the dispatcher had already read, then those that come from
 /// the client.
 ///
-/// Dropping it **ends the connection** at once, even if another process still has a copy: a client
-/// waits for that. `shutdown` of tokio's `AsyncWriteExt` ends the sending direction only.
+/// Dropping a `Connection` **ends the connection** at once, even if another process still has a
+/// copy, because the client may wait for the end. `shutdown` of tokio's `AsyncWriteExt` ends the
+/// sending direction only.
 ///
 /// Socket options are set through [`AsFd`].
 #[derive(Debug)]
@@ -58,11 +60,11 @@ pub struct Connection {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct ConnectionParts {
-    /// The socket. Dropping it closes it, which ends the connection only if no other process has a
-    /// copy: shut it down.
+    /// The socket. Shut it down to end the connection: dropping the stream only closes this copy,
+    /// and another process may have one.
     pub stream: ConnectionStream,
-    /// The bytes that the dispatcher had read and that are not consumed. They come before what the
-    /// socket still has.
+    /// The bytes that the dispatcher had read and that are not consumed. They come before those
+    /// that the socket still has.
     pub prefix: Bytes,
     /// The address of the client.
     pub peer: Address,
@@ -72,12 +74,12 @@ pub struct ConnectionParts {
     pub metadata: Bytes,
     /// The descriptors that [came with it](Connection::bundle_mut).
     pub bundle: Vec<OwnedFd>,
-    /// Keep it until the connection has ended.
+    /// The guard that counts the connection as active. Keep it until the connection has ended.
     pub serving: ServingGuard,
 }
 
-/// Counts as a connection that is being served, until it is dropped. The dispatcher chooses the
-/// worker with the fewest, and a drain waits for all of them.
+/// A guard that counts as one active connection until it is dropped. The dispatcher chooses the
+/// worker with the fewest active connections, and a drain waits for all of them.
 #[derive(Debug)]
 pub struct ServingGuard {
     channel: Arc<Channel>,
@@ -117,9 +119,9 @@ impl Connection {
         &mut self.bundle.0
     }
 
-    /// Returns the `tracing` span of this connection, which ends with it: for events of the
-    /// application that belong to the connection. It is [described](crate::watching#spans) with the
-    /// others.
+    /// Returns the `tracing` span of this connection, for events of the application that belong to
+    /// the connection. The span ends with the connection; see [the list of
+    /// spans](crate::watching#spans).
     ///
     /// ```no_run
     /// # async fn serve(_: fdwire::handoff::Connection) {}
@@ -142,6 +144,7 @@ impl Connection {
         ConnectionParts { stream, prefix, peer, local, metadata, bundle, serving }
     }
 
+    /// Returns the socket, which is present until [`into_parts`](Self::into_parts) takes it.
     fn stream(self: Pin<&mut Self>) -> &mut ConnectionStream {
         self.get_mut().stream.0.as_mut().expect(PRESENT)
     }

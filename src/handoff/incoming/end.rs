@@ -8,13 +8,14 @@ use crate::Error;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum IncomingEnd {
-    /// In order: every adopted connection has ended, and the dispatcher knows.
+    /// The worker has drained: every adopted connection has ended, and the worker has sent its
+    /// goodbye.
     Drained,
     /// The dispatcher has died, or has closed its end without a goodbye.
     DispatcherGone,
-    /// The dispatcher accepts no more answers from this worker, usually because it got none in
-    /// time. It gives connections that this worker has not adopted to others. The dispatcher lives,
-    /// so a worker may connect again.
+    /// The dispatcher has fenced this worker, usually because the worker has not answered a ping in
+    /// time. Connections that this worker has not adopted go to other workers. The dispatcher is
+    /// alive, so the worker may connect again.
     Fenced,
     /// The dispatcher broke the protocol, or the socket failed.
     Failed(Arc<Error>),

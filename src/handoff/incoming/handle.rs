@@ -34,7 +34,7 @@ use crate::Error;
 /// let requested = handle.drain_requested();
 /// let stop = async {
 ///     requested.await;
-///     // For requests that are on their way: axum ends silent connections at once.
+///     // Wait for requests that are on their way, because axum ends silent connections at once.
 ///     sleep(Duration::from_millis(100)).await;
 /// };
 /// let serving = axum::serve(incoming, app).with_graceful_shutdown(stop);
@@ -63,8 +63,8 @@ impl IncomingHandle {
     }
 
     /// Waits until this worker takes no more connections, for whatever reason. End silent
-    /// connections a moment later, as `with_graceful_shutdown` of axum and `graceful_shutdown` of
-    /// hyper do. At once would be too early, because requests may be on their way: see the
+    /// connections a moment later, with `with_graceful_shutdown` of axum or `graceful_shutdown` of
+    /// hyper. At once would be too early, because requests may be on their way: see the
     /// [traps](crate::handoff#traps).
     pub fn drain_requested(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
         let mut phase = self.channel.phase();
@@ -78,8 +78,8 @@ impl IncomingHandle {
         self.channel.stats()
     }
 
-    /// Returns the time until which the dispatcher waits for the adopted connections to end. `None`
-    /// if the dispatcher has not asked this worker to drain, or has set no time.
+    /// Returns the time until which the dispatcher waits for the adopted connections to end.
+    /// Returns `None` if the dispatcher has not asked this worker to drain, or has set no time.
     pub fn drain_deadline(&self) -> Option<Instant> {
         match *self.channel.phase().borrow() {
             Phase::Draining { deadline } => deadline,
@@ -88,8 +88,8 @@ impl IncomingHandle {
     }
 
     /// Waits until the [deadline](Self::drain_deadline) of the drain is no further away than
-    /// `margin`. End the connections that are left then, and the dispatcher still gets the goodbye
-    /// in time. Never ends if the drain has no deadline, or if the link has ended before.
+    /// `margin`. If you end the remaining connections then, the dispatcher still gets the goodbye
+    /// in time. Waits forever if the drain has no deadline, or if the link has ended before.
     ///
     /// ```no_run
     /// # async fn serve(_: fdwire::handoff::Connection) {}
@@ -114,14 +114,16 @@ impl IncomingHandle {
                     Phase::Draining { deadline } => deadline,
                     _ => None,
                 };
-                let over = async {
+                let margin_reached = async {
                     match deadline {
-                        Some(it) => sleep_until(it.checked_sub(margin).unwrap_or(it)).await,
+                        Some(deadline) => {
+                            sleep_until(deadline.checked_sub(margin).unwrap_or(deadline)).await
+                        }
                         None => pending().await,
                     }
                 };
                 select! {
-                    () = over => return,
+                    () = margin_reached => return,
                     // A drain has begun, or has another deadline now.
                     changed = phase.changed() => if changed.is_err() {
                         pending().await
@@ -132,8 +134,8 @@ impl IncomingHandle {
     }
 
     /// Waits until this worker has nothing more to do: its link to the dispatcher has ended, and so
-    /// has every connection that it has adopted. Await it before the process ends: then no client
-    /// is cut off, whatever has ended the link.
+    /// has every connection that it has adopted. Await this future before the process ends, so that
+    /// no client is cut off, whatever has ended the link.
     ///
     /// A connection ends when its [`Connection`](super::Connection) is dropped, or its
     /// [`ServingGuard`](crate::handoff::ServingGuard).
@@ -146,7 +148,7 @@ impl IncomingHandle {
 
     /// Waits for the end of the link to the dispatcher. Adopted connections go on, except after a
     /// drain, which has waited for them. Use it in a worker that connects again, or that has to
-    /// know at once that it was [fenced](IncomingEnd::Fenced).
+    /// notice at once that it was [fenced](IncomingEnd::Fenced).
     pub fn link_ended(&self) -> impl Future<Output = IncomingEnd> + Send + 'static + use<> {
         self.end_of(|phase| match phase {
             Phase::Unlinked(end) | Phase::Finished(end) => Some(end.clone()),
@@ -154,6 +156,7 @@ impl IncomingHandle {
         })
     }
 
+    /// Waits for a phase in which `end` returns `Some`.
     fn end_of(
         &self,
         end: fn(&Phase) -> Option<IncomingEnd>,

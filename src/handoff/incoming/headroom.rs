@@ -1,5 +1,6 @@
-//! How many more descriptors this process can take. The kernel drops those that are too many when
-//! they are received, and their connections have to go to another worker.
+//! The number of descriptors that this process can still open. If there are too few when a message
+//! is received, the kernel drops those that do not fit, and their connections have to go to another
+//! worker.
 
 use std::{fs, os::fd::AsFd};
 
@@ -7,33 +8,34 @@ use nix::libc;
 
 use crate::handoff::reserve::{first_of_reserve, is_of_reserve};
 
-/// Descriptors that the application does not need: all below a reserve for what it opens.
+/// The descriptors that offers may use: all below a reserve for what the application opens.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Headroom {
-    /// First descriptor of the reserve.
+    /// The first descriptor of the reserve.
     ceiling: u64,
 }
 
 impl Headroom {
-    /// Counts those that are free.
+    /// Counts the free descriptors below the reserve.
     pub(super) fn count(&mut self) -> u64 {
         self.ceiling = first_of_reserve(64);
         self.ceiling.saturating_sub(open_descriptors())
     }
 
-    /// Returns true if a descriptor that was just received shows that the reserve is in use.
+    /// Returns true if a descriptor that was just received is in the reserve. The kernel assigns
+    /// the lowest free number, so everything below the reserve is in use then.
     pub(super) fn is_reserve(&self, fd: impl AsFd) -> bool {
         is_of_reserve(fd, self.ceiling)
     }
 }
 
-/// Number of open descriptors of this process; 0 if /proc is not to be had. If none is left to
-/// count them with, all are open.
+/// Returns the number of open descriptors of this process, or 0 if /proc is not available. If no
+/// descriptor is left to open that directory with, returns `u64::MAX`.
 fn open_descriptors() -> u64 {
     let directory = "/proc/self/fd";
     match fs::metadata(directory) {
         Ok(metadata) if metadata.len() > 0 => metadata.len(),
-        // A kernel before 6.2 does not report it there.
+        // A kernel before 6.2 does not report the number as the size of the directory.
         _ => match fs::read_dir(directory) {
             Ok(entries) => entries.count() as u64,
             Err(error) if error.raw_os_error() == Some(libc::EMFILE) => u64::MAX,

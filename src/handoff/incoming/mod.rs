@@ -43,14 +43,14 @@ pub use stream::ConnectionStream;
 /// nobody has asked for stay the dispatcher's. It gives them to another worker if this one is busy
 /// or dies.
 ///
-/// A task on the runtime speaks with the dispatcher, even if the application asks for nothing: it
-/// reports how many connections have ended, rejects the connections that the dispatcher recalls,
-/// and answers its pings. An application that blocks every thread of the runtime does not answer
-/// them, so the dispatcher fences it as one that hangs.
+/// A task on the runtime serves the link to the dispatcher, even if the application asks for
+/// nothing. It reports how many connections have ended, rejects the connections that the dispatcher
+/// recalls, and answers pings. If the application blocks every thread of the runtime, no ping is
+/// answered, so the dispatcher fences the worker as hung.
 ///
-/// Ask for connections in a spawned task, as below. A loop in `main` of a multi-thread runtime runs
-/// on a thread that does nothing else, and to wake that one for each connection takes about a fifth
-/// more CPU.
+/// Ask for connections in a spawned task, as below. In a multi-thread runtime, a loop in `main`
+/// runs on a thread that does nothing else. Waking that thread for each connection takes about a
+/// fifth more CPU.
 ///
 /// The stream ends when this worker takes no more connections: because the dispatcher or the
 /// application ([`IncomingHandle::drain`]) drains it, or because the dispatcher has gone. Adopted
@@ -69,14 +69,14 @@ pub use stream::ConnectionStream;
 ///         tokio::spawn(async move { connection.write_all(b"hello\n").await });
 ///     }
 /// });
-/// // Every connection has ended, and the dispatcher knows or has gone.
+/// // Every connection has ended. The dispatcher got the goodbye, or is gone.
 /// println!("{}", handle.ended().await);
 /// # Ok(()) }
 /// ```
 ///
 /// # Cancel safety
-/// [`next`](Self::next) and [`next_batch`](Self::next_batch) can be dropped at any await and called
-/// again: nothing is lost.
+/// The futures of [`next`](Self::next) and [`next_batch`](Self::next_batch) can be dropped at any
+/// time without losing a connection.
 #[must_use = "a worker gets connections only when it asks for them"]
 #[derive(Debug)]
 pub struct Incoming {
@@ -93,7 +93,8 @@ impl Incoming {
     /// standard input.
     ///
     /// Standard input becomes `/dev/null`, so that no program that the application starts can read
-    /// offers from it. Call it once, before the application starts any: see [`Socket::from_stdin`].
+    /// offers from it. Call this once, before the application starts a program: see
+    /// [`Socket::from_stdin`].
     ///
     /// # Errors
     /// The errors of [`Socket::from_stdin`].
@@ -131,7 +132,7 @@ impl Incoming {
     /// Adopts the next connection. Returns `None` at the end of the stream.
     ///
     /// # Cancel safety
-    /// Nothing is lost when dropped.
+    /// No connection is lost if this future is dropped.
     pub async fn next(&mut self) -> Option<Connection> {
         poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
     }
@@ -140,7 +141,7 @@ impl Incoming {
     /// them. Returns `None` at the end of the stream.
     ///
     /// # Cancel safety
-    /// Nothing is lost when dropped.
+    /// No connection is lost if this future is dropped.
     pub async fn next_batch(&mut self, max: usize) -> Option<Vec<Connection>> {
         poll_fn(|cx| self.poll_batch(cx, max.max(1))).await
     }

@@ -22,7 +22,8 @@ use crate::{
 };
 
 /// An offered connection whose socket is registered with the event loop, so that nothing can fail
-/// after its adoption. Before it, this process may only [give up](Self::into_fds) its copy.
+/// after its adoption. Before the adoption, this process may only [give up](Self::into_fds) its
+/// copy.
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) cookie: u64,
@@ -49,7 +50,7 @@ impl Prepared {
             Ok(stream) => Ok(Self { cookie, stream, peer, local, prefix, metadata, bundle }),
             Err(error) => {
                 let connection = ConnectionId(cookie);
-                let text = "cannot serve a connection; it goes back to the dispatcher";
+                let text = "cannot register a connection; it goes back to the dispatcher";
                 warn!(%error, %connection, %peer, "{text}");
                 close_in_background(bundle);
                 Err(RejectReason::Full)

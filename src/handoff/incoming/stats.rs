@@ -1,7 +1,7 @@
-//! The numbers of a worker.
+//! The statistics of a worker.
 
-/// Numbers of a worker's link to its dispatcher, from
-/// [`IncomingHandle::stats`](super::IncomingHandle::stats). They count connections.
+/// The numbers of connections of a worker, from
+/// [`IncomingHandle::stats`](super::IncomingHandle::stats).
 ///
 /// ```no_run
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
@@ -15,14 +15,14 @@
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct IncomingStats {
-    /// Adopted, from the beginning.
+    /// The number of connections adopted since the worker began.
     pub adopted: u64,
-    /// Given back to the dispatcher, from the beginning.
+    /// The number of connections rejected since the worker began.
     pub rejected: u64,
-    /// Adopted and not ended, now.
+    /// The number of adopted connections that have not ended yet.
     pub active: u64,
-    /// Offered, and not answered yet, now.
+    /// The number of offers that are not answered yet.
     pub waiting: u64,
-    /// Asked for, and not offered yet, now.
+    /// The number of offers that were asked for and have not arrived yet.
     pub requested: u64,
 }

@@ -1,4 +1,4 @@
-//! The protocol's codecs: each message is the payload of one frame.
+//! The codecs of the protocol. Each message is the payload of one frame.
 
 use bytes::BytesMut;
 
@@ -8,7 +8,7 @@ use crate::{
     codec::{Codec, Decoder, Encoder, FdQueue, Grouping, SendBuf},
 };
 
-/// The worker's codec: [`ToWorker`] in, [`FromWorker`] out.
+/// The worker's codec, which decodes [`ToWorker`] and encodes [`FromWorker`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -30,16 +30,17 @@ use crate::{
 #[derive(Debug, Clone, Copy, Default)]
 pub struct WorkerCodec(());
 
-/// The dispatcher's codec: [`FromWorker`] in, [`ToWorker`] out. See [`WorkerCodec`].
+/// The dispatcher's codec, which decodes [`FromWorker`] and encodes [`ToWorker`]. See
+/// [`WorkerCodec`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DispatcherCodec(());
 
-/// Decodes what a worker sends, as [`DispatcherCodec`] does, and goes on after a message that is
-/// none of the protocol's: an item is a message, or what is wrong with one. Only broken frames end
-/// it.
+/// A decoder of a worker's messages that goes on after an invalid message, unlike
+/// [`DispatcherCodec`]. An item is a message, or the error of an invalid one. Only a broken frame
+/// ends the stream.
 #[derive(Debug, Default)]
 pub(in crate::handoff) struct TolerantCodec {
-    /// Descriptors without a message were complained of.
+    /// An error was returned for descriptors without a message. It is returned only once.
     complained: bool,
 }
 
@@ -47,12 +48,13 @@ fn limits() -> Limits {
     Limits::default().max_payload_bytes(MAX_MESSAGE_BYTES).max_fds_per_frame(MAX_OFFER_FDS)
 }
 
+/// Returns the codec of the frames, with the limits of the protocol.
 pub(super) fn frames() -> FrameCodec {
     FrameCodec::new(limits())
 }
 
 pub(super) fn not_a_message() -> Error {
-    Error::invalid("not a message of a hand-off's dispatcher")
+    Error::invalid("not a message of a dispatcher of the hand-off protocol")
 }
 
 impl Codec for WorkerCodec {
@@ -76,7 +78,8 @@ impl Codec for DispatcherCodec {
 }
 
 impl Codec for TolerantCodec {
-    /// Takes as many descriptors as a frame can have, to complain of them.
+    /// Accepts as many descriptors as a frame can have, so that they are reported as an error of
+    /// their message instead of a broken frame.
     fn limits(&self) -> Limits {
         Limits::default().max_payload_bytes(MAX_MESSAGE_BYTES)
     }
@@ -96,7 +99,8 @@ impl<F> Decoder<F> for WorkerCodec {
                 Ok(Some(message)) => return Ok(Some(message)),
                 Ok(None) => {} // an extension that is not known here
                 Err(unclaimed) => {
-                    fds.extend(unclaimed); // closed away from the runtime, as what is left there is
+                    // Whatever is left in the queue is closed in the background.
+                    fds.extend(unclaimed);
                     return Err(not_a_message());
                 }
             }
@@ -134,7 +138,8 @@ impl<F> Decoder<F> for TolerantCodec {
         while let Some(frame) = FrameCodec::new(self.limits()).decode(src, fds)? {
             if !frame.fds.is_empty() {
                 let count = frame.fds.len();
-                fds.extend(frame.fds); // closed away from the runtime, as what is left there is
+                // Whatever is left in the queue is closed in the background.
+                fds.extend(frame.fds);
                 return Ok(Some(Err(Error::UnclaimedFds { fds: count })));
             }
             match FromWorker::read(&frame.payload) {
@@ -143,8 +148,8 @@ impl<F> Decoder<F> for TolerantCodec {
                 Err(error) => return Ok(Some(Err(error))),
             }
         }
-        // No message of a worker has descriptors. They are looked at last: on a stream, those of a
-        // later message come with the bytes of the messages before it.
+        // No message of a worker has descriptors. Report those without a message only after all
+        // messages: on a stream, descriptors can arrive before the frame that they belong to.
         let surplus = fds.count() > 0 && !std::mem::replace(&mut self.complained, fds.count() > 0);
         Ok(surplus.then(|| Err(Error::UnclaimedFds { fds: fds.count() })))
     }
@@ -186,8 +191,8 @@ impl<F> Encoder<ToWorker<Offer<F>, NewLink<F>>, F> for DispatcherCodec {
     type Error = Error;
 
     /// # Errors
-    /// [`Error::FrameTooLong`] for an offer with more than [`MAX_MESSAGE_BYTES`],
-    /// [`Error::TooManyFds`] for one with more than [`MAX_OFFER_FDS`]. It comes back.
+    /// [`Error::FrameTooLong`] for an offer of more than [`MAX_MESSAGE_BYTES`], and
+    /// [`Error::TooManyFds`] for one with more than [`MAX_OFFER_FDS`]. The error returns the offer.
     fn encode(
         &mut self,
         message: ToWorker<Offer<F>, NewLink<F>>,

@@ -16,137 +16,139 @@ pub(super) use codec::TolerantCodec;
 pub use codec::{DispatcherCodec, WorkerCodec};
 pub(super) use salvage::SalvagingCodec;
 
-/// The version of the protocol that is spoken here.
+/// The only version of the protocol that this crate supports.
 pub const VERSION: u8 = 1;
 
-/// Longest payload of a frame in bytes: what bounds the already-read bytes and the metadata of an
-/// offer, together with their addresses.
+/// The longest payload of a frame in bytes. It limits an offer: its prefix, its metadata, and its
+/// addresses together.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
-/// The most descriptors of an offer: the connection's, and those of its bundle.
+/// The most descriptors of an offer: the one of the connection, and those of its bundle.
 pub const MAX_OFFER_FDS: usize = 16;
 
-/// The most offers that a worker has unanswered, whatever it asks for: as many descriptors as one
-/// `sendmsg` takes.
+/// The most unanswered offers of a worker, even if it asks for more. One `sendmsg` takes the same
+/// number of descriptors (`SCM_MAX_FD`, unix(7)).
 pub const MAX_UNANSWERED: u64 = 253;
 
 /// A message of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FromWorker {
-    /// Its first message: the versions that it speaks.
+    /// The worker's first message: the versions that it supports.
     Hello {
-        /// Lowest version.
+        /// The lowest version.
         lowest: u8,
-        /// Highest version.
+        /// The highest version.
         highest: u8,
-        /// The most descriptors of an offer that it takes, at least 1.
+        /// The most descriptors of an offer that the worker takes, at least 1.
         max_fds: u8,
-        /// The number of adopted connections that have not ended, from links before this one.
-        /// `None` if the worker takes no [`ToWorker::Move`].
+        /// The number of connections that were adopted at earlier links and have not ended. `None`
+        /// if the worker does not support [`ToWorker::Move`].
         open: Option<u64>,
     },
-    /// It takes this many offers in all, counted from the beginning. Initially none; falls only
-    /// after a [refusal](self#refusals).
+    /// The worker takes this many offers in total, counted from the beginning of the link. The
+    /// number is 0 at first, and falls only after a [refusal](self#refusals).
     Demand {
-        /// Number of offers.
+        /// The number of offers.
         total: u64,
     },
-    /// The next unanswered offers, in the order of their numbers, are its own from here on.
+    /// The worker adopts the next unanswered offers, in the order of their numbers.
     Adopted {
-        /// The running total of its answers before this one, which is the number of the first offer
-        /// that this one answers.
+        /// The number of the first offer that this message answers. It equals the number of offers
+        /// that the worker has answered before.
         first: u64,
-        /// How many offers it answers.
+        /// The number of offers that this message answers.
         count: u32,
     },
-    /// The next unanswered offers, in the order of their numbers, are not its own.
+    /// The worker rejects the next unanswered offers, in the order of their numbers.
     Rejected {
-        /// The same as in [`Adopted`](Self::Adopted).
+        /// The number of the first offer, as in [`Adopted`](Self::Adopted).
         first: u64,
-        /// How many offers it answers.
+        /// The number of offers that this message answers.
         count: u32,
-        /// Why.
+        /// The reason for the rejection.
         reason: RejectReason,
     },
-    /// This many adopted connections have ended in all, on this link, including those that were
-    /// open at its beginning. Never falls.
+    /// This many adopted connections have ended since the beginning of this link, including those
+    /// that were open then. The number never falls.
     Load {
-        /// Number of connections.
+        /// The number of connections.
         finished: u64,
     },
-    /// Answer to a [`ToWorker::Ping`].
+    /// The answer to a [`ToWorker::Ping`].
     Pong {
-        /// The ping's number.
+        /// The number from the ping.
         nonce: u64,
     },
-    /// It takes no more offers.
+    /// The worker takes no more offers.
     Draining,
-    /// Its adopted connections have ended. Nothing follows.
+    /// All adopted connections of the worker have ended. No message follows.
     Goodbye,
 }
 
-/// Why a worker does not take an offer.
+/// The reason why a worker rejects an offer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RejectReason {
-    /// It has no room, usually because it has too few descriptors left.
+    /// The worker has no room, usually because it has too few descriptors left.
     Full,
-    /// It takes no more connections.
+    /// The worker takes no more connections.
     Draining,
-    /// The dispatcher has asked for it back.
+    /// The dispatcher has recalled the offer.
     Recalled,
     /// The descriptor is not a connection of the transport that the offer names.
     Unusable,
-    /// A reason of a later revision of the protocol, which counts as [`Full`](Self::Full).
+    /// A reason of a later revision of the protocol. It counts as [`Full`](Self::Full).
     Other(u8),
 }
 
-/// A message of a dispatcher. `O` is what an offer is about, and `L` a new link.
+/// A message of a dispatcher. `O` is the type of an offered connection, and `L` that of a new link.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ToWorker<O = Offer, L = NewLink> {
-    /// Its first message, once it has the worker's [`FromWorker::Hello`].
+    /// The dispatcher's first message, sent after the worker's [`FromWorker::Hello`].
     Welcome {
-        /// The version that is spoken from here on.
+        /// The version of all messages that follow, in both directions.
         version: u8,
     },
-    /// A connection.
+    /// The dispatcher offers a connection.
     Offer {
-        /// The number of offers before it.
+        /// The number of offers before this one.
         number: u64,
         /// The connection.
         offer: O,
     },
-    /// Offers with a lower number are to be rejected at once if they are unanswered.
+    /// The worker has to reject all unanswered offers with a lower number at once.
     Recall {
-        /// The first number that may stay.
+        /// The number of the first offer that is not recalled.
         before: u64,
     },
-    /// To be answered at once.
+    /// The worker has to answer with a [`FromWorker::Pong`] at once.
     Ping {
-        /// A number to repeat.
+        /// The number to repeat in the answer.
         nonce: u64,
     },
-    /// Take no more, finish what was adopted, then say [`FromWorker::Goodbye`].
+    /// The worker has to take no more offers, to finish the connections that it has adopted, and
+    /// then to send [`FromWorker::Goodbye`].
     Drain {
-        /// How long that may take; `None` without a limit. Goes out in whole milliseconds, at most
-        /// `u32::MAX - 1` of them.
+        /// The time that the worker has for that, or `None` without a limit. It is sent in whole
+        /// milliseconds, at most `u32::MAX - 1`.
         within: Option<Duration>,
     },
-    /// It takes no more answers from this worker. Nothing follows.
+    /// The dispatcher has fenced the worker, and takes no more answers. No message follows.
     Fenced,
-    /// The conversation [goes on at another socket](self#moves). This link stays, without offers.
+    /// The worker has to [go on at another socket](self#moves). This link stays open, without
+    /// further offers.
     Move(L),
 }
 
 impl<O, L> ToWorker<O, L> {
-    /// Exchanges what an offer is about.
+    /// Replaces the offered connection by another value.
     pub fn map<P>(self, offer: impl FnOnce(O) -> P) -> ToWorker<P, L> {
         self.map_both(offer, |link| link)
     }
 
-    /// Exchanges what an offer is about, and a new link.
+    /// Replaces the offered connection and the new link by other values.
     pub(in crate::handoff) fn map_both<P, M>(
         self,
         offer: impl FnOnce(O) -> P,
@@ -166,7 +168,7 @@ impl<O, L> ToWorker<O, L> {
     }
 }
 
-/// The worker's end of a link to the dispatcher that goes on with it.
+/// The worker's end of a new link, to the dispatcher that the worker moves to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct NewLink<F = OwnedFd> {
     /// `SO_COOKIE` of the socket.
@@ -182,27 +184,28 @@ pub struct Offer<F = OwnedFd> {
     pub cookie: u64,
     /// The kind of socket.
     pub transport: Transport,
-    /// Address of the client.
+    /// The address of the client.
     pub peer: Address,
-    /// Address that it has connected to.
+    /// The address that the client has connected to.
     pub local: Address,
-    /// The bytes that were already read from it. They come before what the socket still has.
+    /// The bytes that were already read from the socket. They come before those that it still has.
     pub prefix: Bytes,
-    /// Metadata from the dispatcher's application.
+    /// The metadata from the dispatcher's application.
     pub metadata: Bytes,
     /// The socket.
     pub fd: F,
     /// Further descriptors that belong to the connection, adopted or rejected together with it.
-    /// The metadata says what they are: the protocol does not know.
+    /// Their meaning is up to the applications, which can describe it in the metadata.
     pub bundle: Vec<F>,
 }
 
 impl<F> Offer<F> {
-    /// Its descriptors, the socket first.
+    /// Returns the descriptors of the offer, the socket first.
     pub(super) fn fds(&self) -> impl Iterator<Item = &F> {
         [&self.fd].into_iter().chain(&self.bundle)
     }
 
+    /// Takes the descriptors out of the offer, the socket first.
     pub(super) fn into_fds(self) -> impl Iterator<Item = F> {
         [self.fd].into_iter().chain(self.bundle)
     }

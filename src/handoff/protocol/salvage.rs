@@ -1,4 +1,4 @@
-//! The codec of a worker that goes on after it has lost descriptors.
+//! The decoder of a worker, which goes on after the kernel has dropped descriptors.
 
 use std::os::fd::OwnedFd;
 
@@ -15,18 +15,18 @@ use crate::{
     sys,
 };
 
-/// Decodes what a dispatcher sends, as [`WorkerCodec`] does, and goes on after the kernel has lost
-/// descriptors on receipt. An offer whose descriptors are lost is `None`: nothing has happened to
-/// the connection itself. So is a new link.
+/// A decoder of a dispatcher's messages that goes on after the kernel has dropped descriptors on
+/// receipt, unlike [`WorkerCodec`]. An offer or a new link without its descriptors is `None`. The
+/// connection itself is intact, because the dispatcher has a copy.
 ///
-/// Their descriptors are recognized by the cookie of the first one, which both messages have. So it
-/// is also noticed if descriptors and messages have lost step for another reason.
+/// OFFER and MOVE contain the cookie of their first descriptor, by which their descriptors are
+/// recognized. The cookie also shows if descriptors belong to another message for any other reason.
 #[derive(Debug)]
 pub(in crate::handoff) struct SalvagingCodec<F = OwnedFd> {
     /// Returns the `SO_COOKIE` of a socket.
     cookie: fn(&F) -> Option<u64>,
-    /// Descriptors were lost. From then on, those of a message that comes later may be lost too,
-    /// and a part of a bundle may still come: descriptors can run ahead of their messages.
+    /// Descriptors were lost. From then on, those of later messages may be missing too, because
+    /// descriptors can arrive before their messages. Only a part of a bundle may be there.
     has_lost: bool,
 }
 
@@ -52,7 +52,7 @@ impl<F> Decoder<F> for SalvagingCodec<F> {
         fds: &mut FdQueue<F>,
     ) -> Result<Option<Self::Item>, Error> {
         loop {
-            // First without the descriptors, since they may be missing.
+            // Decode the message with stand-ins for its descriptors, because those may be missing.
             let mut stand_ins = FdQueue::from_iter([(); MAX_OFFER_FDS]);
             let Some(Frame { payload, fds: claimed }) = frames().decode(src, &mut stand_ins)?
             else {
@@ -73,6 +73,7 @@ impl<F> Decoder<F> for SalvagingCodec<F> {
                 Err(_) => return Err(not_a_message()),
             }
         }
+        // The loss is noted, so the queue may go on.
         if fds.is_truncated() {
             self.has_lost = true;
             fds.make_good();
@@ -86,7 +87,7 @@ impl<F> Decoder<F> for SalvagingCodec<F> {
 }
 
 impl<F> SalvagingCodec<F> {
-    /// Adds the descriptors to an offer. `None` if they are lost.
+    /// Adds the descriptors to an offer. Returns `None` if they are lost.
     fn claim_offer(
         &mut self,
         offer: Offer<()>,
@@ -95,13 +96,16 @@ impl<F> SalvagingCodec<F> {
         let Offer { cookie, transport, peer, local, prefix, metadata, bundle, .. } = offer;
         let Some(claimed) = self.claim(cookie, 1 + bundle.len(), fds)? else { return Ok(None) };
         let mut claimed = claimed.into_iter();
-        let Some(fd) = claimed.next() else { return Ok(None) }; // it has one at least
+        let Some(fd) = claimed.next() else { return Ok(None) }; // never, as one was claimed
         let bundle = claimed.collect();
         Ok(Some(Offer { cookie, transport, peer, local, prefix, metadata, fd, bundle }))
     }
 
-    /// Takes the descriptors of a message, the first of which has this cookie. `None` if they are
-    /// lost.
+    /// Takes the descriptors of a message, the first of which has this cookie. Returns `None` if
+    /// they are lost.
+    ///
+    /// # Errors
+    /// Returns an error if nothing was lost and the first descriptor has another cookie.
     fn claim(
         &mut self,
         cookie: u64,
@@ -116,7 +120,7 @@ impl<F> SalvagingCodec<F> {
         let claimed: Fds<F> = fds.claim(count)?;
         if !self.has_lost && !claimed.first().is_some_and(is_it) {
             return Err(Error::invalid(
-                "the descriptor of a message is not the one that it describes",
+                "the descriptor of a message does not have the cookie in the message",
             ));
         }
         Ok(Some(claimed))
@@ -137,11 +141,11 @@ mod tests {
     /// One `recvmsg`.
     #[derive(Debug, Clone)]
     struct Receive {
-        /// Share of the bytes that are left.
+        /// The share of the remaining bytes.
         bytes: f64,
-        /// Descriptors that run ahead of their offers.
+        /// The number of descriptors that arrive before their offers.
         ahead: usize,
-        /// The kernel loses so many of its descriptors.
+        /// The number of descriptors that the kernel drops.
         lost: usize,
     }
 

@@ -68,7 +68,7 @@ fn from_worker() -> impl Strategy<Value = FromWorker> {
 
 proptest! {
     #[test]
-    fn what_a_dispatcher_says_arrives(message in to_worker()) {
+    fn messages_of_a_dispatcher_arrive(message in to_worker()) {
         let (mut bytes, fds) = encoded(DispatcherCodec::default(), message.clone());
         let mut fds = FdQueue::from_iter(fds);
         let decoded = WorkerCodec::default().decode(&mut bytes, &mut fds).unwrap();
@@ -77,14 +77,14 @@ proptest! {
     }
 
     #[test]
-    fn what_a_worker_says_arrives(message in from_worker()) {
+    fn messages_of_a_worker_arrive(message in from_worker()) {
         let (mut bytes, _) = encoded(WorkerCodec::default(), message);
         let decoded = DispatcherCodec::default().decode(&mut bytes, &mut FdQueue::<u32>::new());
         prop_assert_eq!(decoded.unwrap(), Some(message));
     }
 
-    /// In bytes: nothing shorter, and nothing with a descriptor too many. What follows the fields
-    /// is of a later revision.
+    /// Nothing shorter than a message is accepted, and nothing with a descriptor too many. Bytes
+    /// behind the fields are of a later revision, and are ignored.
     ///
     /// Rules: P-FIELDS.
     #[test]
@@ -115,7 +115,7 @@ proptest! {
     }
 }
 
-/// The bytes as the documentation gives them, so that another language can rely on it.
+/// The bytes are those of the documentation, so that programs in other languages can rely on it.
 ///
 /// Rules: P-FRAME.
 #[test]
@@ -214,7 +214,7 @@ fn an_offer_that_is_too_long_comes_back() {
     }
 }
 
-/// Known messages are not, whatever follows them.
+/// Any other message of an unknown type is an error.
 ///
 /// Rules: P-TYPES.
 #[test]
@@ -244,7 +244,7 @@ fn unknown_extensions_are_skipped() {
     }
 }
 
-/// They are complained of, and what comes with them is read all the same.
+/// Descriptors from a worker are reported as an error, and the other messages are still read.
 #[test]
 fn a_worker_has_no_descriptors_to_send() {
     let (mut bytes, mut fds) = (frame(&[0x07], 0), FdQueue::from_iter([1]));

@@ -1,4 +1,4 @@
-//! The bytes of a message.
+//! The encoding of the messages.
 
 use std::time::Duration;
 
@@ -16,14 +16,16 @@ use crate::{
 /// The bytes that a worker's HELLO begins with.
 const MAGIC: [u8; 4] = *b"FDHO";
 
-/// The type of a message that has a descriptor and is no OFFER.
+/// The type of MOVE, the only message with a descriptor besides OFFER.
 const MOVE: u8 = 0x87;
 
 /// The milliseconds of a DRAIN without a limit.
 pub(super) const NO_LIMIT: u32 = u32::MAX;
 
 impl FromWorker {
+    /// Encodes the message as the payload of a frame.
     pub(super) fn to_payload(self) -> Vec<u8> {
+        // Each message begins with the byte of its type. Numbers are big-endian.
         let mut dst = Vec::with_capacity(16);
         match self {
             Self::Hello { lowest, highest, max_fds, open } => {
@@ -68,12 +70,13 @@ impl FromWorker {
     pub(super) fn read(payload: &[u8]) -> Result<Option<Self>, Error> {
         match Self::read_known(payload) {
             None if !is_extension(payload) => {
-                Err(Error::invalid("not a message of a hand-off's worker"))
+                Err(Error::invalid("not a message of a worker of the hand-off protocol"))
             }
             message => Ok(message),
         }
     }
 
+    /// Decodes a message. Bytes behind its fields are of a later revision, and are ignored.
     fn read_known(payload: &[u8]) -> Option<Self> {
         let mut fields = Fields(payload);
         Some(match fields.u8()? {
@@ -97,13 +100,13 @@ impl FromWorker {
     }
 }
 
-/// Returns true if a peer that does not know the type of the message skips it.
+/// Returns true if the message is of an optional type, which a peer skips if it does not know it.
 fn is_extension(payload: &[u8]) -> bool {
     payload.first().is_some_and(|kind| kind & 0x40 != 0)
 }
 
 impl RejectReason {
-    /// Returns true if it makes void what the worker has asked for and was not offered.
+    /// Returns true if the rejection cancels the demand that the dispatcher has not met yet.
     pub(in crate::handoff) fn is_refusal(self) -> bool {
         self != Self::Unusable
     }
@@ -130,8 +133,10 @@ impl RejectReason {
 }
 
 impl<F> ToWorker<Offer<F>, NewLink<F>> {
+    /// Encodes the message, without its descriptors, as the payload of a frame.
+    ///
     /// # Errors
-    /// [`Error::FrameTooLong`] or [`Error::TooManyFds`].
+    /// [`Error::FrameTooLong`] or [`Error::TooManyFds`] if the message exceeds a limit.
     pub(super) fn to_payload(&self) -> Result<Vec<u8>, Error> {
         let mut dst = Vec::with_capacity(64);
         match self {
@@ -159,6 +164,7 @@ impl<F> ToWorker<Offer<F>, NewLink<F>> {
                 dst.extend(nonce.to_be_bytes());
             }
             Self::Drain { within } => {
+                // A time too long for the field is sent as the longest one, not as `NO_LIMIT`.
                 let millis = within.map_or(NO_LIMIT, |within| {
                     u32::try_from(within.as_millis()).unwrap_or(NO_LIMIT).min(NO_LIMIT - 1)
                 });
@@ -180,7 +186,7 @@ impl<F> ToWorker<Offer<F>, NewLink<F>> {
     /// Returns `None` for an extension that is not known here.
     ///
     /// # Errors
-    /// The descriptors, if it is not a message.
+    /// Returns the descriptors if it is not a message.
     pub(super) fn read(payload: &[u8], fds: Fds<F>) -> Result<Option<Self>, Fds<F>> {
         if fds.is_empty() {
             return match Self::read_without_fds(payload) {
@@ -191,10 +197,11 @@ impl<F> ToWorker<Offer<F>, NewLink<F>> {
         if payload.first() == Some(&MOVE) {
             return Self::read_move(payload, fds).map(Some);
         }
+        // The number of descriptors is not among the fields: all beyond the first are the bundle.
         let Some((number, offer)) = Offer::read(payload) else { return Err(fds) };
         let Offer { cookie, transport, peer, local, prefix, metadata, .. } = offer;
         let mut fds = fds.into_iter();
-        let Some(fd) = fds.next() else { return Ok(None) }; // it has one at least
+        let Some(fd) = fds.next() else { return Ok(None) }; // never, as `fds` is not empty
         let bundle = fds.collect();
         Ok(Some(Self::Offer {
             number,
@@ -225,7 +232,7 @@ impl<F> ToWorker<Offer<F>, NewLink<F>> {
 }
 
 impl Offer<()> {
-    /// Reads the number of an offer, and all of it but its descriptors.
+    /// Reads the number of an offer, and the offer without its descriptors.
     fn read(payload: &[u8]) -> Option<(u64, Self)> {
         let mut fields = Fields(payload);
         if fields.u8()? != 0x82 {
@@ -237,7 +244,8 @@ impl Offer<()> {
             transport: Transport::read(&mut fields)?,
             peer: Address::read(&mut fields)?,
             local: Address::read(&mut fields)?,
-            // Copies: a slice would keep a whole read buffer for as long as the connection lives.
+            // Copy, because a slice would keep a whole read buffer in memory for as long as the
+            // connection lives.
             prefix: Bytes::copy_from_slice(fields.long()?),
             metadata: Bytes::copy_from_slice(fields.long()?),
             fd: (),

@@ -1,14 +1,9 @@
-//! The account of one worker's link: what is planned for it, what it was offered, and what it asked
-//! for.
+//! The account of one link: the connections planned for the worker, its unanswered offers, and its
+//! demand.
 
-use std::{
-    collections::VecDeque,
-    convert::Infallible,
-    ops::{Deref, RangeBounds},
-    time::Instant,
-};
+use std::{collections::VecDeque, convert::Infallible, time::Instant};
 
-use super::{Pending, ProcessInfo, clock::Clock};
+use super::{Pending, ProcessInfo, clock::Clock, offers::Offers};
 use crate::handoff::{
     dispatcher::{RetireCause, WorkerState, builder::Config},
     protocol::{FromWorker, MAX_UNANSWERED, ToWorker, VERSION},
@@ -16,49 +11,54 @@ use crate::handoff::{
 
 /// The account of one process of a worker, from its connection to its retirement.
 ///
-/// A connection is in it from the moment when it is planned for the worker until it is answered, or
-/// the worker is retired. The number of offers made is `adopted + rejected + unanswered.len()`;
-/// everything else that others want to know is derived as well.
+/// A client's connection is in the account from its plan until the worker answers the offer or is
+/// retired. The number of offers made is not stored: it is
+/// `adopted + rejected + unanswered.len()`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Account<C> {
     pub(super) process: ProcessInfo,
+    /// The time when the process connected.
     pub(super) since: Instant,
     phase: Phase,
-    /// The most descriptors of an offer that it takes.
+    /// The most descriptors of an offer that the worker takes. 0 before its HELLO.
     max_fds: u8,
-    /// Connections that it had adopted before this link began, and that had not ended then. `None`
-    /// if it can't be moved.
+    /// The number of connections that the worker had adopted before this link began, and that had
+    /// not ended then. `None` if the worker cannot be moved.
     open_before: Option<u64>,
-    /// There is another link for it, to the dispatcher that goes on in the place of this one.
+    /// The worker has another link, to the dispatcher that replaces this one.
     pub(super) has_next_link: bool,
-    /// It was told to go on at another link.
+    /// The worker was sent a MOVE.
     has_moved: bool,
-    /// To be offered. Not even the worker's task has them.
+    /// Connections to be offered. The worker's task has not taken them yet, so they can still go to
+    /// another worker.
     planned: Offers<C>,
-    /// Offered and not answered, the oldest first.
+    /// Offers that were made and not answered, the oldest first.
     unanswered: Offers<C>,
+    /// Never falls, except after a refusal.
     demand: u64,
     adopted: u64,
     rejected: u64,
+    /// `finished <= open_before + adopted`.
     finished: u64,
-    /// To be sent before the next offer.
+    /// Messages to be sent before the next offer.
     control: VecDeque<ToWorker<Infallible, ()>>,
-    /// It gets nothing until the other new workers of a replacement are ready.
+    /// The worker gets nothing until the other new workers of its replacement are ready.
     pub(super) is_held_back: bool,
-    /// Its task has been told everything that there is for it.
+    /// The task of the worker has taken everything, so it has to be woken for the next message.
     is_asleep: bool,
     pub(super) clock: Clock,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Phase {
-    /// It has not said hello.
+    /// The worker has not sent HELLO.
     Starting,
     Open,
-    /// It takes nothing more.
+    /// The worker takes no more offers.
     Draining,
 }
 
+/// Returns the error for a worker that has broken the protocol.
 fn misbehaved<T>(how: impl Into<String>) -> Result<T, RetireCause> {
     Err(RetireCause::Misbehaved(how.into()))
 }
@@ -98,17 +98,17 @@ impl<C> Account<C> {
         }
     }
 
-    /// The number of offers that were made, which is the number of the next one.
+    /// The number of offers made, which is also the number of the next offer.
     fn made(&self) -> u64 {
         self.adopted + self.rejected + self.unanswered.len() as u64
     }
 
-    /// The number of connections that wait for its answer, sent or not.
+    /// The number of connections that are planned for the worker or offered to it.
     pub(super) fn pending(&self) -> u64 {
         (self.planned.len() + self.unanswered.len()) as u64
     }
 
-    /// The number of descriptors of those.
+    /// The number of descriptors of all pending connections.
     pub(super) fn pending_fds(&self) -> usize {
         self.planned.fds + self.unanswered.fds
     }
@@ -118,7 +118,7 @@ impl<C> Account<C> {
         self.ever_open() - self.finished
     }
 
-    /// The number of connections that this link has ever been told of as adopted.
+    /// The number of connections that were open at the beginning of this link or adopted at it.
     fn ever_open(&self) -> u64 {
         self.open_before.unwrap_or(0).saturating_add(self.adopted)
     }
@@ -127,6 +127,7 @@ impl<C> Account<C> {
         self.phase == Phase::Draining
     }
 
+    /// Returns true if the worker is known to have adopted a connection.
     pub(super) fn has_adopted(&self) -> bool {
         self.ever_open() > 0
     }
@@ -135,18 +136,20 @@ impl<C> Account<C> {
         self.has_moved
     }
 
-    /// Returns true if it may be able to go on at another link.
+    /// Returns true if the worker may be able to go on at another link. Only its HELLO decides that
+    /// for certain.
     pub(super) fn may_move(&self) -> bool {
         self.phase == Phase::Starting || self.phase == Phase::Open && self.open_before.is_some()
     }
 
+    /// Returns true if the worker takes an offer with this number of descriptors.
     pub(super) fn takes(&self, fds: usize) -> bool {
         fds <= self.max_fds.into()
     }
 
-    /// The number of further connections that it takes.
+    /// The number of further connections that can be planned for the worker.
     pub(super) fn room(&self) -> u64 {
-        // A suspect is its only offer until it has answered.
+        // A suspect stays the only pending connection of its worker until it is answered.
         let has_suspect = [self.planned.front(), self.unanswered.front()]
             .iter()
             .flatten()
@@ -178,12 +181,13 @@ impl<C> Account<C> {
         self.wake()
     }
 
+    /// Queues a message, to be sent before the next offer.
     fn send(&mut self, message: ToWorker<Infallible, ()>) {
         self.control.push_back(message);
     }
 
-    /// The next message to be sent, and whether it repeats an offer of the connection. An offer
-    /// counts as made from now on.
+    /// Takes out the next message to be sent. The flag is true if it is an offer of a connection
+    /// that was offered before. The offer counts as made from now on.
     pub(super) fn next_message(&mut self, now: Instant) -> Option<(ToWorker<&C, ()>, bool)> {
         if let Some(control) = self.control.pop_front() {
             return Some((control.map(|never| match never {}), false));
@@ -200,6 +204,7 @@ impl<C> Account<C> {
 
     // From the worker.
 
+    /// Checks a HELLO, and answers it with WELCOME, which is sent before all other messages.
     pub(super) fn on_hello(
         &mut self,
         (lowest, highest): (u8, u8),
@@ -208,13 +213,15 @@ impl<C> Account<C> {
         now: Instant,
     ) -> Result<(), RetireCause> {
         if self.clock.is_greeted() {
-            return misbehaved("a second hello");
+            return misbehaved("it sent a second HELLO");
         }
         if !(lowest..=highest).contains(&VERSION) {
-            return misbehaved(format!("it speaks versions {lowest} to {highest}, not {VERSION}"));
+            return misbehaved(format!(
+                "it supports versions {lowest} to {highest}, not {VERSION}"
+            ));
         }
         if max_fds == 0 {
-            return misbehaved("it takes offers with no descriptors only");
+            return misbehaved("it takes only offers without descriptors");
         }
         self.clock.on_hello(now);
         (self.max_fds, self.open_before) = (max_fds, open);
@@ -225,12 +232,13 @@ impl<C> Account<C> {
         Ok(())
     }
 
-    /// A number, or an answer to a ping. The rest is up to the pool.
+    /// Processes a DEMAND, a LOAD, or a PONG. The pool processes all other messages.
     pub(super) fn on_number(&mut self, message: FromWorker) -> Result<(), RetireCause> {
         match message {
             FromWorker::Demand { total } if total < self.demand => {
                 return misbehaved(format!("its demand fell from {} to {total}", self.demand));
             }
+            // Only `on_refusal` lowers the demand.
             FromWorker::Demand { total } => self.demand = total,
             FromWorker::Load { finished } if finished < self.finished => {
                 return misbehaved(format!(
@@ -253,12 +261,13 @@ impl<C> Account<C> {
         Ok(())
     }
 
-    /// Takes out the next `count` offers, which are answered. It can't have seen the last `unsent`
-    /// ones.
+    /// Takes out the next `count` offers, because the worker has answered them. The last `unsent`
+    /// offers were not sent, so it cannot have answered these.
     ///
     /// # Errors
-    /// If they are not the next ones, or were not made.
-    fn answered(
+    /// Returns an error if `first` is not the next unanswered offer, or if fewer than `count` were
+    /// sent.
+    fn take_answered(
         &mut self,
         first: u64,
         count: u32,
@@ -271,17 +280,18 @@ impl<C> Account<C> {
         }
         match usize::try_from(count) {
             Ok(count) if count <= sent => Ok(self.unanswered.take(..count)),
-            _ => misbehaved(format!("it answered {count} offers, {sent} were unanswered")),
+            _ => misbehaved(format!("it answered {count} offers, but {sent} were unanswered")),
         }
     }
 
+    /// Takes out the offers that the worker has adopted. For the errors see `take_answered`.
     pub(super) fn on_adopted(
         &mut self,
         first: u64,
         count: u32,
         unsent: usize,
     ) -> Result<Vec<Pending<C>>, RetireCause> {
-        let adopted = self.answered(first, count, unsent)?;
+        let adopted = self.take_answered(first, count, unsent)?;
         self.adopted += u64::from(count);
         if count > 0 {
             self.clock.on_adopted();
@@ -289,51 +299,55 @@ impl<C> Account<C> {
         Ok(adopted)
     }
 
+    /// Takes out the offers that the worker has rejected. For the errors see `take_answered`.
     pub(super) fn on_rejected(
         &mut self,
         first: u64,
         count: u32,
         unsent: usize,
     ) -> Result<Vec<Pending<C>>, RetireCause> {
-        let rejected = self.answered(first, count, unsent)?;
+        let rejected = self.take_answered(first, count, unsent)?;
         self.rejected += u64::from(count);
         Ok(rejected)
     }
 
-    /// It has no room or no time: what it has asked for and was not offered is void, and it gets
-    /// nothing for a while even if it asks again. Returns what was planned for it.
+    /// Cancels the demand that is not met, because the worker has no room or no time. The worker
+    /// gets nothing for a while, even if it asks again. Returns what was planned for it.
     pub(super) fn on_refusal(&mut self, now: Instant) -> Vec<Pending<C>> {
         self.demand = self.made();
         self.clock.pause(now);
         self.planned.take(..)
     }
 
-    pub(super) fn adopted_at_last(
+    /// Takes out the offers that a worker has adopted in a message before it was fenced.
+    pub(super) fn on_last_adopted(
         &mut self,
         first: u64,
         count: u32,
         unsent: usize,
     ) -> Vec<Pending<C>> {
-        let adopted = self.answered_at_last(first, count, unsent);
+        let adopted = self.take_last_answered(first, count, unsent);
         self.adopted += adopted.len() as u64;
         adopted
     }
 
-    /// Takes out everything that it was sent as its own.
+    /// Takes out all offers that were sent, and counts them as adopted.
     pub(super) fn adopt_all(&mut self, unsent: usize) -> Vec<Pending<C>> {
         let adopted = self.unanswered.take(..self.unanswered.len().saturating_sub(unsent));
         self.adopted += adopted.len() as u64;
         adopted
     }
 
-    /// Everything that it has sent completely counts, whatever else it has sent: takes out the
-    /// offers that a message answers, if it was sent these.
-    pub(super) fn answered_at_last(
+    /// Takes out the offers that a last message answers. They need not be the oldest ones, because
+    /// a complete message counts even if the worker has broken the protocol. Takes nothing if one
+    /// of the offers was not sent.
+    pub(super) fn take_last_answered(
         &mut self,
         first: u64,
         count: u32,
         unsent: usize,
     ) -> Vec<Pending<C>> {
+        // `past` is the number behind that of the last offer that was sent.
         let sent = self.unanswered.len().saturating_sub(unsent);
         let Some(past) = self.unanswered.get(sent.wrapping_sub(1)).map(|last| last.number + 1)
         else {
@@ -353,14 +367,14 @@ impl<C> Account<C> {
         answered
     }
 
-    /// If it is silent, others get what is planned for it. Returns that.
+    /// Takes out what is planned for the worker if it is late with a PONG, so that others get it.
     pub(super) fn take_back_if_silent(&mut self) -> Vec<Pending<C>> {
         if self.clock.is_late() { self.planned.take(..) } else { Vec::new() }
     }
 
     // The end.
 
-    /// It gets nothing more. Returns what was planned for it.
+    /// Stops making offers to the worker. Returns what was planned for it.
     pub(super) fn drain(&mut self) -> Vec<Pending<C>> {
         if self.phase != Phase::Starting {
             self.phase = Phase::Draining;
@@ -368,8 +382,9 @@ impl<C> Account<C> {
         self.planned.take(..)
     }
 
-    /// It is to finish what it has until then. Returns true if its task has to be woken.
-    pub(super) fn tell_to_drain(&mut self, until: Option<Instant>, now: Instant) -> bool {
+    /// Sends a DRAIN with this deadline, unless the last one had the same. Returns true if the
+    /// worker's task has to be woken.
+    pub(super) fn send_drain(&mut self, until: Option<Instant>, now: Instant) -> bool {
         if self.clock.drain(until) {
             let within = until.map(|until| until.saturating_duration_since(now));
             self.send(ToWorker::Drain { within });
@@ -377,34 +392,38 @@ impl<C> Account<C> {
         self.wake()
     }
 
-    /// Another dispatcher goes on in the place of this one: the worker goes on with that if it
-    /// can, and leaves otherwise. One that has not said hello does so after that. Returns what was
-    /// planned for it.
+    /// Hands the worker on to the dispatcher that replaces this one: the worker moves if it can,
+    /// and drains otherwise. A worker that has not sent HELLO is handed on after that. Returns what
+    /// was planned for the worker.
     pub(super) fn hand_on(&mut self, now: Instant) -> Vec<Pending<C>> {
         match self.phase {
             Phase::Open if self.has_next_link && self.open_before.is_some() => self.move_away(),
             Phase::Open => {
-                self.tell_to_drain(None, now);
+                self.send_drain(None, now);
                 self.drain()
             }
             Phase::Starting | Phase::Draining => Vec::new(),
         }
     }
 
-    /// It is to go on at another link, and gets nothing more at this one. Returns what was planned
-    /// for it.
+    /// Sends a MOVE to another link. The worker gets no more offers at this link. Returns what was
+    /// planned for it.
     pub(super) fn move_away(&mut self) -> Vec<Pending<C>> {
         self.has_moved = true;
         self.send(ToWorker::Move(()));
         self.drain()
     }
 
-    /// Returns true if its task has to be woken.
+    /// Returns true if the worker's task has to be woken. The caller has to wake it, because
+    /// further calls return false until the task has taken everything.
     pub(super) fn wake(&mut self) -> bool {
         std::mem::take(&mut self.is_asleep)
     }
 
-    /// Does what is due, after which [`Clock::next_timeout`] names a later time.
+    /// Does what is due. [`Clock::next_timeout`] returns a later time afterwards.
+    ///
+    /// # Errors
+    /// Returns the cause if the worker has to be retired.
     pub(super) fn on_timeout(
         &mut self,
         now: Instant,
@@ -425,8 +444,11 @@ impl<C> Account<C> {
         self.clock.next_timeout(config, oldest)
     }
 
-    /// Takes everything that is left. The last `unsent` offers were not sent.
+    /// Closes the account, and returns the connections in it. The last `unsent` offers were not
+    /// sent.
     pub(super) fn retire(mut self, unsent: usize) -> Remains<C> {
+        // Offers that were not sent do not count as made, neither for their connections nor among
+        // the repeated ones.
         let sent = self.unanswered.len().saturating_sub(unsent);
         let mut unseen = self.unanswered.take(sent..);
         let repeated = unseen.iter().filter(|pending| pending.offers > 1).count();
@@ -438,51 +460,10 @@ impl<C> Account<C> {
 
 /// The offers that a worker has not answered when it is retired.
 pub(super) struct Remains<C> {
-    /// It may have seen these.
+    /// Offers that were sent, so the worker may have received them.
     pub(super) unanswered: Vec<Pending<C>>,
-    /// It has not seen these.
+    /// Connections that were planned, or offered and not sent.
     pub(super) unseen: Vec<Pending<C>>,
     /// The number of repeated offers among those that were made and not sent.
     pub(super) repeated: u64,
-}
-
-/// Offers in their order, and the number of their descriptors.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Offers<C> {
-    offers: VecDeque<Pending<C>>,
-    fds: usize,
-}
-
-impl<C> Offers<C> {
-    fn push_back(&mut self, pending: Pending<C>) -> &Pending<C> {
-        self.fds += pending.fds;
-        self.offers.push_back(pending);
-        &self.offers[self.offers.len() - 1]
-    }
-
-    fn pop_front(&mut self) -> Option<Pending<C>> {
-        let first = self.offers.pop_front()?;
-        self.fds -= first.fds;
-        Some(first)
-    }
-
-    fn take(&mut self, range: impl RangeBounds<usize>) -> Vec<Pending<C>> {
-        let taken = Vec::from_iter(self.offers.drain(range));
-        self.fds -= taken.iter().map(|pending| pending.fds).sum::<usize>();
-        taken
-    }
-}
-
-impl<C> Default for Offers<C> {
-    fn default() -> Self {
-        Self { offers: VecDeque::new(), fds: 0 }
-    }
-}
-
-impl<C> Deref for Offers<C> {
-    type Target = VecDeque<Pending<C>>;
-
-    fn deref(&self) -> &VecDeque<Pending<C>> {
-        &self.offers
-    }
 }

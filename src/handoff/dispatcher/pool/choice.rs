@@ -1,4 +1,4 @@
-//! The choice of who waits, and of who gets which connection.
+//! The choice of a worker for each connection, and of the connections that wait.
 
 use std::time::Instant;
 
@@ -7,24 +7,26 @@ use crate::handoff::dispatcher::{Group, Strategy, WorkerId, key::order_of};
 
 /// The choices for a connection.
 enum Choice {
+    /// Offer the connection to this worker.
     Plan(WorkerId),
-    /// No worker has room for it.
+    /// Wait until a worker has room for the connection.
     Wait,
+    /// Stop offering the connection, because all workers have failed with it.
     GiveUp,
 }
 
-/// The number of failures, beyond the limit of offers, after which a connection does not wait for
-/// workers that have connected and adopted nothing.
+/// The number of failures beyond `max_offers` after which workers count as unable to take a
+/// connection if they have connected to the dispatcher and adopted nothing.
 const STRANGERS: u32 = 32;
 
-/// The right of a connection to be taken.
+/// The right of a connection to be taken while the dispatcher drains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::handoff::dispatcher) enum Admission {
-    /// None: while the dispatcher drains it is not taken.
+    /// The connection has no such right.
     None,
-    /// It was accepted before the dispatcher has drained.
+    /// The connection was accepted before the drain began.
     Late,
-    /// A place is kept for it in this group.
+    /// The connection has a reserved slot in this group.
     Reserved(Group),
 }
 
@@ -38,6 +40,7 @@ impl<C> Pool<C> {
         admission: Admission,
         now: Instant,
     ) {
+        // The connection uses up its reservation, even if it is not taken.
         self.totals.dispatched += 1;
         if let Admission::Reserved(group) = &admission {
             self.groups.get_mut(group).reserved -= 1;
@@ -50,39 +53,42 @@ impl<C> Pool<C> {
         if !is_taken {
             return self.events.push(Event::Failed { connection, failure: Failure::Draining });
         }
+        // Without a slot in its group, the connection waits behind all others.
         let has_slot = admission == Admission::Reserved(group.clone());
         let pending = Pending::new(connection, group, key, fds, now);
         if !has_slot {
             self.groups.push_back(pending);
             return self.distribute(now);
         }
-        // The place that it had may be gone with its worker. Then it is the first to wait.
+        // The slot may be gone with its worker. In that case the connection is the first to wait.
         match self.choose(&pending) {
             Choice::Plan(id) => self.plan(id, pending),
             _ => {
                 self.groups.push_front(pending);
-                self.distribute(now); // a bundle that no worker takes leaves its place to others
+                self.distribute(now); // if no worker takes the bundle, others can use the slot
             }
         }
     }
 
-    /// Reserves a place in a group, if one is free and nobody waits for it.
+    /// Reserves a slot in a group, if one is free and nothing waits in the group's queue. Returns
+    /// true if it did.
     pub(in crate::handoff::dispatcher) fn try_reserve(&mut self, group: &Group) -> bool {
         let nobody_waits = self.groups.get(group).is_some_and(|group| group.queue.is_empty());
-        let is_free = self.is_open() && nobody_waits && self.free(group) > 0;
+        let is_free = self.is_open() && nobody_waits && self.free_slots(group) > 0;
         if is_free {
             self.groups.get_mut(group).reserved += 1;
         }
         is_free
     }
 
-    /// Returns true if there is a free place in any group.
+    /// Returns true if any group has a free slot.
     pub(in crate::handoff::dispatcher) fn has_slot(&self) -> bool {
-        self.is_open() && self.groups.iter().any(|(group, _)| self.free(group) > 0)
+        self.is_open() && self.groups.iter().any(|(group, _)| self.free_slots(group) > 0)
     }
 
-    /// Waits for a place in a group, which [`Event::Granted`] reserves; without a group until there
-    /// is one in any, which is not reserved.
+    /// Adds a user to the queue of a group, to wait for a slot there. [`Event::Granted`] reports
+    /// the slot, which is reserved. Without a group, the user waits for a slot in any group, and
+    /// the slot is not reserved.
     pub(in crate::handoff::dispatcher) fn wait_for_slot(
         &mut self,
         group: Option<&Group>,
@@ -92,19 +98,19 @@ impl<C> Pool<C> {
             Some(group) => self.groups.add_ticket(group, now),
             None => self.groups.add_ticket_for_any(now),
         };
-        self.distribute(now); // what waits before it may wait for something else
+        self.distribute(now); // a slot may be free, if those in front wait for something else
         ticket
     }
 
-    /// Returns true if one more user may wait for a place in this group while it holds an accepted
+    /// Returns true if one more user may wait for a slot in this group while it holds an accepted
     /// connection. See [`Groups::may_wait`](super::groups::Groups::may_wait).
     pub(in crate::handoff::dispatcher) fn may_wait(&self, group: &Group) -> bool {
-        // Whatever waits, half of the descriptors are left.
+        // `max_in_flight` is half of the descriptors, so the other half is never used by waiting.
         let most = self.config.max_preparing.min(self.config.max_in_flight);
         self.groups.may_wait(group, most)
     }
 
-    /// Nobody waits with this ticket.
+    /// Removes a ticket, because its user no longer waits.
     pub(in crate::handoff::dispatcher) fn cancel(
         &mut self,
         group: Option<&Group>,
@@ -116,19 +122,20 @@ impl<C> Pool<C> {
         }
     }
 
+    /// Gives up a reserved slot, so that others can use it.
     pub(in crate::handoff::dispatcher) fn give_up_slot(&mut self, group: &Group, now: Instant) {
         self.groups.get_mut(group).reserved -= 1;
         self.distribute(now);
     }
 
-    /// They wait again, before all others and in their order.
+    /// Puts connections back into their queues, in their order and in front of all others.
     pub(super) fn put_back(
         &mut self,
         again: impl IntoIterator<Item = Pending<C>, IntoIter: DoubleEndedIterator>,
     ) {
         for mut pending in again.into_iter().rev() {
             pending.is_alone = false;
-            // No worker gets the id of one that has left for good.
+            // Ids are never used again, so those of workers that have left for good are dropped.
             pending.failed_with.retain(|id| self.workers.contains_key(id));
             pending.refused_by.retain(|id| self.workers.contains_key(id));
             if self.phase == Phase::Closed {
@@ -142,8 +149,8 @@ impl<C> Pool<C> {
         }
     }
 
-    /// The number of places in a group that are neither taken nor reserved.
-    pub(super) fn free(&self, group: &Group) -> u64 {
+    /// The number of slots in a group that are neither in use nor reserved.
+    pub(super) fn free_slots(&self, group: &Group) -> u64 {
         let in_flight = self.in_flight();
         let room: u64 = self
             .accounts()
@@ -153,8 +160,8 @@ impl<C> Pool<C> {
         room.saturating_sub(self.groups.get(group).map_or(0, |group| group.reserved))
     }
 
-    /// The number of descriptors that were sent, or are going to be, and that no worker is known to
-    /// have received.
+    /// The number of descriptors that were sent or are going to be sent, and that no worker is
+    /// known to have received.
     pub(in crate::handoff::dispatcher) fn in_flight(&self) -> usize {
         self.stale.fds()
             + self.accounts().map(|(_, _, account)| account.pending_fds()).sum::<usize>()
@@ -162,9 +169,10 @@ impl<C> Pool<C> {
 
     /// The number of connections that can be planned for a worker.
     ///
-    /// Descriptors in flight are limited for the whole uid, and those of a worker that does not
-    /// receive stay there. So each worker gets at most half of what the others leave. However many
-    /// workers are stuck, one place is left.
+    /// The kernel limits the descriptors in flight of the whole uid, and those sent to a worker
+    /// that does not receive stay in flight. So each worker gets at most half of what the others
+    /// leave, but always at least one. With a limit of 64, one stuck worker uses 32, the next one
+    /// 16, and so on.
     fn room(&self, id: WorkerId, account: &Account<C>, in_flight: usize) -> u64 {
         if self.kept_free.contains(&id) {
             return 0;
@@ -174,10 +182,11 @@ impl<C> Pool<C> {
         account.room().min(share.saturating_sub(own) as u64)
     }
 
-    /// Gives out what can be given out.
+    /// Plans an offer for every waiting connection that a worker has room for, and grants free
+    /// slots to waiting users.
     pub(super) fn distribute(&mut self, now: Instant) {
         self.kept_free.clear();
-        if self.groups.are_settled() {
+        if self.groups.are_idle() {
             return; // the usual case, after each message of a worker
         }
         let is_succeeded = self.is_succeeded();
@@ -186,6 +195,7 @@ impl<C> Pool<C> {
             self.distribute_in(&group, now);
             next = self.groups.next_to_serve(Some(&group), is_succeeded);
         }
+        // Users that wait for a slot in any group get what no group's queue has used.
         self.groups.remove_unused();
         if self.groups.waits_for_any() && self.has_slot() {
             let tickets = self.groups.take_tickets_for_any();
@@ -193,34 +203,36 @@ impl<C> Pool<C> {
         }
     }
 
-    /// The same in one group, in the order of waiting.
+    /// Does in one group what [`distribute`](Self::distribute) does, in the order of its queue.
     fn distribute_in(&mut self, group: &Group, now: Instant) {
         let (mut from, mut is_one_kept_free) = (i64::MIN, false);
-        while let Some((place, waiter)) = self.groups.get_mut(group).queue.next(from) {
-            from = place + 1;
+        while let Some((position, waiter)) = self.groups.get_mut(group).queue.next(from) {
+            from = position + 1;
+            // A user gets the next free slot. If there is none, everything behind the user waits.
             let Waiter::Connection(pending) = waiter else {
-                if self.free(group) == 0 {
+                if self.free_slots(group) == 0 {
                     return;
                 }
                 let state = self.groups.get_mut(group);
-                let ticket = state.queue.grant(place);
+                let ticket = state.queue.grant(position);
                 state.reserved += 1;
                 self.events.push(Event::Granted { ticket, group: Some(group.clone()) });
                 continue;
             };
-            // A suspect waits for a worker of its own, and others go before it, for some time.
+            // A suspect waits for a worker with no other pending connection. Others go before it
+            // until it is overdue.
             let is_suspect = pending.is_suspect(self.config.max_offers);
             let since = is_suspect.then(|| *pending.suspect_since.get_or_insert(now));
             let is_overdue = since.is_some_and(|since| now >= since + self.config.recall_after);
-            // These may wait for a worker that others have no need of, so they do not hold up those
-            // behind them.
+            // A special connection may wait for a worker that the others do not need, so those
+            // behind it do not have to wait.
             let is_special = pending.is_at_last_attempt(self.config.max_offers) || pending.fds > 1;
-            // Connections that were offered before go before those that have a place reserved for a
-            // connection to come.
+            // A new connection must not use a slot that is reserved for another one. A connection
+            // that was offered before may: it goes before those that are still to come.
             let is_new = pending.offers == 0;
-            let Some(pending) = self.groups.get_mut(group).queue.take(place) else { continue };
-            let choice =
-                if is_new && self.free(group) == 0 { Choice::Wait } else { self.choose(&pending) };
+            let Some(pending) = self.groups.get_mut(group).queue.take(position) else { continue };
+            let must_wait = is_new && self.free_slots(group) == 0;
+            let choice = if must_wait { Choice::Wait } else { self.choose(&pending) };
             match choice {
                 Choice::Plan(id) => self.plan(id, pending),
                 Choice::GiveUp => {
@@ -228,13 +240,14 @@ impl<C> Pool<C> {
                     self.events.push(Event::Failed { connection: pending.connection, failure });
                 }
                 Choice::Wait => {
+                    // Let the best worker become idle for an overdue suspect, one in each group.
                     if is_overdue && !is_one_kept_free {
                         let best = self.best(&pending, |_, account| account.room() > 0);
                         self.kept_free.extend(best);
                         is_one_kept_free = best.is_some();
                     }
                     let queue = &mut self.groups.get_mut(group).queue;
-                    queue.put(place, Waiter::Connection(pending));
+                    queue.put(position, Waiter::Connection(pending));
                     if !is_special {
                         return;
                     }
@@ -243,6 +256,7 @@ impl<C> Pool<C> {
         }
     }
 
+    /// Chooses a worker for a connection, among those with room for it.
     fn choose(&self, pending: &Pending<C>) -> Choice {
         if pending.failures >= self.config.max_offers && self.is_failed_by_all(pending) {
             return Choice::GiveUp;
@@ -255,12 +269,14 @@ impl<C> Pool<C> {
         self.best(pending, fits).map_or(Choice::Wait, Choice::Plan)
     }
 
-    /// The worker that is to get a connection, of those that fit.
+    /// Returns the best worker for a connection, among those for which `fits` returns true.
     fn best(
         &self,
         pending: &Pending<C>,
         fits: impl Fn(WorkerId, &Account<C>) -> bool,
     ) -> Option<WorkerId> {
+        // The last attempt goes to a worker that has not failed with the connection, if there is
+        // one.
         let only_others =
             pending.is_at_last_attempt(self.config.max_offers) && !self.is_failed_by_all(pending);
         let fitting = self.accounts().filter(|(id, worker, account)| {
@@ -269,8 +285,9 @@ impl<C> Pool<C> {
                 && account.takes(pending.fds)
                 && !(only_others && pending.failed_with.contains(id))
         });
-        // Rather a worker that has not had it. One that has adopted nothing yet may be as bad as
-        // those that failed with it, such as a process that comes up again and again and dies.
+        // Workers that have failed with the connection come last. A worker that has adopted nothing
+        // yet may be as bad, such as a process that starts and dies again and again. Among the
+        // others, those that have not refused the connection come first.
         let rank_of = |id: &WorkerId, account: &Account<C>| {
             let is_unproven = pending.failures > 0 && !account.has_adopted();
             (pending.failed_with.contains(id), is_unproven, pending.refused_by.contains(id))
@@ -288,18 +305,18 @@ impl<C> Pool<C> {
         best.map(|(id, ..)| id)
     }
 
-    /// Returns true if no worker of its group is left that might take a connection and has not
-    /// failed with it.
+    /// Returns true if every worker of the connection's group either has failed with it or cannot
+    /// take it.
     ///
-    /// A process that connects again and again, and dies each time, is a new worker each time. So
-    /// after many failures, workers that have connected and adopted nothing do not count: they
-    /// would keep the connection forever.
+    /// A process that connects and dies again and again is a new worker each time, so the
+    /// connection would never be given up. After many failures, workers that have connected and
+    /// adopted nothing therefore count as unable to take it.
     fn is_failed_by_all(&self, pending: &Pending<C>) -> bool {
         let trusts_strangers = pending.failures < self.config.max_offers.saturating_add(STRANGERS);
         let may_take = |id: WorkerId, worker: &Worker<C>| match &worker.account {
             _ if worker.removed.is_some() || !self.is_in(&pending.group, id, worker) => false,
             Some(account) if account.is_draining() => false,
-            // It takes no bundles, or no bundle of this size.
+            // The worker takes no bundles, or no bundle of this size.
             Some(account) if account.clock.is_greeted() && !account.takes(pending.fds) => false,
             _ if trusts_strangers || worker.program.is_some() => true,
             Some(account) => account.has_adopted(),
@@ -310,6 +327,7 @@ impl<C> Pool<C> {
             .all(|(id, worker)| pending.failed_with.contains(id) || !may_take(*id, worker))
     }
 
+    /// Plans an offer of the connection for a worker.
     fn plan(&mut self, id: WorkerId, mut pending: Pending<C>) {
         self.plans += 1;
         let plan = self.plans;

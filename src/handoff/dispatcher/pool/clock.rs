@@ -1,4 +1,4 @@
-//! Everything about one worker's link that depends on time.
+//! The timeouts of one worker's link: pings, recalls, deadlines, and pauses.
 
 use std::{
     convert::Infallible,
@@ -10,41 +10,46 @@ use crate::handoff::{
     protocol::ToWorker,
 };
 
-/// How long a worker gets nothing after its first refusal; twice as long after each further one,
-/// until it adopts.
+/// How long a worker gets nothing after its first refusal. Each further refusal doubles the time,
+/// up to `LONGEST_PAUSE`, until the worker adopts something.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Pings, recalls, and the times by which a worker has to have done something.
+/// The timeouts of a worker's link. Decides when to ping, to recall, and to retire.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Clock {
-    /// Until then it has to say hello. `None` once it did.
+    /// The time by which the worker has to send HELLO. `None` after it has.
     hello_by: Option<Instant>,
     ping: Ping,
+    /// The last recall that was sent.
     recall: Option<Recall>,
-    /// The last time when nothing could be sent or received through no fault of the worker: this
-    /// process was stopped, or the kernel had too little to send with.
+    /// The end of the last time in which nothing could be sent or received through no fault of the
+    /// worker: this process was stopped, or the kernel lacked a resource to send with.
     able_since: Option<Instant>,
-    /// It is to have drained, by that time if there is one.
+    /// `Some` if the worker was asked to drain, with the deadline if there is one.
     drain: Option<Option<Instant>>,
+    /// The worker gets nothing until then, because it has refused an offer.
     paused_until: Option<Instant>,
-    /// Refusals since it adopted something.
+    /// The number of refusals since the worker last adopted something.
     refusals: u32,
 }
 
+/// The last ping, and the next one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 struct Ping {
     nonce: u64,
-    /// Since when the last one is unanswered; counted anew with whatever is received.
+    /// The time since which the last ping is unanswered. Every message that is received sets it to
+    /// the present time.
     unanswered: Option<Instant>,
+    /// The time of the next ping, if the last one is answered by then.
     due: Option<Instant>,
-    /// It was not answered by the time of the next one.
+    /// The last ping was unanswered for a whole ping interval.
     late: bool,
-    /// It may not be fenced before.
+    /// The worker may not be fenced before this time.
     not_before: Option<Instant>,
 }
 
-/// Offers below a number were recalled.
+/// A recall of all offers with a number below `before`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Recall {
     before: u64,
@@ -64,19 +69,23 @@ impl Clock {
         }
     }
 
+    /// Returns true if the worker has sent HELLO.
     pub(super) fn is_greeted(&self) -> bool {
         self.hello_by.is_none()
     }
 
+    /// Returns true if the worker is late with its answer to the last ping.
     pub(super) fn is_late(&self) -> bool {
         self.ping.late
     }
 
+    /// Returns true if the worker gets nothing for now, because it has refused an offer.
     pub(super) fn is_paused(&self) -> bool {
         self.paused_until.is_some()
     }
 
-    /// Nothing could be sent or received until now, through no fault of the worker.
+    /// Counts all delays anew from now, because nothing could be sent or received until now through
+    /// no fault of the worker.
     pub(super) fn excuse(&mut self, now: Instant) {
         self.able_since = Some(now);
     }
@@ -86,7 +95,7 @@ impl Clock {
         self.ping.due = Some(now);
     }
 
-    /// Something was received. Returns true if the worker was late.
+    /// Notes that a message was received, so the worker is not late. Returns true if it was.
     pub(super) fn on_received(&mut self, now: Instant) -> bool {
         if let Some(since) = &mut self.ping.unanswered {
             *since = now;
@@ -94,7 +103,7 @@ impl Clock {
         std::mem::take(&mut self.ping.late)
     }
 
-    /// Returns true if it answers the last ping.
+    /// Notes an answer to a ping. Returns false if it does not answer the last one.
     pub(super) fn on_pong(&mut self, nonce: u64) -> bool {
         let is_last = nonce == self.ping.nonce;
         if is_last {
@@ -107,19 +116,24 @@ impl Clock {
         self.refusals = 0;
     }
 
+    /// Begins a pause after a refusal: 10 ms, then 20 ms, 40 ms, and so on, up to 1 s.
     pub(super) fn pause(&mut self, now: Instant) {
         let pause = FIRST_PAUSE.saturating_mul(1 << self.refusals.min(16)).min(LONGEST_PAUSE);
         self.refusals = self.refusals.saturating_add(1);
         self.paused_until = Some(now + pause);
     }
 
-    /// Returns true if that is news.
+    /// Sets the deadline of the drain. Returns true if it differs from that of the last call.
     pub(super) fn drain(&mut self, until: Option<Instant>) -> bool {
         self.drain.replace(until) != Some(until)
     }
 
-    /// Pings, recalls, and gives up. `oldest` is the oldest unanswered offer, by its number and the
-    /// time when it was made, and `next` the number of the next one.
+    /// Returns the ping and the recall that are due. `oldest` is the number of the oldest
+    /// unanswered offer and the time when it was made. `next` is the number of the next offer.
+    /// `may_fence` is called only if the worker is hung.
+    ///
+    /// # Errors
+    /// Returns the cause if the worker has to be retired.
     pub(super) fn on_timeout(
         &mut self,
         now: Instant,
@@ -134,7 +148,8 @@ impl Clock {
         }
         self.paused_until = self.paused_until.filter(|until| *until > now);
 
-        // Whether it lives.
+        // Find out whether the worker lives: ping, wait for one interval until the worker counts as
+        // late, and for the hang timeout until it counts as hung.
         match self.ping.unanswered {
             None if self.ping.due.is_some_and(|due| now >= due) => {
                 self.ping.nonce += 1;
@@ -156,7 +171,8 @@ impl Clock {
             _ => {}
         }
 
-        // Whether it has time.
+        // Find out whether the worker has time: recall offers that are unanswered for too long. A
+        // worker that answers pings has to answer the recall too.
         if let Some((number, offered_at)) = oldest {
             match self.recalled_at(number) {
                 Some(at)
@@ -171,13 +187,14 @@ impl Clock {
                 _ => {}
             }
         }
+        // Check the deadline of the drain.
         match self.drain {
             Some(Some(until)) if now >= until => Err(RetireCause::Overdue),
             _ => Ok([ping, recall]),
         }
     }
 
-    /// The next time when [`on_timeout`](Self::on_timeout) has something to do.
+    /// Returns the next time at which [`on_timeout`](Self::on_timeout) has something to do.
     pub(super) fn next_timeout(
         &self,
         config: &Config,
@@ -200,18 +217,20 @@ impl Clock {
             .min()
     }
 
-    /// When an offer was recalled, if it was.
+    /// The time when an offer was recalled, if it was.
     fn recalled_at(&self, number: u64) -> Option<Instant> {
         self.recall.as_ref().filter(|recall| number < recall.before).map(|recall| recall.at)
     }
 
+    /// The time at which the worker counts as hung if the last ping is unanswered `since` then.
     fn hung_at(&self, since: Instant, config: &Config) -> Instant {
         let hung = self.counted_from(since) + config.hang_timeout;
         self.ping.not_before.map_or(hung, |not_before| not_before.max(hung))
     }
 
-    /// From when on a worker is late with what it was told at this time.
-    fn counted_from(&self, told: Instant) -> Instant {
-        self.able_since.map_or(told, |able| able.max(told))
+    /// The beginning of a delay that would have begun at `since`. Time in which nothing could be
+    /// sent or received does not count.
+    fn counted_from(&self, since: Instant) -> Instant {
+        self.able_since.map_or(since, |able| able.max(since))
     }
 }

@@ -1,4 +1,4 @@
-//! The end of a worker, and of the dispatcher.
+//! The end of a worker, of its process, and of the dispatcher.
 
 use std::{
     process::ExitStatus,
@@ -12,9 +12,12 @@ use super::{
 use crate::handoff::dispatcher::Group;
 
 impl<C> Pool<C> {
-    /// A worker is gone: it can adopt nothing more, and everything that it had sent was received.
-    /// The last `unsent` offers have not been sent to it. Returns true if the end of its process
-    /// matters: it may hold copies of what it was sent, or the dispatcher keeps some for it.
+    /// Retires a worker that can adopt nothing more, after everything that it had sent was
+    /// received. The last `unsent` of its offers were not sent.
+    ///
+    /// Returns true if the caller has to report the [end of its process](Self::on_process_end):
+    /// either the process may hold copies of offers, or the dispatcher keeps copies of connections
+    /// that it has adopted.
     pub(in crate::handoff::dispatcher) fn retire(
         &mut self,
         id: WorkerId,
@@ -23,6 +26,7 @@ impl<C> Pool<C> {
         state: ProcessState,
         now: Instant,
     ) -> bool {
+        // Close the account, and note how the worker has ended.
         self.totals.retired.count(cause);
         let is_ours = self.is_ours(id);
         let worker = self.workers.get_mut(&id);
@@ -49,12 +53,13 @@ impl<C> Pool<C> {
         if !account.clock.is_greeted() && matches!(cause, RetireCause::Misbehaved(_)) {
             self.totals.refused_workers += 1;
         }
-        // A connection is not to blame for the end of another dispatcher.
+        // Take what is left in the account. If the successor fails, which is another dispatcher, no
+        // connection is to blame for that.
         let has_failed = *cause != RetireCause::Drained && self.successor != Some(id);
         let Remains { mut unanswered, unseen, repeated } = account.retire(unsent);
         self.totals.offered_again -= repeated;
 
-        // Its process may hold these as long as it lives.
+        // The process may hold copies of the offers that it was sent, for as long as it lives.
         let may_hold_copies = match state {
             ProcessState::Lives { has_received } if !unanswered.is_empty() => {
                 let fds = unanswered.iter().map(|pending| pending.fds).sum();
@@ -70,6 +75,7 @@ impl<C> Pool<C> {
             }
         }
 
+        // Others get these connections. The end of the process is handled apart from that.
         self.put_back(unanswered.into_iter().chain(unseen));
         if let ProcessState::Ended(status) = state {
             self.on_process_end(process, status);
@@ -81,7 +87,7 @@ impl<C> Pool<C> {
         may_hold_copies || self.stale.are_kept_for(process)
     }
 
-    /// A process has ended, and its copies with it.
+    /// Notes that a process has ended. Its copies of connections have ended with it.
     pub(in crate::handoff::dispatcher) fn on_process_end(
         &mut self,
         process: ProcessId,
@@ -90,26 +96,26 @@ impl<C> Pool<C> {
         if let Some(Leftover { worker, pid }) = self.leftovers.remove(&process)
             && let Some(exit) =
                 self.workers.get_mut(&worker).and_then(|worker| worker.last_exit.as_mut())
+            // If the pids differ, a later process of this worker has left meanwhile.
             && exit.pid == pid
-        // otherwise another process of this worker has left meanwhile
         {
             exit.status = status;
         }
         self.stale.on_process_end(process, &mut self.events);
     }
 
-    /// The number of processes that the dispatcher has started and that have not ended, though
-    /// their links have.
+    /// The number of processes that the dispatcher has started, whose links have ended, and that
+    /// have not ended themselves.
     pub(in crate::handoff::dispatcher) fn leftover(&self) -> usize {
         self.leftovers.len()
     }
 
-    /// The number of those of one worker.
+    /// The number of such processes of one worker.
     pub(in crate::handoff::dispatcher) fn leftover_of(&self, id: WorkerId) -> usize {
         self.leftovers.values().filter(|leftover| leftover.worker == id).count()
     }
 
-    /// A worker that has left is going to be started again.
+    /// Notes that a worker that has left is going to be started again after this time.
     pub(in crate::handoff::dispatcher) fn restart_in(&mut self, id: WorkerId, wait: Duration) {
         if let Some(exit) = self.workers.get_mut(&id).and_then(|worker| worker.last_exit.as_mut()) {
             exit.restart_in = Some(wait);
@@ -127,7 +133,8 @@ impl<C> Pool<C> {
         self.stale.keep(connection, adopter, holders, &mut self.events);
     }
 
-    /// Nothing more is taken. Workers have until then.
+    /// Begins a drain: only connections with an [`Admission`](super::Admission) are taken from now
+    /// on. Workers get `until` as their deadline when the pool is closed.
     pub(in crate::handoff::dispatcher) fn drain(&mut self, until: Option<Instant>, now: Instant) {
         self.phase = self.phase.max(Phase::Draining);
         self.drain_until = until;
@@ -139,12 +146,12 @@ impl<C> Pool<C> {
         self.phase == Phase::Open
     }
 
-    /// Returns true if nothing is taken from now on, whatever was accepted before.
+    /// Returns true if no connection is taken, not even one that was accepted before the drain.
     pub(in crate::handoff::dispatcher) fn is_closed(&self) -> bool {
         self.phase == Phase::Closed
     }
 
-    /// No worker adopts what waits, and all workers leave.
+    /// Gives up all connections that wait, and lets all workers drain and leave.
     pub(in crate::handoff::dispatcher) fn close(&mut self, now: Instant) {
         self.phase = Phase::Closed;
         for connection in self.groups.take_connections() {
@@ -155,8 +162,8 @@ impl<C> Pool<C> {
         }
     }
 
-    /// Returns true if waiting changes nothing for the connections that are on their way: what
-    /// waits does so for nobody.
+    /// Returns true if a longer wait would help no connection: none is planned or offered, and
+    /// those that wait have no worker in their group.
     pub(in crate::handoff::dispatcher) fn is_settled(&self) -> bool {
         let has_worker = |group: &Group| {
             self.workers.values().any(|worker| worker.removed.is_none() && worker.group == *group)

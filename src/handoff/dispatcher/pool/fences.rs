@@ -1,11 +1,12 @@
-//! How many hung workers were fenced lately.
+//! The limit on how many hung workers may be fenced in a time.
 
 use std::{collections::VecDeque, time::Instant};
 
 use crate::handoff::dispatcher::builder::Config;
 
-/// When hung workers were fenced. Those that have connected are counted apart: by hanging they keep
-/// no worker that the dispatcher has started from being fenced.
+/// The times when hung workers were fenced, the oldest first. Workers that have connected by
+/// themselves are counted apart, so they cannot use up the fences of workers that the dispatcher
+/// has started.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Fences {
     children: VecDeque<Instant>,
@@ -13,8 +14,8 @@ pub(super) struct Fences {
 }
 
 impl Fences {
-    /// Counts another fence. Returns false if there were too many: the fault may be one of the
-    /// whole machine.
+    /// Counts another fence. Returns false, and counts nothing, if there were too many recently:
+    /// the whole machine may be at fault then.
     pub(super) fn may_fence(&mut self, is_child: bool, config: &Config, now: Instant) -> bool {
         let fences = if is_child { &mut self.children } else { &mut self.peers };
         while fences.front().is_some_and(|fence| *fence + config.fence_window <= now) {

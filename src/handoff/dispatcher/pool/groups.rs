@@ -1,4 +1,4 @@
-//! The groups of workers: what waits in each of them, and the places that are kept.
+//! The groups of workers: the queue of each group, and its reserved slots.
 
 use std::{
     collections::BTreeMap,
@@ -12,25 +12,26 @@ use super::{
 };
 use crate::handoff::dispatcher::Group;
 
-/// All groups that have workers, or for which something waits. What waits for one group holds up
-/// nothing that waits for another, because each has a queue of its own.
+/// All groups that have workers, waiters, or reserved slots. Waiters of one group never hold up
+/// those of another, because each group has its own queue.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Groups<C> {
     groups: BTreeMap<Group, GroupState<C>>,
-    /// The next place at the back of any queue. None is used twice, because tickets outlive their
-    /// places.
+    /// The next position at the back of any queue. No position is used twice, because a user may
+    /// keep a ticket after its position is free.
     back: i64,
-    /// Accept loops that wait until some worker has room, since then. The groups of their
-    /// connections are not known yet.
+    /// Accept loops that wait until any worker has room, with the time since which they wait. The
+    /// groups of their connections are not known yet.
     anywhere: BTreeMap<TicketId, Instant>,
 }
 
+/// The state of one group.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct GroupState<C> {
     pub(super) queue: Queue<C>,
-    /// Permits given out.
+    /// The number of reserved slots, which is the number of permits in use.
     pub(super) reserved: u64,
-    /// The number of its workers, which may wait to be started again.
+    /// The number of workers in the group, including those that wait to be started again.
     pub(super) workers: usize,
 }
 
@@ -57,7 +58,7 @@ impl<C> Groups<C> {
         self.groups.get(group)
     }
 
-    /// A group comes into being when it is first spoken of.
+    /// Returns a group. Adds it first if it does not exist.
     pub(super) fn get_mut(&mut self, group: &Group) -> &mut GroupState<C> {
         self.groups.entry(group.clone()).or_default()
     }
@@ -66,19 +67,20 @@ impl<C> Groups<C> {
         self.groups.iter()
     }
 
-    /// Returns true if nothing waits, and no group is to be forgotten.
-    pub(super) fn are_settled(&self) -> bool {
+    /// Returns true if nothing waits, and no group is to be removed.
+    pub(super) fn are_idle(&self) -> bool {
         let is_settled = |group: &GroupState<C>| group.queue.is_empty() && group.is_used();
         self.anywhere.is_empty() && self.groups.values().all(is_settled)
     }
 
-    /// Forgets the groups that have nothing: clients may have made up their names.
+    /// Removes the groups that have no workers, no waiters, and no reserved slots. Without this,
+    /// clients could use up memory with made-up names.
     pub(super) fn remove_unused(&mut self) {
         self.groups.retain(|_, group| group.is_used());
     }
 
-    /// The first group behind this one that has workers, or to which any may belong, and something
-    /// that waits for them.
+    /// Returns the first group behind `after` that has both waiters and workers. If `is_any` is
+    /// true, the group needs no workers of its own, because the successor serves all groups.
     pub(super) fn next_to_serve(&self, after: Option<&Group>, is_any: bool) -> Option<Group> {
         self.groups
             .range((after.map_or(Unbounded, Excluded), Unbounded))
@@ -88,36 +90,40 @@ impl<C> Groups<C> {
 
     // The queues.
 
-    fn next_place(&mut self) -> i64 {
+    /// Returns a position behind all others in any queue.
+    fn next_position(&mut self) -> i64 {
         self.back += 1;
         self.back - 1
     }
 
+    /// Adds a connection at the back of the queue of its group.
     pub(super) fn push_back(&mut self, pending: Pending<C>) {
-        let place = self.next_place();
+        let position = self.next_position();
         let group = self.groups.entry(pending.group.clone()).or_default();
-        group.queue.put(place, Waiter::Connection(pending));
+        group.queue.put(position, Waiter::Connection(pending));
     }
 
+    /// Adds a connection at the front of the queue of its group.
     pub(super) fn push_front(&mut self, pending: Pending<C>) {
         self.groups.entry(pending.group.clone()).or_default().queue.push_front(pending);
     }
 
-    /// Waits for a place in this group.
+    /// Adds a user that waits for a slot in this group.
     pub(super) fn add_ticket(&mut self, group: &Group, now: Instant) -> TicketId {
-        let place = self.next_place();
-        self.get_mut(group).queue.put(place, Waiter::Ticket(now));
-        TicketId(place)
+        let position = self.next_position();
+        self.get_mut(group).queue.put(position, Waiter::Ticket(now));
+        TicketId(position)
     }
 
-    /// Waits until a worker of any group has room.
+    /// Adds a user that waits until a worker of any group has room.
     pub(super) fn add_ticket_for_any(&mut self, now: Instant) -> TicketId {
-        let ticket = TicketId(self.next_place());
+        let ticket = TicketId(self.next_position());
         self.anywhere.insert(ticket, now);
         ticket
     }
 
-    /// Returns true if it was waiting for a place in a group.
+    /// Removes a user that waits. Returns true if the user was waiting in the queue of a group, so
+    /// that those behind it may go on.
     pub(super) fn remove_ticket(&mut self, group: Option<&Group>, ticket: TicketId) -> bool {
         match group {
             Some(group) => {
@@ -130,6 +136,7 @@ impl<C> Groups<C> {
         }
     }
 
+    /// Returns true if a user waits until a worker of any group has room.
     pub(super) fn waits_for_any(&self) -> bool {
         !self.anywhere.is_empty()
     }
@@ -138,6 +145,7 @@ impl<C> Groups<C> {
         std::mem::take(&mut self.anywhere).into_keys()
     }
 
+    /// Removes all users that wait.
     pub(super) fn remove_tickets(&mut self) {
         self.groups.values_mut().for_each(|group| group.queue.remove_tickets());
         self.anywhere.clear();
@@ -151,18 +159,19 @@ impl<C> Groups<C> {
         self.groups.values().map(|group| group.queue.connections()).sum()
     }
 
-    /// Since when the first user has been waiting for a place.
+    /// Returns the time since which the first user has been waiting for a slot.
     pub(super) fn first_ticket(&self) -> Option<Instant> {
         let in_groups = self.groups.values().filter_map(|group| group.queue.first_ticket());
         in_groups.chain(self.anywhere.values().copied()).min()
     }
 
-    /// Returns true if one more user may wait for a place in this group while it holds a
-    /// descriptor, of which all groups together may hold this many.
+    /// Returns true if one more user that holds a descriptor may wait for a slot in this group. All
+    /// groups together may hold `most` descriptors.
     ///
-    /// If other groups have workers, a group gets half of what the others leave at most, so that
-    /// groups whose workers are stuck or gone leave a place to the others. The groups without
-    /// workers count as one, because clients may make up names.
+    /// If other groups have workers, a group gets at most half of what the others leave, but always
+    /// at least one. So a group whose workers are stuck or gone leaves something to the others. All
+    /// groups without workers count as one group, because clients may make up names. For example,
+    /// with a limit of 64, a stuck group gets 32, the next one 16, and so on.
     pub(super) fn may_wait(&self, group: &Group, most: usize) -> bool {
         let has_workers = |name: &Group| self.get(name).is_some_and(|group| group.workers > 0);
         let is_same = |other: &Group| other == group || !has_workers(group) && !has_workers(other);
@@ -182,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_waiter_has_a_place_of_its_own() {
+    fn each_waiter_has_its_own_position() {
         let (now, group) = (Instant::now(), Group::default());
         let mut groups = Groups::default();
         let pending = |name| Pending::new(name, group.clone(), 0, 1, now);
@@ -201,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_that_are_stuck_leave_places_for_what_waits_for_others() {
+    fn stuck_groups_leave_descriptors_to_waiters_of_other_groups() {
         const MOST: usize = 64;
         let now = Instant::now();
         let mut groups = Groups::<u8>::default();

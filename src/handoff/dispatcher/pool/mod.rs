@@ -1,13 +1,14 @@
-//! Which worker gets which connection: every decision of a dispatcher, as one value without I/O.
+//! The choice of a worker for each connection: every decision of a dispatcher, as one value without
+//! I/O.
 //!
-//! The tasks tell the pool what happens ([`on_message`](Pool::on_message),
-//! [`on_timeout`](Pool::on_timeout), [`retire`](Pool::retire)), send what
-//! [`next_message`](Pool::next_message) returns, and act on its [events](Pool::take_events) when it
-//! is unlocked. It has no clock: they bring the time along. `C` is a connection; the tests run the
-//! same code on numbers.
+//! The tasks report to the pool what happens ([`on_message`](Pool::on_message),
+//! [`on_timeout`](Pool::on_timeout), [`retire`](Pool::retire)), and send what
+//! [`next_message`](Pool::next_message) returns. After they have unlocked the pool, they act on its
+//! [events](Pool::take_events). The pool has no clock, so each call gets the current time. `C` is a
+//! connection; the tests run the same code on numbers.
 //!
-//! Each connection has one owner at any time. It waits in the [`Queue`] of its group, or it is in
-//! the [`Account`] of one worker, or it has left in an [`Event`], or its copy is among the
+//! Each connection has exactly one owner at any time. It waits in the [`Queue`] of its group, or it
+//! is in the [`Account`] of one worker, or it has left in an [`Event`], or its copy is among the
 //! [`StaleCopies`].
 
 mod account;
@@ -16,9 +17,11 @@ mod clock;
 mod end;
 mod fences;
 mod groups;
+mod messages;
 #[cfg(test)]
 mod model;
 mod numbers;
+mod offers;
 #[cfg(test)]
 mod peer;
 mod pending;
@@ -55,10 +58,9 @@ pub(super) use replacement::{Outcome, Refusal, ReplacementId};
 pub(super) use stale::StaleCopies;
 
 use super::{Group, RetireCause, RetireCounts, WorkerExit, WorkerId, WorkerStats, builder::Config};
-use crate::handoff::protocol::{FromWorker, RejectReason, ToWorker};
 
-/// The number of a process that has, or had, a link. A worker that is started again is another
-/// process.
+/// The number of a process that has, or had, a link. A worker that is started again has a new
+/// process, and so a new number.
 pub(super) type ProcessId = u64;
 
 /// The process at the other end of a link.
@@ -66,17 +68,17 @@ pub(super) type ProcessId = u64;
 pub(super) struct ProcessInfo {
     pub(super) id: ProcessId,
     pub(super) pid: Option<u32>,
-    /// The dispatcher has started it.
+    /// The dispatcher has started this process.
     pub(super) is_child: bool,
 }
 
-/// A process whose link ends, as far as it is known.
+/// The known state of a process whose link ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ProcessState {
-    /// It has ended, with this status if the dispatcher has started it.
+    /// The process has ended, with this status if the dispatcher has started it.
     Ended(Option<ExitStatus>),
-    /// It may live, and hold copies of what it was sent. Unless it has received all of that,
-    /// descriptors may still be in flight.
+    /// The process may live, and may hold copies of what it was sent. Unless it has received
+    /// everything, descriptors may still be in flight to it.
     Lives { has_received: bool },
 }
 
@@ -87,55 +89,59 @@ pub(super) struct Pool<C> {
     workers: BTreeMap<WorkerId, Worker<C>>,
     groups: Groups<C>,
     phase: Phase,
-    /// The time by which the drain is to be over that was asked for last.
+    /// The deadline of the latest [drain](Pool::drain).
     drain_until: Option<Instant>,
     /// The account of the dispatcher that has replaced this one, and gets all connections.
     successor: Option<WorkerId>,
-    /// Workers that get nothing until they have answered, because a suspect has waited for too
-    /// long: at most one in each group.
+    /// Workers that get nothing until they have answered, because a suspect has waited too long for
+    /// a free worker. At most one in each group.
     kept_free: Vec<WorkerId>,
     pub(super) stale: StaleCopies<C>,
+    /// Started processes that have not ended although their links have.
     leftovers: BTreeMap<ProcessId, Leftover>,
     /// The workers that have left for good most recently.
     departed: VecDeque<WorkerStats>,
     replacements: BTreeMap<ReplacementId, Replacement>,
     last_replacement: u64,
     fences: Fences,
+    /// Events that [`take_events`](Self::take_events) has not returned yet.
     events: Vec<Event<C>>,
-    /// The number of plans, by which workers take turns.
+    /// The number of plans made so far. Workers take turns by the number of their last plan.
     plans: u64,
     last_worker: u64,
     pub(super) totals: Totals,
 }
 
+/// The phases of a dispatcher, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Phase {
     Open,
-    /// Nothing is taken but with a permit.
+    /// Only connections with a permit are taken.
     Draining,
-    /// Nothing is taken.
+    /// No connection is taken.
     Closed,
 }
 
+/// A worker, with the account of its present process.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Worker<C> {
     group: Group,
-    /// `None` until its process is started again.
+    /// `None` while no process of the worker is connected.
     account: Option<Account<C>>,
-    /// The program that the dispatcher has started.
+    /// The program of the worker, if the dispatcher has started it.
     program: Option<String>,
     restarts: u64,
     adopted: u64,
     rejected: u64,
     retired: RetireCounts,
     last_exit: Option<WorkerExit>,
-    /// Its process comes from another dispatcher.
+    /// The process of the worker was taken over from another dispatcher.
     is_taken: bool,
-    /// It is to drain, until that time if there is one.
+    /// `Some` if the worker has to drain and leave, with the deadline if there is one.
     removed: Option<Option<Instant>>,
-    /// It is one of the new workers of this replacement, which is not decided yet.
+    /// The undecided replacement of which this worker is a new worker.
     replacement: Option<ReplacementId>,
-    /// The number of the last plan for it.
+    /// The number of the last plan for this worker. Compared with those of other workers.
     last_plan: u64,
 }
 
@@ -146,43 +152,45 @@ struct Leftover {
     pid: Option<u32>,
 }
 
-/// A step that a task takes once the pool is unlocked.
+/// A step for a task to take after it has unlocked the pool.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Event<C> {
-    /// There is something for a worker's task.
+    /// The task of this worker has something to do.
     Wake(WorkerId),
     /// A worker has adopted a connection. The dispatcher's copy goes to
     /// [`StaleCopies::keep`] if there are holders.
     Adopted { connection: C, worker: WorkerId, process: ProcessId, holders: Vec<ProcessId> },
-    /// No worker adopts it.
+    /// The dispatcher has given up this connection.
     Failed { connection: C, failure: Failure },
-    /// A place is kept in this group for whoever has this ticket. Without a group there is one in
-    /// some group, and it is not kept.
+    /// The user with this ticket has waited long enough. With a group, a slot there is reserved for
+    /// the user. Without one, some group has a slot, which is not reserved.
     Granted { ticket: TicketId, group: Option<Group> },
-    /// A worker hangs, and is fenced later because too many others were.
+    /// A worker is hung. Fencing it is deferred, because too many workers were fenced recently.
     FenceDeferred(WorkerId),
-    /// The copy is of no use.
+    /// This copy of a connection is no longer needed, and has to be closed.
     Close(C),
     /// Something has changed that tasks or users may wait for.
     Changed,
-    /// The process that served it has ended: so has the connection, whoever holds a copy.
+    /// The process that served this connection has ended. So the connection has to be shut down,
+    /// even if other processes hold copies.
     ShutDown(C),
 }
 
 impl<C> Worker<C> {
-    /// Returns true if it is not told when it is to leave: the end of its socket tells it. It has
-    /// not said hello, so it has nothing; or the dispatcher that it came from goes on with it.
-    fn leaves_untold(&self, is_succeeded: bool) -> bool {
+    /// Returns true if the worker gets no DRAIN when it has to leave: its link just ends. That is
+    /// so if it has not sent HELLO and so has no connections, or if it is given back to the
+    /// dispatcher from which it was taken over.
+    fn leaves_without_drain(&self, is_succeeded: bool) -> bool {
         self.account.as_ref().is_some_and(|account| {
             let is_given_back = is_succeeded && self.is_taken && !account.has_moved();
             !account.clock.is_greeted() || is_given_back
         })
     }
 
-    /// Returns true if its process is this dispatcher's to end.
+    /// Returns true if this dispatcher is responsible for the end of the worker's process.
     fn is_ours(&self, is_succeeded: bool) -> bool {
         self.account.as_ref().is_some_and(|account| {
-            !account.has_moved() && (!self.is_taken || !self.leaves_untold(is_succeeded))
+            !account.has_moved() && (!self.is_taken || !self.leaves_without_drain(is_succeeded))
         })
     }
 }
@@ -210,18 +218,19 @@ impl<C> Pool<C> {
         }
     }
 
-    /// Returns what is to be done since the last call.
+    /// Takes out the events since the last call.
     pub(super) fn take_events(&mut self) -> Vec<Event<C>> {
         std::mem::take(&mut self.events)
     }
 
-    // Workers come and go.
+    // Adding and removing workers.
 
+    /// Adds a worker that is not connected yet.
     pub(super) fn add_worker(&mut self, group: Group, program: Option<String>) -> WorkerId {
         self.last_worker += 1;
         self.groups.get_mut(&group).workers += 1;
         let id = WorkerId(self.last_worker);
-        // Workers that come while the dispatcher drains have nothing to do.
+        // A worker that comes while the dispatcher drains has to leave at once.
         let removed = (self.phase != Phase::Open).then_some(self.drain_until);
         let worker = Worker {
             group,
@@ -241,7 +250,8 @@ impl<C> Pool<C> {
         id
     }
 
-    /// A process of this worker is connected, and has to say hello by then.
+    /// Opens the account of a worker's process, which is connected now and has to send HELLO by
+    /// `hello_by`.
     pub(super) fn connect(
         &mut self,
         id: WorkerId,
@@ -258,6 +268,7 @@ impl<C> Pool<C> {
         }
     }
 
+    /// Returns the account of a worker, if a process of it is connected.
     fn account(&mut self, id: WorkerId) -> Option<&mut Account<C>> {
         self.workers.get_mut(&id)?.account.as_mut()
     }
@@ -266,17 +277,17 @@ impl<C> Pool<C> {
         self.workers.iter().filter_map(|(id, worker)| Some((*id, worker, worker.account.as_ref()?)))
     }
 
-    /// The worker gets nothing more, and has to finish what it has until then. Returns true if
-    /// there is such a worker.
+    /// Drains a worker, which has to finish its connections by `until` and then leaves for good.
+    /// Returns false if there is no such worker.
     pub(super) fn remove(&mut self, id: WorkerId, until: Option<Instant>, now: Instant) -> bool {
         let is_succeeded = self.is_succeeded();
         let Some(worker) = self.workers.get_mut(&id) else { return false };
         worker.removed = Some(until);
-        let leaves_untold = worker.leaves_untold(is_succeeded);
+        let leaves_without_drain = worker.leaves_without_drain(is_succeeded);
         if let Some(account) = &mut worker.account {
             let planned = account.drain();
-            // It leaves at its next timeout, which is now.
-            let is_asleep = leaves_untold || account.tell_to_drain(until, now);
+            // A worker that gets no DRAIN is retired by `on_timeout`, which its woken task calls.
+            let is_asleep = leaves_without_drain || account.send_drain(until, now);
             self.events.extend(is_asleep.then_some(Event::Wake(id)));
             self.put_back(planned);
         }
@@ -284,19 +295,21 @@ impl<C> Pool<C> {
         true
     }
 
-    /// The worker is gone for good.
+    /// Forgets a worker that has left for good.
     pub(super) fn forget(&mut self, id: WorkerId, now: Instant) {
         self.on_new_gone(id, now);
         self.depart(id);
         let Some(worker) = self.workers.remove(&id) else { return };
         if let Some(account) = worker.account {
-            // Its task has panicked, and nobody can know whether it has adopted these.
+            // The account is still open only if the worker's task has panicked. The worker may have
+            // adopted the offers that it was sent, so no other worker gets these.
             let Remains { unanswered, unseen, .. } = account.retire(0);
             self.events
                 .extend(unanswered.into_iter().map(|pending| Event::Close(pending.connection)));
             self.put_back(unseen);
         }
-        // It still counts, so that what waits for its group is given up if no worker is left.
+        // The worker still counts here, so that its group is served once more. Connections that no
+        // worker is left for are given up then.
         self.distribute(now);
         self.groups.get_mut(&worker.group).workers -= 1;
         self.groups.remove_unused();
@@ -306,6 +319,7 @@ impl<C> Pool<C> {
         self.workers.contains_key(&id)
     }
 
+    /// Returns true if a worker has to leave, or has left.
     pub(super) fn is_removed(&self, id: WorkerId) -> bool {
         self.workers.get(&id).is_none_or(|worker| worker.removed.is_some())
     }
@@ -314,141 +328,13 @@ impl<C> Pool<C> {
         self.workers.is_empty()
     }
 
-    // Messages to a worker, and from it.
-
-    /// The next message for a worker, to be sent in this order. Its task is woken when there is
-    /// another one after `None`.
-    pub(super) fn next_message(&mut self, id: WorkerId, now: Instant) -> Option<ToWorker<&C, ()>> {
-        let (message, is_repeated) =
-            self.workers.get_mut(&id)?.account.as_mut()?.next_message(now)?;
-        self.totals.offered_again += u64::from(is_repeated);
-        Some(message)
-    }
-
-    /// A worker has sent a message. The last `unsent` offers have not been sent to it.
-    ///
-    /// # Errors
-    /// The cause if it is to be retired.
-    pub(super) fn on_message(
-        &mut self,
-        id: WorkerId,
-        message: FromWorker,
-        unsent: usize,
-        now: Instant,
-    ) -> Result<(), RetireCause> {
-        let Some(worker) = self.workers.get_mut(&id) else { return Ok(()) };
-        let Some(account) = &mut worker.account else { return Ok(()) };
-        account.clock.on_received(now);
-        match message {
-            FromWorker::Hello { lowest, highest, max_fds, open } => {
-                account.on_hello((lowest, highest), max_fds, open, now)?;
-                let is_succeeded = self.successor.is_some_and(|successor| successor != id);
-                if is_succeeded && worker.removed.is_none() {
-                    account.hand_on(now);
-                }
-                if let Some(until) = worker.removed {
-                    account.drain();
-                    account.tell_to_drain(until, now);
-                }
-                if let Some(replacement) = worker.replacement {
-                    self.on_new_ready(replacement, now);
-                }
-            }
-            _ if !account.clock.is_greeted() => {
-                return Err(RetireCause::Misbehaved("its first message is not a hello".into()));
-            }
-            FromWorker::Adopted { first, count } => {
-                let adopted = account.on_adopted(first, count, unsent)?;
-                self.adopted(id, adopted, now);
-            }
-            FromWorker::Rejected { first, count, reason } => {
-                let rejected = account.on_rejected(first, count, unsent)?;
-                let planned =
-                    if reason.is_refusal() { account.on_refusal(now) } else { Vec::new() };
-                self.rejected(id, rejected, reason, planned);
-            }
-            FromWorker::Draining => {
-                let planned = account.drain();
-                self.put_back(planned);
-            }
-            FromWorker::Goodbye => return Err(RetireCause::Drained),
-            number => account.on_number(number)?,
-        }
-        self.distribute(now);
-        Ok(())
-    }
-
-    /// A worker that is to be retired has sent this before it was fenced. A complete answer counts,
-    /// whatever else it has sent.
-    pub(super) fn on_last_message(
-        &mut self,
-        id: WorkerId,
-        message: FromWorker,
-        unsent: usize,
-        now: Instant,
-    ) {
-        let Some(account) = self.account(id) else { return };
-        match message {
-            FromWorker::Adopted { first, count } => {
-                let adopted = account.adopted_at_last(first, count, unsent);
-                self.adopted(id, adopted, now);
-            }
-            FromWorker::Rejected { first, count, reason } => {
-                let rejected = account.answered_at_last(first, count, unsent);
-                self.rejected(id, rejected, reason, Vec::new());
-            }
-            _ => {}
-        }
-    }
-
-    /// The messages that a worker has sent before it was fenced can't be read. It may have adopted
-    /// everything that it was sent, so no other worker gets that.
-    pub(super) fn on_unreadable(&mut self, id: WorkerId, unsent: usize, now: Instant) {
-        let Some(account) = self.account(id) else { return };
-        let adopted = account.adopt_all(unsent);
-        self.adopted(id, adopted, now);
-    }
-
-    fn adopted(
-        &mut self,
-        id: WorkerId,
-        adopted: impl IntoIterator<Item = Pending<C>>,
-        now: Instant,
-    ) {
-        let Some(worker) = self.workers.get_mut(&id) else { return };
-        let Some(account) = &worker.account else { return };
-        let process = account.process.id;
-        for Pending { connection, since, holders, .. } in adopted {
-            worker.adopted += 1;
-            self.totals.adopted += 1;
-            self.totals.adoption_times.record(now.saturating_duration_since(since));
-            self.events.push(Event::Adopted { connection, worker: id, process, holders });
-        }
-    }
-
-    fn rejected(
-        &mut self,
-        id: WorkerId,
-        rejected: Vec<Pending<C>>,
-        reason: RejectReason,
-        planned: Vec<Pending<C>>,
-    ) {
-        let mut again = rejected;
-        again.iter_mut().for_each(|pending| pending.on_rejected(id, reason));
-        if let Some(worker) = self.workers.get_mut(&id) {
-            worker.rejected += again.len() as u64;
-        }
-        again.extend(planned);
-        self.put_back(again);
-    }
-
-    // Time.
+    // Timeouts.
 
     /// Does what is due for a worker. `was_able` is false if nothing could be sent or received
     /// until now, through no fault of the worker.
     ///
     /// # Errors
-    /// The cause if it is to be retired.
+    /// Returns the cause if the worker has to be retired.
     pub(super) fn on_timeout(
         &mut self,
         id: WorkerId,
@@ -458,19 +344,21 @@ impl<C> Pool<C> {
         let is_succeeded = self.is_succeeded();
         let Self { config, workers, fences, .. } = self;
         let Some(worker) = workers.get_mut(&id) else { return Ok(()) };
-        if worker.removed.is_some() && worker.leaves_untold(is_succeeded) {
+        if worker.removed.is_some() && worker.leaves_without_drain(is_succeeded) {
             return Err(RetireCause::Drained);
         }
         let Some(account) = &mut worker.account else { return Ok(()) };
         if !was_able {
             account.clock.excuse(now);
         }
+        // The clock calls the closure only if the worker is hung.
         let (is_child, mut is_deferred) = (account.process.is_child, false);
         account.on_timeout(now, config, || {
             let may = fences.may_fence(is_child, config, now);
             is_deferred = !may;
             may
         })?;
+        // Others get what was planned for a worker that does not answer.
         let planned = account.take_back_if_silent();
         self.events.extend(is_deferred.then_some(Event::FenceDeferred(id)));
         self.put_back(planned);
@@ -478,7 +366,7 @@ impl<C> Pool<C> {
         Ok(())
     }
 
-    /// The next time when [`on_timeout`](Self::on_timeout) has something to do.
+    /// Returns the next time at which [`on_timeout`](Self::on_timeout) has something to do.
     pub(super) fn next_timeout(&self, id: WorkerId) -> Option<Instant> {
         self.workers.get(&id)?.account.as_ref()?.next_timeout(&self.config)
     }

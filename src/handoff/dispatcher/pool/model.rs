@@ -1,4 +1,5 @@
-//! The promise in every order of events: all states of a small dispatcher are visited.
+//! A model checker that visits all states of a small dispatcher, to show that the promise is kept
+//! in every order of events.
 
 use std::{
     sync::LazyLock,
@@ -16,7 +17,7 @@ use crate::handoff::{
     protocol::{RejectReason, ToWorker},
 };
 
-/// How much may happen.
+/// The most steps of each kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Bounds {
     connections: usize,
@@ -24,37 +25,40 @@ struct Bounds {
     hangs: u8,
     cuts: u8,
     refusals: u8,
-    /// Groups, to which workers and connections belong in turn.
+    /// The number of groups, to which workers and connections belong in turn.
     groups: u64,
-    /// Workers whose application drains.
+    /// How many workers have an application that drains.
     drains: u8,
-    /// Removals of the first worker.
+    /// How often the first worker is removed.
     removals: u8,
-    /// Replacements of the workers of the default group by a new one.
+    /// How often the workers of the default group are replaced by a new one.
     replacements: u8,
     restarts: u8,
-    /// Timers that go off. It takes three to find out that a worker hangs.
+    /// How many timers go off. Three are needed to find out that a worker is hung.
     timeouts: u8,
 }
 
-/// Two workers, with room for two offers each.
+/// The model: two workers, with room for two offers each.
 #[derive(Debug, Clone, Copy)]
 struct Dispatching(Bounds);
 
+/// A state of the model.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct State {
     world: World,
+    /// The steps that may still follow.
     left: Bounds,
 }
 
 const WORKERS: usize = 2;
 
-/// Time stands still, all times to wait for are zero, and a timer may go off at any moment after it
-/// was set. So each order of events is possible that any timing could bring about.
+/// The only time in the model. All timeouts are zero, and a timer may go off at any moment after it
+/// was set. So the model covers every order of events that real timing could cause.
 static NOW: LazyLock<Instant> = LazyLock::new(Instant::now);
 const LATE: Duration = Duration::from_secs(90);
 
 impl Dispatching {
+    /// Returns the steps that may follow.
     fn steps(&self, state: &State) -> Vec<Step> {
         let State { world, left } = state;
         let mut steps = Vec::new();
@@ -69,7 +73,7 @@ impl Dispatching {
                 (Step::Send(peer), !state.unsent.is_empty()),
                 (
                     Step::Get(peer, None),
-                    state.works() && (state.sees_end() || !state.to_worker.is_empty()),
+                    state.works() && (state.gets_end() || !state.to_worker.is_empty()),
                 ),
                 (Step::Ask(peer), state.works()),
                 (Step::Answer(peer), state.works()),
@@ -93,8 +97,8 @@ impl Dispatching {
         steps
     }
 
-    /// Returns true if something is left to do, or all connections are adopted. If only timers are
-    /// left, they go off, and workers that are gone are started again.
+    /// Returns true if all connections are adopted, or if a step without trouble may follow. If
+    /// only timers are left, lets them go off and starts workers again before it decides.
     fn is_done_or_goes_on(&self, state: &State) -> bool {
         let is_adopted = |fate: &Fate| matches!(fate, Fate::Adopted(_));
         if state.world.fates.iter().all(is_adopted) {
@@ -184,7 +188,7 @@ impl Model for Dispatching {
                 world.act_on_events();
                 true
             }
-            // A task sends all messages that it has in one call, and reads all that there are.
+            // A task sends all of its messages in one call, and reads all that have arrived.
             Step::Answer(_) | Step::Read(_) => {
                 let mut did = false;
                 while world.step(step) {
@@ -197,7 +201,7 @@ impl Model for Dispatching {
         for peer in 0..world.peers.len() {
             world.step(Step::Take(peer));
         }
-        // Numbers for users only.
+        // Reset the statistics, which have no influence and would only multiply the states.
         world.pool.totals = Totals { offered_again: 1000, ..Totals::default() };
         did.then_some(next)
     }
@@ -221,7 +225,7 @@ impl Model for Dispatching {
     }
 }
 
-/// Visits all states, and says how many there are.
+/// Visits all states, and prints their number.
 fn check(bounds: Bounds) {
     let checker = Dispatching(bounds).checker().threads(2).spawn_dfs().join();
     for (name, path) in checker.discoveries() {
@@ -234,7 +238,7 @@ fn check(bounds: Bounds) {
     println!("{bounds:?}: {} states", checker.unique_state_count());
 }
 
-/// Nothing but connections.
+/// Bounds without any step.
 const NONE: Bounds = Bounds {
     connections: 0,
     groups: 1,
@@ -261,8 +265,8 @@ fn the_promise_is_kept_in_each_order_of_a_few_events() {
     check(Bounds { connections: 1, groups: 2, replacements: 1, ..NONE });
 }
 
-/// Takes minutes, and is run by `.ci/run`. In the first form, timers go off when nothing else is
-/// left to do; in the second one at any moment.
+/// This test takes minutes, and `.ci/run` runs it. With the first bounds, timers go off only when
+/// nothing else is left to do. With the second bounds, they go off at any moment.
 #[test]
 #[ignore = "takes minutes"]
 fn the_promise_is_kept_in_each_order_of_events() {
@@ -272,7 +276,7 @@ fn the_promise_is_kept_in_each_order_of_events() {
     check(Bounds { connections: 1, groups: 2, replacements: 1, crashes: 1, ..NONE });
 }
 
-/// Takes as long as the forms above together, and is run by hand.
+/// This test takes as long as the one above, and has to be run by hand.
 #[test]
 #[ignore = "takes minutes"]
 fn the_promise_is_kept_when_a_worker_is_started_again() {

@@ -1,34 +1,36 @@
-//! The numbers of a dispatcher, and the counters behind them.
+//! The statistics of a dispatcher, and the counters behind them.
 
 use std::time::{Duration, Instant};
 
 use super::{Account, Pool, RetireCounts, WorkerId, WorkerStats};
 use crate::handoff::dispatcher::{AdoptionTimes, GroupStats, WorkerState};
 
-/// The most workers whose numbers are kept after they have left for good.
-const MOST_DEPARTED: usize = 32;
+/// The most workers whose statistics are kept after they have left for good.
+const MAX_DEPARTED: usize = 32;
 
-/// Connections, counted from the beginning, and workers that left.
+/// Counters of connections and of retired workers since the dispatcher began.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
 pub(in crate::handoff::dispatcher) struct Totals {
     pub(in crate::handoff::dispatcher) dispatched: u64,
     pub(in crate::handoff::dispatcher) adopted: u64,
     pub(in crate::handoff::dispatcher) offered_again: u64,
-    /// How often the kernel had too little to send offers with.
+    /// How often the kernel lacked a resource to send offers with.
     pub(in crate::handoff::dispatcher) send_shortages: u64,
     pub(in crate::handoff::dispatcher) retired: RetireCounts,
-    /// Workers that have left without having been welcomed, through their own fault.
+    /// Workers that were retired because they had broken the protocol before the end of the
+    /// handshake.
     pub(in crate::handoff::dispatcher) refused_workers: u64,
     pub(in crate::handoff::dispatcher) adoption_times: AdoptionTimes,
 }
 
 impl<C> Pool<C> {
-    /// The number of connections that a worker has not answered for.
+    /// The number of connections that a worker has not answered.
     #[cfg(test)]
     pub(in crate::handoff::dispatcher) fn unanswered(&self, id: WorkerId) -> u64 {
         self.workers.get(&id).and_then(|worker| worker.account.as_ref()).map_or(0, Account::pending)
     }
 
+    /// The number of connections that are planned or offered.
     pub(super) fn pending(&self) -> u64 {
         self.accounts().map(|(_, _, account)| account.pending()).sum()
     }
@@ -43,11 +45,12 @@ impl<C> Pool<C> {
         self.groups.iter().map(|(_, group)| group.queue.len()).sum()
     }
 
-    /// The number of connections that were neither adopted nor given back.
+    /// The number of connections that were neither adopted nor given up.
     pub(in crate::handoff::dispatcher) fn on_their_way(&self) -> u64 {
         self.waiting() as u64 + self.pending()
     }
 
+    /// Returns the statistics of all groups.
     pub(in crate::handoff::dispatcher) fn groups(
         &self,
         now: Instant,
@@ -65,6 +68,7 @@ impl<C> Pool<C> {
         self.workers.keys().filter_map(|id| self.worker(*id))
     }
 
+    /// Returns the statistics of a worker, which has not left for good.
     pub(in crate::handoff::dispatcher) fn worker(&self, id: WorkerId) -> Option<WorkerStats> {
         let worker = self.workers.get(&id)?;
         let account = worker.account.as_ref();
@@ -86,15 +90,15 @@ impl<C> Pool<C> {
         })
     }
 
-    /// The workers that have left for good most recently, the oldest first.
+    /// Returns the workers that have left for good most recently. The first one left first.
     pub(in crate::handoff::dispatcher) fn departed(&self) -> impl Iterator<Item = &WorkerStats> {
         self.departed.iter()
     }
 
-    /// Keeps the numbers of a worker that leaves for good.
+    /// Keeps the statistics of a worker that leaves for good.
     pub(super) fn depart(&mut self, id: WorkerId) {
         let Some(worker) = self.worker(id) else { return };
-        if self.departed.len() == MOST_DEPARTED {
+        if self.departed.len() == MAX_DEPARTED {
             self.departed.pop_front();
         }
         let worker =
@@ -103,7 +107,7 @@ impl<C> Pool<C> {
         self.departed.push_back(worker);
     }
 
-    /// How long the first of those that wait for a place has been waiting.
+    /// Returns how long the first of the users that wait for a slot has been waiting.
     pub(in crate::handoff::dispatcher) fn slot_wait(&self, now: Instant) -> Option<Duration> {
         self.groups.first_ticket().map(|since| now.saturating_duration_since(since))
     }

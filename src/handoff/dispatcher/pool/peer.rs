@@ -16,28 +16,29 @@ pub(super) struct Peer {
     pub(super) process: ProcessId,
     max_fds: u8,
     pub(super) book: Book<u8>,
-    /// Taken from the pool and not sent.
+    /// Messages taken from the pool and not sent.
     pub(super) unsent: VecDeque<ToWorker<u8, ()>>,
     pub(super) to_worker: VecDeque<ToWorker<u8, ()>>,
     pub(super) from_worker: VecDeque<FromWorker>,
-    /// Offers that were sent and whose answer was not read. After the end, copies of these may be
-    /// here.
+    /// Offers that were sent and whose answer was not read. After the worker is retired, its
+    /// process may hold copies of these.
     pub(super) sent: VecDeque<u8>,
-    /// The connections that its application has got.
+    /// The connections that its application has received.
     pub(super) given: Vec<u8>,
     finished: usize,
     pub(super) lives: bool,
     pub(super) hangs: bool,
-    /// The dispatcher has read its DRAINING, or a refusal without another DEMAND after it.
+    /// The dispatcher has read a DRAINING of this worker.
     pub(super) is_draining: bool,
+    /// The dispatcher has read a refusal of this worker, and no DEMAND after it.
     pub(super) has_refused: bool,
-    /// It does not do as it says, so nothing is promised of what it gets.
+    /// The worker sends false messages, so the promise does not hold for what it gets.
     pub(super) lies: bool,
-    /// Something else has read from its socket.
+    /// Another process has read from the worker's socket.
     pub(super) is_robbed: bool,
-    /// It has found that the dispatcher breaks the protocol.
+    /// The error with which the worker reports that the dispatcher breaks the protocol.
     pub(super) complaint: Option<String>,
-    /// Its socket has failed, and each side sees the end.
+    /// The socket has failed, and each side gets the end of the stream.
     pub(super) is_cut: bool,
     pub(super) is_retired: bool,
 }
@@ -71,8 +72,8 @@ impl Peer {
         self.lives && !self.hangs
     }
 
-    /// Returns true if nothing more comes after what was sent to it.
-    pub(super) fn sees_end(&self) -> bool {
+    /// Returns true if the end of the stream follows what was sent to the worker.
+    pub(super) fn gets_end(&self) -> bool {
         self.is_retired || self.is_cut
     }
 
@@ -85,7 +86,7 @@ impl Peer {
         !self.lies && !self.is_robbed
     }
 
-    /// The dispatcher reads a message. An answer is about the oldest offers.
+    /// Notes that the dispatcher reads a message. An answer is about the oldest offers.
     pub(super) fn on_read(&mut self, message: FromWorker) {
         match message {
             FromWorker::Adopted { count, .. } | FromWorker::Rejected { count, .. } => {
@@ -99,7 +100,7 @@ impl Peer {
             matches!(message, FromWorker::Rejected { reason, .. } if reason.is_refusal());
     }
 
-    /// The reason why it must not be offered this connection.
+    /// Returns the reason why the worker must not be offered a connection, if there is one.
     pub(super) fn must_not_get(&self, fds: usize) -> Option<&'static str> {
         match self {
             _ if fds > self.max_fds.into() => Some("takes no bundles"),
@@ -115,12 +116,13 @@ impl Peer {
         self.unsent.iter().filter(|message| matches!(message, ToWorker::Offer { .. })).count()
     }
 
-    pub(super) fn get(&mut self, rejection: Option<RejectReason>) -> bool {
+    /// Processes one message from the dispatcher. Returns false if nothing happened.
+    pub(super) fn receive(&mut self, rejection: Option<RejectReason>) -> bool {
         if !self.works() || self.book.has_ended() {
             return false;
         }
         let Some(message) = self.to_worker.pop_front() else {
-            let is_end = self.sees_end();
+            let is_end = self.gets_end();
             if is_end {
                 self.book.end(false);
             }
@@ -138,6 +140,7 @@ impl Peer {
         true
     }
 
+    /// Lets the application ask for one connection. Returns false if nothing happened.
     pub(super) fn ask(&mut self) -> bool {
         let before = self.book.clone();
         self.book.adopt(1);
@@ -145,10 +148,12 @@ impl Peer {
         self.book != before
     }
 
+    /// Gives the application all connections whose adoption was sent.
     fn give(&mut self) {
         self.given.extend(self.book.take_adopted::<Vec<_>>(usize::MAX));
     }
 
+    /// Ends one of the connections that the application has received, if there is one.
     pub(super) fn finish(&mut self, now: Instant) -> bool {
         let may = self.finished < self.given.len();
         if may {
@@ -158,7 +163,7 @@ impl Peer {
         may
     }
 
-    /// Sends one message. Whatever an application has asked for it gets right then.
+    /// Sends one message. The application gets the connections whose adoption was in it.
     pub(super) fn answer(&mut self, now: Instant) -> bool {
         if self.book.has_ended() {
             return false;

@@ -8,45 +8,46 @@ use crate::handoff::{
     protocol::RejectReason,
 };
 
-/// A connection, and what workers have made of it.
+/// A connection, and the outcomes of its offers so far.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Pending<C> {
     pub(super) connection: C,
     /// The time when the dispatcher got it.
     pub(super) since: Instant,
-    /// It goes to the workers of this group.
+    /// The group whose workers get the connection.
     pub(super) group: Group,
-    /// Connections with equal keys go to the same worker, if the strategy goes by it.
+    /// With the strategy `ByKey`, connections with equal keys go to the same worker.
     pub(super) key: u64,
     /// The number of its descriptors.
     pub(super) fds: usize,
-    /// Offers made.
+    /// The number of offers made.
     pub(super) offers: u32,
-    /// The offers after which the worker was gone, or could not use the connection.
+    /// The number of offers after which the worker was gone or could not use the connection.
+    /// `failures <= offers`.
     pub(super) failures: u32,
-    /// A worker was gone after one of them.
+    /// A worker was gone after at least one of these offers.
     has_ended_a_worker: bool,
-    /// The workers of those, each once.
+    /// The workers that have failed with the connection, each once.
     pub(super) failed_with: Vec<WorkerId>,
-    /// Workers that had no room or no time for it, each once.
+    /// The workers that had no room or no time for the connection, each once.
     pub(super) refused_by: Vec<WorkerId>,
     /// The outcome of the last offer.
     last: Unadopted,
-    /// The number of the last offer, and when it was made.
+    /// The number of the last offer, and the time when it was made.
     pub(super) number: u64,
     pub(super) offered_at: Option<Instant>,
-    /// Its workers may die of it: it gets its last attempt at a worker with no other offer.
+    /// The connection is a suspect, and has to stay the only pending connection of its worker.
     pub(super) is_alone: bool,
-    /// Since when it waits as a suspect.
+    /// The time since which the connection waits as a suspect.
     pub(super) suspect_since: Option<Instant>,
     /// The processes of retired workers that may still hold a copy.
     pub(super) holders: Vec<ProcessId>,
 }
 
-/// Why no worker adopts a connection.
+/// The reason why the dispatcher gives up a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(in crate::handoff::dispatcher) enum Failure {
-    /// All workers that would have taken it have failed with it.
+    /// All workers that could have taken the connection have failed with it.
     TooManyOffers { offers: u32, last: Unadopted },
     /// The dispatcher drains.
     Draining,
@@ -74,13 +75,14 @@ impl<C> Pending<C> {
         }
     }
 
-    /// It is offered, as the offer of this number.
+    /// Counts an offer of this number.
     pub(super) fn offer(&mut self, number: u64, now: Instant) {
         self.offers += 1;
         self.number = number;
         self.offered_at = Some(now);
     }
 
+    /// Notes that a worker has rejected the connection. Only `Unusable` counts as a failure.
     pub(super) fn on_rejected(&mut self, by: WorkerId, reason: RejectReason) {
         self.last = Unadopted::Rejected(reason);
         match reason {
@@ -90,7 +92,8 @@ impl<C> Pending<C> {
         }
     }
 
-    /// The worker has left without an answer.
+    /// Notes that a worker has left without an answer. `has_failed` is false if the connection
+    /// cannot be to blame.
     pub(super) fn on_unanswered(&mut self, by: WorkerId, has_failed: bool) {
         self.last = Unadopted::Unanswered;
         if has_failed {
@@ -106,14 +109,15 @@ impl<C> Pending<C> {
         }
     }
 
-    /// Returns true if it may be given up after the next failure. Then it waits for a worker that
-    /// has not failed with it.
+    /// Returns true if the connection may be given up after its next failure. It then waits for a
+    /// worker that has not failed with it.
     pub(super) fn is_at_last_attempt(&self, max_offers: u32) -> bool {
         self.failures > 0 && self.failures + 1 >= max_offers
     }
 
-    /// Returns true if workers may die of it, so that its last offer is to be the only one of a
-    /// worker.
+    /// Returns true if the connection may be crashing its workers and is at its last attempt. That
+    /// attempt goes to a worker with no other pending connections, so that no innocent connection
+    /// becomes a suspect.
     pub(super) fn is_suspect(&self, max_offers: u32) -> bool {
         self.has_ended_a_worker && self.is_at_last_attempt(max_offers)
     }

@@ -4,18 +4,20 @@ use std::{collections::BTreeMap, time::Instant};
 
 use super::Pending;
 
-/// The queue: who waits, by its places, which grow to the back and fall to the front.
+/// The queue, by position. Positions grow towards the back, and can be negative at the front.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Queue<C>(BTreeMap<i64, Waiter<C>>);
 
-/// The place in the queue of a user that waits for a place at a worker.
+/// The position in the queue of a user that waits for a slot at a worker. It is never used again,
+/// so it identifies the user even after it has left the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(in crate::handoff::dispatcher) struct TicketId(pub(super) i64);
 
+/// A waiter in a queue.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Waiter<C> {
     Connection(Pending<C>),
-    /// A user that has been waiting for a place since then.
+    /// A user that has been waiting for a slot since this time.
     Ticket(Instant),
 }
 
@@ -26,44 +28,47 @@ impl<C> Default for Queue<C> {
 }
 
 impl<C> Queue<C> {
+    /// Adds a connection in front of all waiters.
     pub(super) fn push_front(&mut self, pending: Pending<C>) {
-        let place = self.0.first_key_value().map_or(-1, |(first, _)| first - 1);
-        self.0.insert(place, Waiter::Connection(pending));
+        let position = self.0.first_key_value().map_or(-1, |(first, _)| first - 1);
+        self.0.insert(position, Waiter::Connection(pending));
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The first waiter at this place or behind it.
+    /// Returns the first waiter at this position or behind it, with its position.
     pub(super) fn next(&mut self, from: i64) -> Option<(i64, &mut Waiter<C>)> {
-        self.0.range_mut(from..).next().map(|(place, waiter)| (*place, waiter))
+        self.0.range_mut(from..).next().map(|(position, waiter)| (*position, waiter))
     }
 
-    pub(super) fn take(&mut self, place: i64) -> Option<Pending<C>> {
-        match self.0.remove(&place)? {
+    /// Takes out the connection at this position.
+    pub(super) fn take(&mut self, position: i64) -> Option<Pending<C>> {
+        match self.0.remove(&position)? {
             Waiter::Connection(pending) => Some(pending),
             Waiter::Ticket(_) => None,
         }
     }
 
-    /// Puts a waiter at a place that is free.
-    pub(super) fn put(&mut self, place: i64, waiter: Waiter<C>) {
-        self.0.insert(place, waiter);
+    /// Puts a waiter at a position that is free.
+    pub(super) fn put(&mut self, position: i64, waiter: Waiter<C>) {
+        self.0.insert(position, waiter);
     }
 
-    /// Returns true if it was waiting.
+    /// Removes the user with this ticket. Returns false if the user was not waiting here.
     pub(super) fn remove_ticket(&mut self, ticket: TicketId) -> bool {
         let waits = matches!(self.0.get(&ticket.0), Some(Waiter::Ticket(_)));
         waits && self.0.remove(&ticket.0).is_some()
     }
 
-    pub(super) fn grant(&mut self, place: i64) -> TicketId {
-        self.0.remove(&place);
-        TicketId(place)
+    /// Takes out the user at this position, and returns the ticket.
+    pub(super) fn grant(&mut self, position: i64) -> TicketId {
+        self.0.remove(&position);
+        TicketId(position)
     }
 
-    /// Since when the first user has been waiting.
+    /// Returns the time since which the first user has been waiting.
     pub(super) fn first_ticket(&self) -> Option<Instant> {
         self.0.values().find_map(|waiter| match waiter {
             Waiter::Ticket(since) => Some(*since),
@@ -92,15 +97,17 @@ impl<C> Queue<C> {
         self.0.len()
     }
 
-    /// The number of users that wait for a place.
+    /// The number of users that wait for a slot.
     pub(super) fn tickets(&self) -> usize {
         self.0.len() - self.connections()
     }
 
+    /// The number of connections that wait.
     pub(super) fn connections(&self) -> usize {
         self.iter().count()
     }
 
+    /// Returns the connections that wait, from the front to the back.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Pending<C>> {
         self.0.values().filter_map(|waiter| match waiter {
             Waiter::Connection(pending) => Some(pending),

@@ -1,8 +1,8 @@
 //! The replacement of the workers of a group.
 //!
-//! The new workers get nothing until all of them have said hello. Then the old ones are told to
-//! drain. If a new one leaves before that, or the dispatcher drains, the new ones are told to drain
-//! instead:
+//! The new workers get nothing until all of them have sent HELLO. Then the old workers are asked to
+//! drain. If a new worker leaves before that, or the dispatcher drains, the new workers are asked
+//! to drain instead:
 //!
 //! ```text
 //! Starting ── all are ready ──> Switched ───> over when the old ones have left
@@ -23,27 +23,31 @@ pub(in crate::handoff::dispatcher) struct ReplacementId(u64);
 pub(super) struct Replacement {
     group: Group,
     phase: Phase,
-    /// How long the old ones have to finish what they have.
+    /// How long the old workers have to finish their connections. `None` without a limit.
     within: Option<Duration>,
     /// The workers that the group had at the beginning.
     old: Vec<WorkerId>,
     new: Vec<WorkerId>,
-    /// No further new one is going to be added.
+    /// All new workers were added.
     is_complete: bool,
-    /// The new one that has left before the switch.
+    /// The new worker that has left before the switch.
     failed: Option<WorkerId>,
-    /// The old and new ones that have left for good by now.
+    /// The old workers that have left for good so far, and the failed one if it has.
     departed: Vec<WorkerStats>,
 }
 
+/// The phases of a replacement. The last two are decisions, which never change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Phase {
+    /// Not all new workers are ready.
     Starting,
+    /// The old workers have to leave.
     Switched,
+    /// The new workers have to leave.
     RolledBack,
 }
 
-/// Why a replacement does not begin.
+/// The reason why a replacement cannot begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::handoff::dispatcher) enum Refusal {
     /// New workers of the group are starting already.
@@ -54,13 +58,18 @@ pub(in crate::handoff::dispatcher) enum Refusal {
 /// How a replacement has ended.
 #[derive(Debug)]
 pub(in crate::handoff::dispatcher) enum Outcome {
-    /// The old workers, as they have left.
+    /// The new workers serve. `old` has the statistics of the old workers that have left.
     Switched { new: Vec<WorkerId>, old: Vec<WorkerStats> },
-    /// The new one that has left, if that was the reason.
+    /// The old workers go on. `failed` is the new worker that has left, if that was the reason.
     RolledBack { failed: Option<WorkerStats> },
 }
 
 impl<C> Pool<C> {
+    /// Begins the replacement of all workers that a group has now.
+    ///
+    /// # Errors
+    /// Returns an error if the dispatcher does not stay, or if new workers of the group are
+    /// starting.
     pub(in crate::handoff::dispatcher) fn begin_replacement(
         &mut self,
         group: &Group,
@@ -74,6 +83,7 @@ impl<C> Pool<C> {
         if self.replacements.values().any(is_starting) {
             return Err(Refusal::InProgress);
         }
+        // Workers that have to leave already are not part of it.
         let old = self
             .workers
             .iter()
@@ -94,8 +104,8 @@ impl<C> Pool<C> {
         Ok(id)
     }
 
-    /// Adds a new worker, whose process was started. If the replacement was rolled back meanwhile,
-    /// it has to leave.
+    /// Adds a new worker, whose process was started. The worker has to leave if the replacement was
+    /// rolled back meanwhile.
     pub(in crate::handoff::dispatcher) fn add_new_worker(
         &mut self,
         id: ReplacementId,
@@ -121,7 +131,7 @@ impl<C> Pool<C> {
         new
     }
 
-    /// All new workers were added.
+    /// Notes that all new workers were added.
     pub(in crate::handoff::dispatcher) fn complete_replacement(
         &mut self,
         id: ReplacementId,
@@ -133,11 +143,12 @@ impl<C> Pool<C> {
         self.switch_if_ready(id, now);
     }
 
-    /// A new worker is ready.
+    /// Notes that a new worker is ready.
     pub(super) fn on_new_ready(&mut self, id: ReplacementId, now: Instant) {
         self.switch_if_ready(id, now);
     }
 
+    /// Asks the old workers to drain if all new workers were added and are ready.
     fn switch_if_ready(&mut self, id: ReplacementId, now: Instant) {
         let Some(replacement) = self.replacements.get(&id) else { return };
         let is_ready = |new: &WorkerId| {
@@ -148,11 +159,11 @@ impl<C> Pool<C> {
         if !is_starting || !replacement.new.iter().all(is_ready) {
             return;
         }
-        // First there are others that take what the old ones leave.
+        // Release the new workers first, so that they can take what the old ones give back.
         let (old, until) = (replacement.old.clone(), replacement.within.map(|within| now + within));
         self.set_phase(id, Phase::Switched);
         for id in old {
-            // One that is to leave already keeps its own deadline.
+            // A worker that has to leave already keeps its own deadline.
             if !self.is_removed(id) {
                 self.remove(id, until, now);
             }
@@ -160,7 +171,7 @@ impl<C> Pool<C> {
         self.distribute(now);
     }
 
-    /// A worker's link has ended.
+    /// Rolls back the undecided replacement of a new worker whose link has ended.
     pub(super) fn on_new_gone(&mut self, gone: WorkerId, now: Instant) {
         let id = self.workers.get(&gone).and_then(|worker| worker.replacement);
         if let Some(id) = id {
@@ -168,7 +179,8 @@ impl<C> Pool<C> {
         }
     }
 
-    /// The new workers have to leave, and the old ones go on.
+    /// Asks the new workers to drain, so the old ones go on. Does nothing if the replacement is
+    /// decided.
     pub(in crate::handoff::dispatcher) fn roll_back(
         &mut self,
         id: ReplacementId,
@@ -188,13 +200,14 @@ impl<C> Pool<C> {
         }
     }
 
+    /// Rolls back all undecided replacements.
     pub(super) fn roll_all_back(&mut self, now: Instant) {
         for id in Vec::from_iter(self.replacements.keys().copied()) {
             self.roll_back(id, None, now);
         }
     }
 
-    /// The replacement is decided: the new workers are workers as all others.
+    /// Decides a replacement. From then on its new workers are treated as all others.
     fn set_phase(&mut self, id: ReplacementId, phase: Phase) {
         let Some(replacement) = self.replacements.get_mut(&id) else { return };
         replacement.phase = phase;
@@ -207,7 +220,7 @@ impl<C> Pool<C> {
         self.events.push(Event::Changed);
     }
 
-    /// A worker has left for good.
+    /// Notes the statistics of a worker that has left for good, for the outcome.
     pub(super) fn on_departed(&mut self, worker: &WorkerStats) {
         for replacement in self.replacements.values_mut() {
             if replacement.old.contains(&worker.id) || replacement.failed == Some(worker.id) {
@@ -236,7 +249,8 @@ impl<C> Pool<C> {
         })
     }
 
-    /// Nobody waits for the replacement. If it is not decided, it is rolled back.
+    /// Ends a replacement, for which nobody waits any longer, and returns its outcome. An undecided
+    /// replacement is rolled back.
     pub(in crate::handoff::dispatcher) fn end_replacement(
         &mut self,
         id: ReplacementId,

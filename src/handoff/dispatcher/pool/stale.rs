@@ -1,25 +1,31 @@
-//! Copies of connections that the dispatcher has no control of: in processes that were fenced and
-//! have not ended.
+//! Stale copies: the descriptors of connections that processes of retired workers may still hold.
 
 use std::collections::BTreeMap;
 
 use super::{Event, ProcessId};
 
-/// A retired worker's process may hold, until it ends, copies of what it was offered. They do no
-/// harm to a connection that another worker serves. But if that one dies, the client would not see
-/// the end, so the dispatcher keeps its own copy, by which it can end the connection.
+/// The processes that may hold stale copies, and the dispatcher's own copies of such connections.
+///
+/// A retired worker's process may hold copies of what it was offered until it ends. That does no
+/// harm to a connection while another worker serves it. But if the other worker dies, the stale
+/// copy keeps the connection open, and the client never gets the end. So the dispatcher keeps a
+/// copy of its own, with which it can shut the connection down.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(in crate::handoff::dispatcher) struct StaleCopies<C> {
     /// Processes of retired workers that may live, and how many descriptors each may have in
     /// flight.
     holders: BTreeMap<ProcessId, usize>,
+    /// The dispatcher's own copies. Each has at least one holder.
     kept: Vec<Kept<C>>,
 }
 
+/// The dispatcher's own copy of an adopted connection.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Kept<C> {
     connection: C,
+    /// The process that has adopted the connection.
     adopter: ProcessId,
+    /// The other processes that may hold a copy.
     holders: Vec<ProcessId>,
 }
 
@@ -30,18 +36,18 @@ impl<C> Default for StaleCopies<C> {
 }
 
 impl<C> StaleCopies<C> {
-    /// A worker of this process was retired, and the process may live. It may have this many more
-    /// descriptors in flight.
+    /// Adds the process of a retired worker, which may live. Up to `in_flight` descriptors may be
+    /// in flight to it, in addition to earlier ones.
     pub(super) fn add_holder(&mut self, process: ProcessId, in_flight: usize) {
         *self.holders.entry(process).or_default() += in_flight;
     }
 
-    /// The number of descriptors that may be in flight to them.
+    /// The number of descriptors that may be in flight to processes of retired workers.
     pub(super) fn fds(&self) -> usize {
         self.holders.values().sum()
     }
 
-    /// A worker has adopted a connection that these may hold.
+    /// Keeps the dispatcher's copy of an adopted connection as long as one of the holders lives.
     pub(super) fn keep(
         &mut self,
         connection: C,
@@ -49,7 +55,7 @@ impl<C> StaleCopies<C> {
         mut holders: Vec<ProcessId>,
         events: &mut Vec<Event<C>>,
     ) {
-        // The end of a process ends its connections, however many copies it holds.
+        // The adopter is not such a holder: its end closes all of its own copies.
         holders.retain(|holder| *holder != adopter && self.holders.contains_key(holder));
         if holders.is_empty() {
             events.push(Event::Close(connection));
@@ -58,7 +64,7 @@ impl<C> StaleCopies<C> {
         }
     }
 
-    /// Returns true if it matters when the process of this adopter ends.
+    /// Returns true if a copy of a connection is kept that this process has adopted.
     pub(super) fn are_kept_for(&self, adopter: ProcessId) -> bool {
         self.kept.iter().any(|kept| kept.adopter == adopter)
     }
@@ -71,6 +77,8 @@ impl<C> StaleCopies<C> {
         self.kept.iter().any(|kept| kept.connection == *connection)
     }
 
+    /// Shuts down the connections that a process had adopted, because it has ended, and closes the
+    /// copies that are no longer needed.
     pub(super) fn on_process_end(&mut self, process: ProcessId, events: &mut Vec<Event<C>>) {
         self.holders.remove(&process);
         for kept in self.kept.extract_if(.., |kept| kept.adopter == process) {
@@ -79,6 +87,7 @@ impl<C> StaleCopies<C> {
         for kept in &mut self.kept {
             kept.holders.retain(|holder| *holder != process);
         }
+        // Connections of which no other process can hold a copy now.
         let needless = self.kept.extract_if(.., |kept| kept.holders.is_empty());
         events.extend(needless.map(|kept| Event::Close(kept.connection)));
     }

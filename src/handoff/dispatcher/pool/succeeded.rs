@@ -1,5 +1,6 @@
-//! A dispatcher is replaced by another one: two shipped pools and the shipped books of their
-//! workers, over queues in memory, while either dispatcher dies at any moment.
+//! A property test of the replacement of a dispatcher by another one. Two shipped pools and the
+//! shipped books of their workers are connected by queues in memory, and either dispatcher may die
+//! at any moment.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -24,7 +25,7 @@ const WORKERS: usize = 2;
 struct Side {
     pool: Pool<u8>,
     lives: bool,
-    /// Connections that it has, and of which it has not read that they are adopted.
+    /// The connections of the dispatcher whose adoption it has not read.
     has: BTreeSet<u8>,
 }
 
@@ -38,19 +39,19 @@ struct Link {
     from_worker: VecDeque<FromWorker>,
     /// The number of MOVEs that were sent.
     moves: usize,
-    /// The dispatcher takes the worker back with the MOVE after this many.
+    /// After this many MOVEs, the next one takes the worker back to this dispatcher.
     returns_after: Option<usize>,
     /// The dispatcher's end is closed.
     is_closed: bool,
-    /// The book has seen the end.
+    /// The book was ended.
     has_ended: bool,
 }
 
-/// A worker: the links that it has had, the last of which is the current one.
+/// A worker with all links that it has had. The last link is the current one.
 #[derive(Debug)]
 struct Worker {
     links: Vec<Link>,
-    /// The dispatchers' ends of links at which it has not said hello.
+    /// The dispatchers' ends of the links to which the worker has not moved yet.
     coming: VecDeque<(usize, WorkerId)>,
     given: usize,
     finished: usize,
@@ -60,11 +61,11 @@ struct Worker {
 struct World {
     sides: [Side; 2],
     workers: Vec<Worker>,
-    /// The links for connections, to the other dispatcher; and which of the connections that came
-    /// no worker there has adopted.
+    /// The links between the dispatchers, each with the connections that arrived over it and that
+    /// no worker has adopted yet.
     relays: Vec<(Link, BTreeSet<u8>)>,
     dispatched: u8,
-    /// How often applications got each connection.
+    /// How many times applications have received each connection.
     adopted: BTreeMap<u8, u32>,
     /// Connections that a dispatcher had when it died.
     may_be_lost: BTreeSet<u8>,
@@ -77,12 +78,13 @@ struct World {
 enum Step {
     /// The dispatcher that serves accepts a connection.
     Accept,
-    /// The application of a worker asks for a connection, or one ends.
+    /// The application of a worker asks for a connection.
     Ask(usize),
+    /// A connection of a worker ends.
     Finish(usize),
-    /// A message arrives at a link of a worker, chosen by its age.
+    /// A message arrives at the worker's end of a link of this age.
     Down(usize, usize),
-    /// A message arrives from there.
+    /// A message arrives at the dispatcher's end of a link of this age.
     Up(usize, usize),
     RelayDown(usize),
     RelayUp(usize),
@@ -126,7 +128,7 @@ impl Link {
         }
     }
 
-    /// The dispatcher's task sends all that there is.
+    /// Sends all messages of the dispatcher, as its task does.
     fn send(&mut self, sides: &mut [Side; 2], now: Instant) {
         let side = &mut sides[self.side];
         while side.lives
@@ -138,7 +140,7 @@ impl Link {
             self.moves += usize::from(matches!(message, ToWorker::Move(())));
             self.to_worker.push_back(message.map(|connection| *connection));
             if self.returns_after.is_some_and(|moves| self.moves > moves) {
-                // It cuts a worker off that it takes back, once the message is sent.
+                // After this message the dispatcher fences the worker that it takes back.
                 for message in std::mem::take(&mut self.from_worker) {
                     side.pool.on_last_message(self.id, message, 0, now);
                 }
@@ -148,7 +150,7 @@ impl Link {
         }
     }
 
-    /// The dispatcher reads a message.
+    /// Lets the dispatcher read a message.
     fn read(&mut self, sides: &mut [Side; 2], now: Instant) -> bool {
         let side = &mut sides[self.side];
         if !side.lives || self.is_closed {
@@ -168,7 +170,7 @@ impl Link {
         true
     }
 
-    /// The worker sends all that there is. Returns what its application has got.
+    /// Sends all messages of the worker. Returns the connections that its application gets.
     fn answer(&mut self, now: Instant) -> Vec<u8> {
         if !self.has_ended && !self.is_closed {
             self.book.ask(now, || u64::MAX);
@@ -184,7 +186,7 @@ impl Link {
         self.book.take_adopted(usize::MAX)
     }
 
-    /// A message arrives. Returns true if it is a MOVE.
+    /// Lets the worker read a message. Returns true if the message is a MOVE.
     fn receive(&mut self) -> bool {
         match self.to_worker.pop_front() {
             Some(ToWorker::Move(())) => return true,
@@ -232,7 +234,7 @@ impl World {
         id
     }
 
-    /// The dispatcher that accepts. Before the other one notices, both may do.
+    /// Returns the dispatcher that accepts. Both may accept until one notices the other.
     fn server(&mut self) -> Option<&mut Side> {
         let new_serves = self.has_begun && !self.is_undone;
         let side = if new_serves { NEW } else { OLD };
@@ -284,7 +286,8 @@ impl World {
         may
     }
 
-    /// As the channel of a worker does after whatever happened. Returns true if it did something.
+    /// Sends the messages of all links, as the channel of a worker does after each step. Returns
+    /// true if it did something.
     fn answer(&mut self, worker: usize) -> bool {
         let Worker { links, given, .. } = &mut self.workers[worker];
         let messages =
@@ -297,7 +300,7 @@ impl World {
         messages(links) + *given > before
     }
 
-    /// The index of a worker's link of this age, from 0 for the current one.
+    /// Returns the index of a worker's link of this age. The current link has age 0.
     fn index(&self, worker: usize, age: usize) -> Option<usize> {
         self.workers.get(worker)?.links.len().checked_sub(1 + age)
     }
@@ -325,7 +328,7 @@ impl World {
         true
     }
 
-    /// A worker goes on at the next link.
+    /// Moves a worker to its next link.
     fn moves(&mut self, worker: usize) {
         let Worker { links, coming, .. } = &mut self.workers[worker];
         let (side, id) = coming.pop_front().expect("there is a link for each MOVE");
@@ -339,7 +342,7 @@ impl World {
         self.workers[worker].links[index].read(&mut self.sides, self.now)
     }
 
-    /// A dispatcher sends connections to the other one, which takes all.
+    /// Sends connections from a dispatcher to the other one, which takes all of them.
     fn relay_down(&mut self, relay: usize) -> bool {
         let Some((link, waiting)) = self.relays.get_mut(relay) else { return false };
         let other = 1 - link.side;
@@ -395,7 +398,7 @@ impl World {
         true
     }
 
-    /// The new dispatcher has died, or gives everything back.
+    /// Undoes the replacement, because the new dispatcher has died or gives everything back.
     fn undo(&mut self) -> bool {
         if !self.has_begun || self.is_undone || !self.sides[OLD].lives {
             return false;
@@ -408,7 +411,7 @@ impl World {
         for worker in &mut self.workers {
             let first = &mut worker.links[0];
             if first.moves == 0 {
-                worker.coming.clear(); // it was not told of that
+                worker.coming.clear(); // no MOVE to these links was sent
             }
             if moved.contains(&first.id) && first.side == OLD {
                 first.returns_after = Some(first.moves);
@@ -427,7 +430,7 @@ impl World {
         let links = self.workers.iter_mut().flat_map(|worker| &mut worker.links);
         links.filter(|link| link.side == side).for_each(|link| link.is_closed = true);
         for (relay, _) in &mut self.relays {
-            // All that it has sent to the other one, or read from it, stays.
+            // Everything that it has sent to the other dispatcher, or read from it, stays.
             relay.is_closed |= relay.side == side;
             relay.has_ended |= relay.side != side;
         }
@@ -453,7 +456,7 @@ impl World {
         }
     }
 
-    /// Lets everything come to rest, with a dispatcher that serves.
+    /// Lets all messages arrive and all connections end, with a dispatcher that serves.
     fn settle(&mut self) {
         if !self.sides[NEW].lives {
             self.undo();
@@ -461,7 +464,7 @@ impl World {
         if self.server().is_none() {
             return;
         }
-        // If a dispatcher has died, some workers may have gone with it.
+        // If a dispatcher has died, some workers may have left because of that.
         let side = if self.has_begun && !self.is_undone { NEW } else { OLD };
         self.start_worker(side);
         loop {
@@ -487,8 +490,8 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
-    /// Each connection is given to at most one application, and none is lost but with the
-    /// dispatcher that had it. The worker's numbers are right at whatever link.
+    /// Each connection is given to at most one application. A connection is lost only if the
+    /// dispatcher that had it dies. The worker's numbers are right at every link.
     ///
     /// Rules: D-MOVE-OFFERS, W-MOVED, W-OPEN, W-LOAD.
     #[test]
@@ -508,7 +511,7 @@ proptest! {
                 "connection {} is lost: {:?}", connection, world
             );
         }
-        // All connections have ended, and the dispatcher that serves knows.
+        // All connections have ended, and the dispatcher that serves has read that.
         for side in world.sides.iter().filter(|side| side.lives && !side.pool.is_succeeded()) {
             let active = side.pool.workers().map(|worker| worker.active).sum::<u64>();
             let relayed = world.relays.len();

@@ -1,11 +1,11 @@
-//! Another dispatcher that goes on in the place of this one.
+//! The replacement of this dispatcher by another one, its successor.
 
 use std::time::Instant;
 
 use super::{Account, Event, Pool, ProcessId, ProcessInfo, Worker, WorkerId};
 use crate::handoff::dispatcher::Group;
 
-/// A worker that can be moved, as another dispatcher has to know it.
+/// The description of a worker that can be moved, for the other dispatcher.
 #[derive(Debug, Clone)]
 pub(in crate::handoff::dispatcher) struct Movable {
     pub(in crate::handoff::dispatcher) id: WorkerId,
@@ -17,10 +17,10 @@ pub(in crate::handoff::dispatcher) struct Movable {
 impl<C> Pool<C> {
     /// Returns the workers that can be moved to another dispatcher.
     pub(in crate::handoff::dispatcher) fn movable(&self) -> Vec<Movable> {
-        let stays = |worker: &Worker<C>, account: &Account<C>| {
+        let can_move = |worker: &Worker<C>, account: &Account<C>| {
             worker.removed.is_none() && worker.replacement.is_none() && account.may_move()
         };
-        let movable = self.accounts().filter(|(_, worker, account)| stays(worker, account));
+        let movable = self.accounts().filter(|(_, worker, account)| can_move(worker, account));
         let describe = |(id, worker, account): (WorkerId, &Worker<C>, &Account<C>)| Movable {
             id,
             process: account.process,
@@ -30,8 +30,8 @@ impl<C> Pool<C> {
         movable.map(describe).collect()
     }
 
-    /// Another dispatcher goes on in the place of this one. It takes all connections, as if it were
-    /// a worker. Those workers for which there is a new link move to it, and the others leave.
+    /// Lets a successor replace this dispatcher. The successor gets all connections, as if it were
+    /// a worker. Workers that have a new link move to it, and all others drain.
     pub(in crate::handoff::dispatcher) fn succeed(
         &mut self,
         successor: WorkerId,
@@ -44,7 +44,8 @@ impl<C> Pool<C> {
         for (id, worker) in self.workers.iter_mut().filter(|(id, _)| **id != successor) {
             let Some(account) = &mut worker.account else { continue };
             account.has_next_link = links.contains(&(*id, account.process.id));
-            // If everything is given back, the successor tells its workers.
+            // Without any links, everything is given back to the dispatcher from which this one had
+            // taken it. A worker that was taken over then gets its DRAIN or MOVE from there.
             planned.extend(match worker.is_taken && links.is_empty() {
                 true => account.drain(),
                 false => account.hand_on(now),
@@ -55,43 +56,45 @@ impl<C> Pool<C> {
         self.distribute(now);
     }
 
-    /// Returns true if a worker takes connections of this group. The successor takes all.
+    /// Returns true if a worker takes connections of this group. The successor takes those of all
+    /// groups.
     pub(super) fn is_in(&self, group: &Group, id: WorkerId, worker: &Worker<C>) -> bool {
         worker.group == *group || self.successor == Some(id)
     }
 
-    /// The process of a worker comes from another dispatcher.
+    /// Notes that the process of a worker was taken over from another dispatcher.
     pub(in crate::handoff::dispatcher) fn take_worker(&mut self, id: WorkerId) {
         if let Some(worker) = self.workers.get_mut(&id) {
             worker.is_taken = true;
         }
     }
 
-    /// Returns true if the process of a worker is this dispatcher's to end. It is not if another
-    /// dispatcher goes on with it, or if it comes from another one and has not said hello.
+    /// Returns true if this dispatcher is responsible for the end of a worker's process. It is not
+    /// if the worker has moved away, or if it was taken over and has not sent HELLO yet.
     pub(in crate::handoff::dispatcher) fn is_ours(&self, id: WorkerId) -> bool {
         self.workers.get(&id).is_some_and(|worker| worker.is_ours(self.is_succeeded()))
     }
 
-    /// Returns true if another dispatcher goes on in the place of this one.
+    /// Returns true if a successor has replaced this dispatcher.
     pub(in crate::handoff::dispatcher) fn is_succeeded(&self) -> bool {
         self.successor.is_some()
     }
 
-    /// Returns true if a worker has not gone on at its new link yet.
+    /// Returns true if a worker needs its new link, to which it may not have moved yet.
     pub(in crate::handoff::dispatcher) fn needs_link(&self, id: WorkerId) -> bool {
         let account = self.workers.get(&id).and_then(|worker| worker.account.as_ref());
         account.is_some_and(|account| account.has_next_link)
     }
 
-    /// Returns the workers that have moved, and whose links here are open.
+    /// Returns the workers that were sent a MOVE and whose links here are still open.
     pub(in crate::handoff::dispatcher) fn moved(&self) -> Vec<WorkerId> {
         let moved = self.accounts().filter(|(_, _, account)| account.has_moved());
         moved.map(|(id, ..)| id).collect()
     }
 
-    /// This dispatcher goes on after all. Workers for which there is a new link move back; the
-    /// others leave, and are started again if they are to be.
+    /// Lets this dispatcher serve again, because its successor has failed. Of the workers that have
+    /// moved, those with a new link move back, and the others drain. These are started again if
+    /// their commands say so.
     pub(in crate::handoff::dispatcher) fn take_back(&mut self, links: &[WorkerId], now: Instant) {
         let Some(successor) = self.successor.take() else { return };
         for (id, worker) in &mut self.workers {
@@ -103,15 +106,16 @@ impl<C> Pool<C> {
             if links.contains(id) {
                 account.move_away();
             } else {
-                account.tell_to_drain(None, now);
+                account.send_drain(None, now);
             }
             self.events.extend(account.wake().then_some(Event::Wake(*id)));
         }
         self.remove(successor, None, now);
     }
 
-    /// A worker that has moved back is about to say hello at its new link. It can adopt nothing
-    /// more at the one before.
+    /// Opens a new account for a worker that has moved back and is about to send HELLO at its new
+    /// link. The worker can adopt nothing more at the earlier link, so what is left there is put
+    /// back into the queue.
     pub(in crate::handoff::dispatcher) fn relink(
         &mut self,
         id: WorkerId,

@@ -1,4 +1,4 @@
-//! The promise, with everything that can happen at random.
+//! Tests of the pool. The first one checks the promise while random events happen.
 
 use std::time::{Duration, Instant};
 
@@ -55,7 +55,7 @@ fn lie() -> impl Strategy<Value = FromWorker> {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    // More peers than there are at first: restarted ones come behind.
+    // There are more peers than at first, because restarted ones are added behind them.
     let peer = || 0..2 * PEERS;
     prop_oneof![
         4 => Just(Step::Dispatch),
@@ -78,7 +78,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => peer().prop_map(Step::Steal),
         1 => peer().prop_map(Step::Drain),
         1 => peer().prop_map(Step::Remove),
-        // Nothing is promised of what a liar gets, so only the first one lies.
+        // The promise does not hold for what a lying worker gets, so only the first one lies.
         1 => lie().prop_map(|lie| Step::Lie(0, lie)),
         3 => peer().prop_map(Step::Restart),
         1 => (1..3usize).prop_map(Step::Replace),
@@ -113,7 +113,7 @@ proptest! {
             }
             if step.peer().is_none_or(|peer| peer < world.peers.len()) {
                 world.now += Duration::from_millis(millis);
-                // A worker that is not heard is fenced after a few timeouts in a row.
+                // A worker from which nothing arrives is fenced after a few timeouts in a row.
                 let times = if matches!(step, Step::Timeout(_)) { 1 + millis % 8 } else { 1 };
                 for _ in 0..times {
                     world.step(step);
@@ -141,7 +141,7 @@ proptest! {
     }
 }
 
-/// A worker that has said hello and asked for all that there is.
+/// Adds a worker that has sent HELLO and a DEMAND without limit.
 fn add_worker(pool: &mut Pool<u8>, now: Instant) -> WorkerId {
     add_process(pool, true, now)
 }
@@ -159,7 +159,7 @@ fn dispatch(pool: &mut Pool<u8>, connection: u8, fds: usize, admission: Admissio
     pool.dispatch(connection, Group::default(), (0, fds), admission, now);
 }
 
-/// Sends all that there is for a worker. Returns the number of offers.
+/// Sends all messages for a worker. Returns the number of offers.
 fn send_all(pool: &mut Pool<u8>, id: WorkerId, now: Instant) -> u32 {
     let mut offers = 0;
     while let Some(message) = pool.next_message(id, now) {
@@ -168,8 +168,8 @@ fn send_all(pool: &mut Pool<u8>, id: WorkerId, now: Instant) -> u32 {
     offers
 }
 
-/// The kernel limits descriptors in flight for a whole uid, and those of a worker that does not
-/// receive stay there. Workers that were fenced and live on keep theirs.
+/// The kernel limits the descriptors in flight of a whole uid, and those sent to a worker that does
+/// not receive stay in flight. That is also true of fenced workers that live on.
 #[test]
 fn workers_that_do_not_receive_leave_places_to_the_others() {
     const CONNECTIONS: u8 = 100;
@@ -206,7 +206,7 @@ fn workers_that_do_not_receive_leave_places_to_the_others() {
     assert!(pool.take_events().iter().all(|event| !matches!(event, Event::Failed { .. })));
 }
 
-/// Otherwise its memory would grow with each process that connects and dies.
+/// Otherwise the memory of a connection would grow with each process that connects and dies.
 #[test]
 fn a_connection_remembers_no_workers_that_have_left_for_good() {
     let now = Instant::now();
@@ -227,7 +227,7 @@ fn a_connection_remembers_no_workers_that_have_left_for_good() {
     }
 }
 
-/// Its permit was for any worker, and none with room takes it.
+/// The permit of the bundle was for a slot at any worker, and no worker with room takes bundles.
 #[test]
 fn a_bundle_that_has_to_wait_leaves_its_place_to_the_next_waiter() {
     let now = Instant::now();
@@ -257,7 +257,7 @@ fn only_offers_that_were_sent_count_as_repeated() {
     }
 }
 
-/// It is written before the cut, and read after it.
+/// The adoption is written before the fence, and read after it.
 #[test]
 fn an_adoption_that_was_not_read_before_the_fence_counts() {
     let mut world = World::new(config(), (1, 1), 1, Instant::now());
@@ -300,7 +300,7 @@ fn an_answer_out_of_place_answers_nothing() {
     }
 }
 
-/// Workers that have connected can hang on purpose.
+/// Workers that have connected by themselves can hang on purpose.
 #[test]
 fn hung_workers_that_have_connected_do_not_put_off_the_fence_of_one_that_was_started() {
     let mut now = Instant::now();
@@ -340,7 +340,7 @@ fn what_is_planned_for_a_worker_that_falls_silent_goes_to_another_at_once() {
     assert_eq!((send_all(&mut pool, silent, now), send_all(&mut pool, other, now)), (0, 2));
 }
 
-/// It has received what it was sent, so none of that is in flight.
+/// A worker that has received everything has no descriptors in flight.
 #[test]
 fn only_descriptors_that_were_not_received_count_as_in_flight() {
     let now = Instant::now();

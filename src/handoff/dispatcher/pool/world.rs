@@ -1,5 +1,5 @@
-//! The shipped pool against the shipped books of several workers, over queues in memory: for the
-//! property test and the model.
+//! A simulation for the property test and the model: the shipped pool and the shipped books of
+//! several workers, connected by queues in memory.
 
 use std::{
     collections::BTreeSet,
@@ -21,72 +21,73 @@ pub(super) struct World {
     pub(super) pool: Pool<u8>,
     pub(super) peers: Vec<Peer>,
     pub(super) fates: Vec<Fate>,
-    /// The workers that have failed with each connection: they have left without an answer, or
-    /// could not use it.
+    /// The workers that have failed with each connection, because they have left without an answer
+    /// or could not use it.
     failed_with: Vec<BTreeSet<WorkerId>>,
-    /// Connections that the dispatcher has shut down for the sake of their clients.
+    /// Connections that the dispatcher has shut down after the end of their adopters.
     shut_down: BTreeSet<u8>,
     pub(super) now: Instant,
     window: u64,
     /// The number of groups, to which workers and connections belong in turn.
     groups: u64,
-    /// Places that a user of the dispatcher waits for, in this group or in any, and groups in which
-    /// places are kept for one.
+    /// The tickets of users that wait for a slot, in this group or in any.
     tickets: Vec<(Option<Group>, TicketId)>,
+    /// The groups of the slots that are reserved for users.
     permits: Vec<Group>,
     /// Replacements with their old and new workers.
     replacements: Vec<(ReplacementId, Vec<WorkerId>, Vec<WorkerId>)>,
     /// Workers that the dispatcher's application has removed.
     removed: BTreeSet<WorkerId>,
-    /// How the promise was broken, if an event has done so.
+    /// The first violation of the promise that a step has found.
     broken: Option<String>,
 }
 
-/// Where a connection has got to, as its client sees it.
+/// The decision of the dispatcher about a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Fate {
+    /// The dispatcher has not decided yet.
     Accepted,
-    /// The dispatcher has closed its copy.
+    /// This process has adopted the connection, as far as the dispatcher has read.
     Adopted(ProcessId),
-    /// The dispatcher has given it up.
+    /// The dispatcher has given up the connection.
     Failed,
 }
 
-/// An event. Numbers choose peers.
+/// One step of the simulation. A `usize` is the number of a peer, except in `Replace`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Step {
     Dispatch,
-    /// A user wants a place for a connection to come.
+    /// A user wants a slot for a future connection.
     Reserve,
     /// An accept loop waits until any worker has room.
     WaitForAny,
-    /// The connection has come.
+    /// A user dispatches a connection to its reserved slot.
     DispatchReserved,
-    /// A user waits no longer for a place, or has no use for it.
+    /// A user stops waiting for a slot, or gives up a reserved one.
     GiveUp,
     /// The dispatcher's task takes all messages from the pool.
     Take(usize),
-    /// The socket takes one of them.
+    /// The socket takes one of these messages.
     Send(usize),
-    /// The worker reads one message. It has room for an offer, or not.
+    /// The worker reads one message. If there is a reason, it cannot take an offer.
     Get(usize, Option<RejectReason>),
-    /// Its application asks for a connection.
+    /// The application of the worker asks for a connection.
     Ask(usize),
-    /// One that it has got ends.
+    /// A connection that the application has received ends.
     Finish(usize),
     /// The worker sends one message.
     Answer(usize),
-    /// The dispatcher's task reads one message, or the end.
+    /// The dispatcher's task reads one message, or the end of the stream.
     Read(usize),
     /// The next timer of the link goes off.
     Timeout(usize),
     /// The worker dies.
     Crash(usize),
-    /// The worker does nothing more.
+    /// The worker stops doing anything.
     Hang(usize),
     /// The socket fails.
     Cut(usize),
-    /// A message is read by someone else from the worker's socket.
+    /// Another process reads a message from the worker's socket.
     Steal(usize),
     /// The worker's application drains.
     Drain(usize),
@@ -96,7 +97,7 @@ pub(super) enum Step {
     Replace(usize),
     /// Nobody waits for the last replacement any longer.
     Abandon,
-    /// A message that the worker's book knows nothing of.
+    /// The worker sends a message that its book has not produced.
     Lie(usize, FromWorker),
     /// The worker is started again.
     Restart(usize),
@@ -144,7 +145,7 @@ impl World {
         }
     }
 
-    /// The first worker takes no bundles, and the second connection is one.
+    /// Returns the group of a connection.
     fn group_of(&self, serial: u8) -> Group {
         self.group(serial.into())
     }
@@ -157,7 +158,7 @@ impl World {
         self.peers.push(Peer::new(id, process.id, self.window, max_fds));
     }
 
-    /// Takes a step. Returns false if it is none at the moment.
+    /// Takes a step. Returns false if the step is not possible at the moment.
     pub(super) fn step(&mut self, step: Step) -> bool {
         let did = match step {
             Step::Dispatch => self.dispatch(Admission::None),
@@ -194,13 +195,13 @@ impl World {
             }
             Step::Take(peer) => self.take(peer),
             Step::Send(peer) => self.send(peer),
-            Step::Get(peer, rejection) => self.get(peer, rejection),
+            Step::Get(peer, rejection) => self.receive(peer, rejection),
             Step::Ask(peer) => self.peers[peer].works() && self.peers[peer].ask(),
             Step::Finish(peer) => self.peers[peer].works() && self.peers[peer].finish(self.now),
             Step::Answer(peer) => self.peers[peer].works() && self.peers[peer].answer(self.now),
             Step::Read(peer) => self.read(peer),
             Step::Timeout(peer) => self.timeout(peer),
-            Step::Crash(peer) => std::mem::take(&mut self.peers[peer].lives) && self.died(peer),
+            Step::Crash(peer) => std::mem::take(&mut self.peers[peer].lives) && self.on_death(peer),
             Step::Hang(peer) => {
                 self.peers[peer].works() && !std::mem::replace(&mut self.peers[peer].hangs, true)
             }
@@ -270,8 +271,9 @@ impl World {
         true
     }
 
-    /// Until all new workers are ready they get nothing, and the old ones stay; then the old ones
-    /// leave. If a new one is gone before, the new ones leave, and have got nothing.
+    /// Checks the replacements. New workers get nothing and the old ones stay until all new workers
+    /// are ready. Then the old ones leave. If a new worker is gone before that, the new ones leave
+    /// without having received a connection.
     fn check_replacements(&self) -> Result<(), String> {
         for (id, old, new) in &self.replacements {
             let stays = |id: &WorkerId| !self.pool.is_removed(*id) || self.removed.contains(id);
@@ -341,14 +343,14 @@ impl World {
         true
     }
 
-    fn get(&mut self, peer: usize, rejection: Option<RejectReason>) -> bool {
+    fn receive(&mut self, peer: usize, rejection: Option<RejectReason>) -> bool {
         let peer = &mut self.peers[peer];
         if let (Some(RejectReason::Unusable), Some(ToWorker::Offer { offer, .. })) =
             (rejection, peer.to_worker.front())
         {
             self.failed_with[usize::from(*offer)].insert(peer.id);
         }
-        peer.get(rejection)
+        peer.receive(rejection)
     }
 
     fn read(&mut self, peer: usize) -> bool {
@@ -392,8 +394,8 @@ impl World {
         }
     }
 
-    /// As the task does: after the cut nothing can be written, and everything that was written is
-    /// read.
+    /// Retires a peer as the dispatcher's task does: the peer can write nothing more, and
+    /// everything that it has written is read.
     fn retire(&mut self, peer: usize, cause: &RetireCause) {
         let peer = &mut self.peers[peer];
         peer.is_retired = true;
@@ -420,7 +422,8 @@ impl World {
         }
     }
 
-    fn died(&mut self, peer: usize) -> bool {
+    /// Reports the end of a process to the pool, unless `retire` is going to do that.
+    fn on_death(&mut self, peer: usize) -> bool {
         let Peer { process, is_retired, .. } = self.peers[peer];
         if is_retired {
             self.pool.on_process_end(process, None);
@@ -468,6 +471,7 @@ impl World {
         }
     }
 
+    /// Notes the decision about a connection, of which there must be only one.
     fn decide(&mut self, connection: u8, fate: Fate) {
         let before = std::mem::replace(&mut self.fates[usize::from(connection)], fate);
         if before != Fate::Accepted {
@@ -477,8 +481,10 @@ impl World {
         }
     }
 
+    /// Checks the promise.
+    ///
     /// # Errors
-    /// The part of the promise that is broken.
+    /// Returns a description of the violation.
     pub(super) fn check(&self) -> Result<(), String> {
         self.broken.clone().map_or(Ok(()), Err)?;
         self.check_replacements()?;
@@ -517,7 +523,7 @@ impl World {
         };
         for (group, state) in self.pool.groups.iter() {
             if let Some(waiter) = state.queue.waiters().find(could_go)
-                && self.pool.free(group) > 0
+                && self.pool.free_slots(group) > 0
             {
                 return Err(format!("{waiter:?} waits for {group:?}, and a worker has room"));
             }
@@ -528,15 +534,15 @@ impl World {
         Ok(())
     }
 
-    /// The client of an adopted connection sees its end with the adopter's, though another process
-    /// has a copy.
+    /// Checks that the client of an adopted connection gets the end of the connection when the
+    /// adopter ends, even if another process has a copy.
     fn check_copies(&self, serial: u8, fate: Fate) -> Result<(), String> {
         let Fate::Adopted(by) = fate else { return Ok(()) };
         let Some(adopter) = self.peers.iter().find(|peer| peer.process == by) else {
             return Ok(());
         };
         if self.peers.iter().any(|peer| !peer.is_honest()) {
-            return Ok(()); // nobody knows which answers count
+            return Ok(()); // it is not defined which answers count
         }
         let has_copy = |peer: &Peer| {
             peer.is_retired && peer.lives && peer.sent.contains(&serial) && peer.process != by
@@ -544,9 +550,9 @@ impl World {
         let is_held = self.peers.iter().any(has_copy);
         let has_ended = adopter.is_retired && !adopter.lives;
         match (is_held, has_ended, self.pool.stale.keeps(&serial)) {
-            (true, true, _) if !self.shut_down.contains(&serial) => Err(format!(
-                "connection {serial} has ended with worker {by}, and its client does not see it"
-            )),
+            (true, true, _) if !self.shut_down.contains(&serial) => {
+                Err(format!("worker {by} has ended, and its connection {serial} was not shut down"))
+            }
             (true, false, false) => {
                 Err(format!("no copy of connection {serial} is kept, and another worker has one"))
             }
@@ -555,8 +561,8 @@ impl World {
         }
     }
 
-    /// Returns true if a worker takes a bundle of this size, and nothing else than descriptors in
-    /// flight may be in the way.
+    /// Returns true if a worker has room for a bundle of this size. Returns false if descriptors in
+    /// flight are limited, because that limit may stand in the way.
     fn has_room_for(&self, pending: &Pending<u8>) -> bool {
         let is_limited = self.pool.config.max_in_flight < usize::MAX;
         !is_limited
@@ -565,7 +571,7 @@ impl World {
             })
     }
 
-    /// The number of places of the pool that have a connection which is not decided.
+    /// The number of times that a connection is in a queue or an account of the pool.
     fn owners(&self, serial: u8) -> usize {
         let pending = self.pool.groups.iter().flat_map(|(_, group)| group.queue.iter());
         let waiting = pending.filter(|pending| pending.connection == serial).count();
@@ -574,7 +580,8 @@ impl World {
         waiting + in_accounts
     }
 
-    /// All that is left to do is done, in turns, by workers that do what they should. Time passes.
+    /// Lets time pass until every connection is decided. One worker more in each group, and all
+    /// others that work, do in turn everything that they can do.
     pub(super) fn settle(&mut self) {
         while self.step(Step::GiveUp) {}
         (0..self.groups).for_each(|_| self.add_worker());
@@ -605,7 +612,7 @@ fn fds_of(serial: u8) -> usize {
 }
 
 impl Step {
-    /// The number of the peer that it is about.
+    /// Returns the number of the peer that takes the step, or `None` if it concerns no single peer.
     pub(super) fn peer(self) -> Option<usize> {
         match self {
             Self::Dispatch

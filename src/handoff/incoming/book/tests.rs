@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use super::*;
+use super::{demand::COUNT_AFTER, *};
 
 #[derive(Debug, Clone)]
 enum Event {
@@ -12,7 +12,7 @@ enum Event {
     Ping,
     /// The next timer goes off.
     Timeout,
-    /// The application opens files, or closes some: so many descriptors are free.
+    /// The application opens or closes files, so this many descriptors are free now.
     Free(u64),
     Drain,
 }
@@ -49,7 +49,7 @@ struct Dispatcher {
 }
 
 impl Dispatcher {
-    /// After so many offers.
+    /// Reads all messages of the worker, after this many offers.
     fn read(&mut self, book: &mut Book<usize>, offered: u64) {
         while let Some(message) = book.next_message() {
             book.on_sent(1);
@@ -86,8 +86,8 @@ impl Dispatcher {
 }
 
 proptest! {
-    /// Whatever happens: each offer is answered as it ended here, in the order of the offers, and
-    /// there are never more of them at a time than the limits allow.
+    /// In any order of events, each offer is answered with what became of it, in the order of the
+    /// offers. There are never more offers at a time than the limits allow.
     ///
     /// Rules: W-FIRST, W-COUNT, W-LOAD, W-GOODBYE.
     #[test]
@@ -106,7 +106,7 @@ proptest! {
             let before = fates.len();
             match event {
                 Event::Offer | Event::Unusable if fates.len() as u64 == dispatcher.demand => {
-                    // After a refusal one might still be on its way.
+                    // After a refusal, an offer might still be on its way.
                     let offer = ToWorker::Offer { number: before as u64, offer: Ok(before) };
                     prop_assert!(dispatcher.refused || book.on_message(offer).is_err());
                 }
@@ -124,8 +124,8 @@ proptest! {
                 }
                 Event::Ask(max) => {
                     book.adopt(max);
-                    let untold = book.take_adopted::<Vec<_>>(max);
-                    prop_assert!(untold.is_empty(), "the dispatcher was not told");
+                    let early = book.take_adopted::<Vec<_>>(max);
+                    prop_assert!(early.is_empty(), "the adoption was not sent yet");
                     dispatcher.read(&mut book, fates.len() as u64);
                     for number in book.take_adopted::<Vec<_>>(max) {
                         prop_assert!(fates[number].replace(Fate::Adopted).is_none());
@@ -161,13 +161,13 @@ proptest! {
             book.leave();
             dispatcher.read(&mut book, fates.len() as u64);
 
-            // Neither a report nor a lack of descriptors waits for another event.
+            // A report and a lack of descriptors each have a timeout, so neither needs an event.
             let due_within = |limit| book.next_timeout().is_some_and(|at| at <= now + limit);
             prop_assert!(finished == dispatcher.finished || due_within(REPORT_AFTER));
             prop_assert!(book.room() == 0 || due_within(COUNT_AFTER));
 
-            // Answered is a beginning of the offers, and what is decided is not kept back for
-            // longer than it has to.
+            // The first offers up to some number are answered. An answer waits only for those
+            // before it.
             let due = fates.iter().take_while(|fate| fate.is_some()).count();
             prop_assert_eq!(dispatcher.answers.len(), due);
             let mut answers = dispatcher.answers.iter().zip(&fates);
@@ -185,7 +185,7 @@ proptest! {
     }
 }
 
-/// A dispatcher at the other end of queues, which keeps to the protocol.
+/// A dispatcher that keeps to the protocol, connected by queues on which messages take their time.
 #[derive(Debug, Default)]
 struct Distant {
     said: VecDeque<FromWorker>,
@@ -202,12 +202,12 @@ enum Distantly {
     Read,
     Offer,
     Ping,
-    /// The worker gets a message; it has no room for an offer, if so.
+    /// The worker reads a message. If `full` is true, the worker has no room for an offer.
     Get {
         full: bool,
     },
     Ask,
-    /// The dispatcher recalls what it has offered, which the worker gets at once.
+    /// The dispatcher recalls everything that it has offered. The worker reads that at once.
     Recall,
     Finish,
 }
@@ -225,9 +225,9 @@ fn distantly() -> impl Strategy<Value = Distantly> {
 }
 
 proptest! {
-    /// Messages take their time. No offer that the dispatcher may make is one too many for the
-    /// worker, no demand is too low for the dispatcher, and who was recalled does not ask before
-    /// its application does.
+    /// Messages take their time. An honest dispatcher never makes an offer too many, and an honest
+    /// worker never sends a demand that is too low. After a recall, the worker does not ask for
+    /// offers before its application asks for a connection.
     ///
     /// Rules: W-DEMAND.
     #[test]
@@ -305,7 +305,7 @@ proptest! {
     }
 }
 
-/// A worker that has been greeted, with nothing to limit its descriptors, whose application asks.
+/// Returns the book of a worker that has got WELCOME and whose application asks for a connection.
 fn asking<T>(window: u64, max_connections: u64, max_fds: u8) -> Book<T> {
     let mut book = Book::new(window, max_connections, max_fds);
     book.on_message(ToWorker::Welcome { version: VERSION }).unwrap();
@@ -317,8 +317,8 @@ fn offer<T>(book: &mut Book<T>, offer: T) -> Result<Vec<T>, Error> {
     book.on_message(ToWorker::Offer { number: book.offered, offer: Ok(offer) })
 }
 
-/// Something else has read from the socket: the answers would be about other offers than the
-/// dispatcher takes them for.
+/// An offer is missing if another process has read it from the socket. All later answers would be
+/// taken for those of other offers.
 ///
 /// Rules: W-BREACH, D-NUMBER.
 #[test]
@@ -337,7 +337,7 @@ fn a_window_without_limit_asks_for_what_is_possible() {
     assert!(!book.is_full());
 }
 
-/// Then the task is woken by its end, and does not wait for the time of a report.
+/// The task is woken at the end of the connection, and does not wait until the report is due.
 #[test]
 fn a_connection_whose_end_makes_room_is_noticed() {
     let now = Instant::now();
@@ -356,7 +356,7 @@ fn no_more_is_asked_for_than_half_of_the_free_descriptors_and_the_rest_when_ther
     let mut book = asking::<()>(20, u64::MAX, 1);
     book.ask(now, || 9);
     assert_eq!((book.demand, book.next_timeout()), (5, Some(now + COUNT_AFTER)));
-    book.ask(now, || 6); // five of them are promised
+    book.ask(now, || 6); // five of these descriptors are promised
     assert_eq!((book.demand, book.next_timeout()), (6, Some(now + COUNT_AFTER)));
 
     let later = now + COUNT_AFTER;
@@ -380,10 +380,10 @@ fn an_offer_for_which_there_was_no_room_has_the_free_descriptors_counted_again()
     book.on_message(ToWorker::Offer { number: 0, offer: Err(RejectReason::Full) }).unwrap();
     book.adopt(1);
     book.ask(now, || 3);
-    assert_eq!(book.demand, 4, "all that are free are promised");
+    assert_eq!(book.demand, 4, "all free descriptors are promised");
 }
 
-/// The task is woken once for the report of many, and then waits for the time of it.
+/// The task is woken once for a report of several ends, and then waits until the report is due.
 #[test]
 fn connections_that_end_are_reported_together() {
     let now = Instant::now();

@@ -1,4 +1,4 @@
-//! One link to a dispatcher: its book, and the socket's sending direction.
+//! One link to a dispatcher: its [`Book`], and the sending half of its socket.
 
 use std::{
     collections::VecDeque,
@@ -23,16 +23,20 @@ use crate::{
     },
 };
 
+/// A worker's end of one link. Its receiving half belongs to the [`Task`](super::Task).
 pub(super) struct Link {
-    /// Tells it from the other links of this worker.
+    /// Distinguishes this link from the other links of this worker.
     pub(super) number: u64,
     pub(super) book: Book<Prepared>,
-    /// `None` after the end.
+    /// `None` after this link has ended.
     pub(super) write: Option<WriteHalf<WorkerCodec>>,
-    /// Bytes given to `write` in all.
+    /// The total number of bytes given to `write`, or `u64::MAX` after `write` has refused a
+    /// message.
     fed: u64,
-    /// Where each message ends among them that was not sent as a whole.
+    /// For each message that is not completely sent, the value of `fed` at its end. The oldest
+    /// message is first, so the values only grow.
     ends: VecDeque<u64>,
+    /// Wakes the task that serves this link.
     pub(super) task: Waker,
 }
 
@@ -60,20 +64,22 @@ impl Link {
         self.write.is_none()
     }
 
-    /// Ends the conversation. Returns false if it has ended before.
+    /// Ends this link in both directions. Returns false if it has ended before.
     pub(super) fn shut_down(&mut self) -> bool {
         let Some(write) = self.write.take() else { return false };
-        // Standard input stays open beside the socket that was made of it.
+        // Dropping this half does not end the link: the task has the other half of the socket, and
+        // another process may have a copy.
         let _ = write.socket().shutdown(Shutdown::Both);
         true
     }
 
-    /// Gives the book's messages to the socket's queue.
+    /// Moves the messages of the book into the send buffer of the socket.
     pub(super) fn feed(&mut self) {
         let Some(write) = &mut self.write else { return };
         while let Some(message) = self.book.next_message() {
             let before = write.unsent().bytes;
-            // One that is refused is never sent, and nothing after it: the socket has failed.
+            // The sink refuses a message only if the socket has failed. Neither this message nor
+            // any after it is ever sent, and no number of sent bytes reaches `u64::MAX`.
             match Pin::new(&mut *write).start_send(message) {
                 Ok(()) => {
                     self.fed = self.fed.saturating_add((write.unsent().bytes - before) as u64)
@@ -84,6 +90,7 @@ impl Link {
         }
     }
 
+    /// Sends what the socket takes, and reports to the book how many messages were completely sent.
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let Some(write) = &mut self.write else { return Poll::Ready(Ok(())) };
         let flushed = Sink::<FromWorker>::poll_flush(Pin::new(&mut *write), cx);
@@ -100,9 +107,9 @@ impl Link {
         self.write.as_ref().map_or(0, |write| write.unsent().bytes)
     }
 
-    /// Returns true if the dispatcher takes no more answers though it is there: asked after a send
-    /// has failed. If it has gone instead, the end of the stream, or what it sent before, is there
-    /// to be read already.
+    /// Returns true if the dispatcher has stopped reading from this link but still exists. Called
+    /// after a send has failed. If the dispatcher is gone instead, its last messages or the end of
+    /// the stream can already be read.
     pub(super) fn is_cut_off(&self) -> bool {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let socket = self.write.as_ref().map(WriteHalf::socket);

@@ -1,13 +1,14 @@
-//! The connection to the dispatcher: what the application and the task that serves it share, and
-//! that task.
+//! A worker's links to its dispatchers, shared by the application and one task for each link.
 //!
-//! The [`Book`] decides. The **application** adopts: whoever polls [`Incoming`](super::Incoming)
-//! has the answer sent right then, so nothing is adopted that nobody has asked for. The **task**
-//! reads, and sends the other answers. Only the task waits for the socket. The application's sends
-//! use the task's waker, so the task sends whatever they leave behind.
+//! The [`Book`] of a link makes every decision. The **application** adopts: a poll of
+//! [`Incoming`](super::Incoming) sends the adoption at once, so a connection is adopted only if the
+//! application asks for it. The **task** reads, and sends all other messages. Only the task waits
+//! for the socket. The application's sends use the task's waker, so the task sends whatever they
+//! leave behind.
 //!
-//! A dispatcher that is replaced moves the worker to a new [`Link`], with a task of its own. The
-//! links before it stay until their dispatchers end them, since one of these may serve again.
+//! A dispatcher that is replaced moves the worker to a new [`Link`], which has its own task. The
+//! earlier links stay until their dispatchers end them, because an earlier dispatcher may serve
+//! again if the newer one fails.
 
 mod link;
 mod state;
@@ -34,27 +35,31 @@ use crate::{
     handoff::protocol::{NewLink, Offer, RejectReason, ToWorker},
 };
 
-/// The most links that a worker has beside the current one. Usually it has one.
-const MOST_FORMER: usize = 16;
+/// The most earlier links that a worker keeps beside the current one. Usually there is at most one.
+const MAX_FORMER_LINKS: usize = 16;
 
+/// A worker's links, and how far the worker is on its way to its end.
 pub(in crate::handoff) struct Channel {
     state: Mutex<State>,
+    /// Only moves forward, in the order of the variants.
     phase: watch::Sender<Phase>,
 }
 
+/// The phases of a worker, in their order.
 #[derive(Debug, Clone)]
 pub(super) enum Phase {
+    /// The worker takes offers.
     Open,
-    Draining {
-        deadline: Option<Instant>,
-    },
-    /// The link has ended. Adopted connections go on.
+    /// The worker takes no more offers. Adopted connections are to end by the deadline.
+    Draining { deadline: Option<Instant> },
+    /// No link is left. Adopted connections go on.
     Unlinked(IncomingEnd),
-    /// They have ended too.
+    /// No link is left, and all adopted connections have ended.
     Finished(IncomingEnd),
 }
 
 impl Channel {
+    /// Opens a channel at a socket, and spawns the task that serves this first link.
     pub(super) fn open(socket: Socket, settings: Settings) -> Arc<Self> {
         let book = Book::new(settings.window, settings.max_connections, settings.max_fds);
         let (current, read) = Link::new(0, book, socket);
@@ -86,7 +91,8 @@ impl Channel {
         self.lock().current.book.stats()
     }
 
-    /// Adopts up to `max` connections. None: there will be no others.
+    /// Adopts up to `max` connections. Waits for the first one. An empty result means that no
+    /// connection will ever follow.
     pub(super) fn poll_adopt(&self, cx: &Context<'_>, max: usize) -> Poll<Adopted> {
         let mut state = self.lock();
         state.adopt(max);
@@ -95,13 +101,15 @@ impl Channel {
             let known = state.application.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
             let replaced = if known { None } else { state.application.replace(cx.waker().clone()) };
             drop(state);
-            drop(replaced); // may be all that is left of a task, with connections in it
+            // Dropping the last waker of a task drops the task. That may drop connections, which
+            // lock this state.
+            drop(replaced);
             return Poll::Pending;
         }
         Poll::Ready(adopted)
     }
 
-    /// An adopted connection has ended.
+    /// Counts an adopted connection as ended, so that the task reports it.
     pub(in crate::handoff) fn finish(&self) {
         let mut state = self.lock();
         if state.current.book.finish(now()) {
@@ -114,7 +122,7 @@ impl Channel {
         }
     }
 
-    /// The link has ended, and the last adopted connection has.
+    /// Moves on from `Unlinked` to `Finished`. Called when no adopted connection is left.
     fn note_finished(&self) {
         self.phase.send_if_modified(|phase| {
             let Phase::Unlinked(end) = phase else { return false };
@@ -123,13 +131,14 @@ impl Channel {
         });
     }
 
-    /// Takes no more.
+    /// Rejects the offers that wait, and takes no others.
     pub(super) fn drain(self: &Arc<Self>) {
         self.drain_by(|deadline| deadline);
     }
 
-    /// Takes no more, by a deadline that follows from the one there is.
+    /// Drains as [`drain`](Self::drain) does. `next` maps the present deadline to the new one.
     fn drain_by(self: &Arc<Self>, next: impl FnOnce(Option<Instant>) -> Option<Instant>) {
+        // Stop taking offers, and show that in the phase.
         let mut state = self.lock();
         let unwanted = state.current.book.drain();
         self.phase.send_if_modified(|phase| {
@@ -141,9 +150,11 @@ impl Channel {
             *phase = Phase::Draining { deadline };
             true
         });
+        // The task sends the rejections, and the application finds the end of its stream.
         let application = state.application.take();
         state.wake_task();
         if state.is_waiting {
+            // No dispatcher has to move this worker any longer, so nothing is left to wait for.
             self.unlink(state, IncomingEnd::DispatcherGone);
         } else {
             drop(state);
@@ -152,13 +163,16 @@ impl Channel {
         application.into_iter().for_each(Waker::wake);
     }
 
-    /// Takes no more, and nobody asks for what was adopted last.
+    /// Drains because the application has dropped its `Incoming`. Connections that were adopted and
+    /// that the application has not received are ended.
     pub(super) fn abandon(self: &Arc<Self>) {
         self.lock().abandoned = true;
         self.end_abandoned();
         self.drain();
     }
 
+    /// Ends the adopted connections that the application can no longer receive, if it has dropped
+    /// its `Incoming`.
     fn end_abandoned(self: &Arc<Self>) {
         let mut state = self.lock();
         if state.abandoned {
@@ -171,12 +185,13 @@ impl Channel {
         }
     }
 
-    /// Takes a message of a link. Returns how the link has ended, if it has.
-    fn received(
+    /// Processes a message of a link. Returns the end of the link if the message causes it.
+    fn on_message(
         self: &Arc<Self>,
         link: u64,
         message: ToWorker<Option<Offer>, Option<NewLink>>,
     ) -> Option<IncomingEnd> {
+        // Do what concerns the whole worker, and register the socket of an offer.
         let is_fence = matches!(message, ToWorker::Fenced);
         let message = match message {
             ToWorker::Move(link) => return self.move_to(link),
@@ -188,6 +203,7 @@ impl Channel {
             }
             other => other.map_both(|offer| self.prepare(offer), |_| unreachable!("handled above")),
         };
+        // The book of the link decides about the message.
         let mut state = self.lock();
         let link = state.link(link)?;
         let outcome = link.book.on_message(message);
@@ -199,10 +215,13 @@ impl Channel {
         is_fence.then_some(IncomingEnd::Fenced)
     }
 
+    /// Registers the socket of an offer with the event loop. `None` stands for an offer whose
+    /// descriptors were lost because this process had no room for them.
+    ///
     /// # Errors
-    /// Why the offer has to be rejected.
+    /// The reason for which the offer has to be rejected.
     fn prepare(&self, offer: Option<Offer>) -> Result<Prepared, RejectReason> {
-        let offer = offer.ok_or(RejectReason::Full)?; // there was no room for its descriptors
+        let offer = offer.ok_or(RejectReason::Full)?;
         let headroom = self.lock().headroom;
         if offer.fds().any(|fd| headroom.is_reserve(fd)) {
             close_in_background(offer.into_fds());
@@ -211,8 +230,8 @@ impl Channel {
         Prepared::new(offer)
     }
 
-    /// Goes on at another link. Without one, since its descriptor is lost or is no socket, this
-    /// worker drains: nobody waits for it there.
+    /// Goes on at a new link. If the descriptor of that link is lost or is not a socket, this
+    /// worker drains instead.
     fn move_to(self: &Arc<Self>, link: Option<NewLink>) -> Option<IncomingEnd> {
         let Some(socket) = link.and_then(|link| Socket::try_from(link.socket).ok()) else {
             self.drain();
@@ -222,15 +241,17 @@ impl Channel {
         if matches!(*self.phase.borrow(), Phase::Unlinked(_) | Phase::Finished(_)) {
             return None;
         }
-        if state.former.len() >= MOST_FORMER {
-            let error = Error::invalid("a dispatcher that moves its worker and ends no old link");
+        if state.former.len() >= MAX_FORMER_LINKS {
+            let error = Error::invalid("a dispatcher moves its worker and does not end old links");
             return Some(IncomingEnd::Failed(Arc::new(error)));
         }
+        // The new link becomes the current one.
         let (book, unwanted) = state.current.book.move_on();
         let number = state.current.number + 1;
         let (current, read) = Link::new(number, book, socket);
         let before = std::mem::replace(&mut state.current, current);
         state.is_waiting = false;
+        // The task of the earlier link sends the rejections of what it was offered.
         before.task.wake_by_ref();
         state.former.push(before);
         state.forget_ended();
@@ -240,7 +261,8 @@ impl Channel {
         None
     }
 
-    /// Nothing more is sent or received at a link.
+    /// Ends a link. The worker may wait for another link, or goes on at the current one, or has no
+    /// link from now on.
     fn end(self: &Arc<Self>, link: u64, end: IncomingEnd) {
         let mut state = self.lock();
         let is_current = link == state.current.number;
@@ -248,13 +270,15 @@ impl Channel {
         if !ended.shut_down() {
             return;
         }
+        // An earlier link: the worker goes on at the current one, if that has not ended either.
         if !is_current {
             let unwanted = ended.book.end(false);
             state.on_lost(unwanted.lost);
             state.forget_ended();
             let is_last = state.is_waiting && state.former.iter().all(Link::has_ended);
             state.wake_task();
-            let application = state.application.take(); // it may have adopted some at this link
+            // The application may have adopted connections at this link that it waits for.
+            let application = state.application.take();
             if is_last {
                 self.unlink(state, end);
             } else {
@@ -263,7 +287,8 @@ impl Channel {
             close_offers(unwanted.offers);
             return application.into_iter().for_each(Waker::wake);
         }
-        // A dispatcher that was replaced may serve again, and this worker goes on then.
+        // The current link: a dispatcher that was replaced may serve again, and then moves this
+        // worker to a new link. So the worker waits as long as an earlier link is left.
         let waits = matches!(end, IncomingEnd::DispatcherGone)
             && matches!(*self.phase.borrow(), Phase::Open)
             && state.former.iter().any(|former| !former.has_ended());
@@ -279,8 +304,9 @@ impl Channel {
         }
     }
 
-    /// No link is left, and none will come.
+    /// Ends all links for good. `end` is how the last one has ended.
     fn unlink(self: &Arc<Self>, mut state: MutexGuard<'_, State>, end: IncomingEnd) {
+        // End the earlier links.
         state.is_waiting = false;
         let mut unwanted = Vec::new();
         let mut lost = 0;
@@ -293,10 +319,12 @@ impl Channel {
         }
         state.on_lost(lost);
         state.forget_ended();
+        // End the current link, whose unanswered offers the application may get.
         let serve = state.serve_unanswered
             && matches!(end, IncomingEnd::DispatcherGone)
             && !state.abandoned;
         unwanted.extend(state.current.book.end(serve).offers);
+        // Everything that runs foreign code or locks again comes after the unlock.
         let application = state.application.take();
         drop(state);
         close_offers(unwanted);
@@ -315,7 +343,8 @@ impl fmt::Debug for Channel {
     }
 }
 
-/// Closes copies of connections that are not ours: no option and no flag of them is touched.
+/// Closes this process's copies of connections that are not its own, without changing an option or
+/// a flag of them.
 fn close_offers(offers: impl IntoIterator<Item = Prepared>) {
     close_in_background(offers.into_iter().flat_map(Prepared::into_fds));
 }

@@ -1,5 +1,4 @@
-//! What the application and the tasks of a worker's links share: all links, and what they have in
-//! common.
+//! The state that the application shares with the tasks of a worker's links.
 
 use std::task::{Context, Poll, Waker};
 
@@ -9,21 +8,24 @@ use tokio::{runtime::Handle, time::Instant};
 use super::link::Link;
 use crate::handoff::incoming::{headroom::Headroom, prepared::Prepared};
 
-/// Connections that the application gets.
+/// Adopted connections on their way to the application.
 pub(super) type Adopted = SmallVec<[Prepared; 1]>;
 
+/// All links of a worker, and everything that does not belong to one link.
 pub(super) struct State {
-    /// The link at which offers come, and at which adopted connections end.
+    /// The newest link. Offers come from it, and the end of every adopted connection is reported
+    /// at it.
     pub(super) current: Link,
-    /// The links before it that have not ended, or have connections that the application has not
-    /// got.
+    /// The earlier links that have not ended, or whose adopted connections the application has not
+    /// yet received.
     pub(super) former: Vec<Link>,
-    /// The current link has ended, and a dispatcher before it may serve again.
+    /// The current link has ended, and an earlier dispatcher may move this worker to a new one.
     pub(super) is_waiting: bool,
     pub(super) headroom: Headroom,
     pub(super) serve_unanswered: bool,
-    /// Nobody will ask again.
+    /// The application has dropped its `Incoming`, so it will not ask for connections again.
     pub(super) abandoned: bool,
+    /// Wakes the application if it waits for a connection.
     pub(super) application: Option<Waker>,
     pub(super) runtime: Handle,
 }
@@ -36,29 +38,33 @@ impl State {
             && self.former.iter().all(|former| former.book.is_over())
     }
 
-    /// Adoptions at a link before this one were not told of. When this one began, they were counted
-    /// as open.
+    /// Counts connections as finished whose adoption at an earlier link was never sent. The current
+    /// link had counted them as open when it began.
     pub(super) fn on_lost(&mut self, connections: u64) {
         for _ in 0..connections {
             self.current.book.finish(now());
         }
     }
 
-    /// Returns the link of this number, unless it has ended before another one followed.
+    /// Returns the link of this number. Returns `None` if that link was forgotten.
     pub(super) fn link(&mut self, number: u64) -> Option<&mut Link> {
         self.link_and_headroom(number).map(|(link, _)| link)
     }
 
+    /// Returns the link of this number, as [`link`](Self::link) does, and the headroom.
     pub(super) fn link_and_headroom(&mut self, number: u64) -> Option<(&mut Link, &mut Headroom)> {
         let Self { current, former, headroom, .. } = self;
         let mut links = former.iter_mut().chain([current]);
         links.find(|link| link.number == number).map(|link| (link, headroom))
     }
 
+    /// Forgets the earlier links that have ended and have no connections for the application.
     pub(super) fn forget_ended(&mut self) {
         self.former.retain(|link| !link.has_ended() || link.book.adopting() > 0);
     }
 
+    /// Adopts up to `max` of the offers that wait, sends the answer, and asks for as many others as
+    /// there is room for.
     pub(super) fn adopt(&mut self, max: usize) {
         self.current.book.adopt(max);
         self.current.feed();
@@ -67,7 +73,8 @@ impl State {
         self.current.feed();
         let task = self.current.task.clone();
         let flushed = self.current.poll_flush(&mut Context::from_waker(&task));
-        // It sends the rest, finds out what an error means, or waits for another time.
+        // Wake the task if it has something to do: to send the rest, to find out what an error
+        // means, or to wait for an earlier timeout.
         let is_sooner = |next| before.is_none_or(|before| next < before);
         if !matches!(flushed, Poll::Ready(Ok(())))
             || self.current.book.next_timeout().is_some_and(is_sooner)
@@ -76,8 +83,7 @@ impl State {
         }
     }
 
-    /// Takes out up to `max` connections that were adopted and that the dispatcher has been told
-    /// of.
+    /// Takes out up to `max` adopted connections whose adoption was sent to the dispatcher.
     pub(super) fn take_adopted(&mut self, max: usize) -> Adopted {
         let mut adopted = Adopted::new();
         for link in self.former.iter_mut().chain([&mut self.current]) {
@@ -87,20 +93,21 @@ impl State {
         adopted
     }
 
-    /// Asks for as many offers as there is room for.
+    /// Asks for as many offers as there is room for at the current link.
     pub(super) fn ask(&mut self) {
         self.current.book.ask(now(), || self.headroom.count());
     }
 
-    /// Wakes the task from the application. Another task follows, which does nothing: tokio keeps
-    /// what was woken last for the thread that woke it, and the application may block that one.
+    /// Wakes the task of the current link, and lets any thread of the runtime run it.
     pub(super) fn wake_task(&self) {
         self.current.task.wake_by_ref();
+        // Tokio reserves the task that a thread has woken last for that thread, which the
+        // application may block. Spawning an empty task afterwards takes that reserved position.
         drop(self.runtime.spawn(async {}));
     }
 }
 
-/// The runtime's time, as the book counts it.
+/// Returns the time of the runtime's clock, which tests may have paused.
 pub(super) fn now() -> std::time::Instant {
     Instant::now().into_std()
 }
