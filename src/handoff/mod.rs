@@ -19,8 +19,8 @@
 //!
 //! The promise is tested on the shipped code in two ways: with random events of every kind, and by
 //! visiting all states of a dispatcher with two workers and three connections while one worker
-//! crashes, one hangs, a socket fails, a worker refuses and a worker's application drains, in each
-//! order (54,813,855 states).
+//! crashes, one hangs, a socket fails and a worker refuses, in each order: 2,634,189 states, or
+//! 54,813,855 if a worker's application may drain, too.
 //!
 //! A connection waits longest at a worker that has stopped. The worker is pinged after at most one
 //! [`ping_interval`](DispatcherBuilder::ping_interval), and is cut off when the ping has been
@@ -135,8 +135,8 @@
 //!
 //! # Limits
 //!
-//! - A connection is given up after several workers have died or hung while holding it, if every
-//!   other worker has, too: the connection may be the cause. See
+//! - A connection is given up once several workers have died or hung while holding it and no worker
+//!   is left that has not: the connection may be the cause. See
 //!   [`max_offers`](DispatcherBuilder::max_offers). A worker that has no room or no time for a
 //!   connection has not failed with it. A request that makes the *application* crash costs one
 //!   worker, because the connection was adopted before.

@@ -117,14 +117,17 @@ impl Accepting {
             // Wait for a client before a slot is reserved, because others may need the slot.
             let mut ready = self.listener.readable().await?;
             for _ in 0..BATCH {
-                let prepare = self.prepare_slot().await;
+                let prepare_slot = self.prepare_slot().await;
                 let Some(slot) = slot_in(&self.shared, group).await else { return Ok(()) };
 
                 // Descriptors are usually scarce if it fails.
                 let (is_scarce, outcome) = match self.accept_one() {
                     Ok((socket, peer)) => {
                         pause = None;
-                        (is_of_reserve(&socket, ceiling), self.take_on(socket, peer, slot, prepare))
+                        (
+                            is_of_reserve(&socket, ceiling),
+                            self.take_on(socket, peer, slot, prepare_slot),
+                        )
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         pause = None;
@@ -164,10 +167,10 @@ impl Accepting {
     /// Accepts what waits in the kernel. With the listener it would be reset.
     async fn accept_backlog(&self) {
         for count in 1..=MOST_AT_END {
-            let prepare = self.prepare_slot().await;
+            let prepare_slot = self.prepare_slot().await;
             let Some(slot) = self.shared.late_slot() else { return };
             match self.accept_one() {
-                Ok((socket, peer)) => drop(self.take_on(socket, peer, slot, prepare)),
+                Ok((socket, peer)) => drop(self.take_on(socket, peer, slot, prepare_slot)),
                 Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {}
                 Err(error) if sys::is_exhausted(&error) => {
                     drop(slot);
@@ -184,7 +187,7 @@ impl Accepting {
     /// Waits until a connection may be prepared. `None` if connections are handed over as they are.
     async fn prepare_slot(&self) -> Option<PrepareSlot> {
         match &self.preparing {
-            Some(preparing) => Some(preparing.slot().await),
+            Some(preparing) => Some(preparing.prepare_slot().await),
             None => None,
         }
     }
@@ -207,11 +210,11 @@ impl Accepting {
         socket: OwnedFd,
         peer: Address,
         slot: Slot,
-        prepare: Option<PrepareSlot>,
+        prepare_slot: Option<PrepareSlot>,
     ) -> io::Result<()> {
-        if let Some(prepare) = prepare {
+        if let Some(prepare_slot) = prepare_slot {
             drop(slot); // the peer decides how long the preparation takes
-            prepare.prepare(&self.shared, &self.group, socket);
+            prepare_slot.prepare(&self.shared, &self.group, socket);
             return Ok(());
         }
         match Handover::prepare(

@@ -173,10 +173,10 @@ impl DispatcherBuilder {
         self
     }
 
-    /// How many connections [`serve_with`](Dispatcher::serve_with) prepares at a time, or keeps
-    /// that are prepared and wait for a place at a worker, 1 at least. Each takes a descriptor, and
-    /// peers that send nothing take theirs for the whole [time](Self::prepare_timeout). Groups of
-    /// workers share it as [`serve_with`](Dispatcher::serve_with) says. Default: 1,024.
+    /// Sets the most connections that [`serve_with`](Dispatcher::serve_with) prepares, or that are
+    /// prepared and wait for a worker's slot, at a time. At least 1. Each takes a descriptor, and
+    /// peers that send nothing keep theirs for the whole [time](Self::prepare_timeout).
+    /// [`serve_with`](Dispatcher::serve_with) describes how groups share it. Default: 1,024.
     pub fn max_preparing(mut self, connections: usize) -> Self {
         self.config.max_preparing = connections.clamp(1, Semaphore::MAX_PERMITS);
         self

@@ -32,7 +32,7 @@ pub(super) struct Preparing {
     most: usize,
 }
 
-/// A place for a connection that is being prepared.
+/// Permits one more connection to be prepared.
 pub(super) struct PrepareSlot {
     prepare: Prepare,
     _taken: OwnedSemaphorePermit,
@@ -54,13 +54,14 @@ impl Preparing {
     }
 
     /// Waits until another connection can be prepared.
-    pub(super) async fn slot(&self) -> PrepareSlot {
+    pub(super) async fn prepare_slot(&self) -> PrepareSlot {
         let taken =
             Arc::clone(&self.free).acquire_owned().await.expect("nobody closes the semaphore");
         PrepareSlot { prepare: Arc::clone(&self.prepare), _taken: taken }
     }
 
-    /// The number of connections that are being prepared, or wait for a place after that.
+    /// Returns the number of connections that are being prepared, or are prepared and wait for a
+    /// slot.
     pub(super) fn count(&self) -> u64 {
         (self.most - self.free.available_permits()) as u64
     }
@@ -126,7 +127,7 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     };
     match slot {
         Some(slot) => slot.dispatch(connection, &group),
-        // The drain is over: it fails, and is counted.
+        // The drain hands nothing more over: the connection fails, and is counted.
         None => shared.dispatch(connection, &group, Admission::None),
     }
 }

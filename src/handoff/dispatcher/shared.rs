@@ -257,8 +257,8 @@ impl Shared {
         })
     }
 
-    /// Permits a connection that was accepted before the dispatcher drained to wait. `None` when
-    /// the drain is over.
+    /// Permits a connection that was accepted before the dispatcher drained to wait. `None` once
+    /// the drain hands nothing more over.
     pub(super) fn late_slot(self: &Arc<Self>) -> Option<Slot> {
         let is_closed = self.act(|pool| pool.is_closed());
         (!is_closed).then(|| Slot { shared: Arc::clone(self), group: None })
@@ -376,8 +376,8 @@ async fn at_most(until: Option<Instant>, future: impl Future<Output = ()>) {
 #[derive(Debug)]
 pub(super) struct Slot {
     shared: Arc<Shared>,
-    /// The group in which the slot is kept. `None` permits a connection that was accepted before
-    /// the dispatcher drained to wait, without a slot.
+    /// The group in which a slot is kept. `None` if none is kept: there was room in some group, or
+    /// the dispatcher drains. The connection is dispatched as [`Admission::Late`] then.
     group: Option<Group>,
 }
 
@@ -391,7 +391,7 @@ impl Slot {
     }
 
     /// Takes the slot for a connection that the caller dispatches next.
-    pub(super) fn use_up(mut self) -> Admission {
+    fn use_up(mut self) -> Admission {
         self.group.take().map_or(Admission::Late, Admission::Reserved)
     }
 

@@ -78,8 +78,9 @@ pub struct ConnectionParts {
     pub serving: ServingGuard,
 }
 
-/// A guard that counts as one active connection until it is dropped. The dispatcher chooses the
-/// worker with the fewest active connections, and a drain waits for all of them.
+/// A guard that counts as one active connection until it is dropped. The dispatcher may choose
+/// workers by the number of their active connections ([`Strategy`](crate::handoff::Strategy)), and
+/// a drain waits for all of them.
 #[derive(Debug)]
 pub struct ServingGuard {
     channel: Arc<Channel>,

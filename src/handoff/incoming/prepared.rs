@@ -16,7 +16,7 @@ use crate::{
     handoff::{
         Address, Transport,
         protocol::{Offer, RejectReason},
-        span::ConnectionId,
+        span::{ConnectionId, ConnectionSpan},
     },
     sys,
 };
@@ -63,8 +63,10 @@ impl Prepared {
         self.stream.into_fd().ok().into_iter().chain(self.bundle)
     }
 
-    /// Ends a connection that this process has adopted and that its application never asked for.
+    /// Ends a connection that this process has adopted and that its application can no longer
+    /// receive, because it has dropped its `Incoming`.
     pub(super) fn end(self) {
+        let _span = ConnectionSpan::serve(self.cookie, &self.peer, &self.local);
         self.stream.end();
         close_in_background(self.bundle);
     }
