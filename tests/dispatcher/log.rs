@@ -58,7 +58,7 @@ fn the_reason_why_a_worker_was_cut_off_is_logged() {
         (b"GET / HTTP/1.1\r\n\r\n", 0, "bad magic byte 0x47"),
         (&encoded(b"\x01FDHO\x02\x09\x01", 0), 0, "it supports versions 2 to 9, not 1"),
         (&encoded(&[2, 0, 0, 0, 0, 0, 0, 0, 1], 0), 0, "its first message is not a hello"),
-        (&[encoded(HELLO, 0), adopted(0, 1)].concat(), 0, "it answered 1 offers, 0 were"),
+        (&[encoded(HELLO, 0), adopted(0, 1)].concat(), 0, "it answered 1 offers, but 0 were"),
         (
             &[encoded(HELLO, 0), encoded(&[0x3E], 0)].concat(),
             0,

@@ -147,13 +147,13 @@ fn a_worker_leaves_a_dispatcher_at_each_breach() {
         leaves(kind, &encoded(b"\x84", 0), Vec::new(), no_message).await;
         leaves(kind, &encoded(b"\x84\0\0\0\0\0\0\0\x01", 1), vec![fd()], no_message).await;
         leaves(kind, &encoded(b"\xC0later", 1), vec![fd()], no_message).await;
-        leaves(kind, &encoded(b"\x81\x01", 0), Vec::new(), "WELCOME out of place").await;
+        leaves(kind, &encoded(b"\x81\x01", 0), Vec::new(), "a second WELCOME").await;
         leaves(kind, &offer(1, &copy, b""), vec![fd()], "an offer is missing").await;
         let mut without = offer(0, &copy, b"");
         without[3] = 0;
         leaves(kind, &without, Vec::new(), no_message).await;
         leaves(kind, &offer(0, &copy, b""), Vec::new(), "descriptor").await;
-        leaves(kind, &offer(0, &copy, b""), vec![marked(1)], "not the one that it describes").await;
+        leaves(kind, &offer(0, &copy, b""), vec![marked(1)], "does not have the cookie").await;
     });
 }
 
