@@ -12,11 +12,11 @@ use tracing::{Span, debug_span, field};
 use super::Address;
 use crate::sys;
 
-/// The target of all spans, whatever module makes them.
+/// The target of all spans, regardless of the module.
 const TARGET: &str = "fdwire::connection";
 
-/// Tells a connection from all others in the logs of all processes: its `SO_COOKIE`, as `ss -e`
-/// prints it.
+/// The identity of a connection in the logs of all processes: its `SO_COOKIE`, as `ss -e` prints
+/// it.
 #[derive(Clone, Copy)]
 pub(super) struct ConnectionId(pub(super) u64);
 
@@ -59,7 +59,7 @@ impl ConnectionSpan {
     /// Begins a span for the function that prepares a connection.
     pub(super) fn prepare(socket: &impl AsFd) -> Self {
         Self::new(|| {
-            // The system call is made only if somebody wants the span.
+            // The system call is made only if a subscriber wants the span.
             debug_span!(
                 target: TARGET,
                 "prepare",
@@ -72,7 +72,7 @@ impl ConnectionSpan {
         Self(catch_unwind(AssertUnwindSafe(span)).unwrap_or_else(|_| Span::none()))
     }
 
-    /// Returns the span, for what the application does in it.
+    /// Returns the span, for events of the application.
     pub(super) fn get(&self) -> &Span {
         &self.0
     }
@@ -82,7 +82,7 @@ impl ConnectionSpan {
         mem::replace(&mut self.0, Span::none())
     }
 
-    /// Ends the span with what has become of the connection, and the number of the worker that has
+    /// Ends the span with the outcome of the connection, and the number of the worker that has
     /// adopted it.
     pub(super) fn end(&mut self, outcome: &'static str, worker: Option<u64>) {
         self.end_after(|span| {

@@ -1,11 +1,11 @@
-//! tonic serves what is handed over.
+//! The connections of an `Incoming` for tonic.
 
 use tonic::transport::server::{Connected, TcpConnectInfo};
 
 use super::Connection;
 
-/// For tonic's `serve_with_incoming_shutdown`, with an [`Incoming`](super::Incoming) as the stream:
-/// `incoming.map(Ok::<_, Infallible>)`. A handler finds the client's address as
+/// Makes an [`Incoming`](super::Incoming) fit for tonic's `serve_with_incoming_shutdown`, as the
+/// stream `incoming.map(Ok::<_, Infallible>)`. A handler finds the client's address as
 /// `Request::remote_addr`; there is none for the client of a Unix socket.
 ///
 /// tonic's own settings of TCP do not apply to such a stream: set options such as `TCP_NODELAY` in

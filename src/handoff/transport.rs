@@ -1,3 +1,5 @@
+use std::fmt;
+
 use crate::fields::Fields;
 
 /// The kind of a connection's socket.
@@ -8,6 +10,15 @@ pub enum Transport {
     Tcp,
     /// A Unix socket of kind STREAM.
     UnixStream,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::UnixStream => "Unix STREAM",
+        })
+    }
 }
 
 impl Transport {

@@ -1,5 +1,4 @@
-//! A connection on its way: what the application hands in, and what it gets back when no worker
-//! takes it.
+//! A connection that the application dispatches, and the error that returns it.
 
 use std::{
     fmt, io,
@@ -10,11 +9,11 @@ use bytes::Bytes;
 
 use super::{Group, Transport, key::key_of, protocol::RejectReason};
 
-/// An accepted connection, ready to be [dispatched](super::Dispatcher::dispatch): a stream, and
-/// what the worker is to know of it.
+/// An accepted connection to be [dispatched](super::Dispatcher::dispatch): a stream, and facts
+/// about it for the worker.
 ///
-/// Made from a `TcpStream` or `UnixStream` of tokio or std. One of tokio leaves its event loop
-/// here, and one of std becomes non-blocking, for all holders of a copy.
+/// It is made from a `TcpStream` or `UnixStream` of tokio or std. A stream of tokio leaves its
+/// event loop here. A stream of std becomes non-blocking, for all copies of the connection.
 ///
 /// ```no_run
 /// # async fn example(
@@ -28,7 +27,7 @@ use super::{Group, Transport, key::key_of, protocol::RejectReason};
 /// ```
 #[derive(Debug)]
 pub struct Accepted {
-    /// Or why it could not be made ready.
+    /// The socket, or the error of taking it out of its event loop.
     pub(super) socket: io::Result<OwnedFd>,
     pub(super) attributes: Attributes,
 }
@@ -62,7 +61,8 @@ impl Accepted {
         Self { socket, attributes: Attributes::new(transport) }
     }
 
-    /// Bytes that were already read from the connection. The worker's application reads it first.
+    /// Adds bytes that were already read from the connection. The worker's application reads them
+    /// first.
     /// Together with the metadata it has to fit one message, of
     /// [`MAX_MESSAGE_BYTES`](super::protocol::MAX_MESSAGE_BYTES).
     #[must_use]
@@ -71,19 +71,19 @@ impl Accepted {
         self
     }
 
-    /// Tells the worker's application something about the connection.
+    /// Sets the metadata, bytes for the worker's application.
     #[must_use]
     pub fn metadata(mut self, metadata: impl Into<Bytes>) -> Self {
         self.attributes.metadata = metadata.into();
         self
     }
 
-    /// Sets the key that [`Strategy::ByKey`](super::Strategy::ByKey) goes by. By default it is the
-    /// client's address without its port.
+    /// Sets the key by which [`Strategy::ByKey`](super::Strategy::ByKey) chooses a worker. By
+    /// default it is the client's address without its port.
     ///
-    /// Connections whose keys have the same bytes have the same key. Which worker a key prefers
-    /// depends on these bytes and on the ids of the workers only, also when the dispatcher is built
-    /// with another release of Rust.
+    /// Connections whose keys have the same bytes have the same key. The choice depends only on
+    /// these bytes and on the ids of the workers. It stays the same if the dispatcher is built with
+    /// another release of Rust.
     #[must_use]
     pub fn key(mut self, key: impl AsRef<[u8]>) -> Self {
         self.attributes.key = Some(key_of(key.as_ref()));
@@ -100,8 +100,8 @@ impl Accepted {
 
     /// Adds a descriptor that belongs to the connection, such as the upstream connection of a
     /// proxy's client. A worker adopts them together, and finds them in
-    /// [`Connection::bundle_mut`](crate::handoff::Connection::bundle_mut), in this order. What they
-    /// are is yours to say in the metadata.
+    /// [`Connection::bundle_mut`](crate::handoff::Connection::bundle_mut), in this order. Describe
+    /// them in the metadata if the worker has to know which is which.
     ///
     /// Only workers that [take that many](crate::handoff::IncomingBuilder::max_fds) get the
     /// connection. The connection and its bundle have at most
@@ -112,10 +112,10 @@ impl Accepted {
         self
     }
 
-    /// The connection itself, which converts into a `TcpStream` or `UnixStream` of std.
+    /// Returns the connection itself, which converts into a `TcpStream` or `UnixStream` of std.
     ///
     /// # Errors
-    /// Where it could not leave its event loop.
+    /// The error of taking the stream out of its event loop.
     pub fn into_socket(self) -> io::Result<OwnedFd> {
         self.socket
     }
@@ -145,19 +145,19 @@ impl From<tokio::net::UnixStream> for Accepted {
     }
 }
 
-/// A connection was not handed over. Brings it back, with what came along.
+/// A connection was not handed over. The error returns it, with everything that belongs to it.
 #[derive(Debug, thiserror::Error)]
 #[error("connection was not handed over")]
 pub struct DispatchError {
-    /// Why.
+    /// The reason.
     #[source]
     pub reason: NotDispatched,
-    /// The connection. A worker that was cut off may still hold a copy, so it should be shut down
-    /// where it is not served after all, not only dropped.
+    /// The connection. A worker that was cut off may still hold a copy. So if you do not serve the
+    /// connection, shut it down instead of only dropping it.
     pub connection: Accepted,
 }
 
-/// Why a connection was not handed over.
+/// The reason for which a connection was not handed over.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotDispatched {
@@ -165,18 +165,19 @@ pub enum NotDispatched {
     /// not use it.
     #[error("offered {offers} times, most recently {last}")]
     TooManyOffers {
-        /// How often it was offered.
+        /// The number of times that it was offered.
         offers: u32,
         /// The outcome of the last offer.
         last: Unadopted,
     },
-    /// The dispatcher drains, and takes no more.
+    /// The dispatcher drains, and takes no more connections.
     #[error("the dispatcher drains")]
     Draining,
-    /// It is no connection: a listening socket, or one that was never connected.
+    /// The socket is no connection: it listens, or was never connected.
     #[error("the socket is not connected")]
     NotConnected,
-    /// It cannot be sent: what comes along is too long, or it could not leave its event loop.
+    /// The connection cannot be sent: its prefix and metadata are too long, it has too many
+    /// descriptors, or it could not leave its event loop.
     #[error(transparent)]
     Unsendable(#[from] crate::Error),
 }

@@ -31,11 +31,11 @@ use crate::{
     sys,
 };
 
-/// Accepted before other tasks get their turn.
+/// The number of connections that are accepted before other tasks get their turn.
 const BATCH: usize = 64;
 
-/// Most connections that are accepted after a drain has begun: as many as fit the backlog of a
-/// listener, if nobody has raised the limit (`net.core.somaxconn`).
+/// The most connections that are accepted after a drain has begun: the length of a listener's
+/// backlog, unless its limit (`net.core.somaxconn`) was raised.
 const MOST_AT_END: usize = 4096;
 
 /// The descriptors that are left for starting a worker, and for a few connections. Without this
@@ -43,14 +43,14 @@ const MOST_AT_END: usize = 4096;
 /// to take them.
 const RESERVE: u64 = 16;
 
-/// Connections that may be on their way when only the reserve is left.
+/// The number of connections that may be on their way when only the reserve is left.
 const FEW: u64 = 8;
 
-/// How long to wait for what comes free without an event, usually a descriptor.
+/// The time to wait for a descriptor, because no event reports that one is free.
 pub(super) const BACK_OFF: Duration = Duration::from_millis(20);
 
-/// The listener was shut down. Everything else that accept(2) reports is about one connection, or
-/// passes.
+/// Returns true if the listener was shut down. All other errors of accept(2) concern one
+/// connection, or go away by themselves.
 pub(super) fn is_final(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EBADF))
 }
@@ -58,14 +58,14 @@ pub(super) fn is_final(error: &io::Error) -> bool {
 /// Accepts connections, and hands them over or has them prepared.
 pub(super) struct Accepting {
     shared: Arc<Shared>,
-    /// Of connections that name none.
+    /// The group of connections that name none.
     group: Group,
     listener: AsyncFd<OwnedFd>,
     transport: Transport,
-    /// The address of each connection's end here, if it is the same for all.
+    /// The local address of the connections, if it is the same for all of them.
     local: Option<Address>,
     preparing: Option<Preparing>,
-    /// A drain waits until the backlog was accepted.
+    /// Makes a drain wait until the backlog was accepted.
     _source: Source,
 }
 
@@ -78,7 +78,7 @@ impl Accepting {
         preparing: Option<Preparing>,
     ) -> io::Result<Self> {
         let _context = shared.runtime.enter();
-        // Each connection of a listener on all addresses has another one.
+        // The connections of a listener on all addresses have different local addresses.
         let is_same_for_all =
             local.socket_addr().is_none_or(|address| !address.ip().is_unspecified());
         Ok(Self {
@@ -92,7 +92,7 @@ impl Accepting {
         })
     }
 
-    /// Accepts until the dispatcher drains, and then what waits in the backlog.
+    /// Accepts until the dispatcher drains, and then the connections in the backlog.
     pub(super) async fn run(self) -> io::Result<()> {
         let drains = self.shared.until(|pool| !pool.is_open());
         if let Either::Left((outcome, _)) = select(pin!(self.accept()), pin!(drains)).await {
@@ -102,7 +102,8 @@ impl Accepting {
         Ok(())
     }
 
-    /// Ends when the dispatcher drains. Dropped at any await, it has no connection in hand.
+    /// Accepts until the dispatcher drains. It holds no connection at any await, so dropping it
+    /// loses none.
     async fn accept(&self) -> io::Result<()> {
         let mut warned = false;
         let mut warn_once = |error: io::Error| {
@@ -111,7 +112,7 @@ impl Accepting {
             }
         };
         let (mut ceiling, mut pause) = (first_of_reserve(RESERVE), None);
-        // The group of a connection that is to be prepared is not known before.
+        // The group of a connection is not known before it is prepared.
         let group = self.preparing.is_none().then_some(&self.group);
         'ready: loop {
             // Wait for a client before a slot is reserved, because others may need the slot.
@@ -120,7 +121,7 @@ impl Accepting {
                 let prepare_slot = self.prepare_slot().await;
                 let Some(slot) = slot_in(&self.shared, group).await else { return Ok(()) };
 
-                // Descriptors are usually scarce if it fails.
+                // If accepting fails, the reason is usually a lack of descriptors.
                 let (is_scarce, outcome) = match self.accept_one() {
                     Ok((socket, peer)) => {
                         pause = None;
@@ -152,7 +153,7 @@ impl Accepting {
                     warn_once(error);
                     sleep(BACK_OFF).await;
                 }
-                let was_refused = pause.is_some(); // then only the next accept tells
+                let was_refused = pause.is_some(); // only the next accept shows whether it is over
                 while is_scarce && !self.may_accept(&mut ceiling) {
                     pause.get_or_insert_with(|| self.shared.pauses.begin());
                     warn_once(io::Error::from_raw_os_error(libc::EMFILE));
@@ -164,7 +165,7 @@ impl Accepting {
         }
     }
 
-    /// Accepts what waits in the kernel. With the listener it would be reset.
+    /// Accepts the connections in the kernel's backlog. Closing the listener would reset them.
     async fn accept_backlog(&self) {
         for count in 1..=MOST_AT_END {
             let prepare_slot = self.prepare_slot().await;
@@ -176,7 +177,7 @@ impl Accepting {
                     drop(slot);
                     sleep(BACK_OFF).await;
                 }
-                Err(_) => return, // nobody waits
+                Err(_) => return, // the backlog is empty
             }
             if count % BATCH == 0 {
                 yield_now().await;
@@ -231,8 +232,8 @@ impl Accepting {
         }
     }
 
-    /// Returns true if there are descriptors beside the reserve, or if it is hardly used. Looks
-    /// where the reserve begins, because that may have changed.
+    /// Returns true if there is a descriptor outside the reserve, or if few connections use the
+    /// reserve. Updates the limit above which descriptors are of the reserve.
     fn may_accept(&self, ceiling: &mut u64) -> bool {
         let listener: BorrowedFd<'_> = self.listener.as_fd();
         *ceiling = first_of_reserve(RESERVE);

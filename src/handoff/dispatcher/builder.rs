@@ -1,27 +1,37 @@
 //! The settings of a dispatcher.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::Semaphore;
 
 use super::{Dispatcher, LONGEST};
 
-/// Which worker gets a connection, among those that have room.
+/// The rule by which the dispatcher chooses a worker for a connection, among those that have room.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Strategy {
-    /// The one with the fewest connections: adopted ones that have not ended, and offers that it
-    /// has not answered.
+    /// Chooses the worker with the fewest connections: adopted ones that have not ended, and offers
+    /// that it has not answered.
     #[default]
     LeastLoaded,
-    /// Each in turn.
+    /// Chooses the workers in turn.
     RoundRobin,
-    /// The same one for the same [key](super::Accepted::key), as long as it has room; else the next
-    /// one in an order that is fixed for each key. A worker that comes or goes changes this for few
-    /// keys, and one that is started again for none. Workers that
-    /// [replace](super::Dispatcher::replace_workers) others are other ones for all keys.
+    /// Chooses the same worker for the same [key](super::Accepted::key), as long as it has room,
+    /// and otherwise the next one in an order that is fixed for each key. A worker that comes or
+    /// goes changes this for few keys, and a worker that is started again for none. All keys get
+    /// other workers when [new ones replace them](super::Dispatcher::replace_workers).
     ByKey,
+}
+
+impl fmt::Display for Strategy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::LeastLoaded => "least loaded",
+            Self::RoundRobin => "round robin",
+            Self::ByKey => "by key",
+        })
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -62,7 +72,7 @@ impl Default for Config {
     }
 }
 
-/// Workers and the dispatcher would do little else.
+/// With a shorter interval, workers and the dispatcher would do little but answer pings.
 const SHORTEST_PING_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Half of the descriptors that the kernel lets the processes of this uid have in flight. The limit
@@ -72,7 +82,7 @@ fn max_in_flight() -> usize {
     usize::try_from(limit / 2).unwrap_or(usize::MAX)
 }
 
-/// Sets up a [`Dispatcher`]. The defaults are fit for most.
+/// The settings of a [`Dispatcher`], from [`Dispatcher::builder`]. The defaults fit most services.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() {
@@ -97,59 +107,61 @@ impl DispatcherBuilder {
         Self { config: Config { max_in_flight: max_in_flight(), ..Config::default() } }
     }
 
-    /// Which worker gets a connection. Default: the least loaded.
+    /// Sets which worker gets a connection. Default: the least loaded.
     pub fn strategy(mut self, strategy: Strategy) -> Self {
         self.config.strategy = strategy;
         self
     }
 
-    /// How often workers are pinged, 1 ms at least. One that has not answered by the next time gets
-    /// no more connections until it does. Default: 1 s.
+    /// Sets how often workers are pinged, at least 1 ms. A worker that has not answered by the next
+    /// ping gets no more connections until it does. Default: 1 s.
     pub fn ping_interval(mut self, interval: Duration) -> Self {
         self.config.ping_interval = interval.clamp(SHORTEST_PING_INTERVAL, LONGEST);
         self
     }
 
-    /// How long a worker may leave a ping unanswered before it counts as hung: it is cut off, and
-    /// what it has not adopted goes to others. Workers answer pings whatever their application
-    /// does, unless it blocks the thread of a runtime that has one only. Default: 5 s. A time below
-    /// the [`ping_interval`](Self::ping_interval) counts as that.
+    /// Sets how long a worker may leave a ping unanswered before it counts as hung. Then it is
+    /// fenced, and the connections that it has not adopted go to others. A worker answers pings
+    /// even if its application does not ask for connections, unless the application blocks every
+    /// thread of its runtime. Default: 5 s. The shortest time is the
+    /// [`ping_interval`](Self::ping_interval).
     pub fn hang_timeout(mut self, timeout: Duration) -> Self {
         self.config.hang_timeout = timeout.min(LONGEST);
         self
     }
 
-    /// How long a worker may take to say hello, from when it is started or has connected. Default:
-    /// 30 s.
+    /// Sets how long a worker may take until its HELLO, from when it is started or has connected.
+    /// Default: 30 s.
     pub fn hello_timeout(mut self, timeout: Duration) -> Self {
         self.config.hello_timeout = timeout.min(LONGEST);
         self
     }
 
-    /// How long a process that the dispatcher has started may live after its worker has left: after
-    /// it has drained, or has ended the conversation in any other way. Then it is killed, unless
+    /// Sets how long a process that the dispatcher has started may live after its worker has left,
+    /// whether it has drained or its link has ended in another way. Then it is killed, unless
     /// [`kill_hung`](Self::kill_hung) is off. Default: 30 s.
     ///
-    /// A worker with a process that can no longer speak to the dispatcher may go on serving what
-    /// it has adopted for this time.
+    /// A worker whose link has ended may serve the connections that it has adopted for this time.
     pub fn exit_timeout(mut self, timeout: Duration) -> Self {
         self.config.exit_timeout = timeout.min(LONGEST);
         self
     }
 
-    /// How long a worker that answers pings may leave an offer unanswered before it is asked to
-    /// reject it, so that another worker gets it. Default: 1 s.
+    /// Sets how long a worker that answers pings may leave an offer unanswered. Then the dispatcher
+    /// recalls the offer, so that another worker gets it. Default: 1 s.
     pub fn recall_after(mut self, after: Duration) -> Self {
         self.config.recall_after = after.min(LONGEST);
         self
     }
 
-    /// How many workers may die, hang or misbehave while they have a connection that they have not
-    /// answered for, or find it [unusable](super::protocol::RejectReason::Unusable), before it is
-    /// given up: the connection may be the cause, and must not take down all. It is given up only
-    /// if no worker is left that has not failed with it. Its last attempt is at a worker with no
-    /// other pending offers if workers were gone after others, so that no innocent connection
-    /// becomes a suspect. Default: 3.
+    /// Sets how many workers may fail with a connection before it is given up. A worker fails with
+    /// a connection if it dies, hangs or misbehaves while it has an unanswered offer of it, or if
+    /// it finds the connection [unusable](super::protocol::RejectReason::Unusable). The connection
+    /// may be the cause, and must not bring down all workers. Default: 3.
+    ///
+    /// A connection is given up only if no worker is left that has not failed with it. If workers
+    /// have died of it, its last attempt is on a worker with no other pending offers, so that no
+    /// innocent connection becomes a suspect.
     ///
     /// A worker that has no room or no time for a connection has not failed with it.
     pub fn max_offers(mut self, offers: u32) -> Self {
@@ -157,17 +169,18 @@ impl DispatcherBuilder {
         self
     }
 
-    /// How many hung workers may be cut off within a time; others are left alone until later, since
-    /// the fault may be one of the whole machine. Workers that the dispatcher has started and
-    /// workers that have connected are counted apart. Default: 3 within 10 s.
+    /// Sets how many hung workers may be fenced within a time. Further ones are left alone until
+    /// later, because the whole machine may be at fault. Workers that the dispatcher has started
+    /// and workers that have connected are counted separately. Default: 3 within 10 s.
     pub fn max_fences(mut self, fences: usize, within: Duration) -> Self {
         (self.config.max_fences, self.config.fence_window) = (fences, within.min(LONGEST));
         self
     }
 
-    /// Whether workers that the dispatcher has started are killed when they hang, misbehave, do not
-    /// drain in time, or are to leave and have not said hello yet; a killed one's clients see their
-    /// connections end. Workers that have connected are never killed. Default: yes.
+    /// Sets whether workers that the dispatcher has started are killed when they hang, misbehave,
+    /// or do not drain in time, or when they are asked to drain before their HELLO. The clients of
+    /// a killed worker see their connections end. Workers that have connected are never killed.
+    /// Default: yes.
     pub fn kill_hung(mut self, kill: bool) -> Self {
         self.config.kill_hung = kill;
         self
@@ -182,7 +195,7 @@ impl DispatcherBuilder {
         self
     }
 
-    /// How long it may take to prepare a connection, in [`serve_with`](Dispatcher::serve_with).
+    /// Sets how long it may take to prepare a connection in [`serve_with`](Dispatcher::serve_with).
     /// Default: 10 s.
     pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
         self.config.prepare_timeout = timeout.min(LONGEST);
@@ -192,7 +205,7 @@ impl DispatcherBuilder {
     /// Returns the dispatcher.
     ///
     /// # Panics
-    /// Outside of a tokio runtime.
+    /// Panics outside of a tokio runtime.
     pub fn build(mut self) -> Dispatcher {
         self.config.hang_timeout = self.config.hang_timeout.max(self.config.ping_interval);
         Dispatcher::with_config(self.config)

@@ -36,7 +36,8 @@ pub(super) fn dispatch(
 }
 
 /// A connection that is being handed over, from
-/// [`Dispatcher::dispatch`](super::Dispatcher::dispatch). Ready when a worker has adopted it.
+/// [`Dispatcher::dispatch`](super::Dispatcher::dispatch). The future is ready when a worker has
+/// adopted it.
 #[derive(Debug)]
 #[must_use = "if it is dropped, a connection that no worker adopts is closed instead of given back"]
 pub struct Dispatching {
@@ -55,7 +56,7 @@ impl Future for Dispatching {
 }
 
 /// A slot at a worker for one connection, from
-/// [`Dispatcher::reserve`](super::Dispatcher::reserve). Free again when it is dropped.
+/// [`Dispatcher::reserve`](super::Dispatcher::reserve). Dropping it frees the slot.
 #[derive(Debug)]
 #[must_use = "dropping it frees the slot again"]
 pub struct DispatchPermit(Slot);

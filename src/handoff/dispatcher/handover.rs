@@ -32,18 +32,19 @@ use crate::{
     sys,
 };
 
-/// Tells the application that dispatched a connection what became of it.
+/// Sends the outcome to the application that dispatched a connection.
 type Reply = oneshot::Sender<Result<WorkerId, DispatchError>>;
 
-/// Most bytes of an offer beside what was read, the metadata and the name of a group, with some to
-/// spare.
+/// The most bytes of an offer beside its prefix, its metadata and the name of its group, with some
+/// to spare.
 const MAX_OTHER_BYTES: usize = 512;
 
-/// A connection that no worker has adopted: what an offer says of it, and who waits for it.
+/// A connection that no worker has adopted: the contents of its offer, and the reply to the
+/// application that waits for it.
 #[derive(Debug)]
 pub(super) struct Handover {
-    /// Lent to the task that is sending it, so that an offer takes no descriptor. Otherwise
-    /// connections that hold all descriptors there are could wait for one more each, forever.
+    /// Lent to the task that sends the offer, so that an offer takes no further descriptor.
+    /// Otherwise, connections that hold all descriptors could wait for one more each, forever.
     socket: SharedFd,
     bundle: Vec<SharedFd>,
     attributes: Attributes,
@@ -51,17 +52,17 @@ pub(super) struct Handover {
     peer: Address,
     local: Address,
     reply: Option<Reply>,
-    /// Lasts until the outcome is known.
+    /// The span, which lasts until the outcome is known.
     span: ConnectionSpan,
     /// The group in which it waits, or has waited.
     group: Group,
-    /// Tells the dispatcher that this one has replaced that the connection is adopted, when it is
-    /// dropped.
+    /// If the connection comes from the dispatcher before this one: dropping it reports the
+    /// adoption to that dispatcher.
     pub(super) origin: Option<ServingGuard>,
 }
 
 impl Handover {
-    /// Tells `reply` if it cannot be offered.
+    /// Returns the connection, or sends an error to `reply` if it cannot be offered.
     pub(super) fn new(accepted: Accepted, reply: Reply) -> Option<Box<Self>> {
         match Self::of(accepted) {
             Ok(mut connection) => {
@@ -76,7 +77,7 @@ impl Handover {
     }
 
     /// # Errors
-    /// Gives everything back if it cannot be offered.
+    /// Returns the connection with the error if it cannot be offered.
     pub(super) fn of(accepted: Accepted) -> Result<Box<Self>, Box<DispatchError>> {
         let Accepted { socket, attributes } = accepted;
         match socket {
@@ -92,7 +93,8 @@ impl Handover {
     }
 
     /// # Errors
-    /// Gives everything back if what comes along is too long, or if it is no connection.
+    /// Returns the connection with the error if its offer would be too long or have too many
+    /// descriptors, or if the socket is no connection.
     pub(super) fn prepare(
         socket: OwnedFd,
         attributes: Attributes,
@@ -161,7 +163,7 @@ impl Handover {
         (self.key(), 1 + self.bundle.len())
     }
 
-    /// The offer for a worker.
+    /// Returns the offer for a worker.
     pub(super) fn offer(&self) -> Offer<SendFd> {
         Offer {
             cookie: self.cookie,
@@ -175,28 +177,28 @@ impl Handover {
         }
     }
 
-    /// The offer for a dispatcher that goes on in the place of this one.
+    /// Returns the offer for the dispatcher that replaces this one.
     pub(super) fn offer_to_successor(&self) -> Offer<SendFd> {
         let (key, group) = (self.attributes.key, self.group.clone());
         let envelope = Envelope { key, group, metadata: self.attributes.metadata.clone() };
         Offer { metadata: envelope.encode(), ..self.offer() }
     }
 
-    /// Keys that are equal go to the same worker. By default those of one client.
+    /// Returns the key. By default all connections of one client have the same.
     fn key(&self) -> u64 {
         self.attributes.key.unwrap_or_else(|| key_of_client(&self.peer))
     }
 
-    /// A worker has adopted it.
+    /// Reports the adoption by a worker.
     pub(super) fn adopted_by(&mut self, worker: WorkerId) {
         self.origin = None;
         if let Some(reply) = self.reply.take() {
-            let _ = reply.send(Ok(worker)); // nobody has to wait for it
+            let _ = reply.send(Ok(worker)); // fails if nobody waits for it
         }
         self.span.end("adopted", Some(worker.0));
     }
 
-    /// The dispatcher's copies of the descriptors, which are of no use to it.
+    /// Returns the dispatcher's copies of the descriptors, to be closed.
     pub(super) fn into_copies(self) -> Copies {
         Copies {
             sockets: [self.socket.into_owned()].into(),
@@ -209,8 +211,8 @@ impl Handover {
         self.reply.as_ref().is_some_and(|reply| !reply.is_closed())
     }
 
-    /// No worker adopts it. Gives it back to who waits for it; without anybody, its client sees the
-    /// end. Returns whether it was given back.
+    /// Returns the connection to the application that waits for it. If none waits, ends it, which
+    /// its client sees. Returns true if it was given back.
     pub(super) fn fail(mut self, reason: NotDispatched) -> bool {
         self.attributes.bundle.extend(self.bundle.into_iter().map(SharedFd::into_owned));
         let connection =
@@ -236,22 +238,22 @@ impl Handover {
         false
     }
 
-    /// Ends the connection, for its client and for every process that has a copy.
+    /// Ends the connection for its client and for every process that has a copy.
     pub(super) fn shut_down(mut self) {
         self.span.end("closed", None);
         shut_down(self.socket.into_owned());
         close_in_background(self.bundle.into_iter().map(SharedFd::into_owned));
     }
 
-    /// Returns true if both directions have ended: `shutdown` tells every holder of a copy.
+    /// Returns true if both directions have ended. A `shutdown` by any process shows in all copies.
     pub(super) fn has_ended(&self) -> bool {
         let mut poll = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
         nix::poll::poll(&mut poll, PollTimeout::ZERO).is_ok_and(|events| events > 0)
     }
 }
 
-/// Copies that are to be closed. The worker may have been so quick that they are the last ones,
-/// whose `close` can block.
+/// Copies that are to be closed. If the worker was quick, they are the last ones, whose `close` can
+/// block.
 #[derive(Debug)]
 pub(super) struct Copies {
     sockets: SmallVec<[OwnedFd; 1]>,
@@ -314,7 +316,7 @@ impl Drop for SharedFd {
     }
 }
 
-/// The end of a connection, for its client and for every process that has a copy.
+/// Ends a connection for its client and for every process that has a copy.
 pub(super) fn shut_down(socket: OwnedFd) {
     // An error means that it has ended.
     let _ = socket::shutdown(socket.as_raw_fd(), socket::Shutdown::Both);

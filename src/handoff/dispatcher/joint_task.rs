@@ -1,8 +1,8 @@
-//! One task for everything that a connection passes through.
+//! One task for all futures that a connection passes through.
 //!
 //! The accept loop and the links of the workers wake each other for each connection. If they were
 //! tasks of their own, a multi-thread runtime would spread them over its threads, and an accept
-//! loop that is awaited in `main` would run on the thread of `block_on`. To wake another thread
+//! loop that is awaited in `main` would run on the thread of `block_on`. Waking another thread
 //! takes more CPU than everything else that is done for a connection. So one task polls them all,
 //! and a wake-up among them costs no more than a turn of a loop.
 
@@ -60,7 +60,7 @@ impl JointTask {
         let _ = self.added.send(AssertUnwindSafe(future).catch_unwind().map(drop).boxed());
     }
 
-    /// Runs a future in the task until what is returned is dropped.
+    /// Runs a future in the task until the returned `Remote` is dropped.
     pub(super) fn run<T: Send + 'static>(
         &self,
         future: impl Future<Output = T> + Send + 'static,
@@ -79,16 +79,16 @@ impl JointTask {
                     .map_or(Poll::Pending, |future| future.poll_unpin(cx).map(Some))
             }));
             let ended = running.catch_unwind().await.transpose();
-            let _ = ended.map(|ended| reply.send(ended)); // nobody has to wait for it
+            let _ = ended.map(|ended| reply.send(ended)); // fails if nobody waits for it
         });
         remote
     }
 }
 
-/// A future that runs in a [`JointTask`]. Dropping this drops the future at once: if it is being
-/// polled, when that is over.
+/// A future that runs in a [`JointTask`]. Dropping this drops the future at once, or after its poll
+/// if it is being polled.
 ///
-/// Yields an error if the task's runtime is gone, and panics if the future has panicked.
+/// It yields an error if the task's runtime is gone, and panics if the future has panicked.
 pub(super) struct Remote<T> {
     future: Arc<Mutex<Option<BoxFuture<'static, T>>>>,
     outcome: oneshot::Receiver<thread::Result<T>>,
@@ -122,11 +122,11 @@ struct Members {
     added: mpsc::UnboundedReceiver<BoxFuture<'static, ()>>,
     running: FuturesUnordered<BoxFuture<'static, ()>>,
     wakeups: Arc<Wakeups>,
-    /// Of `wakeups`.
+    /// The waker of `wakeups`.
     waker: Waker,
 }
 
-/// Turns before other tasks of the runtime get theirs.
+/// The turns of the loop before other tasks of the runtime get theirs.
 const MOST_TURNS: usize = 8;
 
 impl Future for Members {
@@ -158,8 +158,8 @@ impl Future for Members {
     }
 }
 
-/// Wakes the task, unless it runs: then it takes another turn. The runtime would queue it and wake
-/// a thread for that.
+/// Wakes the task. If the task runs at the moment, it takes another turn instead: the runtime would
+/// queue it and wake a thread for that.
 #[derive(Debug, Default)]
 struct Wakeups {
     state: AtomicU8,
@@ -203,7 +203,7 @@ mod tests {
 
     use super::*;
 
-    /// Counts how often the task is woken.
+    /// Counts the wake-ups of the task.
     #[derive(Default)]
     struct Count(AtomicUsize);
 
@@ -230,7 +230,7 @@ mod tests {
             self.members.poll_unpin(&mut Context::from_waker(&self.woken.clone().into()))
         }
 
-        /// Returns how often the task was woken since this was called last.
+        /// Returns the number of wake-ups since the last call.
         fn wakeups(&self) -> usize {
             self.woken.0.swap(0, AcqRel)
         }

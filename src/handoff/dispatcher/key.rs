@@ -12,7 +12,7 @@ pub(super) fn key_of(bytes: &[u8]) -> u64 {
     })
 }
 
-/// Returns the number of the key that a client's address is, without its port.
+/// Returns the number of a client's address without its port, the default key.
 pub(super) fn key_of_client(address: &Address) -> u64 {
     use std::{net::IpAddr, os::unix::ffi::OsStrExt};
 
@@ -27,8 +27,8 @@ pub(super) fn key_of_client(address: &Address) -> u64 {
     }
 }
 
-/// Returns the place of a worker in the order in which a key prefers workers (rendezvous hashing):
-/// it changes for the keys of a worker that leaves, and for no others.
+/// Returns the rank of a worker for a key (rendezvous hashing). When a worker leaves, only the keys
+/// that preferred it get another one.
 pub(super) fn order_of(key: u64, worker: WorkerId) -> u64 {
     mix(key ^ mix(worker.0))
 }

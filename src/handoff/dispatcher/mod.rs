@@ -267,9 +267,9 @@ mod tests {
 
     use super::*;
 
-    /// Overlapping ones too, behind one that goes on waiting.
+    /// Callers that overlap, behind one that goes on waiting, leave nothing behind.
     #[tokio::test]
-    async fn places_that_nobody_waits_for_do_not_pile_up() {
+    async fn positions_in_the_queue_that_nobody_waits_for_do_not_pile_up() {
         let dispatcher = Dispatcher::builder().build();
         let first = dispatcher.reserve();
         let mut first = pin!(first);

@@ -13,11 +13,12 @@ pub(super) struct Pauses(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     begun: u64,
-    /// Since when each of those that have not ended lasts.
+    /// The beginnings of the pauses that have not ended.
     lasting: BTreeMap<u64, Instant>,
 }
 
-/// An accept loop has nothing to accept with, as long as this lives.
+/// The pause of one accept loop, which has no descriptor or memory to accept with. It ends when
+/// this is dropped.
 #[derive(Debug)]
 pub(super) struct Pause {
     pauses: Pauses,
@@ -37,7 +38,8 @@ impl Pauses {
         Pause { pauses: self.clone(), number }
     }
 
-    /// Returns how many have begun, and how long the oldest has lasted that has not ended.
+    /// Returns the number of pauses since the beginning, and the length so far of the oldest pause
+    /// that has not ended.
     pub(super) fn stats(&self, now: Instant) -> (u64, Option<Duration>) {
         let state = self.lock();
         let oldest = state.lasting.values().next();

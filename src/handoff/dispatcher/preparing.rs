@@ -25,7 +25,7 @@ use crate::handoff::span::ConnectionSpan;
 type Prepare =
     Arc<dyn Fn(OwnedFd) -> BoxFuture<'static, io::Result<Option<Accepted>>> + Send + Sync>;
 
-/// The function, and the number of connections that it may be at work on.
+/// The application's function, and the limit on the connections that are being prepared.
 pub(super) struct Preparing {
     prepare: Prepare,
     free: Arc<Semaphore>,
@@ -72,7 +72,7 @@ impl PrepareSlot {
     pub(super) fn prepare(self, shared: &Arc<Shared>, group: &Group, connection: OwnedFd) {
         let span = ConnectionSpan::prepare(&connection).into_span();
         let prepare = (self.prepare)(connection).instrument(span);
-        // The span ends inside of `catch_unwind`: a subscriber may panic.
+        // The span ends inside of `catch_unwind`, because a subscriber may panic.
         #[expect(clippy::redundant_async_block, reason = "drops the span where it ends")]
         let prepared = AssertUnwindSafe(async move { prepare.await }).catch_unwind();
         let (source, group) = (Source::new(shared), group.clone());
@@ -102,19 +102,19 @@ fn not_prepared(shared: &Arc<Shared>, reason: &str) {
     debug!(reason, "connection closed: it was not prepared");
 }
 
-/// Hands a connection over when a worker of its group has room for it. `group` is that of a
-/// connection which names none.
+/// Hands a connection over when a worker of its group has a slot. `group` is the group of a
+/// connection that names none.
 async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     let connection = match Handover::of(accepted) {
         Ok(connection) => connection,
         Err(unsendable) => return drop(shared.refuse_unsendable(*unsendable)),
     };
     let group = connection.group_or(group);
-    // Otherwise those that wait for a group without room would keep all slots, and those of other
-    // groups would not be accepted.
+    // Without this limit, connections that wait for a group without room would use up the number
+    // that may be prepared, and no connection of another group would be accepted.
     if !shared.act(|pool| pool.may_wait(&group)) {
         shared.count_lost();
-        // Clients may cause many of these, so the others are for those that look closer.
+        // Clients can cause many of these, so only the first one is logged as a warning.
         if !shared.has_warned_of_crowd.swap(true, Relaxed) {
             warn!(%group, "connections are closed: too many wait for a worker of their group");
         }

@@ -80,7 +80,7 @@ impl Process {
         }
     }
 
-    /// Ready when a process that was started has ended. Never ready for a process that has
+    /// Is ready when a process that was started has ended. Is never ready for a process that has
     /// connected: it may have left the socket to another process, as a program that daemonizes
     /// does, so only the end of the socket counts.
     pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {

@@ -18,24 +18,24 @@ use super::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Replaced {
-    /// The workers that have come.
+    /// The new workers.
     pub new: Vec<WorkerId>,
-    /// The workers that have left, in the order in which they did. Their
-    /// [`last_exit`](WorkerStats::last_exit) tells how.
+    /// The workers that have left, in the order of leaving. Their
+    /// [`last_exit`](WorkerStats::last_exit) has the reason.
     pub old: Vec<WorkerStats>,
 }
 
 impl Replaced {
     /// Returns the number of connections that the old workers had adopted and that had not ended
-    /// when they left, as far as the workers have told. With a process that is
-    /// [killed](super::DispatcherBuilder::kill_hung), its connections end.
+    /// when they left, as far as the workers have reported. If a process is
+    /// [killed](super::DispatcherBuilder::kill_hung), its connections end with it.
     pub fn unfinished(&self) -> u64 {
         let exits = self.old.iter().filter_map(|worker| worker.last_exit.as_ref());
         exits.map(|exit| exit.active).sum()
     }
 }
 
-/// The workers of a group were not replaced. The old ones go on, and of the new ones none is left.
+/// The workers of a group were not replaced. The old ones go on, and the new ones have left.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotReplaced {
@@ -43,7 +43,7 @@ pub enum NotReplaced {
     #[error(transparent)]
     NotStarted(io::Error),
     /// A new worker was gone before all were ready, or was not ready in time. Its
-    /// [`last_exit`](WorkerStats::last_exit) tells why, and the exit status.
+    /// [`last_exit`](WorkerStats::last_exit) has the reason and the exit status.
     #[error("{}", failure(.0))]
     Failed(Box<WorkerStats>),
     /// New workers of this group are starting already.
@@ -77,25 +77,25 @@ impl From<Refusal> for NotReplaced {
 
 impl Dispatcher {
     /// Replaces the workers of [this group](Self::in_group): starts the new ones, waits until each
-    /// has said hello, and then tells the old ones to finish what they have, within this time.
+    /// has sent its HELLO, and then asks the old ones to finish their connections within this time.
     /// Returns when the old ones have left.
     ///
     /// The old workers are those that the group has when this is called, whether they were started
-    /// or have connected. Until all new ones are ready, the old ones get all connections; after
-    /// that the new ones do. What the old ones have not adopted then goes to the new ones too. No
-    /// connection takes a further descriptor for that; each new worker takes two.
+    /// or have connected. The old ones get all connections until all new ones are ready. From then
+    /// on, the new ones get them, and also those that the old ones have not adopted. No connection
+    /// takes a further descriptor for that. Each new worker takes two.
     ///
     /// If a new worker fails before all are ready, the new ones are stopped, and the old ones have
     /// noticed nothing. A new worker fails if its program cannot be started, if its process or its
-    /// socket ends, or if it does not say hello, in the
-    /// [time](super::DispatcherBuilder::hello_timeout) that there is for it, even if it is to be
-    /// [started again](WorkerCommand::restart). After the switch, a new worker that dies is treated
-    /// as any other.
+    /// socket ends, or if its HELLO does not come within the
+    /// [`hello_timeout`](super::DispatcherBuilder::hello_timeout). This holds even if its command
+    /// allows to [start it again](WorkerCommand::restart). After the switch, a new worker that dies
+    /// is treated like any other.
     ///
     /// | what happens meanwhile | before the switch | after it |
     /// |---|---|---|
-    /// | an old worker dies | it is started again if that is asked for | it has left |
-    /// | a new worker dies | the new ones are stopped | it is started again if that is asked for |
+    /// | an old worker dies | it is started again if its command allows it | it has left |
+    /// | a new worker dies | the new ones are stopped | it is started again if its command allows it |
     /// | a worker is added | it stays | it stays |
     /// | the dispatcher drains | the new ones are stopped | the old ones go on leaving |
     /// | another call for this group | is [refused](NotReplaced::InProgress) | replaces the new ones |
@@ -103,9 +103,9 @@ impl Dispatcher {
     /// **Clients that keep their connection.** An adopted connection stays with its old worker, so
     /// the worker decides what its client sees. If it answers with `Connection: close` once it is
     /// [to drain](crate::handoff::IncomingHandle::is_draining), the client connects again, to a new
-    /// worker, and no request fails. To end a silent connection is another matter: a request that
-    /// the client sends in that moment gets a reset instead of an answer, in HTTP/1 with any server
-    /// (RFC 9112, section 9.5). Clients send such a request again if it is idempotent; load
+    /// worker, and no request fails. Ending a silent connection is different: a request that the
+    /// client sends in that moment gets a reset instead of an answer. This is so with any server of
+    /// HTTP/1 (RFC 9112, section 9.5). Clients send such a request again if it is idempotent; load
     /// generators such as wrk count an error. So leave silent connections open for longer than
     /// clients pause between requests, with a `within` that is longer still.
     /// [`serve_axum`](crate::handoff::Incoming::serve_axum) ends them after 100 ms.

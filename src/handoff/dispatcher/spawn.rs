@@ -17,26 +17,27 @@ use crate::{
     socket::{Socket, SocketKind},
 };
 
-/// The first wait before a worker is started again. Twice as long each time, until a process has
-/// lived for longer than the longest wait.
+/// The first wait before a worker is started again. It doubles each time, until a process has lived
+/// for longer than the longest wait.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
-/// The most processes of a worker that have left and not ended. If there are as many, it is not
-/// started again.
-const MOST_LEFTOVER: usize = 2;
+/// The most processes of a worker that have left the dispatcher and not ended. With that many, the
+/// worker is not started again.
+const MAX_LEFTOVER: usize = 2;
 
-/// How long a process may take to end after its socket, so that its status is logged.
+/// The time that a process may take to end after its link, so that its exit status is logged.
 const TIME_TO_END: Duration = Duration::from_secs(1);
 
-/// How a worker is started: a `Command` of tokio or std, and what to do when it ends.
+/// The command that starts a worker, from a `Command` of tokio or std, and whether the worker is
+/// started again when it ends.
 ///
-/// The worker gets its end of the socket as standard input, which is where
-/// [`Incoming::from_stdin`](crate::handoff::Incoming::from_stdin) takes it from.
+/// The worker gets its end of the socket as standard input.
+/// [`Incoming::from_stdin`](crate::handoff::Incoming::from_stdin) takes it from there.
 ///
-/// The process that is started has to be the worker. A shell that prepares something goes on with
-/// `exec my-worker`: otherwise the shell is what is waited for and killed, and the worker would
-/// live on unnoticed.
+/// The process that is started has to be the worker itself. A shell script that prepares something
+/// has to end with `exec my-worker`. Otherwise the dispatcher would wait for the shell and kill the
+/// shell, and the worker would live on unnoticed.
 ///
 /// ```no_run
 /// # fn example(dispatcher: fdwire::handoff::Dispatcher) -> std::io::Result<()> {
@@ -67,26 +68,27 @@ impl From<std::process::Command> for WorkerCommand {
 }
 
 impl WorkerCommand {
-    /// Whether the worker is started again when it leaves without having been told to: after 10 ms,
-    /// and after twice as long each time, up to the [longest wait](Self::longest_wait), until a
+    /// Sets whether the worker is started again when it leaves and was not removed. The first wait
+    /// is 10 ms. It doubles each time, up to the [longest wait](Self::longest_wait), until a
     /// process has lived for longer than that. Default: no.
     ///
-    /// While two of its processes have left and not ended, it is not started again.
+    /// As long as two of its processes have left and not ended, it is not started again.
     #[must_use]
     pub fn restart(mut self, restart: bool) -> Self {
         self.restart = restart;
         self
     }
 
-    /// The longest wait before the worker is started again. With a short one, a request that makes
-    /// the application crash makes it start as often as clients repeat the request. Default: 10 s.
+    /// Sets the longest wait before the worker is started again. If it is short, and a request
+    /// makes the application crash, the worker starts as often as clients repeat the request.
+    /// Default: 10 s.
     #[must_use]
     pub fn longest_wait(mut self, wait: Duration) -> Self {
         self.longest_wait = wait.clamp(FIRST_WAIT, LONGEST);
         self
     }
 
-    /// The kind of the socket. Default: [`SocketKind::SeqPacket`].
+    /// Sets the kind of the socket. Default: [`SocketKind::SeqPacket`].
     #[must_use]
     pub fn socket_kind(mut self, kind: SocketKind) -> Self {
         self.kind = kind;
@@ -98,7 +100,7 @@ impl WorkerCommand {
     }
 
     /// # Errors
-    /// They have the name of the program.
+    /// The errors of starting a process, with the name of the program.
     fn start(&mut self) -> io::Result<(Socket, Child)> {
         self.try_start().map_err(|error| {
             io::Error::new(error.kind(), format!("cannot start {}: {error}", self.program()))
@@ -108,29 +110,28 @@ impl WorkerCommand {
     fn try_start(&mut self) -> io::Result<(Socket, Child)> {
         let (ours, theirs) = Socket::pair(self.kind)?;
         let child = self.command.stdin(Stdio::from(OwnedFd::from(theirs))).spawn();
-        // The command keeps what it was given. As long as the worker's end were open here, its
-        // death would not end the socket.
+        // The command keeps its standard input. As long as the worker's end were open in this
+        // process, the worker's death would not end the socket.
         self.command.stdin(Stdio::null());
         Ok((ours, child?))
     }
 }
 
 impl Dispatcher {
-    /// Starts a worker: a process with the worker's end of a socket as its standard input. Nothing
-    /// else is open in it that was not meant for it, since all descriptors of this crate are
-    /// close-on-exec.
+    /// Starts a worker: a process with the worker's end of a socket as its standard input. The
+    /// process inherits no other descriptor of this crate, because all of them are close-on-exec.
     ///
-    /// When the dispatcher is gone, the worker sees the end of the socket. Whether it is killed
-    /// then is the command's [`kill_on_drop`](Command::kill_on_drop).
+    /// When the dispatcher is gone, the worker sees the end of the socket. It is also killed then
+    /// if the command's [`kill_on_drop`](Command::kill_on_drop) is set.
     ///
     /// # Errors
     /// The errors of starting a process, with the name of the program, and of making a pair of
-    /// sockets. Starting it again is tried until it succeeds.
+    /// sockets. If a later start fails, it is tried again until it succeeds.
     ///
-    /// A program that speaks no hand-off is found out by what it does: it is killed after
+    /// A program that is no worker causes no error here. It is killed after
     /// [`hello_timeout`](super::DispatcherBuilder::hello_timeout), or when it writes something else
-    /// to the socket. [`WorkerStats::last_exit`](super::WorkerStats::last_exit) and the log tell
-    /// how it ended.
+    /// to the socket. [`WorkerStats::last_exit`](super::WorkerStats::last_exit) and the log have
+    /// the reason.
     pub fn spawn_worker(&self, command: impl Into<WorkerCommand>) -> io::Result<WorkerId> {
         let group = self.group.clone();
         self.start_worker(command.into(), |pool, program| pool.add_worker(group, Some(program)))
@@ -167,17 +168,18 @@ async fn supervise(
     let mut backoff = Backoff::new(FIRST_WAIT, command.longest_wait);
     loop {
         let begin = Instant::now();
-        // Starting a process takes time, so it does not happen in the task that serves all workers.
+        // This task starts the processes, because that takes time. The links of all workers share
+        // another task.
         if shared.tasks.run(task.run()).await.is_err() {
             break;
         }
         if begin.elapsed() > command.longest_wait {
             backoff = Backoff::new(FIRST_WAIT, command.longest_wait);
         }
-        // Usually a process ends right after its socket. Then its status is worth to be logged.
+        // Usually a process ends right after its link. Wait for its exit status, which is logged.
         let _ = timeout(TIME_TO_END, shared.until(|pool| pool.leftover_of(id) == 0)).await;
         if command.restart {
-            // A dispatcher that was replaced starts none, unless it goes on after all.
+            // A dispatcher that was replaced starts no process, unless the replacement is undone.
             shared.until(|pool| !pool.is_succeeded() || pool.is_removed(id)).await;
         }
         let is_wanted = command.restart && !shared.act(|pool| pool.is_removed(id));
@@ -206,7 +208,7 @@ async fn start_again(
     loop {
         let _ = timeout(wait, shared.until(|pool| pool.is_removed(id))).await;
         let may_start =
-            |pool: &Pool<_>| pool.leftover_of(id) < MOST_LEFTOVER && !pool.is_succeeded();
+            |pool: &Pool<_>| pool.leftover_of(id) < MAX_LEFTOVER && !pool.is_succeeded();
         shared.until(|pool| pool.is_removed(id) || may_start(pool)).await;
         if shared.act(|pool| pool.is_removed(id)) {
             return None;

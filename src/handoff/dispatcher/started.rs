@@ -22,10 +22,10 @@ use crate::sys;
 /// A process that was started to be a worker.
 #[derive(Debug)]
 pub(super) enum Started {
-    /// By this process.
+    /// A process that this process has started.
     Child(Child),
-    /// By a dispatcher that this one has replaced, so that it can't be waited for (wait(2)). A
-    /// pidfd shows its end, but not its exit status.
+    /// A process that was started by a dispatcher that this one has replaced. It is no child, so
+    /// wait(2) does not work. A pidfd shows its end, but not its exit status.
     Elsewhere(Arc<AsyncFd<OwnedFd>>),
 }
 
@@ -79,7 +79,7 @@ impl Started {
         }
     }
 
-    /// Ready when it has ended, with its status if that is known.
+    /// Is ready when the process has ended, with its exit status if that is known.
     pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Option<ExitStatus>> {
         match self {
             Self::Child(Child { child, .. }) => {
@@ -93,7 +93,7 @@ impl Started {
         poll_fn(|cx| self.poll_ended(cx)).await
     }
 
-    /// Returns whether it has ended, and its status if that is known.
+    /// Returns true if the process has ended, and its exit status if that is known.
     pub(super) fn has_ended(&mut self) -> (bool, Option<ExitStatus>) {
         match self {
             Self::Child(Child { child, .. }) => {
@@ -110,7 +110,7 @@ impl Started {
             Self::Elsewhere(pidfd) => sys::kill(pidfd.get_ref().as_fd()).map_err(io::Error::from),
         };
         if let Err(error) = outcome {
-            warn!(pid = self.pid(), %error, "worker cannot be killed");
+            warn!(pid = self.pid(), %error, "a worker's process cannot be killed; it goes on");
         }
     }
 

@@ -20,8 +20,8 @@ impl fmt::Display for WorkerId {
     }
 }
 
-/// Numbers of a dispatcher, from [`Dispatcher::stats`](super::Dispatcher::stats). Those without a
-/// unit count connections, from the beginning.
+/// The numbers of a dispatcher, from [`Dispatcher::stats`](super::Dispatcher::stats). A field
+/// counts connections since the beginning if it says nothing else.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct Stats {
@@ -29,69 +29,71 @@ pub struct Stats {
     pub workers: Vec<WorkerStats>,
     /// The groups that have workers, or for which connections wait, by name.
     pub groups: Vec<GroupStats>,
-    /// Taken for handing over.
+    /// Connections that were dispatched or accepted.
     pub dispatched: u64,
-    /// Adopted by a worker.
+    /// Connections that a worker has adopted.
     pub adopted: u64,
-    /// Offers after the first one of a connection.
+    /// Offers after the first offer of a connection.
     pub offered_again: u64,
-    /// Given back to the application in a [`DispatchError`](super::DispatchError).
+    /// Connections that were given back to the application in a
+    /// [`DispatchError`](super::DispatchError).
     pub given_back: u64,
-    /// Closed by the dispatcher without being adopted, since nobody was there to take them back: of
-    /// [`serve`](super::Dispatcher::serve) or a dropped [`Dispatching`](super::Dispatching), after
-    /// too many offers or at the end of a drain.
+    /// Connections that the dispatcher closed because no worker adopted them and nobody was waiting
+    /// for them: they came from [`serve`](super::Dispatcher::serve), or their
+    /// [`Dispatching`](super::Dispatching) was dropped. They were offered too often, could not be
+    /// prepared, or were left at the end of a drain.
     pub lost: u64,
-    /// Waiting for a worker with room, now.
+    /// Connections that wait for a worker with room, now.
     pub waiting: usize,
     /// Descriptors that are on their way to workers, or may be, now. The kernel limits them for the
     /// whole uid.
     pub in_flight: usize,
-    /// How often sending to a worker had to wait because the kernel had too many descriptors in
-    /// flight (`ETOOMANYREFS`) or too little memory.
+    /// The number of times that sending to a worker had to wait because the kernel had too many
+    /// descriptors in flight (`ETOOMANYREFS`) or too little memory.
     pub send_shortages: u64,
     /// Processes that the dispatcher has started and that have left and not ended, now. See
     /// [`exit_timeout`](super::DispatcherBuilder::exit_timeout).
     pub leftover: usize,
     /// Workers that left, by cause.
     pub retired: RetireCounts,
-    /// Workers that were cut off before they were welcomed: they said no hello in time, no proper
-    /// one, or speak another version of the protocol.
+    /// Workers that were cut off before their welcome: their HELLO was late or invalid, or had
+    /// another version of the protocol.
     pub refused_workers: u64,
-    /// The workers that have left for good most recently, 32 at most, the oldest first.
+    /// The workers that have left for good most recently, at most 32, the oldest first.
     pub departed: Vec<WorkerStats>,
-    /// How long connections took from being accepted to being adopted.
+    /// The times from accepting connections to their adoption.
     pub adoption_times: AdoptionTimes,
-    /// How long [`serve`](super::Dispatcher::serve), or a caller of
-    /// [`reserve`](super::Dispatcher::reserve), has been waiting for a worker with room, now. As
-    /// long as it waits, `serve` accepts nothing.
+    /// The time that [`serve`](super::Dispatcher::serve), or a caller of
+    /// [`reserve`](super::Dispatcher::reserve), has been waiting for a worker with room, now. While
+    /// it waits, `serve` accepts nothing.
     pub slot_wait: Option<Duration>,
-    /// How often [`serve`](super::Dispatcher::serve) has begun to wait for descriptors, or for
-    /// memory of the kernel, to accept with.
+    /// The number of times that [`serve`](super::Dispatcher::serve) had to wait because accepting
+    /// needs a descriptor or memory of the kernel, and there was none.
     pub accept_pauses: u64,
-    /// How long `serve` has been waiting for these, now.
+    /// The time that `serve` has been waiting for a descriptor or memory, now.
     pub accept_paused_for: Option<Duration>,
 }
 
-/// Numbers of one group of workers, now.
+/// The numbers of one group of workers, now.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct GroupStats {
-    /// Which.
+    /// The name of the group.
     pub group: Group,
-    /// The number of its workers, whatever they do. Connections for a group without workers wait
-    /// for one.
+    /// The number of its workers in any state. Connections for a group without workers wait for
+    /// one.
     pub workers: usize,
     /// Connections that wait for a worker with room.
     pub waiting: usize,
     /// Accept loops, prepared connections and callers of
     /// [`reserve`](super::Dispatcher::reserve) that wait for a worker with room.
     pub waiting_for_slot: usize,
-    /// How long the first of these has been waiting.
+    /// The time that the first of these has been waiting.
     pub slot_wait: Option<Duration>,
 }
 
-/// How many workers left, by [cause](RetireCause). One that is started again and leaves again
-/// counts again.
+/// The number of workers that left, by [cause](RetireCause). A worker that is started again and
+/// leaves again counts again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct RetireCounts {
@@ -101,9 +103,9 @@ pub struct RetireCounts {
     pub hung: u64,
     /// They broke the protocol.
     pub misbehaved: u64,
-    /// They were told to drain, or asked for it, and did.
+    /// They were asked to drain, or drained by themselves, and finished.
     pub drained: u64,
-    /// They were told to drain and did not in time.
+    /// They were asked to drain and did not finish in time.
     pub overdue: u64,
 }
 
@@ -119,27 +121,28 @@ impl RetireCounts {
     }
 }
 
-/// Numbers of one worker, from its beginning; over all its processes where it is started again.
+/// The numbers of one worker since its beginning. If it was started again, they are those of all
+/// its processes together.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct WorkerStats {
-    /// Which.
+    /// The id of the worker.
     pub id: WorkerId,
     /// Its group.
     pub group: Group,
     /// The program that the dispatcher has started. `None` for a worker that has connected.
     pub program: Option<String>,
-    /// Its process at the moment, if that is known.
+    /// The pid of its current process, if it is known.
     pub pid: Option<u32>,
     /// Its state at the moment.
     pub state: WorkerState,
-    /// How often its process was started again.
+    /// The number of times that its process was started again.
     pub restarts: u64,
-    /// How often its processes left, by cause.
+    /// The number of times that its processes left, by cause.
     pub retired: RetireCounts,
-    /// How its process before this one left.
+    /// The exit of its previous process.
     pub last_exit: Option<WorkerExit>,
-    /// Offers that it takes at the moment.
+    /// Offers that it has asked for and not got, at the moment.
     pub credit: u64,
     /// Offers that it has not answered, at the moment.
     pub unanswered: u64,
@@ -157,14 +160,14 @@ pub struct WorkerStats {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WorkerState {
-    /// It has not said hello yet, or it waits for the other new workers of a
+    /// It has sent no HELLO yet, or it waits for the other new workers of a
     /// [replacement](super::Dispatcher::replace_workers).
     Starting,
-    /// It takes connections as far as it has room.
+    /// It takes connections if it has room.
     Ready,
     /// It has not answered the last ping in time, and gets no connection until it does.
     Silent,
-    /// It finishes what it has.
+    /// It finishes its connections.
     Draining,
     /// Its process has ended and is going to be started again.
     Restarting,
@@ -172,23 +175,37 @@ pub enum WorkerState {
     Gone,
 }
 
-/// How a process of a worker left.
+impl fmt::Display for WorkerState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Silent => "silent",
+            Self::Draining => "draining",
+            Self::Restarting => "restarting",
+            Self::Gone => "gone",
+        })
+    }
+}
+
+/// The way in which a process of a worker left.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkerExit {
-    /// Why its conversation with the dispatcher ended.
+    /// The reason for which its link to the dispatcher ended.
     pub cause: RetireCause,
-    /// The process, if that is known.
+    /// The pid of the process, if it is known.
     pub pid: Option<u32>,
-    /// How the process ended, if it has and the dispatcher has started it.
+    /// The exit status, if the process has ended and the dispatcher has started it.
     pub status: Option<ExitStatus>,
-    /// The time from its start, or from when it had connected, to the end of the conversation.
+    /// The time from its start, or from its connecting, to the end of the link.
     pub lifetime: Duration,
-    /// The number of connections that it had not answered for. Others get them.
+    /// The number of offers that it had not answered. Other workers get them.
     pub unanswered: u64,
-    /// The number of connections that it had adopted and that had not ended, as far as it has told.
+    /// The number of connections that it had adopted and that had not ended, as far as it has
+    /// reported.
     pub active: u64,
-    /// The time from then until the worker is started again, if it is.
+    /// The time from the end of the link until the worker is started again, if it is.
     pub restart_in: Option<Duration>,
 }
 
@@ -222,7 +239,7 @@ impl fmt::Display for WorkerExit {
     }
 }
 
-/// Why a worker left.
+/// The reason for which a worker left.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RetireCause {
@@ -232,9 +249,9 @@ pub enum RetireCause {
     Hung,
     /// It broke the protocol.
     Misbehaved(String),
-    /// It was told to drain, or asked for it, and has finished.
+    /// It was asked to drain, or drained by itself, and has finished.
     Drained,
-    /// It was told to drain and did not in time.
+    /// It was asked to drain and did not finish in time.
     Overdue,
 }
 
@@ -247,5 +264,19 @@ impl fmt::Display for RetireCause {
             Self::Drained => f.write_str("it has drained"),
             Self::Overdue => f.write_str("it did not drain in time"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handoff::{Strategy, Transport};
+
+    #[test]
+    fn states_are_printed_as_plain_words() {
+        let restarting = (WorkerState::Restarting.to_string(), WorkerState::Ready.to_string());
+        assert_eq!(restarting, ("restarting".to_owned(), "ready".to_owned()));
+        assert_eq!(Strategy::ByKey.to_string(), "by key");
+        assert_eq!(Transport::Tcp.to_string(), "TCP");
     }
 }

@@ -1,11 +1,12 @@
-//! How long connections wait until a worker adopts them.
+//! The times that connections wait until a worker adopts them.
 
 use std::time::Duration;
 
-/// The upper bound of the first bucket, in microseconds. Each further one is twice as long.
+/// The upper bound of the first bucket, in microseconds. That of each further bucket is twice as
+/// large.
 const FIRST: u64 = 64;
 
-/// The last bucket has no upper bound: it counts what takes longer than 67 s.
+/// The number of buckets. The last one has no upper bound: it counts times of more than 67 s.
 const BUCKETS: usize = 22;
 
 /// How long connections took from [`dispatch`](super::Dispatcher::dispatch), or from when
@@ -47,7 +48,7 @@ impl AdoptionTimes {
         bucket.and_then(bound)
     }
 
-    /// Returns those that have come since an earlier look at the same dispatcher.
+    /// Returns the times that were added since an earlier look at the same dispatcher.
     pub fn since(&self, earlier: &Self) -> Self {
         Self(std::array::from_fn(|bucket| self.0[bucket].saturating_sub(earlier.0[bucket])))
     }

@@ -41,7 +41,7 @@ use crate::{
 impl From<Error> for RetireCause {
     fn from(error: Error) -> Self {
         match error {
-            // It refuses descriptors.
+            // A worker sends no descriptors, so none are taken.
             Error::Io(error) if error.kind() != io::ErrorKind::PermissionDenied => Self::Ended,
             error if error.is_peer_gone() => Self::Ended,
             error => Self::Misbehaved(error.to_string()),
@@ -49,13 +49,13 @@ impl From<Error> for RetireCause {
     }
 }
 
-/// Bytes that wait for the socket. When there are more, nothing is taken from the pool.
+/// The number of unsent bytes up to which messages are taken from the pool.
 const ENOUGH_UNSENT: usize = 128 << 10;
 
-/// Messages taken from the pool at a time.
+/// The number of messages that are taken from the pool at a time.
 const BATCH: usize = 64;
 
-/// For a timer that has nothing to do.
+/// The time of a timer that is not needed.
 const LATER: Duration = Duration::from_secs(3600);
 
 pub(super) struct WorkerTask {
@@ -65,27 +65,28 @@ pub(super) struct WorkerTask {
     process: Process,
     read: ReadHalf<TolerantCodec>,
     outbound: Outbound,
-    /// Received, and not given to the pool yet. An error is a message that is none.
+    /// Messages that were received and that the pool has not got. An error stands for a message
+    /// that could not be decoded.
     received: Vec<Result<FromWorker, Error>>,
     sending: Sending,
     has_greeted: bool,
-    /// The worker is another dispatcher, which goes on in the place of this one.
+    /// True if the worker is the dispatcher that replaces this one.
     is_successor: bool,
-    /// The worker was told to go on at the other end of this.
+    /// The socket at whose other end the worker was asked to go on.
     next_link: Option<Socket>,
-    /// The kernel has too little to send with.
+    /// The kernel has too few descriptors or too little memory to send.
     is_short: bool,
     has_warned: bool,
-    /// The pool may have more for this worker.
+    /// True if the pool may have more messages for this worker.
     more: bool,
     timer: Pin<Box<Sleep>>,
 }
 
 /// The end of a link.
 enum End {
-    /// The worker has to go.
+    /// The worker is retired.
     Retire(RetireCause),
-    /// It goes on at another link to this dispatcher.
+    /// The worker goes on at another link to this dispatcher.
     Relink(Socket),
 }
 
@@ -95,11 +96,11 @@ impl From<RetireCause> for End {
     }
 }
 
-/// The bytes that a link which can adopt nothing more has left to be read, and how much of it was
-/// sent.
+/// The messages that are left in the socket of a link which was cut off, and how much of the
+/// dispatcher's own messages was sent.
 struct Cut {
     last: Vec<FromWorker>,
-    /// There is more, which cannot be read.
+    /// False if there are further messages, which cannot be read.
     is_all: bool,
     unsent: usize,
 }
@@ -111,13 +112,13 @@ impl WorkerTask {
         Self::of_link(shared, id, socket, process)
     }
 
-    /// The same for another dispatcher, which goes on in the place of this one.
+    /// Returns the task of the link to the dispatcher that replaces this one.
     pub(super) fn of_successor(shared: Arc<Shared>, id: WorkerId, socket: Socket) -> Self {
         let process = shared.processes().peer_of(&socket);
         Self { is_successor: true, ..Self::new(shared, id, socket, process) }
     }
 
-    /// The task of a link that the pool knows of.
+    /// Returns the task of a link whose worker is in the pool.
     fn of_link(shared: Arc<Shared>, id: WorkerId, socket: Socket, process: Process) -> Self {
         let signal = Arc::new(TaskSignal::default());
         shared.add_signal(id, Arc::clone(&signal));
@@ -144,8 +145,8 @@ impl WorkerTask {
     /// Serves the worker until it is gone.
     pub(super) async fn run(mut self) {
         loop {
-            // A subscriber of `tracing` may panic. What the worker has sent by then counts all the
-            // same.
+            // A subscriber of `tracing` may panic. Messages that the worker has sent by then count
+            // all the same.
             let end = AssertUnwindSafe(poll_fn(|cx| self.poll(cx))).catch_unwind().await;
             let panicked = |_| RetireCause::Misbehaved("its task has panicked".into()).into();
             match end.unwrap_or_else(panicked) {
@@ -155,15 +156,15 @@ impl WorkerTask {
         }
     }
 
-    /// Everything that there is to do. Ready when the worker has to go.
+    /// Receives, decides and sends, as long as there is anything to do. Ready when the link ends.
     ///
-    /// Messages are received before the time is looked at: if this process was not running, answers
-    /// wait in the socket.
+    /// It receives messages before it looks at the time. If this process was stopped for a while,
+    /// the worker's answers wait in the socket.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         let mut is_due = false;
         loop {
             let mut end = self.receive(cx);
-            // All that it has written is in the socket by now: the retiring reads it.
+            // Everything that the worker has written is in the socket by now. `retire` reads it.
             if end.is_none() && self.process.poll_ended(cx).is_ready() {
                 end = Some(RetireCause::Ended);
             }
@@ -194,7 +195,7 @@ impl WorkerTask {
         }
     }
 
-    /// Sending has to wait for what the kernel has too little of, or goes on.
+    /// Records whether sending has to wait for descriptors or memory of the kernel.
     fn on_shortage(&mut self) {
         if self.is_short {
             self.shared.act(|pool| pool.totals.send_shortages += 1);
@@ -207,7 +208,7 @@ impl WorkerTask {
         }
     }
 
-    /// Receives everything that there is. Returns the cause at the end.
+    /// Receives all messages that there are. Returns the cause if the link has ended.
     fn receive(&mut self, cx: &mut Context<'_>) -> Option<RetireCause> {
         loop {
             match self.read.poll_next_unpin(cx) {
@@ -219,13 +220,14 @@ impl WorkerTask {
         }
     }
 
-    /// Gives the pool what was received, and takes what is to be sent, and the time of the next
+    /// Gives received messages to the pool, and takes messages to send and the time of the next
     /// timeout.
     fn exchange(&mut self, end: Option<RetireCause>) -> Result<(), RetireCause> {
         let Self { shared, id, outbound, received, sending, timer, .. } = self;
         let is_successor = self.is_successor;
         let (id, now) = (*id, Instant::now());
-        // This process was stopped, or its machine, or the kernel has too little to send with.
+        // If this process or its machine was stopped, or the kernel has too little memory to send,
+        // a missing answer is not the worker's fault.
         let was_stopped = now > Instant::from(timer.deadline()) + shared.config.ping_interval;
         let was_able = !was_stopped && !outbound.waits_for_the_kernel();
         let unsent = sending.unsent(outbound.unsent().fds);
@@ -262,15 +264,15 @@ impl WorkerTask {
         Ok(())
     }
 
-    /// Usually there is more time than before. Then it goes off too early, which costs less than
-    /// setting it each time.
+    /// Usually the time is later than before. Then the timer is left alone and goes off too early,
+    /// which costs less than setting it each time.
     fn set_timer(&mut self, due: Instant) {
         if due < self.timer.deadline().into() || self.timer.is_elapsed() {
             self.timer.as_mut().reset(due.into());
         }
     }
 
-    /// Queues a message. Room is not waited for: offers are bounded by their number, and the other
+    /// Queues a message without waiting for room: the number of offers is limited, and other
     /// messages are few.
     fn send(&mut self, message: ToWorker<Offer<SendFd>, ()>) -> Result<(), RetireCause> {
         let message = match message {
@@ -311,7 +313,7 @@ impl WorkerTask {
         Ok(Some(NewLink { cookie, socket: socket.into() }))
     }
 
-    /// Closes the copies that were kept of connections which have ended.
+    /// Closes the stale copies of connections that have ended.
     fn close_ended(&self) {
         let ended =
             self.shared.act(|pool| pool.stale.take_ended(|connection| connection.has_ended()));
@@ -320,16 +322,17 @@ impl WorkerTask {
         copies.close();
     }
 
-    /// Tells a worker that may go on. Not after messages that it has not taken yet: there may be
-    /// offers among them.
+    /// Sends FENCED to a worker that may live. It is not sent if messages before it are unsent,
+    /// because they may have offers.
     async fn report_fence(&mut self) {
         if self.outbound.unsent().bytes == 0 && self.send(ToWorker::Fenced).is_ok() {
             let _ = poll_fn(|cx| Poll::Ready(self.outbound.poll_flush(cx))).await;
         }
     }
 
-    /// The one way out, whatever the cause. After the cut the worker can write no answer, and those
-    /// that it wrote before are here to be read: what is unanswered then, it will never adopt.
+    /// Ends the link, whatever the cause. After the cut the worker can write no answer, and the
+    /// answers that it wrote before can be read. It will never adopt offers that are unanswered
+    /// then.
     async fn retire(mut self, cause: RetireCause) {
         let Cut { last, is_all, unsent } = self.cut().await;
         let has_received = self.outbound.is_all_received();
@@ -337,9 +340,9 @@ impl WorkerTask {
             self.report_fence().await;
         }
         let Self { shared, id, mut process, outbound, has_greeted, .. } = self;
-        lock(&shared.new_links).remove(id); // the other dispatcher sees the end
+        lock(&shared.new_links).remove(id); // dropping it shows the other dispatcher the end
         let state = process.state(&cause, has_received);
-        // A process that has not said hello may not even look at its socket.
+        // A process that has sent no HELLO may not even read its socket.
         let is_fenced =
             matches!(cause, RetireCause::Hung | RetireCause::Misbehaved(_) | RetireCause::Overdue);
         let lives = matches!(state, ProcessState::Lives { .. });
@@ -347,7 +350,7 @@ impl WorkerTask {
         if lives && is_ours && (is_fenced || !has_greeted) && shared.config.kill_hung {
             process.kill();
         }
-        drop(outbound); // what it was lent belongs to the pool alone
+        drop(outbound); // from here on, only the pool has the descriptors of the offers
         let now = Instant::now();
         let matters = shared.act(|pool| {
             last.into_iter().for_each(|message| pool.on_last_message(id, message, unsent, now));
@@ -362,12 +365,12 @@ impl WorkerTask {
         shared.changed();
     }
 
-    /// The worker was told to go on at another link to this dispatcher. It can adopt nothing more
-    /// at this one.
+    /// Ends a link whose worker goes on at another link to this dispatcher. It can adopt nothing
+    /// more at this one.
     async fn relink(mut self, socket: Socket) -> Self {
         let Cut { last, is_all, unsent } = self.cut().await;
         let Self { shared, id, mut process, outbound, .. } = self;
-        drop(outbound); // what it was lent belongs to the pool alone
+        drop(outbound); // from here on, only the pool has the descriptors of the offers
         let (now, hello_by) = (Instant::now(), after(shared.config.hello_timeout));
         shared.act(|pool| {
             last.into_iter().for_each(|message| pool.on_last_message(id, message, unsent, now));
@@ -380,8 +383,8 @@ impl WorkerTask {
         Self::of_link(shared, id, socket, process)
     }
 
-    /// Cuts the worker off. After this it can write no answer, and those that it wrote before are
-    /// here.
+    /// Cuts the worker off. After this it can write no answer, and the answers that it wrote before
+    /// are in the socket.
     async fn cut(&mut self) -> Cut {
         // An error means that there is nothing left to cut.
         let _ = self.read.socket().shutdown(Shutdown::Read);
@@ -396,7 +399,7 @@ impl WorkerTask {
     }
 }
 
-/// Offers on their way through the task's queue: the descriptors of each, the oldest first.
+/// The offers in the task's queue: the number of descriptors of each, the oldest first.
 #[derive(Debug, Default)]
 struct Sending {
     offers: VecDeque<usize>,
@@ -409,7 +412,8 @@ impl Sending {
         self.fds += fds;
     }
 
-    /// The number of offers of which nothing was sent, if this many descriptors are in the queue.
+    /// Returns the number of offers of which nothing was sent, if this many descriptors are in the
+    /// queue.
     fn unsent(&mut self, unsent_fds: usize) -> usize {
         while unsent_fds < self.fds {
             self.fds -= self.offers.pop_front().unwrap_or(self.fds);
@@ -418,12 +422,12 @@ impl Sending {
     }
 }
 
-/// The most errors of `recvmsg` in a row, after which there is no hope.
+/// The number of errors of `recvmsg` in a row after which reading is given up.
 const MOST_FAILURES: usize = 100;
 
-/// The messages that are left in a socket after its stream has failed or ended. An empty packet
-/// looks like the end, and an error of `recvmsg` may be followed by messages; in both cases a
-/// worker may have sent a whole ADOPTED after it. Returns false with them if there are more, which
+/// Returns the messages that are left in a socket after its stream has failed or ended. An empty
+/// packet looks like the end, and messages may follow an error of `recvmsg`. In both cases a worker
+/// may have sent a whole ADOPTED after it. Returns false with the messages if there are more, which
 /// cannot be read.
 fn rest_of(socket: &Socket) -> (Vec<FromWorker>, bool) {
     let (mut bytes, mut fds) = (BytesMut::new(), FdQueue::<OwnedFd>::new());

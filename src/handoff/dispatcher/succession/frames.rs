@@ -1,4 +1,4 @@
-//! The frames in which a dispatcher's workers travel to the dispatcher that goes on with them.
+//! The frames that pass a dispatcher's workers to the dispatcher that replaces it.
 
 use std::{io, os::fd::OwnedFd};
 
@@ -8,7 +8,7 @@ use crate::{
     handoff::Group,
 };
 
-/// Each frame begins with this. The last byte is the version.
+/// The first bytes of each frame. The last one is the version.
 const MAGIC: [u8; 5] = *b"FDHR\x01";
 
 /// A part of a succession.
@@ -16,9 +16,9 @@ const MAGIC: [u8; 5] = *b"FDHR\x01";
 pub(super) enum Part {
     /// The links for connections that no worker has adopted.
     Connections {
-        /// From the dispatcher that is replaced.
+        /// For connections from the dispatcher that is replaced.
         forward: Socket,
-        /// To it, if it goes on after all.
+        /// For connections back to it, if the replacement is undone.
         back: Socket,
     },
     Worker(Traveller),
@@ -27,10 +27,10 @@ pub(super) enum Part {
 /// A worker on its way to another dispatcher.
 #[derive(Debug)]
 pub(super) struct Traveller {
-    /// The dispatcher's end of the link at which the worker will say hello.
+    /// The dispatcher's end of the link at which the worker will go on.
     pub(super) link: Socket,
     pub(super) pidfd: Option<OwnedFd>,
-    /// A dispatcher has started it.
+    /// True if a dispatcher has started it.
     pub(super) is_started: bool,
     pub(super) program: Option<String>,
     pub(super) group: Group,
@@ -55,7 +55,7 @@ impl Part {
     }
 
     /// # Errors
-    /// If it is not a part of a succession, or of another version.
+    /// If the frame is not a part of a succession, or has another version.
     pub(super) fn from_frame(Frame { payload, fds }: Frame) -> io::Result<Self> {
         let mut fds = fds.into_iter();
         let part = Self::read(&payload, &mut fds)?;

@@ -33,27 +33,27 @@ use crate::{
     },
 };
 
-/// For another dispatcher that hands on its connections to leave, once this one drains: its
-/// connections have nobody else to go to.
+/// The time for which a draining dispatcher still takes connections from the dispatcher before it.
+/// They have nowhere else to go.
 const LAST_CALL: Duration = Duration::from_secs(1);
 
-/// A dispatcher in another process that is going to replace this one, while the workers go on.
-/// From [`Dispatcher::prepare_succession`].
+/// The replacement of this dispatcher by one in another process, while the workers go on. From
+/// [`Dispatcher::prepare_succession`].
 ///
-/// Dropped before it has [begun](Self::begin), it changes nothing: the other dispatcher sees the
-/// end of its links. Dropped after that, it can't be undone any longer.
+/// If it is dropped before it has [begun](Self::begin), nothing changes, and the other dispatcher
+/// sees the end of its links. If it is dropped after that, it cannot be undone.
 #[derive(Debug)]
 pub struct Succession {
     shared: Arc<Shared>,
-    /// The new links of workers, with their ends.
+    /// The new links of the workers.
     links: Vec<(WorkerId, ProcessId, OwnedFd)>,
-    /// For connections that no worker has adopted: to the other dispatcher, and back.
+    /// The sockets for connections that no worker has adopted: to the other dispatcher, and back.
     connections: Option<(Socket, Socket)>,
-    /// Connections come back through this.
+    /// The socket by which connections come back.
     back: Option<Socket>,
 }
 
-/// The workers that a dispatcher has taken from the one before it, by
+/// The workers that a dispatcher has taken from the one before it, from
 /// [`Dispatcher::take_workers`].
 #[derive(Debug)]
 pub struct TakenWorkers {
@@ -66,28 +66,28 @@ pub struct TakenWorkers {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TakenWorker {
-    /// Its name here.
+    /// Its id in this dispatcher.
     pub id: WorkerId,
     /// The program that a dispatcher has started, as
     /// [`WorkerStats::program`](super::WorkerStats::program). `None` if the worker has connected.
     pub program: Option<String>,
-    /// The number of its process, if that is in this PID namespace.
+    /// The pid of its process, if the process is in this PID namespace.
     pub pid: Option<u32>,
     /// The group that it belongs to.
     pub group: Group,
 }
 
 impl Dispatcher {
-    /// Prepares for a dispatcher in another process to go on in the place of this one. Send it the
-    /// frames, for [`take_workers`](Self::take_workers), over a socket of this crate. Nothing has
-    /// changed until [`begin`](Succession::begin).
+    /// Prepares the replacement of this dispatcher by one in another process. Send it the frames
+    /// over a socket of this crate, for its [`take_workers`](Self::take_workers). Nothing changes
+    /// until [`begin`](Succession::begin).
     ///
-    /// Of all workers those move along that take connections, and know how to: each with
-    /// [`Incoming`], and others that say so in their
-    /// [HELLO](super::protocol::FromWorker::Hello). The others finish what they have, and leave.
+    /// The workers that take connections and can move go on with the other dispatcher. Every
+    /// [`Incoming`] can move, and so can other workers that declare it in their
+    /// [HELLO](super::protocol::FromWorker::Hello). The others finish their connections, and leave.
     ///
-    /// The two dispatchers have to agree on who dispatches: for example by a
-    /// [takeover](crate::takeover), which does all of this.
+    /// The two dispatchers have to agree on which one dispatches. A [takeover](crate::takeover)
+    /// does that, and all the rest of this.
     ///
     /// # Errors
     /// The errors of making pairs of sockets, usually that there are too few descriptors: three for
@@ -117,18 +117,17 @@ impl Dispatcher {
         Ok((Succession { shared, links, connections, back: None }, frames))
     }
 
-    /// Goes on with the workers of another dispatcher, which has sent these frames: see
-    /// [`prepare_succession`](Self::prepare_succession). They say hello when that has
-    /// [begun](Succession::begin). Connections that it has and that no worker has adopted come
-    /// along.
+    /// Takes the workers of another dispatcher, which has sent these frames: see
+    /// [`prepare_succession`](Self::prepare_succession). The workers move when the other dispatcher
+    /// has [begun](Succession::begin). Its connections that no worker has adopted move, too.
     ///
     /// The closure returns the command by which a worker is to be [started
-    /// again](WorkerCommand::restart) when its process ends, or `None`. It is asked only about
-    /// workers that a dispatcher has started. A worker whose process was not to be moved, since it
-    /// has ended or is too old, is started right away.
+    /// again](WorkerCommand::restart) when its process ends, or `None`. It is called only for
+    /// workers that a dispatcher has started. If the process of such a worker cannot move, because
+    /// it has ended or its version is too old, the worker is started at once.
     ///
     /// # Errors
-    /// `InvalidData` if a frame is none of `prepare_succession`. Then no worker is taken.
+    /// `InvalidData` if a frame does not come from `prepare_succession`. Then no worker is taken.
     pub fn take_workers(
         &self,
         frames: impl IntoIterator<Item = Frame>,
@@ -173,9 +172,9 @@ impl Dispatcher {
 }
 
 impl Succession {
-    /// Begins: from here on the other dispatcher dispatches. Workers go on at their new links;
-    /// connections that no worker has adopted go to the other dispatcher, and so does whatever is
-    /// dispatched here from now on. Call it once.
+    /// Begins the replacement: from now on the other dispatcher dispatches. Workers move to their
+    /// new links. Connections that no worker has adopted go to the other dispatcher, and so does
+    /// every connection that is dispatched here from now on. Call it once.
     ///
     /// When this dispatcher is not needed any longer, [drain](Dispatcher::drain) it: that waits
     /// until the other one has all connections.
@@ -194,23 +193,24 @@ impl Succession {
             }
         }
         hand_on(shared, forward, &links);
-        // Workers that have ended meanwhile do not come for theirs.
+        // Workers that have ended meanwhile do not take their new links.
         let coming = shared.act(|pool| {
             Vec::from_iter(links.into_iter().map(|(id, _)| id).filter(|id| pool.needs_link(*id)))
         });
         lock(&shared.new_links).theirs.retain(|id, _| coming.contains(id));
     }
 
-    /// Undoes it: this dispatcher dispatches again. Workers come back, also those whose link to the
-    /// other dispatcher has ended with that; connections that it has [given
-    /// back](TakenWorkers::give_back) come back. Workers that have left meanwhile are started
-    /// again if they [are to be](WorkerCommand::restart).
+    /// Undoes the replacement: this dispatcher dispatches again. Its workers come back, even if the
+    /// other dispatcher has died and their links to it have ended. Connections that the other
+    /// dispatcher has [given back](TakenWorkers::give_back) come back, too. Workers that have left
+    /// meanwhile are started again if their command [allows it](WorkerCommand::restart).
     pub fn undo(&mut self) {
         let _context = self.shared.runtime.enter();
         let Some(back) = self.back.take() else { return };
         let shared = &self.shared;
         let mut links = Vec::new();
-        *lock(&shared.new_links) = Default::default(); // of workers that have not moved yet
+        // Workers that have not moved yet stay.
+        *lock(&shared.new_links) = Default::default();
         for id in shared.act(|pool| pool.moved()) {
             match Socket::pair(SocketKind::SeqPacket) {
                 Ok((ours, theirs)) => {
@@ -229,14 +229,14 @@ impl Succession {
 }
 
 impl TakenWorkers {
-    /// The workers that were taken.
+    /// Returns the workers that were taken.
     pub fn workers(&self) -> &[WorkerId] {
         &self.workers
     }
 
-    /// Gives everything back to the dispatcher before this one, which goes on after all: it takes
-    /// its workers back by itself ([`Succession::undo`]). Connections that no worker has adopted
-    /// go to it, and workers that were started here finish what they have.
+    /// Gives all connections that no worker has adopted back to the dispatcher before this one,
+    /// which dispatches again. That dispatcher takes its workers back by itself
+    /// ([`Succession::undo`]). Workers that were started here finish their connections.
     ///
     /// [Drain](Dispatcher::drain) this dispatcher after that.
     pub fn give_back(&mut self) {
@@ -247,7 +247,7 @@ impl TakenWorkers {
     }
 }
 
-/// Hands all connections to another dispatcher, as if it were a worker.
+/// Hands all connections over to another dispatcher, as if it were a worker.
 fn hand_on(shared: &Arc<Shared>, socket: Socket, links: &[(WorkerId, ProcessId)]) {
     let successor = shared.act(|pool| pool.add_worker(Group::default(), None));
     let task = WorkerTask::of_successor(Arc::clone(shared), successor, socket);
@@ -261,8 +261,8 @@ fn hand_on(shared: &Arc<Shared>, socket: Socket, links: &[(WorkerId, ProcessId)]
 }
 
 /// Takes the connections of another dispatcher, as if this one were its worker, until there are no
-/// more. Each counts as being served until a worker here has adopted it: then it is lost to neither
-/// dispatcher.
+/// more. Each counts as active at the other dispatcher until a worker of this one has adopted it.
+/// So the other dispatcher does not leave before.
 fn receive(shared: &Arc<Shared>, socket: Socket) {
     let most = MAX_UNANSWERED as usize;
     let incoming =
@@ -271,7 +271,7 @@ fn receive(shared: &Arc<Shared>, socket: Socket) {
     tokio::spawn(async move { take_connections(source, incoming).await });
 }
 
-/// Takes them as long as the dispatcher may bring connections.
+/// Takes connections until this dispatcher drains, and for a moment longer.
 async fn take_connections(source: Source, mut incoming: Incoming) {
     let shared = Arc::clone(source.shared());
     let mut closes = pin!(async {
@@ -280,7 +280,7 @@ async fn take_connections(source: Source, mut incoming: Incoming) {
     });
     loop {
         select! {
-            () = &mut closes => return, // what is left goes back
+            () = &mut closes => return, // offers that are left go back
             connection = incoming.next() => match connection {
                 Some(connection) => take_connection(&shared, connection),
                 None => return,
