@@ -1,4 +1,4 @@
-//! The pool, its lock, and what is done when it is unlocked.
+//! The pool, its lock, and the actions that follow from its decisions.
 
 use std::{
     collections::HashMap,
@@ -37,37 +37,38 @@ pub(super) struct Shared {
     pub(super) config: Config,
     pool: Mutex<Pool<Box<Handover>>>,
     processes: Mutex<Processes>,
-    /// Wake the workers' tasks.
+    /// The signals that wake the workers' tasks.
     signals: Mutex<HashMap<WorkerId, Arc<TaskSignal>>>,
     pub(super) new_links: Mutex<NewLinks>,
-    /// Users that wait for a slot. Locked while the pool is, never the other way around.
+    /// Users that wait for a slot. May be locked while the pool is locked, never the other way
+    /// around.
     waiters: Mutex<HashMap<TicketId, oneshot::Sender<Slot>>>,
     changes: watch::Sender<()>,
     pub(super) pauses: Pauses,
     given_back: AtomicU64,
     lost: AtomicU64,
-    /// Connections were closed because too many wait for a worker of their group.
+    /// True if it was logged that connections are closed because too many wait for their group.
     pub(super) has_warned_of_crowd: AtomicBool,
     /// The number of [`Source`](super::source::Source)s.
     sources: AtomicUsize,
-    /// Whether processes of retired workers are to be killed.
+    /// True if processes of retired workers have to be killed now.
     pub(super) kill: watch::Sender<bool>,
     pub(super) runtime: Handle,
     /// Runs the links of the workers, and the accept loops.
     pub(super) tasks: JointTask,
 }
 
-/// The links at which workers are to go on, until their tasks take them.
+/// The new links of workers that move, until the workers' tasks take them.
 #[derive(Debug, Default)]
 pub(super) struct NewLinks {
     /// The workers' ends.
     pub(super) theirs: HashMap<WorkerId, OwnedFd>,
-    /// The ends here, of those that this dispatcher takes back.
+    /// This dispatcher's ends, for workers that it takes back.
     pub(super) ours: HashMap<WorkerId, Socket>,
 }
 
 impl NewLinks {
-    /// Takes those of a worker: its end, and the end here.
+    /// Takes the ends of one worker's new link: the worker's, and this dispatcher's.
     pub(super) fn remove(&mut self, id: WorkerId) -> (Option<OwnedFd>, Option<Socket>) {
         (self.theirs.remove(&id), self.ours.remove(&id))
     }
@@ -99,7 +100,7 @@ impl Shared {
         })
     }
 
-    /// Does something with the pool, then what follows from it.
+    /// Calls a function with the pool, unlocks it, and then acts on the pool's events.
     pub(super) fn act<T>(self: &Arc<Self>, act: impl FnOnce(&mut Pool<Box<Handover>>) -> T) -> T {
         let (outcome, events, drains) = {
             let mut pool = lock(&self.pool);
@@ -109,14 +110,14 @@ impl Shared {
         if !events.is_empty() {
             self.handle(events);
             if drains {
-                self.changed(); // somebody may wait for the last connection
+                self.changed(); // the drain may wait for the last connection
             }
         }
         outcome
     }
 
-    /// Does what the pool has decided. Wakers and subscribers of `tracing` are foreign code, so
-    /// nothing is locked.
+    /// Acts on the pool's events. Nothing is locked, because wakers and subscribers of `tracing`
+    /// are foreign code.
     fn handle(self: &Arc<Self>, events: Vec<Event<Box<Handover>>>) {
         let (mut failed, mut useless) = (Vec::new(), Copies::new());
         for event in events {
@@ -187,7 +188,7 @@ impl Shared {
         }
     }
 
-    /// A connection was closed that could not be offered to any worker.
+    /// Counts a connection that was closed because it could not be offered to any worker.
     pub(super) fn count_lost(self: &Arc<Self>) {
         self.act(|pool| pool.totals.dispatched += 1);
         self.lost.fetch_add(1, Relaxed);
@@ -203,7 +204,7 @@ impl Shared {
         io::Error::other(reason)
     }
 
-    // Processes, and tasks and users that wait.
+    // Processes, tasks, and users that wait for a slot.
 
     pub(super) fn processes(&self) -> MutexGuard<'_, Processes> {
         lock(&self.processes)
@@ -323,7 +324,7 @@ impl Shared {
         }
     }
 
-    // The end.
+    // The drain.
 
     pub(super) fn add_source(&self) {
         self.sources.fetch_add(1, Relaxed);
@@ -346,15 +347,15 @@ impl Shared {
     }
 
     async fn drain(self: &Arc<Self>, half: Option<Instant>, until: Option<Instant>) {
-        // First everything is handed over that was accepted. Workers that are full may not take it
-        // in time.
+        // First, accepted connections are handed over. If all workers are full, half of the time
+        // may pass before that.
         let is_settled = |pool: &Pool<_>| self.sources.load(Relaxed) == 0 && pool.is_settled();
         at_most(half, self.until(is_settled)).await;
         self.act(|pool| pool.close(Instant::now()));
         self.changed();
         self.until(Pool::has_no_workers).await;
         let ended = || self.until(|pool| pool.leftover() == 0);
-        // Processes that are not killed in time are left to themselves.
+        // Wait for the processes, and then kill those that have not ended, if that is allowed.
         let exit_by = after(self.config.exit_timeout);
         at_most(Some(until.map_or(exit_by, |until| until.min(exit_by))), ended()).await;
         if self.config.kill_hung {
