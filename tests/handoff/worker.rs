@@ -619,7 +619,7 @@ fn a_descriptor_that_is_not_the_offered_one_ends_it() {
             [dispatcher.accept().await, dispatcher.accept().await];
         let offer = Offer { fd: other.into(), ..offer_of(&one) };
         dispatcher.send_offer(offer).await;
-        check_failed(&mut incoming, &mut dispatcher, "not the one that it describes").await;
+        check_failed(&mut incoming, &mut dispatcher, "does not have the cookie").await;
         assert!(
             client.read(&mut [0]).now_or_never().is_none(),
             "the connection as such is left alone"
