@@ -16,7 +16,7 @@ use tokio::{
     time::timeout,
 };
 
-/// As many as there are addresses for.
+/// The most clients: the demo has that many addresses for them.
 pub(crate) const MOST_CLIENTS: u32 = 10_000_000;
 
 const AT_A_TIME: usize = 64;
@@ -33,11 +33,11 @@ pub(crate) struct Client {
 }
 
 pub(crate) enum Outcome {
-    /// By this process, so long after the beginning of the connect.
+    /// Answered by the worker of this process, this long after the client began to connect.
     Answered { pid: u32, latency: Duration },
     /// The connection ended before the answer did.
     Broken(String),
-    /// In any other way.
+    /// The request failed in any other way.
     Failed { connected: bool, error: String },
 }
 
@@ -55,8 +55,8 @@ pub(crate) async fn run(requests: u32, address: SocketAddr) -> Demo {
     Demo { clients, elapsed: begin.elapsed() }
 }
 
-/// A client's serial number is its address, since all of 127.0.0.0/8 is this machine. So a worker
-/// knows whose connection it was given before it has read a byte.
+/// The address of a client has its serial number: all of 127.0.0.0/8 is this machine. So a worker
+/// can identify the client before it has read a byte.
 fn address_of(serial: u32) -> Ipv4Addr {
     (u32::from(Ipv4Addr::new(127, 1, 0, 0)) + serial).into()
 }
@@ -101,7 +101,7 @@ async fn exchange(stream: TcpStream, address: SocketAddr) -> hyper::Result<(u16,
         let body = response.into_body().collect().await?.to_bytes();
         Ok((status, String::from_utf8_lossy(&body).into_owned()))
     };
-    // A client that has the whole answer was served, whatever the connection comes to after it.
+    // A client that has the whole answer was served, even if the connection fails after it.
     let (answer, _ended) = join!(answer, connection);
     answer
 }

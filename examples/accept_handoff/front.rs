@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::{Arguments, demo, journal::Journal, kill::Killer, report::Report, watch::Watch};
 
-/// How long the workers may take to finish what they serve. Those that take longer are killed.
+/// The time that the workers have to finish their connections. Then they are killed.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(arguments: Arguments) -> Result<()> {
@@ -39,8 +39,8 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
 
     let mut builder = Dispatcher::builder();
     if arguments.kill_every.is_some() {
-        // By default a connection is given up when three workers have died while they had it: it
-        // may be what they die of. Here it is known what they die of.
+        // By default a connection is given up when three workers have died while they had it,
+        // because it may be the cause. Here the cause is known: the demo kills the workers.
         builder = builder.max_offers(u32::MAX);
     }
     let dispatcher = builder.build();
@@ -69,9 +69,9 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
     let outcome = select! {
         served = &mut serving => served.map(|()| None),
         demo = clients => Ok(Some(demo)),
-        () = killer.run(&dispatcher) => Ok(None), // it never ends
-        () = replace_workers(&mut signals.replace, &dispatcher, workers) => Ok(None), // so does it
-        watched = watching => watched.map(|()| None), // and this
+        () = killer.run(&dispatcher) => Ok(None), // never ends
+        () = replace_workers(&mut signals.replace, &dispatcher, workers) => Ok(None), // never ends
+        watched = watching => watched.map(|()| None), // never ends
         () = stop(&mut signals.interrupt, &mut signals.terminate) => Ok(None),
     };
     println!("stopping");
@@ -90,7 +90,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<()> {
     }
 }
 
-/// Returns how each of the workers is started.
+/// Returns the commands that start the workers.
 fn workers<'a>(
     arguments: &'a Arguments,
     own: &'a Path,
@@ -107,7 +107,7 @@ fn workers<'a>(
         let worker =
             WorkerCommand::from(command).socket_kind(arguments.socket.into()).restart(true);
         match arguments.kill_every {
-            // By default a worker that never lives for long is started again after 10 s at last.
+            // By default the wait for a worker that never lives for long grows up to 10 s.
             Some(_) => worker.longest_wait(Duration::ZERO),
             None => worker,
         }
@@ -142,8 +142,8 @@ async fn listen(address: SocketAddr) -> Result<TcpListener> {
         .map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
 }
 
-/// The signals that end the front, and the one that replaces the workers. Ctrl-C reaches the
-/// workers too, which leave it to the front to stop them.
+/// The signals that end the front, and the one that replaces the workers. Ctrl-C also reaches the
+/// workers, which ignore it and let the front stop them.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,

@@ -12,24 +12,24 @@ use std::{
 use fdwire::handoff::Address;
 use tempfile::NamedTempFile;
 
-/// The front's side.
+/// The journal as the front reads it.
 pub(crate) struct Journal(NamedTempFile);
 
-/// The worker's side.
+/// The journal as a worker writes it.
 pub(crate) struct Writer {
     file: File,
     number: u16,
 }
 
-/// That an application was given a connection.
+/// A record: an application was given a connection.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Given {
-    /// Number of the worker, which stays the same when it is started again.
+    /// The number of the worker, which stays the same when the worker is started again.
     pub(crate) worker: u16,
     pub(crate) pid: u32,
 }
 
-/// All that was given, by the address of the client. Each client of the demo has another one.
+/// All records, by the address of the client. Each client of the demo has an address of its own.
 pub(crate) type Entries = HashMap<Ipv4Addr, Vec<Given>>;
 
 impl Journal {
@@ -63,8 +63,8 @@ impl Writer {
         Ok(Self { file: OpenOptions::new().append(true).open(path)?, number })
     }
 
-    /// One `write` to the end of the file: the line is there whole or not at all, also if this
-    /// process is killed.
+    /// Appends a record with one `write`, so that the line is there whole or not at all, even if
+    /// this process is killed.
     pub(crate) fn given(&mut self, peer: &Address) -> Result<()> {
         let Some(client) = peer.socket_addr() else { return Ok(()) };
         self.file

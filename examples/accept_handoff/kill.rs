@@ -16,7 +16,7 @@ use tokio::time::{MissedTickBehavior, interval};
 pub(crate) struct Killer {
     every: Option<Duration>,
     killed: HashSet<u32>,
-    /// The count that each worker had adopted when it was killed last.
+    /// The number of connections that each worker had adopted when it was killed last.
     adopted: HashMap<WorkerId, u64>,
 }
 
@@ -25,7 +25,7 @@ impl Killer {
         Self { every, killed: HashSet::new(), adopted: HashMap::new() }
     }
 
-    /// For as long as it is polled.
+    /// Kills workers until this future is dropped.
     pub(crate) async fn run(&mut self, dispatcher: &Dispatcher) {
         let Some(every) = self.every else { return pending().await };
         let mut ticks = interval(every);
@@ -37,9 +37,9 @@ impl Killer {
         }
     }
 
-    /// Any worker that has adopted something since it was killed last. With others nothing is at
-    /// stake, and the dispatcher waits longer each time before it starts one again that has died
-    /// without having been of use.
+    /// Returns a random worker that has adopted a connection since it was killed last. Killing
+    /// others would show nothing, and the dispatcher would wait longer each time before it starts
+    /// them again.
     fn kill_one(&mut self, dispatcher: &Dispatcher) {
         let mut victims = dispatcher.stats().workers;
         victims.retain(|worker| {
@@ -55,7 +55,7 @@ impl Killer {
         }
     }
 
-    /// The processes that were killed.
+    /// Returns the processes that were killed.
     pub(crate) fn killed(&self) -> &HashSet<u32> {
         &self.killed
     }

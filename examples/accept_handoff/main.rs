@@ -12,7 +12,7 @@
 //! ```text
 //! # Then: curl http://127.0.0.1:8080/
 //! cargo run --example accept_handoff
-//! # The same, and no worker lives for long.
+//! # The same, and a worker is killed twice a second.
 //! cargo run --example accept_handoff -- --kill-every 500
 //! # Drives itself with 20,000 HTTP clients.
 //! cargo run --example accept_handoff -- --demo 20000 --kill-every 50
@@ -20,17 +20,17 @@
 //! cargo run --example accept_handoff -- --watch --demo 20000 --kill-every 50
 //! # STREAM in place of SEQPACKET.
 //! cargo run --example accept_handoff -- --socket stream
-//! # Says more of what it does.
+//! # Logs more of its work.
 //! RUST_LOG=fdwire=debug cargo run --example accept_handoff
 //! ```
 //!
-//! The curl line answers with the worker's process id, another one each time. Ctrl-C stops all
-//! processes: what they serve is finished before. SIGUSR2 replaces the workers: the old ones go on
-//! if the new ones do not come up.
+//! The curl line shows the process id of a worker, and of another one each time. Ctrl-C stops all
+//! processes after they have finished their connections. SIGUSR2 replaces the workers. If the new
+//! ones do not come up, the old ones go on.
 //!
-//! [`front`] and [`worker`] are the two sides, and all that an application needs. The rest is the
-//! demo's: [`kill`] makes it hard, [`demo`] are the clients, and [`report`] finds out what became
-//! of each of them, from what the workers left in the [`journal`].
+//! [`front`] and [`worker`] are the two sides, and all that an application needs. The rest belongs
+//! to the demo: [`kill`] kills workers, [`demo`] has the clients, and [`report`] shows what became
+//! of each client, from the [`journal`] that the workers have written.
 
 mod demo;
 mod front;
@@ -133,15 +133,15 @@ async fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
-    // In the demo, deaths are no news, and a picture shows them.
+    // In the demo, workers die all the time, and with `--watch` a picture shows it.
     let level = if arguments.demo.is_some() || arguments.watch {
         LevelFilter::ERROR
     } else {
         LevelFilter::INFO
     };
     let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
-    // When nobody reads them (`| head`), events are dropped: to complain of that would be
-    // a panic in the dispatcher's tasks.
+    // If nobody reads the log (`| head`), events are dropped. Printing would panic in the
+    // dispatcher's tasks.
     let events = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
@@ -164,7 +164,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// The error, in one line and without the advice that follows it.
+/// Returns the error in one line, without the advice that follows it.
 fn first_paragraph(message: &str) -> String {
     let lines = message.lines().map(str::trim).take_while(|line| !line.is_empty());
     lines.collect::<Vec<_>>().join(" ")

@@ -18,9 +18,9 @@ use crate::{
 /// Every client is in one of `answered` and `cut` of a worker, `cut_unseen`, `lost` and `failures`.
 pub(crate) struct Report {
     workers: BTreeMap<u16, Worker>,
-    /// Cut after a worker had adopted the connection and before its application wrote that down.
+    /// Cut after a worker had adopted the connection and before its application wrote the record.
     cut_unseen: u64,
-    /// Connected, and adopted by nobody.
+    /// Connected, and adopted by no worker.
     lost: u64,
     /// Connections that the applications of two workers were given.
     given_twice: u64,
@@ -44,9 +44,9 @@ impl Report {
     /// `stats` are those after the end, when every connection has been adopted or has failed.
     ///
     /// A connection that broke was being served if the journal has it with a process that was
-    /// killed. One that the journal has not was either lost, or adopted by a worker that was killed
-    /// right then. How many were lost follows from the number of those that connected and the
-    /// number of those that were adopted.
+    /// killed. A connection that is missing in the journal was either lost, or adopted by a worker
+    /// that was killed right then. The number of lost ones is the number of connected clients
+    /// without the number of adopted connections.
     pub(crate) fn new(
         demo: Demo,
         journal: &Entries,
@@ -186,7 +186,7 @@ impl Worker {
     }
 }
 
-/// Of microseconds up to the longest that is waited, with three digits.
+/// Returns a histogram of microseconds up to the longest wait, with three digits.
 fn histogram() -> Histogram<u64> {
     Histogram::new_with_max(PATIENCE.as_micros() as u64, 3).expect("the bounds are valid")
 }
@@ -197,7 +197,7 @@ pub(crate) fn new_table() -> Table {
     table
 }
 
-/// Numbers to the right: columns from this one on.
+/// Aligns the numbers to the right, from this column on.
 pub(crate) fn align(table: &mut Table, first: usize) {
     for column in table.column_iter_mut().skip(first) {
         column.set_cell_alignment(CellAlignment::Right);

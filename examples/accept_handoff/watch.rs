@@ -18,18 +18,18 @@ use crate::report::{align, new_table};
 const PICTURE: Duration = Duration::from_millis(250);
 const LINE: Duration = Duration::from_secs(1);
 
-/// The top of the screen, the end of a line, and everything below it.
+/// Escape sequences: to the top of the screen, erase to the end of the line, erase below.
 const HOME: &str = "\x1b[H";
 const ERASE_LINE: &str = "\x1b[K";
 const ERASE_BELOW: &str = "\x1b[J";
 
-/// From empty to full.
+/// The parts of a bar, from empty to full.
 const BARS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
 pub(crate) struct Watch {
     address: SocketAddr,
     begin: Instant,
-    /// When the numbers were looked at last, and what they were.
+    /// The time of the last look at the numbers, and the numbers.
     last: Instant,
     adopted: u64,
     adopted_by: HashMap<WorkerId, u64>,
@@ -48,7 +48,7 @@ impl Watch {
         }
     }
 
-    /// For as long as it is polled.
+    /// Watches until this future is dropped.
     ///
     /// # Errors
     /// The errors of writing to the standard output.
@@ -92,7 +92,7 @@ impl Watch {
         stdout().flush()
     }
 
-    /// A row for each worker.
+    /// Returns a row for each worker.
     fn workers(&self, stats: &Stats, per_second: impl Fn(u64) -> String) -> String {
         let mut table = new_table();
         table.set_header([
@@ -129,7 +129,7 @@ impl Watch {
     }
 }
 
-/// The picture, in place of the one before it.
+/// Draws the picture in place of the one before it.
 fn screen(picture: &str) -> String {
     let mut screen = HOME.to_owned();
     for line in picture.lines() {

@@ -28,18 +28,17 @@ use tokio::{
 
 use crate::journal::Writer;
 
-/// At the end, the time for requests that are on their way. With the answer they learn that it was
-/// the last; connections that are silent are ended then.
+/// The time for requests that are on their way when the worker drains. Their answers close the
+/// connections. After this time, silent connections are ended.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// At the end, the time for requests being answered. The front usually has less patience; this is
-/// for when it is gone.
+/// The time for requests that are being answered when the worker drains. Usually the front's limit
+/// is shorter. This one counts if the front is gone.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
 
 pub(crate) async fn run(number: u16, journal: Option<&Path>) -> Result<()> {
     // Ctrl-C goes to every process of the terminal's foreground group, and a service manager may
-    // signal all processes too. The front is in charge: a worker only listens, and drains when the
-    // front says so.
+    // signal all processes, too. A worker ignores the signal, and drains when the front asks it to.
     let _ignored = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut journal = journal.map(|path| Writer::open(path, number)).transpose()?;
 
@@ -65,10 +64,10 @@ pub(crate) async fn run(number: u16, journal: Option<&Path>) -> Result<()> {
         let http = http1::Builder::new()
             .timer(TokioTimer::new())
             .serve_connection(TokioIo::new(connection), service);
-        tokio::spawn(serving.watch(http)); // errors are those of clients that went away
+        tokio::spawn(serving.watch(http)); // fails if the client goes away
     }
 
-    // The front wants this worker to end, or is gone.
+    // The front drains this worker, or is gone.
     sleep(GRACE).await;
     // Idle connections end now, the others after their answer.
     let _ = timeout(FINISH_LIMIT, serving.shutdown()).await;
