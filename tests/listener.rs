@@ -23,7 +23,7 @@ use std::{
 };
 
 use common::{
-    KINDS, abstract_name, check_connected, leave_stale_socket, other_uid, role_socket, run,
+    Events, KINDS, abstract_name, check_connected, leave_stale_socket, other_uid, role_socket, run,
     spawn_role,
 };
 use fdwire::{Listener, Socket, SocketKind};
@@ -32,7 +32,7 @@ use nix::{
     sys::stat::{Mode, umask},
     unistd::mkfifo,
 };
-use tracing::{Event, Level, Metadata, Subscriber, field::Field, span, subscriber::with_default};
+use tracing::{Event, Level, field::Field, subscriber::with_default};
 
 #[test]
 fn a_socket_file_is_for_its_owner_only_and_goes_with_the_listener() {
@@ -328,7 +328,9 @@ fn refuse_and_log(role: &'static str) {
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     let path = directory.path().join("socket");
     let lines = Arc::new(Mutex::new(Vec::new()));
-    with_default(Warnings(Arc::clone(&lines)), || {
+    let kept = Arc::clone(&lines);
+    let keep = move |event: &Event<'_>| kept.lock().unwrap().push(fields_of(event));
+    with_default(Events(Level::WARN, keep), || {
         run(async {
             let listener = Listener::bind_with_mode(&path, SocketKind::Stream, 0o666).unwrap();
             let addr = listener.local_addr().unwrap();
@@ -364,29 +366,15 @@ fn refuse_and_log(role: &'static str) {
     assert_eq!(refused, 11, "each refusal belongs to a line");
 }
 
-/// Keeps the fields of each warning.
-struct Warnings(Arc<Mutex<Vec<Fields>>>);
-
 type Fields = BTreeMap<String, String>;
 
-impl Subscriber for Warnings {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        *metadata.level() == Level::WARN
-    }
-    fn event(&self, event: &Event<'_>) {
-        let mut fields = Fields::new();
-        event.record(&mut |field: &Field, value: &dyn Debug| {
-            fields.insert(field.to_string(), format!("{value:?}"));
-        });
-        self.0.lock().unwrap().push(fields);
-    }
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
-    }
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-    fn enter(&self, _: &span::Id) {}
-    fn exit(&self, _: &span::Id) {}
+/// Returns the fields of an event.
+fn fields_of(event: &Event<'_>) -> Fields {
+    let mut fields = Fields::new();
+    event.record(&mut |field: &Field, value: &dyn Debug| {
+        fields.insert(field.to_string(), format!("{value:?}"));
+    });
+    fields
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Helpers of several test binaries.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 
+mod events;
 mod programs;
 pub(crate) mod raw_receiver;
 
@@ -24,6 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(crate) use events::Events;
 pub(crate) use programs::{demo_of, installed, skipped};
 
 use fdwire::{Frame, FrameCodec, Framed, Limits, Socket, SocketKind};

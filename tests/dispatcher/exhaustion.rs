@@ -1,6 +1,10 @@
 //! Workers whose process has no descriptors left.
 
-use std::{fs::File, os::fd::AsRawFd, time::Duration};
+use std::{
+    fs::File,
+    os::fd::{AsRawFd, OwnedFd},
+    time::Duration,
+};
 
 use fdwire::{
     Socket,
@@ -25,6 +29,21 @@ fn fill_fds(below: i32) -> Vec<File> {
     open.map_while(|file| file.filter(|file| file.as_raw_fd() < below)).collect()
 }
 
+/// A worker whose application opens files until all descriptors below `filled` are in use, once it
+/// has got its first connection. It closes every connection at once.
+fn work_without_descriptors(socket: OwnedFd, limit: u64, filled: i32) {
+    setrlimit(Resource::RLIMIT_NOFILE, limit, limit).unwrap();
+    run(async {
+        let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
+        let first = incoming.next().await.unwrap();
+        drop(first); // the dispatcher gets LOAD when this task awaits something
+        let _files = fill_fds(filled);
+        while let Some(connection) = incoming.next().await {
+            drop(connection);
+        }
+    });
+}
+
 /// The worker rejects an offer because it has no descriptor left. It then counts the free
 /// descriptors, and does not ask for the same connection at once.
 #[test]
@@ -32,15 +51,7 @@ fn a_connection_is_not_offered_again_and_again_to_a_worker_without_descriptors()
     const ROLE: &str =
         "exhaustion::a_connection_is_not_offered_again_and_again_to_a_worker_without_descriptors";
     if let Some(socket) = role_socket(ROLE) {
-        setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
-        return run(async {
-            let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
-            drop(incoming.next().await.unwrap());
-            let _files = fill_fds(1000);
-            while let Some(connection) = incoming.next().await {
-                drop(connection);
-            }
-        });
+        return work_without_descriptors(socket, 1024, 1000);
     }
     both(async |kind| {
         let (here, there) = Socket::pair(kind).unwrap();
@@ -128,16 +139,7 @@ fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
 fn a_worker_at_its_reserve_of_descriptors_rejects_and_lives() {
     const ROLE: &str = "exhaustion::a_worker_at_its_reserve_of_descriptors_rejects_and_lives";
     if let Some(socket) = role_socket(ROLE) {
-        setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
-        return run(async {
-            let mut incoming = Incoming::new(Socket::try_from(socket).unwrap());
-            let first = incoming.next().await.unwrap();
-            drop(first); // the dispatcher gets LOAD when this task awaits something
-            let _files = fill_fds(60);
-            while let Some(connection) = incoming.next().await {
-                drop(connection);
-            }
-        });
+        return work_without_descriptors(socket, 64, 60);
     }
     both(async |kind| {
         let (here, there) = Socket::pair(kind).unwrap();

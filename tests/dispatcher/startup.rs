@@ -26,9 +26,9 @@ use tracing::{Event, Level, subscriber::set_default};
 
 use crate::{
     both,
-    common::{KINDS, run},
+    common::{Events, KINDS, run},
     descriptors::alone,
-    log::{Events, write_to},
+    log::write_to,
     raw_worker::{Point, Raw, connections, until, worker_command},
 };
 
