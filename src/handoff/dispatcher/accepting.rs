@@ -23,8 +23,7 @@ use super::{
     dispatching::slot_in,
     handover::Handover,
     preparing::{PrepareSlot, Preparing},
-    shared::{Shared, Slot},
-    source::Source,
+    shared::{Shared, Slot, Source},
 };
 use crate::{
     handoff::reserve::{first_of_reserve, is_of_reserve},

@@ -20,15 +20,14 @@ mod processes;
 mod replace;
 mod serve;
 mod shared;
-mod source;
 mod spawn;
 mod started;
 mod stats;
 mod succession;
 mod task_signal;
 mod times;
+mod unread;
 mod watch;
-mod worker_entry;
 mod worker_task;
 
 use std::{
@@ -44,14 +43,13 @@ use dispatching::{dispatch, reserve};
 pub use group::Group;
 pub use into_listener::IntoListener;
 pub use replace::{NotReplaced, Replaced};
-use shared::Shared;
+use shared::{Shared, WorkerEntryGuard};
 pub use spawn::WorkerCommand;
 pub use stats::{
     GroupStats, RetireCause, RetireCounts, Stats, WorkerExit, WorkerId, WorkerState, WorkerStats,
 };
 pub use succession::{Succession, TakenWorker, TakenWorkers};
 pub use times::AdoptionTimes;
-use worker_entry::WorkerEntryGuard;
 use worker_task::WorkerTask;
 
 use super::{Address, Transport, protocol};

@@ -18,7 +18,7 @@ use tracing::{Instrument, debug, warn};
 
 use super::{
     Accepted, Group, IntoListener, Shared, builder::Config, dispatching::slot_in,
-    handover::Handover, pool::Admission, source::Source,
+    handover::Handover, pool::Admission, shared::Source,
 };
 use crate::handoff::span::ConnectionSpan;
 

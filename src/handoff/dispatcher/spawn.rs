@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use super::{
     Dispatcher, LONGEST, Shared, WorkerId, WorkerTask, handover::Handover, pool::Pool,
-    worker_entry::WorkerEntryGuard,
+    shared::WorkerEntryGuard,
 };
 use crate::{
     backoff::Backoff,

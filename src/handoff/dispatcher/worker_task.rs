@@ -6,7 +6,6 @@ use std::{
     future::{Future, poll_fn},
     io,
     net::Shutdown,
-    os::fd::{AsFd, OwnedFd},
     panic::AssertUnwindSafe,
     pin::Pin,
     sync::Arc,
@@ -14,7 +13,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::BytesMut;
 use futures::{FutureExt, StreamExt};
 use nix::sys::socket::getsockopt;
 use tokio::time::{Sleep, sleep_until};
@@ -28,11 +26,11 @@ use super::{
     protocol::{DispatcherCodec, FromWorker, NewLink, Offer, ToWorker},
     shared::lock,
     task_signal::TaskSignal,
+    unread::rest_of,
     watch::watch,
 };
 use crate::{
     Error, SendFd, Socket,
-    codec::{Decoder, FdQueue},
     framed::{Outbound, ReadHalf, halves},
     handoff::{protocol::TolerantCodec, span::ConnectionId},
     sys,
@@ -420,30 +418,4 @@ impl Sending {
         }
         self.offers.len()
     }
-}
-
-/// The number of errors of `recvmsg` in a row after which reading is given up.
-const MOST_FAILURES: usize = 100;
-
-/// Returns the messages that are left in a socket after its stream has failed or ended. An empty
-/// packet looks like the end, and messages may follow an error of `recvmsg`. In both cases a worker
-/// may have sent a whole ADOPTED after it. Returns false with the messages if there are more, which
-/// cannot be read.
-fn rest_of(socket: &Socket) -> (Vec<FromWorker>, bool) {
-    let (mut bytes, mut fds) = (BytesMut::new(), FdQueue::<OwnedFd>::new());
-    let (mut codec, mut messages, mut failures) = (TolerantCodec::default(), Vec::new(), 0);
-    while sys::unread(socket.as_fd()).is_ok_and(|bytes| bytes > 0) {
-        if failures == MOST_FAILURES {
-            return (messages, false);
-        }
-        bytes.reserve(64 << 10);
-        match sys::recvmsg(socket.as_fd(), &mut bytes, usize::MAX, &mut fds) {
-            Ok(_) => failures = 0, // of an empty packet if it is nothing, since more is there
-            Err(_) => failures += 1,
-        }
-        while let Ok(Some(message)) = codec.decode(&mut bytes, &mut fds) {
-            messages.extend(message.ok());
-        }
-    }
-    (messages, true)
 }

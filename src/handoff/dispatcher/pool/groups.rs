@@ -69,8 +69,8 @@ impl<C> Groups<C> {
 
     /// Returns true if nothing waits, and no group is to be removed.
     pub(super) fn are_idle(&self) -> bool {
-        let is_settled = |group: &GroupState<C>| group.queue.is_empty() && group.is_used();
-        self.anywhere.is_empty() && self.groups.values().all(is_settled)
+        let is_idle = |group: &GroupState<C>| group.queue.is_empty() && group.is_used();
+        self.anywhere.is_empty() && self.groups.values().all(is_idle)
     }
 
     /// Removes the groups that have no workers, no waiters, and no reserved slots. Without this,

@@ -20,9 +20,7 @@ use super::{
     envelope::Envelope,
     handover::{Handover, shut_down},
     pool::ProcessId,
-    shared::lock,
-    source::Source,
-    worker_entry::WorkerEntryGuard,
+    shared::{Source, WorkerEntryGuard, lock},
     worker_task::WorkerTask,
 };
 use crate::{

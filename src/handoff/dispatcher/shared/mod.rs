@@ -1,5 +1,10 @@
 //! The pool, its lock, and the actions that follow from its decisions.
 
+mod drain;
+mod slot;
+mod source;
+mod worker_entry;
+
 use std::{
     collections::HashMap,
     io,
@@ -9,19 +14,17 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use tokio::{
     runtime::Handle,
     sync::{oneshot, watch},
-    task::JoinHandle,
-    time::timeout_at,
 };
 use tracing::{info, warn};
 
 use super::{
-    Config, DispatchError, Group, NotDispatched, RetireCause, Stats, WorkerId, after,
+    Config, DispatchError, Group, NotDispatched, RetireCause, Stats, WorkerId,
     handover::{Copies, Handover, shut_down},
     joint_task::JointTask,
     pauses::Pauses,
@@ -30,6 +33,9 @@ use super::{
     task_signal::TaskSignal,
 };
 use crate::Socket;
+pub(super) use slot::Slot;
+pub(super) use source::Source;
+pub(super) use worker_entry::WorkerEntryGuard;
 
 /// Everything that the tasks of a dispatcher share.
 #[derive(Debug)]
@@ -49,7 +55,7 @@ pub(super) struct Shared {
     lost: AtomicU64,
     /// True if it was logged that connections are closed because too many wait for their group.
     pub(super) has_warned_of_crowd: AtomicBool,
-    /// The number of [`Source`](super::source::Source)s.
+    /// The number of [`Source`]s.
     sources: AtomicUsize,
     /// True if processes of retired workers have to be killed now.
     pub(super) kill: watch::Sender<bool>,
@@ -137,7 +143,7 @@ impl Shared {
                 Event::Failed { connection, failure } => failed.push((connection, failure)),
                 Event::Granted { ticket, group } => {
                     let waiter = lock(&self.waiters).remove(&ticket);
-                    let slot = Slot { shared: Arc::clone(self), group };
+                    let slot = Slot::new(self, group);
                     // If nobody waits, dropping the slot frees it.
                     drop(waiter.map(|waiter| waiter.send(slot)));
                 }
@@ -215,10 +221,6 @@ impl Shared {
         self.changed();
     }
 
-    pub(super) fn remove_signal(&self, id: WorkerId) {
-        lock(&self.signals).remove(&id);
-    }
-
     pub(super) fn add_signal(&self, id: WorkerId, signal: Arc<TaskSignal>) {
         lock(&self.signals).insert(id, signal);
     }
@@ -247,7 +249,7 @@ impl Shared {
                 None => pool.has_slot(),
             };
             if has_slot {
-                return Some(Ok(Slot { shared: Arc::clone(self), group: group.cloned() }));
+                return Some(Ok(Slot::new(self, group.cloned())));
             }
             pool.is_open().then(|| {
                 let (waiter, granted) = oneshot::channel();
@@ -262,7 +264,7 @@ impl Shared {
     /// the drain hands nothing more over.
     pub(super) fn late_slot(self: &Arc<Self>) -> Option<Slot> {
         let is_closed = self.act(|pool| pool.is_closed());
-        (!is_closed).then(|| Slot { shared: Arc::clone(self), group: None })
+        (!is_closed).then(|| Slot::new(self, None))
     }
 
     pub(super) fn stop_waiting(self: &Arc<Self>, group: Option<&Group>, ticket: TicketId) {
@@ -321,92 +323,6 @@ impl Shared {
         match exit.cause {
             RetireCause::Drained => info!(worker = %id, program, pid, "worker has drained"),
             _ => warn!(worker = %id, program, pid, unanswered, "worker is gone: {exit}"),
-        }
-    }
-
-    // The drain.
-
-    pub(super) fn add_source(&self) {
-        self.sources.fetch_add(1, Relaxed);
-    }
-
-    pub(super) fn remove_source(self: &Arc<Self>) {
-        self.sources.fetch_sub(1, Relaxed);
-        if !self.act(|pool| pool.is_open()) {
-            self.changed();
-        }
-    }
-
-    pub(super) fn start_drain(self: &Arc<Self>, within: Option<Duration>) -> JoinHandle<()> {
-        let (half, until) = (within.map(|within| after(within / 2)), within.map(after));
-        self.act(|pool| pool.drain(until, Instant::now()));
-        lock(&self.waiters).clear();
-        self.changed();
-        let shared = Arc::clone(self);
-        self.runtime.spawn(async move { shared.drain(half, until).await })
-    }
-
-    async fn drain(self: &Arc<Self>, half: Option<Instant>, until: Option<Instant>) {
-        // First, accepted connections are handed over. If all workers are full, half of the time
-        // may pass before that.
-        let is_settled = |pool: &Pool<_>| self.sources.load(Relaxed) == 0 && pool.is_settled();
-        at_most(half, self.until(is_settled)).await;
-        self.act(|pool| pool.close(Instant::now()));
-        self.changed();
-        self.until(Pool::has_no_workers).await;
-        let ended = || self.until(|pool| pool.leftover() == 0);
-        // Wait for the processes, and then kill those that have not ended, if that is allowed.
-        let exit_by = after(self.config.exit_timeout);
-        at_most(Some(until.map_or(exit_by, |until| until.min(exit_by))), ended()).await;
-        if self.config.kill_hung {
-            self.kill.send_replace(true);
-            ended().await;
-        }
-        info!("the dispatcher has drained");
-    }
-}
-
-async fn at_most(until: Option<Instant>, future: impl Future<Output = ()>) {
-    match until {
-        Some(until) => drop(timeout_at(until.into(), future).await),
-        None => future.await,
-    }
-}
-
-/// A slot at a worker that is kept for one connection. Free again when it is dropped.
-#[derive(Debug)]
-pub(super) struct Slot {
-    shared: Arc<Shared>,
-    /// The group in which a slot is kept. `None` if none is kept: there was room in some group, or
-    /// the dispatcher drains. The connection is dispatched as [`Admission::Late`] then.
-    group: Option<Group>,
-}
-
-impl Slot {
-    pub(super) fn shared(&self) -> &Arc<Shared> {
-        &self.shared
-    }
-
-    pub(super) fn group(&self) -> Option<&Group> {
-        self.group.as_ref()
-    }
-
-    /// Takes the slot for a connection that the caller dispatches next.
-    fn use_up(mut self) -> Admission {
-        self.group.take().map_or(Admission::Late, Admission::Reserved)
-    }
-
-    /// [Dispatches](Shared::dispatch) a connection to the slot.
-    pub(super) fn dispatch(self, connection: Box<Handover>, default: &Group) {
-        let shared = Arc::clone(&self.shared);
-        shared.dispatch(connection, default, self.use_up());
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        if let Some(group) = self.group.take() {
-            self.shared.act(|pool| pool.give_up_slot(&group, Instant::now()));
         }
     }
 }
