@@ -414,7 +414,7 @@ fn fd_store_packets_with_descriptors_say_so() {
         refused(Notify::new([("READY", "1")], [7])),
         Some(Notify::new([("READY", "1")], [7]))
     );
-    // What the inner codec refuses does not come back.
+    // A frame that the inner codec refuses does not come back.
     assert_eq!(refused(Notify::new([("STATUS", &*"x".repeat(5000))], [])), None);
 }
 

@@ -80,7 +80,7 @@ pub(crate) fn bars(results: &Results) -> Vec<Bar> {
     for id in ["http-busy", "http-idle", "http-mt-busy", "http-mt-idle"] {
         of(id, |bars, fdwire| bars.adds(fdwire, if fdwire.stream { 1.6 } else { 1.5 }));
     }
-    // What someone would take instead who does not need the promise.
+    // The alternatives without the promise.
     of("http-mt-busy", |bars, fdwire| {
         if fdwire.name == IN_TASKS {
             bars.cpu_times(fdwire, bars.row.contender("two processes, SO_REUSEPORT"), 1.25);

@@ -131,7 +131,7 @@ impl<E> WriteHalf<E> {
     /// The errors of [`flush`](Self::flush). After [`Error::TimedOut`] the direction is still open.
     pub fn close(&mut self) -> Result<(), Error> {
         match self.flush() {
-            // What is left can still be sent, so the direction stays open.
+            // The unsent messages can still be sent, so the direction stays open.
             Err(Error::TimedOut) => Err(Error::TimedOut),
             flushed => self.outbound.side.close(self.outbound.socket.endpoint(), flushed),
         }

@@ -90,7 +90,7 @@ impl<C: codec::Decoder, F> Decoder<F> for PayloadCodec<C> {
             Ok(_) => PayloadError::NotOneMessage,
             Err(error) => PayloadError::Payload(error),
         };
-        // What is left in the queue is closed in the background.
+        // Descriptors that are left in the queue are closed in the background.
         fds.extend(frame.fds);
         Err(error)
     }

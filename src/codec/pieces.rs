@@ -107,7 +107,7 @@ impl Pieces {
                 self.shared.pop_front();
             }
         }
-        // What is left to remove is at the start of the tail.
+        // The bytes that are left to remove are at the start of the tail.
         self.copied_start += count;
         self.tail_start = self.tail_start.max(self.copied_start);
         self.drop_removed_copies();

@@ -52,7 +52,7 @@ impl<E> SendDriver<E> {
             ended => ended,
         };
         let (encoder, mut pending) = self.shared.end(sending);
-        // What no call has taken yet follows what the driver had begun to send.
+        // Messages that no call has sent yet follow those that the driver had begun to send.
         outbound.side.buf.append(&mut pending);
         WriteHalf {
             encoder: encoder.expect("only the driver takes it, when it resolves"),

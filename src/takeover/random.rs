@@ -231,7 +231,7 @@ impl Processes {
                 GiverStep::SendStatus => unreachable!("nobody requests the status"),
                 GiverStep::SendRefused(reason) => out.send(codec, ToTaker::Refused { reason }),
                 GiverStep::SendComplete => out.send(codec, ToTaker::Complete),
-                // What was written before is read when the giver runs next.
+                // The giver reads the messages from before the cut when it runs next.
                 GiverStep::Cut => self.to_giver.refused = true,
                 GiverStep::SendAborted(reason) => out.send(codec, ToTaker::Aborted { reason }),
                 GiverStep::Stop { .. } => {

@@ -242,7 +242,7 @@ pub(crate) fn example(name: &str) -> Command {
     if up_to_date.insert(name.to_owned()) {
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--example", name]);
-        // What `cargo test` has built with these features is not built again.
+        // With the features of `cargo test`, nothing is built again.
         let features = [
             ("axum", cfg!(feature = "axum")),
             ("serde", cfg!(feature = "serde")),

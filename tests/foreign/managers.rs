@@ -290,7 +290,7 @@ fn stored_descriptors_come_back_by_their_names() {
     if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == TEST) {
         return run_and_pass(async {
             let address = std::env::var("FDWIRE_ADDRESS").unwrap().parse().unwrap();
-            // What was adopted in an attempt that has failed is there for the next one.
+            // Sockets that a failed attempt has adopted are there for the next one.
             for _attempt in 0..3 {
                 let mut listeners = Listeners::new();
                 listeners.bind_tcp("http", address).unwrap();

@@ -99,7 +99,7 @@ impl<F> Decoder<F> for WorkerCodec {
                 Ok(Some(message)) => return Ok(Some(message)),
                 Ok(None) => {} // an extension that is not known here
                 Err(unclaimed) => {
-                    // Whatever is left in the queue is closed in the background.
+                    // Descriptors that are left in the queue are closed in the background.
                     fds.extend(unclaimed);
                     return Err(not_a_message());
                 }
@@ -138,7 +138,7 @@ impl<F> Decoder<F> for TolerantCodec {
         while let Some(frame) = FrameCodec::new(self.limits()).decode(src, fds)? {
             if !frame.fds.is_empty() {
                 let count = frame.fds.len();
-                // Whatever is left in the queue is closed in the background.
+                // Descriptors that are left in the queue are closed in the background.
                 fds.extend(frame.fds);
                 return Ok(Some(Err(Error::UnclaimedFds { fds: count })));
             }

@@ -86,7 +86,7 @@ impl<F> Decoder<F> for TakerCodec {
     ) -> Result<Option<ToTaker<F>>, Error> {
         let Some(frame) = frames().decode(src, fds)? else { return Ok(None) };
         ToTaker::read(&frame.payload, frame.fds).map(Some).map_err(|unclaimed| {
-            // What is left in the queue is closed away from the runtime.
+            // Descriptors that are left in the queue are closed away from the runtime.
             fds.extend(unclaimed);
             Error::invalid("not a message of a takeover's giver")
         })

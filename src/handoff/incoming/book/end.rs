@@ -1,4 +1,4 @@
-//! The end of a link: the move to another one, the goodbye, and what is left.
+//! The end of a link: the move to another one, the goodbye, and the offers that are left.
 
 use super::{Book, Phase, Waiting};
 use crate::handoff::protocol::FromWorker;
