@@ -41,6 +41,9 @@ use crate::{
 const ROLE: &str = "succession_processes::front_process";
 const WORKERS: usize = 2;
 
+/// The environment variable with the time in milliseconds after which a worker counts as hung.
+const HANG_TIMEOUT: &str = "FDWIRE_HANG_TIMEOUT";
+
 /// A dispatcher in a process of its own. It answers each command of the test with frames, the last
 /// of which is empty.
 struct Front {
@@ -49,20 +52,23 @@ struct Front {
 }
 
 impl Front {
-    async fn start(listener: &std::net::TcpListener, log: &Path) -> Self {
+    async fn start(setup: &Setup) -> Self {
         let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let mut command = Command::new("/proc/self/exe");
         command
             .args([ROLE, "--exact", "--nocapture"])
             .env("FDWIRE_ROLE", ROLE)
-            .env("FDWIRE_LOG", log)
+            .env("FDWIRE_LOG", &setup.log)
             .stdin(OwnedFd::from(there))
             .stdout(Stdio::null())
             .kill_on_drop(true);
+        if let Some(timeout) = setup.hang_timeout {
+            command.env(HANG_TIMEOUT, timeout.as_millis().to_string());
+        }
         let process = command.spawn().unwrap();
         drop(command); // it has the other end
         let mut this = Self { process, framed: Framed::new(here, FrameCodec::default()) };
-        let listener = listener.try_clone().unwrap();
+        let listener = setup.listener.try_clone().unwrap();
         this.send_frame(Frame::new("listen").with_fd(OwnedFd::from(listener))).await.unwrap();
         this
     }
@@ -136,9 +142,11 @@ async fn front() {
     let mut framed = Framed::new(Socket::from_stdin().unwrap(), FrameCodec::default());
     let log = PathBuf::from(std::env::var_os("FDWIRE_LOG").unwrap());
     let command = || WorkerCommand::from(worker_command(&log)).restart(true);
+    let hang_timeout = std::env::var(HANG_TIMEOUT)
+        .map_or(Duration::MAX, |milliseconds| Duration::from_millis(milliseconds.parse().unwrap()));
     let dispatcher = Dispatcher::builder()
         .ping_interval(Duration::from_millis(200))
-        .hang_timeout(Duration::from_millis(600))
+        .hang_timeout(hang_timeout)
         .build();
     let mut accepting: Option<Accepting> = None;
     let mut succession: Option<Succession> = None;
@@ -186,7 +194,7 @@ async fn front() {
             "pids" => {
                 for worker in dispatcher.stats().workers {
                     let pid = worker.pid.unwrap_or(0);
-                    let answer = format!("{:?} {pid} {}", worker.state, worker.restarts);
+                    let answer = format!("{:?} {pid} {:?}", worker.state, worker.retired);
                     framed.send(Frame::new(answer)).await.unwrap();
                 }
             }
@@ -286,6 +294,8 @@ struct Setup {
     log: PathBuf,
     listener: std::net::TcpListener,
     address: SocketAddr,
+    /// If it is not set, no worker counts as hung, however busy the machine is.
+    hang_timeout: Option<Duration>,
 }
 
 impl Setup {
@@ -294,12 +304,12 @@ impl Setup {
         let log = directory.path().join("served");
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap().into_std().unwrap();
         let address = listener.local_addr().unwrap();
-        Self { _directory: directory, log, listener, address }
+        Self { _directory: directory, log, listener, address, hang_timeout: None }
     }
 
     /// Starts the first dispatcher, with its workers. Returns their process ids as well.
     async fn first(&self) -> (Front, BTreeSet<u32>) {
-        let mut front = Front::start(&self.listener, &self.log).await;
+        let mut front = Front::start(self).await;
         front.send("spawn").await.unwrap();
         let workers = ready_pids(&mut front).await;
         (front, workers)
@@ -308,7 +318,7 @@ impl Setup {
     /// Starts another dispatcher, which takes the workers of `front`. The workers move only when
     /// `front` gets "begin".
     async fn next(&self, front: &mut Front) -> Front {
-        let mut next = Front::start(&self.listener, &self.log).await;
+        let mut next = Front::start(self).await;
         let frames = front.send("prepare").await.unwrap();
         assert_eq!(frames.len(), 1 + WORKERS);
         next.take(frames).await.unwrap();
@@ -370,7 +380,11 @@ fn a_dispatcher_that_is_killed_while_it_is_replaced_takes_no_worker_along() {
                 front.process.wait().await.unwrap();
                 front = next;
                 let now = ready_pids(&mut front).await;
-                assert!(!has_begun || now == workers, "{now:?} instead of {workers:?}");
+                assert!(
+                    !has_begun || now == workers,
+                    "{now:?} instead of {workers:?}: {:?}",
+                    front.send("pids").await
+                );
             } else {
                 next.process.wait().await.unwrap();
                 front.send("undo").await.unwrap();
@@ -392,7 +406,7 @@ fn a_dispatcher_that_is_killed_while_it_is_replaced_takes_no_worker_along() {
 #[test]
 fn a_worker_that_hangs_after_it_has_moved_is_killed_and_started_again() {
     run(async {
-        let setup = Setup::new().await;
+        let setup = Setup { hang_timeout: Some(Duration::from_secs(2)), ..Setup::new().await };
         let (mut front, _) = setup.first().await;
         let mut next = setup.next(&mut front).await;
         front.send("begin").await.unwrap();
