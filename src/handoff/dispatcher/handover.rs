@@ -22,6 +22,7 @@ use super::{
     accepted::Attributes,
     envelope::Envelope,
     key::key_of_client,
+    pool::Needs,
     protocol::{MAX_MESSAGE_BYTES, MAX_OFFER_FDS, Offer},
 };
 use crate::{
@@ -158,9 +159,10 @@ impl Handover {
         self.group = group;
     }
 
-    /// Returns the key by which its worker is chosen, and the number of its descriptors.
-    pub(super) fn needs(&self) -> (u64, usize) {
-        (self.key(), 1 + self.bundle.len())
+    /// Returns the facts that decide which worker can get the connection. `default` is the group of
+    /// a connection that names none.
+    pub(super) fn needs(&self, default: &Group) -> Needs {
+        Needs { group: self.group_or(default), key: self.key(), fds: 1 + self.bundle.len() }
     }
 
     /// Returns the offer for a worker.

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Account, Event, Failure, Pending, Phase, Pool, TicketId, Waiter, Worker};
+use super::{Account, Event, Failure, Needs, Pending, Phase, Pool, TicketId, Waiter, Worker};
 use crate::handoff::dispatcher::{Group, Strategy, WorkerId, key::order_of};
 
 /// The choices for a connection.
@@ -15,9 +15,9 @@ enum Choice {
     GiveUp,
 }
 
-/// The number of failures beyond `max_offers` after which workers count as unable to take a
-/// connection if they have connected to the dispatcher and adopted nothing.
-const STRANGERS: u32 = 32;
+/// The number of failures beyond `max_offers` after which only workers that have adopted something
+/// count as able to take a connection, unless the dispatcher has started them.
+const FAILURES_BEFORE_DISTRUST: u32 = 32;
 
 /// The right of a connection to be taken while the dispatcher drains.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,12 +31,11 @@ pub(in crate::handoff::dispatcher) enum Admission {
 }
 
 impl<C> Pool<C> {
-    /// Takes a connection for a group.
+    /// Takes a connection for its group.
     pub(in crate::handoff::dispatcher) fn dispatch(
         &mut self,
         connection: C,
-        group: Group,
-        (key, fds): (u64, usize),
+        needs: Needs,
         admission: Admission,
         now: Instant,
     ) {
@@ -53,9 +52,10 @@ impl<C> Pool<C> {
         if !is_taken {
             return self.events.push(Event::Failed { connection, failure: Failure::Draining });
         }
-        // Without a slot in its group, the connection waits behind all others.
-        let has_slot = admission == Admission::Reserved(group.clone());
-        let pending = Pending::new(connection, group, key, fds, now);
+        // A slot in another group is of no use. Without one in its own, the connection waits behind
+        // all others.
+        let has_slot = admission == Admission::Reserved(needs.group.clone());
+        let pending = Pending::new(connection, needs, now);
         if !has_slot {
             self.groups.push_back(pending);
             return self.distribute(now);
@@ -86,8 +86,8 @@ impl<C> Pool<C> {
         self.is_open() && self.groups.iter().any(|(group, _)| self.free_slots(group) > 0)
     }
 
-    /// Adds a user to the queue of a group, to wait for a slot there. [`Event::Granted`] reports
-    /// the slot, which is reserved. Without a group, the user waits for a slot in any group, and
+    /// Adds a caller to the queue of a group, to wait for a slot there. [`Event::Granted`] reports
+    /// the slot, which is reserved. Without a group, the caller waits for a slot in any group, and
     /// the slot is not reserved.
     pub(in crate::handoff::dispatcher) fn wait_for_slot(
         &mut self,
@@ -102,7 +102,7 @@ impl<C> Pool<C> {
         ticket
     }
 
-    /// Returns true if one more user may wait for a slot in this group while it holds an accepted
+    /// Returns true if one more caller may wait for a slot in this group while it holds an accepted
     /// connection. See [`Groups::may_wait`](super::groups::Groups::may_wait).
     pub(in crate::handoff::dispatcher) fn may_wait(&self, group: &Group) -> bool {
         // `max_in_flight` is half of the descriptors, so the other half is never used by waiting.
@@ -110,7 +110,7 @@ impl<C> Pool<C> {
         self.groups.may_wait(group, most)
     }
 
-    /// Removes a ticket, because its user no longer waits.
+    /// Removes a ticket, because its caller no longer waits.
     pub(in crate::handoff::dispatcher) fn cancel(
         &mut self,
         group: Option<&Group>,
@@ -183,7 +183,7 @@ impl<C> Pool<C> {
     }
 
     /// Plans an offer for every waiting connection that a worker has room for, and grants free
-    /// slots to waiting users.
+    /// slots to waiting callers.
     pub(super) fn distribute(&mut self, now: Instant) {
         self.kept_free.clear();
         if self.groups.are_idle() {
@@ -195,7 +195,7 @@ impl<C> Pool<C> {
             self.distribute_in(&group, now);
             next = self.groups.next_to_serve(Some(&group), is_succeeded);
         }
-        // Users that wait for a slot in any group get what no group's queue has used.
+        // Callers that wait for a slot in any group get what no group's queue has used.
         self.groups.remove_unused();
         if self.groups.waits_for_any() && self.has_slot() {
             let tickets = self.groups.take_tickets_for_any();
@@ -204,11 +204,20 @@ impl<C> Pool<C> {
     }
 
     /// Does in one group what [`distribute`](Self::distribute) does, in the order of its queue.
+    ///
+    /// If no worker has room for the first connection, those behind it usually wait, too. They may
+    /// pass a connection that waits for a worker which they do not need:
+    ///
+    /// - A bundle waits for a worker that takes as many descriptors.
+    /// - A connection at its last attempt waits for a worker that has not failed with it.
+    /// - A *suspect* is at its last attempt and may crash its worker, so it waits for a worker with
+    ///   no other pending connections. If others always pass it, no worker ever becomes free. So
+    ///   after `recall_after` the suspect is overdue, and one worker is kept free for it.
     fn distribute_in(&mut self, group: &Group, now: Instant) {
         let (mut from, mut is_one_kept_free) = (i64::MIN, false);
         while let Some((position, waiter)) = self.groups.get_mut(group).queue.next(from) {
             from = position + 1;
-            // A user gets the next free slot. If there is none, everything behind the user waits.
+            // A caller gets the next free slot. If there is none, everything behind it waits.
             let Waiter::Connection(pending) = waiter else {
                 if self.free_slots(group) == 0 {
                     return;
@@ -219,14 +228,11 @@ impl<C> Pool<C> {
                 self.events.push(Event::Granted { ticket, group: Some(group.clone()) });
                 continue;
             };
-            // A suspect waits for a worker with no other pending connection. Others go before it
-            // until it is overdue.
             let is_suspect = pending.is_suspect(self.config.max_offers);
             let since = is_suspect.then(|| *pending.suspect_since.get_or_insert(now));
             let is_overdue = since.is_some_and(|since| now >= since + self.config.recall_after);
-            // A special connection may wait for a worker that the others do not need, so those
-            // behind it do not have to wait.
-            let is_special = pending.is_at_last_attempt(self.config.max_offers) || pending.fds > 1;
+            let may_be_passed =
+                pending.is_at_last_attempt(self.config.max_offers) || pending.fds > 1;
             // A new connection must not use a slot that is reserved for another one. A connection
             // that was offered before may: it goes before those that are still to come.
             let is_new = pending.offers == 0;
@@ -240,7 +246,8 @@ impl<C> Pool<C> {
                     self.events.push(Event::Failed { connection: pending.connection, failure });
                 }
                 Choice::Wait => {
-                    // Let the best worker become idle for an overdue suspect, one in each group.
+                    // Plan nothing more for the best worker, so that it becomes free for an overdue
+                    // suspect. There is at most one such worker in each group.
                     if is_overdue && !is_one_kept_free {
                         let best = self.best(&pending, |_, account| account.room() > 0);
                         self.kept_free.extend(best);
@@ -248,7 +255,7 @@ impl<C> Pool<C> {
                     }
                     let queue = &mut self.groups.get_mut(group).queue;
                     queue.put(position, Waiter::Connection(pending));
-                    if !is_special {
+                    if !may_be_passed {
                         return;
                     }
                 }
@@ -287,7 +294,8 @@ impl<C> Pool<C> {
         });
         // Workers that have failed with the connection come last. A worker that has adopted nothing
         // yet may be as bad, such as a process that starts and dies again and again. Among the
-        // others, those that have not refused the connection come first.
+        // others, those that have not refused the connection come first. Each strategy compares
+        // these ranks before anything of its own.
         let rank_of = |id: &WorkerId, account: &Account<C>| {
             let is_unproven = pending.failures > 0 && !account.has_adopted();
             (pending.failed_with.contains(id), is_unproven, pending.refused_by.contains(id))
@@ -312,13 +320,14 @@ impl<C> Pool<C> {
     /// connection would never be given up. After many failures, workers that have connected and
     /// adopted nothing therefore count as unable to take it.
     fn is_failed_by_all(&self, pending: &Pending<C>) -> bool {
-        let trusts_strangers = pending.failures < self.config.max_offers.saturating_add(STRANGERS);
+        let limit = self.config.max_offers.saturating_add(FAILURES_BEFORE_DISTRUST);
+        let trusts_all = pending.failures < limit;
         let may_take = |id: WorkerId, worker: &Worker<C>| match &worker.account {
             _ if worker.removed.is_some() || !self.is_in(&pending.group, id, worker) => false,
             Some(account) if account.is_draining() => false,
             // The worker takes no bundles, or no bundle of this size.
             Some(account) if account.clock.is_greeted() && !account.takes(pending.fds) => false,
-            _ if trusts_strangers || worker.program.is_some() => true,
+            _ if trusts_all || worker.program.is_some() => true,
             Some(account) => account.has_adopted(),
             None => false,
         };

@@ -56,7 +56,7 @@ impl<C> Pool<C> {
         // Take what is left in the account. If the successor fails, which is another dispatcher, no
         // connection is to blame for that.
         let has_failed = *cause != RetireCause::Drained && self.successor != Some(id);
-        let Remains { mut unanswered, unseen, repeated } = account.retire(unsent);
+        let Remains { mut unanswered, never_sent, repeated } = account.retire(unsent);
         self.totals.offered_again -= repeated;
 
         // The process may hold copies of the offers that it was sent, for as long as it lives.
@@ -76,7 +76,7 @@ impl<C> Pool<C> {
         }
 
         // Others get these connections. The end of the process is handled apart from that.
-        self.put_back(unanswered.into_iter().chain(unseen));
+        self.put_back(unanswered.into_iter().chain(never_sent));
         if let ProcessState::Ended(status) = state {
             self.on_process_end(process, status);
         } else if is_child && is_ours {

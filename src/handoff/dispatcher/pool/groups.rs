@@ -17,7 +17,7 @@ use crate::handoff::dispatcher::Group;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Groups<C> {
     groups: BTreeMap<Group, GroupState<C>>,
-    /// The next position at the back of any queue. No position is used twice, because a user may
+    /// The next position at the back of any queue. No position is used twice, because a caller may
     /// keep a ticket after its position is free.
     back: i64,
     /// Accept loops that wait until any worker has room, with the time since which they wait. The
@@ -108,21 +108,21 @@ impl<C> Groups<C> {
         self.groups.entry(pending.group.clone()).or_default().queue.push_front(pending);
     }
 
-    /// Adds a user that waits for a slot in this group.
+    /// Adds a caller that waits for a slot in this group.
     pub(super) fn add_ticket(&mut self, group: &Group, now: Instant) -> TicketId {
         let position = self.next_position();
         self.get_mut(group).queue.put(position, Waiter::Ticket(now));
         TicketId(position)
     }
 
-    /// Adds a user that waits until a worker of any group has room.
+    /// Adds a caller that waits until a worker of any group has room.
     pub(super) fn add_ticket_for_any(&mut self, now: Instant) -> TicketId {
         let ticket = TicketId(self.next_position());
         self.anywhere.insert(ticket, now);
         ticket
     }
 
-    /// Removes a user that waits. Returns true if the user was waiting in the queue of a group, so
+    /// Removes a caller that waits. Returns true if the caller was waiting in the queue of a group, so
     /// that those behind it may go on.
     pub(super) fn remove_ticket(&mut self, group: Option<&Group>, ticket: TicketId) -> bool {
         match group {
@@ -136,7 +136,7 @@ impl<C> Groups<C> {
         }
     }
 
-    /// Returns true if a user waits until a worker of any group has room.
+    /// Returns true if a caller waits until a worker of any group has room.
     pub(super) fn waits_for_any(&self) -> bool {
         !self.anywhere.is_empty()
     }
@@ -145,7 +145,7 @@ impl<C> Groups<C> {
         std::mem::take(&mut self.anywhere).into_keys()
     }
 
-    /// Removes all users that wait.
+    /// Removes all callers that wait.
     pub(super) fn remove_tickets(&mut self) {
         self.groups.values_mut().for_each(|group| group.queue.remove_tickets());
         self.anywhere.clear();
@@ -159,13 +159,13 @@ impl<C> Groups<C> {
         self.groups.values().map(|group| group.queue.connections()).sum()
     }
 
-    /// Returns the time since which the first user has been waiting for a slot.
+    /// Returns the time since which the first caller has been waiting for a slot.
     pub(super) fn first_ticket(&self) -> Option<Instant> {
         let in_groups = self.groups.values().filter_map(|group| group.queue.first_ticket());
         in_groups.chain(self.anywhere.values().copied()).min()
     }
 
-    /// Returns true if one more user that holds a descriptor may wait for a slot in this group. All
+    /// Returns true if one more caller that holds a descriptor may wait for a slot in this group. All
     /// groups together may hold `most` descriptors.
     ///
     /// If other groups have workers, a group gets at most half of what the others leave, but always
@@ -188,13 +188,14 @@ impl<C> Groups<C> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Needs, *};
 
     #[test]
     fn each_waiter_has_its_own_position() {
         let (now, group) = (Instant::now(), Group::default());
         let mut groups = Groups::default();
-        let pending = |name| Pending::new(name, group.clone(), 0, 1, now);
+        let needs = || Needs { group: group.clone(), key: 0, fds: 1 };
+        let pending = |name| Pending::new(name, needs(), now);
         groups.push_front(pending('b'));
         let ticket = groups.add_ticket(&group, now);
         groups.push_front(pending('a'));

@@ -48,6 +48,7 @@ use fences::Fences;
 use groups::Groups;
 pub(super) use numbers::Totals;
 pub(super) use pending::Failure;
+pub(super) use pending::Needs;
 use pending::Pending;
 #[cfg(doc)]
 use queue::Queue;
@@ -162,14 +163,14 @@ pub(super) enum Event<C> {
     Adopted { connection: C, worker: WorkerId, process: ProcessId, holders: Vec<ProcessId> },
     /// The dispatcher has given up this connection.
     Failed { connection: C, failure: Failure },
-    /// The user with this ticket has waited long enough. With a group, a slot there is reserved for
-    /// the user. Without one, some group has a slot, which is not reserved.
+    /// A worker has room for the caller with this ticket. With a group, a slot there is reserved
+    /// for the caller. Without one, some group has a slot, which is not reserved.
     Granted { ticket: TicketId, group: Option<Group> },
     /// A worker is hung. Fencing it is deferred, because too many workers were fenced recently.
     FenceDeferred(WorkerId),
     /// This copy of a connection is no longer needed, and has to be closed.
     Close(C),
-    /// Something has changed that tasks or users may wait for.
+    /// Something has changed that tasks or callers may wait for.
     Changed,
     /// The process that served this connection has ended. So the connection has to be shut down,
     /// even if other processes hold copies.
@@ -303,10 +304,10 @@ impl<C> Pool<C> {
         if let Some(account) = worker.account {
             // The account is still open only if the worker's task has panicked. The worker may have
             // adopted the offers that it was sent, so no other worker gets these.
-            let Remains { unanswered, unseen, .. } = account.retire(0);
+            let Remains { unanswered, never_sent, .. } = account.retire(0);
             self.events
                 .extend(unanswered.into_iter().map(|pending| Event::Close(pending.connection)));
-            self.put_back(unseen);
+            self.put_back(never_sent);
         }
         // The worker still counts here, so that its group is served once more. Connections that no
         // worker is left for are given up then.

@@ -107,7 +107,7 @@ impl<C> Pool<C> {
         self.departed.push_back(worker);
     }
 
-    /// Returns how long the first of the users that wait for a slot has been waiting.
+    /// Returns how long the first of the callers that wait for a slot has been waiting.
     pub(in crate::handoff::dispatcher) fn slot_wait(&self, now: Instant) -> Option<Duration> {
         self.groups.first_ticket().map(|since| now.saturating_duration_since(since))
     }

@@ -14,7 +14,7 @@ pub(super) struct Pending<C> {
     pub(super) connection: C,
     /// The time when the dispatcher got it.
     pub(super) since: Instant,
-    /// The group whose workers get the connection.
+    /// The connection goes to a worker of this group.
     pub(super) group: Group,
     /// With the strategy `ByKey`, connections with equal keys go to the same worker.
     pub(super) key: u64,
@@ -44,6 +44,14 @@ pub(super) struct Pending<C> {
     pub(super) holders: Vec<ProcessId>,
 }
 
+/// The facts about a connection that decide which worker can get it.
+#[derive(Debug)]
+pub(in crate::handoff::dispatcher) struct Needs {
+    pub(in crate::handoff::dispatcher) group: Group,
+    pub(in crate::handoff::dispatcher) key: u64,
+    pub(in crate::handoff::dispatcher) fds: usize,
+}
+
 /// The reason why the dispatcher gives up a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(in crate::handoff::dispatcher) enum Failure {
@@ -54,7 +62,8 @@ pub(in crate::handoff::dispatcher) enum Failure {
 }
 
 impl<C> Pending<C> {
-    pub(super) fn new(connection: C, group: Group, key: u64, fds: usize, now: Instant) -> Self {
+    pub(super) fn new(connection: C, needs: Needs, now: Instant) -> Self {
+        let Needs { group, key, fds } = needs;
         Self {
             connection,
             since: now,

@@ -1,4 +1,5 @@
-//! Connections, and users with a connection to come, that wait for a worker of one group.
+//! The queue of one group: connections that wait for a worker, and callers that wait for room for a
+//! connection to come.
 
 use std::{collections::BTreeMap, time::Instant};
 
@@ -8,8 +9,8 @@ use super::Pending;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Queue<C>(BTreeMap<i64, Waiter<C>>);
 
-/// The position in the queue of a user that waits for a slot at a worker. It is never used again,
-/// so it identifies the user even after it has left the queue.
+/// The position in the queue of a caller that waits for a slot at a worker. It is never used again,
+/// so it identifies the caller even after it has left the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(in crate::handoff::dispatcher) struct TicketId(pub(super) i64);
 
@@ -17,7 +18,7 @@ pub(in crate::handoff::dispatcher) struct TicketId(pub(super) i64);
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Waiter<C> {
     Connection(Pending<C>),
-    /// A user that has been waiting for a slot since this time.
+    /// A caller that has been waiting for a slot since this time.
     Ticket(Instant),
 }
 
@@ -56,19 +57,19 @@ impl<C> Queue<C> {
         self.0.insert(position, waiter);
     }
 
-    /// Removes the user with this ticket. Returns false if the user was not waiting here.
+    /// Removes the caller with this ticket. Returns false if the caller was not waiting here.
     pub(super) fn remove_ticket(&mut self, ticket: TicketId) -> bool {
         let waits = matches!(self.0.get(&ticket.0), Some(Waiter::Ticket(_)));
         waits && self.0.remove(&ticket.0).is_some()
     }
 
-    /// Takes out the user at this position, and returns the ticket.
+    /// Takes out the caller at this position, and returns the ticket.
     pub(super) fn grant(&mut self, position: i64) -> TicketId {
         self.0.remove(&position);
         TicketId(position)
     }
 
-    /// Returns the time since which the first user has been waiting.
+    /// Returns the time since which the first caller has been waiting.
     pub(super) fn first_ticket(&self) -> Option<Instant> {
         self.0.values().find_map(|waiter| match waiter {
             Waiter::Ticket(since) => Some(*since),
@@ -97,7 +98,7 @@ impl<C> Queue<C> {
         self.0.len()
     }
 
-    /// The number of users that wait for a slot.
+    /// The number of callers that wait for a slot.
     pub(super) fn tickets(&self) -> usize {
         self.0.len() - self.connections()
     }

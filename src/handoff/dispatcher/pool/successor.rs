@@ -50,7 +50,7 @@ impl<C> Pool<C> {
                 true => account.drain(),
                 false => account.hand_on(now),
             });
-            self.events.extend(account.wake().then_some(Event::Wake(*id)));
+            self.events.extend(account.must_wake().then_some(Event::Wake(*id)));
         }
         self.put_back(planned);
         self.distribute(now);
@@ -108,7 +108,7 @@ impl<C> Pool<C> {
             } else {
                 account.send_drain(None, now);
             }
-            self.events.extend(account.wake().then_some(Event::Wake(*id)));
+            self.events.extend(account.must_wake().then_some(Event::Wake(*id)));
         }
         self.remove(successor, None, now);
     }
@@ -129,7 +129,7 @@ impl<C> Pool<C> {
         self.totals.offered_again -= remains.repeated;
         let mut unanswered = remains.unanswered;
         unanswered.iter_mut().for_each(|pending| pending.on_unanswered(id, false));
-        self.put_back(unanswered.into_iter().chain(remains.unseen));
+        self.put_back(unanswered.into_iter().chain(remains.never_sent));
         self.distribute(now);
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use proptest::{collection::vec, prelude::*, sample::select};
 
 use super::{
-    Admission, Event, Pool, ProcessInfo, ProcessState,
+    Admission, Event, Needs, Pool, ProcessInfo, ProcessState,
     world::{Fate, Step, World},
 };
 use crate::handoff::{
@@ -156,7 +156,7 @@ fn add_process(pool: &mut Pool<u8>, is_child: bool, now: Instant) -> WorkerId {
 }
 
 fn dispatch(pool: &mut Pool<u8>, connection: u8, fds: usize, admission: Admission, now: Instant) {
-    pool.dispatch(connection, Group::default(), (0, fds), admission, now);
+    pool.dispatch(connection, Needs { group: Group::default(), key: 0, fds }, admission, now);
 }
 
 /// Sends all messages for a worker. Returns the number of offers.

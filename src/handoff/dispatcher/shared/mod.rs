@@ -46,7 +46,7 @@ pub(super) struct Shared {
     /// The signals that wake the workers' tasks.
     signals: Mutex<HashMap<WorkerId, Arc<TaskSignal>>>,
     pub(super) new_links: Mutex<NewLinks>,
-    /// Users that wait for a slot. May be locked while the pool is locked, never the other way
+    /// Callers that wait for a slot. May be locked while the pool is locked, never the other way
     /// around.
     waiters: Mutex<HashMap<TicketId, oneshot::Sender<Slot>>>,
     changes: watch::Sender<()>,
@@ -163,7 +163,7 @@ impl Shared {
     }
 
     fn give_back(&self, failed: Vec<(Box<Handover>, Failure)>) {
-        // All users get their connections before anything is logged, because logging may panic.
+        // All callers get their connections back before anything is logged, because logging may panic.
         let outcomes = Vec::from_iter(failed.into_iter().map(|(connection, failure)| {
             let reason = match failure {
                 Failure::TooManyOffers { offers, last } => {
@@ -171,7 +171,7 @@ impl Shared {
                 }
                 Failure::Draining => NotDispatched::Draining,
             };
-            // Count it before the user gets it, because the user may look at the numbers then.
+            // Count it before the caller gets it, because the caller may look at the numbers then.
             let was_awaited = connection.is_awaited();
             let count = if was_awaited { &self.given_back } else { &self.lost };
             count.fetch_add(1, Relaxed);
@@ -210,7 +210,7 @@ impl Shared {
         io::Error::other(reason)
     }
 
-    // Processes, tasks, and users that wait for a slot.
+    // Processes, tasks, and callers that wait for a slot.
 
     pub(super) fn processes(&self) -> MutexGuard<'_, Processes> {
         lock(&self.processes)
@@ -232,9 +232,9 @@ impl Shared {
         default: &Group,
         admission: Admission,
     ) {
-        let (group, needs) = (connection.group_or(default), connection.needs());
-        connection.set_group(group.clone());
-        self.act(|pool| pool.dispatch(connection, group, needs, admission, Instant::now()));
+        let needs = connection.needs(default);
+        connection.set_group(needs.group.clone());
+        self.act(|pool| pool.dispatch(connection, needs, admission, Instant::now()));
     }
 
     /// Returns a free slot in a group, or else a ticket of its queue. Without a group, the slot may
@@ -260,8 +260,8 @@ impl Shared {
         })
     }
 
-    /// Permits a connection that was accepted before the dispatcher drained to wait. `None` once
-    /// the drain hands nothing more over.
+    /// Returns the slot of a connection that was accepted before the dispatcher drained. It keeps no
+    /// room, so the connection waits. `None` once the drain hands nothing more over.
     pub(super) fn late_slot(self: &Arc<Self>) -> Option<Slot> {
         let is_closed = self.act(|pool| pool.is_closed());
         (!is_closed).then(|| Slot::new(self, None))

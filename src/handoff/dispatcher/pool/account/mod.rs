@@ -1,7 +1,11 @@
 //! The account of one link: the connections planned for the worker, its unanswered offers, and its
 //! demand.
 
+mod answers;
+
 use std::{collections::VecDeque, convert::Infallible, time::Instant};
+
+pub(super) use answers::Remains;
 
 use super::{Pending, ProcessInfo, clock::Clock, offers::Offers};
 use crate::handoff::{
@@ -178,7 +182,7 @@ impl<C> Account<C> {
     /// Plans an offer. Returns true if the worker's task has to be woken.
     pub(super) fn plan(&mut self, pending: Pending<C>) -> bool {
         self.planned.push_back(pending);
-        self.wake()
+        self.must_wake()
     }
 
     /// Queues a message, to be sent before the next offer.
@@ -261,110 +265,12 @@ impl<C> Account<C> {
         Ok(())
     }
 
-    /// Takes out the next `count` offers, because the worker has answered them. The last `unsent`
-    /// offers were not sent, so it cannot have answered these.
-    ///
-    /// # Errors
-    /// Returns an error if `first` is not the next unanswered offer, or if fewer than `count` were
-    /// sent.
-    fn take_answered(
-        &mut self,
-        first: u64,
-        count: u32,
-        unsent: usize,
-    ) -> Result<Vec<Pending<C>>, RetireCause> {
-        let (next, sent) =
-            (self.adopted + self.rejected, self.unanswered.len().saturating_sub(unsent));
-        if first != next {
-            return misbehaved(format!("it answered offer {first} instead of {next}"));
-        }
-        match usize::try_from(count) {
-            Ok(count) if count <= sent => Ok(self.unanswered.take(..count)),
-            _ => misbehaved(format!("it answered {count} offers, but {sent} were unanswered")),
-        }
-    }
-
-    /// Takes out the offers that the worker has adopted. For the errors see `take_answered`.
-    pub(super) fn on_adopted(
-        &mut self,
-        first: u64,
-        count: u32,
-        unsent: usize,
-    ) -> Result<Vec<Pending<C>>, RetireCause> {
-        let adopted = self.take_answered(first, count, unsent)?;
-        self.adopted += u64::from(count);
-        if count > 0 {
-            self.clock.on_adopted();
-        }
-        Ok(adopted)
-    }
-
-    /// Takes out the offers that the worker has rejected. For the errors see `take_answered`.
-    pub(super) fn on_rejected(
-        &mut self,
-        first: u64,
-        count: u32,
-        unsent: usize,
-    ) -> Result<Vec<Pending<C>>, RetireCause> {
-        let rejected = self.take_answered(first, count, unsent)?;
-        self.rejected += u64::from(count);
-        Ok(rejected)
-    }
-
     /// Cancels the demand that is not met, because the worker has no room or no time. The worker
     /// gets nothing for a while, even if it asks again. Returns what was planned for it.
     pub(super) fn on_refusal(&mut self, now: Instant) -> Vec<Pending<C>> {
         self.demand = self.made();
         self.clock.pause(now);
         self.planned.take(..)
-    }
-
-    /// Takes out the offers that a worker has adopted in a message before it was fenced.
-    pub(super) fn on_last_adopted(
-        &mut self,
-        first: u64,
-        count: u32,
-        unsent: usize,
-    ) -> Vec<Pending<C>> {
-        let adopted = self.take_last_answered(first, count, unsent);
-        self.adopted += adopted.len() as u64;
-        adopted
-    }
-
-    /// Takes out all offers that were sent, and counts them as adopted.
-    pub(super) fn adopt_all(&mut self, unsent: usize) -> Vec<Pending<C>> {
-        let adopted = self.unanswered.take(..self.unanswered.len().saturating_sub(unsent));
-        self.adopted += adopted.len() as u64;
-        adopted
-    }
-
-    /// Takes out the offers that a last message answers. They need not be the oldest ones, because
-    /// a complete message counts even if the worker has broken the protocol. Takes nothing if one
-    /// of the offers was not sent.
-    pub(super) fn take_last_answered(
-        &mut self,
-        first: u64,
-        count: u32,
-        unsent: usize,
-    ) -> Vec<Pending<C>> {
-        // `past` is the number behind that of the last offer that was sent.
-        let sent = self.unanswered.len().saturating_sub(unsent);
-        let Some(past) = self.unanswered.get(sent.wrapping_sub(1)).map(|last| last.number + 1)
-        else {
-            return Vec::new();
-        };
-        let Some(end) = first.checked_add(count.into()).filter(|end| *end <= past) else {
-            return Vec::new();
-        };
-        let (answered, rest): (Vec<_>, Vec<_>) = self
-            .unanswered
-            .take(..)
-            .into_iter()
-            .partition(|pending| (first..end).contains(&pending.number));
-        for pending in rest {
-            self.unanswered.push_back(pending);
-        }
-        answered
     }
 
     /// Takes out what is planned for the worker if it is late with a PONG, so that others get it.
@@ -389,7 +295,7 @@ impl<C> Account<C> {
             let within = until.map(|until| until.saturating_duration_since(now));
             self.send(ToWorker::Drain { within });
         }
-        self.wake()
+        self.must_wake()
     }
 
     /// Hands the worker on to the dispatcher that replaces this one: the worker moves if it can,
@@ -416,7 +322,7 @@ impl<C> Account<C> {
 
     /// Returns true if the worker's task has to be woken. The caller has to wake it, because
     /// further calls return false until the task has taken everything.
-    pub(super) fn wake(&mut self) -> bool {
+    pub(super) fn must_wake(&mut self) -> bool {
         std::mem::take(&mut self.is_asleep)
     }
 
@@ -443,27 +349,4 @@ impl<C> Account<C> {
             self.unanswered.front().and_then(|oldest| Some((oldest.number, oldest.offered_at?)));
         self.clock.next_timeout(config, oldest)
     }
-
-    /// Closes the account, and returns the connections in it. The last `unsent` offers were not
-    /// sent.
-    pub(super) fn retire(mut self, unsent: usize) -> Remains<C> {
-        // Offers that were not sent do not count as made, neither for their connections nor among
-        // the repeated ones.
-        let sent = self.unanswered.len().saturating_sub(unsent);
-        let mut unseen = self.unanswered.take(sent..);
-        let repeated = unseen.iter().filter(|pending| pending.offers > 1).count();
-        unseen.iter_mut().for_each(|pending| pending.offers -= 1);
-        unseen.extend(self.planned.take(..));
-        Remains { unanswered: self.unanswered.take(..), unseen, repeated: repeated as u64 }
-    }
-}
-
-/// The offers that a worker has not answered when it is retired.
-pub(super) struct Remains<C> {
-    /// Offers that were sent, so the worker may have received them.
-    pub(super) unanswered: Vec<Pending<C>>,
-    /// Connections that were planned, or offered and not sent.
-    pub(super) unseen: Vec<Pending<C>>,
-    /// The number of repeated offers among those that were made and not sent.
-    pub(super) repeated: u64,
 }

@@ -1,51 +1,23 @@
-//! A property test of the replacement of a dispatcher by another one. Two shipped pools and the
-//! shipped books of their workers are connected by queues in memory, and either dispatcher may die
-//! at any moment.
+//! The simulation: two dispatchers, their workers, and the steps that they take.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     time::{Duration, Instant},
 };
 
-use proptest::{collection::vec, prelude::*};
-
-use super::{Admission, Event, Pool, ProcessInfo, ProcessState, WorkerId};
-use crate::handoff::{
-    dispatcher::{Group, RetireCause, builder::Config},
-    incoming::book::Book,
-    protocol::{FromWorker, MAX_UNANSWERED, ToWorker},
+use super::{
+    NEW, OLD, Step, WORKERS,
+    link::{Link, Side, later},
 };
-
-const OLD: usize = 0;
-const NEW: usize = 1;
-const WORKERS: usize = 2;
-
-/// One of the two dispatchers.
-#[derive(Debug)]
-struct Side {
-    pool: Pool<u8>,
-    lives: bool,
-    /// The connections of the dispatcher whose adoption it has not read.
-    has: BTreeSet<u8>,
-}
-
-/// A link, with a pool at one end and a book at the other.
-#[derive(Debug)]
-struct Link {
-    side: usize,
-    id: WorkerId,
-    book: Book<u8>,
-    to_worker: VecDeque<ToWorker<u8, ()>>,
-    from_worker: VecDeque<FromWorker>,
-    /// The number of MOVEs that were sent.
-    moves: usize,
-    /// After this many MOVEs, the next one takes the worker back to this dispatcher.
-    returns_after: Option<usize>,
-    /// The dispatcher's end is closed.
-    is_closed: bool,
-    /// The book was ended.
-    has_ended: bool,
-}
+use crate::handoff::{
+    dispatcher::{
+        Group, WorkerId,
+        builder::Config,
+        pool::{Admission, Event, Needs, Pool, ProcessInfo},
+    },
+    incoming::book::Book,
+    protocol::MAX_UNANSWERED,
+};
 
 /// A worker with all links that it has had. The last link is the current one.
 #[derive(Debug)]
@@ -58,150 +30,24 @@ struct Worker {
 }
 
 #[derive(Debug)]
-struct World {
-    sides: [Side; 2],
+pub(super) struct World {
+    pub(super) sides: [Side; 2],
     workers: Vec<Worker>,
     /// The links between the dispatchers, each with the connections that arrived over it and that
     /// no worker has adopted yet.
-    relays: Vec<(Link, BTreeSet<u8>)>,
-    dispatched: u8,
+    pub(super) relays: Vec<(Link, BTreeSet<u8>)>,
+    pub(super) dispatched: u8,
     /// How many times applications have received each connection.
-    adopted: BTreeMap<u8, u32>,
+    pub(super) adopted: BTreeMap<u8, u32>,
     /// Connections that a dispatcher had when it died.
-    may_be_lost: BTreeSet<u8>,
+    pub(super) may_be_lost: BTreeSet<u8>,
     now: Instant,
     has_begun: bool,
     is_undone: bool,
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Step {
-    /// The dispatcher that serves accepts a connection.
-    Accept,
-    /// The application of a worker asks for a connection.
-    Ask(usize),
-    /// A connection of a worker ends.
-    Finish(usize),
-    /// A message arrives at the worker's end of a link of this age.
-    Down(usize, usize),
-    /// A message arrives at the dispatcher's end of a link of this age.
-    Up(usize, usize),
-    RelayDown(usize),
-    RelayUp(usize),
-    Begin,
-    Undo,
-    Crash(usize),
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    let link = || (0..WORKERS, 0..3_usize);
-    prop_oneof![
-        8 => Just(Step::Accept),
-        10 => (0..WORKERS).prop_map(Step::Ask),
-        3 => (0..WORKERS).prop_map(Step::Finish),
-        20 => link().prop_map(|(worker, age)| Step::Down(worker, age)),
-        20 => link().prop_map(|(worker, age)| Step::Up(worker, age)),
-        8 => (0..2_usize).prop_map(Step::RelayDown),
-        8 => (0..2_usize).prop_map(Step::RelayUp),
-        1 => Just(Step::Begin),
-        1 => Just(Step::Undo),
-        1 => (0..2_usize).prop_map(Step::Crash),
-    ]
-}
-
-fn later(now: Instant) -> Instant {
-    now + Duration::from_secs(3600)
-}
-
-impl Link {
-    fn new(side: usize, id: WorkerId, book: Book<u8>) -> Self {
-        Self {
-            side,
-            id,
-            book,
-            to_worker: VecDeque::new(),
-            from_worker: VecDeque::new(),
-            moves: 0,
-            returns_after: None,
-            is_closed: false,
-            has_ended: false,
-        }
-    }
-
-    /// Sends all messages of the dispatcher, as its task does.
-    fn send(&mut self, sides: &mut [Side; 2], now: Instant) {
-        let side = &mut sides[self.side];
-        while side.lives
-            && !self.is_closed
-            && let Some(message) = side.pool.next_message(self.id, now)
-        {
-            let is_offer = matches!(message, ToWorker::Offer { .. });
-            assert!(self.moves == 0 || !is_offer, "an offer after a MOVE");
-            self.moves += usize::from(matches!(message, ToWorker::Move(())));
-            self.to_worker.push_back(message.map(|connection| *connection));
-            if self.returns_after.is_some_and(|moves| self.moves > moves) {
-                // After this message the dispatcher fences the worker that it takes back.
-                for message in std::mem::take(&mut self.from_worker) {
-                    side.pool.on_last_message(self.id, message, 0, now);
-                }
-                side.pool.relink(self.id, 0, later(now), now);
-                self.is_closed = true;
-            }
-        }
-    }
-
-    /// Lets the dispatcher read a message.
-    fn read(&mut self, sides: &mut [Side; 2], now: Instant) -> bool {
-        let side = &mut sides[self.side];
-        if !side.lives || self.is_closed {
-            return false;
-        }
-        let outcome = match self.from_worker.pop_front() {
-            Some(message) => side.pool.on_message(self.id, message, 0, now),
-            None if self.has_ended => Err(RetireCause::Ended),
-            None => return false,
-        };
-        if let Err(cause) = outcome {
-            assert!(!matches!(cause, RetireCause::Misbehaved(_)), "an honest worker: {cause:?}");
-            self.is_closed = true;
-            let state = ProcessState::Lives { has_received: true };
-            side.pool.retire(self.id, &cause, 0, state, now);
-        }
-        true
-    }
-
-    /// Sends all messages of the worker. Returns the connections that its application gets.
-    fn answer(&mut self, now: Instant) -> Vec<u8> {
-        if !self.has_ended && !self.is_closed {
-            self.book.ask(now, || u64::MAX);
-            if let Some(due) = self.book.next_timeout() {
-                self.book.on_timeout(due);
-            }
-            self.book.leave();
-            while let Some(message) = self.book.next_message() {
-                self.from_worker.push_back(message);
-                self.book.on_sent(1);
-            }
-        }
-        self.book.take_adopted(usize::MAX)
-    }
-
-    /// Lets the worker read a message. Returns true if the message is a MOVE.
-    fn receive(&mut self) -> bool {
-        match self.to_worker.pop_front() {
-            Some(ToWorker::Move(())) => return true,
-            Some(message) => {
-                let message = message.map_both(Ok, |()| unreachable!("handled above"));
-                self.book.on_message(message).expect("an honest dispatcher");
-            }
-            None => {}
-        }
-        false
-    }
-}
-
 impl World {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let config = Config { hello_timeout: Duration::from_secs(3600), ..Config::default() };
         let side = || Side { pool: Pool::new(config), lives: true, has: BTreeSet::new() };
         let mut world = Self {
@@ -235,13 +81,13 @@ impl World {
     }
 
     /// Returns the dispatcher that accepts. Both may accept until one notices the other.
-    fn server(&mut self) -> Option<&mut Side> {
+    pub(super) fn server(&mut self) -> Option<&mut Side> {
         let new_serves = self.has_begun && !self.is_undone;
         let side = if new_serves { NEW } else { OLD };
         Some(&mut self.sides[side]).filter(|side| side.lives)
     }
 
-    fn step(&mut self, step: Step) -> bool {
+    pub(super) fn step(&mut self, step: Step) -> bool {
         let did = match step {
             Step::Accept => self.accept(),
             Step::Ask(worker) => self.ask(worker),
@@ -262,7 +108,7 @@ impl World {
         let (connection, now) = (self.dispatched, self.now);
         let Some(side) = self.server().filter(|_| connection < 100) else { return false };
         side.has.insert(connection);
-        side.pool.dispatch(connection, Group::default(), (0, 1), Admission::Late, now);
+        side.pool.dispatch(connection, needs(), Admission::Late, now);
         self.dispatched += 1;
         true
     }
@@ -362,7 +208,7 @@ impl World {
             waiting.insert(connection);
             let side = &mut self.sides[other];
             side.has.insert(connection);
-            side.pool.dispatch(connection, Group::default(), (0, 1), Admission::Late, self.now);
+            side.pool.dispatch(connection, needs(), Admission::Late, self.now);
         }
         is_news
     }
@@ -457,7 +303,7 @@ impl World {
     }
 
     /// Lets all messages arrive and all connections end, with a dispatcher that serves.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         if !self.sides[NEW].lives {
             self.undo();
         }
@@ -487,35 +333,7 @@ impl World {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
-
-    /// Each connection is given to at most one application. A connection is lost only if the
-    /// dispatcher that had it dies. The worker's numbers are right at every link.
-    ///
-    /// Rules: D-MOVE-OFFERS, W-MOVED, W-OPEN, W-LOAD.
-    #[test]
-    fn the_promise_is_kept_while_a_dispatcher_is_replaced(steps in vec(step(), 0..400)) {
-        let mut world = World::new();
-        for step in steps {
-            world.step(step);
-            prop_assert!(world.adopted.values().all(|count| *count == 1), "given twice");
-        }
-        world.settle();
-        prop_assert!(world.adopted.values().all(|count| *count == 1), "given twice");
-        let may_serve = world.server().is_some();
-        for connection in 0..world.dispatched {
-            let may_be_lost = world.may_be_lost.contains(&connection) || !may_serve;
-            prop_assert!(
-                may_be_lost || world.adopted.contains_key(&connection),
-                "connection {} is lost: {:?}", connection, world
-            );
-        }
-        // All connections have ended, and the dispatcher that serves has read that.
-        for side in world.sides.iter().filter(|side| side.lives && !side.pool.is_succeeded()) {
-            let active = side.pool.workers().map(|worker| worker.active).sum::<u64>();
-            let relayed = world.relays.len();
-            prop_assert!(active == 0 || !may_serve, "{} active, {} relays", active, relayed);
-        }
-    }
+/// Any worker can get any connection.
+fn needs() -> Needs {
+    Needs { group: Group::default(), key: 0, fds: 1 }
 }

@@ -1,19 +1,23 @@
 //! A simulation for the property test and the model: the shipped pool and the shipped books of
 //! several workers, connected by queues in memory.
 
+mod check;
+mod step;
+
 use std::{
     collections::BTreeSet,
     time::{Duration, Instant},
 };
 
 use super::{
-    Admission, Event, Pending, Pool, ProcessId, ProcessInfo, ProcessState, ReplacementId, TicketId,
-    Waiter, peer::Peer, replacement::Phase,
+    Admission, Event, Needs, Pool, ProcessId, ProcessInfo, ProcessState, ReplacementId, TicketId,
+    peer::Peer,
 };
 use crate::handoff::{
-    dispatcher::{Group, RetireCause, WorkerId, WorkerState, WorkerStats, builder::Config},
-    protocol::{FromWorker, RejectReason, ToWorker},
+    dispatcher::{Group, RetireCause, WorkerId, WorkerStats, builder::Config},
+    protocol::{RejectReason, ToWorker},
 };
+pub(super) use step::Step;
 
 /// A dispatcher, its workers, and connections, which are numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -30,9 +34,9 @@ pub(super) struct World {
     window: u64,
     /// The number of groups, to which workers and connections belong in turn.
     groups: u64,
-    /// The tickets of users that wait for a slot, in this group or in any.
+    /// The tickets of callers that wait for a slot, in this group or in any.
     tickets: Vec<(Option<Group>, TicketId)>,
-    /// The groups of the slots that are reserved for users.
+    /// The groups of the slots that are reserved for callers.
     permits: Vec<Group>,
     /// Replacements with their old and new workers.
     replacements: Vec<(ReplacementId, Vec<WorkerId>, Vec<WorkerId>)>,
@@ -51,56 +55,6 @@ pub(super) enum Fate {
     Adopted(ProcessId),
     /// The dispatcher has given up the connection.
     Failed,
-}
-
-/// One step of the simulation. A `usize` is the number of a peer, except in `Replace`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Step {
-    Dispatch,
-    /// A user wants a slot for a future connection.
-    Reserve,
-    /// An accept loop waits until any worker has room.
-    WaitForAny,
-    /// A user dispatches a connection to its reserved slot.
-    DispatchReserved,
-    /// A user stops waiting for a slot, or gives up a reserved one.
-    GiveUp,
-    /// The dispatcher's task takes all messages from the pool.
-    Take(usize),
-    /// The socket takes one of these messages.
-    Send(usize),
-    /// The worker reads one message. If there is a reason, it cannot take an offer.
-    Get(usize, Option<RejectReason>),
-    /// The application of the worker asks for a connection.
-    Ask(usize),
-    /// A connection that the application has received ends.
-    Finish(usize),
-    /// The worker sends one message.
-    Answer(usize),
-    /// The dispatcher's task reads one message, or the end of the stream.
-    Read(usize),
-    /// The next timer of the link goes off.
-    Timeout(usize),
-    /// The worker dies.
-    Crash(usize),
-    /// The worker stops doing anything.
-    Hang(usize),
-    /// The socket fails.
-    Cut(usize),
-    /// Another process reads a message from the worker's socket.
-    Steal(usize),
-    /// The worker's application drains.
-    Drain(usize),
-    /// The dispatcher's application removes the worker.
-    Remove(usize),
-    /// The workers of the default group are replaced by this number of new ones.
-    Replace(usize),
-    /// Nobody waits for the last replacement any longer.
-    Abandon,
-    /// The worker sends a message that its book has not produced.
-    Lie(usize, FromWorker),
-    /// The worker is started again.
-    Restart(usize),
 }
 
 impl World {
@@ -271,38 +225,12 @@ impl World {
         true
     }
 
-    /// Checks the replacements. New workers get nothing and the old ones stay until all new workers
-    /// are ready. Then the old ones leave. If a new worker is gone before that, the new ones leave
-    /// without having received a connection.
-    fn check_replacements(&self) -> Result<(), String> {
-        for (id, old, new) in &self.replacements {
-            let stays = |id: &WorkerId| !self.pool.is_removed(*id) || self.removed.contains(id);
-            let has_got_nothing = |id: &WorkerId| {
-                let mut processes = self.peers.iter().filter(|peer| peer.id == *id);
-                processes.all(|peer| peer.given.is_empty() && peer.sent.is_empty())
-            };
-            let phase = self.pool.phase_of(*id);
-            let is_kept = match phase {
-                Some(Phase::Starting) => old.iter().all(stays) && new.iter().all(has_got_nothing),
-                Some(Phase::Switched) => old.iter().all(|id| self.pool.is_removed(*id)),
-                Some(Phase::RolledBack) => {
-                    new.iter().all(|id| self.pool.is_removed(*id) && has_got_nothing(id))
-                }
-                None => true,
-            };
-            if !is_kept {
-                return Err(format!("replacement of {old:?} by {new:?}: {phase:?}"));
-            }
-        }
-        Ok(())
-    }
-
     fn dispatch(&mut self, admission: Admission) -> bool {
         let serial = self.fates.len() as u8;
         self.fates.push(Fate::Accepted);
         self.failed_with.push(BTreeSet::new());
-        let (group, needs) = (self.group_of(serial), (serial.into(), fds_of(serial)));
-        self.pool.dispatch(serial, group, needs, admission, self.now);
+        let needs = Needs { group: self.group_of(serial), key: serial.into(), fds: fds_of(serial) };
+        self.pool.dispatch(serial, needs, admission, self.now);
         true
     }
 
@@ -442,24 +370,7 @@ impl World {
                 }
                 Event::Failed { connection, .. } => {
                     self.decide(connection, Fate::Failed);
-                    let leaves = |worker: &WorkerStats| {
-                        worker.state == WorkerState::Draining || self.pool.is_removed(worker.id)
-                    };
-                    let failed_with = &self.failed_with[usize::from(connection)];
-                    let is_honest =
-                        |id| self.peers.iter().all(|peer| peer.id != id || peer.is_honest());
-                    let may_take = |worker: &WorkerStats| {
-                        worker.group == self.group_of(connection)
-                            && !failed_with.contains(&worker.id)
-                            && is_honest(worker.id)
-                    };
-                    let willing =
-                        self.pool.workers().find(|worker| !leaves(worker) && may_take(worker));
-                    if let Some(WorkerStats { id, .. }) = willing {
-                        let broken =
-                            format!("connection {connection} is given up, but not by worker {id}");
-                        self.broken.get_or_insert(broken);
-                    }
+                    self.broken = self.broken.take().or(self.complaint_about(connection));
                 }
                 Event::Granted { ticket, group } => {
                     self.tickets.retain(|(_, waiting)| *waiting != ticket);
@@ -469,115 +380,6 @@ impl World {
                 Event::Wake(_) | Event::FenceDeferred(_) | Event::Close(_) | Event::Changed => {}
             }
         }
-    }
-
-    /// Notes the decision about a connection, of which there must be only one.
-    fn decide(&mut self, connection: u8, fate: Fate) {
-        let before = std::mem::replace(&mut self.fates[usize::from(connection)], fate);
-        if before != Fate::Accepted {
-            self.broken.get_or_insert(format!(
-                "connection {connection} is decided twice: {before:?}, {fate:?}"
-            ));
-        }
-    }
-
-    /// Checks the promise.
-    ///
-    /// # Errors
-    /// Returns a description of the violation.
-    pub(super) fn check(&self) -> Result<(), String> {
-        self.broken.clone().map_or(Ok(()), Err)?;
-        self.check_replacements()?;
-        if let Some(peer) =
-            self.peers.iter().find(|peer| peer.is_honest() && peer.complaint.is_some())
-        {
-            return Err(format!("the dispatcher breaks the protocol: {:?}", peer.complaint));
-        }
-        for (serial, fate) in (0u8..).zip(&self.fates) {
-            let honest = self.peers.iter().filter(|peer| !peer.lies);
-            let given = Vec::from_iter(
-                honest.filter(|peer| peer.given.contains(&serial)).map(|peer| peer.process),
-            );
-            if given.len() > 1 {
-                return Err(format!("connection {serial} is given to {given:?}"));
-            }
-            if let (Fate::Adopted(by), [to]) = (fate, &given[..])
-                && by != to
-            {
-                return Err(format!(
-                    "connection {serial} was given to {to}, and is counted for {by}"
-                ));
-            }
-            self.check_copies(serial, *fate)?;
-            let owners = self.owners(serial);
-            if owners != usize::from(*fate == Fate::Accepted) {
-                return Err(format!("connection {serial} has {owners} owners, and is {fate:?}"));
-            }
-        }
-        let max_offers = self.pool.config.max_offers;
-        let could_go = |waiter: &&Waiter<u8>| match waiter {
-            // At its last attempt a connection waits for a worker that has not failed with it.
-            Waiter::Connection(pending) if pending.is_at_last_attempt(max_offers) => false,
-            Waiter::Connection(pending) if pending.fds > 1 => self.has_room_for(pending),
-            _ => true,
-        };
-        for (group, state) in self.pool.groups.iter() {
-            if let Some(waiter) = state.queue.waiters().find(could_go)
-                && self.pool.free_slots(group) > 0
-            {
-                return Err(format!("{waiter:?} waits for {group:?}, and a worker has room"));
-            }
-        }
-        if self.pool.groups.waits_for_any() && self.pool.has_slot() {
-            return Err("an accept loop waits, and a worker has room".into());
-        }
-        Ok(())
-    }
-
-    /// Checks that the client of an adopted connection gets the end of the connection when the
-    /// adopter ends, even if another process has a copy.
-    fn check_copies(&self, serial: u8, fate: Fate) -> Result<(), String> {
-        let Fate::Adopted(by) = fate else { return Ok(()) };
-        let Some(adopter) = self.peers.iter().find(|peer| peer.process == by) else {
-            return Ok(());
-        };
-        if self.peers.iter().any(|peer| !peer.is_honest()) {
-            return Ok(()); // it is not defined which answers count
-        }
-        let has_copy = |peer: &Peer| {
-            peer.is_retired && peer.lives && peer.sent.contains(&serial) && peer.process != by
-        };
-        let is_held = self.peers.iter().any(has_copy);
-        let has_ended = adopter.is_retired && !adopter.lives;
-        match (is_held, has_ended, self.pool.stale.keeps(&serial)) {
-            (true, true, _) if !self.shut_down.contains(&serial) => {
-                Err(format!("worker {by} has ended, and its connection {serial} was not shut down"))
-            }
-            (true, false, false) => {
-                Err(format!("no copy of connection {serial} is kept, and another worker has one"))
-            }
-            (false, _, true) => Err(format!("a copy of connection {serial} is kept for nothing")),
-            _ => Ok(()),
-        }
-    }
-
-    /// Returns true if a worker has room for a bundle of this size. Returns false if descriptors in
-    /// flight are limited, because that limit may stand in the way.
-    fn has_room_for(&self, pending: &Pending<u8>) -> bool {
-        let is_limited = self.pool.config.max_in_flight < usize::MAX;
-        !is_limited
-            && self.pool.accounts().any(|(_, worker, account)| {
-                worker.group == pending.group && account.takes(pending.fds) && account.room() > 0
-            })
-    }
-
-    /// The number of times that a connection is in a queue or an account of the pool.
-    fn owners(&self, serial: u8) -> usize {
-        let pending = self.pool.groups.iter().flat_map(|(_, group)| group.queue.iter());
-        let waiting = pending.filter(|pending| pending.connection == serial).count();
-        let in_accounts =
-            self.pool.accounts().map(|(_, _, account)| account.count_of(&serial)).sum::<usize>();
-        waiting + in_accounts
     }
 
     /// Lets time pass until every connection is decided. One worker more in each group, and all
@@ -609,35 +411,4 @@ impl World {
 /// Some connections are bundles.
 fn fds_of(serial: u8) -> usize {
     if serial % 3 == 1 { 2 } else { 1 }
-}
-
-impl Step {
-    /// Returns the number of the peer that takes the step, or `None` if it concerns no single peer.
-    pub(super) fn peer(self) -> Option<usize> {
-        match self {
-            Self::Dispatch
-            | Self::Reserve
-            | Self::WaitForAny
-            | Self::DispatchReserved
-            | Self::GiveUp
-            | Self::Replace(_)
-            | Self::Abandon => None,
-            Self::Take(peer)
-            | Self::Send(peer)
-            | Self::Get(peer, _)
-            | Self::Ask(peer)
-            | Self::Finish(peer)
-            | Self::Answer(peer)
-            | Self::Read(peer)
-            | Self::Timeout(peer)
-            | Self::Crash(peer)
-            | Self::Hang(peer)
-            | Self::Cut(peer)
-            | Self::Steal(peer)
-            | Self::Drain(peer)
-            | Self::Remove(peer)
-            | Self::Lie(peer, _)
-            | Self::Restart(peer) => Some(peer),
-        }
-    }
 }
