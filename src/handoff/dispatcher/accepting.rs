@@ -22,7 +22,7 @@ use super::{
     accepted::Attributes,
     dispatching::slot_in,
     handover::Handover,
-    preparing::{PrepareSlot, Preparing},
+    preparing::{PreparePermit, Preparing},
     shared::{Shared, Slot, Source},
 };
 use crate::{
@@ -110,14 +110,14 @@ impl Accepting {
                 warn!(%error, "connections cannot be accepted for a while");
             }
         };
-        let (mut ceiling, mut pause) = (first_of_reserve(RESERVE), None);
+        let (mut reserve_from, mut pause) = (first_of_reserve(RESERVE), None);
         // The group of a connection is not known before it is prepared.
         let group = self.preparing.is_none().then_some(&self.group);
         'ready: loop {
             // Wait for a client before a slot is reserved, because others may need the slot.
             let mut ready = self.listener.readable().await?;
             for _ in 0..BATCH {
-                let prepare_slot = self.prepare_slot().await;
+                let prepare_permit = self.prepare_permit().await;
                 let Some(slot) = slot_in(&self.shared, group).await else { return Ok(()) };
 
                 // If accepting fails, the reason is usually a lack of descriptors.
@@ -125,8 +125,8 @@ impl Accepting {
                     Ok((socket, peer)) => {
                         pause = None;
                         (
-                            is_of_reserve(&socket, ceiling),
-                            self.take_on(socket, peer, slot, prepare_slot),
+                            is_of_reserve(&socket, reserve_from),
+                            self.take_on(socket, peer, slot, prepare_permit),
                         )
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -136,7 +136,7 @@ impl Accepting {
                     }
                     Err(error) if is_final(&error) => return Err(error),
                     Err(error) => {
-                        drop(slot); // others may use it meanwhile
+                        drop(slot); // so that another connection can use it during the pause
                         (
                             true,
                             if error.kind() == io::ErrorKind::ConnectionAborted {
@@ -152,13 +152,14 @@ impl Accepting {
                     warn_once(error);
                     sleep(BACK_OFF).await;
                 }
-                let was_refused = pause.is_some(); // only the next accept shows whether it is over
-                while is_scarce && !self.may_accept(&mut ceiling) {
+                // After a failed accept, only a later one shows that the pause is over.
+                let accept_failed = pause.is_some();
+                while is_scarce && !self.may_accept(&mut reserve_from) {
                     pause.get_or_insert_with(|| self.shared.pauses.begin());
                     warn_once(io::Error::from_raw_os_error(libc::EMFILE));
                     sleep(BACK_OFF).await;
                 }
-                pause = pause.filter(|_| was_refused);
+                pause = pause.filter(|_| accept_failed);
             }
             yield_now().await; // workers are sent what was accepted so far
         }
@@ -167,10 +168,10 @@ impl Accepting {
     /// Accepts the connections in the kernel's backlog. Closing the listener would reset them.
     async fn accept_backlog(&self) {
         for count in 1..=MOST_AT_END {
-            let prepare_slot = self.prepare_slot().await;
+            let prepare_permit = self.prepare_permit().await;
             let Some(slot) = self.shared.late_slot() else { return };
             match self.accept_one() {
-                Ok((socket, peer)) => drop(self.take_on(socket, peer, slot, prepare_slot)),
+                Ok((socket, peer)) => drop(self.take_on(socket, peer, slot, prepare_permit)),
                 Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {}
                 Err(error) if sys::is_exhausted(&error) => {
                     drop(slot);
@@ -185,9 +186,9 @@ impl Accepting {
     }
 
     /// Waits until a connection may be prepared. `None` if connections are handed over as they are.
-    async fn prepare_slot(&self) -> Option<PrepareSlot> {
+    async fn prepare_permit(&self) -> Option<PreparePermit> {
         match &self.preparing {
-            Some(preparing) => Some(preparing.prepare_slot().await),
+            Some(preparing) => Some(preparing.prepare_permit().await),
             None => None,
         }
     }
@@ -210,11 +211,11 @@ impl Accepting {
         socket: OwnedFd,
         peer: Address,
         slot: Slot,
-        prepare_slot: Option<PrepareSlot>,
+        prepare_permit: Option<PreparePermit>,
     ) -> io::Result<()> {
-        if let Some(prepare_slot) = prepare_slot {
+        if let Some(prepare_permit) = prepare_permit {
             drop(slot); // the peer decides how long the preparation takes
-            prepare_slot.prepare(&self.shared, &self.group, socket);
+            prepare_permit.prepare(&self.shared, &self.group, socket);
             return Ok(());
         }
         match Handover::prepare(
@@ -232,12 +233,13 @@ impl Accepting {
     }
 
     /// Returns true if there is a descriptor outside the reserve, or if few connections use the
-    /// reserve. Updates the limit above which descriptors are of the reserve.
-    fn may_accept(&self, ceiling: &mut u64) -> bool {
+    /// reserve. Updates the number from which descriptors are of the reserve, because the limit of
+    /// the process may have changed.
+    fn may_accept(&self, reserve_from: &mut u64) -> bool {
         let listener: BorrowedFd<'_> = self.listener.as_fd();
-        *ceiling = first_of_reserve(RESERVE);
+        *reserve_from = first_of_reserve(RESERVE);
         let is_one_free =
-            listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *ceiling));
+            listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *reserve_from));
         let preparing = self.preparing.as_ref().map_or(0, Preparing::count);
         is_one_free || self.shared.act(|pool| pool.on_their_way()) + preparing < FEW
     }

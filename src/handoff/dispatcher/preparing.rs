@@ -33,7 +33,7 @@ pub(super) struct Preparing {
 }
 
 /// Permits one more connection to be prepared.
-pub(super) struct PrepareSlot {
+pub(super) struct PreparePermit {
     prepare: Prepare,
     _taken: OwnedSemaphorePermit,
 }
@@ -54,10 +54,10 @@ impl Preparing {
     }
 
     /// Waits until another connection can be prepared.
-    pub(super) async fn prepare_slot(&self) -> PrepareSlot {
+    pub(super) async fn prepare_permit(&self) -> PreparePermit {
         let taken =
             Arc::clone(&self.free).acquire_owned().await.expect("nobody closes the semaphore");
-        PrepareSlot { prepare: Arc::clone(&self.prepare), _taken: taken }
+        PreparePermit { prepare: Arc::clone(&self.prepare), _taken: taken }
     }
 
     /// Returns the number of connections that are being prepared, or are prepared and wait for a
@@ -67,7 +67,7 @@ impl Preparing {
     }
 }
 
-impl PrepareSlot {
+impl PreparePermit {
     /// Prepares a connection and hands it over, in a task of its own.
     pub(super) fn prepare(self, shared: &Arc<Shared>, group: &Group, connection: OwnedFd) {
         let span = ConnectionSpan::prepare(&connection).into_span();

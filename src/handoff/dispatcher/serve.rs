@@ -18,10 +18,10 @@ impl Dispatcher {
     /// until the dispatcher drains. Takes a listener of tokio or std, of TCP or Unix sockets.
     ///
     /// It accepts a connection only if a worker has room for it. The others wait in the kernel's
-    /// backlog, where they take no descriptor. When only 16 descriptors are left (an eighth of
-    /// `RLIMIT_NOFILE`, if that is less), it accepts only as long as fewer than 8 connections are
-    /// on their way, because starting a worker takes descriptors, too. At `EMFILE` it waits until
-    /// descriptors are free.
+    /// backlog, where they take no descriptor. The last 16 descriptors of the process (an eighth of
+    /// `RLIMIT_NOFILE`, if that is less) are a reserve, because starting a worker takes
+    /// descriptors, too. When only the reserve is left, it accepts as long as fewer than 8
+    /// connections are on their way. At `EMFILE` it waits until descriptors are free.
     ///
     /// A connection that finds no worker [after too many
     /// offers](super::NotDispatched::TooManyOffers), or in the time of a drain, is shut down and
@@ -67,11 +67,12 @@ impl Dispatcher {
     ///
     /// **Groups do not wait for each other.** If a group has no worker with room and another one
     /// has, prepared connections of the first one would in the end take the whole number, and
-    /// nothing more would be accepted. So if several groups have workers, each has at most half
-    /// of the number that the others leave; all groups without workers count as one. A connection
-    /// beyond that is shut down and [counted](super::Stats::lost), since its group is not known
-    /// before it is accepted. For a client that should wait in the kernel's backlog instead, give
-    /// its group [a listener of its own](Self::in_group).
+    /// nothing more would be accepted. So if several groups have workers, each has at most half of
+    /// the number that the others leave: with the default of 1,024 the first stuck group gets 512,
+    /// the next one 256, and so on. All groups without workers count as one. A connection beyond
+    /// its group's share is shut down and [counted](super::Stats::lost), since its group is not
+    /// known before it is accepted. For a client that should wait in the kernel's backlog instead,
+    /// give its group [a listener of its own](Self::in_group).
     ///
     /// ```no_run
     /// # async fn example(

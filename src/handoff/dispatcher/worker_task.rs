@@ -2,7 +2,6 @@
 //! the pool, which decides.
 
 use std::{
-    collections::VecDeque,
     future::{Future, poll_fn},
     io,
     net::Shutdown,
@@ -21,12 +20,13 @@ use tracing::{debug, info, warn};
 use super::{
     RetireCause, Shared, WorkerId, after,
     handover::Copies,
+    last_messages::{LastMessages, rest_of},
     pool::ProcessState,
     process::Process,
     protocol::{DispatcherCodec, FromWorker, NewLink, Offer, ToWorker},
+    sending::Sending,
     shared::lock,
     task_signal::TaskSignal,
-    unread::rest_of,
     watch::watch,
 };
 use crate::{
@@ -35,17 +35,6 @@ use crate::{
     handoff::{protocol::TolerantCodec, span::ConnectionId},
     sys,
 };
-
-impl From<Error> for RetireCause {
-    fn from(error: Error) -> Self {
-        match error {
-            // A worker sends no descriptors, so none are taken.
-            Error::Io(error) if error.kind() != io::ErrorKind::PermissionDenied => Self::Ended,
-            error if error.is_peer_gone() => Self::Ended,
-            error => Self::Misbehaved(error.to_string()),
-        }
-    }
-}
 
 /// The number of unsent bytes up to which messages are taken from the pool.
 const ENOUGH_UNSENT: usize = 128 << 10;
@@ -75,8 +64,8 @@ pub(super) struct WorkerTask {
     /// The kernel has too few descriptors or too little memory to send.
     is_short: bool,
     has_warned: bool,
-    /// True if the pool may have more messages for this worker.
-    more: bool,
+    /// True if the pool may have further messages for this worker.
+    pool_has_more: bool,
     timer: Pin<Box<Sleep>>,
 }
 
@@ -94,13 +83,14 @@ impl From<RetireCause> for End {
     }
 }
 
-/// The messages that are left in the socket of a link which was cut off, and how much of the
-/// dispatcher's own messages was sent.
-struct Cut {
-    last: Vec<FromWorker>,
-    /// False if there are further messages, which cannot be read.
-    is_all: bool,
-    unsent: usize,
+/// Returns the cause for which a worker is retired when its link has failed.
+fn cause_of(error: Error) -> RetireCause {
+    match error {
+        // `PermissionDenied` means that the worker's socket takes no descriptors (`SO_PASSRIGHTS`).
+        Error::Io(error) if error.kind() != io::ErrorKind::PermissionDenied => RetireCause::Ended,
+        error if error.is_peer_gone() => RetireCause::Ended,
+        error => RetireCause::Misbehaved(error.to_string()),
+    }
 }
 
 impl WorkerTask {
@@ -134,7 +124,7 @@ impl WorkerTask {
             next_link: None,
             is_short: false,
             has_warned: false,
-            more: true,
+            pool_has_more: true,
             timer: Box::pin(sleep_until((Instant::now() + LATER).into())),
             shared,
         }
@@ -161,19 +151,24 @@ impl WorkerTask {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         let mut is_due = false;
         loop {
+            // Receive the worker's messages, and notice the end of its link or its process. In that
+            // case everything that it has written is in the socket by now. `retire` reads it.
             let mut end = self.receive(cx);
-            // Everything that the worker has written is in the socket by now. `retire` reads it.
             if end.is_none() && self.process.poll_ended(cx).is_ready() {
                 end = Some(RetireCause::Ended);
             }
+
+            // Let the pool decide, if there is anything to decide.
             let is_news = self.signal.take(cx) || end.is_some() || !self.received.is_empty();
-            if (is_news || is_due || self.more)
+            if (is_news || is_due || self.pool_has_more)
                 && let Err(cause) = self.exchange(end)
             {
                 return Poll::Ready(cause.into());
             }
+
+            // Send what the pool has decided.
             match self.outbound.poll_flush(cx) {
-                Poll::Ready(Err(error)) => return Poll::Ready(RetireCause::from(error).into()),
+                Poll::Ready(Err(error)) => return Poll::Ready(cause_of(error).into()),
                 Poll::Ready(Ok(())) => {
                     if let Some(socket) = self.next_link.take() {
                         return Poll::Ready(End::Relink(socket));
@@ -185,9 +180,11 @@ impl WorkerTask {
                 self.is_short = !self.is_short;
                 self.on_shortage();
             }
+
+            // Go on if a timeout is due, or if there is more to send and room for it.
             is_due = self.timer.as_mut().poll(cx).is_ready();
             let has_room = self.outbound.unsent().bytes < ENOUGH_UNSENT;
-            if !(is_due || self.more && has_room) {
+            if !(is_due || self.pool_has_more && has_room) {
                 return Poll::Pending;
             }
         }
@@ -211,7 +208,7 @@ impl WorkerTask {
         loop {
             match self.read.poll_next_unpin(cx) {
                 Poll::Ready(Some(Ok(message))) => self.received.push(message),
-                Poll::Ready(Some(Err(error))) => return Some(error.into()),
+                Poll::Ready(Some(Err(error))) => return Some(cause_of(error)),
                 Poll::Ready(None) => return Some(RetireCause::Ended),
                 Poll::Pending => return None,
             }
@@ -224,8 +221,9 @@ impl WorkerTask {
         let Self { shared, id, outbound, received, sending, timer, .. } = self;
         let is_successor = self.is_successor;
         let (id, now) = (*id, Instant::now());
-        // If this process or its machine was stopped, or the kernel has too little memory to send,
-        // a missing answer is not the worker's fault.
+        // A missing answer is not the worker's fault if the kernel has too little memory to send,
+        // or if this process or its machine was stopped: then the timer goes off a whole ping
+        // interval too late.
         let was_stopped = now > Instant::from(timer.deadline()) + shared.config.ping_interval;
         let was_able = !was_stopped && !outbound.waits_for_the_kernel();
         let unsent = sending.unsent(outbound.unsent().fds);
@@ -237,7 +235,7 @@ impl WorkerTask {
             for message in received.drain(..) {
                 match (&outcome, message) {
                     (Ok(()), Ok(message)) => outcome = pool.on_message(id, message, unsent, now),
-                    (Ok(()), Err(error)) => outcome = Err(error.into()),
+                    (Ok(()), Err(error)) => outcome = Err(cause_of(error)),
                     (Err(_), Ok(message)) => pool.on_last_message(id, message, unsent, now),
                     (Err(_), Err(_)) => {}
                 }
@@ -255,7 +253,7 @@ impl WorkerTask {
             due = pool.next_timeout(id);
             Ok(())
         });
-        self.more = room == 0 || messages.len() == room;
+        self.pool_has_more = room == 0 || messages.len() == room;
         messages.into_iter().try_for_each(|message| self.send(message))?;
         outcome?;
         self.set_timer(due.unwrap_or(now + LATER));
@@ -297,7 +295,7 @@ impl WorkerTask {
         }
         self.outbound
             .accept(&mut DispatcherCodec::default(), message)
-            .map_err(|refused| refused.error.into())
+            .map_err(|refused| cause_of(refused.error))
     }
 
     /// Takes the new link of the worker. `None` if it was withdrawn meanwhile.
@@ -307,7 +305,7 @@ impl WorkerTask {
         self.next_link = ours;
         self.process.release();
         let cookie = getsockopt(&socket, sys::Cookie).map_err(io::Error::from);
-        let cookie = cookie.map_err(|error| RetireCause::from(Error::from(error)))?;
+        let cookie = cookie.map_err(|error| cause_of(error.into()))?;
         Ok(Some(NewLink { cookie, socket: socket.into() }))
     }
 
@@ -328,33 +326,34 @@ impl WorkerTask {
         }
     }
 
-    /// Ends the link, whatever the cause. After the cut the worker can write no answer, and the
-    /// answers that it wrote before can be read. It will never adopt offers that are unanswered
-    /// then.
+    /// Ends the link, whatever the cause. The worker will never adopt the offers that it has not
+    /// answered when it is fenced.
     async fn retire(mut self, cause: RetireCause) {
-        let Cut { last, is_all, unsent } = self.cut().await;
+        // Fence the worker, and tell it if it may be alive.
+        let last = self.fence().await;
         let has_received = self.outbound.is_all_received();
         if self.has_greeted && !matches!(cause, RetireCause::Drained | RetireCause::Ended) {
             self.report_fence().await;
         }
         let Self { shared, id, mut process, outbound, has_greeted, .. } = self;
         lock(&shared.new_links).remove(id); // dropping it shows the other dispatcher the end
+
+        // Kill the process if it is at fault, or has sent no HELLO: such a process may not even
+        // read its socket.
         let state = process.state(&cause, has_received);
-        // A process that has sent no HELLO may not even read its socket.
-        let is_fenced =
+        let is_at_fault =
             matches!(cause, RetireCause::Hung | RetireCause::Misbehaved(_) | RetireCause::Overdue);
         let lives = matches!(state, ProcessState::Lives { .. });
         let is_ours = shared.act(|pool| pool.is_ours(id));
-        if lives && is_ours && (is_fenced || !has_greeted) && shared.config.kill_hung {
+        if lives && is_ours && (is_at_fault || !has_greeted) && shared.config.kill_hung {
             process.kill();
         }
+
+        // Let the pool decide about the connections.
         drop(outbound); // from here on, only the pool has the descriptors of the offers
         let now = Instant::now();
         let matters = shared.act(|pool| {
-            last.into_iter().for_each(|message| pool.on_last_message(id, message, unsent, now));
-            if !is_all {
-                pool.on_unreadable(id, unsent, now);
-            }
+            let unsent = last.report(pool, id, now);
             pool.retire(id, &cause, unsent, state, now)
         });
         if lives {
@@ -366,56 +365,30 @@ impl WorkerTask {
     /// Ends a link whose worker goes on at another link to this dispatcher. It can adopt nothing
     /// more at this one.
     async fn relink(mut self, socket: Socket) -> Self {
-        let Cut { last, is_all, unsent } = self.cut().await;
+        let last = self.fence().await;
         let Self { shared, id, mut process, outbound, .. } = self;
         drop(outbound); // from here on, only the pool has the descriptors of the offers
         let (now, hello_by) = (Instant::now(), after(shared.config.hello_timeout));
         shared.act(|pool| {
-            last.into_iter().for_each(|message| pool.on_last_message(id, message, unsent, now));
-            if !is_all {
-                pool.on_unreadable(id, unsent, now);
-            }
+            let unsent = last.report(pool, id, now);
             pool.relink(id, unsent, hello_by, now);
         });
         process.take_back();
         Self::of_link(shared, id, socket, process)
     }
 
-    /// Cuts the worker off. After this it can write no answer, and the answers that it wrote before
-    /// are in the socket.
-    async fn cut(&mut self) -> Cut {
-        // An error means that there is nothing left to cut.
+    /// Fences the worker: from now on it can write no answer. Reads the answers that it wrote
+    /// before.
+    async fn fence(&mut self) -> LastMessages {
+        // An error means that the socket is shut down already.
         let _ = self.read.socket().shutdown(Shutdown::Read);
-        let mut last = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
+        let mut messages = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
         while let Some(Ok(message)) = self.read.next().await {
-            last.extend(message.ok());
+            messages.extend(message.ok());
         }
         let (rest, is_all) = rest_of(self.read.socket());
-        last.extend(rest);
+        messages.extend(rest);
         let unsent = self.sending.unsent(self.outbound.unsent().fds);
-        Cut { last, is_all, unsent }
-    }
-}
-
-/// The offers in the task's queue: the number of descriptors of each, the oldest first.
-#[derive(Debug, Default)]
-struct Sending {
-    offers: VecDeque<usize>,
-    fds: usize,
-}
-
-impl Sending {
-    fn add(&mut self, fds: usize) {
-        self.offers.push_back(fds);
-        self.fds += fds;
-    }
-
-    /// Returns the number of offers of which nothing was sent, if this many descriptors are in the
-    /// queue.
-    fn unsent(&mut self, unsent_fds: usize) -> usize {
-        while unsent_fds < self.fds {
-            self.fds -= self.offers.pop_front().unwrap_or(self.fds);
-        }
-        self.offers.len()
+        LastMessages { messages, is_all, unsent }
     }
 }

@@ -10,6 +10,21 @@
 //! Each connection has exactly one owner at any time. It waits in the [`Queue`] of its group, or it
 //! is in the [`Account`] of one worker, or it has left in an [`Event`], or its copy is among the
 //! [`StaleCopies`].
+//!
+//! The words of the protocol are explained [above](crate::handoff). The pool adds these:
+//!
+//! | word | meaning |
+//! |---|---|
+//! | plan | to choose a worker for a connection; until its offer is made, the worker can still be changed |
+//! | made | an offer is made when the worker's task has taken it from the pool |
+//! | unsent | the last offers that were made, and that the task has not sent to the worker yet |
+//! | pending | planned, or offered and not answered |
+//! | slot | room at a worker for one connection; a group's reserved slots are kept for callers |
+//! | ticket | the place in a queue of a caller that waits for a slot, and has no connection yet |
+//! | failure | an offer after which the worker was gone, or could not use the connection |
+//! | suspect | a connection that may crash its workers, and has one attempt left |
+//! | holder | the process of a fenced worker that may still hold a copy of a connection |
+//! | silent | late with its answer to a ping; the worker gets nothing until it answers |
 
 mod account;
 mod choice;

@@ -18,7 +18,7 @@ use super::{
     Accepted, Dispatcher, Shared, WorkerCommand, WorkerId,
     accepted::Attributes,
     envelope::Envelope,
-    handover::{Handover, shut_down},
+    handover::Handover,
     pool::ProcessId,
     shared::{Source, WorkerEntryGuard, lock},
     worker_task::WorkerTask,
@@ -311,9 +311,6 @@ fn take_connection(shared: &Arc<Shared>, connection: Connection) {
                 }
             }
         }
-        Err(unsendable) => {
-            unsendable.connection.socket.into_iter().for_each(shut_down);
-            shared.count_lost();
-        }
+        Err(unsendable) => drop(shared.refuse_unsendable(*unsendable)),
     }
 }

@@ -1,10 +1,13 @@
-//! The messages that are left in the socket of a link which has ended.
+//! The last messages of a worker that was fenced.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    time::Instant,
+};
 
 use bytes::BytesMut;
 
-use super::protocol::FromWorker;
+use super::{WorkerId, handover::Handover, pool::Pool, protocol::FromWorker};
 use crate::{
     Socket,
     codec::{Decoder, FdQueue},
@@ -14,6 +17,33 @@ use crate::{
 
 /// The number of errors of `recvmsg` in a row after which reading is given up.
 const MOST_FAILURES: usize = 100;
+
+/// The messages that a worker had sent before it was fenced, and that the pool has not got.
+pub(super) struct LastMessages {
+    pub(super) messages: Vec<FromWorker>,
+    /// False if there are further messages, which cannot be read.
+    pub(super) is_all: bool,
+    /// The number of offers that were not sent to the worker.
+    pub(super) unsent: usize,
+}
+
+impl LastMessages {
+    /// Reports the messages to the pool. Returns the number of offers that were not sent.
+    pub(super) fn report(
+        self,
+        pool: &mut Pool<Box<Handover>>,
+        id: WorkerId,
+        now: Instant,
+    ) -> usize {
+        for message in self.messages {
+            pool.on_last_message(id, message, self.unsent, now);
+        }
+        if !self.is_all {
+            pool.on_unreadable(id, self.unsent, now);
+        }
+        self.unsent
+    }
+}
 
 /// Returns the messages that are left in a socket after its stream has failed or ended. An empty
 /// packet looks like the end, and messages may follow an error of `recvmsg`. In both cases a worker
