@@ -89,8 +89,8 @@ impl Predecessor {
         self.shared.set_may_remove(true);
         self.shared.status.send_modify(|status| {
             status.has_predecessor = false;
-            if status.baton == Baton::Coming {
-                status.baton = Baton::Here(None); // it ended before it could pass one on
+            if status.baton == Baton::Awaited {
+                status.baton = Baton::Held(None); // it ended before it could pass one on
             }
         });
     }
@@ -169,7 +169,7 @@ impl Predecessor {
         self.shared.set_may_remove(false);
         self.shared.status.send_modify(|status| {
             status.has_control = has_control;
-            status.baton = Baton::Here(baton);
+            status.baton = Baton::Held(baton);
         });
     }
 

@@ -247,9 +247,9 @@ impl Server {
     /// # Cancel safety
     /// Nothing is lost when dropped.
     pub async fn confirmed(&self) -> Option<Bytes> {
-        match self.wait(|status| status.baton != Baton::Coming).await.baton {
-            Baton::Here(baton) => baton,
-            Baton::Coming => None,
+        match self.wait(|status| status.baton != Baton::Awaited).await.baton {
+            Baton::Held(baton) => baton,
+            Baton::Awaited => None,
         }
     }
 

@@ -1,10 +1,13 @@
 //! The state that is shared by the tasks and the handles of a server.
 
+mod paths;
+mod status;
+
 use std::{
     collections::BTreeSet,
     fmt, io,
     os::fd::{AsFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
@@ -13,7 +16,7 @@ use tokio::{
     sync::{mpsc::UnboundedSender, oneshot, watch},
     time::Instant,
 };
-use tracing::{info, warn};
+use tracing::info;
 
 use super::{
     Error, Options, Phase,
@@ -22,10 +25,11 @@ use super::{
     generations::Generations,
     lanes::{AllLanes, Lanes},
     listeners::Listeners,
-    protocol::{Address, Identity, Offered, Refusal, ToTaker},
+    protocol::{Identity, Offered, Refusal, ToTaker},
     workers::Workers,
 };
 use crate::{Frame, SendFd, socket::PathGuard};
+pub(super) use status::{Baton, Status};
 
 /// The state of one server.
 pub(super) struct Shared {
@@ -39,34 +43,6 @@ pub(super) struct Shared {
     /// `state` must not be locked while it is borrowed.
     pub(super) status: watch::Sender<Status>,
     pub(super) connections: Connections,
-}
-
-/// The part of the state that handles and tasks wait for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Status {
-    pub(super) phase: Phase,
-    /// True if this process has the control socket, so that another one can take over.
-    pub(super) has_control: bool,
-    /// True as long as the predecessor may still have to serve again.
-    pub(super) has_predecessor: bool,
-    pub(super) baton: Baton,
-    /// True while another process is taking over from this one.
-    pub(super) is_claimed: bool,
-    /// The id of the process that has replaced this one, if it is in this PID namespace.
-    pub(super) successor: Option<u32>,
-    /// The moment at which this process was replaced. `None` in [`Phase::Serving`].
-    pub(super) replaced_at: Option<Instant>,
-    /// True once a successor has asked this process to leave before its connections have ended.
-    pub(super) must_leave: bool,
-}
-
-/// The baton that comes with a takeover.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Baton {
-    /// The predecessor has not put it down yet.
-    Coming,
-    /// This process has it. `None` if there is no baton: then no other process has one either.
-    Here(Option<Bytes>),
 }
 
 /// The part of the state that is under the lock.
@@ -145,7 +121,7 @@ impl Shared {
             phase: Phase::Serving,
             has_control: control.is_some(),
             has_predecessor,
-            baton: if has_predecessor { Baton::Coming } else { Baton::Here(None) },
+            baton: if has_predecessor { Baton::Awaited } else { Baton::Held(None) },
             is_claimed: false,
             successor: None,
             replaced_at: None,
@@ -324,54 +300,6 @@ impl Shared {
 
     pub(super) fn set_control(&self, control: Control) {
         self.lock().control = Some(control);
-    }
-
-    /// Gives up the right to remove paths, or takes it back. The paths of declined listeners are
-    /// left out, because this process remains their owner.
-    pub(super) fn set_may_remove(&self, may_remove: bool) {
-        let mut state = self.lock();
-        let State { listeners, control, declined, .. } = &mut *state;
-        let entries =
-            (0..).zip(&mut listeners.entries).filter(|(number, _)| !declined.contains(number));
-        let guards = entries.filter_map(|(_, entry)| entry.guard.as_mut());
-        let control = control.iter_mut().map(|control| &mut control.guard);
-        guards.chain(control).for_each(|guard| guard.set_may_remove(may_remove));
-    }
-
-    /// Takes the paths of listeners, with the locks that the predecessor has sent: one for each
-    /// listener with a path id, in their order.
-    pub(super) fn receive_locks(&self, locks: Vec<OwnedFd>, path_ids: &[Option<(u64, u64)>]) {
-        let mut locks = locks.into_iter();
-        self.guard_paths(path_ids, |path, path_id| match locks.next() {
-            Some(lock) => PathGuard::received(path.to_owned(), lock, path_id),
-            None => Err(io::ErrorKind::NotFound.into()),
-        });
-    }
-
-    /// Takes the paths of listeners from a predecessor that has died.
-    pub(super) fn inherit_paths(&self, path_ids: &[Option<(u64, u64)>]) {
-        self.guard_paths(path_ids, PathGuard::inherited);
-    }
-
-    /// Takes the path of each listener with a path id, by a call of `guard`.
-    fn guard_paths(
-        &self,
-        path_ids: &[Option<(u64, u64)>],
-        mut guard: impl FnMut(&Path, (u64, u64)) -> io::Result<PathGuard>,
-    ) {
-        let mut state = self.lock();
-        for (entry, path_id) in state.listeners.entries.iter_mut().zip(path_ids) {
-            let (Address::Path(path), Some(path_id)) = (&entry.identity.address, *path_id) else {
-                continue;
-            };
-            match guard(path, path_id) {
-                Ok(guard) => entry.guard = Some(guard),
-                Err(error) => {
-                    let path = path.display();
-                    warn!(%path, %error, "takeover: the path will not be removed at the end");
-                }
-            }
-        }
     }
 
     /// Sets the listeners that the new process does not use.
