@@ -106,7 +106,7 @@ async fn serve(path: &Path, rules: Vec<Rule>) -> Result<(), Box<dyn StdError>> {
     let listener = Listener::bind_with_mode(path, SocketKind::SeqPacket, 0o666)
         .map_err(|error| format!("cannot listen on {}: {error}", path.display()))?
         .allow_uids(rules.iter().map(|rule| rule.uid));
-    say(format_args!("helper: listening on {}", path.display()))?;
+    print_line(format_args!("helper: listening on {}", path.display()))?;
     let rules: Arc<[Rule]> = rules.into();
     loop {
         let (socket, rules) = (listener.accept().await?, Arc::clone(&rules));
@@ -126,7 +126,7 @@ async fn answer(socket: Socket, rules: &[Rule]) -> Result<(), TypedError> {
     while let Some(Listen(address)) = client.try_next().await? {
         let listener = listen(address, uid, rules);
         let outcome = listener.as_ref().err().map_or("granted".to_owned(), ToString::to_string);
-        say(format_args!("helper: uid {uid} asks for {address}: {outcome}"))
+        print_line(format_args!("helper: uid {uid} asks for {address}: {outcome}"))
             .map_err(fdwire::Error::from)?;
         let errno = |error: io::Error| error.raw_os_error().unwrap_or(libc::EIO);
         client.send(listener.map(Passed::from).map_err(errno)).await?;
@@ -145,7 +145,7 @@ fn listen(address: SocketAddr, uid: u32, rules: &[Rule]) -> io::Result<TcpListen
 fn run(path: &Path, address: SocketAddr, clients: usize) -> Result<(), Box<dyn StdError>> {
     let listener = request(path, address)?;
     let uid = nix::unistd::geteuid();
-    say(format_args!("service: uid {uid} listens on {}", listener.local_addr()?))?;
+    print_line(format_args!("service: uid {uid} listens on {}", listener.local_addr()?))?;
     for client in listener.incoming().take(clients) {
         let hello = client.and_then(|mut client| writeln!(client, "hello from uid {uid}"));
         if let Err(error) = hello {
@@ -182,7 +182,7 @@ fn request(path: &Path, address: SocketAddr) -> Result<TcpListener, Box<dyn StdE
 }
 
 /// Prints a line at once, because another process may wait for it.
-fn say(line: fmt::Arguments<'_>) -> io::Result<()> {
+fn print_line(line: fmt::Arguments<'_>) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}")?;
     out.flush()

@@ -66,6 +66,7 @@ impl Report {
             requests: demo.clients.len(),
             elapsed: demo.elapsed,
         };
+        // Compare each client's outcome with the entries of its connection in the journal.
         let (mut connected, mut unseen) = (0, 0);
         for Client { address, outcome } in &demo.clients {
             let given = journal.get(address).map_or(&[][..], Vec::as_slice);
@@ -97,6 +98,8 @@ impl Report {
                 }
             }
         }
+
+        // Account for connected clients that are missing in the journal.
         report.lost = connected.saturating_sub(stats.adopted).max(stats.lost);
         report.cut_unseen = u64::saturating_sub(unseen, report.lost);
         if report.cut_unseen > report.kills as u64 {
@@ -120,6 +123,7 @@ impl Report {
     /// # Errors
     /// If any client was neither answered nor cut while it was being served.
     pub(crate) fn print(&self) -> Result<()> {
+        // A row for each worker, and one for all of them.
         let mut all = Worker {
             processes: HashSet::new(),
             given: 0,
@@ -139,6 +143,7 @@ impl Report {
         align(&mut table, 0);
         println!("{table}");
 
+        // The counts of the whole demo.
         let mut summary = new_table();
         for (what, count) in [
             ("answered", all.answered.len()),
@@ -161,6 +166,8 @@ impl Report {
             "{requests} requests in {seconds:.2} s, {:.0} requests/s",
             requests as f64 / seconds
         );
+
+        // The result.
         match (&self.failures[..], self.lost, self.given_twice) {
             ([], 0, 0) => Ok(()),
             ([first, ..], ..) => Err(Error::other(format!(

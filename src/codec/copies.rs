@@ -35,6 +35,7 @@ impl Copies {
 
     /// Delivers everything that is sent, and keeps no frame.
     fn batch(&mut self, payload: &Bytes, frames: usize) {
+        // Queue the frames.
         let mut codec = FrameCodec::default();
         for _ in 0..frames {
             codec
@@ -42,6 +43,8 @@ impl Copies {
                 .unwrap();
             self.outbound.commit(Grouping::Free).unwrap();
         }
+
+        // Send them, call by call. A slice outside of the payload is a copy.
         let mut received = 0;
         while !self.outbound.is_empty() {
             let plan = self.outbound.plan(self.carrier);
@@ -57,6 +60,8 @@ impl Copies {
                 call.extend_from_slice(&slice);
             }
             drop(self.outbound.sent(plan, taken));
+
+            // Receive the bytes of the call.
             let mut call = &call[..];
             while !call.is_empty() {
                 received += self.decode(&mut codec);

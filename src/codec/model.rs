@@ -325,11 +325,13 @@ proptest! {
         let limits = Limits::default().max_payload_bytes(64).max_fds_per_frame(3).max_queued_fds(6);
         let mut codec = FrameCodec::new(limits);
         let mut inbound = Inbound::new(false, BytesMut::new(), FdQueue::new());
+        // Random bytes are rarely a header, so some streams begin with one.
         if let Some((fds, bytes)) = header {
             inbound.bytes.extend_from_slice(&[0xFD, 0x10]);
             inbound.bytes.extend_from_slice(&fds.to_be_bytes());
             inbound.bytes.extend_from_slice(&bytes.to_be_bytes());
         }
+        // Receive each part, and decode all frames that are complete.
         for (bytes, fds) in chunks {
             inbound.bytes.extend_from_slice(&bytes);
             inbound.fds.extend(0..fds);

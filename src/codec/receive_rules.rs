@@ -111,6 +111,7 @@ fn a_decoder_that_takes_the_whole_queue_does_not_hide_a_loss() {
 
 #[test]
 fn a_result_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
+    // Returns whether a call of this function on two descriptors spoils the message.
     type Question = fn(&mut FdQueue<i32>);
     let spoils = |question: Question, lost: bool| {
         let mut fds = FdQueue::from_iter([1, 2]);
@@ -120,6 +121,8 @@ fn a_result_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
         question(&mut fds);
         fds.is_spoiled()
     };
+
+    // Results that are the same without the loss.
     let harmless: [Question; 5] = [
         |fds| assert_eq!(fds.claim(2).unwrap().len(), 2),
         |fds| assert_eq!(fds.claim(0).unwrap().len(), 0),
@@ -130,6 +133,8 @@ fn a_result_that_a_loss_may_have_changed_spoils_a_message_and_no_other_does() {
     for question in harmless {
         assert!(!spoils(question, true));
     }
+
+    // Results that would be different if more descriptors had come.
     let doubtful: [Question; 6] = [
         |fds| drop(fds.claim(3).unwrap_err()),
         |fds| {

@@ -207,6 +207,7 @@ mod tests {
     /// Checks each kind of descriptor that a peer may send against each policy.
     #[test]
     fn a_policy_takes_what_it_names_and_nothing_else() {
+        // Descriptors of each kind.
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         let writable = File::create(&path).unwrap();
@@ -238,6 +239,8 @@ mod tests {
             ("udp", UdpSocket::bind("127.0.0.1:0").unwrap().into()),
             ("unix listener", UnixListener::bind(directory.path().join("socket")).unwrap().into()),
         ];
+
+        // Each policy, with the descriptors that it takes.
         use SocketDomain::{Ip, Unix};
         use SocketType::{Datagram, Stream};
         let policies: [(FdPolicy, &[&str]); 12] = [
@@ -263,6 +266,8 @@ mod tests {
                 assert_eq!(outcome.is_ok(), takes.contains(name), "{name}: {outcome:?}");
             }
         }
+
+        // Policies that take nearly everything.
         for (name, fd) in &offers {
             assert!(FdPolicy::any().check(fd).is_ok());
             let is_file =

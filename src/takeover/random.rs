@@ -203,6 +203,7 @@ impl Processes {
     /// Lets the giver read everything, apply its timeout, and take its steps.
     fn giver_runs(&mut self, listeners: u32) {
         let Some(giver) = &mut self.giver else { return };
+        // Read.
         loop {
             match GiverCodec::default()
                 .decode(&mut self.to_giver.bytes, &mut FdQueue::<u32>::new())
@@ -214,6 +215,8 @@ impl Processes {
                 None => break giver.on_timeout(self.now),
             }
         }
+
+        // Take the steps.
         while let Some(step) = giver.next_step() {
             let out = &mut self.to_taker;
             let codec = GiverCodec::default();
@@ -247,6 +250,8 @@ impl Processes {
                 GiverStep::SendDrained => out.send(codec, ToTaker::Drained),
             }
         }
+
+        // Close the socket at the end.
         if giver.is_over() && self.to_taker.unsent.is_empty() {
             self.to_taker.ended = true;
             self.to_giver.refused = true;
@@ -256,6 +261,7 @@ impl Processes {
     /// Lets the taker do the same.
     fn taker_runs(&mut self) {
         let Some(taker) = &mut self.taker else { return };
+        // Read.
         loop {
             match TakerCodec::default()
                 .decode(&mut self.to_taker.bytes, &mut self.to_taker.fds)
@@ -271,6 +277,8 @@ impl Processes {
                 None => break,
             }
         }
+
+        // Take the steps.
         taker.on_timeout(self.now);
         while let Some(step) = taker.next_step() {
             match step {

@@ -87,7 +87,7 @@ fn main() -> ExitCode {
             serve(&path, rpc, Duration::from_millis(lifetime))
         }
         Arguments::Deposit { path, file } => {
-            deposit(&path, &file).and_then(|ticket| Ok(say(ticket)?))
+            deposit(&path, &file).and_then(|ticket| Ok(print_line(ticket)?))
         }
         Arguments::Count { path, rpc, file } => {
             deposit(&path, &file).and_then(|ticket| count(ticket, rpc, &file))
@@ -108,7 +108,7 @@ async fn serve(path: &Path, rpc: SocketAddr, lifetime: Duration) -> Result<(), B
         .map_err(|error| format!("cannot listen on {}: {error}", path.display()))?;
     let rpc =
         TcpListener::bind(rpc).await.map_err(|error| format!("cannot listen on {rpc}: {error}"))?;
-    say(format_args!("serving at http://{}", rpc.local_addr()?))?;
+    print_line(format_args!("serving at http://{}", rpc.local_addr()?))?;
     let tickets = Arc::new(Tickets::new(lifetime));
 
     let counter = counter_server::CounterServer::new(Counter(Arc::clone(&tickets)));
@@ -166,11 +166,11 @@ async fn count(ticket: String, rpc: SocketAddr, file: &Path) -> Result<(), Box<d
     let counted = CounterClient::new(service).count(ticket).await;
     let counted =
         counted.map_err(|status| format!("the service at {rpc}: {}", status.message()))?;
-    Ok(say(format_args!("{}: {} lines", file.display(), counted.into_inner()))?)
+    Ok(print_line(format_args!("{}: {} lines", file.display(), counted.into_inner()))?)
 }
 
 /// Prints a line at once, because another process may wait for it.
-fn say(line: impl fmt::Display) -> io::Result<()> {
+fn print_line(line: impl fmt::Display) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}")?;
     out.flush()

@@ -102,6 +102,7 @@ impl Handover {
         peer: Option<Address>,
         local: Option<Address>,
     ) -> Result<Box<Self>, Box<DispatchError>> {
+        // Check that the offer fits one message.
         let refuse = |socket, attributes, reason| {
             let connection = Accepted { socket: Ok(socket), attributes };
             Err(Box::new(DispatchError { reason, connection }))
@@ -123,6 +124,8 @@ impl Handover {
                 Error::TooManyFds { fds, limit: MAX_OFFER_FDS }.into(),
             );
         }
+
+        // Look the socket up: its cookie, and the addresses that are not known yet.
         let cookie = match getsockopt(&socket, sys::Cookie) {
             Ok(cookie) => cookie,
             Err(error) => {
@@ -133,6 +136,8 @@ impl Handover {
         let Some(peer) = peer.or_else(|| had_client(&socket, &local).then(Address::default)) else {
             return refuse(socket, attributes, NotDispatched::NotConnected);
         };
+
+        // From here on nothing fails.
         let mut attributes = attributes;
         let bundle = attributes.bundle.drain(..).map(SharedFd::new).collect();
         Ok(Box::new(Self {

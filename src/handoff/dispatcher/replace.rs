@@ -143,7 +143,7 @@ impl Dispatcher {
         let id = shared.act(|pool| pool.begin_replacement(&self.group, within))?;
         let guard = ReplacementGuard { shared, id };
 
-        // Each start takes a while, so other tasks get their turn.
+        // Start the new workers. Each start takes a while, so other tasks get their turn.
         let mut not_started = None;
         for command in commands {
             if !shared.act(|pool| pool.is_starting(id)) {
@@ -161,6 +161,7 @@ impl Dispatcher {
         }
         shared.act(|pool| pool.complete_replacement(id, Instant::now()));
 
+        // The pool decides when all new workers are ready, or when one of them is gone.
         shared.until(|pool| pool.is_replacement_over(id)).await;
         let failed = match guard.end() {
             Some(Outcome::Switched { new, old }) => {
@@ -172,6 +173,8 @@ impl Dispatcher {
             Some(Outcome::RolledBack { failed }) => failed,
             None => None,
         };
+
+        // Report why the old workers go on.
         let error = match (not_started, failed) {
             (Some(error), _) => NotReplaced::NotStarted(error),
             (None, Some(failed)) => NotReplaced::Failed(Box::new(failed)),

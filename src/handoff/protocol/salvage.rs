@@ -193,6 +193,8 @@ mod tests {
             let mut inbound = Inbound::new(false, BytesMut::new(), FdQueue::new());
             let (mut position, mut sent, mut offers) = (0, 0, Vec::new());
             let mut safe_from = 0; // descriptors from here on were sent after the last loss
+
+            // One `recvmsg` after the other. The last one returns everything that is left.
             let last = Receive { bytes: 1.0, ahead: 0, lost: 0 };
             for Receive { bytes: share, ahead, lost } in receives.into_iter().chain([last]) {
                 let end = position + ((bytes.len() - position) as f64 * share).ceil() as usize;
@@ -210,6 +212,8 @@ mod tests {
                 } else {
                     inbound.received();
                 }
+
+                // Decode all messages that are complete.
                 loop {
                     match inbound.next(&mut codec) {
                         Ok(Step::Item(ToWorker::Offer { number, offer })) => {
@@ -220,6 +224,8 @@ mod tests {
                     }
                 }
             }
+
+            // Each offer has its own descriptors, or a loss was before its last one.
             prop_assert_eq!(offers.len(), counts.len());
             for (at, (number, offer)) in offers.into_iter().enumerate() {
                 let (first, next) = (ends[at].1 - counts[at], ends[at].1);

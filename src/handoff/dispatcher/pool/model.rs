@@ -104,6 +104,8 @@ impl Dispatching {
         if state.world.fates.iter().all(is_adopted) {
             return true;
         }
+
+        // A step that means no trouble may follow.
         let goes_on = |step: Step| {
             let is_trouble = matches!(
                 step,
@@ -121,6 +123,8 @@ impl Dispatching {
         if self.steps(state).into_iter().any(goes_on) {
             return true;
         }
+
+        // Only timers are left.
         let mut world = state.world.clone();
         for _ in 0..12 {
             for peer in 0..world.peers.len() {

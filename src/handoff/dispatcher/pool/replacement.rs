@@ -75,6 +75,7 @@ impl<C> Pool<C> {
         group: &Group,
         within: Option<Duration>,
     ) -> Result<ReplacementId, Refusal> {
+        // Refuse it if new workers could not take over.
         if !self.is_open() || self.is_succeeded() {
             return Err(Refusal::Draining);
         }
@@ -83,6 +84,7 @@ impl<C> Pool<C> {
         if self.replacements.values().any(is_starting) {
             return Err(Refusal::InProgress);
         }
+
         // Workers that have to leave already are not part of it.
         let old = self
             .workers

@@ -107,6 +107,8 @@ proptest! {
             window,
             Instant::now(),
         );
+
+        // Any steps, with the check after each.
         for (step, millis) in steps {
             if world.fates.len() == 60 && matches!(step, Step::Dispatch | Step::DispatchReserved) {
                 continue;
@@ -123,6 +125,8 @@ proptest! {
                 }
             }
         }
+
+        // At the end each connection is decided, and its adopter has got it.
         world.settle();
         prop_assert_eq!(world.check(), Ok(()));
         for (serial, fate) in world.fates.iter().enumerate() {
@@ -177,6 +181,8 @@ fn workers_that_do_not_receive_leave_places_to_the_others() {
     let mut pool = Pool::new(config());
     (0..CONNECTIONS)
         .for_each(|connection| dispatch(&mut pool, connection, 1, Admission::None, now));
+
+    // Workers that do not receive, of which every other one is retired.
     let (mut stuck, mut in_flight) = (0, 0);
     for _ in 0..8 {
         let id = add_worker(&mut pool, now);
@@ -195,6 +201,8 @@ fn workers_that_do_not_receive_leave_places_to_the_others() {
         }
     }
     assert!(in_flight <= 16 + stuck, "{in_flight}");
+
+    // A healthy worker gets all that is left.
     let healthy = add_worker(&mut pool, now);
     let mut first = 0;
     while pool.waiting() > 0 {

@@ -188,7 +188,9 @@ proptest! {
 /// A dispatcher that keeps to the protocol, connected by queues on which messages take their time.
 #[derive(Debug, Default)]
 struct Distant {
-    said: VecDeque<FromWorker>,
+    /// Messages that the worker has sent and that have not arrived yet.
+    in_transit: VecDeque<FromWorker>,
+    /// Messages that the dispatcher has sent and that have not arrived yet.
     sent: VecDeque<ToWorker<(), Infallible>>,
     demand: u64,
     offered: u64,
@@ -197,7 +199,7 @@ struct Distant {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Distantly {
+enum DistantStep {
     /// The dispatcher reads a message.
     Read,
     Offer,
@@ -212,15 +214,15 @@ enum Distantly {
     Finish,
 }
 
-fn distantly() -> impl Strategy<Value = Distantly> {
+fn distant_step() -> impl Strategy<Value = DistantStep> {
     prop_oneof![
-        6 => Just(Distantly::Read),
-        5 => Just(Distantly::Offer),
-        2 => Just(Distantly::Ping),
-        6 => proptest::bool::weighted(0.3).prop_map(|full| Distantly::Get { full }),
-        3 => Just(Distantly::Ask),
-        1 => Just(Distantly::Recall),
-        2 => Just(Distantly::Finish),
+        6 => Just(DistantStep::Read),
+        5 => Just(DistantStep::Offer),
+        2 => Just(DistantStep::Ping),
+        6 => proptest::bool::weighted(0.3).prop_map(|full| DistantStep::Get { full }),
+        3 => Just(DistantStep::Ask),
+        1 => Just(DistantStep::Recall),
+        2 => Just(DistantStep::Finish),
     ]
 }
 
@@ -232,7 +234,7 @@ proptest! {
     /// Rules: W-DEMAND.
     #[test]
     fn an_honest_peer_is_never_taken_for_a_liar(
-        steps in proptest::collection::vec(distantly(), 0..400),
+        steps in proptest::collection::vec(distant_step(), 0..400),
         window in 1u64..6,
     ) {
         let mut book = Book::new(window, u64::MAX, 1);
@@ -242,7 +244,7 @@ proptest! {
         let now = Instant::now();
         for step in steps {
             match step {
-                Distantly::Read => match dispatcher.said.pop_front() {
+                DistantStep::Read => match dispatcher.in_transit.pop_front() {
                     Some(FromWorker::Demand { total }) => {
                         prop_assert!(total >= dispatcher.demand);
                         dispatcher.demand = total;
@@ -259,46 +261,46 @@ proptest! {
                     Some(FromWorker::Pong { .. }) => dispatcher.pinged = false,
                     _ => {}
                 },
-                Distantly::Offer if dispatcher.offered < dispatcher.demand => {
+                DistantStep::Offer if dispatcher.offered < dispatcher.demand => {
                     let number = dispatcher.offered;
                     dispatcher.sent.push_back(ToWorker::Offer { number, offer: () });
                     dispatcher.offered += 1;
                 }
-                Distantly::Ping if !dispatcher.pinged => {
+                DistantStep::Ping if !dispatcher.pinged => {
                     dispatcher.pinged = true;
                     dispatcher.sent.push_back(ToWorker::Ping { nonce: 0 });
                 }
-                Distantly::Offer | Distantly::Ping => {}
-                Distantly::Get { full } => {
+                DistantStep::Offer | DistantStep::Ping => {}
+                DistantStep::Get { full } => {
                     let offer = if full { Err(RejectReason::Full) } else { Ok(()) };
                     if let Some(message) = dispatcher.sent.pop_front() {
                         book.on_message(message.map(|()| offer)).unwrap();
                     }
                 }
-                Distantly::Ask => {
+                DistantStep::Ask => {
                     recalled = false;
                     book.adopt(1);
                     while let Some(message) = book.next_message() {
                         book.on_sent(1);
-                        dispatcher.said.push_back(message);
+                        dispatcher.in_transit.push_back(message);
                     }
                     adopted += book.take_adopted::<Vec<_>>(1).len();
                 }
-                Distantly::Recall => {
+                DistantStep::Recall => {
                     let recall = ToWorker::Recall { before: u64::MAX };
                     recalled |= !book.on_message(recall).unwrap().is_empty();
                 }
-                Distantly::Finish if finished < adopted => {
+                DistantStep::Finish if finished < adopted => {
                     finished += 1;
                     book.finish(now);
                 }
-                Distantly::Finish => {}
+                DistantStep::Finish => {}
             }
             prop_assert!(!recalled || book.room() == 0);
             book.ask(now, || u64::MAX);
             while let Some(message) = book.next_message() {
                 book.on_sent(1);
-                dispatcher.said.push_back(message);
+                dispatcher.in_transit.push_back(message);
             }
             prop_assert!(dispatcher.answered <= dispatcher.offered);
         }

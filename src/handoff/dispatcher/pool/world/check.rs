@@ -45,6 +45,8 @@ impl World {
         {
             return Err(format!("the dispatcher breaks the protocol: {:?}", peer.complaint));
         }
+
+        // Each connection has one owner, and is given to one process at most.
         for (serial, fate) in (0u8..).zip(&self.fates) {
             let honest = self.peers.iter().filter(|peer| !peer.lies);
             let given = Vec::from_iter(
@@ -66,6 +68,8 @@ impl World {
                 return Err(format!("connection {serial} has {owners} owners, and is {fate:?}"));
             }
         }
+
+        // Nothing waits that a worker has room for.
         let max_offers = self.pool.config.max_offers;
         let could_go = |waiter: &&Waiter<u8>| match waiter {
             // At its last attempt a connection waits for a worker that has not failed with it.
