@@ -198,6 +198,7 @@
 //!   a service. Workers that should finish their work ignore the signal and wait to be drained.
 
 mod dispatcher;
+mod ending;
 mod incoming;
 pub mod protocol;
 mod reserve;

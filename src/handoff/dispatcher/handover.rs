@@ -4,7 +4,7 @@ use std::{
     io,
     net::TcpStream,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     sync::Arc,
@@ -12,7 +12,7 @@ use std::{
 
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout},
-    sys::socket::{self, getsockopt, sockopt},
+    sys::socket::{getsockopt, sockopt},
 };
 use smallvec::SmallVec;
 use tokio::sync::oneshot;
@@ -29,7 +29,7 @@ use crate::{
     Error, SendFd, close_in_background,
     closer::close_sockets,
     error::copy_of,
-    handoff::{ServingGuard, span::ConnectionSpan},
+    handoff::{ServingGuard, ending::end_connection, span::ConnectionSpan},
     sys,
 };
 
@@ -323,10 +323,9 @@ impl Drop for SharedFd {
     }
 }
 
-/// Ends a connection for its client and for every process that has a copy.
+/// Ends a connection and closes this copy of its socket.
 pub(super) fn shut_down(socket: OwnedFd) {
-    // An error means that it has ended.
-    let _ = socket::shutdown(socket.as_raw_fd(), socket::Shutdown::Both);
+    end_connection(&socket);
     close_sockets([socket]);
 }
 

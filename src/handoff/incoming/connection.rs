@@ -16,7 +16,7 @@ use tracing::Span;
 use super::{channel::Channel, prepared::Prepared, stream::ConnectionStream};
 use crate::{
     close_in_background,
-    handoff::{Address, span::ConnectionSpan},
+    handoff::{Address, ending::end_connection, span::ConnectionSpan},
 };
 
 /// A client's connection that this process has adopted, from
@@ -172,7 +172,7 @@ struct EndOnDrop(Option<ConnectionStream>);
 impl Drop for EndOnDrop {
     fn drop(&mut self) {
         if let Some(stream) = self.0.take() {
-            stream.end();
+            end_connection(&stream);
         }
     }
 }

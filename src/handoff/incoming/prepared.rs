@@ -15,6 +15,7 @@ use crate::{
     close_in_background,
     handoff::{
         Address, Transport,
+        ending::end_connection,
         protocol::{Offer, RejectReason},
         span::{ConnectionId, ConnectionSpan},
     },
@@ -67,7 +68,7 @@ impl Prepared {
     /// receive, because it has dropped its `Incoming`.
     pub(super) fn end(self) {
         let _span = ConnectionSpan::serve(self.cookie, &self.peer, &self.local);
-        self.stream.end();
+        end_connection(&self.stream);
         close_in_background(self.bundle);
     }
 }

@@ -2,13 +2,9 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use nix::{
-    libc,
-    sys::socket::{self, Shutdown, getsockopt, setsockopt, sockopt},
-};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpStream, UnixStream},
@@ -41,21 +37,6 @@ impl ConnectionStream {
         match self {
             Self::Tcp(stream) => stream.into_std().map(OwnedFd::from),
             Self::Unix(stream) => stream.into_std().map(OwnedFd::from),
-        }
-    }
-
-    /// Ends the connection for every process that has a copy, so that the client sees it at once.
-    /// The close that follows does not block.
-    pub(super) fn end(&self) {
-        if socket::shutdown(self.as_fd().as_raw_fd(), Shutdown::Both).is_err() {
-            return; // it has ended already, in both directions
-        }
-        // With a time to linger, the last `close` would block for it, even if the socket is
-        // non-blocking.
-        if getsockopt(self, sockopt::Linger)
-            .is_ok_and(|linger| linger.l_onoff != 0 && linger.l_linger > 0)
-        {
-            let _ = setsockopt(self, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
         }
     }
 
