@@ -9,13 +9,14 @@ use std::{
 };
 
 use fdwire::{
-    Framed, Socket,
+    Frame, FrameCodec, Framed, Socket, SocketKind,
     handoff::{
-        Dispatcher,
+        Dispatcher, Incoming,
         protocol::{FromWorker, ToWorker, WorkerCodec},
     },
 };
 use futures::{SinkExt, StreamExt, future::join_all};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
     common::{KINDS, PASSED, installed, role_socket, run, run_and_pass, spawn_role},
@@ -24,11 +25,11 @@ use crate::{
 
 const ROLE: &str = "injected::an_adoption_that_was_sent_counts_though_receiving_fails";
 
-/// Attaches strace to a process, which injects an error into its calls of recvmsg.
-fn inject(strace: &Path, pid: u32, error: &str, when: &str) -> Child {
+/// Attaches strace to a process, which injects an error into its calls of one system call.
+fn inject(strace: &Path, pid: u32, call: &str, error: &str, when: &str) -> Child {
     let mut tracer = Command::new(strace)
         .args(["-f", "-p", &pid.to_string(), "-o", "/dev/null"])
-        .arg(format!("--inject=recvmsg:error={error}:when={when}"))
+        .arg(format!("--inject={call}:error={error}:when={when}"))
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
@@ -61,7 +62,7 @@ fn an_adoption_that_was_sent_counts_though_receiving_fails() {
                         offers.push(offer);
                     }
                 }
-                let mut tracer = inject(&strace, child.id(), error, when);
+                let mut tracer = inject(&strace, child.id(), "recvmsg", error, when);
                 for first in 0..2 {
                     framed.feed(FromWorker::Adopted { first, count: 1 }).await.unwrap();
                 }
@@ -86,4 +87,67 @@ async fn dispatch_two(socket: OwnedFd) {
     }
     until("it is gone", || dispatcher.stats().workers.is_empty()).await;
     assert_eq!((dispatcher.stats().adopted, dispatcher.stats().offered_again), (2, 0));
+}
+
+const DRAIN_ROLE: &str = "injected::a_drain_accepts_the_backlog_though_one_connection_fails";
+
+/// The error is one of those that accept(2) returns for a single connection.
+#[test]
+fn a_drain_accepts_the_backlog_though_one_connection_fails() {
+    if let Some(socket) = role_socket(DRAIN_ROLE) {
+        return run_and_pass(drain_a_backlog(socket));
+    }
+    let Some(strace) = installed("strace") else { return };
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("skipped: needs root to attach strace to a process");
+    }
+    run(async {
+        let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        let mut child = spawn_role(DRAIN_ROLE, None, theirs.into());
+        let mut ours = Framed::new(ours, FrameCodec::default());
+        ours.next().await.unwrap().unwrap(); // the backlog is full
+        let mut tracer = inject(&strace, child.id(), "accept4", "EPROTO", "1");
+        drop(ours); // it drains
+        let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+        assert_eq!(status.code(), Some(PASSED));
+        tracer.wait().unwrap();
+    });
+}
+
+/// The dispatcher, with a worker that has room for one connection at a time. Three more wait in the
+/// backlog when it drains.
+async fn drain_a_backlog(socket: OwnedFd) {
+    let mut test = Framed::new(Socket::try_from(socket).unwrap(), FrameCodec::default());
+    let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
+    let dispatcher = Dispatcher::new();
+    dispatcher.add_worker(ours);
+    let mut incoming = Incoming::builder().max_connections(1).window(1).build(theirs);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let accepting = tokio::spawn({
+        let dispatcher = dispatcher.clone();
+        async move { dispatcher.serve(listener).await }
+    });
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        clients.push(TcpStream::connect(address).await.unwrap());
+    }
+    let first = incoming.next().await.unwrap();
+
+    // The drain begins when the test closes its end, and accepts the three others.
+    test.send(Frame::new("the backlog is full")).await.unwrap();
+    assert!(test.next().await.is_none());
+    let draining = tokio::spawn({
+        let dispatcher = dispatcher.clone();
+        async move { dispatcher.drain(None).await }
+    });
+    accepting.await.unwrap().unwrap();
+    assert_eq!(dispatcher.stats().waiting, 3);
+
+    drop(first);
+    for _ in 1..4 {
+        incoming.next().await.expect("it was accepted");
+    }
+    drop(incoming);
+    draining.await.unwrap();
 }

@@ -22,6 +22,7 @@ use super::{
     accepted::Attributes,
     dispatching::slot_in,
     handover::Handover,
+    pauses::{Pause, Pauses},
     preparing::{PreparePermit, Preparing},
     shared::{Shared, Slot, Source},
 };
@@ -52,6 +53,32 @@ pub(super) const BACK_OFF: Duration = Duration::from_millis(20);
 /// connection, or go away by themselves.
 pub(super) fn is_final(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EBADF))
+}
+
+/// A shortage of descriptors or memory, as one accept loop sees it.
+struct Shortage<'a> {
+    pauses: &'a Pauses,
+    /// `Some` as long as the shortage lasts.
+    pause: Option<Pause>,
+    has_warned: bool,
+}
+
+impl<'a> Shortage<'a> {
+    fn new(pauses: &'a Pauses) -> Self {
+        Self { pauses, pause: None, has_warned: false }
+    }
+
+    /// Notes that nothing could be accepted. Logs the first error of the accept loop.
+    fn report(&mut self, error: io::Error) {
+        self.pause.get_or_insert_with(|| self.pauses.begin());
+        if !std::mem::replace(&mut self.has_warned, true) {
+            warn!(%error, "connections cannot be accepted for a while");
+        }
+    }
+
+    fn end(&mut self) {
+        self.pause = None;
+    }
 }
 
 /// Accepts connections, and hands them over or has them prepared.
@@ -104,13 +131,8 @@ impl Accepting {
     /// Accepts until the dispatcher drains. It holds no connection at any await, so dropping it
     /// loses none.
     async fn accept(&self) -> io::Result<()> {
-        let mut warned = false;
-        let mut warn_once = |error: io::Error| {
-            if !std::mem::replace(&mut warned, true) {
-                warn!(%error, "connections cannot be accepted for a while");
-            }
-        };
-        let (mut reserve_from, mut pause) = (first_of_reserve(RESERVE), None);
+        let mut shortage = Shortage::new(&self.shared.pauses);
+        let mut reserve_from = first_of_reserve(RESERVE);
         // The group of a connection is not known before it is prepared.
         let group = self.preparing.is_none().then_some(&self.group);
         'ready: loop {
@@ -119,49 +141,42 @@ impl Accepting {
             for _ in 0..BATCH {
                 let prepare_permit = self.prepare_permit().await;
                 let Some(slot) = slot_in(&self.shared, group).await else { return Ok(()) };
-
-                // If accepting fails, the reason is usually a lack of descriptors.
-                let (is_scarce, outcome) = match self.accept_one() {
+                match self.accept_one() {
                     Ok((socket, peer)) => {
-                        pause = None;
-                        (
-                            is_of_reserve(&socket, reserve_from),
-                            self.take_on(socket, peer, slot, prepare_permit),
-                        )
+                        shortage.end();
+                        let is_scarce = is_of_reserve(&socket, reserve_from);
+                        self.take_on(socket, peer, slot, prepare_permit);
+                        if is_scarce {
+                            self.wait_for_descriptors(&mut reserve_from, &mut shortage).await;
+                            shortage.end();
+                        }
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        pause = None;
+                        shortage.end();
                         ready.clear_ready();
                         continue 'ready;
                     }
                     Err(error) if is_final(&error) => return Err(error),
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                    // The reason is usually a lack of descriptors. Only the next call shows whether
+                    // the shortage is over.
                     Err(error) => {
                         drop(slot); // so that another connection can use it during the pause
-                        (
-                            true,
-                            if error.kind() == io::ErrorKind::ConnectionAborted {
-                                Ok(())
-                            } else {
-                                pause.get_or_insert_with(|| self.shared.pauses.begin());
-                                Err(error)
-                            },
-                        )
+                        shortage.report(error);
+                        sleep(BACK_OFF).await;
+                        self.wait_for_descriptors(&mut reserve_from, &mut shortage).await;
                     }
-                };
-                if let Err(error) = outcome {
-                    warn_once(error);
-                    sleep(BACK_OFF).await;
                 }
-                // After a failed accept, only a later one shows that the pause is over.
-                let accept_failed = pause.is_some();
-                while is_scarce && !self.may_accept(&mut reserve_from) {
-                    pause.get_or_insert_with(|| self.shared.pauses.begin());
-                    warn_once(io::Error::from_raw_os_error(libc::EMFILE));
-                    sleep(BACK_OFF).await;
-                }
-                pause = pause.filter(|_| accept_failed);
             }
             yield_now().await; // workers are sent what was accepted so far
+        }
+    }
+
+    /// Waits as long as no further connection may be accepted for lack of descriptors.
+    async fn wait_for_descriptors(&self, reserve_from: &mut u64, shortage: &mut Shortage<'_>) {
+        while !self.may_accept(reserve_from) {
+            shortage.report(io::Error::from_raw_os_error(libc::EMFILE));
+            sleep(BACK_OFF).await;
         }
     }
 
@@ -171,13 +186,15 @@ impl Accepting {
             let prepare_permit = self.prepare_permit().await;
             let Some(slot) = self.shared.late_slot() else { return };
             match self.accept_one() {
-                Ok((socket, peer)) => drop(self.take_on(socket, peer, slot, prepare_permit)),
-                Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {}
+                Ok((socket, peer)) => self.take_on(socket, peer, slot, prepare_permit),
+                // The backlog is empty.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if is_final(&error) => return,
                 Err(error) if sys::is_exhausted(&error) => {
                     drop(slot);
                     sleep(BACK_OFF).await;
                 }
-                Err(_) => return, // the backlog is empty
+                Err(_) => {} // it concerns one connection
             }
             if count % BATCH == 0 {
                 yield_now().await;
@@ -212,23 +229,15 @@ impl Accepting {
         peer: Address,
         slot: Slot,
         prepare_permit: Option<PreparePermit>,
-    ) -> io::Result<()> {
+    ) {
         if let Some(prepare_permit) = prepare_permit {
             drop(slot); // the peer decides how long the preparation takes
-            prepare_permit.prepare(&self.shared, &self.group, socket);
-            return Ok(());
+            return prepare_permit.prepare(&self.shared, &self.group, socket);
         }
-        match Handover::prepare(
-            socket,
-            Attributes::new(self.transport),
-            Some(peer),
-            self.local.clone(),
-        ) {
-            Ok(connection) => {
-                slot.dispatch(connection, &self.group);
-                Ok(())
-            }
-            Err(unsendable) => Err(self.shared.refuse_unsendable(*unsendable)),
+        let attributes = Attributes::new(self.transport);
+        match Handover::from_socket(socket, attributes, Some(peer), self.local.clone()) {
+            Ok(connection) => slot.dispatch(connection, &self.group),
+            Err(unsendable) => self.shared.refuse_unsendable(*unsendable),
         }
     }
 

@@ -82,7 +82,7 @@ impl Handover {
     pub(super) fn of(accepted: Accepted) -> Result<Box<Self>, Box<DispatchError>> {
         let Accepted { socket, attributes } = accepted;
         match socket {
-            Ok(socket) => Self::prepare(socket, attributes, None, None),
+            Ok(socket) => Self::from_socket(socket, attributes, None, None),
             Err(error) => {
                 let connection = Accepted { socket: Err(copy_of(&error)), attributes };
                 Err(Box::new(DispatchError {
@@ -96,7 +96,7 @@ impl Handover {
     /// # Errors
     /// Returns the connection with the error if its offer would be too long or have too many
     /// descriptors, or if the socket is no connection.
-    pub(super) fn prepare(
+    pub(super) fn from_socket(
         socket: OwnedFd,
         attributes: Attributes,
         peer: Option<Address>,

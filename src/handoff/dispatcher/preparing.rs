@@ -107,7 +107,7 @@ fn not_prepared(shared: &Arc<Shared>, reason: &str) {
 async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     let connection = match Handover::of(accepted) {
         Ok(connection) => connection,
-        Err(unsendable) => return drop(shared.refuse_unsendable(*unsendable)),
+        Err(unsendable) => return shared.refuse_unsendable(*unsendable),
     };
     let group = connection.group_or(group);
     // Without this limit, connections that wait for a group without room would use up the number

@@ -7,7 +7,6 @@ mod worker_entry;
 
 use std::{
     collections::HashMap,
-    io,
     os::fd::OwnedFd,
     process::ExitStatus,
     sync::{
@@ -200,14 +199,12 @@ impl Shared {
         self.lost.fetch_add(1, Relaxed);
     }
 
-    /// Closes and counts an accepted connection that cannot be offered to any worker. Returns the
-    /// reason.
-    pub(super) fn refuse_unsendable(self: &Arc<Self>, unsendable: DispatchError) -> io::Error {
+    /// Closes and counts an accepted connection that cannot be offered to any worker.
+    pub(super) fn refuse_unsendable(self: &Arc<Self>, unsendable: DispatchError) {
         let DispatchError { reason, connection } = unsendable;
         connection.socket.into_iter().for_each(shut_down);
         self.count_lost();
         warn!(error = %reason, "connection closed: it cannot be offered to a worker");
-        io::Error::other(reason)
     }
 
     // Processes, tasks, and callers that wait for a slot.

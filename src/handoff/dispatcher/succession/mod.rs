@@ -300,7 +300,7 @@ fn take_connection(shared: &Arc<Shared>, connection: Connection) {
         return shared.count_lost();
     };
     let attributes = Attributes { transport, prefix, metadata, key, group: Some(group), bundle };
-    match Handover::prepare(socket, attributes, Some(peer), Some(local)) {
+    match Handover::from_socket(socket, attributes, Some(peer), Some(local)) {
         Ok(mut connection) => {
             connection.origin = Some(serving);
             match shared.late_slot() {
@@ -311,6 +311,6 @@ fn take_connection(shared: &Arc<Shared>, connection: Connection) {
                 }
             }
         }
-        Err(unsendable) => drop(shared.refuse_unsendable(*unsendable)),
+        Err(unsendable) => shared.refuse_unsendable(*unsendable),
     }
 }
