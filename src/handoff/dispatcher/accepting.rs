@@ -184,7 +184,7 @@ impl Accepting {
     async fn accept_backlog(&self) {
         for count in 1..=MOST_AT_END {
             let prepare_permit = self.prepare_permit().await;
-            let Some(slot) = self.shared.late_slot() else { return };
+            let Some(slot) = self.shared.slot_while_draining() else { return };
             match self.accept_one() {
                 Ok((socket, peer)) => self.take_on(socket, peer, slot, prepare_permit),
                 // The backlog is empty.
@@ -250,7 +250,7 @@ impl Accepting {
         let is_one_free =
             listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *reserve_from));
         let preparing = self.preparing.as_ref().map_or(0, Preparing::count);
-        is_one_free || self.shared.act(|pool| pool.on_their_way()) + preparing < FEW
+        is_one_free || self.shared.with_pool(|pool| pool.on_their_way()) + preparing < FEW
     }
 }
 

@@ -163,7 +163,7 @@ impl Dispatcher {
     pub fn add_worker(&self, socket: Socket) -> WorkerId {
         let _context = self.shared.runtime.enter();
         let process = self.shared.processes().peer_of(&socket);
-        let id = self.shared.act(|pool| pool.add_worker(self.group.clone(), None));
+        let id = self.shared.with_pool(|pool| pool.add_worker(self.group.clone(), None));
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
         self.run(id, task);
         id
@@ -187,7 +187,7 @@ impl Dispatcher {
     /// Once this was polled, the worker leaves even if this is dropped.
     pub async fn remove_worker(&self, id: WorkerId, within: Option<Duration>) -> bool {
         let until = within.map(after);
-        let removed = self.shared.act(|pool| pool.remove(id, until, Instant::now()));
+        let removed = self.shared.with_pool(|pool| pool.remove(id, until, Instant::now()));
         self.shared.changed();
         self.shared.until(|pool| !pool.contains(id)).await;
         removed
@@ -252,7 +252,7 @@ struct DrainOnLastDrop(Arc<Shared>);
 
 impl Drop for DrainOnLastDrop {
     fn drop(&mut self) {
-        if self.0.act(|pool| pool.is_open()) {
+        if self.0.with_pool(|pool| pool.is_open()) {
             drop(self.0.start_drain(None));
         }
     }
@@ -280,7 +280,7 @@ mod tests {
             before = next;
         }
         assert!(before.now_or_never().is_none());
-        assert!(dispatcher.shared.act(|pool| pool.waiters()) <= 2);
+        assert!(dispatcher.shared.with_pool(|pool| pool.waiters()) <= 2);
         assert!(first.now_or_never().is_none());
     }
 }

@@ -112,7 +112,7 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     let group = connection.group_or(group);
     // Without this limit, connections that wait for a group without room would use up the number
     // that may be prepared, and no connection of another group would be accepted.
-    if !shared.act(|pool| pool.may_wait(&group)) {
+    if !shared.with_pool(|pool| pool.may_wait(&group)) {
         shared.count_lost();
         // Clients can cause many of these, so only the first one is logged as a warning.
         if !shared.has_warned_of_crowd.swap(true, Relaxed) {
@@ -123,7 +123,7 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     }
     let slot = match slot_in(shared, Some(&group)).await {
         Some(slot) => Some(slot),
-        None => shared.late_slot(), // the dispatcher drains
+        None => shared.slot_while_draining(), // the dispatcher drains
     };
     match slot {
         Some(slot) => slot.dispatch(connection, &group),

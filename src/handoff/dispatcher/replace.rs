@@ -140,26 +140,26 @@ impl Dispatcher {
             return Err(NotReplaced::NoCommand);
         }
         let (shared, within) = (&self.shared, within.map(|within| within.min(LONGEST)));
-        let id = shared.act(|pool| pool.begin_replacement(&self.group, within))?;
+        let id = shared.with_pool(|pool| pool.begin_replacement(&self.group, within))?;
         let guard = ReplacementGuard { shared, id };
 
         // Start the new workers. Each start takes a while, so other tasks get their turn.
         let mut not_started = None;
         for command in commands {
-            if !shared.act(|pool| pool.is_starting(id)) {
+            if !shared.with_pool(|pool| pool.is_starting(id)) {
                 break;
             }
             let started = self.start_worker(command, |pool, program| {
                 pool.add_new_worker(id, program, Instant::now())
             });
             if let Err(error) = started {
-                shared.act(|pool| pool.roll_back(id, None, Instant::now()));
+                shared.with_pool(|pool| pool.roll_back(id, None, Instant::now()));
                 not_started = Some(error);
                 break;
             }
             yield_now().await;
         }
-        shared.act(|pool| pool.complete_replacement(id, Instant::now()));
+        shared.with_pool(|pool| pool.complete_replacement(id, Instant::now()));
 
         // The pool decides when all new workers are ready, or when one of them is gone.
         shared.until(|pool| pool.is_replacement_over(id)).await;
@@ -193,7 +193,7 @@ struct ReplacementGuard<'a> {
 
 impl ReplacementGuard<'_> {
     fn end(&self) -> Option<Outcome> {
-        self.shared.act(|pool| pool.end_replacement(self.id, Instant::now()))
+        self.shared.with_pool(|pool| pool.end_replacement(self.id, Instant::now()))
     }
 }
 

@@ -145,7 +145,7 @@ impl Dispatcher {
     ) -> io::Result<WorkerId> {
         let _context = self.shared.runtime.enter();
         let (socket, child) = command.start()?;
-        let id = self.shared.act(|pool| add(pool, command.program()));
+        let id = self.shared.with_pool(|pool| add(pool, command.program()));
         let process = self.shared.processes().child(child);
         let task = WorkerTask::new(Arc::clone(&self.shared), id, socket, process);
         self.supervise(id, command, task);
@@ -182,12 +182,12 @@ async fn supervise(
             // A dispatcher that was replaced starts no process, unless the replacement is undone.
             shared.until(|pool| !pool.is_succeeded() || pool.is_removed(id)).await;
         }
-        let is_wanted = command.restart && !shared.act(|pool| pool.is_removed(id));
+        let is_wanted = command.restart && !shared.with_pool(|pool| pool.is_removed(id));
         if !is_wanted {
             return shared.log_exit(id);
         }
         let wait = backoff.next();
-        shared.act(|pool| pool.restart_in(id, wait));
+        shared.with_pool(|pool| pool.restart_in(id, wait));
         shared.log_exit(id);
         match start_again(&shared, id, &mut command, &mut backoff, wait).await {
             Some(next) => task = next,
@@ -210,7 +210,7 @@ async fn start_again(
         let may_start =
             |pool: &Pool<_>| pool.leftover_of(id) < MAX_LEFTOVER && !pool.is_succeeded();
         shared.until(|pool| pool.is_removed(id) || may_start(pool)).await;
-        if shared.act(|pool| pool.is_removed(id)) {
+        if shared.with_pool(|pool| pool.is_removed(id)) {
             return None;
         }
         match command.start() {

@@ -13,9 +13,9 @@ use super::{
 };
 
 /// Reports the end of a process to the pool: always of one that was started, and of others if
-/// `matters`. A process that is this dispatcher's own (`is_ours`) is killed if it does not end in
-/// time.
-pub(super) fn watch(process: Process, shared: &Arc<Shared>, is_ours: bool, matters: bool) {
+/// `must_report_end`. A process that is this dispatcher's own (`is_ours`) is killed if it does not
+/// end in time.
+pub(super) fn watch(process: Process, shared: &Arc<Shared>, is_ours: bool, must_report_end: bool) {
     match process {
         Process::Started { id, process, .. } if is_ours => {
             drop(tokio::spawn(reap(Arc::clone(shared), id, process)))
@@ -23,7 +23,7 @@ pub(super) fn watch(process: Process, shared: &Arc<Shared>, is_ours: bool, matte
         Process::Started { id, process, .. } => {
             drop(tokio::spawn(attend(Arc::clone(shared), id, process)))
         }
-        Process::Peer(peer) if matters => watch_peer(peer, shared),
+        Process::Peer(peer) if must_report_end => watch_peer(peer, shared),
         Process::Peer(_) | Process::Unknown(_) => {}
     }
 }
@@ -47,7 +47,7 @@ fn watch_peer(peer: Arc<Peer>, shared: &Arc<Shared>) {
 /// undone.
 async fn attend(shared: Arc<Shared>, id: ProcessId, mut process: Started) {
     process.release();
-    let has_moved = shared.act(|pool| pool.is_succeeded());
+    let has_moved = shared.with_pool(|pool| pool.is_succeeded());
     select! {
         status = process.ended() => return shared.process_ended(id, status),
         () = shared.until(|pool| !pool.is_succeeded()), if has_moved => {}

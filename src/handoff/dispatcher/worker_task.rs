@@ -85,9 +85,10 @@ impl From<RetireCause> for End {
 
 /// Returns the cause for which a worker is retired when its link has failed.
 fn cause_of(error: Error) -> RetireCause {
-    match error {
-        // `PermissionDenied` means that the worker's socket takes no descriptors (`SO_PASSRIGHTS`).
-        Error::Io(error) if error.kind() != io::ErrorKind::PermissionDenied => RetireCause::Ended,
+    // `PermissionDenied` means that the worker's socket takes no descriptors (`SO_PASSRIGHTS`).
+    let takes_no_fds = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    match &error {
+        Error::Io(io_error) if !takes_no_fds(io_error) => RetireCause::Ended,
         error if error.is_peer_gone() => RetireCause::Ended,
         error => RetireCause::Misbehaved(error.to_string()),
     }
@@ -96,7 +97,7 @@ fn cause_of(error: Error) -> RetireCause {
 impl WorkerTask {
     pub(super) fn new(shared: Arc<Shared>, id: WorkerId, socket: Socket, process: Process) -> Self {
         let hello_by = after(shared.config.hello_timeout);
-        shared.act(|pool| pool.connect(id, process.info(), hello_by, Instant::now()));
+        shared.with_pool(|pool| pool.connect(id, process.info(), hello_by, Instant::now()));
         Self::of_link(shared, id, socket, process)
     }
 
@@ -193,7 +194,7 @@ impl WorkerTask {
     /// Records whether sending has to wait for descriptors or memory of the kernel.
     fn on_shortage(&mut self) {
         if self.is_short {
-            self.shared.act(|pool| pool.totals.send_shortages += 1);
+            self.shared.with_pool(|pool| pool.totals.send_shortages += 1);
             if !std::mem::replace(&mut self.has_warned, true) {
                 warn!(
                     worker = %self.id,
@@ -230,7 +231,7 @@ impl WorkerTask {
         let room = if outbound.unsent().bytes < ENOUGH_UNSENT { BATCH } else { 0 };
         let mut messages = Vec::new();
         let mut due = None;
-        let outcome: Result<(), RetireCause> = shared.act(|pool| {
+        let outcome: Result<(), RetireCause> = shared.with_pool(|pool| {
             let mut outcome = Ok(());
             for message in received.drain(..) {
                 match (&outcome, message) {
@@ -245,9 +246,8 @@ impl WorkerTask {
             while messages.len() < room
                 && let Some(message) = pool.next_message(id, now)
             {
-                messages.push(message.map(|connection| match is_successor {
-                    false => connection.offer(),
-                    true => connection.offer_to_successor(),
+                messages.push(message.map(|connection| {
+                    if is_successor { connection.offer_to_successor() } else { connection.offer() }
                 }));
             }
             due = pool.next_timeout(id);
@@ -289,6 +289,7 @@ impl WorkerTask {
                 debug!(worker = %self.id, number, %connection, "connection is offered");
             }
             ToWorker::Recall { before } => debug!(worker = %self.id, before, "offers are recalled"),
+            // Once in a ping interval is often enough.
             ToWorker::Ping { .. } => self.close_ended(),
             ToWorker::Drain { .. } | ToWorker::Fenced => {}
             ToWorker::Move(_) => info!(worker = %self.id, "worker goes on at another link"),
@@ -309,17 +310,17 @@ impl WorkerTask {
         Ok(Some(NewLink { cookie, socket: socket.into() }))
     }
 
-    /// Closes the stale copies of connections that have ended.
+    /// Closes the copies that the dispatcher has kept of connections that have ended.
     fn close_ended(&self) {
         let ended =
-            self.shared.act(|pool| pool.stale.take_ended(|connection| connection.has_ended()));
+            self.shared.with_pool(|pool| pool.kept.take_ended(|connection| connection.has_ended()));
         let mut copies = Copies::new();
         ended.into_iter().for_each(|connection| copies.extend(connection.into_copies()));
         copies.close();
     }
 
-    /// Sends FENCED to a worker that may live. It is not sent if messages before it are unsent,
-    /// because they may have offers.
+    /// Sends FENCED to a worker that may live. Not if earlier messages are unsent: they would be
+    /// sent with it, and may be offers.
     async fn report_fence(&mut self) {
         if self.outbound.unsent().bytes == 0 && self.send(ToWorker::Fenced).is_ok() {
             let _ = poll_fn(|cx| Poll::Ready(self.outbound.poll_flush(cx))).await;
@@ -344,7 +345,7 @@ impl WorkerTask {
         let is_at_fault =
             matches!(cause, RetireCause::Hung | RetireCause::Misbehaved(_) | RetireCause::Overdue);
         let lives = matches!(state, ProcessState::Lives { .. });
-        let is_ours = shared.act(|pool| pool.is_ours(id));
+        let is_ours = shared.with_pool(|pool| pool.is_ours(id));
         if lives && is_ours && (is_at_fault || !has_greeted) && shared.config.kill_hung {
             process.kill();
         }
@@ -352,12 +353,12 @@ impl WorkerTask {
         // Let the pool decide about the connections.
         drop(outbound); // from here on, only the pool has the descriptors of the offers
         let now = Instant::now();
-        let matters = shared.act(|pool| {
+        let must_report_end = shared.with_pool(|pool| {
             let unsent = last.report(pool, id, now);
             pool.retire(id, &cause, unsent, state, now)
         });
         if lives {
-            watch(process, &shared, is_ours, matters);
+            watch(process, &shared, is_ours, must_report_end);
         }
         shared.changed();
     }
@@ -369,7 +370,7 @@ impl WorkerTask {
         let Self { shared, id, mut process, outbound, .. } = self;
         drop(outbound); // from here on, only the pool has the descriptors of the offers
         let (now, hello_by) = (Instant::now(), after(shared.config.hello_timeout));
-        shared.act(|pool| {
+        shared.with_pool(|pool| {
             let unsent = last.report(pool, id, now);
             pool.relink(id, unsent, hello_by, now);
         });

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Account, Event, Failure, Needs, Pending, Phase, Pool, TicketId, Waiter, Worker};
+use super::{Account, Event, GiveUpReason, Needs, Pending, Phase, Pool, TicketId, Waiter, Worker};
 use crate::handoff::dispatcher::{Group, Strategy, WorkerId, key::order_of};
 
 /// The choices for a connection.
@@ -24,8 +24,8 @@ const FAILURES_BEFORE_DISTRUST: u32 = 32;
 pub(in crate::handoff::dispatcher) enum Admission {
     /// The connection has no such right.
     None,
-    /// The connection was accepted before the drain began.
-    Late,
+    /// The connection comes from an accept loop, whose listener a drain empties. It has no slot.
+    WhileDraining,
     /// The connection has a reserved slot in this group.
     Reserved(Group),
 }
@@ -50,7 +50,7 @@ impl<C> Pool<C> {
             Phase::Closed => false,
         };
         if !is_taken {
-            return self.events.push(Event::Failed { connection, failure: Failure::Draining });
+            return self.events.push(Event::GivenUp { connection, reason: GiveUpReason::Draining });
         }
         // A slot in another group is of no use. Without one in its own, the connection waits behind
         // all others.
@@ -65,7 +65,7 @@ impl<C> Pool<C> {
             Choice::Plan(id) => self.plan(id, pending),
             _ => {
                 self.groups.push_front(pending);
-                self.distribute(now); // if no worker takes the bundle, others can use the slot
+                self.distribute(now); // if no worker can take it, others can use the slot
             }
         }
     }
@@ -139,9 +139,9 @@ impl<C> Pool<C> {
             pending.failed_with.retain(|id| self.workers.contains_key(id));
             pending.refused_by.retain(|id| self.workers.contains_key(id));
             if self.phase == Phase::Closed {
-                self.events.push(Event::Failed {
+                self.events.push(Event::GivenUp {
                     connection: pending.connection,
-                    failure: Failure::Draining,
+                    reason: GiveUpReason::Draining,
                 });
             } else {
                 self.groups.push_front(pending);
@@ -163,7 +163,7 @@ impl<C> Pool<C> {
     /// The number of descriptors that were sent or are going to be sent, and that no worker is
     /// known to have received.
     pub(in crate::handoff::dispatcher) fn in_flight(&self) -> usize {
-        self.stale.fds()
+        self.kept.fds()
             + self.accounts().map(|(_, _, account)| account.pending_fds()).sum::<usize>()
     }
 
@@ -242,8 +242,8 @@ impl<C> Pool<C> {
             match choice {
                 Choice::Plan(id) => self.plan(id, pending),
                 Choice::GiveUp => {
-                    let failure = pending.too_many_offers();
-                    self.events.push(Event::Failed { connection: pending.connection, failure });
+                    let reason = pending.too_many_offers();
+                    self.events.push(Event::GivenUp { connection: pending.connection, reason });
                 }
                 Choice::Wait => {
                     // Plan nothing more for the best worker, so that it becomes free for an overdue
@@ -326,7 +326,7 @@ impl<C> Pool<C> {
             _ if worker.removed.is_some() || !self.is_in(&pending.group, id, worker) => false,
             Some(account) if account.is_draining() => false,
             // The worker takes no bundles, or no bundle of this size.
-            Some(account) if account.clock.is_greeted() && !account.takes(pending.fds) => false,
+            Some(account) if account.timeouts.is_greeted() && !account.takes(pending.fds) => false,
             _ if trusts_all || worker.program.is_some() => true,
             Some(account) => account.has_adopted(),
             None => false,

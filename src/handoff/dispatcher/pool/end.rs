@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Event, Failure, Leftover, Phase, Pool, ProcessId, ProcessInfo, ProcessState, Remains,
+    Event, GiveUpReason, Leftover, Phase, Pool, ProcessId, ProcessInfo, ProcessState, Remains,
     RetireCause, WorkerExit, WorkerId,
 };
 use crate::handoff::dispatcher::Group;
@@ -50,7 +50,7 @@ impl<C> Pool<C> {
             active: account.active(),
             restart_in: None,
         });
-        if !account.clock.is_greeted() && matches!(cause, RetireCause::Misbehaved(_)) {
+        if !account.timeouts.is_greeted() && matches!(cause, RetireCause::Misbehaved(_)) {
             self.totals.refused_workers += 1;
         }
         // Take what is left in the account. If the successor fails, which is another dispatcher, no
@@ -63,7 +63,7 @@ impl<C> Pool<C> {
         let may_hold_copies = match state {
             ProcessState::Lives { has_received } if !unanswered.is_empty() => {
                 let fds = unanswered.iter().map(|pending| pending.fds).sum();
-                self.stale.add_holder(process, if has_received { 0 } else { fds });
+                self.kept.add_holder(process, if has_received { 0 } else { fds });
                 true
             }
             _ => false,
@@ -84,7 +84,7 @@ impl<C> Pool<C> {
         }
         self.on_new_gone(id, now);
         self.distribute(now);
-        may_hold_copies || self.stale.are_kept_for(process)
+        may_hold_copies || self.kept.are_kept_for(process)
     }
 
     /// Notes that a process has ended. Its copies of connections have ended with it.
@@ -101,7 +101,7 @@ impl<C> Pool<C> {
         {
             exit.status = status;
         }
-        self.stale.on_process_end(process, &mut self.events);
+        self.kept.on_process_end(process, &mut self.events);
     }
 
     /// The number of processes that the dispatcher has started, whose links have ended, and that
@@ -130,11 +130,12 @@ impl<C> Pool<C> {
         adopter: ProcessId,
         holders: Vec<ProcessId>,
     ) {
-        self.stale.keep(connection, adopter, holders, &mut self.events);
+        self.kept.keep(connection, adopter, holders, &mut self.events);
     }
 
-    /// Begins a drain: only connections with an [`Admission`](super::Admission) are taken from now
-    /// on. Workers get `until` as their deadline when the pool is closed.
+    /// Begins a drain: from now on no connection is taken with
+    /// [`Admission::None`](super::Admission). Workers get `until` as their deadline when the pool
+    /// is closed.
     pub(in crate::handoff::dispatcher) fn drain(&mut self, until: Option<Instant>, now: Instant) {
         self.phase = self.phase.max(Phase::Draining);
         self.drain_until = until;
@@ -155,7 +156,7 @@ impl<C> Pool<C> {
     pub(in crate::handoff::dispatcher) fn close(&mut self, now: Instant) {
         self.phase = Phase::Closed;
         for connection in self.groups.take_connections() {
-            self.events.push(Event::Failed { connection, failure: Failure::Draining });
+            self.events.push(Event::GivenUp { connection, reason: GiveUpReason::Draining });
         }
         for id in Vec::from_iter(self.workers.keys().copied()) {
             self.remove(id, self.drain_until, now);

@@ -17,8 +17,8 @@ use crate::handoff::dispatcher::Group;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Groups<C> {
     groups: BTreeMap<Group, GroupState<C>>,
-    /// The next position at the back of any queue. No position is used twice, because a caller may
-    /// keep a ticket after its position is free.
+    /// The next position at the back of any queue. Only connections at the front may get a position
+    /// again, because a caller may keep its ticket after the position is free.
     back: i64,
     /// Accept loops that wait until any worker has room, with the time since which they wait. The
     /// groups of their connections are not known yet.
@@ -122,8 +122,8 @@ impl<C> Groups<C> {
         ticket
     }
 
-    /// Removes a caller that waits. Returns true if the caller was waiting in the queue of a group, so
-    /// that those behind it may go on.
+    /// Removes a caller that waits. Returns true if the caller was waiting in the queue of a group,
+    /// so that those behind it may go on.
     pub(super) fn remove_ticket(&mut self, group: Option<&Group>, ticket: TicketId) -> bool {
         match group {
             Some(group) => {
@@ -165,8 +165,8 @@ impl<C> Groups<C> {
         in_groups.chain(self.anywhere.values().copied()).min()
     }
 
-    /// Returns true if one more caller that holds a descriptor may wait for a slot in this group. All
-    /// groups together may hold `most` descriptors.
+    /// Returns true if one more caller that holds a descriptor may wait for a slot in this group.
+    /// All groups together may hold `most` descriptors.
     ///
     /// If other groups have workers, a group gets at most half of what the others leave, but always
     /// at least one. So a group whose workers are stuck or gone leaves something to the others. All

@@ -33,7 +33,7 @@ impl<C> Pool<C> {
     ) -> Result<(), RetireCause> {
         let Some(worker) = self.workers.get_mut(&id) else { return Ok(()) };
         let Some(account) = &mut worker.account else { return Ok(()) };
-        account.clock.on_received(now);
+        account.timeouts.on_received(now);
         match message {
             FromWorker::Hello { lowest, highest, max_fds, open } => {
                 account.on_hello((lowest, highest), max_fds, open, now)?;
@@ -50,7 +50,7 @@ impl<C> Pool<C> {
                     self.on_new_ready(replacement, now);
                 }
             }
-            _ if !account.clock.is_greeted() => {
+            _ if !account.timeouts.is_greeted() => {
                 return Err(RetireCause::Misbehaved("its first message is not a hello".into()));
             }
             FromWorker::Adopted { first, count } => {

@@ -9,7 +9,7 @@
 //!
 //! Each connection has exactly one owner at any time. It waits in the [`Queue`] of its group, or it
 //! is in the [`Account`] of one worker, or it has left in an [`Event`], or its copy is among the
-//! [`StaleCopies`].
+//! [`KeptCopies`].
 //!
 //! The words of the protocol are explained [above](crate::handoff). The pool adds these:
 //!
@@ -28,10 +28,10 @@
 
 mod account;
 mod choice;
-mod clock;
 mod end;
 mod fences;
 mod groups;
+mod kept;
 mod messages;
 #[cfg(test)]
 mod model;
@@ -42,12 +42,12 @@ mod peer;
 mod pending;
 mod queue;
 mod replacement;
-mod stale;
 #[cfg(test)]
 mod succeeded;
 mod successor;
 #[cfg(test)]
 mod tests;
+mod timeouts;
 #[cfg(test)]
 mod world;
 
@@ -61,8 +61,9 @@ use account::{Account, Remains};
 pub(super) use choice::Admission;
 use fences::Fences;
 use groups::Groups;
+pub(super) use kept::KeptCopies;
 pub(super) use numbers::Totals;
-pub(super) use pending::Failure;
+pub(super) use pending::GiveUpReason;
 pub(super) use pending::Needs;
 use pending::Pending;
 #[cfg(doc)]
@@ -71,7 +72,6 @@ pub(super) use queue::TicketId;
 use queue::Waiter;
 use replacement::Replacement;
 pub(super) use replacement::{Outcome, Refusal, ReplacementId};
-pub(super) use stale::StaleCopies;
 
 use super::{Group, RetireCause, RetireCounts, WorkerExit, WorkerId, WorkerStats, builder::Config};
 
@@ -112,7 +112,7 @@ pub(super) struct Pool<C> {
     /// Workers that get nothing until they have answered, because a suspect has waited too long for
     /// a free worker. At most one in each group.
     kept_free: Vec<WorkerId>,
-    pub(super) stale: StaleCopies<C>,
+    pub(super) kept: KeptCopies<C>,
     /// Started processes that have not ended although their links have.
     leftovers: BTreeMap<ProcessId, Leftover>,
     /// The workers that have left for good most recently.
@@ -132,7 +132,7 @@ pub(super) struct Pool<C> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Phase {
     Open,
-    /// Only connections with a permit are taken.
+    /// Only connections with an [`Admission`] other than `None` are taken.
     Draining,
     /// No connection is taken.
     Closed,
@@ -174,10 +174,10 @@ pub(super) enum Event<C> {
     /// The task of this worker has something to do.
     Wake(WorkerId),
     /// A worker has adopted a connection. The dispatcher's copy goes to
-    /// [`StaleCopies::keep`] if there are holders.
+    /// [`KeptCopies::keep`] if there are holders.
     Adopted { connection: C, worker: WorkerId, process: ProcessId, holders: Vec<ProcessId> },
     /// The dispatcher has given up this connection.
-    Failed { connection: C, failure: Failure },
+    GivenUp { connection: C, reason: GiveUpReason },
     /// A worker has room for the caller with this ticket. With a group, a slot there is reserved
     /// for the caller. Without one, some group has a slot, which is not reserved.
     Granted { ticket: TicketId, group: Option<Group> },
@@ -199,7 +199,7 @@ impl<C> Worker<C> {
     fn leaves_without_drain(&self, is_succeeded: bool) -> bool {
         self.account.as_ref().is_some_and(|account| {
             let is_given_back = is_succeeded && self.is_taken && !account.has_moved();
-            !account.clock.is_greeted() || is_given_back
+            !account.timeouts.is_greeted() || is_given_back
         })
     }
 
@@ -221,7 +221,7 @@ impl<C> Pool<C> {
             drain_until: None,
             successor: None,
             kept_free: Vec::new(),
-            stale: StaleCopies::default(),
+            kept: KeptCopies::default(),
             leftovers: BTreeMap::new(),
             departed: VecDeque::new(),
             replacements: BTreeMap::new(),
@@ -365,7 +365,7 @@ impl<C> Pool<C> {
         }
         let Some(account) = &mut worker.account else { return Ok(()) };
         if !was_able {
-            account.clock.excuse(now);
+            account.timeouts.excuse(now);
         }
         // The clock calls the closure only if the worker is hung.
         let (is_child, mut is_deferred) = (account.process.is_child, false);

@@ -54,7 +54,7 @@ pub(in crate::handoff::dispatcher) struct Needs {
 
 /// The reason why the dispatcher gives up a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(in crate::handoff::dispatcher) enum Failure {
+pub(in crate::handoff::dispatcher) enum GiveUpReason {
     /// All workers that could have taken the connection have failed with it.
     TooManyOffers { offers: u32, last: Unadopted },
     /// The dispatcher drains.
@@ -131,7 +131,7 @@ impl<C> Pending<C> {
         self.has_ended_a_worker && self.is_at_last_attempt(max_offers)
     }
 
-    pub(super) fn too_many_offers(&self) -> Failure {
-        Failure::TooManyOffers { offers: self.offers, last: self.last }
+    pub(super) fn too_many_offers(&self) -> GiveUpReason {
+        GiveUpReason::TooManyOffers { offers: self.offers, last: self.last }
     }
 }

@@ -9,8 +9,8 @@ use super::Pending;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Queue<C>(BTreeMap<i64, Waiter<C>>);
 
-/// The position in the queue of a caller that waits for a slot at a worker. It is never used again,
-/// so it identifies the caller even after it has left the queue.
+/// The position in the queue of a caller that waits for a slot at a worker. No other caller ever
+/// gets it, so it identifies the caller even after it has left the queue. A connection may get it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(in crate::handoff::dispatcher) struct TicketId(pub(super) i64);
 

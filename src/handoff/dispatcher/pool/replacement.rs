@@ -155,7 +155,7 @@ impl<C> Pool<C> {
         let Some(replacement) = self.replacements.get(&id) else { return };
         let is_ready = |new: &WorkerId| {
             let account = self.workers.get(new).and_then(|worker| worker.account.as_ref());
-            account.is_some_and(|account| account.clock.is_greeted())
+            account.is_some_and(|account| account.timeouts.is_greeted())
         };
         let is_starting = replacement.phase == Phase::Starting && replacement.is_complete;
         if !is_starting || !replacement.new.iter().all(is_ready) {

@@ -46,10 +46,8 @@ impl<C> Pool<C> {
             account.has_next_link = links.contains(&(*id, account.process.id));
             // Without any links, everything is given back to the dispatcher from which this one had
             // taken it. A worker that was taken over then gets its DRAIN or MOVE from there.
-            planned.extend(match worker.is_taken && links.is_empty() {
-                true => account.drain(),
-                false => account.hand_on(now),
-            });
+            let is_given_back = worker.is_taken && links.is_empty();
+            planned.extend(if is_given_back { account.drain() } else { account.hand_on(now) });
             self.events.extend(account.must_wake().then_some(Event::Wake(*id)));
         }
         self.put_back(planned);

@@ -211,7 +211,7 @@ fn workers_that_do_not_receive_leave_places_to_the_others() {
         pool.on_message(healthy, FromWorker::Adopted { first, count }, 0, now).unwrap();
         first += u64::from(count);
     }
-    assert!(pool.take_events().iter().all(|event| !matches!(event, Event::Failed { .. })));
+    assert!(pool.take_events().iter().all(|event| !matches!(event, Event::GivenUp { .. })));
 }
 
 /// Otherwise the memory of a connection would grow with each process that connects and dies.

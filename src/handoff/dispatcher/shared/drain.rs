@@ -17,8 +17,8 @@ impl Shared {
         within: Option<Duration>,
     ) -> JoinHandle<()> {
         let (half, until) = (within.map(|within| after(within / 2)), within.map(after));
-        self.act(|pool| pool.drain(until, Instant::now()));
-        lock(&self.waiters).clear();
+        self.with_pool(|pool| pool.drain(until, Instant::now()));
+        lock(&self.callers).clear();
         self.changed();
         let shared = Arc::clone(self);
         self.runtime.spawn(async move { shared.drain(half, until).await })
@@ -29,7 +29,7 @@ impl Shared {
         // may pass before that.
         let is_settled = |pool: &Pool<_>| self.sources.load(Relaxed) == 0 && pool.is_settled();
         at_most(half, self.until(is_settled)).await;
-        self.act(|pool| pool.close(Instant::now()));
+        self.with_pool(|pool| pool.close(Instant::now()));
         self.changed();
         self.until(Pool::has_no_workers).await;
         let ended = || self.until(|pool| pool.leftover() == 0);

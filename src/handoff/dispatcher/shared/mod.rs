@@ -27,7 +27,7 @@ use super::{
     handover::{Copies, Handover, shut_down},
     joint_task::JointTask,
     pauses::Pauses,
-    pool::{Admission, Event, Failure, Pool, ProcessId, TicketId},
+    pool::{Admission, Event, GiveUpReason, Pool, ProcessId, TicketId},
     processes::Processes,
     task_signal::TaskSignal,
 };
@@ -47,7 +47,7 @@ pub(super) struct Shared {
     pub(super) new_links: Mutex<NewLinks>,
     /// Callers that wait for a slot. May be locked while the pool is locked, never the other way
     /// around.
-    waiters: Mutex<HashMap<TicketId, oneshot::Sender<Slot>>>,
+    callers: Mutex<HashMap<TicketId, oneshot::Sender<Slot>>>,
     changes: watch::Sender<()>,
     pub(super) pauses: Pauses,
     given_back: AtomicU64,
@@ -92,7 +92,7 @@ impl Shared {
             processes: Mutex::default(),
             signals: Mutex::default(),
             new_links: Mutex::default(),
-            waiters: Mutex::default(),
+            callers: Mutex::default(),
             changes: watch::Sender::new(()),
             pauses: Pauses::default(),
             given_back: AtomicU64::new(0),
@@ -105,11 +105,14 @@ impl Shared {
         })
     }
 
-    /// Calls a function with the pool, unlocks it, and then acts on the pool's events.
-    pub(super) fn act<T>(self: &Arc<Self>, act: impl FnOnce(&mut Pool<Box<Handover>>) -> T) -> T {
+    /// Locks the pool, calls a function with it, unlocks it, and then acts on its events.
+    pub(super) fn with_pool<T>(
+        self: &Arc<Self>,
+        call: impl FnOnce(&mut Pool<Box<Handover>>) -> T,
+    ) -> T {
         let (outcome, events, drains) = {
             let mut pool = lock(&self.pool);
-            let outcome = act(&mut pool);
+            let outcome = call(&mut pool);
             (outcome, pool.take_events(), !pool.is_open())
         };
         if !events.is_empty() {
@@ -124,7 +127,7 @@ impl Shared {
     /// Acts on the pool's events. Nothing is locked, because wakers and subscribers of `tracing`
     /// are foreign code.
     fn handle(self: &Arc<Self>, events: Vec<Event<Box<Handover>>>) {
-        let (mut failed, mut useless) = (Vec::new(), Copies::new());
+        let (mut given_up, mut useless) = (Vec::new(), Copies::new());
         for event in events {
             match event {
                 Event::Wake(id) => {
@@ -136,15 +139,15 @@ impl Shared {
                     if holders.is_empty() {
                         useless.extend(connection.into_copies());
                     } else {
-                        self.act(|pool| pool.keep(connection, process, holders));
+                        self.with_pool(|pool| pool.keep(connection, process, holders));
                     }
                 }
-                Event::Failed { connection, failure } => failed.push((connection, failure)),
+                Event::GivenUp { connection, reason } => given_up.push((connection, reason)),
                 Event::Granted { ticket, group } => {
-                    let waiter = lock(&self.waiters).remove(&ticket);
+                    let caller = lock(&self.callers).remove(&ticket);
                     let slot = Slot::new(self, group);
                     // If nobody waits, dropping the slot frees it.
-                    drop(waiter.map(|waiter| waiter.send(slot)));
+                    drop(caller.map(|caller| caller.send(slot)));
                 }
                 Event::FenceDeferred(id) => {
                     warn!(
@@ -158,17 +161,18 @@ impl Shared {
             }
         }
         useless.close();
-        self.give_back(failed);
+        self.give_back(given_up);
     }
 
-    fn give_back(&self, failed: Vec<(Box<Handover>, Failure)>) {
-        // All callers get their connections back before anything is logged, because logging may panic.
-        let outcomes = Vec::from_iter(failed.into_iter().map(|(connection, failure)| {
-            let reason = match failure {
-                Failure::TooManyOffers { offers, last } => {
+    fn give_back(&self, given_up: Vec<(Box<Handover>, GiveUpReason)>) {
+        // All callers get their connections back before anything is logged, because logging may
+        // panic.
+        let outcomes = Vec::from_iter(given_up.into_iter().map(|(connection, reason)| {
+            let reason = match reason {
+                GiveUpReason::TooManyOffers { offers, last } => {
                     NotDispatched::TooManyOffers { offers, last }
                 }
-                Failure::Draining => NotDispatched::Draining,
+                GiveUpReason::Draining => NotDispatched::Draining,
             };
             // Count it before the caller gets it, because the caller may look at the numbers then.
             let was_awaited = connection.is_awaited();
@@ -195,7 +199,7 @@ impl Shared {
 
     /// Counts a connection that was closed because it could not be offered to any worker.
     pub(super) fn count_lost(self: &Arc<Self>) {
-        self.act(|pool| pool.totals.dispatched += 1);
+        self.with_pool(|pool| pool.totals.dispatched += 1);
         self.lost.fetch_add(1, Relaxed);
     }
 
@@ -214,7 +218,7 @@ impl Shared {
     }
 
     pub(super) fn process_ended(self: &Arc<Self>, process: ProcessId, status: Option<ExitStatus>) {
-        self.act(|pool| pool.on_process_end(process, status));
+        self.with_pool(|pool| pool.on_process_end(process, status));
         self.changed();
     }
 
@@ -231,7 +235,7 @@ impl Shared {
     ) {
         let needs = connection.needs(default);
         connection.set_group(needs.group.clone());
-        self.act(|pool| pool.dispatch(connection, needs, admission, Instant::now()));
+        self.with_pool(|pool| pool.dispatch(connection, needs, admission, Instant::now()));
     }
 
     /// Returns a free slot in a group, or else a ticket of its queue. Without a group, the slot may
@@ -240,7 +244,7 @@ impl Shared {
         self: &Arc<Self>,
         group: Option<&Group>,
     ) -> Option<Result<Slot, (TicketId, oneshot::Receiver<Slot>)>> {
-        self.act(|pool| {
+        self.with_pool(|pool| {
             let has_slot = match group {
                 Some(group) => pool.try_reserve(group),
                 None => pool.has_slot(),
@@ -249,24 +253,24 @@ impl Shared {
                 return Some(Ok(Slot::new(self, group.cloned())));
             }
             pool.is_open().then(|| {
-                let (waiter, granted) = oneshot::channel();
+                let (caller, granted) = oneshot::channel();
                 let ticket = pool.wait_for_slot(group, Instant::now());
-                lock(&self.waiters).insert(ticket, waiter);
+                lock(&self.callers).insert(ticket, caller);
                 Err((ticket, granted))
             })
         })
     }
 
-    /// Returns the slot of a connection that was accepted before the dispatcher drained. It keeps no
-    /// room, so the connection waits. `None` once the drain hands nothing more over.
-    pub(super) fn late_slot(self: &Arc<Self>) -> Option<Slot> {
-        let is_closed = self.act(|pool| pool.is_closed());
+    /// Returns the right of a connection to be dispatched while the dispatcher drains, without a
+    /// slot. `None` once the drain hands nothing more over.
+    pub(super) fn slot_while_draining(self: &Arc<Self>) -> Option<Slot> {
+        let is_closed = self.with_pool(|pool| pool.is_closed());
         (!is_closed).then(|| Slot::new(self, None))
     }
 
     pub(super) fn stop_waiting(self: &Arc<Self>, group: Option<&Group>, ticket: TicketId) {
-        self.act(|pool| pool.cancel(group, ticket, Instant::now()));
-        lock(&self.waiters).remove(&ticket);
+        self.with_pool(|pool| pool.cancel(group, ticket, Instant::now()));
+        lock(&self.callers).remove(&ticket);
     }
 
     /// Wakes every [`until`](Self::until) waiter. Called after any change except those of a single

@@ -3,12 +3,13 @@ use std::{sync::Arc, time::Instant};
 use super::Shared;
 use crate::handoff::dispatcher::{Group, handover::Handover, pool::Admission};
 
-/// A slot at a worker that is kept for one connection. Free again when it is dropped.
+/// The right of one connection to be dispatched, with a slot at a worker if one is kept for it. The
+/// slot is free again when this is dropped.
 #[derive(Debug)]
 pub(in crate::handoff::dispatcher) struct Slot {
     shared: Arc<Shared>,
-    /// The group in which a slot is kept. `None` if none is kept: there was room in some group, or
-    /// the dispatcher drains. The connection is dispatched as [`Admission::Late`] then.
+    /// The group in which a slot is kept. `None` if none is kept, because the group of the
+    /// connection is not known yet, or because the dispatcher drains.
     group: Option<Group>,
 }
 
@@ -32,7 +33,7 @@ impl Slot {
         default: &Group,
     ) {
         // From here on, the connection has the slot, so dropping this frees nothing.
-        let admission = self.group.take().map_or(Admission::Late, Admission::Reserved);
+        let admission = self.group.take().map_or(Admission::WhileDraining, Admission::Reserved);
         self.shared.dispatch(connection, default, admission);
     }
 }
@@ -40,7 +41,7 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         if let Some(group) = self.group.take() {
-            self.shared.act(|pool| pool.give_up_slot(&group, Instant::now()));
+            self.shared.with_pool(|pool| pool.give_up_slot(&group, Instant::now()));
         }
     }
 }

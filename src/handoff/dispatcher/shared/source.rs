@@ -21,7 +21,7 @@ impl Source {
 impl Drop for Source {
     fn drop(&mut self) {
         self.0.sources.fetch_sub(1, Relaxed);
-        if !self.0.act(|pool| pool.is_open()) {
+        if !self.0.with_pool(|pool| pool.is_open()) {
             self.0.changed();
         }
     }

@@ -20,7 +20,7 @@ impl WorkerEntryGuard {
 impl Drop for WorkerEntryGuard {
     fn drop(&mut self) {
         lock(&self.shared.signals).remove(&self.id);
-        self.shared.act(|pool| pool.forget(self.id, Instant::now()));
+        self.shared.with_pool(|pool| pool.forget(self.id, Instant::now()));
         self.shared.changed();
     }
 }

@@ -97,7 +97,7 @@ impl Dispatcher {
         let (back, their_back) = Socket::pair(SocketKind::SeqPacket)?;
         parts.push(Part::Connections { forward: theirs, back: their_back });
         let mut links = Vec::new();
-        for worker in self.shared.act(|pool| pool.movable()) {
+        for worker in self.shared.with_pool(|pool| pool.movable()) {
             let (theirs, workers) = Socket::pair(SocketKind::SeqPacket)?;
             let process = worker.process;
             links.push((worker.id, process.id, workers.into()));
@@ -157,9 +157,9 @@ impl Dispatcher {
         let Traveller { link, pidfd, is_started, program, group } = traveller;
         let process = self.shared.processes().taken(pidfd, is_started);
         let pid = process.info().pid;
-        let id = self.shared.act(|pool| pool.add_worker(group.clone(), program.clone()));
+        let id = self.shared.with_pool(|pool| pool.add_worker(group.clone(), program.clone()));
         let task = WorkerTask::new(Arc::clone(&self.shared), id, link, process);
-        self.shared.act(|pool| pool.take_worker(id));
+        self.shared.with_pool(|pool| pool.take_worker(id));
         let worker = TakenWorker { id, program, pid, group };
         match is_started.then(|| restart(&worker)).flatten() {
             Some(command) => self.supervise(id, command, task),
@@ -192,7 +192,7 @@ impl Succession {
         }
         hand_on(shared, forward, &links);
         // Workers that have ended meanwhile do not take their new links.
-        let coming = shared.act(|pool| {
+        let coming = shared.with_pool(|pool| {
             Vec::from_iter(links.into_iter().map(|(id, _)| id).filter(|id| pool.needs_link(*id)))
         });
         lock(&shared.new_links).theirs.retain(|id, _| coming.contains(id));
@@ -209,7 +209,7 @@ impl Succession {
         let mut links = Vec::new();
         // Workers that have not moved yet stay.
         *lock(&shared.new_links) = Default::default();
-        for id in shared.act(|pool| pool.moved()) {
+        for id in shared.with_pool(|pool| pool.moved()) {
             match Socket::pair(SocketKind::SeqPacket) {
                 Ok((ours, theirs)) => {
                     let mut new_links = lock(&shared.new_links);
@@ -220,7 +220,7 @@ impl Succession {
                 Err(error) => warn!(worker = %id, %error, "worker can't be taken back"),
             }
         }
-        shared.act(|pool| pool.take_back(&links, Instant::now()));
+        shared.with_pool(|pool| pool.take_back(&links, Instant::now()));
         shared.changed();
         receive(shared, back);
     }
@@ -247,14 +247,14 @@ impl TakenWorkers {
 
 /// Hands all connections over to another dispatcher, as if it were a worker.
 fn hand_on(shared: &Arc<Shared>, socket: Socket, links: &[(WorkerId, ProcessId)]) {
-    let successor = shared.act(|pool| pool.add_worker(Group::default(), None));
+    let successor = shared.with_pool(|pool| pool.add_worker(Group::default(), None));
     let task = WorkerTask::of_successor(Arc::clone(shared), successor, socket);
     let entry = WorkerEntryGuard::new(shared, successor);
     shared.tasks.add(async move {
         let _entry = entry;
         task.run().await;
     });
-    shared.act(|pool| pool.succeed(successor, links, Instant::now()));
+    shared.with_pool(|pool| pool.succeed(successor, links, Instant::now()));
     shared.changed();
 }
 
@@ -303,7 +303,7 @@ fn take_connection(shared: &Arc<Shared>, connection: Connection) {
     match Handover::from_socket(socket, attributes, Some(peer), Some(local)) {
         Ok(mut connection) => {
             connection.origin = Some(serving);
-            match shared.late_slot() {
+            match shared.slot_while_draining() {
                 Some(slot) => slot.dispatch(connection, &Group::default()),
                 None => {
                     connection.shut_down();

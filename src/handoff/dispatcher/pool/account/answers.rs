@@ -49,7 +49,7 @@ impl<C> Account<C> {
         let adopted = self.take_answered(first, count, unsent)?;
         self.adopted += u64::from(count);
         if count > 0 {
-            self.clock.on_adopted();
+            self.timeouts.on_adopted();
         }
         Ok(adopted)
     }

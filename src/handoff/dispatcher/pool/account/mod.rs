@@ -7,7 +7,7 @@ use std::{collections::VecDeque, convert::Infallible, time::Instant};
 
 pub(super) use answers::Remains;
 
-use super::{Pending, ProcessInfo, clock::Clock, offers::Offers};
+use super::{Pending, ProcessInfo, offers::Offers, timeouts::Timeouts};
 use crate::handoff::{
     dispatcher::{RetireCause, WorkerState, builder::Config},
     protocol::{FromWorker, MAX_UNANSWERED, ToWorker, VERSION},
@@ -50,7 +50,7 @@ pub(super) struct Account<C> {
     pub(super) is_held_back: bool,
     /// The task of the worker has taken everything, so it has to be woken for the next message.
     is_asleep: bool,
-    pub(super) clock: Clock,
+    pub(super) timeouts: Timeouts,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -86,7 +86,7 @@ impl<C> Account<C> {
             control: VecDeque::new(),
             is_held_back: false,
             is_asleep: true,
-            clock: Clock::new(hello_by),
+            timeouts: Timeouts::new(hello_by),
         }
     }
 
@@ -96,7 +96,7 @@ impl<C> Account<C> {
         match self.phase {
             Phase::Starting => WorkerState::Starting,
             Phase::Open if self.is_held_back => WorkerState::Starting,
-            Phase::Open if self.clock.is_late() => WorkerState::Silent,
+            Phase::Open if self.timeouts.is_late() => WorkerState::Silent,
             Phase::Open => WorkerState::Ready,
             Phase::Draining => WorkerState::Draining,
         }
@@ -158,7 +158,7 @@ impl<C> Account<C> {
             .iter()
             .flatten()
             .any(|first| first.is_alone);
-        if self.state() != WorkerState::Ready || has_suspect || self.clock.is_paused() {
+        if self.state() != WorkerState::Ready || has_suspect || self.timeouts.is_paused() {
             return 0;
         }
         let asked_for = self.demand.saturating_sub(self.made() + self.planned.len() as u64);
@@ -216,7 +216,7 @@ impl<C> Account<C> {
         open: Option<u64>,
         now: Instant,
     ) -> Result<(), RetireCause> {
-        if self.clock.is_greeted() {
+        if self.timeouts.is_greeted() {
             return misbehaved("it sent a second HELLO");
         }
         if !(lowest..=highest).contains(&VERSION) {
@@ -227,7 +227,7 @@ impl<C> Account<C> {
         if max_fds == 0 {
             return misbehaved("it takes only offers without descriptors");
         }
-        self.clock.on_hello(now);
+        self.timeouts.on_hello(now);
         (self.max_fds, self.open_before) = (max_fds, open);
         if self.phase == Phase::Starting {
             self.phase = Phase::Open;
@@ -257,7 +257,7 @@ impl<C> Account<C> {
                 ));
             }
             FromWorker::Load { finished } => self.finished = finished,
-            FromWorker::Pong { nonce } if !self.clock.on_pong(nonce) => {
+            FromWorker::Pong { nonce } if !self.timeouts.on_pong(nonce) => {
                 return misbehaved(format!("it answered ping {nonce}, which was not the last"));
             }
             _ => {}
@@ -269,13 +269,13 @@ impl<C> Account<C> {
     /// gets nothing for a while, even if it asks again. Returns what was planned for it.
     pub(super) fn on_refusal(&mut self, now: Instant) -> Vec<Pending<C>> {
         self.demand = self.made();
-        self.clock.pause(now);
+        self.timeouts.pause(now);
         self.planned.take(..)
     }
 
     /// Takes out what is planned for the worker if it is late with a PONG, so that others get it.
     pub(super) fn take_back_if_silent(&mut self) -> Vec<Pending<C>> {
-        if self.clock.is_late() { self.planned.take(..) } else { Vec::new() }
+        if self.timeouts.is_late() { self.planned.take(..) } else { Vec::new() }
     }
 
     // The end.
@@ -291,7 +291,7 @@ impl<C> Account<C> {
     /// Sends a DRAIN with this deadline, unless the last one had the same. Returns true if the
     /// worker's task has to be woken.
     pub(super) fn send_drain(&mut self, until: Option<Instant>, now: Instant) -> bool {
-        if self.clock.drain(until) {
+        if self.timeouts.drain(until) {
             let within = until.map(|until| until.saturating_duration_since(now));
             self.send(ToWorker::Drain { within });
         }
@@ -326,7 +326,7 @@ impl<C> Account<C> {
         std::mem::take(&mut self.is_asleep)
     }
 
-    /// Does what is due. [`Clock::next_timeout`] returns a later time afterwards.
+    /// Does what is due. [`Timeouts::next_timeout`] returns a later time afterwards.
     ///
     /// # Errors
     /// Returns the cause if the worker has to be retired.
@@ -339,7 +339,7 @@ impl<C> Account<C> {
         let oldest =
             self.unanswered.front().and_then(|oldest| Some((oldest.number, oldest.offered_at?)));
         let next = self.made();
-        let due = self.clock.on_timeout(now, config, oldest, next, may_fence)?;
+        let due = self.timeouts.on_timeout(now, config, oldest, next, may_fence)?;
         due.into_iter().flatten().for_each(|message| self.send(message));
         Ok(())
     }
@@ -347,6 +347,6 @@ impl<C> Account<C> {
     pub(super) fn next_timeout(&self, config: &Config) -> Option<Instant> {
         let oldest =
             self.unanswered.front().and_then(|oldest| Some((oldest.number, oldest.offered_at?)));
-        self.clock.next_timeout(config, oldest)
+        self.timeouts.next_timeout(config, oldest)
     }
 }

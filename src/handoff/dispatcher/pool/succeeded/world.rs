@@ -108,7 +108,7 @@ impl World {
         let (connection, now) = (self.dispatched, self.now);
         let Some(side) = self.server().filter(|_| connection < 100) else { return false };
         side.has.insert(connection);
-        side.pool.dispatch(connection, needs(), Admission::Late, now);
+        side.pool.dispatch(connection, needs(), Admission::WhileDraining, now);
         self.dispatched += 1;
         true
     }
@@ -208,7 +208,7 @@ impl World {
             waiting.insert(connection);
             let side = &mut self.sides[other];
             side.has.insert(connection);
-            side.pool.dispatch(connection, needs(), Admission::Late, self.now);
+            side.pool.dispatch(connection, needs(), Admission::WhileDraining, self.now);
         }
         is_news
     }
@@ -295,7 +295,7 @@ impl World {
                             }
                         }
                     }
-                    Event::Failed { connection, .. } => panic!("{connection} is given up"),
+                    Event::GivenUp { connection, .. } => panic!("{connection} is given up"),
                     _ => {}
                 }
             }

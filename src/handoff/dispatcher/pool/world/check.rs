@@ -131,7 +131,7 @@ impl World {
         };
         let is_held = self.peers.iter().any(has_copy);
         let has_ended = adopter.is_retired && !adopter.lives;
-        match (is_held, has_ended, self.pool.stale.keeps(&serial)) {
+        match (is_held, has_ended, self.pool.kept.keeps(&serial)) {
             (true, true, _) if !self.shut_down.contains(&serial) => {
                 Err(format!("worker {by} has ended, and its connection {serial} was not shut down"))
             }

@@ -368,7 +368,7 @@ impl World {
                         self.pool.keep(connection, process, holders);
                     }
                 }
-                Event::Failed { connection, .. } => {
+                Event::GivenUp { connection, .. } => {
                     self.decide(connection, Fate::Failed);
                     self.broken = self.broken.take().or(self.complaint_about(connection));
                 }

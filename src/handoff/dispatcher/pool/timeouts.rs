@@ -17,7 +17,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The timeouts of a worker's link. Decides when to ping, to recall, and to retire.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct Clock {
+pub(super) struct Timeouts {
     /// The time by which the worker has to send HELLO. `None` after it has.
     hello_by: Option<Instant>,
     ping: Ping,
@@ -56,7 +56,7 @@ struct Recall {
     at: Instant,
 }
 
-impl Clock {
+impl Timeouts {
     pub(super) fn new(hello_by: Instant) -> Self {
         Self {
             hello_by: Some(hello_by),

@@ -1,17 +1,17 @@
-//! Stale copies: the descriptors of connections that processes of retired workers may still hold.
+//! The dispatcher's own copies of connections of which a retired worker may still have a copy.
 
 use std::collections::BTreeMap;
 
 use super::{Event, ProcessId};
 
-/// The processes that may hold stale copies, and the dispatcher's own copies of such connections.
+/// The processes that may hold stale copies, and the copies that the dispatcher keeps for that.
 ///
 /// A retired worker's process may hold copies of what it was offered until it ends. That does no
 /// harm to a connection while another worker serves it. But if the other worker dies, the stale
 /// copy keeps the connection open, and the client never gets the end. So the dispatcher keeps a
 /// copy of its own, with which it can shut the connection down.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(in crate::handoff::dispatcher) struct StaleCopies<C> {
+pub(in crate::handoff::dispatcher) struct KeptCopies<C> {
     /// Processes of retired workers that may live, and how many descriptors each may have in
     /// flight.
     holders: BTreeMap<ProcessId, usize>,
@@ -29,13 +29,13 @@ struct Kept<C> {
     holders: Vec<ProcessId>,
 }
 
-impl<C> Default for StaleCopies<C> {
+impl<C> Default for KeptCopies<C> {
     fn default() -> Self {
         Self { holders: BTreeMap::new(), kept: Vec::new() }
     }
 }
 
-impl<C> StaleCopies<C> {
+impl<C> KeptCopies<C> {
     /// Adds the process of a retired worker, which may live. Up to `in_flight` descriptors may be
     /// in flight to it, in addition to earlier ones.
     pub(super) fn add_holder(&mut self, process: ProcessId, in_flight: usize) {
