@@ -20,7 +20,7 @@ use tracing::{debug, info, warn};
 use super::{
     RetireCause, Shared, WorkerId, after,
     handover::Copies,
-    last_messages::{LastMessages, rest_of},
+    last_messages::LastMessages,
     pool::ProcessState,
     process::Process,
     protocol::{DispatcherCodec, FromWorker, NewLink, Offer, ToWorker},
@@ -383,13 +383,15 @@ impl WorkerTask {
     async fn fence(&mut self) -> LastMessages {
         // An error means that the socket is shut down already.
         let _ = self.read.socket().shutdown(Shutdown::Read);
-        let mut messages = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
+        let mut last = LastMessages {
+            messages: self.received.drain(..).filter_map(Result::ok).collect(),
+            is_all: true,
+            unsent: self.sending.unsent(self.outbound.unsent().fds),
+        };
         while let Some(Ok(message)) = self.read.next().await {
-            messages.extend(message.ok());
+            last.messages.extend(message.ok());
         }
-        let (rest, is_all) = rest_of(self.read.socket());
-        messages.extend(rest);
-        let unsent = self.sending.unsent(self.outbound.unsent().fds);
-        LastMessages { messages, is_all, unsent }
+        last.read_rest(self.read.socket());
+        last
     }
 }

@@ -205,7 +205,7 @@ impl<C> Pool<C> {
 
     /// Does in one group what [`distribute`](Self::distribute) does, in the order of its queue.
     ///
-    /// If no worker has room for the first connection, those behind it usually wait, too. They may
+    /// If nothing can be done for the first waiter, those behind it usually wait, too. They may
     /// pass a connection that waits for a worker which they do not need:
     ///
     /// - A bundle waits for a worker that takes as many descriptors.
@@ -214,52 +214,72 @@ impl<C> Pool<C> {
     ///   no other pending connections. If others always pass it, no worker ever becomes free. So
     ///   after `recall_after` the suspect is overdue, and one worker is kept free for it.
     fn distribute_in(&mut self, group: &Group, now: Instant) {
-        let (mut from, mut is_one_kept_free) = (i64::MIN, false);
-        while let Some((position, waiter)) = self.groups.get_mut(group).queue.next(from) {
-            from = position + 1;
-            // A caller gets the next free slot. If there is none, everything behind it waits.
-            let Waiter::Connection(pending) = waiter else {
-                if self.free_slots(group) == 0 {
-                    return;
-                }
-                let state = self.groups.get_mut(group);
-                let ticket = state.queue.grant(position);
-                state.reserved += 1;
-                self.events.push(Event::Granted { ticket, group: Some(group.clone()) });
-                continue;
+        let mut position = i64::MIN;
+        while let Some((next, waiter)) = self.groups.get_mut(group).queue.next(position) {
+            position = next;
+            let may_go_on = match waiter {
+                Waiter::Ticket(_) => self.grant(group, position),
+                Waiter::Connection(_) => self.place(group, position, now),
             };
-            let is_suspect = pending.is_suspect(self.config.max_offers);
-            let since = is_suspect.then(|| *pending.suspect_since.get_or_insert(now));
-            let is_overdue = since.is_some_and(|since| now >= since + self.config.recall_after);
-            let may_be_passed =
-                pending.is_at_last_attempt(self.config.max_offers) || pending.fds > 1;
-            // A new connection must not use a slot that is reserved for another one. A connection
-            // that was offered before may: it goes before those that are still to come.
-            let is_new = pending.offers == 0;
-            let Some(pending) = self.groups.get_mut(group).queue.take(position) else { continue };
-            let must_wait = is_new && self.free_slots(group) == 0;
-            let choice = if must_wait { Choice::Wait } else { self.choose(&pending) };
-            match choice {
-                Choice::Plan(id) => self.plan(id, pending),
-                Choice::GiveUp => {
-                    let reason = pending.too_many_offers();
-                    self.events.push(Event::GivenUp { connection: pending.connection, reason });
-                }
-                Choice::Wait => {
-                    // Plan nothing more for the best worker, so that it becomes free for an overdue
-                    // suspect. There is at most one such worker in each group.
-                    if is_overdue && !is_one_kept_free {
-                        let best = self.best(&pending, |_, account| account.room() > 0);
-                        self.kept_free.extend(best);
-                        is_one_kept_free = best.is_some();
-                    }
-                    let queue = &mut self.groups.get_mut(group).queue;
-                    queue.put(position, Waiter::Connection(pending));
-                    if !may_be_passed {
-                        return;
-                    }
-                }
+            if !may_go_on {
+                return;
             }
+            position += 1;
+        }
+    }
+
+    /// Reserves a slot for the caller at this position. Returns false if there is none.
+    fn grant(&mut self, group: &Group, position: i64) -> bool {
+        if self.free_slots(group) == 0 {
+            return false;
+        }
+        let state = self.groups.get_mut(group);
+        let ticket = state.queue.grant(position);
+        state.reserved += 1;
+        self.events.push(Event::Granted { ticket, group: Some(group.clone()) });
+        true
+    }
+
+    /// Plans an offer of the connection at this position, or gives it up, or leaves it there.
+    /// Returns false if those behind it have to wait.
+    fn place(&mut self, group: &Group, position: i64, now: Instant) -> bool {
+        let Some(mut pending) = self.groups.get_mut(group).queue.take(position) else {
+            return true;
+        };
+        // A new connection must not use a slot that is reserved for another one. A connection that
+        // was offered before may: it goes before those that are still to come.
+        let must_wait = pending.offers == 0 && self.free_slots(group) == 0;
+        let choice = if must_wait { Choice::Wait } else { self.choose(&pending) };
+        match choice {
+            Choice::Plan(id) => self.plan(id, pending),
+            Choice::GiveUp => {
+                let reason = pending.too_many_offers();
+                self.events.push(Event::GivenUp { connection: pending.connection, reason });
+            }
+            Choice::Wait => {
+                self.keep_free_for(&mut pending, now);
+                let max_offers = self.config.max_offers;
+                let may_be_passed = pending.is_at_last_attempt(max_offers) || pending.fds > 1;
+                let queue = &mut self.groups.get_mut(group).queue;
+                queue.put(position, Waiter::Connection(pending));
+                return may_be_passed;
+            }
+        }
+        true
+    }
+
+    /// Plans nothing more for the best worker if the connection is an overdue suspect, so that the
+    /// worker becomes free for it. There is at most one such worker in each group.
+    fn keep_free_for(&mut self, pending: &mut Pending<C>, now: Instant) {
+        if !pending.is_suspect(self.config.max_offers) {
+            return;
+        }
+        let since = *pending.suspect_since.get_or_insert(now);
+        let is_one_kept_free = self.kept_free.iter().any(|id| {
+            self.workers.get(id).is_some_and(|worker| self.is_in(&pending.group, *id, worker))
+        });
+        if now >= since + self.config.recall_after && !is_one_kept_free {
+            self.kept_free.extend(self.best(pending, |_, account| account.room() > 0));
         }
     }
 

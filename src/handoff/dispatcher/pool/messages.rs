@@ -13,10 +13,9 @@ impl<C> Pool<C> {
         id: WorkerId,
         now: Instant,
     ) -> Option<ToWorker<&C, ()>> {
-        let (message, is_repeated) =
-            self.workers.get_mut(&id)?.account.as_mut()?.next_message(now)?;
-        self.totals.offered_again += u64::from(is_repeated);
-        Some(message)
+        let next = self.workers.get_mut(&id)?.account.as_mut()?.next_message(now)?;
+        self.totals.offered_again += u64::from(next.is_repeated);
+        Some(next.message)
     }
 
     /// Processes a message from a worker. The last `unsent` of its offers were taken with
@@ -42,9 +41,9 @@ impl<C> Pool<C> {
                 if is_succeeded && worker.removed.is_none() {
                     account.hand_on(now);
                 }
-                if let Some(until) = worker.removed {
+                if let Some(drain) = worker.removed {
                     account.drain();
-                    account.send_drain(until, now);
+                    account.send_drain(drain, now);
                 }
                 if let Some(replacement) = worker.replacement {
                     self.on_new_ready(replacement, now);
@@ -69,7 +68,9 @@ impl<C> Pool<C> {
                 self.put_back(planned);
             }
             FromWorker::Goodbye => return Err(RetireCause::Drained),
-            number => account.on_number(number)?,
+            FromWorker::Demand { total } => account.on_demand(total)?,
+            FromWorker::Load { finished } => account.on_load(finished)?,
+            FromWorker::Pong { nonce } => account.on_pong(nonce)?,
         }
         self.distribute(now);
         Ok(())

@@ -72,6 +72,7 @@ pub(super) use queue::TicketId;
 use queue::Waiter;
 use replacement::Replacement;
 pub(super) use replacement::{Outcome, Refusal, ReplacementId};
+use timeouts::Drain;
 
 use super::{Group, RetireCause, RetireCounts, WorkerExit, WorkerId, WorkerStats, builder::Config};
 
@@ -138,7 +139,7 @@ enum Phase {
     Closed,
 }
 
-/// A worker, with the account of its present process.
+/// A worker, with the account of its present link.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Worker<C> {
     group: Group,
@@ -153,8 +154,8 @@ struct Worker<C> {
     last_exit: Option<WorkerExit>,
     /// The process of the worker was taken over from another dispatcher.
     is_taken: bool,
-    /// `Some` if the worker has to drain and leave, with the deadline if there is one.
-    removed: Option<Option<Instant>>,
+    /// `Some` if the worker has to drain and leave.
+    removed: Option<Drain>,
     /// The undecided replacement of which this worker is a new worker.
     replacement: Option<ReplacementId>,
     /// The number of the last plan for this worker. Compared with those of other workers.
@@ -247,7 +248,7 @@ impl<C> Pool<C> {
         self.groups.get_mut(&group).workers += 1;
         let id = WorkerId(self.last_worker);
         // A worker that comes while the dispatcher drains has to leave at once.
-        let removed = (self.phase != Phase::Open).then_some(self.drain_until);
+        let removed = (self.phase != Phase::Open).then_some(Drain { until: self.drain_until });
         let worker = Worker {
             group,
             account: None,
@@ -298,12 +299,13 @@ impl<C> Pool<C> {
     pub(super) fn remove(&mut self, id: WorkerId, until: Option<Instant>, now: Instant) -> bool {
         let is_succeeded = self.is_succeeded();
         let Some(worker) = self.workers.get_mut(&id) else { return false };
-        worker.removed = Some(until);
+        let drain = Drain { until };
+        worker.removed = Some(drain);
         let leaves_without_drain = worker.leaves_without_drain(is_succeeded);
         if let Some(account) = &mut worker.account {
             let planned = account.drain();
             // A worker that gets no DRAIN is retired by `on_timeout`, which its woken task calls.
-            let is_asleep = leaves_without_drain || account.send_drain(until, now);
+            let is_asleep = leaves_without_drain || account.send_drain(drain, now);
             self.events.extend(is_asleep.then_some(Event::Wake(id)));
             self.put_back(planned);
         }

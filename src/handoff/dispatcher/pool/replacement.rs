@@ -11,7 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Event, Pool, WorkerId, WorkerStats};
+use super::{Drain, Event, Pool, WorkerId, WorkerStats};
 use crate::handoff::dispatcher::Group;
 
 /// The number of a replacement.
@@ -124,7 +124,7 @@ impl<C> Pool<C> {
             if is_starting {
                 worker.replacement = Some(id);
             } else {
-                worker.removed.get_or_insert(Some(leave_by));
+                worker.removed.get_or_insert(Drain { until: Some(leave_by) });
             }
         }
         if let Some(replacement) = replacement {

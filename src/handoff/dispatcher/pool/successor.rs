@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Account, Event, Pool, ProcessId, ProcessInfo, Worker, WorkerId};
+use super::{Account, Drain, Event, Pool, ProcessId, ProcessInfo, Worker, WorkerId};
 use crate::handoff::dispatcher::Group;
 
 /// The description of a worker that can be moved, for the other dispatcher.
@@ -104,7 +104,7 @@ impl<C> Pool<C> {
             if links.contains(id) {
                 account.move_away();
             } else {
-                account.send_drain(None, now);
+                account.send_drain(Drain { until: None }, now);
             }
             self.events.extend(account.must_wake().then_some(Event::Wake(*id)));
         }

@@ -26,12 +26,18 @@ pub(super) struct Timeouts {
     /// The end of the last time in which nothing could be sent or received through no fault of the
     /// worker: this process was stopped, or the kernel lacked a resource to send with.
     able_since: Option<Instant>,
-    /// `Some` if the worker was asked to drain, with the deadline if there is one.
-    drain: Option<Option<Instant>>,
+    /// `Some` if the worker was asked to drain.
+    drain: Option<Drain>,
     /// The worker gets nothing until then, because it has refused an offer.
     paused_until: Option<Instant>,
     /// The number of refusals since the worker last adopted something.
     refusals: u32,
+}
+
+/// The drain of a worker, with the deadline if there is one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Drain {
+    pub(super) until: Option<Instant>,
 }
 
 /// The last ping, and the next one.
@@ -124,8 +130,8 @@ impl Timeouts {
     }
 
     /// Sets the deadline of the drain. Returns true if it differs from that of the last call.
-    pub(super) fn drain(&mut self, until: Option<Instant>) -> bool {
-        self.drain.replace(until) != Some(until)
+    pub(super) fn drain(&mut self, drain: Drain) -> bool {
+        self.drain.replace(drain) != Some(drain)
     }
 
     /// Returns the ping and the recall that are due. `oldest` is the number of the oldest
@@ -189,7 +195,7 @@ impl Timeouts {
         }
         // Check the deadline of the drain.
         match self.drain {
-            Some(Some(until)) if now >= until => Err(RetireCause::Overdue),
+            Some(Drain { until: Some(until) }) if now >= until => Err(RetireCause::Overdue),
             _ => Ok([ping, recall]),
         }
     }
@@ -211,7 +217,7 @@ impl Timeouts {
             }
             None => Some(self.counted_from(offered_at) + config.recall_after),
         });
-        [ping, recall, self.hello_by, self.drain.flatten(), self.paused_until]
+        [ping, recall, self.hello_by, self.drain.and_then(|drain| drain.until), self.paused_until]
             .into_iter()
             .flatten()
             .min()

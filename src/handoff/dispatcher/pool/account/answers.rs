@@ -101,10 +101,8 @@ impl<C> Account<C> {
     ) -> Vec<Pending<C>> {
         // `past` is the number behind that of the last offer that was sent.
         let sent = self.unanswered.len().saturating_sub(unsent);
-        let Some(past) = self.unanswered.get(sent.wrapping_sub(1)).map(|last| last.number + 1)
-        else {
-            return Vec::new();
-        };
+        let last = sent.checked_sub(1).and_then(|last| self.unanswered.get(last));
+        let Some(past) = last.map(|last| last.number + 1) else { return Vec::new() };
         let Some(end) = first.checked_add(count.into()).filter(|end| *end <= past) else {
             return Vec::new();
         };

@@ -1,5 +1,5 @@
-//! The account of one link: the connections planned for the worker, its unanswered offers, and its
-//! demand.
+//! The account of one link of a worker: the connections planned for it, its unanswered offers, and
+//! its demand.
 
 mod answers;
 
@@ -7,13 +7,17 @@ use std::{collections::VecDeque, convert::Infallible, time::Instant};
 
 pub(super) use answers::Remains;
 
-use super::{Pending, ProcessInfo, offers::Offers, timeouts::Timeouts};
+use super::{
+    Pending, ProcessInfo,
+    offers::Offers,
+    timeouts::{Drain, Timeouts},
+};
 use crate::handoff::{
     dispatcher::{RetireCause, WorkerState, builder::Config},
-    protocol::{FromWorker, MAX_UNANSWERED, ToWorker, VERSION},
+    protocol::{MAX_UNANSWERED, ToWorker, VERSION},
 };
 
-/// The account of one process of a worker, from its connection to its retirement.
+/// The account of one link of a worker, from its beginning to its end.
 ///
 /// A client's connection is in the account from its plan until the worker answers the offer or is
 /// retired. The number of offers made is not stored: it is
@@ -60,6 +64,13 @@ enum Phase {
     Open,
     /// The worker takes no more offers.
     Draining,
+}
+
+/// The next message to be sent to a worker.
+pub(super) struct NextMessage<'a, C> {
+    pub(super) message: ToWorker<&'a C, ()>,
+    /// True if it is an offer of a connection that was offered before.
+    pub(super) is_repeated: bool,
 }
 
 /// Returns the error for a worker that has broken the protocol.
@@ -190,11 +201,11 @@ impl<C> Account<C> {
         self.control.push_back(message);
     }
 
-    /// Takes out the next message to be sent. The flag is true if it is an offer of a connection
-    /// that was offered before. The offer counts as made from now on.
-    pub(super) fn next_message(&mut self, now: Instant) -> Option<(ToWorker<&C, ()>, bool)> {
+    /// Takes out the next message to be sent. An offer counts as made from now on.
+    pub(super) fn next_message(&mut self, now: Instant) -> Option<NextMessage<'_, C>> {
         if let Some(control) = self.control.pop_front() {
-            return Some((control.map(|never| match never {}), false));
+            let message = control.map(|never| match never {});
+            return Some(NextMessage { message, is_repeated: false });
         }
         let number = self.made();
         let Some(mut pending) = self.planned.pop_front() else {
@@ -203,7 +214,8 @@ impl<C> Account<C> {
         };
         pending.offer(number, now);
         let offered = self.unanswered.push_back(pending);
-        Some((ToWorker::Offer { number, offer: &offered.connection }, offered.offers > 1))
+        let message = ToWorker::Offer { number, offer: &offered.connection };
+        Some(NextMessage { message, is_repeated: offered.offers > 1 })
     }
 
     // From the worker.
@@ -236,31 +248,35 @@ impl<C> Account<C> {
         Ok(())
     }
 
-    /// Processes a DEMAND, a LOAD, or a PONG. The pool processes all other messages.
-    pub(super) fn on_number(&mut self, message: FromWorker) -> Result<(), RetireCause> {
-        match message {
-            FromWorker::Demand { total } if total < self.demand => {
-                return misbehaved(format!("its demand fell from {} to {total}", self.demand));
-            }
-            // Only `on_refusal` lowers the demand.
-            FromWorker::Demand { total } => self.demand = total,
-            FromWorker::Load { finished } if finished < self.finished => {
-                return misbehaved(format!(
-                    "its finished connections fell from {} to {finished}",
-                    self.finished
-                ));
-            }
-            FromWorker::Load { finished } if finished > self.ever_open() => {
-                return misbehaved(format!(
-                    "it finished {finished} connections and adopted {}",
-                    self.ever_open()
-                ));
-            }
-            FromWorker::Load { finished } => self.finished = finished,
-            FromWorker::Pong { nonce } if !self.timeouts.on_pong(nonce) => {
-                return misbehaved(format!("it answered ping {nonce}, which was not the last"));
-            }
-            _ => {}
+    pub(super) fn on_demand(&mut self, total: u64) -> Result<(), RetireCause> {
+        // Only `on_refusal` lowers the demand.
+        if total < self.demand {
+            return misbehaved(format!("its demand fell from {} to {total}", self.demand));
+        }
+        self.demand = total;
+        Ok(())
+    }
+
+    pub(super) fn on_load(&mut self, finished: u64) -> Result<(), RetireCause> {
+        if finished < self.finished {
+            return misbehaved(format!(
+                "its finished connections fell from {} to {finished}",
+                self.finished
+            ));
+        }
+        if finished > self.ever_open() {
+            return misbehaved(format!(
+                "it finished {finished} connections and adopted {}",
+                self.ever_open()
+            ));
+        }
+        self.finished = finished;
+        Ok(())
+    }
+
+    pub(super) fn on_pong(&mut self, nonce: u64) -> Result<(), RetireCause> {
+        if !self.timeouts.on_pong(nonce) {
+            return misbehaved(format!("it answered ping {nonce}, which was not the last"));
         }
         Ok(())
     }
@@ -290,9 +306,9 @@ impl<C> Account<C> {
 
     /// Sends a DRAIN with this deadline, unless the last one had the same. Returns true if the
     /// worker's task has to be woken.
-    pub(super) fn send_drain(&mut self, until: Option<Instant>, now: Instant) -> bool {
-        if self.timeouts.drain(until) {
-            let within = until.map(|until| until.saturating_duration_since(now));
+    pub(super) fn send_drain(&mut self, drain: Drain, now: Instant) -> bool {
+        if self.timeouts.drain(drain) {
+            let within = drain.until.map(|until| until.saturating_duration_since(now));
             self.send(ToWorker::Drain { within });
         }
         self.must_wake()
@@ -305,7 +321,7 @@ impl<C> Account<C> {
         match self.phase {
             Phase::Open if self.has_next_link && self.open_before.is_some() => self.move_away(),
             Phase::Open => {
-                self.send_drain(None, now);
+                self.send_drain(Drain { until: None }, now);
                 self.drain()
             }
             Phase::Starting | Phase::Draining => Vec::new(),
