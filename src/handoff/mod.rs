@@ -32,15 +32,19 @@
 //!
 //! | word | meaning |
 //! |---|---|
+//! | dispatch | give a connection to the dispatcher, which hands it over to a worker |
+//! | group | a name for workers that serve the same connections; each connection goes to one group |
+//! | slot | room for one connection at a worker |
 //! | offer | a connection, with its descriptor, sent to one worker |
 //! | adopt | the worker takes an offer for its application; from then on the connection is the worker's |
 //! | reject | the worker gives an offer back |
 //! | demand | the total number of offers a worker has asked for |
 //! | recall | the dispatcher asks a busy worker to reject what it has not adopted |
 //! | fence | cut a worker off, so that it can adopt nothing from that moment on |
-//! | retire | the one path by which a worker's link ends, whatever the cause |
+//! | retire | end a worker's link, whatever the cause |
 //! | drain | take nothing new and finish what is there |
 //! | stale copy | a descriptor of a connection that a fenced process may still hold |
+//! | give back | return a connection that no worker has adopted to the application that dispatched it |
 //! | link | one worker's connection to the dispatcher |
 //!
 //! # Both sides
@@ -105,8 +109,8 @@
 //! | it is [replaced](Dispatcher::replace_workers) | go to others, when the new workers are ready | are finished, until the deadline |
 //! | its [group](Dispatcher::in_group) has no workers | wait for one, and hold up no other group | - |
 //! | it breaks the protocol | as when it hangs | as when it hangs |
-//! | it does not say hello within [`hello_timeout`](DispatcherBuilder::hello_timeout) | - | - |
-//! | its process lives on after the end of the conversation | go to others | go on, until it is killed after [`exit_timeout`](DispatcherBuilder::exit_timeout) if the dispatcher started it |
+//! | it does not say hello within [`hello_timeout`](DispatcherBuilder::hello_timeout) | it is cut off, and killed if the dispatcher started it; it has none | it has none |
+//! | its process lives on after the end of its link | go to others | go on, until it is killed after [`exit_timeout`](DispatcherBuilder::exit_timeout) if the dispatcher started it |
 //! | something else reads from its socket | it leaves, since an offer is missing, and they go to others | go on |
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |
 //! | the dispatcher is [replaced](Dispatcher::prepare_succession) | go to the dispatcher that goes on | go on, and the worker with the other dispatcher |

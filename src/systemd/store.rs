@@ -91,13 +91,11 @@ fn is_taken(error: &Error) -> bool {
 fn assignment(name: &str) -> Result<String> {
     let is_valid = (1..=MAX_NAME_BYTES).contains(&name.len())
         && name.bytes().all(|byte| (byte == b' ' || byte.is_ascii_graphic()) && byte != b':');
-    match is_valid {
-        true => Ok(format!("FDNAME={name}")),
-        false => Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!("{name:?} is not a valid name for a stored descriptor"),
-        )),
+    if !is_valid {
+        let text = format!("{name:?} is not a valid name for a stored descriptor");
+        return Err(Error::new(ErrorKind::InvalidInput, text));
     }
+    Ok(format!("FDNAME={name}"))
 }
 
 #[cfg(test)]

@@ -59,10 +59,7 @@ pub(super) async fn connect(path: &Path, options: &Options) -> Result<Socket, Er
     let socket =
         timeout(options.answer_timeout, connecting).await.map_err(|_| Error::TimedOut)??;
     let uid = socket.peer_cred()?.uid;
-    match options.trusts(uid) {
-        true => Ok(socket),
-        false => Err(Error::NotTrusted { uid }),
-    }
+    if options.trusts(uid) { Ok(socket) } else { Err(Error::NotTrusted { uid }) }
 }
 
 /// The listeners of a server, in a process that does not serve yet.

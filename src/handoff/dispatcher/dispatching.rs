@@ -37,7 +37,7 @@ pub(super) fn dispatch(
 
 /// A connection that is being handed over, from
 /// [`Dispatcher::dispatch`](super::Dispatcher::dispatch). The future is ready when a worker has
-/// adopted it.
+/// adopted it, or when it was given up.
 #[derive(Debug)]
 #[must_use = "if it is dropped, a connection that no worker adopts is closed instead of given back"]
 pub struct Dispatching {
@@ -88,19 +88,19 @@ pub(super) async fn reserve(shared: &Arc<Shared>, group: &Group) -> Option<Dispa
 pub(super) async fn slot_in(shared: &Arc<Shared>, group: Option<&Group>) -> Option<Slot> {
     match shared.wait_for_slot(group)? {
         Ok(slot) => Some(slot),
-        Err((ticket, granted)) => Waiting { shared, group, ticket, granted }.await,
+        Err((ticket, granted)) => WaitingForSlot { shared, group, ticket, granted }.await,
     }
 }
 
 /// A position in the queue for a slot, given up when it is dropped.
-struct Waiting<'a> {
+struct WaitingForSlot<'a> {
     shared: &'a Arc<Shared>,
     group: Option<&'a Group>,
     ticket: TicketId,
     granted: oneshot::Receiver<Slot>,
 }
 
-impl Future for Waiting<'_> {
+impl Future for WaitingForSlot<'_> {
     type Output = Option<Slot>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Slot>> {
@@ -108,7 +108,7 @@ impl Future for Waiting<'_> {
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for WaitingForSlot<'_> {
     fn drop(&mut self) {
         self.shared.stop_waiting(self.group, self.ticket);
     }

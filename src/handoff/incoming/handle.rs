@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use super::{
-    channel::{Channel, Phase},
+    channel::{Channel, WorkerPhase},
     end::IncomingEnd,
     stats::IncomingStats,
 };
@@ -59,7 +59,7 @@ impl IncomingHandle {
     /// should have `Connection: close` from then on: it ends a connection that is kept alive
     /// without cutting off a request that is on its way.
     pub fn is_draining(&self) -> bool {
-        !matches!(*self.channel.phase().borrow(), Phase::Open)
+        !matches!(*self.channel.phase().borrow(), WorkerPhase::Open)
     }
 
     /// Waits until this worker takes no more connections, for whatever reason. End silent
@@ -69,7 +69,7 @@ impl IncomingHandle {
     pub fn drain_requested(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
         let mut phase = self.channel.phase();
         async move {
-            let _ = phase.wait_for(|phase| !matches!(phase, Phase::Open)).await;
+            let _ = phase.wait_for(|phase| !matches!(phase, WorkerPhase::Open)).await;
         }
     }
 
@@ -82,7 +82,7 @@ impl IncomingHandle {
     /// Returns `None` if the dispatcher has not asked this worker to drain, or has set no time.
     pub fn drain_deadline(&self) -> Option<Instant> {
         match *self.channel.phase().borrow() {
-            Phase::Draining { deadline } => deadline,
+            WorkerPhase::Draining { deadline } => deadline,
             _ => None,
         }
     }
@@ -111,7 +111,7 @@ impl IncomingHandle {
         async move {
             loop {
                 let deadline = match *phase.borrow_and_update() {
-                    Phase::Draining { deadline } => deadline,
+                    WorkerPhase::Draining { deadline } => deadline,
                     _ => None,
                 };
                 let margin_reached = async {
@@ -141,7 +141,7 @@ impl IncomingHandle {
     /// [`ServingGuard`](crate::handoff::ServingGuard).
     pub fn ended(&self) -> impl Future<Output = IncomingEnd> + Send + 'static + use<> {
         self.end_of(|phase| match phase {
-            Phase::Finished(end) => Some(end.clone()),
+            WorkerPhase::Finished(end) => Some(end.clone()),
             _ => None,
         })
     }
@@ -151,7 +151,7 @@ impl IncomingHandle {
     /// notice at once that it was [fenced](IncomingEnd::Fenced).
     pub fn link_ended(&self) -> impl Future<Output = IncomingEnd> + Send + 'static + use<> {
         self.end_of(|phase| match phase {
-            Phase::Unlinked(end) | Phase::Finished(end) => Some(end.clone()),
+            WorkerPhase::Unlinked(end) | WorkerPhase::Finished(end) => Some(end.clone()),
             _ => None,
         })
     }
@@ -159,7 +159,7 @@ impl IncomingHandle {
     /// Waits for a phase in which `end` returns `Some`.
     fn end_of(
         &self,
-        end: fn(&Phase) -> Option<IncomingEnd>,
+        end: fn(&WorkerPhase) -> Option<IncomingEnd>,
     ) -> impl Future<Output = IncomingEnd> + Send + 'static + use<> {
         let mut phase = self.channel.phase();
         async move {

@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use super::{Account, Event, GiveUpReason, Needs, Pending, Phase, Pool, TicketId, Waiter, Worker};
+use super::{
+    Account, Event, GiveUpReason, Needs, Pending, Pool, PoolPhase, TicketId, Waiter, Worker,
+};
 use crate::handoff::dispatcher::{Group, Strategy, WorkerId, key::order_of};
 
 /// The choices for a connection.
@@ -45,9 +47,9 @@ impl<C> Pool<C> {
             self.groups.get_mut(group).reserved -= 1;
         }
         let is_taken = match self.phase {
-            Phase::Open => true,
-            Phase::Draining => admission != Admission::None,
-            Phase::Closed => false,
+            PoolPhase::Open => true,
+            PoolPhase::Draining => admission != Admission::None,
+            PoolPhase::Closed => false,
         };
         if !is_taken {
             return self.events.push(Event::GivenUp { connection, reason: GiveUpReason::Draining });
@@ -138,7 +140,7 @@ impl<C> Pool<C> {
             // Ids are never used again, so those of workers that have left for good are dropped.
             pending.failed_with.retain(|id| self.workers.contains_key(id));
             pending.refused_by.retain(|id| self.workers.contains_key(id));
-            if self.phase == Phase::Closed {
+            if self.phase == PoolPhase::Closed {
                 self.events.push(Event::GivenUp {
                     connection: pending.connection,
                     reason: GiveUpReason::Draining,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Event, GiveUpReason, Leftover, Phase, Pool, ProcessId, ProcessInfo, ProcessState, Remains,
+    Event, GiveUpReason, Leftover, Pool, PoolPhase, ProcessId, ProcessInfo, ProcessState, Remains,
     RetireCause, WorkerExit, WorkerId,
 };
 use crate::handoff::dispatcher::Group;
@@ -137,24 +137,24 @@ impl<C> Pool<C> {
     /// [`Admission::None`](super::Admission). Workers get `until` as their deadline when the pool
     /// is closed.
     pub(in crate::handoff::dispatcher) fn drain(&mut self, until: Option<Instant>, now: Instant) {
-        self.phase = self.phase.max(Phase::Draining);
+        self.phase = self.phase.max(PoolPhase::Draining);
         self.drain_until = until;
         self.groups.remove_tickets();
         self.roll_all_back(now);
     }
 
     pub(in crate::handoff::dispatcher) fn is_open(&self) -> bool {
-        self.phase == Phase::Open
+        self.phase == PoolPhase::Open
     }
 
     /// Returns true if no connection is taken, not even one that was accepted before the drain.
     pub(in crate::handoff::dispatcher) fn is_closed(&self) -> bool {
-        self.phase == Phase::Closed
+        self.phase == PoolPhase::Closed
     }
 
     /// Gives up all connections that wait, and lets all workers drain and leave.
     pub(in crate::handoff::dispatcher) fn close(&mut self, now: Instant) {
-        self.phase = Phase::Closed;
+        self.phase = PoolPhase::Closed;
         for connection in self.groups.take_connections() {
             self.events.push(Event::GivenUp { connection, reason: GiveUpReason::Draining });
         }

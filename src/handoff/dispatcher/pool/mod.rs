@@ -105,7 +105,7 @@ pub(super) struct Pool<C> {
     config: Config,
     workers: BTreeMap<WorkerId, Worker<C>>,
     groups: Groups<C>,
-    phase: Phase,
+    phase: PoolPhase,
     /// The deadline of the latest [drain](Pool::drain).
     drain_until: Option<Instant>,
     /// The account of the dispatcher that has replaced this one, and gets all connections.
@@ -131,7 +131,7 @@ pub(super) struct Pool<C> {
 
 /// The phases of a dispatcher, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-enum Phase {
+enum PoolPhase {
     Open,
     /// Only connections with an [`Admission`] other than `None` are taken.
     Draining,
@@ -218,7 +218,7 @@ impl<C> Pool<C> {
             config,
             workers: BTreeMap::new(),
             groups: Groups::default(),
-            phase: Phase::Open,
+            phase: PoolPhase::Open,
             drain_until: None,
             successor: None,
             kept_free: Vec::new(),
@@ -248,7 +248,7 @@ impl<C> Pool<C> {
         self.groups.get_mut(&group).workers += 1;
         let id = WorkerId(self.last_worker);
         // A worker that comes while the dispatcher drains has to leave at once.
-        let removed = (self.phase != Phase::Open).then_some(Drain { until: self.drain_until });
+        let removed = (self.phase != PoolPhase::Open).then_some(Drain { until: self.drain_until });
         let worker = Worker {
             group,
             account: None,

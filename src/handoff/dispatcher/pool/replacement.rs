@@ -22,7 +22,7 @@ pub(in crate::handoff::dispatcher) struct ReplacementId(u64);
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Replacement {
     group: Group,
-    phase: Phase,
+    phase: ReplacementPhase,
     /// How long the old workers have to finish their connections. `None` without a limit.
     within: Option<Duration>,
     /// The workers that the group had at the beginning.
@@ -38,7 +38,7 @@ pub(super) struct Replacement {
 
 /// The phases of a replacement. The last two are decisions, which never change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Phase {
+pub(super) enum ReplacementPhase {
     /// Not all new workers are ready.
     Starting,
     /// The old workers have to leave.
@@ -79,8 +79,9 @@ impl<C> Pool<C> {
         if !self.is_open() || self.is_succeeded() {
             return Err(Refusal::Draining);
         }
-        let is_starting =
-            |other: &Replacement| other.group == *group && other.phase == Phase::Starting;
+        let is_starting = |other: &Replacement| {
+            other.group == *group && other.phase == ReplacementPhase::Starting
+        };
         if self.replacements.values().any(is_starting) {
             return Err(Refusal::InProgress);
         }
@@ -92,7 +93,7 @@ impl<C> Pool<C> {
             .filter(|(_, worker)| worker.group == *group && worker.removed.is_none());
         let replacement = Replacement {
             group: group.clone(),
-            phase: Phase::Starting,
+            phase: ReplacementPhase::Starting,
             within,
             old: old.map(|(id, _)| *id).collect(),
             new: Vec::new(),
@@ -118,8 +119,8 @@ impl<C> Pool<C> {
         let new = self.add_worker(group.unwrap_or_default(), Some(program));
         let leave_by = now + self.config.exit_timeout;
         let replacement = self.replacements.get_mut(&id);
-        let is_starting = self.phase == super::Phase::Open
-            && replacement.as_ref().is_some_and(|it| it.phase == Phase::Starting);
+        let is_starting = self.phase == super::PoolPhase::Open
+            && replacement.as_ref().is_some_and(|it| it.phase == ReplacementPhase::Starting);
         if let Some(worker) = self.workers.get_mut(&new) {
             if is_starting {
                 worker.replacement = Some(id);
@@ -157,13 +158,14 @@ impl<C> Pool<C> {
             let account = self.workers.get(new).and_then(|worker| worker.account.as_ref());
             account.is_some_and(|account| account.timeouts.is_greeted())
         };
-        let is_starting = replacement.phase == Phase::Starting && replacement.is_complete;
+        let is_starting =
+            replacement.phase == ReplacementPhase::Starting && replacement.is_complete;
         if !is_starting || !replacement.new.iter().all(is_ready) {
             return;
         }
         // Release the new workers first, so that they can take what the old ones give back.
         let (old, until) = (replacement.old.clone(), replacement.within.map(|within| now + within));
-        self.set_phase(id, Phase::Switched);
+        self.set_phase(id, ReplacementPhase::Switched);
         for id in old {
             // A worker that has to leave already keeps its own deadline.
             if !self.is_removed(id) {
@@ -190,12 +192,12 @@ impl<C> Pool<C> {
         now: Instant,
     ) {
         let Some(replacement) = self.replacements.get_mut(&id) else { return };
-        if replacement.phase != Phase::Starting {
+        if replacement.phase != ReplacementPhase::Starting {
             return;
         }
         replacement.failed = failed;
         let new = replacement.new.clone();
-        self.set_phase(id, Phase::RolledBack);
+        self.set_phase(id, ReplacementPhase::RolledBack);
         let leave_by = now + self.config.exit_timeout; // they have no connections
         for id in new {
             self.remove(id, Some(leave_by), now);
@@ -210,7 +212,7 @@ impl<C> Pool<C> {
     }
 
     /// Decides a replacement. From then on its new workers are treated as all others.
-    fn set_phase(&mut self, id: ReplacementId, phase: Phase) {
+    fn set_phase(&mut self, id: ReplacementId, phase: ReplacementPhase) {
         let Some(replacement) = self.replacements.get_mut(&id) else { return };
         replacement.phase = phase;
         for new in &replacement.new {
@@ -232,10 +234,10 @@ impl<C> Pool<C> {
     }
 
     pub(in crate::handoff::dispatcher) fn is_starting(&self, id: ReplacementId) -> bool {
-        self.phase_of(id) == Some(Phase::Starting)
+        self.phase_of(id) == Some(ReplacementPhase::Starting)
     }
 
-    pub(super) fn phase_of(&self, id: ReplacementId) -> Option<Phase> {
+    pub(super) fn phase_of(&self, id: ReplacementId) -> Option<ReplacementPhase> {
         self.replacements.get(&id).map(|replacement| replacement.phase)
     }
 
@@ -243,9 +245,9 @@ impl<C> Pool<C> {
     pub(in crate::handoff::dispatcher) fn is_replacement_over(&self, id: ReplacementId) -> bool {
         self.replacements.get(&id).is_none_or(|replacement| {
             let leaving = match replacement.phase {
-                Phase::Starting => return false,
-                Phase::Switched => &replacement.old,
-                Phase::RolledBack => &replacement.new,
+                ReplacementPhase::Starting => return false,
+                ReplacementPhase::Switched => &replacement.old,
+                ReplacementPhase::RolledBack => &replacement.new,
             };
             !leaving.iter().any(|id| self.workers.contains_key(id))
         })
@@ -261,7 +263,7 @@ impl<C> Pool<C> {
         self.roll_back(id, None, now);
         let Replacement { phase, new, mut departed, failed, .. } = self.replacements.remove(&id)?;
         Some(match phase {
-            Phase::Switched => Outcome::Switched { new, old: departed },
+            ReplacementPhase::Switched => Outcome::Switched { new, old: departed },
             _ => {
                 departed.retain(|worker| Some(worker.id) == failed);
                 Outcome::RolledBack { failed: departed.pop() }

@@ -50,7 +50,7 @@ struct Ping {
     /// The time of the next ping, if the last one is answered by then.
     due: Option<Instant>,
     /// The last ping was unanswered for a whole ping interval.
-    late: bool,
+    is_late: bool,
     /// The worker may not be fenced before this time.
     not_before: Option<Instant>,
 }
@@ -82,7 +82,7 @@ impl Timeouts {
 
     /// Returns true if the worker is late with its answer to the last ping.
     pub(super) fn is_late(&self) -> bool {
-        self.ping.late
+        self.ping.is_late
     }
 
     /// Returns true if the worker gets nothing for now, because it has refused an offer.
@@ -106,7 +106,7 @@ impl Timeouts {
         if let Some(since) = &mut self.ping.unanswered {
             *since = now;
         }
-        std::mem::take(&mut self.ping.late)
+        std::mem::take(&mut self.ping.is_late)
     }
 
     /// Notes an answer to a ping. Returns false if it does not answer the last one.
@@ -164,11 +164,11 @@ impl Timeouts {
                 ping = Some(ToWorker::Ping { nonce: self.ping.nonce });
             }
             Some(since)
-                if !self.ping.late && now >= self.counted_from(since) + config.ping_interval =>
+                if !self.ping.is_late && now >= self.counted_from(since) + config.ping_interval =>
             {
-                self.ping.late = true;
+                self.ping.is_late = true;
             }
-            Some(since) if self.ping.late && now >= self.hung_at(since, config) => {
+            Some(since) if self.ping.is_late && now >= self.hung_at(since, config) => {
                 if may_fence() {
                     return Err(RetireCause::Hung);
                 }
@@ -182,7 +182,7 @@ impl Timeouts {
         if let Some((number, offered_at)) = oldest {
             match self.recalled_at(number) {
                 Some(at)
-                    if !self.ping.late && now >= self.counted_from(at) + config.hang_timeout =>
+                    if !self.ping.is_late && now >= self.counted_from(at) + config.hang_timeout =>
                 {
                     return Err(RetireCause::Misbehaved("it did not answer a recall".into()));
                 }
@@ -208,12 +208,12 @@ impl Timeouts {
     ) -> Option<Instant> {
         let ping = match self.ping.unanswered {
             None => self.ping.due,
-            Some(since) if self.ping.late => Some(self.hung_at(since, config)),
+            Some(since) if self.ping.is_late => Some(self.hung_at(since, config)),
             Some(since) => Some(self.counted_from(since) + config.ping_interval),
         };
         let recall = oldest.and_then(|(number, offered_at)| match self.recalled_at(number) {
             Some(at) => {
-                Some(self.counted_from(at) + config.hang_timeout).filter(|_| !self.ping.late)
+                Some(self.counted_from(at) + config.hang_timeout).filter(|_| !self.ping.is_late)
             }
             None => Some(self.counted_from(offered_at) + config.recall_after),
         });

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Book, Phase, Refusal};
+use super::{Book, LinkPhase, Refusal};
 use crate::handoff::{IncomingStats, protocol::FromWorker};
 
 /// How long to wait before free descriptors are counted again.
@@ -11,7 +11,7 @@ pub(super) const COUNT_AFTER: Duration = Duration::from_millis(10);
 impl<T> Book<T> {
     /// The number of further offers that could be asked for, if there were enough descriptors.
     pub(super) fn room(&self) -> u64 {
-        if !self.welcomed || !self.asked || self.is_busy || self.phase != Phase::Open {
+        if !self.is_welcomed || !self.has_asked || self.is_busy || self.phase != LinkPhase::Open {
             return 0;
         }
         // For example: 7 adopted, 2 rejected and replaced, and a limit of 64 allow a demand of 73
@@ -49,7 +49,7 @@ impl<T> Book<T> {
             rejected: self.rejected_before + self.rejected,
             active: self.serving(),
             waiting: self.unanswered.len() as u64,
-            requested: if self.phase == Phase::Ended { 0 } else { self.on_their_way() },
+            requested: if self.phase == LinkPhase::Ended { 0 } else { self.on_their_way() },
         }
     }
 
@@ -63,9 +63,9 @@ impl<T> Book<T> {
         self.open_before + self.adopted - self.finished
     }
 
-    /// Returns true if only `max_connections` limits the demand, so that the end of a connection
-    /// makes room for an offer.
-    pub(super) fn is_full(&self) -> bool {
+    /// Returns true if the connection that has just ended has made room for an offer, because
+    /// `max_connections` has limited the demand more than the window.
+    pub(super) fn has_made_room(&self) -> bool {
         self.serving() + self.window >= self.max_connections
     }
 }

@@ -1,14 +1,15 @@
 //! The end of a link: the move to another one, the goodbye, and the offers that are left.
 
-use super::{Book, Phase, Waiting};
+use super::{Book, LinkPhase, Waiting};
 use crate::handoff::protocol::FromWorker;
 
 /// The offers that a link leaves behind at its end, and that do not belong to this worker.
 #[derive(Debug)]
-pub(in crate::handoff) struct Left<T> {
+pub(in crate::handoff) struct Unowned<T> {
     pub(in crate::handoff) offers: Vec<T>,
-    /// How many of the offers the application had asked for. Their adoption was not sent.
-    pub(in crate::handoff) lost: u64,
+    /// How many of the offers the application had adopted. These adoptions were not sent, and are
+    /// undone.
+    pub(in crate::handoff) undone: u64,
 }
 
 impl<T> Book<T> {
@@ -19,8 +20,8 @@ impl<T> Book<T> {
         // The new book goes on where this one stops, also if this one is draining.
         let max_fds = u8::try_from(self.max_fds).unwrap_or(u8::MAX);
         let mut next = Self::with_open(self.serving(), self.window, self.max_connections, max_fds);
-        (next.asked, next.is_busy) = (self.asked, self.is_busy);
-        if matches!(self.phase, Phase::Draining | Phase::Left) {
+        (next.has_asked, next.is_busy) = (self.has_asked, self.is_busy);
+        if matches!(self.phase, LinkPhase::Draining | LinkPhase::Left) {
             next.drain();
         }
         self.has_moved = true;
@@ -34,22 +35,22 @@ impl<T> Book<T> {
     /// messages or was sent.
     pub(in crate::handoff) fn leave(&mut self) -> bool {
         let is_done = if self.has_moved { self.drain_requested } else { self.serving() == 0 };
-        if self.phase == Phase::Draining && is_done && self.unanswered.is_empty() {
+        if self.phase == LinkPhase::Draining && is_done && self.unanswered.is_empty() {
             self.report();
             self.messages.push_back(FromWorker::Goodbye);
-            self.phase = Phase::Left;
+            self.phase = LinkPhase::Left;
         }
-        self.phase == Phase::Left
+        self.phase == LinkPhase::Left
     }
 
     /// Ends the link. Offers whose adoption was not sent do not belong to this worker, so they are
     /// returned. If `serve` is true, the application gets them nevertheless, and none is returned.
-    pub(in crate::handoff) fn end(&mut self, serve: bool) -> Left<T> {
-        self.phase = Phase::Ended;
+    pub(in crate::handoff) fn end(&mut self, serve: bool) -> Unowned<T> {
+        self.phase = LinkPhase::Ended;
         // Adoptions that were not sent are undone.
         let sent = self.adopting.partition_point(|(sent_with, _)| *sent_with <= self.sent);
-        let lost = (self.adopting.len() - sent) as u64;
-        self.adopted -= lost;
+        let undone = (self.adopting.len() - sent) as u64;
+        self.adopted -= undone;
         let unsent = self.adopting.split_off(sent).into_iter().map(|(_, offer)| offer);
         let waiting =
             std::mem::take(&mut self.unanswered).into_iter().filter_map(|waiting| match waiting {
@@ -62,12 +63,12 @@ impl<T> Book<T> {
             self.adopted += offers.len() as u64;
             self.adopting.extend(offers.drain(..).map(|offer| (0, offer)));
         }
-        Left { offers, lost }
+        Unowned { offers, undone }
     }
 
     #[cfg(test)]
     pub(in crate::handoff) fn has_ended(&self) -> bool {
-        self.phase == Phase::Ended
+        self.phase == LinkPhase::Ended
     }
 
     /// Returns the number of adopted connections that the application has not received.
@@ -77,12 +78,12 @@ impl<T> Book<T> {
 
     /// Returns true if the link has ended, and so has every adopted connection.
     pub(in crate::handoff) fn has_finished(&self) -> bool {
-        self.phase == Phase::Ended && self.serving() == 0
+        self.phase == LinkPhase::Ended && self.serving() == 0
     }
 
     /// Returns true if the worker takes no more offers at this link, or the link has ended.
     pub(in crate::handoff) fn is_draining(&self) -> bool {
-        self.phase != Phase::Open
+        self.phase != LinkPhase::Open
     }
 
     /// Returns true if the application gets no more connections from this link.

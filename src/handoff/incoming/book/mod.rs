@@ -42,7 +42,7 @@ pub(in crate::handoff) struct Book<T> {
     /// counted again.
     spare: u64,
     /// WELCOME has arrived.
-    welcomed: bool,
+    is_welcomed: bool,
     /// Connections that were adopted before this link began, and had not ended then.
     open_before: u64,
     /// The numbers of offers that were adopted and rejected at earlier links.
@@ -68,8 +68,8 @@ pub(in crate::handoff) struct Book<T> {
     /// ADOPTED.
     adopting: VecDeque<(u64, T)>,
     /// The application has asked for a connection at least once.
-    asked: bool,
-    phase: Phase,
+    has_asked: bool,
+    phase: LinkPhase,
     /// The book of another link has followed this one. The ends of connections are reported there.
     has_moved: bool,
     /// The dispatcher has asked for a drain.
@@ -113,7 +113,7 @@ enum Refusal {
 
 /// The phases of a link, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Phase {
+enum LinkPhase {
     /// The worker takes offers.
     Open,
     /// The worker takes no more offers.
@@ -137,7 +137,7 @@ impl<T> Book<T> {
             max_connections,
             max_fds: max_fds.max(1).into(),
             spare: 0,
-            welcomed: false,
+            is_welcomed: false,
             open_before: open,
             adopted_before: 0,
             rejected_before: 0,
@@ -150,8 +150,8 @@ impl<T> Book<T> {
             reported: 0,
             unanswered: VecDeque::new(),
             adopting: VecDeque::new(),
-            asked: false,
-            phase: Phase::Open,
+            has_asked: false,
+            phase: LinkPhase::Open,
             has_moved: false,
             drain_requested: false,
             refusal: Refusal::None,
@@ -182,11 +182,11 @@ impl<T> Book<T> {
         message: ToWorker<Result<T, RejectReason>, Infallible>,
     ) -> Result<Vec<T>, Error> {
         match message {
-            ToWorker::Welcome { version: VERSION } if !self.welcomed => self.welcomed = true,
+            ToWorker::Welcome { version: VERSION } if !self.is_welcomed => self.is_welcomed = true,
             ToWorker::Welcome { .. } => {
                 return Err(Error::invalid("a second WELCOME, or one of another version"));
             }
-            _ if !self.welcomed => {
+            _ if !self.is_welcomed => {
                 return Err(Error::invalid("the dispatcher's first message is not a WELCOME"));
             }
             ToWorker::Offer { number, offer } => {
@@ -224,7 +224,7 @@ impl<T> Book<T> {
         // The application may adopt the offer unless there is a reason to reject it.
         self.offered += 1;
         let (waiting, unwanted) = match offer {
-            Ok(offer) if self.phase == Phase::Open => (Waiting::ForApplication(offer), None),
+            Ok(offer) if self.phase == LinkPhase::Open => (Waiting::ForApplication(offer), None),
             Ok(offer) => (Waiting::ForRejection(RejectReason::Draining), Some(offer)),
             Err(reason) => (Waiting::ForRejection(reason), None),
         };
@@ -240,7 +240,7 @@ impl<T> Book<T> {
     /// refusal. From then on no offer is on its way, and the worker can ask again for the offers
     /// that the refusal has cancelled.
     fn on_ping(&mut self, nonce: u64) {
-        if self.phase == Phase::Left {
+        if self.phase == LinkPhase::Left {
             return; // nothing follows GOODBYE
         }
         self.messages.push_back(FromWorker::Pong { nonce });
@@ -284,11 +284,11 @@ impl<T> Book<T> {
     /// application [gets](Self::take_adopted) them after the adoption was sent.
     pub(in crate::handoff) fn adopt(&mut self, max: usize) {
         // The application first gets the connections that were adopted before.
-        if self.phase == Phase::Ended || !self.adopting.is_empty() {
+        if self.phase == LinkPhase::Ended || !self.adopting.is_empty() {
             return;
         }
         // An application that asks is not busy, so other offers may replace rejected ones.
-        self.asked = true;
+        self.has_asked = true;
         self.is_busy = false;
         self.replaced = self.rejected;
         // All offers that are adopted now share one ADOPTED, which is the next message.
@@ -326,16 +326,17 @@ impl<T> Book<T> {
         self.finished += 1;
         let is_first = self.report_at.is_none();
         self.report_at.get_or_insert(now + REPORT_AFTER);
-        let is_linked = self.phase != Phase::Ended;
-        is_linked && (is_first || self.count_at.is_some() || self.is_full() || self.is_draining())
+        let is_linked = self.phase != LinkPhase::Ended;
+        is_linked
+            && (is_first || self.count_at.is_some() || self.has_made_room() || self.is_draining())
     }
 
     /// Stops taking offers. Returns the offers that wait, which are rejected.
     pub(in crate::handoff) fn drain(&mut self) -> Vec<T> {
-        if self.phase != Phase::Open {
+        if self.phase != LinkPhase::Open {
             return Vec::new();
         }
-        self.phase = Phase::Draining;
+        self.phase = LinkPhase::Draining;
         self.messages.push_back(FromWorker::Draining);
         self.reject(u64::MAX, RejectReason::Draining)
     }

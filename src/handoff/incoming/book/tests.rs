@@ -336,7 +336,7 @@ fn a_window_without_limit_asks_for_what_is_possible() {
     let mut book = asking::<()>(u64::MAX, u64::MAX, 1);
     book.ask(Instant::now(), || u64::MAX);
     assert_eq!(book.demand, MAX_UNANSWERED);
-    assert!(!book.is_full());
+    assert!(!book.has_made_room());
 }
 
 /// The task is woken at the end of the connection, and does not wait until the report is due.

@@ -35,7 +35,7 @@ pub(super) struct Link {
     fed: u64,
     /// For each message that is not completely sent, the value of `fed` at its end. The oldest
     /// message is first, so the values only grow.
-    ends: VecDeque<u64>,
+    message_ends: VecDeque<u64>,
     /// Wakes the task that serves this link.
     pub(super) task: Waker,
 }
@@ -54,7 +54,7 @@ impl Link {
             book,
             write: Some(write),
             fed: 0,
-            ends: VecDeque::new(),
+            message_ends: VecDeque::new(),
             task: Waker::noop().clone(),
         };
         (link, read)
@@ -86,7 +86,7 @@ impl Link {
                 }
                 Err(_) => self.fed = u64::MAX,
             }
-            self.ends.push_back(self.fed);
+            self.message_ends.push_back(self.fed);
         }
     }
 
@@ -96,8 +96,8 @@ impl Link {
         let flushed = Sink::<FromWorker>::poll_flush(Pin::new(&mut *write), cx);
         if self.fed != u64::MAX {
             let sent = self.fed - write.unsent().bytes as u64;
-            let messages = self.ends.partition_point(|end| *end <= sent);
-            self.ends.drain(..messages);
+            let messages = self.message_ends.partition_point(|end| *end <= sent);
+            self.message_ends.drain(..messages);
             self.book.on_sent(messages as u64);
         }
         flushed.map_err(|error| error.error)

@@ -9,6 +9,14 @@
 //! A dispatcher that is replaced moves the worker to a new [`Link`], which has its own task. The
 //! earlier links stay until their dispatchers end them, because an earlier dispatcher may serve
 //! again if the newer one fails.
+//!
+//! | the worker | [`WorkerPhase`] | current link | earlier links |
+//! |---|---|---|---|
+//! | serves | `Open` | open | open or ended |
+//! | waits for an earlier dispatcher to serve again | `Open` | ended | at least one is open |
+//! | drains | `Draining` | open | open or ended |
+//! | has no dispatcher | `Unlinked` | ended | ended |
+//! | is done: its connections have ended, too | `Finished` | ended | ended |
 
 mod link;
 mod state;
@@ -42,12 +50,12 @@ const MAX_FORMER_LINKS: usize = 16;
 pub(in crate::handoff) struct Channel {
     state: Mutex<State>,
     /// Only moves forward, in the order of the variants.
-    phase: watch::Sender<Phase>,
+    phase: watch::Sender<WorkerPhase>,
 }
 
 /// The phases of a worker, in their order.
 #[derive(Debug, Clone)]
-pub(super) enum Phase {
+pub(super) enum WorkerPhase {
     /// The worker takes offers.
     Open,
     /// The worker takes no more offers. Adopted connections are to end by the deadline.
@@ -69,12 +77,14 @@ impl Channel {
             is_waiting: false,
             headroom: Headroom::default(),
             serve_unanswered: settings.serve_unanswered,
-            abandoned: false,
+            is_abandoned: false,
             application: None,
             runtime: Handle::current(),
         };
-        let channel =
-            Arc::new(Self { state: Mutex::new(state), phase: watch::Sender::new(Phase::Open) });
+        let channel = Arc::new(Self {
+            state: Mutex::new(state),
+            phase: watch::Sender::new(WorkerPhase::Open),
+        });
         tokio::spawn(Task { channel: Arc::clone(&channel), link: 0, read, timer: None });
         channel
     }
@@ -83,7 +93,7 @@ impl Channel {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn phase(&self) -> watch::Receiver<Phase> {
+    pub(super) fn phase(&self) -> watch::Receiver<WorkerPhase> {
         self.phase.subscribe()
     }
 
@@ -125,8 +135,8 @@ impl Channel {
     /// Moves on from `Unlinked` to `Finished`. Called when no adopted connection is left.
     fn note_finished(&self) {
         self.phase.send_if_modified(|phase| {
-            let Phase::Unlinked(end) = phase else { return false };
-            *phase = Phase::Finished(end.clone());
+            let WorkerPhase::Unlinked(end) = phase else { return false };
+            *phase = WorkerPhase::Finished(end.clone());
             true
         });
     }
@@ -143,19 +153,19 @@ impl Channel {
         let unwanted = state.current.book.drain();
         self.phase.send_if_modified(|phase| {
             let deadline = match *phase {
-                Phase::Open => next(None),
-                Phase::Draining { deadline } => next(deadline),
-                Phase::Unlinked(_) | Phase::Finished(_) => return false,
+                WorkerPhase::Open => next(None),
+                WorkerPhase::Draining { deadline } => next(deadline),
+                WorkerPhase::Unlinked(_) | WorkerPhase::Finished(_) => return false,
             };
-            *phase = Phase::Draining { deadline };
+            *phase = WorkerPhase::Draining { deadline };
             true
         });
         // The task sends the rejections, and the application finds the end of its stream.
         let application = state.application.take();
         state.wake_task();
         if state.is_waiting {
-            // No dispatcher has to move this worker any longer, so nothing is left to wait for.
-            self.unlink(state, IncomingEnd::DispatcherGone);
+            // A worker that drains needs no new link, so nothing is left to wait for.
+            self.end_all_links(state, IncomingEnd::DispatcherGone);
         } else {
             drop(state);
         }
@@ -166,7 +176,7 @@ impl Channel {
     /// Drains because the application has dropped its `Incoming`. Connections that were adopted and
     /// that the application has not received are ended.
     pub(super) fn abandon(self: &Arc<Self>) {
-        self.lock().abandoned = true;
+        self.lock().is_abandoned = true;
         self.end_abandoned();
         self.drain();
     }
@@ -175,7 +185,7 @@ impl Channel {
     /// its `Incoming`.
     fn end_abandoned(self: &Arc<Self>) {
         let mut state = self.lock();
-        if state.abandoned {
+        if state.is_abandoned {
             let adopted = state.take_adopted(usize::MAX);
             drop(state);
             for prepared in adopted {
@@ -201,7 +211,9 @@ impl Channel {
                 }
                 ToWorker::Drain { within }
             }
-            other => other.map_both(|offer| self.prepare(offer), |_| unreachable!("handled above")),
+            other => {
+                other.map_both(|offer| self.register(offer), |_| unreachable!("handled above"))
+            }
         };
         // The book of the link decides about the message.
         let mut state = self.lock();
@@ -220,7 +232,7 @@ impl Channel {
     ///
     /// # Errors
     /// The reason for which the offer has to be rejected.
-    fn prepare(&self, offer: Option<Offer>) -> Result<Prepared, RejectReason> {
+    fn register(&self, offer: Option<Offer>) -> Result<Prepared, RejectReason> {
         let offer = offer.ok_or(RejectReason::Full)?;
         let headroom = self.lock().headroom;
         if offer.fds().any(|fd| headroom.is_reserve(fd)) {
@@ -238,7 +250,7 @@ impl Channel {
             return None;
         };
         let mut state = self.lock();
-        if matches!(*self.phase.borrow(), Phase::Unlinked(_) | Phase::Finished(_)) {
+        if matches!(*self.phase.borrow(), WorkerPhase::Unlinked(_) | WorkerPhase::Finished(_)) {
             return None;
         }
         if state.former.len() >= MAX_FORMER_LINKS {
@@ -263,7 +275,7 @@ impl Channel {
 
     /// Ends a link. The worker may wait for another link, or goes on at the current one, or has no
     /// link from now on.
-    fn end(self: &Arc<Self>, link: u64, end: IncomingEnd) {
+    fn end_link(self: &Arc<Self>, link: u64, end: IncomingEnd) {
         let mut state = self.lock();
         let is_current = link == state.current.number;
         let Some(ended) = state.link(link) else { return };
@@ -272,64 +284,64 @@ impl Channel {
         }
         // An earlier link: the worker goes on at the current one, if that has not ended either.
         if !is_current {
-            let unwanted = ended.book.end(false);
-            state.on_lost(unwanted.lost);
+            let unowned = ended.book.end(false);
+            state.on_undone(unowned.undone);
             state.forget_ended();
             let is_last = state.is_waiting && state.former.iter().all(Link::has_ended);
             state.wake_task();
             // The application may have adopted connections at this link that it waits for.
             let application = state.application.take();
             if is_last {
-                self.unlink(state, end);
+                self.end_all_links(state, end);
             } else {
                 drop(state);
             }
-            close_offers(unwanted.offers);
+            close_offers(unowned.offers);
             return application.into_iter().for_each(Waker::wake);
         }
         // The current link: a dispatcher that was replaced may serve again, and then moves this
         // worker to a new link. So the worker waits as long as an earlier link is left.
         let waits = matches!(end, IncomingEnd::DispatcherGone)
-            && matches!(*self.phase.borrow(), Phase::Open)
+            && matches!(*self.phase.borrow(), WorkerPhase::Open)
             && state.former.iter().any(|former| !former.has_ended());
         if waits {
             state.is_waiting = true;
-            let unwanted = state.current.book.end(false);
+            let unowned = state.current.book.end(false);
             let application = state.application.take();
             drop(state);
-            close_offers(unwanted.offers);
+            close_offers(unowned.offers);
             application.into_iter().for_each(Waker::wake);
         } else {
-            self.unlink(state, end);
+            self.end_all_links(state, end);
         }
     }
 
     /// Ends all links for good. `end` is how the last one has ended.
-    fn unlink(self: &Arc<Self>, mut state: MutexGuard<'_, State>, end: IncomingEnd) {
+    fn end_all_links(self: &Arc<Self>, mut state: MutexGuard<'_, State>, end: IncomingEnd) {
         // End the earlier links.
         state.is_waiting = false;
         let mut unwanted = Vec::new();
-        let mut lost = 0;
+        let mut undone = 0;
         for former in state.former.iter_mut().filter(|former| !former.has_ended()) {
             former.shut_down();
             former.task.wake_by_ref();
             let former = former.book.end(false);
             unwanted.extend(former.offers);
-            lost += former.lost;
+            undone += former.undone;
         }
-        state.on_lost(lost);
+        state.on_undone(undone);
         state.forget_ended();
         // End the current link, whose unanswered offers the application may get.
         let serve = state.serve_unanswered
             && matches!(end, IncomingEnd::DispatcherGone)
-            && !state.abandoned;
+            && !state.is_abandoned;
         unwanted.extend(state.current.book.end(serve).offers);
         // Everything that runs foreign code or locks again comes after the unlock.
         let application = state.application.take();
         drop(state);
         close_offers(unwanted);
         self.end_abandoned();
-        self.phase.send_replace(Phase::Unlinked(end));
+        self.phase.send_replace(WorkerPhase::Unlinked(end));
         if self.lock().current.book.has_finished() {
             self.note_finished();
         }

@@ -24,7 +24,7 @@ pub(super) struct State {
     pub(super) headroom: Headroom,
     pub(super) serve_unanswered: bool,
     /// The application has dropped its `Incoming`, so it will not ask for connections again.
-    pub(super) abandoned: bool,
+    pub(super) is_abandoned: bool,
     /// Wakes the application if it waits for a connection.
     pub(super) application: Option<Waker>,
     pub(super) runtime: Handle,
@@ -40,7 +40,7 @@ impl State {
 
     /// Counts connections as finished whose adoption at an earlier link was never sent. The current
     /// link had counted them as open when it began.
-    pub(super) fn on_lost(&mut self, connections: u64) {
+    pub(super) fn on_undone(&mut self, connections: u64) {
         for _ in 0..connections {
             self.current.book.finish(now());
         }

@@ -45,7 +45,7 @@ impl Future for Task {
                 ready!(answered)
             }
         };
-        self.channel.end(self.link, end);
+        self.channel.end_link(self.link, end);
         Poll::Ready(())
     }
 }
@@ -116,6 +116,6 @@ impl Task {
 /// Ends the link if the runtime drops the task before that.
 impl Drop for Task {
     fn drop(&mut self) {
-        self.channel.end(self.link, IncomingEnd::Failed(Arc::new(Error::Closed)));
+        self.channel.end_link(self.link, IncomingEnd::Failed(Arc::new(Error::Closed)));
     }
 }

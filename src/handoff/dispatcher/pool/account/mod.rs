@@ -27,7 +27,7 @@ pub(super) struct Account<C> {
     pub(super) process: ProcessInfo,
     /// The time when the process connected.
     pub(super) since: Instant,
-    phase: Phase,
+    phase: LinkPhase,
     /// The most descriptors of an offer that the worker takes. 0 before its HELLO.
     max_fds: u8,
     /// The number of connections that the worker had adopted before this link began, and that had
@@ -58,7 +58,7 @@ pub(super) struct Account<C> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Phase {
+enum LinkPhase {
     /// The worker has not sent HELLO.
     Starting,
     Open,
@@ -83,7 +83,7 @@ impl<C> Account<C> {
         Self {
             process,
             since: now,
-            phase: Phase::Starting,
+            phase: LinkPhase::Starting,
             max_fds: 0,
             open_before: None,
             has_next_link: false,
@@ -105,11 +105,11 @@ impl<C> Account<C> {
 
     pub(super) fn state(&self) -> WorkerState {
         match self.phase {
-            Phase::Starting => WorkerState::Starting,
-            Phase::Open if self.is_held_back => WorkerState::Starting,
-            Phase::Open if self.timeouts.is_late() => WorkerState::Silent,
-            Phase::Open => WorkerState::Ready,
-            Phase::Draining => WorkerState::Draining,
+            LinkPhase::Starting => WorkerState::Starting,
+            LinkPhase::Open if self.is_held_back => WorkerState::Starting,
+            LinkPhase::Open if self.timeouts.is_late() => WorkerState::Silent,
+            LinkPhase::Open => WorkerState::Ready,
+            LinkPhase::Draining => WorkerState::Draining,
         }
     }
 
@@ -139,7 +139,7 @@ impl<C> Account<C> {
     }
 
     pub(super) fn is_draining(&self) -> bool {
-        self.phase == Phase::Draining
+        self.phase == LinkPhase::Draining
     }
 
     /// Returns true if the worker is known to have adopted a connection.
@@ -154,7 +154,8 @@ impl<C> Account<C> {
     /// Returns true if the worker may be able to go on at another link. Only its HELLO decides that
     /// for certain.
     pub(super) fn may_move(&self) -> bool {
-        self.phase == Phase::Starting || self.phase == Phase::Open && self.open_before.is_some()
+        self.phase == LinkPhase::Starting
+            || self.phase == LinkPhase::Open && self.open_before.is_some()
     }
 
     /// Returns true if the worker takes an offer with this number of descriptors.
@@ -241,8 +242,8 @@ impl<C> Account<C> {
         }
         self.timeouts.on_hello(now);
         (self.max_fds, self.open_before) = (max_fds, open);
-        if self.phase == Phase::Starting {
-            self.phase = Phase::Open;
+        if self.phase == LinkPhase::Starting {
+            self.phase = LinkPhase::Open;
         }
         self.control.push_front(ToWorker::Welcome { version: VERSION });
         Ok(())
@@ -298,8 +299,8 @@ impl<C> Account<C> {
 
     /// Stops making offers to the worker. Returns what was planned for it.
     pub(super) fn drain(&mut self) -> Vec<Pending<C>> {
-        if self.phase != Phase::Starting {
-            self.phase = Phase::Draining;
+        if self.phase != LinkPhase::Starting {
+            self.phase = LinkPhase::Draining;
         }
         self.planned.take(..)
     }
@@ -319,12 +320,12 @@ impl<C> Account<C> {
     /// was planned for the worker.
     pub(super) fn hand_on(&mut self, now: Instant) -> Vec<Pending<C>> {
         match self.phase {
-            Phase::Open if self.has_next_link && self.open_before.is_some() => self.move_away(),
-            Phase::Open => {
+            LinkPhase::Open if self.has_next_link && self.open_before.is_some() => self.move_away(),
+            LinkPhase::Open => {
                 self.send_drain(Drain { until: None }, now);
                 self.drain()
             }
-            Phase::Starting | Phase::Draining => Vec::new(),
+            LinkPhase::Starting | LinkPhase::Draining => Vec::new(),
         }
     }
 

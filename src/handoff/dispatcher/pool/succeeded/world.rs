@@ -160,10 +160,10 @@ impl World {
         link.send(&mut self.sides, self.now);
         if link.to_worker.is_empty() && link.is_closed {
             link.has_ended = true;
-            let lost = link.book.end(false).lost;
+            let undone = link.book.end(false).undone;
             if age > 0 {
                 let current = self.workers[worker].links.last_mut().expect("it has one");
-                (0..lost).for_each(|_| _ = current.book.finish(self.now));
+                (0..undone).for_each(|_| _ = current.book.finish(self.now));
             }
         } else if link.to_worker.is_empty() {
             return false;

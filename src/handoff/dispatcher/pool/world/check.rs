@@ -3,7 +3,7 @@
 use super::{Fate, World};
 use crate::handoff::dispatcher::{
     WorkerId, WorkerState, WorkerStats,
-    pool::{Pending, Waiter, peer::Peer, replacement::Phase},
+    pool::{Pending, Waiter, peer::Peer, replacement::ReplacementPhase},
 };
 
 impl World {
@@ -102,9 +102,11 @@ impl World {
             };
             let phase = self.pool.phase_of(*id);
             let is_kept = match phase {
-                Some(Phase::Starting) => old.iter().all(stays) && new.iter().all(has_got_nothing),
-                Some(Phase::Switched) => old.iter().all(|id| self.pool.is_removed(*id)),
-                Some(Phase::RolledBack) => {
+                Some(ReplacementPhase::Starting) => {
+                    old.iter().all(stays) && new.iter().all(has_got_nothing)
+                }
+                Some(ReplacementPhase::Switched) => old.iter().all(|id| self.pool.is_removed(*id)),
+                Some(ReplacementPhase::RolledBack) => {
                     new.iter().all(|id| self.pool.is_removed(*id) && has_got_nothing(id))
                 }
                 None => true,
