@@ -10,7 +10,7 @@ use std::{env, io, process, time::Duration};
 use fdwire::handoff::{Connection, Dispatcher, Incoming, WorkerCommand};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::signal::{ctrl_c, unix::SignalKind, unix::signal};
-use tokio::{net::TcpListener, process::Command, try_join};
+use tokio::{net::TcpListener, process::Command, select, try_join};
 
 #[tokio::main]
 async fn main() {
@@ -39,8 +39,12 @@ async fn accept(address: &str) -> io::Result<()> {
         dispatcher.spawn_worker(WorkerCommand::from(worker).restart(true))?;
     }
     println!("listening on {0}, try: curl http://{0}/", listener.local_addr()?);
+    let mut terminate = signal(SignalKind::terminate())?; // from a service manager
     let stop = async {
-        ctrl_c().await?;
+        select! {
+            done = ctrl_c() => done?,
+            _ = terminate.recv() => {}
+        }
         dispatcher.drain(Some(Duration::from_secs(5))).await; // ends `serve` too
         Ok(())
     };
@@ -49,8 +53,9 @@ async fn accept(address: &str) -> io::Result<()> {
 }
 
 async fn work() -> io::Result<()> {
-    // Ctrl-C goes to all processes of the terminal. The one that accepts acts on it.
-    let _ignored = signal(SignalKind::interrupt())?;
+    // Ctrl-C goes to all processes of the terminal, and a service manager may signal all processes
+    // of a service. The one that accepts acts on it.
+    let _ignored = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut incoming = Incoming::from_stdin()?; // the dispatcher is at the other end
     let handle = incoming.handle();
     // In a task: in `main` itself, each connection would wake one more thread.

@@ -25,7 +25,13 @@ fn ask(address: &str) -> String {
 }
 
 #[test]
-fn workers_answer_whole_responses_until_ctrl_c_ends_all_processes() {
+fn workers_answer_whole_responses_until_a_signal_ends_all_processes() {
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        serve_until(signal);
+    }
+}
+
+fn serve_until(signal: Signal) {
     let mut command = example("handoff");
     let mut front = command.arg("127.0.0.1:0").stdout(Stdio::piped()).spawn().unwrap();
     let (mut output, mut line) = (BufReader::new(front.stdout.take().unwrap()), String::new());
@@ -49,7 +55,11 @@ fn workers_answer_whole_responses_until_ctrl_c_ends_all_processes() {
         assert!(ask(address).starts_with("HTTP/1.1 200 OK\r\n"));
     }
 
-    kill(Pid::from_raw(front.id().cast_signed()), Signal::SIGINT).unwrap();
+    // A service manager may signal all processes, and Ctrl-C does.
+    for worker in workers.iter().skip(1) {
+        kill(Pid::from_raw(*worker), signal).unwrap();
+    }
+    kill(Pid::from_raw(front.id().cast_signed()), signal).unwrap();
     assert!(front.wait().unwrap().success());
     // The workers hold the pipe too, so this is their end.
     assert_eq!(output.read_line(&mut line).unwrap(), 0);
