@@ -78,9 +78,9 @@ impl Front {
     }
 
     fn add_worker(&self) -> Incoming {
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        self.dispatcher.add_worker(here);
-        Incoming::new(there)
+        let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        self.dispatcher.add_worker(dispatcher_end);
+        Incoming::new(worker_end)
     }
 
     /// Hands over a connection, which the worker ends.

@@ -32,16 +32,16 @@ use crate::{
 
 /// A worker of plain calls, and one that has sent HELLO and DEMAND together.
 fn plain_worker(dispatcher: &Dispatcher, kind: SocketKind, max_fds: u8, demand: u64) -> OwnedFd {
-    let (here, there) = Socket::pair(kind).unwrap();
-    dispatcher.add_worker(there);
-    let here = OwnedFd::from(here);
+    let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+    dispatcher.add_worker(dispatcher_end);
+    let worker_end = OwnedFd::from(worker_end);
     let hello = encoded(&[b"\x01FDHO\x01\x01", &[max_fds][..]].concat(), 0);
     raw_send(
-        &here,
+        &worker_end,
         &[hello, encoded(&[&[2][..], &demand.to_be_bytes()].concat(), 0)].concat(),
         &[],
     );
-    here
+    worker_end
 }
 
 /// Pings often, and recalls nothing.
@@ -61,7 +61,7 @@ fn number(payload: &[u8]) -> u64 {
 /// Rules: P-FRAME, P-FDS, P-AHEAD, P-PACKET, P-EMPTY, D-WELCOME, D-WELCOME-ONCE, D-NUMBER,
 /// D-OFFER-FDS, D-COOKIE.
 #[test]
-fn a_worker_of_plain_calls_receives_what_the_document_says() {
+fn a_worker_of_plain_calls_receives_what_the_protocol_says() {
     both(async |kind| {
         const CONNECTIONS: u64 = 200;
         let dispatcher =
@@ -154,7 +154,7 @@ fn a_worker_is_offered_no_more_than_it_asked_for_and_never_more_than_253() {
         let stats = dispatcher.stats();
         assert_eq!((stats.workers[0].unanswered, stats.waiting), (3, 297));
 
-        worker.say(FromWorker::Demand { total: u64::MAX }).await;
+        worker.send(FromWorker::Demand { total: u64::MAX }).await;
         let more = worker.offers(250).await;
         worker.settle().await;
         let stats = dispatcher.stats();
@@ -275,7 +275,7 @@ fn a_worker_is_not_pinged_again_before_it_has_answered() {
 
 /// Rules: D-LENIENT, D-DRAINING, D-ADOPTED.
 #[test]
-fn what_is_superfluous_is_no_breach() {
+fn superfluous_messages_are_no_breach() {
     both(async |kind| {
         let dispatcher = quick();
         let mut worker = Raw::start(&dispatcher, kind, 2).await;
@@ -284,14 +284,14 @@ fn what_is_superfluous_is_no_breach() {
         let copies = worker.offers(2).await;
         worker.adopt(0).await;
         worker.reject(0, RejectReason::Unusable).await;
-        worker.say(FromWorker::Demand { total: 5 }).await;
-        worker.say(FromWorker::Demand { total: 5 }).await;
+        worker.send(FromWorker::Demand { total: 5 }).await;
+        worker.send(FromWorker::Demand { total: 5 }).await;
         let Some(ToWorker::Ping { nonce }) = worker.step().await else { panic!("no ping") };
-        worker.say(FromWorker::Pong { nonce }).await;
+        worker.send(FromWorker::Pong { nonce }).await;
 
-        worker.say(FromWorker::Draining).await;
-        worker.say(FromWorker::Draining).await;
-        worker.say(FromWorker::Demand { total: 9 }).await;
+        worker.send(FromWorker::Draining).await;
+        worker.send(FromWorker::Draining).await;
+        worker.send(FromWorker::Demand { total: 9 }).await;
         until("it drains", || dispatcher.stats().workers[0].state == WorkerState::Draining).await;
         let mut three = connection();
         worker.settle().await;
@@ -313,7 +313,7 @@ fn what_is_superfluous_is_no_breach() {
 
 /// Rules: D-REFUSAL.
 #[test]
-fn a_refusal_of_no_offer_is_one() {
+fn a_rejection_of_no_offer_counts_as_a_refusal() {
     both(async |kind| {
         let dispatcher = quick();
         let mut worker = Raw::start(&dispatcher, kind, 5).await;
@@ -325,7 +325,7 @@ fn a_refusal_of_no_offer_is_one() {
             (dispatcher.stats().waiting, dispatcher.stats().workers[0].state),
             (1, WorkerState::Ready)
         );
-        worker.say(FromWorker::Demand { total: 1 }).await;
+        worker.send(FromWorker::Demand { total: 1 }).await;
         let _offer = worker.offer().await.unwrap();
         worker.adopt(1).await;
         assert_eq!(outcome.await.unwrap(), worker.id);
@@ -336,7 +336,7 @@ fn a_refusal_of_no_offer_is_one() {
 ///
 /// Rules: D-REFUSAL, D-ADOPTED.
 #[test]
-fn an_adoption_counts_after_a_refusal_of_no_offer() {
+fn an_adoption_counts_after_a_rejection_of_no_offer() {
     both(async |kind| {
         let dispatcher = quick();
         let mut worker = Raw::start(&dispatcher, kind, 1).await;
@@ -364,7 +364,7 @@ fn a_worker_that_was_cut_off_can_write_nothing_more() {
         let socket = plain_worker(&dispatcher, kind, 1, 1);
         let mut outcome = dispatcher.dispatch(tokio_stream(UnixStream::pair().unwrap().1));
         let mut other = Raw::start(&dispatcher, kind, 0).await;
-        other.say(FromWorker::Demand { total: 1 }).await;
+        other.send(FromWorker::Demand { total: 1 }).await;
         let offer = other.offer().await.unwrap();
         let send =
             rustix::net::send(socket.as_fd(), &adopted(0, 1), rustix::net::SendFlags::NOSIGNAL);

@@ -30,9 +30,9 @@ use crate::{
 
 /// A worker in this process, with room for this many connections at a time.
 fn worker(dispatcher: &Dispatcher, room: usize) -> Incoming {
-    let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-    dispatcher.add_worker(here);
-    Incoming::builder().max_connections(room).build(there)
+    let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+    dispatcher.add_worker(dispatcher_end);
+    Incoming::builder().max_connections(room).build(worker_end)
 }
 
 async fn listen() -> (TcpListener, SocketAddr) {
@@ -42,7 +42,7 @@ async fn listen() -> (TcpListener, SocketAddr) {
 }
 
 #[test]
-fn a_drain_hands_over_what_waits_in_the_kernel() {
+fn a_drain_hands_over_the_clients_in_the_backlog() {
     for runtime in [one_thread, some_threads] {
         run_in(runtime(), async {
             const WAITING: usize = 100; // a listener has room for 128
@@ -103,7 +103,7 @@ fn a_drain_hands_over_the_oldest_clients_of_the_backlog_first() {
             let mut drain = pin!(dispatcher.drain(None));
             assert!(drain.as_mut().now_or_never().is_none());
             until("all are accepted", || dispatcher.stats().waiting == 19).await;
-            worker.say(FromWorker::Demand { total: 20 }).await;
+            worker.send(FromWorker::Demand { total: 20 }).await;
             let mut offers = vec![first];
             offers.extend(worker.offers(19).await);
             let serials = offers.into_iter().map(|offer| serve(offer, "served").unwrap().0);
@@ -164,7 +164,7 @@ async fn serve_again_and_again() {
 }
 
 #[test]
-fn what_was_accepted_is_handed_over_when_serve_is_dropped() {
+fn accepted_connections_are_handed_over_when_serve_is_dropped() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let mut incoming = worker(&dispatcher, 10);
@@ -203,7 +203,7 @@ fn a_dispatcher_serves_from_any_runtime() {
 
 /// Its accept loops, its links and what it holds end with it.
 #[test]
-fn the_end_of_its_runtime_ends_a_dispatcher() {
+fn a_dispatcher_ends_with_its_runtime() {
     let at_home = some_threads();
     let dispatcher = at_home.block_on(async { Dispatcher::builder().build() });
     let elsewhere = one_thread();

@@ -28,11 +28,11 @@ struct Worker(mpsc::UnboundedReceiver<Connection>);
 
 impl Worker {
     fn start(dispatcher: &Dispatcher) -> Self {
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        dispatcher.add_worker(here);
+        let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        dispatcher.add_worker(dispatcher_end);
         let (connections, served) = mpsc::unbounded_channel();
         tokio::spawn(async move {
-            let mut incoming = Incoming::new(there);
+            let mut incoming = Incoming::new(worker_end);
             while let Some(connection) = incoming.next().await {
                 if connections.send(connection).is_err() {
                     break;
@@ -187,7 +187,7 @@ fn peers_that_send_nothing_hold_up_no_others_and_are_ended_in_time() {
 }
 
 #[test]
-fn no_more_connections_are_prepared_at_a_time_than_may_be() {
+fn no_more_connections_are_prepared_at_a_time_than_max_preparing() {
     run(async {
         let dispatcher = Dispatcher::builder().max_preparing(2).build();
         let mut worker = Worker::start(&dispatcher);
@@ -228,7 +228,7 @@ fn no_more_connections_are_prepared_at_a_time_than_may_be() {
 
 /// Of a function that panics when it is called, and of one whose future does.
 #[test]
-fn a_panic_ends_one_connection() {
+fn a_panic_while_a_connection_is_prepared_ends_only_that_connection() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Worker::start(&dispatcher);
@@ -260,7 +260,7 @@ fn a_panic_ends_one_connection() {
 }
 
 #[test]
-fn a_connection_that_is_not_wanted_is_not_handed_over() {
+fn a_connection_that_the_application_declines_is_not_handed_over() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Worker::start(&dispatcher);
@@ -292,7 +292,7 @@ fn a_connection_that_is_not_wanted_is_not_handed_over() {
 /// They have been accepted, so they are not lost when `serve_with` is dropped, or the dispatcher
 /// drains.
 #[test]
-fn connections_that_are_being_prepared_are_handed_over_at_the_end() {
+fn connections_that_are_being_prepared_when_serving_ends_are_handed_over() {
     for drains in [false, true] {
         run(async {
             let dispatcher = Dispatcher::builder().build();

@@ -226,9 +226,9 @@ fn a_subscriber_that_panics_in_a_span_harms_no_connection() {
         for point in ["new", "record", "close"] {
             let _guard = set_default(Panics(point));
             let dispatcher = Dispatcher::builder().build();
-            let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-            let worker = dispatcher.add_worker(here);
-            let mut incoming = Incoming::new(there);
+            let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+            let worker = dispatcher.add_worker(dispatcher_end);
+            let mut incoming = Incoming::new(worker_end);
             for (client, accepted) in connections(3).await {
                 let adopted = dispatcher.dispatch(accepted);
                 let mut connection = incoming.next().await.unwrap();

@@ -84,8 +84,8 @@ fn a_program_that_cannot_be_started_is_an_error_with_its_name() {
 }
 
 #[test]
-fn it_is_known_and_logged_how_a_program_has_ended_that_exits_at_once() {
-    const NAME: &str = "startup::it_is_known_and_logged_how_a_program_has_ended_that_exits_at_once";
+fn stats_and_log_show_how_a_program_has_ended_that_exits_at_once() {
+    const NAME: &str = "startup::stats_and_log_show_how_a_program_has_ended_that_exits_at_once";
     with_log(NAME, async |log| {
         for (script, code, signal, text) in [
             ("exit 3", Some(3), None, "(exit status: 3); starting it again in 0.01 s"),
@@ -120,11 +120,11 @@ fn it_is_known_and_logged_how_a_program_has_ended_that_exits_at_once() {
 
 /// They take no notice of their standard input, or read it, or write something else to it.
 #[test]
-fn a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_another() {
+fn a_program_that_is_no_worker_is_killed_and_its_connection_goes_to_another() {
     let silent = RetireCause::Misbehaved("it did not say hello in time".into());
     let garbage = RetireCause::Misbehaved("bad magic byte 0x68 where a frame should begin".into());
     const NAME: &str =
-        "startup::a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_another";
+        "startup::a_program_that_is_no_worker_is_killed_and_its_connection_goes_to_another";
     with_log(NAME, async |log| {
         for kind in KINDS {
             for (command, cause) in [
@@ -209,7 +209,7 @@ fn the_numbers_of_workers_that_have_left_are_kept() {
             worker.offers(2).await;
             worker.reject(1, RejectReason::Unusable).await;
             worker.adopt(1).await;
-            worker.say(FromWorker::Goodbye).await;
+            worker.send(FromWorker::Goodbye).await;
             until("it has left", || dispatcher.stats().workers.is_empty()).await;
             let last = dispatcher.stats().departed.pop().unwrap();
             assert_eq!((last.id, last.adopted, last.rejected, last.active), (worker.id, 1, 1, 0));
@@ -244,7 +244,7 @@ fn the_time_to_each_adoption_is_counted() {
 }
 
 #[test]
-fn it_is_known_for_how_long_a_place_has_been_waited_for() {
+fn stats_show_for_how_long_a_slot_has_been_waited_for() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         assert_eq!(dispatcher.stats().slot_wait, None);

@@ -30,9 +30,9 @@ struct Worker {
 
 impl Worker {
     fn add(dispatcher: &Dispatcher, kind: SocketKind) -> Self {
-        let (here, there) = Socket::pair(kind).unwrap();
-        dispatcher.add_worker(there);
-        let mut incoming = Incoming::builder().max_fds(2).build(here);
+        let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+        dispatcher.add_worker(dispatcher_end);
+        let mut incoming = Incoming::builder().max_fds(2).build(worker_end);
         let handle = incoming.handle();
         let (to_test, adopted) = unbounded_channel();
         tokio::spawn(async move {
@@ -105,7 +105,7 @@ fn a_worker_goes_on_with_another_dispatcher_and_keeps_its_connections() {
 
 /// The old dispatcher has no worker, so all of them wait.
 #[test]
-fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_them() {
+fn connections_that_wait_go_to_the_successor_with_all_that_belongs_to_them() {
     run(async {
         let old = Dispatcher::builder().build();
         let new = Dispatcher::builder().strategy(Strategy::ByKey).build();
@@ -149,7 +149,7 @@ fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_the
 }
 
 #[test]
-fn workers_and_connections_keep_their_groups() {
+fn workers_and_connections_keep_their_groups_at_the_successor() {
     run(async {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
         let mut images = Worker::add(&old.in_group("images"), SocketKind::SeqPacket);
@@ -173,13 +173,13 @@ fn workers_and_connections_keep_their_groups() {
 
 /// It says hello when its dispatcher has been replaced already.
 #[test]
-fn a_worker_that_is_just_starting_moves_too() {
+fn a_worker_that_has_not_sent_its_hello_moves_too() {
     run(async {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        old.add_worker(there);
+        let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        old.add_worker(dispatcher_end);
         drop(succeed(&old, &new));
-        let mut incoming = Incoming::new(here);
+        let mut incoming = Incoming::new(worker_end);
         let (_client, accepted) = one().await;
         let outcome = new.dispatch(accepted);
         drop(incoming.next().await.unwrap());
@@ -191,12 +191,12 @@ fn a_worker_that_is_just_starting_moves_too() {
 
 /// Rules: W-MOVED.
 #[test]
-fn what_a_worker_has_not_adopted_when_it_moves_is_served_once() {
+fn connections_that_a_worker_has_not_adopted_when_it_moves_are_served_once() {
     run(async {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        old.add_worker(there);
-        let mut incoming = Incoming::new(here);
+        let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        old.add_worker(dispatcher_end);
+        let mut incoming = Incoming::new(worker_end);
         // It adopts one, and then does not ask: the others wait in it.
         let mut clients = Vec::new();
         let mut outcomes = Vec::new();
@@ -233,7 +233,7 @@ fn what_a_worker_has_not_adopted_when_it_moves_is_served_once() {
 ///
 /// Rules: W-STAY, W-END-MOVED.
 #[test]
-fn when_the_other_dispatcher_dies_workers_come_back() {
+fn workers_come_back_when_the_successor_dies() {
     for kind in KINDS {
         run(async {
             let old = Dispatcher::builder().build();
@@ -270,7 +270,7 @@ fn when_the_other_dispatcher_dies_workers_come_back() {
 }
 
 #[test]
-fn a_dispatcher_that_gives_everything_back_keeps_nothing() {
+fn a_successor_that_gives_everything_back_keeps_nothing() {
     run(async {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
         let mut worker = Worker::add(&old, SocketKind::SeqPacket);
@@ -323,10 +323,10 @@ fn a_worker_that_does_not_know_how_to_move_drains() {
 fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
     run(async {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        let id = old.add_worker(there);
+        let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        let id = old.add_worker(dispatcher_end);
         let mut framed =
-            fdwire::Framed::new(here, fdwire::handoff::protocol::WorkerCodec::default());
+            fdwire::Framed::new(worker_end, fdwire::handoff::protocol::WorkerCodec::default());
         let hello =
             FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: Some(0) };
         framed.send(hello).await.unwrap();
@@ -335,7 +335,7 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
         drop(succeed(&old, &new));
         let (_client, accepted) = one().await;
         let outcome = old.dispatch(accepted);
-        let mut raw = Raw::of(id, framed);
+        let mut raw = Raw::after_greeting(id, framed);
         let link = loop {
             match raw.step().await.unwrap() {
                 ToWorker::Move(link) => break link,
@@ -352,7 +352,7 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
         next.send(hello).await.unwrap();
         next.send(FromWorker::Demand { total: 1 }).await.unwrap();
         next.send(FromWorker::Load { finished: 3 }).await.unwrap();
-        let mut next = Raw::of(id, next);
+        let mut next = Raw::after_greeting(id, next);
         let _offer = next.offer().await.unwrap();
         next.adopt(1).await;
         outcome.await.unwrap();
@@ -361,7 +361,7 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
 }
 
 #[test]
-fn frames_of_something_else_are_refused_and_no_worker_is_taken() {
+fn foreign_frames_are_refused_and_no_worker_is_taken() {
     run(async {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
         let _worker = Worker::add(&old, SocketKind::SeqPacket);

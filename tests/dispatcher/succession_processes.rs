@@ -53,13 +53,13 @@ struct Front {
 
 impl Front {
     async fn start(setup: &Setup) -> Self {
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let mut command = Command::new("/proc/self/exe");
         command
             .args([ROLE, "--exact", "--nocapture"])
             .env("FDWIRE_ROLE", ROLE)
             .env("FDWIRE_LOG", &setup.log)
-            .stdin(OwnedFd::from(there))
+            .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .kill_on_drop(true);
         if let Some(timeout) = setup.hang_timeout {
@@ -67,7 +67,7 @@ impl Front {
         }
         let process = command.spawn().unwrap();
         drop(command); // it has the other end
-        let mut this = Self { process, framed: Framed::new(here, FrameCodec::default()) };
+        let mut this = Self { process, framed: Framed::new(ours, FrameCodec::default()) };
         let listener = setup.listener.try_clone().unwrap();
         this.send_frame(Frame::new("listen").with_fd(OwnedFd::from(listener))).await.unwrap();
         this

@@ -16,7 +16,7 @@ use crate::{
     both,
     common::{KINDS, run},
     raw_worker::{Raw, connections, until},
-    refusal::refuse,
+    refusal::reject_all,
 };
 
 async fn adopt_all(mut worker: Raw) {
@@ -25,7 +25,7 @@ async fn adopt_all(mut worker: Raw) {
         drop(offer);
         worker.adopt(1).await;
         served += 1;
-        worker.say(FromWorker::Load { finished: served }).await;
+        worker.send(FromWorker::Load { finished: served }).await;
     }
 }
 
@@ -63,7 +63,8 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
                     tokio::spawn(async move {
                         match bad {
                             Bad::Rejects(reason) => {
-                                refuse(Raw::start(&dispatcher, kind, 10_000).await, reason).await
+                                reject_all(Raw::start(&dispatcher, kind, 10_000).await, reason)
+                                    .await
                             }
                             Bad::Dies => loop {
                                 drop(Raw::start(&dispatcher, kind, 10_000).await.offer().await);
@@ -94,7 +95,7 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
 ///
 /// Rules: D-BLAME.
 #[test]
-fn no_refusal_counts_against_a_connection() {
+fn no_refusal_counts_as_a_failure_of_its_connection() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().max_offers(1).build();
         let mut worker = Raw::start(&dispatcher, kind, 1).await;
@@ -109,7 +110,7 @@ fn no_refusal_counts_against_a_connection() {
         for (made, reason) in (1..).zip(refusals) {
             drop(worker.offer().await.unwrap());
             worker.reject(1, reason).await;
-            worker.say(FromWorker::Demand { total: made + 1 }).await;
+            worker.send(FromWorker::Demand { total: made + 1 }).await;
         }
         drop(worker.offer().await.unwrap());
         worker.adopt(1).await;
@@ -117,7 +118,7 @@ fn no_refusal_counts_against_a_connection() {
 
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome = dispatcher.dispatch(accepted);
-        worker.say(FromWorker::Demand { total: 6 }).await;
+        worker.send(FromWorker::Demand { total: 6 }).await;
         drop(worker.offer().await.unwrap());
         worker.reject(1, RejectReason::Unusable).await;
         let refused = outcome.await.unwrap_err();
@@ -141,7 +142,7 @@ fn a_connection_outlives_any_number_of_dying_workers_as_long_as_a_healthy_one_is
             until("its death is noticed", || dispatcher.stats().workers.len() == 1).await;
             assert_eq!(dispatcher.stats().waiting, 1);
         }
-        healthy.say(FromWorker::Demand { total: 1 }).await;
+        healthy.send(FromWorker::Demand { total: 1 }).await;
         healthy.offer().await.unwrap();
         healthy.adopt(1).await;
         assert_eq!(outcome.await.unwrap(), healthy.id);
@@ -194,7 +195,7 @@ fn a_suspect_does_not_hold_up_the_connections_behind_it() {
             drop(bad);
             until("its death is noticed", || dispatcher.stats().workers.len() == 1).await;
         }
-        worker.say(FromWorker::Demand { total: 50 }).await;
+        worker.send(FromWorker::Demand { total: 50 }).await;
         let (_third, accepted) = all.remove(0);
         until("its demand was heard", || dispatcher.stats().workers[0].credit > 0).await;
         let place = dispatcher.reserve().now_or_never().flatten().expect("a place");
@@ -209,12 +210,12 @@ fn a_suspect_does_not_hold_up_the_connections_behind_it() {
 
 /// Rules: W-HELLO-TIME.
 #[test]
-fn a_worker_that_says_no_hello_is_cut_off() {
+fn a_worker_that_sends_no_hello_is_cut_off() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().hello_timeout(Duration::from_millis(100)).build();
-        let (here, there) = Socket::pair(kind).unwrap();
-        dispatcher.add_worker(there);
-        let mut framed = Framed::new(here, WorkerCodec::default());
+        let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+        dispatcher.add_worker(dispatcher_end);
+        let mut framed = Framed::new(worker_end, WorkerCodec::default());
         assert!(framed.next().await.is_none());
         assert_eq!(dispatcher.stats().retired.misbehaved, 1);
     });
@@ -226,15 +227,15 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let _takes_one = Raw::start(&dispatcher, kind, 10).await;
-        let (here, there) = Socket::pair(kind).unwrap();
-        let id = dispatcher.add_worker(there);
-        let mut framed = Framed::new(here, WorkerCodec::default());
+        let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+        let id = dispatcher.add_worker(dispatcher_end);
+        let mut framed = Framed::new(worker_end, WorkerCodec::default());
         framed
             .send(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 2, open: None })
             .await
             .unwrap();
         framed.send(FromWorker::Demand { total: 10 }).await.unwrap();
-        let mut worker = Raw::of(id, framed);
+        let mut worker = Raw::after_greeting(id, framed);
         let (mut upstream, passed) = std::os::unix::net::UnixStream::pair().unwrap();
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome =
@@ -261,7 +262,7 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
 }
 
 #[test]
-fn only_offers_that_were_sent_count_against_a_connection() {
+fn only_offers_that_were_sent_count_as_failures_of_their_connection() {
     both(async |kind| {
         const CONNECTIONS: u32 = 60;
         let dispatcher = Dispatcher::builder()

@@ -187,7 +187,7 @@ fn a_connection_that_is_not_adopted_is_left_as_it_was() {
 
 /// Rules: W-DRAIN.
 #[test]
-fn the_limit_of_the_last_drain_counts() {
+fn the_time_limit_of_the_last_drain_counts() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         let handle = incoming.handle();

@@ -103,9 +103,9 @@ impl WithWorker {
 
 /// A worker that answers each connection with its name.
 fn worker(dispatcher: &Dispatcher, name: &'static str) -> IncomingHandle {
-    let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-    dispatcher.add_worker(there);
-    let mut incoming = Incoming::new(here);
+    let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+    dispatcher.add_worker(dispatcher_end);
+    let mut incoming = Incoming::new(worker_end);
     let handle = incoming.handle();
     tokio::spawn(async move {
         while let Some(mut connection) = incoming.next().await {
