@@ -73,23 +73,26 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
         misbehaves(kind, garbage(b"\xFD\x10\0\x01\0\0\0\x01\x07", 1)).await; // a descriptor
         // A descriptor that no frame claims.
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x09\x02\0\0\0\0\0\0\0\x09", 1)).await;
-        let says = |message| {
+        let sends = |message| {
             async move |mut raw: Raw| {
                 raw.send(message).await;
                 raw
             }
         };
-        misbehaves(kind, says(FromWorker::Adopted { first: 0, count: 3 })).await;
+        misbehaves(kind, sends(FromWorker::Adopted { first: 0, count: 3 })).await;
         misbehaves(
             kind,
-            says(FromWorker::Rejected { first: 0, count: u32::MAX, reason: RejectReason::Full }),
+            sends(FromWorker::Rejected { first: 0, count: u32::MAX, reason: RejectReason::Full }),
         )
         .await;
-        misbehaves(kind, says(FromWorker::Demand { total: 1 })).await;
-        misbehaves(kind, says(FromWorker::Load { finished: 1 })).await;
-        misbehaves(kind, says(FromWorker::Pong { nonce: 99 })).await;
-        misbehaves(kind, says(FromWorker::Hello { lowest: 1, highest: 1, max_fds: 1, open: None }))
-            .await;
+        misbehaves(kind, sends(FromWorker::Demand { total: 1 })).await;
+        misbehaves(kind, sends(FromWorker::Load { finished: 1 })).await;
+        misbehaves(kind, sends(FromWorker::Pong { nonce: 99 })).await;
+        misbehaves(
+            kind,
+            sends(FromWorker::Hello { lowest: 1, highest: 1, max_fds: 1, open: None }),
+        )
+        .await;
     });
 }
 

@@ -107,8 +107,8 @@ fn a_worker_whose_application_blocks_for_long_is_recalled_and_goes_on() {
     }
 }
 
-/// The messages show that the worker does not hang. So it is cut off only because it does not answer
-/// the RECALL.
+/// The messages show that the worker does not hang. So it is cut off only because it does not
+/// answer the RECALL.
 ///
 /// Rules: W-RECALL-TIME.
 #[test]

@@ -1,4 +1,5 @@
-//! A connection is given up only when every worker that takes any has failed with it.
+//! Connections that several workers have rejected or died of. One is given up only when every
+//! worker that takes connections has failed with it.
 
 use std::time::Duration;
 
@@ -29,15 +30,15 @@ async fn adopt_all(mut worker: Raw) {
     }
 }
 
-/// The fault of eight workers beside two healthy ones.
+/// The fault of the eight bad workers beside two healthy ones.
 #[derive(Debug, Clone, Copy)]
 enum Bad {
     Rejects(RejectReason),
-    /// It is gone, and another one connects.
+    /// Each bad worker dies of its first offer, and another one takes its place.
     Dies,
 }
 
-/// Clients come 64 at a time, as they do from the backlog of a listener.
+/// 64 connections are handed over at a time, as from the backlog of a listener.
 ///
 /// Rules: D-REASONS.
 #[test]
@@ -53,6 +54,7 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
             Bad::Dies,
         ] {
             run(async {
+                // Two workers are healthy, and eight are bad.
                 let dispatcher = Dispatcher::builder().build();
                 for _ in 0..2 {
                     let healthy = Raw::start(&dispatcher, kind, 10_000).await;
@@ -72,6 +74,7 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
                         }
                     });
                 }
+                // All connections are adopted, and each bad worker has got offers.
                 let clients = stream::iter(0..CONNECTIONS).for_each_concurrent(64, async |_| {
                     let (_client, connection) = UnixStream::pair().unwrap();
                     let adopted = dispatcher.dispatch(connection).await;
@@ -91,12 +94,13 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
     }
 }
 
-/// One that counted would be enough: no failure is allowed.
+/// The connection is allowed no failure, so a single refusal that counted would fail it.
 ///
 /// Rules: D-BLAME.
 #[test]
 fn no_refusal_counts_as_a_failure_of_its_connection() {
     both(async |kind| {
+        // A worker rejects the connection for each reason that is a refusal, and then adopts it.
         let dispatcher = Dispatcher::builder().max_offers(1).build();
         let mut worker = Raw::start(&dispatcher, kind, 1).await;
         let (_client, accepted) = connections(1).await.pop().unwrap();
@@ -116,6 +120,7 @@ fn no_refusal_counts_as_a_failure_of_its_connection() {
         worker.adopt(1).await;
         assert_eq!(outcome.await.unwrap(), worker.id);
 
+        // UNUSABLE is no refusal, and counts as a failure.
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome = dispatcher.dispatch(accepted);
         worker.send(FromWorker::Demand { total: 6 }).await;
@@ -126,8 +131,8 @@ fn no_refusal_counts_as_a_failure_of_its_connection() {
     });
 }
 
-/// A new version that dies of its first offer, of which there are more than a connection may fail
-/// with.
+/// More workers die of the connection than `max_offers` allows, as those of a broken new version
+/// do.
 #[test]
 fn a_connection_outlives_any_number_of_dying_workers_as_long_as_a_healthy_one_is_only_full() {
     both(async |kind| {
@@ -177,7 +182,7 @@ fn a_connection_that_no_worker_can_use_is_given_back() {
     });
 }
 
-/// The suspect needs a worker without other offers; the connection behind it does not.
+/// The suspect needs a worker without other offers. The connection behind it does not.
 #[test]
 fn a_suspect_does_not_hold_up_the_connections_behind_it() {
     both(async |kind| {
@@ -197,9 +202,9 @@ fn a_suspect_does_not_hold_up_the_connections_behind_it() {
         }
         worker.send(FromWorker::Demand { total: 50 }).await;
         let (_third, accepted) = all.remove(0);
-        until("its demand was heard", || dispatcher.stats().workers[0].credit > 0).await;
-        let place = dispatcher.reserve().now_or_never().flatten().expect("a place");
-        let _behind = place.dispatch(accepted);
+        until("its demand was received", || dispatcher.stats().workers[0].credit > 0).await;
+        let permit = dispatcher.reserve().now_or_never().flatten().expect("there is room");
+        let _behind = permit.dispatch(accepted);
         worker.offer().await.unwrap();
         assert_eq!(dispatcher.stats().waiting, 1, "the suspect");
         worker.adopt(2).await;
@@ -225,6 +230,7 @@ fn a_worker_that_sends_no_hello_is_cut_off() {
 #[test]
 fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
     both(async |kind| {
+        // One worker takes one descriptor with each offer, and another one takes two.
         let dispatcher = Dispatcher::builder().build();
         let _takes_one = Raw::start(&dispatcher, kind, 10).await;
         let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
@@ -236,6 +242,7 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
             .unwrap();
         framed.send(FromWorker::Demand { total: 10 }).await.unwrap();
         let mut worker = Raw::after_greeting(id, framed);
+        // A connection with a further descriptor goes to that one.
         let (mut upstream, passed) = std::os::unix::net::UnixStream::pair().unwrap();
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome =
@@ -248,7 +255,7 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
         // The dispatcher has no copy left.
         assert_eq!(std::io::Read::read(&mut upstream, &mut [0]).unwrap(), 0);
 
-        // One that no worker takes waits, and others pass it.
+        // A connection with more descriptors than any worker takes waits, and others pass it.
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let many = [(); 2].map(|()| std::os::unix::net::UnixStream::pair().unwrap().0);
         let too_many = many.into_iter().fold(Accepted::from(accepted), Accepted::with_fd);
@@ -264,6 +271,7 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
 #[test]
 fn only_offers_that_were_sent_count_as_failures_of_their_connection() {
     both(async |kind| {
+        // More offers are planned for a silent worker than fit into its socket.
         const CONNECTIONS: u32 = 60;
         let dispatcher = Dispatcher::builder()
             .ping_interval(Duration::from_millis(20))
@@ -277,11 +285,13 @@ fn only_offers_that_were_sent_count_as_failures_of_their_connection() {
             async { (client, outcome.await).1 }
         });
         let outcomes = Vec::from_iter(outcomes);
+        // After it is cut off, it counts those that were sent.
         until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
         let mut sent = 0;
         while silent.offer().await.is_some() {
             sent += 1;
         }
+        // Only these are given back. A good worker adopts the others.
         let mut good = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
         let work = async {
             while let Some(_offer) = good.offer().await {
@@ -293,8 +303,8 @@ fn only_offers_that_were_sent_count_as_failures_of_their_connection() {
             () = work => unreachable!(),
         };
         let given_back = outcomes.iter().filter(|outcome| outcome.is_err()).count();
-        // The last offer may have been sent in part. On a stream, the descriptors of later offers
-        // may have gone ahead of their bytes.
+        // The last offer may have been sent in part. On a stream, descriptors of later offers may
+        // have been sent ahead of their bytes.
         assert!(given_back >= sent, "{sent} were sent, {given_back} given back");
         assert!(
             given_back <= sent + 1 || kind == SocketKind::Stream,
