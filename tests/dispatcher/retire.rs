@@ -8,7 +8,7 @@ use std::{
 
 use fdwire::{
     SocketKind,
-    handoff::{Dispatcher, WorkerCommand, WorkerId, WorkerState},
+    handoff::{Dispatcher, DispatcherBuilder, WorkerCommand, WorkerId, WorkerState},
 };
 use futures::future::join_all;
 use nix::{
@@ -37,12 +37,14 @@ const POINTS: [(Point, u32); 4] = [
     (Point::AfterAnswering, ADOPTED),
 ];
 
-fn quick() -> Dispatcher {
+/// The hang timeout of tests in which a worker hangs. In the others, none counts as hung.
+const HANG_TIMEOUT: Duration = Duration::from_secs(2);
+
+fn builder(hang_timeout: Duration) -> DispatcherBuilder {
     Dispatcher::builder()
         .ping_interval(Duration::from_millis(50))
-        .hang_timeout(Duration::from_secs(1))
+        .hang_timeout(hang_timeout)
         .recall_after(Duration::from_secs(60))
-        .build()
 }
 
 fn spawn(
@@ -126,7 +128,7 @@ fn connections_that_a_killed_worker_has_not_adopted_are_served_by_another() {
         for (point, adopted) in points(kind) {
             run(async {
                 let (_directory, log) = log();
-                let dispatcher = quick();
+                let dispatcher = builder(Duration::MAX).build();
                 let (.., clients) =
                     cut(&dispatcher, kind, (point, adopted), Signal::SIGKILL, &log).await;
                 assert_eq!(dispatcher.stats().retired.ended, 1);
@@ -147,7 +149,7 @@ fn connections_that_a_hung_worker_has_not_adopted_are_served_by_another() {
         for (point, adopted) in points(kind) {
             run(async {
                 let (_directory, log) = log();
-                let dispatcher = quick();
+                let dispatcher = builder(HANG_TIMEOUT).build();
                 let (first, _, clients) =
                     cut(&dispatcher, kind, (point, adopted), Signal::SIGSTOP, &log).await;
                 assert_eq!(dispatcher.stats().retired.hung, 1);
@@ -170,7 +172,7 @@ fn a_stopped_worker_that_goes_on_adopts_nothing_and_disturbs_nobody() {
             run(async {
                 // The second worker serves what the first one, which is stopped, has not adopted.
                 let (_directory, log) = log();
-                let dispatcher = gentle();
+                let dispatcher = builder(HANG_TIMEOUT).kill_hung(false).build();
                 let (first, second, mut clients) =
                     cut(&dispatcher, kind, (point, adopted), Signal::SIGSTOP, &log).await;
                 for client in &mut clients[adopted as usize..] {
@@ -202,21 +204,12 @@ fn a_stopped_worker_that_goes_on_adopts_nothing_and_disturbs_nobody() {
     }
 }
 
-fn gentle() -> Dispatcher {
-    Dispatcher::builder()
-        .ping_interval(Duration::from_millis(50))
-        .hang_timeout(Duration::from_secs(1))
-        .recall_after(Duration::from_secs(60))
-        .kill_hung(false)
-        .build()
-}
-
 #[test]
 fn clients_of_a_worker_that_dies_see_the_end_though_a_stopped_one_holds_copies() {
     for kind in KINDS {
         run(async {
             let (_directory, log) = log();
-            let dispatcher = gentle();
+            let dispatcher = builder(HANG_TIMEOUT).kill_hung(false).build();
             let point = (Point::BeforeAnswering, 0);
             let (first, second, clients) =
                 cut(&dispatcher, kind, point, Signal::SIGSTOP, &log).await;
@@ -235,7 +228,7 @@ fn a_worker_out_of_descriptors_loses_no_connection() {
     for kind in KINDS {
         run(async {
             let (_directory, log) = log();
-            let dispatcher = quick();
+            let dispatcher = builder(Duration::MAX).build();
             let point = (Point::OutOfDescriptors, 0);
             cut(&dispatcher, kind, point, Signal::SIGKILL, &log).await;
             assert_eq!(dispatcher.stats().retired.ended, 1);
@@ -248,7 +241,7 @@ fn a_dead_worker_is_noticed_though_its_socket_stays_open() {
     for kind in KINDS {
         run(async {
             let (_directory, log) = log();
-            let dispatcher = quick();
+            let dispatcher = builder(Duration::MAX).build();
             // The worker's child has the socket open, as standard input, and answers nothing.
             let mut command = tokio::process::Command::new("sh");
             command
@@ -266,7 +259,7 @@ fn a_dead_worker_is_noticed_though_its_socket_stays_open() {
 fn a_worker_is_started_again_if_its_command_asks_for_it() {
     run(async {
         let (_directory, log) = log();
-        let dispatcher = quick();
+        let dispatcher = builder(Duration::MAX).build();
         let command = worker_command(Point::Never, Signal::SIGKILL, &log);
         let id = dispatcher.spawn_worker(WorkerCommand::from(command).restart(true)).unwrap();
         let mut pids = Vec::new();
