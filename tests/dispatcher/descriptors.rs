@@ -505,47 +505,43 @@ fn a_process_that_connects_again_and_again_leaves_nothing_behind() {
 
 /// The connection lingers (`SO_LINGER`), so its last close waits for the client.
 #[test]
-fn stale_copies_that_are_no_longer_needed_are_closed_without_blocking() {
-    alone(
-        "descriptors::stale_copies_that_are_no_longer_needed_are_closed_without_blocking",
-        async {
-            // A worker is cut off, and another one adopts its connection. The dispatcher has a copy.
-            let dispatcher = Dispatcher::builder().ping_interval(Duration::from_millis(20)).build();
-            let mut bad = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
-            let (client, accepted) = connections(1).await.pop().unwrap();
-            let linger = libc::linger { l_onoff: 1, l_linger: 600 };
-            setsockopt(&accepted, sockopt::Linger, &linger).unwrap();
-            let outcome = dispatcher.dispatch(accepted);
-            let copies = bad.offers(1).await;
-            bad.send(FromWorker::Adopted { first: 0, count: 2 }).await;
-            bad.ended().await;
-            let mut good = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
-            let offer = good.offer().await.unwrap();
-            good.adopt(1).await;
-            outcome.await.unwrap();
+fn stale_copies_without_use_are_closed_without_blocking() {
+    alone("descriptors::stale_copies_without_use_are_closed_without_blocking", async {
+        // A worker is cut off, and another one adopts its connection. The dispatcher has a copy.
+        let dispatcher = Dispatcher::builder().ping_interval(Duration::from_millis(20)).build();
+        let mut bad = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+        let (client, accepted) = connections(1).await.pop().unwrap();
+        let linger = libc::linger { l_onoff: 1, l_linger: 600 };
+        setsockopt(&accepted, sockopt::Linger, &linger).unwrap();
+        let outcome = dispatcher.dispatch(accepted);
+        let copies = bad.offers(1).await;
+        bad.send(FromWorker::Adopted { first: 0, count: 2 }).await;
+        bad.ended().await;
+        let mut good = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
+        let offer = good.offer().await.unwrap();
+        good.adopt(1).await;
+        outcome.await.unwrap();
 
-            // The connection ends with unsent data. The client reads it when `go_on` is called, or
-            // when a close has blocked this thread for long.
-            let (_, mut stream) = serve(offer, "good").unwrap();
-            stream.set_nonblocking(true).unwrap();
-            while stream.write(&[0; 65536]).is_ok() {}
-            stream.shutdown(Shutdown::Write).unwrap();
-            let client = client.0.into_std().unwrap();
-            client.shutdown(Shutdown::Write).unwrap();
-            let has_ended = || {
-                poll(&mut [PollFd::new(stream.as_fd(), PollFlags::empty())], PollTimeout::ZERO)
-                    .unwrap()
-                    > 0
-            };
-            while !has_ended() {
-                std::thread::yield_now();
-            }
-            drop((stream, copies));
-            let go_on = late_reader(client);
-            for _ in 0..5 {
-                good.step().await.unwrap(); // pings
-            }
-            go_on().expect("the close blocked the runtime");
-        },
-    );
+        // The connection ends with unsent data. The client reads it when `go_on` is called, or
+        // when a close has blocked this thread for long.
+        let (_, mut stream) = serve(offer, "good").unwrap();
+        stream.set_nonblocking(true).unwrap();
+        while stream.write(&[0; 65536]).is_ok() {}
+        stream.shutdown(Shutdown::Write).unwrap();
+        let client = client.0.into_std().unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let has_ended = || {
+            poll(&mut [PollFd::new(stream.as_fd(), PollFlags::empty())], PollTimeout::ZERO).unwrap()
+                > 0
+        };
+        while !has_ended() {
+            std::thread::yield_now();
+        }
+        drop((stream, copies));
+        let go_on = late_reader(client);
+        for _ in 0..5 {
+            good.step().await.unwrap(); // pings
+        }
+        go_on().expect("the close blocked the runtime");
+    });
 }

@@ -12,11 +12,11 @@ use futures::FutureExt;
 use nix::sys::socket::{setsockopt, sockopt};
 use tempfile::TempDir;
 
-use crate::{common::*, place, request, request_until_not_busy};
+use crate::{common::*, control_path, request, request_until_not_busy};
 
 /// A server with a UDP socket, "udp".
 pub(crate) fn first() -> (TempDir, PathBuf, Server, SocketAddr) {
-    let (directory, path) = place();
+    let (directory, path) = control_path();
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = socket.local_addr().unwrap();
     let mut listeners = Listeners::new();
@@ -91,7 +91,7 @@ fn an_old_process_stops_receiving_at_the_cut_until_it_is_undone() {
 #[test]
 fn a_socket_of_another_kind_is_no_udp_socket() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = crate::first(&path);
         let wrong = server.datagrams("http", 0).unwrap_err();
         assert!(matches!(wrong, Error::WrongKind { expected: "UDP socket", .. }), "{wrong}");
@@ -245,7 +245,7 @@ fn datagrams_that_the_kernel_has_put_together_are_forwarded_one_by_one() {
 
 /// Without the address that a client has sent to, a server with several addresses can't answer.
 #[test]
-fn the_destination_and_the_ecn_bits_are_forwarded() {
+fn the_destination_and_the_ecn_bits_of_datagrams_are_forwarded() {
     run(async {
         let (_directory, path, old, address) = first();
         let from_old = forwarding(&old);

@@ -12,7 +12,7 @@ use std::{
 use fdwire::takeover::{OpenConnection, Options, Phase, Server};
 use futures::{FutureExt, future::join_all};
 
-use crate::{common::*, first_with, place, request};
+use crate::{common::*, control_path, first_with, request};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const SHORT: Duration = Duration::from_millis(30);
@@ -28,7 +28,7 @@ fn connections(server: &Server, number: usize) -> Vec<OpenConnection> {
 #[test]
 fn a_server_stays_until_its_connections_have_ended_and_reports_that_none_is_left() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, options(SHORT, HOUR));
         let mut open = connections(&old, 10);
         let mut finish = Box::pin(old.finish());
@@ -56,7 +56,7 @@ fn a_server_stays_until_its_connections_have_ended_and_reports_that_none_is_left
 #[test]
 fn connections_that_are_open_at_the_deadline_are_reported() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, options(SHORT, SHORT));
         let open = connections(&old, 3);
         let _new = request(&path).await.ready().await.unwrap();
@@ -69,7 +69,7 @@ fn connections_that_are_open_at_the_deadline_are_reported() {
 #[test]
 fn a_takeover_can_be_undone_for_the_whole_spread() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, options(HOUR, HOUR));
         let mut finish = Box::pin(old.finish());
         let connection = old.open_connection();
@@ -96,9 +96,9 @@ fn a_takeover_can_be_undone_for_the_whole_spread() {
 
 /// Told one by one, in an order that has nothing to do with that of their age.
 #[test]
-fn connections_do_not_end_at_one_moment() {
+fn connections_of_a_replaced_server_do_not_end_at_one_moment() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, options(Duration::from_secs(2), HOUR));
         let ended = Arc::new(AtomicUsize::new(0));
         let tasks: Vec<_> = connections(&old, 1000)
@@ -127,7 +127,7 @@ fn connections_do_not_end_at_one_moment() {
 #[test]
 fn the_oldest_of_too_many_old_servers_leaves_at_once() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let options = || options(SHORT, HOUR).max_old_generations(2);
         let mut servers = vec![first_with(&path, options())];
         let mut connections = Vec::new();

@@ -11,7 +11,7 @@ use fdwire::takeover::{self, Listeners, Options, ServerStatus};
 use tokio::{io::AsyncReadExt, process::Child};
 
 use crate::{
-    common::*, is_role, place, place_of_this_process, process::free_address, server_command,
+    common::*, control_path, is_role, path_and_address, process::free_address, server_command,
 };
 
 const ROLE: &str = "generations::ten_restarts_leave_few_old_processes_which_are_listed";
@@ -20,7 +20,7 @@ const ROLE: &str = "generations::ten_restarts_leave_few_old_processes_which_are_
 /// to cut it.
 async fn serve() {
     let number = |name| std::env::var(name).unwrap().parse::<u64>().unwrap();
-    let (path, address) = place_of_this_process();
+    let (path, address) = path_and_address();
     let bind = || {
         let mut listeners = Listeners::new();
         listeners.bind_tcp("http", address)?;
@@ -75,7 +75,7 @@ fn ten_restarts_leave_few_old_processes_which_are_listed() {
         return run(serve());
     }
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let address = free_address();
         let hour = Duration::from_secs(3600);
         let mut processes = vec![start(&path, address, hour).await];
@@ -109,7 +109,7 @@ fn ten_restarts_leave_few_old_processes_which_are_listed() {
 #[test]
 fn an_old_process_does_not_grow_older_than_the_deadline() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let address = free_address();
         let deadline = Duration::from_millis(200);
         let mut first = start(&path, address, deadline).await;
@@ -127,7 +127,7 @@ fn an_old_process_does_not_grow_older_than_the_deadline() {
 #[test]
 fn an_old_process_that_is_killed_is_not_listed() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let address = free_address();
         let hour = Duration::from_secs(3600);
         let mut first = start(&path, address, hour).await;

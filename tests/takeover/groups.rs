@@ -22,7 +22,7 @@ use tokio::{
     net::TcpListener,
 };
 
-use crate::{common::*, place, process::Process, request};
+use crate::{common::*, control_path, process::Process, request};
 
 const ROLE: &str = "groups::a_group_grows_and_shrinks_under_load_and_resets_no_client";
 
@@ -117,7 +117,7 @@ fn a_group_grows_and_shrinks_under_load_and_resets_no_client() {
     if let Some(socket) = role_socket(ROLE) {
         return one_thread().block_on(serve(socket));
     }
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let mut process = start(&path, 8);
     let first = process.report();
     let (address, sockets) = first.split_once(' ').unwrap();
@@ -161,7 +161,7 @@ fn a_group_grows_and_shrinks_under_load_and_resets_no_client() {
 #[test]
 fn a_part_of_a_group_can_not_be_declined() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut listeners = Listeners::new();
         for fd in group(3) {
             listeners.add("http", fd).unwrap();
@@ -195,7 +195,7 @@ fn a_part_of_a_group_can_not_be_declined() {
 #[test]
 fn a_listener_that_is_added_moves_and_none_is_added_while_another_process_takes_over() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = crate::first(&path);
         let listener = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         assert_eq!(old.add("http", listener()).unwrap(), 1);

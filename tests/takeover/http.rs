@@ -11,7 +11,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::{common::*, first_with, place, request};
+use crate::{common::*, control_path, first_with, request};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -29,7 +29,7 @@ struct Site {
 
 impl Site {
     fn new(spread: Duration, deadline: Duration) -> Self {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = Arc::new(first_with(&path, Options::default().drain(spread, deadline)));
         let address = crate::address(&server);
         let (answer_slow, is_asked) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
@@ -88,7 +88,7 @@ impl Http1 {
 }
 
 #[test]
-fn answers_say_close_from_the_moment_at_which_the_server_is_replaced() {
+fn answers_close_connections_from_the_moment_at_which_the_server_is_replaced() {
     run(async {
         let site = Site::new(HOUR, HOUR);
         let mut client = Http1::connect(site.address).await;

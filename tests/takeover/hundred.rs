@@ -30,7 +30,7 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{common::*, place, process::Process};
+use crate::{common::*, control_path, process::Process};
 
 const ROLE: &str = "hundred::a_hundred_restarts_fail_no_request_of_any_client";
 const RESTARTS: usize = 100;
@@ -217,7 +217,7 @@ fn a_hundred_restarts_fail_no_request_of_any_client() {
     if let Some(socket) = role_socket(ROLE) {
         return one_thread().block_on(serve(socket));
     }
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let addresses = [free(), free()];
     let start = || {

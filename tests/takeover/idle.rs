@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    place,
+    control_path,
     process::{Process, free_address, keep_open, who_serves},
 };
 
@@ -15,7 +15,7 @@ use crate::{
 /// that serves (HAProxy lost 87 % of its accept rate to that).
 #[test]
 fn a_server_that_drains_has_taken_its_listeners_out_of_its_event_loop() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let old = Process::serving(&path, address);
     let _open = keep_open(address);
@@ -33,7 +33,7 @@ fn a_server_that_drains_has_taken_its_listeners_out_of_its_event_loop() {
 /// Whatever clients do, nothing wakes a process whose own connections are silent.
 #[test]
 fn ten_generations_that_drain_are_not_woken_by_clients_of_the_newest() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let serving_udp = || {
         let mut command = Command::new("/proc/self/exe");

@@ -20,7 +20,9 @@ use fdwire::{
 };
 use futures::{SinkExt, StreamExt};
 
-use crate::{check_serves, common::*, first, offered_to_raw_taker, place, raw_taker, request};
+use crate::{
+    check_serves, common::*, control_path, first, offered_to_raw_taker, raw_taker, request,
+};
 
 /// One byte ends volo's server.
 ///
@@ -28,7 +30,7 @@ use crate::{check_serves, common::*, first, offered_to_raw_taker, place, raw_tak
 #[test]
 fn nothing_that_a_stranger_sends_stops_the_server() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = first(&path);
         let address = crate::address(&server);
         let ready = encoded(b"\x03", 0);
@@ -65,7 +67,7 @@ fn nothing_that_a_stranger_sends_stops_the_server() {
 #[test]
 fn a_taker_of_another_version_learns_of_it() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let _server = first(&path);
         let mut taker = raw_taker(&path).await;
         taker.send(FromTaker::Hello { lowest: 7, highest: 9 }).await.unwrap();
@@ -94,7 +96,7 @@ fn other_uids_neither_get_listeners_nor_give_any() {
     }
     let Some(uid) = other_uid() else { return };
     run(async {
-        let (directory, path) = place();
+        let (directory, path) = control_path();
         std::fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
         let server = crate::first_with(&path, Options::default().mode(0o666));
         let address = crate::address(&server);
@@ -131,7 +133,7 @@ async fn be_another_uid(socket: OwnedFd) {
 #[test]
 fn a_foreign_process_at_the_path_is_a_clear_error() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let listener = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
         let foreign = async {
             let socket = listener.accept().await.unwrap();
@@ -167,8 +169,8 @@ fn a_foreign_process_at_the_path_is_a_clear_error() {
 #[test]
 fn a_socket_that_is_not_the_announced_one_is_refused() {
     run(async {
-        let (_directory, path) = place();
-        let (_directory2, path2) = place();
+        let (_directory, path) = control_path();
+        let (_directory2, path2) = control_path();
         let server = first(&path);
         let (taker, offer) = offered_to_raw_taker(&path).await;
         let listeners = offer.into_iter().find_map(|message| match message {
@@ -203,9 +205,9 @@ fn a_socket_that_is_not_the_announced_one_is_refused() {
 ///
 /// Rules: G-BREACH-LATE.
 #[test]
-fn nonsense_after_ready_does_not_undo_a_takeover() {
+fn a_breach_after_ready_does_not_undo_a_takeover() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = first(&path);
         let (mut taker, _) = offered_to_raw_taker(&path).await;
         taker.send(FromTaker::Ready).await.unwrap();
@@ -219,9 +221,9 @@ fn nonsense_after_ready_does_not_undo_a_takeover() {
 ///
 /// Rules: T-BREACH.
 #[test]
-fn a_server_survives_a_predecessor_that_sends_nonsense() {
+fn a_server_survives_a_breach_by_its_predecessor() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let liar = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
         let lying = async {
             let mut giver = Framed::new(liar.accept().await.unwrap(), GiverCodec::default());
@@ -240,9 +242,9 @@ fn a_server_survives_a_predecessor_that_sends_nonsense() {
 
 /// The first start leaves alone what is not a server's.
 #[test]
-fn a_first_start_does_not_replace_what_is_foreign() {
+fn a_first_start_does_not_replace_foreign_files_and_sockets() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let start = async |path: &std::path::Path| {
             let options = Options::default().answer_timeout(std::time::Duration::from_millis(20));
             let options = options.lock_timeout(std::time::Duration::from_millis(20));

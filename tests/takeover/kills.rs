@@ -12,7 +12,7 @@ use std::{
 
 use crate::{
     common::*,
-    place,
+    control_path,
     process::{Process, free_address, keep_open, who_serves},
 };
 
@@ -34,7 +34,7 @@ fn trace(strace: &Path, process: &Process, arguments: &[&str]) -> Child {
 /// serves in the end. Returns true if the traced one was killed. A client whose connection is open
 /// keeps the old one from leaving before the takeover is complete.
 fn take_over(strace: &Path, traces_old: bool, arguments: &[&str]) -> bool {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut old = Process::serving(&path, address);
     let open = keep_open(address);

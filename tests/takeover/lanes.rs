@@ -16,15 +16,16 @@ use rustix::net::{
 
 use crate::{
     common::*,
+    control_path,
     datagrams::{client, first, forwarding, next, take_over},
-    offered_to_raw_taker, place,
+    offered_to_raw_taker,
 };
 
 /// From the offer on: the new process may be ready, and the old one may not know it yet.
 ///
 /// Rules: T-OWN-LANE.
 #[test]
-fn while_both_receive_each_forwards_to_the_other() {
+fn while_both_processes_receive_each_forwards_datagrams_to_the_other() {
     run(async {
         let (_directory, path, old, address) = first();
         let client = client(address);
@@ -69,12 +70,12 @@ fn lanes_to_processes_that_have_ended_are_not_passed_on() {
 
 /// Rules: T-LANE.
 #[test]
-fn a_lane_that_is_none_is_refused() {
+fn an_unusable_lane_is_refused() {
     let unknown_listener: fn(&mut Lane<SendFd>) = |lane| lane.listener = 1;
     let regular_file: fn(&mut Lane<SendFd>) = |lane| lane.fd = marked(1).into();
     run(async {
         for change in [unknown_listener, regular_file] {
-            let (_directory, path) = place();
+            let (_directory, path) = control_path();
             let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
             let (_giver, refused) = request_with_changed_lane(&path, socket, change).await;
             let refused = refused.unwrap_err();
@@ -87,7 +88,7 @@ fn a_lane_that_is_none_is_refused() {
 #[test]
 fn a_process_that_floods_its_lane_keeps_no_client_waiting() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let client = client(socket.local_addr().unwrap());
         let (flood, lane): (OwnedFd, OwnedFd) =
@@ -167,7 +168,7 @@ async fn request_with_changed_lane(
 
 /// Returns everything that a server with one UDP socket sends, up to COMPLETE, ready to be sent.
 async fn offer_of_true_server(socket: UdpSocket) -> Vec<ToTaker<SendFd>> {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let mut listeners = Listeners::new();
     listeners.add("udp", socket).unwrap();
     let server = Server::bind(&path, listeners, Options::default()).unwrap();

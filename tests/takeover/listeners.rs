@@ -15,12 +15,12 @@ use fdwire::{
 };
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::{common::*, groups::group, place, request};
+use crate::{common::*, control_path, groups::group, request};
 
 #[test]
 fn listeners_of_every_kind_move_and_work() {
     run(async {
-        let (directory, path) = place();
+        let (directory, path) = control_path();
         let mut listeners = Listeners::new();
         listeners.add("tcp", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -73,7 +73,7 @@ fn listeners_of_every_kind_move_and_work() {
 fn paths_move_with_their_inode_lock_and_right_to_remove() {
     use std::os::unix::fs::MetadataExt;
     run(async {
-        let (directory, path) = place();
+        let (directory, path) = control_path();
         let unix = directory.path().join("unix");
         let lock = directory.path().join("unix.lock");
         let mut listeners = Listeners::new();
@@ -99,7 +99,7 @@ fn paths_move_with_their_inode_lock_and_right_to_remove() {
 #[test]
 fn six_hundred_and_one_listeners_move() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut listeners = Listeners::new();
         for index in 0..601 {
             listeners
@@ -116,7 +116,7 @@ fn six_hundred_and_one_listeners_move() {
 #[test]
 fn sockets_with_equal_addresses_stay_apart() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut listeners = Listeners::new();
         for fd in group(8) {
             listeners.add("http", fd).unwrap();
@@ -142,7 +142,7 @@ fn cookie(fd: &OwnedFd) -> u64 {
 #[test]
 fn a_process_that_has_declined_a_listener_can_be_replaced() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut listeners = Listeners::new();
         for _ in 0..3 {
             listeners.add("http", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
@@ -162,9 +162,9 @@ fn a_process_that_has_declined_a_listener_can_be_replaced() {
 }
 
 #[test]
-fn a_listener_that_nobody_wants_is_reported_to_the_old_server() {
+fn a_declined_listener_is_reported_to_the_old_server() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut listeners = Listeners::new();
         for name in ["http", "admin", "metrics"] {
             listeners.add(name, TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();

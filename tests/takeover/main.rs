@@ -45,7 +45,7 @@ use tempfile::TempDir;
 use tokio::{net::TcpStream, process::Command};
 
 /// A directory with a path for a control socket.
-pub(crate) fn place() -> (TempDir, PathBuf) {
+pub(crate) fn control_path() -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control");
     (directory, path)
@@ -120,7 +120,7 @@ pub(crate) fn is_role(role: &str) -> bool {
 }
 
 /// The path and the address of a server process.
-pub(crate) fn place_of_this_process() -> (PathBuf, SocketAddr) {
+pub(crate) fn path_and_address() -> (PathBuf, SocketAddr) {
     let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
     (path, std::env::var("FDWIRE_ADDRESS").unwrap().parse().unwrap())
 }

@@ -7,7 +7,7 @@ use fdwire::takeover::{self, Options};
 
 use crate::{
     common::*,
-    place,
+    control_path,
     process::{Process, free_address, keep_open, who_serves},
 };
 
@@ -53,7 +53,7 @@ fn a_process_in_other_namespaces_takes_over_and_is_replaced() {
     if !can_unshare() {
         return;
     }
-    let (directory, path) = place();
+    let (directory, path) = control_path();
     let (bind, address) = (tempfile::tempdir().unwrap(), free_address());
     let other_path = bind.path().join(path.file_name().unwrap());
     let mut first = Process::serving(&path, address);
@@ -85,7 +85,7 @@ fn old_generations_in_other_pid_namespaces_are_listed_without_an_id() {
     if !can_unshare() {
         return;
     }
-    let (directory, path) = place();
+    let (directory, path) = control_path();
     let (bind, address) = (tempfile::tempdir().unwrap(), free_address());
     let other_path = bind.path().join(path.file_name().unwrap());
     let _first = Process::serving(&path, address);
@@ -108,7 +108,7 @@ fn old_generations_in_other_pid_namespaces_are_listed_without_an_id() {
 /// Both find no server. One of them binds, and the other one takes over from it.
 #[test]
 fn processes_that_start_at_the_same_time_serve_one_after_the_other() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut processes = [Process::start(&path, address), Process::start(&path, address)];
     processes.iter_mut().for_each(|process| {

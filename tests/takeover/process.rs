@@ -23,7 +23,7 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{common::*, place_of_this_process};
+use crate::{common::*, path_and_address};
 
 /// The test that is such a process if it is started as one.
 pub(crate) const ROLE: &str = "processes::a_restart_under_load_fails_no_request";
@@ -132,7 +132,7 @@ pub(crate) async fn serve(socket: OwnedFd) {
     };
     go("started");
     wait();
-    let (path, address) = place_of_this_process();
+    let (path, address) = path_and_address();
     let bind = || {
         let mut listeners = Listeners::new();
         listeners.add("http", TcpListener::bind(address)?)?;

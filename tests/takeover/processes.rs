@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 
 use crate::{
     common::*,
-    place,
+    control_path,
     process::{Process, ROLE, free_address, keep_open, serve, who_serves},
 };
 
@@ -62,7 +62,7 @@ fn a_restart_under_load_fails_no_request() {
     if let Some(socket) = role_socket(ROLE) {
         return one_thread().block_on(serve(socket));
     }
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut process = Process::serving(&path, address);
     let stop = Arc::new(AtomicBool::new(false));
@@ -95,7 +95,7 @@ fn a_restart_under_load_fails_no_request() {
 
 #[test]
 fn a_process_that_dies_before_it_is_ready_changes_nothing_and_one_that_dies_later_is_undone() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let old = Process::serving(&path, address);
 
@@ -115,7 +115,7 @@ fn a_process_that_dies_before_it_is_ready_changes_nothing_and_one_that_dies_late
 
 #[test]
 fn a_new_process_serves_if_the_old_one_dies_before_it_is_ready() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let old = Process::serving(&path, address);
     let mut new = Process::start(&path, address);
@@ -134,7 +134,7 @@ fn a_new_process_serves_if_the_old_one_dies_before_it_is_ready() {
 
 #[test]
 fn a_process_that_hangs_before_ready_does_not_serve_when_it_wakes_up() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let old = Process::serving(&path, address);
     let mut hung = Process::start(&path, address);

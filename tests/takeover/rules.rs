@@ -8,13 +8,13 @@ use fdwire::takeover::{
 };
 use futures::{SinkExt, StreamExt};
 
-use crate::{check_serves, common::*, first, is_locked, offered_to_raw_taker, place};
+use crate::{check_serves, common::*, control_path, first, is_locked, offered_to_raw_taker};
 
 /// Rules: G-LOCK, G-RIGHTS, G-STOP.
 #[test]
 fn locks_of_paths_move_after_ready_except_those_of_declined_listeners() {
     run(async {
-        let (directory, path) = place();
+        let (directory, path) = control_path();
         let names = ["a", "b", "c"];
         let mut listeners = Listeners::new();
         for name in names {
@@ -57,7 +57,7 @@ fn inode_of(fd: &impl std::os::fd::AsFd) -> u64 {
 #[test]
 fn a_ready_that_is_cut_in_half_does_not_count() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = first(&path);
         let address = crate::address(&server);
         let ready = encoded(b"\x03", 0);

@@ -10,7 +10,7 @@ use std::{
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use crate::{
-    is_locked, place,
+    control_path, is_locked,
     process::{Process, free_address, who_serves},
 };
 
@@ -47,7 +47,7 @@ fn wait_for_descriptors(process: &Process, expected: u64) {
 
 #[test]
 fn a_server_without_descriptors_goes_on_and_loses_none() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut old = Process::serving(&path, address);
     let start = || {
@@ -99,7 +99,7 @@ fn a_server_without_descriptors_goes_on_and_loses_none() {
 
 #[test]
 fn a_new_process_without_descriptors_gives_up_and_the_old_one_goes_on() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let old = Process::serving(&path, address);
     let mut failures = Vec::new();
@@ -127,7 +127,7 @@ fn a_new_process_without_descriptors_gives_up_and_the_old_one_goes_on() {
 /// Rules: T-LOST.
 #[test]
 fn a_process_without_descriptors_at_the_cut_can_be_replaced_later() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut serving = Process::serving(&path, address);
     let mut lost = Vec::new();

@@ -17,15 +17,15 @@ use fdwire::{
 use tokio::process::{Child, Command};
 
 use crate::{
-    common::*, is_role, place, place_of_this_process, process::free_address, server_command,
+    common::*, control_path, is_role, path_and_address, process::free_address, server_command,
 };
 
-const ROLE: &str = "supervisor::a_call_returns_once_the_new_process_serves";
+const ROLE: &str = "supervisor::launch_returns_once_the_new_process_serves";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A server process. `FDWIRE_FAILS`: how it fails before it is ready.
 async fn serve() {
-    let (path, address) = place_of_this_process();
+    let (path, address) = path_and_address();
     let bind = || {
         let mut listeners = Listeners::new();
         listeners.bind_tcp("http", address)?;
@@ -63,7 +63,7 @@ struct Service {
 
 impl Service {
     fn new() -> Self {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         Self { _directory, path, address: free_address() }
     }
 
@@ -84,7 +84,7 @@ impl Service {
 }
 
 #[test]
-fn a_call_returns_once_the_new_process_serves() {
+fn launch_returns_once_the_new_process_serves() {
     if is_role(ROLE) {
         return run(serve());
     }
@@ -101,7 +101,7 @@ fn a_call_returns_once_the_new_process_serves() {
 }
 
 #[test]
-fn a_call_fails_if_the_new_process_ends_before_it_serves() {
+fn launch_fails_if_the_new_process_ends_before_it_serves() {
     run(async {
         let service = Service::new();
         let mut failing = service.command();
@@ -125,7 +125,7 @@ fn a_call_fails_if_the_new_process_ends_before_it_serves() {
 }
 
 #[test]
-fn a_call_fails_if_the_new_process_hangs_and_leaves_none_behind() {
+fn launch_fails_if_the_new_process_hangs_and_leaves_none_behind() {
     run(async {
         let service = Service::new();
         let first = service.launch(&mut service.command(), PATIENCE).await.unwrap();
@@ -171,7 +171,7 @@ async fn messages(
 }
 
 #[test]
-fn a_manager_learns_of_each_step_before_the_old_process_leaves() {
+fn a_service_manager_learns_of_each_step_before_the_old_process_leaves() {
     run(async {
         let service = Service::new();
         let name = abstract_name("supervisor");
@@ -239,7 +239,7 @@ fn the_old_main_process_waits_for_the_manager_before_it_leaves() {
 }
 
 #[test]
-fn nobody_is_asked_at_a_path_without_a_server() {
+fn the_status_of_a_path_without_a_server_is_an_error() {
     run(async {
         let error = takeover::status(Path::new("/nonexistent/path"), &Options::default())
             .await

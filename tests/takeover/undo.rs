@@ -20,14 +20,14 @@ use nix::{
 use tokio::net::TcpStream;
 
 use crate::{
-    check_does_not_serve, check_serves, common::*, first, first_with, http, offered_to_raw_taker,
-    place, request, request_until_not_busy,
+    check_does_not_serve, check_serves, common::*, control_path, first, first_with, http,
+    offered_to_raw_taker, request, request_until_not_busy,
 };
 
 #[test]
 fn a_new_server_serves_and_the_old_one_drains_and_leaves() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let address = crate::address(&old);
         let pending = request(&path).await;
@@ -53,7 +53,7 @@ async fn http_error(server: &takeover::Server) -> Option<()> {
 #[test]
 fn connections_that_wait_in_the_queue_are_accepted_by_the_new_server() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let address = crate::address(&old);
         let mut clients = Vec::new();
@@ -75,7 +75,7 @@ fn connections_that_wait_in_the_queue_are_accepted_by_the_new_server() {
 #[test]
 fn a_new_server_that_ends_before_it_is_ready_changes_nothing() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let address = crate::address(&old);
         for _ in 0..3 {
@@ -91,7 +91,7 @@ fn a_new_server_that_ends_before_it_is_ready_changes_nothing() {
 #[test]
 fn a_new_server_that_ends_while_the_old_one_drains_is_undone() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let address = crate::address(&old);
         for _ in 0..3 {
@@ -110,7 +110,7 @@ fn a_new_server_that_ends_while_the_old_one_drains_is_undone() {
 #[test]
 fn a_new_server_hands_everything_back_with_the_baton() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, Options::default().with_baton());
         let address = crate::address(&old);
         let new = takeover::request(&path, Options::default().with_baton())
@@ -142,7 +142,7 @@ fn a_new_server_hands_everything_back_with_the_baton() {
 #[test]
 fn a_new_server_that_is_too_late_does_not_serve() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, Options::default().ready_timeout(Duration::from_millis(20)));
         let address = crate::address(&old);
         let pending = request(&path).await;
@@ -159,7 +159,7 @@ fn a_new_server_that_is_too_late_does_not_serve() {
 #[test]
 fn a_second_takeover_is_refused_while_one_is_under_way() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let pending = request(&path).await;
         let second = takeover::request(&path, Options::default()).await.unwrap_err();
@@ -180,7 +180,7 @@ fn a_second_takeover_is_refused_while_one_is_under_way() {
 #[test]
 fn the_application_calls_a_takeover_off() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let pending = request(&path).await;
         old.withdraw();
@@ -196,9 +196,9 @@ fn the_application_calls_a_takeover_off() {
 }
 
 #[test]
-fn state_travels_with_its_descriptors() {
+fn state_arrives_with_its_descriptors() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         old.send_state(|| {
             vec![Frame::new("counters").with_fd(marked(7)), Frame::new("cache").with_fds([])]
@@ -215,7 +215,7 @@ fn state_travels_with_its_descriptors() {
 #[test]
 fn generations_replace_each_other_and_only_the_last_two_hold_the_listeners() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut generations = vec![first(&path)];
         let address = crate::address(&generations[0]);
         for _ in 0..10 {
@@ -243,7 +243,7 @@ fn generations_replace_each_other_and_only_the_last_two_hold_the_listeners() {
 #[test]
 fn state_that_is_too_long_calls_the_takeover_off() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let address = crate::address(&old);
         old.send_state(|| vec![Frame::new(vec![0; takeover::protocol::MAX_MESSAGE_BYTES])]);
@@ -257,7 +257,7 @@ fn state_that_is_too_long_calls_the_takeover_off() {
 #[test]
 fn large_state_arrives_in_its_order() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         old.send_state(|| (0..20).map(|number| Frame::new(vec![number; 500_000])).collect());
         let mut pending = request(&path).await;
@@ -280,7 +280,7 @@ fn large_state_arrives_in_its_order() {
 #[test]
 fn calling_a_takeover_off_and_ready_exclude_each_other() {
     run_in(some_threads(), async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = first(&path);
         let (mut called_off, mut replaced) = (0, 0);
         for round in 0..300 {
@@ -317,7 +317,7 @@ fn calling_a_takeover_off_and_ready_exclude_each_other() {
 #[test]
 fn a_new_process_that_ends_just_before_the_old_one_leaves_is_noticed() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = first(&path);
         let address = crate::address(&server);
         for _ in 0..20 {

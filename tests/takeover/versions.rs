@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::Path, process::Command};
 
 use crate::{
-    place,
+    control_path,
     process::{Process, free_address, keep_open, who_serves},
 };
 
@@ -25,7 +25,7 @@ fn serving_release(path: &Path, address: SocketAddr, versions: (u8, u8)) -> Proc
 /// Rules: G-VERSION.
 #[test]
 fn a_newer_release_is_replaced_by_an_older_one_and_the_reverse() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut serving = serving_release(&path, address, (1, 1));
     for versions in [(1, 2), (1, 1), (1, 3), (2, 3), (2, 2), (1, 2), (1, 1)] {
@@ -47,7 +47,7 @@ fn a_newer_release_is_replaced_by_an_older_one_and_the_reverse() {
 #[test]
 fn releases_without_a_common_version_do_not_replace_each_other() {
     for (old, new) in [((1, 1), (2, 3)), ((2, 3), (1, 1))] {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let address = free_address();
         let old = serving_release(&path, address, old);
         let mut new = release(&path, address, new);

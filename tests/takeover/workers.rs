@@ -20,7 +20,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::{address, common::*, first_with, place, request};
+use crate::{address, common::*, control_path, first_with, request};
 
 /// A server whose connections are served by workers.
 struct Front {
@@ -87,7 +87,7 @@ struct WithWorker {
 
 impl WithWorker {
     async fn start() -> Self {
-        let (directory, path) = place();
+        let (directory, path) = control_path();
         let front = Front::first(&path);
         let (address, worker) = (address(&front.server), worker(&front.dispatcher, "a"));
         front.has_workers(1).await;
@@ -134,7 +134,7 @@ fn load(address: SocketAddr) -> JoinHandle<()> {
 #[test]
 fn workers_go_on_through_many_generations_and_no_client_notices() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut front = Front::first(&path);
         let address = address(&front.server);
         let workers = ["a", "b"].map(|name| worker(&front.dispatcher, name));
