@@ -1,4 +1,4 @@
-//! Many generations of a server, each a process that still has a connection to finish.
+//! Many generations of a server. Each is a process that still has a connection to finish.
 
 use std::{
     io::Write,
@@ -16,8 +16,8 @@ use crate::{
 
 const ROLE: &str = "generations::ten_restarts_leave_few_old_processes_which_are_listed";
 
-/// A server process, which tells each client its process id and keeps the connection until it has
-/// to cut it.
+/// Is a server process, which sends each client its process id and keeps the connection until it
+/// has to cut it.
 async fn serve() {
     let number = |name| std::env::var(name).unwrap().parse::<u64>().unwrap();
     let (path, address) = path_and_address();
@@ -61,7 +61,7 @@ async fn status(path: &Path) -> ServerStatus {
     takeover::status(path, &Options::default()).await.unwrap()
 }
 
-/// A client whose connection stays open.
+/// Connects a client whose connection stays open.
 async fn client(address: SocketAddr) -> tokio::net::TcpStream {
     let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
     client.read_u8().await.unwrap();
@@ -75,6 +75,7 @@ fn ten_restarts_leave_few_old_processes_which_are_listed() {
         return run(serve());
     }
     run(async {
+        // Ten processes are replaced, each with one client.
         let (_directory, path) = control_path();
         let address = free_address();
         let hour = Duration::from_secs(3600);
@@ -84,7 +85,7 @@ fn ten_restarts_leave_few_old_processes_which_are_listed() {
             clients.push(client(address).await);
             processes.push(start(&path, address, hour).await);
         }
-        // The seven oldest are asked to leave, and cut the connection of their client.
+        // The seven oldest are asked to leave, and cut the connections of their clients.
         for (process, mut client) in processes.drain(..7).zip(clients.drain(..7)) {
             let mut process = process;
             assert_eq!(
@@ -94,6 +95,7 @@ fn ten_restarts_leave_few_old_processes_which_are_listed() {
             );
             while client.read_u8().await.is_ok() {}
         }
+        // The status lists the other three, the oldest first.
         let ServerStatus { pid, generations, .. } = status(&path).await;
         assert_eq!(Some(pid), processes.last().unwrap().id());
         let listed: Vec<_> = generations.iter().map(|old| old.pid).collect();
@@ -123,7 +125,7 @@ fn an_old_process_does_not_grow_older_than_the_deadline() {
     });
 }
 
-/// SIGKILL: nothing is asked of it, and it is no longer listed.
+/// The old process is killed with SIGKILL, so it cannot send that it has left.
 #[test]
 fn an_old_process_that_is_killed_is_not_listed() {
     run(async {

@@ -1,4 +1,4 @@
-//! Raw takers show what a server sends at the cut, and what it keeps.
+//! What a server sends when it stops accepting, and what it keeps, with takers made of the codec.
 
 use std::{fs::File, os::fd::OwnedFd};
 
@@ -14,6 +14,7 @@ use crate::{check_serves, common::*, control_path, first, is_locked, offered_to_
 #[test]
 fn locks_of_paths_move_after_ready_except_those_of_declined_listeners() {
     run(async {
+        // A taker declines one of three listeners, and is ready.
         let (directory, path) = control_path();
         let names = ["a", "b", "c"];
         let mut listeners = Listeners::new();
@@ -26,6 +27,7 @@ fn locks_of_paths_move_after_ready_except_those_of_declined_listeners() {
         assert!(is_locked(&path));
         taker.send(FromTaker::Decline { number: 1 }).await.unwrap();
         taker.send(FromTaker::Ready).await.unwrap();
+        // It gets the locks of the other two, and that of the control socket.
         let ToTaker::Locks { fds: locks } = taker.next().await.unwrap().unwrap() else { panic!() };
         let ToTaker::Commit { fds: commit, .. } = taker.next().await.unwrap().unwrap() else {
             panic!()
@@ -36,7 +38,7 @@ fn locks_of_paths_move_after_ready_except_those_of_declined_listeners() {
             .map(|name| inode_of(&File::open(directory.path().join(name)).unwrap()));
         assert_eq!(moved, expected);
 
-        // The server gives up its copies, and removes the path that nobody else serves at.
+        // The server closes its copies, and removes the path of the declined listener.
         taker.send(FromTaker::Release).await.unwrap();
         assert!(!server.undone().await);
         drop(server);
