@@ -47,7 +47,10 @@ fn locks_of_paths_move_after_ready_except_those_of_declined_listeners() {
         assert_eq!(exists, [true, false, true]);
         assert!(path.exists() && is_locked(&path) && is_locked(&directory.path().join("a")));
         drop((locks, lock));
-        assert!(!is_locked(&path));
+        // A child that another test is starting may have a copy of the lock for a moment.
+        while is_locked(&path) {
+            tokio::task::yield_now().await;
+        }
     });
 }
 
