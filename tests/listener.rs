@@ -716,7 +716,7 @@ mod blocking {
             return;
         }
         let Some(uid) = other_uid() else { return };
-        // It has another uid, which is not listed, or is.
+        // That process has another uid, which is not listed, or is.
         for listed in [false, true] {
             let name = abstract_name(&format!("blocking-uids-{listed}"));
             let listener = blocking::Listener::bind_addr(&name, SocketKind::Stream).unwrap();

@@ -281,7 +281,7 @@ fn connections_that_nobody_takes_are_closed_by_few_threads() {
             clients.push(client);
             drop(dispatcher.dispatch(connection)); // nobody waits for the outcome
         }
-        // While the drain closes them, a thread counts the threads of this process.
+        // While a drain closes the connections, a thread counts the threads of this process.
         let is_done = Arc::new(AtomicBool::new(false));
         let counting = std::thread::spawn({
             let is_done = Arc::clone(&is_done);
@@ -491,10 +491,10 @@ fn a_process_that_connects_again_and_again_leaves_nothing_behind() {
             for round in 1..=20 {
                 let (_client, accepted) = connections(1).await.pop().unwrap();
                 dispatcher.dispatch(accepted).await.unwrap();
-                until("it has left", || dispatcher.stats().retired.drained == round).await;
+                until("the worker has left", || dispatcher.stats().retired.drained == round).await;
             }
-            // Those of the listener and its lock stay open.
-            until("nothing is left of it", || open_fds() <= before + 2).await;
+            // The descriptors of the listener and its lock stay open.
+            until("no descriptor of the worker is left", || open_fds() <= before + 2).await;
         };
         tokio::select! {
             () = accepting => unreachable!(),

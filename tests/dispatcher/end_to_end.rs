@@ -61,7 +61,7 @@ fn worker_process() {
             // The application starts a program, which by default inherits standard input.
             Command::new("sh").arg("-c").arg(script).spawn().unwrap();
         }
-        // It serves each connection in a task, and ends when all of them have ended.
+        // Each connection is served by a task. The worker ends when all of them have ended.
         let handle = incoming.handle();
         let is_http = std::env::var_os("FDWIRE_HTTP").is_some();
         while let Some(batch) = incoming.next_batch(16).await {
@@ -123,6 +123,7 @@ pub(crate) async fn started(dispatcher: &Dispatcher, workers: usize) {
 fn connections_are_served_and_the_workers_drain() {
     for kind in KINDS {
         run(async {
+            // Two workers share the connections.
             let directory = tempfile::tempdir().unwrap();
             let log = directory.path().join("served");
             let dispatcher = Dispatcher::builder().build();
@@ -146,6 +147,7 @@ fn connections_are_served_and_the_workers_drain() {
             for client in clients {
                 assert!(pids.contains_key(&client.answer().await.parse().ok()));
             }
+            // A drain ends both, and each connection was served once.
             dispatcher.drain(None).await;
             assert_eq!(served_by(&log).len(), 20);
             assert_eq!(dispatcher.stats().retired.drained, 2);
@@ -208,7 +210,7 @@ async fn listen() -> (TcpListener, SocketAddr) {
 }
 
 #[test]
-fn a_storm_while_workers_are_killed_at_random() {
+fn a_storm_of_clients_loses_no_connection_while_workers_are_killed() {
     const CLIENTS: u32 = 20_000;
     run(async {
         let directory = tempfile::tempdir().unwrap();
@@ -418,7 +420,7 @@ fn a_connection_kept_alive_is_cut_at_the_deadline_of_a_drain() {
         let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
         dispatcher.drain(Some(Duration::from_millis(300))).await;
         assert_eq!(dispatcher.stats().retired.overdue, 1);
-        assert!(kill(pid, None).is_err(), "it was killed and reaped");
+        assert!(kill(pid, None).is_err(), "the worker was killed and reaped");
         assert_eq!(silent.read_to_end(&mut Vec::new()).await.unwrap_or(0), 0);
     });
 }
@@ -451,8 +453,8 @@ fn a_stopped_worker_that_goes_on_leaves_its_connections_to_others() {
                 clients.push(TcpStream::connect(address).await.unwrap());
                 outcomes.push(dispatcher.dispatch(listener.accept().await.unwrap().0));
             }
-            // It is cut off, and a second worker adopts all connections.
-            until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
+            // The worker is cut off, and a second one adopts all connections.
+            until("the worker was cut off", || dispatcher.stats().retired.hung == 1).await;
             let second = spawn();
             assert!(
                 join_all(outcomes)
@@ -465,7 +467,7 @@ fn a_stopped_worker_that_goes_on_leaves_its_connections_to_others() {
 
             // The first worker goes on and ends, before the clients send their serial numbers.
             kill(first, Signal::SIGCONT).unwrap();
-            until("it has ended", || kill(first, None).is_err()).await;
+            until("the worker has ended", || kill(first, None).is_err()).await;
             for (serial, mut client) in clients.into_iter().enumerate() {
                 client.write_all(&(serial as u32).to_be_bytes()).await.unwrap();
                 assert_eq!(Client(client).answer().await, second.to_string());

@@ -61,10 +61,11 @@ fn a_connection_is_not_offered_again_and_again_to_a_worker_without_descriptors()
         let mut all = connections(2).await.into_iter();
         let (_first, accepted) = all.next().unwrap();
         dispatcher.dispatch(accepted).await.unwrap();
-        until("it has no descriptors left", || dispatcher.stats().workers[0].active == 0).await;
+        until("the worker has no descriptors left", || dispatcher.stats().workers[0].active == 0)
+            .await;
         let (_client, accepted) = all.next().unwrap();
         let mut outcome = dispatcher.dispatch(accepted);
-        until("it has rejected it", || dispatcher.stats().workers[0].rejected > 0).await;
+        until("the worker has rejected it", || dispatcher.stats().workers[0].rejected > 0).await;
         assert!(timeout(Duration::from_millis(300), &mut outcome).await.is_err());
         assert_eq!(dispatcher.stats().workers[0].rejected, 1);
         tokio::join!(dispatcher.drain(Some(Duration::ZERO)), async { drop(outcome.await) });
@@ -115,19 +116,20 @@ fn a_worker_that_had_no_descriptors_left_asks_for_as_many_as_it_has_later() {
         let mut all = connections(2).await.into_iter();
         let (mut control, accepted) = all.next().unwrap();
         dispatcher.dispatch(accepted).await.unwrap();
-        until("it has asked for more than 8", || dispatcher.stats().workers[0].credit > 12).await;
-        // It has no descriptors left, so it rejects a connection.
+        until("the worker has asked for more than 8", || dispatcher.stats().workers[0].credit > 12)
+            .await;
+        // The worker has no descriptors left, so it rejects a connection.
         control.0.write_all(b"f").await.unwrap();
         control.0.read_exact(&mut [0]).await.unwrap();
         let (client, accepted) = all.next().unwrap();
         let outcome = dispatcher.dispatch(accepted);
-        until("it has rejected it", || dispatcher.stats().workers[0].rejected > 0).await;
-        // Some are free again, so it adopts the connection and asks for up to 8 more.
+        until("the worker has rejected it", || dispatcher.stats().workers[0].rejected > 0).await;
+        // Some are free again, so the worker adopts the connection and asks for up to 8 more.
         control.0.write_all(b"e").await.unwrap();
         control.0.read_exact(&mut [0]).await.unwrap();
         assert_eq!(outcome.await.unwrap(), worker);
         assert_eq!(client.answer().await, "served");
-        until("it asks for as many as it has room for", || {
+        until("the worker asks for as many as it has room for", || {
             (1..=8).contains(&dispatcher.stats().workers[0].credit)
         })
         .await;
@@ -151,11 +153,12 @@ fn a_worker_at_its_reserve_of_descriptors_rejects_and_lives() {
         let dispatcher = Dispatcher::builder().build();
         let mut child = spawn_role(ROLE, None, worker_end.into());
         let full = dispatcher.add_worker(dispatcher_end);
-        until("it is ready", || dispatcher.stats().workers[0].credit > 3).await;
+        until("the worker is ready", || dispatcher.stats().workers[0].credit > 3).await;
         let mut all = connections(4).await.into_iter();
         let (_first, accepted) = all.next().unwrap();
         dispatcher.dispatch(accepted).await.unwrap();
-        until("it has no descriptors left", || dispatcher.stats().workers[0].active == 0).await;
+        until("the worker has no descriptors left", || dispatcher.stats().workers[0].active == 0)
+            .await;
 
         // Another worker adopts all further connections.
         let mut other = Raw::start(&dispatcher, kind, 9).await;

@@ -36,7 +36,7 @@ async fn misbehaves(kind: SocketKind, how: impl AsyncFnOnce(Raw) -> Raw) {
     let copies = bad.offers(2).await;
     let mut bad = how(bad).await;
     bad.ended().await;
-    until("it was cut off", || dispatcher.stats().retired.misbehaved == 1).await;
+    until("the worker was cut off", || dispatcher.stats().retired.misbehaved == 1).await;
 
     let mut good = Raw::start(&dispatcher, kind, 2).await;
     let offers = good.offers(2).await;
@@ -155,7 +155,8 @@ fn a_connection_that_its_workers_die_of_is_given_back_and_the_others_are_not() {
             let mut worker = Raw::start(&dispatcher, kind, 100).await;
             worker.offers(10).await;
             drop(worker);
-            until("its death is noticed", || dispatcher.stats().workers.is_empty()).await;
+            until("the death of the worker is noticed", || dispatcher.stats().workers.is_empty())
+                .await;
         }
         // From now on, a worker gets one connection at a time. It dies of the fifth one.
         let mut worker = Raw::start(&dispatcher, kind, 100).await;
@@ -203,7 +204,7 @@ fn a_busy_worker_is_recalled_and_not_cut_off() {
         }
         assert_eq!(busy.recalled, 2);
         drop(copies);
-        // It rejects them, another worker adopts them, and both workers go on.
+        // The worker rejects them, another one adopts them, and both workers go on.
         let mut free = Raw::start(&dispatcher, kind, 2).await;
         busy.reject(2, RejectReason::Recalled).await;
         free.offers(2).await;

@@ -33,7 +33,7 @@ fn the_last_message_to_a_worker_that_is_cut_off_is_fenced() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Raw::start(&dispatcher, kind, 1).await;
-        worker.send(FromWorker::Pong { nonce: 99 }).await; // it answers no ping
+        worker.send(FromWorker::Pong { nonce: 99 }).await; // no ping has this number
         let mut last = None;
         while let Some(message) = worker.step().await {
             last = Some(message);
@@ -69,10 +69,10 @@ fn a_worker_that_was_fenced_and_goes_on_learns_that() {
                     end
                 })
             });
-            // It is fenced meanwhile, and learns that when it goes on.
+            // The worker is fenced meanwhile, and learns that when it goes on.
             let (_client, connection) = connections(1).await.pop().unwrap();
             dispatcher.dispatch(connection).await.unwrap();
-            until("it is fenced", || dispatcher.stats().retired.hung == 1).await;
+            until("the worker is fenced", || dispatcher.stats().retired.hung == 1).await;
             release.send(()).unwrap();
             let end = tokio::task::spawn_blocking(|| worker.join().unwrap()).await.unwrap();
             assert!(matches!(end, IncomingEnd::Fenced), "{end:?}");
@@ -129,19 +129,21 @@ fn the_death_of_a_connected_worker_is_noticed_by_silence_if_its_socket_stays_ope
             .env("FDWIRE_CONNECT", &path)
             .env("FDWIRE_LOG", &log);
         let mut worker = command.stdout(Stdio::null()).kill_on_drop(true).spawn().unwrap();
-        until("it has a child", || std::fs::read_to_string(&log).is_ok_and(|pid| !pid.is_empty()))
-            .await;
+        until("the worker has started a process", || {
+            std::fs::read_to_string(&log).is_ok_and(|pid| !pid.is_empty())
+        })
+        .await;
         let holder: i32 = std::fs::read_to_string(&log).unwrap().parse().unwrap();
         let (client, accepted) = connections(1).await.pop().unwrap();
         let outcome = dispatcher.dispatch(accepted);
-        until("it was offered", || {
+        until("the connection was offered", || {
             dispatcher.stats().workers.iter().any(|worker| worker.unanswered == 1)
         })
         .await;
 
-        // It is killed, and cut off after the hang timeout. Another worker gets the connection.
+        // The worker is killed, and cut off after the hang timeout. Another gets the connection.
         worker.start_kill().unwrap();
-        until("its death is noticed", || dispatcher.stats().retired.hung == 1).await;
+        until("the death of the worker is noticed", || dispatcher.stats().retired.hung == 1).await;
         assert!(kill(Pid::from_raw(holder), None).is_ok(), "the holder lives");
         let mut other = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
         let offer = other.offer().await.unwrap();

@@ -115,7 +115,7 @@ fn a_group_whose_workers_all_die_does_not_harm_the_other() {
             for pid in pids_of(&dispatcher, "a") {
                 kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
             }
-            until("they have left", || stats_of(&dispatcher, "a").is_none()).await;
+            until("the workers have left", || stats_of(&dispatcher, "a").is_none()).await;
 
             // Clients of the dead group do not keep those of the other one from being served.
             let mut waiting = Vec::new();
@@ -153,12 +153,12 @@ fn connections_to_be_prepared_are_accepted_when_a_worker_of_any_group_has_room()
         let checking = async {
             let mut client = TcpStream::connect(address).await.unwrap();
             client.write_all(&FIRST_OF_B.to_be_bytes()).await.unwrap();
-            until("it waits", || dispatcher.stats().slot_wait.is_some()).await;
+            until("a connection waits", || dispatcher.stats().slot_wait.is_some()).await;
             assert_eq!(dispatcher.stats().groups, []);
             let mut worker = Raw::start(&dispatcher.in_group("b"), kind, 1).await;
             worker.offer().await.unwrap();
             worker.adopt(1).await;
-            until("it is adopted", || dispatcher.stats().adopted == 1).await;
+            until("the connection is adopted", || dispatcher.stats().adopted == 1).await;
         };
         tokio::select! {
             ended = dispatcher.serve_with(listener, route) => panic!("{ended:?}"),
@@ -177,7 +177,7 @@ fn a_listener_of_a_group_waits_for_its_workers_only() {
         let mut worker = Raw::start(&other, kind, 2).await;
         let checking = async {
             let _waits = Client::connect(full_address, 0).await;
-            until("it waits", || stats_of(&dispatcher, "a").is_some()).await;
+            until("a connection waits", || stats_of(&dispatcher, "a").is_some()).await;
             for serial in 0..2 {
                 let _client = Client::connect(address, serial).await;
                 worker.offer().await.unwrap();

@@ -66,7 +66,7 @@ fn the_least_loaded_worker_gets_the_next_connection() {
         join_all([first, second]).await;
         // The first worker has finished its connection, so it gets the next one.
         a.send(FromWorker::Load { finished: 1 }).await;
-        until("its load was received", || dispatcher.stats().workers[0].active == 0).await;
+        until("the load was received", || dispatcher.stats().workers[0].active == 0).await;
         let third = next();
         let _third = a.offer().await.unwrap();
         a.adopt(1).await;
@@ -175,7 +175,7 @@ fn connections_that_a_worker_rejects_go_to_another() {
         let ids = Vec::from_iter(join_all(outcomes).await.into_iter().map(Result::unwrap));
         assert_eq!(ids, [b.id, b.id, a.id, b.id, b.id]);
         a.send(FromWorker::Goodbye).await;
-        until("it has left", || dispatcher.stats().retired.drained == 1).await;
+        until("the worker has left", || dispatcher.stats().retired.drained == 1).await;
         assert_eq!(dispatcher.stats().offered_again, 4);
     });
 }
@@ -247,7 +247,7 @@ fn unix_connections_are_served_too() {
             assert_eq!(offer.transport, fdwire::handoff::Transport::UnixStream);
             assert_eq!(offer.local, fdwire::handoff::Address::Path(path.clone()));
             worker.adopt(1).await;
-            until("it is adopted", || dispatcher.stats().adopted == 1).await;
+            until("the connection is adopted", || dispatcher.stats().adopted == 1).await;
         };
         tokio::select! {
             outcome = dispatcher.serve(listener) => outcome.unwrap(),
@@ -293,7 +293,7 @@ fn a_client_that_has_gone_before_its_connection_is_handed_over_has_no_address() 
         let reset = libc::linger { l_onoff: 1, l_linger: 0 };
         setsockopt(&client.0, sockopt::Linger, &reset).unwrap();
         drop(client);
-        until("its client has gone", || accepted.peer_addr().is_err()).await;
+        until("the client has gone", || accepted.peer_addr().is_err()).await;
         let outcome = dispatcher.dispatch(accepted);
         let offer = worker.offer().await.unwrap();
         worker.adopt(1).await;

@@ -57,10 +57,10 @@ fn a_dispatcher_waits_while_too_many_descriptors_are_in_flight() {
                 };
                 let first = half();
                 let on_their_way = || unread(&worker);
-                until("they are on their way", || on_their_way() > 0).await;
+                until("the offers are on their way", || on_their_way() > 0).await;
                 let before = on_their_way();
-                // They exceed the new limit, so the other half cannot be sent. The kernel compares
-                // the descriptors in flight of all processes of the uid with it.
+                // These offers exceed the new limit, so the other half cannot be sent. The limit is
+                // for the descriptors in flight of all processes of the uid.
                 setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
                 let second = half();
                 until("a send has failed", || dispatcher.stats().send_shortages > 0).await;
@@ -113,7 +113,8 @@ fn stuck_workers_leave_a_healthy_one_all_that_it_needs() {
                 let offered = Vec::from_iter((0..OFFERS).map(|_| {
                     dispatcher.dispatch(std::os::unix::net::UnixStream::pair().unwrap().0)
                 }));
-                until("it is cut off", || dispatcher.stats().retired.hung == round + 1).await;
+                until("the worker is cut off", || dispatcher.stats().retired.hung == round + 1)
+                    .await;
                 assert!(
                     dispatcher.stats().in_flight <= 128 + stuck.len(),
                     "{:?}",
@@ -129,7 +130,7 @@ fn stuck_workers_leave_a_healthy_one_all_that_it_needs() {
                 }
                 assert!(join_all(offered).await.into_iter().all(|adopted| adopted.is_ok()));
                 healthy.send(FromWorker::Goodbye).await;
-                until("it has left", || dispatcher.stats().workers.is_empty()).await;
+                until("the worker has left", || dispatcher.stats().workers.is_empty()).await;
             }
             std::process::exit(PASSED);
         });
@@ -155,7 +156,7 @@ fn a_worker_is_not_cut_off_while_the_dispatcher_cannot_send() {
             let last = accepted.pop().unwrap();
             let _outcomes =
                 Vec::from_iter(accepted.into_iter().map(|connection| other.dispatch(connection)));
-            until("they are on their way", || unread(&stopped) > 0).await;
+            until("the offers are on their way", || unread(&stopped) > 0).await;
 
             // So this dispatcher cannot send an offer, for longer than a worker may be silent.
             let hang_timeout = Duration::from_millis(200);
@@ -168,7 +169,7 @@ fn a_worker_is_not_cut_off_while_the_dispatcher_cannot_send() {
             setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
             let outcome = dispatcher.dispatch(last);
             let work = async {
-                let offer = worker.offer().await.expect("it was not cut off");
+                let offer = worker.offer().await.expect("the worker has not been cut off");
                 worker.adopt(1).await;
                 offer
             };
@@ -209,11 +210,11 @@ fn a_worker_that_does_not_receive_is_cut_off_also_when_the_dispatcher_cannot_sen
             let _outcomes = Vec::from_iter(
                 accepted.into_iter().map(|connection| dispatcher.dispatch(connection)),
             );
-            until("they are on their way", || unread(&stopped) > 0).await;
+            until("the offers are on their way", || unread(&stopped) > 0).await;
             // The next offer cannot be sent, and the worker is cut off for being silent.
             setrlimit(Resource::RLIMIT_NOFILE, 64, 1024).unwrap();
             let _last = dispatcher.dispatch(last);
-            until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
+            until("the worker was cut off", || dispatcher.stats().retired.hung == 1).await;
             setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
             std::process::exit(PASSED);
         });

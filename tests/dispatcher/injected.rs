@@ -89,6 +89,6 @@ async fn dispatch_two(socket: OwnedFd) {
     for outcome in join_all(outcomes).await {
         assert_eq!(outcome.unwrap(), id);
     }
-    until("it is gone", || dispatcher.stats().workers.is_empty()).await;
+    until("the worker is gone", || dispatcher.stats().workers.is_empty()).await;
     assert_eq!((dispatcher.stats().adopted, dispatcher.stats().offered_again), (2, 0));
 }

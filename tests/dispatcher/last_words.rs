@@ -23,7 +23,7 @@ async fn adopts_with(kind: SocketKind, name: &str, packets: &[(Vec<u8>, u32)]) {
     for (bytes, fds) in packets {
         raw_send(worker.framed.socket(), bytes, &Vec::from_iter((0..*fds).map(marked)));
     }
-    until("it was cut off", || dispatcher.stats().workers.is_empty()).await;
+    until("the worker was cut off", || dispatcher.stats().workers.is_empty()).await;
     let other = Raw::start(&dispatcher, kind, 1).await;
     assert_eq!(outcome.await.unwrap(), worker.id, "{kind:?} {name}");
     assert_eq!(

@@ -57,7 +57,7 @@ fn the_reason_why_a_worker_was_cut_off_is_logged() {
                         let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
                         let id = dispatcher.add_worker(dispatcher_end);
                         raw_send(&worker_end, bytes, &Vec::from_iter((0..fds).map(marked)));
-                        until("it is gone", || dispatcher.stats().workers.is_empty()).await;
+                        until("the worker is gone", || dispatcher.stats().workers.is_empty()).await;
                         assert_eq!(dispatcher.stats().retired.misbehaved, 1);
                         let log = log.lock().unwrap();
                         assert!(log.contains("message=worker is gone: "), "{log}");
@@ -111,7 +111,7 @@ fn a_connection_is_handed_over_though_a_subscriber_panics_at_its_offer() {
         let _first = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome = dispatcher.dispatch(accepted);
-        until("it is gone", || dispatcher.stats().retired.misbehaved == 1).await;
+        until("the worker is gone", || dispatcher.stats().retired.misbehaved == 1).await;
         let mut second = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
         second.offer().await.unwrap();
         second.adopt(1).await;

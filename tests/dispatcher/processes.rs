@@ -56,8 +56,8 @@ fn pidfds() -> usize {
 
 /// The process leaves an offer unanswered each time. So the dispatcher has to learn when it ends.
 #[test]
-fn a_process_takes_one_descriptor_however_often_it_connects() {
-    const ROLE: &str = "processes::a_process_takes_one_descriptor_however_often_it_connects";
+fn a_worker_process_takes_one_descriptor_however_often_it_connects() {
+    const ROLE: &str = "processes::a_worker_process_takes_one_descriptor_however_often_it_connects";
     const ROUNDS: u64 = 50;
     // The process connects, gets an offer, and leaves, over and over.
     if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
@@ -70,7 +70,7 @@ fn a_process_takes_one_descriptor_however_often_it_connects() {
             }
         });
     }
-    // The dispatcher offers it one connection each time.
+    // The dispatcher offers that process one connection each time.
     alone(ROLE, async {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("front.sock");
@@ -91,7 +91,7 @@ fn a_process_takes_one_descriptor_however_often_it_connects() {
         }
         assert_eq!(pidfds(), 2, "the dispatcher has one for the process, and this test has one");
         process.kill().await.unwrap();
-        until("its end was noticed", || pidfds() == 0).await;
+        until("the end of the process is noticed", || pidfds() == 0).await;
     });
 }
 
@@ -187,15 +187,15 @@ fn a_drain_does_not_wait_for_a_process_that_is_not_to_be_killed() {
         let dispatcher =
             Dispatcher::builder().exit_timeout(Duration::from_millis(100)).kill_hung(false).build();
         dispatcher.spawn_worker(role(ROLE)).unwrap();
-        until("it has sent its hello", || dispatcher.stats().workers[0].credit > 0).await;
+        until("the worker has sent its hello", || dispatcher.stats().workers[0].credit > 0).await;
         let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
         let (_client, accepted) = connections(1).await.pop().unwrap();
         dispatcher.dispatch(accepted).await.unwrap();
-        until("it has left", || dispatcher.stats().workers.is_empty()).await;
+        until("the worker has left", || dispatcher.stats().workers.is_empty()).await;
         dispatcher.drain(None).await;
         assert_eq!(dispatcher.stats().leftover, 1);
         kill(pid, Signal::SIGKILL).unwrap();
-        until("it was reaped", || dispatcher.stats().leftover == 0).await;
+        until("the process was reaped", || dispatcher.stats().leftover == 0).await;
     });
 }
 
@@ -240,7 +240,7 @@ fn a_process_that_sends_no_hello_does_not_outlive_its_removal() {
         let id = dispatcher.spawn_worker(sleep()).unwrap();
         let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
         assert!(dispatcher.remove_worker(id, None).await);
-        until("it was killed and reaped", || kill(pid, None).is_err()).await;
+        until("the worker was killed and reaped", || kill(pid, None).is_err()).await;
         dispatcher.spawn_worker(sleep()).unwrap();
         dispatcher.drain(None).await;
     });

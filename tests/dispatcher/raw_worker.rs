@@ -44,7 +44,7 @@ pub(crate) struct Raw {
     pub(crate) recalled: u64,
     /// The number of offers that it has answered.
     pub(crate) answered: u64,
-    /// Whether a DRAIN has come.
+    /// True after a DRAIN has come.
     pub(crate) drain_requested: bool,
     answer_pings: bool,
 }
@@ -58,9 +58,10 @@ impl Raw {
         let mut framed = Framed::new(worker_end, WorkerCodec::default());
         greet(&mut framed, demand).await;
         let raw = Self::after_greeting(id, framed);
-        until("its demand was received", || {
+        until("the demand was received", || {
             let workers = dispatcher.stats().workers;
-            let worker = workers.iter().find(|worker| worker.id == id).expect("it is there");
+            let worker =
+                workers.iter().find(|worker| worker.id == id).expect("the worker is listed");
             worker.state == WorkerState::Ready && worker.credit + worker.unanswered > 0
                 || demand == 0
         })
@@ -233,7 +234,7 @@ pub(crate) async fn stop(pid: Pid) {
         let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
         status.contains("State:\tT")
     };
-    until("it has stopped", || {
+    until("the process has stopped", || {
         std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(is_stopped)
     })
     .await;
@@ -327,7 +328,7 @@ async fn work(socket: OwnedFd, point: Point, signal: Signal) {
         _ => {}
     }
 
-    // It receives until the dispatcher closes the link.
+    // Messages are received until the dispatcher closes the link.
     let mut offers = Vec::new();
     let mut serving = Vec::new();
     while let Some(Ok(message)) = framed.next().await {
@@ -339,7 +340,7 @@ async fn work(socket: OwnedFd, point: Point, signal: Signal) {
             ToWorker::Offer { offer, .. } => offers.push(offer),
             _ => {}
         }
-        // Then it serves everything, or stops once all its offers have come.
+        // The worker serves each offer, or stops when all its offers have come.
         match point {
             Point::Never => {
                 for offer in offers.drain(..) {

@@ -82,14 +82,15 @@ fn a_worker_whose_application_blocks_for_long_is_recalled_and_goes_on() {
                     tokio::spawn(application).await.unwrap()
                 })
             });
-            // Two more connections are recalled from it, and another worker adopts them.
+            // Two more connections are recalled from that worker, and another one adopts them.
             let mut all = connections(4).await.into_iter();
             dispatcher.dispatch(all.next().unwrap().1).await.unwrap();
             beginning.await.unwrap();
             let waiting = Vec::from_iter(
                 all.by_ref().take(2).map(|(_, accepted)| dispatcher.dispatch(accepted)),
             );
-            until("they were rejected", || dispatcher.stats().workers[0].rejected >= 2).await;
+            until("the connections were rejected", || dispatcher.stats().workers[0].rejected >= 2)
+                .await;
             let mut other = Raw::start(&dispatcher, kind, 2).await;
             other.offers(2).await;
             other.adopt(2).await;
@@ -99,7 +100,7 @@ fn a_worker_whose_application_blocks_for_long_is_recalled_and_goes_on() {
             // The application blocks for longer than a worker may be silent. No worker is cut off.
             assert!(timeout(Duration::from_secs(4), other.ended()).await.is_err());
             assert_eq!(dispatcher.stats().retired, Default::default());
-            // When it goes on, it gets the next connection.
+            // When the application goes on, it gets the next connection.
             release.send(()).unwrap();
             assert_eq!(dispatcher.dispatch(all.next().unwrap().1).await.unwrap(), busy);
             worker.join().unwrap();
@@ -128,7 +129,8 @@ fn a_worker_that_sends_messages_but_no_answers_is_cut_off() {
                 sleep(Duration::from_millis(5)).await;
             }
         };
-        let cut_off = until("it was cut off", || dispatcher.stats().retired.misbehaved == 1);
+        let cut_off =
+            until("the worker was cut off", || dispatcher.stats().retired.misbehaved == 1);
         tokio::join!(sending, cut_off);
         let mut good = Raw::start(&dispatcher, kind, 2).await;
         good.offers(2).await;

@@ -47,7 +47,7 @@ fn offers_that_were_only_planned_are_not_sent_after_a_refusal() {
                 )
             })
             .unzip();
-        // It rejects its first offer.
+        // The first worker rejects its first offer.
         drop(first.offer().await.unwrap());
         first.reject(1, RejectReason::Recalled).await;
         until("the refusal was received", || dispatcher.stats().workers[0].rejected == 1).await;

@@ -353,9 +353,9 @@ fn a_replacement_dropped_after_the_switch_lets_the_old_workers_go_on_leaving() {
         let replaced = dispatcher.replace_workers([worker(&log)], None).await.unwrap();
         assert_eq!(replaced.old.len(), 1);
         assert!(answers(&dispatcher, 5).await.iter().all(|pid| !first.contains(pid)));
-        assert!(ids(&dispatcher).contains(&old.id), "it has its connection, and time");
+        assert!(ids(&dispatcher).contains(&old.id), "the worker with a connection has left");
         old.leave().await;
-        until("it has left", || dispatcher.stats().workers.len() == 1).await;
+        until("the worker has left", || dispatcher.stats().workers.len() == 1).await;
         dispatcher.drain(None).await;
     });
 }

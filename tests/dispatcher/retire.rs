@@ -99,7 +99,7 @@ async fn cut(
         (0..DEMAND as u32).map(|serial| if serial < adopted { first } else { second }),
     );
     assert_eq!(outcomes, expected, "{kind:?} {point:?}");
-    // It serves them, and each is served once.
+    // The log shows that it has served them, and that each was served once.
     let others = DEMAND as usize - adopted as usize;
     until("the others are served", || served(log).len() == others).await;
     let expected =
@@ -153,7 +153,7 @@ fn connections_that_a_hung_worker_has_not_adopted_are_served_by_another() {
                 let (first, _, clients) =
                     cut(&dispatcher, kind, (point, adopted), Signal::SIGSTOP, &log).await;
                 assert_eq!(dispatcher.stats().retired.hung, 1);
-                until("it was killed and reaped", || kill(first, None).is_err()).await;
+                until("the worker was killed and reaped", || kill(first, None).is_err()).await;
                 for client in clients.into_iter().take(adopted as usize) {
                     assert_eq!(client.answer().await, "");
                 }
@@ -170,7 +170,7 @@ fn a_stopped_worker_that_goes_on_adopts_nothing_and_disturbs_nobody() {
     for kind in KINDS {
         for (point, adopted) in points(kind) {
             run(async {
-                // The second worker serves what the first one, which is stopped, has not adopted.
+                // The second worker serves the connections that the stopped one has not adopted.
                 let (_directory, log) = log();
                 let dispatcher = builder(HANG_TIMEOUT).kill_hung(false).build();
                 let (first, second, mut clients) =
@@ -180,7 +180,7 @@ fn a_stopped_worker_that_goes_on_adopts_nothing_and_disturbs_nobody() {
                 }
                 // The first one goes on. It serves only what it had adopted, and ends.
                 kill(first, Signal::SIGCONT).unwrap();
-                until("it has seen the end and is gone", || kill(first, None).is_err()).await;
+                until("the worker has ended", || kill(first, None).is_err()).await;
 
                 let own = (0..adopted).map(|serial| (serial, first.as_raw() as u32));
                 let others =
@@ -248,7 +248,8 @@ fn a_dead_worker_is_noticed_though_its_socket_stays_open() {
                 .args(["-c", "sleep 600 <&0 & echo $! > \"$FDWIRE_LOG\"; kill -KILL $$"])
                 .env("FDWIRE_LOG", &log);
             dispatcher.spawn_worker(WorkerCommand::from(command).socket_kind(kind)).unwrap();
-            until("its death is noticed", || dispatcher.stats().retired.ended == 1).await;
+            until("the death of the worker is noticed", || dispatcher.stats().retired.ended == 1)
+                .await;
             let child: i32 = std::fs::read_to_string(&log).unwrap().trim().parse().unwrap();
             kill(Pid::from_raw(child), Signal::SIGKILL).unwrap();
         });
@@ -271,8 +272,10 @@ fn a_worker_is_started_again_if_its_command_asks_for_it() {
             assert_eq!(dispatcher.dispatch(connection).await.unwrap(), id);
             assert_eq!(client.answer().await, pid.to_string());
             kill(pid, Signal::SIGKILL).unwrap();
-            until("it was started again", || dispatcher.stats().workers[0].restarts == round + 1)
-                .await;
+            until("the worker was started again", || {
+                dispatcher.stats().workers[0].restarts == round + 1
+            })
+            .await;
         }
         let last = pid(&dispatcher, id).await;
         kill(last, Signal::SIGKILL).unwrap();

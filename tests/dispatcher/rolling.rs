@@ -15,7 +15,7 @@ use crate::{
     raw_worker::until,
 };
 
-/// Whether each client sends its next request on a new connection, or on the same one.
+/// The two kinds of clients: those that send each request on a new connection, and the others.
 const ONE_SHOT: [bool; 2] = [false, true];
 
 fn worker(log: &Path) -> WorkerCommand {
@@ -67,7 +67,7 @@ fn under_load(test: impl AsyncFn(&Dispatcher, &Path)) {
             // The test runs between the first requests and the end of wrk. No request fails.
             let testing = async {
                 let mut wrk = wrk(&program, address, is_one_shot);
-                until("it sends requests", || dispatcher.stats().adopted >= 16).await;
+                until("wrk sends requests", || dispatcher.stats().adopted >= 16).await;
                 test(&dispatcher, &log).await;
                 assert!(wrk.try_wait().unwrap().is_none(), "wrk has ended before the test");
                 assert!(all_answered(wrk).await > 100);

@@ -98,7 +98,7 @@ fn a_worker_of_plain_calls_receives_what_the_protocol_says() {
             assert_eq!(payload[9..17], cookie.to_be_bytes());
             raw_send(&socket, &adopted(serial, 1), &[]);
         }
-        // It leaves, and its link ends.
+        // The worker leaves, and its link ends.
         for outcome in outcomes {
             outcome.await.unwrap();
         }
@@ -297,16 +297,17 @@ fn superfluous_messages_are_no_breach() {
         let Some(ToWorker::Ping { nonce }) = worker.step().await else { panic!("no ping") };
         worker.send(FromWorker::Pong { nonce }).await;
 
-        // It sends DRAINING twice, and then a demand, for which it gets nothing.
+        // The worker sends DRAINING twice, and then a demand, for which it gets nothing.
         worker.send(FromWorker::Draining).await;
         worker.send(FromWorker::Draining).await;
         worker.send(FromWorker::Demand { total: 9 }).await;
-        until("it drains", || dispatcher.stats().workers[0].state == WorkerState::Draining).await;
+        until("the worker drains", || dispatcher.stats().workers[0].state == WorkerState::Draining)
+            .await;
         let mut three = connection();
         worker.settle().await;
         assert!((&mut three).now_or_never().is_none());
         assert_eq!(dispatcher.stats().waiting, 1);
-        // Its answers count, and it is not cut off.
+        // The worker's answers count, and it is not cut off.
         worker.adopt(1).await;
         assert_eq!(one.await.unwrap(), worker.id);
         worker.reject(1, RejectReason::Draining).await;

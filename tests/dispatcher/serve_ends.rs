@@ -177,7 +177,7 @@ fn accepted_connections_are_handed_over_when_serve_is_dropped() {
         let _client = TcpStream::connect(address).await.unwrap();
         let mut next = pin!(incoming.next());
         assert!(next.as_mut().now_or_never().is_none()); // the worker has asked for connections
-        until("it is accepted", || dispatcher.stats().dispatched == 1).await;
+        until("the connection is accepted", || dispatcher.stats().dispatched == 1).await;
         drop(serving);
         assert!(next.await.is_some());
     });

@@ -254,7 +254,7 @@ fn a_panic_while_a_connection_is_prepared_ends_only_that_connection() {
             }
             let _client = client(address, b"").await;
             worker.next().await;
-            until("it is adopted", || dispatcher.stats().adopted == 1).await;
+            until("the connection is adopted", || dispatcher.stats().adopted == 1).await;
             assert_eq!(dispatcher.stats().lost, 2);
         };
         tokio::select! {

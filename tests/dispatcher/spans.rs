@@ -136,7 +136,7 @@ fn a_connection_has_spans_of_one_number_in_two_processes() {
             assert_eq!(field(end, "outcome"), "\"adopted\"");
             assert_eq!(field(end, "worker"), id.as_ref().unwrap().to_string());
             assert_eq!(field(end, "local"), address.to_string());
-            // The worker has one from the adoption to the end, with the application's event.
+            // The worker has a span from the adoption to the end, with the application's event.
             let [(begin, begins), (_, event), (end, ends)] = &of_peer(&served)[..] else {
                 panic!("{served:?}")
             };
@@ -144,7 +144,7 @@ fn a_connection_has_spans_of_one_number_in_two_processes() {
             assert_eq!(event, "dispatcher::spans: the application serves it");
             assert!(is_end(ends), "{ends}");
             assert_eq!((field(begin, "connection"), field(end, "connection")), (number, number));
-            // Before these, the dispatcher has one of the preparation.
+            // Before these, the dispatcher has a span of the preparation.
             let number_is = |(fields, _): &&(String, String)| field(fields, "connection") == number;
             let prepared = Vec::from_iter(prepared.iter().filter(number_is));
             let [_, (_, event), (_, ends)] = &prepared[..] else { panic!("{prepared:?}") };
@@ -165,8 +165,8 @@ fn known_to_ss() -> Option<String> {
 }
 
 #[test]
-fn a_span_tells_what_became_of_a_connection_that_no_worker_adopts() {
-    const NAME: &str = "spans::a_span_tells_what_became_of_a_connection_that_no_worker_adopts";
+fn a_span_has_the_outcome_of_a_connection_that_no_worker_adopts() {
+    const NAME: &str = "spans::a_span_has_the_outcome_of_a_connection_that_no_worker_adopts";
     alone(NAME, async {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
@@ -242,7 +242,7 @@ fn a_subscriber_that_panics_in_a_span_harms_no_connection() {
                 assert_eq!((adopted.await.unwrap(), &*client.answer().await), (worker, "hello"));
             }
             drop(incoming);
-            until("it has drained", || dispatcher.stats().retired.drained == 1).await;
+            until("the worker has drained", || dispatcher.stats().retired.drained == 1).await;
         }
     });
 }

@@ -41,7 +41,7 @@ fn shell(script: &str) -> Command {
 /// Returns the stats of the first worker, which may have departed.
 fn first(dispatcher: &Dispatcher) -> WorkerStats {
     let stats = dispatcher.stats();
-    stats.departed.into_iter().chain(stats.workers).next().expect("it was started")
+    stats.departed.into_iter().chain(stats.workers).next().expect("a worker was started")
 }
 
 /// Waits until the process of the first worker has ended. Returns how it has ended.
@@ -110,7 +110,7 @@ fn stats_and_log_show_how_a_program_has_ended_that_exits_at_once() {
             );
             assert!(exit.pid.is_some() && exit.lifetime < Duration::from_secs(60));
             // The log shows it too, and when the program is started again.
-            until("it is logged", || log.lock().unwrap().contains(text)).await;
+            until("the event is logged", || log.lock().unwrap().contains(text)).await;
             let line = log.lock().unwrap().lines().next().unwrap().to_owned();
             assert!(line.contains(&format!("worker={id} program=\"sh\" pid={pid} ")), "{line}");
             let waits = || first(&dispatcher).last_exit.and_then(|exit| exit.restart_in);
@@ -149,7 +149,7 @@ fn a_program_that_is_no_worker_is_killed_and_its_connection_goes_to_another() {
                 // The program is killed. The stats and the log show why.
                 let exit = exit_of(&dispatcher).await;
                 assert_eq!((&exit.cause, exit.status.unwrap().signal()), (cause, Some(SIGKILL)));
-                until("it has left", || dispatcher.stats().workers.is_empty()).await;
+                until("the worker has left", || dispatcher.stats().workers.is_empty()).await;
                 let gone = first(&dispatcher);
                 assert_eq!(
                     (gone.program.as_deref(), gone.state),
@@ -190,14 +190,14 @@ fn a_worker_whose_program_has_gone_is_started_again_when_it_is_back() {
         let worker =
             WorkerCommand::from(command).restart(true).longest_wait(Duration::from_millis(50));
         let id = dispatcher.spawn_worker(worker).unwrap();
-        until("it is ready", || dispatcher.stats().workers[0].credit > 0).await;
+        until("the worker is ready", || dispatcher.stats().workers[0].credit > 0).await;
 
         // The program is removed, and the worker dies. It cannot be started again.
         std::fs::remove_file(&program).unwrap();
         kill(Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32), Signal::SIGKILL)
             .unwrap();
         let text = format!("cannot start {}: No such file", program.display());
-        until("it is logged", || log.lock().unwrap().contains(&text)).await;
+        until("the event is logged", || log.lock().unwrap().contains(&text)).await;
         assert_eq!(dispatcher.stats().workers[0].state, WorkerState::Restarting);
         // When the program is back, it is started.
         install();
@@ -221,7 +221,7 @@ fn the_numbers_of_workers_that_have_left_are_kept() {
             worker.reject(1, RejectReason::Unusable).await;
             worker.adopt(1).await;
             worker.send(FromWorker::Goodbye).await;
-            until("it has left", || dispatcher.stats().workers.is_empty()).await;
+            until("the worker has left", || dispatcher.stats().workers.is_empty()).await;
             let last = dispatcher.stats().departed.pop().unwrap();
             assert_eq!((last.id, last.adopted, last.rejected, last.active), (worker.id, 1, 1, 0));
             assert_eq!((last.state, last.retired.drained), (WorkerState::Gone, 1));
@@ -275,7 +275,7 @@ fn the_reason_why_a_worker_was_started_again_is_in_its_stats() {
         let id = dispatcher
             .spawn_worker(WorkerCommand::from(Command::new("true")).restart(true))
             .unwrap();
-        until("it was started again", || dispatcher.stats().workers[0].restarts > 0).await;
+        until("the worker was started again", || dispatcher.stats().workers[0].restarts > 0).await;
         let worker = &dispatcher.stats().workers[0];
         assert_eq!(
             (worker.id, &worker.last_exit.as_ref().unwrap().cause),

@@ -82,7 +82,7 @@ fn a_worker_goes_on_with_another_dispatcher_and_keeps_its_connections() {
             old.dispatch(accepted).await.unwrap();
             let mut serving = worker.next().await;
 
-            // It moves to the new one, serves another, and still has the first.
+            // The worker moves to the new one, serves another connection, and still has the first.
             drop(succeed(&old, &new));
             ready(&new, 1).await;
             assert_eq!(new.stats().workers[0].active, 1, "its connection counts at the new one");
@@ -211,9 +211,9 @@ fn connections_that_a_worker_has_not_adopted_when_it_moves_are_served_once() {
         }
         let mut served = vec![incoming.next().await.unwrap()];
         until("all are offered", || old.stats().workers[0].unanswered == 19).await;
-        // It moves. The new dispatcher gets these connections, and offers them to the worker.
+        // The worker moves. The new dispatcher gets these connections, and offers them to it.
         drop(succeed(&old, &new));
-        until("they have moved on", || new.stats().dispatched == 19).await;
+        until("the connections have moved on", || new.stats().dispatched == 19).await;
         while served.len() < 20 {
             served.push(incoming.next().await.unwrap());
         }
@@ -232,7 +232,7 @@ fn connections_that_a_worker_has_not_adopted_when_it_moves_are_served_once() {
             serials
         };
         assert_eq!(serials.await, Vec::from_iter(0..20));
-        until("the new one counts all", || new.stats().workers[0].active == 20).await;
+        until("the new dispatcher counts all", || new.stats().workers[0].active == 20).await;
     });
 }
 
@@ -250,7 +250,7 @@ fn workers_come_back_when_the_successor_dies() {
             old.dispatch(accepted).await.unwrap();
             let serving = worker.next().await;
             for round in 0..3 {
-                // It moves to a new dispatcher, which dies.
+                // The worker moves to a new dispatcher, which dies.
                 let runtime = one_worker();
                 let new = {
                     let _context = runtime.enter();
@@ -292,7 +292,7 @@ fn a_successor_that_gives_everything_back_keeps_nothing() {
         succession.begin();
         ready(&new, 1).await;
 
-        // It gives everything back. A connection of its own is served at the old dispatcher.
+        // The new one gives everything back. A connection of its own is served at the old one.
         taken.give_back();
         let (client, accepted) = one().await;
         let outcome = new.dispatch(accepted);
@@ -324,7 +324,7 @@ fn a_worker_that_does_not_know_how_to_move_drains() {
         assert_eq!(new.take_workers(frames, |_| None).unwrap().workers(), []);
         succession.begin();
         raw.leave().await;
-        until("it has left", || old.stats().retired.drained == 1).await;
+        until("the worker has left", || old.stats().retired.drained == 1).await;
     });
 }
 
@@ -345,7 +345,7 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
         framed.send(hello).await.unwrap();
         framed.send(FromWorker::Demand { total: 100 }).await.unwrap();
         ready(&old, 1).await;
-        // It gets a MOVE. A connection that comes later goes to the new dispatcher.
+        // The worker gets a MOVE. A connection that comes later goes to the new dispatcher.
         drop(succeed(&old, &new));
         let (_client, accepted) = one().await;
         let outcome = old.dispatch(accepted);
@@ -357,7 +357,7 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
                 _ => {}
             }
         };
-        until("the new one has it", || new.stats().waiting == 1).await;
+        until("the connection waits at the new dispatcher", || new.stats().waiting == 1).await;
         // The worker greets at the new link, and gets the connection there.
         let socket = Socket::try_from(link.socket).unwrap();
         let mut next =
@@ -371,7 +371,8 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
         let _offer = next.offer().await.unwrap();
         next.adopt(1).await;
         outcome.await.unwrap();
-        until("the new one counts it", || new.stats().workers[0].active == 1).await;
+        until("the new dispatcher counts the connection", || new.stats().workers[0].active == 1)
+            .await;
     });
 }
 

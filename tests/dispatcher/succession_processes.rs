@@ -138,7 +138,7 @@ impl Accepting {
     }
 }
 
-/// Does what each command of the test says, until the test closes the socket.
+/// Runs each command of the test, until the test closes the socket.
 async fn front() {
     let mut framed = Framed::new(Socket::from_stdin().unwrap(), FrameCodec::default());
     let log = PathBuf::from(std::env::var_os("FDWIRE_LOG").unwrap());
@@ -423,7 +423,8 @@ fn a_worker_that_hangs_after_it_has_moved_is_killed_and_started_again() {
         front.kill().await;
         let hung = *workers.first().unwrap();
         stop(Pid::from_raw(hung as i32)).await;
-        until("it is killed", || !Path::new(&format!("/proc/{hung}/status")).exists()).await;
+        until("the worker is killed", || !Path::new(&format!("/proc/{hung}/status")).exists())
+            .await;
         let now = ready_pids(&mut next).await;
         assert_eq!(now.intersection(&workers).count(), WORKERS - 1, "{now:?}");
         for serial in 0..20 {

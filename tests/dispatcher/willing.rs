@@ -144,7 +144,8 @@ fn a_connection_outlives_any_number_of_dying_workers_as_long_as_a_healthy_one_is
             let mut bad = Raw::start(&dispatcher, kind, 10).await;
             bad.offer().await.unwrap();
             drop(bad);
-            until("its death is noticed", || dispatcher.stats().workers.len() == 1).await;
+            until("the death of the worker is noticed", || dispatcher.stats().workers.len() == 1)
+                .await;
             assert_eq!(dispatcher.stats().waiting, 1);
         }
         healthy.send(FromWorker::Demand { total: 1 }).await;
@@ -198,11 +199,12 @@ fn a_suspect_does_not_hold_up_the_connections_behind_it() {
             let mut bad = Raw::start(&dispatcher, kind, 1).await;
             bad.offer().await.unwrap();
             drop(bad);
-            until("its death is noticed", || dispatcher.stats().workers.len() == 1).await;
+            until("the death of the worker is noticed", || dispatcher.stats().workers.len() == 1)
+                .await;
         }
         worker.send(FromWorker::Demand { total: 50 }).await;
         let (_third, accepted) = all.remove(0);
-        until("its demand was received", || dispatcher.stats().workers[0].credit > 0).await;
+        until("the demand was received", || dispatcher.stats().workers[0].credit > 0).await;
         let permit = dispatcher.reserve().now_or_never().flatten().expect("there is room");
         let _behind = permit.dispatch(accepted);
         worker.offer().await.unwrap();
@@ -242,7 +244,7 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
             .unwrap();
         framed.send(FromWorker::Demand { total: 10 }).await.unwrap();
         let mut worker = Raw::after_greeting(id, framed);
-        // A connection with a further descriptor goes to that one.
+        // A connection with a further descriptor goes to the second worker.
         let (mut upstream, passed) = std::os::unix::net::UnixStream::pair().unwrap();
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome =
@@ -285,8 +287,8 @@ fn only_offers_that_were_sent_count_as_failures_of_their_connection() {
             async { (client, outcome.await).1 }
         });
         let outcomes = Vec::from_iter(outcomes);
-        // After it is cut off, it counts those that were sent.
-        until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
+        // After the worker is cut off, it counts the offers that were sent.
+        until("the worker was cut off", || dispatcher.stats().retired.hung == 1).await;
         let mut sent = 0;
         while silent.offer().await.is_some() {
             sent += 1;

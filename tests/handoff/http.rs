@@ -32,12 +32,15 @@ use crate::{
 /// and a channel that makes the front send a DRAIN. The front's task ends with the worker's
 /// GOODBYE, and returns how many connections the worker has adopted.
 async fn front(kind: SocketKind) -> (SocketAddr, Incoming, oneshot::Sender<()>, JoinHandle<u64>) {
+    // The front listens, and the returned channel has its end in the front's task.
     let (mut dispatcher, incoming) = pair(kind, Incoming::builder()).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (drain, draining) = oneshot::channel();
     let mut draining = draining.into_stream();
     let front = tokio::spawn(async move {
+        // A connection is accepted only for an offer that the worker has asked for. The front keeps
+        // its own copy until the worker has adopted the connection.
         let mut unanswered = VecDeque::new();
         let (mut demand, mut offered, mut adopted) = (0, 0, 0);
         loop {

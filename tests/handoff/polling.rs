@@ -47,7 +47,7 @@ impl Wake for Owns {
 }
 
 #[test]
-fn a_task_may_end_with_its_waker_and_its_connections_end_with_it() {
+fn a_waker_that_owns_a_connection_may_be_dropped_by_polling() {
     counted(async |kind| {
         // The waker that waits for the next connection owns the first one.
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;

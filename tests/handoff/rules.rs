@@ -225,7 +225,7 @@ fn the_time_limit_of_the_last_drain_counts() {
 ///
 /// Rules: W-LAST, W-GOODBYE.
 #[test]
-fn nothing_follows_a_goodbye() {
+fn a_worker_sends_nothing_after_its_goodbye() {
     counted(async |kind| {
         let (mut dispatcher, incoming) = narrow_pair(kind).await;
         let pings = clog(&mut dispatcher).await;
@@ -291,7 +291,8 @@ fn a_worker_goes_on_at_a_new_link_and_stays_at_the_old_one() {
         let (other_client, other_copy) = dispatcher.offer().await;
         dispatcher.settle().await;
 
-        // It greets at the new link. At the old one it rejects the offer and drains, in any order.
+        // The worker greets at the new link. At the old one it rejects the offer and sends
+        // DRAINING, in any order.
         let mut next = move_worker(&mut dispatcher, kind, 1).await;
         next.send(ToWorker::Welcome { version: 1 }).await;
         let mut answers = [dispatcher.answer().await.unwrap(), dispatcher.answer().await.unwrap()];

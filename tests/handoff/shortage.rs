@@ -67,7 +67,7 @@ fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
         };
         drop(copy);
         dispatcher.expect_adopted(1).await;
-        // It drains, and its process ends.
+        // The worker drains, and its process ends.
         dispatcher.send(ToWorker::Drain { within: None }).await;
         dispatcher.expect(FromWorker::Draining).await;
         client.shutdown().await.unwrap();

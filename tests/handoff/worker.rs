@@ -151,6 +151,7 @@ fn unix_connections_are_served_too() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         ask(&mut incoming);
+        // A Unix connection is offered, of which one byte was read already.
         let (client, accepted) = unix::net::UnixStream::pair().unwrap();
         client.set_nonblocking(true).unwrap();
         accepted.set_nonblocking(true).unwrap();
@@ -167,6 +168,7 @@ fn unix_connections_are_served_too() {
         };
         dispatcher.send_offer(offer).await;
         client.write_all(b"b").await.unwrap();
+        // The application reads both bytes and sends them back.
         let mut connection = incoming.next().await.unwrap();
         assert_eq!(connection.local_addr().to_string(), "/run/front.sock");
         let mut received = [0; 2];
@@ -243,7 +245,7 @@ fn an_application_does_not_get_a_connection_whose_answer_is_cut_off() {
             if clogged {
                 gets_nothing(&mut incoming).await;
             }
-            // It is fenced, so the answer cannot be sent, and the application gets nothing.
+            // The worker is fenced, so the answer cannot be sent, and the application gets nothing.
             dispatcher.framed.socket().shutdown(Shutdown::Read).unwrap();
             let mut pongs = 0;
             while let Some(message) = dispatcher.framed.next().await.and_then(Result::ok) {
@@ -291,7 +293,7 @@ fn answers_come_in_the_order_of_the_offers() {
 }
 
 #[test]
-fn a_batch_has_one_answer() {
+fn a_batch_of_connections_has_one_answer() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         ask(&mut incoming);
@@ -449,7 +451,7 @@ fn a_dispatcher_can_drain_a_worker() {
         dispatcher.expect_adopted(1).await;
         assert!(handle.drain_deadline().is_none());
 
-        // At a DRAIN, it rejects the offers, and its application learns of it.
+        // At a DRAIN, the worker rejects the offers, and its application learns of it.
         dispatcher.send(ToWorker::Drain { within: Some(Duration::from_secs(9)) }).await;
         dispatcher.expect(FromWorker::Draining).await;
         dispatcher.expect_rejected(2, RejectReason::Draining).await;
@@ -462,7 +464,7 @@ fn a_dispatcher_can_drain_a_worker() {
         dispatcher.expect_rejected(1, RejectReason::Draining).await;
         check_reaches(&mut connection, &mut client).await;
         dispatcher.settle().await;
-        // When its last connection has ended, it leaves.
+        // When its last connection has ended, the worker leaves.
         drop(connection);
         dispatcher.expect(FromWorker::Goodbye).await;
         assert_eq!(dispatcher.finished, 1);
@@ -473,7 +475,7 @@ fn a_dispatcher_can_drain_a_worker() {
 }
 
 #[test]
-fn an_application_can_drain() {
+fn an_application_can_drain_its_worker() {
     counted(async |kind| {
         for by_drop in [false, true] {
             let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
@@ -570,7 +572,7 @@ fn offers_of_a_dead_dispatcher_are_served_with_serve_unanswered() {
 
 /// The application has got none of the connections that waited, so they end when it leaves.
 #[test]
-fn an_application_that_leaves_after_the_end_of_its_link_ends_what_waits() {
+fn an_application_that_leaves_after_the_end_of_its_link_ends_connections_that_wait() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) =
             pair(kind, Incoming::builder().serve_unanswered(true)).await;

@@ -144,7 +144,7 @@ fn a_group_grows_and_shrinks_under_load_and_resets_no_client() {
             })
         })
         .collect();
-    // Processes with other numbers of workers replace it. A group never loses sockets.
+    // Processes with other numbers of workers replace each other. The group never loses sockets.
     for workers in [2, 8, 2, 16, 3, 16] {
         let before = answers.load(Ordering::SeqCst);
         let mut next = start(&path, workers);

@@ -66,7 +66,7 @@ fn ten_generations_that_drain_are_not_woken_by_clients_of_the_newest() {
             .map(|(after, before)| after - before)
             .collect::<Vec<_>>()
     };
-    // In the first rounds, they may still be busy with the last takeover.
+    // In the first rounds, the old processes may still be busy with the last takeover.
     let mut wakes = clients_come();
     for _ in 0..50 {
         if wakes.iter().all(|&wakes| wakes == 0) {

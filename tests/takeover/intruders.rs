@@ -32,6 +32,7 @@ use crate::{
 #[test]
 fn nothing_that_a_stranger_sends_stops_the_server() {
     run(async {
+        // Each of these sequences is sent, with the connection closed afterwards, or left open.
         let (_directory, path) = control_path();
         let server = first(&path);
         let address = crate::address(&server);
@@ -112,7 +113,7 @@ fn other_uids_neither_get_listeners_nor_give_any() {
             .unwrap();
         check_serves(&server, address).await;
 
-        // It listens at another path, where nothing is taken from it.
+        // That process listens at another path, where nothing is taken from it.
         let foreign = directory.path().join("foreign");
         let refused = takeover::request(&foreign, Options::default()).await.unwrap_err();
         assert!(matches!(refused, Error::NotTrusted { uid: found } if found == uid), "{refused}");
@@ -187,7 +188,7 @@ fn a_socket_that_is_not_the_announced_one_is_refused() {
         offered[0].fd = other.into();
         let offered = offered.into_iter().map(|listener| listener.with_fd(SendFd::from)).collect();
 
-        // A false giver sends it. The taker finds the difference.
+        // A false giver sends that offer. The taker finds the difference.
         let listener = Listener::bind(&path2, SocketKind::SeqPacket).unwrap();
         let giving = async {
             let mut giver = Framed::new(listener.accept().await.unwrap(), GiverCodec::default());

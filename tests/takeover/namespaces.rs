@@ -60,14 +60,14 @@ fn a_process_in_other_namespaces_takes_over_and_is_replaced() {
     let other =
         || Process::serving_by(elsewhere(directory.path(), bind.path()), &other_path, address);
 
-    // It serves, and dies while the first process drains. That undoes the takeover.
+    // The other process serves, and dies while the first one drains. That undoes the takeover.
     let open = keep_open(address);
     let second = other();
     assert_eq!(who_serves(address), Some(1), "the process id in its namespace");
     drop(second);
     assert_eq!(who_serves(address), Some(first.child.id()));
 
-    // It takes over for good, and is replaced by a process outside.
+    // The next one takes over for good, and is replaced by a process outside.
     let mut second = other();
     drop(open);
     first.expect("left");

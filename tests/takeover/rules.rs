@@ -27,7 +27,7 @@ fn locks_of_paths_move_after_ready_except_those_of_declined_listeners() {
         assert!(is_locked(&path));
         taker.send(FromTaker::Decline { number: 1 }).await.unwrap();
         taker.send(FromTaker::Ready).await.unwrap();
-        // It gets the locks of the other two, and that of the control socket.
+        // The taker gets the locks of the other two, and that of the control socket.
         let ToTaker::Locks { fds: locks } = taker.next().await.unwrap().unwrap() else { panic!() };
         let ToTaker::Commit { fds: commit, .. } = taker.next().await.unwrap().unwrap() else {
             panic!()

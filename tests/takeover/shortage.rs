@@ -89,7 +89,8 @@ fn a_server_without_descriptors_goes_on_and_loses_none() {
             assert!(failures.iter().any(|failure: &String| failure.contains("TimedOut")));
             return;
         }
-        // With less, it fails in order. The server goes on, with as many descriptors as before.
+        // With less room, the takeover fails. The server goes on, and has the same number of
+        // descriptors as before.
         failures.push(report);
         assert!(new.child.wait().unwrap().success());
         set_limit(&old, None);
@@ -151,7 +152,7 @@ fn a_process_without_descriptors_at_the_cut_can_be_replaced_later() {
         if confirmed.is_none() {
             lost.push(room);
         }
-        // It serves, and can be replaced in the next round.
+        // The new process serves, and can be replaced in the next round.
         set_limit(&new, None);
         assert_eq!(confirmed.unwrap_or_else(|| new.report()), "confirmed");
         serving.expect("left");
