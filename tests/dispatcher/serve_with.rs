@@ -163,7 +163,7 @@ fn unix_connections_are_prepared_too() {
 #[test]
 fn peers_that_send_nothing_hold_up_no_others_and_are_ended_in_time() {
     run(async {
-        let dispatcher = Dispatcher::builder().prepare_timeout(Duration::from_millis(300)).build();
+        let dispatcher = Dispatcher::builder().prepare_timeout(Duration::from_secs(2)).build();
         let mut worker = Worker::start(&dispatcher);
         let (listener, address) = listen().await;
         let serving = dispatcher.serve_with(listener, by_first_byte);
