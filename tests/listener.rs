@@ -318,8 +318,8 @@ fn refused_peers_are_logged_once_a_second() {
     if other_uid().is_none() {
         return;
     }
-    // Run in a process of its own: other tests of this process log refusals without a subscriber,
-    // and `tracing` may then skip these lines in all threads.
+    // The test has a process of its own. Other tests of this process log refusals without a
+    // subscriber, and `tracing` may then skip these lines in all threads.
     let (mut ours, stdin) = UnixStream::pair().unwrap();
     let mut server = spawn_role(ROLE, None, stdin.into());
     send(&mut ours, "listen");
@@ -487,7 +487,7 @@ fn namespace_name(directory: &Path, name: &str) -> SocketAddr {
     SocketAddr::from_abstract_name(format!("{} {name}", directory.display())).unwrap()
 }
 
-/// Modes of paths, and whether another uid may connect with each.
+/// The modes of paths, and whether another uid may connect with each.
 const MODES: [(u32, bool); 6] =
     [(0o600, false), (0o640, false), (0o660, false), (0o666, true), (0o602, true), (0o777, true)];
 

@@ -21,7 +21,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// The longest time for an answer. A later one counts as a failure of the server.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The experience of all clients.
+/// The outcomes of the requests of all clients.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) answered: u64,

@@ -83,8 +83,7 @@ async fn requests_reach_every_worker_and_connections_end() {
     }
 }
 
-/// Clients that connect again and again, so that most of them wait in the kernel's backlog at any
-/// time.
+/// Clients connect again and again, so most of them wait in the kernel's backlog at any time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_saturated_front_that_is_stopped_answers_the_clients_that_wait() {
     const CLIENTS: usize = 64;

@@ -132,14 +132,13 @@ pub(crate) fn framed_pair(kind: SocketKind) -> (Framed<FrameCodec>, Framed<Frame
     (Framed::new(a, large()), Framed::new(b, large()))
 }
 
-/// A socket of ours and the bare descriptor of its peer, for a test that misbehaves.
+/// Returns a socket and the bare descriptor of its peer, for a test whose peer misbehaves.
 pub(crate) fn with_raw_peer(kind: SocketKind) -> (Framed<FrameCodec>, OwnedFd) {
     let (a, b) = Socket::pair(kind).unwrap();
     (Framed::new(a, large()), b.into())
 }
 
-/// Waits until the kernel has closed the other end of a socket: connections are closed in the
-/// background.
+/// Waits until the other end of a socket is closed. Connections are closed in the background.
 pub(crate) fn wait_for_close_of_peer(socket: &impl AsFd) {
     let mut poll = [PollFd::new(socket.as_fd(), PollFlags::empty())];
     while !poll[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)) {

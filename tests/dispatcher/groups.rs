@@ -283,7 +283,7 @@ fn a_permit_of_one_group_frees_its_slot_when_the_connection_is_for_another() {
     });
 }
 
-/// Otherwise the drain would wait for a group that nobody serves.
+/// If the connections stayed, the drain would wait for a group that no worker serves.
 #[test]
 fn a_drain_gives_back_connections_that_wait_for_a_group_without_workers() {
     both(async |kind| {

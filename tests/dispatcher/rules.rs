@@ -72,7 +72,7 @@ fn a_worker_of_plain_calls_receives_what_the_protocol_says() {
         let mut outcomes = Vec::new();
         for serial in 0..CONNECTIONS as usize {
             let (_, connection) = UnixStream::pair().unwrap();
-            // A few are longer than a packet.
+            // A few prefixes are longer than a packet.
             let read = if serial % 40 == 7 { 150_000 + serial } else { serial * 3 };
             let bundle = (0..serial % 16).map(|_| UnixStream::pair().unwrap().0);
             let accepted =

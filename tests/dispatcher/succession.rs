@@ -105,7 +105,7 @@ fn a_worker_goes_on_with_another_dispatcher_and_keeps_its_connections() {
     }
 }
 
-/// The old dispatcher has no worker, so all of them wait.
+/// The old dispatcher has no worker, so all its connections wait.
 #[test]
 fn connections_that_wait_go_to_the_successor_with_all_that_belongs_to_them() {
     run(async {

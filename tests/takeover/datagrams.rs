@@ -67,7 +67,7 @@ fn an_old_process_stops_receiving_at_the_cut_until_it_is_undone() {
         let from_old = old.datagrams("udp", 0).unwrap();
         client.send(b"1").unwrap();
         assert_eq!(next(&from_old).await, (b"1".to_vec(), client.local_addr().unwrap()));
-        client.send(b"2").unwrap(); // waits in the socket's queue
+        client.send(b"2").unwrap(); // this datagram waits in the socket's queue
 
         let new = take_over(&path, &old).await;
         check_silent(&from_old).await;

@@ -1,4 +1,5 @@
-//! What a server sends when it stops accepting, and what it keeps, with takers made of the codec.
+//! The messages and descriptors that a server sends when it stops accepting, and those that it
+//! keeps, with takers made of the codec.
 
 use std::{fs::File, os::fd::OwnedFd};
 

@@ -1,4 +1,5 @@
-//! What a command that starts a new process learns about it, and what a service manager learns.
+//! The outcome of a takeover, as the command that starts the new process learns it, and a service
+//! manager.
 
 use std::{
     collections::BTreeMap,
