@@ -169,7 +169,7 @@ impl RawDispatcher {
         (client.unwrap(), accepted.unwrap().0.into_std().unwrap())
     }
 
-    /// Offers a connection, after the worker has asked for one at least. Returns the client, and the
+    /// Offers a connection, after the worker has asked for at least one. Returns the client and the
     /// dispatcher's own copy.
     pub(crate) async fn offer(&mut self) -> (TcpStream, net::TcpStream) {
         let (client, accepted) = self.accept().await;
