@@ -1,4 +1,4 @@
-//! The example `handoff`, which README shows, run as its readers would.
+//! Runs the example `handoff`, which README shows, as a reader would.
 
 mod common;
 
@@ -15,8 +15,8 @@ use nix::{
     unistd::Pid,
 };
 
-/// Asks as `curl` does, and returns the whole answer.
-fn ask(address: &str) -> String {
+/// Sends a request as `curl` does, and returns the whole answer.
+fn get(address: &str) -> String {
     let mut client = TcpStream::connect(address).unwrap();
     write!(client, "GET / HTTP/1.1\r\nhost: {address}\r\naccept: */*\r\n\r\n").unwrap();
     let mut answer = String::new();
@@ -32,15 +32,17 @@ fn workers_answer_whole_responses_until_a_signal_ends_all_processes() {
 }
 
 fn serve_until(signal: Signal) {
+    // The front prints its address.
     let mut command = example("handoff");
     let mut front = command.arg("127.0.0.1:0").stdout(Stdio::piped()).spawn().unwrap();
     let (mut output, mut line) = (BufReader::new(front.stdout.take().unwrap()), String::new());
     output.read_line(&mut line).unwrap();
     let address = line.trim_end().rsplit_once("http://").unwrap().1.trim_end_matches('/');
 
+    // Workers answer requests, and the front does not.
     let mut workers = BTreeSet::new();
     for _ in 0..20 {
-        let answer = ask(address);
+        let answer = get(address);
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
         assert!(head.contains(&format!("content-length: {}\r\n", body.len())), "{answer}");
@@ -49,24 +51,24 @@ fn serve_until(signal: Signal) {
     }
     assert!(!workers.contains(&front.id().cast_signed()), "the front answers itself");
 
-    // A worker that is killed is no loss.
+    // After a worker is killed, all requests are answered.
     kill(Pid::from_raw(*workers.first().unwrap()), Signal::SIGKILL).unwrap();
     for _ in 0..20 {
-        assert!(ask(address).starts_with("HTTP/1.1 200 OK\r\n"));
+        assert!(get(address).starts_with("HTTP/1.1 200 OK\r\n"));
     }
 
-    // A service manager may signal all processes, and Ctrl-C does.
+    // A service manager may signal all processes, and Ctrl-C does. The workers have the pipe open
+    // too, so its end shows that they ended.
     for worker in workers.iter().skip(1) {
         kill(Pid::from_raw(*worker), signal).unwrap();
     }
     kill(Pid::from_raw(front.id().cast_signed()), signal).unwrap();
     assert!(front.wait().unwrap().success());
-    // The workers hold the pipe too, so this is their end.
     assert_eq!(output.read_line(&mut line).unwrap(), 0);
 }
 
 #[test]
-fn it_explains_its_use_and_names_an_address_that_is_taken() {
+fn the_example_explains_its_use_and_names_an_address_that_is_taken() {
     let help = example("handoff").arg("--help").output().unwrap();
     assert_eq!(
         String::from_utf8(help.stdout).unwrap(),

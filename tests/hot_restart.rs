@@ -39,8 +39,8 @@ fn workers_go_on_through_twenty_restarts_of_their_front() {
     println!("{seen:?}");
 }
 
-/// A front that dies after the new one is ready, and before it has moved its workers, takes them
-/// along: the new one starts others.
+/// A front may die after the new one is ready and before its workers have moved. Then the workers
+/// end too, and the new front starts others.
 #[test]
 fn fronts_that_are_killed_while_they_are_replaced_fail_no_request_that_is_repeated() {
     let seen = demo("hot_restart", &["--front", "--kill"]);
@@ -49,7 +49,7 @@ fn fronts_that_are_killed_while_they_are_replaced_fail_no_request_that_is_repeat
     println!("{seen:?}");
 }
 
-/// A server that was started in the background, ended with this value.
+/// The process id of a server that was started in the background. Dropping it kills the server.
 struct Background(u32);
 
 impl Drop for Background {
@@ -58,18 +58,20 @@ impl Drop for Background {
     }
 }
 
+/// Returns the command of the example, with these arguments.
 fn background(path: &Path, listen: SocketAddr, arguments: &[&str]) -> Command {
     let mut command = example("hot_restart");
     command.arg("--path").arg(path).args(["--listen", &listen.to_string()]).args(arguments);
-    command.stderr(Stdio::inherit()); // the server keeps it, for its log
+    command.stderr(Stdio::inherit()); // the server keeps standard error for its log
     command
 }
 
+/// Runs the example with these arguments to its end.
 fn command(path: &Path, listen: SocketAddr, arguments: &[&str]) -> Output {
     background(path, listen, arguments).output().unwrap()
 }
 
-/// The process id in a line such as "process 812 serves".
+/// Returns the process id in a line such as "process 812 serves".
 fn serves(output: &Output) -> Background {
     let stdout = str::from_utf8(&output.stdout).unwrap();
     assert!(output.status.success(), "{stdout}");
@@ -79,19 +81,19 @@ fn serves(output: &Output) -> Background {
 }
 
 #[test]
-fn the_exit_code_of_a_command_that_waits_is_true() {
+fn the_exit_code_of_wait_shows_whether_the_new_process_serves() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("takeover");
     let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let first = serves(&command(&path, listen, &["--wait"]));
     let second = serves(&command(&path, listen, &["--wait"]));
     assert_ne!(first.0, second.0);
-    // A version that fails while it starts: it can't tell its manager anything.
+    // A process fails while it starts, because it cannot reach its service manager.
     let mut failing = background(&path, listen, &["--wait"]);
     assert_eq!(failing.env("NOTIFY_SOCKET", "nonsense").status().unwrap().code(), Some(1));
     let listed = command(&path, listen, &["--list"]);
     assert_eq!(std::mem::ManuallyDrop::new(serves(&listed)).0, second.0);
-    // No server at all.
+    // No server runs at the path, and none can be started or listed.
     let elsewhere = path.with_extension("elsewhere");
     assert_eq!(
         command(&elsewhere, "203.0.113.1:1".parse().unwrap(), &["--wait"]).status.code(),

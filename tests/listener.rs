@@ -68,7 +68,7 @@ fn a_live_listeners_path_is_not_taken() {
                 assert!(error.to_string().contains("ours"), "{error}");
             }
         }
-        // A socket of another program, which takes no lock.
+        // A socket of another program is at the path. That program takes no lock.
         let path = directory.path().join("foreign");
         let foreign = UnixListener::bind(&path).unwrap();
         for kind in KINDS {
@@ -105,11 +105,11 @@ fn a_stale_socket_is_replaced_and_nothing_else() {
 }
 
 #[test]
-fn of_many_that_bind_at_once_one_wins() {
+fn of_many_listeners_that_bind_a_path_at_once_one_succeeds() {
     let directory = tempfile::tempdir().unwrap();
     for round in 0..20 {
         let path = directory.path().join(round.to_string());
-        leave_stale_socket(&path); // everybody wants to replace it
+        leave_stale_socket(&path); // all threads try to replace it
         let bound: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4)
                 .map(|_| {
@@ -120,7 +120,7 @@ fn of_many_that_bind_at_once_one_wins() {
                 .collect();
             threads.into_iter().filter_map(|thread| thread.join().unwrap().ok()).collect()
         });
-        // It is handed on at once, so a later thread finds the socket alive and leaves it.
+        // The socket stays open, so a later thread finds it alive and leaves it.
         assert_eq!(bound.len(), 1, "in round {round}");
         UnixStream::connect(&path).unwrap();
     }
@@ -129,23 +129,25 @@ fn of_many_that_bind_at_once_one_wins() {
 #[test]
 fn peers_that_are_refused_do_not_keep_the_runtime_busy() {
     const ROLE: &str = "peers_that_are_refused_do_not_keep_the_runtime_busy";
+    // A process of another uid connects until the listener is gone.
     if let Some(stdin) = role_socket(ROLE) {
         let mut stdin = UnixStream::from(stdin);
         let mut name = String::new();
         stdin.read_to_string(&mut name).unwrap();
         let addr = SocketAddr::from_abstract_name(name).unwrap();
-        while UnixStream::connect_addr(&addr).is_ok() {} // until the listener is gone
+        while UnixStream::connect_addr(&addr).is_ok() {}
         return;
     }
     let Some(uid) = other_uid() else { return };
     run(async {
+        // Three of them connect, and none of their connections is accepted.
         let addr = abstract_name("busy");
         let listener = Arc::new(Listener::bind_addr(&addr, SocketKind::Stream).unwrap());
         let mut children = Vec::new();
         for _ in 0..3 {
-            let (mut a, b) = UnixStream::pair().unwrap();
-            children.push(spawn_role(ROLE, Some(uid), b.into()));
-            a.write_all(addr.as_abstract_name().unwrap()).unwrap();
+            let (mut ours, childs) = UnixStream::pair().unwrap();
+            children.push(spawn_role(ROLE, Some(uid), childs.into()));
+            ours.write_all(addr.as_abstract_name().unwrap()).unwrap();
         }
         let accepting = tokio::spawn({
             let listener = Arc::clone(&listener);
@@ -190,14 +192,15 @@ fn a_path_can_be_taken_and_left_by_many_at_a_time() {
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a file was left behind");
 }
 
-/// A process that may write to the directory decides what is at the lock's path.
+/// Whoever may write to the directory may put something else at the path of the lock.
 #[test]
 fn only_a_regular_file_is_taken_as_the_lock() {
+    // Each file at the path of the lock makes the bind fail at once.
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let lock = directory.path().join("socket.lock");
     let target = directory.path().join("target");
-    let refused = |what: &str| {
+    let check_refused = |what: &str| {
         let (done, outcome) = mpsc::channel();
         let path = path.clone();
         std::thread::spawn(move || {
@@ -212,31 +215,32 @@ fn only_a_regular_file_is_taken_as_the_lock() {
     };
 
     mkfifo(&lock, Mode::S_IRWXU).unwrap();
-    refused("a FIFO without a reader");
+    check_refused("a FIFO without a reader");
     let reader = fs::File::options().read(true).write(true).open(&lock).unwrap();
-    refused("a FIFO with a reader");
+    check_refused("a FIFO with a reader");
     drop(reader);
     fs::remove_file(&lock).unwrap();
 
     fs::create_dir(&lock).unwrap();
-    refused("a directory");
+    check_refused("a directory");
     fs::remove_dir(&lock).unwrap();
 
     symlink(&target, &lock).unwrap();
-    refused("a symbolic link to nothing");
+    check_refused("a symbolic link to nothing");
     assert!(!target.exists(), "the link was followed");
     fs::write(&target, "").unwrap();
-    refused("a symbolic link to a file");
+    check_refused("a symbolic link to a file");
     fs::remove_file(&lock).unwrap();
 
     drop(UnixListener::bind(&lock).unwrap());
-    refused("a socket");
+    check_refused("a socket");
     fs::remove_file(&lock).unwrap();
+    // When it is gone, the bind succeeds.
     run(async { Listener::bind(&path, SocketKind::Stream) }).unwrap();
 }
 
 #[test]
-fn only_the_own_socket_is_removed() {
+fn a_listener_removes_no_socket_but_its_own() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
@@ -274,7 +278,7 @@ fn a_listener_that_is_handed_on_keeps_its_path() {
 fn other_uids_are_admitted_only_if_listed() {
     const ROLE: &str = "other_uids_are_admitted_only_if_listed";
     if let Some(stdin) = role_socket(ROLE) {
-        let (stdin, addr) = told(stdin);
+        let (stdin, addr) = arguments_of(stdin);
         return client(stdin, &addr);
     }
     let Some(uid) = other_uid() else { return };
@@ -305,8 +309,8 @@ fn other_uids_are_admitted_only_if_listed() {
 fn refused_peers_are_logged_once_a_second() {
     const ROLE: &str = "refused_peers_are_logged_once_a_second";
     if let Some(stdin) = role_socket(ROLE) {
-        let (stdin, told) = told(stdin);
-        return match &told[..] {
+        let (stdin, arguments) = arguments_of(stdin);
+        return match &arguments[..] {
             "listen" => refuse_and_log(ROLE),
             addr => client(stdin, addr),
         };
@@ -314,15 +318,16 @@ fn refused_peers_are_logged_once_a_second() {
     if other_uid().is_none() {
         return;
     }
-    // Run in a process of its own: other tests of this process log refusals without a subscriber,
-    // and `tracing` may then skip these lines in all threads.
-    let (mut here, stdin) = UnixStream::pair().unwrap();
+    // The test has a process of its own. Other tests of this process log refusals without a
+    // subscriber, and `tracing` may then skip these lines in all threads.
+    let (mut ours, stdin) = UnixStream::pair().unwrap();
     let mut server = spawn_role(ROLE, None, stdin.into());
-    tell(&mut here, "listen");
+    send(&mut ours, "listen");
     assert!(server.wait().unwrap().success());
 }
 
 fn refuse_and_log(role: &'static str) {
+    // A subscriber keeps the warnings of a listener at a path where all uids may connect.
     let uid = other_uid().unwrap();
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
@@ -337,6 +342,7 @@ fn refuse_and_log(role: &'static str) {
             tokio::select! {
                 () = greet(&listener) => panic!("admitted"),
                 () = async {
+                    // Ten refusals are logged with one line at least, and one each second at most.
                     let begin = Instant::now();
                     for _ in 0..10 {
                         assert_eq!(answer_to(role, Some(uid), &addr).await, "<>");
@@ -345,8 +351,8 @@ fn refuse_and_log(role: &'static str) {
                     let lines = lines.lock().unwrap().len();
                     let expected = 1..=seconds;
                     assert!(expected.contains(&lines), "{lines} lines in less than {seconds} s");
-                    // At most one line a second is logged. This refusal comes more than a second
-                    // later, so it certainly gets a line. No event announces that moment.
+                    // This refusal comes more than a second later, so it certainly gets a line. No
+                    // event announces that moment.
                     tokio::time::sleep(Duration::from_millis(1100)).await;
                     assert_eq!(answer_to(role, Some(uid), &addr).await, "<>");
                 } => {}
@@ -354,6 +360,7 @@ fn refuse_and_log(role: &'static str) {
             assert_eq!(listener.refused(), 11);
         });
     });
+    // The lines name the peers and the listener, and count all refusals.
     let lines = lines.lock().unwrap();
     let mut refused = 0;
     for line in lines.iter() {
@@ -378,13 +385,13 @@ fn fields_of(event: &Event<'_>) -> Fields {
 }
 
 #[test]
-fn a_path_gets_the_mode_asked_for_whatever_the_umask_is() {
-    const ROLE: &str = "a_path_gets_the_mode_asked_for_whatever_the_umask_is";
+fn a_socket_file_gets_the_given_mode_whatever_the_umask_is() {
+    const ROLE: &str = "a_socket_file_gets_the_given_mode_whatever_the_umask_is";
     if let Some(stdin) = role_socket(ROLE) {
-        let (stdin, told) = told(stdin);
-        return match told.strip_prefix("listen ") {
-            Some(told) => run(listen_with_umask(stdin, told)),
-            None => client(stdin, &told),
+        let (stdin, arguments) = arguments_of(stdin);
+        return match arguments.strip_prefix("listen ") {
+            Some(arguments) => run(listen_with_umask(stdin, arguments)),
+            None => client(stdin, &arguments),
         };
     }
     for umask in ["022", "077", "000", "377"] {
@@ -412,10 +419,10 @@ fn a_path_gets_the_mode_asked_for_whatever_the_umask_is() {
 fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
     const ROLE: &str = "a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number";
     if let Some(stdin) = role_socket(ROLE) {
-        let (stdin, told) = told(stdin);
-        return match told.strip_prefix("listen ") {
+        let (stdin, arguments) = arguments_of(stdin);
+        return match arguments.strip_prefix("listen ") {
             Some(directory) => run(listen_in_namespace(stdin, Path::new(directory))),
-            None => client(stdin, &told),
+            None => client(stdin, &arguments),
         };
     }
     if !Command::new("unshare")
@@ -425,18 +432,19 @@ fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
     {
         return eprintln!("skipped: a user namespace cannot be made here");
     }
+    // A server in a user namespace without mappings listens at paths and names.
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     let mut unshare = Command::new("unshare");
     unshare.arg("--user").arg(std::env::current_exe().unwrap());
-    let told = format!("listen {}", directory.path().display());
-    let _server = start_server_by(&mut unshare, ROLE, &told);
+    let arguments = format!("listen {}", directory.path().display());
+    let _server = start_server_by(&mut unshare, ROLE, &arguments);
 
     let path = |name: &str| SocketAddr::from_pathname(directory.path().join(name)).unwrap();
     let name = |name: &str| namespace_name(directory.path(), name);
     let answers = |uid, addr| run(answer_to(ROLE, uid, &addr));
-    // The peer has the same uid, which has no mapping in the server's namespace. Only the kernel
-    // can distinguish it from others.
+    // A peer has the uid of the server, which has no mapping in the server's namespace. Only the
+    // kernel can distinguish it from others.
     assert_eq!(answers(None, path("0600")), "<welcome>");
     assert_eq!(answers(None, path("0666")), "<>");
     assert_eq!(answers(None, path("made 0666 later")), "<>");
@@ -444,6 +452,7 @@ fn a_uid_that_may_stand_for_any_other_is_not_admitted_by_its_number() {
     assert_eq!(answers(None, name("name")), "<>");
     assert_eq!(answers(None, name("allow_any_uid")), "<welcome>");
 
+    // A peer has another uid.
     let Some(uid) = other_uid() else { return };
     assert_eq!(answers(Some(uid), path("0600")), "permission denied");
     assert_eq!(answers(Some(uid), path("0666")), "<>");
@@ -473,19 +482,19 @@ async fn listen_in_namespace(mut stdin: UnixStream, directory: &Path) {
     greet_all(&listeners).await;
 }
 
-/// An abstract name of the server in [`listen_in_namespace`].
+/// Returns an abstract name of the server in [`listen_in_namespace`].
 fn namespace_name(directory: &Path, name: &str) -> SocketAddr {
     SocketAddr::from_abstract_name(format!("{} {name}", directory.display())).unwrap()
 }
 
-/// Modes of paths, and whether another uid may connect with each.
+/// The modes of paths, and whether another uid may connect with each.
 const MODES: [(u32, bool); 6] =
     [(0o600, false), (0o640, false), (0o660, false), (0o666, true), (0o602, true), (0o777, true)];
 
 /// Listens at one path for each mode, in the given directory, and admits every uid. The umask
 /// belongs to the process, so this needs a process of its own.
-async fn listen_with_umask(mut stdin: UnixStream, told: &str) {
-    let (mask, directory) = told.split_once(' ').unwrap();
+async fn listen_with_umask(mut stdin: UnixStream, arguments: &str) {
+    let (mask, directory) = arguments.split_once(' ').unwrap();
     umask(Mode::from_bits_truncate(u32::from_str_radix(mask, 8).unwrap()));
     let listeners = MODES.map(|(mode, _)| {
         let path = Path::new(directory).join(format!("{mode:o}"));
@@ -504,19 +513,19 @@ async fn greet_all(listeners: &[Listener]) {
     .await;
 }
 
-/// Starts a role process that listens, and waits until it does.
-fn start_server(role: &str, told: &str) -> Killed {
-    start_server_by(&mut Command::new("/proc/self/exe"), role, told)
+/// Starts a role process that listens, with these arguments. Waits until it does.
+fn start_server(role: &str, arguments: &str) -> Killed {
+    start_server_by(&mut Command::new("/proc/self/exe"), role, arguments)
 }
 
 /// Does the same with a command that runs this binary.
-fn start_server_by(command: &mut Command, role: &str, told: &str) -> Killed {
-    let (mut here, stdin) = UnixStream::pair().unwrap();
+fn start_server_by(command: &mut Command, role: &str, arguments: &str) -> Killed {
+    let (mut ours, stdin) = UnixStream::pair().unwrap();
     command.args([role, "--exact", "--nocapture"]).env("FDWIRE_ROLE", role);
     let server = Killed(command.stdin(OwnedFd::from(stdin)).stdout(Stdio::null()).spawn().unwrap());
     command.stdin(Stdio::null()); // the server's death is seen only if this process has no copy
-    tell(&mut here, told);
-    here.read_exact(&mut [0]).expect("the server has failed");
+    send(&mut ours, arguments);
+    ours.read_exact(&mut [0]).expect("the server has failed");
     server
 }
 
@@ -530,6 +539,7 @@ impl Drop for Killed {
     }
 }
 
+/// Accepts a client and greets it.
 async fn greet(listener: &Listener) {
     let mut client = UnixStream::try_from(listener.accept().await.unwrap()).unwrap();
     client.write_all(b"welcome").unwrap();
@@ -543,11 +553,11 @@ async fn answer_to(role: &'static str, uid: Option<u32>, addr: &SocketAddr) -> S
         (_, name) => format!("@{}", str::from_utf8(name.unwrap()).unwrap()),
     };
     tokio::task::spawn_blocking(move || {
-        let (mut here, stdin) = UnixStream::pair().unwrap();
+        let (mut ours, stdin) = UnixStream::pair().unwrap();
         let mut child = spawn_role(role, uid, stdin.into());
-        tell(&mut here, &addr);
+        send(&mut ours, &addr);
         let mut answer = String::new();
-        here.read_to_string(&mut answer).unwrap();
+        ours.read_to_string(&mut answer).unwrap();
         child.wait().unwrap();
         answer
     })
@@ -555,7 +565,7 @@ async fn answer_to(role: &'static str, uid: Option<u32>, addr: &SocketAddr) -> S
     .unwrap()
 }
 
-/// The role process of [`answer_to`].
+/// Is the role process of [`answer_to`].
 fn client(mut stdin: UnixStream, addr: &str) {
     let addr = match addr.strip_prefix('@') {
         Some(name) => SocketAddr::from_abstract_name(name),
@@ -564,7 +574,7 @@ fn client(mut stdin: UnixStream, addr: &str) {
     let answer = match UnixStream::connect_addr(&addr.unwrap()) {
         Ok(mut client) => {
             let mut answer = String::new();
-            // A refused client sees the end, or a reset.
+            // A refused connection ends, or is reset.
             let _ = client.read_to_string(&mut answer);
             format!("<{answer}>")
         }
@@ -573,17 +583,18 @@ fn client(mut stdin: UnixStream, addr: &str) {
     stdin.write_all(answer.as_bytes()).unwrap();
 }
 
-fn tell(role: &mut UnixStream, what: &str) {
-    role.write_all(what.as_bytes()).unwrap();
+/// Sends a role process its arguments.
+fn send(role: &mut UnixStream, arguments: &str) {
+    role.write_all(arguments.as_bytes()).unwrap();
     role.shutdown(Shutdown::Write).unwrap();
 }
 
-/// Returns the argument of the role process, and the place for its answer.
-fn told(stdin: OwnedFd) -> (UnixStream, String) {
+/// Receives the arguments of this role process. Returns them with the stream for its answer.
+fn arguments_of(stdin: OwnedFd) -> (UnixStream, String) {
     let mut stdin = UnixStream::from(stdin);
-    let mut told = String::new();
-    stdin.read_to_string(&mut told).unwrap();
-    (stdin, told)
+    let mut arguments = String::new();
+    stdin.read_to_string(&mut arguments).unwrap();
+    (stdin, arguments)
 }
 
 mod blocking {
@@ -614,7 +625,7 @@ mod blocking {
                 check_connected(client.try_into().unwrap(), server.try_into().unwrap()).await
             });
             drop(listener);
-            // The socket is closed in the background, its path is gone at once.
+            // The socket is closed in the background, but its path is removed at once.
             assert_eq!(
                 fs::read_dir(directory.path()).unwrap().count(),
                 0,
@@ -624,7 +635,7 @@ mod blocking {
     }
 
     #[test]
-    fn accepting_waits_for_a_time_that_can_be_limited() {
+    fn accept_waits_no_longer_than_its_timeout() {
         for kind in KINDS {
             let name = abstract_name(&format!("blocking-accept-{kind:?}"));
             let mut listener = blocking::Listener::bind_addr(&name, kind).unwrap();
@@ -648,10 +659,11 @@ mod blocking {
     }
 
     #[test]
-    fn a_listener_and_its_connections_keep_what_they_have_when_they_change_sides() {
+    fn a_listener_and_its_connections_keep_their_settings_when_they_are_converted() {
         run(async {
             let directory = tempfile::tempdir().unwrap();
             for kind in KINDS {
+                // A blocking listener has a limit for each uid. A connection is converted.
                 let path = directory.path().join("socket");
                 let listener = blocking::Listener::bind(&path, kind).unwrap();
                 let mut listener = listener.limit_each_uid(UidLimits::default().max_connections(1));
@@ -659,6 +671,7 @@ mod blocking {
                 let first = blocking::Socket::connect(&path, kind).unwrap();
                 let accepted = Socket::try_from(listener.accept().unwrap()).unwrap();
 
+                // The listener is converted. It keeps the limit and its path.
                 let listener = Listener::try_from(listener).unwrap();
                 let refused = Socket::connect(&path, kind).await.unwrap();
                 assert!(futures::FutureExt::now_or_never(listener.accept()).is_none());
@@ -673,7 +686,7 @@ mod blocking {
                 drop((first, refused));
                 assert!(path.exists());
 
-                // The connection no longer counts when it is gone, on either side.
+                // Both are converted back. The connection counts until it is dropped.
                 let accepted = blocking::Socket::from(accepted);
                 let mut listener = blocking::Listener::from(listener);
                 listener.set_accept_timeout(Some(Duration::ZERO));
@@ -692,17 +705,18 @@ mod blocking {
     #[test]
     fn other_uids_are_admitted_only_if_listed() {
         const ROLE: &str = "blocking::other_uids_are_admitted_only_if_listed";
+        // A process connects, and stays until its connection ends.
         if let Some(stdin) = role_socket(ROLE) {
             let mut stdin = UnixStream::from(stdin);
             let mut name = String::new();
             stdin.read_to_string(&mut name).unwrap();
             let name = SocketAddr::from_abstract_name(name).unwrap();
             let mut stream = UnixStream::connect_addr(&name).unwrap();
-            // It is there until the other side is closed.
             let _ = stream.read(&mut [0]);
             return;
         }
         let Some(uid) = other_uid() else { return };
+        // That process has another uid, which is not listed, or is.
         for listed in [false, true] {
             let name = abstract_name(&format!("blocking-uids-{listed}"));
             let listener = blocking::Listener::bind_addr(&name, SocketKind::Stream).unwrap();
@@ -724,7 +738,7 @@ mod blocking {
     }
 
     #[test]
-    fn what_is_no_listener_or_no_connection_is_refused_with_a_reason() {
+    fn a_descriptor_that_is_no_listener_or_no_connection_is_refused_with_a_reason() {
         let (stream, _peer) = UnixStream::pair().unwrap();
         let reason = |error: std::io::Error| error.to_string();
         let no_listener =

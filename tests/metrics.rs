@@ -27,10 +27,10 @@ use tokio::{
 
 const TABLE: &str = include_str!("../src/metrics/numbers.md");
 
-/// A recorder, and what it has recorded in this test.
+/// A recorder, and the numbers that it has recorded in this test.
 struct Recorded {
     recorder: DebuggingRecorder,
-    /// The counters, by name and labels, as they were seen last.
+    /// The totals of the counters so far, by name and labels.
     counters: BTreeMap<String, u64>,
 }
 
@@ -43,7 +43,8 @@ impl Recorded {
         with_local_recorder(&self.recorder, act)
     }
 
-    /// The values by `name{labels}`, of a histogram the number of them. No counter has fallen.
+    /// Returns the value of each metric by `name{labels}`. That of a counter is its total, and that
+    /// of a histogram is the number of values since the last call.
     fn values(&mut self) -> BTreeMap<String, f64> {
         let mut values = BTreeMap::new();
         for (key, _, _, value) in self.recorder.snapshotter().snapshot().into_vec() {
@@ -51,7 +52,7 @@ impl Recorded {
             let name = format!("{}{{{}}}", key.key().name(), Vec::from_iter(labels).join(","));
             let value = match value {
                 DebugValue::Counter(count) => {
-                    // A snapshot takes the value out.
+                    // A snapshot resets the counter of the recorder.
                     let total = self.counters.entry(name.clone()).or_default();
                     *total += count;
                     *total as f64
@@ -78,12 +79,12 @@ impl Front {
     }
 
     fn add_worker(&self) -> Incoming {
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        self.dispatcher.add_worker(here);
-        Incoming::new(there)
+        let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        self.dispatcher.add_worker(dispatcher_end);
+        Incoming::new(worker_end)
     }
 
-    /// Hands over a connection, which the worker ends.
+    /// Hands over a connection, which the worker drops.
     async fn hand_over(&self, worker: &mut Incoming) {
         let mut client = TcpStream::connect(self.listener.local_addr().unwrap()).await.unwrap();
         let (connection, _) = self.listener.accept().await.unwrap();
@@ -105,8 +106,9 @@ impl Front {
 }
 
 #[test]
-fn every_number_of_the_table_is_recorded_and_described_and_no_other() {
+fn the_metrics_of_the_table_are_recorded_and_described_and_no_others() {
     run(async {
+        // A dispatcher, a worker and a server of takeovers have their numbers recorded.
         let recorded = Recorded::new();
         let front = Front::new().await;
         let mut worker = front.add_worker();
@@ -120,6 +122,7 @@ fn every_number_of_the_table_is_recorded_and_described_and_no_other() {
             TakeoverMetrics::new("app").update(&server);
         });
 
+        // Each metric is a row of the table, with its kind, unit, labels and description.
         let described = recorded.recorder.snapshotter().snapshot().into_vec();
         let described = described.into_iter().map(|(key, unit, meaning, _)| {
             let labels = key.key().labels().map(|it| format!("`{}`", it.key()));
@@ -143,8 +146,9 @@ fn every_number_of_the_table_is_recorded_and_described_and_no_other() {
 }
 
 #[test]
-fn counters_go_on_and_slots_are_used_again_when_workers_come_and_go() {
+fn counters_go_on_and_slot_labels_are_used_again_when_workers_come_and_go() {
     run(async {
+        // A worker stays while another one comes. So there are two slots.
         let mut recorded = Recorded::new();
         let front = Front::new().await;
         let mut front_metrics = recorded.with(|| DispatcherMetrics::new("front"));
@@ -156,6 +160,8 @@ fn counters_go_on_and_slots_are_used_again_when_workers_come_and_go() {
         let mut stays = front.add_worker();
         front.hand_over(&mut stays).await;
         update(&mut recorded);
+        // In each round the older worker leaves. The counters of the slots go on, and no third slot
+        // is used.
         for round in 1..=3 {
             let mut comes = front.add_worker();
             front.remove(stays).await;
@@ -168,7 +174,7 @@ fn counters_go_on_and_slots_are_used_again_when_workers_come_and_go() {
             let all = values["fdwire_dispatcher_adopted_connections_total{dispatcher=front}"];
             assert_eq!(all, f64::from(round + 1));
             let times = values["fdwire_dispatcher_adoption_seconds{dispatcher=front}"];
-            assert_eq!(times, 1.0, "those of this round");
+            assert_eq!(times, 1.0, "one connection was adopted in this round");
             assert_eq!(values["fdwire_dispatcher_workers{dispatcher=front,state=ready}"], 1.0);
             assert!(!values.keys().any(|name| name.contains("slot=3")), "{values:#?}");
             stays = comes;
@@ -176,8 +182,9 @@ fn counters_go_on_and_slots_are_used_again_when_workers_come_and_go() {
         let values = update(&mut recorded);
         let drained = "fdwire_dispatcher_retired_workers_total{dispatcher=front,cause=drained}";
         assert_eq!(values[drained], 3.0);
+        // When the last worker has left, the gauges of its slot are set to 0. A snapshot also sets
+        // gauges to 0, so they get another value before.
         front.remove(stays).await;
-        // A snapshot leaves gauges at 0, so what is 0 afterwards was set if it was not 0 before.
         let gauges = ["active_connections", "unanswered_offers", "credit_offers"];
         let gauges = gauges.map(|name| format!("fdwire_worker_{name}"));
         for name in gauges.clone() {

@@ -19,13 +19,15 @@ use crate::{load::Load, other};
 const RESTARTS: usize = 20;
 const CLIENTS: usize = 8;
 
-/// The time between two restarts, and for the baseline before them.
+/// The time between two restarts. The baseline without restarts takes `RESTARTS` times as long.
 const QUIET: Duration = Duration::from_millis(250);
 
-/// A process is killed at most this long after it has everything. The other one stays for longer.
+/// The latest moment of a kill, in milliseconds after the new process has its listeners. The old
+/// process stays for longer, so it can serve again.
 const LATEST_KILL: u64 = 60;
 
-/// A client that is silent for a tenth of this may find its connection closed, in milliseconds.
+/// The spread in milliseconds. A replaced process may close a connection that has been silent for a
+/// tenth of it.
 const SPREAD: &str = "3000";
 
 /// The longest time for anything that should happen soon.
@@ -64,9 +66,10 @@ impl Process {
     }
 }
 
-/// Runs the demo. `kill`: a process is killed in most restarts. `front`: the servers have workers.
+/// Runs the demo. If `kill` is true, a process is killed in most restarts. If `front` is true, the
+/// servers have workers.
 pub(crate) async fn run(kill: bool, front: bool) -> io::Result<()> {
-    // A server, its clients, and the longest gap without a restart.
+    // Start a server and its clients, and measure the longest gap without a restart.
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("takeover");
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
@@ -87,13 +90,13 @@ pub(crate) async fn run(kill: bool, front: bool) -> io::Result<()> {
         new.wait_for("offered").await?;
         match kill.then(|| fastrand::u8(..3)) {
             Some(0) => {
-                // The new one, before or after it is ready: the old one serves, or serves again.
+                // Kill the new process, before or after it is ready. The old one serves.
                 sleep(Duration::from_millis(fastrand::u64(..LATEST_KILL))).await;
                 new.child.kill().await?;
                 kills += 1;
             }
             Some(1) => {
-                // The old one: the new one serves.
+                // Kill the old process. The new one serves.
                 sleep(Duration::from_millis(fastrand::u64(..LATEST_KILL))).await;
                 serving.child.kill().await?;
                 kills += 1;

@@ -1,4 +1,4 @@
-//! The same server with workers, which go on when its process is replaced.
+//! The web server with workers, which go on when its process is replaced.
 
 use std::{env, io, time::Duration};
 
@@ -19,10 +19,10 @@ use tokio::{
 
 const WORKERS: usize = 2;
 
-/// For connections that no worker has adopted when this process leaves.
+/// The time limit for connections that no worker has adopted when this process leaves.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// This program again, as a worker.
+/// Returns the command that runs this program as a worker.
 fn command() -> io::Result<WorkerCommand> {
     let mut command = Command::new(env::current_exe()?);
     command.arg("--worker");
@@ -35,7 +35,7 @@ pub(crate) async fn serve(
     notifier: Notifier,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let dispatcher = Dispatcher::builder().build();
-    // The workers of the process that this one has replaced. The first one starts them.
+    // Keep the workers of the process that this one has replaced. The first process starts them.
     let taken = server.keep_workers(&dispatcher, |_| command().ok())?;
     for _ in taken.len()..WORKERS {
         dispatcher.spawn_worker(command()?)?;
@@ -44,10 +44,10 @@ pub(crate) async fn serve(
     let mut terminate = signal(SignalKind::terminate())?;
     let stopping = async {
         select! {
-            (_, told) = async { join!(server.finish(), notifier.follow(&server)) } => told?,
+            (_, reported) = async { join!(server.finish(), notifier.follow(&server)) } => reported?,
             _ = terminate.recv() => notifier.stopping().await?,
         }
-        dispatcher.drain(Some(PATIENCE)).await; // that ends the other future too
+        dispatcher.drain(Some(PATIENCE)).await; // this ends `dispatch_to` below, too
         io::Result::Ok(())
     };
     try_join!(http.dispatch_to(&dispatcher), stopping)?;
@@ -55,7 +55,8 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-/// Serves what the front hands over, until it is told to stop, or no front is left.
+/// Serves the connections that the front hands over, until it drains this worker or no front is
+/// left.
 pub(crate) async fn work(router: Router) -> Result<(), Box<dyn std::error::Error>> {
     Incoming::from_stdin()?.serve_axum(router).await;
     Ok(())

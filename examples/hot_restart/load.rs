@@ -1,4 +1,4 @@
-//! Clients that ask all the time.
+//! Clients that send requests all the time.
 
 use std::{
     collections::BTreeSet,
@@ -18,14 +18,14 @@ use tokio::{
 /// The pause between two requests of a client.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// The longest time for an answer: then the server has failed.
+/// The longest time for an answer. A later one counts as a failure of the server.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The experience of all clients.
+/// The outcomes of the requests of all clients.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) answered: u64,
-    /// Requests whose connection was cut, and that were answered on another one.
+    /// The number of requests whose connection was cut, and that were answered on another one.
     pub(crate) repeated: u64,
     pub(crate) failed: Vec<String>,
     /// The process ids in the answers.
@@ -34,7 +34,7 @@ pub(crate) struct Seen {
     pub(crate) longest_gap: Duration,
 }
 
-/// Half of the clients connect for each request, the others keep their connections.
+/// The clients. Half of them connect for each request, and the others keep their connections.
 pub(crate) struct Load {
     pub(crate) seen: Arc<Mutex<Seen>>,
     clients: JoinSet<()>,
@@ -47,7 +47,7 @@ impl Load {
         let seen = Arc::<Mutex<Seen>>::default();
         let mut load = Self { seen, clients: JoinSet::new() };
         for number in 0..clients {
-            load.clients.spawn(ask(address, number % 2 == 0, repeats, Arc::clone(&load.seen)));
+            load.clients.spawn(client(address, number % 2 == 0, repeats, Arc::clone(&load.seen)));
         }
         load
     }
@@ -64,7 +64,7 @@ impl Load {
     }
 }
 
-async fn ask(address: SocketAddr, one_shot: bool, repeats: bool, seen: Arc<Mutex<Seen>>) {
+async fn client(address: SocketAddr, one_shot: bool, repeats: bool, seen: Arc<Mutex<Seen>>) {
     let mut connection = None;
     loop {
         let mut outcome = request(address, &mut connection, one_shot, &seen).await;
@@ -106,7 +106,7 @@ async fn request(
     Ok(())
 }
 
-/// Returns true if the server closes the connection behind this answer, and the answer.
+/// Reads an answer. Returns true if the server closes the connection after it, and its body.
 async fn answer(connection: &mut BufReader<TcpStream>) -> io::Result<(bool, String)> {
     let (mut closes, mut length) = (false, 0);
     loop {
@@ -129,7 +129,7 @@ async fn answer(connection: &mut BufReader<TcpStream>) -> io::Result<(bool, Stri
 }
 
 impl Seen {
-    /// A new connection was accepted, and answered.
+    /// Counts a new connection whose first request was answered.
     fn accepted(&mut self) {
         let now = Instant::now();
         if let Some(last) = self.last.replace(now) {

@@ -59,7 +59,7 @@ struct Arguments {
     /// Serves with two worker processes, which go on when this one is replaced.
     #[arg(long)]
     front: bool,
-    /// Serves what a front hands over.
+    /// Serves the connections that a front hands over.
     #[arg(long, hide = true)]
     worker: bool,
     /// Starts the server in the background, and waits until it serves or has failed.
@@ -103,7 +103,7 @@ async fn main() -> ExitCode {
 }
 
 async fn serve(arguments: Arguments) -> Result<()> {
-    // The first process binds the listener; the others take it over.
+    // The first process binds the listener. Others take it over.
     let [spread, deadline] = [arguments.spread, arguments.deadline].map(Duration::from_millis);
     let options = Options::default().drain(spread, deadline);
     let bind = || {
@@ -112,12 +112,13 @@ async fn serve(arguments: Arguments) -> Result<()> {
         Ok(listeners)
     };
     let notifier = Notifier::from_env()?;
-    let place = arguments.path.display();
+    let path = arguments.path.display();
     let pending =
-        takeover::bind_or_take(&arguments.path, options, bind).await.map_err(with(&place))?;
+        takeover::bind_or_take(&arguments.path, options, bind).await.map_err(with(&path))?;
     println!("offered");
-    // Here a server reads its configuration and warms its caches. A crash costs nothing.
-    let server = pending.ready().await.map_err(with(&place))?;
+    // At this point, a server reads its configuration and warms its caches. If it crashes, the old
+    // process goes on.
+    let server = pending.ready().await.map_err(with(&path))?;
     println!("ready");
 
     if arguments.front {
@@ -162,9 +163,9 @@ async fn list(arguments: Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Returns a function that names the file or the address that an error is about.
-fn with<E: Error>(place: impl Display) -> impl FnOnce(E) -> Box<dyn Error> {
-    move |error| format!("{place}: {error}").into()
+/// Returns a function that puts the file or the address that an error is about before the error.
+fn with<E: Error>(subject: impl Display) -> impl FnOnce(E) -> Box<dyn Error> {
+    move |error| format!("{subject}: {error}").into()
 }
 
 /// Returns an error that ends the demo.

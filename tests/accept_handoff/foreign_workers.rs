@@ -1,4 +1,4 @@
-//! The workers in Python and Node beside this crate's own.
+//! Workers in Python and Node beside this crate's own.
 
 use std::{
     io::Write,
@@ -15,11 +15,11 @@ use crate::{
 };
 
 const PYTHON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/foreign_workers/worker.py");
-/// Takes sockets of kind STREAM only.
+/// The worker in Node, which takes sockets of kind STREAM only.
 const NODE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/foreign_workers/worker.mjs");
 
-/// The arguments for a kind of socket, with two of each of the workers that are to be had and speak
-/// over it.
+/// Adds the arguments for a kind of socket, and for two workers in each other language that is
+/// installed and supports that kind.
 fn with_foreign_workers<'a>(kind: &'a str, first: &[&'a str]) -> Vec<&'a str> {
     let python = installed("python3").map(|_| PYTHON);
     let node = installed("node").filter(|_| kind == "stream").map(|_| NODE);

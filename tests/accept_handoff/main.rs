@@ -1,5 +1,5 @@
-//! Runs the examples of the hand-off, `accept_handoff` and `axum_worker`, as their user would: real
-//! processes, real signals, HTTP over TCP.
+//! Runs the examples of the hand-off, `accept_handoff` and `axum_worker`, as their user would: with
+//! real processes, real signals, and HTTP over TCP.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -30,7 +30,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// For anything that should happen soon, on a busy machine.
+/// The longest time for anything that should happen soon, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 const KINDS: [&str; 2] = ["seqpacket", "stream"];
@@ -40,8 +40,11 @@ async fn demo_is_answered_by_every_worker() {
     for kind in KINDS {
         let (workers, summary) = demo(&["--demo", "300", "--socket", kind]).await;
         assert_eq!(workers.len(), 3, "two workers and a row for all");
-        let given = |row: &str| workers[row][1].parse::<u32>().unwrap();
-        assert!(given("1") > 0 && given("2") > 0 && given("all") == 300, "{kind}: {workers:?}");
+        let adopted = |row: &str| workers[row][1].parse::<u32>().unwrap();
+        assert!(
+            adopted("1") > 0 && adopted("2") > 0 && adopted("all") == 300,
+            "{kind}: {workers:?}"
+        );
         assert_eq!(
             (summary["answered"], summary["cut while being served"], summary["kills"]),
             (300, 0, 0),
@@ -80,10 +83,9 @@ async fn requests_reach_every_worker_and_connections_end() {
     }
 }
 
-/// Clients that connect again and again, so that most of them wait in the kernel's backlog at any
-/// time.
+/// Clients connect again and again, so most of them wait in the kernel's backlog at any time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_saturated_front_that_is_stopped_answers_those_that_wait() {
+async fn a_saturated_front_that_is_stopped_answers_the_clients_that_wait() {
     const CLIENTS: usize = 64;
     for kind in KINDS {
         let front = Front::start(&["--socket", kind]).await;
@@ -104,7 +106,7 @@ async fn a_saturated_front_that_is_stopped_answers_those_that_wait() {
 
         let ends = join_all(clients).await.into_iter().map(Result::unwrap);
         let cut = ends.filter(|end| *end != io::ErrorKind::ConnectionRefused).count();
-        // Clients that connected right before the listener was closed. It was nearly all of them.
+        // Only clients that connected right before the listener was closed may be cut.
         assert!(cut <= CLIENTS / 8, "{kind}: {cut} of {CLIENTS} clients were cut");
     }
 }
@@ -123,7 +125,7 @@ async fn a_signal_replaces_the_workers() {
     }
 }
 
-/// As Ctrl-C does, the signal goes to the workers too.
+/// The signal goes to the workers too, as that of Ctrl-C does.
 #[tokio::test]
 async fn ctrl_c_stops_all_processes() {
     for kind in KINDS {
@@ -137,18 +139,20 @@ async fn ctrl_c_stops_all_processes() {
         front.stop(Signal::SIGINT).await;
         let mut rest = Vec::new();
         soon("the end of the connection", kept_alive.read_to_end(&mut rest)).await.unwrap();
-        // This one has sent no request, and is ended without an answer.
+        // A connection without a request ends without an answer.
         let _ = soon("the end of the connection", unused.read_to_end(&mut rest)).await;
     }
 }
 
 #[tokio::test]
-async fn a_busy_client_is_told_which_answer_is_the_last() {
+async fn a_busy_client_learns_which_answer_is_the_last() {
     for kind in KINDS {
         check_last_answers(Front::start(&["--socket", kind]).await).await;
     }
 }
 
+/// Stops a front while clients send requests. Checks that each of them learns which answer is its
+/// last, before its connection ends.
 async fn check_last_answers(front: Front) {
     let clients = join_all((0..8).map(async |_| {
         let mut client = BufReader::new(TcpStream::connect(front.address).await.unwrap());
@@ -162,7 +166,7 @@ async fn check_last_answers(front: Front) {
     tokio::join!(busy, front.stop(Signal::SIGINT));
 }
 
-/// A request on a connection that is kept alive.
+/// Sends a request. Returns true if its answer is the last one on this connection.
 async fn is_last_answer(client: &mut BufReader<TcpStream>) -> bool {
     client.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     let (mut line, mut last) = (String::new(), false);
@@ -183,7 +187,7 @@ async fn ctrl_c_stops_all_processes_while_workers_are_killed() {
         let front = Front::start(&["--kill-every", "10", "--socket", kind]).await;
         let mut seen = HashSet::new();
         while seen.len() < 10 {
-            seen.extend(get(front.address).await); // what a killed worker was serving ends with it
+            seen.extend(get(front.address).await); // requests at a killed worker fail
         }
         front.stop(Signal::SIGINT).await;
     }
@@ -199,7 +203,7 @@ async fn workers_end_by_themselves_when_the_front_is_killed() {
         front.all_ended().await;
         assert!(!front.child.wait().await.unwrap().success());
         for worker in workers {
-            // One of which nobody waits for the end stays behind as a zombie.
+            // A worker whose end no process waits for stays as a zombie.
             until("the worker is gone", || matches!(state(worker), None | Some('Z' | 'X'))).await;
         }
     }
@@ -213,7 +217,7 @@ async fn requests_after_the_death_of_a_worker_are_answered() {
         let enough = AtomicBool::new(false);
         let background = join_all((0..8).map(async |_| {
             while !enough.load(Ordering::Relaxed) {
-                let _ = get(front.address).await; // those which the victim had adopted may fail
+                let _ = get(front.address).await; // requests that the victim had adopted may fail
             }
         }));
         let after_the_death = async {
@@ -222,7 +226,7 @@ async fn requests_after_the_death_of_a_worker_are_answered() {
             for _ in 0..100 {
                 assert_ne!(get(front.address).await.unwrap(), victim, "{kind}");
             }
-            // Until one that was started again serves.
+            // The loop ends when a worker that was started again serves.
             while before.contains(&get(front.address).await.unwrap()) {}
             enough.store(true, Ordering::Relaxed);
         };
@@ -239,7 +243,7 @@ async fn connections_that_a_dead_worker_did_not_take_go_to_another() {
         kill(victim, Signal::SIGSTOP).unwrap();
         until("the worker has stopped", || state(victim) == Some('T')).await;
 
-        // One goes to each worker, since the one that is stopped keeps its first.
+        // Each worker gets one of two connections. The stopped one does not answer its own.
         let mut answers = FuturesUnordered::from_iter([get(front.address), get(front.address)]);
         assert_ne!(answers.next().await.unwrap().unwrap(), victim, "{kind}");
         kill(victim, Signal::SIGKILL).unwrap();
@@ -274,7 +278,7 @@ async fn a_worker_that_hangs_is_killed_at_the_end() {
 
 #[cfg(feature = "axum")]
 #[tokio::test]
-async fn axum_serves_what_is_handed_over() {
+async fn axum_serves_connections_that_are_handed_over() {
     let mut command = Command::from(common::example("axum_worker"));
     command.arg("127.0.0.1:0");
     let front = Front::start_as(command).await;
@@ -301,7 +305,7 @@ async fn demo_on_an_address_that_its_clients_cannot_reach_is_one_clear_line() {
 }
 
 #[tokio::test]
-async fn nonsense_arguments_are_one_clear_line() {
+async fn wrong_arguments_are_one_clear_line() {
     for (arguments, named) in [
         (&["--socket", "pigeon"][..], "pigeon"),
         (&["--workers", "0"], "--workers"),
@@ -319,7 +323,7 @@ async fn nonsense_arguments_are_one_clear_line() {
     }
 }
 
-/// A running example. Dropped, it is killed with its workers.
+/// A running example. When it is dropped, it is killed with its workers.
 struct Front {
     child: Child,
     stdout: Lines<BufReader<ChildStdout>>,
@@ -333,20 +337,20 @@ impl Front {
         Self::start_as(command).await
     }
 
-    /// In a process group of its own, as a shell starts it.
+    /// Starts a front in a process group of its own, as a shell does.
     async fn start_as(mut command: Command) -> Self {
         let mut child = command.process_group(0).stdout(Stdio::piped()).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap()).lines();
         let line = soon("a line", stdout.next_line()).await.unwrap().expect("an address");
-        let (_, url) = line.split_once("http://").expect("a line to try");
+        let (_, url) = line.split_once("http://").expect("a line with the address");
         Self { child, stdout, address: url.trim_end_matches('/').parse().unwrap() }
     }
 
     fn pid(&self) -> Pid {
-        Pid::from_raw(self.child.id().expect("not waited for yet") as i32)
+        Pid::from_raw(self.child.id().expect("nobody has waited for its end") as i32)
     }
 
-    /// Its children.
+    /// Returns the process ids of its children.
     fn workers(&self) -> HashSet<Pid> {
         let processes = std::fs::read_dir("/proc").unwrap();
         let pids = processes.filter_map(|entry| {
@@ -355,7 +359,8 @@ impl Front {
         pids.filter(|pid| stat(*pid).is_some_and(|(_, parent)| parent == self.pid())).collect()
     }
 
-    /// The first requests may come before all are ready.
+    /// Sends requests until every worker has answered one. The first requests may come before all
+    /// workers are ready.
     async fn every_worker_answers(&self) -> HashSet<Pid> {
         let (workers, mut answered_by) = (self.workers(), HashSet::new());
         while answered_by != workers {
@@ -364,15 +369,15 @@ impl Front {
         workers
     }
 
-    /// The workers have the same standard output: its end says that no process is left to write to
-    /// it.
+    /// Waits until all processes have ended. They share standard output, which ends with the last
+    /// of them.
     async fn all_ended(&mut self) {
         while let Some(_line) =
             soon("the end of all processes", self.stdout.next_line()).await.unwrap()
         {}
     }
 
-    /// Signals the whole process group, and expects that the front has waited for every worker.
+    /// Signals the whole process group. Checks that the front ends only after every worker.
     async fn stop(mut self, signal: Signal) {
         let workers = self.workers();
         killpg(self.pid(), signal).unwrap();
@@ -393,7 +398,7 @@ impl Drop for Front {
     }
 }
 
-/// Runs it to its end.
+/// Runs the example with these arguments to its end.
 async fn run(arguments: &[&str]) -> Output {
     soon("the end of the example", example().args(arguments).output()).await.unwrap()
 }
@@ -404,8 +409,8 @@ fn example() -> Command {
     command
 }
 
-/// The output of the demo: the cells of each worker's row by its first one, and the numbers of the
-/// summary.
+/// Runs the demo. Returns the cells of each worker's row by the first of them, and the numbers of
+/// the summary.
 async fn demo(arguments: &[&str]) -> (BTreeMap<String, Vec<String>>, BTreeMap<String, u64>) {
     let output = run(arguments).await;
     let stdout = String::from_utf8(output.stdout).unwrap();
@@ -424,14 +429,15 @@ async fn demo(arguments: &[&str]) -> (BTreeMap<String, Vec<String>>, BTreeMap<St
     (workers, summary)
 }
 
+/// Checks that an example has written one line to standard error. Returns that line.
 fn only_line(output: &Output) -> String {
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     stderr
 }
 
-/// A request on a connection of its own, read to the end of that connection. Returns the worker
-/// that answered.
+/// Sends a request on a connection of its own, and reads to the end of that connection. Returns the
+/// worker that has answered.
 async fn get(address: SocketAddr) -> io::Result<Pid> {
     let exchange = async {
         let mut stream = TcpStream::connect(address).await?;
@@ -446,12 +452,13 @@ async fn get(address: SocketAddr) -> io::Result<Pid> {
     soon("an answer", exchange).await
 }
 
+/// Waits for something that should happen soon.
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what} should have come by now"))
 }
 
-/// State and parent of a process as proc(5) has them; `None` if there is none. They are what
-/// follows the command in parentheses.
+/// Returns the state and the parent of a process, or `None` if there is no such process. In
+/// `/proc/PID/stat`, see proc(5), they are the fields after the command in parentheses.
 fn stat(process: Pid) -> Option<(char, Pid)> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     let mut fields = stat.rsplit_once(") ")?.1.split(' ');
@@ -462,7 +469,7 @@ fn state(process: Pid) -> Option<char> {
     stat(process).map(|(state, _)| state)
 }
 
-/// For what no event tells.
+/// Waits until a condition is true of which no event informs the test.
 async fn until(what: &str, condition: impl Fn() -> bool) {
     let wait = async {
         while !condition() {

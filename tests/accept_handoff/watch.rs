@@ -1,4 +1,4 @@
-//! `--watch`: the picture on a terminal, and the lines elsewhere.
+//! The option `--watch`: the picture on a terminal, and the lines without one.
 
 use std::{
     fs::File,
@@ -21,14 +21,14 @@ use tokio::{io::AsyncBufReadExt, io::BufReader, process::Child};
 
 use crate::{PATIENCE, example, get, soon, until};
 
-/// A running example on a terminal of its own, which is killed when this is dropped.
+/// A running example on a terminal of its own. When it is dropped, it is killed.
 struct Watched {
     child: Child,
     written: Arc<Mutex<String>>,
 }
 
-/// A row of the picture: the worker's process, its state, how often it was started again, and how
-/// its process before this one ended.
+/// A row of the picture: the worker's process, its state, the connections it has adopted, how often
+/// it was started again, and how its last process has ended.
 #[derive(Debug)]
 struct Row {
     pid: i32,
@@ -52,7 +52,7 @@ impl Watched {
         let written = Arc::new(Mutex::new(String::new()));
         let kept = Arc::clone(&written);
         thread::spawn(move || {
-            // A character may be cut in the middle.
+            // A read may end within a character, so all bytes are decoded each time.
             let (mut ours, mut bytes) = (File::from(ours), Vec::new());
             let mut more = [0; 4096];
             while let Ok(count @ 1..) = ours.read(&mut more) {
@@ -63,7 +63,7 @@ impl Watched {
         Self { child, written }
     }
 
-    /// The last picture that is complete.
+    /// Returns the last picture that is complete.
     fn picture(&self) -> String {
         let written = self.written.lock().unwrap();
         let whole = written.rsplit_once("\x1b[J").map_or("", |(whole, _)| whole);
@@ -78,7 +78,7 @@ impl Watched {
             let [_, pid, state, _, _, adopted, _, restarts, last_exit] =
                 Vec::from_iter(cells).try_into().unwrap();
             Some(Row {
-                pid: pid.parse().ok()?, // it is being started again, or it is the header
+                pid: pid.parse().ok()?, // fails for the header, and while a worker is restarting
                 state: state.to_owned(),
                 adopted: adopted.parse().unwrap(),
                 restarts: restarts.parse().unwrap(),
@@ -91,6 +91,7 @@ impl Watched {
 
 #[tokio::test]
 async fn a_picture_on_a_terminal_shows_the_workers_and_changes_after_a_kill() {
+    // Both workers are ready, and have done nothing yet.
     let mut watched = Watched::start();
     let is_ready = |row: &Row| row.state == "ready";
     until("both workers are ready", || {
@@ -104,14 +105,15 @@ async fn a_picture_on_a_terminal_shows_the_workers_and_changes_after_a_kill() {
     assert!(before.iter().all(|row| row.restarts == 0 && row.last_exit.is_empty()), "{before:?}");
     assert!(before.iter().all(|row| row.adopted == 0), "{before:?}");
 
+    // The picture shows an adoption, and a restart after a kill.
     let victim = get(address).await.unwrap();
-    until("it is shown that it has adopted one", || {
+    until("the adoption is shown", || {
         watched.rows().iter().any(|row| row.pid == victim.as_raw() && row.adopted == 1)
     })
     .await;
     assert!(watched.picture().contains(": adopted 1 ("), "{}", watched.picture());
     kill(victim, Signal::SIGKILL).unwrap();
-    until("it is shown that it was started again", || {
+    until("the restart is shown", || {
         let rows = watched.rows();
         let again = rows.iter().find(|row| row.restarts == 1);
         again.is_some_and(|row| {

@@ -1,6 +1,6 @@
 use tracing::{Event, Level, Metadata, Subscriber, span};
 
-/// A subscriber that calls a function with each event of one level.
+/// A subscriber that calls a function with each event of one level, and ignores spans.
 pub(crate) struct Events<F>(pub(crate) Level, pub(crate) F);
 
 impl<F: Fn(&Event<'_>) + 'static> Subscriber for Events<F>

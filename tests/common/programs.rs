@@ -1,10 +1,10 @@
-//! Programs that tests run: whether they are there, and what their demos print. The tests of
-//! `examples/services` use this file too.
+//! Programs that tests run: whether they are installed, and the numbers that their demos print. The
+//! tests of `examples/services` use this file too.
 
 use std::{collections::BTreeMap, path::PathBuf, process::Command};
 
-/// Returns the path of a program. If it is not installed, returns `None` with the reason printed,
-/// and fails with `FDWIRE_REQUIRE_FOREIGN`.
+/// Returns the path of a program. If it is not installed, prints that and returns `None`, or fails
+/// if `FDWIRE_REQUIRE_FOREIGN` is set.
 pub(crate) fn installed(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut directories: Vec<_> = std::env::split_paths(&path).collect();
@@ -19,7 +19,7 @@ pub(crate) fn installed(program: &str) -> Option<PathBuf> {
     found
 }
 
-/// Prints why a test does not run, and fails with `FDWIRE_REQUIRE_FOREIGN`.
+/// Prints why a test does not run, or fails if `FDWIRE_REQUIRE_FOREIGN` is set.
 pub(crate) fn skipped(reason: &str) {
     assert!(
         std::env::var_os("FDWIRE_REQUIRE_FOREIGN").is_none(),

@@ -11,9 +11,9 @@ use rustix::{
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg},
 };
 
-/// The most bytes of a packet that has the beginning of a frame.
+/// The limit of the bytes in a packet that has the beginning of a frame.
 pub(crate) const MOST_BYTES: usize = 65_600;
-/// The most descriptors of a packet, and of frames of which no byte has come.
+/// The limit of the descriptors in a packet, and of those that come before any byte of their frame.
 pub(crate) const MOST_FDS: usize = 253;
 
 pub(crate) struct RawReceiver {
@@ -28,7 +28,8 @@ impl RawReceiver {
         Self { socket, kind, bytes: Vec::new(), fds: VecDeque::new() }
     }
 
-    /// The payload and the descriptors of the next frame. `None` at the end.
+    /// Returns the payload and the descriptors of the next frame, or `None` at the end of the
+    /// stream.
     pub(crate) async fn frame(&mut self) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
         loop {
             if let Some((fds, frame_bytes)) =
@@ -49,7 +50,8 @@ impl RawReceiver {
         }
     }
 
-    /// The descriptors and the bytes of the frame that has begun, once its header is complete.
+    /// Returns how many descriptors and bytes the frame has that has begun. Returns `None` until
+    /// its header is complete.
     fn header(&self) -> Option<(usize, usize)> {
         let (header, _) = self.bytes.split_first_chunk::<8>()?;
         assert_eq!(header[..2], [0xFD, 0x10]);
@@ -58,8 +60,9 @@ impl RawReceiver {
         Some((fds.into(), 8 + payload as usize))
     }
 
-    /// One `recvmsg`. Returns false at the end.
+    /// Receives with one `recvmsg`. Returns false at the end of the stream.
     async fn receive(&mut self) -> bool {
+        // One `recvmsg` takes a packet, or the missing bytes of a frame.
         let missing = self.header().map_or(0, |(_, bytes)| bytes - self.bytes.len());
         let mut room = vec![0; MOST_BYTES.max(missing)];
         let mut control = [MaybeUninit::uninit(); cmsg_space!(ScmRights(253))];
@@ -73,6 +76,8 @@ impl RawReceiver {
                 received => break received.unwrap(),
             }
         };
+
+        // Nothing of it was cut off, and a packet keeps the limits.
         assert!(
             !received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC),
             "there was too little room"
@@ -94,7 +99,8 @@ impl RawReceiver {
         received.bytes > 0
     }
 
-    /// Of the last frame that has begun, all descriptors may have come.
+    /// Checks how many descriptors have come before the bytes of their frames. Only whole frames
+    /// are checked: if one has begun, all its descriptors may have come already.
     fn check_ahead(&self) {
         let (mut bytes, mut claimed) = (&self.bytes[..], 0);
         while let Some((header, rest)) = bytes.split_first_chunk::<8>() {

@@ -1,4 +1,4 @@
-//! How many descriptors a dispatcher has open. Each test runs in a process of its own.
+//! The descriptors that a dispatcher has open. Each test runs in a process of its own.
 
 use std::{
     io::{Read, Write},
@@ -41,7 +41,7 @@ use crate::{
     raw_worker::{Client, Point, Raw, connections, serve, stop, until, worker_command},
 };
 
-/// Runs a test in a process of its own, since it counts descriptors or is about the whole process.
+/// Runs a test in a process of its own, because it counts descriptors or changes the whole process.
 pub(crate) fn alone(name: &str, test: impl Future<Output = ()>) {
     if std::env::var("FDWIRE_ROLE").as_deref() == Ok(name) {
         return run(test);
@@ -64,6 +64,7 @@ fn clients_of_full_workers_wait_in_the_backlog() {
 
 async fn full() {
     const CLIENTS: u32 = 1000;
+    // Each of two workers asks for one connection, and gets it.
     let dispatcher =
         Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
     let mut a = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
@@ -82,19 +83,21 @@ async fn full() {
     b.adopt(1).await;
     until("both are full", || dispatcher.stats().adopted == 2).await;
 
+    // The other clients connect. None of them is accepted.
     let before = open_fds();
     for serial in 2..CLIENTS {
         clients.push(Client::connect(address, serial).await);
     }
-    // Whatever could be accepted would have been by the time that pings have gone to and fro.
+    // A connection that could be accepted would be, before two pings are answered.
     for _ in 0..2 {
         a.step().await.unwrap();
     }
-    assert!(open_fds() - before <= clients.len() - 2, "none but the clients' own");
+    assert!(open_fds() - before <= clients.len() - 2, "only the clients' own were opened");
     assert_eq!(dispatcher.stats().dispatched, 2);
 
+    // The workers ask for more, and all clients are served.
     for worker in [&mut a, &mut b] {
-        worker.say(FromWorker::Demand { total: u64::from(CLIENTS) }).await;
+        worker.send(FromWorker::Demand { total: u64::from(CLIENTS) }).await;
     }
     let work = async |mut worker: Raw| {
         while let Some(offer) = worker.offer().await {
@@ -137,8 +140,8 @@ async fn emfile() {
 }
 
 #[test]
-fn it_is_known_that_nothing_is_accepted_without_descriptors() {
-    const NAME: &str = "descriptors::it_is_known_that_nothing_is_accepted_without_descriptors";
+fn stats_show_that_accepting_pauses_without_descriptors() {
+    const NAME: &str = "descriptors::stats_show_that_accepting_pauses_without_descriptors";
     alone(NAME, async {
         let (_directory, dispatcher) = with_worker().await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -161,11 +164,11 @@ fn it_is_known_that_nothing_is_accepted_without_descriptors() {
     });
 }
 
-/// If an offer took a descriptor, connections that hold all that there are would wait for each
-/// other.
+/// If an offer needed another descriptor, connections that hold all of the process's descriptors
+/// would wait for each other.
 #[test]
-fn a_hand_over_takes_no_descriptor() {
-    alone("descriptors::a_hand_over_takes_no_descriptor", async {
+fn a_dispatch_opens_no_descriptor() {
+    alone("descriptors::a_dispatch_opens_no_descriptor", async {
         let (_directory, dispatcher) = with_worker().await;
         let (clients, accepted): (Vec<_>, Vec<_>) = connections(20).await.into_iter().unzip();
         limit_fds(3);
@@ -175,15 +178,15 @@ fn a_hand_over_takes_no_descriptor() {
         for client in clients {
             assert_ne!(client.answer().await, "");
         }
-        limit_fds(1000); // to remove the directory takes one
+        limit_fds(1000); // the removal of the directory needs one
     });
 }
 
-/// The application holds nearly all descriptors, and a worker does not answer: the others are
-/// served all the same.
+/// The application holds nearly all descriptors, and one worker does not answer. The clients of the
+/// other worker are served all the same.
 #[test]
-fn accepting_goes_on_where_few_descriptors_are_left() {
-    alone("descriptors::accepting_goes_on_where_few_descriptors_are_left", async {
+fn accepting_goes_on_although_few_descriptors_are_left() {
+    alone("descriptors::accepting_goes_on_although_few_descriptors_are_left", async {
         let (_directory, dispatcher) = with_worker().await;
         let mut silent = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -211,13 +214,14 @@ fn accepting_goes_on_where_few_descriptors_are_left() {
     });
 }
 
-/// Connections that nobody takes for the moment do not hold all descriptors: one is free for the
-/// worker that will take them.
+/// Connections that no worker takes for the moment do not use up the descriptors. The worker that
+/// will take them needs one to be started.
 #[test]
 fn a_worker_is_started_again_though_clients_wait() {
     const NAME: &str = "descriptors::a_worker_is_started_again_though_clients_wait";
     const CLIENTS: u32 = 100;
     alone(NAME, async {
+        // There is a worker process, and a worker in this process that answers nothing yet.
         let directory = tempfile::tempdir().unwrap();
         let dispatcher =
             Dispatcher::builder().recall_after(Duration::MAX).hang_timeout(Duration::MAX).build();
@@ -230,6 +234,7 @@ fn a_worker_is_started_again_though_clients_wait() {
         until("the worker is ready", || worker().credit > 0).await;
         let pid = Pid::from_raw(worker().pid.unwrap() as i32);
         let mut busy = Raw::start(&dispatcher, SocketKind::SeqPacket, CLIENTS.into()).await;
+        // Clients connect while the worker process is stopped.
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let mut clients = Vec::new();
@@ -237,12 +242,13 @@ fn a_worker_is_started_again_though_clients_wait() {
             clients.push(Client::connect(address, serial).await);
         }
         stop(pid).await;
-        // A few are left to connections, and 16 to others.
+        // 10 descriptors are left for connections, and 16 for other purposes.
         limit_fds(open_fds() as u64 + 26);
         let serving = dispatcher.serve(listener);
         let work = async {
             until("the reserve is reached", || dispatcher.stats().dispatched > 5).await;
-            sleep(Duration::from_millis(200)).await; // for all that would be accepted
+            sleep(Duration::from_millis(200)).await; // more would be accepted within this time
+            // The process dies, and its successor serves all clients.
             kill(pid, Signal::SIGKILL).unwrap();
             let offers = dispatcher
                 .stats()
@@ -262,11 +268,12 @@ fn a_worker_is_started_again_though_clients_wait() {
     });
 }
 
-/// A thread for each would be as many as connections.
+/// With a thread for each close, there would be as many threads as connections.
 #[test]
 fn connections_that_nobody_takes_are_closed_by_few_threads() {
     const CONNECTIONS: usize = 3000;
     alone("descriptors::connections_that_nobody_takes_are_closed_by_few_threads", async {
+        // There is no worker, so all connections wait.
         let dispatcher = Dispatcher::builder().build();
         let mut clients = Vec::new();
         for _ in 0..CONNECTIONS {
@@ -274,6 +281,7 @@ fn connections_that_nobody_takes_are_closed_by_few_threads() {
             clients.push(client);
             drop(dispatcher.dispatch(connection)); // nobody waits for the outcome
         }
+        // While a drain closes the connections, a thread counts the threads of this process.
         let is_done = Arc::new(AtomicBool::new(false));
         let counting = std::thread::spawn({
             let is_done = Arc::clone(&is_done);
@@ -296,14 +304,15 @@ fn connections_that_nobody_takes_are_closed_by_few_threads() {
     });
 }
 
-/// Of a connection that lingers: the last close would wait for its client.
+/// The connection lingers (`SO_LINGER`), so its last close waits for the client.
 #[test]
-fn the_end_of_the_runtime_waits_for_no_connection() {
-    const NAME: &str = "descriptors::the_end_of_the_runtime_waits_for_no_connection";
+fn the_end_of_the_runtime_waits_for_no_connection_to_close() {
+    const NAME: &str = "descriptors::the_end_of_the_runtime_waits_for_no_connection_to_close";
     if std::env::var("FDWIRE_ROLE").as_deref() != Ok(NAME) {
         return alone(NAME, async {});
     }
     for offered in [false, true] {
+        // The connection has a full send queue. It waits at the dispatcher, or is offered.
         let runtime = one_thread();
         let (client, worker) = runtime.block_on(async {
             let dispatcher = Dispatcher::builder().build();
@@ -311,7 +320,7 @@ fn the_end_of_the_runtime_waits_for_no_connection() {
             let (client, accepted) = connections(1).await.pop().unwrap();
             let mut accepted = accepted.into_std().unwrap();
             accepted.set_nonblocking(false).unwrap();
-            accepted.read_exact(&mut [0; 4]).unwrap(); // or it would be reset, and not linger
+            accepted.read_exact(&mut [0; 4]).unwrap(); // a close with unread bytes would reset it
             accepted.set_nonblocking(true).unwrap();
             setsockopt(&accepted, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 600 })
                 .unwrap();
@@ -326,6 +335,7 @@ fn the_end_of_the_runtime_waits_for_no_connection() {
             });
             (client.0.into_std().unwrap(), worker)
         });
+        // The client reads only after the runtime has ended.
         let go_on = late_reader(client);
         drop(runtime);
         go_on().expect("a close blocked the end of the runtime");
@@ -333,16 +343,16 @@ fn the_end_of_the_runtime_waits_for_no_connection() {
     }
 }
 
-/// A client that reads nothing until the returned function is called, or until a close has blocked
-/// for long, which is an error.
+/// Starts a client that reads nothing until the returned function is called. If that takes long, a
+/// close has blocked: then the client reads too, and the function returns an error.
 fn late_reader(mut client: net::TcpStream) -> impl FnOnce() -> Result<(), RecvTimeoutError> {
     client.set_nonblocking(false).unwrap();
-    let (go_on, told) = std::sync::mpsc::channel();
+    let (go_on, called) = std::sync::mpsc::channel();
     let client = std::thread::spawn(move || {
-        let told = told.recv_timeout(Duration::from_secs(10));
+        let was_called = called.recv_timeout(Duration::from_secs(10));
         let _ = client.shutdown(Shutdown::Write);
         let _ = client.read_to_end(&mut Vec::new());
-        told
+        was_called
     });
     move || {
         let _ = go_on.send(());
@@ -350,11 +360,12 @@ fn late_reader(mut client: net::TcpStream) -> impl FnOnce() -> Result<(), RecvTi
     }
 }
 
-/// The worker has room for one at a time, and a listener that can't accept waits for a descriptor:
-/// not in that place.
+/// The worker has room for one connection at a time. A listener that cannot accept, because no
+/// descriptor is free, does not keep that slot while it waits.
 #[test]
-fn a_listener_without_descriptors_leaves_its_place_to_others() {
-    const NAME: &str = "descriptors::a_listener_without_descriptors_leaves_its_place_to_others";
+fn a_listener_without_descriptors_leaves_its_slot_to_others() {
+    const NAME: &str = "descriptors::a_listener_without_descriptors_leaves_its_slot_to_others";
+    // The worker's process.
     if std::env::var_os("FDWIRE_WORKER").is_some() {
         return run(async {
             let mut incoming = Incoming::builder().window(1).from_stdin().unwrap();
@@ -370,13 +381,15 @@ fn a_listener_without_descriptors_leaves_its_place_to_others() {
         command.args([NAME, "--exact", "--nocapture"]).env("FDWIRE_WORKER", "1").kill_on_drop(true);
         dispatcher.spawn_worker(command).unwrap();
         until("the worker is ready", || dispatcher.stats().workers[0].credit == 1).await;
+        // A client waits at the listener, which can accept nothing.
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let _client = Client::connect(listener.local_addr().unwrap(), 0).await;
         let (_clients, accepted): (Vec<_>, Vec<_>) = connections(10).await.into_iter().unzip();
         limit_fds(3);
         let serving = dispatcher.serve(listener);
         let work = async {
-            sleep(Duration::from_millis(100)).await; // for the listener to try
+            sleep(Duration::from_millis(100)).await; // the listener tries within this time
+            // Other connections are handed over all the same.
             join_all(accepted.into_iter().map(|connection| dispatcher.dispatch(connection))).await
         };
         tokio::select! {
@@ -387,7 +400,7 @@ fn a_listener_without_descriptors_leaves_its_place_to_others() {
     });
 }
 
-/// A dispatcher with a worker that is a process of its own, and so has descriptors when the
+/// Returns a dispatcher with a worker in a process of its own, which has descriptors even when the
 /// dispatcher has none.
 async fn with_worker() -> (TempDir, Dispatcher) {
     let directory = tempfile::tempdir().unwrap();
@@ -399,32 +412,35 @@ async fn with_worker() -> (TempDir, Dispatcher) {
     (directory, dispatcher)
 }
 
-/// None can be opened with a number from this on.
+/// Sets the limit of descriptors: numbers from `limit` on can no longer be opened.
 fn limit_fds(limit: u64) {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, limit, hard).unwrap();
 }
 
-/// A worker that was cut off, and may live on, holds copies of connections that another one serves.
-/// The dispatcher's own are needed as long as these are served, and no longer.
+/// A worker that was cut off, and may live on, holds stale copies of connections that another
+/// worker serves. The dispatcher keeps its own copies as long as these connections are served.
 #[test]
-fn copies_are_kept_as_long_as_they_are_of_use() {
-    alone("descriptors::copies_are_kept_as_long_as_they_are_of_use", async {
+fn stale_copies_are_kept_only_as_long_as_they_are_needed() {
+    alone("descriptors::stale_copies_are_kept_only_as_long_as_they_are_needed", async {
+        // A worker gets three offers, and is cut off because it answers four.
         let dispatcher = Dispatcher::builder().ping_interval(Duration::from_millis(20)).build();
         let mut bad = Raw::start(&dispatcher, SocketKind::SeqPacket, 3).await;
         let (clients, accepted): (Vec<_>, Vec<_>) = connections(3).await.into_iter().unzip();
         let outcomes =
             Vec::from_iter(accepted.into_iter().map(|connection| dispatcher.dispatch(connection)));
         let copies = bad.offers(3).await;
-        bad.say(FromWorker::Adopted { first: 0, count: 4 }).await;
+        bad.send(FromWorker::Adopted { first: 0, count: 4 }).await;
         bad.ended().await;
 
+        // Another worker adopts the connections. The dispatcher keeps a copy of each.
         let mut good = Raw::start(&dispatcher, SocketKind::SeqPacket, 3).await;
         let before = open_fds();
         let offers = good.offers(3).await;
         good.adopt(3).await;
         assert!(join_all(outcomes).await.into_iter().all(|outcome| outcome.is_ok()));
-        assert_eq!(open_fds(), before + 3, "the good worker's; the dispatcher's own are kept");
+        assert_eq!(open_fds(), before + 3, "the good worker has three, and none was closed");
+        // The worker ends the connections, and the dispatcher closes its copies.
         for offer in offers {
             let (_, stream) = serve(offer, "good").unwrap();
             stream.shutdown(Shutdown::Both).unwrap();
@@ -439,10 +455,12 @@ fn copies_are_kept_as_long_as_they_are_of_use() {
     });
 }
 
-/// A process that connects, leaves, and connects again is watched no longer than is of use.
+/// A process that connects, leaves, and connects again is watched only as long as a worker needs
+/// it.
 #[test]
 fn a_process_that_connects_again_and_again_leaves_nothing_behind() {
     const ROLE: &str = "descriptors::a_process_that_connects_again_and_again_leaves_nothing_behind";
+    // The process gets one connection each time that it is connected.
     if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
         return run(async {
             for _ in 0..20 {
@@ -455,6 +473,7 @@ fn a_process_that_connects_again_and_again_leaves_nothing_behind() {
             std::future::pending().await
         });
     }
+    // The dispatcher has no more descriptors afterwards than before.
     alone(ROLE, async {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("front.sock");
@@ -472,10 +491,10 @@ fn a_process_that_connects_again_and_again_leaves_nothing_behind() {
             for round in 1..=20 {
                 let (_client, accepted) = connections(1).await.pop().unwrap();
                 dispatcher.dispatch(accepted).await.unwrap();
-                until("it has left", || dispatcher.stats().retired.drained == round).await;
+                until("the worker has left", || dispatcher.stats().retired.drained == round).await;
             }
-            // The listener's, and its lock.
-            until("nothing is left of it", || open_fds() <= before + 2).await;
+            // The descriptors of the listener and its lock stay open.
+            until("no descriptor of the worker is left", || open_fds() <= before + 2).await;
         };
         tokio::select! {
             () = accepting => unreachable!(),
@@ -484,10 +503,11 @@ fn a_process_that_connects_again_and_again_leaves_nothing_behind() {
     });
 }
 
-/// Of a connection that lingers: the last close would wait for its client.
+/// The connection lingers (`SO_LINGER`), so its last close waits for the client.
 #[test]
-fn copies_of_no_use_are_closed_without_blocking() {
-    alone("descriptors::copies_of_no_use_are_closed_without_blocking", async {
+fn stale_copies_without_use_are_closed_without_blocking() {
+    alone("descriptors::stale_copies_without_use_are_closed_without_blocking", async {
+        // A worker is cut off, and another one adopts its connection. The dispatcher has a copy.
         let dispatcher = Dispatcher::builder().ping_interval(Duration::from_millis(20)).build();
         let mut bad = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
         let (client, accepted) = connections(1).await.pop().unwrap();
@@ -495,15 +515,15 @@ fn copies_of_no_use_are_closed_without_blocking() {
         setsockopt(&accepted, sockopt::Linger, &linger).unwrap();
         let outcome = dispatcher.dispatch(accepted);
         let copies = bad.offers(1).await;
-        bad.say(FromWorker::Adopted { first: 0, count: 2 }).await;
+        bad.send(FromWorker::Adopted { first: 0, count: 2 }).await;
         bad.ended().await;
         let mut good = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
         let offer = good.offer().await.unwrap();
         good.adopt(1).await;
         outcome.await.unwrap();
 
-        // It ends with unsent data, which the client takes when it is told to, or when the close
-        // has blocked this thread.
+        // The connection ends with unsent data. The client reads it when `go_on` is called, or
+        // when a close has blocked this thread for long.
         let (_, mut stream) = serve(offer, "good").unwrap();
         stream.set_nonblocking(true).unwrap();
         while stream.write(&[0; 65536]).is_ok() {}

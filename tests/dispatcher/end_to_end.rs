@@ -37,6 +37,7 @@ use crate::{
 
 const ROLE: &str = "end_to_end::worker_process";
 
+/// Returns the command of a worker process, which logs the serial numbers that it serves.
 pub(crate) fn command(log: &Path) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_ROLE", ROLE).env("FDWIRE_LOG", log);
@@ -51,6 +52,7 @@ fn worker_process() {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
+        // The worker connects to a path, or has its link as standard input.
         let mut incoming = match std::env::var_os("FDWIRE_CONNECT") {
             Some(path) => Incoming::connect(path).await.unwrap(),
             None => Incoming::from_stdin().unwrap(),
@@ -59,14 +61,16 @@ fn worker_process() {
             // The application starts a program, which by default inherits standard input.
             Command::new("sh").arg("-c").arg(script).spawn().unwrap();
         }
+        // Each connection is served by a task. The worker ends when all of them have ended.
         let handle = incoming.handle();
-        let http = std::env::var_os("FDWIRE_HTTP").is_some();
+        let is_http = std::env::var_os("FDWIRE_HTTP").is_some();
         while let Some(batch) = incoming.next_batch(16).await {
             for connection in batch {
-                match http {
-                    true => tokio::spawn(http_application(connection, handle.clone())),
-                    false => tokio::spawn(application(connection)),
-                };
+                if is_http {
+                    tokio::spawn(http_application(connection, handle.clone()));
+                } else {
+                    tokio::spawn(application(connection));
+                }
             }
         }
         handle.ended().await;
@@ -74,7 +78,7 @@ fn worker_process() {
     std::process::exit(0);
 }
 
-/// Logs the client's serial number, and answers each of its bytes with the process id.
+/// Logs the client's serial number, and answers with the process id.
 async fn application(mut connection: Connection) {
     let mut serial = [0; 4];
     if connection.read_exact(&mut serial).await.is_err() {
@@ -87,13 +91,13 @@ async fn application(mut connection: Connection) {
     let _ = connection.write_all(pid.to_string().as_bytes()).await;
 }
 
-/// Answers requests with the process id; once it is to drain, it ends each connection with its next
-/// answer.
+/// Answers requests with the process id. When the worker is to drain, it ends each connection with
+/// its next answer.
 async fn http_application(connection: Connection, handle: IncomingHandle) {
     let service = service_fn(|_request| {
-        let draining = handle.drain_requested().now_or_never().is_some();
+        let is_draining = handle.drain_requested().now_or_never().is_some();
         let mut response = Response::new(Full::new(Bytes::from(std::process::id().to_string())));
-        if draining {
+        if is_draining {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         async { Ok::<_, Infallible>(response) }
@@ -101,6 +105,7 @@ async fn http_application(connection: Connection, handle: IncomingHandle) {
     let _ = http1::Builder::new().serve_connection(TokioIo::new(connection), service).await;
 }
 
+/// Waits until this many workers are ready and have asked for connections.
 pub(crate) async fn started(dispatcher: &Dispatcher, workers: usize) {
     until("the workers are ready", || {
         let stats = dispatcher.stats();
@@ -118,6 +123,7 @@ pub(crate) async fn started(dispatcher: &Dispatcher, workers: usize) {
 fn connections_are_served_and_the_workers_drain() {
     for kind in KINDS {
         run(async {
+            // Two workers share the connections.
             let directory = tempfile::tempdir().unwrap();
             let log = directory.path().join("served");
             let dispatcher = Dispatcher::builder().build();
@@ -141,6 +147,7 @@ fn connections_are_served_and_the_workers_drain() {
             for client in clients {
                 assert!(pids.contains_key(&client.answer().await.parse().ok()));
             }
+            // A drain ends both, and each connection was served once.
             dispatcher.drain(None).await;
             assert_eq!(served_by(&log).len(), 20);
             assert_eq!(dispatcher.stats().retired.drained, 2);
@@ -171,15 +178,14 @@ fn workers_may_connect_to_a_path() {
     });
 }
 
-/// The fates of the clients of a storm.
+/// The numbers of the clients of a storm, by what became of them.
 #[derive(Debug, Default)]
 struct Storm {
     answered: Cell<u32>,
     cut: Cell<u32>,
 }
 
-/// Clients one after the other, 64 at a time, each with a connection and a serial number of its
-/// own.
+/// Runs clients, 64 at a time, each of which has a connection and a serial number of its own.
 async fn storm(address: SocketAddr, clients: u32) -> Storm {
     let storm = Storm::default();
     stream::iter(0..clients)
@@ -204,12 +210,12 @@ async fn listen() -> (TcpListener, SocketAddr) {
 }
 
 #[test]
-fn a_storm_while_workers_are_killed_at_random() {
+fn a_storm_of_clients_loses_no_connection_while_workers_are_killed() {
     const CLIENTS: u32 = 20_000;
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("served");
-        // Every worker is bound to die, whatever it has: no connection is to be suspected of it.
+        // All workers are killed, whatever they have. So many offers of a connection may fail.
         let dispatcher = Dispatcher::builder().max_offers(20).build();
         for kind in [SocketKind::SeqPacket, SocketKind::Stream, SocketKind::SeqPacket] {
             let worker = WorkerCommand::from(command(&log)).socket_kind(kind).restart(true);
@@ -220,6 +226,7 @@ fn a_storm_while_workers_are_killed_at_random() {
             let dispatcher = dispatcher.clone();
             async move { dispatcher.serve(listener).await }
         });
+        // One of the workers that are ready is killed every 50 ms.
         let mut random = std::num::Wrapping(std::process::id() as usize);
         let kills = Cell::new(0);
         let killing = async {
@@ -244,14 +251,15 @@ fn a_storm_while_workers_are_killed_at_random() {
             storm = storm(address, CLIENTS) => storm,
             () = killing => unreachable!(),
         };
-        // A client may have its answer before the dispatcher has read the worker's.
+        // Every connection is adopted once. A client may have its answer before the dispatcher has
+        // received that of the worker.
         until("all are adopted", || dispatcher.stats().adopted == u64::from(CLIENTS)).await;
         let stats = dispatcher.stats();
         println!("{} kills, {storm:?}, {stats:?}", kills.get());
         assert_eq!(stats.dispatched, u64::from(CLIENTS));
         assert_eq!((stats.lost, stats.given_back), (0, 0));
-        let served = served_by(&log); // none twice
-        // Whoever was not answered was adopted by a worker that was killed.
+        let served = served_by(&log); // fails if a client was served twice
+        // A client without an answer was adopted by a worker that was killed.
         assert!(served.len() as u32 >= storm.answered.get());
         assert_eq!(storm.answered.get() + storm.cut.get(), CLIENTS);
         assert!(stats.retired.ended > 0);
@@ -264,6 +272,7 @@ fn a_storm_while_workers_are_killed_at_random() {
 fn every_worker_is_replaced_under_load_and_no_client_notices() {
     const CLIENTS: u32 = 3000;
     run(async {
+        // Three workers serve.
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("served");
         let dispatcher = Dispatcher::builder().build();
@@ -276,6 +285,7 @@ fn every_worker_is_replaced_under_load_and_no_client_notices() {
             let dispatcher = dispatcher.clone();
             async move { dispatcher.serve(listener).await }
         });
+        // While clients connect, each of them is replaced by a new one.
         let replacing = async {
             let old = dispatcher.stats().workers;
             for worker in &old {
@@ -286,6 +296,7 @@ fn every_worker_is_replaced_under_load_and_no_client_notices() {
             }
             old
         };
+        // All clients were served, and none of the old workers is left.
         let (old, storm) = tokio::join!(replacing, storm(address, CLIENTS));
         assert_eq!((storm.answered.get(), storm.cut.get()), (CLIENTS, 0));
         assert_eq!(served_by(&log).len() as u32, CLIENTS);
@@ -297,7 +308,8 @@ fn every_worker_is_replaced_under_load_and_no_client_notices() {
     });
 }
 
-/// A client that keeps its connection alive as long as the answers allow it.
+/// Sends requests one after the other, on one connection as long as the answers allow it, and then
+/// on a new one.
 async fn keep_alive_client(address: SocketAddr, requests: u32) {
     let mut left = requests;
     while left > 0 {
@@ -324,6 +336,7 @@ async fn keep_alive_client(address: SocketAddr, requests: u32) {
 #[test]
 fn every_worker_is_replaced_while_clients_keep_their_connections_alive() {
     run(async {
+        // Three workers serve HTTP.
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("served");
         let http = || {
@@ -341,6 +354,7 @@ fn every_worker_is_replaced_while_clients_keep_their_connections_alive() {
             let dispatcher = dispatcher.clone();
             async move { dispatcher.serve(listener).await }
         });
+        // Clients send requests until all workers are replaced.
         let done = Cell::new(false);
         let clients = join_all((0..16).map(async |_| {
             while !done.get() {
@@ -355,6 +369,7 @@ fn every_worker_is_replaced_while_clients_keep_their_connections_alive() {
             done.set(true);
         };
         tokio::join!(clients, replacing);
+        // Each worker has drained in time.
         let retired = dispatcher.stats().retired;
         assert_eq!((retired.drained, retired.overdue, retired.ended), (3, 0, 0));
         dispatcher.drain(Some(Duration::from_secs(30))).await;
@@ -369,7 +384,7 @@ fn a_stopped_worker_is_killed_and_started_again() {
         let log = directory.path().join("served");
         let dispatcher = Dispatcher::builder()
             .ping_interval(Duration::from_millis(100))
-            .hang_timeout(Duration::from_secs(1))
+            .hang_timeout(Duration::from_secs(2))
             .build();
         dispatcher.spawn_worker(WorkerCommand::from(command(&log)).restart(true)).unwrap();
         started(&dispatcher, 1).await;
@@ -399,27 +414,28 @@ fn a_connection_kept_alive_is_cut_at_the_deadline_of_a_drain() {
         dispatcher.spawn_worker(command(&log)).unwrap();
         started(&dispatcher, 1).await;
         let (listener, address) = listen().await;
-        // The application waits for its serial number.
+        // The application waits for the client's serial number, which does not come.
         let mut silent = TcpStream::connect(address).await.unwrap();
         dispatcher.dispatch(listener.accept().await.unwrap().0).await.unwrap();
         let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
         dispatcher.drain(Some(Duration::from_millis(300))).await;
         assert_eq!(dispatcher.stats().retired.overdue, 1);
-        assert!(kill(pid, None).is_err(), "it was killed and reaped");
+        assert!(kill(pid, None).is_err(), "the worker was killed and reaped");
         assert_eq!(silent.read_to_end(&mut Vec::new()).await.unwrap_or(0), 0);
     });
 }
 
-/// Not killed, it finds out by itself.
+/// The dispatcher does not kill the worker. The worker itself finds out that its link has ended.
 #[test]
 fn a_stopped_worker_that_goes_on_leaves_its_connections_to_others() {
     for kind in KINDS {
         run(async {
+            // A worker is stopped, and gets offers.
             let directory = tempfile::tempdir().unwrap();
             let log = directory.path().join("served");
             let dispatcher = Dispatcher::builder()
                 .ping_interval(Duration::from_millis(100))
-                .hang_timeout(Duration::from_secs(1))
+                .hang_timeout(Duration::from_secs(2))
                 .kill_hung(false)
                 .build();
             let spawn = || {
@@ -437,7 +453,8 @@ fn a_stopped_worker_that_goes_on_leaves_its_connections_to_others() {
                 clients.push(TcpStream::connect(address).await.unwrap());
                 outcomes.push(dispatcher.dispatch(listener.accept().await.unwrap().0));
             }
-            until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
+            // The worker is cut off, and a second one adopts all connections.
+            until("the worker was cut off", || dispatcher.stats().retired.hung == 1).await;
             let second = spawn();
             assert!(
                 join_all(outcomes)
@@ -448,9 +465,9 @@ fn a_stopped_worker_that_goes_on_leaves_its_connections_to_others() {
             let workers = dispatcher.stats().workers;
             let second = workers.iter().find(|worker| worker.id == second).unwrap().pid.unwrap();
 
-            // The application of the second one waits for the serial numbers meanwhile.
+            // The first worker goes on and ends, before the clients send their serial numbers.
             kill(first, Signal::SIGCONT).unwrap();
-            until("it has ended", || kill(first, None).is_err()).await;
+            until("the worker has ended", || kill(first, None).is_err()).await;
             for (serial, mut client) in clients.into_iter().enumerate() {
                 client.write_all(&(serial as u32).to_be_bytes()).await.unwrap();
                 assert_eq!(Client(client).answer().await, second.to_string());

@@ -25,7 +25,8 @@ use crate::{
     raw_worker::{Raw, adopted, connections, serve, until},
 };
 
-/// The worker is cut off, and its connections go to another one.
+/// Has a worker misbehave with `how` while it has two offers. Checks that it is cut off, and that
+/// another worker serves its connections.
 async fn misbehaves(kind: SocketKind, how: impl AsyncFnOnce(Raw) -> Raw) {
     let dispatcher = Dispatcher::builder().build();
     let mut bad = Raw::start(&dispatcher, kind, 2).await;
@@ -35,7 +36,7 @@ async fn misbehaves(kind: SocketKind, how: impl AsyncFnOnce(Raw) -> Raw) {
     let copies = bad.offers(2).await;
     let mut bad = how(bad).await;
     bad.ended().await;
-    until("it was cut off", || dispatcher.stats().retired.misbehaved == 1).await;
+    until("the worker was cut off", || dispatcher.stats().retired.misbehaved == 1).await;
 
     let mut good = Raw::start(&dispatcher, kind, 2).await;
     let offers = good.offers(2).await;
@@ -67,34 +68,37 @@ fn a_worker_that_misbehaves_is_cut_off_and_its_connections_go_to_another() {
         misbehaves(kind, garbage(b"GET / HTTP/1.1\r\n\r\n", 0)).await;
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\x10\0\x01", 0)).await; // one byte too long
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\x3E", 0)).await; // an unknown message
-        // A known one without its fields.
+        // An ADOPTED without its fields.
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x01\x03", 0)).await;
         misbehaves(kind, garbage(b"\xFD\x10\0\x01\0\0\0\x01\x07", 1)).await; // a descriptor
-        // One that nobody claims.
+        // A descriptor that no frame claims.
         misbehaves(kind, garbage(b"\xFD\x10\0\0\0\0\0\x09\x02\0\0\0\0\0\0\0\x09", 1)).await;
-        let says = |message| {
+        let sends = |message| {
             async move |mut raw: Raw| {
-                raw.say(message).await;
+                raw.send(message).await;
                 raw
             }
         };
-        misbehaves(kind, says(FromWorker::Adopted { first: 0, count: 3 })).await;
+        misbehaves(kind, sends(FromWorker::Adopted { first: 0, count: 3 })).await;
         misbehaves(
             kind,
-            says(FromWorker::Rejected { first: 0, count: u32::MAX, reason: RejectReason::Full }),
+            sends(FromWorker::Rejected { first: 0, count: u32::MAX, reason: RejectReason::Full }),
         )
         .await;
-        misbehaves(kind, says(FromWorker::Demand { total: 1 })).await;
-        misbehaves(kind, says(FromWorker::Load { finished: 1 })).await;
-        misbehaves(kind, says(FromWorker::Pong { nonce: 99 })).await;
-        misbehaves(kind, says(FromWorker::Hello { lowest: 1, highest: 1, max_fds: 1, open: None }))
-            .await;
+        misbehaves(kind, sends(FromWorker::Demand { total: 1 })).await;
+        misbehaves(kind, sends(FromWorker::Load { finished: 1 })).await;
+        misbehaves(kind, sends(FromWorker::Pong { nonce: 99 })).await;
+        misbehaves(
+            kind,
+            sends(FromWorker::Hello { lowest: 1, highest: 1, max_fds: 1, open: None }),
+        )
+        .await;
     });
 }
 
 /// Rules: W-HELLO, W-HELLO-FDS, D-VERSION.
 #[test]
-fn a_worker_that_does_not_say_hello_properly_is_cut_off() {
+fn a_worker_with_a_wrong_first_message_is_cut_off() {
     both(async |kind| {
         let first = [
             FromWorker::Hello { lowest: 2, highest: 9, max_fds: 1, open: None },
@@ -104,9 +108,9 @@ fn a_worker_that_does_not_say_hello_properly_is_cut_off() {
         ];
         for first in first {
             let dispatcher = Dispatcher::builder().build();
-            let (here, there) = Socket::pair(kind).unwrap();
-            dispatcher.add_worker(there);
-            let mut framed = Framed::new(here, WorkerCodec::default());
+            let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+            dispatcher.add_worker(dispatcher_end);
+            let mut framed = Framed::new(worker_end, WorkerCodec::default());
             framed.send(first).await.unwrap();
             assert!(framed.next().await.is_none());
             assert_eq!(dispatcher.stats().retired.misbehaved, 1);
@@ -114,7 +118,7 @@ fn a_worker_that_does_not_say_hello_properly_is_cut_off() {
     });
 }
 
-/// The adoptions in the same breath count too.
+/// The fault comes in the same call of `send`, right after an adoption.
 ///
 /// Rules: D-LAST-WORDS, D-ADOPTED.
 #[test]
@@ -136,10 +140,11 @@ fn answers_before_a_fault_count() {
     });
 }
 
-/// All are under suspicion at first, since the workers die before they have answered for any.
+/// The workers die before they have answered any offer, so all connections are suspects at first.
 #[test]
 fn a_connection_that_its_workers_die_of_is_given_back_and_the_others_are_not() {
     both(async |kind| {
+        // Two workers get all connections and die.
         const POISON: usize = 4;
         let dispatcher = Dispatcher::builder().max_offers(3).build();
         let (_clients, accepted): (Vec<_>, Vec<_>) = connections(10).await.into_iter().unzip();
@@ -150,9 +155,10 @@ fn a_connection_that_its_workers_die_of_is_given_back_and_the_others_are_not() {
             let mut worker = Raw::start(&dispatcher, kind, 100).await;
             worker.offers(10).await;
             drop(worker);
-            until("its death is noticed", || dispatcher.stats().workers.is_empty()).await;
+            until("the death of the worker is noticed", || dispatcher.stats().workers.is_empty())
+                .await;
         }
-        // From now on one by one.
+        // From now on, a worker gets one connection at a time. It dies of the fifth one.
         let mut worker = Raw::start(&dispatcher, kind, 100).await;
         for _ in 0..POISON {
             let _offer = worker.offer().await.unwrap();
@@ -168,6 +174,7 @@ fn a_connection_that_its_workers_die_of_is_given_back_and_the_others_are_not() {
         ));
         error.connection.into_socket().unwrap();
 
+        // The others are adopted.
         let mut worker = Raw::start(&dispatcher, kind, 100).await;
         for _ in POISON + 1..10 {
             worker.offer().await.unwrap();
@@ -181,6 +188,7 @@ fn a_connection_that_its_workers_die_of_is_given_back_and_the_others_are_not() {
 #[test]
 fn a_busy_worker_is_recalled_and_not_cut_off() {
     both(async |kind| {
+        // A worker that answers pings has two offers unanswered. They are recalled.
         let dispatcher = Dispatcher::builder()
             .ping_interval(Duration::from_millis(20))
             .hang_timeout(Duration::from_secs(10))
@@ -196,6 +204,7 @@ fn a_busy_worker_is_recalled_and_not_cut_off() {
         }
         assert_eq!(busy.recalled, 2);
         drop(copies);
+        // The worker rejects them, another one adopts them, and both workers go on.
         let mut free = Raw::start(&dispatcher, kind, 2).await;
         busy.reject(2, RejectReason::Recalled).await;
         free.offers(2).await;

@@ -23,10 +23,10 @@ use crate::{
     raw_worker::{Client, Raw, connections, until},
 };
 
-/// Connections of serial numbers below this are for the group "a", and the others for "b".
+/// The first serial number for the group "b". Connections with lower ones are for the group "a".
 const FIRST_OF_B: u32 = 1 << 24;
 
-/// Routes by the first byte, which the worker still reads.
+/// Chooses the group by the first byte, which the worker still reads.
 async fn route(stream: TcpStream) -> Option<Accepted> {
     let mut first = [0];
     stream.peek(&mut first).await.ok()?;
@@ -62,6 +62,7 @@ async fn start_groups(dispatcher: &Dispatcher, directory: &tempfile::TempDir) {
     started(dispatcher, 4).await;
 }
 
+/// Connects clients with these serial numbers. Returns the process ids that they got as answers.
 async fn answers(address: SocketAddr, serials: impl Iterator<Item = u32>) -> BTreeSet<u32> {
     let answers = serials.map(|serial| async move {
         let answer = Client::connect(address, serial).await.answer().await;
@@ -99,7 +100,8 @@ fn a_router_sends_connections_to_two_groups_by_their_first_bytes() {
     }
 }
 
-/// The waiting room fills up, in which 16 connections have place.
+/// At most 16 connections are prepared or wait at a time. Those of the dead group get half of these
+/// places, and further ones are closed.
 #[test]
 fn a_group_whose_workers_all_die_does_not_harm_the_other() {
     const CLIENTS: u32 = 40;
@@ -113,8 +115,9 @@ fn a_group_whose_workers_all_die_does_not_harm_the_other() {
             for pid in pids_of(&dispatcher, "a") {
                 kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
             }
-            until("they have left", || stats_of(&dispatcher, "a").is_none()).await;
+            until("the workers have left", || stats_of(&dispatcher, "a").is_none()).await;
 
+            // Clients of the dead group do not keep those of the other one from being served.
             let mut waiting = Vec::new();
             for serial in 0..CLIENTS {
                 waiting.push(Client::connect(address, serial).await);
@@ -126,7 +129,7 @@ fn a_group_whose_workers_all_die_does_not_harm_the_other() {
             let group = stats_of(&dispatcher, "a").unwrap();
             assert_eq!((group.workers, group.waiting_for_slot), (0, 8));
 
-            // Connections that wait are served when there is a worker again.
+            // When the dead group has a worker again, the connections that wait are served.
             let command = command(&directory.path().join("a"));
             dispatcher.in_group("a").spawn_worker(command).unwrap();
             let served = join_all(waiting.into_iter().map(Client::answer)).await;
@@ -140,7 +143,8 @@ fn a_group_whose_workers_all_die_does_not_harm_the_other() {
     });
 }
 
-/// Nothing is known of a connection before it is accepted, so a place in any group will do.
+/// The group of a connection is known only after it is accepted. So any group with room is enough
+/// to accept it.
 #[test]
 fn connections_to_be_prepared_are_accepted_when_a_worker_of_any_group_has_room() {
     both(async |kind| {
@@ -149,12 +153,12 @@ fn connections_to_be_prepared_are_accepted_when_a_worker_of_any_group_has_room()
         let checking = async {
             let mut client = TcpStream::connect(address).await.unwrap();
             client.write_all(&FIRST_OF_B.to_be_bytes()).await.unwrap();
-            until("it waits", || dispatcher.stats().slot_wait.is_some()).await;
+            until("a connection waits", || dispatcher.stats().slot_wait.is_some()).await;
             assert_eq!(dispatcher.stats().groups, []);
             let mut worker = Raw::start(&dispatcher.in_group("b"), kind, 1).await;
             worker.offer().await.unwrap();
             worker.adopt(1).await;
-            until("it is adopted", || dispatcher.stats().adopted == 1).await;
+            until("the connection is adopted", || dispatcher.stats().adopted == 1).await;
         };
         tokio::select! {
             ended = dispatcher.serve_with(listener, route) => panic!("{ended:?}"),
@@ -173,7 +177,7 @@ fn a_listener_of_a_group_waits_for_its_workers_only() {
         let mut worker = Raw::start(&other, kind, 2).await;
         let checking = async {
             let _waits = Client::connect(full_address, 0).await;
-            until("it waits", || stats_of(&dispatcher, "a").is_some()).await;
+            until("a connection waits", || stats_of(&dispatcher, "a").is_some()).await;
             for serial in 0..2 {
                 let _client = Client::connect(address, serial).await;
                 worker.offer().await.unwrap();
@@ -190,7 +194,7 @@ fn a_listener_of_a_group_waits_for_its_workers_only() {
     });
 }
 
-/// Whatever it says: the path that it connects to decides.
+/// The path to which a worker connects decides, and nothing that it sends.
 #[test]
 fn a_worker_that_connects_gets_connections_of_the_group_of_its_path() {
     run(async {
@@ -203,12 +207,14 @@ fn a_worker_that_connects_gets_connections_of_the_group_of_its_path() {
             let group = dispatcher.in_group(group);
             serving.push(tokio::spawn(async move { group.serve_workers(listener).await }));
         }
+        // A worker connects to the path of each group.
         let mut workers = Vec::new();
         for group in ["a", "b"] {
             let mut command = command(&directory.path().join("log"));
             command.env("FDWIRE_CONNECT", directory.path().join(group));
             workers.push(command.spawn().unwrap());
         }
+        // Each connection is served by the worker of its group.
         for (index, (client, accepted)) in connections(20).await.into_iter().enumerate() {
             let group = ["a", "b"][index % 2];
             let id = dispatcher.in_group(group).dispatch(accepted).await.unwrap();
@@ -244,7 +250,7 @@ fn a_connection_is_given_up_when_all_workers_of_its_group_have_failed_with_it() 
         assert!(matches!(failed.reason, NotDispatched::TooManyOffers { offers: 2, .. }));
         assert_eq!(stats_of(&dispatcher, "a"), None);
 
-        // It is the application's again, which may have another group serve it.
+        // The connection is the application's again, which has another group serve it.
         let mut other = Raw::start(&dispatcher.in_group("b"), kind, 1).await;
         let outcome = dispatcher.dispatch(failed.connection.group("b"));
         other.offer().await.unwrap();
@@ -254,9 +260,9 @@ fn a_connection_is_given_up_when_all_workers_of_its_group_have_failed_with_it() 
     });
 }
 
-/// The connection of a permit may turn out to be for another group.
+/// The permit was for a slot in one group, and its connection turns out to be for another.
 #[test]
-fn a_permit_of_one_group_leaves_its_place_when_the_connection_is_for_another() {
+fn a_permit_of_one_group_frees_its_slot_when_the_connection_is_for_another() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut a = Raw::start(&dispatcher.in_group("a"), kind, 1).await;
@@ -277,9 +283,9 @@ fn a_permit_of_one_group_leaves_its_place_when_the_connection_is_for_another() {
     });
 }
 
-/// Otherwise the drain would wait for a group that nobody serves.
+/// If the connections stayed, the drain would wait for a group that no worker serves.
 #[test]
-fn a_drain_gives_back_what_waits_for_a_group_without_workers() {
+fn a_drain_gives_back_connections_that_wait_for_a_group_without_workers() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Raw::start(&dispatcher, kind, 1).await;

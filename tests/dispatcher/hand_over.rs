@@ -1,4 +1,4 @@
-//! How connections are handed over.
+//! The choice of a worker for a connection, and what arrives at the worker.
 
 use std::{collections::BTreeSet, os::fd::OwnedFd, time::Duration};
 
@@ -23,7 +23,7 @@ use crate::{
 };
 
 #[test]
-fn a_connection_comes_with_what_is_known_of_it() {
+fn a_connection_comes_with_its_addresses_prefix_and_metadata() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Raw::start(&dispatcher, kind, 2).await;
@@ -41,18 +41,18 @@ fn a_connection_comes_with_what_is_known_of_it() {
         assert_eq!(serve(offer, "hello").unwrap().0, 0);
         assert_eq!(client.answer().await, "hello", "the dispatcher has no copy left");
 
-        let (here, there) = UnixStream::pair().unwrap();
-        let outcome = dispatcher.dispatch(there);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let outcome = dispatcher.dispatch(theirs);
         let offer = worker.offer().await.unwrap();
         assert_eq!(offer.peer, fdwire::handoff::Address::Unnamed);
         worker.adopt(1).await;
         outcome.await.unwrap();
-        drop(here);
+        drop(ours);
     });
 }
 
 #[test]
-fn the_least_loaded_worker_is_next() {
+fn the_least_loaded_worker_gets_the_next_connection() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let mut a = Raw::start(&dispatcher, SocketKind::SeqPacket, 100).await;
@@ -64,9 +64,9 @@ fn the_least_loaded_worker_is_next() {
         a.adopt(1).await;
         b.adopt(1).await;
         join_all([first, second]).await;
-        // The first is done with its one.
-        a.say(FromWorker::Load { finished: 1 }).await;
-        until("it was heard", || dispatcher.stats().workers[0].active == 0).await;
+        // The first worker has finished its connection, so it gets the next one.
+        a.send(FromWorker::Load { finished: 1 }).await;
+        until("the load was received", || dispatcher.stats().workers[0].active == 0).await;
         let third = next();
         let _third = a.offer().await.unwrap();
         a.adopt(1).await;
@@ -101,6 +101,7 @@ fn a_key_sticks_to_its_worker_and_overflows_to_one_other() {
     run(async {
         let dispatcher =
             Dispatcher::builder().strategy(Strategy::ByKey).ping_interval(Duration::MAX).build();
+        // Four workers have room for three connections each. Six connections have the same key.
         let mut workers = Vec::new();
         for _ in 0..4 {
             workers.push(Raw::start(&dispatcher, SocketKind::SeqPacket, 3).await);
@@ -117,10 +118,10 @@ fn a_key_sticks_to_its_worker_and_overflows_to_one_other() {
         assert_eq!(
             sorted,
             [0, 0, 3, 3],
-            "three fit the first, the others go to the second in its order"
+            "the first worker of the key has room for three, and the second gets the others"
         );
         drop(outcomes);
-        // Without a key, a client's address is one: all are from the same.
+        // Without a key, the client's address is the key. It is the same for all.
         let dispatcher = Dispatcher::builder().strategy(Strategy::ByKey).build();
         let _workers = (
             Raw::start(&dispatcher, SocketKind::SeqPacket, 9).await,
@@ -145,7 +146,7 @@ fn a_connection_waits_for_a_worker_with_room() {
         assert!((&mut outcome).now_or_never().is_none());
         assert_eq!(dispatcher.stats().waiting, 1);
         let mut worker = Raw::start(&dispatcher, kind, 0).await;
-        worker.say(FromWorker::Demand { total: 1 }).await;
+        worker.send(FromWorker::Demand { total: 1 }).await;
         let offer = worker.offer().await.unwrap();
         worker.adopt(1).await;
         assert_eq!(outcome.await.unwrap(), worker.id);
@@ -155,7 +156,7 @@ fn a_connection_waits_for_a_worker_with_room() {
 }
 
 #[test]
-fn what_a_worker_rejects_goes_to_another() {
+fn connections_that_a_worker_rejects_go_to_another() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut a = Raw::start(&dispatcher, kind, 5).await;
@@ -167,30 +168,32 @@ fn what_a_worker_rejects_goes_to_another() {
         a.reject(1, RejectReason::Full).await;
         a.reject(1, RejectReason::Unusable).await;
         a.adopt(1).await;
-        a.say(FromWorker::Draining).await;
+        a.send(FromWorker::Draining).await;
         a.reject(2, RejectReason::Draining).await;
         b.offers(4).await;
         b.adopt(4).await;
         let ids = Vec::from_iter(join_all(outcomes).await.into_iter().map(Result::unwrap));
         assert_eq!(ids, [b.id, b.id, a.id, b.id, b.id]);
-        a.say(FromWorker::Goodbye).await;
-        until("it has left", || dispatcher.stats().retired.drained == 1).await;
+        a.send(FromWorker::Goodbye).await;
+        until("the worker has left", || dispatcher.stats().retired.drained == 1).await;
         assert_eq!(dispatcher.stats().offered_again, 4);
     });
 }
 
 #[test]
-fn permits_keep_places_free() {
+fn permits_keep_slots_free() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Raw::start(&dispatcher, SocketKind::SeqPacket, 2).await;
+        // Two permits have both slots of the worker.
         let mut all = connections(3).await.into_iter().map(|(_, accepted)| accepted);
         let permit = dispatcher.reserve().await.unwrap();
         let other = dispatcher.reserve().await.unwrap();
         assert!(
             dispatcher.reserve().now_or_never().is_none(),
-            "both places are taken, and nothing is left of the waiting"
+            "both slots are taken, and dropping the future undoes its waiting"
         );
+        // A connection with a permit goes first. Another one gets the slot of a dropped permit.
         let waits = dispatcher.dispatch(all.next().unwrap());
         let goes = permit.dispatch(all.next().unwrap());
         worker.offers(1).await;
@@ -202,9 +205,10 @@ fn permits_keep_places_free() {
         worker.adopt(1).await;
         waits.await.unwrap();
 
+        // A permit is granted when the worker asks for more.
         let reserve = dispatcher.reserve();
         let more = async {
-            worker.say(FromWorker::Demand { total: 3 }).await;
+            worker.send(FromWorker::Demand { total: 3 }).await;
         };
         let (permit, ()) = tokio::join!(reserve, more);
         let _goes = permit.unwrap().dispatch(all.next().unwrap());
@@ -213,7 +217,7 @@ fn permits_keep_places_free() {
 }
 
 #[test]
-fn what_is_too_long_is_given_back() {
+fn a_connection_whose_prefix_is_too_long_is_given_back() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let (_client, accepted) = connections(1).await.pop().unwrap();
@@ -243,7 +247,7 @@ fn unix_connections_are_served_too() {
             assert_eq!(offer.transport, fdwire::handoff::Transport::UnixStream);
             assert_eq!(offer.local, fdwire::handoff::Address::Path(path.clone()));
             worker.adopt(1).await;
-            until("it is adopted", || dispatcher.stats().adopted == 1).await;
+            until("the connection is adopted", || dispatcher.stats().adopted == 1).await;
         };
         tokio::select! {
             outcome = dispatcher.serve(listener) => outcome.unwrap(),
@@ -252,7 +256,8 @@ fn unix_connections_are_served_too() {
     });
 }
 
-/// Nobody is at the other end: the mistake would show in the worker's application.
+/// The socket is a listener, or is not connected. Without a check, only the worker's application
+/// would find out.
 #[test]
 fn a_socket_that_is_no_connection_is_given_back() {
     run(async {
@@ -288,7 +293,7 @@ fn a_client_that_has_gone_before_its_connection_is_handed_over_has_no_address() 
         let reset = libc::linger { l_onoff: 1, l_linger: 0 };
         setsockopt(&client.0, sockopt::Linger, &reset).unwrap();
         drop(client);
-        until("its client has gone", || accepted.peer_addr().is_err()).await;
+        until("the client has gone", || accepted.peer_addr().is_err()).await;
         let outcome = dispatcher.dispatch(accepted);
         let offer = worker.offer().await.unwrap();
         worker.adopt(1).await;

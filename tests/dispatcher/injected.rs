@@ -25,7 +25,8 @@ use crate::{
 
 const ROLE: &str = "injected::an_adoption_that_was_sent_counts_though_receiving_fails";
 
-/// Attaches strace to a process, which injects an error into its calls of one system call.
+/// Attaches strace to a process. strace makes calls of one system call fail with `error`; `when` is
+/// the numbers of the calls that fail.
 fn inject(strace: &Path, pid: u32, call: &str, error: &str, when: &str) -> Child {
     let mut tracer = Command::new(strace)
         .args(["-f", "-p", &pid.to_string(), "-o", "/dev/null"])
@@ -39,7 +40,8 @@ fn inject(strace: &Path, pid: u32, call: &str, error: &str, when: &str) -> Child
     tracer
 }
 
-/// Two ADOPTEDs are in the queue when the dispatcher's first call fails, or the first five, or all.
+/// Two ADOPTEDs are in the socket when the dispatcher's calls begin to fail: the first one, the
+/// first five, or all.
 #[test]
 fn an_adoption_that_was_sent_counts_though_receiving_fails() {
     if let Some(socket) = role_socket(ROLE) {
@@ -52,9 +54,10 @@ fn an_adoption_that_was_sent_counts_though_receiving_fails() {
     for kind in KINDS {
         for (error, when) in [("ENOBUFS", "1"), ("ENOMEM", "1..5"), ("EACCES", "1+")] {
             run(async {
-                let (here, there) = Socket::pair(kind).unwrap();
-                let mut child = spawn_role(ROLE, None, there.into());
-                let mut framed = Framed::new(here, WorkerCodec::default());
+                // This process is the worker. It receives two offers.
+                let (worker_end, dispatcher_end) = Socket::pair(kind).unwrap();
+                let mut child = spawn_role(ROLE, None, dispatcher_end.into());
+                let mut framed = Framed::new(worker_end, WorkerCodec::default());
                 greet(&mut framed, 2).await;
                 let mut offers = Vec::new();
                 while offers.len() < 2 {
@@ -62,11 +65,13 @@ fn an_adoption_that_was_sent_counts_though_receiving_fails() {
                         offers.push(offer);
                     }
                 }
+                // From now on, the dispatcher's calls fail. The worker adopts both connections.
                 let mut tracer = inject(&strace, child.id(), "recvmsg", error, when);
                 for first in 0..2 {
                     framed.feed(FromWorker::Adopted { first, count: 1 }).await.unwrap();
                 }
                 framed.flush().await.unwrap();
+                // The dispatcher's process checks that both adoptions count.
                 let status =
                     tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
                 assert_eq!(status.code(), Some(PASSED), "{kind:?} {error} {when}");
@@ -76,7 +81,7 @@ fn an_adoption_that_was_sent_counts_though_receiving_fails() {
     }
 }
 
-/// The dispatcher: no worker but the first may get one of the two connections.
+/// Is the dispatcher's process. Checks that the worker counts as having adopted both connections.
 async fn dispatch_two(socket: OwnedFd) {
     let dispatcher = Dispatcher::builder().ping_interval(Duration::MAX).build();
     let id = dispatcher.add_worker(Socket::try_from(socket).unwrap());
@@ -85,7 +90,7 @@ async fn dispatch_two(socket: OwnedFd) {
     for outcome in join_all(outcomes).await {
         assert_eq!(outcome.unwrap(), id);
     }
-    until("it is gone", || dispatcher.stats().workers.is_empty()).await;
+    until("the worker is gone", || dispatcher.stats().workers.is_empty()).await;
     assert_eq!((dispatcher.stats().adopted, dispatcher.stats().offered_again), (2, 0));
 }
 

@@ -1,5 +1,5 @@
-//! Everything that a worker has sent completely before it is cut off counts, whatever it has sent
-//! before or after it.
+//! Each complete message that a worker has sent before it is cut off counts, whatever else the
+//! worker has sent.
 
 use fdwire::{
     SocketKind,
@@ -12,7 +12,8 @@ use crate::{
     raw_worker::{Raw, adopted, connections, until},
 };
 
-/// The worker has one offer unanswered and sends all that at once. It has adopted the connection.
+/// Has a worker with one unanswered offer send these packets with their descriptors. Checks that
+/// the worker counts as having adopted the connection.
 async fn adopts_with(kind: SocketKind, name: &str, packets: &[(Vec<u8>, u32)]) {
     let dispatcher = Dispatcher::builder().build();
     let mut worker = Raw::start(&dispatcher, kind, 1).await;
@@ -22,7 +23,7 @@ async fn adopts_with(kind: SocketKind, name: &str, packets: &[(Vec<u8>, u32)]) {
     for (bytes, fds) in packets {
         raw_send(worker.framed.socket(), bytes, &Vec::from_iter((0..*fds).map(marked)));
     }
-    until("it was cut off", || dispatcher.stats().workers.is_empty()).await;
+    until("the worker was cut off", || dispatcher.stats().workers.is_empty()).await;
     let other = Raw::start(&dispatcher, kind, 1).await;
     assert_eq!(outcome.await.unwrap(), worker.id, "{kind:?} {name}");
     assert_eq!(
@@ -57,8 +58,8 @@ fn an_adoption_counts_whatever_breach_comes_before_or_after_it() {
     });
 }
 
-/// A REJECTED that can't be read is skipped, and the ADOPTED after it says which offers it is
-/// about.
+/// The dispatcher skips a REJECTED that it cannot decode. The number in the ADOPTED after it shows
+/// which offer the worker has adopted.
 ///
 /// Rules: D-LAST-WORDS.
 #[test]
@@ -83,11 +84,12 @@ fn an_adoption_is_not_counted_for_another_connection() {
     });
 }
 
-/// It answers the second offer first, as a worker does from whose socket somebody else has read.
+/// The worker answers its second offer first. That happens if another process has read the first
+/// one from its socket.
 ///
 /// Rules: W-FIRST.
 #[test]
-fn an_answer_to_another_offer_ends_the_conversation() {
+fn an_answer_that_skips_an_offer_ends_the_link() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Raw::start(&dispatcher, kind, 2).await;
@@ -95,7 +97,7 @@ fn an_answer_to_another_offer_ends_the_conversation() {
             connections(2).await.into_iter().map(|(_, accepted)| dispatcher.dispatch(accepted)),
         );
         let copies = worker.offers(2).await;
-        worker.next(1);
+        worker.take_numbers(1);
         worker.reject(1, RejectReason::Full).await;
         worker.ended().await;
         assert_eq!(dispatcher.stats().retired.misbehaved, 1);

@@ -43,19 +43,21 @@ fn the_reason_why_a_worker_was_cut_off_is_logged() {
         ),
         (&encoded(b"\x07", 1), 1, "1 descriptors"),
     ];
+    // A worker sends the bytes, is cut off, and the reason is in the log.
     for (bytes, fds, reason) in cases {
         for kind in KINDS {
             let log = Arc::new(Mutex::new(String::new()));
             let kept = Arc::clone(&log);
+            // The subscriber counts only within this call, on this thread.
             with_default(
                 Events(Level::WARN, move |event: &Event<'_>| write_to(&kept, event)),
                 || {
                     run(async {
                         let dispatcher = Dispatcher::builder().build();
-                        let (here, there) = Socket::pair(kind).unwrap();
-                        let id = dispatcher.add_worker(there);
-                        raw_send(&here, bytes, &Vec::from_iter((0..fds).map(marked)));
-                        until("it is gone", || dispatcher.stats().workers.is_empty()).await;
+                        let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+                        let id = dispatcher.add_worker(dispatcher_end);
+                        raw_send(&worker_end, bytes, &Vec::from_iter((0..fds).map(marked)));
+                        until("the worker is gone", || dispatcher.stats().workers.is_empty()).await;
                         assert_eq!(dispatcher.stats().retired.misbehaved, 1);
                         let log = log.lock().unwrap();
                         assert!(log.contains("message=worker is gone: "), "{log}");
@@ -78,9 +80,9 @@ fn a_drain_ends_though_a_subscriber_panics() {
         || {
             run(async {
                 let dispatcher = Dispatcher::builder().build();
-                let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-                dispatcher.add_worker(here);
-                drop(there); // the dispatcher logs a warning
+                let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+                dispatcher.add_worker(dispatcher_end);
+                drop(worker_end); // the dispatcher logs a warning
                 dispatcher.drain(None).await;
                 assert!(dispatcher.stats().workers.is_empty());
             });
@@ -91,7 +93,8 @@ fn a_drain_ends_though_a_subscriber_panics() {
 /// The panic ends the link of the worker. The connection on its way goes to another worker.
 #[test]
 fn a_connection_is_handed_over_though_a_subscriber_panics_at_its_offer() {
-    // In a process of its own, because subscribers of other threads influence what is logged.
+    // The test has a process of its own, because subscribers of other threads influence what is
+    // logged.
     alone("log::a_connection_is_handed_over_though_a_subscriber_panics_at_its_offer", async {
         let panicked = AtomicBool::new(false);
         let panics_once = move |event: &Event<'_>| {
@@ -108,7 +111,7 @@ fn a_connection_is_handed_over_though_a_subscriber_panics_at_its_offer() {
         let _first = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome = dispatcher.dispatch(accepted);
-        until("it is gone", || dispatcher.stats().retired.misbehaved == 1).await;
+        until("the worker is gone", || dispatcher.stats().retired.misbehaved == 1).await;
         let mut second = Raw::start(&dispatcher, SocketKind::SeqPacket, 1).await;
         second.offer().await.unwrap();
         second.adopt(1).await;

@@ -1,5 +1,5 @@
-//! The dispatcher's process is killed while workers serve: they finish what they have adopted, and
-//! no process is left.
+//! The dispatcher's process is killed while workers serve. They finish what they have adopted, and
+//! then end.
 
 use std::{
     collections::BTreeSet,
@@ -35,7 +35,7 @@ use crate::{
 const FRONT: &str = "orphans::front_process";
 const WORKER: &str = "orphans::worker_process";
 
-/// A process of this test. Its files are in the directory.
+/// Returns the command of a process of this test, whose files are in the directory.
 fn command(role: &str, application: &str, directory: &Path) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.args([role, "--exact", "--nocapture"]).env("FDWIRE_ROLE", role);
@@ -52,7 +52,7 @@ fn directory() -> PathBuf {
     std::env::var_os("FDWIRE_DIRECTORY").unwrap().into()
 }
 
-/// Accepts, and starts two workers.
+/// Is the front, which accepts connections and starts two workers.
 #[test]
 fn front_process() {
     if !is_role(FRONT) {
@@ -77,7 +77,7 @@ fn front_process() {
     });
 }
 
-/// The programs that README and the examples show.
+/// Is a worker, with one of the programs that README and the examples show.
 #[test]
 fn worker_process() {
     if !is_role(WORKER) {
@@ -162,15 +162,15 @@ async fn answer_of(serial: String, handle: IncomingHandle) -> String {
     answer(&format!("/{serial}"), handle).await
 }
 
-/// Logs the request. Only `/0` is answered before the dispatcher has gone.
+/// Logs a request and answers it: `/0` at once, and others only after the dispatcher has ended.
 async fn answer(path: &str, handle: IncomingHandle) -> String {
     let mut log =
-        OpenOptions::new().append(true).create(true).open(directory().join("asked")).unwrap();
+        OpenOptions::new().append(true).create(true).open(directory().join("requests")).unwrap();
     log.write_all(format!("{path}\n").as_bytes()).unwrap();
     if path != "/0" {
         handle.drain_requested().await;
-        // A worker that does not wait for its requests would end meanwhile. A test cannot wait for
-        // an event here, because nothing must happen.
+        // A worker that does not wait for its requests would end within this time. There is no
+        // event to wait for, because nothing must happen.
         sleep(Duration::from_millis(300)).await;
     }
     format!("answer to {path}")
@@ -182,17 +182,17 @@ async fn send(stream: &mut TcpStream, serial: u32) -> std::io::Result<()> {
 
 /// Sends a request. Returns all that the client receives until the end, which may be a reset.
 async fn get(address: SocketAddr, serial: u32) -> (u32, String) {
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     if let Ok(mut stream) = TcpStream::connect(address).await
         && send(&mut stream, serial).await.is_ok()
     {
-        let _ = stream.read_to_end(&mut heard).await;
+        let _ = stream.read_to_end(&mut received).await;
     }
-    (serial, String::from_utf8(heard).unwrap())
+    (serial, String::from_utf8(received).unwrap())
 }
 
-fn asked(directory: &Path) -> BTreeSet<String> {
-    let log = fs::read_to_string(directory.join("asked")).unwrap_or_default();
+fn requests(directory: &Path) -> BTreeSet<String> {
+    let log = fs::read_to_string(directory.join("requests")).unwrap_or_default();
     log.lines().map(str::to_owned).collect()
 }
 
@@ -201,9 +201,12 @@ fn has_ended(pid: &str) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }
 
+/// Kills a front while its workers have requests that they have not answered. Checks that all of
+/// these are answered, and that the workers end.
 fn check(application: &str) {
     for kind in KINDS {
         run(async {
+            // The front listens.
             let directory = tempfile::tempdir().unwrap();
             let directory = directory.path();
             let mut front = command(FRONT, application, directory);
@@ -214,13 +217,14 @@ fn check(application: &str) {
             until("the front listens", || directory.join("address").exists()).await;
             let address = fs::read_to_string(directory.join("address")).unwrap().parse().unwrap();
 
-            // One connection that is kept alive, if the application does that, and is idle.
+            // One connection is idle. It is kept alive if the application does that.
             let mut kept_alive = TcpStream::connect(address).await.unwrap();
             send(&mut kept_alive, 0).await.unwrap();
             kept_alive.readable().await.unwrap();
 
+            // The front is killed while 30 requests are being served. All get their answers.
             let clients = tokio::spawn(join_all((1..=30).map(|serial| get(address, serial))));
-            until("all requests have reached an application", || asked(directory).len() == 31)
+            until("all requests have reached an application", || requests(directory).len() == 31)
                 .await;
             front.kill().await.unwrap();
             for (serial, answer) in clients.await.unwrap() {
@@ -231,6 +235,7 @@ fn check(application: &str) {
             }
             let _ = kept_alive.read_to_end(&mut Vec::new()).await;
 
+            // Both workers end.
             let names = fs::read_dir(directory)
                 .unwrap()
                 .map(|entry| entry.unwrap().file_name().into_string().unwrap());

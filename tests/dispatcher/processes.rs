@@ -1,4 +1,4 @@
-//! Processes of workers that go on without their link, come back, or come up again and again.
+//! Processes of workers that go on without their link, connect again, or crash again and again.
 
 use std::{
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -29,7 +29,7 @@ use crate::{
     raw_worker::{connections, greet, until},
 };
 
-/// This test again, as a process of its own.
+/// Returns the command that runs this test again, as a process of its own.
 fn role(name: &str) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command
@@ -44,7 +44,7 @@ fn is_role(name: &str) -> bool {
     std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == name)
 }
 
-/// The number of descriptors of this process that stand for processes.
+/// Counts the descriptors of this process that stand for processes.
 fn pidfds() -> usize {
     let links = std::fs::read_dir("/proc/self/fd")
         .unwrap()
@@ -54,11 +54,12 @@ fn pidfds() -> usize {
         .count()
 }
 
-/// Each time it leaves an offer unanswered, so its end matters.
+/// The process leaves an offer unanswered each time. So the dispatcher has to learn when it ends.
 #[test]
-fn a_process_takes_one_descriptor_however_often_it_connects() {
-    const ROLE: &str = "processes::a_process_takes_one_descriptor_however_often_it_connects";
+fn a_worker_process_takes_one_descriptor_however_often_it_connects() {
+    const ROLE: &str = "processes::a_worker_process_takes_one_descriptor_however_often_it_connects";
     const ROUNDS: u64 = 50;
+    // The process connects, gets an offer, and leaves, over and over.
     if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
         return run(async {
             loop {
@@ -69,6 +70,7 @@ fn a_process_takes_one_descriptor_however_often_it_connects() {
             }
         });
     }
+    // The dispatcher offers that process one connection each time.
     alone(ROLE, async {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("front.sock");
@@ -87,16 +89,17 @@ fn a_process_takes_one_descriptor_however_often_it_connects() {
             () = accepting => unreachable!(),
             () = work => {}
         }
-        assert_eq!(pidfds(), 2, "one for the process, and one of the test for its child");
+        assert_eq!(pidfds(), 2, "the dispatcher has one for the process, and this test has one");
         process.kill().await.unwrap();
-        until("its end was noticed", || pidfds() == 0).await;
+        until("the end of the process is noticed", || pidfds() == 0).await;
     });
 }
 
-/// It has another process serve, as a program does that daemonizes.
+/// The process that connects starts another one, which serves, as a program does that daemonizes.
 #[test]
-fn a_worker_goes_on_though_the_process_that_has_connected_ends() {
-    const ROLE: &str = "processes::a_worker_goes_on_though_the_process_that_has_connected_ends";
+fn a_worker_goes_on_after_the_process_that_connected_it_ends() {
+    const ROLE: &str = "processes::a_worker_goes_on_after_the_process_that_connected_it_ends";
+    // The first process connects, gives its socket to the second one, and ends.
     if let Some(path) = std::env::var_os("FDWIRE_CONNECT") {
         return run(async {
             let socket = OwnedFd::from(Socket::connect(path, SocketKind::SeqPacket).await.unwrap());
@@ -104,6 +107,7 @@ fn a_worker_goes_on_though_the_process_that_has_connected_ends() {
             serving.env_remove("FDWIRE_CONNECT").stdin(socket).kill_on_drop(false).spawn().unwrap();
         });
     }
+    // The second process serves.
     if is_role(ROLE) {
         run(async {
             let mut incoming = Incoming::from_stdin().unwrap();
@@ -113,6 +117,7 @@ fn a_worker_goes_on_though_the_process_that_has_connected_ends() {
         });
         std::process::exit(0);
     }
+    // The dispatcher hands over connections after the first process has ended.
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("front.sock");
@@ -134,8 +139,8 @@ fn a_worker_goes_on_though_the_process_that_has_connected_ends() {
     });
 }
 
-/// A worker that adopts one connection, ends the conversation, and lives on, as one does whose
-/// socket has failed.
+/// Is a worker that adopts one connection, ends its link, and lives on, as one does whose socket
+/// has failed.
 fn lives_on() {
     let socket = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
     run(async {
@@ -166,7 +171,7 @@ fn a_process_that_has_left_and_lives_on_is_killed_and_few_are_started_meanwhile(
             most = most.max(stats.leftover);
         }
         assert!((1..=2).contains(&most), "{most}");
-        // Without a limit of its own.
+        // The drain has no limit. It ends because the processes are killed.
         dispatcher.drain(None).await;
         assert_eq!(dispatcher.stats().leftover, 0);
     });
@@ -182,19 +187,19 @@ fn a_drain_does_not_wait_for_a_process_that_is_not_to_be_killed() {
         let dispatcher =
             Dispatcher::builder().exit_timeout(Duration::from_millis(100)).kill_hung(false).build();
         dispatcher.spawn_worker(role(ROLE)).unwrap();
-        until("it has said hello", || dispatcher.stats().workers[0].credit > 0).await;
+        until("the worker has sent its hello", || dispatcher.stats().workers[0].credit > 0).await;
         let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
         let (_client, accepted) = connections(1).await.pop().unwrap();
         dispatcher.dispatch(accepted).await.unwrap();
-        until("it has left", || dispatcher.stats().workers.is_empty()).await;
+        until("the worker has left", || dispatcher.stats().workers.is_empty()).await;
         dispatcher.drain(None).await;
         assert_eq!(dispatcher.stats().leftover, 1);
         kill(pid, Signal::SIGKILL).unwrap();
-        until("it was reaped", || dispatcher.stats().leftover == 0).await;
+        until("the process was reaped", || dispatcher.stats().leftover == 0).await;
     });
 }
 
-/// It has adopted the request each time.
+/// The worker has adopted the request each time, so no other worker gets it.
 #[test]
 fn a_request_that_crashes_the_application_does_not_start_a_storm_of_processes() {
     const ROLE: &str =
@@ -224,7 +229,7 @@ fn a_request_that_crashes_the_application_does_not_start_a_storm_of_processes() 
 
 /// The process is a program that ignores its standard input.
 #[test]
-fn a_process_that_never_said_hello_does_not_outlive_its_removal() {
+fn a_process_that_sends_no_hello_does_not_outlive_its_removal() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let sleep = || {
@@ -235,7 +240,7 @@ fn a_process_that_never_said_hello_does_not_outlive_its_removal() {
         let id = dispatcher.spawn_worker(sleep()).unwrap();
         let pid = Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32);
         assert!(dispatcher.remove_worker(id, None).await);
-        until("it was killed and reaped", || kill(pid, None).is_err()).await;
+        until("the worker was killed and reaped", || kill(pid, None).is_err()).await;
         dispatcher.spawn_worker(sleep()).unwrap();
         dispatcher.drain(None).await;
     });

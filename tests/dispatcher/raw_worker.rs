@@ -1,5 +1,5 @@
-//! A worker built from the codec, which does exactly what a test says, and clients that can be told
-//! apart.
+//! A worker built from the codec, whose every message is up to the test, and clients with serial
+//! numbers.
 
 use std::{
     collections::BTreeMap,
@@ -42,57 +42,64 @@ pub(crate) struct Raw {
     pub(crate) id: WorkerId,
     pub(crate) framed: Framed<WorkerCodec>,
     pub(crate) recalled: u64,
-    /// Offers that it has answered.
+    /// The number of offers that it has answered.
     pub(crate) answered: u64,
-    pub(crate) told_to_drain: bool,
+    /// True after a DRAIN has come.
+    pub(crate) drain_requested: bool,
     answer_pings: bool,
 }
 
 impl Raw {
-    /// Says hello and takes so many.
+    /// Adds a worker that sends HELLO and asks for `demand` offers. Waits until the dispatcher has
+    /// received both messages.
     pub(crate) async fn start(dispatcher: &Dispatcher, kind: SocketKind, demand: u64) -> Self {
-        let (here, there) = Socket::pair(kind).unwrap();
-        let id = dispatcher.add_worker(there);
-        let mut framed = Framed::new(here, WorkerCodec::default());
+        let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+        let id = dispatcher.add_worker(dispatcher_end);
+        let mut framed = Framed::new(worker_end, WorkerCodec::default());
         greet(&mut framed, demand).await;
-        let raw = Self::of(id, framed);
-        until("its demand was heard", || {
+        let raw = Self::after_greeting(id, framed);
+        until("the demand was received", || {
             let workers = dispatcher.stats().workers;
-            let worker = workers.iter().find(|worker| worker.id == id).expect("it is there");
-            worker.state == WorkerState::Ready && worker.credit + worker.unanswered > 0
-                || demand == 0
+            let worker =
+                workers.iter().find(|worker| worker.id == id).expect("the worker is listed");
+            match worker.state {
+                // On a busy machine it may be late with its first PONG already.
+                WorkerState::Silent => true,
+                WorkerState::Ready => worker.credit + worker.unanswered > 0 || demand == 0,
+                _ => demand == 0,
+            }
         })
         .await;
         raw
     }
 
-    /// One that has said hello already.
-    pub(crate) fn of(id: WorkerId, framed: Framed<WorkerCodec>) -> Self {
-        Self { id, framed, recalled: 0, answered: 0, told_to_drain: false, answer_pings: true }
+    /// Makes a worker of a link whose greeting is done.
+    pub(crate) fn after_greeting(id: WorkerId, framed: Framed<WorkerCodec>) -> Self {
+        Self { id, framed, recalled: 0, answered: 0, drain_requested: false, answer_pings: true }
     }
 
-    pub(crate) async fn say(&mut self, message: FromWorker) {
+    pub(crate) async fn send(&mut self, message: FromWorker) {
         self.framed.send(message).await.unwrap();
     }
 
     pub(crate) async fn adopt(&mut self, count: u32) {
-        let first = self.next(count);
-        self.say(FromWorker::Adopted { first, count }).await;
+        let first = self.take_numbers(count);
+        self.send(FromWorker::Adopted { first, count }).await;
     }
 
     pub(crate) async fn reject(&mut self, count: u32, reason: RejectReason) {
-        let first = self.next(count);
-        self.say(FromWorker::Rejected { first, count, reason }).await;
+        let first = self.take_numbers(count);
+        self.send(FromWorker::Rejected { first, count, reason }).await;
     }
 
-    /// The number of the first of the next answers.
-    pub(crate) fn next(&mut self, count: u32) -> u64 {
+    /// Counts the next `count` offers as answered. Returns the number of the first.
+    pub(crate) fn take_numbers(&mut self, count: u32) -> u64 {
         self.answered += u64::from(count);
         self.answered - u64::from(count)
     }
 
-    /// The next offer; `None` at the end. Answers pings, unless it is to be silent, and notes what
-    /// else it is told.
+    /// Receives until the next offer, as [`step`](Self::step) does. Returns `None` at the end of
+    /// the link.
     pub(crate) async fn offer(&mut self) -> Option<Offer> {
         loop {
             if let ToWorker::Offer { offer, .. } = self.step().await? {
@@ -101,7 +108,8 @@ impl Raw {
         }
     }
 
-    /// The next message.
+    /// Receives the next message. Answers a PING, unless the worker is to be silent, and notes a
+    /// RECALL or DRAIN. Returns `None` at the end of the link.
     pub(crate) async fn step(&mut self) -> Option<ToWorker> {
         let message = self.framed.next().await?.ok()?;
         match message {
@@ -109,7 +117,7 @@ impl Raw {
                 let _ = self.framed.send(FromWorker::Pong { nonce }).await;
             }
             ToWorker::Recall { before } => self.recalled = before,
-            ToWorker::Drain { .. } => self.told_to_drain = true,
+            ToWorker::Drain { .. } => self.drain_requested = true,
             _ => {}
         }
         Some(message)
@@ -123,26 +131,27 @@ impl Raw {
         offers
     }
 
-    /// Waits until it is told to drain.
-    pub(crate) async fn told(&mut self) {
-        while !self.told_to_drain {
+    /// Receives until a DRAIN has come.
+    pub(crate) async fn wait_for_drain(&mut self) {
+        while !self.drain_requested {
             self.step().await.unwrap();
         }
     }
 
-    /// Leaves when it is told to.
+    /// Waits for a DRAIN, and then leaves in order.
     pub(crate) async fn leave(&mut self) {
-        self.told().await;
-        self.say(FromWorker::Goodbye).await;
+        self.wait_for_drain().await;
+        self.send(FromWorker::Goodbye).await;
         self.ended().await;
     }
 
-    /// The end of its socket, whatever comes before.
+    /// Waits until the dispatcher has closed the link.
     pub(crate) async fn ended(&mut self) {
         while self.step().await.is_some() {}
     }
 }
 
+/// Greets as a worker does, and asks for `demand` offers.
 pub(crate) async fn greet(framed: &mut Framed<WorkerCodec>, demand: u64) {
     let hello = FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: None };
     framed.send(hello).await.unwrap();
@@ -150,16 +159,16 @@ pub(crate) async fn greet(framed: &mut Framed<WorkerCodec>, demand: u64) {
     framed.send(FromWorker::Demand { total: demand }).await.unwrap();
 }
 
-/// The payload of a HELLO.
+/// The payload of a HELLO frame.
 pub(crate) const HELLO: &[u8] = b"\x01FDHO\x01\x01\x01";
 
-/// The frame of an ADOPTED.
+/// Returns the frame of an ADOPTED.
 pub(crate) fn adopted(first: u64, count: u32) -> Vec<u8> {
     encoded(&[&[3][..], &first.to_be_bytes(), &count.to_be_bytes()].concat(), 0)
 }
 
-/// The application of a worker: reads the client's serial number and answers with a name.
-/// The connection stays open as long as what is returned.
+/// Serves a connection as the application of a worker: reads the client's serial number and answers
+/// with a name. Returns both the number and the connection, which is still open.
 pub(crate) fn serve(offer: Offer, name: &str) -> io::Result<(u32, std::net::TcpStream)> {
     let mut stream = std::net::TcpStream::from(offer.fd);
     stream.set_nonblocking(false)?;
@@ -181,14 +190,14 @@ impl Client {
         Self(stream)
     }
 
-    /// The answer until the end, which may be a reset.
+    /// Reads the answer until the connection ends or is reset.
     pub(crate) async fn answer(mut self) -> String {
         let mut answer = Vec::new();
         let _ = self.0.read_to_end(&mut answer).await;
         String::from_utf8(answer).unwrap()
     }
 
-    /// The first part of the answer.
+    /// Reads the first part of the answer.
     pub(crate) async fn first(&mut self) -> String {
         let mut answer = [0; 64];
         let count = self.0.read(&mut answer).await.unwrap_or(0);
@@ -196,7 +205,7 @@ impl Client {
     }
 }
 
-/// Clients and their accepted connections, with serial numbers from 0.
+/// Connects clients with serial numbers from 0. Returns them with their accepted connections.
 pub(crate) async fn connections(count: u32) -> Vec<(Client, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -208,7 +217,8 @@ pub(crate) async fn connections(count: u32) -> Vec<(Client, TcpStream)> {
     connections
 }
 
-/// For what no event tells.
+/// Waits until a condition is true of which no event informs the test. If it does not become true,
+/// fails with `what`, a sentence that should be true by then.
 pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let wait = async {
         while !condition() {
@@ -220,31 +230,31 @@ pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Stops a process. Its threads stop one after the other, as they get to run, and `kill` waits for
-/// none of them.
+/// Stops a process and waits until all its threads have stopped. Each stops when it gets to run
+/// next, and `kill` does not wait for that.
 pub(crate) async fn stop(pid: Pid) {
     kill(pid, Signal::SIGSTOP).unwrap();
     let is_stopped = |task: io::Result<DirEntry>| {
         let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
         status.contains("State:\tT")
     };
-    until("it has stopped", || {
+    until("the process has stopped", || {
         std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(is_stopped)
     })
     .await;
 }
 
-/// Where a worker process stops, having said that it takes [`DEMAND`] connections.
+/// The point at which a worker process stops, after it has asked for [`DEMAND`] connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Point {
     BeforeReading,
     BeforeAnswering,
-    /// Half a frame is written that adopts [`ADOPTED`] connections. On STREAM only.
+    /// Half of the frame that adopts [`ADOPTED`] connections is written. Only for STREAM.
     InAnswer,
     AfterAnswering,
-    /// Serves everything.
+    /// The process serves everything.
     Never,
-    /// Its descriptors run out.
+    /// The process goes on, but can open no descriptor.
     OutOfDescriptors,
 }
 
@@ -253,8 +263,8 @@ pub(crate) const ADOPTED: u32 = 2;
 
 const ROLE: &str = "raw_worker::worker_process";
 
-/// The command of a worker process that stops at a point, by a signal, and logs the serial numbers
-/// it serves.
+/// Returns the command of a worker process. The process sends itself `signal` at `point`, and logs
+/// the serial numbers that it serves.
 pub(crate) fn worker_command(point: Point, signal: Signal, log: &Path) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command
@@ -269,7 +279,7 @@ pub(crate) fn worker_command(point: Point, signal: Signal, log: &Path) -> Comman
     command
 }
 
-/// Which process has served which serial number, in the order of the log.
+/// Reads the log: the serial numbers, and the process that has served each, in their order.
 pub(crate) fn served(log: &Path) -> Vec<(u32, u32)> {
     let log = std::fs::read_to_string(log).unwrap_or_default();
     let numbers = |line: &str| {
@@ -278,7 +288,7 @@ pub(crate) fn served(log: &Path) -> Vec<(u32, u32)> {
     log.lines().filter_map(numbers).collect()
 }
 
-/// The same by process; no serial number occurs twice.
+/// Reads the log as a map from serial number to process. Fails if a number was served twice.
 pub(crate) fn served_by(log: &Path) -> BTreeMap<u32, u32> {
     let served = served(log);
     let by_serial = BTreeMap::from_iter(served.iter().copied());
@@ -286,7 +296,7 @@ pub(crate) fn served_by(log: &Path) -> BTreeMap<u32, u32> {
     by_serial
 }
 
-/// Runs as a process of its own, started by a dispatcher.
+/// Is the worker process, which a dispatcher starts with [`worker_command`].
 #[test]
 fn worker_process() {
     let Some(socket) = role_socket(ROLE) else { return };
@@ -308,6 +318,7 @@ fn worker_process() {
 }
 
 async fn work(socket: OwnedFd, point: Point, signal: Signal) {
+    // The worker greets, and stops here if its point is before reading.
     let raw = socket.try_clone().unwrap();
     let mut framed = Framed::new(Socket::try_from(socket).unwrap(), WorkerCodec::default());
     let demand = if point == Point::Never { 1000 } else { DEMAND };
@@ -320,21 +331,24 @@ async fn work(socket: OwnedFd, point: Point, signal: Signal) {
         Point::OutOfDescriptors => setrlimit(Resource::RLIMIT_NOFILE, 3, 3).unwrap(),
         _ => {}
     }
+
+    // Messages are received until the dispatcher closes the link.
     let mut offers = Vec::new();
     let mut serving = Vec::new();
     while let Some(Ok(message)) = framed.next().await {
         match message {
             ToWorker::Ping { nonce } => {
-                // After a stop it may be cut off.
+                // After a stop, the dispatcher may have fenced this worker.
                 let _ = framed.send(FromWorker::Pong { nonce }).await;
             }
             ToWorker::Offer { offer, .. } => offers.push(offer),
             _ => {}
         }
+        // The worker serves each offer, or stops when all its offers have come.
         match point {
             Point::Never => {
                 for offer in offers.drain(..) {
-                    // First the answer: without one, the connection is another worker's.
+                    // The answer comes first: without it, another worker gets the connection.
                     let first = serving.len() as u64;
                     if framed.send(FromWorker::Adopted { first, count: 1 }).await.is_ok() {
                         serving.push(application(offer));
@@ -351,7 +365,7 @@ async fn work(socket: OwnedFd, point: Point, signal: Signal) {
                 if point != Point::BeforeReading {
                     raise(signal).unwrap();
                 }
-                // Where it was only stopped, it goes on as any worker would: the answer first.
+                // A process that was only stopped goes on like any worker: the answer comes first.
                 let mine = if point == Point::AfterAnswering { ADOPTED as usize } else { 0 };
                 let adopt = FromWorker::Adopted { first: mine as u64, count: ADOPTED };
                 let answered = framed.send(adopt).await.is_ok();
@@ -364,7 +378,7 @@ async fn work(socket: OwnedFd, point: Point, signal: Signal) {
     }
 }
 
-/// Logs the connection that it gets, and keeps it.
+/// Logs and serves a connection. Returns it; with `FDWIRE_KEEP`, it is not shut down.
 fn application(offer: Offer) -> io::Result<std::net::TcpStream> {
     let pid = std::process::id();
     let (serial, stream) = serve(offer, &pid.to_string())?;

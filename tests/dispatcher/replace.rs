@@ -1,4 +1,4 @@
-//! The workers of a group are replaced, or are not and notice nothing.
+//! Replacements of the workers of a group, and those that fail without the old workers noticing.
 
 use std::{
     collections::BTreeSet,
@@ -35,7 +35,7 @@ fn worker(log: &Path) -> WorkerCommand {
     WorkerCommand::from(command(log)).restart(true)
 }
 
-/// A dispatcher with a worker that is ready. The path is that of the worker's log.
+/// Returns a dispatcher with a worker that is ready, and the path of the worker's log.
 async fn one_worker() -> (TempDir, PathBuf, Dispatcher) {
     let directory = tempfile::tempdir().unwrap();
     let log = directory.path().join("log");
@@ -45,7 +45,7 @@ async fn one_worker() -> (TempDir, PathBuf, Dispatcher) {
     (directory, log, dispatcher)
 }
 
-/// A program that never says hello.
+/// Returns the command of a program that never sends a HELLO.
 fn sleep() -> Command {
     let mut sleep = Command::new("sleep");
     sleep.arg("3600").kill_on_drop(true);
@@ -64,7 +64,7 @@ fn lives(pid: u32) -> bool {
     kill(Pid::from_raw(pid as i32), None).is_ok()
 }
 
-/// The process ids that answer this number of new connections.
+/// Dispatches `count` new connections. Returns the process ids of the workers that have answered.
 async fn answers(dispatcher: &Dispatcher, count: u32) -> BTreeSet<u32> {
     let answers = connections(count).await.into_iter().map(|(client, accepted)| async {
         dispatcher.dispatch(accepted).await.unwrap();
@@ -77,6 +77,7 @@ async fn answers(dispatcher: &Dispatcher, count: u32) -> BTreeSet<u32> {
 fn new_workers_take_over_when_all_are_ready_and_the_old_ones_finish() {
     for kind in KINDS {
         run(async {
+            // Two old workers serve.
             let directory = tempfile::tempdir().unwrap();
             let log = directory.path().join("log");
             let dispatcher = Dispatcher::builder().build();
@@ -87,6 +88,7 @@ fn new_workers_take_over_when_all_are_ready_and_the_old_ones_finish() {
             let (old, old_pids) = (ids(&dispatcher), pids(&dispatcher));
             assert_eq!(answers(&dispatcher, 20).await, old_pids);
 
+            // Three new ones replace them. The old ones drain.
             let new = (0..3).map(|_| worker(&log).socket_kind(kind));
             let replaced = dispatcher.replace_workers(new, None).await.unwrap();
             assert_eq!(replaced.new, ids(&dispatcher));
@@ -97,6 +99,7 @@ fn new_workers_take_over_when_all_are_ready_and_the_old_ones_finish() {
                 assert_eq!(worker.state, WorkerState::Gone);
                 assert_eq!(worker.last_exit.as_ref().unwrap().cause, RetireCause::Drained);
             }
+            // The new ones serve.
             started(&dispatcher, 3).await;
             assert_eq!(answers(&dispatcher, 30).await, pids(&dispatcher));
             until("the old processes have ended", || !old_pids.iter().any(|pid| lives(*pid))).await;
@@ -106,11 +109,11 @@ fn new_workers_take_over_when_all_are_ready_and_the_old_ones_finish() {
     }
 }
 
-/// With one new worker that is ready and one that never will be, nobody gets anything but the old
-/// one.
+/// One new worker is ready, and another never will be. So the old worker gets all connections.
 #[test]
 fn until_all_new_workers_are_ready_the_old_ones_get_everything() {
     run(async {
+        // The replacement does not end, because one of its programs never sends a HELLO.
         let (_directory, log, dispatcher) = one_worker().await;
         let old = pids(&dispatcher);
         let sleep = sleep();
@@ -118,6 +121,7 @@ fn until_all_new_workers_are_ready_the_old_ones_get_everything() {
         {
             let mut replacing = pin!(dispatcher.replace_workers(new, None));
             let checking = async {
+                // The old worker serves, although a new one has sent its HELLO.
                 until("two new ones are there", || dispatcher.stats().workers.len() == 3).await;
                 let ready = dispatcher.stats().workers[1].id;
                 for _ in 0..5 {
@@ -131,15 +135,16 @@ fn until_all_new_workers_are_ready_the_old_ones_get_everything() {
                 ended = replacing.as_mut() => panic!("{ended:?}"),
                 () = checking => {}
             }
+            // A second replacement cannot begin meanwhile.
             let second = dispatcher.replace_workers([worker(&log)], None).await;
             assert!(matches!(second, Err(NotReplaced::InProgress)), "{second:?}");
-            // Dropped before the switch.
         }
+        // The replacement was dropped before the switch, so its workers end.
         until("the new ones have left", || dispatcher.stats().workers.len() == 1).await;
         until("their processes have ended", || dispatcher.stats().leftover == 0).await;
         assert_eq!(pids(&dispatcher), old);
         assert_eq!(answers(&dispatcher, 10).await, old);
-        // The next one finds nothing in its way.
+        // The next replacement can begin.
         dispatcher.replace_workers([worker(&log)], None).await.unwrap();
         assert!(answers(&dispatcher, 10).await.is_disjoint(&old));
         dispatcher.drain(None).await;
@@ -149,9 +154,10 @@ fn until_all_new_workers_are_ready_the_old_ones_get_everything() {
 #[test]
 fn new_workers_that_fail_are_stopped_and_the_old_ones_go_on() {
     run(async {
+        // Two groups have a worker each.
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
-        let dispatcher = Dispatcher::builder().hello_timeout(Duration::from_secs(2)).build();
+        let dispatcher = Dispatcher::builder().hello_timeout(Duration::from_secs(5)).build();
         let others = dispatcher.in_group("others");
         for group in [&dispatcher, &others] {
             group.spawn_worker(worker(&log)).unwrap();
@@ -163,6 +169,7 @@ fn new_workers_that_fail_are_stopped_and_the_old_ones_go_on() {
             command.args(["-c", script]).kill_on_drop(true);
             command
         };
+        // One of three new workers fails, in several ways. The error describes that worker.
         for (program, broken, code, signal, text) in [
             ("sh", shell("exit 3"), Some(3), None, "its process or its socket ended"),
             ("sh", shell("kill -KILL $$"), None, Some(SIGKILL), "its process or its socket ended"),
@@ -185,6 +192,7 @@ fn new_workers_that_fail_are_stopped_and_the_old_ones_go_on() {
             assert_eq!(pids(&dispatcher), old);
             assert_eq!(answers(&dispatcher, 10).await.len(), 1);
         }
+        // A program cannot be started, or no command is given.
         let missing = Command::new(directory.path().join("missing"));
         let new = [worker(&log), missing.into()];
         let error = dispatcher.replace_workers(new, None).await.unwrap_err();
@@ -194,6 +202,7 @@ fn new_workers_that_fail_are_stopped_and_the_old_ones_go_on() {
         let nothing = dispatcher.replace_workers(Vec::<Command>::new(), None).await;
         assert!(matches!(nothing, Err(NotReplaced::NoCommand)));
 
+        // The old workers are the same as before.
         assert_eq!(pids(&dispatcher), old);
         until("their processes have ended", || dispatcher.stats().leftover == 0).await;
         let stats = dispatcher.stats();
@@ -227,9 +236,9 @@ fn only_the_workers_of_the_group_are_replaced() {
     });
 }
 
-/// A worker in this process adopts, and does not leave.
+/// A worker in this process adopts connections, and does not leave.
 #[test]
-fn connections_that_are_left_by_the_deadline_are_counted() {
+fn a_replacement_counts_the_connections_that_are_left_at_its_deadline() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
@@ -255,8 +264,9 @@ fn connections_that_are_left_by_the_deadline_are_counted() {
 
 /// Before the switch an old worker is started again, and after it a new one is.
 #[test]
-fn a_worker_that_dies_meanwhile_is_started_again() {
+fn a_worker_that_dies_during_a_replacement_is_started_again() {
     run(async {
+        // The command of the new worker waits until the test opens a gate.
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
         let dispatcher = Dispatcher::builder().build();
@@ -264,7 +274,6 @@ fn a_worker_that_dies_meanwhile_is_started_again() {
         started(&dispatcher, 1).await;
         let gate = directory.path().join("gate");
         nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        // A new one that is ready when the test opens the gate.
         let like = command(&log);
         let mut late = Command::new("sh");
         late.args(["-c", "read _ < \"$GATE\"; exec \"$@\"", "sh"])
@@ -273,6 +282,7 @@ fn a_worker_that_dies_meanwhile_is_started_again() {
             .envs(like.as_std().get_envs().filter_map(|(name, value)| Some((name, value?))))
             .env("GATE", &gate)
             .kill_on_drop(true);
+        // Before it is open, the old worker is killed. It is started again.
         let mut replacing =
             pin!(dispatcher.replace_workers([WorkerCommand::from(late).restart(true)], None));
         let killing = async {
@@ -287,16 +297,20 @@ fn a_worker_that_dies_meanwhile_is_started_again() {
             ended = replacing.as_mut() => panic!("{ended:?}"),
             () = killing => {}
         }
-        let path = gate.clone();
-        let opening = tokio::task::spawn_blocking(move || std::fs::write(path, "\n").unwrap());
+        // The gate opens, and the new worker replaces the old one.
+        let open = || {
+            let gate = gate.clone();
+            tokio::task::spawn_blocking(move || std::fs::write(gate, "\n").unwrap())
+        };
+        let opening = open();
         let replaced = replacing.await.unwrap();
         opening.await.unwrap();
         assert_eq!(replaced.old[0].restarts, 1);
 
+        // Now the new worker is killed. It is started again, too.
         let new = dispatcher.stats().workers[0].clone();
         kill(Pid::from_raw(new.pid.unwrap() as i32), Signal::SIGKILL).unwrap();
-        let path = gate.clone();
-        let opening = tokio::task::spawn_blocking(move || std::fs::write(path, "\n").unwrap());
+        let opening = open();
         until("the new one is started again", || dispatcher.stats().workers[0].restarts == 1).await;
         opening.await.unwrap();
         assert_eq!(answers(&dispatcher, 5).await, pids(&dispatcher));
@@ -321,7 +335,7 @@ fn a_drain_before_the_switch_stops_the_new_workers() {
 
 /// The old worker has a connection that does not end.
 #[test]
-fn dropped_after_the_switch_it_lets_the_old_workers_go_on_leaving() {
+fn a_replacement_dropped_after_the_switch_lets_the_old_workers_go_on_leaving() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
@@ -331,7 +345,7 @@ fn dropped_after_the_switch_it_lets_the_old_workers_go_on_leaving() {
             let replacing = dispatcher.replace_workers([worker(&log)], None);
             tokio::select! {
                 ended = replacing => panic!("{ended:?}"),
-                () = old.told() => {}
+                () = old.wait_for_drain() => {}
             }
         }
         // The workers of the first replacement are replaced in turn.
@@ -339,14 +353,14 @@ fn dropped_after_the_switch_it_lets_the_old_workers_go_on_leaving() {
         let replaced = dispatcher.replace_workers([worker(&log)], None).await.unwrap();
         assert_eq!(replaced.old.len(), 1);
         assert!(answers(&dispatcher, 5).await.iter().all(|pid| !first.contains(pid)));
-        assert!(ids(&dispatcher).contains(&old.id), "it has its connection, and time");
+        assert!(ids(&dispatcher).contains(&old.id), "the worker with a connection has left");
         old.leave().await;
-        until("it has left", || dispatcher.stats().workers.len() == 1).await;
+        until("the worker has left", || dispatcher.stats().workers.len() == 1).await;
         dispatcher.drain(None).await;
     });
 }
 
-/// There is one descriptor for the first new worker, and none for the second one.
+/// There are enough descriptors for some of the new workers, and not for all.
 #[test]
 fn without_descriptors_for_the_new_workers_the_old_ones_go_on() {
     const NAME: &str = "replace::without_descriptors_for_the_new_workers_the_old_ones_go_on";

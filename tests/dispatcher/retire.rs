@@ -1,4 +1,4 @@
-//! A worker that dies or hangs, at each point of a hand-over: where are its connections served?
+//! Workers that die or hang at each point of a hand-over, and who serves their connections.
 
 use std::{
     os::fd::{AsRawFd, OwnedFd},
@@ -8,7 +8,7 @@ use std::{
 
 use fdwire::{
     SocketKind,
-    handoff::{Dispatcher, WorkerCommand, WorkerId, WorkerState},
+    handoff::{Dispatcher, DispatcherBuilder, WorkerCommand, WorkerId, WorkerState},
 };
 use futures::future::join_all;
 use nix::{
@@ -29,7 +29,7 @@ use crate::{
     },
 };
 
-/// The points, and how many connections of that worker are its own.
+/// The points at which a worker stops, and how many connections it has adopted by then.
 const POINTS: [(Point, u32); 4] = [
     (Point::BeforeReading, 0),
     (Point::BeforeAnswering, 0),
@@ -37,12 +37,14 @@ const POINTS: [(Point, u32); 4] = [
     (Point::AfterAnswering, ADOPTED),
 ];
 
-fn quick() -> Dispatcher {
+/// The hang timeout of tests in which a worker hangs. In the others, none counts as hung.
+const HANG_TIMEOUT: Duration = Duration::from_secs(2);
+
+fn builder(hang_timeout: Duration) -> DispatcherBuilder {
     Dispatcher::builder()
         .ping_interval(Duration::from_millis(50))
-        .hang_timeout(Duration::from_secs(1))
+        .hang_timeout(hang_timeout)
         .recall_after(Duration::from_secs(60))
-        .build()
 }
 
 fn spawn(
@@ -68,8 +70,9 @@ async fn pid(dispatcher: &Dispatcher, id: WorkerId) -> Pid {
     Pid::from_raw(pid.unwrap() as i32)
 }
 
-/// The first worker is stopped by `signal` at `point` with all connections. Returns it and the
-/// second one, which comes then, and the clients.
+/// Starts a worker, which gets all connections and is stopped by `signal` at `point`, and then a
+/// second one. Checks which of the two serves each connection. Returns both process ids and the
+/// clients.
 async fn cut(
     dispatcher: &Dispatcher,
     kind: SocketKind,
@@ -77,6 +80,7 @@ async fn cut(
     signal: Signal,
     log: &Path,
 ) -> (Pid, Pid, Vec<Client>) {
+    // The first worker gets all connections, and is cut off.
     let first = spawn(dispatcher, kind, point, signal, log);
     let first_pid = pid(dispatcher, first).await;
     let (clients, accepted): (Vec<_>, Vec<_>) =
@@ -87,6 +91,7 @@ async fn cut(
     until("the first worker is gone", gone).await;
     assert_eq!(served(log), [], "{point:?}");
 
+    // The second worker gets those that the first one has not adopted.
     let second = spawn(dispatcher, kind, Point::Never, signal, log);
     let second_pid = pid(dispatcher, second).await;
     let outcomes = Vec::from_iter(join_all(outcomes).await.into_iter().map(Result::unwrap));
@@ -94,6 +99,7 @@ async fn cut(
         (0..DEMAND as u32).map(|serial| if serial < adopted { first } else { second }),
     );
     assert_eq!(outcomes, expected, "{kind:?} {point:?}");
+    // The log shows that it has served them, and that each was served once.
     let others = DEMAND as usize - adopted as usize;
     until("the others are served", || served(log).len() == others).await;
     let expected =
@@ -103,7 +109,7 @@ async fn cut(
 }
 
 fn points(kind: SocketKind) -> impl Iterator<Item = (Point, u32)> {
-    // A packet cannot be written in halves that are noticed.
+    // A packet arrives whole or not at all, so half an answer is only possible on STREAM.
     POINTS
         .into_iter()
         .filter(move |(point, _)| *point != Point::InAnswer || kind == SocketKind::Stream)
@@ -117,17 +123,17 @@ fn log() -> (TempDir, std::path::PathBuf) {
 
 /// Rules: D-COPY, D-HALF, D-LAST-WORDS, W-ADOPTED.
 #[test]
-fn what_a_killed_worker_has_not_adopted_is_served_by_another() {
+fn connections_that_a_killed_worker_has_not_adopted_are_served_by_another() {
     for kind in KINDS {
         for (point, adopted) in points(kind) {
             run(async {
                 let (_directory, log) = log();
-                let dispatcher = quick();
+                let dispatcher = builder(Duration::MAX).build();
                 let (.., clients) =
                     cut(&dispatcher, kind, (point, adopted), Signal::SIGKILL, &log).await;
                 assert_eq!(dispatcher.stats().retired.ended, 1);
                 assert_eq!(dispatcher.stats().lost, 0);
-                // Connections that it had adopted end with it.
+                // Connections that the first worker had adopted end with it.
                 for client in clients.into_iter().take(adopted as usize) {
                     assert_eq!(client.answer().await, "");
                 }
@@ -138,16 +144,16 @@ fn what_a_killed_worker_has_not_adopted_is_served_by_another() {
 
 /// Rules: W-PONG-TIME, D-HALF.
 #[test]
-fn what_a_hanging_worker_has_not_adopted_is_served_by_another() {
+fn connections_that_a_hung_worker_has_not_adopted_are_served_by_another() {
     for kind in KINDS {
         for (point, adopted) in points(kind) {
             run(async {
                 let (_directory, log) = log();
-                let dispatcher = quick();
+                let dispatcher = builder(HANG_TIMEOUT).build();
                 let (first, _, clients) =
                     cut(&dispatcher, kind, (point, adopted), Signal::SIGSTOP, &log).await;
                 assert_eq!(dispatcher.stats().retired.hung, 1);
-                until("it was killed and reaped", || kill(first, None).is_err()).await;
+                until("the worker was killed and reaped", || kill(first, None).is_err()).await;
                 for client in clients.into_iter().take(adopted as usize) {
                     assert_eq!(client.answer().await, "");
                 }
@@ -156,7 +162,7 @@ fn what_a_hanging_worker_has_not_adopted_is_served_by_another() {
     }
 }
 
-/// Not killed, it holds copies all the time.
+/// The dispatcher does not kill the worker, which holds stale copies all the time.
 ///
 /// Rules: D-FENCE, W-NOT-SENT, W-TOUCH.
 #[test]
@@ -164,21 +170,23 @@ fn a_stopped_worker_that_goes_on_adopts_nothing_and_disturbs_nobody() {
     for kind in KINDS {
         for (point, adopted) in points(kind) {
             run(async {
+                // The second worker serves the connections that the stopped one has not adopted.
                 let (_directory, log) = log();
-                let dispatcher = gentle();
+                let dispatcher = builder(HANG_TIMEOUT).kill_hung(false).build();
                 let (first, second, mut clients) =
                     cut(&dispatcher, kind, (point, adopted), Signal::SIGSTOP, &log).await;
                 for client in &mut clients[adopted as usize..] {
                     assert_eq!(client.first().await, second.to_string());
                 }
+                // The first one goes on. It serves only what it had adopted, and ends.
                 kill(first, Signal::SIGCONT).unwrap();
-                until("it has seen the end and is gone", || kill(first, None).is_err()).await;
+                until("the worker has ended", || kill(first, None).is_err()).await;
 
                 let own = (0..adopted).map(|serial| (serial, first.as_raw() as u32));
                 let others =
                     (adopted..DEMAND as u32).map(|serial| (serial, second.as_raw() as u32));
                 assert_eq!(served_by(&log), own.chain(others).collect(), "{kind:?} {point:?}");
-                // The live connections live: neither end nor reset.
+                // The connections of the second one have neither ended nor been reset.
                 for client in &mut clients[adopted as usize..] {
                     let nothing = client.0.try_read(&mut [0]).unwrap_err();
                     assert_eq!(
@@ -196,21 +204,12 @@ fn a_stopped_worker_that_goes_on_adopts_nothing_and_disturbs_nobody() {
     }
 }
 
-fn gentle() -> Dispatcher {
-    Dispatcher::builder()
-        .ping_interval(Duration::from_millis(50))
-        .hang_timeout(Duration::from_secs(1))
-        .recall_after(Duration::from_secs(60))
-        .kill_hung(false)
-        .build()
-}
-
 #[test]
 fn clients_of_a_worker_that_dies_see_the_end_though_a_stopped_one_holds_copies() {
     for kind in KINDS {
         run(async {
             let (_directory, log) = log();
-            let dispatcher = gentle();
+            let dispatcher = builder(HANG_TIMEOUT).kill_hung(false).build();
             let point = (Point::BeforeAnswering, 0);
             let (first, second, clients) =
                 cut(&dispatcher, kind, point, Signal::SIGSTOP, &log).await;
@@ -229,7 +228,7 @@ fn a_worker_out_of_descriptors_loses_no_connection() {
     for kind in KINDS {
         run(async {
             let (_directory, log) = log();
-            let dispatcher = quick();
+            let dispatcher = builder(Duration::MAX).build();
             let point = (Point::OutOfDescriptors, 0);
             cut(&dispatcher, kind, point, Signal::SIGKILL, &log).await;
             assert_eq!(dispatcher.stats().retired.ended, 1);
@@ -242,14 +241,15 @@ fn a_dead_worker_is_noticed_though_its_socket_stays_open() {
     for kind in KINDS {
         run(async {
             let (_directory, log) = log();
-            let dispatcher = quick();
-            // A child of its own holds the socket open, as standard input, and answers nothing.
+            let dispatcher = builder(Duration::MAX).build();
+            // The worker's child has the socket open, as standard input, and answers nothing.
             let mut command = tokio::process::Command::new("sh");
             command
                 .args(["-c", "sleep 600 <&0 & echo $! > \"$FDWIRE_LOG\"; kill -KILL $$"])
                 .env("FDWIRE_LOG", &log);
             dispatcher.spawn_worker(WorkerCommand::from(command).socket_kind(kind)).unwrap();
-            until("its death is noticed", || dispatcher.stats().retired.ended == 1).await;
+            until("the death of the worker is noticed", || dispatcher.stats().retired.ended == 1)
+                .await;
             let child: i32 = std::fs::read_to_string(&log).unwrap().trim().parse().unwrap();
             kill(Pid::from_raw(child), Signal::SIGKILL).unwrap();
         });
@@ -257,10 +257,10 @@ fn a_dead_worker_is_noticed_though_its_socket_stays_open() {
 }
 
 #[test]
-fn a_worker_is_started_again_where_asked() {
+fn a_worker_is_started_again_if_its_command_asks_for_it() {
     run(async {
         let (_directory, log) = log();
-        let dispatcher = quick();
+        let dispatcher = builder(Duration::MAX).build();
         let command = worker_command(Point::Never, Signal::SIGKILL, &log);
         let id = dispatcher.spawn_worker(WorkerCommand::from(command).restart(true)).unwrap();
         let mut pids = Vec::new();
@@ -272,8 +272,10 @@ fn a_worker_is_started_again_where_asked() {
             assert_eq!(dispatcher.dispatch(connection).await.unwrap(), id);
             assert_eq!(client.answer().await, pid.to_string());
             kill(pid, Signal::SIGKILL).unwrap();
-            until("it was started again", || dispatcher.stats().workers[0].restarts == round + 1)
-                .await;
+            until("the worker was started again", || {
+                dispatcher.stats().workers[0].restarts == round + 1
+            })
+            .await;
         }
         let last = pid(&dispatcher, id).await;
         kill(last, Signal::SIGKILL).unwrap();
@@ -283,7 +285,7 @@ fn a_worker_is_started_again_where_asked() {
 }
 
 #[test]
-fn too_many_hung_workers_are_left_alone() {
+fn no_more_hung_workers_are_fenced_than_max_fences_allows() {
     for kind in KINDS {
         run(async {
             let dispatcher = Dispatcher::builder()
@@ -291,6 +293,7 @@ fn too_many_hung_workers_are_left_alone() {
                 .hang_timeout(Duration::from_secs(1))
                 .max_fences(2, Duration::from_secs(3600))
                 .build();
+            // Three workers do not answer pings. Two are fenced, and no more may be.
             let mut workers = Vec::new();
             for _ in 0..3 {
                 workers.push(Raw::start(&dispatcher, kind, 1).await);
@@ -300,7 +303,8 @@ fn too_many_hung_workers_are_left_alone() {
                 .await;
             let left = dispatcher.stats().workers[0].id;
 
-            // It gets nothing as long as it is silent, and what waits once it is not.
+            // The third one gets nothing as long as it is silent. When it answers, it gets the
+            // connection that waits.
             let (client, connection) = connections(1).await.pop().unwrap();
             let outcome = dispatcher.dispatch(connection);
             let mut worker = workers.into_iter().find(|worker| worker.id == left).unwrap();
@@ -314,17 +318,18 @@ fn too_many_hung_workers_are_left_alone() {
     }
 }
 
-/// The cut is one instant: an answer is either written before it and counts, or it cannot be
-/// written.
+/// The worker is fenced at one instant. Before it, an answer can be written and counts. After it,
+/// none can be written.
 ///
 /// Rules: D-FENCE, D-LAST-WORDS.
 #[test]
-fn every_answer_that_could_be_written_counts_whenever_the_cut_comes() {
+fn every_answer_that_could_be_written_counts_whenever_the_worker_is_fenced() {
     const OFFERS: usize = 200;
     for kind in KINDS {
         run(async {
             let mut in_the_middle = 0;
             for _ in 0..30 {
+                // A worker has many offers.
                 let dispatcher = Dispatcher::builder().build();
                 let mut worker = Raw::start(&dispatcher, kind, OFFERS as u64).await;
                 let (id, mut outcomes, mut clients) = (worker.id, Vec::new(), Vec::new());
@@ -334,6 +339,7 @@ fn every_answer_that_could_be_written_counts_whenever_the_cut_comes() {
                     outcomes.push(dispatcher.dispatch(connection));
                 }
                 let copies = worker.offers(OFFERS).await;
+                // A thread answers one after the other, until the worker is fenced.
                 let socket = OwnedFd::from(worker.framed.into_parts().socket);
                 let answering = std::thread::spawn(move || {
                     let written = (0..OFFERS).take_while(|first| {
@@ -345,6 +351,7 @@ fn every_answer_that_could_be_written_counts_whenever_the_cut_comes() {
                     written.count()
                 });
                 dispatcher.remove_worker(id, Some(Duration::from_millis(2))).await;
+                // The dispatcher has counted exactly the answers that were written.
                 let written = answering.join().unwrap();
                 assert_eq!(dispatcher.stats().adopted, written as u64, "{kind:?}");
                 in_the_middle += usize::from((1..OFFERS).contains(&written));
@@ -358,7 +365,7 @@ fn every_answer_that_could_be_written_counts_whenever_the_cut_comes() {
                 assert_eq!(dispatcher.stats().waiting, OFFERS - written);
                 drop(copies);
             }
-            assert!(in_the_middle > 0, "no cut came between two answers");
+            assert!(in_the_middle > 0, "no worker was fenced between two answers");
         });
     }
 }

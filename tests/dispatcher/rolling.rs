@@ -15,7 +15,7 @@ use crate::{
     raw_worker::until,
 };
 
-/// Each client sends its next request at once, on the same connection or on a new one.
+/// The two kinds of clients: those that send each request on a new connection, and the others.
 const ONE_SHOT: [bool; 2] = [false, true];
 
 fn worker(log: &Path) -> WorkerCommand {
@@ -24,7 +24,8 @@ fn worker(log: &Path) -> WorkerCommand {
     WorkerCommand::from(command).restart(true)
 }
 
-/// Sends requests for some seconds. The machine may be busy, so a slow answer is no failure.
+/// Starts wrk, which sends requests for some seconds. The machine may be busy, so a slow answer is
+/// not a failure.
 fn wrk(program: &Path, address: SocketAddr, is_one_shot: bool) -> Child {
     let mut command = Command::new(program);
     command.args(["--threads", "1", "--connections", "16", "--duration", "8", "--timeout", "60"]);
@@ -35,7 +36,7 @@ fn wrk(program: &Path, address: SocketAddr, is_one_shot: bool) -> Child {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).spawn().unwrap()
 }
 
-/// Returns the number of requests, none of which has failed.
+/// Waits for the end of wrk. Checks that no request has failed, and returns their number.
 async fn all_answered(wrk: Child) -> u64 {
     let output = wrk.wait_with_output().await.unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
@@ -53,6 +54,7 @@ fn under_load(test: impl AsyncFn(&Dispatcher, &Path)) {
     let Some(program) = installed("wrk") else { return };
     for is_one_shot in ONE_SHOT {
         run_in(some_threads(), async {
+            // Two workers serve.
             let directory = tempfile::tempdir().unwrap();
             let log = directory.path().join("log");
             let dispatcher = Dispatcher::builder().hello_timeout(Duration::from_secs(20)).build();
@@ -62,11 +64,12 @@ fn under_load(test: impl AsyncFn(&Dispatcher, &Path)) {
             started(&dispatcher, 2).await;
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
+            // The test runs between the first requests and the end of wrk. No request fails.
             let testing = async {
                 let mut wrk = wrk(&program, address, is_one_shot);
-                until("it sends requests", || dispatcher.stats().adopted >= 16).await;
+                until("wrk sends requests", || dispatcher.stats().adopted >= 16).await;
                 test(&dispatcher, &log).await;
-                assert!(wrk.try_wait().unwrap().is_none(), "that was not under load");
+                assert!(wrk.try_wait().unwrap().is_none(), "wrk has ended before the test");
                 assert!(all_answered(wrk).await > 100);
                 let stats = dispatcher.stats();
                 assert_eq!((stats.lost, stats.given_back), (0, 0));

@@ -1,4 +1,4 @@
-//! The end of `serve`: by a drain, by being dropped, and with a runtime.
+//! The end of `serve`: after a drain, when it is dropped, and with a runtime.
 
 use std::{
     net::SocketAddr,
@@ -28,11 +28,11 @@ use crate::{
     raw_worker::{Client, Raw, serve, until},
 };
 
-/// A worker in this process, with room for this many connections at a time.
+/// Adds a worker in this process, with room for this many connections at a time.
 fn worker(dispatcher: &Dispatcher, room: usize) -> Incoming {
-    let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-    dispatcher.add_worker(here);
-    Incoming::builder().max_connections(room).build(there)
+    let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+    dispatcher.add_worker(dispatcher_end);
+    Incoming::builder().max_connections(room).build(worker_end)
 }
 
 async fn listen() -> (TcpListener, SocketAddr) {
@@ -42,7 +42,7 @@ async fn listen() -> (TcpListener, SocketAddr) {
 }
 
 #[test]
-fn a_drain_hands_over_what_waits_in_the_kernel() {
+fn a_drain_hands_over_the_clients_in_the_backlog() {
     for runtime in [one_thread, some_threads] {
         run_in(runtime(), async {
             const WAITING: usize = 100; // a listener has room for 128
@@ -51,7 +51,7 @@ fn a_drain_hands_over_what_waits_in_the_kernel() {
             let (listener, address) = listen().await;
             let serving = dispatcher.serve(listener);
             let ending = async {
-                // The only place is taken, so all others wait in the kernel.
+                // One client takes the only slot, so all others wait in the backlog.
                 let _first = TcpStream::connect(address).await.unwrap();
                 let first = incoming.next().await.unwrap();
                 let mut clients = Vec::new();
@@ -60,6 +60,7 @@ fn a_drain_hands_over_what_waits_in_the_kernel() {
                 }
                 assert_eq!(dispatcher.stats().dispatched, 1);
 
+                // A drain begins, and all of them are served.
                 let mut drain = Box::pin(dispatcher.drain(None));
                 assert!(drain.as_mut().now_or_never().is_none());
                 drop(first);
@@ -76,6 +77,7 @@ fn a_drain_hands_over_what_waits_in_the_kernel() {
                 let (answers, ..) = tokio::join!(answers, answering, drain);
                 assert!(answers.iter().all(|answer| answer == "hello"));
             };
+            // Then the listener is closed.
             let (served, ()) = tokio::join!(serving, ending);
             served.unwrap();
             assert!(TcpStream::connect(address).await.is_err());
@@ -85,8 +87,8 @@ fn a_drain_hands_over_what_waits_in_the_kernel() {
     }
 }
 
-/// Full workers do not take them in time.
-/// They have waited longest.
+/// The clients of the backlog have waited longest, so they come first when a full worker asks for
+/// connections again.
 #[test]
 fn a_drain_hands_over_the_oldest_clients_of_the_backlog_first() {
     run(async {
@@ -103,7 +105,7 @@ fn a_drain_hands_over_the_oldest_clients_of_the_backlog_first() {
             let mut drain = pin!(dispatcher.drain(None));
             assert!(drain.as_mut().now_or_never().is_none());
             until("all are accepted", || dispatcher.stats().waiting == 19).await;
-            worker.say(FromWorker::Demand { total: 20 }).await;
+            worker.send(FromWorker::Demand { total: 20 }).await;
             let mut offers = vec![first];
             offers.extend(worker.offers(19).await);
             let serials = offers.into_iter().map(|offer| serve(offer, "served").unwrap().0);
@@ -136,7 +138,8 @@ fn the_backlog_does_not_keep_a_drain_from_its_deadline() {
     });
 }
 
-/// In a process of its own: a child that another test is starting has a copy for a moment.
+/// The test has a process of its own. Otherwise a child that another test is starting could have a
+/// copy of the listener for a moment.
 #[test]
 fn the_listener_is_closed_at_once_when_serve_is_dropped() {
     alone("serve_ends::the_listener_is_closed_at_once_when_serve_is_dropped", async {
@@ -158,13 +161,13 @@ async fn serve_again_and_again() {
             assert!(serving.as_mut().now_or_never().is_none());
             let _client = TcpStream::connect(address).await.unwrap();
         }
-        // Nobody else has the port or the descriptor's number.
+        // The port is free at once, and so is the number of the descriptor.
         listener = TcpListener::bind(address).await.unwrap_or_else(|error| panic!("{fd}: {error}"));
     }
 }
 
 #[test]
-fn what_was_accepted_is_handed_over_when_serve_is_dropped() {
+fn accepted_connections_are_handed_over_when_serve_is_dropped() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let mut incoming = worker(&dispatcher, 10);
@@ -173,14 +176,14 @@ fn what_was_accepted_is_handed_over_when_serve_is_dropped() {
         assert!(serving.as_mut().now_or_never().is_none());
         let _client = TcpStream::connect(address).await.unwrap();
         let mut next = pin!(incoming.next());
-        assert!(next.as_mut().now_or_never().is_none()); // it has asked
-        until("it is accepted", || dispatcher.stats().dispatched == 1).await;
+        assert!(next.as_mut().now_or_never().is_none()); // the worker has asked for connections
+        until("the connection is accepted", || dispatcher.stats().dispatched == 1).await;
         drop(serving);
         assert!(next.await.is_some());
     });
 }
 
-/// Where `serve` is called does not matter: not for what it does, and not for its end.
+/// `serve` may be called in another runtime than that of the dispatcher, and that runtime may end.
 #[test]
 fn a_dispatcher_serves_from_any_runtime() {
     let at_home = some_threads();
@@ -201,9 +204,9 @@ fn a_dispatcher_serves_from_any_runtime() {
     });
 }
 
-/// Its accept loops, its links and what it holds end with it.
+/// When the runtime ends, so do the dispatcher's accept loops and links.
 #[test]
-fn the_end_of_its_runtime_ends_a_dispatcher() {
+fn a_dispatcher_ends_with_its_runtime() {
     let at_home = some_threads();
     let dispatcher = at_home.block_on(async { Dispatcher::builder().build() });
     let elsewhere = one_thread();

@@ -28,11 +28,11 @@ struct Worker(mpsc::UnboundedReceiver<Connection>);
 
 impl Worker {
     fn start(dispatcher: &Dispatcher) -> Self {
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        dispatcher.add_worker(here);
+        let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        dispatcher.add_worker(dispatcher_end);
         let (connections, served) = mpsc::unbounded_channel();
         tokio::spawn(async move {
-            let mut incoming = Incoming::new(there);
+            let mut incoming = Incoming::new(worker_end);
             while let Some(connection) = incoming.next().await {
                 if connections.send(connection).is_err() {
                     break;
@@ -43,7 +43,7 @@ impl Worker {
     }
 
     async fn next(&mut self) -> Connection {
-        self.0.recv().await.expect("the dispatcher is there")
+        self.0.recv().await.expect("the worker's link has not ended")
     }
 }
 
@@ -53,13 +53,14 @@ async fn listen() -> (TcpListener, std::net::SocketAddr) {
     (listener, address)
 }
 
-async fn says(address: std::net::SocketAddr, bytes: &[u8]) -> TcpStream {
+/// Connects a client and sends these bytes.
+async fn client(address: std::net::SocketAddr, bytes: &[u8]) -> TcpStream {
     let mut client = TcpStream::connect(address).await.unwrap();
     client.write_all(bytes).await.unwrap();
     client
 }
 
-/// Waits for the first byte.
+/// Waits for the first byte, and leaves it in the socket.
 async fn first_byte(stream: &TcpStream) -> Option<u8> {
     let mut first = [0];
     (stream.peek(&mut first).await.ok()? == 1).then_some(first[0])
@@ -73,6 +74,7 @@ async fn by_first_byte(stream: TcpStream) -> Option<Accepted> {
 #[test]
 fn connections_are_routed_by_their_first_bytes_which_the_worker_still_reads() {
     run(async {
+        // Three workers report the first bytes of each connection.
         let dispatcher = Dispatcher::builder().strategy(Strategy::ByKey).build();
         let (report, mut served) = mpsc::unbounded_channel();
         for number in 0..3 {
@@ -87,12 +89,13 @@ fn connections_are_routed_by_their_first_bytes_which_the_worker_still_reads() {
             });
         }
         let (listener, address) = listen().await;
+        // Connections with the same first byte go to the same worker.
         let serving = dispatcher.serve_with(listener, by_first_byte);
         let routing = async {
             let mut workers = HashMap::new();
             for round in 0..5 {
                 for route in 0..20 {
-                    let _client = says(address, &[route, round]).await;
+                    let _client = client(address, &[route, round]).await;
                     let (worker, read) = served.recv().await.unwrap();
                     assert_eq!(read, [route, round]);
                     assert_eq!(*workers.entry(route).or_insert(worker), worker);
@@ -120,7 +123,7 @@ fn options_bytes_that_were_read_and_metadata_reach_the_worker() {
             Some(Accepted::from(stream).with_prefix(head.to_vec()).metadata("tenant 7"))
         });
         let checking = async {
-            let _client = says(address, b"GET /").await;
+            let _client = client(address, b"GET /").await;
             let mut connection = worker.next().await;
             assert_eq!(connection.metadata(), "tenant 7");
             assert!(getsockopt(&connection, sockopt::TcpNoDelay).unwrap());
@@ -160,17 +163,17 @@ fn unix_connections_are_prepared_too() {
 #[test]
 fn peers_that_send_nothing_hold_up_no_others_and_are_ended_in_time() {
     run(async {
-        let dispatcher = Dispatcher::builder().prepare_timeout(Duration::from_millis(300)).build();
+        let dispatcher = Dispatcher::builder().prepare_timeout(Duration::from_secs(2)).build();
         let mut worker = Worker::start(&dispatcher);
         let (listener, address) = listen().await;
         let serving = dispatcher.serve_with(listener, by_first_byte);
         let checking = async {
             let mut silent = Vec::new();
             for _ in 0..100 {
-                silent.push(says(address, b"").await);
+                silent.push(client(address, b"").await);
             }
             for _ in 0..10 {
-                let _client = says(address, b"a").await;
+                let _client = client(address, b"a").await;
                 worker.next().await;
             }
             for mut client in silent {
@@ -187,11 +190,12 @@ fn peers_that_send_nothing_hold_up_no_others_and_are_ended_in_time() {
 }
 
 #[test]
-fn no_more_connections_are_prepared_at_a_time_than_may_be() {
+fn no_more_connections_are_prepared_at_a_time_than_max_preparing() {
     run(async {
         let dispatcher = Dispatcher::builder().max_preparing(2).build();
         let mut worker = Worker::start(&dispatcher);
         let (listener, address) = listen().await;
+        // The function that prepares counts how many connections are prepared at a time.
         let (begun, at_once) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let serving = dispatcher.serve_with(listener, {
             let (begun, at_once) = (Arc::clone(&begun), Arc::clone(&at_once));
@@ -207,9 +211,10 @@ fn no_more_connections_are_prepared_at_a_time_than_may_be() {
             }
         });
         let checking = async {
+            // Six clients connect, and send their first byte one after the other.
             let mut clients = Vec::new();
             for _ in 0..6 {
-                clients.push(says(address, b"").await);
+                clients.push(client(address, b"").await);
             }
             for (index, mut client) in clients.into_iter().enumerate() {
                 until("the next ones are prepared", || begun.load(SeqCst) >= (index + 2).min(6))
@@ -226,9 +231,9 @@ fn no_more_connections_are_prepared_at_a_time_than_may_be() {
     });
 }
 
-/// Of a function that panics when it is called, and of one whose future does.
+/// The first connection makes the function panic, and the second one its future.
 #[test]
-fn a_panic_ends_one_connection() {
+fn a_panic_while_a_connection_is_prepared_ends_only_that_connection() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Worker::start(&dispatcher);
@@ -244,12 +249,12 @@ fn a_panic_ends_one_connection() {
         });
         let checking = async {
             for _ in 0..2 {
-                let mut client = says(address, b"").await;
+                let mut client = client(address, b"").await;
                 assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
             }
-            let _client = says(address, b"").await;
+            let _client = client(address, b"").await;
             worker.next().await;
-            until("it is adopted", || dispatcher.stats().adopted == 1).await;
+            until("the connection is adopted", || dispatcher.stats().adopted == 1).await;
             assert_eq!(dispatcher.stats().lost, 2);
         };
         tokio::select! {
@@ -260,7 +265,7 @@ fn a_panic_ends_one_connection() {
 }
 
 #[test]
-fn a_connection_that_is_not_wanted_is_not_handed_over() {
+fn a_connection_that_the_application_declines_is_not_handed_over() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         let mut worker = Worker::start(&dispatcher);
@@ -273,11 +278,11 @@ fn a_connection_that_is_not_wanted_is_not_handed_over() {
             Some(stream.into())
         });
         let checking = async {
-            let mut unwanted = says(address, b"x").await;
+            let mut unwanted = client(address, b"x").await;
             let mut answer = [0; 2];
             unwanted.read_exact(&mut answer).await.unwrap();
             assert_eq!(&answer, b"no");
-            let _client = says(address, b"a").await;
+            let _client = client(address, b"a").await;
             worker.next().await;
             let stats = dispatcher.stats();
             assert_eq!((stats.dispatched, stats.lost), (1, 0));
@@ -289,12 +294,13 @@ fn a_connection_that_is_not_wanted_is_not_handed_over() {
     });
 }
 
-/// They have been accepted, so they are not lost when `serve_with` is dropped, or the dispatcher
-/// drains.
+/// The connections have been accepted, so they are not lost when `serve_with` is dropped, or when
+/// the dispatcher drains.
 #[test]
-fn connections_that_are_being_prepared_are_handed_over_at_the_end() {
+fn connections_that_are_being_prepared_when_serving_ends_are_handed_over() {
     for drains in [false, true] {
         run(async {
+            // A connection is being prepared.
             let dispatcher = Dispatcher::builder().build();
             let mut worker = Worker::start(&dispatcher);
             let (listener, address) = listen().await;
@@ -309,8 +315,9 @@ fn connections_that_are_being_prepared_are_handed_over_at_the_end() {
                     dispatcher.serve_with(listener, prepare).await
                 }
             });
-            let mut client = says(address, b"").await;
+            let mut client = client(address, b"").await;
             begun.recv().await.unwrap();
+            // Serving ends. A drain begins before it, or only after it.
             let mut drain = Box::pin(dispatcher.drain(None));
             if drains {
                 assert!(drain.as_mut().now_or_never().is_none());
@@ -319,6 +326,7 @@ fn connections_that_are_being_prepared_are_handed_over_at_the_end() {
                 serving.abort();
                 assert!(serving.await.unwrap_err().is_cancelled());
             }
+            // Then the client sends its first byte, and the connection is handed over.
             client.write_all(b"a").await.unwrap();
             drop(worker.next().await);
             assert_eq!(dispatcher.stats().lost, 0);
@@ -328,7 +336,7 @@ fn connections_that_are_being_prepared_are_handed_over_at_the_end() {
     }
 }
 
-/// However long it takes, the end of a drain does not wait for it.
+/// However long the preparation may take, a drain does not wait for it beyond its own limit.
 #[test]
 fn a_connection_that_is_never_prepared_is_given_up_at_the_end_of_a_drain() {
     run(async {
@@ -345,7 +353,7 @@ fn a_connection_that_is_never_prepared_is_given_up_at_the_end_of_a_drain() {
             }
         });
         let ending = async {
-            let _client = says(address, b"").await;
+            let _client = client(address, b"").await;
             begun.await.unwrap();
             dispatcher.drain(Some(Duration::from_millis(200))).await;
         };

@@ -1,4 +1,4 @@
-//! Workers that run out of something, beside others.
+//! Workers that run out of descriptors or of room in their event loop, beside others.
 
 use std::{fs::File, path::Path, process::Stdio, time::Duration};
 
@@ -19,14 +19,14 @@ fn command() -> Command {
     with_role(Command::new("/proc/self/exe"))
 }
 
-/// A command that executes this binary and passes on its arguments.
+/// Adds the role to a command that executes this binary with the arguments that it gets.
 fn with_role(mut command: Command) -> Command {
     command.args([ROLE, "--exact", "--nocapture"]).env("FDWIRE_ROLE", ROLE);
     command.stdout(Stdio::null()).kill_on_drop(true);
     command
 }
 
-/// As README shows it. Its application opens files for each connection.
+/// Is a worker like that of README, whose application opens files for each connection.
 #[test]
 fn greedy_process() {
     if std::env::var("FDWIRE_ROLE").as_deref() != Ok(ROLE) {
@@ -48,7 +48,7 @@ fn greedy_process() {
     std::process::exit(0);
 }
 
-/// Answers with the process id.
+/// Answers with the process id. Needs many descriptors meanwhile.
 async fn greedy_application(mut connection: Connection) {
     let _files = [(); 20].map(|()| File::open("/dev/null"));
     let mut serial = [0; 4];
@@ -58,7 +58,8 @@ async fn greedy_application(mut connection: Connection) {
     }
 }
 
-/// Hands over connections, `at_a_time` of them. Returns by whom each was adopted, and the answers.
+/// Hands over `count` connections, `at_a_time` of them together. Returns the worker that has
+/// adopted each, and the answer.
 async fn serve(dispatcher: &Dispatcher, count: u32, at_a_time: usize) -> Vec<(WorkerId, String)> {
     let served = connections(count).await.into_iter().map(|(client, connection)| async move {
         let worker = dispatcher.dispatch(connection).await.unwrap();
@@ -67,8 +68,8 @@ async fn serve(dispatcher: &Dispatcher, count: u32, at_a_time: usize) -> Vec<(Wo
     stream::iter(served).buffer_unordered(at_a_time).collect().await
 }
 
-/// The descriptors that they had promised were free when they asked for connections. The offers
-/// that find it spent go back, and nobody is cut.
+/// When the workers asked for connections, they had descriptors for them. Offers for which there
+/// are none later are rejected, and no connection is cut.
 #[test]
 fn workers_whose_application_uses_up_their_descriptors_lose_nothing() {
     for kind in KINDS {
@@ -90,7 +91,7 @@ fn workers_whose_application_uses_up_their_descriptors_lose_nothing() {
     }
 }
 
-/// The kernel refuses each registration from the 20th on, as it does if `fs.epoll.max_user_watches`
+/// The kernel fails each registration from the 20th on, as it does when `fs.epoll.max_user_watches`
 /// is reached.
 ///
 /// Rules: W-REGISTER.

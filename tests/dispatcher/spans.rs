@@ -28,7 +28,8 @@ use crate::{
     raw_worker::{connections, until},
 };
 
-/// Writes spans and their events to a file, a line each: when a span begins, and when it ends.
+/// Returns a subscriber that writes a line to a file for each event in a span, and when a span
+/// begins or ends.
 fn subscriber(log: &Path) -> impl Subscriber + Send + Sync {
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new("fdwire::connection=debug,dispatcher=info"))
@@ -38,7 +39,7 @@ fn subscriber(log: &Path) -> impl Subscriber + Send + Sync {
         .finish()
 }
 
-/// The lines of a log about this span: the fields of the span, and what happens in it.
+/// Returns the lines of a log about this span, each with the fields of the span and the event.
 fn lines_of(log: &Path, span: &str) -> Vec<(String, String)> {
     let text = fs::read_to_string(log).unwrap();
     let lines = text.lines().filter_map(|line| {
@@ -49,7 +50,7 @@ fn lines_of(log: &Path, span: &str) -> Vec<(String, String)> {
     lines.collect()
 }
 
-/// The value of a field of a span.
+/// Returns the value of a field of a span.
 fn field<'a>(fields: &'a str, name: &str) -> &'a str {
     let value = fields.split(' ').find_map(|field| field.strip_prefix(name)?.strip_prefix('='));
     value.unwrap_or_else(|| panic!("no {name} in {fields}"))
@@ -57,8 +58,8 @@ fn field<'a>(fields: &'a str, name: &str) -> &'a str {
 
 const TWO_PROCESSES: &str = "spans::a_connection_has_spans_of_one_number_in_two_processes";
 
-/// The worker's process: the application says something in the span of each connection, and keeps
-/// the connection until its client goes.
+/// Is the worker's process. The application logs an event in the span of each connection, and keeps
+/// the connection until its client has gone.
 async fn serve() {
     let mut incoming = Incoming::from_stdin().unwrap();
     let handle = incoming.handle();
@@ -81,6 +82,7 @@ fn a_connection_has_spans_of_one_number_in_two_processes() {
         return run(serve());
     }
     alone(TWO_PROCESSES, async {
+        // A dispatcher starts a worker, and prepares each connection. Both processes have a log.
         let directory = tempfile::tempdir().unwrap();
         let (ours, theirs) = (directory.path().join("front"), directory.path().join("worker"));
         set_global_default(subscriber(&ours)).unwrap();
@@ -101,6 +103,7 @@ fn a_connection_has_spans_of_one_number_in_two_processes() {
             };
             async move { dispatcher.serve_with(listener, prepare).await }
         });
+        // Three clients are served, and all ends.
         let mut clients = Vec::new();
         for _ in 0..3 {
             let mut client = TcpStream::connect(address).await.unwrap();
@@ -113,6 +116,7 @@ fn a_connection_has_spans_of_one_number_in_two_processes() {
         dispatcher.drain(None).await;
         serving.await.unwrap().unwrap();
 
+        // The logs have three spans of each connection, with the same number.
         let (dispatched, served) = (lines_of(&ours, "dispatch"), lines_of(&theirs, "serve"));
         let prepared = lines_of(&ours, "prepare");
         let is_end = |event: &str| event.starts_with("fdwire::connection: close");
@@ -122,7 +126,7 @@ fn a_connection_has_spans_of_one_number_in_two_processes() {
                 let lines = lines.iter().filter(|(fields, _)| field(fields, "peer") == peer);
                 Vec::from_iter(lines.cloned())
             };
-            // On the dispatcher's side: accepted, and adopted by the worker.
+            // The dispatcher has a span from the accept to the adoption.
             let [(begin, begins), (end, ends)] = &of_peer(&dispatched)[..] else {
                 panic!("{dispatched:?}")
             };
@@ -132,19 +136,19 @@ fn a_connection_has_spans_of_one_number_in_two_processes() {
             assert_eq!(field(end, "outcome"), "\"adopted\"");
             assert_eq!(field(end, "worker"), id.as_ref().unwrap().to_string());
             assert_eq!(field(end, "local"), address.to_string());
-            // On the worker's side: adopted, served and ended.
-            let [(begin, begins), (_, says), (end, ends)] = &of_peer(&served)[..] else {
+            // The worker has a span from the adoption to the end, with the application's event.
+            let [(begin, begins), (_, event), (end, ends)] = &of_peer(&served)[..] else {
                 panic!("{served:?}")
             };
             assert_eq!(begins, "fdwire::connection: new");
-            assert_eq!(says, "dispatcher::spans: the application serves it");
+            assert_eq!(event, "dispatcher::spans: the application serves it");
             assert!(is_end(ends), "{ends}");
             assert_eq!((field(begin, "connection"), field(end, "connection")), (number, number));
-            // And before all that, prepared.
+            // Before these, the dispatcher has a span of the preparation.
             let number_is = |(fields, _): &&(String, String)| field(fields, "connection") == number;
             let prepared = Vec::from_iter(prepared.iter().filter(number_is));
-            let [_, (_, says), (_, ends)] = &prepared[..] else { panic!("{prepared:?}") };
-            assert_eq!(says, "dispatcher::spans: the application prepares it");
+            let [_, (_, event), (_, ends)] = &prepared[..] else { panic!("{prepared:?}") };
+            assert_eq!(event, "dispatcher::spans: the application prepares it");
             assert!(is_end(ends), "{ends}");
             if let Some(known) = &known_to_ss {
                 assert!(known.contains(&format!("sk:{number} ")), "{number} is not in {known}");
@@ -153,7 +157,7 @@ fn a_connection_has_spans_of_one_number_in_two_processes() {
     });
 }
 
-/// The lines that `ss -e` prints about connections, if it is installed.
+/// Returns the lines that `ss -e` prints about connections, if it is installed.
 fn known_to_ss() -> Option<String> {
     let ss = installed("ss")?;
     let output = std::process::Command::new(ss).args(["-tnHe"]).output().unwrap();
@@ -161,8 +165,8 @@ fn known_to_ss() -> Option<String> {
 }
 
 #[test]
-fn a_span_tells_what_became_of_a_connection_that_no_worker_adopts() {
-    const NAME: &str = "spans::a_span_tells_what_became_of_a_connection_that_no_worker_adopts";
+fn a_span_has_the_outcome_of_a_connection_that_no_worker_adopts() {
+    const NAME: &str = "spans::a_span_has_the_outcome_of_a_connection_that_no_worker_adopts";
     alone(NAME, async {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
@@ -189,7 +193,8 @@ fn a_span_tells_what_became_of_a_connection_that_no_worker_adopts() {
     });
 }
 
-/// Panics when a span of a connection begins, gets a field, or ends.
+/// A subscriber that panics when a span of a connection begins ("new"), gets a field ("record"), or
+/// ends ("close").
 struct Panics(&'static str);
 
 impl Panics {
@@ -226,9 +231,9 @@ fn a_subscriber_that_panics_in_a_span_harms_no_connection() {
         for point in ["new", "record", "close"] {
             let _guard = set_default(Panics(point));
             let dispatcher = Dispatcher::builder().build();
-            let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-            let worker = dispatcher.add_worker(here);
-            let mut incoming = Incoming::new(there);
+            let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+            let worker = dispatcher.add_worker(dispatcher_end);
+            let mut incoming = Incoming::new(worker_end);
             for (client, accepted) in connections(3).await {
                 let adopted = dispatcher.dispatch(accepted);
                 let mut connection = incoming.next().await.unwrap();
@@ -237,7 +242,7 @@ fn a_subscriber_that_panics_in_a_span_harms_no_connection() {
                 assert_eq!((adopted.await.unwrap(), &*client.answer().await), (worker, "hello"));
             }
             drop(incoming);
-            until("it has drained", || dispatcher.stats().retired.drained == 1).await;
+            until("the worker has drained", || dispatcher.stats().retired.drained == 1).await;
         }
     });
 }

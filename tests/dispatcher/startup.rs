@@ -1,4 +1,4 @@
-//! Programs that do not become workers, and what is known of workers that have left.
+//! Programs that do not become workers, and the stats of workers that have left.
 
 use std::{
     fs::Permissions,
@@ -38,13 +38,13 @@ fn shell(script: &str) -> Command {
     command
 }
 
-/// The first worker, listed or departed.
+/// Returns the stats of the first worker, which may have departed.
 fn first(dispatcher: &Dispatcher) -> WorkerStats {
     let stats = dispatcher.stats();
-    stats.departed.into_iter().chain(stats.workers).next().expect("it was started")
+    stats.departed.into_iter().chain(stats.workers).next().expect("a worker was started")
 }
 
-/// How the first worker has left, once its process has ended.
+/// Waits until the process of the first worker has ended. Returns how it has ended.
 async fn exit_of(dispatcher: &Dispatcher) -> WorkerExit {
     until("its process has ended", || {
         first(dispatcher).last_exit.is_some_and(|exit| exit.status.is_some())
@@ -53,8 +53,8 @@ async fn exit_of(dispatcher: &Dispatcher) -> WorkerExit {
     first(dispatcher).last_exit.unwrap()
 }
 
-/// Runs a test with what it logs as warnings. In a process of its own: subscribers of other threads
-/// would have a say in what is logged.
+/// Runs a test that reads its own log of warnings. The test has a process of its own, because
+/// subscribers of other threads influence what is logged.
 fn with_log(name: &str, test: impl AsyncFnOnce(&Mutex<String>)) {
     alone(name, async {
         let log = Arc::new(Mutex::new(String::new()));
@@ -84,8 +84,8 @@ fn a_program_that_cannot_be_started_is_an_error_with_its_name() {
 }
 
 #[test]
-fn it_is_known_and_logged_how_a_program_has_ended_that_exits_at_once() {
-    const NAME: &str = "startup::it_is_known_and_logged_how_a_program_has_ended_that_exits_at_once";
+fn stats_and_log_show_how_a_program_has_ended_that_exits_at_once() {
+    const NAME: &str = "startup::stats_and_log_show_how_a_program_has_ended_that_exits_at_once";
     with_log(NAME, async |log| {
         for (script, code, signal, text) in [
             ("exit 3", Some(3), None, "(exit status: 3); starting it again in 0.01 s"),
@@ -96,6 +96,7 @@ fn it_is_known_and_logged_how_a_program_has_ended_that_exits_at_once() {
                 "(signal: 9 (SIGKILL)); starting it again in 0.01 s",
             ),
         ] {
+            // A program exits at once. The stats show how.
             log.lock().unwrap().clear();
             let dispatcher = Dispatcher::builder().build();
             let id =
@@ -108,41 +109,47 @@ fn it_is_known_and_logged_how_a_program_has_ended_that_exits_at_once() {
                 (code, signal, &RetireCause::Ended)
             );
             assert!(exit.pid.is_some() && exit.lifetime < Duration::from_secs(60));
-            until("it is logged", || log.lock().unwrap().contains(text)).await;
+            // The log shows it too, and when the program is started again.
+            until("the event is logged", || log.lock().unwrap().contains(text)).await;
             let line = log.lock().unwrap().lines().next().unwrap().to_owned();
             assert!(line.contains(&format!("worker={id} program=\"sh\" pid={pid} ")), "{line}");
             let waits = || first(&dispatcher).last_exit.and_then(|exit| exit.restart_in);
-            until("it waits longer", || waits() >= Some(Duration::from_millis(40))).await;
+            until("the wait before a restart has grown", || {
+                waits() >= Some(Duration::from_millis(40))
+            })
+            .await;
             dispatcher.drain(None).await;
         }
     });
 }
 
-/// They take no notice of their standard input, or read it, or write something else to it.
+/// The programs ignore their standard input, or read it, or write something else to it.
 #[test]
-fn a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_another() {
+fn a_program_that_is_no_worker_is_killed_and_its_connection_goes_to_another() {
     let silent = RetireCause::Misbehaved("it did not say hello in time".into());
     let garbage = RetireCause::Misbehaved("bad magic byte 0x68 where a frame should begin".into());
     const NAME: &str =
-        "startup::a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_another";
+        "startup::a_program_that_is_no_worker_is_killed_and_its_connection_goes_to_another";
     with_log(NAME, async |log| {
         for kind in KINDS {
-            for (command, cause) in [
-                (Command::new("cat"), &silent),
-                (shell("exec sleep 100"), &silent),
-                (shell("echo hello; exec sleep 100"), &silent),
-                (shell("echo hello >&0; exec sleep 100"), &garbage),
+            let soon = Duration::from_secs(1);
+            for (command, hello_timeout, cause) in [
+                (Command::new("cat"), soon, &silent),
+                (shell("exec sleep 100"), soon, &silent),
+                (shell("echo hello; exec sleep 100"), soon, &silent),
+                (shell("echo hello >&0; exec sleep 100"), Duration::MAX, &garbage),
             ] {
+                // A connection waits while the program is started.
                 log.lock().unwrap().clear();
-                let dispatcher =
-                    Dispatcher::builder().hello_timeout(Duration::from_millis(300)).build();
+                let dispatcher = Dispatcher::builder().hello_timeout(hello_timeout).build();
                 let program = command.as_std().get_program().to_str().unwrap().to_owned();
                 dispatcher.spawn_worker(WorkerCommand::from(command).socket_kind(kind)).unwrap();
                 let (_client, accepted) = connections(1).await.pop().unwrap();
                 let outcome = dispatcher.dispatch(accepted);
+                // The program is killed. The stats and the log show why.
                 let exit = exit_of(&dispatcher).await;
                 assert_eq!((&exit.cause, exit.status.unwrap().signal()), (cause, Some(SIGKILL)));
-                until("it has left", || dispatcher.stats().workers.is_empty()).await;
+                until("the worker has left", || dispatcher.stats().workers.is_empty()).await;
                 let gone = first(&dispatcher);
                 assert_eq!(
                     (gone.program.as_deref(), gone.state),
@@ -152,6 +159,7 @@ fn a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_anothe
                 let log = log.lock().unwrap().clone();
                 assert!(log.contains(&program) && log.contains("signal: 9"), "{log}");
 
+                // A worker gets the connection.
                 let mut good = Raw::start(&dispatcher, kind, 1).await;
                 good.offer().await.unwrap();
                 good.adopt(1).await;
@@ -161,11 +169,12 @@ fn a_program_that_speaks_no_hand_off_is_killed_and_its_connection_goes_to_anothe
     });
 }
 
-/// As in the moment of an update.
+/// The program is missing for a moment, as during an update.
 #[test]
 fn a_worker_whose_program_has_gone_is_started_again_when_it_is_back() {
     const NAME: &str = "startup::a_worker_whose_program_has_gone_is_started_again_when_it_is_back";
     with_log(NAME, async |log| {
+        // A worker runs a program that was installed.
         let directory = tempfile::tempdir().unwrap();
         let program = directory.path().join("worker");
         let install = || {
@@ -181,14 +190,16 @@ fn a_worker_whose_program_has_gone_is_started_again_when_it_is_back() {
         let worker =
             WorkerCommand::from(command).restart(true).longest_wait(Duration::from_millis(50));
         let id = dispatcher.spawn_worker(worker).unwrap();
-        until("it is ready", || dispatcher.stats().workers[0].credit > 0).await;
+        until("the worker is ready", || dispatcher.stats().workers[0].credit > 0).await;
 
+        // The program is removed, and the worker dies. It cannot be started again.
         std::fs::remove_file(&program).unwrap();
         kill(Pid::from_raw(dispatcher.stats().workers[0].pid.unwrap() as i32), Signal::SIGKILL)
             .unwrap();
         let text = format!("cannot start {}: No such file", program.display());
-        until("it is logged", || log.lock().unwrap().contains(&text)).await;
+        until("the event is logged", || log.lock().unwrap().contains(&text)).await;
         assert_eq!(dispatcher.stats().workers[0].state, WorkerState::Restarting);
+        // When the program is back, it is started.
         install();
         let (_client, accepted) = connections(1).await.pop().unwrap();
         assert_eq!(dispatcher.dispatch(accepted).await.unwrap(), id);
@@ -209,8 +220,8 @@ fn the_numbers_of_workers_that_have_left_are_kept() {
             worker.offers(2).await;
             worker.reject(1, RejectReason::Unusable).await;
             worker.adopt(1).await;
-            worker.say(FromWorker::Goodbye).await;
-            until("it has left", || dispatcher.stats().workers.is_empty()).await;
+            worker.send(FromWorker::Goodbye).await;
+            until("the worker has left", || dispatcher.stats().workers.is_empty()).await;
             let last = dispatcher.stats().departed.pop().unwrap();
             assert_eq!((last.id, last.adopted, last.rejected, last.active), (worker.id, 1, 1, 0));
             assert_eq!((last.state, last.retired.drained), (WorkerState::Gone, 1));
@@ -244,7 +255,7 @@ fn the_time_to_each_adoption_is_counted() {
 }
 
 #[test]
-fn it_is_known_for_how_long_a_place_has_been_waited_for() {
+fn stats_show_for_how_long_a_slot_has_been_waited_for() {
     run(async {
         let dispatcher = Dispatcher::builder().build();
         assert_eq!(dispatcher.stats().slot_wait, None);
@@ -264,7 +275,7 @@ fn the_reason_why_a_worker_was_started_again_is_in_its_stats() {
         let id = dispatcher
             .spawn_worker(WorkerCommand::from(Command::new("true")).restart(true))
             .unwrap();
-        until("it was started again", || dispatcher.stats().workers[0].restarts > 0).await;
+        until("the worker was started again", || dispatcher.stats().workers[0].restarts > 0).await;
         let worker = &dispatcher.stats().workers[0];
         assert_eq!(
             (worker.id, &worker.last_exit.as_ref().unwrap().cause),

@@ -1,5 +1,5 @@
-//! A dispatcher is replaced by another one while its workers go on: both in this process, so that
-//! each moment can be looked at. `succession_processes` has the same between processes.
+//! A dispatcher is replaced by another one while its workers go on. Both are in this process, so
+//! that a test sees each moment. `succession_processes` has the same between processes.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use crate::{
     raw_worker::{Client, Raw, connections, until},
 };
 
-/// A worker in this process: what it adopts, and its handle.
+/// A worker in this process: the connections that it adopts, and its handle.
 struct Worker {
     adopted: UnboundedReceiver<Connection>,
     handle: IncomingHandle,
@@ -30,9 +30,9 @@ struct Worker {
 
 impl Worker {
     fn add(dispatcher: &Dispatcher, kind: SocketKind) -> Self {
-        let (here, there) = Socket::pair(kind).unwrap();
-        dispatcher.add_worker(there);
-        let mut incoming = Incoming::builder().max_fds(2).build(here);
+        let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+        dispatcher.add_worker(dispatcher_end);
+        let mut incoming = Incoming::builder().max_fds(2).build(worker_end);
         let handle = incoming.handle();
         let (to_test, adopted) = unbounded_channel();
         tokio::spawn(async move {
@@ -44,7 +44,7 @@ impl Worker {
     }
 
     async fn next(&mut self) -> Connection {
-        self.adopted.recv().await.expect("it goes on")
+        self.adopted.recv().await.expect("the worker has not ended")
     }
 }
 
@@ -75,15 +75,17 @@ async fn one() -> (Client, tokio::net::TcpStream) {
 fn a_worker_goes_on_with_another_dispatcher_and_keeps_its_connections() {
     for kind in KINDS {
         run(async {
+            // A worker of the old dispatcher serves a connection.
             let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
             let mut worker = Worker::add(&old, kind);
             let (mut before, accepted) = one().await;
             old.dispatch(accepted).await.unwrap();
             let mut serving = worker.next().await;
 
+            // The worker moves to the new one, serves another connection, and still has the first.
             drop(succeed(&old, &new));
             ready(&new, 1).await;
-            assert_eq!(new.stats().workers[0].active, 1, "what it has already counts");
+            assert_eq!(new.stats().workers[0].active, 1, "its connection counts at the new one");
             let (_after, accepted) = one().await;
             new.dispatch(accepted).await.unwrap();
             drop(worker.next().await);
@@ -91,7 +93,7 @@ fn a_worker_goes_on_with_another_dispatcher_and_keeps_its_connections() {
             serving.write_all(b"still here").await.unwrap();
             assert_eq!(before.first().await, "still here");
 
-            // The old one leaves, and takes nothing along.
+            // The old dispatcher ends. The worker drains only when the new one drains.
             old.drain(None).await;
             assert!(!worker.handle.is_draining());
             drop(serving);
@@ -103,10 +105,11 @@ fn a_worker_goes_on_with_another_dispatcher_and_keeps_its_connections() {
     }
 }
 
-/// The old dispatcher has no worker, so all of them wait.
+/// The old dispatcher has no worker, so all its connections wait.
 #[test]
-fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_them() {
+fn connections_that_wait_go_to_the_successor_with_all_that_belongs_to_them() {
     run(async {
+        // Connections with a prefix, metadata, a key and a bundle wait at the old dispatcher.
         let old = Dispatcher::builder().build();
         let new = Dispatcher::builder().strategy(Strategy::ByKey).build();
         let mut waiting = Vec::new();
@@ -120,6 +123,7 @@ fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_the
                 .with_fd(upstream);
             waiting.push((client, old.dispatch(accepted)));
         }
+        // The workers of the new one get all of them, with everything, by their keys.
         let mut workers = [(); 3].map(|()| Worker::add(&new, SocketKind::SeqPacket));
         ready(&new, 3).await;
         drop(succeed(&old, &new));
@@ -136,6 +140,7 @@ fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_the
             assert_eq!(*of_key, number, "connections with one key went to two workers");
             connection.write_all(&serial.to_be_bytes()).await.unwrap();
         }
+        // Each client gets the answer to its own number.
         for (serial, (mut client, outcome)) in (0u32..).zip(waiting) {
             outcome.await.unwrap();
             let mut answer = [0; 4];
@@ -149,12 +154,12 @@ fn connections_that_wait_go_to_the_other_dispatcher_with_all_that_belongs_to_the
 }
 
 #[test]
-fn workers_and_connections_keep_their_groups() {
+fn workers_and_connections_keep_their_groups_at_the_successor() {
     run(async {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
         let mut images = Worker::add(&old.in_group("images"), SocketKind::SeqPacket);
         ready(&old, 1).await;
-        // One group has no workers at all, and both kinds of connection name theirs.
+        // A connection for a group without workers waits, and one for the other group comes later.
         let (_client, accepted) = one().await;
         let waiting = old.in_group("api").dispatch(accepted);
         drop(succeed(&old, &new));
@@ -171,15 +176,15 @@ fn workers_and_connections_keep_their_groups() {
     });
 }
 
-/// It says hello when its dispatcher has been replaced already.
+/// The worker sends its HELLO only after its dispatcher has been replaced.
 #[test]
-fn a_worker_that_is_just_starting_moves_too() {
+fn a_worker_that_has_not_sent_its_hello_moves_too() {
     run(async {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        old.add_worker(there);
+        let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        old.add_worker(dispatcher_end);
         drop(succeed(&old, &new));
-        let mut incoming = Incoming::new(here);
+        let mut incoming = Incoming::new(worker_end);
         let (_client, accepted) = one().await;
         let outcome = new.dispatch(accepted);
         drop(incoming.next().await.unwrap());
@@ -191,13 +196,13 @@ fn a_worker_that_is_just_starting_moves_too() {
 
 /// Rules: W-MOVED.
 #[test]
-fn what_a_worker_has_not_adopted_when_it_moves_is_served_once() {
+fn connections_that_a_worker_has_not_adopted_when_it_moves_are_served_once() {
     run(async {
+        // A worker adopts one connection, and 19 offers wait in it.
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        old.add_worker(there);
-        let mut incoming = Incoming::new(here);
-        // It adopts one, and then does not ask: the others wait in it.
+        let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        old.add_worker(dispatcher_end);
+        let mut incoming = Incoming::new(worker_end);
         let mut clients = Vec::new();
         let mut outcomes = Vec::new();
         for (client, accepted) in connections(20).await {
@@ -206,14 +211,16 @@ fn what_a_worker_has_not_adopted_when_it_moves_is_served_once() {
         }
         let mut served = vec![incoming.next().await.unwrap()];
         until("all are offered", || old.stats().workers[0].unanswered == 19).await;
+        // The worker moves. The new dispatcher gets these connections, and offers them to it.
         drop(succeed(&old, &new));
-        until("they have moved on", || new.stats().dispatched == 19).await;
+        until("the connections have moved on", || new.stats().dispatched == 19).await;
         while served.len() < 20 {
             served.push(incoming.next().await.unwrap());
         }
         for outcome in outcomes {
             outcome.await.unwrap();
         }
+        // Each connection was served once.
         let serials = async {
             let mut serials = Vec::new();
             for connection in &mut served {
@@ -225,23 +232,25 @@ fn what_a_worker_has_not_adopted_when_it_moves_is_served_once() {
             serials
         };
         assert_eq!(serials.await, Vec::from_iter(0..20));
-        until("the new one knows", || new.stats().workers[0].active == 20).await;
+        until("the new dispatcher counts all", || new.stats().workers[0].active == 20).await;
     });
 }
 
-/// The new one dies with its runtime.
+/// The new dispatcher dies with its runtime.
 ///
 /// Rules: W-STAY, W-END-MOVED.
 #[test]
-fn when_the_other_dispatcher_dies_workers_come_back() {
+fn workers_come_back_when_the_successor_dies() {
     for kind in KINDS {
         run(async {
+            // A worker has a connection.
             let old = Dispatcher::builder().build();
             let mut worker = Worker::add(&old, kind);
             let (_before, accepted) = one().await;
             old.dispatch(accepted).await.unwrap();
             let serving = worker.next().await;
             for round in 0..3 {
+                // The worker moves to a new dispatcher, which dies.
                 let runtime = one_worker();
                 let new = {
                     let _context = runtime.enter();
@@ -251,10 +260,11 @@ fn when_the_other_dispatcher_dies_workers_come_back() {
                 ready(&new, 1).await;
                 runtime.shutdown_background();
                 if round > 0 {
-                    // The worker notices, and waits for what the old one does.
+                    // The worker notices within this time, and waits for the old dispatcher.
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     assert!(!worker.handle.is_draining());
                 }
+                // The old one takes the worker back, and it serves.
                 succession.undo();
                 ready(&old, 1).await;
                 assert_eq!(old.stats().workers[0].active, 1);
@@ -270,8 +280,9 @@ fn when_the_other_dispatcher_dies_workers_come_back() {
 }
 
 #[test]
-fn a_dispatcher_that_gives_everything_back_keeps_nothing() {
+fn a_successor_that_gives_everything_back_keeps_nothing() {
     run(async {
+        // The new dispatcher has taken the worker.
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
         let mut worker = Worker::add(&old, SocketKind::SeqPacket);
         ready(&old, 1).await;
@@ -281,7 +292,7 @@ fn a_dispatcher_that_gives_everything_back_keeps_nothing() {
         succession.begin();
         ready(&new, 1).await;
 
-        // First the new one stops, and its connections wait in the old one.
+        // The new one gives everything back. A connection of its own is served at the old one.
         taken.give_back();
         let (client, accepted) = one().await;
         let outcome = new.dispatch(accepted);
@@ -292,8 +303,9 @@ fn a_dispatcher_that_gives_everything_back_keeps_nothing() {
         drop(connection);
         outcome.await.unwrap();
         assert_eq!(client.answer().await, "back again");
+        // The drain of the new dispatcher does not concern the worker.
         new.drain(None).await;
-        assert!(!worker.handle.is_draining(), "the new one has told it nothing");
+        assert!(!worker.handle.is_draining(), "the new dispatcher has sent a DRAIN");
         let (_client, accepted) = one().await;
         old.dispatch(accepted).await.unwrap();
         drop(worker.next().await);
@@ -312,30 +324,32 @@ fn a_worker_that_does_not_know_how_to_move_drains() {
         assert_eq!(new.take_workers(frames, |_| None).unwrap().workers(), []);
         succession.begin();
         raw.leave().await;
-        until("it has left", || old.stats().retired.drained == 1).await;
+        until("the worker has left", || old.stats().retired.drained == 1).await;
     });
 }
 
-/// It says hello at the new link when it likes, and until then gets nothing.
+/// Between the MOVE and its HELLO at the new link, the worker gets no offer.
 ///
 /// Rules: D-MOVE-OFFERS.
 #[test]
 fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
     run(async {
+        // A worker that can move has asked for offers.
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        let id = old.add_worker(there);
+        let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        let id = old.add_worker(dispatcher_end);
         let mut framed =
-            fdwire::Framed::new(here, fdwire::handoff::protocol::WorkerCodec::default());
+            fdwire::Framed::new(worker_end, fdwire::handoff::protocol::WorkerCodec::default());
         let hello =
             FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 1, open: Some(0) };
         framed.send(hello).await.unwrap();
         framed.send(FromWorker::Demand { total: 100 }).await.unwrap();
         ready(&old, 1).await;
+        // The worker gets a MOVE. A connection that comes later goes to the new dispatcher.
         drop(succeed(&old, &new));
         let (_client, accepted) = one().await;
         let outcome = old.dispatch(accepted);
-        let mut raw = Raw::of(id, framed);
+        let mut raw = Raw::after_greeting(id, framed);
         let link = loop {
             match raw.step().await.unwrap() {
                 ToWorker::Move(link) => break link,
@@ -343,7 +357,8 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
                 _ => {}
             }
         };
-        until("the new one has it", || new.stats().waiting == 1).await;
+        until("the connection waits at the new dispatcher", || new.stats().waiting == 1).await;
+        // The worker greets at the new link, and gets the connection there.
         let socket = Socket::try_from(link.socket).unwrap();
         let mut next =
             fdwire::Framed::new(socket, fdwire::handoff::protocol::WorkerCodec::default());
@@ -352,16 +367,17 @@ fn a_worker_that_moves_gets_no_further_offer_at_its_old_link() {
         next.send(hello).await.unwrap();
         next.send(FromWorker::Demand { total: 1 }).await.unwrap();
         next.send(FromWorker::Load { finished: 3 }).await.unwrap();
-        let mut next = Raw::of(id, next);
+        let mut next = Raw::after_greeting(id, next);
         let _offer = next.offer().await.unwrap();
         next.adopt(1).await;
         outcome.await.unwrap();
-        until("the new one knows", || new.stats().workers[0].active == 1).await;
+        until("the new dispatcher counts the connection", || new.stats().workers[0].active == 1)
+            .await;
     });
 }
 
 #[test]
-fn frames_of_something_else_are_refused_and_no_worker_is_taken() {
+fn foreign_frames_are_refused_and_no_worker_is_taken() {
     run(async {
         let (old, new) = (Dispatcher::builder().build(), Dispatcher::builder().build());
         let _worker = Worker::add(&old, SocketKind::SeqPacket);
@@ -371,6 +387,6 @@ fn frames_of_something_else_are_refused_and_no_worker_is_taken() {
         frames.push(Frame::new("state of the application"));
         assert!(new.take_workers(frames, |_| None).is_err());
         assert!(new.stats().workers.is_empty());
-        ready(&old, 1).await; // nothing has changed for it
+        ready(&old, 1).await; // nothing has changed for the old dispatcher
     });
 }

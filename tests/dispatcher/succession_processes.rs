@@ -1,5 +1,5 @@
 //! Dispatchers in processes of their own, which replace each other under load while their workers
-//! go on. The test is in between: it sends them commands, and passes on the frames that they send.
+//! go on. The test sends them commands, and passes the frames of one to the other.
 
 use std::{
     collections::BTreeSet,
@@ -53,21 +53,21 @@ struct Front {
 
 impl Front {
     async fn start(setup: &Setup) -> Self {
-        let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
+        let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let mut command = Command::new("/proc/self/exe");
         command
             .args([ROLE, "--exact", "--nocapture"])
             .env("FDWIRE_ROLE", ROLE)
             .env("FDWIRE_LOG", &setup.log)
-            .stdin(OwnedFd::from(there))
+            .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .kill_on_drop(true);
         if let Some(timeout) = setup.hang_timeout {
             command.env(HANG_TIMEOUT, timeout.as_millis().to_string());
         }
         let process = command.spawn().unwrap();
-        drop(command); // it has the other end
-        let mut this = Self { process, framed: Framed::new(here, FrameCodec::default()) };
+        drop(command); // the command has the other end of the pair
+        let mut this = Self { process, framed: Framed::new(ours, FrameCodec::default()) };
         let listener = setup.listener.try_clone().unwrap();
         this.send_frame(Frame::new("listen").with_fd(OwnedFd::from(listener))).await.unwrap();
         this
@@ -138,6 +138,7 @@ impl Accepting {
     }
 }
 
+/// Runs each command of the test, until the test closes the socket.
 async fn front() {
     let mut framed = Framed::new(Socket::from_stdin().unwrap(), FrameCodec::default());
     let log = PathBuf::from(std::env::var_os("FDWIRE_LOG").unwrap());
@@ -148,6 +149,8 @@ async fn front() {
         .ping_interval(Duration::from_millis(200))
         .hang_timeout(hang_timeout)
         .build();
+    // Each command is a frame. A frame that is no command is one of a succession, and is kept for
+    // the command "take".
     let mut accepting: Option<Accepting> = None;
     let mut succession: Option<Succession> = None;
     let mut frames = Vec::new();
@@ -210,7 +213,7 @@ async fn front() {
     }
 }
 
-/// The process ids of a dispatcher's workers that are ready.
+/// Returns the process ids of a dispatcher's workers that are ready.
 async fn pids(front: &mut Front) -> BTreeSet<u32> {
     let answers = front.send("pids").await.unwrap();
     let ready = answers.iter().filter_map(|answer| {
@@ -222,6 +225,7 @@ async fn pids(front: &mut Front) -> BTreeSet<u32> {
     ready.collect()
 }
 
+/// Waits until all workers are ready. Returns their process ids.
 async fn ready_pids(front: &mut Front) -> BTreeSet<u32> {
     loop {
         let pids = pids(front).await;
@@ -232,7 +236,7 @@ async fn ready_pids(front: &mut Front) -> BTreeSet<u32> {
     }
 }
 
-/// Sixteen clients at a time, each of which sends one request after the other until it is stopped.
+/// Sixteen clients, each of which sends one request after the other until they are stopped.
 struct Load {
     stops: Arc<AtomicBool>,
     answered: Arc<AtomicU32>,
@@ -266,6 +270,7 @@ impl Load {
         until("requests are answered", || self.answered.load(Relaxed) >= before + requests).await;
     }
 
+    /// Stops the clients. Returns how many requests were answered, and how many have failed.
     async fn stop(self) -> (u32, u32) {
         self.stops.store(true, Relaxed);
         for task in self.tasks {
@@ -275,7 +280,8 @@ impl Load {
     }
 }
 
-/// Returns true if it is answered. A connection that nobody ends counts as failed after a while.
+/// Sends a request. Returns true if it is answered. A connection that does not end counts as failed
+/// after a while.
 async fn request(address: SocketAddr, serial: u32) -> bool {
     let exchange = async {
         let mut stream = TcpStream::connect(address).await.ok()?;
@@ -326,8 +332,8 @@ impl Setup {
     }
 }
 
-/// The command of the workers kills its child when it is dropped. That must not happen to a worker
-/// that has moved.
+/// A worker's command kills its process when the dispatcher is dropped. That must not happen to a
+/// worker that has moved.
 ///
 /// Rules: D-MOVED, W-MOVE, W-STAY.
 #[test]
@@ -354,8 +360,8 @@ fn a_dispatcher_is_replaced_again_and_again_under_load_and_its_workers_notice_no
     });
 }
 
-/// A connection that no worker has adopted ends with its dispatcher, and no other one does. None is
-/// served twice.
+/// Only connections that no worker has adopted end with the dispatcher. No connection is served
+/// twice.
 #[test]
 fn a_dispatcher_that_is_killed_while_it_is_replaced_takes_no_worker_along() {
     run(async {
@@ -363,6 +369,7 @@ fn a_dispatcher_that_is_killed_while_it_is_replaced_takes_no_worker_along() {
         let (mut front, _) = setup.first().await;
         let load = Load::start(setup.address);
         for _ in 0..20 {
+            // During a replacement, one of the two dispatchers is killed at a random moment.
             load.goes_on(20).await;
             let workers = ready_pids(&mut front).await;
             let mut next = setup.next(&mut front).await;
@@ -372,10 +379,11 @@ fn a_dispatcher_that_is_killed_while_it_is_replaced_takes_no_worker_along() {
                 sleep(Duration::from_micros(moment)).await;
                 kill(victim, Signal::SIGKILL).unwrap();
             });
-            // When it answers the next command, its tasks have sent everything.
+            // When the old one answers the command after "begin", its tasks have sent everything.
             let has_begun =
                 front.send("begin").await.is_some() && front.send("pids").await.is_some();
             killer.await.unwrap();
+            // The other one has the workers and goes on.
             if kills_old {
                 front.process.wait().await.unwrap();
                 front = next;
@@ -392,6 +400,7 @@ fn a_dispatcher_that_is_killed_while_it_is_replaced_takes_no_worker_along() {
             }
             load.goes_on(20).await;
         }
+        // Each request was served once, if at all.
         let (answered, failed) = load.stop().await;
         println!("{answered} answered, {failed} failed with a dispatcher that was killed");
         assert!(failed < answered);
@@ -414,7 +423,8 @@ fn a_worker_that_hangs_after_it_has_moved_is_killed_and_started_again() {
         front.kill().await;
         let hung = *workers.first().unwrap();
         stop(Pid::from_raw(hung as i32)).await;
-        until("it is killed", || !Path::new(&format!("/proc/{hung}/status")).exists()).await;
+        until("the worker is killed", || !Path::new(&format!("/proc/{hung}/status")).exists())
+            .await;
         let now = ready_pids(&mut next).await;
         assert_eq!(now.intersection(&workers).count(), WORKERS - 1, "{now:?}");
         for serial in 0..20 {

@@ -1,4 +1,5 @@
-//! A connection is given up only when every worker that takes any has failed with it.
+//! Connections that several workers have rejected or died of. One is given up only when every
+//! worker that takes connections has failed with it.
 
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use crate::{
     both,
     common::{KINDS, run},
     raw_worker::{Raw, connections, until},
-    refusal::refuse,
+    refusal::reject_all,
 };
 
 async fn adopt_all(mut worker: Raw) {
@@ -25,19 +26,19 @@ async fn adopt_all(mut worker: Raw) {
         drop(offer);
         worker.adopt(1).await;
         served += 1;
-        worker.say(FromWorker::Load { finished: served }).await;
+        worker.send(FromWorker::Load { finished: served }).await;
     }
 }
 
-/// The fault of eight workers beside two healthy ones.
+/// The fault of the eight bad workers beside two healthy ones.
 #[derive(Debug, Clone, Copy)]
 enum Bad {
     Rejects(RejectReason),
-    /// It is gone, and another one connects.
+    /// Each bad worker dies of its first offer, and another one takes its place.
     Dies,
 }
 
-/// Clients come 64 at a time, as they do from the backlog of a listener.
+/// 64 connections are handed over at a time, as from the backlog of a listener.
 ///
 /// Rules: D-REASONS.
 #[test]
@@ -53,6 +54,7 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
             Bad::Dies,
         ] {
             run(async {
+                // Two workers are healthy, and eight are bad.
                 let dispatcher = Dispatcher::builder().build();
                 for _ in 0..2 {
                     let healthy = Raw::start(&dispatcher, kind, 10_000).await;
@@ -63,7 +65,8 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
                     tokio::spawn(async move {
                         match bad {
                             Bad::Rejects(reason) => {
-                                refuse(Raw::start(&dispatcher, kind, 10_000).await, reason).await
+                                reject_all(Raw::start(&dispatcher, kind, 10_000).await, reason)
+                                    .await
                             }
                             Bad::Dies => loop {
                                 drop(Raw::start(&dispatcher, kind, 10_000).await.offer().await);
@@ -71,6 +74,7 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
                         }
                     });
                 }
+                // All connections are adopted, and each bad worker has got offers.
                 let clients = stream::iter(0..CONNECTIONS).for_each_concurrent(64, async |_| {
                     let (_client, connection) = UnixStream::pair().unwrap();
                     let adopted = dispatcher.dispatch(connection).await;
@@ -90,12 +94,13 @@ fn workers_that_refuse_reject_or_die_lose_no_connection_beside_healthy_ones() {
     }
 }
 
-/// One that counted would be enough: no failure is allowed.
+/// The connection is allowed no failure, so a single refusal that counted would fail it.
 ///
 /// Rules: D-BLAME.
 #[test]
-fn no_refusal_counts_against_a_connection() {
+fn no_refusal_counts_as_a_failure_of_its_connection() {
     both(async |kind| {
+        // A worker rejects the connection for each reason that is a refusal, and then adopts it.
         let dispatcher = Dispatcher::builder().max_offers(1).build();
         let mut worker = Raw::start(&dispatcher, kind, 1).await;
         let (_client, accepted) = connections(1).await.pop().unwrap();
@@ -109,15 +114,16 @@ fn no_refusal_counts_against_a_connection() {
         for (made, reason) in (1..).zip(refusals) {
             drop(worker.offer().await.unwrap());
             worker.reject(1, reason).await;
-            worker.say(FromWorker::Demand { total: made + 1 }).await;
+            worker.send(FromWorker::Demand { total: made + 1 }).await;
         }
         drop(worker.offer().await.unwrap());
         worker.adopt(1).await;
         assert_eq!(outcome.await.unwrap(), worker.id);
 
+        // UNUSABLE is no refusal, and counts as a failure.
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome = dispatcher.dispatch(accepted);
-        worker.say(FromWorker::Demand { total: 6 }).await;
+        worker.send(FromWorker::Demand { total: 6 }).await;
         drop(worker.offer().await.unwrap());
         worker.reject(1, RejectReason::Unusable).await;
         let refused = outcome.await.unwrap_err();
@@ -125,8 +131,8 @@ fn no_refusal_counts_against_a_connection() {
     });
 }
 
-/// A new version that dies of its first offer, of which there are more than a connection may fail
-/// with.
+/// More workers die of the connection than `max_offers` allows, as those of a broken new version
+/// do.
 #[test]
 fn a_connection_outlives_any_number_of_dying_workers_as_long_as_a_healthy_one_is_only_full() {
     both(async |kind| {
@@ -138,10 +144,11 @@ fn a_connection_outlives_any_number_of_dying_workers_as_long_as_a_healthy_one_is
             let mut bad = Raw::start(&dispatcher, kind, 10).await;
             bad.offer().await.unwrap();
             drop(bad);
-            until("its death is noticed", || dispatcher.stats().workers.len() == 1).await;
+            until("the death of the worker is noticed", || dispatcher.stats().workers.len() == 1)
+                .await;
             assert_eq!(dispatcher.stats().waiting, 1);
         }
-        healthy.say(FromWorker::Demand { total: 1 }).await;
+        healthy.send(FromWorker::Demand { total: 1 }).await;
         healthy.offer().await.unwrap();
         healthy.adopt(1).await;
         assert_eq!(outcome.await.unwrap(), healthy.id);
@@ -176,7 +183,7 @@ fn a_connection_that_no_worker_can_use_is_given_back() {
     });
 }
 
-/// The suspect needs a worker without other offers; the connection behind it does not.
+/// The suspect needs a worker without other offers. The connection behind it does not.
 #[test]
 fn a_suspect_does_not_hold_up_the_connections_behind_it() {
     both(async |kind| {
@@ -192,13 +199,14 @@ fn a_suspect_does_not_hold_up_the_connections_behind_it() {
             let mut bad = Raw::start(&dispatcher, kind, 1).await;
             bad.offer().await.unwrap();
             drop(bad);
-            until("its death is noticed", || dispatcher.stats().workers.len() == 1).await;
+            until("the death of the worker is noticed", || dispatcher.stats().workers.len() == 1)
+                .await;
         }
-        worker.say(FromWorker::Demand { total: 50 }).await;
+        worker.send(FromWorker::Demand { total: 50 }).await;
         let (_third, accepted) = all.remove(0);
-        until("its demand was heard", || dispatcher.stats().workers[0].credit > 0).await;
-        let place = dispatcher.reserve().now_or_never().flatten().expect("a place");
-        let _behind = place.dispatch(accepted);
+        until("the demand was received", || dispatcher.stats().workers[0].credit > 0).await;
+        let permit = dispatcher.reserve().now_or_never().flatten().expect("there is room");
+        let _behind = permit.dispatch(accepted);
         worker.offer().await.unwrap();
         assert_eq!(dispatcher.stats().waiting, 1, "the suspect");
         worker.adopt(2).await;
@@ -209,12 +217,12 @@ fn a_suspect_does_not_hold_up_the_connections_behind_it() {
 
 /// Rules: W-HELLO-TIME.
 #[test]
-fn a_worker_that_says_no_hello_is_cut_off() {
+fn a_worker_that_sends_no_hello_is_cut_off() {
     both(async |kind| {
         let dispatcher = Dispatcher::builder().hello_timeout(Duration::from_millis(100)).build();
-        let (here, there) = Socket::pair(kind).unwrap();
-        dispatcher.add_worker(there);
-        let mut framed = Framed::new(here, WorkerCodec::default());
+        let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+        dispatcher.add_worker(dispatcher_end);
+        let mut framed = Framed::new(worker_end, WorkerCodec::default());
         assert!(framed.next().await.is_none());
         assert_eq!(dispatcher.stats().retired.misbehaved, 1);
     });
@@ -224,17 +232,19 @@ fn a_worker_that_says_no_hello_is_cut_off() {
 #[test]
 fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
     both(async |kind| {
+        // One worker takes one descriptor with each offer, and another one takes two.
         let dispatcher = Dispatcher::builder().build();
         let _takes_one = Raw::start(&dispatcher, kind, 10).await;
-        let (here, there) = Socket::pair(kind).unwrap();
-        let id = dispatcher.add_worker(there);
-        let mut framed = Framed::new(here, WorkerCodec::default());
+        let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+        let id = dispatcher.add_worker(dispatcher_end);
+        let mut framed = Framed::new(worker_end, WorkerCodec::default());
         framed
             .send(FromWorker::Hello { lowest: VERSION, highest: VERSION, max_fds: 2, open: None })
             .await
             .unwrap();
         framed.send(FromWorker::Demand { total: 10 }).await.unwrap();
-        let mut worker = Raw::of(id, framed);
+        let mut worker = Raw::after_greeting(id, framed);
+        // A connection with a further descriptor goes to the second worker.
         let (mut upstream, passed) = std::os::unix::net::UnixStream::pair().unwrap();
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let outcome =
@@ -247,7 +257,7 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
         // The dispatcher has no copy left.
         assert_eq!(std::io::Read::read(&mut upstream, &mut [0]).unwrap(), 0);
 
-        // One that no worker takes waits, and others pass it.
+        // A connection with more descriptors than any worker takes waits, and others pass it.
         let (_client, accepted) = connections(1).await.pop().unwrap();
         let many = [(); 2].map(|()| std::os::unix::net::UnixStream::pair().unwrap().0);
         let too_many = many.into_iter().fold(Accepted::from(accepted), Accepted::with_fd);
@@ -261,8 +271,9 @@ fn a_bundle_comes_with_its_connection_to_a_worker_that_takes_it() {
 }
 
 #[test]
-fn only_offers_that_were_sent_count_against_a_connection() {
+fn only_offers_that_were_sent_count_as_failures_of_their_connection() {
     both(async |kind| {
+        // More offers are planned for a silent worker than fit into its socket.
         const CONNECTIONS: u32 = 60;
         let dispatcher = Dispatcher::builder()
             .ping_interval(Duration::from_millis(20))
@@ -276,11 +287,13 @@ fn only_offers_that_were_sent_count_against_a_connection() {
             async { (client, outcome.await).1 }
         });
         let outcomes = Vec::from_iter(outcomes);
-        until("it was cut off", || dispatcher.stats().retired.hung == 1).await;
+        // After the worker is cut off, it counts the offers that were sent.
+        until("the worker was cut off", || dispatcher.stats().retired.hung == 1).await;
         let mut sent = 0;
         while silent.offer().await.is_some() {
             sent += 1;
         }
+        // Only these are given back. A good worker adopts the others.
         let mut good = Raw::start(&dispatcher, kind, CONNECTIONS.into()).await;
         let work = async {
             while let Some(_offer) = good.offer().await {
@@ -292,8 +305,8 @@ fn only_offers_that_were_sent_count_against_a_connection() {
             () = work => unreachable!(),
         };
         let given_back = outcomes.iter().filter(|outcome| outcome.is_err()).count();
-        // The last offer may have been sent in part. On a stream, the descriptors of later offers
-        // may have gone ahead of their bytes.
+        // The last offer may have been sent in part. On a stream, descriptors of later offers may
+        // have been sent ahead of their bytes.
         assert!(given_back >= sent, "{sent} were sent, {given_back} given back");
         assert!(
             given_back <= sent + 1 || kind == SocketKind::Stream,

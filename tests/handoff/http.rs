@@ -1,4 +1,4 @@
-//! Real requests: axum and hyper serve what is handed over.
+//! Real requests: axum and hyper serve connections that are handed over.
 
 use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, pin::pin};
 
@@ -28,15 +28,19 @@ use crate::{
     raw_dispatcher::{offer_of, pair},
 };
 
-/// Hands everything that it accepts to the worker, until it is told to drain; then waits for the
-/// worker's goodbye.
+/// Starts a front that hands all its connections to one worker. Returns its address, the worker,
+/// and a channel that makes the front send a DRAIN. The front's task ends with the worker's
+/// GOODBYE, and returns how many connections the worker has adopted.
 async fn front(kind: SocketKind) -> (SocketAddr, Incoming, oneshot::Sender<()>, JoinHandle<u64>) {
+    // The front listens, and the returned channel has its end in the front's task.
     let (mut dispatcher, incoming) = pair(kind, Incoming::builder()).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (drain, draining) = oneshot::channel();
     let mut draining = draining.into_stream();
     let front = tokio::spawn(async move {
+        // A connection is accepted only for an offer that the worker has asked for. The front keeps
+        // its own copy until the worker has adopted the connection.
         let mut unanswered = VecDeque::new();
         let (mut demand, mut offered, mut adopted) = (0, 0, 0);
         loop {
@@ -74,7 +78,7 @@ async fn client(address: SocketAddr) -> SendRequest<Empty<Bytes>> {
     client
 }
 
-/// The answer, and whether the connection ends with it.
+/// Sends a request. Returns the answer, and whether the connection ends with it.
 async fn get(client: &mut SendRequest<Empty<Bytes>>, path: &str) -> (String, bool) {
     client.ready().await.unwrap();
     let request = Request::get(path).header("host", "x").body(Empty::new()).unwrap();
@@ -86,11 +90,12 @@ async fn get(client: &mut SendRequest<Empty<Bytes>>, path: &str) -> (String, boo
 
 #[cfg(feature = "axum")]
 #[test]
-fn axum_serves_and_drains() {
+fn axum_serves_handed_over_connections_and_drains() {
     use axum::{Router, extract::ConnectInfo, routing};
     use fdwire::handoff::Address;
 
     counted(async |kind| {
+        // axum serves the worker's connections.
         let (address, incoming, drain, front) = front(kind).await;
         let handle = incoming.handle();
         let answer =
@@ -102,6 +107,7 @@ fn axum_serves_and_drains() {
             axum::serve(incoming, app).with_graceful_shutdown(requested).await.unwrap()
         });
 
+        // Clients get answers, with their own addresses.
         for _ in 0..20 {
             let (answer, last) = get(&mut client(address).await, "/").await;
             assert!(answer.starts_with("you are 127.0.0.1:") && !last, "{answer}");
@@ -109,34 +115,35 @@ fn axum_serves_and_drains() {
         let mut kept_alive = client(address).await;
         get(&mut kept_alive, "/").await;
         get(&mut kept_alive, "/").await;
+        // A drain ends the server, and the idle connection that was kept alive.
         drain.send(()).unwrap();
         handle.drain_requested().await;
-        server.await.unwrap(); // the connection that was kept alive was idle, and has been ended
+        server.await.unwrap();
         assert!(matches!(handle.ended().await, IncomingEnd::Drained));
         assert_eq!(front.await.unwrap(), 21);
     });
 }
 
 #[test]
-fn hyper_serves_and_ends_what_is_kept_alive_with_its_next_answer() {
+fn hyper_ends_kept_alive_connections_with_their_next_answer_when_it_drains() {
     counted(async |kind| {
         let (address, mut incoming, drain, front) = front(kind).await;
         let handle = incoming.handle();
-        let (asked, mut asking) = mpsc::channel(1);
+        let (received, mut receiving) = mpsc::channel(1);
         let server = {
             let handle = handle.clone();
             tokio::spawn(async move {
                 while let Some(connection) = incoming.next().await {
-                    tokio::spawn(serve(connection, handle.clone(), asked.clone()));
+                    tokio::spawn(serve(connection, handle.clone(), received.clone()));
                 }
             })
         };
         let mut kept_alive = client(address).await;
         assert_eq!(get(&mut kept_alive, "/").await, ("hello".to_owned(), false));
 
-        // A request that is being answered when the drain begins.
+        // The drain begins while a request is being answered.
         let ((answer, last), ()) = tokio::join!(get(&mut kept_alive, "/slow"), async {
-            asking.recv().await.unwrap();
+            receiving.recv().await.unwrap();
             drain.send(()).unwrap();
         });
         assert_eq!((&answer[..], last), ("hello", true));
@@ -146,15 +153,16 @@ fn hyper_serves_and_ends_what_is_kept_alive_with_its_next_answer() {
     });
 }
 
-/// Answers; what is slow only when a drain has been requested, which is made known by `asked`.
-async fn serve(connection: Connection, handle: IncomingHandle, asked: mpsc::Sender<()>) {
+/// Serves a connection. A request of `/slow` is reported by `received`, and answered only when a
+/// drain has been requested.
+async fn serve(connection: Connection, handle: IncomingHandle, received: mpsc::Sender<()>) {
     let requested = handle.drain_requested();
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-        let (slow, asked, requested) =
-            (request.uri() == "/slow", asked.clone(), handle.drain_requested());
+        let (slow, received, requested) =
+            (request.uri() == "/slow", received.clone(), handle.drain_requested());
         async move {
             if slow {
-                asked.send(()).await.unwrap();
+                received.send(()).await.unwrap();
                 requested.await;
                 tokio::task::yield_now().await;
             }

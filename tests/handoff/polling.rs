@@ -1,4 +1,4 @@
-//! Where the stream of connections may be polled, and by whom.
+//! Polling the stream of connections outside of the runtime, and by a task that ends.
 
 use std::{
     pin::pin,
@@ -33,11 +33,11 @@ fn connections_can_be_taken_outside_of_the_runtime() {
         let (mut client, _copy) = dispatcher.offer().await;
         dispatcher.expect_adopted(1).await;
         let (_incoming, mut connection) = taking.join().unwrap();
-        crate::worker::check_talk(&mut connection, &mut client).await;
+        crate::worker::check_reaches(&mut connection, &mut client).await;
     });
 }
 
-/// As one of an executor that frees a task when nobody is left to wake it.
+/// A waker that owns a connection, as that of a task does which is freed with its last waker.
 struct Owns {
     _connection: Mutex<Connection>,
 }
@@ -47,8 +47,9 @@ impl Wake for Owns {
 }
 
 #[test]
-fn a_task_may_end_with_its_waker_and_its_connections_with_it() {
+fn a_waker_that_owns_a_connection_may_be_dropped_by_polling() {
     counted(async |kind| {
+        // The waker that waits for the next connection owns the first one.
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         assert!(incoming.next().now_or_never().is_none());
         let _client = dispatcher.offer().await;
@@ -57,29 +58,32 @@ fn a_task_may_end_with_its_waker_and_its_connections_with_it() {
         assert!(pin!(incoming.next()).poll_unpin(&mut Context::from_waker(&waker)).is_pending());
         drop(waker);
 
+        // Another waker takes its place, so the waker and the connection are dropped.
         let (done, is_done) = mpsc::channel();
         std::thread::spawn(move || {
             assert!(incoming.next().now_or_never().is_none());
             done.send(incoming).unwrap();
         });
-        let _incoming = is_done.recv_timeout(Duration::from_secs(10)).expect("it waits for itself");
+        let _incoming = is_done.recv_timeout(Duration::from_secs(10)).expect("polling is blocked");
         dispatcher.expect_adopted(1).await;
         dispatcher.expect_finished(1).await;
     });
 }
 
-/// The worker was stopped meanwhile, or it has no descriptors to spare: its application still
-/// waits, and is not asked.
+/// Offers are recalled, or rejected as unusable, before the application gets them. The application
+/// still waits, so the worker asks for others.
 #[test]
-fn offers_that_go_back_while_the_application_waits_are_asked_for_again() {
+fn offers_that_are_rejected_while_the_application_waits_are_asked_for_again() {
     counted(async |kind| {
         for recalled in [false, true] {
+            // The application waits for a connection.
             let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder().window(3)).await;
             let taking = tokio::spawn(async move {
                 let connection = incoming.next().await;
                 (incoming, connection)
             });
             dispatcher.expect_demand(3).await;
+            // Three offers and a RECALL come together.
             let mut clients = Vec::new();
             for _ in 0..3 {
                 let (client, copy) = dispatcher.accept().await;
@@ -89,13 +93,14 @@ fn offers_that_go_back_while_the_application_waits_are_asked_for_again() {
                 dispatcher.framed.feed(message).await.unwrap();
                 clients.push((client, copy));
             }
-            dispatcher.send(ToWorker::Recall { before: 3 }).await; // together with the offers
+            dispatcher.send(ToWorker::Recall { before: 3 }).await;
+            // The worker rejects the offers and asks for three more. The application gets the next.
             let reason = if recalled { RejectReason::Recalled } else { RejectReason::Unusable };
             dispatcher.expect_rejected(3, reason).await;
             dispatcher.expect_demand(6).await;
             let (mut client, _copy) = dispatcher.offer().await;
             let (_incoming, connection) = taking.await.unwrap();
-            crate::worker::check_talk(&mut connection.unwrap(), &mut client).await;
+            crate::worker::check_reaches(&mut connection.unwrap(), &mut client).await;
         }
     });
 }

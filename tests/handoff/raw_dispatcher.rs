@@ -1,4 +1,4 @@
-//! A dispatcher made of the protocol's codec alone, which does as each test says.
+//! A dispatcher made of the protocol's codec alone, whose every message is up to the test.
 
 use std::net;
 
@@ -15,15 +15,17 @@ use tokio::net::{TcpListener, TcpStream};
 pub(crate) struct RawDispatcher {
     pub(crate) framed: Framed<DispatcherCodec>,
     listener: TcpListener,
-    /// The demand and the finished connections that the worker has reported most recently.
+    /// The demand that the worker has reported most recently.
     pub(crate) demand: u64,
+    /// The number of finished connections that the worker has reported most recently.
     pub(crate) finished: u64,
-    /// Offers made, and those that were answered.
+    /// The number of offers made.
     offered: u64,
+    /// The number of offers that were answered.
     answered: u64,
 }
 
-/// A dispatcher and a worker that have greeted each other.
+/// Makes a dispatcher and a worker that have greeted each other.
 pub(crate) async fn pair(kind: SocketKind, worker: IncomingBuilder) -> (RawDispatcher, Incoming) {
     let (a, b) = Socket::pair(kind).unwrap();
     let incoming = worker.build(b);
@@ -41,13 +43,13 @@ impl RawDispatcher {
         Self::before_greeting_with(socket, 1).await
     }
 
-    /// The worker takes this many descriptors with an offer.
+    /// Expects a HELLO of a worker that takes this many descriptors with an offer.
     pub(crate) async fn before_greeting_with(socket: Socket, max_fds: u8) -> Self {
         Self::hello(socket, max_fds, 0).await
     }
 
-    /// At a new link of a worker with this many open connections.
-    pub(crate) async fn before_greeting_again(socket: Socket, open: u64) -> Self {
+    /// Expects a HELLO at the new link of a worker with this many open connections.
+    pub(crate) async fn at_new_link(socket: Socket, open: u64) -> Self {
         Self::hello(socket, 1, open).await
     }
 
@@ -64,7 +66,8 @@ impl RawDispatcher {
         self.framed.send(message).await.unwrap();
     }
 
-    /// The next message that is not `Demand` or `Load`, which are noted. `None` at the end.
+    /// Receives the next message that is not a DEMAND or a LOAD. These are noted. Returns `None` at
+    /// the end of the link.
     pub(crate) async fn answer(&mut self) -> Option<FromWorker> {
         loop {
             match self.message().await {
@@ -74,6 +77,7 @@ impl RawDispatcher {
         }
     }
 
+    /// Receives the next message, and notes a DEMAND or a LOAD.
     async fn message(&mut self) -> Option<FromWorker> {
         let message = self.framed.try_next().await.unwrap();
         match message {
@@ -84,7 +88,8 @@ impl RawDispatcher {
         message
     }
 
-    async fn total(&mut self) {
+    /// Receives a DEMAND or a LOAD. Fails if another message comes.
+    async fn receive_total(&mut self) {
         let message = self.message().await;
         assert!(
             matches!(message, Some(FromWorker::Demand { .. } | FromWorker::Load { .. })),
@@ -92,22 +97,22 @@ impl RawDispatcher {
         );
     }
 
-    /// The next message is this.
+    /// Checks that this is the next message, apart from DEMAND and LOAD.
     pub(crate) async fn expect(&mut self, answer: FromWorker) {
         assert_eq!(self.answer().await, Some(answer));
     }
 
     pub(crate) async fn expect_adopted(&mut self, count: u32) {
-        let first = self.next(count);
+        let first = self.take_numbers(count);
         self.expect(FromWorker::Adopted { first, count }).await;
     }
 
     pub(crate) async fn expect_rejected(&mut self, count: u32, reason: RejectReason) {
-        let first = self.next(count);
+        let first = self.take_numbers(count);
         self.expect(FromWorker::Rejected { first, count, reason }).await;
     }
 
-    /// The same in one message or several.
+    /// Checks that the worker rejects `total` offers, with one message or several.
     pub(crate) async fn expect_rejected_in_parts(&mut self, total: u32, reason: RejectReason) {
         let end = self.answered + u64::from(total);
         while self.answered < end {
@@ -115,16 +120,17 @@ impl RawDispatcher {
             let Some(FromWorker::Rejected { first, count, reason: given }) = answer else {
                 panic!("{answer:?}")
             };
-            assert_eq!((first, given), (self.next(count), reason));
+            assert_eq!((first, given), (self.take_numbers(count), reason));
         }
     }
 
-    fn next(&mut self, count: u32) -> u64 {
+    /// Counts the next `count` offers as answered. Returns the number of the first.
+    fn take_numbers(&mut self, count: u32) -> u64 {
         self.answered += u64::from(count);
         self.answered - u64::from(count)
     }
 
-    /// An offer with the next number.
+    /// Gives an offer the next number.
     pub(crate) fn number(
         &mut self,
         offer: Offer<SendFd>,
@@ -133,37 +139,37 @@ impl RawDispatcher {
         ToWorker::Offer { number: self.offered - 1, offer }
     }
 
-    /// Reads until the worker has asked for so many offers in all.
+    /// Receives until the worker has asked for `total` offers in all.
     pub(crate) async fn expect_demand(&mut self, total: u64) {
         while self.demand < total {
-            self.total().await;
+            self.receive_total().await;
         }
         assert_eq!(self.demand, total);
     }
 
-    /// Reads until the worker has said that so many have ended.
+    /// Receives until the worker has reported this number of finished connections.
     pub(crate) async fn expect_finished(&mut self, finished: u64) {
         while self.finished < finished {
-            self.total().await;
+            self.receive_total().await;
         }
         assert_eq!(self.finished, finished);
     }
 
-    /// Whatever the worker had to say to what was sent before is in `demand` and `finished`, and
-    /// was nothing else.
+    /// Pings the worker and waits for the answer. By then, whatever the worker had to send is in
+    /// `demand` and `finished`. Fails if the worker has sent another message before the answer.
     pub(crate) async fn settle(&mut self) {
         self.send(ToWorker::Ping { nonce: 77 }).await;
         self.expect(FromWorker::Pong { nonce: 77 }).await;
     }
 
-    /// A client, and its connection as it was accepted.
+    /// Connects a client. Returns it with its accepted connection.
     pub(crate) async fn accept(&mut self) -> (TcpStream, net::TcpStream) {
         let client = TcpStream::connect(self.listener.local_addr().unwrap());
         let (client, accepted) = tokio::join!(client, self.listener.accept());
         (client.unwrap(), accepted.unwrap().0.into_std().unwrap())
     }
 
-    /// Offers a connection, the first one when that has been asked for. The client, and the
+    /// Offers a connection, after the worker has asked for at least one. Returns the client and the
     /// dispatcher's own copy.
     pub(crate) async fn offer(&mut self) -> (TcpStream, net::TcpStream) {
         let (client, accepted) = self.accept().await;
@@ -173,14 +179,14 @@ impl RawDispatcher {
 
     pub(crate) async fn send_offer(&mut self, offer: Offer<SendFd>) {
         while self.demand == 0 {
-            self.total().await;
+            self.receive_total().await;
         }
         let message = self.number(offer);
         self.send(message).await;
     }
 }
 
-/// An offer of a copy.
+/// Makes an offer with a copy of the connection.
 pub(crate) fn offer_of(connection: &net::TcpStream) -> Offer<SendFd> {
     Offer {
         cookie: rustix::net::sockopt::socket_cookie(connection).unwrap(),

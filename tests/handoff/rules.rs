@@ -23,20 +23,21 @@ use crate::{
     worker::{ask, check_failed, clog, narrow_pair},
 };
 
-/// A dispatcher of plain calls, for a worker that has said hello.
+/// Makes a dispatcher of plain calls and a worker that have greeted each other. Returns the
+/// dispatcher's socket, what it receives, and the worker, which has asked for offers.
 async fn plain_dispatcher(kind: SocketKind, window: usize) -> (OwnedFd, RawReceiver, Incoming) {
-    let (here, there) = Socket::pair(kind).unwrap();
-    let mut incoming = Incoming::builder().window(window).build(there);
-    let here = OwnedFd::from(here);
-    let mut receiver = RawReceiver::new(here.try_clone().unwrap(), kind);
+    let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+    let mut incoming = Incoming::builder().window(window).build(worker_end);
+    let socket = OwnedFd::from(dispatcher_end);
+    let mut receiver = RawReceiver::new(socket.try_clone().unwrap(), kind);
     assert_eq!(receiver.frame().await.unwrap().0, b"\x01FDHO\x01\x01\x01\0\0\0\0\0\0\0\0");
-    raw_send(&here, &encoded(&[0x81, 1], 0), &[]);
+    raw_send(&socket, &encoded(&[0x81, 1], 0), &[]);
     ask(&mut incoming);
     while receiver.frame().await.unwrap().0[0] != 2 {} // until DEMAND
-    (here, receiver, incoming)
+    (socket, receiver, incoming)
 }
 
-/// An OFFER without addresses.
+/// Returns the frame of an OFFER without addresses.
 fn offer(number: u64, connection: &net::TcpStream, read: &[u8]) -> Vec<u8> {
     let cookie = sockopt::socket_cookie(connection).unwrap();
     let mut payload =
@@ -61,7 +62,7 @@ fn a_worker_has_room_for_the_largest_packets() {
     counted(async |kind| {
         let (socket, receiver, mut incoming) = plain_dispatcher(kind, MOST_FDS).await;
         let (_client, copy) = connection();
-        // As many offers as a call has descriptors for, and as many bytes as a packet may have.
+        // A packet has as many offers as one call takes descriptors, and is of the largest size.
         let bare = offer(0, &copy, b"").len();
         let mut packet = Vec::new();
         for number in 0..MOST_FDS as u64 - 1 {
@@ -83,7 +84,7 @@ fn a_worker_has_room_for_the_largest_packets() {
             served.extend(incoming.next_batch(MOST_FDS).await.unwrap());
         }
 
-        // One that takes a packet and a longer one.
+        // An offer takes one packet and then a longer one.
         let long = offer(MOST_FDS as u64, &copy, &[b'd'; 200_000]);
         let (sending, fd) = (socket.try_clone().unwrap(), copy.try_clone().unwrap());
         let sending = tokio::task::spawn_blocking(move || {
@@ -98,11 +99,11 @@ fn a_worker_has_room_for_the_largest_packets() {
     });
 }
 
-/// Its answers wait together, so that packets are full.
+/// The answers of the worker wait together, so that packets are full.
 ///
 /// Rules: P-FRAME, P-PACKET, P-EMPTY, W-HELLO, W-HELLO-ONCE, W-PONG.
 #[test]
-fn a_dispatcher_of_plain_calls_receives_what_the_document_says() {
+fn a_dispatcher_of_plain_calls_receives_what_the_protocol_says() {
     counted(async |kind| {
         const PINGS: u64 = 10_000;
         let (socket, mut receiver, incoming) = plain_dispatcher(kind, 1).await;
@@ -123,8 +124,8 @@ fn a_dispatcher_of_plain_calls_receives_what_the_document_says() {
     });
 }
 
-/// The worker leaves when it gets this, for this reason.
-async fn leaves(kind: SocketKind, bytes: &[u8], fds: Vec<OwnedFd>, reason: &str) {
+/// Checks that the worker leaves when it receives these bytes and descriptors, for this reason.
+async fn check_leaves(kind: SocketKind, bytes: &[u8], fds: Vec<OwnedFd>, reason: &str) {
     let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
     ask(&mut incoming);
     dispatcher.expect_demand(64).await;
@@ -140,20 +141,21 @@ fn a_worker_leaves_a_dispatcher_at_each_breach() {
         let (_client, copy) = connection();
         let fd = || OwnedFd::from(copy.try_clone().unwrap());
         let no_message = "not a message of a dispatcher of the hand-off protocol";
-        leaves(kind, b"GET / HTTP/1.1\r\n\r\n", Vec::new(), "").await;
-        leaves(kind, b"\xFD\x10\0\0\0\x10\0\x01", Vec::new(), "1048577").await;
-        leaves(kind, b"\xFD\x10\0\x11\0\0\0\x01", Vec::new(), "17").await;
-        leaves(kind, &encoded(b"\xBF", 0), Vec::new(), no_message).await;
-        leaves(kind, &encoded(b"\x84", 0), Vec::new(), no_message).await;
-        leaves(kind, &encoded(b"\x84\0\0\0\0\0\0\0\x01", 1), vec![fd()], no_message).await;
-        leaves(kind, &encoded(b"\xC0later", 1), vec![fd()], no_message).await;
-        leaves(kind, &encoded(b"\x81\x01", 0), Vec::new(), "a second WELCOME").await;
-        leaves(kind, &offer(1, &copy, b""), vec![fd()], "an offer is missing").await;
+        check_leaves(kind, b"GET / HTTP/1.1\r\n\r\n", Vec::new(), "").await;
+        check_leaves(kind, b"\xFD\x10\0\0\0\x10\0\x01", Vec::new(), "1048577").await;
+        check_leaves(kind, b"\xFD\x10\0\x11\0\0\0\x01", Vec::new(), "17").await;
+        check_leaves(kind, &encoded(b"\xBF", 0), Vec::new(), no_message).await;
+        check_leaves(kind, &encoded(b"\x84", 0), Vec::new(), no_message).await;
+        check_leaves(kind, &encoded(b"\x84\0\0\0\0\0\0\0\x01", 1), vec![fd()], no_message).await;
+        check_leaves(kind, &encoded(b"\xC0later", 1), vec![fd()], no_message).await;
+        check_leaves(kind, &encoded(b"\x81\x01", 0), Vec::new(), "a second WELCOME").await;
+        check_leaves(kind, &offer(1, &copy, b""), vec![fd()], "an offer is missing").await;
         let mut without = offer(0, &copy, b"");
         without[3] = 0;
-        leaves(kind, &without, Vec::new(), no_message).await;
-        leaves(kind, &offer(0, &copy, b""), Vec::new(), "descriptor").await;
-        leaves(kind, &offer(0, &copy, b""), vec![marked(1)], "does not have the cookie").await;
+        check_leaves(kind, &without, Vec::new(), no_message).await;
+        check_leaves(kind, &offer(0, &copy, b""), Vec::new(), "descriptor").await;
+        check_leaves(kind, &offer(0, &copy, b""), vec![marked(1)], "does not have the cookie")
+            .await;
     });
 }
 
@@ -187,7 +189,7 @@ fn a_connection_that_is_not_adopted_is_left_as_it_was() {
 
 /// Rules: W-DRAIN.
 #[test]
-fn the_limit_of_the_last_drain_counts() {
+fn the_time_limit_of_the_last_drain_counts() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         let handle = incoming.handle();
@@ -204,7 +206,7 @@ fn the_limit_of_the_last_drain_counts() {
                 dispatcher.expect(FromWorker::Draining).await;
             }
             dispatcher.settle().await;
-            handle.drain(); // by the application, which has no limit of its own
+            handle.drain(); // the application's own drain has no limit, and changes nothing
             let deadline = handle.drain_deadline();
             assert_eq!(deadline.is_some(), seconds.is_some());
             assert!(deadline.is_none_or(|deadline| {
@@ -218,15 +220,16 @@ fn the_limit_of_the_last_drain_counts() {
     });
 }
 
-/// Its socket takes nothing at the moment, so a PING comes before GOODBYE is sent.
+/// The worker's socket is full, so a PING arrives after the worker has decided to send its GOODBYE
+/// and before it can.
 ///
 /// Rules: W-LAST, W-GOODBYE.
 #[test]
-fn nothing_follows_a_goodbye() {
+fn a_worker_sends_nothing_after_its_goodbye() {
     counted(async |kind| {
         let (mut dispatcher, incoming) = narrow_pair(kind).await;
         let pings = clog(&mut dispatcher).await;
-        settle().await; // its answers wait by now
+        settle().await; // lets the worker's answers fill its socket
         incoming.handle().drain();
         settle().await;
         dispatcher.send(ToWorker::Ping { nonce: pings }).await;
@@ -244,7 +247,7 @@ fn nothing_follows_a_goodbye() {
     });
 }
 
-/// It may be that the kernel has lost it, or that it is no socket for a link.
+/// The socket in the MOVE is of no kind that a link may have.
 ///
 /// Rules: W-MOVE-LOST.
 #[test]
@@ -262,12 +265,23 @@ fn a_worker_that_cannot_use_its_new_link_drains() {
     });
 }
 
-/// Everything that a worker has to say at a link before a MOVE and after it.
+/// Sends a MOVE. Returns the dispatcher at the new link, where the worker reports `open`
+/// connections.
+async fn move_worker(dispatcher: &mut RawDispatcher, kind: SocketKind, open: u64) -> RawDispatcher {
+    let (dispatcher_end, worker_end) = Socket::pair(kind).unwrap();
+    let worker_end = OwnedFd::from(worker_end);
+    let cookie = sockopt::socket_cookie(&worker_end).unwrap();
+    dispatcher.send(ToWorker::Move(NewLink { cookie, socket: worker_end.into() })).await;
+    RawDispatcher::at_new_link(dispatcher_end, open).await
+}
+
+/// The test has every message that a worker sends at its link before a MOVE and after it.
 ///
 /// Rules: W-MOVE, W-OPEN, W-MOVED, W-STAY.
 #[test]
 fn a_worker_goes_on_at_a_new_link_and_stays_at_the_old_one() {
     counted(async |kind| {
+        // The worker has adopted one connection, and has another offer.
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         let handle = incoming.handle();
         ask(&mut incoming);
@@ -277,27 +291,26 @@ fn a_worker_goes_on_at_a_new_link_and_stays_at_the_old_one() {
         let (other_client, other_copy) = dispatcher.offer().await;
         dispatcher.settle().await;
 
-        let (here, there) = Socket::pair(kind).unwrap();
-        let there = OwnedFd::from(there);
-        let cookie = sockopt::socket_cookie(&there).unwrap();
-        dispatcher.send(ToWorker::Move(NewLink { cookie, socket: there.into() })).await;
-        let mut next = RawDispatcher::before_greeting_again(here, 1).await;
+        // The worker greets at the new link. At the old one it rejects the offer and sends
+        // DRAINING, in any order.
+        let mut next = move_worker(&mut dispatcher, kind, 1).await;
         next.send(ToWorker::Welcome { version: 1 }).await;
-        // The order of the two does not matter.
         let mut answers = [dispatcher.answer().await.unwrap(), dispatcher.answer().await.unwrap()];
         answers.sort_by_key(|answer| *answer != FromWorker::Draining);
         let rejected = FromWorker::Rejected { first: 1, count: 1, reason: RejectReason::Draining };
         assert_eq!(answers, [FromWorker::Draining, rejected]);
 
-        // Connections that were adopted at the old link end at the new one.
+        // The end of a connection that it adopted at the old link is reported at the new one.
         drop(connection);
         next.expect_finished(1).await;
         dispatcher.settle().await;
+        // A DRAIN at the old link ends that link, and nothing else.
         dispatcher.send(ToWorker::Drain { within: None }).await;
         dispatcher.expect(FromWorker::Goodbye).await;
         assert_eq!(dispatcher.answer().await, None);
         assert!(!handle.is_draining());
 
+        // A DRAIN at the new link ends the worker.
         next.send(ToWorker::Drain { within: None }).await;
         next.expect(FromWorker::Draining).await;
         next.expect(FromWorker::Goodbye).await;
@@ -312,13 +325,9 @@ fn a_worker_whose_new_link_ends_waits_at_the_old_one_until_that_ends_too() {
     counted(async |kind| {
         let (mut dispatcher, incoming) = pair(kind, Incoming::builder()).await;
         let handle = incoming.handle();
-        for open_in_between in [true, false] {
-            let (here, there) = Socket::pair(kind).unwrap();
-            let there = OwnedFd::from(there);
-            let cookie = sockopt::socket_cookie(&there).unwrap();
-            dispatcher.send(ToWorker::Move(NewLink { cookie, socket: there.into() })).await;
-            let next = RawDispatcher::before_greeting_again(here, 0).await;
-            if open_in_between {
+        for is_first in [true, false] {
+            let next = move_worker(&mut dispatcher, kind, 0).await;
+            if is_first {
                 dispatcher.expect(FromWorker::Draining).await;
             }
             drop(next);

@@ -1,4 +1,4 @@
-//! A worker that is out of something.
+//! Workers that run out of descriptors, get unusable offers, or lose their runtime.
 
 use std::{fs::File, os::fd::OwnedFd};
 
@@ -25,6 +25,7 @@ use crate::{
 #[test]
 fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
     const ROLE: &str = "shortage::a_worker_asks_for_no_more_than_its_descriptors_allow";
+    // The worker's process, which holds each connection until its client sends something.
     if let Some(socket) = role_socket(ROLE) {
         setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
         return run(async {
@@ -37,16 +38,17 @@ fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
         });
     }
     counted(async |kind| {
+        // The dispatcher offers as many connections as the worker asks for.
         let (a, b) = Socket::pair(kind).unwrap();
         let mut child = spawn_role(ROLE, None, b.into());
         let mut dispatcher = RawDispatcher::greet(a).await;
         let mut clients = Vec::new();
         loop {
-            // No more demand than this comes: the last pong has been sent after all answers.
             for _ in clients.len() as u64..dispatcher.demand {
                 clients.push(dispatcher.offer().await.0);
                 dispatcher.expect_adopted(1).await;
             }
+            // No more demand comes if all of it was met when the worker answered this ping.
             dispatcher.settle().await;
             if dispatcher.demand > 0 && dispatcher.demand == clients.len() as u64 {
                 break;
@@ -54,6 +56,7 @@ fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
         }
         let served = clients.len();
         assert!((30..60).contains(&served), "{served} connections with 64 descriptors");
+        // When they have ended, the worker asks for more.
         clients.clear();
         dispatcher.expect_finished(served as u64).await;
         let (mut client, copy) = loop {
@@ -64,6 +67,7 @@ fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
         };
         drop(copy);
         dispatcher.expect_adopted(1).await;
+        // The worker drains, and its process ends.
         dispatcher.send(ToWorker::Drain { within: None }).await;
         dispatcher.expect(FromWorker::Draining).await;
         client.shutdown().await.unwrap();
@@ -72,8 +76,8 @@ fn a_worker_asks_for_no_more_than_its_descriptors_allow() {
     });
 }
 
-/// Serves one connection, for which it opens files until it can open no more, and keeps them as
-/// long as the connection.
+/// Serves one connection, and opens as many files as possible while that is open. Then it serves
+/// others.
 async fn greedy_application(mut incoming: Incoming) {
     let ended = incoming.handle().ended();
     let mut first = incoming.next().await.unwrap();
@@ -89,19 +93,20 @@ async fn greedy_application(mut incoming: Incoming) {
     assert!(matches!(ended.await, IncomingEnd::Drained));
 }
 
-async fn heard(client: &mut TcpStream, count: usize) -> Vec<u8> {
-    let mut heard = vec![0; count];
-    client.read_exact(&mut heard).await.unwrap();
-    heard
+async fn receive(client: &mut TcpStream, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    client.read_exact(&mut bytes).await.unwrap();
+    bytes
 }
 
-/// The descriptors that it had promised were free when it asked. What goes missing is known, and
-/// goes back.
+/// When the worker asked for offers, it had descriptors for them. It rejects those whose
+/// descriptors the kernel has lost.
 ///
 /// Rules: W-CTRUNC.
 #[test]
-fn offers_for_which_the_application_has_left_no_descriptors_go_back() {
-    const ROLE: &str = "shortage::offers_for_which_the_application_has_left_no_descriptors_go_back";
+fn offers_for_which_the_application_has_left_no_descriptors_are_rejected() {
+    const ROLE: &str =
+        "shortage::offers_for_which_the_application_has_left_no_descriptors_are_rejected";
     if let Some(socket) = role_socket(ROLE) {
         return one_thread().block_on(async {
             setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
@@ -109,14 +114,16 @@ fn offers_for_which_the_application_has_left_no_descriptors_go_back() {
         });
     }
     counted(async |kind| {
+        // The worker's application has used up all descriptors.
         let (a, b) = Socket::pair(kind).unwrap();
         let mut child = spawn_role(ROLE, None, b.into());
         let mut dispatcher = RawDispatcher::greet(a).await;
         let (mut first, _) = dispatcher.offer().await;
         dispatcher.expect_adopted(1).await;
-        assert_eq!(heard(&mut first, 4).await, b"full");
+        assert_eq!(receive(&mut first, 4).await, b"full");
 
-        // All at once, so that one receive has several, and loses all of them.
+        // Several offers come at once, so one receive loses all their descriptors. The worker
+        // rejects them.
         let mut lost = Vec::new();
         for _ in 0..5 {
             let (client, copy) = dispatcher.accept().await;
@@ -129,18 +136,18 @@ fn offers_for_which_the_application_has_left_no_descriptors_go_back() {
         for (client, _) in &mut lost {
             assert!(
                 client.read(&mut [0]).now_or_never().is_none(),
-                "the connection as such is left alone"
+                "a connection was ended or used"
             );
         }
 
-        // The worker serves again as soon as it can.
+        // When there are descriptors again, the worker asks for offers, and serves.
         drop(first);
-        dispatcher.demand = 0; // void by the refusal
+        dispatcher.demand = 0; // the rejection has cancelled the demand
         while dispatcher.demand == 0 || dispatcher.finished == 0 {
             dispatcher.settle().await;
         }
         let (mut client, _copy) = dispatcher.offer().await;
-        assert_eq!(heard(&mut client, 5).await, b"hello");
+        assert_eq!(receive(&mut client, 5).await, b"hello");
         dispatcher.expect_adopted(1).await;
         dispatcher.send(ToWorker::Drain { within: None }).await;
         dispatcher.expect(FromWorker::Draining).await;
@@ -149,7 +156,7 @@ fn offers_for_which_the_application_has_left_no_descriptors_go_back() {
     });
 }
 
-/// Otherwise a thread of the worker's runtime would wait for its client.
+/// If the worker adopted it, a thread of its runtime would wait for the client.
 #[test]
 fn a_blocking_connection_is_rejected_and_left_alone() {
     counted(async |kind| {
@@ -163,7 +170,7 @@ fn a_blocking_connection_is_rejected_and_left_alone() {
     });
 }
 
-/// A waiting connection is taken out of an event loop that is going away.
+/// The runtime of a worker ends while offers wait. Their connections are left as they were.
 #[test]
 fn a_runtime_may_end_while_offers_wait() {
     counted(async |kind| {

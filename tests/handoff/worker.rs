@@ -1,4 +1,4 @@
-//! The worker's side against a raw dispatcher.
+//! The worker's side, with a dispatcher made of the codec.
 
 use std::{
     net::Shutdown,
@@ -29,17 +29,17 @@ use crate::{
     raw_dispatcher::{RawDispatcher, offer_of, pair},
 };
 
-/// The application asks, and nothing waits for it.
+/// Asks for a connection, as the application does. Checks that none is there yet.
 pub(crate) fn ask(incoming: &mut Incoming) {
     assert!(incoming.next().now_or_never().is_none());
 }
 
-/// The client and this connection are of each other.
-pub(crate) async fn check_talk(connection: &mut Connection, client: &mut TcpStream) {
+/// Checks that the client receives what is written to the connection.
+pub(crate) async fn check_reaches(connection: &mut Connection, client: &mut TcpStream) {
     connection.write_all(b"hello").await.unwrap();
-    let mut heard = [0; 5];
-    client.read_exact(&mut heard).await.unwrap();
-    assert_eq!(&heard, b"hello");
+    let mut received = [0; 5];
+    client.read_exact(&mut received).await.unwrap();
+    assert_eq!(&received, b"hello");
 }
 
 async fn is_at_end(client: &mut TcpStream) -> bool {
@@ -47,7 +47,7 @@ async fn is_at_end(client: &mut TcpStream) -> bool {
 }
 
 #[test]
-fn nothing_is_asked_for_before_the_application_asks() {
+fn a_worker_has_no_demand_before_its_application_asks() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         dispatcher.settle().await;
@@ -58,12 +58,11 @@ fn nothing_is_asked_for_before_the_application_asks() {
         for taken in 1..=3 {
             let (mut client, _copy) = dispatcher.offer().await;
             let mut connection = incoming.next().await.unwrap();
-            check_talk(&mut connection, &mut client).await;
+            check_reaches(&mut connection, &mut client).await;
             dispatcher.expect_adopted(1).await;
             dispatcher.expect_demand(64 + taken).await;
         }
-        // An application that does not ask gets nothing more: credit is not renewed by offers that
-        // wait.
+        // When the application does not ask, offers that wait do not increase the demand.
         let waiting = [dispatcher.offer().await, dispatcher.offer().await];
         dispatcher.settle().await;
         assert_eq!(dispatcher.demand, 67);
@@ -72,7 +71,7 @@ fn nothing_is_asked_for_before_the_application_asks() {
 }
 
 #[test]
-fn a_connection_comes_with_what_the_offer_says_of_it() {
+fn a_connection_has_the_addresses_and_metadata_of_its_offer() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         ask(&mut incoming);
@@ -106,7 +105,7 @@ fn a_bundle_comes_with_its_connection() {
 }
 
 #[test]
-fn what_was_read_already_comes_first() {
+fn the_prefix_is_read_before_the_bytes_in_the_socket() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         ask(&mut incoming);
@@ -127,7 +126,8 @@ fn what_was_read_already_comes_first() {
                 stream.read_exact(&mut rest).await.unwrap();
                 assert_eq!(&rest, b"TP/1.1");
 
-                // It counts as being served until this is dropped, whatever became of the stream.
+                // The connection counts as being served until `serving` is dropped, even if the
+                // stream has been dropped before.
                 drop(stream);
                 dispatcher.expect_adopted(1).await;
                 dispatcher.settle().await;
@@ -151,6 +151,7 @@ fn unix_connections_are_served_too() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         ask(&mut incoming);
+        // A Unix connection is offered, of which one byte was read already.
         let (client, accepted) = unix::net::UnixStream::pair().unwrap();
         client.set_nonblocking(true).unwrap();
         accepted.set_nonblocking(true).unwrap();
@@ -167,11 +168,12 @@ fn unix_connections_are_served_too() {
         };
         dispatcher.send_offer(offer).await;
         client.write_all(b"b").await.unwrap();
+        // The application reads both bytes and sends them back.
         let mut connection = incoming.next().await.unwrap();
         assert_eq!(connection.local_addr().to_string(), "/run/front.sock");
-        let mut heard = [0; 2];
-        connection.read_exact(&mut heard).await.unwrap();
-        connection.write_all(&heard).await.unwrap();
+        let mut received = [0; 2];
+        connection.read_exact(&mut received).await.unwrap();
+        connection.write_all(&received).await.unwrap();
         connection.shutdown().await.unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
@@ -179,8 +181,8 @@ fn unix_connections_are_served_too() {
     });
 }
 
-/// Makes the worker's answers wait: it has been asked for more of them than its socket takes.
-/// Returns how many.
+/// Sends more pings than the worker's socket takes answers, so that its answers wait. Returns the
+/// number of pings.
 pub(crate) async fn clog(dispatcher: &mut RawDispatcher) -> u64 {
     let pings = 5_000;
     for nonce in 0..pings {
@@ -190,13 +192,14 @@ pub(crate) async fn clog(dispatcher: &mut RawDispatcher) -> u64 {
     pings
 }
 
+/// Receives the answers to the pings of [`clog`].
 async fn unclog(dispatcher: &mut RawDispatcher, pings: u64) {
     for nonce in 0..pings {
         dispatcher.expect(FromWorker::Pong { nonce }).await;
     }
 }
 
-/// A pair whose worker's socket takes as little as there is to be had.
+/// Makes a dispatcher and a worker whose socket has the smallest send buffer.
 pub(crate) async fn narrow_pair(kind: SocketKind) -> (RawDispatcher, Incoming) {
     let (a, b) = Socket::pair(kind).unwrap();
     b.set_send_buffer_size(1).unwrap();
@@ -207,7 +210,7 @@ pub(crate) async fn narrow_pair(kind: SocketKind) -> (RawDispatcher, Incoming) {
     (dispatcher, incoming)
 }
 
-/// Whatever can happen without the dispatcher's doing happens, and the application gets nothing.
+/// Checks that the application gets no connection, however often it asks.
 async fn gets_nothing(incoming: &mut Incoming) {
     for _ in 0..200 {
         ask(incoming);
@@ -217,30 +220,32 @@ async fn gets_nothing(incoming: &mut Incoming) {
 
 /// Rules: W-ADOPTED.
 #[test]
-fn a_connection_is_given_only_after_the_answer_was_sent() {
+fn an_application_gets_a_connection_only_after_the_answer_was_sent() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = narrow_pair(kind).await;
         let pings = clog(&mut dispatcher).await;
         let (mut client, _copy) = dispatcher.offer().await;
-        // Each time the future is dropped, and nothing is lost by that.
+        // The future is dropped each time, and no connection is lost with it.
         gets_nothing(&mut incoming).await;
         unclog(&mut dispatcher, pings).await;
         dispatcher.expect_adopted(1).await;
-        check_talk(&mut incoming.next().await.unwrap(), &mut client).await;
+        check_reaches(&mut incoming.next().await.unwrap(), &mut client).await;
     });
 }
 
 /// Rules: W-NOT-SENT, W-END, W-TOUCH.
 #[test]
-fn a_connection_whose_answer_is_cut_off_is_not_given() {
+fn an_application_does_not_get_a_connection_whose_answer_is_cut_off() {
     counted(async |kind| {
         for clogged in [false, true] {
+            // The worker has an offer. Its answer waits behind others, or is not sent yet.
             let (mut dispatcher, mut incoming) = narrow_pair(kind).await;
             let pings = if clogged { clog(&mut dispatcher).await } else { 0 };
             let (mut client, mut copy) = dispatcher.offer().await;
             if clogged {
                 gets_nothing(&mut incoming).await;
             }
+            // The worker is fenced, so the answer cannot be sent, and the application gets nothing.
             dispatcher.framed.socket().shutdown(Shutdown::Read).unwrap();
             let mut pongs = 0;
             while let Some(message) = dispatcher.framed.next().await.and_then(Result::ok) {
@@ -251,12 +256,12 @@ fn a_connection_whose_answer_is_cut_off_is_not_given() {
             assert!(incoming.next().await.is_none());
             assert!(matches!(incoming.handle().ended().await, IncomingEnd::Fenced));
 
-            // The worker's copy is gone, and the connection as it was.
+            // The worker has closed its copy, and the connection is as it was.
             std::io::Write::write_all(&mut copy, b"elsewhere").unwrap();
             drop(copy);
-            let mut heard = String::new();
-            client.read_to_string(&mut heard).await.unwrap();
-            assert_eq!(heard, "elsewhere");
+            let mut received = String::new();
+            client.read_to_string(&mut received).await.unwrap();
+            assert_eq!(received, "elsewhere");
         }
     });
 }
@@ -274,21 +279,21 @@ fn answers_come_in_the_order_of_the_offers() {
             dispatcher.send_offer(not_unix).await;
         }
         let mut last = dispatcher.offer().await;
-        dispatcher.settle().await; // what is unusable has to wait for its turn
+        dispatcher.settle().await; // the answer to an unusable offer waits for its turn
 
         let mut connection = incoming.next().await.unwrap();
-        check_talk(&mut connection, &mut first.0).await;
+        check_reaches(&mut connection, &mut first.0).await;
         dispatcher.expect_adopted(1).await;
         dispatcher.expect_rejected(2, RejectReason::Unusable).await;
         dispatcher.settle().await;
         let mut connection = incoming.next().await.unwrap();
-        check_talk(&mut connection, &mut last.0).await;
+        check_reaches(&mut connection, &mut last.0).await;
         dispatcher.expect_adopted(1).await;
     });
 }
 
 #[test]
-fn a_batch_has_one_answer() {
+fn a_batch_of_connections_has_one_answer() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         ask(&mut incoming);
@@ -304,7 +309,7 @@ fn a_batch_has_one_answer() {
         dispatcher.expect_adopted(2).await;
         dispatcher.expect_demand(64 + 5).await;
         for (connection, (client, _)) in batch.iter_mut().zip(&mut clients) {
-            check_talk(connection, client).await;
+            check_reaches(connection, client).await;
         }
     });
 }
@@ -324,15 +329,15 @@ fn offers_to_a_busy_application_can_be_recalled() {
         dispatcher.send(ToWorker::Recall { before: 4 }).await;
         dispatcher.expect_rejected(3, RejectReason::Recalled).await;
         dispatcher.settle().await;
-        assert_eq!(dispatcher.demand, 65, "who gave offers back does not ask for more");
+        assert_eq!(dispatcher.demand, 65, "rejected offers do not increase the demand");
 
         let mut connection = incoming.next().await.unwrap();
-        check_talk(&mut connection, &mut offers[4].0).await;
+        check_reaches(&mut connection, &mut offers[4].0).await;
         dispatcher.expect_adopted(1).await;
         dispatcher.expect_demand(64 + 5).await;
 
         dispatcher.send(ToWorker::Recall { before: 5 }).await;
-        dispatcher.settle().await; // all of them are answered
+        dispatcher.settle().await; // all offers are answered, so nothing is rejected
     });
 }
 
@@ -340,6 +345,7 @@ fn offers_to_a_busy_application_can_be_recalled() {
 #[test]
 fn pings_are_answered_while_the_application_blocks() {
     counted(async |kind| {
+        // The worker's application takes a connection, and then blocks until it is released.
         let (a, b) = Socket::pair(kind).unwrap();
         let socket = OwnedFd::from(b);
         let (release, released) = mpsc::channel();
@@ -360,6 +366,7 @@ fn pings_are_answered_while_the_application_blocks() {
             };
             runtime.block_on(async { tokio::spawn(application).await.unwrap() })
         });
+        // Meanwhile a ping is answered, an end is reported, and an offer is rejected when recalled.
         let mut dispatcher = RawDispatcher::greet(a).await;
         let _first = dispatcher.offer().await;
         dispatcher.expect_adopted(1).await;
@@ -368,6 +375,7 @@ fn pings_are_answered_while_the_application_blocks() {
         dispatcher.expect_finished(1).await;
         dispatcher.send(ToWorker::Recall { before: 2 }).await;
         dispatcher.expect_rejected(1, RejectReason::Recalled).await;
+        // The application goes on, gets one more, and leaves.
         release.send(()).unwrap();
         dispatcher.expect_demand(66).await;
         let _third = dispatcher.offer().await;
@@ -379,7 +387,7 @@ fn pings_are_answered_while_the_application_blocks() {
 }
 
 #[test]
-fn no_more_connections_at_a_time_than_allowed() {
+fn a_worker_has_no_more_connections_at_a_time_than_max_connections() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) =
             pair(kind, Incoming::builder().max_connections(2)).await;
@@ -406,7 +414,7 @@ fn a_finished_connection_ends_for_the_client_though_the_dispatcher_has_a_copy() 
         ask(&mut incoming);
         let (mut client, _copy) = dispatcher.offer().await;
         let mut connection = incoming.next().await.unwrap();
-        check_talk(&mut connection, &mut client).await;
+        check_reaches(&mut connection, &mut client).await;
         drop(connection);
         assert!(is_at_end(&mut client).await);
     });
@@ -432,6 +440,7 @@ fn an_adopted_connection_is_closed_without_lingering() {
 #[test]
 fn a_dispatcher_can_drain_a_worker() {
     counted(async |kind| {
+        // The worker has adopted one connection, and two offers wait.
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         let handle = incoming.handle();
         let (requested, ended) = (handle.drain_requested(), handle.ended());
@@ -442,6 +451,7 @@ fn a_dispatcher_can_drain_a_worker() {
         dispatcher.expect_adopted(1).await;
         assert!(handle.drain_deadline().is_none());
 
+        // At a DRAIN, the worker rejects the offers, and its application learns of it.
         dispatcher.send(ToWorker::Drain { within: Some(Duration::from_secs(9)) }).await;
         dispatcher.expect(FromWorker::Draining).await;
         dispatcher.expect_rejected(2, RejectReason::Draining).await;
@@ -452,8 +462,9 @@ fn a_dispatcher_can_drain_a_worker() {
         // Offers on their way are rejected, and adopted connections go on.
         let late = dispatcher.offer().await;
         dispatcher.expect_rejected(1, RejectReason::Draining).await;
-        check_talk(&mut connection, &mut client).await;
+        check_reaches(&mut connection, &mut client).await;
         dispatcher.settle().await;
+        // When its last connection has ended, the worker leaves.
         drop(connection);
         dispatcher.expect(FromWorker::Goodbye).await;
         assert_eq!(dispatcher.finished, 1);
@@ -464,7 +475,7 @@ fn a_dispatcher_can_drain_a_worker() {
 }
 
 #[test]
-fn an_application_can_drain() {
+fn an_application_can_drain_its_worker() {
     counted(async |kind| {
         for by_drop in [false, true] {
             let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
@@ -492,7 +503,7 @@ fn an_application_can_drain() {
 }
 
 impl RawDispatcher {
-    /// The worker has read everything, and adopted one connection.
+    /// Checks that the worker has adopted one connection and has nothing else to send.
     async fn settle_adopted(&mut self) {
         self.expect_adopted(1).await;
         self.settle().await;
@@ -518,7 +529,7 @@ fn an_application_that_leaves_while_its_answer_waits_ends_the_connection() {
 
 /// Rules: W-END.
 #[test]
-fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
+fn when_the_dispatcher_dies_offers_are_closed_and_adopted_connections_go_on() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         ask(&mut incoming);
@@ -530,7 +541,7 @@ fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
         assert!(matches!(handle.link_ended().await, IncomingEnd::DispatcherGone));
         assert!(incoming.next().await.is_none());
         assert!(is_at_end(&mut waiting).await);
-        check_talk(&mut connection, &mut served).await;
+        check_reaches(&mut connection, &mut served).await;
         settle().await;
         assert!(handle.ended().now_or_never().is_none(), "a connection is being served");
         drop(connection);
@@ -540,7 +551,7 @@ fn what_a_dead_dispatcher_offered_is_closed_and_what_was_adopted_goes_on() {
 
 /// Rules: W-END.
 #[test]
-fn what_a_dead_dispatcher_offered_is_served_where_that_is_asked_for() {
+fn offers_of_a_dead_dispatcher_are_served_with_serve_unanswered() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) =
             pair(kind, Incoming::builder().serve_unanswered(true)).await;
@@ -552,16 +563,16 @@ fn what_a_dead_dispatcher_offered_is_served_where_that_is_asked_for() {
         drop(dispatcher);
         let handle = incoming.handle();
         for mut client in clients {
-            check_talk(&mut incoming.next().await.unwrap(), &mut client).await;
+            check_reaches(&mut incoming.next().await.unwrap(), &mut client).await;
         }
         assert!(incoming.next().await.is_none());
         assert!(matches!(handle.ended().await, IncomingEnd::DispatcherGone));
     });
 }
 
-/// It was told of nothing that it could end.
+/// The application has got none of the connections that waited, so they end when it leaves.
 #[test]
-fn an_application_that_leaves_after_the_end_has_nothing_more_to_do() {
+fn an_application_that_leaves_after_the_end_of_its_link_ends_connections_that_wait() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) =
             pair(kind, Incoming::builder().serve_unanswered(true)).await;
@@ -582,7 +593,7 @@ fn an_application_that_leaves_after_the_end_has_nothing_more_to_do() {
 
 /// Rules: W-END.
 #[test]
-fn what_a_dispatcher_took_back_is_not_served_even_so() {
+fn offers_of_a_dispatcher_that_has_fenced_the_worker_are_not_served() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) =
             pair(kind, Incoming::builder().serve_unanswered(true)).await;
@@ -595,7 +606,7 @@ fn what_a_dispatcher_took_back_is_not_served_even_so() {
     });
 }
 
-/// The worker has ended the connection for this reason.
+/// Checks that the worker has ended its link for this reason.
 pub(crate) async fn check_failed(
     incoming: &mut Incoming,
     dispatcher: &mut RawDispatcher,
@@ -611,7 +622,7 @@ pub(crate) async fn check_failed(
 
 /// Rules: W-BREACH, D-COOKIE.
 #[test]
-fn a_descriptor_that_is_not_the_offered_one_ends_it() {
+fn a_descriptor_that_is_not_the_offered_one_ends_the_link() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         ask(&mut incoming);
@@ -620,19 +631,16 @@ fn a_descriptor_that_is_not_the_offered_one_ends_it() {
         let offer = Offer { fd: other.into(), ..offer_of(&one) };
         dispatcher.send_offer(offer).await;
         check_failed(&mut incoming, &mut dispatcher, "does not have the cookie").await;
-        assert!(
-            client.read(&mut [0]).now_or_never().is_none(),
-            "the connection as such is left alone"
-        );
+        assert!(client.read(&mut [0]).now_or_never().is_none(), "the connection was ended or used");
     });
 }
 
-/// Here something else has read an offer from its socket, as a child process does that has
-/// inherited it. What the worker answered next would be taken for the answer to the lost one.
+/// Another process has read an offer from the worker's socket, as a child that has inherited it may
+/// do. Without numbers, the worker's next answer would count for the lost offer.
 ///
 /// Rules: W-BREACH, D-NUMBER.
 #[test]
-fn a_worker_whose_offers_somebody_else_reads_ends_it() {
+fn a_worker_whose_offers_another_process_reads_ends_its_link() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
         let thief = b.as_fd().try_clone_to_owned().unwrap();
@@ -693,7 +701,7 @@ fn a_dispatcher_that_does_not_read_is_left() {
 
 /// Rules: W-ROOM.
 #[test]
-fn options_of_a_connection_can_be_set() {
+fn options_of_an_adopted_connection_can_be_set() {
     counted(async |kind| {
         let (mut dispatcher, mut incoming) = pair(kind, Incoming::builder()).await;
         ask(&mut incoming);

@@ -1,4 +1,4 @@
-//! UDP sockets: one process receives, and forwards what belongs to another one.
+//! UDP sockets: one process receives, and forwards the datagrams that belong to another one.
 
 use std::{
     net::{SocketAddr, UdpSocket},
@@ -12,11 +12,11 @@ use futures::FutureExt;
 use nix::sys::socket::{setsockopt, sockopt};
 use tempfile::TempDir;
 
-use crate::{common::*, place, request, request_until_not_busy};
+use crate::{common::*, control_path, request, request_until_not_busy};
 
-/// A server with a UDP socket, "udp".
+/// Starts a server with a UDP socket, "udp". Returns also the address of that socket.
 pub(crate) fn first() -> (TempDir, PathBuf, Server, SocketAddr) {
-    let (directory, path) = place();
+    let (directory, path) = control_path();
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = socket.local_addr().unwrap();
     let mut listeners = Listeners::new();
@@ -25,8 +25,8 @@ pub(crate) fn first() -> (TempDir, PathBuf, Server, SocketAddr) {
     (directory, path, server, address)
 }
 
-/// The socket of a service whose clients send the generation of their server as the first byte, or
-/// 0 to any.
+/// Returns the socket of a service whose clients send the generation of their server as the first
+/// byte, or 0 if any server will do.
 pub(crate) fn forwarding(server: &Server) -> Datagrams {
     server.datagrams("udp", 0).unwrap().forwarding(|datagram, _| match datagram.first() {
         None | Some(0) => None,
@@ -46,7 +46,7 @@ pub(crate) async fn next(datagrams: &Datagrams) -> (Vec<u8>, SocketAddr) {
     (buffer[..len].to_vec(), source)
 }
 
-/// Nothing arrives, although there was time for it.
+/// Checks that nothing arrives within a moment.
 async fn check_silent(datagrams: &Datagrams) {
     let received = tokio::time::timeout(Duration::from_millis(30), next(datagrams)).await;
     assert!(received.is_err(), "{received:?}");
@@ -67,13 +67,13 @@ fn an_old_process_stops_receiving_at_the_cut_until_it_is_undone() {
         let from_old = old.datagrams("udp", 0).unwrap();
         client.send(b"1").unwrap();
         assert_eq!(next(&from_old).await, (b"1".to_vec(), client.local_addr().unwrap()));
-        client.send(b"2").unwrap(); // waits in the socket's queue
+        client.send(b"2").unwrap(); // this datagram waits in the socket's queue
 
         let new = take_over(&path, &old).await;
         check_silent(&from_old).await;
         let from_new = new.datagrams("udp", 0).unwrap();
         assert_eq!(next(&from_new).await.0, b"2");
-        // It goes on sending.
+        // The old process still sends.
         from_old.send_to(b"answer", client.local_addr().unwrap()).await.unwrap();
         let mut answer = [0; 10];
         assert_eq!(client.recv(&mut answer).unwrap(), 6);
@@ -91,7 +91,7 @@ fn an_old_process_stops_receiving_at_the_cut_until_it_is_undone() {
 #[test]
 fn a_socket_of_another_kind_is_no_udp_socket() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = crate::first(&path);
         let wrong = server.datagrams("http", 0).unwrap_err();
         assert!(matches!(wrong, Error::WrongKind { expected: "UDP socket", .. }), "{wrong}");
@@ -103,6 +103,7 @@ fn a_socket_of_another_kind_is_no_udp_socket() {
 #[test]
 fn each_generation_gets_its_datagrams_with_their_source() {
     run(async {
+        // Five processes drain, and the sixth one serves.
         let (_directory, path, server, address) = first();
         let mut generations = vec![(forwarding(&server), server)];
         for number in 2..=6 {
@@ -110,6 +111,7 @@ fn each_generation_gets_its_datagrams_with_their_source() {
             assert_eq!(new.generation(), number);
             generations.push((forwarding(&new), new));
         }
+        // Clients send datagrams to all of them. Each gets its own, with the address of the client.
         let clients: Vec<_> = (0..3).map(|_| client(address)).collect();
         for round in 0..10u8 {
             for client in &clients {
@@ -156,7 +158,7 @@ fn after_a_hand_back_the_other_process_gets_its_datagrams() {
         assert!(next(&from_old).now_or_never().is_none());
         assert_eq!(next(&from_new).await.0, [2, 1]);
         assert_eq!(next(&from_new).await.0, [2, 3]);
-        // The next process reaches both.
+        // The next process forwards to both.
         let third = request_until_not_busy(&path).await.ready().await.unwrap();
         old.replaced().await;
         assert_eq!(third.generation(), 3);
@@ -187,8 +189,8 @@ fn an_old_process_that_does_not_receive_loses_its_own_datagrams_and_no_others() 
             assert_eq!(next(&from_new).await.0, [0, high, low]);
         }
         let lost = from_new.missed();
-        assert!(lost > 0, "a lane has no end");
-        // It gets the first ones, in their order, and then new ones.
+        assert!(lost > 0, "the lane was never full");
+        // The old process gets the first datagrams, in their order, and then new ones.
         for number in 0..SENT - lost as u16 {
             let [high, low] = number.to_be_bytes();
             assert_eq!(next(&from_old).await.0, [1, high, low]);
@@ -210,18 +212,18 @@ fn datagrams_of_a_process_that_has_ended_are_for_the_one_that_serves() {
         let from_new = forwarding(&new);
         let third = take_over(&path, &new).await;
         let from_third = forwarding(&third);
-        drop((old, from_old)); // one whose lane was passed on
+        drop((old, from_old)); // the lane to this process was passed on
         client.send(&[1, 1]).unwrap();
         assert_eq!(next(&from_third).await.0, [1, 1]);
-        drop((new, from_new)); // one whose lane was made for this process
+        drop((new, from_new)); // the lane to this one was made by its successor
         client.send(&[2, 2]).unwrap();
         assert_eq!(next(&from_third).await.0, [2, 2]);
-        client.send(&[9, 3]).unwrap(); // one that never was
+        client.send(&[9, 3]).unwrap(); // this generation has never existed
         assert_eq!(next(&from_third).await.0, [9, 3]);
     });
 }
 
-/// The kernel puts datagrams of one source together, even if they belong to two processes.
+/// The kernel puts datagrams of one source together (GRO), even if they belong to two processes.
 #[test]
 fn datagrams_that_the_kernel_has_put_together_are_forwarded_one_by_one() {
     run(async {
@@ -243,9 +245,9 @@ fn datagrams_that_the_kernel_has_put_together_are_forwarded_one_by_one() {
     });
 }
 
-/// Without the address that a client has sent to, a server with several addresses can't answer.
+/// A server with several addresses has to answer from the one that the client has sent to.
 #[test]
-fn the_destination_and_the_ecn_bits_are_forwarded() {
+fn the_destination_and_the_ecn_bits_of_datagrams_are_forwarded() {
     run(async {
         let (_directory, path, old, address) = first();
         let from_old = forwarding(&old);
@@ -259,7 +261,7 @@ fn the_destination_and_the_ecn_bits_are_forwarded() {
         client.send(b"").unwrap();
         let mut buffer = [0; 100];
         let own = from_new.recv(&mut buffer).await.unwrap();
-        assert_eq!(own.len, 0, "an empty datagram is one, too");
+        assert_eq!(own.len, 0, "an empty datagram is received");
         let other = from_old.recv(&mut buffer).await.unwrap();
         for received in [own, other] {
             assert_eq!((received.destination, received.ecn), (Some(address.ip()), 2));

@@ -12,7 +12,7 @@ use std::{
 use fdwire::takeover::{OpenConnection, Options, Phase, Server};
 use futures::{FutureExt, future::join_all};
 
-use crate::{common::*, first_with, place, request};
+use crate::{common::*, control_path, first_with, request};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const SHORT: Duration = Duration::from_millis(30);
@@ -28,7 +28,7 @@ fn connections(server: &Server, number: usize) -> Vec<OpenConnection> {
 #[test]
 fn a_server_stays_until_its_connections_have_ended_and_reports_that_none_is_left() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, options(SHORT, HOUR));
         let mut open = connections(&old, 10);
         let mut finish = Box::pin(old.finish());
@@ -37,7 +37,7 @@ fn a_server_stays_until_its_connections_have_ended_and_reports_that_none_is_left
 
         let new = request(&path).await.ready().await.unwrap();
         old.replaced().await;
-        // Each of them is told to end.
+        // Each of the connections is asked to end.
         for connection in &open {
             assert!(connection.is_replaced());
             connection.ending().await;
@@ -56,7 +56,7 @@ fn a_server_stays_until_its_connections_have_ended_and_reports_that_none_is_left
 #[test]
 fn connections_that_are_open_at_the_deadline_are_reported() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, options(SHORT, SHORT));
         let open = connections(&old, 3);
         let _new = request(&path).await.ready().await.unwrap();
@@ -65,11 +65,12 @@ fn connections_that_are_open_at_the_deadline_are_reported() {
     });
 }
 
-/// It stays for the spread even without a connection: its successor may still fail.
+/// A replaced server stays for the spread even without a connection, because its successor may
+/// still fail.
 #[test]
 fn a_takeover_can_be_undone_for_the_whole_spread() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, options(HOUR, HOUR));
         let mut finish = Box::pin(old.finish());
         let connection = old.open_connection();
@@ -85,7 +86,7 @@ fn a_takeover_can_be_undone_for_the_whole_spread() {
         }
         assert!(connection.ending().now_or_never().is_none(), "it serves");
 
-        // A successor of the successor makes sure that nothing can be undone.
+        // When the successor is replaced in turn, the takeover can no longer be undone.
         let new = request(&path).await.ready().await.unwrap();
         new.confirmed().await;
         let _newest = request(&path).await.ready().await.unwrap();
@@ -94,11 +95,11 @@ fn a_takeover_can_be_undone_for_the_whole_spread() {
     });
 }
 
-/// Told one by one, in an order that has nothing to do with that of their age.
+/// The connections are asked to end one by one over the spread.
 #[test]
-fn connections_do_not_end_at_one_moment() {
+fn connections_of_a_replaced_server_do_not_end_at_one_moment() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, options(Duration::from_secs(2), HOUR));
         let ended = Arc::new(AtomicUsize::new(0));
         let tasks: Vec<_> = connections(&old, 1000)
@@ -127,7 +128,8 @@ fn connections_do_not_end_at_one_moment() {
 #[test]
 fn the_oldest_of_too_many_old_servers_leaves_at_once() {
     run(async {
-        let (_directory, path) = place();
+        // Four servers were replaced, and each has a connection.
+        let (_directory, path) = control_path();
         let options = || options(SHORT, HOUR).max_old_generations(2);
         let mut servers = vec![first_with(&path, options())];
         let mut connections = Vec::new();
@@ -138,19 +140,20 @@ fn the_oldest_of_too_many_old_servers_leaves_at_once() {
             connections.push(servers.last().unwrap().open_connection());
             servers.push(new);
         }
-        // Four were replaced. The first two have to leave, with their connections.
+        // Two may stay. The first two have to leave, and cut their connections.
         for server in &servers[..2] {
             assert_eq!(server.finish().await.unfinished, 1);
         }
         assert!(servers[2].finish().now_or_never().is_none());
         let newest = &servers[4];
-        assert_eq!(newest.generations().len(), 4, "those that were asked to leave are still here");
+        assert_eq!(newest.generations().len(), 4, "a server was no longer listed before its end");
         drop(servers.drain(..2));
         assert_eq!(
             servers[0].generations(),
             [],
-            "a server that was replaced for good knows of none"
+            "a server that was replaced for good lists no others"
         );
+        // When they have ended, the newest lists the other two.
         let newest = servers.last().unwrap();
         while newest.generations().len() > 2 {
             tokio::task::yield_now().await;

@@ -1,4 +1,4 @@
-//! Many generations of a server, each a process that still has a connection to finish.
+//! Many generations of a server. Each is a process that still has a connection to finish.
 
 use std::{
     io::Write,
@@ -11,16 +11,16 @@ use fdwire::takeover::{self, Listeners, Options, ServerStatus};
 use tokio::{io::AsyncReadExt, process::Child};
 
 use crate::{
-    common::*, is_role, place, place_of_this_process, process::free_address, server_command,
+    common::*, control_path, is_role, path_and_address, process::free_address, server_command,
 };
 
 const ROLE: &str = "generations::ten_restarts_leave_few_old_processes_which_are_listed";
 
-/// A server process, which tells each client its process id and keeps the connection until it has
-/// to cut it.
+/// Is a server process, which sends each client its process id and keeps the connection until it
+/// has to cut it.
 async fn serve() {
     let number = |name| std::env::var(name).unwrap().parse::<u64>().unwrap();
-    let (path, address) = place_of_this_process();
+    let (path, address) = path_and_address();
     let bind = || {
         let mut listeners = Listeners::new();
         listeners.bind_tcp("http", address)?;
@@ -61,7 +61,7 @@ async fn status(path: &Path) -> ServerStatus {
     takeover::status(path, &Options::default()).await.unwrap()
 }
 
-/// A client whose connection stays open.
+/// Connects a client whose connection stays open.
 async fn client(address: SocketAddr) -> tokio::net::TcpStream {
     let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
     client.read_u8().await.unwrap();
@@ -75,7 +75,8 @@ fn ten_restarts_leave_few_old_processes_which_are_listed() {
         return run(serve());
     }
     run(async {
-        let (_directory, path) = place();
+        // Ten processes are replaced, each with one client.
+        let (_directory, path) = control_path();
         let address = free_address();
         let hour = Duration::from_secs(3600);
         let mut processes = vec![start(&path, address, hour).await];
@@ -84,7 +85,7 @@ fn ten_restarts_leave_few_old_processes_which_are_listed() {
             clients.push(client(address).await);
             processes.push(start(&path, address, hour).await);
         }
-        // The seven oldest are asked to leave, and cut the connection of their client.
+        // The seven oldest are asked to leave, and cut the connections of their clients.
         for (process, mut client) in processes.drain(..7).zip(clients.drain(..7)) {
             let mut process = process;
             assert_eq!(
@@ -94,6 +95,7 @@ fn ten_restarts_leave_few_old_processes_which_are_listed() {
             );
             while client.read_u8().await.is_ok() {}
         }
+        // The status lists the other three, the oldest first.
         let ServerStatus { pid, generations, .. } = status(&path).await;
         assert_eq!(Some(pid), processes.last().unwrap().id());
         let listed: Vec<_> = generations.iter().map(|old| old.pid).collect();
@@ -109,7 +111,7 @@ fn ten_restarts_leave_few_old_processes_which_are_listed() {
 #[test]
 fn an_old_process_does_not_grow_older_than_the_deadline() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let address = free_address();
         let deadline = Duration::from_millis(200);
         let mut first = start(&path, address, deadline).await;
@@ -123,11 +125,11 @@ fn an_old_process_does_not_grow_older_than_the_deadline() {
     });
 }
 
-/// SIGKILL: nothing is asked of it, and it is no longer listed.
+/// The old process is killed with SIGKILL, so it cannot send that it has left.
 #[test]
 fn an_old_process_that_is_killed_is_not_listed() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let address = free_address();
         let hour = Duration::from_secs(3600);
         let mut first = start(&path, address, hour).await;

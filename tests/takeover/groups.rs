@@ -22,11 +22,11 @@ use tokio::{
     net::TcpListener,
 };
 
-use crate::{common::*, place, process::Process, request};
+use crate::{common::*, control_path, process::Process, request};
 
 const ROLE: &str = "groups::a_group_grows_and_shrinks_under_load_and_resets_no_client";
 
-/// Sockets of a group with this number of members.
+/// Makes the sockets of a group with this number of members.
 pub(crate) fn group(size: usize) -> Vec<OwnedFd> {
     let first = socket(0);
     let port = std::net::TcpListener::from(first.try_clone().unwrap()).local_addr().unwrap().port();
@@ -43,8 +43,9 @@ fn socket(port: u16) -> OwnedFd {
     fd
 }
 
-/// A process with some workers, each of which accepts from its part of the group.
+/// Is a server process with some workers, each of which accepts from its part of the group.
 async fn serve(to_parent: OwnedFd) {
+    // Bind a group with one socket for each worker, or take the group of the running server.
     let mut parent = UnixStream::from(to_parent);
     let mut report = |report: &str| parent.write_all(format!("{report}\n").as_bytes()).unwrap();
     let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
@@ -60,13 +61,14 @@ async fn serve(to_parent: OwnedFd) {
     let Address::Ip(address) = pending.identities().next().unwrap().address else { unreachable!() };
     let server = pending.ready().await.unwrap();
     server.confirmed().await;
-    // One socket a worker at least.
+    // Each worker needs one socket at least.
     while server.identities().len() < workers {
         server.add("http", socket(address.port())).unwrap();
     }
     let sockets = server.identities().len();
     report(&format!("{address} {sockets}"));
 
+    // Each worker accepts from its sockets.
     let open = Arc::new(AtomicUsize::new(0));
     for worker in 0..workers {
         for index in (worker..sockets).step_by(workers) {
@@ -74,6 +76,7 @@ async fn serve(to_parent: OwnedFd) {
             tokio::spawn(answer(http, Arc::clone(&open)));
         }
     }
+    // After a takeover, the process leaves when no connection is open.
     server.replaced().await;
     while open.load(Ordering::SeqCst) > 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -90,7 +93,7 @@ async fn answer(http: Gated<TcpListener>, open: Arc<AtomicUsize>) {
         tokio::spawn(async move {
             let (read, mut write) = connection.split();
             let _ = tokio::io::BufReader::new(read).read_line(&mut String::new()).await;
-            let _ = write.write_all(b"here\n").await;
+            let _ = write.write_all(b"answer\n").await;
             open.fetch_sub(1, Ordering::SeqCst);
         });
     }
@@ -102,7 +105,8 @@ fn start(path: &Path, workers: usize) -> Process {
     Process::start_role(command, ROLE)
 }
 
-fn ask(address: SocketAddr) -> std::io::Result<()> {
+/// Sends a request and reads the answer.
+fn exchange(address: SocketAddr) -> std::io::Result<()> {
     let mut connection = TcpStream::connect(address)?;
     connection.set_read_timeout(Some(Duration::from_secs(30)))?;
     connection.write_all(b"who\n")?;
@@ -117,7 +121,8 @@ fn a_group_grows_and_shrinks_under_load_and_resets_no_client() {
     if let Some(socket) = role_socket(ROLE) {
         return one_thread().block_on(serve(socket));
     }
-    let (_directory, path) = place();
+    // A process has eight workers, and six clients send requests.
+    let (_directory, path) = control_path();
     let mut process = start(&path, 8);
     let first = process.report();
     let (address, sockets) = first.split_once(' ').unwrap();
@@ -130,7 +135,7 @@ fn a_group_grows_and_shrinks_under_load_and_resets_no_client() {
             thread::spawn(move || {
                 let mut failures = Vec::new();
                 while !stop.load(Ordering::SeqCst) {
-                    match ask(address) {
+                    match exchange(address) {
                         Ok(()) => drop(answers.fetch_add(1, Ordering::SeqCst)),
                         Err(error) => failures.push(error.to_string()),
                     }
@@ -139,6 +144,7 @@ fn a_group_grows_and_shrinks_under_load_and_resets_no_client() {
             })
         })
         .collect();
+    // Processes with other numbers of workers replace each other. The group never loses sockets.
     for workers in [2, 8, 2, 16, 3, 16] {
         let before = answers.load(Ordering::SeqCst);
         let mut next = start(&path, workers);
@@ -149,9 +155,10 @@ fn a_group_grows_and_shrinks_under_load_and_resets_no_client() {
         assert!(process.child.wait().unwrap().success());
         process = next;
         while answers.load(Ordering::SeqCst) < before + 300 {
-            thread::yield_now(); // all sockets are accepted from
+            thread::yield_now(); // so many answers come from all sockets
         }
     }
+    // No request has failed.
     stop.store(true, Ordering::SeqCst);
     let failures: Vec<_> = clients.into_iter().flat_map(|client| client.join().unwrap()).collect();
     println!("{} answers, {} failures", answers.load(Ordering::SeqCst), failures.len());
@@ -161,7 +168,8 @@ fn a_group_grows_and_shrinks_under_load_and_resets_no_client() {
 #[test]
 fn a_part_of_a_group_can_not_be_declined() {
     run(async {
-        let (_directory, path) = place();
+        // A group has three members. A takeover that declines one of them fails.
+        let (_directory, path) = control_path();
         let mut listeners = Listeners::new();
         for fd in group(3) {
             listeners.add("http", fd).unwrap();
@@ -176,7 +184,7 @@ fn a_part_of_a_group_can_not_be_declined() {
             refused.to_string().starts_with("listener \"http\" 1 (TCP 127.0.0.1:"),
             "{refused}"
         );
-        // Nothing has happened, and the whole group can be declined.
+        // Nothing has changed, and the whole group can be declined.
         let mut pending = loop {
             match takeover::request(&path, Options::default()).await {
                 Ok(pending) => break pending,
@@ -195,7 +203,7 @@ fn a_part_of_a_group_can_not_be_declined() {
 #[test]
 fn a_listener_that_is_added_moves_and_none_is_added_while_another_process_takes_over() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = crate::first(&path);
         let listener = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         assert_eq!(old.add("http", listener()).unwrap(), 1);

@@ -1,4 +1,4 @@
-//! axum behind a server that is replaced: what its clients are told.
+//! axum behind a server that is replaced: how the connections of its clients end.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -11,32 +11,32 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::{common::*, first_with, place, request};
+use crate::{common::*, control_path, first_with, request};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// A server of a router, which answers at `/` with the client's address, and at `/slow` when it is
-/// told to.
+/// A server that answers at `/` with the client's address, and at `/slow` when the test lets it.
 struct Site {
     _directory: tempfile::TempDir,
     path: std::path::PathBuf,
     server: Arc<Server>,
     address: SocketAddr,
     answer_slow: Arc<Notify>,
-    is_asked: Arc<Notify>,
+    slow_requested: Arc<Notify>,
     serving: JoinHandle<Finished>,
 }
 
 impl Site {
     fn new(spread: Duration, deadline: Duration) -> Self {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = Arc::new(first_with(&path, Options::default().drain(spread, deadline)));
         let address = crate::address(&server);
-        let (answer_slow, is_asked) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (answer_slow, slow_requested) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let slow = {
-            let (answer_slow, is_asked) = (Arc::clone(&answer_slow), Arc::clone(&is_asked));
+            let (answer_slow, slow_requested) =
+                (Arc::clone(&answer_slow), Arc::clone(&slow_requested));
             async move || {
-                is_asked.notify_one();
+                slow_requested.notify_one();
                 answer_slow.notified().await;
                 "slow"
             }
@@ -48,7 +48,7 @@ impl Site {
             let server = Arc::clone(&server);
             tokio::spawn(async move { server.serve_axum(http, router).await })
         };
-        Self { _directory, path, server, address, answer_slow, is_asked, serving }
+        Self { _directory, path, server, address, answer_slow, slow_requested, serving }
     }
 
     async fn replace(&self) -> Server {
@@ -66,7 +66,8 @@ impl Http1 {
         Self(TcpStream::connect(address).await.unwrap())
     }
 
-    async fn ask(&mut self, page: &str) {
+    /// Sends a request.
+    async fn get(&mut self, page: &str) {
         self.0
             .write_all(format!("GET {page} HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes())
             .await
@@ -88,31 +89,31 @@ impl Http1 {
 }
 
 #[test]
-fn answers_say_close_from_the_moment_at_which_the_server_is_replaced() {
+fn answers_close_connections_from_the_moment_at_which_the_server_is_replaced() {
     run(async {
         let site = Site::new(HOUR, HOUR);
         let mut client = Http1::connect(site.address).await;
         let body = client.0.local_addr().unwrap().to_string();
         for _ in 0..2 {
-            client.ask("/").await;
+            client.get("/").await;
             assert!(!client.answer(&body).await.contains("connection: close"));
         }
-        // One request was asked before, one client asks afterwards.
+        // One client has sent its request before the takeover. Another sends one afterwards.
         let mut slow = Http1::connect(site.address).await;
-        slow.ask("/slow").await;
-        site.is_asked.notified().await;
+        slow.get("/slow").await;
+        site.slow_requested.notified().await;
         let new = site.replace().await;
         site.answer_slow.notify_one();
         assert!(slow.answer("slow").await.contains("connection: close"));
         slow.check_closed().await;
-        client.ask("/").await;
+        client.get("/").await;
         assert!(client.answer(&body).await.contains("connection: close"));
         client.check_closed().await;
         drop(new);
-        // Undone: the next client may stay.
+        // After the takeover is undone, connections stay open again.
         assert!(site.server.undone().await);
         let mut client = Http1::connect(site.address).await;
-        client.ask("/").await;
+        client.get("/").await;
         let body = client.0.local_addr().unwrap().to_string();
         assert!(!client.answer(&body).await.contains("connection: close"));
     });
@@ -121,18 +122,18 @@ fn answers_say_close_from_the_moment_at_which_the_server_is_replaced() {
 #[test]
 fn silent_clients_are_closed_within_the_spread_and_slow_ones_at_the_deadline() {
     run(async {
-        let site = Site::new(Duration::from_millis(50), Duration::from_millis(300));
+        let site = Site::new(Duration::from_millis(50), Duration::from_secs(2));
         let mut silent = Vec::new();
         for _ in 0..20 {
             let mut client = Http1::connect(site.address).await;
-            client.ask("/").await;
+            client.get("/").await;
             let body = client.0.local_addr().unwrap().to_string();
             client.answer(&body).await;
             silent.push(client);
         }
         let mut slow = Http1::connect(site.address).await;
-        slow.ask("/slow").await;
-        site.is_asked.notified().await;
+        slow.get("/slow").await;
+        site.slow_requested.notified().await;
         let _new = site.replace().await;
         for mut client in silent {
             client.check_closed().await;
@@ -158,15 +159,17 @@ fn clients_of_http_2_get_goaway_and_finish_their_requests() {
     const PING: u8 = 6;
     const GOAWAY: u8 = 7;
     run(async {
+        // A client of HTTP/2 has sent a request that is not answered yet.
         let site = Site::new(Duration::from_millis(50), HOUR);
         let mut client = TcpStream::connect(site.address).await.unwrap();
         client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         client.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).await.unwrap();
-        // GET http://localhost/slow with the static table of HPACK, and literals without an index.
+        // A request of http://localhost/slow, with HPACK's static table and unindexed literals.
         let block = [&[0x82, 0x86][..], &[0x04, 5], b"/slow", &[0x01, 9], b"localhost"].concat();
         client.write_all(&[0, 0, block.len() as u8, 1, 0b101, 0, 0, 0, 1]).await.unwrap();
         client.write_all(&block).await.unwrap();
-        site.is_asked.notified().await;
+        site.slow_requested.notified().await;
+        // The server is replaced. The client gets two GOAWAYs, and then the answer.
         let _new = site.replace().await;
         let mut last_stream = None;
         let mut body = Vec::new();

@@ -1,4 +1,4 @@
-//! Clients of HTTP through a hundred restarts.
+//! Clients of HTTP/1.1 and HTTP/2 while their server is restarted a hundred times.
 
 use std::{
     error::Error as _,
@@ -30,22 +30,23 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{common::*, place, process::Process};
+use crate::{common::*, control_path, process::Process};
 
 const ROLE: &str = "hundred::a_hundred_restarts_fail_no_request_of_any_client";
 const RESTARTS: usize = 100;
 
 type Body = Full<Bytes>;
 
-/// The state of a server that its connections know.
+/// The state of a server that its connections share.
 #[derive(Clone)]
 struct State {
     open: watch::Sender<usize>,
     is_draining: watch::Sender<bool>,
 }
 
-/// A server process with a listener for HTTP/1.1 and one for HTTP/2.
+/// Is a server process with a listener for HTTP/1.1 and one for HTTP/2.
 async fn serve(socket: OwnedFd) {
+    // Take the listeners of the running process, or be the first.
     let mut parent = UnixStream::from(socket);
     parent.read_exact(&mut [0]).unwrap();
     let mut report = |report: &str| parent.write_all(format!("{report}\n").as_bytes()).unwrap();
@@ -63,6 +64,7 @@ async fn serve(socket: OwnedFd) {
         .ready()
         .await
         .unwrap();
+    // Serve until another process takes over, and finish the open connections.
     let state = State { open: watch::Sender::new(0), is_draining: watch::Sender::new(false) };
     for (name, is_http2) in [("http1", false), ("http2", true)] {
         tokio::spawn(accept(server.gated(name, 0).unwrap(), is_http2, state.clone()));
@@ -104,7 +106,7 @@ async fn accept(listener: Gated<TcpListener>, is_http2: bool, state: State) {
     }
 }
 
-/// HTTP/1.1: the client learns from an answer that it was the last.
+/// Answers a request. A client of HTTP/1.1 learns from its answer when it is the last.
 fn answer(state: &State, is_http2: bool) -> Response<Body> {
     let mut response = Response::new(Full::from(std::process::id().to_string()));
     if !is_http2 && *state.is_draining.borrow() {
@@ -113,14 +115,15 @@ fn answer(state: &State, is_http2: bool) -> Response<Body> {
     response
 }
 
-/// The answers that one kind of client has got.
+/// The numbers of answers and connections of one kind of client.
 #[derive(Default)]
 struct Seen {
     answers: AtomicUsize,
     connections: AtomicUsize,
 }
 
-/// A request that no server has seen is no failure: its connection had ended before.
+/// The outcome of a request that has not failed. A request that no server has seen is sent again:
+/// its connection had ended before.
 enum Outcome {
     Answered,
     NotSent,
@@ -141,7 +144,7 @@ fn request(keep: bool) -> Request<Body> {
     request
 }
 
-/// Takes the answer of a request, which is the server's process id.
+/// Checks the answer of a request, which is the server's process id.
 async fn outcome(
     sent: Result<Response<hyper::body::Incoming>, TrySendError<Request<Body>>>,
 ) -> Result<Outcome, String> {
@@ -162,7 +165,8 @@ async fn outcome(
     }
 }
 
-/// A client of HTTP/1.1, with one connection for each request or as long as the server likes.
+/// Sends requests with HTTP/1.1 until one fails, and returns the failure. If `keep` is false, each
+/// has a connection of its own. Otherwise a connection is used until the server ends it.
 async fn http1_client(address: SocketAddr, keep: bool, seen: Arc<Seen>) -> String {
     let client = async || -> Result<(), String> {
         let connection =
@@ -186,6 +190,7 @@ async fn http1_client(address: SocketAddr, keep: bool, seen: Arc<Seen>) -> Strin
     }
 }
 
+/// Sends requests with HTTP/2 until one fails, and returns the failure.
 async fn http2_client(address: SocketAddr, seen: Arc<Seen>) -> String {
     let client = async || -> Result<(), String> {
         let connection =
@@ -217,7 +222,8 @@ fn a_hundred_restarts_fail_no_request_of_any_client() {
     if let Some(socket) = role_socket(ROLE) {
         return one_thread().block_on(serve(socket));
     }
-    let (_directory, path) = place();
+    // A server process starts.
+    let (_directory, path) = control_path();
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let addresses = [free(), free()];
     let start = || {
@@ -231,6 +237,7 @@ fn a_hundred_restarts_fail_no_request_of_any_client() {
     };
     let mut serving = start();
 
+    // Two clients of each kind send requests.
     let runtime = one_worker();
     let kinds: [(&str, Arc<Seen>); 3] =
         ["one-shot", "keep-alive", "HTTP/2"].map(|name| (name, Arc::default()));
@@ -248,8 +255,8 @@ fn a_hundred_restarts_fail_no_request_of_any_client() {
         }
         assert!(failures.is_empty(), "{failures:?}");
     };
+    // The server is replaced, each time after clients of each kind have got answers from it.
     for _ in 0..RESTARTS {
-        // Each client has had answers of this process.
         let before = kinds.each_ref().map(|(_, seen)| seen.answers.load(Ordering::SeqCst));
         while kinds
             .iter()
@@ -264,6 +271,7 @@ fn a_hundred_restarts_fail_no_request_of_any_client() {
         assert!(serving.child.wait().unwrap().success());
         serving = next;
     }
+    // No request has failed, and each kind of client has seen every restart.
     check(&mut clients);
     for (name, seen) in &kinds {
         let [answers, connections] =

@@ -1,4 +1,4 @@
-//! Servers that drain cost the one that serves nothing.
+//! Servers that drain do not disturb the one that serves, and are not disturbed by its clients.
 
 use std::{
     net::{SocketAddr, UdpSocket},
@@ -7,15 +7,15 @@ use std::{
 };
 
 use crate::{
-    place,
+    control_path,
     process::{Process, free_address, keep_open, who_serves},
 };
 
-/// A duplicate of a socket that stays in an event loop takes connections' wake-ups from the process
-/// that serves (HAProxy lost 87 % of its accept rate to that).
+/// If a duplicate of the listener stays in the event loop of an old process, that process is woken
+/// for connections of the new one. HAProxy lost 87 % of its accept rate to that.
 #[test]
 fn a_server_that_drains_has_taken_its_listeners_out_of_its_event_loop() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let old = Process::serving(&path, address);
     let _open = keep_open(address);
@@ -24,16 +24,17 @@ fn a_server_that_drains_has_taken_its_listeners_out_of_its_event_loop() {
     assert_eq!(who_serves(address), Some(new.child.id()));
     let begin = Instant::now();
     while is_watched(&old, address) {
-        // It has read READY by now, and is about to do so.
+        // The old process has received READY by now, and takes the listener out soon.
         assert!(begin.elapsed() < Duration::from_secs(20), "its listener stays in its event loop");
     }
     assert!(is_watched(&new, address));
 }
 
-/// Whatever clients do, nothing wakes a process whose own connections are silent.
+/// Nothing wakes a process whose own connections are silent, whatever other clients do.
 #[test]
 fn ten_generations_that_drain_are_not_woken_by_clients_of_the_newest() {
-    let (_directory, path) = place();
+    // Ten processes that were replaced have an open connection each.
+    let (_directory, path) = control_path();
     let address = free_address();
     let serving_udp = || {
         let mut command = Command::new("/proc/self/exe");
@@ -46,6 +47,7 @@ fn ten_generations_that_drain_are_not_woken_by_clients_of_the_newest() {
         open.push(keep_open(address));
         draining.push(std::mem::replace(&mut newest, serving_udp()));
     }
+    // Clients of the newest one come. The result is how often each of the others has run meanwhile.
     let client = UdpSocket::bind("127.0.0.1:0").unwrap();
     client.connect(address).unwrap();
     let clients_come = || {
@@ -64,7 +66,7 @@ fn ten_generations_that_drain_are_not_woken_by_clients_of_the_newest() {
             .map(|(after, before)| after - before)
             .collect::<Vec<_>>()
     };
-    // The first ones may still be busy with the last takeover.
+    // In the first rounds, the old processes may still be busy with the last takeover.
     let mut wakes = clients_come();
     for _ in 0..50 {
         if wakes.iter().all(|&wakes| wakes == 0) {
@@ -73,12 +75,10 @@ fn ten_generations_that_drain_are_not_woken_by_clients_of_the_newest() {
         }
         wakes = clients_come();
     }
-    panic!(
-        "100 connections and datagrams have woken the generations that drain so often: {wakes:?}"
-    );
+    panic!("100 connections and datagrams have woken the generations that drain {wakes:?} times");
 }
 
-/// The number of times that a thread of a process was switched to.
+/// Counts how many times the kernel has switched to a thread of a process.
 fn switches(process: &Process) -> u64 {
     let threads = std::fs::read_dir(format!("/proc/{}/task", process.child.id())).unwrap();
     let status = threads
@@ -91,7 +91,7 @@ fn switches(process: &Process) -> u64 {
         .sum()
 }
 
-/// Looks for the listener with this address in the event loops of a process.
+/// Returns true if an event loop of the process watches the listener with this address.
 fn is_watched(process: &Process, address: SocketAddr) -> bool {
     let port = format!(":{:04X}", address.port());
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();

@@ -1,4 +1,5 @@
-//! Strangers and liars at the path.
+//! Processes that connect to a server's path, or listen at it, and break the protocol or have no
+//! right to take part.
 
 use std::{
     fs::Permissions,
@@ -20,15 +21,19 @@ use fdwire::{
 };
 use futures::{SinkExt, StreamExt};
 
-use crate::{check_serves, common::*, first, offered_to_raw_taker, place, raw_taker, request};
+use crate::{
+    check_serves, common::*, control_path, first, offered_to_raw_taker, raw_taker, request,
+};
 
-/// One byte ends volo's server.
+/// The messages come too early, in the wrong order, or from another protocol. (A single byte ends a
+/// server of the crate volo that waits for its successor.)
 ///
 /// Rules: T-HELLO, T-EARLY, G-BREACH.
 #[test]
 fn nothing_that_a_stranger_sends_stops_the_server() {
     run(async {
-        let (_directory, path) = place();
+        // Each of these sequences is sent, with the connection closed afterwards, or left open.
+        let (_directory, path) = control_path();
         let server = first(&path);
         let address = crate::address(&server);
         let ready = encoded(b"\x03", 0);
@@ -65,7 +70,7 @@ fn nothing_that_a_stranger_sends_stops_the_server() {
 #[test]
 fn a_taker_of_another_version_learns_of_it() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let _server = first(&path);
         let mut taker = raw_taker(&path).await;
         taker.send(FromTaker::Hello { lowest: 7, highest: 9 }).await.unwrap();
@@ -74,7 +79,7 @@ fn a_taker_of_another_version_learns_of_it() {
             matches!(answer, ToTaker::Refused { reason: takeover::protocol::Refusal::Version }),
             "{answer:?}"
         );
-        // One that speaks this version and later ones is welcome, and this version is spoken.
+        // A taker that supports this version and later ones is welcome, with this version.
         let mut taker = raw_taker(&path).await;
         taker.send(FromTaker::Hello { lowest: 1, highest: 9 }).await.unwrap();
         let answer = taker.next().await.unwrap().unwrap();
@@ -94,28 +99,30 @@ fn other_uids_neither_get_listeners_nor_give_any() {
     }
     let Some(uid) = other_uid() else { return };
     run(async {
-        let (directory, path) = place();
+        // A process of another uid asks for a takeover, and gets nothing.
+        let (directory, path) = control_path();
         std::fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
         let server = crate::first_with(&path, Options::default().mode(0o666));
         let address = crate::address(&server);
-        let (here, there) = UnixStream::pair().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
         let mut command = Command::new("/proc/self/exe");
         command.uid(uid).env("FDWIRE_PATH", directory.path());
-        let mut child = spawn_role_by(command, NAME, there.into());
-        let here = tokio::task::spawn_blocking(move || (&here).read_exact(&mut [0]).map(|()| here))
+        let mut child = spawn_role_by(command, NAME, theirs.into());
+        let ours = tokio::task::spawn_blocking(move || (&ours).read_exact(&mut [0]).map(|()| ours))
             .await
             .unwrap();
         check_serves(&server, address).await;
 
+        // That process listens at another path, where nothing is taken from it.
         let foreign = directory.path().join("foreign");
         let refused = takeover::request(&foreign, Options::default()).await.unwrap_err();
         assert!(matches!(refused, Error::NotTrusted { uid: found } if found == uid), "{refused}");
-        drop(here);
+        drop(ours);
         assert!(child.wait().unwrap().success());
     });
 }
 
-/// Is refused by the server, and listens beside it.
+/// Is the process of another uid: the server refuses it, and it listens at a path of its own.
 async fn be_another_uid(socket: OwnedFd) {
     let directory = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
     let refused =
@@ -127,11 +134,11 @@ async fn be_another_uid(socket: OwnedFd) {
     assert_eq!(parent.read(&mut [0]).unwrap(), 0);
 }
 
-/// A process that speaks another protocol listens at the path.
+/// A process with another protocol listens at the path.
 #[test]
 fn a_foreign_process_at_the_path_is_a_clear_error() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let listener = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
         let foreign = async {
             let socket = listener.accept().await.unwrap();
@@ -143,17 +150,17 @@ fn a_foreign_process_at_the_path_is_a_clear_error() {
         let error = requested.unwrap_err();
         assert!(matches!(error, Error::Connection(_)), "{error}");
 
-        // One that sends nothing.
+        // The process at the path sends nothing.
         let options = Options::default().answer_timeout(std::time::Duration::from_millis(10));
         let error = takeover::request(&path, options).await.unwrap_err();
         assert!(matches!(error, Error::TimedOut), "{error}");
-        // Nobody.
+        // No process listens at the path.
         let error =
             takeover::request(path.with_extension("none"), Options::default()).await.unwrap_err();
         assert!(matches!(error, Error::Io(_)), "{error}");
-        // A server that closes the connection.
+        // The process at the path closes the connection.
         let closing = async {
-            drop(listener.accept().await.unwrap()); // the one before
+            drop(listener.accept().await.unwrap()); // the connection that has timed out
             drop(listener.accept().await.unwrap());
         };
         let (requested, ()) = tokio::join!(takeover::request(&path, Options::default()), closing);
@@ -161,14 +168,15 @@ fn a_foreign_process_at_the_path_is_a_clear_error() {
     });
 }
 
-/// A giver that announces one socket and sends another: everything it sent is closed.
+/// A giver announces one socket and sends another. The taker closes everything that it has sent.
 ///
 /// Rules: T-COMPARE.
 #[test]
 fn a_socket_that_is_not_the_announced_one_is_refused() {
     run(async {
-        let (_directory, path) = place();
-        let (_directory2, path2) = place();
+        // The offer of a true server gets another socket.
+        let (_directory, path) = control_path();
+        let (_directory2, path2) = control_path();
         let server = first(&path);
         let (taker, offer) = offered_to_raw_taker(&path).await;
         let listeners = offer.into_iter().find_map(|message| match message {
@@ -180,15 +188,16 @@ fn a_socket_that_is_not_the_announced_one_is_refused() {
         offered[0].fd = other.into();
         let offered = offered.into_iter().map(|listener| listener.with_fd(SendFd::from)).collect();
 
-        let liar = Listener::bind(&path2, SocketKind::SeqPacket).unwrap();
-        let lying = async {
-            let mut giver = Framed::new(liar.accept().await.unwrap(), GiverCodec::default());
+        // A false giver sends that offer. The taker finds the difference.
+        let listener = Listener::bind(&path2, SocketKind::SeqPacket).unwrap();
+        let giving = async {
+            let mut giver = Framed::new(listener.accept().await.unwrap(), GiverCodec::default());
             giver.next().await.unwrap().unwrap();
             giver.send(ToTaker::Welcome { version: 1, listeners: 1 }).await.unwrap();
             giver.send(ToTaker::Listeners(offered)).await.unwrap();
             assert!(giver.next().await.is_none_or(|end| end.is_err()), "the taker leaves");
         };
-        let (requested, ()) = tokio::join!(takeover::request(&path2, Options::default()), lying);
+        let (requested, ()) = tokio::join!(takeover::request(&path2, Options::default()), giving);
         let error = requested.unwrap_err();
         assert!(
             matches!(error, Error::Mismatch { mismatch: takeover::Mismatch::Address { .. }, .. }),
@@ -198,14 +207,14 @@ fn a_socket_that_is_not_the_announced_one_is_refused() {
     });
 }
 
-/// A taker that serves and then sends nonsense is alive: if the old server accepted again, two
-/// would.
+/// A taker that sends a wrong message after READY is alive and serves. If the old server accepted
+/// again, both would.
 ///
 /// Rules: G-BREACH-LATE.
 #[test]
-fn nonsense_after_ready_does_not_undo_a_takeover() {
+fn a_breach_after_ready_does_not_undo_a_takeover() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = first(&path);
         let (mut taker, _) = offered_to_raw_taker(&path).await;
         taker.send(FromTaker::Ready).await.unwrap();
@@ -215,16 +224,16 @@ fn nonsense_after_ready_does_not_undo_a_takeover() {
     });
 }
 
-/// A giver that sends nonsense after READY gets RELEASE, and must not serve again.
+/// A giver that sends a wrong message after READY gets RELEASE, and must not serve again.
 ///
 /// Rules: T-BREACH.
 #[test]
-fn a_server_survives_a_predecessor_that_sends_nonsense() {
+fn a_server_survives_a_breach_by_its_predecessor() {
     run(async {
-        let (_directory, path) = place();
-        let liar = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
-        let lying = async {
-            let mut giver = Framed::new(liar.accept().await.unwrap(), GiverCodec::default());
+        let (_directory, path) = control_path();
+        let listener = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
+        let giving = async {
+            let mut giver = Framed::new(listener.accept().await.unwrap(), GiverCodec::default());
             giver.next().await.unwrap().unwrap();
             giver.send(ToTaker::Welcome { version: 1, listeners: 0 }).await.unwrap();
             giver.send(ToTaker::Complete).await.unwrap();
@@ -233,28 +242,29 @@ fn a_server_survives_a_predecessor_that_sends_nonsense() {
             assert_eq!(giver.next().await.unwrap().unwrap(), FromTaker::Release);
         };
         let requesting = async { request(&path).await.ready().await.unwrap() };
-        let (server, ()) = tokio::join!(requesting, lying);
+        let (server, ()) = tokio::join!(requesting, giving);
         assert_eq!(server.phase(), takeover::Phase::Serving);
     });
 }
 
-/// The first start leaves alone what is not a server's.
+/// A path that does not belong to a server is left as it is.
 #[test]
-fn a_first_start_does_not_replace_what_is_foreign() {
+fn a_first_start_does_not_replace_foreign_files_and_sockets() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let start = async |path: &std::path::Path| {
             let options = Options::default().answer_timeout(std::time::Duration::from_millis(20));
             let options = options.lock_timeout(std::time::Duration::from_millis(20));
             takeover::bind_or_take(path, options, || panic!("it binds")).await.unwrap_err()
         };
-        // A file, another kind of socket, and a process that holds the lock and does not listen.
+        // A file is at the path.
         std::fs::write(&path, "precious").unwrap();
         let error = std::io::Error::from(start(&path).await);
         assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists);
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
         std::fs::remove_file(&path).unwrap();
 
+        // A socket of another kind is at the path.
         let stream = Listener::bind(&path, SocketKind::Stream).unwrap();
         assert!(matches!(start(&path).await, Error::Io(_)));
         drop(stream);
@@ -264,6 +274,7 @@ fn a_first_start_does_not_replace_what_is_foreign() {
         assert!(matches!(error, Error::Io(_)), "{error}");
         drop(datagram);
 
+        // A process listens at the path, and accepts nothing.
         let silent = Listener::bind(&path, SocketKind::SeqPacket).unwrap();
         assert!(matches!(start(&path).await, Error::TimedOut));
         drop(silent);

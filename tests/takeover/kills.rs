@@ -12,7 +12,7 @@ use std::{
 
 use crate::{
     common::*,
-    place,
+    control_path,
     process::{Process, free_address, keep_open, who_serves},
 };
 
@@ -34,7 +34,8 @@ fn trace(strace: &Path, process: &Process, arguments: &[&str]) -> Child {
 /// serves in the end. Returns true if the traced one was killed. A client whose connection is open
 /// keeps the old one from leaving before the takeover is complete.
 fn take_over(strace: &Path, traces_old: bool, arguments: &[&str]) -> bool {
-    let (_directory, path) = place();
+    // The new process takes each step until it serves, or is killed.
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut old = Process::serving(&path, address);
     let open = keep_open(address);
@@ -50,8 +51,8 @@ fn take_over(strace: &Path, traces_old: bool, arguments: &[&str]) -> bool {
             break;
         }
     }
+    // The old process leaves when its last client has gone. Its last calls are traced too.
     if traces_old {
-        // The last calls of the old process are those after its last client has gone.
         drop(open);
         let status = old.child.wait().unwrap();
         was_killed = status.signal().is_some();
@@ -63,13 +64,14 @@ fn take_over(strace: &Path, traces_old: bool, arguments: &[&str]) -> bool {
     was_killed
 }
 
-/// Kills one side at each of its system calls. strace counts each kind of call for itself, and the
-/// calls of each thread.
+/// Kills one side at each of its system calls, in one takeover for each. strace counts each kind of
+/// call, and each thread, separately.
 fn kill_at_each_call(kills_old: bool) {
     let Some(strace) = installed("strace") else { return };
     if !nix::unistd::geteuid().is_root() {
         return eprintln!("skipped: needs root to attach strace to a process");
     }
+    // A takeover without a kill shows which kinds of system calls are made.
     let directory = tempfile::tempdir().unwrap();
     let log = directory.path().join("log");
     assert!(!take_over(&strace, kills_old, &["-o", log.to_str().unwrap()]));
@@ -80,6 +82,7 @@ fn kill_at_each_call(kills_old: bool) {
         |name: &String| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
     let names: BTreeSet<_> = log.lines().filter_map(name).filter(is_name).collect();
 
+    // The process is killed at the first call of each kind, at the second, and so on to the last.
     let mut kills = 0;
     for name in &names {
         for call in 1.. {
@@ -107,7 +110,7 @@ fn check_one_serves(address: SocketAddr, processes: &[&Process]) {
         if processes.iter().filter(is_alive).any(|process| answer == Some(process.child.id())) {
             return;
         }
-        // It may be killed while it answers.
+        // A process may be killed while it answers, so clients try again.
         assert!(begin.elapsed() < Duration::from_secs(20), "nobody serves: {answer:?}");
     }
 }

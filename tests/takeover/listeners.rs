@@ -15,12 +15,13 @@ use fdwire::{
 };
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::{common::*, groups::group, place, request};
+use crate::{common::*, control_path, groups::group, request};
 
 #[test]
 fn listeners_of_every_kind_move_and_work() {
     run(async {
-        let (directory, path) = place();
+        // A server has listeners of all kinds, which move.
+        let (directory, path) = control_path();
         let mut listeners = Listeners::new();
         listeners.add("tcp", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -40,6 +41,7 @@ fn listeners_of_every_kind_move_and_work() {
         drop(old);
         assert_eq!(new.identities(), identities);
 
+        // Each of them works in the new server.
         let stream = new.gated::<UnixListener>("unix", 0).unwrap();
         let connecting = UnixStream::connect(directory.path().join("stream"));
         let (client, accepted) = tokio::join!(connecting, stream.accept());
@@ -62,18 +64,19 @@ fn listeners_of_every_kind_move_and_work() {
         UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"inet", udp_address).unwrap();
         assert_eq!((udp.recv(&mut received).unwrap(), &received), (4, b"inet"));
 
+        // A listener of another kind, or that does not exist, is an error.
         let wrong = new.gated::<UnixListener>("tcp", 0).unwrap_err();
         assert!(matches!(wrong, Error::WrongKind { .. }), "{wrong}");
         assert!(matches!(new.socket("tcp", 1), Err(Error::NoSuchListener { .. })));
     });
 }
 
-/// The path of a Unix socket keeps its inode, and who serves last removes it.
+/// The path of a Unix socket keeps its inode, and the process that serves last removes it.
 #[test]
 fn paths_move_with_their_inode_lock_and_right_to_remove() {
     use std::os::unix::fs::MetadataExt;
     run(async {
-        let (directory, path) = place();
+        let (directory, path) = control_path();
         let unix = directory.path().join("unix");
         let lock = directory.path().join("unix.lock");
         let mut listeners = Listeners::new();
@@ -84,7 +87,7 @@ fn paths_move_with_their_inode_lock_and_right_to_remove() {
         let new = request(&path).await.ready().await.unwrap();
         new.confirmed().await;
         assert!(old.drained().await);
-        drop(old); // gunicorn's old master removes the path of the new one here
+        drop(old); // at this point, gunicorn's old master removes the path of the new one
         assert_eq!([&path, &unix, &lock].map(|path| path.metadata().unwrap().ino()), inodes);
         let taken = Listeners::new().bind_path("unix", &unix, Kind::Stream, 0o600).unwrap_err();
         assert!(taken.to_string().contains("in use"), "{taken}");
@@ -99,7 +102,7 @@ fn paths_move_with_their_inode_lock_and_right_to_remove() {
 #[test]
 fn six_hundred_and_one_listeners_move() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut listeners = Listeners::new();
         for index in 0..601 {
             listeners
@@ -116,7 +119,7 @@ fn six_hundred_and_one_listeners_move() {
 #[test]
 fn sockets_with_equal_addresses_stay_apart() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut listeners = Listeners::new();
         for fd in group(8) {
             listeners.add("http", fd).unwrap();
@@ -138,11 +141,11 @@ fn cookie(fd: &OwnedFd) -> u64 {
     rustix::net::sockopt::socket_cookie(fd).unwrap()
 }
 
-/// The next process gets the rest, with the indices that they had.
+/// The next process gets the other listeners, with the same indices as before.
 #[test]
 fn a_process_that_has_declined_a_listener_can_be_replaced() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut listeners = Listeners::new();
         for _ in 0..3 {
             listeners.add("http", TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
@@ -162,9 +165,9 @@ fn a_process_that_has_declined_a_listener_can_be_replaced() {
 }
 
 #[test]
-fn a_listener_that_nobody_wants_is_reported_to_the_old_server() {
+fn a_declined_listener_is_reported_to_the_old_server() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut listeners = Listeners::new();
         for name in ["http", "admin", "metrics"] {
             listeners.add(name, TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();

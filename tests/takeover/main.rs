@@ -44,14 +44,14 @@ use nix::fcntl::{Flock, FlockArg};
 use tempfile::TempDir;
 use tokio::{net::TcpStream, process::Command};
 
-/// A directory with a path for a control socket.
-pub(crate) fn place() -> (TempDir, PathBuf) {
+/// Makes a directory. Returns it with a path in it for a control socket.
+pub(crate) fn control_path() -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control");
     (directory, path)
 }
 
-/// A server with one TCP listener, "http".
+/// Starts a server with one TCP listener, "http".
 pub(crate) fn first(path: &Path) -> Server {
     first_with(path, Options::default())
 }
@@ -66,7 +66,7 @@ pub(crate) async fn request(path: &Path) -> Pending {
     takeover::request(path, Options::default()).await.unwrap()
 }
 
-/// The end of the takeover before may not be noticed yet.
+/// Asks for a takeover until the server has noticed the end of the one before.
 pub(crate) async fn request_until_not_busy(path: &Path) -> Pending {
     loop {
         match takeover::request(path, Options::default()).await {
@@ -76,12 +76,12 @@ pub(crate) async fn request_until_not_busy(path: &Path) -> Pending {
     }
 }
 
-/// Connects to a server, to speak the protocol by hand.
+/// Connects to a server with the codec of the protocol alone.
 pub(crate) async fn raw_taker(path: &Path) -> Framed<TakerCodec> {
     Framed::new(Socket::connect(path, SocketKind::SeqPacket).await.unwrap(), TakerCodec::default())
 }
 
-/// Asks for a takeover by hand, and receives everything up to COMPLETE.
+/// Asks for a takeover with the codec alone, and receives everything up to COMPLETE.
 pub(crate) async fn offered_to_raw_taker(path: &Path) -> (Framed<TakerCodec>, Vec<ToTaker>) {
     loop {
         let mut taker = raw_taker(path).await;
@@ -90,7 +90,7 @@ pub(crate) async fn offered_to_raw_taker(path: &Path) -> (Framed<TakerCodec>, Ve
         while let Some(message) = taker.next().await {
             match message.unwrap() {
                 ToTaker::Complete => return (taker, offered),
-                // The end of the takeover before is not noticed yet.
+                // The server has not noticed the end of the takeover before yet.
                 ToTaker::Refused { .. } => break,
                 other => offered.push(other),
             }
@@ -119,8 +119,8 @@ pub(crate) fn is_role(role: &str) -> bool {
     std::env::var("FDWIRE_ROLE").is_ok_and(|found| found == role)
 }
 
-/// The path and the address of a server process.
-pub(crate) fn place_of_this_process() -> (PathBuf, SocketAddr) {
+/// Returns the path and the address that [`server_command`] has given this process.
+pub(crate) fn path_and_address() -> (PathBuf, SocketAddr) {
     let path = PathBuf::from(std::env::var_os("FDWIRE_PATH").unwrap());
     (path, std::env::var("FDWIRE_ADDRESS").unwrap().parse().unwrap())
 }
@@ -136,7 +136,7 @@ pub(crate) fn http(server: &Server) -> Gated<tokio::net::TcpListener> {
     server.gated("http", 0).unwrap()
 }
 
-/// A client that connects now is accepted by this server.
+/// Checks that a client that connects now is accepted by this server.
 pub(crate) async fn check_serves(server: &Server, address: SocketAddr) {
     let http = http(server);
     let (client, accepted) = tokio::join!(TcpStream::connect(address), http.accept());
@@ -144,7 +144,8 @@ pub(crate) async fn check_serves(server: &Server, address: SocketAddr) {
     assert_eq!(client.local_addr().unwrap(), peer);
 }
 
-/// A server does not accept although a client waits. The client is left to the other process.
+/// Checks that a server does not accept although a client waits. Returns the client, which is left
+/// to the other process.
 pub(crate) async fn check_does_not_serve(server: &Server, address: SocketAddr) -> TcpStream {
     let http = http(server);
     let client = TcpStream::connect(address).await.unwrap();

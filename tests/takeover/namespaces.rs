@@ -1,5 +1,5 @@
-//! Processes that have nothing in common but a directory: other PID, mount and network namespaces,
-//! and any order of their starts.
+//! Processes in other PID, mount and network namespaces, which share only a directory, and
+//! processes that start at the same time.
 
 use std::{path::Path, process::Command};
 
@@ -7,12 +7,12 @@ use fdwire::takeover::{self, Options};
 
 use crate::{
     common::*,
-    place,
+    control_path,
     process::{Process, free_address, keep_open, who_serves},
 };
 
-/// Returns a command that runs this binary in namespaces of its own, in which a directory is at
-/// another place. There its process id is 1, and it has no network but that of the sockets it gets.
+/// Returns a command that runs this binary in namespaces of its own, in which `directory` is at
+/// `place`. Its process id is 1, and it has no network except the sockets that it gets.
 fn elsewhere(directory: &Path, place: &Path) -> Command {
     let mut command = Command::new("unshare");
     command.args([
@@ -37,7 +37,7 @@ fn elsewhere(directory: &Path, place: &Path) -> Command {
     command
 }
 
-/// Whether namespaces can be made here, which takes root and may be forbidden in a container.
+/// Returns true if namespaces can be made. That needs root, and may be forbidden in a container.
 fn can_unshare() -> bool {
     let unshare =
         Command::new("unshare").args(["--pid", "--fork", "--mount", "--net", "true"]).output();
@@ -53,21 +53,21 @@ fn a_process_in_other_namespaces_takes_over_and_is_replaced() {
     if !can_unshare() {
         return;
     }
-    let (directory, path) = place();
+    let (directory, path) = control_path();
     let (bind, address) = (tempfile::tempdir().unwrap(), free_address());
     let other_path = bind.path().join(path.file_name().unwrap());
     let mut first = Process::serving(&path, address);
     let other =
         || Process::serving_by(elsewhere(directory.path(), bind.path()), &other_path, address);
 
-    // Undone: it dies while the first one drains.
+    // The other process serves, and dies while the first one drains. That undoes the takeover.
     let open = keep_open(address);
     let second = other();
-    assert_eq!(who_serves(address), Some(1), "by its own count");
+    assert_eq!(who_serves(address), Some(1), "the process id in its namespace");
     drop(second);
     assert_eq!(who_serves(address), Some(first.child.id()));
 
-    // Complete, and the other way round.
+    // The next one takes over for good, and is replaced by a process outside.
     let mut second = other();
     drop(open);
     first.expect("left");
@@ -76,7 +76,7 @@ fn a_process_in_other_namespaces_takes_over_and_is_replaced() {
     let third = Process::serving(&path, address);
     second.expect("left");
     assert_eq!(who_serves(address), Some(third.child.id()));
-    // The last one removes the path, though it was bound elsewhere first.
+    // The path is still there, although the process that left had it at another place.
     assert!(path.exists());
 }
 
@@ -85,7 +85,7 @@ fn old_generations_in_other_pid_namespaces_are_listed_without_an_id() {
     if !can_unshare() {
         return;
     }
-    let (directory, path) = place();
+    let (directory, path) = control_path();
     let (bind, address) = (tempfile::tempdir().unwrap(), free_address());
     let other_path = bind.path().join(path.file_name().unwrap());
     let _first = Process::serving(&path, address);
@@ -93,11 +93,11 @@ fn old_generations_in_other_pid_namespaces_are_listed_without_an_id() {
     let second =
         Process::serving_by(elsewhere(directory.path(), bind.path()), &other_path, address);
     let _open = keep_open(address);
-    // Its own list: the first one is in no namespace that it knows.
+    // The second process lists the first without an id, because that has none in its namespace.
     let status = || one_thread().block_on(takeover::status(&path, &Options::default())).unwrap();
     let listed: Vec<_> = status().generations.iter().map(|old| old.pid).collect();
     assert_eq!(listed, [None]);
-    // Seen from outside, both have their ids.
+    // The third process, which is outside, lists both with their ids.
     let _third = Process::serving(&path, address);
     let listed: Vec<_> = status().generations.iter().map(|old| old.pid).collect();
     assert_eq!(listed.len(), 2);
@@ -105,15 +105,15 @@ fn old_generations_in_other_pid_namespaces_are_listed_without_an_id() {
     drop(second);
 }
 
-/// Both find no server. One of them binds, and the other one takes over from it.
+/// Both processes find no server. One of them binds, and the other takes over from it.
 #[test]
 fn processes_that_start_at_the_same_time_serve_one_after_the_other() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut processes = [Process::start(&path, address), Process::start(&path, address)];
     processes.iter_mut().for_each(|process| {
         process.go();
-        process.go(); // as soon as it has what it needs
+        process.go(); // lets it serve as soon as it has the listeners
     });
     for process in &mut processes {
         for report in ["requested", "ready", "confirmed"] {

@@ -23,19 +23,20 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{common::*, place_of_this_process};
+use crate::{common::*, path_and_address};
 
-/// The test that is such a process if it is started as one.
+/// The test that is a server process if it is started as one.
 pub(crate) const ROLE: &str = "processes::a_restart_under_load_fails_no_request";
 
 /// The longest time for a report.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A server process, which answers each line with its process id.
+/// A server process, which takes each step when the test lets it, and answers each line of a client
+/// with its process id.
 pub(crate) struct Process {
     pub(crate) child: Child,
-    /// Its reports: "requested", "ready", "confirmed", "left", or the reason why it could not take
-    /// over.
+    /// The reports of the process: "requested", "ready", "confirmed", "left", or the reason why it
+    /// could not take over.
     reports: BufReader<UnixStream>,
 }
 
@@ -44,7 +45,7 @@ impl Process {
         Self::start_by(Command::new("/proc/self/exe"), path, address)
     }
 
-    /// The same with a command that executes this binary and passes on its arguments.
+    /// Does the same with a command that executes this binary with the arguments that it gets.
     pub(crate) fn start_by(mut command: Command, path: &Path, address: SocketAddr) -> Self {
         command.env("FDWIRE_PATH", path).env("FDWIRE_ADDRESS", address.to_string());
         let mut process = Self::start_role(command, ROLE);
@@ -52,14 +53,14 @@ impl Process {
         process
     }
 
-    /// A process that runs the test with this name.
+    /// Starts a process that runs the test with this name.
     pub(crate) fn start_role(command: Command, role: &str) -> Self {
-        let (here, there) = UnixStream::pair().unwrap();
-        here.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self { child: spawn_role_by(command, role, there.into()), reports: BufReader::new(here) }
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { child: spawn_role_by(command, role, theirs.into()), reports: BufReader::new(ours) }
     }
 
-    /// One that serves.
+    /// Starts a process and waits until it serves.
     pub(crate) fn serving(path: &Path, address: SocketAddr) -> Self {
         Self::serving_by(Command::new("/proc/self/exe"), path, address)
     }
@@ -70,7 +71,7 @@ impl Process {
         process
     }
 
-    /// Lets it take over, or start as the first one.
+    /// Lets the process take over, or start as the first one.
     pub(crate) fn serve(&mut self) {
         self.go();
         self.expect("requested");
@@ -79,19 +80,19 @@ impl Process {
         self.expect("confirmed");
     }
 
-    /// Lets it take its next step.
+    /// Lets the process take its next step.
     pub(crate) fn go(&mut self) {
-        let _ = self.reports.get_mut().write_all(b"\n"); // it may be dead
+        let _ = self.reports.get_mut().write_all(b"\n"); // the process may be dead
     }
 
-    /// The next report, or the empty string if it is dead.
+    /// Waits for the next report. Returns the empty string if the process is dead.
     pub(crate) fn report(&mut self) -> String {
         let mut report = String::new();
         let _ = self.reports.read_line(&mut report);
         report.trim().to_owned()
     }
 
-    /// The next report, if there is one within a moment.
+    /// Returns the next report, if there is one within a moment.
     pub(crate) fn try_report(&mut self) -> Option<String> {
         self.reports.get_ref().set_read_timeout(Some(Duration::from_millis(1))).unwrap();
         let mut report = String::new();
@@ -120,19 +121,21 @@ impl Drop for Process {
     }
 }
 
-/// In a server process: waits for a byte, requests, waits for a byte, serves.
+/// Is a server process: waits for a byte, asks for a takeover, waits for a byte, and serves.
 pub(crate) async fn serve(socket: OwnedFd) {
+    // The test lets this process take a step with each byte, and gets a report of it.
     let mut parent = UnixStream::from(socket);
-    let mut go = |report: &str| {
-        parent.write_all(format!("{report}\n").as_bytes()).unwrap();
+    let mut report = |text: &str| {
+        parent.write_all(format!("{text}\n").as_bytes()).unwrap();
     };
     let mut wait = {
         let mut parent = std::io::stdin();
         move || parent.read_exact(&mut [0]).unwrap()
     };
-    go("started");
+    report("started");
     wait();
-    let (path, address) = place_of_this_process();
+    // Take the listeners of the server at the path, or be the first.
+    let (path, address) = path_and_address();
     let bind = || {
         let mut listeners = Listeners::new();
         listeners.add("http", TcpListener::bind(address)?)?;
@@ -144,37 +147,42 @@ pub(crate) async fn serve(socket: OwnedFd) {
     let failed = |error: takeover::Error| format!("failed: {error:?}: {error}");
     let pending = match takeover::bind_or_take(&path, options(), bind).await {
         Ok(pending) => pending,
-        Err(error) => return go(&failed(error)),
+        Err(error) => return report(&failed(error)),
     };
-    go("requested");
+    report("requested");
     wait();
+    // Serve, and answer datagrams too if there is a socket for them.
     let server = match pending.ready().await {
         Ok(server) => server,
-        Err(error) => return go(&failed(error)),
+        Err(error) => return report(&failed(error)),
     };
-    go("ready");
+    report("ready");
     server.confirmed().await;
     if let Ok(datagrams) = server.datagrams("udp", 0) {
         tokio::spawn(answer_datagrams(datagrams));
     }
-    go("confirmed");
+    report("confirmed");
     answer(&server).await;
-    go("left");
+    report("left");
 }
 
-/// The options of a server process. `FDWIRE_VERSIONS`: the lowest and the highest version that it
-/// speaks. `FDWIRE_ANSWER`: its limit for answers in milliseconds.
+/// Returns the options of a server process, from environment variables: `FDWIRE_VERSIONS` has the
+/// lowest and the highest version that it supports, `FDWIRE_ANSWER` its limit for answers in
+/// milliseconds, and `FDWIRE_READY` its limit for another process to be ready.
 fn options() -> Options {
     let numbers = |name| -> Option<Vec<u64>> {
         let text = std::env::var(name).ok()?;
         Some(text.split(' ').map(|number| number.parse().unwrap()).collect())
     };
-    let mut options = Options::default().ready_timeout(Duration::from_millis(300));
+    let mut options = Options::default();
     if let Some(versions) = numbers("FDWIRE_VERSIONS") {
         options = options.versions(versions[0] as u8, versions[1] as u8);
     }
     if let Some(answer) = numbers("FDWIRE_ANSWER") {
         options = options.answer_timeout(Duration::from_millis(answer[0]));
+    }
+    if let Some(ready) = numbers("FDWIRE_READY") {
+        options = options.ready_timeout(Duration::from_millis(ready[0]));
     }
     options
 }
@@ -188,6 +196,7 @@ async fn answer_datagrams(datagrams: Datagrams) {
 
 /// Answers until this process may leave. A connection gets one more answer while it drains.
 async fn answer(server: &Server) {
+    // Each connection is served by a task, which counts it as open.
     let http = server.gated::<tokio::net::TcpListener>("http", 0).unwrap();
     let open = watch::Sender::new(0);
     let is_draining = Arc::new(AtomicBool::new(false));
@@ -218,6 +227,7 @@ async fn answer(server: &Server) {
             });
         }
     };
+    // After it is replaced, the process leaves when no connection is open, unless that is undone.
     let draining = async {
         loop {
             server.replaced().await;
@@ -239,7 +249,7 @@ async fn answer(server: &Server) {
     }
 }
 
-/// Asks who serves. `None` if nobody does.
+/// Returns the process id of the server that answers a new client, or `None` if no server does.
 pub(crate) fn who_serves(address: SocketAddr) -> Option<u32> {
     let mut connection = TcpStream::connect(address).ok()?;
     connection.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -253,7 +263,7 @@ pub(crate) fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-/// A connection that was accepted, and that no further request ends.
+/// Opens a connection that the server has accepted, and that stays open.
 pub(crate) fn keep_open(address: SocketAddr) -> BufReader<TcpStream> {
     let mut connection = BufReader::new(TcpStream::connect(address).unwrap());
     connection.get_mut().write_all(b"who\n").unwrap();

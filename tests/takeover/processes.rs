@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead, BufReader, Write},
     net::{SocketAddr, TcpStream},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -14,12 +15,13 @@ use nix::sys::signal::Signal;
 
 use crate::{
     common::*,
-    place,
+    control_path,
     process::{Process, ROLE, free_address, keep_open, serve, who_serves},
 };
 
-/// Asks again and again. One-shot clients connect for each request, others when they are told to.
-fn ask(
+/// Sends requests until `stop` is set, and returns the failures. A one-shot client connects for
+/// each request, and others only after an answer has ended their connection.
+fn send_requests(
     address: SocketAddr,
     one_shot: bool,
     stop: &AtomicBool,
@@ -28,6 +30,7 @@ fn ask(
     let mut failures = Vec::new();
     let mut connection = None;
     while !stop.load(Ordering::SeqCst) {
+        // A request connects if no connection is open. It returns true if the answer is the last.
         let mut request = || -> std::io::Result<bool> {
             let open = match connection.take() {
                 Some(open) => open,
@@ -41,6 +44,7 @@ fn ask(
             }
             Ok(answer.ends_with("close\n"))
         };
+        // The outcome is counted, and decides whether the connection is kept.
         match request() {
             Ok(closes) => {
                 answers.fetch_add(1, Ordering::SeqCst);
@@ -62,7 +66,8 @@ fn a_restart_under_load_fails_no_request() {
     if let Some(socket) = role_socket(ROLE) {
         return one_thread().block_on(serve(socket));
     }
-    let (_directory, path) = place();
+    // Six clients send requests.
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut process = Process::serving(&path, address);
     let stop = Arc::new(AtomicBool::new(false));
@@ -70,9 +75,10 @@ fn a_restart_under_load_fails_no_request() {
     let clients: Vec<_> = (0..6)
         .map(|number| {
             let (stop, answers) = (Arc::clone(&stop), Arc::clone(&answers));
-            thread::spawn(move || ask(address, number % 2 == 0, &stop, &answers))
+            thread::spawn(move || send_requests(address, number % 2 == 0, &stop, &answers))
         })
         .collect();
+    // The server is replaced ten times, and each process answers requests.
     for _ in 0..10 {
         let before = answers.load(Ordering::SeqCst);
         let next = Process::serving(&path, address);
@@ -83,6 +89,7 @@ fn a_restart_under_load_fails_no_request() {
             thread::yield_now(); // the new one answers
         }
     }
+    // No request has failed.
     stop.store(true, Ordering::SeqCst);
     let failures: Vec<_> = clients.into_iter().flat_map(|client| client.join().unwrap()).collect();
     println!(
@@ -95,7 +102,7 @@ fn a_restart_under_load_fails_no_request() {
 
 #[test]
 fn a_process_that_dies_before_it_is_ready_changes_nothing_and_one_that_dies_later_is_undone() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let old = Process::serving(&path, address);
 
@@ -105,7 +112,7 @@ fn a_process_that_dies_before_it_is_ready_changes_nothing_and_one_that_dies_late
     drop(new);
     assert_eq!(who_serves(address), Some(old.child.id()));
 
-    // A client keeps the old one from leaving.
+    // A client keeps the old process from leaving.
     let _idle = keep_open(address);
     let new = Process::serving(&path, address);
     while who_serves(address) != Some(new.child.id()) {}
@@ -115,7 +122,7 @@ fn a_process_that_dies_before_it_is_ready_changes_nothing_and_one_that_dies_late
 
 #[test]
 fn a_new_process_serves_if_the_old_one_dies_before_it_is_ready() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let old = Process::serving(&path, address);
     let mut new = Process::start(&path, address);
@@ -126,7 +133,7 @@ fn a_new_process_serves_if_the_old_one_dies_before_it_is_ready() {
     new.expect("ready");
     new.expect("confirmed");
     assert_eq!(who_serves(address), Some(new.child.id()));
-    // It can be replaced as any other.
+    // The new process can be replaced like any other.
     let third = Process::serving(&path, address);
     new.expect("left");
     assert_eq!(who_serves(address), Some(third.child.id()));
@@ -134,14 +141,16 @@ fn a_new_process_serves_if_the_old_one_dies_before_it_is_ready() {
 
 #[test]
 fn a_process_that_hangs_before_ready_does_not_serve_when_it_wakes_up() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
-    let old = Process::serving(&path, address);
+    let mut command = Command::new("/proc/self/exe");
+    command.env("FDWIRE_READY", "300");
+    let old = Process::serving_by(command, &path, address);
     let mut hung = Process::start(&path, address);
     hung.go();
     hung.expect("requested");
     hung.signal(Signal::SIGSTOP);
-    // The old one calls it off by itself, and the next one takes over.
+    // The old process calls the takeover off by itself, and the next process can ask for another.
     let next = loop {
         let mut next = Process::start(&path, address);
         next.go();
@@ -151,6 +160,7 @@ fn a_process_that_hangs_before_ready_does_not_serve_when_it_wakes_up() {
         }
     };
     assert_eq!(who_serves(address), Some(old.child.id()));
+    // When the hung process goes on, it learns that it is too late.
     hung.go();
     hung.signal(Signal::SIGCONT);
     let report = hung.report();

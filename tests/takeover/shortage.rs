@@ -1,4 +1,4 @@
-//! Processes that are out of descriptors (`RLIMIT_NOFILE`).
+//! Takeovers of processes that run out of descriptors (`RLIMIT_NOFILE`).
 
 use std::{
     collections::BTreeSet,
@@ -10,11 +10,11 @@ use std::{
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use crate::{
-    is_locked, place,
+    control_path, is_locked,
     process::{Process, free_address, who_serves},
 };
 
-/// More than either side needs for a takeover of one listener.
+/// More descriptors than either side needs for a takeover of one listener.
 const ENOUGH: u64 = 16;
 
 /// Leaves a process room for this number of descriptors.
@@ -28,7 +28,7 @@ fn leave_room(process: &Process, room: u64) {
 
 fn set_limit(process: &Process, limit: Option<u64>) {
     let pid = Pid::from_child(&process.child);
-    let maximum = getrlimit(Resource::Nofile).maximum; // that of the process as well
+    let maximum = getrlimit(Resource::Nofile).maximum; // the process has the same
     prlimit(Some(pid), Resource::Nofile, Rlimit { current: limit.or(maximum), maximum }).unwrap();
 }
 
@@ -36,7 +36,7 @@ fn descriptors(process: &Process) -> u64 {
     std::fs::read_dir(format!("/proc/{}/fd", process.child.id())).unwrap().count() as u64
 }
 
-/// Some are closed in the background.
+/// Waits until a process has this number of descriptors. Some are closed in the background.
 fn wait_for_descriptors(process: &Process, expected: u64) {
     let begin = Instant::now();
     while descriptors(process) != expected {
@@ -47,17 +47,17 @@ fn wait_for_descriptors(process: &Process, expected: u64) {
 
 #[test]
 fn a_server_without_descriptors_goes_on_and_loses_none() {
-    let (_directory, path) = place();
+    // A server runs. Its number of descriptors is steady after a first attempt at a takeover.
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut old = Process::serving(&path, address);
     let start = || {
         let mut command = Command::new("/proc/self/exe");
-        command.env("FDWIRE_ANSWER", "300");
+        command.env("FDWIRE_ANSWER", "2000");
         let mut new = Process::start_by(command, &path, address);
         new.go();
         new
     };
-    // Whatever is opened only once is open now.
     start().expect("requested");
     assert_eq!(who_serves(address), Some(old.child.id()));
     let mut before = descriptors(&old);
@@ -70,13 +70,14 @@ fn a_server_without_descriptors_goes_on_and_loses_none() {
         before = now;
     }
 
+    // The server has room for no descriptor, for one, and so on, until a takeover succeeds.
     let mut failures = Vec::new();
     for room in 0..ENOUGH {
         leave_room(&old, room);
         let mut new = start();
         let report = new.report();
         if report == "requested" {
-            // It had enough for all that follows, too.
+            // That room is enough for the later steps, too.
             new.go();
             new.expect("ready");
             new.expect("confirmed");
@@ -88,6 +89,8 @@ fn a_server_without_descriptors_goes_on_and_loses_none() {
             assert!(failures.iter().any(|failure: &String| failure.contains("TimedOut")));
             return;
         }
+        // With less room, the takeover fails. The server goes on, and has the same number of
+        // descriptors as before.
         failures.push(report);
         assert!(new.child.wait().unwrap().success());
         set_limit(&old, None);
@@ -99,7 +102,7 @@ fn a_server_without_descriptors_goes_on_and_loses_none() {
 
 #[test]
 fn a_new_process_without_descriptors_gives_up_and_the_old_one_goes_on() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let old = Process::serving(&path, address);
     let mut failures = Vec::new();
@@ -122,23 +125,24 @@ fn a_new_process_without_descriptors_gives_up_and_the_old_one_goes_on() {
     panic!("room for {ENOUGH} descriptors is not enough: {failures:?}");
 }
 
-/// COMMIT has two descriptors, which are lost then.
+/// The two descriptors of COMMIT are lost if the new process has no room for them.
 ///
 /// Rules: T-LOST.
 #[test]
 fn a_process_without_descriptors_at_the_cut_can_be_replaced_later() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut serving = Process::serving(&path, address);
     let mut lost = Vec::new();
     for room in 0..4 {
+        // A new process is out of descriptors when it becomes ready.
         let mut new = Process::start(&path, address);
         new.go();
         new.expect("requested");
         leave_room(&new, room);
         new.go();
         new.expect("ready");
-        // Either it has everything, or the old one has given up the lock that was lost on the way.
+        // Either it has everything, or the lock was lost, and the old process has given it up.
         let confirmed = loop {
             let report = new.try_report();
             if report.is_some() || !is_locked(&path) {
@@ -148,6 +152,7 @@ fn a_process_without_descriptors_at_the_cut_can_be_replaced_later() {
         if confirmed.is_none() {
             lost.push(room);
         }
+        // The new process serves, and can be replaced in the next round.
         set_limit(&new, None);
         assert_eq!(confirmed.unwrap_or_else(|| new.report()), "confirmed");
         serving.expect("left");

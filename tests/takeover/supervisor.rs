@@ -1,4 +1,5 @@
-//! A command that starts a new process learns the truth, and so does a service manager.
+//! The outcome of a takeover, as the command that starts the new process learns it, and a service
+//! manager.
 
 use std::{
     collections::BTreeMap,
@@ -17,15 +18,16 @@ use fdwire::{
 use tokio::process::{Child, Command};
 
 use crate::{
-    common::*, is_role, place, place_of_this_process, process::free_address, server_command,
+    common::*, control_path, is_role, path_and_address, process::free_address, server_command,
 };
 
-const ROLE: &str = "supervisor::a_call_returns_once_the_new_process_serves";
+const ROLE: &str = "supervisor::launch_returns_once_the_new_process_serves";
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A server process. `FDWIRE_FAILS`: how it fails before it is ready.
+/// Is a server process. `FDWIRE_FAILS` has the way in which it fails before it is ready.
 async fn serve() {
-    let (path, address) = place_of_this_process();
+    // Take the listeners, or bind them. Then fail, if the test wants that.
+    let (path, address) = path_and_address();
     let bind = || {
         let mut listeners = Listeners::new();
         listeners.bind_tcp("http", address)?;
@@ -38,6 +40,7 @@ async fn serve() {
         Ok("hangs") => return std::future::pending().await,
         _ => {}
     }
+    // Serve until another process has taken over, and send the service manager each step.
     let server = pending.ready().await.unwrap();
     let notifier = Notifier::from_env().unwrap();
     let http = server.gated::<tokio::net::TcpListener>("http", 0).unwrap();
@@ -46,11 +49,11 @@ async fn serve() {
             let connection = connection.into_std().unwrap();
             write!(&connection, "{}", std::process::id()).unwrap();
         }
-        std::future::pending().await // it was replaced for good
+        std::future::pending().await // the process was replaced for good
     };
     let following = async { tokio::join!(server.finish(), notifier.follow(&server)) };
     tokio::select! {
-        (_, told) = following => told.unwrap(),
+        (_, notified) = following => notified.unwrap(),
         () = serving => unreachable!(),
     }
 }
@@ -63,7 +66,7 @@ struct Service {
 
 impl Service {
     fn new() -> Self {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         Self { _directory, path, address: free_address() }
     }
 
@@ -75,7 +78,7 @@ impl Service {
         takeover::launch(command, &self.path, &Options::default(), limit).await
     }
 
-    /// Asks who answers.
+    /// Returns the process id of the server that answers a new client.
     fn pid(&self) -> u32 {
         let mut answer = String::new();
         TcpStream::connect(self.address).unwrap().read_to_string(&mut answer).unwrap();
@@ -84,7 +87,7 @@ impl Service {
 }
 
 #[test]
-fn a_call_returns_once_the_new_process_serves() {
+fn launch_returns_once_the_new_process_serves() {
     if is_role(ROLE) {
         return run(serve());
     }
@@ -101,12 +104,12 @@ fn a_call_returns_once_the_new_process_serves() {
 }
 
 #[test]
-fn a_call_fails_if_the_new_process_ends_before_it_serves() {
+fn launch_fails_if_the_new_process_ends_before_it_serves() {
     run(async {
         let service = Service::new();
         let mut failing = service.command();
         failing.env("FDWIRE_FAILS", "exits");
-        // Also if no server runs.
+        // No server runs.
         for _ in 0..2 {
             let error = service.launch(&mut failing, PATIENCE).await.unwrap_err();
             assert!(
@@ -114,6 +117,7 @@ fn a_call_fails_if_the_new_process_ends_before_it_serves() {
                 "{error}"
             );
         }
+        // A server runs, and goes on.
         let first = service.launch(&mut service.command(), PATIENCE).await.unwrap();
         let error = service.launch(&mut failing, PATIENCE).await.unwrap_err();
         assert_eq!(error.to_string(), "the new process ended before it served: exit status: 7");
@@ -125,7 +129,7 @@ fn a_call_fails_if_the_new_process_ends_before_it_serves() {
 }
 
 #[test]
-fn a_call_fails_if_the_new_process_hangs_and_leaves_none_behind() {
+fn launch_fails_if_the_new_process_hangs_and_leaves_none_behind() {
     run(async {
         let service = Service::new();
         let first = service.launch(&mut service.command(), PATIENCE).await.unwrap();
@@ -135,10 +139,10 @@ fn a_call_fails_if_the_new_process_hangs_and_leaves_none_behind() {
         let error = service.launch(&mut hanging, limit).await.unwrap_err();
         assert!(matches!(error, Error::TooLate { .. }), "{error}");
         assert_eq!(Some(service.pid()), first.id());
-        // Nothing of it is in the way of the next one.
+        // The next process takes over.
         let second = loop {
             match service.launch(&mut service.command(), PATIENCE).await {
-                Err(Error::Ended { .. }) => {} // the end of the one before is not noticed yet
+                Err(Error::Ended { .. }) => {} // the server has not noticed the last end yet
                 launched => break launched.unwrap(),
             }
         };
@@ -146,8 +150,8 @@ fn a_call_fails_if_the_new_process_hangs_and_leaves_none_behind() {
     });
 }
 
-/// The first line of each message of each process, in the order of that process. The barrier of a
-/// process comes with its descriptor.
+/// Receives until `until` is true. Returns the first line of each message, in their order, for each
+/// process. Checks that only the barrier of a process comes with a descriptor.
 async fn messages(
     manager: &DatagramSocket,
     until: impl Fn(&BTreeMap<i32, Vec<String>>) -> bool,
@@ -171,8 +175,9 @@ async fn messages(
 }
 
 #[test]
-fn a_manager_learns_of_each_step_before_the_old_process_leaves() {
+fn a_service_manager_learns_of_each_step_before_the_old_process_leaves() {
     run(async {
+        // A process serves. A takeover that fails is a reload that has ended.
         let service = Service::new();
         let name = abstract_name("supervisor");
         let manager = DatagramSocket::bind_addr(&name).unwrap();
@@ -185,26 +190,28 @@ fn a_manager_learns_of_each_step_before_the_old_process_leaves() {
         };
         let mut first = service.launch(&mut command(), PATIENCE).await.unwrap();
         let old = first.id().unwrap() as i32;
-        // A takeover that fails is a reload that has ended.
         let mut failing = command();
         failing.env("FDWIRE_FAILS", "exits");
         service.launch(&mut failing, PATIENCE).await.unwrap_err();
-        let told =
-            messages(&manager, |told| told.get(&old).is_some_and(|told| told.len() == 3)).await;
-        assert_eq!(told[&old], ["READY=1", "RELOADING=1", "READY=1"]);
+        let has_three = |received: &BTreeMap<i32, Vec<String>>| {
+            received.get(&old).is_some_and(|messages| messages.len() == 3)
+        };
+        let received = messages(&manager, has_three).await;
+        assert_eq!(received[&old], ["READY=1", "RELOADING=1", "READY=1"]);
 
+        // A takeover succeeds. The old process names the new one before it leaves.
         let second = service.launch(&mut command(), PATIENCE).await.unwrap();
         let new = second.id().unwrap();
-        let has_ended = |told: &BTreeMap<i32, Vec<String>>| {
-            let old_has = told
+        let has_ended = |received: &BTreeMap<i32, Vec<String>>| {
+            let old_has = received
                 .get(&old)
-                .is_some_and(|told| told.last().is_some_and(|last| last == "BARRIER=1"));
-            old_has && told.contains_key(&(new as i32))
+                .is_some_and(|messages| messages.last().is_some_and(|last| last == "BARRIER=1"));
+            old_has && received.contains_key(&(new as i32))
         };
-        let told = messages(&manager, has_ended).await;
+        let received = messages(&manager, has_ended).await;
         let expected = ["RELOADING=1", "READY=1", &format!("MAINPID={new}"), "BARRIER=1"];
         assert_eq!(
-            (&told[&old][..], &told[&(new as i32)][..]),
+            (&received[&old][..], &received[&(new as i32)][..]),
             (&expected.map(str::to_owned)[..], &["READY=1".to_owned()][..])
         );
         assert!(first.wait().await.unwrap().success());
@@ -212,7 +219,7 @@ fn a_manager_learns_of_each_step_before_the_old_process_leaves() {
     });
 }
 
-/// Until the manager has dealt with MAINPID, the main process is still there.
+/// The old process stays until the manager has closed the barrier, so that it has read MAINPID.
 #[test]
 fn the_old_main_process_waits_for_the_manager_before_it_leaves() {
     run(async {
@@ -239,7 +246,7 @@ fn the_old_main_process_waits_for_the_manager_before_it_leaves() {
 }
 
 #[test]
-fn nobody_is_asked_at_a_path_without_a_server() {
+fn the_status_of_a_path_without_a_server_is_an_error() {
     run(async {
         let error = takeover::status(Path::new("/nonexistent/path"), &Options::default())
             .await

@@ -20,19 +20,19 @@ use nix::{
 use tokio::net::TcpStream;
 
 use crate::{
-    check_does_not_serve, check_serves, common::*, first, first_with, http, offered_to_raw_taker,
-    place, request, request_until_not_busy,
+    check_does_not_serve, check_serves, common::*, control_path, first, first_with, http,
+    offered_to_raw_taker, request, request_until_not_busy,
 };
 
 #[test]
 fn a_new_server_serves_and_the_old_one_drains_and_leaves() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let address = crate::address(&old);
         let pending = request(&path).await;
         assert_eq!(pending.identities().count(), 1);
-        check_serves(&old, address).await; // until the cut
+        check_serves(&old, address).await; // until the new server is ready
 
         let new = pending.ready().await.unwrap();
         old.replaced().await;
@@ -53,7 +53,7 @@ async fn http_error(server: &takeover::Server) -> Option<()> {
 #[test]
 fn connections_that_wait_in_the_queue_are_accepted_by_the_new_server() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let address = crate::address(&old);
         let mut clients = Vec::new();
@@ -75,7 +75,7 @@ fn connections_that_wait_in_the_queue_are_accepted_by_the_new_server() {
 #[test]
 fn a_new_server_that_ends_before_it_is_ready_changes_nothing() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let address = crate::address(&old);
         for _ in 0..3 {
@@ -91,7 +91,7 @@ fn a_new_server_that_ends_before_it_is_ready_changes_nothing() {
 #[test]
 fn a_new_server_that_ends_while_the_old_one_drains_is_undone() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let address = crate::address(&old);
         for _ in 0..3 {
@@ -110,7 +110,7 @@ fn a_new_server_that_ends_while_the_old_one_drains_is_undone() {
 #[test]
 fn a_new_server_hands_everything_back_with_the_baton() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, Options::default().with_baton());
         let address = crate::address(&old);
         let new = takeover::request(&path, Options::default().with_baton())
@@ -127,7 +127,7 @@ fn a_new_server_hands_everything_back_with_the_baton() {
         check_serves(&old, address).await;
         assert!(path.exists() && path.with_extension("lock").exists());
 
-        // Once the old one has left, there is nobody to give it back to.
+        // After the old server has left, nothing can be handed back.
         drop(new);
         let new = request_until_not_busy(&path).await.ready().await.unwrap();
         old.replaced().await;
@@ -142,11 +142,11 @@ fn a_new_server_hands_everything_back_with_the_baton() {
 #[test]
 fn a_new_server_that_is_too_late_does_not_serve() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first_with(&path, Options::default().ready_timeout(Duration::from_millis(20)));
         let address = crate::address(&old);
         let pending = request(&path).await;
-        // It hangs. As soon as another one is accepted, the takeover has been called off.
+        // The new server hangs. The takeover has been called off when another one is accepted.
         let second = request_until_not_busy(&path).await;
         drop(second);
         let late = pending.ready().await.unwrap_err();
@@ -159,7 +159,7 @@ fn a_new_server_that_is_too_late_does_not_serve() {
 #[test]
 fn a_second_takeover_is_refused_while_one_is_under_way() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let pending = request(&path).await;
         let second = takeover::request(&path, Options::default()).await.unwrap_err();
@@ -169,8 +169,7 @@ fn a_second_takeover_is_refused_while_one_is_under_way() {
         assert_eq!((status.pid, status.takeover_in_progress), (std::process::id(), true));
         let new = pending.ready().await.unwrap();
         old.replaced().await;
-        // The control socket has moved along: the next one waits for the new server, which lets it
-        // take over.
+        // The control socket has moved too, so the next process asks the new server.
         let third = request(&path).await.ready().await.unwrap();
         new.replaced().await;
         assert_eq!((old.phase(), third.phase()), (Phase::Replaced, Phase::Serving));
@@ -180,12 +179,12 @@ fn a_second_takeover_is_refused_while_one_is_under_way() {
 #[test]
 fn the_application_calls_a_takeover_off() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let pending = request(&path).await;
         old.withdraw();
         let late = loop {
-            // The command is on its way to the server's task.
+            // The server's task may not have called it off yet.
             match takeover::request(&path, Options::default()).await {
                 Err(Error::Refused(Refusal::Busy)) => tokio::task::yield_now().await,
                 _ => break pending.ready().await.unwrap_err(),
@@ -196,9 +195,9 @@ fn the_application_calls_a_takeover_off() {
 }
 
 #[test]
-fn state_travels_with_its_descriptors() {
+fn state_arrives_with_its_descriptors() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         old.send_state(|| {
             vec![Frame::new("counters").with_fd(marked(7)), Frame::new("cache").with_fds([])]
@@ -215,7 +214,7 @@ fn state_travels_with_its_descriptors() {
 #[test]
 fn generations_replace_each_other_and_only_the_last_two_hold_the_listeners() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut generations = vec![first(&path)];
         let address = crate::address(&generations[0]);
         for _ in 0..10 {
@@ -228,7 +227,7 @@ fn generations_replace_each_other_and_only_the_last_two_hold_the_listeners() {
         let phases: Vec<_> = generations.iter().map(takeover::Server::phase).collect();
         assert_eq!(phases[..9], [Phase::Replaced; 9]);
         assert_eq!(phases[9..], [Phase::Draining, Phase::Serving]);
-        // The last one ends, the one before accepts again.
+        // When the last server ends, the one before it accepts again.
         generations.pop();
         assert!(generations[9].undone().await);
         check_serves(&generations[9], address).await;
@@ -237,13 +236,13 @@ fn generations_replace_each_other_and_only_the_last_two_hold_the_listeners() {
     });
 }
 
-/// State that no message can hold calls the takeover off, with a reason for both.
+/// The state is too long for a message.
 ///
 /// Rules: B-FRAME.
 #[test]
 fn state_that_is_too_long_calls_the_takeover_off() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         let address = crate::address(&old);
         old.send_state(|| vec![Frame::new(vec![0; takeover::protocol::MAX_MESSAGE_BYTES])]);
@@ -253,11 +252,11 @@ fn state_that_is_too_long_calls_the_takeover_off() {
     });
 }
 
-/// Many megabytes, so the connection is full for most of the time.
+/// The state has ten megabytes, so the connection is full most of the time.
 #[test]
 fn large_state_arrives_in_its_order() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let old = first(&path);
         old.send_state(|| (0..20).map(|number| Frame::new(vec![number; 500_000])).collect());
         let mut pending = request(&path).await;
@@ -273,17 +272,18 @@ fn large_state_arrives_in_its_order() {
     });
 }
 
-/// READY can be written if and only if the server stops. It is called off at about the same time,
-/// from another thread. After that, the end of the new process is noticed too.
+/// READY is written at about the same time as the takeover is called off, from another thread.
+/// Either READY can be written, and the server stops, or it cannot.
 ///
 /// Rules: G-CUT, G-UNDO.
 #[test]
 fn calling_a_takeover_off_and_ready_exclude_each_other() {
     run_in(some_threads(), async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = first(&path);
         let (mut called_off, mut replaced) = (0, 0);
         for round in 0..300 {
+            // One thread sends READY, and this one calls the takeover off.
             let taker = OwnedFd::from(offered_to_raw_taker(&path).await.0.into_parts().socket);
             let ready = tokio::task::spawn_blocking(move || {
                 std::thread::sleep(Duration::from_micros(round % 40 * 5));
@@ -292,6 +292,7 @@ fn calling_a_takeover_off_and_ready_exclude_each_other() {
             });
             std::thread::sleep(Duration::from_micros(fastrand::u64(..200)));
             server.withdraw();
+            // The server stops if READY was sent. The end of the new process undoes that.
             let (taker, sent) = ready.await.unwrap();
             match sent {
                 Ok(_) => {
@@ -311,13 +312,13 @@ fn calling_a_takeover_off_and_ready_exclude_each_other() {
     });
 }
 
-/// The old server reads once more before it leaves.
+/// The old server checks whether the new process has ended once more, right before it leaves.
 ///
 /// Rules: G-DRAINED.
 #[test]
 fn a_new_process_that_ends_just_before_the_old_one_leaves_is_noticed() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let server = first(&path);
         let address = crate::address(&server);
         for _ in 0..20 {
@@ -328,7 +329,7 @@ fn a_new_process_that_ends_just_before_the_old_one_leaves_is_noticed() {
             // A child that another test is starting may have a copy of the socket for a moment.
             shutdown(taker.as_raw_fd(), Shutdown::Both).unwrap();
             drop(taker);
-            assert!(!server.drained().await, "it leaves, and nobody serves");
+            assert!(!server.drained().await, "the server leaves, and no process serves");
             check_serves(&server, address).await;
         }
     });

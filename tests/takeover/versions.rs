@@ -1,13 +1,13 @@
-//! Processes that speak different versions of the protocol.
+//! Processes that support different versions of the protocol.
 
 use std::{net::SocketAddr, path::Path, process::Command};
 
 use crate::{
-    place,
+    control_path,
     process::{Process, free_address, keep_open, who_serves},
 };
 
-/// A process of a release that speaks these versions.
+/// Starts a process of a release that supports these versions.
 fn release(path: &Path, address: SocketAddr, versions: (u8, u8)) -> Process {
     let mut command = Command::new("/proc/self/exe");
     command.env("FDWIRE_VERSIONS", format!("{} {}", versions.0, versions.1));
@@ -20,12 +20,12 @@ fn serving_release(path: &Path, address: SocketAddr, versions: (u8, u8)) -> Proc
     process
 }
 
-/// An upgrade and a downgrade are the same.
+/// The process of the new release may have a higher or a lower version.
 ///
 /// Rules: G-VERSION.
 #[test]
 fn a_newer_release_is_replaced_by_an_older_one_and_the_reverse() {
-    let (_directory, path) = place();
+    let (_directory, path) = control_path();
     let address = free_address();
     let mut serving = serving_release(&path, address, (1, 1));
     for versions in [(1, 2), (1, 1), (1, 3), (2, 3), (2, 2), (1, 2), (1, 1)] {
@@ -35,7 +35,7 @@ fn a_newer_release_is_replaced_by_an_older_one_and_the_reverse() {
         serving = new;
         assert_eq!(who_serves(address), Some(serving.child.id()), "versions {versions:?}");
     }
-    // A downgrade is undone as any other takeover.
+    // A takeover between releases is undone like any other.
     let _open = keep_open(address);
     let newer = serving_release(&path, address, (1, 2));
     let _open_too = keep_open(address);
@@ -47,7 +47,7 @@ fn a_newer_release_is_replaced_by_an_older_one_and_the_reverse() {
 #[test]
 fn releases_without_a_common_version_do_not_replace_each_other() {
     for (old, new) in [((1, 1), (2, 3)), ((2, 3), (1, 1))] {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let address = free_address();
         let old = serving_release(&path, address, old);
         let mut new = release(&path, address, new);
@@ -56,7 +56,7 @@ fn releases_without_a_common_version_do_not_replace_each_other() {
         assert!(report.contains("failed: Refused(Version)"), "{report}");
         assert!(new.child.wait().unwrap().success());
         assert_eq!(who_serves(address), Some(old.child.id()));
-        // One that speaks its versions replaces it.
+        // A release with a common version replaces it.
         let next = serving_release(&path, address, (1, 3));
         while who_serves(address) != Some(next.child.id()) {}
     }

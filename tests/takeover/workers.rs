@@ -20,7 +20,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::{address, common::*, first_with, place, request};
+use crate::{address, common::*, control_path, first_with, request};
 
 /// A server whose connections are served by workers.
 struct Front {
@@ -76,7 +76,7 @@ fn options() -> Options {
     Options::default().drain(Duration::from_millis(300), Duration::from_secs(10))
 }
 
-/// A front with one ready worker, which answers "a".
+/// A front with one worker, which is ready and answers "a".
 struct WithWorker {
     _directory: TempDir,
     path: PathBuf,
@@ -87,25 +87,25 @@ struct WithWorker {
 
 impl WithWorker {
     async fn start() -> Self {
-        let (directory, path) = place();
+        let (directory, path) = control_path();
         let front = Front::first(&path);
         let (address, worker) = (address(&front.server), worker(&front.dispatcher, "a"));
         front.has_workers(1).await;
         Self { _directory: directory, path, front, address, worker }
     }
 
-    /// Checks that the worker serves with this front, and was not told to drain.
+    /// Checks that the worker serves with this front, and has got no DRAIN.
     async fn check_worker_serves(&self) {
         assert_eq!(answer(self.address).await, "a");
         assert!(!self.worker.is_draining());
     }
 }
 
-/// A worker that answers each connection with its name.
+/// Adds a worker that answers each connection with its name.
 fn worker(dispatcher: &Dispatcher, name: &'static str) -> IncomingHandle {
-    let (here, there) = Socket::pair(SocketKind::SeqPacket).unwrap();
-    dispatcher.add_worker(there);
-    let mut incoming = Incoming::new(here);
+    let (dispatcher_end, worker_end) = Socket::pair(SocketKind::SeqPacket).unwrap();
+    dispatcher.add_worker(dispatcher_end);
+    let mut incoming = Incoming::new(worker_end);
     let handle = incoming.handle();
     tokio::spawn(async move {
         while let Some(mut connection) = incoming.next().await {
@@ -122,7 +122,7 @@ async fn answer(address: SocketAddr) -> String {
     answer
 }
 
-/// Clients one after the other, until it is dropped. Each has to be answered.
+/// Starts clients one after the other. The task ends when one of them is not answered.
 fn load(address: SocketAddr) -> JoinHandle<()> {
     tokio::spawn(async move {
         loop {
@@ -134,7 +134,7 @@ fn load(address: SocketAddr) -> JoinHandle<()> {
 #[test]
 fn workers_go_on_through_many_generations_and_no_client_notices() {
     run(async {
-        let (_directory, path) = place();
+        let (_directory, path) = control_path();
         let mut front = Front::first(&path);
         let address = address(&front.server);
         let workers = ["a", "b"].map(|name| worker(&front.dispatcher, name));
@@ -160,7 +160,7 @@ fn workers_go_on_through_many_generations_and_no_client_notices() {
     });
 }
 
-/// The new process ends after it has served.
+/// The new process ends after it has served for a moment.
 #[test]
 fn workers_come_back_when_the_takeover_is_undone() {
     run(async {
