@@ -86,7 +86,7 @@ const fail = message => {
     process.exit(1);
 };
 
-// One conversation with a dispatcher. `give(socket, offer)` is the application.
+// One link to a dispatcher. `give(socket, offer)` is the application.
 class Worker {
     constructor(fd, give, limit = 1000) {
         Object.assign(this, { give, limit, data: Buffer.alloc(0), handles: [] });
@@ -233,7 +233,7 @@ class Worker {
         if (error || !streamBaseState[stream.kLastWriteWasAsync]) request.oncomplete(error);
     }
 
-    // Ends the conversation. Adopted connections go on.
+    // Ends the link. Adopted connections go on.
     end() {
         if (this.isOver) return;
         this.isOver = this.isDraining = true;
