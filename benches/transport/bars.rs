@@ -89,8 +89,8 @@ pub(crate) fn bars(results: &Results) -> Vec<Bar> {
         of(id, |bars, fdwire| bars.adds(fdwire, if fdwire.stream { 1.6 } else { 1.5 }));
     }
 
-    // The hand-off layer, against other ways to use two processes. They do not promise that no
-    // connection is lost either.
+    // The hand-off layer, against other ways to use two processes. These do not promise that no
+    // connection is lost.
     of("http-mt-busy", |bars, fdwire| {
         if fdwire.name == IN_TASKS {
             bars.cpu_times(fdwire, bars.row.contender("two processes, SO_REUSEPORT"), 1.25);

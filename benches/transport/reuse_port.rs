@@ -1,6 +1,6 @@
 //! The same HTTP server without a hand-off: two processes listen at one address (`SO_REUSEPORT`,
 //! socket(7)), and the kernel gives each connection to one of them. Connections that wait in the
-//! queue of a process are lost if it dies.
+//! queue of a process are lost if it dies, unless `net.ipv4.tcp_migrate_req` is set.
 
 use std::{
     io::Write,
