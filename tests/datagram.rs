@@ -101,8 +101,7 @@ fn a_receiver_learns_the_address_of_the_sender_and_answers() {
             DatagramSocket::bind(directory.path().join("client")).unwrap(),
             DatagramSocket::bind(&longest).unwrap(),
             DatagramSocket::bind_addr(&abstract_name("client")).unwrap(),
-            DatagramSocket::bind_addr(&SocketAddr::from_abstract_name(b"zero \0 byte").unwrap())
-                .unwrap(),
+            DatagramSocket::bind_addr(&abstract_name("zero \0 byte")).unwrap(),
             DatagramSocket::autobind().unwrap(),
         ] {
             client.send_to("question", &[], &address).await.unwrap();
