@@ -439,6 +439,7 @@ fn connections_take_no_descriptors_if_their_listener_is_set_so() {
             let mut late = framed(Socket::connect_addr(&addr, kind).await.unwrap());
             assert_eq!(send_fd(&mut late, 2).await, Err(ErrorKind::PermissionDenied));
 
+            // Descriptors that were sent before are received, and later ones are refused.
             let mut accepted = framed(listener.accept().await.unwrap());
             assert_eq!(common::marks(&accepted.try_next().await.unwrap().unwrap()), [1]);
             assert_eq!(
@@ -447,6 +448,7 @@ fn connections_take_no_descriptors_if_their_listener_is_set_so() {
                 "it was in the backlog"
             );
 
+            // The option can be switched on again.
             drop(listener.accept().await.unwrap());
             listener.set_pass_fds(true).unwrap();
             let (a, b) = tokio::join!(Socket::connect_addr(&addr, kind), listener.accept());

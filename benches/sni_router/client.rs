@@ -87,6 +87,7 @@ impl<'a> Client<'a> {
                 open.push(self.connection.open().await?);
             }
         }
+        // Each client sends one request after the other until the time is over.
         let (begin, before) = (Instant::now(), self.servers.cpu()?);
         let mut clients = JoinSet::new();
         for number in 0..CONNECTIONS {
@@ -157,6 +158,7 @@ impl Connection {
             format!("GET /{bytes} HTTP/1.1\r\nhost: {NAME}\r\nconnection: {connection}\r\n\r\n");
         stream.write_all(request.as_bytes()).await?;
         stream.flush().await?;
+        // The answer has a head, an empty line, and the body.
         answer.clear();
         loop {
             if stream.read_buf(answer).await? == 0 {

@@ -243,6 +243,7 @@ async fn proxy(socket: &Path) -> Result<()> {
                 return;
             }
             let Ok(mut worker) = net::UnixStream::connect(socket).await else { return };
+            // The bytes of the hello were read already, so they are sent first.
             if worker.write_all(&hello.bytes).await.is_ok() {
                 // It fails if a client leaves.
                 let _ = copy_bidirectional(&mut client, &mut worker).await;

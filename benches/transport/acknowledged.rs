@@ -50,6 +50,7 @@ impl End for Front {
             let mut answers = Received::default();
             while accepted < count || !kept.is_empty() {
                 select! {
+                    // Send a copy of the next connection, and keep the connection.
                     connection = listener.accept(), if accepted < count => {
                         let connection =
                             connection.expect("accepting").0.into_std().expect("deregistering");
@@ -57,6 +58,7 @@ impl End for Front {
                         kept.push_back(connection);
                         accepted += 1;
                     }
+                    // Each byte acknowledges the oldest connection that is kept.
                     () = link.recv(&mut answers) => {
                         kept.drain(..mem::take(&mut answers.bytes));
                     }

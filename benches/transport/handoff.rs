@@ -82,6 +82,7 @@ impl<L: Link> End for Front<L> {
             client.control.send(count as u64);
             let mut accepted = 0;
             while accepted < count {
+                // Wait for one connection, and take those that are there too, up to a batch.
                 let mut next = Some(listener.accept().await);
                 let mut batch = 0;
                 while let Some(connection) = next {
@@ -163,6 +164,7 @@ pub(crate) fn run_client(address: SocketAddr, window: usize, request: &str, mut 
                 open.push_back(connect());
                 left -= 1;
             }
+            // The answer ends with the connection. A new one takes its place.
             if let Some(mut oldest) = open.pop_front() {
                 let mut got = Vec::with_capacity(256);
                 oldest.read_to_end(&mut got).expect("an answer");

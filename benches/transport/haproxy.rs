@@ -116,6 +116,7 @@ impl End for Front {
     fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
         let Self { peer, server, client, .. } = self;
         let run = async move {
+            // The first run sends the listener to the server.
             if let Some(server) = server.take() {
                 peer.send(Frame::new("listen").with_fd(server)).await.expect("the server is there");
             }
@@ -164,6 +165,8 @@ impl End for Server {
                 );
             }
             let listener = listener.as_ref().expect("received above");
+
+            // Serve until the front reports that the client is done.
             loop {
                 select! {
                     accepted = listener.accept() => {

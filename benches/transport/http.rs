@@ -119,6 +119,7 @@ fn take_connections(socket: OwnedFd) -> Incoming {
 async fn serve_incoming(incoming: &mut Incoming, count: usize, batch: usize) {
     let (mut serving, mut left) = (JoinSet::new(), count);
     while left > 0 {
+        // Take the connections that are there, up to a batch, and serve each in a task.
         let connections =
             incoming.next_batch(left.min(batch)).await.expect("the dispatcher is there");
         left -= connections.len();

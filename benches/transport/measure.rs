@@ -26,6 +26,7 @@ pub(crate) enum Effort {
 
 /// Measures some contenders of a row.
 pub(crate) fn measure(row: &Row, contenders: &[&Contender], effort: Effort) -> RowResult {
+    // Start all contenders, and find out how many messages each sample needs.
     processes::take_place(row.threads);
     let mut sessions =
         contenders.iter().map(|contender| Session::start(row, contender)).collect::<Vec<_>>();
@@ -33,6 +34,8 @@ pub(crate) fn measure(row: &Row, contenders: &[&Contender], effort: Effort) -> R
         .iter_mut()
         .map(|session| session.calibrate(row.quantum, effort))
         .collect::<Vec<_>>();
+
+    // In each round, every contender works once.
     let mut results =
         contenders.iter().map(|contender| Measured::new(contender)).collect::<Vec<_>>();
     let rounds = if let Effort::Rounds(rounds, _) = effort { rounds } else { 1 };
@@ -96,6 +99,7 @@ impl Session {
         let mut count = quantum;
         loop {
             let elapsed = self.sample(count).elapsed.max(Duration::from_micros(1));
+            // Grow by a factor of 8 at most, because the first samples are slower than later ones.
             let factor = time.as_secs_f64() / elapsed.as_secs_f64();
             let next = (count as f64 * factor.min(8.0) / quantum as f64).ceil() as usize * quantum;
             if factor < 2.0 {

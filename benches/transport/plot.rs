@@ -57,6 +57,7 @@ fn color(role: Role) -> RGBColor {
 }
 
 pub(crate) fn draw(results: &Results, path: &Path) -> Drawn {
+    // Rows that were not measured have no panel. Two panels stand side by side.
     let panels = PANELS
         .iter()
         .filter_map(|panel| Some((panel, Panel::new(results.row(panel.0)?, panel.2)?)));
@@ -131,6 +132,7 @@ impl<'a> Panel<'a> {
         let of = |role| row.contenders.iter().filter(move |contender| contender.role == role);
         let fdwire = of(Role::Fdwire).next()?;
         let mut panel = Self { bars: Vec::new(), fdwire, cpu };
+        // Of the peers used by hand, only the fastest is shown. Peers are sorted by their time.
         let mut peers =
             of(Role::Peer).chain(row.fastest(|it| it.role == Role::ByHand)).collect::<Vec<_>>();
         peers.sort_by(|a, b| panel.relative(a).total_cmp(&panel.relative(b)));

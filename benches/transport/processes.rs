@@ -69,6 +69,7 @@ pub(crate) struct Helper {
 
 impl Helper {
     fn start(args: &[&str], stdin: Stdio) -> Self {
+        // Standard output of the process is its control socket.
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
         let mut command = Command::new(env::current_exe().expect("this executable is a file"));
         command.args(args).stdin(stdin).stdout(OwnedFd::from(theirs));
@@ -173,6 +174,7 @@ impl Cores {
         let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
         let allowed =
             (0..CpuSet::count()).filter(|&core| set.is_set(core) == Ok(true)).collect::<Vec<_>>();
+        // Binding this process tests whether binding is permitted at all.
         let two = match allowed[..] {
             [near, far, ..] if bind(&[near]) => Some((near, far)),
             _ => None,
@@ -201,6 +203,7 @@ pub(crate) fn socket_pair(kind: SocketKind, bulk: bool) -> (OwnedFd, OwnedFd) {
     let (near, far) = socketpair(AddressFamily::Unix, ty, None, flags).expect("a socket pair");
     if bulk {
         for end in [&near, &far] {
+            // Root may set more than net.core.wmem_max.
             let bytes = 2 << 20;
             setsockopt(end, sockopt::SndBufForce, &bytes)
                 .or_else(|_| setsockopt(end, sockopt::SndBuf, &bytes))

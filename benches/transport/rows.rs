@@ -23,7 +23,7 @@ use crate::{
 pub(crate) struct Row {
     pub(crate) id: &'static str,
     pub(crate) title: &'static str,
-    /// What is counted: times are given for one of these, and rates as these a second.
+    /// The thing that is counted: a time is for one of these, and a rate is these a second.
     pub(crate) unit: &'static str,
     load: Load,
     /// The number of messages in a sample is a multiple of this.
@@ -135,7 +135,7 @@ fn one_way(id: &'static str, title: &'static str, load: Load) -> Row {
     let pattern = Pattern::OneWay;
     let mut contenders = ours(pattern);
     if !load.fd {
-        contenders.push(length_delimited(pattern));
+        contenders.push(length_delimited(pattern)); // it passes no descriptors
     }
     if load.batch > 1 {
         contenders.extend(by_hand(pattern));
@@ -205,6 +205,7 @@ fn hand_off(id: &'static str, title: &'static str) -> Row {
     let pattern = Pattern::HandOff;
     let here =
         contender::<InOneProcess>(pattern, "answered where accepted", SeqPacket, Role::Reference);
+    // In one process, the far end has nothing to do.
     let mut contenders = vec![Contender { far: idle, ..here }];
     contenders.extend(ours(pattern));
     contenders.extend(peers(pattern));

@@ -77,8 +77,9 @@ fn everything_can_move_between_threads() {
 }
 
 #[test]
-fn nothing_needs_a_runtime() {
+fn listening_connecting_sending_and_receiving_need_no_runtime() {
     without_runtime(|kind| {
+        // The server sends each frame back.
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let listener = Listener::bind(&path, kind).unwrap();
@@ -89,6 +90,8 @@ fn nothing_needs_a_runtime() {
                 client.send(frame).unwrap();
             }
         });
+
+        // The client sends and receives in two threads.
         let socket = blocking::Socket::connect(&path, kind).unwrap();
         assert_eq!(socket.peer_cred().unwrap().pid, Some(std::process::id() as i32));
         let (mut rx, mut tx) = blocking::Framed::new(socket, large()).into_split();
@@ -394,7 +397,7 @@ fn a_receiver_at_its_descriptor_limit_returns_an_error_and_leaks_nothing() {
         let limit = open_fds() as u64 + 10;
         setrlimit(Resource::RLIMIT_NOFILE, limit, limit).unwrap();
         let before = open_fds();
-        // Frames that were complete before the loss are still good.
+        // Frames that were complete before the loss are received.
         assert_eq!(next(&mut rx).fds.len(), 2);
         assert_eq!(next(&mut rx).payload, "none");
         assert!(matches!(rx.next(), Some(Err(Error::TruncatedControl))));

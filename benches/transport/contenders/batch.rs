@@ -61,12 +61,14 @@ impl Batch {
         max_packet: &mut usize,
         mut call: impl AsyncFnMut(&[IoSlice<'_>], &mut Vec<OwnedFd>) -> Result<usize>,
     ) {
+        // The copied messages are one piece, and each long message is another.
         let Self { copied, shared, fds } = self;
         let first = (!copied.is_empty()).then_some(&copied[..]);
         let pieces = first.into_iter().chain(shared.iter().map(|message| &message[..]));
         let mut all = pieces.map(IoSlice::new).collect::<SmallVec<[_; 16]>>();
         let mut pieces = &mut all[..];
         while let [first, ..] = pieces {
+            // A call has all pieces, or the beginning of one that is longer than a packet.
             let cut = [IoSlice::new(&first[..first.len().min(*max_packet)])];
             match call(if first.len() > *max_packet { &cut } else { pieces }, fds).await {
                 Ok(sent) => {

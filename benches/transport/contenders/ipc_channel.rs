@@ -57,6 +57,7 @@ impl Link for IpcChannel {
     const PASSES_FDS: bool = false;
 
     fn new(socket: OwnedFd, Setup { side, load, .. }: Setup) -> Self {
+        // Bytes alone have a type of channel of their own.
         if !load.fd {
             let pair = || bytes_channel().expect("a channel");
             let ((to_far, from_near), (to_near, from_far)) = (pair(), pair());
@@ -65,6 +66,7 @@ impl Link for IpcChannel {
                 None => Self::Bytes(to_near, from_near),
             };
         }
+        // Messages with a handle.
         let pair = || channel::<Message>().expect("a channel");
         let ((to_far, from_near), (to_near, from_far)) = (pair(), pair());
         let (sender, receiver) =
