@@ -14,8 +14,8 @@ use crate::{
     soon,
 };
 
-/// Connects to the listener that it receives the name of, sends the received descriptors there, and
-/// stays until the test ends it.
+/// Receives the name of a listener and descriptors. Connects to the listener, sends it the
+/// descriptors, and stays until the test ends it.
 fn send_on(control: impl Into<UnixStream>) {
     let mut control = control.into();
     let (name, fds) = raw::receive(&control, true).unwrap();

@@ -160,7 +160,7 @@ impl Attacker {
         }
     }
 
-    /// Goes on with messages after the first, most sorts until the victim ends the connection.
+    /// Sends the messages after the first. Most sorts go on until the victim ends the connection.
     fn go_on(&self, connection: &OwnedFd) -> Result {
         let whole = encoded(&[7; 10_000], 0);
 
