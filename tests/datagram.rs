@@ -343,7 +343,7 @@ fn a_connected_socket_receives_from_its_peer_only() {
 #[test]
 fn a_connected_socket_receives_from_others_before_it_connects_and_after_its_peer_is_gone() {
     run(async {
-        let (ours, others) = (abstract_name("client"), abstract_name("peer"));
+        let (ours, others) = (abstract_name("connected"), abstract_name("gone-peer"));
         let client = DatagramSocket::bind_addr(&ours).unwrap();
         let peer = DatagramSocket::bind_addr(&others).unwrap();
         let stranger = DatagramSocket::unbound().unwrap();
