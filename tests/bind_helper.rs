@@ -1,4 +1,4 @@
-//! The bind helper among the examples, with services of another uid.
+//! The example `bind_helper`, with services of another uid.
 
 mod common;
 
@@ -18,7 +18,7 @@ use tempfile::TempDir;
 /// A program in a directory of its own that every uid can run, and the helper's socket there.
 struct Installed {
     directory: TempDir,
-    /// Whose services the helper has to do with.
+    /// The uid of the services.
     uid: u32,
 }
 
@@ -45,7 +45,7 @@ impl Installed {
         command
     }
 
-    /// A helper that listens, with this allow-list.
+    /// Starts a helper with this allow-list. Returns when it listens.
     fn helper(&self, allow: &[String]) -> Running {
         let mut command = self.command("serve");
         command.args(allow.iter().map(|rule| format!("--allow={rule}")));
@@ -54,14 +54,14 @@ impl Installed {
         helper
     }
 
-    /// A service of the other uid.
+    /// Returns the command of a service of the other uid.
     fn service(&self, address: SocketAddr) -> Command {
         let mut command = self.command("run");
         command.arg(address.to_string()).args(["--clients", "2"]).uid(self.uid).gid(self.uid);
         command
     }
 
-    /// Returns what a service prints that gets no listener.
+    /// Runs a service that gets no listener. Returns its standard error.
     fn refused(&self, address: SocketAddr) -> String {
         let Output { status, stderr, stdout } = self.service(address).output().unwrap();
         assert_eq!((status.code(), stdout), (Some(1), Vec::new()));
@@ -82,7 +82,7 @@ impl Running {
         Self { child, out }
     }
 
-    /// The next line of its output.
+    /// Returns the next line of its output.
     fn line(&mut self) -> String {
         let mut line = String::new();
         self.out.read_line(&mut line).unwrap();
@@ -97,7 +97,7 @@ impl Drop for Running {
     }
 }
 
-/// An address with a port that only root may bind, and that is free.
+/// Returns an address with a free port that only root may bind.
 fn privileged() -> SocketAddr {
     let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
     let port = (512..1024).rev().find(free).expect("a free privileged port");
@@ -149,7 +149,7 @@ fn a_port_or_a_uid_that_is_not_listed_gets_the_reason_and_no_listener() {
 }
 
 #[test]
-fn a_port_that_is_in_use_is_the_errno_of_the_helpers_bind() {
+fn a_service_gets_the_errno_of_the_helpers_bind_if_the_port_is_in_use() {
     let Some(installed) = Installed::new() else { return };
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();

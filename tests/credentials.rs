@@ -1,6 +1,6 @@
-//! The process that has sent a message, reported by the kernel with the message.
+//! Credentials: the kernel reports with each message which process has sent it.
 //!
-//! The writers are processes of their own, which share one end of a connection.
+//! The writers are processes of their own that share one end of a connection.
 
 mod common;
 
@@ -36,8 +36,8 @@ fn pid_of(credentials: Option<&Credentials>) -> Option<i32> {
     credentials.and_then(|sender| sender.pid)
 }
 
-/// The process of a test that writes to the socket at its standard input, with one system call for
-/// each piece.
+/// In the inner process of a test, writes the pieces to the socket at standard input, with one
+/// system call for each, and returns true. Returns false in the test itself.
 fn write_if_inner(test: &str) -> bool {
     let Some(socket) = role_socket(test) else { return false };
     let pieces = std::env::var("FDWIRE_PIECES").unwrap();
@@ -66,7 +66,7 @@ fn write_elsewhere(test: &str, uid: Option<u32>, socket: &impl AsFd, pieces: &[&
     child.id() as i32
 }
 
-/// A receiver that asks for credentials, and the bare other end.
+/// Makes a receiver with these credentials switched on, and the bare other end.
 fn receiver<C: Codec + Clone>(
     kind: SocketKind,
     codec: C,
@@ -77,6 +77,7 @@ fn receiver<C: Codec + Clone>(
     (Framed::new(a, codec), b.into())
 }
 
+/// Returns the next payload, and the process id of its sender.
 async fn next(rx: &mut Framed<FrameCodec>) -> (String, Option<i32>) {
     let frame = rx.try_next().await.unwrap().unwrap();
     (String::from_utf8(frame.payload.to_vec()).unwrap(), pid_of(rx.credentials()))
@@ -92,6 +93,8 @@ fn each_message_has_its_own_sender() {
         for kind in KINDS {
             let (mut rx, peer) = receiver(kind, FrameCodec::default(), PassCredentials::Ids);
             assert!(rx.credentials().is_none());
+
+            // Messages of two processes alternate.
             let (one, two) = (encoded(b"one", 0), encoded(b"two", 1));
             raw_send(&peer, &[&one[..], &one].concat(), &[]);
             let child = write_elsewhere(TEST, None, &peer, &[&one, &one]);
@@ -116,8 +119,8 @@ fn each_message_has_its_own_sender() {
 }
 
 #[test]
-fn another_uid_is_told_by_its_messages() {
-    const TEST: &str = "another_uid_is_told_by_its_messages";
+fn a_message_of_another_uid_has_the_credentials_of_that_uid() {
+    const TEST: &str = "a_message_of_another_uid_has_the_credentials_of_that_uid";
     if write_if_inner(TEST) {
         return;
     }
@@ -125,7 +128,7 @@ fn another_uid_is_told_by_its_messages() {
     run(async {
         for kind in KINDS {
             let (mut rx, peer) = receiver(kind, FrameCodec::default(), PassCredentials::Ids);
-            // The process that has made the connection stays the peer.
+            // The peer is still the process that has made the connection.
             let child = write_elsewhere(TEST, Some(uid), &peer, &[&encoded(b"from elsewhere", 0)]);
             rx.try_next().await.unwrap().unwrap();
             let sender = rx.credentials().unwrap();
@@ -149,6 +152,7 @@ fn a_message_of_several_processes_ends_the_stream() {
         for kind in KINDS {
             let frame = encoded(b"half of it is from elsewhere", 0);
             for cut in [1, 8, frame.len() - 1] {
+                // Two processes write one message.
                 let (mut rx, peer) = receiver(kind, FrameCodec::default(), PassCredentials::Ids);
                 let before = encoded(b"before", 0);
                 raw_send(&peer, &[&before[..], &frame[..cut]].concat(), &[]);
@@ -157,14 +161,15 @@ fn a_message_of_several_processes_ends_the_stream() {
                 let error = rx.try_next().await.unwrap_err();
                 assert!(matches!(error, Error::MixedSenders), "{error} on {kind:?}");
                 assert!(rx.try_next().await.unwrap().is_none());
-                assert_eq!(pid_of(rx.credentials()), own_pid(), "that of the last message");
+                assert_eq!(pid_of(rx.credentials()), own_pid(), "the last message is unchanged");
 
-                // Without credentials there is no such limit.
+                // Without credentials, such a message is received.
                 let (mut rx, peer) = receiver(kind, FrameCodec::default(), PassCredentials::No);
                 raw_send(&peer, &frame[..cut], &[]);
                 write_elsewhere(TEST, None, &peer, &[&frame[cut..]]);
                 assert_eq!(next(&mut rx).await, ("half of it is from elsewhere".to_owned(), None));
             }
+
             // A descriptor of one process does not get into the message of another.
             let (mut rx, peer) = receiver(kind, FrameCodec::default(), PassCredentials::Ids);
             raw_send(&peer, &encoded(b"one", 0), &[marked(1)]);
@@ -176,7 +181,7 @@ fn a_message_of_several_processes_ends_the_stream() {
 }
 
 #[test]
-fn what_was_sent_before_anybody_asked_has_no_known_sender() {
+fn a_message_sent_before_credentials_were_switched_on_has_no_known_sender() {
     run(async {
         for kind in KINDS {
             let (a, b) = Socket::pair(kind).unwrap();
@@ -212,7 +217,7 @@ fn a_pidfd_comes_with_the_message_and_names_its_sender() {
         for kind in KINDS {
             let (a, b) = Socket::pair(kind).unwrap();
             if let Err(error) = a.set_pass_credentials(PassCredentials::IdsAndPidfd) {
-                return eprintln!("skipped: SO_PASSPIDFD is not to be had: {error}");
+                return eprintln!("skipped: this kernel has no SO_PASSPIDFD: {error}");
             }
             let (mut rx, peer) = (Framed::new(a, FrameCodec::default()), OwnedFd::from(b));
             // There is still room for as many descriptors as one send takes.
@@ -296,7 +301,7 @@ fn datagrams_have_their_own_senders() {
         assert_eq!(there.pid, Some(child));
         assert_eq!(there.uid, uid.unwrap_or(nix::unistd::getuid().as_raw()));
         b.set_pass_credentials(PassCredentials::No).unwrap();
-        a.send("nobody asks", &[]).await.unwrap();
+        a.send("switched off", &[]).await.unwrap();
         assert!(b.recv().await.unwrap().credentials.is_none());
         if b.set_pass_credentials(PassCredentials::IdsAndPidfd).is_ok() {
             a.send("with a pidfd", &[]).await.unwrap();
@@ -311,7 +316,7 @@ fn the_senders_on_accepted_connections_are_known_from_the_first_byte() {
         for kind in KINDS {
             let addr = abstract_name("accepted");
             let listener = Listener::bind_addr(&addr, kind).unwrap();
-            // This client connects and sends before the listener asks for credentials.
+            // This client connects and sends before the listener switches credentials on.
             let early = Framed::new(
                 Socket::connect_addr(&addr, kind).await.unwrap(),
                 FrameCodec::default(),
@@ -324,7 +329,7 @@ fn the_senders_on_accepted_connections_are_known_from_the_first_byte() {
                 let mut rx = Framed::new(listener.accept().await.unwrap(), FrameCodec::default());
                 assert_eq!(next(&mut rx).await, (text.to_owned(), own_pid()));
             }
-            // It is switched off again, even for clients that wait.
+            // Credentials can be switched off again, even for clients that wait to be accepted.
             let _waiting = Socket::connect_addr(&addr, kind).await.unwrap();
             listener.set_pass_credentials(PassCredentials::No).unwrap();
             assert!(!getsockopt(&listener.accept().await.unwrap(), sockopt::PassCred).unwrap());
@@ -332,10 +337,11 @@ fn the_senders_on_accepted_connections_are_known_from_the_first_byte() {
     });
 }
 
-/// Another holder may switch credentials on, and several processes may write.
+/// Another holder of the socket switches credentials on, and two processes write one message.
 #[test]
-fn nobody_who_has_not_asked_is_told() {
-    const TEST: &str = "nobody_who_has_not_asked_is_told";
+fn a_receiver_without_credentials_ignores_those_that_another_holder_switches_on() {
+    const TEST: &str =
+        "a_receiver_without_credentials_ignores_those_that_another_holder_switches_on";
     if write_if_inner(TEST) {
         return;
     }
@@ -352,7 +358,7 @@ fn nobody_who_has_not_asked_is_told() {
 }
 
 #[test]
-fn another_codec_goes_on_with_the_senders() {
+fn the_senders_of_messages_are_known_after_a_change_of_the_codec() {
     run(async {
         for kind in KINDS {
             let (mut rx, peer) = receiver(kind, FrameCodec::default(), PassCredentials::Ids);
@@ -369,9 +375,9 @@ fn another_codec_goes_on_with_the_senders() {
     });
 }
 
-/// A codec may yield a message of the bytes that are left at the end.
 #[test]
-fn what_a_codec_yields_at_the_end_has_its_sender() {
+fn a_message_that_a_codec_yields_at_the_end_has_its_sender() {
+    /// A codec whose only message is all bytes up to the end.
     #[derive(Clone)]
     struct Whole;
     impl Codec for Whole {}
@@ -394,6 +400,8 @@ fn what_a_codec_yields_at_the_end_has_its_sender() {
             Ok((bytes > 0).then_some(bytes))
         }
     }
+
+    // The peer sends and closes, so the codec yields its message at the end.
     run(async {
         let (mut rx, peer) = receiver(SocketKind::Stream, Whole, PassCredentials::Ids);
         raw_send(&peer, b"all of it", &[]);
@@ -404,7 +412,7 @@ fn what_a_codec_yields_at_the_end_has_its_sender() {
 }
 
 #[test]
-fn a_clone_and_its_original_ask_for_each_other() {
+fn credentials_are_switched_on_for_a_clone_and_its_original_together() {
     run(async {
         let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
         a.set_pass_credentials(PassCredentials::Ids).unwrap();
@@ -412,13 +420,15 @@ fn a_clone_and_its_original_ask_for_each_other() {
         let mut tx = Framed::new(peer, FrameCodec::default());
         tx.send(Frame::new("hello")).await.unwrap();
         assert_eq!(next(&mut rx).await, ("hello".to_owned(), own_pid()));
-        // A clone may ask on behalf of its original.
+
+        // A clone may switch them on for its original.
         let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
         a.try_clone().unwrap().set_pass_credentials(PassCredentials::Ids).unwrap();
         let mut rx = Framed::new(a, FrameCodec::default());
         raw_send(&peer, &encoded(b"hello", 0), &[]);
         assert_eq!(next(&mut rx).await, ("hello".to_owned(), own_pid()));
-        // A converted socket does not.
+
+        // On a socket that was converted, they are off.
         let (a, _peer) = Socket::pair(SocketKind::Stream).unwrap();
         a.set_pass_credentials(PassCredentials::Ids).unwrap();
         let a = Socket::try_from(OwnedFd::from(a)).unwrap();

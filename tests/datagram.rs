@@ -1,4 +1,4 @@
-//! Datagram sockets: the way of each message, and its errors.
+//! Datagram sockets: their messages and addresses, their errors, and their paths.
 
 mod common;
 
@@ -50,7 +50,7 @@ fn run_inner(test: &str, change: impl FnOnce(&mut Command)) {
     assert_eq!(command.status().unwrap().code(), Some(PASSED));
 }
 
-/// Names of a socket, and the address that a receiver sees.
+/// Returns true if both are the same path or abstract name.
 fn is_same(a: &SocketAddr, b: &SocketAddr) -> bool {
     a.as_pathname() == b.as_pathname() && a.as_abstract_name() == b.as_abstract_name()
 }
@@ -101,8 +101,7 @@ fn a_receiver_learns_the_address_of_the_sender_and_answers() {
             DatagramSocket::bind(directory.path().join("client")).unwrap(),
             DatagramSocket::bind(&longest).unwrap(),
             DatagramSocket::bind_addr(&abstract_name("client")).unwrap(),
-            DatagramSocket::bind_addr(&SocketAddr::from_abstract_name(b"zero \0 byte").unwrap())
-                .unwrap(),
+            DatagramSocket::bind_addr(&abstract_name("zero \0 byte")).unwrap(),
             DatagramSocket::autobind().unwrap(),
         ] {
             client.send_to("question", &[], &address).await.unwrap();
@@ -174,7 +173,7 @@ fn a_sender_waits_while_the_queue_is_full() {
         connected.connect_addr(&address).unwrap();
         let (pair, other) = DatagramSocket::pair().unwrap();
         let receive = async |socket: &DatagramSocket| {
-            settle().await; // the queue is full
+            settle().await; // until the queue is full
             for n in 0..COUNT {
                 assert_eq!(socket.recv().await.unwrap().payload, n.to_string());
             }
@@ -187,7 +186,8 @@ fn a_sender_waits_while_the_queue_is_full() {
         };
         tokio::join!(send(&connected), receive(&service));
         tokio::join!(send(&pair), receive(&other));
-        // The timer of the sender fires less often.
+
+        // An unconnected sender waits by a timer, so it sends only a few.
         let few = async {
             for n in 0..30 {
                 unconnected.send_to(text(n), &[], &address).await.unwrap();
@@ -208,6 +208,7 @@ fn a_sender_waits_while_the_queue_is_full() {
             unconnected.send_to("", &[], &address).now_or_never(),
         ];
         assert!(waiting.iter().all(Option::is_none));
+
         // The queue is full of another socket's datagrams, so no event announces room to this one.
         let drain = async {
             settle().await;
@@ -216,7 +217,8 @@ fn a_sender_waits_while_the_queue_is_full() {
         let (sent, ()) =
             tokio::join!(unconnected.send_to("after the others", &[], &address), drain);
         sent.unwrap();
-        // Several tasks may wait at a time.
+
+        // Several tasks may wait at the same time.
         let senders = join_all((0..50).map(|_| connected.send("from many", &[])));
         let receiver = stream::poll_fn(|cx| service.poll_recv(cx).map(Some)).take(50).for_each(
             async |datagram| {
@@ -252,7 +254,7 @@ fn a_sender_sleeps_while_the_queue_is_full() {
                 send.as_mut().poll(cx)
             });
             assert!(timeout(Duration::from_millis(100), counted).await.is_err());
-            assert!(polls < 50, "{polls} polls in vain");
+            assert!(polls < 50, "{polls} polls while there is no room");
         }
     });
 }
@@ -260,6 +262,7 @@ fn a_sender_sleeps_while_the_queue_is_full() {
 #[test]
 fn a_receiver_that_is_gone_is_an_error_and_not_the_end() {
     run(async {
+        // There is no receiver yet.
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("service");
         let address = SocketAddr::from_pathname(&path).unwrap();
@@ -274,6 +277,7 @@ fn a_receiver_that_is_gone_is_an_error_and_not_the_end() {
             ErrorKind::NotFound
         );
 
+        // The receiver goes.
         let service = DatagramSocket::bind(&path).unwrap();
         client.connect(&path).unwrap();
         client.send("one", &[]).await.unwrap();
@@ -289,12 +293,14 @@ fn a_receiver_that_is_gone_is_an_error_and_not_the_end() {
         assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
         assert!(client.recv().now_or_never().is_none(), "there is no end");
 
+        // Another receiver at the same path gets messages.
         let service = DatagramSocket::bind(&path).unwrap();
         client.connect(&path).unwrap();
         client.send("two", &[]).await.unwrap();
         assert_eq!(service.recv().await.unwrap().payload, "two");
         assert!(is_same(&one.sender.unwrap(), &client.local_addr().unwrap().unwrap()));
 
+        // A message that is too long fails alone.
         let long = client.send(vec![0; 8 << 20], &[]).await.unwrap_err();
         assert_eq!(long.raw_os_error(), Some(nix::libc::EMSGSIZE));
         client.send("three", &[]).await.unwrap();
@@ -335,9 +341,9 @@ fn a_connected_socket_receives_from_its_peer_only() {
 }
 
 #[test]
-fn a_connection_protects_neither_from_what_came_before_nor_after_the_peer_is_gone() {
+fn a_connected_socket_receives_from_others_before_it_connects_and_after_its_peer_is_gone() {
     run(async {
-        let (ours, others) = (abstract_name("asks"), abstract_name("answers"));
+        let (ours, others) = (abstract_name("connected"), abstract_name("gone-peer"));
         let client = DatagramSocket::bind_addr(&ours).unwrap();
         let peer = DatagramSocket::bind_addr(&others).unwrap();
         let stranger = DatagramSocket::unbound().unwrap();
@@ -364,13 +370,16 @@ fn a_connection_protects_neither_from_what_came_before_nor_after_the_peer_is_gon
 }
 
 #[test]
-fn a_path_is_for_its_owner_only_and_goes_with_the_socket() {
+fn a_path_is_for_its_owner_only_and_is_removed_with_the_socket() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+
         // A socket that nobody has open is replaced.
         drop(UnixDatagram::bind(&path).unwrap());
+
+        // The mode is for the owner only, unless another one is given.
         let socket = DatagramSocket::bind(&path).unwrap();
         assert_eq!(mode(), 0o600);
         drop(socket);
@@ -394,7 +403,7 @@ fn a_path_is_for_its_owner_only_and_goes_with_the_socket() {
         assert_eq!(DatagramSocket::bind(&path).unwrap_err().kind(), ErrorKind::AlreadyExists);
         fs::remove_file(&path).unwrap();
 
-        // A socket that is handed on stays.
+        // The file of a socket that was converted into a descriptor stays.
         let fd = OwnedFd::from(DatagramSocket::bind(&path).unwrap());
         let socket = DatagramSocket::try_from(fd).unwrap();
         UnixDatagram::unbound().unwrap().send_to(b"still here", &path).unwrap();
@@ -403,8 +412,8 @@ fn a_path_is_for_its_owner_only_and_goes_with_the_socket() {
 }
 
 #[test]
-fn another_uid_sends_only_where_the_mode_lets_it() {
-    const TEST: &str = "another_uid_sends_only_where_the_mode_lets_it";
+fn another_uid_can_send_to_a_path_only_if_its_mode_allows_that() {
+    const TEST: &str = "another_uid_can_send_to_a_path_only_if_its_mode_allows_that";
     if is_inner(TEST) {
         return run_and_pass(async {
             let directory = std::env::var("FDWIRE_DIRECTORY").unwrap();
@@ -501,7 +510,7 @@ fn a_socket_that_takes_no_descriptors_refuses_them_to_the_sender() {
     run(async {
         let (a, b) = DatagramSocket::pair().unwrap();
         if let Err(error) = b.set_pass_fds(false) {
-            return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
+            return eprintln!("skipped: this kernel has no SO_PASSRIGHTS: {error}");
         }
         let file = marked(1);
         assert_eq!(

@@ -1,5 +1,5 @@
-//! Codecs for two protocols that the guide does not name, written from the guide and the
-//! documentation alone.
+//! Codecs for two protocols that the guide does not show. They were written from the guide and the
+//! documentation alone, as a user would write them.
 
 use std::{
     io::{IoSlice, IoSliceMut, PipeReader, Read, pipe},
@@ -92,8 +92,8 @@ mod qmp {
                 true => Some(fds.claim_one()?),
                 false => None,
             };
-            // A descriptor comes with the first byte of its message: with no byte left, none may be
-            // left.
+            // A descriptor comes with the first byte of its message. So if no byte is left, no
+            // descriptor may be left.
             if src.is_empty() && !fds.is_empty() {
                 return Err(Error::UnclaimedFds { fds: fds.len() });
             }
@@ -127,8 +127,8 @@ mod qmp {
     }
 }
 
-/// In the style of `sd_notify`: a packet is lines `KEY=VALUE`, and one with `FDSTORE=1` has
-/// descriptors.
+/// A protocol in the style of `sd_notify`: a packet has lines of `KEY=VALUE`, and one with
+/// `FDSTORE=1` has descriptors.
 mod fd_store {
     use fdwire::{
         Error, Fds, Frame, Limits, SendError,
@@ -202,7 +202,7 @@ async fn soon<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(30), future).await.expect("takes too long")
 }
 
-/// A pipe's end to read, and one to write that is given away: the end of the pipe tells that it was
+/// Makes a pipe. The test gives the writing end away, and the reading end shows when that is
 /// closed.
 fn tracked() -> (PipeReader, OwnedFd) {
     let (reader, writer) = pipe().unwrap();
@@ -216,6 +216,7 @@ async fn all_writers_closed(mut reader: PipeReader) {
 
 #[test]
 fn qmp_messages_are_lines_and_only_getfd_has_a_descriptor() {
+    // What is encoded is decoded byte by byte.
     let mut sent = SendBuf::<i32>::new();
     Qmp::default().encode(Message::new(json!({"execute": "stop"})), &mut sent).unwrap();
     Qmp::default().encode(Message::getfd("net0", 7), &mut sent).unwrap();
@@ -224,14 +225,15 @@ fn qmp_messages_are_lines_and_only_getfd_has_a_descriptor() {
     let mut messages = Vec::new();
     for byte in bytes {
         src.extend_from_slice(&[byte]);
-        // Here 7 is there before its message, as after a read that merged both; so keep a byte of
-        // what follows.
+        // Descriptor 7 is there before its message, as after a read that merged both messages. So
+        // the first message is decoded only when a byte of the second is there.
         if !(byte == b'\n' && messages.is_empty()) {
             messages.extend(codec.decode(&mut src, &mut fds).unwrap());
         }
     }
     assert_eq!(messages, [Message::new(json!({"execute": "stop"})), Message::getfd("net0", 7)]);
 
+    // Lines that do not fit their descriptors, are no JSON, or are too long are errors.
     let decode = |line: &str, fds: &[i32]| {
         Qmp::default().decode(&mut line.into(), &mut fds.iter().copied().collect())
     };
@@ -254,6 +256,7 @@ fn qmp_messages_are_lines_and_only_getfd_has_a_descriptor() {
     assert!(matches!(decode(&longest, &[]), Ok(Some(_))));
     assert!(matches!(decode(&format!(" {longest}"), &[]), Err(Error::FrameTooLong { .. })));
 
+    // Such messages are not sent, and come back.
     let refused =
         |message| Qmp::default().encode(message, &mut SendBuf::new()).unwrap_err().item.unwrap();
     assert_eq!(refused(Message { json: json!({"execute": "stop"}), fd: Some(7) }).fd, Some(7));
@@ -261,7 +264,7 @@ fn qmp_messages_are_lines_and_only_getfd_has_a_descriptor() {
     assert_eq!(refused(Message::getfd(&"x".repeat(MAX_LINE), 7)).fd, Some(7));
 }
 
-/// Receives a single byte and what comes with it, as QEMU does.
+/// Receives a single byte and the descriptors that come with it, as QEMU does.
 fn read_byte(socket: &UnixStream) -> (u8, Vec<RawFd>) {
     let (mut byte, mut control) = ([0], nix::cmsg_space!([RawFd; 8]));
     let mut into = [IoSliceMut::new(&mut byte)];
@@ -288,6 +291,8 @@ async fn qmp_descriptors_are_attached_to_the_first_byte_of_getfd() {
     raw.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let null = || std::fs::File::open("/dev/null").unwrap();
     let query = || Message::new(json!({"execute": "query-status"}));
+
+    // The peer receives byte by byte.
     let batch = [query(), Message::getfd("a", null()), Message::getfd("b", null()), query()];
     soon(a.send_all(&mut stream::iter(batch.map(Ok)))).await.unwrap();
     for with_fd in [false, true, true, false] {
@@ -303,7 +308,7 @@ async fn qmp_descriptors_are_attached_to_the_first_byte_of_getfd() {
         }
     }
 
-    // The other way, in pieces.
+    // The peer sends, in pieces.
     let send = |text: &str, fds: &[RawFd]| {
         let rights = [ControlMessage::ScmRights(fds)];
         let rights = if fds.is_empty() { &[] } else { &rights[..] };
@@ -330,7 +335,8 @@ async fn qmp_descriptors_are_attached_to_the_first_byte_of_getfd() {
 }
 
 #[tokio::test]
-async fn qemu_takes_descriptors() {
+async fn qemu_takes_descriptors_and_closes_them_by_their_names() {
+    // Start QEMU, which connects its monitor to the test.
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
     let listener = Listener::bind(&path, SocketKind::Stream).unwrap();
@@ -351,7 +357,7 @@ async fn qemu_takes_descriptors() {
     let mut qemu = match spawned {
         Ok(qemu) => qemu,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return eprintln!("skipped: there is no qemu-system-x86_64");
+            return eprintln!("skipped: qemu-system-x86_64 is not installed");
         }
         Err(error) => panic!("{error}"),
     };
@@ -364,6 +370,7 @@ async fn qemu_takes_descriptors() {
     let mut monitor = Framed::new(socket.await, Qmp::default());
     assert!(soon(monitor.next()).await.unwrap().unwrap().json.get("QMP").is_some());
 
+    // QEMU takes two descriptors under their names, and closes them.
     let ((first, a), (second, b)) = (tracked(), tracked());
     let closefd = |name| Message::new(json!({"execute": "closefd", "arguments": {"fdname": name}}));
     let commands = [
@@ -380,6 +387,8 @@ async fn qemu_takes_descriptors() {
     }
     all_writers_closed(first).await;
     all_writers_closed(second).await;
+
+    // An unknown name is an error. Then QEMU ends.
     soon(monitor.send(closefd("a"))).await.unwrap();
     assert!(soon(monitor.next()).await.unwrap().unwrap().json.get("error").is_some());
     soon(monitor.send(Message::new(json!({"execute": "quit"})))).await.unwrap();
@@ -387,7 +396,7 @@ async fn qemu_takes_descriptors() {
 }
 
 #[test]
-fn fd_store_packets_with_descriptors_say_so() {
+fn fd_store_packets_have_descriptors_only_if_a_line_announces_them() {
     let codec = codec::<i32, i32>;
     let mut sent = SendBuf::new();
     let store = || Notify::new([("FDSTORE", "1"), ("FDNAME", "web")], [7, 8]);
@@ -419,7 +428,7 @@ fn fd_store_packets_with_descriptors_say_so() {
 }
 
 #[tokio::test]
-async fn fd_store_over_a_socket() {
+async fn fd_store_packets_bring_their_descriptors_over_a_socket() {
     let (a, b) = Socket::pair(SocketKind::SeqPacket).unwrap();
     let codec = codec::<OwnedFd, SendFd>;
     let (mut a, mut b) = (Framed::new(a, codec()), Framed::new(b, codec()));

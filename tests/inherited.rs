@@ -50,8 +50,8 @@ fn inner(name: &str) -> Command {
     command
 }
 
-/// Does the same with descriptors that the process inherits under [`NUMBER`] and the number after
-/// it.
+/// Returns the same command with two descriptors that the process inherits, under [`NUMBER`] and
+/// the number after it.
 fn inner_with(name: &str, fd: impl Into<OwnedFd>, second: impl Into<OwnedFd>) -> Command {
     let command = inner(name);
     let mut shell = Command::new("sh");
@@ -83,6 +83,7 @@ fn a_socket_is_taken_by_its_number_once_and_leaves_no_copy_to_children() {
     const TEST: &str = "a_socket_is_taken_by_its_number_once_and_leaves_no_copy_to_children";
     if is_inner(TEST) {
         return run_and_pass(async {
+            // The number can be taken once.
             assert!(descriptors_of_a_child().contains("socket:"), "this process inherits nothing");
             let socket = Socket::from_inherited(NUMBER).unwrap();
             assert!(is_close_on_exec(&socket) && socket.as_fd().as_raw_fd() > NUMBER);
@@ -94,6 +95,7 @@ fn a_socket_is_taken_by_its_number_once_and_leaves_no_copy_to_children() {
                 ErrorKind::ResourceBusy
             );
 
+            // Children do not get the socket.
             let children = descriptors_of_a_child();
             assert!(
                 !children.contains("socket:") && !children.contains(&format!(" {NUMBER} ->")),
@@ -114,7 +116,10 @@ fn a_socket_is_taken_by_its_number_once_and_leaves_no_copy_to_children() {
             let mut ours = framed(ours);
             let frame = ours.try_next().await.unwrap().unwrap();
             assert_eq!((&frame.payload[..], common::marks(&frame)), (&b"here"[..], vec![1]));
-            assert!(ours.try_next().await.unwrap().is_none(), "somebody still has the socket");
+            assert!(
+                ours.try_next().await.unwrap().is_none(),
+                "a process still has a copy of the socket"
+            );
             assert!(has_passed(child.wait().unwrap()));
         }
     });
@@ -129,6 +134,8 @@ fn a_number_that_is_refused_keeps_its_file() {
                 assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
                 assert!(error.to_string().contains(reason), "{error}");
             };
+
+            // Numbers that were not inherited.
             for number in 0..=2 {
                 refused(Socket::from_inherited(number).unwrap_err(), "from_stdin");
                 refused(Listener::from_inherited(number).unwrap_err(), "from_stdin");
@@ -140,18 +147,22 @@ fn a_number_that_is_refused_keeps_its_file() {
             refused(Socket::from_inherited(ours.as_raw_fd()).unwrap_err(), "close-on-exec");
             ours.set_nonblocking(true).unwrap(); // it is still a socket
 
-            // The first attempt takes it as the wrong kind, and the second one succeeds.
+            // A file of the wrong kind.
             refused(Socket::from_inherited(NUMBER).unwrap_err(), "listening");
             refused(Listener::from_inherited(NUMBER + 1).unwrap_err(), "not a socket");
             assert!(target(NUMBER + 1).contains("memfd"), "{}", target(NUMBER + 1));
             assert!(
                 descriptors_of_a_child().contains("socket:"),
-                "what was refused is still inherited"
+                "a child does not inherit the refused socket"
             );
+
+            // A limit of descriptors that leaves no room.
             let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
             setrlimit(Resource::RLIMIT_NOFILE, NUMBER as u64, hard).unwrap();
             refused(Listener::from_inherited(NUMBER).unwrap_err(), "RLIMIT_NOFILE");
             setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+
+            // After these failures, the listener can still be taken.
             let listener = Listener::from_inherited(NUMBER).unwrap();
             assert!(is_close_on_exec(&listener));
             assert!(!descriptors_of_a_child().contains("socket:"));
@@ -194,8 +205,8 @@ fn a_datagram_socket_is_taken_by_its_number_too() {
 }
 
 #[test]
-fn of_many_threads_that_take_a_number_one_gets_it() {
-    const TEST: &str = "of_many_threads_that_take_a_number_one_gets_it";
+fn only_one_of_many_threads_that_take_a_number_gets_the_socket() {
+    const TEST: &str = "only_one_of_many_threads_that_take_a_number_gets_the_socket";
     const THREADS: usize = 8;
     if is_inner(TEST) {
         let start = Barrier::new(THREADS);
@@ -224,13 +235,15 @@ fn of_many_threads_that_take_a_number_one_gets_it() {
 
 /// A failure leaves the number as it was, so that the call can be repeated.
 #[test]
-fn without_a_descriptor_to_spare_nothing_is_taken() {
-    const TEST: &str = "without_a_descriptor_to_spare_nothing_is_taken";
+fn without_a_free_descriptor_an_inherited_socket_is_not_taken() {
+    const TEST: &str = "without_a_free_descriptor_an_inherited_socket_is_not_taken";
     if is_inner(TEST) {
         return run_and_pass(async {
             let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-            // The crate's own threads have what they need.
+            // Start the crate's own threads before the limit is set.
             Socket::pair(SocketKind::Stream).unwrap();
+
+            // Taking a socket needs two descriptors. It fails with none and with one.
             for spare in 0..=1 {
                 // New descriptors get the lowest free number.
                 let mut last = marked(3);
@@ -250,6 +263,8 @@ fn without_a_descriptor_to_spare_nothing_is_taken() {
                 }
                 setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
             }
+
+            // With more, it succeeds.
             assert!(target(NUMBER).starts_with("socket:"));
             framed(Socket::from_inherited(NUMBER).unwrap()).send(Frame::new("late")).await.unwrap();
         });
@@ -263,8 +278,8 @@ fn without_a_descriptor_to_spare_nothing_is_taken() {
 }
 
 #[test]
-fn without_a_runtime_nothing_is_taken() {
-    const TEST: &str = "without_a_runtime_nothing_is_taken";
+fn without_a_runtime_an_inherited_socket_is_not_taken() {
+    const TEST: &str = "without_a_runtime_an_inherited_socket_is_not_taken";
     if is_inner(TEST) {
         assert!(std::panic::catch_unwind(|| Socket::from_inherited(NUMBER)).is_err());
         assert!(target(NUMBER).starts_with("socket:"));
@@ -302,18 +317,21 @@ fn standard_input_is_taken_once_and_leaves_an_end_of_file() {
     const TEST: &str = "standard_input_is_taken_once_and_leaves_an_end_of_file";
     if is_inner(TEST) {
         return run_and_pass(async {
+            // Standard input can be taken once.
             let socket = Socket::from_stdin().unwrap();
             let error = Socket::from_stdin().unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ResourceBusy);
             assert_eq!(error.to_string(), "standard input: it was taken before");
 
+            // What is left is an end of file, for this process and its children.
             assert_eq!(target(0), "/dev/null");
             assert!(!is_close_on_exec(io::stdin()), "children would have no standard input");
             assert!(!descriptors_of_a_child().contains("socket:"));
             let read = Command::new("cat").stdin(Stdio::inherit()).output().unwrap();
-            assert!(read.status.success() && read.stdout.is_empty(), "a helper reads messages");
+            assert!(read.status.success() && read.stdout.is_empty(), "a child reads messages");
             assert_eq!(io::stdin().lines().count(), 0);
 
+            // The socket works, and dropping it ends the connection.
             let mut parent = framed(socket);
             assert_eq!(parent.try_next().await.unwrap().unwrap().payload, "for the child");
             parent.send(Frame::new("here")).await.unwrap();
@@ -387,6 +405,7 @@ fn without_dev_null_standard_input_still_leaves_an_end_of_file() {
 fn a_clone_is_another_handle_to_the_same_socket() {
     run(async {
         for kind in KINDS {
+            // A clone of an accepted connection.
             let addr = abstract_name("clone");
             let listener = Listener::bind_addr(&addr, kind).unwrap();
             let client = Socket::connect_addr(&addr, kind).await.unwrap();
@@ -398,6 +417,7 @@ fn a_clone_is_another_handle_to_the_same_socket() {
                 (kind, accepted.peer_cred().unwrap())
             );
 
+            // Both send on the same connection, which ends with the last one.
             let (mut client, mut first, mut second) =
                 (framed(client), framed(accepted), framed(clone));
             first.send(Frame::new("one")).await.unwrap();
@@ -421,6 +441,7 @@ fn a_clone_is_another_handle_to_the_same_socket() {
 fn a_program_without_a_runtime_takes_its_sockets_in_the_same_way() {
     const TEST: &str = "a_program_without_a_runtime_takes_its_sockets_in_the_same_way";
     if is_inner(TEST) {
+        // Each number can be taken once, on whichever side.
         let socket = blocking::Socket::from_inherited(NUMBER).unwrap();
         let listener = blocking::Listener::from_inherited(NUMBER + 1).unwrap();
         assert!(is_close_on_exec(&socket) && is_close_on_exec(&listener));
@@ -431,6 +452,8 @@ fn a_program_without_a_runtime_takes_its_sockets_in_the_same_way() {
             assert_eq!(Socket::from_inherited(number).unwrap_err().kind(), ErrorKind::ResourceBusy);
         }
         assert_eq!(blocking::Socket::from_stdin().unwrap_err().kind(), ErrorKind::InvalidInput);
+
+        // The socket and the listener work.
         let mut parent = blocking::Framed::new(socket, FrameCodec::default());
         parent.send(Frame::new("here").with_fd(marked(1))).unwrap();
         let mut client = blocking::Framed::new(listener.accept().unwrap(), FrameCodec::default());
@@ -450,14 +473,17 @@ fn a_program_without_a_runtime_takes_its_sockets_in_the_same_way() {
         assert_eq!(common::marks(&ours.next().unwrap().unwrap()), [1]);
         let mut client = blocking::Framed::new(client, FrameCodec::default());
         assert_eq!(client.next().unwrap().unwrap().payload, "accepted");
-        assert!(ours.next().is_none() && client.next().is_none(), "somebody still has the sockets");
+        assert!(
+            ours.next().is_none() && client.next().is_none(),
+            "a process still has copies of the sockets"
+        );
         assert!(has_passed(child.wait().unwrap()));
     }
 }
 
 #[test]
-fn a_program_without_a_runtime_takes_standard_input_away() {
-    const TEST: &str = "a_program_without_a_runtime_takes_standard_input_away";
+fn a_program_without_a_runtime_takes_its_socket_from_standard_input() {
+    const TEST: &str = "a_program_without_a_runtime_takes_its_socket_from_standard_input";
     if is_inner(TEST) {
         let mut parent =
             blocking::Framed::new(blocking::Socket::from_stdin().unwrap(), FrameCodec::default());

@@ -1,5 +1,5 @@
-//! The reference programs among the examples, run as a user would: what they do, and the one line
-//! that they say when it cannot be done.
+//! The reference programs among the examples (`fd_cat`, `file_relay`, `open_server` and
+//! `pty_share`), run as a user would run them. If a program fails, it prints one line.
 
 mod common;
 
@@ -29,7 +29,7 @@ struct Ran {
     err: String,
 }
 
-/// Runs a program to its end, and the end of all processes that hold its output.
+/// Runs a program until it and all processes that hold its output have ended.
 async fn finish(command: Command) -> Ran {
     let output = tokio::process::Command::from(command).kill_on_drop(true).output().await.unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -40,7 +40,7 @@ fn ran(command: Command) -> Ran {
     run(finish(command))
 }
 
-/// It ends with status 1 and says this, and only this, on standard error.
+/// Checks that a program has ended with status 1, and that this is its whole standard error.
 #[track_caller]
 fn check_fails(ran: &Ran, line: &str) {
     assert_eq!(
@@ -56,30 +56,31 @@ fn with<const N: usize>(mut command: Command, args: [&Path; N]) -> Command {
     command
 }
 
-/// A directory that every uid can look into.
+/// Makes a directory that every uid can look into.
 fn open_directory() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(&directory, Permissions::from_mode(0o755)).unwrap();
     directory
 }
 
-/// A copy of a program. Made by another process: what a test writes is held open by the children
-/// that other tests start meanwhile, and a program that someone can write cannot be executed.
+/// Copies a program, by another process. A file that this process writes could be held open by
+/// children that other tests start meanwhile, and a program that is open for writing cannot be
+/// executed.
 fn install(program: impl AsRef<Path>, to: &Path) {
     let installed =
         Command::new("install").args(["-m", "755"]).arg(program.as_ref()).arg(to).status().unwrap();
     assert!(installed.success());
 }
 
-/// An example with this shell script in place of the process that it starts.
+/// An example that starts a shell script instead of its other process.
 struct WithOtherChild {
     directory: TempDir,
     program: File,
 }
 
 impl WithOtherChild {
-    /// An example finds itself through `/proc/self/exe`, which ends in " (deleted)" for a file that
-    /// was removed. The script has that name.
+    /// Prepares an example. It finds itself through `/proc/self/exe`, and for a file that was
+    /// removed that name ends in " (deleted)". The script has that name.
     fn new(name: &str, script: &str) -> Self {
         let directory = open_directory();
         let path = directory.path().join(name);
@@ -101,8 +102,8 @@ impl WithOtherChild {
     }
 }
 
-/// An example in the role of the process that is started, with its socket as standard input, and
-/// the other end of that.
+/// Returns the command of an example in the role of the other process, with its socket as standard
+/// input, and the other end of that socket.
 fn as_child(name: &str, kind: SocketKind) -> (Framed<FrameCodec>, Command) {
     let (ours, childs) = Socket::pair(kind).unwrap();
     let mut command = example(name);
@@ -110,7 +111,7 @@ fn as_child(name: &str, kind: SocketKind) -> (Framed<FrameCodec>, Command) {
     (Framed::new(ours, FrameCodec::default()), command)
 }
 
-/// Lets `serve` be the server of a program in the role of the client.
+/// Runs a program in the role of the client, with `serve` as its server.
 async fn served<F: Future<Output = ()>>(
     name: &str,
     args: &[&str],
@@ -126,7 +127,7 @@ async fn served<F: Future<Output = ()>>(
     tokio::join!(finish(command), serve).0
 }
 
-/// A server that listens, with another process in place of its client, one that lasts until `end`.
+/// A server that listens. Instead of its client, it has started a process that lasts until `end`.
 struct LonelyServer {
     program: WithOtherChild,
     process: tokio::process::Child,
@@ -200,6 +201,7 @@ fn other_users_are_refused_with_one_line() {
     };
     let denied = |path: &Path| format!("{}: Permission denied (os error 13)", path.display());
 
+    // Files that the user may not open.
     check_fails(&ran(with(as_other("fd_cat"), [&secret])), &denied(&secret));
     let ran_server = ran(with(as_other("open_server"), [&secret]));
     check_fails(&ran_server, &denied(&secret));
@@ -211,6 +213,7 @@ fn other_users_are_refused_with_one_line() {
     );
     assert_eq!(ran(as_other("pty_share")).code, Some(0));
 
+    // Servers of another user.
     run(async {
         let socket = at("socket");
         for name in ["open_server", "pty_share"] {
@@ -226,7 +229,7 @@ fn other_users_are_refused_with_one_line() {
 }
 
 #[test]
-fn a_program_whose_other_process_dies_says_so() {
+fn a_program_whose_other_process_dies_reports_that() {
     let file = Path::new("Cargo.toml");
     let empty = tempfile::tempdir().unwrap();
     for (name, script, line) in [
@@ -253,7 +256,7 @@ mod fd_cat {
     use super::*;
 
     #[test]
-    fn prints_files_of_any_size_and_content() {
+    fn it_prints_files_of_any_size_and_content() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("--file");
         let large: String = "0123456789".repeat(300_000);
@@ -263,23 +266,23 @@ mod fd_cat {
             assert_eq!((ran.code, &ran.err[..]), (Some(0), ""));
             assert!(ran.out == content);
         }
-        // Says that it is empty.
+        // The size of this file is 0, but it has contents.
         let version = ran(with(example("fd_cat"), [Path::new("/proc/version")]));
         assert_eq!(
             (version.code, version.out),
             (Some(0), fs::read_to_string("/proc/version").unwrap())
         );
 
-        let told = ran(with(example("fd_cat"), [Path::new("--verbose"), &path]));
+        let verbose = ran(with(example("fd_cat"), [Path::new("--verbose"), &path]));
         assert!(
-            told.err.starts_with(&format!("{}: opened by process ", path.display())),
+            verbose.err.starts_with(&format!("{}: opened by process ", path.display())),
             "{}",
-            told.err
+            verbose.err
         );
     }
 
     #[test]
-    fn says_why_a_file_cannot_be_printed_and_does_not_hang() {
+    fn it_reports_why_a_file_cannot_be_printed_and_does_not_hang() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name| directory.path().join(name);
         nix::unistd::mkfifo(&at("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -301,7 +304,7 @@ mod fd_cat {
         run(async {
             let (parent, mut child) = as_child("fd_cat", SocketKind::Stream);
             child.arg("Cargo.toml");
-            // Also for copies that a child being started by another test has for a moment.
+            // The shutdown also ends copies that a child of another test may have for a moment.
             shutdown(parent.socket().as_fd().as_raw_fd(), Shutdown::Both).unwrap();
             drop(parent);
             check_fails(&finish(child).await, "the parent is gone");
@@ -309,7 +312,7 @@ mod fd_cat {
     }
 
     #[test]
-    fn its_child_wants_a_socket() {
+    fn its_child_refuses_standard_input_that_is_no_socket() {
         let mut child = example("fd_cat");
         child.args(["--child", "Cargo.toml"]).stdin(Stdio::null());
         check_fails(&ran(child), "standard input: descriptor cannot be used: it is not a socket");
@@ -333,14 +336,14 @@ mod file_relay {
                 format!("child:  {name}: came at offset 22, now at 40"),
                 format!("parent: {name} holds {content:?}"),
             ] {
-                assert!(ran.out.lines().any(|said| said == line), "{line} is not in {}", ran.out);
+                assert!(ran.out.lines().any(|printed| printed == line), "no {line} in {}", ran.out);
             }
         }
         assert!(ran.out.contains("child:  the stream has ended\n"));
     }
 
     #[test]
-    fn leaves_nothing_where_no_directory_is_given() {
+    fn it_leaves_no_files_if_no_directory_is_given() {
         let temporary = tempfile::tempdir().unwrap();
         let mut command = example("file_relay");
         command.env("TMPDIR", temporary.path());
@@ -349,7 +352,7 @@ mod file_relay {
     }
 
     #[test]
-    fn overwrites_no_file_and_wants_a_directory() {
+    fn it_overwrites_no_file_and_refuses_a_path_that_is_no_directory() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("relay-3.txt");
         fs::write(&file, "precious").unwrap();
@@ -376,7 +379,7 @@ mod file_relay {
     }
 
     #[test]
-    fn its_child_refuses_what_is_not_one_regular_file() {
+    fn its_child_refuses_descriptors_that_are_not_one_regular_file() {
         let null = || File::open("/dev/null").unwrap();
         let read_only = File::open(tempfile::NamedTempFile::new().unwrap()).unwrap();
         run(async {
@@ -397,7 +400,7 @@ mod file_relay {
     }
 
     #[test]
-    fn its_child_goes_on_at_the_offset_that_comes_along() {
+    fn its_child_goes_on_at_the_offset_of_the_file_that_it_receives() {
         run(async {
             let (mut parent, child) = as_child("file_relay", SocketKind::SeqPacket);
             let file = marked(7); // 4 bytes written
@@ -419,7 +422,7 @@ mod open_server {
     use super::*;
 
     #[test]
-    fn answers_with_files_and_with_error_numbers() {
+    fn it_answers_with_files_and_with_error_numbers() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name| directory.path().join(name);
         fs::write(at("one"), "first\n").unwrap();
@@ -448,25 +451,25 @@ mod open_server {
     }
 
     #[test]
-    fn opens_in_the_mode_that_is_asked_for() {
+    fn it_opens_files_in_the_requested_mode() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
         fs::write(&file, "first\n").unwrap();
+
+        // A value that looks like an option is refused, unless it follows a `=`.
         let ran = ran(with(
             example("open_server"),
             [Path::new("--append"), Path::new("--second"), &file],
         ));
-        // An option's value may not look like an option ...
         assert_eq!(ran.code, Some(2));
         let ran = super::ran(with(example("open_server"), [Path::new("--append=--second"), &file]));
-        // ... unless it is said so.
         assert_eq!((ran.code, &ran.err[..]), (Some(0), ""));
         assert!(ran.out.ends_with("<==\nfirst\n--second\n"), "{}", ran.out);
         assert_eq!(fs::read_to_string(&file).unwrap(), "first\n--second\n");
     }
 
     #[test]
-    fn does_not_take_the_place_of_another_file_or_server() {
+    fn it_does_not_replace_a_file_at_its_path() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let mut server = example("open_server");
@@ -490,7 +493,7 @@ mod open_server {
     }
 
     #[test]
-    fn a_client_without_a_server_says_so() {
+    fn a_client_without_a_server_reports_that() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         for name in ["open_server", "pty_share"] {
@@ -527,7 +530,8 @@ mod open_server {
     }
 
     #[test]
-    fn a_client_judges_what_the_server_sends() {
+    fn a_client_checks_each_reply_of_the_server() {
+        /// Runs a client whose server sends this, and checks its error.
         async fn check(answer: impl AsyncFnOnce(&mut Framed<FrameCodec>), line: &str) {
             let ran = served("open_server", &["a file"], async |mut client| {
                 assert_eq!(client.try_next().await.unwrap().unwrap().payload, "ra file");
@@ -537,6 +541,7 @@ mod open_server {
             check_fails(&ran, line);
         }
         run(async {
+            // Replies.
             let null = || File::open("/dev/null").unwrap();
             for (reply, line) in [
                 (Frame::new("F").with_fd(null()), "a file: not a regular file"),
@@ -556,6 +561,8 @@ mod open_server {
             ] {
                 check(async |client| client.send(reply).await.unwrap(), line).await;
             }
+
+            // The server goes without a reply.
             check(
                 async |client| client.send(Frame::new("Nsoon")).await.unwrap(),
                 "the server is gone",
@@ -566,7 +573,7 @@ mod open_server {
     }
 
     #[test]
-    fn one_clients_nonsense_does_not_end_the_server() {
+    fn a_malformed_request_ends_only_the_connection_of_its_client() {
         run(async {
             let server = LonelyServer::start("open_server", &["file"]).await;
             let mut strange = server.connect().await;
@@ -605,7 +612,7 @@ mod pty_share {
     }
 
     #[test]
-    fn two_processes_talk_over_a_terminal() {
+    fn two_processes_share_a_terminal() {
         let ran = ran(example("pty_share"));
         assert_eq!((ran.code, &ran.err[..]), (Some(0), ""));
         for line in [
@@ -618,12 +625,12 @@ mod pty_share {
             "client: reads  the end of the file",
             r#"server: the client reports b"end of file"; the window is 50 x 132"#,
         ] {
-            assert!(ran.out.lines().any(|said| said == line), "{line} is not in {}", ran.out);
+            assert!(ran.out.lines().any(|printed| printed == line), "no {line} in {}", ran.out);
         }
     }
 
     #[test]
-    fn the_client_refuses_what_is_not_a_terminal() {
+    fn the_client_refuses_descriptors_that_are_not_a_terminal() {
         let null = || OwnedFd::from(File::open("/dev/null").unwrap());
         let data = || Frame::new(vec![b'.'; 250]);
         let ((controller, terminal), (_other_controller, other_terminal)) = (pty(), pty());
@@ -655,7 +662,7 @@ mod pty_share {
         });
     }
 
-    /// The client's terminal hangs up with the server's copy of the controller.
+    /// The terminal hangs up when the server's copy of the controller is closed.
     #[test]
     fn a_client_whose_server_dies_on_the_terminal_ends() {
         run(async {
@@ -678,7 +685,7 @@ mod pty_share {
     }
 
     #[test]
-    fn a_server_whose_client_leaves_the_terminal_says_so() {
+    fn a_server_whose_client_leaves_the_terminal_reports_that() {
         run(async {
             let server = LonelyServer::start("pty_share", &[]).await;
             let frame = server.connect().await.try_next().await.unwrap().unwrap();

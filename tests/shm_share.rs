@@ -1,5 +1,5 @@
-//! The example that shares an image between two processes: run as a user would, and its child with
-//! a hostile parent.
+//! The example `shm_share`, whose two processes share an image. It is run as a user would run it,
+//! and its child is run with a hostile parent.
 
 mod common;
 
@@ -25,8 +25,10 @@ use tokio::{
     process::Command,
 };
 
+/// The seals that fix the size of a memfd.
 const SIZE_SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
-/// Width, height and bytes a row.
+
+/// The width, the height and the bytes of a row.
 const PAYLOAD: &[u8] = b"101 67 448";
 const BYTES: u64 = 448 * 67;
 
@@ -60,7 +62,7 @@ fn good() -> [OwnedFd; 2] {
     [memfd(BYTES, SIZE_SEALS), doorbell()]
 }
 
-/// Runs the child with a parent that sends these messages and then closes.
+/// Runs the child. Its parent, the test, sends these messages and then closes.
 fn child_given(messages: &[(&[u8], &[OwnedFd])]) -> Output {
     common::run(async {
         let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
@@ -74,7 +76,8 @@ fn child_given(messages: &[(&[u8], &[OwnedFd])]) -> Output {
     })
 }
 
-/// Exit code 1, nothing but one line, and that is the reason.
+/// Checks that a process has ended with exit code 1, and that it has printed only one line, with
+/// this reason.
 fn check_failed(output: &Output, reason: &str) {
     assert_eq!(text(&output.stderr), format!("shm_share: {reason}\n"));
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), ""));
@@ -157,7 +160,7 @@ fn another_number_of_descriptors_is_refused() {
 }
 
 #[test]
-fn a_payload_that_describes_no_image_is_refused() {
+fn an_image_of_no_valid_size_is_refused() {
     for nonsense in
         [&b""[..], b"\xFF\n\xFF", b"101 67", b"101 67 448 1", b"101 67 448 x", b"-1 67 448"]
     {
@@ -232,14 +235,14 @@ fn the_child_ends_with_its_parent() {
     });
 }
 
-/// Nobody takes descriptors of a process that runs a program which it may not read.
+/// A user cannot take descriptors from a process whose program the user may not read.
 #[test]
-fn a_refused_pidfd_getfd_is_told_and_is_no_failure() {
+fn a_refused_pidfd_getfd_is_reported_and_is_no_failure() {
     let directory = tempfile::tempdir().unwrap();
     set_permissions(&directory, Permissions::from_mode(0o755)).unwrap();
     let copy = directory.path().join("shm_share");
-    // Another process writes it: until this one's children have all called exec, they would keep it
-    // open for writing.
+    // Another process writes the copy. Children of this one would keep it open for writing until
+    // they have called exec.
     let mut install = std::process::Command::new("install");
     install.args(["-m", "0111"]).arg(common::example("shm_share").get_program()).arg(&copy);
     assert!(install.status().unwrap().success());

@@ -1,4 +1,4 @@
-//! Sockets: their peers, and the conversions into a socket.
+//! Sockets: connecting and accepting, the peer, options, and the conversions into a socket.
 
 mod common;
 
@@ -26,7 +26,7 @@ use nix::{
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
 #[test]
-fn connects_to_a_path_and_to_an_abstract_name() {
+fn a_socket_connects_to_a_path_and_to_an_abstract_name() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         for kind in KINDS {
@@ -48,7 +48,7 @@ fn connects_to_a_path_and_to_an_abstract_name() {
 }
 
 #[test]
-fn a_connect_that_fails_says_why() {
+fn a_connect_that_fails_returns_the_kind_of_error() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
@@ -132,7 +132,7 @@ fn several_tasks_may_wait_for_connections() {
 }
 
 #[test]
-fn accepted_sockets_do_not_inherit_what_takes_the_descriptors_room() {
+fn accepted_sockets_do_not_inherit_the_credentials_option_of_their_listener() {
     use nix::sys::socket::{getsockopt, setsockopt, sockopt};
     run(async {
         let addr = abstract_name("inherit");
@@ -172,7 +172,7 @@ fn connections_in_the_backlog_of_a_converted_listener_bring_no_credentials() {
 }
 
 #[test]
-fn the_peer_is_known() {
+fn a_socket_knows_the_credentials_of_its_peer() {
     run(async {
         for kind in KINDS {
             let (a, _b) = Socket::pair(kind).unwrap();
@@ -193,20 +193,21 @@ fn the_peer_is_known() {
                         "{info}"
                     );
                 }
-                Err(error) => eprintln!("skipped: SO_PEERPIDFD is not to be had: {error}"),
+                Err(error) => eprintln!("skipped: this kernel has no SO_PEERPIDFD: {error}"),
             }
         }
     });
 }
 
 #[test]
-fn a_peer_that_was_reaped_can_still_be_told_from_others() {
-    const ROLE: &str = "a_peer_that_was_reaped_can_still_be_told_from_others";
+fn the_pidfd_of_a_peer_that_was_reaped_is_not_that_of_another_process() {
+    const ROLE: &str = "the_pidfd_of_a_peer_that_was_reaped_is_not_that_of_another_process";
     if let Some(name) = role_socket(ROLE) {
         let name = UnixStream::from(name).peer_addr().unwrap();
         return drop(UnixStream::connect_addr(&name).unwrap());
     }
     run(async {
+        // A child connects and ends.
         let addr = abstract_name("reaped");
         let listener = Listener::bind_addr(&addr, SocketKind::Stream).unwrap();
         let stdin = UnixStream::connect_addr(&addr).unwrap();
@@ -216,6 +217,8 @@ fn a_peer_that_was_reaped_can_still_be_told_from_others() {
             listener.accept().await.unwrap().peer_cred().unwrap().pid,
             Some(std::process::id() as i32)
         );
+
+        // Its pidfd shows that it has ended.
         let peer = listener.accept().await.unwrap();
         assert_eq!(peer.peer_cred().unwrap().pid, Some(child.id() as i32));
         match peer.peer_pidfd() {
@@ -259,7 +262,7 @@ fn a_task_that_waits_to_receive_is_woken_by_a_shutdown() {
 }
 
 #[test]
-fn sockets_of_other_crates_become_ours_and_back() {
+fn sockets_of_other_crates_convert_to_a_socket_and_back() {
     run(async {
         let (a, b) = UnixStream::pair().unwrap();
         check_connected(a.try_into().unwrap(), b.try_into().unwrap()).await;
@@ -290,7 +293,7 @@ fn sockets_of_other_crates_become_ours_and_back() {
 }
 
 #[test]
-fn listeners_of_other_crates_become_ours() {
+fn listeners_of_other_crates_convert_to_a_listener() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
@@ -381,7 +384,7 @@ fn a_child_finds_its_socket_as_standard_input() {
 }
 
 #[test]
-fn options_of_a_socket() {
+fn the_send_buffer_of_a_socket_can_be_set() {
     run(async {
         for kind in KINDS {
             let (a, _b) = Socket::pair(kind).unwrap();
@@ -391,7 +394,7 @@ fn options_of_a_socket() {
     });
 }
 
-/// Returns the kind of error of sending a message with a descriptor.
+/// Sends a message with a descriptor. Returns the kind of the error if that fails.
 async fn send_fd(tx: &mut Framed<FrameCodec>, mark: u32) -> Result<(), ErrorKind> {
     let sent = tx.send(Frame::new("").with_fd(marked(mark))).await;
     sent.map_err(|error| std::io::Error::from(error).kind())
@@ -406,7 +409,7 @@ fn a_socket_that_takes_no_descriptors_still_receives_what_was_sent_before() {
                 (Framed::new(a, FrameCodec::default()), Framed::new(b, FrameCodec::default()));
             send_fd(&mut tx, 1).await.unwrap();
             if let Err(error) = rx.socket().set_pass_fds(false) {
-                return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
+                return eprintln!("skipped: this kernel has no SO_PASSRIGHTS: {error}");
             }
             assert_eq!(send_fd(&mut tx, 2).await, Err(ErrorKind::PermissionDenied));
             assert_eq!(common::marks(&rx.try_next().await.unwrap().unwrap()), [1]);
@@ -429,12 +432,14 @@ fn connections_take_no_descriptors_if_their_listener_is_set_so() {
             let mut early = framed(Socket::connect_addr(&addr, kind).await.unwrap());
             send_fd(&mut early, 1).await.unwrap();
             if let Err(error) = listener.set_pass_fds(false) {
-                return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
+                return eprintln!("skipped: this kernel has no SO_PASSRIGHTS: {error}");
             }
-            // The option counts from the start, before the connection is accepted.
+
+            // A connection has the option even before it is accepted.
             let mut late = framed(Socket::connect_addr(&addr, kind).await.unwrap());
             assert_eq!(send_fd(&mut late, 2).await, Err(ErrorKind::PermissionDenied));
 
+            // Descriptors that were sent before are received, and later ones are refused.
             let mut accepted = framed(listener.accept().await.unwrap());
             assert_eq!(common::marks(&accepted.try_next().await.unwrap().unwrap()), [1]);
             assert_eq!(
@@ -443,6 +448,7 @@ fn connections_take_no_descriptors_if_their_listener_is_set_so() {
                 "it was in the backlog"
             );
 
+            // The option can be switched on again.
             drop(listener.accept().await.unwrap());
             listener.set_pass_fds(true).unwrap();
             let (a, b) = tokio::join!(Socket::connect_addr(&addr, kind), listener.accept());

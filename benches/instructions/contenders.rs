@@ -7,18 +7,21 @@ use tokio_util::codec::LengthDelimitedCodec;
 use crate::{BATCH, MESSAGE_BYTES};
 
 /// One end of a connection. The methods never wait: the socket has room for a batch, and a batch
-/// comes whole.
+/// arrives as a whole.
 pub(crate) trait Link: Sized {
     const NAME: &str;
 
-    /// Both ends, inside of a runtime.
+    /// Connects two ends. Called inside a runtime.
     fn pair() -> (Self, Self);
 
+    /// Feeds a batch of messages and flushes once.
     fn send_batch(&mut self, payload: &Bytes);
 
+    /// Receives a batch, and checks the length of each message.
     fn receive_batch(&mut self);
 }
 
+/// fdwire's `Framed` with its `FrameCodec`.
 pub(crate) struct Fdwire(fdwire::Framed<FrameCodec>);
 
 impl Link for Fdwire {
@@ -51,6 +54,7 @@ impl Link for Fdwire {
     }
 }
 
+/// tokio-util's `Framed` with its `LengthDelimitedCodec`. It passes no descriptors.
 pub(crate) struct LengthDelimited(tokio_util::codec::Framed<UnixStream, LengthDelimitedCodec>);
 
 impl Link for LengthDelimited {
@@ -58,8 +62,8 @@ impl Link for LengthDelimited {
 
     fn pair() -> (Self, Self) {
         let (a, b) = UnixStream::pair().expect("a pair of sockets");
-        // As fdwire has it: the default read buffer has 8 KiB, and 8 KiB of messages are sent
-        // without a flush.
+        // The same buffers as fdwire's. By default the read buffer has 8 KiB, and more than 8 KiB
+        // of messages are sent before the flush.
         let framed = |stream| {
             let mut framed = tokio_util::codec::Framed::with_capacity(
                 stream,

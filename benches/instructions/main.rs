@@ -5,9 +5,9 @@
 //! cargo bench --bench instructions
 //! ```
 //!
-//! Valgrind counts the instructions, so a figure is exact and the same on a busy machine. The
-//! kernel's instructions do not count. The program starts itself again under valgrind for each
-//! figure. Above a bound it fails.
+//! Valgrind counts the instructions, so a figure is exact, and it is the same on a busy machine.
+//! The kernel's instructions do not count. The program starts itself again under valgrind for each
+//! figure. It fails if a figure of `FrameCodec` is above its bound.
 
 mod contenders;
 
@@ -21,21 +21,27 @@ use std::{
 use contenders::{Fdwire, LengthDelimited, Link};
 use tokio::task::yield_now;
 
-/// Most instructions for sending a message with `FrameCodec`. `LengthDelimitedCodec` takes 237.
+/// The most instructions that sending a message with `FrameCodec` may take. `LengthDelimitedCodec`
+/// takes 237.
 const MAX_SENDING: f64 = 205.0;
 
-/// Most instructions for receiving a message with `FrameCodec`. `LengthDelimitedCodec` takes 348.
+/// The most instructions that receiving a message with `FrameCodec` may take.
+/// `LengthDelimitedCodec` takes 348.
 const MAX_RECEIVING: f64 = 290.0;
 
-/// Messages in a batch, and bytes in a message.
+/// Messages in a batch.
 const BATCH: usize = 64;
+
+/// Bytes in a message.
 const MESSAGE_BYTES: usize = 64;
 
-/// Batches before the counted ones, in which every buffer finds its size.
+/// Batches before the counted ones. Every buffer grows to its size in them.
 const WARM_UP: usize = 50;
+
+/// Batches that are counted.
 const COUNTED: usize = 1000;
 
-/// Where the profiles stay, for `callgrind_annotate`.
+/// The directory that keeps the profiles, for `callgrind_annotate`.
 const PROFILES: &str = env!("CARGO_TARGET_TMPDIR");
 
 /// Names a contender and a direction to the program under valgrind.
@@ -51,6 +57,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     if let Ok(role) = std::env::var(ROLE) {
         return Ok(run_role(&role));
     }
+
+    // Without valgrind there is nothing to count.
     let installed = Command::new("valgrind")
         .arg("--version")
         .output()
@@ -62,6 +70,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
             None => ExitCode::SUCCESS,
         });
     }
+
+    // One line for each contender; only fdwire's figures have bounds.
     println!(
         "user instructions for a message of {MESSAGE_BYTES} bytes, in batches of {BATCH}, \
          on STREAM:"
@@ -81,8 +91,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     Ok(exit)
 }
 
-/// Runs one contender under valgrind. Returns the instructions for each message inside of
-/// [`counted`].
+/// Runs one contender under valgrind. Returns the number of instructions that [`counted`] took for
+/// each message.
 fn count(name: &str, direction: Direction) -> Result<f64, Box<dyn Error>> {
     let profile = Path::new(PROFILES).join(format!("callgrind.{name}.{direction:?}"));
     let output = Command::new("valgrind")
@@ -100,12 +110,12 @@ fn count(name: &str, direction: Direction) -> Result<f64, Box<dyn Error>> {
         .find_map(|line| line.strip_prefix("totals: "))
         .ok_or("no total in the profile")?;
     match total.trim().parse::<u64>()? {
-        0 => Err("valgrind has counted nothing: it did not find the function".into()),
+        0 => Err("valgrind has counted nothing: it did not find the function `counted`".into()),
         instructions => Ok(instructions as f64 / (COUNTED * BATCH) as f64),
     }
 }
 
-/// Runs one contender in this process, which valgrind watches.
+/// Runs one contender in this process, under valgrind.
 fn run_role(role: &str) -> ExitCode {
     for direction in [Direction::Sending, Direction::Receiving] {
         match role.strip_suffix(&format!(" {direction:?}")) {
@@ -139,7 +149,7 @@ fn run_step(is_counted: bool, step: &mut dyn FnMut()) {
     if is_counted { counted(step) } else { step() }
 }
 
-/// Valgrind counts what is done in here, by this function's name.
+/// Runs a step whose instructions count: valgrind finds this function by its name.
 #[inline(never)]
 fn counted(step: &mut dyn FnMut()) {
     step();

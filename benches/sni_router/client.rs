@@ -1,4 +1,4 @@
-//! The clients: TLS, HTTP/1.1, some connections at a time.
+//! The clients: HTTP/1.1 over TLS, 16 connections at a time.
 
 use std::{
     error::Error,
@@ -25,10 +25,10 @@ use crate::{
     servers::{NAME, Servers},
 };
 
-/// Connections that are open at a time.
+/// Connections that are open at the same time.
 const CONNECTIONS: usize = 16;
 
-/// One contender in one round.
+/// The figures of one contender in one round.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sample {
     requests: usize,
@@ -37,12 +37,12 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
-    /// Requests in a second.
+    /// Returns the requests a second.
     pub(crate) fn rate(&self) -> f64 {
         self.requests as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// CPU time of router and worker for a request, in microseconds.
+    /// Returns the CPU time of router and worker for a request, in microseconds.
     pub(crate) fn cpu(&self) -> f64 {
         self.cpu.as_secs_f64() * 1e6 / self.requests as f64
     }
@@ -72,10 +72,10 @@ impl<'a> Client<'a> {
         Self { servers, connection, keep_alive: load.keep_alive }
     }
 
-    /// Sends requests for this time.
+    /// Sends requests for the time `window`.
     ///
     /// # Errors
-    /// A connection or a request failed.
+    /// Returns the error of a connection or a request that failed.
     pub(crate) async fn run(
         &self,
         window: Duration,
@@ -87,6 +87,7 @@ impl<'a> Client<'a> {
                 open.push(self.connection.open().await?);
             }
         }
+        // Each client sends one request after the other until the time is over.
         let (begin, before) = (Instant::now(), self.servers.cpu()?);
         let mut clients = JoinSet::new();
         for number in 0..CONNECTIONS {
@@ -107,7 +108,7 @@ impl<'a> Client<'a> {
     }
 }
 
-/// How to open a connection, and what to ask for.
+/// The address and TLS settings of a connection, and the size of the answers to request.
 #[derive(Clone)]
 struct Connection {
     tls: TlsConnector,
@@ -157,6 +158,7 @@ impl Connection {
             format!("GET /{bytes} HTTP/1.1\r\nhost: {NAME}\r\nconnection: {connection}\r\n\r\n");
         stream.write_all(request.as_bytes()).await?;
         stream.flush().await?;
+        // The answer has a head, an empty line, and the body.
         answer.clear();
         loop {
             if stream.read_buf(answer).await? == 0 {

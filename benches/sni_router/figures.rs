@@ -1,6 +1,6 @@
-//! Medians.
+//! Medians and quartiles.
 
-/// The median of some figures and their quartiles.
+/// The median of some figures, and their quartiles `low` and `high`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Figures {
     pub(crate) low: f64,
@@ -10,7 +10,7 @@ pub(crate) struct Figures {
 
 impl Figures {
     /// # Panics
-    /// Without any figure.
+    /// Panics if there is no figure.
     pub(crate) fn of(figures: impl IntoIterator<Item = f64>) -> Self {
         let mut figures = Vec::from_iter(figures);
         figures.sort_by(f64::total_cmp);

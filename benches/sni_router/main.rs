@@ -1,15 +1,16 @@
-//! The cost of a router by server name: connections handed over, as the example `sni_router` does,
-//! against the same bytes passed on by `copy_bidirectional` and by haproxy.
+//! The cost of a router that chooses the worker by the server name of a TLS connection: handing the
+//! connection over, as the example `sni_router` does, against passing all bytes on, by
+//! `copy_bidirectional` and by haproxy. The text of the report explains the columns.
 //!
 //! ```text
 //! cargo bench --bench sni_router               # prints tables
 //! cargo bench --bench sni_router -- --report   # writes docs/BENCHMARKS_SNI_ROUTER.md as well
 //! ```
 //!
-//! Routers and workers are processes of their own with one thread each. They run the example's
-//! code: [`router`] and [`hello`] find the worker, and [`worker`] serves everywhere. The clients
-//! are in the process that measures; their CPU time does not count. Contenders of a table take
-//! turns, round after round.
+//! Routers and workers are processes of their own with one thread each. They run the code of the
+//! example: [`router`] and [`hello`] find the worker, and [`worker`] serves the connections of all
+//! contenders. The clients are in the process that measures; their CPU time does not count. The
+//! contenders of a table take turns, round after round.
 
 mod client;
 mod figures;
@@ -45,7 +46,7 @@ struct Args {
     #[arg(long, default_value_t = 300)]
     sample: u64,
 
-    /// One short round: checks that it works
+    /// Run one short round, to check that everything works
     #[arg(long)]
     test: bool,
 
@@ -53,7 +54,8 @@ struct Args {
     #[arg(long, conflicts_with = "test")]
     report: bool,
 
-    /// `cargo bench` passes it to every bench. `cargo test --benches` does not, and means `--test`
+    /// `cargo bench` passes this to every bench. Without it (`cargo test --benches`), `--test` is
+    /// meant
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -62,7 +64,7 @@ struct Args {
 #[derive(Debug, Clone, Copy)]
 struct Load {
     title: &'static str,
-    /// Requests share connections.
+    /// Whether a connection carries many requests. If not, each request has its own.
     keep_alive: bool,
     answer_bytes: usize,
 }
@@ -110,18 +112,20 @@ fn start(directory: &Path) -> Result<Vec<Servers>, Box<dyn Error + Send + Sync>>
     for contender in CONTENDERS {
         match Servers::start(contender, directory)? {
             Some(servers) => running.push(servers),
-            None => eprintln!("{}: not installed, left out", contender.name()),
+            None => eprintln!("{}: not installed; leaving it out", contender.name()),
         }
     }
     Ok(running)
 }
 
+/// Measures one load, and returns its table.
 fn measure(
     load: Load,
     servers: &[Servers],
     rounds: usize,
     window: Duration,
 ) -> Result<String, Box<dyn Error + Send + Sync>> {
+    // All contenders take turns, and each round begins with another one.
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let mut samples = vec![Vec::new(); servers.len()];
     for round in 0..=rounds {
@@ -136,6 +140,7 @@ fn measure(
         }
     }
 
+    // Report the medians. Differences and ratios are taken within a round.
     let mut table = format!(
         "\n## {}\n\n| | requests / s | quartiles | CPU / request | beyond no router | × fdwire |\n\
          |---|---:|---:|---:|---:|---:|\n",

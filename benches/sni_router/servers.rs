@@ -39,14 +39,19 @@ pub(crate) const ROLE: &str = "FDWIRE_SNI_BENCH";
 /// Names the directory with the certificate, its key, and the worker's socket.
 const DIRECTORY: &str = "FDWIRE_SNI_BENCH_DIRECTORY";
 
-/// The name that clients ask for.
+/// The server name in the clients' TLS handshake.
 pub(crate) const NAME: &str = "one.test";
 
+/// A way to bring connections to the worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Contender {
+    /// The worker accepts by itself.
     NoRouter,
+    /// The router of the example `sni_router` hands the connection over.
     Fdwire,
+    /// A router that reads the same name in the same way, and passes all bytes on.
     CopyBidirectional,
+    /// haproxy in TCP mode passes all bytes on.
     Haproxy { splices: bool },
 }
 
@@ -87,7 +92,7 @@ pub(crate) struct Servers {
 }
 
 impl Servers {
-    /// Starts router and worker. `None` if the router is not installed.
+    /// Starts router and worker. Returns `None` if the router is not installed.
     pub(crate) fn start(contender: Contender, directory: &Path) -> Result<Option<Self>> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let mut servers = Self {
@@ -99,7 +104,9 @@ impl Servers {
         let socket = directory.join(contender.name());
         match contender {
             Contender::NoRouter => servers.spawn("worker at TCP", directory, listener)?,
+            // The router starts its worker.
             Contender::Fdwire => servers.spawn("router", directory, listener)?,
+            // The worker listens at a path, and the router connects to it.
             Contender::CopyBidirectional => {
                 servers.spawn("worker at a path", directory, UnixListener::bind(&socket)?)?;
                 servers.spawn("proxy", directory, listener)?;
@@ -132,7 +139,7 @@ impl Servers {
         Ok(())
     }
 
-    /// The CPU time of all processes so far.
+    /// Returns the CPU time of all processes so far.
     pub(crate) fn cpu(&self) -> io::Result<Duration> {
         let mut cpu = Duration::ZERO;
         for child in &self.children {
@@ -156,7 +163,7 @@ impl Drop for Servers {
     }
 }
 
-/// The time that all threads of a process have run.
+/// Returns the CPU time of all threads of a process, as the kernel's scheduler counts it.
 fn cpu_of(pid: &str) -> io::Result<Duration> {
     let mut nanoseconds = 0;
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -215,7 +222,7 @@ fn tcp_listener() -> io::Result<TcpListener> {
     Ok(listener)
 }
 
-/// The example's router, with one worker.
+/// Runs the example's router, with one worker.
 async fn route(directory: &Path) -> Result<()> {
     let mut router = Router::new(500, Duration::from_secs(5));
     let mut worker = tokio::process::Command::new(env::current_exe()?);
@@ -224,7 +231,7 @@ async fn route(directory: &Path) -> Result<()> {
     Ok(Arc::new(router).serve(net::TcpListener::from_std(tcp_listener()?)?).await?)
 }
 
-/// Finds the name as the router does, and passes all bytes on.
+/// Reads the name as the example's router does, connects to the worker, and passes all bytes on.
 async fn proxy(socket: &Path) -> Result<()> {
     let listener = net::TcpListener::from_std(tcp_listener()?)?;
     loop {
@@ -236,14 +243,16 @@ async fn proxy(socket: &Path) -> Result<()> {
                 return;
             }
             let Ok(mut worker) = net::UnixStream::connect(socket).await else { return };
+            // The bytes of the hello were read already, so they are sent first.
             if worker.write_all(&hello.bytes).await.is_ok() {
-                let _ = copy_bidirectional(&mut client, &mut worker).await; // a client has left
+                // It fails if a client leaves.
+                let _ = copy_bidirectional(&mut client, &mut worker).await;
             }
         });
     }
 }
 
-/// A worker of the dispatcher.
+/// Runs a worker of the example's router.
 async fn work(directory: &Path) -> Result<()> {
     let mut incoming = Incoming::from_stdin()?;
     let site = Site::new(directory)?;
@@ -255,7 +264,7 @@ async fn work(directory: &Path) -> Result<()> {
     Ok(serving.await?)
 }
 
-/// A worker that accepts.
+/// Runs a worker that accepts its connections.
 async fn accept<S>(directory: &Path, accept: impl AsyncFn() -> io::Result<S>) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -266,7 +275,7 @@ where
     }
 }
 
-/// The answer of all workers: as many bytes as the path says.
+/// The server of all workers. Its answer has as many bytes as the path of the request names.
 struct Site {
     tls: tokio_rustls::TlsAcceptor,
     serving: GracefulShutdown,
@@ -287,7 +296,7 @@ impl Site {
         };
         let serving = serve(self.tls.clone(), connection, self.serving.watcher(), answer);
         tokio::spawn(async move {
-            let _ = serving.await; // a client has left
+            let _ = serving.await; // it fails if a client leaves
         });
     }
 }

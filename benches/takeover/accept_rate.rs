@@ -17,13 +17,15 @@ use crate::{
 
 const GENERATIONS: usize = 10;
 
-/// A listener, the process that accepts, and those that do not.
+/// A listener, the process that accepts, and other processes that have the listener too.
 struct Site {
     name: &'static str,
     address: SocketAddr,
     processes: Vec<Process>,
     _directory: tempfile::TempDir,
+    /// Connections a second, one figure a round.
     rates: Vec<f64>,
+    /// CPU of all processes for each connection, one figure a round.
     cpu: Vec<Duration>,
 }
 
@@ -42,6 +44,7 @@ impl Site {
         Ok(Self { name, address, processes, _directory: directory, rates, cpu })
     }
 
+    /// Measures one round.
     fn measure(&mut self) -> Result<()> {
         let before = self.cpu()?;
         let load = Load::start(self.address);
@@ -55,17 +58,19 @@ impl Site {
         Ok(())
     }
 
+    /// Returns the CPU time of all processes so far.
     fn cpu(&self) -> Result<Duration> {
         self.processes.iter().map(Process::cpu).sum()
     }
 
-    /// Returns the median of the ratios to the rates of another site within a round.
+    /// Returns the median of the ratios to the rates of the site `usual` within a round.
     fn ratio(&self, usual: &Self) -> f64 {
         median(self.rates.iter().zip(&usual.rates).map(|(rate, usual)| rate / usual))
     }
 }
 
 pub(crate) fn measure(rounds: usize) -> Result<(String, Bar)> {
+    // Start everything: each site has a listener of its own.
     let mut sites = [
         Site::new("no other process", |_, _| Ok(Vec::new()))?,
         Site::new("ten generations drain", |path, listener| {
@@ -76,6 +81,8 @@ pub(crate) fn measure(rounds: usize) -> Result<(String, Bar)> {
             (0..GENERATIONS).map(|_| Process::watcher(listener)).collect()
         })?,
     ];
+
+    // Each round begins with another site.
     for round in 0..rounds {
         for turn in 0..sites.len() {
             let turn = (round + turn) % sites.len();
@@ -83,6 +90,7 @@ pub(crate) fn measure(rounds: usize) -> Result<(String, Bar)> {
         }
     }
 
+    // Report the medians.
     let mut table = String::from(
         "\n## Connections a second while old generations drain\n\nAccepted by one process, with 4 \
          clients that connect again as soon as they are answered. *ratio* is the median of the \

@@ -1,4 +1,4 @@
-//! The figures that a takeover has to reach.
+//! The bars: figures that a takeover has to reach.
 
 use std::fmt::Write as _;
 

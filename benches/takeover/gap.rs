@@ -22,14 +22,16 @@ pub(crate) fn measure(rounds: usize) -> Result<(String, Bar)> {
     let load = Load::start(address);
     let [mut without, mut with] = [Vec::new(), Vec::new()];
     for _ in 0..3 * rounds {
-        // Both windows have a second process, so only the takeover differs.
+        // The window without a takeover. The new process is there already, so that the takeover is
+        // the only difference between the windows.
         let mut next = Process::server(&path, address, 1)?;
         next.report()?;
-        sleep(2 * WINDOW); // it was started, which has disturbed the others
+        sleep(2 * WINDOW); // its start has disturbed the others
         load.take();
         sleep(WINDOW);
         without.push(longest_gap(&load.take()));
 
+        // The window with a takeover.
         let begin = Instant::now();
         next.go()?;
         next.report()?;
@@ -40,6 +42,7 @@ pub(crate) fn measure(rounds: usize) -> Result<(String, Bar)> {
     load.stop()?;
     drop(serving);
 
+    // Report the medians.
     let table = format!(
         "\n## The longest gap between two accepted connections\n\nIn windows of {} ms, with 4 \
          clients that connect again as soon as they are answered. No connection failed. The \

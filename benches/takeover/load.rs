@@ -16,7 +16,7 @@ const CLIENTS: usize = 4;
 /// The time of a measurement under load.
 pub(crate) const WINDOW: Duration = Duration::from_millis(400);
 
-/// Clients, each of which connects again as soon as it was answered.
+/// Clients that connect again as soon as they are answered.
 pub(crate) struct Load {
     stop: Arc<AtomicBool>,
     accepted: Arc<Mutex<Vec<Instant>>>,

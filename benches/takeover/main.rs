@@ -1,12 +1,12 @@
-//! The cost of a takeover: until the new process is ready, for clients meanwhile, and for everybody
-//! while old generations drain.
+//! The cost of a takeover: the time and CPU until the new process is ready, the gap that clients
+//! see meanwhile, and the rate of accepted connections while old generations drain.
 //!
 //! ```text
 //! cargo bench --bench takeover               # prints tables
 //! cargo bench --bench takeover -- --report   # writes docs/BENCHMARKS_TAKEOVER.md as well
 //! ```
 //!
-//! All servers are processes of their own. Contenders of a table take turns, round after round.
+//! All servers are processes of their own. The lines of a table take turns, round after round.
 
 mod accept_rate;
 mod bars;
@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let Ok(role) = env::var(processes::ROLE) {
         return processes::run(&role);
     }
-    // `cargo test --benches`, which does not pass `--bench`, runs it shortly, to see that it works.
+    // `cargo test --benches` does not pass `--bench`: one round, which checks that it works.
     let (bench, arguments): (Vec<_>, Vec<_>) =
         env::args().skip(1).partition(|argument| argument == "--bench");
     let is_test = bench.is_empty() || arguments.iter().any(|argument| argument == "--test");

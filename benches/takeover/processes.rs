@@ -1,5 +1,5 @@
-//! Processes of the bench: servers, and watchers that leave a copy of a listener in their event
-//! loops.
+//! The processes of the bench: servers, and watchers, which leave a copy of a listener in their
+//! event loops.
 
 use std::{
     env,
@@ -21,7 +21,7 @@ pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error>>;
 /// Names the role of a process.
 pub(crate) const ROLE: &str = "FDWIRE_TAKEOVER_BENCH";
 
-/// A process whose standard output is its reports.
+/// A process that writes its reports to its standard output.
 pub(crate) struct Process {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -29,8 +29,9 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts a server that waits for [`go`](Self::go). The first one at a path binds `listeners`
-    /// sockets, of which the first is at `address`.
+    /// Starts a server that reports that it has started and then waits for [`go`](Self::go). If it
+    /// is the first one at its path, it binds `listeners` sockets, and the first of them is at
+    /// `address`.
     pub(crate) fn server(path: &Path, address: SocketAddr, listeners: usize) -> Result<Self> {
         let mut command = Command::new(env::current_exe()?);
         command
@@ -43,8 +44,8 @@ impl Process {
         Ok(process)
     }
 
-    /// Starts a server and waits until it serves. Returns the CPU time and the time that it took
-    /// from its request until it was ready.
+    /// Starts a server and waits until it serves. Returns the CPU time and the elapsed time from
+    /// its request for the listeners until it was ready.
     pub(crate) fn serving(
         path: &Path,
         address: SocketAddr,
@@ -57,7 +58,7 @@ impl Process {
         Ok((process, Duration::from_nanos(cpu), Duration::from_nanos(elapsed)))
     }
 
-    /// Starts the first server, at a listener that others have too.
+    /// Starts the first server at a path, with a listener that other processes have too.
     pub(crate) fn first(path: &Path, listener: &TcpListener) -> Result<Self> {
         let mut command = Command::new(env::current_exe()?);
         command.env(ROLE, "server").env("BENCH_PATH", path).env("BENCH_LISTENERS", "1");
@@ -77,15 +78,17 @@ impl Process {
     }
 
     fn start(mut command: Command) -> Result<Self> {
-        let (reports, there) = pipe()?;
-        let child = command.stdout(there).spawn()?;
+        let (reports, stdout) = pipe()?;
+        let child = command.stdout(stdout).spawn()?;
         Ok(Self { child, stdin: None, reports: BufReader::new(reports) })
     }
 
+    /// Lets a [`server`](Self::server) take the listeners.
     pub(crate) fn go(&mut self) -> Result<()> {
-        Ok(self.stdin.as_mut().ok_or("it has no input")?.write_all(b"\n")?)
+        Ok(self.stdin.as_mut().ok_or("the process has no input")?.write_all(b"\n")?)
     }
 
+    /// Waits for the next report.
     pub(crate) fn report(&mut self) -> Result<String> {
         let mut report = String::new();
         match self.reports.read_line(&mut report)? {
@@ -96,7 +99,7 @@ impl Process {
 
     fn numbers(&mut self) -> Result<[u64; 2]> {
         let report = self.report()?;
-        let (first, second) = report.split_once(' ').ok_or("two numbers")?;
+        let (first, second) = report.split_once(' ').ok_or("a report has two numbers")?;
         Ok([first.parse()?, second.parse()?])
     }
 
@@ -113,7 +116,7 @@ impl Drop for Process {
     }
 }
 
-/// Returns the time that all threads of a process have run.
+/// Returns the CPU time of all threads of a process, as the kernel's scheduler counts it.
 fn cpu(process: &str) -> Result<Duration> {
     let mut nanoseconds = 0;
     for thread in fs::read_dir(format!("/proc/{process}/task"))? {
@@ -127,6 +130,7 @@ pub(crate) fn free_address() -> Result<SocketAddr> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }
 
+/// Runs a process of the bench.
 pub(crate) fn run(role: &str) -> Result<()> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     match role {
@@ -136,6 +140,7 @@ pub(crate) fn run(role: &str) -> Result<()> {
 }
 
 async fn serve() -> Result<()> {
+    // Read the arguments, and allow as many descriptors as possible.
     let variable = |name: &str| env::var(name).map_err(|_| format!("no {name}"));
     let path = variable("BENCH_PATH")?;
     let address = env::var("BENCH_ADDRESS").ok();
@@ -144,7 +149,9 @@ async fn serve() -> Result<()> {
     if soft < hard {
         nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)?;
     }
-    // Only the first process binds.
+
+    // Only the first process at a path calls this. Without an address, its listener is at standard
+    // input.
     let bind = || {
         let mut bound = Listeners::new();
         match &address {
@@ -156,12 +163,14 @@ async fn serve() -> Result<()> {
         }
         Ok(bound)
     };
+
+    // Wait until the bench lets it go on.
     if address.is_some() {
         println!("started");
         io::stdin().read_exact(&mut [0])?;
     }
 
-    // The measured time goes from the request until it is ready.
+    // Measure from the request until it is ready.
     let (begin, cpu_begin) = (Instant::now(), cpu("self")?);
     let server = takeover::bind_or_take(&path, Options::default(), bind).await?.ready().await?;
     let (elapsed, used) = (begin.elapsed(), cpu("self")? - cpu_begin);
@@ -169,7 +178,8 @@ async fn serve() -> Result<()> {
     answer(&server).await
 }
 
-/// Answers until it is killed, and drains as if a client stayed.
+/// Answers until the listener is given away, and then stays until it is killed, as a server does
+/// whose clients keep their connections.
 async fn answer(server: &Server) -> Result<()> {
     let http = server.gated::<net::TcpListener>("http", 0)?;
     while let Ok((mut connection, _)) = http.accept().await {

@@ -8,7 +8,7 @@ use crate::{
     processes::{Process, Result, free_address},
 };
 
-/// Numbers of listeners. The last one has a bar.
+/// The numbers of listeners that are measured. The last one has a bar.
 const LISTENERS: [usize; 3] = [1, 100, 1000];
 
 /// A server that is replaced again and again.
@@ -33,6 +33,7 @@ impl Site {
         Ok(Self { listeners, _directory, path, address, serving, elapsed, cpu_of_new, cpu_of_old })
     }
 
+    /// Measures one takeover.
     fn take_over(&mut self) -> Result<()> {
         let before = self.serving.cpu()?;
         let (next, cpu, elapsed) = Process::serving(&self.path, self.address, self.listeners)?;
@@ -43,7 +44,7 @@ impl Site {
         Ok(())
     }
 
-    /// Returns the CPU of both processes in milliseconds.
+    /// Returns the median of the CPU time of both processes, in milliseconds.
     fn cpu(&self) -> f64 {
         let both = self.cpu_of_new.iter().zip(&self.cpu_of_old);
         median(both.map(|(new, old)| milliseconds(&(*new + *old))))

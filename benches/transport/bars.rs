@@ -1,11 +1,11 @@
-//! The ratios that the figures have to reach. They mean the same on any machine.
+//! The bars: ratios that fdwire's figures have to reach. A ratio means the same on any machine.
 
 use crate::{
     results::{Measured, Results, RowResult},
     rows::{IN_TASKS, Role},
 };
 
-/// A figure and what it has to be.
+/// A figure and its limit.
 pub(crate) struct Bar {
     pub(crate) row: String,
     pub(crate) what: String,
@@ -39,7 +39,7 @@ impl Bar {
     }
 }
 
-/// The bars of all rows that were measured.
+/// Returns the bars of all rows that were measured.
 pub(crate) fn bars(results: &Results) -> Vec<Bar> {
     let mut bars = Vec::new();
     let mut of = |id: &str, each: fn(&mut Bars<'_>, &Measured)| {
@@ -48,6 +48,8 @@ pub(crate) fn bars(results: &Results) -> Vec<Bar> {
             each(&mut Bars { row, bars: &mut bars }, fdwire);
         }
     };
+
+    // Small messages in batches.
     of("64B-batched", |bars, fdwire| {
         bars.times_bare(fdwire, 2.0);
         bars.faster_than(fdwire, bars.row.contender("LengthDelimitedCodec"), 1.2);
@@ -58,16 +60,20 @@ pub(crate) fn bars(results: &Results) -> Vec<Bar> {
         bars.faster_than(fdwire, bars.row.contender("anchovy, by hand"), 1.0);
         bars.faster_than(fdwire, bars.row.fastest(passes_fds), 4.0);
     });
+
+    // Round trips.
     for id in ["64B-round-trip", "64B-fd-round-trip"] {
         of(id, |bars, fdwire| {
             bars.times(fdwire, bars.row.contender("tokio-seqpacket"), 1.05);
             bars.times_bare(fdwire, 1.15);
         });
     }
+
+    // Long messages. The fastest peer is compared only with the faster one of fdwire's kinds of
+    // socket, which a user would choose for bulk.
     for id in ["64KiB", "1MiB", "16MiB"] {
         of(id, |bars, fdwire| bars.faster_than(fdwire, bars.row.bare_for(fdwire), 0.9));
         of(id, |bars, fdwire| {
-            // On the kind that is chosen for bulk.
             if bars
                 .row
                 .fastest(|contender| contender.role == Role::Fdwire)
@@ -77,10 +83,14 @@ pub(crate) fn bars(results: &Results) -> Vec<Bar> {
             }
         });
     }
+
+    // The hand-off layer with an HTTP server, against bare calls that promise nothing.
     for id in ["http-busy", "http-idle", "http-mt-busy", "http-mt-idle"] {
         of(id, |bars, fdwire| bars.adds(fdwire, if fdwire.stream { 1.6 } else { 1.5 }));
     }
-    // The alternatives without the promise.
+
+    // The hand-off layer, against other ways to use two processes. These do not promise that no
+    // connection is lost.
     of("http-mt-busy", |bars, fdwire| {
         if fdwire.name == IN_TASKS {
             bars.cpu_times(fdwire, bars.row.contender("two processes, SO_REUSEPORT"), 1.25);
@@ -90,12 +100,12 @@ pub(crate) fn bars(results: &Results) -> Vec<Bar> {
     bars
 }
 
-/// Peers that pass descriptors, message by message.
+/// Returns true for peers that pass descriptors, message by message.
 fn passes_fds(contender: &Measured) -> bool {
     contender.role == Role::Peer && contender.name != "LengthDelimitedCodec"
 }
 
-/// The bars of a row, as far as its contenders were measured.
+/// Adds the bars of a row, for those of its contenders that were measured.
 struct Bars<'a> {
     row: &'a RowResult,
     bars: &'a mut Vec<Bar>,
@@ -113,7 +123,7 @@ impl Bars<'_> {
         }
     }
 
-    /// CPU time beyond that of one process.
+    /// Compares the CPU time that each adds to the work of one process.
     fn adds(&mut self, fdwire: &Measured, at_most: f64) {
         if let (Some(base), Some(bare)) = (self.row.without_passing(), self.row.bare_for(fdwire)) {
             let what = format!("{}: added CPU / {}", fdwire.name, bare.name);

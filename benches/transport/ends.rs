@@ -38,12 +38,13 @@ impl Messages {
         Self { payload: vec![7; load.bytes].into(), fd }
     }
 
-    /// A descriptor of its own for each message.
+    /// Makes a descriptor for one message by `dup`, if the messages carry any.
     fn fd(&self) -> Option<OwnedFd> {
         self.fd.as_ref().map(|fd| fd.as_fd().try_clone_to_owned().expect("a descriptor is free"))
     }
 }
 
+/// Sends batches.
 struct Sender<L> {
     link: L,
     load: Load,
@@ -70,6 +71,7 @@ impl<L: Link> End for Sender<L> {
     }
 }
 
+/// Receives messages and counts their bytes and descriptors.
 struct Receiver<L> {
     link: L,
     load: Load,
@@ -107,7 +109,7 @@ async fn recv_one<L: Link>(link: &mut L, load: Load) -> Option<OwnedFd> {
     received.fds.pop()
 }
 
-/// Asks, and waits for the answer.
+/// Sends a message and waits for the answer, one at a time.
 struct Client<L>(Sender<L>);
 
 pub(crate) fn client<L: Link>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
@@ -156,7 +158,7 @@ impl<L: Link> End for Echo<L> {
     }
 }
 
-/// Has nothing to do.
+/// An end that has nothing to do.
 struct Idle;
 
 pub(crate) fn idle(_: OwnedFd, _: Setup) -> Box<dyn End> {

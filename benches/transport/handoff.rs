@@ -1,8 +1,8 @@
 //! Connections that one process accepts and another one answers.
 //!
-//! Three processes: a client, the one that measures and accepts, and a worker. The client keeps
-//! connections open at a time, asks if there is something to ask, reads each to its end, and checks
-//! what it got. Its CPU time is not counted.
+//! There are three processes: a client, the one that measures and accepts, and a worker. The client
+//! keeps several connections open. On each it sends a request (if there is one), reads to the end,
+//! and checks the answer. The client's CPU time is not counted.
 
 use std::{
     collections::VecDeque,
@@ -25,15 +25,15 @@ use crate::{
     processes::{Control, Helper},
 };
 
-/// The answer that a client gets, or the end of it.
+/// The bytes at the end of the answer to a client.
 pub(crate) const ANSWER: &[u8] = b"hello";
 
 /// The behaviour of a client.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Talk {
-    /// Connections that it keeps open.
+pub(crate) struct ClientLoad {
+    /// The number of connections that it keeps open.
     pub(crate) window: usize,
-    /// The bytes that it sends first.
+    /// The bytes that it sends first on each connection.
     pub(crate) request: &'static str,
 }
 
@@ -41,7 +41,8 @@ fn answer(connection: OwnedFd) {
     net::TcpStream::from(connection).write_all(ANSWER).expect("the client is there");
 }
 
-/// Accepts, and hands over.
+/// Accepts connections and sends them to the worker. Connections that were accepted together are
+/// sent together.
 struct Front<L> {
     link: L,
     load: Load,
@@ -51,11 +52,11 @@ struct Front<L> {
 }
 
 pub(crate) fn front<L: Link>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
-    front_for::<L>(socket, setup, Talk { window: 64, request: "" })
+    front_for::<L>(socket, setup, ClientLoad { window: 64, request: "" })
 }
 
-pub(crate) fn front_for<L: Link>(socket: OwnedFd, setup: Setup, talk: Talk) -> Box<dyn End> {
-    let (listener, client) = listen(talk);
+pub(crate) fn front_for<L: Link>(socket: OwnedFd, setup: Setup, load: ClientLoad) -> Box<dyn End> {
+    let (listener, client) = listen(load);
     Box::new(Front {
         link: L::new(socket, setup),
         load: setup.load,
@@ -65,21 +66,23 @@ pub(crate) fn front_for<L: Link>(socket: OwnedFd, setup: Setup, talk: Talk) -> B
     })
 }
 
-/// A listener, and a client that connects to it when it is told to.
-pub(crate) fn listen(talk: Talk) -> (net::TcpListener, Helper) {
+/// Makes a listener, and starts a client that connects to it. The client begins when it receives
+/// the number of connections to make.
+pub(crate) fn listen(load: ClientLoad) -> (net::TcpListener, Helper) {
     let listener = net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port is free");
     listener.set_nonblocking(true).expect("it is a socket");
     let address = listener.local_addr().expect("it is bound");
-    (listener, Helper::client(address, talk))
+    (listener, Helper::client(address, load))
 }
 
 impl<L: Link> End for Front<L> {
     fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
         let Self { link, load, metadata, listener, client } = self;
         let run = async move {
-            client.control.say(count as u64);
+            client.control.send(count as u64);
             let mut accepted = 0;
             while accepted < count {
+                // Wait for one connection, and take those that are there too, up to a batch.
                 let mut next = Some(listener.accept().await);
                 let mut batch = 0;
                 while let Some(connection) = next {
@@ -92,13 +95,13 @@ impl<L: Link> End for Front<L> {
                 }
                 link.flush().await;
             }
-            client.control.hear_in_runtime().await;
+            client.control.receive_in_runtime().await;
         };
         run.boxed_local()
     }
 }
 
-/// Answers the connections that it gets.
+/// Answers the connections that it receives.
 struct Worker<L> {
     link: L,
     load: Load,
@@ -143,7 +146,7 @@ impl Link for InOneProcess {
     }
 }
 
-/// The client's process.
+/// Runs the client's process.
 pub(crate) fn run_client(address: SocketAddr, window: usize, request: &str, mut control: Control) {
     let connect = || {
         let mut connection = net::TcpStream::connect(address).expect("the front listens");
@@ -153,7 +156,7 @@ pub(crate) fn run_client(address: SocketAddr, window: usize, request: &str, mut 
         connection.write_all(request.as_bytes()).expect("the front or the worker reads");
         connection
     };
-    while let Some(count) = control.hear() {
+    while let Some(count) = control.receive() {
         let mut open = VecDeque::with_capacity(window);
         let mut left = count;
         while left > 0 || !open.is_empty() {
@@ -161,12 +164,13 @@ pub(crate) fn run_client(address: SocketAddr, window: usize, request: &str, mut 
                 open.push_back(connect());
                 left -= 1;
             }
+            // The answer ends with the connection. A new one takes its place.
             if let Some(mut oldest) = open.pop_front() {
                 let mut got = Vec::with_capacity(256);
                 oldest.read_to_end(&mut got).expect("an answer");
                 assert!(got.ends_with(ANSWER), "{}", got.escape_ascii());
             }
         }
-        control.say(count);
+        control.send(count);
     }
 }

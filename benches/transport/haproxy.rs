@@ -1,5 +1,5 @@
-//! The same HTTP server behind a real haproxy, which passes bytes on and not connections. It keeps
-//! its connections to the server open (`http-reuse always`).
+//! The same HTTP server behind a real haproxy, which passes on bytes instead of connections.
+//! haproxy keeps its connections to the server open (`http-reuse always`).
 
 use std::{
     convert::Infallible,
@@ -30,11 +30,11 @@ use crate::{
     contenders::Setup,
     ends::End,
     handoff::{ANSWER, listen},
-    http::talk,
+    http::http_client,
     processes::Helper,
 };
 
-/// Returns true if it can be started.
+/// Returns true if haproxy can be started.
 pub(crate) fn is_installed() -> bool {
     let version =
         Command::new(PROGRAM).arg("-v").stdout(Stdio::null()).stderr(Stdio::null()).status();
@@ -81,11 +81,11 @@ impl Drop for Haproxy {
     }
 }
 
-/// Has haproxy and the client.
+/// Has started haproxy and the client, and waits until the client is done.
 struct Front {
     haproxy: Haproxy,
     peer: Framed<FrameCodec>,
-    /// Sent to the server at the first run.
+    /// The server's listener. The first run sends it to the server.
     server: Option<UnixListener>,
     client: Helper,
     _directory: TempDir,
@@ -101,7 +101,7 @@ pub(crate) fn front<const WINDOW: usize, const THREADS: usize>(
 ) -> Box<dyn End> {
     let directory = tempfile::tempdir().expect("a directory can be made");
     let server = UnixListener::bind(directory.path().join("server")).expect("the path is free");
-    let (listener, client) = listen(talk(WINDOW));
+    let (listener, client) = listen(http_client(WINDOW));
     let haproxy = Haproxy::start(listener, &directory, THREADS);
     Box::new(Front {
         haproxy,
@@ -116,11 +116,12 @@ impl End for Front {
     fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
         let Self { peer, server, client, .. } = self;
         let run = async move {
+            // The first run sends the listener to the server.
             if let Some(server) = server.take() {
                 peer.send(Frame::new("listen").with_fd(server)).await.expect("the server is there");
             }
-            client.control.say(count as u64);
-            client.control.hear_in_runtime().await;
+            client.control.send(count as u64);
+            client.control.receive_in_runtime().await;
             peer.send(Frame::new("end")).await.expect("the server is there");
         };
         run.boxed_local()
@@ -146,7 +147,7 @@ pub(crate) fn server(socket: OwnedFd, _: Setup) -> Box<dyn End> {
 async fn serve_all(stream: net::UnixStream) {
     let answer =
         async |_| Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(ANSWER))));
-    // haproxy ends a connection as it likes.
+    // haproxy may end a connection at any time.
     let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)).await;
 }
 
@@ -164,6 +165,8 @@ impl End for Server {
                 );
             }
             let listener = listener.as_ref().expect("received above");
+
+            // Serve until the front reports that the client is done.
             loop {
                 select! {
                     accepted = listener.accept() => {

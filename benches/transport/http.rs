@@ -22,15 +22,16 @@ use tokio::{
 use crate::{
     contenders::{Link, Load, Received, Setup},
     ends::End,
-    handoff::{ANSWER, Talk, front_for, listen},
+    handoff::{ANSWER, ClientLoad, front_for, listen},
     processes::Helper,
 };
 
-pub(crate) fn talk(window: usize) -> Talk {
-    Talk { window, request: "GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n" }
+/// Returns a client that sends one request on each connection.
+pub(crate) fn http_client(window: usize) -> ClientLoad {
+    ClientLoad { window, request: "GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n" }
 }
 
-/// The server.
+/// Serves one connection: the same server for all contenders.
 pub(crate) async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin) {
     let answer =
         async |_| Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(ANSWER))));
@@ -39,14 +40,14 @@ pub(crate) async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin) {
     served.expect("a request and its answer");
 }
 
-/// Accepts and serves.
+/// Accepts and serves in the same process.
 struct OneProcess {
     listener: TcpListener,
     client: Helper,
 }
 
 pub(crate) fn one_process<const WINDOW: usize>(_: OwnedFd, _: Setup) -> Box<dyn End> {
-    let (listener, client) = listen(talk(WINDOW));
+    let (listener, client) = listen(http_client(WINDOW));
     Box::new(OneProcess {
         listener: TcpListener::from_std(listener).expect("the socket can be registered"),
         client,
@@ -57,19 +58,19 @@ impl End for OneProcess {
     fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
         let Self { listener, client } = self;
         let run = async move {
-            client.control.say(count as u64);
+            client.control.send(count as u64);
             let mut serving = JoinSet::new();
             for _ in 0..count {
                 serving.spawn(serve(listener.accept().await.expect("accepting").0));
             }
             serving.join_all().await;
-            client.control.hear_in_runtime().await;
+            client.control.receive_in_runtime().await;
         };
         run.boxed_local()
     }
 }
 
-/// Accepts, and hands over by the layer.
+/// Accepts and hands over with the hand-off layer, which promises that no connection is lost.
 struct Front {
     dispatcher: Dispatcher,
     listener: net::TcpListener,
@@ -79,7 +80,7 @@ struct Front {
 pub(crate) fn dispatcher<const WINDOW: usize>(socket: OwnedFd, _: Setup) -> Box<dyn End> {
     let dispatcher = Dispatcher::new();
     dispatcher.add_worker(Socket::try_from(socket).expect("a connected Unix socket"));
-    let (listener, client) = listen(talk(WINDOW));
+    let (listener, client) = listen(http_client(WINDOW));
     Box::new(Front { dispatcher, listener, client })
 }
 
@@ -87,23 +88,23 @@ impl End for Front {
     fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
         let Self { dispatcher, listener, client } = self;
         let run = async move {
-            client.control.say(count as u64);
+            client.control.send(count as u64);
             let listener = listener.try_clone().expect("a descriptor is free");
             select! {
                 ended = dispatcher.serve(listener) => {
-                    panic!("nothing has ended the dispatcher: {ended:?}")
+                    panic!("the dispatcher has ended by itself: {ended:?}")
                 }
-                _ = client.control.hear_in_runtime() => {}
+                _ = client.control.receive_in_runtime() => {}
             }
         };
         run.boxed_local()
     }
 }
 
-/// Serves what the layer brings.
+/// Serves the connections that the hand-off layer brings.
 struct Worker {
     incoming: Incoming,
-    /// Connections taken at a time.
+    /// The most connections taken at a time.
     batch: usize,
 }
 
@@ -118,6 +119,7 @@ fn take_connections(socket: OwnedFd) -> Incoming {
 async fn serve_incoming(incoming: &mut Incoming, count: usize, batch: usize) {
     let (mut serving, mut left) = (JoinSet::new(), count);
     while left > 0 {
+        // Take the connections that are there, up to a batch, and serve each in a task.
         let connections =
             incoming.next_batch(left.min(batch)).await.expect("the dispatcher is there");
         left -= connections.len();
@@ -132,7 +134,7 @@ impl End for Worker {
     }
 }
 
-/// The same in a spawned task. Absent only while that runs.
+/// The same worker in a spawned task, which has the `Incoming` while it runs.
 struct WorkerInTask(Option<Incoming>);
 
 pub(crate) fn incoming_in_task(socket: OwnedFd, _: Setup) -> Box<dyn End> {
@@ -150,16 +152,17 @@ impl End for WorkerInTask {
     }
 }
 
-/// Accepts, and sends each connection by a call.
+/// Accepts, and sends each connection with one `sendmsg`. It promises nothing: a connection is lost
+/// if the worker dies before it has served it.
 pub(crate) fn front<L: Link, const WINDOW: usize>(socket: OwnedFd, setup: Setup) -> Box<dyn End> {
-    front_for::<L>(socket, setup, talk(WINDOW))
+    front_for::<L>(socket, setup, http_client(WINDOW))
 }
 
-/// Serves the connections that calls bring.
+/// Serves the connections that it receives with bare calls.
 struct BareWorker<L> {
     link: L,
     load: Load,
-    /// Whether it first answers with as many bytes as it has received connections.
+    /// Whether it acknowledges connections, with one byte for each, before it serves them.
     acknowledges: bool,
 }
 
@@ -179,6 +182,7 @@ impl<L: Link> End for BareWorker<L> {
             let (mut serving, mut received, mut served) = (JoinSet::new(), Received::default(), 0);
             while served < count || received.bytes < count * load.bytes {
                 link.recv(&mut received).await;
+                // One call acknowledges everything that has arrived by now.
                 if *acknowledges {
                     while link.recv(&mut received).now_or_never().is_some() {}
                     for _ in &received.fds {
@@ -186,6 +190,7 @@ impl<L: Link> End for BareWorker<L> {
                     }
                     link.flush().await;
                 }
+                // Serve each connection in a task.
                 served += received.fds.len();
                 for connection in received.fds.drain(..) {
                     let connection = net::TcpStream::from(connection);

@@ -1,4 +1,4 @@
-//! Where it is measured.
+//! The machine and the run that the figures are from.
 
 use std::{env, fs, process::Command};
 
@@ -30,7 +30,7 @@ impl Machine {
         }
     }
 
-    /// Returns the facts that a reader has to know, a line each.
+    /// Returns what a reader has to know about the machine and the run, a line each.
     pub(crate) fn lines(&self) -> Vec<String> {
         let (small, large) = self.send_buffer_bytes;
         let cores = match self.bound_to {

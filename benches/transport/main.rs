@@ -1,14 +1,15 @@
-//! fdwire against bare `sendmsg` and `recvmsg`, and against other crates: messages one way, there
-//! and back, from many tasks, connections handed over, and the same by this crate's hand-off layer
-//! with a whole HTTP server behind it.
+//! fdwire against bare `sendmsg` and `recvmsg`, and against other crates: messages one way,
+//! messages there and back, messages from many tasks, and connections handed over. In the last
+//! rows, this crate's hand-off layer (`Dispatcher` and `Incoming`) hands them to a whole HTTP
+//! server.
 //!
 //! ```text
 //! cargo bench --bench transport               # everything, in some minutes
 //! cargo bench --bench transport -- --list     # the names of rows and contenders
 //! cargo bench --bench transport -- --report   # write docs/BENCHMARKS.md and docs/benchmarks.svg
-//! cargo bench --bench transport -- --from FILE --report
+//! cargo bench --bench transport -- --from FILE --report  # the same from the results of a run
 //!
-//! # Rows and contenders whose names hold one of the words:
+//! # Only rows and contenders whose name contains one of the words:
 //! cargo bench --bench transport -- 64B-fd anchovy fdwire
 //! ```
 //!
@@ -16,9 +17,10 @@
 //!
 //! - The ends are two processes, each on a core of its own. Each has a current-thread runtime;
 //!   synchronous contenders block. The rows of HTTP have the runtimes that they name, on any core.
-//!   Time ends when the receiver has told that it has everything.
-//! - They take turns, round after round. A figure is the median over the rounds, a ratio the median
-//!   of ratios within a round. CPU time is user and system time of both processes.
+//!   The time of a sample ends when the receiver has reported that it has everything.
+//! - They take turns, round after round. A figure is the median over the rounds, and a ratio is the
+//!   median of the ratios within a round. Times carry their unit (ns, µs or ms); rates are a
+//!   second. CPU time is user and system time of both processes.
 //! - A message with a descriptor starts with an `OwnedFd` of its own, made by `dup`, which is
 //!   closed after it was sent. The receiver closes what it gets; in a round trip it sends it back.
 //! - A receiver ends up with each long message whole in memory of its own.
@@ -60,8 +62,8 @@ use crate::processes::Control;
 #[derive(Parser)]
 #[command(about = "fdwire against bare calls and other crates")]
 struct Args {
-    /// Only rows and contenders whose names hold one of these words; where none is a row's, all
-    /// rows, and so for contenders
+    /// Measure only the rows and contenders whose name contains one of these words. If no word is
+    /// part of a row's name, all rows are measured, and likewise for contenders
     words: Vec<String>,
 
     /// Rounds in which all contenders of a row take turns
@@ -72,11 +74,11 @@ struct Args {
     #[arg(long, default_value_t = 120)]
     sample: u64,
 
-    /// Everything once, with few messages: checks that it works
+    /// Run everything once with few messages, to check that it works
     #[arg(long, alias = "quick")]
     test: bool,
 
-    /// Names of rows and contenders
+    /// Print the names of rows and contenders
     #[arg(long)]
     list: bool,
 
@@ -84,28 +86,31 @@ struct Args {
     #[arg(long, conflicts_with = "test")]
     report: bool,
 
-    /// Measure nothing, take the results of an earlier run
+    /// Measure nothing, and read the results of an earlier run
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
 
-    /// `cargo bench` passes it to every bench. `cargo test --benches` does not, and means `--test`
+    /// `cargo bench` passes this to every bench. Without it (`cargo test --benches`), `--test` is
+    /// meant
     #[arg(long, hide = true)]
     bench: bool,
 
-    /// Be the other process: the far end of a contender of this row
+    /// Run as the other process: the far end of a contender of this row
     #[arg(long, hide = true, requires = "contender")]
     far_end: Option<String>,
 
     #[arg(long, hide = true)]
     contender: Option<String>,
 
-    /// Be the other process: a client that connects there
+    /// Run as the other process: a client that connects to this address
     #[arg(long, hide = true)]
     client: Option<SocketAddr>,
 
+    /// Connections that the client keeps open
     #[arg(long, hide = true, default_value_t = 1)]
     window: usize,
 
+    /// The bytes that the client sends first
     #[arg(long, hide = true, default_value = "")]
     request: String,
 
@@ -120,7 +125,7 @@ const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
 fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     if args.far_end.is_some() || args.client.is_some() {
-        return be_the_other_process(&args);
+        return run_other_process(&args);
     }
     if args.list {
         for row in rows::all() {
@@ -146,6 +151,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// Measures the chosen rows and prints each when it is done.
 fn measure(args: &Args) -> Result<Results, Box<dyn Error>> {
     allow_many_fds()?;
     let effort = match args.test || !args.bench {
@@ -154,17 +160,21 @@ fn measure(args: &Args) -> Result<Results, Box<dyn Error>> {
     };
     let mut results = Results { machine: Machine::this(), rows: Vec::new() };
     report::print_machine(&results.machine);
+
+    // A word chooses rows, contenders, or both.
     let rows = rows::all();
     let is_row = |word: &String| rows.iter().any(|row| row.id.contains(word.as_str()));
     let is_contender = |word: &String| {
         rows.iter().flat_map(|row| &row.contenders).any(|it| it.name.contains(word))
     };
     if let Some(word) = args.words.iter().find(|word| !is_row(word) && !is_contender(word)) {
-        return Err(format!("no row and no contender has {word:?} in its name, see --list").into());
+        return Err(format!("no row and no contender has {word:?} in its name; see --list").into());
     }
     let (any_row, any_contender) =
         (!args.words.iter().any(is_row), !args.words.iter().any(is_contender));
     let chosen = |name: &str| args.words.iter().any(|word| name.contains(word.as_str()));
+
+    // Measure row by row.
     for row in rows.iter().filter(|row| any_row || chosen(row.id)) {
         let contenders = row
             .contenders
@@ -181,6 +191,8 @@ fn measure(args: &Args) -> Result<Results, Box<dyn Error>> {
         }
         results.rows.push(result);
     }
+
+    // Keep every sample for `--from`.
     if let Effort::Rounds(..) = effort {
         report::print_bars(&results);
         let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("transport.json");
@@ -190,7 +202,7 @@ fn measure(args: &Args) -> Result<Results, Box<dyn Error>> {
     Ok(results)
 }
 
-fn be_the_other_process(args: &Args) -> Result<(), Box<dyn Error>> {
+fn run_other_process(args: &Args) -> Result<(), Box<dyn Error>> {
     allow_many_fds()?;
     let cores = args.cores.iter().filter_map(|core| core.parse().ok()).collect::<Vec<usize>>();
     if !cores.is_empty() {
@@ -209,7 +221,8 @@ fn be_the_other_process(args: &Args) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Descriptors under way count against the sender's `RLIMIT_NOFILE`, unless it is root.
+/// Raises the soft limit to the hard one: unless the sender is root, its descriptors in flight may
+/// not exceed its `RLIMIT_NOFILE`.
 fn allow_many_fds() -> nix::Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)

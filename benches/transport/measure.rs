@@ -1,4 +1,4 @@
-//! How it is measured: all contenders of a row in turn, round after round.
+//! The measurement: all contenders of a row take turns, round after round.
 
 use std::{
     os::fd::{AsFd, OwnedFd},
@@ -26,6 +26,7 @@ pub(crate) enum Effort {
 
 /// Measures some contenders of a row.
 pub(crate) fn measure(row: &Row, contenders: &[&Contender], effort: Effort) -> RowResult {
+    // Start all contenders, and find out how many messages each sample needs.
     processes::take_place(row.threads);
     let mut sessions =
         contenders.iter().map(|contender| Session::start(row, contender)).collect::<Vec<_>>();
@@ -33,6 +34,8 @@ pub(crate) fn measure(row: &Row, contenders: &[&Contender], effort: Effort) -> R
         .iter_mut()
         .map(|session| session.calibrate(row.quantum, effort))
         .collect::<Vec<_>>();
+
+    // In each round, every contender works once.
     let mut results =
         contenders.iter().map(|contender| Measured::new(contender)).collect::<Vec<_>>();
     let rounds = if let Effort::Rounds(rounds, _) = effort { rounds } else { 1 };
@@ -54,7 +57,7 @@ pub(crate) fn measure(row: &Row, contenders: &[&Contender], effort: Effort) -> R
 
 struct Sample {
     elapsed: Duration,
-    /// Of the processes of both ends.
+    /// CPU time of the processes of both ends.
     cpu: Duration,
 }
 
@@ -77,24 +80,26 @@ impl Session {
 
     fn sample(&mut self, count: usize) -> Sample {
         let Self { near, far, runtime } = self;
-        far.control.say(count as u64);
-        far.control.hear().expect("the far end is there"); // it is ready
+        far.control.send(count as u64);
+        far.control.receive().expect("the far end is there"); // it is ready
         let cpu_time = |near: &dyn End| cpu_time() + near.cpu_time_of_others();
         let (cpu_before, start) = (cpu_time(near.as_ref()), Instant::now());
         let far_cpu = runtime.block_on(async {
             near.run(count).await;
-            far.control.hear_in_runtime().await // it has everything
+            far.control.receive_in_runtime().await // it has everything
         });
         let (elapsed, cpu) = (start.elapsed(), cpu_time(near.as_ref()) - cpu_before);
         Sample { elapsed, cpu: cpu + Duration::from_nanos(far_cpu) }
     }
 
-    /// The number of messages that a sample takes. Warms up on the way.
+    /// Returns the number of messages that make a sample of about the wanted time. Warms up at the
+    /// same time.
     fn calibrate(&mut self, quantum: usize, effort: Effort) -> usize {
         let Effort::Rounds(_, time) = effort else { return 2 * quantum };
         let mut count = quantum;
         loop {
             let elapsed = self.sample(count).elapsed.max(Duration::from_micros(1));
+            // Grow by a factor of 8 at most, because the first samples are slower than later ones.
             let factor = time.as_secs_f64() / elapsed.as_secs_f64();
             let next = (count as f64 * factor.min(8.0) / quantum as f64).ceil() as usize * quantum;
             if factor < 2.0 {
@@ -105,7 +110,7 @@ impl Session {
     }
 }
 
-/// The process of a far end: does its part each time it is told to.
+/// Runs the process of a far end. It does its part each time it receives a number of messages.
 pub(crate) fn run_far_end(row: &Row, contender: &Contender) {
     let socket: OwnedFd =
         std::io::stdin().as_fd().try_clone_to_owned().expect("a descriptor is free");
@@ -113,11 +118,11 @@ pub(crate) fn run_far_end(row: &Row, contender: &Contender) {
     let runtime = processes::runtime(row.threads);
     runtime.block_on(async {
         let mut end = (contender.far)(socket, row.setup(contender, Side::Far));
-        while let Some(count) = control.hear() {
+        while let Some(count) = control.receive() {
             let before = cpu_time();
-            control.say(0);
+            control.send(0); // it is ready
             end.run(usize::try_from(count).expect("it came from a usize")).await;
-            control.say((cpu_time() - before).as_nanos() as u64);
+            control.send((cpu_time() - before).as_nanos() as u64);
         }
     });
 }

@@ -1,4 +1,4 @@
-//! The results as a picture: a panel for each of some rows, a bar for each contender, on a
+//! The results as a picture: a panel for each of six rows, with a bar for each contender, on a
 //! logarithmic scale.
 
 use std::{error::Error, path::Path};
@@ -15,7 +15,7 @@ use crate::{
     rows::Role,
 };
 
-/// Row, title, and whether it is CPU time that counts.
+/// The panels: the row, the title, and whether it shows CPU time instead of elapsed time.
 const PANELS: [(&str, &str, bool); 6] = [
     ("64B-batched", "64 B, 64 messages at a time: time per message", false),
     ("64B-fd-batched", "64 B + 1 descriptor, 64 at a time: time per message", false),
@@ -25,6 +25,8 @@ const PANELS: [(&str, &str, bool); 6] = [
     ("hand-off", "TCP connection accepted, passed, answered: CPU time", true),
 ];
 
+// The measures of the picture in pixels: the whole, a panel, and in a panel the columns of names
+// and bars and the height of a line.
 const WIDTH: i32 = 1100;
 const MARGIN: i32 = 20;
 const HEAD: i32 = 98;
@@ -55,6 +57,7 @@ fn color(role: Role) -> RGBColor {
 }
 
 pub(crate) fn draw(results: &Results, path: &Path) -> Drawn {
+    // Rows that were not measured have no panel. Two panels stand side by side.
     let panels = PANELS
         .iter()
         .filter_map(|panel| Some((panel, Panel::new(results.row(panel.0)?, panel.2)?)));
@@ -129,6 +132,7 @@ impl<'a> Panel<'a> {
         let of = |role| row.contenders.iter().filter(move |contender| contender.role == role);
         let fdwire = of(Role::Fdwire).next()?;
         let mut panel = Self { bars: Vec::new(), fdwire, cpu };
+        // Of the peers used by hand, only the fastest is shown. Peers are sorted by their time.
         let mut peers =
             of(Role::Peer).chain(row.fastest(|it| it.role == Role::ByHand)).collect::<Vec<_>>();
         peers.sort_by(|a, b| panel.relative(a).total_cmp(&panel.relative(b)));
@@ -145,7 +149,7 @@ impl<'a> Panel<'a> {
         if self.cpu { contender.median_cpu_ns() } else { contender.median_ns() }
     }
 
-    /// Its time in units of fdwire's.
+    /// Returns a contender's time in units of fdwire's.
     fn relative(&self, contender: &Measured) -> f64 {
         if self.cpu {
             contender.median_cpu_ns() / self.fdwire.median_cpu_ns()
@@ -159,18 +163,23 @@ impl<'a> Panel<'a> {
     }
 
     fn draw(&self, area: &Area<'_>, title: &str, (left, top): (i32, i32)) -> Drawn {
+        // Bars begin behind the names, and their length is the logarithm of the ratio.
         let start = left + NAMES;
         let place = |relative: f64| {
             let share = (relative / SCALE.0).ln() / (SCALE.1 / SCALE.0).ln();
             start + (share.clamp(0.0, 1.0) * f64::from(BARS)) as i32
         };
         text(area, title, (left, top + LINE / 2), 15, HPos::Left, true)?;
+
+        // The scale.
         let (first, last) = (top + LINE + 4, top + LINE + 4 + self.bars.len() as i32 * LINE);
         for (relative, name) in TICKS {
             let (x, line) = (place(relative), if relative == 1.0 { INK } else { FAINT });
             area.draw(&PathElement::new([(x, first), (x, last)], line))?;
             text(area, name, (x, last + 9), 12, HPos::Center, false)?;
         }
+
+        // A line for each contender: its name, its bar, its time and its ratio.
         for (contender, y) in self.bars.iter().zip((first..).step_by(LINE as usize)) {
             let middle = y + LINE / 2;
             let relative = self.relative(contender);

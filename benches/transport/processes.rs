@@ -1,4 +1,4 @@
-//! The processes of a contender, what they say to each other, and where they run.
+//! The processes of a contender, their control sockets, and the cores that they run on.
 
 use std::{
     env,
@@ -24,9 +24,9 @@ use nix::{
 };
 use tokio::runtime::{Builder, Runtime};
 
-use crate::{handoff::Talk, rows::Row};
+use crate::{handoff::ClientLoad, rows::Row};
 
-/// A socket beside the one that is measured. What is said are numbers.
+/// A socket beside the one that is measured. Its messages are numbers.
 #[derive(Debug)]
 pub(crate) struct Control(UnixStream);
 
@@ -38,12 +38,12 @@ impl Control {
         ))
     }
 
-    pub(crate) fn say(&mut self, number: u64) {
+    pub(crate) fn send(&mut self, number: u64) {
         self.0.write_all(&number.to_ne_bytes()).expect("the other process is there");
     }
 
-    /// `None` where the other process is gone.
-    pub(crate) fn hear(&mut self) -> Option<u64> {
+    /// Waits for a number. Returns `None` if the other process is gone.
+    pub(crate) fn receive(&mut self) -> Option<u64> {
         let mut bytes = [0; 8];
         match self.0.read_exact(&mut bytes) {
             Ok(()) => Some(u64::from_ne_bytes(bytes)),
@@ -52,15 +52,15 @@ impl Control {
         }
     }
 
-    /// Waits on another thread, so that the runtime goes on with what has been spawned.
-    pub(crate) async fn hear_in_runtime(&self) -> u64 {
+    /// Waits for a number on another thread, so that the runtime runs its tasks meanwhile.
+    pub(crate) async fn receive_in_runtime(&self) -> u64 {
         let mut copy = Self(self.0.try_clone().expect("a descriptor is free"));
-        let heard = tokio::task::spawn_blocking(move || copy.hear()).await;
-        heard.expect("no panic").expect("the other process is there")
+        let received = tokio::task::spawn_blocking(move || copy.receive()).await;
+        received.expect("no panic").expect("the other process is there")
     }
 }
 
-/// Another process of this executable. It ends when its control socket does.
+/// Another process of this executable. It ends when its control socket is shut down.
 #[derive(Debug)]
 pub(crate) struct Helper {
     pub(crate) control: Control,
@@ -69,13 +69,14 @@ pub(crate) struct Helper {
 
 impl Helper {
     fn start(args: &[&str], stdin: Stdio) -> Self {
+        // Standard output of the process is its control socket.
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
         let mut command = Command::new(env::current_exe().expect("this executable is a file"));
         command.args(args).stdin(stdin).stdout(OwnedFd::from(theirs));
         Self { control: Control(ours), child: command.spawn().expect("this executable can be run") }
     }
 
-    /// The other end of a contender, with this socket as its standard input.
+    /// Starts the other end of a contender, with this socket as its standard input.
     pub(crate) fn far_end(row: &Row, contender: &str, socket: OwnedFd) -> Self {
         let cores = match (row.threads, CORES.two) {
             (Threads::OneBound, Some((_, far))) => far.to_string(),
@@ -88,16 +89,16 @@ impl Helper {
         )
     }
 
-    /// The client of hand-offs, on any core.
-    pub(crate) fn client(address: SocketAddr, talk: Talk) -> Self {
-        let (address, window, cores) = (address.to_string(), talk.window.to_string(), CORES.any());
+    /// Starts the client of a hand-off, on any core.
+    pub(crate) fn client(address: SocketAddr, load: ClientLoad) -> Self {
+        let (address, window, cores) = (address.to_string(), load.window.to_string(), CORES.any());
         let args = [
             "--client",
             &address,
             "--window",
             &window,
             "--request",
-            talk.request,
+            load.request,
             "--cores",
             &cores,
         ];
@@ -126,7 +127,7 @@ pub(crate) enum Threads {
     Many,
 }
 
-/// A runtime of the kind that each process has.
+/// Makes the runtime of a process.
 pub(crate) fn runtime(threads: Threads) -> Runtime {
     let mut builder = match threads {
         Threads::OneBound | Threads::One => Builder::new_current_thread(),
@@ -135,7 +136,7 @@ pub(crate) fn runtime(threads: Threads) -> Runtime {
     builder.enable_all().build().expect("a runtime")
 }
 
-/// Has this process, the near end, run where its row wants it.
+/// Binds this process, the near end, to the cores that its row needs.
 pub(crate) fn take_place(threads: Threads) {
     match (threads, CORES.two) {
         (Threads::OneBound, Some((near, _))) => bind(&[near]),
@@ -144,7 +145,7 @@ pub(crate) fn take_place(threads: Threads) {
     };
 }
 
-/// User and system time of all threads of this process.
+/// Returns user and system time of all threads of this process.
 pub(crate) fn cpu_time() -> Duration {
     let usage = getrusage(UsageWho::RUSAGE_SELF).expect("usage can be read");
     [usage.user_time(), usage.system_time()]
@@ -155,15 +156,16 @@ pub(crate) fn cpu_time() -> Duration {
         .sum()
 }
 
-/// Where the process that measures, and those it starts, run. It is bound to its core when this is
-/// first asked for.
+/// The cores of the process that measures and of the processes that it starts. The first use binds
+/// this process to its core.
 pub(crate) static CORES: LazyLock<Cores> = LazyLock::new(Cores::choose);
 
 /// The cores of this process, and the two that the ends of a contender are bound to.
 #[derive(Debug)]
 pub(crate) struct Cores {
     pub(crate) allowed: Vec<usize>,
-    /// Near, far. `None` if there is only one, or binding is not permitted.
+    /// The core of the near end and that of the far end. `None` if there is only one core, or if
+    /// binding is not permitted.
     pub(crate) two: Option<(usize, usize)>,
 }
 
@@ -172,6 +174,7 @@ impl Cores {
         let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
         let allowed =
             (0..CpuSet::count()).filter(|&core| set.is_set(core) == Ok(true)).collect::<Vec<_>>();
+        // Binding this process tests whether binding is permitted at all.
         let two = match allowed[..] {
             [near, far, ..] if bind(&[near]) => Some((near, far)),
             _ => None,
@@ -179,26 +182,28 @@ impl Cores {
         Self { allowed, two }
     }
 
-    /// All of them, as an argument.
+    /// Returns all allowed cores, as an argument.
     fn any(&self) -> String {
         self.allowed.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
     }
 }
 
-/// Binds this process to cores.
+/// Binds this process to cores. Returns false if that is not permitted.
 pub(crate) fn bind(cores: &[usize]) -> bool {
     let mut set = CpuSet::new();
     cores.iter().all(|&core| set.set(core).is_ok())
         && sched_setaffinity(Pid::from_raw(0), &set).is_ok()
 }
 
-/// Two connected sockets, with larger send buffers for bulk. What is set is doubled by the kernel.
+/// Makes two connected sockets, with larger send buffers for bulk. The kernel doubles the size that
+/// is set.
 pub(crate) fn socket_pair(kind: SocketKind, bulk: bool) -> (OwnedFd, OwnedFd) {
     let ty = if kind == SocketKind::Stream { SockType::Stream } else { SockType::SeqPacket };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (near, far) = socketpair(AddressFamily::Unix, ty, None, flags).expect("a socket pair");
     if bulk {
         for end in [&near, &far] {
+            // Root may set more than net.core.wmem_max.
             let bytes = 2 << 20;
             setsockopt(end, sockopt::SndBufForce, &bytes)
                 .or_else(|_| setsockopt(end, sockopt::SndBuf, &bytes))

@@ -1,4 +1,4 @@
-//! The results as tables, for the terminal and for the documentation.
+//! The results as tables, for the terminal and for `docs/BENCHMARKS.md`.
 
 use std::fmt::Write;
 
@@ -27,7 +27,7 @@ pub(crate) fn print_all(results: &Results) {
     print_bars(results);
 }
 
-/// `BENCHMARKS.md`.
+/// Returns the text of `docs/BENCHMARKS.md`.
 pub(crate) fn markdown(results: &Results) -> String {
     let mut text = String::from(INTRODUCTION);
     for line in results.machine.lines() {
@@ -103,12 +103,16 @@ The figures that fdwire has to reach. *time* is its time in units of the other's
 messages a second.
 ";
 
+/// Returns the table of a row, with its head. Rows with other crates have a column for the fastest
+/// of them. Rows with a reference in one process have columns for the added CPU.
 fn row_cells(row: &RowResult) -> Vec<Vec<String>> {
     let times = |contender: &Measured, other: Option<&Measured>| match other {
         Some(other) if other.name == contender.name => "1".to_owned(),
         Some(other) => ratio(contender.times(other)),
         None => String::new(),
     };
+
+    // The head.
     let (unit, base) = (&row.unit, row.without_passing().filter(|_| row.fastest_peer().is_none()));
     let head =
         ["".to_owned(), format!("time / {unit}"), "quartiles".to_owned(), format!("{unit}s / s")];
@@ -119,6 +123,8 @@ fn row_cells(row: &RowResult) -> Vec<Vec<String>> {
     };
     let mut cells =
         vec![head.chain(last.iter().map(|name| (*name).to_owned())).collect::<Vec<_>>()];
+
+    // A line for each contender.
     for contender in &row.contenders {
         let (low, high) = contender.quartiles_ns();
         let mut line = vec![
@@ -161,7 +167,8 @@ fn bar_cells(results: &Results) -> Vec<Vec<String>> {
     cells
 }
 
-/// A table with a head. Figures stand at the right.
+/// Formats cells as a table; the first line is its head. Columns of figures are aligned to the
+/// right.
 fn table(cells: &[Vec<String>]) -> String {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN).set_header(&cells[0]).add_rows(&cells[1..]);
@@ -177,7 +184,7 @@ fn table(cells: &[Vec<String>]) -> String {
     table.trim_fmt()
 }
 
-/// Three figures with their unit.
+/// Formats a time with three significant digits and its unit.
 pub(crate) fn time(ns: f64) -> String {
     let (value, unit) = match ns.abs() {
         ..1e3 => (ns, "ns"),

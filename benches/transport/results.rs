@@ -1,4 +1,4 @@
-//! The figures that were measured, as they are saved, and what follows from them.
+//! The measured figures, as they are saved, and the medians and ratios computed from them.
 
 use fdwire::SocketKind;
 use serde::{Deserialize, Serialize};
@@ -11,7 +11,7 @@ pub(crate) struct Results {
     pub(crate) rows: Vec<RowResult>,
 }
 
-/// Where and how it was measured.
+/// The machine and the run.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Machine {
     pub(crate) cpu: String,
@@ -22,7 +22,7 @@ pub(crate) struct Machine {
     pub(crate) rustc: String,
     pub(crate) date: String,
     pub(crate) command: String,
-    /// Of rows up to 64 B, of the others.
+    /// The send buffer of rows up to 64 B, and that of the others.
     pub(crate) send_buffer_bytes: (usize, usize),
 }
 
@@ -34,14 +34,16 @@ pub(crate) struct RowResult {
     pub(crate) contenders: Vec<Measured>,
 }
 
-/// A contender's samples, one a round.
+/// A contender's samples, one for each round.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Measured {
     pub(crate) name: String,
+    /// Whether the socket is of the kind STREAM.
     pub(crate) stream: bool,
     pub(crate) role: Role,
+    /// Elapsed time for each message.
     pub(crate) ns: Vec<f64>,
-    /// User and system time of the processes of both ends.
+    /// User and system time of the processes of both ends, for each message.
     pub(crate) cpu_ns: Vec<f64>,
 }
 
@@ -56,28 +58,28 @@ impl RowResult {
         self.contenders.iter().find(|contender| contender.name == name)
     }
 
-    /// The fastest of those that are meant.
-    pub(crate) fn fastest(&self, of: impl Fn(&Measured) -> bool) -> Option<&Measured> {
-        let of_them = self.contenders.iter().filter(|contender| of(contender));
-        of_them.min_by(|a, b| a.median_ns().total_cmp(&b.median_ns()))
+    /// Returns the fastest of the contenders that `filter` accepts.
+    pub(crate) fn fastest(&self, filter: impl Fn(&Measured) -> bool) -> Option<&Measured> {
+        let accepted = self.contenders.iter().filter(|contender| filter(contender));
+        accepted.min_by(|a, b| a.median_ns().total_cmp(&b.median_ns()))
     }
 
-    /// The work without passing anything: the first reference of the row.
+    /// Returns the contender that does the work in one process: the first reference of the row.
     pub(crate) fn without_passing(&self) -> Option<&Measured> {
         self.contenders.iter().find(|contender| contender.role == Role::Reference)
     }
 
-    /// Bare calls on a socket of the same kind.
+    /// Returns bare calls on a socket of the same kind.
     pub(crate) fn bare_for(&self, contender: &Measured) -> Option<&Measured> {
         self.fastest(|other| other.role == Role::Bare && other.stream == contender.stream)
     }
 
-    /// Bare calls and an acknowledgement, on a socket of the same kind.
+    /// Returns bare calls with an acknowledgement, on a socket of the same kind.
     pub(crate) fn acknowledged_for(&self, contender: &Measured) -> Option<&Measured> {
         self.fastest(|other| other.role == Role::Acknowledged && other.stream == contender.stream)
     }
 
-    /// The fastest of what other crates do by themselves.
+    /// Returns the fastest of the other crates, without batches put together by hand.
     pub(crate) fn fastest_peer(&self) -> Option<&Measured> {
         self.fastest(|contender| contender.role == Role::Peer)
     }
@@ -103,18 +105,18 @@ impl Measured {
         quantile(&self.cpu_ns, 0.5)
     }
 
-    /// Lower and upper quartile.
+    /// Returns the lower and the upper quartile.
     pub(crate) fn quartiles_ns(&self) -> (f64, f64) {
         (quantile(&self.ns, 0.25), quantile(&self.ns, 0.75))
     }
 
-    /// Its time in units of another's: the median of the ratios within a round, so that what slows
-    /// the machine down for a while counts for nothing.
+    /// Returns its time in units of another's. It is the median of the ratios within a round, so a
+    /// machine that is slow for a while does not change it.
     pub(crate) fn times(&self, other: &Self) -> f64 {
         quantile(&self.ns.iter().zip(&other.ns).map(|(a, b)| a / b).collect::<Vec<_>>(), 0.5)
     }
 
-    /// Its CPU time in units of another's: the median of the ratios within a round.
+    /// Returns its CPU time in units of another's: the median of the ratios within a round.
     pub(crate) fn cpu_times(&self, other: &Self) -> f64 {
         quantile(
             &self.cpu_ns.iter().zip(&other.cpu_ns).map(|(a, b)| a / b).collect::<Vec<_>>(),
@@ -122,7 +124,7 @@ impl Measured {
         )
     }
 
-    /// The CPU time that it takes beyond another's, round by round.
+    /// Returns the CPU time that it takes beyond another's, round by round.
     fn cpu_beyond<'a>(&'a self, base: &'a Self) -> impl Iterator<Item = f64> + 'a {
         self.cpu_ns.iter().zip(&base.cpu_ns).map(|(a, b)| a - b)
     }

@@ -1,5 +1,6 @@
-//! The same HTTP server without a hand-over: two processes that listen at one address
-//! (`SO_REUSEPORT`, socket(7)), and the kernel gives each connection to one of them.
+//! The same HTTP server without a hand-off: two processes listen at one address (`SO_REUSEPORT`,
+//! socket(7)), and the kernel gives each connection to one of them. Connections that wait in the
+//! queue of a process are lost if it dies, unless `net.ipv4.tcp_migrate_req` is set.
 
 use std::{
     io::Write,
@@ -20,7 +21,7 @@ use tokio::{
 use crate::{
     contenders::Setup,
     ends::End,
-    http::{serve, talk},
+    http::{http_client, serve},
     processes::Helper,
 };
 
@@ -37,7 +38,7 @@ fn register(socket: unix::net::UnixStream) -> UnixStream {
     UnixStream::from_std(socket).expect("the socket can be registered")
 }
 
-/// Serves until `end` is ready, and finishes what it has begun.
+/// Accepts and serves until `end` is ready, and finishes the connections that it has accepted.
 async fn serve_until(listener: &TcpListener, end: impl Future) {
     let mut end = std::pin::pin!(end);
     let mut serving = JoinSet::new();
@@ -52,9 +53,9 @@ async fn serve_until(listener: &TcpListener, end: impl Future) {
     serving.join_all().await;
 }
 
-/// The same in a spawned task, if it is to be.
-async fn serve_in(task: bool, listener: &Arc<TcpListener>, end: impl Future) {
-    if !task {
+/// The same, in a spawned task if `in_task` is true.
+async fn serve_in(in_task: bool, listener: &Arc<TcpListener>, end: impl Future) {
+    if !in_task {
         return serve_until(listener, end).await;
     }
     let listener = Arc::clone(listener);
@@ -65,7 +66,7 @@ async fn serve_in(task: bool, listener: &Arc<TcpListener>, end: impl Future) {
     serving.await.expect("no panic");
 }
 
-/// The process that starts the client, and says when it has finished.
+/// The process that starts the client, and notifies the other process when the client is done.
 struct Near {
     listener: Arc<TcpListener>,
     in_task: bool,
@@ -91,7 +92,7 @@ fn make_near(socket: OwnedFd, window: usize, in_task: bool) -> Near {
         listener: Arc::new(listener),
         in_task,
         peer,
-        client: Helper::client(address, talk(window)),
+        client: Helper::client(address, http_client(window)),
     }
 }
 
@@ -99,8 +100,8 @@ impl End for Near {
     fn run(&mut self, count: usize) -> LocalBoxFuture<'_, ()> {
         let Self { listener, in_task, peer, client } = self;
         let run = async move {
-            client.control.say(count as u64);
-            serve_in(*in_task, listener, client.control.hear_in_runtime()).await;
+            client.control.send(count as u64);
+            serve_in(*in_task, listener, client.control.receive_in_runtime()).await;
             peer.write_all(b"e").await.expect("the other process is there");
         };
         run.boxed_local()

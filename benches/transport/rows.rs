@@ -19,14 +19,14 @@ use crate::{
     },
 };
 
-/// Contenders that do the same work.
+/// A row of the report: contenders that do the same work.
 pub(crate) struct Row {
     pub(crate) id: &'static str,
     pub(crate) title: &'static str,
-    /// The thing that a time is of.
+    /// The thing that is counted: a time is for one of these, and a rate is these a second.
     pub(crate) unit: &'static str,
     load: Load,
-    /// Counts are multiples of this.
+    /// The number of messages in a sample is a multiple of this.
     pub(crate) quantum: usize,
     pub(crate) threads: Threads,
     pub(crate) contenders: Vec<Contender>,
@@ -37,16 +37,16 @@ pub(crate) struct Row {
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Role {
     Fdwire,
-    /// `sendmsg` and `recvmsg` on `AsyncFd`: the floor.
+    /// `sendmsg` and `recvmsg` on `AsyncFd`: the floor. It promises nothing.
     Bare,
-    /// The same, and the receiver answers: the floor of a hand-off that loses nothing.
+    /// Bare calls with a receiver that acknowledges: the floor of a hand-off that loses nothing.
     Acknowledged,
-    /// A crate as it is.
+    /// Another crate, used message by message.
     Peer,
-    /// A crate with code that puts messages together and takes them apart, which the crate leaves
-    /// to its user.
+    /// Another crate with code of its user that puts many messages into one call and takes them
+    /// apart again.
     ByHand,
-    /// Something else to compare with.
+    /// The same work done without passing descriptors.
     Reference,
 }
 
@@ -54,7 +54,7 @@ pub(crate) struct Contender {
     pub(crate) name: String,
     pub(crate) kind: SocketKind,
     pub(crate) role: Role,
-    /// Whether it is flushed once a batch. Else, after each message.
+    /// Whether it is flushed after each batch. If not, it is flushed after each message.
     batched: bool,
     pub(crate) near: MakeEnd,
     pub(crate) far: MakeEnd,
@@ -72,7 +72,7 @@ impl Row {
     }
 }
 
-/// How two ends are made of a [`Link`].
+/// The work that the two ends of a [`Link`] do.
 #[derive(Clone, Copy)]
 enum Pattern {
     OneWay,
@@ -89,7 +89,7 @@ fn contender<L: Link>(pattern: Pattern, name: &str, kind: SocketKind, role: Role
     Contender { name: name.to_owned(), kind, role, batched: role != Role::Peer, near, far }
 }
 
-/// fdwire and the calls that it makes, on both kinds.
+/// fdwire and bare calls, on both kinds of socket.
 fn ours(pattern: Pattern) -> Vec<Contender> {
     vec![
         contender::<Fdwire>(pattern, "fdwire SEQPACKET", SeqPacket, Role::Fdwire),
@@ -124,7 +124,7 @@ fn ipc_channel(pattern: Pattern) -> Contender {
     contender::<IpcChannel>(pattern, "ipc-channel", SeqPacket, Role::Peer)
 }
 
-/// It puts messages together itself.
+/// tokio-util's codec puts messages together by itself, so it is flushed after each batch.
 fn length_delimited(pattern: Pattern) -> Contender {
     let contender =
         contender::<LengthDelimited>(pattern, "LengthDelimitedCodec", Stream, Role::Peer);
@@ -135,7 +135,7 @@ fn one_way(id: &'static str, title: &'static str, load: Load) -> Row {
     let pattern = Pattern::OneWay;
     let mut contenders = ours(pattern);
     if !load.fd {
-        contenders.push(length_delimited(pattern));
+        contenders.push(length_delimited(pattern)); // it passes no descriptors
     }
     if load.batch > 1 {
         contenders.extend(by_hand(pattern));
@@ -205,6 +205,7 @@ fn hand_off(id: &'static str, title: &'static str) -> Row {
     let pattern = Pattern::HandOff;
     let here =
         contender::<InOneProcess>(pattern, "answered where accepted", SeqPacket, Role::Reference);
+    // In one process, the far end has nothing to do.
     let mut contenders = vec![Contender { far: idle, ..here }];
     contenders.extend(ours(pattern));
     contenders.extend(peers(pattern));
@@ -212,11 +213,11 @@ fn hand_off(id: &'static str, title: &'static str) -> Row {
     Row { id, title, unit: "hand-off", load, quantum: 64, threads: Threads::OneBound, contenders }
 }
 
-/// Connections are asked for in a spawned task, as README shows, and not in `main`.
+/// The contender whose worker calls `next` in a spawned task, as README shows, and not in `main`.
 pub(crate) const IN_TASKS: &str = "fdwire SEQPACKET, in tasks";
 
-/// A whole server in one process, in two, or behind something that accepts. Its client keeps this
-/// many connections open.
+/// Compares a whole HTTP server in one process, in two, behind a process that hands connections
+/// over, and behind haproxy. The client keeps `WINDOW` connections open.
 fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Threads) -> Row {
     let contender = |name: &str, kind, role, near, far| Contender {
         name: name.to_owned(),
@@ -226,12 +227,16 @@ fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Thr
         near,
         far,
     };
+
+    // The processes that accept.
     let layer: MakeEnd = http::dispatcher::<WINDOW>;
     let bare: MakeEnd = http::front::<Bare, WINDOW>;
     let haproxy: MakeEnd = match threads {
         Threads::Many => haproxy::front::<WINDOW, 2>,
         Threads::One | Threads::OneBound => haproxy::front::<WINDOW, 1>,
     };
+
+    // Without a hand-off, with the hand-off layer, and with bare calls.
     let mut contenders = vec![
         contender("one process", SeqPacket, Role::Reference, http::one_process::<WINDOW>, idle),
         contender(
@@ -253,6 +258,8 @@ fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Thr
         contender("bare SEQPACKET", SeqPacket, Role::Bare, bare, http::worker::<Bare>),
         contender("bare STREAM", Stream, Role::Bare, bare, http::worker::<Bare>),
     ];
+
+    // Bare calls with an acknowledgement.
     for (name, kind) in
         [("bare SEQPACKET, acknowledged", SeqPacket), ("bare STREAM, acknowledged", Stream)]
     {
@@ -260,6 +267,8 @@ fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Thr
             (acknowledged::front::<WINDOW>, http::acknowledging::<Bare>);
         contenders.push(contender(name, kind, Role::Acknowledged, front, worker));
     }
+
+    // On a multi-thread runtime it matters whether a loop runs in `main` or in a task.
     if threads == Threads::Many {
         let (near, far): (MakeEnd, MakeEnd) =
             (reuse_port::near_in_task::<WINDOW>, reuse_port::far_in_task);
@@ -278,6 +287,8 @@ fn http<const WINDOW: usize>(id: &'static str, title: &'static str, threads: Thr
             http::incoming_in_task,
         ));
     }
+
+    // haproxy, which passes bytes on.
     if haproxy::is_installed() {
         contenders.push(contender("haproxy", SeqPacket, Role::Reference, haproxy, haproxy::server));
     }

@@ -21,22 +21,23 @@ use crate::{
     ends::End,
 };
 
-/// A sender that tasks share. A new way to do so needs this, and a line in `rows`.
+/// A sender that tasks share. A new way to share one implements this and gets a line in `rows`.
 pub(crate) trait Shared: Clone + Send + 'static {
-    /// Inside of a runtime, where it may spawn what it needs.
+    /// Takes over a non-blocking socket. Called inside a runtime, so it may spawn tasks.
     fn new(socket: OwnedFd) -> Self;
 
-    /// When it returns, the message is sent, or on its way without further ado.
+    /// Sends a message. When this returns, the message is sent, or will be without a further call.
     fn send(&self, payload: Bytes) -> impl Future<Output = ()> + Send;
 }
 
+/// Sends from many tasks.
 struct Tasks<S> {
     shared: S,
     payload: Bytes,
     tasks: usize,
 }
 
-/// `TASKS` tasks.
+/// Makes an end that sends from `TASKS` tasks.
 pub(crate) fn senders<S: Shared, const TASKS: usize>(
     socket: OwnedFd,
     setup: Setup,
@@ -59,7 +60,7 @@ impl<S: Shared> End for Tasks<S> {
                 all.spawn(async move {
                     for _ in 0..share {
                         shared.send(payload.clone()).await;
-                        yield_now().await; // the other tasks have something to say too
+                        yield_now().await; // the other tasks have messages too
                     }
                 });
             }
@@ -69,7 +70,7 @@ impl<S: Shared> End for Tasks<S> {
     }
 }
 
-/// fdwire behind a mutex; each task sends its message and flushes.
+/// fdwire behind a mutex: each task locks it, sends its message and flushes.
 #[derive(Clone)]
 pub(crate) struct FdwireMutex(Arc<Mutex<Framed<FrameCodec>>>);
 
@@ -83,7 +84,7 @@ impl Shared for FdwireMutex {
     }
 }
 
-/// fdwire behind a channel; one task feeds what waits there, and flushes.
+/// fdwire behind a channel: one task feeds the messages that wait there, and flushes.
 #[derive(Clone)]
 pub(crate) struct FdwireChannel(mpsc::Sender<Frame>);
 

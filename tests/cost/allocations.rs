@@ -1,4 +1,4 @@
-//! Allocations, sender and receiver together.
+//! Allocations for a frame, those of sender and receiver together.
 #![expect(unsafe_code, reason = "an allocator that counts")]
 
 use std::{
@@ -15,7 +15,7 @@ use crate::{
     half, sender,
 };
 
-/// The system's allocator. Counts for each thread what it has allocated.
+/// The system's allocator, which counts the allocations of each thread.
 struct Counting;
 
 thread_local! {
@@ -30,7 +30,7 @@ struct Count {
 }
 
 impl Count {
-    /// Bytes that are allocated and not freed.
+    /// Returns the bytes that are allocated and not freed.
     fn held(self) -> isize {
         self.bytes as isize - self.freed as isize
     }
@@ -77,7 +77,8 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Allocations and bytes allocated for each frame, once everything has found its size.
+/// Returns the number of allocations and of allocated bytes for each frame, on each kind of socket,
+/// after the buffers have grown to their sizes.
 fn per_frame(load: &Load, batch: usize, outgoing: Start, what: &str) -> [(f64, f64); 2] {
     const BATCHES: usize = 200;
     KINDS.map(|kind| {
@@ -133,7 +134,7 @@ fn a_large_frame_is_received_in_one_buffer_of_its_size() {
 }
 
 #[test]
-fn connections_that_wait_hold_no_read_buffer() {
+fn connections_that_wait_to_receive_hold_no_read_buffer() {
     const CONNECTIONS: usize = 1000;
     for kind in KINDS {
         run(async {
@@ -159,9 +160,10 @@ fn connections_that_wait_hold_no_read_buffer() {
 #[test]
 fn a_small_frame_keeps_no_large_buffer() {
     for kind in KINDS {
-        // The small frame follows at once, or after the receiver has waited.
+        // The small frame follows the large one at once, or after the receiver has waited.
         for waits in [false, true] {
             run(async {
+                // A large frame, and then a small one, which is kept.
                 let before = COUNT.get().held();
                 let (mut tx, mut rx) = framed_pair(kind);
                 let send = async {
@@ -177,6 +179,8 @@ fn a_small_frame_keeps_no_large_buffer() {
                     rx.next().await.unwrap().unwrap()
                 };
                 let ((), small) = tokio::join!(send, receive);
+
+                // It keeps only its own bytes.
                 drop((tx, rx));
                 let held = COUNT.get().held() - before;
                 println!(

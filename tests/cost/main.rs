@@ -2,7 +2,7 @@
 //! `src/codec/copies.rs` counts the copied bytes.
 //!
 //! ```text
-//! cargo test --test cost -- --nocapture   # prints them
+//! cargo test --test cost -- --nocapture   # prints the numbers
 //! ```
 
 #[path = "../common/mod.rs"]
@@ -30,7 +30,7 @@ use tokio::{
 /// Frames in a batch.
 const BATCH: usize = 64;
 
-/// Frames that are all alike, without an allocation for any.
+/// The frames of a measurement, which are all alike. Making one allocates nothing.
 struct Load {
     payload: Bytes,
     fd: Option<OwnedFd>,
@@ -57,7 +57,7 @@ impl Load {
     }
 }
 
-/// One direction of a connection, whose receiver is a task that takes batches and waits.
+/// One direction of a connection. Its receiver is a task that takes batches and waits in between.
 struct Connection {
     tx: Outgoing,
     received: mpsc::Receiver<()>,
@@ -70,14 +70,15 @@ type Start = fn(WriteHalf<FrameCodec>) -> Outgoing;
 
 enum Outgoing {
     Half(Box<WriteHalf<FrameCodec>>),
-    /// One task for each frame of a batch.
+    /// A `Sender` in many tasks, each of which sends one frame of a batch.
     Tasks(Vec<mpsc::Sender<Frame<SendFd>>>),
-    /// One task for all.
+    /// A `Sender` in one task, which sends all frames.
     Sender(Sender<FrameCodec>),
 }
 
 impl Connection {
-    /// `frames` at a time, over a socket with so large a send buffer if the system allows it.
+    /// Makes a connection for batches of `frames`. The socket gets a send buffer of this size if
+    /// the system allows it.
     fn new(kind: SocketKind, frames: usize, send_buffer: Option<usize>, outgoing: Start) -> Self {
         let (a, b) = Socket::pair(kind).unwrap();
         if let Some(bytes) = send_buffer {
@@ -85,9 +86,9 @@ impl Connection {
         }
         let (unused_read, write) = Framed::new(a, FrameCodec::default()).into_split();
         let (mut rx, unused_write) = Framed::new(b, FrameCodec::default()).into_split();
-        let (tell, received) = mpsc::channel(1);
+        let (arrived, received) = mpsc::channel(1);
         let receiver = tokio::spawn(async move {
-            // The frames live until the next batch comes, so their buffer is not free for it.
+            // The frames live until the next batch comes, so it cannot use their buffer.
             let mut held = Vec::with_capacity(frames);
             loop {
                 for n in 0..frames {
@@ -97,7 +98,7 @@ impl Connection {
                     }
                     held.push(frame);
                 }
-                if tell.send(()).await.is_err() {
+                if arrived.send(()).await.is_err() {
                     return;
                 }
             }
@@ -129,8 +130,8 @@ impl Connection {
         yield_now().await;
     }
 
-    /// Ends the connection, and waits until the receiver has seen that. It may be late, because it
-    /// does not receive while many of its descriptors wait to be closed.
+    /// Ends the connection, and waits until the receiver has seen the end. That may take a moment,
+    /// because it does not receive while many of its descriptors wait to be closed.
     async fn end(self) {
         drop(self.tx);
         self.receiver.await.unwrap();

@@ -1,4 +1,4 @@
-//! System calls, counted by strace.
+//! System calls for a batch of frames, counted by strace.
 
 use std::{collections::BTreeMap, process::Command};
 
@@ -11,6 +11,7 @@ use crate::{
     half, tasks,
 };
 
+/// A measurement, and the most calls that a batch may take.
 struct Row {
     what: &'static str,
     load: fn() -> Load,
@@ -20,11 +21,12 @@ struct Row {
     /// Most calls for a batch.
     sendmsg: usize,
     recvmsg: usize,
-    /// One call for each descriptor that is sent, to find out whether it is a socket.
+    /// Most calls for each frame: one for a descriptor of an unknown kind, which may be a socket.
     getsockopt: usize,
 }
 
-/// A receiver that waits has found nothing once before, so there are at least two receives.
+/// Returns all rows. A batch takes at least two receives: the last one finds nothing, and then the
+/// receiver waits.
 fn rows(kind: SocketKind) -> Vec<Row> {
     let small = Row {
         what: "64 frames of 64 B",
@@ -36,6 +38,8 @@ fn rows(kind: SocketKind) -> Vec<Row> {
         recvmsg: 2,
         getsockopt: 0,
     };
+
+    // Variations of it: descriptors, and many tasks.
     let mut rows = vec![
         Row {
             what: "64 frames of 64 B with a descriptor each",
@@ -58,12 +62,14 @@ fn rows(kind: SocketKind) -> Vec<Row> {
         },
         small,
     ];
+
+    // A large frame that fits into the send buffer.
     let wmem_max: usize =
         std::fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap().trim().parse().unwrap();
     if wmem_max < 1 << 20 {
         eprintln!("skipped: net.core.wmem_max is too small for packets of 1 MiB");
     } else if kind == SocketKind::SeqPacket {
-        // The header has its own packet, so that the rest can be received where it stays.
+        // The header has its own packet, so that the payload can be received into its final place.
         rows.push(Row {
             what: "a frame of 1 MiB, 4 MiB of send buffer",
             load: || Load::plain(1 << 20),
@@ -80,7 +86,8 @@ fn rows(kind: SocketKind) -> Vec<Row> {
 
 const BATCHES: usize = 20;
 
-/// Runs each row between two calls of `getppid`, which stand for themselves in strace's output.
+/// Runs each row between two calls of `getppid`, which mark its begin and its end in strace's
+/// output.
 fn run_rows(kind: SocketKind) {
     run(async {
         for row in rows(kind) {
@@ -98,16 +105,16 @@ fn run_rows(kind: SocketKind) {
     });
 }
 
-/// The calls between the first and the second call of `getppid`, those between the third and the
-/// fourth, and so on. Only those of the thread that makes these: descriptors that were received are
-/// closed by another one.
+/// Returns the calls between the first and the second call of `getppid`, those between the third
+/// and the fourth, and so on. Only calls of the thread that calls `getppid` count, because another
+/// thread closes received descriptors.
 fn between_marks(trace: &str) -> Vec<BTreeMap<&str, usize>> {
     let mut counts = Vec::new();
     let mut counting = false;
     let mark = trace.lines().find(|line| line.contains("getppid(")).unwrap();
     let thread = mark.split_whitespace().next().unwrap();
     for line in trace.lines() {
-        // The rest of a call, or a signal.
+        // A line without a parenthesis is the rest of a call, or a signal.
         let Some((start, _)) = line.split_once('(') else { continue };
         let mut words = start.split_whitespace();
         if words.next() != Some(thread) || line.contains("resumed>") {
@@ -143,6 +150,7 @@ fn a_batch_takes_one_send_and_two_receives() {
     }
     let directory = tempfile::tempdir().unwrap();
     for kind in KINDS {
+        // Run all rows under strace.
         let trace = directory.path().join(format!("{kind:?}"));
         let mut command = Command::new(&strace);
         command
@@ -158,6 +166,7 @@ fn a_batch_takes_one_send_and_two_receives() {
         let output = command.env("FDWIRE_ROLE", format!("{ROLE} {kind:?}")).output().unwrap();
         assert!(output.status.success(), "{output:?}");
 
+        // Count the calls of each row.
         let trace = std::fs::read_to_string(trace).unwrap();
         let (rows, counts) = (rows(kind), between_marks(&trace));
         assert_eq!(rows.len(), counts.len());
@@ -171,9 +180,9 @@ fn a_batch_takes_one_send_and_two_receives() {
                 "{}, {kind:?}: {sends} sendmsg, {receives} recvmsg, {waits} epoll_wait",
                 row.what
             );
-            let questions = per_batch("getsockopt");
-            let most_questions = row.getsockopt * row.frames;
-            assert!(questions <= most_questions as f64, "{questions} getsockopt for {}", row.what);
+            let getsockopts = per_batch("getsockopt");
+            let most = row.getsockopt * row.frames;
+            assert!(getsockopts <= most as f64, "{getsockopts} getsockopt for {}", row.what);
             assert!(sends <= row.sendmsg as f64, "{sends} sends for {}", row.what);
             assert!(receives <= row.recvmsg as f64, "{receives} receives for {}", row.what);
             assert!(counts.is_empty(), "other calls for {}: {counts:?}", row.what);

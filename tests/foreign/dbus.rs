@@ -51,8 +51,8 @@ impl Encoder<&str> for AuthCodec {
     }
 }
 
-/// A message. The header's fields of text are under their numbers, those that are numbers have
-/// names.
+/// A message. The text fields of the header are in a map by their numbers; the others have names
+/// here.
 #[derive(Debug, Default)]
 struct Message {
     kind: u8,
@@ -76,14 +76,14 @@ const SENDER: u8 = 7;
 const SIGNATURE: u8 = 8;
 const UNIX_FDS: u8 = 9;
 
-/// Messages in little-endian order, which is what a daemon on the same machine speaks too.
+/// Messages in little-endian order. A daemon on the same little-endian machine sends them too.
 #[derive(Clone)]
 struct DbusCodec;
 
 impl DbusCodec {
     const FIXED: usize = 16;
 
-    /// Length of a message and of its header's fields, once they are known.
+    /// Returns the length of a message and that of its header's fields, once they are known.
     fn lengths(src: &[u8]) -> Option<(usize, usize)> {
         let mut header = src.get(4..Self::FIXED)?;
         let (body, _serial, fields) =
@@ -110,6 +110,8 @@ impl Decoder for DbusCodec {
         if src.len() < length {
             return Ok(None);
         }
+
+        // The fixed part of the header, and the body.
         let mut whole = src.split_to(length).freeze();
         let body = whole.split_off(Self::FIXED + fields.next_multiple_of(8));
         let mut message = Message {
@@ -118,6 +120,8 @@ impl Decoder for DbusCodec {
             body,
             ..Message::default()
         };
+
+        // The fields of the header. One of them is the number of descriptors.
         let (mut at, mut fd_count) = (Self::FIXED, 0);
         while at < Self::FIXED + fields {
             // A field: number, length of the type's signature (1), the type, 0, the value, and
@@ -152,7 +156,7 @@ fn int(into: &mut u32, value: &[u8]) -> io::Result<usize> {
     Ok(4)
 }
 
-/// A length of `prefix` bytes, the text, and a zero.
+/// Reads a length of `prefix` bytes, the text, and a zero. Returns the number of bytes.
 fn text(into: &mut String, value: &[u8], prefix: usize) -> io::Result<usize> {
     let length = value
         .get(..prefix)
@@ -168,6 +172,7 @@ impl Encoder<Message> for DbusCodec {
     type Error = Error;
 
     fn encode(&mut self, message: Message, dst: &mut SendBuf) -> Result<(), SendError<Message>> {
+        // The header's fields, each at a multiple of 8 bytes.
         let mut fields = BytesMut::new();
         let mut field = |number: u8, kind: u8, value: &[u8]| {
             fields.put_bytes(0, fields.len().next_multiple_of(8) - fields.len());
@@ -190,6 +195,8 @@ impl Encoder<Message> for DbusCodec {
                 field(number, b'u', &value.to_le_bytes());
             }
         }
+
+        // The fixed part, the fields up to a multiple of 8, and the body.
         let mut header = BytesMut::from(&[b'l', message.kind, 0, 1][..]);
         header.put_u32_le(message.body.len() as u32);
         header.put_u32_le(message.serial);
@@ -209,8 +216,8 @@ fn invalid(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::E
 
 type Bus = Framed<DbusCodec>;
 
-/// Connects, and says hello in the same breath as it leaves the handshake. Returns its unique name
-/// too.
+/// Connects. Sends the last line of the handshake and the first message, `Hello`, in one flush.
+/// Returns the connection's unique name too.
 async fn connect(path: &Path) -> (Bus, String) {
     let socket = Socket::connect(path, SocketKind::Stream).await.unwrap();
     let mut auth = Framed::new(socket, AuthCodec);
@@ -239,7 +246,7 @@ fn call(destination: &str, path: &str, interface: &str, member: &str) -> Message
     Message { kind: CALL, text, ..Message::default() }
 }
 
-/// The next message that is no signal.
+/// Returns the next message that is no signal.
 async fn next(bus: &mut Bus) -> Message {
     loop {
         let message = bus.try_next().await.unwrap().expect("the daemon is there");
@@ -254,7 +261,7 @@ fn read_string(mut body: &[u8]) -> String {
     String::from_utf8(body[..length].to_vec()).unwrap()
 }
 
-/// The indices of descriptors in a body: type `h`, as many as there are.
+/// Returns a body with the indices of `count` descriptors, which are of type `h`.
 fn indices(count: u32) -> Bytes {
     (0..count).flat_map(u32::to_le_bytes).collect()
 }
@@ -274,7 +281,7 @@ const CONFIG: &str = r#"<!DOCTYPE busconfig PUBLIC
 </busconfig>
 "#;
 
-/// A bus of our own. Gives the path of its socket when it listens.
+/// Starts a bus for the test. Returns the path of its socket when it listens.
 async fn start_bus(program: &Path, directory: &Path) -> (Daemon, std::path::PathBuf) {
     let (config, socket) = (directory.join("bus.conf"), directory.join("bus"));
     std::fs::write(&config, CONFIG.replace("SOCKET", socket.to_str().unwrap())).unwrap();
@@ -307,6 +314,7 @@ fn a_call_with_descriptors_goes_through_a_real_bus_and_is_answered_with_one() {
             tokio::join!(connect(&socket), connect(&socket));
         assert_ne!(here_name, there_name);
 
+        // A call with two descriptors.
         let mut message = call(&there_name, "/files", "io.fdwire.Files", "Take");
         message.text.insert(SIGNATURE, "hh".into());
         let (body, fds) = (indices(2), [marked(7), marked(8)].into_iter().collect());
@@ -320,6 +328,7 @@ fn a_call_with_descriptors_goes_through_a_real_bus_and_is_answered_with_one() {
         assert_eq!(taken.body, indices(2));
         assert_eq!(taken.fds.iter().map(mark_of).collect::<Vec<_>>(), [7, 8]);
 
+        // The reply with one.
         let text = [(DESTINATION, here_name), (SIGNATURE, "h".to_owned())].into();
         let fds = [marked(9)].into_iter().collect();
         let reply = Message {

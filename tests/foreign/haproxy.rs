@@ -1,6 +1,6 @@
-//! HAProxy's `_getsocks`, by which a new process takes the listening sockets of a running one:
-//! their number, then batches of them with a description of each. We are the old process for a real
-//! `haproxy -x`, and the new one for a real haproxy.
+//! HAProxy's `_getsocks`. With it, a new process takes the listening sockets of a running one: it
+//! receives their number, and then batches of sockets with a description of each. The tests play
+//! both roles: the old process for a real `haproxy -x`, and the new one for a running haproxy.
 //! <https://github.com/haproxy/haproxy/blob/master/src/sock.c>, `sock_get_old_sockets`
 
 use std::{
@@ -27,16 +27,17 @@ use crate::{
     raw_recv,
 };
 
-/// Sockets of a batch, except the last one (`MAX_SEND_FD`). The new process acknowledges each
-/// batch, and the old one waits for that unless it was the last.
+/// The number of sockets in each batch but the last (`MAX_SEND_FD`). The new process acknowledges
+/// each batch, and the old one waits for that except after the last.
 const BATCH: usize = 252;
 
 const COMMAND: &[u8] = b"_getsocks\n";
 
-/// The old process's side: requests in, sockets out.
+/// The codec of the old process: it receives requests and sends sockets.
 #[derive(Clone, Default)]
 struct OldProcess {
-    asked: bool,
+    /// Whether the command has come. After it, only acknowledgements come.
+    requested: bool,
 }
 
 #[derive(Debug, PartialEq)]
@@ -54,7 +55,7 @@ impl<F> Decoder<F> for OldProcess {
     type Error = Error;
 
     fn decode(&mut self, src: &mut BytesMut, _: &mut FdQueue<F>) -> Result<Option<FromNew>, Error> {
-        if self.asked {
+        if self.requested {
             return Ok(src.try_get_i32_ne().ok().map(|_| FromNew::Ack));
         }
         if src.len() < COMMAND.len() {
@@ -63,7 +64,7 @@ impl<F> Decoder<F> for OldProcess {
         if src.split_to(COMMAND.len()) != COMMAND {
             return Err(Error::invalid("another command"));
         }
-        self.asked = true;
+        self.requested = true;
         Ok(Some(FromNew::GetSocks))
     }
 }
@@ -78,7 +79,7 @@ impl<F> Encoder<Vec<F>, F> for OldProcess {
             dst.end_part();
             for socket in sockets.by_ref().take(BATCH) {
                 dst.put_slice(&[0, 0]); // neither a namespace nor an interface
-                dst.put_i32_ne(0); // once were options
+                dst.put_i32_ne(0); // options in older versions
                 dst.put_fd(socket);
             }
         }
@@ -86,10 +87,10 @@ impl<F> Encoder<Vec<F>, F> for OldProcess {
     }
 }
 
-/// The new process's side: sockets in, requests out.
+/// The codec of the new process: it receives sockets and sends requests.
 #[derive(Clone, Default)]
 struct NewProcess {
-    /// Known once their number has come.
+    /// The number of sockets that are still to come. `None` until their number has come.
     left: Option<usize>,
 }
 
@@ -143,7 +144,7 @@ impl<F> Encoder<FromNew, F> for NewProcess {
     }
 }
 
-/// A configuration of one front end, which listens at these addresses and answers by itself.
+/// Returns a configuration with one front end. It listens at these addresses and answers by itself.
 fn configuration(directory: &Path, addresses: &[SocketAddr]) -> String {
     let mut text = format!(
         "global\n  maxconn 100\n  stats socket {}/admin mode 600 level admin expose-fd listeners\n\
@@ -166,7 +167,7 @@ fn haproxy(program: &Path, directory: &Path, addresses: &[SocketAddr]) -> Comman
     command
 }
 
-/// Asks for a page.
+/// Requests a page.
 fn get(address: SocketAddr) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(std::time::Duration::from_secs(5)))?;
@@ -176,8 +177,8 @@ fn get(address: SocketAddr) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// Listening sockets, and their addresses. Each test has its own address of the loopback network:
-/// between the end of a socket and haproxy's bind, nobody else gets its port.
+/// Makes listening sockets. Returns them with their addresses. Each test has its own address of the
+/// loopback network, so nobody else gets a port between the end of a socket and haproxy's bind.
 fn listeners(ip: &str, count: usize) -> (Vec<TcpListener>, Vec<SocketAddr>) {
     let listeners: Vec<_> = (0..count).map(|_| TcpListener::bind((ip, 0)).unwrap()).collect();
     let addresses = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
@@ -217,8 +218,8 @@ fn a_peer_that_reads_call_by_call_finds_the_batches_while_other_messages_wait() 
     });
 }
 
-/// Starts haproxy as the new process, and gives it listeners. They are bound, so that it ends at
-/// once unless it gets every one of them.
+/// Starts haproxy as the new process, and gives it listeners. Their addresses are in use, so
+/// haproxy ends at once unless it gets every one of them.
 async fn start_with(
     program: &Path,
     directory: &Path,
@@ -233,7 +234,7 @@ async fn start_with(
     assert_eq!(framed.try_next().await.unwrap(), Some(FromNew::GetSocks));
     let lent = sockets.iter().map(|socket| SendFd::assume_socket(Arc::clone(socket))).collect();
     framed.feed(lent).await.unwrap();
-    // Another message waits behind it; haproxy does not read it.
+    // Another message waits behind this one; haproxy does not read it.
     framed.feed(Vec::new()).await.unwrap();
     framed.flush().await.unwrap();
     for _batch in 0..sockets.len().div_ceil(BATCH) {
@@ -259,19 +260,19 @@ fn haproxy_takes_our_listeners() {
     });
 }
 
-/// Asks haproxy for all of its listeners, as a new haproxy does.
+/// Takes all listeners from haproxy, as a new haproxy does.
 async fn take(daemon: &mut Daemon, path: &Path) -> Vec<OwnedFd> {
     // It serves HTTP a moment before it listens at this path.
     let socket = daemon.ready(async || Socket::connect(path, SocketKind::Stream).await).await;
     let mut framed = Framed::new(socket, NewProcess::default());
     framed.send(FromNew::GetSocks).await.unwrap();
     let Some(FromOld::Number(count)) = framed.try_next().await.unwrap() else {
-        panic!("no number")
+        panic!("the first message is not the number of sockets")
     };
     let mut taken = Vec::new();
     while taken.len() < count {
         let Some(FromOld::Socket(socket)) = framed.try_next().await.unwrap() else {
-            panic!("the end")
+            panic!("only {} of {count} sockets came", taken.len())
         };
         taken.push(socket);
         if taken.len() % BATCH == 0 {
@@ -298,7 +299,7 @@ fn we_take_the_listeners_of_haproxy() {
 
         let taken = take(&mut daemon, &directory.path().join("admin")).await;
         drop(daemon);
-        // All of them listen on, without haproxy.
+        // All of them still listen, without haproxy.
         let ours: Vec<_> = taken.iter().filter_map(address_of).collect();
         assert!(
             addresses.iter().all(|address| ours.contains(address)),
@@ -309,8 +310,8 @@ fn we_take_the_listeners_of_haproxy() {
     });
 }
 
-/// Its place is taken without a closed port in between, by one generation after the other, and
-/// given back.
+/// The listeners go from haproxy to one generation of our server after the other, and back to a new
+/// haproxy. The ports are never closed.
 #[test]
 fn a_server_takes_over_from_haproxy_and_haproxy_from_its_next_generation() {
     let Some(program) = installed("haproxy") else { return };
@@ -321,9 +322,11 @@ fn a_server_takes_over_from_haproxy_and_haproxy_from_its_next_generation() {
         let mut daemon =
             Daemon::start(&mut haproxy(&program, directory.path(), &addresses), directory.path());
         daemon.ready(async || get(addresses[1])).await;
+
+        // The first generation takes them from haproxy.
         let mut front = Listeners::new();
         for socket in take(&mut daemon, &directory.path().join("admin")).await {
-            // The one of its administration comes along.
+            // haproxy's socket for administration comes too.
             if address_of(&socket).is_some_and(|address| addresses.contains(&address)) {
                 front.add("front", socket).unwrap();
             }
@@ -333,6 +336,7 @@ fn a_server_takes_over_from_haproxy_and_haproxy_from_its_next_generation() {
         drop(daemon);
         let waiting = TcpStream::connect(addresses[0]).unwrap();
 
+        // The second generation takes over from the first.
         let second =
             takeover::request(&path, Options::default()).await.unwrap().ready().await.unwrap();
         first.replaced().await;
@@ -342,6 +346,7 @@ fn a_server_takes_over_from_haproxy_and_haproxy_from_its_next_generation() {
         let gated = second.gated::<tokio::net::TcpListener>("front", index as u32).unwrap();
         assert_eq!(gated.accept().await.unwrap().1, waiting.local_addr().unwrap());
 
+        // A new haproxy takes them from the second.
         let sockets = [0, 1].map(|index| Arc::new(second.socket("front", index).unwrap()));
         let mut daemon = start_with(&program, directory.path(), &addresses, &sockets).await;
         drop((sockets, gated, second));

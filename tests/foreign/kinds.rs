@@ -1,5 +1,5 @@
-//! A header in the manner of vhost-user: the kind of message implies its descriptors, in one case
-//! with a number or a flag in the payload.
+//! A protocol like vhost-user: the kind of a message implies its descriptors, for some kinds
+//! together with a number or a flag in the payload.
 //! <https://qemu-project.gitlab.io/qemu/interop/vhost-user.html>
 
 use std::io;
@@ -137,7 +137,8 @@ fn the_kind_of_a_message_implies_its_descriptors() {
     }
 }
 
-/// As QEMU does: the header with room for descriptors first, then the payload without.
+/// The peer reads as QEMU does: first the header, with room for descriptors, and then the payload,
+/// without.
 #[test]
 fn a_peer_that_reads_the_header_alone_finds_all_descriptors_with_it() {
     run(async {
@@ -156,7 +157,7 @@ fn a_peer_that_reads_the_header_alone_finds_all_descriptors_with_it() {
 }
 
 #[test]
-fn what_does_not_fit_its_kind_is_refused() {
+fn a_message_without_the_descriptors_of_its_kind_is_refused() {
     run(async {
         let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
         let mut a = Framed::new(a, VhostCodec);

@@ -85,12 +85,12 @@ fn lines_bring_the_descriptors_that_they_name() {
 }
 
 #[test]
-fn lines_of_a_peer_that_writes_in_any_pieces() {
+fn lines_that_a_peer_writes_in_any_pieces_bring_their_descriptors() {
     for kind in KINDS {
         run(async {
             let (a, peer) = Socket::pair(kind).unwrap();
             let mut a = Framed::new(a, LineFdCodec::default());
-            // With the first byte of the call, as ever.
+            // Descriptors are always attached to the first byte of a call.
             raw_send(&peer, b"plain\nlog f", &[marked(1)]);
             raw_send(&peer, b"d\r\ntwo f", &[marked(2)]);
             raw_send(&peer, b"d\nthree fd\n", &[marked(3)]);
@@ -158,11 +158,12 @@ impl Encoder<Part> for ZeroByteCodec {
 }
 
 #[test]
-fn descriptors_with_a_zero_byte_each() {
+fn descriptors_with_a_zero_byte_each_are_sent_and_received_in_order() {
     run(async {
         let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
         let mut a = Framed::new(a, ZeroByteCodec);
 
+        // The peer sends.
         raw_send(&peer, b"open\n", &[]);
         raw_send(&peer, b"\0", &[marked(1)]);
         raw_send(&peer, b"\0", &[marked(2)]);
@@ -176,6 +177,7 @@ fn descriptors_with_a_zero_byte_each() {
         }
         assert_eq!(seen, [Err("open".into()), Ok(1), Ok(2), Err("done".into())]);
 
+        // The peer receives, with one call for each part.
         for part in [
             Part::Line("open".into()),
             Part::Fd(marked(3)),
@@ -192,8 +194,8 @@ fn descriptors_with_a_zero_byte_each() {
     });
 }
 
-/// Text up to an empty line. Only who has read all of it knows where it ends, and from a line in it
-/// how many descriptors came with its first byte.
+/// Text up to an empty line. Only a receiver that has read all of it knows its end, and the number
+/// of descriptors that came with its first byte, which is in one of its lines.
 #[derive(Clone)]
 struct RecordCodec;
 
@@ -231,7 +233,7 @@ impl Encoder<Frame> for RecordCodec {
 }
 
 #[test]
-fn descriptors_at_the_start_of_messages_whose_length_only_the_decoder_knows() {
+fn descriptors_at_the_start_of_a_message_are_found_when_its_length_is_known_only_at_its_end() {
     for kind in KINDS {
         run(async {
             let (a, peer) = Socket::pair(kind).unwrap();
@@ -251,7 +253,7 @@ fn descriptors_at_the_start_of_messages_whose_length_only_the_decoder_knows() {
 }
 
 #[test]
-fn our_messages_begin_with_their_descriptors_too() {
+fn messages_that_are_sent_begin_with_their_descriptors() {
     run(async {
         let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
         let mut a = Framed::new(a, RecordCodec);

@@ -1,5 +1,5 @@
-//! Protocols that are not ours, against the programs that speak them. Codecs are written as a user
-//! of the crate would write them, against its public face only.
+//! Protocols of other programs, tested against those programs. The codecs use only the public API,
+//! as those of a user would.
 //!
 //! A test whose program is not installed skips itself and prints why; with
 //! `FDWIRE_REQUIRE_FOREIGN=1` it fails instead.
@@ -48,15 +48,15 @@ use nix::{
     unistd::{Pid, close},
 };
 
-/// One `recvmsg` of at most so many bytes, without the code under test: bytes, and the marks of the
-/// descriptors that came.
+/// Makes one `recvmsg` of at most `room` bytes, without the code under test. Returns the bytes, and
+/// the marks of the descriptors that came with them.
 fn raw_recv(socket: &impl AsFd, room: usize) -> (Vec<u8>, Vec<u32>) {
     let (mut bytes, mut control) = (vec![0; room], cmsg_space!([RawFd; 253]));
     let mut pieces = [IoSliceMut::new(&mut bytes)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let received =
         recvmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &mut pieces, Some(&mut control), flags)
-            .expect("something waits");
+            .expect("recvmsg succeeds");
     let mut marks = Vec::new();
     for message in received.cmsgs().unwrap() {
         let ControlMessageOwned::ScmRights(fds) = message else { continue };
@@ -70,15 +70,15 @@ fn raw_recv(socket: &impl AsFd, room: usize) -> (Vec<u8>, Vec<u32>) {
     (bytes, marks)
 }
 
-/// A program that runs until it is dropped; then it is killed with all that it started, and if the
-/// test has failed, its complaints are printed.
+/// A program that runs until this is dropped. Then it is killed with all processes that it started,
+/// and if the test has failed, its standard error is printed.
 struct Daemon {
     child: Child,
     log: PathBuf,
 }
 
 impl Daemon {
-    /// Starts it with its standard error in a file of `directory`.
+    /// Starts the program with its standard error in a file of `directory`.
     fn start(command: &mut Command, directory: &Path) -> Self {
         let log = directory.join("log");
         command.stderr(File::create(&log).unwrap()).process_group(0);
@@ -86,7 +86,8 @@ impl Daemon {
         Self { child, log }
     }
 
-    /// Repeats what succeeds once the program is ready. The test's own bound ends it otherwise.
+    /// Repeats an attempt until it succeeds, because the program is ready. The time limit of the
+    /// test ends it if it never does.
     async fn ready<T, E>(&mut self, attempt: impl AsyncFn() -> Result<T, E>) -> T {
         let mut interval = tokio::time::interval(Duration::from_millis(20));
         loop {

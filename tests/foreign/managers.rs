@@ -31,8 +31,9 @@ use crate::{
 
 const ROLE: &str = "managers::systemd_passes_named_listeners";
 
-/// The service, in a process of its own. Both listeners answer with its process id.
+/// Runs the service, in a process of its own. Both listeners answer with its process id.
 async fn serve(name: &str) {
+    // Take the listeners: from the manager, from a running process, or by binding them.
     let variable = |name| std::env::var_os(name).unwrap();
     let address: SocketAddr = variable("FDWIRE_ADDRESS").to_str().unwrap().parse().unwrap();
     let admin = PathBuf::from(variable("FDWIRE_ADMIN"));
@@ -45,6 +46,8 @@ async fn serve(name: &str) {
     let pending =
         takeover::bind_or_take(variable("FDWIRE_PATH"), Options::default(), bind).await.unwrap();
     assert!(!descriptors_of_a_child().contains("socket:"), "a child has a copy of a listener");
+
+    // Serve until another process of the service has taken over.
     let server = pending.ready().await.unwrap();
     let serving = async {
         let tcp = server.gated::<TcpListener>(name, 0).unwrap();
@@ -64,16 +67,16 @@ async fn serve(name: &str) {
     };
     tokio::select! {
         () = serving => {}
-        () = leave(&server) => {}
+        () = wait_for_replacement(&server) => {}
     }
 }
 
-async fn leave(server: &Server) {
+async fn wait_for_replacement(server: &Server) {
     server.replaced().await;
     assert!(server.drained().await);
 }
 
-/// A place for one service.
+/// The directory and the addresses of one service.
 struct Place {
     directory: tempfile::TempDir,
     address: SocketAddr,
@@ -93,7 +96,7 @@ impl Place {
         self.path("admin")
     }
 
-    /// Tells a command where the service is to be, and adds the service to its arguments.
+    /// Adds the service to the arguments of a command, and its place to the environment.
     fn service(&self, mut command: Command) -> Command {
         command.arg(std::env::current_exe().unwrap()).args([ROLE, "--exact", "--nocapture"]);
         command.envs(self.environment());
@@ -121,7 +124,7 @@ impl Place {
         self.start(Command::new("env"))
     }
 
-    /// Waits until a process answers on both listeners, which is not one of `others`.
+    /// Waits until a process that is not one of `others` answers on both listeners.
     async fn wait_for_another(&self, daemon: &mut Daemon, others: &[u32]) -> u32 {
         daemon
             .ready(async || -> io::Result<u32> {
@@ -143,7 +146,7 @@ async fn pid_from(mut connection: impl tokio::io::AsyncRead + Unpin) -> io::Resu
     answer.parse().map_err(io::Error::other)
 }
 
-/// Replaces a service that a manager has started by one of nobody's, and that one by another.
+/// Replaces a service that a manager has started by one without a manager, and that one by another.
 async fn leave_the_manager(place: &Place, first: u32) {
     let mut second = place.start_alone();
     let pid = second.child.id();
@@ -174,13 +177,13 @@ fn systemd_passes_named_listeners() {
         );
         let mut manager = place.start(command);
         let first = place.wait_for_another(&mut manager, &[]).await;
-        assert_eq!(first, manager.child.id(), "it executes the service");
+        assert_eq!(first, manager.child.id(), "the manager becomes the service by exec");
         leave_the_manager(&place, first).await;
         assert_eq!(manager.ended().await.code(), Some(PASSED));
     });
 }
 
-/// Without a name, the address tells which listener is which.
+/// Without a name, a listener is recognized by its address.
 #[test]
 fn systemd_passes_listeners_without_names() {
     let Some(program) = installed("systemd-socket-activate") else { return };
@@ -209,17 +212,17 @@ fn a_listener_of_the_right_name_at_another_address_is_refused() {
         let mut manager = place.start(command);
         manager.ready(async || TcpStream::connect(elsewhere.address).await).await;
         assert!(!manager.ended().await.success());
-        let complaint = std::fs::read_to_string(&manager.log).unwrap();
+        let errors = std::fs::read_to_string(&manager.log).unwrap();
         let expected = format!(
             "Address {{ expected: Ip({}), found: Ip({}) }}",
             place.address, elsewhere.address
         );
-        assert!(complaint.contains(&expected), "{complaint}");
+        assert!(errors.contains(&expected), "{errors}");
     });
 }
 
-/// A worker that Server::Starter starts again (SIGHUP) takes over from the one before, though both
-/// have got the same listeners.
+/// A worker that Server::Starter starts again (SIGHUP) takes over from the one before, although
+/// both have the same listeners.
 #[test]
 fn server_starter_passes_its_listeners_to_each_generation() {
     let Some(program) = installed("start_server") else { return };
@@ -236,7 +239,7 @@ fn server_starter_passes_its_listeners_to_each_generation() {
         let first = place.wait_for_another(&mut manager, &[]).await;
         kill(Pid::from_raw(manager.child.id() as i32), Signal::SIGHUP).unwrap();
         let second = place.wait_for_another(&mut manager, &[first]).await;
-        // The first one has left by itself; then it is left to the new one.
+        // The first worker leaves by itself.
         manager
             .ready(
                 async || {
@@ -248,8 +251,8 @@ fn server_starter_passes_its_listeners_to_each_generation() {
     });
 }
 
-/// Stands in for einhorn, which is not in Debian: binds as `einhorn -b ADDRESS` does, and sets what
-/// its `prepare_child_environment` sets. With a count of 0 only the old variable tells.
+/// Stands in for einhorn, which is not in Debian: binds as `einhorn -b ADDRESS` does, and sets the
+/// variables that its `prepare_child_environment` sets. Its old versions set only `EINHORN_FDS`.
 const EINHORN: &str = r#"
 import os, socket, sys
 host, port = sys.argv[1].rsplit(":", 1)
@@ -275,7 +278,7 @@ fn einhorn_passes_numbers_in_two_ways() {
             let mut command = Command::new(&python);
             command.args(["-c", EINHORN, &place.address.to_string(), variables]);
             let mut manager = place.start(command);
-            // It passes no Unix socket, so the service has bound that.
+            // einhorn passes no Unix socket, so the service has bound that itself.
             let first = place.wait_for_another(&mut manager, &[]).await;
             leave_the_manager(&place, first).await;
         });
@@ -290,13 +293,16 @@ fn stored_descriptors_come_back_by_their_names() {
     if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == TEST) {
         return run_and_pass(async {
             let address = std::env::var("FDWIRE_ADDRESS").unwrap().parse().unwrap();
-            // Sockets that a failed attempt has adopted are there for the next one.
+
+            // A socket that a failed attempt has used is there for the next one.
             for _attempt in 0..3 {
                 let mut listeners = Listeners::new();
                 listeners.bind_tcp("http", address).unwrap();
                 let refused = listeners.bind_tcp("other", address).unwrap_err();
                 assert_eq!(io::Error::from(refused).kind(), io::ErrorKind::AddrInUse);
             }
+
+            // The listener goes to a server, and the other file is taken by its name.
             let mut listeners = Listeners::new();
             listeners.bind_tcp("http", address).unwrap();
             let directory = tempfile::tempdir().unwrap();
@@ -306,7 +312,7 @@ fn stored_descriptors_come_back_by_their_names() {
             let stored = take_stored("session").collect::<io::Result<Vec<_>>>().unwrap();
             assert_eq!(stored.iter().map(mark_of).collect::<Vec<_>>(), [7]);
             assert_eq!(take_stored("session").count(), 0, "each is taken once");
-            assert_eq!(take_stored("http").count(), 0, "it was adopted");
+            assert_eq!(take_stored("http").count(), 0, "the server has it");
             assert!(
                 !descriptors_of_a_child().contains("socket:"),
                 "a child has a copy of a listener"

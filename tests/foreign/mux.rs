@@ -32,13 +32,13 @@ const SESSION_OPENED: u32 = 0x8000_0006;
 /// A message of a client.
 enum Request<F> {
     Hello,
-    /// Its number.
+    /// A check with its number.
     AliveCheck(u32),
-    /// Its number, a command, and the command's standard input, output and error.
+    /// A session with its number, a command, and the command's standard input, output and error.
     NewSession(u32, &'static str, [F; 3]),
 }
 
-/// The client's side.
+/// The codec of the client.
 #[derive(Clone)]
 struct Mux;
 
@@ -54,6 +54,7 @@ impl<F> Encoder<Request<F>, F> for Mux {
         request: Request<F>,
         dst: &mut SendBuf<F>,
     ) -> Result<(), SendError<Request<F>>> {
+        // The body, which depends on the request.
         let mut body = BytesMut::new();
         let mut stdio = None;
         match request {
@@ -78,6 +79,8 @@ impl<F> Encoder<Request<F>, F> for Mux {
                 stdio = Some(fds);
             }
         }
+
+        // The message, and then each descriptor with a byte of its own.
         dst.put_u32(body.len() as u32);
         dst.put_shared(body.freeze());
         for fd in stdio.into_iter().flatten() {
@@ -124,20 +127,21 @@ fn each_descriptor_of_a_session_has_a_byte_of_its_own() {
     run.encode(&mut Mux, Request::NewSession(2, "true", [7, 8, 9])).unwrap();
     run.encode(&mut Mux, Request::AliveCheck(3)).unwrap();
     let calls: Vec<_> = run.map(|call| (call.bytes.len(), call.fds)).collect();
-    // The last one has the next message behind the byte, which the master does not read together
-    // with it.
+    // The last byte with a descriptor is in one call with the next message. The master reads that
+    // byte alone.
     assert_eq!(calls, [(12 + 48, vec![]), (1, vec![7]), (1, vec![8]), (1 + 12, vec![9])]);
 }
 
-/// Reads as the master does, message by message, and has room for descriptors only where it expects
-/// one.
+/// The peer reads as the master does: message by message, and with room for descriptors only when
+/// it expects one.
 #[test]
 fn a_peer_that_reads_one_message_at_a_time_finds_each_descriptor_with_its_byte() {
     run(async {
         let (a, peer) = Socket::pair(SocketKind::Stream).unwrap();
         let (_, write) = Framed::new(a, Mux).into_split();
         let (sender, driver) = write.into_sender();
-        // Many tasks: their requests stay whole.
+
+        // Many tasks send at the same time. Their requests stay whole.
         for number in 0..20 {
             let stdio = [1, 2, 3].map(|mark| SendFd::from(marked(10 * number + mark)));
             let sender = sender.clone();
@@ -149,6 +153,7 @@ fn a_peer_that_reads_one_message_at_a_time_finds_each_descriptor_with_its_byte()
         drop(sender);
         driver.await.close().await.unwrap();
 
+        // Each session is followed by its three descriptors.
         let (mut sessions, mut checks) = (0, 0);
         loop {
             let (length, fds) = raw_recv(&peer, 4);
@@ -195,6 +200,7 @@ fn a_master_accepts_a_session_that_is_sent_as_one_item() {
         return skipped("needs root to log in through sshd");
     }
     run(async {
+        // Start sshd, and a master that is logged in there.
         let directory = tempfile::tempdir().unwrap();
         let (_sshd, port) = start_sshd(&sshd, &keygen, directory.path(), ADDRESS).await;
         let (socket, logs) = (directory.path().join("mux"), directory.path().join("master"));
@@ -209,23 +215,21 @@ fn a_master_accepts_a_session_that_is_sent_as_one_item() {
         let socket =
             master.ready(async || Socket::connect(&socket, SocketKind::Stream).await).await;
 
-        let ((input, mut typed), (printed, output), (complaints, error)) =
+        // Send everything in one flush: other requests wait before the session and behind it.
+        let ((input, mut typed), (printed, output), (errors, error)) =
             (pipe().unwrap(), pipe().unwrap(), pipe().unwrap());
         let mut framed = Framed::new(socket, Mux);
-        // All in one flush: other requests wait before the session and behind it.
         framed.feed(Request::Hello).await.unwrap();
         framed.feed(Request::AliveCheck(1)).await.unwrap();
         let stdio =
             [SendFd::assume_file(input), SendFd::assume_file(output), SendFd::assume_file(error)];
-        framed
-            .feed(Request::NewSession(2, "cat; echo complaint >&2; exit 5", stdio))
-            .await
-            .unwrap();
+        framed.feed(Request::NewSession(2, "cat; echo failed >&2; exit 5", stdio)).await.unwrap();
         framed.feed(Request::AliveCheck(3)).await.unwrap();
         framed.flush().await.unwrap();
         typed.write_all(b"typed").unwrap();
         drop(typed);
 
+        // The master answers each request, and reports the exit of the session's command.
         let mut next = async || framed.try_next().await.unwrap().unwrap();
         assert_eq!(next().await, (HELLO, vec![VERSION]));
         let (kind, numbers) = next().await;
@@ -239,9 +243,11 @@ fn a_master_accepts_a_session_that_is_sent_as_one_item() {
                 other => panic!("{other:?}"),
             }
         }
+
+        // The command has used the descriptors of the session.
         let (request, session) = opened.expect("the session was opened");
         assert_eq!((request, exit), (2, Some((session, 5))));
         assert_eq!(read_to_end(printed).await, "typed");
-        assert_eq!(read_to_end(complaints).await.trim_end(), "complaint");
+        assert_eq!(read_to_end(errors).await.trim_end(), "failed");
     });
 }

@@ -23,6 +23,7 @@ fn netcat_connects_and_passes_the_connection() {
         return skipped("nc is not OpenBSD's");
     }
     run(async {
+        // netcat connects to a server of the test.
         let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (ours, its_stdout) = UnixStream::pair().unwrap();
         let directory = tempfile::tempdir().unwrap();
@@ -32,6 +33,7 @@ fn netcat_connects_and_passes_the_connection() {
         let mut program = Daemon::start(&mut command, directory.path());
         drop(command); // and with it our copy of its standard output
 
+        // It passes the connection, and ends.
         let mut netcat = Framed::new(Socket::try_from(ours).unwrap(), PacketCodec::default());
         let frame = netcat.try_next().await.unwrap().unwrap();
         assert_eq!(frame.payload, &b"\0"[..]);
@@ -42,6 +44,7 @@ fn netcat_connects_and_passes_the_connection() {
         assert!(netcat.try_next().await.unwrap().is_none());
         assert!(program.ended().await.success());
 
+        // The passed connection leads to the server.
         client.write_all(b"over a passed connection").await.unwrap();
         client.shutdown().await.unwrap();
         let mut received = String::new();

@@ -1,5 +1,5 @@
-//! Node's channel between a process and its child (`child_process.fork`): lines of JSON on a
-//! stream, with handles, under the number in `NODE_CHANNEL_FD`.
+//! Node's channel between a process and its child (`child_process.fork`): lines of JSON on a stream
+//! socket, some with a descriptor. The child finds the socket's number in `NODE_CHANNEL_FD`.
 
 use std::{
     io::Read,
@@ -26,7 +26,7 @@ use crate::{
 /// descriptor.
 #[derive(Clone, Default)]
 struct NodeChannel {
-    /// How many bytes were searched for a line feed.
+    /// The number of bytes that were searched for a line feed.
     searched: usize,
 }
 
@@ -78,7 +78,8 @@ impl Encoder<Message> for NodeChannel {
     }
 }
 
-/// Node starts us as it starts its own children, passes a listener, and takes a connection.
+/// A program for Node that starts this test as it starts its own children, passes a listener to it,
+/// and takes a connection from it.
 const PARENT: &str = "
 const { spawn } = require('child_process'), net = require('net');
 const stdio = ['ignore', 'ignore', 'inherit', 'ipc'];
@@ -98,12 +99,14 @@ fn a_child_of_node_finds_its_channel_and_leaks_nothing_to_its_own_children() {
         "node::a_child_of_node_finds_its_channel_and_leaks_nothing_to_its_own_children";
     if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == TEST) {
         return run_and_pass(async {
+            // This process is the child of node. Its own children do not get the channel.
             let number = std::env::var("NODE_CHANNEL_FD").unwrap().parse().unwrap();
             assert!(descriptors_of_a_child().contains("socket:"), "node passes no channel");
             let mut node =
                 Framed::new(Socket::from_inherited(number).unwrap(), NodeChannel::default());
             assert!(!descriptors_of_a_child().contains("socket:"));
 
+            // A listener comes from node.
             let (message, fd) = node.try_next().await.unwrap().unwrap();
             let listener = TcpListener::from(fd.unwrap());
             let address = listener.local_addr().unwrap();
@@ -130,6 +133,7 @@ fn a_child_of_node_finds_its_channel_and_leaks_nothing_to_its_own_children() {
         });
     }
     let Some(program) = installed("node") else { return };
+    // Node starts this test again as its child.
     run(async {
         let directory = tempfile::tempdir().unwrap();
         let mut command = Command::new(program);
@@ -144,8 +148,9 @@ fn a_child_of_node_finds_its_channel_and_leaks_nothing_to_its_own_children() {
     });
 }
 
-/// Node as our child. It takes any number; standard input is the one that a `Command` of std can
-/// pass. Node never closes standard input, so only its exit ends the channel.
+/// A program for Node as a child of this test. Node takes any number for its channel. The test uses
+/// standard input, because a `Command` of std can pass it. Node never closes standard input, so
+/// only its exit ends the channel.
 const CHILD: &str = "
 process.on('message', (message, server) => {
     server.once('connection', socket => socket.end('served by node', () => {

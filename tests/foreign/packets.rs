@@ -1,4 +1,4 @@
-//! `PacketCodec`: a message per packet on SEQPACKET, plain bytes on STREAM.
+//! `PacketCodec`: each message is a packet on SEQPACKET, and STREAM carries plain bytes.
 
 use bytes::Bytes;
 use fdwire::{
@@ -18,7 +18,7 @@ fn pair(kind: SocketKind) -> (Framed<PacketCodec>, Framed<PacketCodec>) {
 }
 
 #[test]
-fn limits_hold_for_descriptors_and_for_what_another_codec_has_left() {
+fn limits_hold_for_descriptors_and_for_bytes_that_were_received_with_another_codec() {
     run(async {
         let limits = Limits::default().max_payload_bytes(10).max_fds_per_frame(1);
         let (a, b) = Socket::pair(SocketKind::Stream).unwrap();
@@ -99,7 +99,7 @@ fn an_empty_message_is_refused_and_given_back() {
 }
 
 #[test]
-fn what_is_over_a_limit_of_the_codec_is_refused_and_given_back() {
+fn a_message_over_a_limit_of_the_codec_is_refused_and_given_back() {
     for kind in KINDS {
         run(async {
             let (a, _b) = Socket::pair(kind).unwrap();
@@ -156,10 +156,10 @@ fn a_packet_above_a_small_limit_ends_the_stream() {
     }
 }
 
-/// It looks like the end, and what is behind it is lost; only its descriptors tell that it was
-/// none.
+/// An empty packet looks like the end of the connection, and later packets are lost. Only its
+/// descriptors show that it was a packet.
 #[test]
-fn an_empty_packet_is_the_end() {
+fn an_empty_packet_is_received_as_the_end() {
     run(async {
         let (a, peer) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let mut a = Framed::new(a, PacketCodec::default());

@@ -1,4 +1,5 @@
-//! Codecs of `tokio_util` in our frames, and messages as values of one's own.
+//! Codecs of `tokio_util` for the payloads of frames, and messages that are values of the
+//! application's own types.
 
 use std::{
     fs::File,
@@ -21,7 +22,7 @@ fn fds(marks: impl IntoIterator<Item = u32>) -> Fds {
 }
 
 #[test]
-fn lines_both_ways() {
+fn lines_in_frames_go_both_ways() {
     for kind in KINDS {
         run(async {
             let codec = || PayloadCodec::new(FrameCodec::default(), LinesCodec::new());
@@ -45,7 +46,7 @@ fn lines_both_ways() {
 }
 
 #[test]
-fn length_delimited_messages_both_ways() {
+fn length_delimited_messages_in_frames_go_both_ways() {
     for kind in KINDS {
         run(async {
             let codec = || PayloadCodec::new(FrameCodec::default(), LengthDelimitedCodec::new());
@@ -88,7 +89,7 @@ fn a_payload_that_is_not_one_message_is_refused() {
 }
 
 #[test]
-fn what_the_inner_codec_or_the_frame_refuses_leaves_the_connection_usable() {
+fn a_message_that_the_inner_codec_or_the_frame_refuses_leaves_the_connection_usable() {
     run(async {
         let codec = || {
             let mut inner = LengthDelimitedCodec::new();
@@ -127,7 +128,7 @@ fn job_of(frame: Frame) -> Result<Job, Error> {
     }
 }
 
-/// Refuses what cannot be read from, and gives it back.
+/// Makes a frame of a job. Refuses a file that is no regular file, and gives the job back.
 fn frame_of(job: Job) -> Result<Frame, SendError<Job>> {
     match job {
         Job::Stop => Ok(Frame::new("stop")),
@@ -142,7 +143,7 @@ fn frame_of(job: Job) -> Result<Frame, SendError<Job>> {
 }
 
 #[test]
-fn messages_as_values_of_ones_own() {
+fn messages_can_be_values_of_the_applications_own_type() {
     async fn check<C>(codec: C, kind: SocketKind)
     where
         C: fdwire::codec::Decoder<Item = Job> + fdwire::codec::Encoder<Job, Error = Error> + Clone,
@@ -174,7 +175,7 @@ fn messages_as_values_of_ones_own() {
 }
 
 #[test]
-fn what_a_mapping_refuses_on_receipt_ends_the_stream() {
+fn a_frame_that_a_mapping_refuses_on_receipt_ends_the_stream() {
     run(async {
         let (a, b) = Socket::pair(SocketKind::Stream).unwrap();
         let mut a = Framed::new(a, FrameCodec::default());

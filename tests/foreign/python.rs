@@ -1,5 +1,5 @@
-//! Our frames in a few lines of Python, with its `socket.send_fds` and `recv_fds`, on both kinds of
-//! socket.
+//! fdwire's frames in a few lines of Python, with its `socket.send_fds` and `recv_fds`, on both
+//! kinds of socket.
 
 use std::{
     os::fd::OwnedFd,
@@ -16,7 +16,8 @@ use crate::{
     installed,
 };
 
-/// `receive` gives the next frame's payload and descriptors, `send` sends one in a call of its own.
+/// Two functions in Python: `receive` returns the payload and the descriptors of the next frame,
+/// and `send` sends a frame in a call of its own.
 const FRAMES: &str = r#"
 import os, socket, struct
 peer, data, fds = socket.socket(fileno=0), b"", []
@@ -37,8 +38,8 @@ def send(payload, fds):
     socket.send_fds(peer, [struct.pack(">BBHI", 0xFD, 0x10, len(fds), len(payload)), payload], fds)
 "#;
 
-/// Sends each frame back: its descriptors in the opposite order, and what they hold behind the
-/// payload.
+/// Sends each frame back, with its descriptors in the opposite order and with their contents behind
+/// the payload.
 const ECHO_FRAMES: &str = "
 while True:
     payload, mine = receive()
@@ -58,7 +59,7 @@ while True:
     socket.send_fds(peer, [packet.upper()], fds)
 ";
 
-/// A Python program with a socket to us as its standard input.
+/// Starts a Python program. Its standard input is the other end of the socket that is returned.
 fn start(kind: SocketKind, program: &str) -> Option<(Daemon, tempfile::TempDir, Socket)> {
     let python = installed("python3")?;
     let directory = tempfile::tempdir().unwrap();
@@ -105,8 +106,8 @@ fn frames_with_descriptors_go_to_python_and_back() {
     }
 }
 
-/// Python reads whatever is there, several of our frames at a time, as many of their descriptors as
-/// the kernel merges.
+/// Python reads all bytes that are there: several frames at a time, with as many of their
+/// descriptors as the kernel merges.
 #[test]
 fn many_frames_in_one_flush_go_to_python_and_back() {
     for kind in KINDS {

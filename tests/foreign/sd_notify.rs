@@ -1,6 +1,6 @@
-//! sd_notify(3): datagrams of text with descriptors, between services and their manager. As the
-//! manager against systemd-notify and libsystemd, and as a service against a manager in Python that
-//! checks what systemd documents.
+//! sd_notify(3): datagrams of text with descriptors, between services and their manager. The tests
+//! are the manager of systemd-notify and libsystemd, and they are a service of a manager in Python
+//! that checks what systemd documents.
 
 use std::{
     fs::File,
@@ -22,7 +22,8 @@ use crate::{
     installed, skipped,
 };
 
-/// A manager's socket, as a path and under an abstract name, with the value of `NOTIFY_SOCKET`.
+/// Makes two sockets of a manager, one at a path and one at an abstract name, each with its value
+/// of `NOTIFY_SOCKET`.
 fn managers(test: &str, directory: &Path) -> [(DatagramSocket, String); 2] {
     let path = directory.join("notify");
     let name = abstract_name(test);
@@ -42,7 +43,7 @@ fn lines(datagram: &Datagram) -> Vec<&str> {
 }
 
 #[test]
-fn systemd_notify_tells_that_it_is_ready_and_waits_for_the_barrier() {
+fn systemd_notify_reports_that_it_is_ready_and_waits_for_the_barrier() {
     let Some(program) = installed("systemd-notify") else { return };
     run(async {
         let directory = tempfile::tempdir().unwrap();
@@ -53,18 +54,22 @@ fn systemd_notify_tells_that_it_is_ready_and_waits_for_the_barrier() {
                 .env("NOTIFY_SOCKET", address)
                 .stdin(Stdio::null());
             let mut service = Daemon::start(&mut command, directory.path());
+
+            // The report comes with its sender.
             let ready = manager.recv().await.unwrap();
             assert_eq!(
                 (lines(&ready), ready.fds.len()),
                 (vec!["READY=1", "STATUS=all is well"], 0)
             );
-            // As root it speaks for its parent, which is the script that calls it.
+            // As root, systemd-notify names its parent as the sender, which is the script that
+            // calls it.
             let sender = ready.credentials.as_ref().unwrap();
             let [child, parent] =
                 [service.child.id(), std::process::id()].map(|pid| Some(pid as i32));
             assert!(sender.pid == child || sender.pid == parent, "{sender:?}");
             assert_eq!(sender.uid, nix::unistd::getuid().as_raw());
 
+            // The service ends when the descriptor of the barrier is closed.
             let barrier = manager.recv().await.unwrap();
             assert_eq!((lines(&barrier), barrier.fds.len()), (vec!["BARRIER=1"], 1));
             assert_eq!(barrier.credentials.as_ref().unwrap().pid, child);
@@ -116,6 +121,8 @@ fn libsystemd_stores_descriptors_and_waits_for_the_barrier() {
                 .env("NOTIFY_SOCKET", address)
                 .stdin(Stdio::null());
             let mut service = Daemon::start(&mut command, directory.path());
+
+            // The files come in order.
             let store = manager.recv().await.unwrap();
             assert_eq!(lines(&store), ["FDSTORE=1", "FDNAME=stored"]);
             let contents = store.fds.into_iter().map(|fd| {
@@ -125,6 +132,7 @@ fn libsystemd_stores_descriptors_and_waits_for_the_barrier() {
             });
             assert_eq!(Vec::from_iter(contents), ["first", "second"]);
 
+            // The service ends when the descriptor of the barrier is closed.
             let barrier = manager.recv().await.unwrap();
             assert_eq!((lines(&barrier), barrier.fds.len()), (vec!["BARRIER=1"], 1));
             assert_eq!(barrier.credentials.as_ref().unwrap().pid, Some(service.child.id() as i32));
@@ -139,8 +147,8 @@ fn libsystemd_stores_descriptors_and_waits_for_the_barrier() {
     });
 }
 
-/// The manager's side, as sd_notify(3) and sd_notify_barrier(3) describe it. Prints what it is
-/// told.
+/// A manager in Python, as sd_notify(3) and sd_notify_barrier(3) describe it. Prints the messages
+/// that it receives.
 const MANAGER: &str = r#"
 import array, os, socket, struct, sys, time
 manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -175,12 +183,12 @@ while True:
         print(pid, *lines, len(fds), flush=True)
     [os.close(fd) for fd in fds]
 print("barrier", flush=True)
-# Its end closes the barrier's descriptor.
+# When this program ends, the barrier's descriptor is closed.
 "#;
 
 const ROLE: &str = "sd_notify::a_service_notifies_a_manager_and_stores_descriptors_there";
 
-/// A service, in a process of its own.
+/// Runs a service, in a process of its own.
 async fn notify() {
     let notifier = Notifier::from_env().unwrap();
     assert!(notifier.is_active());
@@ -199,7 +207,7 @@ async fn notify() {
     notifier.barrier(Duration::from_secs(30)).await.unwrap();
 }
 
-/// A command that runs this binary as the service.
+/// Returns a command that runs this binary as the service.
 fn service(role: &str, address: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([role, "--exact", "--nocapture"]).env("FDWIRE_ROLE", role);
@@ -220,6 +228,7 @@ fn a_service_notifies_a_manager_and_stores_descriptors_there() {
         let name = abstract_name("service");
         let text = format!("@{}", str::from_utf8(name.as_abstract_name().unwrap()).unwrap());
         for (n, address) in [path.to_str().unwrap().to_owned(), text].into_iter().enumerate() {
+            // Start the manager, and then the service.
             let (printed, output) = std::io::pipe().unwrap();
             let listens = directory.path().join(format!("listens {n}"));
             let mut command = Command::new(&python);
@@ -234,6 +243,8 @@ fn a_service_notifies_a_manager_and_stores_descriptors_there() {
             let mut service = Daemon::start(&mut service(ROLE, &address), directory.path());
             assert_eq!(service.ended().await.code(), Some(PASSED));
             assert!(manager.ended().await.success());
+
+            // The manager has printed each message.
             let pid = service.child.id();
             let expected = [
                 "READY=1 0",
@@ -269,17 +280,20 @@ fn a_service_sends_the_same_as_systemd_notify() {
     run(async {
         let directory = tempfile::tempdir().unwrap();
         for (manager, address) in managers("same", directory.path()) {
+            // The messages of a service.
             let mut ours = Daemon::start(&mut service(TEST, &address), directory.path());
-            let mut said = Vec::new();
+            let mut sent = Vec::new();
             for _ in 0..5 {
-                said.push(manager.recv().await.unwrap().payload);
+                sent.push(manager.recv().await.unwrap().payload);
             }
             drop(manager.recv().await.unwrap()); // the barrier
             assert_eq!(ours.ended().await.code(), Some(PASSED));
+
+            // The same messages of systemd-notify.
             for (argument, ours) in
                 ["--ready", "--status=all is well", "STOPPING=1", "WATCHDOG=1", "--pid=812"]
                     .into_iter()
-                    .zip(said)
+                    .zip(sent)
             {
                 let mut command = Command::new(&program);
                 command
@@ -294,10 +308,10 @@ fn a_service_sends_the_same_as_systemd_notify() {
     });
 }
 
-/// A manager that has gone, or that does not answer a barrier.
 #[test]
-fn a_service_learns_that_its_manager_has_gone() {
-    const TEST: &str = "sd_notify::a_service_learns_that_its_manager_has_gone";
+fn a_service_learns_that_its_manager_does_not_answer_a_barrier_or_is_gone() {
+    const TEST: &str =
+        "sd_notify::a_service_learns_that_its_manager_does_not_answer_a_barrier_or_is_gone";
     if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == TEST) {
         return run_and_pass(async {
             let notifier = Notifier::from_env().unwrap();
@@ -321,7 +335,7 @@ fn a_service_learns_that_its_manager_has_gone() {
 }
 
 #[test]
-fn without_a_manager_nothing_is_said() {
+fn without_a_manager_a_notifier_sends_nothing() {
     run(async {
         if std::env::var_os("NOTIFY_SOCKET").is_some() {
             return; // the tests themselves run as a service

@@ -1,5 +1,5 @@
-//! A real `skopeo experimental-image-proxy`: a JSON object in each packet, and the read end of a
-//! pipe with a reply that has more to say.
+//! A real `skopeo experimental-image-proxy`: each packet is a JSON object, and a reply with more
+//! data has the read end of a pipe.
 
 use std::{
     fs,
@@ -32,7 +32,7 @@ struct Reply {
     pipe: Option<OwnedFd>,
 }
 
-/// The whole codec.
+/// Returns the codec: `PacketCodec` with two mappings.
 fn codec() -> impl Decoder<Item = Reply, Error = Error> + Encoder<Value, Error = Error> + Clone {
     PacketCodec::default().map(
         |frame: Frame| {
@@ -66,12 +66,13 @@ impl<C: Decoder<Item = Reply, Error = Error> + Encoder<Value, Error = Error>> Pr
         reply
     }
 
-    /// Makes a call whose answer comes through a pipe: the value, and all that the pipe brings.
+    /// Makes a call whose reply has a pipe. Returns the value of the reply and all bytes of the
+    /// pipe.
     async fn read(&mut self, method: &str, args: Value) -> (Value, Vec<u8>) {
         let reply = self.succeed(method, args).await;
         let mut pipe = pipe::Receiver::from_owned_fd(reply.pipe.expect("a pipe")).unwrap();
         let mut bytes = Vec::new();
-        // skopeo says whether all was written only while the pipe is being read to its end.
+        // skopeo answers whether all was written only while the pipe is being read to its end.
         let (read, finished) = tokio::join!(
             pipe.read_to_end(&mut bytes),
             self.succeed("FinishPipe", json!([reply.pipe_id]))
@@ -122,6 +123,7 @@ fn skopeo_sends_an_image_through_the_pipes_that_come_with_its_replies() {
         let layer: Vec<u8> = (0..3_000_000_u32).map(|n| (n ^ (n >> 8)) as u8).collect();
         let digest = write_image(directory.path(), &layer);
 
+        // Start skopeo.
         let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let mut command = Command::new(program);
         command.arg("experimental-image-proxy").stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
@@ -129,6 +131,7 @@ fn skopeo_sends_an_image_through_the_pipes_that_come_with_its_replies() {
         drop(command); // our copy of its end
         let mut proxy = Proxy { connection: Framed::new(ours, codec()) };
 
+        // Open the image, and read its manifest and its layer from pipes.
         let version = proxy.succeed("Initialize", json!([])).await.value;
         assert!(version.as_str().unwrap().starts_with("0.2."), "{version}");
         let reference = format!("dir:{}", directory.path().display());
@@ -142,10 +145,11 @@ fn skopeo_sends_an_image_through_the_pipes_that_come_with_its_replies() {
         assert_eq!(length.as_u64(), Some(layer.len() as u64));
         assert!(blob == layer, "{} bytes of {}", blob.len(), layer.len());
 
+        // A call that fails brings no pipe.
         let refused = proxy.call("OpenImage", json!(["no-such-transport:image"])).await;
         assert!(!refused.success && refused.pipe.is_none(), "{refused:?}");
         proxy.succeed("CloseImage", json!([image])).await;
-        // It ends without an answer.
+        // skopeo ends without an answer.
         proxy.connection.send(json!({ "method": "Shutdown", "args": [] })).await.unwrap();
         daemon.ended().await;
         assert!(proxy.connection.try_next().await.unwrap_or(None).is_none());

@@ -40,12 +40,15 @@ pub(crate) async fn start_sshd(
     address: &str,
 ) -> (Daemon, u16) {
     std::fs::set_permissions(directory, Permissions::from_mode(0o700)).unwrap();
-    // sshd confines its unprivileged child there; a unit file makes it at boot.
+    // sshd confines its unprivileged child to this directory. Usually a unit file makes it at boot.
     std::fs::create_dir_all("/run/sshd").unwrap();
+
+    // The keys of the server and of the client.
     let path = |name: &str| directory.join(name);
     let host_key = generate_key(keygen, &path("host_key"));
     std::fs::write(path("authorized_keys"), generate_key(keygen, &path("key"))).unwrap();
 
+    // The configuration.
     let port = TcpListener::bind((address, 0)).unwrap().local_addr().unwrap().port();
     std::fs::write(path("known_hosts"), format!("[{address}]:{port} {host_key}")).unwrap();
     let config = format!(
@@ -57,6 +60,7 @@ pub(crate) async fn start_sshd(
     );
     std::fs::write(path("sshd_config"), config).unwrap();
 
+    // The server.
     let mut command = Command::new(program);
     command
         .args(["-D", "-e", "-f"])
@@ -68,7 +72,8 @@ pub(crate) async fn start_sshd(
     (daemon, port)
 }
 
-/// How a client logs in to that server and uses nothing else of this machine.
+/// Returns the options of a client that logs in to that server and uses no other configuration of
+/// this machine.
 pub(crate) fn options(directory: &Path, port: u16) -> Vec<String> {
     let path = |name: &str| directory.join(name).display().to_string();
     let mut options =
@@ -95,7 +100,7 @@ async fn ssh(program: &Path, directory: &Path, port: u16, proxy: &str) -> Output
 }
 
 #[test]
-fn ssh_speaks_on_the_connection_that_our_proxy_passed() {
+fn ssh_uses_the_connection_that_the_example_proxy_passes() {
     let (Some(sshd), Some(client), Some(keygen)) =
         (installed("sshd"), installed("ssh"), installed("ssh-keygen"))
     else {
@@ -110,24 +115,24 @@ fn ssh_speaks_on_the_connection_that_our_proxy_passed() {
         let directory = tempfile::tempdir().unwrap();
         let (_daemon, port) = start_sshd(&sshd, &keygen, directory.path(), ADDRESS).await;
         let output = ssh(&client, directory.path(), port, &format!("'{proxy}' %h %p")).await;
-        let complaints = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{complaints}");
-        assert_eq!(output.stdout, b"hello\n", "{complaints}");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{errors}");
+        assert_eq!(output.stdout, b"hello\n", "{errors}");
 
         let output = ssh(&client, directory.path(), port, &format!("'{proxy}' %h 1")).await;
         assert!(!output.status.success());
-        let complaints = String::from_utf8_lossy(&output.stderr);
+        let errors = String::from_utf8_lossy(&output.stderr);
         assert!(
-            complaints.contains(&format!("ssh_proxy: {ADDRESS} port 1: Connection refused")),
-            "{complaints}"
+            errors.contains(&format!("ssh_proxy: {ADDRESS} port 1: Connection refused")),
+            "{errors}"
         );
     });
 }
 
 #[test]
-fn the_proxy_says_clearly_that_ssh_does_not_want_a_descriptor() {
+fn the_proxy_names_the_missing_option_if_ssh_does_not_take_a_descriptor() {
     let output = example("ssh_proxy").args(["127.0.0.1", "1"]).output().unwrap();
     assert!(!output.status.success());
-    let complaints = String::from_utf8(output.stderr).unwrap();
-    assert!(complaints.contains("set ProxyUseFdpass=yes"), "{complaints}");
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(errors.contains("set ProxyUseFdpass=yes"), "{errors}");
 }

@@ -1,5 +1,5 @@
-//! Another codec in mid-connection: a handshake in text, then binary frames, with nothing lost in
-//! either direction.
+//! A change of the codec in the middle of a connection: after a handshake in text come binary
+//! frames. Nothing is lost in either direction.
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
@@ -10,7 +10,7 @@ use futures::{SinkExt, StreamExt, TryStreamExt};
 
 use crate::common::{KINDS, encoded, marked, marks, raw_send, run};
 
-/// Words of text, each with a line end. No descriptors.
+/// Words of text, each with a line feed, without descriptors.
 #[derive(Clone)]
 struct Words;
 
@@ -47,7 +47,7 @@ fn binary<D, E>(framed: Framed<D, E>) -> Framed<FrameCodec> {
 }
 
 #[test]
-fn what_arrived_in_one_burst_with_the_handshake_is_decoded_by_the_next_codec() {
+fn frames_that_arrive_together_with_the_handshake_are_decoded_by_the_next_codec() {
     for kind in KINDS {
         run(async {
             let (a, peer) = Socket::pair(kind).unwrap();
@@ -77,9 +77,10 @@ fn what_arrived_in_one_burst_with_the_handshake_is_decoded_by_the_next_codec() {
 }
 
 #[test]
-fn what_waits_unsent_goes_out_before_what_the_next_codec_encodes() {
+fn unsent_messages_go_out_before_those_that_the_next_codec_encodes() {
     for kind in KINDS {
         run(async {
+            // Two words, and frames behind them.
             let (a, b) = Socket::pair(kind).unwrap();
             let mut words = Framed::new(a, Words);
             words.feed("HELLO").await.unwrap();
@@ -98,6 +99,7 @@ fn what_waits_unsent_goes_out_before_what_the_next_codec_encodes() {
             let mut words = frames.map_codecs(|_, _| (Words, Words));
             words.feed("END").await.unwrap();
 
+            // Everything arrives in this order.
             let mut peer = Framed::new(b, Words);
             let receive = async {
                 assert_eq!(peer.try_next().await.unwrap().unwrap(), "HELLO");
@@ -120,8 +122,8 @@ fn what_waits_unsent_goes_out_before_what_the_next_codec_encodes() {
     }
 }
 
-/// Both ends talk at once: each sends its handshake and its first frames in one flush, before it
-/// has read a byte.
+/// Both ends begin at the same time: each sends its handshake and its first frames in one flush,
+/// before it has read a byte.
 #[test]
 fn both_ends_switch_without_waiting_for_each_other() {
     async fn end(socket: Socket, mark: u32) -> Vec<u32> {
@@ -131,7 +133,7 @@ fn both_ends_switch_without_waiting_for_each_other() {
         frames.feed(Frame::new("early").with_fds([marked(mark), marked(mark + 1)])).await.unwrap();
         frames.flush().await.unwrap();
 
-        // One direction is behind the other.
+        // Receiving is still in the handshake, while sending has changed the codec.
         let mut words = frames.map_codecs(|_, encoder| (Words, encoder));
         assert_eq!(words.try_next().await.unwrap().unwrap(), "BEGIN");
         let mut frames = words.map_codecs(|_, encoder| (FrameCodec::default(), encoder));

@@ -28,6 +28,7 @@ fn a_service_takes_its_listeners_from_socket_activation() {
     const TEST: &str = "systemd::a_service_takes_its_listeners_from_socket_activation";
     if std::env::var("FDWIRE_ROLE").is_ok_and(|role| role == TEST) {
         return run_and_pass(async {
+            // The service takes its listeners, and sends on each the name of its path.
             let listeners = systemd_listeners().unwrap();
             assert!(!descriptors_of_a_child().contains("socket:"));
             for listener in &listeners {
@@ -46,6 +47,7 @@ fn a_service_takes_its_listeners_from_socket_activation() {
     let Some(program) = installed("systemd-socket-activate") else { return };
     for kind in KINDS {
         run(async {
+            // systemd starts the service with two listeners.
             let directory = tempfile::tempdir().unwrap();
             let paths = ["first", "second"].map(|name| directory.path().join(name));
             let mut command = Command::new(&program);
@@ -62,6 +64,8 @@ fn a_service_takes_its_listeners_from_socket_activation() {
                 .stdout(Stdio::null());
             command.arg(std::env::current_exe().unwrap()).args([TEST, "--exact", "--nocapture"]);
             let mut service = Daemon::start(&mut command, directory.path());
+
+            // A client of each path gets the name of that path.
             for path in &paths {
                 let socket = service.ready(async || Socket::connect(path, kind).await).await;
                 let frame =

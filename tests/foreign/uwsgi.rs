@@ -1,7 +1,7 @@
-//! Real `uwsgi` processes that pass their listening sockets on, as "zerg server" and as "zergling":
-//! 10 bytes of text, the number of sockets in the machine's byte order, and the sockets. A receiver
-//! has room for 8; if there are more it says nothing, connects again and makes room for as many as
-//! it was told.
+//! Real `uwsgi` processes that pass their listening sockets on. The sender is called "zerg server",
+//! and the receiver "zergling". A message has 10 bytes of text, the number of sockets in the
+//! machine's byte order, and the sockets. A receiver has room for 8 sockets. If the number is
+//! larger, it connects again, with room for that number.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
@@ -27,7 +27,7 @@ use tokio::{
 
 use crate::{Daemon, common::run, installed};
 
-/// Listening sockets.
+/// The codec of messages with listening sockets.
 #[derive(Clone)]
 struct ZergCodec;
 
@@ -81,12 +81,12 @@ fn listen() -> (TcpListener, SocketAddr) {
     (listener, address)
 }
 
-/// An address that was free just now.
+/// Returns an address that was free just now.
 fn free_address() -> SocketAddr {
     listen().1
 }
 
-/// Starts uwsgi with the part that answers [`PING`].
+/// Starts uwsgi with the plugin that answers [`PING`].
 fn start_uwsgi(program: &Path, directory: &Path, options: &[&str]) -> Daemon {
     let mut command = Command::new(program);
     command.args(["--master", "--plugin", "ping"]).args(options);
@@ -111,6 +111,7 @@ async fn ping(address: SocketAddr) -> [u8; 4] {
 fn a_zerg_server_gives_its_listening_socket_away() {
     let Some(program) = installed("uwsgi") else { return };
     run(async {
+        // Take the socket from uwsgi.
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("zerg.sock");
         let address = free_address();
@@ -124,7 +125,7 @@ fn a_zerg_server_gives_its_listening_socket_away() {
         assert!(connection.try_next().await.unwrap().is_none());
         assert!(getsockopt(&listener, sockopt::AcceptConn).unwrap());
 
-        // With uwsgi stopped, all that connect are ours.
+        // While uwsgi is stopped, only this process accepts.
         killpg(nix::unistd::Pid::from_raw(daemon.child.id() as i32), Signal::SIGSTOP).unwrap();
         let listener = TcpListener::from(listener);
         assert_eq!(listener.local_addr().unwrap(), address);
@@ -147,7 +148,7 @@ fn a_zergling_serves_the_listening_sockets_that_it_gets() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("zerg.sock");
         let server = Listener::bind(&path, SocketKind::Stream).unwrap();
-        // More than it has room for at first.
+        // More listeners than uwsgi has room for at first.
         let listeners: Vec<(TcpListener, SocketAddr)> = (0..20).map(|_| listen()).collect();
         let _daemon = start_uwsgi(&program, directory.path(), &["--zerg", path.to_str().unwrap()]);
         for _attempt in 0..2 {
@@ -164,11 +165,13 @@ fn a_zergling_serves_the_listening_sockets_that_it_gets() {
     });
 }
 
-/// Its listening socket goes to one generation of ours after the other, and to another uwsgi.
+/// The listening socket goes from uwsgi to one generation of our server after the other, and then
+/// to another uwsgi.
 #[test]
 fn a_server_takes_over_from_a_zerg_server_and_gives_to_a_zergling() {
     let Some(program) = installed("uwsgi") else { return };
     run(async {
+        // The first generation takes it from uwsgi.
         let directory = tempfile::tempdir().unwrap();
         let zerg = directory.path().join("zerg.sock");
         let address = free_address();
@@ -183,6 +186,7 @@ fn a_server_takes_over_from_a_zerg_server_and_gives_to_a_zergling() {
         let first = Server::bind(&path, listeners, Options::default()).unwrap();
         drop(daemon);
 
+        // The second generation takes over from the first, and serves.
         let second =
             takeover::request(&path, Options::default()).await.unwrap().ready().await.unwrap();
         first.replaced().await;
@@ -195,6 +199,7 @@ fn a_server_takes_over_from_a_zerg_server_and_gives_to_a_zergling() {
         };
         assert_eq!(tokio::join!(ping(address), serve).0, *b"ours");
 
+        // Another uwsgi takes it from the second.
         let server = Listener::bind(&zerg, SocketKind::Stream).unwrap();
         let _daemon = start_uwsgi(&program, directory.path(), &["--zerg", zerg.to_str().unwrap()]);
         let mut connection = Framed::new(server.accept().await.unwrap(), ZergCodec);

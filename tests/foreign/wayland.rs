@@ -1,5 +1,6 @@
-//! Wayland with a real compositor, `weston` without a screen. No header says how many descriptors a
-//! message has: it follows from the kind of object and the number of the request or event.
+//! Wayland with a real compositor, `weston` without a screen. The number of descriptors of a
+//! message is not in its header. It follows from the kind of object and the number of the request
+//! or event.
 //! <https://wayland.freedesktop.org/docs/html>
 
 use std::{
@@ -38,7 +39,7 @@ enum Interface {
 }
 
 impl Interface {
-    /// How many descriptors an event has.
+    /// Returns the number of descriptors of an event.
     fn fds_of_event(self, opcode: u16) -> usize {
         match (self, opcode) {
             (Self::Keyboard, KEYMAP) | (Self::DataSource, SEND) => 1,
@@ -76,7 +77,7 @@ impl Args {
         self
     }
 
-    /// Its length with the zero at its end, its bytes, and zeros up to a multiple of 4.
+    /// Adds a text: its length with a zero at the end, its bytes, and zeros up to a multiple of 4.
     fn string(self, value: &str) -> Self {
         let mut this = self.int(value.len() as u32 + 1);
         this.bytes.put_slice(value.as_bytes());
@@ -89,7 +90,8 @@ impl Args {
     }
 }
 
-/// Knows which object is what, since only that tells how many descriptors an event has.
+/// A codec that knows the interface of each object: the number of an event's descriptors follows
+/// from it.
 #[derive(Debug, Clone)]
 struct WaylandCodec {
     objects: HashMap<u32, Interface>,
@@ -98,7 +100,7 @@ struct WaylandCodec {
 impl WaylandCodec {
     const HEADER: usize = 8;
 
-    /// The object, the opcode and the length of the whole message.
+    /// Returns the object, the opcode and the length of the whole message.
     fn header(mut src: &[u8]) -> Option<(u32, u16, usize)> {
         let (object, word) = (src.try_get_u32_ne().ok()?, src.try_get_u32_ne().ok()?);
         Some((object, word as u16, (word >> 16) as usize))
@@ -107,7 +109,7 @@ impl WaylandCodec {
 
 impl Codec for WaylandCodec {
     fn grouping(&self) -> Grouping {
-        // A compositor has room for 28 descriptors in one read; seen to fail with `Free`.
+        // A compositor has room for 28 descriptors in one read. With `Free` it was seen to fail.
         Grouping::FdsFirst
     }
 }
@@ -186,14 +188,14 @@ impl Client {
         Self { wire: Framed::new(socket, codec), last_object: DISPLAY, globals: HashMap::new() }
     }
 
-    /// A number for a new object, which the decoder has to know before its first event.
+    /// Returns the number of a new object. The decoder has to know it before its first event.
     fn new_object(&mut self, interface: Interface) -> u32 {
         self.last_object += 1;
         self.wire.decoder_mut().objects.insert(self.last_object, interface);
         self.last_object
     }
 
-    /// Requests are collected, and sent when an answer is waited for.
+    /// Adds a request to the unsent ones, which [`round_trip`](Self::round_trip) sends.
     async fn request(&mut self, object: u32, opcode: u16, args: Args) {
         self.wire.feed(Request { object, opcode, args }).await.unwrap();
     }
@@ -224,8 +226,11 @@ impl Client {
         pool
     }
 
-    /// Sends what waits, and returns the events up to the answer, which comes after all earlier
-    /// requests were handled; or the compositor's complaint.
+    /// Sends all requests, and returns the events up to the answer, which comes after all earlier
+    /// requests were handled.
+    ///
+    /// # Errors
+    /// Returns the text of the compositor's error event.
     async fn round_trip(&mut self) -> Result<Vec<Event>, String> {
         let callback = self.new_object(Interface::Callback);
         self.request(DISPLAY, SYNC, Args::default().int(callback)).await;
@@ -244,7 +249,7 @@ impl Client {
     }
 }
 
-/// A compositor of our own, when it listens.
+/// Starts a compositor for the test. Returns when it listens.
 async fn start_weston(program: &Path, directory: &Path) -> (Daemon, Client) {
     std::fs::set_permissions(directory, Permissions::from_mode(0o700)).unwrap();
     let version = Command::new(program).arg("--version").output().unwrap().stdout;
@@ -285,7 +290,7 @@ fn a_real_compositor_takes_a_pool_of_shared_memory() {
         let formats = client.round_trip().await.unwrap();
         assert!(
             formats.iter().any(|event| event.from == Interface::Shm),
-            "it tells its pixel formats"
+            "the compositor sends its pixel formats"
         );
 
         let (width, height) = (16, 16);
@@ -318,7 +323,7 @@ fn a_pool_without_a_size_is_refused_by_a_real_compositor() {
     });
 }
 
-/// By hand, since weston without a screen has no keyboard either.
+/// The test plays the compositor, because weston without a screen has no keyboard either.
 #[test]
 fn an_event_brings_the_descriptor_that_its_object_and_number_imply() {
     run(async {
@@ -327,6 +332,8 @@ fn an_event_brings_the_descriptor_that_its_object_and_number_imply() {
         let keyboard = client.new_object(Interface::Keyboard);
         let source = client.new_object(Interface::DataSource);
         let callback = source + 1; // of the round trip
+
+        // Events with and without descriptors. As by libwayland, two are sent in one call.
         let event = |object: u32, opcode: u32, args: &[u32]| {
             let length = 8 + 4 * args.len() as u32;
             let words = [object, length << 16 | opcode].into_iter().chain(args.iter().copied());
@@ -337,11 +344,11 @@ fn an_event_brings_the_descriptor_that_its_object_and_number_imply() {
         let both =
             [event(keyboard, KEYMAP.into(), &[1, 4]), event(source, SEND.into(), &[4, mime_type])]
                 .concat();
-        // As libwayland flushes: all in one call.
         raw_send(&compositor, &both, &[marked(1), marked(2)]);
         raw_send(&compositor, &event(keyboard, 3, &[7, 0, 30, 1]), &[]);
         raw_send(&compositor, &event(callback, 0, &[0]), &[]);
 
+        // Each descriptor belongs to its event.
         let events = client.round_trip().await.unwrap();
         let seen: Vec<_> =
             events.iter().map(|event| (event.from, event.fd.as_ref().map(mark_of))).collect();

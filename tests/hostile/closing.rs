@@ -1,5 +1,5 @@
-//! Descriptors whose last `close` takes as long as a peer likes. No task may wait for it, and they
-//! still get closed.
+//! Descriptors whose last `close` takes as long as a peer likes. No task may wait for that `close`,
+//! and the descriptors are closed all the same.
 
 use std::{
     io::ErrorKind,
@@ -31,7 +31,7 @@ use crate::{
     slow::{Client, full_connection, linger, slow_to_close, without_waiting},
 };
 
-/// A connection to whose kernel queue the peer has sent a slow socket. The peer stays.
+/// Makes a connection with a slow socket from its peer in its kernel queue. The peer stays.
 fn with_unread(kind: SocketKind) -> (Framed<FrameCodec>, OwnedFd, [Client; 1]) {
     let (rx, peer) = with_raw_peer(kind);
     let (slow, client) = slow_to_close();
@@ -40,7 +40,7 @@ fn with_unread(kind: SocketKind) -> (Framed<FrameCodec>, OwnedFd, [Client; 1]) {
 }
 
 #[test]
-fn dropping_a_connection_does_not_wait_for_what_it_has_not_read() {
+fn dropping_a_connection_does_not_wait_for_its_unread_descriptors() {
     counted(async |kind| {
         let (rx, _peer, clients) = with_unread(kind);
         without_waiting(clients, async { drop(rx) }).await;
@@ -48,7 +48,7 @@ fn dropping_a_connection_does_not_wait_for_what_it_has_not_read() {
 }
 
 #[test]
-fn dropping_a_connection_whose_peer_is_gone_does_not_wait_for_what_it_has_not_read() {
+fn dropping_a_connection_whose_peer_is_gone_does_not_wait_for_its_unread_descriptors() {
     counted(async |kind| {
         let (rx, peer, clients) = with_unread(kind);
         drop(peer);
@@ -57,7 +57,7 @@ fn dropping_a_connection_whose_peer_is_gone_does_not_wait_for_what_it_has_not_re
 }
 
 #[test]
-fn dropping_the_last_half_does_not_wait_for_what_it_has_not_read() {
+fn dropping_the_last_half_does_not_wait_for_its_unread_descriptors() {
     counted(async |kind| {
         let (rx, _peer, clients) = with_unread(kind);
         let (read, write) = rx.into_split();
@@ -70,7 +70,7 @@ fn dropping_the_last_half_does_not_wait_for_what_it_has_not_read() {
 }
 
 #[test]
-fn dropping_a_driver_does_not_wait_for_what_its_connection_has_not_read() {
+fn dropping_a_driver_does_not_wait_for_the_unread_descriptors_of_its_connection() {
     counted(async |kind| {
         let (rx, _peer, clients) = with_unread(kind);
         let (read, write) = rx.into_split();
@@ -93,7 +93,7 @@ fn dropping_a_datagram_or_its_socket_does_not_wait() {
         without_waiting(clients, async { drop(b) }).await;
         let (_a, b, clients) = with_unread();
         without_waiting(clients, async { drop(b.recv().await.unwrap()) }).await;
-        // The message is too long, so nobody sees it.
+        // The message is too long, so the receiver gets an error instead of it.
         let (a, b) = DatagramSocket::pair().unwrap();
         let (slow, client) = slow_to_close();
         setsockopt(&a, sockopt::SndBuf, &(2 << 20)).unwrap();
@@ -105,7 +105,7 @@ fn dropping_a_datagram_or_its_socket_does_not_wait() {
 }
 
 #[test]
-fn dropping_a_socket_does_not_wait_for_what_it_has_not_read() {
+fn dropping_a_socket_does_not_wait_for_its_unread_descriptors() {
     counted(async |kind| {
         let (rx, _peer, clients) = with_unread(kind);
         let parts = rx.into_parts();
@@ -114,7 +114,7 @@ fn dropping_a_socket_does_not_wait_for_what_it_has_not_read() {
 }
 
 #[test]
-fn dropping_a_listener_does_not_wait_for_what_its_backlog_has_not_read() {
+fn dropping_a_listener_does_not_wait_for_unread_descriptors_in_its_backlog() {
     counted(async |kind| {
         let addr = abstract_name("backlog");
         let listener = Listener::bind_addr(&addr, kind).unwrap();
@@ -126,7 +126,7 @@ fn dropping_a_listener_does_not_wait_for_what_its_backlog_has_not_read() {
 }
 
 #[test]
-fn the_end_of_a_runtime_does_not_wait_for_what_its_connections_have_not_read() {
+fn the_end_of_a_runtime_does_not_wait_for_the_unread_descriptors_of_its_connections() {
     counted(async |kind| {
         let (slow, client) = slow_to_close();
         let (ours, peer) = raw::pair(kind);
@@ -150,7 +150,7 @@ fn the_end_of_a_runtime_does_not_wait_for_what_its_connections_have_not_read() {
 }
 
 #[test]
-fn after_a_fault_neither_what_was_read_nor_what_was_not_is_waited_for() {
+fn after_a_fault_dropping_a_connection_waits_for_neither_read_nor_unread_descriptors() {
     counted(async |kind| {
         let (mut rx, peer) = with_raw_peer(kind);
         let (read, first) = slow_to_close();
@@ -309,7 +309,7 @@ impl Decoder for Letters {
 }
 
 #[test]
-fn what_a_decoder_has_taken_before_it_fails_is_dropped_without_waiting() {
+fn descriptors_that_a_decoder_has_taken_before_it_fails_are_dropped_without_waiting() {
     counted(async |kind| {
         let (a, peer) = Socket::pair(kind).unwrap();
         let mut rx = Framed::with_codecs(a, Letters, FrameCodec::default());
@@ -321,13 +321,13 @@ fn what_a_decoder_has_taken_before_it_fails_is_dropped_without_waiting() {
 }
 
 #[test]
-fn what_came_before_descriptors_were_lost_is_dropped_without_waiting() {
+fn descriptors_that_came_before_others_were_lost_are_dropped_without_waiting() {
     counted(async |kind| {
         let (a, peer) = Socket::pair(kind).unwrap();
         let mut rx = Framed::new(a, PacketCodec::default());
         let (slow, client) = slow_to_close();
-        // The kernel closes what it can't install during the call, so only the first ones can be
-        // slow.
+        // The kernel closes the descriptors that it can't install during the call, so only the
+        // first ones can be slow.
         raw_send(&peer, b"?", &[slow].into_iter().chain(nulls(30)).collect::<Vec<_>>());
         let limit = FdLimit::leave(10);
         let lost = without_waiting([client], rx.next()).await;
@@ -336,7 +336,8 @@ fn what_came_before_descriptors_were_lost_is_dropped_without_waiting() {
     });
 }
 
-/// A Unix socket in whose queue is a Unix socket, and so on; at the bottom is the descriptor.
+/// Makes a Unix socket whose queue holds a Unix socket, and so on; the last one holds the
+/// descriptor. Returns `None` if the kernel does not nest so deeply.
 fn nested(bottom: OwnedFd, depth: usize, kind: SocketKind) -> Option<OwnedFd> {
     let mut inner = bottom;
     for _ in 0..depth {
@@ -353,7 +354,7 @@ fn sockets_nested_in_sockets_are_closed_without_waiting() {
         for read in [false, true] {
             let (slow, client) = slow_to_close();
             let Some(nested) = nested(slow, 200, kind) else {
-                return eprintln!("skipped: this kernel nests sockets less deep");
+                return eprintln!("skipped: this kernel does not nest sockets so deeply");
             };
             let (mut rx, peer) = with_raw_peer(kind);
             raw_send(&peer, b"?", &[nested]);
@@ -378,9 +379,9 @@ fn a_descriptor_that_is_not_the_expected_socket_is_not_waited_for() {
     });
 }
 
-/// The descriptors that come with a connection are of the dispatcher's choice.
+/// The dispatcher chooses the descriptors that come with a connection.
 #[test]
-fn dropping_an_adopted_connection_does_not_wait_for_what_came_with_it() {
+fn dropping_an_adopted_connection_does_not_wait_for_the_descriptors_that_came_with_it() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
         let mut incoming = Incoming::builder().max_fds(2).build(b);

@@ -1,4 +1,4 @@
-//! The threads and descriptors that hostile connections take, and descriptors that are lost.
+//! The threads and descriptors that hostile connections use up, and descriptors that are lost.
 
 use std::{
     fs::File,
@@ -22,7 +22,7 @@ use crate::{
     threads, until,
 };
 
-/// Lets the process open only a few more descriptors until it is dropped.
+/// A limit that lets the process open only a few more descriptors, until it is dropped.
 pub(crate) struct FdLimit {
     before: (u64, u64),
 }
@@ -46,7 +46,8 @@ pub(crate) fn nulls(count: usize) -> Vec<OwnedFd> {
     (0..count).map(|_| File::open("/dev/null").unwrap().into()).collect()
 }
 
-/// A connection that ends with an error because of the bytes that came with these descriptors.
+/// Makes a connection that ends with an error because of the bytes that came with these
+/// descriptors.
 async fn bad_connection(kind: SocketKind, fds: Vec<OwnedFd>) {
     let (mut rx, peer) = with_raw_peer(kind);
     raw_send(&peer, b"?", &fds);
@@ -70,9 +71,9 @@ fn slow_sockets_of_many_connections_take_few_threads() {
     });
 }
 
-/// The thread that closes such a socket frees all these files, one after the other.
+/// The thread that closes such a socket frees all the files in its queue, one after the other.
 #[test]
-fn sockets_with_many_unread_descriptors_take_one_task_at_a_time() {
+fn sockets_with_many_unread_descriptors_take_one_thread_or_process_at_a_time() {
     counted(async |kind| {
         const SOCKETS: usize = 40;
         let mut full = Vec::new();
@@ -81,7 +82,7 @@ fn sockets_with_many_unread_descriptors_take_one_task_at_a_time() {
             for _ in 0..20 {
                 if raw::try_send(&sender, b"?", &nulls(253)).is_none() {
                     return eprintln!(
-                        "skipped: RLIMIT_NOFILE is too small for so many descriptors in flight"
+                        "skipped: RLIMIT_NOFILE is too small for this many descriptors in flight"
                     );
                 }
             }
@@ -99,7 +100,7 @@ fn sockets_with_many_unread_descriptors_take_one_task_at_a_time() {
     });
 }
 
-/// Number of child processes of this process.
+/// Returns the number of child processes of this process.
 fn children() -> usize {
     let parent = std::process::id().to_string();
     let is_child = |process: &std::fs::DirEntry| {

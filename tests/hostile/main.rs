@@ -2,8 +2,8 @@
 //! and use up scarce resources.
 //!
 //! The tests count descriptors and threads of their process, so they run one at a time. None
-//! measures time. If the library waits where it must not, [`slow::Watchdog`] ends the waiting and
-//! the test fails.
+//! measures time. If the library waits for a peer and must not, [`slow::Watchdog`] ends the waiting
+//! and the test fails.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -33,7 +33,7 @@ use common::{KINDS, raw_send, run, with_raw_peer};
 use fdwire::{Error, SocketKind};
 use futures::StreamExt;
 
-/// How long a test waits for something that takes milliseconds, before it fails.
+/// The time that a test waits for something that takes milliseconds, before it fails.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits for something that has to happen soon.
@@ -91,7 +91,7 @@ fn close_something(kind: SocketKind) {
     });
 }
 
-/// Number of threads of this process.
+/// Returns the number of threads of this process.
 fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").unwrap().count()
 }

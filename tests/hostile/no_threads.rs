@@ -33,6 +33,7 @@ fn process_without_threads(mut control: UnixStream) {
     let since = if since[0] == 0 { Since::ItsStart } else { Since::ItsFirstSocket };
     let kind = read_kind(&mut control);
 
+    // An honest connection that is echoed, while no thread can be started.
     let (read, first) = slow_to_close();
     let (unread, second) = slow_to_close();
     let watchdog = Watchdog::start(vec![first, second]);
@@ -46,6 +47,7 @@ fn process_without_threads(mut control: UnixStream) {
             }
         });
 
+        // A hostile connection ends with slow sockets, and the honest one goes on.
         let (mut rx, peer) = with_raw_peer(kind);
         raw_send(&peer, b"?", &[read]);
         raw_send(&peer, b"?", &[unread]);
@@ -68,7 +70,7 @@ fn process_without_threads(mut control: UnixStream) {
     control.write_all(b"done").unwrap();
 }
 
-/// Lets such a process run.
+/// Runs the test in a process that loses the right to start threads at this moment.
 fn check(role: &str, since: Since) {
     if let Some(control) = role_socket(role) {
         return process_without_threads(control.into());
@@ -79,8 +81,8 @@ fn check(role: &str, since: Since) {
     });
 }
 
-/// Takes away the right of a process to start threads, until this is dropped. The process must not
-/// run as root.
+/// A limit that takes away the right of this process to start threads, until it is dropped. The
+/// process must not run as root.
 pub(crate) struct NoThreads {
     before: (u64, u64),
 }
@@ -103,14 +105,14 @@ impl Drop for NoThreads {
     }
 }
 
-/// Runs a role process as another uid with these settings, and waits until it says `done` and
-/// succeeds.
+/// Runs a role process as another uid with these settings, and waits until it reports `done` and
+/// exits with success.
 pub(crate) fn run_process(role: &str, uid: u32, settings: &[u8]) {
     let (mut control, theirs) = UnixStream::pair().unwrap();
     let mut child = spawn_role(role, Some(uid), theirs.into());
     control.write_all(settings).unwrap();
     let done = control.read_exact(&mut [0; 4]);
-    assert!(child.wait().unwrap().success(), "see above");
+    assert!(child.wait().unwrap().success(), "the role process failed, see its output above");
     done.unwrap();
 }
 
@@ -122,17 +124,23 @@ pub(crate) fn read_kind(control: &mut UnixStream) -> SocketKind {
 }
 
 #[test]
-fn a_process_that_never_could_start_a_thread_goes_on_and_closes_when_it_can() {
+fn a_process_that_never_could_start_a_thread_goes_on_and_closes_descriptors_when_it_can() {
     check(
-        "no_threads::a_process_that_never_could_start_a_thread_goes_on_and_closes_when_it_can",
+        concat!(
+            "no_threads::a_process_that_never_could_start_a_thread_",
+            "goes_on_and_closes_descriptors_when_it_can"
+        ),
         Since::ItsStart,
     );
 }
 
 #[test]
-fn a_process_that_can_start_no_more_threads_goes_on_and_closes_when_it_can() {
+fn a_process_that_can_start_no_more_threads_goes_on_and_closes_descriptors_when_it_can() {
     check(
-        "no_threads::a_process_that_can_start_no_more_threads_goes_on_and_closes_when_it_can",
+        concat!(
+            "no_threads::a_process_that_can_start_no_more_threads_",
+            "goes_on_and_closes_descriptors_when_it_can"
+        ),
         Since::ItsFirstSocket,
     );
 }

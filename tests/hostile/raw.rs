@@ -33,14 +33,15 @@ pub(crate) fn connected_to(addr: &SocketAddr, kind: SocketKind) -> OwnedFd {
     connected_to_name(addr.as_abstract_name().unwrap(), kind)
 }
 
-/// A socket that is connected to the listener at an abstract name.
+/// Connects a socket to the listener at an abstract name.
 pub(crate) fn connected_to_name(name: &[u8], kind: SocketKind) -> OwnedFd {
     let ours = socket(AddressFamily::Unix, sock_type(kind), SockFlag::SOCK_CLOEXEC, None).unwrap();
     connect(ours.as_raw_fd(), &UnixAddr::new_abstract(name).unwrap()).unwrap();
     ours
 }
 
-/// Makes one `sendmsg`. Returns `None` if the kernel refuses a descriptor that is nested so deeply.
+/// Makes one `sendmsg`. Returns `None` if the kernel refuses the descriptors (`ETOOMANYREFS`): one
+/// is nested too deeply, or too many are in flight.
 pub(crate) fn try_send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) -> Option<()> {
     let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let control = [ControlMessage::ScmRights(&fds)];
@@ -53,10 +54,10 @@ pub(crate) fn try_send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) -> Opt
     }
 }
 
-/// One `recvmsg`.
+/// Makes one `recvmsg`. Returns the bytes and the descriptors.
 ///
 /// # Errors
-/// The errors of the call.
+/// Returns the error of the call.
 pub(crate) fn receive(
     socket: &impl AsFd,
     wait: bool,

@@ -14,7 +14,8 @@ use crate::{
     soon,
 };
 
-/// Connects, sends on what it has received, and then waits for the order to end.
+/// Receives the name of a listener and descriptors. Connects to the listener, sends it the
+/// descriptors, and stays until the test ends it.
 fn send_on(control: impl Into<UnixStream>) {
     let mut control = control.into();
     let (name, fds) = raw::receive(&control, true).unwrap();
@@ -30,9 +31,9 @@ fn send_on(control: impl Into<UnixStream>) {
 }
 
 #[test]
-fn a_peer_that_is_refused_does_not_block_the_listener_with_what_it_sent() {
+fn a_peer_that_is_refused_does_not_block_the_listener_with_its_descriptors() {
     const ROLE: &str =
-        "refused::a_peer_that_is_refused_does_not_block_the_listener_with_what_it_sent";
+        "refused::a_peer_that_is_refused_does_not_block_the_listener_with_its_descriptors";
     if let Some(control) = role_socket(ROLE) {
         return send_on(control);
     }

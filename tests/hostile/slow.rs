@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use crate::PATIENCE;
 
-/// The server's end of a TCP connection whose last `close` takes an hour, or until the client
+/// Makes the server's end of a TCP connection whose last `close` takes an hour, or until the client
 /// reads: `SO_LINGER` is set, and not all of its bytes can be sent.
 pub(crate) fn slow_to_close() -> (OwnedFd, Client) {
     let (server, client) = full_connection();
@@ -24,13 +24,13 @@ pub(crate) fn slow_to_close() -> (OwnedFd, Client) {
     (server, client)
 }
 
-/// The server's end of a TCP connection that can't send what it has until the client reads.
+/// Makes the server's end of a TCP connection with bytes that it can't send until the client reads.
 pub(crate) fn full_connection() -> (OwnedFd, Client) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let mut server = listener.accept().unwrap().0;
-    // Small enough to be full soon, with many connections at the same time. Even smaller ones are
-    // read slowly.
+    // Small buffers are full soon, even with many connections at the same time. Even smaller ones
+    // are read slowly.
     setsockopt(&client, sockopt::RcvBuf, &65536).unwrap();
     setsockopt(&server, sockopt::SndBuf, &65536).unwrap();
     server.set_nonblocking(true).unwrap();
@@ -61,7 +61,7 @@ impl Client {
     /// Reads up to the end, which comes when the last copy of the server's end is closed.
     ///
     /// # Errors
-    /// If that is not closed, or bytes are missing.
+    /// Fails if the server's end is not closed, or if bytes are missing.
     pub(crate) fn read_to_end(mut self) -> Result<(), String> {
         self.stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let (mut received, mut buffer) = (0, [0; 65536]);
@@ -81,36 +81,36 @@ impl Client {
     }
 }
 
-/// Keeps the clients of slow sockets from reading until the operation under test has returned. So
-/// an operation that waits for one of them can't return by itself. After [`PATIENCE`] the clients
-/// read nevertheless, and the test fails.
+/// A thread that keeps the clients of slow sockets from reading until the operation under test has
+/// returned. So an operation that waits for one of them can't return by itself. After [`PATIENCE`]
+/// the clients read nevertheless, and the test fails.
 pub(crate) struct Watchdog {
     returned: mpsc::Sender<()>,
     report: oneshot::Receiver<Result<(), String>>,
 }
 
 impl Watchdog {
-    /// Starts a thread.
+    /// Starts the thread.
     pub(crate) fn start(clients: Vec<Client>) -> Self {
-        let (returned, told) = mpsc::channel();
-        let (tell, report) = oneshot::channel();
+        let (returned, has_returned) = mpsc::channel();
+        let (outcome_of_clients, report) = oneshot::channel();
         std::thread::spawn(move || {
-            let hangs = told.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout);
+            let hangs = has_returned.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout);
             let mut outcome = clients.into_iter().try_for_each(Client::read_to_end);
             if hangs {
                 outcome = Err("the operation waits for a close".to_owned());
-                if told.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
-                    eprintln!("the operation does not return, although nothing keeps it from that");
+                if has_returned.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                    eprintln!("the operation does not return, although every client has read");
                     std::process::abort();
                 }
             }
-            let _ = tell.send(outcome);
+            let _ = outcome_of_clients.send(outcome);
         });
         Self { returned, report }
     }
 
-    /// The operation has returned. Lets the clients read, and fails unless each sees the end of its
-    /// connection after all bytes.
+    /// Reports that the operation has returned. Lets the clients read, and fails unless each sees
+    /// the end of its connection after all bytes.
     pub(crate) async fn returned(self) {
         let _ = self.returned.send(());
         self.report.await.unwrap().unwrap();

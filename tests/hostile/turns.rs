@@ -25,14 +25,18 @@ fn messages_with_many_descriptors_leave_other_tasks_their_turns() {
     counted(async |kind| {
         const MESSAGES: usize = 60;
         let (mut rx, peer) = with_raw_peer(kind);
+
+        // All messages wait in the socket before the first is received.
         let fds = nulls(253);
         for _ in 0..MESSAGES {
             if raw::try_send(&peer, &encoded(b"", 253), &fds).is_none() {
                 return eprintln!(
-                    "skipped: RLIMIT_NOFILE is too small for so many descriptors in flight"
+                    "skipped: RLIMIT_NOFILE is too small for this many descriptors in flight"
                 );
             }
         }
+
+        // One task receives them, and this one counts how many between two of its own turns.
         let received = Arc::new(AtomicUsize::new(0));
         let reader = tokio::spawn({
             let received = Arc::clone(&received);

@@ -1,4 +1,4 @@
-//! Many connections of one uid, which together hold no more than the uid may hold.
+//! The limits of a uid: all of its connections together hold no more than it may hold.
 
 use std::{
     io::{Read, Write},
@@ -36,16 +36,16 @@ async fn accept(listener: &Listener, addr: &SocketAddr) -> (Framed<FrameCodec>, 
     (Framed::new(socket, FrameCodec::default()), peer)
 }
 
-/// Receives all that the peer has sent, which is not a whole frame.
+/// Receives everything that the peer has sent, which is not a whole frame.
 async fn receive_part(rx: &mut Framed<FrameCodec>) {
     while !raw::nothing_is_unread(rx.socket()) {
         assert!(rx.next().now_or_never().is_none());
         yield_now().await;
     }
-    assert!(rx.next().now_or_never().is_none()); // it counts from here on
+    assert!(rx.next().now_or_never().is_none()); // from here on, the part counts
 }
 
-/// Lets the listener refuse one more connection. Returns its peer.
+/// Connects, and waits until the listener has refused the connection. Returns its peer.
 async fn refuse(listener: &Listener, addr: &SocketAddr) -> OwnedFd {
     let before = listener.refused();
     let peer = raw::connected_to(addr, listener.kind());
@@ -57,7 +57,7 @@ async fn refuse(listener: &Listener, addr: &SocketAddr) -> OwnedFd {
     peer
 }
 
-/// Connects, and sends on what the listener sends first.
+/// Connects to the listener, and copies the bytes that it sends to `control`.
 fn greeted(control: OwnedFd) {
     let mut control = UnixStream::from(control);
     let mut name = String::new();
@@ -68,9 +68,9 @@ fn greeted(control: OwnedFd) {
 }
 
 #[test]
-fn a_uid_has_no_more_connections_than_it_may_and_leaves_them_to_others() {
+fn a_uid_gets_no_more_connections_than_its_limit_and_other_uids_get_theirs() {
     const ROLE: &str =
-        "uid_limits::a_uid_has_no_more_connections_than_it_may_and_leaves_them_to_others";
+        "uid_limits::a_uid_gets_no_more_connections_than_its_limit_and_other_uids_get_theirs";
     if let Some(control) = role_socket(ROLE) {
         return greeted(control);
     }
@@ -79,12 +79,15 @@ fn a_uid_has_no_more_connections_than_it_may_and_leaves_them_to_others() {
             listen("connections", kind, UidLimits::default().max_connections(2));
         let uid = other_uid().filter(|_| kind == SocketKind::Stream);
         listener = listener.allow_uids(uid);
+
+        // The third connection is one too many.
         let first = accept(&listener, &addr).await;
         let second = accept(&listener, &addr).await;
         let refused = refuse(&listener, &addr).await;
         let (bytes, _) = raw::receive(&refused, true).unwrap();
         assert!(bytes.is_empty());
 
+        // A connection of another uid is accepted.
         if let Some(uid) = uid {
             let (mut control, theirs) = UnixStream::pair().unwrap();
             let mut child = spawn_role(ROLE, Some(uid), theirs.into());
@@ -110,10 +113,12 @@ fn a_uid_has_no_more_connections_than_it_may_and_leaves_them_to_others() {
 }
 
 #[test]
-fn connections_of_a_uid_hold_no_more_of_unfinished_frames_than_it_may() {
+fn connections_of_a_uid_hold_no_more_bytes_of_unfinished_frames_than_its_limit() {
     counted(async |kind| {
         let (listener, addr) = listen("bytes", kind, UidLimits::default().max_bytes(1000));
         let frame = encoded(&[7; 700], 0);
+
+        // One connection holds a part.
         let (mut patient, patients_peer) = accept(&listener, &addr).await;
         raw_send(&patients_peer, &frame[..600], &[]);
         receive_part(&mut patient).await;
@@ -125,6 +130,7 @@ fn connections_of_a_uid_hold_no_more_of_unfinished_frames_than_it_may() {
         raw_send(&peer, &frame[..400], &[]);
         receive_part(&mut rx).await;
 
+        // One byte more is over the limit.
         raw_send(&peer, &frame[400..401], &[]);
         let ended = rx.next().await.unwrap();
         assert!(matches!(ended, Err(Error::OverUidLimit { bytes: 1001, fds: 0, .. })), "{ended:?}");
@@ -143,7 +149,7 @@ fn connections_of_a_uid_hold_no_more_of_unfinished_frames_than_it_may() {
 }
 
 #[test]
-fn connections_of_a_uid_hold_no_more_unclaimed_descriptors_than_it_may() {
+fn connections_of_a_uid_hold_no_more_unclaimed_descriptors_than_its_limit() {
     counted(async |kind| {
         let (listener, addr) = listen("descriptors", kind, UidLimits::default().max_fds(300));
         let fds = nulls(200);
@@ -171,6 +177,9 @@ fn process_whose_descriptors_wait(mut control: UnixStream) {
     run_in(one_thread(), async {
         let (listener, addr) = listen("closing", kind, UidLimits::default().max_fds(253));
         let (mut honest, honest_peer) = accept(&listener, &addr).await;
+
+        // Three connections leave 300 descriptors to be closed, more than the uid may have. Until
+        // then, it gets no connection and receives nothing.
         for _ in 0..3 {
             let (mut rx, peer) = accept(&listener, &addr).await;
             raw_send(&peer, b"?", &nulls(100));
@@ -182,7 +191,7 @@ fn process_whose_descriptors_wait(mut control: UnixStream) {
             yield_now().await; // the runtime learns that there is something to receive
             assert!(
                 honest.next().now_or_never().is_none(),
-                "it receives although too much waits to be closed"
+                "it receives although too many descriptors wait to be closed"
             );
         }
 
@@ -199,23 +208,24 @@ fn process_whose_descriptors_wait(mut control: UnixStream) {
             assert!(refused() <= 65, "{} refused connections wait to be closed", refused());
         }
 
+        // When a thread can be started, everything is closed, and the uid goes on.
         drop(limit);
         fdwire::close_in_background(nulls(1));
         let frame = soon("the others are closed", honest.next()).await.unwrap().unwrap();
         assert_eq!(frame.payload, "hello");
         for _ in listener.refused()..101 {
-            soon("one that had to wait", listener.accept()).await.unwrap();
+            soon("a connection that had to wait", listener.accept()).await.unwrap();
         }
         let admitted = fdwire::Socket::try_from(raw::connected_to(&addr, kind)).unwrap();
-
         check_connected(admitted, listener.accept().await.unwrap()).await;
     });
     control.write_all(b"done").unwrap();
 }
 
 #[test]
-fn a_uid_gets_no_further_than_its_descriptors_can_be_closed() {
-    const ROLE: &str = "uid_limits::a_uid_gets_no_further_than_its_descriptors_can_be_closed";
+fn descriptors_that_wait_to_be_closed_count_against_the_limits_of_their_uid() {
+    const ROLE: &str =
+        "uid_limits::descriptors_that_wait_to_be_closed_count_against_the_limits_of_their_uid";
     if let Some(control) = role_socket(ROLE) {
         return process_whose_descriptors_wait(control.into());
     }

@@ -1,4 +1,5 @@
-//! Peers that begin something and never finish it.
+//! Peers that begin a frame and never finish it, and connections that wait for descriptors to be
+//! closed.
 
 use std::{os::fd::OwnedFd, time::Duration};
 
@@ -16,7 +17,11 @@ use crate::{
     soon,
 };
 
+/// The time for the rest of a frame. A test waits until it is over.
 const SHORT: Duration = Duration::from_millis(100);
+
+/// The time for the rest of a frame that arrives in time. It is long enough for a busy machine.
+const AMPLE: Duration = Duration::from_secs(1);
 
 fn receiver(kind: SocketKind, time: Duration) -> (Framed<FrameCodec>, OwnedFd) {
     let (a, b) = Socket::pair(kind).unwrap();
@@ -47,7 +52,7 @@ fn a_peer_that_leaves_its_own_end_in_an_unfinished_frame_does_not_keep_the_conne
 }
 
 #[test]
-fn a_peer_that_sends_a_frame_byte_by_byte_has_no_more_time_for_it() {
+fn a_peer_that_sends_a_frame_byte_by_byte_gets_no_more_time_for_it() {
     counted(async |kind| {
         let (mut rx, peer) = receiver(kind, SHORT);
         raw_send(&peer, &encoded(&[0; 100_000], 0)[..8], &[]);
@@ -66,7 +71,7 @@ fn a_peer_that_sends_a_frame_byte_by_byte_has_no_more_time_for_it() {
 }
 
 #[test]
-fn whole_frames_give_a_descriptor_that_no_frame_claims_no_more_time() {
+fn whole_frames_do_not_extend_the_time_of_a_descriptor_that_no_frame_claims() {
     counted(async |kind| {
         let (mut rx, peer) = receiver(kind, SHORT);
         raw_send(&peer, &encoded(b"", 0), &[marked(1)]);
@@ -90,9 +95,9 @@ fn whole_frames_give_a_descriptor_that_no_frame_claims_no_more_time() {
 }
 
 #[test]
-fn a_connection_that_waits_between_frames_has_all_the_time() {
+fn a_connection_may_wait_between_frames_longer_than_the_time_for_the_rest_of_a_frame() {
     counted(async |kind| {
-        let (mut rx, peer) = receiver(kind, SHORT);
+        let (mut rx, peer) = receiver(kind, AMPLE);
         for _ in 0..3 {
             // The frame comes in two parts, both in time, and the next one long after it.
             let frame = encoded(b"whole", 1);
@@ -100,14 +105,14 @@ fn a_connection_that_waits_between_frames_has_all_the_time() {
             assert!(futures::FutureExt::now_or_never(rx.next()).is_none());
             raw_send(&peer, &frame[3..], &[]);
             assert_eq!(rx.next().await.unwrap().unwrap().fds.len(), 1);
-            assert!(tokio::time::timeout(2 * SHORT, rx.next()).await.is_err());
+            assert!(tokio::time::timeout(AMPLE + SHORT, rx.next()).await.is_err());
         }
         raw_send(&peer, &encoded(b"last", 0), &[]);
         assert_eq!(rx.next().await.unwrap().unwrap().payload, "last");
     });
 }
 
-/// A codec that takes each byte as a message, and drops all descriptors.
+/// A codec that takes all bytes that are there as one message, and drops all descriptors.
 struct Refuse;
 
 impl Codec for Refuse {}

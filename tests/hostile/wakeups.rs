@@ -1,5 +1,5 @@
-//! The wake-ups of a receiver: one for everything that is left after a read that ended early, and
-//! no others.
+//! The wake-ups of a receiver: it is woken for messages that are left after a read that ended
+//! early, and for nothing else.
 
 use std::{
     future::poll_fn,
@@ -36,7 +36,7 @@ async fn check_payloads(rx: &mut Framed<FrameCodec>, payloads: &[&'static str]) 
     }
 }
 
-/// Has received nothing, and waits for an event.
+/// Polls once, finds nothing, and so registers for the next event.
 async fn wait_once(rx: &mut Framed<FrameCodec>) {
     tokio::task::yield_now().await;
     assert!(rx.next().now_or_never().is_none());
@@ -46,7 +46,7 @@ async fn wait_once(rx: &mut Framed<FrameCodec>) {
 fn out_of_band_data_does_not_hide_the_messages_behind_it() {
     counted(async |kind| {
         if kind == SocketKind::SeqPacket {
-            return; // it has no such data
+            return; // there is no out-of-band data on this kind
         }
         let (mut rx, peer) = with_raw_peer(kind);
         wait_once(&mut rx).await;
@@ -63,7 +63,7 @@ fn send_from_another_process(role: &str, socket: &impl AsFd) {
     assert!(spawn_role(role, None, socket).wait().unwrap().success());
 }
 
-/// The other process.
+/// Returns true in the other process, which has sent its message then.
 fn is_other_process(role: &str) -> bool {
     let socket = role_socket(role);
     if let Some(socket) = &socket {
@@ -140,6 +140,8 @@ fn credentials_that_another_holder_switches_on_hide_no_message_of_a_second_write
 fn a_task_that_has_received_everything_sleeps_until_more_comes() {
     counted(async |kind| {
         let (mut rx, peer) = with_raw_peer(kind);
+
+        // A task receives, and its polls are counted.
         let polls = Arc::new(AtomicUsize::new(0));
         let receiver = tokio::spawn({
             let polls = Arc::clone(&polls);
@@ -154,6 +156,7 @@ fn a_task_that_has_received_everything_sleeps_until_more_comes() {
                 while receive().await.transpose().unwrap().is_some() {}
             }
         });
+
         for _ in 0..3 {
             // A read that brings descriptors may have ended early, so only EAGAIN shows that
             // nothing is left.

@@ -40,12 +40,12 @@ fn without_runtime(test: impl Fn(SocketKind) + Send + Sync + 'static) {
     let test = Arc::new(test);
     counted(async |kind| {
         let test = Arc::clone(&test);
-        let (tell, told) = tokio::sync::oneshot::channel::<()>();
+        let (done, ended) = tokio::sync::oneshot::channel::<()>();
         let thread = thread::spawn(move || {
-            let _tell_when_it_ends = tell;
+            let _done = done; // dropped when the test has returned or panicked
             test(kind);
         });
-        let _ = told.await;
+        let _ = ended.await;
         thread.join().unwrap();
     });
 }
@@ -60,7 +60,7 @@ fn with_raw_peer(kind: SocketKind) -> (blocking::Framed<FrameCodec>, OwnedFd) {
     (blocking::Framed::new(a, large()), b.into())
 }
 
-/// Returns the next frame, which has to come.
+/// Returns the next frame, which must arrive.
 #[track_caller]
 fn next(rx: &mut blocking::Framed<FrameCodec>) -> Frame {
     rx.next().unwrap().unwrap()
@@ -77,8 +77,9 @@ fn everything_can_move_between_threads() {
 }
 
 #[test]
-fn nothing_needs_a_runtime() {
+fn listening_connecting_sending_and_receiving_need_no_runtime() {
     without_runtime(|kind| {
+        // The server sends each frame back.
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let listener = Listener::bind(&path, kind).unwrap();
@@ -89,6 +90,8 @@ fn nothing_needs_a_runtime() {
                 client.send(frame).unwrap();
             }
         });
+
+        // The client sends and receives in two threads.
         let socket = blocking::Socket::connect(&path, kind).unwrap();
         assert_eq!(socket.peer_cred().unwrap().pid, Some(std::process::id() as i32));
         let (mut rx, mut tx) = blocking::Framed::new(socket, large()).into_split();
@@ -135,7 +138,7 @@ fn a_read_that_times_out_loses_nothing() {
 }
 
 #[test]
-fn a_peer_that_sends_one_byte_after_the_other_does_not_make_a_call_last() {
+fn packets_of_one_byte_do_not_prolong_a_call_beyond_its_time_limit() {
     without_runtime(|kind| {
         if kind == SocketKind::Stream {
             return; // one receive takes all bytes that are there
@@ -158,7 +161,8 @@ fn a_write_that_times_out_loses_nothing() {
     without_runtime(|kind| {
         let (mut tx, mut rx) = framed_pair(kind);
         tx.set_write_timeout(Some(Duration::from_millis(2)));
-        // The peer reads nothing.
+
+        // The peer reads nothing, so the socket and then the queue are full.
         let mut taken = 0;
         let refused = loop {
             match tx.send(Frame::new(vec![7; 50_000]).with_fd(marked(taken))) {
@@ -175,12 +179,16 @@ fn a_write_that_times_out_loses_nothing() {
         assert_eq!(marks(&refused), [taken]);
         let bytes = tx.unsent().bytes;
         assert!((256 << 10..(256 << 10) + 50_008).contains(&bytes), "{bytes} bytes wait");
+
+        // Each call times out as long as the queue is full.
         for _ in 0..2 {
             assert!(matches!(tx.flush(), Err(Error::TimedOut)));
             assert!(matches!(tx.close(), Err(Error::TimedOut)));
             let refused = tx.feed(Frame::new("").with_fd(marked(1))).unwrap_err();
             assert!(matches!(refused.error, Error::TimedOut) && refused.item.is_some());
         }
+
+        // When the peer reads, everything arrives.
         tx.set_write_timeout(None);
         let receiver = thread::spawn(move || {
             for n in 0..=taken {
@@ -195,10 +203,10 @@ fn a_write_that_times_out_loses_nothing() {
     });
 }
 
-/// The time limit of the call is shorter than the time for the rest of the frame, which goes on
-/// meanwhile.
+/// The time limit of a call is shorter than the time for the rest of the frame. That time runs on
+/// between the calls.
 #[test]
-fn the_time_for_an_unfinished_frame_goes_on_over_calls_that_time_out() {
+fn the_time_for_an_unfinished_frame_runs_on_over_calls_that_time_out() {
     without_runtime(|kind| {
         let (a, peer) = blocking::Socket::pair(kind).unwrap();
         let peer = OwnedFd::from(peer);
@@ -224,15 +232,19 @@ fn signals_do_not_end_a_wait() {
         let mut signals = signal(SignalKind::user_defined1()).unwrap();
         let (a, b) = Socket::pair(kind).unwrap();
         let mut async_end = Framed::new(a, large());
-        let (tell, told) = tokio::sync::oneshot::channel();
+
+        // One thread waits, first to receive and then for room to send.
+        let (started, has_started) = tokio::sync::oneshot::channel();
         let blocked = thread::spawn(move || {
-            tell.send(pthread_self()).unwrap();
+            started.send(pthread_self()).unwrap();
             let mut end = blocking::Framed::new(blocking::Socket::from(b), large());
             end.set_read_timeout(Some(Duration::from_secs(60)));
             assert_eq!(marks(&next(&mut end)), [1]);
             end.send(Frame::new(vec![7; 4 << 20]).with_fd(marked(2))).unwrap();
         });
-        let thread = told.await.unwrap();
+        let thread = has_started.await.unwrap();
+
+        // Another thread sends it signals all the time.
         let stop = Arc::new(AtomicBool::new(false));
         let interrupt = thread::spawn({
             let stop = Arc::clone(&stop);
@@ -243,12 +255,14 @@ fn signals_do_not_end_a_wait() {
                 }
             }
         });
+
+        // Signals arrive while it waits to receive, and again while it waits for room.
         for _ in 0..10 {
             signals.recv().await.unwrap();
         }
         async_end.send(Frame::new("").with_fd(marked(1))).await.unwrap();
         for _ in 0..10 {
-            signals.recv().await.unwrap(); // while it waits for room
+            signals.recv().await.unwrap();
         }
         stop.store(true, Ordering::Relaxed);
         interrupt.join().unwrap();
@@ -284,7 +298,7 @@ fn a_thread_that_waits_is_woken_by_a_shutdown() {
 fn out_of_band_data_does_not_hide_the_messages_behind_it() {
     without_runtime(|kind| {
         if kind == SocketKind::SeqPacket {
-            return; // it has none
+            return; // there is no out-of-band data on this kind
         }
         let (mut rx, peer) = with_raw_peer(kind);
         rx.set_read_timeout(Some(SHORT));
@@ -314,7 +328,7 @@ fn a_connection_continues_from_its_parts() {
         tx.send(Frame::new("three").with_fd(marked(3))).unwrap();
 
         assert_eq!(marks(&next(&mut rx)), [1]);
-        // The others were received with the first.
+        // The second and the third frame were received together with the first.
         let mut rx = rx.map_codecs(|_, _| (large(), large()));
         assert_eq!(marks(&next(&mut rx)), [2]);
         assert_eq!(marks(&next(&mut rx)), [3]);
@@ -371,8 +385,9 @@ fn the_sender_of_a_message_is_known_if_the_socket_or_its_listener_asks() {
 
 /// Runs in a process of its own, as a program without a runtime.
 #[test]
-fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
-    const ROLE: &str = "blocking::a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing";
+fn a_receiver_at_its_descriptor_limit_returns_an_error_and_leaks_nothing() {
+    const ROLE: &str =
+        "blocking::a_receiver_at_its_descriptor_limit_returns_an_error_and_leaks_nothing";
     if let Some(socket) = role_socket(ROLE) {
         let mut rx = blocking::Framed::new(
             blocking::Socket::try_from(socket).unwrap(),
@@ -382,7 +397,7 @@ fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
         let limit = open_fds() as u64 + 10;
         setrlimit(Resource::RLIMIT_NOFILE, limit, limit).unwrap();
         let before = open_fds();
-        // Frames that were complete before the loss are still good.
+        // Frames that were complete before the loss are received.
         assert_eq!(next(&mut rx).fds.len(), 2);
         assert_eq!(next(&mut rx).payload, "none");
         assert!(matches!(rx.next(), Some(Err(Error::TruncatedControl))));
@@ -420,6 +435,8 @@ fn too_many_descriptors_in_flight_are_waited_for() {
         let null = std::fs::File::open("/dev/null").unwrap();
         let frame =
             |n: u8| Frame::new(vec![n]).with_fds((0..40).map(|_| null.try_clone().unwrap().into()));
+
+        // The third frame has to wait.
         tx.set_write_timeout(Some(2 * SHORT));
         tx.send(frame(0)).unwrap();
         tx.send(frame(1)).unwrap();
@@ -428,7 +445,9 @@ fn too_many_descriptors_in_flight_are_waited_for() {
             .expect_err("80 descriptors of this uid are in flight, the limit is 64");
         assert!(matches!(stuck.error, Error::TimedOut), "{stuck}");
         assert_eq!((tx.unsent().bytes, tx.unsent().fds), (9, 40));
-        std::fs::write("/proc/self/comm", "stuck").unwrap(); // for the parent
+
+        // The parent reads this name, and receives only then.
+        std::fs::write("/proc/self/comm", "stuck").unwrap();
         tx.set_write_timeout(None);
         tx.close().unwrap();
         return assert!(tx.next().is_none());
@@ -454,8 +473,8 @@ fn too_many_descriptors_in_flight_are_waited_for() {
 }
 
 #[test]
-fn a_program_that_may_open_nothing_still_sends_and_receives() {
-    const ROLE: &str = "blocking::a_program_that_may_open_nothing_still_sends_and_receives";
+fn a_program_that_may_open_no_descriptor_still_sends_and_receives() {
+    const ROLE: &str = "blocking::a_program_that_may_open_no_descriptor_still_sends_and_receives";
     if let Some(socket) = role_socket(ROLE) {
         let mut end = blocking::Framed::new(blocking::Socket::try_from(socket).unwrap(), large());
         let passed = marked(7);

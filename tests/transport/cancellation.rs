@@ -1,4 +1,4 @@
-//! A future dropped at an await loses nothing.
+//! Cancellation: a future that is dropped while it waits loses nothing.
 
 use std::{
     future::{self, Future},
@@ -120,12 +120,12 @@ fn closing_can_be_cancelled() {
 }
 
 #[test]
-fn a_cancelled_send_loses_only_its_item_and_closes_it() {
+fn a_cancelled_send_loses_only_its_item_and_closes_its_descriptors() {
     counted(async |kind| {
         let (mut tx, mut rx) = framed_pair(kind);
         while once(tx.send(Frame::new(vec![0; 100_000]))).await.is_some() {}
         let (reader, writer) = std::io::pipe().unwrap();
-        // Above the limit nothing more is taken.
+        // Above the limit, no further frame is taken.
         while once(tx.feed(Frame::new(vec![0; 100_000]))).await.is_some() {}
         assert!(once(tx.send(Frame::new("").with_fd(writer))).await.is_none());
         assert_eq!(std::io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");

@@ -1,4 +1,4 @@
-//! All frames arrive, whatever their sizes.
+//! All frames arrive whole and in order, whatever their sizes and their numbers of descriptors.
 
 use bytes::Bytes;
 use fdwire::{Error, Frame, FrameCodec, Framed, Socket, framed::FramedParts};
@@ -43,7 +43,7 @@ fn connections_that_share_read_buffers_keep_their_messages_apart() {
             for (n, (rx, peer)) in connections.iter_mut().enumerate() {
                 let bytes = encoded(message(n).as_bytes(), 0);
                 raw_send(peer, &bytes[..bytes.len() / 2], &[]);
-                // The runtime sees that something is there.
+                // The runtime learns that there is something to receive.
                 tokio::task::yield_now().await;
                 assert!(rx.next().now_or_never().is_none());
             }
@@ -131,7 +131,7 @@ fn short_writes_and_any_send_buffer_keep_descriptors_with_their_frames() {
 }
 
 #[test]
-fn send_buffer_made_smaller_in_between_is_found_out() {
+fn a_send_buffer_that_is_made_smaller_later_is_noticed() {
     counted(async |kind| {
         let (mut tx, mut rx) = framed_pair(kind);
         tx.socket().set_send_buffer_size(1).unwrap();
@@ -159,7 +159,7 @@ fn both_directions_at_once_do_not_wait_for_each_other() {
 }
 
 #[test]
-fn barriers_do_not_hide_what_lies_behind_them() {
+fn a_read_that_ends_behind_descriptors_does_not_hide_the_frames_that_follow() {
     counted(async |kind| {
         let (mut rx, peer) = with_raw_peer(kind);
         // On a stream, a read ends behind each send with descriptors, and no event announces the
@@ -196,7 +196,7 @@ fn frames_in_any_pieces_are_put_together() {
 }
 
 #[test]
-fn the_same_descriptor_twice_arrives_as_two() {
+fn a_descriptor_that_is_sent_twice_arrives_as_two() {
     counted(async |kind| {
         let (mut tx, mut rx) = framed_pair(kind);
         let fd = marked(7);
@@ -215,7 +215,7 @@ fn a_descriptor_is_closed_once_it_is_sent() {
         assert_eq!((tx.unsent().bytes, tx.unsent().fds), (8, 1));
         tx.flush().await.unwrap();
         assert_eq!((tx.unsent().bytes, tx.unsent().fds), (0, 0));
-        drop(rx); // the kernel closes what was not received
+        drop(rx); // the kernel closes the descriptors that were not received
         assert_eq!(std::io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");
     });
 }
@@ -232,7 +232,7 @@ fn a_connection_continues_from_its_parts() {
         tx.send(Frame::new("three").with_fd(marked(3))).await.unwrap();
 
         assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [1]);
-        let parts = rx.into_parts(); // the others were received with the first
+        let parts = rx.into_parts(); // has the frames that were received with the first
         let mut rx = Framed::from_parts(parts);
         assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [2]);
         assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [3]);
@@ -302,9 +302,10 @@ fn a_fast_peer_does_not_starve_other_tasks() {
             tx.feed(Frame::new("x")).await.unwrap();
         }
         tx.flush().await.unwrap();
-        // The others are in the buffer.
+        // After the first frame, the others are in the read buffer.
         assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "x");
 
+        // Another task counts its turns while they are received.
         let (turns, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let other = tokio::spawn({
             let (turns, stop) = (Arc::clone(&turns), Arc::clone(&stop));
@@ -325,16 +326,16 @@ fn a_fast_peer_does_not_starve_other_tasks() {
 }
 
 #[test]
-fn what_is_put_into_the_parts_is_sent() {
+fn bytes_and_descriptors_that_are_put_into_the_parts_are_sent() {
     counted(async |kind| {
         let (tx, mut rx) = framed_pair(kind);
         let mut parts: FramedParts<FrameCodec> = tx.into_parts();
         parts.unsent.put_slice(&encoded(b"by hand", 1));
         parts.unsent.put_fd(marked(1));
         let mut tx = Framed::from_parts(parts);
-        tx.send(Frame::new("and on")).await.unwrap();
+        tx.send(Frame::new("next")).await.unwrap();
         assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [1]);
-        assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "and on");
+        assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "next");
 
         let mut parts: FramedParts<FrameCodec> = tx.into_parts();
         parts.unsent.put_fd(marked(1)); // a stream would drop it silently
@@ -361,7 +362,7 @@ fn descriptors_of_other_control_messages_are_owned_too() {
         );
         let (mut rx, peer) = with_raw_peer(kind);
         if PassPidfd.set(rx.socket(), &true).is_err() {
-            return eprintln!("skipped: SO_PASSPIDFD is not to be had");
+            return eprintln!("skipped: this kernel has no SO_PASSPIDFD");
         }
         raw_send(&peer, &encoded(b"", 253), &(0..253).map(marked).collect::<Vec<_>>());
         assert!(marks(&rx.try_next().await.unwrap().unwrap()).into_iter().eq(0..253));
@@ -369,7 +370,7 @@ fn descriptors_of_other_control_messages_are_owned_too() {
 }
 
 #[test]
-fn polling_outside_of_the_runtime_waits_too() {
+fn a_send_that_is_polled_outside_of_the_runtime_waits_for_the_socket_too() {
     counted(async |kind| {
         let (mut tx, mut rx) = framed_pair(kind);
         let receive = tokio::spawn(async move { rx.try_next().await.unwrap().unwrap() });

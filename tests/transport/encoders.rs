@@ -58,7 +58,7 @@ fn nothing_is_left_of_a_message_whose_encoder_fails_or_panics() {
         let mut tx = Framed::with_codecs(a, FrameCodec::default(), Halfway(FrameCodec::default()));
         let mut rx = Framed::new(b, FrameCodec::default());
         for mark in 0..3 {
-            // First alone, then behind a message that waits.
+            // The message is first the only one, and then behind another that waits.
             for before in [false, true] {
                 if before {
                     tx.feed(frame("before", mark)).await.unwrap();
@@ -73,11 +73,13 @@ fn nothing_is_left_of_a_message_whose_encoder_fails_or_panics() {
                 assert!(panicked.is_err());
                 assert_eq!(tx.unsent(), unsent);
 
+                // Only the message before it is sent.
                 tx.flush().await.unwrap();
                 if before {
                     assert_eq!(marks(&rx.try_next().await.unwrap().unwrap()), [mark]);
                 }
             }
+            // The next message is sent as usual.
             tx.send(frame("after", mark)).await.unwrap();
             let after = rx.try_next().await.unwrap().unwrap();
             assert_eq!((&after.payload[..], marks(&after)), (&b"after"[..], vec![mark]));
@@ -147,6 +149,8 @@ fn each_part_of_a_message_is_received_by_itself_whoever_sends_at_the_same_time()
         let (a, peer) = Socket::pair(kind).unwrap();
         let (_read, write) = Framed::with_codecs(a, FrameCodec::default(), InParts).into_split();
         let (sender, driver) = write.into_sender();
+
+        // Ten tasks send a message of three parts each.
         for task in 0..10 {
             let sender = sender.clone();
             tokio::spawn(async move {
@@ -155,6 +159,8 @@ fn each_part_of_a_message_is_received_by_itself_whoever_sends_at_the_same_time()
         }
         drop(sender);
         let half = driver.await;
+
+        // Each receive brings one part with its own descriptor.
         let mut received = Vec::new();
         for _ in 0..30 {
             let (count, byte, marks) = raw_recv(&peer);
@@ -165,6 +171,8 @@ fn each_part_of_a_message_is_received_by_itself_whoever_sends_at_the_same_time()
             );
             received.extend(marks);
         }
+
+        // The parts of a message follow each other.
         for message in received.chunks(3) {
             assert_eq!(
                 message,
@@ -178,13 +186,13 @@ fn each_part_of_a_message_is_received_by_itself_whoever_sends_at_the_same_time()
 
 /// The appended message belongs to the encoder that sends it, not to the one before.
 #[test]
-fn what_is_put_into_the_parts_is_grouped_as_the_encoder_wants_it() {
+fn a_message_that_is_put_into_the_parts_is_grouped_as_the_encoder_wants_it() {
     counted(async |_| {
         let (a, peer) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let mut tx = Framed::new(a, PacketCodec::default());
         tx.feed(Frame::new("before").with_fd(marked(1))).await.unwrap();
         let mut parts: FramedParts<PacketCodec> = tx.into_parts();
-        // More than a packet that is not announced may have.
+        // Longer than the packets that a receiver expects without being told their length.
         parts.unsent.put_slice(&vec![7; 100_000]);
         parts.unsent.put_fd(marked(2));
         let mut tx = Framed::from_parts(parts);

@@ -1,4 +1,4 @@
-//! How a connection ends, at every point.
+//! The end of a connection: the peer closes, dies, or shuts one direction down, at any point.
 
 use std::{io, net::Shutdown, os::fd::AsFd};
 
@@ -102,7 +102,7 @@ fn nothing_to_read(socket: &impl AsFd) -> bool {
 }
 
 #[test]
-fn a_peer_that_closes_in_the_middle_of_a_large_frame() {
+fn sending_fails_if_the_peer_closes_in_the_middle_of_a_large_frame() {
     on_both_sides(async |kind, side| {
         let (mut tx, peer) = end_with_raw_peer(kind, side);
         let send = tx.send(Frame::new(vec![0; 8 << 20]).with_fd(marked(1)));
@@ -172,7 +172,7 @@ fn dropping_the_write_half_ends_the_direction() {
 }
 
 #[test]
-fn dropping_the_whole_leaves_other_holders_of_the_socket_alone() {
+fn dropping_a_framed_leaves_other_holders_of_the_socket_alone() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
         let copy = a.as_fd().try_clone_to_owned().unwrap();
@@ -204,7 +204,7 @@ fn a_peer_that_takes_no_descriptors_is_an_error_that_sends_nothing() {
     counted(async |kind: SocketKind| {
         let (mut a, mut b) = framed_pair(kind);
         if let Err(error) = b.socket().set_pass_fds(false) {
-            return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
+            return eprintln!("skipped: this kernel has no SO_PASSRIGHTS: {error}");
         }
         a.feed(Frame::new("with").with_fd(marked(1))).await.unwrap();
         let error = io::Error::from(a.flush().await.unwrap_err());
@@ -215,7 +215,7 @@ fn a_peer_that_takes_no_descriptors_is_an_error_that_sends_nothing() {
 }
 
 #[test]
-fn nothing_follows_the_end() {
+fn no_item_follows_the_error_that_ends_a_stream() {
     on_both_sides(async |kind, side| {
         let (mut a, peer) = end_with_raw_peer(kind, side);
         a.send(Frame::new("never read")).await.unwrap();
@@ -232,7 +232,7 @@ fn closing_after_a_failure_still_ends_the_direction() {
     on_both_sides(async |kind, side| {
         let (mut a, mut b) = ends(kind, side);
         if b.socket().set_pass_fds(false).is_err() {
-            return eprintln!("skipped: SO_PASSRIGHTS is not to be had");
+            return eprintln!("skipped: this kernel has no SO_PASSRIGHTS");
         }
         assert!(a.send(Frame::new("").with_fd(marked(1))).await.is_err());
         assert!(a.close().await.is_err());
@@ -256,6 +256,8 @@ fn a_sender_whose_peer_is_killed_gets_back_what_was_not_sent() {
         let mut tx = End::new(side, a, FrameCodec::default());
         let mut child = spawn_role(ROLE, None, b.into());
         assert_eq!(tx.frame().await.payload, "ready");
+
+        // Send until a frame is refused, because the peer has received one and died.
         let mut accepted = 0;
         let refused = loop {
             let frame = Frame::new(vec![0; 100_000]).with_fd(marked(accepted));
@@ -265,6 +267,8 @@ fn a_sender_whose_peer_is_killed_gets_back_what_was_not_sent() {
             }
         };
         assert_eq!(marks(&refused), [accepted]);
+
+        // The unsent descriptors are the last ones that were accepted.
         let (_, unsent) = tx.into_unsent().await;
         assert!(
             unsent.iter().map(crate::common::mark_of).eq(accepted - unsent.len() as u32..accepted)
@@ -274,7 +278,7 @@ fn a_sender_whose_peer_is_killed_gets_back_what_was_not_sent() {
 }
 
 #[test]
-fn what_has_ended_stays_so_with_another_codec() {
+fn a_direction_that_has_ended_stays_ended_with_another_codec() {
     counted(async |kind| {
         let (mut a, peer) = with_raw_peer(kind);
         raw_send(&peer, b"?", &[marked(1)]);
@@ -292,7 +296,7 @@ fn what_has_ended_stays_so_with_another_codec() {
 }
 
 #[test]
-fn after_shutting_down_the_reading_side_what_was_sent_comes_and_then_the_end() {
+fn after_shutting_down_the_reading_side_the_frames_sent_before_arrive_and_then_the_end() {
     counted(async |kind| {
         let (mut a, mut b) = framed_pair(kind);
         assert!(a.next().now_or_never().is_none());

@@ -280,7 +280,7 @@ async fn truncated_control(kind: SocketKind, side: Side) -> Option<Error> {
     let (mut rx, peer) = end_with_raw_peer(kind, side);
     raw_send(&peer, &encoded(b"", 30), &Vec::from_iter((0..30).map(marked)));
     drop(peer);
-    // The descriptors of earlier connections are closed on another thread, which would make room.
+    // Wait for the thread that closes the descriptors of earlier connections: it would make room.
     while open_fds() > 100 {
         tokio::task::yield_now().await;
     }

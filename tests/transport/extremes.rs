@@ -1,4 +1,4 @@
-//! Codecs whose limits are as small or as large as numbers can be.
+//! Codecs whose limits are 0 or the largest number.
 
 use bytes::{Buf, BytesMut};
 use fdwire::{
@@ -13,7 +13,7 @@ use crate::{
 };
 
 #[test]
-fn packets_without_a_limit() {
+fn packets_arrive_without_a_limit_of_their_size() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
         let codec = PacketCodec::new(Limits::default().max_payload_bytes(usize::MAX));
@@ -29,7 +29,7 @@ fn packets_without_a_limit() {
 }
 
 #[test]
-fn frames_without_a_limit() {
+fn frames_arrive_without_a_limit_of_their_size() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
         let codec = FrameCodec::new(

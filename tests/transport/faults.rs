@@ -1,4 +1,4 @@
-//! Each fault of a peer is one error, and then the stream ends.
+//! Faults of a peer. Each is one error, and then the stream ends.
 
 use fdwire::{Error, Frame, FrameCodec, Framed, Limits, Socket, SocketKind, framed::FramedParts};
 use futures::{StreamExt, TryStreamExt};
@@ -39,7 +39,7 @@ async fn fault_of(kind: SocketKind, side: Side, bytes: &[u8], fds: u32) -> Error
 }
 
 #[test]
-fn foreign_bytes() {
+fn bytes_of_another_protocol_are_an_error() {
     counted(async |kind| {
         assert!(matches!(
             fault(kind, b"GET / HTTP/1.1\r\n", 0).await,
@@ -52,7 +52,7 @@ fn foreign_bytes() {
 }
 
 #[test]
-fn unsupported_version_or_flags() {
+fn a_frame_with_another_version_or_unknown_flags_is_an_error() {
     counted(async |kind| {
         assert!(matches!(
             fault(kind, &[0xFD, 0x20], 1).await,
@@ -66,7 +66,7 @@ fn unsupported_version_or_flags() {
 }
 
 #[test]
-fn frames_over_the_limits() {
+fn a_frame_over_the_limits_is_an_error() {
     counted(async |kind| {
         let long = [0xFD, 0x10, 0, 1, 0xFF, 0xFF, 0xFF, 0xFF];
         assert!(matches!(
@@ -85,7 +85,7 @@ fn frames_over_the_limits() {
 }
 
 #[test]
-fn descriptors_missing_or_surplus() {
+fn missing_or_surplus_descriptors_are_an_error() {
     counted(async |kind| {
         assert!(matches!(
             fault(kind, &encoded(b"", 2), 1).await,
@@ -112,7 +112,7 @@ fn a_connection_with_a_fault_still_sends() {
 }
 
 #[test]
-fn after_a_fault_nothing_that_was_received_is_given_back() {
+fn after_a_fault_the_parts_of_a_connection_have_no_received_bytes_or_descriptors() {
     counted(async |kind| {
         let (mut rx, peer) = with_raw_peer(kind);
         let bytes = [encoded(b"fine", 1), b"?".to_vec(), encoded(b"behind it", 1)].concat();
@@ -126,7 +126,7 @@ fn after_a_fault_nothing_that_was_received_is_given_back() {
 }
 
 #[test]
-fn closing_what_nobody_claims_does_not_block_the_runtime() {
+fn closing_a_descriptor_that_nobody_claims_does_not_block_the_runtime() {
     use nix::{
         libc,
         sys::socket::{setsockopt, sockopt},
@@ -146,19 +146,21 @@ fn closing_what_nobody_claims_does_not_block_the_runtime() {
         lingering.set_nonblocking(true).unwrap();
         while lingering.write(&[0; 65536]).is_ok() {}
 
-        // Wait until then, or until it is clear that the close blocks this thread.
-        let (go_on, told) = std::sync::mpsc::channel();
+        // The client reads when the connection under test is dropped, or when it is clear that the
+        // close blocks this thread.
+        let (dropped, is_dropped) = std::sync::mpsc::channel();
         let client = std::thread::spawn(move || {
-            let told = told.recv_timeout(std::time::Duration::from_secs(10));
+            let in_time = is_dropped.recv_timeout(std::time::Duration::from_secs(10));
             client.read_to_end(&mut Vec::new()).unwrap();
-            told
+            in_time
         });
 
+        // Nobody claims the descriptor, so the library closes it.
         let (mut rx, peer) = with_raw_peer(kind);
         raw_send(&peer, b"?", &[lingering.into()]);
         assert!(matches!(rx.next().await, Some(Err(Error::BadMagic { found: b'?' }))));
         drop(rx);
-        let _ = go_on.send(());
+        let _ = dropped.send(());
         client.join().unwrap().expect("the close blocked the runtime");
     });
 }

@@ -17,17 +17,17 @@ async fn ended(mut child: std::process::Child) -> ExitStatus {
 }
 
 #[test]
-fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
-    if let Some(socket) =
-        role_socket("limits::a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing")
-    {
+fn a_receiver_at_its_descriptor_limit_returns_an_error_and_leaks_nothing() {
+    const ROLE: &str =
+        "limits::a_receiver_at_its_descriptor_limit_returns_an_error_and_leaks_nothing";
+    if let Some(socket) = role_socket(ROLE) {
         return run(async {
             let mut rx = Framed::new(Socket::try_from(socket).unwrap(), FrameCodec::default());
             rx.send(Frame::new("ready")).await.unwrap();
             let limit = open_fds() as u64 + 10;
             setrlimit(Resource::RLIMIT_NOFILE, limit, limit).unwrap();
             let before = open_fds();
-            // Frames that were complete before the loss are still good.
+            // Frames that were complete before the loss are received.
             assert_eq!(rx.try_next().await.unwrap().unwrap().fds.len(), 2);
             assert_eq!(rx.try_next().await.unwrap().unwrap().payload, "none");
             assert!(matches!(rx.next().await, Some(Err(Error::TruncatedControl))));
@@ -41,11 +41,7 @@ fn a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
         let mut tx = Framed::new(a, FrameCodec::default());
-        let child = spawn_role(
-            "limits::a_receiver_at_its_descriptor_limit_says_so_and_leaks_nothing",
-            None,
-            b.into(),
-        );
+        let child = spawn_role(ROLE, None, b.into());
         assert_eq!(tx.try_next().await.unwrap().unwrap().payload, "ready");
         tx.feed(Frame::new("few").with_fds((0..2).map(marked))).await.unwrap();
         tx.feed(Frame::new("none")).await.unwrap();
@@ -68,6 +64,8 @@ fn too_many_descriptors_in_flight_are_waited_for() {
             let frame = |n: u8| {
                 Frame::new(vec![n]).with_fds((0..40).map(|_| null.try_clone().unwrap().into()))
             };
+
+            // The third frame has to wait.
             tx.send(frame(0)).await.unwrap();
             tx.send(frame(1)).await.unwrap();
             let stuck = timeout(Duration::from_millis(100), tx.send(frame(2))).await;
@@ -76,7 +74,9 @@ fn too_many_descriptors_in_flight_are_waited_for() {
                 "80 descriptors of this uid are in flight, the limit of 64 is not there"
             );
             assert_eq!((tx.unsent().bytes, tx.unsent().fds), (9, 40));
-            std::fs::write("/proc/self/comm", "stuck").unwrap(); // for the parent
+
+            // The parent reads this name, and receives only then.
+            std::fs::write("/proc/self/comm", "stuck").unwrap();
             tx.close().await.unwrap();
             assert!(tx.next().await.is_none());
         });

@@ -1,5 +1,5 @@
-//! Frames over real sockets of both kinds. Each test ends with as many open descriptors as it began
-//! with, so the tests of this binary run one at a time.
+//! Frames over real sockets of both kinds. Each test checks that it ends with as many open
+//! descriptors as it began with, so the tests of this binary run one at a time.
 
 #[path = "../common/mod.rs"]
 mod common;

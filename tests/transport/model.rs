@@ -1,5 +1,5 @@
-//! Random connections over real sockets. Everything that is sent arrives, and an asynchronous and a
-//! blocking receiver see the same, whatever the peer does.
+//! Random connections over real sockets. Everything that is sent arrives. An asynchronous and a
+//! blocking receiver yield the same, whatever the peer does.
 
 use std::os::fd::OwnedFd;
 
@@ -59,6 +59,7 @@ fn every_frame_arrives_once_with_its_own_descriptors() {
     });
 }
 
+/// Sends these frames, and checks that they arrive.
 async fn exchange(
     kind: SocketKind,
     sender: Side,
@@ -72,6 +73,8 @@ async fn exchange(
     }
     let codec = FrameCodec::new(Limits::default().max_fds_per_frame(300));
     let (mut tx, mut rx) = (End::new(sender, a, codec), End::new(receiver, b, codec));
+
+    // One end sends, and flushes after some frames.
     let expected = frames.clone();
     let send = async {
         for (n, (payload, fds, flush)) in frames.into_iter().enumerate() {
@@ -84,6 +87,8 @@ async fn exchange(
         }
         tx.close().await.unwrap();
     };
+
+    // The other end receives each frame with its own descriptors.
     let receive = async {
         for (n, (payload, fds, _)) in expected.into_iter().enumerate() {
             let frame = rx.frame().await;
@@ -98,13 +103,17 @@ async fn exchange(
     tokio::join!(send, receive);
 }
 
-/// Frames, of which some byte is wrong or the end is missing, cut into sends, some of which have
+/// Encoded frames with a wrong byte or a missing end, which are cut into sends with any number of
 /// descriptors.
 #[derive(Debug, Clone)]
 struct Wrong {
+    /// The length of each payload, and the number of descriptors in its header.
     frames: Vec<(usize, u16)>,
+    /// A byte that is replaced.
     wrong_byte: Option<(Index, u8)>,
+    /// The number of bytes that are sent, if not all are.
     kept: Option<Index>,
+    /// The most bytes of each send, and the number of its descriptors.
     sends: Vec<(usize, u32)>,
 }
 
@@ -140,6 +149,8 @@ impl Wrong {
             Limits::default().max_payload_bytes(100).max_fds_per_frame(3).max_queued_fds(20),
         );
         let mut rx = End::new(side, a, codec);
+
+        // Send everything.
         let bytes = self.bytes();
         let (mut rest, mut number) = (&bytes[..], 0);
         for (most, fds) in self.sends.iter().cycle() {
@@ -153,6 +164,8 @@ impl Wrong {
             rest = later;
         }
         drop(peer);
+
+        // Receive up to the end.
         let mut yielded = Vec::new();
         while let Some(item) = rx.next().await {
             yielded.push(match item {
@@ -166,7 +179,7 @@ impl Wrong {
 }
 
 #[test]
-fn whatever_a_peer_sends_receivers_of_both_sorts_see_the_same() {
+fn an_asynchronous_and_a_blocking_receiver_yield_the_same_whatever_a_peer_sends() {
     counted(async |kind| {
         tokio::task::spawn_blocking(move || {
             let check = |wrong: Wrong| {

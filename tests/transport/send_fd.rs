@@ -68,7 +68,7 @@ fn frames_of_every_type_of_descriptor_share_a_connection() {
         for expected in [&[1][..], &[2], &[3, 4]] {
             let frame = rx.try_next().await.unwrap().unwrap();
             assert_eq!(marks(&frame), expected);
-            rx.send(frame).await.unwrap(); // what was received is sent on as it is
+            rx.send(frame).await.unwrap(); // a received frame can be sent on as it is
             assert_eq!(marks(&tx.try_next().await.unwrap().unwrap()), expected);
         }
     });
@@ -111,7 +111,7 @@ fn one_of_each() -> [SendFd; 5] {
 
 /// `counted` checks that all of them get closed.
 #[test]
-fn what_is_not_sent_is_closed() {
+fn descriptors_that_are_not_sent_are_closed() {
     counted(async |kind| {
         // A frame that was never accepted.
         drop(Frame::from_parts("", one_of_each()));
@@ -142,7 +142,7 @@ fn what_is_not_sent_is_closed() {
 }
 
 #[test]
-fn a_refused_frame_brings_back_what_was_lent() {
+fn a_refused_frame_brings_back_the_descriptors_that_were_lent() {
     counted(async |kind| {
         let (a, _b) = Socket::pair(kind).unwrap();
         let mut tx = Framed::new(a, FrameCodec::new(Limits::default().max_fds_per_frame(1)));

@@ -75,6 +75,8 @@ fn messages_of_many_tasks_arrive_once_each_in_the_order_of_their_task() {
             let (tx, mut rx) = framed_pair(kind);
             let (_read, sender, driver) = shared(tx);
             let driver = tokio::spawn(driver);
+
+            // Each task numbers its messages.
             for task in 0..TASKS {
                 let sender = sender.clone();
                 tokio::spawn(async move {
@@ -87,6 +89,8 @@ fn messages_of_many_tasks_arrive_once_each_in_the_order_of_their_task() {
                 });
             }
             drop(sender);
+
+            // The numbers of each task arrive in order, each with its own descriptors.
             let mut next = [0; TASKS as usize];
             for _ in 0..TASKS * EACH {
                 let mut frame = rx.try_next().await.unwrap().unwrap();
@@ -115,12 +119,12 @@ fn packets(socket: &impl AsFd) -> Vec<usize> {
 }
 
 #[test]
-fn what_tasks_send_at_a_time_goes_in_one_packet() {
+fn messages_that_tasks_send_at_the_same_time_go_in_one_packet() {
     // The first runtime has a queue of tasks. The second one prefers the task that was woken last.
     for runtime in [one_thread, one_worker] {
         counted_in(runtime, async |kind| {
             if kind == SocketKind::Stream {
-                return; // shows no packets
+                return; // this kind has no packets
             }
             let (tx, peer) = with_raw_peer(kind);
             let (_read, sender, driver) = shared(tx);
@@ -150,7 +154,7 @@ fn what_tasks_send_at_a_time_goes_in_one_packet() {
 fn packets_stay_full_when_senders_wait_in_line() {
     counted(async |kind| {
         if kind == SocketKind::Stream {
-            return; // shows no packets
+            return; // this kind has no packets
         }
         let (a, peer) = Socket::pair(kind).unwrap();
         let limits = Limits::default().max_queued_bytes(64 * 72);
@@ -168,13 +172,15 @@ fn packets_stay_full_when_senders_wait_in_line() {
 }
 
 #[test]
-fn no_more_waits_than_the_limits_allow_when_the_peer_does_not_read() {
+fn the_queue_holds_no_more_than_its_limits_while_the_peer_does_not_read() {
     for limits in [Limits::default().max_queued_bytes(5000), Limits::default().max_queued_fds(5)] {
         counted(async |kind| {
             let (a, b) = Socket::pair(kind).unwrap();
             a.set_send_buffer_size(1).unwrap();
             let (_read, sender, driver) = shared(Framed::new(a, FrameCodec::new(limits)));
             let driver = tokio::spawn(driver);
+
+            // More tasks send than there is room for.
             let sends: Vec<JoinHandle<_>> = (0..200)
                 .map(|n| {
                     let sender = sender.clone();
@@ -183,6 +189,8 @@ fn no_more_waits_than_the_limits_allow_when_the_peer_does_not_read() {
                     })
                 })
                 .collect();
+
+            // The messages that were accepted are in the socket, or in the queue within its limits.
             settle().await;
             let accepted = sends.iter().filter(|task| task.is_finished()).count();
             let in_socket: usize = packets(&b).iter().sum();
@@ -191,6 +199,8 @@ fn no_more_waits_than_the_limits_allow_when_the_peer_does_not_read() {
                 accepted * 1008 - in_socket < 6 * 1008,
                 "{accepted} were accepted, {in_socket} bytes of them sent"
             );
+
+            // The others are refused when the peer is gone.
             drop(b);
             driver.await.unwrap();
             let refused =
@@ -201,7 +211,7 @@ fn no_more_waits_than_the_limits_allow_when_the_peer_does_not_read() {
 }
 
 #[test]
-fn who_waits_first_is_served_first() {
+fn the_sender_that_waits_first_is_served_first() {
     counted(async |kind| {
         let ((_read, sender, driver), mut rx) =
             narrow(kind, Limits::default().max_queued_bytes(5000));
@@ -211,7 +221,7 @@ fn who_waits_first_is_served_first() {
             let sender = sender.clone();
             tokio::spawn(async move {
                 sender.send(Frame::new("").with_fd(marked(n))).await.unwrap();
-                // Behind those who wait by now.
+                // This one queues behind all senders that wait by now.
                 sender.send(Frame::new("").with_fd(marked(n + 50))).await.unwrap();
             });
         }
@@ -251,7 +261,8 @@ fn senders_that_give_up_waiting_hold_up_nobody() {
             narrow(kind, Limits::default().max_queued_bytes(5000));
         let driver = tokio::spawn(driver);
         let accepted = fill(&sender).await;
-        // One task waits for room, the others for their turn.
+
+        // One task waits for room, and the others wait for their turn behind it.
         let (reader, writer) = io::pipe().unwrap();
         let mut waiting: Vec<JoinHandle<()>> = Vec::new();
         for n in 0..5 {
@@ -265,12 +276,16 @@ fn senders_that_give_up_waiting_hold_up_nobody() {
             settle().await;
         }
         drop(writer);
+
+        // The first one and others give up. Their descriptors are closed.
         assert!(once(sender.reserve()).await.is_none());
         for n in [2, 0, 4] {
             waiting[n].abort();
             settle().await;
         }
         assert_eq!(io::read_to_string(reader).unwrap(), "", "a copy of the writer is open");
+
+        // The rest is sent.
         check_marks(&mut rx, (0..accepted).chain([1, 3])).await;
         sender.send(Frame::new("").with_fd(marked(9))).await.unwrap();
         check_marks(&mut rx, [9]).await;
@@ -303,7 +318,7 @@ fn an_item_that_finds_no_room_at_once_comes_back() {
         sender.try_send(item).unwrap();
         check_marks(&mut rx, [7]).await;
 
-        // After the end it comes back with the reason.
+        // After the end of sending, the item comes back with the reason.
         assert!(!sender.is_closed());
         driver.abort();
         settle().await;
@@ -323,6 +338,8 @@ fn a_permit_keeps_room_for_one_message() {
         let limits = Limits::default().max_queued_fds(2);
         let (_read, sender, driver) = shared(Framed::new(a, FrameCodec::new(limits)));
         let (driver, mut rx) = (tokio::spawn(driver), Framed::new(b, large()));
+
+        // Two permits take all room, until one is dropped.
         let (first, second) = (sender.reserve().await.unwrap(), sender.reserve().await.unwrap());
         let third = tokio::spawn({
             let sender = sender.clone();
@@ -334,7 +351,7 @@ fn a_permit_keeps_room_for_one_message() {
         third.await.unwrap().unwrap();
         check_marks(&mut rx, [3]).await;
 
-        // The room for a descriptor that did not come is free again.
+        // A message without a descriptor leaves the room for one to the next sender.
         let fourth = sender.reserve().await.unwrap();
         let fifth = tokio::spawn({
             let sender = sender.clone();

@@ -1,4 +1,4 @@
-//! The ends of sending from many tasks, and messages that leave nothing behind.
+//! The end of sending from many tasks, and messages that are refused and leave nothing behind.
 
 use std::{
     io,
@@ -30,7 +30,9 @@ fn when_the_peer_is_gone_every_item_comes_back_or_is_in_the_half() {
     counted(async |kind| {
         let ((read, sender, driver), rx) = narrow(kind, Limits::default().max_queued_bytes(20_000));
         let driver = tokio::spawn(driver);
-        // Some messages are in the socket, some with the driver, some in the queue.
+
+        // Some messages are in the socket, some with the driver, and some in the queue. Five more
+        // and a flush wait.
         let accepted = fill(&sender).await;
         let waiting: Vec<JoinHandle<_>> = (0..5)
             .map(|n| {
@@ -46,6 +48,7 @@ fn when_the_peer_is_gone_every_item_comes_back_or_is_in_the_half() {
         let permit = sender.clone();
         drop(rx);
 
+        // Each item that waits comes back with the error, and so do all later ones.
         let write = driver.await.unwrap();
         for (n, task) in waiting.into_iter().enumerate() {
             let SendError { error, item } = task.await.unwrap().unwrap_err();
@@ -58,6 +61,7 @@ fn when_the_peer_is_gone_every_item_comes_back_or_is_in_the_half() {
         assert!(permit.reserve().await.unwrap_err().is_peer_gone());
         assert!(sender.flush().await.unwrap_err().is_peer_gone());
 
+        // The items that were accepted and not sent are in the half.
         let mut half = Framed::reunite(read, write).unwrap();
         assert!(half.flush().await.unwrap_err().is_peer_gone());
         let (bytes, fds) = half.into_parts().unsent.into_parts();
@@ -112,7 +116,7 @@ fn a_descriptor_that_the_peer_does_not_take_ends_sending_for_every_sender() {
     counted(async |kind| {
         let (a, b) = framed_pair(kind);
         if let Err(error) = b.socket().set_pass_fds(false) {
-            return eprintln!("skipped: SO_PASSRIGHTS is not to be had: {error}");
+            return eprintln!("skipped: this kernel has no SO_PASSRIGHTS: {error}");
         }
         a_descriptor_that_is_not_passed_ends_sending((a, b), marked(2), Errno::EPERM).await;
     });
@@ -125,7 +129,7 @@ fn a_descriptor_that_cannot_be_passed_ends_sending_for_every_sender() {
             a_descriptor_that_is_not_passed_ends_sending(framed_pair(kind), ring, Errno::EINVAL)
                 .await
         }
-        Err(error) => eprintln!("skipped: io_uring is not to be had: {error}"),
+        Err(error) => eprintln!("skipped: io_uring is not available: {error}"),
     });
 }
 
@@ -145,6 +149,8 @@ fn without_a_driver_items_come_back_and_nobody_hangs() {
     counted(async |kind| {
         let ((_read, sender, driver), mut rx) = narrow(kind, Limits::default());
         let driver = tokio::spawn(driver);
+
+        // A message with descriptors and a flush wait while the queue is full.
         let accepted = fill(&sender).await;
         let (reader, writer) = io::pipe().unwrap();
         let full = Frame::new("").with_fds((0..10).map(|_| writer.try_clone().unwrap().into()));
@@ -158,6 +164,8 @@ fn without_a_driver_items_come_back_and_nobody_hangs() {
             async move { sender.flush().await }
         });
         settle().await;
+
+        // Both return when the driver is gone, and later calls fail at once.
         driver.abort();
         assert!(driver.await.unwrap_err().is_cancelled());
         assert_eq!(is_closed(waiting.await.unwrap()).fds.len(), 10);
@@ -179,7 +187,7 @@ fn without_a_driver_items_come_back_and_nobody_hangs() {
 }
 
 #[test]
-fn a_driver_that_never_ran_closes_what_was_accepted() {
+fn a_driver_that_never_ran_closes_the_descriptors_that_were_accepted() {
     counted(async |kind| {
         let (tx, _rx) = framed_pair(kind);
         let (_read, sender, driver) = shared(tx);
@@ -262,7 +270,7 @@ fn a_half_becomes_a_sender_and_a_half_again() {
             sender.send(Frame::new("").with_fd(marked(round + 1))).await.unwrap();
             check_marks(&mut rx, [round, round + 1]).await;
             settle().await;
-            drop(sender); // the driver has nothing to do, and is told
+            drop(sender); // wakes the driver, which has nothing to do
             tx = Framed::reunite(read, driver.await.unwrap()).unwrap();
         }
         tx.close().await.unwrap();

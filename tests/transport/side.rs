@@ -102,7 +102,7 @@ impl<C: FrameLike> End<C> {
         }
     }
 
-    /// Returns the next frame, which has to come.
+    /// Returns the next frame, which must arrive.
     #[track_caller]
     pub(crate) fn frame(&mut self) -> impl Future<Output = Frame> {
         let caller = std::panic::Location::caller();
@@ -114,7 +114,7 @@ impl<C: FrameLike> End<C> {
         }
     }
 
-    /// Returns the next error, which the end has to follow.
+    /// Returns the next error, and checks that the stream ends with it.
     #[track_caller]
     pub(crate) fn error(&mut self) -> impl Future<Output = Error> {
         let caller = std::panic::Location::caller();
@@ -207,12 +207,12 @@ impl<T> OnThread<T> {
         &self,
         call: impl FnOnce(&mut T) -> R + Send + 'static,
     ) -> R {
-        let (tell, told) = oneshot::channel();
+        let (output, returned) = oneshot::channel();
         let call = Job::Call(Box::new(move |value| {
-            let _cancelled = tell.send(call(value));
+            let _cancelled = output.send(call(value));
         }));
         assert!(self.jobs.send(call).is_ok(), "the thread has panicked");
-        told.await.expect("the call has panicked")
+        returned.await.expect("the call has panicked")
     }
 
     /// The same for a call that takes the value.
@@ -220,14 +220,14 @@ impl<T> OnThread<T> {
         self,
         call: impl FnOnce(T) -> R + Send + 'static,
     ) -> R {
-        let (tell, told) = oneshot::channel();
+        let (output, returned) = oneshot::channel();
         let call = Job::End(Box::new(move |value| {
-            let _cancelled = tell.send(call(value));
+            let _cancelled = output.send(call(value));
         }));
         assert!(self.jobs.send(call).is_ok(), "the thread has panicked");
-        told.await.expect("the call has panicked")
+        returned.await.expect("the call has panicked")
     }
 }
 
-/// The time for something that must not happen, or that the test waits for.
+/// The time that a test waits for something that must not happen.
 pub(crate) const SHORT: Duration = Duration::from_millis(50);

@@ -1,4 +1,4 @@
-//! JSON-RPC with descriptors, with the crate of its authors as the other side.
+//! JSON-RPC with descriptors, against `jsonrpc-fdpass`, the crate of the authors of the format.
 
 use std::{num::NonZeroUsize, os::fd::OwnedFd};
 
@@ -17,19 +17,21 @@ fn notification(number: u32) -> Value {
     json!({ "jsonrpc": "2.0", "method": "store", "params": { "number": number, "text": "}{" } })
 }
 
-/// Both directions, with numbers of descriptors that take one call and several.
+/// Messages go both ways, with numbers of descriptors that take one call or several.
 #[test]
-fn its_authors_crate_gets_and_sends_descriptors_with_their_messages() {
+fn the_json_rpc_crate_receives_and_sends_descriptors_with_their_messages() {
     const COUNTS: [u32; 6] = [0, 1, 2, 253, 254, 700];
     counted(async |kind| {
         if kind != SocketKind::Stream {
-            return; // the specification asks for one
+            return; // the specification requires a stream
         }
         let (a, b) = tokio::net::UnixStream::pair().unwrap();
         let codec = JsonRpc::<Value>::new(Limits::default().max_fds_per_frame(1000));
         let mut ours = Framed::new(a.try_into().unwrap(), codec);
         let (mut sender, mut receiver) = UnixSocketTransport::new(b).split();
         sender.set_max_fds_per_sendmsg(NonZeroUsize::new(100).unwrap());
+
+        // The other crate sends each message back with its descriptors.
         let echo = async {
             for count in COUNTS {
                 let MessageWithFds { message, file_descriptors } =
@@ -45,7 +47,9 @@ fn its_authors_crate_gets_and_sends_descriptors_with_their_messages() {
                 sender.notify_with_fds("stored", params, file_descriptors).await.unwrap();
             }
         };
-        let talk = async {
+
+        // This end sends all messages, and then receives them.
+        let send_and_receive = async {
             for count in COUNTS {
                 ours.send((notification(count), fds(0..count))).await.unwrap();
             }
@@ -58,6 +62,6 @@ fn its_authors_crate_gets_and_sends_descriptors_with_their_messages() {
                 assert!(fds.iter().map(mark_of).eq(0..count));
             }
         };
-        tokio::join!(echo, talk);
+        tokio::join!(echo, send_and_receive);
     });
 }

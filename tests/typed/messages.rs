@@ -39,8 +39,9 @@ fn tcp_pair() -> (TcpStream, TcpStream) {
 }
 
 #[test]
-fn each_field_comes_back_as_what_it_was() {
+fn each_field_of_a_message_arrives_as_the_type_that_was_sent() {
     counted(async |kind| {
+        // Send a message of each variant.
         let (mut a, mut b) = pair(kind);
         let (mut client, connection) = tcp_pair();
         let (mut controller, control) = UnixStream::pair().unwrap();
@@ -54,6 +55,7 @@ fn each_field_comes_back_as_what_it_was() {
         let pixels = SealedMemfd::new(&[9; 100_000]).unwrap().into();
         a.send(Message::Image { width: 10, pixels }).await.unwrap();
 
+        // Receive them.
         let mut next = async || b.next().await.unwrap().unwrap();
         assert!(matches!(next().await, Message::Text(text) if text == "no descriptor"));
         let Message::Any(fds) = next().await else { panic!("not what was sent") };
@@ -71,7 +73,7 @@ fn each_field_comes_back_as_what_it_was() {
         let pixels = Bytes::from_owner(pixels.into_inner().map().unwrap());
         assert!(pixels.len() == 100_000 && pixels.iter().all(|pixel| *pixel == 9));
 
-        // The sender has no copy: both see the end.
+        // The sender has kept no copy, so both peers see the end.
         let mut text = String::new();
         client.read_to_string(&mut text).unwrap();
         controller.read_to_string(&mut text).unwrap();
@@ -80,7 +82,7 @@ fn each_field_comes_back_as_what_it_was() {
 }
 
 #[test]
-fn without_a_runtime_it_is_the_same() {
+fn typed_messages_go_there_and_back_without_a_runtime() {
     counted(async |kind| {
         let (a, b) = blocking::Socket::pair(kind).unwrap();
         let echo = thread::spawn(move || {
@@ -105,7 +107,7 @@ fn without_a_runtime_it_is_the_same() {
 }
 
 #[test]
-fn a_shared_descriptor_is_sent_as_often_as_one_likes_and_kept() {
+fn a_shared_descriptor_can_be_sent_many_times_and_is_kept() {
     counted(async |kind| {
         let (a, b) = Socket::pair(kind).unwrap();
         let mut tx = Framed::with_codecs(a, (), Typed::<Vec<SharedFd>>::default());
@@ -126,7 +128,8 @@ fn a_descriptor_of_the_wrong_kind_ends_the_stream_and_is_closed() {
         let (listener, (_client, tcp)) = (TcpListener::bind("127.0.0.1:0").unwrap(), tcp_pair());
         let (unix, _peer) = UnixStream::pair().unwrap();
         let (reader, _writer) = std::io::pipe().unwrap();
-        // Variants: 2 has a file, 3 a TCP connection, 4 sealed memory.
+
+        // The first byte is the variant: 2 has a file, 3 a TCP connection, 4 sealed memory.
         let cases: [(&[u8], OwnedFd, &str); 5] = [
             (
                 &[2, 0, 0],
@@ -150,6 +153,8 @@ fn a_descriptor_of_the_wrong_kind_ends_the_stream_and_is_closed() {
                 "expected a memfd sealed against changes, got a stream socket of IP",
             ),
         ];
+
+        // Each ends the stream with a reason.
         for (payload, fd, expected) in cases {
             let (a, peer) = Socket::pair(kind).unwrap();
             let mut a = Framed::new(a, Typed::<Message>::default());
@@ -172,15 +177,15 @@ fn an_item_that_is_refused_by_a_closed_connection_comes_back_with_its_descriptor
         a.close().await.unwrap();
         let log = Message::Log { name: "late".into(), file: File::from(marked(4)).into() };
         let refused = a.send(log).await.unwrap_err();
-        let Some(Message::Log { file, .. }) = refused.item else { panic!("it did not come back") };
+        let Some(Message::Log { file, .. }) = refused.item else { panic!("no item came back") };
         assert_eq!(mark_of(&file), 4);
     });
 }
 
-/// A child process that inherits nothing but its socket.
+/// The other process is a child that inherits nothing but its socket.
 #[test]
-fn another_process_answers_with_what_it_was_sent() {
-    const TEST: &str = "messages::another_process_answers_with_what_it_was_sent";
+fn another_process_sends_a_typed_message_back() {
+    const TEST: &str = "messages::another_process_sends_a_typed_message_back";
     if let Some(socket) = role_socket(TEST) {
         let socket = blocking::Socket::try_from(socket).unwrap();
         let mut service = blocking::Framed::new(socket, Typed::<Message>::default());

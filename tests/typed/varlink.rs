@@ -1,4 +1,4 @@
-//! Varlink, with `zlink` as the other side, and with systemd's own implementation.
+//! Varlink, against `zlink` and against systemd's own implementation.
 
 use std::{
     os::fd::OwnedFd,
@@ -17,7 +17,7 @@ use zlink::Listener;
 
 use crate::common::{counted, installed, mark_of, marked, skipped};
 
-/// As systemd's interfaces have it: `fileDescriptor` is the position of the descriptor.
+/// A call as in systemd's interfaces: `fileDescriptor` is the position of the descriptor.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "method", content = "parameters")]
 enum Call<F> {
@@ -49,9 +49,9 @@ fn add(mark: u32) -> Call<Passed<OwnedFd>> {
     Call::Add { name: format!("file {mark}"), file_descriptor: marked(mark).into() }
 }
 
-/// Many calls wait before the other side reads the first one.
+/// Many calls are sent before the other side reads the first one.
 #[test]
-fn zlink_gets_each_descriptor_with_its_call_and_answers_with_descriptors() {
+fn zlink_receives_each_descriptor_with_its_call_and_answers_with_descriptors() {
     counted(async |kind| {
         if kind != SocketKind::Stream {
             return; // varlink is a protocol of streams
@@ -67,6 +67,7 @@ fn zlink_gets_each_descriptor_with_its_call_and_answers_with_descriptors() {
         }
         client.flush().await.unwrap();
 
+        // The service receives each call with its own descriptors, and stores them.
         let mut stored = Vec::new();
         for number in 0..6 {
             let (call, fds) = service.receive_call::<Call<usize>>().await.unwrap();
@@ -78,6 +79,8 @@ fn zlink_gets_each_descriptor_with_its_call_and_answers_with_descriptors() {
                 }
             }
         }
+
+        // It sends them back in one reply.
         let parameters = Parameters { fds: vec![2, 0, 1] };
         service.send_reply(&zlink::Reply::new(Some(parameters)), stored).await.unwrap();
         let reply = client.try_next().await.unwrap().unwrap();
@@ -98,9 +101,9 @@ impl Drop for Killed {
 }
 
 /// `systemd-userwork` serves one of systemd's varlink interfaces on the listener that it is
-/// started with. Its version here passes no descriptors.
+/// started with. The interface passes no descriptors.
 #[test]
-fn systemd_answers_calls() {
+fn systemd_answers_varlink_calls() {
     const USERWORK: &str = "/lib/systemd/systemd-userwork";
     let Some(activate) = installed("systemd-socket-activate") else { return };
     if !Path::new(USERWORK).exists() {
@@ -110,11 +113,12 @@ fn systemd_answers_calls() {
         if kind != SocketKind::Stream {
             return;
         }
+        // Start the service, and connect to it.
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let mut command = Command::new(&activate);
         command.arg(format!("--listen={}", path.display()));
-        // Without this it would ask its parent, by a signal, to start more of its kind.
+        // Without this it would request more workers from its parent, by a signal.
         command.arg("--setenv=USERDB_FIXED_WORKER=1").arg(USERWORK).stderr(Stdio::null());
         let mut service = Killed(command.spawn().unwrap());
         let socket = loop {
@@ -127,6 +131,8 @@ fn systemd_answers_calls() {
                 }
             }
         };
+
+        // It answers calls, also after one that it does not know.
         let mut client = Framed::new(socket, Varlink::<Value>::default());
         let call = |uid: u32| {
             let parameters = json!({ "uid": uid, "service": "io.systemd.NameServiceSwitch" });

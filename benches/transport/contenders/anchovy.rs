@@ -12,8 +12,8 @@ use super::{
     batch::{Batch, Room},
 };
 
-/// anchovy. It knows bytes and a queue of descriptors; messages of one known length are taken apart
-/// by hand, and by hand many can go in one write.
+/// anchovy. It sends and receives bytes and a queue of descriptors, without messages. The code here
+/// takes messages of one known length apart, and it can put many into one write.
 pub(crate) struct Anchovy {
     stream: AnchovyStream<DBUS_FD_LIMIT>,
     waiting: Batch,

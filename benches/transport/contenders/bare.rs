@@ -17,9 +17,9 @@ use super::{
     batch::{Batch, Room, same_packet},
 };
 
-/// `sendmsg` and `recvmsg`, as one would write it by hand for tokio: all messages between two
-/// flushes go in one call with all their descriptors, and the receiver takes what comes as it is.
-/// The floor for any coalescing.
+/// `sendmsg` and `recvmsg`, as one would write it by hand for tokio. All messages between two
+/// flushes go in one call with all their descriptors, and the receiver does not take messages
+/// apart. It is the floor for a crate that sends messages together.
 pub(crate) struct Bare {
     io: AsyncFd<OwnedFd>,
     max_packet: usize,
@@ -55,7 +55,7 @@ pub(crate) async fn send(
 }
 
 impl Bare {
-    /// Sends a message at once, and leaves the descriptor with its owner.
+    /// Sends a message with a descriptor at once. The caller keeps its descriptor.
     pub(crate) async fn send_copy(&self, payload: &Bytes, fd: BorrowedFd<'_>) {
         let mut control = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let (mut control, fds) = (SendAncillaryBuffer::new(&mut control), [fd]);

@@ -1,5 +1,5 @@
-//! Code that users of interfaces to bare sockets write themselves: it puts messages together, and
-//! has memory to receive into.
+//! Code that users of bare sockets write by hand: it puts messages together, and it provides the
+//! memory to receive into.
 
 use std::{
     io::{IoSlice, Result},
@@ -38,7 +38,7 @@ impl Batch {
         self.fds.extend(fd);
     }
 
-    /// For interfaces that take bytes in one piece only.
+    /// Returns all messages in one piece, for crates that take nothing else.
     pub(super) fn in_one_piece(&mut self) -> &[u8] {
         if self.shared.len() > 1 {
             for message in self.shared.drain(..) {
@@ -54,19 +54,21 @@ impl Batch {
         self.fds.clear();
     }
 
-    /// Sends everything: the descriptors with the first call, and all messages with it too, as far
-    /// as the socket takes them. A message longer than a packet is cut.
+    /// Sends everything. The first call has all descriptors, and all messages as far as the socket
+    /// takes them. A message longer than a packet is cut.
     pub(super) async fn send_all(
         &mut self,
         max_packet: &mut usize,
         mut call: impl AsyncFnMut(&[IoSlice<'_>], &mut Vec<OwnedFd>) -> Result<usize>,
     ) {
+        // The copied messages are one piece, and each long message is another.
         let Self { copied, shared, fds } = self;
         let first = (!copied.is_empty()).then_some(&copied[..]);
         let pieces = first.into_iter().chain(shared.iter().map(|message| &message[..]));
         let mut all = pieces.map(IoSlice::new).collect::<SmallVec<[_; 16]>>();
         let mut pieces = &mut all[..];
         while let [first, ..] = pieces {
+            // A call has all pieces, or the beginning of one that is longer than a packet.
             let cut = [IoSlice::new(&first[..first.len().min(*max_packet)])];
             match call(if first.len() > *max_packet { &cut } else { pieces }, fds).await {
                 Ok(sent) => {
@@ -86,13 +88,14 @@ impl Batch {
     }
 }
 
-/// Most bytes of a packet that the socket takes, in whole pages.
+/// Returns the most bytes of a packet that the socket takes, in whole pages.
 pub(super) fn largest_packet(socket: &OwnedFd) -> usize {
     let bytes = getsockopt(socket, sockopt::SndBuf).expect("SO_SNDBUF can be read") - 32;
     bytes.min(4_263_616) / PAGE * PAGE
 }
 
-/// Most bytes of a packet of a long message, as fdwire cuts it.
+/// Returns the most bytes of a packet when fdwire cuts a long message, so that bare calls cut it in
+/// the same way.
 pub(super) fn same_packet(socket: &OwnedFd, setup: Setup) -> usize {
     match setup.kind {
         SocketKind::SeqPacket => {
@@ -103,9 +106,9 @@ pub(super) fn same_packet(socket: &OwnedFd, setup: Setup) -> usize {
     }
 }
 
-/// Memory to receive into. A long message is received whole into memory of its own: that of the
-/// message before it, which is no longer needed. So contenders that need initialised memory pay
-/// for that only once, as with a pool of buffers.
+/// Memory to receive into. A long message is received whole, into the memory of the message before
+/// it, which is no longer needed. So contenders that need initialised memory pay for that only
+/// once, as with a pool of buffers.
 #[derive(Debug)]
 pub(super) struct Room {
     memory: BytesMut,
@@ -124,12 +127,12 @@ impl Room {
         Self { memory, filled: 0, of_one_message: load.bytes >= LONG_MESSAGE }
     }
 
-    /// Where to receive next.
+    /// Returns the memory to receive into next.
     pub(super) fn spare(&mut self) -> &mut [u8] {
         &mut self.memory[self.filled..]
     }
 
-    /// Some bytes have been received there.
+    /// Marks the first `bytes` bytes of [`spare`](Self::spare) as received.
     pub(super) fn received(&mut self, bytes: usize) {
         assert!(bytes > 0, "the peer is gone");
         if self.of_one_message {

@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{Link, Received, Setup, Side};
 
-/// Gives the near end what the far end has made for it. ipc-channel makes its sockets itself,
-/// blocking ones and with the default send buffer; ours only brings the name of its server across.
+/// Sends `for_near`, which the far end has made, to the near end, and returns it there. ipc-channel
+/// makes its own sockets, blocking ones with the default send buffer; `socket` only carries the
+/// name of its server.
 fn meet<T: Serialize + DeserializeOwned>(
     socket: OwnedFd,
     side: Side,
@@ -37,9 +38,9 @@ fn meet<T: Serialize + DeserializeOwned>(
     }
 }
 
-/// ipc-channel, which is synchronous. Bytes go through its channel for bytes. With a descriptor,
-/// the message is a tuple of bytes and a handle: it can pass only its own, so a sender is passed,
-/// the same one each time, and no `dup` is made of it.
+/// ipc-channel, which is synchronous. Bytes go through its channel for bytes. A message with a
+/// descriptor is a tuple of bytes and a handle. ipc-channel can pass only its own handles, so each
+/// message has the same sender of it, without a `dup`.
 pub(crate) enum IpcChannel {
     Bytes(IpcBytesSender, IpcBytesReceiver),
     Handles {
@@ -56,6 +57,7 @@ impl Link for IpcChannel {
     const PASSES_FDS: bool = false;
 
     fn new(socket: OwnedFd, Setup { side, load, .. }: Setup) -> Self {
+        // Bytes alone have a type of channel of their own.
         if !load.fd {
             let pair = || bytes_channel().expect("a channel");
             let ((to_far, from_near), (to_near, from_far)) = (pair(), pair());
@@ -64,6 +66,7 @@ impl Link for IpcChannel {
                 None => Self::Bytes(to_near, from_near),
             };
         }
+        // Messages with a handle.
         let pair = || channel::<Message>().expect("a channel");
         let ((to_far, from_near), (to_near, from_far)) = (pair(), pair());
         let (sender, receiver) =
@@ -93,13 +96,14 @@ impl Link for IpcChannel {
                 let (payload, handle) = receiver.recv().expect("receiving");
                 received.bytes += payload.len();
                 received.handles += 1;
-                *arrived = Some(handle); // closes the one before
+                *arrived = Some(handle); // closes the handle received before
             }
         }
     }
 }
 
-/// The shared memory of ipc-channel: the sender copies the message into it, the receiver maps it.
+/// The shared memory of ipc-channel: the sender copies the message into it, and the receiver maps
+/// it without reading it.
 pub(crate) struct IpcSharedMem {
     sender: IpcSender<IpcSharedMemory>,
     receiver: IpcReceiver<IpcSharedMemory>,

@@ -7,8 +7,8 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::{LONG_MESSAGE, LONGEST_MESSAGE, Link, Received, Setup};
 
-/// tokio's `UnixStream` with tokio-util's `LengthDelimitedCodec`, fed and flushed as fdwire is. No
-/// descriptors.
+/// tokio's `UnixStream` with tokio-util's `LengthDelimitedCodec`, fed and flushed like fdwire. It
+/// passes no descriptors.
 pub(crate) struct LengthDelimited {
     framed: Framed<UnixStream, LengthDelimitedCodec>,
     message_bytes: usize,
@@ -22,7 +22,7 @@ impl Link for LengthDelimited {
         let codec = LengthDelimitedCodec::builder().max_frame_length(LONGEST_MESSAGE).new_codec();
         // Its own default is 8 KiB.
         let mut framed = Framed::with_capacity(stream, codec, LONG_MESSAGE);
-        // As fdwire has it, so that a batch goes in one call.
+        // The same as fdwire's, so that a batch goes in one call.
         framed.set_backpressure_boundary(256 << 10);
         Self { framed, message_bytes: setup.load.bytes }
     }

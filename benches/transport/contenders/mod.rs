@@ -37,13 +37,13 @@ const LONG_MESSAGE: usize = 64 << 10;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Load {
     pub(crate) bytes: usize,
-    /// Whether each brings a descriptor.
+    /// Whether each carries a descriptor.
     pub(crate) fd: bool,
     /// Messages between two flushes.
     pub(crate) batch: usize,
 }
 
-/// Which process an end is in: the one that measures, or the one it has started.
+/// The process of an end: the one that measures, or the one that it has started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
     Near,
@@ -68,33 +68,33 @@ pub(crate) struct Received {
     pub(crate) handles: usize,
 }
 
-/// One end of a connection. Synchronous contenders block inside of the functions.
+/// One end of a connection. Synchronous contenders block in its methods.
 pub(crate) trait Link: Sized + 'static {
-    /// Whether it passes any descriptor. If not, it gets none, and where [`Load::fd`] asks for one
-    /// it sends a handle of its own.
+    /// Whether it can pass any descriptor. If not, it gets none, and if [`Load::fd`] is set, it
+    /// sends a handle of its own.
     const PASSES_FDS: bool = true;
 
-    /// Takes over a non-blocking socket, inside of a runtime.
+    /// Takes over a non-blocking socket. Called inside a runtime.
     fn new(socket: OwnedFd, setup: Setup) -> Self;
 
-    /// Sends a message, or keeps it for [`flush`](Self::flush). Closes the descriptor once it is
-    /// sent: it is a file of this process.
+    /// Sends a message, or keeps it for [`flush`](Self::flush). The descriptor is a file that this
+    /// process has opened. It is closed once it is sent.
     async fn send(&mut self, payload: &Bytes, fd: Option<OwnedFd>);
 
-    /// The same with a socket.
+    /// Sends a message with a socket.
     async fn send_socket(&mut self, payload: &Bytes, socket: OwnedFd) {
         self.send(payload, Some(socket)).await;
     }
 
-    /// The same with what the peer has sent.
+    /// Sends a message with a descriptor that the peer has sent.
     async fn send_back(&mut self, payload: &Bytes, fd: Option<OwnedFd>) {
         self.send(payload, fd).await;
     }
 
-    /// Sends what is kept.
+    /// Sends the messages that are kept.
     async fn flush(&mut self);
 
-    /// Receives a message, several, or a part of one. Contenders that know messages check their
-    /// length.
+    /// Receives one message, several, or a part of one. Contenders that know the bounds of messages
+    /// check their length.
     async fn recv(&mut self, received: &mut Received);
 }

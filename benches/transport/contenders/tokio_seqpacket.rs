@@ -14,8 +14,8 @@ use super::{
     batch::{Batch, Room, largest_packet},
 };
 
-/// tokio-seqpacket. It sends packets: a message each, or by hand many messages in one, which the
-/// receiver takes apart. A message longer than a packet is cut by hand too.
+/// tokio-seqpacket. It sends packets of one message each. By hand, many messages go in one packet
+/// and the receiver takes them apart. A message longer than a packet is cut by hand, too.
 pub(crate) struct TokioSeqpacket {
     socket: UnixSeqpacket,
     max_packet: usize,

@@ -5,8 +5,8 @@ use tokio_unix_ipc::{RawReceiver, RawSender, raw_channel_from_std};
 
 use super::{Link, Received, Setup, batch::Batch};
 
-/// The raw channel of tokio-unix-ipc, which its typed one is made of. By hand, many messages can go
-/// in one.
+/// The raw channel of tokio-unix-ipc, which its typed channel is made of. By hand, many messages
+/// can go in one of the channel's.
 pub(crate) struct TokioUnixIpc {
     sender: RawSender,
     receiver: RawReceiver,
@@ -34,7 +34,7 @@ impl Link for TokioUnixIpc {
         self.waiting.clear();
     }
 
-    #[allow(unsafe_code, reason = "it gives received descriptors as numbers")]
+    #[allow(unsafe_code, reason = "tokio-unix-ipc returns received descriptors as numbers")]
     async fn recv(&mut self, received: &mut Received) {
         let (message, fds) = self.receiver.recv().await.expect("receiving");
         received.bytes += message.len();

@@ -9,8 +9,9 @@ use super::{
     batch::{Batch, Room},
 };
 
-/// unix-ancillary on tokio's `UnixStream`. It knows bytes and descriptors; messages of one known
-/// length are taken apart by hand, and by hand many can go in one call.
+/// unix-ancillary on tokio's `UnixStream`. It sends and receives bytes and descriptors, without
+/// messages. The code here takes messages of one known length apart, and it can put many into one
+/// call.
 pub(crate) struct UnixAncillary {
     stream: UnixStream,
     waiting: Batch,

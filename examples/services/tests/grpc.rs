@@ -19,14 +19,14 @@ async fn connect(front: &Front) -> HealthClient<Channel> {
     HealthClient::new(soon("a connection", endpoint.connect()).await.unwrap())
 }
 
-/// A unary call. Returns the process that has answered.
+/// Makes a unary call. Returns the process that has answered.
 async fn check(client: &mut HealthClient<Channel>) -> String {
     loop {
         match soon("an answer", client.check(HealthCheckRequest::default())).await {
             Ok(answer) => {
                 return answer.metadata().get("worker").unwrap().to_str().unwrap().to_owned();
             }
-            // tonic's client had not sent it yet when the GOAWAY came.
+            // tonic's client had not sent the call yet when the GOAWAY came.
             Err(status) => assert_eq!(status.message(), "operation was canceled"),
         }
     }
@@ -51,12 +51,12 @@ async fn a_stream_goes_on_while_new_calls_of_its_client_go_to_the_new_worker() {
     let mut stream = watch(&mut client).await;
 
     front.signal("-HUP").await;
-    // This message was sent after the drain has begun.
+    // The worker has sent this message after its drain had begun.
     assert_eq!(next(&mut stream).await, ServingStatus::NotServing);
-    // The client has a GOAWAY by now or soon, and connects again by itself.
+    // The client receives a GOAWAY sooner or later, and then connects again by itself.
     while check(&mut client).await == old {}
     let mut other = watch(&mut client).await;
-    // Both streams are open, the old one at the old worker.
+    // Both streams stay open, the old one at the old worker.
     let silent = std::time::Duration::from_millis(200);
     assert!(tokio::time::timeout(silent, stream.message()).await.is_err());
     assert!(tokio::time::timeout(silent, other.message()).await.is_err());

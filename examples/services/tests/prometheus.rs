@@ -1,4 +1,4 @@
-//! Scrapes the service `prometheus` as Prometheus would.
+//! The service `prometheus`, scraped as Prometheus would.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +16,7 @@ struct Front {
     scraped: String,
 }
 
-/// The values by name and labels, and the kinds by name.
+/// The values of a scrape by name and labels, and the kinds by name.
 struct Scrape {
     values: BTreeMap<String, f64>,
     kinds: BTreeMap<String, String>,
@@ -36,8 +36,8 @@ impl Front {
         Self { child, served, scraped }
     }
 
-    /// Returns the process that answers, or `None` if the connection is cut.
-    fn ask(&self) -> Option<u32> {
+    /// Sends a request. Returns the process that answers, or `None` if the connection is cut.
+    fn request(&self) -> Option<u32> {
         get(&self.served, "/").trim().parse().ok()
     }
 
@@ -59,7 +59,7 @@ impl Front {
         Scrape { values, kinds }
     }
 
-    /// Scrapes until it is so. Counters never fall meanwhile.
+    /// Scrapes until the condition holds. Checks that no counter falls meanwhile.
     fn until(&self, is_so: impl Fn(&Scrape) -> bool) -> Scrape {
         let mut before = self.scrape();
         for _ in 0..3000 {
@@ -74,7 +74,7 @@ impl Front {
             before = scrape;
             thread::sleep(Duration::from_millis(10));
         }
-        panic!("it should be so by now: {:#?}", before.values);
+        panic!("the condition still does not hold: {:#?}", before.values);
     }
 }
 
@@ -85,7 +85,7 @@ impl Drop for Front {
     }
 }
 
-/// The body of the answer. Empty if the connection is cut.
+/// Returns the body of the answer, or an empty text if the connection is cut.
 fn get(address: &str, path: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
@@ -102,7 +102,7 @@ impl Scrape {
         *self.values.get(name).unwrap_or_else(|| panic!("no {name} in {:#?}", self.values))
     }
 
-    /// The sum over the two slots.
+    /// Returns the sum over the two slots.
     fn of_workers(&self, name: &str) -> f64 {
         let of_slot =
             |slot| self.value(&format!("{name}{{dispatcher=\"web\",group=\"\",slot=\"{slot}\"}}"));
@@ -111,15 +111,18 @@ impl Scrape {
 }
 
 #[test]
-fn a_scrape_tells_what_the_workers_have_done_and_that_one_was_started_again() {
+fn a_scrape_shows_the_connections_of_the_workers_and_that_one_was_started_again() {
+    // Both workers answer requests.
     const REQUESTS: u32 = 20;
     let front = Front::start();
     let all = "{dispatcher=\"web\"}";
     front.until(|it| {
         it.values.get("fdwire_dispatcher_workers{dispatcher=\"web\",state=\"ready\"}") == Some(&2.0)
     });
-    let processes: BTreeSet<_> = (0..REQUESTS).map(|_| front.ask().unwrap()).collect();
+    let processes: BTreeSet<_> = (0..REQUESTS).map(|_| front.request().unwrap()).collect();
     assert_eq!(processes.len(), 2);
+
+    // The scrape counts each of them.
     let adopted = format!("fdwire_dispatcher_adopted_connections_total{all}");
     let scrape = front.until(|it| {
         it.value(&adopted) == f64::from(REQUESTS)
@@ -134,6 +137,7 @@ fn a_scrape_tells_what_the_workers_have_done_and_that_one_was_started_again() {
     assert_eq!(scrape.kinds["fdwire_dispatcher_adopted_connections_total"], "counter");
     assert_eq!(scrape.kinds["fdwire_worker_active_connections"], "gauge");
 
+    // A worker that is killed and started again keeps its counters.
     let victim = processes.first().unwrap().to_string();
     assert!(Command::new("kill").args(["-KILL", &victim]).status().unwrap().success());
     let after = front.until(|it| it.of_workers("fdwire_worker_restarts_total") == 1.0);

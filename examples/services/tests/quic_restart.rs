@@ -1,4 +1,4 @@
-//! Runs the service `quic_restart` as its user would.
+//! The service `quic_restart`, run as a user would run it.
 
 #[path = "../../../tests/common/programs.rs"]
 #[allow(dead_code, reason = "each test binary uses a part")]

@@ -52,7 +52,7 @@ impl Service {
         String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
     }
 
-    /// Has the lines counted by a call that quotes this.
+    /// Makes a call with this ticket. Returns the number of lines of the file that was deposited.
     fn call(&self, ticket: &str) -> Result<u64, Code> {
         let (address, text) = (format!("http://{}", self.address), ticket.to_owned());
         let call = async {
@@ -67,7 +67,7 @@ impl Service {
         Runtime::new().unwrap().block_on(call)
     }
 
-    /// Number of regular files that the service holds.
+    /// Returns the number of deposited files that the service has open.
     fn open_files(&self) -> usize {
         let fds = fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
         let own = self.directory.path().join("file");
@@ -116,7 +116,7 @@ fn a_ticket_expires_and_its_file_is_closed() {
 }
 
 #[test]
-fn a_uid_deposits_no_more_than_it_may() {
+fn a_uid_deposits_no_more_files_than_its_limit() {
     let service = Service::start("60000");
     let tickets = Vec::from_iter((0..64).map(|_| service.deposit("one\n")));
     let output = service.client("deposit").arg(service.file("one\n")).output().unwrap();
@@ -130,7 +130,7 @@ fn a_uid_deposits_no_more_than_it_may() {
 }
 
 #[test]
-fn what_is_no_read_only_regular_file_is_refused() {
+fn a_file_that_is_not_regular_is_refused() {
     let service = Service::start("60000");
     let output = service.client("deposit").arg("/dev/null").output().unwrap();
     assert_eq!(output.status.code(), Some(1));

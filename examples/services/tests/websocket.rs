@@ -17,7 +17,7 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_websocket");
 
 type Client = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-/// A WebSocket, and the process that serves it.
+/// Connects a WebSocket. Returns it with the process that serves it.
 async fn connect(front: &Front) -> (Client, String) {
     let url = format!("ws://{}/", front.address);
     let (mut client, _) = soon("a WebSocket", connect_async(url)).await.unwrap();
@@ -35,7 +35,7 @@ async fn echoes(client: &mut Client, text: &str) {
 }
 
 #[tokio::test]
-async fn clients_of_a_worker_that_is_replaced_are_told_to_go_and_find_the_new_one() {
+async fn clients_of_a_worker_that_is_replaced_receive_a_close_and_find_the_new_one() {
     let mut front = Front::start(PROGRAM, 30).await;
     let (mut first, old) = connect(&front).await;
     let (mut second, same) = connect(&front).await;

@@ -17,10 +17,11 @@ use super::{
 };
 use crate::{soon, until};
 
-/// Number of attackers, unless the descriptors that they may send are too many for one process.
+/// The number of attackers, unless their descriptors are too many for one process.
 const ATTACKERS: usize = 100;
 
-/// Round trips of the honest client while the attackers start, and again when all have.
+/// Round trips of the honest client before the attack, while the attackers start, and when all have
+/// started.
 const TRIPS: usize = 30;
 
 /// The number of threads that the library may start besides those that it has: four for slow files.
@@ -29,13 +30,14 @@ const MORE_THREADS: usize = 4;
 /// Descriptors that the library and the runtime may open for a moment.
 const MORE_FDS: usize = 3;
 
-/// Memory that a process may take whatever its connections do.
+/// Memory that the victim may take beyond that of its connections.
 const MORE_BYTES: usize = 16 << 20;
 
+/// The conditions of an attack.
 pub(super) struct Attack {
     pub(super) victim: Identity,
     pub(super) attackers: Identity,
-    /// The victim admits its own uid, which the attackers do not have.
+    /// Whether the victim admits only its own uid, which the attackers do not have.
     pub(super) are_refused: bool,
     pub(super) resources: Resources,
 }
@@ -45,11 +47,10 @@ pub(super) struct Attack {
 pub(super) enum Resources {
     /// As many as the system gives.
     All,
-    /// Few descriptors and threads, so that the attackers take all of them. The threads are those
-    /// of all processes of its uid, of which the attackers have more.
+    /// Few descriptors and threads, so that the attackers take all of them. The limit of threads
+    /// counts all processes of the uid, and the attackers alone have more.
     Few { fds: usize, threads: usize },
-    /// Few descriptors, of which the listener's limits leave some to other uids than the
-    /// attackers'.
+    /// Few descriptors. The listener's limits keep the attackers' uid from taking all of them.
     FewForEachUid { fds: usize },
 }
 
@@ -80,7 +81,7 @@ impl Default for Attack {
 }
 
 impl Attack {
-    /// An attack on a process by others like it.
+    /// Returns an attack on a process by processes of the same user.
     pub(super) fn within(identity: Identity) -> Self {
         Self {
             victim: identity,
@@ -90,13 +91,14 @@ impl Attack {
         }
     }
 
-    /// Lets the attack happen, and checks that the victim gets over it.
+    /// Runs the attack, and checks that the victim withstands it.
     pub(super) async fn withstand(&self, sort: Sort, kind: SocketKind) {
-        eprintln!("{sort:?} on {kind:?}"); // seen if it fails
+        eprintln!("{sort:?} on {kind:?}"); // shown if the test fails
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let name = format!("fdwire-crowd-{}-{}", std::process::id(), NUMBER.fetch_add(1, Relaxed));
         let is_stream = kind == SocketKind::Stream;
 
+        // Start the victim, and measure it while only the honest client is there.
         let settings = victim::Settings {
             name: name.clone(),
             is_stream,
@@ -111,6 +113,7 @@ impl Attack {
         honest.trips(TRIPS).await;
         let before = Usage::of(&victim);
 
+        // Start the attackers. The honest client is served while they start and when all are there.
         let attackers = ATTACKERS.min(most_attackers(sort));
         let settings = attackers::Settings { sort, attackers, name: name.clone(), is_stream };
         let mut crowd = Process::start(self.attackers, &Role::Attackers(settings)).await;
@@ -124,9 +127,10 @@ impl Attack {
         if self.resources.limits_uids() {
             Honest::connect(&name, kind).await.trips(TRIPS).await;
         }
-        let report: Report = victim.ask().await;
+        let report: Report = victim.report().await;
         drop(crowd);
 
+        // After the attack, everything that it took is free again, and clients are served.
         until("what the attackers have left is closed", || {
             let now = Usage::of(&victim);
             most = most.max(now);
@@ -139,8 +143,11 @@ impl Attack {
         self.check(before, most, &report, sort, attackers);
     }
 
+    /// Checks that the victim stayed within the bounds, and that the attack took place.
     fn check(&self, before: Usage, most: Usage, report: &Report, sort: Sort, attackers: usize) {
         eprintln!("{before:?}, then {most:?}, {report:?}");
+
+        // Threads, descriptors and memory.
         let sorts = || (0..attackers).map(|index| sort.of_attacker(index));
         assert!(most.threads <= before.threads + MORE_THREADS, "too many threads");
         assert!(
@@ -159,19 +166,19 @@ impl Attack {
             "no fair share of turns"
         );
 
-        // The attack has really happened.
-        let came = if self.are_refused { report.refused } else { report.accepted };
+        // The attack took place: all attackers connected, or the resources were used up.
+        let connected = if self.are_refused { report.refused } else { report.accepted };
         match self.resources {
-            Resources::All => assert!(came >= attackers, "not all attackers have come"),
+            Resources::All => assert!(connected >= attackers, "not all attackers have connected"),
             Resources::Few { .. } => {
-                assert!(!report.can_start_threads, "there were threads");
+                assert!(!report.can_start_threads, "the victim could still start threads");
                 assert!(
                     sort != Sort::Silent || report.not_accepted > 0,
-                    "there were descriptors for all"
+                    "there were enough descriptors for all connections"
                 );
             }
             Resources::FewForEachUid { .. } => {
-                assert_eq!(report.not_accepted, 0, "a uid has taken all descriptors")
+                assert_eq!(report.not_accepted, 0, "one uid has taken all descriptors")
             }
         }
     }
@@ -199,7 +206,7 @@ impl Usage {
     }
 }
 
-/// Number of attackers whose descriptors fit into one process.
+/// Returns the number of attackers whose descriptors fit into one process.
 fn most_attackers(sort: Sort) -> usize {
     const OTHERS: usize = 100;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
@@ -227,7 +234,7 @@ impl Honest {
                 self.framed.send(Frame::new(sent.clone())).await.unwrap();
                 self.framed.try_next().await.unwrap().unwrap()
             };
-            assert_eq!(soon("what an honest client gets back", trip).await.payload, sent);
+            assert_eq!(soon("the echo of an honest client", trip).await.payload, sent);
         }
     }
 }

@@ -33,24 +33,24 @@ use crate::{
 pub(super) const SENT_OF_PROMISED: usize = 3;
 pub(super) const OWN_ENDS: usize = 20;
 
-/// Connections that an attacker makes without waiting for the end of those before.
+/// Connections that an attacker makes without waiting for the end of earlier ones.
 pub(super) const QUICK_ROUNDS: usize = 50;
 
-/// The time for which an attacker rests if nothing else slows it down.
+/// The pause of an attacker between two steps, if nothing else slows it down.
 const PACE: Duration = Duration::from_millis(10);
 
 #[derive(Serialize, Deserialize)]
 pub(super) struct Settings {
     pub(super) sort: Sort,
     pub(super) attackers: usize,
-    /// The victim's.
+    /// The abstract name at which the victim listens.
     pub(super) name: String,
     pub(super) is_stream: bool,
 }
 
 /// Attacks until it is killed, or the test has ended.
 pub(super) fn run(mut control: UnixStream, settings: Settings) {
-    // The test is about the victim's turns, and not about its share of the processor.
+    // A low priority: the test checks the victim's turns, and not its share of the processor.
     rustix::process::nice(19).unwrap();
     let (started, all_started) = mpsc::channel();
     for index in 0..settings.attackers {
@@ -130,6 +130,8 @@ impl Attacker {
             slow
         };
         let null = &self.null;
+
+        // Sorts that send nothing first do everything in `go_on`.
         match self.sort {
             Sort::PromisedFds => {
                 send(connection, &encoded(b"part", 253)[..10], &[null; SENT_OF_PROMISED])
@@ -146,7 +148,7 @@ impl Attacker {
             Sort::SlowSocketInFrame => send(connection, &encoded(b"", 2), &[&slow(), null]),
             Sort::SlowSocketEchoed => send(connection, &encoded(b"", 1), &[&slow()]),
             Sort::Nested => send(connection, b"?", &[&self.nested(slow())]),
-            // Only few shall wait in the kernel.
+            // A small buffer, so that only few frames wait in the kernel.
             Sort::Flood | Sort::FloodTaken => setsockopt(connection, sockopt::SndBuf, &(8 << 10)),
             Sort::BadFlood => send(connection, b"?", &[null; 253]),
             Sort::Garbage => {
@@ -158,9 +160,11 @@ impl Attacker {
         }
     }
 
-    /// Goes on until it is ended.
+    /// Sends the messages after the first. Most sorts go on until the victim ends the connection.
     fn go_on(&self, connection: &OwnedFd) -> Result {
         let whole = encoded(&[7; 10_000], 0);
+
+        // Sorts that only begin something do nothing more.
         match self.sort {
             Sort::Drip => whole.iter().try_for_each(|byte| {
                 thread::sleep(PACE);
@@ -194,7 +198,8 @@ impl Attacker {
         }
     }
 
-    /// A Unix socket in whose queue is a Unix socket, and so on; at the bottom is the descriptor.
+    /// Makes a Unix socket whose queue holds a Unix socket, and so on; the last one holds the
+    /// descriptor.
     fn nested(&self, bottom: OwnedFd) -> OwnedFd {
         (0..20).fold(bottom, |inner, _| {
             let (outer, sender) = raw::pair(self.kind);
@@ -204,7 +209,7 @@ impl Attacker {
     }
 }
 
-/// The header of a frame without descriptors.
+/// Returns the header of a frame without descriptors.
 fn header(payload: usize) -> [u8; 8] {
     let mut header = [0xFD, 0x10, 0, 0, 0, 0, 0, 0];
     header[4..].copy_from_slice(&(payload as u32).to_be_bytes());

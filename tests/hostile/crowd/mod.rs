@@ -1,8 +1,8 @@
 //! A hundred hostile connections of each sort, beside an honest one.
 //!
 //! One process, the victim, serves all of them on one thread. A second process has the attackers.
-//! The test has the honest client, and looks from outside at the threads, the descriptors and the
-//! memory of the victim.
+//! The test has the honest client, and reads the number of threads and descriptors and the memory
+//! of the victim from `/proc`.
 
 mod attack;
 mod attackers;
@@ -78,7 +78,7 @@ fn peers_that_send_descriptors_without_a_frame_have_no_more_than_the_limit_open(
 }
 
 #[test]
-fn connections_that_hold_their_own_peers_end_in_time() {
+fn connections_that_hold_their_own_peers_are_ended() {
     withstand(&Attack::default(), &[Sort::OwnEnd]);
 }
 

@@ -32,14 +32,14 @@ pub(super) enum Identity {
     UserNamespace,
 }
 
-/// The part that a process has in a test.
+/// The role of a process in a test, with its settings.
 #[derive(Serialize, Deserialize)]
 pub(super) enum Role {
     Victim(victim::Settings),
     Attackers(attackers::Settings),
 }
 
-/// A process with a part in a test. It is killed when this is dropped, and when the test ends.
+/// A process with a role in a test. It is killed when this is dropped, and when the test ends.
 pub(super) struct Process {
     child: Child,
     control: BufReader<UnixStream>,
@@ -73,7 +73,7 @@ fn read_line(control: &mut StdUnixStream) -> String {
 impl Process {
     pub(super) async fn start(identity: Identity, role: &Role) -> Self {
         let (ours, theirs) = StdUnixStream::pair().unwrap();
-        // Not the path, which another uid may have no access to.
+        // Another uid may have no access to the path of this executable.
         let mut command = Command::new("/proc/self/exe");
         match identity {
             Identity::Own => {}
@@ -91,11 +91,11 @@ impl Process {
         ours.set_nonblocking(true).unwrap();
         let mut process =
             Self { child, control: BufReader::new(UnixStream::from_std(ours).unwrap()) };
-        process.tell(role).await;
+        process.send(role).await;
         process
     }
 
-    async fn tell(&mut self, message: &impl Serialize) {
+    async fn send(&mut self, message: &impl Serialize) {
         let line = serde_json::to_string(message).unwrap() + "\n";
         self.control.write_all(line.as_bytes()).await.unwrap();
     }
@@ -107,18 +107,18 @@ impl Process {
         serde_json::from_str(&line).expect("the process has ended")
     }
 
-    /// Asks the process for a message.
-    pub(super) async fn ask<T: DeserializeOwned>(&mut self) -> T {
-        self.tell(&()).await;
+    /// Requests a report from the process, and waits for it.
+    pub(super) async fn report<T: DeserializeOwned>(&mut self) -> T {
+        self.send(&()).await;
         self.next().await
     }
 
-    /// Number of threads.
+    /// Returns the number of threads.
     pub(super) fn threads(&self) -> usize {
         fs::read_dir(self.proc("task")).unwrap().count()
     }
 
-    /// Number of open descriptors.
+    /// Returns the number of open descriptors.
     pub(super) fn fds(&self) -> usize {
         // Since Linux 6.2 the size of the directory is its number of entries. Counting twenty
         // thousand of them takes too long.
@@ -132,7 +132,7 @@ impl Process {
         format!("/proc/{}/{file}", self.child.id()).into()
     }
 
-    /// The most memory that it has had, in bytes.
+    /// Returns the most memory that the process has had, in bytes.
     pub(super) fn peak_bytes(&self) -> usize {
         let status = fs::read_to_string(self.proc("status")).unwrap();
         let line = status

@@ -1,4 +1,4 @@
-//! The sorts of hostile connections, and what each may take.
+//! The sorts of hostile connections, and the resources that each may take.
 
 use fdwire::SocketKind;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ pub(super) enum Sort {
     Silent,
     /// Sends a frame byte by byte.
     Drip,
-    /// Announces a large frame. Most send nothing of it, some all but the last byte.
+    /// Announces a large frame. Most attackers send nothing of it, and some all but the last byte.
     LargeFrame,
     /// Announces more descriptors than it sends.
     PromisedFds,
@@ -22,29 +22,29 @@ pub(super) enum Sort {
     UnclaimedFds,
     /// Sends its own end of the connection in an unfinished frame, and closes its copy.
     OwnEnd,
-    /// Sends a socket whose `close` takes an hour in what is not a frame.
+    /// Sends a slow socket, whose `close` takes an hour, with bytes that are no frame.
     SlowSocket,
     /// The same at the head of 253 descriptors.
     SlowSocketFirst,
-    /// Sends such sockets in frames that the victim drops.
+    /// Sends slow sockets in frames that the victim drops.
     SlowSocketInFrame,
-    /// Sends such sockets in frames that the victim sends back, and does not receive those.
+    /// Sends slow sockets in frames that the victim sends back, and does not receive those.
     SlowSocketEchoed,
-    /// Sends such a socket at the bottom of a nest of Unix sockets.
+    /// Sends a slow socket at the bottom of a nest of Unix sockets.
     Nested,
     /// Sends frames of 253 descriptors as fast as they are received. The victim drops them.
     Flood,
     /// The same, and the victim takes the descriptors and closes them itself.
     FloodTaken,
-    /// Sends 253 descriptors in what is not a frame.
+    /// Sends 253 descriptors with bytes that are no frame.
     BadFlood,
-    /// Sends bytes at random.
+    /// Sends random bytes.
     Garbage,
     /// Sends out-of-band bytes between frames.
     OutOfBand,
     /// Sends packets of no bytes with 253 descriptors.
     EmptyPackets,
-    /// Sends frames and never receives what is sent back.
+    /// Sends frames and never receives the echoes.
     NeverReads,
     /// Connects and closes at once, in a loop.
     ConnectsAndCloses,
@@ -99,12 +99,13 @@ impl Sort {
         )
     }
 
-    /// The sort of one of the attackers.
+    /// Returns the sort of one of the attackers.
     pub(super) fn of_attacker(self, index: usize) -> Self {
         if self == Self::Mix { Self::ALL[index % (Self::ALL.len() - 1)] } else { self }
     }
 
-    /// Most descriptors that the victim may have because of one connection, which is one of them.
+    /// Returns the most descriptors that the victim may have because of one connection, including
+    /// the connection itself.
     pub(super) fn most_fds(self) -> usize {
         let of_peer = match self {
             Self::PromisedFds => SENT_OF_PROMISED,
@@ -113,7 +114,8 @@ impl Sort {
             Self::SlowSocket | Self::SlowSocketEchoed | Self::Nested => 1,
             Self::SlowSocketInFrame => 2,
             Self::SlowSocketFirst | Self::EmptyPackets | Self::BadFlood | Self::FloodTaken => 253,
-            // A frame, and those that wait to be closed: nothing is received while there are more.
+            // The descriptors of a frame, and those that wait to be closed. Nothing is received
+            // while more of them wait.
             Self::Flood => 253 + MAX_QUEUED_FDS,
             Self::ConnectsAndCloses => QUICK_ROUNDS - 1, // connections
             _ => 0,
@@ -121,7 +123,7 @@ impl Sort {
         1 + of_peer
     }
 
-    /// Most bytes that the victim may have because of one connection.
+    /// Returns the most bytes that the victim may have because of one connection.
     pub(super) fn most_bytes(self, index: usize) -> usize {
         // A read buffer, a queue for sending, and packets on their way.
         const EACH: usize = 3 * (256 << 10);
@@ -129,10 +131,10 @@ impl Sort {
     }
 }
 
-/// The default limit.
+/// The payload of a large frame: the default limit.
 pub(super) const LARGE: usize = 8 << 20;
 
-/// Returns true for those of [`Sort::LargeFrame`] that send all but the last byte.
+/// Returns true for the attackers of [`Sort::LargeFrame`] that send all but the last byte.
 pub(super) fn fills(index: usize) -> bool {
     index % 16 == 2
 }

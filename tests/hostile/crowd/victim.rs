@@ -28,15 +28,15 @@ pub(super) struct Settings {
     pub(super) name: String,
     pub(super) is_stream: bool,
     pub(super) admits_any_uid: bool,
-    /// True if the default limits of a uid apply. Otherwise, there is no limit.
+    /// Whether the default limits of a uid apply. If not, there is no limit.
     pub(super) limits_uids: bool,
-    /// `RLIMIT_NOFILE`, or `None` for as many as there can be.
+    /// The soft limit of `RLIMIT_NOFILE`, or `None` for the hard limit.
     pub(super) max_fds: Option<usize>,
-    /// `RLIMIT_NPROC` from the moment at which it listens.
+    /// The soft limit of `RLIMIT_NPROC` from the moment at which it listens.
     pub(super) max_threads: Option<usize>,
 }
 
-/// Limit for descriptors of a connection that no message has claimed.
+/// The limit of descriptors of a connection that no message has claimed.
 pub(super) const MAX_QUEUED_FDS: usize = 32;
 
 /// The limits of each connection.
@@ -44,7 +44,7 @@ fn limits() -> Limits {
     Limits::default().max_queued_fds(MAX_QUEUED_FDS).max_unfinished_time(Duration::from_millis(50))
 }
 
-/// Makes the listener. Limits that it has for its peers belong here.
+/// Makes the listener with its limits.
 fn listen(settings: &Settings) -> Listener {
     let mut listener =
         Listener::bind_addr(&addr_of(&settings.name), kind_of(settings.is_stream)).unwrap();
@@ -63,13 +63,13 @@ pub(super) struct Report {
     /// Calls of `accept` that failed.
     pub(super) not_accepted: usize,
     pub(super) refused: usize,
-    /// A thread could be started for this report.
+    /// Whether a thread could be started for this report.
     pub(super) can_start_threads: bool,
     /// Frames that were received.
     pub(super) frames: usize,
     /// Round trips of a connection that has both ends in this process.
     pub(super) inner_trips: usize,
-    /// Most descriptors of frames that were received during one of these round trips.
+    /// The most descriptors of frames that were received during one of these round trips.
     pub(super) most_fds_in_a_trip: usize,
 }
 
@@ -102,7 +102,7 @@ pub(super) fn run(control: StdUnixStream, settings: &Settings) {
     });
 }
 
-/// The loop of any server.
+/// Accepts and echoes, and goes on after an error, as a server does.
 async fn accept_all(listener: Arc<Listener>, counts: Arc<Counts>) {
     loop {
         match listener.accept().await {
@@ -121,8 +121,8 @@ async fn accept_all(listener: Arc<Listener>, counts: Arc<Counts>) {
 /// The payload of a frame whose descriptors are taken out of it and closed.
 pub(super) const TAKE: &[u8] = b"take";
 
-/// Sends frames back. Those with several descriptors are dropped, as by an application that has no
-/// use for them.
+/// Sends frames back. It drops frames with several descriptors, like an application that has no use
+/// for them.
 async fn echo(socket: Socket, counts: Arc<Counts>) {
     let mut framed = Framed::new(socket, FrameCodec::new(limits()));
     while let Ok(Some(frame)) = framed.try_next().await {
@@ -136,8 +136,9 @@ async fn echo(socket: Socket, counts: Arc<Counts>) {
     }
 }
 
-/// Makes round trips over a connection with both ends in this process, and counts what is done for
-/// others during each. No other process takes part, so the result depends on turns and not on time.
+/// Makes round trips over a connection with both ends in this process, and counts the descriptors
+/// that are received for other connections during each. No other process takes part, so the result
+/// depends on turns and not on time.
 async fn measure_turns(socket: Socket, counts: Arc<Counts>) {
     let mut framed = Framed::new(socket, FrameCodec::default());
     loop {
@@ -151,7 +152,7 @@ async fn measure_turns(socket: Socket, counts: Arc<Counts>) {
     }
 }
 
-/// Reports at the start and whenever it is asked to, until the test has ended.
+/// Reports at the start and at each request, until the test has ended.
 async fn report(control: StdUnixStream, listener: &Listener, counts: &Counts) {
     control.set_nonblocking(true).unwrap();
     let mut control = BufReader::new(UnixStream::from_std(control).unwrap());

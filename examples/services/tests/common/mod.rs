@@ -9,7 +9,7 @@ use tokio::{
     time::timeout,
 };
 
-/// For anything that should happen soon, on a busy machine.
+/// The time limit for anything that should happen soon. It is long enough for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
@@ -35,7 +35,7 @@ impl Front {
         front
     }
 
-    /// The rest of the next line that has this in it.
+    /// Waits for a line of the service that contains `beginning`. Returns the rest of the line.
     pub(crate) async fn line(&mut self, beginning: &str) -> String {
         loop {
             let line = soon(beginning, self.lines.next_line()).await.unwrap();
@@ -51,7 +51,7 @@ impl Front {
         assert!(Command::new("kill").args([signal, &pid]).status().await.unwrap().success());
     }
 
-    /// The service ends in order after a SIGTERM.
+    /// Sends a SIGTERM, and checks that the service ends with success.
     pub(crate) async fn end(mut self) {
         self.signal("-TERM").await;
         assert!(soon("the end", self.child.wait()).await.unwrap().success());

@@ -1,4 +1,4 @@
-//! A real TLS client, of rustls and hyper.
+//! A real TLS client, made of rustls and hyper.
 
 use std::{
     future::Future,
@@ -48,7 +48,7 @@ impl Http {
         if self == Self::One { b"http/1.1" } else { b"h2" }
     }
 
-    /// As the worker writes it.
+    /// Returns the name as the worker writes it.
     pub(crate) fn name(self) -> &'static str {
         if self == Self::One { "HTTP/1.1" } else { "HTTP/2.0" }
     }
@@ -66,7 +66,8 @@ pub(crate) fn config(router: &Router, version: Http) -> ClientConfig {
     config
 }
 
-/// The ClientHello for a name, or for an IP address, which is not sent.
+/// Returns the ClientHello for a name, or for an IP address. An IP address is not part of the
+/// hello.
 pub(crate) fn hello(router: &Router, name: &'static str) -> Vec<u8> {
     let (config, name) = (config(router, Http::One), ServerName::try_from(name).unwrap());
     let mut connection = ClientConnection::new(Arc::new(config), name).unwrap();
@@ -88,7 +89,7 @@ impl Client {
     /// byte, and completes the handshake.
     ///
     /// # Errors
-    /// The errors of the handshake.
+    /// Returns the error of the connection or of the handshake.
     pub(crate) async fn connect(
         router: &Router,
         name: &'static str,
@@ -102,10 +103,10 @@ impl Client {
         let name = ServerName::try_from(name).unwrap();
         let tls = TlsConnector::from(Arc::new(config)).connect(name, ByteByByte(tcp)).await?;
         assert_eq!(tls.get_ref().1.alpn_protocol(), Some(version.alpn()));
-        Ok(Self::talk(tls, version).await.unwrap())
+        Ok(Self::start_http(tls, version).await.unwrap())
     }
 
-    async fn talk(tls: TlsStream<ByteByByte>, version: Http) -> hyper::Result<Self> {
+    async fn start_http(tls: TlsStream<ByteByByte>, version: Http) -> hyper::Result<Self> {
         let io = TokioIo::new(tls);
         match version {
             Http::One => {

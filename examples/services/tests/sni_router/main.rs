@@ -1,5 +1,5 @@
-//! The router for TLS connections as its users run it: a process of its own, with workers, real TLS
-//! clients, and clients that are none.
+//! The service `sni_router` as its users run it: a process of its own, with workers. Its clients
+//! are real TLS clients, and others that do not use TLS.
 
 #[path = "../../../../tests/common/programs.rs"]
 #[allow(dead_code, reason = "each test binary uses a part")]

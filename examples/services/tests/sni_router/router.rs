@@ -19,10 +19,10 @@ pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_sni_router");
 /// The names that have a worker.
 pub(crate) const NAMES: [&str; 2] = ["one.test", "two.test"];
 
-/// Has no worker, but a program that says nothing.
+/// A name whose worker is a program that never answers.
 pub(crate) const DEAD: &str = "dead.test";
 
-/// A patience that no test waits for.
+/// The time that the router holds a client, in milliseconds. No test lasts as long.
 pub(crate) const LONG: &str = "600000";
 
 /// A router with a worker for each of [`NAMES`]. It is killed when this is dropped.
@@ -34,7 +34,7 @@ pub(crate) struct Router {
 }
 
 impl Router {
-    /// Starts a router that holds clients for so many milliseconds.
+    /// Starts a router that holds clients for this number of milliseconds.
     pub(crate) fn start(patience: &str) -> Self {
         Self::start_with(["--patience", patience])
     }
@@ -80,7 +80,7 @@ impl Router {
         }
     }
 
-    /// Kills the router alone. Its workers serve what they have.
+    /// Kills the router alone. Its workers serve the connections that they have.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -94,7 +94,7 @@ impl Router {
     }
 
     /// Sends pieces, ends the sending direction, and returns the answer.
-    pub(crate) fn ask<'a>(&self, pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<u8> {
+    pub(crate) fn request<'a>(&self, pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<u8> {
         let mut client = self.connect();
         for piece in pieces {
             client.write_all(piece).unwrap();

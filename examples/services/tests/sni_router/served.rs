@@ -1,4 +1,4 @@
-//! TLS clients that are served by a worker of the name that they ask for.
+//! TLS clients that are served by a worker of the name in their hello.
 
 use std::process::Command;
 
@@ -19,7 +19,7 @@ fn curl_is_served_by_name_over_both_versions_of_http_and_of_tls() {
     let Some(curl) = installed("curl") else { return };
     let router = Router::start(LONG);
     let (port, ip) = (router.address.port(), router.address.ip());
-    let ask = |options: &[&str], name: &str| {
+    let request = |options: &[&str], name: &str| {
         let mut command = Command::new(&curl);
         command.args(["--silent", "--show-error"]);
         command.arg("--cacert").arg(router.certificate(&name.to_ascii_lowercase()));
@@ -29,15 +29,15 @@ fn curl_is_served_by_name_over_both_versions_of_http_and_of_tls() {
         String::from_utf8(output.stdout).unwrap()
     };
     for name in NAMES {
-        check(&ask(&["--http1.1"], name), name, "HTTP/1.1");
-        check(&ask(&["--http2"], name), name, "HTTP/2.0");
-        check(&ask(&["--http2", "--tls-max", "1.2"], name), name, "HTTP/2.0");
+        check(&request(&["--http1.1"], name), name, "HTTP/1.1");
+        check(&request(&["--http2"], name), name, "HTTP/2.0");
+        check(&request(&["--http2", "--tls-max", "1.2"], name), name, "HTTP/2.0");
     }
-    check(&ask(&["--no-alpn"], "ONE.test"), "one.test", "HTTP/1.1");
+    check(&request(&["--no-alpn"], "ONE.test"), "one.test", "HTTP/1.1");
 }
 
 #[test]
-fn openssl_gets_the_certificate_of_the_name() {
+fn openssl_receives_the_certificate_of_the_name() {
     let Some(openssl) = installed("openssl") else { return };
     let router = Router::start(LONG);
     for name in NAMES {
@@ -51,7 +51,7 @@ fn openssl_gets_the_certificate_of_the_name() {
 }
 
 #[test]
-fn python_is_served() {
+fn python_is_served_by_name() {
     const SCRIPT: &str = "import socket, ssl, sys\n\
         host, port, trusted = sys.argv[1:]\n\
         context = ssl.create_default_context(cafile=trusted)\n\
@@ -112,7 +112,7 @@ fn connections_go_on_when_the_router_has_been_killed() {
 fn a_hello_with_grease_goes_to_the_worker_of_its_public_name() {
     let router = Router::start(LONG);
     let hello = with_grease(&hello(&router, "one.test"));
-    let answer = router.ask([&hello[..]]);
+    let answer = router.request([&hello[..]]);
     const HANDSHAKE: u8 = 22;
     const SERVER_HELLO: u8 = 2;
     assert_eq!((answer[0], answer[5]), (HANDSHAKE, SERVER_HELLO), "{answer:?}");
@@ -145,8 +145,8 @@ fn with_grease(hello: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn a_client_that_sends_no_more_after_its_hello_has_reached_a_worker_and_is_ended() {
+fn a_client_that_sends_only_a_hello_reaches_a_worker_and_is_ended() {
     let router = Router::start(LONG);
-    let answer = router.ask([&hello(&router, "two.test")[..]]);
+    let answer = router.request([&hello(&router, "two.test")[..]]);
     assert_eq!((answer[0], answer[5]), (22, 2), "{answer:?}");
 }

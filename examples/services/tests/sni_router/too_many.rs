@@ -1,4 +1,4 @@
-//! Clients that take room and time: others are served all the same.
+//! Clients that use up the places of the router: others are served all the same.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -18,7 +18,7 @@ const CLIENTS: usize = 20;
 /// Returns a router that holds [`CLIENTS`] clients, and the number of its own sockets.
 fn small_router() -> (Router, usize) {
     let router = Router::start_with(["--clients", &CLIENTS.to_string(), "--patience", LONG]);
-    // The workers are there when they have served.
+    // The workers have started when they have served a client.
     for name in ["one.test", "two.test"] {
         serve_one(&router, name);
     }
@@ -33,7 +33,7 @@ fn serve_one(router: &Router, name: &'static str) {
     assert!(answer.starts_with(name), "{answer}");
 }
 
-/// A client that is in the way of others, and the answer to it so far.
+/// A client that takes a place from others, and the answer to it so far.
 struct Flooder {
     client: TcpStream,
     answer: Vec<u8>,
@@ -43,21 +43,21 @@ struct Flooder {
 fn flood(router: &Router, bytes: &[u8]) -> Vec<Flooder> {
     let connect = |_| {
         let mut client = router.connect();
-        let _ = client.write_all(bytes); // the client may have been let go already
+        let _ = client.write_all(bytes); // fails if the router has ended the connection already
         client.set_nonblocking(true).unwrap();
         Flooder { client, answer: Vec::new() }
     };
     (0..10 * CLIENTS).map(connect).collect()
 }
 
-/// Waits until the router has let go all clients but this number.
+/// Waits until the router has ended all clients but this number.
 fn wait_until_held(clients: &mut Vec<Flooder>, held: usize) {
     while clients.len() > held {
         clients.retain_mut(|Flooder { client, answer }| {
             match client.read_to_end(answer) {
                 Ok(_) => assert_eq!(*answer, alert(AlertDescription::UserCanceled)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
-                Err(_) => {} // it was still writing: a reset, and the answer may be lost
+                Err(_) => {} // a reset, because it was still writing; the answer may be lost
             }
             false
         });
@@ -71,7 +71,7 @@ fn check(router: &Router, sockets: usize, clients: &mut Vec<Flooder>) {
     for _ in 0..3 {
         serve_one(router, "one.test");
     }
-    wait_until_held(clients, CLIENTS - 1); // one at a time needed a place
+    wait_until_held(clients, CLIENTS - 1); // the served clients needed one place at a time
     router.wait_for_sockets(sockets + clients.len());
 }
 
