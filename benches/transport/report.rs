@@ -85,8 +85,8 @@ row; between rows and machines only ratios mean something.
   serves; *fdwire* is the hand-off layer (`Dispatcher::serve`, and `Incoming` with `next` or
   `next_batch`), with its promise that no connection is lost; *bare* accepts, sends each connection
   with a `sendmsg` and knows nothing of what becomes of it. *acknowledged* is bare, too, but the
-  worker answers with one byte for each connection before it serves it (those that it received
-  together get one answer), and the process that accepts keeps its copy until it has read that.
+  worker answers with one byte for each connection before it serves it (in one call for those that
+  it received together), and the process that accepts keeps its copy until it has read that.
   Nothing else is checked: it is the floor of any hand-off that loses nothing when a worker dies.
   *added CPU* is what a contender takes beyond one process, *× bare's* and *× acknowledged's* what
   it adds in units of what those add, on the same kind of socket. One client waits for each answer
