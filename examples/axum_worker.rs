@@ -5,7 +5,7 @@
 //! cargo run --features axum --example axum_worker -- 127.0.0.1:8081   # another address
 //! ```
 //!
-//! Ctrl-C stops it after all requests are answered.
+//! Ctrl-C or SIGTERM stops it after all requests are answered.
 
 use std::{env, io, process, time::Duration};
 
@@ -14,6 +14,7 @@ use fdwire::handoff::{Address, Dispatcher, Incoming, WorkerCommand};
 use tokio::{
     net::TcpListener,
     process::Command,
+    select,
     signal::{
         ctrl_c,
         unix::{SignalKind, signal},
@@ -43,6 +44,7 @@ async fn front(address: &str) -> io::Result<()> {
     })?;
     let address = listener.local_addr()?;
 
+    let mut terminate = signal(SignalKind::terminate())?; // from a service manager
     let dispatcher = Dispatcher::builder().build();
     for _ in 0..2 {
         let mut command = Command::new(env::current_exe()?);
@@ -51,7 +53,10 @@ async fn front(address: &str) -> io::Result<()> {
     }
     println!("listening on {address}, try: curl http://{address}/");
     let stopping = async {
-        ctrl_c().await?;
+        select! {
+            done = ctrl_c() => done?,
+            _ = terminate.recv() => {}
+        }
         dispatcher.drain(Some(Duration::from_secs(5))).await;
         Ok(())
     };
@@ -60,8 +65,9 @@ async fn front(address: &str) -> io::Result<()> {
 }
 
 async fn worker() -> io::Result<()> {
-    // Ctrl-C goes to all processes of the terminal. The front acts on it, and drains the workers.
-    let _ignored = signal(SignalKind::interrupt())?;
+    // Ctrl-C goes to all processes of the terminal, and a service manager may signal all processes
+    // of a service. The front acts on it, and drains the workers.
+    let _ignored = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
 
     let answer = |ConnectInfo(peer): ConnectInfo<Address>| async move {
         format!("worker {} answers {peer}\n", process::id())

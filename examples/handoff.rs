@@ -32,6 +32,7 @@ async fn accept(address: &str) -> io::Result<()> {
     let listener = TcpListener::bind(address).await.map_err(|error| {
         io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"))
     })?;
+    let mut terminate = signal(SignalKind::terminate())?; // from a service manager
     let dispatcher = Dispatcher::new();
     for _ in 0..4 {
         let mut worker = Command::new(env::current_exe()?);
@@ -39,7 +40,6 @@ async fn accept(address: &str) -> io::Result<()> {
         dispatcher.spawn_worker(WorkerCommand::from(worker).restart(true))?;
     }
     println!("listening on {0}, try: curl http://{0}/", listener.local_addr()?);
-    let mut terminate = signal(SignalKind::terminate())?; // from a service manager
     let stop = async {
         select! {
             done = ctrl_c() => done?,

@@ -58,6 +58,8 @@ pub(crate) async fn serve(
 /// Serves the connections that the front hands over, until it drains this worker or no front is
 /// left.
 pub(crate) async fn work(router: Router) -> Result<(), Box<dyn std::error::Error>> {
+    // A signal may go to all processes of a terminal or a service. The front acts on it.
+    let _ignored = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     Incoming::from_stdin()?.serve_axum(router).await;
     Ok(())
 }

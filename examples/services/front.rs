@@ -1,7 +1,7 @@
 //! The front of these services: accepts connections and lets a worker serve them.
 //!
-//! SIGHUP replaces the worker, as for a new version, and SIGTERM ends the service. In both cases
-//! the old worker gets no more connections, and finishes those that it has within a limit.
+//! SIGHUP replaces the worker, as for a new version. SIGTERM or Ctrl-C ends the service. In both
+//! cases the old worker gets no more connections, and finishes those that it has within a limit.
 
 use std::{
     env,
@@ -19,7 +19,10 @@ use tokio::{
     net::TcpListener,
     process::Command,
     select,
-    signal::unix::{SignalKind, signal},
+    signal::{
+        ctrl_c,
+        unix::{SignalKind, signal},
+    },
 };
 
 /// How long before the limit a worker ends the connections that are left, so that it still leaves
@@ -47,7 +50,7 @@ pub(crate) async fn main(
     arguments: Arguments,
     serve: impl Future<Output = Result<()>>,
 ) -> ExitCode {
-    let done = if arguments.worker { serve.await } else { run(arguments).await };
+    let done = if arguments.worker { work(serve).await } else { run(arguments).await };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -55,6 +58,13 @@ pub(crate) async fn main(
             ExitCode::FAILURE
         }
     }
+}
+
+async fn work(serve: impl Future<Output = Result<()>>) -> Result<()> {
+    // Ctrl-C goes to all processes of the terminal, and a service manager may signal all processes
+    // of a service. The front acts on it.
+    let _ignored = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    serve.await
 }
 
 async fn run(arguments: Arguments) -> Result<()> {
@@ -83,6 +93,7 @@ async fn run(arguments: Arguments) -> Result<()> {
         served = &mut serving => return served,
         failed = replacing => return failed,
         _ = end.recv() => {}
+        stopped = ctrl_c() => stopped?,
     }
     // The drain ends `serving` when it has accepted what waits in the backlog.
     let ((), served) = join!(dispatcher.drain(limit), serving);

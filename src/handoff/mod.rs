@@ -109,7 +109,7 @@
 //! | it is [replaced](Dispatcher::replace_workers) | go to others, when the new workers are ready | are finished, until the deadline |
 //! | its [group](Dispatcher::in_group) has no workers | wait for one, and hold up no other group | - |
 //! | it breaks the protocol | as when it hangs | as when it hangs |
-//! | it does not say hello within [`hello_timeout`](DispatcherBuilder::hello_timeout) | it is cut off, and killed if the dispatcher started it; it has none | it has none |
+//! | it does not say hello within [`hello_timeout`](DispatcherBuilder::hello_timeout): it is cut off, and killed if the dispatcher started it | it has none | it has none |
 //! | its process lives on after the end of its link | go to others | go on, until it is killed after [`exit_timeout`](DispatcherBuilder::exit_timeout) if the dispatcher started it |
 //! | something else reads from its socket | it leaves, since an offer is missing, and they go to others | go on |
 //! | the dispatcher [drains](Dispatcher::drain) | are handed over first, for half of the time | are finished, until the deadline |

@@ -54,7 +54,16 @@ use std::{
 use clap::Parser;
 use demo::Demo;
 use router::Router;
-use tokio::{net::TcpListener, process::Command, signal::ctrl_c, try_join};
+use tokio::{
+    net::TcpListener,
+    process::Command,
+    select,
+    signal::{
+        ctrl_c,
+        unix::{SignalKind, signal},
+    },
+    try_join,
+};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 /// Hands TLS connections to workers, by the name of the server that a client asks for.
@@ -133,6 +142,7 @@ async fn run_router(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         .map_err(|error| format!("cannot listen on {}: {error}", args.address))?;
     let address = listener.local_addr()?;
 
+    let mut terminate = signal(SignalKind::terminate())?; // from a service manager
     let mut router = Router::new(args.clients, Duration::from_millis(args.patience));
     for Route { name, program, arguments } in args.route {
         let mut command = Command::new(program);
@@ -147,7 +157,10 @@ async fn run_router(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     }
     let router = Arc::new(router);
     let stop = async {
-        ctrl_c().await?;
+        select! {
+            done = ctrl_c() => done?,
+            _ = terminate.recv() => {}
+        }
         router.drain(STOP_LIMIT).await; // ends `serve` too
         Ok(())
     };

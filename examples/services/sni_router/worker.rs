@@ -42,8 +42,9 @@ const FINISH_LIMIT: Duration = Duration::from_secs(10);
 
 /// Serves the connections that come over the standard input.
 pub(crate) async fn run(certificate: &Path, key: &Path) -> Result<()> {
-    // Ctrl-C goes to all processes of the terminal. The router is the one to act on it.
-    let _ignored = signal(SignalKind::interrupt())?;
+    // Ctrl-C goes to all processes of the terminal, and a service manager may signal all processes
+    // of a service. The router acts on it.
+    let _ignored = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let tls = tls_acceptor(certificate, key)?;
 
     let mut incoming = Incoming::from_stdin()?;

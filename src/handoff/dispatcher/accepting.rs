@@ -60,12 +60,14 @@ struct Shortage<'a> {
     pauses: &'a Pauses,
     /// `Some` as long as the shortage lasts.
     pause: Option<Pause>,
+    /// The number from which descriptors are of the reserve.
+    reserve_from: u64,
     has_warned: bool,
 }
 
 impl<'a> Shortage<'a> {
     fn new(pauses: &'a Pauses) -> Self {
-        Self { pauses, pause: None, has_warned: false }
+        Self { pauses, pause: None, reserve_from: first_of_reserve(RESERVE), has_warned: false }
     }
 
     /// Notes that nothing could be accepted. Logs the first error of the accept loop.
@@ -132,7 +134,6 @@ impl Accepting {
     /// loses none.
     async fn accept(&self) -> io::Result<()> {
         let mut shortage = Shortage::new(&self.shared.pauses);
-        let mut reserve_from = first_of_reserve(RESERVE);
         // The group of a connection is not known before it is prepared.
         let group = self.preparing.is_none().then_some(&self.group);
         'ready: loop {
@@ -144,10 +145,10 @@ impl Accepting {
                 match self.accept_one() {
                     Ok((socket, peer)) => {
                         shortage.end();
-                        let is_scarce = is_of_reserve(&socket, reserve_from);
+                        let is_scarce = is_of_reserve(&socket, shortage.reserve_from);
                         self.take_on(socket, peer, slot, prepare_permit);
                         if is_scarce {
-                            self.wait_for_descriptors(&mut reserve_from, &mut shortage).await;
+                            self.wait_for_descriptors(&mut shortage).await;
                             shortage.end();
                         }
                     }
@@ -157,14 +158,16 @@ impl Accepting {
                         continue 'ready;
                     }
                     Err(error) if is_final(&error) => return Err(error),
-                    Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                    // The reason is usually a lack of descriptors. Only the next call shows whether
-                    // the shortage is over.
                     Err(error) => {
-                        drop(slot); // so that another connection can use it during the pause
-                        shortage.report(error);
+                        // Others can use them during the pause.
+                        drop((slot, prepare_permit));
+                        // Only the next call shows whether a shortage is over. Another error is
+                        // that of one connection.
+                        if sys::is_exhausted(&error) {
+                            shortage.report(error);
+                            self.wait_for_descriptors(&mut shortage).await;
+                        }
                         sleep(BACK_OFF).await;
-                        self.wait_for_descriptors(&mut reserve_from, &mut shortage).await;
                     }
                 }
             }
@@ -173,8 +176,8 @@ impl Accepting {
     }
 
     /// Waits as long as no further connection may be accepted for lack of descriptors.
-    async fn wait_for_descriptors(&self, reserve_from: &mut u64, shortage: &mut Shortage<'_>) {
-        while !self.may_accept(reserve_from) {
+    async fn wait_for_descriptors(&self, shortage: &mut Shortage<'_>) {
+        while !self.may_accept(shortage) {
             shortage.report(io::Error::from_raw_os_error(libc::EMFILE));
             sleep(BACK_OFF).await;
         }
@@ -184,17 +187,17 @@ impl Accepting {
     async fn accept_backlog(&self) {
         for count in 1..=MOST_AT_END {
             let prepare_permit = self.prepare_permit().await;
-            let Some(slot) = self.shared.slot_while_draining() else { return };
+            let Some(slot) = self.shared.admit_until_closed() else { return };
             match self.accept_one() {
                 Ok((socket, peer)) => self.take_on(socket, peer, slot, prepare_permit),
                 // The backlog is empty.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if is_final(&error) => return,
                 Err(error) if sys::is_exhausted(&error) => {
-                    drop(slot);
+                    drop((slot, prepare_permit));
                     sleep(BACK_OFF).await;
                 }
-                Err(_) => {} // it concerns one connection
+                Err(_) => {} // it is the error of one connection
             }
             if count % BATCH == 0 {
                 yield_now().await;
@@ -242,13 +245,14 @@ impl Accepting {
     }
 
     /// Returns true if there is a descriptor outside the reserve, or if few connections use the
-    /// reserve. Updates the number from which descriptors are of the reserve, because the limit of
-    /// the process may have changed.
-    fn may_accept(&self, reserve_from: &mut u64) -> bool {
+    /// reserve. Updates the beginning of the reserve, because the limit of the process may have
+    /// changed.
+    fn may_accept(&self, shortage: &mut Shortage<'_>) -> bool {
         let listener: BorrowedFd<'_> = self.listener.as_fd();
-        *reserve_from = first_of_reserve(RESERVE);
-        let is_one_free =
-            listener.try_clone_to_owned().is_ok_and(|next| !is_of_reserve(next, *reserve_from));
+        shortage.reserve_from = first_of_reserve(RESERVE);
+        let is_one_free = listener
+            .try_clone_to_owned()
+            .is_ok_and(|next| !is_of_reserve(next, shortage.reserve_from));
         let preparing = self.preparing.as_ref().map_or(0, Preparing::count);
         is_one_free || self.shared.with_pool(|pool| pool.on_their_way()) + preparing < FEW
     }

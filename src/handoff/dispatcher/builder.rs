@@ -186,10 +186,11 @@ impl DispatcherBuilder {
         self
     }
 
-    /// Sets the most connections that [`serve_with`](Dispatcher::serve_with) prepares, or that are
-    /// prepared and wait for a worker's slot, at a time. At least 1. Each takes a descriptor, and
-    /// peers that send nothing keep theirs for the whole [time](Self::prepare_timeout).
-    /// [`serve_with`](Dispatcher::serve_with) describes how groups share it. Default: 1,024.
+    /// Sets the most connections that one call of [`serve_with`](Dispatcher::serve_with) prepares,
+    /// or that are prepared and wait for a worker's slot, at a time. At least 1. Each takes a
+    /// descriptor, and peers that send nothing keep theirs for the whole
+    /// [time](Self::prepare_timeout). [`serve_with`](Dispatcher::serve_with) describes how groups
+    /// share it. Default: 1,024.
     pub fn max_preparing(mut self, connections: usize) -> Self {
         self.config.max_preparing = connections.clamp(1, Semaphore::MAX_PERMITS);
         self

@@ -20,24 +20,26 @@ const MOST_FAILURES: usize = 100;
 
 /// The messages that a worker had sent before it was fenced, and that the pool has not got.
 pub(super) struct LastMessages {
-    pub(super) messages: Vec<FromWorker>,
+    messages: Vec<FromWorker>,
     /// False if there are further messages, which cannot be read.
-    pub(super) is_all: bool,
+    is_all: bool,
     /// The number of offers that were not sent to the worker.
-    pub(super) unsent: usize,
+    unsent: usize,
 }
 
 impl LastMessages {
-    /// Reads the messages that are left in a socket after its stream has failed or ended. An empty
-    /// packet looks like the end, and messages may follow an error of `recvmsg`. In both cases a
-    /// worker may have sent a whole ADOPTED after it.
-    pub(super) fn read_rest(&mut self, socket: &Socket) {
+    /// Reads the messages that are left in a socket after its stream has failed or ended, and adds
+    /// them to those that were received before. An empty packet looks like the end, and messages
+    /// may follow an error of `recvmsg`. In both cases a worker may have sent a whole ADOPTED after
+    /// it.
+    pub(super) fn read_rest(received: Vec<FromWorker>, unsent: usize, socket: &Socket) -> Self {
+        let mut last = Self { messages: received, is_all: true, unsent };
         let (mut bytes, mut fds) = (BytesMut::new(), FdQueue::<OwnedFd>::new());
         let (mut codec, mut failures) = (TolerantCodec::default(), 0);
         while sys::unread(socket.as_fd()).is_ok_and(|bytes| bytes > 0) {
             if failures == MOST_FAILURES {
-                self.is_all = false;
-                return;
+                last.is_all = false;
+                break;
             }
             bytes.reserve(64 << 10);
             match sys::recvmsg(socket.as_fd(), &mut bytes, usize::MAX, &mut fds) {
@@ -45,13 +47,14 @@ impl LastMessages {
                 Err(_) => failures += 1,
             }
             while let Ok(Some(message)) = codec.decode(&mut bytes, &mut fds) {
-                self.messages.extend(message.ok());
+                last.messages.extend(message.ok());
             }
         }
+        last
     }
 
-    /// Reports the messages to the pool. Returns the number of offers that were not sent.
-    pub(super) fn report(
+    /// Lets the pool process the messages. Returns the number of offers that were not sent.
+    pub(super) fn apply_to(
         self,
         pool: &mut Pool<Box<Handover>>,
         id: WorkerId,

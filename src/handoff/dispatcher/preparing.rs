@@ -123,7 +123,7 @@ async fn hand_over(shared: &Arc<Shared>, accepted: Accepted, group: &Group) {
     }
     let slot = match slot_in(shared, Some(&group)).await {
         Some(slot) => Some(slot),
-        None => shared.slot_while_draining(), // the dispatcher drains
+        None => shared.admit_until_closed(), // the dispatcher drains
     };
     match slot {
         Some(slot) => slot.dispatch(connection, &group),

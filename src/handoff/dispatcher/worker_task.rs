@@ -85,7 +85,8 @@ impl From<RetireCause> for End {
 
 /// Returns the cause for which a worker is retired when its link has failed.
 fn cause_of(error: Error) -> RetireCause {
-    // `PermissionDenied` means that the worker's socket takes no descriptors (`SO_PASSRIGHTS`).
+    // `PermissionDenied` usually means that the worker's socket takes no descriptors
+    // (`SO_PASSRIGHTS`).
     let takes_no_fds = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
     match &error {
         Error::Io(io_error) if !takes_no_fds(io_error) => RetireCause::Ended,
@@ -319,8 +320,8 @@ impl WorkerTask {
         copies.close();
     }
 
-    /// Sends FENCED to a worker that may live. Not if earlier messages are unsent: they would be
-    /// sent with it, and may be offers.
+    /// Sends FENCED to a worker that may live. It is not sent if earlier messages are unsent,
+    /// because those would go out first, and may be offers.
     async fn report_fence(&mut self) {
         if self.outbound.unsent().bytes == 0 && self.send(ToWorker::Fenced).is_ok() {
             let _ = poll_fn(|cx| Poll::Ready(self.outbound.poll_flush(cx))).await;
@@ -354,7 +355,7 @@ impl WorkerTask {
         drop(outbound); // from here on, only the pool has the descriptors of the offers
         let now = Instant::now();
         let must_report_end = shared.with_pool(|pool| {
-            let unsent = last.report(pool, id, now);
+            let unsent = last.apply_to(pool, id, now);
             pool.retire(id, &cause, unsent, state, now)
         });
         if lives {
@@ -371,7 +372,7 @@ impl WorkerTask {
         drop(outbound); // from here on, only the pool has the descriptors of the offers
         let (now, hello_by) = (Instant::now(), after(shared.config.hello_timeout));
         shared.with_pool(|pool| {
-            let unsent = last.report(pool, id, now);
+            let unsent = last.apply_to(pool, id, now);
             pool.relink(id, unsent, hello_by, now);
         });
         process.take_back();
@@ -383,15 +384,11 @@ impl WorkerTask {
     async fn fence(&mut self) -> LastMessages {
         // An error means that the socket is shut down already.
         let _ = self.read.socket().shutdown(Shutdown::Read);
-        let mut last = LastMessages {
-            messages: self.received.drain(..).filter_map(Result::ok).collect(),
-            is_all: true,
-            unsent: self.sending.unsent(self.outbound.unsent().fds),
-        };
+        let mut messages = Vec::from_iter(self.received.drain(..).filter_map(Result::ok));
         while let Some(Ok(message)) = self.read.next().await {
-            last.messages.extend(message.ok());
+            messages.extend(message.ok());
         }
-        last.read_rest(self.read.socket());
-        last
+        let unsent = self.sending.unsent(self.outbound.unsent().fds);
+        LastMessages::read_rest(messages, unsent, self.read.socket())
     }
 }

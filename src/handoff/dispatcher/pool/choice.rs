@@ -26,8 +26,8 @@ const FAILURES_BEFORE_DISTRUST: u32 = 32;
 pub(in crate::handoff::dispatcher) enum Admission {
     /// The connection has no such right.
     None,
-    /// The connection comes from an accept loop, whose listener a drain empties. It has no slot.
-    WhileDraining,
+    /// The connection is taken until the pool is closed. It has no slot.
+    UntilClosed,
     /// The connection has a reserved slot in this group.
     Reserved(Group),
 }
@@ -245,9 +245,8 @@ impl<C> Pool<C> {
     /// Plans an offer of the connection at this position, or gives it up, or leaves it there.
     /// Returns false if those behind it have to wait.
     fn place(&mut self, group: &Group, position: i64, now: Instant) -> bool {
-        let Some(mut pending) = self.groups.get_mut(group).queue.take(position) else {
-            return true;
-        };
+        let pending = self.groups.get_mut(group).queue.take(position);
+        let mut pending = pending.expect("the caller has found a connection there");
         // A new connection must not use a slot that is reserved for another one. A connection that
         // was offered before may: it goes before those that are still to come.
         let must_wait = pending.offers == 0 && self.free_slots(group) == 0;
@@ -270,17 +269,21 @@ impl<C> Pool<C> {
         true
     }
 
-    /// Plans nothing more for the best worker if the connection is an overdue suspect, so that the
-    /// worker becomes free for it. There is at most one such worker in each group.
+    /// Notes since when a suspect waits. When it is overdue, plans nothing more for the best
+    /// worker, so that the worker becomes free for the suspect. There is at most one such worker in
+    /// each group.
     fn keep_free_for(&mut self, pending: &mut Pending<C>, now: Instant) {
         if !pending.is_suspect(self.config.max_offers) {
             return;
         }
         let since = *pending.suspect_since.get_or_insert(now);
+        if now < since + self.config.recall_after {
+            return;
+        }
         let is_one_kept_free = self.kept_free.iter().any(|id| {
             self.workers.get(id).is_some_and(|worker| self.is_in(&pending.group, *id, worker))
         });
-        if now >= since + self.config.recall_after && !is_one_kept_free {
+        if !is_one_kept_free {
             self.kept_free.extend(self.best(pending, |_, account| account.room() > 0));
         }
     }

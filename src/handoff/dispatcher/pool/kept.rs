@@ -16,7 +16,7 @@ pub(in crate::handoff::dispatcher) struct KeptCopies<C> {
     /// flight.
     holders: BTreeMap<ProcessId, usize>,
     /// The dispatcher's own copies. Each has at least one holder.
-    kept: Vec<Kept<C>>,
+    copies: Vec<Kept<C>>,
 }
 
 /// The dispatcher's own copy of an adopted connection.
@@ -31,7 +31,7 @@ struct Kept<C> {
 
 impl<C> Default for KeptCopies<C> {
     fn default() -> Self {
-        Self { holders: BTreeMap::new(), kept: Vec::new() }
+        Self { holders: BTreeMap::new(), copies: Vec::new() }
     }
 }
 
@@ -60,13 +60,13 @@ impl<C> KeptCopies<C> {
         if holders.is_empty() {
             events.push(Event::Close(connection));
         } else {
-            self.kept.push(Kept { connection, adopter, holders });
+            self.copies.push(Kept { connection, adopter, holders });
         }
     }
 
     /// Returns true if a copy of a connection is kept that this process has adopted.
     pub(super) fn are_kept_for(&self, adopter: ProcessId) -> bool {
-        self.kept.iter().any(|kept| kept.adopter == adopter)
+        self.copies.iter().any(|kept| kept.adopter == adopter)
     }
 
     #[cfg(test)]
@@ -74,21 +74,21 @@ impl<C> KeptCopies<C> {
     where
         C: PartialEq,
     {
-        self.kept.iter().any(|kept| kept.connection == *connection)
+        self.copies.iter().any(|kept| kept.connection == *connection)
     }
 
     /// Shuts down the connections that a process had adopted, because it has ended, and closes the
     /// copies that are no longer needed.
     pub(super) fn on_process_end(&mut self, process: ProcessId, events: &mut Vec<Event<C>>) {
         self.holders.remove(&process);
-        for kept in self.kept.extract_if(.., |kept| kept.adopter == process) {
+        for kept in self.copies.extract_if(.., |kept| kept.adopter == process) {
             events.push(Event::ShutDown(kept.connection));
         }
-        for kept in &mut self.kept {
+        for kept in &mut self.copies {
             kept.holders.retain(|holder| *holder != process);
         }
         // Connections of which no other process can hold a copy now.
-        let needless = self.kept.extract_if(.., |kept| kept.holders.is_empty());
+        let needless = self.copies.extract_if(.., |kept| kept.holders.is_empty());
         events.extend(needless.map(|kept| Event::Close(kept.connection)));
     }
 
@@ -97,7 +97,7 @@ impl<C> KeptCopies<C> {
         &mut self,
         has_ended: impl Fn(&C) -> bool,
     ) -> Vec<C> {
-        self.kept
+        self.copies
             .extract_if(.., |kept| has_ended(&kept.connection))
             .map(|kept| kept.connection)
             .collect()

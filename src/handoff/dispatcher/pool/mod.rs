@@ -61,11 +61,10 @@ use account::{Account, Remains};
 pub(super) use choice::Admission;
 use fences::Fences;
 use groups::Groups;
-pub(super) use kept::KeptCopies;
+use kept::KeptCopies;
 pub(super) use numbers::Totals;
-pub(super) use pending::GiveUpReason;
-pub(super) use pending::Needs;
 use pending::Pending;
+pub(super) use pending::{GiveUpReason, Needs};
 #[cfg(doc)]
 use queue::Queue;
 pub(super) use queue::TicketId;
@@ -305,8 +304,8 @@ impl<C> Pool<C> {
         if let Some(account) = &mut worker.account {
             let planned = account.drain();
             // A worker that gets no DRAIN is retired by `on_timeout`, which its woken task calls.
-            let is_asleep = leaves_without_drain || account.send_drain(drain, now);
-            self.events.extend(is_asleep.then_some(Event::Wake(id)));
+            let must_wake = leaves_without_drain || account.send_drain(drain, now);
+            self.events.extend(must_wake.then_some(Event::Wake(id)));
             self.put_back(planned);
         }
         self.distribute(now);
@@ -369,7 +368,7 @@ impl<C> Pool<C> {
         if !was_able {
             account.timeouts.excuse(now);
         }
-        // The clock calls the closure only if the worker is hung.
+        // The closure is called only if the worker is hung.
         let (is_child, mut is_deferred) = (account.process.is_child, false);
         account.on_timeout(now, config, || {
             let may = fences.may_fence(is_child, config, now);

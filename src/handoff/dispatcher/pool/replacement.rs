@@ -118,8 +118,9 @@ impl<C> Pool<C> {
         let group = self.replacements.get(&id).map(|replacement| replacement.group.clone());
         let new = self.add_worker(group.unwrap_or_default(), Some(program));
         let leave_by = now + self.config.exit_timeout;
+        let is_open = self.is_open();
         let replacement = self.replacements.get_mut(&id);
-        let is_starting = self.phase == super::PoolPhase::Open
+        let is_starting = is_open
             && replacement.as_ref().is_some_and(|it| it.phase == ReplacementPhase::Starting);
         if let Some(worker) = self.workers.get_mut(&new) {
             if is_starting {

@@ -131,7 +131,7 @@ proptest! {
         prop_assert_eq!(world.check(), Ok(()));
         for (serial, fate) in world.fates.iter().enumerate() {
             let Fate::Adopted(process) = *fate else {
-                prop_assert_eq!(*fate, Fate::Failed, "connection {} was left over", serial);
+                prop_assert_eq!(*fate, Fate::GivenUp, "connection {} was left over", serial);
                 continue;
             };
             let adopter = world.peers.iter().find(|peer| peer.process == process).unwrap();

@@ -18,7 +18,8 @@ impl Shared {
     ) -> JoinHandle<()> {
         let (half, until) = (within.map(|within| after(within / 2)), within.map(after));
         self.with_pool(|pool| pool.drain(until, Instant::now()));
-        lock(&self.callers).clear();
+        let callers = std::mem::take(&mut *lock(&self.callers));
+        drop(callers); // after the unlock, because this wakes tasks
         self.changed();
         let shared = Arc::clone(self);
         self.runtime.spawn(async move { shared.drain(half, until).await })

@@ -20,7 +20,7 @@ use tokio::{
     runtime::Handle,
     sync::{oneshot, watch},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Config, DispatchError, Group, NotDispatched, RetireCause, Stats, WorkerId,
@@ -54,6 +54,8 @@ pub(super) struct Shared {
     lost: AtomicU64,
     /// True if it was logged that connections are closed because too many wait for their group.
     pub(super) has_warned_of_crowd: AtomicBool,
+    /// True if it was logged that a connection is closed because it cannot be offered.
+    has_warned_of_unsendable: AtomicBool,
     /// The number of [`Source`]s.
     sources: AtomicUsize,
     /// True if processes of retired workers have to be killed now.
@@ -98,6 +100,7 @@ impl Shared {
             given_back: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             has_warned_of_crowd: AtomicBool::new(false),
+            has_warned_of_unsendable: AtomicBool::new(false),
             sources: AtomicUsize::new(0),
             kill: watch::Sender::new(false),
             tasks: JointTask::spawn(&runtime),
@@ -208,7 +211,11 @@ impl Shared {
         let DispatchError { reason, connection } = unsendable;
         connection.socket.into_iter().for_each(shut_down);
         self.count_lost();
-        warn!(error = %reason, "connection closed: it cannot be offered to a worker");
+        // Clients may cause many of these, so only the first one is logged as a warning.
+        if !self.has_warned_of_unsendable.swap(true, Relaxed) {
+            warn!(error = %reason, "connection closed: it cannot be offered to a worker");
+        }
+        debug!(error = %reason, "connection closed: it cannot be offered to a worker");
     }
 
     // Processes, tasks, and callers that wait for a slot.
@@ -261,16 +268,17 @@ impl Shared {
         })
     }
 
-    /// Returns the right of a connection to be dispatched while the dispatcher drains, without a
-    /// slot. `None` once the drain hands nothing more over.
-    pub(super) fn slot_while_draining(self: &Arc<Self>) -> Option<Slot> {
+    /// Returns the right of a connection to be dispatched without a slot. `None` once a drain hands
+    /// nothing more over.
+    pub(super) fn admit_until_closed(self: &Arc<Self>) -> Option<Slot> {
         let is_closed = self.with_pool(|pool| pool.is_closed());
         (!is_closed).then(|| Slot::new(self, None))
     }
 
     pub(super) fn stop_waiting(self: &Arc<Self>, group: Option<&Group>, ticket: TicketId) {
         self.with_pool(|pool| pool.cancel(group, ticket, Instant::now()));
-        lock(&self.callers).remove(&ticket);
+        let caller = lock(&self.callers).remove(&ticket);
+        drop(caller); // after the unlock, because this wakes a task
     }
 
     /// Wakes every [`until`](Self::until) waiter. Called after any change except those of a single

@@ -8,8 +8,8 @@ use crate::handoff::dispatcher::{Group, handover::Handover, pool::Admission};
 #[derive(Debug)]
 pub(in crate::handoff::dispatcher) struct Slot {
     shared: Arc<Shared>,
-    /// The group in which a slot is kept. `None` if none is kept, because the group of the
-    /// connection is not known yet, or because the dispatcher drains.
+    /// The group in which a slot is kept. `None` if none is kept: the group of the connection is
+    /// not known yet, the dispatcher drains, or the connection comes from another dispatcher.
     group: Option<Group>,
 }
 
@@ -33,7 +33,7 @@ impl Slot {
         default: &Group,
     ) {
         // From here on, the connection has the slot, so dropping this frees nothing.
-        let admission = self.group.take().map_or(Admission::WhileDraining, Admission::Reserved);
+        let admission = self.group.take().map_or(Admission::UntilClosed, Admission::Reserved);
         self.shared.dispatch(connection, default, admission);
     }
 }

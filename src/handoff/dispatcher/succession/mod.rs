@@ -303,7 +303,7 @@ fn take_connection(shared: &Arc<Shared>, connection: Connection) {
     match Handover::from_socket(socket, attributes, Some(peer), Some(local)) {
         Ok(mut connection) => {
             connection.origin = Some(serving);
-            match shared.slot_while_draining() {
+            match shared.admit_until_closed() {
                 Some(slot) => slot.dispatch(connection, &Group::default()),
                 None => {
                     connection.shut_down();

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Book, LinkPhase, Refusal};
+use super::{Book, BookPhase, Refusal};
 use crate::handoff::{IncomingStats, protocol::FromWorker};
 
 /// How long to wait before free descriptors are counted again.
@@ -11,7 +11,7 @@ pub(super) const COUNT_AFTER: Duration = Duration::from_millis(10);
 impl<T> Book<T> {
     /// The number of further offers that could be asked for, if there were enough descriptors.
     pub(super) fn room(&self) -> u64 {
-        if !self.is_welcomed || !self.has_asked || self.is_busy || self.phase != LinkPhase::Open {
+        if !self.is_welcomed || !self.has_asked || self.is_busy || self.phase != BookPhase::Open {
             return 0;
         }
         // For example: 7 adopted, 2 rejected and replaced, and a limit of 64 allow a demand of 73
@@ -49,7 +49,7 @@ impl<T> Book<T> {
             rejected: self.rejected_before + self.rejected,
             active: self.serving(),
             waiting: self.unanswered.len() as u64,
-            requested: if self.phase == LinkPhase::Ended { 0 } else { self.on_their_way() },
+            requested: if self.phase == BookPhase::Ended { 0 } else { self.on_their_way() },
         }
     }
 

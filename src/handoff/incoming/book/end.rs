@@ -1,6 +1,6 @@
 //! The end of a link: the move to another one, the goodbye, and the offers that are left.
 
-use super::{Book, LinkPhase, Waiting};
+use super::{Book, BookPhase, Waiting};
 use crate::handoff::protocol::FromWorker;
 
 /// The offers that a link leaves behind at its end, and that do not belong to this worker.
@@ -21,7 +21,7 @@ impl<T> Book<T> {
         let max_fds = u8::try_from(self.max_fds).unwrap_or(u8::MAX);
         let mut next = Self::with_open(self.serving(), self.window, self.max_connections, max_fds);
         (next.has_asked, next.is_busy) = (self.has_asked, self.is_busy);
-        if matches!(self.phase, LinkPhase::Draining | LinkPhase::Left) {
+        if matches!(self.phase, BookPhase::Draining | BookPhase::Left) {
             next.drain();
         }
         self.has_moved = true;
@@ -35,18 +35,18 @@ impl<T> Book<T> {
     /// messages or was sent.
     pub(in crate::handoff) fn leave(&mut self) -> bool {
         let is_done = if self.has_moved { self.drain_requested } else { self.serving() == 0 };
-        if self.phase == LinkPhase::Draining && is_done && self.unanswered.is_empty() {
+        if self.phase == BookPhase::Draining && is_done && self.unanswered.is_empty() {
             self.report();
             self.messages.push_back(FromWorker::Goodbye);
-            self.phase = LinkPhase::Left;
+            self.phase = BookPhase::Left;
         }
-        self.phase == LinkPhase::Left
+        self.phase == BookPhase::Left
     }
 
     /// Ends the link. Offers whose adoption was not sent do not belong to this worker, so they are
     /// returned. If `serve` is true, the application gets them nevertheless, and none is returned.
     pub(in crate::handoff) fn end(&mut self, serve: bool) -> Unowned<T> {
-        self.phase = LinkPhase::Ended;
+        self.phase = BookPhase::Ended;
         // Adoptions that were not sent are undone.
         let sent = self.adopting.partition_point(|(sent_with, _)| *sent_with <= self.sent);
         let undone = (self.adopting.len() - sent) as u64;
@@ -68,7 +68,7 @@ impl<T> Book<T> {
 
     #[cfg(test)]
     pub(in crate::handoff) fn has_ended(&self) -> bool {
-        self.phase == LinkPhase::Ended
+        self.phase == BookPhase::Ended
     }
 
     /// Returns the number of adopted connections that the application has not received.
@@ -78,12 +78,12 @@ impl<T> Book<T> {
 
     /// Returns true if the link has ended, and so has every adopted connection.
     pub(in crate::handoff) fn has_finished(&self) -> bool {
-        self.phase == LinkPhase::Ended && self.serving() == 0
+        self.phase == BookPhase::Ended && self.serving() == 0
     }
 
     /// Returns true if the worker takes no more offers at this link, or the link has ended.
     pub(in crate::handoff) fn is_draining(&self) -> bool {
-        self.phase != LinkPhase::Open
+        self.phase != BookPhase::Open
     }
 
     /// Returns true if the application gets no more connections from this link.

@@ -69,7 +69,7 @@ pub(in crate::handoff) struct Book<T> {
     adopting: VecDeque<(u64, T)>,
     /// The application has asked for a connection at least once.
     has_asked: bool,
-    phase: LinkPhase,
+    phase: BookPhase,
     /// The book of another link has followed this one. The ends of connections are reported there.
     has_moved: bool,
     /// The dispatcher has asked for a drain.
@@ -113,7 +113,7 @@ enum Refusal {
 
 /// The phases of a link, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum LinkPhase {
+enum BookPhase {
     /// The worker takes offers.
     Open,
     /// The worker takes no more offers.
@@ -151,7 +151,7 @@ impl<T> Book<T> {
             unanswered: VecDeque::new(),
             adopting: VecDeque::new(),
             has_asked: false,
-            phase: LinkPhase::Open,
+            phase: BookPhase::Open,
             has_moved: false,
             drain_requested: false,
             refusal: Refusal::None,
@@ -224,7 +224,7 @@ impl<T> Book<T> {
         // The application may adopt the offer unless there is a reason to reject it.
         self.offered += 1;
         let (waiting, unwanted) = match offer {
-            Ok(offer) if self.phase == LinkPhase::Open => (Waiting::ForApplication(offer), None),
+            Ok(offer) if self.phase == BookPhase::Open => (Waiting::ForApplication(offer), None),
             Ok(offer) => (Waiting::ForRejection(RejectReason::Draining), Some(offer)),
             Err(reason) => (Waiting::ForRejection(reason), None),
         };
@@ -240,7 +240,7 @@ impl<T> Book<T> {
     /// refusal. From then on no offer is on its way, and the worker can ask again for the offers
     /// that the refusal has cancelled.
     fn on_ping(&mut self, nonce: u64) {
-        if self.phase == LinkPhase::Left {
+        if self.phase == BookPhase::Left {
             return; // nothing follows GOODBYE
         }
         self.messages.push_back(FromWorker::Pong { nonce });
@@ -284,7 +284,7 @@ impl<T> Book<T> {
     /// application [gets](Self::take_adopted) them after the adoption was sent.
     pub(in crate::handoff) fn adopt(&mut self, max: usize) {
         // The application first gets the connections that were adopted before.
-        if self.phase == LinkPhase::Ended || !self.adopting.is_empty() {
+        if self.phase == BookPhase::Ended || !self.adopting.is_empty() {
             return;
         }
         // An application that asks is not busy, so other offers may replace rejected ones.
@@ -326,17 +326,17 @@ impl<T> Book<T> {
         self.finished += 1;
         let is_first = self.report_at.is_none();
         self.report_at.get_or_insert(now + REPORT_AFTER);
-        let is_linked = self.phase != LinkPhase::Ended;
+        let is_linked = self.phase != BookPhase::Ended;
         is_linked
             && (is_first || self.count_at.is_some() || self.has_made_room() || self.is_draining())
     }
 
     /// Stops taking offers. Returns the offers that wait, which are rejected.
     pub(in crate::handoff) fn drain(&mut self) -> Vec<T> {
-        if self.phase != LinkPhase::Open {
+        if self.phase != BookPhase::Open {
             return Vec::new();
         }
-        self.phase = LinkPhase::Draining;
+        self.phase = BookPhase::Draining;
         self.messages.push_back(FromWorker::Draining);
         self.reject(u64::MAX, RejectReason::Draining)
     }

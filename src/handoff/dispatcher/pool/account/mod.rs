@@ -27,7 +27,7 @@ pub(super) struct Account<C> {
     pub(super) process: ProcessInfo,
     /// The time when the process connected.
     pub(super) since: Instant,
-    phase: LinkPhase,
+    phase: AccountPhase,
     /// The most descriptors of an offer that the worker takes. 0 before its HELLO.
     max_fds: u8,
     /// The number of connections that the worker had adopted before this link began, and that had
@@ -58,7 +58,7 @@ pub(super) struct Account<C> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum LinkPhase {
+enum AccountPhase {
     /// The worker has not sent HELLO.
     Starting,
     Open,
@@ -83,7 +83,7 @@ impl<C> Account<C> {
         Self {
             process,
             since: now,
-            phase: LinkPhase::Starting,
+            phase: AccountPhase::Starting,
             max_fds: 0,
             open_before: None,
             has_next_link: false,
@@ -105,11 +105,11 @@ impl<C> Account<C> {
 
     pub(super) fn state(&self) -> WorkerState {
         match self.phase {
-            LinkPhase::Starting => WorkerState::Starting,
-            LinkPhase::Open if self.is_held_back => WorkerState::Starting,
-            LinkPhase::Open if self.timeouts.is_late() => WorkerState::Silent,
-            LinkPhase::Open => WorkerState::Ready,
-            LinkPhase::Draining => WorkerState::Draining,
+            AccountPhase::Starting => WorkerState::Starting,
+            AccountPhase::Open if self.is_held_back => WorkerState::Starting,
+            AccountPhase::Open if self.timeouts.is_late() => WorkerState::Silent,
+            AccountPhase::Open => WorkerState::Ready,
+            AccountPhase::Draining => WorkerState::Draining,
         }
     }
 
@@ -139,7 +139,7 @@ impl<C> Account<C> {
     }
 
     pub(super) fn is_draining(&self) -> bool {
-        self.phase == LinkPhase::Draining
+        self.phase == AccountPhase::Draining
     }
 
     /// Returns true if the worker is known to have adopted a connection.
@@ -154,8 +154,8 @@ impl<C> Account<C> {
     /// Returns true if the worker may be able to go on at another link. Only its HELLO decides that
     /// for certain.
     pub(super) fn may_move(&self) -> bool {
-        self.phase == LinkPhase::Starting
-            || self.phase == LinkPhase::Open && self.open_before.is_some()
+        self.phase == AccountPhase::Starting
+            || self.phase == AccountPhase::Open && self.open_before.is_some()
     }
 
     /// Returns true if the worker takes an offer with this number of descriptors.
@@ -242,8 +242,8 @@ impl<C> Account<C> {
         }
         self.timeouts.on_hello(now);
         (self.max_fds, self.open_before) = (max_fds, open);
-        if self.phase == LinkPhase::Starting {
-            self.phase = LinkPhase::Open;
+        if self.phase == AccountPhase::Starting {
+            self.phase = AccountPhase::Open;
         }
         self.control.push_front(ToWorker::Welcome { version: VERSION });
         Ok(())
@@ -299,8 +299,8 @@ impl<C> Account<C> {
 
     /// Stops making offers to the worker. Returns what was planned for it.
     pub(super) fn drain(&mut self) -> Vec<Pending<C>> {
-        if self.phase != LinkPhase::Starting {
-            self.phase = LinkPhase::Draining;
+        if self.phase != AccountPhase::Starting {
+            self.phase = AccountPhase::Draining;
         }
         self.planned.take(..)
     }
@@ -320,12 +320,14 @@ impl<C> Account<C> {
     /// was planned for the worker.
     pub(super) fn hand_on(&mut self, now: Instant) -> Vec<Pending<C>> {
         match self.phase {
-            LinkPhase::Open if self.has_next_link && self.open_before.is_some() => self.move_away(),
-            LinkPhase::Open => {
+            AccountPhase::Open if self.has_next_link && self.open_before.is_some() => {
+                self.move_away()
+            }
+            AccountPhase::Open => {
                 self.send_drain(Drain { until: None }, now);
                 self.drain()
             }
-            LinkPhase::Starting | LinkPhase::Draining => Vec::new(),
+            AccountPhase::Starting | AccountPhase::Draining => Vec::new(),
         }
     }
 

@@ -108,7 +108,7 @@ impl World {
         let (connection, now) = (self.dispatched, self.now);
         let Some(side) = self.server().filter(|_| connection < 100) else { return false };
         side.has.insert(connection);
-        side.pool.dispatch(connection, needs(), Admission::WhileDraining, now);
+        side.pool.dispatch(connection, needs(), Admission::UntilClosed, now);
         self.dispatched += 1;
         true
     }
@@ -208,7 +208,7 @@ impl World {
             waiting.insert(connection);
             let side = &mut self.sides[other];
             side.has.insert(connection);
-            side.pool.dispatch(connection, needs(), Admission::WhileDraining, self.now);
+            side.pool.dispatch(connection, needs(), Admission::UntilClosed, self.now);
         }
         is_news
     }

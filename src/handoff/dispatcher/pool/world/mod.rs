@@ -54,7 +54,7 @@ pub(super) enum Fate {
     /// This process has adopted the connection, as far as the dispatcher has read.
     Adopted(ProcessId),
     /// The dispatcher has given up the connection.
-    Failed,
+    GivenUp,
 }
 
 impl World {
@@ -369,7 +369,7 @@ impl World {
                     }
                 }
                 Event::GivenUp { connection, .. } => {
-                    self.decide(connection, Fate::Failed);
+                    self.decide(connection, Fate::GivenUp);
                     self.broken = self.broken.take().or(self.complaint_about(connection));
                 }
                 Event::Granted { ticket, group } => {
