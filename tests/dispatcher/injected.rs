@@ -94,35 +94,74 @@ async fn dispatch_two(socket: OwnedFd) {
     assert_eq!((dispatcher.stats().adopted, dispatcher.stats().offered_again), (2, 0));
 }
 
-const DRAIN_ROLE: &str = "injected::a_drain_accepts_the_backlog_though_one_connection_fails";
-
-/// The error is one of those that accept(2) returns for a single connection.
-#[test]
-fn a_drain_accepts_the_backlog_though_one_connection_fails() {
-    if let Some(socket) = role_socket(DRAIN_ROLE) {
-        return run_and_pass(drain_a_backlog(socket));
-    }
+/// Starts a process for this role, which sends a frame when it is ready. Its next accept4 fails with
+/// an error of one connection. Then this end is closed, and the process goes on.
+fn fail_one_accept(role: &'static str) {
     let Some(strace) = installed("strace") else { return };
     if !nix::unistd::geteuid().is_root() {
         return eprintln!("skipped: needs root to attach strace to a process");
     }
     run(async {
         let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
-        let mut child = spawn_role(DRAIN_ROLE, None, theirs.into());
+        let mut child = spawn_role(role, None, theirs.into());
         let mut ours = Framed::new(ours, FrameCodec::default());
-        ours.next().await.unwrap().unwrap(); // the backlog is full
+        ours.next().await.unwrap().unwrap();
         let mut tracer = inject(&strace, child.id(), "accept4", "EPROTO", "1");
-        drop(ours); // it drains
+        drop(ours);
         let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
         assert_eq!(status.code(), Some(PASSED));
         tracer.wait().unwrap();
     });
 }
 
+/// In the process of a role: lets the next accept4 fail.
+async fn wait_for_injection(socket: OwnedFd) {
+    let mut test = Framed::new(Socket::try_from(socket).unwrap(), FrameCodec::default());
+    test.send(Frame::new("ready")).await.unwrap();
+    assert!(test.next().await.is_none());
+}
+
+const SERVE_ROLE: &str = "injected::an_error_of_one_connection_is_no_shortage";
+
+#[test]
+fn an_error_of_one_connection_is_no_shortage() {
+    match role_socket(SERVE_ROLE) {
+        Some(socket) => run_and_pass(serve_after_an_error(socket)),
+        None => fail_one_accept(SERVE_ROLE),
+    }
+}
+
+async fn serve_after_an_error(socket: OwnedFd) {
+    let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
+    let dispatcher = Dispatcher::new();
+    dispatcher.add_worker(ours);
+    let mut incoming = Incoming::new(theirs);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn({
+        let dispatcher = dispatcher.clone();
+        async move { dispatcher.serve(listener).await }
+    });
+
+    wait_for_injection(socket).await;
+    let _client = TcpStream::connect(address).await.unwrap();
+    incoming.next().await.expect("the connection is accepted by the next call");
+    assert_eq!(dispatcher.stats().accept_pauses, 0);
+}
+
+const DRAIN_ROLE: &str = "injected::a_drain_accepts_the_backlog_though_one_connection_fails";
+
+#[test]
+fn a_drain_accepts_the_backlog_though_one_connection_fails() {
+    match role_socket(DRAIN_ROLE) {
+        Some(socket) => run_and_pass(drain_a_backlog(socket)),
+        None => fail_one_accept(DRAIN_ROLE),
+    }
+}
+
 /// The dispatcher, with a worker that has room for one connection at a time. Three more wait in the
 /// backlog when it drains.
 async fn drain_a_backlog(socket: OwnedFd) {
-    let mut test = Framed::new(Socket::try_from(socket).unwrap(), FrameCodec::default());
     let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
     let dispatcher = Dispatcher::new();
     dispatcher.add_worker(ours);
@@ -139,9 +178,8 @@ async fn drain_a_backlog(socket: OwnedFd) {
     }
     let first = incoming.next().await.unwrap();
 
-    // The drain begins when the test closes its end, and accepts the three others.
-    test.send(Frame::new("the backlog is full")).await.unwrap();
-    assert!(test.next().await.is_none());
+    // The drain accepts the three others.
+    wait_for_injection(socket).await;
     let draining = tokio::spawn({
         let dispatcher = dispatcher.clone();
         async move { dispatcher.drain(None).await }
