@@ -94,8 +94,8 @@ async fn dispatch_two(socket: OwnedFd) {
     assert_eq!((dispatcher.stats().adopted, dispatcher.stats().offered_again), (2, 0));
 }
 
-/// Starts a process for this role, which sends a frame when it is ready. Its next accept4 fails with
-/// an error of one connection. Then this end is closed, and the process goes on.
+/// Starts a process for this role, which sends a frame when it is ready. Its next accept4 fails
+/// with an error of one connection. Then this end is closed, and the process goes on.
 fn fail_one_accept(role: &'static str) {
     let Some(strace) = installed("strace") else { return };
     if !nix::unistd::geteuid().is_root() {
