@@ -155,9 +155,10 @@
 //!   that, unless a worker that was cut off may hold a copy. The
 //!   [`window`s](IncomingBuilder::window) of all workers together should fit its `RLIMIT_NOFILE`.
 //!   If they do not, clients wait. Handing over an accepted connection takes no further descriptor.
-//! - A worker gets at most half of the descriptors in flight that other workers leave, of half of
-//!   the soft `RLIMIT_NOFILE`: the kernel limits them for a whole uid (`ETOOMANYREFS`), and a
-//!   worker that does not receive keeps them.
+//! - The kernel limits the descriptors in flight for a whole uid (`ETOOMANYREFS`), and a worker
+//!   that does not receive keeps them. So all workers of a dispatcher together get half of the soft
+//!   `RLIMIT_NOFILE`, and each worker gets at most half of what the others leave of that, but
+//!   always at least one.
 //! - Descriptors that belong to a connection can [come with it](Accepted::with_fd), and state can
 //!   come as metadata. Nothing else moves along. So hand a TLS connection over before the
 //!   handshake, with the [bytes](Accepted::with_prefix) that were read from it.

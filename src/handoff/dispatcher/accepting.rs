@@ -159,10 +159,10 @@ impl Accepting {
                     }
                     Err(error) if is_final(&error) => return Err(error),
                     Err(error) => {
-                        // Others can use them during the pause.
+                        // Other connections can use the slot and the permit during the pause.
                         drop((slot, prepare_permit));
-                        // Only the next call shows whether a shortage is over. Another error is
-                        // that of one connection.
+                        // Any other error is that of one connection. Only the next call shows
+                        // whether a shortage is over.
                         if sys::is_exhausted(&error) {
                             shortage.report(error);
                             self.wait_for_descriptors(&mut shortage).await;

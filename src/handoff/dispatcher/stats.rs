@@ -144,7 +144,7 @@ pub struct WorkerStats {
     pub last_exit: Option<WorkerExit>,
     /// Offers that it has asked for and not got, at the moment.
     pub credit: u64,
-    /// Offers that it has not answered, at the moment.
+    /// Connections that are planned for it or offered to it, and not answered, at the moment.
     pub unanswered: u64,
     /// Connections that it has adopted and that have not ended, at the moment.
     pub active: u64,
@@ -200,7 +200,8 @@ pub struct WorkerExit {
     pub status: Option<ExitStatus>,
     /// The time from its start, or from its connecting, to the end of the link.
     pub lifetime: Duration,
-    /// The number of offers that it had not answered. Other workers get them.
+    /// The number of connections that were planned for it or offered to it, and not answered. Other
+    /// workers get them.
     pub unanswered: u64,
     /// The number of connections that it had adopted and that had not ended, as far as it has
     /// reported.

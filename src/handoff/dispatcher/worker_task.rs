@@ -56,7 +56,8 @@ pub(super) struct WorkerTask {
     /// that could not be decoded.
     received: Vec<Result<FromWorker, Error>>,
     sending: Sending,
-    has_greeted: bool,
+    /// WELCOME was queued.
+    has_welcomed: bool,
     /// True if the worker is the dispatcher that replaces this one.
     is_successor: bool,
     /// The socket at whose other end the worker was asked to go on.
@@ -121,7 +122,7 @@ impl WorkerTask {
             outbound,
             received: Vec::new(),
             sending: Sending::default(),
-            has_greeted: false,
+            has_welcomed: false,
             is_successor: false,
             next_link: None,
             is_short: false,
@@ -281,7 +282,7 @@ impl WorkerTask {
         };
         match &message {
             ToWorker::Welcome { .. } => {
-                self.has_greeted = true;
+                self.has_welcomed = true;
                 info!(worker = %self.id, pid = self.process.info().pid, "worker is ready");
             }
             ToWorker::Offer { number, offer } => {
@@ -334,10 +335,10 @@ impl WorkerTask {
         // Fence the worker, and tell it if it may be alive.
         let last = self.fence().await;
         let has_received = self.outbound.is_all_received();
-        if self.has_greeted && !matches!(cause, RetireCause::Drained | RetireCause::Ended) {
+        if self.has_welcomed && !matches!(cause, RetireCause::Drained | RetireCause::Ended) {
             self.report_fence().await;
         }
-        let Self { shared, id, mut process, outbound, has_greeted, .. } = self;
+        let Self { shared, id, mut process, outbound, has_welcomed, .. } = self;
         lock(&shared.new_links).remove(id); // dropping it shows the other dispatcher the end
 
         // Kill the process if it is at fault, or has sent no HELLO: such a process may not even
@@ -347,7 +348,7 @@ impl WorkerTask {
             matches!(cause, RetireCause::Hung | RetireCause::Misbehaved(_) | RetireCause::Overdue);
         let lives = matches!(state, ProcessState::Lives { .. });
         let is_ours = shared.with_pool(|pool| pool.is_ours(id));
-        if lives && is_ours && (is_at_fault || !has_greeted) && shared.config.kill_hung {
+        if lives && is_ours && (is_at_fault || !has_welcomed) && shared.config.kill_hung {
             process.kill();
         }
 

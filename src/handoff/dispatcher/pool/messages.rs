@@ -36,9 +36,10 @@ impl<C> Pool<C> {
         match message {
             FromWorker::Hello { lowest, highest, max_fds, open } => {
                 account.on_hello((lowest, highest), max_fds, open, now)?;
-                // Catch up on what has happened while the process started.
-                let is_succeeded = self.successor.is_some_and(|successor| successor != id);
-                if is_succeeded && worker.removed.is_none() {
+                // Catch up on what has happened while the process started. Nothing is planned
+                // before HELLO, so no connection comes back here.
+                let has_other_successor = self.successor.is_some_and(|successor| successor != id);
+                if has_other_successor && worker.removed.is_none() {
                     account.hand_on(now);
                 }
                 if let Some(drain) = worker.removed {

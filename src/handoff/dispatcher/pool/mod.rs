@@ -18,7 +18,7 @@
 //! | plan | to choose a worker for a connection; until its offer is made, the worker can still be changed |
 //! | made | an offer is made when the worker's task has taken it from the pool |
 //! | unsent | the last offers that were made, and that the task has not sent to the worker yet |
-//! | pending | planned, or offered and not answered |
+//! | pending | (of an account) planned, or offered and not answered; [`Pending`] is any connection that no worker has adopted |
 //! | slot | room at a worker for one connection; a group's reserved slots are kept for callers |
 //! | ticket | the place in a queue of a caller that waits for a slot, and has no connection yet |
 //! | failure | an offer after which the worker was gone, or could not use the connection |
@@ -109,8 +109,8 @@ pub(super) struct Pool<C> {
     drain_until: Option<Instant>,
     /// The account of the dispatcher that has replaced this one, and gets all connections.
     successor: Option<WorkerId>,
-    /// Workers that get nothing until they have answered, because a suspect has waited too long for
-    /// a free worker. At most one in each group.
+    /// Workers for which nothing is planned at present, so that they become free for a suspect that
+    /// has waited too long. At most one in each group, chosen anew each time.
     kept_free: Vec<WorkerId>,
     pub(super) kept: KeptCopies<C>,
     /// Started processes that have not ended although their links have.

@@ -44,8 +44,8 @@ pub(super) struct Drain {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 struct Ping {
     nonce: u64,
-    /// The time since which the last ping is unanswered. Every message that is received sets it to
-    /// the present time.
+    /// `Some` while the last ping is unanswered: the time when it was sent, or when the latest
+    /// message after it was received.
     unanswered: Option<Instant>,
     /// The time of the next ping, if the last one is answered by then.
     due: Option<Instant>,
@@ -101,12 +101,12 @@ impl Timeouts {
         self.ping.due = Some(now);
     }
 
-    /// Notes that a message was received, so the worker is not late. Returns true if it was.
-    pub(super) fn on_received(&mut self, now: Instant) -> bool {
+    /// Notes that a message was received, so the worker is not late.
+    pub(super) fn on_received(&mut self, now: Instant) {
         if let Some(since) = &mut self.ping.unanswered {
             *since = now;
         }
-        std::mem::take(&mut self.ping.is_late)
+        self.ping.is_late = false;
     }
 
     /// Notes an answer to a ping. Returns false if it does not answer the last one.

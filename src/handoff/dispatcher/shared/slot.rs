@@ -3,8 +3,8 @@ use std::{sync::Arc, time::Instant};
 use super::Shared;
 use crate::handoff::dispatcher::{Group, handover::Handover, pool::Admission};
 
-/// The right of one connection to be dispatched, with a slot at a worker if one is kept for it. The
-/// slot is free again when this is dropped.
+/// The right of one connection to be dispatched. Usually a slot at a worker is kept for it, which
+/// is free again when this is dropped.
 #[derive(Debug)]
 pub(in crate::handoff::dispatcher) struct Slot {
     shared: Arc<Shared>,

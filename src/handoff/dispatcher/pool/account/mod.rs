@@ -297,7 +297,8 @@ impl<C> Account<C> {
 
     // The end.
 
-    /// Stops making offers to the worker. Returns what was planned for it.
+    /// Stops making offers to the worker. Returns what was planned for it. A worker that has not
+    /// sent HELLO gets nothing anyway, and drains after that.
     pub(super) fn drain(&mut self) -> Vec<Pending<C>> {
         if self.phase != AccountPhase::Starting {
             self.phase = AccountPhase::Draining;
