@@ -192,6 +192,7 @@ mod tests {
                 if unshare(CloneFlags::CLONE_NEWNS).is_err() {
                     return eprintln!("skipped: needs root to mount a file system");
                 }
+                // In a mount namespace of its own, mount a file system and let it be known.
                 mount(
                     None::<&str>,
                     "/",
@@ -211,7 +212,7 @@ mod tests {
                 drop(before);
                 umount(path).unwrap();
 
-                // The device number is likely the same.
+                // Mount another one, whose device number is likely the same.
                 let after = mount_tmpfs();
                 assert_eq!(
                     known.lane(after.as_fd()),

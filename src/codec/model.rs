@@ -49,6 +49,8 @@ impl Wire {
         let most = most.min(inbound.make_room(codec, BytesMut::new));
         let room = inbound.bytes.capacity() - inbound.bytes.len();
         assert!(room > 0, "no room");
+
+        // A packet is received whole. A stream is read up to the next descriptors.
         if let Carrier::Packets { .. } = self.carrier {
             let packet = self.queue.pop_front().unwrap();
             assert!(

@@ -82,6 +82,8 @@ impl Calls {
         while !self.outbound.is_empty() {
             self.wire.send(&mut self.outbound, 1.0);
         }
+
+        // `start` and `first_fd` are the position of the call in everything that was sent.
         let (mut start, mut first_fd) = (0, 0);
         for call in &self.wire.queue {
             let (end, end_fd) = (start + call.bytes.len(), first_fd + call.fds.len());
@@ -106,6 +108,8 @@ impl Calls {
                     );
                 }
             }
+
+            // With `Grouping::Alone`, a call has bytes of one part only.
             let touched =
                 self.placed.iter().filter(|part| part.start < end && start < part.end).count();
             assert!(grouping != Grouping::Alone || touched == 1, "a call to itself");

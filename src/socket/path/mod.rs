@@ -232,6 +232,7 @@ mod tests {
     fn a_socket_that_was_swapped_in_does_not_get_the_mode() {
         let directory = tempfile::tempdir().unwrap();
         let (path, other) = (directory.path().join("socket"), directory.path().join("other"));
+        // A socket that is bound elsewhere takes the place of the one that is being bound.
         let mut guard = PathGuard::take(&path).unwrap();
         let _for_owner_only = UnixListener::bind(&other).unwrap();
         fs::set_permissions(&other, Permissions::from_mode(0o600)).unwrap();

@@ -77,6 +77,7 @@ fn a_breach_before_ready_ends_the_takeover_and_the_giver_serves() {
     let now = Instant::now();
     let back = FromTaker::HandBack { baton: Bytes::new() };
     let decline = |number| FromTaker::Decline { number };
+    // Givers at three moments, each with the messages that are a breach then.
     type Start = fn(Instant) -> Giver;
     let cases: [(Start, Vec<FromTaker>); 3] = [
         (
@@ -107,6 +108,8 @@ fn a_breach_before_ready_ends_the_takeover_and_the_giver_serves() {
             assert!(!steps.iter().any(|step| matches!(step, GiverStep::Stop { .. })), "{steps:?}");
         }
     }
+
+    // A number that exists is no breach.
     let mut giver = complete_giver(now);
     giver.on_message(decline(1));
     giver.on_message(FromTaker::Ready);

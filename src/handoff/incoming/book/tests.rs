@@ -296,6 +296,8 @@ proptest! {
                 }
                 DistantStep::Finish => {}
             }
+
+            // After each step the worker asks for as many offers as it may.
             prop_assert!(!recalled || book.room() == 0);
             book.ask(now, || u64::MAX);
             while let Some(message) = book.next_message() {
