@@ -216,7 +216,7 @@ async fn all_writers_closed(mut reader: PipeReader) {
 
 #[test]
 fn qmp_messages_are_lines_and_only_getfd_has_a_descriptor() {
-    // What is encoded is decoded byte by byte.
+    // Encode two messages, and decode them byte by byte.
     let mut sent = SendBuf::<i32>::new();
     Qmp::default().encode(Message::new(json!({"execute": "stop"})), &mut sent).unwrap();
     Qmp::default().encode(Message::getfd("net0", 7), &mut sent).unwrap();

@@ -323,7 +323,7 @@ fn standard_input_is_taken_once_and_leaves_an_end_of_file() {
             assert_eq!(error.kind(), ErrorKind::ResourceBusy);
             assert_eq!(error.to_string(), "standard input: it was taken before");
 
-            // What is left is an end of file, for this process and its children.
+            // Standard input is at its end now, for this process and its children.
             assert_eq!(target(0), "/dev/null");
             assert!(!is_close_on_exec(io::stdin()), "children would have no standard input");
             assert!(!descriptors_of_a_child().contains("socket:"));

@@ -26,7 +26,7 @@ use std::{
 };
 
 pub(crate) use events::Events;
-pub(crate) use programs::{demo_of, installed, skipped};
+pub(crate) use programs::{attachable_strace, demo_of, installed, skipped};
 
 use fdwire::{Frame, FrameCodec, Framed, Limits, Socket, SocketKind};
 use futures::{SinkExt, StreamExt, TryStreamExt};

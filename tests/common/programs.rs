@@ -19,6 +19,17 @@ pub(crate) fn installed(program: &str) -> Option<PathBuf> {
     found
 }
 
+/// Returns the path of strace if it can be attached to a process. Otherwise prints the reason, as
+/// [`installed`] does.
+pub(crate) fn attachable_strace() -> Option<PathBuf> {
+    let strace = installed("strace")?;
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: needs root to attach strace to a process");
+        return None;
+    }
+    Some(strace)
+}
+
 /// Prints why a test does not run, or fails if `FDWIRE_REQUIRE_FOREIGN` is set.
 pub(crate) fn skipped(reason: &str) {
     assert!(

@@ -19,7 +19,7 @@ use futures::{SinkExt, StreamExt, future::join_all};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
-    common::{KINDS, PASSED, installed, role_socket, run, run_and_pass, spawn_role},
+    common::{KINDS, PASSED, attachable_strace, role_socket, run, run_and_pass, spawn_role},
     raw_worker::{connections, greet, until},
 };
 
@@ -47,10 +47,7 @@ fn an_adoption_that_was_sent_counts_though_receiving_fails() {
     if let Some(socket) = role_socket(ROLE) {
         return run_and_pass(dispatch_two(socket));
     }
-    let Some(strace) = installed("strace") else { return };
-    if !nix::unistd::geteuid().is_root() {
-        return eprintln!("skipped: needs root to attach strace to a process");
-    }
+    let Some(strace) = attachable_strace() else { return };
     for kind in KINDS {
         for (error, when) in [("ENOBUFS", "1"), ("ENOMEM", "1..5"), ("EACCES", "1+")] {
             run(async {
@@ -97,10 +94,7 @@ async fn dispatch_two(socket: OwnedFd) {
 /// Starts a process for this role, which sends a frame when it is ready. Its next accept4 fails
 /// with an error of one connection. Then this end is closed, and the process goes on.
 fn fail_one_accept(role: &'static str) {
-    let Some(strace) = installed("strace") else { return };
-    if !nix::unistd::geteuid().is_root() {
-        return eprintln!("skipped: needs root to attach strace to a process");
-    }
+    let Some(strace) = attachable_strace() else { return };
     run(async {
         let (ours, theirs) = Socket::pair(SocketKind::SeqPacket).unwrap();
         let mut child = spawn_role(role, None, theirs.into());

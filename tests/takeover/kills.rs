@@ -67,10 +67,7 @@ fn take_over(strace: &Path, traces_old: bool, arguments: &[&str]) -> bool {
 /// Kills one side at each of its system calls, in one takeover for each. strace counts each kind of
 /// call, and each thread, separately.
 fn kill_at_each_call(kills_old: bool) {
-    let Some(strace) = installed("strace") else { return };
-    if !nix::unistd::geteuid().is_root() {
-        return eprintln!("skipped: needs root to attach strace to a process");
-    }
+    let Some(strace) = attachable_strace() else { return };
     // A takeover without a kill shows which kinds of system calls are made.
     let directory = tempfile::tempdir().unwrap();
     let log = directory.path().join("log");
